@@ -26,17 +26,27 @@ from distlora.run_folder.sweep import (
 )
 from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.processes import this_process
-from distlora_launcher.sweeps import rank_setup
+from distlora_launcher.sweeps import rank_search
 from distlora_launcher.sweeps import study as study_module
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
-from distlora_launcher.sweeps.packing import planned_pack
+from distlora_launcher.sweeps.multi_trial_size import planned_pack
+from distlora_launcher.sweeps.rank_gains import (
+    FULL,
+    Gains,
+    Size,
+    Tried,
+    ladder,
+    ranks_due,
+    recommended,
+    sentences,
+    table,
+)
 from distlora_launcher.sweeps.rank_search import RankSearch
-from distlora_launcher.sweeps.ranks import FULL, Gains, Size, Tried, ladder, ranks_due, recommended, sentences, table
+from distlora_launcher.sweeps.results import CONCLUSION_NAME
 from distlora_launcher.sweeps.runner import Asked, Outcome
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.space import Values
 from distlora_launcher.sweeps.study import Study
-from distlora_launcher.sweeps.table import CONCLUSION_NAME
 
 SETTINGS = SweepConfig(method="rank_search", rank_start=8, rank_most=128, bootstrap=500)
 DOCUMENTS = 80
@@ -245,8 +255,8 @@ def test_full_fine_tuning_is_run_beside_where_it_fits(
 
 def has_memory(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     """Of this machine."""
-    found = dataclasses.replace(rank_setup.here.found_here(), host_bytes=nbytes)
-    monkeypatch.setattr(rank_setup.here, "found_here", lambda **_: found)
+    found = dataclasses.replace(rank_search.this_machine.found_here(), host_bytes=nbytes)
+    monkeypatch.setattr(rank_search.this_machine, "found_here", lambda **_: found)
 
 
 @pytest.mark.parametrize(("at_first", "later"), [(2**20, 2**36), (2**36, 2**20)])
@@ -259,7 +269,7 @@ def test_what_memory_there_is_decides_when_the_search_is_made_and_never_again(
     has_memory(monkeypatch, at_first)
     assert RankSearch(sweep).next([]) == [{"adapter.r": 8}, {"adapter.r": 16}]
     has_memory(monkeypatch, later)
-    monkeypatch.setattr(rank_setup.here, "planned_model", None)  # Nor is the model needed any more.
+    monkeypatch.setattr(rank_search.this_machine, "planned_model", None)  # Nor is the model needed any more.
     search = RankSearch(sweep)
     assert (search.next(trials) is Due.END) == (not is_run)
     text = "\n".join(search.conclusion(trials))

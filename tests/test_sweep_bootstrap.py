@@ -9,8 +9,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from distlora_launcher.sweeps import bootstrap
-from distlora_launcher.sweeps.bootstrap import Gain, gain, resampled
+from distlora_launcher.sweeps import rank_gains
+from distlora_launcher.sweeps.rank_gains import Gain, gain, resampled
 
 
 def of(first: list[float], second: list[float], units: list[int], **settings: float) -> Gain:
@@ -88,7 +88,7 @@ def test_a_seed_names_its_bits_however_many_are_drawn_at_once(monkeypatch: pytes
     documents = drawn_documents(50, 0.01, seed=3)
     found = of(*documents, seed=5)
     assert of(*documents, seed=5) == found != of(*documents, seed=6)
-    monkeypatch.setattr(bootstrap, "_DRAWN_AT_ONCE", 130)
+    monkeypatch.setattr(rank_gains, "_DRAWN_AT_ONCE", 130)
     assert of(*documents, seed=5) == found
     # Written down, since another version of numpy, or of this, must not draw others.
     drawn = resampled(np.array([1.0, 2.0, 4.0]), np.ones(3), 4, seed=7) * 3

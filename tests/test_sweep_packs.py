@@ -24,11 +24,10 @@ from distlora.run_folder.sweep import (
 from distlora.training.multi_trial import protocol
 from distlora_launcher.launch.lock import holders, worker_place
 from distlora_launcher.launch.signals import Forwarder
-from distlora_launcher.sweeps import pack_folder
+from distlora_launcher.sweeps import multi_trial
 from distlora_launcher.sweeps import runner as sweep_runner
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
-from distlora_launcher.sweeps.pack_folder import PackFolder
-from distlora_launcher.sweeps.packs import PackRunner
+from distlora_launcher.sweeps.multi_trial import PackFolder, PackRunner
 from distlora_launcher.sweeps.runner import Asked, Outcome
 from distlora_launcher.sweeps.search import search_of
 from distlora_launcher.sweeps.space import Dimension, Values
@@ -45,7 +44,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Sweeps whose packs are fake ones, and whose trials' data is prepared."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setattr(pack_folder, "MODULE", "fake_pack")
+    monkeypatch.setattr(multi_trial, "MODULE", "fake_pack")
     monkeypatch.setattr(sweep_runner, "RELEASE_SECONDS", 0.5)
     write_model(tmp_path / "model")
     write_data(tmp_path / "data.jsonl")
@@ -188,7 +187,7 @@ def test_a_pack_that_others_stop_is_saved_and_its_worker_stops(make: Make, monke
         time.sleep(0.02)
     assert runner._pack is not None
     runner._pack.ask_to_stop()  # As SLURM does it.
-    monkeypatch.setattr("distlora_launcher.sweeps.packs.os.kill", lambda *each: sent.append(each))
+    monkeypatch.setattr("distlora_launcher.sweeps.multi_trial.os.kill", lambda *each: sent.append(each))
     assert [each.state for each in until(runner, 1)] == [SAVED]
     assert sent == [(os.getpid(), signal.SIGTERM)]
 

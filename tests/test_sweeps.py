@@ -38,17 +38,15 @@ from distlora.run_folder.sweep import (
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch.lock import holders, running, worker_place
 from distlora_launcher.launch.signals import Forwarder
-from distlora_launcher.sweeps import journal, local, runner, study
-from distlora_launcher.sweeps.drawing import check_sampler
+from distlora_launcher.sweeps import local_workers, runner, study
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
-from distlora_launcher.sweeps.importance import TOGETHER, effects
 from distlora_launcher.sweeps.plots import scale_of
 from distlora_launcher.sweeps.request import ask, pinned
+from distlora_launcher.sweeps.results import TOGETHER, best_of, effects
 from distlora_launcher.sweeps.runner import Alone, Asked, Outcome
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
-from distlora_launcher.sweeps.study import Study
-from distlora_launcher.sweeps.table import best_of
+from distlora_launcher.sweeps.study import Study, check_sampler
 from distlora_launcher.sweeps.worker import Follower, Worker, write_plots
 
 HERE = Path(__file__).parent
@@ -356,7 +354,7 @@ def test_a_lock_is_let_go_where_the_journal_cannot_be_mended(tmp_path: Path, mon
     sweep = sweep_at(tmp_path / "s")
     own = study_of(sweep)
     with monkeypatch.context() as broken:
-        broken.setattr(journal, "mend", lambda _: (_ for _ in ()).throw(OSError("input/output error")))
+        broken.setattr(study, "mend", lambda _: (_ for _ in ()).throw(OSError("input/output error")))
         with pytest.raises(OSError, match="input/output"):
             own.ask()
     with (sweep.folder / ".lock").open("ab") as file:
@@ -655,8 +653,8 @@ def start_sweep(sweep: Sweep, tmp_path: Path) -> subprocess.Popen[bytes]:
     )
     code = (
         "import sys; from pathlib import Path; from types import SimpleNamespace as Values; "
-        "from distlora_launcher.sweeps import folder, local; sweep = folder.load_sweep(Path(sys.argv[1])); "
-        "sys.exit(local.run_workers_here(sweep, Values(cluster=Values(gpus_per_node=1))))"
+        "from distlora_launcher.sweeps import folder, local_workers; sweep = folder.load_sweep(Path(sys.argv[1])); "
+        "sys.exit(local_workers.run_workers_here(sweep, Values(cluster=Values(gpus_per_node=1))))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)]), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=environment, start_new_session=True)
@@ -721,11 +719,11 @@ def test_a_model_on_the_hub_is_of_one_commit_for_all_trials(tmp_path: Path, monk
 
 def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,2")
-    assert local.shares(2, 2) == ["4,5", "6,7"]
+    assert local_workers.shares(2, 2) == ["4,5", "6,7"]
     with pytest.raises(UserError, match=r"need 6 GPUs, and this machine shows 5; set sweep.workers=2"):
-        local.shares(3, 2)
+        local_workers.shares(3, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert local.shares(2, 1) == [None, None]
+    assert local_workers.shares(2, 1) == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ from distlora.training.reporting.wandb_agent import (
 from distlora_launcher.cli import train
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides
-from distlora_launcher.sweeps import wandb_trial
-from distlora_launcher.sweeps.agents import ask, unfinished
+from distlora_launcher.sweeps import wandb_agents
 from distlora_launcher.sweeps.space import split
+from distlora_launcher.sweeps.wandb_agents import ask, unfinished
 from distlora_launcher.sweeps.wandb_sweep import parameter
 from small_models import read_metrics
 from wandb_logs import read_wandb_log
@@ -161,8 +161,8 @@ def test_hydra_reads_what_an_agent_writes_as_the_value_that_was_meant(word: str)
         (override,) = parse_overrides([f"{dimension.setting}={value}"])  # As an agent's f-string.
         read = override.value()
         assert (read if not hasattr(read, "text") else read.text) == meant
-        assert agrees(wandb_trial.read(dimension.setting, value), meant)
-        assert not agrees(wandb_trial.read(dimension.setting, value), "something else")
+        assert agrees(wandb_agents.read(dimension.setting, value), meant)
+        assert not agrees(wandb_agents.read(dimension.setting, value), "something else")
 
 
 def start_as_agent(monkeypatch: pytest.MonkeyPatch, place: Path, values: dict[str, Any], text: str = "") -> None:
@@ -234,15 +234,15 @@ def test_a_run_that_was_asked_to_stop_says_by_whom(tmp_path: Path, monkeypatch: 
     start_as_agent(monkeypatch, tmp_path, {"adapter.r": 4})
     monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
     config = build(Config, {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": str(tmp_path)})
-    wandb_trial.note_end(config, 1)
+    wandb_agents.note_end(config, 1)
     assert AgentRun.of_run(tmp_path) is None
     if by == "the command":
         (tmp_path / "asked").touch()
-    wandb_trial.note_end(config, 75)
+    wandb_agents.note_end(config, 75)
     kept = AgentRun.of_run(tmp_path)
     assert kept is not None
     assert (kept.sweep_id, kept.run_id, kept.values) == ("s1", "run1", {"adapter.r": 4})
-    assert wandb_trial.was_ended_early(tmp_path) == (by == "wandb")
+    assert wandb_agents.was_ended_early(tmp_path) == (by == "wandb")
 
 
 def test_a_command_that_an_agent_has_started_notes_that_wandb_ended_it(
@@ -259,7 +259,7 @@ def test_a_command_that_an_agent_has_started_notes_that_wandb_ended_it(
     monkeypatch.setattr(train, "start", start)
     with pytest.raises(SystemExit, match="75"):  # Hydra hands a code on by this alone.
         main(["train", *settings(folders, tmp_path)])
-    assert wandb_trial.was_ended_early(tmp_path / "runs" / "s1" / "run1")
+    assert wandb_agents.was_ended_early(tmp_path / "runs" / "s1" / "run1")
 
 
 def test_what_was_stopped_or_killed_goes_on_and_nothing_else_does(tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_a_run_that_wandb_ends_early_saves_and_stays_ended(server: WandbServer, 
     distlora(server, tmp_path, "sweep", "create", *words, "train.max_steps=2000,2", "run_dir=made")
     distlora(server, tmp_path, "sweep", "agent", "sweep0")
     ended, whole = (tmp_path / "runs" / "sweep0" / f"sweep0run{number}" for number in (0, 1))
-    assert wandb_trial.was_ended_early(ended)
+    assert wandb_agents.was_ended_early(ended)
     assert not (ended / "adapter").exists()
     assert (whole / "adapter").is_dir()
     assert "goes on" not in distlora(server, tmp_path, "resume", "runs/sweep0")

@@ -15,8 +15,8 @@ from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.launch.logs import host_name
 from distlora_launcher.launch.processes import Process
-from distlora_launcher.sweeps.agents import is_agents_folder
-from distlora_launcher.sweeps.arrays import jobs_of
+from distlora_launcher.sweeps.slurm_array import jobs_of
+from distlora_launcher.sweeps.wandb_agents import is_agents_folder
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown
 

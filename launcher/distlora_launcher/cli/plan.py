@@ -46,7 +46,7 @@ from distlora_launcher.compose.compose import expand_home, names_model
 from distlora_launcher.compose.listing import known_models, options_of
 from distlora_launcher.compose.planning import choices
 from distlora_launcher.compose.this_machine import planned_model
-from distlora_launcher.sweeps.packing import composed_for_plan, packing_of
+from distlora_launcher.sweeps.multi_trial_size import composed_for_plan, packing_of
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 

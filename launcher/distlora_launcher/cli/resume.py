@@ -38,8 +38,8 @@ def resume(folder: Path) -> int:
     from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
     from distlora_launcher.launch.local import is_complete, resume_here
     from distlora_launcher.launch.machines import resume_together
-    from distlora_launcher.sweeps.agents import go_on as go_on_with_agents
-    from distlora_launcher.sweeps.agents import is_agents_folder
+    from distlora_launcher.sweeps.wandb_agents import go_on as go_on_with_agents
+    from distlora_launcher.sweeps.wandb_agents import is_agents_folder
 
     folder = folder.expanduser().absolute()
     if is_sweep_folder(folder):

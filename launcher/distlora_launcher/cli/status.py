@@ -97,8 +97,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     folder = Path(options.run).expanduser().absolute()
     if is_sweep_folder(folder):
-        from distlora_launcher.sweeps.state import as_json, sweep_status
-        from distlora_launcher.sweeps.state import describe as describe_sweep
+        from distlora_launcher.sweeps.results import as_json, sweep_status
+        from distlora_launcher.sweeps.results import describe as describe_sweep
 
         sweep = sweep_status(folder)
         print(as_json(sweep) if options.json else describe_sweep(sweep))

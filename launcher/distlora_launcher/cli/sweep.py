@@ -9,7 +9,7 @@ from distlora.config import Config, require
 from distlora.system.exit_codes import DONE
 from distlora_launcher.launch.lock import holders
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
-from distlora_launcher.sweeps.local import run_workers_here, show_results
+from distlora_launcher.sweeps.local_workers import run_workers_here, show_results
 from distlora_launcher.sweeps.request import (
     ask,
     check_place,
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     check_trials(sweep, search, first)
     sweep = pinned(sweep, first.config)
     if first.config.cluster.launcher == "slurm":
-        importlib.import_module("distlora_launcher.sweeps.arrays").judge(sweep, first.config)
+        importlib.import_module("distlora_launcher.sweeps.slurm_array").judge(sweep, first.config)
     make_sweep(sweep)
     Study(sweep, search).enqueue()
     say(f"sweep folder {shown(sweep.folder)}")
@@ -87,6 +87,6 @@ def go_on(folder: Path) -> int:
 def start(sweep: Sweep, config: Config) -> int:
     """Start the workers of a sweep that is made: here, or as an array of SLURM."""
     if config.cluster.launcher == "slurm":
-        code: int = importlib.import_module("distlora_launcher.sweeps.arrays").submit(sweep, config)
+        code: int = importlib.import_module("distlora_launcher.sweeps.slurm_array").submit(sweep, config)
         return code
     return run_workers_here(sweep, config)

@@ -40,7 +40,7 @@ from distlora_launcher.jobs.submit import have_judged, is_job, script_of, submit
 from distlora_launcher.jobs.sweep import Sweep
 from distlora_launcher.launch.local import remove_if_empty, start
 from distlora_launcher.launch.machines import start_together
-from distlora_launcher.sweeps.wandb_trial import begun, check_agent, note_end, words_under_agent
+from distlora_launcher.sweeps.wandb_agents import begun, check_agent, note_end, words_under_agent
 from distlora_launcher.terminal.output import say, shown
 
 PROGRAM = "distlora train"

@@ -21,8 +21,8 @@ from distlora_launcher.launch.lock import holders
 from distlora_launcher.report.run_records import Standing, noted
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora_launcher.sweeps.folder import load_sweep
+from distlora_launcher.sweeps.results import jobs_now
 from distlora_launcher.sweeps.search import Due, search_of
-from distlora_launcher.sweeps.state import jobs_now
 from distlora_launcher.terminal.output import say, shown, warn
 
 MOST_BYTES, MOST_BYTES_AT_END = 64_000_000, 4_000_000

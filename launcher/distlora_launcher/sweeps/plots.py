@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distlora.output.figures import COLOURS, new_figure, save
 from distlora.run_folder.sweep import COMPLETE, PRUNED, TrialRecord
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.table import best_of, shown_value
+from distlora_launcher.sweeps.results import best_of, shown_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

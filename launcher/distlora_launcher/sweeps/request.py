@@ -22,13 +22,12 @@ from distlora_launcher.compose.compose import (
 )
 from distlora_launcher.compose.hub import locate
 from distlora_launcher.compose.planning import decide
-from distlora_launcher.sweeps.drawing import check_sampler
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.local import shares
-from distlora_launcher.sweeps.packing import checked_pack
+from distlora_launcher.sweeps.local_workers import shares
+from distlora_launcher.sweeps.multi_trial_size import checked_pack
 from distlora_launcher.sweeps.search import Cells, Search
-from distlora_launcher.sweeps.section import read_section
-from distlora_launcher.sweeps.space import first_cell
+from distlora_launcher.sweeps.space import first_cell, read_section
+from distlora_launcher.sweeps.study import check_sampler
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, warn
 

@@ -1,25 +1,33 @@
-"""The trials of a sweep, in Optuna's journal: who has which, and what came of it.
-
-SWEEP/journal.log is the truth, and appended to by all workers. Whoever asks for a trial, or says what came of one,
-holds SWEEP/.lock meanwhile (flock, which ends with its holder), so a decision is made on what is written and no two
-workers make the same. Each draw has a seed of its own, from sweep.seed and the trial's number: a sweep that goes on
-draws what it would have drawn.
-"""
+"""X"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import importlib.util
+import itertools
+import json
+import os
+import random
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from distlora.config import UserError, require
+from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import (
     COMPLETE,
     FAILED,
+    JOURNAL_NAME,
     PRUNED,
     RUNNING,
     SAVED,
@@ -29,11 +37,10 @@ from distlora.run_folder.sweep import (
 )
 from distlora_launcher.launch.lock import holders, is_alive
 from distlora_launcher.launch.processes import Process, this_process
-from distlora_launcher.sweeps.drawing import check_sampler, choice_of, chosen, distribution, draw, pruner_of, sampler_of
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.journal import Lock, open_journal
 from distlora_launcher.sweeps.runner import Asked, Outcome
 from distlora_launcher.sweeps.search import Due, Search
+from distlora_launcher.sweeps.space import Dimension, Interval, Values, cells, is_finite
 from distlora_launcher.terminal.output import warn
 
 NAME = "sweep"
@@ -267,3 +274,169 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         peak_memory_bytes=attributes.get("peak_memory_bytes"),
         evaluations=evaluations,
     )
+
+
+MOST_STARTUP_TRIALS = 5
+"""Finished trials before the median prunes; Optuna's default. Of short sweeps a quarter of the trials."""
+
+PROPOSALS = 10
+"""Questions to Optuna for a combination of a finite space that was not tried."""
+
+PACKAGES = {"gp": "scipy", "cmaes": "cmaes"}
+"""What a sampler needs beside Optuna, which imports it with the first proposal."""
+
+
+def draw(
+    settings: SweepConfig,
+    space: Mapping[str, Dimension],
+    study: optuna.Study,
+    tried: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The values of the next trial, without a trace in the study. Of a finite space nothing twice: the first of some
+    proposals that is new, else the first combination that is."""
+    trial = optuna.trial.create_trial(state=TrialState.RUNNING)
+    trial.number = len(tried)
+    kinds = {name: distribution(dimension) for name, dimension in space.items()}
+    finite = is_finite(tuple(space.values()))
+    for attempt in range(PROPOSALS if finite else 1):
+        sampler = sampler_of(settings, len(tried), attempt)
+        together = sampler.infer_relative_search_space(study, trial)
+        found = sampler.sample_relative(study, trial, together)
+        for name, kind in kinds.items():
+            if name not in found:
+                found[name] = sampler.sample_independent(study, trial, name, kind)
+        values = {name: chosen(space[name], found[name]) for name in kinds}
+        if values not in tried or not finite:
+            return values
+    return next(values for values in cells(tuple(space.values())) if values not in tried)
+
+
+def distribution(dimension: Dimension) -> BaseDistribution:
+    """A setting for Optuna: whole numbers at equal distances are numbers, other values have no order."""
+    if isinstance(dimension, Interval):
+        if dimension.integer:
+            return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    values = dimension.values
+    whole = all(type(value) is int for value in values)
+    steps = {b - a for a, b in itertools.pairwise(values)} if whole else set()
+    if len(steps) == 1 and min(steps) > 0:
+        return IntDistribution(values[0], values[-1], step=steps.pop())
+    return CategoricalDistribution([choice_of(dimension, value) for value in values])
+
+
+def choice_of(dimension: Dimension, value: Any) -> Any:
+    """A value as Optuna's journal can hold it: lists and mappings as text."""
+    return json.dumps(value) if isinstance(dimension, Values) and isinstance(value, (list, dict)) else value
+
+
+def chosen(dimension: Dimension, choice: Any) -> Any:
+    """The value that `choice_of` made a choice of."""
+    if isinstance(dimension, Values):
+        return next(value for value in dimension.values if choice_of(dimension, value) == choice)
+    return choice
+
+
+def sampler_of(settings: SweepConfig, number: int, attempt: int = 0) -> BaseSampler:
+    """What draws trial `number`, with a seed of its own."""
+    seed = random.Random(f"{settings.seed}/{number}/{attempt}").randrange(2**32)
+    if settings.method == "random":
+        return optuna.samplers.RandomSampler(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of what Optuna calls experimental.
+        if settings.sampler == "gp":
+            return optuna.samplers.GPSampler(seed=seed)
+        if settings.sampler == "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed)
+        # The liar counts trials that still run as bad ones, so that workers do not all propose the same.
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=settings.workers > 1 or settings.packed != 1)
+
+
+def pruner_of(settings: SweepConfig) -> optuna.pruners.BasePruner:
+    if settings.pruner == "none":
+        return optuna.pruners.NopPruner()
+    if settings.pruner == "hyperband":
+        return optuna.pruners.HyperbandPruner()
+    quarter = MOST_STARTUP_TRIALS if settings.trials is None else max(1, settings.trials // 4)
+    return optuna.pruners.MedianPruner(n_startup_trials=min(MOST_STARTUP_TRIALS, quarter))
+
+
+def check_sampler(settings: SweepConfig) -> None:
+    """Refuse a sampler whose package is missing."""
+    package = PACKAGES.get(settings.sampler) if settings.method == "optuna" else None
+    require(
+        package is None or importlib.util.find_spec(package) is not None,
+        f"sweep.sampler={settings.sampler} needs {package}, which is not installed; `pip install {package}`, or set "
+        "sweep.sampler=tpe",
+    )
+
+
+LOCK_NAME = ".lock"
+
+
+class Lock:
+    """SWEEP/.lock, which a process may take again while it has it; in Optuna's form of a lock, too. Whoever takes it
+    finds a journal of whole lines: what a kill or a full disk has cut off is taken off, as Optuna cannot read past it.
+    """
+
+    def __init__(self, sweep: Path) -> None:
+        self._path, self._journal = sweep / LOCK_NAME, sweep / JOURNAL_NAME
+        self._depth = 0
+        self._file: IO[bytes] | None = None
+
+    def acquire(self) -> bool:
+        if self._depth == 0:
+            with contextlib.ExitStack() as stack:  # Which lets go of the lock where the journal cannot be mended.
+                file = stack.enter_context(self._path.open("ab"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                except OSError as error:
+                    raise UserError(
+                        f"{self._path.parent} is on a file system without locks ({error.strerror}), which the workers "
+                        "of a sweep share its trials by; set run_dir to a folder on another"
+                    ) from error
+                mend(self._journal)
+                stack.pop_all()
+            self._file = file
+        self._depth += 1
+        return True
+
+    def release(self) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+
+def open_journal(sweep: Path, lock: Lock) -> JournalStorage:
+    """The journal of a sweep, read to its end. Raises UserError for a damaged one."""
+    journal = sweep / JOURNAL_NAME
+    try:
+        return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))  # type: ignore[arg-type]
+    # Optuna replays the lines as they are: of one that is no JSON, lacks a field or names another trial.
+    except (ValueError, LookupError, TypeError, AssertionError, AttributeError, optuna.exceptions.OptunaError) as error:
+        raise UserError(
+            f"{journal} is damaged ({type(error).__name__}: {error}); put a whole copy in its place, or start the "
+            "sweep again in another folder"
+        ) from error
+
+
+def mend(journal: Path) -> None:
+    """Take off a last line that has no end."""
+    if not journal.is_file():
+        return
+    with journal.open("r+b") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)

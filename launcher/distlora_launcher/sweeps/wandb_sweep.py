@@ -61,7 +61,7 @@ PATHS = (
 def main(arguments: list[str]) -> int:
     """`create ...`, or `agent ...`. Returns the exit code."""
     if arguments[0] == "agent":
-        code: int = importlib.import_module("distlora_launcher.sweeps.agents").main(arguments[1:])
+        code: int = importlib.import_module("distlora_launcher.sweeps.wandb_agents").main(arguments[1:])
         return code
     return create(arguments[1:])
 

@@ -37,13 +37,12 @@ from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.signals import Forwarder, forwarding, hold
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
-from distlora_launcher.sweeps.importance import effects
 from distlora_launcher.sweeps.page import write_at_end
 from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
+from distlora_launcher.sweeps.results import effects, write_table
 from distlora_launcher.sweeps.runner import Alone, Asked, Outcome, Runner
 from distlora_launcher.sweeps.search import Due, Search, search_of
 from distlora_launcher.sweeps.study import Study
-from distlora_launcher.sweeps.table import write_table
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
@@ -234,7 +233,7 @@ def runner_of(sweep: Sweep, index: int) -> Runner:
     """What trains the trials of worker `index`."""
     if sweep.settings.packed == 1:
         return Alone(sweep)
-    packs = importlib.import_module("distlora_launcher.sweeps.packs")
+    packs = importlib.import_module("distlora_launcher.sweeps.multi_trial")
     runner: Runner = packs.PackRunner(sweep, index)
     return runner
 

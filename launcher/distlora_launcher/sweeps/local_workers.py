@@ -1,4 +1,4 @@
-"""The workers of a sweep on this machine: an equal share of its cards each, one end for all."""
+"""X"""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch.signals import forwarding
 from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps.results import closing, text
 from distlora_launcher.sweeps.search import Search, search_of
 from distlora_launcher.sweeps.study import Study
-from distlora_launcher.sweeps.table import closing, text
 from distlora_launcher.terminal.output import say, shown
 
 POLL_SECONDS = 0.1

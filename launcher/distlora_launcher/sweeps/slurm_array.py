@@ -1,8 +1,4 @@
-"""The workers of a sweep, or agents of wandb, as the tasks of an array of SLURM: `cluster=slurm`.
-
-Each task has `cluster.nodes` machines and is one worker, which trains one trial after the other on them. Before its
-time limit, or when it is preempted, its trial saves, and the task queues again and goes on with it.
-"""
+"""X"""
 
 from __future__ import annotations
 

@@ -1,22 +1,19 @@
-"""Which rank is tried next, and what came of the ranks: functions of the runs that have ended. Plain values in, text
-out.
-
-Ranks are doubled while that lowers the held-out loss by more than noise (bootstrap.py). One doubling more than is worth
-it is run, since nothing but that run can tell.
-"""
+"""X"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from distlora.config.sweep import SweepConfig
+from distlora.data.hashing import hash64
 from distlora.output.tables import Table
 from distlora.run_folder.eval_documents import DocumentRecord
-from distlora_launcher.sweeps.bootstrap import Gain, gain
 
 FULL = "full"
 """In the place of a rank: full fine-tuning."""
@@ -257,3 +254,70 @@ def _count(value: int | None) -> str:
 
 def _mib(value: int | None) -> str:
     return "-" if value is None else f"{value / 2**20:,.1f}"
+
+
+BOOTSTRAP = 4
+"""What a hash is for, after the uses in hashing.py."""
+_DRAWN_AT_ONCE = 2**20
+"""Numbers: some 10 MB of memory, for any number of documents and resamples."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gain:
+    """How much lower a second run's held-out loss is than a first one's, nats a token (or pair)."""
+
+    gain: float
+    low: float
+    high: float
+    """Of the percentile interval."""
+    error: float
+    """Its standard error: the deviation of the resamples' gains."""
+
+    @property
+    def is_more_than_noise(self) -> bool:
+        """Whether the whole interval is above 0."""
+        return self.low > 0
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether all of it is below."""
+        return self.high < 0
+
+
+def gain(
+    first: Sequence[float],
+    second: Sequence[float],
+    units: Sequence[int],
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> Gain:
+    """Of two runs with these loss sums by document, and the documents' counts of units: each of length D.
+
+    The same arguments draw the same documents, on any machine and with any version of numpy. Of one document nothing is
+    known of others: the interval has no ends, and the error is infinite.
+    """
+    counts = np.array(units, np.float64)
+    lower = np.array(first, np.float64) - np.array(second, np.float64)
+    if len(counts) < 2:
+        return Gain(gain=float(lower.sum() / counts.sum()), low=-math.inf, high=math.inf, error=math.inf)
+    gains = resampled(lower, counts, resamples, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(gains, [tail, 1 - tail]).tolist()
+    return Gain(gain=float(lower.sum() / counts.sum()), low=low, high=high, error=float(gains.std(ddof=1)))
+
+
+def resampled(sums: np.ndarray, units: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """(B,) float64: sum(sums) / sum(units) over each of B draws of D documents with replacement. sums, units: (D,)."""
+    documents = len(sums)
+    result = np.empty(resamples, np.float64)
+    step = max(1, _DRAWN_AT_ONCE // documents)
+    for first in range(0, resamples, step):
+        last = min(first + step, resamples)
+        random = hash64((BOOTSTRAP, seed), (last - first) * documents, start=first * documents)
+        # The upper 32 bits times D, over 2^32: every document as likely as another up to D / 2^32.
+        drawn = ((random >> np.uint64(32)) * np.uint64(documents) >> np.uint64(32)).astype(np.int64)
+        drawn = drawn.reshape(last - first, documents)
+        result[first:last] = sums[drawn].sum(axis=1) / units[drawn].sum(axis=1)
+    return result

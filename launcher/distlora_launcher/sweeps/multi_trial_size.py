@@ -1,4 +1,4 @@
-"""How many trials of a sweep run as one pack: what `distlora plan sweep.packed=...` says, and what `auto` becomes."""
+"""X"""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from distlora_launcher.compose.planning import choices, machine_here
 from distlora_launcher.compose.this_machine import planned_model
 from distlora_launcher.jobs.step import in_job
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.section import read_section
-from distlora_launcher.sweeps.space import Dimension, Values, count_cells, is_finite
+from distlora_launcher.sweeps.space import Dimension, Values, count_cells, is_finite, read_section
 
 _OF_SIZE = ("adapter", "recipe")
 """Sections whose values change what a trial takes in memory; those of others that do so may not differ in a pack."""

@@ -1,11 +1,8 @@
-"""`distlora sweep agent`: real agents of wandb, which ask its server for values and start `distlora train` with them.
-
-An agent is ended as a run is: by a request to stop, which it hands on to its run. What a run has saved by then is gone
-on with when the same command is given again, before new ones are asked for.
-"""
+"""X"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -19,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.config import UserError, require
+from distlora.config import ClusterConfig, Config, UserError, require
+from distlora.config.file import as_mapping, build
 from distlora.config.json_files import read_object
 from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import words_of
@@ -42,7 +40,6 @@ from distlora_launcher.launch.logs import host_name
 from distlora_launcher.launch.run_state import read_ending
 from distlora_launcher.launch.signals import Forwarder, forwarding
 from distlora_launcher.launch.worker_entry import PARENT
-from distlora_launcher.sweeps.wandb_trial import FOLDER, folder_of, was_ended_early
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown
 
@@ -115,7 +112,7 @@ def main(arguments: list[str]) -> int:
         "wandb is not installed, whose agents these are; `pip install wandb`",
     )
     if index is None and cluster.launcher == "slurm":
-        submitted: int = importlib.import_module("distlora_launcher.sweeps.arrays").submit_agents(request, cluster)
+        submitted: int = importlib.import_module("distlora_launcher.sweeps.slurm_array").submit_agents(request, cluster)
         return submitted
     (request.folder / "logs").mkdir(parents=True, exist_ok=True)
     # Several commands may share a folder, on several machines, too; a task of an array has its number once.
@@ -170,18 +167,10 @@ def ask(arguments: Sequence[str]) -> tuple[Request, int | None, Any]:
     if not isinstance(workers, int) or workers < 1:
         raise UserError(f"sweep.workers={workers} is no number of agents; set sweep.workers=2")
     of_cluster = [word for word in words if word.startswith("cluster")]
-    cluster = compose_cluster(compose_section("cluster", of_cluster))
+    cluster = build(ClusterConfig, compose_section("cluster", of_cluster), prefix="cluster.")
     folder = Path(str(values.get("run_dir", folder_of(sweeps[0].rpartition("/")[2])))).expanduser().absolute()
     request = Request(sweep=sweeps[0], folder=folder, count=options.count, workers=workers, cluster=tuple(of_cluster))
     return request, options.index, cluster
-
-
-def compose_cluster(values: dict[str, Any]) -> Any:
-    """The section cluster."""
-    from distlora.config import ClusterConfig
-    from distlora.config.file import build
-
-    return build(ClusterConfig, values, prefix="cluster.")
 
 
 @dataclass(slots=True)
@@ -202,7 +191,7 @@ class Agents:
     """The agents of one command on this machine. Before each starts, runs that others have left unfinished go on."""
 
     def __init__(self, request: Request, indices: Sequence[int], cluster: Any) -> None:
-        from distlora_launcher.sweeps.local import shares
+        from distlora_launcher.sweeps.local_workers import shares
 
         self._request = request
         # One alone, as a task of an array is, has what it sees.
@@ -300,3 +289,87 @@ def unfinished(request: Request) -> list[Path]:
         if find_result(run) is None and read_ending(run).error is None:
             found.append(run)
     return found
+
+
+FOLDER = "DISTLORA_SWEEP_FOLDER"
+"""Environment variable: where `distlora sweep agent` has the runs of its sweep; by default runs/<id of the sweep>."""
+
+_ENDED_EARLY = Path("wandb") / "ended_early"
+"""In RUN."""
+
+
+def words_under_agent(words: Sequence[str]) -> list[str]:
+    """The words of a command line with a run folder of the run's own: two agents may start one in the same second, and
+    the default's name is the second."""
+    agent = AgentRun.started()
+    if agent is None or any(word.lstrip("+").startswith(("run_dir=", "hydra.run.dir=")) for word in words):
+        return list(words)
+    return [*words, *words_of({"run_dir": str(folder_of(agent.sweep_id) / agent.run_id)})]
+
+
+def folder_of(sweep_id: str) -> Path:
+    """Where the runs of a sweep lie by default."""
+    return Path(os.environ.get(FOLDER) or Path("runs") / sweep_id)
+
+
+def begun(config: Config) -> Path | None:
+    """The run folder where the agent's run has been begun already: an agent is given a run again that was preempted."""
+    agent, run_dir = AgentRun.started(), Path(config.run_dir)
+    if agent is None or not (run_dir / CONFIG_NAME).is_file():
+        return None
+    kept = AgentRun.of_run(run_dir)
+    return run_dir if kept is not None and kept.run_id == agent.run_id else None
+
+
+def check_agent(configs: Sequence[Config]) -> None:
+    """Refuse settings that are not what the sweep asks for: wandb would record what the run does not have."""
+    agent = AgentRun.started()
+    if agent is None:
+        return
+    require(
+        len(configs) == 1,
+        f"-m starts {len(configs)} runs, and an agent's run of the sweep {agent.sweep_id} is one; leave -m out of the "
+        "sweep's command, and search those settings in its parameters",
+    )
+    require(
+        configs[0].cluster.launcher != "slurm" or in_job(),
+        f"cluster=slurm would submit a run of the sweep {agent.sweep_id}, which its agent would take for done at once; "
+        "start the agents themselves in SLURM: distlora sweep agent ENTITY/PROJECT/ID cluster=slurm",
+    )
+    agent = dataclasses.replace(agent, values={name: read(name, value) for name, value in agent.values.items()})
+    refused = agent.disagreements(as_mapping(configs[0]))
+    if refused:
+        raise UserError(*refused)
+
+
+def note_end(config: Config, code: int) -> None:
+    """Leave in a run that was asked to stop of which sweep it is, which its workers may not have come to; and a mark
+    where it was wandb who asked (early termination): then it is over, and does not go on with the others."""
+    run_dir, agent, asked = Path(config.run_dir), AgentRun.started(), os.environ.get(ASKED)
+    if code != STOPPED or agent is None or not run_dir.is_dir():
+        return
+    if AgentRun.of_run(run_dir) is None:
+        agent.keep(run_dir)
+    if asked is not None and not Path(asked).exists():
+        (run_dir / _ENDED_EARLY).touch()
+
+
+def was_ended_early(run_dir: Path) -> bool:
+    """Whether wandb has ended a run before its last step."""
+    return (run_dir / _ENDED_EARLY).exists()
+
+
+def read(name: str, value: Any) -> Any:
+    """A value as Hydra reads it: an agent writes it on the command line by Python's str."""
+    from hydra.core.override_parser.types import Override
+
+    from distlora_launcher.compose.compose import parse_overrides
+
+    if not isinstance(value, str):
+        return value
+    try:
+        (override,) = parse_overrides([f"{name}={value}"])
+    except UserError:
+        return value  # As it stands; the run was composed without it.
+    found: Any = override.value()
+    return value if override.is_sweep_override() else Override._convert_value(found)

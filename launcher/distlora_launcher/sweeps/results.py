@@ -1,0 +1,241 @@
+"""X"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.run_folder import sweep as sweep_folder
+from distlora.run_folder.sweep import (
+    COMPLETE,
+    RESULTS_NAME,
+    RUNNING,
+    TrialRecord,
+    at_rest,
+    counted,
+    ranked,
+    read_results,
+)
+from distlora.system import atomic_io
+from distlora.system.numbers import roughly
+from distlora_launcher.jobs.scheduler import Job, SchedulerError
+from distlora_launcher.launch.lock import holders
+from distlora_launcher.launch.processes import Process
+from distlora_launcher.launch.run_state import read_figures
+from distlora_launcher.sweeps.folder import Sweep, load_sweep
+from distlora_launcher.sweeps.search import Due, Search, search_of
+from distlora_launcher.sweeps.slurm_array import jobs_of
+from distlora_launcher.terminal.output import aligned, shown
+
+RESULTS_MD = "results.md"
+CONCLUSION_NAME = "conclusion.json"
+"""In SWEEP: what a search concludes, for programs (Search.figures); absent where it concludes nothing."""
+LONGEST_REASON = 100
+"""Characters of a reason in the terminal; results.md has all of it."""
+
+
+def best_of(sweep: Sweep, trials: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The trial with the best value among those that ran to their end."""
+    return sweep_folder.best_of(trials, sweep.settings.direction)
+
+
+def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = None) -> list[list[str]]:
+    """The table's lines, headings first."""
+    settings = list(dict.fromkeys(name for trial in trials for name in trial.values))
+    lines = [["trial", *settings, sweep.settings.metric, "step", "time", "state", ""]]
+    best = best_of(sweep, trials)
+    for trial in ranked(trials, sweep.settings.direction):
+        note = "best" if trial == best else " ".join((trial.reason or "").split())
+        lines.append(
+            [
+                str(trial.number),
+                *(shown_value(trial.values[name]) if name in trial.values else "" for name in settings),
+                "" if trial.value is None else f"{trial.value:.4f}",
+                "" if trial.step is None else f"{trial.step:,}",
+                "" if trial.seconds is None else roughly(trial.seconds),
+                trial.state,
+                note if longest is None or len(note) <= longest else note[: longest - 4] + " ...",
+            ]
+        )
+    return lines
+
+
+def text(sweep: Sweep, trials: Sequence[TrialRecord]) -> str:
+    """The table for a terminal."""
+    return "\n".join(aligned(rows(sweep, trials, longest=LONGEST_REASON)))
+
+
+def closing(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
+    """Sentences under the table: how many of what, the best and how to go on with it."""
+    lines = [f"{len(trials)} trials: {counted(trials)}"] if trials else ["no trial yet"]
+    best = best_of(sweep, trials)
+    if best is not None:
+        run = shown(sweep.run_dir(best.number))
+        lines.append(f"the best is trial {best.number}, {run}; go on with: distlora generate {run}")
+    return lines
+
+
+def write_table(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> None:
+    """SWEEP/results.md."""
+    table = rows(sweep, trials)
+    head, body = table[0], table[1:]
+    lines = [f"| {' | '.join(_cell(cell) for cell in line)} |" for line in [head, ["---"] * len(head), *body]]
+    parts = [f"# {sweep.folder.name}", "\n".join(lines), "\n".join(f"- {line}" for line in closing(sweep, trials))]
+    conclusion = search.conclusion(trials)
+    if conclusion:
+        parts.append("\n".join(conclusion))
+        atomic_io.write_json(sweep.folder / CONCLUSION_NAME, search.figures(trials))
+    atomic_io.write_text(sweep.folder / RESULTS_MD, "\n\n".join(parts) + "\n")
+
+
+def shown_value(value: Any) -> str:
+    """A value of a setting, short."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return f"[{','.join(map(shown_value, value))}]" if isinstance(value, (list, tuple)) else str(value)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+TOGETHER = "together"
+"""What no setting explains alone: that the effect of one depends on the other."""
+
+
+def effects(trials: Sequence[TrialRecord]) -> dict[str, float] | None:
+    """The share of each setting in the variance of the values of a whole grid: the variance of the mean over all else,
+    by its value (the main effects of an analysis of variance, which for a whole grid are exact). None for what is no
+    whole grid, or has no differences."""
+    complete = [trial for trial in trials if trial.state == COMPLETE and trial.value is not None]
+    settings = [name for name in (complete[0].values if complete else {}) if len(_by_value(complete, name)) > 1]
+    values = [trial.value for trial in complete if trial.value is not None]
+    if not settings or not _is_whole(complete, settings) or statistics.pvariance(values) == 0:
+        return None
+    total = statistics.pvariance(values)
+    shares = {
+        name: statistics.pvariance([statistics.mean(group) for group in _by_value(complete, name).values()]) / total
+        for name in settings
+    }
+    if len(settings) > 1:
+        shares[TOGETHER] = max(0.0, 1 - sum(shares.values()))
+    return shares
+
+
+def _by_value(trials: Sequence[TrialRecord], name: str) -> Mapping[str, list[float]]:
+    """The values of the metric by those of a setting."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for trial in trials:
+        if trial.value is not None:
+            groups[_key(trial.values.get(name))].append(trial.value)
+    return groups
+
+
+def _is_whole(trials: Sequence[TrialRecord], settings: Sequence[str]) -> bool:
+    """Whether every combination of the settings' values is there once."""
+    have = sorted(tuple(_key(trial.values.get(name)) for name in settings) for trial in trials)
+    wanted = itertools.product(*(_by_value(trials, name) for name in settings))
+    return have == sorted(wanted)
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepStatus:
+    """Everything that is known of a sweep."""
+
+    sweep: Sweep
+    state: str
+    """running (a worker lives), queued (in SLURM), done, or stopped (something is left to do)."""
+    workers: list[Process]
+    jobs: list[Job]
+    """Tasks of its array that SLURM has in its hands."""
+    trials: list[TrialRecord]
+
+    @property
+    def next(self) -> str:
+        """What to type now."""
+        folder = shown(self.sweep.folder)
+        best = best_of(self.sweep, self.trials)
+        if self.state in ("running", "queued"):
+            return f"distlora cancel {folder}"
+        if self.state == "stopped" or best is None:
+            return f"distlora resume {folder}" if self.state == "stopped" else f"distlora report {folder}"
+        return f"distlora generate {shown(self.sweep.run_dir(best.number))}"
+
+
+def sweep_status(folder: Path) -> SweepStatus:
+    """How the sweep in a folder stands. Raises UserError for one that is damaged."""
+    sweep = load_sweep(folder)
+    workers = holders(folder)
+    trials = read_results(folder) if workers or (folder / RESULTS_NAME).is_file() else []
+    trials = [_as_now(sweep, trial) if trial.state == RUNNING else trial for trial in trials]
+    is_over = not any(trial.is_open for trial in trials) and search_of(sweep).next(trials) is Due.END
+    jobs = jobs_now(folder)
+    state = "running" if workers else "queued" if jobs else "done" if is_over else "stopped"
+    if state == "stopped":
+        trials = at_rest(trials)
+    return SweepStatus(sweep=sweep, state=state, workers=workers, jobs=jobs, trials=trials)
+
+
+def jobs_now(folder: Path) -> list[Job]:
+    """What SLURM has of a sweep; nothing where it does not answer."""
+    try:
+        return jobs_of(folder)
+    except SchedulerError:  # Of what its workers do the folder tells as well.
+        return []
+
+
+def _as_now(sweep: Sweep, trial: TrialRecord) -> TrialRecord:
+    """A trial that runs, at the step that its run folder has come to."""
+    return dataclasses.replace(trial, step=read_figures(sweep.run_dir(trial.number)).step)
+
+
+def describe(status: SweepStatus) -> str:
+    """The lines for a person."""
+    where = ", ".join(f"{process.host} (pid {process.pid})" for process in status.workers)
+    how = {
+        "running": f"is running on {where}",
+        "queued": "waits in SLURM",
+        "done": "is done",
+        "stopped": "is not done, and nothing runs",
+    }[status.state]
+    lines = [f"{shown(status.sweep.folder)} {how}"]
+    for job in status.jobs:
+        why = "" if job.reason is None else f" ({job.reason})"
+        lines += [
+            f"  SLURM job {job.job_id}: {job.state.lower()}{why}{'' if job.nodes is None else f' on {job.nodes}'}"
+        ]
+    if status.trials:
+        lines += [text(status.sweep, status.trials)]
+    lines += closing(status.sweep, status.trials)
+    return "\n".join([*lines, f"next: {status.next}"])
+
+
+def as_json(status: SweepStatus) -> str:
+    """For programs."""
+    best = best_of(status.sweep, status.trials)
+    values: dict[str, Any] = {
+        "sweep": str(status.sweep.folder),
+        "state": status.state,
+        "metric": status.sweep.settings.metric,
+        "workers": [{"host": process.host, "pid": process.pid} for process in status.workers],
+        "jobs": [{"job_id": job.job_id, "state": job.state, "nodes": job.nodes} for job in status.jobs],
+        "best": None if best is None else best.number,
+        "trials": [
+            dataclasses.asdict(trial) | {"run_dir": str(status.sweep.run_dir(trial.number))} for trial in status.trials
+        ],
+        "next": status.next,
+    }
+    return json.dumps(values, indent=2)

@@ -1,4 +1,4 @@
-"""Run folders as runs leave them, made without one, and a page as a browser parses it."""
+"""Make run folders as runs leave them, and parse a report as a browser does."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ STATE = {
 
 
 def make_folder(run_dir: Path, *, steps: int = 40, done: bool = True, name: str = "small", **sections: Any) -> Path:
-    """A run of 40 steps, as far as `steps`; with its result where it is done."""
+    """Write the folder of a run of 40 steps that has done `steps`, with its result if it is done."""
     values: dict[str, Any] = {
         "model": {"path": "/models/base"},
         "data": {"path": "/data.jsonl"},
@@ -88,7 +88,7 @@ def make_folder(run_dir: Path, *, steps: int = 40, done: bool = True, name: str 
 
 
 def metrics(steps: int, every: int = 10) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl, with an evaluation before the first step and every so many."""
+    """Return lines of metrics.jsonl, with an evaluation before the first step and after every few."""
     lines: list[dict[str, Any]] = [{"step": 0, "time": MOMENT, "eval_loss": 3.0}]
     for step in range(1, steps + 1):
         moment = MOMENT + step
@@ -108,7 +108,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page. Fails where elements do not close in order."""
+    """The elements and texts of a page. Raises AssertionError if elements do not close in order."""
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -124,7 +124,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
-        assert len(values) == len(attrs), f"an attribute of {tag} stands twice: {attrs}"
+        assert len(values) == len(attrs), f"an attribute of {tag} is repeated: {attrs}"
         self.elements.append((tag, values))
         if tag not in VOID:
             self.open.append(tag)
@@ -138,6 +138,11 @@ class Page(HTMLParser):
             self.tables[-1].append([])
         elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open, f"</{tag}> closes nothing"
@@ -155,14 +160,16 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """All that is shown."""
+        """All text that is shown."""
         return " ".join(self.shown)
 
     @property
-    def charts(self) -> list[dict[str, Any]]:
-        """What the page's script reads of each curve."""
-        return [json.loads(text) for attributes, text in self.scripts if attributes.get("type") == "application/json"]
+    def charts(self) -> list[str]:
+        """The descriptions of the drawn charts."""
+        return [
+            str(keys["aria-label"]) for name, keys in self.elements if name == "div" and keys.get("class") == "plot"
+        ]
 
     def row(self, first: str) -> list[str]:
-        """The row of a table that begins with this cell."""
+        """Return the row of a table that begins with this cell."""
         return next(row for table in self.tables for row in table if row and row[0] == first)

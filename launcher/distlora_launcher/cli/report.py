@@ -17,8 +17,8 @@ from distlora_launcher.cli.status import (
 )
 from distlora_launcher.launch.final_report import commands_always, commands_when_done
 from distlora_launcher.launch.lock import CONFIG_NAME
+from distlora_launcher.report.records import PageStatus, read_run
 from distlora_launcher.report.run_page import run_report
-from distlora_launcher.report.run_records import Standing, read_run
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown
 
@@ -71,12 +71,12 @@ def write(out: Path, page: str) -> None:
         ) from error
 
 
-def standing(status: Status) -> Standing:
+def standing(status: Status) -> PageStatus:
     """What the report says of how a run stands."""
     failed = status.ending.error if status.state == "failed" else None
     said = "has failed" if failed is not None else headline(status)
     error = failed if status.damaged is None else status.damaged
-    return Standing(state=status.state, said=said, error=error, commands=_commands(status))
+    return PageStatus(state=status.state, headline=said, error=error, commands=_commands(status))
 
 
 def _commands(status: Status) -> tuple[tuple[str, str], ...]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from distlora.run_folder.layout import METRICS_NAME, REPORT_NAME, find_result
 from distlora.system import atomic_io
+from distlora_launcher.report.records import PageStatus, read_run
 from distlora_launcher.report.run_page import run_report
-from distlora_launcher.report.run_records import Standing, read_run
 from distlora_launcher.terminal.output import say, shown, warn
 
 MAX_METRICS_BYTES = 4_000_000
@@ -32,9 +32,9 @@ def write_report(run_dir: Path) -> None:
     """Write RUN/report.html of a run that has its result, even while its launcher still holds the lock."""
     result = find_result(run_dir)
     headline = f"is done: {shown(result)}" if result is not None else "is done"
-    standing = Standing(
+    standing = PageStatus(
         state="done",
-        said=headline,
+        headline=headline,
         commands=(*commands_when_done(run_dir, result), *commands_always(run_dir)),
     )
     atomic_io.write_text(run_dir / REPORT_NAME, run_report(read_run(run_dir), standing))

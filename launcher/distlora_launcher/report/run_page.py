@@ -1,111 +1,97 @@
-"""The report of a run: `run_report` is the page, its parts follow."""
+"""Build the report of a run from its records (`run_report`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast, get_type_hints
 
-from distlora.system.numbers import (
-    count,
-    length,
-    moment,
-    number,
-    size,
-)
-from distlora_launcher.report.curves import curves_part
-from distlora_launcher.report.document import (
-    page,
-    section,
-    state_badge,
-    table,
-    tiles,
-)
-from distlora_launcher.report.markup import (
-    Content,
-    Html,
-    tag,
-    text,
-)
-from distlora_launcher.report.plan_part import plan_part
-from distlora_launcher.report.run_records import (
+from distlora.config import Config
+from distlora.config.file import as_plain, settings_by_name
+from distlora.planner.memory.kinds import Kind
+from distlora.planner.memory.measured import grouped
+from distlora.planner.pages.words import KINDS, MOMENTS
+from distlora.system.numbers import count, length, moment, number, size
+from distlora_launcher.report.charts import Chart, Line, draw
+from distlora_launcher.report.records import (
+    SMOOTHED_FROM,
+    PageStatus,
     RunRecords,
     Sample,
-    Standing,
-    as_text,
+    Series,
+    smoothed,
+    window_of,
 )
-from distlora_launcher.report.settings import settings_part
-from distlora_launcher.report.words import difference, loss
+from distlora_launcher.report.render import difference, loss, render
 
-STATES = {
-    "done": "good",
-    "running": "busy",
-    "queued": "busy",
-    "ending": "busy",
-    "failed": "bad",
-    "ended": "bad",
+MAX_SAMPLES, MAX_PROMPTS = 12, 40
+"""Samples per prompt, the first and the last among them, and prompts."""
+NO_DEFAULT = "no default"
+
+_MERGED_CATEGORIES = {
+    "gathered": "gathered shards and communication buffers",
+    "working": "working memory: activations, logits, scratch",
 }
-"""How each state is shown; others are idle."""
-MOST_SAMPLES, LONGEST_SAMPLE, LONGEST_PROMPT = 12, 2000, 600
-"""Of a prompt, first and last among them; characters of a text."""
+"""Categories that a measurement cannot tell apart."""
+_GATHERED = "gathered per step and rank"
+_HOST_PEAK = "peak memory of a process (the plan leaves out mapped files, the measurement has them)"
+_SHARED_BY_TRIALS = (_GATHERED, _HOST_PEAK)
+"""Figures that the trials of a multi-trial run share."""
+_CHARTED = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "mfu"}
+_TRAFFIC = {"gathered_bytes", "reduced_bytes", "scattered_bytes", "between_copies_bytes"}
+_TITLES = {
+    "rewards/chosen": "Reward of the chosen answers",
+    "rewards/rejected": "Reward of the rejected answers",
+    "rewards/margins": "Margin of the rewards",
+    "rewards/accuracies": "Share of pairs whose chosen answer is preferred",
+    "logps/chosen": "Log probability of the chosen answers",
+    "logps/rejected": "Log probability of the rejected answers",
+}
 
 
-def run_report(run: RunRecords, standing: Standing) -> str:
-    """The page of a run, in whatever state it is."""
-    lead: list[Content] = [tag("code", str(run.folder)), f"{run.name} {standing.said}."]
-    if (outcome := _outcome(run)) is not None:
-        lead.append(outcome)
-    return page(
-        kind="Training run",
-        title=run.name,
-        state=state_badge(standing.state, STATES.get(standing.state, "idle")),
-        lead=lead,
-        parts=[
-            ("Notes", section("notes", "Notes", _notes(run, standing))),
-            ("Figures", section("figures", "Figures", tiles(_figures(run)))),
-            ("Curves", section("curves", "Curves", curves_part(run))),
-            ("Plan and measurement", section("plan", "Plan and measurement", plan_part(run))),
-            ("Samples", section("samples", "Samples", samples_part(run.samples), note=_SAMPLES_NOTE)),
-            ("Settings", section("settings", "Settings", None if run.config is None else settings_part(run.config))),
-            ("Data", section("data", "Data", data_part(run))),
-            ("Saved", section("saved", "Checkpoints and result", saved_part(run))),
-            ("Base and environment", section("environment", "Base and environment", environment_part(run))),
-            ("Next", section("next", "What can be typed now", commands_part(standing.commands))),
-        ],
+def run_report(run: RunRecords, status: PageStatus) -> str:
+    """Return the report of a run, in any state, as one HTML page."""
+    return render(
+        "run.html.jinja",
+        run=run,
+        status=status,
+        outcome=_outcome(run),
+        notes=_notes(run, status),
+        figures=list(_figures(run)),
+        charts=draw(list(_charts(run))),
+        memory=_memory(run),
+        plan_note=_plan_note(run),
+        comparison=list(_comparison(run)),
+        samples=_samples(run.samples),
+        settings=None if run.config is None else _settings(run.config),
+        sources=_sources(run.data),
+        environment=_environment(run),
     )
 
 
-_SAMPLES_NOTE = "What the model wrote while it was trained, to train.sample_prompts."
-
-
 def _outcome(run: RunRecords) -> str | None:
-    """What the run is about, in a sentence."""
+    """Return what training did to the held-out loss, in a sentence."""
     held_out = run.metrics.held_out.get("eval_loss")
     if held_out is None or len(held_out) < 2 or held_out.steps[0] != 0:
         return None
     step, lowest = held_out.lowest()
     last = f"{loss(held_out.values[-1])} after step {held_out.steps[-1]:,.0f}"
-    best = "" if step == held_out.steps[-1] else f", its lowest {loss(lowest)} after step {step:,.0f}"
+    best = "" if step == held_out.steps[-1] else f" (lowest: {loss(lowest)} after step {step:,.0f})"
     return f"The held-out loss went from {loss(held_out.values[0])} before training to {last}{best}."
 
 
-def _notes(run: RunRecords, standing: Standing) -> Content:
-    """Why it failed, what could not be read, what a person should know."""
-    if standing.error is not None:
-        yield tag("div", standing.error, cls="box bad")
-    unreached = run.summary.get("parameters_without_gradient") or []
-    said = list(run.problems)
-    if unreached:
-        said.append(f"no gradient has reached {len(unreached):,} trained parameters: {', '.join(unreached[:4])}, ...")
-    if standing.error is None and run.metrics.non_finite:
+def _notes(run: RunRecords, status: PageStatus) -> list[str]:
+    notes = list(run.problems)
+    if unreached := run.summary.get("parameters_without_gradient"):
+        notes.append(f"no gradient reached {len(unreached):,} trained parameters: {', '.join(unreached[:4])}, ...")
+    if status.error is None and run.metrics.non_finite:
         step, name = run.metrics.non_finite[0]
-        said.append(f"{name} was not finite at step {step:,}")
-    if said:
-        yield tag("div", tag("ul", [tag("li", line) for line in said]), cls="box")
-    if run.metrics.step == 0 and not run.metrics.training:
-        yield tag("p", "Nothing has been trained yet, so there are no curves.", cls="note")
+        notes.append(f"{name} was not finite at step {step:,}")
+    return notes
 
 
 def _figures(run: RunRecords) -> Iterator[tuple[str, str, str | None]]:
-    """(what, value, what belongs to it)."""
+    """Yield (name, value, remark) of the most important figures."""
     summary, training = run.summary, run.metrics.training
     held_out = run.metrics.held_out.get("eval_loss")
     if held_out is not None:
@@ -115,94 +101,253 @@ def _figures(run: RunRecords) -> Iterator[tuple[str, str, str | None]]:
         if len(held_out) > 2:
             yield "lowest held-out loss", loss(lowest), f"after step {step:,.0f}"
     if "loss" in training:
-        series = training["loss"]
-        yield "training loss", loss(series.values[-1]), f"of step {series.steps[-1]:,.0f}"
-    if run.metrics.training:
+        yield "training loss", loss(training["loss"].values[-1]), f"at step {training['loss'].steps[-1]:,.0f}"
+    if training:
         total = _total_steps(run)
         yield "steps", f"{run.metrics.step:,}", None if total is None else f"of {total:,}"
     if (seconds := summary.get("train_seconds")) is not None:
-        yield "training time", length(seconds), "evaluations and saves not counted"
-    elif run.metrics.began is not None and run.metrics.ended is not None and run.metrics.training:
-        yield (
-            "time so far",
-            length(max(0.0, run.metrics.ended - run.metrics.began)),
-            f"until {moment(run.metrics.ended)}",
-        )
+        yield "training time", length(seconds), "without evaluation and saving"
+    elif run.metrics.began is not None and run.metrics.ended is not None and training:
+        elapsed = max(0.0, run.metrics.ended - run.metrics.began)
+        yield "time so far", length(elapsed), f"until {moment(run.metrics.ended)}"
     if (speed := summary.get("tokens_per_second")) is not None:
-        yield "tokens a second", number(speed), None
+        yield "tokens/s", number(speed), None
     if (peak := summary.get("memory/peak")) is not None:
         gap = difference(summary.get("memory/planned") or 0, peak)
         yield "memory of a step", size(peak), f"{gap} to the plan" if gap else None
     if (trained := summary.get("trainable_parameters")) is not None:
-        whole = run.plan.get("model", {}).get("parameters")
-        yield "trained parameters", count(trained), f"{trained / whole:.2%} of the base" if whole else None
+        total_parameters = run.plan.get("model", {}).get("parameters")
+        share = f"{trained / total_parameters:.2%} of the base" if total_parameters else None
+        yield "trained parameters", count(trained), share
     if (bits := summary.get("bits_per_parameter")) is not None:
-        yield "bits a 4-bit weight", f"{bits:.3f}", "scales included"
+        yield "bits per 4-bit weight", f"{bits:.3f}", "with quantization scales"
 
 
 def _total_steps(run: RunRecords) -> int | None:
     if run.config is None:
         return None
-    if run.config.train.max_steps is not None:
-        return run.config.train.max_steps
+    train = run.config.train
+    if train.max_steps is not None:
+        return train.max_steps
     rows = run.data.get("splits", {}).get("train", {}).get("rows")
-    return None if not rows else run.config.train.epochs * -(-rows // run.config.train.global_batch)
+    return None if not rows else train.epochs * -(-rows // train.global_batch)
 
 
-def samples_part(samples: Sequence[Sample]) -> Html:
-    """By prompt, in the order of the steps."""
+def _charts(run: RunRecords) -> Iterator[Chart]:
+    training, config, plan = run.metrics.training, run.config, run.plan
+    yield _loss_chart(run)
+    if "lr" in training:
+        yield Chart(title="Learning rate", lines=[Line(name="lr", series=training["lr"])], from_zero=True)
+    if "grad_norm" in training:
+        clip = None if config is None else config.optim.max_grad_norm
+        lines = _with_mean("norm", training["grad_norm"])
+        levels = [("clipped at", clip)] if clip else []
+        yield Chart(title="Gradient norm", unit="before clipping", lines=lines, levels=levels)
+    if "tokens_per_second" in training:
+        planned = (plan.get("time") or {}).get("tokens_per_second")
+        levels = [] if planned is None else [("planned", planned)]
+        lines = _with_mean("measured", training["tokens_per_second"])
+        yield Chart(title="Speed", unit="tokens/s", lines=lines, levels=levels, from_zero=True)
+    if "peak_memory_bytes" in training:
+        is_gpu = plan.get("machine", {}).get("is_gpu")
+        planned = plan.get("device", {}).get("total") if is_gpu else plan.get("host", {}).get("while_training")
+        name = "planned" if is_gpu else "planned, without mapped files"
+        yield Chart(
+            title="Peak memory",
+            unit="per rank so far" if is_gpu else "per process so far, with mapped files",
+            lines=[Line(name="measured", series=training["peak_memory_bytes"])],
+            levels=[] if planned is None else [(name, planned)],
+            kind="bytes",
+            from_zero=True,
+        )
+    if "mfu" in training:
+        lines = _with_mean("MFU", training["mfu"])
+        yield Chart(title="MFU", unit="of the GPU's peak", lines=lines, kind="share", from_zero=True)
+    for name, series in training.items():
+        if name not in _CHARTED | _TRAFFIC and not name.startswith("memory") and not series.is_constant:
+            lines = _with_mean("training", series)
+            if (held_out := run.metrics.held_out.get(f"eval_{name}")) is not None:
+                lines.append(_held_out(held_out))
+            kind = "share" if name == "rewards/accuracies" else "number"
+            yield Chart(title=_TITLES.get(name, name), lines=lines, kind=cast(Any, kind))
+
+
+def _loss_chart(run: RunRecords) -> Chart:
+    training, held_out, note = run.metrics.training.get("loss"), run.metrics.held_out.get("eval_loss"), None
+    lines = [] if training is None else _with_mean("training", training)
+    if held_out is not None:
+        lines.append(_held_out(held_out))
+    if run.metrics.non_finite:
+        step, name = run.metrics.non_finite[0]
+        others = len(run.metrics.non_finite) - 1
+        note = f"Not drawn because not finite: {name} of step {step:,}" + (f", and {others:,} more" if others else "")
+    is_sft = run.config is None or run.config.train.objective == "sft"
+    return Chart(
+        title="Loss", unit="nats per token" if is_sft else "DPO loss per pair", lines=lines, is_wide=True, note=note
+    )
+
+
+def _held_out(series: Series) -> Line:
+    # A line through two points would read as a trend.
+    return Line(name="held out", series=series, colour=1, style="line points" if len(series) > 2 else "points")
+
+
+def _with_mean(name: str, series: Series) -> list[Line]:
+    """Return a curve, and if it has many values also its running mean."""
+    if len(series) < SMOOTHED_FROM or series.is_constant:
+        return [Line(name=name, series=series)]
+    window = window_of(series)
+    return [
+        Line(name=f"{name}, each step", series=series, style="faint"),
+        Line(name=f"{name}, mean of {window:,} steps", series=smoothed(series, window)),
+    ]
+
+
+def _trials(run: RunRecords) -> int:
+    trials: int = run.plan.get("trials", 1)
+    return trials
+
+
+def _plan_note(run: RunRecords) -> str | None:
+    if not run.plan:
+        return None
+    machine, device = run.plan.get("machine", {}), run.plan.get("device", {})
+    fits = {True: "The plan fits.", False: "By the plan the run does not fit.", None: "Whether it fits was not known."}
+    words = [fits[run.plan.get("fits")]]
+    if "total" in device:
+        where = MOMENTS.get(device.get("worst"), "")
+        unit = "GPU" if machine.get("is_gpu") else "process"
+        words.append(f"Planned peak: {size(device['total'])} per {unit}{f', {where}' if where else ''}.")
+    if (trials := _trials(run)) > 1:
+        words.append(f"The plan is of the multi-trial run with {trials:,} trials on one base.")
+    return " ".join(words)
+
+
+def _memory(run: RunRecords) -> dict[str, Any] | None:
+    """Return the memory of the measured step by category, planned beside measured."""
+    values = run.summary or {
+        name: series.values[-1] for name, series in run.metrics.training.items() if name.startswith("memory")
+    }
+    measured, planned = _categories(values, "memory/"), _categories(values, "memory_planned/")
+    planned = planned or {k: float(v) for k, v in run.plan.get("device", {}).get("by_kind", {}).items()}
+    if not run.plan or not planned:
+        return None
+    here, there = (grouped({kind: round(value) for kind, value in each.items()}) for each in (measured, planned))
+    kinds = sorted(here | there, key=lambda kind: -max(here.get(kind, 0), there.get(kind, 0)))
+    rows = [
+        (_MERGED_CATEGORIES.get(kind) or KINDS.get(cast(Kind, kind), kind), there.get(kind, 0), here.get(kind, 0))
+        for kind in kinds
+    ]
+    note = "Memory of one step at its peak, on the rank with the most."
+    if not here:
+        note = "The memory of a step was not measured." if run.summary else "No step has been measured yet."
+    return {
+        "note": note,
+        "is_measured": bool(here),
+        "largest": max([*here.values(), *there.values(), 1]),
+        "rows": [(*row, difference(*row[1:])) for row in rows],
+        "total": (sum(there.values()), sum(here.values()), difference(sum(there.values()), sum(here.values()))),
+    }
+
+
+def _categories(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Return bytes by category of the figures whose names have the prefix."""
+    figures = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    return {
+        name: float(value)
+        for name, value in figures.items()
+        if name not in ("peak", "planned") and isinstance(value, (int, float)) and 0 < value < 1e30
+    }
+
+
+def _comparison(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (figure, planned, measured, difference) of the figures that the plan or the run knows."""
+    plan, summary = run.plan, run.summary
+    if not plan:
+        return
+    wire, host, disk = plan.get("wire", {}), plan.get("host", {}), plan.get("disk", {})
+    is_gpu = plan.get("machine", {}).get("is_gpu")
+    saved = {saved.what: saved.nbytes for saved in run.saved}
+    reduced = None if "reduced" not in wire else wire["reduced"] + wire.get("reduced_rows", 0)
+    peak = ("peak memory of a GPU (allocator)", plan.get("device", {}).get("total"))
+    if not is_gpu:
+        peak = (_HOST_PEAK, host.get("while_training"))
+    rows: list[tuple[str, Any, Any]] = [
+        ("tokens/s", (plan.get("time") or {}).get("tokens_per_second"), summary.get("tokens_per_second")),
+        (*peak, summary.get("peak_memory_bytes")),
+        (_GATHERED, wire.get("gathered"), summary.get("gathered_bytes_per_step")),
+        ("gradients all-reduced per step and rank", reduced, summary.get("reduced_bytes_per_step")),
+        ("gradients scattered per step and rank", wire.get("scattered"), summary.get("scattered_bytes_per_step")),
+        ("a checkpoint", disk.get("checkpoint"), saved.get("checkpoint")),
+        ("the result", disk.get("result"), saved.get("result")),
+    ]
+    for name, planned, measured in rows:
+        if (not planned and not measured) or (_trials(run) > 1 and name not in _SHARED_BY_TRIALS):
+            continue
+        write = number if name == "tokens/s" else size
+        shown = ["" if value is None else write(value) for value in (planned, measured)]
+        both = planned is not None and measured is not None and name != _HOST_PEAK
+        yield name, shown[0] or "not known", shown[1], difference(planned, measured) if both else ""
+
+
+def _samples(samples: Sequence[Sample]) -> list[tuple[str, list[Sample], int]]:
+    """Return (prompt, samples to show, number of samples left out) for each prompt."""
     by_prompt: dict[str, list[Sample]] = {}
     for sample in samples:
         by_prompt.setdefault(sample.prompt, []).append(sample)
-    return text([_answers(prompt, found) for prompt, found in list(by_prompt.items())[:40]])
+    result = []
+    for prompt, texts in list(by_prompt.items())[:MAX_PROMPTS]:
+        last = len(texts) - 1
+        places = range(len(texts))
+        if len(texts) > MAX_SAMPLES:
+            places = [round(last * place / (MAX_SAMPLES - 1)) for place in range(MAX_SAMPLES)]  # type: ignore[assignment]
+        result.append((prompt, [texts[place] for place in places], len(texts) - len(places)))
+    return result
 
 
-def _answers(prompt: str, samples: list[Sample]) -> Html:
-    shown = samples
-    if len(samples) > MOST_SAMPLES:
-        last = len(samples) - 1
-        shown = [samples[round(last * place / (MOST_SAMPLES - 1))] for place in range(MOST_SAMPLES)]
-    rows = [
-        text([tag("dt", f"step {sample.step:,}"), tag("dd", _cut(sample.text, LONGEST_SAMPLE))]) for sample in shown
-    ]
-    left_out = len(samples) - len(shown)
-    note = (
-        tag("p", f"{left_out:,} steps between are left out (samples.jsonl has them)", cls="note") if left_out else None
-    )
-    return text([tag("p", _cut(prompt, LONGEST_PROMPT), cls="prompt"), tag("dl", rows, cls="answers"), note])
+def _settings(config: Config) -> dict[str, Any]:
+    """Return (setting, value, default) of changed settings, and by section (setting, value) of the others."""
+    values = {name: value for name, value in settings_by_name(config).items() if name != "run_dir"}
+    defaults = default_settings()
+    unchanged: dict[str, list[tuple[str, Any]]] = {}
+    for name, value in values.items():
+        if value == defaults.get(name):
+            unchanged.setdefault(name.partition(".")[0] if "." in name else "run", []).append((name, value))
+    changed = [(name, value, defaults.get(name)) for name, value in values.items() if value != defaults.get(name)]
+    return {"changed": changed, "unchanged": unchanged, "count": len(values) - len(changed)}
 
 
-def _cut(content: str, most: int) -> Content:
-    if not content.strip():
-        blank = "nothing" if not content else f"nothing but {len(content):,} blanks and line ends"
-        return tag("span", blank, cls="empty")
-    if len(content) <= most:
-        return content.strip("\n")
-    return [content[:most], tag("span", f" ... {len(content) - most:,} characters more", cls="empty")]
+def default_settings() -> dict[str, Any]:
+    """Return the default of each setting by its full name, as plain values; NO_DEFAULT if it must be set."""
+    defaults: dict[str, Any] = {}
+    hints = get_type_hints(Config)
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(hints[section.name]):
+            for setting in dataclasses.fields(hints[section.name]):
+                defaults[f"{section.name}.{setting.name}"] = _default(setting)
+        else:
+            defaults[section.name] = _default(section)
+    return defaults
 
 
-def data_part(run: RunRecords) -> Html:
-    """What was trained on and what held out."""
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default is not dataclasses.MISSING:
+        return as_plain(item.default)
+    return NO_DEFAULT if item.default_factory is dataclasses.MISSING else as_plain(item.default_factory())
+
+
+def _sources(data: Mapping[str, Any]) -> list[tuple[str, list[int | None], str]]:
+    """Return (split, its counts, its sources) of training and held-out data."""
     rows = []
     for split, title in (("train", "training"), ("eval", "held out")):
-        counts = run.data.get("splits", {}).get(split)
-        if counts is None:
-            continue
-        cells = [counts.get(name) for name in ("documents", "rows", "targets", "tokens")]
-        sources = ", ".join(_source(source) for source in counts.get("sources", []))
-        numbers = [tag("td", "" if value is None else f"{value:,}", cls="n") for value in cells]
-        rows.append(tag("tr", tag("th", title, scope="row"), numbers, tag("td", tag("code", sources), cls="long")))
-    if not rows:
-        return Html("")
-    heads = [tag("th", "", scope="col")]
-    heads += [tag("th", name, scope="col", cls="n") for name in ("documents", "rows", "trained tokens", "tokens")]
-    heads.append(tag("th", "from", scope="col"))
-    digest = run.data.get("content")
-    note = tag("p", "SHA-256 of the packed rows: ", tag("code", digest), cls="note") if digest else None
-    return text([table(heads, rows), note])
+        counts = data.get("splits", {}).get(split)
+        if counts is not None:
+            numbers = [counts.get(name) for name in ("documents", "rows", "targets", "tokens")]
+            rows.append((title, numbers, ", ".join(map(_source, counts.get("sources", [])))))
+    return rows
 
 
-def _source(source: dict[str, object]) -> str:
+def _source(source: Mapping[str, Any]) -> str:
     parts = [str(source.get("path", "?"))]
     if source.get("name"):
         parts.append(str(source["name"]))
@@ -212,54 +357,21 @@ def _source(source: dict[str, object]) -> str:
     return " ".join(parts) + (f" ({share:.0%})" if isinstance(share, float) and share < 1 else "")
 
 
-def saved_part(run: RunRecords) -> Html:
-    held_out = run.metrics.held_out.get("eval_loss")
-    rows = []
-    for saved in run.saved:
-        measured = None if held_out is None or saved.step is None else held_out.at(saved.step)
-        said = saved.what if saved.is_whole else f"{saved.what}, not whole"
-        rows.append(
-            tag(
-                "tr",
-                tag("th", tag("code", saved.name), scope="row"),
-                tag("td", said),
-                tag("td", "" if saved.step is None else f"{saved.step:,}", cls="n"),
-                tag("td", "" if measured is None else loss(measured), cls="n"),
-                tag("td", size(saved.nbytes), cls="n"),
-            )
-        )
-    heads = [tag("th", "folder", scope="col"), tag("th", "", scope="col")]
-    heads += [tag("th", name, scope="col", cls="n") for name in ("step", "held-out loss", "size")]
-    return table(heads, rows) if rows else Html("")
-
-
-def environment_part(run: RunRecords) -> Html:
-    """Which base, on which machines, by which versions."""
+def _environment(run: RunRecords) -> list[tuple[str, Any]]:
+    """Return (name, value) of the base, the machine and the versions."""
     model, machine = run.plan.get("model", {}), run.plan.get("machine", {})
-    base: dict[str, Content] = {}
+    rows: list[tuple[str, Any]] = []
     if run.config is not None:
-        base["base"] = tag("code", run.config.model.name or run.config.model.path)
+        rows.append(("base", run.config.model.name or run.config.model.path))
         if run.config.model.revision is not None:
-            base["revision"] = tag("code", run.config.model.revision)
+            rows.append(("revision", run.config.model.revision))
     if "parameters" in model:
-        base["kind"] = f"{model.get('model_type', '')}, {count(model['parameters'])} parameters"
-        if packed := model.get("parameters_in_4_bit"):
-            base["in 4 bits"] = f"{count(packed)} of them"
-    if "identity" in run.state and "base_fingerprint" in run.state["identity"]:
-        base["identity of the base"] = tag("code", run.state["identity"]["base_fingerprint"])
+        rows.append(("model type", f"{model.get('model_type', '')}, {count(model['parameters'])} parameters"))
+        if quantized := model.get("parameters_in_4_bit"):
+            rows.append(("in 4 bits", f"{count(quantized)} parameters"))
+    if "base_fingerprint" in run.state.get("identity", {}):
+        rows.append(("fingerprint of the base", run.state["identity"]["base_fingerprint"]))
     if "name" in machine and "ranks" in machine:
         ranks = machine["ranks"]
-        base["planned for"] = f"{machine['name']}, {ranks:,} process{'es' if ranks > 1 else ''}"
-    made_on = {name: tag("code", as_text(value)) for name, value in run.state.get("environment", {}).items()}
-    lists = [_pairs(base), _pairs(made_on)]
-    return tag("div", lists, cls="columns") if base or made_on else Html("")
-
-
-def _pairs(values: dict[str, Content]) -> Html:
-    rows = [tag("tr", tag("th", name, scope="row"), tag("td", value, cls="long")) for name, value in values.items()]
-    return tag("table", tag("tbody", rows)) if rows else Html("")
-
-
-def commands_part(commands: Sequence[tuple[str, str]]) -> Html:
-    rows = [text([tag("dt", tag("code", command)), tag("dd", said)]) for command, said in commands]
-    return tag("dl", rows, cls="commands") if rows else Html("")
+        rows.append(("planned for", f"{machine['name']}, {ranks:,} process{'es' if ranks > 1 else ''}"))
+    return rows + list(run.state.get("environment", {}).items())

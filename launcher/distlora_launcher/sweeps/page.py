@@ -18,7 +18,7 @@ from distlora.run_folder.sweep import (
 from distlora.system import atomic_io
 from distlora_launcher.launch.final_report import write_report
 from distlora_launcher.launch.lock import holders
-from distlora_launcher.report.run_records import Standing, noted
+from distlora_launcher.report.records import PageStatus, recorded
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora_launcher.sweeps.folder import load_sweep
 from distlora_launcher.sweeps.results import jobs_now
@@ -36,18 +36,18 @@ def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = Fal
     """The page of a sweep, as far as its folder can be read. `has_ended`: its last worker asks."""
     found = SweepRecords(folder=folder, settings=None, trials=[])
     is_over = True  # Of a search that cannot be read the trials alone tell.
-    with noted(found.problems):
+    with recorded(found.problems):
         if (folder / RESULTS_NAME).exists():
             found.trials = read_results(folder)
-    with noted(found.problems):
+    with recorded(found.problems):
         sweep = load_sweep(folder)
         found.settings, found.shared = sweep.settings, sweep.words
         search = search_of(sweep)
         found.conclusion = search.conclusion(found.trials)
         is_over = search.next(found.trials) is Due.END
-    with noted(found.problems):
+    with recorded(found.problems):
         found.importance, found.importance_by = read_importance(folder)
-    with noted(found.problems):
+    with recorded(found.problems):
         found.losses = training_losses(folder, found.trials, found.problems, most=most)
         linked = [trial.number for trial in found.trials if (trial.folder(folder) / REPORT_NAME).is_file()]
         found.links = frozenset(linked)
@@ -57,7 +57,7 @@ def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = Fal
     return sweep_report(found, stands)
 
 
-def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_ended: bool = False) -> Standing:
+def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_ended: bool = False) -> PageStatus:
     """How a sweep stands by its workers and its trials."""
     name = shlex.quote(str(folder))
     workers = [] if has_ended else holders(folder)
@@ -72,13 +72,15 @@ def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_
             (f"distlora status {name}", "how it stands now"),
             (f"distlora cancel {name}", "have it save and stop"),
         )
-        return Standing(state=state, said=said, commands=(*commands, again))
+        return PageStatus(state=state, headline=said, commands=(*commands, again))
     if is_over and trials and not any(trial.is_open for trial in trials):
         if any(trial.state == COMPLETE for trial in trials):
-            return Standing(state="done", said="is done", commands=(again,))
-        return Standing(state="failed", said="has ended, and no trial of it was trained to its end", commands=(again,))
+            return PageStatus(state="done", headline="is done", commands=(again,))
+        return PageStatus(
+            state="failed", headline="has ended, and no trial of it was trained to its end", commands=(again,)
+        )
     resume = (f"distlora resume {name}", "go on with it: trials that were begun from their newest checkpoints")
-    return Standing(state="stopped", said="has stopped before its end", commands=(resume, again))
+    return PageStatus(state="stopped", headline="has stopped before its end", commands=(resume, again))
 
 
 def write_at_end(folder: Path) -> None:

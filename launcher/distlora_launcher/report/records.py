@@ -1,0 +1,367 @@
+"""Read what a run folder holds for its report, in whatever state it is; what cannot be read is listed as a problem."""
+
+from __future__ import annotations
+
+import contextlib
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from distlora.config import Config, UserError
+from distlora.config.errors import in_one_line
+from distlora.config.file import load_config
+from distlora.config.json_files import (
+    Shape,
+    check_shape,
+    parse_object,
+    read_object,
+)
+from distlora.planner.memory.measured import RECORDED
+from distlora.run_folder.checkpoints import MANIFEST_NAME, STATE_NAME, step_of
+from distlora.run_folder.layout import (
+    BEST_NAME,
+    BEST_STEP_NAME,
+    DATA_NAME,
+    ENVIRONMENT,
+    METRICS_NAME,
+    PLAN_NAME,
+    SUMMARY_NAME,
+    checkpoint_folders,
+    find_result,
+)
+
+SAMPLES_NAME = "samples.jsonl"
+MAX_POINTS = 600
+"""Points of a drawn curve: more than a screen has columns for it."""
+SMOOTHED_FROM = 12
+"""Values from which their mean is drawn beside them."""
+_LINE_KEYS = ("step", "time")
+_MAX_NUMBER = 1e200
+"""Larger numbers are left out: sums of them leave what a float holds."""
+
+
+_NUMBER = (float, type(None))
+_BYTES: Shape = {"*": int}
+_PLAN: Shape = RECORDED | {
+    "model?": {"name?": str, "model_type?": str, "parameters?": int, "parameters_in_4_bit?": int},
+    "machine?": RECORDED["machine?"] | {"name?": str, "ranks?": int, "ranks_per_machine?": int, "host_bytes?": _NUMBER},
+    "host?": {"while_training?": float, "machine?": float},
+    "disk?": {"checkpoint?": float, "result?": float},
+    "wire?": {"gathered?": float, "reduced?": float, "reduced_rows?": float, "scattered?": float},
+    "time?": ({"tokens_per_second?": float, "seconds?": float}, type(None)),
+    "fits?": (bool, type(None)),
+    "trials?": int,
+}
+_SUMMARY: Shape = {
+    "parameters_without_gradient?": [str],
+    "best_step?": (int, type(None)),
+    **{
+        f"{name}?": _NUMBER
+        for name in (
+            "peak_memory_bytes",
+            "trainable_parameters",
+            "active_parameters",
+            "train_seconds",
+            "tokens_per_second",
+            "bits_per_parameter",
+            "adapter_bytes",
+            "gathered_bytes_per_step",
+            "reduced_bytes_per_step",
+            "scattered_bytes_per_step",
+            "base_eval_loss",
+            "initial_eval_loss",
+            "eval_loss",
+            "best_eval_loss",
+            "memory/peak",
+            "memory/planned",
+        )
+    },
+}
+_SOURCE: Shape = {
+    "path?": str,
+    "name?": (str, type(None)),
+    "split?": (str, type(None)),
+    "commit?": (str, type(None)),
+    "documents?": int,
+    "targets?": int,
+    "share?": _NUMBER,
+}
+_DATA: Shape = {
+    "content?": str,
+    "splits?": {"*": {"documents?": int, "rows?": int, "tokens?": int, "targets?": int, "sources?": [_SOURCE]}},
+}
+_STATE: Shape = {
+    "environment?": ENVIRONMENT,
+    "identity?": {"base_fingerprint?": str, "data_digest?": str},
+}
+_SAMPLE: Shape = {"step": int, "prompt": str, "text": str}
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Finite values, by rising steps."""
+
+    steps: Sequence[float]
+    values: Sequence[float]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def is_constant(self) -> bool:
+        return len(set(self.values)) <= 1
+
+    def at(self, step: float) -> float | None:
+        """Return the value at exactly this step."""
+        index = bisect_left(self.steps, step)
+        return self.values[index] if index < len(self) and self.steps[index] == step else None
+
+    def lowest(self) -> tuple[float, float]:
+        """Return (step, value) of the smallest value."""
+        index = min(range(len(self)), key=self.values.__getitem__)
+        return self.steps[index], self.values[index]
+
+
+@dataclass(slots=True)
+class Metrics:
+    """The readable records of RUN/metrics.jsonl."""
+
+    training: dict[str, Series] = field(default_factory=dict)
+    """Figures of training steps, by name."""
+    held_out: dict[str, Series] = field(default_factory=dict)
+    """Figures of evaluations, by name; step 0 is before the first step."""
+    non_finite: list[tuple[int, str]] = field(default_factory=list)
+    """(step, figure) of what was NaN or infinite."""
+    damaged: int = 0
+    """Number of lines that are no record of a step."""
+    step: int = 0
+    """The last step recorded."""
+    began: float | None = None
+    ended: float | None = None
+    """Times of the first and the last line, in seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PageStatus:
+    """The state of a run or sweep while its report is written."""
+
+    state: str
+    """queued, running, ending, done, stopped, failed, ended, new."""
+    headline: str
+    """The state as the end of a sentence: `has stopped after step 40, which is saved`."""
+    error: str | None = None
+    """The whole error of a failed run."""
+    commands: tuple[tuple[str, str], ...] = ()
+    """(command, what it does) of the commands to type next."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """Text that the model wrote after a step."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A folder of tensors in a run folder."""
+
+    name: str
+    what: str
+    step: int | None
+    nbytes: int
+    is_whole: bool
+    """Whether the save was completed; `distlora verify` checks its bytes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunRecords:
+    """A run folder as far as it can be read."""
+
+    folder: Path
+    config: Config | None = None
+    """None if the settings are damaged."""
+    metrics: Metrics = field(default_factory=Metrics)
+    plan: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    """state.json of the newest checkpoint."""
+    samples: list[Sample] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """One sentence for each record that could not be read."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name if self.config is None else self.config.name
+
+
+def read_run(folder: Path) -> RunRecords:
+    """Read everything in a run folder. Raises nothing for missing or damaged records."""
+    found = RunRecords(folder=folder)
+    problems = found.problems
+    with recorded(problems):
+        found.config = load_config(folder)
+    with recorded(problems):
+        found.metrics = read_metrics(folder / METRICS_NAME)
+    if found.metrics.damaged:
+        lines = "a line is" if found.metrics.damaged == 1 else f"{found.metrics.damaged:,} lines are"
+        problems.append(f"{METRICS_NAME}: {lines} no record of a step, and left out")
+    found.plan = _record(folder / PLAN_NAME, _PLAN, problems)
+    found.summary = _record(folder / SUMMARY_NAME, _SUMMARY, problems)
+    found.data = _record(folder / DATA_NAME, _DATA, problems)
+    with recorded(problems):
+        found.samples = _samples(folder / SAMPLES_NAME, problems)
+    with recorded(problems):
+        found.saved = _saved(folder, problems)
+    with recorded(problems):
+        found.state = _newest_state(folder, problems)
+    return found
+
+
+@contextlib.contextmanager
+def recorded(problems: list[str]) -> Iterator[None]:
+    """Turn an error of reading into a problem, so that the rest of the page is made."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(in_one_line(f"{error.filename or 'a file'}: {error.strerror or error}"))
+
+
+def _record(path: Path, shape: Shape, problems: list[str]) -> dict[str, Any]:
+    """Return the object in a file; an empty one if it is missing or damaged."""
+    with recorded(problems):
+        if path.exists() or path.is_symlink():
+            values = read_object(path, "it is left out of this report")
+            check_shape(values, shape, path, "it is left out of this report")
+            return values
+    return {}
+
+
+def _samples(path: Path, problems: list[str]) -> list[Sample]:
+    found, damaged = [], 0
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            entry = parse_object(line, "", "")
+            check_shape(entry, _SAMPLE, "", "")
+            found.append(Sample(step=entry["step"], prompt=entry["prompt"], text=entry["text"]))
+        except UserError:
+            damaged += number < len(lines) - 1  # The last may be cut off.
+    if damaged:
+        problems.append(f"{path.name}: {damaged:,} line{'s are' if damaged > 1 else ' is'} no sample, and left out")
+    return found
+
+
+def _newest_state(folder: Path, problems: list[str]) -> dict[str, Any]:
+    states = [step / STATE_NAME for step in checkpoint_folders(folder) if (step / STATE_NAME).is_file()]
+    return _record(states[-1], _STATE, problems) if states else {}
+
+
+def _saved(folder: Path, problems: list[str]) -> list[Saved]:
+    """Return the checkpoints, oldest first, then the best one and the result."""
+    found = []
+    for step in checkpoint_folders(folder):
+        is_whole = (step / MANIFEST_NAME).is_file()
+        found.append(_saved_folder(step, f"checkpoints/{step.name}", "checkpoint", step_of(step), is_whole=is_whole))
+    if (best := folder / BEST_NAME).is_dir():
+        number = _record(best / BEST_STEP_NAME, {"step?": int}, problems).get("step")
+        found.append(_saved_folder(best, BEST_NAME, "lowest held-out loss", number))
+    if (result := find_result(folder)) is not None:
+        found.append(_saved_folder(result, result.name, "result", None))
+    return found
+
+
+def _saved_folder(folder: Path, name: str, what: str, step: int | None, *, is_whole: bool = True) -> Saved:
+    nbytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return Saved(name=name, what=what, step=step, nbytes=nbytes, is_whole=is_whole)
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read the figures of a run; lines that are no record are counted. Raises OSError if the file cannot be read."""
+    found = Metrics()
+    if not path.is_file():  # Reading a pipe would wait for a writer.
+        return found
+    points: dict[tuple[bool, str], dict[int, float]] = {}
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        entry = _entry(line)
+        if entry is None:
+            # A run that goes on, or a kill, has cut off the last.
+            found.damaged += bool(line.strip()) and number < len(lines) - 1
+            continue
+        step, is_held_out = entry["step"], "eval_loss" in entry
+        found.step = max(found.step, step)
+        if is_number(when := entry.get("time")):
+            found.began = when if found.began is None else found.began
+            found.ended = when
+        for name, value in entry.items():
+            if is_number(value) and name not in _LINE_KEYS:
+                points.setdefault((is_held_out, name), {})[step] = float(value)
+            elif value is None:
+                found.non_finite.append((step, name))
+    for (is_held_out, name), values in points.items():
+        (found.held_out if is_held_out else found.training)[name] = series_of(values)
+    return found
+
+
+def series_of(values: Mapping[int, float]) -> Series:
+    steps = sorted(values)
+    return Series(steps, [values[step] for step in steps])
+
+
+def smoothed(series: Series, window: int) -> Series:
+    """Return the centred mean of `window` values; near the ends of fewer, down to a quarter of them."""
+    sums = [0.0, *accumulate(series.values)]
+    half, count = window // 2, len(series)
+    inside = range(half // 4, count - half // 4)
+    means = []
+    for index in inside:
+        reach = min(half, index, count - 1 - index)
+        means.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+    return Series([series.steps[index] for index in inside], means)
+
+
+def window_of(series: Series) -> int:
+    """Return an odd smoothing window, about a sixteenth of the values."""
+    return max(5, len(series) // 16) | 1
+
+
+def thinned(series: Series, most: int = MAX_POINTS) -> Series:
+    """Return at most `most` points: both ends, and the smallest and largest value of each part, so no spike is lost."""
+    count = len(series)
+    if count <= most:
+        return series
+    kept = {0, count - 1}
+    parts = most // 2 - 1
+    for part in range(parts):
+        inside = range(count * part // parts, count * (part + 1) // parts)
+        kept |= {min(inside, key=series.values.__getitem__), max(inside, key=series.values.__getitem__)}
+    indices = sorted(kept)
+    return Series([series.steps[index] for index in indices], [series.values[index] for index in indices])
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a number whose sums stay within a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MAX_NUMBER
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    if not line.startswith(b"{"):
+        return None
+    try:
+        entry = parse_object(line, "", "")
+    except UserError:
+        return None
+    step = entry.get("step")
+    return entry if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 1 << 53 else None

@@ -156,7 +156,8 @@ def _levels_in_reach(chart: Chart, values: Sequence[float]) -> list[tuple[str, f
 def parallel_coordinates(names: Sequence[str], trials: Sequence[tuple[Sequence[Any], bool]]) -> Figure | None:
     """Draw an axis per name and a line per trial, given as (its values, whether it is the best).
 
-    Only the last value of a trial may be None; its line ends before that. Returns None for fewer than two trials or axes.
+    Only the last value of a trial may be None; its line ends before that. Returns None for fewer than two trials or
+    axes.
     """
     if len(trials) < 2 or len(names) < 2:
         return None

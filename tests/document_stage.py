@@ -215,8 +215,8 @@ def completed(command: Command, words: Sequence[str]) -> list[str]:
         words = [*words, "--dry-run"]
     if command.mark == "machines":
         words = [re.sub(r"^(cluster.rdzv_endpoint=)[^:]+", r"\g<1>127.0.0.1", word) for word in words]
-    if command.cards is not None and not any(word.startswith("card=") for word in words):
-        words = [*words, f"card={command.cards[1]}"]
+    if command.cards is not None and not any(word.startswith("gpu=") for word in words):
+        words = [*words, f"gpu={command.cards[1]}"]
     return words
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from distlora.architecture.known import ARCHITECTURES
 from distlora.config import Config
-from distlora.config.gpus import CARDS
+from distlora.config.gpus import GPUS
 from distlora.planner import Machine
 from distlora.planner.model import PlannedModel, built_in
 from small_models import config_with
@@ -31,13 +31,13 @@ def model_of(name: str, **settings: Any) -> PlannedModel:
     return built_in(name, {**ARCHITECTURES[MODELS[name]], **settings})
 
 
-def machine_of(card: str = "h100", *, ranks: int = 1, per_machine: int = 8, **values: Any) -> Machine:
-    """Machines of up to `per_machine` cards, as the table has them but for `values`."""
-    known = CARDS[card]
+def machine_of(gpu: str = "h100", *, ranks: int = 1, per_machine: int = 8, **values: Any) -> Machine:
+    """Machines of up to `per_machine` GPUs, as the table has them but for `values`."""
+    known = GPUS[gpu]
     machine = Machine(
         name=known.title,
         is_gpu=True,
-        card=known,
+        gpu=known,
         usable_bytes=known.usable_bytes,
         host_bytes=None,
         ranks=ranks,
@@ -57,7 +57,7 @@ def cpu_machine(ranks: int) -> Machine:
     return Machine(
         name="CPU",
         is_gpu=False,
-        card=None,
+        gpu=None,
         usable_bytes=None,
         host_bytes=None,
         ranks=ranks,

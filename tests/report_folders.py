@@ -16,7 +16,7 @@ MOMENT = 1_795_655_700.0
 VOID = {"meta", "br", "img", "col", "link", "input", "base"}
 PLAN = {
     "model": {"name": "llama", "model_type": "llama", "parameters": 448608, "parameters_in_4_bit": 255744},
-    "machine": {"name": "CPU", "is_gpu": False, "card": None, "ranks": 2, "ranks_per_machine": 2, "host_bytes": None},
+    "machine": {"name": "CPU", "is_gpu": False, "gpu": None, "ranks": 2, "ranks_per_machine": 2, "host_bytes": None},
     "fits": True,
     "device": {
         "total": 7_000_000,

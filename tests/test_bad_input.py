@@ -223,15 +223,15 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["adapter=full", "quant=none", "+adapter.target_parameters=[experts.down_proj]"],
         ["adapter.target_parameters has no effect with adapter=full"],
     ),
-    "a card that is too small": (
+    "a GPU that is too small": (
         nothing,
-        ["card.memory_gib=0.6001"],
-        ["does not fit a card of 0.6001 GiB by calculation: it needs", "; plan.refuse=false starts it all the same"],
+        ["gpu.memory_gib=0.6001"],
+        ["does not fit a GPU of 0.6001 GiB by calculation: it needs", "; plan.refuse=false starts it all the same"],
     ),
-    "a card that is too small for what is chosen": (
+    "a GPU that is too small for what is chosen": (
         nothing,
-        ["card.memory_gib=0.60003", "plan=auto", "quant=auto"],
-        ["does not fit a card of 0.60003 GiB", "at the least", "plan.refuse=false"],
+        ["gpu.memory_gib=0.60003", "plan=auto", "quant=auto"],
+        ["does not fit a GPU of 0.60003 GiB", "at the least", "plan.refuse=false"],
     ),
     "several nodes": (nothing, ["cluster.nodes=2"], ["set cluster=slurm, or cluster=torchrun"]),
     "a sweep's second job": (nothing, ["-m", "adapter.r=4,0"], ["adapter.r=0"]),

@@ -115,7 +115,7 @@ def test_train_is_a_hydra_application(capsys: pytest.CaptureFixture[str], place:
         ("distlora tr", "train"),
         ("distlora train adapter=", "adapter=dora adapter=full adapter=lora"),
         ("distlora train -m train.se", "train.seed="),
-        ("distlora plan card=rtx4", "card=rtx4090"),
+        ("distlora plan gpu=rtx4", "gpu=rtx4090"),
         ("distlora resume ", ""),
     ],
 )

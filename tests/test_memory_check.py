@@ -66,12 +66,12 @@ def test_kinds_are_held_to_those_of_the_moment_that_was_the_peak() -> None:
     assert said.endswith("most of it is gathered, communication: 700 MB measured, 0 B planned")
 
 
-def test_what_a_plan_took_for_granted_of_a_card_it_did_not_know_is_no_miss() -> None:
+def test_what_a_plan_took_for_granted_of_a_gpu_it_did_not_know_is_no_miss() -> None:
     off = rank("block", **BLOCK | {"kept": 300_000_000})
     for machine, warns in (
-        ({"is_gpu": True, "card": None}, False),
-        ({"is_gpu": True, "card": "h100"}, True),
-        ({"is_gpu": False, "card": None}, True),
+        ({"is_gpu": True, "gpu": None}, False),
+        ({"is_gpu": True, "gpu": "h100"}, True),
+        ({"is_gpu": False, "gpu": None}, True),
     ):
         record = PLAN | {"machine": machine}
         assert (measured.warning(off, record) is not None) == warns

@@ -53,18 +53,18 @@ from small_models import config_with
 GB = 10**9
 
 
-def machine(card: str, ranks: int, *, each: int = 8, usable: float | None = None) -> Machine:
-    """Machines of up to `each` cards; `usable`: of a card, in GB, where it is another than the table's."""
-    where = machine_of(card, ranks=ranks, per_machine=each, host_bytes=2000 * GB)
+def machine(gpu: str, ranks: int, *, each: int = 8, usable: float | None = None) -> Machine:
+    """Machines of up to `each` GPUs; `usable`: of a GPU, in GB, where it is another than the table's."""
+    where = machine_of(gpu, ranks=ranks, per_machine=each, host_bytes=2000 * GB)
     return where if usable is None else dataclasses.replace(where, usable_bytes=int(usable * GB))
 
 
 def without_rates(where: Machine) -> Machine:
-    return dataclasses.replace(where, card=None, flops=None, bandwidth=None, link=None, host_link=None, network=None)
+    return dataclasses.replace(where, gpu=None, flops=None, bandwidth=None, link=None, host_link=None, network=None)
 
 
 def cpu(ranks: int, host: float) -> Machine:
-    """A machine without cards, of which `host` GB can be had."""
+    """A machine without GPUs, of which `host` GB can be had."""
     return dataclasses.replace(cpu_machine(ranks), host_bytes=int(host * GB), usable_bytes=int(host * GB) // ranks)
 
 
@@ -139,8 +139,8 @@ CUTS = {"parallel.shard_degree", "parallel.backend"}
         (cpu(2, 14.2), {*CUTS, "train.keep_dequantized"}, {"train": {"global_batch": 8}}),
     ],
     ids=[
-        "one card",
-        "four cards",
+        "one GPU",
+        "four GPUs",
         "resident blocks",
         "two machines",
         "long rows",
@@ -208,14 +208,14 @@ def test_quant_auto_compares_the_best_of_either_base(name: str, where: Machine, 
     assert f"{size(in_16_bits.device.total)} of" in why
 
 
-def test_quant_auto_keeps_what_is_in_nf4_already_and_asks_for_no_card_that_it_does_not_know() -> None:
+def test_quant_auto_keeps_what_is_in_nf4_already_and_asks_for_no_gpu_that_it_does_not_know() -> None:
     said, model = config_of(1, quant={"method": "auto"}), model_of("8b")
     packed = dataclasses.replace(model, settings={**model.settings, "quantization_config": {"quant_method": "bnb"}})
     assert str(choose(said, CHOSEN, packed, machine("h100", 1)).changes[0]) == "quant=nf4: 8b is in NF4 already"
     unknown = dataclasses.replace(machine("h100", 1), usable_bytes=None)
     found = choose(said, (), model, unknown)
     assert found.config == with_settings(said, {"quant.method": "nf4"})
-    assert str(found.changes[0]) == "quant=nf4: how much memory the card has is not known"
+    assert str(found.changes[0]) == "quant=nf4: how much memory the GPU has is not known"
 
 
 def test_auto_is_read_by_nobody_before_it_is_decided() -> None:
@@ -260,25 +260,25 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
             r"set data\.sequence_length=65536 train\.checkpointing=offload \([\d.]+ GB\)$",
         ),
         ("8b", cpu(4, 18.0), {}, r"set cluster\.gpus_per_node=[123] \([\d.]+ GB\)$"),
-        ("405b", cpu(4, 18.0), {}, r"name the cards that it is for, as card=h100 "),
+        ("405b", cpu(4, 18.0), {}, r"name the GPUs that it is for, as gpu=h100 "),
         (
             "70b",
             dataclasses.replace(machine("rtx4090", 2), host_bytes=30 * GB),
             {},
-            r"take 3 such cards with cluster\.gpus_per_node=3 train\.checkpointing=offload \([\d.]+ GB\), or take 2 x ",
+            r"take 3 such GPUs with cluster\.gpus_per_node=3 train\.checkpointing=offload \([\d.]+ GB\), or take 2 x ",
         ),
         (
             "70b",
             machine("rtx4090", 1),
             {},
-            r"take 2 such cards with cluster\.gpus_per_node=2 parallel\.backend=zero3 parallel\.offload_base=true "
-            r"\([\d.]+ GB\), or take one A40 48 GB with card=a40 train\.checkpointing=offload \([\d.]+ GB\)$",
+            r"take 2 such GPUs with cluster\.gpus_per_node=2 parallel\.backend=zero3 parallel\.offload_base=true "
+            r"\([\d.]+ GB\), or take one A40 48 GB with gpu=a40 train\.checkpointing=offload \([\d.]+ GB\)$",
         ),
         (
             "405b",
             dataclasses.replace(machine("rtx4090", 2), host_bytes=30 * GB),
             {},
-            r"take 2 x H200 141 GB with card=h200 parallel\.backend=zero3 parallel\.prefetch=false \([\d.]+ GB\)$",
+            r"take 2 x H200 141 GB with gpu=h200 parallel\.backend=zero3 parallel\.prefetch=false \([\d.]+ GB\)$",
         ),
     ],
     ids=[
@@ -288,8 +288,8 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
         "fewer processes",
         "no CPU",
         "the host lacks",
-        "more cards",
-        "cards with NVLink",
+        "more GPUs",
+        "GPUs with NVLink",
     ],
 )
 def test_the_nearest_that_fits_is_the_smallest_change(
@@ -300,18 +300,18 @@ def test_the_nearest_that_fits_is_the_smallest_change(
     assert not has_room(plan)
     found = nearest(said, model, where)
     assert re.match(expected, str(found)), str(found)
-    for one in filter(None, (found.same, found.other, found.more, found.card)):
+    for one in filter(None, (found.same, found.other, found.more, found.gpu)):
         assert has_room(one.plan)
         assert one.plan == plan_of(with_settings(said, one.settings), model, one.plan.machine)
         for left_out in one.settings if len(one.settings) > 1 else ():
             fewer = {name: value for name, value in one.settings.items() if name != left_out}
             with contextlib.suppress(UserError):
                 config = with_settings(said, fewer)
-                there = with_ranks(where, config) if left_out.startswith(("cluster.", "card.")) else one.plan.machine
+                there = with_ranks(where, config) if left_out.startswith(("cluster.", "gpu.")) else one.plan.machine
                 assert not has_room(plan_of(config, model, there)), f"{left_out} is not needed"
-    if found.card is not None:
-        there = dataclasses.replace(machine_asked_for(found.card.plan.config), host_bytes=where.host_bytes)
-        assert found.card.plan.machine == there, "what is planned for by its words"
+    if found.gpu is not None:
+        there = dataclasses.replace(machine_asked_for(found.gpu.plan.config), host_bytes=where.host_bytes)
+        assert found.gpu.plan.machine == there, "what is planned for by its words"
     alone = [config for move in moves(plan) if (config := if_valid(said, move)) is not None]
     fitting = [each for config in alone if has_room(each := plan_of(config, model, with_ranks(where, config)))]
     if fitting:
@@ -325,7 +325,7 @@ def test_the_nearest_that_fits_is_the_smallest_change(
     if found.same is found.other is None:
         assert found.least is not None
         assert not has_room(found.least)
-        lacks = "a card" if found.least.lacks() == "device" else "host memory" if where.is_gpu else "a machine"
+        lacks = "a GPU" if found.least.lacks() == "device" else "host memory" if where.is_gpu else "a machine"
         assert re.match(rf"[\d.]+ [GT]B (of )?a( machine's)? ?{lacks.removeprefix('a ')} \(", needs(found.least))
 
 

@@ -1,4 +1,4 @@
-"""`distlora plan`: what it prints for models and cards that are not here, and what it refuses."""
+"""`distlora plan`: what it prints for models and GPUs that are not here, and what it refuses."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from distlora_launcher.cli import main, plan_table
 from distlora_launcher.compose.compose import compose_config
 from launcher_fakes import write_model
 
-SEVENTY_ON_TWO = ["model=llama3_70b", "cluster.gpus_per_node=2", "card=rtx4090"]
+SEVENTY_ON_TWO = ["model=llama3_70b", "cluster.gpus_per_node=2", "gpu=rtx4090"]
 GOLDEN = Path(__file__).parent / "golden" / "plan"
 PROMISED = {
     "llama3_70b_2_rtx4090": SEVENTY_ON_TWO,
-    "llama3_405b_8_h100": ["model=llama3_405b", "cluster.gpus_per_node=8", "card=h100"],
+    "llama3_405b_8_h100": ["model=llama3_405b", "cluster.gpus_per_node=8", "gpu=h100"],
 }
 """The commands that were asked for, and the pages that they print."""
 _FIGURE = re.compile(r"(\d[\d,]*\.?\d*)(%?)")
@@ -86,7 +86,7 @@ def figures_of(page: str) -> list[tuple[float, str]]:
 
 
 def test_a_page_of_any_model_is_one_screen() -> None:
-    config = compose_config(["card=h200", "cluster.gpus_per_node=8"], may_lack_paths=True)
+    config = compose_config(["gpu=h200", "cluster.gpus_per_node=8"], may_lack_paths=True)
     for settings, name in {id(settings): (settings, name) for name, settings in ARCHITECTURES.items()}.values():
         lines = report.page(plan_of(config, built_in(name, settings), machine_of(config))).splitlines()
         assert any(line.startswith("fits        yes: ") for line in lines), name
@@ -95,7 +95,7 @@ def test_a_page_of_any_model_is_one_screen() -> None:
 
 
 def test_what_is_not_counted_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("model=qwen3_8b", "card=h100", "quant=none", "train.dtype=fp32")
+    words = ("model=qwen3_8b", "gpu=h100", "quant=none", "train.dtype=fp32")
     text = printed(capsys, *words)
     assert "not counted what a GPU's attention with dense masks makes" in text
     assert "not counted" not in printed(capsys, *words[:2])
@@ -120,9 +120,9 @@ def test_parts_of_a_page_add_up() -> None:
 
 
 def test_rows_that_nobody_fills_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    run = ["model=llama3_8b", "card=h100", "cluster=slurm", "cluster.nodes=128", "cluster.gpus_per_node=8"]
+    run = ["model=llama3_8b", "gpu=h100", "cluster=slurm", "cluster.nodes=128", "cluster.gpus_per_node=8"]
     page = " ".join(printed(capsys, *run).split())
-    assert "1,016 of 1,024 rows that 1,024 cards compute in a step are empty" in page
+    assert "1,016 of 1,024 rows that 1,024 GPUs compute in a step are empty" in page
     assert "train.global_batch=1024" in page
     full = (*run, "train.global_batch=1024")
     assert "are empty" not in printed(capsys, *full)
@@ -153,7 +153,7 @@ def test_a_run_s_start_says_what_lacks() -> None:
 def test_what_a_program_reads_is_what_a_person_does(capsys: pytest.CaptureFixture[str]) -> None:
     plan = calculated(capsys, *SEVENTY_ON_TWO)
     assert plan["model"]["parameters"] == 70_553_706_496
-    assert plan["machine"]["card"] == "rtx4090"
+    assert plan["machine"]["gpu"] == "rtx4090"
     assert plan["device"]["total"] == sum(plan["device"]["by_kind"].values())
     assert plan["fits"] is (plan["device"]["total"] <= plan["machine"]["usable_bytes"])
     assert plan["settings"]["cluster"]["gpus_per_node"] == 2
@@ -174,12 +174,12 @@ def test_where_it_does_not_fit_the_page_says_what_would(capsys: pytest.CaptureFi
     assert fitting["device"]["total"] == near["total"]
     assert f"would fit   set {words[0]}" in (page := printed(capsys, *SEVENTY_ON_TWO))
     assert page.count(words[-1]) == 1, "said once"
-    whole = ("model=llama3_70b", "adapter=full", "quant=none", "cluster.gpus_per_node=8", "card=h100")
-    assert "take 16 such cards" in printed(capsys, *whole)
+    whole = ("model=llama3_70b", "adapter=full", "quant=none", "cluster.gpus_per_node=8", "gpu=h100")
+    assert "take 16 such GPUs" in printed(capsys, *whole)
 
 
 def test_what_is_chosen_is_said_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model=llama3_8b", "card=rtx4090"]
+    words = ["model=llama3_8b", "gpu=rtx4090"]
     given, chosen = calculated(capsys, *words), calculated(capsys, *words, "plan=auto", "quant=auto")
     assert given["chosen"] == []
     assert chosen["settings"]["quant"]["method"] == "none", "16 bits fit"
@@ -196,7 +196,7 @@ def test_what_is_chosen_is_said_with_its_reason(capsys: pytest.CaptureFixture[st
 def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
     capsys: pytest.CaptureFixture[str], place: Path
 ) -> None:
-    words = ["--table", "--models", "llama3_8b,llama3_70b", "--cards", "rtx4090,h100x16"]
+    words = ["--table", "--models", "llama3_8b,llama3_70b", "--gpus", "rtx4090,h100x16"]
     assert main.main(["plan", *words, "--plot", "memory.png"]) == 0
     output = capsys.readouterr()
     header, rule, *rows = (line for line in output.out.splitlines() if line.startswith("|"))
@@ -207,14 +207,14 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
     assert "no: " in rows[1].split("|")[2]
     assert output.err == "drawn in memory.png\n"
     assert (place / "memory.png").read_bytes().startswith(b"\x89PNG")
-    (plan,) = json.loads(printed(capsys, "--table", "--models", "llama3_8b", "--cards", "h100x16", "--json"))
-    assert (plan["model"]["name"], plan["cards"]) == ("NousResearch/Meta-Llama-3.1-8B-Instruct", "h100x16")
+    (plan,) = json.loads(printed(capsys, "--table", "--models", "llama3_8b", "--gpus", "h100x16", "--json"))
+    assert (plan["model"]["name"], plan["gpus"]) == ("NousResearch/Meta-Llama-3.1-8B-Instruct", "h100x16")
     assert plan["machine"]["ranks"] == 16
     assert plan["settings"]["quant"]["method"] == "none", "chosen"
 
 
 def test_a_table_says_where_settings_cannot_be(capsys: pytest.CaptureFixture[str], place: Path) -> None:
-    words = ["--table", "--models", "llama3_8b,llama3_1b", "--cards", "a10,h100x2", "parallel.resident_blocks=20"]
+    words = ["--table", "--models", "llama3_8b,llama3_1b", "--gpus", "a10,h100x2", "parallel.resident_blocks=20"]
     cells = [[cell.strip() for cell in row.split("|")[2:4]] for row in printed(capsys, *words).splitlines()[2:4]]
     assert [[cell == "cannot be" for cell in row] for row in cells] == [[True, False], [True, True]]
     found = json.loads(printed(capsys, *words, "--json"))
@@ -226,12 +226,12 @@ def test_a_table_looks_at_all_names_before_it_calculates(
 ) -> None:
     monkeypatch.setattr(plan_table, "choose", lambda *_: pytest.fail("chosen for nothing"))
     assert "there is no model of that name" in refused(capsys, "--table", "--models", "llama3_8b,lama3")
-    assert "there is no card" in refused(capsys, "--table", "--models", "llama3_8b", "--cards", "h100,h10")
+    assert "there is no GPU" in refused(capsys, "--table", "--models", "llama3_8b", "--gpus", "h100,h10")
 
 
 def test_every_word_of_a_cell_is_explained() -> None:
     """Of settings that have all words between them."""
-    words = ["model=llama3_8b", "card=h100", "cluster.gpus_per_node=8"]
+    words = ["model=llama3_8b", "gpu=h100", "cluster.gpus_per_node=8"]
     more = (
         ["parallel=zero3", "parallel.offload_base=true", "train.checkpointing=offload"],
         ["adapter=full", "quant=none", "train.accumulate=block"],
@@ -252,10 +252,10 @@ def test_every_word_of_a_cell_is_explained() -> None:
 
 
 def test_a_run_scales_by_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model=llama3_70b", "card=h100", "cluster.gpus_per_node=8", "--scaling"]
+    words = ["model=llama3_70b", "gpu=h100", "cluster.gpus_per_node=8", "--scaling"]
     rows = [line.split("|")[1:-1] for line in printed(capsys, *words).splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1,024"]
-    assert [row[2].strip() for row in rows[3:5]] == ["2", "4"], "as many on each card"
+    assert [row[2].strip() for row in rows[3:5]] == ["2", "4"], "as many on each GPU"
     weak, strong = (json.loads(printed(capsys, *words, *more, "--json")) for more in ([], ["--strong", "--fabrics"]))
     assert {row["rows"] for row in strong} == {8}
     assert len({row["fabric"] for row in strong}) > 3
@@ -275,37 +275,37 @@ def test_a_plan_of_a_folder_is_of_what_lies_there(capsys: pytest.CaptureFixture[
     assert not (place / "runs").exists()
 
 
-EIGHT = ("card=h100", "cluster.gpus_per_node=8")
+EIGHT = ("gpu=h100", "cluster.gpus_per_node=8")
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         ([], ["no model is named", "model=llama3_8b", "qwen3_235b_a22b"]),
-        (["card=h100"], ["no model is named"]),
+        (["gpu=h100"], ["no model is named"]),
         (["llama3_8b"], ["'llama3_8b' is no setting", "model=llama3_8b"]),
         (["model=llama3_8"], ["did you mean 'llama3_8b'?"]),
-        (["model=llama3_8b", "card=rtx4900"], ["did you mean 'rtx4090'?"]),
-        (["model=llama3_8b", "card.memory_gib=0"], ["card.memory_gib=0", "above 0"]),
+        (["model=llama3_8b", "gpu=rtx4900"], ["did you mean 'rtx4090'?"]),
+        (["model=llama3_8b", "gpu.memory_gib=0"], ["gpu.memory_gib=0", "above 0"]),
         (["model=llama3_8b", *EIGHT, "parallel.resident_blocks=40"], ["more than the 32 blocks of this model"]),
         (["model=mixtral_8x7b", "train.mlp_tile=512"], ["train.mlp_tile=512", "leave it out"]),
         (["model=llama3_8b", "train.router_aux_loss=0.1"], ["balances routers, and llama has none"]),
         (["model=llama3_8b", "adapter.init=pissa", "adapter.r=5000"], ["q_proj, which has 4096", "adapter.r=4096"]),
-        (["--table", "--cards", "a10", "parallel=zero3", "parallel.offload_base=true"], ["no effect in one process"]),
+        (["--table", "--gpus", "a10", "parallel=zero3", "parallel.offload_base=true"], ["no effect in one process"]),
         (["--table", "--models", "llama3_8"], ["--models llama3_8", "did you mean 'llama3_8b'?"]),
         (["--table", "--models", "llama3_8b,"], ["--models 'llama3_8b,' names nothing"]),
-        (["--table", "--cards", "h100x12"], ["12 cards", "write h100x8"]),
-        (["--table", "--cards", "h10x8"], ["there is no card 'h10'", "did you mean 'h100'?"]),
-        (["--table", "--cards", "h100x0"], ["0 cards", "write h100x1"]),
+        (["--table", "--gpus", "h100x12"], ["12 GPUs", "write h100x8"]),
+        (["--table", "--gpus", "h10x8"], ["there is no GPU 'h10'", "did you mean 'h100'?"]),
+        (["--table", "--gpus", "h100x0"], ["0 GPUs", "write h100x1"]),
         (["--table", "model=llama3_8b"], ["model=llama3_8b is said by --models"]),
-        (["--table", "cluster.nodes=2"], ["cluster.nodes=2 is said by --cards"]),
+        (["--table", "cluster.nodes=2"], ["cluster.nodes=2 is said by --gpus"]),
         (["model=llama3_8b", "--strong"], ["--strong belongs to --scaling"]),
-        (["model=llama3_8b", "--scaling"], ["how CPU scales is not known", "card=h100"]),
+        (["model=llama3_8b", "--scaling"], ["how CPU scales is not known", "gpu=h100"]),
         (["--scaling", "--table"], ["two tables"]),
         (["model=openai/gpt-oss-20b"], ["for a model of the hub write model.path=openai/gpt-oss-20b"]),
         (["model=llama3_8b", "--plot", "nowhere/plan.png"], ["there is no folder nowhere; make it"]),
-        (["model=llama3_8b", "card=h100", "plan.tokens=9", "train.max_steps=9"], ["plan.tokens=9 has no effect"]),
-        (["model=llama3_8b", "--cards", "h100"], ["belongs to --table"]),
+        (["model=llama3_8b", "gpu=h100", "plan.tokens=9", "train.max_steps=9"], ["plan.tokens=9 has no effect"]),
+        (["model=llama3_8b", "--gpus", "h100"], ["belongs to --table"]),
         (["model=llama3_8b", "--plot", "plan.pdf"], ["write --plot plan.png"]),
         (["model=llama3_8b", "--plot", "gpt2.png"], ["gpt2.png is a folder"]),
         (["model=llama3_8b", "--plot", "file.json/plan.png"], ["file.json is a file"]),

@@ -98,8 +98,8 @@ def test_a_machine_has_its_processes_and_one_that_saves(folders: Path) -> None:
     state = 12 * sum(tensor.numel for tensor in trained)
     assert state < host.copies < 1.3 * state, "parameters and two moments, in chunks"
     assert host.machine == host.launcher + 4 * (host.while_training - host.copies) + host.copies
-    on_card = plan_of(config, plan.model, dataclasses.replace(plan.machine, is_gpu=True)).host
-    assert (on_card.device_held, on_card.device_most, on_card.copies) == (0, 0, host.copies)
+    on_gpu = plan_of(config, plan.model, dataclasses.replace(plan.machine, is_gpu=True)).host
+    assert (on_gpu.device_held, on_gpu.device_most, on_gpu.copies) == (0, 0, host.copies)
     alone = dataclasses.replace(config, train=dataclasses.replace(config.train, save_in_background=False))
     assert plan_of(alone, plan.model, plan.machine).host.copies == 0
 

@@ -13,7 +13,7 @@ import pytest
 from distlora.architecture.known import ARCHITECTURES
 from distlora.architecture.shapes import shapes_of
 from distlora.config import Config, UserError
-from distlora.config.gpus import CARDS, CONTEXT_BYTES
+from distlora.config.gpus import CONTEXT_BYTES, GPUS
 from distlora.planner.machine import Found, Machine, machine_of
 from distlora.planner.model import built_in, cached_snapshot, find_model
 from distlora.system import host_memory
@@ -34,43 +34,43 @@ def machine(found: Found | None, *words: str) -> Machine:
     return machine_of(config_of(*words), found=found)
 
 
-def test_a_named_card_is_planned_for_wherever_one_is() -> None:
-    named = machine(Found(host_bytes=8 * GIB), "card.name=h100", "cluster.gpus_per_node=8", "cluster.nodes=1")
-    card = CARDS["h100"]
-    assert (named.name, named.card, named.is_gpu) == ("H100 SXM 80 GB", card, True)
-    assert named.usable_bytes == card.memory_bytes - CONTEXT_BYTES
-    assert (named.flops, named.bandwidth, named.link) == (card.flops, card.bandwidth, card.link)
-    assert (named.host_link, named.network) == (card.host_link, card.network)
+def test_a_named_gpu_is_planned_for_wherever_one_is() -> None:
+    named = machine(Found(host_bytes=8 * GIB), "gpu.name=h100", "cluster.gpus_per_node=8", "cluster.nodes=1")
+    gpu = GPUS["h100"]
+    assert (named.name, named.gpu, named.is_gpu) == ("H100 SXM 80 GB", gpu, True)
+    assert named.usable_bytes == gpu.memory_bytes - CONTEXT_BYTES
+    assert (named.flops, named.bandwidth, named.link) == (gpu.flops, gpu.bandwidth, gpu.link)
+    assert (named.host_link, named.network) == (gpu.host_link, gpu.network)
     assert (named.ranks, named.ranks_per_machine) == (8, 8)
-    assert named.host_bytes is None, "this machine has no such card: its memory says nothing of that one's"
-    assert machine(TWO_4090S, "card.name=rtx4090").host_bytes == 64 * GIB
+    assert named.host_bytes is None, "this machine has no such GPU: its memory says nothing of that one's"
+    assert machine(TWO_4090S, "gpu.name=rtx4090").host_bytes == 64 * GIB
 
 
 def test_what_the_user_knows_better_wins_over_the_table() -> None:
-    words = ("card.memory_gib=48", "card.tflops=100", "card.memory_gb_per_second=900", "card.link_gb_per_second=56")
-    rest = ("card.host_gb_per_second=12", "card.network_gb_per_second=3", "card.price_per_hour=0.4")
-    for card in ((), ("card.name=rtx4090",)):
-        found = machine(Found(), *card, *words, *rest)
+    words = ("gpu.memory_gib=48", "gpu.tflops=100", "gpu.memory_gb_per_second=900", "gpu.link_gb_per_second=56")
+    rest = ("gpu.host_gb_per_second=12", "gpu.network_gb_per_second=3", "gpu.price_per_hour=0.4")
+    for gpu in ((), ("gpu.name=rtx4090",)):
+        found = machine(Found(), *gpu, *words, *rest)
         assert found.usable_bytes == 48 * GIB - CONTEXT_BYTES
         assert (found.flops, found.bandwidth, found.link) == (100e12, 900e9, 56e9)
         assert (found.host_link, found.network, found.price_per_hour) == (12e9, 3e9, 0.4)
         assert found.is_gpu
-    assert machine(Found(), "card.memory_gib=48").name == "a card of 48 GiB"
-    assert machine(Found(), "card.name=h100", "card.memory_gib=40").name == "H100 SXM, 40 GiB"
-    assert machine(Found(), "card.name=h100", "card.memory_gib=79").name == "H100 SXM 80 GB"
+    assert machine(Found(), "gpu.memory_gib=48").name == "a GPU of 48 GiB"
+    assert machine(Found(), "gpu.name=h100", "gpu.memory_gib=40").name == "H100 SXM, 40 GiB"
+    assert machine(Found(), "gpu.name=h100", "gpu.memory_gib=79").name == "H100 SXM 80 GB"
 
 
-def test_an_unnamed_card_is_what_this_machine_has() -> None:
+def test_an_unnamed_gpu_is_what_this_machine_has() -> None:
     found = machine(TWO_4090S, "cluster.gpus_per_node=2")
-    assert (found.card, found.name, found.host_bytes) == (CARDS["rtx4090"], "RTX 4090 24 GB", 64 * GIB)
-    assert found.usable_bytes == CARDS["rtx4090"].usable_bytes
+    assert (found.gpu, found.name, found.host_bytes) == (GPUS["rtx4090"], "RTX 4090 24 GB", 64 * GIB)
+    assert found.usable_bytes == GPUS["rtx4090"].usable_bytes
     mixed = Found(devices=(("NVIDIA L40S", 46_068 * MIB), ("NVIDIA RTX 4000 SFF Ada", 20_475 * MIB)))
     unknown = machine(mixed, "cluster.gpus_per_node=2")
-    assert (unknown.card, unknown.name) == (None, "NVIDIA RTX 4000 SFF Ada, 20 GiB")
+    assert (unknown.gpu, unknown.name) == (None, "NVIDIA RTX 4000 SFF Ada, 20 GiB")
     assert (unknown.usable_bytes, unknown.flops) == (20_475 * MIB - CONTEXT_BYTES, None)
-    assert machine(mixed).card == CARDS["l40s"], "one process uses the first"
+    assert machine(mixed).gpu == GPUS["l40s"], "one process uses the first"
     slice_of_one = machine(Found(devices=None, host_bytes=GIB))
-    assert (slice_of_one.is_gpu, slice_of_one.usable_bytes, slice_of_one.name) == (True, None, "a card")
+    assert (slice_of_one.is_gpu, slice_of_one.usable_bytes, slice_of_one.name) == (True, None, "a GPU")
     # Half of one that its driver shows is not a whole one.
     part = machine(Found(devices=(("NVIDIA A100-SXM4-80GB", 40_000 * MIB),)))
     assert (part.usable_bytes, part.name) == (40_000 * MIB - CONTEXT_BYTES, "A100 SXM, 39.1 GiB")
@@ -79,23 +79,23 @@ def test_an_unnamed_card_is_what_this_machine_has() -> None:
 @pytest.mark.parametrize(
     ("device", "mib", "usable", "name"),
     [
-        ("NVIDIA H100 80GB HBM3", 81_559, CARDS["h100"].usable_bytes, "H100 SXM 80 GB"),
+        ("NVIDIA H100 80GB HBM3", 81_559, GPUS["h100"].usable_bytes, "H100 SXM 80 GB"),
         ("NVIDIA H100 96GB HBM3", 97_871, int(0.98 * 97_871 * MIB) - CONTEXT_BYTES, "H100 SXM, 93.7 GiB"),
         ("NVIDIA GeForce RTX 4090", 49_140, int(0.98 * 49_140 * MIB) - CONTEXT_BYTES, "RTX 4090, 47 GiB"),
     ],
 )
-def test_a_card_of_more_memory_than_others_of_its_name_has_it(device: str, mib: int, usable: int, name: str) -> None:
+def test_a_gpu_of_more_memory_than_others_of_its_name_has_it(device: str, mib: int, usable: int, name: str) -> None:
     found = machine(Found(devices=((device, mib * MIB),)))
     assert (found.usable_bytes, found.name) == (usable, name)
     assert found.flops is not None
 
 
-def test_a_machine_without_a_card_has_its_memory_for_its_processes() -> None:
+def test_a_machine_without_a_gpu_has_its_memory_for_its_processes() -> None:
     cpu = machine(Found(host_bytes=12 * GIB), "cluster.gpus_per_node=3")
     assert (cpu.name, cpu.is_gpu, cpu.usable_bytes, cpu.host_bytes) == ("CPU", False, 4 * GIB, 12 * GIB)
     assert cpu.flops is None
     assert machine(None).usable_bytes is None
-    assert machine(Found(host_bytes=1), "card.tflops=0.5").flops == 0.5e12
+    assert machine(Found(host_bytes=1), "gpu.tflops=0.5").flops == 0.5e12
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "torchrun"])
@@ -104,10 +104,10 @@ def test_of_machines_that_are_elsewhere_nothing_is_claimed(launcher: str) -> Non
         : 3 if launcher == "torchrun" else 2
     ]
     unknown = machine(None, *cluster, "cluster.gpus_per_node=4")
-    assert (unknown.card, unknown.usable_bytes, unknown.host_bytes) == (None, None, None)
+    assert (unknown.gpu, unknown.usable_bytes, unknown.host_bytes) == (None, None, None)
     assert (unknown.flops, unknown.network, unknown.ranks, unknown.is_gpu) == (None, None, 8, True)
-    assert machine(None, *cluster, "cluster.gpus_per_node=4", "card.name=a100_40gb").card == CARDS["a100_40gb"]
-    assert machine(TWO_4090S, *cluster, "cluster.gpus_per_node=2").card == CARDS["rtx4090"], "asked on one of them"
+    assert machine(None, *cluster, "cluster.gpus_per_node=4", "gpu.name=a100_40gb").gpu == GPUS["a100_40gb"]
+    assert machine(TWO_4090S, *cluster, "cluster.gpus_per_node=2").gpu == GPUS["rtx4090"], "asked on one of them"
 
 
 QUERY = "--query-gpu=name,memory.total,uuid,mig.mode.current --format=csv,noheader,nounits"
@@ -125,16 +125,16 @@ class Driver:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
 
-    def devices(self, *cards: str, files: int | None = None, **environment: str) -> tuple[tuple[str, int], ...] | None:
-        """here.devices() of a machine with these cards; of none the program fails."""
-        said = "".join(f"echo '{card}'\n" for card in cards) or "echo 'it could not reach the driver'; exit 9\n"
+    def devices(self, *gpus: str, files: int | None = None, **environment: str) -> tuple[tuple[str, int], ...] | None:
+        """here.devices() of a machine with these GPUs; of none the program fails."""
+        said = "".join(f"echo '{gpu}'\n" for gpu in gpus) or "echo 'it could not reach the driver'; exit 9\n"
         (self.place / "nvidia-smi").write_text(f'#!/bin/sh\n[ "$*" = "{QUERY}" ] || exit 6\n{said}')
         (self.place / "nvidia-smi").chmod(0o755)
         this_machine.devices.cache_clear()
         with self.monkeypatch.context() as within:
             for name, value in environment.items():
                 within.setenv(name, value)
-            count = len(cards) if files is None else files
+            count = len(gpus) if files is None else files
             within.setattr(this_machine, "gpu_count", lambda: count)
             try:
                 return this_machine.devices()
@@ -154,7 +154,7 @@ BIG, MIDDLE, LEAST = (
 )
 
 
-def test_cards_are_asked_of_the_driver_s_own_program(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_asked_of_the_driver_s_own_program(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     assert driver.devices(GEFORCE, GEFORCE) == (MIDDLE, MIDDLE)
     assert driver.devices(GEFORCE, files=0) == (MIDDLE,), "WSL has no device files"
     assert driver.devices(GEFORCE, CUDA_VISIBLE_DEVICES="") == ()
@@ -164,7 +164,7 @@ def test_cards_are_asked_of_the_driver_s_own_program(driver: Driver, monkeypatch
     assert this_machine.found_here(asks_driver=False).devices == ()
 
 
-def test_of_cards_that_differ_those_that_cuda_may_mean_are_taken(driver: Driver) -> None:
+def test_of_gpus_that_differ_those_that_cuda_may_mean_are_taken(driver: Driver) -> None:
     """By its default it numbers the fastest first, whatever the bus says; the largest stand for those."""
     assert driver.devices(SMALL, GEFORCE, H100) == (BIG, MIDDLE, LEAST)
     assert driver.devices(SMALL, GEFORCE, H100, CUDA_VISIBLE_DEVICES="0") == (BIG,)
@@ -176,7 +176,7 @@ def test_of_cards_that_differ_those_that_cuda_may_mean_are_taken(driver: Driver)
     assert driver.devices(SMALL, GEFORCE, CUDA_VISIBLE_DEVICES="GPU-8") is None, "of both"
 
 
-def test_of_cards_that_the_driver_does_not_describe_nothing_is_claimed(
+def test_of_gpus_that_the_driver_does_not_describe_nothing_is_claimed(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A container may have GPUs and no such program: they are used all the same, so this is no CPU."""

@@ -17,7 +17,7 @@ import torch
 from distlora.bench import step_memory
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
-from distlora.config.gpus import CARDS
+from distlora.config.gpus import GPUS
 from distlora.parallel import Ranks
 from distlora.planner import plan_of
 from distlora.planner.machine import Found, machine_of
@@ -224,18 +224,18 @@ def test_zero3_has_what_its_coordinators_rules_say(folders: Path, tmp_path: Path
         assert plan.peak == pytest.approx(found.peak, rel=0.01)
 
 
-def of_cards(*words: str) -> DeviceBytes:
-    """Of Llama 3.1 70B on cards."""
+def of_gpus(*words: str) -> DeviceBytes:
+    """Of Llama 3.1 70B on GPUs."""
     config = compose_config(["data.path=/none.jsonl", "model=llama3_70b", "adapter.target_modules=all-linear", *words])
     return device_bytes(config, find_model(config), machine_of(config))
 
 
-TWO = ("cluster.gpus_per_node=2", "card=rtx4090", "data.sequence_length=1024")
+TWO = ("cluster.gpus_per_node=2", "gpu=rtx4090", "data.sequence_length=1024")
 ZERO = ("parallel=zero3", "parallel.offload_base=true")
 
 
-def test_a_base_in_host_memory_is_not_on_the_card_but_for_what_is_gathered_of_it() -> None:
-    here, there = of_cards(*TWO, "parallel=zero3"), of_cards(*TWO, *ZERO)
+def test_a_base_in_host_memory_is_not_on_the_gpu_but_for_what_is_gathered_of_it() -> None:
+    here, there = of_gpus(*TWO, "parallel=zero3"), of_gpus(*TWO, *ZERO)
     base = ("codes", "scales", "embeddings", "norms")
     gone = sum(here.held[kind] for kind in base) - sum(there.held.get(kind, 0) for kind in base)
     assert gone == pytest.approx(20e9, rel=0.02)
@@ -245,7 +245,7 @@ def test_a_base_in_host_memory_is_not_on_the_card_but_for_what_is_gathered_of_it
     # rows that are sent.
     assert there.moments["block"]["gathered"] == pytest.approx(2.5 * block, rel=0.02)
     assert there.moments["head"]["gathered"] == pytest.approx(matrix + 1.5 * block, rel=0.02)
-    assert there.beside["slack"] - of_cards(*TWO).beside["slack"] == pytest.approx(block, rel=0.02)
+    assert there.beside["slack"] - of_gpus(*TWO).beside["slack"] == pytest.approx(block, rel=0.02)
 
 
 def deepspeed_file(folder: Path, **zero: object) -> Path:
@@ -256,7 +256,7 @@ def deepspeed_file(folder: Path, **zero: object) -> Path:
 
 def test_deepspeeds_own_file_says_what_lies_on_the_host_and_what_stays_gathered(tmp_path: Path) -> None:
     cpu = deepspeed_file(tmp_path, offload_param={"device": "cpu"})
-    eight = ["data.path=/none.jsonl", "model=llama3_70b", "cluster.gpus_per_node=8", "card=h100", "parallel=zero3"]
+    eight = ["data.path=/none.jsonl", "model=llama3_70b", "cluster.gpus_per_node=8", "gpu=h100", "parallel=zero3"]
     by_setting, by_file = (
         plan_of(config, find_model(config), machine_of(config))
         for config in (compose_config([*eight, word]) for word in (ZERO[1], f"parallel.deepspeed_config={cpu}"))
@@ -266,12 +266,12 @@ def test_deepspeeds_own_file_says_what_lies_on_the_host_and_what_stays_gathered(
     assert by_file.host.base > 4.5e9
     assert by_file.time == by_setting.time
     # Each linear of a block has less than 2^28 numbers.
-    stay = of_cards(
+    stay = of_gpus(
         *TWO, ZERO[0], f"parallel.deepspeed_config={deepspeed_file(tmp_path, param_persistence_threshold=2**28)}"
     )
     assert stay.held["resident"] == pytest.approx(80 * 0.441e9, rel=0.02)
     bound = deepspeed_file(tmp_path, param_persistence_threshold=2**28, model_persistence_threshold=0)
-    assert of_cards(*TWO, ZERO[0], f"parallel.deepspeed_config={bound}") == of_cards(*TWO, ZERO[0])
+    assert of_gpus(*TWO, ZERO[0], f"parallel.deepspeed_config={bound}") == of_gpus(*TWO, ZERO[0])
 
 
 def test_a_base_in_host_memory_is_there_once_where_the_cpu_is_the_device() -> None:
@@ -283,18 +283,18 @@ def test_a_base_in_host_memory_is_there_once_where_the_cpu_is_the_device() -> No
 
 
 def test_blocks_that_stay_by_themselves_are_as_many_as_the_first_step_leaves_room_for() -> None:
-    eight = ("cluster.gpus_per_node=8", "card=h100", "train.checkpointing=block", "data.sequence_length=16384")
-    none, some = of_cards(*eight), of_cards(*eight, "parallel.resident_blocks=auto")
-    usable = CARDS["h100"].usable_bytes
+    eight = ("cluster.gpus_per_node=8", "gpu=h100", "train.checkpointing=block", "data.sequence_length=16384")
+    none, some = of_gpus(*eight), of_gpus(*eight, "parallel.resident_blocks=auto")
+    usable = GPUS["h100"].usable_bytes
     block = some.held["resident"] / round(some.held["resident"] / 0.441e9)
     assert usable - none.total - 0.1 * usable - block < some.held["resident"] <= usable - none.total - 0.1 * usable
-    fixed = of_cards(*eight, f"parallel.resident_blocks={round(some.held['resident'] / block)}")
+    fixed = of_gpus(*eight, f"parallel.resident_blocks={round(some.held['resident'] / block)}")
     assert fixed == some
 
 
 def test_what_is_decomposed_counts_where_it_is_more_than_what_training_takes() -> None:
     few = (*TWO, "adapter.r=1", "adapter.target_modules=[down_proj]")
-    exact, sketched = (of_cards(*few, f"adapter.init={init}") for init in ("pissa", "pissa_niter_4"))
+    exact, sketched = (of_gpus(*few, f"adapter.init={init}") for init in ("pissa", "pissa_niter_4"))
     # Five matrices of 8,192 columns in fp64, and the weight in 16 bits; bases of one column are nothing to 96 MiB.
     later = sum(exact.held[kind] for kind in ("gradients", "optimizer"))
     assert exact.moments["loading"]["working"] == 5 * 8 * 8192**2 + 2 * 8192 * 28_672 - later
@@ -302,19 +302,19 @@ def test_what_is_decomposed_counts_where_it_is_more_than_what_training_takes() -
     assert sketch == pytest.approx(96 * 2**20, rel=0.01)
 
 
-def test_only_cards_have_libraries_and_an_allocator_of_their_own() -> None:
-    alone, together = of_cards("cluster.gpus_per_node=1", "card=h100"), of_cards("cluster.gpus_per_node=8", "card=h100")
+def test_only_gpus_have_libraries_and_an_allocator_of_their_own() -> None:
+    alone, together = of_gpus("cluster.gpus_per_node=1", "gpu=h100"), of_gpus("cluster.gpus_per_node=8", "gpu=h100")
     assert alone.beside["communication"] == 0
     assert together.beside["communication"] == 32 * 3 * 12 * 2**20
     assert together.total == together.peak + sum(together.beside.values())
     # cuBLAS' by capability, for two threads.
     mib = 2**20
-    for card, nbytes in (
+    for gpu, nbytes in (
         ("h100", 2 * 32 * mib),
         ("rtx4090", 2 * (8 * mib + 128 * 2**10)),
         ("a100_80gb", 2 * (8 * mib + 2**17)),
     ):
-        assert of_cards("cluster.gpus_per_node=1", f"card={card}").beside["working"] == nbytes
+        assert of_gpus("cluster.gpus_per_node=1", f"gpu={gpu}").beside["working"] == nbytes
     # At least each tensor's end, at most a hole for the head's matrix and the largest of a step, and a segment a pool.
     assert 2.1e9 < together.beside["slack"] < 2.5e9
 

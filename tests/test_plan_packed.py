@@ -73,12 +73,12 @@ def test_dropout_of_one_trial_is_the_packs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("card", "ranks", "length", "rank", "binds"), [("rtx4090", 1, 4096, 8, "kept"), ("a10", 2, 256, 64, "optimizer")]
+    ("gpu", "ranks", "length", "rank", "binds"), [("rtx4090", 1, 4096, 8, "kept"), ("a10", 2, 256, 64, "optimizer")]
 )
-def test_as_many_fit_as_one_more_does_not(card: str, ranks: int, length: int, rank: int, binds: str) -> None:
+def test_as_many_fit_as_one_more_does_not(gpu: str, ranks: int, length: int, rank: int, binds: str) -> None:
     words = (f"data.sequence_length={length}", f"adapter.r={rank}", "adapter.target_modules=all-linear")
     trial = composed(*BASE[:2], *words)
-    machine, model = machine_of(card, ranks=ranks), model_of("8b")
+    machine, model = machine_of(gpu, ranks=ranks), model_of("8b")
     found = packing(trial, model, machine, "auto")
     brute = [n for n in range(1, 40) if plan_of(together([trial] * n), model, machine).fits]
     assert brute == list(range(1, len(brute) + 1)), "what fits is followed by nothing that does not"
@@ -106,10 +106,10 @@ def test_the_page_says_how_many_fit_and_why_not_more(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    words = ["plan", "model=llama3_8b", "card=rtx4090", "train.global_batch=4", "sweep.packed=4"]
+    words = ["plan", "model=llama3_8b", "gpu=rtx4090", "train.global_batch=4", "sweep.packed=4"]
     assert main.main(words) == 0
     page = " ".join(capsys.readouterr().out.split())
-    assert "packed 4 trials share one base: 8.47 GB a card, one alone 6.64 GB; a step takes 3." in page
+    assert "packed 4 trials share one base: 8.47 GB a GPU, one alone 6.64 GB; a step takes 3." in page
     assert "28 fit: 29 lack" in page
     assert "train.micro_batch=1 train.global_batch=4" in page, "as a trial has them"
     assert main.main([*words, "--json"]) == 0
@@ -123,6 +123,6 @@ def test_the_page_says_how_many_fit_and_why_not_more(
         assert searched[name] == values[name], "a pack is planned with its largest trial"
     assert main.main([*words, "adapter.init=pissa"]) == 2
     assert "adapter.init=pissa starts from a decomposition of the base" in capsys.readouterr().err
-    assert main.main(["plan", "model=llama3_70b", "card=rtx4090", "sweep=grid", "sweep.packed=auto"]) == 0
+    assert main.main(["plan", "model=llama3_70b", "gpu=rtx4090", "sweep=grid", "sweep.packed=auto"]) == 0
     page = capsys.readouterr().out
     assert ("packed" in page, "would fit" in page) == (False, True), "where one does not fit it is told of one"

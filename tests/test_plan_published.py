@@ -25,7 +25,7 @@ from distlora.planner.model import built_in, find_model
 from plan_inputs import composed
 
 GB, MIB, GIB = 1e9, 2**20, 2**30
-README = Path(__file__).parent.parent / "distlora" / "plan" / "README.md"
+README = Path(__file__).parent.parent / "distlora" / "planner" / "README.md"
 LLAMA = {"7B": "huggyllama/llama-7b", "13B": "huggyllama/llama-13b", "65B": "huggyllama/llama-65b"}
 LLAMA2_70B, LLAMA3_405B = "NousResearch/Llama-2-70b-hf", "meta-llama/Llama-3.1-405B"
 
@@ -34,7 +34,7 @@ LLAMA2_70B, LLAMA3_405B = "NousResearch/Llama-2-70b-hf", "meta-llama/Llama-3.1-4
 def planned(name: str, *words: str) -> Plan:
     """A plan of `section.field=value` words."""
     adapter = {} if "adapter.method=full" in words else {"target_modules": "all-linear"}
-    config = composed(*words, model={"path": name}, data={"path": "/data"}, adapter=adapter, card={"name": "a100_80gb"})
+    config = composed(*words, model={"path": name}, data={"path": "/data"}, adapter=adapter, gpu={"name": "a100_80gb"})
     return plan_of(config, find_model(config), machine_of(config))
 
 
@@ -87,7 +87,7 @@ PEFT_RUN += ("cluster.gpus_per_node=2", "train.dtype=bf16", "train.liger=false")
 
 
 def peft(*, adapter_bytes: int, beside: float) -> float:
-    """A rank of PEFT on two cards at a block's backward, NF4 stored as bf16: its rows of the base, with the scales on
+    """A rank of PEFT on two GPUs at a block's backward, NF4 stored as bf16: its rows of the base, with the scales on
     every rank; its half of adapters, gradients and moments, of `adapter_bytes` a number; the kept inputs of blocks, a
     block's own activations; dropout before each adapter (0.1): its output in bf16 and its mask; a weight dequantized;
     and `beside`, what its sharding has gathered and keeps for it."""
@@ -208,7 +208,7 @@ FIGURES = (
         left="no double quantization, matrices in fp32; the figure in its appendix says 40.4",
     ),
     Published(
-        what="Llama 2 70B QLoRA on 2 cards, FSDP",
+        what="Llama 2 70B QLoRA on 2 GPUs, FSDP",
         source=f"{PEFT_DOCS}/fsdp.md",
         said=35.6,
         unit="GB",
@@ -226,7 +226,7 @@ FIGURES = (
         left="5.0 GB, likewise",
     ),
     Published(
-        what="Llama 3.1 405B QLoRA on 8 cards, one row of 2,048",
+        what="Llama 3.1 405B QLoRA on 8 GPUs, one row of 2,048",
         source="torchtune README, 405B_qlora.yaml",
         said=44.8,
         unit="GiB",
@@ -272,11 +272,9 @@ def test_the_qlora_paper_s_figure_is_its_layout_term_by_term() -> None:
 
 
 def test_full_finetuning_of_7b_is_within_the_range_that_is_said() -> None:
-    """100 to 120 GB before activations, in fp32 throughout; one card of 141 GB holds it with rows of 512."""
+    """100 to 120 GB before activations, in fp32 throughout; one GPU of 141 GB holds it with rows of 512."""
     assert 100 < full_finetuning() < 120
-    plan = planned(
-        LLAMA["7B"], "adapter.method=full", "quant.method=none", "data.sequence_length=512", "card.name=h200"
-    )
+    plan = planned(LLAMA["7B"], "adapter.method=full", "quant.method=none", "data.sequence_length=512", "gpu.name=h200")
     assert plan.fits
 
 

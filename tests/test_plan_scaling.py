@@ -67,7 +67,7 @@ def test_slower_links_are_never_faster() -> None:
 
 def test_a_fabric_is_its_own_and_not_what_the_user_says_of_the_links_there_are() -> None:
     model, machine = model_of("8b"), machine_of(ranks=8)
-    given = config_of(8, card={"link_gb_per_second": 200.0, "network_gb_per_second": 9.0})
+    given = config_of(8, gpu={"link_gb_per_second": 200.0, "network_gb_per_second": 9.0})
     plain, said = (scaling(config, model, machine, fabrics=FABRICS) for config in (config_of(8), given))
     assert plain == said
     for row in rows_of(plain, fabric="PCIe 4, one 100 Gb/s Ethernet", layout="one copy").values():
@@ -86,7 +86,7 @@ def test_what_cannot_be_said_is_refused() -> None:
     config, model, machine = config_of(8), model_of("8b"), machine_of(ranks=8)
     with pytest.raises(UserError, match=r"20 GPUs are no number of machines of 8; ask for a multiple of 8"):
         scaling(config, model, machine, numbers=(8, 20))
-    with pytest.raises(UserError, match=r"how H100 SXM 80 GB scales is not known.*; set card\.tflops$"):
+    with pytest.raises(UserError, match=r"how H100 SXM 80 GB scales is not known.*; set gpu\.tflops$"):
         scaling(config, model, dataclasses.replace(machine, flops=None))
 
 

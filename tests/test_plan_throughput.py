@@ -16,7 +16,7 @@ from distlora.planner.speed.timing import StepTime, step_time
 from plan_inputs import machine_of, model_of
 from test_plan_timing import config_of
 
-README = Path(__file__).parents[1] / "distlora" / "plan" / "README.md"
+README = Path(__file__).parents[1] / "distlora" / "planner" / "README.md"
 QWEN_72B = built_in(
     "72B",
     {
@@ -38,11 +38,11 @@ class Published:
     row: str
     """Of the README's table."""
     published: float
-    """Tokens a second of all cards together."""
+    """Tokens a second of all GPUs together."""
     ratio: float
     """Ours over theirs."""
     model: str
-    card: str
+    gpu: str
     ranks: int = 1
     length: int
     rows: int
@@ -57,7 +57,7 @@ class Published:
 
 
 # NeMo AutoModel, docs/performance-summary.mdx of 2025-10-02 and its recipes (examples/llm_benchmark): r=16 on *_proj.
-NEMO: dict[str, Any] = {"card": "h100", "length": 4096, "rows": 2, "nf4": False, "adapter": {"r": 16}}
+NEMO: dict[str, Any] = {"gpu": "h100", "length": 4096, "rows": 2, "nf4": False, "adapter": {"r": 16}}
 # torchtune's README (batch 2, rows of 2,048, torch.compile) and recipes/configs/llama3_1.
 TUNED = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TUNE: dict[str, Any] = {"length": 2048, "rows": 2, "fused": True}
@@ -65,7 +65,7 @@ TUNE: dict[str, Any] = {"length": 2048, "rows": 2, "fused": True}
 ANSWER: dict[str, Any] = {"length": 2048, "fused": False, "adapter": {"r": 64}}
 TOKENS = 1024 * 2048
 OFFLOADED = {"backend": "zero3", "offload_base": True}
-# Qwen's README (github.com/QwenLM/Qwen, Profiling of Memory and Speed): seconds of 8 rows on each card; r=64.
+# Qwen's README (github.com/QwenLM/Qwen, Profiling of Memory and Speed): seconds of 8 rows on each GPU; r=64.
 QWEN: dict[str, Any] = {"rows": 1, "accumulation": 8, "nf4": False, "fused": False, "adapter": {"r": 64}}
 
 RUNS = [
@@ -104,7 +104,7 @@ RUNS = [
         published=2413,
         ratio=0.97,
         model="8b",
-        card="rtx4090",
+        gpu="rtx4090",
         adapter={"r": 8, "target_modules": TUNED},
         **TUNE,
     ),
@@ -113,7 +113,7 @@ RUNS = [
         published=3083,
         ratio=0.79,
         model="8b",
-        card="rtx4090",
+        gpu="rtx4090",
         nf4=False,
         adapter={"r": 8, "target_modules": TUNED},
         **TUNE,
@@ -123,7 +123,7 @@ RUNS = [
         published=4699,
         ratio=0.47,
         model="8b",
-        card="a6000",
+        gpu="a6000",
         nf4=False,
         adapter={"r": 8, "target_modules": TUNED},
         **TUNE,
@@ -133,7 +133,7 @@ RUNS = [
         published=3497,
         ratio=1.28,
         model="70b",
-        card="a100_80gb",
+        gpu="a100_80gb",
         ranks=8,
         nf4=False,
         adapter={"r": 16, "target_modules": TUNED},
@@ -144,7 +144,7 @@ RUNS = [
         published=653,
         ratio=1.23,
         model="405b",
-        card="a100_80gb",
+        gpu="a100_80gb",
         ranks=8,
         adapter={"r": 16, "target_modules": TUNED},
         **TUNE,
@@ -154,7 +154,7 @@ RUNS = [
         published=TOKENS / 466,
         ratio=1.02,
         model="llama2-7b",
-        card="rtx4090",
+        gpu="rtx4090",
         ranks=2,
         rows=10,
         **ANSWER,
@@ -164,7 +164,7 @@ RUNS = [
         published=TOKENS / 4399,
         ratio=1.05,
         model="llama2-70b",
-        card="rtx4090",
+        gpu="rtx4090",
         ranks=2,
         rows=2,
         parallel=OFFLOADED,
@@ -175,7 +175,7 @@ RUNS = [
         published=TOKENS / 11_795,
         ratio=1.34,
         model="llama2-70b",
-        card="rtx3090",
+        gpu="rtx3090",
         ranks=2,
         rows=2,
         parallel=OFFLOADED,
@@ -186,7 +186,7 @@ RUNS = [
         published=TOKENS / 672,
         ratio=1.29,
         model="llama2-70b",
-        card="a100_40gb",
+        gpu="a100_40gb",
         ranks=8,
         rows=4,
         **ANSWER,
@@ -196,7 +196,7 @@ RUNS = [
         published=TOKENS / 667,
         ratio=1.75,
         model="llama2-70b",
-        card="h100",
+        gpu="h100",
         ranks=4,
         rows=8,
         **ANSWER,
@@ -206,7 +206,7 @@ RUNS = [
         published=4 * 8 * 8192 / 161.5,
         ratio=1.14,
         model="72b",
-        card="a100_80gb",
+        gpu="a100_80gb",
         ranks=4,
         length=8192,
         parallel={"backend": "zero3"},
@@ -216,7 +216,7 @@ RUNS = [
 
 
 def planned(run: Published) -> tuple[StepTime, float]:
-    """(its time, what its cards must compute, as a share of all that they can in the time that was published)."""
+    """(its time, what its GPUs must compute, as a share of all that they can in the time that was published)."""
     model = QWEN_72B if run.model == "72b" else model_of(run.model)
     batch = run.ranks * run.rows * run.accumulation
     config = config_of(
@@ -227,7 +227,7 @@ def planned(run: Published) -> tuple[StepTime, float]:
         quant={} if run.nf4 else {"method": "none"},
         parallel=run.parallel,
     )
-    machine = machine_of(run.card, ranks=run.ranks)
+    machine = machine_of(run.gpu, ranks=run.ranks)
     time = step_time(config, model, machine)
     assert time is not None
     assert machine.flops is not None
@@ -243,11 +243,11 @@ def test_a_published_speed_beside_ours_is_as_the_readme_says(run: Published) -> 
     assert line in README.read_text(), line
 
 
-def test_one_published_speed_is_more_than_its_card_can() -> None:
+def test_one_published_speed_is_more_than_its_gpu_can() -> None:
     """torchtune's A6000 would compute 1.4 times what its maker says; an RTX 6000 Ada could."""
-    (run,) = (run for run in RUNS if run.card == "a6000")
+    (run,) = (run for run in RUNS if run.gpu == "a6000")
     assert planned(run)[1] == pytest.approx(1.41, abs=0.005)
-    time, share = planned(dataclasses.replace(run, card="rtx6000_ada"))
+    time, share = planned(dataclasses.replace(run, gpu="rtx6000_ada"))
     assert time.tokens_per_second / run.published == pytest.approx(0.94, abs=0.005)
     assert share < 0.65
     assert all(planned(other)[1] < 0.9 for other in RUNS if other is not run)

@@ -160,7 +160,7 @@ def test_documents_that_are_packed_take_less_attention_and_nothing_else() -> Non
 
 def test_what_a_user_measured_is_reached_and_what_is_not_known_gives_no_time() -> None:
     machine = machine_of(ranks=2)
-    plain, given = (rates_of(config_of(2, card=card), machine) for card in ({}, {"tflops": 600.0}))
+    plain, given = (rates_of(config_of(2, gpu=gpu), machine) for gpu in ({}, {"tflops": 600.0}))
     assert plain is not None
     assert given is not None
     assert plain.matrices == 0.8 * 989e12
@@ -171,13 +171,13 @@ def test_what_a_user_measured_is_reached_and_what_is_not_known_gives_no_time() -
     assert step_time(config_of(2), model_of("8b"), dataclasses.replace(machine, network=None)) is not None
     fp32 = config_of(2, train={"dtype": "fp32"})
     assert step_time(fp32, model_of("8b"), machine) is None
-    assert missing_rates(fp32, machine) == ("card.tflops",)
-    measured = config_of(2, train={"dtype": "fp32"}, card={"tflops": 50.0})
+    assert missing_rates(fp32, machine) == ("gpu.tflops",)
+    measured = config_of(2, train={"dtype": "fp32"}, gpu={"tflops": 50.0})
     assert step_time(measured, model_of("8b"), dataclasses.replace(machine, flops=50e12)) is not None
     offload = config_of(2, train={"checkpointing": "offload"})
     assert step_time(offload, model_of("8b"), dataclasses.replace(machine, host_link=None)) is None
-    cpu = dataclasses.replace(machine, is_gpu=False, card=None, flops=None, bandwidth=None, link=None)
-    unknown = ("card.tflops", "card.memory_gb_per_second", "card.link_gb_per_second")
+    cpu = dataclasses.replace(machine, is_gpu=False, gpu=None, flops=None, bandwidth=None, link=None)
+    unknown = ("gpu.tflops", "gpu.memory_gb_per_second", "gpu.link_gb_per_second")
     assert missing_rates(config_of(2), cpu) == unknown
 
 

@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused_unless_it_is_wanted_or_has_run_before(
     assert planned(config, run_dir=Path("other")).fits is False, "said, by the plan that is kept"
 
 
-def test_of_cards_that_nothing_describes_nothing_is_refused_and_nothing_chosen(
+def test_of_gpus_that_nothing_describes_nothing_is_refused_and_nothing_chosen(
     trained: list[Path], shows: Shows, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shows(UNKNOWN)
@@ -94,21 +94,21 @@ def test_of_cards_that_nothing_describes_nothing_is_refused_and_nothing_chosen(
     assert "whether it fits is not known" in capsys.readouterr().out
     for where, said in (((), "this machine"), (("cluster=slurm",), "cluster=slurm")):
         assert train("plan=auto", "run_dir=other", *where) == 2
-        assert f"which nothing says of {said}; add card=h100" in capsys.readouterr().err
+        assert f"which nothing says of {said}; add gpu=h100" in capsys.readouterr().err
 
 
 def test_a_job_of_a_sweep_that_does_not_fit_leaves_the_others_alone(
     trained: list[Path], shows: Shows, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shows(UNKNOWN)
-    sweep = ("-m", "card.memory_gib=0.70,0.6001", "run_dir=sweep")
+    sweep = ("-m", "gpu.memory_gib=0.70,0.6001", "run_dir=sweep")
     assert train(*sweep) == 2
     assert trained == [Path("sweep/0").absolute()]
     said = capsys.readouterr()
     assert "job 1: " in said.out
-    assert said.err.count("does not fit a card of 0.6001 GiB") == 1
+    assert said.err.count("does not fit a GPU of 0.6001 GiB") == 1
     assert train(*sweep, "cluster=slurm", "run_dir=array") == 2
-    assert "job 1 (card.memory_gib=0.6001): this run does not fit" in capsys.readouterr().err
+    assert "job 1 (gpu.memory_gib=0.6001): this run does not fit" in capsys.readouterr().err
     assert not Path("array").exists(), "the tasks of an array are made together"
 
 
@@ -140,14 +140,14 @@ def test_a_run_that_machines_start_themselves_is_planned_for_what_they_show(
     assert (plan.fits, plan.machine.name, plan.machine.ranks) == (True, "RTX 4090 24 GB", config.cluster.ranks)
 
 
-def test_a_run_on_another_card_than_is_planned_for_says_so(
+def test_a_run_on_another_gpu_than_is_planned_for_says_so(
     trained: list[Path], shows: Shows, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     shows(GEFORCE)
-    for card, says in (("h100", True), ("rtx4090", False), ("auto", False)):
-        plan = planned(compose_run(words(f"card={card}")).config)
+    for gpu, says in (("h100", True), ("rtx4090", False), ("auto", False)):
+        plan = planned(compose_run(words(f"gpu={gpu}")).config)
         keep(tmp_path, plan)
-        told = "this is the plan of card=h100, and the run is on what this machine shows: NVIDIA GeForce RTX 4090"
+        told = "this is the plan of gpu=h100, and the run is on what this machine shows: NVIDIA GeForce RTX 4090"
         assert (told in capsys.readouterr().err) is says
         keep(tmp_path, plan, runs_here=False)
         assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Recipes compose, fit the architecture that they name, and fit the card that they claim, by the planner."""
+"""Recipes compose, fit the architecture that they name, and fit the GPU that they claim, by the planner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distlora.config import Config
-from distlora.config.gpus import CARDS
+from distlora.config.gpus import GPUS
 from distlora.planner import Plan, plan_of
 from distlora.planner.machine import machine_of
 from distlora.planner.model import find_model
@@ -23,7 +23,7 @@ CONF = Path(__file__).parent.parent / "conf"
 RECIPES = CONF / "recipe"
 GB = 1e9
 MODEL_FREE = {"dpo", "qlora"}
-"""Recipes that name no model, and so claim no card."""
+"""Recipes that name no model, and so claim no GPU."""
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 NAMED = [name for name in NAMES if name not in MODEL_FREE]
 
@@ -34,8 +34,8 @@ def composed(name: str, *overrides: str) -> Config:
 
 
 @functools.cache
-def planned(name: str, card: str, *overrides: str) -> Plan:
-    config = composed(name, f"card={card}", *overrides)
+def planned(name: str, gpu: str, *overrides: str) -> Plan:
+    config = composed(name, f"gpu={gpu}", *overrides)
     return plan_of(config, find_model(config), machine_of(config))
 
 
@@ -44,9 +44,9 @@ def text_of(name: str) -> str:
     return (RECIPES / f"{name}.yaml").read_text()
 
 
-def card_of(name: str) -> str:
-    """The card that the header names."""
-    found = re.search(rf"^#   distlora plan recipe={name} card=(\w+)$", text_of(name), re.MULTILINE)
+def gpu_of(name: str) -> str:
+    """The GPU that the header names."""
+    found = re.search(rf"^#   distlora plan recipe={name} gpu=(\w+)$", text_of(name), re.MULTILINE)
     assert found is not None, f"{name} states no plan"
     return found[1]
 
@@ -57,7 +57,7 @@ def header(name: str, plan: Plan) -> str:
     assert usable is not None
     by_kind = plan.device.by_kind
     lines = [
-        f"#   distlora plan recipe={name} card={plan.config.card.name}",
+        f"#   distlora plan recipe={name} gpu={plan.config.gpu.name}",
         "#",
         f"# Memory of a rank at its peak, {MOMENTS[plan.device.worst]}, calculated and not measured (GB = 1e9 B):",
         *(
@@ -99,8 +99,8 @@ def test_a_recipe_fits_the_architecture_that_it_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_recipe_fits_its_card_by_the_plan_that_it_states(name: str) -> None:
-    plan = planned(name, card_of(name))
+def test_a_recipe_fits_its_gpu_by_the_plan_that_it_states(name: str) -> None:
+    plan = planned(name, gpu_of(name))
     usable, needed = plan.machine.usable_bytes, plan.device.total
     assert usable is not None
     assert plan.fits
@@ -112,11 +112,11 @@ def test_a_recipe_fits_its_card_by_the_plan_that_it_states(name: str) -> None:
     assert sum(said.values()) == pytest.approx(total, abs=0.05 * len(said)), wanted  # Each line is rounded.
     assert set(said) <= set(KINDS.values()), wanted
     row = re.search(
-        rf"^\| [\w, ]*\b{name}\b.*\| \d x {CARDS[card_of(name)].title} \| (.+) of (\S+) \|$",
+        rf"^\| [\w, ]*\b{name}\b.*\| \d x {GPUS[gpu_of(name)].title} \| (.+) of (\S+) \|$",
         (CONF / "README.md").read_text(),
         re.MULTILINE,
     )
-    assert row is not None, f"conf/README.md has no row of {name} with its card"
+    assert row is not None, f"conf/README.md has no row of {name} with its GPU"
     assert f"{total}" in row[1].split(", "), "as its own file says"
     assert row[2] == f"{usable / GB:.1f}"
 
@@ -129,10 +129,10 @@ def test_the_command_in_a_recipe_composes_suits_its_model_and_plans(name: str) -
     assert found is not None, f"{name} states no command"
     words = found[1].split()
     assert words[0] == f"recipe={name}"
-    card = f"card={card_of(name)}" if name in NAMED else "card=rtx4090"
+    gpu = f"gpu={gpu_of(name)}" if name in NAMED else "gpu=rtx4090"
     if name in MODEL_FREE:
         words = [word if word != "model.path=FOLDER" else "model=llama3_8b" for word in words]
-    config = compose_config([*words, card])
+    config = compose_config([*words, gpu])
     model = find_model(config)
     check_planned(config, model)
     plan = plan_of(config, model, machine_of(config))
@@ -140,7 +140,7 @@ def test_the_command_in_a_recipe_composes_suits_its_model_and_plans(name: str) -
     assert report.page(plan)
 
 
-def test_llama3_70b_does_not_fit_two_24_gb_cards_and_fits_two_of_32() -> None:
+def test_llama3_70b_does_not_fit_two_24_gb_gpus_and_fits_two_of_32() -> None:
     model = "model=llama3_70b"
     path = "model.path=unsloth/Llama-3.3-70B-Instruct"
     least = planned("llama2_70b_2x24gb", "rtx4090", path, "adapter.target_modules=attention")

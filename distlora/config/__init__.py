@@ -17,7 +17,7 @@ from distlora.config.cluster import ClusterConfig
 from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
 from distlora.config.parallel import ParallelConfig
-from distlora.config.plan import CardConfig, PlanConfig
+from distlora.config.plan import GpuConfig, PlanConfig
 from distlora.config.sweep import SweepConfig
 from distlora.config.training import (
     OPTIMIZERS,
@@ -34,10 +34,10 @@ __all__ = [
     "SCHEDULES",
     "TARGET_PRESETS",
     "AdapterConfig",
-    "CardConfig",
     "ClusterConfig",
     "Config",
     "DataConfig",
+    "GpuConfig",
     "ModelConfig",
     "ModelSpec",
     "OptimConfig",
@@ -87,7 +87,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    card: CardConfig = field(default_factory=CardConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     name: str = "distlora"
     """Names the run in its folder and in wandb."""

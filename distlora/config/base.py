@@ -233,7 +233,7 @@ class QuantConfig:
     method: Literal["nf4", "none", "auto"] = "nf4"
     """`nf4` keeps the linears of the decoder blocks in NF4 with double quantization, 4.127 bits a weight; `none` keeps
     them in the run's dtype. A checkpoint that bitsandbytes has quantized to NF4 already is kept as it is under `nf4`,
-    and refused with `none`. `auto` is `none` where that fits the cards by calculation (distlora/planner/), else `nf4`:
+    and refused with `none`. `auto` is `none` where that fits the GPUs by calculation (distlora/planner/), else `nf4`:
     the launcher decides, so RUN/config.yaml has one of the other two."""
     cache: bool = True
     """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the

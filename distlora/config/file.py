@@ -91,6 +91,8 @@ def load_config(run_dir: str | Path) -> Config:
     require(isinstance(values, dict), f"{path} is damaged: it holds no settings; {remedy}")
     # What was cut off would silently be the defaults.
     require("run_dir" in values, f"{path} is cut off: it has no run_dir, which stands last; {remedy}")
+    if "card" in values:  # The name of this section in runs of earlier versions.
+        values = {"gpu": values.pop("card"), **values}
     try:
         return build(Config, {**values, "run_dir": str(run_dir)})
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What a run is planned for: the card it runs on, and what the planner may do."""
+"""Settings of the planner: the GPU that a run is planned for, and what the planner may choose."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distlora.config.errors import require, require_choice
-from distlora.config.gpus import CARDS
+from distlora.config.gpus import GPUS
 
 CHOSEN = (
     "quant.method",
@@ -26,36 +26,36 @@ CHOSEN = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CardConfig:
-    """The card, or what of it differs from the table of known ones (distlora/config/gpus.py)."""
+class GpuConfig:
+    """The GPU that a run is planned for: a known one, what differs from it, or the figures of another."""
 
     name: str = "auto"
-    """A known card (conf/card/), or `auto`: what this machine shows, its CPU where it has no card. What SLURM starts
-    elsewhere has to be named."""
+    """A known GPU (distlora/config/gpus.toml), or `auto` for the GPU of this node, or its CPU if it has none. Jobs that
+    SLURM starts on other nodes have to name theirs."""
     memory_gib: float | None = None
-    """Memory of a card in GiB; null: as the table says."""
+    """Device memory in GiB; null for the table's figure."""
     tflops: float | None = None
-    """Dense bf16 operations, fp32 accumulation, in 1e12 a second. Time is planned as if products reached all of it, so
-    it should be measured; of the table's figure 78 to 87 %."""
+    """Dense bf16 operations with fp32 accumulation, in 1e12 per second. The plan assumes that matrix products reach
+    this rate, so give a measured one; products measured so far reach 78-87 % of the table's figure."""
     memory_gb_per_second: float | None = None
-    """What its memory delivers, in 1e9 bytes a second."""
+    """Device memory bandwidth in 1e9 bytes per second."""
     link_gb_per_second: float | None = None
-    """What comes in from the other cards of the machine, in one direction: NVLink, or PCIe."""
+    """Rate from the other GPUs of the node in one direction (NVLink or PCIe), in 1e9 bytes per second."""
     host_gb_per_second: float | None = None
-    """PCIe in one direction."""
+    """Rate between GPU and host in one direction, in 1e9 bytes per second."""
     network_gb_per_second: float | None = None
-    """What comes into a machine from the others, in one direction, all its network adapters together; null: as the
-    table says of machines with this card."""
+    """Rate into a node from other nodes in one direction, over all its network adapters, in 1e9 bytes per second; null
+    for the table's figure for nodes with this GPU."""
     price_per_hour: float | None = None
-    """Of one card, in any currency; null: no cost is said."""
+    """Price of one GPU per hour in any currency; null to report no cost."""
 
     def __post_init__(self) -> None:
-        require_choice("card.name", self.name, ("auto", *CARDS))
+        require_choice("gpu.name", self.name, ("auto", *GPUS))
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
             require(
                 name == "name" or value is None or 0 < value < math.inf,
-                f"card.{name}={value} is no figure above 0; set it to one, or leave it out",
+                f"gpu.{name}={value} is not above 0; set a positive number, or leave it out",
             )
 
 

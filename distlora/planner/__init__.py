@@ -64,7 +64,7 @@ class Plan:
     def lacks(self, reserve: float = 0.0) -> Literal["device", "host"] | None:
         """Whose memory is too small, if a share `reserve` of what is needed is to stay free beside it; None: neither,
         as far as is known. What a machine has on the host counts where the CPU is the device, all processes together,
-        and where something waits there that would be on a card."""
+        and where something waits there that would be on a GPU."""
         machine = self.machine
         if self.lacks_device(reserve):
             return "device"
@@ -73,7 +73,7 @@ class Plan:
         return "host" if self.host.workers * (1 + reserve) > machine.host_bytes else None
 
     def lacks_device(self, reserve: float = 0.0) -> bool:
-        """`lacks` of a card's memory alone, which takes a hundredth of the time."""
+        """`lacks` of a GPU's memory alone, which takes a hundredth of the time."""
         usable = self.machine.usable_bytes if self.machine.is_gpu else None
         return usable is not None and self.device.total * (1 + reserve) > usable
 
@@ -95,7 +95,7 @@ class Plan:
                 "vocabulary": shapes.vocabulary,
                 "stored_bytes": self.model.stored_bytes,
             },
-            "machine": machine | {"card": None if self.machine.card is None else self.machine.card.name},
+            "machine": machine | {"gpu": None if self.machine.gpu is None else self.machine.gpu.name},
             "settings": as_mapping(one_of(self.config)),
             "trials": len(self.config.adapters),
             "fits": self.fits,

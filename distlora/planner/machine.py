@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from distlora.config import Config
 from distlora.config.gpus import (
-    CARDS,
     CONTEXT_BYTES,
-    Card,
-    card_named,
+    GPUS,
+    Gpu,
+    find_gpu,
 )
 
 GIB = 2**30
 KEPT_BY_DRIVER = 0.02
-"""Share of what the driver counts that CUDA does not hand out: 0.4 to 2 % of the cards of the table."""
+"""Share of what the driver counts that CUDA does not hand out: 0.4 to 2 % of the GPUs of the table."""
 ANOTHER_SIZE = 0.05
-"""A card whose memory is so much off the table's has another size of it by the same name: an H100 of 96 GB, an RTX 4090
+"""A GPU whose memory is so much off the table's has another size of it by the same name: an H100 of 96 GB, an RTX 4090
 of 48, an A40 without ECC."""
 
 
@@ -38,12 +38,12 @@ class Machine:
     """Machines that are all alike. Rates in bytes a second, in one direction."""
 
     name: str
-    """`RTX 4090 24 GB`, `RTX 4090, 48 GiB` where it has other memory than the table's, `a card of 24 GiB`, or `CPU`."""
+    """`RTX 4090 24 GB`, `RTX 4090, 48 GiB` where it has other memory than the table's, `a GPU of 24 GiB`, or `CPU`."""
     is_gpu: bool
-    card: Card | None
-    """None: a CPU, or a card that is not in the table."""
+    gpu: Gpu | None
+    """None: a CPU, or a GPU that is not in the table."""
     usable_bytes: int | None
-    """What one rank can have on its device: of a card, or its share of a CPU machine's memory; None: not known."""
+    """What one rank can have on its device: of a GPU, or its share of a CPU machine's memory; None: not known."""
     host_bytes: int | None
     """Host memory of a machine that can be had; None: not known."""
     ranks: int
@@ -53,94 +53,94 @@ class Machine:
     """Dense bf16 operations a second; None: not known, and so no time is said."""
     bandwidth: float | None
     link: float | None
-    """Into a card from the others of its machine."""
+    """Into a GPU from the others of its machine."""
     host_link: float | None
     network: float | None
     """Into a machine from the others."""
     has_nvlink: bool | None = None
-    """Whether `link` is NVLink among all cards of a machine; None: not known."""
+    """Whether `link` is NVLink among all GPUs of a machine; None: not known."""
     price_per_hour: float | None = None
-    """Of one card."""
+    """Of one GPU."""
     has_liger: bool = True
     """Whether liger-kernel is installed: on other machines than this it is taken to be, as distlora[cuda] brings it."""
 
     @property
     def capability(self) -> tuple[int, int]:
-        """Of its card; (0, 0), of which no table has anything, where that is not known."""
-        return (0, 0) if self.card is None else self.card.capability
+        """Of its GPU; (0, 0), of which no table has anything, where that is not known."""
+        return (0, 0) if self.gpu is None else self.gpu.capability
 
 
 def machine_of(config: Config, *, found: Found | None = None) -> Machine:
-    """The machines of a run: with the card that `card=` names, else what the one has that it runs on (`found`). Without
+    """The machines of a run: with the GPU that `gpu=` names, else what the one has that it runs on (`found`). Without
     it nothing is claimed of machines that SLURM or torchrun starts; their ranks are GPUs' all the same.
 
-    `card.*` says better what the table says of a card, or all of one that is not in it.
+    `gpu.*` says better what the table says of a GPU, or all of one that is not in it.
     """
-    here, given = found or Found(), config.card
-    card, name, memory = _card(config, here)
+    here, given = found or Found(), config.gpu
+    gpu, name, memory = _gpu(config, here)
     is_gpu = memory is not None or here.devices is None or (found is None and config.cluster.launcher != "local")
     usable = None if memory is None else memory - CONTEXT_BYTES
     if not is_gpu and here.host_bytes is not None:  # What a CPU's ranks have is the host's memory.
         usable = here.host_bytes // config.cluster.gpus_per_node
     is_here = is_of(config, here)
     return Machine(
-        name=name or ("a card" if is_gpu else "CPU"),
+        name=name or ("a GPU" if is_gpu else "CPU"),
         is_gpu=is_gpu,
-        card=card,
+        gpu=gpu,
         usable_bytes=usable,
         host_bytes=here.host_bytes if is_here else None,
         ranks=config.cluster.ranks,
         ranks_per_machine=config.cluster.gpus_per_node,
-        flops=_said(given.tflops, 1e12, None if card is None else card.flops),
-        bandwidth=_said(given.memory_gb_per_second, 1e9, None if card is None else card.bandwidth),
-        link=_said(given.link_gb_per_second, 1e9, None if card is None else card.link),
-        host_link=_said(given.host_gb_per_second, 1e9, None if card is None else card.host_link),
-        network=_said(given.network_gb_per_second, 1e9, None if card is None else card.network),
-        has_nvlink=None if card is None else card.has_nvlink,
+        flops=_said(given.tflops, 1e12, None if gpu is None else gpu.flops),
+        bandwidth=_said(given.memory_gb_per_second, 1e9, None if gpu is None else gpu.bandwidth),
+        link=_said(given.link_gb_per_second, 1e9, None if gpu is None else gpu.link),
+        host_link=_said(given.host_gb_per_second, 1e9, None if gpu is None else gpu.host_link),
+        network=_said(given.network_gb_per_second, 1e9, None if gpu is None else gpu.network),
+        has_nvlink=None if gpu is None else gpu.has_nvlink,
         price_per_hour=given.price_per_hour,
         has_liger=here.has_liger or not is_here,
     )
 
 
 def is_of(config: Config, here: Found) -> bool:
-    """Whether a config is for the machine that was found: it names no card, or one that is there."""
-    named = CARDS.get(config.card.name)
-    return named is None or any(card_named(device) == named for device, _ in here.devices or ())
+    """Whether a config is for the machine that was found: it names no GPU, or one that is there."""
+    named = GPUS.get(config.gpu.name)
+    return named is None or any(find_gpu(device) == named for device, _ in here.devices or ())
 
 
 def used_device(config: Config, here: Found) -> tuple[str, int] | None:
-    """(name, bytes of memory) of the smallest of the cards that processes use, which decides where they differ: ranks
+    """(name, bytes of memory) of the smallest of the GPUs that processes use, which decides where they differ: ranks
     have the same share of the model. None where there is none, or nothing is known of it."""
     used = (here.devices or ())[: config.cluster.gpus_per_node]
     return min(used, key=lambda each: each[1], default=None)
 
 
-def _card(config: Config, here: Found) -> tuple[Card | None, str, int | None]:
-    """(card of the table, name, bytes of its memory that CUDA hands out) of what is named, else of what is here; no
+def _gpu(config: Config, here: Found) -> tuple[Gpu | None, str, int | None]:
+    """(GPU of the table, name, bytes of its memory that CUDA hands out) of what is named, else of what is here; no
     name and None of a CPU and where nothing is known."""
-    named, given = CARDS.get(config.card.name), config.card.memory_gib
+    named, given = GPUS.get(config.gpu.name), config.gpu.memory_gib
     device = used_device(config, here) if named is None else None
-    card = named if device is None else card_named(device[0])
+    gpu = named if device is None else find_gpu(device[0])
     if given is not None:
         memory = int(given * GIB)
     elif device is not None:
-        memory = device[1] if card is None else handed_out(card, device[1])
-    elif card is not None:
-        memory = card.memory_bytes
+        memory = device[1] if gpu is None else handed_out(gpu, device[1])
+    elif gpu is not None:
+        memory = gpu.memory_bytes
     else:
         return None, "", None
     gib = f"{memory / GIB:.3g} GiB" if given is None else f"{given:g} GiB"
-    if card is None:
-        return None, f"a card of {gib}" if device is None else f"{device[0]}, {gib}", memory
-    is_as_listed = abs(memory - card.memory_bytes) <= ANOTHER_SIZE * card.memory_bytes
-    return card, card.title if is_as_listed else f"{card.title.rsplit(maxsplit=2)[0]}, {gib}", memory
+    if gpu is None:
+        return None, f"a GPU of {gib}" if device is None else f"{device[0]}, {gib}", memory
+    is_as_listed = abs(memory - gpu.memory_bytes) <= ANOTHER_SIZE * gpu.memory_bytes
+    return gpu, gpu.title if is_as_listed else f"{gpu.title.rsplit(maxsplit=2)[0]}, {gib}", memory
 
 
-def handed_out(card: Card, shown: int) -> int:
-    """Bytes that CUDA hands out of a card whose driver shows so many: what the table says of it, unless it has less, or
+def handed_out(gpu: Gpu, shown: int) -> int:
+    """Bytes that CUDA hands out of a GPU whose driver shows so many: what the table says of it, unless it has less, or
     is one of more memory."""
-    more = shown > (1 + ANOTHER_SIZE) * card.memory_bytes
-    return int(shown * (1 - KEPT_BY_DRIVER)) if more else min(shown, card.memory_bytes)
+    more = shown > (1 + ANOTHER_SIZE) * gpu.memory_bytes
+    return int(shown * (1 - KEPT_BY_DRIVER)) if more else min(shown, gpu.memory_bytes)
 
 
 def _said(given: float | None, unit: float, table: float | None) -> float | None:

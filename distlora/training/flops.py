@@ -1,4 +1,4 @@
-"""What a step must compute, counted from the model's shapes, which MFU divides by what a card can do.
+"""What a step must compute, counted from the model's shapes, which MFU divides by what a GPU can do.
 
 Counted are the operations that the maths asks for: forward, the gradient of every input, the gradients of what is
 trained. Recomputation under checkpointing and dequantization are the implementation's, so they lower MFU.
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from distlora.config.gpus import card_named
+from distlora.config.gpus import find_gpu
 from distlora.model.adapters import AdaptedLinear, LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
@@ -20,9 +20,9 @@ from distlora.planner.speed.operations import ActiveWeights, ModelFlops, queries
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one device; None for a CPU and for a card that is not in distlora/config/gpus.py: no MFU is shown then."""
-    card = card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return None if card is None else card.flops
+    """Of one device; None for a CPU and for a GPU that is not in distlora/config/gpus.py: no MFU is shown then."""
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if gpu is None else gpu.flops
 
 
 def count_flops(model: CausalLM, *, with_reference: bool = False, slot: int | None = None) -> ModelFlops:

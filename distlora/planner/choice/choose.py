@@ -2,7 +2,7 @@
 
 The search is exact over the space of `space.py`: where the base lies and over how many ranks it is cut, then each
 combination of how a step runs, then as many resident blocks as fit. A branch whose base alone does not fit ends at its
-first plan. Results do not depend on what is chosen, but for quant.method: 16 bits where they fit on the cards and are
+first plan. Results do not depend on what is chosen, but for quant.method: 16 bits where they fit on the GPUs and are
 not far slower than NF4, NF4 where not.
 """
 
@@ -81,7 +81,7 @@ def choose(
     found: list[Plan] = []
     for method in methods if machine.usable_bytes is not None else ():
         said = with_settings(config, {"quant.method": method})
-        # 16 bits are worth it where they lie on the cards; with every block from the host NF4 is a quarter of it.
+        # 16 bits are worth it where they lie on the GPUs; with every block from the host NF4 is a quarter of it.
         held = {*fixed, "parallel.offload_base"} if method == "none" and len(methods) > 1 else fixed
         plan = fastest(said, held, model, machine, reserve)
         found += [] if plan is None else [plan]
@@ -109,7 +109,7 @@ def quantizations(config: Config, model: PlannedModel, machine: Machine) -> tupl
     if own is not None:
         return [own[0]], own[1]
     if machine.usable_bytes is None:
-        return ["nf4"], "how much memory the card has is not known"
+        return ["nf4"], "how much memory the GPU has is not known"
     return ["none", "nf4"], None
 
 
@@ -125,7 +125,7 @@ def has_room(plan: Plan, reserve: float = 0.0) -> bool:
 
 
 def cost_of(plan: Plan) -> tuple[float, ...]:
-    """What a step costs: seconds; where the card's rates are not known, what it computes twice, then what it moves."""
+    """What a step costs: seconds; where the GPU's rates are not known, what it computes twice, then what it moves."""
     time = plan.time
     if time is not None:
         return (time.seconds,)
@@ -144,7 +144,7 @@ def cost_of(plan: Plan) -> tuple[float, ...]:
 
 def fastest(said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, reserve: float) -> Plan | None:
     """The best plan of the space that fits; None where none does."""
-    found = [(cost_of(plan), plan) for plan in on_cards(said, fixed, model, machine, reserve)]
+    found = [(cost_of(plan), plan) for plan in on_gpus(said, fixed, model, machine, reserve)]
     good: list[tuple[int, tuple[float, ...], Plan]] = []
     for cost, plan in sorted(found, key=lambda each: each[0]):
         if good and not is_as_good(cost, good[0][1]):
@@ -159,10 +159,10 @@ def is_as_good(cost: tuple[float, ...], best: tuple[float, ...]) -> bool:
     return cost == best if len(best) > 1 else cost[0] <= best[0] * (1 + WORTH)
 
 
-def on_cards(
+def on_gpus(
     said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, reserve: float
 ) -> Iterator[Plan]:
-    """The plans of the space that fit the memory of cards, whatever waits on the host; of those that differ in resident
+    """The plans of the space that fit the memory of GPUs, whatever waits on the host; of those that differ in resident
     blocks alone the one as said and the one with most."""
     for branch in branches(said, machine, fixed):
         yield from _of_branch(branch, fixed, model, machine, reserve)
@@ -186,12 +186,12 @@ def _of_branch(
 
 
 def lacks_device(plan: Plan, reserve: float) -> bool:
-    """Whether there is too little memory where the model is trained: of a card, or of a CPU's machine."""
+    """Whether there is too little memory where the model is trained: of a GPU, or of a CPU's machine."""
     return plan.lacks_device(reserve) if plan.machine.is_gpu else not has_room(plan, reserve)
 
 
 def base_lacks(plan: Plan, reserve: float) -> bool:
-    """Whether what is the same however a step runs is too much for a card, or for a process's share of a CPU."""
+    """Whether what is the same however a step runs is too much for a GPU, or for a process's share of a CPU."""
     held = sum(nbytes for kind, nbytes in plan.device.held.items() if kind in _OF_A_BRANCH)
     return held * (1 + reserve) > (plan.machine.usable_bytes or 0)
 

@@ -133,7 +133,7 @@ _MEANINGS: dict[tuple[str, Any], str] = {
     ("train.keep_dequantized", False): "no weights are kept from a block's recomputation to its backward",
     ("parallel.prefetch", True): "the next block is gathered while one computes",
     ("parallel.prefetch", False): "a gathered block less is there",
-    ("parallel.offload_base", False): "the base stays on the cards",
+    ("parallel.offload_base", False): "the base stays on the GPUs",
     ("parallel.backend", "zero3"): "DeepSpeed cuts the base",
     ("parallel.backend", "fsdp2"): "FSDP2 cuts the base",
     ("parallel.shard_degree", "node"): "each machine has a copy, so that gradients alone travel between them",

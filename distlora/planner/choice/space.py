@@ -25,7 +25,7 @@ RECOMPUTES = ("none", "selective", "block", "offload")
 
 Settings = Mapping[str, Any]
 """Values by dotted name."""
-_GROUPS = {"quant.method": "quant", "card.name": "card", "cluster.launcher": "cluster"}
+_GROUPS = {"quant.method": "quant", "gpu.name": "gpu", "cluster.launcher": "cluster"}
 """Settings for which conf/ has a group, by whose name they are typed."""
 
 

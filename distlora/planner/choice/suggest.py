@@ -1,4 +1,4 @@
-"""What would fit where the settings do not: other settings, or more or other cards with some. Imports no torch."""
+"""What would fit where the settings do not: other settings, or more or other GPUs with some. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distlora.config import Config
-from distlora.config.gpus import CARDS
+from distlora.config.gpus import GPUS
 from distlora.config.plan import CHOSEN
 from distlora.planner import Plan, plan_of
 from distlora.planner.choice.choose import (
     choose,
     cost_of,
     has_room,
-    on_cards,
+    on_gpus,
     plans,
 )
 from distlora.planner.choice.space import (
@@ -46,7 +46,7 @@ _LEAST: Settings = {
     "parallel.shard_degree": None,
     "parallel.resident_blocks": 0,
 }
-"""With these nothing takes more than with others, on a card or a host: so they are not searched where it is asked
+"""With these nothing takes more than with others, on a GPU or a host: so they are not searched where it is asked
 whether anything fits."""
 
 
@@ -75,29 +75,29 @@ class Nearest:
     """What gives up least of the result (shorter rows, a smaller rank, NF4), where no settings keep all of it, or with
     fewer settings than they take."""
     more: Fitting | None = None
-    """The fewest such cards that are enough, and with which settings."""
-    card: Fitting | None = None
-    """The smallest known card of which as many are enough, and with which settings."""
+    """The fewest such GPUs that are enough, and with which settings."""
+    gpu: Fitting | None = None
+    """The smallest known GPU of which as many are enough, and with which settings."""
     least: Plan | None = None
     """The plan that takes least, where no setting makes one fit."""
 
     def __str__(self) -> str:
         said = [f"set {found}" for found in (self.same, self.other) if found is not None]
-        said += [] if self.more is None else [f"take {self.more.plan.machine.ranks:,} such cards with {self.more}"]
-        if self.card is not None:
-            machine = self.card.plan.machine
+        said += [] if self.more is None else [f"take {self.more.plan.machine.ranks:,} such GPUs with {self.more}"]
+        if self.gpu is not None:
+            machine = self.gpu.plan.machine
             number = "one" if machine.ranks == 1 else f"{machine.ranks:,} x"
-            said.append(f"take {number} {machine.name} with {self.card}")
+            said.append(f"take {number} {machine.name} with {self.gpu}")
         if self.least is not None and not self.least.machine.is_gpu:
-            return "name the cards that it is for, as card=h100 (distlora plan --help lists them)"
-        return ", or ".join(said) or "no number of such cards and no known card holds it"
+            return "name the GPUs that it is for, as gpu=h100 (distlora plan --help lists them)"
+        return ", or ".join(said) or "no number of such GPUs and no known GPU holds it"
 
 
 def nearest(config: Config, model: PlannedModel, machine: Machine) -> Nearest:
     """Of settings that do not fit: the smallest change that does, whoever set what; one setting, then two, then more.
 
     Among changes of as many settings it is the fastest. Where no such change keeps the result, it is the one that gives
-    up least of it, with the settings that it takes beside. More cards, and other ones, are looked for where neither
+    up least of it, with the settings that it takes beside. More GPUs, and other ones, are looked for where neither
     helps.
     """
     plan = plan_of(config, model, machine)
@@ -106,7 +106,7 @@ def nearest(config: Config, model: PlannedModel, machine: Machine) -> Nearest:
     other = _with_fewer(plan, same.changes) if same is not None else _giving_up(plan, least)
     if same is not None or other is not None:
         return Nearest(same=same, other=other)
-    return Nearest(same=None, other=None, more=_more_cards(plan), card=_other_card(plan), least=least)
+    return Nearest(same=None, other=None, more=_more_gpus(plan), gpu=_other_gpu(plan), least=least)
 
 
 def moves(plan: Plan) -> list[Settings]:
@@ -211,7 +211,7 @@ def given_up(said: Config, found: Config) -> tuple[float, ...]:
 
 
 def _least(plan: Plan) -> Plan:
-    """Of all settings that may be chosen those with which it takes least of a card, or of a CPU's machine."""
+    """Of all settings that may be chosen those with which it takes least of a GPU, or of a CPU's machine."""
     said = if_valid(plan.config, _LEAST) or plan.config
     found = plans(said, {*_FIXED, *_LEAST}, plan.model, plan.machine)
     return min(found, key=lambda plan: plan.device.total if plan.machine.is_gpu else plan.host.machine)
@@ -251,8 +251,8 @@ def _chosen(plan: Plan) -> Fitting | None:
     return Fitting(changes=len(settings), settings=settings, plan=found)
 
 
-def _more_cards(plan: Plan) -> Fitting | None:
-    """The fewest such cards on which it fits with the same result, with the fewest settings for it."""
+def _more_gpus(plan: Plan) -> Fitting | None:
+    """The fewest such GPUs on which it fits with the same result, with the fewest settings for it."""
     have, each = plan.machine.ranks, max(plan.machine.ranks_per_machine, 8)
     machines = (each * 2**n for n in range(1, int(math.log2(MOST_RANKS / each)) + 1))
     for ranks in (*range(have + 1, each + 1), *machines) if plan.machine.is_gpu else ():
@@ -266,13 +266,13 @@ def _more_cards(plan: Plan) -> Fitting | None:
     return None
 
 
-def _other_card(plan: Plan) -> Fitting | None:
-    """The smallest known card of which as many hold it with the same result, with the fewest settings for it."""
-    for card in sorted(CARDS.values(), key=lambda card: card.usable_bytes) if plan.machine.is_gpu else ():
-        named: dict[str, object] = {"card.name": card.name}
-        named |= {} if plan.config.card.memory_gib is None else {"card.memory_gib": None}
+def _other_gpu(plan: Plan) -> Fitting | None:
+    """The smallest known GPU of which as many hold it with the same result, with the fewest settings for it."""
+    for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.usable_bytes) if plan.machine.is_gpu else ():
+        named: dict[str, object] = {"gpu.name": gpu.name}
+        named |= {} if plan.config.gpu.memory_gib is None else {"gpu.memory_gib": None}
         config = if_valid(plan.config, named)
-        if config is not None and card.usable_bytes > (plan.machine.usable_bytes or 0):
+        if config is not None and gpu.usable_bytes > (plan.machine.usable_bytes or 0):
             own = plan.machine
             machine = dataclasses.replace(machine_of(config), host_bytes=own.host_bytes, has_liger=own.has_liger)
             found = _elsewhere(plan, named, config, machine)
@@ -284,7 +284,7 @@ def _other_card(plan: Plan) -> Fitting | None:
 def _elsewhere(plan: Plan, words: Settings, config: Config, machine: Machine) -> Fitting | None:
     """On other machines, that `words` name in `config`: the fewest settings with which it fits there."""
     said = if_valid(config, _LEAST) or config
-    if not any(map(has_room, on_cards(said, {*_FIXED, *_LEAST}, plan.model, machine, 0.0))):
+    if not any(map(has_room, on_gpus(said, {*_FIXED, *_LEAST}, plan.model, machine, 0.0))):
         return None
     rest = _same(plan_of(config, plan.model, machine))
     if rest is None:

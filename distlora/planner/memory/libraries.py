@@ -1,6 +1,6 @@
-"""What a card's libraries and torch's allocator take of its memory beside tensors. Imports no torch.
+"""What a GPU's libraries and torch's allocator take of its memory beside tensors. Imports no torch.
 
-None of it is counted by torch.cuda.max_memory_allocated, but cuBLAS' workspaces. CUDA's context is not here: a card's
+None of it is counted by torch.cuda.max_memory_allocated, but cuBLAS' workspaces. CUDA's context is not here: a GPU's
 usable bytes are without it (distlora/config/gpus.py). No GPU has run it: figures are the libraries' own constants.
 """
 
@@ -22,7 +22,7 @@ segments of their own, of multiples of 2 MiB (kRoundLarge), whose rest is used i
 _CALLING_THREADS = 2
 """Forward's and autograd's: each has a workspace of cuBLAS."""
 _WORKSPACE, _WORKSPACE_OF_HOPPER = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * _MIB
-"""One of them, by the card's capability (CUDAContext's CublasHandlePool.cpp: parseChosenWorkspaceSize)."""
+"""One of them, by the GPU's capability (CUDAContext's CublasHandlePool.cpp: parseChosenWorkspaceSize)."""
 _RECEIVING, _SENDING = 10 * _MIB, 2 * _MIB
 """NCCL's buffers of one connection of a channel: its three protocols' (init.cc: DEFAULT_BUFFSIZE of 4 MiB,
 DEFAULT_LL128_BUFFSIZE of 4.7, DEFAULT_LL_BUFFSIZE of 0.5) in pages of 2 MiB at the receiving end, a page at the sending
@@ -46,8 +46,8 @@ def beside_tensors(config: Config, base: Base, trained: Trained, machine: Machin
 
 
 def _workspaces(machine: Machine) -> int:
-    """cuBLAS'; the larger ones of a card that is not known."""
-    is_small = machine.card is not None and machine.card.capability[0] not in (9, 10)
+    """cuBLAS'; the larger ones of a GPU that is not known."""
+    is_small = machine.gpu is not None and machine.gpu.capability[0] not in (9, 10)
     return _CALLING_THREADS * (_WORKSPACE if is_small else _WORKSPACE_OF_HOPPER)
 
 

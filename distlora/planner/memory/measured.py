@@ -15,7 +15,7 @@ MISS = 0.05
 
 RECORDED: Shape = {
     "device?": {"by_kind": {"*": int}, "held": {"*": int}, "moments": {"*": {"*": int}}, "peak": int, "total": int},
-    "machine?": {"is_gpu": bool, "card": (str, type(None))},
+    "machine?": {"is_gpu": bool, "gpu?": (str, type(None))},
 }
 """What is read of RUN/plan.json."""
 
@@ -54,10 +54,10 @@ def figures(measured: MeasuredRank, plan: Mapping[str, Any]) -> dict[str, int]:
 
 def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
     """What there is to say of a peak that is further from the plan than MISS: by how much, and which kind makes most of
-    it. None of a card that the plan did not know: what it took for granted (an H100's processors, no block that stays
+    it. None of a GPU that the plan did not know: what it took for granted (an H100's processors, no block that stays
     by itself) is no miss of the run."""
     device, machine = plan.get("device"), plan.get("machine", {})
-    if device is None or (machine.get("is_gpu") and machine["card"] is None):
+    if device is None or (machine.get("is_gpu") and machine.get("gpu", machine.get("card")) is None):
         return None
     planned = sum(planned_kinds(device, None).values())
     if abs(planned - measured.peak) <= MISS * measured.peak:

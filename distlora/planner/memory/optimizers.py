@@ -14,7 +14,7 @@ BLOCK = 256
 LEVELS_BYTES = 2 * 256 * 4
 """Of the levels of 8 bits for both moments, fp32, which all parameters share."""
 PAGED_FROM = 100_000
-"""Elements from which on a paged moment is CUDA's managed memory, which is on the card while there is room for it
+"""Elements from which on a paged moment is CUDA's managed memory, which is on the GPU while there is room for it
 (Optimizer8bit.get_state_buffer); on the CPU nothing is paged."""
 
 UPDATE_BYTES: Mapping[str, int] = {"adamw": 28, "paged_adamw": 28, "adamw_8bit": 16, "paged_adamw_8bit": 16}

@@ -330,11 +330,11 @@ def _sent(unit: tuple[Stored, ...], shards: int) -> int:
 
 
 def costs_of(config: Config, model: PlannedModel, machine: Machine) -> Costs:
-    """Of a block of this run. A card that is not in the table is taken for an H100."""
-    card = machine.card
+    """Of a block of this run. A GPU that is not in the table is taken for an H100."""
+    gpu = machine.gpu
     device = Device(is_gpu=machine.is_gpu, has_liger=machine.has_liger)
-    if card is not None:
-        device = replace(device, processors=card.processors, groups_experts=card.capability[0] in (9, 10))
+    if gpu is not None:
+        device = replace(device, processors=gpu.processors, groups_experts=gpu.capability[0] in (9, 10))
     shards = config.shard_degree(machine.ranks)
     return Costs.of(config, model.shapes, model.settings, device, shards=shards)
 

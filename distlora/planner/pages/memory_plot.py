@@ -53,7 +53,7 @@ _LABELLED = 0.045
 
 
 def plot_memory(bars: Sequence[MemoryBar], labels: Mapping[str, str], title: str, path: Path) -> None:
-    """A stacked bar of each plan in GB (1e9 bytes) on a grey one of what its card has, and its sum beside it; `labels`
+    """A stacked bar of each plan in GB (1e9 bytes) on a grey one of what its GPU has, and its sum beside it; `labels`
     says what kinds are called."""
     figure, (panel,) = new_figure(1, width=11, height=2.7 + 0.52 * len(bars))
     widest = max(max(sum(bar.kinds.values()), bar.usable or 0) for bar in bars) / 1e9
@@ -87,7 +87,7 @@ def plot_memory(bars: Sequence[MemoryBar], labels: Mapping[str, str], title: str
 
 
 def _end_of_bar(panel: Axes, row: int, total: float, usable: int | None, widest: float) -> None:
-    """What it comes to, in red where that is too much; and a line where the card ends."""
+    """What it comes to, in red where that is too much; and a line where the GPU ends."""
     there = math.inf if usable is None else usable / 1e9
     if usable is not None:
         panel.plot([there, there], [row - 0.4, row + 0.4], color="black", linewidth=2)

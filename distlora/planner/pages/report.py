@@ -38,20 +38,20 @@ _LABEL, _BAR = 12, 40
 def lines(plan: Plan) -> list[str]:
     """What a run says of its plan before it starts: a few short lines."""
     device, host, disk = plan.device, plan.host, plan.disk
-    card = _device(plan)
+    gpu = _device(plan)
     there_is = f" of {size(plan.machine.usable_bytes or 0)}" if plan.fits else ""
     fits = {
         True: "",
         False: f": it does NOT fit{verdict(plan).removeprefix('NO')}",
-        None: "; whether it fits is not known: name the cards, with card=h100 or card.memory_gib=80",
+        None: "; whether it fits is not known: name the GPUs, with gpu=h100 or gpu.memory_gib=80",
     }[plan.fits]
     # What a CPU's process shows of itself while it trains has them in it.
     beside = "" if plan.machine.is_gpu else ", beside Python and its libraries"
     kept = f", {size(disk.cache)} for the quantized base" if disk.cache else ""
-    moved = f"{size(plan.wire.received)} come into each {card} from the others" if plan.wire.world > 1 else None
+    moved = f"{size(plan.wire.received)} come into each {gpu} from the others" if plan.wire.world > 1 else None
     time = None if plan.time is None else time_of(plan)
     found = [
-        f"plan: {size(device.total)}{there_is} a {card} at its peak{beside}, {MOMENTS[device.worst]}{fits}",
+        f"plan: {size(device.total)}{there_is} a {gpu} at its peak{beside}, {MOMENTS[device.worst]}{fits}",
         f"  most of it: {largest(device.by_kind)}",
         f"  host memory: {size(host.machine)} a machine; disk: {size(disk.run)} for the run{kept}",
     ]
@@ -101,7 +101,7 @@ def verdict(plan: Plan) -> str:
     needed, usable = plan.device.total, plan.machine.usable_bytes
     what = _device(plan)
     if usable is None:
-        return f"nobody knows: it needs {size(needed)} a {what}, and how much there is was not said (card=NAME)"
+        return f"nobody knows: it needs {size(needed)} a {what}, and how much there is was not said (gpu=NAME)"
     host, has = plan.host, plan.machine.host_bytes
     if not plan.machine.is_gpu and has is not None:  # Its processes have the machine's memory together.
         needed, usable, what = host.workers, has, "machine"
@@ -127,7 +127,7 @@ def packed_trials(packed: Packing) -> str:
         return f"{text}; {packed.most} fit, and more were not looked at"
     text += f"; {packed.most or 'none'} fit{'s' if packed.most == 1 else ''}"
     wanted = packed.beyond.device.total - (packed.beyond.machine.usable_bytes or 0)
-    if wanted <= 0:  # Its card has room, its machine's host has not.
+    if wanted <= 0:  # Its GPU has room, its machine's host has not.
         return f"{text}, as {packed.most + 1} would take {size(packed.beyond.host.machine)} of host memory"
     binds = packed.binds
     assert binds is not None
@@ -150,13 +150,13 @@ def empty_rows(plan: Plan) -> str | None:
 
 
 def needs(plan: Plan) -> str:
-    """What it takes of the memory that decides, and what takes most of that: `8.75 GB a card (...)`."""
+    """What it takes of the memory that decides, and what takes most of that: `8.75 GB a GPU (...)`."""
     host, by_kind = plan.host, largest(plan.device.by_kind)
     if not plan.machine.is_gpu:
         return f"{size(host.workers)} a machine (of each process {by_kind})"
     if plan.lacks() == "host":
         return f"{size(host.machine)} of a machine's host memory ({_waiting(plan)} of a process)"
-    return f"{size(plan.device.total)} a card ({by_kind})"
+    return f"{size(plan.device.total)} a GPU ({by_kind})"
 
 
 def _row(label: str, text: str) -> Iterator[str]:
@@ -197,8 +197,8 @@ def machines_of(plan: Plan) -> str:
     machines, each = -(-machine.ranks // machine.ranks_per_machine), min(machine.ranks, machine.ranks_per_machine)
     if not machine.is_gpu:
         what = f"this CPU, {each} process{'es' if each > 1 else ''}"
-    elif machine.name.startswith("a card"):  # That nothing names.
-        what = f"{each} card{'s' if each > 1 else ''}{machine.name.removeprefix('a card')}"
+    elif machine.name.startswith("a GPU"):  # That nothing names.
+        what = f"{each} GPU{'s' if each > 1 else ''}{machine.name.removeprefix('a gpu')}"
     else:
         what = f"{each} x {machine.name}"
     return what if machines == 1 else f"{machines} machines of {what}"
@@ -206,7 +206,7 @@ def machines_of(plan: Plan) -> str:
 
 def _machine(plan: Plan) -> str:
     machine, shards, text = plan.machine, plan.wire.shards, machines_of(plan)
-    text += "" if machine.is_gpu else " (card=NAME: another machine)"
+    text += "" if machine.is_gpu else " (gpu=NAME: another machine)"
     if machine.ranks == 1:
         return text
     if shards == 1:
@@ -220,7 +220,7 @@ def _machine(plan: Plan) -> str:
 def _near(near: Nearest) -> str:
     """What would fit, and what it costs: speed, and host memory where that is what it takes instead."""
     text = str(near)
-    found = near.same or near.other or (near.more if near.card is None else None)
+    found = near.same or near.other or (near.more if near.gpu is None else None)
     if found is not None:
         plan = found.plan
         text += "" if plan.time is None else f"; then {plan.time.tokens_per_second:,.0f} tokens/s"
@@ -234,7 +234,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     # A bar shows a share of what there is, or where that would show nothing, of what is needed.
     whole = device.total if usable is None or device.total * _BAR < usable else max(device.total, usable)
     unit, scale = ("GB", 1e9) if device.total >= 1e9 else ("MB", 1e6)
-    what = "memory of a card" if plan.machine.is_gpu else "memory of a process for training"
+    what = "memory of a GPU" if plan.machine.is_gpu else "memory of a process for training"
     yield f"{what} at its peak, {MOMENTS[device.worst]} ({unit}):"
     place = 0
     width = max(len(KINDS[kind]) for kind in device.by_kind)
@@ -307,7 +307,7 @@ def time_of(plan: Plan) -> str:
     found = plan.time
     if found is None:
         missing = missing_rates(plan.config, plan.machine)
-        named = "" if plan.machine.card is not None else "card=NAME, or "
+        named = "" if plan.machine.gpu is not None else "gpu=NAME, or "
         return f"not known, as rates of this machine are not: set {named}{', '.join(missing)}"
     waits = ", ".join(f"{percent}% {WAITS[term]}" for term, percent in shares(found.by_term))
     text = f"{found.tokens_per_second:,.0f} tokens/s, {seconds_in_words(found.seconds)} a step: {waits}"
@@ -340,7 +340,7 @@ def _tera(flops: float) -> str:
 
 
 def _device(plan: Plan) -> str:
-    return "card" if plan.machine.is_gpu else "process"
+    return "GPU" if plan.machine.is_gpu else "process"
 
 
 def settings(plan: Plan) -> str:

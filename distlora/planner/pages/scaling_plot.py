@@ -1,4 +1,4 @@
-"""`distlora plan --scaling --plot`: tokens a second of a card over the number of cards. Imports no torch."""
+"""`distlora plan --scaling --plot`: tokens a second of a GPU over the number of GPUs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plot_scaling(rows: Sequence[ScalingRow], title: str, path: Path) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks(numbers, [f"{number:,}" for number in numbers])
     panel.set_ylim(bottom=0)
-    panel.set(xlabel="cards", ylabel="tokens a second of a card")
+    panel.set(xlabel="GPUs", ylabel="tokens a second of a GPU")
     panel.legend(frameon=False, fontsize=7)
     figure.suptitle(title, fontsize=10)
     save(figure, path)

@@ -10,13 +10,13 @@ from distlora.planner.speed.scaling import OWN, ScalingRow
 from distlora.system.numbers import size
 
 LEGEND = (
-    "A cell: memory of a card at its peak, tokens a second of all cards, and the settings, the fastest that fit:",
+    "A cell: memory of a GPU at its peak, tokens a second of all GPUs, and the settings, the fastest that fit:",
     "- NF4, bf16: what the base is kept in; full: all of it is trained",
     "- recompute: what backward runs again (train.checkpointing); rows: that run at once (train.micro_batch)",
     "- slices: a block runs all of a step's rows in turn (train.accumulate=block); tiles: of an MLP (train.mlp_tile)",
-    "- stay: blocks that are gathered once (parallel.resident_blocks); copies: of the base, each over so many cards "
+    "- stay: blocks that are gathered once (parallel.resident_blocks); copies: of the base, each over so many GPUs "
     "(parallel.shard_degree)",
-    "- on the host: what is in a machine's memory in place of a card's, which takes so much (parallel.offload_base)",
+    "- on the host: what is in a machine's memory in place of a GPU's, which takes so much (parallel.offload_base)",
     "- no: what it would take with settings as they are; `distlora plan` of one model and machine says what would fit",
 )
 """What stands in a cell."""
@@ -80,7 +80,7 @@ def scaling_tables(rows: Sequence[ScalingRow]) -> Iterator[str]:
         by_place = {(row.ranks, row.layout): row for row in found}
         header = ["GPUs", "machines", "rows a step"]
         for layout in layouts:
-            header += [f"{layout}: s a step", "tokens/s", "of a card", "MFU", "waits for"]
+            header += [f"{layout}: s a step", "tokens/s", "of a GPU", "MFU", "waits for"]
         lines = []
         for ranks in dict.fromkeys(row.ranks for row in found):
             first = next(row for row in found if row.ranks == ranks)

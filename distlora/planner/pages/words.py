@@ -58,9 +58,9 @@ WORK: Mapping[FlopsKind, str] = {
 """What each kind of operations is, for people."""
 WAITS: Mapping[Term, str] = {
     "compute": "computing",
-    "memory": "the card's memory",
+    "memory": "the GPU's memory",
     "launches": "launches",
-    "link": "other cards",
+    "link": "other GPUs",
     "network": "other machines",
     "host_link": "host memory",
     "latency": "the start of collectives",

@@ -1,4 +1,4 @@
-"""What a card and its links deliver of what their makers say: every assumption of a plan's time, in one place, with its
+"""What a GPU and its links deliver of what their makers say: every assumption of a plan's time, in one place, with its
 source. Imports no torch.
 """
 
@@ -74,7 +74,7 @@ class Rates:
 LEVERS: dict[str, tuple[str, ...]] = {
     "products of matrices": ("matrices", "decoding"),
     "attention": ("attention",),
-    "the card's memory": ("bandwidth",),
+    "the GPU's memory": ("bandwidth",),
     "launches": ("launch",),
     "links within a machine": ("link",),
     "the network": ("network",),
@@ -94,7 +94,7 @@ def half_as_fast(rates: Rates, lever: str) -> Rates:
 def missing_rates(config: Config, machine: Machine) -> tuple[str, ...]:
     """The settings that would have to say what is not known of a machine and a step's time depends on: its rates, those
     of links that are crossed. In fp32 a GPU's tables say no rate that products keep to."""
-    in_fp32 = machine.is_gpu and config.train.dtype == "fp32" and config.card.tflops is None
+    in_fp32 = machine.is_gpu and config.train.dtype == "fp32" and config.gpu.tflops is None
     needed = {
         "tflops": (True, None if in_fp32 else machine.flops),
         "memory_gb_per_second": (True, machine.bandwidth),
@@ -102,20 +102,20 @@ def missing_rates(config: Config, machine: Machine) -> tuple[str, ...]:
         "network_gb_per_second": (machine.ranks > machine.ranks_per_machine, machine.network),
         "host_gb_per_second": (keeps_on_host(config, machine.ranks), machine.host_link),
     }
-    return tuple(f"card.{name}" for name, (is_needed, rate) in needed.items() if is_needed and rate is None)
+    return tuple(f"gpu.{name}" for name, (is_needed, rate) in needed.items() if is_needed and rate is None)
 
 
 def rates_of(config: Config, machine: Machine) -> Rates | None:
     """None where something is not known that a step's time depends on (`missing_rates`).
 
-    What the user gives in `card.*` is taken for what was measured: it is reached.
+    What the user gives in `gpu.*` is taken for what was measured: it is reached.
     """
     peak, bandwidth = machine.flops, machine.bandwidth
     if missing_rates(config, machine) or peak is None or bandwidth is None:
         return None
     link = machine.link if machine.ranks_per_machine > 1 else None
     network = machine.network if machine.ranks > machine.ranks_per_machine else None
-    given = config.card
+    given = config.gpu
     matrices = 1.0 if given.tflops is not None else _MATRICES.get(machine.capability, _MATRICES_ELSEWHERE)
     attention = _ATTENTION.get(machine.capability, _ATTENTION_ELSEWHERE) if machine.is_gpu else 1.0
     memory = 1.0 if given.memory_gb_per_second is not None else _MEMORY
@@ -127,18 +127,18 @@ def rates_of(config: Config, machine: Machine) -> Rates | None:
     inside = "nvlink" if machine.has_nvlink else "pcie"
     said = [
         f"products of matrices run at {matrices:.0%} of {peak / 1e12:,.4g} TFLOP/s: "
-        + ("as card.tflops says" if given.tflops is not None else _MATRICES_SOURCE),
+        + ("as gpu.tflops says" if given.tflops is not None else _MATRICES_SOURCE),
         f"memory delivers {memory:.0%} of {bandwidth / 1e9:,.4g} GB/s: "
-        + ("as card.memory_gb_per_second says" if given.memory_gb_per_second is not None else _MEMORY_SOURCE),
+        + ("as gpu.memory_gb_per_second says" if given.memory_gb_per_second is not None else _MEMORY_SOURCE),
     ]
     if machine.is_gpu:
-        said.append(f"attention runs at {attention:.0%} of the card's rate: {_ATTENTION_SOURCE}")
+        said.append(f"attention runs at {attention:.0%} of the GPU's rate: {_ATTENTION_SOURCE}")
         said.append(f"a launch costs {_LAUNCH_SECONDS * 1e6:.0f} us: {_LAUNCH_SOURCE}")
     if machine.ranks > 1:
-        inner, outer = "a card's link to others of its machine", "the network into a machine"
+        inner, outer = "a GPU's link to others of its machine", "the network into a machine"
         for where, name, rate in ((inner, "link", link), (outer, "network", network)):
             if rate is not None:
-                source = _LINK_SOURCE if own[name] < 1 else f"as card.{name}_gb_per_second says"
+                source = _LINK_SOURCE if own[name] < 1 else f"as gpu.{name}_gb_per_second says"
                 said.append(f"{where} delivers {own[name]:.0%} of {rate / 1e9:,.4g} GB/s: {source}")
     if machine.is_gpu and machine.ranks > 1:
         said += _said_of_rings(inside, across=network is not None)

@@ -109,7 +109,7 @@ def scaling(
 
     A machine holds as many as this one has, 8 where that is fewer; `numbers` (None: `numbers_of`) above it have to be
     multiples. With `kind=weak` each rank runs the rows that it runs here. A layout is left out where it is no other
-    than one copy. Raises UserError where the rates of the card or of a link are not known.
+    than one copy. Raises UserError where the rates of the GPU or of a link are not known.
     """
     per_machine = max(machine.ranks_per_machine, MACHINE)
     numbers = numbers_of(per_machine) if numbers is None else numbers
@@ -137,8 +137,8 @@ def numbers_of(per_machine: int) -> tuple[int, ...]:
 
 def _joined(config: Config, machine: Machine, fabric: Fabric) -> tuple[Config, Machine]:
     """The run over this fabric, of whose links the user's figures, which are of others, say nothing."""
-    card = dataclasses.replace(config.card, link_gb_per_second=None, network_gb_per_second=None)
-    return dataclasses.replace(config, card=card), dataclasses.replace(
+    gpu = dataclasses.replace(config.gpu, link_gb_per_second=None, network_gb_per_second=None)
+    return dataclasses.replace(config, gpu=gpu), dataclasses.replace(
         machine, link=fabric.inside, network=fabric.network, has_nvlink=fabric.has_nvlink
     )
 
@@ -172,7 +172,7 @@ def _rows(runs: Iterable[tuple[Layout, Config, Machine]], model: PlannedModel, f
     for layout, config, machine in runs:
         time = step_time(config, model, machine)
         if time is None:
-            named = "" if machine.card is not None else "card=NAME (card=h100), or "
+            named = "" if machine.gpu is not None else "gpu=NAME (gpu=h100), or "
             raise UserError(
                 f"how {machine.name} scales is not known, as rates of it and its links are not; set {named}"
                 + ", ".join(missing_rates(config, machine))

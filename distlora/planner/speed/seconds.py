@@ -9,7 +9,7 @@ Term = Literal[
     "compute",  # operations
     "memory",  # the device's memory
     "launches",  # from one kernel to the next
-    "link",  # other cards of the machine
+    "link",  # other GPUs of the machine
     "network",  # other machines
     "host_link",  # the host's memory
     "latency",  # of collectives, before their first byte

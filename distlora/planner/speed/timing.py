@@ -54,7 +54,7 @@ class StepTime:
     steps: int | None
     """Of the run; None: neither train.max_steps nor plan.tokens says how long it is."""
     price_per_hour: float | None
-    """Of one card."""
+    """Of one GPU."""
     assumptions: tuple[str, ...]
     """A sentence each."""
 
@@ -82,7 +82,7 @@ class StepTime:
 
     @property
     def cost(self) -> float | None:
-        """Of the hours, in the currency of card.price_per_hour."""
+        """Of the hours, in the currency of gpu.price_per_hour."""
         if self.hours is None or self.price_per_hour is None:
             return None
         return self.hours * self.price_per_hour * self.ranks

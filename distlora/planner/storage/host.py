@@ -41,7 +41,7 @@ class HostBytes:
     process: int
     """Python and its libraries."""
     base: int
-    """The base's rows, where they lie here and not on a card."""
+    """The base's rows, where they lie here and not on a GPU."""
     inputs: int
     """The blocks' inputs, with train.checkpointing=offload."""
     moments: int
@@ -93,7 +93,7 @@ class HostBytes:
 
 
 def keeps_on_host(config: Config, ranks: int) -> bool:
-    """Whether something waits in host memory that would be on a card."""
+    """Whether something waits in host memory that would be on a GPU."""
     return offloads_base(config.parallel, config.shard_degree(ranks)) or config.train.checkpointing == "offload"
 
 
@@ -125,9 +125,9 @@ def _base(base: Base, shards: int) -> int:
 
 
 def _paged(config: Config, trained: Trained, machine: Machine) -> int:
-    """What of the optimizer's states the host has where the card is short of memory."""
-    whole, on_card = (trained.optimizer_bytes(config.optim.name, is_gpu=is_gpu) for is_gpu in (False, True))
-    return whole - on_card if machine.is_gpu else 0
+    """What of the optimizer's states the host has where the GPU is short of memory."""
+    whole, on_gpu = (trained.optimizer_bytes(config.optim.name, is_gpu=is_gpu) for is_gpu in (False, True))
+    return whole - on_gpu if machine.is_gpu else 0
 
 
 def _inputs(config: Config, model: PlannedModel, machine: Machine) -> int:

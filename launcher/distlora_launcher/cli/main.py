@@ -33,8 +33,8 @@ COMMANDS = {
         "distlora_launcher.cli.train",
     ),
     "plan": Command(
-        "model=NAME [card=NAME] [setting=value ...] [--json] [--plot FILE.png] | --table",
-        "what a run needs before it starts, of any model on any cards: memory, host, disk, traffic, time, cost",
+        "model=NAME [gpu=NAME] [setting=value ...] [--json] [--plot FILE.png] | --table",
+        "what a run needs before it starts, of any model on any GPUs: memory, host, disk, traffic, time, cost",
         "distlora_launcher.cli.plan",
     ),
     "sweep": Command(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distlora.config import Config, UserError, require
+from distlora.config.gpus import GPUS
 from distlora.planner import Plan
 from distlora.planner.choice.larger import Room, room
 from distlora.planner.choice.packing import Packing
@@ -43,7 +44,7 @@ from distlora_launcher.cli.plan_table import (
 )
 from distlora_launcher.compose.checks import check_parallel, check_writable
 from distlora_launcher.compose.compose import expand_home, names_model
-from distlora_launcher.compose.listing import known_models, options_of
+from distlora_launcher.compose.listing import known_models
 from distlora_launcher.compose.planning import choices
 from distlora_launcher.compose.this_machine import planned_model
 from distlora_launcher.sweeps.multi_trial_size import composed_for_plan, packing_of
@@ -55,25 +56,25 @@ WORTH_SAYING = 20
 """Plans of a table that take long enough to be announced."""
 Value = TypeVar("Value")
 
-USAGE = """usage: distlora plan model=NAME [card=NAME] [setting=value ...] [--assumptions] [--json] [--plot FILE]
-       distlora plan model=NAME card=NAME [setting=value ...] --scaling [--strong] [--fabrics] [--json] [--plot FILE]
-       distlora plan --table [--models NAME,...] [--cards NAMExNUMBER,...] [setting=value ...] [--json] [--plot FILE]
+USAGE = """usage: distlora plan model=NAME [gpu=NAME] [setting=value ...] [--assumptions] [--json] [--plot FILE]
+       distlora plan model=NAME gpu=NAME [setting=value ...] --scaling [--strong] [--fabrics] [--json] [--plot FILE]
+       distlora plan --table [--models NAME,...] [--gpus NAMExNUMBER,...] [setting=value ...] [--json] [--plot FILE]
 
-What a run needs before it starts, calculated from the model's sizes alone: memory of a card by kind, host memory, disk,
-what travels between cards, operations. Where it does not fit, what would. Nothing is downloaded, no GPU is needed.
+What a run needs before it starts, calculated from the model's sizes alone: memory of a GPU by kind, host memory, disk,
+what travels between GPUs, operations. Where it does not fit, what would. Nothing is downloaded, no GPU is needed.
 
   model=NAME         a well-known model, below; or model.path=FOLDER, or model.path=ORG/NAME of the hub
-  card=NAME          a card, below; or what is better known: card.memory_gib=80 card.tflops=989 ...; without one, this
+  gpu=NAME           a GPU, below; or what is better known: gpu.memory_gib=80 gpu.tflops=989 ...; without one, this
                      machine
   setting=value      any setting of `distlora train`, recipes too; without one what `distlora train` would do.
-                     cluster.gpus_per_node=8: cards of a machine; plan=auto: the fastest settings that fit, where you
+                     cluster.gpus_per_node=8: GPUs of a machine; plan=auto: the fastest settings that fit, where you
                      name none; quant=auto: 16 bits where they fit and are not far slower; sweep.packed=4 or auto:
                      so many trials of a sweep that share one base, and how many would fit
   --table            many models on many machines, as Markdown, each with the fastest settings that fit
-  --models, --cards  for --table: {table_models};
+  --models, --gpus   for --table: {table_models};
                      {table_machines}
-  --scaling          the same run on 1 to 1,024 cards: tokens/s, of a card too, what a step waits for; as many rows on
-                     each card, or with --strong in all; with --fabrics over usual links too
+  --scaling          the same run on 1 to 1,024 GPUs: tokens/s, of a GPU too, what a step waits for; as many rows on
+                     each GPU, or with --strong in all; with --fabrics over usual links too
   --assumptions      print what the time rests on too; with --scaling what each of that decides
   --json             every figure, in bytes, for a program to read
   --plot FILE.png    a bar of what takes the memory, or one for each model and machine; with --scaling tokens/s
@@ -81,7 +82,7 @@ what travels between cards, operations. Where it does not fit, what would. Nothi
 
 models: {models}
 
-cards: {cards}"""
+GPUs: {gpus}"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,11 +116,11 @@ class Answer:
 def _nearest(near: Nearest | None) -> dict[str, Any] | None:
     if near is None:
         return None
-    fitting = {"same_result": near.same, "other_result": near.other, "more_cards": near.more, "other_card": near.card}
+    fitting = {"same_result": near.same, "other_result": near.other, "more_gpus": near.more, "other_gpu": near.gpu}
     found: dict[str, Any] = {name: None if each is None else _fitting(each) for name, each in fitting.items()}
-    card = None if near.card is None else near.card.plan.machine.card
+    gpu = None if near.gpu is None else near.gpu.plan.machine.gpu
     ranks = None if near.more is None else near.more.plan.machine.ranks
-    return found | {"cards": ranks, "card": None if card is None else card.name}
+    return found | {"gpus": ranks, "gpu": None if gpu is None else gpu.name}
 
 
 def _fitting(each: Fitting) -> dict[str, Any]:
@@ -154,10 +155,9 @@ def main(arguments: list[str]) -> int:
 
 def usage() -> str:
     """`distlora plan --help`."""
-    cards = [name for name in options_of("card") if name != "auto"]
     return USAGE.format(
         models=wrapped(known_models(), 8, 112),
-        cards=wrapped(cards, 8, 112),
+        gpus=wrapped([*GPUS], 8, 112),
         table_models=wrapped(MODELS, 21, 98),
         table_machines=wrapped(MACHINES, 21, 98),
     )
@@ -176,7 +176,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for flag in ("--table", "--scaling", "--strong", "--fabrics", "--assumptions", "--json"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--models")
-    parser.add_argument("--cards")
+    parser.add_argument("--gpus")
+    require("--cards" not in arguments, "--cards is now --gpus; write --gpus NAMExNUMBER,...")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--config-dir")
     options: argparse.Namespace = parser.parse_args([expand_home(word) for word in arguments])
@@ -184,14 +185,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if "=" not in word:
             known = f"; for a model, model={word}" if word in known_models() else ""
             raise UserError(f"{PROGRAM}: {word!r} is no setting{known}; write setting=value, or --help for the rest")
-    for flag in ("models", "cards"):
+    for flag in ("models", "gpus"):
         value = getattr(options, flag)
         require(options.table or value is None, f"--{flag} {value} belongs to --table; add --table, or leave it out")
     for flag in ("strong", "fabrics"):
         require(options.scaling or not getattr(options, flag), f"--{flag} belongs to --scaling; add --scaling")
     require(not (options.scaling and options.table), "--table and --scaling are two tables; leave one of them out")
     options.models = MODELS if options.models is None else listed("--models", options.models)
-    options.machines = MACHINES if options.cards is None else listed("--cards", options.cards)
+    options.machines = MACHINES if options.gpus is None else listed("--gpus", options.gpus)
     if options.plot is not None:
         check_picture(options.plot)
     if options.table:
@@ -208,12 +209,12 @@ def listed(flag: str, text: str) -> list[str]:
 
 def check_named_elsewhere(words: Sequence[str]) -> None:
     """Refuse settings that the options of a table say."""
-    options = {"model": "--models", "card": "--cards", "cluster": "--cards"}
+    options = {"model": "--models", "gpu": "--gpus", "cluster": "--gpus"}
     for word in words:
         key = word.lstrip("+").partition("=")[0]
         flag = options.get(key.partition(".")[0])
         require(
-            flag is None or key in ("card.price_per_hour", "model.new_tokens"),
+            flag is None or key in ("gpu.price_per_hour", "model.new_tokens"),
             f"{word} is said by {flag} in a table; write {flag} {'NAME,NAME' if flag == '--models' else 'h100x8,a10'}",
         )
 
@@ -265,7 +266,7 @@ def require_model(config: Config) -> None:
     """Refuse settings that name none, with the names that are known."""
     if not names_model(config):
         raise UserError(
-            f"no model is named, and a plan is of a model; write for example {PROGRAM} model=llama3_8b card=rtx4090",
+            f"no model is named, and a plan is of a model; write for example {PROGRAM} model=llama3_8b gpu=rtx4090",
             f"names for model= are {', '.join(known_models())}; or set model.path to a folder, or to ORG/NAME of the "
             "hub",
         )
@@ -279,14 +280,14 @@ def show_table(options: argparse.Namespace) -> None:
     found = plans(options.models, options.machines, options.settings, config_dir=options.config_dir)
     if options.json:
         rows = [
-            {"model": model, "cards": cards} | ({"fits": False} if plan is None else plan.as_json())
-            for (model, cards), plan in found.items()
+            {"model": model, "gpus": gpus} | ({"fits": False} if plan is None else plan.as_json())
+            for (model, gpus), plan in found.items()
         ]
         print(json.dumps(rows, indent=1))
     else:
         print("\n".join(matrix(found)))
     if options.plot is not None:
-        bars = {f"{model}, {cards}": plan for (model, cards), plan in found.items() if plan is not None}
+        bars = {f"{model}, {gpus}": plan for (model, gpus), plan in found.items() if plan is not None}
         draw(bars, "memory of a rank, with the fastest settings that fit", options.plot)
 
 
@@ -300,7 +301,7 @@ def show_scaling(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
-        what = "as many rows in all" if options.strong else "as many rows on each card"
+        what = "as many rows in all" if options.strong else "as many rows on each GPU"
         print(f"{plan.model.name} on {plan.machine.name}, {what}; {settings(plan)}\n")
         print("\n".join(scaling_tables(rows)))
         if options.assumptions:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from distlora.config import Config, UserError, nearest
-from distlora.config.gpus import CARDS
+from distlora.config.gpus import GPUS
 from distlora.config.places import is_hub_name
 from distlora.planner import Plan
 from distlora.planner.choice.choose import choose
@@ -35,7 +35,7 @@ MODELS = (
 MACHINES = ("rtx4090", "rtx3090x2", "rtx5090x2", "a10x4", "l40sx4", "a100_80gbx8", "h100x8", "b200x8")
 """What is shown where nothing is named."""
 OF_A_MACHINE = 8
-"""Cards of one machine, where there are more."""
+"""GPUs of one machine, where there are more."""
 
 
 def plans(
@@ -70,23 +70,23 @@ def plans(
 
 
 def machine_words(machine: str) -> list[str]:
-    """`h100x8` as settings; more than eight are on machines of eight. Raises UserError for a card that is not known."""
+    """`h100x8` as settings; more than eight are on machines of eight. Raises UserError for a GPU that is not known."""
     match = re.fullmatch(r"(.+)x(\d+)", machine)
-    card, number = (match[1], int(match[2])) if match and machine not in CARDS else (machine, 1)
-    if card not in CARDS:
+    gpu, number = (match[1], int(match[2])) if match and machine not in GPUS else (machine, 1)
+    if gpu not in GPUS:
         raise UserError(
-            f"--cards {machine}: there is no card {card!r}{nearest(card, CARDS)}; write --cards rtx4090,h100x8 with of "
-            f"{', '.join(CARDS)}"
+            f"--gpus {machine}: there is no GPU {gpu!r}{nearest(gpu, GPUS)}; write --gpus rtx4090,h100x8 with of "
+            f"{', '.join(GPUS)}"
         )
     if number < 1 or (number > OF_A_MACHINE and number % OF_A_MACHINE):
         raise UserError(
-            f"--cards {machine}: {number} cards are no number of machines of {OF_A_MACHINE}; write "
-            f"{card}x{max(1, number // OF_A_MACHINE * OF_A_MACHINE)}"
+            f"--gpus {machine}: {number} GPUs are no number of machines of {OF_A_MACHINE}; write "
+            f"{gpu}x{max(1, number // OF_A_MACHINE * OF_A_MACHINE)}"
         )
     if number <= OF_A_MACHINE:
-        return [f"card={card}", f"cluster.gpus_per_node={number}"]
+        return [f"gpu={gpu}", f"cluster.gpus_per_node={number}"]
     nodes = number // OF_A_MACHINE
-    return [f"card={card}", "cluster=slurm", f"cluster.gpus_per_node={OF_A_MACHINE}", f"cluster.nodes={nodes}"]
+    return [f"gpu={gpu}", "cluster=slurm", f"cluster.gpus_per_node={OF_A_MACHINE}", f"cluster.nodes={nodes}"]
 
 
 def path_named(name: str) -> str:

@@ -17,16 +17,18 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distlora.config import Config, UserError, require
+from distlora.config import Config, GpuConfig, UserError, require
 from distlora.config.file import build
+from distlora.config.gpus import GPUS
 from distlora.config.places import means_hub
-from distlora_launcher.compose.explain import EXPLAINED, explain, refuse_nameless
+from distlora_launcher.compose.explain import EXPLAINED, explain, refuse_unusable
 from distlora_launcher.compose.initial_adapter import with_initial_adapter
 from distlora_launcher.compose.user_overrides import fixed_settings
 
@@ -54,6 +56,15 @@ MAPPINGS = (
     "sweep.space",
 )
 """Settings whose keys are the user's own words."""
+
+
+def _register_gpus() -> None:
+    """Make the group `gpu` of the table in distlora/config/gpus.toml, so that `gpu=h100` picks a GPU by its name."""
+    for name in ("auto", *GPUS):
+        ConfigStore.instance().store(group="gpu", name=name, node=dataclasses.asdict(GpuConfig(name=name)))
+
+
+_register_gpus()
 
 
 def with_new_keys(word: str) -> str:
@@ -95,7 +106,7 @@ def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, may_
     may_lack_paths: model.path and data.path may still be missing; they are UNSET then.
     """
     overrides = [with_new_keys(word) for word in overrides]
-    refuse_nameless(overrides)
+    refuse_unusable(overrides)
     with _initialized(config_dir) as prefix:
         return _compose_one([*prefix, *overrides], may_lack_paths)
 
@@ -112,7 +123,7 @@ def compose_sweep(
     A sweeper other than Hydra's own chooses its values later: then the list has one entry, the settings that all share.
     """
     overrides = [with_new_keys(word) for word in overrides]
-    refuse_nameless(overrides)
+    refuse_unusable(overrides)
     with _initialized(config_dir) as prefix:
         try:
             loader = GlobalHydra.instance().config_loader()
@@ -134,7 +145,7 @@ def compose_sweep(
 
 def parse_overrides(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Override]:
     """The words of a command line in Hydra's grammar. Raises UserError for one that cannot be read."""
-    refuse_nameless(overrides)
+    refuse_unusable(overrides)
     with _initialized(config_dir):
         try:
             loader = GlobalHydra.instance().config_loader()
@@ -146,7 +157,7 @@ def parse_overrides(overrides: Sequence[str], *, config_dir: str | None = None) 
 def compose_section(section: str, overrides: Sequence[str], *, config_dir: str | None = None) -> dict[str, Any]:
     """The plain values of a group of conf/ that is no part of a run's settings (`sweep`)."""
     overrides = [with_new_keys(word) for word in overrides]
-    refuse_nameless(overrides)
+    refuse_unusable(overrides)
     with _initialized(config_dir) as prefix:
         try:
             composed = hydra_compose("config", overrides=[*prefix, *overrides])

@@ -48,11 +48,13 @@ def explain(error: Exception, overrides: Sequence[str]) -> UserError:
     return UserError(f"{first_line}{missing}")
 
 
-def refuse_nameless(overrides: Sequence[str]) -> None:
-    """Refuse `=value` and `+@package=value`, where Hydra fails on an assertion of its own: a group without a name."""
+def refuse_unusable(overrides: Sequence[str]) -> None:
+    """Refuse names of old settings, and overrides without a name (`=value`, `+@package=value`), where Hydra fails."""
     for word in overrides:
         if re.match(r"[+~]*\s*[@:=]", word):
             raise UserError(f"{word!r} names no setting; write setting=value")
+        if re.match(r"[+~]*card[.@=]", word):
+            raise UserError(f"{word}: the setting `card` is now `gpu`; write {word.replace('card', 'gpu', 1)}")
 
 
 def _unreadable(error: OverrideParseException) -> UserError:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distlora.config import Config, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
-from distlora.config.gpus import CARDS, card_named
+from distlora.config.gpus import GPUS, find_gpu
 from distlora.planner import Plan, plan_of
 from distlora.planner.choice.choose import Choice, choose, resolve_quantization
 from distlora.planner.choice.suggest import nearest
@@ -47,15 +47,15 @@ def decide(config: Config, fixed: Collection[str]) -> Choice:
 def choices(config: Config, fixed: Collection[str]) -> Choice:
     """The settings with what `plan=auto` and `quant=auto` choose; as they are where neither is set. `fixed`: dotted
     names that the user has chosen. Raises UserError for what a model of these sizes cannot do, and for plan=auto of
-    cards whose memory nothing says."""
+    GPUs whose memory nothing says."""
     model, machine = this_machine.planned_model(config), machine_here(config)
     check_planned(config, model)
     if config.plan.mode == "auto":
         where = "this machine" if config.cluster.launcher == "local" else f"cluster={config.cluster.launcher}"
         require(
             machine.usable_bytes is not None,
-            f"plan=auto chooses by the memory of cards, which nothing says of {where}; add card=h100, or what you know "
-            "of it: card.memory_gib=80",
+            f"plan=auto chooses by the memory of GPUs, which nothing says of {where}; add gpu=h100, or what you know "
+            "of it: gpu.memory_gib=80",
         )
         return choose(config, {*fixed, *_not_to_be_had(config)}, model, machine)
     if config.quant.method == "auto":
@@ -93,12 +93,12 @@ def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = Fa
 
 def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
     """The machines of a run: by name, else this one, if the run is started on it. Its driver, which may be slow to
-    wake, is asked only where it has something to say: of a card that is named, whether the memory of this machine's
+    wake, is asked only where it has something to say: of a GPU that is named, whether the memory of this machine's
     host is that of its host."""
     if config.cluster.launcher != "local" and not runs_here:
         return machine_of(config)
     waits = keeps_on_host(config, config.cluster.ranks) or config.plan.mode == "auto"
-    return machine_of(config, found=this_machine.found_here(asks_driver=config.card.name == "auto" or waits))
+    return machine_of(config, found=this_machine.found_here(asks_driver=config.gpu.name == "auto" or waits))
 
 
 def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
@@ -123,19 +123,19 @@ def say_choice(choice: Choice) -> None:
 
 
 def keep(run_dir: Path, plan: Plan, *, runs_here: bool = True) -> None:
-    """Write RUN/plan.json, which the workers hold their own memory to, and say the plan; where it is of another card
+    """Write RUN/plan.json, which the workers hold their own memory to, and say the plan; where it is of another GPU
     than this machine shows, on which the run is, that too."""
     atomic_io.write_json(run_dir / PLAN_NAME, plan.as_json())
     for line in lines(plan):
         say(line)
     shows = other_device(plan.config) if runs_here else None
     if shows is not None:
-        warn(f"this is the plan of card={plan.config.card.name}, and the run is on what this machine shows: {shows}")
+        warn(f"this is the plan of gpu={plan.config.gpu.name}, and the run is on what this machine shows: {shows}")
 
 
 def other_device(config: Config) -> str | None:
-    """The name of the card that processes here use, where `card=` names another."""
-    if config.card.name not in CARDS:
+    """The name of the GPU that processes here use, where `gpu=` names another."""
+    if config.gpu.name not in GPUS:
         return None
     used = used_device(config, this_machine.found_here())
-    return None if used is None or card_named(used[0]) == CARDS[config.card.name] else used[0]
+    return None if used is None or find_gpu(used[0]) == GPUS[config.gpu.name] else used[0]

@@ -19,7 +19,7 @@ from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.compose.hub_preview import with_small_files
 
 SECONDS = 20.0
-"""nvidia-smi is waited for so long: it wakes cards, which takes several where no process keeps them awake."""
+"""nvidia-smi is waited for so long: it wakes GPUs, which takes several where no process keeps them awake."""
 
 
 def found_here(*, asks_driver: bool = True) -> Found:
@@ -35,25 +35,25 @@ def found_here(*, asks_driver: bool = True) -> Found:
 @functools.cache
 def devices() -> tuple[tuple[str, int], ...] | None:
     """(name, bytes of memory) of each GPU that processes of this shell may use, by nvidia-smi, in the order in which
-    CUDA numbers them. Where it numbers the fastest first, of cards that differ: the largest first, as many as may be
+    CUDA numbers them. Where it numbers the fastest first, of GPUs that differ: the largest first, as many as may be
     used. None where there are some, of which the program, which containers may lack, does not say that; and for slices
-    of a card (MIG), of which it names the whole.
+    of a GPU (MIG), of which it names the whole.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     words = None if visible is None else _listed(visible)
     if words == []:
         return ()
-    cards = _asked()
-    if not cards:
+    gpus = _asked()
+    if not gpus:
         return None if gpu_count() else ()
-    used = _visible(cards, words)
-    if used is None or any(card.memory is None or card.is_sliced for card in used):
+    used = _visible(gpus, words)
+    if used is None or any(gpu.memory is None or gpu.is_sliced for gpu in used):
         return None
-    return tuple((card.name, card.memory) for card in used if card.memory is not None)
+    return tuple((gpu.name, gpu.memory) for gpu in used if gpu.memory is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Card:
+class _Gpu:
     """A GPU, as nvidia-smi has it."""
 
     name: str
@@ -63,7 +63,7 @@ class _Card:
     is_sliced: bool
 
 
-def _asked() -> list[_Card] | None:
+def _asked() -> list[_Gpu] | None:
     """The GPUs of this machine by their places on its bus; None where nvidia-smi is not here, or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -77,22 +77,22 @@ def _asked() -> list[_Card] | None:
     if finished.returncode != 0 or any(len(row) != 4 for row in rows):
         return None
     return [
-        _Card(name=name, uuid=uuid, memory=int(mib) * 2**20 if mib.isdecimal() else None, is_sliced=mig == "Enabled")
+        _Gpu(name=name, uuid=uuid, memory=int(mib) * 2**20 if mib.isdecimal() else None, is_sliced=mig == "Enabled")
         for name, mib, uuid, mig in rows
     ]
 
 
-def _visible(cards: Sequence[_Card], words: Sequence[str] | None) -> Sequence[_Card] | None:
+def _visible(gpus: Sequence[_Gpu], words: Sequence[str] | None) -> Sequence[_Gpu] | None:
     """Those that CUDA_VISIBLE_DEVICES names (None: all), as `devices` orders them; None where it names what is not
     there."""
-    by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({(c.name, c.memory) for c in cards}) == 1
-    numbered = cards if by_bus else sorted(cards, key=lambda card: -(card.memory or 0))
+    by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({(c.name, c.memory) for c in gpus}) == 1
+    numbered = gpus if by_bus else sorted(gpus, key=lambda gpu: -(gpu.memory or 0))
     if words is None:
         return numbered
-    if not by_bus and all(word.isdecimal() for word in words):  # Any of the cards may have these numbers.
-        return numbered[: len(words)] if len(words) <= len(cards) else None
+    if not by_bus and all(word.isdecimal() for word in words):  # Any of the GPUs may have these numbers.
+        return numbered[: len(words)] if len(words) <= len(gpus) else None
     found = [
-        [card for number, card in enumerate(cards) if card.uuid.startswith(word) or (by_bus and word == str(number))]
+        [gpu for number, gpu in enumerate(gpus) if gpu.uuid.startswith(word) or (by_bus and word == str(number))]
         for word in words
     ]
     return [each[0] for each in found] if all(len(each) == 1 for each in found) else None
@@ -116,10 +116,10 @@ def hub_cache() -> Path:
 
 
 def _listed(visible: str) -> list[str]:
-    """The cards of CUDA_VISIBLE_DEVICES, which end at the first that is none."""
-    cards: list[str] = []
+    """The GPUs of CUDA_VISIBLE_DEVICES, which end at the first that is none."""
+    gpus: list[str] = []
     for word in visible.split(","):
         if word.strip() in ("", "-1"):
             break
-        cards.append(word.strip())
-    return cards
+        gpus.append(word.strip())
+    return gpus

@@ -23,7 +23,7 @@ from distlora.config.plan import CHOSEN
 
 _RECIPE = "recipe"
 _SECTIONS = {name.partition(".")[0] for name in CHOSEN}
-"""Groups whose options can fix something: a word for another, card=h100, has none of its files read."""
+"""Groups whose options can fix something: a word for another, gpu=h100, has none of its files read."""
 
 
 def fixed_settings(config: Config, overrides: Sequence[str]) -> frozenset[str]:

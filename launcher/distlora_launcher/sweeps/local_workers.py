@@ -1,4 +1,4 @@
-"""X"""
+"""Start the workers of a sweep on this node, each with an equal number of its GPUs, and end them together."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ def shares(workers: int, processes: int) -> list[str | None]:
         f"machine shows {available}; set sweep.workers={max(1, available // processes)}",
     )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = (
+    gpus = (
         [str(number) for number in range(available)]
         if visible is None
         else [entry.strip() for entry in visible.split(",") if entry.strip() not in ("", "-1")]
     )
-    return [",".join(cards[worker * share : (worker + 1) * share]) for worker in range(workers)]
+    return [",".join(gpus[worker * share : (worker + 1) * share]) for worker in range(workers)]
 
 
 def run_workers_here(sweep: Sweep, config: Config) -> int:
-    """Run the workers to their end, and show the results; on a machine with fewer cards than the sweep was made for, as
-    many as it has cards for. Returns the exit code."""
+    """Run the workers to their end, and show the results; on a machine with fewer GPUs than the sweep was made for, as
+    many as it has GPUs for. Returns the exit code."""
     wanted, processes, available = sweep.settings.workers, config.cluster.gpus_per_node, gpu_count()
     workers_here = wanted if available == 0 else max(1, min(wanted, available // processes))
     if workers_here < wanted:
         say(f"{workers_here} of {wanted} workers (sweep.workers), as this machine shows {available} GPUs")
-    cards = shares(workers_here, processes)
+    gpus = shares(workers_here, processes)
     with forwarding() as forwarder:
-        workers = [_start(sweep.folder, index, share) for index, share in enumerate(cards)]
+        workers = [_start(sweep.folder, index, share) for index, share in enumerate(gpus)]
         heard = None
         while alive := [worker for worker in workers if worker.poll() is None]:
             if alive[0] is not heard:  # Any that lives will do: it stands for all of them.
@@ -97,10 +97,10 @@ def show_results(sweep: Sweep, study: Study, search: Search) -> int:
     return DONE if any(trial.state == COMPLETE for trial in trials) else FAILED
 
 
-def _start(folder: Path, index: int, cards: str | None) -> subprocess.Popen[bytes]:
+def _start(folder: Path, index: int, gpus: str | None) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
-    if cards is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = cards
+    if gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus
     module = "distlora_launcher.sweeps.worker"
     command = [sys.executable, "-m", "distlora_launcher.launch.bound", module, str(folder), "--index", str(index)]
     sys.stdout.flush()

@@ -146,7 +146,7 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
     except UserError as error:
         return str(error)
     if plan.fits is None:
-        return "nothing says how much memory these machines have; name the card (card=h100), or set sweep.full=always"
+        return "nothing says how much memory these machines have; name the GPU (gpu=h100), or set sweep.full=always"
     return None if plan.fits else f"it does not fit {plan.machine.name} by calculation ({needs(plan)})"
 
 

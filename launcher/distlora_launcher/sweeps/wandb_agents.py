@@ -48,7 +48,7 @@ USAGE = """usage: distlora sweep agent ENTITY/PROJECT/ID [--count N] [run_dir=FO
 
 Start agents of wandb for the sweep that `distlora sweep create`, or `wandb sweep`, has registered: each asks for
 values, trains with them, and asks again, until the sweep is done. Its runs' folders are FOLDER/<id of the run>, by
-default runs/<ID>/<id of the run>. sweep.workers=N starts N agents, here with an equal share of the cards each, with
+default runs/<ID>/<id of the run>. sweep.workers=N starts N agents, here with an equal share of the GPUs each, with
 cluster=slurm as the tasks of an array, each with cluster.nodes machines. What one alone prints is shown here, what
 several print is in FOLDER/logs.
 
@@ -178,7 +178,7 @@ class Slot:
     """One agent's place on this machine."""
 
     index: int
-    cards: str | None
+    gpus: str | None
     """CUDA_VISIBLE_DEVICES; None: as it is here."""
     process: subprocess.Popen[bytes] | None = None
     is_agent: bool = False
@@ -195,8 +195,8 @@ class Agents:
 
         self._request = request
         # One alone, as a task of an array is, has what it sees.
-        cards = [None] if len(indices) == 1 else shares(len(indices), cluster.gpus_per_node)
-        self._slots = [Slot(index, share) for index, share in zip(indices, cards, strict=True)]
+        gpus = [None] if len(indices) == 1 else shares(len(indices), cluster.gpus_per_node)
+        self._slots = [Slot(index, share) for index, share in zip(indices, gpus, strict=True)]
         self._pending = unfinished(request)
         first = indices[0] % max(1, len(self._pending))
         self._pending = self._pending[first:] + self._pending[:first]  # Tasks of an array begin with different ones.
@@ -265,8 +265,8 @@ class Agents:
         environment = {**DEFAULTS, "WANDB_DIR": str(request.folder), **environment, ASKED: str(self._asked)}
         # The sweep's command says `distlora`: this one.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
-        if slot.cards is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = slot.cards
+        if slot.gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = slot.gpus
         command = [sys.executable, "-m", "distlora_launcher.launch.bound", *words]
         options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
         if len(self._slots) == 1:

@@ -1,0 +1,104 @@
+"""GPUs: known by a device's whole name, with figures that belong together, and chosen by `gpu=`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distlora.config import GpuConfig, UserError
+from distlora.config.file import as_mapping, load_config
+from distlora.config.gpus import (
+    GPUS,
+    PCIE_4,
+    PCIE_5,
+    find_gpu,
+)
+from distlora_launcher.compose.compose import compose_config
+
+DEVICES = {
+    "NVIDIA B200": "b200",
+    "NVIDIA H200": "h200",
+    "NVIDIA H200 NVL": "h200_nvl",
+    "NVIDIA GH200 480GB": "gh200",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100_pcie",
+    "NVIDIA H100 NVL": "h100_nvl",
+    "NVIDIA H800": "h800",
+    "NVIDIA A100-SXM4-40GB": "a100_40gb",
+    "A100-SXM4-80GB": "a100_80gb",
+    "NVIDIA A100-PCIE-40GB": "a100_pcie_40gb",
+    "NVIDIA A100 80GB PCIe": "a100_pcie_80gb",
+    "NVIDIA A800-SXM4-80GB": "a800",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA L40": "l40",
+    "NVIDIA RTX 6000 Ada Generation": "rtx6000_ada",
+    "NVIDIA RTX A6000": "a6000",
+    "NVIDIA A40": "a40",
+    "NVIDIA A10": "a10",
+    "NVIDIA A10G": "a10g",
+    "NVIDIA L4": "l4",
+    "NVIDIA GeForce RTX 5090": "rtx5090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+}
+OTHERS = (
+    *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti"),
+    *("NVIDIA RTX A1000", "NVIDIA RTX A4000", "Tesla T4", "NVIDIA A10-24Q", "GRID A100-10C", "NVIDIA A100-SXM-64GB"),
+    *("NVIDIA GH200 144G HBM3e", "NVIDIA GB200", "NVIDIA H20"),
+    "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+)
+
+
+def test_a_gpu_is_known_by_its_whole_name() -> None:
+    for device, name in DEVICES.items():
+        gpu = find_gpu(device)
+        assert gpu is not None, device
+        assert gpu.name == name
+    assert set(DEVICES.values()) == set(GPUS)
+    assert not [device for device in OTHERS if find_gpu(device) is not None]
+
+
+def test_the_figures_of_a_gpu_belong_together() -> None:
+    for name, gpu in GPUS.items():
+        assert gpu.name == name
+        gigabytes = int(gpu.title.split()[-2])
+        # A little is kept from CUDA (ECC in GDDR6 keeps a sixteenth), and makers' GB are GiB but for H200's and B200's.
+        assert 0.91 * gigabytes <= gpu.memory_bytes / 2**30 < gigabytes
+        assert gpu.usable_bytes < gpu.memory_bytes
+        assert gpu.link > gpu.host_link if gpu.has_nvlink and name != "gh200" else gpu.link <= 450e9
+        assert gpu.has_nvlink or gpu.link in (PCIE_4, PCIE_5)
+        # No GPU does less than 100 or more than 450 operations a byte of its memory: a slip in either would show.
+        assert 75 < gpu.flops / gpu.bandwidth < 450, name
+
+
+def test_a_gpu_is_chosen_by_name_and_corrected_by_its_settings() -> None:
+    config = compose_config(["gpu=rtx4090", "gpu.memory_gib=48"], may_lack_paths=True)
+    assert (config.gpu.name, config.gpu.memory_gib) == ("rtx4090", 48.0)
+    assert {compose_config([f"gpu={name}"], may_lack_paths=True).gpu.name for name in ("auto", "h100")} == {
+        "auto",
+        "h100",
+    }
+
+
+def test_an_unknown_gpu_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"gpu=rtx4900: the options of gpu are .*did you mean 'rtx4090'\?"):
+        compose_config(["gpu=rtx4900"], may_lack_paths=True)
+    with pytest.raises(UserError, match=r"gpu.name='h10' is not one of auto, .*did you mean 'h100'\?"):
+        GpuConfig(name="h10")
+
+
+def test_the_old_setting_card_is_answered_with_gpu() -> None:
+    for word in ("card=h100", "card.memory_gib=48", "+card.name=h100"):
+        with pytest.raises(UserError, match=f"write {re.escape(word.replace('card', 'gpu'))}$"):
+            compose_config([word], may_lack_paths=True)
+
+
+def test_a_run_folder_with_the_old_section_card_still_loads(tmp_path: Path) -> None:
+    config = compose_config(["gpu=h100", "gpu.tflops=800"], may_lack_paths=True)
+    text = yaml.safe_dump(as_mapping(config))
+    assert "\ngpu:\n" in text
+    (tmp_path / "config.yaml").write_text(text.replace("\ngpu:\n", "\ncard:\n"))
+    assert load_config(tmp_path).gpu == config.gpu

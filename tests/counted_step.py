@@ -15,7 +15,7 @@ from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.parallel.traffic import Traffic
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Counts:
 
 def measure_ours(config: Config, ranks: Ranks, *, accumulation: int) -> tuple[Counts, Traffic]:
     """Return the traffic of the second step, counted as torch issues it and as the backend reports it."""
-    model, backend, _ = start_model(config, ranks)
+    model, backend, _ = start_run_model(config, ranks)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     backend.reduce_gradients_of(trained, config.parallel.bucket_mb)
 

@@ -19,7 +19,7 @@ from distlora.model.adapters import LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.frozen import FrozenTensor
 from distlora.parallel import Backend, Ranks
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from small_models import SHAPES
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
@@ -153,7 +153,7 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
 
 def load_ours(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend]:
     """Our model from a folder, with adapters whose B is not zero."""
-    model, backend, _ = start_model(config_for(folder, **sections), ranks)
+    model, backend, _ = start_run_model(config_for(folder, **sections), ranks)
     generator = torch.Generator().manual_seed(0)
     for _, weight in model.adapted_weights():
         for pair in weight.adapters.values():

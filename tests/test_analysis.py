@@ -30,7 +30,7 @@ from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.model.frozen import FrozenLinear
 from distlora.parallel import Ranks
 from distlora.post.divergence import Readings, compare, evenly
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora.weights.reader import Reader
 from distlora_kernels import nf4, reference
 from distlora_launcher.cli.analyze import quantization as analyze
@@ -199,8 +199,8 @@ def test_a_dense_model_of_restored_weights_is_the_packed_one(folders: Path, tmp_
     assert len(rows) == 9
     weights, _ = find_weights(request.config("nf4"))
     assert {len(weight.shape) for weight in weights} == ({2, 3} if name == "mixtral" else {2})
-    packed, _, _ = start_model(request.config("nf4"), ONE)
-    model, _, _ = start_model(request.config("none"), ONE)
+    packed, _, _ = start_run_model(request.config("nf4"), ONE)
+    model, _, _ = start_run_model(request.config("none"), ONE)
     readings = {}
     readings["dense"] = Readings(rows, ONE, print)
     readings["dense"].take(model, "dense")
@@ -238,11 +238,11 @@ def test_the_dense_model_is_gone_before_the_packed_one_is_built(
 
     def start(*arguments: Any) -> Any:
         alive.append(sum(reference() is not None for reference in parameters))
-        started = start_model(*arguments)
+        started = start_run_model(*arguments)
         parameters.extend(weakref.ref(parameter) for parameter in started[0].parameters())
         return started
 
-    monkeypatch.setattr(perplexity, "start_model", start)
+    monkeypatch.setattr(perplexity, "start_run_model", start)
     gc.disable()
     try:
         found = measure_formats(request, rows, weights, ONE, lambda text: None)
@@ -340,7 +340,7 @@ def test_an_analysis_from_weights_to_report(folders: Path, tmp_path: Path, capsy
             == (found["overall"]["formats"]["nf4"]["bytes"])
         )
     weights, total = find_weights(request.config("nf4"))
-    dense, _, _ = start_model(request.config("none"), ONE)
+    dense, _, _ = start_run_model(request.config("none"), ONE)
     assert found["model"]["parameters"] == total
     assert total == sum(p.numel() for name, p in dense.named_parameters() if ".adapters." not in name)
     assert sum(weight.numel for weight in weights) == found["overall"]["weights"]

@@ -23,13 +23,14 @@ from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora.model import attention, liger
 from distlora.model.attention import LONGEST, Documents
-from distlora.model.build import CausalLM, build_model
+from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
 from distlora.training import setup
 from distlora.training import worker as train
 from distlora.training.generator import Generator, generate_all
 from distlora_launcher.compose.checks import check_of_sizes
 from family_models import VARIANTS, config_for, load_ours, tokens, write_family_folder
+from run_models import build_run_model
 from small_models import make_run, read_metrics
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")
@@ -406,15 +407,15 @@ def test_a_start_chooses_by_device_and_says_so(tmp_path: Path, monkeypatch: pyte
     ):
         settings = {"dtype": dtype, "liger": False, "deterministic_attention": False, "attention": wanted}
         config = config_for(tmp_path, train=settings)
-        model = build_model(config)
-        setup.use_device_kernels(model, config, torch.device(device))
+        model = build_run_model(config)
+        setup.use_device_kernels(model, config.spec, config.train, torch.device(device))
         assert model.attends_by_documents == (said is not None)
         assert model.decoder.config._attn_implementation == ("sdpa" if said is None else attention.NAME)
         assert len(model.notes) == (device == "cuda" or said is not None)
         assert all((said or "dense masks") in note for note in model.notes)
     config = config_for(tmp_path)
     monkeypatch.setattr(liger, "why_not", lambda **_: "it is not installed")
-    setup.use_device_kernels(model, config, torch.device("cuda"))
+    setup.use_device_kernels(model, config.spec, config.train, torch.device("cuda"))
     assert model.notes[-1] == "liger-kernel is not used: it is not installed"
 
 

@@ -13,10 +13,10 @@ import pytest
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.loading.base_fingerprint import Content, content_of
-from distlora.model.build import build_model
-from distlora.parallel import Ranks, parallelize
+from distlora.parallel import Ranks
 from distlora.system.stop_signals import Stopped
 from distlora.weights import file_fingerprints
+from run_models import build_run_model, parallelize_run
 from worlds import World
 
 CONTENT = bytes(range(256)) * 40
@@ -37,7 +37,7 @@ def look(
         if marks == stop_at:
             raise Stopped(signal.SIGTERM)
 
-    backend = parallelize(build_model(config), ranks, config)
+    backend = parallelize_run(build_run_model(config), ranks, config)
     file = root / machines[ranks.rank] / "model"
     try:
         found = content_of([file], root / f"cache-{machines[ranks.rank]}", backend, said.append, mark)

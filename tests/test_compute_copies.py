@@ -33,7 +33,7 @@ def test_what_is_kept_for_backward_has_each_weight_once_however_many_slices(
     folders: Path, tmp_path: Path, checkpointing: str
 ) -> None:
     prepare(tmp_path / "run", folders, dtype="bf16", checkpointing=checkpointing, accumulate="block", micro_batch=12)
-    model, _, _ = setup.start_model(load_config(tmp_path / "run"), SINGLE)
+    model, _, _ = setup.start_run_model(load_config(tmp_path / "run"), SINGLE)
     kept = {}
     for num_micro in (1, 3):
         model.set_num_micro(num_micro)
@@ -55,7 +55,7 @@ def test_what_is_kept_for_backward_has_each_weight_once_however_many_slices(
 def step_gradients(ranks: Ranks, *, run_dir: Path, passes: int, num_micro: int) -> dict[str, Tensor]:
     """Every gradient of a step of ROWS rows in `passes` backwards; flat, on the rank that writes."""
     config = load_config(run_dir)
-    model, backend, _ = setup.start_model(config, ranks)
+    model, backend, _ = setup.start_run_model(config, ranks)
     model.set_num_micro(num_micro)
     trained = worker.trained_parameters(model)
     backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)

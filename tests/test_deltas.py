@@ -12,7 +12,7 @@ from distlora.config import Config
 from distlora.config.file import build
 from distlora.model.frozen import FrozenTensor
 from distlora.post.base_weights import open_base
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora.weights.reader import Reader
 from family_models import SINGLE, write_family_folder
 
@@ -37,7 +37,7 @@ def test_the_weights_are_those_that_a_model_loads(variant: str, tmp_path: Path) 
     write_family_folder(folder, variant)
     for quant in ("nf4", "none"):
         config = config_of(folder, quant)
-        model, _, _ = start_model(config, SINGLE, training=False)
+        model, _, _ = start_run_model(config, SINGLE, training=False)
         base = open_base(config)
         checked = 0
         with Reader() as reader:
@@ -58,7 +58,7 @@ def test_what_training_rounds_to_its_dtype_is_rounded(quant: str, tmp_path: Path
     write_family_folder(tmp_path / "llama", "llama")
     config = config_of(tmp_path / "llama", quant)
     config = replace(config, train=replace(config.train, dtype="bf16"))
-    model, _, _ = start_model(config, SINGLE, training=False)
+    model, _, _ = start_run_model(config, SINGLE, training=False)
     held = {model.hf_name(name): parameter for name, parameter in model.named_parameters()}
     checked = 0
     with Reader() as reader:

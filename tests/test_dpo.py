@@ -30,7 +30,7 @@ from distlora.training import worker
 from distlora.training.flops import count_flops
 from distlora.training.objectives import Preference, most_pairs, pair_sides
 from distlora.training.runs import open_data
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME
 from distlora_launcher.compose.checks import check, check_model
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
@@ -110,7 +110,7 @@ def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
     beta = 0.3
     settings = {"dpo_beta": beta, "checkpointing": checkpointing, "micro_batch": 3, "accumulate": "block"}
     config = prepare(tmp_path / "run", folders, preferences, train=settings)
-    ours, _, _ = start_model(config, SINGLE)
+    ours, _, _ = start_run_model(config, SINGLE)
     if starts_moved:
         move_adapters(ours, seed=1)
         ours.keep_start()
@@ -311,7 +311,7 @@ def test_policy_and_reference_are_one_at_the_start_and_only_the_policy_moves(
     (tmp_path / "run").mkdir()  # Decomposed starts are kept in it.
     sections |= {"train": {"dtype": dtype, "objective": "dpo"}, "run_dir": str(tmp_path / "run")}  # type: ignore[dict-item]
     config = config_for(tmp_path / "model", **sections)
-    model, _, _ = start_model(config, SINGLE)
+    model, _, _ = start_run_model(config, SINGLE)
     model.set_num_micro(2)
     rows, positions = tokens(2, 48), torch.cat([torch.arange(20), torch.arange(28)]).repeat(2, 1)
     if "init" in adapter:

@@ -31,7 +31,7 @@ from distlora.loading.peft_format import (
     adapter_tensors,
 )
 from distlora.model.adapters import adapter_parameters
-from distlora.model.build import DTYPES, CausalLM, build_model
+from distlora.model.build import DTYPES, CausalLM
 from distlora.parallel import Ranks
 from distlora.training import worker as train
 from distlora_launcher.compose.checks import check_model, linear_names
@@ -47,6 +47,7 @@ from family_models import (
     tokens,
     write_family_folder,
 )
+from run_models import build_run_model
 from small_models import make_run, tokenizer, write_text_file
 from worlds import World
 
@@ -275,7 +276,7 @@ def test_what_the_seams_cannot_carry_is_refused_with_the_reason(
     shutil.copytree(family_folder(name), tmp_path / "bad")
     edit_config(tmp_path / "bad", **change)
     with pytest.raises(UserError, match=reason):
-        build_model(config_for(tmp_path / "bad"))
+        build_run_model(config_for(tmp_path / "bad"))
 
 
 def test_longrope_depends_on_the_longest_document_of_the_batch_beyond_its_limit(
@@ -307,7 +308,7 @@ def test_code_on_the_hub_that_transformers_has_itself_is_not_refused(
 def test_full_fine_tuning_of_a_text_model_inside_another_is_refused(family_folder: Callable[[str], Path]) -> None:
     sections: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
     with pytest.raises(UserError, match="without its vision tower; set adapter=lora"):
-        build_model(config_for(family_folder("gemma3"), **sections))
+        build_run_model(config_for(family_folder("gemma3"), **sections))
 
 
 @pytest.mark.parametrize(
@@ -321,15 +322,15 @@ def test_full_fine_tuning_of_a_text_model_inside_another_is_refused(family_folde
 def test_presets_mean_the_fused_linears_of_phi3(
     family_folder: Callable[[str], Path], preset: str, adapted: set[str]
 ) -> None:
-    model = build_model(config_for(family_folder("phi3"), adapter={"target_modules": preset}))
+    model = build_run_model(config_for(family_folder("phi3"), adapter={"target_modules": preset}))
     assert {path.rpartition(".")[2] for path, _ in model.adapted_linears()} == adapted
 
 
 def test_a_preset_that_names_a_part_of_a_fused_linear_is_refused(family_folder: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match=r"qv \(q_proj, v_proj\) names a part of this model's qkv_proj.*\[qkv_proj\]"):
-        build_model(config_for(family_folder("phi3"), adapter={"target_modules": "qv"}))
+        build_run_model(config_for(family_folder("phi3"), adapter={"target_modules": "qv"}))
     with pytest.raises(UserError, match=r"no module is named 'k_proj' \(it is a part of qkv_proj\)"):
-        build_model(config_for(family_folder("phi3"), adapter={"target_modules": ["k_proj"]}))
+        build_run_model(config_for(family_folder("phi3"), adapter={"target_modules": ["k_proj"]}))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -344,7 +345,7 @@ def test_the_launcher_finds_what_the_worker_finds(
     family = check_config(read_config(folder), folder / "config.json", sequence_length=64)
     headers = read_headers(folder)
     paths = linear_names({path: headers[stored] for path, stored in names_on_disk(headers, family).items()}, family)
-    model = build_model(config_for(folder))
+    model = build_run_model(config_for(folder))
     adapted = select_adapted(config_for(folder).adapter, paths, family, len(model.blocks))
     assert sorted(adapted) == sorted(path for path, _ in model.adapted_weights())
     assert type(transformers.AutoModelForCausalLM.from_pretrained(folder)).__name__ == family.model_class

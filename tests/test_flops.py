@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from distlora.config import AdapterConfig, Config
 from distlora.config.file import build
 from distlora.model.buffers import materialize_buffers
-from distlora.model.build import CausalLM, build_model
+from distlora.model.build import CausalLM
 from distlora.model.slots import put_trial
 from distlora.planner.speed.operations import ModelFlops
 from distlora.training.flops import count_flops, peak_flops
+from run_models import build_run_model
 
 TOKENS, ROWS = 48, 2
 
@@ -27,7 +28,7 @@ def make_model(folder: Path, *, for_slots: bool = False) -> CausalLM:
         "quant": {"method": "none"},
         "train": {"dtype": "fp32", "checkpointing": "none"},
     }
-    model = build_model(build(Config, {**sections, "run_dir": "unused"}), for_slots=for_slots)
+    model = build_run_model(build(Config, {**sections, "run_dir": "unused"}), for_slots=for_slots)
     model.to_empty(device="cpu")
     materialize_buffers(model, torch.device("cpu"))
     for parameter in model.parameters():

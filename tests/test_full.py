@@ -162,7 +162,7 @@ def test_a_state_that_is_cut_over_the_ranks_keeps_its_memory_and_is_saved_in_pie
 def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int, piece_bytes: int) -> None:
     """What a checkpoint of a run holds, as a model's folder in bf16, and as another checkpoint's files."""
     config = load_config(run_dir)
-    model, backend, _ = setup.start_model(config, ranks)
+    model, backend, _ = setup.start_run_model(config, ranks)
     trained = worker.trained_parameters(model)
     backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
     optimizer = worker.build_optimizer(backend.updated(trained), config.optim)

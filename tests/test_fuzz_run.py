@@ -16,14 +16,13 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.state import check_matches, identity_of, load_state
 from distlora.checkpoint.verify import Item, verify
 from distlora.config.file import load_config
-from distlora.model.build import build_model
 from distlora.parallel import Ranks
 from distlora.run_folder.checkpoints import newest
 from distlora.run_folder.layout import read_record
 from distlora.training import worker
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora.weights.initial_adapter_file import base_identity
 from distlora_launcher.cli.status import (
     as_object,
@@ -33,6 +32,7 @@ from distlora_launcher.cli.status import (
 )
 from distlora_launcher.launch.job_record import read_submission
 from family_models import VARIANTS, config_for, hf_model
+from run_models import build_run_model
 from small_models import make_run
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
@@ -121,7 +121,7 @@ def restoring() -> Callable[[Path], None]:
     def read(folder: Path) -> None:
         if not built:
             config = load_config(folder / "run")
-            model, backend, _ = start_model(config, SINGLE)
+            model, backend, _ = start_run_model(config, SINGLE)
             trained = worker.trained_parameters(model)
             backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
             built.extend((config, model, backend, trained))
@@ -152,7 +152,7 @@ def of_family(name: str) -> Reader:
     return Reader(
         file=config,
         damages=any_json,
-        read=lambda folder: build_model(config_for(folder / name, train={"dtype": "bf16"})),
+        read=lambda folder: build_run_model(config_for(folder / name, train={"dtype": "bf16"})),
         names=(name,),
         examples=20,
     )

@@ -102,7 +102,7 @@ def train_steps(model: CausalLM, device: torch.device) -> list[Tensor]:
 
 
 def started(config: Config, device: torch.device) -> CausalLM:
-    model, _, _ = setup.start_model(config, Ranks(0, 1, device, None))
+    model, _, _ = setup.start_run_model(config, Ranks(0, 1, device, None))
     with torch.no_grad():
         for index, parameter in enumerate(adapter_parameters(model).values()):
             values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
@@ -178,7 +178,7 @@ def sharded_trainer(
     config: Config, device: torch.device, group: dist.ProcessGroup
 ) -> tuple[CausalLM, Optimizer, dict[str, nn.Parameter], Backend]:
     """A model that is trained whole, cut over a group of one rank, and its optimizer."""
-    model, _, _ = setup.start_model(config, Ranks(0, 1, device, None))
+    model, _, _ = setup.start_run_model(config, Ranks(0, 1, device, None))
     ranks = Ranks(0, 1, device, group)
     backend = Backend(ranks, Shards.over(ranks), _root=model)
     fsdp2.shard(model, backend.shards, device, prefetch=False, traffic=backend.traffic)

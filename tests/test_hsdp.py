@@ -66,7 +66,7 @@ def losses_of(metrics: list[dict[str, Any]]) -> list[float]:
 
 def owned(ranks: Ranks, *, run_dir: Path) -> dict[str, tuple[Tensor, int, bool]]:
     """(this rank's rows, the first one's index, whether it is of the frozen base) of every parameter and buffer."""
-    model, backend, _ = setup.start_model(load_config(run_dir), ranks)
+    model, backend, _ = setup.start_run_model(load_config(run_dir), ranks)
     return rows_of(model, backend)
 
 
@@ -140,7 +140,7 @@ def test_each_copy_lacks_what_pissa_took_out_of_the_base(world: World, folders: 
 def loaded_from_cache(ranks: Ranks, *, run_dir: Path) -> tuple[dict[str, tuple[Tensor, int, bool]], int, int]:
     """What this rank owns, the weights that came from the cache, and the bytes that it kept there."""
     config = load_config(run_dir)
-    model, backend, loaded = setup.start_model(config, ranks)
+    model, backend, loaded = setup.start_run_model(config, ranks)
     return rows_of(model, backend), loaded.cached_weights, loaded.kept_bytes
 
 
@@ -196,7 +196,7 @@ def _kind(name: str) -> str:
 def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tuple[int, ...]], int], Traffic]:
     """A step's bytes by (kind, ranks that take part), counted where torch issues its collectives, and what the backend
     counts."""
-    model, backend, _ = setup.start_model(config, ranks)
+    model, backend, _ = setup.start_run_model(config, ranks)
     backend.reduce_gradients_of(worker.trained_parameters(model).values(), config.parallel.bucket_mb)
     our_step(model, backend, config, 3)  # Its first forward checks what was gathered, and sums that over all ranks.
     backend.zero_gradients()
@@ -361,7 +361,7 @@ def damaged(ranks: Ranks, *, run_dir: Path) -> list[str]:
     config = load_config(run_dir)
     loader, _ = open_data(run_dir, config, ranks)
     micro = loader.batch(0).micro_batches[0]
-    model, backend, _ = setup.start_model(config, ranks)
+    model, backend, _ = setup.start_run_model(config, ranks)
     block = model.blocks[1].inner.mlp.up_proj
     codes, _ = backend.local_rows(block.codes)
     said = []

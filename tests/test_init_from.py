@@ -19,14 +19,14 @@ from torch import Tensor
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
 from distlora.loading.peft_format import adapter_config, adapter_tensors, load_peft_adapter
-from distlora.model.build import build_model
-from distlora.parallel import Ranks, parallelize
+from distlora.parallel import Ranks
 from distlora.training import worker
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora.weights.peft_folder import read_peft_adapter
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
+from run_models import build_run_model, parallelize_run
 from small_models import make_run, read_metrics
 from test_peft import dequantized_hf_model, our_logits
 from test_resume import result, run_until
@@ -105,7 +105,7 @@ def test_a_lora_of_peft_becomes_our_start_with_its_logits(folders: Path, tmp_pat
     assert (config.adapter.r, config.adapter.lora_alpha) == (fields["r"], fields["lora_alpha"])
     assert config.adapter.use_rslora == fields.get("use_rslora", False)
     assert config.adapter.use_dora == fields.get("use_dora", False)
-    model, backend, _ = start_model(config, SINGLE)
+    model, backend, _ = start_run_model(config, SINGLE)
     load_peft_adapter(model, config.adapter, config.quant.method, backend)
     base = dequantized_hf_model(folders / "llama", model)
     tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -301,8 +301,8 @@ def test_a_value_that_is_not_finite_is_refused_by_name(folders: Path, copy: Path
 
     edit_tensors(copy, poison)
     config = starting(folders, copy)
-    model = build_model(config)
-    backend = parallelize(model, SINGLE, config)
+    model = build_run_model(config)
+    backend = parallelize_run(model, SINGLE, config)
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj\.lora_B\.weight holds NaN or Inf"):
         load_peft_adapter(model, config.adapter, config.quant.method, backend)
 
@@ -378,7 +378,7 @@ def test_an_idle_pattern_is_refused_by_the_launcher_and_by_the_model(
     words = [word for word in overrides(folders, Path()) if "init_from" not in word]
     config = compose_config([*words, "adapter.target_modules=attention"])
     config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **patterns))
-    for check in (check_model, build_model):
+    for check in (check_model, build_run_model):
         with pytest.raises(UserError, match=reason):
             check(config)
 
@@ -387,7 +387,7 @@ def test_patterns_are_settings_of_the_command_line(folders: Path) -> None:
     words = [word for word in overrides(folders, Path()) if "init_from" not in word]
     config = compose_config([*words, "adapter.rank_pattern.q_proj=4", "adapter.alpha_pattern={v_proj:2}"])
     assert (config.adapter.rank_pattern, config.adapter.alpha_pattern) == ({"q_proj": 4}, {"v_proj": 2.0})
-    ranks = {path: linear.pairs[0].A.shape[0] for path, linear in build_model(config).adapted_linears()}
+    ranks = {path: linear.pairs[0].A.shape[0] for path, linear in build_run_model(config).adapted_linears()}
     assert {path.rpartition(".")[2]: rank for path, rank in ranks.items()} == {
         "q_proj": 4,
         "k_proj": 16,

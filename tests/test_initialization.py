@@ -32,7 +32,7 @@ from distlora.post.trained import find_weights
 from distlora.system import randomness
 from distlora.training import worker
 from distlora.training.publish import publish_result
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora.weights import decompose, initial_adapter_file
 from distlora.weights.decompose import (
     Residual,
@@ -188,7 +188,7 @@ def started(
     ranks: Ranks, *, run_dir: Path, boundary: watch.Marker = watch.at
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, int]]]:
     """A and B at the start, and this rank's rows of the base."""
-    model, backend, _ = start_model(load_config(run_dir), ranks, boundary=boundary)
+    model, backend, _ = start_run_model(load_config(run_dir), ranks, boundary=boundary)
     base = {
         name: (local.clone(), first)
         for name, parameter in model.named_parameters()
@@ -243,7 +243,7 @@ def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
         most = max(most, sum(reference() is not None for reference in made))
         return tensor
 
-    model, backend, _ = start_model(load_config(run_dir), ranks)
+    model, backend, _ = start_run_model(load_config(run_dir), ranks)
     plain_adapter._joined = joined
     try:
         publish_result(run_dir / "adapter", model, load_config(run_dir), None, backend)
@@ -293,7 +293,7 @@ def test_pissa_on_an_unquantized_base_is_pefts(folders: Path, tmp_path: Path, rs
     """The residual base, s B A, the logits and the gradients of both; singular vectors have no sign of their own."""
     adapter = {"init": "pissa", "use_rslora": rslora, "r": 4, "lora_alpha": 6.0}
     config = make_run(tmp_path / "run", folders, adapter=adapter, quant={"method": "none"})
-    ours, _, _ = start_model(config, SINGLE)
+    ours, _, _ = start_run_model(config, SINGLE)
     theirs = peft_model(folders / "llama", config, "pissa")
     labels = torch.cat([PROBE[:, 1:], torch.full((2, 1), -100)], dim=1)
     loss = ours(PROBE, torch.arange(40).expand_as(PROBE), labels).sum() / (labels >= 0).sum()
@@ -331,7 +331,7 @@ def test_a_start_is_the_weights_own_in_every_family(tmp_path: Path, name: str) -
     adapter = {"init": "pissa", "r": 4, "target_modules": "attention"}
     sections = {"adapter": adapter, "quant": {"method": "none"}, "train": {"dtype": "bf16"}}
     config = config_for(tmp_path / name, run_dir=str(tmp_path), **sections)
-    ours, _, _ = start_model(config, SINGLE)
+    ours, _, _ = start_run_model(config, SINGLE)
     weights = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
     eps = torch.finfo(torch.bfloat16).eps
     for path, linear in ours.adapted_linears():
@@ -402,7 +402,7 @@ def test_loftq_leaves_the_base_and_adds_what_it_lost(folders: Path, tmp_path: Pa
     _, base = started(SINGLE, run_dir=tmp_path / "run", boundary=mark)
     assert all(torch.equal(base[name][0], tensor) for name, (tensor, _) in plain.items())
     weights = transformers.AutoModelForCausalLM.from_pretrained(folders / "llama", dtype=torch.float32)
-    for path, linear in start_model(config, SINGLE)[0].adapted_linears():
+    for path, linear in start_run_model(config, SINGLE)[0].adapted_linears():
         assert f"decomposing {path}" in marks, "the watch sees that a start moves, which may take hours"
         (pair,), weight = linear.pairs, weights.get_parameter(f"{path}.weight")
         error = (weight - linear.frozen_weight.dense(torch.float32)).double()
@@ -523,7 +523,7 @@ def test_what_pissa_publishes_is_a_lora_on_the_unchanged_base(
     # The base alone is the checkpoint's, and the plain adapter is another run's start.
     alone, _ = load_model(load_config(run_dir), None, SINGLE)
     make_run(tmp_path / "plain", folders, quant=quant)
-    unchanged, _, _ = start_model(load_config(tmp_path / "plain"), SINGLE)
+    unchanged, _, _ = start_run_model(load_config(tmp_path / "plain"), SINGLE)
     assert torch.equal(our_logits(alone, PROBE), our_logits(unchanged, PROBE))
     foreign, _ = load_model(load_config(tmp_path / "plain"), str(run_dir / "adapter"), SINGLE, foreign=True)
     if quant["method"] == "none":  # NF4(W) is another base than NF4(W_res) + s B0 A0.
@@ -632,7 +632,7 @@ def test_a_start_that_makes_no_sense_is_refused_by_the_launcher(folders: Path, w
 
 def test_experts_have_no_start_of_their_own(folders: Path, tmp_path: Path) -> None:
     config = config_for(folders / "mixtral", run_dir=str(tmp_path), adapter={"init": "loftq", "target_modules": "mlp"})
-    for refuse in (check_model, lambda config: start_model(config, SINGLE)):
+    for refuse in (check_model, lambda config: start_run_model(config, SINGLE)):
         with pytest.raises(UserError, match="init=loftq starts from a linear's weight, and experts are targeted"):
             refuse(config)
 
@@ -648,7 +648,7 @@ def test_an_adapter_to_start_from_and_dora_leave_no_other_start() -> None:
 def test_the_worker_refuses_ranks_and_weights_that_have_no_start(folders: Path, tmp_path: Path) -> None:
     config = make_run(tmp_path / "run", folders, adapter={"init": "pissa", "r": 97})
     with pytest.raises(UserError, match=r"needs 97 singular values of model\.layers\..*, which has"):
-        start_model(config, SINGLE)
+        start_run_model(config, SINGLE)
     shutil.copytree(folders / "llama", tmp_path / "models" / "llama")
     weights = tmp_path / "models" / "llama" / "model.safetensors"
     tensors = safetensors.torch.load_file(weights)
@@ -657,7 +657,7 @@ def test_the_worker_refuses_ranks_and_weights_that_have_no_start(folders: Path, 
     adapter = dataclasses.replace(config.adapter, r=4)
     model = dataclasses.replace(config.model, path=str(tmp_path / "models" / "llama"))
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or Inf"):
-        start_model(dataclasses.replace(config, adapter=adapter, model=model), SINGLE)
+        start_run_model(dataclasses.replace(config, adapter=adapter, model=model), SINGLE)
     assert not (tmp_path / "run" / INITIAL_ADAPTER_NAME).exists()
 
 

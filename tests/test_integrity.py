@@ -84,7 +84,7 @@ def test_every_kind_of_damage_is_seen_in_every_place() -> None:
 
 def started(ranks: Ranks, run_dir: Path) -> tuple[CausalLM, Backend, Any]:
     config = load_config(run_dir)
-    model, backend, _ = setup.start_model(config, ranks)
+    model, backend, _ = setup.start_run_model(config, ranks)
     loader, _ = open_data(run_dir, config, ranks)
     batch = loader.batch(0).micro_batches[0]
     return model, backend, (batch.input_ids, batch.position_ids, batch.labels)
@@ -243,7 +243,7 @@ def test_one_process_checks_what_it_loaded_at_every_save(folders: Path, tmp_path
     single = Ranks(0, 1, torch.device("cpu"), None)
     worker.run(tmp_path / "run", single)
     assert (tmp_path / "run" / "adapter").is_dir()
-    model, backend, _ = setup.start_model(config, single)
+    model, backend, _ = setup.start_run_model(config, single)
     model.blocks[1].get_parameter("inner.mlp.down_proj.codes").data[0, 77] ^= 16
     with pytest.raises(DamagedWeightsError, match=r"layers\.1\.mlp\.down_proj\.codes, rows 0 to 1, those of rank 0"):
         backend.check_weights()

@@ -19,11 +19,12 @@ from distlora.config.file import build
 from distlora.loading.load_base import load_base
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
-from distlora.model.build import CausalLM, build_model
+from distlora.model.build import CausalLM
 from distlora.model.frozen import FrozenLinear
-from distlora.parallel import Backend, Ranks, parallelize
+from distlora.parallel import Backend, Ranks
 from distlora.training import worker
 from distlora_kernels import nf4
+from run_models import build_run_model, parallelize_run
 from small_models import make_run, write_model_folder
 from worlds import World
 
@@ -37,8 +38,8 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
 
 def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend]:
     config = config_for(folder, **sections)
-    model = build_model(config)
-    backend = parallelize(model, ranks, config)
+    model = build_run_model(config)
+    backend = parallelize_run(model, ranks, config)
     load_base(model, CheckpointFiles(folder), backend)
     return model, backend
 
@@ -104,8 +105,8 @@ def test_sharded_checkpoints_of_any_dtype_load_like_one_file(folders: Path, tmp_
 
 def test_planned_and_actual_bits_agree_and_nothing_stays_16_bit(folders: Path) -> None:
     config = config_for(folders / "qwen3")
-    model = build_model(config)
-    figures = load_base(model, CheckpointFiles(folders / "qwen3"), parallelize(model, SINGLE, config))
+    model = build_run_model(config)
+    figures = load_base(model, CheckpointFiles(folders / "qwen3"), parallelize_run(model, SINGLE, config))
     linears = [name for name in read_headers(folders / "qwen3") if name.endswith("_proj.weight")]
     assert figures.quantized_weights == sum(read_headers(folders / "qwen3")[name].numel for name in linears)
     stored = sum(
@@ -172,8 +173,8 @@ def test_every_rank_reads_its_own_bytes_alone(world: World, folders: Path, tmp_p
 
 def bytes_read(ranks: Ranks, *, run_dir: Path) -> int:
     config = worker.load_config(run_dir)
-    model = build_model(config)
-    return load_base(model, CheckpointFiles(config.model.path), parallelize(model, ranks, config)).bytes_read
+    model = build_run_model(config)
+    return load_base(model, CheckpointFiles(config.model.path), parallelize_run(model, ranks, config)).bytes_read
 
 
 def test_nothing_in_the_model_draws_from_torchs_generators(folders: Path, tmp_path: Path) -> None:

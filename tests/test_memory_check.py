@@ -115,7 +115,7 @@ def test_a_damaged_plan_is_refused_before_a_model_is_loaded(folders: Path, tmp_p
     make_run(tmp_path / "run", folders, plan={"measure": True})
     (tmp_path / "run" / "plan.json").write_text('{"device": {"peak": "much"}}')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "start_model", None)
+        patch.setattr(worker, "start_run_model", None)
         with pytest.raises(UserError, match=r"plan\.json"):
             worker.run(tmp_path / "run", Ranks(0, 1, torch.device("cpu"), None))
 

@@ -32,7 +32,7 @@ from distlora.parallel import Backend, Ranks
 from distlora.training import worker
 from distlora.training.publish import load_weights, weight_files
 from distlora.training.runs import open_data
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from family_models import SINGLE, dequantized, positions_of, tokens
 from small_models import NEW_TOKENS, make_run, read_metrics
 from worlds import World
@@ -119,7 +119,7 @@ def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
     worker.run(run_dir, ranks)
     config = load_config(run_dir)
     loader, _ = open_data(run_dir, config, ranks)
-    model, backend, _ = start_model(config, ranks, restores=True)
+    model, backend, _ = start_run_model(config, ranks, restores=True)
     load_weights(run_dir / "checkpoints" / f"step_{STEPS:08d}", model, backend)
     backend.reduce_gradients_of(list(worker.trained_parameters(model).values()), config.parallel.bucket_mb)
     _accumulate(model, backend, loader.batch(STEPS))
@@ -162,7 +162,7 @@ class Peer:
 
     def __init__(self, folder: Path, folders: Path, method: Method, base: str) -> None:
         self.config = prepare(folder, folders, method, base)
-        ours, backend, _ = start_model(self.config, SINGLE)
+        ours, backend, _ = start_run_model(self.config, SINGLE)
         self.start = folder / "start"
         self.start.mkdir()
         files = weight_files(ours, self.config)

@@ -14,9 +14,10 @@ from closeness import relative_error
 from distlora.config import UserError
 from distlora.model.adapters import StepRows
 from distlora.model.balance import place_routers
-from distlora.model.build import CausalLM, build_model
+from distlora.model.build import CausalLM
 from distlora.model.mlp import MLP, parts_of, place_mlps
 from family_models import config_for, load_ours, tokens, write_family_folder
+from run_models import build_run_model
 
 TILE = 24
 """Of 64 tokens: 24, 24 and 16."""
@@ -121,7 +122,7 @@ def test_settings_that_mean_nothing_are_refused(
     name: str, sections: dict[str, dict], message: str, folders: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        build_model(config_for(folders / name, quant={"method": "none"}, **sections))
+        build_run_model(config_for(folders / name, quant={"method": "none"}, **sections))
 
 
 def test_parts_cover_a_row_front_to_back() -> None:

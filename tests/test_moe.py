@@ -23,15 +23,15 @@ from distlora.config import AdapterConfig, Config, UserError
 from distlora.loading.load_base import load_base
 from distlora.loading.peft_format import adapter_config, adapter_tensors, load_peft_adapter
 from distlora.model.adapters import adapter_parameters
-from distlora.model.build import CausalLM, build_model
+from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertPair, ExpertWeight
 from distlora.model.frozen import FrozenTensor
-from distlora.parallel import Ranks, parallelize
+from distlora.parallel import Ranks
 from distlora.planner import traffic
 from distlora.training import worker
 from distlora.training.figures import active_parameters, count_parameters, experts_said
 from distlora.training.flops import count_flops
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora_kernels import nf4
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
@@ -46,6 +46,7 @@ from family_models import (
     write_family_folder,
 )
 from planned import assert_disk_as_planned
+from run_models import build_run_model, parallelize_run
 from small_models import make_run, read_metrics
 from test_families import save_adapter, shifted, three_steps
 from test_init_from import write_adapter
@@ -90,7 +91,7 @@ SELECTED: list[tuple[dict[str, Any], set[str]]] = [
 def test_presets_and_target_parameters_choose_experts_and_never_a_router(
     folder_of: Callable[[str], Path], name: str, adapter: dict[str, Any], expected: set[str]
 ) -> None:
-    model = build_model(config_for(folder_of(name), adapter={"r": 4, **adapter}))
+    model = build_run_model(config_for(folder_of(name), adapter={"r": 4, **adapter}))
     assert adapted(model) == expected
     routers = [path for path in adapter_parameters(model) if ".gate." in path or ".router." in path]
     assert not routers
@@ -127,13 +128,13 @@ def test_what_experts_cannot_have_is_refused_by_the_launcher_and_the_worker(
     folder_of: Callable[[str], Path], name: str, adapter: dict[str, Any], reason: str
 ) -> None:
     config = config_for(folder_of(name), adapter={"r": 4, **adapter})
-    for check in (check_model, build_model):
+    for check in (check_model, build_run_model):
         with pytest.raises(UserError, match=reason):
             check(config)
 
 
 def test_a_router_loss_without_routers_and_full_fine_tuning_are_refused(folder_of: Callable[[str], Path]) -> None:
-    for check in (check_model, build_model):
+    for check in (check_model, build_run_model):
         with pytest.raises(UserError, match=r"router_aux_loss=0.1 balances routers, and llama has none"):
             check(config_for(folder_of("llama"), train={"router_aux_loss": 0.1}))
         with pytest.raises(UserError, match=r"adapter=full on a mixture of experts \(mixtral\)"):
@@ -144,14 +145,14 @@ def test_a_router_loss_without_routers_and_full_fine_tuning_are_refused(folder_o
 
 def test_attention_alone_may_have_dropout(folder_of: Callable[[str], Path]) -> None:
     adapter = {"target_modules": "attention", "lora_dropout": 0.1}
-    assert adapted(build_model(config_for(folder_of("mixtral"), adapter=adapter))) == ATTENTION
+    assert adapted(build_run_model(config_for(folder_of("mixtral"), adapter=adapter))) == ATTENTION
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_planned_bits_a_parameter_are_the_stored_ones(folder_of: Callable[[str], Path], name: str) -> None:
     """Every weight of two or more dimensions of a block but the router, from the shapes alone."""
-    model = build_model(config := config_for(folder_of(name)))
-    backend = parallelize(model, SINGLE, config)
+    model = build_run_model(config := config_for(folder_of(name)))
+    backend = parallelize_run(model, SINGLE, config)
     loaded = load_base(model, CheckpointFiles(config.model.path), backend)
     experts = [(m.num_experts, m.out_features, m.in_features) for m in model.modules() if isinstance(m, ExpertWeight)]
     assert len(experts) == 2 * 3
@@ -176,9 +177,9 @@ def test_an_expert_that_stayed_16_bit_is_noticed(
 ) -> None:
     config = config_for(folder_of("mixtral"))
     monkeypatch.setattr(distlora.model.experts, "ExpertWeight", functools.partial(_dense, ExpertWeight))
-    model = build_model(config)
+    model = build_run_model(config)
     with pytest.raises(AssertionError, match=r"experts.*stayed torch.float32 under quant=nf4"):
-        load_base(model, CheckpointFiles(config.model.path), parallelize(model, SINGLE, config))
+        load_base(model, CheckpointFiles(config.model.path), parallelize_run(model, SINGLE, config))
 
 
 def _dense(weight: Any, *args: Any, quantized: bool, **kwargs: Any) -> Any:
@@ -188,7 +189,7 @@ def _dense(weight: Any, *args: Any, quantized: bool, **kwargs: Any) -> Any:
 def test_experts_start_as_pefts_do(folder_of: Callable[[str], Path]) -> None:
     """A uniform on +-1/sqrt(in) or normal with std 1/r of one expert, B zero, the scale of one expert's rank."""
     adapter = {"target_modules": "mlp", "r": 8, "rank_pattern": {"down_proj": 2}}
-    model, _, _ = start_model(config_for(folder_of("mixtral"), adapter=adapter), SINGLE)
+    model, _, _ = start_run_model(config_for(folder_of("mixtral"), adapter=adapter), SINGLE)
     pairs = dict(model.adapted_experts())
     up, down = (pairs[f"model.layers.0.mlp.experts.{name}"].pairs[0] for name in ("gate_up_proj", "down_proj"))
     assert (up.rank, down.rank) == (8, 2)
@@ -204,11 +205,11 @@ def test_experts_start_as_pefts_do(folder_of: Callable[[str], Path]) -> None:
 
 def test_saved_names_are_nested_only_where_both_weights_are_adapted(folder_of: Callable[[str], Path]) -> None:
     layer = "base_model.model.model.layers.0.mlp.experts"
-    both = build_model(config_for(folder_of("gpt-oss"), adapter={"target_modules": "mlp"}))
+    both = build_run_model(config_for(folder_of("gpt-oss"), adapter={"target_modules": "mlp"}))
     names = [name for name in adapter_tensors(both) if ".layers.0." in name]
     assert names == [f"{layer}{part}.lora_{a}.weight" for part in (".base_layer", "") for a in "AB"]
     config = config_for(folder_of("gpt-oss"), adapter={"target_modules": [], "target_parameters": ["gate_up_proj"]})
-    one = build_model(config)
+    one = build_run_model(config)
     assert [name for name in adapter_tensors(one) if ".layers.0." in name] == [f"{layer}.lora_{a}.weight" for a in "AB"]
     saved = adapter_config(config.spec, one)
     assert saved["target_modules"] == []
@@ -235,7 +236,7 @@ def test_a_row_may_choose_the_experts_adapter_or_none(folder_of: Callable[[str],
 
 
 def test_flops_and_active_parameters_count_the_experts_that_a_token_chooses(folder_of: Callable[[str], Path]) -> None:
-    model = build_model(config_for(folder_of("mixtral"), adapter={"target_modules": "mlp", "r": 4}))
+    model = build_run_model(config_for(folder_of("mixtral"), adapter={"target_modules": "mlp", "r": 4}))
     attention, head = 96 * (96 + 48 + 48 + 96), 1001 * 96
     expert, ranks = 96 * 144 + 72 * 96, 4 * (96 + 144 + 72 + 96)
     assert count_flops(model).per_token == 4 * head + 3 * (4 * attention + 2 * (4 * expert + 6 * ranks))
@@ -330,9 +331,9 @@ def test_the_routers_loss_is_configs_own_where_nothing_is_set(
 ) -> None:
     shutil.copytree(folder_of("qwen3-moe"), tmp_path / "model")
     edit_config(tmp_path / "model", **config)
-    assert build_model(config_for(tmp_path / "model")).router_aux_loss == weight
+    assert build_run_model(config_for(tmp_path / "model")).router_aux_loss == weight
     off = config_for(tmp_path / "model", train={"router_aux_loss": 0.0})
-    assert build_model(off).router_aux_loss == 0.0
+    assert build_run_model(off).router_aux_loss == 0.0
 
 
 def trained(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
@@ -368,8 +369,8 @@ def test_experts_that_bitsandbytes_left_in_16_bits_are_packed(folders: Path, tmp
     """It keeps fused experts dense in a checkpoint that it has quantized; here nothing but the router is."""
     quantize(folders / "mixtral", tmp_path / "packed", bnb_4bit_use_double_quant=True)
     config = config_for(tmp_path / "packed")
-    model = build_model(config)
-    loaded = load_base(model, CheckpointFiles(config.model.path), parallelize(model, SINGLE, config))
+    model = build_run_model(config)
+    loaded = load_base(model, CheckpointFiles(config.model.path), parallelize_run(model, SINGLE, config))
     assert loaded.prequantized
     weights = [module for module in model.modules() if isinstance(module, FrozenTensor)]
     assert all(weight.quantized for weight in weights)
@@ -399,7 +400,7 @@ def test_experts_start_from_an_adapter_of_pefts(folders: Path, tmp_path: Path, f
     write_adapter(tmp_path / "lora", folders / "mixtral", r=4, lora_alpha=12, **fields)
     config = from_adapter(folders, tmp_path / "lora")
     assert set(config.adapter.target_parameters) == set(fields["target_parameters"])
-    model, backend, _ = start_model(config, SINGLE)
+    model, backend, _ = start_run_model(config, SINGLE)
     load_peft_adapter(model, config.adapter, config.quant.method, backend)
     stored = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert adapter_tensors(model).keys() == stored.keys()

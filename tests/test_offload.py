@@ -18,6 +18,7 @@ from distlora.architecture.families import FAMILIES, read_config
 from distlora.config import UserError
 from distlora.model.adapters import BlockContext
 from distlora.model.blocks import Block
+from distlora.model.build import CausalLM
 from distlora.model.offload import HostInputs
 from distlora.parallel import Ranks
 from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
@@ -205,20 +206,20 @@ def test_all_memory_is_free_again_after_whatever_a_forward_ended_in(where: str) 
 def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """A run's metrics, and of its inputs' memory: (places that were reserved, places at the end, bytes of growth)."""
     figures: list[int] = []
-    keep = setup.keep_inputs_on_host
-    found: list[HostInputs] = []
+    original = setup.OffloadedInputs.reserve
+    reserved: list[HostInputs] = []
 
-    def kept(model: Any, *arguments: Any) -> None:
-        keep(model, *arguments)
-        found.append(model.blocks[0].host_inputs)
-        figures.extend((found[0].num_free, found[0].taken_bytes))
+    def reserve(self: setup.OffloadedInputs, model: CausalLM, device: torch.device) -> None:
+        original(self, model, device)
+        inputs = model.blocks[0].host_inputs
+        assert inputs is not None
+        reserved.append(inputs)
+        figures.extend((inputs.num_free, inputs.taken_bytes))
 
-    setup.keep_inputs_on_host = kept
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup.OffloadedInputs, "reserve", reserve)
         worker.run(run_dir, ranks)
-    finally:
-        setup.keep_inputs_on_host = keep
-    return read_metrics(run_dir), [*figures, found[0].num_free, found[0].taken_bytes]
+    return read_metrics(run_dir), [*figures, reserved[0].num_free, reserved[0].taken_bytes]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def refused(ranks: Ranks, *, run_dir: Path) -> str:
         patch.setattr(host_memory, "available_bytes", lambda: 2**26 if ranks.rank == 1 else 2**40)
         patch.setattr(setup, "load_base", lambda *arguments, **options: pytest.fail("minutes for a large model"))
         with pytest.raises(UserError) as error:
-            setup.start_model(worker.load_config(run_dir), ranks)
+            setup.start_run_model(worker.load_config(run_dir), ranks)
     return str(error.value)
 
 
@@ -268,7 +269,8 @@ def test_a_machine_with_too_little_host_memory_is_refused_on_every_rank(
     messages = world.run(2, refused, run_dir=tmp_path / "run")
     for message, left in zip(messages, ("1,024.00 GiB", "0.06 GiB"), strict=True):
         assert (
-            "0.06 GiB of host memory for the inputs of the blocks on each process (3 blocks x 6 x 0.0 MiB)" in message
+            "0.06 GiB of host memory for the inputs of the decoder layers on each process (3 layers x 6 x 0.0 MiB)"
+            in message
         )
         assert f"this one has {left} left for 2" in message
         assert "set train.accumulate=step, which takes 1/6 of it, or train.checkpointing=block" in message

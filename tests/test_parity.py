@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora.config import Config
 from distlora.parallel import Ranks
 from distlora.planner import traffic
 from distlora.training import setup, worker
@@ -118,8 +117,8 @@ def adapters_after(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     build = setup.build_model
 
-    def keep(config: Config, **options: Any) -> Any:
-        model = build(config, **options)
+    def keep(*arguments: Any, **options: Any) -> Any:
+        model = build(*arguments, **options)
         kept["model"] = model  # type: ignore[assignment]
         return model
 

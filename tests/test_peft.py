@@ -20,10 +20,11 @@ from distlora.loading.load_base import load_base
 from distlora.loading.peft_format import adapter_tensors
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
-from distlora.model.build import CausalLM, build_model
+from distlora.model.build import CausalLM
 from distlora.model.frozen import FrozenLinear
-from distlora.parallel import Ranks, parallelize
+from distlora.parallel import Ranks
 from distlora.training import worker
+from run_models import build_run_model, parallelize_run
 from small_models import make_run
 from test_loading import config_for, loaded
 
@@ -45,8 +46,8 @@ def dequantized_hf_model(folder: Path, ours: CausalLM) -> transformers.PreTraine
 def our_trained_model(run_dir: Path) -> CausalLM:
     """The run's model with the adapter that it published."""
     config = load_config(run_dir)
-    model = build_model(config)
-    load_base(model, CheckpointFiles(config.model.path), parallelize(model, SINGLE, config))
+    model = build_run_model(config)
+    load_base(model, CheckpointFiles(config.model.path), parallelize_run(model, SINGLE, config))
     materialize_buffers(model, SINGLE.device)
     saved = safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
     with torch.no_grad():

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from distlora.config import Config
-from distlora.model.build import build_model
 from distlora.planner.decoder_sizes import AdaptedRanks, Decoder, windows_of
 from distlora.planner.memory.activations import Costs, Mode
 from distlora.planner.model import model_in
@@ -24,6 +23,7 @@ from distlora.planner.speed.operations import pairs
 from distlora.training.flops import active_weights as of_model
 from distlora.training.flops import count_flops
 from family_models import VARIANTS, config_for, edit_config, hf_config
+from run_models import build_run_model
 
 LENGTH, GLOBAL_BATCH = 40, 6
 
@@ -45,12 +45,12 @@ def test_a_token_goes_through_what_a_model_of_each_family_has(name: str, tmp_pat
         configs.append(run_of(tmp_path, adapter={"method": "full"}, **NONE))
     configs.append(run_of(tmp_path, adapter={"target_modules": "attention", "modules_to_save": ["lm_head"]}))
     for config in configs:
-        built = of_model(build_model(config))
+        built = of_model(build_run_model(config))
         assert active_weights(config, model_in(tmp_path)) == built
         reference = [
             active_weights(config, model_in(tmp_path)).model_flops(with_reference=each) for each in (True, False)
         ]
-        assert reference == [count_flops(build_model(config), with_reference=each) for each in (True, False)]
+        assert reference == [count_flops(build_run_model(config), with_reference=each) for each in (True, False)]
 
 
 @pytest.mark.parametrize("name", ["llama3-tied", "qwen2"])
@@ -60,7 +60,7 @@ def test_rows_of_the_head_that_are_trained_count(name: str, tmp_path: Path) -> N
         if name == "llama3-tied" and isinstance(indices, dict):
             continue
         config = run_of(tmp_path, adapter={"r": 4, "trainable_token_indices": indices})
-        built = of_model(build_model(config))
+        built = of_model(build_run_model(config))
         assert active_weights(config, model_in(tmp_path)) == built
         assert (built.head_rows > 0) == (name == "llama3-tied" or isinstance(indices, dict))
 
@@ -83,7 +83,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(
     hf_config(name).save_pretrained(tmp_path)
     edit_config(tmp_path, **removed)
     config = run_of(tmp_path, **LORA)
-    assert active_weights(config, model_in(tmp_path)) == of_model(build_model(config))
+    assert active_weights(config, model_in(tmp_path)) == of_model(build_run_model(config))
 
 
 def test_a_window_of_null_is_none(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def steps(folder: Path, *, document: int | None = None, is_gpu: bool = True, **t
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3-text", "qwen3-moe"])
 def test_what_mfu_counts_of_a_step_is_what_the_trainer_adds_up(name: str, tmp_path: Path) -> None:
     hf_config(name).save_pretrained(tmp_path)
-    model = build_model(run_of(tmp_path, **LORA))
+    model = build_run_model(run_of(tmp_path, **LORA))
     for document in (None, 7):
         positions = torch.cat([torch.arange(part) for part in cut(LENGTH, document)]).expand(GLOBAL_BATCH, -1)
         step = steps(tmp_path, document=document)

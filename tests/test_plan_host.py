@@ -15,14 +15,14 @@ import torch
 
 from distlora.config import Config
 from distlora.loading.peft_format import adapter_tensors
-from distlora.model.build import build_model
 from distlora.parallel import Shards, zero3
 from distlora.planner import plan_of
 from distlora.planner.model import model_in
 from distlora.planner.storage.disk import Tensor, file_bytes, trained_tensors
 from distlora.system import host_memory
-from distlora.training.setup import _HostInputs
+from distlora.training.setup import OffloadedInputs
 from plan_inputs import cpu_machine, model_of
+from run_models import build_run_model
 from small_models import config_with
 
 ALL: dict[str, Any] = {"target_modules": "all-linear", "r": 4}
@@ -52,13 +52,13 @@ def test_what_is_trained_has_the_names_and_shapes_of_its_file(
 ) -> None:
     config = config_of(folders / model, adapter=adapter)
     planned = {tensor.name: tensor.shape for tensor in trained_tensors(config, model_in(folders / model).shapes)}
-    assert planned == {name: tuple(p.shape) for name, p in adapter_tensors(build_model(config)).items()}
+    assert planned == {name: tuple(p.shape) for name, p in adapter_tensors(build_run_model(config)).items()}
 
 
 def test_everything_that_full_fine_tuning_saves_is_counted(folders: Path) -> None:
     config = config_of(folders / "llama-tied", adapter={"method": "full"}, quant={"method": "none"})
     planned = {tensor.name: tensor.shape for tensor in trained_tensors(config, model_in(folders / "llama-tied").shapes)}
-    assert planned == {name: tuple(p.shape) for name, p in build_model(config).hf_state_dict().items()}
+    assert planned == {name: tuple(p.shape) for name, p in build_run_model(config).hf_state_dict().items()}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -68,14 +68,14 @@ def test_an_offloaded_base_is_what_zero3_takes(folders: Path, ranks: int, method
     config = config_of(folders / "qwen3", parallel=parallel, quant={"method": method})
     # Where the CPU is the device, it counts as what that has.
     plan = plan_of(config, model_in(folders / "qwen3"), replace(cpu_machine(ranks), is_gpu=True))
-    assert plan.host.base == zero3.host_bytes(build_model(config), Shards(0, ranks, None))
+    assert plan.host.base == zero3.host_bytes(build_run_model(config), Shards(0, ranks, None))
 
 
 def test_offloaded_inputs_are_what_a_start_reserves(folders: Path) -> None:
     train = {"checkpointing": "offload", "accumulate": "block", "global_batch": 12, "micro_batch": 3}
     config = config_of(folders / "llama", train=train)
     plan = plan_of(config, model_in(folders / "llama"), cpu_machine(2))
-    kept = _HostInputs.of(build_model(config), config, 2)
+    kept = OffloadedInputs.of(build_run_model(config), config.spec, config.train, config.data.sequence_length, 2)
     assert kept.count == 3 * 2
     assert plan.host.inputs == host_memory.bytes_of([kept.nbytes] * kept.count)
 
@@ -84,7 +84,7 @@ def test_offloaded_inputs_are_what_a_start_reserves(folders: Path) -> None:
 def test_copies_of_a_save_take_what_a_snapshot_takes(folders: Path, adapter: dict[str, Any]) -> None:
     """On rank 0 of one process, where nothing is cut: A and B, then of each its step and two moments."""
     config = config_of(folders / "llama", adapter=adapter)
-    own = list(adapter_tensors(build_model(config)).values())
+    own = list(adapter_tensors(build_run_model(config)).values())
     moments = [tensor for p in own for tensor in (torch.empty((), device="meta"), p, p)]
     plan = plan_of(config, model_in(folders / "llama"), cpu_machine(1))
     assert plan.host.copies == host_memory.bytes_like([*own, *moments]) > 2 * host_memory.CHUNK_BYTES

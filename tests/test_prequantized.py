@@ -25,9 +25,9 @@ from distlora.config.file import build
 from distlora.loading.load_base import Loaded, load_base
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
-from distlora.model.build import CausalLM, build_model
+from distlora.model.build import CausalLM
 from distlora.model.frozen import FrozenLinear
-from distlora.parallel import Backend, Ranks, parallelize
+from distlora.parallel import Backend, Ranks
 from distlora.planner import plan_of
 from distlora.planner.machine import machine_of
 from distlora.planner.model import find_model
@@ -35,6 +35,7 @@ from distlora.training import worker
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_kernels import nf4, nf4_cpu, reference
 from distlora_launcher.compose.checks import check_model
+from run_models import build_run_model, parallelize_run
 from small_models import make_run, tokenizer, write_model_folder, write_text_file
 from test_nf4 import DTYPES, SHAPES, bitsandbytes_dequantize, random_weight
 from test_peft import our_logits, our_trained_model
@@ -102,8 +103,8 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
 
 def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend, Loaded]:
     config = config_for(folder, **sections)
-    model = build_model(config)
-    backend = parallelize(model, ranks, config)
+    model = build_run_model(config)
+    backend = parallelize_run(model, ranks, config)
     figures = load_base(model, CheckpointFiles(folder), backend)
     materialize_buffers(model, ranks.device)
     reset_adapters(model.adapted_linears(), config.adapter, seed=0)
@@ -399,7 +400,7 @@ def test_another_quantization_is_refused_by_field(
     model = json.loads((folder / "config.json").read_text())
     model["quantization_config"] |= settings
     (folder / "config.json").write_text(json.dumps(model))
-    for refuse in (check_model, build_model):
+    for refuse in (check_model, build_run_model):
         with pytest.raises(UserError, match=says):
             refuse(config_for(folder))
 
@@ -422,7 +423,7 @@ def test_a_weight_that_cannot_be_kept_is_refused_by_field(
     quantized: Path, tmp_path: Path, fields: dict[str, Any], says: str
 ) -> None:
     folder = copy_with(quantized / "nested", tmp_path / "model", with_state(quantized / "nested", **fields))
-    for refuse in (check_model, build_model):
+    for refuse in (check_model, build_run_model):
         with pytest.raises(UserError, match=says):
             refuse(config_for(folder))
 
@@ -491,7 +492,7 @@ def test_a_map_with_other_last_bits_is_taken_for_the_dynamic_one(quantized: Path
     ids=["none", "full", "pissa", "loftq"],
 )
 def test_settings_that_need_16_bit_weights_are_refused(quantized: Path, sections: dict[str, Any], says: str) -> None:
-    for refuse in (check_model, build_model):
+    for refuse in (check_model, build_run_model):
         with pytest.raises(UserError, match=says):
             refuse(config_for(quantized / "nested", **sections))
 

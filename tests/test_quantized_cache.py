@@ -30,7 +30,7 @@ from distlora.parallel import Ranks
 from distlora.planner.model import model_in
 from distlora.planner.storage.disk import disk_bytes
 from distlora.system.stop_signals import Stopped
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora.weights import file_fingerprints, quantized_cache_folder, quantized_cache_format
 from distlora.weights.quantized_cache_folder import (
     ENTRY_NAME,
@@ -74,7 +74,7 @@ def start(
     file_fingerprints.SETTLED_SECONDS = settled  # The model's files were written a moment ago.
     said: list[str] = []
     marks = boundary or (lambda *args, **kwargs: None)
-    model, backend, loaded = start_model(config, ranks, say=said.append, boundary=marks)
+    model, backend, loaded = start_run_model(config, ranks, log=said.append, boundary=marks)
     rows = {
         model.hf_name(name): (backend.local_rows(parameter)[0].clone(), backend.local_rows(parameter)[1])
         for name, parameter in model.named_parameters()

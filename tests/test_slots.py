@@ -16,7 +16,7 @@ from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.adapters import StepRows, adapter_parameters, slot_name
 from distlora.model.build import CausalLM
 from distlora.model.slots import put_trial, remove_trial, trial_parameters
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from family_models import config_for, positions_of, tokens, write_family_folder
 from test_resume import SINGLE
 
@@ -58,7 +58,7 @@ def alone(
     """Losses of its rows, gradients by the adapters' names, and what is saved of it."""
     train = {"seed": trial.seed, "dtype": "fp32", "mlp_tile": mlp_tile}
     config = config_for(folder, adapter=trial.adapter, train=train)
-    model, _, _ = start_model(config, SINGLE)
+    model, _, _ = start_run_model(config, SINGLE)
     parameters = adapter_parameters(model)
     filled(parameters, trial.seed)
     at = StepRows(trial.step, torch.tensor(trial.rows))
@@ -71,7 +71,7 @@ def alone(
 def pack_model(folder: Path, *, mlp_tile: int | None = None, **adapter: Any) -> CausalLM:
     train = {"dtype": "fp32", "mlp_tile": mlp_tile}
     config = config_for(folder, adapter={"target_modules": "qv", **adapter}, train=train)
-    return start_model(config, SINGLE, for_slots=True)[0]
+    return start_run_model(config, SINGLE, for_slots=True)[0]
 
 
 def put(model: CausalLM, slot: int, trial: Trial) -> dict[str, nn.Parameter]:

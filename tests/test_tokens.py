@@ -28,7 +28,7 @@ from distlora.run_folder.layout import read_record, read_result
 from distlora.training import worker
 from distlora.training.encoding import PromptEncoder
 from distlora.training.publish import load_weights, publish_result
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora_launcher.cli.push import collect
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
@@ -75,19 +75,19 @@ def test_the_vocabulary_grows_by_what_spare_rows_lack(folders: Path, tmp_path: P
     write_model_folder(tmp_path / "spare", "llama", vocab_size=VOCABULARY + 2)
     for folder, stored, rows in ((folders / "llama", 1001, 1004), (tmp_path / "spare", 1003, 1004)):
         config = with_new(folder, "<a>", "<b>", "<c>")
-        vocabulary = vocabulary_of(config, model_config(folder))
+        vocabulary = vocabulary_of(config.spec, model_config(folder))
         assert (vocabulary.stored, vocabulary.rows) == (stored, rows)
         assert find_model(config).shapes.vocabulary == rows, "planned for without the tokenizer"
         assert vocabulary.new == {"<a>": 1001, "<b>": 1002, "<c>": 1003}
         assert vocabulary.trained == {"embed_tokens": (1001, 1002, 1003), "lm_head": (1001, 1002, 1003)}
-    assert not vocabulary_of(with_new(tmp_path / "spare", "<a>"), model_config(tmp_path / "spare")).has_grown
+    assert not vocabulary_of(with_new(tmp_path / "spare", "<a>").spec, model_config(tmp_path / "spare")).has_grown
 
 
 def test_a_config_without_a_vocabulary_takes_the_weights_word(folders: Path, tmp_path: Path) -> None:
     """As Gemma 3's on the hub, whose size is transformers' default."""
     folder = Path(shutil.copytree(folders / "llama", tmp_path / "model"))
     edit_config(folder, vocab_size=None)
-    vocabulary = vocabulary_of(with_new(folder, "<a>"), model_config(folder))
+    vocabulary = vocabulary_of(with_new(folder, "<a>").spec, model_config(folder))
     assert (vocabulary.stored, vocabulary.rows) == (1001, 1002)
     check_model(with_new(folder, "<a>"))
     edit_config(folder, vocab_size="many")
@@ -98,7 +98,7 @@ def test_a_config_without_a_vocabulary_takes_the_weights_word(folders: Path, tmp
 def test_a_list_means_the_embedding_and_a_mapping_each_matrix(folders: Path) -> None:
     def trained(model: str, indices: Any) -> Any:
         config = with_new(folders / model, "<a>", adapter={"trainable_token_indices": indices})
-        return vocabulary_of(config, model_config(folders / model)).trained
+        return vocabulary_of(config.spec, model_config(folders / model)).trained
 
     assert trained("llama", [9, 4]) == {"embed_tokens": (4, 9, 1001), "lm_head": (1001,)}
     assert trained("llama", {"lm_head": [9]}) == {"embed_tokens": (1001,), "lm_head": (9, 1001)}
@@ -113,13 +113,13 @@ def test_a_list_means_the_embedding_and_a_mapping_each_matrix(folders: Path) -> 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     write_model_folder(tmp_path / "model", "llama", vocab_size=900)
     with pytest.raises(UserError, match="the token 1000, beyond vocab_size=900"):
-        vocabulary_of(with_new(tmp_path / "model", "<a>"), model_config(tmp_path / "model"))
+        vocabulary_of(with_new(tmp_path / "model", "<a>").spec, model_config(tmp_path / "model"))
 
 
 def own_rows(ranks: Ranks, *, folder: Path, adapter: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
     """This rank's rows of embedding and head and the first one's index; trained rows whole."""
     sections: dict[str, Any] = {"adapter": adapter, "quant": {"method": "none"}, "train": {"dtype": "bf16"}}
-    model, backend, _ = start_model(with_new(folder, "<a>", "<b>", "<c>", **sections), ranks)
+    model, backend, _ = start_run_model(with_new(folder, "<a>", "<b>", "<c>", **sections), ranks)
     matrices = {"embed_tokens": model.embedding.get_parameter("weight"), "lm_head": model.head.weight}
     rows = {name: backend.local_rows(parameter) for name, parameter in matrices.items()}
     trained = {f"trained {name}": (model.get_parameter(f"token_rows.{name}.rows"), 0) for name in model.token_rows}
@@ -248,7 +248,7 @@ def test_preparation_generation_and_what_is_published_read_with_one_tokenizer(ru
     published = transformers.AutoTokenizer.from_pretrained(run / "adapter")
     text = "the statement of the method"
     config = load_config(run)
-    model, _, _ = start_model(config, SINGLE)
+    model, _, _ = start_run_model(config, SINGLE)
     encoder = PromptEncoder(model, config, record)
     assert published(text).input_ids == encoder.tokenizer(text).input_ids
     assert set(NEW_IDS) <= set(published(text).input_ids)
@@ -257,7 +257,7 @@ def test_preparation_generation_and_what_is_published_read_with_one_tokenizer(ru
 
 def test_every_trained_row_moves_and_a_resume_has_them(run: Path) -> None:
     config = load_config(run)
-    model, backend, _ = start_model(config, SINGLE)
+    model, backend, _ = start_run_model(config, SINGLE)
     before = {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
     load_weights(run / "checkpoints" / "step_00000002", model, backend)
     for name, tensor in adapter_tensors(model).items():
@@ -364,7 +364,7 @@ def test_a_run_starts_from_the_trained_rows_of_peft(
     words += [f"model.new_tokens=[{quoted}]", f"adapter.init_from={tmp_path / 'peft'}", "data.sequence_length=64"]
     config = compose_config(words)
     check_model(config)
-    ours, backend, _ = start_model(config, SINGLE)
+    ours, backend, _ = start_run_model(config, SINGLE)
     load_peft_adapter(ours, config.adapter, config.quant.method, backend)
     ids = tokens(2, 30)
     ids[:, ::3] = torch.tensor([4, 9, 8, *(range(1001, 1001 + len(new)) or (4, 8))] * 4)[:10]
@@ -388,9 +388,9 @@ def test_an_adapter_with_new_tokens_asks_for_them_by_name(folders: Path, tmp_pat
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_rows_that_are_not_trained_yet_leave_the_model_as_it_is(folders: Path, dtype: str) -> None:
     sections: dict[str, Any] = {"adapter": {"target_modules": "qv", "r": 2}, "train": {"dtype": dtype}}
-    plain, _, _ = start_model(config_for(folders / "llama", **sections), SINGLE)
+    plain, _, _ = start_run_model(config_for(folders / "llama", **sections), SINGLE)
     sections["adapter"]["trainable_token_indices"] = {"embed_tokens": [3, 8, 900], "lm_head": [7, 1000]}
-    with_rows, _, _ = start_model(config_for(folders / "llama", **sections), SINGLE)
+    with_rows, _, _ = start_run_model(config_for(folders / "llama", **sections), SINGLE)
     ids = tokens(2, 40)
     ids[:, ::4] = torch.tensor([3, 8, 900, 7, 1000] * 2)
     positions = torch.arange(40).expand_as(ids)

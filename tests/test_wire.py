@@ -13,13 +13,13 @@ from distlora.architecture.families import read_config
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.config import Config
 from distlora.model.adapters import adapter_parameters
-from distlora.model.build import build_model
 from distlora.parallel import Ranks
 from distlora.parallel.traffic import Traffic
 from distlora.planner import traffic as wire
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora_kernels import nf4
 from family_models import VARIANTS, config_for, hf_config
+from run_models import build_run_model
 from small_models import config_with
 from worlds import World
 
@@ -34,7 +34,7 @@ def shapes_in(folder: Path) -> ModelShapes:
 def test_every_family_has_the_shapes_that_its_config_says(name: str, tmp_path: Path) -> None:
     hf_config(name).save_pretrained(tmp_path)
     config = config_for(tmp_path, quant={"method": "none"}, adapter={"r": 4, "target_modules": "attention"})
-    model, shapes = build_model(config), shapes_in(tmp_path)
+    model, shapes = build_run_model(config), shapes_in(tmp_path)
     actual = {path: tuple(p.shape) for path, p in model.blocks[0].inner.named_parameters() if ".adapters." not in path}
     # A fused weight of experts is a module here, and GPT-OSS' are stored the other way round.
     stated = {w.path if w.path in actual else f"{w.path}.weight": w.shape for w in shapes.block}
@@ -102,7 +102,9 @@ def test_a_step_carries_what_is_calculated_and_the_backend_counts_it(
     world: World, folders: Path, model: str, size: int, accumulation: int, settings: dict[str, Any]
 ) -> None:
     config = config_of(folders / model, **settings)
-    shapes = shapes_of(read_config(folders / model), folders / model, vocabulary=build_model(config).vocabulary.rows)
+    shapes = shapes_of(
+        read_config(folders / model), folders / model, vocabulary=build_run_model(config).vocabulary.rows
+    )
     step = wire.ours(config, shapes, world=size, accumulation=accumulation)
     for counts, traffic in world.run(size, our_traffic, config=config, accumulation=accumulation):
         assert (counts.gathered, counts.scattered, counts.reduced) == (step.gathered, step.scattered, step.reduced)
@@ -116,7 +118,7 @@ def test_a_step_carries_what_is_calculated_and_the_backend_counts_it(
 
 def base_bytes(ranks: Ranks, *, config: Config) -> int:
     """What this rank has of the frozen base after a start, offsets left out."""
-    model, backend, _ = start_model(config, ranks)
+    model, backend, _ = start_run_model(config, ranks)
     return sum(backend.local_rows(p)[0].nbytes for p in model.parameters() if not p.requires_grad)
 
 

@@ -21,8 +21,7 @@ from distlora.architecture.families import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.bench.collectives import Collectives
 from distlora.config import UserError
-from distlora.model.build import build_model
-from distlora.parallel import Ranks, Shards, parallelize, zero3
+from distlora.parallel import Ranks, Shards, zero3
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.planner import traffic
 from distlora.system import host_memory
@@ -31,6 +30,7 @@ from distlora.training import worker as train
 from distlora.training.multi_trial import worker
 from distlora.training.runs import open_data
 from packs import make_pack
+from run_models import build_run_model, parallelize_run
 from small_models import NEW_TOKENS, make_run, read_metrics
 from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
 from test_loading import check_slices, own_rows
@@ -164,7 +164,7 @@ def gathered_in_steps(
     """
     config = train.load_config(run_dir)
     loader, _ = open_data(run_dir, config, ranks)
-    model, backend, _ = setup.start_model(config, ranks)
+    model, backend, _ = setup.start_run_model(config, ranks)
     backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
     with torch.no_grad():
         for _ in range(evaluations):
@@ -297,7 +297,7 @@ def start_without_room(ranks: Ranks, *, run_dir: Path) -> str:
         patch.setattr(host_memory, "available_bytes", lambda: 2**26 if ranks.rank == 1 else 2**40)
         patch.setattr(host_memory, "take_chunk", lambda size, *, pinned: pytest.fail("this ends by the kernel"))
         with pytest.raises(UserError) as error:
-            setup.start_model(train.load_config(run_dir), ranks)
+            setup.start_run_model(train.load_config(run_dir), ranks)
     return str(error.value)
 
 
@@ -326,9 +326,9 @@ def rows_and_chunks(ranks: Ranks, *, run_dir: Path) -> tuple[int, list[int], int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_memory, "take_chunk", take)
         patch.setattr(host_memory, "CHUNK_BYTES", 2**12)
-        model = build_model(config, training=True)
+        model = build_run_model(config, training=True)
         asked = zero3.host_bytes(model, Shards.over(ranks))
-        backend = parallelize(model, ranks, config)
+        backend = parallelize_run(model, ranks, config)
     rows = [backend.local_rows(p)[0] for p in model.parameters() if hasattr(p, "cut")]
     assert not any(bool(own.any()) for own in rows), "those that fill the last share are gathered with it"
     return sum(own.nbytes for own in rows), taken, asked
@@ -367,7 +367,7 @@ def units_ahead(ranks: Ranks, *, run_dir: Path) -> list[int]:
     tokens = torch.arange(40)[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zero3, "passed_event", record)
-        model, backend, _ = setup.start_model(config, ranks)
+        model, backend, _ = setup.start_run_model(config, ranks)
         backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
         with torch.no_grad():
             model(tokens, tokens, tokens)
@@ -409,7 +409,7 @@ def test_damaged_weights_are_found_where_they_are_gathered(alone: Alone, folders
 def damage_one_row(ranks: Ranks, *, run_dir: Path) -> str:
     """What the first forward says after a bit of rank 1's rows has changed since they were loaded."""
     config = train.load_config(run_dir)
-    model, backend, _ = setup.start_model(config, ranks)
+    model, backend, _ = setup.start_run_model(config, ranks)
     if ranks.rank == 1:
         rows, _ = backend.local_rows(model.blocks[1].get_submodule("inner.mlp.up_proj").get_parameter("codes"))
         rows[0, 7] ^= 4

@@ -18,7 +18,7 @@ from typing import Any
 
 from distlora.architecture.families import Family, family_of, is_tied, names_on_disk, text_settings
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.config import Config, UserError
+from distlora.config import ModelSpec, UserError
 from distlora.config.errors import short
 from distlora.config.json_files import read_object
 
@@ -148,18 +148,18 @@ def _add(tokenizer: Any, model_dir: Path, new_tokens: Sequence[str]) -> None:
             raise UserError(f"model.new_tokens: the tokenizer in {model_dir} cannot take {text!r}; leave it out")
 
 
-def vocabulary_of(config: Config, model: Mapping[str, Any]) -> Vocabulary:
+def vocabulary_of(spec: ModelSpec, model: Mapping[str, Any]) -> Vocabulary:
     """What the run makes of the vocabulary of a config.json (`model`). Loads the tokenizer where there are new tokens.
 
     Raises UserError for a new token that exists, a tokenizer of another model, and indices that are no rows.
     """
-    path = Path(config.model.path) / "config.json"
+    path = Path(spec.model.path) / "config.json"
     family = family_of(model, path)
     stored = stored_rows(path.parent, model, family)
     new: dict[str, int] = {}
-    if config.model.new_tokens:
-        tokenizer = load_tokenizer(path.parent, config.model.new_tokens)
-        new = {text: tokenizer.convert_tokens_to_ids(text) for text in config.model.new_tokens}
+    if spec.model.new_tokens:
+        tokenizer = load_tokenizer(path.parent, spec.model.new_tokens)
+        new = {text: tokenizer.convert_tokens_to_ids(text) for text in spec.model.new_tokens}
         last = min(new.values()) - 1
         if last >= stored:
             raise UserError(
@@ -167,8 +167,8 @@ def vocabulary_of(config: Config, model: Mapping[str, Any]) -> Vocabulary:
                 "tokens would follow it; put the tokenizer of this model into the folder"
             )
     rows = max(stored, *(id + 1 for id in new.values())) if new else stored
-    trained = trained_indices(config, tied=is_tied(model, family), new=tuple(new.values()))
-    check_indices(config, trained, rows, path)
+    trained = trained_indices(spec, tied=is_tied(model, family), new=tuple(new.values()))
+    check_indices(spec, trained, rows, path)
     return Vocabulary(stored=stored, rows=rows, new=new, trained=trained)
 
 
@@ -190,16 +190,16 @@ def stored_rows(folder: Path, model: Mapping[str, Any], family: Family) -> int:
     return rows
 
 
-def trained_indices(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def trained_indices(spec: ModelSpec, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Ids whose rows are trained, ascending, by matrix: the new tokens' in both, and those that the config names, a
     list in the embedding alone, as PEFT has it.
 
     A matrix that adapter.modules_to_save trains whole has none, and unties the two. Raises UserError for a head that is
     trained apart from the embedding that it is tied to.
     """
-    if config.adapter.method == "full":  # There every row is.
+    if spec.adapter.method == "full":  # There every row is.
         return {}
-    whole, named = config.adapter.modules_to_save, config.adapter.trainable_token_indices
+    whole, named = spec.adapter.modules_to_save, spec.adapter.trainable_token_indices
     chosen = dict(named) if isinstance(named, Mapping) else {EMBEDDING: named or ()}
     if tied and len(whole) == 1 and (new or any(chosen.values())):
         raise UserError(
@@ -219,25 +219,25 @@ def trained_indices(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict
     return {matrix: ids for matrix, ids in united.items() if ids}
 
 
-def check_before_tokenizer(config: Config, model: Mapping[str, Any]) -> None:
+def check_before_tokenizer(spec: ModelSpec, model: Mapping[str, Any]) -> None:
     """Refuse what `vocabulary_of` would, as far as config.json (`model`) tells alone."""
-    path = Path(config.model.path) / "config.json"
+    path = Path(spec.model.path) / "config.json"
     family = family_of(model, path)
     rows = stored_rows(path.parent, model, family)
-    trained = trained_indices(config, tied=is_tied(model, family), new=())
-    check_indices(config, trained, rows + len(config.model.new_tokens), path)
+    trained = trained_indices(spec, tied=is_tied(model, family), new=())
+    check_indices(spec, trained, rows + len(spec.model.new_tokens), path)
 
 
-def check_indices(config: Config, trained: Mapping[str, tuple[int, ...]], rows: int, place: Path) -> None:
+def check_indices(spec: ModelSpec, trained: Mapping[str, tuple[int, ...]], rows: int, place: Path) -> None:
     """Refuse ids that are no rows of the model."""
     for ids in trained.values():
         if ids[-1] >= rows:
-            initial = config.adapter.init_from
+            initial = spec.adapter.init_from
             if initial is not None:
                 raise UserError(
                     f"the adapter at adapter.init_from={initial} has trained the row {ids[-1]}, and the model has "
                     f"{rows:,} tokens (vocab_size in {place}, and model.new_tokens); "
-                    f"{_new_tokens_hint(Path(initial), rows - len(config.model.new_tokens))}"
+                    f"{_new_tokens_hint(Path(initial), rows - len(spec.model.new_tokens))}"
                 )
             raise UserError(
                 f"adapter.trainable_token_indices has {ids[-1]}, and the model has {rows:,} tokens (vocab_size in "
@@ -259,10 +259,10 @@ def _new_tokens_hint(folder: Path, stored: int) -> str:
     return f"its new tokens must be this run's, in their order: 'model.new_tokens=[{listed}]'"
 
 
-def tokenizer_files(config: Config) -> dict[str, bytes]:
+def tokenizer_files(spec: ModelSpec) -> dict[str, bytes]:
     """What a tokenizer with new tokens is published as, by file name; empty where the base's own serves."""
-    if not config.model.new_tokens:
+    if not spec.model.new_tokens:
         return {}
     with tempfile.TemporaryDirectory(prefix="distlora-tokenizer-") as folder:
-        load_tokenizer(Path(config.model.path), config.model.new_tokens).save_pretrained(folder)
+        load_tokenizer(Path(spec.model.path), spec.model.new_tokens).save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

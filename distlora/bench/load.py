@@ -87,9 +87,9 @@ def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cach
     with PeakMemory() as memory:
         began, cpu = time.monotonic(), time.process_time()
         base = CheckpointFiles(folder)
-        model = build_model(config, base=base)
-        backend = parallelize(model, Ranks(rank, world, torch.device("cpu"), dist.group.WORLD), config)
-        loaded = load_base(model, base, backend, cache=cache_settings(config, base, backend, print))
+        model = build_model(config.spec, base=base)
+        backend = parallelize(model, Ranks(rank, world, torch.device("cpu"), dist.group.WORLD), config.parallel)
+        loaded = load_base(model, base, backend, cache=cache_settings(config.spec, base, backend, print))
         backend.watch_weights(model)
         seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     held = {name: backend.local_rows(parameter)[0].nbytes for name, parameter in model.named_parameters()}

@@ -16,7 +16,7 @@ from distlora.training.loop import mean_losses
 from distlora.training.memory_meter import MemoryMeter, StepMemory
 from distlora.training.objectives import objective_of
 from distlora.training.optimizers import Optimizer, build_optimizer, learning_rate
-from distlora.training.setup import start_adapters, start_model
+from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.worker import trained_parameters
 
 STEPS = 2
@@ -55,7 +55,7 @@ class TrainingSteps:
         assert in_slots or len(trials) == 1, "several trials need slots"
         self.trials, self.ranks = trials, ranks
         first = trials[0]
-        self.model, self.backend, _ = start_model(first, ranks, for_slots=in_slots)
+        self.model, self.backend, _ = start_run_model(first, ranks, for_slots=in_slots)
         self.optimizers: list[Optimizer] = []
         for slot, trial in enumerate(trials):
             if in_slots:
@@ -65,7 +65,14 @@ class TrainingSteps:
             self.backend.reduce_gradients_of(trained.values(), trial.parallel.bucket_mb)
             self.optimizers.append(build_optimizer(self.backend.updated(trained), trial.optim))
         if not in_slots:
-            start_adapters(self.model, first, self.backend, restores=False, say=lambda text: None)
+            start_adapters(
+                self.model,
+                first.spec,
+                self.backend,
+                objective=first.train.objective,
+                restores=False,
+                log=lambda text: None,
+            )
         vocabulary = whole_shape(self.model.head.weight)[0]
         self._batches = [self._step_batch(trial, vocabulary) for trial in trials]
         self._slots = range(len(trials)) if in_slots else [None]

@@ -17,7 +17,7 @@ from distlora.training.loop import Trainer
 from distlora.training.optimizers import Optimizer, build_optimizer
 from distlora.training.reporting.reporter import Reporter
 from distlora.training.runs import step_loader
-from distlora.training.setup import start_adapters, start_model
+from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.trial import Hooks, Trial
 from distlora.training.worker import trained_parameters
 
@@ -44,11 +44,11 @@ class Started:
     @classmethod
     def of(cls, config: Config, ranks: Ranks) -> Self:
         """Build the model, load its weights and start its adapters and optimizer."""
-        model, backend, _ = start_model(config, ranks)
+        model, backend, _ = start_run_model(config, ranks)
         trained = trained_parameters(model)
         gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
-        start_adapters(model, config, backend, restores=False, say=ignore)
+        start_adapters(model, config.spec, backend, objective=config.train.objective, restores=False, log=ignore)
         return cls(config, ranks, model, backend, trained, gradients, optimizer)
 
     def trainer(self, rows: PackedRows, *, reporter: Reporter, hooks: Hooks = SAVES_NOTHING) -> tuple[Trainer, Trial]:

@@ -195,7 +195,7 @@ class Config:
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches that each of `ranks` runs in a step."""
-        return -(-self.train.global_batch // (ranks * self.train.micro_batch))
+        return self.train.accumulation(ranks)
 
     @property
     def adapters(self) -> tuple[AdapterConfig, ...]:
@@ -210,7 +210,7 @@ class Config:
     def slices(self, ranks: int) -> int:
         """Micro-batches that each of `ranks` has between forward and backward: all of a step's, which go through each
         block one after the other with train.accumulate=block, or one."""
-        return self.accumulation(ranks) if self.train.accumulate == "block" else 1
+        return self.train.slices(ranks)
 
     def shard_degree(self, ranks: int) -> int:
         """Ranks that cut one copy of the base between them, where there are `ranks` in all."""

@@ -222,6 +222,14 @@ class TrainConfig:
             "train.sample_every and train.sample_prompts belong together; set both, or none of them",
         )
 
+    def accumulation(self, ranks: int) -> int:
+        """Return the micro-batches that each of `ranks` runs in a step."""
+        return -(-self.global_batch // (ranks * self.micro_batch))
+
+    def slices(self, ranks: int) -> int:
+        """Return the micro-batches of each rank between forward and backward: all of a step with accumulate=block."""
+        return self.accumulation(ranks) if self.accumulate == "block" else 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackerConfig:

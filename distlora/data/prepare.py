@@ -241,7 +241,7 @@ def check_vocabulary(config: Config, model_dir: Path, largest_token: int) -> Non
         return
     model = read_config(model_dir)
     if config.model.new_tokens:
-        vocabulary_of(config, model)  # Grows by as many as are missing.
+        vocabulary_of(config.spec, model)  # Grows by as many as are missing.
         return
     text = model.get("text_config")
     vocab_size = model.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)

@@ -25,7 +25,7 @@ from distlora.architecture.families import Family, check_config, check_tiles
 from distlora.architecture.hf_config import read_hf_config, refused_by_transformers
 from distlora.architecture.targets import check_patterns
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
-from distlora.config import Config
+from distlora.config import ModelSpec, TrainConfig
 from distlora.model.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, adapter_parameters
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
 from distlora.model.balance import ask_for_balance, balance_sums, place_routers, weight_of
@@ -255,28 +255,39 @@ class CausalLM(nn.Module):
 
 
 def build_model(
-    config: Config, *, base: CheckpointFiles | None = None, training: bool = True, for_slots: bool = False
+    spec: ModelSpec,
+    train: TrainConfig | None = None,
+    *,
+    base: CheckpointFiles | None = None,
+    sequence_length: int | None = None,
+    training: bool = True,
+    for_slots: bool = False,
 ) -> CausalLM:
-    """The whole model on the meta device, adapters included; what is trained of the base in fp32, or in the run's dtype
-    where it is not `training`. `for_slots`: without an adapter, but every weight can have some (slots.put_trial).
-    `base`: the files at model.path, where the caller has read them. Raises UserError for a model that cannot be
-    trained as the config says, and when target_modules match nothing.
+    """Build the whole model on the meta device, adapters included.
+
+    `train`: activation checkpointing and the router loss; TrainConfig's defaults without it. `base`: the files at
+    spec.path, if the caller has read them. `sequence_length`: tokens that the model must have positions for.
+    `training`: trained parameters of the base are fp32, otherwise spec.dtype. `for_slots`: no weight has an adapter,
+    every linear can have some (slots.put_trial).
+
+    Raises UserError for a model that cannot be trained with these settings, and if target_modules match nothing.
     """
     from transformers import AutoModelForCausalLM
 
-    base = base or CheckpointFiles(config.model.path)
-    folder, full = base.folder, config.adapter.method == "full"
+    train = train or TrainConfig()
+    base = base or CheckpointFiles(spec.path)
+    folder, full = base.folder, spec.adapter.method == "full"
     place = folder / "config.json"
-    family = check_config(base.config, place, sequence_length=config.data.sequence_length, full=full)
-    check_router_loss(config.train.router_aux_loss, family)
-    check_tiles(config.train.mlp_tile, family)
+    family = check_config(base.config, place, sequence_length=sequence_length, full=full)
+    check_router_loss(train.router_aux_loss, family)
+    check_tiles(train.mlp_tile, family)
     hf_config = read_hf_config(folder)
     text_config = hf_config if family.text_config is None else getattr(hf_config, family.text_config)
-    vocabulary = vocabulary_of(config, base.config)
+    vocabulary = vocabulary_of(spec, base.config)
     text_config.vocab_size = vocabulary.rows
     # Masters are fp32, and parallelism makes copies of them to compute with; frozen weights are in the run's dtype.
     masters = full and training
-    dtype = torch.float32 if masters else DTYPES[config.train.dtype]
+    dtype = torch.float32 if masters else DTYPES[spec.dtype]
     with torch.device("meta"), refused_by_transformers(folder):
         # A copy, because from_config writes the dtype into the config that it is given.
         hf_model = AutoModelForCausalLM.from_config(
@@ -294,7 +305,7 @@ def build_model(
     head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=_head_softcap(family, decoder))
     # As transformers tied it: a composite model's own config and its text_config need not agree.
     tied = head.weight is decoder.get_input_embeddings().weight
-    if whole := config.adapter.modules_to_save:
+    if whole := spec.adapter.modules_to_save:
         train_whole(decoder.get_input_embeddings(), head, whole, dtype=dtype, training=training)
     inside = family.decoder + ".layers."
     outside = tuple(
@@ -304,13 +315,13 @@ def build_model(
     )
     layers = decoder.layers
     contexts = [BlockContext() for _ in layers]
-    packed = _packed_linears(config, base, layout, inside)
+    packed = _packed_linears(spec, base, layout, inside)
     if not full:
-        _replace_weights(layers, contexts, config, dtype, inside, packed, family, for_slots=for_slots)
+        _replace_weights(layers, contexts, spec, dtype, inside, packed, family, for_slots=for_slots)
     blocks = [Block(layer, context) for layer, context in zip(layers, contexts, strict=True)]
     for block in blocks:
-        block.checkpointing = config.train.checkpointing in ("block", "offload")
-        block.keep_dequantized = config.train.keep_dequantized
+        block.checkpointing = train.checkpointing in ("block", "offload")
+        block.keep_dequantized = train.keep_dequantized
     decoder.layers = nn.ModuleList(blocks)
     model = CausalLM(
         decoder,
@@ -325,11 +336,11 @@ def build_model(
         outside_linears=outside,
     )
     if family.experts is not None:
-        model.router_aux_loss = weight_of(config.train, model.hf_config)
+        model.router_aux_loss = weight_of(train, model.hf_config)
         if model.router_aux_loss > 0:
             place_routers(blocks, family.experts, top_k=model.hf_config.num_experts_per_tok)
-    if training and (full or whole) and config.train.dtype != "fp32":
-        model.compute_dtype = DTYPES[config.train.dtype]
+    if training and (full or whole) and spec.dtype != "fp32":
+        model.compute_dtype = DTYPES[spec.dtype]
     return model
 
 
@@ -340,7 +351,7 @@ def _head_softcap(family: Family, decoder: nn.Module) -> float | None:
 
 
 def _packed_linears(
-    config: Config, base: CheckpointFiles, layout: CheckpointLayout, prefix: str
+    spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, prefix: str
 ) -> dict[str, PrequantizedWeight]:
     """The linears of the blocks that the checkpoint holds in NF4, by Hugging Face name; empty for a dense checkpoint.
 
@@ -349,7 +360,7 @@ def _packed_linears(
     if "quantization_config" not in base.config:  # A model is built from its config.json alone.
         return {}
     stored = read_prequantized_weights(base)
-    check_keeps_prequantized(config.spec, stored)
+    check_keeps_prequantized(spec, stored)
     weights = {name for name in layout.names if name.startswith(prefix) and name.endswith(".weight")}
     sources = find_sources(layout, base.headers, weights)
     return prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
@@ -358,7 +369,7 @@ def _packed_linears(
 def _replace_weights(
     layers: nn.ModuleList,
     contexts: list[BlockContext],
-    config: Config,
+    spec: ModelSpec,
     dtype: torch.dtype,
     prefix: str,
     packed: Mapping[str, PrequantizedWeight],
@@ -373,21 +384,21 @@ def _replace_weights(
     paths = [f"{prefix}{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     targets: set[str] = set()
     if not for_slots:
-        targets = set(select_adapted(config.adapter, paths, family, len(layers)))
-        check_patterns(config.adapter, targets, [*paths, *expert_names(family, len(layers))])
+        targets = set(select_adapted(spec.adapter, paths, family, len(layers)))
+        check_patterns(spec.adapter, targets, [*paths, *expert_names(family, len(layers))])
     for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
         replaced: dict[str, FrozenLinear] = {}
         for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
             name, sizes = f"{prefix}{index}.{path}", (linear.in_features, linear.out_features)
             stored = packed.get(f"{name}.weight")
             bias = linear.bias is not None
-            quantized = config.quant.is_nf4 and (not packed or stored is not None)
+            quantized = spec.quant.is_nf4 and (not packed or stored is not None)
             new: FrozenLinear
             if for_slots or name in targets:
                 new = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, context=context)
                 if not for_slots:
-                    new.add_adapter(DEFAULT_ADAPTER, config.adapter, path=name, seed=config.train.seed)
-                elif config.adapter.use_dora:
+                    new.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=name, seed=spec.seed)
+                elif spec.adapter.use_dora:
                     new.expect_magnitudes()
             else:
                 new = FrozenLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype)
@@ -398,8 +409,8 @@ def _replace_weights(
         link_shared_inputs(replaced)
         if family.experts is not None:
             # bitsandbytes leaves fused experts in 16 bits, in a checkpoint that it has quantized too.
-            quantized = config.quant.is_nf4
+            quantized = spec.quant.is_nf4
             fused = replace_experts(layer, family.experts, quantized=quantized, dtype=dtype, context=context)
             for path, weight in fused.items():
                 if (path := f"{prefix}{index}.{path}") in targets:
-                    weight.add_adapter(DEFAULT_ADAPTER, config.adapter, path=path)
+                    weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path)

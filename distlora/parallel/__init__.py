@@ -6,7 +6,7 @@ Model files never import torch.distributed, and the trainer never asks which bac
 
 from __future__ import annotations
 
-from distlora.config import Config
+from distlora.config import ParallelConfig
 from distlora.config.deepspeed_file import read_gathering
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
@@ -32,23 +32,27 @@ __all__ = [
 ]
 
 
-def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
-    """Shard `model` (on meta) as the config says, all but its adapters, and give its memory to the device, unfilled.
+def parallelize(
+    model: CausalLM, ranks: Ranks, parallel: ParallelConfig | None = None, *, shard_degree: int | None = None
+) -> Backend:
+    """Shard all of `model` (on meta) except its adapters, and allocate its memory on the device without filling it.
 
-    Raises UserError, on every rank, where a machine lacks host memory for a base that is kept there.
+    `shard_degree`: ranks per copy of the base (Config.shard_degree); None: all ranks. Raises UserError, on every rank,
+    if a node lacks host memory for an offloaded base.
     """
-    backend = Backend(ranks, Shards.over(ranks, config.shard_degree(ranks.world)), _root=model)
-    prefetch, traffic = config.parallel.prefetch, backend.traffic
-    if backend.sharded and config.parallel.backend == "zero3":
+    parallel = parallel or ParallelConfig()
+    backend = Backend(ranks, Shards.over(ranks, shard_degree or ranks.world), _root=model)
+    prefetch, traffic = parallel.prefetch, backend.traffic
+    if backend.sharded and parallel.backend == "zero3":
         # Imported here, as it imports DeepSpeed.
         from distlora.parallel import zero3
 
-        gathering = read_gathering(config.parallel)
+        gathering = read_gathering(parallel)
         if gathering.offload:
-            file = config.parallel.deepspeed_config
+            file = parallel.deepspeed_config
             backend.require_host_memory(
                 zero3.host_bytes(model, backend.shards),
-                "parallel.offload_base=true" if config.parallel.offload_base else f"offload_param in {file}",
+                "parallel.offload_base=true" if parallel.offload_base else f"offload_param in {file}",
                 "each process' share of the base",
                 "leave it out, or share the base among more machines",
             )
@@ -56,7 +60,7 @@ def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
         backend.after_backward = units.end_backward
     elif backend.sharded:
         fsdp2.shard(model, backend.shards, ranks.device, prefetch=prefetch, traffic=traffic)
-        backend.residency = _residency(model, backend, config)
+        backend.residency = _residency(model, backend, parallel)
     elif model.compute_dtype is not None:
         adapters = set(adapter_parameters(model).values())
         # Recomputation runs a block's inner layer alone, a slice at a time. Without it backward keeps the copies: one
@@ -69,10 +73,10 @@ def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
     return backend
 
 
-def _residency(model: CausalLM, backend: Backend, config: Config) -> Residency:
+def _residency(model: CausalLM, backend: Backend, parallel: ParallelConfig) -> Residency:
     """As `parallel.resident_blocks` has it. Raises UserError for more blocks than there are."""
-    config.parallel.check_blocks(len(model.blocks))
-    count, residency = config.parallel.resident_blocks, Residency(model.blocks, backend.shards, backend.ranks.device)
+    parallel.check_blocks(len(model.blocks))
+    count, residency = parallel.resident_blocks, Residency(model.blocks, backend.shards, backend.ranks.device)
     if isinstance(count, str):
         residency.waits = True
     elif count > 0:

@@ -181,7 +181,7 @@ def trained_rows(config: Config, shapes: ModelShapes) -> dict[str, tuple[int, ..
     """Ids whose rows of embedding and head are trained while the rest is frozen, by matrix; new tokens' are any that no
     other token has."""
     ids = range(shapes.vocabulary, shapes.vocabulary + len(config.model.new_tokens))
-    return trained_indices(config, tied=shapes.tied, new=tuple(ids))
+    return trained_indices(config.spec, tied=shapes.tied, new=tuple(ids))
 
 
 def token_rows(config: Config, shapes: ModelShapes) -> int:

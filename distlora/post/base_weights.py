@@ -171,7 +171,7 @@ def open_base(config: Config) -> Base:
     Raises UserError for a checkpoint that is not the model's, and for PiSSA's start where that is gone.
     """
     files = CheckpointFiles(config.model.path)
-    model = build_model(config, base=files, training=False)
+    model = build_model(config.spec, base=files, training=False)
     sources = find_base(model, files.headers)
     stored = read_prequantized_weights(files)
     packed = prequantized_parameters(stored, {name: source.names for name, source in sources.items()})

@@ -24,7 +24,7 @@ from distlora.post.trained import (
 from distlora.run_folder.checkpoints import STATE_NAME, newest, steps
 from distlora.run_folder.layout import CHECKPOINTS
 from distlora.training.publish import load_weights
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 from distlora.weights.initial_adapter_file import base_identity
 
 
@@ -53,7 +53,7 @@ def load_model(
         parallel=replace(config.parallel, shard_degree=None),
     )
     # Without weights B is zero.
-    model, backend, _ = start_model(config, ranks, training=False, restores=place is not None)
+    model, backend, _ = start_run_model(config, ranks, training=False, restores=place is not None)
     if foreign:
         with named_by_flag():
             load_peft_adapter(model, config.adapter, config.quant.method, backend)
@@ -71,7 +71,7 @@ def load_in_fp32(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
     """`load_trained`, computing in fp32 with the very weights of training: what that rounds to train.dtype is rounded,
     and what was trained is not. Raises UserError as `load_model`."""
     config = trained.config
-    held = {name: weight.dtype for name, weight in build_model(config, training=False).named_parameters()}
+    held = {name: weight.dtype for name, weight in build_model(config.spec, training=False).named_parameters()}
     exact = replace(config, train=replace(config.train, dtype="fp32"))
     model, backend = load_trained(replace(trained, config=exact), ranks)
     whole = set(map(id, whole_modules(model).values()))

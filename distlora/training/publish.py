@@ -277,7 +277,7 @@ def publish_result(
         else:
             write_files(temporary, adapter_files(model, config, adapter), backend, metadata=marks(config))
         if backend.writes:
-            for name, content in tokenizer_files(config).items():
+            for name, content in tokenizer_files(config.spec).items():
                 (temporary / name).write_bytes(content)
             if best_of is not None:
                 atomic_io.write_json(temporary / BEST_STEP_NAME, {"step": best_of})

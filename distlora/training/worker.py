@@ -25,7 +25,7 @@ from distlora.training.memory_check import memory_check, read_plan
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
 from distlora.training.runs import open_run, recording_a_stop, trial_of
-from distlora.training.setup import start_adapters, start_model
+from distlora.training.setup import start_adapters, start_run_model
 
 
 def run(run_dir: Path, ranks: Ranks) -> None:
@@ -49,13 +49,20 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         for line in opened.notes:
             reporter.event(line)
         reporter.event(f"reading {config.model.path}")
-        model, backend, loaded = start_model(
-            config, ranks, say=reporter.event, restores=restores, boundary=control.boundary, base=base
+        model, backend, loaded = start_run_model(
+            config, ranks, log=reporter.event, restores=restores, boundary=control.boundary, base=base
         )
         trained = trained_parameters(model)
         gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
-        start_adapters(model, config, backend, restores=restores, say=reporter.event)
+        start_adapters(
+            model,
+            config.spec,
+            backend,
+            objective=config.train.objective,
+            restores=restores,
+            log=reporter.event,
+        )
         control.boundary(None, "reading the checkpoint", long=True)
         if opened.newest is not None:
             restore(opened.newest, model, optimizer, trained, backend)

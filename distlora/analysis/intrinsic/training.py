@@ -28,7 +28,7 @@ from distlora.parallel import Ranks
 from distlora.post.divergence import Readings, evenly
 from distlora.training.objectives import NextToken
 from distlora.training.optimizers import build_optimizer, learning_rate
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 
 MOST_EVAL_ROWS = 64
 
@@ -69,7 +69,7 @@ class Bench:
         entry = prepare(config)
         self.rows = PackedRows.open(entry, "train")
         self.held_out = evenly(PackedRows.open(entry, "eval"), MOST_EVAL_ROWS)
-        self.model, _, _ = start_model(config, ranks)
+        self.model, _, _ = start_run_model(config, ranks)
         self.flat = FlatParameters(self.model)
         self._pretrained = self.flat.values.detach().clone()
         self._random: tuple[int, Tensor] | None = None

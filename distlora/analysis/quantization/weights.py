@@ -71,7 +71,7 @@ def find_weights(config: Config) -> tuple[list[Weight], int]:
     Raises UserError for a checkpoint that is not the model's, and for weights in another type than 32 or 16 bits.
     """
     files = CheckpointFiles(config.model.path)
-    model = build_model(config, base=files)
+    model = build_model(config.spec, base=files)
     sources = find_base(model, files.headers)
     weights = []
     for name, module in block_weights(model):

@@ -27,7 +27,7 @@ from distlora.data.loader import PackedRows, StepLoader
 from distlora.data.prepare import prepare
 from distlora.parallel import Ranks
 from distlora.training.publish import weight_files
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 
 
 def write_rows(rows: PackedRows, file: Path) -> None:
@@ -53,7 +53,7 @@ def real_rows(config: Config, steps: int) -> PackedRows:
 
 def write_adapter(config: Config, folder: Path) -> None:
     """Write a new adapter in PEFT's format: A random, B zero."""
-    model, backend, _ = start_model(config, Ranks(0, 1, torch.device("cpu"), None))
+    model, backend, _ = start_run_model(config, Ranks(0, 1, torch.device("cpu"), None))
     folder.mkdir(parents=True)
     write_files(folder, weight_files(model, config), backend)
 

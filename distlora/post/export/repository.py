@@ -67,7 +67,7 @@ def collect(result: Result, *, repository: str, base: str | None) -> dict[str, b
     files[WEIGHTS_NAME] = result.folder / WEIGHTS_NAME
     if result.config.model.new_tokens:
         published = {path.name: path for pattern in TOKENIZER_FILES for path in result.folder.glob(pattern)}
-        files |= published or tokenizer_files(result.config)  # A saved step has none.
+        files |= published or tokenizer_files(result.config.spec)  # A saved step has none.
     if result.chat_template is not None:  # From the run's record: a saved step has no file of it.
         files[TEMPLATE_NAME] = result.chat_template.encode()
     return own_files(files)

@@ -17,7 +17,7 @@ from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
 from distlora.training.multi_trial.inbox import Inbox, read_settings
 from distlora.training.multi_trial.pack import Pack
 from distlora.training.multi_trial.settings import check_trial
-from distlora.training.setup import start_model
+from distlora.training.setup import start_run_model
 
 
 def run(pack_dir: Path, ranks: Ranks) -> None:
@@ -46,7 +46,7 @@ def _train(pack_dir: Path, config: Config, ranks: Ranks, control: Control) -> No
     # What is reserved by the rows of a micro-batch is for those of all slots.
     full = together([config] * settings.slots)
     base = CheckpointFiles(config.model.path)
-    model, backend, loaded = start_model(full, ranks, say=say, boundary=control.boundary, for_slots=True, base=base)
+    model, backend, loaded = start_run_model(full, ranks, log=say, boundary=control.boundary, for_slots=True, base=base)
     for note in model.notes:
         say(note)
     inbox = Inbox(pack_dir, ranks)

@@ -177,7 +177,7 @@ def check_model(config: Config) -> None:
     model = read_model_config(folder)
     full = config.adapter.method == "full"
     family = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
-    check_before_tokenizer(config, model)
+    check_before_tokenizer(config.spec, model)
     if not has_tokenizer(folder):
         raise UserError(
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "

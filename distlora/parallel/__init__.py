@@ -1,7 +1,7 @@
-"""Sharding and gradient reduction: `parallelize` is the one place that knows about ranks.
+"""Shard a model over ranks and reduce its gradients.
 
-Model files never import torch.distributed, and the trainer never asks which backend it has: what both may see is
-`Backend`.
+`parallelize` is the only function that knows about ranks. Model files never import torch.distributed, and the trainer
+does not know which backend it has. Both see `Backend` only.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parallelize(
     backend = Backend(ranks, Shards.over(ranks, shard_degree or ranks.world), _root=model)
     prefetch, traffic = parallel.prefetch, backend.traffic
     if backend.sharded and parallel.backend == "zero3":
-        # Imported here, as it imports DeepSpeed.
+        # Imported late, because it imports DeepSpeed.
         from distlora.parallel import zero3
 
         gathering = read_gathering(parallel)
@@ -63,8 +63,8 @@ def parallelize(
         backend.residency = _residency(model, backend, parallel)
     elif model.compute_dtype is not None:
         adapters = set(adapter_parameters(model).values())
-        # Recomputation runs a block's inner layer alone, a slice at a time. Without it backward keeps the copies: one
-        # for all slices.
+        # Recomputation runs a layer's inner module alone, one slice at a time. Without recomputation, backward keeps
+        # the copies: one for all slices.
         blocks = (block.inner if block.checkpointing else block for block in model.blocks)
         for module in (model.embedding, *blocks, model.final_norm, model.head):
             ComputeCopies(module, model.compute_dtype, ignored=adapters)
@@ -74,7 +74,7 @@ def parallelize(
 
 
 def _residency(model: CausalLM, backend: Backend, parallel: ParallelConfig) -> Residency:
-    """As `parallel.resident_blocks` has it. Raises UserError for more blocks than there are."""
+    """Keep `parallel.resident_blocks` layers gathered. Raises UserError if the model has fewer layers."""
     parallel.check_blocks(len(model.blocks))
     count, residency = parallel.resident_blocks, Residency(model.blocks, backend.shards, backend.ranks.device)
     if isinstance(count, str):

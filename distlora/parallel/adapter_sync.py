@@ -1,9 +1,9 @@
-"""Gradients of replicated parameters: flat buckets, each all-reduced once a step while backward goes on.
+"""Reduce gradients of replicated parameters: flat buckets, each all-reduced once per step, overlapped with backward.
 
-Every parameter's .grad is a view into a bucket's flat buffer, so backward accumulates in place and a reduction needs no
-copy. A bucket is launched when its last gradient of the step has arrived, strictly in the order of the buckets: ranks
-may finish them in different order, collectives may not be issued so. Trials that share a base have buckets of their
-own, which take their turns in one order.
+Every parameter's .grad is a view into a bucket's flat buffer, so backward accumulates in place and a reduction copies
+nothing. A bucket is launched when its last gradient of the step has arrived, strictly in bucket order: ranks may fill
+buckets in different order, but collectives must be issued in the same one. Each trial that shares a base has buckets of
+its own.
 """
 
 from __future__ import annotations
@@ -21,47 +21,46 @@ from distlora.parallel.traffic import Traffic
 
 @dataclass(slots=True, eq=False)
 class _Bucket:
-    """Gradients that are sent together."""
+    """Gradients that are all-reduced together."""
 
     flat: Tensor
     size: int
-    """Parameters."""
+    """Number of parameters."""
     behind: float
-    """The share of its owner's parameters, by number, that have their gradients when the bucket is complete."""
+    """Fraction of the run's parameters, by number, whose gradients have arrived when the bucket is complete."""
     pending: int = field(init=False)
-    """Gradients of this step that have not arrived."""
+    """Number of gradients that have not arrived in this step."""
 
     def __post_init__(self) -> None:
         self.pending = self.size
 
 
 class Launches:
-    """The order in which the buckets of all owners are sent over the ranks of `group`; with group=None (one process)
-    nothing is."""
+    """Launch order of all runs' buckets over the ranks of `group`. With group=None (one process) nothing is sent."""
 
     def __init__(self, group: dist.ProcessGroup | None, traffic: Traffic, *, between_copies: bool = False) -> None:
-        """`between_copies`: whether ranks of several copies of the base meet in `group`."""
+        """Start without buckets. `between_copies`: `group` has ranks of several copies of the base."""
         self._group, self._traffic, self._between_copies = group, traffic, between_copies
         self._buckets: list[_Bucket] = []
         self._launched = 0
         self._works: list[dist.Work] = []
 
     def add(self, buckets: Sequence[_Bucket]) -> None:
-        """Between steps: send these too, each when backward has come as far as it has to."""
-        # Sorting is stable, so the order is the same on every rank: that of `add` where two are equal.
+        """Add buckets between steps. Each is sent when backward has completed it."""
+        # Sorting is stable, so every rank has the same order, and equal keys keep the order of `add`.
         self._buckets = sorted([*self._buckets, *buckets], key=lambda bucket: bucket.behind)
 
     def remove(self, buckets: Sequence[_Bucket]) -> None:
-        """Between steps: send these no longer."""
+        """Remove buckets between steps."""
         self._buckets = [bucket for bucket in self._buckets if bucket not in buckets]
 
     def launch_complete(self) -> None:
-        """Send what is complete and has nothing before it that is not."""
+        """Send the complete buckets that no incomplete bucket precedes."""
         while self._launched < len(self._buckets) and self._buckets[self._launched].pending == 0:
             self._launch_next()
 
     def finish(self) -> None:
-        """Send what has not been (a parameter got no gradient on this rank) and wait for everything."""
+        """Send the buckets that are left (a parameter got no gradient on this rank) and wait for all of them."""
         while self._launched < len(self._buckets):
             self._launch_next()
         for work in self._works:
@@ -83,7 +82,7 @@ class Launches:
 
 
 class GradientReducer:
-    """Owns the gradients of one run's `parameters` (in forward order) and has them summed by `launches`.
+    """Gradients of one run's `parameters` (in forward order), summed over ranks by `launches`.
 
     Backward runs from the last parameter to the first, so buckets are filled from the end of `parameters`.
     """
@@ -110,7 +109,7 @@ class GradientReducer:
         self._buckets.append(bucket)
 
     def release(self) -> None:
-        """Between steps: own nothing any longer."""
+        """Free the gradients, between steps."""
         self._launches.remove(self._buckets)
         for hook in self._hooks:
             hook.remove()
@@ -118,17 +117,17 @@ class GradientReducer:
             parameter.grad = None
 
     def updated(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """(parameter, what the optimizer updates): itself."""
+        """Yield (parameter, tensor that the optimizer updates): itself, twice."""
         return ((parameter, parameter) for parameter in self._bucket_of)
 
     def expect(self, *, last: bool) -> None:
-        """Before a backward: whether it is the step's last, whose gradients complete the sums."""
+        """Prepare a backward. `last`: it is the step's last, whose gradients complete the sums."""
         self._is_last = last
 
     def poison_unless_finite(self, loss: Tensor) -> None:
-        """Before a backward: make the sums NaN on every rank where this rank's loss, a device scalar, is not finite.
+        """Make the sums NaN on every rank if this rank's loss, a device scalar, is not finite.
 
-        A loss may be infinite and its gradient finite. Adding 0 otherwise changes no bit that matters (-0 becomes 0).
+        A loss may be infinite and its gradient finite. Otherwise this adds 0, which changes no bit but the sign of -0.
         """
         self._buckets[0].flat[:1] += torch.where(torch.isfinite(loss), 0.0, math.nan)
 
@@ -138,9 +137,9 @@ class GradientReducer:
             self._launches.launch_complete()
 
     def squared_norm(self) -> Tensor:
-        """Of the whole gradient, a device scalar. After `finish` every rank has the same bits, so nothing is sent."""
+        """Return the squared norm of the whole gradient, a device scalar, identical on every rank after `finish`."""
         gradients = [parameter.grad for parameter in self._bucket_of if parameter.grad is not None]
-        # By parameters and not by buckets, whose single sum over a million numbers lost 1e-5 of it on the CPU.
+        # Summed by parameter: a bucket's single sum over a million numbers lost 1e-5 of the norm on the CPU.
         return torch.stack(torch._foreach_norm(gradients)).square().sum()
 
     def scale(self, factor: Tensor) -> None:
@@ -148,13 +147,13 @@ class GradientReducer:
             bucket.flat.mul_(factor)
 
     def zero(self) -> None:
-        """Start the next step's sums. The gradients stay views: never set them to None."""
+        """Zero the sums for the next step. The gradients stay views: never set them to None."""
         for bucket in self._buckets:
             bucket.flat.zero_()
 
 
 def _cut(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Neighbours in buckets of `bucket_bytes` or a little more, one dtype and device each."""
+    """Split neighbours into buckets of at least `bucket_bytes`, each of one dtype and device."""
     buckets: list[list[nn.Parameter]] = []
     size = 0
     for parameter in parameters:

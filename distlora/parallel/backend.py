@@ -1,4 +1,4 @@
-"""What the trainer and the loader may see of parallelism, whichever backend it is."""
+"""Define what the trainer and the loader see of parallelism, with any backend."""
 
 from __future__ import annotations
 
@@ -29,49 +29,51 @@ from distlora.system import host_memory
 Collected = TypeVar("Collected")
 
 PIECE_BYTES = 64 * 2**20
-"""Of a tensor that is saved: what a rank holds of it at once beside its own rows."""
+"""Bytes of a saved tensor that a rank holds at once, beside its rows."""
 
 
 @dataclass(slots=True)
 class Backend:
-    """What the trainer and the loader may know of parallelism."""
+    """Shards, gradients, traffic and collectives of one model on this rank."""
 
     ranks: Ranks
     shards: Shards
-    """The ranks that cut one copy of the base between them."""
+    """Ranks that shard one copy of the base."""
     traffic: Traffic = field(default_factory=Traffic)
     after_backward: Callable[[], None] | None = None
-    """What lets go of what is gathered, where no hook does."""
+    """Frees gathered parameters after a backward, if no hook does."""
     residency: Residency | None = None
-    """Which blocks stay gathered; None where the backend keeps none, or nothing is cut."""
+    """Layers that stay gathered; None if the backend supports none, or nothing is sharded."""
     gradients: list[Gradients] = field(default_factory=list)
-    """Of each run that shares this base, in the order of `reduce_gradients_of`."""
+    """Gradients of each run that shares this base, in the order of `reduce_gradients_of`."""
     _root: nn.Module | None = None
     _launches: Launches | None = None
     _frozen: FrozenWeights | None = None
 
     @property
     def sharded(self) -> bool:
-        """Whether the base is cut over ranks; one process keeps it whole."""
+        """True if the base is sharded over ranks. One process keeps it whole."""
         return self.shards.count > 1
 
     @property
     def writes(self) -> bool:
-        """Whether this rank writes what all ranks have alike: checkpoints and results."""
+        """True on the rank that writes checkpoints and results."""
         return self.ranks.rank == 0
 
     @property
     def gives_rows(self) -> bool:
-        """Whether what is saved is made of this rank's rows: those of the first copy, where the rank that writes is."""
+        """True if saved tensors are made from this rank's rows: on the ranks of the first copy of the base."""
         return self.shards.copy == 0
 
     def local_rows(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """The rows of dim 0 that this rank owns, as writable memory, and the index of the first of them."""
+        """Return this rank's rows of dim 0, as writable memory, and the index of the first of them."""
         return local_rows(tensor)
 
     def gather_rows(self, local: Tensor) -> Tensor:
-        """The `local` (same shape on each) of the ranks that cut one copy of the base between them, one after the other
-        along dim 0. On the ranks' device. For loading, not for a step."""
+        """Concatenate `local` (same shape on each rank) over the ranks of one copy along dim 0, on the ranks' device.
+
+        For loading, not for a step.
+        """
         local = local.to(self.ranks.device)
         if not self.sharded:
             return local
@@ -80,8 +82,7 @@ class Backend:
         return torch.cat(gathered)
 
     def gather_ranks(self, tensor: Tensor) -> Tensor:
-        """(...) of the same shape on each rank -> (ranks, ...), of all copies of the base. For loading, not for a
-        step."""
+        """Stack (...) of all ranks, of the same shape on each, to (ranks, ...). For loading, not for a step."""
         if self.ranks.group is None:
             return tensor[None]
         gathered = [torch.empty_like(tensor) for _ in range(self.ranks.world)]
@@ -89,14 +90,15 @@ class Backend:
         return torch.stack(gathered)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Rank `owner`'s values into every rank's `tensor`, in place. For loading, not for a step."""
+        """Copy rank `owner`'s values into every rank's `tensor`, in place. For loading, not for a step."""
         if self.ranks.group is not None:
             dist.broadcast(tensor, group=self.ranks.group, group_src=owner)
 
     def spread(self, local: Tensor, parameter: nn.Parameter) -> Tensor:
-        """What has a number for each element of `local_rows(parameter)`, as cut over the ranks like `parameter`.
+        """Return `local`, one number per element of `local_rows(parameter)`, sharded like `parameter`.
 
-        Both share their memory, so `local` must lie on the parameter's device: DTensor would copy it there.
+        The result shares memory with `local`, which must lie on the parameter's device: DTensor would copy it
+        otherwise.
         """
         data = parameter.data
         if not isinstance(data, DTensor):
@@ -110,11 +112,12 @@ class Backend:
     def stream(
         self, tensor: Tensor | HostRows, write: Callable[[Tensor], object], dtype: torch.dtype | None = None
     ) -> None:
-        """Give `write` all of a tensor, cut over the ranks or not, on the rank that writes: flat pieces of at most
-        PIECE_BYTES in host memory, front to back. On the others `write` is not called.
+        """Pass a whole tensor, sharded or not, to `write` on the rank that writes: flat host pieces of at most
+        PIECE_BYTES.
 
-        Every rank must call it for the same tensors in the same order. For saving, not for a step; copies in host
-        memory (`HostRows` of what was cut) are streamed while another thread trains, and keep their dtype.
+        Pieces come in order. Other ranks do not call `write`. Every rank must call this for the same tensors in the
+        same order. For saving, not for a step. Host copies (`HostRows` of a sharded tensor) are streamed while another
+        thread trains, and keep their dtype.
         """
         if not self.gives_rows:
             return
@@ -142,20 +145,21 @@ class Backend:
                     piece = own[low - start : high - start].to(dtype)
                 else:
                     piece = torch.empty(high - low, dtype=dtype, device=own.device)
-                # Front to back needs one rank's rows after the other's, and a broadcast needs no communicator for each
-                # pair of ranks, as sending to the one that writes would.
+                # One rank's rows follow the other's. Broadcast needs no communicator per pair of ranks, which send and
+                # receive would.
                 if owner != 0:
                     dist.broadcast(piece, group=self.shards.group, group_src=owner)
                 if self.writes:
                     write(piece.cpu())
                 elif piece.is_cuda:
-                    # No further ahead of the files than a piece: NCCL's watchdog counts from when a call was queued.
+                    # Stay at most one piece ahead of the files: NCCL's watchdog counts from when a call was queued.
                     torch.cuda.current_stream(piece.device).synchronize()
 
     def watch_weights(self, model: CausalLM) -> None:
-        """After loading, the base and what then takes the place of its weights: remember what is frozen on every rank,
-        and check it where the next forward gathers it. Does nothing where all of it is trained. Raises
-        DamagedWeightsError (`integrity`)."""
+        """Record checksums of the frozen base on every rank, and check the rows that the next forward gathers.
+
+        Call it after loading. It does nothing if all parameters are trained. Raises DamagedWeightsError (`integrity`).
+        """
         if self._frozen is not None:
             self._frozen.forget_next_forward()
         if any(not parameter.requires_grad for parameter in model.parameters()):
@@ -163,19 +167,22 @@ class Backend:
             self._frozen.check_next_forward()
 
     def compare_trained(self, model: CausalLM) -> None:
-        """Before the first step, when all is loaded: that ranks begin with the same of what is trained. Raises
-        DamagedWeightsError (`integrity`)."""
+        """Check before the first step that all ranks start with the same trained parameters. Raises
+        DamagedWeightsError.
+        """
         compare_trained(model, self)
 
     def check_weights(self) -> None:
-        """Whether the frozen base is still what was loaded: each rank's own rows now, and in the next forward what is
-        gathered. Raises DamagedWeightsError on every rank."""
+        """Check that the frozen base is unchanged: each rank's rows now, gathered rows in the next forward.
+
+        Raises DamagedWeightsError on every rank.
+        """
         if self._frozen is not None:
             self._frozen.check_own_rows()
             self._frozen.check_next_forward()
 
     def verified(self, collect: Callable[[], Collected]) -> Callable[[], Collected]:
-        """`collect`, with `check_weights` before it: for what is saved."""
+        """Return `collect` preceded by `check_weights`, for what is saved."""
 
         def checked() -> Collected:
             self.check_weights()
@@ -184,8 +191,7 @@ class Backend:
         return checked
 
     def reduce_gradients_of(self, parameters: Iterable[nn.Parameter], bucket_mb: float) -> Gradients:
-        """Own the gradients of these trained parameters (in forward order) from now on, beside those of the calls
-        before."""
+        """Take over the gradients of these trained parameters (in forward order), beside those of earlier calls."""
         trained = list(parameters)
         replicated = [parameter for parameter in trained if not isinstance(parameter.data, DTensor)]
         sharded = [parameter for parameter in trained if isinstance(parameter.data, DTensor)]
@@ -205,20 +211,20 @@ class Backend:
         return gradients
 
     def release_gradients(self, gradients: Gradients) -> None:
-        """Between steps: those of a trial that has ended are no longer owned."""
+        """Free the gradients of a trial that has ended, between steps."""
         self.gradients.remove(gradients)
         gradients.release()
 
     def updated(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """What the optimizer updates in the place of these: themselves, or the rows of them that this rank owns."""
+        """Return the tensors that the optimizer updates: the parameters, or this rank's rows of them."""
         rows = {parameter: own for gradients in self.gradients for parameter, own in gradients.updated()}
         return {name: rows[parameter] for name, parameter in parameters.items()}
 
     def backward(self, *losses: Tensor, last: bool) -> None:
-        """Accumulate gradients; with the step's `last` one, send each bucket over the ranks as it completes. `losses`:
-        a scalar for each call of `reduce_gradients_of`, in their order.
+        """Accumulate gradients. In the step's `last` backward, send each bucket as it completes.
 
-        A loss that is not finite makes the sums of all ranks NaN, so that each of them sees it in the norm.
+        `losses`: one scalar per call of `reduce_gradients_of`, in their order. A loss that is not finite makes the sums
+        of all ranks NaN, so that each of them sees it in the norm.
         """
         assert self.gradients, "reduce_gradients_of comes first"
         for gradients, loss in zip(self.gradients, losses, strict=True):
@@ -228,7 +234,7 @@ class Backend:
             self.after_backward()
 
     def finish_gradients(self) -> None:
-        """Wait until every gradient is the sum over all ranks: identical bits on each that has it."""
+        """Wait until every gradient is the sum over all ranks, with identical bits on each rank that has it."""
         if self._launches is not None:
             self._launches.finish()
         for gradients in self.gradients:
@@ -239,9 +245,10 @@ class Backend:
             gradients.zero()
 
     def settle_residency(self) -> str | None:
-        """After a whole step: where `parallel.resident_blocks` is auto, decide once how many blocks stay gathered, by
-        the memory that the rank with the least of it has left. The host waits for the device. Returns what there is to
-        say of it."""
+        """Choose the number of resident layers once, after a whole step, if parallel.resident_blocks=auto.
+
+        The rank with the least free memory decides. The host waits for the device. Returns a line for the log, or None.
+        """
         residency = self.residency
         if residency is None or not residency.waits:
             return None
@@ -251,8 +258,7 @@ class Backend:
         return f"parallel.resident_blocks=auto: {said}; rank {self.ranks.rank} has {usable / 2**30:,.2f} GiB for them"
 
     def unpacked_extra_bytes(self, model: CausalLM, passes: int) -> int:
-        """What `passes` gathers of every block that does not stay would move beyond what they do, were the packed
-        weights bf16."""
+        """Return the bytes that `passes` gathers of each non-resident layer would add with bf16 weights."""
         if not self.sharded:
             return 0
         count, extra = self.shards.count, 0
@@ -264,29 +270,32 @@ class Backend:
         return passes * extra
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """The elementwise sum over all ranks, in place. For counters between steps."""
+        """Sum elementwise over all ranks, in place. For counters between steps."""
         if self.ranks.group is not None:
             dist.all_reduce(tensor, group=self.ranks.group)
         return tensor
 
     def max_over_ranks(self, tensor: Tensor) -> Tensor:
-        """The elementwise maximum over all ranks, in place."""
+        """Take the elementwise maximum over all ranks, in place."""
         if self.ranks.group is not None:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.ranks.group)
         return tensor
 
     def lacks_host_memory(self, nbytes: int) -> bool:
-        """Whether some machine has less than `nbytes` left for each of its ranks, as far as it can be told; the same on
-        every rank, and every rank must ask. `nbytes` may be another number on each."""
+        """Return whether some node has less than `nbytes` available per rank, as far as it can be measured.
+
+        The answer is the same on every rank, and every rank must call it. `nbytes` may differ between ranks.
+        """
         available, needed = host_memory.available_bytes(), nbytes * host_memory.processes_here()
         lacks = torch.tensor(available is not None and needed > available, device=self.ranks.device).int()
         return bool(self.max_over_ranks(lacks))
 
     def require_host_memory(self, nbytes: int, setting: str, purpose: str, instead: str) -> None:
-        """Before `nbytes` of it are taken on this rank: raises UserError, on every rank, where a machine has less left
-        for its ranks, as far as it can be told: "`setting` takes ... of host memory for `purpose`, ...; `instead`".
+        """Raise UserError, on every rank, if some node has less than `nbytes` available per rank, as far as can be
+        measured.
 
-        Every rank must call it alike, and none takes memory before all have looked.
+        The message is "`setting` takes ... of host memory for `purpose`, ...; `instead`". Every rank must call it
+        alike, and no rank allocates before all have checked.
         """
         if self.lacks_host_memory(nbytes):
             available, processes = host_memory.available_bytes(), host_memory.processes_here()

@@ -1,12 +1,12 @@
-"""A checksum of tensors' bytes in integer ops alone: the same number on a CPU and on a GPU, read by no host.
+"""Compute a checksum of tensors' bytes in integer ops: the same number on CPU and GPU, without a host sync.
 
-The bytes are words of 32 bits (the last one filled up with zeros), LINE words a line. Each line has a sum, modulo 2^64:
-its words, each times a weight of its place. The sums, as words, are lines again, until there is one: the checksum.
+The bytes are words of 32 bits (the last one padded with zeros), LINE words per line. The sum of a line, modulo 2^64,
+weights each word by its position. The sums, as words, form lines again, until one is left: the checksum.
 
-Within a line of 64 KiB every change of one word is seen, and so is every exchange of two bytes or of two words: weights
-are odd, and those of two places differ by an odd number times at most 2^14, so that none of these differences is a
-multiple of 2^64. Whatever else changes goes unseen once in about 2^60 times, as the weights' upper bits are random.
-It does not tell how many zeros follow the end: those who compare know the length.
+Within a line of 64 KiB every change of one word and every exchange of two bytes or two words is detected: weights are
+odd, and those of two positions differ by an odd number times at most 2^14, so no such difference is a multiple of 2^64.
+Any other change is missed once in about 2^60, because the weights' upper bits are random. Trailing zeros are not
+counted: compare the lengths too.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 from distlora_kernels.philox import philox
 
 LINE = 2**14
-"""Words of a line."""
+"""Words per line."""
 _WORD_BYTES = 4
 _LINE_BYTES = LINE * _WORD_BYTES
 _LINES_AT_ONCE = {"cpu": 16, "cuda": 512}
-"""Lines whose words are in memory as int64: 2 MiB on the CPU, which stay in a core's cache, and 64 MiB on a GPU."""
+"""Lines whose words are in memory as int64: 2 MiB on the CPU, which fits a core's cache, and 64 MiB on a GPU."""
 _KEY = (0x64697374, 0x6C6F7261)
 
 
 @functools.lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
-    """(LINE,) int64: 2 c + 1 and, from bit 33 on, 30 random bits."""
+    """Return (LINE,) int64 weights: 2 c + 1 and, from bit 33 on, 30 random bits."""
     places = torch.arange(LINE, dtype=torch.int64, device=device)
     zero = torch.zeros_like(places)
     random, *_ = philox(_KEY, (places, zero, zero, zero))
@@ -39,7 +39,7 @@ def _weights(device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def checksums(parts: Tensor) -> Tensor:
-    """(P, n) of any dtype, each part's elements next to each other in memory -> (P,) int64, on the same device."""
+    """Return (P,) int64 checksums of `parts` (P, n) of any dtype, each part contiguous. Stays on the device."""
     assert parts.dim() == 2
     while True:
         sums = _line_sums(parts.view(torch.uint8))
@@ -49,13 +49,13 @@ def checksums(parts: Tensor) -> Tensor:
 
 
 def _line_sums(parts: Tensor) -> Tensor:
-    """(P, n) uint8 -> (P, lines) int64."""
+    """Return (P, lines) int64 from (P, n) uint8."""
     weights = _weights(parts.device)
     num_parts, num_bytes = parts.shape
     lines = max(_LINES_AT_ONCE[parts.device.type] // max(num_parts, 1), 1)
     whole = num_bytes - num_bytes % _LINE_BYTES
     sums = []
-    # One buffer for all chunks: fresh memory costs a CPU more than the sums do.
+    # One buffer for all chunks: on a CPU fresh memory costs more than the sums.
     buffer = torch.empty(num_parts, min(lines, whole // _LINE_BYTES), LINE, dtype=torch.int64, device=parts.device)
     for start in range(0, whole, lines * _LINE_BYTES):
         words = _words(parts[:, start : min(start + lines * _LINE_BYTES, whole)]).unflatten(1, (-1, LINE))
@@ -66,7 +66,7 @@ def _line_sums(parts: Tensor) -> Tensor:
 
 
 def _short_line_sums(words: Tensor, weights: Tensor) -> Tensor:
-    """(P, n) int32 with n < LINE -> (P,) int64."""
+    """Return (P,) int64 from (P, n) int32 with n < LINE."""
     num_parts, length = words.shape
     at_once = min(_LINES_AT_ONCE[words.device.type] * LINE // length, max(num_parts, 1))
     buffer = torch.empty(at_once, length, dtype=torch.int64, device=words.device)
@@ -78,7 +78,7 @@ def _short_line_sums(words: Tensor, weights: Tensor) -> Tensor:
 
 
 def _words(parts: Tensor) -> Tensor:
-    """(P, n) uint8 -> (P, ceil(n / 4)) int32, without a copy where each part begins and ends at a word's border."""
+    """View (P, n) uint8 as (P, ceil(n / 4)) int32, without a copy if each part begins and ends at a word boundary."""
     missing = -parts.shape[1] % _WORD_BYTES
     if missing:
         parts = F.pad(parts, (0, missing))

@@ -1,11 +1,10 @@
-"""One process that trains parameters in fp32 and computes in 16 bits: what FSDP2's mixed precision is on many ranks.
+"""Train fp32 parameters and compute in 16 bits in one process, as FSDP2's mixed precision does on many ranks.
 
-FSDP2 gathers a trained unit as 16-bit copies of its fp32 masters and computes with those alone. A single process has
-no gather, so the copies are made here, by hooks around the forward of the same modules, and the gradients flow through
-the cast into the masters. A forward is then that of a model of that dtype, bit for bit, in both. Gradients are not:
-FSDP2 adds up in 16 bits what is added up in fp32 here, a tied weight's two and those of recomputed slices (README.md,
-Limits). Autocast would keep the residual stream and the norms in fp32, and be another model than the frozen base that
-LoRA trains on.
+FSDP2 gathers a trained unit as 16-bit copies of its fp32 masters and computes with those. A single process gathers
+nothing, so hooks around each module's forward make the copies, and gradients flow through the cast into the masters.
+The forward equals that of a model of that dtype, bit for bit, in both cases. Gradients differ: FSDP2 accumulates in 16
+bits what is accumulated in fp32 here (a tied weight's two gradients, recomputed slices). Autocast would keep the
+residual stream and the norms in fp32, which is another model than the frozen base of LoRA.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 
 class ComputeCopies:
-    """Puts copies in `dtype` in the place of a module's trained parameters while its forward runs.
+    """Copies in `dtype` that replace a module's trained parameters while its forward runs.
 
-    Made anew in each forward, a checkpoint's recomputation included, so that with checkpointing one block's copies
-    exist at a time. Without it backward keeps the copies of every forward: the module is then one that runs all slices
-    of a batch in one forward.
+    Each forward makes them anew, a recomputation included, so with activation checkpointing one layer's copies exist at
+    a time. Without it backward keeps the copies of every forward: give it a module that runs all slices of a batch at
+    once.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, *, ignored: Collection[nn.Parameter] = ()) -> None:

@@ -1,13 +1,13 @@
-"""What the ranks agree on while they work: to stop, and to save.
+"""Let all ranks agree to stop or to save, without waiting for each other.
 
-A signal reaches one rank alone, or one before another, and clocks differ; a rank that acted by itself would leave the
-others in a collective. So at every boundary between two pieces of work (micro-batches, batches of an evaluation,
-weights that are loaded) each rank says what it wishes, in two numbers whose maximum over all ranks is on its way while
-they work on, and learns what all wished at the boundary before. Nobody waits for a rank that is not a whole piece of
-work behind, and all act at the same boundary: the one after that at which the first of them wished.
+A signal reaches one rank alone, or one before another, and clocks differ. A rank that acted alone would leave the
+others in a collective. So at every boundary between two pieces of work (micro-batches, evaluation batches, loaded
+weights) each rank starts an all-reduce (max) of two numbers, its requests, and reads the result of the boundary before.
+No rank waits for another that is less than one piece of work behind, and all act at the same boundary: the one after
+the first request.
 
-The words go through a gloo group of their own. In the training group they would queue behind its collectives, and from
-NCCL a number is read by waiting for the device.
+The all-reduce uses a gloo group of its own. In the training group it would queue behind the training collectives, and
+reading a number from NCCL waits for the device.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from distlora.system.stop_signals import Stopped
 
 
 class Control:
-    """Every rank makes one for a run and comes to the same boundaries in the same order."""
+    """Agreement of all ranks of a run. Every rank makes one and reaches the same boundaries in the same order."""
 
     def __init__(self, ranks: Ranks, *, save_minutes: float | None) -> None:
-        """`save_minutes`: how long after one save the next is wished for; None: never."""
+        """Start without a request. `save_minutes`: minutes between saves; None: never by the clock."""
         assert (ranks.control is None) == (ranks.world == 1), "the words of several ranks need a group of their own"
         self.save_is_due = False
-        """Whether the ranks have agreed to save after the step that is under way."""
+        """True once the ranks have agreed to save after the current step."""
         self._group = ranks.control
         self._save_seconds = math.inf if save_minutes is None else 60 * save_minutes
         self._counted_from = time.monotonic()
         self._under_way: tuple[Tensor, dist.Work] | None = None
         self._word = torch.zeros(2, dtype=torch.int64)
-        """What is under way. One tensor for all words: a step whose memory is measured lets go nothing of earlier ones.
-        """
+        """Pending all-reduce. One tensor serves all of them, so that a step whose memory is measured frees nothing
+        earlier."""
         self._under_way_is_old = False
-        """Whether the wish for a save that is under way is from before the last save."""
+        """True if the pending request for a save was made before the last save."""
 
     def boundary(self, step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
-        """Between two pieces of work: mark the next, as `watch.at` does, and act on what was agreed. Raises Stopped, on
-        every rank alike.
+        """Mark the next piece of work, as `watch.at` does, and act on the agreement. Raises Stopped, on every rank
+        alike.
         """
         watch.at(step, phase, part, long=long)
         if self._group is None:
@@ -55,30 +55,29 @@ class Control:
         if signum > 0:
             raise Stopped(signum)
         if save > 0:
-            # Before this rank's next word, so that one wish is for one save.
+            # Before this rank's next request, so that one request leads to one save.
             self.save_is_due, self._counted_from = True, time.monotonic()
         if self._group is not None:
             word = self._wishes()
             self._under_way = word, dist.all_reduce(word, dist.ReduceOp.MAX, self._group, async_op=True)
 
     def saved(self) -> None:
-        """Count the minutes anew; what was wished before this is no longer wished. Every rank calls it alike."""
+        """Restart the clock and drop earlier requests to save. Every rank calls it alike."""
         self.save_is_due, self._counted_from = False, time.monotonic()
         self._under_way_is_old = self._under_way is not None
 
     def end(self) -> None:
-        """After the last boundary: wait for the word under way, whatever it says."""
+        """Wait for the pending all-reduce after the last boundary, and ignore its result."""
         self._take()
 
     def _wishes(self) -> Tensor:
-        """(2,) int64, until the next word: the signal that asked this process to stop, or 0; whether it is time to
-        save."""
+        """Return (2,) int64, valid until the next call: the signal that this process got, or 0; 1 if a save is due."""
         save = time.monotonic() - self._counted_from >= self._save_seconds
         self._word[0], self._word[1] = stop_signals.requested() or 0, int(save)
         return self._word
 
     def _take(self) -> tuple[int, int]:
-        """What all ranks wished at the boundary before; nothing at the first."""
+        """Return the requests of all ranks at the boundary before; zeros at the first."""
         if self._under_way is None:
             return 0, 0
         (word, work), self._under_way = self._under_way, None

@@ -1,8 +1,8 @@
-"""FSDP2 over the base: each block is a unit, gathered as packed bytes; adapters stay outside, replicated.
+"""Shard the base with FSDP2: each decoder layer is a unit, gathered as quantized bytes; adapters stay replicated.
 
-Units: every Block; the embedding and the head, one unit where they are tied; the final norm in the root. A unit that is
-frozen has no mixed-precision policy, which would round its fp32 scales; one that is trained is gathered in the compute
-dtype of its fp32 masters, and its gradients are summed in fp32. Facts behind each line are in this folder's README.md.
+Units: every Block; the embedding and the LM head, one unit if they are tied; the final norm in the root. A frozen unit
+has no mixed-precision policy, which would round its fp32 scales. A trained unit is gathered in the compute dtype of its
+fp32 masters, and its gradients are summed in fp32. This folder's README.md has the facts behind each line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from distlora.parallel.shards import Shards
 from distlora.parallel.traffic import Traffic
 
 FIRST_TORCH = (2, 12)
-"""FSDP2 of torch 2.11 gives every sharded parameter requires_grad=True, which uint8 cannot have."""
+"""First supported torch: before 2.11 FSDP2 set requires_grad=True on every sharded parameter, which uint8 cannot have.
+"""
 
 
 # TODO: call dist.all_gather_single and reduce_scatter_single once torch >= 2.13, which gave them these names, is
@@ -33,18 +34,18 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 class _Counted:
-    """A collective of FSDP2's that counts its bytes."""
+    """Collective of FSDP2 that counts its bytes."""
 
     def __init__(self, traffic: Traffic, shards: Shards) -> None:
         self.traffic = traffic
-        self.crosses = functools.cache(shards.crosses)  # Of a handful of groups, in every gather.
+        self.crosses = functools.cache(shards.crosses)  # One of a few groups, looked up in every gather.
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
 class _CountedAllGather(_Counted):
-    """By the bytes of its result (the protocol of FSDPModule.set_custom_all_gather)."""
+    """All-gather that counts the bytes of its result (the protocol of FSDPModule.set_custom_all_gather)."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -55,7 +56,7 @@ class _CountedAllGather(_Counted):
 
 
 class _CountedReduceScatter(_Counted):
-    """By the bytes of what every rank puts in (the protocol of FSDPModule.set_custom_reduce_scatter)."""
+    """Reduce-scatter that counts the bytes of its input per rank (FSDPModule.set_custom_reduce_scatter)."""
 
     def __call__(
         self,
@@ -71,8 +72,10 @@ class _CountedReduceScatter(_Counted):
 
 
 class _CountedReplicas(_Counted):
-    """The all-reduce of trained rows between copies, which FSDP2 issues itself, by the bytes of its result (the hook of
-    FSDPModule.set_all_reduce_hook)."""
+    """All-reduce of trained rows between copies of the base, counted by the bytes of its result.
+
+    FSDP2 issues it (the hook of FSDPModule.set_all_reduce_hook).
+    """
 
     def __call__(self, reduced: Tensor) -> None:
         self.traffic.reduced_bytes += reduced.nbytes
@@ -80,7 +83,7 @@ class _CountedReplicas(_Counted):
 
 
 def check_torch(version: str) -> None:
-    """Raises UserError for a torch whose FSDP2 cannot hold frozen uint8 parameters."""
+    """Raise UserError for a torch whose FSDP2 cannot hold frozen uint8 parameters."""
     match = re.match(r"(\d+)\.(\d+)", version)
     if match is None or tuple(map(int, match.groups())) < FIRST_TORCH:
         raise UserError(
@@ -90,7 +93,7 @@ def check_torch(version: str) -> None:
 
 
 def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bool, traffic: Traffic) -> None:
-    """Shard every parameter of `model` (on meta) but the adapters' over the ranks of a copy, in place."""
+    """Shard every parameter of `model` (on meta) except the adapters' over the ranks of a copy, in place."""
     check_torch(torch.__version__)
     mesh = shards.mesh(device.type)
     ignored = set(adapter_parameters(model).values())
@@ -113,8 +116,8 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
     else:
         unit(model.embedding, trained=is_trained(model.embedding))
         unit(model.head, trained=is_trained(model.head))
-    # The root stays gathered from forward to backward, and after a forward without one. A trained one may not: what is
-    # saved then would be its copy in the compute dtype.
+    # A frozen root stays gathered from forward to backward, and after a forward without one. A trained root must not:
+    # its copy in the compute dtype would be saved.
     rest_is_trained = is_trained(model.final_norm)
     unit(model, trained=rest_is_trained, reshard=rest_is_trained)
 
@@ -125,11 +128,11 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
             module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
             if shards.copies > 1:
                 module.set_all_reduce_hook(_CountedReplicas(traffic, shards))
-            # The loss is divided by the target tokens of all ranks already: sums, not FSDP2's means.
+            # The loss is already divided by the target tokens of all ranks, so FSDP2 must sum, not average.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    # An embedding's gradient needs no weight, and a frozen head took its own in forward (head.py); a trained head
-    # computes its logits again in backward.
+    # An embedding's gradient needs no weight, and a frozen head computed its gradient in forward (head.py). A trained
+    # head recomputes its logits in backward.
     for module in (model.embedding, model.head):
         if isinstance(module, FSDPModule):
             is_head = module is model.head or model.tied
@@ -143,7 +146,7 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
 
 
 def keep_gathered(blocks: Iterable[nn.Module]) -> None:
-    """From their next gather on these units stay as it leaves them; no pass gathers them again."""
+    """Leave these units gathered after their next all-gather. Later passes do not gather them again."""
     for block in blocks:
         assert isinstance(block, FSDPModule)
         block.set_reshard_after_forward(False, recurse=False)

@@ -1,13 +1,13 @@
-"""Whether the frozen base in memory is still what was loaded, and what each rank gathers is what the others have.
+"""Check that the frozen base in memory is what was loaded, and that each rank gathers what the others have.
 
-A base is trained on for weeks and written nowhere: a bit that rots in a shard, or a switch that damages what it passes
-on, would only make the loss a little worse. So each rank takes a checksum of its own rows of every frozen tensor when
-they are loaded, and all ranks exchange them. The first forward checks what it gathers, the rows of every rank, against
-them, and ends the run before anything is trained; a rank can check its own rows again at any time (`train.verify`).
-Where there are several copies of the base, each is checked within itself, and all are the same once loaded.
+A base is trained on for weeks and written nowhere. A flipped bit in a shard, or a switch that damages data, would only
+make the loss slightly worse. So each rank computes checksums of its rows of every frozen tensor after loading, and all
+ranks exchange them. The first forward checks the gathered rows of every rank and ends the run before anything is
+trained. `train.verify` checks the rows again at each save. With several copies of the base, each is checked within
+itself, and all must be equal once loaded.
 
-What is trained changes, so it is compared once, when a run begins: ranks that read other files would train two models
-on the sum of their gradients, with a loss that looks healthy.
+Trained parameters change, so they are compared once, at the start: ranks that read different files would train two
+models on the sum of their gradients, with a loss that looks healthy.
 
 Letters: T tensors, W ranks of a copy of the base, C copies.
 """
@@ -34,31 +34,32 @@ if TYPE_CHECKING:
 
 
 class DamagedWeightsError(RuntimeError):
-    """Frozen weights are not what was loaded: memory, or the way between ranks, is damaged. Loading them again on sound
-    machines mends it."""
+    """Report frozen weights that differ from what was loaded: memory or the network is damaged. Reloading cures it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Frozen:
-    """A frozen tensor of the base."""
+    """Frozen tensor of the base."""
 
     name: str
-    """By Hugging Face's paths."""
+    """Hugging Face name."""
     owner: nn.Module
     attribute: str
-    """Under which `owner` has it: all of it while its unit is gathered."""
+    """Attribute of `owner` that holds the tensor, all of it while its unit is gathered."""
     rows: Tensor
-    """This rank's own, in the memory that it keeps them in."""
+    """This rank's rows, in the memory that keeps them."""
     ranges: tuple[tuple[int, int], ...]
     """(first row, rows) of each rank of a copy."""
 
 
 class FrozenWeights:
-    """The frozen base after loading: the checksums of all ranks, and whether they still hold."""
+    """Checksums of the frozen base on all ranks, taken after loading."""
 
     def __init__(self, model: CausalLM, backend: Backend) -> None:
-        """Every rank must call it alike, after loading. The host waits for the device once. Raises DamagedWeightsError
-        where ranks differ in what each of them has whole."""
+        """Compute and exchange the checksums. Every rank must call it alike; the host waits for the device once.
+
+        Raises DamagedWeightsError if ranks differ in tensors that each of them holds whole.
+        """
         self._model, self._backend = model, backend
         found, shared = list(_own_rows(model, backend)), dict(_shared(model))
         device = backend.ranks.device
@@ -66,24 +67,24 @@ class FrozenWeights:
         ours = [_of(tensor).to(device) for tensor in (*(rows for *_, rows, _ in found), *shared.values())]
         places = [(first, len(rows)) for *_, rows, first in found] + [(0, 0)] * len(shared)
         told = torch.cat([torch.stack(ours), torch.tensor(places, device=device)], dim=1)
-        # (C W, T, 3): checksum, first row, rows. In one exchange: a few KB from each.
+        # (C W, T, 3): checksum, first row, rows. One exchange of a few KB per rank.
         everyone, shards = backend.gather_ranks(told), backend.shards
         by_copy = everyone[:, : len(found)].unflatten(0, (shards.copies, shards.count))
         self._sums = by_copy[shards.copy, ..., 0].T.contiguous()
-        """(T, W) int64, of the tensors that are cut over the ranks of this copy."""
+        """(T, W) int64 checksums of the tensors that are sharded over this copy's ranks."""
         ranges = by_copy[shards.copy, ..., 1:].tolist()
         self._tensors = [
             _Frozen(name, owner, attribute, rows, tuple((first, count) for first, count in of_ranks))
             for (name, owner, attribute, rows, _), of_ranks in zip(found, zip(*ranges, strict=True), strict=True)
         ]
         self._differs = torch.zeros_like(self._sums, dtype=torch.bool)
-        """(T, W): where what this rank gathered is not what that rank has loaded."""
+        """(T, W) bool: what this rank gathered differs from what that rank loaded."""
         self._handles: list[RemovableHandle] = []
-        self._check_copies(by_copy[..., 0])  # What ranks compute follows from what they read.
+        self._check_copies(by_copy[..., 0])  # Statistics that ranks compute depend on the bytes that they read.
         self._check_shared(list(shared), everyone[:, len(found) :, 0])
 
     def _check_shared(self, names: list[str], sums: Tensor) -> None:
-        """`sums` (W, N) of tensors that every rank has whole."""
+        """Compare `sums` (W, N) of tensors that every rank holds whole."""
         odd = (sums != sums[0]).tolist()
         for rank, flags in enumerate(odd):
             if any(flags):
@@ -93,7 +94,7 @@ class FrozenWeights:
                 )
 
     def _check_copies(self, sums: Tensor) -> None:
-        """`sums` (C, W, T) of what the copies of the base consist of."""
+        """Compare `sums` (C, W, T) between the copies of the base."""
         odd = (sums != sums[0]).nonzero()
         if not len(odd):
             return
@@ -107,16 +108,18 @@ class FrozenWeights:
         )
 
     def check_next_forward(self) -> None:
-        """Check in the next forward everything that this rank gathers. That forward ends with one sum over the ranks
-        and one number that the host reads; those after it cost nothing."""
+        """Check everything that this rank gathers in the next forward.
+
+        That forward ends with one all-reduce and one host read. Later forwards cost nothing.
+        """
         if not self._backend.sharded or self._handles:
             return
         units = [self._model.embedding, *self._model.blocks, self._model.head, self._model]
-        # The root, which comes first here, keeps what the others do not take.
+        # The root comes first and keeps what the other units do not take.
         unit_of = {module: unit for unit in reversed(units) for module in unit.modules()}
         for unit in units:
             own = [index for index, frozen in enumerate(self._tensors) if unit_of[frozen.owner] is unit]
-            # Behind the backend's own hook, which gathers.
+            # Runs after the backend's hook, which gathers.
             self._handles.append(unit.register_forward_pre_hook(partial(self._check_gathered, own)))
         self._handles.append(self._model.register_forward_hook(self._end_pass))
 
@@ -130,7 +133,7 @@ class FrozenWeights:
                 self._differs[index, ranks] = checksums(parts) != self._sums[index, ranks]
 
     def forget_next_forward(self) -> None:
-        """Let the next forward go unchecked."""
+        """Cancel the check of the next forward."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -143,8 +146,10 @@ class FrozenWeights:
 
     @torch.no_grad()
     def check_own_rows(self) -> None:
-        """Whether every rank's own rows are still what it loaded. Every rank must call it alike; the host reads one
-        number. Raises DamagedWeightsError on all of them."""
+        """Check that every rank's rows are still what it loaded. Every rank must call it; the host reads one number.
+
+        Raises DamagedWeightsError on all ranks.
+        """
         index = self._backend.shards.index
         differs = torch.zeros_like(self._differs)
         own = torch.cat([_of(frozen.rows).to(differs.device) for frozen in self._tensors])
@@ -152,10 +157,10 @@ class FrozenWeights:
         self._end_if_damaged(differs, "what was trained since the last save may be wrong and is not saved")
 
     def _end_if_damaged(self, differs: Tensor, consequence: str) -> None:
-        """`differs` (T, W) of each rank; all ranks raise if one has to."""
+        """Raise DamagedWeightsError on all ranks if any rank has a difference in `differs` (T, W)."""
         if not bool(self._backend.sum_over_ranks(differs.int()).any()):
             return
-        # (C W, T, W), of each rank what it saw of its copy, to (T, C, W of the owner, W of who saw it).
+        # (C W, T, W), what each rank saw of its copy, to (T, C, W of the owner, W of the observer).
         shards = self._backend.shards
         seen = self._backend.gather_ranks(differs.int()).unflatten(0, (shards.copies, shards.count)).permute(2, 0, 3, 1)
         damaged: dict[tuple[int, int], list[int]] = {}
@@ -164,7 +169,9 @@ class FrozenWeights:
         raise DamagedWeightsError(self._said(damaged) + f"; {consequence}. {_NEXT}")
 
     def _said(self, damaged: Mapping[tuple[int, int], Sequence[int]]) -> str:
-        """What is damaged, whose it is, and what that means. `damaged`: (tensor, owner) -> the ranks that saw it."""
+        """Describe the damaged tensors, their ranks and the consequence. `damaged`: (tensor, owner) -> ranks that saw
+        it.
+        """
         (index, owner), seen_by = next(iter(damaged.items()))
         frozen = self._tensors[index]
         rows = f"{_rows(frozen.ranges[owner % self._backend.shards.count])}, those of rank {owner}"
@@ -182,9 +189,10 @@ class FrozenWeights:
 
 @torch.no_grad()
 def compare_trained(model: CausalLM, backend: Backend) -> None:
-    """When all that a run begins with is in place, and before it is trained: whether ranks that must have the same of
-    it do. Adapters are the same on all, what is cut is in each copy of the base. Every rank must call it alike; the
-    host waits for the device once. Raises DamagedWeightsError on all of them."""
+    """Check before training that ranks hold the same trained parameters: adapters on all ranks, shards in each copy.
+
+    Every rank must call it alike; the host waits for the device once. Raises DamagedWeightsError on all ranks.
+    """
     trained = list(_trained(model))
     if backend.ranks.group is None or not trained:
         return
@@ -205,7 +213,7 @@ def compare_trained(model: CausalLM, backend: Backend) -> None:
 
 
 def _trained(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that is trained, and of what DPO compares it with."""
+    """Yield (name, tensor) of all trained parameters and of DPO's reference."""
     names = {parameter: model.hf_name(path) for path, parameter in model.named_parameters() if parameter.requires_grad}
     yield from ((name, parameter) for parameter, name in names.items())
     for block in model.blocks:
@@ -219,12 +227,12 @@ _NEXT = (
 
 
 def _of(rows: Tensor) -> Tensor:
-    """(1,) int64."""
+    """Return the checksum as (1,) int64."""
     return checksums(rows.flatten()[None])
 
 
 def _own_rows(model: CausalLM, backend: Backend) -> Iterator[tuple[str, nn.Module, str, Tensor, int]]:
-    """(name, owner, attribute, this rank's rows, the first one's index) of what is frozen; a tied one once."""
+    """Yield (name, owner, attribute, this rank's rows, index of the first row) of frozen tensors, a tied one once."""
     adapters, met = set(adapter_parameters(model).values()), set()
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -232,12 +240,12 @@ def _own_rows(model: CausalLM, backend: Backend) -> Iterator[tuple[str, nn.Modul
                 continue
             met.add(parameter)
             name = model.hf_name(f"{path}.{attribute}")
-            # Memory, not the Parameter: a module has another one while it is gathered.
+            # Keep the memory, not the Parameter: a module has another Parameter while it is gathered.
             yield name, module, attribute, *backend.local_rows(parameter)
 
 
 def _shared(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of what belongs to frozen weights and is not cut: their offsets, and the norms of their rows."""
+    """Yield (name, tensor) of unsharded parts of frozen weights: their offsets and row norms."""
     for path, module in model.named_modules():
         if isinstance(module, FrozenTensor):
             for name, buffer in module.named_buffers(recurse=False):
@@ -245,7 +253,7 @@ def _shared(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def _batches(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
-    """(ranks, rows): neighbours that own equally many rows, one after the other, so that one call takes them all."""
+    """Yield (ranks, rows): consecutive ranks that own equally many rows, so that one call covers them."""
     start = 0
     while start < len(ranges):
         (first, count), stop = ranges[start], start + 1
@@ -257,6 +265,6 @@ def _batches(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]
 
 
 def _rows(of_rank: tuple[int, int]) -> str:
-    """(first row, rows) in words."""
+    """Format (first row, rows)."""
     first, count = of_rank
     return f"rows {first:,} to {first + count - 1:,}"

@@ -1,4 +1,4 @@
-"""Who the workers of a run are to each other: how they meet, and how they leave."""
+"""Join the worker processes of a run into process groups, and leave them."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from torch import Tensor
 from distlora.parallel import watch
 
 AFTER_WATCH = timedelta(minutes=10)
-"""How much longer than the longest wait that `watch` allows torch lets a rank wait for another: the watch, which knows
-who is where, speaks first. A worker that dies ends the run at once all the same: torchrun sees it."""
+"""Seconds by which torch's timeout exceeds the longest wait that `watch` allows.
+
+The watch knows which rank hangs, so it must report first. A dead worker ends the run at once in any case: torchrun sees
+it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Who this process is among the run's workers, and where it computes."""
+    """Rank, world size, device and process groups of this process."""
 
     rank: int
     world: int
     device: torch.device
     group: dist.ProcessGroup | None
-    """All workers; None for a single process, which starts no process group."""
+    """Group of all workers; None for a single process, which starts no process group."""
     watching: watch.Watch | None = None
-    """What ends this process when the ranks hang."""
+    """Hang watch, which ends this process when the ranks hang."""
     control: dist.ProcessGroup | None = None
-    """All workers again, over gloo, for what they agree on beside training (`parallel/control.py`)."""
+    """Gloo group of all workers for agreements beside training (`parallel/control.py`)."""
     timeout: timedelta | None = None
-    """How long torch lets a rank wait for another in a group; None: as long as it does by itself."""
+    """Seconds after which torch ends a collective; None: torch's default."""
 
     @property
     def leads_machine(self) -> bool:
-        """Whether this is the rank that does what a machine needs once."""
+        """True on the rank that does what a node needs once."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def join_ranks(timeout_seconds: float | None = None) -> Ranks:
     """Join the workers that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK): NCCL with GPUs, gloo without.
 
-    `timeout_seconds`: how long this rank may wait for the others within a step, marked by `watch.at`, before the
-    process ends and names the one that hangs; None: such waits end by torch's own timeout.
+    `timeout_seconds`: how long this rank may wait for the others within a step, as marked by `watch.at`, before the
+    process ends and names the rank that hangs; None: torch's timeout applies.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
@@ -66,8 +68,9 @@ def join_ranks(timeout_seconds: float | None = None) -> Ranks:
 
 
 def open_store(rank: int, timeout: timedelta) -> dist.TCPStore:
-    """The store through which the workers of torchrun find each other. It is kept by rank 0, or by torchrun; unlike
-    torch's own `rendezvous`, this does not wait until all are there.
+    """Connect to the store through which torchrun's workers find each other, held by rank 0 or by torchrun.
+
+    Unlike torch's `rendezvous`, this does not wait until all workers are connected.
     """
     agent_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     return dist.TCPStore(
@@ -80,7 +83,7 @@ def open_store(rank: int, timeout: timedelta) -> dist.TCPStore:
 
 
 def leave_ranks(ranks: Ranks) -> None:
-    """Leave the group. Without the barrier, a rank that leaves early can abort one that is still tidying up."""
+    """Leave the process group. Without the barrier, a rank that leaves early can abort one that still cleans up."""
     if ranks.group is not None:
         dist.barrier(ranks.group)
         if ranks.watching is not None:
@@ -89,9 +92,9 @@ def leave_ranks(ranks: Ranks) -> None:
 
 
 def from_rank_0(number: int, ranks: Ranks) -> int:
-    """Rank 0's number on every rank, whatever the others were given. For what one rank finds out, not for a step.
+    """Return rank 0's number on every rank. For decisions of one rank, not for a step.
 
-    In the group of the ranks' words: from NCCL a number is read by waiting for the device.
+    It uses the gloo group: reading a number from NCCL waits for the device.
     """
     assert (ranks.control is None) == (ranks.world == 1), "the words of several ranks need a group of their own"
     if ranks.control is None:
@@ -102,7 +105,7 @@ def from_rank_0(number: int, ranks: Ranks) -> int:
 
 
 def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """The elementwise sum over all ranks of a tensor in host memory, in place. As `from_rank_0`, not for a step."""
+    """Sum a tensor in host memory elementwise over all ranks, in place. Like `from_rank_0`, not for a step."""
     if ranks.control is not None:
         dist.all_reduce(tensor, group=ranks.control)
     return tensor

@@ -1,9 +1,8 @@
-"""Blocks that stay gathered (`parallel.resident_blocks`): memory that a run does not need, for bytes that it then does
-not move.
+"""Keep decoder layers gathered (`parallel.resident_blocks`): free memory is traded for network traffic.
 
-They are the first ones. A step begins with the first block's gather, which nothing hides, and its backward ends with
-the first blocks, whose gradients' sums nothing hides: with these at home the wire is free for the sums. With a gather
-one block ahead, the last resident block asks for the first that is not, as any other does.
+The first layers stay. A step begins with the first layer's all-gather, which nothing hides, and backward ends with the
+first layers, whose gradient reductions nothing hides. Without those gathers the network is free for the reductions.
+Gathers run one layer ahead, and the last resident layer starts that of the first non-resident one.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from distlora.system import host_memory
 
 @dataclass(slots=True)
 class Residency:
-    """Which blocks of a sharded model stay gathered."""
+    """Decoder layers of a sharded model that stay gathered."""
 
     blocks: Sequence[Block]
     shards: Shards
     device: torch.device
     count: int = 0
-    """The first so many stay, from their next gather on."""
+    """Number of layers that stay, counted from the first, from their next gather on."""
     waits: bool = False
-    """Whether how many is still to be found out, by the memory that a first step leaves."""
+    """True until the number has been chosen from the memory that the first step leaves."""
 
     def keep(self, count: int) -> None:
         fsdp2.keep_gathered(self.blocks[:count])
         self.count, self.waits = count, False
 
     def fitting(self) -> tuple[Tensor, float]:
-        """(how many blocks this rank has memory for, () int64 on the device; the bytes that are for them)."""
+        """Return (layers that this rank has memory for, () int64 on the device; bytes available for them)."""
         usable, fitting, total = free_bytes(self.device), 0, 0
         for block in self.blocks:
             total += gathered_bytes(block, self.shards)
@@ -47,7 +46,7 @@ class Residency:
         return torch.tensor(fitting, device=self.device), usable
 
     def said(self) -> str:
-        """Of a number that is above 0."""
+        """Describe the resident layers in a line, for a count above 0."""
         memory = sum(gathered_bytes(block, self.shards) for block in self.blocks[: self.count])
         return (
             f"{self.count:,} of {len(self.blocks):,} blocks stay gathered, which takes {memory / 2**30:,.2f} GiB on "
@@ -56,15 +55,15 @@ class Residency:
 
 
 def gathered_bytes(module: nn.Module, shards: Shards) -> int:
-    """What a gathered block takes beside its shards: its frozen parameters, filled up to a multiple of the ranks."""
+    """Return the bytes that a gathered layer adds: its frozen parameters, padded to a multiple of the ranks."""
     whole = (parameter for parameter in module.parameters() if not parameter.requires_grad)
     return sum(padded(parameter.shape, shards.count) * parameter.element_size() for parameter in whole)
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that this rank may take beyond all that it has held so far, less the reserve."""
+    """Return the bytes that this rank can still allocate beyond its peak so far, less the reserve."""
     if device.type == "cuda":
-        # What torch's allocator has once held counts as taken: a step needs it again.
+        # Memory that torch's allocator has once held counts as used, because a step needs it again.
         free, total = torch.cuda.mem_get_info(device)
         return free - RESIDENCY_RESERVE["cuda"] * total
     available = host_memory.available_bytes()

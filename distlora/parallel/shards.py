@@ -1,4 +1,4 @@
-"""Which ranks cut a copy of the base between them, and how a tensor is cut: along dim 0, ceil(rows / ranks) each."""
+"""Define which ranks shard a copy of the base, and how: along dim 0, ceil(rows / ranks) rows each."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from distlora.parallel.ranks import Ranks
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The ranks that cut one copy of the base between them, and this one's place among them.
+    """Ranks that shard one copy of the base, and this rank's place among them.
 
-    They are consecutive, as the ranks of a machine are: nothing of the base then travels between machines where their
-    number divides that of a machine's ranks.
+    They are consecutive, like the ranks of a node: traffic of the base stays within a node if their number divides the
+    node's number of ranks.
     """
 
     index: int
     count: int
-    """1: nothing is cut."""
+    """Number of ranks per copy; 1: nothing is sharded."""
     group: dist.ProcessGroup | None
-    """None where nothing is cut."""
+    """Process group of the copy; None if nothing is sharded."""
     copy: int = 0
-    """Which copy of the base this rank has a part of,"""
+    """Index of this rank's copy of the base."""
     copies: int = 1
-    """of how many."""
+    """Number of copies."""
     replicas: dist.ProcessGroup | None = None
-    """The ranks that own the same rows, one of each copy; None where there is one copy."""
+    """Group of the ranks that hold the same rows, one of each copy; None with one copy."""
 
     @classmethod
     def over(cls, ranks: Ranks, degree: int | None = None) -> Shards:
-        """Copies of `degree` ranks each, which must divide their number; None: one copy over all.
+        """Divide the ranks into copies of `degree` ranks each, which must divide their number; None: one copy over all.
 
-        Every rank must call it alike: it makes process groups.
+        Every rank must call it alike, because it makes process groups.
         """
         degree = ranks.world if degree is None else degree
         if degree == ranks.world:
@@ -54,7 +54,7 @@ class Shards:
         return cls(index, degree, group, copy, copies, replicas)
 
     def mesh(self, device_type: str) -> DeviceMesh:
-        """The ranks as FSDP2 wants them: those of a copy, behind the copies where there are several."""
+        """Return FSDP2's device mesh: the ranks of a copy, preceded by a dimension of copies if there are several."""
         assert self.group is not None
         if self.replicas is None:
             return DeviceMesh.from_group(self.group, device_type, mesh_dim_names=("shard",))
@@ -63,36 +63,36 @@ class Shards:
         return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
     def rank_of(self, index: int, copy: int | None = None) -> int:
-        """The rank that has the `index`-th part of a copy of the base, this one's own or another."""
+        """Return the rank that holds the `index`-th shard of a copy; of this rank's copy without `copy`."""
         return (self.copy if copy is None else copy) * self.count + index
 
     def split_copies(self, per_machine: int) -> list[int]:
-        """The copies that lie across the border of two machines of so many ranks, by a degree that fits no machine."""
+        """Return the copies that span two nodes of so many ranks each."""
         if per_machine % self.count == 0 or self.count % per_machine == 0:
             return []
         ends = ((copy, self.rank_of(0, copy), self.rank_of(self.count - 1, copy)) for copy in range(self.copies))
         return [copy for copy, first, last in ends if first // per_machine != last // per_machine]
 
     def crosses(self, group: dist.ProcessGroup) -> bool:
-        """Whether ranks of more than one copy meet in `group`."""
+        """Return whether ranks of more than one copy belong to `group`."""
         return len({rank // self.count for rank in dist.get_process_group_ranks(group)}) > 1
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The rows of dim 0 that this rank owns, as writable memory, and the index of the first of them."""
+    """Return this rank's rows of dim 0, as writable memory, and the index of the first of them."""
     data, cut = tensor.data, getattr(tensor, "cut", None)
-    if cut is not None:  # ZeRO-3's: the tensor itself is empty until it is gathered.
+    if cut is not None:  # ZeRO-3: the tensor is empty until it is gathered.
         return cut.rows, cut.first_row
     if not isinstance(data, DTensor):
         return data, 0
-    # FSDP2 cuts dim 0 like torch.chunk: ceil(rows / ranks) each, the last ranks may get fewer or none. Where there are
-    # several copies its mesh has a dim of them too.
+    # FSDP2 shards dim 0 like torch.chunk: ceil(rows / ranks) each, and the last ranks may get fewer or none. With
+    # several copies its mesh has a second dimension.
     mesh, axis = data.device_mesh, data.placements.index(Shard(0))
     per_rank = -(-data.shape[0] // mesh.size(axis))
     return data.to_local(), min(per_rank * mesh.get_local_rank(axis), data.shape[0])
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape that a tensor has over all ranks."""
+    """Return the shape of the unsharded tensor."""
     cut = getattr(tensor, "cut", None)
     return tensor.data.shape if cut is None else cut.shape

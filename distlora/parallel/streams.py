@@ -1,7 +1,7 @@
-"""What the ranks have cut, brought to rank 0 from copies in host memory, by any thread while another one trains.
+"""Send sharded tensors to rank 0 from host copies, in a thread beside training.
 
-It goes through the gloo group that training does not use; its pieces are small, so that the few bytes the ranks agree
-by there wait for one of them at most.
+They use the gloo group that training does not use. Pieces are small, so that the few bytes of `control` wait for at
+most one of them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 PIECE_BYTES = 8 * 2**20
-"""Sent at once: 8 ms at 1 GB/s."""
+"""Bytes sent at once: 8 ms at 1 GB/s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostRows:
-    """A tensor that the ranks of a copy have cut along dim 0, ceil(rows / ranks) each: this rank's rows of it in host
-    memory."""
+    """Host copy of this rank's rows of a tensor that is sharded along dim 0, ceil(rows / ranks) rows each."""
 
     local: Tensor
     """(rows of this rank, ...), contiguous."""
     first_row: int
     shape: torch.Size
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,9 +39,9 @@ class HostRows:
 def stream_rows(
     rows: HostRows, write: Callable[[Tensor], object], *, group: dist.ProcessGroup, rank: int, world: int
 ) -> None:
-    """Give `write` the whole tensor on rank 0, in flat pieces, front to back; on the others it is not called.
+    """Pass the whole tensor to `write` on rank 0, in flat pieces and in order. Other ranks do not call it.
 
-    The first `world` ranks of `group` have cut it, and each must call it for the same tensors in the same order, on one
+    The first `world` ranks of `group` hold it, and each must call this for the same tensors in the same order, on one
     thread.
     """
     own, columns = rows.local.view(-1), math.prod(rows.shape[1:])

@@ -1,4 +1,4 @@
-"""Bytes on the wire, counted where the collectives are issued."""
+"""Count bytes of network traffic where the collectives are issued."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ from dataclasses import asdict, dataclass, replace
 
 @dataclass(slots=True)
 class Traffic:
-    """What this rank's collectives moved since the last `take`: bytes of gathered results, of reduced buffers, and of
-    the whole gradients of which each rank kept the sum of its rows."""
+    """Bytes of this rank's collectives since the last `take`: gathered results, reduced buffers, scattered gradients.
+
+    Scattered bytes count the whole gradients of which each rank keeps the sum of its rows.
+    """
 
     gathered_bytes: int = 0
     reduced_bytes: int = 0
     scattered_bytes: int = 0
     between_copies_bytes: int = 0
-    """Of all these, the ones in groups where ranks of several copies of the base meet (`Shards.crosses`)."""
+    """Bytes of all these in groups with ranks of several copies of the base (`Shards.crosses`)."""
 
     def take(self) -> Traffic:
-        """The bytes so far; starts again from zero."""
+        """Return the counts and reset them to zero."""
         counts = replace(self)
         self.restore(Traffic())
         return counts
 
     def per_step(self, num_steps: int) -> Traffic:
-        """A step's share of the bytes of so many."""
+        """Return the counts of one of `num_steps` steps."""
         return Traffic(**{name: count // num_steps for name, count in asdict(self).items()})
 
     def add(self, counts: Traffic) -> None:
-        """What others counted, too."""
+        """Add other counts."""
         for name, count in asdict(counts).items():
             setattr(self, name, getattr(self, name) + count)
 
     def restore(self, counts: Traffic) -> None:
-        """Go back to counts from before."""
+        """Reset to earlier counts."""
         for name, count in asdict(counts).items():
             setattr(self, name, count)

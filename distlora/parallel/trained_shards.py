@@ -1,9 +1,8 @@
-"""Gradients of trained parameters that FSDP2 shards: summed by reduce-scatter, and between the copies where there are
-several by all-reduce, kept as this rank's rows.
+"""Sum gradients of trained parameters that FSDP2 shards: reduce-scatter, then all-reduce between copies of the base.
 
-The optimizer sees plain tensors: for each parameter this rank's rows of it, which share their memory with FSDP2's
-shard. Nothing that is whole outlives a unit's backward, but with `train.accumulate=step` the sums of the micro-batches
-before the last one do (fp32, every trained parameter): what is not sent yet has to be kept.
+The optimizer sees plain tensors: this rank's rows of each parameter, which share memory with FSDP2's shard. Nothing
+whole outlives a unit's backward, except with train.accumulate=step: the sums of the micro-batches before the last one
+(fp32, every trained parameter) are kept until they are sent.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from distlora.parallel.traffic import Traffic
 
 
 class ShardedGradients:
-    """Sums the gradients of `parameters` over the ranks of `group`; they are sharded by units within `root`, as often
-    as there are `copies`."""
+    """Gradients of `parameters`, summed over the ranks of `group`. They are sharded by units within `root`, in `copies`
+    copies.
+    """
 
     def __init__(
         self,
@@ -40,19 +40,19 @@ class ShardedGradients:
         self._poison = torch.zeros((), device=self._rows[0].device)
 
     def updated(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """(parameter, what the optimizer updates): this rank's rows of it."""
+        """Yield (parameter, tensor that the optimizer updates): this rank's rows of it."""
         return zip(self._parameters, self._rows, strict=True)
 
     def expect(self, *, last: bool) -> None:
-        """Before a backward: whether it is the step's last, after which the sums are sent."""
+        """Prepare a backward. `last`: the sums are sent after it."""
         self._root.set_requires_gradient_sync(last)
 
     def poison_unless_finite(self, loss: Tensor) -> None:
-        """Make the norm NaN on every rank where this rank's loss, a device scalar, is not finite."""
+        """Make the norm NaN on every rank if this rank's loss, a device scalar, is not finite."""
         self._poison += torch.where(torch.isfinite(loss), 0.0, math.nan)
 
     def finish(self) -> None:
-        """After the last backward, which has waited for every reduce-scatter: the optimizer's tensors get the sums."""
+        """Give the sums to the optimizer's tensors, after the last backward has waited for every reduce-scatter."""
         for parameter, rows in zip(self._parameters, self._rows, strict=True):
             shard = shard_of(parameter).to_local()
             assert shard.data_ptr() == rows.data_ptr(), "FSDP2 has moved a shard since its rows were taken"
@@ -60,11 +60,11 @@ class ShardedGradients:
             rows.grad = parameter.grad.to_local()
 
     def squared_norm(self) -> Tensor:
-        """Of the whole gradient, over all ranks: the same bits on each, and NaN where a number on any is not finite."""
+        """Return the squared norm of the whole gradient: the same bits on each rank, NaN if not finite on any."""
         square = torch.stack(torch._foreach_norm(self._gradients())).square().sum() + self._poison
         self._traffic.reduced_bytes += square.nbytes
         self._traffic.between_copies_bytes += (self._copies > 1) * square.nbytes
-        # Over the ranks of every copy, which all have the same sums: a loss that is not finite may be on any of them.
+        # Over the ranks of every copy, which have the same sums: a loss that is not finite may be on any of them.
         dist.all_reduce(square, group=self._group)
         return square / self._copies
 
@@ -72,7 +72,7 @@ class ShardedGradients:
         torch._foreach_mul_(self._gradients(), factor)
 
     def zero(self) -> None:
-        """Start the next step's sums."""
+        """Zero the sums for the next step."""
         self._poison.zero_()
         for tensor in (*self._parameters, *self._rows):
             tensor.grad = None
@@ -82,7 +82,7 @@ class ShardedGradients:
 
 
 def shard_of(parameter: nn.Parameter) -> DTensor:
-    """A sharded parameter's data, outside of autograd."""
+    """Return a sharded parameter's local data, outside of autograd."""
     data = parameter.data
     assert isinstance(data, DTensor)
     return data

@@ -1,13 +1,13 @@
-"""Which rank the others wait for: a run whose ranks have stopped moving ends, and says who is where.
+"""Detect ranks that hang: end the run and report where each rank is.
 
-The training thread marks where it is (`at`), which is one assignment. Two threads beside it do the rest. One tells the
-others through the store where workers meet, every second. The other sees when its own rank has not moved for too long.
-It then reads where the rest are, twice, a minute apart: a rank that has said nothing new in between is stopped or gone;
-else the one that is not within a collective is named, and of several such the one that is behind. Each rank prints its
-Python stacks into its log, an error file is left for the launcher, and the process ends: nothing else ends a thread
-that waits in gloo or NCCL.
+The training thread marks its position (`at`), which is one assignment. Two more threads do the rest. One posts the
+position to the workers' store every second. The other notices that its rank has not moved for too long. It then reads
+all positions twice, a minute apart. A rank that posted nothing in between is stopped or gone. Otherwise the culprit is
+the rank that is not within a collective, and of several such the one that is behind. Each rank prints its Python stacks
+into its log, an error file is left for the launcher, and the process ends: nothing else ends a thread that waits in
+gloo or NCCL.
 
-Every rank must mark alike: a mark's number is its position in the run, and so is compared among ranks.
+Every rank must mark alike: a mark's number is its position in the run and is compared among ranks.
 """
 
 from __future__ import annotations
@@ -31,40 +31,43 @@ from distlora.run_folder import error_file
 from distlora.system.exit_codes import FAILED
 
 LONG_SECONDS = 3600.0
-"""How long ranks may wait for each other outside steps. While one syncs a checkpoint to disk the others wait for it:
-384 GB (adapter=full on 32B: fp32 weights and moments) take longer than ten minutes on a disk of less than 640 MB/s."""
+"""Seconds that ranks may wait for each other outside steps.
+
+While one rank syncs a checkpoint to disk the others wait. 384 GB (adapter=full on 32B: fp32 weights and optimizer
+states) take longer than ten minutes below 640 MB/s."""
 SILENT_SECONDS = 60.0
-"""How long a rank has said nothing that is called stopped or gone. A machine that writes 100 GB, or a library that
-holds the GIL, delays a beat by many seconds."""
+"""Seconds without a post after which a rank counts as stopped or gone.
+
+A node that writes 100 GB, or a library that holds the GIL, delays posts by many seconds."""
 BEAT_SECONDS = 1.0
-"""Between two looks; less where the limit is less than ten of them."""
+"""Seconds between two posts; less if the limit is below ten of them."""
 
 _ALARM = "alarm"
 _STOPPED = "its process is stopped, or its machine gone"
 _COLLECTIVES = (str(Path(torch.__file__).parent / "distributed"), str(Path(__file__).parent))
-"""Who waits for other ranks does so in code of these folders."""
+"""Folders whose code waits for other ranks."""
 _OURS = str(Path(__file__).parents[1])
 
 _Mark = tuple[int, int | None, str, int | None, bool]
 _here: _Mark = (0, None, "starting", None, True)
-"""(number of the mark, step, phase, part, whether it may take long) of the training thread."""
+"""(number of the mark, step, phase, part, long) of the training thread."""
 
 
 class Marker(Protocol):
-    """`at`, or what agrees with the other ranks as well (`control.py`) and may end the work by what it raises."""
+    """`at`, or a function that also agrees with the other ranks (`control.py`) and may end the work by raising."""
 
     def __call__(self, step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None: ...
 
 
 class HungError(RuntimeError):
-    """The ranks have not moved for as long as they may."""
+    """Report ranks that have not moved for as long as they may."""
 
 
 def at(step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
-    """The training thread is here now: in `phase` of `step` (counted from 1; None outside the steps), of which it is
-    the `part`-th, counted from 1. `long`: others may wait for this for an hour.
+    """Mark the position of the training thread: the `part`-th piece (from 1) of `phase` in `step` (from 1; None
+    outside).
 
-    Costs 0.1 us: no lock, no call into the system.
+    `long`: others may wait up to LONG_SECONDS for it. Costs 0.1 us: no lock, no system call.
     """
     global _here
     _here = (_here[0] + 1, step, phase, part, long)
@@ -72,29 +75,29 @@ def at(step: int | None, phase: str, part: int | None = None, *, long: bool = Fa
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """What a rank tells the others of itself."""
+    """Position that a rank posts to the others."""
 
     mark: int
     place: str
-    """The mark in words: `step 41 (backward of micro-batch 2)`."""
+    """The mark as text: `step 41 (backward of micro-batch 2)`."""
     long: bool
     code: str = ""
-    """The line of our code that its training thread is in; empty while it moves."""
+    """Line of our code that its training thread is in; empty while it moves."""
     waits: bool = False
-    """Whether it is within a collective."""
+    """True within a collective."""
     beat: int = 0
-    """Grows while the process lives."""
+    """Counter that grows while the process lives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Why nothing moves."""
+    """Reason why no rank moves."""
 
     message: str
     culprits: tuple[int, ...]
-    """The ranks that the others wait for; none where all are in the same place."""
+    """Ranks that the others wait for; empty if all are in the same place."""
     silent: bool
-    """Whether those are no longer heard of, which has nothing to do with how long their work takes."""
+    """True if the culprits no longer post, which does not depend on how long their work takes."""
 
 
 class Watch:
@@ -111,7 +114,7 @@ class Watch:
         long_seconds: float = LONG_SECONDS,
         silent_seconds: float | None = None,
     ) -> None:
-        """`silent_seconds`: None: a minute, or `timeout_seconds` where that is less."""
+        """Start the threads. `silent_seconds`: None: a minute, or `timeout_seconds` if that is less."""
         self.rank, self.world = rank, world
         self._limit, self._long_limit = timeout_seconds, max(timeout_seconds, long_seconds)
         self._silent_seconds = min(SILENT_SECONDS, timeout_seconds) if silent_seconds is None else silent_seconds
@@ -120,12 +123,12 @@ class Watch:
         self._host, self._port = store.host, store.port
         self._store = self._connect()
         self._heard = time.monotonic()
-        """When the store last answered."""
+        """Time of the store's last answer."""
         self._ended, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._answer: list[Position | None] = []
         self._raises_alarm = False
         self._alarmed = threading.Event()
-        """Some rank is about to end the run."""
+        """Set when some rank is about to end the run."""
         if rank == 0:  # So that `get` never waits for a key.
             for key in (*map(str, range(world)), _ALARM):
                 self._store.set(key, "")
@@ -137,18 +140,19 @@ class Watch:
             thread.start()
 
     def stop(self) -> None:
-        """End the watch: from here on ranks may leave at different times."""
+        """Stop the watch: ranks may leave at different times from here on."""
         self._ended.set()
 
     def _connect(self) -> PrefixStore:
-        """A connection of its own: a store is locked while a thread waits in it. DistError where none answers."""
-        # Keys of an earlier attempt may still be there where torchrun keeps one store through restarts.
+        """Open a connection: a store is locked while a thread waits in it. Raises DistError without an answer."""
+        # Keys of an earlier attempt may still exist if torchrun keeps one store through restarts.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return PrefixStore(f"watch/{attempt}", TCPStore(self._host, self._port, wait_for_workers=False))
 
     def _tell(self) -> None:
-        """Post where this rank is, hear an alarm, read the others when asked to. All that talks to the store is here:
-        once the rank that keeps it is stopped it never answers again, whatever timeout it was given.
+        """Post this rank's position, check for an alarm, read the others on request.
+
+        Only this thread talks to the store: once the rank that holds it is stopped, no call returns, with any timeout.
         """
         beat, last = 0, _here
         while not self._ended.is_set():
@@ -160,7 +164,7 @@ class Watch:
                 try:  # The connection was dropped,
                     self._store = self._connect()
                 except DistError:
-                    return  # or whoever keeps the store has left or died. `_ask` gets no answer then.
+                    return  # or the store's holder has left or died. `_ask` gets no answer then.
 
     def _exchange(self, own: Position) -> None:
         self._store.set(str(self.rank), json.dumps(asdict(own)))
@@ -176,10 +180,10 @@ class Watch:
         self._heard = time.monotonic()
 
     def _look(self) -> None:
-        """Follow the marks of this rank; judge when it has not moved for too long."""
+        """Follow the marks of this rank, and judge when it has not moved for too long."""
         last, still, before, shown = _here, 0.0, time.monotonic(), False
         asked: tuple[float, list[Position | None] | None] | None = None
-        """How long this rank had been still when it asked for the first time, and the answer."""
+        """Seconds without a mark at the first request, and its answer."""
         while not self._ended.wait(self._beat_seconds):
             now = time.monotonic()
             moved, last = _here is not last, _here
@@ -202,15 +206,16 @@ class Watch:
             if not shown:
                 self._show_stacks()
             self._raises_alarm = True
-            self._ended.wait(3 * self._beat_seconds)  # The others show their stacks meanwhile.
+            self._ended.wait(3 * self._beat_seconds)  # The other ranks print their stacks meanwhile.
             self._end(HungError(verdict.message), verdict)
             return
 
     def _judge(
         self, first: list[Position | None] | None, second: list[Position | None] | None, still: float
     ) -> Verdict | None:
-        """Who is waited for, after `still` seconds without a mark, by what was told at two times. None: somebody moves,
-        or may take longer, or it is too early to say.
+        """Return the verdict after `still` seconds without a mark, from two reads of the positions.
+
+        None: some rank moves, or may take longer, or it is too early to decide.
         """
         if time.monotonic() - self._heard > self._silent_seconds:
             silence = "rank 0, through which the ranks hear of each other, gives no sign of life"
@@ -226,7 +231,7 @@ class Watch:
         )
 
     def _ask(self) -> list[Position | None] | None:
-        """What each rank has told last, None for one that has told nothing; None where the store does not answer."""
+        """Return each rank's last position, None for a rank without one; None if the store does not answer."""
         self._answered.clear()
         self._asked.set()
         return self._answer if self._answered.wait(max(5 * self._beat_seconds, 1.0)) else None
@@ -235,29 +240,27 @@ class Watch:
         return _places({self.rank: own_position(_here, moves=False)})
 
     def _show_stacks(self) -> None:
-        with contextlib.suppress(OSError):  # A full disk, which must not end this thread.
+        with contextlib.suppress(OSError):  # A full disk must not end this thread.
             print(f"{self._own_place()}. Python stacks:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
 
 def own_position(mark: _Mark, *, moves: bool, beat: int = 0) -> Position:
-    """What this rank tells of itself at `mark`."""
+    """Return this rank's position at `mark`."""
     code, waits = ("", False) if moves else whereabouts()
     return Position(mark[0], in_words(mark), mark[-1], code, waits, beat)
 
 
 def whereabouts() -> tuple[str, bool]:
-    """(the innermost line of ours that the training thread is in, and the innermost function; whether it is within a
-    collective).
-    """
+    """Return (innermost line of our code in the training thread and innermost function, within a collective or not)."""
     training = threading.main_thread()
     assert training.ident is not None
-    # A backward on a GPU runs hooks in a thread of autograd, not of Python. One that saves may wait for another
-    # rank without holding up the training.
+    # A backward on a GPU runs hooks in a thread of autograd, not of Python. A thread that saves may wait for another
+    # rank without delaying training.
     aside = {thread.ident for thread in threading.enumerate() if not thread.name.startswith("Dummy")}
     threads = sys._current_frames()
-    # A frame that holds itself is freed by the garbage collector alone, and with it would all the others here: each
-    # look would keep what the training thread's functions had in hand, the dequantized weights of a backward.
+    # A frame that refers to itself is freed by the garbage collector only, and all other frames here with it: each look
+    # would keep the training thread's tensors alive, such as the dequantized weights of a backward.
     del threads[threading.get_ident()]
     frames = {ident: frame for ident, frame in threads.items() if ident == training.ident or ident not in aside}
     waits = any(frame.f_code.co_filename.startswith(_COLLECTIVES) for frame in frames.values())
@@ -271,7 +274,7 @@ def whereabouts() -> tuple[str, bool]:
 
 
 def judge(first: Sequence[Position | None], second: Sequence[Position | None], seconds: float) -> Verdict | None:
-    """Who is waited for, from what each rank told at two times; None where one of them moves."""
+    """Return the verdict from two reads of all positions, `seconds` apart; None if one rank moves."""
     silent = []
     for rank, (before, after) in enumerate(zip(first, second, strict=True)):
         if before is not None and after is not None and before.mark != after.mark:
@@ -300,7 +303,7 @@ def judge(first: Sequence[Position | None], second: Sequence[Position | None], s
 
 
 def in_words(mark: _Mark) -> str:
-    """`step 41 (backward of micro-batch 2)`, or outside steps `loading`."""
+    """Format a mark: `step 41 (backward of micro-batch 2)`, or outside steps `loading`."""
     _, step, phase, part, _ = mark
     within = phase if part is None else f"{phase} {part}"
     return within if step is None else f"step {step} ({within})"
@@ -311,7 +314,7 @@ def _still(seconds: float) -> str:
 
 
 def _places(positions: Mapping[int, Position]) -> str:
-    """`rank 2 is in step 41 (backward) at trainer.py:88; ranks 0, 1 are in ...`"""
+    """Format positions: `rank 2 is in step 41 (backward) at trainer.py:88; ranks 0, 1 are in ...`."""
     together: dict[tuple[str, str], list[int]] = {}
     for rank, position in positions.items():
         together.setdefault((position.place, position.code), []).append(rank)
@@ -328,5 +331,5 @@ def end_process(error: HungError, verdict: Verdict) -> None:
     try:
         error_file.leave(error, about=min(verdict.culprits, default=None))
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    finally:  # A full disk takes neither.
+    finally:  # Both writes fail on a full disk.
         os._exit(FAILED)

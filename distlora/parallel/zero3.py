@@ -1,10 +1,9 @@
-"""DeepSpeed ZeRO-3 over the frozen base: DeepSpeed cuts, gathers, prefetches and offloads it; adapters, their gradients
-and the optimizer are ours, as with FSDP2.
+"""Shard the frozen base with DeepSpeed ZeRO-3, which shards, gathers, prefetches and offloads it.
 
-Units are FSDP2's: every Block; the embedding; the head; what else the decoder has (its last norm). DeepSpeed's own way
-in, hooks on the modules of the model, takes every parameter below a module for its own, so each unit is a module that
-has the unit's frozen parameters and nothing else, and our hooks say when it is needed. Why not `deepspeed.initialize`:
-README.md.
+Adapters, their gradients and the optimizer are ours, as with FSDP2. The units are the same: every Block; the embedding;
+the LM head; the rest of the decoder (its last norm). DeepSpeed's hooks take every parameter below a module, so each
+unit is a module that holds the unit's frozen parameters only, and our hooks tell DeepSpeed when it is needed. README.md
+explains why `deepspeed.initialize` is not used.
 """
 
 from __future__ import annotations
@@ -35,17 +34,18 @@ from distlora.system import host_memory
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a parameter is cut over ranks: what `shards.local_rows` reads of it."""
+    """Shard of a parameter, read by `shards.local_rows`."""
 
     rows: Tensor
-    """(rows of a rank, ...): this rank's, in the memory that DeepSpeed gathers from; zeros behind the last of all."""
+    """(rows of a rank, ...): this rank's, in the memory that DeepSpeed gathers from, padded with zeros on the last
+    rank."""
     first_row: int
     shape: torch.Size
-    """Of the whole."""
+    """Shape of the whole parameter."""
 
 
 class _Unit(nn.Module):
-    """The frozen parameters that are gathered together."""
+    """Frozen parameters that are gathered together."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
@@ -54,28 +54,27 @@ class _Unit(nn.Module):
 
 
 def host_bytes(model: CausalLM, shards: Shards) -> int:
-    """Host memory that a rank takes where the base of `model` is kept there."""
+    """Return the host memory in bytes that a rank needs to offload the base of `model`."""
     sizes = [own_shape(parameter, shards).numel() * parameter.itemsize for parameter in _gathered(model)]
     return host_memory.bytes_of(sizes)
 
 
 def _gathered(model: CausalLM) -> list[nn.Parameter]:
-    """All but the adapters', a tied one once; the largest first, so that little is lost at the ends of chunks."""
+    """Return all parameters except the adapters', a tied one once, largest first to waste little at chunk ends."""
     adapters = set(adapter_parameters(model).values())
     found = [parameter for parameter in model.parameters() if parameter not in adapters]
     return sorted(found, key=lambda parameter: -parameter.nbytes)
 
 
 def own_shape(parameter: Tensor, shards: Shards) -> torch.Size:
-    """Of the rows that each rank has memory for."""
+    """Return the shape of the rows that each rank allocates."""
     return torch.Size((-(-parameter.shape[0] // shards.count), *parameter.shape[1:]))
 
 
 def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torch.device, traffic: Traffic) -> Units:
-    """Cut every parameter of `model` (on meta) but the adapters' over the ranks, give this rank's rows their memory,
-    and gather units around their forward and backward from now on.
+    """Shard every parameter of `model` (on meta) except the adapters', and gather units around forward and backward.
 
-    Every rank must call it alike. Raises UserError where DeepSpeed is not installed.
+    Every rank must call it alike. Raises UserError if DeepSpeed is not installed.
     """
     check_deepspeed()
     start_deepspeed(device)
@@ -85,11 +84,11 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
     taken: dict[nn.Parameter, nn.Parameter] = {}
 
     def take(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-        """The parameters of `modules`, cut; a tied one is cut once. Those of a unit before are left out."""
+        """Shard and return the parameters of `modules`, a tied one once, without those of earlier units."""
         found = []
         for module in modules:
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter not in rows:  # An adapter's, or cut already.
+                if parameter not in rows:  # An adapter's parameter, or sharded already.
                     continue
                 assert not parameter.requires_grad, "ZeRO-3 gathers what is frozen"
                 if parameter not in taken:
@@ -116,8 +115,9 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
 
 
 class Units:
-    """When each unit is gathered and let go. What gathers it is DeepSpeed's coordinator: it learns the order of units
-    in one step and has the next ones on their way from then on.
+    """Gathering and release of each unit, by DeepSpeed's coordinator.
+
+    The coordinator learns the order of units in the first step and prefetches the next ones from then on.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Units:
         self._rest, self._embedding, self._blocks, self._head = rest, embedding, blocks, head
         root = nn.ModuleList([rest, embedding, *blocks, head])
         block = max(map(_numel, blocks))
-        # By each unit that is fetched a block more is gathered ahead, unless that is more than two units then.
+        # Each fetch prefetches one layer more, unless that exceeds two units.
         two = block + max(block, _numel(embedding), _numel(head))
         self._offload = DeepSpeedZeRoOffload(
             root,
@@ -149,13 +149,13 @@ class Units:
         )
         self._coordinator = self._offload.get_param_coordinator()
         self._in_backward: _Unit | None = None
-        """The unit whose backward runs."""
+        """Unit whose backward runs."""
         self._device = device
         self._passed: collections.deque[torch.cuda.Event] = collections.deque()
-        """When the device has done with each unit that was let go."""
+        """Events that mark when the device has finished with each released unit."""
 
     def hook(self, model: CausalLM) -> None:
-        """Gather from now on what a forward of `model` and the backward after it need, when they need it."""
+        """Register hooks that gather each unit when a forward of `model` or the following backward needs it."""
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end)
         for module, unit in ((model.embedding, self._embedding), (model.head, self._head)):
@@ -166,13 +166,13 @@ class Units:
             block.register_forward_hook(functools.partial(self._after_block, unit))
 
     def _begin(self, model: nn.Module, arguments: Any) -> None:
-        self.end_backward()  # Of a forward that no backward followed.
+        self.end_backward()  # If no backward followed the last forward.
         self._coordinator.reset_step()
         self._before(self._rest, model, arguments)
 
     def _end(self, model: nn.Module, arguments: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
-            # What was fetched ahead for a backward, too.
+            # Includes what was prefetched for a backward.
             self._offload.partition_all_parameters()
 
     def _before(self, unit: _Unit, module: nn.Module, arguments: Any) -> None:
@@ -187,7 +187,7 @@ class Units:
             output.register_hook(functools.partial(self._before_backward, unit))
 
     def _before_backward(self, unit: _Unit, gradient: Tensor) -> None:
-        """Of a block, when the gradient of its output is complete: the block behind it is done with."""
+        """Gather a layer when its output's gradient is complete, and release the layer after it."""
         self._end_unit()
         self._fetch(unit, forward=False)
         self._in_backward = unit
@@ -198,7 +198,7 @@ class Units:
             self._in_backward = None
 
     def end_backward(self) -> None:
-        """After a backward: let go what is still gathered, the first block and the last norm."""
+        """Release the first layer and the last norm, which are still gathered after a backward."""
         self._end_unit()
         self._coordinator.release_sub_module(self._rest, forward=True)
 
@@ -208,24 +208,25 @@ class Units:
             self._passed.append(passed)
 
     def _fetch(self, unit: _Unit, *, forward: bool) -> None:
-        # What was let go is free for the next gather when the device has passed it, which DeepSpeed does not wait for:
-        # a host that runs ahead takes new memory for each unit. So the device has the unit before this one to do at
-        # the most.
+        # Released memory can be reused once the device has passed it. DeepSpeed does not wait for that, so a host that
+        # runs ahead allocates new memory for each unit. Wait until the device has at most the previous unit left.
         while len(self._passed) > 1:
             self._passed.popleft().synchronize()
         coordinator = self._coordinator
         coordinator.trace_prologue(unit)
         if coordinator.is_record_trace():
             coordinator.record_module(unit)
-        with record_function("DeepSpeed::fetch"):  # What memory_meter.py tells gathering by, as FSDP2 names its own.
+        with record_function(
+            "DeepSpeed::fetch"
+        ):  # The label by which memory_meter.py recognizes gathering, as for FSDP2.
             coordinator.fetch_sub_module(unit, forward=forward)
         for parameter in unit.parameters():
-            # Without the rows that fill the last rank's share.
+            # Drop the padding rows of the last rank's shard.
             parameter.data = parameter.data[: whole_shape(parameter)[0]]
 
 
 class _Partition:
-    """Turns parameters into DeepSpeed's, which hold nothing until they are gathered."""
+    """Conversion of parameters to DeepSpeed's, which hold nothing until they are gathered."""
 
     def __init__(self, shards: Shards, gathering: Gathering, *, device: torch.device, traffic: Traffic) -> None:
         import deepspeed
@@ -234,14 +235,14 @@ class _Partition:
         self._offload, self._pin = gathering.offload, gathering.pin_memory and device.type == "cuda"
         self._init = deepspeed.zero.Init(
             data_parallel_group=shards.group,
-            mem_efficient_linear=False,  # It exchanges torch's F.linear for the whole process.
+            mem_efficient_linear=False,  # It would replace torch's F.linear for the whole process.
             remote_device="cpu" if gathering.offload else None,
-            dtype=torch.float32,  # Of what is made within its context, which is not entered here.
+            dtype=torch.float32,  # Dtype of parameters made within its context, which is not entered here.
         )
         self._init.allgather_sequential = gathering.allgather_sequential
 
     def memory(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """For this rank's rows of each, zeros."""
+        """Allocate zeros for this rank's rows of each parameter."""
         shapes = [own_shape(parameter, self._shards) for parameter in parameters]
         if not self._offload:
             kinds = zip(shapes, parameters, strict=True)
@@ -254,16 +255,16 @@ class _Partition:
         ]
 
     def cut(self, parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
-        """What takes the place of `parameter`: this rank's `rows` of it.
+        """Return the parameter that replaces `parameter`, with this rank's `rows` of it.
 
-        DeepSpeed cuts the flat tensor in equal parts; with dim 0 padded to a multiple of the ranks those are our rows.
-        Its own way to cut a tensor needs it whole, on every rank, and broadcasts it.
+        DeepSpeed splits the flat tensor into equal parts; with dim 0 padded to a multiple of the ranks those are our
+        rows. DeepSpeed's own partitioning needs the whole tensor on every rank and broadcasts it.
         """
         from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
         shape, own = parameter.shape, rows.shape
         padded = torch.Size((self._shards.count * own[0], *shape[1:]))
-        # The shape without its memory.
+        # A shape without memory.
         empty = torch.empty((), dtype=parameter.dtype, device=self._device).expand(padded)
         cut: Any = nn.Parameter(empty, requires_grad=False)
         self._init._convert_to_deepspeed_param(cut)
@@ -272,14 +273,14 @@ class _Partition:
         cut.ds_tensor.status = PartitionedParamStatus.AVAILABLE
         cut.ds_tensor.final_location = None
         cut.ds_numel_aligned = padded.numel()
-        cut.partition()  # It has its part already, so this lets go of the rest.
+        cut.partition()  # Frees everything but the part that it has.
         cut.all_gather_coalesced = functools.partial(self._count, cut.all_gather_coalesced)
         first = min(self._shards.index * own[0], shape[0])
         cut.cut = Cut(rows[: max(min(own[0], shape[0] - first), 0)], first, shape)
         return cut
 
     def _count(self, gather: Callable[..., Any], parameters: Sequence[Any], **options: Any) -> Any:
-        """Gather `parameters` by DeepSpeed's function, which each of them carries; count the bytes of the result."""
+        """Gather `parameters` with DeepSpeed's function `gather`, and count the bytes of the result."""
         parts = [parameter.ds_tensor for parameter in parameters]
         self._traffic.gathered_bytes += self._shards.count * sum(part.nbytes for part in parts)
         with sent_to(self._device, parameters):
@@ -288,8 +289,9 @@ class _Partition:
 
 @contextlib.contextmanager
 def sent_to(device: torch.device, parameters: Sequence[Any]) -> Iterator[None]:
-    """While this lasts, `parameters` have their parts on `device`: those of host memory as copies that the current
-    stream (DeepSpeed's, of gathers) makes. DeepSpeed would copy by itself, and have the host wait for it.
+    """Move the parts of `parameters` to `device` within this context, in the current (DeepSpeed's gather) stream.
+
+    DeepSpeed would copy parts from host memory itself, and make the host wait for it.
     """
     parts = [parameter.ds_tensor for parameter in parameters]
     try:
@@ -305,22 +307,23 @@ def sent_to(device: torch.device, parameters: Sequence[Any]) -> Iterator[None]:
 
 
 def passed_event(device: torch.device) -> torch.cuda.Event | None:
-    """What tells when `device` has done all that it was given so far; None of a CPU, which has."""
+    """Return an event after everything queued on `device` so far; None on a CPU, which has finished."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def start_deepspeed(device: torch.device) -> None:
-    """Import DeepSpeed and have it work over the process group that is there; nothing is compiled or printed."""
-    os.environ["DS_ACCELERATOR"] = device.type  # Or it tries what is installed, and warns that it found no GPU.
+    """Import DeepSpeed and attach it to the existing process group, without compiling or printing."""
+    os.environ["DS_ACCELERATOR"] = (
+        device.type
+    )  # Otherwise it probes for installed devices, and warns about a missing GPU.
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     import deepspeed
     import deepspeed.ops
 
     if device.type == "cpu":
-        # Else it tries out what it could compile, and compiles half a minute for a sum in shared memory that nothing
-        # here calls.
+        # Otherwise it probes which ops it can compile, and compiles for half a minute an op that nothing here calls.
         deepspeed.ops.__compatible_ops__ = {}
-    # Its gathers are called by the name that torch 2.13 warns of.
+    # DeepSpeed calls an all-gather by the name that torch 2.13 warns about.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 

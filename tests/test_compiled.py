@@ -16,10 +16,10 @@ from closeness import relative_error
 from distlora.architecture.families import family_of, read_config
 from distlora.config import Config, UserError
 from distlora.config.file import build
-from distlora.model import compiled
+from distlora.model import fused_modules
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
-from distlora.model.compiled import CompiledRMSNorm
+from distlora.model.fused_modules import CompiledRMSNorm
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
 from distlora.post.load_trained import load_model
@@ -44,7 +44,7 @@ def test_a_decoder_that_is_compiled_computes_what_it_did(name: str, tmp_path: Pa
     model, _ = load_ours(tmp_path, ALONE, train=train)
     expected_losses, expected = run(model, input_ids)
     before = dict(model.named_parameters())
-    said = compiled.apply(model.decoder, model.family, model.head)
+    said = fused_modules.use_compiled(model.decoder, model.family, model.head)
     for block in model.blocks:
         block.remakes = not block.checkpointing
     gated = "GEGLU" if name.startswith("gemma") else "SwiGLU"
@@ -160,7 +160,7 @@ def test_what_it_trained_is_used_where_nothing_compiles_and_by_transformers_own(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     with pytest.raises(UserError, match=r"no C\+\+ compiler .* or set train.compile=false"):
-        compiled.require()
+        fused_modules.require_compiled()
     again, _ = load_model(
         config_of(train={"compile": True}, model={"path": str(tmp_path)}, data={"path": "d", "sequence_length": 64}),
         None,

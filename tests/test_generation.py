@@ -42,7 +42,7 @@ from distlora.post.generate import worker
 from distlora.post.load_trained import load_model
 from distlora.system.command_worker import from_json, to_json
 from distlora.training import worker as training_worker
-from distlora.training.encoding import PromptEncoder, greedy, sampling
+from distlora.training.generator import PromptEncoder, greedy, sampling
 from distlora.training.generator import (
     Completion,
     Generator,

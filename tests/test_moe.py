@@ -29,7 +29,7 @@ from distlora.model.frozen import FrozenTensor
 from distlora.parallel import Ranks
 from distlora.planner import traffic
 from distlora.training import worker
-from distlora.training.figures import active_parameters, count_parameters, experts_said
+from distlora.training.metrics import active_parameters, count_parameters, experts_said
 from distlora.training.flops import count_flops
 from distlora.training.setup import start_run_model
 from distlora_kernels import nf4

@@ -9,7 +9,7 @@ import torch
 
 from closeness import relative_error
 from distlora.config import AdapterConfig
-from distlora.model.buffers import materialize_buffers
+from distlora.model.build import materialize_buffers
 from distlora.model.build import CausalLM
 from test_loading import loaded
 

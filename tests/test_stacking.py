@@ -8,7 +8,7 @@ from torch import nn
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.data.stacking import Share, stacks
 from distlora.parallel import Ranks
-from distlora.parallel.adapter_sync import GradientReducer, Launches
+from distlora.parallel.gradients import GradientReducer, Launches
 from distlora.parallel.traffic import Traffic
 from worlds import World
 

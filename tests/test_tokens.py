@@ -26,7 +26,7 @@ from distlora.parallel import Ranks
 from distlora.planner.model import find_model
 from distlora.run_folder.layout import read_record, read_result
 from distlora.training import worker
-from distlora.training.encoding import PromptEncoder
+from distlora.training.generator import PromptEncoder
 from distlora.training.publish import load_weights, publish_result
 from distlora.training.setup import start_run_model
 from distlora_launcher.cli.push import collect

@@ -18,7 +18,7 @@ from torch import Tensor
 from distlora.config import UserError
 from distlora.loading.tensor_files import DeferredTensor, write_tensors
 from distlora.parallel import Backend
-from distlora.parallel.streams import HostRows
+from distlora.parallel.shards import HostRows
 from distlora.run_folder.checkpoints import replaced_folder, sha256, temporary_folder
 from distlora.system import atomic_io
 

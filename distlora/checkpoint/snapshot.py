@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from distlora.checkpoint.files import Files
 from distlora.parallel import Backend
-from distlora.parallel.streams import HostRows
+from distlora.parallel.shards import HostRows
 from distlora.system import host_memory
 
 

@@ -25,7 +25,7 @@ from distlora.architecture.safetensors_headers import (
     lay_out,
 )
 from distlora.parallel import Backend
-from distlora.parallel.streams import HostRows
+from distlora.parallel.shards import HostRows
 from distlora.system import atomic_io
 from distlora.weights.reader import DTYPE_NAMES, Reader
 

@@ -12,7 +12,7 @@ import copy
 import inspect
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from distlora.architecture.families import Family, check_config, check_tiles
 from distlora.architecture.hf_config import read_hf_config, refused_by_transformers
 from distlora.architecture.targets import check_patterns
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
-from distlora.config import ModelSpec, TrainConfig
+from distlora.config import ModelSpec, TrainConfig, UserError
 from distlora.model.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, adapter_parameters
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
 from distlora.model.balance import ask_for_balance, balance_sums, place_routers, weight_of
@@ -34,7 +34,6 @@ from distlora.model.experts import ExpertWeight, replace_experts
 from distlora.model.frozen import FrozenLinear, link_shared_inputs
 from distlora.model.head import LossHead
 from distlora.model.token_rows import TokenRows
-from distlora.model.trained_modules import train_whole
 from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.weights.prequantized import (
     PrequantizedWeight,
@@ -414,3 +413,44 @@ def _replace_weights(
             for path, weight in fused.items():
                 if (path := f"{prefix}{index}.{path}") in targets:
                     weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path)
+
+
+def train_whole(
+    embedding: nn.Module, head: nn.Module, names: Collection[str], *, dtype: torch.dtype, training: bool
+) -> None:
+    """Put parameters of their own (on meta) in the place of the frozen `weight` of those of the two that are named, and
+    take the two apart where they are one.
+
+    Trained ones are fp32 masters; where it is not `training`, all are frozen in `dtype`, the run's.
+    """
+    if head.weight is embedding.weight:
+        head.weight = _like(head, dtype, trained=False)
+    for name, module in ((EMBEDDING, embedding), (HEAD, head)):
+        if name in names:
+            module.weight = _like(module, torch.float32 if training else dtype, trained=training)
+
+
+def _like(module: nn.Module, dtype: torch.dtype, *, trained: bool) -> nn.Parameter:
+    shape = module.get_parameter("weight").shape
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=trained)
+
+
+def materialize_buffers(model: CausalLM, device: torch.device) -> None:
+    """Compute what the meta skeleton could not hold: the rotary embedding's frequencies and Gemma's embedding scale,
+    from the config.
+
+    Raises UserError for any other buffer that no checkpoint fills: it would hold whatever the memory held.
+    """
+    for name, _ in model.named_buffers():
+        if not (name.endswith((".offset", ".embed_scale", ".row_norms_squared")) or ".rotary_emb." in name):
+            raise UserError(
+                f"{model.hf_config.model_type} has a buffer {name}, which distlora does not know how to fill; "
+                "set {model.path} to another model, and report this one"
+            )
+    config = model.decoder.config
+    for name, module in list(model.decoder.named_modules()):
+        if name.rpartition(".")[2] == "rotary_emb":
+            model.decoder.set_submodule(name, type(module)(config=config).to(device))
+        if isinstance(scale := getattr(module, "embed_scale", None), Tensor):
+            # In the buffer's dtype: transformers rounds the scale to bf16 in a bf16 model too.
+            scale.fill_(module.scalar_embed_scale)

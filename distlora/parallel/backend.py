@@ -15,15 +15,12 @@ from torch.distributed.tensor import DTensor
 from distlora.config import UserError
 from distlora.model.build import CausalLM
 from distlora.model.frozen import FrozenTensor
-from distlora.parallel.adapter_sync import GradientReducer, Launches
-from distlora.parallel.gradients import Gradients
+from distlora.parallel.gradients import GradientReducer, Gradients, Launches, ShardedGradients
 from distlora.parallel.integrity import FrozenWeights, compare_trained
 from distlora.parallel.ranks import Ranks
 from distlora.parallel.residency import Residency
-from distlora.parallel.shards import Shards, local_rows
-from distlora.parallel.streams import HostRows, stream_rows
+from distlora.parallel.shards import HostRows, Shards, local_rows, stream_rows
 from distlora.parallel.traffic import Traffic
-from distlora.parallel.trained_shards import ShardedGradients
 from distlora.system import host_memory
 
 Collected = TypeVar("Collected")

@@ -5,13 +5,17 @@ Trials that share a base have one `Gradients` each, so a value that is not finit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from distlora.parallel.adapter_sync import GradientReducer
-from distlora.parallel.trained_shards import ShardedGradients
+from distlora.parallel.traffic import Traffic
 
 
 class Gradients:
@@ -54,3 +58,219 @@ class Gradients:
         for part in self._parts:
             assert isinstance(part, GradientReducer), "what is cut is trained to the end"
             part.release()
+
+
+@dataclass(slots=True, eq=False)
+class _Bucket:
+    """Gradients that are all-reduced together."""
+
+    flat: Tensor
+    size: int
+    """Number of parameters."""
+    behind: float
+    """Fraction of the run's parameters, by number, whose gradients have arrived when the bucket is complete."""
+    pending: int = field(init=False)
+    """Number of gradients that have not arrived in this step."""
+
+    def __post_init__(self) -> None:
+        self.pending = self.size
+
+
+class Launches:
+    """Launch order of all runs' buckets over the ranks of `group`. With group=None (one process) nothing is sent."""
+
+    def __init__(self, group: dist.ProcessGroup | None, traffic: Traffic, *, between_copies: bool = False) -> None:
+        """Start without buckets. `between_copies`: `group` has ranks of several copies of the base."""
+        self._group, self._traffic, self._between_copies = group, traffic, between_copies
+        self._buckets: list[_Bucket] = []
+        self._launched = 0
+        self._works: list[dist.Work] = []
+
+    def add(self, buckets: Sequence[_Bucket]) -> None:
+        """Add buckets between steps. Each is sent when backward has completed it."""
+        # Sorting is stable, so every rank has the same order, and equal keys keep the order of `add`.
+        self._buckets = sorted([*self._buckets, *buckets], key=lambda bucket: bucket.behind)
+
+    def remove(self, buckets: Sequence[_Bucket]) -> None:
+        """Remove buckets between steps."""
+        self._buckets = [bucket for bucket in self._buckets if bucket not in buckets]
+
+    def launch_complete(self) -> None:
+        """Send the complete buckets that no incomplete bucket precedes."""
+        while self._launched < len(self._buckets) and self._buckets[self._launched].pending == 0:
+            self._launch_next()
+
+    def finish(self) -> None:
+        """Send the buckets that are left (a parameter got no gradient on this rank) and wait for all of them."""
+        while self._launched < len(self._buckets):
+            self._launch_next()
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+        self._launched = 0
+        for bucket in self._buckets:
+            bucket.pending = bucket.size
+
+    def _launch_next(self) -> None:
+        flat = self._buckets[self._launched].flat
+        self._launched += 1
+        if self._group is not None:
+            self._traffic.reduced_bytes += flat.nbytes
+            self._traffic.between_copies_bytes += self._between_copies * flat.nbytes
+            work = dist.all_reduce(flat, group=self._group, async_op=True)
+            assert work is not None
+            self._works.append(work)
+
+
+class GradientReducer:
+    """Gradients of one run's `parameters` (in forward order), summed over ranks by `launches`.
+
+    Backward runs from the last parameter to the first, so buckets are filled from the end of `parameters`.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, bucket_bytes: int, launches: Launches) -> None:
+        self._launches = launches
+        self._buckets: list[_Bucket] = []
+        self._bucket_of: dict[nn.Parameter, _Bucket] = {}
+        self._is_last = True
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        for members in _cut(list(reversed(parameters)), bucket_bytes):
+            self._add_bucket(members, len(parameters))
+        launches.add(self._buckets)
+
+    def _add_bucket(self, members: list[nn.Parameter], total: int) -> None:
+        first = members[0]
+        flat = torch.zeros(sum(p.numel() for p in members), dtype=first.dtype, device=first.device)
+        behind = (len(self._bucket_of) + len(members)) / total
+        bucket = _Bucket(flat, len(members), behind)
+        for parameter, view in zip(members, flat.split([p.numel() for p in members]), strict=True):
+            parameter.grad = view.view_as(parameter)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived))
+            self._bucket_of[parameter] = bucket
+        self._buckets.append(bucket)
+
+    def release(self) -> None:
+        """Free the gradients, between steps."""
+        self._launches.remove(self._buckets)
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._bucket_of:
+            parameter.grad = None
+
+    def updated(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Yield (parameter, tensor that the optimizer updates): itself, twice."""
+        return ((parameter, parameter) for parameter in self._bucket_of)
+
+    def expect(self, *, last: bool) -> None:
+        """Prepare a backward. `last`: it is the step's last, whose gradients complete the sums."""
+        self._is_last = last
+
+    def poison_unless_finite(self, loss: Tensor) -> None:
+        """Make the sums NaN on every rank if this rank's loss, a device scalar, is not finite.
+
+        A loss may be infinite and its gradient finite. Otherwise this adds 0, which changes no bit but the sign of -0.
+        """
+        self._buckets[0].flat[:1] += torch.where(torch.isfinite(loss), 0.0, math.nan)
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        if self._is_last:
+            self._bucket_of[parameter].pending -= 1
+            self._launches.launch_complete()
+
+    def squared_norm(self) -> Tensor:
+        """Return the squared norm of the whole gradient, a device scalar, identical on every rank after `finish`."""
+        gradients = [parameter.grad for parameter in self._bucket_of if parameter.grad is not None]
+        # Summed by parameter: a bucket's single sum over a million numbers lost 1e-5 of the norm on the CPU.
+        return torch.stack(torch._foreach_norm(gradients)).square().sum()
+
+    def scale(self, factor: Tensor) -> None:
+        for bucket in self._buckets:
+            bucket.flat.mul_(factor)
+
+    def zero(self) -> None:
+        """Zero the sums for the next step. The gradients stay views: never set them to None."""
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+
+
+def _cut(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+    """Split neighbours into buckets of at least `bucket_bytes`, each of one dtype and device."""
+    buckets: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in parameters:
+        same = bool(buckets) and buckets[-1][0].dtype == parameter.dtype and buckets[-1][0].device == parameter.device
+        if not same or size >= bucket_bytes:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter)
+        size += parameter.nbytes
+    return buckets
+
+
+class ShardedGradients:
+    """Gradients of `parameters`, summed over the ranks of `group`. They are sharded by units within `root`, in `copies`
+    copies.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        *,
+        group: dist.ProcessGroup,
+        traffic: Traffic,
+        copies: int = 1,
+    ) -> None:
+        assert isinstance(root, FSDPModule)
+        self._root, self._group, self._traffic, self._copies = root, group, traffic, copies
+        self._parameters = list(parameters)
+        self._rows = [nn.Parameter(shard_of(parameter).to_local()) for parameter in parameters]
+        self._poison = torch.zeros((), device=self._rows[0].device)
+
+    def updated(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Yield (parameter, tensor that the optimizer updates): this rank's rows of it."""
+        return zip(self._parameters, self._rows, strict=True)
+
+    def expect(self, *, last: bool) -> None:
+        """Prepare a backward. `last`: the sums are sent after it."""
+        self._root.set_requires_gradient_sync(last)
+
+    def poison_unless_finite(self, loss: Tensor) -> None:
+        """Make the norm NaN on every rank if this rank's loss, a device scalar, is not finite."""
+        self._poison += torch.where(torch.isfinite(loss), 0.0, math.nan)
+
+    def finish(self) -> None:
+        """Give the sums to the optimizer's tensors, after the last backward has waited for every reduce-scatter."""
+        for parameter, rows in zip(self._parameters, self._rows, strict=True):
+            shard = shard_of(parameter).to_local()
+            assert shard.data_ptr() == rows.data_ptr(), "FSDP2 has moved a shard since its rows were taken"
+            assert isinstance(parameter.grad, DTensor), "a trained parameter got no gradient"
+            rows.grad = parameter.grad.to_local()
+
+    def squared_norm(self) -> Tensor:
+        """Return the squared norm of the whole gradient: the same bits on each rank, NaN if not finite on any."""
+        square = torch.stack(torch._foreach_norm(self._gradients())).square().sum() + self._poison
+        self._traffic.reduced_bytes += square.nbytes
+        self._traffic.between_copies_bytes += (self._copies > 1) * square.nbytes
+        # Over the ranks of every copy, which have the same sums: a loss that is not finite may be on any of them.
+        dist.all_reduce(square, group=self._group)
+        return square / self._copies
+
+    def scale(self, factor: Tensor) -> None:
+        torch._foreach_mul_(self._gradients(), factor)
+
+    def zero(self) -> None:
+        """Zero the sums for the next step."""
+        self._poison.zero_()
+        for tensor in (*self._parameters, *self._rows):
+            tensor.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        return [rows.grad for rows in self._rows if rows.grad is not None]
+
+
+def shard_of(parameter: nn.Parameter) -> DTensor:
+    """Return a sharded parameter's local data, outside of autograd."""
+    data = parameter.data
+    assert isinstance(data, DTensor)
+    return data

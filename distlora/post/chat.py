@@ -16,8 +16,7 @@ from transformers.generation.streamers import TextStreamer
 
 from distlora.config import UserError, nearest
 from distlora.data.prompts import Prompt
-from distlora.training.encoding import PromptEncoder
-from distlora.training.generator import Completion, Generator, generate
+from distlora.training.generator import Completion, Generator, PromptEncoder, generate
 
 COMMANDS = ("/help", "/reset", "/system", "/exit")
 HELP = "/reset starts again, /system TEXT sets the system message, Ctrl-C stops an answer, Ctrl-D or /exit leaves"

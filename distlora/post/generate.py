@@ -30,8 +30,7 @@ from distlora.system.progress_lines import (
     say,
     still_loading,
 )
-from distlora.training.encoding import PromptEncoder, sampling
-from distlora.training.generator import Generator, generate, generate_all
+from distlora.training.generator import Generator, PromptEncoder, generate, generate_all, sampling
 
 
 def run(request: GenerateRequest, ranks: Ranks) -> None:

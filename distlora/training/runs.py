@@ -262,7 +262,7 @@ def sample_hook(
     if config.train.sample_every is None:
         return None
     # Here, as it imports much of transformers that other runs need not.
-    from distlora.training.sampler import Sampler
+    from distlora.training.generator import Sampler
 
     sampler = Sampler(model, backend, config, dict(data))
 

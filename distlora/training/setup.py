@@ -24,10 +24,9 @@ from distlora.loading import decomposed_adapters
 from distlora.loading.load_base import Loaded, load_base
 from distlora.loading.peft_format import load_peft_adapter
 from distlora.loading.quantized_cache import QuantizedCacheSettings
-from distlora.model import attention, compiled, fused_modules, liger
+from distlora.model import attention, fused_modules, liger
 from distlora.model.adapters import reset_adapters
-from distlora.model.buffers import materialize_buffers
-from distlora.model.build import DTYPES, CausalLM, build_model
+from distlora.model.build import DTYPES, CausalLM, build_model, materialize_buffers
 from distlora.model.frozen import FrozenTensor
 from distlora.model.mlp import place_mlps
 from distlora.model.offload import HostInputs
@@ -254,7 +253,7 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
         if train.compile:
             raise UserError("train.compile=true is for the CPU, and this rank has a GPU; set train.compile=false")
     if train.compile:
-        compiled.require()
+        fused_modules.require_compiled()
     choice = attention.choose(
         model.family,
         model.decoder.config,
@@ -270,7 +269,9 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
         model.notes.append(choice.said)
     outputs_are_kept = spec.adapter.use_dora
     if train.compile:
-        model.notes.append(compiled.apply(model.decoder, model.family, model.head, outputs_are_kept=outputs_are_kept))
+        model.notes.append(
+            fused_modules.use_compiled(model.decoder, model.family, model.head, outputs_are_kept=outputs_are_kept)
+        )
         for block in model.blocks:
             block.remakes = train.checkpointing == "none" and not outputs_are_kept
     if is_gpu and train.liger:

@@ -19,7 +19,7 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
 from distlora.parallel.control import Control
 from distlora.system.stop_signals import Stopped
-from distlora.training.figures import describe, describe_steps, summarize
+from distlora.training.metrics import describe, describe_steps, summarize
 from distlora.training.loop import Trainer
 from distlora.training.memory_check import memory_check, read_plan
 from distlora.training.optimizers import build_optimizer

@@ -1,8 +1,8 @@
 """What is trained, as a rank keeps it: parameters, their gradients, the optimizer's states. Imports no torch.
 
 Adapters and trained rows of tokens are fp32 and replicated, and their gradients are flat buffers of as many numbers
-(`distlora.parallel.adapter_sync`). What is trained of the base is cut over the ranks like it, and has this rank's rows
-of its gradient from a unit's backward to the next step's first (`distlora.parallel.trained_shards`); where nothing is
+(`distlora.parallel.gradients`). What is trained of the base is cut over the ranks like it, and has this rank's rows
+of its gradient from a unit's backward to the next step's first (`distlora.parallel.gradients`); where nothing is
 cut, flat buffers too.
 """
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
 
 from distlora.config import UserError
 from distlora.config.json_files import Shape, check_shape, read_object
 from distlora.model.adapters import MOST_SLOTS
 from distlora.parallel import Ranks, from_rank_0
 from distlora.system import atomic_io
-from distlora.training.multi_trial.agreement import path_of_rank_0, together
 from distlora.training.multi_trial.protocol import (
     CLOSED_NAME,
     INBOX,
@@ -127,3 +131,38 @@ def _numbers(folder: Path) -> set[int]:
     if not folder.is_dir():
         return set()
     return {int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()}
+
+
+Made = TypeVar("Made")
+
+_LONGEST_PATH = 4096
+
+
+def path_of_rank_0(path: Path, ranks: Ranks) -> Path:
+    """Rank 0's path on every rank."""
+    if ranks.control is None:
+        return path
+    said = os.fsencode(path)
+    assert len(said) <= _LONGEST_PATH, path
+    word = torch.tensor(list(said.ljust(_LONGEST_PATH, b"\0")), dtype=torch.uint8)
+    dist.broadcast(word, group=ranks.control, group_src=0)
+    return Path(os.fsdecode(bytes(word.tolist()).rstrip(b"\0")))
+
+
+def together(action: Callable[[], Made], ranks: Ranks) -> Made:
+    """The result of `action`, which calls on no other rank after it may have failed. Raises UserError, on every rank,
+    where it did on some."""
+    made: list[Made] = []
+    error: UserError | None = None
+    try:
+        made.append(action())
+    except UserError as own:
+        error = own
+    if ranks.control is not None:
+        word = torch.tensor(-1 if error is None else ranks.rank, dtype=torch.int64)
+        dist.all_reduce(word, dist.ReduceOp.MAX, group=ranks.control)
+        if error is None and word >= 0:
+            error = UserError(f"rank {int(word)} cannot go on with it; logs/rank_{int(word)}.log of the pack says why")
+    if error is not None:
+        raise error
+    return made[0]

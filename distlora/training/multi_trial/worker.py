@@ -16,7 +16,7 @@ from distlora.system import atomic_io
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
 from distlora.training.multi_trial.inbox import Inbox, read_settings
 from distlora.training.multi_trial.pack import Pack
-from distlora.training.multi_trial.settings import check_trial
+from distlora.training.multi_trial.protocol import check_trial
 from distlora.training.setup import start_run_model
 
 

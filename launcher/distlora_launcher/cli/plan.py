@@ -34,7 +34,7 @@ from distlora.planner.pages.tables import leverage_table, matrix, scaling_tables
 from distlora.planner.pages.words import KINDS
 from distlora.planner.speed.scaling import FABRICS, Scaling, scaling
 from distlora.system.exit_codes import DONE
-from distlora.training.multi_trial.settings import check_pack
+from distlora.training.multi_trial.protocol import check_pack
 from distlora_launcher.cli.plan_table import (
     MACHINES,
     MODELS,

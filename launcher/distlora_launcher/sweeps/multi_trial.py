@@ -36,11 +36,12 @@ from distlora.training.multi_trial.protocol import (
     OUTCOMES,
     PACK_NAME,
     VERDICTS,
+    check_beside,
+    check_trial,
     inbox_file,
     outcome_file,
     verdict_file,
 )
-from distlora.training.multi_trial.settings import check_beside, check_trial
 from distlora_launcher.compose.checks import check
 from distlora_launcher.compose.compose import compose_run
 from distlora_launcher.compose.hub import localize, restore
@@ -504,7 +505,7 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-WORKER = "distlora.training.multi_trial"
+WORKER = "distlora.training.multi_trial.worker"
 
 
 def run(pack: Path) -> int:

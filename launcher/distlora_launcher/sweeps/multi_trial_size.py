@@ -17,7 +17,7 @@ from distlora.planner.choice.packing import (
 )
 from distlora.planner.pages.report import packed_trials
 from distlora.run_folder.sweep import words_of
-from distlora.training.multi_trial.settings import check_trial
+from distlora.training.multi_trial.protocol import check_trial
 from distlora_launcher.compose.compose import Composed, compose_run, section_of
 from distlora_launcher.compose.planning import choices, machine_here
 from distlora_launcher.compose.this_machine import planned_model

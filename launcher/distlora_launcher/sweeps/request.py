@@ -11,7 +11,7 @@ from pathlib import Path
 from distlora.config import Config, UserError, nearest, require
 from distlora.config.places import is_hub_name
 from distlora.run_folder.sweep import JOURNAL_NAME, is_sweep_folder, words_of
-from distlora.training.multi_trial.settings import check_trial
+from distlora.training.multi_trial.protocol import check_trial
 from distlora_launcher.compose.checks import check, check_writable
 from distlora_launcher.compose.compose import (
     MOST_JOBS_CHECKED,

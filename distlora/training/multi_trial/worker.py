@@ -1,4 +1,4 @@
-"""Train several trials on one model: `python -m distlora.training.multi_trial PACK`, one process per rank."""
+"""Train several trials on one model: `python -m distlora.training.multi_trial.worker PACK`, one process per rank."""
 
 from __future__ import annotations
 
@@ -63,10 +63,14 @@ def main() -> None:
     """Entry of a worker process. What it raises is the caller's to record (`worker_entry`)."""
     if len(sys.argv) != 2:
         raise UserError(
-            "usage: python -m distlora.training.multi_trial PACK (the launcher does this: `distlora sweep`)"
+            "usage: python -m distlora.training.multi_trial.worker PACK (the launcher does this: `distlora sweep`)"
         )
     pack_dir = Path(sys.argv[1])
     ranks = join_ranks(load_config(pack_dir).cluster.timeout_seconds)
     watch.at(None, "reading the pack", long=True)
     run(pack_dir, ranks)
     leave_ranks(ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,8 +16,7 @@ from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, QuantConfig, UserError
 from distlora.loading.dora_norms import halved
 from distlora.model.adapters import AdaptedLinear, BlockContext, LoRAPair, StepRows, reset_adapters
-from distlora.model.build import materialize_buffers
-from distlora.model.build import CausalLM
+from distlora.model.build import CausalLM, materialize_buffers
 from distlora.parallel import Ranks
 from distlora.training.optimizers import parameter_groups
 from planned import assert_disk_as_planned

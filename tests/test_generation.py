@@ -42,14 +42,16 @@ from distlora.post.generate import worker
 from distlora.post.load_trained import load_model
 from distlora.system.command_worker import from_json, to_json
 from distlora.training import worker as training_worker
-from distlora.training.generator import PromptEncoder, greedy, sampling
 from distlora.training.generator import (
     Completion,
     Generator,
+    PromptEncoder,
     aside,
     context_limit,
     generate,
     generate_all,
+    greedy,
+    sampling,
 )
 from distlora.training.reporting.reporter import Reporter
 from distlora_launcher.cli.main import main as command

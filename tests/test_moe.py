@@ -29,8 +29,8 @@ from distlora.model.frozen import FrozenTensor
 from distlora.parallel import Ranks
 from distlora.planner import traffic
 from distlora.training import worker
-from distlora.training.metrics import active_parameters, count_parameters, experts_said
 from distlora.training.flops import count_flops
+from distlora.training.metrics import active_parameters, count_parameters, experts_said
 from distlora.training.setup import start_run_model
 from distlora_kernels import nf4
 from distlora_launcher.compose.checks import check_model

@@ -26,8 +26,7 @@ from distlora.training import worker as training_worker
 from distlora.training.loop import Trainer
 from distlora.training.multi_trial import pack as packed
 from distlora.training.multi_trial import worker
-from distlora.training.multi_trial.protocol import verdict_file
-from distlora.training.multi_trial.protocol import check_pack
+from distlora.training.multi_trial.protocol import check_pack, verdict_file
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.runs import OpenRun
 from distlora.training.trial import Trial

@@ -9,8 +9,7 @@ import torch
 
 from closeness import relative_error
 from distlora.config import AdapterConfig
-from distlora.model.build import materialize_buffers
-from distlora.model.build import CausalLM
+from distlora.model.build import CausalLM, materialize_buffers
 from test_loading import loaded
 
 LENGTHS = (17, 1, 30, 9)

@@ -32,7 +32,7 @@ from distlora.checkpoint.state import (
     load_state,
 )
 from distlora.config import UserError
-from distlora.parallel import Backend, Ranks, Shards, shards
+from distlora.parallel import Backend, Ranks, Shards
 from distlora.run_folder import checkpoints as folders_on_disk
 from distlora.run_folder.checkpoints import (
     TRAINER_NAME,
@@ -461,7 +461,7 @@ def save_on(ranks: Ranks, *, run_dir: Path, in_background: bool, cut: bool) -> l
         pytest.MonkeyPatch.context() as patch,
         make_saver(run_dir, state, ranks=ranks, in_background=in_background) as saver,
     ):
-        patch.setattr(streams, "PIECE_BYTES", 4096)  # Of a rank's rows of 60 kB.
+        patch.setattr(shards, "PIECE_BYTES", 4096)  # Of a rank's rows of 60 kB.
         saver.save(state.train(1))
         saver.wait()
         outcomes.append(f"saved {saver.saved_step}")

@@ -18,8 +18,8 @@ from distlora.checkpoint.state import Progress
 from distlora.parallel import Ranks
 from distlora.run_folder.checkpoints import TRAINER_NAME, newest, steps
 from distlora.training import worker
-from distlora.training.objectives import Losses, NextToken
 from distlora.training.generator import Sampler
+from distlora.training.objectives import Losses, NextToken
 from distlora.training.trial import NonFiniteError, Trial
 from small_models import make_run, read_metrics
 from worlds import World

@@ -19,9 +19,9 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
 from distlora.parallel.control import Control
 from distlora.system.stop_signals import Stopped
-from distlora.training.metrics import describe, describe_steps, summarize
 from distlora.training.loop import Trainer
 from distlora.training.memory_check import memory_check, read_plan
+from distlora.training.metrics import describe, describe_steps, summarize
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
 from distlora.training.runs import open_run, recording_a_stop, trial_of

@@ -23,8 +23,8 @@ from distlora.parallel.control import Control
 from distlora.run_folder import error_file
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
 from distlora.system.stop_signals import Stopped
-from distlora.training.metrics import describe_steps, summarize
 from distlora.training.loop import Trainer
+from distlora.training.metrics import describe_steps, summarize
 from distlora.training.multi_trial.inbox import Inbox, PackSettings, pause, together
 from distlora.training.multi_trial.protocol import check_beside, check_trial
 from distlora.training.optimizers import build_optimizer

@@ -367,7 +367,7 @@ def test_a_run_that_attends_by_documents_is_the_run_with_masks(
         settings = {"max_steps": 2, "micro_batch": 2, "accumulate": accumulate, "eval_every": 1}
         make_run(tmp_path / kind, folders, train=settings)
         if kind == "documents":
-            monkeypatch.setattr(setup, "use_device_kernels", lambda model, config, device: by_documents(model, op))
+            monkeypatch.setattr(setup, "use_device_kernels", lambda model, *_: by_documents(model, op))
         train.run(tmp_path / kind, Ranks(0, 1, CPU, None))
         lines = read_metrics(tmp_path / kind)
         losses[kind] = [line[name] for line in lines for name in ("loss", "eval_loss") if name in line]

@@ -32,7 +32,7 @@ from distlora.checkpoint.state import (
     load_state,
 )
 from distlora.config import UserError
-from distlora.parallel import Backend, Ranks, Shards
+from distlora.parallel import Backend, Ranks, Shards, shards
 from distlora.run_folder import checkpoints as folders_on_disk
 from distlora.run_folder.checkpoints import (
     TRAINER_NAME,

@@ -230,7 +230,7 @@ def test_a_connection_that_breaks_while_rows_are_read_is_one_sentence(monkeypatc
 def test_an_error_of_the_system_that_names_no_file_is_said_as_it_is(monkeypatch, tmp_path):
     from distlora_launcher.compose import checks
 
-    def fail(config):
+    def fail(*_):
         raise ConnectionError("the connection was lost")
 
     monkeypatch.setattr(checks, "check_machine", fail)

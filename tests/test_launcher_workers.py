@@ -21,8 +21,8 @@ from distlora_launcher.launch.logs import set_aside_logs
 from distlora_launcher.launch.worker_entry import set_aside_attempt
 from distlora_launcher.launch.workers import (
     IMPORTS,
+    prepare_torchrun,
     run_workers,
-    starting_workers,
     worker_environment,
 )
 from small_disks import small_disk
@@ -93,7 +93,7 @@ def test_used_up_restarts_are_told(run_dir: Path, capsys: pytest.CaptureFixture[
     assert "error: rank 1 failed first: it exited with code 3\n" in message
     assert str(run_dir / "logs" / "rank_1.log") in message
     assert_no_workers(run_dir)
-    assert message.endswith("the workers were started again once (cluster.max_restarts=1)\n")
+    assert message.endswith("the workers were restarted once (cluster.max_restarts=1)\n")
 
 
 def test_a_user_error_in_a_worker_is_bad_input_and_no_reason_to_start_again(
@@ -278,7 +278,9 @@ def test_who_has_too_little_memory_is_told_what_takes_less(tmp_path: Path, kind:
     assert failure is not None
     assert "llocate" in failure.reason
     assert "See documentation" not in failure.reason
-    assert failure.reason.partition("; a run with ")[2].startswith("train.checkpointing=block, train.micro_batch=1")
+    assert failure.reason.partition("; to need less memory, set ")[2].startswith(
+        "train.checkpointing=block, train.micro_batch=1"
+    )
 
 
 def test_a_reader_that_leaves_does_not_end_the_run(run_dir: Path):
@@ -299,32 +301,32 @@ def test_a_reader_that_leaves_does_not_end_the_run(run_dir: Path):
 
 
 def test_torchrun_that_was_there_early_goes_where_nothing_is_started(run_dir: Path):
-    with starting_workers(run_dir, processes=2, worker_module=WORKER, max_restarts=0) as starting:
+    with prepare_torchrun(run_dir, processes=2, worker_module=WORKER, max_restarts=0) as torchrun:
         early = psutil.Process().children()[-1]
-        assert starting.pid_dir.is_dir()
+        assert torchrun.pid_dir.is_dir()
         assert not (run_dir / "logs").exists()
     assert not early.is_running()
-    assert not starting.pid_dir.exists()
+    assert not torchrun.pid_dir.exists()
 
 
 def test_an_import_that_ends_torchrun_is_told_of(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "exits_at_import.py").write_text("raise SystemExit(3)")
     (tmp_path / "dies_at_import.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{tmp_path}")
-    starting = starting_workers(
+    torchrun = prepare_torchrun(
         run_dir, processes=1, worker_module=WORKER, max_restarts=0, imports=["exits_at_import", "dies_at_import"]
     )
-    assert run_workers(run_dir, processes=1, worker_module=WORKER, starting=starting) == 1
+    assert run_workers(run_dir, processes=1, worker_module=WORKER, torchrun=torchrun) == 1
     assert "dies_at_import.py" in (run_dir / "logs" / "torchrun.log").read_text()
 
 
 def test_workers_find_imported_what_torchrun_was_told_to(run_dir: Path):
     """Theirs by a fork, so of two ranks none imports it again."""
     (run_dir / "behaviour").write_text("imports")
-    starting = starting_workers(
+    torchrun = prepare_torchrun(
         run_dir, processes=2, worker_module=WORKER, max_restarts=0, imports=["wave", "no_such_module"]
     )
-    assert run_workers(run_dir, processes=2, worker_module=WORKER, starting=starting) == 0
+    assert run_workers(run_dir, processes=2, worker_module=WORKER, torchrun=torchrun) == 0
     for rank in (0, 1):
         assert "wave: True, no_such_module: False" in (run_dir / "logs" / f"rank_{rank}.log").read_text()
 

@@ -28,11 +28,11 @@ from distlora_launcher.cli.main import main
 from distlora_launcher.launch import lock, processes, rendezvous
 from distlora_launcher.launch.failures import read_gave_up
 from distlora_launcher.launch.logs import host_name
-from distlora_launcher.launch.machines import (
-    check_same,
-    run_id,
-    run_together,
-    start_together,
+from distlora_launcher.launch.multi_node import (
+    check_same_settings,
+    run_node,
+    start_id_of,
+    start_multi_node,
 )
 from distlora_launcher.launch.signals import Forwarder
 from launcher_fakes import write_data, write_model
@@ -115,12 +115,12 @@ def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
 
 PART = (
     "import sys; from pathlib import Path; from distlora.system.exit_codes import run_to_exit_code; "
-    "from distlora.config.file import load_config; from distlora_launcher.launch.machines import run_by_hand; "
+    "from distlora.config.file import load_config; from distlora_launcher.launch.multi_node import run_node_of; "
     "from distlora_launcher.launch import workers; from distlora_launcher.launch.signals import forwarding\n"
     "workers.IDLE_SECONDS = 1\n"
     "run = Path(sys.argv[1])\n"
     "with forwarding() as forwarder:\n"
-    "    part = lambda: run_by_hand(run, load_config(run), forwarder, lambda: 0, 'launcher_fake_worker')\n"
+    "    part = lambda: run_node_of(run, load_config(run).cluster, forwarder, lambda: 0, 'launcher_fake_worker')\n"
     "    code = run_to_exit_code(part)\n"
     "sys.exit(code)\n"
 )
@@ -141,18 +141,17 @@ def test_two_machines_are_one_run_and_a_third_is_too_many(
     machines += [part(run_dir, tmp_path / f"machine_{number}") for number in range(2)]
     wait_until(lambda: all((run_dir / f"ready_{rank}").exists() for rank in range(2)))
     monkeypatch.setattr(lock, "LEASE_SECONDS", 0)
-    for start, shares, reason in (
-        (run_id(run_dir), True, "has its 2 machines already: "),
-        (run_id(run_dir), False, r"runs on this machine already \(pid \d+\)"),
-        ("another", True, "is running in start run-"),
+    cluster = load_config(run_dir).cluster
+    assert cluster.rdzv_endpoint is not None
+    this = rendezvous.make_rendezvous(cluster.rdzv_endpoint, nodes=2, run_id=start_id_of(run_dir), join_seconds=0)
+    for other, reason in (
+        (this, "already runs on its 2 nodes: "),
+        (dataclasses.replace(this, is_host=False), r"is already running on this node \(pid \d+\)"),
+        (dataclasses.replace(this, is_host=True), r"is already running on this node \(pid \d+\)"),
+        (dataclasses.replace(this, run_id="another", endpoint="127.0.0.3:9"), "is already running on "),
     ):
-        with (
-            pytest.raises(UserError, match=reason),
-            lock.together(
-                run_dir, start, nodes=2, stopped=lambda: False, leads_without_locks=True, shares_machine=shares
-            ),
-        ):
-            pytest.fail("took part")
+        with pytest.raises(UserError, match=reason), lock.lock_node(run_dir, other, lambda: False):
+            pytest.fail("joined")
     machines[0].process.send_signal(signal.SIGUSR1)
     machines[1].process.send_signal(signal.SIGUSR1)
     assert [machine.wait() for machine in machines] == [75, 75]
@@ -175,7 +174,7 @@ def test_a_request_to_stop_is_answered_where_no_workers_are(tmp_path: Path, mach
     wait_until(lambda: listens(port))
     machines[0].process.send_signal(signal.SIGUSR1)
     assert machines[0].wait(60) == 75
-    assert "asked to stop by SIGUSR1 while no workers ran on" in machines[0].says()
+    assert "stopped by SIGUSR1 while no workers ran on" in machines[0].says()
     record = json.loads((run_dir / "stopped.json").read_text())
     assert (record["step"], record["checkpoint"], record["signal"]) == (12, "checkpoints/step_00000012", "SIGUSR1")
     others = read_gave_up(run_dir / "logs")
@@ -187,35 +186,31 @@ def no_locks(*_: object) -> None:
     raise OSError(errno.ENOLCK, "no locks here")
 
 
-def test_without_locks_the_machine_of_the_endpoint_leads_and_the_others_wait_for_its_store(
+def test_without_locks_the_node_of_the_endpoint_leads_and_the_others_wait_for_its_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     run_dir = tmp_path / "run"
     fake_run(run_dir, "success")
     monkeypatch.setattr(lock.fcntl, "flock", no_locks)
-
-    def place(*, leads: bool) -> contextlib.AbstractContextManager[lock.Place | None]:
-        return lock.together(run_dir, "a", nodes=2, stopped=lambda: False, leads_without_locks=leads)
-
-    with place(leads=True) as leader, monkeypatch.context() as other:
+    host = rendezvous.Rendezvous(
+        nodes=2, endpoint="127.0.0.3:9", run_id="a", join_seconds=0, is_host=True, address="127.0.0.1"
+    )
+    other = dataclasses.replace(host, is_host=False)
+    with lock.lock_node(run_dir, host, lambda: False) as leader, monkeypatch.context() as there:
         assert leader is not None
         assert leader.leads
-        other.setattr(lock, "host_name", lambda: "other")
-        other.setattr(processes, "host_name", lambda: "other")
-        with place(leads=False) as follower:
+        there.setattr(lock, "host_name", lambda: "other")
+        there.setattr(processes, "host_name", lambda: "other")
+        there.setattr(lock, "connection_error", lambda _: None)
+        with lock.lock_node(run_dir, other, lambda: False) as follower:
             assert follower is not None
             assert not follower.leads
-            assert follower.start["leader"] == leader.start["leader"] == host_name()
         names = {path.name for path in (run_dir / "machines").glob("*.json") if path.stat().st_size}
-        assert names == {"start.json", "other.json", f"{host_name()}.json"}
-    (run_dir / "data.json").unlink()  # Which the leader is about to write.
-    away = rendezvous.Meeting(
-        nodes=2, endpoint="127.0.0.3:9", run_id="a", join_seconds=0, is_host=False, address="127.0.0.1"
-    )
-    monkeypatch.setattr("distlora_launcher.launch.machines.meet", lambda *_, **__: away)
-    monkeypatch.setattr(processes.Process, "has_ended", True)  # Of the places of this process, before.
+        assert names == {"other.json", f"{host_name()}.json"}
+    monkeypatch.setattr("distlora_launcher.launch.multi_node.make_rendezvous", lambda *_, **__: other)
+    monkeypatch.setattr(processes.Process, "has_ended", True)  # The records above are of this process.
     with pytest.raises(UserError, match="nobody listened"):
-        run_together(run_dir, load_config(run_dir), "127.0.0.3:9", "a", Forwarder(), lead=lambda: 0)
+        run_node(run_dir, load_config(run_dir).cluster, "127.0.0.3:9", "a", Forwarder(), lead=lambda: 0)
     assert "on a file system without locks" in capsys.readouterr().err
 
 
@@ -230,8 +225,8 @@ def test_nothing_is_left_of_a_run_whose_data_cannot_be_prepared(tmp_path: Path, 
     (run_dir / "cache").rmdir()
     another = run_dir / f".config.yaml.{os.getpid()}"  # Of a container with the same pids.
     another.write_text("half of its sett")
-    monkeypatch.setattr("distlora_launcher.launch.machines.prepare", lambda *_: 2)
-    assert start_together(config) == 2
+    monkeypatch.setattr("distlora_launcher.launch.multi_node.prepare", lambda *_: 2)
+    assert start_multi_node(config) == 2
     assert [path.name for path in run_dir.iterdir()] == [another.name]
 
 
@@ -262,36 +257,34 @@ def test_what_machines_cannot_do_together_is_refused(
 
 def test_other_settings_than_the_runs_are_named(tmp_path: Path):
     fake_run(tmp_path / "run", "success")
-    theirs = load_config(tmp_path / "run")
-    check_same(theirs, theirs)
-    mine = dataclasses.replace(theirs, optim=dataclasses.replace(theirs.optim, lr=1e-3), name="other")
+    run = as_mapping(load_config(tmp_path / "run"))
+    check_same_settings(run, run, tmp_path / "run")
+    these = run | {"optim": run["optim"] | {"lr": 1e-3}, "name": "other"}
     with pytest.raises(UserError, match=r"name=other here, name=distlora in the run; optim\.lr=0\.001 here, "):
-        check_same(mine, theirs)
+        check_same_settings(these, run, tmp_path / "run")
 
 
 def test_the_host_of_the_endpoint_is_found_by_its_address(monkeypatch: pytest.MonkeyPatch):
     try:
-        here = rendezvous.own_address("192.0.2.1", 9)  # Where this machine's way out leads from.
+        here = rendezvous.source_address("192.0.2.1", 9)  # Where this machine's way out leads from.
     except UserError:
         pytest.skip("this machine has no way out, and so no address but its loopback")
-    at_home = rendezvous.meet(f"{here}:29500", nodes=2, run_id="a", join_seconds=60)
+    at_home = rendezvous.make_rendezvous(f"{here}:29500", nodes=2, run_id="a", join_seconds=60)
     assert (at_home.is_host, at_home.address) == (True, here)
-    away = rendezvous.meet("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60)
+    away = rendezvous.make_rendezvous("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60)
     assert (away.is_host, away.address) == (False, here)
     assert "is_host=0" in str(away.torchrun_arguments())
     assert f"--local-addr={here}" in away.torchrun_arguments()
     assert away.environment().keys() == {"GLOO_SOCKET_IFNAME"}
     # Debian's own entry for a host: the store is here, and gloo must not take that address.
     monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "localhost")
-    own_name = rendezvous.meet("localhost:29500", nodes=2, run_id="a", join_seconds=60)
+    own_name = rendezvous.make_rendezvous("localhost:29500", nodes=2, run_id="a", join_seconds=60)
     assert (own_name.is_host, own_name.address) == (True, "localhost")
     assert own_name.environment() == away.environment()
     monkeypatch.setenv(rendezvous.LOCAL_ADDRESS, "10.1.2.3")
-    assert rendezvous.meet("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60).address == "10.1.2.3"
-    with pytest.raises(UserError, match=r"nobody listened at 127\.0\.0\.3:9 for 0 s"):
-        rendezvous.wait_for_host(
-            dataclasses.replace(away, endpoint="127.0.0.3:9", join_seconds=0), stopped=lambda: False
-        )
+    assert rendezvous.make_rendezvous("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60).address == "10.1.2.3"
+    unreachable = dataclasses.replace(away, endpoint="127.0.0.3:9", join_seconds=0)
+    assert "refused" in str(rendezvous.connection_error(unreachable))
 
 
 def words(folders: Path, run_dir: Path, **settings: object) -> list[str]:
@@ -394,15 +387,15 @@ def test_a_machine_that_does_not_come_is_told(tmp_path: Path, machines: list[Mac
     fake_run(tmp_path / "run", "waits", timeout_seconds=5.0)
     machines.append(part(tmp_path / "run", tmp_path / "alone"))
     assert machines[0].wait() == 1
-    assert "error: not all of the 2 machines of this run, which meet at 127.0.0.2:" in machines[0].says()
+    assert "error: not all of the 2 nodes of this run (rendezvous 127.0.0.2:" in machines[0].says()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        (0, "error: the connection to 127.0.0.2:{port} was lost: that machine has ended or is gone\n"),
-        (1, "error: not all of the 2 machines of this run, which meet at 127.0.0.2:{port}, were there within 30 s "),
+        (0, "error: the connection to 127.0.0.2:{port} was lost: that node has ended or is down\n"),
+        (1, "error: not all of the 2 nodes of this run (rendezvous 127.0.0.2:{port}) joined within 30 s "),
     ],
     ids=["the host", "another"],
 )
@@ -442,7 +435,7 @@ def test_a_machine_that_is_killed_by_hand_ends_the_others(tmp_path: Path, machin
         (
             "rank 1 exits with 3",
             1,
-            ("gave up: rank 1 failed first: it exited with code 3\n", "started again once (clus"),
+            ("gave up: rank 1 failed first: it exited with code 3\n", "were restarted once (clus"),
         ),
         ("bad input", 2, ("error: the adapter has no such thing; write another\n",) * 2),
     ],

@@ -335,10 +335,10 @@ def test_a_job_is_noted_once_it_has_the_run_and_not_where_it_is_refused(
     assert train("run_dir=runs/one") == 0
     run_dir, holds = place / "runs" / "one", True
 
-    def run_together(*_: Any, lead: Callable[[], int]) -> int:
+    def run_node(*_: Any, lead: Callable[[], int]) -> int:
         return lead() if holds else 2
 
-    monkeypatch.setattr(node, "run_together", run_together)
+    monkeypatch.setattr(node, "run_node", run_node)
     words = [str(run_dir), "--rdzv-endpoint", "n1:29500", "--rdzv-id", "1.0", "--slurm-job"]
     assert node.main([*words, "42"]) == 0
     assert json.loads((run_dir / "slurm.json").read_text())["job_id"] == "42"

@@ -95,9 +95,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 HOLDER = """
 import signal, sys, time
 from pathlib import Path
-from distlora_launcher.launch.lock import running
+from distlora_launcher.launch.lock import lock_run
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-with running(Path(sys.argv[1])):
+with lock_run(Path(sys.argv[1])):
     print("holds", flush=True)
     time.sleep(60)
 """
@@ -197,10 +197,10 @@ def without_locks(*_: object) -> None:
 
 
 def test_what_is_left_in_the_folder_of_machines_is_no_failure(run: Path):
-    with lock.running(run):
+    with lock.lock_run(run):
         (run / "machines" / ".start.json-0123").touch()  # Of a leader that was killed while it wrote.
         (run / "machines" / "7.json").mkdir()  # What cannot be unlinked.
-    with lock.running(run):
+    with lock.lock_run(run):
         pass
 
 

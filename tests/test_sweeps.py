@@ -36,7 +36,7 @@ from distlora.run_folder.sweep import (
     read_results,
 )
 from distlora_launcher.cli.main import main
-from distlora_launcher.launch.lock import holders, running, worker_place
+from distlora_launcher.launch.lock import holders, lock_run, worker_place
 from distlora_launcher.launch.signals import Forwarder
 from distlora_launcher.sweeps import local_workers, runner, study
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
@@ -289,7 +289,7 @@ def test_a_trial_that_somebody_goes_on_with_by_hand_is_left_to_him(tmp_path: Pat
     (trial.run_dir / "config.yaml").write_text("")
     study = Study(sweep, search_of(sweep), place="worker_0")
     with worker_place(sweep.folder, "worker_0"):
-        with running(trial.run_dir):
+        with lock_run(trial.run_dir):
             assert asked(study).number == 1
             assert study.ask() is Due.WAIT
         assert asked(study).number == 0
@@ -427,7 +427,7 @@ def test_cancel_marks_a_trial_of_a_sweep_and_refuses_one_of_a_pack(tmp_path: Pat
     (run_dir / "config.yaml").write_text("")
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with running(run_dir):
+        with lock_run(run_dir):
             assert main(["cancel", str(run_dir)]) == 0
             assert (run_dir / "cancelled").exists()
             (run_dir / "cancelled").unlink()

@@ -20,7 +20,7 @@ from distlora.architecture.safetensors_headers import (
 )
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.architecture.tokens import stored_rows
-from distlora.config import Config, UserError
+from distlora.config import Config, ModelConfig, UserError
 from distlora.config.json_files import read_object
 from distlora.config.places import is_hub_name
 from distlora.weights.prequantized import check_quantization_config, read_prequantized_weights
@@ -53,7 +53,7 @@ def find_model(
     config: Config,
     *,
     cache: Path | None = None,
-    preview: Callable[[Config], AbstractContextManager[Config]] | None = None,
+    preview: Callable[[ModelConfig], AbstractContextManager[ModelConfig]] | None = None,
     any_length: bool = False,
 ) -> PlannedModel:
     """The model of a config: of a folder; of a name on the hub what lies in the hub's cache (`cache`), or what is built
@@ -82,11 +82,11 @@ def find_model(
         )
     with ExitStack() as stack:
         try:
-            here = stack.enter_context(preview(config))
+            here = stack.enter_context(preview(config.model))
         except UserError as error:  # The hub's answer, which knows nothing of names that are alike.
             near = nearest_architecture(path)
             raise UserError(f"{path} is not built in{near}: {error}" if near else str(error)) from error
-        folder = Path(here.model.path)
+        folder = Path(here.path)
         return model_in(folder, name=path, new_tokens=new, full=full, sequence_length=length)
 
 

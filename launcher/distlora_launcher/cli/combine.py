@@ -178,7 +178,7 @@ def split(word: str) -> tuple[str, float]:
 def local_base(model: str) -> str:
     """--model, on this machine."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
-        path = Path(localize(base_alone(place_of(model), "none", run_dir="none")).model.path).expanduser().absolute()
+        path = Path(localize(base_alone(place_of(model), "none", run_dir="none").model).path).expanduser().absolute()
     require(path.is_dir(), f"--model={model} is no folder; name one in Hugging Face format, or a model on the hub")
     return str(path)
 

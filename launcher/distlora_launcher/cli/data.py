@@ -8,6 +8,7 @@ written.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -56,8 +57,8 @@ def main(arguments: list[str]) -> int:
     config = compose_config(overrides, config_dir=options.config_dir)
     check_model(config)
     check_data(config)
-    with with_small_files(config) as config, tempfile.TemporaryDirectory(prefix="distlora-preview-") as folder:
-        create_run(Path(folder), config)
+    with with_small_files(config.model) as model, tempfile.TemporaryDirectory(prefix="distlora-preview-") as folder:
+        create_run(Path(folder), dataclasses.replace(config, model=model))
         flags = ["--rows", str(options.rows), *(["--all"] if options.all else [])]
         flags += ["--no-color"] if options.no_color else []
         return _run("distlora.data.preview", folder, *flags)

@@ -299,16 +299,16 @@ def model_subject(place: str, quant: str | None) -> Subject:
         what = "holds neither a run, an adapter nor a model" if folder.is_dir() else "is no folder"
         raise UserError(f"{place} {what}; name a run's folder, or a model's in Hugging Face format")
     config = base_alone(path, "nf4", run_dir=path)
-    with with_small_files(config) as here:
-        small = Path(here.model.path)
+    with with_small_files(config.model) as here:
+        small = Path(here.path)
         packed = read_prequantized_weights(CheckpointFiles(small))
         require(
             quant != "none" or not packed,
             f"--quant=none: {place} is stored in NF4; leave --quant out",
         )
         held: Literal["nf4", "none"] = "nf4" if packed or quant == "nf4" else "none"
-        check_model(dataclasses.replace(here, quant=dataclasses.replace(here.quant, method=held)))
-    local = localize(config).model.path
+        check_model(dataclasses.replace(config, model=here, quant=dataclasses.replace(config.quant, method=held)))
+    local = localize(config.model).path
     merged = (Path(local) / MERGE_RECEIPT).is_file()
     label = place if is_hub_name(path) else shown(folder)
     return Subject(

@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     check_processes(options.processes)
     check_terminal(options.processes, options.prompts)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers.
-        restore(config)
+        restore(config.model)
     require(
         Path(config.model.path).is_dir(),
         f"the run's base is gone: model.path={config.model.path} in {shown(run_dir)}/config.yaml is no folder; "

@@ -67,11 +67,11 @@ def named(options: argparse.Namespace) -> tuple[Name, Trained]:
     )
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
         if trained.run_dir is None:
-            base = localize(trained.config).model.path
+            base = localize(trained.config.model).path
             name = dataclasses.replace(name, base=str(Path(base).expanduser().absolute()))
             trained = name.read()
         else:
-            restore(trained.config)
+            restore(trained.config.model)
     folder = Path(trained.config.model.path)
     where = f"model.path in {shown(trained.run_dir)}/config.yaml" if trained.run_dir else "--model"
     require(folder.is_dir(), f"the base is gone: {where} is {folder}, which is no folder; put the model back there")

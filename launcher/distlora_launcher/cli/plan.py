@@ -232,7 +232,7 @@ def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answe
     sweep, trials = composed_for_plan(settings, config_dir=config_dir)
     composed = trials[0]
     require_model(composed.config)
-    check_parallel(composed.config)
+    check_parallel(composed.config.parallel, composed.config.cluster.ranks)
     if sweep is not None and sweep.packed != 1:
         check_pack([trial.config for trial in trials])
         packed = packing_of(sweep, trials)

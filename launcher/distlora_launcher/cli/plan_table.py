@@ -56,7 +56,7 @@ def plans(
             of_model = with_path(composed.config, paths[model])
             found[model, machine] = None
             try:
-                check_parallel(of_model)
+                check_parallel(of_model.parallel, of_model.cluster.ranks)
                 shapes = planned_model(of_model)
                 check_planned(of_model, shapes)
                 found[model, machine] = choose(of_model, composed.fixed, shapes, machine_of(of_model)).plan

@@ -34,10 +34,10 @@ def resume(folder: Path) -> int:
     from distlora.run_folder.sweep import is_sweep_folder
     from distlora.system.exit_codes import DONE
     from distlora_launcher.jobs.step import in_job, resume_in_job
-    from distlora_launcher.jobs.submit import is_job, resume_run
+    from distlora_launcher.jobs.submit import is_job, resubmit_run
     from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
-    from distlora_launcher.launch.local import is_complete, resume_here
-    from distlora_launcher.launch.machines import resume_together
+    from distlora_launcher.launch.local import is_complete, resume_run
+    from distlora_launcher.launch.multi_node import resume_multi_node
     from distlora_launcher.sweeps.wandb_agents import go_on as go_on_with_agents
     from distlora_launcher.sweeps.wandb_agents import is_agents_folder
 
@@ -54,5 +54,5 @@ def resume(folder: Path) -> int:
     if is_complete(folder):
         return DONE
     if is_job(config):
-        return resume_in_job(folder, config) if in_job() else resume_run(folder, config)
-    return resume_together(folder, config) if config.cluster.on_each_machine else resume_here(folder, config)
+        return resume_in_job(folder, config) if in_job() else resubmit_run(folder, config)
+    return resume_multi_node(folder, config) if config.cluster.on_each_machine else resume_run(folder, config)

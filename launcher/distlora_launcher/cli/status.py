@@ -162,7 +162,7 @@ def status_of(run_dir: Path, job_id: str | None, job: Job | None, unknown: str |
     except (UserError, OSError) as error:
         damaged = str(error)
     processes, ending, result = holders(run_dir), read_ending(run_dir), find_result(run_dir)
-    figures, total = read_figures(run_dir), None if config is None else total_steps(run_dir, config)
+    figures, total = read_figures(run_dir), None if config is None else total_steps(run_dir, config.train)
     state = _state(run_dir, job, processes, ending, result)
     return Status(
         run_dir=run_dir,
@@ -173,7 +173,9 @@ def status_of(run_dir: Path, job_id: str | None, job: Job | None, unknown: str |
         holders=processes,
         figures=figures,
         total_steps=total,
-        seconds_left=seconds_left(figures, total, config) if config is not None and state == "running" else None,
+        seconds_left=seconds_left(figures, total, config.train.global_batch * config.data.sequence_length)
+        if config is not None and state == "running"
+        else None,
         saved=newest_saved(run_dir),
         ending=ending if state in ("stopped", "failed", "queued") else Ending(),
         result=result,

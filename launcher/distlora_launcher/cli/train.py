@@ -38,8 +38,8 @@ from distlora_launcher.compose.user_overrides import fixed_settings
 from distlora_launcher.jobs.step import in_job, start_in_job
 from distlora_launcher.jobs.submit import have_judged, is_job, script_of, submit_run
 from distlora_launcher.jobs.sweep import Sweep
-from distlora_launcher.launch.local import remove_if_empty, start
-from distlora_launcher.launch.machines import start_together
+from distlora_launcher.launch.local import remove_if_empty, start_run
+from distlora_launcher.launch.multi_node import start_multi_node
 from distlora_launcher.sweeps.wandb_agents import begun, check_agent, note_end, words_under_agent
 from distlora_launcher.terminal.output import say, shown
 
@@ -224,7 +224,7 @@ def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
         if is_job(config):
             code = start_in_job(config)
         else:
-            code = start_together(config) if config.cluster.on_each_machine else start(config)
+            code = start_multi_node(config) if config.cluster.on_each_machine else start_run(config)
         note_end(config, code)
         if code == DONE and not sweeps:
             say(f"try it with: distlora generate {shown(run_dir)}")

@@ -6,6 +6,7 @@ are checked where they are declared, in distlora.config.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import tempfile
@@ -29,7 +30,16 @@ from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
 from distlora.architecture.targets import check_patterns
 from distlora.architecture.tokens import check_before_tokenizer
 from distlora.checkpoint.state import check_newest_settings, fixed_settings
-from distlora.config import Config, UserError, nearest, require
+from distlora.config import (
+    ClusterConfig,
+    Config,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+    UserError,
+    nearest,
+    require,
+)
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES, short
 from distlora.config.places import is_hub_name
@@ -61,8 +71,8 @@ def check(config: Config, *, new_run: bool) -> None:
         if new_run and not config.cluster.on_each_machine:
             check_run_dir(Path(config.run_dir))
         if config.cluster.launcher != "slurm":  # The machine that submits says nothing of those that will run.
-            check_machine(config)
-        check_parallel(config)
+            check_machine(config.cluster, config.parallel, config.optim, config.train)
+        check_parallel(config.parallel, config.cluster.ranks)
         check_model(config)
         check_data(config)
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
@@ -110,50 +120,56 @@ def gpu_count() -> int:
     return len([path for path in Path("/dev").glob("nvidia*") if path.name[len("nvidia") :].isdigit()])
 
 
-def check_machine(config: Config) -> None:
-    """Refuse more processes than GPUs; a machine without one runs as many CPU processes as it is told to. Where several
-    machines meet, refuse a place that this one does not know."""
-    endpoint = config.cluster.rdzv_endpoint
-    if config.cluster.on_each_machine and endpoint is not None:
-        resolve_endpoint(endpoint)
-    if config.parallel.backend == "zero3" and config.cluster.ranks > 1:
+def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: OptimConfig, train: TrainConfig) -> None:
+    """Refuse what this node cannot run: too few GPUs, no DeepSpeed, an unknown endpoint, settings for or without a GPU.
+
+    Without any GPU, as many CPU processes run as are set.
+    """
+    if cluster.on_each_machine and cluster.rdzv_endpoint is not None:
+        resolve_endpoint(cluster.rdzv_endpoint)
+    if parallel.backend == "zero3" and cluster.ranks > 1:
         check_deepspeed()
-    wanted, available = config.cluster.gpus_per_node, gpu_count()
-    if 0 < available < wanted:
+    check_gpu_count(cluster)
+    if gpu_count() == 0 and optim.name.startswith("paged_"):
+        same = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}[optim.name]
         raise UserError(
-            f"cluster.gpus_per_node={wanted}, but this machine shows {available} GPU{'s' if available > 1 else ''}; "
-            f"set cluster.gpus_per_node={available}"
+            field="optim.name",
+            value=optim.name,
+            reason="pages optimizer states between a GPU and the host, and this node shows no GPU",
+            cure=f"set {{field}}={same}",
         )
-    if available == 0 and config.optim.name.startswith("paged_"):
-        same = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}[config.optim.name]
-        raise UserError(
-            f"optim.name={config.optim.name} pages moments between a GPU and the host, and this machine shows no GPU; "
-            f"set optim.name={same}"
-        )
-    if config.train.compile:
-        require(
-            available == 0,
-            "train.compile=true is for the CPU, and this machine has a GPU, where train.liger=true does the same; "
-            "set train.compile=false",
-        )
+    if train.compile:
         reason = native.why_not()
-        require(
-            reason is None, f"train.compile=true compiles for this machine, but {reason}, or set train.compile=false"
+        if gpu_count() > 0:
+            reason = "is for the CPU, and this node has a GPU, where train.liger=true does the same"
+        elif reason is not None:
+            reason = f"needs a C++ compiler: {reason}"
+        if reason is not None:
+            raise UserError(field="train.compile", value="true", reason=reason, cure="set {field}=false")
+
+
+def check_gpu_count(cluster: ClusterConfig) -> None:
+    """Refuse more processes than GPUs."""
+    available = gpu_count()
+    if 0 < available < cluster.gpus_per_node:
+        raise UserError(
+            f"cluster.gpus_per_node={cluster.gpus_per_node}, but this node shows {available} "
+            f"GPU{'s' if available > 1 else ''}; set cluster.gpus_per_node={available}"
         )
 
 
-def check_parallel(config: Config) -> None:
-    """Refuse a file of DeepSpeed's that says what cannot be, and settings that a single process has no use for."""
-    read_gathering(config.parallel)
-    ranks = config.cluster.ranks
+def check_parallel(parallel: ParallelConfig, ranks: int) -> None:
+    """Refuse a wrong DeepSpeed file, and settings that have no effect with a single rank."""
+    read_gathering(parallel)
     for setting in ("offload_base", "deepspeed_config", "resident_blocks"):
-        value = getattr(config.parallel, setting)
-        shown = f"parallel.{setting}={'true' if value is True else value}"
-        require(
-            not value or ranks > 1,
-            f"{shown} has no effect in one process, which keeps the base whole and gathers nothing; leave it out, or "
-            "start more with cluster.gpus_per_node=2",
-        )
+        value = getattr(parallel, setting)
+        if value and ranks == 1:
+            raise UserError(
+                field=f"parallel.{setting}",
+                value="true" if value is True else value,
+                reason="has no effect with one process, which does not shard the base",
+                cure="leave it out, or start more processes with cluster.gpus_per_node=2",
+            )
 
 
 def check_model(config: Config) -> None:
@@ -164,8 +180,8 @@ def check_model(config: Config) -> None:
     if is_hub_name(config.model.path):
         from distlora_launcher.compose.hub_preview import with_small_files
 
-        with with_small_files(config) as here:
-            check_model(here)
+        with with_small_files(config.model) as local:
+            check_model(dataclasses.replace(config, model=local))
         return
     require(
         config.model.revision is None or config.model.name is not None,

@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any
 
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
-from distlora.config import Config, UserError
+from distlora.config import ModelConfig, UserError
 from distlora.config.places import is_hub_name
 from distlora.system.hub_errors import explain_absent_weights, explained, unreachable
 
@@ -65,30 +65,29 @@ class HubModel:
         return {file: size for file, size in files.items() if not (self.folder / file).is_file()}
 
 
-def is_to_download(config: Config) -> bool:
-    """Whether the model is one on the hub that is not here, or not whole."""
-    return is_hub_name(config.model.path) and bool(locate(config.model.path, config.model.revision).absent())
+def is_to_download(model: ModelConfig) -> bool:
+    """Return whether the model is on the hub and not fully downloaded."""
+    return is_hub_name(model.path) and bool(locate(model.path, model.revision).absent())
 
 
-def localize(config: Config) -> Config:
-    """The config with its model on this machine: a hub model is downloaded, a local folder left as it is.
+def localize(model: ModelConfig) -> ModelConfig:
+    """Return the model on this node: a hub model is downloaded, a local folder is returned as it is.
 
-    model.path becomes the snapshot's folder, model.name the name on the hub, model.revision the commit.
+    The path becomes the snapshot's folder, the name its name on the hub, the revision its commit.
     """
-    if not is_hub_name(config.model.path):
-        return config
-    model = locate(config.model.path, config.model.revision)
-    download(model)
-    settings = dataclasses.replace(config.model, path=str(model.folder), name=model.name, revision=model.commit)
-    return dataclasses.replace(config, model=settings)
+    if not is_hub_name(model.path):
+        return model
+    on_hub = locate(model.path, model.revision)
+    download(on_hub)
+    return dataclasses.replace(model, path=str(on_hub.folder), name=on_hub.name, revision=on_hub.commit)
 
 
-def restore(config: Config) -> None:
-    """Download again the snapshot that RUN/config.yaml names, to the same folder, where it is gone or incomplete.
+def restore(model: ModelConfig) -> None:
+    """Download the snapshot that RUN/config.yaml names again if it is gone or incomplete.
 
     Does nothing for a model that did not come from the hub.
     """
-    folder, name, commit = Path(config.model.path), config.model.name, config.model.revision
+    folder, name, commit = Path(model.path), model.name, model.revision
     if name is None or commit is None or folder.parts[-2:] != ("snapshots", commit):
         return
     if folder.is_dir() and all(path.exists() for path in folder.iterdir()):  # A link into an emptied cache does not.

@@ -19,13 +19,13 @@ def run_settings(overrides: list[str]) -> int:
     print(command_line("train", overrides), flush=True)
     config = compose_config(overrides)
     check(config, new_run=True)
-    return local.start(config)
+    return local.start_run(config)
 
 
 def continue_run(run_dir: Path) -> int:
     """What `distlora resume` does; prints that command first. Returns its exit code."""
     print(command_line("resume", [str(run_dir)]), flush=True)
-    return local.resume_here(run_dir, load_config(run_dir))
+    return local.resume_run(run_dir, load_config(run_dir))
 
 
 def command_line(command: str, arguments: list[str]) -> str:

@@ -14,7 +14,7 @@ from distlora.run_folder.layout import find_result
 from distlora.system.exit_codes import DONE, STOPPED
 from distlora.training.reporting.wandb_agent import ASKED
 from distlora_launcher.jobs.submit import make_ready
-from distlora_launcher.launch.local import make_run, say_how_to_go_on
+from distlora_launcher.launch.local import make_run, print_resume_hint
 from distlora_launcher.launch.signals import forwarding
 from distlora_launcher.terminal.output import say, shown
 
@@ -38,7 +38,7 @@ def start_in_job(config: Config) -> int:
     code, config = make_run(config)
     run_dir = Path(config.run_dir)
     if code != DONE:
-        say_how_to_go_on(run_dir, code)
+        print_resume_hint(run_dir, code)
         return code
     return run_step(run_dir)
 

@@ -28,9 +28,9 @@ from distlora_launcher.launch.local import (
     is_prepared,
     make_run,
     prepare,
-    say_how_to_go_on,
+    print_resume_hint,
 )
-from distlora_launcher.launch.lock import running
+from distlora_launcher.launch.lock import lock_run
 from distlora_launcher.launch.logs import SLURM
 from distlora_launcher.terminal.output import say, shown
 
@@ -77,13 +77,13 @@ def submit_run(config: Config) -> int:
     """Make the run, prepare its data, write RUN/job.sbatch and submit it. Returns the exit code."""
     code, config = make_run(config)
     if code != DONE:
-        say_how_to_go_on(Path(config.run_dir), code)
+        print_resume_hint(Path(config.run_dir), code)
         return code
     submit_prepared(Path(config.run_dir), config)
     return DONE
 
 
-def resume_run(run_dir: Path, config: Config) -> int:
+def resubmit_run(run_dir: Path, config: Config) -> int:
     """Submit a run again, which then continues from its newest checkpoint. Refused while its job waits or runs."""
     job = live_job(run_dir)
     if job is not None:
@@ -93,7 +93,7 @@ def resume_run(run_dir: Path, config: Config) -> int:
         )
     code = make_ready(run_dir, config)
     if code != DONE:
-        say_how_to_go_on(run_dir, code)
+        print_resume_hint(run_dir, code)
         return code
     saved = checkpoint_folders(run_dir)
     say(f"{shown(run_dir)} goes on from {saved[-1].name if saved else 'its start, as nothing was saved yet'}")
@@ -119,10 +119,10 @@ def live_job(run_dir: Path) -> Job | None:
 
 def make_ready(run_dir: Path, config: Config) -> int:
     """Check a run that is to go on, and bring back what is gone of its model and data. Returns the exit code."""
-    restore(config)
+    restore(config.model)
     check(config, new_run=False)
     plan = planned(config, run_dir=run_dir)
-    with running(run_dir):
+    with lock_run(run_dir):
         keep(run_dir, plan, runs_here=False)
         return DONE if is_prepared(run_dir) else prepare(run_dir)
 

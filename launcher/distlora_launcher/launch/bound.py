@@ -1,4 +1,4 @@
-"""A module run as `__main__`, that ends when the process which started it does.
+"""Run a module as `__main__`, killed when the process that started it ends.
 
 python -m distlora_launcher.launch.bound MODULE [ARGUMENTS]
 """

@@ -1,4 +1,4 @@
-"""RUN/slurm.json: the job that a run, or a sweep, was last submitted as."""
+"""RUN/slurm.json: the newest SLURM job of a run or a sweep."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ RECORD_NAME = "slurm.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """A job that SLURM took. Of one that was submitted by hand the id alone is known."""
+    """A submitted job. If it was submitted by hand, only its id is known."""
 
     job_id: str
-    """12, or 12_3 for a run of a sweep, which is a task of the array 12."""
+    """Job id: 12, or 12_3 for task 3 of array 12."""
     command: tuple[str, ...] = ()
-    """What submitted it."""
+    """Command line of sbatch."""
     submitted: float | None = None
-    """Seconds since 1970."""
+    """Time of the submission, in seconds since 1970."""
     host: str | None = None
-    """Where it was submitted."""
+    """Host on which it was submitted."""
 
     @property
     def array(self) -> str:
-        """The id of the whole: of the array that a task belongs to, or of the job itself."""
+        """Id of the array that a task belongs to, or of the job itself."""
         return self.job_id.partition("_")[0]
 
 
 def write_submission(folder: Path, submission: Submission) -> None:
+    """Write the record of a run or sweep folder."""
     atomic_io.write_json(folder / RECORD_NAME, asdict(submission))
 
 
 def read_submission(folder: Path) -> Submission | None:
-    """The last submission; None where there is none, or a record that cannot be read."""
+    """Return the last submission; None if there is none, or the record is damaged."""
     values = object_or_empty(folder / RECORD_NAME)
     job_id = values.get("job_id")
     if not isinstance(job_id, str) or not job_id.replace("_", "").isdigit():
@@ -50,7 +51,7 @@ def read_submission(folder: Path) -> Submission | None:
 
 
 def note_job(folder: Path, job_id: str) -> None:
-    """Record the job that runs now, unless it is the last submission: it was submitted by hand."""
+    """Record the job that runs now, if it is not the last submission: then it was submitted by hand."""
     last = read_submission(folder)
     if last is None or last.job_id != job_id:
         write_submission(folder, Submission(job_id=job_id))

@@ -1,9 +1,9 @@
-"""Who runs a run: one machine alone, or the machines of one start together. A second start meanwhile is refused.
+"""Locks of a run: one launcher alone, or the nodes of one start together. A second start meanwhile is refused.
 
-Locks of the system (flock), which end with the process that holds them, kill -9 included. Alone: an exclusive one on
-RUN/config.yaml. Several machines: whoever comes first leads; it holds that lock exclusively while it sets aside the
-logs of an earlier start and prepares the data, and shares it then; the others wait for that, and each takes one of the
-places RUN/machines/<n>.json, of which there are as many as machines.
+They are flock locks, which the system releases when their process ends, kill -9 included. A launcher that runs alone
+locks RUN/config.yaml exclusively. Of several nodes, the one at the rendezvous endpoint locks it exclusively while it
+prepares the run, and shares it from then on; the others share it once torchrun's store listens there. Every launcher
+also locks one of the records RUN/machines/<n>.json, which name it to `distlora status` and `cancel`.
 """
 
 from __future__ import annotations
@@ -21,90 +21,154 @@ from typing import IO, Any
 
 from distlora.config import UserError
 from distlora.config.json_files import object_or_empty
-from distlora.system import atomic_io
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch.logs import host_name
 from distlora_launcher.launch.processes import Process, from_record, this_process
+from distlora_launcher.launch.rendezvous import Rendezvous, connection_error
 from distlora_launcher.terminal.output import show, warn
 
 CONFIG_NAME = "config.yaml"
 MACHINES = "machines"
-INITIAL_ADAPTER_NAME = "start.json"
-"""In RUN/machines: {"id", "leader", "gpus"} of the newest start; gpus are the leader's."""
 
 LEASE_SECONDS = 120
-"""How long to wait for a lock that the same run's last machines may still seem to hold: a network file system learns of
-a machine that is gone only after a while (NFS: 90 s)."""
+"""Longest wait for a lock of a node that may be gone: NFS releases its locks after up to 90 s."""
 
 LOOK_SECONDS = 5
-"""How long others may go on looking at a place (`holders`) that somebody takes."""
+"""Longest wait while readers (`holders`) share a record for a moment."""
 
-LEAVE_SECONDS = 2
-"""How long a launcher that has given up its place may still hold the run."""
+RELEASE_SECONDS = 2
+"""Longest wait for a launcher that has removed its record but not yet released the run."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class Place:
-    """This machine's share in a start of several."""
+class NodeLock:
+    """The lock of one node in a run of several."""
 
-    def __init__(self, config: IO[str], record: Path, *, leads: bool) -> None:
+    def __init__(self, config: IO[str], *, leads: bool, gpus_elsewhere: dict[str, int]) -> None:
         self._config = config
-        self._record = record
         self.leads = leads
-        """Whether this machine sets aside the logs and prepares the data, which the others wait for."""
-
-    @property
-    def start(self) -> dict[str, Any]:
-        """What the leader left for the others: its name, its GPUs."""
-        return object_or_empty(self._record)
+        """Whether this node prepares the run; the others wait for it."""
+        self.gpus_elsewhere = gpus_elsewhere
+        """Number of GPUs by node, for the other nodes that hold the run."""
 
     def share(self) -> None:
-        """Let the others go on: what the leader does alone is done."""
-        if self.leads:
-            with _without_locks():
-                fcntl.flock(self._config, fcntl.LOCK_SH)
+        """Let the other nodes join: the leader calls this once the run is prepared."""
+        _try_lock(self._config, fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager
-def running(run_dir: Path) -> Iterator[None]:
-    """Hold the run alone: a second process that starts or resumes it meanwhile is refused. RUN/machines/0.json says for
-    the duration who has it (`holders`).
-    """
+def lock_run(run_dir: Path) -> Iterator[None]:
+    """Hold a run alone for the duration. Raises UserError if another launcher holds it."""
     with (run_dir / CONFIG_NAME).open("r+") as file:
-        _take_run(file, run_dir)
-        place = _take_place(run_dir, 1, lambda: False, shares_machine=True)
-        assert place is not None, "it gives up only when it is told to"
+        _lock_alone(file, run_dir)
+        record = _lock_record(run_dir, 1, "", lambda: False, several_per_node=True)
+        assert record is not None
         try:
-            with place:
+            with record:
                 yield
         finally:
-            leave(run_dir)
+            remove_records(run_dir)
+
+
+@contextlib.contextmanager
+def lock_node(run_dir: Path, rendezvous: Rendezvous, stopped: Callable[[], bool]) -> Iterator[NodeLock | None]:
+    """Hold a run as one of its nodes for the duration; yield None once `stopped()` while waiting.
+
+    Raises UserError if another start holds the run, this node holds it already, or it has all its nodes.
+    """
+    with (run_dir / CONFIG_NAME).open("r+") as config:
+        if not _has_locks(config):
+            warn(f"{run_dir} is on a file system without locks: make sure that only one start uses it")
+        leads = _lead_or_join(config, run_dir, rendezvous, stopped)
+        record = None
+        if leads is not None:
+            several = rendezvous.is_host is None
+            record = _lock_record(run_dir, rendezvous.nodes, rendezvous.run_id, stopped, several_per_node=several)
+        if record is None:
+            yield None
+            return
+        gpus = {process.host: int(values.get("gpus", 0)) for process, values in _held_records(run_dir)}
+        with record:
+            yield NodeLock(config, leads=bool(leads), gpus_elsewhere=gpus)
+
+
+def _lead_or_join(config: IO[str], run_dir: Path, rendezvous: Rendezvous, stopped: Callable[[], bool]) -> bool | None:
+    """Return True with the run locked exclusively, False with it shared, None once `stopped()`."""
+    deadline, message = time.monotonic() + LEASE_SECONDS, ""
+    joins_until = time.monotonic() + rendezvous.join_seconds
+    while not stopped():
+        if rendezvous.is_host is not False and _try_lock(config, fcntl.LOCK_EX):
+            _check_not_removed(config, run_dir)
+            return True
+        error = connection_error(rendezvous) if rendezvous.is_host is not True else ""
+        if error is None and _try_lock(config, fcntl.LOCK_SH):
+            return False
+        _check_not_removed(config, run_dir)
+        held = _held_records(run_dir)
+        same_start = [process for process, values in held if values.get("start") == rendezvous.run_id]
+        hosts = ", ".join(process.host for process, _ in held)
+        if rendezvous.is_host:
+            _check_not_on_this_node(run_dir, [process for process, _ in held])
+        if rendezvous.is_host is not True and same_start:
+            waits_for = f"waiting for {hosts} to prepare {run_dir}"
+            deadline = time.monotonic() + LEASE_SECONDS
+            joins_until = time.monotonic() + rendezvous.join_seconds
+        elif held or rendezvous.is_host is not False:
+            waits_for = f"waiting for {hosts or 'another process'} to leave {run_dir}"
+            if time.monotonic() > deadline:
+                by = f"on {hosts}" if hosts else "in another process"
+                raise UserError(f"{run_dir} is already running {by}; wait for it or stop it first")
+        else:
+            waits_for = f"waiting for {rendezvous.endpoint} to listen ({error})"
+            if time.monotonic() > joins_until:
+                raise UserError(
+                    f"nobody listened at {rendezvous.endpoint} for {rendezvous.join_seconds} s ({error}); `distlora "
+                    "resume` the run on each node, that one too, or correct the endpoint and let the port through"
+                )
+        if waits_for.partition(" (")[0] != message:
+            show(f"{waits_for}\n")
+            message = waits_for.partition(" (")[0]
+        time.sleep(0.5)
+    return None
+
+
+def _check_not_removed(config: IO[str], run_dir: Path) -> None:
+    path = run_dir / CONFIG_NAME
+    if not path.exists() or os.fstat(config.fileno()).st_ino != path.stat().st_ino:
+        raise UserError(f"the node that prepared {run_dir} failed; see its messages")
+
+
+def _check_not_on_this_node(run_dir: Path, held: list[Process]) -> None:
+    process = next((process for process in held if process.is_of_this_machine), None)
+    if process is not None:
+        raise UserError(f"{run_dir} is already running on this node (pid {process.pid}); wait for it or stop it first")
 
 
 @contextlib.contextmanager
 def worker_place(sweep: Path, name: str) -> Iterator[None]:
-    """Be the worker `name` of a sweep for the duration, as `holders` then says. Raises UserError where another is."""
+    """Hold the record of the worker `name` of a sweep for the duration. Raises UserError if a live worker holds it."""
     folder = sweep / MACHINES
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     with path.open("a+") as file:
-        deadline, said = time.monotonic() + LEASE_SECONDS, False
-        while not _seize(file):
+        deadline, waited = time.monotonic() + LEASE_SECONDS, False
+        while not _try_lock_record(file):
             holder = from_record(object_or_empty(path))
             if (holder is not None and holder.has_ended is False) or time.monotonic() > deadline:
-                raise UserError(f"{sweep} has a {name} already, which lives; wait for it or `distlora cancel {sweep}`")
-            if not said:
+                raise UserError(
+                    f"{sweep} already has a running {name}; wait for it, or stop it with `distlora cancel {sweep}`"
+                )
+            if not waited:
                 show(f"waiting for {holder.host if holder else 'another process'} to leave {sweep} as its {name}\n")
-                said = True
+                waited = True
             time.sleep(0.5)
-        _sign(file)
+        _write_record(file, {})
         yield
 
 
 def is_alive(sweep: Path, name: str | None, process: Process) -> bool:
-    """Whether the worker of a sweep that was `process`, under this name, lives: its place is held, and by no other that
-    is known."""
+    """Return whether `process` still holds the record `name` of a sweep; without a name, any record."""
     if name is None:
         return process in holders(sweep)
     path = sweep / MACHINES / f"{name}.json"
@@ -121,10 +185,9 @@ def is_alive(sweep: Path, name: str | None, process: Process) -> bool:
     return False
 
 
-def leave(run_dir: Path) -> None:
-    """Remove the places in a run that nobody holds any more."""
-    # Whatever is left of it, a half-written record or an open file on NFS, is no failure of the run.
-    for path in _records(run_dir):
+def remove_records(run_dir: Path) -> None:
+    """Remove the records of launchers in a run folder; what cannot be removed stays."""
+    for path in _record_paths(run_dir):
         with contextlib.suppress(OSError):
             path.unlink()
     with contextlib.suppress(OSError):
@@ -132,211 +195,132 @@ def leave(run_dir: Path) -> None:
 
 
 def holders(run_dir: Path) -> list[Process]:
-    """The launchers that hold a run now, on whatever machines: each locks the record that names it while it lives."""
-    found = []
-    for path in _records(run_dir):
-        process = from_record(object_or_empty(path))
+    """Return the launchers that hold a run or a sweep now, on any node."""
+    return [process for process, _ in _held_records(run_dir)]
+
+
+def _held_records(run_dir: Path) -> list[tuple[Process, dict[str, Any]]]:
+    """Return (launcher, its record) for each locked record."""
+    held = []
+    for path in _record_paths(run_dir):
+        values = object_or_empty(path)
+        process = from_record(values)
         with contextlib.suppress(OSError):
             if process is not None and _is_held(path, process):
-                found.append(process)
-    return found
+                held.append((process, values))
+    return held
 
 
-def _records(run_dir: Path) -> list[Path]:
-    """The places in a run. Their folder comes and goes with whoever holds it."""
-    with contextlib.suppress(FileNotFoundError):
+def _record_paths(run_dir: Path) -> list[Path]:
+    with contextlib.suppress(FileNotFoundError):  # The folder exists only while somebody holds the run.
         return sorted(path for path in (run_dir / MACHINES).iterdir() if path.suffix == ".json")
     return []
 
 
 def _is_held(path: Path, process: Process) -> bool:
-    """Whether the launcher that a record names holds its place. A record that was read just before its holder wrote it
-    names the one before. Where the file system has no locks, only the launcher's own machine knows.
-    """
+    """Return whether a record is locked. Without locks, only the launcher's own node can tell."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return process.has_ended is not True
+            return process.has_ended is not True  # A record read just before its holder wrote it names the one before.
         except OSError:
             return process.has_ended is False
         return False
 
 
-@contextlib.contextmanager
-def together(
-    run_dir: Path,
-    run_id: str,
-    *,
-    nodes: int,
-    stopped: Callable[[], bool],
-    leads_without_locks: bool,
-    shares_machine: bool = False,
-) -> Iterator[Place | None]:
-    """Hold the run as one of the `nodes` machines of the start `run_id`; None once `stopped()` while waiting for the
-    leader. Raises UserError when another start has it, this machine has a place already, or all are taken.
-
-    leads_without_locks: whether this machine is the leader where the file system has no locks; nothing here makes the
-    others wait then.
-    shares_machine: whether this machine may have several places: the machines of the run are all this one.
-    """
-    with (run_dir / CONFIG_NAME).open("r+") as config:
-        leads = _take_part(config, run_dir, run_id, stopped, leads_without_locks)
-        if leads is None:
-            yield None
-            return
-        if os.fstat(config.fileno()).st_ino != _inode(run_dir / CONFIG_NAME):
-            raise UserError(f"{run_dir} was given up by the machine that prepared it; its messages there say why")
-        place = _take_place(run_dir, nodes, stopped, shares_machine=shares_machine)
-        if place is None:
-            yield None
-            return
-        with place:
-            yield Place(config, run_dir / MACHINES / INITIAL_ADAPTER_NAME, leads=leads)
-
-
-def _take_part(
-    config: IO[str], run_dir: Path, run_id: str, stopped: Callable[[], bool], leads_without_locks: bool
-) -> bool | None:
-    """Whether this machine leads the start; None once `stopped()`."""
-    record = run_dir / MACHINES / INITIAL_ADAPTER_NAME
-    deadline, said = time.monotonic() + LEASE_SECONDS, False
-    while not stopped():
-        try:
-            if _lock(config, fcntl.LOCK_EX, strict=True):
-                _lead(record, run_id)
-                return True
-            shared = _lock(config, fcntl.LOCK_SH, strict=True)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            warn(f"{run_dir} is on a file system without locks: make sure that only one start has it")
-            if leads_without_locks:
-                _lead(record, run_id)
-            return leads_without_locks
-        start = object_or_empty(record)
-        ours = start.get("id") == run_id
-        if shared and ours:
-            return False
-        if shared:
-            fcntl.flock(config, fcntl.LOCK_UN)
-        if not ours and time.monotonic() > deadline:
-            by = f"start {start['id']} of it, led by {start['leader']}" if start else "another process"
-            raise UserError(f"{run_dir} is running in {by}; wait for it or stop it first")
-        if not said:
-            by = start.get("leader", "another process")
-            show(f"waiting for {by}, which prepares {run_dir}\n" if ours else f"waiting for {by} to leave {run_dir}\n")
-            said = True
-        time.sleep(0.5)
-    return None
-
-
-def _lead(record: Path, run_id: str) -> None:
-    """Say who leads the start."""
-    record.parent.mkdir(exist_ok=True)
-    atomic_io.write_json(record, {"id": run_id, "leader": host_name(), "gpus": gpu_count()})
-
-
-def _take_place(run_dir: Path, nodes: int, stopped: Callable[[], bool], *, shares_machine: bool) -> IO[str] | None:
-    """One of the places of the machines, held while the file is open; None once `stopped()`."""
+def _lock_record(
+    run_dir: Path, nodes: int, start: str, stopped: Callable[[], bool], *, several_per_node: bool
+) -> IO[str] | None:
+    """Return one of the `nodes` records of a run, locked while the file is open; None once `stopped()`."""
     folder = run_dir / MACHINES
     folder.mkdir(exist_ok=True)
-    deadline, said = time.monotonic() + LEASE_SECONDS, False
+    deadline, waited = time.monotonic() + LEASE_SECONDS, False
     while not stopped():
         held = holders(run_dir)
-        mine = None if shares_machine else next((place for place in held if place.is_of_this_machine), None)
-        file = _free_place(folder, nodes) if mine is None else None
+        if not several_per_node:
+            _check_not_on_this_node(run_dir, held)
+        file = _free_record(folder, nodes)
         if file is not None:
+            _write_record(file, {"start": start, "gpus": gpu_count()})
             return file
-        if mine is not None:
-            raise UserError(f"{run_dir} runs on this machine already (pid {mine.pid}); wait for it or stop it first")
-        hosts = ", ".join(place.host for place in held)
+        hosts = ", ".join(process.host for process in held)
         if time.monotonic() > deadline:
-            raise UserError(f"{run_dir} has its {nodes} machines already: {hosts}; end the one that is too many")
-        if not said:
-            show(f"waiting for a place: {run_dir} has its {nodes} machines ({hosts})\n")
-            said = True
+            raise UserError(f"{run_dir} already runs on its {nodes} nodes: {hosts}; end the one that is too many")
+        if not waited:
+            show(f"waiting for a node to leave: {run_dir} runs on its {nodes} nodes ({hosts})\n")
+            waited = True
         time.sleep(1)
     return None
 
 
-def _free_place(folder: Path, nodes: int) -> IO[str] | None:
-    """A place that nobody holds, with this process's name in it. Without locks it is named for the host, since it
-    cannot be told whether a number is taken.
-    """
+def _free_record(folder: Path, nodes: int) -> IO[str] | None:
+    """Return a record that nobody holds, locked; without locks, one named for this node."""
     for number in range(nodes):
         file = (folder / f"{number}.json").open("a+")
-        try:
-            is_free = _seize(file, strict=True)
-        except OSError as error:
+        if not _has_locks(file):
             file.close()
-            if error.errno not in _NO_LOCKS:
-                raise
-            file, is_free = (folder / f"{host_name()}.json").open("a+"), True
-        if is_free:
-            _sign(file)
+            return (folder / f"{host_name()}.json").open("a+")
+        if _try_lock_record(file):
             return file
         file.close()
     return None
 
 
-def _take_run(config: IO[str], run_dir: Path) -> None:
-    """Lock a run for this launcher alone. Raises UserError where another has it: at once where that one is known to
-    live, else once whoever has it can have neither gone nor died unnoticed."""
-    began, said = time.monotonic(), False
-    while not _lock(config, fcntl.LOCK_EX):
+def _lock_alone(config: IO[str], run_dir: Path) -> None:
+    """Lock a run exclusively. Raises UserError at once if its holder is known to live, else after a wait."""
+    began, waited = time.monotonic(), False
+    while not _try_lock(config, fcntl.LOCK_EX):
         held = holders(run_dir)
-        lives = any(place.has_ended is False for place in held)
-        if lives or time.monotonic() > began + (LEASE_SECONDS if held else LEAVE_SECONDS):
-            raise UserError(f"{run_dir} is running in another process; wait for it or stop it first")
-        if held and not said:
+        is_running = any(process.has_ended is False for process in held)
+        if is_running or time.monotonic() > began + (LEASE_SECONDS if held else RELEASE_SECONDS):
+            raise UserError(f"{run_dir} is already running in another process; wait for it or stop it first")
+        if held and not waited:
             show(f"waiting for {held[0].host} to leave {run_dir}\n")
-            said = True
+            waited = True
         time.sleep(0.1)
 
 
-def _seize(file: IO[str], *, strict: bool = False) -> bool:
-    """Lock a place; False when another holds it. Who only looks (`holders`) shares it for a moment, which no holder
-    does, and is waited for."""
+def _try_lock_record(file: IO[str]) -> bool:
+    """Lock a record; return False if a launcher holds it. Readers share it for a moment, which is waited for."""
     deadline = time.monotonic() + LOOK_SECONDS
-    while not _lock(file, fcntl.LOCK_EX, strict=strict):
-        if not _lock(file, fcntl.LOCK_SH, strict=strict) or time.monotonic() > deadline:
+    while not _try_lock(file, fcntl.LOCK_EX):
+        if not _try_lock(file, fcntl.LOCK_SH) or time.monotonic() > deadline:
             return False
         fcntl.flock(file, fcntl.LOCK_UN)
         time.sleep(0.01)
     return True
 
 
-def _sign(place: IO[str]) -> None:
-    """Write this process's name into its place, for other machines too: NFS would show them an empty record for as long
-    as it keeps the text here."""
-    place.truncate(0)
-    place.write(json.dumps(asdict(this_process())))
-    place.flush()
-    os.fsync(place.fileno())
+def _write_record(file: IO[str], values: dict[str, Any]) -> None:
+    """Name this process in its record, synced: NFS would show other nodes an empty one for a while."""
+    file.truncate(0)
+    file.write(json.dumps(asdict(this_process()) | values))
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def _lock(file: IO[str], kind: int, *, strict: bool = False) -> bool:
-    """Try to lock a file; False when another holds it. Without `strict`, a file system without locks has it."""
+def _try_lock(file: IO[str], kind: int) -> bool:
+    """Return whether a file could be locked; always True on a file system without locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if strict or error.errno not in _NO_LOCKS:
+        if error.errno not in _NO_LOCKS:
             raise
     return True
 
 
-@contextlib.contextmanager
-def _without_locks() -> Iterator[None]:
-    """Nothing is to be done where the file system has no locks."""
+def _has_locks(file: IO[str]) -> bool:
+    """Return whether the file system has locks, by sharing a file that this process has not locked yet."""
     try:
-        yield
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-
-
-def _inode(path: Path) -> int | None:
-    return path.stat().st_ino if path.exists() else None
+        return False
+    return True

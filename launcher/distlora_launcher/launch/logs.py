@@ -1,4 +1,4 @@
-"""RUN/logs: one file a rank and one of torchrun's a machine; those of earlier starts in folders of their own."""
+"""RUN/logs: one file per rank and one per torchrun; the logs of earlier starts are in start_<n>/."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ATTEMPT = "attempt_"
-"""Folders of what ranks had written before they were started again."""
+"""Prefix of the folders with logs of ranks that were restarted."""
 START = "start_"
-OURS = ("rank_*", "torchrun*.log", "gave_up.json", f"{ATTEMPT}*")
-"""What a start writes here. SLURM's own log lies here too, and is being written."""
+"""Prefix of the folders with logs of earlier starts."""
+WRITTEN = ("rank_*", "torchrun*.log", "gave_up.json", f"{ATTEMPT}*")
+"""Files that a start writes; SLURM's log, which all starts share, is not among them."""
 SLURM = "slurm_"
-"""Of a job of SLURM: slurm_<job>.log, what it and rank 0 in it print, all its starts in one file."""
+"""Prefix of a SLURM job's log, slurm_<job>.log."""
 
 
 def set_aside_logs(log_dir: Path) -> None:
-    """Move the logs of an earlier start to logs/start_<n>: the newest are always logs/rank_<k>.log."""
+    """Move the logs of an earlier start to logs/start_<n>, so that the newest are logs/rank_<k>.log."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    earlier = [path for pattern in OURS for path in log_dir.glob(pattern)]
+    earlier = [path for pattern in WRITTEN for path in log_dir.glob(pattern)]
     if earlier:
         folder = log_dir / f"{START}{1 + last_number(START, log_dir.glob(f'{START}*'))}"
         folder.mkdir()
@@ -27,16 +28,14 @@ def set_aside_logs(log_dir: Path) -> None:
 
 
 def last_number(prefix: str, folders: Iterable[Path]) -> int:
-    """The largest <n> of the folders `prefix`<n>; 0 where there is none. Some may have been deleted."""
+    """Return the largest <n> of the folders `prefix`<n>; 0 if there is none."""
     words = (folder.name.removeprefix(prefix) for folder in folders)
     return max((int(word) for word in words if word.isdecimal()), default=0)
 
 
-def machine_log(log_dir: Path, *, alone: bool) -> Path:
-    """A new file for what torchrun here says: logs/torchrun.log of a machine alone, else torchrun_<host>.log, with a
-    number where one was started there before within the same start.
-    """
-    if alone:
+def new_torchrun_log(log_dir: Path, *, single_node: bool) -> Path:
+    """Return torchrun's log: torchrun.log on a single node, else a new file torchrun_<host>[_<n>].log."""
+    if single_node:
         return log_dir / "torchrun.log"
     host = host_name()
     names = (f"torchrun_{host}.log" if number == 1 else f"torchrun_{host}_{number}.log" for number in range(1, 10_000))
@@ -50,5 +49,5 @@ def machine_log(log_dir: Path, *, alone: bool) -> Path:
 
 
 def host_name() -> str:
-    """This machine as it calls itself, without its domain."""
+    """Return this node's host name without its domain."""
     return socket.gethostname().partition(".")[0] or "localhost"

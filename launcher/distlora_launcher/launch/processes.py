@@ -1,4 +1,4 @@
-"""A process, named so that no other is taken for it: pids come round again, and containers have equal ones."""
+"""A process identified across nodes, reboots and containers: a pid alone is reused, and containers have equal ones."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from typing import Any
 from distlora_launcher.launch.logs import host_name
 
 _LARGEST_PID = 2**22
-"""Linux's limit."""
+"""Largest pid of Linux."""
 _STARTED = 18
-"""Place of the start in /proc/PID/stat, after the state."""
+"""Index of the start time in /proc/PID/stat, counted after the state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
-    """A process of some machine. The last three are None where the system has no /proc."""
+    """A process on some node. The last three fields are None on a system without /proc."""
 
     host: str
     pid: int
     started: int | None = None
-    """Ticks of the clock from the machine's start to its own."""
+    """Start time, in clock ticks since the node booted."""
     boot: str | None = None
-    """That start of the machine."""
+    """Boot id of the node."""
     namespace: str | None = None
-    """Whose pids these are: of the machine, or of a container in it."""
+    """Pid namespace: that of the node, or of a container."""
 
     @property
     def is_of_this_machine(self) -> bool:
-        """Whether its pid means here what it means there."""
+        """Whether the pid is valid in this process's node and container."""
         return (self.host, self.boot, self.namespace) == (host_name(), _boot(), _namespace())
 
     @property
     def has_ended(self) -> bool | None:
-        """None where that cannot be told from here."""
+        """Whether the process has ended; None if this node cannot tell."""
         if not self.is_of_this_machine:
             return None
         try:
@@ -50,14 +50,15 @@ class Process:
         return state in "ZX" or int(fields[_STARTED]) != self.started
 
     def send(self, signum: int) -> None:
-        """Send it a signal. Raises ProcessLookupError where it has ended, whoever has its pid now, and PermissionError
-        for another user's."""
+        """Send a signal. Raises ProcessLookupError if the process has ended, PermissionError if another user's."""
         with contextlib.ExitStack() as stack:
             descriptor = None
-            with contextlib.suppress(AttributeError, OSError):  # No Linux, an old one, one that filters calls.
+            with contextlib.suppress(
+                AttributeError, OSError
+            ):  # Not Linux, an old one, or one that filters system calls.
                 descriptor = os.pidfd_open(self.pid)
                 stack.callback(os.close, descriptor)
-            # Looked at only now: what the descriptor holds keeps its pid.
+            # Checked after opening: the descriptor keeps the pid from being reused.
             if self.has_ended or not self.is_of_this_machine:
                 raise ProcessLookupError(f"process {self.pid} of {self.host} has ended")
             if descriptor is None:
@@ -67,6 +68,7 @@ class Process:
 
 
 def this_process() -> Process:
+    """Return the calling process."""
     pid, started = os.getpid(), None
     with contextlib.suppress(OSError):
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -75,9 +77,9 @@ def this_process() -> Process:
 
 
 def from_record(values: Mapping[str, Any]) -> Process | None:
-    """The process that a record names; None where it names none."""
+    """Return the process that a record names; None for a damaged record."""
     host, pid, started = values.get("host"), values.get("pid"), values.get("started")
-    # Of 0 and -1 kill would make many processes.
+    # kill(0) and kill(-1) would signal many processes.
     if not isinstance(host, str) or type(pid) is not int or not 1 < pid <= _LARGEST_PID:
         return None
     boot, namespace = values.get("boot"), values.get("namespace")
@@ -95,7 +97,7 @@ def _exists(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # Another user's, which /proc may hide.
+    except PermissionError:  # Another user's process, which /proc may hide.
         return True
     return True
 

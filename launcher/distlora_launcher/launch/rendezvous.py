@@ -1,8 +1,8 @@
-"""Where the machines of one run meet, and by which address each is reached. Imports no torch.
+"""The rendezvous of a run's nodes: torchrun's c10d store, and the address by which each node is reached.
 
-torchrun's c10d rendezvous: one machine, that of the endpoint, holds a small store; the others connect to it. torchrun
-looks up by itself whether it is that machine, but it ends with a traceback where a host's own name does not resolve,
-and takes a second network's address for another machine's; so both questions are answered here, by binding.
+One node, that of the endpoint, serves the store; the others connect to it. torchrun can find out by itself which node
+that is, but it ends with a traceback if a host's own name does not resolve, and takes an address of a second network
+for another node's. So the launcher answers both questions, by binding to the address.
 """
 
 from __future__ import annotations
@@ -13,43 +13,41 @@ import os
 import socket
 import struct
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from distlora.config import UserError
 from distlora_launcher.compose.endpoint import resolve_endpoint, split_endpoint
-from distlora_launcher.terminal.output import show
 
 LOCAL_ADDRESS = "DISTLORA_LOCAL_ADDR"
-"""Environment variable: the address by which the other machines reach this one, where it has several."""
+"""Environment variable: the address by which the other nodes reach this one, if it has several."""
 
 READ_SECONDS = 60
-"""Of a question to the store. A machine that has vanished without a word (power, cable) does not answer."""
+"""Timeout of a read from the store: a node that lost power or its cable does not answer."""
 CLOSE_SECONDS = 30
-"""For telling the others that this machine leaves."""
+"""Timeout of closing the rendezvous as this node leaves."""
 LAST_CALL_SECONDS = 1
-"""For machines beyond the number that is needed: there are none."""
+"""Wait for more nodes than are needed: there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Meeting:
-    """How this machine takes part."""
+class Rendezvous:
+    """The arguments of torchrun's rendezvous on this node."""
 
     nodes: int
-    """Machines of the run."""
+    """Number of nodes of the run."""
     endpoint: str
-    """host:port, the same on each."""
+    """host:port, the same on each node."""
     run_id: str
-    """Tells this start from another at the same endpoint."""
+    """Name of this start, which tells it from another at the same endpoint."""
     join_seconds: int
-    """How long a machine waits until all are there: at the start, and again when workers start anew."""
+    """Longest wait until all nodes have joined, at the start and after a restart of the workers."""
     is_host: bool | None
-    """Whether the store is here; None: whoever comes first on this host has it (all machines are this one)."""
+    """Whether this node serves the store; None if all nodes are this host, and the first process serves it."""
     address: str
-    """By which the others reach this machine."""
+    """Address by which the other nodes reach this one."""
 
     def torchrun_arguments(self) -> list[str]:
+        """Return torchrun's options."""
         settings = {
             "join_timeout": self.join_seconds,
             "last_call_timeout": LAST_CALL_SECONDS,
@@ -68,34 +66,32 @@ class Meeting:
         ]
 
     def environment(self) -> dict[str, str]:
-        """Variables of the workers: gloo otherwise takes the address that the host's own name has in /etc/hosts, which
-        on Debian is 127.0.1.1.
-        """
-        interface = interface_of(self.address)
+        """Return the workers' variables: gloo's default is the host's address in /etc/hosts, on Debian 127.0.1.1."""
+        interface = find_interface(self.address)
         return {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
 
 
-def meet(endpoint: str, *, nodes: int, run_id: str, join_seconds: float) -> Meeting:
-    """This machine's part in a meeting at `endpoint`. Raises UserError for a host that it does not know."""
+def make_rendezvous(endpoint: str, *, nodes: int, run_id: str, join_seconds: float) -> Rendezvous:
+    """Return this node's rendezvous arguments. Raises UserError for a host that it cannot resolve or reach."""
     host, port = split_endpoint(endpoint)
     address = resolve_endpoint(endpoint)
     is_host: bool | None
     if ipaddress.ip_address(address).is_loopback:
         is_host = True if host in (socket.gethostname(), socket.getfqdn()) else None
     else:
-        is_host = is_here(address)
-    return Meeting(
+        is_host = is_local_address(address)
+    return Rendezvous(
         nodes=nodes,
         endpoint=endpoint,
         run_id=run_id,
         join_seconds=max(1, round(join_seconds)),
         is_host=is_host,
-        address=os.environ.get(LOCAL_ADDRESS) or (host if is_host else own_address(address, port)),
+        address=os.environ.get(LOCAL_ADDRESS) or (host if is_host else source_address(address, port)),
     )
 
 
-def is_here(address: str) -> bool:
-    """Whether an address is one of this machine's: only then can it be bound."""
+def is_local_address(address: str) -> bool:
+    """Return whether an address belongs to this node: only then can it be bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
@@ -105,30 +101,31 @@ def is_here(address: str) -> bool:
     return True
 
 
-def own_address(address: str, port: int) -> str:
-    """The address that this machine sends from when it talks to `address`. Nothing is sent."""
+def source_address(address: str, port: int) -> str:
+    """Return the address that this node sends from when it talks to `address`. Sends nothing."""
     if ipaddress.ip_address(address).is_loopback and _resolves(socket.gethostname()):
-        return socket.gethostname()  # All machines are this one: names tell them apart.
+        return socket.gethostname()  # All nodes are this host: torchrun tells them apart by name.
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, port))
         except OSError as error:
             raise UserError(
-                f"{socket.gethostname()} has no way to {address}, where the machines are to meet ({error.strerror}); "
-                f"name a host that all machines reach"
+                f"{socket.gethostname()} has no route to the rendezvous at {address} ({error.strerror}); name a host "
+                "that all nodes can reach"
             ) from error
         return str(probe.getsockname()[0])
 
 
-def interface_of(address: str) -> str | None:
-    """The name of the network interface that has an address (a name is resolved first); for a loopback address of a
-    machine that is not alone, that of its way out. None where that cannot be told.
+def find_interface(address: str) -> str | None:
+    """Return the network interface that has an address or name; for loopback, the interface of the default route.
+
+    None if it cannot be found, or the system is not Linux.
     """
     try:
         address = socket.gethostbyname(address)
         if ipaddress.ip_address(address).is_loopback:
-            address = own_address("192.0.2.1", 9)  # Reserved for documentation: the way out, whoever is there.
+            address = source_address("192.0.2.1", 9)  # An address reserved for documentation: gives the default route.
     except (OSError, UserError):
         return None
     if sys.platform != "linux":
@@ -145,28 +142,13 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def wait_for_host(meeting: Meeting, stopped: Callable[[], bool]) -> None:
-    """Wait until the store of another machine listens: torchrun itself gives up after a minute. Raises UserError after
-    `join_seconds`; returns early once `stopped()`.
-    """
-    if meeting.is_host is not False:
-        return
-    deadline, said = time.monotonic() + meeting.join_seconds, False
-    while not stopped():
-        try:
-            socket.create_connection(split_endpoint(meeting.endpoint), timeout=5).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"nobody listened at {meeting.endpoint} for {meeting.join_seconds} s ({reason}); `distlora resume` the "
-                "run on each machine, that one too, or correct the endpoint and let the port through"
-            )
-        if not said:
-            show(f"waiting for {meeting.endpoint} to listen ({reason})\n")
-            said = True
-        time.sleep(1)
+def connection_error(rendezvous: Rendezvous) -> str | None:
+    """Return why the rendezvous endpoint cannot be connected to; None if it listens."""
+    try:
+        socket.create_connection(split_endpoint(rendezvous.endpoint), timeout=5).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _resolves(name: str) -> bool:

@@ -1,7 +1,7 @@
-"""The workers that torchrun has started on this machine: who they are, what they died of, whether they start again.
+"""The workers that torchrun started on this node: their pids, why they failed, and whether they are restarted.
 
-torchrun starts the whole group again when a worker dies, without a word; this looks at what it and the workers leave
-behind, says what happened, and finds the failures that no further attempt would mend.
+torchrun restarts the whole group silently when a worker dies. `WorkerMonitor` reads the files of torchrun and the
+workers, prints what happened, and finds the failures that a restart would meet again.
 """
 
 from __future__ import annotations
@@ -28,90 +28,92 @@ from distlora_launcher.launch.failures import (
     write_killed,
 )
 from distlora_launcher.launch.logs import host_name
-from distlora_launcher.launch.rendezvous import Meeting
+from distlora_launcher.launch.rendezvous import Rendezvous
 from distlora_launcher.terminal.output import warn
 
 _LOOK_SECONDS = 0.5
-"""Between looks at the error files: the folder may be on a network."""
+"""Interval between looks at the error files: the folder may be on a network."""
 
 
-class Attempts:
-    """What is known of the workers of one start, here."""
+class WorkerMonitor:
+    """The workers of one start on this node."""
 
     def __init__(
         self,
         run_dir: Path,
         pid_dir: Path,
         torchrun_log: Path,
-        torchrun: int,
+        torchrun_pid: int,
         *,
         processes: int,
         max_restarts: int,
-        meeting: Meeting | None,
+        rendezvous: Rendezvous | None,
     ) -> None:
         self.run_dir, self.log_dir, self.pid_dir, self.torchrun_log = run_dir, run_dir / "logs", pid_dir, torchrun_log
-        self.torchrun, self.processes, self.max_restarts, self.meeting = torchrun, processes, max_restarts, meeting
+        self.torchrun_pid, self.processes, self.max_restarts = torchrun_pid, processes, max_restarts
+        self.rendezvous = rendezvous
         self.restarts = 0
-        """How often torchrun here has started the workers again because one failed."""
+        """Number of restarts because a worker of this node failed."""
         self.pids: dict[int, int] = {}
-        """By rank, of the newest attempt."""
+        """Pid by rank, of the newest attempt."""
         self._rank_of: dict[int, int] = {}
-        """By pid, of all attempts."""
+        """Rank by pid, of all attempts."""
         self._earlier: set[int] = set()
         """Pids of earlier attempts."""
         self._request: int | None = None
         self._log_size = 0
         self._exits: list[Exit] = []
         self.restarting = False
-        """Whether the newest attempt has ended, that was told, and the workers of the next are still to come."""
+        """Whether the failure of the newest attempt is printed and the next workers have not come yet."""
         self._looked = 0.0
-        self._told_ranks: list[int] = []
-        # Not of this start: a machine that joins late, or one beside which another died, finds them.
-        self._stale_end = identity(self.log_dir / GAVE_UP)
-        self._stale = {path: identity(path) for path, _ in read_errors(self.log_dir)}
+        self._printed_ranks: list[int] = []
+        # Files of an earlier start, which a node that joins late finds.
+        self._stale_gave_up = file_identity(self.log_dir / GAVE_UP)
+        self._stale = {path: file_identity(path) for path, _ in read_errors(self.log_dir)}
 
     def request_stop(self, signum: int) -> None:
-        """Ask every worker to stop, and those that are yet to come."""
+        """Send a request to stop to every worker, and to those that are still to come."""
         self._request = signum
         for pid in self._present().values():
             self._signal(pid, signum)
 
     def look(self) -> Failure | None:
-        """See what has changed; a failure that a further attempt would meet again, if that is what happened."""
+        """Read what has changed; return a failure that a restart would meet again, if there is one."""
         self._find_workers()
         return self._read_log() or self._read_errors()
 
     def failure(self) -> Failure | None:
-        """What the newest attempt failed of, where that is known."""
+        """Return why the newest attempt failed, if that is known."""
         exits = {exit.rank: exit for exit in reversed(self._exits) if exit.pid not in self._earlier}
         exits = dict(reversed(exits.items()))
         return first_failure(self.log_dir, exits, self._errors())
 
     def all_done(self) -> bool:
-        """Whether every worker here has said that its work ended well."""
+        """Return whether every worker of this node has reported that its work ended well."""
         done = {int(path.stem.removeprefix("rank_")) for path in self.pid_dir.glob("rank_*.done")}
         return len(self.pids) == self.processes and done == set(self.pids)
 
-    def told(self) -> str:
-        """What to add to the message of the last failure: how often it was tried."""
+    def restarts_text(self) -> str:
+        """Return a line for the last failure's message: how often the workers were restarted."""
         if self.restarts == 0:
             return ""
         times = "once" if self.restarts == 1 else f"{self.restarts} times"
-        return f"\nthe workers were started again {times} (cluster.max_restarts={self.max_restarts})"
+        return f"\nthe workers were restarted {times} (cluster.max_restarts={self.max_restarts})"
 
     def cannot_answer(self) -> bool:
-        """Whether workers were asked to stop and none is here that could: those of one attempt have ended, and those of
-        the next wait for other machines, or have not come yet. What an attempt failed of for good, torchrun ends by.
+        """Return whether a stop was requested and no worker of this node is left to answer it.
+
+        So it is while torchrun waits for other nodes, or before the workers of the next attempt have come.
         """
         if self._request is None or self.all_done():
             return False
         newest = set(self.pids.values()) - self._earlier
         if not self.restarting and any(exit.pid in newest for exit in self._exits):
             return False
-        return not any(_parent(pid) in (self.torchrun, None) for pid in self._present().values())
+        return not any(_parent(pid) in (self.torchrun_pid, None) for pid in self._present().values())
 
     def leave_stopped(self) -> Failure:
-        """Leave RUN/stopped.json for workers that could not; returns what to tell."""
+        """Write RUN/stopped.json in place of the workers; return the message."""
         assert self._request is not None
         saved = checkpoint_folders(self.run_dir)
         record = {
@@ -120,23 +122,23 @@ class Attempts:
             "signal": name_of(self._request),
             "time": round(time.time(), 3),
         }
-        with contextlib.suppress(OSError):  # A full disk: status then does not know, and nothing else depends on it.
+        with contextlib.suppress(OSError):  # On a full disk only `distlora status` lacks it.
             atomic_io.write_json(self.run_dir / STOPPED_NAME, record)
         state = f"{saved[-1].name} is saved" if saved else "nothing is saved yet"
         by = name_of(self._request)
-        return Failure(f"asked to stop by {by} while no workers ran on {host_name()}: {state}", "", stopped=True)
+        return Failure(f"stopped by {by} while no workers ran on {host_name()}: {state}", "", stopped=True)
 
     def _present(self) -> dict[int, int]:
-        """Pids by rank, as the workers left them."""
-        found = {}
+        """Return pid by rank, as the workers wrote them."""
+        pids = {}
         for path in self.pid_dir.glob("rank_*.pid"):
             try:
                 pid = int(path.read_text())
-            except FileNotFoundError:  # Done meanwhile.
+            except FileNotFoundError:  # The worker has just ended.
                 continue
             if pid not in self._earlier:
-                found[int(path.stem.removeprefix("rank_"))] = pid
-        return found
+                pids[int(path.stem.removeprefix("rank_"))] = pid
+        return pids
 
     def _find_workers(self) -> None:
         new = {rank: pid for rank, pid in self._present().items() if self.pids.get(rank) != pid}
@@ -146,28 +148,28 @@ class Attempts:
             self._earlier |= set(self.pids.values())
             self.pids = {}
             if not self.restarting:
-                warn(f"the group of workers has changed; starting again {self._since()}")
+                warn(f"the nodes of the run have changed; restarting {self._resume_point()}")
             self.restarting = False
         self.pids |= new
         self._rank_of |= {pid: rank for rank, pid in new.items()}
         if self._request is not None:
             for pid in new.values():
                 self._signal(pid, self._request)
-        if self.meeting is not None and len(self.pids) == self.processes:
-            self._tell_ranks()
+        if self.rendezvous is not None and len(self.pids) == self.processes:
+            self._print_ranks()
 
-    def _tell_ranks(self) -> None:
-        """Which ranks are here, once a place is known for them: the machine with rank 0 shows what that writes."""
+    def _print_ranks(self) -> None:
+        """Print this node's ranks once they change: the node with rank 0 shows the progress."""
         ranks = sorted(self.pids)
-        if ranks == self._told_ranks:
+        if ranks == self._printed_ranks:
             return
-        self._told_ranks = ranks
+        self._printed_ranks = ranks
         here = f"rank {ranks[0]} runs" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]} run"
-        elsewhere = "" if 0 in ranks else f"; progress is shown where rank 0 is, and in {self.log_dir / 'rank_0.log'}"
+        elsewhere = "" if 0 in ranks else f"; progress is shown on rank 0's node and in {self.log_dir / 'rank_0.log'}"
         warn(f"{here} on {host_name()}{elsewhere}")
 
     def _read_log(self) -> Failure | None:
-        """What torchrun says of workers that failed."""
+        """Read torchrun's log for workers that failed."""
         size = self.torchrun_log.stat().st_size
         if size == self._log_size:
             return None
@@ -185,13 +187,11 @@ class Attempts:
         if self.restarts < self.max_restarts and not self.restarting:
             self.restarts += 1
             self.restarting = True
-            warn(f"{failure.short}; restart {self.restarts} of {self.max_restarts}, {self._since()}")
+            warn(f"{failure.short}; restart {self.restarts} of {self.max_restarts}, {self._resume_point()}")
         return None
 
     def _read_errors(self) -> Failure | None:
-        """A failure that ends the run, on any machine: one that would repeat, whose rank need not have ended yet, or
-        one after which a machine gave up.
-        """
+        """Return a failure of any node that ends the run: a restart would repeat it, or the node gave up."""
         if time.monotonic() - self._looked < _LOOK_SECONDS:
             return None
         self._looked = time.monotonic()
@@ -199,28 +199,28 @@ class Attempts:
         failure = first_failure(self.log_dir, {}, errors) if errors else None
         if failure is not None and failure.repeats:
             return failure
-        if self.meeting is not None and identity(self.log_dir / GAVE_UP) not in (None, self._stale_end):
+        if self.rendezvous is not None and file_identity(self.log_dir / GAVE_UP) not in (None, self._stale_gave_up):
             return read_gave_up(self.log_dir)
         return None
 
     def _errors(self) -> list[dict[str, Any]]:
-        errors = [error for path, error in read_errors(self.log_dir) if self._stale.get(path) != identity(path)]
-        # Those that the disk of the logs did not take are beside the pids.
+        errors = [error for path, error in read_errors(self.log_dir) if self._stale.get(path) != file_identity(path)]
+        # If the logs' disk was full, a worker wrote its error beside its pid.
         return [*errors, *(error for _, error in read_errors(self.pid_dir))]
 
-    def _since(self) -> str:
+    def _resume_point(self) -> str:
         saved = checkpoint_folders(self.run_dir)
         return f"from {saved[-1].name}" if saved else "from the beginning, as nothing was saved yet"
 
     def _signal(self, pid: int, signum: int) -> None:
-        if _parent(pid) not in (self.torchrun, None):
-            return  # It has ended, and its number may be another process's by now.
+        if _parent(pid) not in (self.torchrun_pid, None):
+            return  # The worker has ended, and another process may have its pid.
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signum)
 
 
 def _parent(pid: int) -> int | None:
-    """The parent of a process; 0 for one that has ended, None where the system has no /proc."""
+    """Return the parent of a process; 0 if it has ended, None on a system without /proc."""
     if sys.platform != "linux":
         return None
     try:
@@ -229,8 +229,8 @@ def _parent(pid: int) -> int | None:
         return 0
 
 
-def identity(path: Path) -> tuple[int, int] | None:
-    """Tells a file from one that took its place; None where there is none."""
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Return (inode, modification time) of a file, which a new file in its place changes; None if there is none."""
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""What a run folder says of how its run stands: how far, at what pace, saved where, how it ended.
+"""Read a run's progress from its folder: step, losses, pace, newest checkpoint, how it ended.
 
-Everything may be half-written, missing, or damaged: then it is unknown, and nothing else suffers. Imports no torch.
+Any file may be half-written, missing or damaged; then its values are None. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.config import Config, UserError
+from distlora.config import TrainConfig, UserError
 from distlora.config.json_files import object_or_empty, parse_object
 from distlora.run_folder.checkpoints import MANIFEST_NAME, step_of, steps
 from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, METRICS_NAME
@@ -23,23 +23,23 @@ from distlora.system.stop_signals import STOPPED_NAME
 from distlora_launcher.launch.failures import first_failure, read_errors
 
 TAIL_BYTES = 256 * 1024
-"""Of metrics.jsonl, from its end: some hundred steps."""
+"""Bytes read from the end of metrics.jsonl: some hundred steps."""
 PACE_STEPS = 20
-"""How many steps the pace is taken from: single ones differ by as much as a half."""
+"""Number of steps that the pace is averaged over: single steps differ by up to half."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """The newest lines of metrics.jsonl; None for what was not logged yet."""
+    """The newest metrics; None for what was not logged yet."""
 
     step: int = 0
     loss: float | None = None
     eval_loss: float | None = None
-    """The last held-out loss after a step."""
+    """Newest held-out loss after a step."""
     tokens_per_second: float | None = None
-    """Over the last PACE_STEPS steps."""
+    """Mean over the last PACE_STEPS steps."""
     time: float | None = None
-    """When the last line was written, seconds since 1970."""
+    """Time of the newest line, in seconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,29 +49,29 @@ class Saved:
     step: int
     path: Path
     time: float
-    """Seconds since 1970."""
+    """Time of the save, in seconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """How the last start ended, where it said so."""
+    """How the last start ended, as far as it was recorded."""
 
     stopped: Mapping[str, Any] | None = None
-    """stopped.json: it saved and stopped as it was asked to."""
+    """Content of stopped.json: the run saved and stopped on a request."""
     error: str | None = None
-    """What failed first."""
+    """Message of the first failure."""
     bad_input: bool = False
-    """Whether the error is the user's to mend."""
+    """Whether the input is at fault."""
 
 
 def read_figures(run_dir: Path) -> Figures:
-    """The newest figures of a run, from the end of metrics.jsonl."""
+    """Read the newest metrics of a run from the end of metrics.jsonl."""
     step, loss, eval_loss, written = 0, None, None, None
     rates: list[float] = []
     for line in _tail(run_dir / METRICS_NAME):
         try:
             values = parse_object(line.encode(), METRICS_NAME, "")
-        except UserError:  # Cut off, or damaged.
+        except UserError:  # Truncated or damaged.
             continue
         number, when = values.get("step"), values.get("time")
         if not isinstance(number, int) or isinstance(number, bool):
@@ -87,34 +87,34 @@ def read_figures(run_dir: Path) -> Figures:
     return Figures(step=step, loss=loss, eval_loss=eval_loss, tokens_per_second=pace, time=written)
 
 
-def total_steps(run_dir: Path, config: Config) -> int | None:
-    """Steps of the whole run; None while its data is not prepared."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
+def total_steps(run_dir: Path, train: TrainConfig) -> int | None:
+    """Return the number of steps of the whole run; None while its data is not prepared."""
+    if train.max_steps is not None:
+        return train.max_steps
     rows = _nested(object_or_empty(run_dir / DATA_NAME), "splits", "train", "rows")
     if not isinstance(rows, int):
         return None
-    return config.train.epochs * -(-rows // config.train.global_batch)
+    return train.epochs * -(-rows // train.global_batch)
 
 
-def seconds_left(figures: Figures, total: int | None, config: Config) -> float | None:
-    """At the pace of the last steps; None where that is not known."""
+def seconds_left(figures: Figures, total: int | None, tokens_per_step: int) -> float | None:
+    """Return the seconds until the end at the pace of the last steps; None if that is not known."""
     if total is None or not figures.tokens_per_second or figures.step == 0:
         return None
-    tokens = (total - figures.step) * config.train.global_batch * config.data.sequence_length
+    tokens = (total - figures.step) * tokens_per_step
     return max(0.0, tokens / figures.tokens_per_second)
 
 
 def newest_saved(run_dir: Path) -> Saved | None:
-    """The newest checkpoint by name; its bytes are not checked (`distlora verify` does)."""
+    """Return the newest checkpoint by name, unverified."""
     for folder in reversed(steps(run_dir / CHECKPOINTS)):
-        with contextlib.suppress(OSError):  # Pruned meanwhile.
+        with contextlib.suppress(OSError):  # It was pruned just now.
             return Saved(step=step_of(folder), path=folder, time=(folder / MANIFEST_NAME).stat().st_mtime)
     return None
 
 
 def read_ending(run_dir: Path) -> Ending:
-    """How the last start ended: the later of a stop and a failure; neither where it was killed, or still runs."""
+    """Return the later of a stop and a failure; neither if the run was killed or still runs."""
     stopped = object_or_empty(run_dir / STOPPED_NAME)
     log_dir = run_dir / "logs"
     errors = [error for _, error in read_errors(log_dir)]
@@ -128,17 +128,17 @@ def read_ending(run_dir: Path) -> Ending:
 
 
 def was_started(run_dir: Path) -> bool:
-    """Whether workers have ever written something."""
+    """Return whether workers have ever written something."""
     return (run_dir / METRICS_NAME).exists() or any((run_dir / "logs").glob("rank_*"))
 
 
 def age(moment: float) -> str:
-    """`12 s`, `3 min`, `2 h`, `5 days` since a moment (seconds since 1970)."""
+    """Return the time since a moment (seconds since 1970) as `12 s`, `3 min`, `2 h` or `5 days`."""
     return roughly(max(0.0, time.time() - moment))
 
 
 def _tail(path: Path) -> list[str]:
-    """The whole lines at the end of a file."""
+    """Return the complete lines at the end of a file."""
     if not path.is_file():
         return []
     try:

@@ -1,7 +1,7 @@
-"""Requests to stop: what a launcher makes of the signals that reach it.
+"""Signals to the launcher as requests to stop.
 
-The first SIGTERM, SIGUSR1, SIGHUP or SIGINT asks for a save and an end; more of them change nothing (SLURM and
-impatient people send them twice), except a second Ctrl-C, which kills.
+The first SIGTERM, SIGUSR1, SIGHUP or SIGINT requests a save and a stop. Further ones change nothing (SLURM and users
+send them twice), but a second Ctrl-C kills.
 """
 
 from __future__ import annotations
@@ -17,27 +17,25 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Forwarder:
-    """Passes the first request to stop on to those who work, whenever they come; a second Ctrl-C kills them."""
+    """Forwards the first request to stop to the workers, even if they start later; a second Ctrl-C kills them."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The signal that asked to stop; None: none did."""
+        """The signal that requested a stop, if any."""
         self.killed = False
-        """Whether a second Ctrl-C ended the process at once."""
+        """Whether a second Ctrl-C killed the process."""
         self._interrupts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._deliver: Callable[[int], None] | None = None
 
     def attach(self, process: subprocess.Popen[bytes], deliver: Callable[[int], None] | None = None) -> None:
-        """From now on requests go to `deliver`, by default as a signal to `process`, which a second Ctrl-C kills. One
-        that came before is passed on now.
-        """
+        """Send requests to `deliver`, by default as a signal to `process`; a request that came before is sent now."""
         self._process, self._deliver = process, deliver or process.send_signal
         if self.received is not None:
             self._deliver(self.received)
 
     def detach(self) -> None:
-        """The process has ended."""
+        """Stop forwarding: the process has ended."""
         self._process = self._deliver = None
 
     def __call__(self, signum: int, _frame: FrameType | None) -> None:
@@ -58,13 +56,11 @@ class Forwarder:
 
 @contextlib.contextmanager
 def forwarding(signals: Sequence[signal.Signals] = FORWARDED) -> Iterator[Forwarder]:
-    """Handle `signals` by a Forwarder for the duration; but those that whoever started this has it ignore, as nohup
-    does with SIGHUP, stay ignored.
-    """
+    """Handle `signals` by a Forwarder for the duration. A signal that is ignored (SIGHUP under nohup) stays ignored."""
     forwarder = Forwarder()
-    heard = [signum for signum in signals if signal.getsignal(signum) is not signal.SIG_IGN]
-    previous = {signum: signal.signal(signum, forwarder) for signum in heard}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # `hold` may have kept some.
+    handled = [signum for signum in signals if signal.getsignal(signum) is not signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, forwarder) for signum in handled}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # `block` may have kept some pending.
     try:
         yield forwarder
     finally:
@@ -72,6 +68,6 @@ def forwarding(signals: Sequence[signal.Signals] = FORWARDED) -> Iterator[Forwar
             signal.signal(signum, handler)
 
 
-def hold(signals: Sequence[signal.Signals] = FORWARDED) -> None:
-    """Keep signals until `forwarding` takes them: by default SIGUSR1 kills a process that is still importing."""
+def block(signals: Sequence[signal.Signals] = FORWARDED) -> None:
+    """Keep signals pending until `forwarding` handles them: by default SIGUSR1 kills a process that still imports."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)

@@ -1,14 +1,13 @@
-"""torchrun itself, bound to the launcher's life and deaf to requests to stop.
+"""torchrun, killed when the launcher ends, and ignoring requests to stop.
 
-    python -m distlora_launcher.launch.torchrun_entry [--import MODULE ...] [--log FILE] -- TORCHRUN'S ARGUMENTS
+    python -m distlora_launcher.launch.torchrun_entry [--import MODULE ...] [--log FILE] -- TORCHRUN_ARGUMENTS
 
 torchrun kills workers 30 s after a signal that it handles, and a step with its save may take longer. So the launcher
-signals the workers itself, and here the signals stay blocked: in every thread, and in the workers until they listen, so
-that none is lost while they start.
+signals the workers itself, and the signals stay blocked here: in every thread, and in the workers until they handle
+them, so that none is lost while they start.
 
-Of workers that are forks of it (torchrun's --start-method=fork) it imports what they need, once for all. With --log it
-is there before its time, while the launcher still prepares the run: it waits for a line on stdin, which ends without
-one where nothing is to be started, and writes to FILE from then on.
+With --import it imports the modules that its forked workers need (torchrun's --start-method=fork), once for all. With
+--log it is started early: it waits for a line on stdin, returns if stdin ends without one, and then writes to FILE.
 """
 
 from __future__ import annotations
@@ -25,14 +24,15 @@ from distlora_launcher.launch.worker_entry import PARENT, end_with_parent
 
 
 def main() -> None:
+    """Run torchrun with the arguments after --."""
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     end_with_parent()
     os.environ[PARENT] = str(os.getpid())
-    own, torchruns = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
+    ours, torchrun_arguments = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
     parser = argparse.ArgumentParser()
     parser.add_argument("--import", dest="modules", action="append", default=[])
     parser.add_argument("--log")
-    options = parser.parse_args(own)
+    options = parser.parse_args(ours)
     from torch.distributed import run as torchrun
 
     for name in options.modules:
@@ -40,19 +40,20 @@ def main() -> None:
             importlib.import_module(name)
         except KeyboardInterrupt:
             raise
-        except BaseException:  # A worker meets it again, and tells of it.
+        except BaseException:  # The worker meets it again and reports it.
             continue
     if options.log is not None:
         if not sys.stdin.buffer.readline():
             return
-        replace(0, os.devnull, os.O_RDONLY)
-        replace(2, options.log, os.O_WRONLY | os.O_APPEND)
-    gc.freeze()  # A collection writes to every object that it looks at, and what forks share would be shared no more.
-    sys.argv = ["torchrun", *torchruns]
+        redirect(0, os.devnull, os.O_RDONLY)
+        redirect(2, options.log, os.O_WRONLY | os.O_APPEND)
+    gc.freeze()  # A garbage collection writes to every object, which would copy the pages that forks share.
+    sys.argv = ["torchrun", *torchrun_arguments]
     torchrun.main()
 
 
-def replace(descriptor: int, path: str, flags: int) -> None:
+def redirect(descriptor: int, path: str, flags: int) -> None:
+    """Open a file as the given descriptor."""
     file = os.open(path, flags)
     os.dup2(file, descriptor)
     os.close(file)

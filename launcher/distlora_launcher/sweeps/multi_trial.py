@@ -47,9 +47,9 @@ from distlora_launcher.compose.compose import compose_run
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.compose.planning import choices
 from distlora_launcher.launch.local import create_run, forget_run, is_prepared
-from distlora_launcher.launch.lock import CONFIG_NAME, running
+from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
 from distlora_launcher.launch.run_state import read_ending
-from distlora_launcher.launch.signals import hold
+from distlora_launcher.launch.signals import block
 from distlora_launcher.launch.workers import run_workers
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.sweeps.multi_trial_size import number_of, packing_beside, packing_of, valid_sizes
@@ -97,7 +97,7 @@ class PackRunner:
         wait_until_free(trial.run_dir)
         config = self._config_of(trial)
         with contextlib.ExitStack() as held:
-            held.enter_context(running(trial.run_dir))
+            held.enter_context(lock_run(trial.run_dir))
             is_done = find_result(trial.run_dir) is not None
             fits = is_done or self._fits(config)
             self._trials[trial.number] = _Trial(trial, config, held.pop_all())
@@ -149,13 +149,14 @@ class PackRunner:
         run_dir, folder = trial.run_dir, self._sweep.config_dir
         if (run_dir / CONFIG_NAME).is_file():
             config = load_config(run_dir)
-            restore(config)
+            restore(config.model)
             check(config, new_run=False)
             return config
         with contextlib.chdir(self._sweep.cwd):
             composed = compose_run(trial.words, config_dir=folder)
         check(composed.config, new_run=True)
-        config = localize(self._decided(composed.config, composed.fixed))
+        config = self._decided(composed.config, composed.fixed)
+        config = dataclasses.replace(config, model=localize(config.model))
         check_trial(config)
         require(
             config.cluster.nodes == 1,
@@ -513,7 +514,7 @@ def run(pack: Path) -> int:
     more, whoever feeds it starts fewer at once."""
     config = load_config(pack)
     slots = read_object(pack / PACK_NAME, "start the sweep again with `distlora resume`").get("slots")
-    with running(pack):
+    with lock_run(pack):
         return run_workers(
             pack,
             processes=config.cluster.gpus_per_node,
@@ -523,5 +524,5 @@ def run(pack: Path) -> int:
 
 
 if __name__ == "__main__":
-    hold()
+    block()
     sys.exit(run_to_exit_code(lambda: run(Path(sys.argv[1]))))

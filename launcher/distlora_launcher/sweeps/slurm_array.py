@@ -10,7 +10,7 @@ from typing import Any
 
 from distlora.config import ClusterConfig, Config, UserError, require
 from distlora.system.exit_codes import DONE
-from distlora_launcher.compose.hub import is_to_download, localize
+from distlora_launcher.compose.hub import localize
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render_workers, write_script
@@ -90,7 +90,7 @@ def submit_agents(request: Any, cluster: ClusterConfig) -> int:
 def ready(config: Config) -> int:
     """The model here, and its data in the cache, as far as the trials agree in it: tasks that waited a night do not end
     over a path, and machines that compute may have no network. Returns the exit code."""
-    config = localize(config) if is_to_download(config) else config
+    config = dataclasses.replace(config, model=localize(config.model))
     with tempfile.TemporaryDirectory(prefix="distlora-prepare-") as scratch:
         folder = Path(scratch) / "run"
         create_run(folder, dataclasses.replace(config, run_dir=str(folder)))

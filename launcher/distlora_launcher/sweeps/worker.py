@@ -35,7 +35,7 @@ from distlora.system.exit_codes import FAILED as FAILURE
 from distlora.system.numbers import roughly
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
-from distlora_launcher.launch.signals import Forwarder, forwarding, hold
+from distlora_launcher.launch.signals import Forwarder, block, forwarding
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.page import write_at_end
 from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
@@ -286,5 +286,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    hold()
+    block()
     sys.exit(run_to_exit_code(main))

@@ -118,10 +118,10 @@ def checked(options: argparse.Namespace) -> IntrinsicRequest:
     )
     check_writable(out, "--out")
     for model in models:
-        with with_small_files(request.config(model)) as config, for_full_fine_tuning():
-            check_model(dataclasses.replace(config, data=request.config(model).data))
+        with with_small_files(request.config(model).model) as small, for_full_fine_tuning():
+            check_model(dataclasses.replace(request.config(model), model=small))
     check_data(request.config(models[0]))
-    local = tuple((localize(request.config(model)).model.path, name) for model, name in request.models)
+    local = tuple((localize(request.config(model).model).path, name) for model, name in request.models)
     request = dataclasses.replace(request, models=local)
     settle(request, out)
     return request

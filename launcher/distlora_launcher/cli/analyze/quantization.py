@@ -106,11 +106,11 @@ def checked(options: argparse.Namespace) -> QuantizationRequest:
         rows=options.rows,
         sequence_length=ROW_TOKENS if options.sequence_length is None else options.sequence_length,
     )
-    with with_small_files(request.config("nf4")) as config:
-        folder = Path(config.model.path)
+    with with_small_files(request.config("nf4").model) as small:
+        folder = Path(small.path)
         if folder.is_dir() and options.sequence_length is None:
             request = dataclasses.replace(request, sequence_length=row_tokens(folder))
-        check_model(dataclasses.replace(config, data=request.config("nf4").data))
+        check_model(dataclasses.replace(request.config("nf4"), model=small))
         packed = read_prequantized_weights(CheckpointFiles(folder))
         require(
             not packed,
@@ -119,9 +119,9 @@ def checked(options: argparse.Namespace) -> QuantizationRequest:
         )
     if text is not None:
         check_data(request.config("nf4"))
-    local = localize(request.config("nf4"))
+    local = localize(request.config("nf4").model)
     out.mkdir(parents=True, exist_ok=True)
-    return dataclasses.replace(request, model=local.model.path)
+    return dataclasses.replace(request, model=local.path)
 
 
 def write_default_text(path: Path) -> None:

@@ -52,7 +52,7 @@ def looked_at(run: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("looked_at")
 def test_a_run_that_is_looked_at_can_be_taken_at_once(run: Path, capsys: pytest.CaptureFixture[str]):
     for _ in range(50):
-        with lock.running(run):
+        with lock.lock_run(run):
             pass
     assert "waiting" not in capsys.readouterr().out
 
@@ -67,16 +67,16 @@ def test_a_run_whose_launcher_is_just_leaving_can_be_taken(run: Path, monkeypatc
         end.wait(0.5)
 
     def hold_and_leave() -> None:
-        with lock.running(run):
+        with lock.lock_run(run):
             pass
 
-    real_leave = lock.leave
-    monkeypatch.setattr(lock, "leave", leave)
+    real_leave = lock.remove_records
+    monkeypatch.setattr(lock, "remove_records", leave)
     leaving = threading.Thread(target=hold_and_leave)
     leaving.start()
     assert left.wait(60)
     assert lock.holders(run) == []
-    with lock.running(run):
+    with lock.lock_run(run):
         leaving.join()
 
 
@@ -98,12 +98,12 @@ def test_a_run_of_a_machine_that_is_gone_is_taken_once_its_locks_are_lost(
         fcntl.flock(place, fcntl.LOCK_EX)
         with monkeypatch.context() as impatient:
             impatient.setattr(lock, "LEASE_SECONDS", 0.2)
-            with pytest.raises(UserError, match="is running in another process"), lock.running(run):
+            with pytest.raises(UserError, match="is already running in another process"), lock.lock_run(run):
                 pass
         assert "waiting for node7 to leave" in capsys.readouterr().out
         lease = threading.Timer(0.5, let_go, (config, place))
         lease.start()
-        with lock.running(run):
+        with lock.lock_run(run):
             pass
         lease.join()
 
@@ -118,7 +118,7 @@ def test_the_name_of_a_holder_is_on_disk_before_it_counts(run: Path, monkeypatch
         synced.append(os.fstat(descriptor).st_ino)
 
     monkeypatch.setattr(lock.os, "fsync", sync)
-    with lock.running(run):
+    with lock.lock_run(run):
         assert (run / "machines" / "0.json").stat().st_ino in synced
     with lock.worker_place(run, "worker_3"):
         assert (run / "machines" / "worker_3.json").stat().st_ino in synced
@@ -127,6 +127,6 @@ def test_the_name_of_a_holder_is_on_disk_before_it_counts(run: Path, monkeypatch
 def test_a_worker_that_lives_here_keeps_its_place(run: Path):
     with lock.worker_place(run, "worker_0"):
         began = time.monotonic()
-        with pytest.raises(UserError, match="has a worker_0 already"), lock.worker_place(run, "worker_0"):
+        with pytest.raises(UserError, match="already has a running worker_0"), lock.worker_place(run, "worker_0"):
             pass
         assert time.monotonic() - began < 1

@@ -1,1 +1,1 @@
-"""What results are written with: tables, plots, words for numbers, the files in a folder. Imports no torch."""
+"""Write results as tables, plots and files. Imports no torch."""

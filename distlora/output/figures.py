@@ -1,6 +1,6 @@
-"""The one home of matplotlib: a figure to draw on, and its PNG. Imports no torch, and matplotlib late.
+"""Create matplotlib figures and save them as PNG. Imports matplotlib lazily and no torch.
 
-Colours are Okabe and Ito's, which people tell apart whatever their eyes.
+The colors are Okabe and Ito's, distinguishable with color blindness.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DOTS_PER_INCH = 100
 
 
 def new_figure(columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with that many panels side by side, in inches. No window system is asked for."""
+    """Return a figure with `columns` panels side by side, sized in inches. Needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -32,12 +32,12 @@ def new_figure(columns: int, *, width: float, height: float) -> tuple[Figure, li
 
 
 def save(figure: Figure, path: Path) -> None:
-    # Without the version in it, so that the same figures make the same file.
+    # Leave out matplotlib's version, so that equal figures give equal files.
     figure.savefig(path, metadata={"Software": None})
 
 
 def draw_bars(title: str, panels: Sequence[tuple[str, Mapping[str, float]]], path: Path) -> None:
-    """A picture of a benchmark: panels side by side, each what is measured, with its unit, and a bar for each name."""
+    """Draw panels side by side, each a quantity with its unit and one bar per name."""
     most = max(len(values) for _, values in panels)
     figure, axes = new_figure(len(panels), width=2 + 3.5 * len(panels), height=1.2 + 0.32 * most)
     for axis, (label, values) in zip(axes, panels, strict=True):

@@ -1,6 +1,4 @@
-"""What a measurement leaves in a folder, and what it prints: of an analysis (Written), of a benchmark (Results).
-Imports no torch.
-"""
+"""Write the result files of an analysis (Written) or a benchmark (Results) and print them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from distlora.system import atomic_io
 
 
 class Report(Protocol):
-    """An analysis' report.py."""
+    """The report module of an analysis."""
 
     def markdown(self, found: Mapping[str, Any], /) -> str: ...
 
@@ -26,7 +24,7 @@ class Report(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The files of one kind of analysis, and what makes them of its figures."""
+    """The files of one kind of analysis and the functions that make them."""
 
     result_name: str
     report_name: str
@@ -35,12 +33,12 @@ class Written:
     draw: Callable[[Mapping[str, Any], Path], None]
 
     def show(self, out: Path, found: Mapping[str, Any]) -> None:
-        """The report and the plot of what is known so far, in the folder `out`."""
+        """Write the report and the plot of the figures so far into the folder `out`."""
         self.draw(found, out / self.plot_name)
         atomic_io.write_text(out / self.report_name, self.report.markdown(found))
 
     def write(self, out: Path, found: Mapping[str, Any]) -> None:
-        """All three files, the figures last: they say that the analysis is done. The tables go to stdout."""
+        """Write all three files, the figures last as they mark the analysis as done; print the tables."""
         self.show(out, found)
         atomic_io.write_text(out / self.result_name, json.dumps(found, indent=1) + "\n")
         print(self.report.terminal(found))
@@ -49,23 +47,23 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """What a benchmark found: on stdout as tables or as JSON, in a folder as NAME.md, NAME.csv and NAME.png."""
+    """The results of a benchmark: on stdout as tables or JSON, in a folder as NAME.md, NAME.csv and NAME.png."""
 
     name: str
-    """The subject's: load."""
+    """Name of the benchmark: load."""
     heading: str
     notes: str
-    """The day, the machine, the versions, the load: what the figures depend on."""
+    """Date, machine, versions and load that the figures depend on."""
     tables: Sequence[Table]
     rows: Sequence[Mapping[str, Any]]
-    """Every figure in its own unit, a row for each thing that was measured; flat, for the CSV."""
+    """All figures in base units, one flat row per measurement, for the CSV."""
     reading: Sequence[str] = ()
-    """What the tables say, in sentences."""
+    """Conclusions in sentences."""
     draw: Callable[[Path], None] | None = None
-    """Makes the plot of it."""
+    """Draws the plot."""
 
     def show(self, *, out: Path | None = None, as_json: bool = False) -> None:
-        """Write the files, if there is a folder for them, and print."""
+        """Print the results, and write the files if `out` is given."""
         names = [] if out is None else self.write(out)
         if as_json:
             print(json.dumps({"notes": self.notes, "rows": list(self.rows)}, indent=1), flush=True)
@@ -75,7 +73,7 @@ class Results:
             print(_wrote(out, names))
 
     def write(self, out: Path) -> list[str]:
-        """The names of the files, now in `out`."""
+        """Write the files into `out`; return their names."""
         out.mkdir(parents=True, exist_ok=True)
         names, picture = [f"{self.name}.md", f"{self.name}.csv"], None
         if self.draw is not None:
@@ -90,7 +88,7 @@ class Results:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The columns are those of all rows, in the order in which they first appear."""
+    """Return CSV; the columns are those of all rows in order of first appearance."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""A table of a report: for the terminal, and as Markdown. Imports no torch."""
+"""Format a table for the terminal and as Markdown. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A heading and rows of cells, the first row being the names of the columns."""
+    """A heading and rows of cells; the first row has the column names."""
 
     heading: str
     rows: Sequence[Sequence[str]]
@@ -20,7 +20,7 @@ class Table:
         return "\n".join([f"**{self.heading}**\n", head, "|---" * len(self.rows[0]) + "|", *rest])
 
     def text(self) -> str:
-        """Aligned columns, the first to the left and numbers to the right."""
+        """Return aligned columns: the first left, the others right."""
         widths = [max(len(row[column]) for row in self.rows) for column in range(len(self.rows[0]))]
         lines = []
         for row in self.rows:
@@ -38,7 +38,7 @@ def as_markdown(
     tables: Iterable[Table],
     notes: str,
 ) -> str:
-    """A report: what made it, its reading, a picture (what it shows, its file), tables, what was measured how."""
+    """Return a report: its command, sentences, a picture (caption, file), tables and notes."""
     parts = [
         f"# {heading}",
         made_by,
@@ -51,11 +51,11 @@ def as_markdown(
 
 
 def as_text(tables: Iterable[Table], sentences: Sequence[str]) -> str:
-    """The same for a terminal: the tables, then their reading."""
+    """Return the tables and sentences for the terminal."""
     return "\n\n".join([*(table.text() for table in tables), "\n".join(sentences)])
 
 
 def spread(values: Sequence[float]) -> str:
-    """A cell, `1.15 (1.14-1.30)`: the median, the least and the most; of one value itself."""
+    """Format the median with minimum and maximum, `1.15 (1.14-1.30)`; one value by itself."""
     middle = f"{statistics.median(values):.2f}"
     return f"{middle} ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else middle

@@ -1,10 +1,8 @@
-"""The weights of a base as values, one after the other: those on disk, or those that a run trains on.
+"""Read the weights of a base one at a time: as stored, or as a run trains on them.
 
-What a run trains on is what NF4 gives back of them, less PiSSA's start: equal to `FrozenTensor.frozen_weight`,
-dequantized in fp32, bit for bit. A weight goes by in whole rows, so what is in memory beside a few of them is an absmax
-for every 64 weights of one tensor.
-
-A weight of E experts goes by as (E x rows, columns), expert after expert, as it is stored (gpt-oss: transposed).
+A run trains on the dequantized NF4 values, less PiSSA's initial adapter: bit-identical to `FrozenTensor.frozen_weight`
+dequantized in fp32. Weights are read in whole rows, so memory holds a few rows and one tensor's absmax per 64 weights.
+A weight of E experts is read as (E x rows, columns), as it is stored (gpt-oss: transposed).
 """
 
 from __future__ import annotations
@@ -34,34 +32,36 @@ from distlora_kernels import nf4, reference
 
 HEAD_NAME = f"{HEAD}.weight"
 CHUNK = 64 * nf4.GROUP
-"""Weights read at once: whole groups, 4 MiB in fp32."""
+"""Weights per read: whole groups, 4 MiB in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseWeight:
-    """One parameter of the base, on disk."""
+    """One parameter of the base in its checkpoint."""
 
     name: str
-    """As the Hugging Face model has it: model.layers.0.mlp.up_proj.weight."""
+    """Hugging Face name: model.layers.0.mlp.up_proj.weight."""
     shape: tuple[int, ...]
     source: Source
-    """The tensors that it is made of, in flat order; of a packed weight, its codes."""
+    """The tensors it is made of, in flat order; for a prequantized weight, its codes."""
     quantized: bool
-    """Whether training holds it in NF4."""
+    """True if training stores it in NF4."""
     packed: PrequantizedWeight | None = None
-    """Where it is NF4 on disk already."""
+    """Its parts if the checkpoint stores it in NF4."""
     residual: Residual | None = None
-    """What PiSSA took out of it before it was quantized."""
+    """The initial adapter that PiSSA subtracted before quantization."""
     held: torch.dtype = torch.float32
-    """What training rounds a weight to that it does not quantize (train.dtype)."""
+    """The dtype that training rounds an unquantized weight to (train.dtype)."""
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     def chunks(self, reader: Reader, *, original: bool = False) -> Iterator[Tensor]:
-        """The weight in flat order in pieces of CHUNK (the last is smaller), fp32: as a run trains on it, or
-        `original`, as it is on disk. Raises UserError for NaN and Inf."""
+        """Yield the weight in flat order in fp32 pieces of CHUNK weights (the last is smaller).
+
+        With `original` as it is stored, else as a run trains on it. Raises UserError for NaN and Inf.
+        """
         if self.packed is not None:
             yield from self._unpacked(reader)
         elif original:
@@ -74,7 +74,7 @@ class BaseWeight:
             yield from self._through_nf4(reader)
 
     def rows(self, reader: Reader, *, original: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """(first row, (n, columns) fp32): the same in whole rows, in order. A vector is one row."""
+        """Yield (first row, (n, columns) fp32), the weight in whole rows in order. A vector is one row."""
         columns = self.shape[-1]
         kept, first = torch.empty(0), 0
         for chunk in self.chunks(reader, original=original):
@@ -85,7 +85,7 @@ class BaseWeight:
                 kept, first = kept[whole * columns :], first + whole
 
     def whole(self, reader: Reader, *, original: bool = False) -> Tensor:
-        """All of it in its shape, fp32, in one tensor: for what cannot be computed by rows."""
+        """Return the whole weight in its shape in fp32."""
         weight, first = torch.empty(self.numel), 0
         for chunk in self.chunks(reader, original=original):
             weight[first : first + len(chunk)] = chunk
@@ -98,11 +98,11 @@ class BaseWeight:
             yield self._finite(chunk)
 
     def second_level(self, reader: Reader) -> DoubleQuantizedAbsmax:
-        """The absmax of a weight that training quantizes."""
+        """Return the double-quantized absmax of a weight that training quantizes."""
         return DoubleQuantizedAbsmax.of(self._before_quantization(reader), self.numel)
 
     def codes(self, reader: Reader) -> Iterator[tuple[int, Tensor]]:
-        """(weights, (groups, GROUP_BYTES) uint8): and its codes, as many in a piece as in one of `chunks`."""
+        """Yield (number of weights, codes (groups, GROUP_BYTES) uint8), in the pieces of `chunks`."""
         for chunk in self._before_quantization(reader):
             yield len(chunk), nf4.quantize_blocks(chunk)[0]
 
@@ -146,18 +146,18 @@ class BaseWeight:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Base:
-    """All parameters of a base, and what lies beside them."""
+    """All parameters of a base and the rest of its checkpoint."""
 
     model: CausalLM
-    """On the meta device: the family, the names, the config."""
+    """The model on the meta device: family, names, config."""
     weights: Mapping[str, BaseWeight]
-    """By Hugging Face name, in the model's order. Of a tied head there is the embedding alone."""
+    """Weights by Hugging Face name, in the model's order. A tied head is the embedding alone."""
     files: CheckpointFiles
     """The folder, config.json and headers of the checkpoint."""
 
     @property
     def headers(self) -> Mapping[str, Segment]:
-        """Every tensor on disk by its name there, those too that the model does not take."""
+        """Return every tensor of the checkpoint by name, those outside the model included."""
         return self.files.headers
 
     @property
@@ -166,9 +166,9 @@ class Base:
 
 
 def open_base(config: Config) -> Base:
-    """The base of a run, from headers alone.
+    """Open the base of a model from its headers.
 
-    Raises UserError for a checkpoint that is not the model's, and for PiSSA's start where that is gone.
+    Raises UserError if the checkpoint belongs to another model, or if PiSSA's initial adapter is gone.
     """
     files = CheckpointFiles(config.model.path)
     model = build_model(config.spec, base=files, training=False)
@@ -196,7 +196,7 @@ def open_base(config: Config) -> Base:
 
 
 def _residuals(model: CausalLM, config: Config) -> dict[str, Residual]:
-    """Of a run of PiSSA: what its start is, by the name of the weight that it is taken out of."""
+    """Return PiSSA's initial adapter by the name of the weight it was subtracted from."""
     start = load_initial_factors(config.run_dir)
     found = {}
     for path, linear in model.adapted_linears():
@@ -207,5 +207,5 @@ def _residuals(model: CausalLM, config: Config) -> dict[str, Residual]:
 
 
 def tensors_of(weight: BaseWeight) -> Sequence[tuple[str, Segment]]:
-    """The tensors on disk that a weight is made of, in flat order."""
+    """Return the stored tensors that a weight is made of, in flat order."""
     return list(zip(weight.source.names, weight.source.segments, strict=True))

@@ -1,4 +1,4 @@
-"""A conversation on a terminal: answers stream as they are written, Ctrl-C stops one, Ctrl-D leaves."""
+"""Chat on a terminal: answers stream, Ctrl-C stops one, Ctrl-D leaves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COMMAND = re.compile(r"(/[a-z]+)(?:\s+(.*))?", re.DOTALL)
 
 
 class Printer(TextStreamer):
-    """Writes a completion to stdout while it grows, without the token that ends it."""
+    """Writes a completion to stdout as it grows, without the token that ends it."""
 
     def __init__(self, tokenizer: Any, settings: GenerationConfig) -> None:
         super().__init__(tokenizer, skip_prompt=True)
@@ -36,7 +36,7 @@ class Printer(TextStreamer):
 
 
 class Interruption(StoppingCriteria):
-    """Ends a completion after the current token, once `asked` is set."""
+    """A stopping criterion that ends a completion after the current token."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -47,7 +47,7 @@ class Interruption(StoppingCriteria):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Ctrl-C asks for the end of the completion; a second one ends the program, as it does elsewhere."""
+    """Stop the completion on Ctrl-C; a second Ctrl-C ends the program."""
     interruption = Interruption()
 
     def ask(_signum: int, _frame: FrameType | None) -> None:
@@ -63,7 +63,7 @@ def interruptible() -> Iterator[Interruption]:
 
 
 class Chat:
-    """Reads prompts from the terminal and answers them. Without a chat template each is continued by itself."""
+    """Reads prompts from the terminal and answers them. Without a chat template, each prompt is continued by itself."""
 
     def __init__(
         self, generator: Generator, encoder: PromptEncoder, settings: GenerationConfig, *, system: str | None
@@ -73,9 +73,9 @@ class Chat:
         self._messages: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        """Until /exit or the end of the input."""
+        """Run until /exit or the end of the input."""
         with contextlib.suppress(ImportError):
-            # Gives input() an editable line and its history, where Python was built with it.
+            # readline gives input() an editable line and a history.
             import readline  # noqa: F401
         print(HELP)
         while True:
@@ -95,7 +95,7 @@ class Chat:
                 print(f"error: {error}")
 
     def _react(self, line: str) -> None:
-        """Do what one line asks for."""
+        """Act on one line of input."""
         command = _COMMAND.fullmatch(line)
         if command is None:
             if line:
@@ -128,7 +128,7 @@ class Chat:
         self._messages = [*messages, {"role": "assistant", "content": self._encoder.decode(completion)}]
 
     def _stream(self, tokens: list[int]) -> Completion:
-        """Write the completion of a prompt as it comes, and why it ended if the model did not end it."""
+        """Print the completion of a prompt as it is generated, and why it ended if the model did not end it."""
         with interruptible() as interruption:
             (completion,) = generate(
                 self._generator,

@@ -1,10 +1,9 @@
-"""What models make of the same rows of text: each one's loss, and how far what it predicts is from the first one's.
+"""Compare models on the same sequences of text: their losses, and the KL divergence of their predictions.
 
-A difference of losses on a text says little where it is small: what a change does pushes the loss up or down at first
-order, one way for a whole model, and the rows' own noise does not show that. The divergence of the predictions has no
-first order: it can only grow with what was changed.
+A small change shifts the loss up or down at first order, the same way for the whole model, so a small difference of
+losses says little. The divergence has no first-order term: it only grows with the change.
 
-N rows; what is summed of a row is over its target tokens. B rows of T tokens at once. H hidden size, V vocabulary.
+N sequences (rows), B rows of T tokens per batch, H hidden size, V vocabulary. Sums per row run over its target tokens.
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ from distlora.model.head import IGNORED_LABEL, LossHead
 from distlora.parallel import Ranks, sum_over_ranks
 
 TOKENS_AT_ONCE = 4096
-"""Of each rank."""
+"""Tokens per forward and rank."""
 LOGITS_AT_ONCE = 2**22
-"""In fp64, a handful of times: where two models are nearly one, a divergence in fp32 is the noise of its sum."""
+"""Logits per fp64 computation. In fp32, the divergence of two nearly equal models is rounding noise."""
 
 
 LARGEST_EXPONENT = 709
-"""e^709 is the last power that a float holds."""
+"""Largest exponent whose power fits a float."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What one model makes of the text, and how it differs from the first, the dense one, on the same rows."""
+    """The loss of one model and its difference from the first, dense model on the same rows."""
 
     loss: float
-    """Mean -log p over every target token, nats."""
+    """Mean -log p per target token, in nats."""
     difference: float
-    """loss - the dense model's."""
+    """The loss minus the dense model's, in nats per token."""
     standard_error: float | None
-    """Of `difference`, rows taken as the sample; None for a single row. 0 for the dense model itself."""
+    """Standard error of `difference` over rows; None for one row, 0 for the dense model."""
     divergence: float
-    """Mean KL(dense model's prediction || this one's) at a target token, nats."""
+    """Mean KL(dense model || this model) per target token, in nats."""
 
     @property
     def perplexity(self) -> float:
@@ -54,18 +53,18 @@ class Loss:
 
 
 def evenly(rows: PackedRows, most: int) -> PackedRows:
-    """All rows, or `most` of them at even distances."""
+    """Return all rows, or `most` of them at even distances."""
     if len(rows) <= most:
         return rows
     return rows.take(np.arange(most) * len(rows) // most)
 
 
 class Readings:
-    """What one model makes of the rows.
+    """The losses and divergences of one model on the rows.
 
-    What the others are compared with, the dense model, keeps the hidden states of its targets on the host (targets x H
-    in its dtype, 2 GiB for 128 rows of 1,024 at 70B's 8,192) and its head, since logits of the whole text would be
-    V / H times as much. Several ranks take the rows between them.
+    The dense model, which the others are compared with, keeps the hidden states of its targets on the host (targets x H
+    in its dtype, 2 GiB for 128 rows of 1,024 tokens with H 8,192) and its LM head: logits would take V / H times as
+    much. Ranks divide the rows among them.
     """
 
     def __init__(
@@ -73,21 +72,21 @@ class Readings:
     ) -> None:
         self.rows, self.ranks, self.say, self.dense = rows, ranks, say, dense
         self.losses = torch.zeros(len(rows), dtype=torch.float64)
-        """(N,): the sum of each row's -log p."""
+        """(N,) sums of -log p per row."""
         self.divergences = torch.zeros(len(rows), dtype=torch.float64)
-        """(N,): the sum of each row's KL(dense || this); 0 for the dense model."""
+        """(N,) sums of KL(dense || this model) per row; 0 for the dense model."""
         self.largest = torch.zeros(len(rows), dtype=torch.float64)
-        """(N,): the largest |difference| between a logit of the dense model and this one's."""
+        """(N,) largest absolute differences between the logits of the dense model and this one."""
         self.changed = torch.zeros(len(rows), dtype=torch.float64)
-        """(N,): of how many targets the likeliest token is another than the dense model's."""
+        """(N,) numbers of targets whose likeliest token differs from the dense model's."""
         self._hidden: list[Tensor] = []
-        """(targets, H) of each batch of this rank; of the dense model."""
+        """(targets, H) hidden states of the dense model, per batch of this rank."""
         self._head: LossHead | None = None
-        """Of the dense model."""
+        """LM head of the dense model."""
 
     @torch.no_grad()
     def take(self, model: CausalLM, name: str) -> None:
-        """Run the model over the rows. Every rank must call it alike."""
+        """Run the model over the rows. Every rank must call it."""
         at_once = max(1, min(TOKENS_AT_ONCE // self.rows.sequence_length, len(self.rows)))
         rank, world = self.ranks.rank, self.ranks.world
         loader = StepLoader(
@@ -105,7 +104,7 @@ class Readings:
             done = min((step + 1) * loader.global_batch, len(self.rows))
             self.say(f"perplexity: {name}, {done:,}/{len(self.rows):,} rows")
         for sums in (self.losses, self.divergences, self.largest, self.changed):
-            sum_over_ranks(sums, self.ranks)  # Each row is one rank's, and 0 on the others.
+            sum_over_ranks(sums, self.ranks)  # Each row belongs to one rank and is 0 on the others.
 
     def _take_batch(self, model: CausalLM, batch: MicroBatch, step: int) -> None:
         device = self.ranks.device
@@ -119,7 +118,7 @@ class Readings:
             )
 
     def _read(self, head: LossHead, hidden: Tensor, batch: MicroBatch, step: int) -> None:
-        """What the model makes of one batch, whose last hidden states (B, T, H) these are."""
+        """Add the figures of one batch, given its last hidden states (B, T, H)."""
         is_target = batch.labels != IGNORED_LABEL
         row_of = batch.rows[:, None].expand_as(batch.labels)[is_target]
         targets = batch.labels[is_target].to(hidden.device)
@@ -138,7 +137,7 @@ class Readings:
             _add(self.losses, of_row, -log_q.gather(1, targets[part, None]).squeeze(1))
             if theirs is not None and their_head is not None:
                 logits = their_head.logits(theirs[part])
-                # Vocabularies of which one has grown are compared where both have a token.
+                # If one vocabulary has grown, compare the tokens that both have.
                 shared = min(logits.shape[1], own.shape[1])
                 logits, own = logits[:, :shared], own[:, :shared]
                 log_p = logits.double().log_softmax(-1)
@@ -150,22 +149,22 @@ class Readings:
 
 
 def _add(sums: Tensor, row_of: Tensor, values: Tensor) -> None:
-    """Values of targets (n,) to the sums (N,) of their rows, `row_of` (n,)."""
+    """Add the values (n,) of targets to the sums (N,) of their rows, `row_of` (n,)."""
     sums.index_add_(0, row_of, values.double().cpu())
 
 
 def let_go(device: torch.device) -> None:
-    """After the last name of a model is gone: a model is in cycles, as its modules know each other, so its memory is
-    not free yet."""
+    """Free a deleted model's memory: its modules reference each other in cycles."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def compare(sums: Tensor, dense: Tensor, divergences: Tensor, targets: Tensor) -> Loss:
-    """Row sums of one model against the dense model's, (N,) each: a ratio of sums, its error by the delta method.
+    """Return one model's loss against the dense model's, from row sums (N,) each.
 
-    The rows are paired, so what makes a text hard for both is no noise.
+    The mean is a ratio of sums; its standard error follows from the delta method. Rows are paired, so text that is hard
+    for both models adds no noise.
     """
     total, count = float(targets.sum()), len(targets)
     difference = float((sums - dense).sum()) / total

@@ -1,7 +1,6 @@
-"""The worker of `distlora generate`: a run's model answers prompts from a file, from stdin or from a terminal.
+"""Run the worker of `distlora generate`: answer prompts from a file, from stdin or on a terminal.
 
-One process, or the ranks that torchrun started. Answers go to stdout, or where the request says; what is said besides
-goes to stderr.
+It is one process or the ranks that torchrun started. Answers go to stdout or to the requested file, progress to stderr.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from distlora.training.generator import Generator, PromptEncoder, generate, gene
 
 
 def run(request: GenerateRequest, ranks: Ranks) -> None:
-    """Load the model and answer everything that the request asks, on this rank."""
+    """Load the model and answer the prompts on this rank."""
     config = load_config(request.run)
     speaks = ranks.rank == 0
     began = time.monotonic()
@@ -66,7 +65,7 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
 
 
 def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:
-    """How prompts are read and tokens are chosen, in a line."""
+    """Return one line on how prompts are read and tokens are chosen."""
     prompts = (
         "prompts go through the chat template" if encoder.template is not None else "prompts are continued as text"
     )
@@ -86,8 +85,8 @@ def answer_file(
     encoder: PromptEncoder,
     settings: GenerationConfig,
 ) -> None:
-    """One JSON line for each prompt of the file, in order, written as they come: the prompt, "completion", "tokens"
-    (their number) and "ended" (false: cut at the limit)."""
+    """Write one JSON line per prompt, in order: the prompt, "completion", "tokens" (their number) and "ended"
+    (false: cut at the limit)."""
     encoded = [encoder.encode(prompt, system=request.system) for prompt in prompts]
     if not generator.backend.writes:
         for _ in generate_all(generator, encoded, settings):
@@ -115,7 +114,7 @@ def answer_file(
 
 @contextlib.contextmanager
 def open_result(out: str | None) -> Iterator[TextIO]:
-    """A new file, or stdout."""
+    """Open a new file, or yield stdout."""
     if out is None:
         yield sys.stdout
         return
@@ -126,7 +125,7 @@ def open_result(out: str | None) -> Iterator[TextIO]:
 def answer_lines(
     lines: TextIO, generator: Generator, encoder: PromptEncoder, settings: GenerationConfig, *, system: str | None
 ) -> None:
-    """Answer each line as it comes, as text; blank lines are left out."""
+    """Answer each line as it comes, as text; skip blank lines."""
     for number, line in enumerate(lines, 1):
         text = line.rstrip("\n")
         if text.strip():

@@ -1,4 +1,4 @@
-"""How the worker of a command works: alone or as one of several ranks; and what stands beside its figures."""
+"""Run the worker of a command alone or as one of several ranks, and describe its environment."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from distlora.system.progress_lines import say
 def run_on_ranks(
     work: Callable[[Ranks], None], *, when_memory_is_out: str, names: Mapping[str, str] | None = None
 ) -> int:
-    """Do `work` on this rank and return the exit code: 0, 2 for bad input, 130 after Ctrl-C, and 1 where a GPU has too
-    little memory, with `when_memory_is_out` said. Of several ranks, errors go to torchrun. `names` has the command's
-    argument for each setting that a UserError may name.
+    """Do `work` on this rank and return the exit code.
+
+    0 done, 2 bad input, 130 Ctrl-C, 1 if a GPU runs out of memory, which prints `when_memory_is_out`. With several
+    ranks, errors go to torchrun. `names` maps settings to the command's arguments for UserErrors.
     """
     ranks = join_ranks()
     if ranks.world > 1:
@@ -42,7 +43,7 @@ def run_on_ranks(
 
 
 def made_on(device: torch.device, *packages: str) -> dict[str, Any]:
-    """The day, the device and the versions behind figures."""
+    """Return the date, device and versions to report with figures."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "date": f"{datetime.date.today():%Y-%m-%d}",

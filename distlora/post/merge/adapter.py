@@ -1,4 +1,4 @@
-"""What is merged: an adapter's file, and that it belongs to the base, whose shapes it must have."""
+"""Open the adapter to merge and check that it fits the base."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from distlora.weights.reader import Reader
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
-    """An adapter that belongs to a base, and to which form of it."""
+    """An adapter that fits a base."""
 
     folder: Path
-    """Where it was read from; of a run's folder of checkpoints, the newest whole one."""
+    """Folder it was read from; for a folder of checkpoints, the newest complete one."""
     file: AdapterFile
     header: Mapping[str, Segment]
     starts: Mapping[str, LowRankFactors]
-    """Where the base lacks PiSSA's start: that, by path. The file, a plain LoRA of twice the rank, has in its first
-    half what was trained, and in its second what the base lacks. Else empty."""
+    """PiSSA's initial adapters by path if the base lacks them, else empty. The file is then a plain LoRA of twice
+    the rank: its first half is the trained adapter, its second half the negated initial one."""
 
     def factors(self, path: str, reader: Reader, *, experts: int | None = None) -> Factors:
-        """Of one weight, for the form of the base that this is merged onto."""
+        """Return the factors of one weight for the form of the base that is merged onto."""
         factors = self.file.factors(path, reader, experts=experts)
         if not self.starts:
             return factors
@@ -51,11 +51,11 @@ class Adapter:
         return replace(factors, A=factors.A[..., :half, :], B=factors.B[..., :half].contiguous())
 
     def has(self, matrix: str) -> bool:
-        """Whether rows of the embedding or head were trained, or all of it."""
+        """Return True if rows of the embedding or head, or all of it, were trained."""
         return matrix in self.file.token_rows or matrix in self.file.modules
 
     def rows(self, matrix: str, reader: Reader) -> dict[int, Tensor]:
-        """The trained rows of the embedding or head, (H,) fp32 by id."""
+        """Return the trained rows of the embedding or head, (H,) fp32 by token id."""
         of = self.file.token_rows.get(matrix)
         if of is None:
             return {}
@@ -63,12 +63,12 @@ class Adapter:
         return dict(zip(of.ids, rows, strict=True))
 
     def module(self, matrix: str) -> Segment | None:
-        """Where the embedding or head lies that was trained whole."""
+        """Return the segment of an embedding or head that was trained whole."""
         of = self.file.modules.get(matrix)
         return None if of is None else self.header[of.name]
 
     def module_rows(self, segment: Segment, first: int, count: int, reader: Reader) -> Tensor:
-        """Rows of it, fp32; fewer at its end. Raises UserError for NaN and Inf."""
+        """Return rows of it in fp32, fewer at its end. Raises UserError for NaN and Inf."""
         width = segment.shape[1]
         last = min(first + count, segment.shape[0])
         rows = reader.read([segment], min(first, last) * width, last * width).view(-1, width).float()
@@ -79,9 +79,9 @@ class Adapter:
 
 @contextlib.contextmanager
 def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter | None]:
-    """The adapter that `trained` names; None for the base alone.
+    """Open the adapter of `trained`; yield None for the base alone.
 
-    Raises UserError for one that is damaged, that belongs to another base, or to another form of it.
+    Raises UserError if it is damaged or belongs to another base.
     """
     config, place = trained.config, trained.weights
     if place is None:
@@ -104,7 +104,7 @@ def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter |
 
 
 def _check_belongs(adapter: AdapterFile, base: Base) -> None:
-    """Refuse an adapter that is not exactly the model's. Raises UserError."""
+    """Raise UserError if the adapter does not fit the model exactly."""
     model, file = base.model, adapter.read.folder / WEIGHTS_NAME
     check_fits(adapter.read, adapter.settings, adaptable_shapes(model))
     hidden = int(model.hf_config.hidden_size)

@@ -1,7 +1,7 @@
-"""A base and an adapter as one model on disk: rows in, rows out, no model in memory.
+"""Merge a base and an adapter into one model on disk, a few rows at a time.
 
-Memory beside a few rows: an adapter's factors of one weight, and of one quantized weight an absmax for every 64 (README
-counts it). The folder appears whole or not at all.
+Besides these rows, memory holds the adapter's factors of one weight and one quantized weight's absmax per 64 weights.
+The folder appears completely or not at all.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from distlora.weights.reader import Reader
 def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say: Say) -> Receipt:
     """Write the folder `out`: base and adapter as one model in `dtype`, with its receipt.
 
-    Raises UserError for what cannot be merged, and before anything is written where the disk is too small.
+    Raises UserError for what cannot be merged and, before writing, if the disk is too small.
     """
     began, folder = time.monotonic(), Path(trained.config.model.path)
     check_mergeable(trained, onto)
@@ -96,7 +96,7 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
 
 @dataclass
 class Filling:
-    """What the threads share."""
+    """State that the merging threads share."""
 
     files: Files
     base: Base
@@ -106,8 +106,8 @@ class Filling:
     clock: Clock
 
     def fill(self, parameter: Parameter) -> Change | None:
-        """Write one parameter; returns what was done to it, None for nothing."""
-        self.clock.passed(0, parameter.weight.name)  # Of what waited while it was stopped, nothing is read.
+        """Write one parameter; return its change, None if nothing changed."""
+        self.clock.passed(0, parameter.weight.name)  # Stop before the first read if another thread failed.
         cursor = Cursor(self.files, parameter.weight.name, parameter.outputs, self.dtype)
         changed = is_changed(parameter, self.base, self.adapter)
         measure = Measure(parameter.numel, quantized=parameter.path is not None)
@@ -122,7 +122,7 @@ class Filling:
 
 
 def _digests(folder: Path, say: Say) -> dict[str, str]:
-    """The SHA-256 of each file of a folder, by its path in it."""
+    """Return the SHA-256 of each file of a folder by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     clock = Clock("SHA-256", sum(path.stat().st_size for path in files), say)
     names = [path.relative_to(folder).as_posix() for path in files]
@@ -147,7 +147,7 @@ def _named(adapter: Adapter, trained: Trained) -> dict[str, Any]:
 
 
 def run(request: MergeRequest) -> Receipt:
-    """Everything that the request asks for; the result on stdout, progress on stderr."""
+    """Merge as requested; print the summary on stdout and progress on stderr."""
     out = Path(request.out)
     receipt = merge_to(
         request.name.read(),
@@ -161,7 +161,7 @@ def run(request: MergeRequest) -> Receipt:
 
 
 def summary(receipt: Receipt, out: Path) -> str:
-    """What a terminal shows."""
+    """Return the summary for the terminal."""
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     lines = [f"wrote {out}: {size / 1e6:,.1f} MB in {receipt.dtype}, merge.json says what from, with hashes"]
     if receipt.weights:

@@ -1,7 +1,7 @@
-"""The files of the merged checkpoint: laid out first, from headers alone, then filled in place in any order.
+"""Write the files of a merged checkpoint: lay them out from headers, then fill them in any order.
 
-They are those of the base, with the names of its tensors: a parameter's tensors get another type and, with new tokens
-or out of NF4, another shape; what is no parameter's is copied byte for byte.
+Files and tensor names are the base's. Parameters may change dtype and, with new tokens or out of NF4, shape. Tensors
+that are not parameters are copied unchanged. Config, tokenizer and chat template are written beside the weights.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from distlora.training.publish import companions_of
 from distlora.weights.reader import DTYPE_NAMES
 
 COPIED_BYTES = 2**24
-"""Of a tensor that is copied, read at once."""
+"""Bytes per read of a copied tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What will be written."""
+    """The layout of the files to write."""
 
     headers: Mapping[str, bytes]
-    """The first bytes of each file."""
+    """Header bytes of each file."""
     places: Mapping[str, Segment]
-    """Where each tensor will lie; the files are named alone, without their folder."""
+    """Position of each tensor; files are named without their folder."""
     copied: Mapping[str, Segment]
-    """Those that are copied, and from where."""
+    """Source segments of the tensors that are copied."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
+        """Return the bytes of each file."""
         sizes = {file: len(header) for file, header in self.headers.items()}
         for segment in self.places.values():
             sizes[segment.file.name] += segment.num_bytes
@@ -59,10 +59,10 @@ class Plan:
 
 
 def plan_files(parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], dtype: torch.dtype) -> Plan:
-    """From the base's headers (`on_disk`)."""
+    """Lay out the merged files from the base's headers (`on_disk`)."""
     written = {name: shape for parameter in parameters for name, shape in parameter.outputs.items()}
     home = {name: on_disk[name].file.name for name in written if name in on_disk}
-    for parameter in parameters:  # What the base does not hold lies beside what it is made from.
+    for parameter in parameters:  # A tensor that the base lacks goes into the file of its source.
         for name in parameter.outputs:
             home.setdefault(name, parameter.weight.source.segments[0].file.name)
     dropped = {
@@ -82,7 +82,7 @@ def plan_files(parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], 
 
 
 def lay_out_files(tables: Mapping[str, Mapping[str, tuple[str, Sequence[int]]]], copied: Mapping[str, Segment]) -> Plan:
-    """From the tensors of each file, by its name: dtype as safetensors has it, and shape."""
+    """Lay out files from dtype (safetensors' name) and shape of their tensors."""
     headers, places = {}, {}
     for file, tensors in tables.items():
         table = lay_out(tensors)
@@ -100,7 +100,7 @@ def lay_out_files(tables: Mapping[str, Mapping[str, tuple[str, Sequence[int]]]],
 
 
 class Files:
-    """The files while they are filled."""
+    """The open files while they are filled."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self._plan = plan
@@ -119,18 +119,18 @@ class Files:
             os.close(descriptor)
 
     def write(self, name: str, first: int, values: Tensor) -> None:
-        """Elements of a tensor from `first` on, in its dtype."""
+        """Write elements of a tensor from index `first` on, in its dtype."""
         place = self._plan.places[name]
         content = values.contiguous().view(-1).view(torch.uint8).numpy().data
         self.write_bytes(name, first * DTYPE_BYTES[place.dtype], content)
 
     def write_bytes(self, name: str, first: int, content: bytes | memoryview) -> None:
-        """Bytes of a tensor from `first` on."""
+        """Write bytes of a tensor from offset `first` on."""
         place = self._plan.places[name]
         _write_all(self._open[place.file.name], content, place.offset + first)
 
     def copy(self, name: str, passed: Callable[[int, str], None] | None = None) -> None:
-        """A tensor as the base has it; `passed` is told of each part of it."""
+        """Copy a tensor of the base; call `passed` with each part's bytes."""
         source, place = self._plan.copied[name], self._plan.places[name]
         with source.file.open("rb") as stream:
             stream.seek(source.offset)
@@ -147,7 +147,7 @@ class Files:
 
 
 class Cursor:
-    """Writes a parameter's values, which come in flat order, to the tensors that it becomes."""
+    """Writes the values of a parameter, in flat order, to its output tensors."""
 
     def __init__(self, files: Files, name: str, outputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         self._files, self._name, self._dtype = files, name, dtype
@@ -155,7 +155,7 @@ class Cursor:
         self._first = 0
 
     def write(self, values: Tensor) -> Tensor:
-        """Rounded here; returns that, flat. Raises UserError for what the dtype cannot hold."""
+        """Round and write values; return the rounded values, flat. Raises UserError for values beyond the dtype."""
         flat = values.reshape(-1)
         written = rounded = flat.to(self._dtype)
         if self._dtype is torch.float16 and not bool(torch.isfinite(rounded).all()):
@@ -178,7 +178,7 @@ class Cursor:
 
 
 def write_index(folder: Path, plan: Plan, base: Path) -> None:
-    """model.safetensors.index.json, where the base has one."""
+    """Write model.safetensors.index.json if the base has one."""
     if not (base / INDEX_NAME).is_file():
         return
     sizes = {name: segment.num_bytes for name, segment in plan.places.items()}
@@ -193,7 +193,7 @@ def write_index(folder: Path, plan: Plan, base: Path) -> None:
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """Refuse what the disk under `folder` cannot hold."""
+    """Raise UserError if the disk under `folder` has less free space than `num_bytes`."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
@@ -211,18 +211,18 @@ def _write_all(descriptor: int, content: bytes | memoryview, offset: int) -> Non
 
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-"""The newer name and the older one, of which transformers reads both."""
+"""The current and the older key; transformers reads both."""
 
 
 def write_companions(folder: Path, trained: Trained, base: Base, dtype: str) -> None:
-    """Beside the weights; `dtype` as config.json has it."""
+    """Write config.json, tokenizer, generation config and chat template; `dtype` as config.json names it."""
     copy_companions(folder, trained)
     source = Path(trained.config.model.path)
     atomic_io.write_json(folder / "config.json", merged_config(read_config(source), base, dtype))
 
 
 def copy_companions(folder: Path, trained: Trained) -> None:
-    """All of them but config.json."""
+    """Copy all companions except config.json."""
     for path in companions_of(Path(trained.config.model.path)):
         if path.name != "config.json":
             shutil.copy2(path, folder / path.name)
@@ -233,7 +233,7 @@ def copy_companions(folder: Path, trained: Trained) -> None:
 
 
 def chat_template(trained: Trained) -> str | None:
-    """What chats were rendered with in training, where that is not the base's own."""
+    """Return the chat template of the training data if it differs from the base's."""
     if trained.foreign and trained.weights is not None:
         beside = trained.weights / TEMPLATE_NAME
         return beside.read_text(encoding="utf-8") if beside.is_file() else None
@@ -244,7 +244,7 @@ def chat_template(trained: Trained) -> str | None:
 
 
 def merged_config(config: dict[str, Any], base: Base, dtype: str) -> dict[str, Any]:
-    """config.json: another type, no quantization, a vocabulary that may have grown, a head that may stand apart."""
+    """Return config.json of a merged model: new dtype, no quantization, grown vocabulary, untied head if needed."""
     model = base.model
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     text = config

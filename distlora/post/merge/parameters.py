@@ -1,4 +1,4 @@
-"""Each parameter of the merged model: the tensors on disk that it becomes, and its values, a few rows at a time."""
+"""List the parameters of a merged model and yield their values a few rows at a time."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from distlora.weights.reader import Reader
 
 
 class Piece(NamedTuple):
-    """Some rows of a parameter, flat order going on from the piece before; (n, columns) fp32."""
+    """Some rows of a parameter in flat order; (n, columns) fp32."""
 
     base: Tensor
-    """What was merged onto."""
+    """Rows that were merged onto."""
     merged: Tensor
-    """The same object where nothing was added."""
+    """Merged rows; the same object as `base` if nothing was added."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,25 +41,25 @@ class Parameter:
 
     weight: BaseWeight
     outputs: Mapping[str, tuple[int, ...]]
-    """The tensors that it becomes, by name and in flat order, with their shapes."""
+    """Shapes of its output tensors by name, in flat order."""
     path: str | None = None
-    """Of a weight with an adapter: as the adapter's file has it."""
+    """Path in the adapter's file, for an adapted weight."""
     experts: int | None = None
-    """Their number, where it is a fused weight."""
+    """Number of experts of a fused weight."""
     transposed: bool = False
-    """Whether each expert's weight lies as (in, out)."""
+    """True if each expert's weight is stored as (in, out)."""
     matrix: str | None = None
-    """Of an embedding or a head: whose trained rows it has."""
+    """EMBEDDING or HEAD, for a matrix that may have trained rows."""
 
     @property
     def numel(self) -> int:
-        """Values that are written."""
+        """Return the number of values to write."""
         return sum(torch.Size(shape).numel() for shape in self.outputs.values())
 
 
 def parameters_of(base: Base, folder: Path, adapter: Adapter | None) -> list[Parameter]:
-    """All of them: those of the decoder and head in the model's order, then packed weights beside it (a vision
-    tower's). What is no parameter's stays as it is on disk."""
+    """Return all parameters: decoder and head in the model's order, then prequantized weights outside it (a vision
+    tower's)."""
     model = base.model
     adapted = set() if adapter is None else set(adapter.file.paths)
     experts = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, ExpertWeight)}
@@ -93,8 +93,7 @@ def _matrix_of(base: Base, name: str) -> str | None:
 
 
 def _tied_head(base: Base) -> list[Parameter]:
-    """The head of a base that ties it to the embedding, where it is written apart: with modules trained whole, and
-    where the checkpoint holds a copy."""
+    """Return the head of a tied base if it is written separately: trained whole, or stored as a copy."""
     model = base.model
     weight = base.weights[base.embedding_name]
     copy = find_sources(model.layout, base.headers, {HEAD_NAME}).get(HEAD_NAME)
@@ -109,7 +108,7 @@ def _tied_head(base: Base) -> list[Parameter]:
 
 
 def _packed_beside(base: Base, found: list[Parameter]) -> list[Parameter]:
-    """Weights in NF4 that the model does not take: without a quantization_config they must be dense."""
+    """Return NF4 weights outside the model, which must become dense as quantization_config is dropped."""
     stored = read_prequantized_weights(base.files)
     taken = {name for parameter in found for name in parameter.outputs}
     beside = []
@@ -122,7 +121,7 @@ def _packed_beside(base: Base, found: list[Parameter]) -> list[Parameter]:
 
 
 def is_changed(parameter: Parameter, base: Base, adapter: Adapter | None) -> bool:
-    """Whether something was trained of it."""
+    """Return True if any of the parameter was trained."""
     if parameter.matrix is None:
         return parameter.path is not None
     grown = bool(base.model.vocabulary.new)
@@ -132,7 +131,7 @@ def is_changed(parameter: Parameter, base: Base, adapter: Adapter | None) -> boo
 def pieces(
     parameter: Parameter, base: Base, adapter: Adapter | None, reader: Reader, *, original: bool
 ) -> Iterator[Piece]:
-    """Its values in flat order. Raises UserError for NaN and Inf."""
+    """Yield the parameter's values in flat order. Raises UserError for NaN and Inf."""
     rows = parameter.weight.rows(reader, original=original)
     if parameter.matrix is not None:
         yield from _matrix_pieces(parameter, base, adapter, reader, rows)
@@ -152,11 +151,11 @@ def pieces(
 def _matrix_pieces(
     parameter: Parameter, base: Base, adapter: Adapter | None, reader: Reader, rows: Iterator[tuple[int, Tensor]]
 ) -> Iterator[Piece]:
-    """An embedding's or a head's: rows that were trained take the place of the base's, new ones follow them."""
+    """Yield an embedding or head: trained rows replace the base's, new rows follow."""
     vocabulary, matrix = base.model.vocabulary, parameter.matrix
     assert matrix is not None
     trained: dict[int, Tensor] = {}
-    if vocabulary.new:  # As training starts those that nothing has trained.
+    if vocabulary.new:  # Untrained new rows get their initial value of training.
         first_new = min(vocabulary.new.values())
         start = mean_row_alone(parameter.weight.source.segments, first_new, parameter.weight.shape[1], reader)
         trained = dict.fromkeys(vocabulary.new.values(), start.to(base.model.head.weight.dtype).float())

@@ -1,4 +1,4 @@
-"""merge.json: what was merged from what, and what that kept. Imports no torch."""
+"""Write and read merge.json, the receipt of a merge, and merge.md, the same for people. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _AGAIN = "merge again"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
-    """What stands in merge.json; what later commands add stands in sections of their own names."""
+    """The content of merge.json. Later commands add sections of their own."""
 
     onto: str
     """trained or original."""
@@ -28,27 +28,27 @@ class Receipt:
     date: str
     versions: dict[str, str]
     base: dict[str, Any]
-    """path, fingerprint, and `files`: the SHA-256 of its weights' files by name."""
+    """path, fingerprint, and `files`: SHA-256 of the weight files by name."""
     adapter: dict[str, Any] | None
-    """place as it was named, folder, `files`; None for the base alone."""
+    """place as it was typed, folder, `files`; None for the base alone."""
     weights: dict[str, dict[str, Any]]
-    """Of each tensor that something was added to: `ratio` ||dW||/||W||, `kept` by form (kept.py), `base_norm` ||W||."""
+    """By changed tensor: `ratio` ||dW||/||W||, `kept` by dtype (rounding_loss.py), `base_norm` ||W||."""
     total: dict[str, Any]
-    """The same of all of them together; `kept.nf4` is of those alone that would be quantized."""
+    """The same over all tensors; `kept.nf4` covers only those that would be quantized."""
     files: dict[str, str]
-    """The SHA-256 of each file of the folder but this one and its page."""
+    """SHA-256 of each file in the folder except the receipt's."""
     seconds: float
     measured: dict[str, Any] = field(default_factory=dict)
-    """What the merged model was measured to compute (distlora/post/evaluate)."""
+    """Figures of the merged model (distlora/post/evaluate)."""
 
     def write(self, folder: Path) -> None:
-        """Replace the folder's merge.json, and merge.md, which says the same to people."""
+        """Replace merge.json and merge.md in the folder."""
         atomic_io.write_json(folder / RECEIPT_NAME, {"format": FORMAT, **dataclasses.asdict(self)})
         atomic_io.write_text(folder / PAGE_NAME, markdown(self))
 
     @classmethod
     def read(cls, folder: Path) -> Receipt:
-        """Raises UserError for a folder without one, and for one that is damaged."""
+        """Read a folder's receipt. Raises UserError if it is missing or damaged."""
         path = folder / RECEIPT_NAME
         values = read_object(path, _AGAIN)
         check_shape(values, _SHAPE, path, _AGAIN)
@@ -81,11 +81,11 @@ ONTO = {
     "original": "the base as it is on disk, which is not what was trained on where that was quantized",
 }
 _SHOWN = 10
-"""Tensors of a table; merge.json has all."""
+"""Tensors per table; merge.json has all."""
 
 
 def markdown(receipt: Receipt) -> str:
-    """The whole page."""
+    """Return merge.md."""
     parts = ["# Receipt of a merge", "\n".join(_what(receipt))]
     if receipt.weights:
         parts += [_kept(receipt).markdown()]
@@ -120,7 +120,7 @@ def percents(kept: Mapping[str, float]) -> list[str]:
 
 
 def measured_table(figures: Mapping[str, Any]) -> Table:
-    """A line a model; differences are to the first."""
+    """Return a table with one line per model; differences are to the first."""
     rows = [["", "loss", "perplexity", "difference", "std. error", "KL, nats", "max |logit diff.|", "other top token"]]
     for model in figures["models"]:
         is_first = model["label"] == figures["compared_with"]
@@ -130,7 +130,7 @@ def measured_table(figures: Mapping[str, Any]) -> Table:
 
 
 def compared_cells(model: Mapping[str, Any]) -> list[str]:
-    """How a model differs from the first."""
+    """Return the cells of a model's differences from the first."""
     return [
         signed(model["loss_difference"]),
         written(model["loss_standard_error"], ".1g"),
@@ -141,12 +141,12 @@ def compared_cells(model: Mapping[str, Any]) -> list[str]:
 
 
 def written(value: float | None, form: str) -> str:
-    """A figure; one that is not there, or not finite, as a dash."""
+    """Format a figure; a missing or non-finite one is a dash."""
     return "-" if value is None else format(value, form)
 
 
 def signed(value: float | None) -> str:
-    """A difference of losses: four decimals where that says something, else the first digits."""
+    """Format a difference of losses: four decimals, or the first digits of a small one."""
     if value is None:
         return "-"
     return f"{value:+.4f}" if abs(value) >= 5e-4 or value == 0 else f"{value:+.1e}"
@@ -162,7 +162,7 @@ def _heading(figures: Mapping[str, Any]) -> str:
 
 
 def measured_in_words(figures: Mapping[str, Any]) -> Iterator[str]:
-    """What the figures of a merge say, a sentence each; the base without the adapter is the scale."""
+    """Yield one sentence per measured form; the base without the adapter is the scale."""
     models = figures["models"]
     base = next((model for model in models if model["kind"] == "base"), None)
     for model in models[1:]:
@@ -181,7 +181,7 @@ def measured_in_words(figures: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _tensors(receipt: Receipt) -> Table:
-    """Those of which storing keeps least."""
+    """Return a table of the tensors that lose most."""
     forms = list(next(iter(receipt.weights.values()))["kept"])
     by_loss = sorted(receipt.weights.items(), key=lambda item: item[1]["kept"].get(receipt.dtype, 1.0))
     rows = [["tensor", "||dW||/||W||", *forms]]

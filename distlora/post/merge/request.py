@@ -11,26 +11,28 @@ from distlora.config import require
 from distlora.post.trained import Name, Trained
 
 Onto = Literal["trained", "original"]
-"""The base as it was trained on (through NF4, less PiSSA's start), or as it is on disk."""
+"""The base as it was trained on (dequantized NF4, less PiSSA's initial adapter), or as it is stored."""
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeRequest:
-    """One merge. Everything is resolved: folders are absolute, defaults filled in."""
+    """The request of `distlora merge`. Folders are absolute, defaults filled in."""
 
     name: Name
     """The run or adapter."""
     out: str
-    """The folder that appears."""
+    """New folder for the result."""
     onto: Onto = "trained"
     dtype: Dtype = "fp32"
-    """Of the merged weights."""
+    """Storage dtype of the merged weights."""
 
 
 def check_mergeable(trained: Trained, onto: Onto) -> None:
-    """Refuse a whole model, and an adapter on a form of the base that it does not belong to, or that is not there. The
-    base alone is taken: what training held, as a dense model. Raises UserError."""
+    """Raise UserError for a fully trained model, or an adapter that does not belong to the form of the base `onto`.
+
+    The base alone is accepted: its trained-on form as a dense model.
+    """
     config, place = trained.config, trained.place
     require(
         config.adapter.method == "lora",

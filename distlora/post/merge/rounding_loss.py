@@ -1,8 +1,7 @@
-"""How much of what an adapter adds to a weight is left when the sum is stored, without a model: a piece goes by, sums
-stay.
+"""Measure how much of an adapter's change survives the rounding of the merged weights.
 
-With the base W, the sum M = W + dW and Q its stored form, kept = 1 - ||dW - (Q - W)|| / ||dW||, which is
-1 - ||M - Q|| / ||dW||: 1 for all of it; 0 where the error is as large as dW, as when Q = W; below 0 where it is larger.
+With the base W, the sum M = W + dW and its stored form Q, kept = 1 - ||M - Q|| / ||dW||: 1 if all of it survives, 0 if
+the error is as large as dW (as for Q = W), negative if it is larger. Weights are read in pieces; only sums are held.
 """
 
 from __future__ import annotations
@@ -17,30 +16,30 @@ from torch import Tensor
 from distlora_kernels import nf4, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What a merged model can be stored in."""
+"""Storage dtypes of a merged model."""
 AGAIN = "nf4"
-"""And what it would be quantized to again."""
+"""The name of quantizing the merged model again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What was done to a tensor, or to several: sums of squares, which add up."""
+    """The change of one tensor or several, as sums of squares."""
 
     base: float
     """||W||^2."""
     delta: float
     """||dW||^2."""
     lost: Mapping[str, float]
-    """||M - Q||^2 by form; NF4's where it would be quantized."""
+    """||M - Q||^2 by storage form; NF4 only for weights that would be quantized."""
 
     @property
     def ratio(self) -> float:
-        """||dW|| / ||W||."""
+        """Return ||dW|| / ||W||."""
         return math.sqrt(self.delta / self.base) if self.base else 0.0
 
     @property
     def kept(self) -> dict[str, float]:
-        """By form; without those that cannot hold the weights (fp16 ends at 65,504), empty where nothing was added."""
+        """Return the kept share by form; without forms that overflow, empty if nothing was added."""
         if not self.delta:
             return {}
         finite = {name: lost for name, lost in self.lost.items() if math.isfinite(lost)}
@@ -51,12 +50,12 @@ class Change:
 
 
 def sum_of(changes: list[Change]) -> Change:
-    """Of several tensors together."""
+    """Return the change of several tensors together."""
     forms = {name for change in changes for name in change.lost}
     return Change(
         base=sum(change.base for change in changes),
         delta=sum(change.delta for change in changes),
-        # A form that does not hold all of them says nothing of them together.
+        # Leave out a form that does not cover all tensors.
         lost={
             name: sum(change.lost[name] for change in changes)
             for name in sorted(forms)
@@ -67,11 +66,11 @@ def sum_of(changes: list[Change]) -> Change:
 
 @dataclass(slots=True)
 class Measure:
-    """Takes the pieces of one tensor, in flat order."""
+    """Accumulates the change of one tensor over its pieces in flat order."""
 
     numel: int
     quantized: bool = field(kw_only=True)
-    """Whether it would be quantized to NF4 again."""
+    """True if the weight would be quantized to NF4 again."""
     _base: float = 0.0
     _delta: float = 0.0
     _lost: dict[str, float] = field(default_factory=lambda: {"fp32": 0.0, "bf16": 0.0, "fp16": 0.0})
@@ -95,13 +94,14 @@ class Measure:
 
 
 class Nf4Again:
-    """||M - NF4(M)||^2 in one pass: the codes follow from a block's own absmax, and the second level, which needs the
-    mean of all, only scales a block's levels. With absmax a of a block, a' what the second level makes of it, levels l
-    and r = M - l a:
+    """Accumulates ||M - NF4(M)||^2 in one pass.
 
-        sum (M - l a')^2 = sum r^2 - 2 (a' - a) sum r l + (a' - a)^2 sum l^2
+    The codes follow from a block's absmax alone; the second quantization level, which needs the mean over all blocks,
+    only scales a block's levels. With a block's absmax a, its double-quantized value a', levels l and r = M - l a:
 
-    In memory are an absmax and three sums for every 64 weights.
+    sum (M - l a')^2 = sum r^2 - 2 (a' - a) sum r l + (a' - a)^2 sum l^2
+
+    Memory holds an absmax and three sums per 64 weights.
     """
 
     def __init__(self, numel: int) -> None:
@@ -142,5 +142,4 @@ class Nf4Again:
 
 
 def _square(values: Tensor) -> float:
-    """||values||^2."""
     return float(torch.linalg.vector_norm(values)) ** 2

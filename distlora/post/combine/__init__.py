@@ -1,1 +1,1 @@
-"""Arithmetic of adapters of one base: sums, differences, truncation to a rank, TIES and DARE."""
+"""Combine adapters of one base: sums, differences, truncation to a rank, TIES and DARE."""

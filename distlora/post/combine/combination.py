@@ -1,4 +1,4 @@
-"""The weights of a combination, made one after the other as its file is written, and its adapter_config.json."""
+"""Compute the weights of a combined adapter one at a time as its file is written, and its adapter_config.json."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def held(config: Config, request: CombineRequest) -> Config:
 
 
 class Combination:
-    """The weights of the result, made one after the other as the file is written."""
+    """The weights of the result, computed one at a time as the file is written."""
 
     def __init__(self, request: CombineRequest, reader: Reader, say: Callable[[str], None]) -> None:
         self.request, self.reader, self.say = request, reader, say
@@ -59,12 +59,12 @@ class Combination:
         }
         self.ranks = {path: self._rank(path) for path in self.paths}
         self.energy: dict[str, tuple[float, float]] = {}
-        """By path: ||dW||^2 and what of it the rank dropped, of what was truncated."""
+        """By path: ||dW||^2 and the part of it that the rank dropped, for truncated weights."""
         self._made: dict[str, tuple[Tensor, Tensor]] = {}
         self._done = 0
 
     def tensors(self) -> dict[str, Tensor | DeferredTensor]:
-        """By PEFT's names."""
+        """Return the tensors by PEFT's names."""
         places = peft_paths(self.fused)
         found: dict[str, Tensor | DeferredTensor] = {}
         for path in self.paths:
@@ -79,7 +79,7 @@ class Combination:
         return found
 
     def config(self) -> dict[str, Any]:
-        """adapter_config.json: the first member's, with what is the result's own. The scale is 1 everywhere."""
+        """Return adapter_config.json: the first member's with the result's ranks, targets and scale 1."""
         first = read_object(self.members[0].file.read.folder / CONFIG_NAME, "save the adapter again")
         ranks = list(self.ranks.values())
         most = max(set(ranks), key=ranks.count)
@@ -106,7 +106,7 @@ class Combination:
         )
 
     def _targets(self) -> list[str]:
-        """The members' names together: what each one's list means it adapts. A pattern is written out as its paths."""
+        """Return the union of the members' target names; a pattern is expanded to its paths."""
         found: set[str] = set()
         for member in self.members:
             entries = member.file.settings.target_modules
@@ -118,7 +118,7 @@ class Combination:
         return sorted({entry for member in self.members for entry in member.file.settings.target_parameters})
 
     def _parts(self, path: str) -> list[tuple[Weighted, int, int | None]]:
-        """(member, rank, experts) of those that adapt a weight; experts where it is fused."""
+        """Return (member, rank, experts) of the members that adapt a weight; experts is None unless fused."""
         found = []
         for member in self.members:
             if path in member.file.paths:
@@ -128,7 +128,7 @@ class Combination:
         return found
 
     def _sizes(self, path: str) -> tuple[int, int]:
-        """(out, in) of a weight, or of each expert's."""
+        """Return (out, in) of a weight, or of each expert's."""
         tensors = self._parts(path)[0][0].file.read.tensors
         return tensors[path, "B"].shape[0], tensors[path, "A"].shape[1]
 
@@ -148,7 +148,7 @@ class Combination:
         return (rows, into), (out, rows)
 
     def _make(self, path: str, part: str) -> Tensor:
-        """A or B; the other waits for its turn, which is the next."""
+        """Return A or B; keep the other for the next call."""
         if path not in self._made:
             self._made[path] = self._combined(path)
         made = self._made[path]["AB".index(part)]
@@ -178,7 +178,7 @@ class Combination:
             each.append(combine(own, self.request, f"{path}.{expert}", weight))
         self._note(path, each)
         a, b = torch.stack([made.A for made in each]), torch.stack([made.B for made in each])
-        # PEFT's layout (deltas/factors.py): row e * R + j of A, column j * E + e of B.
+        # PEFT's layout: row e * R + j of A, column j * E + e of B.
         return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
     def _note(self, path: str, made: Sequence[Combined]) -> None:

@@ -1,4 +1,4 @@
-"""Which adapter a name means, and the base that it belongs to, by its hash. Imports no torch."""
+"""Find the adapters to combine, identify their base by hash, and refuse what cannot be combined. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from distlora.weights.peft_folder import CONFIG_NAME, PeftAdapter, read_peft_ada
 
 
 def find_member(place: str, weight: float, base: str | None = None) -> Member:
-    """The adapter at `place`: a run's result, one of its folders in PEFT's format, or an adapter that is no run's,
-    whose base is `base` where it names none that is here.
+    """Return the adapter at `place`: a run's result, a folder in PEFT's format inside a run, or an adapter without a
+    run.
 
-    Raises UserError for a folder that is neither, has nothing trained yet, or holds no plain LoRA or DoRA.
+    `base` is the base of an adapter that names none on this machine. Raises UserError for a folder that is none of
+    these, has nothing trained yet, or holds no plain LoRA or DoRA.
     """
     folder = Path(place).expanduser().absolute()
     require(folder.is_dir(), f"{place} is no folder; name a run's, or one that holds an adapter in PEFT's format")
@@ -69,7 +70,7 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that a folder in PEFT's format lies in: RUN/adapter, RUN/best or RUN/checkpoints/step_N."""
+    """Return the run that contains a folder in PEFT's format: RUN/adapter, RUN/best or RUN/checkpoints/step_N."""
     if not (folder / CONFIG_NAME).is_file():
         return None
     above = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent
@@ -77,7 +78,7 @@ def run_of(folder: Path) -> Path | None:
 
 
 def base_of_run(run_dir: Path, config: Config) -> str | None:
-    """`fingerprint` of the checkpoint that a run trained on: what its own records say, else of what is there now."""
+    """Return the `fingerprint` of the checkpoint that a run trained on, from its records if possible."""
     if config.adapter.pissa:
         record = read_initial_adapter_record(run_dir, config.adapter, None)
         return None if record is None else record.base
@@ -88,7 +89,7 @@ def base_of_run(run_dir: Path, config: Config) -> str | None:
 
 
 def fingerprint_of(folder: str | None) -> str | None:
-    """None where there is no such folder."""
+    """Return the fingerprint of a base's folder, None if there is none."""
     return CheckpointFiles(folder).fingerprint if folder is not None and Path(folder).is_dir() else None
 
 
@@ -106,8 +107,10 @@ def _alone(place: str, folder: Path, weight: float, says: str | None, base: str 
 
 
 def check_one_base(members: tuple[Member, ...], *, same_base: bool) -> str | None:
-    """The fingerprint of the base of them all. Raises UserError where they have several, and where nothing says which
-    one has and the user did not say that it is the same (`same_base`)."""
+    """Return the fingerprint of the members' base.
+
+    Raises UserError if there are several bases, or if a member's base is unknown and not asserted by `same_base`.
+    """
     known = [member for member in members if member.base is not None]
     for member in known[1:]:
         if member.base != known[0].base:
@@ -132,17 +135,17 @@ def _described(member: Member) -> str:
 
 
 def open_adapters(request: CombineRequest) -> list[PeftAdapter]:
-    """Each member's config and header."""
+    """Return each member's config and header."""
     return [read_peft_adapter(member.folder) for member in request.members]
 
 
 def needs_base(adapters: Sequence[PeftAdapter]) -> bool:
-    """Whether what an adapter adds depends on the base's values."""
+    """Return True if what an adapter adds depends on the base's values."""
     return any(adapter.settings["use_dora"] or adapter.token_rows or adapter.modules for adapter in adapters)
 
 
 def check(request: CombineRequest, adapters: Sequence[PeftAdapter]) -> None:
-    """Raises UserError for what the method cannot do with these adapters."""
+    """Raise UserError for what the method cannot do with these adapters."""
     members = request.members
     for member, adapter in zip(members, adapters, strict=True):
         _check_alone(request, member, adapter)
@@ -173,7 +176,7 @@ def _check_alone(request: CombineRequest, member: Member, adapter: PeftAdapter) 
 
 
 def _check_cut(rank: int, adapters: Sequence[PeftAdapter]) -> None:
-    """Refuse a rank that cuts nothing: the sum of the adapters' is as much as there is, but for DoRA's."""
+    """Refuse a rank that truncates nothing: the sum of the adapters' ranks suffices, except for DoRA."""
     if any(adapter.settings["use_dora"] for adapter in adapters):
         return
     sums: dict[str, int] = {}
@@ -189,7 +192,7 @@ def _check_cut(rank: int, adapters: Sequence[PeftAdapter]) -> None:
 
 
 def _check_ranks(request: CombineRequest, adapters: Sequence[PeftAdapter]) -> None:
-    """A and B can be summed apart where they have one shape."""
+    """Refuse different ranks: A and B are summed separately, so they need one shape."""
     first: dict[str, tuple[Member, int]] = {}
     for member, adapter in zip(request.members, adapters, strict=True):
         settings = adapter.own
@@ -205,14 +208,13 @@ def _check_ranks(request: CombineRequest, adapters: Sequence[PeftAdapter]) -> No
 
 
 def ties(base: Path) -> bool:
-    """Whether the base's head is its embedding."""
+    """Return True if the base's head is its embedding."""
     model = read_config(base)
     return is_tied(model, family_of(model, base / "config.json"))
 
 
 def check_merged(request: CombineRequest, adapters: Sequence[PeftAdapter], onto: Onto) -> None:
-    """Refuse what an adapter can hold and a model merged here cannot: rows of new tokens, and PiSSA's change of a base
-    that was in NF4."""
+    """Refuse what a merged model cannot hold: rows of new tokens, and PiSSA's change of an NF4 base."""
     assert request.base_folder is not None
     pissa = next((member for member in request.members if member.pissa), None)
     if pissa is not None and onto == "trained" and request.quant == "nf4":
@@ -232,7 +234,7 @@ def check_merged(request: CombineRequest, adapters: Sequence[PeftAdapter], onto:
 
 
 def _check_whole(members: Sequence[Member], adapters: Sequence[PeftAdapter], *, tied: bool) -> None:
-    """What is trained beside the adapters: rows of a matrix, or all of it."""
+    """Refuse a module trained whole in one adapter and by rows in another."""
     for member, adapter in zip(members, adapters, strict=True):
         for other, theirs in zip(members, adapters, strict=True):
             both = sorted(set(adapter.modules) if tied else set(adapter.modules) & set(theirs.token_rows))

@@ -1,7 +1,7 @@
-"""Several adapters of one weight made one.
+"""Combine several adapters of one weight into one.
 
-O out features, I in features, R ranks, K their sum. An adapter i adds dW_i = s_i B_i A_i, with DoRA what that makes of
-W less W, and has the weight w_i.
+O out features, I in features, R ranks, K their sum. Adapter i adds dW_i = s_i B_i A_i (with DoRA the adapted weight
+minus W) and has the weight w_i.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distlora.system.randomness import key_of
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one adapter has for the weight: no experts, which go by one after the other."""
+    """One adapter's factors for a weight, or for one of its experts."""
 
     weight: float
     factors: Factors
@@ -30,21 +30,21 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """B A is what the weight gets, with scale 1."""
+    """The combined factors: the weight gets B A, with scale 1."""
 
     A: Tensor
     """(R, I) fp32."""
     B: Tensor
     """(O, R) fp32."""
     energy: float | None = None
-    """||dW||^2 (Frobenius) of what was asked for, where it was truncated."""
+    """||dW||^2 (Frobenius) of the exact result, if it was truncated."""
     dropped: float = 0.0
-    """||dW - B A||^2: the squares of the singular values that the rank has no place for."""
+    """||dW - B A||^2: the squares of the dropped singular values."""
 
 
 @torch.no_grad()
 def combine(parts: Sequence[Part], request: CombineRequest, path: str, base: Callable[[], Tensor]) -> Combined:
-    """`base` gives W, (O, I) fp32; it is asked where a part is DoRA."""
+    """Combine the parts by the request's method. `base` returns W (O, I) in fp32; it is called for DoRA."""
     how = request.how
     if how.on == "sum":
         return concatenated(parts)
@@ -52,7 +52,7 @@ def combine(parts: Sequence[Part], request: CombineRequest, path: str, base: Cal
     if request.method == "svd" and all(part.factors.magnitude is None for part in parts):
         return truncated(concatenated(parts), rank)
     with torch.random.fork_rng(devices=[], enabled=how.draws), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "density >= 1: no pruning".
+        warnings.simplefilter("ignore", UserWarning)  # peft warns: "density >= 1: no pruning".
         if how.draws:
             torch.manual_seed(key_of(request.seed, path)[0])
         if how.on == "factors":
@@ -68,15 +68,20 @@ def combine(parts: Sequence[Part], request: CombineRequest, path: str, base: Cal
 
 
 def concatenated(parts: Sequence[Part]) -> Combined:
-    """sum w_i s_i B_i A_i = [B_1 ...] [w_1 s_1 A_1; ...]: a LoRA of rank K, exactly. The scales are in A, as PEFT's
-    `cat` has them, and multiplied in its order."""
+    """Return sum w_i s_i B_i A_i = [B_1 ...] [w_1 s_1 A_1; ...], an exact LoRA of rank K.
+
+    The scales are multiplied into A in the order of PEFT's `cat`.
+    """
     a = torch.cat([part.factors.A * part.weight * part.factors.scaling for part in parts])
     return Combined(a, torch.cat([part.factors.B for part in parts], dim=1))
 
 
 def truncated(exact: Combined, rank: int) -> Combined:
-    """The best LoRA of a rank (Eckart and Young 1936), without B A: B = Q_b R_b and A^T = Q_a R_a leave the singular
-    values of R_b R_a^T (K, K). fp64: O(K^2 (O + I)) operations."""
+    """Return the best LoRA of a rank (Eckart and Young 1936) without forming B A.
+
+    With B = Q_b R_b and A^T = Q_a R_a, the singular values are those of R_b R_a^T (K, K). Takes O(K^2 (O + I)) fp64
+    operations.
+    """
     q_b, r_b = torch.linalg.qr(exact.B.double())
     q_a, r_a = torch.linalg.qr(exact.A.double().T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
@@ -86,8 +91,10 @@ def truncated(exact: Combined, rank: int) -> Combined:
 
 
 def truncated_dense(whole: Tensor, rank: int) -> Combined:
-    """The same of a dense (O, I): the eigenvectors of its smaller Gram matrix in fp64, n = min(O, I). They are good to
-    eps (s_1 / s_j)^2 of the gaps, which costs the truncation nothing that fp32 factors could show."""
+    """Return the same for a dense (O, I), from the eigenvectors of its smaller Gram matrix in fp64.
+
+    Their error, eps (s_1 / s_j)^2 of the gaps, is below what fp32 factors can show.
+    """
     exact = whole.double()
     flipped = exact.shape[0] > exact.shape[1]
     tall = exact.T if flipped else exact
@@ -102,15 +109,17 @@ def truncated_dense(whole: Tensor, rank: int) -> Combined:
 
 
 def balanced(u: Tensor, s: Tensor, v: Tensor, energy: float, dropped: float) -> Combined:
-    """U S V with the root of S on each side: what trains on from it has A and B of one size. PEFT has all of S in B."""
+    """Return U S V with the root of S on each side, so that A and B have one scale for further training. PEFT puts S
+    in B."""
     root = s.sqrt()
     return Combined((root[:, None] * v).float(), (u * root).float(), energy, dropped)
 
 
 def apart(parts: Sequence[Part], request: CombineRequest) -> Combined:
-    """A and B each by PEFT's function, weighted by the root of |w s|, with its sign in A: add_weighted_adapter's way.
+    """Combine A and B separately with PEFT's function, as add_weighted_adapter does.
 
-    Of `linear` that is (sum r_i B_i)(sum r_i A_i): the products of one adapter's B with another's A come in too.
+    Weights are the root of |w s|, with the sign in A. For `linear` this gives (sum r_i B_i)(sum r_i A_i), which
+    includes products across adapters.
     """
     scales = [part.weight * part.factors.scaling for part in parts]
     weights_b = torch.tensor([math.sqrt(abs(scale)) for scale in scales])
@@ -120,7 +129,7 @@ def apart(parts: Sequence[Part], request: CombineRequest) -> Combined:
 
 
 def merged(tensors: list[Tensor], weights: Tensor, request: CombineRequest) -> Tensor:
-    """PEFT's function of the method."""
+    """Call PEFT's function of the method."""
     from peft.utils import merge_utils
 
     how = request.how
@@ -132,7 +141,7 @@ def merged(tensors: list[Tensor], weights: Tensor, request: CombineRequest) -> T
 
 
 def delta_of(factors: Factors, base: Callable[[], Tensor]) -> Tensor:
-    """What an adapter adds to the weight, dense."""
+    """Return what an adapter adds to the weight, dense."""
     if factors.magnitude is None:
         return factors.delta()
     weight = base()

@@ -1,4 +1,4 @@
-"""What `distlora combine` is asked to do: the request that the command hands to its worker. Imports no torch."""
+"""Define the request of `distlora combine` and its methods. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Literal
 from distlora.config import UserError, nearest, require
 
 RECORD_NAME = "combine.json"
-"""In the result's folder: of what it was made, and what that lost."""
+"""The record in the result's folder: its members and what truncation lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to combine, as PEFT's add_weighted_adapter names it."""
+    """A method of PEFT's add_weighted_adapter."""
 
     on: Literal["sum", "factors", "weights"]
-    """What it works on: the sum as it is; A and B apart; B A of each adapter, dense, a weight at a time."""
+    """What it works on: the exact sum; A and B separately; B A of each adapter, dense, one weight at a time."""
     function: str = ""
-    """Of peft.utils.merge_utils."""
+    """Function of peft.utils.merge_utils."""
     what: str = ""
 
     @property
@@ -28,7 +28,7 @@ class Method:
 
     @property
     def elects(self) -> bool:
-        """Whether adapters vote on the sign of each element."""
+        """Return True if adapters vote on the sign of each element."""
         return self.function.endswith("ties")
 
     @property
@@ -60,19 +60,19 @@ class Member:
     """An adapter and its weight in the sum."""
 
     place: str
-    """As the user named it."""
+    """The folder as it was typed."""
     folder: str
-    """In PEFT's format, and belonging to the base as its checkpoint has it."""
+    """Absolute folder in PEFT's format, for the base as its checkpoint has it."""
     weight: float
     base: str | None = None
-    """`fingerprint` of its base; None where nothing says which that is."""
+    """`fingerprint` of its base; None if unknown."""
     base_folder: str | None = None
     quant: str | None = None
-    """How its base was held in training; None where it is no run's."""
+    """quant.method of its run; None without a run."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """What its run computed in, which the base's weights that are not in NF4 were rounded to."""
+    """train.dtype of its run, which rounded the base's unquantized weights."""
     pissa: bool = False
-    """Whether its run trained on the base without PiSSA's start."""
+    """True if its run trained on the base without PiSSA's initial adapter."""
 
     def __post_init__(self) -> None:
         require(
@@ -84,27 +84,27 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CombineRequest:
-    """One combination. Everything is resolved: folders are absolute, defaults filled in."""
+    """The request of `distlora combine`. Folders are absolute, defaults filled in."""
 
     members: tuple[Member, ...]
     out: str
-    """A new folder for the result."""
+    """New folder for the result."""
     method: str = "cat"
     rank: int | None = None
-    """Most columns of B, of a method that truncates."""
+    """Largest rank of a method that truncates."""
     density: float | None = None
     majority_sign_method: str = "total"
     seed: int = 0
     base_folder: str | None = None
-    """Where the base is; None where nothing of it is needed."""
+    """Folder of the base; None if its values are not needed."""
     quant: Literal["nf4", "none"] = "nf4"
-    """And how it is held."""
+    """Quantization of the base."""
     held: Literal["bf16", "fp32"] = "fp32"
-    """What of it is not in NF4 is rounded to this, as training did; fp32: as it is on disk."""
+    """Dtype that training rounded the base's unquantized weights to; fp32: as stored."""
     onto: Literal["trained", "original"] | None = None
-    """Of a merged model in place of an adapter: the form of the base that it is made of."""
+    """Form of the base for a merged model; None to write an adapter."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """And of its weights."""
+    """Storage dtype of a merged model."""
     command: str = ""
 
     def __post_init__(self) -> None:

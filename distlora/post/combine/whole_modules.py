@@ -1,7 +1,7 @@
-"""What is trained beside the adapters: rows of the embedding or head, or all of it. Their weighted sum is exact: the
-base's values and w_i times what each adapter changed in them, base + sum w_i (mine_i - base).
+"""Sum what was trained beside the adapters: rows of the embedding or head, or all of it.
 
-A row that the base lacks, of a new token, has no change: one adapter may bring such rows, with the weight 1.
+The sum is exact: base + sum w_i (module_i - base). A new token's row has no base value, so only one adapter may bring
+such rows, with the weight 1.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from distlora.weights.reader import Reader
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """A member, opened."""
+    """A member with its opened file."""
 
     place: str
     weight: float
     file: AdapterFile
     header: Mapping[str, Segment]
-    """Of the file, by its names."""
+    """Header of the file, by tensor name."""
 
 
 def matrix_of(base: Base, matrix: str) -> BaseWeight:
-    """The embedding or head as the base has it: a tied head is the embedding."""
+    """Return the base's embedding or head; a tied head is the embedding."""
     embedding = base.weights[base.embedding_name]
     return embedding if matrix == EMBEDDING else base.weights.get(HEAD_NAME, embedding)
 
@@ -43,7 +43,7 @@ def _path(base: Base, matrix: str) -> str:
 
 
 def row_ids(members: Sequence[Weighted]) -> dict[str, list[int]]:
-    """By matrix, the rows that any member trained."""
+    """Return the rows that any member trained, by matrix."""
     found: dict[str, set[int]] = {}
     for member in members:
         for matrix, rows in member.file.token_rows.items():
@@ -52,7 +52,7 @@ def row_ids(members: Sequence[Weighted]) -> dict[str, list[int]]:
 
 
 def combined_rows(members: Sequence[Weighted], base: Base, reader: Reader) -> dict[str, Tensor]:
-    """By PEFT's names. Raises UserError for new tokens that have no exact sum."""
+    """Return the summed rows by PEFT's names. Raises UserError for new tokens without an exact sum."""
     tensors = {}
     for matrix, ids in row_ids(members).items():
         weight = matrix_of(base, matrix)
@@ -89,7 +89,8 @@ def _check_new(members: Sequence[Weighted], matrix: str, stored: int) -> None:
 
 
 def combined_modules(members: Sequence[Weighted], base: Base, reader: Reader) -> dict[str, DeferredTensor]:
-    """By PEFT's names; made as each is written. Raises UserError for a matrix of another size than the base's."""
+    """Return the summed modules by PEFT's names, computed as they are written. Raises UserError for another size
+    than the base's."""
     tensors = {}
     for matrix in sorted({name for member in members for name in member.file.modules}):
         weight = matrix_of(base, matrix)
@@ -127,7 +128,7 @@ def _maker(members: Sequence[Weighted], matrix: str, weight: BaseWeight, reader:
 
 
 def new_token_owner(members: Sequence[Weighted], base: Base) -> Weighted | None:
-    """The member whose tokenizer the sum needs."""
+    """Return the member whose tokenizer the sum needs."""
     for member in members:
         for matrix, rows in member.file.token_rows.items():
             if max(rows.ids) >= matrix_of(base, matrix).shape[0]:

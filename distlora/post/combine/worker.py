@@ -1,4 +1,4 @@
-"""The worker of `distlora combine`: reads the adapters a weight at a time and writes one in PEFT's format."""
+"""Run the worker of `distlora combine`: read adapters one weight at a time, write one in PEFT's format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 
 
 def run(request: CombineRequest) -> dict[str, Any]:
-    """Write the adapter, or the base with it; returns its record."""
+    """Write the adapter, or the base merged with it; return its record."""
     say = Progress()
     out = Path(request.out)
     if request.onto is None:
@@ -48,7 +48,7 @@ def run(request: CombineRequest) -> dict[str, Any]:
         trained = dataclasses.replace(trained, config=held(trained.config, request))
         receipt = merge_to(trained, out, onto=request.onto, dtype=DTYPES[request.dtype], say=say)
     atomic_io.write_json(out / RECORD_NAME, found)
-    # The adapter is gone: what it was made of is in the record.
+    # The adapter was temporary: combine.json says what it was made of.
     made_of = {**(receipt.adapter or {}), "place": RECORD_NAME, "folder": RECORD_NAME}
     files = receipt.files | {RECORD_NAME: sha256(out / RECORD_NAME)}
     dataclasses.replace(receipt, adapter=made_of, files=files).write(out)
@@ -56,7 +56,7 @@ def run(request: CombineRequest) -> dict[str, Any]:
 
 
 def write_adapter(request: CombineRequest, out: Path, say: Progress) -> dict[str, Any]:
-    """The folder in PEFT's format, whole or not at all; returns its record."""
+    """Write the folder in PEFT's format, completely or not at all; return its record."""
     backend = Backend(_SINGLE, Shards.over(_SINGLE, 1))
     with Reader() as reader:
         made = Combination(request, reader, say)
@@ -74,7 +74,7 @@ def write_adapter(request: CombineRequest, out: Path, say: Progress) -> dict[str
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """What an adapter with new tokens is published with, beside its weights."""
+    """Copy the tokenizer that an adapter with new tokens is published with."""
     for path in source.iterdir():
         if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, RECORD_NAME, "README.md"):
             shutil.copy2(path, folder / path.name)
@@ -95,7 +95,7 @@ def main(request: CombineRequest) -> int:
 
 
 def record(request: CombineRequest, made: Combination, folder: Path) -> dict[str, Any]:
-    """combine.json."""
+    """Return combine.json."""
     energy, dropped = (sum(values) for values in zip(*made.energy.values(), strict=True)) if made.energy else (0.0, 0.0)
     worst = max(made.energy, key=lambda path: _share(*made.energy[path]), default=None)
     return {
@@ -138,7 +138,7 @@ def _share(energy: float, dropped: float) -> float:
 
 
 def told(request: CombineRequest, found: Mapping[str, Any]) -> str:
-    """The result, for the terminal."""
+    """Return the result for the terminal."""
     rows = [("adapter", "weight", "base held in")]
     rows += [(m.place, f"{m.weight:g}", m.quant or "unknown") for m in request.members]
     ranks = found["ranks"]

@@ -1,1 +1,1 @@
-"""What models make of a text: base, adapted and merged, side by side."""
+"""Evaluate base, adapted and merged models side by side."""

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness on a model as it was trained: quantized, adapted, shared by ranks.
+"""Evaluate quantized, adapted and sharded models with lm-evaluation-harness.
 
-`HarnessModel` is a model to the harness as its own HFLM is: tokenization of contexts and continuations, windows, few
-shots, metrics and their errors are the harness's; logits are ours. A batch of each rank's own goes through the shared
-base at once, so that N ranks score N times as fast; what each finds is added to zeros elsewhere, which is exact.
+`HarnessModel` replaces the harness's HFLM. Tokenization, windows, few-shot examples and metrics are the harness's,
+logits are ours. Every rank scores its own batch in one pass through the sharded base, and results are added to zeros of
+other ranks, which is exact.
 
 T tokens, H hidden size, V vocabulary, N requests.
 """
@@ -47,19 +47,19 @@ from distlora.training.generator import (
 )
 
 TOKENS_AT_ONCE = 4096
-"""Of a batch, padding included."""
+"""Tokens per batch, padding included."""
 MOST_NEW_TOKENS = 256
-"""Where a task does not say how long an answer may be; HFLM's."""
+"""Answer length of a task that sets none; HFLM's default."""
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
-"""What the harness asks: the texts, the context's tokens and the continuation's."""
+"""A request of the harness: texts, tokens of the context, tokens of the continuation."""
 
 
 class HarnessModel(TemplateLM):
-    """A `CausalLM` as lm-evaluation-harness evaluates it. Every rank calls alike and gets the same answers.
+    """A `CausalLM` for lm-evaluation-harness. Every rank makes the same calls and gets the same answers.
 
-    To the harness there is one process: it would deal out the requests to ranks of unequal numbers otherwise, and
-    ranks that share a base go through it together.
+    The harness sees one process: it would otherwise give ranks unequal numbers of requests, and ranks with a sharded
+    base must run together.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a text."""
+        """Return the end-of-text token."""
         id: int = self.tokenizer.eos_token_id
         return id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """Return the token before a text without context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -94,22 +94,22 @@ class HarnessModel(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens of a text, behind its beginning where the tokenizer marks that and the text does not yet."""
+        """Tokenize a text, with the start tokens unless the text has them."""
         tokens: list[int] = self.tokenizer(string, add_special_tokens=False, verbose=False).input_ids
         starts = self._start if add_special_tokens in (None, True) else []
         return tokens if tokens[: len(starts)] == starts else starts + tokens
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the model was taught to read it."""
+        """Render a conversation with the run's chat template."""
         assert self.template is not None, "refused when the request was made"
         return self.template.render("the task", chat_history, (), prompt=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """For the harness's record."""
+        """Return the template's name for the harness's record."""
         return None if self.template is None or not chat_template else "the run's"
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of each whole text, in windows of `max_length` tokens, every token predicted once."""
+        """Return log p of each whole text, in windows of `max_length` tokens that predict every token once."""
         windows: list[Scored] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -125,7 +125,7 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Scored], **kwargs: Any) -> list[tuple[float, bool]]:
-        """(log p of the continuation, whether each of its tokens was the likeliest) of each request."""
+        """Return (log p of the continuation, whether every token was the likeliest) for each request."""
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         found = torch.zeros(len(rows), 2, dtype=torch.float64)
         batches, ranks = list(batches_of([len(row) for row, _ in rows])), self.ranks_of.ranks
@@ -141,24 +141,24 @@ class HarnessModel(TemplateLM):
         return [(value, misses == 0) for value, misses in found.tolist()]
 
     def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
-        """(the last max_length + 1 tokens, how many of them are scored)."""
+        """Return (the last max_length + 1 tokens, number of scored tokens)."""
         row = (context + continuation)[-(self.max_length + 1) :]
         return row, min(len(continuation), len(row) - 1)
 
     def _score(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
-        """(N, 2) fp64: the sum of log p, and the number of tokens that another one was likelier than."""
+        """Return (N, 2) fp64: the sum of log p, and the number of tokens that were not the likeliest."""
         device, longest = self._device, max(len(row) for row, _ in rows) - 1
         input_ids = torch.tensor([row[:-1] + [0] * (longest + 1 - len(row)) for row, _ in rows])
         positions = torch.arange(longest).expand_as(input_ids)
         documents = Documents.of(positions).to(device) if self.model.attends_by_documents else None
         found = torch.zeros(len(rows), 2, dtype=torch.float64)
         with self.model.head.read_by(lambda hidden: self._read(hidden, rows, found)):
-            # Labels, which a head that is read does not look at: without them it gets the last position alone.
+            # The labels are unused by a head that is read, but without them it gets the last position alone.
             self.model(input_ids.to(device), positions.to(device), input_ids.to(device), documents=documents)
         return found
 
     def _read(self, hidden: Tensor, rows: Sequence[tuple[list[int], int]], found: Tensor) -> None:
-        """What the last hidden states (N, T, H) say of the scored tokens, added to `found`."""
+        """Add the figures of the scored tokens to `found`, given the last hidden states (N, T, H)."""
         device = hidden.device
         owner = [number for number, (_, scored) in enumerate(rows) for _ in range(scored)]
         place = [at for row, scored in rows for at in range(len(row) - 1 - scored, len(row) - 1)]
@@ -174,7 +174,7 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each context, up to a text that ends it."""
+        """Generate behind each context until a stop text."""
         answers: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -197,14 +197,14 @@ class HarnessModel(TemplateLM):
                 for number, made in zip(
                     batch, generate(self._generator, prompts, config, stopping=stopping), strict=True
                 ):
-                    # What was padded behind a row that had ended goes with the text that ended it.
+                    # Padding behind an ended row is removed with its stop text.
                     text = self.tokenizer.decode(made.tokens)
                     answers[number] = postprocess_generated_text(text, until, None)
                 self.say(f"answered {len(answers):,} of {len(requests):,}")
         return [answers[number] for number in range(len(requests))]
 
     def _generation(self, settings: Mapping[str, Any]) -> tuple[GenerationConfig, list[str]]:
-        """(how tokens are chosen, what ends an answer), of a task's generation_kwargs."""
+        """Return (generation config, stop texts) of a task's generation_kwargs."""
         values: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), MOST_NEW_TOKENS))
         end = self.tokenizer.decode([self.eot_token_id])
         until = [text for text in values.pop("until") if text]
@@ -217,7 +217,7 @@ class HarnessModel(TemplateLM):
         )
         values.pop("max_length", None)
         if config.do_sample:
-            config.update(top_k=0)  # No limit that the task does not set; transformers would take 50.
+            config.update(top_k=0)  # No limit unless the task sets one; transformers would take 50.
         else:
             for name in ("temperature", "top_p", "top_k"):
                 values.pop(name, None)
@@ -230,8 +230,8 @@ class HarnessModel(TemplateLM):
 
 
 def batches_of(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of at most TOKENS_AT_ONCE tokens, padded; the longest first, as what does not fit in memory
-    should fail at once."""
+    """Yield indices in batches of at most TOKENS_AT_ONCE padded tokens, the longest first so that out-of-memory
+    shows early."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if batch and (len(batch) + 1) * lengths[batch[0]] > TOKENS_AT_ONCE:
@@ -243,17 +243,17 @@ def batches_of(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 BOOTSTRAPS = 1000
-"""Resamplings behind the standard error of a metric that is no mean."""
+"""Bootstrap resamplings for the standard error of a metric that is not a mean."""
 
 Say = Callable[[str], None]
 
 
 def run_tasks(request: EvaluateRequest, tasks: Tasks, ranks: Ranks, say: Say) -> dict[str, Any]:
-    """The figures of every model; nothing on ranks that the harness gives none. Every rank must call it alike.
+    """Return the figures of every model, {} on ranks that the harness gives none. Every rank must call it.
 
-    Raises UserError for a task that is not there.
+    Raises UserError for an unknown task.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # It remarks on each default of each task.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # It logs every default of every task.
     manager = open_tasks(tasks)
     models: list[dict[str, Any]] = []
     first: Mapping[str, Any] | None = None
@@ -284,7 +284,7 @@ def run_tasks(request: EvaluateRequest, tasks: Tasks, ranks: Ranks, say: Say) ->
 
 
 def open_tasks(tasks: Tasks) -> TaskManager:
-    """The harness's index of tasks: its own, or those of a folder."""
+    """Return the harness's index of tasks, or that of a folder."""
     manager = TaskManager(include_path=tasks.folder, include_defaults=tasks.folder is None)
     for name in tasks.names:
         if not manager.match_tasks([name]):
@@ -297,8 +297,8 @@ def open_tasks(tasks: Tasks) -> TaskManager:
 
 
 def evaluate(harness: HarnessModel, tasks: Tasks, manager: TaskManager, ranks: Ranks) -> Mapping[str, Any] | None:
-    """What the harness makes of one model, samples included; None on other ranks than a machine's first."""
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
+    """Return the harness's results of one model with samples; None on a node's other ranks."""
+    with contextlib.redirect_stdout(sys.stderr):
         found: Mapping[str, Any] | None = lm_eval.simple_evaluate(
             harness,
             tasks=list(tasks.names),
@@ -313,7 +313,7 @@ def evaluate(harness: HarnessModel, tasks: Tasks, manager: TaskManager, ranks: R
 
 
 def reading_of(subject: Subject, tasks: Tasks) -> tuple[Any, ChatTemplate | None]:
-    """(tokenizer, chat template): as the model was taught to read."""
+    """Return the (tokenizer, chat template) that the model was trained with."""
     config, _, _ = subject.found()
     tokenizer = load_tokenizer(Path(config.model.path), config.model.new_tokens)
     if not tasks.as_chat:
@@ -323,7 +323,7 @@ def reading_of(subject: Subject, tasks: Tasks) -> tuple[Any, ChatTemplate | None
 
 
 def figures_of(found: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By task and metric."""
+    """Return figures by task and metric."""
     tasks: dict[str, dict[str, Any]] = {}
     for task, values in found["results"].items():
         for key, value in values.items():
@@ -339,14 +339,14 @@ def figures_of(found: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, 
 
 
 def by_question(found: Mapping[str, Any], task: str, metric: str, kind: str) -> list[float]:
-    """A metric of each question; empty where it has no figure of its own, as where several make one."""
+    """Return a metric per question; empty if questions have no value of their own."""
     samples = [s for s in found["samples"].get(task, []) if s.get("filter", "none") == kind]
     values = [sample.get(metric) for sample in samples]
     return [float(v) for v in values] if all(isinstance(v, (int, float)) for v in values) else []
 
 
 def paired(values: Sequence[float], theirs: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard error of the differences: what makes a question hard for both is no noise."""
+    """Return the mean and standard error of the paired differences."""
     if not values or len(values) != len(theirs):
         return {"difference": None, "difference_error": None}
     differences = torch.tensor(values, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Models on the same rows, one after the other: each one's loss, and how far it is from the first."""
+"""Measure models on the same rows of text one after the other: losses and divergences from the first model."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What one model makes of the rows, beside the first."""
+    """The figures of one model beside the first."""
 
     subject: Subject
     loss: Loss
     largest_logit_difference: float
-    """Over every logit of every target."""
+    """Largest absolute difference over all logits of all targets."""
     changed_tokens: float
-    """Share of the targets whose likeliest token is another."""
+    """Share of the targets whose likeliest token differs."""
 
 
 def measure(
     subjects: Sequence[Subject], dtype: Dtype, rows: PackedRows, ranks: Ranks, say: Callable[[str], None]
 ) -> list[Measured]:
-    """Each of them, in order; one model is in memory at a time. Every rank must call it alike."""
+    """Measure each model in order, with one in memory at a time. Every rank must call it alike."""
     targets = torch.from_numpy(rows.targets.astype(np.float64))
     first: Readings | None = None
     measured = []
@@ -71,12 +71,12 @@ def measure(
 
 
 def load(subject: Subject, dtype: Dtype, ranks: Ranks) -> CausalLM:
-    """The model of a subject, on these ranks."""
+    """Load the model of a subject on these ranks."""
     return load_shared(subject, dtype, ranks)[0]
 
 
 def load_shared(subject: Subject, dtype: Dtype, ranks: Ranks) -> tuple[CausalLM, Backend]:
-    """The same, and what the ranks share it by."""
+    """Load the model of a subject and its backend."""
     computes_in = subject.dtype or dtype
     if subject.name is not None and computes_in == "fp32":
         return load_in_fp32(subject.name.read(), ranks)
@@ -84,7 +84,7 @@ def load_shared(subject: Subject, dtype: Dtype, ranks: Ranks) -> tuple[CausalLM,
     model, backend = load_model(in_dtype(config, computes_in), weights, ranks, foreign=foreign)
     if subject.rounded is not None:
         round_to(model, ROUNDED[subject.rounded])
-        backend.watch_weights(model)  # As they are now.
+        backend.watch_weights(model)
     return model, backend
 
 
@@ -94,19 +94,19 @@ def in_dtype(config: Config, dtype: Dtype) -> Config:
 
 @torch.no_grad()
 def round_to(model: CausalLM, dtype: torch.dtype) -> None:
-    """What a checkpoint in `dtype` would hold of the model's weights, none of which is quantized."""
+    """Round the unquantized weights to `dtype`, as a checkpoint in it would."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
 
 
 COMPARED_ROWS = 64
-"""Rows of which two tokenizers must make the same tokens."""
+"""Rows on which two tokenizers must agree."""
 
 
 def open_rows(text: Text, config: Config, ranks: Ranks) -> tuple[PackedRows, int]:
-    """(the rows to read, how many there are), in tokens of the model of `config`. Every rank must call it alike.
+    """Return (rows to read, number of all rows) in tokens of the first model. Every rank must call it.
 
-    Raises UserError for text that cannot be read and for rows that are gone.
+    Raises UserError for unreadable text and for missing rows.
     """
     if text.run is not None:
         rows = open_split(text.run, "eval")
@@ -115,13 +115,13 @@ def open_rows(text: Text, config: Config, ranks: Ranks) -> tuple[PackedRows, int
         config = replace(config, data=text.data())
         if ranks.rank == 0:
             prepare(config)
-        from_rank_0(0, ranks)  # The others then find what it made.
+        from_rank_0(0, ranks)  # The other ranks use the cache that rank 0 made.
         rows = PackedRows.open(prepare(config), "train")
     return evenly(rows, text.most_rows), len(rows)
 
 
 def check_same_tokens(rows: PackedRows, first: Config, other: Config, label: str) -> None:
-    """Refuse a model whose tokenizer makes other tokens of this text, since losses a token cannot be compared then."""
+    """Raise UserError if a model's tokenizer differs on this text, as losses per token would not be comparable."""
     folder = Path(other.model.path)
     check_vocabulary(other, folder, int(np.max(rows.tokens, initial=0)))
     if (folder, other.model.new_tokens) == (Path(first.model.path), first.model.new_tokens):
@@ -129,7 +129,7 @@ def check_same_tokens(rows: PackedRows, first: Config, other: Config, label: str
     ours, theirs = (load_tokenizer(Path(c.model.path), c.model.new_tokens) for c in (first, other))
     for row in range(min(COMPARED_ROWS, len(rows))):
         for piece in pieces(rows, row):
-            # Once through text, whose tokens are the tokenizer's own choice.
+            # Retokenize the decoded text with both.
             text = ours.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             if _tokens(ours, text) != _tokens(theirs, text):
                 raise UserError(
@@ -139,7 +139,7 @@ def check_same_tokens(rows: PackedRows, first: Config, other: Config, label: str
 
 
 def pieces(rows: PackedRows, row: int) -> list[list[int]]:
-    """The documents of a row, the padding among them."""
+    """Return the documents of a row, padding included."""
     tokens, flags = rows.read(np.array([row]))
     starts = np.flatnonzero(flags[0] & STARTS)
     return [part.tolist() for part in np.split(tokens[0], starts) if len(part)]

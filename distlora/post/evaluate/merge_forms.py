@@ -1,6 +1,4 @@
-"""The measured part of a merge's receipt: what the merged model computes beside the model as it was trained, and what
-the forms that it could have been stored in would compute.
-"""
+"""Measure the forms in which a merged model could be stored, for the receipt of a merge."""
 
 from __future__ import annotations
 
@@ -23,16 +21,15 @@ from distlora.post.trained import Trained
 from distlora.system.progress_lines import say
 
 TOO_FAR = 1e-2
-"""Between an exact sum in fp32 and the model as it was trained: deep models come to 1e-3 by the order of their sums."""
+"""Largest expected logit difference between an exact fp32 sum and the trained model; deep models reach 1e-3."""
 
 
 @contextlib.contextmanager
 def other_forms(merged: Merged | None, ranks: Ranks, tell: Callable[[str], None]) -> Iterator[list[Subject]]:
-    """What a merge is compared with beside the model as it was trained; folders that are made for it are removed.
+    """Yield the forms that a merge is compared with; remove the folders made for it afterwards.
 
-    Each form is a model as others would load it: the exact sum in fp32, that rounded to bf16 or fp16, that quantized to
-    NF4 again, and the sum on the base as it is on disk. The last one is no form but a yardstick: the model as it was
-    trained, computing in bf16.
+    The forms are the exact sum in fp32, rounded to bf16 and fp16, quantized to NF4 again, and the sum on the stored
+    base. The trained model computed in bf16 is added as a yardstick.
     """
     if merged is None or not merged.compares:
         yield []
@@ -52,7 +49,7 @@ def _forms(
     merged: Merged, trained: Trained, receipt: Receipt, scratch: Path, ranks: Ranks, tell: Callable[[str], None]
 ) -> list[Subject]:
     def exact_sum(onto: Onto) -> str:
-        """Its folder: the merge itself, or one that is made."""
+        """Return the folder of the sum: the merge itself, or a new one."""
         if (receipt.onto, receipt.dtype) == (onto, "fp32"):
             return merged.folder
         if ranks.rank == 0:
@@ -62,7 +59,7 @@ def _forms(
         return str(scratch / onto)
 
     if ranks.rank == 0 and scratch.is_dir():
-        shutil.rmtree(scratch)  # Of a comparison that was killed.
+        shutil.rmtree(scratch)  # Left by a comparison that was killed.
     exact = exact_sum("trained")
     forms = [
         Subject(label="exact sum in fp32", kind="form", model=exact),
@@ -89,7 +86,7 @@ def may_merge_onto_original(trained: Trained) -> bool:
 
 
 def add_to_receipt(merged: Merged, figures: dict[str, Any]) -> None:
-    """The section `measured` of merge.json, and its page."""
+    """Write the section `measured` of merge.json, and merge.md."""
     folder = Path(merged.folder)
     receipt = Receipt.read(folder)
     dataclasses.replace(receipt, measured=figures).write(folder)

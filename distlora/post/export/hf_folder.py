@@ -1,8 +1,8 @@
-"""`--format hf`: the merged model (distlora/post/merge) as transformers loads it, on the CPU, in fp32.
+"""Write `--format hf`: the merged model as a Hugging Face folder, checked with transformers on the CPU in fp32.
 
-In fp32 its logits are ours. In 16 bits the weights are rounded once more, which moves logits by more than a small
-adapter does, so no bound of them would tell. There the weights that transformers has are held to the merged ones,
-rounded, bit for bit; and with the merged ones before rounding in their place, its logits to ours.
+In fp32 its logits equal ours. In 16 bits, rounding moves logits by more than a small adapter does, so a bound on logits
+would show nothing. There the loaded weights must equal the rounded merged ones bit for bit, and with the unrounded ones
+in their place the logits must equal ours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distlora.weights.reader import Reader
 
 
 def write(export: Export) -> None:
-    """A folder with its receipt, merge.json."""
+    """Write the folder with its receipt, merge.json."""
     request = export.request
     assert request.dtype is not None
     dtype = DTYPES[request.dtype]
@@ -36,7 +36,7 @@ def write(export: Export) -> None:
 
 @torch.no_grad()
 def check(export: Export, ours: Ours) -> list[Reading]:
-    """transformers with the folder's weights, computing in fp32; then with the same before they were rounded."""
+    """Return readings of transformers with the folder's weights, and with the unrounded ones."""
     import transformers
 
     request = export.request
@@ -69,8 +69,8 @@ def check(export: Export, ours: Ours) -> list[Reading]:
 
 
 def unround(model: Any, export: Export, dtype: torch.dtype) -> float:
-    """Put the merged weights, unrounded, in the place of those that `model` has read; how far these were from their
-    rounded values, at most."""
+    """Replace the model's weights by the unrounded merged ones; return the largest difference from their rounded
+    values."""
     base, original, apart = open_base(export.trained.config), export.request.onto == "original", 0.0
     places = dict(model.named_parameters(remove_duplicate=False))
     with open_adapter(export.trained, base, export.request.onto) as adapter, Reader() as reader:

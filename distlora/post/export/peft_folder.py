@@ -1,7 +1,7 @@
-"""`--format peft`: the adapter that a run published, or that of a saved step, with what a user of it needs.
+"""Write `--format peft`: the published adapter or that of a saved step, with a model card.
 
-Loaded by PEFT onto transformers' model whose weights are those that were trained on, dequantized, it must give our
-logits. On the base as its checkpoint has it, in 16 or 32 bits, it gives others: that is what NF4 took, and is said.
+PEFT must reproduce our logits with it on the dequantized base. On the stored base in 16 or 32 bits the logits differ by
+the quantization, which is reported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distlora.weights.peft_folder import CONFIG_NAME
 
 
 def write(export: Export) -> None:
-    """The folder, with the base's name in it: of the hub, else its place on this machine."""
+    """Write the folder; it names the base by its hub name, else by its folder."""
     result = result_of(export.trained, export.request.name.checkpoint)
     base = result.config.model.name
     with as_plain_adapter(result) as plain:
@@ -39,7 +39,7 @@ def write(export: Export) -> None:
 
 
 def result_of(trained: Trained, checkpoint: str | None) -> Result:
-    """What the run's folder says of the weights that are meant; of an unfinished run those of its newest checkpoint."""
+    """Return the run's record of the weights; for an unfinished run, of the newest checkpoint."""
     assert trained.run_dir is not None
     assert trained.weights is not None
     weights = weights_in(trained.weights)
@@ -51,7 +51,7 @@ def result_of(trained: Trained, checkpoint: str | None) -> Result:
 
 
 def check(export: Export, ours: Ours) -> list[Reading]:
-    """PEFT on what was trained on, and on the base as it is on disk where that is another."""
+    """Return readings of PEFT on the trained-on base, and on the stored base if that differs."""
     readings = [ours.reading("PEFT on the base as it was trained on, fp32", _logits(export, ours), EXACT)]
     config = export.trained.config
     if config.quant.is_nf4 and not config.adapter.for_nf4 and not is_packed(export.trained):

@@ -1,6 +1,6 @@
-"""The files of a repository on the hub, or of a folder that is handed on: what a run trained, with a model card.
+"""Collect the files of a hub repository or export folder: what a run trained, with a model card.
 
-Imports no torch, but for a saved step of PiSSA.
+Imports no torch, except for a saved step of PiSSA.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ Files = Mapping[str, bytes | Path]
 
 @contextlib.contextmanager
 def as_plain_adapter(result: Result) -> Iterator[Result]:
-    """The result itself; for a saved step of PiSSA, which belongs to a base that others do not have, what the run would
-    publish of it."""
+    """Yield the result; for a saved step of PiSSA, the plain adapter that the run would publish."""
     if result.adapter is None or not is_pissa(str(result.adapter.get("init_lora_weights"))):
         yield result
         return
@@ -47,7 +46,7 @@ def as_plain_adapter(result: Result) -> Iterator[Result]:
 
 
 def collect(result: Result, *, repository: str, base: str | None) -> dict[str, bytes | Path]:
-    """The files of the repository. adapter_config.json names the base by its name on the hub, never by a folder."""
+    """Return the files of the repository. adapter_config.json names the base by its hub name, never by a folder."""
     own_card = read_metadata(Path(result.config.model.path) / "README.md")
     inherited: dict[str, Any] = {
         key: own_card[key] for key in ("license", "license_name", "license_link") if key in own_card
@@ -67,14 +66,14 @@ def collect(result: Result, *, repository: str, base: str | None) -> dict[str, b
     files[WEIGHTS_NAME] = result.folder / WEIGHTS_NAME
     if result.config.model.new_tokens:
         published = {path.name: path for pattern in TOKENIZER_FILES for path in result.folder.glob(pattern)}
-        files |= published or tokenizer_files(result.config.spec)  # A saved step has none.
-    if result.chat_template is not None:  # From the run's record: a saved step has no file of it.
+        files |= published or tokenizer_files(result.config.spec)  # A saved step has no tokenizer.
+    if result.chat_template is not None:  # From the run's record, as a saved step has no template file.
         files[TEMPLATE_NAME] = result.chat_template.encode()
     return own_files(files)
 
 
 def own_files(files: dict[str, bytes | Path]) -> dict[str, bytes | Path]:
-    """`files`; UserError for a link, which could publish any file of this machine. A run writes none."""
+    """Return `files`. Raises UserError for a link, which could publish any file of this machine."""
     for path in files.values():
         if isinstance(path, Path) and path.is_symlink():
             raise UserError(
@@ -85,7 +84,7 @@ def own_files(files: dict[str, bytes | Path]) -> dict[str, bytes | Path]:
 
 
 def write_files(files: Files, folder: Path) -> None:
-    """Into a folder that exists."""
+    """Write the files into an existing folder."""
     for name, content in files.items():
         if isinstance(content, Path):
             shutil.copyfile(content, folder / name)

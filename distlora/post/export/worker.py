@@ -1,6 +1,6 @@
-"""The worker of `distlora export`: writes, has the real client load it in a process of its own, then gives it its name.
+"""Run the worker of `distlora export`: write, load with the real client in another process, then rename.
 
-What is on stdout are the figures and the place; progress goes to stderr.
+Figures and the place go to stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from distlora.weights.peft_folder import WEIGHTS_NAME
 
 CHECK = "distlora.post.export.client_check:main"
 RECORD_NAME = "export.json"
-"""In an exported folder."""
+"""The record in an exported folder."""
 
 
 def run(request: ExportRequest) -> int:
-    """Write, check, publish; returns the exit code."""
+    """Write, check and publish an export; return the exit code."""
     out, began = Path(request.out), time.monotonic()
     trained = request.name.read()
     module: Any = importlib.import_module(FORMATS[request.format].module)
@@ -67,11 +67,11 @@ def run(request: ExportRequest) -> int:
 
 
 class Differs(Exception):
-    """The client computes something else, or nothing; its text says what."""
+    """Raised if the client computes something else or fails."""
 
 
 def record(request: ExportRequest, trained: Trained, found: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What stands in the folder: made from what, with which packages, and what its client computed."""
+    """Return export.json: sources, versions and the client's readings."""
     packages = ("distlora", "torch", "transformers", *FORMATS[request.format].clients)
     assert trained.weights is not None
     adapter, base = weights_in(trained.weights), Path(trained.config.model.path)
@@ -89,7 +89,7 @@ def record(request: ExportRequest, trained: Trained, found: Mapping[str, Any] | 
 
 
 def checked(request: ExportRequest, place: Path) -> dict[str, Any]:
-    """What the format's client computes, in a process of its own; printed, too. Raises Differs."""
+    """Run and print the client's check. Raises Differs."""
     say("loading it with its client")
     with still_loading():
         code, stdout = in_own_process(dataclasses.replace(request, place=str(place)))
@@ -108,14 +108,14 @@ def checked(request: ExportRequest, place: Path) -> dict[str, Any]:
 
 
 def in_own_process(request: ExportRequest) -> tuple[int, str]:
-    """(exit code, stdout) of the check."""
+    """Return (exit code, stdout) of the check's process."""
     command = [sys.executable, "-m", "distlora.system.command_worker", encode_call(CHECK, request)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     return child.returncode, child.stdout
 
 
 def table(readings: list[Reading], request: ExportRequest, moved: float | None, tokens: int) -> list[str]:
-    """What the user is told."""
+    """Return the lines of readings for the terminal."""
     ours = "the model as it was trained" if request.onto == "trained" else "the base on disk with the adapter"
     lines = [f"logits of {tokens} tokens beside those of {ours}, in fp32:"]
     for reading in readings:

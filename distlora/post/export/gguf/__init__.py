@@ -1,1 +1,1 @@
-"""GGUF, what llama.cpp loads: a merged model, or a LoRA adapter for one."""
+"""Write GGUF files for llama.cpp: a merged model, or a LoRA adapter."""

@@ -1,7 +1,12 @@
-"""`--format gguf-lora`: the adapter alone, which llama.cpp adds to a GGUF file of the base.
+"""Write `--format gguf-lora`: the adapter alone, which llama.cpp adds to a GGUF file of the base.
 
-The base that it was trained on is `distlora export RUN --adapter base --format gguf`; on a GGUF of the checkpoint as it
-is on disk it meets weights that NF4 has not rounded. Loaded with the former, in fp32, it must give our logits.
+The matching base is `distlora export RUN --adapter base --format gguf`; a GGUF of the stored checkpoint lacks the
+rounding of NF4. With the former in fp32, the logits must equal ours.
+
+llama.cpp adds (alpha / R) B (A x), with R from B's shape and one alpha per file. Our scales may differ by weight, and
+rsLoRA's is alpha / sqrt(R). So the file's alpha is the most frequent scale times R, and B of the other weights is
+rescaled before rounding. llama.cpp's convert_lora_to_gguf.py writes lora_alpha alone and ignores use_rslora,
+alpha_pattern and rank_pattern.
 """
 
 from __future__ import annotations
@@ -45,7 +50,7 @@ from distlora.weights.reader import Reader
 
 
 def write(export: Export) -> None:
-    """The file; of PiSSA the plain LoRA of twice the rank, which belongs to the unchanged base."""
+    """Write the file; of PiSSA the plain LoRA of twice the rank, for the unchanged base."""
     trained, dtype = export.trained, export.request.dtype
     assert dtype is not None
     base = open_base(trained.config)
@@ -63,7 +68,7 @@ def write(export: Export) -> None:
 
 
 def check_paths(paths: Sequence[str], base: Base) -> None:
-    """Refuse a weight that the base's own file has not. Raises UserError."""
+    """Raise UserError for a weight that the base's GGUF lacks."""
     absent = [path for path in paths if f"{path}.weight" not in base.weights]
     if absent:
         raise UserError(
@@ -73,8 +78,8 @@ def check_paths(paths: Sequence[str], base: Base) -> None:
 
 
 def check(export: Export, ours: Ours) -> list[Reading]:
-    """transformers' model of the base with what the file holds added to its weights; and llama.cpp, where it is
-    installed, with a GGUF file of the base that is made for it."""
+    """Return readings of transformers with the file's change added, and of llama.cpp if installed, on a GGUF of the
+    base."""
     trained, dtype = export.trained, export.request.dtype
     assert dtype is not None
     base = open_base(trained.config)
@@ -102,7 +107,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
 
 
 def _trained_on(weight: BaseWeight, reader: Reader) -> Rows:
-    """What the plain adapter belongs to: as training held it, with what PiSSA took out of it."""
+    """Yield the base that the plain adapter belongs to: as trained on, with PiSSA's initial adapter added back."""
     for first, part in weight.rows(reader):
         taken = weight.residual
         yield (
@@ -112,16 +117,16 @@ def _trained_on(weight: BaseWeight, reader: Reader) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """Of one weight, as the file has it; rows of B put back."""
+    """The factors of one weight in the file, with rows of B in Hugging Face order."""
 
     A: Tensor
     B: Tensor
     scale: float
-    """alpha / R, which llama.cpp multiplies by."""
+    """alpha / R, llama.cpp's multiplier."""
 
 
 def _read(path: Path, base: Base) -> dict[str, _Pair]:
-    """By Hugging Face path, with the package's own reader."""
+    """Read the factors by Hugging Face path with the gguf package."""
     file, names = gguf.GGUFReader(path), Names.of(base.model.hf_config)
     alpha = file.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
     read = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in file.tensors}
@@ -140,14 +145,14 @@ def _read(path: Path, base: Base) -> dict[str, _Pair]:
 
 @torch.no_grad()
 def _added(model: Any, read: Mapping[str, _Pair], input_ids: Tensor) -> Tensor:
-    """Logits of transformers' model, its weights W + (alpha / R) B A."""
+    """Return logits of transformers' model with W + (alpha / R) B A."""
     for path, pair in read.items():
         model.get_parameter(f"{path}.weight").add_(pair.B @ pair.A, alpha=pair.scale)
     return logits_of(model, input_ids)
 
 
 def _apart(export: Export, base: Base, read: Mapping[str, _Pair], dtype: str) -> float:
-    """The most that an element of A or B is from the adapter's, in what rounding may move it."""
+    """Return the largest error of A or B in units of the rounding of `dtype`."""
     most = 0.0
     with open_adapter(export.trained, base, "original") as adapter, Reader() as reader:
         assert adapter is not None
@@ -161,23 +166,23 @@ def _apart(export: Export, base: Base, read: Mapping[str, _Pair], dtype: str) ->
 
 
 def _nothing(text: str) -> None:
-    """The model's own export has said it."""
+    """Ignore messages that the model's own export prints."""
 
 
 Factory = Callable[[], Factors]
 
 
 def write_adapter(path: Path, config: Any, factors: Mapping[str, Factory], *, dtype: str, name: str) -> None:
-    """`factors` by Hugging Face path, each read when it is written; `config` is transformers' own, of the base.
+    """Write factors, read as they are written, to a GGUF adapter; `config` is transformers' config of the base.
 
-    Raises UserError for a weight that llama.cpp's architecture has not.
+    Raises UserError for a weight that llama.cpp's architecture lacks.
     """
     names = Names.of(config)
     alphas, shapes = dict[str, float](), dict[str, tuple[tuple[int, ...], tuple[int, ...]]]()
     for place, read in factors.items():
         own = read()
         alphas[place], shapes[place] = own.scaling * own.rank, (tuple(own.A.shape), tuple(own.B.shape))
-    # llama.cpp takes an alpha of 0 for none at all.
+    # llama.cpp reads alpha 0 as absent.
     alpha = Counter(alpha for alpha in alphas.values() if alpha).most_common(1)[0][0] if any(alphas.values()) else 1.0
     tensors = []
     for place, read in factors.items():

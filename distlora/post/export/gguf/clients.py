@@ -1,4 +1,4 @@
-"""Those who load a GGUF file: transformers, which puts its weights into a model of torch, and llama.cpp itself."""
+"""Load a GGUF file with transformers and with llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ HOW_TO_GET_IT = "`pip install llama-cpp-python` builds it, in some minutes, with
 
 
 def transformers_model(path: Path, config: Any) -> Any:
-    """In fp32. `config`: transformers' own, as it takes neither every rotary embedding nor the size of a head from a
-    GGUF file."""
+    """Load a model in fp32. `config` is passed as GGUF files lack some rotary embeddings and head sizes for
+    transformers."""
     import transformers
 
-    if config.model_type == "mistral":  # GGUF has it as a Llama, and so has transformers' reader.
+    if config.model_type == "mistral":  # GGUF stores Mistral as Llama.
         values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
         config = transformers.LlamaConfig(**values)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -35,7 +35,7 @@ def transformers_model(path: Path, config: Any) -> Any:
 
 @torch.no_grad()
 def logits_of(model: Any, input_ids: Tensor) -> Tensor:
-    """(1, T, V) fp32, of a model of transformers."""
+    """Return logits (1, T, V) in fp32 of a transformers model."""
     logits: Tensor = model(input_ids=input_ids).logits
     return logits
 
@@ -45,7 +45,7 @@ def has_llama_cpp() -> bool:
 
 
 class LlamaCpp:
-    """llama.cpp on the CPU, with keys and values in fp32, where it keeps them in fp16 otherwise."""
+    """llama.cpp on the CPU with fp32 keys and values (fp16 by default)."""
 
     def __init__(self, path: Path, adapter: Path | None = None, *, context: int) -> None:
         import llama_cpp
@@ -67,19 +67,19 @@ class LlamaCpp:
         )
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        """(1, T, V) fp32."""
+        """Return logits (1, T, V) in fp32."""
         ids = input_ids.flatten().tolist()
         self.model.reset()
         self.model.eval(ids)
         return torch.from_numpy(np.array(self.model.scores[: len(ids)], dtype=np.float32))[None]
 
     def tokenize(self, text: str) -> list[int]:
-        """Without what begins or ends every text; special tokens in it are text."""
+        """Tokenize without start and end tokens; special tokens in the text are text."""
         ids: list[int] = self.model.tokenize(text.encode(), add_bos=False, special=False)
         return ids
 
     def greedy(self, input_ids: Tensor, count: int) -> list[int]:
-        """The next tokens, always the likeliest."""
+        """Return the next tokens by greedy decoding."""
         made = []
         for token in self.model.generate(input_ids.flatten().tolist(), temp=0.0, repeat_penalty=1.0, top_k=1):
             made.append(int(token))

@@ -1,8 +1,8 @@
-"""A model's sizes and rotary embedding as GGUF's metadata has them.
+"""Write a model's sizes and rotary embedding as GGUF metadata.
 
-Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What llama.cpp makes of those of YaRN was read in its
-llama-context.cpp (release b of llama-cpp-python 0.3.36): it multiplies cos and sin by (1 + 0.1 ln factor) and by
-rope.scaling.attn_factor, and overwrites rope.scaling.yarn_attn_factor, where its own converter puts attention_factor.
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. YaRN follows llama-context.cpp (llama-cpp-python
+0.3.36): it multiplies cos and sin by (1 + 0.1 ln factor) and by rope.scaling.attn_factor, and overwrites
+rope.scaling.yarn_attn_factor, where its own converter puts attention_factor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gguf import GGUFWriter, RopeScalingType
 
 
 def add_hyperparameters(writer: GGUFWriter, config: Any, say: Callable[[str], None]) -> None:
-    """`config`: transformers' own, with its defaults in place of what config.json leaves out."""
+    """Add the metadata of a transformers config, which has defaults for what config.json leaves out."""
     head_dim = head_size(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(_context(config, say))
@@ -43,7 +43,8 @@ def head_size(config: Any) -> int:
 
 
 def rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
-    """What each frequency is divided by, where the rotary embedding is Llama 3's: the tensor rope_freqs.weight."""
+    """Return the tensor rope_freqs.weight, the divisors of the frequencies for Llama 3's rotary embedding; else
+    None."""
     if config.rope_parameters["rope_type"] != "llama3":
         return None
     frequencies, _ = _frequencies(config)
@@ -52,7 +53,7 @@ def rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
 
 
 def _frequencies(config: Any) -> tuple[np.ndarray[Any, Any], float]:
-    """Those of transformers, and what it multiplies cos and sin by."""
+    """Return transformers' frequencies and its factor of cos and sin."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -73,7 +74,7 @@ def _add_yarn(writer: GGUFWriter, config: Any) -> None:
 
 
 def _context(config: Any, say: Callable[[str], None]) -> int:
-    """Tokens that llama.cpp computes as we do: it knows no window of these families, so no more than one holds."""
+    """Return the context length: at most a sliding window, as llama.cpp has no window for these families."""
     limit: int = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)

@@ -1,7 +1,7 @@
-"""`--format gguf`: what a run trained as one model in one file, a few rows at a time.
+"""Write `--format gguf`: the merged model in one file, a few rows at a time, checked with transformers and llama.cpp.
 
-transformers and llama.cpp load it again. In fp32 both must give our logits; in a smaller type its weights must be those
-that were trained, rounded, and what that does to logits is printed.
+In fp32 both must reproduce our logits. In a smaller type the weights must equal the rounded ones; the change of logits
+is printed.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ from distlora.weights.reader import Reader
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What is written."""
+    """The base and the weights to write."""
 
     base: Base
     weights: Mapping[str, Weight]
-    """By Hugging Face name; read while `opened` is entered."""
+    """Weights by Hugging Face name; read inside `opened`."""
 
     @property
     def config(self) -> Any:
-        """transformers' own, as large as the vocabulary has grown."""
+        """Return transformers' config, with the grown vocabulary."""
         return self.base.model.hf_config
 
 
 def write(export: Export) -> None:
-    """The file."""
+    """Write the file."""
     request, trained = export.request, export.trained
     assert request.dtype is not None
     with opened(trained, request.onto) as found:
@@ -78,11 +78,10 @@ def write(export: Export) -> None:
 
 
 def check(export: Export, ours: Ours) -> list[Reading]:
-    """transformers, and llama.cpp where it is installed.
+    """Return readings of transformers, and of llama.cpp if installed.
 
-    Logits of rounded weights have no bound that an adapter which is missing would not meet, if it does little. So the
-    weights themselves are held to what was trained, by the rounding of the type, after transformers has put names and
-    rows back; and what was trained, before it is rounded, to our logits.
+    A missing adapter of small effect would meet any bound on rounded logits. So transformers' weights are compared with
+    the trained ones up to rounding, and the unrounded model's logits with ours.
     """
     request = export.request
     assert request.dtype is not None
@@ -112,7 +111,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
 
 @torch.no_grad()
 def _in_fp32(found: Opened) -> Any:
-    """transformers' model of what was trained, nothing rounded."""
+    """Return transformers' model with the unrounded weights."""
     import transformers
 
     config = copy.deepcopy(found.config)
@@ -129,7 +128,7 @@ def _in_fp32(found: Opened) -> Any:
 
 @torch.no_grad()
 def apart_of(model: Any, found: Opened, dtype: str) -> float:
-    """The most that a weight of the file is from what was trained, in what rounding may move it."""
+    """Return the largest error of a weight in units of the rounding of `dtype`."""
     most = 0.0
     tensors = plan(Names.of(found.config), found.weights, dtype)
     for weight, tensor in zip(found.weights.values(), tensors, strict=True):
@@ -143,7 +142,7 @@ def apart_of(model: Any, found: Opened, dtype: str) -> float:
 
 @contextlib.contextmanager
 def opened(trained: Trained, onto: Onto) -> Iterator[Opened]:
-    """What a run trained, as weights that are read when they are asked for."""
+    """Yield the trained weights, read on demand."""
     if trained.config.adapter.method == "full":
         trained = _as_base(trained)
     base = open_base(trained.config)
@@ -156,7 +155,7 @@ def opened(trained: Trained, onto: Onto) -> Iterator[Opened]:
         weights = {}
         for parameter in parameters_of(base, folder, adapter):
             name = parameter.weight.name
-            # Of a tied head there is none in GGUF, also where the checkpoint has a copy; a vision tower is no model's.
+            # GGUF has no tied head, even if the checkpoint stores a copy, and no vision tower.
             if name not in base.weights and not (name == HEAD_NAME and not base.model.tied):
                 continue
             shape = next(iter(parameter.outputs.values())) if parameter.matrix else parameter.weight.shape
@@ -165,7 +164,7 @@ def opened(trained: Trained, onto: Onto) -> Iterator[Opened]:
 
 
 def _as_base(trained: Trained) -> Trained:
-    """A model that was trained whole is a folder like a base's. Raises UserError for a saved step, which is not."""
+    """Return a fully trained model as a base. Raises UserError for a saved step, which has no config.json."""
     assert trained.weights is not None
     folder = weights_in(trained.weights)
     if not (folder / "config.json").is_file():
@@ -189,7 +188,7 @@ def tokenizer_of(trained: Trained) -> Any:
 
 
 def name_of(trained: Trained) -> str:
-    """For people."""
+    """Return a name for people."""
     base = (trained.config.model.name or Path(trained.config.model.path).name).rpartition("/")[2]
     return base if trained.weights is None else f"{base} {Path(trained.place).name}"
 
@@ -212,9 +211,9 @@ def write_model(
     name: str,
     say: Callable[[str], None],
 ) -> None:
-    """`config` and `tokenizer` are transformers' own; `name` is the model's, for people.
+    """Write a GGUF model. `config` and `tokenizer` are transformers', `name` is for people.
 
-    Raises UserError for what llama.cpp would compute otherwise.
+    Raises UserError for what llama.cpp would compute differently.
     """
     names = Names.of(config)
     tensors = plan(names, weights, dtype)

@@ -1,12 +1,10 @@
-"""Which of llama.cpp's pre-tokenizers splits texts as a byte-level BPE tokenizer of Hugging Face does.
+"""Find llama.cpp's pre-tokenizer that splits text like a byte-level BPE tokenizer of Hugging Face.
 
-A GGUF file names one of those that are built into llama.cpp (tokenizer.ggml.pre). Its own converter knows a tokenizer
-by a hash of the tokens that it makes of one text, so one that was trained anew, or grew, is unknown to it. Here each
-candidate is built with the tokenizers package (its regular expressions one after the other, then bytes, no
-normalizer), and what it makes of texts is compared with the original: the pieces, which no vocabulary hides, and the
-tokens.
+A GGUF file names one of llama.cpp's built-in pre-tokenizers (tokenizer.ggml.pre). Its converter recognizes a tokenizer
+by a hash of its tokens of one text, so a retrained or grown one is unknown to it. Here each candidate is rebuilt with
+the tokenizers package and compared with the original on texts, by pieces and by tokens.
 
-The expressions and flags are those of llama.cpp's src/llama-vocab.cpp (MIT), as llama-cpp-python 0.3.36 has it.
+The expressions and flags are those of llama.cpp's src/llama-vocab.cpp (MIT) in llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
@@ -33,14 +31,14 @@ _CJK = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """One of llama.cpp's."""
+    """A pre-tokenizer of llama.cpp."""
 
     name: str
-    """Of tokenizer.ggml.pre."""
+    """Value of tokenizer.ggml.pre."""
     expressions: tuple[str, ...]
-    """Each cuts the pieces of the one before."""
+    """Regular expressions; each splits the pieces of the one before."""
     ignore_merges: bool = False
-    """Whether a piece that is a token as a whole is that token, whatever the merges say."""
+    """True if a piece that is a token stays whole, whatever the merges say."""
 
 
 PRE_TOKENIZERS = (
@@ -72,7 +70,7 @@ LLAMA_CPP_TEXT = (
     "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, "
     "'D you like some tea? We'Ve a'lL"
 )
-"""What llama.cpp's converter tells tokenizers apart by: it holds what their expressions differ in."""
+"""Text by which llama.cpp's converter tells tokenizers apart."""
 
 MORE_TEXTS = (
     "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)  # 0\n\n\tend\r\n\r\n  x = 2**31\n",
@@ -84,15 +82,16 @@ MORE_TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The nearest pre-tokenizer."""
+    """The best matching pre-tokenizer."""
 
     name: str
     unlike: str
-    """What of a text it splits otherwise; "": none was found."""
+    """Text that it splits differently; "" for none."""
 
 
 def find_pre_tokenizer(spec: Mapping[str, Any]) -> Match:
-    """`spec`: a tokenizer.json. Raises UserError where every candidate makes other tokens of LLAMA_CPP_TEXT."""
+    """Return the best match for a tokenizer.json. Raises UserError if every candidate tokenizes LLAMA_CPP_TEXT
+    differently."""
     original, imitation = _tokenizer(spec), _tokenizer(_without_rules(spec))
     ignores = bool(spec["model"].get("ignore_merges"))
     found: list[tuple[int, bool, int, Match]] = []
@@ -119,7 +118,7 @@ def find_pre_tokenizer(spec: Mapping[str, Any]) -> Match:
 
 
 def _without_rules(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenizer.json with the vocabulary and merges of `spec`, and of the rest what llama.cpp takes of it."""
+    """Return a tokenizer.json with the vocabulary and merges of `spec` and only what llama.cpp reads of the rest."""
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
     added = [token | flags for token in spec["added_tokens"]]
     return {**spec, "normalizer": None, "post_processor": None, "added_tokens": added}
@@ -135,7 +134,7 @@ def _follow(imitation: Any, candidate: PreTokenizer) -> None:
 
 
 def _all_reached(imitation: Any, spec: Mapping[str, Any]) -> bool:
-    """Whether merges make every token, so that it does not matter if they are ignored where they need not be asked."""
+    """Return True if merges produce every token, so that ignore_merges makes no difference."""
     ignores, imitation.model.ignore_merges = imitation.model.ignore_merges, False
     added = {token["content"] for token in spec["added_tokens"]}
     reached = all(len(imitation.model.tokenize(word)) == 1 for word in spec["model"]["vocab"] if word not in added)
@@ -161,7 +160,7 @@ def _pieces(tokenizer: Any, text: str) -> Sequence[str]:
 
 
 def _difference(original: Any, imitation: Any, text: str) -> str:
-    """The first piece of `text` that is split otherwise, as both have it; "": none, and the tokens are the same."""
+    """Return the first piece of `text` that is split differently, in both forms; "" if the tokens are equal."""
     ours, theirs = _pieces(original, text), _pieces(imitation, text)
     if ours == theirs:
         return "" if _ids(original, text) == _ids(imitation, text) else f"the tokens of {text[:40]!r}"

@@ -1,4 +1,4 @@
-"""Which models and adapters llama.cpp computes as we do, and why the others are refused. Imports no torch."""
+"""Refuse models and adapters that llama.cpp would compute differently. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from distlora.architecture.families import FAMILIES
 from distlora.config import Config, UserError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""model_type -> the architecture as GGUF names it."""
+"""GGUF architecture by model_type."""
 
 CONVERTER = "llama.cpp's convert_hf_to_gguf.py takes many more: write --format hf, and run that script on the folder"
 
 ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
-"""`dynamic` differs from `default` only beyond max_position_embeddings, which is the context that the file names."""
+"""Supported rope types. `dynamic` differs from `default` only beyond max_position_embeddings, the file's context
+length."""
 
 
 def check_model(model: Mapping[str, Any], place: object) -> None:
-    """Refuse a config.json whose model GGUF cannot say. `place` is it, for the message. Raises UserError."""
+    """Raise UserError for a config.json that GGUF cannot express. `place` names it in the message."""
     model_type = str(model.get("model_type"))
     if model_type not in ARCHITECTURES:
         why = "experts" if getattr(FAMILIES.get(model_type), "experts", None) else "its layers"
@@ -39,7 +40,7 @@ def check_model(model: Mapping[str, Any], place: object) -> None:
 
 
 def check_adapter(config: Config) -> None:
-    """Refuse what llama.cpp's adapters have no tensors for. Raises UserError."""
+    """Raise UserError for what llama.cpp's adapters have no tensors for."""
     adapter = config.adapter
     beyond = {
         "use_dora=true": adapter.use_dora,

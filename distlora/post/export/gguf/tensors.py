@@ -1,8 +1,8 @@
-"""Which tensors a GGUF file has of a model, in which type, and their rows as llama.cpp wants them.
+"""Plan and write the tensors of a GGUF file: names, types, and rows in llama.cpp's order.
 
-Llama rotates the pairs (2 i, 2 i + 1) of a head in llama.cpp (its arch `llama`, Mistral too) and (i, i + D / 2) in
-transformers, D being its size: row h D + j D/2 + i of q_proj and k_proj there is row h D + 2 i + j here. Qwen's stay
-as they are.
+For the architecture `llama` (Mistral too), llama.cpp rotates the pairs (2 i, 2 i + 1) of a head of size D, transformers
+(i, i + D / 2): row h D + j D/2 + i of q_proj and k_proj in transformers is row h D + 2 i + j here. Qwen's rows keep
+their order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from distlora.system import atomic_io
 from distlora.system.progress_lines import Progress
 
 Rows = Iterator[Tensor]
-"""(n, columns) fp32, rows going on from those before; a vector is one row."""
+"""(n, columns) fp32 pieces in row order; a vector is one row."""
 
 TYPES = {
     "fp32": GGMLQuantizationType.F32,
@@ -37,17 +37,17 @@ TYPES = {
     "fp16": GGMLQuantizationType.F16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
-"""--dtype -> the type of what is a matrix."""
+"""GGUF type of matrices by --dtype."""
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 _ROUNDING = {GGMLQuantizationType.BF16: 2**-8, GGMLQuantizationType.F16: 2**-11}
 _LARGEST = {GGMLQuantizationType.F16: _FP16_MAX, GGMLQuantizationType.Q8_0: 127 * _FP16_MAX}
-"""Of what a type can hold; a block of q8_0 has an fp16 scale."""
+"""Largest value of a type; a q8_0 block has an fp16 scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weight:
-    """A parameter of the model, by its Hugging Face name."""
+    """A parameter of the model under its Hugging Face name."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class Planned:
 
     @classmethod
     def of_array(cls, name: str, array: np.ndarray[Any, Any]) -> Planned:
-        """What is no parameter: a vector."""
+        """Plan a vector that is not a parameter."""
         return cls(
             name=name,
             shape=array.shape,
@@ -79,7 +79,7 @@ class Planned:
         return int(np.prod(self.shape)) // block * size
 
     def encoded(self) -> Iterator[np.ndarray[Any, Any]]:
-        """Its bytes, a few rows at a time. Raises UserError for a weight that the type cannot hold, and NaN and Inf."""
+        """Yield its bytes a few rows at a time. Raises UserError for a value beyond its type, NaN and Inf."""
         largest = _LARGEST.get(self.type, math.inf)
         for rows in self.rows():
             most = float(rows.abs().max())
@@ -97,7 +97,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The package's map from Hugging Face's names to GGUF's, and which rows it wants in another order."""
+    """The gguf package's names for Hugging Face's, and the rows it reorders."""
 
     arch: str
     table: gguf.TensorNameMap
@@ -110,25 +110,25 @@ class Names:
         return cls(arch, gguf.get_tensor_name_map(key, config.num_hidden_layers), config)
 
     def gguf_name(self, name: str) -> str:
-        """Raises UserError for a tensor that the architecture has not."""
+        """Return GGUF's name. Raises UserError for a tensor that the architecture lacks."""
         found = self.table.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise UserError(f"{name} is no tensor of llama.cpp's {self.arch}; use --format hf")
         return found
 
     def in_order(self, name: str, rows: Callable[[], Rows]) -> Callable[[], Rows]:
-        """The rows of a weight, bias, or adapter's B as the architecture wants them."""
+        """Return the rows of a weight, bias or adapter's B in the architecture's order."""
         projection = re.search(r"\.([qk])_proj\.", name)
         if self.arch != "llama" or projection is None:
             return rows
         size = head_size(self.config)
-        if name.endswith(".bias"):  # Its elements are the rows.
+        if name.endswith(".bias"):  # A bias: its elements are the rows.
             return lambda: (part.view(1, -1) for part in _rotated((part.view(-1, 1) for part in rows()), size))
         return lambda: _rotated(rows(), size)
 
 
 def plan(names: Names, weights: Mapping[str, Weight], dtype: str) -> list[Planned]:
-    """The file's tensors, in the model's order. Raises UserError for what the architecture has not."""
+    """Return the file's tensors in the model's order. Raises UserError for one that the architecture lacks."""
     return [
         Planned(
             name=(name := names.gguf_name(weight.name)),
@@ -141,7 +141,8 @@ def plan(names: Names, weights: Mapping[str, Weight], dtype: str) -> list[Planne
 
 
 def _type_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """As llama.cpp's converter has it: vectors and norms in fp32, and in fp16 what does not divide into blocks."""
+    """Return a tensor's type as llama.cpp's converter chooses it: vectors and norms fp32, rows without whole blocks
+    fp16."""
     if len(shape) < 2 or name.endswith("_norm.weight"):
         return GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
@@ -149,7 +150,7 @@ def _type_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) ->
 
 
 def _rotated(rows: Rows, size: int) -> Rows:
-    """Whole heads at a time, the rows of each in llama.cpp's order."""
+    """Yield whole heads with rows in llama.cpp's order."""
     order = torch.arange(size).view(2, size // 2).T.reshape(-1)
     kept = torch.empty(0)
     for part in rows:
@@ -160,11 +161,11 @@ def _rotated(rows: Rows, size: int) -> Rows:
 
 
 def half_steps(exact: Tensor, read: Tensor, type: GGMLQuantizationType) -> float:
-    """How far `read` is from `exact` (n, columns), in the most that rounding to the type may move each weight."""
+    """Return the largest distance of `read` from `exact` (n, columns), in units of the type's rounding."""
     if torch.equal(exact, read):
         return 0.0
     size = exact.abs()
-    if type == GGMLQuantizationType.Q8_0:  # Half of a 127th of the block's largest, by a scale that is rounded to fp16.
+    if type == GGMLQuantizationType.Q8_0:  # Half of a 127th of the block's maximum, with a scale rounded to fp16.
         largest = size.view(len(size), -1, 32).amax(-1, keepdim=True).expand(-1, -1, 32).reshape(size.shape)
         step = largest / 127 * (0.5 + 127 * 2**-11) + 2**-18
     else:
@@ -173,8 +174,9 @@ def half_steps(exact: Tensor, read: Tensor, type: GGMLQuantizationType) -> float
 
 
 def write_file(path: Path, arch: str, describe: Callable[[GGUFWriter], None], tensors: Sequence[Planned]) -> None:
-    """`describe` adds the metadata. In memory are a few rows; on stderr, how far it is. Raises UserError for a weight
-    that its type cannot hold, and where the disk is too small.
+    """Write a GGUF file a few rows at a time; `describe` adds the metadata.
+
+    Raises UserError for a value beyond its type and if the disk is too small.
     """
     total = sum(tensor.num_bytes for tensor in tensors)
     check_space(path, total)

@@ -1,5 +1,10 @@
-"""A tokenizer as GGUF's metadata has it: byte-level BPE ("gpt2") or SentencePiece's BPE ("llama"), out of its
-tokenizer.json."""
+"""Write a tokenizer.json as GGUF metadata: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
+
+SentencePiece (Llama 2, Mistral 7B): merges in tokenizer.json are ordered, while GGUF scores tokens and llama.cpp merges
+the adjacent pair whose joined text has the highest score, leftmost first. Both agree if every split of a token in two
+is a merge and one token's merges are adjacent, as transformers converts a SentencePiece model. Other tokenizers are
+refused by comparing tokens of texts.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,11 @@ from distlora.post.export.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS,
 from distlora.post.export.gguf.supported import CONVERTER
 
 _NEVER = -1e6
-"""Score of a token that no text is merged into."""
+"""Score of a token that no text merges into."""
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: Any, rows: int, say: Callable[[str], None]) -> None:
-    """`tokenizer`: transformers' own; `rows` of the embedding, those without a token are named [PAD<row>].
+    """Add a transformers tokenizer; embedding rows without a token are named [PAD<row>].
 
     Raises UserError for a tokenizer that llama.cpp would not follow.
     """
@@ -95,7 +100,7 @@ def _add_pieces(writer: GGUFWriter, spec: Mapping[str, Any], say: Callable[[str]
 
 
 def _type_of(id: int, text: str | None, added: Mapping[int, Mapping[str, Any]]) -> TokenType:
-    """As llama.cpp's converter has it: <|...|> is taken for a control token, whatever the tokenizer says of it."""
+    """Return a token's type as llama.cpp's converter does: <|...|> is a control token in any case."""
     if text is None:
         return TokenType.UNUSED
     if id not in added:
@@ -111,7 +116,7 @@ def _piece_type(text: str, type: TokenType, unknown: str | None) -> TokenType:
 
 
 def _add_special(writer: GGUFWriter, tokenizer: Any, rows: int) -> None:
-    """The tokens with a part of their own, whether one begins or ends every text, and the chat template."""
+    """Add the special tokens, start and end flags, and the chat template."""
     for part in ("bos", "eos", "unk", "pad"):
         id = getattr(tokenizer, f"{part}_token_id")
         if isinstance(id, int) and id < rows:
@@ -128,8 +133,8 @@ SPACE = "▁"
 
 
 def scores_of(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Of the tokens by which texts are split, as in a SentencePiece model: minus the place among all results of merges,
-    then single characters by their ids. Of bytes and special tokens it is 0."""
+    """Return SentencePiece scores of tokens: minus the index among merge results, then single characters by id; else
+    0."""
     places: dict[str, int] = {}
     for left, right in merges:
         places.setdefault(left + right, len(places))
@@ -140,7 +145,7 @@ def scores_of(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) 
 
 
 def tokenize(text: str, vocabulary: Mapping[str, int], scores: Mapping[str, float], *, prefix: bool) -> list[int]:
-    """What llama.cpp makes of a text without special tokens (llama-vocab.cpp, llm_tokenizer_spm_session)."""
+    """Tokenize text without special tokens as llama.cpp does (llama-vocab.cpp, llm_tokenizer_spm_session)."""
     symbols: list[str] = list(((SPACE if prefix else "") + text).replace(" ", SPACE))
     after = list(range(1, len(symbols) + 1))
     before = list(range(-1, len(symbols) - 1))
@@ -174,6 +179,6 @@ def tokenize(text: str, vocabulary: Mapping[str, int], scores: Mapping[str, floa
 
 
 def merges_of(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Of a tokenizer.json's model, in either of its two forms."""
+    """Return the merges of a tokenizer.json's model, in either of its two forms."""
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
     return [(left, right) for left, right in pairs]

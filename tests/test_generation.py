@@ -38,7 +38,7 @@ from distlora.loading.peft_format import (
 )
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
-from distlora.post.generate import worker
+from distlora.post import generate as worker
 from distlora.post.load_trained import load_model
 from distlora.system.command_worker import from_json, to_json
 from distlora.training import worker as training_worker

@@ -1,4 +1,4 @@
-"""What `distlora eval` is asked to do: the request that the command hands to its worker. No torch."""
+"""Define the request of `distlora eval`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ NAMES = {
     "data.sequence_length": "--sequence-length",
     "model.path": "MODEL",
 }
-"""Arguments of the command, by the settings that its errors name."""
+"""Arguments of the command by the setting that an error names."""
 Dtype = Literal["bf16", "fp32"]
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
-"""Of each prompt that a draft helps to continue, and of each answer."""
+"""Tokens of each prompt that a draft continues, and of each answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """A model that is evaluated: what `name` names, or the folder `model`."""
+    """A model to evaluate: a trained one (`name`) or a folder (`model`)."""
 
     label: str
-    """What the table calls it."""
+    """Label in the table."""
     kind: Literal["adapted", "base", "model", "merged", "form"]
     name: Name | None = None
     model: str | None = None
-    """A folder in Hugging Face format."""
+    """Folder in Hugging Face format."""
     quant: Literal["nf4", "none"] = "none"
-    """And how its weights are held."""
+    """Quantization of a folder's weights."""
     rounded: Literal["bf16", "fp16"] | None = None
-    """What its weights are rounded to before anything is computed; they are not quantized then."""
+    """Dtype that unquantized weights are rounded to before evaluation."""
     dtype: Dtype | None = None
-    """What it computes in, where that is not the request's."""
+    """Compute dtype if it differs from the request's."""
 
     def found(self) -> tuple[Config, str | None, bool]:
         """(settings, weights, foreign), as `load_model` takes them."""
@@ -53,22 +53,22 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Text:
-    """What the models read: documents, or what a run held out of its own."""
+    """The text: documents, or the held-out documents of a run."""
 
     name: str
-    """What the table calls it."""
+    """Label in the table."""
     run: str | None = None
-    """The run whose held-out rows it is."""
+    """Run whose held-out rows are read."""
     path: str | None = None
-    """Anything that data.path takes."""
+    """Documents; anything that data.path takes."""
     sequence_length: int = 1024
-    """Tokens in a row; of held-out rows the run says it."""
+    """Tokens per row; held-out rows have the run's."""
     template: str | None = None
-    """Of chats: in place of the tokenizer's own."""
+    """Chat template in place of the tokenizer's."""
     cache_dir: str = dataclasses.field(default_factory=lambda: str(Path(cache_place("data")).expanduser().absolute()))
-    """Where tokenized rows are kept."""
+    """Cache of tokenized rows."""
     most_rows: int = 128
-    """Of more, as many are taken at even distances."""
+    """Most rows; of more, as many are taken at even distances."""
 
     def __post_init__(self) -> None:
         require(self.most_rows > 0, f"--rows={self.most_rows} is no number of rows; write 1 or more")
@@ -78,7 +78,7 @@ class Text:
         )
 
     def data(self) -> DataConfig:
-        """What prepares the documents at `path`: all of them, none held out."""
+        """Return the data settings that prepare all documents at `path`, none held out."""
         assert self.path is not None
         return DataConfig(
             path=self.path,
@@ -90,7 +90,7 @@ class Text:
 
 
 def held_out(run_dir: Path, config: Config, label: str, **settings: Any) -> Text:
-    """What a run held out. Raises UserError where that is nothing that a perplexity can be measured on."""
+    """Return the held-out text of a run. Raises UserError if no perplexity can be measured on it."""
     require(
         config.train.objective == "sft",
         f"{label} held out pairs of answers (train.objective={config.train.objective}), which have no perplexity; name "
@@ -110,9 +110,9 @@ class Merged:
 
     folder: str
     name: Name
-    """What it was made of."""
+    """The merged model's source."""
     compares: bool
-    """Whether the other forms that it could have been stored in are measured too."""
+    """True to measure the other storage forms too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,13 +121,13 @@ class Tasks:
 
     names: tuple[str, ...]
     folder: str | None = None
-    """Where YAML files describe them; None: the harness's own."""
+    """Folder of their YAML files; None for the harness's own tasks."""
     fewshot: int | None = None
-    """Examples before each question; None: as the task says."""
+    """Examples before each question; None for the task's own number."""
     limit: int | None = None
-    """Most questions of a task."""
+    """Most questions per task."""
     as_chat: bool = False
-    """Whether questions go through the chat template."""
+    """True to render questions with the chat template."""
 
     def __post_init__(self) -> None:
         require(all(self.names), f"--tasks={','.join(self.names)} has an empty name; write --tasks NAME,NAME")
@@ -142,12 +142,12 @@ class Tasks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draft:
-    """A smaller model that proposes what the evaluated one then checks."""
+    """A smaller model that drafts tokens for the evaluated one."""
 
     model: str
-    """Its folder, in Hugging Face format."""
+    """Its folder in Hugging Face format."""
     prompt_tokens: int = PROMPT_TOKENS
-    """Of each row of the text, what is continued."""
+    """Tokens of each row that are the prompt."""
     new_tokens: int = NEW_TOKENS
 
     def __post_init__(self) -> None:
@@ -156,20 +156,20 @@ class Draft:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateRequest:
-    """One evaluation. Everything is resolved: folders are absolute, defaults filled in."""
+    """The request of `distlora eval`. Folders are absolute, defaults filled in."""
 
     subjects: tuple[Subject, ...]
-    """The first is what the others are compared with."""
+    """Models; the first is the one that others are compared with."""
     text: Text | None
-    """None: tasks alone."""
+    """Text to measure on; None for tasks."""
     dtype: Dtype
-    """What they compute in."""
+    """Compute dtype."""
     tasks: Tasks | None = None
     draft: Draft | None = None
     out: str | None = None
-    """A file for the figures as JSON."""
+    """File for the figures as JSON."""
     as_json: bool = False
-    """Whether stdout gets the JSON in place of the table."""
+    """True to print JSON instead of the table."""
     merged: Merged | None = None
 
     def __post_init__(self) -> None:
@@ -177,7 +177,7 @@ class EvaluateRequest:
 
 
 def check_out(out: str | None) -> None:
-    """Refuse a file that is there, and a place where none can be."""
+    """Raise UserError if `out` exists or its folder does not."""
     if out is None:
         return
     place = Path(out)

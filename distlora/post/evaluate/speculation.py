@@ -1,9 +1,8 @@
-"""Speculative decoding: a merged model checks what a smaller one proposes, through transformers' assisted generation
-(Leviathan et al. 2023, arXiv 2211.17192; greedy here). Its answers are those of greedy decoding; what changes is how
-many forwards of it they take.
+"""Measure speculative decoding: a smaller model drafts tokens that a merged model verifies.
 
-The target is a static model, as merging writes it: assisted generation asks for the logits of every proposed token, and
-a forward of `generation.generator.Generator` gives those of the last one alone.
+It runs transformers' assisted generation (Leviathan et al. 2023, arXiv 2211.17192) with greedy decoding, so the answers
+are those of greedy decoding with fewer forwards. The target is a merged, static model, because assisted generation
+needs the logits of every drafted token.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Say = Callable[[str], None]
 
 
 def run_draft(request: EvaluateRequest, draft: Draft, rows: PackedRows, say: Say) -> dict[str, Any]:
-    """The figures of one target with one draft. Raises UserError for a draft of another vocabulary."""
+    """Return the figures of one target with one draft. Raises UserError for a draft of another vocabulary."""
     (subject,) = request.subjects
     dtype = DTYPES[request.dtype]
     prompts = prompts_of(rows, draft.prompt_tokens)
@@ -48,7 +47,7 @@ def run_draft(request: EvaluateRequest, draft: Draft, rows: PackedRows, say: Say
     runs: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[list[int]]] = {}
     for name, assistant in (("alone", None), ("with draft", helper)):
-        generate(target, assistant, prompts[0], draft.new_tokens)  # The first is slower.
+        generate(target, assistant, prompts[0], draft.new_tokens)  # The first call is slower.
         runs[name], answers[name] = timed(target, assistant, helper, prompts, draft.new_tokens, name, say)
     equal = sum(a == b for a, b in zip(answers["alone"], answers["with draft"], strict=True))
     return {
@@ -65,7 +64,7 @@ def run_draft(request: EvaluateRequest, draft: Draft, rows: PackedRows, say: Say
 
 @contextmanager
 def static_folder(subject: Subject, dtype: torch.dtype, say: Say) -> Iterator[Path]:
-    """The model as a Hugging Face folder: its own, or merged for as long as it is read."""
+    """Yield the model's Hugging Face folder, merged temporarily if needed."""
     if subject.name is None:
         assert subject.model is not None
         yield Path(subject.model)
@@ -77,7 +76,7 @@ def static_folder(subject: Subject, dtype: torch.dtype, say: Say) -> Iterator[Pa
 
 
 def check_vocabulary(target: Path, draft: Path) -> None:
-    """A proposal is a token, so it must mean the same to both."""
+    """Raise UserError if the vocabularies differ, as drafted tokens must mean the same to both."""
     ours, theirs = (load_tokenizer(folder, ()).get_vocab() for folder in (target, draft))
     if ours != theirs:
         raise UserError(
@@ -89,15 +88,16 @@ def check_vocabulary(target: Path, draft: Path) -> None:
 def load(folder: Path, dtype: torch.dtype) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    model.generation_config.eos_token_id = None  # It ends nothing, so that every answer has as many tokens.
+    model.generation_config.eos_token_id = None  # No token ends an answer, so all have the same length.
     model.eval()
     return model.to(device)
 
 
 def prompts_of(rows: PackedRows, length: int) -> list[Tensor]:
-    """(1, length): the beginning of the first document of each row that goes on behind it.
+    """Return prompts (1, length): the start of the first longer document of each row.
 
-    Raises UserError where no document does."""
+    Raises UserError if no document is longer.
+    """
     found = [next((piece for piece in pieces(rows, row) if len(piece) > length), None) for row in range(len(rows))]
     prompts = [torch.tensor([piece[:length]]) for piece in found if piece is not None]
     if not prompts:
@@ -109,7 +109,7 @@ def prompts_of(rows: PackedRows, length: int) -> list[Tensor]:
 
 
 def generate(target: Any, assistant: Any | None, prompt: Tensor, new_tokens: int) -> list[int]:
-    """Greedy, of one prompt."""
+    """Return the tokens of one prompt's greedy answer."""
     prompt = prompt.to(target.device)
     made = target.generate(
         prompt,
@@ -126,7 +126,7 @@ def generate(target: Any, assistant: Any | None, prompt: Tensor, new_tokens: int
 def timed(
     target: Any, assistant: Any | None, helper: Any, prompts: list[Tensor], new_tokens: int, name: str, say: Say
 ) -> tuple[dict[str, Any], list[list[int]]]:
-    """(figures, answers) of all prompts, one after the other."""
+    """Return (figures, answers) of all prompts, one after the other."""
     forwards = {"target": 0, "draft": 0}
 
     def count(which: str) -> Callable[..., None]:

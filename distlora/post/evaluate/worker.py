@@ -1,7 +1,4 @@
-"""The worker of `distlora eval`: every model on the same rows, then a table and the figures.
-
-One process, or the ranks that torchrun started.
-"""
+"""Run the worker of `distlora eval` in one process or in the ranks that torchrun started."""
 
 from __future__ import annotations
 
@@ -23,10 +20,10 @@ from distlora.system.progress_lines import Progress, quieten, say
 
 
 def run(request: EvaluateRequest, ranks: Ranks) -> dict[str, Any]:
-    """The figures of everything that the request asks for; progress on stderr. Every rank must call it alike."""
+    """Return all requested figures; progress goes to stderr. Every rank must call it alike."""
     tell = Progress() if ranks.rank == 0 else lambda text: None
     if request.tasks is not None:
-        # Imported here, as it imports lm-evaluation-harness.
+        # Imported here because it imports lm-evaluation-harness.
         from distlora.post.evaluate.harness import run_tasks
 
         return {"dtype": request.dtype} | run_tasks(request, request.tasks, ranks, tell) | describe(ranks)
@@ -52,7 +49,7 @@ def run(request: EvaluateRequest, ranks: Ranks) -> dict[str, Any]:
 
 
 def figures(measured: list[Measured]) -> dict[str, Any]:
-    """Of each model, by the names that the JSON has; what is not finite, as in a form that overflows, is null."""
+    """Return the figures of each model for the JSON; a non-finite value is null."""
     return {
         "compared_with": measured[0].subject.label,
         "models": [
@@ -78,12 +75,12 @@ def figures(measured: list[Measured]) -> dict[str, Any]:
 
 
 def describe(ranks: Ranks) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Return the environment of the figures."""
     return made_on(ranks.device, "distlora", "torch", "transformers") | {"ranks": ranks.world}
 
 
 def deliver(request: EvaluateRequest, found: dict[str, Any]) -> None:
-    """The table or the JSON on stdout, and the file or the receipt."""
+    """Print the table or JSON, and write the file or the receipt."""
     text = json.dumps(found, indent=1)
     print(text if request.as_json else shown(found).text(), flush=True)
     if request.merged is not None:
@@ -107,15 +104,15 @@ def main(request: EvaluateRequest) -> int:
 
 
 def shown(figures: Mapping[str, Any]) -> Table:
-    """The table of what was evaluated."""
+    """Return the table of the figures."""
     if "harness" in figures:
         return of_tasks(figures)
     return of_draft(figures) if "draft" in figures else measured_table(figures)
 
 
 def of_tasks(figures: Mapping[str, Any]) -> Table:
-    """A line for each metric of each task, a column a model; of the second and on, the difference to the first in
-    brackets where each question has a figure of its own."""
+    """Return one line per task and metric and one column per model, with paired differences to the first in
+    brackets."""
     models = figures["models"]
     rows = [["task, metric", "questions", *(model["label"] for model in models)]]
     for task, metrics in models[0]["tasks"].items():
@@ -138,7 +135,7 @@ def _of_metric(value: Mapping[str, Any]) -> str:
 
 
 def of_draft(figures: Mapping[str, Any]) -> Table:
-    """The target alone, and with the draft."""
+    """Return the figures of the target alone and with the draft."""
     rows = [["", "tokens", "seconds", "tokens/s", "forwards of the target", "tokens a forward", "of the draft"]]
     for name in ("alone", "with draft"):
         of = figures["runs"][name]

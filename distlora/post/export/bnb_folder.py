@@ -1,8 +1,9 @@
-"""`--format bnb`: the base in the NF4 that was trained on, as bitsandbytes stores it, and the adapter in `adapter/`.
+"""Write `--format bnb`: the NF4 base that was trained on, in bitsandbytes' layout, with the adapter in `adapter/`.
 
-transformers and bitsandbytes load the folder itself, PEFT the adapter onto that; our own loader takes the weights back
-bit for bit. It is the one format that holds what PiSSA trained without a loss: W less the start in NF4, and A and B of
-the run's own rank. A base that is NF4 on disk already is copied.
+transformers and bitsandbytes load the folder, PEFT the adapter; our own loader gets the trained-on weights back bit for
+bit. Only this format keeps PiSSA exactly: W minus the initial adapter in NF4, A and B of the run's rank. A base that is
+stored in NF4 is copied. The layout is described in `distlora.weights.prequantized`; codes and scales are the bytes of
+ours without the padding of the last group.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ from distlora.weights.reader import TORCH_DTYPES, Reader
 from distlora_kernels import nf4, reference
 
 ADAPTER = "adapter"
-"""The folder of the adapter in that of the base."""
+"""Folder of the adapter inside the export."""
 _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def write(export: Export) -> None:
-    """Weights a few rows at a time; what training leaves as it is, is copied byte for byte."""
+    """Write the export a few rows at a time; copy unchanged tensors byte for byte."""
     trained, place = export.trained, export.place
     source = Path(trained.config.model.path)
     base = open_base(trained.config)
@@ -78,7 +79,7 @@ def write(export: Export) -> None:
 
 
 def write_quantized(weights: Sequence[BaseWeight], files: Files, dtype: str, say: Callable[[str], None]) -> None:
-    """A thread a weight, each on one core: pieces of 4 MiB are too small to share one."""
+    """Quantize one weight per thread: pieces of 4 MiB are too small to share."""
     clock = Clock("quantizing", sum(4 * weight.numel for weight in weights), say)
 
     def write(weight: BaseWeight) -> None:
@@ -86,7 +87,7 @@ def write_quantized(weights: Sequence[BaseWeight], files: Files, dtype: str, say
 
             def piece(name: str, first: int, values: Tensor) -> None:
                 files.write(name, first, values)
-                # A byte of the codes is two weights; the other parts are small.
+                # A byte of codes holds two weights; the other parts are small.
                 clock.passed(8 * values.numel() if name == name_of(weight) else 0, weight.name)
 
             write_weight(weight, reader, piece, dtype)
@@ -95,8 +96,7 @@ def write_quantized(weights: Sequence[BaseWeight], files: Files, dtype: str, say
 
 
 def write_rounded(base: Base, files: Files) -> set[str]:
-    """Weights that training rounds to its own dtype and does not quantize, in the dtype that they have on disk. Returns
-    their names there."""
+    """Write unquantized weights that training rounds, in their stored dtype; return their stored names."""
     done = set()
     with Reader() as reader:
         for weight in base.weights.values():
@@ -112,7 +112,7 @@ def write_rounded(base: Base, files: Files) -> set[str]:
 
 
 def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
-    """The base's own files, with the parts of each quantized weight in place of it."""
+    """Lay out the base's files with the parts of each quantized weight in its place."""
     replaced = {name_of(weight): parts_of(weight) for weight in quantized}
     copied = {name: segment for name, segment in base.headers.items() if name not in replaced}
     tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in base.headers.values()}
@@ -122,7 +122,7 @@ def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
 
 
 def check_rows(weights: Iterable[BaseWeight]) -> None:
-    """Refuse to check what bitsandbytes (0.50) would get wrong on this CPU. Raises UserError."""
+    """Raise UserError for a check that bitsandbytes (0.50) would compute incorrectly on this CPU."""
     odd = next((weight for weight in weights if weight.quantized and weight.shape[-1] % 64 == 32), None)
     if odd is not None:
         raise UserError(
@@ -132,7 +132,7 @@ def check_rows(weights: Iterable[BaseWeight]) -> None:
 
 
 def quantization(dtype: str, skip: Sequence[str]) -> dict[str, Any]:
-    """quantization_config of config.json, as transformers writes it."""
+    """Return quantization_config of config.json as transformers writes it."""
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -151,8 +151,8 @@ def quantization(dtype: str, skip: Sequence[str]) -> dict[str, Any]:
 
 
 def skipped(base: Base, quantized: Sequence[BaseWeight]) -> list[str]:
-    """The modules that stay dense: the head, and what lies outside of the decoder, by the shortest path that holds no
-    quantized weight."""
+    """Return the modules that stay dense: the head, and the shortest paths outside the decoder without a quantized
+    weight."""
     held = {".".join(weight.name.split(".")[:size]) for weight in quantized for size in range(weight.name.count("."))}
     found = {"lm_head"}
     for path in base.model.outside_linears:
@@ -163,7 +163,7 @@ def skipped(base: Base, quantized: Sequence[BaseWeight]) -> list[str]:
 
 
 def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
-    """The adapter that belongs to the quantized base: as it is, and of PiSSA what was trained, without its start."""
+    """Write the adapter of the quantized base; for PiSSA the trained one, not the difference from the initial one."""
     assert trained.weights is not None
     weights = weights_in(trained.weights)
     settings = json.loads((weights / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -179,14 +179,14 @@ def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
             settings = trained_config(settings)
             for name in filter(is_pair, tensors):
                 tensors[name] = trained_part(name, tensors[name], start[name], weights).contiguous()
-        # "pissa" has PEFT decompose the base that it is loaded onto.
+        # With "pissa", PEFT would decompose the base it loads onto.
         settings["init_lora_weights"] = True
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", **marks(trained.config)})
     atomic_io.write_json(folder / CONFIG_NAME, settings)
 
 
 def card(export: Export, base: Base) -> str:
-    """README.md: what it is, and how it is loaded."""
+    """Return README.md: what the export is and how to load it."""
     name, vocabulary = Path(export.request.out).name, base.model.vocabulary
     grows = (
         f"model.resize_token_embeddings({vocabulary.rows}, mean_resizing=False)  # The adapter holds the new rows.\n"
@@ -204,7 +204,7 @@ def card(export: Export, base: Base) -> str:
 
 
 def check(export: Export, ours: Ours) -> list[Reading]:
-    """Our own loader; bitsandbytes in fp32, by its weights dequantized; and as a user loads it."""
+    """Return readings of our own loader, of bitsandbytes dequantized in fp32, and of the folder as users load it."""
     trained, place = export.trained, export.place
     dtype = json.loads((place / "config.json").read_text("utf-8"))["quantization_config"].get("bnb_4bit_compute_dtype")
     readings = [taken_back(trained, place)]
@@ -224,11 +224,11 @@ def check(export: Export, ours: Ours) -> list[Reading]:
 
 
 def taken_back(trained: Trained, place: Path) -> Reading:
-    """The weights that a run on the export would train on, beside those that this run trained on."""
+    """Compare the weights that a run on the export would train on with this run's."""
     config = trained.config
     again = replace(
         config,
-        # Its tokenizer has the new tokens already.
+        # The export's tokenizer already has the new tokens.
         model=replace(config.model, path=str(place), new_tokens=()),
         adapter=replace(config.adapter, init="kaiming"),
     )
@@ -264,17 +264,17 @@ def _logits(place: Path, ours: Ours, dtype: Any, rows: int | None, *, dense: boo
 
 STATE = "quant_state.bitsandbytes__nf4"
 STATE_BYTES = 256
-"""Of quant_state with its trailing spaces: the offset, and with it the text's length, is known after a first look at
-the weight, and files are laid out before."""
+"""Bytes of quant_state, padded with spaces: its text depends on the offset, which is unknown when files are laid
+out."""
 
 Write = Callable[[str, int, Tensor], None]
-"""(tensor, first element, elements)."""
+"""Writes (tensor, first element, elements)."""
 
 
 def parts_of(weight: BaseWeight) -> dict[str, tuple[str, Sequence[int]]]:
-    """The tensors of one weight: dtype as safetensors names it, and shape.
+    """Return dtype (safetensors' name) and shape of one weight's tensors.
 
-    Raises UserError for a weight that several tensors make up, whose names would not tell which.
+    Raises UserError for a weight made of several stored tensors.
     """
     name = name_of(weight)
     blocks = -(-weight.numel // nf4.BLOCK)
@@ -289,7 +289,7 @@ def parts_of(weight: BaseWeight) -> dict[str, tuple[str, Sequence[int]]]:
 
 
 def name_of(weight: BaseWeight) -> str:
-    """On disk."""
+    """Return the stored name."""
     names = weight.source.names
     if len(names) > 1 or len(weight.shape) != 2:
         raise UserError(
@@ -300,7 +300,7 @@ def name_of(weight: BaseWeight) -> str:
 
 
 def write_weight(weight: BaseWeight, reader: Reader, write: Write, dtype: str) -> None:
-    """All of `parts_of`. `dtype`: what bitsandbytes dequantizes to, as torch calls it."""
+    """Write all tensors of `parts_of`. `dtype` is torch's name of the dequantized dtype."""
     name, second = name_of(weight), weight.second_level(reader)
     blocks, done = -(-weight.numel // nf4.BLOCK), 0
     for size, codes in weight.codes(reader):

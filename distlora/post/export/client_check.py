@@ -35,7 +35,7 @@ from distlora.weights.reader import Reader
 
 
 def run(request: ExportRequest) -> dict[str, Any]:
-    """The readings of the format's client."""
+    """Return the readings of the format's client."""
     assert request.place is not None
     trained = request.name.read()
     with onto_original(trained) if request.onto == "original" else contextlib.nullcontext(trained) as meant:
@@ -54,7 +54,7 @@ def main(request: ExportRequest) -> int:
     """Print the readings of the client as JSON; return the exit code."""
     quieten()
     transformers_logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)  # Between PEFT and transformers.
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers warn about each other.
 
     def work() -> int:
         print(json.dumps(run(request)))
@@ -65,7 +65,7 @@ def main(request: ExportRequest) -> int:
 
 TOKENS = 128
 EXACT = 1e-4
-"""Largest difference of logits between two computations in fp32 with the same weights."""
+"""Largest difference of logits between two fp32 computations with the same weights."""
 
 TEXT = """A list keeps its items in order; a set forgets it, and holds each once.
 
@@ -79,18 +79,17 @@ In 1969, 600 million people watched; the answer to 17 * 23 is 391. Über den Wol
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ours:
-    """What the client is compared with."""
+    """The logits that a client's are compared with."""
 
     tokens: Tensor
     """(1, T)."""
     logits: Tensor
     """(1, T, vocabulary) fp32."""
     moved: float | None
-    """The largest difference that the adapter makes, beside which those of clients are read; None where it cannot be
-    told apart."""
+    """Largest change of a logit by the adapter, the scale of readings; None if it cannot be separated."""
 
     def reading(self, what: str, logits: Tensor, bound: float | None = None) -> Reading:
-        """Those of a client. A vocabulary that it has padded counts as far as ours goes."""
+        """Return the reading of a client's logits; a padded vocabulary is cut to ours."""
         theirs = logits.float().view(1, self.tokens.shape[1], -1)[..., : self.logits.shape[-1]]
         ours = self.logits
         log_ours, log_theirs = (logits.double().log_softmax(-1) for logits in (ours, theirs))
@@ -105,7 +104,7 @@ class Ours:
 
 @torch.no_grad()
 def our_logits(trained: Trained) -> Ours:
-    """The model that was trained, computed in fp32 on the CPU, as the clients are, and gone when this returns."""
+    """Return the trained model's logits in fp32 on the CPU; free the model."""
     model, _ = load_in_fp32(trained, Ranks(0, 1, torch.device("cpu"), None))
     tokens = probe_tokens(trained.config, model)
     logits = _logits(model, tokens)
@@ -120,7 +119,7 @@ def our_logits(trained: Trained) -> Ours:
 
 @contextlib.contextmanager
 def onto_original(trained: Trained) -> Iterator[Trained]:
-    """The same adapter on the base as it is on disk, unquantized: what `--onto original` merges."""
+    """Yield the same adapter on the stored, unquantized base: what `--onto original` merges."""
     assert trained.weights is not None
     with plain_form(weights_in(trained.weights), trained.config.adapter, trained.config.run_dir) as folder:
         config = trained.config
@@ -135,7 +134,7 @@ def _logits(model: CausalLM, tokens: Tensor, adapter_rows: Tensor | None = None)
 
 
 def probe_tokens(config: Config, model: CausalLM) -> Tensor:
-    """(1, T): the probe text, and tokens whose rows were trained; numbers where the base has no tokenizer."""
+    """Return (1, T) tokens of the probe text and of trained rows; arbitrary tokens without a tokenizer."""
     rows = model.vocabulary.stored
     trained = sorted(
         {id for ids in model.vocabulary.trained.values() for id in ids} | set(model.vocabulary.new.values())
@@ -151,17 +150,16 @@ def probe_tokens(config: Config, model: CausalLM) -> Tensor:
 
 @torch.no_grad()
 def dense_model(trained: Trained, *, original: bool = False) -> Any:
-    """The base as training had it, dequantized, or `original`, as its checkpoint has it.
+    """Return transformers' model with the base dequantized as trained on, or as stored (`original`).
 
-    What PiSSA took out of a weight before that was quantized is put back: the adapter that such a run publishes is one
-    of the unchanged base.
+    PiSSA's initial adapter is added back: the published adapter belongs to the unchanged base.
     """
     import transformers
 
     base = open_base(trained.config)
     family, folder = base.model.family, trained.config.model.path
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):  # The weights come from us, dense.
+    if hasattr(config, "quantization_config"):  # The weights are filled in dense.
         del config.quantization_config
     how: dict[str, Any] = {"attn_implementation": family.attention}
     if family.experts is not None:

@@ -1,8 +1,7 @@
-"""The formats of `distlora export`, and what can be refused of each before anything is loaded. Imports no torch.
+"""Define the formats of `distlora export`, its request, and what each format refuses. Imports no torch.
 
-A format is a row of FORMATS. Its module, imported by the worker alone, has
-    write(export: Export) -> None                       makes `export.place`
-    check(export: Export, ours: Ours) -> list[Reading]  loads it with its real client, in a process of its own
+A format is a row of FORMATS. Its module, imported by the worker alone, has write(export) that makes `export.place`, and
+check(export, ours) that loads it with its real client in another process and returns readings.
 """
 
 from __future__ import annotations
@@ -24,50 +23,50 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportRequest:
-    """One export. Everything is resolved: folders are absolute, defaults filled in."""
+    """The request of `distlora export`. Folders are absolute, defaults filled in."""
 
     name: Name
     format: str
-    """A key of formats.FORMATS."""
+    """A key of FORMATS."""
     out: str
-    """What is made: a folder or a file that does not exist yet."""
+    """New folder or file for the result."""
     dtype: str | None
-    """Of the weights that are written, or what the client is to compute in; None where the format has no choice."""
+    """Dtype of the written weights or of the client's computation; None if the format has no choice."""
     onto: Literal["trained", "original"] = "trained"
-    """Of a merged format: the base that dW is added to (`distlora merge`)."""
+    """Base that a merged format adds dW to (`distlora merge`)."""
     check: bool = True
     place: str | None = None
-    """For the check: where the export lies for now."""
+    """Temporary place of the export, for the check."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """What a format's worker has in hand."""
+    """Arguments of a format's write and check."""
 
     request: ExportRequest
     trained: Trained
     place: Path
-    """To be written: nothing is there yet. It gets the name in the request when it was checked."""
+    """New place to write to; it is renamed to `request.out` after the check."""
     say: Callable[[str], None]
-    """A line now."""
+    """Prints a line."""
     progress: Callable[[str], None]
-    """A line now and then, of those it is given."""
+    """Takes a progress line; prints one now and then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """A client's logits on the probe text, or its weights, beside those of the model as it was trained, in fp32."""
+    """A client's logits or weights compared with the trained model's in fp32."""
 
     what: str
-    """Which client, on what, computing in what."""
+    """The client and how it computed."""
     difference: float
-    """The largest of all."""
+    """Largest absolute difference."""
     kl: float | None = None
-    """Nats a token, from ours to theirs; None of weights."""
+    """KL divergence from our predictions, in nats per token; None for weights."""
     same_top: float | None = None
-    """Share of positions whose likeliest token is the same."""
+    """Share of positions with the same likeliest token."""
     bound: float | None = None
-    """Of `difference`; None where nothing is promised: what the format itself changes."""
+    """Bound of `difference`; None if the format itself changes the values."""
 
     @property
     def within(self) -> bool:
@@ -76,36 +75,36 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """One way to write what was trained."""
+    """A format of `distlora export`."""
 
     summary: str
-    """A line of --help."""
+    """Line of --help."""
     module: str
-    """Its worker."""
+    """Module that writes and checks it."""
     clients: tuple[str, ...]
     """Packages that the check imports, under the names they are imported by."""
     packages: tuple[str, ...] = ()
     """Optional packages that writing the format imports."""
     dtypes: tuple[str, ...] = ()
-    """What --dtype may be; empty: there is no choice."""
+    """Choices of --dtype; empty for none."""
     default: Callable[[Trained], str | None] | None = None
-    """Which of them without --dtype; None: the first, where there is a choice."""
+    """Returns the dtype without --dtype; None for the first choice."""
     merged: bool = False
-    """Whether weights with dW in them are written, so that --onto has a meaning."""
+    """True if it contains merged weights, so that --onto applies."""
     suffix: str = ""
-    """Of the file that is made; "": a folder."""
+    """Suffix of a single file; "" for a folder."""
     refuse: Callable[[Trained, ExportRequest], None]
-    """Raises UserError for what the format cannot say."""
+    """Raises UserError for what the format cannot express."""
 
     def dtype_for(self, trained: Trained, asked: str | None) -> str | None:
-        """The dtype that is meant; None where there is no choice."""
+        """Return the dtype to use; None if there is no choice."""
         if asked is not None or not self.dtypes:
             return asked
         return self.dtypes[0] if self.default is None else self.default(trained)
 
 
 def dtype_of_base(trained: Trained) -> str:
-    """As config.json says it; fp32 where it says another or none."""
+    """Return the dtype in the base's config.json; fp32 if it is missing or another."""
     folder = Path(trained.config.model.path)
     model = read_config(folder)
     settings = text_settings(model, family_of(model, folder / "config.json"))
@@ -117,7 +116,7 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def refuse(trained: Trained, request: ExportRequest) -> None:
-    """Refuse a request that its format cannot meet. Raises UserError."""
+    """Raise UserError for a request that its format cannot meet."""
     form = FORMATS[request.format]
     if request.dtype is not None:
         require(
@@ -135,7 +134,7 @@ def refuse(trained: Trained, request: ExportRequest) -> None:
 
 
 def refuse_whole_models(trained: Trained, request: ExportRequest) -> None:
-    """What has no adapter. Raises UserError."""
+    """Raise UserError if there is no adapter."""
     if trained.config.adapter.method == "full":
         raise UserError(
             f"--format={request.format}: {trained.place} trained the whole model (adapter=full), and has no adapter; "
@@ -154,7 +153,7 @@ def refuse_peft(trained: Trained, request: ExportRequest) -> None:
 
 
 def is_packed(trained: Trained) -> bool:
-    """Whether the base is NF4 on disk already."""
+    """Return True if the base is stored in NF4."""
     return "quantization_config" in read_config(Path(trained.config.model.path))
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from accounting import Kept, Made, flash_like
 from distlora.architecture.families import read_config
 from distlora.architecture.shapes import shapes_of
-from distlora.model import head
+from distlora.model import lm_head
+from distlora.model.activation_offload import HostInputs
 from distlora.model.adapters import StepRows
 from distlora.model.attention import Documents
 from distlora.model.attention_cpu import attend
 from distlora.model.build import CausalLM
 from distlora.model.mlp import MLP, place_mlps
-from distlora.model.offload import HostInputs
 from distlora.planner.kernels import AttentionKind
 from distlora.planner.memory import activations
 from distlora.planner.memory.activations import Costs, Device, Mode
@@ -166,6 +166,6 @@ def check_steps(loaded: Loaded, modes: Sequence[tuple[Mode, int | None, int]], *
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few logits at once that a block can be a step's peak."""
-    assert activations.LOGITS_AT_ONCE == head.LOGITS_PER_CHUNK
-    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 2**14)
+    assert activations.LOGITS_AT_ONCE == lm_head.LOGITS_PER_CHUNK
+    monkeypatch.setattr(lm_head, "LOGITS_PER_CHUNK", 2**14)
     monkeypatch.setattr(activations, "LOGITS_AT_ONCE", 2**14)

@@ -17,7 +17,7 @@ from distlora.config import Config
 from distlora.config.file import build
 from distlora.model.adapters import LoRAPair
 from distlora.model.build import CausalLM
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend, Ranks
 from distlora.training.setup import start_run_model
 from small_models import SHAPES

@@ -20,7 +20,7 @@ from activation_steps import (
     small_chunks,
 )
 from distlora.architecture.families import FAMILIES
-from distlora.model import head
+from distlora.model import lm_head
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
@@ -107,8 +107,8 @@ def test_the_head_has_as_many_logits_at_once_as_is_calculated() -> None:
     for vocabulary in (37, 4096, 128_256, 2**21):
         for on_cpu in (False, True):
             planned = activations.tokens_at_once(vocabulary, is_gpu=not on_cpu)
-            assert planned == head.tokens_per_chunk(vocabulary, on_cpu=on_cpu)
-    assert activations.ADDED_AT_ONCE == head.ADDED_AT_ONCE
+            assert planned == lm_head.tokens_per_chunk(vocabulary, on_cpu=on_cpu)
+    assert activations.ADDED_AT_ONCE == lm_head.ADDED_AT_ONCE
 
 
 LLAMA = {"8B": (4096, 14_336, 32, 32), "70B": (8192, 28_672, 80, 64)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from closeness import assert_close
 from distlora.config import AdapterConfig
 from distlora.model.adapters import AdaptedLinear, BlockContext, reset_adapters
-from distlora.model.frozen import FrozenLinear, link_shared_inputs
+from distlora.model.frozen_linear import FrozenLinear, link_shared_inputs
 
 
 def filled(linear: FrozenLinear, seed: int) -> FrozenLinear:

@@ -27,7 +27,7 @@ from distlora.analysis.quantization.worker import read_rows
 from distlora.analysis.quantization.worker import run as analyse
 from distlora.data.loader import StepLoader
 from distlora.loading.quantize import DoubleQuantizedAbsmax
-from distlora.model.frozen import FrozenLinear
+from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Ranks
 from distlora.post.divergence import Readings, compare, evenly
 from distlora.training.setup import start_run_model

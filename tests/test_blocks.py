@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.model.adapters import BlockContext, StepRows
-from distlora.model.blocks import Block
+from distlora.model.layer_wrapper import Block
 
 
 class Layer(nn.Module):

@@ -10,7 +10,7 @@ import torch
 
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.post.base_weights import open_base
 from distlora.training.setup import start_run_model
 from distlora.weights.reader import Reader

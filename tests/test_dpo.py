@@ -29,7 +29,7 @@ from distlora.post.load_trained import load_model
 from distlora.training import worker
 from distlora.training.flops import count_flops
 from distlora.training.objectives import Preference, most_pairs, pair_sides
-from distlora.training.runs import open_data
+from distlora.training.open_run import open_data
 from distlora.training.setup import start_run_model
 from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME
 from distlora_launcher.compose.checks import check, check_model

@@ -15,8 +15,8 @@ from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora.config import AdapterConfig
 from distlora.model.adapters import AdaptedLinear, BlockContext, StepRows
 from distlora.model.build import CausalLM
-from distlora.model.frozen import link_shared_inputs
-from distlora.training.runs import open_data
+from distlora.model.frozen_linear import link_shared_inputs
+from distlora.training.open_run import open_data
 from distlora_kernels import dropout as dropout_module
 from distlora_kernels import nf4
 from distlora_kernels.dropout import Dropout, Stream, dropped, threshold_of

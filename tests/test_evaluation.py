@@ -17,7 +17,7 @@ from torch import Tensor
 from distlora.config import UserError
 from distlora.config.file import build
 from distlora.data.loader import StepLoader
-from distlora.model.head import IGNORED_LABEL
+from distlora.model.lm_head import IGNORED_LABEL
 from distlora.parallel import Ranks
 from distlora.post.divergence import Loss
 from distlora.post.evaluate import worker

@@ -29,7 +29,7 @@ from distlora.parallel.traffic import Traffic
 from distlora.planner import traffic as wire
 from distlora.run_folder.checkpoints import step_of, steps
 from distlora.training import setup, worker
-from distlora.training.runs import open_data
+from distlora.training.open_run import open_data
 from family_models import config_for
 from small_models import make_run, read_metrics
 from test_parity import adapters_after, outcome, run_once

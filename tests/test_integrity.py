@@ -17,7 +17,7 @@ from distlora.parallel import Backend, Ranks, fsdp2
 from distlora.parallel.checksums import LINE, checksums
 from distlora.parallel.integrity import DamagedWeightsError, _batches
 from distlora.training import setup, worker
-from distlora.training.runs import open_data
+from distlora.training.open_run import open_data
 from distlora_kernels import nf4
 from small_models import make_run, read_metrics
 from worlds import World

@@ -19,7 +19,7 @@ from distlora.config.file import build
 from distlora.loading.load_base import load_base
 from distlora.model.adapters import reset_adapters
 from distlora.model.build import CausalLM, materialize_buffers
-from distlora.model.frozen import FrozenLinear
+from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, Ranks
 from distlora.training import worker
 from distlora_kernels import nf4

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from closeness import relative_error
 from distlora.config import UserError
 from distlora.model.adapters import StepRows
-from distlora.model.balance import place_routers
 from distlora.model.build import CausalLM
 from distlora.model.mlp import MLP, parts_of, place_mlps
+from distlora.model.router_loss import place_routers
 from family_models import config_for, load_ours, tokens, write_family_folder
 from run_models import build_run_model
 

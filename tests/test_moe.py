@@ -25,7 +25,7 @@ from distlora.loading.peft_format import adapter_config, adapter_tensors, load_p
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertPair, ExpertWeight
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Ranks
 from distlora.planner import traffic
 from distlora.training import worker

@@ -16,10 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from distlora.architecture.families import FAMILIES, read_config
 from distlora.config import UserError
+from distlora.model.activation_offload import HostInputs
 from distlora.model.adapters import BlockContext
-from distlora.model.blocks import Block
 from distlora.model.build import CausalLM
-from distlora.model.offload import HostInputs
+from distlora.model.layer_wrapper import Block
 from distlora.parallel import Ranks
 from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
 from distlora.planner.memory.activations import Costs

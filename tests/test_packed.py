@@ -28,7 +28,7 @@ from distlora.training.multi_trial import pack as packed
 from distlora.training.multi_trial import worker
 from distlora.training.multi_trial.protocol import check_pack, verdict_file
 from distlora.training.objectives import Losses, NextToken
-from distlora.training.runs import OpenRun
+from distlora.training.open_run import OpenRun
 from distlora.training.trial import Trial
 from packs import make_pack, outcomes, say_verdict
 from small_models import config_with, make_run, read_metrics

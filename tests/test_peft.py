@@ -20,7 +20,7 @@ from distlora.loading.load_base import load_base
 from distlora.loading.peft_format import adapter_tensors
 from distlora.model.adapters import reset_adapters
 from distlora.model.build import CausalLM, materialize_buffers
-from distlora.model.frozen import FrozenLinear
+from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Ranks
 from distlora.training import worker
 from run_models import build_run_model, parallelize_run

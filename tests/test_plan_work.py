@@ -14,7 +14,7 @@ from distlora_kernels.bench.rates import Step
 from distlora_kernels.bench.shapes import Group
 
 from accounting import Moved
-from distlora.model.head import LossHead
+from distlora.model.lm_head import LossHead
 from distlora.planner.model import model_in
 from distlora.planner.speed.block_work import HeadSizes, head_work, norm
 from distlora.planner.speed.compute import step_flops

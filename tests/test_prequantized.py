@@ -25,7 +25,7 @@ from distlora.config.file import build
 from distlora.loading.load_base import Loaded, load_base
 from distlora.model.adapters import reset_adapters
 from distlora.model.build import CausalLM, materialize_buffers
-from distlora.model.frozen import FrozenLinear
+from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, Ranks
 from distlora.planner import plan_of
 from distlora.planner.machine import machine_of

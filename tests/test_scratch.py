@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from distlora.config import AdapterConfig, UserError
 from distlora.model.adapters import AdaptedLinear, BlockContext
-from distlora.model.blocks import Block
-from distlora.model.frozen import FrozenLinear, link_shared_inputs
+from distlora.model.frozen_linear import FrozenLinear, link_shared_inputs
+from distlora.model.layer_wrapper import Block
 from distlora_kernels import nf4, scratch
 from distlora_kernels.operands import FrozenWeight
 from small_models import make_run

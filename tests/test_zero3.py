@@ -28,7 +28,7 @@ from distlora.system import host_memory
 from distlora.training import setup
 from distlora.training import worker as train
 from distlora.training.multi_trial import worker
-from distlora.training.runs import open_data
+from distlora.training.open_run import open_data
 from packs import make_pack
 from run_models import build_run_model, parallelize_run
 from small_models import NEW_TOKENS, make_run, read_metrics

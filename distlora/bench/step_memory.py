@@ -10,7 +10,7 @@ from distlora.bench.random_inputs import random_tokens
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.data.stacking import Share, stacks
-from distlora.model.slots import put_trial
+from distlora.model.adapter_slots import put_trial
 from distlora.parallel import Ranks, whole_shape
 from distlora.training.loop import mean_losses
 from distlora.training.memory_meter import MemoryMeter, StepMemory

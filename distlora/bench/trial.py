@@ -14,9 +14,9 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
 from distlora.parallel.control import Control
 from distlora.training.loop import Trainer
+from distlora.training.open_run import step_loader
 from distlora.training.optimizers import Optimizer, build_optimizer
 from distlora.training.reporting.reporter import Reporter
-from distlora.training.runs import step_loader
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.trial import Hooks, Trial
 from distlora.training.worker import trained_parameters

@@ -19,7 +19,7 @@ from distlora.loading.quantized_cache import QuantizedCacheSettings, open_quanti
 from distlora.loading.token_matrices import load_matrix
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.build import CausalLM
-from distlora.model.frozen import PACKED_PARTS, FrozenLinear, FrozenTensor
+from distlora.model.frozen_linear import PACKED_PARTS, FrozenLinear, FrozenTensor
 from distlora.parallel import Backend, watch, whole_shape
 from distlora.weights.conversion import Source, find_sources, names_without_a_place
 from distlora.weights.decompose import LowRankFactors, Residual

@@ -15,8 +15,8 @@ from distlora.config import AdapterConfig, ModelSpec, UserError
 from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
-from distlora.model.frozen import FrozenLinear
-from distlora.model.token_rows import TokenRows
+from distlora.model.frozen_linear import FrozenLinear
+from distlora.model.trainable_tokens import TokenRows
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.peft_folder import (
     CONFIG_NAME,

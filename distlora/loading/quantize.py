@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend
 from distlora.weights.decompose import Residual
 from distlora.weights.prequantized import PrequantizedWeight

@@ -25,7 +25,7 @@ from distlora.architecture.safetensors_headers import Segment
 from distlora.loading.base_fingerprint import alike, content_of, number_of
 from distlora.loading.quantized_cache_io import QuantizedCacheReader, QuantizedCacheWriter, Unit, Weight, wanted_groups
 from distlora.model.build import CausalLM
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend, watch
 from distlora.weights import quantized_cache_folder as quantized_cache_folder
 from distlora.weights.conversion import Source

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend
 from distlora.parallel.checksums import checksums
 from distlora.system import atomic_io

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from distlora.config import AdapterConfig
-from distlora.model.frozen import FrozenLinear
-from distlora.model.token_rows import TokenRows
+from distlora.model.frozen_linear import FrozenLinear
+from distlora.model.trainable_tokens import TokenRows
 from distlora.system import randomness
 from distlora_kernels.dora import initial_magnitude
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, threshold_of

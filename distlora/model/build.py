@@ -28,12 +28,12 @@ from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary
 from distlora.config import ModelSpec, TrainConfig, UserError
 from distlora.model.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, adapter_parameters
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
-from distlora.model.balance import ask_for_balance, balance_sums, place_routers, weight_of
-from distlora.model.blocks import Block, Reference
 from distlora.model.experts import ExpertWeight, replace_experts
-from distlora.model.frozen import FrozenLinear, link_shared_inputs
-from distlora.model.head import LossHead
-from distlora.model.token_rows import TokenRows
+from distlora.model.frozen_linear import FrozenLinear, link_shared_inputs
+from distlora.model.layer_wrapper import Block, Reference
+from distlora.model.lm_head import LossHead
+from distlora.model.router_loss import ask_for_balance, balance_sums, place_routers, weight_of
+from distlora.model.trainable_tokens import TokenRows
 from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.weights.prequantized import (
     PrequantizedWeight,

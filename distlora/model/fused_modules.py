@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distlora.architecture.families import Family
 from distlora.config import UserError
-from distlora.model.head import LossHead
+from distlora.model.lm_head import LossHead
 from distlora_kernels import native
 from distlora_kernels.elementwise import cross_entropy_, gated, rms_norm, rotate
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distlora.architecture.families import Family
 from distlora.model.adapters import BlockContext
-from distlora.model.blocks import Block
+from distlora.model.layer_wrapper import Block
 
 
 class HandsOn(nn.Module):

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from distlora.config import UserError
 from distlora.model.build import CausalLM
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel.gradients import GradientReducer, Gradients, Launches, ShardedGradients
 from distlora.parallel.integrity import FrozenWeights, compare_trained
 from distlora.parallel.ranks import Ranks

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel.checksums import checksums
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.config.parallel import RESIDENCY_RESERVE
-from distlora.model.blocks import Block
+from distlora.model.layer_wrapper import Block
 from distlora.parallel import fsdp2
 from distlora.parallel.shards import Shards
 from distlora.planner.traffic import padded

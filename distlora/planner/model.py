@@ -42,7 +42,7 @@ class PlannedModel:
     """Bytes of its weights on disk, where that is known; of a model that is built in, what they are in 16 bits."""
     plain_absmax: bool = False
     """Whether its checkpoint is in NF4 without double quantization, whose scales stay as they are: 4 bytes for each
-    64 weights (distlora/model/frozen.py)."""
+    64 weights (distlora/model/frozen_linear.py)."""
     left_dense: Mapping[str, int] = field(default_factory=dict)
     """Of a checkpoint in NF4: in how many blocks a weight, by its path in one, is not quantized, and stays so."""
     note: str | None = None

@@ -23,7 +23,7 @@ from distlora.loading.load_base import find_base
 from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.build import CausalLM, build_model
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.weights.conversion import Source
 from distlora.weights.decompose import LowRankFactors, Residual
 from distlora.weights.prequantized import PrequantizedWeight, prequantized_parameters, read_prequantized_weights

@@ -21,7 +21,7 @@ from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.rows import PackedRows
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
-from distlora.model.head import IGNORED_LABEL, LossHead
+from distlora.model.lm_head import IGNORED_LABEL, LossHead
 from distlora.parallel import Ranks, sum_over_ranks
 
 TOKENS_AT_ONCE = 4096

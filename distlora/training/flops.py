@@ -14,7 +14,7 @@ from distlora.config.gpus import find_gpu
 from distlora.model.adapters import AdaptedLinear, LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
-from distlora.model.frozen import FrozenLinear
+from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import whole_shape
 from distlora.planner.speed.operations import ActiveWeights, ModelFlops, queries_by_window
 

@@ -16,7 +16,7 @@ from distlora.loading.load_base import Loaded
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
-from distlora.model.frozen import PACKED_PARTS, FrozenTensor
+from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
 from distlora.parallel import Backend, Shards, whole_shape
 from distlora.training.reporting.reporter import Reporter
 from distlora.training.trial import Trial, peak_memory_bytes

@@ -25,11 +25,11 @@ from distlora.loading.load_base import Loaded, load_base
 from distlora.loading.peft_format import load_peft_adapter
 from distlora.loading.quantized_cache import QuantizedCacheSettings
 from distlora.model import attention, fused_modules, liger
+from distlora.model.activation_offload import HostInputs
 from distlora.model.adapters import reset_adapters
 from distlora.model.build import DTYPES, CausalLM, build_model, materialize_buffers
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.mlp import place_mlps
-from distlora.model.offload import HostInputs
 from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.system import host_memory
 from distlora.weights.initial_adapter_file import base_identity, needs_initial_adapter

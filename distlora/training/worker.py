@@ -22,9 +22,9 @@ from distlora.system.stop_signals import Stopped
 from distlora.training.loop import Trainer
 from distlora.training.memory_check import memory_check, read_plan
 from distlora.training.metrics import describe, describe_steps, summarize
+from distlora.training.open_run import open_run, recording_a_stop, trial_of
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
-from distlora.training.runs import open_run, recording_a_stop, trial_of
 from distlora.training.setup import start_adapters, start_run_model
 
 

@@ -15,7 +15,7 @@ from distlora.architecture.safetensors_headers import SOURCE_DTYPES
 from distlora.config import Config, UserError
 from distlora.loading.load_base import find_base
 from distlora.model.build import CausalLM, build_model
-from distlora.model.frozen import FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.weights.conversion import Source
 from distlora.weights.reader import Reader
 

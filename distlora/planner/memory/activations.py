@@ -35,7 +35,7 @@ from distlora.planner.memory.expert_memory import INDEX_BYTES, expert_half
 Mode = Literal["none", "block", "selective", "offload"]
 
 LOGITS_AT_ONCE = 2**24
-"""What distlora.model.head has of fp32 logits at a time."""
+"""What distlora.model.lm_head has of fp32 logits at a time."""
 LOGITS_AT_ONCE_ON_CPU = 2**20
 FEWEST_ON_CPU = 128
 """Tokens for which it has more."""
@@ -385,7 +385,7 @@ class Costs:
 
 
 def tokens_at_once(vocabulary: int, *, is_gpu: bool) -> int:
-    """Tokens of a chunk of the head's (distlora.model.head)."""
+    """Tokens of a chunk of the head's (distlora.model.lm_head)."""
     tokens = LOGITS_AT_ONCE // vocabulary
     if not is_gpu:
         tokens = min(tokens, max(FEWEST_ON_CPU, LOGITS_AT_ONCE_ON_CPU // vocabulary))

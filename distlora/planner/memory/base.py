@@ -1,7 +1,7 @@
 """The tensors of the base as a run keeps them: what each is stored as, what of it a rank has, and what it takes while
 its unit is gathered. Imports no torch.
 
-`distlora.model.frozen.FrozenTensor` says what a packed weight consists of, `distlora.model.build.build_model` what is
+`model.frozen_linear.FrozenTensor` says what a packed weight consists of, `model.build.build_model` what is
 trained and in which dtype. Both backends cut dim 0 into ceil(rows / ranks) rows for each rank
 (`distlora.planner.traffic.padded`); FSDP2 fills up the last ranks' in its first forward
 (`FSDPParam.reset_sharded_param`), so every rank has as much as the first.

@@ -41,7 +41,7 @@ def expert_half(run: BlockRun) -> list[Operation]:
 
 def _router(run: BlockRun) -> Operation:
     """Softmax, the chosen and their weights, divided by their sum; the Routing; the balance of the experts where a loss
-    asks for it (distlora/model/balance.py). Backward: the gradient of its input, added to that of the rows."""
+    asks for it (distlora/model/router_loss.py). Backward: the gradient of its input, added to that of the rows."""
     experts, b = run.decoder.experts, run.itemsize
     assert experts is not None
     chosen = experts.chosen

@@ -8,7 +8,7 @@ forward has three blocks' bytes there: its own, the output that it came in, the 
 prefetch or without, as FSDP2 then looks ahead by itself.
 
 One process gathers nothing, and computes with 16-bit copies of what it trains of the base
-(distlora/parallel/compute_copies.py).
+(distlora/parallel/mixed_precision.py).
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ class Step:
     @property
     def _gradient_of_embedding(self) -> int:
         """As large as it in the run's dtype; one process casts that of its 16-bit copy to fp32, and adds the head's to
-        it where they share the matrix (distlora.parallel.compute_copies)."""
+        it where they share the matrix (distlora.parallel.mixed_precision)."""
         of_masters = _of_masters(self.base.embedding) if self.shards == 1 and self.costs.dtype_bytes < 4 else 0
         return _gradients(self.base.embedding) + of_masters + (self._tied_gradient if self.shards == 1 else 0)
 

@@ -226,7 +226,7 @@ def copy_companions(folder: Path, trained: Trained) -> None:
     for path in companions_of(Path(trained.config.model.path)):
         if path.name != "config.json":
             shutil.copy2(path, folder / path.name)
-    for name, content in tokenizer_files(trained.config).items():
+    for name, content in tokenizer_files(trained.config.spec).items():
         (folder / name).write_bytes(content)
     if (template := chat_template(trained)) is not None:
         atomic_io.write_text(folder / TEMPLATE_NAME, template)

@@ -15,9 +15,9 @@ from distlora.checkpoint.saver import SaveError
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
 from distlora.loading.load_base import Loaded
+from distlora.model.adapter_slots import put_trial, remove_trial
 from distlora.model.adapters import slot_name
 from distlora.model.build import CausalLM
-from distlora.model.slots import put_trial, remove_trial
 from distlora.parallel import Backend, watch
 from distlora.parallel.control import Control
 from distlora.run_folder import error_file
@@ -27,9 +27,9 @@ from distlora.training.loop import Trainer
 from distlora.training.metrics import describe_steps, summarize
 from distlora.training.multi_trial.inbox import Inbox, PackSettings, pause, together
 from distlora.training.multi_trial.protocol import check_beside, check_trial
+from distlora.training.open_run import OpenRun, open_data, open_run, record_stop, trial_of
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
-from distlora.training.runs import OpenRun, open_data, open_run, record_stop, trial_of
 from distlora.training.trial import NonFiniteError, Trial
 
 

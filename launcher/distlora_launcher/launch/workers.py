@@ -50,7 +50,7 @@ ON_CPU = KEEP_PAGES | PASSIVE
 
 IMPORTS = (
     "distlora.training.setup",
-    "distlora.training.runs",
+    "distlora.training.open_run",
     "transformers.models.auto.modeling_auto",
     "transformers.masking_utils",
     "transformers.modeling_layers",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distlora.architecture.families import ExpertLayout
 from distlora.config import TrainConfig
 from distlora.model.adapters import BlockContext
-from distlora.model.blocks import Block
+from distlora.model.layer_wrapper import Block
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

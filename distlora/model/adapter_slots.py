@@ -15,7 +15,7 @@ from distlora.config import AdapterConfig
 from distlora.model.adapters import DEFAULT_ADAPTER, AdaptedLinear, LoRAPair, slot_name
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
-from distlora.model.frozen import FrozenLinear
+from distlora.model.frozen_linear import FrozenLinear
 
 
 def put_trial(

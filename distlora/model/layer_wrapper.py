@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from distlora.model.activation_offload import HostInputs
 from distlora.model.adapters import BlockContext, StepRows
-from distlora.model.offload import HostInputs
 from distlora_kernels import elementwise, scratch
 
 _CACHES = ("cache", "past_key_values")

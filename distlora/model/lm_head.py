@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distlora.model.token_rows import TokenRows, weighted_sum
+from distlora.model.trainable_tokens import TokenRows, weighted_sum
 
 LOGITS_PER_CHUNK = 2**24
 """fp32 logits that exist at once (64 MiB); the tokens of a chunk are this over the vocabulary, 16 or more."""

@@ -3,6 +3,13 @@
 import json
 from pathlib import Path
 
+from distlora.config import Config
+from distlora.config.file import load_config
+from distlora.data import prepare as preparation
+from distlora.data.preview import PreviewRequest, preview
+from distlora.data.show_rows import RowsRequest, show_rows
+from distlora.system.exit_codes import run_to_exit_code
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -69,3 +76,22 @@ def write_model(folder: Path, template: str | None, *, bos: bool = False, eos: b
     ).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 400}))
     return folder
+
+
+def prepare(config: Config) -> Path:
+    """Prepare the data of a run and return the cache entry."""
+    return preparation.prepare(config.model, config.data, config.train)
+
+
+def show_preview(folder: str | Path, *, documents: int = 2, read_all: bool = False) -> int:
+    """Print the preview of the settings in FOLDER/config.yaml and return the exit code."""
+    config = load_config(folder)
+    request = PreviewRequest(
+        model=config.model, data=config.data, train=config.train, documents=documents, read_all=read_all
+    )
+    return run_to_exit_code(lambda: preview(request))
+
+
+def show_row(run_dir: str | Path, *numbers: int) -> int:
+    """Print packed sequences of a run and return the exit code."""
+    return run_to_exit_code(lambda: show_rows(RowsRequest(run_dir=str(run_dir), numbers=numbers)))

@@ -240,19 +240,18 @@ def test_an_error_of_the_system_that_names_no_file_is_said_as_it_is(monkeypatch,
 
 
 def test_a_preview_streams_a_hub_data_set_and_downloads_no_more_than_its_head(hub, home, model, tmp_path):
-    data = DataConfig(path="org/many", sequence_length=128, cache_dir=str(home / "rows"))
-    config = Config(model=ModelConfig(path=str(model)), data=data, run_dir=str(tmp_path))
+    command = [sys.executable, "-m", "distlora_launcher.cli.main", "data", "preview", f"model.path={model}", "--rows=0"]
+    command += ["data.path=org/many", "data.sequence_length=128"]
     hub.add(
         "org/many",
         {f"data/train-{n:05}.parquet": parquet([*STORIES, {"text": f"{n}"}]) for n in range(4)},
         kind="datasets",
     )
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
 
     def shards_after(*flags):
         before = len(hub.requests)
         finished = subprocess.run(
-            [sys.executable, "-m", "distlora.data.preview", str(tmp_path), "--rows", "0", *flags],
+            [*command, *flags],
             env=hub.environment(home),
             capture_output=True,
             text=True,

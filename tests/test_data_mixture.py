@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_folders import CHATML, chat, write_lines, write_model
+from data_folders import CHATML, chat, prepare, write_lines, write_model
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
-from distlora.data.__main__ import summary
 from distlora.data.mixture import copies, shares, volume
-from distlora.data.prepare import prepare
+from distlora.data.prepare import summary
 from distlora.data.rows import PackedRows, read_meta
 from distlora.data.sources import check_sources
 

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_folders import MARKED, write_lines, write_model
+from data_folders import MARKED, prepare, show_preview, show_row, write_lines, write_model
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, UserError
 from distlora.config.file import build
-from distlora.data import preview, show_row
 from distlora.data.formats import Record, check_objective, resolve_format, to_document
 from distlora.data.loader import StepLoader
-from distlora.data.prepare import open_split, prepare
+from distlora.data.prepare import open_split
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows, read_meta
 from distlora.data.turn_tokens import Encoded
 from small_models import make_run
@@ -205,7 +204,7 @@ def test_preview_and_row_show_both_sides(folders: Path, tmp_path: Path, capsys: 
     path = write_lines(tmp_path / "pairs.jsonl", [CONVERSATIONS["explicit"]] * 3)
     data = {"path": str(path), "eval_fraction": 0.0}
     make_run(tmp_path / "run", folders, data=data, train={"objective": "dpo"})
-    assert preview.main([str(tmp_path / "run"), "--rows", "1"]) == 0
+    assert show_preview(tmp_path / "run", documents=1) == 0
     shown = capsys.readouterr().out
     assert f"--- {path}:1, chosen: " in shown
     assert f"--- {path}:1, rejected: " in shown
@@ -214,7 +213,7 @@ def test_preview_and_row_show_both_sides(folders: Path, tmp_path: Path, capsys: 
     assert "(preference), all 3 pairs" in shown
     rows = open_split(tmp_path / "run", "train")
     assert rows is not None
-    assert show_row.main([str(tmp_path / "run"), "0"]) == 0
+    assert show_row(tmp_path / "run", 0) == 0
     shown = capsys.readouterr().out
     assert shown.count(", chosen\n") == shown.count(", rejected\n") == rows.pairs[0]
     record = json.loads((tmp_path / "run" / "data.json").read_text())

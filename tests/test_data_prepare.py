@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import yaml
 
-from data_folders import CHATML, chat, write_lines, write_model
+from data_folders import CHATML, chat, prepare, write_lines, write_model
 from distlora.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
 from distlora.config.file import as_mapping
 from distlora.data import prepare as prepare_module
-from distlora.data.__main__ import main
 from distlora.data.loader import StepLoader
-from distlora.data.prepare import open_split, prepare, prepare_run
+from distlora.data.prepare import open_split, prepare_and_print, prepare_run
 from distlora.data.rows import STARTS, PackedRows, read_meta
 from distlora.data.splits import held_out
+from distlora.system.exit_codes import run_to_exit_code
 
 TEXTS = [{"text": f"{number} foxes sleep. " * (1 + number % 7)} for number in range(60)]
 
@@ -240,7 +240,7 @@ def test_few_documents_still_hold_one_out_if_another_is_left():
 )
 def test_bad_data_ends_with_exit_code_2_and_one_message(make_config, capsys, tmp_path, documents, settings, complaint):
     config = make_config(documents, **settings)
-    assert main([config.run_dir]) == 2
+    assert run_to_exit_code(lambda: prepare_and_print(config.run_dir)) == 2
     output = capsys.readouterr()
     assert complaint in output.err
     assert output.err.count("\n") == 1
@@ -286,7 +286,7 @@ def test_data_that_changes_while_it_is_read_is_not_cached(make_config, monkeypat
 
 
 def test_a_run_that_is_not_prepared_says_how_to(tmp_path):
-    with pytest.raises(UserError, match=r"run `python -m distlora\.data"):
+    with pytest.raises(UserError, match=r"run `distlora data prepare"):
         open_split(tmp_path, "train")
 
 

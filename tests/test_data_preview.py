@@ -7,10 +7,9 @@ import pytest
 import yaml
 
 from chat_tokenizers import chat_tokenizer
-from data_folders import chat, write_lines
+from data_folders import chat, show_preview, write_lines
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build
-from distlora.data import preview
 from distlora.data.prepare import prepare_run
 from distlora_launcher.cli import data as command
 from launcher_fakes import write_model
@@ -53,7 +52,7 @@ def settings(model, tmp_path):
 
 def test_documents_are_shown_with_their_trained_tokens_marked(settings, tmp_path, capsys):
     path = write_lines(tmp_path / "chats.jsonl", [SHORT, SHORT, SHORT])
-    assert preview.main([str(settings(path=str(path))), "--rows", "1"]) == 0
+    assert show_preview(settings(path=str(path)), documents=1) == 0
     shown = capsys.readouterr().out.partition("What is trained")[0]
     title, _, text = shown.partition("\n")
     assert title.startswith(f"--- {path}:1: ")
@@ -66,7 +65,7 @@ def test_documents_are_shown_with_their_trained_tokens_marked(settings, tmp_path
 def test_the_figures_are_those_of_the_preparation(settings, tmp_path, capsys):
     path = write_lines(tmp_path / "chats.jsonl", [*[SHORT] * 30, *[LONG] * 3, CUT, *[QUESTION] * 2])
     folder = settings(path=str(path))
-    assert preview.main([str(folder), "--rows", "0"]) == 0
+    assert show_preview(folder, documents=0) == 0
     shown = capsys.readouterr().out
     counts = prepare_run(folder)["splits"]["train"]
     assert "(chat), all 36 documents\n" in shown
@@ -80,7 +79,7 @@ def test_the_figures_are_those_of_the_preparation(settings, tmp_path, capsys):
 def test_data_with_nothing_left_to_train_is_bad_input_as_it_is_to_a_run(settings, tmp_path, capsys):
     path = write_lines(tmp_path / "chats.jsonl", [QUESTION, QUESTION])
     folder = settings(path=str(path))
-    assert preview.main([str(folder)]) == 2
+    assert show_preview(folder) == 2
     with pytest.raises(UserError) as refused:
         prepare_run(folder)
     assert str(refused.value) in capsys.readouterr().err
@@ -90,7 +89,7 @@ def test_data_with_nothing_left_to_train_is_bad_input_as_it_is_to_a_run(settings
 def test_what_becomes_of_long_documents_is_said(settings, tmp_path, capsys, too_long, fate):
     path = write_lines(tmp_path / "chats.jsonl", [SHORT, LONG])
     folder = settings(path=str(path), too_long=too_long)
-    assert preview.main([str(folder)]) == 0
+    assert show_preview(folder) == 0
     shown = capsys.readouterr().out
     assert f"1 (50.0%) have more than 64 tokens: {fate} (data.too_long)\n" in shown
     assert "--- longer than data.sequence_length=64 by " in shown
@@ -100,7 +99,7 @@ def test_what_becomes_of_long_documents_is_said(settings, tmp_path, capsys, too_
 def test_documents_that_a_run_refuses_are_counted_and_the_first_is_named(settings, tmp_path, capsys):
     path = write_lines(tmp_path / "chats.jsonl", [SHORT, WITH_THOUGHTS, SHORT, WITH_THOUGHTS])
     folder = settings(path=str(path), template="zephyr")
-    assert preview.main([str(folder)]) == 2
+    assert show_preview(folder) == 2
     shown = capsys.readouterr().out
     assert f"refused          2, which would stop a run. The first: {path}:2: messages[1]: " in shown
     with pytest.raises(UserError, match=r"chats\.jsonl:2: messages\[1\]"):
@@ -108,12 +107,12 @@ def test_documents_that_a_run_refuses_are_counted_and_the_first_is_named(setting
 
 
 def test_only_the_head_of_a_large_file_is_read_unless_all_is_asked_for(settings, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(preview, "SAMPLE", 5)
+    monkeypatch.setattr("distlora.data.preview.SAMPLE", 5)
     path = write_lines(tmp_path / "chats.jsonl", [SHORT] * 7)
     folder = settings(path=str(path))
-    assert preview.main([str(folder), "--rows", "0"]) == 0
+    assert show_preview(folder, documents=0) == 0
     assert "(chat), the first 5 documents; --all reads the rest\n" in capsys.readouterr().out
-    assert preview.main([str(folder), "--rows", "0", "--all"]) == 0
+    assert show_preview(folder, documents=0, read_all=True) == 0
     assert "(chat), all 7 documents\n" in capsys.readouterr().out
 
 
@@ -121,7 +120,7 @@ def test_a_mixture_is_shown_with_the_shares_that_it_gets(settings, tmp_path, cap
     many = [{"text": f"The value number {number} of an attribute is an expression."} for number in range(400)]
     one, two = write_lines(tmp_path / "one.jsonl", many), write_lines(tmp_path / "two.jsonl", many[:150])
     folder = settings(sources=[{"path": str(one), "weight": 0.7}, {"path": str(two), "weight": 0.3}])
-    assert preview.main([str(folder), "--rows", "0"]) == 0
+    assert show_preview(folder, documents=0) == 0
     shown = capsys.readouterr().out
     counts = prepare_run(folder)["splits"]["train"]
     for source, wanted in zip(counts["sources"], ("70.0%", "30.0%"), strict=True):
@@ -134,12 +133,12 @@ def test_colours_are_for_terminals_and_control_characters_for_nobody(settings, t
     folder = str(settings(path=str(path)))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert preview.main([folder]) == 0
+    assert show_preview(folder) == 0
     coloured = capsys.readouterr().out
     assert "\x1b[32mHello\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in coloured
     assert "[[" not in coloured
     monkeypatch.setenv("NO_COLOR", "1")
-    assert preview.main([folder]) == 0
+    assert show_preview(folder) == 0
     plain = capsys.readouterr().out
     assert "[[Hello<|im_end|>]]" in plain
     assert "\x1b" not in plain
@@ -152,7 +151,7 @@ def test_a_tokenizer_that_writes_tokens_beyond_the_models_is_refused(settings, m
     config = (model / "config.json").read_text()
     (model / "config.json").write_text(json.dumps(json.loads(config) | {"vocab_size": 20}))
     try:
-        assert preview.main([str(folder)]) == 2
+        assert show_preview(folder) == 2
     finally:
         (model / "config.json").write_text(config)
     assert "beyond vocab_size=20" in capsys.readouterr().err
@@ -175,7 +174,7 @@ def test_the_command_takes_the_settings_of_a_run_and_starts_none(model, tmp_path
     [
         (["preveiw"], r"no command 'preveiw' \(did you mean 'preview'\?\)"),
         (["preview", "--row", "3"], r"no option --row \(did you mean '--rows'\?\)"),
-        (["preview", "--rows", "-1"], r"--rows=-1 is no number of documents"),
+        (["preview", "--rows", "-1"], r"--rows=-1 is not a number of documents"),
         (["preview", "data.path=x.jsonl"], r"model\.path is not set"),
     ],
 )

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_folders import show_row
 from distlora.config import UserError
 from distlora.data.prepare import open_split
-from distlora.data.show_row import main
 from distlora_launcher.cli.data import main as command
 from small_models import make_run, tokenizer
 
@@ -23,7 +23,7 @@ def test_a_row_is_shown_document_by_document_with_what_is_trained(
     rows = open_split(tmp_path / "run", "train")
     assert rows is not None
     number = int(np.argmax(rows.flags[:, 1:].sum(axis=1)))  # Of several documents.
-    assert main([str(tmp_path / "run"), str(number)]) == 0
+    assert show_row(tmp_path / "run", number) == 0
     shown = capsys.readouterr().out
     assert f"row {number}: 64 tokens, {rows.targets[number]} trained" in shown
     texts = shown.split("--- tokens ")[1:]
@@ -35,7 +35,7 @@ def test_a_row_is_shown_document_by_document_with_what_is_trained(
 
 def test_rows_that_are_not_there_are_refused(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "run", folders)
-    assert main([str(tmp_path / "run"), "100000"]) == 2
+    assert show_row(tmp_path / "run", 100_000) == 2
     assert "there is no row 100,000" in capsys.readouterr().err
     for words in (["row"], ["row", str(tmp_path / "run")], ["row", str(tmp_path / "run"), "first"]):
         with pytest.raises(UserError, match="takes a run folder and row numbers"):
@@ -47,7 +47,7 @@ def test_rows_that_are_not_there_are_refused(folders: Path, tmp_path: Path, caps
 def test_a_reader_that_leaves_is_no_error(folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", folders)
     rows = ["0"] * 2000  # More text than a pipe holds.
-    words = [sys.executable, "-m", "distlora.data.show_row", str(tmp_path / "run"), *rows]
+    words = [sys.executable, "-m", "distlora_launcher.cli.main", "data", "row", str(tmp_path / "run"), *rows]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -61,7 +61,7 @@ def test_a_cut_record_of_the_data_is_named(folders: Path, tmp_path: Path, capsys
     make_run(tmp_path / "run", folders)
     record = tmp_path / "run" / "data.json"
     record.write_text(record.read_text()[:100])
-    assert main([str(tmp_path / "run"), "0"]) == 2
+    assert show_row(tmp_path / "run", 0) == 2
     message = capsys.readouterr().err
     assert f"{record} is damaged" in message
-    assert f"python -m distlora.data {tmp_path / 'run'}" in message
+    assert f"distlora data prepare {tmp_path / 'run'}" in message

@@ -88,14 +88,13 @@ def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
 
 
 def tokenize_alone() -> None:
-    """Say that this process does no more with transformers than tokenize, and so needs no torch.
+    """Keep transformers from importing torch in this process, which only tokenizes. No effect once torch is imported.
 
     transformers imports torch and its DTensors for a tokenizer where they are installed: 2.0 of the 2.9 CPU seconds
     that the preparation of a small run took (2026-11-25).
     """
     global _tokenizes_alone
-    assert "torch" not in sys.modules
-    _tokenizes_alone = True
+    _tokenizes_alone = "torch" not in sys.modules
 
 
 def _import_transformers() -> Any:
@@ -156,20 +155,29 @@ def vocabulary_of(spec: ModelSpec, model: Mapping[str, Any]) -> Vocabulary:
     path = Path(spec.model.path) / "config.json"
     family = family_of(model, path)
     stored = stored_rows(path.parent, model, family)
-    new: dict[str, int] = {}
-    if spec.model.new_tokens:
-        tokenizer = load_tokenizer(path.parent, spec.model.new_tokens)
-        new = {text: tokenizer.convert_tokens_to_ids(text) for text in spec.model.new_tokens}
-        last = min(new.values()) - 1
-        if last >= stored:
-            raise UserError(
-                f"the tokenizer in {path.parent} has the token {last}, beyond vocab_size={stored} in {path}, and new "
-                "tokens would follow it; put the tokenizer of this model into the folder"
-            )
+    new = new_token_ids(path.parent, spec.model.new_tokens, stored)
     rows = max(stored, *(id + 1 for id in new.values())) if new else stored
     trained = trained_indices(spec, tied=is_tied(model, family), new=tuple(new.values()))
     check_indices(spec, trained, rows, path)
     return Vocabulary(stored=stored, rows=rows, new=new, trained=trained)
+
+
+def new_token_ids(folder: Path, new_tokens: Sequence[str], stored: int) -> dict[str, int]:
+    """Return the ids of model.new_tokens in a model's folder, whose embedding has `stored` rows.
+
+    Raises UserError for a new token that exists and for the tokenizer of another model.
+    """
+    if not new_tokens:
+        return {}
+    tokenizer = load_tokenizer(folder, new_tokens)
+    new = {text: tokenizer.convert_tokens_to_ids(text) for text in new_tokens}
+    last = min(new.values()) - 1
+    if last >= stored:
+        raise UserError(
+            f"the tokenizer in {folder} has the token {last}, beyond vocab_size={stored} in {folder / 'config.json'}, "
+            "and new tokens would follow it; put the tokenizer of this model into the folder"
+        )
+    return new
 
 
 def stored_rows(folder: Path, model: Mapping[str, Any], family: Family) -> int:

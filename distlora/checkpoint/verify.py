@@ -114,7 +114,7 @@ class _RunVerifier:
 
     def _data(self) -> Iterator[Item]:
         """Check data.json and the digest of the packed sequences."""
-        path, remedy = self._run_dir / DATA_NAME, f"make it again with `python -m distlora.data {self._run_dir}`"
+        path, remedy = self._run_dir / DATA_NAME, f"make it again with `distlora data prepare {self._run_dir}`"
         if not path.is_file():
             yield Item(DATA_NAME, "note", f"missing: the data is not prepared; {remedy}, or resume the run")
             return

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distlora.architecture.families import read_config
-from distlora.architecture.tokens import load_tokenizer, vocabulary_of
-from distlora.config import Config, DataConfig, UserError, require
+from distlora.architecture.families import family_of, read_config
+from distlora.architecture.tokens import load_tokenizer, new_token_ids, stored_rows
+from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError, require
 from distlora.config.file import load_config
 from distlora.data.cache import TEMPLATE_FILES, cache_key, content_digest, new_entry
 from distlora.data.chat import template_source
@@ -24,12 +25,20 @@ from distlora.data.sources import Source, find_sources, pinned_commits
 from distlora.data.splits import count_sources, held_out_documents, use_pieces, write_split
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.atomic_io import write_json
+from distlora.system.exit_codes import DONE
 
 Sources = dict[str, list[Source]]
 """The sources of each split that has its own: train, and eval where held-out documents are named."""
 
 
-def prepare(config: Config, sources: Sources | None = None, *, earlier_date: str | None = None) -> Path:
+def prepare(
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    sources: Sources | None = None,
+    *,
+    earlier_date: str | None = None,
+) -> Path:
     """The cache entry of a run's data, made if it is not there yet: returns its folder.
 
     Where the chat template writes the date, an entry is of a day: that of today, or of `earlier_date`, when the run
@@ -37,17 +46,16 @@ def prepare(config: Config, sources: Sources | None = None, *, earlier_date: str
     found, a broken record, a tokenizer that cannot do the format, a split in which no token is trained, and settings of
     chats where no source holds any.
     """
-    data = config.data
-    model_dir = Path(config.model.path).expanduser()
+    model_dir = Path(model.path).expanduser()
     if not model_dir.is_dir():
         raise UserError(
             field="model.path",
-            value=config.model.path,
+            value=model.path,
             reason="is not a folder",
             cure="set {field} to a local Hugging Face model",
         )
     sources = sources or find_sources(data)
-    settings, fingerprints = _settings(config, sources)
+    settings, fingerprints = _settings(model, data, train, sources)
     cache_dir = Path(data.cache_dir).expanduser().absolute()
     if "train_on" in settings and _writes_date(data, model_dir):
         today = settings | {"date": today_as_text()}
@@ -57,7 +65,7 @@ def prepare(config: Config, sources: Sources | None = None, *, earlier_date: str
     entry = cache_dir / cache_key(fingerprints, model_dir, settings)
     if not entry.is_dir():
         with new_entry(cache_dir, entry.name) as folder:
-            _build(folder, config, sources, model_dir, settings)
+            _build(folder, model, data, train, sources, settings)
             for source in _all(sources):
                 source.check_unchanged()
     for split in read_meta(entry)["splits"]:
@@ -75,7 +83,7 @@ def prepare_run(run_dir: str | Path) -> dict[str, Any]:
     config = load_config(run_dir)
     started = time.time()
     sources = find_sources(config.data, pinned_commits(run_dir))
-    entry = prepare(config, sources, earlier_date=_earlier_date(run_dir))
+    entry = prepare(config.model, config.data, config.train, sources, earlier_date=_earlier_date(run_dir))
     meta = read_meta(entry)
     record = {"cache": str(entry), "reused": meta["created"] < started, **meta}
     for split, counts in record["splits"].items():
@@ -90,22 +98,23 @@ def open_split(run_dir: str | Path, split: str) -> PackedRows | None:
     """The rows of `train` or `eval` that RUN/data.json names; None for `eval` where nothing is held out."""
     path = Path(run_dir) / DATA_NAME
     if not path.is_file():
-        raise UserError(f"{run_dir} has no prepared data (no data.json); run `python -m distlora.data {run_dir}`")
+        raise UserError(f"{run_dir} has no prepared data (no data.json); run `distlora data prepare {run_dir}`")
     record = read_record(path)
     return PackedRows.open(Path(record["cache"]), split) if split in record["splits"] else None
 
 
-def _settings(config: Config, sources: Sources) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Everything besides the documents and the tokenizer that decides the rows, and the sources' fingerprints."""
-    data = config.data
+def _settings(
+    model: ModelConfig, data: DataConfig, train: TrainConfig, sources: Sources
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the settings that decide the packed sequences, and the fingerprints of the sources."""
     fingerprints = [source.fingerprint() for source in _all(sources)]
     settings: dict[str, Any] = {
         "sequence_length": data.sequence_length,
         "too_long": data.too_long,
         "num_training_sources": len(sources["train"]),
     }
-    if config.model.new_tokens:
-        settings["new_tokens"] = list(config.model.new_tokens)
+    if model.new_tokens:
+        settings["new_tokens"] = list(model.new_tokens)
     if all(found["format"] in ("text", "prompt_completion") for found in fingerprints):
         for name, value, default in (
             ("template", data.template, None),
@@ -125,11 +134,11 @@ def _settings(config: Config, sources: Sources) -> tuple[dict[str, Any], list[di
     if weights[0] is not None:
         settings |= {"weights": weights, "stopping_strategy": data.stopping_strategy}
     if holds_out or weights[0] is not None:  # Otherwise the seed has no effect on the rows.
-        settings["seed"] = config.train.seed
+        settings["seed"] = train.seed
     if data.streaming:
-        settings["stream_rows"] = _needed_rows(config)
-    if config.train.objective != "sft":
-        settings["objective"] = config.train.objective
+        settings["stream_rows"] = _needed_rows(train)
+    if train.objective != "sft":
+        settings["objective"] = train.objective
     return settings, fingerprints
 
 
@@ -157,20 +166,27 @@ def _earlier_date(run_dir: Path) -> str | None:
     return date if isinstance(date, str) else None
 
 
-def _needed_rows(config: Config) -> int:
-    assert config.train.max_steps is not None, "refused when the settings were composed"
-    return config.train.max_steps * config.train.global_batch
+def _needed_rows(train: TrainConfig) -> int:
+    assert train.max_steps is not None, "refused when the settings were composed"
+    return train.max_steps * train.global_batch
 
 
 def _all(sources: Sources) -> list[Source]:
     return [source for of_split in sources.values() for source in of_split]
 
 
-def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, settings: dict[str, Any]) -> None:
+def _build(
+    folder: Path,
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    sources: Sources,
+    settings: dict[str, Any],
+) -> None:
     """Write a whole cache entry into `folder`."""
-    data, seed = config.data, config.train.seed
-    tokenizer = load_tokenizer(model_dir, config.model.new_tokens)
-    encoders = Encoders(tokenizer, config.model.name or str(model_dir), data, config.train.objective)
+    model_dir, seed = Path(model.path).expanduser(), train.seed
+    tokenizer = load_tokenizer(model_dir, model.new_tokens)
+    encoders = Encoders(tokenizer, model.name or str(model_dir), data, train.objective)
     corpora = {split: Corpus(folder / f"{split}_documents", data.sequence_length) for split in sources}
     weights = [source.config.weight for source in sources["train"] if source.config.weight is not None]
     wanted = shares(weights) if weights else None
@@ -178,7 +194,7 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
     fraction = 0.0 if "eval" in sources else data.eval_fraction
     ended = np.ones(len(sources["train"]), bool)
     if data.streaming:
-        tokens = _needed_rows(config) * data.sequence_length
+        tokens = _needed_rows(train) * data.sequence_length
         need = Need(tokens=tokens, wanted=wanted, until_all=until_all, eval_fraction=fraction, seed=seed)
         ended = read_enough(corpora["train"], sources["train"], encoders, need)
     else:
@@ -195,8 +211,8 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
     pad = next(
         (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
     )  # Any valid token does: nothing attends to padding from a document, and no label is on it.
-    train = corpora["train"]
-    is_held_out = held_out_documents(train, fraction, seed)
+    training = corpora["train"]
+    is_held_out = held_out_documents(training, fraction, seed)
     in_split = {"train": ~is_held_out}
     if "eval" in sources:
         in_split["eval"] = np.ones(corpora["eval"].num_documents, bool)
@@ -204,8 +220,8 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
         in_split["eval"] = is_held_out
     splits = {}
     for split, chosen in in_split.items():
-        corpus = corpora.get(split, train)
-        mix = wanted if corpus is train else None
+        corpus = corpora.get(split, training)
+        mix = wanted if corpus is training else None
         # Held-out documents are a mixture with the same shares, none of them twice.
         is_train = split == "train"
         all_ended = ended if is_train else np.ones_like(ended)
@@ -214,7 +230,7 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
             raise _nothing_left(split, data, corpus)
         splits[split] = write_split(folder, split, corpus, chosen, used, pad)
         count_sources(splits[split], corpus, sources.get(split, sources["train"]), used, mix)
-    check_vocabulary(config, model_dir, max(counts["largest_token"] for counts in splits.values()))
+    check_vocabulary(model, max(counts["largest_token"] for counts in splits.values()))
     for corpus in corpora.values():
         corpus.delete()
     meta = {
@@ -222,7 +238,7 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
         "created": time.time(),
         "sequence_length": data.sequence_length,
         "pad_token_id": pad,
-        "objective": config.train.objective,
+        "objective": train.objective,
         "chats": encoders.has_chats,
         "chat_template": encoders.chat_template,
         "settings": settings,
@@ -234,17 +250,18 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
     write_json(folder / "meta.json", meta)
 
 
-def check_vocabulary(config: Config, model_dir: Path, largest_token: int) -> None:
-    """Refuse a tokenizer of another model, whose tokens the embedding lacks: on a GPU that is a device assertion."""
+def check_vocabulary(model: ModelConfig, largest_token: int) -> None:
+    """Refuse the tokenizer of another model, whose tokens the embedding lacks: on a GPU that is a device assertion."""
+    model_dir = Path(model.path).expanduser()
     path = model_dir / "config.json"
     if not path.is_file():
         return
-    model = read_config(model_dir)
-    if config.model.new_tokens:
-        vocabulary_of(config.spec, model)  # Grows by as many as are missing.
+    settings = read_config(model_dir)
+    if model.new_tokens:  # The vocabulary grows by as many rows as are missing.
+        new_token_ids(model_dir, model.new_tokens, stored_rows(model_dir, settings, family_of(settings, path)))
         return
-    text = model.get("text_config")
-    vocab_size = model.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    text = settings.get("text_config")
+    vocab_size = settings.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
     if isinstance(vocab_size, int) and largest_token >= vocab_size:
         raise UserError(
             f"the tokenizer in {model_dir} writes the token {largest_token}, beyond vocab_size={vocab_size} in "
@@ -269,4 +286,60 @@ def _nothing_left(split: str, data: DataConfig, corpus: Corpus) -> UserError:
         f"{data.path or 'data.sources'}: with data.eval_fraction={data.eval_fraction} and {num_usable:,} documents "
         f"that have a token to train, {kept}; set data.eval_fraction={'0.05' if split == 'train' else '0'}, add "
         "documents, or name held-out ones with {data.eval_path}"
+    )
+
+
+def prepare_and_print(run_dir: str) -> int:
+    """Prepare the data of a run, print the summary and return the exit code. Raises UserError as `prepare` does."""
+    # This process is there to tokenize, whatever the shell says for processes that fork afterwards.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    print(summary(prepare_run(run_dir)))
+    return DONE
+
+
+NOTES = {
+    "truncated": "truncated",
+    "split": "split over rows",
+    "dropped_long": "left out as too long",
+    "dropped": "left out without a trained token",
+    "unused": "left out by the mixture",
+}
+"""Counts of documents in a split, and how the summary calls them."""
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A few lines for a person, out of what RUN/data.json holds."""
+    lines = []
+    for split, name in (("train", "training data"), ("eval", "held out     ")):
+        if split not in record["splits"]:
+            lines.append(f"{name}  none: no evaluation")
+            continue
+        counts = record["splits"][split]
+        what = "pairs" if counts["pairs"] else "documents"
+        share = counts["padding"] / (counts["rows"] * record["sequence_length"])
+        notes = [f"{counts[key]:,} {words}" for key, words in NOTES.items() if counts[key]]
+        lines.append(
+            f"{name}  {counts['documents']:,} {what} in {counts['rows']:,} rows of {record['sequence_length']:,} "
+            f"tokens, {counts['targets']:,} of {counts['tokens']:,} tokens trained, padding {share:.1%}"
+            + (f" ({', '.join(notes)})" if notes else "")
+        )
+        if len(counts["sources"]) > 1:
+            lines += [_source_line(source) for source in counts["sources"]]
+    if "stream_rows" in record["settings"]:
+        needed, rows = record["settings"]["stream_rows"], record["splits"]["train"]["rows"]
+        lines.append(
+            f"streamed       until {needed:,} rows were full"
+            if rows >= needed
+            else f"streamed       to the end: {rows:,} of the {needed:,} rows that the steps take, so they are repeated"
+        )
+    lines.append(f"{'reused' if record['reused'] else 'cached'} in     {record['cache']}")
+    return "\n".join(lines)
+
+
+def _source_line(source: dict[str, Any]) -> str:
+    wanted = "" if source["share_wanted"] is None else f" (wanted {source['share_wanted']:.1%})"
+    copies = f", up to {source['most_copies']:,} times each" if source["most_copies"] > 1 else ""
+    return (
+        f"  {source['share']:6.1%}{wanted} of the trained tokens: {source['documents']:,} documents{copies}, "
+        f"{source['targets']:,} tokens trained, {source['path']}"
     )

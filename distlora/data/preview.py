@@ -1,14 +1,11 @@
-"""`python -m distlora.data.preview FOLDER`: documents as the model will see them, and what all of them amount to.
+"""Show documents as the model sees them, then figures of all: `distlora data preview`.
 
-Reads FOLDER/config.yaml and takes the first documents of each source through the encoder and the packing of a run.
-Nothing is cached. Exit code 0, else 2 with a message: bad input, or documents that a run would refuse.
+The first documents of each source go through the encoder and the packing of a run. Nothing is cached.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,21 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from distlora.architecture.tokens import load_tokenizer, tokenize_alone
-from distlora.config import Config, UserError
-from distlora.config.file import load_config
+from distlora.architecture.tokens import load_tokenizer
+from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError
 from distlora.data.corpus import Corpus, TooLong
 from distlora.data.formats import Document
 from distlora.data.mixture import shares
 from distlora.data.packing import pack
-from distlora.data.painting import Paint, paint_for_stdout, painted
 from distlora.data.prepare import check_vocabulary
 from distlora.data.reading import Encoders, nothing_to_train
+from distlora.data.show_rows import Paint, paint_for_stdout, painted
 from distlora.data.sources import Source, find_sources
 from distlora.data.splits import use_pieces
 from distlora.data.templates import Encoder, PairEncoder
 from distlora.data.turn_tokens import Encoded
-from distlora.system.exit_codes import BAD_INPUT, DONE, run_to_exit_code
+from distlora.system.exit_codes import BAD_INPUT, DONE
 
 SAMPLE = 1000
 """Documents of each source that are read, unless all are asked for."""
@@ -66,41 +62,49 @@ class SplitSample:
     corpus: Corpus
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the preview of the settings in a folder; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m distlora.data.preview", description="Show documents as trained.")
-    parser.add_argument("folder", help="a folder that holds config.yaml")
-    parser.add_argument("--rows", type=int, default=2, help="documents of each source to print")
-    parser.add_argument("--all", action="store_true", help=f"read all documents, not {SAMPLE:,} of each source")
-    parser.add_argument("--no-color", action="store_true", help="mark trained tokens with [[ ]]")
-    options = parser.parse_args(arguments)
-    paint = paint_for_stdout(no_color=options.no_color)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreviewRequest:
+    """What to show of the data of a run."""
 
-    def show() -> int:
-        config = load_config(options.folder)
-        with tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
-            splits = read(config, Path(scratch), shown=options.rows, limit=None if options.all else SAMPLE)
-            for line in report(config, splits, paint):
-                print(line)
-        if any(sample.refused for split in splits.values() for sample in split.samples):
-            return BAD_INPUT
-        check_trainable(config, splits)
-        return DONE
-
-    return run_to_exit_code(show)
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    documents: int = 2
+    """Documents of each source to print."""
+    read_all: bool = False
+    """Read all documents, not SAMPLE of each source."""
+    no_color: bool = False
 
 
-def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dict[str, SplitSample]:
-    """The first `limit` documents of every source (None: all), encoded and cut as a run does it, by split.
+def preview(request: PreviewRequest) -> int:
+    """Print the preview and return the exit code: 2 where a run would refuse documents.
 
-    Keeps the first `shown` of each source. Raises UserError for a source that cannot be read.
+    Raises UserError for a source that cannot be read or has no token to train.
     """
-    model_dir = Path(config.model.path).expanduser()
-    tokenizer = load_tokenizer(model_dir, config.model.new_tokens)
-    encoders = Encoders(tokenizer, config.model.name or str(model_dir), config.data, config.train.objective)
+    paint = paint_for_stdout(no_color=request.no_color)
+    with tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
+        splits = read(request, Path(scratch))
+        for line in report(request, splits, paint):
+            print(line)
+    if any(sample.refused for split in splits.values() for sample in split.samples):
+        return BAD_INPUT
+    check_trainable(request.data, splits)
+    return DONE
+
+
+def read(request: PreviewRequest, scratch: Path) -> dict[str, SplitSample]:
+    """Encode and cut the documents of every source as a run does, by split.
+
+    Raises UserError for a source that cannot be read.
+    """
+    model, data = request.model, request.data
+    limit = None if request.read_all else SAMPLE
+    model_dir = Path(model.path).expanduser()
+    tokenizer = load_tokenizer(model_dir, model.new_tokens)
+    encoders = Encoders(tokenizer, model.name or str(model_dir), data, request.train.objective)
     splits = {}
-    for split, sources in find_sources(config.data).items():
-        corpus = Corpus(scratch / split, config.data.sequence_length)
+    for split, sources in find_sources(data).items():
+        corpus = Corpus(scratch / split, data.sequence_length)
         samples = []
         for number, source in enumerate(sources):
             head = source if limit is None else source.head()
@@ -109,22 +113,22 @@ def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dic
             sample = SourceSample(source=source, format=format, encoder=encoder, too_long=too_long)
             wanted = itertools.islice(documents, limit)
             while batch := list(itertools.islice(wanted, _BATCH)):
-                corpus.append(_encoded(sample, batch, shown), number, too_long)
+                corpus.append(_encoded(sample, batch, request.documents), number, too_long)
             sample.ended = next(documents, None) is None
             samples.append(sample)
         if corpus.num_pieces:
-            check_vocabulary(config, model_dir, int(corpus.read()[0].max()))
+            check_vocabulary(model, int(corpus.read()[0].max()))
         splits[split] = SplitSample(samples=samples, corpus=corpus)
     return splits
 
 
-def check_trainable(config: Config, splits: dict[str, SplitSample]) -> None:
+def check_trainable(data: DataConfig, splits: dict[str, SplitSample]) -> None:
     """Refuse, as a run does, a source that was read to its end and has no token to train."""
     for split in splits.values():
         usable = split.corpus.pieces_of > 0
         for number, sample in enumerate(split.samples):
             if sample.ended and not (usable & (split.corpus.sources == number)).any():
-                raise nothing_to_train(split.corpus, sample.source, number, config.data)
+                raise nothing_to_train(split.corpus, sample.source, number, data)
 
 
 def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterator[Encoded]:
@@ -147,9 +151,9 @@ def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterato
         yield encoded
 
 
-def report(config: Config, splits: dict[str, SplitSample], paint: Paint) -> Iterator[str]:
+def report(request: PreviewRequest, splits: dict[str, SplitSample], paint: Paint) -> Iterator[str]:
     """The lines of the preview: documents, then figures."""
-    length = config.data.sequence_length
+    length = request.data.sequence_length
     for split in splits.values():
         for sample in split.samples:
             for document, encoded in sample.shown:
@@ -159,7 +163,7 @@ def report(config: Config, splits: dict[str, SplitSample], paint: Paint) -> Iter
     for name, split in splits.items():
         for number, sample in enumerate(split.samples):
             yield from source_lines("training" if name == "train" else "held out", sample, split, number, length)
-        yield from split_lines(config, split, length, is_train=name == "train")
+        yield from split_lines(request, split, length, is_train=name == "train")
 
 
 def document_lines(
@@ -229,7 +233,7 @@ def source_lines(role: str, sample: SourceSample, split: SplitSample, number: in
         yield f"  left out         {nothing + cut:,}: {', '.join(reasons)}"
 
 
-def split_lines(config: Config, split: SplitSample, length: int, *, is_train: bool) -> Iterator[str]:
+def split_lines(request: PreviewRequest, split: SplitSample, length: int, *, is_train: bool) -> Iterator[str]:
     """Figures of a split: the mixture, and what packing leaves empty."""
     corpus, samples = split.corpus, split.samples
     if corpus.num_pieces == 0:
@@ -241,9 +245,9 @@ def split_lines(config: Config, split: SplitSample, length: int, *, is_train: bo
         wanted = shares(weights) if weights and is_train else None
         whole = all(sample.ended for sample in samples)
         if wanted is not None and whole:
-            until_all = config.data.stopping_strategy == "all_exhausted"
+            until_all = request.data.stopping_strategy == "all_exhausted"
             everything, ended = np.ones(corpus.num_documents, bool), np.ones(len(samples), bool)
-            used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=config.train.seed)
+            used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=request.train.seed)
         of_piece = corpus.sources[corpus.documents]
         targets = np.bincount(of_piece, weights=corpus.targets * used, minlength=len(samples))
         yield "share of the trained tokens" + ("" if whole else " in what was read")
@@ -256,8 +260,3 @@ def split_lines(config: Config, split: SplitSample, length: int, *, is_train: bo
         f"packed in {rows:,} rows of {length:,} tokens, {1 - lengths.sum() / (rows * length):.1%} padding"
         + (" (the last rows of a small sample are half empty)" if rows < 20 else "")
     )
-
-
-if __name__ == "__main__":
-    tokenize_alone()
-    sys.exit(main())

@@ -56,21 +56,21 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of a cache folder. Raises UserError where the folder holds no complete cache of this version."""
     path = folder / "meta.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no tokenized data (no meta.json); run `python -m distlora.data RUN`")
+        raise UserError(f"{folder} holds no tokenized data (no meta.json); run `distlora data prepare RUN`")
     remedy = _make_again(folder)
     meta = read_object(path, remedy)
     check_shape(meta, {"version": int}, path, remedy)
     if meta["version"] != FORMAT_VERSION:
         raise UserError(
             f"{folder} was written in version {meta['version']} of the layout, this distlora reads "
-            f"{FORMAT_VERSION}; run `python -m distlora.data RUN` again"
+            f"{FORMAT_VERSION}; run `distlora data prepare RUN` again"
         )
     check_shape(meta, _META, path, remedy)
     return meta
 
 
 def _make_again(folder: Path) -> str:
-    return f"delete {folder} and run `python -m distlora.data RUN`"
+    return f"delete {folder} and run `distlora data prepare RUN`"
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ def read_record(path: Path, shape: Shape = dict) -> dict[str, Any]:
 
 def _remedy(path: Path) -> str:
     if path.name == DATA_NAME:
-        return f"make it again with `python -m distlora.data {path.parent}`"
+        return f"make it again with `distlora data prepare {path.parent}`"
     return "put a whole copy in its place" if path.name == ADAPTER_CONFIG else "move it out of the run folder"
 
 

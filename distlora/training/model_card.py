@@ -99,7 +99,7 @@ def _data(result: Result) -> Iterator[str]:
     if len(counted) != len(sources):
         raise UserError(
             f"{DATA_NAME} counts {len(counted)} sources, and config.yaml names {len(sources)}; make it again with "
-            "`python -m distlora.data RUN`"
+            "`distlora data prepare RUN`"
         )
     for source, counts in zip(sources, counted, strict=True):
         share = []

@@ -66,7 +66,7 @@ class Bench:
     def __init__(self, request: IntrinsicRequest, folder: str, ranks: Ranks, say: Callable[[str], None]) -> None:
         self.request, self.folder, self.ranks, self.say = request, folder, ranks, say
         config = request.config(folder)
-        entry = prepare(config)
+        entry = prepare(config.model, config.data, config.train)
         self.rows = PackedRows.open(entry, "train")
         self.held_out = evenly(PackedRows.open(entry, "eval"), MOST_EVAL_ROWS)
         self.model, _, _ = start_run_model(config, ranks)

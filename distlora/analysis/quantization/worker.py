@@ -55,7 +55,8 @@ def run(request: QuantizationRequest) -> None:
 
 def read_rows(request: QuantizationRequest) -> PackedRows:
     """The text in rows, tokenized as training data is."""
-    return PackedRows.open(prepare(request.config("nf4")), "train")
+    config = request.config("nf4")
+    return PackedRows.open(prepare(config.model, config.data, config.train), "train")
 
 
 def measured(weights: list[Weight], ranks: Ranks, say: Progress) -> Iterator[tuple[Weight, Sums]]:

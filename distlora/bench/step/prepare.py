@@ -44,7 +44,7 @@ def read_rows(file: Path) -> PackedRows:
 
 def real_rows(config: Config, steps: int) -> PackedRows:
     """Return the sequences of a run's first steps, in its order."""
-    rows = PackedRows.open(prepare(config), "train")
+    rows = PackedRows.open(prepare(config.model, config.data, config.train), "train")
     batch = config.train.global_batch
     loader = StepLoader(rows, global_batch=batch, micro_batch=batch, rank=0, world=1, seed=0, shuffle=True)
     places = np.concatenate([loader.rows_of_ranks(step).reshape(-1) for step in range(steps)])

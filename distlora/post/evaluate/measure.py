@@ -114,16 +114,16 @@ def open_rows(text: Text, config: Config, ranks: Ranks) -> tuple[PackedRows, int
     else:
         config = replace(config, data=text.data())
         if ranks.rank == 0:
-            prepare(config)
+            prepare(config.model, config.data, config.train)
         from_rank_0(0, ranks)  # The other ranks use the cache that rank 0 made.
-        rows = PackedRows.open(prepare(config), "train")
+        rows = PackedRows.open(prepare(config.model, config.data, config.train), "train")
     return evenly(rows, text.most_rows), len(rows)
 
 
 def check_same_tokens(rows: PackedRows, first: Config, other: Config, label: str) -> None:
     """Raise UserError if a model's tokenizer differs on this text, as losses per token would not be comparable."""
     folder = Path(other.model.path)
-    check_vocabulary(other, folder, int(np.max(rows.tokens, initial=0)))
+    check_vocabulary(other.model, int(np.max(rows.tokens, initial=0)))
     if (folder, other.model.new_tokens) == (Path(first.model.path), first.model.new_tokens):
         return
     ours, theirs = (load_tokenizer(Path(c.model.path), c.model.new_tokens) for c in (first, other))

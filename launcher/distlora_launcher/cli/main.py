@@ -60,7 +60,7 @@ COMMANDS = {
         "distlora_launcher.cli.verify",
     ),
     "data": Command(
-        "preview model.path=FOLDER data.path=FILE [setting=value ...] | row RUN N",
+        "preview model.path=FOLDER data.path=FILE [setting=value ...] | row RUN N | prepare RUN",
         "print documents as the model sees them: what is trained, too long, left out",
         "distlora_launcher.cli.data",
     ),

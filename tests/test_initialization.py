@@ -35,9 +35,9 @@ from distlora.training.publish import publish_result
 from distlora.training.setup import start_run_model
 from distlora.weights import decompose, initial_adapter_file
 from distlora.weights.decompose import (
+    LowRankFactors,
     Residual,
     Sketch,
-    Start,
     principal_part,
     quantization_error,
 )
@@ -73,7 +73,7 @@ def weight_of(out_features: int, in_features: int, *, decay: float = 0.0) -> Ten
     return weight
 
 
-def product(start: Start, scaling: float) -> Tensor:
+def product(start: LowRankFactors, scaling: float) -> Tensor:
     return scaling * start.B.double() @ start.A.double()
 
 
@@ -314,7 +314,7 @@ def test_pissa_on_an_unquantized_base_is_pefts(folders: Path, tmp_path: Path, rs
         assert turned < 1e-3
         assert relative_error(linear.weight, peer.base_layer.weight) < turned
         assert relative_error(pair.B @ pair.A, their_b @ their_a) < turned
-        whole = linear.weight.double() + product(Start(pair.A, pair.B), pair.scaling)
+        whole = linear.weight.double() + product(LowRankFactors(pair.A, pair.B), pair.scaling)
         assert relative_error(whole, weight) < 2 * torch.finfo(torch.float32).eps
         sign = (pair.A * their_a).sum(dim=1).sign()
         assert pair.A.grad is not None
@@ -337,7 +337,7 @@ def test_a_start_is_the_weights_own_in_every_family(tmp_path: Path, name: str) -
     for path, linear in ours.adapted_linears():
         (pair,), weight = linear.pairs, weights.get_parameter(f"{path}.weight")
         assert linear.weight.dtype == torch.bfloat16
-        start = product(Start(pair.A, pair.B), pair.scaling).detach()
+        start = product(LowRankFactors(pair.A, pair.B), pair.scaling).detach()
         assert start.norm() > 0.3 * weight.norm()
         assert relative_error(linear.weight.double() + start, weight) < eps
         assert relative_error(linear.weight, weight - start) < eps
@@ -407,7 +407,7 @@ def test_loftq_leaves_the_base_and_adds_what_it_lost(folders: Path, tmp_path: Pa
         (pair,), weight = linear.pairs, weights.get_parameter(f"{path}.weight")
         error = (weight - linear.frozen_weight.dense(torch.float32)).double()
         values = torch.linalg.svdvals(error)
-        rest = error - product(Start(pair.A, pair.B), pair.scaling)
+        rest = error - product(LowRankFactors(pair.A, pair.B), pair.scaling)
         assert rest.norm() < error.norm()
         assert abs(float((rest.norm() - values[8:].norm()).detach())) < 1e-6 * float(error.norm()), (
             "and by as much as 8 ranks can"
@@ -531,7 +531,7 @@ def test_what_pissa_publishes_is_a_lora_on_the_unchanged_base(
 
 
 def no_second_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any, **named: Any) -> Start:
+    def refuse(*arguments: Any, **named: Any) -> LowRankFactors:
         raise AssertionError("the start was computed again")
 
     monkeypatch.setattr(decomposed_adapters, "principal_part", refuse)

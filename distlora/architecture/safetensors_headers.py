@@ -1,8 +1,6 @@
-"""Where a parameter lies on disk: safetensors headers to byte ranges, and the headers of what is written. Needs no
-torch, so the launcher reads them too, and the planner knows how long a file will be.
+"""safetensors headers: read them as byte ranges of tensors, and build those of new files. Needs no torch.
 
-A parameter is a list of segments, concatenated along its first dimension in flat order. For the families of today that
-list has one entry; merged experts and renamed weights have more. Nothing here opens a tensor's data.
+A parameter is a list of segments, concatenated in flat order. Nothing here reads a tensor's data.
 """
 
 from __future__ import annotations
@@ -21,26 +19,26 @@ from distlora.config.json_files import check_shape, read_object
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SOURCE_DTYPES = ("F32", "F16", "BF16")
-"""What a weight of the base may be stored in."""
+"""Dtypes in which a weight of the base may be stored."""
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors' own limit: a longer one is damage."""
+"""Limit of safetensors itself, in bytes; a longer header is damage."""
 _METADATA = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One tensor's bytes in one file."""
+    """The bytes of one tensor in one file."""
 
     file: Path
     offset: int
-    """First byte, from the file's start."""
+    """Position of the first byte in the file."""
     num_bytes: int
     dtype: str
-    """safetensors' name: F32, BF16, ..."""
+    """Name in safetensors: F32, BF16, ..."""
     shape: tuple[int, ...]
 
     @property
@@ -49,8 +47,9 @@ class Segment:
 
 
 def lay_out(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, dict[str, Any]]:
-    """A header's entry of each tensor, by name (dtype as safetensors has it, shape), in the order in which they lie in
-    the file: larger elements first, as safetensors itself orders them, so that each starts at a multiple of its size.
+    """Return the header's entry of each tensor, in file order. `tensors`: (safetensors dtype, shape) by name.
+
+    Larger elements come first, as safetensors orders them, so that each tensor is aligned.
     """
     table, end = dict[str, dict[str, Any]](), 0
     for name in sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name)):
@@ -61,17 +60,19 @@ def lay_out(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, dict[
 
 
 def header_bytes(table: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file: a header's length, and it, with spaces up to a multiple of 8 bytes."""
+    """Return the first bytes of a file: the header's length and the header, padded with spaces to a multiple of 8
+    bytes.
+    """
     text = json.dumps({_METADATA: metadata, **table}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
 def read_headers(folder: Path) -> dict[str, Segment]:
-    """Every tensor of a checkpoint folder (one safetensors file, or several with an index) by its name on disk.
+    """Return every tensor of a checkpoint folder (one safetensors file, or several with an index) by its name on disk.
 
-    Raises UserError that names the file for a folder without safetensors, a missing, truncated or damaged shard, and a
-    tensor that the index promises and no shard holds.
+    Raises UserError that names the file for a folder without safetensors, a missing, truncated or damaged file, and a
+    tensor that the index lists and no file holds.
     """
     index = folder / INDEX_NAME
     if not index.is_file():
@@ -99,8 +100,9 @@ def read_headers(folder: Path) -> dict[str, Segment]:
 
 
 def read_index(index: Path, remedy: str) -> dict[str, str]:
-    """Which shard holds each tensor. Raises UserError, which says `remedy`, for an index that is damaged, and for one
-    that names files outside of its folder.
+    """Return the file name of each tensor.
+
+    Raises UserError, ending with `remedy`, for a damaged index and for one that names files outside of its folder.
     """
     values = read_object(index, remedy)
     check_shape(values, {"weight_map": {"*": str}}, index, remedy)
@@ -108,15 +110,15 @@ def read_index(index: Path, remedy: str) -> dict[str, str]:
     for name, shard in weight_map.items():
         path = PurePosixPath(shard)
         if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in shard:
-            raise UserError(f"{index}: {name} is in {shard!r}, which is no file of its folder; {remedy}")
+            raise UserError(f"{index}: {name} is in {shard!r}, which is not a file in its folder; {remedy}")
     return weight_map
 
 
 def read_header(file: Path, *, remedy: str = "download it again") -> dict[str, Segment]:
-    """The tensors of one safetensors file (8-byte length, JSON header, data), which must lie one after the other from
-    the data's first byte to the file's last, as safetensors itself demands.
+    """Return the tensors of one safetensors file (8-byte length, JSON header, data).
 
-    Raises UserError for a damaged file, which says `remedy`.
+    The tensors must lie one after another from the first byte of the data to the last, as safetensors demands. Raises
+    UserError, ending with `remedy`, for a damaged file.
     """
     return read_header_and_metadata(file, remedy=remedy)[0]
 
@@ -124,7 +126,7 @@ def read_header(file: Path, *, remedy: str = "download it again") -> dict[str, S
 def read_header_and_metadata(
     file: Path, *, remedy: str = "download it again"
 ) -> tuple[dict[str, Segment], dict[str, str]]:
-    """`read_header`, and what the header says beside its tensors."""
+    """Return (`read_header`, the header's metadata)."""
     header, data = _raw_header(file, remedy)
     segments = {name: _segment(file, data, name, entry, remedy) for name, entry in header.items() if name != _METADATA}
     size, end, last = file.stat().st_size, data, ""
@@ -145,9 +147,9 @@ def read_header_and_metadata(
 
 
 def _raw_header(file: Path, remedy: str) -> tuple[dict[str, Any], int]:
-    """(header, first byte of the data). Raises UserError for what is no header."""
+    """Return (header, position of the data's first byte). Raises UserError for an invalid header."""
     if not file.is_file():  # Reading a pipe would wait for a writer.
-        raise UserError(f"{file} is missing, or no file; {remedy}")
+        raise UserError(f"{file} is missing or not a file; {remedy}")
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -162,7 +164,7 @@ def _raw_header(file: Path, remedy: str) -> tuple[dict[str, Any], int]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unrepeated)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no safetensors file: its header is damaged ({error}); {remedy}") from error
+        raise UserError(f"{file} is not a safetensors file: its header is damaged ({error}); {remedy}") from error
     if isinstance(header, dict) and header.get(_METADATA) is None:
         header.pop(_METADATA, None)
     check_shape(header, {f"{_METADATA}?": {"*": str}, "*": dict}, f"{file}'s header", remedy)
@@ -170,18 +172,18 @@ def _raw_header(file: Path, remedy: str) -> tuple[dict[str, Any], int]:
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a header, where one name for two tensors would hide one of them."""
+    """Build a JSON object; raise ValueError for a repeated name, which would hide a tensor."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name is repeated")
     return values
 
 
 def _segment(file: Path, data: int, name: str, entry: Mapping[str, Any], remedy: str) -> Segment:
-    """Where one tensor lies, by its entry in the header. Raises UserError for an entry that says no place."""
+    """Parse one tensor's entry in the header. Raises UserError for an invalid one."""
     dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
     if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
-        raise UserError(f"{file} is damaged: its header says {short(dict(entry))} of {name}; {remedy}")
+        raise UserError(f"{file} is damaged: its header has {short(dict(entry))} for {name}; {remedy}")
     first, end = offsets
     segment = Segment(file=file, offset=data + first, num_bytes=end - first, dtype=dtype, shape=shape)
     is_known = dtype in DTYPE_BYTES
@@ -194,6 +196,6 @@ def _segment(file: Path, data: int, name: str, entry: Mapping[str, Any], remedy:
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
-    """A header's list of sizes, such as 64 bits hold; None for anything else."""
+    """Return a list of 64-bit sizes as a tuple; None for anything else."""
     is_list = isinstance(value, list) and all(type(size) is int and 0 <= size < 2**64 for size in value)
     return tuple(value) if is_list else None

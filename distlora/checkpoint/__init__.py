@@ -1,1 +1,1 @@
-"""What a run has made so far and nothing of the base: whole on the disk, or not there at all (README.md here)."""
+"""Save, restore and verify the state of a run, without the base (README.md)."""

@@ -1,6 +1,6 @@
-"""Folders that appear whole or not at all: what a checkpoint and a published result are written with.
+"""Write folders atomically: checkpoints and published results.
 
-Tensors are whole in the files, whatever number of ranks has cut them, so any number can go on from them.
+Tensors are whole in the files, however they are sharded, so any number of ranks can resume from them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from distlora.run_folder.checkpoints import replaced_folder, sha256, temporary_f
 from distlora.system import atomic_io
 
 Files = Mapping[str, Mapping[str, Tensor | HostRows | DeferredTensor] | dict[str, Any]]
-"""Tensors (*.safetensors) or JSON (*.json) by the name of their file."""
+"""Tensors (*.safetensors) or JSON (*.json) by file name."""
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path, backend: Backend) -> Iterator[Path]:
-    """A place to write what then appears as `folder`, complete or not at all.
+    """Yield a temporary folder that then appears as `folder`, complete or not at all.
 
-    An older one of the same name is set aside first, then removed. On ranks that do not write there is no such place.
-    Where it cannot be made, the OSError comes after the block: other ranks may be waiting for what this one does in it.
+    An older folder of the same name is set aside first, then removed. Ranks that do not write get a path that does not
+    exist. If the folder cannot be made, the OSError is raised after the block, because other ranks may wait for this
+    one inside of it.
     """
     temporary = temporary_folder(folder)
     if not backend.writes:
@@ -40,7 +41,7 @@ def atomic_folder(folder: Path, backend: Backend) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     refused: OSError | None = None
     try:
-        # Not what that lies in: where RUN is gone too, a disk may not be mounted any more.
+        # Never RUN itself: if that is missing too, its disk may be unmounted.
         if not folder.parent.exists():
             folder.parent.mkdir(exist_ok=True)
             atomic_io.sync(folder.parent.parent)
@@ -55,18 +56,18 @@ def atomic_folder(folder: Path, backend: Backend) -> Iterator[Path]:
         if refused is None:
             raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # Of a failed save: half a checkpoint may be what fills the disk.
+        shutil.rmtree(temporary, ignore_errors=True)  # Half a checkpoint may be what fills the disk.
     if refused is not None:
         raise refused
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path, *, inside: bool = False) -> Iterator[Path]:
-    """A place to write what then appears as `folder`, a new one, complete or not at all: of a process without ranks.
-    `inside`: nothing is at that place yet, and the block makes a folder or a file there.
+    """Yield a temporary folder that then appears as the new `folder`, for a process without ranks.
 
-    The place is this process's while it writes; what a killed one left there is removed. Raises UserError where another
-    process writes it, and where there is such a folder by then, which stays as it is.
+    `inside`: yield a path that does not exist yet, where the block makes a folder or a file. The path is locked by this
+    process; leftovers of a killed process are removed. Raises UserError if another process is writing it, and if
+    `folder` exists by then, which stays unchanged.
     """
     temporary = temporary_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ def new_folder(folder: Path, *, inside: bool = False) -> Iterator[Path]:
             yield made
             _sync(made)
             if folder.exists():
-                raise UserError(f"{folder} has appeared since this began; name another place with --out")
+                raise UserError(f"{folder} was created meanwhile; name another place with --out")
             made.rename(folder)
             atomic_io.sync(folder.parent)
         finally:
@@ -89,15 +90,15 @@ def new_folder(folder: Path, *, inside: bool = False) -> Iterator[Path]:
 
 
 def _own(descriptor: int, temporary: Path, folder: Path) -> None:
-    """Make an open folder this process's alone, and empty it."""
-    with contextlib.suppress(OSError):  # Some network disks know no locks.
+    """Lock an open folder for this process, and empty it."""
+    with contextlib.suppress(OSError):  # Some network file systems have no locks.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"another process is writing {folder}; wait for it, or name another place with --out"
             ) from None
-    # Its owner may have given it its name, or removed it, between our two calls.
+    # The other process may have renamed or removed it between the two calls.
     if not temporary.exists() or not os.path.samestat(temporary.stat(), os.fstat(descriptor)):
         raise UserError(f"another process has just written {folder}; name another place with --out")
     for left in temporary.iterdir():
@@ -105,7 +106,7 @@ def _own(descriptor: int, temporary: Path, folder: Path) -> None:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Give a finished temporary folder its name; the name stands for a whole folder, on the disk, from then on."""
+    """Give a finished temporary folder its name, after syncing it to the disk."""
     _sync(temporary)
     replaced = replaced_folder(folder)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -130,11 +131,10 @@ def _sync(folder: Path) -> None:
 def write_files(
     folder: Path, files: Files, backend: Backend, *, metadata: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Tensors to safetensors, with `metadata` in their headers, the rest to JSON, by the file's ending; `publish` syncs
-    them to disk. On every rank.
+    """Write tensors to safetensors with `metadata` in their headers, and other content to JSON. On every rank.
 
-    Returns their SHA-256 on the rank that writes, nothing on the others. An OSError there comes after every tensor has
-    been streamed, so that no other rank is left waiting.
+    Returns the SHA-256 of the files on the writing rank, nothing on the others. `publish` syncs them. An OSError is
+    raised after every tensor was streamed, so that no other rank is left waiting.
     """
     sums: dict[str, str] = {}
     failed: OSError | None = None

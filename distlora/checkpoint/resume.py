@@ -1,4 +1,4 @@
-"""Which checkpoint a start goes on from: found, checked and tidied up by one rank, the same on all."""
+"""Choose the checkpoint that a start resumes from, and record the environment that its bits depend on."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _NONE, _NONE_WHOLE = -1, -2
 
 
 def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, or None where nothing was saved; and on rank 0 a line for each newer one, which is
-    set aside.
+    """Return the newest whole checkpoint (None if nothing was saved), and on rank 0 one line per newer, damaged one.
 
-    Rank 0 alone reads them, every byte, and the others wait for its choice: a run of 64 ranks would otherwise read
-    hundreds of GB 64 times. It also removes what a killed writer left. Every rank must call it alike.
+    Rank 0 alone reads the checkpoints, every byte, and broadcasts its choice; 64 ranks would otherwise read hundreds of
+    GB each. It sets damaged newer checkpoints aside and removes what a killed writer left. Every rank must call it
+    alike.
 
-    Raises UserError, on every rank, where there are checkpoints and none is whole: a folder that cannot be read now may
-    be readable tomorrow, and a run that began anew would remove it.
+    Raises UserError on every rank if there are checkpoints and none is whole: the folder may be readable again later,
+    and a run that began anew would remove it.
     """
     step = _NONE
     damaged: list[str] = []
@@ -51,17 +51,19 @@ def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
             step = _NONE_WHOLE
     step = from_rank_0(step, ranks)
     if step == _NONE_WHOLE:
-        named = "; ".join(damaged) or "rank 0 names what is wrong with each"
+        named = "; ".join(damaged) or "rank 0 reports the damage of each"
         raise UserError(
-            f"no checkpoint in {checkpoints} is whole: {named}. Make that folder readable or put whole copies back; to "
-            "begin anew, move it out of the run folder"
+            f"no checkpoint in {checkpoints} is whole: {named}. Make that folder readable or restore whole copies; "
+            "to start over, move it out of the run folder"
         )
     return (None if step == _NONE else step_folder(checkpoints, step)), damaged
 
 
 def environment(world: int, device: torch.device, *, compiles: bool = False) -> dict[str, Any]:
-    """Plain values; a resume where they are equal continues bit for bit. `compiles`: train.compile, whose bits are
-    those of a compiler that knows the processor."""
+    """Return the versions and hardware that the bits of a step depend on, beside the data and the settings.
+
+    A resume with equal values continues bit for bit. `compiles`: train.compile, whose bits depend on compiler and CPU.
+    """
     is_cuda = device.type == "cuda"
     return {
         "ranks": world,
@@ -76,7 +78,7 @@ def environment(world: int, device: torch.device, *, compiles: bool = False) -> 
 
 
 def _processor() -> str | None:
-    """Its model, as Linux names it."""
+    """Return the CPU's model name."""
     known = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", known.read_text(), re.MULTILINE) if known.is_file() else None
     return platform.machine() if found is None else found[1]

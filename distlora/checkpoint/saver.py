@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints off the training thread, one at a time, and outlives a disk that does not take them."""
+"""Save a run's checkpoints in a background thread, one at a time, and tolerate disks that refuse a write."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from distlora.run_folder.checkpoints import (
 )
 
 WORTH_SAYING = 1.0
-"""Seconds of waiting for a save that a run mentions; once it has, twice as many as the time before."""
+"""Seconds of waiting for a save that are reported; doubled after each report."""
 LONGEST_LEAVING = 30.0
-"""Seconds that a run which fails waits for the save under way; what is not whole then is no checkpoint."""
+"""Seconds that a failing run waits for the save in progress."""
 
 _REMEDIES = {
     errno.ENOSPC: "free space there",
@@ -44,18 +44,18 @@ _REMEDIES = {
     errno.EPERM: "make it writable",
     errno.ENOENT: "put the folder back",
     errno.ENOTDIR: "put the folder back",
-    errno.EIO: "look after that disk",
+    errno.EIO: "check that disk",
 }
 
 
 class SaveError(OSError):
-    """The state of a run could not be saved. The older checkpoints are as they were."""
+    """A save failed. Older checkpoints are unchanged."""
 
 
 class Saver:
     """The checkpoints of one run. Every rank makes one and calls it alike; rank 0 writes.
 
-    A context manager: leaving it waits for the save under way, without a word to other ranks.
+    As a context manager it waits on exit for the save in progress, without communication.
     """
 
     def __init__(
@@ -71,12 +71,14 @@ class Saver:
         metadata: Mapping[str, str] | None = None,
         saved_step: int | None = None,
     ) -> None:
-        """`collect` gives the files of a checkpoint, but for state.json, with the tensors as they are in training, and
-        `state_of` what goes into that; `metadata` goes into the headers of their files. `saved_step` is that of the
-        checkpoint that the run goes on from. `say` may be called from another thread.
+        """Prepare to save.
+
+        `collect` returns the files of a checkpoint without state.json, with the tensors as they are in training;
+        `state_of` returns the content of state.json. `metadata` goes into the safetensors headers. `saved_step` is the
+        step of the checkpoint that the run resumes from. `say` may be called from another thread.
         """
         self.saved_step = saved_step
-        """The newest step that is known to be saved; the same on every rank after `wait` or `save_last`."""
+        """Newest step known to be saved; the same on every rank after `wait` or `save_last`."""
         self._checkpoints, self._collect, self._backend = checkpoints, collect, backend
         self._state_of, self._metadata = state_of, metadata
         self._in_background, self._say = in_background, say
@@ -85,14 +87,14 @@ class Saver:
         self._worth_saying = WORTH_SAYING
         self._thread: threading.Thread | None = None
         self._saving: int | None = None
-        """The step of the last save that was begun."""
+        """Step of the last save that began."""
         self._failed: BaseException | None = None
-        """What ended that save, on the rank that writes."""
+        """Error of that save, on the writing rank."""
 
     def save(self, progress: Progress) -> None:
-        """Save the state as it is now. Returns when it is copied; it is written while training goes on.
+        """Copy the present state and return; it is written while training continues.
 
-        A disk that does not take it is no reason to stop: that is said, and the next save tries again.
+        If the disk refuses it, the error is reported and the next save tries again.
         """
         watch.at(progress.step, "saving", long=True)
         self._begin(progress, last=False)
@@ -100,15 +102,15 @@ class Saver:
     def _begin(self, progress: Progress, *, last: bool) -> None:
         self._finish()
         self._saving, self._failed = progress.step, None
-        state = copy.deepcopy(self._state_of(progress))  # Training changes its progress meanwhile.
+        state = copy.deepcopy(self._state_of(progress))  # Training changes it meanwhile.
         files = self._collect()
         cut = is_cut(files)
         in_background = self._in_background
         if in_background and cut and not self._snapshot.has_room(files):
             in_background = self._in_background = False
             self._say(
-                "WARNING: host memory is too short for a copy of what is saved, so training waits for every save, as "
-                "train.save_in_background=false says without this line"
+                "WARNING: not enough host memory for a copy of the saved state, so training waits for every save; set "
+                "train.save_in_background=false to silence this"
             )
         if not in_background:
             self._write(files, state, last)
@@ -119,7 +121,7 @@ class Saver:
             self._thread.start()
 
     def wait(self) -> None:
-        """End the save under way, on every rank alike. Raises SaveError, on every rank, where the last one failed."""
+        """Finish the save in progress, on every rank alike. Raises SaveError on every rank if the last save failed."""
         self._finish()
         device = self._backend.ranks.device
         known = -1 if self.saved_step is None else self.saved_step
@@ -136,12 +138,12 @@ class Saver:
             )
 
     def save_last(self, progress: Progress) -> None:
-        """Save the state that a run ends or stops with, unless it is saved already, and wait until it is on the disk.
+        """Save the final state unless it is saved already, and wait until it is on the disk.
 
-        Raises SaveError, on every rank, where it cannot be saved.
+        Raises SaveError on every rank if it cannot be saved.
         """
         watch.at(progress.step, "saving", long=True)
-        with contextlib.suppress(SaveError):  # It was said when it happened, and is tried again here.
+        with contextlib.suppress(SaveError):  # It was reported then, and is tried again here.
             self.wait()
         if self.saved_step != progress.step:
             self._begin(progress, last=True)
@@ -157,7 +159,7 @@ class Saver:
             self._thread.join(None if error is None else LONGEST_LEAVING)
 
     def _finish(self) -> None:
-        """Wait for the save under way. Raises here what is no fault of the disk."""
+        """Wait for the save in progress. Raises errors that are not the disk's."""
         if self._thread is not None:
             began = time.monotonic()
             self._thread.join()
@@ -166,26 +168,27 @@ class Saver:
             if waited >= self._worth_saying:
                 self._worth_saying = 2 * waited
                 self._say(
-                    f"waited {waited:.1f} s for the save after step {self._saving} to end: it takes longer than the "
-                    "steps between two saves (a larger train.save_every)"
+                    f"waited {waited:.1f} s for the save after step {self._saving}: it takes longer than the steps "
+                    "between two saves; increase train.save_every"
                 )
         if self._failed is not None and not isinstance(self._failed, OSError):
             raise self._failed
 
     def _write(self, files: Files, state: TrainState, last: bool) -> None:
-        """Write a checkpoint and remove old ones. Where the disk fails, say it and keep the error; anything else is
-        kept for the thread that trains."""
+        """Write a checkpoint and remove old ones. Report and keep an OSError; keep any other error for the training
+        thread.
+        """
         try:
             if (device := self._backend.ranks.device).type == "cuda":
-                # A thread begins on the first GPU, where every rank's would take half a GB for a context.
+                # A thread starts on the first GPU, where each rank's context would take 0.5 GB.
                 torch.cuda.set_device(device)
             self._snapshot.wait()
             self._write_folder(files, state)
         except OSError as error:
             self._failed = SaveError(self._explained(error, state.progress.step))
-            # The last one too: a disk that is full takes no error file and no log either.
-            word, then = ("ERROR", "") if last else ("WARNING", ". Training goes on, and the next save tries again")
-            self._say(f"{word}: {self._failed}{then}")
+            # Even for the last save: a full disk takes no error file and no log.
+            level, outcome = ("ERROR", "") if last else ("WARNING", ". Training continues; the next save tries again")
+            self._say(f"{level}: {self._failed}{outcome}")
         except BaseException as error:
             self._failed = error
             if threading.current_thread() is threading.main_thread():
@@ -207,15 +210,15 @@ class Saver:
             for line in self._keeper.prune(progress.step, progress.evaluations):
                 self._say(f"WARNING: {line}")
         except OSError as error:
-            self._say(f"WARNING: old checkpoints in {self._checkpoints} could not be removed ({error}); look after it")
+            self._say(f"WARNING: old checkpoints in {self._checkpoints} could not be removed ({error}); check the disk")
 
     def _explained(self, error: OSError, step: int) -> str:
-        """What, where, why, and what to do."""
-        remedy = _REMEDIES.get(error.errno or 0, "look after it")
-        newest = "no older checkpoint" if self.saved_step is None else f"the newest is that of step {self.saved_step}"
+        """Return the message of a failed save: what, where, why, and the cure."""
+        remedy = _REMEDIES.get(error.errno or 0, "check the disk")
+        newest = "no checkpoint" if self.saved_step is None else f"the newest is of step {self.saved_step}"
         return (
             f"the state after step {step} could not be saved in {self._checkpoints} ({error.strerror or error}); "
-            f"{remedy}. The checkpoints there are as they were: {newest}"
+            f"{remedy}. The older checkpoints are unchanged: {newest}"
         )
 
 
@@ -225,21 +228,20 @@ State = tuple[tuple[str, int, int, int], ...]
 class Keeper:
     """Removes old checkpoints once enough newer ones are known to be whole.
 
-    A checkpoint's bytes are read once, and again only where a file has another size, inode or time of change: so a save
-    costs one reading of what it wrote, wherever it runs.
+    A checkpoint's bytes are read once, and again only if a file's size, inode or time of change differs.
     """
 
     def __init__(self, checkpoints: Path, keep: int) -> None:
         self._checkpoints, self._keep = checkpoints, keep
         self._whole: dict[Path, State] = {}
-        """The state of the files of each checkpoint when it was found whole."""
+        """State of the files of each checkpoint when it was found whole."""
 
     def prune(self, step: int, evaluations: Mapping[int, float]) -> list[str]:
-        """Remove all but the newest `keep` whole ones and the whole one of the lowest held-out loss; damaged ones stay
-        while they are newer than the oldest of those. Returns a line for each damaged one that was found.
+        """Remove all checkpoints but the newest `keep` whole ones and the whole one with the lowest held-out loss.
 
-        `step`: of the one that was just written; a later one is not this start's, counts for nothing and stays.
-        `evaluations`: held-out loss by step. Nothing is removed before a newer one was read and found whole.
+        Returns a line for each damaged checkpoint; those newer than the oldest kept one stay. `step`: of the checkpoint
+        just written; later ones are ignored and stay. `evaluations`: held-out loss by step. Nothing is removed before a
+        newer checkpoint was read and found whole.
         """
         folders = [folder for folder in steps(self._checkpoints) if step_of(folder) <= step]
         losses = {folder: evaluations.get(step_of(folder), math.nan) for folder in folders}
@@ -252,10 +254,10 @@ class Keeper:
         for folder in reversed(folders):
             if len(kept) == self._keep:
                 surplus.append(folder)
-            elif (found := self._fault(folder)) is None:
+            elif (reason := self._fault(folder)) is None:
                 kept.add(folder)
             else:
-                damaged.append(f"checkpoint {folder.name} is damaged ({found}); older ones are kept in its place")
+                damaged.append(f"checkpoint {folder.name} is damaged ({reason}); older ones are kept instead")
         # Of equal losses the earliest is the best, as in Progress.best_step.
         for best in sorted(losses, key=lambda folder: (losses[folder], step_of(folder))):
             if best in kept:
@@ -265,7 +267,7 @@ class Keeper:
                 break
         for folder in surplus:
             self._whole.pop(folder, None)
-            # Under another name first: a name `step_*` stands for a whole checkpoint, also if this dies half-way.
+            # Renamed first, so that `step_*` never names half a checkpoint if this is killed.
             shutil.rmtree(folder.rename(temporary_folder(folder)))
         return damaged
 
@@ -280,7 +282,7 @@ class Keeper:
 
 
 def _state(folder: Path) -> State:
-    """Of every file in a folder: name, size, inode, time of the last change in ns."""
+    """Return name, size, inode and time of change (ns) of every file in a folder."""
     found = []
     for path in sorted(folder.iterdir()):
         status = path.stat()

@@ -1,4 +1,4 @@
-"""Copies of a run's state in host memory, which stay as they are while training goes on."""
+"""Copies of a run's state in host memory, which do not change while training continues."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from distlora.system import host_memory
 
 
 class Snapshot:
-    """Memory for one copy of what this rank has to save, taken at the first save and used again by every later one:
-    fresh pages cost five times what copying into old ones does, and pinned memory far more to get.
+    """Host memory for one copy of this rank's state, allocated at the first save and reused by later ones.
+
+    Fresh pages cost five times as much as copying into old ones, and pinned memory far more.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -26,35 +27,35 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """Of host memory that is held."""
+        """Bytes of host memory held."""
         return sum(tensor.nbytes for tensor in self._memory.values())
 
     def has_room(self, files: Files) -> bool:
-        """Whether the machine has memory for the copies of its ranks, as far as it can be told; the same on every rank,
-        and every rank must ask."""
+        """Return whether the node has memory for the copies of its ranks; the same on every rank. Every rank must call
+        it.
+        """
         needed = 0
         if not self._memory:
-            own = [self._own(tensor)[0] for _, tensor in tensors_of(files) if self._is_copied(tensor)]
-            needed = host_memory.bytes_like(own)
+            mine = [self._local(tensor)[0] for _, tensor in tensors_of(files) if self._is_copied(tensor)]
+            needed = host_memory.bytes_like(mine)
         return not self._backend.lacks_host_memory(needed)
 
     def take(self, files: Files) -> Files:
-        """`files` with copies in the tensors' place: whole on the rank that writes, and where this rank's rows of what
-        was cut are saved those. All other tensors stay as they are, since nothing is read of them.
+        """Return `files` with copies of the tensors that this rank saves: whole ones, or its rows of sharded ones.
 
-        From a GPU they are only queued behind its work so far, and before what comes after: the caller may go on at
-        once, and a reader calls `wait` first. The copies of the call before are overwritten.
+        Other tensors stay as they are. From a GPU the copies are queued behind its work so far: the caller may continue
+        at once, and a reader calls `wait` first. The previous call's copies are overwritten.
         """
-        found = {key: self._own(tensor) for key, tensor in tensors_of(files) if self._is_copied(tensor)}
-        rows = {key: own for key, (own, _) in found.items()}
+        parts = {key: self._local(tensor) for key, tensor in tensors_of(files) if self._is_copied(tensor)}
+        rows = {key: part for key, (part, _) in parts.items()}
         self._take_memory(rows)
         copies: dict[str, dict[str, Tensor | HostRows]] = {}
         for (name, key), tensor in tensors_of(files):
             held: Tensor | HostRows = tensor
-            if (name, key) in found:
+            if (name, key) in parts:
                 held = self._memory[name, key]
                 if isinstance(tensor.data, DTensor):
-                    held = HostRows(local=held, first_row=found[name, key][1], shape=tensor.shape)
+                    held = HostRows(local=held, first_row=parts[name, key][1], shape=tensor.shape)
             copies.setdefault(name, {})[key] = held
         if rows:
             with torch.no_grad():
@@ -67,33 +68,33 @@ class Snapshot:
         return {**files, **copies}
 
     def wait(self) -> None:
-        """Until the copies hold what they are to hold. From any thread."""
+        """Wait until the copies are complete. From any thread."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def _is_copied(self, tensor: Tensor) -> bool:
         return self._backend.writes or (self._backend.gives_rows and isinstance(tensor.data, DTensor))
 
-    def _own(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """What this rank has of a tensor, and the index of its first row."""
+    def _local(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """Return this rank's part of a tensor, and the index of its first row."""
         return self._backend.local_rows(tensor.detach())
 
     def _take_memory(self, rows: Mapping[tuple[str, str], Tensor]) -> None:
-        """Memory for what has none yet, or had another shape or type."""
+        """Allocate memory for tensors that have none yet, or had another shape or dtype."""
         kinds = {key: (held.shape, held.dtype) for key, held in self._memory.items()}
-        missing = {key: own for key, own in rows.items() if kinds.get(key) != (own.shape, own.dtype)}
+        missing = {key: row for key, row in rows.items() if kinds.get(key) != (row.shape, row.dtype)}
         self._memory |= zip(missing, host_memory.memory_like(list(missing.values())), strict=True)
 
 
 def tensors_of(files: Files) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """((file, name), tensor) of what a checkpoint is made of, as it is in training."""
+    """Yield ((file, name), tensor) of a checkpoint's files."""
     for name, content in files.items():
         if name.endswith(".safetensors"):
             for key, tensor in content.items():
-                assert isinstance(tensor, Tensor), f"{key} in {name} is not in training"
+                assert isinstance(tensor, Tensor), f"{key} in {name} is not a tensor"
                 yield (name, key), tensor
 
 
 def is_cut(files: Files) -> bool:
-    """Whether a rank has only some rows of what is saved."""
+    """Return whether some tensors are sharded."""
     return any(isinstance(tensor.data, DTensor) for _, tensor in tensors_of(files))

@@ -1,4 +1,4 @@
-"""state.json: how far a run had come, what it belongs to, what it was made on. Imports no torch."""
+"""state.json: the progress of a run, what its checkpoint belongs to, and the environment. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,40 +20,39 @@ OR_WHAT_PISSA_TOOK = (
     ", or what PiSSA took out of them (its start, scaled by adapter.lora_alpha, use_rslora, alpha_pattern and "
     "rank_pattern in config.yaml),"
 )
-"""What else than its weights makes a base another one, for a message."""
+"""Part of a message: what besides its weights makes a base another one."""
 
 _FREE = ("adapter.lora_dropout", "adapter.init_from", "adapter.init_from_loftq")
-"""Settings of the adapter with which another run can go on from a checkpoint: they change no tensor's shape or meaning.
-What is at init_from counts by its digest."""
+"""Adapter settings that may change on resume: they affect no tensor's shape or meaning.
+
+The adapter at init_from is identified by its digest.
+"""
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int = 0
     """Optimizer steps done; the data position follows from it."""
     evaluations: dict[int, float] = field(default_factory=dict)
-    """Held-out loss, nats a target token, by the number of steps done."""
+    """Held-out loss in nats per target token, by step."""
     seconds: float = 0.0
-    """Wall time of the steps; without evaluation, saving, and a step whose memory was measured, which takes longer."""
+    """Wall time of the steps in seconds, without evaluation, saving and steps whose memory is measured."""
     tokens: int = 0
-    """Tokens in the rows of these steps, over all ranks; empty rows do not count."""
+    """Tokens in the sequences of these steps, over all ranks; padding sequences do not count."""
     published_step: int | None = None
-    """The step whose state RUN/best holds; None while it holds none."""
+    """Step whose state RUN/best holds; None if there is none."""
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest held-out loss of what was trained (not of the base); None before there is one.
-
-        A loss that is not finite is never the lowest.
-        """
+        """Trained step with the lowest finite held-out loss; None before there is one."""
         trained = {step: loss for step, loss in self.evaluations.items() if step > 0 and math.isfinite(loss)}
         return min(trained, key=trained.__getitem__) if trained else None
 
     def evaluations_since_best(self, threshold: float) -> int:
-        """Evaluations since one was more than `threshold` below all before it; the base's is the first."""
-        best, since = math.inf, -1  # The first is none "since".
+        """Count the evaluations since one was more than `threshold` below all before it; the base's is the first."""
+        best, since = math.inf, -1  # The first evaluation does not count.
         for _, loss in sorted(self.evaluations.items()):
             since = 0 if loss < best - threshold else since + 1
             best = min(best, loss) if math.isfinite(loss) else best
@@ -62,26 +61,26 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What a checkpoint belongs to: resuming on anything else would be another run."""
+    """What a checkpoint belongs to; resuming with another identity would be another run."""
 
     base_fingerprint: str
-    """`loading.start_file.base_identity` of the run."""
+    """`weights.initial_adapter_file.base_identity` of the run."""
     data_digest: str
-    """`content` in data.json: the hash of the packed rows."""
+    """`content` in data.json: the hash of the packed sequences."""
     settings: Mapping[str, Any]
     """`fixed_settings` of the run."""
     reference_digest: str | None = None
-    """SHA-256 of the weights at adapter.init_from, where they are DPO's reference and so are read by every resume."""
+    """SHA-256 of the weights at adapter.init_from, if they are DPO's reference and every resume reads them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """state.json."""
+    """The content of state.json."""
 
     progress: Progress
     identity: Identity
     environment: dict[str, Any]
-    """`environment.environment()` of the saving run: bit-exact continuation is claimed where it is equal."""
+    """`resume.environment()` of the saving run; a resume with an equal one is bit-exact."""
 
 
 def fixed_settings(spec: ModelSpec, optim: OptimConfig, train: TrainConfig) -> dict[str, Any]:
@@ -98,17 +97,16 @@ def fixed_settings(spec: ModelSpec, optim: OptimConfig, train: TrainConfig) -> d
 
 
 def load_state(folder: Path) -> TrainState:
-    """What a checkpoint's state.json says. UserError for one that cannot be read or was written by something else."""
+    """Read a checkpoint's state.json. Raises UserError if it cannot be read or has another format."""
     path = folder / STATE_NAME
     try:
         if not path.is_file():
-            raise ValueError("it is missing, or no file")
+            raise ValueError("it is missing or not a file")
         values = json.loads(path.read_text(encoding="utf-8"))
         return _state(values)
     except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be used ({error}); move {folder} out of the run folder, then the checkpoint before it is "
-            "used"
+            f"{path} cannot be used ({error}); move {folder} out of the run folder, and the previous checkpoint is used"
         ) from error
 
 
@@ -125,7 +123,7 @@ def _state(values: Any) -> TrainState:
     return TrainState(
         progress=Progress(
             step=_count(progress, "step"),
-            evaluations={int(step): float(loss) for step, loss in evaluations.items()},  # JSON's keys are text.
+            evaluations={int(step): float(loss) for step, loss in evaluations.items()},  # JSON's keys are strings.
             seconds=float(_of(progress, "seconds", (int, float))),
             tokens=_count(progress, "tokens"),
             published_step=None if progress.get("published_step") is None else _count(progress, "published_step"),
@@ -141,7 +139,7 @@ def _state(values: Any) -> TrainState:
 
 
 def _of(values: Any, name: str, kind: type | tuple[type, ...]) -> Any:
-    """A member of a JSON object. ValueError where it is missing or of another type."""
+    """Return a member of a JSON object. Raises ValueError if it is missing or of another type."""
     if not isinstance(values, dict) or name not in values:
         raise ValueError(f"it has no {name}")
     value = values[name]
@@ -162,36 +160,35 @@ def _is_number(value: Any) -> bool:
 
 
 def check_matches(state: TrainState, folder: Path, identity: Identity, *, init_from: str | None) -> None:
-    """Raises UserError, naming what differs and both values, when the checkpoint in `folder` was made with other
-    settings of what is trained, from another base, on other data or against another reference.
+    """Raise UserError with both values if a checkpoint's settings, base, data or reference differ from the run's.
 
-    `init_from`: the run's adapter.init_from, where the reference is.
+    `init_from`: the run's adapter.init_from, the folder of the reference.
     """
-    own = state.identity
+    saved = state.identity
     check_settings(state, folder, identity.settings)
-    if own.base_fingerprint != identity.base_fingerprint:
+    if saved.base_fingerprint != identity.base_fingerprint:
         raise UserError(
-            f"{folder} belongs to another base model (fingerprint {own.base_fingerprint[:12]}, now "
+            f"{folder} belongs to another base model (fingerprint {saved.base_fingerprint[:12]}, now "
             f"{identity.base_fingerprint[:12]}): the weights at model.path{OR_WHAT_PISSA_TOOK} have changed since; "
             "restore them"
         )
-    if own.data_digest != identity.data_digest:
+    if saved.data_digest != identity.data_digest:
         raise UserError(
-            f"{folder} was trained on other data (packed rows {own.data_digest[:12]}, now "
+            f"{folder} was trained on other data (packed sequences {saved.data_digest[:12]}, now "
             f"{identity.data_digest[:12]}): the files at data.path have changed since; restore them"
         )
-    if own.reference_digest != identity.reference_digest:
+    if saved.reference_digest != identity.reference_digest:
         raise UserError(
-            f"{folder} was trained against another reference (SHA-256 {_short(own.reference_digest)}, now "
+            f"{folder} was trained against another reference (SHA-256 {_short(saved.reference_digest)}, now "
             f"{_short(identity.reference_digest)}): the adapter at adapter.init_from={init_from} has changed since; "
             "restore it"
         )
 
 
 def check_settings(state: TrainState, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError when a run's `fixed_settings` are not those that the checkpoint in `folder` was made with.
+    """Raise UserError if a run's `fixed_settings` differ from those of the checkpoint in `folder`.
 
-    One that was not there when the checkpoint was made could not be set, and counts for nothing.
+    Settings that did not exist when the checkpoint was made are ignored.
     """
     then = state.identity.settings
     differing = list(_differences(then, {name: value for name, value in settings.items() if name in then}))
@@ -204,8 +201,9 @@ def check_settings(state: TrainState, folder: Path, settings: Mapping[str, Any])
 
 
 def check_newest_settings(checkpoints: Path, settings: Mapping[str, Any]) -> None:
-    """`check_settings` of the newest checkpoint that can be read, without a look at its tensors: for the launcher,
-    which refuses before it starts a worker. Nothing where there is none; the workers find out which one is whole.
+    """Apply `check_settings` to the newest readable checkpoint, without reading its tensors.
+
+    The launcher calls it to refuse before a worker starts. Without checkpoints it does nothing.
     """
     for folder in reversed(steps(checkpoints)):
         try:
@@ -217,16 +215,17 @@ def check_newest_settings(checkpoints: Path, settings: Mapping[str, Any]) -> Non
 
 
 def environment_line(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What a resume says of a checkpoint that was made on another machine, number of ranks or version, or with other
-    settings of how a step is computed; None where all is the same. A setting that was not there then counts for
-    nothing."""
+    """Describe how the environment of a checkpoint differs from the present one; None if it does not.
+
+    Settings that did not exist then are ignored.
+    """
     now = {name: value for name, value in now.items() if name in then or "." not in name}
     differing = [f"{name} {before} (now {after})" for name, before, after in _differences(then, now)]
     if not differing:
         return None
     return (
-        f"the checkpoint was made with {', '.join(differing)}: the order of the rows is the same, but the bits that "
-        "follow are not claimed to be those of a run without a stop"
+        f"the checkpoint was made with {', '.join(differing)}: the order of the data is the same, but the "
+        "results may differ in the last bits from an uninterrupted run"
     )
 
 

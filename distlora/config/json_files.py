@@ -1,4 +1,4 @@
-"""JSON files that may be damaged: read as the object that they should hold, or refused by name. Imports no torch."""
+"""Read JSON files that may be damaged as the object that they should hold. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 from distlora.config.errors import UserError, short
 
 Shape = Any
-"""What a value must be: a type (`float`: any finite number), a list of one shape, a dict of shapes by key, or a tuple
-of what it may be. A key that ends in "?" may be absent, "*" means every other key, which is else not looked at."""
+"""Shape of a JSON value.
+
+It is a type (`float`: any finite number), a list of one shape, a dict of shapes by key, or a tuple of alternatives. A
+key that ends in "?" may be absent. "*" matches every other key; without it other keys are ignored.
+"""
 
 _LARGEST = sys.float_info.max
 _WORDS = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
-    str: "a text",
+    str: "a string",
     bool: "true or false",
     dict: "an object",
     list: "a list",
@@ -26,14 +29,14 @@ _WORDS = {
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError, which says `remedy`, for a file that holds none."""
+    """Return the JSON object in a file. Raises UserError, ending with `remedy`, if it holds none."""
     if not path.is_file():  # Reading a pipe would wait for a writer.
-        raise UserError(f"{path} is no file; {remedy}")
+        raise UserError(f"{path} is missing or not a file; {remedy}")
     return parse_object(path.read_bytes(), path, remedy)
 
 
 def object_or_empty(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, for who can do without; empty where there is none, or none that can be read."""
+    """Return the JSON object in a file; empty if there is none or it cannot be read."""
     try:
         return read_object(path, "")
     except (UserError, OSError):
@@ -41,11 +44,11 @@ def object_or_empty(path: Path) -> dict[str, Any]:
 
 
 def parse_object(content: bytes, place: Path | str, remedy: str) -> dict[str, Any]:
-    """The JSON object that the bytes are, read at `place`. Raises UserError where they are none."""
+    """Return the JSON object in bytes read at `place`. Raises UserError if they hold none."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        # No JSON, no UTF-8, an integer of thousands of digits; brackets nested without end.
+        # Invalid JSON or UTF-8, an integer with thousands of digits, or endlessly nested brackets.
         raise UserError(f"{place} is damaged: it is not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{place} is damaged: it is not a JSON object; {remedy}")
@@ -53,7 +56,7 @@ def parse_object(content: bytes, place: Path | str, remedy: str) -> dict[str, An
 
 
 def check_shape(value: Any, shape: Shape, place: Path | str, remedy: str, *, name: str = "") -> None:
-    """Raises UserError where a value read at `place`, or one inside of it, is not what `shape` says."""
+    """Raise UserError if a value read at `place` does not have the shape."""
     options = shape if isinstance(shape, tuple) else (shape,)
     if any(isinstance(option, type) and _is_of(value, option) for option in options):
         return
@@ -80,7 +83,7 @@ def _check_keys(value: dict[str, Any], shape: dict[str, Shape], place: Path | st
 
 
 def _is_of(value: Any, kind: type) -> bool:
-    """Whether a value is of a type: whole numbers are numbers, true and false are none, and NaN and Inf neither."""
+    """Return whether a value is of a type: integers are numbers; true, false, NaN and Inf are not."""
     if kind is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return is_number and -_LARGEST <= value <= _LARGEST

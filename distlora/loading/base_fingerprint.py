@@ -1,5 +1,8 @@
-"""The content of a checkpoint's files, which the ranks find out together: those that see the same files hash a share
-each. Where each machine has a copy, every copy is hashed, by its own machine's ranks, and all have to be alike."""
+"""Fingerprint the base's files for the quantized-weights cache, with the work divided over the ranks.
+
+Ranks that see the same files hash a part each. If each node has a copy, its ranks hash it, and all copies must be
+equal.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +23,26 @@ from distlora.weights.quantized_cache_folder import SOURCES
 _WORDS = 4
 """int64 words of a SHA-256."""
 PARTS_AT_ONCE = 4
-"""Parts that a rank hashes between two boundaries: a second or less, where the disk gives 256 MiB in it."""
+"""Parts that a rank hashes between two boundaries: about a second at 256 MiB/s."""
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
+    """Fingerprints of the base's files."""
+
     digests: Mapping[Path, str]
-    """Of each file, the same on every rank."""
+    """Fingerprint of each file, the same on every rank."""
     bytes_read: int
-    """By this rank, to find that out."""
+    """Bytes that this rank read to compute them."""
 
 
 def content_of(
     files: Sequence[Path], folder: Path, backend: Backend, say: Callable[[str], None], boundary: watch.Marker
 ) -> Content | None:
-    """The digests of `files`, which the cache in `folder` then knows. Every rank must call it alike.
+    """Return the fingerprints of `files` and record them in the cache at `folder`. Every rank must call it alike.
 
-    None where ranks see files of other sizes or bytes, or names by the hub: each machine has a copy, and they differ.
-    Raises OSError for a file that cannot be read.
+    Returns None if the ranks see files of different sizes or bytes: each node has a copy, and they differ. Raises
+    OSError for a file that cannot be read.
     """
     states = {file: file_fingerprints.state_of(file) for file in files}
     if not alike(json.dumps([states[file].size for file in files]), backend):
@@ -53,13 +58,13 @@ def content_of(
         if backend.writes:
             total = sum(states[file].size for file in unknown)
             say(
-                f"hashing {total / 1e9:.2f} GB of the base, by which its quantized shards are known again; with "
-                "quant.cache=false nothing is kept and it is read once"
+                f"fingerprinting {total / 1e9:.2f} GB of the base for the quantized-weights cache (disable: "
+                "quant.cache=false)"
             )
         began = time.time()
         hashed, bytes_read = _hash(unknown, states, backend, boundary)
         known |= hashed
-        with contextlib.suppress(OSError):  # A cache that cannot be written: hashed again next time.
+        with contextlib.suppress(OSError):  # If the cache cannot be written, the next start hashes again.
             for file, digest in hashed.items() if backend.ranks.leads_machine else ():
                 file_fingerprints.remember(folder / SOURCES, file, states[file], digest, began=began)
     digests = {file: digest for file, digest in known.items() if digest is not None}
@@ -71,52 +76,54 @@ def content_of(
 def _hash(
     files: Sequence[Path], states: Mapping[Path, file_fingerprints.State], backend: Backend, boundary: watch.Marker
 ) -> tuple[dict[Path, str], int]:
-    """(digests of the files that this rank sees, bytes that it read for it): of the ranks that see the same files each
-    takes each n-th part, and all exchange."""
+    """Return (fingerprints of the files that this rank sees, bytes that it read).
+
+    The n ranks that see the same files hash every n-th part each, and all exchange the results.
+    """
     by_file = {file: file_fingerprints.parts_of(file, states[file].size) for file in files}
     parts = [part for file in files for part in by_file[file]]
     groups = _who_sees_the_same([states[file] for file in files], backend)
     rank = backend.ranks.rank
     number, group = next((number, group) for number, group in enumerate(groups) if rank in group)
     first, step = group.index(rank), len(group)
-    own = parts[first::step]
+    mine = parts[first::step]
     rounds = -(-len(parts) // (min(map(len, groups)) * PARTS_AT_ONCE))
-    found: list[bytes] = []
-    for index in range(rounds):  # As many on every rank: at a boundary all ranks agree on whether to go on.
-        boundary(None, "hashing the base", index + 1, long=True)
-        found += file_fingerprints.hash_parts(own[index * PARTS_AT_ONCE : (index + 1) * PARTS_AT_ONCE])
+    hashes: list[bytes] = []
+    for index in range(rounds):  # The same number on every rank: at a boundary all ranks agree whether to go on.
+        boundary(None, "fingerprinting the base", index + 1, long=True)
+        hashes += file_fingerprints.hash_parts(mine[index * PARTS_AT_ONCE : (index + 1) * PARTS_AT_ONCE])
     words = torch.zeros(len(groups), len(parts), _WORDS, dtype=torch.int64)
-    if own:
-        words[number, first::step] = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.int64).view(-1, _WORDS)
-    # All but one rank's are zeros, so the sum is what that one found.
+    if mine:
+        words[number, first::step] = torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.int64).view(-1, _WORDS)
+    # Each word is zero on all ranks but one.
     words_of_all = backend.sum_over_ranks(words.to(backend.ranks.device))[number].cpu().numpy()
     digests, at = {}, 0
     for file in files:
         count = len(by_file[file])
-        of_parts = [words_of_all[index].tobytes() for index in range(at, at + count)]
-        digests[file] = file_fingerprints.digest_of(of_parts, states[file].size)
+        part_digests = [words_of_all[index].tobytes() for index in range(at, at + count)]
+        digests[file] = file_fingerprints.digest_of(part_digests, states[file].size)
         at += count
-    return digests, sum(part.stop - part.start for part in own)
+    return digests, sum(part.stop - part.start for part in mine)
 
 
 def _who_sees_the_same(states: Sequence[file_fingerprints.State], backend: Backend) -> list[list[int]]:
-    """The ranks, put together by the states in which they see the files; the same on every rank."""
-    told = torch.zeros(backend.ranks.world, dtype=torch.int64, device=backend.ranks.device)
-    told[backend.ranks.rank] = number_of(json.dumps(states))
+    """Return groups of ranks that see the files in the same state; the same on every rank."""
+    states_by_rank = torch.zeros(backend.ranks.world, dtype=torch.int64, device=backend.ranks.device)
+    states_by_rank[backend.ranks.rank] = number_of(json.dumps(states))
     groups: dict[int, list[int]] = {}
-    for rank, number in enumerate(backend.sum_over_ranks(told).tolist()):
+    for rank, number in enumerate(backend.sum_over_ranks(states_by_rank).tolist()):
         groups.setdefault(number, []).append(rank)
     return list(groups.values())
 
 
-def alike(told: str, backend: Backend) -> bool:
-    """Whether every rank says the same."""
-    number = number_of(told)
+def alike(text: str, backend: Backend) -> bool:
+    """Return whether every rank passes the same text."""
+    number = number_of(text)
     both = torch.tensor([number, -number], dtype=torch.int64, device=backend.ranks.device)
     highest, lowest = backend.max_over_ranks(both).tolist()
     return bool(highest == -lowest)
 
 
-def number_of(told: str) -> int:
-    """56 bits that are another number where other words are told."""
-    return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")
+def number_of(text: str) -> int:
+    """Return 56 bits of a text's SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

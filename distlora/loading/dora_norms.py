@@ -1,10 +1,10 @@
-"""||W_o||^2 of every row of a frozen weight that is in memory already, over all ranks: what DoRA's norms start from.
+"""Squared row norms of a frozen weight over all ranks, which DoRA's norms start from.
 
-A weight lies on the ranks in groups of 16,384 weights (dense ones in rows), and a row may lie on two of them. So that
-no bit depends on their number, each sum has one order: b = gcd(in_features, 16384) consecutive weights never cross a
-border of a row or of a group; their squares are added in halves (the first half to the second, down to one), the sums
-of all ranks are put side by side, and those of a row are added in halves again. All in fp64, one addition after the
-other, so it depends on no library's way to sum either; rounded to fp32 once.
+A weight is sharded in groups of 16,384 weights (dense ones in rows), and a row may lie on two ranks. To make every bit
+independent of the number of ranks, each sum has one order. b = gcd(in_features, 16384) consecutive weights never cross
+a border of a row or a group. Their squares are added in halves (the first half to the second, down to one); the sums of
+all ranks are concatenated, and those of a row are added in halves again. All sums are fp64, one addition after another,
+and are rounded to fp32 once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ CHUNK_GROUPS = 16
 
 @torch.no_grad()
 def fill_row_norms(linear: AdaptedLinear, backend: Backend) -> None:
-    """Fill `row_norms_squared` from the weight as the GEMMs see it: dequantized, rounded to the run's dtype.
+    """Fill `row_norms_squared` from the weight as the GEMMs see it: dequantized and rounded to the run's dtype.
 
-    Every rank must call it for every such linear, in the same order, after the weight is complete.
+    Every rank must call it for every such linear in the same order, after the weight is complete.
     """
     assert linear.row_norms_squared is not None
     rows, columns = linear.out_features, linear.in_features
@@ -45,7 +45,7 @@ def fill_row_norms(linear: AdaptedLinear, backend: Backend) -> None:
 
 
 def halved(values: Tensor) -> Tensor:
-    """(n, m) -> (n,): the sum over m, always of the first half and the second (zeros fill m up to a power of 2)."""
+    """Return the sum over m of (n, m), adding the first half to the second; zeros pad m to a power of 2."""
     length = values.shape[1]
     missing = (1 << (length - 1).bit_length()) - length
     if missing:
@@ -57,7 +57,7 @@ def halved(values: Tensor) -> Tensor:
 
 
 def _own_parts(linear: AdaptedLinear, backend: Backend) -> Iterator[Tensor]:
-    """The rank's own weights as flat tensors in the dtype of the GEMMs, without the padding of the last group."""
+    """Yield the rank's weights as flat tensors in the dtype of the GEMMs, without the padding of the last group."""
     chunk, device = CHUNK_GROUPS * nf4.GROUP, backend.ranks.device  # Rows may lie in host memory.
     if not linear.quantized:
         yield from (part.to(device) for part in backend.local_rows(linear.weight)[0].flatten().split(chunk))

@@ -1,6 +1,4 @@
-"""The base's weights from a checkpoint folder into the shards of a parallelized model: each rank reads its own bytes
-alone.
-"""
+"""Load the base's weights from a checkpoint into the shards of a parallelized model; each rank reads only its bytes."""
 
 from __future__ import annotations
 
@@ -32,41 +30,41 @@ from distlora.weights.prequantized import (
 from distlora.weights.reader import Reader
 
 _TOKEN_MATRICES = {f"decoder.{EMBEDDING}.weight": EMBEDDING, "head.weight": HEAD}
-"""Parameters with a row for each token."""
+"""Parameters with one row per token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What loading did on this rank."""
+    """Results of loading on this rank."""
 
     seconds: float
     bytes_read: int
     quantized_weights: int
     """Weights of the whole model that are kept in NF4."""
     quantized_bytes: int
-    """Bytes that they take, over all ranks, without FSDP2's padding."""
+    """Their bytes over all ranks, without FSDP2's padding."""
     prequantized: bool
-    """Whether they were in NF4 on disk, and nothing was quantized."""
+    """True if they were in NF4 on disk, so that nothing was quantized."""
     cached_weights: int = 0
-    """Of them, those that came from the cache of quantized shards."""
+    """Weights among them that came from the quantized-weights cache."""
     kept_bytes: int = 0
-    """Bytes that this rank wrote into it."""
+    """Bytes that this rank wrote into the cache."""
 
     @property
     def how(self) -> str:
-        """How the quantized weights came to be, in words."""
+        """Where the quantized weights came from, for a log line."""
         if self.prequantized:
             return "as stored"
         if self.cached_weights == self.quantized_weights:
-            return "of quantized shards from the cache"
+            return "from the quantized-weights cache"
         how = "and quantized"
         if self.cached_weights:
-            how += f" what the cache has not ({self.cached_weights / self.quantized_weights:.0%} was there)"
-        return f"{how} and kept" if self.kept_bytes else how
+            how += f" in part ({self.cached_weights / self.quantized_weights:.0%} from the quantized-weights cache)"
+        return f"{how} and cached" if self.kept_bytes else how
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Of the quantized weights; None where there are none."""
+        """Bits per quantized weight; None if there are none."""
         return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
 
 
@@ -79,10 +77,11 @@ def load_base(
     cache: QuantizedCacheSettings | None = None,
     boundary: watch.Marker = watch.at,
 ) -> Loaded:
-    """Fill every parameter of the base from its checkpoint. UserError for a missing, misshapen or non-finite tensor.
+    """Fill every parameter of the base from its checkpoint.
 
-    `subtract_initial_adapter`: adapted weights without what their adapter computes now (PiSSA). `cache`: where
-    quantized shards are kept; None: nowhere. `boundary` marks each weight, on every rank alike.
+    `subtract_initial_adapter`: load adapted weights minus what their adapter computes now (PiSSA). `cache`: the
+    quantized-weights cache; None disables it. `boundary` marks each weight, on every rank alike. Raises UserError for a
+    missing, misshapen or non-finite tensor.
     """
     began = time.monotonic()
     sources = find_base(model, base.headers)
@@ -128,7 +127,7 @@ def load_base(
             if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:
                 fill_row_norms(module, backend)
         bytes_read = reader.bytes_read + shards.bytes_read
-        boundary(None, "keeping quantized shards", long=True)
+        boundary(None, "writing the quantized-weights cache", long=True)
     if quantized_weights:
         _check_packed(model, packed)
     return Loaded(
@@ -148,17 +147,17 @@ def _residual_of(linear: AdaptedLinear) -> Residual:
 
 
 def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Source]:
-    """Where each parameter of the base lies on disk, by its Hugging Face name.
+    """Return the tensors on disk of each parameter of the base, by its Hugging Face name.
 
-    Raises UserError when the checkpoint and config.json describe different models: weights without a place, or a head
-    beside an embedding that it is tied to and differs from.
+    Raises UserError if the checkpoint and config.json describe different models: weights without a place, or an LM head
+    that differs from the embedding it is tied to.
     """
     layout, scope = model.layout, model.family.decoder
     strays = names_without_a_place(layout, headers, scope)
     if strays:
         raise UserError(
-            f"the checkpoint holds {strays[0]} ({len(strays)} such tensors), for which config.json has no place, so "
-            "the model would run without it; is config.json another model's? Download the folder again"
+            f"the checkpoint holds {strays[0]} ({len(strays)} such tensors), which config.json does not "
+            "describe, so the model would run without it; download the folder again"
         )
     head, embedding = "lm_head.weight", f"{scope}.embed_tokens.weight"
     wanted = {name for name in layout.names if name.startswith(f"{scope}.")} | {head}
@@ -179,7 +178,7 @@ def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Sour
 
 
 def _sample(source: Source) -> bytes:
-    """64 KiB from the middle: matrices that were trained apart differ everywhere."""
+    """Read 64 KiB from the middle of a matrix: matrices that were trained apart differ everywhere."""
     (segment,) = source.segments
     with segment.file.open("rb") as stream:
         stream.seek(segment.offset + max(segment.num_bytes // 2 - 2**15, 0))
@@ -187,13 +186,12 @@ def _sample(source: Source) -> bytes:
 
 
 def segments_of(sources: Mapping[str, Source], name: str, shape: tuple[int, ...]) -> Sequence[Segment]:
-    """A parameter by its Hugging Face name; UserError when it is absent or not what config.json promises."""
+    """Return a parameter's segments by its Hugging Face name. Raises UserError if it is absent or contradicts
+    config.json.
+    """
     source = sources.get(name)
     if source is None:
-        raise UserError(
-            f"the checkpoint has no tensor {name}, which config.json asks for; is it another model's "
-            "folder? Download it again"
-        )
+        raise UserError(f"the checkpoint has no tensor {name}, which config.json describes; download the folder again")
     _check_shape(name, source.shape, shape)
     dtype = source.segments[0].dtype
     if dtype not in SOURCE_DTYPES:
@@ -213,9 +211,9 @@ def _check_shape(name: str, on_disk: tuple[int, ...], shape: tuple[int, ...]) ->
 
 
 def _check_packed(model: CausalLM, packed: Mapping[str, PrequantizedWeight]) -> None:
-    """Nothing in a block that has two or more dimensions stayed 16-bit unnoticed, nor was quantized a second time.
+    """Assert that no weight of a decoder layer with two or more dimensions stayed 16-bit or was quantized twice.
 
-    Linears that a quantized checkpoint (`packed`) keeps dense stay so; so do an MoE's routers, which decide by small
+    Weights that a quantized checkpoint (`packed`) keeps dense stay dense. So do an MoE's routers, which decide by small
     differences, and its experts' biases.
     """
     kept_dense = set()
@@ -233,7 +231,7 @@ def _check_packed(model: CausalLM, packed: Mapping[str, PrequantizedWeight]) -> 
 
 
 def _stays_dense(path: str, experts: ExpertLayout | None) -> bool:
-    """Whether a block's parameter of two dimensions is an MoE's router or the biases of its experts."""
+    """Return whether a two-dimensional parameter of a decoder layer is an MoE's router or the biases of its experts."""
     if experts is None:
         return False
     biases = tuple(f"{experts.module}.{weight}_bias" for weight in experts.weights)

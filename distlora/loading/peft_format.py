@@ -1,4 +1,4 @@
-"""Adapters in PEFT's file format: adapter_config.json and adapter_model.safetensors, without importing PEFT."""
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, without importing PEFT."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ _PREFIX = "base_model.model."
 
 
 def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, nn.Parameter]:
-    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), lora_B.weight (out, r)
-    and with DoRA lora_magnitude_vector (out,), which is no `.weight` in a file; of a fused weight of E experts
-    (E * r, in) and (out, E * r), under the path of the module that it belongs to; and trained token rows as
-    <path>.token_adapter.trainable_tokens_delta (tokens, hidden): the rows themselves; and modules that
-    are trained whole as <path>.weight.
+    """Return one adapter's parameters by PEFT's names.
+
+    The names are base_model.model.<path>.lora_A.weight (r, in), lora_B.weight (out, r) and with DoRA
+    lora_magnitude_vector (out,). A fused weight of E experts has (E * r, in) and (out, E * r), under the path of its
+    module. Trained token rows are <path>.token_adapter.trainable_tokens_delta (tokens, hidden), the rows themselves.
+    Modules trained whole are <path>.weight.
     """
     tensors: dict[str, nn.Parameter] = {}
     paths = peft_paths([path for path, _ in model.adapted_experts(adapter)])
@@ -67,7 +68,7 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
 
 
 def whole_modules(model: CausalLM) -> dict[str, nn.Parameter]:
-    """The weights that are trained whole, by the Hugging Face paths of their modules."""
+    """Return the weights that are trained whole, by the Hugging Face paths of their modules."""
     weights = {EMBEDDING: model.embedding.get_parameter("weight"), HEAD: model.head.weight}
     paths = {EMBEDDING: f"{model.family.decoder}.{EMBEDDING}", HEAD: HEAD}
     return {paths[name]: weight for name, weight in weights.items() if name in model.modules_to_save}
@@ -77,9 +78,9 @@ def whole_modules(model: CausalLM) -> dict[str, nn.Parameter]:
 def load_peft_adapter(
     model: CausalLM, settings: AdapterConfig, quant_method: str, backend: Backend, adapter: str = DEFAULT_ADAPTER
 ) -> None:
-    """Fill one adapter from the folder `adapter.init_from`, widened to fp32.
+    """Fill one adapter from the folder `settings.init_from`, widened to fp32.
 
-    Raises UserError for a folder that is gone, an adapter that is not exactly the model's, and NaN or Inf.
+    Raises UserError for a folder that is missing, an adapter that is not exactly the model's, and NaN or Inf.
     """
     assert settings.init_from is not None
     initial = read_peft_adapter(settings.init_from)
@@ -110,7 +111,7 @@ def load_peft_adapter(
 
 
 def _load_modules(model: CausalLM, initial: PeftAdapter, backend: Backend) -> None:
-    """Fill what is trained whole, each rank its own rows. Rows of this run's own new tokens stay as they start."""
+    """Fill this rank's rows of the modules trained whole. Rows of the run's new tokens keep their initial values."""
     file, vocabulary = initial.folder / WEIGHTS_NAME, model.vocabulary
     rows = (vocabulary.stored, vocabulary.rows)
     check_modules(initial.modules, file, rows=rows, hidden=whole_shape(model.head.weight)[1])
@@ -125,7 +126,9 @@ def _load_modules(model: CausalLM, initial: PeftAdapter, backend: Backend) -> No
 
 
 def adaptable_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
-    """(out, in) of the linears of the blocks, (experts, out, in) of their experts, by Hugging Face name."""
+    """Return (out, in) of the linears, and (experts, out, in) of the experts, of the decoder layers by Hugging Face
+    name.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
         if isinstance(module, FrozenLinear):
@@ -136,7 +139,7 @@ def adaptable_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
 
 
 def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
-    """adapter_config.json of one adapter, which `spec` describes, as PEFT's LoraConfig reads it."""
+    """Return adapter_config.json of one adapter, as PEFT's LoraConfig reads it."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -161,13 +164,13 @@ def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAP
 
 
 def _token_indices(model: CausalLM) -> list[int] | dict[str, list[int]] | None:
-    """A list means the embedding, and the head where it is tied; null that no rows are trained."""
+    """Return trainable_token_indices: a list for the embedding (and a tied LM head), a dict by matrix, or None."""
     indices = {matrix: list(ids) for matrix, ids in model.vocabulary.trained.items()}
     return indices[EMBEDDING] if indices.keys() == {EMBEDDING} else (indices or None)
 
 
 def _target_modules(model: CausalLM, adapter: str) -> list[str]:
-    """Last names, as PEFT's users write them, if they mean exactly the adapted linears; else whole paths."""
+    """Return last names, as PEFT's users write them, if they select exactly the adapted linears; else whole paths."""
     adapted = sorted(path for path, _ in model.adapted_linears(adapter))
     linears = [model.hf_name(name) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
     linears += model.outside_linears  # PEFT would adapt a vision tower's q_proj, too.
@@ -178,7 +181,7 @@ def _target_modules(model: CausalLM, adapter: str) -> list[str]:
 
 
 def _target_parameters(model: CausalLM, adapter: str) -> dict[str, list[str]]:
-    """The fused expert weights with adapters, as _target_modules names linears; nothing where there are none."""
+    """Return target_parameters with the fused expert weights that have adapters; empty if there are none."""
     adapted = sorted(name for name, _ in model.adapted_experts(adapter))
     if not adapted:
         return {}

@@ -1,8 +1,8 @@
-"""PiSSA's adapter as a plain LoRA of twice the rank, which belongs to the unchanged base, and back.
+"""Convert PiSSA's adapter into a plain LoRA of twice the rank for the unchanged base, and back.
 
-Training goes on W_res = W - s B0 A0. What it made of W is W_res + s B A = W + s (B A - B0 A0) = W + s B' A' with
-A' = [A; A0] (2r, in) and B' = [B, -B0] (out, 2r) (Meng et al. 2024, arXiv 2404.02948). The rank is twice
-as large, and lora_alpha so much larger that s is what it was, for every entry of rank_pattern and alpha_pattern too.
+Training runs on W_res = W - s B0 A0 and gives W_res + s B A = W + s (B A - B0 A0) = W + s B' A' with A' = [A; A0] (2r,
+in) and B' = [B, -B0] (out, 2r) (Meng et al. 2024, arXiv 2404.02948). The rank doubles, and lora_alpha grows so that s
+stays the same, for every entry of rank_pattern and alpha_pattern too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
 
 def plain_config(trained: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json of the plain LoRA, from that of the trained one."""
+    """Return adapter_config.json of the plain LoRA from that of the trained adapter."""
     growth = 2**0.5 if trained["use_rslora"] else 2.0
     return {
         **trained,
@@ -42,7 +42,7 @@ def plain_config(trained: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_config(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json of the trained one, from that of the plain LoRA."""
+    """Return adapter_config.json of the trained adapter from that of the plain LoRA."""
     growth = 2**0.5 if plain["use_rslora"] else 2.0
     return {
         **plain,
@@ -54,10 +54,10 @@ def trained_config(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain_tensors(trained: Mapping[str, Tensor], start_file: Path) -> dict[str, Tensor | DeferredTensor]:
-    """A' and B' by PEFT's names, from A and B and from A0 and B0, which are read from `start_file` as each is made.
+    """Return A' and B' by PEFT's names; A0 and B0 are read from `start_file` when each tensor is made.
 
-    What is trained beside them stays as it is. Reads nothing here: every rank calls it, and one alone that could not
-    read the file would leave the others in a collective.
+    Tensors trained beside A and B stay the same. Nothing is read here: every rank calls this, and a rank that alone
+    failed to read the file would leave the others waiting in a collective.
     """
 
     def unmade(name: str, tensor: Tensor) -> DeferredTensor:
@@ -74,12 +74,12 @@ def plain_tensors(trained: Mapping[str, Tensor], start_file: Path) -> dict[str, 
 
 
 def is_pair(name: str) -> bool:
-    """Whether PEFT's name is that of an A or B, all of which a start has."""
+    """Return whether PEFT's name is that of an A or B."""
     return ".lora_" in name
 
 
 def write_plain(checkpoint: Path, start_file: Path, target: Path) -> None:
-    """The plain LoRA of a saved step of PiSSA, in the folder `target`."""
+    """Write the plain LoRA of a saved PiSSA step into the folder `target`."""
     plain = plain_tensors(load_file(checkpoint / WEIGHTS_NAME), start_file)
     tensors = {name: tensor.make() if isinstance(tensor, DeferredTensor) else tensor for name, tensor in plain.items()}
     save_file(tensors, target / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -88,8 +88,9 @@ def write_plain(checkpoint: Path, start_file: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def plain_form(folder: Path, adapter: AdapterConfig, run_dir: str | Path) -> Iterator[Path]:
-    """The folder of an adapter of the unchanged base: `folder` itself, or of a saved step of PiSSA, which belongs to
-    the base without the run's start, one with what the run would publish of it, for as long as the block runs.
+    """Yield the folder of an adapter for the unchanged base.
+
+    That is `folder` itself; for a saved PiSSA step it is a temporary folder with the plain LoRA.
     """
     says = read_object(folder / CONFIG_NAME, "save the adapter again") if adapter.pissa else {}
     if not is_pissa(str(says.get("init_lora_weights"))):
@@ -101,7 +102,7 @@ def plain_form(folder: Path, adapter: AdapterConfig, run_dir: str | Path) -> Ite
 
 
 def trained_part(name: str, plain: Tensor, start: Tensor, folder: Path) -> Tensor:
-    """A or B out of A' or B' in `folder`. Raises UserError where it did not begin at this start."""
+    """Return A or B from A' or B' in `folder`. Raises UserError if the adapter had other initial values."""
     dim = _dim(name)
     trained = plain.narrow(dim, 0, plain.shape[dim] // 2)
     if plain.shape[dim] != 2 * start.shape[dim] or not torch.equal(plain, _joined(name, trained, start)):
@@ -113,7 +114,7 @@ def trained_part(name: str, plain: Tensor, start: Tensor, folder: Path) -> Tenso
 
 
 def _dim(name: str) -> int:
-    """Along which A or B is as wide as the rank."""
+    """Return the dimension of A or B that is as wide as the rank."""
     return 0 if ".lora_A." in name else 1
 
 

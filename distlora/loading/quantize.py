@@ -1,7 +1,7 @@
-"""A rank's own rows of one weight: read, quantized or cast or copied, and written into the shard, a chunk at a time.
+"""Read a rank's rows of one weight, quantize, cast or copy them, and write them into the shard, a chunk at a time.
 
-Memory beyond the shard: the read-ahead and the fp32 work of one chunk, and the fp32 absmax of the rank's own blocks
-(1/64 of its weights), kept until the offset is known.
+Memory beyond the shard: the read-ahead and the fp32 work of one chunk, and the fp32 absmax of the rank's blocks (1/64
+of its weights), kept until the offset is known.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from distlora.weights.reader import Reader, all_finite
 from distlora_kernels import nf4, reference
 
 CHUNK_GROUPS = 64
-"""Groups quantized at once: a million weights, 4 MiB in fp32, which stays in a core's cache."""
+"""Groups quantized at once: a million weights, 4 MiB in fp32, which fits into a core's cache."""
 CHUNK_ELEMENTS = CHUNK_GROUPS * nf4.GROUP
 MAP_ULPS = 4
-"""How far a stored 8-bit map may be from ours: bitsandbytes computes it anew on each machine, and torch.linspace's last
-bits depend on its instructions (2 ulps seen)."""
+"""Tolerance for a stored 8-bit map, in ulps: bitsandbytes recomputes it on each machine, and torch.linspace's last bits
+depend on the processor (2 ulps seen).
+"""
 
 
 @torch.no_grad()
@@ -43,8 +44,8 @@ def quantize_into(
     """Fill the rank's rows of codes, scales and group_scale, and the replicated offset, of a quantized weight.
 
     The result is the slice of the whole tensor's quantization, bit for bit, on any number of ranks. Every rank must
-    call it for every tensor, in the same order: the offset is the mean over all of them. With `residual`, what is
-    quantized is the weight less an adapter's start. Raises UserError for NaN or Inf.
+    call it for every tensor in the same order, because the offset is a mean over all ranks. With `residual`, the weight
+    minus the initial adapter is quantized. Raises UserError for NaN or Inf.
     """
     numel = weight.numel
     codes, first_group = backend.local_rows(weight.codes)
@@ -73,7 +74,7 @@ def quantize_into(
 
 
 def _offset(absmax: torch.Tensor, weight: FrozenTensor, backend: Backend) -> float:
-    """The mean absmax over all ranks, from the sums of all groups; they are the same numbers on any number of ranks."""
+    """Return the mean absmax over all ranks from the sums of all groups; they do not depend on the number of ranks."""
     sums = nf4.absmax_group_sums(absmax)
     per_rank = -(-weight.num_groups // backend.shards.count)
     padded = torch.zeros(per_rank, dtype=torch.float64, device=sums.device)
@@ -84,10 +85,10 @@ def _offset(absmax: torch.Tensor, weight: FrozenTensor, backend: Backend) -> flo
 
 @torch.no_grad()
 def keep_packed_into(linear: FrozenTensor, packed: PrequantizedWeight, reader: Reader, backend: Backend) -> None:
-    """Fill the rank's rows of a linear with what bitsandbytes stored, byte for byte; the last group's padding is zeros.
+    """Fill the rank's rows of a linear with what bitsandbytes stored, byte for byte; zeros pad the last group.
 
-    Every rank reads its own groups, and the two small maps to check them. Raises UserError for NaN or Inf, and for maps
-    that are not NF4's and the 8-bit dynamic one.
+    Every rank reads its groups, and the two small maps to check them. Raises UserError for NaN or Inf, and for other
+    maps than NF4's and the 8-bit dynamic one.
     """
     _check_maps(packed, reader)
     zeros = reference.ZERO_CODE * 17  # In both nibbles.
@@ -104,7 +105,7 @@ def keep_packed_into(linear: FrozenTensor, packed: PrequantizedWeight, reader: R
 
 
 def _check_maps(packed: PrequantizedWeight, reader: Reader) -> None:
-    """The stored codes mean what ours mean."""
+    """Raise UserError if the stored codes have another meaning than distlora's."""
     levels = reader.read([packed.quant_map], 0, 16)
     if not torch.equal(levels, torch.tensor(reference.NF4_LEVELS)):
         raise UserError(
@@ -134,8 +135,8 @@ def copy_into(
 ) -> None:
     """Fill the rank's rows of a dense parameter, cast to its dtype. Raises UserError for NaN or Inf.
 
-    With `padding` the segments may end before the parameter does; that is what the rest holds. With `residual` an
-    adapter's start is taken out before the cast.
+    With `padding` the segments may be shorter than the parameter, and the rest is filled with that value. With
+    `residual` the initial adapter is subtracted before the cast.
     """
     local, first_row = backend.local_rows(parameter)
     row_size = math.prod(local.shape[1:])
@@ -155,7 +156,10 @@ def copy_into(
 
 @dataclass(frozen=True, slots=True)
 class DoubleQuantizedAbsmax:
-    """The absmax of a tensor in 8 bits, which both formats have alike. G groups."""
+    """The absmax of a tensor in 8 bits, computed from a stream of its weights. G groups.
+
+    Beside one chunk of weights it keeps one absmax per 64 weights.
+    """
 
     scales: Tensor
     """(G, 256) uint8."""
@@ -166,7 +170,7 @@ class DoubleQuantizedAbsmax:
 
     @classmethod
     def of(cls, chunks: Iterable[Tensor], numel: int) -> DoubleQuantizedAbsmax:
-        """From flat chunks that are `numel` weights together, each of whole groups but the last.
+        """Build from flat chunks of `numel` weights in all, each of whole groups except the last.
 
         Raises ValueError for NaN and Inf.
         """
@@ -179,12 +183,12 @@ class DoubleQuantizedAbsmax:
         return cls(*nf4.quantize_absmax(absmax, offset, num_blocks), offset)
 
     def groups(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(scales, group_scale, offset) of some groups."""
+        """Return (scales, group_scale, offset) of some groups."""
         return self.scales[first : first + count], self.group_scale[first : first + count], self.offset
 
 
 def _absmax(chunk: Tensor) -> Tensor:
-    """(n,) -> (G, 256) fp32: the largest magnitude of each block of 64, 0 in the padding."""
+    """Return the largest magnitude of each block of 64, 0 in the padding: (n,) -> (G, 256) fp32."""
     padded = torch.zeros(nf4.num_groups(chunk.numel()) * nf4.GROUP, dtype=torch.float32, device=chunk.device)
     padded[: chunk.numel()] = chunk
     return padded.view(-1, nf4.BLOCK).abs().amax(dim=1).view(-1, nf4.BLOCKS_PER_GROUP)

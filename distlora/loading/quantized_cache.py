@@ -1,12 +1,12 @@
-"""Quantized shards that are kept: a start reads its own groups from the cache instead of quantizing them again.
+"""Quantized-weights cache: a start reads its groups from the cache instead of quantizing them again.
 
-The unit is a decoder block. All ranks agree twice, for all blocks at once: before reading, whether every rank finds all
-of its groups of a block in some piece, and afterwards whether every rank found them sound. Only such a block is not
-quantized from its source; the others are, by all ranks, and each then writes what no piece holds of its own groups. So
-the result is the same, bit for bit, with the cache and without it, on any number of ranks.
+The unit is a decoder layer. All ranks agree twice, for all layers at once: before reading, whether every rank finds all
+its groups of a layer in some piece, and afterwards whether every rank read them undamaged. Only such layers are taken
+from the cache. The others are quantized from the source by all ranks, and each rank then writes its groups that no
+piece holds. The result is bit for bit the same with and without the cache, on any number of ranks.
 
-Groups are read straight into the shard and checked there, against a checksum of each group. Nothing that the cache does
-can end a run: what is damaged is said, removed and quantized again; a disk that takes nothing is said once.
+Groups are read into the shard and checked there, against one checksum per group. No fault of the cache ends a run:
+damaged pieces are reported, removed and quantized again, and a full disk is reported once.
 """
 
 from __future__ import annotations
@@ -48,24 +48,26 @@ QUANTIZATION = {
     "block": nf4.BLOCK,
     "blocks_per_group": nf4.BLOCKS_PER_GROUP,
 }
-"""How weights are quantized. Whoever changes a bit of what `quantize_into` makes counts `kernels` up."""
+"""Description of the quantization, part of the cache key. Increase `kernels` after any change of the bits that
+`quantize_into` writes.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizedCacheSettings:
-    """Where a run keeps quantized shards, and under which name."""
+    """Location of a run's quantized-weights cache, and the identity of its weights."""
 
     folder: Path
     limit: int | None
-    """Bytes that all entries may take; None: any."""
+    """Maximum bytes of all entries; None for no limit."""
     base: str
-    """What people call the base."""
+    """Name of the base for people."""
     identity: str
-    """`start_file.base_identity`."""
+    """`initial_adapter_file.base_identity`."""
     made_on: str
-    """What computes the quantization, and the library that computes what is taken out of the base (PiSSA)."""
+    """Device that quantizes, and the library that computes s B0 A0 (PiSSA)."""
     say: Callable[[str], None]
-    """Takes a line on every rank."""
+    """Function that prints a line on every rank."""
 
 
 def cache_key(
@@ -75,13 +77,13 @@ def cache_key(
     sources: Mapping[str, Source],
     weights: Sequence[Weight],
 ) -> str:
-    """The name of an entry, 64 hex digits: equal where every byte of every weight's quantization is.
+    """Return the name of an entry, 64 hex digits: equal if every byte of every quantized weight is equal.
 
-    Over the source's tensors (name, dtype, shape, place), the content of its files, which weights are quantized and of
-    what they are made up, how, and the base that the run trains on. Where the files lie does not matter.
+    It covers the source's tensors (name, dtype, shape, position), the fingerprints of its files, the quantized weights
+    and their sources, the quantization, and the identity of the base. The location of the files does not matter.
     """
     order = {file: index for index, file in enumerate(sorted(contents))}
-    told = {
+    content = {
         "quantization": QUANTIZATION,
         "tensors": [[n, s.dtype, s.shape, order[s.file], s.offset, s.num_bytes] for n, s in sorted(headers.items())],
         "contents": [contents[file] for file in sorted(contents)],
@@ -91,19 +93,19 @@ def cache_key(
         "base": settings.identity,
         "made_on": settings.made_on,
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class QuantizedCache:
-    """What one load takes from the cache and gives to it. Use as a context: at its end everything is on the disk."""
+    """What one load reads from the cache and writes into it. A context manager: on exit everything is on the disk."""
 
     def __init__(self, units: Sequence[Unit], backend: Backend, say: Callable[[str], None]) -> None:
-        """Without `open_quantized_cache` it holds nothing: `units` empty."""
+        """Make a cache that holds nothing until `open`; without `units` it stays empty."""
         self.units, self.bytes_read, self.kept_bytes = units, 0, 0
         self._backend, self._say = backend, say
         self._filled: set[str] = set()
         self._waiting: dict[str, Unit] = {}
-        """By path: units that are quantized from their source, until their last weight is."""
+        """Units to be quantized from their source, by path, until their last weight is."""
         self._left = {unit.block: len(unit.weights) for unit in units}
         self._writer: QuantizedCacheWriter | None = None
 
@@ -121,8 +123,10 @@ class QuantizedCache:
     def open(
         self, entry: Entry, writer: QuantizedCacheWriter, make_room: Callable[[], bool], boundary: watch.Marker
     ) -> None:
-        """Fill the shards of the blocks that every rank finds whole and sound in the entry. Every rank must call it
-        alike. `writer` takes the others, once they are quantized, if each machine's leader can `make_room` for them."""
+        """Fill the shards of the layers that every rank finds complete and undamaged. Every rank must call it alike.
+
+        `writer` takes the other layers once they are quantized, if every node's first rank can `make_room` for them.
+        """
         entry.touch()
         pieces = entry.pieces_of_blocks()
         reader = QuantizedCacheReader(entry.key)
@@ -133,12 +137,12 @@ class QuantizedCache:
         for index, (unit, plan) in enumerate(zip(self.units, plans, strict=True)):
             if lacking[index]:
                 continue
-            boundary(None, f"reading block {unit.block} from the cache", long=True)
+            boundary(None, f"reading layer {unit.block} from the quantized-weights cache", long=True)
             assert plan is not None
             found = reader.fill(unit, plan, self._backend)
-            told = _offsets_of(plan, unit)
-            offsets[index] = number_of(json.dumps(told))
-            if any(len(of_weight) > 1 for of_weight in told):
+            weight_offsets = _offsets_of(plan, unit)
+            offsets[index] = number_of(json.dumps(weight_offsets))
+            if any(len(each) > 1 for each in weight_offsets):
                 damaged[index] = _OFFSETS_DIFFER
             for path, error in found.items():
                 damaged[index] = max(damaged[index], _DAMAGED)
@@ -157,14 +161,14 @@ class QuantizedCache:
         again = [str(unit.block) for unit, flag in zip(self.units, unsound, strict=True) if flag]
         if again and self._backend.writes:
             numbers = ", ".join(again)
-            self._say(f"blocks whose kept shards were damaged, gone or not readable on some rank, made anew: {numbers}")
+            self._say(f"cached layers that are damaged, missing or unreadable on some rank, quantized again: {numbers}")
         if self._waiting:  # On every rank, or on none.
             self._writer = self._begin(entry, writer, make_room)
 
     def _begin(
         self, entry: Entry, writer: QuantizedCacheWriter, make_room: Callable[[], bool]
     ) -> QuantizedCacheWriter | None:
-        """What this rank writes with, if it does. Every rank must call it alike."""
+        """Return this rank's writer; None if it does not write. Every rank must call it alike."""
         no_room = False
         if self._backend.ranks.leads_machine:
             no_room = not make_room()
@@ -176,12 +180,14 @@ class QuantizedCache:
         return None if no_room_for_some or others_write else writer
 
     def has(self, path: str) -> bool:
-        """Whether the weight of the module at `path` is in the shard already."""
+        """Return whether the weight of the module at `path` is in the shard already."""
         return path in self._filled
 
     def quantized(self, path: str) -> None:
-        """The weight of the module at `path` was quantized into the shard: with the last one of its block, all are
-        written, while the next block is quantized."""
+        """Record that the weight of the module at `path` was quantized.
+
+        After the last weight of a layer, the layer is written while the next one is quantized.
+        """
         unit = self._waiting.get(path)
         if unit is None:
             return
@@ -197,7 +203,7 @@ class QuantizedCache:
     def _plan(
         self, unit: Unit, names: Sequence[PieceName], reader: QuantizedCacheReader
     ) -> dict[str, list[Piece]] | None:
-        """For each weight the pieces that hold this rank's groups together; None where some are in none."""
+        """Return for each weight the pieces that together hold this rank's groups; None if some groups are missing."""
         pieces = []
         for name in names:
             if any(
@@ -209,46 +215,50 @@ class QuantizedCache:
                     self._give_up(name.path, error)
         plan = {}
         for weight in unit.weights:
-            of_weight = [piece for piece in pieces if weight.name in piece.extents]
-            held = [(piece.extents[weight.name].first, piece.extents[weight.name].stop) for piece in of_weight]
+            holding = [piece for piece in pieces if weight.name in piece.extents]
+            held = [(piece.extents[weight.name].first, piece.extents[weight.name].stop) for piece in holding]
             if holes(wanted_groups(weight, self._backend), held):
                 return None
-            plan[weight.name] = of_weight
+            plan[weight.name] = holding
         return plan
 
     def _give_up(self, path: Path, error: OSError | DamagedPieceError) -> None:
-        """Do without a piece at this start. Only what is damaged is removed: a disk or a server may answer again."""
+        """Ignore a piece for this start. Only damaged pieces are removed: a disk or a server may recover."""
         if isinstance(error, DamagedPieceError):
             self._remove(path, str(error))
         elif not isinstance(error, FileNotFoundError | PermissionError):  # Removed meanwhile, or another user's own.
             reason = error.strerror or error
-            self._say(f"{path}, of the cache of quantized shards, cannot be read now ({reason}): quantized this time")
+            self._say(f"{path} of the quantized-weights cache cannot be read now ({reason}): quantizing this time")
 
     def _remove(self, path: Path, reason: str) -> None:
-        self._say(f"{path}, of the cache of quantized shards, is damaged ({reason}): removed, and made anew")
+        self._say(f"{path} of the quantized-weights cache is damaged ({reason}): removed, quantizing again")
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             self._say(f"{path} cannot be removed ({error.strerror})")
 
     def _is_shared(self, entry: Entry) -> bool:
-        """Whether all ranks see one entry: then the ranks of the first copy of the base write what all have alike."""
-        told = entry.content()
-        self.bytes_read += len(told)
-        return alike(told, self._backend)
+        """Return whether all ranks see one entry, so that only the first replica's ranks write."""
+        content = entry.content()
+        self.bytes_read += len(content)
+        return alike(content, self._backend)
 
     def _agreed(self, flags: Sequence[int]) -> list[int]:
-        """The maximum over all ranks, one by one."""
-        own = torch.tensor(list(flags), dtype=torch.int64, device=self._backend.ranks.device)
-        flags_of_all: list[int] = self._backend.max_over_ranks(own).tolist()
-        return flags_of_all
+        """Return the maximum of each flag over all ranks."""
+        mine = torch.tensor(list(flags), dtype=torch.int64, device=self._backend.ranks.device)
+        highest: list[int] = self._backend.max_over_ranks(mine).tolist()
+        return highest
 
     def _agreed_on_soundness(self, damaged: Sequence[int], offsets: Tensor) -> list[int]:
-        """For each unit 0 where it is sound, else _DAMAGED, or _OFFSETS_DIFFER where ranks read other ones."""
-        told = [*damaged, *offsets.tolist(), *(-offsets).tolist()]
-        of_all = self._agreed(told)
+        """Return for each unit 0 if undamaged, else _DAMAGED, or _OFFSETS_DIFFER if ranks read different offsets."""
+        values = [*damaged, *offsets.tolist(), *(-offsets).tolist()]
+        highest_of_all = self._agreed(values)
         count = len(damaged)
-        flags, highest, lowest = of_all[:count], of_all[count : 2 * count], of_all[2 * count :]
+        flags, highest, lowest = (
+            highest_of_all[:count],
+            highest_of_all[count : 2 * count],
+            highest_of_all[2 * count :],
+        )
         return [
             max(flag, _OFFSETS_DIFFER if high != -low else 0)
             for flag, high, low in zip(flags, highest, lowest, strict=True)
@@ -259,7 +269,7 @@ _DAMAGED, _OFFSETS_DIFFER = 1, 2
 
 
 def _offsets_of(plan: Mapping[str, Sequence[Piece]], unit: Unit) -> list[list[float]]:
-    """Of each weight, those that its pieces name: one, unless two machines have quantized it to other bits."""
+    """Return the offsets of each weight in its pieces: one, unless two nodes quantized it to different bits."""
     return [sorted({piece.extents[weight.name].offset for piece in plan[weight.name]}) for weight in unit.weights]
 
 
@@ -271,13 +281,13 @@ def open_quantized_cache(
     backend: Backend,
     boundary: watch.Marker,
 ) -> QuantizedCache:
-    """Find the base's entry, and fill the shard from it. Every rank must call it alike."""
+    """Find the base's entry and fill the shard from it. Every rank must call it alike."""
     units = units_of(model) if settings is not None else []
     say = settings.say if settings is not None else print
     cache = QuantizedCache(units, backend, say)
     if settings is None or not units:
         return cache
-    boundary(None, "looking up the base in the cache of quantized shards", long=True)
+    boundary(None, "looking up the base in the quantized-weights cache", long=True)
     reason = _why_unusable(settings.folder)
     if reason is not None:
         say(reason)
@@ -287,7 +297,7 @@ def open_quantized_cache(
     content = content_of(files, settings.folder, backend, say, boundary)
     if content is None:
         if backend.writes:
-            say("the ranks see other files of the base than each other: its quantized shards are not kept")
+            say("the ranks see different files of the base: its quantized weights are not cached")
         return QuantizedCache([], backend, say)
     weights = [weight for unit in units for weight in unit.weights]
     entry = Entry(settings.folder / cache_key(settings, headers, content.digests, sources, weights))
@@ -299,39 +309,39 @@ def open_quantized_cache(
 
 
 def _why_unusable(folder: Path) -> str | None:
-    """Why nothing can be kept in or read from a folder, for people; None where it can."""
+    """Return why the cache folder cannot be used; None if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return f"quantized shards are not kept: {folder} cannot be made ({error.strerror}); set quant.cache_dir"
+        return f"quantized weights are not cached: {folder} cannot be created ({error.strerror}); set quant.cache_dir"
     return None
 
 
 def _make_room(settings: QuantizedCacheSettings, entry: Entry, num_groups: int) -> bool:
-    """Tidy the cache, for the ranks of this machine; whether it has room for the whole entry within its limit."""
+    """Clean up the cache for the ranks of this node; return whether the whole entry fits within the limit."""
     own_bytes = max(entry.bytes_on_disk(), num_groups * GROUP_BYTES)
     try:
         quantized_cache_folder.remove_leftovers(settings.folder)
         removed, fits = quantized_cache_folder.make_room(settings.folder, entry, own_bytes, settings.limit)
     except OSError as error:
-        settings.say(f"{settings.folder}: no room can be made for quantized shards ({error.strerror})")
+        settings.say(f"{settings.folder}: no room can be made in the quantized-weights cache ({error.strerror})")
         return False
     for figures in removed:
         settings.say(
-            f"removed the quantized shards of {figures.base} from the cache ({figures.num_bytes / 1e9:.2f} GB, not "
-            "used for longest): quant.cache_gb leaves no room for both"
+            f"removed {figures.base} from the quantized-weights cache ({figures.num_bytes / 1e9:.2f} GB, least "
+            "recently used): quant.cache_gb leaves no room for both"
         )
     if not fits:
         assert settings.limit is not None
         settings.say(
-            f"{own_bytes / 1e9:.2f} GB of quantized shards are not kept: quant.cache_gb={settings.limit / 1e9:g} "
-            "leaves no room for them beside what is in use or another user's"
+            f"{own_bytes / 1e9:.2f} GB of quantized weights are not cached: quant.cache_gb={settings.limit / 1e9:g} "
+            "leaves no room beside entries in use or of other users"
         )
     return fits
 
 
 def units_of(model: CausalLM) -> list[Unit]:
-    """The quantized weights of each decoder block that has some."""
+    """Return the quantized weights of each decoder layer that has some."""
     paths = {module: path for path, module in model.named_modules()}
     units = []
     for number, block in enumerate(model.blocks):

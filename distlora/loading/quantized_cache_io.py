@@ -1,7 +1,7 @@
-"""Pieces of the cache of quantized shards: groups from a file into a rank's shard, and from the shard into a file.
+"""Read groups from the pieces of the quantized-weights cache into a rank's shard, and write them.
 
-Groups are read by pread (mapped pages count against a job's memory limit), a chunk ahead of the one whose checksums are
-taken, straight into the shard where that is host memory.
+Groups are read by pread (mapped pages count against a job's memory limit), one chunk ahead of the chunk whose checksums
+are computed, directly into the shard if that is host memory.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from distlora.weights.quantized_cache_format import (
 )
 
 CHUNK_GROUPS = 128
-"""Groups that are read, checked or written at once: 1 MiB of codes, which stays in a core's cache."""
+"""Groups read, checked or written at once: 1 MiB of codes, which fits into a core's cache."""
 FREE_SHARE, FREE_BYTES = 0.05, 50 * 10**9
-"""Of a disk, the smaller of both: what the cache leaves free, whatever its own limit."""
+"""Free space that the cache leaves on a disk: the smaller of this fraction and these bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +46,37 @@ class Weight:
     """A quantized weight."""
 
     name: str
-    """By Hugging Face's paths."""
+    """Hugging Face name."""
     path: str
-    """Of the module, by ours."""
+    """Module path in distlora's model."""
     module: FrozenTensor
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A decoder block's quantized weights: what is read, or quantized, and written together."""
+    """The quantized weights of one decoder layer, which are read, quantized and written together."""
 
     block: int
     weights: tuple[Weight, ...]
 
 
 def own_groups(weight: Weight, backend: Backend) -> range:
-    """The groups that this rank owns."""
+    """Return the groups that this rank owns."""
     rows, first = backend.local_rows(weight.module.codes)
     return range(first, max(first, min(first + len(rows), weight.module.num_groups)))
 
 
 def wanted_groups(weight: Weight, backend: Backend) -> range:
-    """The groups that this rank looks for: its own, or, where it owns none, one that knows the weight's offset."""
+    """Return the groups that this rank has to find: those it owns, or one for the weight's offset if it owns none."""
     return own_groups(weight, backend) or range(1)
 
 
 def group_checksums(codes: Tensor, scales: Tensor, group_scale: Tensor, first: int) -> Tensor:
-    """codes (g, 8192) and scales (g, 256) uint8, group_scale (g,) fp32, of groups `first` onwards of a weight -> (g,)
-    int64, on their device. A group's number is in it: another's bytes differ, and lost ones that are read as zeros."""
+    """Return checksums (g,) int64 of groups `first` onwards of a weight, on their device.
+
+    `codes` (g, 8192) and `scales` (g, 256) are uint8, `group_scale` (g,) is fp32. The group's number is included, so
+    that another group's bytes, or lost bytes read as zeros, give another checksum.
+    """
     numbers = torch.arange(first + 1, first + 1 + len(codes), device=codes.device)  # Not 0, as zeros' checksums are.
     parts = [checksums(codes), checksums(scales), checksums(group_scale.view(-1, 1)), numbers]
     return checksums(torch.stack(parts, dim=1))
@@ -98,7 +101,7 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Groups [first, stop) of a weight that one piece holds."""
+    """Groups [first, stop) of a weight from one piece."""
 
     piece: Piece
     extent: Extent
@@ -107,14 +110,14 @@ class _Chunk:
 
 
 class QuantizedCacheReader:
-    """Reads an entry's pieces, and counts the bytes."""
+    """Reads an entry's pieces and counts the bytes."""
 
     def __init__(self, key: str) -> None:
         self._key = key
         self.bytes_read = 0
 
     def read_header(self, path: Path, unit: Unit) -> Piece:
-        """A piece of `unit`. Raises DamagedPieceError, and OSError where it is gone or cannot be read."""
+        """Read the header of a piece of `unit`. Raises DamagedPieceError, and OSError if it cannot be read."""
         piece, num_bytes = read_piece(path, self._key)
         self.bytes_read += num_bytes
         groups = {weight.name: weight.module.num_groups for weight in unit.weights}
@@ -127,10 +130,10 @@ class QuantizedCacheReader:
     def fill(
         self, unit: Unit, plan: Mapping[str, Sequence[Piece]], backend: Backend
     ) -> dict[Path, OSError | DamagedPieceError]:
-        """This rank's groups of every weight from the pieces of `plan`, and the weights' offsets.
+        """Fill this rank's groups of every weight, and the weights' offsets, from the pieces of `plan`.
 
-        Returns the pieces that cannot be read, or are not what was written; what of the shard they were to fill is
-        undefined then.
+        Returns the pieces that are unreadable or damaged; the part of the shard that they were to fill is then
+        undefined.
         """
         failed: dict[Path, OSError | DamagedPieceError] = {}
         with contextlib.ExitStack() as stack:
@@ -177,8 +180,8 @@ class QuantizedCacheReader:
             except (OSError, DamagedPieceError) as error:
                 failed[chunk.piece.path] = error
                 continue
-            own = rows.slice(chunk.first - start, chunk.stop - start)
-            differ.append((chunk, (group_checksums(*own, chunk.first) != expected.to(own[0].device)).any()))
+            parts = rows.slice(chunk.first - start, chunk.stop - start)
+            differ.append((chunk, (group_checksums(*parts, chunk.first) != expected.to(parts[0].device)).any()))
         for chunk, flag in differ:
             if bool(flag):
                 reason = f"{name}: groups {chunk.first:,} to {chunk.stop - 1:,}"
@@ -186,7 +189,7 @@ class QuantizedCacheReader:
         return failed
 
     def _read(self, chunk: _Chunk, rows: tuple[Tensor, Tensor, Tensor], files: Mapping[Path, int]) -> Tensor:
-        """Fill `rows` with the chunk's groups; returns their checksums (g,) int64 on the host."""
+        """Fill `rows` with the chunk's groups; return their stored checksums, (g,) int64 on the host."""
         expected = torch.empty(chunk.stop - chunk.first, dtype=torch.int64)
         descriptor, skipped = files[chunk.piece.path], chunk.first - chunk.extent.first
         for part, tensor in zip(PARTS, (*rows, expected), strict=True):
@@ -201,7 +204,7 @@ class QuantizedCacheReader:
 
 
 def _chunks(name: str, own: range, pieces: Sequence[Piece]) -> Iterator[_Chunk]:
-    """The groups of `own`, each once, from the pieces that hold them together."""
+    """Yield the groups of `own`, each once, from the pieces that together hold them."""
     at = own.start
     while at < own.stop:
         covering = [(piece, piece.extents[name]) for piece in pieces]
@@ -216,7 +219,7 @@ def _chunks(name: str, own: range, pieces: Sequence[Piece]) -> Iterator[_Chunk]:
 
 
 def _bytes_of(host: Tensor) -> memoryview:
-    """The memory of a tensor, writable."""
+    """Return the writable memory of a tensor."""
     return memoryview(host.flatten().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
@@ -229,30 +232,33 @@ def _pread(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 class QuantizedCacheWriter:
-    """Writes a rank's own groups of one unit after the other in a thread of its own, from the shard as it is."""
+    """Writes a rank's groups of one unit after another in a thread."""
 
     def __init__(self, entry: Entry, described: Mapping[str, Any], backend: Backend) -> None:
-        """`described`: what entry.json says."""
+        """Prepare to write; `described` is the content of entry.json."""
         self._entry, self._described, self._backend = entry, described, backend
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="keep-shards")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-cache")
         self._writes: list[Future[None]] = []
         self._kept_bytes = 0
         self._pieces: dict[int, list[PieceName]] | None = None
-        """By block, when the first was written. What others write meanwhile is of other groups, or the same."""
+        """Pieces by decoder layer at the first write. Other ranks write other groups meanwhile, or the same bytes."""
         self.refused: str | None = None
-        """Why nothing more is kept, for people; None while it is."""
+        """Reason why nothing more is written; None while writing works."""
 
     def begin(self) -> None:
-        """Make the entry, for all ranks of a machine. One that cannot be is said with the first piece."""
+        """Create the entry for all ranks of a node. An error is reported with the first piece."""
         with contextlib.suppress(OSError):
             self._entry.begin(self._described)
 
     def write(self, unit: Unit) -> None:
-        """Keep what no piece holds of this rank's groups. The shard must stay as it is."""
+        """Write this rank's groups that no piece holds. The shard must not change meanwhile."""
         self._writes.append(self._thread.submit(self._write, unit))
 
     def close(self, *, abandon: bool) -> int:
-        """Wait until all is on the disk; `abandon`: only what is being written. Returns the bytes written."""
+        """Wait until all is on the disk and return the bytes written.
+
+        `abandon`: wait only for the piece that is being written.
+        """
         self._thread.shutdown(cancel_futures=abandon)
         for write in self._writes:
             if not write.cancelled():
@@ -271,10 +277,10 @@ class QuantizedCacheWriter:
                     break
                 self._write_piece(unit, ranges)
         except OSError as error:
-            self.refused = f"quantized shards cannot be kept in {self._entry.path.parent}: {error.strerror or error}"
+            self.refused = f"quantized weights cannot be cached in {self._entry.path.parent}: {error.strerror or error}"
 
     def _lacking(self, unit: Unit) -> Iterator[dict[str, range]]:
-        """What no piece holds of this rank's groups, a piece at a time: of each weight one run of them at most."""
+        """Yield this rank's groups that no piece holds, one piece at a time: at most one range per weight."""
         if self._pieces is None:
             self._pieces = self._entry.pieces_of_blocks()
         own = {weight.name: own_groups(weight, self._backend) for weight in unit.weights}
@@ -296,8 +302,8 @@ class QuantizedCacheWriter:
         if disk.free - num_bytes >= kept_free:
             return True
         self.refused = (
-            f"quantized shards are not kept in {self._entry.path.parent}: its disk has {disk.free / 1e9:.2f} GB left, "
-            f"of which {kept_free / 1e9:.2g} GB stay free"
+            f"quantized weights are not cached in {self._entry.path.parent}: the disk has {disk.free / 1e9:.2f} GB "
+            f"free, and the cache leaves {kept_free / 1e9:.2g} GB free"
         )
         return False
 
@@ -323,7 +329,7 @@ class QuantizedCacheWriter:
 
 
 def _write_groups(file: Any, rows: _Rows, groups: range, start: int) -> None:
-    """The parts of these groups, one after the other; `rows` begin with group `start`."""
+    """Write the parts of these groups one after another; `rows` begin with group `start`."""
     low, high = groups.start - start, groups.stop - start
     sums = torch.empty(len(groups), dtype=torch.int64)
     for first in range(low, high, CHUNK_GROUPS):

@@ -1,8 +1,7 @@
-"""safetensors files written and read a tensor at a time, whether the ranks have cut the tensors or not.
+"""Write and read safetensors files one tensor at a time, whether the tensors are sharded or not.
 
-A file says in its header where each tensor lies, so rank 0 writes it front to back, a piece of a tensor after the other
-as they come to it, and a rank reads its own rows of a tensor alone: no rank ever holds a whole model. The bytes do not
-depend on the number of ranks.
+Rank 0 writes a file front to back, piece by piece as the tensors are streamed to it, and each rank reads only its rows.
+No rank ever holds a whole model. The bytes do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from distlora.system import atomic_io
 from distlora.weights.reader import DTYPE_NAMES, Reader
 
 SHARD_BYTES = 5 * 10**9
-"""Most bytes of tensors in one file of a model's folder; a larger tensor has a file of its own."""
+"""Maximum bytes of tensors in one file of a model's folder; a larger tensor has its own file."""
 READ_ELEMENTS = 2**22
-"""Elements that are read at once."""
+"""Elements read at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeferredTensor:
-    """A tensor, the same on every rank, that only the one that writes makes, when its turn has come."""
+    """A tensor, the same on every rank, that only the writing rank makes, when it is about to be written."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -55,11 +54,10 @@ def write_tensors(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> str | None:
-    """One safetensors file of `tensors`, all cast to `dtype` if it is given, with `metadata` in its header. Every rank
-    must call it alike.
+    """Write one safetensors file, with all tensors cast to `dtype` if it is given. Every rank must call it alike.
 
-    Returns the SHA-256 of its bytes, in hexadecimal, on the rank that writes; an OSError there comes after every tensor
-    has been streamed.
+    Returns the SHA-256 of its bytes in hexadecimal on the writing rank. An OSError there is raised after every tensor
+    was streamed.
     """
     kinds = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
     table = lay_out({name: (DTYPE_NAMES[kinds[name]], tensor.shape) for name, tensor in tensors.items()})
@@ -82,7 +80,7 @@ def write_tensors(
 
 
 class _HashedFile:
-    """A file that is hashed while it is written: reading a checkpoint of hundreds of GB again would take as long.
+    """A file that is hashed while it is written, so that a checkpoint of hundreds of GB is not read again.
 
     An OSError is kept until `close`, and nothing is written after it: other ranks stream their rows to this one, and
     would wait for ever if it stopped half-way.
@@ -98,7 +96,7 @@ class _HashedFile:
             self._error = error
 
     def fail(self, error: OSError) -> None:
-        """What was to be written next is not to be had."""
+        """Record that the next tensor could not be made."""
         self._error = self._error or error
 
     def write(self, content: bytes | memoryview) -> None:
@@ -112,11 +110,11 @@ class _HashedFile:
         self._digest.update(content)
 
     def write_piece(self, piece: Tensor) -> None:
-        """A flat tensor in host memory."""
+        """Write a flat tensor in host memory."""
         self.write(piece.view(torch.uint8).numpy().data)
 
     def close(self) -> str:
-        """The SHA-256 of what was written, in hexadecimal. Raises the first OSError."""
+        """Return the SHA-256 of what was written, in hexadecimal. Raises the first OSError."""
         if self._file is not None:
             try:
                 self._file.close()
@@ -135,10 +133,7 @@ def write_model(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """A model's tensors in the files that transformers would make: one, or several and an index of them.
-
-    Every rank must call it alike.
-    """
+    """Write a model's tensors as transformers does: one file, or several and an index. Every rank must call it."""
     shards: list[dict[str, Tensor]] = []
     filled = shard_bytes
     for name, tensor in tensors.items():
@@ -168,13 +163,13 @@ def write_model(
 
 
 def read_into(tensor: Tensor, segment: Segment, reader: Reader, backend: Backend) -> None:
-    """Fill a tensor, or the rows of it that this rank owns, with what a file holds of its shape, cast to its dtype."""
+    """Fill a tensor, or this rank's rows of it, from a segment of the same shape, cast to its dtype."""
     read_rows(*backend.local_rows(tensor), segment, reader)
 
 
 @torch.no_grad()
 def read_rows(local: Tensor, first_row: int, segment: Segment, reader: Reader) -> None:
-    """Fill plain memory with the file's rows from `first_row` on, cast to its dtype."""
+    """Fill plain memory with the segment's rows from `first_row` on, cast to its dtype."""
     flat = local.view(-1)
     start = first_row * math.prod(local.shape[1:])
     for first, chunk in reader.chunks([segment], start, start + flat.numel(), READ_ELEMENTS):

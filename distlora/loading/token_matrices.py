@@ -22,8 +22,10 @@ from distlora.parallel import Backend, whole_shape
 from distlora.weights.reader import Reader
 
 ROWS_PER_SUM = 256
-"""Rows that are added up at once, by one rank: a mean does not depend on where a shard ends. In fp64 they and all sums
-of a vocabulary of 128k and 8,192 columns take 16 and 34 MB."""
+"""Rows added up at once by one rank, so that a mean does not depend on the shards.
+
+In fp64 they and all sums of a 128k vocabulary with 8,192 columns take 16 and 34 MB.
+"""
 
 
 @torch.no_grad()
@@ -37,9 +39,9 @@ def load_matrix(
     vocabulary: Vocabulary,
     token_rows: TokenRows | None,
 ) -> None:
-    """Fill the rank's rows of an embedding or a head, and start the rows of it that are trained, which all ranks have.
+    """Fill the rank's rows of an embedding or LM head, and initialize its trained rows, which all ranks have.
 
-    Every rank must call it for every matrix, in the same order. Raises UserError for NaN or Inf.
+    Every rank must call it for every matrix in the same order. Raises UserError for NaN or Inf.
     """
     copy_into(parameter, segments, reader, backend, name, padding=0 if vocabulary.has_grown else None)
     width = whole_shape(parameter)[1]
@@ -63,7 +65,7 @@ def load_matrix(
 
 
 def mean_row(segments: Sequence[Segment], num_rows: int, width: int, reader: Reader, backend: Backend) -> Tensor:
-    """(width,) fp64: the mean of the matrix's first `num_rows` rows; each rank reads its share of them."""
+    """Return the mean of the matrix's first `num_rows` rows, (width,) fp64; the ranks divide the rows among them."""
     world, rank, device = backend.ranks.world, backend.ranks.rank, backend.ranks.device
     starts = range(0, num_rows, ROWS_PER_SUM)
     sums = torch.zeros(len(starts), width, dtype=torch.float64, device=device)
@@ -74,19 +76,19 @@ def mean_row(segments: Sequence[Segment], num_rows: int, width: int, reader: Rea
 
 
 def mean_row_alone(segments: Sequence[Segment], num_rows: int, width: int, reader: Reader) -> Tensor:
-    """`mean_row` of one process without a model, the same bits on the CPU."""
+    """Return `mean_row` for one process without a model; the same bits on the CPU."""
     sums = [_sum_of(segments, start, num_rows, width, reader) for start in range(0, num_rows, ROWS_PER_SUM)]
     return _in_order(torch.stack(sums)) / num_rows
 
 
 def _sum_of(segments: Sequence[Segment], start: int, num_rows: int, width: int, reader: Reader) -> Tensor:
-    """(width,) fp64: the sum of ROWS_PER_SUM rows from `start` on, or of those before `num_rows`."""
+    """Return the sum of ROWS_PER_SUM rows from `start` on, at most up to `num_rows`: (width,) fp64."""
     stop = min(start + ROWS_PER_SUM, num_rows)
     return reader.read(segments, start * width, stop * width).view(-1, width).double().sum(dim=0)
 
 
 def _in_order(sums: Tensor) -> Tensor:
-    """(n, width) -> (width,): one after the other, so that the order is known."""
+    """Sum (n, width) -> (width,) one row after another."""
     total = torch.zeros_like(sums[0])
     for part in sums:
         total += part

@@ -1,1 +1,1 @@
-"""What is in a run's and a sweep's folder. Imports no torch."""
+"""Names and records in the folders of runs and sweeps. Needs no torch."""

@@ -1,10 +1,10 @@
-"""The folders of checkpoints on the disk: their names, whether one is whole, what a kill left beside them. No torch.
+"""Folders of checkpoints: names, completeness, leftovers of a kill. Needs no torch.
 
     RUN/checkpoints/step_00000100/  adapter_config.json, adapter_model.safetensors (PEFT's format; model.safetensors for
                                     adapter=full), trainer.safetensors (optimizer), state.json, manifest.json (SHA-256)
 
-A checkpoint is written to a temporary folder, synced and renamed, so a name `step_*` always stands for a complete one;
-the manifest tells of later damage.
+A checkpoint is written to a temporary folder, synced and renamed, so a name `step_*` always stands for a complete one.
+The manifest reveals later damage.
 """
 
 from __future__ import annotations
@@ -29,47 +29,47 @@ _TEMPORARY, _REPLACED = ".tmp", ".old"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the state after `step` steps is saved."""
+    """Return the folder of the state after `step` steps."""
     return checkpoints / f"step_{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The steps done before a checkpoint."""
+    """Return the number of steps before a checkpoint."""
     match = _STEP.fullmatch(folder.name)
     assert match is not None, folder
     return int(match[1])
 
 
 def steps(checkpoints: Path) -> list[Path]:
-    """The checkpoint folders, whole or not, oldest first."""
+    """List the checkpoint folders, whole or not, oldest first."""
     if not checkpoints.is_dir():
         return []
     return sorted((path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name)), key=step_of)
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Where what will be `folder` is written."""
+    """Return the folder in which `folder` is written before it is renamed."""
     return folder.with_name(f".{folder.name}{_TEMPORARY}")
 
 
 def replaced_folder(folder: Path) -> Path:
-    """Where an older `folder` is while a new one takes its name."""
+    """Return the folder to which an older `folder` moves while a new one takes its name."""
     return folder.with_name(f".{folder.name}{_REPLACED}")
 
 
 def write_manifest(folder: Path, sums: Mapping[str, str], base_fingerprint: str) -> None:
-    """manifest.json of the files in `folder`, by their SHA-256 in hexadecimal, and of the base that they belong to."""
+    """Write manifest.json with the SHA-256 of each file and the base's identity."""
     content = {"files": dict(sorted(sums.items())), "base_fingerprint": base_fingerprint}
     atomic_io.write_json(folder / MANIFEST_NAME, content)
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest and every byte of its files; None where it is whole.
+    """Return what is wrong with a checkpoint by its manifest and every byte; None if it is whole.
 
-    Reads within `folder` alone, whatever the manifest names. The one check that everything else relies on.
+    Reads only within `folder`, whatever the manifest names.
     """
-    found = _fault(folder)
-    return None if found is None else in_one_line(found)
+    reason = _fault(folder)
+    return None if reason is None else in_one_line(reason)
 
 
 def _fault(folder: Path) -> str | None:
@@ -92,13 +92,13 @@ def _fault(folder: Path) -> str | None:
 
 
 def _sums(manifest: Any) -> dict[str, str]:
-    """SHA-256 by file of a manifest. ValueError for one that is not ours."""
+    """Return the SHA-256 by file of a manifest. Raises ValueError for an invalid one."""
     sums = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(sums, dict):
         raise ValueError("it lists no files")
     for name, value in sums.items():
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise ValueError(f"{name!r} is no file of this folder")
+            raise ValueError(f"{name!r} is not a file of this folder")
         if not isinstance(value, str) or _SHA256.fullmatch(value) is None:
             raise ValueError(f"{name} has no SHA-256 but {value!r}")
     missing = sorted({STATE_NAME, TRAINER_NAME} - sums.keys())
@@ -108,20 +108,20 @@ def _sums(manifest: Any) -> dict[str, str]:
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, or None, and one line for each newer one that is damaged. Reads all their bytes."""
+    """Return (the newest whole checkpoint or None, one line per newer damaged one). Reads all their bytes."""
     damaged: list[str] = []
     for folder in reversed(steps(checkpoints)):
-        found = fault(folder)
-        if found is None:
+        reason = fault(folder)
+        if reason is None:
             return folder, damaged
-        damaged.append(f"checkpoint {folder.name} is damaged ({found}) and was not used")
+        damaged.append(f"checkpoint {folder.name} is damaged ({reason}) and was not used")
     return None, damaged
 
 
 def set_aside(folder: Path) -> Path:
-    """Give a checkpoint that a start does not go on from a name that is no checkpoint's; returns where it is now.
+    """Rename a checkpoint so that it no longer counts as one; return its new path.
 
-    The run saves those steps anew: were it still among them, and readable by then, it would cost these their place.
+    The run saves those steps again: if the old folder became readable by then, it would take their place.
     """
     for number in itertools.count(1):
         aside = folder.with_name(f"unused_{folder.name}" + (f"_{number}" if number > 1 else ""))
@@ -133,8 +133,10 @@ def set_aside(folder: Path) -> Path:
 
 
 def tidy(parent: Path, name: str) -> None:
-    """Remove what a killed writer left of the folders in `parent` that match `name` (a glob pattern); one that it had
-    set aside and not yet replaced gets its name back. For the start of a run, while nothing writes there.
+    """Remove what a killed writer left of the folders in `parent` that match the glob pattern `name`.
+
+    A folder that was set aside and not replaced gets its name back. Call it at the start of a run, while nothing writes
+    there.
     """
     for path in sorted(parent.glob(f".{name}{_REPLACED}")):
         folder = parent / path.name[1 : -len(_REPLACED)]
@@ -147,6 +149,6 @@ def tidy(parent: Path, name: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """In hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

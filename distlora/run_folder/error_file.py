@@ -1,4 +1,4 @@
-"""What a worker leaves for the launcher when it fails: RUN/logs/rank_<k>.error.json. Imports no torch."""
+"""RUN/logs/rank_<k>.error.json: the error that a failed worker leaves for the launcher. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 from distlora.config import UserError
 
 VARIABLE = "DISTLORA_ERROR_FILE"
-"""Environment variable: where this worker leaves its error. What ends a process from a thread finds the place here."""
+"""Environment variable with the path of this worker's error file."""
 SPARE = "DISTLORA_SPARE_ERROR_FILE"
-"""Environment variable: a file on this machine that has its space already, for where the disk takes nothing more."""
+"""Environment variable with the path of a preallocated file on this node, used if the disk is full."""
 SPARE_BYTES = 32 * 1024
 _LONGEST_SPARE_MESSAGE = 2000
-"""Of at most 12 bytes each."""
+"""Characters, each of at most 12 bytes."""
 
 
 def write(path: Path, error: BaseException, *, about: int | None = None) -> None:
-    """Leave `error` at `path`, with a time fine enough to tell which rank failed first (torchrun's own error files have
-    whole seconds). `about`: the rank that the error names, where that is another than the one that writes.
+    """Write `error` to `path` with a fine timestamp, by which the launcher tells which rank failed first.
+
+    `about`: the rank that the error names, if it is not the writing one.
     """
     record = _record(error, about) | {"traceback": "".join(traceback.format_exception(error))}
     temporary = path.with_suffix(f".tmp-{os.getpid()}-{time.monotonic_ns()}")  # Two threads may write at once.
@@ -34,8 +35,9 @@ def write(path: Path, error: BaseException, *, about: int | None = None) -> None
 
 
 def leave(error: BaseException, *, about: int | None = None) -> None:
-    """`write` where the launcher looks; nothing in a process that it did not start. A disk that is full to the end, of
-    which a run then dies, does not keep the reason: it goes into the spare file.
+    """Write the error file for the launcher; do nothing in a process that it did not start.
+
+    On a full disk the error goes into the spare file.
     """
     path = os.environ.get(VARIABLE)
     if path is None:
@@ -52,13 +54,13 @@ def leave(error: BaseException, *, about: int | None = None) -> None:
 
 
 def make_spare(path: Path) -> None:
-    """Make the spare file, or empty it. It holds no error until one is left there."""
+    """Create or empty the spare file."""
     _fill(path, "")
     os.environ[SPARE] = str(path)
 
 
 def _fill(path: Path, text: str) -> None:
-    """Over what is there, at the same length: that takes no space."""
+    """Overwrite the file at constant length, which needs no disk space."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, text.encode().ljust(SPARE_BYTES))

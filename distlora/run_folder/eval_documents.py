@@ -1,9 +1,7 @@
-"""RUN/eval_documents.json: the held-out loss of a run by document, for a comparison of runs that are near each other.
+"""RUN/eval_documents.json: the held-out loss by document, to compare runs document by document. Needs no torch.
 
-Two runs that were evaluated on the same rows differ by much less than either of them varies from document to document,
-so what tells their difference from noise is a comparison document by document. Needs neither torch nor numpy.
-
-Letters: D held-out documents.
+Two runs evaluated on the same sequences differ much less than either varies between documents, so only a paired
+comparison separates their difference from noise. Letters: D held-out documents.
 """
 
 from __future__ import annotations
@@ -24,52 +22,52 @@ _SHAPE: Shape = {"step": int, "rows": str, "documents": [int], "losses": [(float
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentRecord:
-    """What one evaluation found, document by document. The held-out loss is sum(losses) / sum(units)."""
+    """One evaluation by document. The held-out loss is sum(losses) / sum(units)."""
 
     step: int
-    """Optimizer steps behind it."""
+    """Optimizer steps done."""
     rows: str
-    """SHA-256 of the packed rows that it ran: equal where the same documents were cut and packed alike."""
+    """SHA-256 of the packed sequences: equal if the same documents were split and packed alike."""
     documents: Sequence[int]
-    """(D,) their numbers in the data, ascending: all sources in order, what is not held out counted too."""
+    """(D,) document numbers, ascending, over all sources in order, including documents that are not held out."""
     losses: Sequence[float | None]
-    """(D,) loss sums over a document's target tokens (a pair's: of the pair), all of its pieces; None: not finite."""
+    """(D,) loss sums over a document's target tokens (or over a preference pair); None if not finite."""
     units: Sequence[int]
-    """(D,) how many target tokens, or pairs."""
+    """(D,) numbers of target tokens, or of pairs."""
 
     @property
     def loss(self) -> float | None:
-        """The held-out loss; None where that of some document is not finite."""
+        """Held-out loss; None if some document's is not finite."""
         known = [loss for loss in self.losses if loss is not None]
         return sum(known) / sum(self.units) if len(known) == len(self.losses) else None
 
 
 def write_documents(run_dir: Path, record: DocumentRecord) -> None:
-    """RUN/eval_documents.json, in one step; the evaluation before loses its place."""
+    """Replace RUN/eval_documents.json atomically."""
     atomic_io.write_text(run_dir / EVAL_DOCUMENTS_NAME, json.dumps(asdict(record)) + "\n")
 
 
 def read_documents(run_dir: Path) -> DocumentRecord:
-    """Raises UserError for a run that has no such record, and for a damaged one."""
+    """Read RUN/eval_documents.json. Raises UserError if it is missing or damaged."""
     path = run_dir / EVAL_DOCUMENTS_NAME
     if not path.is_file():
-        raise UserError(f"{run_dir} says nothing of its held-out documents; it needs train.eval_documents=true")
-    remedy = "train the run again, in a folder of its own"
+        raise UserError(f"{run_dir} has no held-out losses by document; train it with train.eval_documents=true")
+    remedy = "train the run again in another folder"
     values = read_object(path, remedy)
     check_shape(values, _SHAPE, path, remedy)
     record = DocumentRecord(**{name: values[name] for name in _SHAPE})
     lengths = {len(record.documents), len(record.losses), len(record.units)}
     require(
         len(lengths) == 1 and len(record.units) > 0 and min(record.units) > 0,
-        f"{path} is damaged: it does not give each document a loss and its units; {remedy}",
+        f"{path} is damaged: it does not have a loss and units for each document; {remedy}",
     )
     return record
 
 
 def check_paired(one: DocumentRecord, other: DocumentRecord, names: tuple[str, str]) -> None:
-    """Raises UserError where two evaluations are not of the same documents, cut alike."""
+    """Raise UserError unless two evaluations are of the same documents, split and packed alike."""
     require(
         one.rows == other.rows and one.documents == other.documents and one.units == other.units,
-        f"{names[0]} and {names[1]} were evaluated on different held-out rows, so their losses cannot be compared "
-        "document by document; give both the same data settings, train.seed and data.sequence_length",
+        f"{names[0]} and {names[1]} were evaluated on different held-out sequences, so their losses cannot be compared "
+        "document by document; give both runs the same data settings, train.seed and data.sequence_length",
     )

@@ -1,7 +1,7 @@
-"""What a run folder says of its run: the names in it, its records, and what it holds that was trained.
+"""Layout of a run folder: names, records, and trained results. Needs no torch.
 
-RUN/adapter or RUN/model is what a finished run publishes, RUN/best what had the lowest held-out loss,
-RUN/checkpoints/step_* what can be resumed. Needs no torch.
+RUN/adapter or RUN/model is the published result, RUN/best the state with the lowest held-out loss,
+RUN/checkpoints/step_* the saved states.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from distlora.run_folder.checkpoints import steps
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 
 PUBLISHED = {"lora": "adapter", "full": "model"}
-"""The folder in RUN that a finished run leaves, by adapter.method."""
+"""Folder in RUN of the published result, by adapter.method."""
 BEST_NAME = "best"
-"""In RUN: what had the lowest held-out loss, where there are evaluations during training."""
+"""Folder in RUN of the state with the lowest held-out loss, if the run evaluates during training."""
 BEST_STEP_NAME = "step.json"
-"""In RUN/best: the step that it is of. A kill can come between a new best and the save of its step, and the resume then
-knows of an older one."""
+"""File in RUN/best with its step. After a kill between a new best and the save of its step, the resume knows an older
+best.
+"""
 CHECKPOINTS, CHECKPOINT_PATTERN = "checkpoints", "step_*"
 DATA_NAME, SUMMARY_NAME, METRICS_NAME = "data.json", "summary.json", "metrics.jsonl"
 PLAN_NAME = "plan.json"
 REPORT_NAME = "report.html"
-"""In RUN and in SWEEP: its page (distlora_launcher.report), of the end or of when somebody asked."""
+"""Report page in RUN and in SWEEP (distlora_launcher.report)."""
 TEMPLATE_NAME = "chat_template.jinja"
-"""Beside what was trained, where chats were rendered with another template than the base's own."""
+"""Chat template beside the results, if it is not the base's."""
 
 _CHECKPOINT = re.compile(r"(?:step_)?0*(\d+)")
 
@@ -56,7 +57,7 @@ _DATA: Shape = {
     "splits?": {"*": {"documents": int, "targets": int, "tokens": int, "sources?": [_COUNTS]}},
 }
 ENVIRONMENT: Shape = {"*": (int, str, bool)}
-"""Of `TrainState.environment` on disk, for who reads it without a run."""
+"""Shape of `TrainState.environment` on disk, for readers without a run."""
 
 _STATE: Shape = {"environment?": ENVIRONMENT}
 _ADAPTER: Shape = {
@@ -69,40 +70,39 @@ _ADAPTER: Shape = {
     "trainable_token_indices?": ({"*": [int]}, [int], type(None)),
     "modules_to_save?": ([str], type(None)),
 }
-"""What is read of each record, and by what follows it (model_card.py); what else one says is not looked at."""
+"""Fields that are read of each record; others are ignored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """Something that a run trained, and what the run folder says of it."""
+    """A trained result of a run, with the records of the run folder."""
 
     config: Config
     folder: Path
-    """The files: an adapter in PEFT's format, or a whole model."""
+    """Folder of an adapter in PEFT's format, or of a whole model."""
     step: int | None
-    """Optimizer steps behind it; None where no figure was logged."""
+    """Optimizer steps done; None if no figure was logged."""
     adapter: Mapping[str, Any] | None
     """adapter_config.json; None for a whole model."""
     evaluations: Mapping[int, float]
-    """Held-out loss, nats a token, by step."""
+    """Held-out loss in nats per token, by step."""
     data: Mapping[str, Any]
     """data.json."""
     summary: Mapping[str, Any]
     """summary.json; empty before the end of a run."""
     environment: Mapping[str, Any]
-    """What the newest checkpoint was made on: ranks, device, versions."""
+    """Environment of the newest checkpoint: ranks, device, versions."""
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja text that chats were rendered with in place of the base's own; None where that was used."""
+        """Jinja chat template that replaced the base's; None if the base's was used."""
         return self.data.get("chat_template")
 
 
 def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
-    """What a run published, or with `checkpoint` its best (`best`) or a saved step (`step_100`, `100`).
+    """Return what a run published, or with `checkpoint` its best (`best`) or a saved step (`step_100`, `100`).
 
-    Raises UserError for a folder without a run, a run that is not finished, a checkpoint that is not there, and a
-    record that is damaged.
+    Raises UserError for a folder without a run, an unfinished run, a missing checkpoint, and a damaged record.
     """
     config = load_config(run_dir)
     lines = _read_lines(run_dir / METRICS_NAME)
@@ -114,7 +114,7 @@ def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
         if not folder.is_dir():
             raise UserError(
                 f"{run_dir} is not finished: it has no {folder.name} folder; continue it with `distlora resume "
-                f"{run_dir}`, or name what it has with --checkpoint{_saved(run_dir)}"
+                f"{run_dir}`, or name a saved state with --checkpoint{_saved(run_dir)}"
             )
         step = summary.get("best_step", last) if config.train.load_best_at_end else last
     elif checkpoint == BEST_NAME:
@@ -127,10 +127,10 @@ def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
         trained = {step: loss for step, loss in evaluations.items() if step > 0}
         step = min(trained, key=trained.__getitem__, default=None)
     else:
-        step, folder = _checkpoint(run_dir, checkpoint, config)
+        step, folder = _checkpoint(run_dir, checkpoint, config.adapter.method)
     is_adapter = config.adapter.method == "lora"
     if is_adapter and not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{folder} holds no {ADAPTER_CONFIG}; put a whole copy in its place")
+        raise UserError(f"{folder} holds no {ADAPTER_CONFIG}; restore a whole copy")
     return Result(
         config=config,
         folder=folder,
@@ -144,19 +144,19 @@ def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
 
 
 def find_result(run_dir: Path) -> Path | None:
-    """What a finished run published, or None."""
+    """Return the folder of the published result, or None."""
     return next((run_dir / name for name in PUBLISHED.values() if (run_dir / name).is_dir()), None)
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """The saved steps, oldest first, whole or not."""
+    """List the saved steps, oldest first, whole or not."""
     return steps(run_dir / CHECKPOINTS)
 
 
 def read_record(path: Path, shape: Shape = dict) -> dict[str, Any]:
-    """A JSON object in a run folder, of this shape; empty where there is no such file.
+    """Read a JSON object of this shape in a run folder; empty if there is no such file.
 
-    Raises UserError for one that is damaged.
+    Raises UserError if it is damaged.
     """
     if not path.is_file():
         return {}
@@ -168,11 +168,11 @@ def read_record(path: Path, shape: Shape = dict) -> dict[str, Any]:
 def _remedy(path: Path) -> str:
     if path.name == DATA_NAME:
         return f"make it again with `distlora data prepare {path.parent}`"
-    return "put a whole copy in its place" if path.name == ADAPTER_CONFIG else "move it out of the run folder"
+    return "restore a whole copy" if path.name == ADAPTER_CONFIG else "move it out of the run folder"
 
 
-def _checkpoint(run_dir: Path, name: str, config: Config) -> tuple[int, Path]:
-    """(step, folder) of a saved step."""
+def _checkpoint(run_dir: Path, name: str, method: str) -> tuple[int, Path]:
+    """Return (step, folder) of a saved step."""
     match = _CHECKPOINT.fullmatch(name)
     folder = run_dir / CHECKPOINTS / f"step_{int(match[1]):08d}" if match else None
     if match is None or folder is None or not folder.is_dir():
@@ -181,7 +181,7 @@ def _checkpoint(run_dir: Path, name: str, config: Config) -> tuple[int, Path]:
             f"--checkpoint {name}: {run_dir} has no such checkpoint{nearest(name, have)}; "
             f"it has{_saved(run_dir) or ' none'}"
         )
-    if config.adapter.method == "full":
+    if method == "full":
         raise UserError(
             f"--checkpoint {name} holds weights without the model's configuration; leave --checkpoint out to take the "
             "finished model"
@@ -190,7 +190,7 @@ def _checkpoint(run_dir: Path, name: str, config: Config) -> tuple[int, Path]:
 
 
 def _saved(run_dir: Path) -> str:
-    """` best, step_00000100` for what a run has saved, or an empty string."""
+    """Return ` best, step_00000100` for what a run has saved, or an empty string."""
     names = [path.name for path in checkpoint_folders(run_dir)]
     names = ([BEST_NAME] if (run_dir / BEST_NAME).is_dir() else []) + names
     return f" {', '.join(names)}" if names else ""
@@ -203,7 +203,7 @@ def _environment(run_dir: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a kill may have cut off the last."""
+    """Return the whole lines of metrics.jsonl; a kill may have cut off the last."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     entries = []
     for number, line in enumerate(lines, start=1):

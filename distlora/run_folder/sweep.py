@@ -1,15 +1,13 @@
-"""What a sweep's folder says of its trials: the names in it, and its records. Needs neither torch nor Optuna.
+"""Layout and records of a sweep folder. Needs neither torch nor Optuna.
 
-```
-SWEEP/sweep.yaml       what is searched and how, and the words that all trials share; made once
-SWEEP/journal.log      Optuna's: the truth about the trials, shared by all workers
-SWEEP/results.json     what came of each, made from the journal after each change (TrialRecord)
+SWEEP/sweep.yaml       search space, method and shared overrides; written once
+SWEEP/journal.log      Optuna's journal: the state of the trials, shared by all workers
+SWEEP/results.json     result of each trial, derived from the journal after each change (TrialRecord)
 SWEEP/results.md, parallel_coordinates.png, importance.png, importance.json
-SWEEP/trials/0007/     the run folder of trial 7
-SWEEP/packs/0/         the pack of worker 0, with sweep.packed > 1 (distlora/training/multi_trial/protocol.py)
-SWEEP/logs/            what workers and trials print
+SWEEP/trials/0007/     run folder of trial 7
+SWEEP/packs/0/         multi-trial worker 0, with sweep.packed > 1 (distlora/training/multi_trial/protocol.py)
+SWEEP/logs/            output of workers and trials
 SWEEP/report.html      `distlora report SWEEP`
-```
 """
 
 from __future__ import annotations
@@ -29,64 +27,64 @@ from distlora.system import atomic_io
 
 SWEEP_NAME, JOURNAL_NAME, RESULTS_NAME = "sweep.yaml", "journal.log", "results.json"
 IMPORTANCE_RECORD = "importance.json"
-"""How much of the differences each setting makes, once the sweep is over: what importance.png shows."""
+"""Importance of each setting once the sweep is over, as shown in importance.png."""
 TRIALS, PACKS = "trials", "packs"
 CANCELLED_NAME = "cancelled"
-"""In a trial's run folder: `distlora cancel` has asked it alone to stop, so that it does not go on with the sweep."""
+"""File in a trial's run folder: `distlora cancel` stopped this trial, so it does not continue with the sweep."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, FAILED = "waiting", "running", "complete", "pruned", "failed"
 SAVED = "saved"
-"""Of a trial that was begun and is not at its end, while nothing runs: what a record calls running (`at_rest`)."""
+"""State of an unfinished trial while nothing runs; its record still reads `running` (`at_rest`)."""
 STATES = (COMPLETE, PRUNED, RUNNING, SAVED, WAITING, FAILED)
-"""In the order of a table."""
+"""States in the order of the table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialRecord:
-    """What came of one trial."""
+    """Result of one trial."""
 
     number: int
     state: str
     """One of STATES."""
     values: Mapping[str, Any]
-    """What was searched: setting -> value."""
+    """Searched settings and their values."""
     value: float | None = None
-    """Of the sweep's metric: the last that was measured; None before the first, and of a trial that diverged."""
+    """Last measured value of the sweep's metric; None before the first, and for a diverged trial."""
     step: int | None = None
-    """Optimizer steps behind it."""
+    """Optimizer steps done."""
     reason: str | None = None
-    """Why it failed or was pruned, in a sentence."""
+    """Reason why it failed or was pruned."""
     seconds: float | None = None
-    """From its start to its end; of a packed trial, those of the pack in that time."""
+    """Seconds from start to end; for a multi-trial run the shared time."""
     trainable_parameters: int | None = None
     peak_memory_bytes: int | None = None
-    """Of a rank; of a packed trial, the pack's."""
+    """Peak memory per rank in bytes; shared by trials that are trained together."""
     evaluations: Mapping[int, float] = field(default_factory=dict)
-    """The metric by step."""
+    """Values of the metric by step."""
 
     @property
     def is_open(self) -> bool:
-        """Whether it has not come to its end."""
+        """True until the trial has ended."""
         return self.state in (WAITING, RUNNING, SAVED)
 
     def folder(self, sweep: Path) -> Path:
-        """Its run folder."""
+        """Return the trial's run folder."""
         return trial_folder(sweep, self.number)
 
 
 def trial_folder(sweep: Path, number: int) -> Path:
-    """The run folder of a trial."""
+    """Return the run folder of a trial."""
     return sweep / TRIALS / f"{number:04d}"
 
 
 def sweep_of(run_dir: Path) -> Path | None:
-    """The sweep that a run folder is a trial of; None of a run of its own."""
+    """Return the sweep folder that a run folder belongs to; None for a run outside of a sweep."""
     folder = run_dir.parent.parent
     return folder if run_dir.parent.name == TRIALS and is_sweep_folder(folder) else None
 
 
 def is_sweep_folder(folder: Path) -> bool:
-    """Whether `distlora sweep` made this folder."""
+    """Return whether `distlora sweep` made this folder."""
     return (folder / SWEEP_NAME).is_file()
 
 
@@ -106,12 +104,12 @@ _TRIAL: Shape = {
 
 
 def write_results(sweep: Path, trials: Sequence[TrialRecord]) -> None:
-    """SWEEP/results.json, in one step."""
+    """Replace SWEEP/results.json atomically."""
     atomic_io.write_json(sweep / RESULTS_NAME, {"trials": [dataclasses.asdict(trial) for trial in trials]})
 
 
 def read_results(sweep: Path) -> list[TrialRecord]:
-    """The trials, by number. Raises UserError for a folder without results, and for damaged ones."""
+    """Return the trials by number. Raises UserError for missing or damaged results."""
     path = sweep / RESULTS_NAME
     if not path.is_file():
         raise UserError(f"{sweep} holds no results of a sweep ({RESULTS_NAME}); start one with `distlora sweep`")
@@ -121,22 +119,22 @@ def read_results(sweep: Path) -> list[TrialRecord]:
     known = {item.name for item in dataclasses.fields(TrialRecord)}
     records = []
     for entry in values["trials"]:
-        own = {name: value for name, value in entry.items() if name in known}
-        evaluations = own.get("evaluations", {})
+        fields = {name: value for name, value in entry.items() if name in known}
+        evaluations = fields.get("evaluations", {})
         if not (all(map(str.isdecimal, evaluations)) and entry["state"] in STATES):
-            raise UserError(f"{path} is damaged: trial {entry['number']} is no record of one; {remedy}")
-        own["evaluations"] = {int(step): loss for step, loss in evaluations.items()}
-        records.append(TrialRecord(**own))
+            raise UserError(f"{path} is damaged: trial {entry['number']} is invalid; {remedy}")
+        fields["evaluations"] = {int(step): loss for step, loss in evaluations.items()}
+        records.append(TrialRecord(**fields))
     return sorted(records, key=lambda record: record.number)
 
 
 def write_importance(sweep: Path, shares: Mapping[str, float], how: str) -> None:
-    """SWEEP/importance.json: the share of each setting, and by what it was calculated."""
+    """Write SWEEP/importance.json: the importance of each setting, and the method of calculation."""
     atomic_io.write_json(sweep / IMPORTANCE_RECORD, {"shares": dict(shares), "how": how})
 
 
 def read_importance(sweep: Path) -> tuple[dict[str, float], str]:
-    """(share of each setting, by what); empty where there is none. Raises UserError for a damaged record."""
+    """Return (importance of each setting, method); empty if there is no record. Raises UserError for a damaged one."""
     path = sweep / IMPORTANCE_RECORD
     if not path.is_file():
         return {}, ""
@@ -146,25 +144,24 @@ def read_importance(sweep: Path) -> tuple[dict[str, float], str]:
 
 
 def at_rest(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials of a sweep in which nothing runs, whatever its records called them when they were written."""
+    """Return the trials with state `saved` for `running`, for a sweep in which nothing runs."""
     return [dataclasses.replace(trial, state=SAVED) if trial.state == RUNNING else trial for trial in trials]
 
 
 def counted(trials: Sequence[TrialRecord]) -> str:
-    """`2 complete, 1 failed`: how many are in each state."""
+    """Return `2 complete, 1 failed`: the number of trials in each state."""
     found = Counter(trial.state for trial in trials)
     return ", ".join(f"{found[state]} {state}" for state in STATES if found[state])
 
 
 def best_of(trials: Sequence[TrialRecord], direction: str) -> TrialRecord | None:
-    """The trial with the best value among those that ran to their end; the first of equal ones. `direction`: minimize
-    or maximize."""
+    """Return the complete trial with the best value; the first of equal ones. `direction`: minimize or maximize."""
     complete = [trial for trial in trials if trial.state == COMPLETE and trial.value is not None]
     return min(complete, key=lambda trial: _place(trial, direction), default=None)
 
 
 def ranked(trials: Sequence[TrialRecord], direction: str) -> list[TrialRecord]:
-    """The best first; then those that were pruned, run, wait, failed."""
+    """Sort the trials, best first; then pruned, running, waiting and failed ones."""
     return sorted(trials, key=lambda trial: (STATES.index(trial.state), _place(trial, direction)))
 
 
@@ -175,12 +172,12 @@ def _place(trial: TrialRecord, direction: str) -> tuple[float, int]:
 
 
 def words_of(values: Mapping[str, Any]) -> list[str]:
-    """A trial's values as words of `distlora train`, in Hydra's grammar."""
+    """Return a trial's values as Hydra overrides."""
     return [f"{setting}={_word(value)}" for setting, value in values.items()]
 
 
 _PLAIN_WORD = re.compile(r"[A-Za-z_./][\w./@+-]*")
-"""What Hydra reads as the text that it is, without quotes."""
+"""Text that Hydra reads unquoted."""
 _OTHER_KIND = re.compile(r"(?i)(null|true|false|nan|inf)")
 
 
@@ -202,5 +199,5 @@ def _word(value: Any) -> str:
 
 
 def _trailing(value: str) -> str:
-    """Backslashes that keep those at the end of a quoted text from escaping its quote."""
+    """Return backslashes that keep those at the end of a quoted text from escaping its quote."""
     return "\\" * (len(value) - len(value.rstrip("\\")))

@@ -1,4 +1,4 @@
-"""Writing what must survive: readers see the old content or the new one, never half, and a power cut loses neither."""
+"""Write files atomically and durably: readers see the old content or the new, and a power cut loses neither."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable."""
+    """Flush a file's bytes, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,7 +20,7 @@ def sync(path: Path) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)` makes the new file, which then takes the place of `path` in one step."""
+    """Replace `path` in one step by the file that `write(temporary)` makes."""
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
         write(temporary)
@@ -32,13 +32,16 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step; two writers do not mix."""
+    """Replace a text file in one step; concurrent writers do not mix."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 class AppendedFile:
-    """A file that text is appended to, for readers who follow it; made with the first. What a full disk does not take
-    yet is kept in memory, and goes first when there is space: no text is cut by it, torn or out of order."""
+    """A file that text is appended to, for readers that follow it; created by the first append.
+
+    Text that a full disk refuses is kept in memory and written first once there is space, so none is lost, torn or
+    reordered.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -46,8 +49,9 @@ class AppendedFile:
         self._pending = bytearray()
 
     def append(self, text: str) -> None:
-        """At the end, at once: a killed process loses nothing of it, only the machine can. Raises OSError where the
-        disk does not take it; the text is kept then."""
+        """Append text at once, so that a killed process loses nothing. Raises OSError if the disk refuses it; the text
+        is kept.
+        """
         self._pending += text.encode()
         if self._descriptor is None:
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -56,7 +60,7 @@ class AppendedFile:
             del self._pending[:written]
 
     def close(self) -> None:
-        """Raises OSError where the disk still does not take all of it."""
+        """Close the file. Raises OSError if the disk still refuses some text."""
         try:
             if self._pending:
                 self.append("")
@@ -67,5 +71,5 @@ class AppendedFile:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
+    """Replace a file by indented JSON, as `write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n")

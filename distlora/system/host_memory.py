@@ -1,4 +1,4 @@
-"""Host memory: how much can be had, and chunks of it for many tensors. Imports torch late: the planner asks both."""
+"""Host memory: the available amount, and chunks of it for many tensors. Imports torch lazily, for the planner."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20
-"""Least of what is taken at once. Chunks are powers of two, to which torch rounds pinned memory up."""
+"""Minimum bytes of a chunk. Chunks are powers of two, to which torch rounds pinned memory up."""
 TENSORS_IN_A_CHUNK = 8
-"""Of the largest, at least, where there are so many: what does not fit at a chunk's end is lost."""
+"""Minimum number of the largest tensors in a chunk; the rest of a chunk's end is unused."""
 ALIGNMENT = 64
 
 _LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
-"""Of a cgroup, version 2 and 1: its limit, what it has."""
+"""Files of a cgroup (version 2, version 1): its limit and its usage."""
 
 
 def lay_out(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Places for tensors of so many bytes: (bytes of each chunk, (chunk, first byte) of each tensor)."""
+    """Return places for tensors of these bytes: (bytes of each chunk, (chunk, first byte) of each tensor)."""
     chunks: list[int] = []
     places: list[tuple[int, int]] = []
     needs = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
@@ -37,17 +37,17 @@ def lay_out(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 def bytes_of(sizes: Sequence[int]) -> int:
-    """What `take_places` takes."""
+    """Return the bytes that `take_places` allocates."""
     return sum(lay_out(sizes)[0])
 
 
 def bytes_like(tensors: Sequence[Tensor]) -> int:
-    """What `memory_like` takes."""
+    """Return the bytes that `memory_like` allocates."""
     return sum(bytes_of([tensor.nbytes for tensor in kind]) for kind in _kinds(tensors).values())
 
 
 def memory_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Uninitialized host memory of each tensor's shape and dtype, contiguous; pinned for those of a GPU."""
+    """Allocate contiguous host memory of each tensor's shape and dtype, uninitialized; pinned for GPU tensors."""
     found: dict[int, Tensor] = {}
     for pinned, kind in _kinds(tensors).items():
         places = take_places([tensor.nbytes for tensor in kind], pinned=pinned)
@@ -57,21 +57,21 @@ def memory_like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def take_places(sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
-    """Uninitialized host memory, (size,) uint8 for each of `sizes`, in the chunks of `lay_out`."""
+    """Allocate uninitialized host memory, (size,) uint8 for each of `sizes`, in the chunks of `lay_out`."""
     chunks, places = lay_out(sizes)
     memory = [take_chunk(size, pinned=pinned) for size in chunks]
     return [memory[chunk][first : first + size] for size, (chunk, first) in zip(sizes, places, strict=True)]
 
 
 def take_chunk(size: int, *, pinned: bool) -> Tensor:
-    """(size,) uint8."""
+    """Allocate (size,) uint8."""
     import torch
 
     return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
 
 def _kinds(tensors: Sequence[Tensor]) -> dict[bool, list[Tensor]]:
-    """By whether they are a GPU's; an optimizer of 8 bits has both, in turn."""
+    """Group tensors by whether they are on a GPU; 8-bit optimizers have both."""
     kinds: dict[bool, list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault(tensor.device.type == "cuda", []).append(tensor)
@@ -79,25 +79,26 @@ def _kinds(tensors: Sequence[Tensor]) -> dict[bool, list[Tensor]]:
 
 
 def _power_from(size: int) -> int:
-    """The least power of two that is not below."""
+    """Return the smallest power of two that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def _power_to(size: int) -> int:
-    """The largest power of two that is not above; 1 of nothing."""
+    """Return the largest power of two that is at most `size`; 1 for 0."""
     return 1 << max(size.bit_length() - 1, 0)
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Host memory that can be had without swapping, by the kernel and by the limits of the process' cgroups (SLURM's
-    --mem, a container's); None where nothing says.
+    """Return the host memory available without swapping, in bytes; None if it is unknown.
+
+    It is the minimum of what the kernel and the limits of the process' cgroups (SLURM's --mem, a container's) leave.
     """
     found = [*_by_kernel(proc), *_by_cgroups(proc, cgroups)]
     return min(found, default=None)
 
 
 def processes_here() -> int:
-    """Processes of the run on this machine, which share its memory; torchrun says it."""
+    """Return the number of the run's processes on this node, from torchrun's environment."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -108,8 +109,10 @@ def _by_kernel(proc: Path) -> Iterator[int]:
 
 
 def _by_cgroups(proc: Path, root: Path) -> Iterator[int]:
-    """What each cgroup that the process is in, and each above it, has left to its limit. In a container the kernel may
-    tell a path that the container does not see; its own cgroup is the root there."""
+    """Yield what each cgroup of the process, and each above it, has left to its limit.
+
+    In a container the kernel may give a path that the container does not see; its cgroup is the root there.
+    """
     for line in _lines(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
@@ -134,7 +137,7 @@ def _left(folder: Path) -> Iterator[int]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Of a file; none where there is no such file, as on other systems than Linux."""
+    """Return the lines of a file; none if there is no such file."""
     try:
         return path.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, said as: the name, the reason, what to type instead."""
+"""Turn errors of huggingface_hub into UserErrors: the name, the reason, and the cure."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from distlora.config import UserError, nearest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubKind:
-    """What a repository is, in the words of a message and of the hub's API."""
+    """A type of repository, in the words of messages and of the hub's API."""
 
     what: str
-    """model, data set."""
+    """`model` or `data set`."""
     page: str
-    """What comes before its name in the address of its page."""
+    """Prefix of its name in the page's address."""
     setting: str
     revision_setting: str
     instead: str
-    """What the setting may hold, besides a name."""
+    """What the setting may hold besides a name."""
 
 
 MODEL = HubKind(
@@ -39,10 +39,10 @@ DATASET = HubKind(
 
 @contextlib.contextmanager
 def explained(name: str, revision: str | None, kind: HubKind = MODEL) -> Iterator[None]:
-    """Turn errors of the hub about one repository into UserErrors, whatever a library wrapped around them.
+    """Turn errors of the hub about one repository into UserErrors, even if a library wrapped them.
 
-    Raises UserError for an answer that is no success (401, 403, 404, 429 and others), for a hub that cannot be reached,
-    and for a disk that refuses a download. What comes from elsewhere goes on as it is.
+    Raises UserError for HTTP errors (401, 403, 404, 429 and others), for an unreachable hub, and for a disk that
+    refuses a download. Other errors pass unchanged.
     """
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
@@ -75,7 +75,7 @@ def explained(name: str, revision: str | None, kind: HubKind = MODEL) -> Iterato
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """An exception and those that it was made of, the last first."""
+    """Return an exception and its causes, the last one first."""
     links = [error]
     while (cause := links[-1].__cause__ or links[-1].__context__) is not None and cause not in links:
         links.append(cause)
@@ -83,7 +83,7 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether the hub gave no answer: offline, no network, down."""
+    """Return whether the hub gave no answer: offline, no network, or down."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
@@ -93,7 +93,7 @@ def unreachable(error: BaseException) -> bool:
 
 
 def explain_absent_weights(name: str, files: Iterable[str]) -> UserError:
-    """Why a repository without safetensors in the usual names is no base, and what could be one."""
+    """Return the error for a repository without the usual safetensors files, with the cure."""
     present = list(files)
     if "adapter_config.json" in present:
         return UserError(
@@ -126,7 +126,7 @@ def endpoint() -> str:
 
 
 def user_of_token() -> str | None:
-    """Whose token this machine has; None without a valid one."""
+    """Return the user of this machine's token; None without a valid one."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HTTPError
 
@@ -139,7 +139,7 @@ def user_of_token() -> str | None:
 
 
 def _explain_refusal(error: Exception, name: str, revision: str | None, kind: HubKind) -> str:
-    """What an answer of the hub that is no success means."""
+    """Describe an HTTP error of the hub."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import (
         DisabledRepoError,
@@ -178,14 +178,14 @@ def _explain_refusal(error: Exception, name: str, revision: str | None, kind: Hu
 
 
 def explain_gate(name: str, kind: HubKind) -> str:
-    """What to do about a repository that asks for consent first."""
+    """Describe how to get access to a gated repository."""
     user = user_of_token()
     log_in = f"this machine is logged in as {user}" if user else "log in with `hf auth login` or set HF_TOKEN"
     return f"{kind.setting}={name} is gated: accept its licence at {endpoint()}/{kind.page}{name}; {log_in}"
 
 
 def explain_absence(error: BaseException, name: str, kind: HubKind) -> str:
-    """What to say when the hub gave no answer and the cache has no whole copy."""
+    """Describe an unreachable hub when the cache has no whole copy."""
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
@@ -204,7 +204,7 @@ def explain_absence(error: BaseException, name: str, kind: HubKind) -> str:
 
 
 def _similar(name: str, kind: HubKind) -> list[str]:
-    """Names on the hub that a mistyped one may have meant: of the same owner, else those that contain the last part."""
+    """Return names on the hub that a mistyped one may mean: of the same owner, else those with the same last part."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
@@ -218,7 +218,7 @@ def _similar(name: str, kind: HubKind) -> list[str]:
 
 
 def _refs(name: str, kind: HubKind) -> list[str]:
-    """Branches and tags of a repository."""
+    """Return the branches and tags of a repository."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
@@ -230,7 +230,7 @@ def _refs(name: str, kind: HubKind) -> list[str]:
 
 
 def _cached(kind: HubKind) -> list[str]:
-    """Names of the repositories in the cache."""
+    """Return the names of the repositories in the cache."""
     from huggingface_hub import constants
 
     folder, start = constants.HF_HUB_CACHE, "models--" if kind is MODEL else "datasets--"

@@ -1,7 +1,7 @@
-"""Counter-based random numbers: a value depends on what it is for, never on who asks or when.
+"""Counter-based random numbers: a value depends on its purpose, not on who computes it or when.
 
-Philox-4x32-10's key names the run's seed and the tensor or module; its counter is the position in it. So an adapter
-starts the same on any number of ranks, whatever else is initialized before.
+The key of Philox-4x32-10 is made from the run's seed and the tensor or module name; the counter is the position in it.
+So an adapter has the same initial values on any number of ranks.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from distlora_kernels.philox import MASK, philox
 
 
 def key_of(seed: int, name: str) -> tuple[int, int]:
-    """The two 32-bit key words for a stream: SHA-256 of the seed and the stream's name."""
+    """Return the two 32-bit key words of a stream: SHA-256 of the seed and the stream's name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
 def uniform(shape: tuple[int, ...], *, seed: int, name: str) -> Tensor:
-    """Uniform on the open interval (0, 1): fp64 of `shape`, element i of the flattened tensor from counter i // 4."""
+    """Return uniform numbers on (0, 1): fp64 of `shape`, element i of the flattened tensor from counter i // 4."""
     numel = math.prod(shape)
     index = torch.arange(-(-numel // 4))
     zero = torch.zeros_like(index)
@@ -31,7 +31,7 @@ def uniform(shape: tuple[int, ...], *, seed: int, name: str) -> Tensor:
 
 
 def normal(shape: tuple[int, ...], *, seed: int, name: str) -> Tensor:
-    """Standard normal: fp64 of `shape` (Box-Muller on pairs of uniforms)."""
+    """Return standard normal numbers: fp64 of `shape` (Box-Muller on pairs of uniforms)."""
     numel = math.prod(shape)
     pairs = uniform((-(-numel // 2), 2), seed=seed, name=name)
     radius, angle = (-2 * pairs[:, 0].log()).sqrt(), 2 * math.pi * pairs[:, 1]

@@ -1,9 +1,8 @@
-"""Which tensors on disk make up a parameter: transformers' own conversion mapping, followed without reading a byte.
+"""Map a checkpoint's tensors to a model's parameters by transformers' own conversion rules, without reading a tensor.
 
-transformers renames a checkpoint's tensors (Gemma 3: language_model.model.x -> model.language_model.x), adds or drops
-the base model's prefix, and merges some (Mixtral's experts) while it loads. The same rules, from the same objects, give
-each parameter as a list of whole tensors in flat order. What cannot be said that way (splits, transpositions,
-permutations) is refused by the operation's name.
+transformers renames tensors while it loads (Gemma 3: language_model.model.x -> model.language_model.x), adds or drops
+the base model's prefix, and merges some (Mixtral's experts). The same rules give each parameter as a list of whole
+tensors in flat order. A rule that needs more (splits, transpositions, permutations) is refused by name.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointLayout:
-    """What decides where the parameters of a transformers model lie in its checkpoint."""
+    """The facts that decide where the parameters of a transformers model lie in its checkpoint."""
 
     names: Collection[str]
     """Every entry of the model's state_dict."""
     transforms: Sequence[Any]
     """transformers' WeightRenaming and WeightConverter objects for this model, in order."""
     base_model_prefix: str
-    """What a checkpoint of the bare decoder lacks in front of its names."""
+    """Prefix that the names in a checkpoint of the bare decoder lack."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A parameter on disk: whole tensors, one after the other in flat order."""
+    """A parameter on disk: whole tensors, concatenated in flat order."""
 
     names: tuple[str, ...]
     """The tensors' names on disk."""
     segments: tuple[Segment, ...]
     shape: tuple[int, ...]
-    """What they make up together; for one tensor its own shape on disk."""
+    """Shape of the parameter; of a single tensor its shape on disk."""
 
 
 def layout_of(hf_model: PreTrainedModel) -> CheckpointLayout:
-    """The layout of a model as transformers built it (meta is enough), before any surgery."""
+    """Return the layout of a model as transformers built it (meta device is enough), before any module is replaced."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return CheckpointLayout(
@@ -57,9 +56,9 @@ def layout_of(hf_model: PreTrainedModel) -> CheckpointLayout:
 def find_sources(
     layout: CheckpointLayout, on_disk: Mapping[str, Segment], wanted: Collection[str]
 ) -> dict[str, Source]:
-    """Where the `wanted` parameters lie, as transformers' from_pretrained would find them; an absent one has no entry.
+    """Return the tensors on disk of each `wanted` parameter, as from_pretrained finds them; absent ones are left out.
 
-    Raises UserError, by the operation's name, when one of them needs more than renaming and merging of whole tensors.
+    Raises UserError with the operation's name if one needs more than renaming and merging of whole tensors.
     """
     from transformers.core_model_loading import WeightConverter, dot_natural_key
 
@@ -91,10 +90,10 @@ def find_sources(
 
 
 def names_without_a_place(layout: CheckpointLayout, on_disk: Mapping[str, Segment], scope: str) -> list[str]:
-    """Weights and biases on disk that transformers would drop although they belong to the modules under `scope`.
+    """Return weights and biases on disk under `scope` that transformers would drop.
 
-    config.json then describes another model than the one that was saved. What only accompanies a weight (its
-    quantization, old rotary frequencies) is not meant.
+    config.json then describes another model than the one that was saved. Tensors that only accompany a weight (its
+    quantization, old rotary frequencies) are not included.
     """
     rename, left = _renamer(layout), []
     for name in on_disk:
@@ -105,7 +104,9 @@ def names_without_a_place(layout: CheckpointLayout, on_disk: Mapping[str, Segmen
 
 
 def _renamer(layout: CheckpointLayout) -> Callable[[str], tuple[str, str | None]]:
-    """A tensor on disk -> (the model's name for it, the converter's pattern that took it), as transformers does it."""
+    """Return a function: name on disk -> (the model's name, the converter's pattern that matched), as transformers does
+    it.
+    """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [transform for transform in layout.transforms if isinstance(transform, WeightRenaming)]
@@ -122,20 +123,20 @@ def _renamer(layout: CheckpointLayout) -> Callable[[str], tuple[str, str | None]
 
 
 def _made_by(converter: Any, target: str) -> set[str]:
-    """The parameters that a converter fills together with `target`."""
+    """Return the parameters that a converter fills together with `target`."""
     first = converter.target_patterns[0]
     return {target} | {target.replace(first, other) for other in converter.target_patterns[1:]}
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor that does not exist yet: its shape, and the tensors on disk (name, segment) that are its flat order."""
+    """A merged tensor that does not exist yet: its shape, and the tensors on disk (name, segment) in flat order."""
 
     shape: tuple[int, ...]
     parts: tuple[tuple[str, Segment], ...]
 
     def cut(self, pieces: int) -> list[tuple[tuple[str, Segment], ...]] | None:
-        """The parts of `pieces` equal pieces of the flat order; None where a border would fall inside a part."""
+        """Return the parts of `pieces` equal pieces of the flat order; None if a border falls inside a part."""
         size = math.prod(self.shape) // pieces
         result: list[list[tuple[str, Segment]]] = []
         filled = size
@@ -153,7 +154,7 @@ class _Tensor:
 def _merge(
     converter: Any, target: str, by_pattern: Mapping[str, Sequence[str]], on_disk: Mapping[str, Segment]
 ) -> dict[str, Source]:
-    """Follow a converter's operations on shapes and names alone."""
+    """Apply a converter's operations to shapes and names."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     if len(converter.target_patterns) > 1:
@@ -186,7 +187,7 @@ def _merge(
 
 
 def _stack(tensors: Sequence[_Tensor], target: str) -> _Tensor:
-    """torch.stack along dim 0."""
+    """Stack along dim 0, as torch.stack."""
     shapes = sorted({tensor.shape for tensor in tensors})
     if len(shapes) > 1:
         raise UserError(
@@ -197,7 +198,7 @@ def _stack(tensors: Sequence[_Tensor], target: str) -> _Tensor:
 
 
 def _concatenate(tensors: Sequence[_Tensor], dim: int) -> _Tensor | None:
-    """torch.cat along `dim` where every tensor on disk stays whole in the flat order, else None."""
+    """Concatenate along `dim`, as torch.cat; None unless every tensor stays whole in the flat order."""
     shape = list(tensors[0].shape)
     dim %= len(shape)
     # Flat order: for each leading position in turn, that position's piece of every tensor.

@@ -1,12 +1,11 @@
-"""The principal part of a weight as a start for A and B, and the weight without it: PiSSA (Meng et al. 2024, arXiv
-2404.02948) and LoftQ (Li et al. 2023, arXiv 2310.08659).
+"""Initial A and B from the principal part of a weight: PiSSA (arXiv 2404.02948) and LoftQ (arXiv 2310.08659).
 
 With W = U S V^T and the adapter's scale s, the first R parts become A = sqrt(S/s) V^T and B = U sqrt(S/s), PEFT's
-convention, so that s B A is the best approximation of W of that rank.
+convention, so that s B A is the best rank-R approximation of W.
 
-Sums are in fp64 and on one thread, and are rounded once, to fp32: the bits depend neither on the number of ranks nor on
-who computes. Letters: O out features, I in features, R rank; X is W or its transpose, whichever is tall: T rows, N
-columns.
+Sums are in fp64 on one thread and are rounded once, to fp32, so the bits depend neither on the number of ranks nor on
+which rank computes. Letters: O out features, I in features, R rank; X is W or its transpose, whichever is tall: T rows,
+N columns.
 """
 
 from __future__ import annotations
@@ -22,34 +21,33 @@ from distlora_kernels import nf4
 from distlora_kernels.threads import one_thread
 
 BLOCK_ELEMENTS = 2**17
-"""Of s B A, computed at once: rows that are whole and always the same, so that a product never depends on the cut."""
+"""Elements of s B A computed at once: always the same whole rows, so that a product does not depend on the shard."""
 
 
 class LowRankFactors(NamedTuple):
-    """Where an adapter starts: A (R, I) and B (O, R), fp32."""
+    """Initial values of an adapter: A (R, I) and B (O, R), fp32."""
 
     A: Tensor
     B: Tensor
 
 
 class Sketch(NamedTuple):
-    """How a randomized decomposition begins and goes on."""
+    """Settings of a randomized decomposition."""
 
     seed: int
     name: str
-    """Of the random stream: the linear's path."""
+    """Name of the random stream: the linear's path."""
     iterations: int
-    """Of the subspace: each multiplies with the weight and with its transpose once more."""
+    """Subspace iterations: each multiplies with the weight and with its transpose once more."""
 
 
 @torch.no_grad()
 def principal_part(weight_OI: Tensor, rank: int, *, scaling: float, sketch: Sketch | None = None) -> LowRankFactors:
-    """A and B whose scaling * B A is the best approximation of `weight_OI` (fp32, bf16 or fp16) of this rank.
+    """Return A and B such that scaling * B A is the best approximation of `weight_OI` (fp32, bf16, fp16) of this rank.
 
-    Exact without a sketch: the eigenvectors of X^T X, in fp64, which loses nothing that fp32 can hold of the largest
-    singular values; it needs N^2 numbers four times over, and neither U nor V^T whole. With one: Halko et al. 2009
-    (arXiv 0909.4061), algorithms 4.4 and 5.1 with R columns, as torch.svd_lowrank does for PEFT. `rank` is at most
-    min(O, I).
+    Without a sketch the result is exact: the eigenvectors of X^T X in fp64, which needs 4 N^2 numbers. With one: Halko
+    et al. 2009 (arXiv 0909.4061), algorithms 4.4 and 5.1 with R columns, as torch.svd_lowrank for PEFT. `rank` is at
+    most min(O, I).
     """
     out_features, in_features = weight_OI.shape
     tall_TN = weight_OI if out_features >= in_features else weight_OI.T
@@ -69,7 +67,7 @@ def principal_part(weight_OI: Tensor, rank: int, *, scaling: float, sketch: Sket
 
 
 def _exact(tall_TN: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, R), (R,), (N, R) fp64: the largest singular values, falling, and their vectors."""
+    """Return the largest singular values, descending (R,), and their vectors (T, R) and (N, R), all fp64."""
     columns = tall_TN.shape[1]
     right_NR = torch.linalg.eigh(gram(tall_TN)).eigenvectors[:, columns - rank :].flip(1).contiguous()
     left_TR = times(tall_TN, right_NR)
@@ -79,7 +77,7 @@ def _exact(tall_TN: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _randomized(tall_TN: Tensor, rank: int, sketch: Sketch) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_exact`, to the accuracy of the sketch."""
+    """Return the same as `_exact`, to the accuracy of the sketch."""
     shape = (tall_TN.shape[1], rank)
     start_NR = randomness.normal(shape, seed=sketch.seed, name=sketch.name).to(tall_TN.device)
     basis_TR = torch.linalg.qr(times(tall_TN, start_NR)).Q
@@ -92,7 +90,7 @@ def _randomized(tall_TN: Tensor, rank: int, sketch: Sketch) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def quantization_error(weight_OI: Tensor, *, chunk_groups: int) -> Tensor:
-    """W - dequantize(NF4(W)), (O, I) fp32, `chunk_groups` groups at a time: what the loader's base lacks of W."""
+    """Return W - dequantize(NF4(W)), (O, I) fp32, computed `chunk_groups` groups at a time."""
     flat = weight_OI.reshape(-1)
     chunks = flat.split(chunk_groups * nf4.GROUP)
     codes, absmax = (torch.cat(parts) for parts in zip(*map(nf4.quantize_blocks, chunks), strict=True))
@@ -113,7 +111,7 @@ def quantization_error(weight_OI: Tensor, *, chunk_groups: int) -> Tensor:
 
 
 class Residual:
-    """W - s B A by flat ranges of W, which may begin and end inside a row. The same bits however W is cut."""
+    """W - s B A for flat ranges of W, which may begin and end inside a row. The bits do not depend on the ranges."""
 
     def __init__(self, start: LowRankFactors, scaling: float) -> None:
         self.start, self.scaling = start, scaling
@@ -122,8 +120,9 @@ class Residual:
 
     @torch.no_grad()
     def of(self, chunk: Tensor, first: int) -> Tensor:
-        """The elements of a flat `chunk` of W that begins with element `first`, less those of s B A; fp32, on the
-        start's device."""
+        """Return a flat `chunk` of W, beginning with element `first`, minus the same elements of s B A; fp32, on A's
+        device.
+        """
         chunk = chunk.to(self.start.A.device, torch.float32)
         rest = torch.empty_like(chunk)
         done, per_block = 0, self._rows * self._width
@@ -135,18 +134,18 @@ class Residual:
         return rest
 
     def _block(self, block: int) -> Tensor:
-        """Some rows of s B A, flat: always the same rows in one product, on one thread."""
+        """Return a fixed group of rows of s B A, flat, computed as one product on one thread."""
         rows = slice(block * self._rows, (block + 1) * self._rows)
         with one_thread():
             return ((self.scaling * self.start.B[rows]) @ self.start.A).view(-1)
 
 
 ELEMENTS = 2**22
-"""Of a weight, widened to fp64 at once: 32 MiB."""
+"""Elements of a weight widened to fp64 at once: 32 MiB."""
 
 
 def gram(tall_TN: Tensor) -> Tensor:
-    """X^T X: (N, N) fp64."""
+    """Return X^T X, (N, N) fp64."""
     columns = tall_TN.shape[1]
     gram_NN = torch.zeros(columns, columns, dtype=torch.float64, device=tall_TN.device)
     for part_cN in _parts(tall_TN):
@@ -155,7 +154,7 @@ def gram(tall_TN: Tensor) -> Tensor:
 
 
 def times(tall_TN: Tensor, other_NR: Tensor) -> Tensor:
-    """X other: (T, R) fp64."""
+    """Return X @ other, (T, R) fp64."""
     product_TR = torch.empty(tall_TN.shape[0], other_NR.shape[1], dtype=torch.float64, device=tall_TN.device)
     first = 0
     for part_cN in _parts(tall_TN):
@@ -165,7 +164,7 @@ def times(tall_TN: Tensor, other_NR: Tensor) -> Tensor:
 
 
 def transposed_times(tall_TN: Tensor, other_TR: Tensor) -> Tensor:
-    """X^T other: (N, R) fp64."""
+    """Return X^T @ other, (N, R) fp64."""
     product_NR = torch.zeros(tall_TN.shape[1], other_TR.shape[1], dtype=torch.float64, device=tall_TN.device)
     first = 0
     for part_cN in _parts(tall_TN):

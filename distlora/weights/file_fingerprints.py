@@ -1,14 +1,13 @@
-"""What the bytes of a checkpoint's files are, by name: known for free where the hub's cache says it, remembered where
-they were read before, else read once by all ranks together. Imports no torch.
+"""Fingerprints of a checkpoint's files, for the quantized-weights cache. Needs no torch.
 
-A file that was hashed is known again by its path, inode, size and times of modification and of change, all in
-nanoseconds, which all clients of a file server see alike (they number its device each in its own way, and anew after a
-restart). A record is named by all of these, so those of machines with a copy each stand side by side. A file is
-remembered only if these were SETTLED_SECONDS old when hashing began and the same when it ended: so a change in place
-gets other times than those remembered, even where the disk keeps times in steps of up to that. What goes unseen is a
-change after which someone sets the machine's clock back to give the file its old times again, or one on a file server
-whose clock is behind this machine's by more than that; the base's fingerprint, 4 KiB of every tensor, is in the key of
-a cache besides.
+The hub's cache names a file by its SHA-256. Any other file is read once, and its fingerprint is recorded under its
+path, inode, size and times of modification and change in nanoseconds. All clients of a file server see these alike;
+device numbers differ between clients. Copies on several nodes have one record each.
+
+A file is recorded only if its times were SETTLED_SECONDS old when hashing began and unchanged when it ended, so that a
+later change in place gets other times even on disks with coarse timestamps. A change is missed only if someone sets the
+clock back to restore the old times, or if a file server's clock lags this node's by more than that. The base's
+fingerprint, 4 KiB of every tensor, is part of the cache key as well.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from typing import NamedTuple
 from distlora.system import atomic_io
 
 PART_BYTES = 64 * 2**20
-"""Of a file: what one rank hashes by itself."""
+"""Bytes of a file that one rank hashes at a time."""
 SETTLED_SECONDS = 2.0
 _READ_BYTES = 2**20
 _THREADS = 2
-"""Of a rank: one reads while the other hashes."""
+"""Threads per rank: one reads while the other hashes."""
 
 
 class State(NamedTuple):
-    """What changes when a file does."""
+    """Values of a file's status that change when the file changes."""
 
     inode: int
     size: int
     modified: int
-    """Nanoseconds since the epoch, as `changed`."""
+    """Nanoseconds since the epoch, like `changed`."""
     changed: int
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """PART_BYTES of a file, or what is left of it."""
+    """PART_BYTES of a file, or its remainder."""
 
     file: Path
     start: int
@@ -54,13 +53,13 @@ class Part:
 
 
 def state_of(file: Path) -> State:
-    """Of a file, or of what a link leads to, now. Raises OSError where there is none."""
-    found = file.stat()
-    return State(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    """Return the state of a file, following symlinks. Raises OSError if there is none."""
+    status = file.stat()
+    return State(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def hub_digest(file: Path) -> str | None:
-    """The SHA-256 by which the hub's cache names the content of a snapshot's file; None for any other file."""
+    """Return the SHA-256 by which the hub's cache names a file; None for any other file."""
     if not file.is_symlink():
         return None
     blob = file.resolve()
@@ -69,12 +68,12 @@ def hub_digest(file: Path) -> str | None:
 
 
 def remembered(folder: Path, file: Path) -> str | None:
-    """The digest of a file that is as it was when it was hashed; None where it has to be hashed."""
+    """Return the recorded fingerprint of an unchanged file; None if it has to be hashed."""
     return digest_in(_record(folder, file, state_of(file)), file)
 
 
 def digest_in(record: Path, file: Path) -> str | None:
-    """What a record says of a file in its state of now; None where it says nothing of that, or is damaged."""
+    """Return the fingerprint in a record of the file's present state; None otherwise or for a damaged record."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         values = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
         if isinstance(values, dict) and values.get("state") == list(state_of(file)):
@@ -84,8 +83,10 @@ def digest_in(record: Path, file: Path) -> str | None:
 
 
 def remember(folder: Path, file: Path, state: State, digest: str, *, began: float) -> None:
-    """Keep the digest of a file that was in `state` when hashing `began` (seconds since the epoch), if it is still, and
-    was settled. Raises OSError where the cache cannot be written."""
+    """Record the fingerprint of a file that was in `state` when hashing `began` (seconds since the epoch).
+
+    Nothing is recorded if the file changed meanwhile or was not settled. Raises OSError if the cache cannot be written.
+    """
     if began - max(state.modified, state.changed) / 1e9 < SETTLED_SECONDS or state_of(file) != state:
         return
     record = _record(folder, file, state)
@@ -94,8 +95,8 @@ def remember(folder: Path, file: Path, state: State, digest: str, *, began: floa
 
 
 def _record(folder: Path, file: Path, state: State) -> Path:
-    told = json.dumps([os.fsencode(file).hex(), *state])
-    return folder / f"source-{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+    key = json.dumps([os.fsencode(file).hex(), *state])
+    return folder / f"source-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def parts_of(file: Path, size: int) -> list[Part]:
@@ -103,12 +104,12 @@ def parts_of(file: Path, size: int) -> list[Part]:
 
 
 def digest_of(part_digests: Sequence[bytes], size: int) -> str:
-    """Of a whole file, by those of its parts in order."""
+    """Return the fingerprint of a file from the SHA-256 of its parts, in order."""
     return f"tree:{hashlib.sha256(str(size).encode() + b''.join(part_digests)).hexdigest()}"
 
 
 def hash_parts(parts: Sequence[Part]) -> list[bytes]:
-    """SHA-256 of each. Raises OSError for a file that ends early."""
+    """Return the SHA-256 of each part. Raises OSError for a file that ends early."""
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         return list(pool.map(_hash_part, parts))
 

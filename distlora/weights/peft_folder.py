@@ -1,7 +1,7 @@
-"""adapter.init_from: what a PEFT LoRA or DoRA folder says of itself, and whether it fits a model. Imports no torch.
+"""Adapters at adapter.init_from: read a PEFT LoRA or DoRA folder and check it against a model. Needs no torch.
 
-The launcher turns adapter_config.json into the run's settings and checks the tensors' names and shapes by the file's
-header; the worker checks again and loads (`peft_format.load_peft_adapter`).
+The launcher turns adapter_config.json into settings of the run and checks the tensors' names and shapes by the file's
+header. The worker checks again and loads (`peft_format.load_peft_adapter`).
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ _WITHOUT_MEANING = {
     # Details of fields that are refused where they are in use.
     *("layers_pattern", "megatron_core", "qalora_group_size"),
 }
-"""Fields that say nothing of what the tensors do to a base."""
+"""Fields that do not affect what the tensors do to a base."""
 
 NF4_MARK = {"distlora_base": "nf4"}
-"""In the header of an adapter's file: A and B hold a correction of what NF4 loses of the base (LoftQ)."""
+"""Metadata of an adapter whose A and B correct the quantization error of NF4 (LoftQ)."""
 
 _KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-"""init_lora_weights whose adapter belongs to the base as it is on disk."""
+"""Values of init_lora_weights whose adapter belongs to the unchanged base."""
 
 _REASONS = {
     "ensure_weight_tying": "an embedding and a head that are trained whole are trained apart here",
@@ -81,36 +81,36 @@ _REASONS = {
     "alora_invocation_tokens": "the adapter is used in all positions here",
 }
 _DEFAULTS: dict[str, Any] = {"bias": "none"}
-"""Of fields whose value without effect is not false, empty or null."""
+"""Values without effect, for fields where that is not false, empty or null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeftAdapter:
-    """A LoRA or DoRA adapter in PEFT's format, as far as its config and its file's header tell."""
+    """A LoRA or DoRA adapter in PEFT's format, by its config and its file's header."""
 
     folder: Path
     settings: dict[str, Any]
-    """Fields of AdapterConfig that it decides, with its values."""
+    """Fields of AdapterConfig that the adapter decides, with their values."""
     base: str | None
-    """The base that it says it was trained on."""
+    """Base that it names as the one it was trained on."""
     tensors: dict[tuple[str, str], Segment]
-    """By Hugging Face path and part ("A", "B", with DoRA "magnitude")."""
+    """Tensors by Hugging Face path and part ("A", "B", with DoRA "magnitude")."""
     names: dict[tuple[str, str], str]
-    """The same tensors' names in the file."""
+    """Names in the file of the same tensors."""
     token_rows: dict[str, PeftTokenRows]
-    """By matrix."""
+    """Trained rows by matrix."""
     modules: dict[str, PeftWholeModule]
-    """What was trained whole, by last name."""
+    """Modules trained whole, by last name."""
 
     @property
     def own(self) -> AdapterConfig:
-        """Rank, scale and targets: its own."""
+        """The adapter's rank, scale and targets."""
         found = {key: value for key, value in self.settings.items() if key in _FIELDS}
         return AdapterConfig(**found | {"init_from": str(self.folder)})
 
     @property
     def paths(self) -> list[str]:
-        """The adapted linears and fused weights of experts, in order."""
+        """Adapted linears and fused expert weights, sorted."""
         return sorted({path for path, _ in self.tensors})
 
 
@@ -118,7 +118,7 @@ _FIELDS = AdapterConfig.__dataclass_fields__
 
 
 def read_peft_adapter(folder: str | Path) -> PeftAdapter:
-    """Raises UserError for a folder that is not there, is damaged, or holds what an adapter of ours cannot mean."""
+    """Read an adapter. Raises UserError for a folder that is missing, damaged or holds an unsupported adapter."""
     folder = Path(folder)
     values = _read_config(folder)
     _refuse_fields(values, folder / CONFIG_NAME)
@@ -148,13 +148,13 @@ def read_peft_adapter(folder: str | Path) -> PeftAdapter:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """SHA-256 of the adapter's weights file. UserError where `read_peft_adapter` raises it."""
+    """Return the SHA-256 of the adapter's weights file. Raises UserError as `read_peft_adapter`."""
     with (read_peft_adapter(folder).folder / WEIGHTS_NAME).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_quantization(initial: PeftAdapter, method: str) -> None:
-    """Refuse an adapter that belongs to the base in NF4 on another form of it. `method`: quant.method."""
+    """Raise UserError if a LoftQ adapter meets an unquantized base. `method`: quant.method."""
     if initial.settings["init_from_loftq"] and method == "none":
         raise UserError(
             f"adapter.init_from={initial.folder} started by LoftQ: A and B hold a correction of what NF4 loses of the "
@@ -163,10 +163,10 @@ def check_quantization(initial: PeftAdapter, method: str) -> None:
 
 
 def check_fits(initial: PeftAdapter, adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse an adapter that is not exactly the run's: other linears, or other shapes.
+    """Raise UserError if an adapter has other linears or other shapes than the run.
 
-    `shapes`: (out, in) of the linears in the model's decoder blocks, and (experts, out, in) of their fused weights, by
-    Hugging Face path; `adapter` has its settings.
+    `shapes`: (out, in) of the linears in the decoder layers, and (experts, out, in) of their fused weights, by Hugging
+    Face path. `adapter`: the run's settings.
     """
     file, trained_on = initial.folder / WEIGHTS_NAME, f" (it was trained on {initial.base})" if initial.base else ""
     paths = {path for path, _ in initial.tensors}
@@ -219,7 +219,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_fields(values: dict[str, Any], path: Path) -> None:
-    """Raises UserError for a field whose value gives the tensors another meaning than LoRA's or DoRA's."""
+    """Raise UserError for a field whose value gives the tensors another meaning than LoRA's or DoRA's."""
     if values.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type={values.get('peft_type')!r} is not LORA, which alone can be continued; set another "
@@ -239,7 +239,7 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
 
 
 def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """Name in the file by (path, part); exactly an A and a B for each path, and a magnitude with DoRA."""
+    """Return the name in the file by (path, part): one A and one B for each path, and with DoRA a magnitude."""
     dora = values.get("use_dora") is True
     file = folder / WEIGHTS_NAME
     if not file.is_file():
@@ -277,7 +277,7 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
 
 
 def _kind(name: str) -> str:
-    """What a tensor that is neither A nor B is, where its name says so."""
+    """Describe a tensor that is neither A nor B, if its name tells."""
     kinds = {
         "lora_embedding_": "an adapter of the embedding, which is not adapted here",
         "lora_B.bias": "a bias of the adapter, which has none here",
@@ -289,8 +289,10 @@ def _kind(name: str) -> str:
 
 
 def _settings(values: dict[str, Any], path: Path, paths: list[str], parameters: tuple[str, ...]) -> dict[str, Any]:
-    """The fields that become settings, by their types. What matches none of the adapted `paths` is left out: PEFT lets
-    it stand, and it means nothing."""
+    """Return the fields that become settings.
+
+    Entries that match none of the adapted `paths` are left out, as in PEFT.
+    """
     targets: Any = values.get("target_modules") or ([] if parameters else None)
     is_list = isinstance(targets, list) and all(isinstance(entry, str) for entry in targets)
     _require(is_list or isinstance(targets, str), path, values, "target_modules", "a list of names or a text")
@@ -337,11 +339,11 @@ def _more(names: list[str]) -> str:
 
 
 _WRAPPED = ".base_layer"
-"""What PEFT adds to a module's path for each further weight of it that is adapted."""
+"""Suffix that PEFT adds to a module's path for each further adapted weight of it."""
 
 
 def parameters_of(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """target_parameters of an adapter_config.json. Raises UserError for anything but names of experts' weights."""
+    """Return target_parameters of an adapter_config.json. Raises UserError for other names than experts' weights."""
     entries = values.get("target_parameters") or []
     known = ExpertLayout().weights
     if not isinstance(entries, list) or not all(
@@ -357,10 +359,10 @@ def parameters_of(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 def by_weight(
     names: Mapping[tuple[str, str], str], parameters: tuple[str, ...], file: Path
 ) -> dict[tuple[str, str], str]:
-    """Names in the file by (path, part), with the path of a fused weight in the place of its wrapper's.
+    """Return names in the file by (path, part), with the path of a fused weight in place of its wrapper's.
 
-    The first of a module's adapted weights has the most `base_layer` (expert_targets.peft_paths). Raises UserError when
-    a module has other wrappers than target_parameters asks for.
+    The first of a module's adapted weights has the most `base_layer` (expert_targets.peft_paths). Raises UserError if a
+    module has other wrappers than target_parameters demands.
     """
     if not parameters:
         return dict(names)

@@ -1,8 +1,9 @@
-"""Trained token rows in a PEFT adapter's folder: what adapter.init_from takes of them. Imports no torch.
+"""Trained token rows, and embedding and LM head trained whole, in a PEFT folder at adapter.init_from. Needs no torch.
 
-PEFT writes the rows of a matrix as one tensor in the order of `trainable_token_indices`. Where the vocabulary has grown
-it writes the whole matrices beside them (save_embedding_layers="auto"): the base's, as it was resized. They say nothing
-more if every row that the base lacks is among the trained ones.
+PEFT writes the rows of a matrix as one tensor in the order of `trainable_token_indices`. If the vocabulary has grown it
+also writes the whole matrices (save_embedding_layers="auto"): the resized base's. They add nothing if every row that
+the base lacks is among the trained ones. Modules in `modules_to_save` are written as <path>.weight; a resized matrix
+has that name too, and the config tells them apart.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ class PeftTokenRows:
     """The trained rows of one matrix."""
 
     name: str
-    """Their tensor in the file: (ids, hidden)."""
+    """Name of their tensor (ids, hidden) in the file."""
     ids: tuple[int, ...]
-    """In the order of the tensor's rows."""
+    """Token ids in the order of the tensor's rows."""
     shape: tuple[int, ...]
     whole: tuple[int, ...] | None
-    """Shape of the whole matrix, where the file has that too."""
+    """Shape of the whole matrix, if the file has that too."""
 
 
 def is_of_rows(name: str) -> bool:
-    """Whether a tensor of the file holds trained rows, or the matrix that they belong to."""
+    """Return whether a tensor holds trained rows, or the matrix that they belong to."""
     return _ROWS.fullmatch(name) is not None
 
 
 def read_initial_rows(
     values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path
 ) -> dict[str, PeftTokenRows]:
-    """By matrix, from adapter_config.json (`values`) and the file's header.
+    """Return the trained rows by matrix, from adapter_config.json (`values`) and the file's header.
 
-    Raises UserError for indices that are none, and where config and file differ.
+    Raises UserError for invalid indices, and if config and file contradict each other.
     """
     place, indices = f"{folder}: trainable_token_indices", values.get("trainable_token_indices") or {}
     if not isinstance(indices, Mapping):
@@ -88,16 +89,16 @@ def read_initial_rows(
 
 
 def settings_of(rows: Mapping[str, PeftTokenRows]) -> dict[str, Any]:
-    """adapter.trainable_token_indices; nothing where no rows are trained, so that the run may train some."""
+    """Return adapter.trainable_token_indices; empty if no rows are trained, so that the run may train some."""
     indices = {matrix: of.ids for matrix, of in rows.items()}
     one = indices[EMBEDDING] if indices.keys() == {EMBEDDING} else indices
     return {"trainable_token_indices": one} if one else {}
 
 
 def check_rows(rows: Mapping[str, PeftTokenRows], folder: Path, *, stored: int, hidden: int) -> None:
-    """Refuse rows of another size than the model's, and those of a grown matrix that are not all of its new ones.
+    """Raise UserError for rows of another size than the model's, and for a grown matrix with untrained new rows.
 
-    `stored` is the base's vocab_size.
+    `stored`: the base's vocab_size.
     """
     for matrix, of in rows.items():
         if of.shape[1] != hidden:
@@ -121,12 +122,12 @@ class PeftWholeModule:
     """A module that was trained whole."""
 
     name: str
-    """Its tensor in the file."""
+    """Name of its tensor in the file."""
     shape: tuple[int, ...]
 
 
 def module_of(name: str) -> str | None:
-    """Which of embed_tokens and lm_head a tensor of the file is the weight of."""
+    """Return embed_tokens or lm_head if a tensor of the file is its weight."""
     match = _MODULE.fullmatch(name)
     return None if match is None else match["module"]
 
@@ -134,9 +135,9 @@ def module_of(name: str) -> str | None:
 def read_initial_modules(
     values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path
 ) -> dict[str, PeftWholeModule]:
-    """By last name, from adapter_config.json (`values`) and the file's header.
+    """Return the modules trained whole by last name, from adapter_config.json (`values`) and the file's header.
 
-    Raises UserError for modules that are not trained here, and where config and file differ.
+    Raises UserError for unsupported modules, and if config and file contradict each other.
     """
     named = values.get("modules_to_save") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
@@ -159,18 +160,18 @@ def read_initial_modules(
 
 
 def is_of_modules(name: str, values: Mapping[str, Any]) -> bool:
-    """Whether a tensor of the file is a module that adapter_config.json (`values`) says was trained whole."""
+    """Return whether a tensor is a module that adapter_config.json (`values`) names as trained whole."""
     named = values.get("modules_to_save")  # `read_initial_modules` refuses what is no list.
     return isinstance(named, list) and module_of(name) in {str(path).rpartition(".")[2] for path in named}
 
 
 def modules_setting(modules: Mapping[str, PeftWholeModule]) -> dict[str, Any]:
-    """adapter.modules_to_save; nothing where there are none, so that the run may train some."""
+    """Return adapter.modules_to_save; empty if there are none, so that the run may train some."""
     return {"modules_to_save": tuple(sorted(modules))} if modules else {}
 
 
 def check_modules(modules: Mapping[str, PeftWholeModule], file: Path, *, rows: Collection[int], hidden: int) -> None:
-    """Refuse a matrix of another size than the model's, which may have any of these numbers of `rows`."""
+    """Raise UserError for a matrix of another size than the model's, which may have any of these numbers of `rows`."""
     for of in modules.values():
         if len(of.shape) != 2 or of.shape[0] not in rows or of.shape[1] != hidden:
             raise UserError(

@@ -1,15 +1,17 @@
-"""Which weights of a checkpoint bitsandbytes has already quantized, and where their parts lie. Needs no torch.
+"""Weights that bitsandbytes has already quantized, and where their parts lie. Needs no torch.
 
 bitsandbytes stores a quantized weight W (out, in) as several tensors (one safetensors file may hold them all):
-    W                   the codes, two a byte, as (n, 1) of quant_storage: uint8, bf16, fp16 and fp32 are the same bytes
-    W.absmax            one a block of 64: uint8 with double quantization, else fp32
+
+    W                   codes, two per byte, as (n, 1) of quant_storage: uint8, bf16, fp16 and fp32 are the same bytes
+    W.absmax            one per block of 64: uint8 with double quantization, else fp32
     W.quant_map         (16,) fp32, the levels
-    W.nested_absmax     one a group of 256 blocks, fp32        } with double
+    W.nested_absmax     one per group of 256 blocks, fp32      } with double
     W.nested_quant_map  (256,) fp32, the 8-bit map             } quantization
     W.quant_state.bitsandbytes__nf4   JSON: quant_type, blocksize, dtype, shape; nested_blocksize, _dtype, _offset
-These are our own parts (kernels/README.md) but for the padding of the last group, so nothing is quantized again. A
-weight without a quant_state was left dense (llm_int8_skip_modules), and stays so. What cannot be kept as it is, is
-refused by its field.
+
+These are distlora's own parts (kernels/README.md) except for the padding of the last group, so nothing is quantized
+again. A weight without a quant_state was left dense (llm_int8_skip_modules) and stays dense. Unsupported formats are
+refused by the name of the field.
 """
 
 from __future__ import annotations
@@ -41,26 +43,26 @@ class PrequantizedWeight:
     shape: tuple[int, ...]
     """(out_features, in_features)."""
     codes: Segment
-    """ceil(numel / 2) bytes, whatever type they were stored as."""
+    """ceil(numel / 2) bytes, whatever dtype they were stored as."""
     absmax: Segment
-    """One a block: uint8 indices with double quantization, else fp32."""
+    """One per block: uint8 indices with double quantization, else fp32."""
     quant_map: Segment
     nested_absmax: Segment | None
-    """One fp32 a group; None without double quantization, as the next two."""
+    """One fp32 per group; None without double quantization, like the next two."""
     nested_quant_map: Segment | None
     offset: float | None
 
     @property
     def nested(self) -> bool:
-        """Whether the absmax are quantized too."""
+        """True if the absmax are quantized too."""
         return self.offset is not None
 
 
 def read_prequantized_weights(base: CheckpointFiles) -> dict[str, PrequantizedWeight]:
-    """The weights that are NF4 on disk, by their names there; empty for a checkpoint that is not quantized.
+    """Return the weights that are NF4 on disk, by their names there; empty for a dense checkpoint.
 
-    Reads a few hundred bytes a weight. Raises UserError by field for any other quantization,
-    and for parts that do not fit each other.
+    Reads a few hundred bytes per weight. Raises UserError with the field's name for any other quantization, and for
+    parts that contradict each other.
     """
     folder, headers = base.folder, base.headers
     config_file, quantization = folder / "config.json", base.config.get("quantization_config")
@@ -82,13 +84,13 @@ def read_prequantized_weights(base: CheckpointFiles) -> dict[str, PrequantizedWe
 
 
 def check_keeps_prequantized(spec: ModelSpec, packed: Mapping[str, PrequantizedWeight]) -> None:
-    """Refuse settings that need 16-bit weights of a base that has none. Raises UserError."""
+    """Raise UserError for settings that need 16-bit weights of a base that has none."""
     if packed:
         refuse_dense_settings(spec, f"({len(packed):,} weights in NF4)")
 
 
 def refuse_dense_settings(spec: ModelSpec, how: str = "(by its config.json)") -> None:
-    """`check_keeps_prequantized` of a base of which it is known alone that it is packed. Raises UserError."""
+    """Raise UserError as `check_keeps_prequantized`, for a base that is known to be quantized."""
     reason = f"{{model.path}}={spec.model.path} is quantized already {how}"
     if spec.adapter.method == "full":
         raise UserError(f"adapter=full trains every weight, but {reason}; set {{model.path}} to the 16-bit checkpoint")
@@ -105,7 +107,7 @@ def refuse_dense_settings(spec: ModelSpec, how: str = "(by its config.json)") ->
 
 
 def packed_outside_blocks(name: str) -> UserError:
-    """What to raise for a packed weight that our model keeps dense: a head, for one."""
+    """Return the error for a quantized weight that distlora keeps dense, such as the LM head."""
     module = name.removesuffix(".weight").rpartition(".")[2]
     return UserError(
         f"{name} is stored in NF4, which only linears of the decoder blocks may be; save the checkpoint again with "
@@ -116,9 +118,9 @@ def packed_outside_blocks(name: str) -> UserError:
 def prequantized_parameters(
     packed: Mapping[str, PrequantizedWeight], names_on_disk: Mapping[str, Sequence[str]]
 ) -> dict[str, PrequantizedWeight]:
-    """The packed weights by the model's own names, from where each parameter lies on disk.
+    """Return the quantized weights by the model's names, given the names on disk of each parameter.
 
-    Raises UserError for a parameter that is merged from several tensors of which one is packed.
+    Raises UserError for a parameter that is merged from several tensors of which one is quantized.
     """
     found = {}
     for parameter, names in names_on_disk.items():
@@ -134,7 +136,9 @@ def prequantized_parameters(
 
 
 def check_quantization_config(file: Path, quantization: Any) -> None:
-    """Refuse, by field, what is not 4-bit bitsandbytes. The details are each weight's own (quant_state)."""
+    """Raise UserError with the field's name for anything but 4-bit bitsandbytes. Each weight's quant_state has the
+    details.
+    """
     where = f"{file}: quantization_config"
     if not isinstance(quantization, dict):
         raise UserError(f"{where} is not a JSON object; download the file again")
@@ -155,7 +159,7 @@ def check_quantization_config(file: Path, quantization: Any) -> None:
 
 
 def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, Segment]) -> PrequantizedWeight:
-    """One weight's parts, checked against each other."""
+    """Return one weight's parts, checked against each other."""
     if kind != "nf4":
         raise UserError(f"{name} is stored as {kind}; only nf4 can be kept as it is: {_INSTEAD}")
     state = _read_state(state_name, headers[state_name])
@@ -194,7 +198,7 @@ def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, 
 
 
 def _read_state(name: str, segment: Segment) -> dict[str, Any]:
-    """quant_state: a small JSON object in a uint8 tensor."""
+    """Read quant_state: a small JSON object in a uint8 tensor."""
     with segment.file.open("rb") as stream:
         stream.seek(segment.offset)
         text = stream.read(segment.num_bytes)
@@ -208,7 +212,7 @@ def _read_state(name: str, segment: Segment) -> dict[str, Any]:
 
 
 def _checked_state(name: str, state: dict[str, Any]) -> tuple[tuple[int, ...], float | None]:
-    """(shape, offset or None) of a quant_state whose every field is one that we can keep. Raises UserError by field."""
+    """Return (shape, offset or None) of a quant_state. Raises UserError for an unsupported field."""
     wanted: dict[str, object] = {"quant_type": "nf4", "blocksize": _BLOCK}
     nested = "nested_blocksize" in state or "nested_offset" in state
     if nested:
@@ -232,7 +236,7 @@ def _checked_state(name: str, state: dict[str, Any]) -> tuple[tuple[int, ...], f
 
 
 def _part(headers: Mapping[str, Segment], name: str, dtypes: Sequence[str]) -> Segment:
-    """One of a packed weight's tensors, in a type that we can keep."""
+    """Return one tensor of a quantized weight. Raises UserError if it is missing or of another dtype."""
     segment = headers.get(name)
     if segment is None:
         raise UserError(f"no tensor {name} in the checkpoint, which its quant_state needs; download it again")

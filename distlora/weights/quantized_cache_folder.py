@@ -1,15 +1,14 @@
-"""Where quantized shards are kept: entries, their pieces, last use and size. Imports no torch.
+"""Folder of the quantized-weights cache: entries, their pieces, last use and size. Needs no torch.
 
-    FOLDER/<key>/                            an entry: one base, quantized in one way (`shard_cache.cache_key`)
-        entry.json                           of what, and how large when whole; its mtime is the entry's last use
-        00012-3of8-<hash>.safetensors        a piece: groups of the weights of one decoder block
-    FOLDER/sources/                          what is known of source files (`source_digest`)
+    FOLDER/<key>/                            an entry: one base, quantized in one way (`quantized_cache.cache_key`)
+        entry.json                           base and number of groups; its mtime is the entry's last use
+        00012-3of8-<hash>.safetensors        a piece: groups of the weights of one decoder layer
+    FOLDER/sources/                          fingerprints of source files (`file_fingerprints`)
 
-What begins with a dot is being written or removed. Nothing is ever removed but plain files whose whole name is one of
-these, in folders that are no links, and then the folder where it is empty: the cache's folder may be a home or a
-project, and others' files and links may lie in it. A piece is written beside its name, fsynced and renamed, so it is
-whole or absent, and two that have one name hold the same bytes: any number of processes writes at once, without a lock.
-What is in one: `piece_header`.
+Names that begin with a dot are being written or removed. The folder may be a home or a project, so only plain files
+with exactly these names are removed, only in folders that are not symlinks, and then the folder if it is empty. A piece
+is written beside its name, fsynced and renamed. Pieces with the same name hold the same bytes, so any number of
+processes writes at once without a lock.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ ENTRY_NAME = "entry.json"
 SOURCES = "sources"
 
 IN_USE_SECONDS = 600.0
-"""An entry that a start has read or written within this time is not removed for want of space."""
+"""Seconds since its last use in which an entry is not removed to make room."""
 ABANDONED_SECONDS = 3600.0
-"""Seconds after which what begins with a dot belongs to a process that was killed: a piece is written in one."""
+"""Seconds after which a name that begins with a dot was left by a killed process."""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _FINISHED = re.compile(rf"{re.escape(ENTRY_NAME)}|{PIECE_NAME.pattern}")
 _UNFINISHED = re.compile(rf"\.({_FINISHED.pattern})-[0-9a-f]{{16}}")
-"""What `durable` writes in an entry before it has its name."""
+"""Temporary names of `atomic_io` in an entry."""
 _REMOVED = re.compile(r"\.removed-[0-9a-f]{12}-[0-9a-f]{16}")
 _SOURCE = re.compile(r"source-[0-9a-f]{32}\.json")
 _UNFINISHED_SOURCE = re.compile(rf"\.{_SOURCE.pattern}-[0-9a-f]{{16}}")
@@ -67,7 +66,7 @@ class Entry:
         return self.path.name
 
     def begin(self, values: Mapping[str, Any]) -> None:
-        """Make the entry where it is not there. Raises OSError where it cannot be."""
+        """Create the entry unless it exists. Raises OSError if it cannot."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self.path.is_symlink():
             raise NotADirectoryError(errno.ENOTDIR, "a link is in an entry's place", str(self.path))
@@ -75,26 +74,26 @@ class Entry:
             atomic_io.write_json(self.path / ENTRY_NAME, {**values, "made": secrets.token_hex(8)})
 
     def content(self) -> str:
-        """What entry.json says, the same to all who see this folder and to no others; empty where there is none."""
+        """Return the text of entry.json, which differs between folders; empty if there is none."""
         path = self.path / ENTRY_NAME
         with contextlib.suppress(OSError, UnicodeDecodeError):
             return path.read_text(encoding="utf-8") if path.is_file() else ""
         return ""
 
     def touch(self) -> None:
-        """It is used now. On a disk that cannot be written its last use stays what it was."""
+        """Record a use. On a read-only disk nothing is recorded."""
         with contextlib.suppress(OSError):
             os.utime(self.path / ENTRY_NAME)
 
     def last_use(self) -> float:
-        """Seconds since the epoch."""
+        """Return the time of the last use, in seconds since the epoch."""
         for path in (self.path / ENTRY_NAME, self.path):
             with contextlib.suppress(OSError):
                 return path.stat().st_mtime
-        return 0.0  # It is removed at this moment.
+        return 0.0  # It is being removed.
 
     def piece_names(self) -> list[PieceName]:
-        """Of every piece, by one look into the folder; none where it cannot be read."""
+        """List the pieces; empty if the folder cannot be read."""
         try:
             names = sorted(os.listdir(self.path)) if not self.path.is_symlink() else []
         except OSError:
@@ -103,20 +102,20 @@ class Entry:
         return [name for name in found if name is not None]
 
     def pieces_of_blocks(self) -> dict[int, list[PieceName]]:
-        """`piece_names` by block."""
+        """Return `piece_names` by decoder layer."""
         found: dict[int, list[PieceName]] = {}
         for name in self.piece_names():
             found.setdefault(name.block, []).append(name)
         return found
 
     def path_of(self, block: int, index: int, count: int, ranges: Mapping[str, range]) -> Path:
-        """The piece of these groups, which all who write it write alike."""
-        told = json.dumps([[name, groups.start, groups.stop] for name, groups in sorted(ranges.items())])
-        digest = hashlib.sha256(told.encode()).hexdigest()[:16]
+        """Return the path of the piece that holds these groups, the same for all processes."""
+        key = json.dumps([[name, groups.start, groups.stop] for name, groups in sorted(ranges.items())])
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         return self.path / f"{block:05}-{index}of{count}-{digest}.safetensors"
 
     def is_ours(self) -> bool:
-        """Whether a cache made this folder: it holds what no other program's folder of such a name does."""
+        """Return whether a cache made this folder: it holds files that no other program makes."""
         if self.path.is_symlink() or not self.path.is_dir():
             return False
         return bool(_description(self.path)) or bool(self.piece_names())
@@ -125,9 +124,11 @@ class Entry:
         return sum(_files_in(self.path, _FINISHED, _UNFINISHED).values())
 
     def remove(self) -> int:
-        """Gone in one step; who reads its pieces at the moment reads them to their end. Returns the bytes that this
-        freed. What is no cache's stays, in its place. Raises OSError where another user's may not be removed."""
-        if not self.is_ours():  # Another process was first.
+        """Remove the entry in one step and return the bytes freed; processes that read its pieces finish reading.
+
+        Files of other programs stay in place. Raises OSError if the entry is another user's and cannot be removed.
+        """
+        if not self.is_ours():  # Another process removed it.
             return 0
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
@@ -143,21 +144,21 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class EntryFigures:
-    """What there is to say of an entry."""
+    """Figures of an entry for people."""
 
     key: str
     base: str
-    """Its name on the hub, or its folder."""
+    """Name on the hub, or folder."""
     num_bytes: int
-    """On disk: what removal frees."""
+    """Bytes on disk that removal frees."""
     share: float
-    """Of all groups, those that some piece holds; 1: a start on any number of ranks needs nothing else."""
+    """Fraction of all groups that some piece holds; at 1 a start on any number of ranks reads nothing else."""
     last_use: float
     """Seconds since the epoch."""
 
 
 def entries(folder: Path) -> list[Entry]:
-    """Every entry of a cache, the one that was used last first; none where there is no cache."""
+    """List the entries of a cache, most recently used first; empty if there is no cache."""
     try:
         found = [Entry(path) for path in folder.iterdir() if _KEY.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError):
@@ -166,7 +167,7 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def figures_of(entry: Entry) -> EntryFigures:
-    """Reads the header of every piece."""
+    """Return an entry's figures. Reads the header of every piece."""
     held: dict[str, list[tuple[int, int]]] = {}
     for name in entry.piece_names():
         with contextlib.suppress(OSError, DamagedPieceError):
@@ -183,30 +184,30 @@ def figures_of(entry: Entry) -> EntryFigures:
     return EntryFigures(entry.key, base, entry.bytes_on_disk(), share, entry.last_use())
 
 
-def make_room(folder: Path, own: Entry, own_bytes: int, limit: int | None) -> tuple[list[EntryFigures], bool]:
-    """Remove the entries that were used longest ago until `own`, when it takes `own_bytes`, fits beside the others.
+def make_room(folder: Path, entry: Entry, entry_bytes: int, limit: int | None) -> tuple[list[EntryFigures], bool]:
+    """Remove the least recently used entries until `entry`, at `entry_bytes`, fits beside the others within `limit`.
 
-    Returns (what was removed, whether it fits now). Entries that a start uses at the moment stay.
+    Returns (removed entries, whether it fits). Entries in use stay.
     """
     if limit is None:
         return [], True
-    others = [(entry, entry.bytes_on_disk()) for entry in entries(folder) if entry.key != own.key]
-    total = own_bytes + sum(size for _, size in others)
+    others = [(other, other.bytes_on_disk()) for other in entries(folder) if other.key != entry.key]
+    total = entry_bytes + sum(size for _, size in others)
     removed = []
-    for entry, _ in reversed(others):
-        if total <= limit or own_bytes > limit:
+    for other, _ in reversed(others):
+        if total <= limit or entry_bytes > limit:
             break
-        if time.time() - entry.last_use() < IN_USE_SECONDS:
+        if time.time() - other.last_use() < IN_USE_SECONDS:
             continue
-        figures = figures_of(entry)
-        with contextlib.suppress(OSError):  # Another user's: it stays, and counts.
-            total -= entry.remove()
+        figures = figures_of(other)
+        with contextlib.suppress(OSError):  # Another user's entry stays and counts.
+            total -= other.remove()
             removed.append(figures)
     return removed, total <= limit
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    """What the entry.json of a cache says; empty where there is none, or another program's."""
+    """Return the content of a cache's entry.json; empty if there is none or it is another program's."""
     path = folder / ENTRY_NAME
     with contextlib.suppress(OSError, UserError):
         if not path.is_symlink():
@@ -218,7 +219,7 @@ def _description(folder: Path) -> dict[str, Any]:
 
 
 def leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> Iterator[Path]:
-    """What killed writers left: unfinished files and folders of which nothing was written for so many seconds."""
+    """Yield unfinished files and folders of killed writers that were not written for `older_than` seconds."""
     now = time.time()
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
@@ -232,11 +233,11 @@ def leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> Iterato
             with contextlib.suppress(OSError):
                 if _REMOVED.fullmatch(path.name) and not _strangers_in(path):
                     found = [path]
-                yield from (own for own in found if now - own.lstat().st_mtime >= older_than)
+                yield from (each for each in found if now - each.lstat().st_mtime >= older_than)
 
 
 def remove_leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> int:
-    """Returns the bytes that they took. What cannot be removed stays."""
+    """Remove `leftovers` and return the bytes freed. Files that cannot be removed stay."""
     freed = 0
     for path in list(leftovers(folder, older_than=older_than)):
         with contextlib.suppress(OSError):
@@ -250,19 +251,19 @@ def remove_leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> 
 
 
 def forget_sources(folder: Path) -> None:
-    """Source files are hashed again, when a start needs to know what they hold."""
+    """Remove the recorded fingerprints, so that source files are hashed again."""
     if _files_in(folder / SOURCES, _SOURCE, _UNFINISHED_SOURCE):
         _remove_files(folder / SOURCES, _SOURCE, _UNFINISHED_SOURCE)
 
 
 def _files_in(folder: Path, *names: re.Pattern[str]) -> dict[Path, int]:
-    """The plain files in a folder whose whole names are such, with their bytes; none in a link to a folder."""
+    """Return the plain files in a folder whose names match, with their sizes; none if the folder is a symlink."""
     found: dict[Path, int] = {}
     with contextlib.suppress(OSError):
         if not folder.is_symlink():
             for path in folder.iterdir():
                 if any(name.fullmatch(path.name) for name in names):
-                    with contextlib.suppress(OSError):  # Renamed or removed at this moment.
+                    with contextlib.suppress(OSError):  # Renamed or removed meanwhile.
                         status = path.lstat()
                         if stat.S_ISREG(status.st_mode):
                             found[path] = status.st_size
@@ -270,14 +271,14 @@ def _files_in(folder: Path, *names: re.Pattern[str]) -> dict[Path, int]:
 
 
 def _strangers_in(folder: Path) -> bool:
-    """Whether anything lies in an entry that no cache has put there. Raises OSError for one that cannot be read."""
+    """Return whether an entry holds files that no cache made. Raises OSError for an unreadable folder."""
     return bool(set(folder.iterdir()) - set(_files_in(folder, _FINISHED, _UNFINISHED)))
 
 
 def _remove_files(folder: Path, *names: re.Pattern[str]) -> int:
-    """Remove the plain files in a folder whose whole names are such, and the folder where nothing else is in it.
+    """Remove the plain files in a folder whose names match, then the folder if it is empty; return the bytes freed.
 
-    Returns the bytes that this freed. What cannot be removed stays.
+    Files that cannot be removed stay.
     """
     freed = 0
     for path, size in _files_in(folder, *names).items():

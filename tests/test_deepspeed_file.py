@@ -136,7 +136,7 @@ def test_a_machine_without_deepspeed_or_with_an_old_one_is_refused(
 
 
 def test_a_file_that_is_absent_or_no_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no file; name a JSON file"):
+    with pytest.raises(UserError, match="is missing or not a file; name a JSON file"):
         read_gathering(ParallelConfig(backend="zero3", deepspeed_config=str(tmp_path / "none.json")))
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match="is damaged: it is not JSON"):

@@ -158,7 +158,9 @@ def test_a_run_says_what_its_last_evaluation_found(alone: Path) -> None:
     assert record.loss == pytest.approx(last["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("size", "settings"), [(2, {"micro_batch": 2}), (3, {"micro_batch": 1})])
+@pytest.mark.parametrize(
+    ("size", "settings"), [(2, {"micro_batch": 2}), pytest.param(3, {"micro_batch": 1}, marks=pytest.mark.ci)]
+)
 def test_a_run_on_several_ranks_has_the_same_figures(
     world: World, folders: Path, tmp_path: Path, alone: Path, size: int, settings: dict[str, Any]
 ) -> None:
@@ -203,7 +205,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ({"losses": [1.0]}, "does not give each document a loss"),
         ({"units": [2, 0]}, "does not give each document a loss"),
-        ({"units": [2, "1"]}, r"units\[1\] is '1', not a whole number"),
+        ({"units": [2, "1"]}, r"units\[1\] is '1', not an integer"),
         ({"documents": [], "losses": [], "units": []}, "does not give each document a loss"),
     ],
 )

@@ -285,7 +285,7 @@ def test_one_process_writes_a_place_and_nothing_is_replaced(tmp_path: Path) -> N
             file.touch()
             (tmp_path / "file").write_text("another's")
 
-    with pytest.raises(UserError, match="has appeared since this began"):
+    with pytest.raises(UserError, match="was created meanwhile"):
         late()
     assert (tmp_path / "file").read_text() == "another's"
 

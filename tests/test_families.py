@@ -265,7 +265,7 @@ REFUSED = [
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, r"'chunked_attention'"),
     ("gemma3", {"text_config": None}, r"no text_config, where gemma3 keeps its text model"),
     ("qwen3", {"max_position_embeddings": 63}, r"beyond the model's 63 positions"),
-    ("qwen3", {"num_attention_heads": "four"}, r"num_attention_heads is 'four', not a whole number"),
+    ("qwen3", {"num_attention_heads": "four"}, r"num_attention_heads is 'four', not an integer"),
 ]
 
 

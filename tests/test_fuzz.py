@@ -433,11 +433,18 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("name", READERS)
+IN_MAKE_TEST = ("model", "weights", "adapter", "signed shards")
+"""Readers that `make test` damages; `make test-ci` damages all."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in IN_MAKE_TEST else pytest.param(name, marks=pytest.mark.ci) for name in READERS]
+)
 def test_damage_is_refused_or_harmless(name: str, place: Path) -> None:
     holds(READERS[name], place)
 
 
+@pytest.mark.ci
 def test_settings_that_were_cut_off_are_never_the_defaults(place: Path) -> None:
     path = place / "run" / "config.yaml"
     whole, config = path.read_bytes(), load_config(place / "run")

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[list[str], str, Callable[[bytes], bytes] | str, str]] = {
         TRAIN,
         "model/model.safetensors.index.json",
         lambda content: content.replace(b"model-00001", b"../../model"),
-        "which is no file of its folder",
+        "which is not a file in its folder",
     ),
     "a shard whose tensors overlap": (TRAIN, "model/model-00002-of-00002.safetensors", overlapping, "is damaged"),
     "a shard that is a pipe": (TRAIN, "model/model-00001-of-00002.safetensors", "pipe", "is missing"),
@@ -162,6 +162,7 @@ def test_a_command_refuses_what_is_damaged(
     assert set(NO_FILES) >= {damage for _, _, damage, _ in CASES.values() if isinstance(damage, str)}
 
 
+@pytest.mark.ci
 def test_the_installed_command_ends_so_too(place: Path) -> None:
     """In processes of its own, several at once: what Python would print at the end of one is seen here."""
     for number, case in enumerate(AS_PROCESSES):

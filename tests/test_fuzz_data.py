@@ -54,6 +54,8 @@ PAIRS = [{"prompt": "Hello", "chosen": "Hi there", "rejected": "No"}]
 SHAREGPT = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]
 TEXTS = "".join(f"A line of text, number {number}.\n\n" for number in range(20))
 
+pytestmark = pytest.mark.ci
+
 
 def make_place(folder: Path) -> Path:
     """A folder with a whole one of every kind of data, a model with a tokenizer, and a cache entry."""

@@ -39,6 +39,8 @@ SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 STEP = "run/checkpoints/step_00000002"
 FAMILIES = ("llama3-tied", "gemma3", "mixtral", "gpt-oss", "phi3-longrope-tied")
 
+pytestmark = pytest.mark.ci
+
 
 def make_place(folder: Path, folders: Path) -> Path:
     """A run with two checkpoints that was then stopped, and config.json of several families."""

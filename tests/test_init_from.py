@@ -128,6 +128,7 @@ def test_a_lora_of_peft_becomes_our_start_with_its_logits(folders: Path, tmp_pat
     assert (again - theirs).abs().max() <= 1e-5
 
 
+@pytest.mark.ci
 def test_a_run_from_another_runs_adapter_begins_where_that_one_ended(folders: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 4, "log_every": 4}
     patterns = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"q_proj": 5.0}}
@@ -146,6 +147,7 @@ def test_a_run_from_another_runs_adapter_begins_where_that_one_ended(folders: Pa
     assert second[-1] < second[0] < first[0], "it goes on from there"
 
 
+@pytest.mark.ci
 def test_a_resumed_run_needs_the_folder_until_its_first_checkpoint(folders: Path, tmp_path: Path, copy: Path) -> None:
     settings = {"max_steps": 4, "save_every": 2, "log_every": 1}
     start = {**read_peft_adapter(copy).settings, "init_from": str(copy)}
@@ -352,6 +354,7 @@ def test_an_adapter_of_another_model_is_refused_and_of_another_name_is_noted(
         check_model(compose_config(wider))
 
 
+@pytest.mark.ci
 def test_the_command_refuses_with_code_2_and_starts_nothing(
     folders: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

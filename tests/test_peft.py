@@ -65,8 +65,8 @@ def tokens() -> Tensor:
     return torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
-CASES = [("llama", targets, True) for targets in TARGETS]
-CASES += [("llama", "all-linear", False), ("qwen3", "all-linear", True), ("llama-tied", "qv", False)]
+CASES = [("qwen3", "all-linear", True), ("llama-tied", "qv", False)]
+CASES += [pytest.param("llama", targets, True, marks=pytest.mark.slow) for targets in TARGETS]
 
 
 @pytest.mark.parametrize(("model", "targets", "rslora"), CASES, ids=str)

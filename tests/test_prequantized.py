@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-head": {"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": []},
 }
 LOADABLE = [name for name in VARIANTS if name != "packed-head"]
+ONE_AND_CI = [name if name == "nested" else pytest.param(name, marks=pytest.mark.ci) for name in LOADABLE]
 # Rows are whole blocks: for rows of 96 bitsandbytes' own CPU kernel is wrong (tests/test_nf4.py).
 EVEN = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}
 # 12,600 weights in q_proj and 26,400 in up_proj: multiples of neither 64 nor 16,384.
@@ -148,7 +149,7 @@ def with_state(source: Path, **fields: Any) -> dict[str, Tensor | None]:
     return {name: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
 
 
-@pytest.mark.parametrize("name", LOADABLE)
+@pytest.mark.parametrize("name", ONE_AND_CI)
 def test_a_plan_counts_what_is_kept_of_a_checkpoint(quantized: Path, name: str) -> None:
     """To the byte: absmax in fp32 where there is no double quantization, linears that were left dense as they are."""
     config = config_for(quantized / name)
@@ -201,6 +202,7 @@ def test_parts_that_do_not_fit_the_shape_are_refused() -> None:
         nf4.dequantize_blocks(codes, absmax, shape=(256, 512), dtype=torch.float32)
 
 
+@pytest.mark.ci
 def test_the_dynamic_map_is_the_same_on_a_cpu_without_vector_instructions() -> None:
     """torch.linspace is not: bitsandbytes' own map has other last bits there."""
     code = "from distlora_kernels.reference import dynamic_map; print(dynamic_map().numpy().tobytes().hex())"
@@ -222,7 +224,7 @@ def own_rows(ranks: Ranks, *, folder: Path) -> tuple[dict[str, Tensor], int]:
 
 
 @pytest.mark.parametrize("size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2)), 3])
-@pytest.mark.parametrize("variant", LOADABLE)
+@pytest.mark.parametrize("variant", ONE_AND_CI)
 def test_ranks_hold_slices_of_the_stored_bytes_and_read_no_others(
     world: World, quantized: Path, variant: str, size: int
 ) -> None:
@@ -249,7 +251,7 @@ def test_ranks_hold_slices_of_the_stored_bytes_and_read_no_others(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", LOADABLE)
+@pytest.mark.parametrize("variant", ONE_AND_CI)
 def test_weights_are_bit_for_bit_those_of_bitsandbytes(quantized: Path, variant: str, dtype: torch.dtype) -> None:
     tensors = stored_tensors(quantized / variant)
     linears = frozen_linears(loaded(quantized / variant)[0])
@@ -281,7 +283,10 @@ def row_losses(ranks: Ranks, *, folder: Path, tokens: Tensor) -> Tensor:
         return model(tokens, positions, tokens.roll(-1, 1))
 
 
-@pytest.mark.parametrize("variant", [name for name in LOADABLE if not name.startswith("odd")])
+@pytest.mark.parametrize(
+    "variant",
+    ["nested", *(pytest.param(v, marks=pytest.mark.ci) for v in LOADABLE if v != "nested" and not v.startswith("odd"))],
+)
 def test_every_rank_computes_what_transformers_does_with_bitsandbytes(
     world: World, quantized: Path, variant: str
 ) -> None:
@@ -301,7 +306,9 @@ def test_every_rank_computes_what_transformers_does_with_bitsandbytes(
             torch.testing.assert_close(rows, losses.sum(1), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("variant", "sizes"), [("skipping", (1, 3)), ("plain", (1, 2))])
+@pytest.mark.parametrize(
+    ("variant", "sizes"), [("skipping", (1, 2)), pytest.param("plain", (1, 3), marks=pytest.mark.slow)]
+)
 def test_a_run_trains_on_any_number_of_ranks_and_peft_gives_its_logits(
     world: World,
     quantized: Path,
@@ -339,6 +346,7 @@ def run_worker(ranks: Ranks, *, run_dir: Path) -> None:
     worker.run(run_dir, ranks)
 
 
+@pytest.mark.ci
 def test_peft_on_the_quantized_checkpoint_itself_gives_our_logits(quantized: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", quantized, "nested", train={"max_steps": 3}, optim={"lr": 2e-2})
     worker.run(tmp_path / "run", SINGLE)

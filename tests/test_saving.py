@@ -216,7 +216,7 @@ def check_saves_around(damage: Break, run_dir: Path) -> None:
                 reason, remedy = FAULTS[damage]
                 for part in (f"after step {step}", str(run_dir / "checkpoints"), reason, remedy):
                     assert part in line
-                assert ("Training goes on" in line) == (step < 4), "the last one raises"
+                assert ("Training continues" in line) == (step < 4), "the last one raises"
             if damage is not gone:
                 assert saved(run_dir, 1) == {1.0}
         finally:
@@ -242,7 +242,7 @@ def test_a_save_that_cannot_take_its_name_gives_it_back_to_the_older_one(
         saver.save_last(state.train(1))
         monkeypatch.setattr(Path, "rename", refused)
         saver.save(state.train(1))
-        with pytest.raises(SaveError, match="look after that disk"):
+        with pytest.raises(SaveError, match="check that disk"):
             saver.wait()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     assert saved(tmp_path, 1) == {1.0}
@@ -412,7 +412,7 @@ def test_a_state_that_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pyt
     ("manifest", "said"),
     [
         ("[]", "it lists no files"),
-        ('{"files": {"../secret": "00"}}', "'../secret' is no file of this folder"),
+        ('{"files": {"../secret": "00"}}', "'../secret' is not a file of this folder"),
         ('{"files": {"state.json": 1}}', "state.json has no SHA-256 but 1"),
         ('{"files": {}}', "it does not list state.json"),
         ('{"files"', "Expecting"),

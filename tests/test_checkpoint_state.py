@@ -102,7 +102,7 @@ def test_what_differs_of_the_machine_is_said() -> None:
     assert environment_line(then, dict(then)) is None
     line = environment_line(then, then | {"ranks": 2, "threads": 8})
     assert line is not None
-    assert "ranks 3 (now 2), threads 1 (now 8): the order of the rows is the same" in line
+    assert "ranks 3 (now 2), threads 1 (now 8): the order of the data is the same" in line
     compiled = then | {"compiler": "g++ 13", "train.compile": True}
     assert environment_line(then, then | {"train.compile": False}) is None, "made before there was such a setting"
     line = environment_line(compiled, compiled | {"compiler": "g++ 14", "train.compile": False})

@@ -203,10 +203,10 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"losses": [1.0]}, "does not give each document a loss"),
-        ({"units": [2, 0]}, "does not give each document a loss"),
+        ({"losses": [1.0]}, "does not have a loss and units"),
+        ({"units": [2, 0]}, "does not have a loss and units"),
         ({"units": [2, "1"]}, r"units\[1\] is '1', not an integer"),
-        ({"documents": [], "losses": [], "units": []}, "does not give each document a loss"),
+        ({"documents": [], "losses": [], "units": []}, "does not have a loss and units"),
     ],
 )
 def test_a_damaged_record_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -216,13 +216,13 @@ def test_a_damaged_record_is_refused(tmp_path: Path, change: dict[str, Any], mes
 
 
 def test_a_run_without_a_record_says_what_it_needs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"it needs train\.eval_documents=true"):
+    with pytest.raises(UserError, match=r"train it with train\.eval_documents=true"):
         read_documents(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"rows": "cd"}, {"documents": [0, 4]}, {"units": [2, 2]}])
 def test_evaluations_on_other_documents_are_not_compared(change: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"runs/a and runs/b were evaluated on different held-out rows"):
+    with pytest.raises(UserError, match=r"runs/a and runs/b were evaluated on different held-out sequences"):
         check_paired(RECORD, dataclasses.replace(RECORD, **change), ("runs/a", "runs/b"))
 
 

@@ -626,7 +626,7 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["adapter=full", "quant=none", "+adapter.init=pissa"], "adapter.init has no effect with adapter=full"),
     (["adapter=full", "quant=none", "+adapter.init=loftq"], "adapter.init has no effect with adapter=full|loftq"),
     (["adapter.init=pissa", "adapter.r=97"], r"needs 97 singular values of .*, which has (48|96) .*; set adapter.r="),
-    (["adapter.init=loftq", "+adapter.rank_pattern.k_proj=49"], r"takes 49 .*k_proj, which has 48 .*rank_pattern"),
+    (["adapter.init=loftq", "+adapter.rank_pattern.k_proj=49"], r"needs 49 .*k_proj, which has 48 .*rank_pattern"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Quantized shards that are kept: the same bits with them and without, whoever wrote them, whatever became of them."""
+"""The quantized-weights cache: the same bits with and without it, whatever happened to its files."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def test_a_second_start_reads_its_rows_alone_and_no_bit_differs(
         assert (plain.loaded.kept_bytes, kept.loaded.cached_weights, read.loaded.kept_bytes) == (0, 0, 0)
         assert kept.loaded.kept_bytes > 0
         assert is_whole(read)
-        assert read.loaded.how == "of quantized shards from the cache"
-        assert kept.loaded.how == "and quantized and kept"
+        assert read.loaded.how == "from the quantized-weights cache"
+        assert kept.loaded.how == "and quantized and cached"
         assert read.said == []
         # Its rows of everything, once (in fp32, as the source), a checksum of 8 bytes a group, and its pieces' headers.
         rows = {name: rows for name, (rows, _) in read.rows.items() if not name.endswith(("offset", "row_norms"))}
@@ -158,7 +158,7 @@ def test_any_number_of_ranks_reads_what_others_wrote_and_writes_only_what_is_lac
 
     on_four = world.run(4, start, config=config)
     assert all(0.6 < s.loaded.cached_weights / s.loaded.quantized_weights < 0.7 for s in on_four)
-    assert any("(67% was there) and kept" in s.loaded.how for s in on_four)
+    assert any("in part (67% from the quantized-weights cache) and cached" in s.loaded.how for s in on_four)
     new = sorted(set(pieces(tmp_path / "cache")) - set(of_two))
     assert new
     assert all(path.name.startswith("00001-") for path in new)
@@ -371,7 +371,7 @@ def test_ranks_that_see_other_bytes_of_the_base_keep_nothing(world: World, folde
     flip(weights, read_header(weights)["model.layers.1.mlp.up_proj.weight"].offset + 8)
     configs = [config_for(tmp_path / machine, tmp_path / "cache") for machine in "ab"]
     started = world.run(2, start_on, configs=configs)
-    assert "the ranks see other files of the base than each other" in started[0].said[-1]
+    assert "the ranks see different files of the base" in started[0].said[-1]
     assert entries(tmp_path / "cache") == []
     assert {one.loaded.kept_bytes for one in started} == {0}
 
@@ -383,7 +383,7 @@ def test_one_ranks_damage_makes_all_ranks_quantize_the_block(world: World, folde
     flip(damaged, first_of(damaged, ".codes"))
     second = world.run(3, start, config=config)
     assert (
-        "blocks whose kept shards were damaged, gone or not readable on some rank, made anew: 2" in second[0].said[-1]
+        "cached layers that are damaged, missing or unreadable on some rank, quantized again: 2" in second[0].said[-1]
     )
     assert len({started.loaded.cached_weights for started in second}) == 1
     for one, two, three in zip(first, second, world.run(3, start, config=config), strict=True):
@@ -450,7 +450,7 @@ def test_a_changed_source_is_another_entry_and_an_unchanged_one_is_not_read_for_
     config = config_for(folder, cache)
     weights = folder / "model.safetensors"
     first = start(SINGLE, config=config)
-    assert any("hashing" in line for line in first.said)
+    assert any("fingerprinting" in line for line in first.said)
     assert start(SINGLE, config=config).said == [], "its bytes are known"
 
     # In place, of the same size, with its old time of modification, outside of the fingerprint's samples.
@@ -523,7 +523,7 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_read_all_the_same(fold
         started = start(SINGLE, config=config)
         assert_same(started, plain)
         assert 0 < started.loaded.cached_weights < started.loaded.quantized_weights
-        refused = [line for line in started.said if "cannot be kept" in line]
+        refused = [line for line in started.said if "cannot be cached" in line]
         assert len(refused) == 1
         assert "Read-only" in refused[0]
 
@@ -536,7 +536,7 @@ def test_a_full_disk_is_said_once_and_a_little_of_each_stays_free(
         config = config_for(folders / "llama", disk / "cache")
         started = start(SINGLE, config=config)
         assert_same(started, plain)
-        assert sum("stay free" in line for line in started.said) == 1
+        assert sum("GB free" in line for line in started.said) == 1
         assert pieces(disk / "cache"), "as much as there was room for"
         monkeypatch.setattr(quantized_cache_io, "FREE_SHARE", -10.0)
         started = start(SINGLE, config=config)

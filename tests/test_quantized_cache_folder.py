@@ -1,4 +1,4 @@
-"""The folder of quantized shards may be anybody's: what is removed there is what a cache wrote, and nothing else."""
+"""The quantized-weights cache's folder may hold other files: only the cache's own files are removed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from closeness import assert_close, assert_losses_close, relative_error
 from distlora.architecture.families import FAMILIES
-from distlora.config import Config, UserError
+from distlora.config import ParallelConfig, TrainConfig, UserError
 from distlora.config.file import build
 from distlora.model import attention, liger
 from distlora.model.attention import LONGEST, Documents
@@ -28,7 +28,7 @@ from distlora.parallel import Ranks
 from distlora.training import setup
 from distlora.training import worker as train
 from distlora.training.generator import Generator, generate_all
-from distlora_launcher.compose.checks import check_of_sizes
+from distlora_launcher.compose.checks import check_model_sizes
 from family_models import VARIANTS, config_for, load_ours, tokens, write_family_folder
 from run_models import build_run_model
 from small_models import make_run, read_metrics
@@ -334,10 +334,10 @@ def test_what_flash_attention_cannot_compute_keeps_its_masks(monkeypatch: pytest
 def test_asking_for_sdpa_where_nothing_else_is_done_is_refused(
     name: str, train: dict[str, str], said: str | None
 ) -> None:
-    sections = {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": "r", "train": {"attention": "sdpa", **train}}
+    settings = build(TrainConfig, {"attention": "sdpa", **train})
     refused = contextlib.nullcontext() if said is None else pytest.raises(UserError, match=f"has no effect .*{said}")
     with refused:
-        check_of_sizes(build(Config, sections), {"num_hidden_layers": 2}, FAMILIES[name])
+        check_model_sizes(ParallelConfig(), settings, {"num_hidden_layers": 2}, FAMILIES[name])
 
 
 def test_queries_that_autocast_left_in_fp32_meet_values_in_16_bits() -> None:

@@ -25,7 +25,7 @@ from distlora.parallel import Ranks
 from distlora.post.load_trained import load_model
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import elementwise, native
-from distlora_launcher.compose.checks import check_machine, check_of_sizes
+from distlora_launcher.compose.checks import check_machine, check_model_sizes
 from family_models import load_ours, tokens, write_family_folder
 from test_liger import ONE_EACH, PARTIAL_ROTARY, check_kept, run
 
@@ -204,4 +204,4 @@ def test_where_it_cannot_be_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, 
     write_family_folder(tmp_path, "mixtral")
     model = read_config(tmp_path)
     with pytest.raises(UserError, match="mixtures of experts"):
-        check_of_sizes(config, model, family_of(model, tmp_path / "config.json"))
+        check_model_sizes(config.parallel, config.train, model, family_of(model, tmp_path / "config.json"))

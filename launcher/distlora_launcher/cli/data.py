@@ -61,7 +61,7 @@ def preview_documents(arguments: Sequence[str]) -> int:
     options, overrides = parse([expand_home(word) for word in arguments])
     config = compose_config(overrides, config_dir=options.config_dir)
     check_model(config)
-    check_data(config)
+    check_data(config.data, config.train.objective, config.run_dir)
     from distlora.data.preview import PreviewRequest, preview
 
     with with_small_files(config.model) as model:

@@ -350,7 +350,7 @@ def text_of(
     )
     if run is not None and run.config.data.template is not None and holds_chats(text):
         text = dataclasses.replace(text, template=run.config.data.template)
-    check_data(dataclasses.replace(base_alone(path, "none", run_dir=path), data=text.data()))
+    check_data(text.data(), "sft", path)
     return text
 
 

@@ -264,7 +264,7 @@ def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
 
 def require_model(config: Config) -> None:
     """Refuse settings that name none, with the names that are known."""
-    if not names_model(config):
+    if not names_model(config.model):
         raise UserError(
             f"no model is named, and a plan is of a model; write for example {PROGRAM} model=llama3_8b gpu=rtx4090",
             f"names for model= are {', '.join(known_models())}; or set model.path to a folder, or to ORG/NAME of the "

@@ -53,6 +53,6 @@ def resume(folder: Path) -> int:
     config = load_config(folder)
     if is_complete(folder):
         return DONE
-    if is_job(config):
+    if is_job(config.cluster):
         return resume_in_job(folder, config) if in_job() else resubmit_run(folder, config)
     return resume_multi_node(folder, config) if config.cluster.on_each_machine else resume_run(folder, config)

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from distlora.config import Config, UserError, require
+from distlora.config import ClusterConfig, Config, UserError, require
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED
 from distlora_launcher.cli.resume import resume
 from distlora_launcher.compose.checks import check
@@ -34,9 +34,9 @@ from distlora_launcher.compose.compose import (
 )
 from distlora_launcher.compose.initial_adapter import with_initial_adapter
 from distlora_launcher.compose.planning import decide, say_choice
-from distlora_launcher.compose.user_overrides import fixed_settings
+from distlora_launcher.compose.user_overrides import user_settings
 from distlora_launcher.jobs.step import in_job, start_in_job
-from distlora_launcher.jobs.submit import have_judged, is_job, script_of, submit_run
+from distlora_launcher.jobs.submit import check_with_slurm, is_job, make_script, submit_run
 from distlora_launcher.jobs.sweep import Sweep
 from distlora_launcher.launch.local import remove_if_empty, start_run
 from distlora_launcher.launch.multi_node import start_multi_node
@@ -61,17 +61,17 @@ def main(arguments: list[str]) -> int:
         check_agent([run.config for run in runs])
         if begun(first) is not None:
             return resume(Path(first.run_dir))
-        refuse_sweep_over_machines(first, flags)
-        refuse_dry_run(first, flags, dry_run)
+        refuse_multi_node_sweep(first.cluster, flags)
+        refuse_dry_run(first.cluster, flags, dry_run)
         for run in runs:
             check(run.config, new_run=True)
         # A job of a sweep that starts here says itself that it does not fit, and the others run.
-        decided = decide_each(runs) if is_job(first) or not is_multirun(flags) else []
-        if is_job(first) and not in_job():
-            script = script_of(decided, sweeps=is_multirun(flags))
+        decided = decide_each(runs) if is_job(first.cluster) or not is_multirun(flags) else []
+        if is_job(first.cluster) and not in_job():
+            script = make_script(decided, sweeps=is_multirun(flags))
             if dry_run:
                 print(script, end="", flush=True)  # Whatever SLURM says of it: that may be why one wants to read it.
-            have_judged(script)
+            check_with_slurm(script)
             if dry_run:
                 return DONE
         return run_hydra(ordered(arguments, flags.overrides))
@@ -90,17 +90,17 @@ def decide_each(runs: Sequence[Composed]) -> list[Config]:
         try:
             found.append(decide(run.config, run.fixed).config)
         except UserError as error:
-            job = f"job {number} ({' '.join(run.own)}): " if run.own else ""
+            job = f"job {number} ({' '.join(run.job_overrides)}): " if run.job_overrides else ""
             raise UserError(f"{job}{error}") from error
     return found
 
 
-def refuse_sweep_over_machines(config: Config, flags: argparse.Namespace) -> None:
+def refuse_multi_node_sweep(cluster: ClusterConfig, flags: argparse.Namespace) -> None:
     """Refuse a sweep of runs that are each started by hand on several machines: nothing keeps them in step."""
     require(
-        not (config.cluster.on_each_machine and is_multirun(flags)),
-        f"-m with cluster=torchrun over {config.cluster.nodes} machines (cluster.nodes): their sweeps would not stay "
-        "in step; leave -m out and start one run after the other, or set cluster=slurm",
+        not (cluster.on_each_machine and is_multirun(flags)),
+        f"-m with cluster=torchrun over {cluster.nodes} nodes (cluster.nodes): the nodes would not "
+        "run the same job; leave -m out and start one run after the other, or set cluster=slurm",
     )
 
 
@@ -111,16 +111,16 @@ def refuse_sweep_section(words: Sequence[str]) -> None:
         raise UserError(f"{word} is of `distlora sweep`, which takes the same settings as `distlora train`; write that")
 
 
-def refuse_dry_run(config: Config, flags: argparse.Namespace, dry_run: bool) -> None:
+def refuse_dry_run(cluster: ClusterConfig, flags: argparse.Namespace, dry_run: bool) -> None:
     """Refuse --dry-run of what submits nothing, and sweeps that an array cannot hold."""
     if dry_run and not is_run(flags):
         raise UserError(f"{DRY_RUN} prints a script, and the other options print something else; leave one of them out")
-    if dry_run and not is_job(config):
+    if dry_run and not is_job(cluster):
         raise UserError(
-            f"{DRY_RUN} prints what would be submitted, and cluster={config.cluster.launcher} submits nothing; add "
+            f"{DRY_RUN} prints what would be submitted, and cluster={cluster.launcher} submits nothing; add "
             "cluster=slurm, or print the settings with --cfg job"
         )
-    if is_job(config) and any(word.partition("=")[0] == "hydra/sweeper" for word in flags.overrides):
+    if is_job(cluster) and any(word.partition("=")[0] == "hydra/sweeper" for word in flags.overrides):
         raise UserError(
             "a sweeper that waits for results cannot choose the jobs of an array; leave hydra/sweeper out, or set "
             "cluster=local in a job of its own"
@@ -177,7 +177,7 @@ def composed(flags: argparse.Namespace, *, may_lack_paths: bool = False) -> list
     if not is_multirun(flags):
         return [compose_run(flags.overrides, **options)]
     runs = compose_sweep(flags.overrides, **options)
-    if is_job(runs[0].config):  # They are submitted together, so all of them are checked.
+    if is_job(runs[0].config.cluster):  # They are submitted together, so all of them are checked.
         runs = compose_sweep(flags.overrides, **options, most=None)
     return runs
 
@@ -216,12 +216,12 @@ def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
         config = config_from_hydra(settings, run_dir=str(run_dir))
         words = hydra_settings.overrides.task
         config = with_initial_adapter(config, words)
-        choice = decide(config, fixed_settings(config, words))
+        choice = decide(config, user_settings(config.plan, words))
         say_choice(choice)
         config = choice.config
-        if is_job(config) and not in_job():
+        if is_job(config.cluster) and not in_job():
             return sweep.add(config, number) if sweeps else submit_run(config)
-        if is_job(config):
+        if is_job(config.cluster):
             code = start_in_job(config)
         else:
             code = start_multi_node(config) if config.cluster.on_each_machine else start_run(config)

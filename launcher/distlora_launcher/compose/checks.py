@@ -1,7 +1,7 @@
-"""What can be refused without torch, before any process starts: the model's folder, the data's head, the machine.
+"""Checks without torch, before any process starts: the model's folder, the beginning of the data, this node.
 
-Every refusal is a UserError with the value, the reason and what to type instead. Ranges and names of single settings
-are checked where they are declared, in distlora.config.
+Each refusal is a UserError with the value, the reason and what to type instead. The ranges of single settings are
+checked in distlora.config.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from distlora.checkpoint.state import check_newest_settings, fixed_settings
 from distlora.config import (
     ClusterConfig,
     Config,
+    DataConfig,
     OptimConfig,
     ParallelConfig,
     TrainConfig,
@@ -56,17 +57,17 @@ from distlora_launcher.compose.endpoint import resolve_endpoint
 from distlora_launcher.compose.initial_adapter import check_initial_adapter
 
 HEAD_LINES = 1000
-"""Documents of each source that are read here; the preparation process reads them all."""
+"""Documents of each source that are checked here; the preparation reads all of them."""
 
 ROW_TOKENS = 1024
-"""Of a text that a command reads outside of a run."""
+"""Default sequence length of commands that read a text without a run."""
 
 _BLOCK_WEIGHT = re.compile(r"((?:\w+\.)+layers\.(\d+)\..+)\.weight")
-"""A weight of a decoder block, by transformers' names."""
+"""Name of a weight of a decoder layer, by transformers' names."""
 
 
 def check(config: Config, *, new_run: bool) -> None:
-    """Refuse what cannot run. `new_run`: the run folder must not hold a run yet, unless another machine makes it."""
+    """Refuse a run that cannot work. new_run: refuse a folder that holds a run, unless several nodes share it."""
     try:
         if new_run and not config.cluster.on_each_machine:
             check_run_dir(Path(config.run_dir))
@@ -74,7 +75,7 @@ def check(config: Config, *, new_run: bool) -> None:
             check_machine(config.cluster, config.parallel, config.optim, config.train)
         check_parallel(config.parallel, config.cluster.ranks)
         check_model(config)
-        check_data(config)
+        check_data(config.data, config.train.objective, config.run_dir)
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
         if goes_on:
             settings = fixed_settings(config.spec, config.optim, config.train)
@@ -89,7 +90,7 @@ def check(config: Config, *, new_run: bool) -> None:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Refuse a folder that holds another run, and a place where no folder can be made."""
+    """Refuse a folder that holds another run, and one that cannot be made."""
     if (run_dir / "config.yaml").is_file():
         raise UserError(
             f"run_dir={run_dir} already holds a run; continue it with `distlora resume {run_dir}`, "
@@ -113,7 +114,7 @@ def check_writable(place: Path, setting: str) -> None:
 
 
 def gpu_count() -> int:
-    """NVIDIA GPUs that processes of this shell may use: CUDA_VISIBLE_DEVICES where it is set, else the device files."""
+    """Return the number of NVIDIA GPUs this process may use: by CUDA_VISIBLE_DEVICES, else by the device files."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
@@ -173,9 +174,9 @@ def check_parallel(parallel: ParallelConfig, ranks: int) -> None:
 
 
 def check_model(config: Config) -> None:
-    """Refuse a folder that is no model of a known family, damaged weights, and what this model cannot do.
+    """Refuse a folder without a supported model, damaged weights, and settings that the model does not support.
 
-    A model on the hub is checked by its small files and its weights' headers, before the rest is downloaded.
+    A model on the hub is checked by its small files and the headers of its weights, before the rest is downloaded.
     """
     if is_hub_name(config.model.path):
         from distlora_launcher.compose.hub_preview import with_small_files
@@ -206,7 +207,7 @@ def check_model(config: Config) -> None:
     tensors = {name: on_disk[stored] for name, stored in stored_as.items()}
     packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}
     check_tensors(folder, model, tensors, packed, family)
-    check_of_sizes(config, model, family)
+    check_model_sizes(config.parallel, config.train, model, family)
     if config.adapter.method == "lora":
         names = linear_names(tensors, family)
         num_layers = text_settings(model, family)["num_hidden_layers"]
@@ -214,25 +215,28 @@ def check_model(config: Config) -> None:
         check_patterns(config.adapter, targets, [*names, *expert_names(family, num_layers)])
         shapes = {name: packed[w].shape if (w := f"{name}.weight") in packed else tensors[w].shape for name in names}
         shapes |= expert_shapes(family, num_layers, text_settings(model, family))
-        check_initial_adapter(config, shapes, tensors[f"{family.decoder}.embed_tokens.weight"].shape)
+        goes_on = bool(checkpoint_folders(Path(config.run_dir)))
+        is_reference = config.train.objective == "dpo"
+        if needs_initial_adapter(config.adapter, is_reference=is_reference, restores=goes_on):
+            check_initial_adapter(config.spec, shapes, tensors[f"{family.decoder}.embed_tokens.weight"].shape)
         check_ranks(config.adapter, {name: shapes[name] for name in targets if name in shapes})
 
 
-def check_of_sizes(config: Config, model: Mapping[str, Any], family: Family) -> None:
-    """Refuse what a model of these sizes has not: blocks, an MLP of one piece, routers. `model` is its config.json."""
-    config.parallel.check_blocks(text_settings(model, family)["num_hidden_layers"])
-    check_router_loss(config.train.router_aux_loss, family)
-    check_tiles(config.train.mlp_tile, family)
-    if config.train.attention == "sdpa":
+def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, model: Mapping[str, Any], family: Family) -> None:
+    """Refuse settings that a model with this config.json (`model`) does not support."""
+    parallel.check_blocks(text_settings(model, family)["num_hidden_layers"])
+    check_router_loss(train.router_aux_loss, family)
+    check_tiles(train.mlp_tile, family)
+    if train.attention == "sdpa":
         without = "train.attention=sdpa has no effect"
         why = f"{without} on {family.model_type}, whose attention goes through dense masks anyway; leave it out"
         require(family.attention == "sdpa", why)
         require(
-            config.train.dtype == "bf16",
-            f"{without} with train.dtype={config.train.dtype}, which has no other way; leave it out",
+            train.dtype == "bf16",
+            f"{without} with train.dtype={train.dtype}, which has no other way; leave it out",
         )
     require(
-        not config.train.compile or family.experts is None,
+        not train.compile or family.experts is None,
         f"train.compile=true: what it compiles is not tested on mixtures of experts ({family.model_type}); set "
         "train.compile=false",
     )
@@ -255,20 +259,21 @@ def _no_folder(folder: Path) -> UserError:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a supported model. Raises UserError for anything else."""
+    """Return config.json of a supported model. Raises UserError for any other."""
     model = read_config(folder)
     family_of(model, folder / "config.json")
     return model
 
 
 def row_tokens(folder: Path) -> int:
-    """ROW_TOKENS, or what the model has positions for."""
+    """Return ROW_TOKENS, or the model's context length if that is shorter."""
     model = read_model_config(folder)
     limit = text_settings(model, family_of(model, folder / "config.json")).get("max_position_embeddings")
     return min(ROW_TOKENS, limit) if isinstance(limit, int) and limit > 1 else ROW_TOKENS
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has the files of a tokenizer."""
     alternatives = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
     return any(all((folder / name).is_file() for name in names) for names in alternatives)
 
@@ -280,9 +285,9 @@ def check_tensors(
     packed: Mapping[str, PrequantizedWeight],
     family: Family,
 ) -> None:
-    """Refuse a checkpoint that lacks a block, the embedding, the last norm or the head, or has odd dtypes.
+    """Refuse a checkpoint that lacks a layer, the embedding, the last norm or the LM head, or has other dtypes.
 
-    `tensors` by transformers' names; `packed` are the weights that are in NF4 already.
+    `tensors` are by transformers' names; `packed` are those already in NF4.
     """
     num_layers, place = text_settings(model, family).get("num_hidden_layers"), folder / "config.json"
     if type(num_layers) is not int or num_layers < 1:
@@ -312,28 +317,26 @@ def check_tensors(
 
 
 def linear_names(tensors: dict[str, Segment], family: Family) -> list[str]:
-    """Paths of the linears in the decoder blocks, by transformers' names: the two-dimensional weights, but for those of
-    routers and experts.
-    """
+    """Return the paths of the linears in the decoder layers: the two-dimensional weights, without routers and experts."""
     matches = ((_BLOCK_WEIGHT.fullmatch(name), segment) for name, segment in tensors.items())
     names = [match[1] for match, segment in matches if match and len(segment.shape) == 2]
     return [name for name in names if family.experts is None or not set(family.experts.on_disk) & set(name.split("."))]
 
 
-def check_data(config: Config) -> None:
-    """Refuse sources that are absent, empty or broken within their first lines, and an unknown chat template.
+def check_data(data: DataConfig, objective: str, run_dir: str) -> None:
+    """Refuse sources that are missing, empty or damaged in their first lines, and an unknown chat template.
 
-    Of a hub data set its name, configuration and split are checked, unless this run read it before.
+    For a data set on the hub, its name, configuration and split are checked, unless this run has read it before.
     """
     from distlora.data.chat import template_source
     from distlora.data.formats import check_objective
     from distlora.data.sources import check_sources, pinned_commits
 
-    if config.data.template is not None:
-        template_source(config.data.template)
-    formats = check_sources(config.data, limit=HEAD_LINES, pinned=pinned_commits(Path(config.run_dir)))
-    held_out = config.data.held_out_source
-    sources = [*config.data.training_sources, *([held_out] if held_out is not None else [])]
+    if data.template is not None:
+        template_source(data.template)
+    formats = check_sources(data, limit=HEAD_LINES, pinned=pinned_commits(Path(run_dir)))
+    held_out = data.held_out_source
+    sources = [*data.training_sources, *([held_out] if held_out is not None else [])]
     for source, format in zip(sources, formats, strict=True):
         if format is not None:
-            check_objective(format, config.train.objective, source.path)
+            check_objective(format, objective, source.path)

@@ -1,7 +1,7 @@
-"""Command-line overrides to a `Config`: Hydra composes conf/, distlora.config checks and types the result.
+"""Compose a `Config` from command-line overrides: Hydra composes conf/, distlora.config checks and types the result.
 
-Hydra raises a dozen kinds of exceptions for a mistyped word; all of them leave here as one UserError that names the
-word and what to type instead (`explain.py`).
+Hydra raises a dozen kinds of exceptions for a mistyped override. Each becomes one UserError that names the override and
+what to type instead (`explain.py`).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distlora.config import Config, GpuConfig, UserError, require
+from distlora.config import Config, GpuConfig, ModelConfig, UserError, require
 from distlora.config.file import build
 from distlora.config.gpus import GPUS
 from distlora.config.places import means_hub
 from distlora_launcher.compose.explain import EXPLAINED, explain, refuse_unusable
 from distlora_launcher.compose.initial_adapter import with_initial_adapter
-from distlora_launcher.compose.user_overrides import fixed_settings
+from distlora_launcher.compose.user_overrides import user_settings
 
 CONF_MODULE = "distlora_launcher.conf"
 VERSION_BASE = "1.3"
 MISSING = "???"
 UNSET = "/dev/null/unset"
-"""What stands in the place of a path that may still be missing; no folder can be there."""
+"""Stands for a path that may still be missing; no folder can be there."""
 
 MOST_JOBS_CHECKED = 64
-"""Jobs of a sweep that are composed and checked before the first one starts; the others are checked as they start."""
+"""Jobs of a sweep that are checked before the first one starts; the others are checked as they start."""
 
 REQUIRED = {
     "model.path": "a local folder in Hugging Face format (config.json, safetensors, tokenizer), or a name on the hub",
@@ -55,7 +55,7 @@ MAPPINGS = (
     "cluster.environment",
     "sweep.space",
 )
-"""Settings whose keys are the user's own words."""
+"""Settings whose keys the user chooses."""
 
 
 def _register_gpus() -> None:
@@ -68,19 +68,19 @@ _register_gpus()
 
 
 def with_new_keys(word: str) -> str:
-    """`adapter.rank_pattern={down_proj:32}` with Hydra's mark for keys that conf/ does not have; others as they are."""
+    """Return an override with Hydra's mark for new keys if its setting takes the user's own keys."""
     key = word.partition("=")[0]
     return f"++{word}" if any(key == name or key.startswith(name + ".") for name in MAPPINGS) else word
 
 
 def expand_home(word: str) -> str:
-    """`data.path=~/x` as zsh would pass it: bash leaves the ~ alone, and Hydra's grammar has no such character."""
+    """Return `data.path=~/x` with ~ expanded, which bash does not do and Hydra's grammar does not allow."""
     key, _, value = word.partition("=")
     return f"{key}={Path.home()}{value[1:]}" if value == "~" or value.startswith("~/") else word
 
 
 def section_of(word: str) -> str:
-    """The section, or the group, that a word is of: `adapter` of adapter=full, +adapter.r=8 and ~adapter.r."""
+    """Return the section or group of an override: `adapter` for adapter=full, +adapter.r=8 and ~adapter.r."""
     return re.split(r"[.@/]", word.lstrip("+~").partition("=")[0], maxsplit=1)[0]
 
 
@@ -90,20 +90,20 @@ class Composed:
 
     config: Config
     fixed: frozenset[str] = frozenset()
-    """Those that plan=auto may not choose, as the user has (`fixed_settings`)."""
-    own: tuple[str, ...] = ()
-    """The words of a job of a sweep that not all of its jobs have."""
+    """Settings that plan=auto may not choose, as the user has set them (`user_settings`)."""
+    job_overrides: tuple[str, ...] = ()
+    """Overrides of a sweep's job that not all of its jobs have."""
 
 
 def compose_config(overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False) -> Config:
-    """`compose_run`, without what is fixed."""
+    """Return the settings of `compose_run`."""
     return compose_run(overrides, config_dir=config_dir, may_lack_paths=may_lack_paths).config
 
 
 def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False) -> Composed:
-    """The settings of one run. Raises UserError for what cannot be composed, is unknown, missing or invalid.
+    """Return the settings of one run. Raises UserError for overrides that are unknown, missing or invalid.
 
-    may_lack_paths: model.path and data.path may still be missing; they are UNSET then.
+    may_lack_paths: model.path and data.path may be missing; they are UNSET then.
     """
     overrides = [with_new_keys(word) for word in overrides]
     refuse_unusable(overrides)
@@ -118,9 +118,10 @@ def compose_sweep(
     may_lack_paths: bool = False,
     most: int | None = MOST_JOBS_CHECKED,
 ) -> list[Composed]:
-    """The settings of the jobs of a `-m` run, in Hydra's order; at most `most` of them (None: all).
+    """Return the settings of the jobs of a `-m` run in Hydra's order, at most `most` of them (None: all).
 
-    A sweeper other than Hydra's own chooses its values later: then the list has one entry, the settings that all share.
+    A sweeper other than Hydra's chooses its values later: then the list has one entry, the settings that all jobs
+    share.
     """
     overrides = [with_new_keys(word) for word in overrides]
     refuse_unusable(overrides)
@@ -137,14 +138,15 @@ def compose_sweep(
         everywhere = set(jobs[0]).intersection(*jobs)
         return [
             dataclasses.replace(
-                _compose_one([*prefix, *job], may_lack_paths), own=tuple(word for word in job if word not in everywhere)
+                _compose_one([*prefix, *job], may_lack_paths),
+                job_overrides=tuple(word for word in job if word not in everywhere),
             )
             for job in jobs[:most]
         ]
 
 
 def parse_overrides(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Override]:
-    """The words of a command line in Hydra's grammar. Raises UserError for one that cannot be read."""
+    """Return the overrides of a command line, parsed. Raises UserError for one that cannot be parsed."""
     refuse_unusable(overrides)
     with _initialized(config_dir):
         try:
@@ -155,7 +157,7 @@ def parse_overrides(overrides: Sequence[str], *, config_dir: str | None = None) 
 
 
 def compose_section(section: str, overrides: Sequence[str], *, config_dir: str | None = None) -> dict[str, Any]:
-    """The plain values of a group of conf/ that is no part of a run's settings (`sweep`)."""
+    """Return the plain values of a group of conf/ that is not part of a run's settings (`sweep`)."""
     overrides = [with_new_keys(word) for word in overrides]
     refuse_unusable(overrides)
     with _initialized(config_dir) as prefix:
@@ -167,13 +169,13 @@ def compose_section(section: str, overrides: Sequence[str], *, config_dir: str |
     return _string_keys(values)
 
 
-def names_model(config: Config) -> bool:
-    """Whether settings that may lack paths say of which model they are."""
-    return config.model.path != UNSET
+def names_model(model: ModelConfig) -> bool:
+    """Return whether settings that may lack paths name a model."""
+    return model.path != UNSET
 
 
 def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: bool = False) -> Config:
-    """The settings of a run whose folder is `run_dir`, from what Hydra composed."""
+    """Return the settings of a run in the folder `run_dir`, from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
     values.pop("sweep", None)  # What makes many runs of it (sweeps/).
     missing = list(_missing_keys(values))
@@ -210,14 +212,14 @@ def _compose_one(overrides: list[str], may_lack_paths: bool) -> Composed:
             del composed["hydra"]
         config = config_from_hydra(composed, run_dir=run_dir, may_lack_paths=may_lack_paths)
         config = with_initial_adapter(config, overrides)
-        return Composed(config=config, fixed=fixed_settings(config, overrides))
+        return Composed(config=config, fixed=user_settings(config.plan, overrides))
     except EXPLAINED as error:
         raise explain(error, overrides) from error
 
 
 @contextmanager
 def _initialized(config_dir: str | None) -> Iterator[list[str]]:
-    """Hydra pointed at conf/ for the duration; yields the overrides that add the folder of `--config-dir`."""
+    """Initialize Hydra with conf/ for the duration; yield the overrides that add the folder of `--config-dir`."""
     prefix = []
     if config_dir is not None:
         if not Path(config_dir).is_dir():
@@ -238,12 +240,12 @@ def _missing_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _string_keys(value: Any) -> Any:
-    """Numbers and booleans are legal keys in Hydra's grammar (+adapter={1:2}); a setting's name is a string."""
+    """Return a value with all keys as strings: Hydra's grammar allows numbers and booleans."""
     return {str(k): _string_keys(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _absolute(config: Config) -> Config:
-    """Paths that mean the same in a worker and in a resume from another folder; names on the hub stay as they are."""
+    """Return settings with absolute paths, for workers and for a resume from another folder; hub names stay."""
     model = dataclasses.replace(config.model, path=_absolute_path("model.path", config.model.path))
     data = dataclasses.replace(
         config.data,

@@ -1,4 +1,4 @@
-"""What Hydra says about a mistyped override, said as: the word, the reason, the nearest that exists."""
+"""Explain Hydra's errors about a mistyped override: the override, the reason, the nearest valid one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from distlora.config.peer_names import peer_hint
 from distlora.config.places import is_hub_name
 
 EXPLAINED = (HydraException, OmegaConfBaseException, ValueError, TypeError)
-"""What composing raises for bad words: Hydra leaks bare ValueErrors and TypeErrors for odd group values (adapter=1)."""
+"""Exceptions of composing wrong overrides: Hydra leaks ValueError and TypeError for odd group values (adapter=1)."""
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> UserError:
-    """The UserError to raise in place of what Hydra raised while it composed `overrides`."""
+    """Return the UserError for what Hydra raised while it composed `overrides`."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, OverrideParseException):
@@ -82,7 +82,7 @@ def _options(group: str) -> list[str]:
 
 
 def _bad_option(override: Override) -> str | None:
-    """Complaint about `group=option` where the group exists and the option does not."""
+    """Return the message for `group=option` if the group exists and the option does not."""
     group, value = override.key_or_group, override.value()
     options = _options(group) if override.package is None else []
     chosen = value if isinstance(value, list) else [value]
@@ -102,7 +102,7 @@ def _bad_option(override: Override) -> str | None:
 
 
 def _unknown_key(override: Override, overrides: Sequence[str]) -> str | None:
-    """Complaint about a key that is neither a setting nor a group, with the nearest that is."""
+    """Return the message for a key that is neither a setting nor a group, with the nearest one."""
     key = override.key_or_group
     if override.is_add() or override.is_force_add() or (override.package is None and _options(key)):
         return None
@@ -133,7 +133,7 @@ def _composed(overrides: list[str]) -> Any:
 
 
 def _nearest_setting(key: str, settings: list[str], groups: list[str]) -> str:
-    """The closest dotted name; a last part that is right in the wrong place (lr=...) or half of one counts as close."""
+    """Return the closest dotted name; a last part in the wrong place (lr=...), or half of one, counts as close."""
     last = key.rpartition(".")[2]
     same_last = [name for name in settings if name.rpartition(".")[2] == last]
     close = difflib.get_close_matches(key, [*settings, *groups], n=1, cutoff=0.7) or same_last

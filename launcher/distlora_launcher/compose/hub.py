@@ -1,8 +1,8 @@
-"""Models by name: what the Hugging Face hub says of one, and its download.
+"""Models by name: find them on the Hugging Face hub and download them.
 
-`model.path=org/name` is resolved to a commit once a process: the jobs of a sweep share it. What a run reads is then
-downloaded into the usual cache of huggingface_hub, whose locks make that once a machine, and RUN/config.yaml names the
-folder and the commit. Nothing here is asked while settings are composed or shown. Needs no torch.
+The commit of `model.path=org/name` is resolved once per process. The files that a run reads are downloaded into the
+cache of huggingface_hub, whose locks make that once per node; RUN/config.yaml names the folder and the commit. Nothing
+is requested while settings are composed or shown. Needs no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from distlora.config.places import is_hub_name
 from distlora.system.hub_errors import explain_absent_weights, explained, unreachable
 
 REPORT_SECONDS = 10.0
-"""Between two lines of progress in a log."""
+"""Interval between lines of progress in a log."""
 
 _COMPANION = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)|README\.md|(additional_chat_templates/)[^/]+\.jinja")
 _NOT_COMPANION = re.compile(r".*\.(bin|h5|msgpack|onnx)\.index\.json")
@@ -39,28 +39,29 @@ _NOT_COMPANION = re.compile(r".*\.(bin|h5|msgpack|onnx)\.index\.json")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubModel:
-    """A model on the hub at one commit, and where it lies or will lie here."""
+    """A model on the hub at one commit, and its place in the cache."""
 
     name: str
     commit: str
     weights: Mapping[str, int]
-    """Bytes of each safetensors file that the model consists of."""
+    """Size in bytes of each safetensors file of the model."""
     companions: Mapping[str, int]
-    """Bytes of the other files that a run reads: configuration, tokenizer, templates, the model's card."""
+    """Size in bytes of the other files that a run reads: configuration, tokenizer, templates, README."""
     cache: Path
-    """A cache of huggingface_hub."""
+    """Folder of huggingface_hub's cache."""
 
     @property
     def repository(self) -> Path:
+        """The repository's folder in the cache."""
         return self.cache / f"models--{self.name.replace('/', '--')}"
 
     @property
     def folder(self) -> Path:
-        """The snapshot: links to the files of this commit."""
+        """The snapshot's folder, which links to the files of this commit."""
         return self.repository / "snapshots" / self.commit
 
     def absent(self) -> dict[str, int]:
-        """The files that are not here yet."""
+        """Return the files that are not downloaded yet, with their sizes."""
         files = {**self.companions, **self.weights}
         return {file: size for file, size in files.items() if not (self.folder / file).is_file()}
 
@@ -98,7 +99,7 @@ def restore(model: ModelConfig) -> None:
 
 @functools.cache
 def locate(name: str, revision: str | None, *, cache: Path | None = None) -> HubModel:
-    """What the hub has under a name (at a branch, tag or commit), or what is cached of it while it cannot be reached.
+    """Return a model at a branch, tag or commit, by the hub, or by the cache if the hub cannot be reached.
 
     Raises UserError for a model that does not exist, may not be read, or has no safetensors.
     """
@@ -138,12 +139,12 @@ def locate(name: str, revision: str | None, *, cache: Path | None = None) -> Hub
 
 
 def is_companion(file: str) -> bool:
-    """Whether a run reads this file of a repository beside the weights. Code that comes with a model is never run."""
+    """Return whether a run reads this file besides the weights. Code of a model is never run."""
     return _COMPANION.fullmatch(file) is not None and _NOT_COMPANION.fullmatch(file) is None
 
 
 def download(model: HubModel) -> None:
-    """Fetch what is absent into the cache, with lines of progress. Raises UserError when the disk is too small."""
+    """Download the missing files into the cache, with progress. Raises UserError if the disk is too small."""
     from huggingface_hub import snapshot_download
 
     absent = model.absent()
@@ -186,7 +187,7 @@ def _shards(index: Path, name: str) -> set[str]:
 
 
 def _cached(name: str, revision: str | None, cache: Path, reason: Exception) -> HubModel:
-    """The model as it lies in the cache. Raises `reason` where it does not, or not whole."""
+    """Return the model from the cache. Raises `reason` if it is not there or incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -229,8 +230,10 @@ def _disk_full(model: HubModel, needed: int) -> UserError:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[type[Any]]:
-    """A class of progress bars that ends the download at Ctrl-C: huggingface_hub's own waits for the files in flight,
-    gigabytes each."""
+    """Yield a progress bar class that ends the download at Ctrl-C.
+
+    huggingface_hub's own waits for the files in flight, gigabytes each.
+    """
     from huggingface_hub.utils import tqdm
 
     stopped = threading.Event()
@@ -260,7 +263,7 @@ def _interruptible() -> Iterator[type[Any]]:
 
 @contextlib.contextmanager
 def _progress(blobs: Path, name: str, total: int) -> Iterator[None]:
-    """Lines of progress for a log, by the bytes that appear in `blobs`; a terminal has huggingface_hub's own bars."""
+    """Print lines of progress to a log, by the bytes in `blobs`; a terminal has huggingface_hub's bars."""
     from huggingface_hub.utils import disable_progress_bars
 
     if sys.stderr.isatty():
@@ -287,7 +290,7 @@ def _progress(blobs: Path, name: str, total: int) -> Iterator[None]:
 
 
 def _bytes_in(folder: Path) -> int:
-    """What the files of a folder take on the disk: a file in the making may be sparse."""
+    """Return the bytes of a folder's files on disk: a file in progress may be sparse."""
     return sum(_size(path) for path in _files(folder))
 
 

@@ -1,4 +1,4 @@
-"""adapter.init_from before anything starts: the adapter's own rank, scale and targets become the run's settings."""
+"""Apply adapter.init_from: the adapter's rank, scale and targets become the run's settings."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from distlora.config import TARGET_PRESETS, Config, UserError
-from distlora.weights.initial_adapter_file import needs_initial_adapter
+from distlora.config import TARGET_PRESETS, Config, ModelSpec, UserError
 from distlora.weights.peft_folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -20,9 +19,9 @@ from distlora.weights.peft_tokens import check_modules, check_rows
 
 
 def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
-    """The settings with those that the adapter at init_from decides; as they are where there is none.
+    """Return the settings with those of the adapter at init_from; unchanged if there is none.
 
-    `overrides` are the words of the command line. Raises UserError for a word that the adapter contradicts.
+    overrides: the command line. Raises UserError for an override that the adapter contradicts.
     """
     if config.adapter.init_from is None:
         return config
@@ -50,30 +49,27 @@ def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
     return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **initial.settings))
 
 
-def check_initial_adapter(config: Config, shapes: Mapping[str, tuple[int, ...]], embedding: tuple[int, ...]) -> None:
-    """Refuse an adapter at init_from that does not fit the model's linears (`shapes`: (out, in) by path) and embedding.
+def check_initial_adapter(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], embedding: tuple[int, ...]) -> None:
+    """Refuse an adapter at init_from that does not fit the model's linears and embedding.
 
-    A run that has saved its own weights needs it no more, unless it is DPO's reference.
+    shapes: (out, in) by path. embedding: shape of the embedding's weight.
     """
-    goes_on = any((Path(config.run_dir) / "checkpoints").glob("step_*"))
-    if config.adapter.init_from is None or not needs_initial_adapter(
-        config.adapter, is_reference=config.train.objective == "dpo", restores=goes_on
-    ):
+    if spec.adapter.init_from is None:
         return
-    initial = read_peft_adapter(config.adapter.init_from)
-    check_fits(initial, config.adapter, shapes)
+    initial = read_peft_adapter(spec.adapter.init_from)
+    check_fits(initial, spec.adapter, shapes)
     file, (stored, hidden) = initial.folder / WEIGHTS_NAME, embedding
     check_rows(initial.token_rows, file, stored=stored, hidden=hidden)
-    rows = range(stored, stored + len(config.model.new_tokens) + 1)  # The worker knows how many fit into spare rows.
+    rows = range(stored, stored + len(spec.model.new_tokens) + 1)  # The worker knows how many fit into spare rows.
     check_modules(initial.modules, file, rows=rows, hidden=hidden)
-    names = {config.model.path, config.model.name}
+    names = {spec.model.path, spec.model.name}
     if initial.base is not None and Path(initial.base).name not in {Path(name).name for name in names if name}:
-        base = config.model.name or config.model.path
+        base = spec.model.name or spec.model.path
         print(f"note: the adapter at init_from says that its base is {initial.base}; this run's is {base}", flush=True)
 
 
 def _comparable(value: Any) -> Any:
-    """Target modules as a set of names, where they are names."""
+    """Return target modules as a set of names."""
     if isinstance(value, str):
         value = TARGET_PRESETS.get(value, value)
     return frozenset(value) if isinstance(value, (list, tuple)) else value

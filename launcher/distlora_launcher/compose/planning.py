@@ -26,7 +26,7 @@ from distlora.system import atomic_io
 from distlora.weights.initial_adapter_file import check_ranks
 from distlora.weights.prequantized import refuse_dense_settings
 from distlora_launcher.compose import this_machine
-from distlora_launcher.compose.checks import check_of_sizes
+from distlora_launcher.compose.checks import check_model_sizes
 from distlora_launcher.terminal.output import say, warn
 
 _decided: dict[tuple[str, frozenset[str]], Choice] = {}
@@ -47,7 +47,8 @@ def decide(config: Config, fixed: Collection[str]) -> Choice:
 def choices(config: Config, fixed: Collection[str]) -> Choice:
     """The settings with what `plan=auto` and `quant=auto` choose; as they are where neither is set. `fixed`: dotted
     names that the user has chosen. Raises UserError for what a model of these sizes cannot do, and for plan=auto of
-    GPUs whose memory nothing says."""
+    GPUs whose memory nothing says.
+    """
     model, machine = this_machine.planned_model(config), machine_here(config)
     check_planned(config, model)
     if config.plan.mode == "auto":
@@ -65,7 +66,7 @@ def choices(config: Config, fixed: Collection[str]) -> Choice:
 
 def check_planned(config: Config, model: PlannedModel) -> None:
     """Refuse of a model of which there is config.json alone what `check_model` would."""
-    check_of_sizes(config, model.settings, model.shapes.family)
+    check_model_sizes(config.parallel, config.train, model.settings, model.shapes.family)
     if model.settings.get("quantization_config") is not None:
         refuse_dense_settings(config.spec)
     if config.adapter.decomposes:
@@ -85,7 +86,8 @@ def _not_to_be_had(config: Config) -> Collection[str]:
 
 def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = False) -> Plan:
     """The plan of settings that are decided; of those in RUN/config.yaml where that is there. `runs_here`: this is one
-    of the machines that run it, whatever starts it there. Raises UserError for what cannot fit."""
+    of the machines that run it, whatever starts it there. Raises UserError for what cannot fit.
+    """
     plan = plan_of(config, this_machine.planned_model(config), machine_here(config, runs_here=runs_here))
     require_fit(plan, run_dir=run_dir)
     return plan
@@ -94,7 +96,8 @@ def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = Fa
 def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
     """The machines of a run: by name, else this one, if the run is started on it. Its driver, which may be slow to
     wake, is asked only where it has something to say: of a GPU that is named, whether the memory of this machine's
-    host is that of its host."""
+    host is that of its host.
+    """
     if config.cluster.launcher != "local" and not runs_here:
         return machine_of(config)
     waits = keeps_on_host(config, config.cluster.ranks) or config.plan.mode == "auto"
@@ -104,7 +107,8 @@ def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
 def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
     """Refuse a plan that does not fit, unless the user wants it all the same, which a run that is made says in
     RUN/config.yaml. One that has saved something has run before: that is better evidence than a calculation with what
-    memory its host has left now."""
+    memory its host has left now.
+    """
     if plan.fits is not False or not plan.config.plan.refuse or (run_dir is not None and checkpoint_folders(run_dir)):
         return
     found = nearest(plan.config, plan.model, plan.machine)
@@ -124,7 +128,8 @@ def say_choice(choice: Choice) -> None:
 
 def keep(run_dir: Path, plan: Plan, *, runs_here: bool = True) -> None:
     """Write RUN/plan.json, which the workers hold their own memory to, and say the plan; where it is of another GPU
-    than this machine shows, on which the run is, that too."""
+    than this machine shows, on which the run is, that too.
+    """
     atomic_io.write_json(run_dir / PLAN_NAME, plan.as_json())
     for line in lines(plan):
         say(line)

@@ -24,7 +24,8 @@ SECONDS = 20.0
 
 def found_here(*, asks_driver: bool = True) -> Found:
     """The GPUs of this machine that processes of this shell may use, and its host memory; none of the former where the
-    driver need not be asked."""
+    driver need not be asked.
+    """
     return Found(
         devices=devices() if asks_driver else (),
         host_bytes=host_memory.available_bytes(),
@@ -84,7 +85,8 @@ def _asked() -> list[_Gpu] | None:
 
 def _visible(gpus: Sequence[_Gpu], words: Sequence[str] | None) -> Sequence[_Gpu] | None:
     """Those that CUDA_VISIBLE_DEVICES names (None: all), as `devices` orders them; None where it names what is not
-    there."""
+    there.
+    """
     by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({(c.name, c.memory) for c in gpus}) == 1
     numbered = gpus if by_bus else sorted(gpus, key=lambda gpu: -(gpu.memory or 0))
     if words is None:
@@ -101,7 +103,8 @@ def _visible(gpus: Sequence[_Gpu], words: Sequence[str] | None) -> Sequence[_Gpu
 def planned_model(config: Config, *, any_length: bool = False) -> PlannedModel:
     """The model of a config, from the first place that has its config.json: its folder, the hub's cache, what is built
     in; only then the hub, whose small files are fetched. Raises UserError for a model that cannot be trained, and
-    unless `any_length` for rows that are longer than it has positions."""
+    unless `any_length` for rows that are longer than it has positions.
+    """
     return find_model(config, cache=hub_cache(), preview=with_small_files, any_length=any_length)
 
 

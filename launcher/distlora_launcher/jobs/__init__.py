@@ -1,1 +1,1 @@
-"""Runs as jobs of SLURM: the script that is written and submitted, SLURM's commands, and the record of a job."""
+"""Runs as SLURM jobs: the script, SLURM's commands, submission."""

@@ -1,4 +1,4 @@
-"""SLURM's own commands: what they are asked, what their answers mean, and what they refuse, said in our settings."""
+"""SLURM's commands: run them, parse their output, and explain what sbatch refuses in terms of our settings."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 from distlora.config import UserError
 
 ANSWER_SECONDS = 30.0
-"""How long a command may take: a controller that is busy or gone must not hold up ours for good."""
+"""Timeout of a command: a busy controller must not block ours forever."""
 
 LIVE_STATES = frozenset(
     {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"}
     | {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 )
-"""Of a job that SLURM still has in its hands."""
+"""States of a job that SLURM has not ended yet."""
 
 _REASONS = {
     "invalid partition": "set cluster.partition to one of them",
@@ -38,7 +38,7 @@ _REASONS = {
     "option": "correct cluster.sbatch",
     "policy": "ask for less (cluster.nodes, cluster.time_limit), or set another cluster.qos or cluster.account",
 }
-"""What to change, by a part of sbatch's own words."""
+"""Advice by a part of sbatch's message."""
 
 
 _VARIABLES = {
@@ -50,51 +50,53 @@ _VARIABLES = {
     "output": ("SBATCH_OUTPUT", "SBATCH_ERROR"),
     "gpus-per-node": ("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK", "SBATCH_GPUS_PER_SOCKET", "SBATCH_GPUS"),
 }
-"""sbatch's variables of an option, where there are others than the one of its name."""
+"""Environment variables of an sbatch option, if they are not named for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What SLURM says of a job, or of one task of an array."""
+    """A SLURM job, or one task of an array."""
 
     job_id: str
-    """12, or 12_3 for a task of an array."""
+    """Job id: 12, or 12_3 for a task of an array."""
     state: str
-    """SLURM's word: PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED, NODE_FAIL and so on."""
+    """SLURM's state: PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED, NODE_FAIL and so on."""
     reason: str | None
-    """Why it waits, or why it ended; None where SLURM gives no reason."""
+    """Why the job waits or ended; None if SLURM gives no reason."""
     nodes: str | None
-    """Its machines in SLURM's notation, n[1-4]; None while it has none."""
+    """Its nodes in SLURM's notation, n[1-4]; None while it has none."""
     restarts: int | None
-    """How often it was started again; None where nothing tells."""
+    """Number of restarts; None if it is not known."""
     exit_code: int | None
-    """Of the script; None while it has not ended."""
+    """Exit code of the script; None while it has not ended."""
     places: tuple[str, ...] = ()
-    """Its script and its log, as absolute paths; empty where nothing tells."""
+    """Absolute paths of its script and its log; empty if they are not known."""
 
     @property
     def is_live(self) -> bool:
-        """Whether it waits, runs, or is about to end."""
+        """Whether the job waits, runs or is about to end."""
         return self.state in LIVE_STATES
 
     def is_of(self, run_dir: Path) -> bool:
-        """Whether its script or its log lies in a run's folder, or in that of the run's sweep. Of two clusters that
-        share a file system, both may have a job of the number that the run's record names."""
+        """Return whether the job's script or log is in the run's folder or its sweep's.
+
+        Two clusters that share a file system may both have a job with the recorded number.
+        """
         folders = [run_dir, run_dir.parent] if "_" in self.job_id else [run_dir]
         return not self.places or any(_is_in(place, folder) for place in self.places for folder in folders)
 
 
 class SchedulerError(Exception):
-    """A command of SLURM that is missing, failed or did not answer; the message is its own."""
+    """A SLURM command is missing, failed or did not answer; the message is the command's."""
 
 
 def is_here() -> bool:
-    """Whether jobs can be submitted from this machine."""
+    """Return whether jobs can be submitted from this node."""
     return shutil.which("sbatch") is not None
 
 
 def ask(command: Sequence[str], *, stdin: str | None = None, script: str = "") -> str:
-    """What a command of SLURM prints on stdout; `script` is what it submits. Raises SchedulerError."""
+    """Return what a SLURM command prints on stdout; `script` is the script it submits. Raises SchedulerError."""
     # Within a job, SLURM's variables say what that job has; sbatch would take them over, and hand them on.
     overriding = _variables(script)
     environment = {name: value for name, value in os.environ.items() if _is_global(name) and name not in overriding}
@@ -117,8 +119,7 @@ def _is_global(name: str) -> bool:
 
 
 def _variables(script: str) -> set[str]:
-    """The variables by which a person gives sbatch defaults of options that this script has itself: to sbatch they win
-    over the script, and the job would not be what the settings say."""
+    """Return the variables that would override options of this script: sbatch prefers them to the script."""
     options = re.findall(r"^#SBATCH\s+--([\w-]+)", script, re.MULTILINE)
     return {name for option in options for name in _VARIABLES.get(option, (_variable(option),))}
 
@@ -128,7 +129,7 @@ def _variable(option: str) -> str:
 
 
 def submit(command: Sequence[str], script: str) -> str:
-    """Submit `script` by `sbatch --parsable ... FILE`; returns the job's id. Raises SchedulerError."""
+    """Submit `script` by `sbatch --parsable ... FILE`; return the job's id. Raises SchedulerError."""
     answer = ask(command, script=script).strip()
     job_id = answer.partition(";")[0]  # `12;cluster` where several clusters share one SLURM.
     if not job_id.isdigit():
@@ -137,7 +138,7 @@ def submit(command: Sequence[str], script: str) -> str:
 
 
 def try_submission(script: str) -> None:
-    """Have SLURM judge a script before anything is made for it. Raises UserError with its reason and what to change."""
+    """Have SLURM check a script without submitting it. Raises UserError with its reason and what to change."""
     try:
         ask(["sbatch", "--test-only"], stdin=script, script=script)
     except SchedulerError as error:
@@ -145,7 +146,7 @@ def try_submission(script: str) -> None:
 
 
 def refusal(error: SchedulerError) -> UserError:
-    """sbatch's refusal in its own words, and what to change."""
+    """Return sbatch's refusal as a UserError that says what to change."""
     text = re.sub(r"(?i)\b(error|allocation failure|batch job submission failed): ", "", str(error))
     advice = next((advice for part, advice in _REASONS.items() if part in text.lower()), None)
     if advice is None:
@@ -156,7 +157,7 @@ def refusal(error: SchedulerError) -> UserError:
 
 
 def partitions() -> list[str]:
-    """Names of the partitions; none where SLURM does not tell."""
+    """Return the names of the partitions; empty if SLURM does not answer."""
     try:
         return list(dict.fromkeys(ask(["sinfo", "--noheader", "--format=%R"]).split()))
     except SchedulerError:
@@ -164,8 +165,7 @@ def partitions() -> list[str]:
 
 
 def has_gpus(partition: str | None) -> bool:
-    """Whether the machines of a partition (None: the default one) have GPUs that SLURM hands out. Where it does not
-    tell, they have: a cluster without any is the exception."""
+    """Return whether the nodes of a partition (None: the default one) have GPUs; True if SLURM does not tell."""
     try:
         lines = ask(["sinfo", "--noheader", "--format=%P %G"]).splitlines()
     except SchedulerError:
@@ -176,15 +176,15 @@ def has_gpus(partition: str | None) -> bool:
 
 
 def _is_meant(name: str, partition: str | None) -> bool:
-    """sinfo marks the default partition with a star; a job may name several, with commas."""
+    """Return whether sinfo's partition is selected: the default one has a star, a job may name several."""
     return name.endswith("*") if partition is None else name.rstrip("*") in partition.split(",")
 
 
 def find_jobs(job_id: str) -> dict[str, Job]:
-    """What SLURM knows of a job, by id: one entry, or one a task where `job_id` is that of an array.
+    """Return a job by id, or all tasks of an array; empty if SLURM does not know it.
 
-    scontrol forgets a job some minutes after its end (MinJobAge); then accounting is asked, where the cluster keeps it.
-    Empty where neither knows it. Raises SchedulerError where SLURM cannot be asked.
+    scontrol forgets a job some minutes after its end (MinJobAge); then accounting is asked, if the cluster keeps it.
+    Raises SchedulerError if SLURM cannot be asked.
     """
     try:
         return _read_scontrol(ask(["scontrol", "show", "job", "--oneliner", job_id]))
@@ -219,7 +219,7 @@ def _read_scontrol(text: str) -> dict[str, Job]:
 
 
 def _places(line: str) -> tuple[str, ...]:
-    """Command and StdOut of a job's record; a path may have spaces, so each ends where the next field begins."""
+    """Return Command and StdOut of a job's record; a path may have spaces and ends where the next field begins."""
     found = re.findall(r" (?:Command|StdOut)=(/.*?)(?= \w+=|\s*$)", line)
     return tuple(path.replace("%%", "%") for path in found)
 
@@ -229,7 +229,7 @@ def _is_in(path: str, folder: Path) -> bool:
 
 
 def _ids(values: Mapping[str, str]) -> list[str]:
-    """The ids that one record of scontrol stands for: the tasks of an array that have not started share one."""
+    """Return the ids of one record of scontrol: array tasks that have not started share a record."""
     array, tasks = values.get("ArrayJobId"), values.get("ArrayTaskId")
     if array is None or tasks is None:
         return [values["JobId"]]
@@ -263,7 +263,7 @@ def _unless_none(word: str | None) -> str | None:
 
 
 def _exit_code(pair: str | None) -> int | None:
-    """`code:signal` as one number, 128 + n for signal n."""
+    """Return `code:signal` as one number, 128 + n for signal n."""
     code, _, signum = (pair or "").partition(":")
     if not code.isdigit():
         return None

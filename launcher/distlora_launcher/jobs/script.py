@@ -1,5 +1,6 @@
-"""The sbatch script of a run, of runs as an array (slurm/job.sbatch.jinja), or of the workers of a sweep
-(slurm/sweep.sbatch.jinja), filled with the settings."""
+"""Render the sbatch script of a run or an array of runs (slurm/job.sbatch.jinja) or of a sweep
+(slurm/sweep.sbatch.jinja).
+"""
 
 from __future__ import annotations
 
@@ -19,26 +20,28 @@ from distlora.system import atomic_io
 from distlora_launcher.launch.logs import SLURM
 
 SCRIPT_NAME = "job.sbatch"
-"""In the run folder, or in a sweep's."""
+"""File name of the script in the folder of a run or a sweep."""
 SUM_NAME = f"{SCRIPT_NAME}.sha256"
-"""Beside it: its SHA-256 as it was written, as sha256sum prints it."""
+"""File beside the script with its SHA-256 as it was written, in sha256sum's format."""
 
-_OF_RUNS, _OF_WORKERS = "job.sbatch.jinja", "sweep.sbatch.jinja"
+_RUN_TEMPLATE, _SWEEP_TEMPLATE = "job.sbatch.jinja", "sweep.sbatch.jinja"
 _GPU_OPTION = re.compile(r"(--gpus|--gpus-per-(node|task|socket))\b|-G|--(gres|tres-per-\w+)\b.*\bgpu\b")
-"""Options by which the user asks for GPUs his own way. A --gres may also be for something else."""
+"""Options of sbatch that request GPUs; a --gres may also be for something else."""
 
 
 def render(config: Config, *, gpus: bool, tasks: Sequence[Config] = ()) -> str:
-    """The script of a run; with `tasks` that of a sweep, whose folder is config.run_dir and whose runs lie in there by
-    their numbers. `gpus`: whether to ask SLURM for GPUs. Raises UserError for a text that #SBATCH cannot hold.
+    """Return the script of a run, or with `tasks` that of an array.
+
+    config.run_dir is then the folder of the sweep, whose runs are in folders named by their numbers. gpus: whether to
+    request GPUs. Raises UserError for a text that #SBATCH cannot hold.
     """
     numbers = [int(Path(task.run_dir).name) for task in tasks]
     folder = Path(config.run_dir)
-    return _filled(
-        _OF_RUNS,
+    return _fill(
+        _RUN_TEMPLATE,
         config,
         tasks or [config],
-        title=_title(config, f"{len(tasks)} runs, each " if tasks else ""),
+        title=_title(config.name, config.cluster, f"{len(tasks)} runs, each " if tasks else ""),
         options=_options(config, gpus, numbers),
         array=len(tasks) > 0,
         run=shlex.quote(str(folder)),
@@ -50,14 +53,16 @@ def render(config: Config, *, gpus: bool, tasks: Sequence[Config] = ()) -> str:
 def render_workers(
     config: Config, *, gpus: bool, workers: int, worker: Sequence[str], trials: str, time_limit_in: str, again: str
 ) -> str:
-    """The script of an array of workers of the sweep in config.run_dir, each `python -m` the words `worker` and its
-    number. `trials`: where in there the trials' folders are, as bash finds them."""
+    """Return the script of an array of workers of the sweep in config.run_dir.
+
+    Each runs `python -m` with the arguments `worker` and its number. trials: a bash pattern of the trials' folders.
+    """
     quoted = " ".join(map(shlex.quote, worker))
-    return _filled(
-        _OF_WORKERS,
+    return _fill(
+        _SWEEP_TEMPLATE,
         config,
         [config],
-        title=_title(config, f"{workers} worker{'s' if workers > 1 else ''} of a sweep, each "),
+        title=_title(config.name, config.cluster, f"{workers} worker{'s' if workers > 1 else ''} of a sweep, each "),
         options=_options(config, gpus, range(workers), log=f"logs/{SLURM}%A_%a.log"),
         sweep=shlex.quote(config.run_dir),
         submitter=shlex.quote(sys.executable),
@@ -68,10 +73,10 @@ def render_workers(
     )
 
 
-def _filled(
+def _fill(
     template: str, config: Config, runs: Sequence[Config], *, options: Sequence[tuple[str, str | None]], **values: Any
 ) -> str:
-    """A template with `values` and what all have of the section cluster."""
+    """Return a template rendered with `values` and the cluster's settings."""
     import jinja2
 
     cluster, folder = config.cluster, Path(config.run_dir)
@@ -99,7 +104,7 @@ def _filled(
 
 
 def write_script(folder: Path, script: str) -> bool:
-    """Write a script, unless one is there that somebody has changed since it was written. Returns whether it did."""
+    """Write a script unless the one there was changed by hand; return whether it was written."""
     path, sums = folder / SCRIPT_NAME, folder / SUM_NAME
     if path.is_file():
         there = path.read_text(encoding="utf-8")
@@ -112,8 +117,8 @@ def write_script(folder: Path, script: str) -> bool:
     return True
 
 
-def check_shell(config: Config, script: str) -> None:
-    """Raises UserError for a script that bash cannot read: of what it holds, only cluster.setup is not ours."""
+def check_shell(setup: Sequence[str], script: str) -> None:
+    """Raise UserError if bash cannot parse the script; only its cluster.setup lines are the user's."""
     try:
         read = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=30)
     except FileNotFoundError:
@@ -121,8 +126,7 @@ def check_shell(config: Config, script: str) -> None:
     if read.returncode != 0:
         reason = "; ".join(line.removeprefix("bash: ") for line in read.stderr.splitlines())
         raise UserError(
-            f"cluster.setup={list(config.cluster.setup)} is nothing that bash can read ({reason}); correct it: an "
-            "entry is a line of a script"
+            f"cluster.setup={list(setup)} is not valid bash ({reason}); correct it: each entry is a line of a script"
         )
 
 
@@ -130,21 +134,22 @@ def _sum(script: str) -> str:
     return f"{hashlib.sha256(script.encode()).hexdigest()}  {SCRIPT_NAME}\n"
 
 
-def _title(config: Config, what: str) -> str:
-    """What the script does, in a line; `what`: of how much."""
-    cluster = config.cluster
-    name = f"distlora: {_one_line('name', config.name)}"
-    machines = "one machine" if cluster.nodes == 1 else f"{cluster.nodes} machines"
+def _title(name: str, cluster: ClusterConfig, what: str) -> str:
+    """Return the script's title: its run and size."""
+    title = f"distlora: {_one_line('name', name)}"
+    nodes = "one node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
     processes = "one process" if cluster.gpus_per_node == 1 else f"{cluster.gpus_per_node} processes"
     of_each = " on each" if cluster.nodes > 1 else ""
-    return f"{name}, {what}on {machines}, {processes}{of_each}."
+    return f"{title}, {what}on {nodes}, {processes}{of_each}."
 
 
 def _options(
     config: Config, gpus: bool, tasks: Sequence[int], *, log: str | None = None
 ) -> list[tuple[str, str | None]]:
-    """Options of sbatch by name; None stands for an option without a value. Those that the user adds come after, where
-    they win. `log`: its place in the folder, where not each task has a folder of its own."""
+    """Return sbatch's options by name; None stands for an option without a value.
+
+    The user's own options follow them, and so win. log: path of the log in the folder, if the tasks share the folder.
+    """
     cluster = config.cluster
     log = log or (f"logs/{SLURM}%j.log" if not tasks else f"%a/logs/{SLURM}%A_%a.log")
     folder = config.run_dir.replace("%", "%%")
@@ -174,7 +179,7 @@ def _options(
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """`0-3,7` for ascending numbers."""
+    """Return ascending numbers as `0-3,7`."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:
@@ -185,13 +190,13 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def array_option(script: str, numbers: Sequence[int]) -> str:
-    """`--array` of some of its tasks for a script that is not to be written again; how many run at once stays its."""
+    """Return `--array` for some tasks of a script that stays as it is, with its limit of parallel tasks."""
     throttle = re.search(r"^#SBATCH\s+(?:--array=|-a\s*)\S*?(%\d+)\s*$", script, re.MULTILINE)
     return f"--array={ranges(numbers)}{throttle[1] if throttle is not None else ''}"
 
 
 def _option(name: str, value: str | None) -> str:
-    """`--name=value` as a line of #SBATCH, whose quotes are double and know the backslash."""
+    """Return `--name=value` as a line of #SBATCH, which knows double quotes and the backslash."""
     if value is None:
         return f"--{name}"
     value = _one_line(f"--{name}", value)
@@ -206,7 +211,7 @@ def _one_line(what: str, value: str) -> str:
 
 
 def _srun_options(cluster: ClusterConfig, places: Sequence[str]) -> list[str]:
-    """Options of the step. Those that a step does not take from its job by itself are said again."""
+    """Return the options of srun, with those that a step does not inherit from its job."""
     options = ["--kill-on-bad-exit=1", "--export=ALL"]
     if cluster.cpus_per_task is not None:  # Not inherited since SLURM 22.05.
         options.append(f"--cpus-per-task={cluster.cpus_per_task}")
@@ -219,7 +224,7 @@ def _srun_options(cluster: ClusterConfig, places: Sequence[str]) -> list[str]:
 
 
 def _places(runs: Sequence[Config]) -> list[str]:
-    """What runs read outside their own folders, each once: bases, prepared data, adapters to start from."""
+    """Return the folders that runs read outside their run folders: models, data cache, quantized weights, adapters."""
     places = []
     for run in runs:
         if not is_hub_name(run.model.path):
@@ -234,5 +239,5 @@ def _places(runs: Sequence[Config]) -> list[str]:
 
 
 def _with_links(model: Path) -> Path:
-    """The folder that holds a model's files: a snapshot in the hub's cache is links into the folder two above it."""
+    """Return the folder with a model's files: a snapshot of the hub's cache links into the folder two above it."""
     return model.parent.parent if model.parent.name == "snapshots" else model

@@ -1,5 +1,7 @@
-"""A run of cluster=slurm where its machines are there already: in a worker of a sweep's array, whose script says how a
-trial is started on all machines of the job (slurm/sweep.sbatch.jinja). Nothing is submitted."""
+"""Run a training run on the nodes of the current job: for a worker of a sweep's array. Nothing is submitted.
+
+The array's script says how a trial is started on all nodes (slurm/sweep.sbatch.jinja).
+"""
 
 from __future__ import annotations
 
@@ -19,22 +21,22 @@ from distlora_launcher.launch.signals import forwarding
 from distlora_launcher.terminal.output import say, shown
 
 STEP = "DISTLORA_STEP"
-"""Environment variable: what bash runs to start RUN on all machines."""
+"""Environment variable: bash code that starts RUN on all nodes."""
 
 OWN_TRIALS = "OWN_TRIALS"
-"""Environment variable: a file of the run folders that this task has begun, for its script."""
+"""Environment variable: file to which this task appends the run folders it started."""
 
 LOST_SECONDS = 0.2
-"""A signal to a process that bash has just started is lost before it is srun."""
+"""Wait after starting bash: a signal sent before bash has become srun is lost."""
 
 
 def in_job() -> bool:
-    """Whether this process is in a worker of a sweep's array."""
+    """Return whether this process runs in a worker of a sweep's array."""
     return STEP in os.environ
 
 
 def start_in_job(config: Config) -> int:
-    """Make a run and train it on the machines of the job. Returns the exit code."""
+    """Make a run and train it on the nodes of the job. Returns the exit code."""
     code, config = make_run(config)
     run_dir = Path(config.run_dir)
     if code != DONE:
@@ -44,14 +46,13 @@ def start_in_job(config: Config) -> int:
 
 
 def resume_in_job(run_dir: Path, config: Config) -> int:
-    """Go on with a run on the machines of the job. Returns the exit code."""
+    """Continue a run on the nodes of the job. Returns the exit code."""
     code = make_ready(run_dir, config)
     return run_step(run_dir) if code == DONE else code
 
 
 def run_step(run_dir: Path) -> int:
-    """Train a prepared run on all machines of the job. Returns the exit code; 75 where it was asked to stop and has
-    saved, which srun does not tell."""
+    """Train a prepared run on all nodes of the job. Returns the exit code; 75 if it was stopped and has saved."""
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     start = f"{os.environ.get('START', '0')}.{run_dir.name}.{int(time.time())}"

@@ -1,7 +1,7 @@
-"""`distlora train cluster=slurm`, and `resume` of such a run: everything that needs no GPU here and now, then sbatch.
+"""Submit runs to SLURM: everything that needs no GPU is done first, then sbatch is called.
 
-The run folder, the model's download and the tokenized data are made on the machine that submits, so a job that waited
-for its GPUs does not end over a mistyped path.
+The submitting node makes the run folder, downloads the model and tokenizes the data, so that a job which waited for
+GPUs does not fail because of a mistyped path.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.config import Config, UserError, require
+from distlora.config import ClusterConfig, Config, QuantConfig, UserError, require
 from distlora.run_folder.layout import checkpoint_folders
 from distlora.system.exit_codes import DONE
 from distlora_launcher.compose.checks import check
@@ -35,40 +35,40 @@ from distlora_launcher.launch.logs import SLURM
 from distlora_launcher.terminal.output import say, shown
 
 
-def is_job(config: Config) -> bool:
-    """Whether a run is submitted rather than started."""
-    return config.cluster.launcher == "slurm"
+def is_job(cluster: ClusterConfig) -> bool:
+    """Return whether a run is submitted to SLURM."""
+    return cluster.launcher == "slurm"
 
 
-def script_of(runs: Sequence[Config], *, sweeps: bool) -> str:
-    """The script for `runs`, as SLURM would be given it; with `sweeps` they are the tasks of one array.
+def make_script(runs: Sequence[Config], *, sweeps: bool) -> str:
+    """Return the script for `runs`; with `sweeps` they are the tasks of one array.
 
-    Raises UserError for what no script can do.
+    Raises UserError for settings that no script can express.
     """
     config = runs[0]
     require(
         sweeps or config.cluster.max_parallel is None,
         f"cluster.max_parallel={config.cluster.max_parallel} is for the jobs of a sweep; add -m, or leave it out",
     )
-    odd = next((run for run in runs if run.cluster != config.cluster), None)
-    if odd is not None:
+    other = next((run for run in runs if run.cluster != config.cluster), None)
+    if other is not None:
         name = next(
             field.name
             for field in dataclasses.fields(config.cluster)
-            if getattr(odd.cluster, field.name) != getattr(config.cluster, field.name)
+            if getattr(other.cluster, field.name) != getattr(config.cluster, field.name)
         )
-        values = f"{getattr(config.cluster, name)} and {getattr(odd.cluster, name)}"
+        values = f"{getattr(config.cluster, name)} and {getattr(other.cluster, name)}"
         raise UserError(
             f"cluster.{name} is {values} in this sweep, and the tasks of an array are alike; start one sweep for each"
         )
     tasks = [dataclasses.replace(run, run_dir=f"{config.run_dir}/{number}") for number, run in enumerate(runs)]
     script = render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=tasks if sweeps else ())
-    check_shell(config, script)
+    check_shell(config.cluster.setup, script)
     return script
 
 
-def have_judged(script: str) -> None:
-    """Raises UserError for what SLURM, where it is here, would refuse, before anything is made for it."""
+def check_with_slurm(script: str) -> None:
+    """Raise UserError for a script that SLURM, if it is installed here, would refuse."""
     if scheduler.is_here():
         scheduler.try_submission(script)
 
@@ -84,7 +84,7 @@ def submit_run(config: Config) -> int:
 
 
 def resubmit_run(run_dir: Path, config: Config) -> int:
-    """Submit a run again, which then continues from its newest checkpoint. Refused while its job waits or runs."""
+    """Submit a run again, to continue from its newest checkpoint. Refused while its job waits or runs."""
     job = live_job(run_dir)
     if job is not None:
         raise UserError(
@@ -102,8 +102,7 @@ def resubmit_run(run_dir: Path, config: Config) -> int:
 
 
 def live_job(run_dir: Path) -> Job | None:
-    """The job of a run, where it waits or runs: a second one would write into the same folder. Raises UserError where
-    SLURM is here and does not say."""
+    """Return the job of a run if it waits or runs. Raises UserError if SLURM is here and does not answer."""
     submission = read_submission(run_dir)
     if submission is None or not scheduler.is_here():
         return None
@@ -118,7 +117,7 @@ def live_job(run_dir: Path) -> Job | None:
 
 
 def make_ready(run_dir: Path, config: Config) -> int:
-    """Check a run that is to go on, and bring back what is gone of its model and data. Returns the exit code."""
+    """Check a run that is to continue, and restore its model and data. Returns the exit code."""
     restore(config.model)
     check(config, new_run=False)
     plan = planned(config, run_dir=run_dir)
@@ -128,14 +127,14 @@ def make_ready(run_dir: Path, config: Config) -> int:
 
 
 def submit_prepared(run_dir: Path, config: Config) -> None:
-    """Write the script of a run that is ready, and submit it. Raises UserError where SLURM is not here or refuses.
+    """Write the script of a prepared run and submit it. Raises UserError if there is no SLURM or it refuses.
 
-    A script that somebody has changed since it was written is submitted as it is.
+    A script that was changed by hand is submitted as it is.
     """
     if not write_script(run_dir, render(config, gpus=scheduler.has_gpus(config.cluster.partition))):
-        say_kept(run_dir)
+        print_script_kept(run_dir)
     (run_dir / "logs").mkdir(exist_ok=True)  # For the job's log: SLURM makes no folder.
-    make_cache(config)
+    make_cache(config.cluster, config.quant)
     submission = submit_script(run_dir)
     write_submission(run_dir, submission)
     log = run_dir / "logs" / f"{SLURM}{submission.job_id}.log"
@@ -144,22 +143,24 @@ def submit_prepared(run_dir: Path, config: Config) -> None:
     say(f"stop it with: distlora cancel {shown(run_dir)}")
 
 
-def make_cache(config: Config) -> None:
-    """The folder for quantized shards where a container mounts it: it does not start without."""
-    if config.cluster.container is not None and config.quant.keeps_shards:
+def make_cache(cluster: ClusterConfig, quant: QuantConfig) -> None:
+    """Make the folder for quantized weights if a container mounts it: it must exist before the start."""
+    if cluster.container is not None and quant.keeps_shards:
         with contextlib.suppress(OSError):
-            Path(config.quant.cache_dir).mkdir(parents=True, exist_ok=True)
+            Path(quant.cache_dir).mkdir(parents=True, exist_ok=True)
 
 
-def say_kept(folder: Path) -> None:
-    """That a folder's script is a person's now."""
+def print_script_kept(folder: Path) -> None:
+    """Print that a folder's script was changed by hand and stays."""
     path = shown(folder / SCRIPT_NAME)
     say(f"{path} was changed by hand and is submitted as it is (remove it to have it written from config.yaml again)")
 
 
 def submit_script(folder: Path, *options: str) -> Submission:
-    """Submit the script in a folder, with options of sbatch that win over its own. Raises UserError where SLURM is not
-    here, or refuses it."""
+    """Submit the script in a folder, with options of sbatch that override the script's.
+
+    Raises UserError if there is no SLURM here or it refuses the script.
+    """
     path = folder / SCRIPT_NAME
     by_hand = shlex.join(["sbatch", *options, shown(path)])
     if not scheduler.is_here():

@@ -1,4 +1,4 @@
-"""The runs of a sweep as one array of SLURM: made one by one, submitted together, and those that are not done again."""
+"""Submit the runs of a sweep (-m) as one SLURM array, and resubmit those that are not done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distlora.run_folder.layout import find_result
 from distlora.system.exit_codes import DONE
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.script import SCRIPT_NAME, array_option, render, write_script
-from distlora_launcher.jobs.submit import is_job, live_job, make_cache, make_ready, say_kept, submit_script
+from distlora_launcher.jobs.submit import is_job, live_job, make_cache, make_ready, print_script_kept, submit_script
 from distlora_launcher.launch.job_record import write_submission
 from distlora_launcher.launch.local import forget_run, make_run, remove_if_empty
 from distlora_launcher.launch.lock import CONFIG_NAME
@@ -21,7 +21,7 @@ from distlora_launcher.terminal.output import say, shown
 
 
 class Sweep:
-    """The runs of a sweep while they are made; then they are submitted, or not at all."""
+    """The runs of a sweep while they are made; then all of them are submitted, or none."""
 
     def __init__(self) -> None:
         self.runs: list[Config] = []
@@ -38,8 +38,7 @@ class Sweep:
         return code
 
     def close(self, *, submits: bool) -> None:
-        """Submit the runs, where there are any. Where one of them could not be made, take the others back: then the
-        corrected command finds the folder free."""
+        """Submit the runs, or remove them if one could not be made, so that the folder can be used again."""
         if not self.runs:
             return
         folder = Path(self.runs[0].run_dir).parent
@@ -53,17 +52,19 @@ class Sweep:
 
 
 def submit_array(folder: Path, runs: Sequence[Config]) -> None:
-    """Write the array's script into the sweep's folder and submit it; one that a person has changed stays, and is told
-    which tasks. Raises UserError as `submit_script` does."""
+    """Write the array's script and submit it. Raises UserError as `submit_script` does.
+
+    A script changed by hand is kept and gets the tasks as an option.
+    """
     config = dataclasses.replace(runs[0], run_dir=str(folder))
     options = []
     if not write_script(folder, render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=runs)):
-        say_kept(folder)
+        print_script_kept(folder)
         numbers = [int(Path(run.run_dir).name) for run in runs]
         options = [array_option((folder / SCRIPT_NAME).read_text(encoding="utf-8"), numbers)]
     for run in runs:
         (Path(run.run_dir) / "logs").mkdir(exist_ok=True)
-        make_cache(run)
+        make_cache(run.cluster, run.quant)
     submission = submit_script(folder, *options)
     write_submission(folder, submission)
     for run in runs:
@@ -76,12 +77,12 @@ def submit_array(folder: Path, runs: Sequence[Config]) -> None:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder is that of a sweep which was made for SLURM."""
+    """Return whether a folder is that of a SLURM sweep."""
     return (folder / SCRIPT_NAME).is_file() and not (folder / CONFIG_NAME).exists()
 
 
 def resume_sweep(folder: Path) -> int:
-    """Submit those runs of a sweep that are neither done nor in SLURM's hands, as one array. Returns the exit code."""
+    """Submit the runs of a sweep that are neither done nor in a live job, as one array. Returns the exit code."""
     numbers = sorted(int(path.parent.name) for path in folder.glob(f"*/{CONFIG_NAME}") if path.parent.name.isdigit())
     unfinished = [folder / str(number) for number in numbers if find_result(folder / str(number)) is None]
     ended = [run for run in unfinished if live_job(run) is None]
@@ -90,7 +91,7 @@ def resume_sweep(folder: Path) -> int:
         say(f"{shown(folder)} {state}")
         return DONE
     runs = [load_config(run) for run in ended]
-    other = next((run for run in runs if not is_job(run)), None)
+    other = next((run for run in runs if not is_job(run.cluster)), None)
     if other is not None:
         raise UserError(
             f"{other.run_dir} is no run of cluster=slurm; resume it alone: `distlora resume {other.run_dir}`"

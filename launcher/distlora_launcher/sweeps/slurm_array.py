@@ -14,14 +14,14 @@ from distlora_launcher.compose.hub import localize
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render_workers, write_script
-from distlora_launcher.jobs.submit import have_judged, make_cache, say_kept, submit_script
+from distlora_launcher.jobs.submit import check_with_slurm, make_cache, print_script_kept, submit_script
 from distlora_launcher.launch.job_record import read_submission, write_submission
 from distlora_launcher.launch.local import create_run, prepare
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.terminal.output import say, shown
 
 
-def script_of(sweep: Sweep, config: Config) -> str:
+def make_script(sweep: Sweep, config: Config) -> str:
     """The script of a sweep's workers; `config`: of one of its trials. Raises UserError for what no script can do."""
     settings = sweep.settings
     require(
@@ -41,7 +41,7 @@ def script_of(sweep: Sweep, config: Config) -> str:
 
 def judge(sweep: Sweep, config: Config) -> None:
     """Have SLURM judge the workers before anything is made. Raises UserError for what it refuses."""
-    have_judged(script_of(sweep, config))
+    check_with_slurm(make_script(sweep, config))
 
 
 def submit(sweep: Sweep, config: Config) -> int:
@@ -51,7 +51,7 @@ def submit(sweep: Sweep, config: Config) -> int:
     if code != DONE:
         say(f"nothing is submitted; correct it in another sweep, or try again: distlora resume {shown(sweep.folder)}")
         return code
-    _submit(sweep.folder, config, script_of(sweep, config), sweep.settings.workers)
+    _submit(sweep.folder, config, make_script(sweep, config), sweep.settings.workers)
     folder = shown(sweep.folder)
     say(f"watch with: distlora status {folder}")
     say(f"stop with: distlora cancel {folder}")
@@ -79,7 +79,7 @@ def submit_agents(request: Any, cluster: ClusterConfig) -> int:
         trials="*",
         again="distlora resume $SWEEP",
     )
-    have_judged(script)
+    check_with_slurm(script)
     (request.folder / LOGS).mkdir(parents=True, exist_ok=True)
     request.keep()
     _submit(request.folder, config, script, request.workers)
@@ -133,15 +133,15 @@ def _script(folder: Path, config: Config, workers: int, worker: Sequence[str], *
         time_limit_in=f"#SBATCH --time in {SCRIPT_NAME}",
         again=again,
     )
-    check_shell(config, script)
+    check_shell(config.cluster.setup, script)
     return script
 
 
 def _submit(folder: Path, config: Config, script: str, workers: int) -> None:
     if not write_script(folder, script):
-        say_kept(folder)
+        print_script_kept(folder)
     (folder / LOGS).mkdir(exist_ok=True)  # For the tasks' logs: SLURM makes no folder.
-    make_cache(config)
+    make_cache(config.cluster, config.quant)
     submission = submit_script(folder)
     write_submission(folder, submission)
     count = "1 worker" if workers == 1 else f"{workers} workers"

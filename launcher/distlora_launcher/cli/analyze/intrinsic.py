@@ -120,7 +120,9 @@ def checked(options: argparse.Namespace) -> IntrinsicRequest:
     for model in models:
         with with_small_files(request.config(model).model) as small, for_full_fine_tuning():
             check_model(dataclasses.replace(request.config(model), model=small))
-    check_data(request.config(models[0]))
+    check_data(
+        request.config(models[0]).data, request.config(models[0]).train.objective, request.config(models[0]).run_dir
+    )
     local = tuple((localize(request.config(model).model).path, name) for model, name in request.models)
     request = dataclasses.replace(request, models=local)
     settle(request, out)

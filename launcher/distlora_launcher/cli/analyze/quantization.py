@@ -118,7 +118,7 @@ def checked(options: argparse.Namespace) -> QuantizationRequest:
             "with; name the checkpoint that it was made from",
         )
     if text is not None:
-        check_data(request.config("nf4"))
+        check_data(request.config("nf4").data, request.config("nf4").train.objective, request.config("nf4").run_dir)
     local = localize(request.config("nf4").model)
     out.mkdir(parents=True, exist_ok=True)
     return dataclasses.replace(request, model=local.path)

@@ -317,7 +317,7 @@ def check_tensors(
 
 
 def linear_names(tensors: dict[str, Segment], family: Family) -> list[str]:
-    """Return the paths of the linears in the decoder layers: the two-dimensional weights, without routers and experts."""
+    """Return the paths of the linears in the decoder layers: 2-D weights, without routers and experts."""
     matches = ((_BLOCK_WEIGHT.fullmatch(name), segment) for name, segment in tensors.items())
     names = [match[1] for match, segment in matches if match and len(segment.shape) == 2]
     return [name for name in names if family.experts is None or not set(family.experts.on_disk) & set(name.split("."))]

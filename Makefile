@@ -1,10 +1,10 @@
-# Everything is set up by the first target that needs it: `make demo` on a fresh machine is enough.
+# The first target that needs the virtual environment sets it up: `make demo` on a fresh machine is enough.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# A test run starts hundreds of Pythons, each of which would compile our modules again: 0.3 CPU seconds.
+# A test run starts hundreds of Python processes; without .pyc files each compiles our modules for 0.3 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-ci test-all test-documents test-llama-cpp chaos fuzz lint format slurm-shell clean
@@ -12,8 +12,8 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(READY)
 	$(BIN)/distlora demo
 
-# Each file in one process, which keeps its world of four ranks, its GPU's kernels, its runs that are compared with. Three at a
-# time on two cores: a third of their time waits for something (SLURM, a save, a process that starts).
+# One process per file, since a file's tests share ranks and trained runs; three at a time on two cores, since a third of the time
+# is spent waiting for processes.
 test: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
@@ -21,25 +21,25 @@ test: $(READY)
 test-ci: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m ci
 
-# Everything, with what takes minutes each. Not in CI.
+# All tests, including those that take minutes. Not in CI.
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
-# The README's first hour, each command as a user types it, its output held to what is promised: a quarter of an hour, of which
-# DISTLORA_CACHE=~/.cache/distlora, where the demo has been, saves half. Not in CI.
+# Every command of the README's first hour, with its output: 15 minutes, half of that with DISTLORA_CACHE=~/.cache/distlora after a
+# demo. Not in CI.
 test-documents: $(READY)
 	$(BIN)/python -m pytest -m slow tests/test_first_hour.py
 
-# GGUF files in llama.cpp itself, built from source: about three minutes the first time on two quiet cores. Not in CI.
+# GGUF files loaded by llama.cpp, which is built from source (three minutes the first time). Not in CI.
 test-llama-cpp: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[llama-cpp]'
 	$(BIN)/python -m pytest -m llama_cpp
 
-# 50 kills at random moments of two-rank runs, each then resumed; ends with what each kind cost (20 minutes when quiet).
+# 50 kills of two-rank runs at random moments, each resumed and compared with the uninterrupted run (20 minutes).
 chaos: $(READY)
 	$(BIN)/python tests/chaos.py --kills 50
 
-# A real SLURM of two nodes on this machine, as the tests have one, and a shell in which it answers. Needs root.
+# A shell with a real SLURM of two nodes on this machine. Needs root.
 slurm-shell: $(READY)
 	$(BIN)/python tests/slurm_cluster.py
 
@@ -48,7 +48,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Damaged inputs with new seeds each time, ten times as many as in `make test`: about ten minutes.
+# Damaged inputs with new seeds, ten times as many as in `make test` (ten minutes).
 fuzz: $(READY)
 	DISTLORA_FUZZ_EXAMPLES=$(or $(EXAMPLES),10) $(BIN)/python -m pytest -n 2 --dist load tests/test_fuzz*.py
 
@@ -60,7 +60,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
 	@echo "installing distlora and its dependencies into $(VENV) (some minutes the first time) ..."
-	@# setuptools warns of every editable install whose folders do not lie as their import names do.
+	@# setuptools warns about editable installs whose folders are not named like their packages.
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $(READY)
 

@@ -1,4 +1,4 @@
-"""Fixtures that several subjects share: a world of ranks, small model folders, a data file, a tokenizer."""
+"""Fixtures shared by several test files: a world of ranks, small model folders, the device of Triton kernels."""
 
 from __future__ import annotations
 
@@ -46,14 +46,13 @@ LONGEST = (
     "test_documents",
     "test_data_hub",
 )
-"""Files that take longest, in the order in which they begin: three processes share the files, and whichever has nothing
-left waits for the others' last ones. Those of real commands, which mostly wait, beside those that compute."""
+"""The files that take longest, in the order in which they start, so that no process is left with one at the end."""
 
-# Small tensors gain nothing from threads, and on a busy machine two of them wait for each other; in commands, too.
+# Small tensors gain nothing from threads, and on a busy machine two threads wait for each other.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts its background jobs (`make test &`) deaf to Ctrl-C, which the commands under test would inherit.
+# A shell starts background jobs (`make test &`) with SIGINT ignored, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -64,22 +63,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _rotary_embeddings_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is put in for the whole process (distlora/model/fused_modules.py); a test that follows needs the family's
-    own."""
+def _restore_rotary_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore the rotary embedding that distlora/model/fused_modules.py exchanges for the whole process."""
     exchange = fused_modules.exchange
 
-    def undone_later(decoder: Any, *arguments: Any, **options: Any) -> str:
+    def exchange_until_the_test_ends(decoder: Any, *arguments: Any, **options: Any) -> str:
         module = sys.modules[type(decoder).__module__]
         monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
         return exchange(decoder, *arguments, **options)
 
-    monkeypatch.setattr(fused_modules, "exchange", undone_later)
+    monkeypatch.setattr(fused_modules, "exchange", exchange_until_the_test_ends)
 
 
 @pytest.fixture
 def triton_device() -> Iterator[torch.device]:
-    """Where the Triton kernels run in a test: the GPU, or without one the CPU, in Triton's interpreter."""
+    """Yield the device of the Triton kernels: the GPU, or the CPU in Triton's interpreter."""
     if torch.cuda.is_available():
         yield torch.device("cuda")
     else:
@@ -88,21 +86,21 @@ def triton_device() -> Iterator[torch.device]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _caches_are_the_test_runs_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What a test does not place elsewhere is kept in no user's home; worlds and commands inherit it."""
+def _use_a_cache_of_this_test_run(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep caches out of the user's home; worlds and commands inherit the variable."""
     os.environ["DISTLORA_CACHE"] = str(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    """Four gloo ranks, started at the first use and kept for the whole run."""
+    """Start four gloo ranks at the first use and keep them for the whole run."""
     with start_world() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small random models (llama, llama-tied, qwen3, mixtral) and text.jsonl."""
+    """Write a folder with small random models (llama, llama-tied, qwen3, mixtral) and text.jsonl."""
     root = tmp_path_factory.mktemp("folders")
     for name in ("llama", "llama-tied", "qwen3", "mixtral"):
         write_model_folder(root / name, name)

@@ -116,7 +116,7 @@ def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
         ours.keep_start()
     start = {name: parameter.detach().clone() for name, parameter in adapter_tensors(ours).items()}
     move_adapters(ours, seed=0)
-    step = open_data(tmp_path / "run", config, SINGLE)[0].batch(0)
+    step = open_data(tmp_path / "run", config.train, SINGLE)[0].batch(0)
     assert step.global_pairs > step.global_rows, "no row holds several pairs"
     ours.set_num_micro(2)
     whole = MicroBatch(*(torch.cat(parts) for parts in zip(*(part[:4] for part in step.micro_batches), strict=True)))
@@ -163,7 +163,7 @@ def test_pairs_are_found_before_the_forward_and_nothing_is_read_back_or_sent_aft
 ) -> None:
     """On the meta device, which has no values to read: on a GPU the host would wait for the forward."""
     config = prepare(tmp_path / "run", folders, preferences, train={"micro_batch": 6})
-    loader = open_data(tmp_path / "run", config, SINGLE)[0]
+    loader = open_data(tmp_path / "run", config.train, SINGLE)[0]
     for step in range(loader.steps_per_epoch):  # The last step has empty rows.
         (batch,) = loader.batch(step).micro_batches
         sides, is_pair = pair_sides(batch.position_ids, batch.labels, most_pairs(batch))

@@ -233,7 +233,7 @@ def test_training_tells_each_step_and_row_and_evaluation_nothing(
     settings = {"max_steps": 3, "eval_every": 2, "global_batch": 4, "micro_batch": 2}
     config = make_run(tmp_path / "run", folders, adapter=ADAPTER, train=settings)
     run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
-    loader, _ = open_data(tmp_path / "run", config, SINGLE)
+    loader, _ = open_data(tmp_path / "run", config.train, SINGLE)
     expected = [(step, row) for step in range(3) for row in loader.batch(step).rows]
     assert [(at.step, row) for at in seen if at is not None for row in at.rows.tolist()] == expected
     assert len({row for _, row in expected}) == len(expected), "no row twice, so none can stand for another"

@@ -228,14 +228,14 @@ def test_the_end_of_a_turn_comes_from_the_template_the_tokenizer_and_the_model(
     template.unlink()  # What counts is what was trained, wherever it came from.
     model, _ = load_ours(folder)
     names = tokenizer().convert_tokens_to_ids(["<eos>", "<|system|>"])
-    encoder = PromptEncoder(model, config, trained)
+    encoder = PromptEncoder(model, config.model, trained)
     assert encoder.stop_tokens(folder) == sorted({*names, 17})
-    assert PromptEncoder(model, config, trained, as_chat=False).stop_tokens(folder) == sorted({names[0], 17})
+    assert PromptEncoder(model, config.model, trained, as_chat=False).stop_tokens(folder) == sorted({names[0], 17})
     shown = encoder.tokenizer.decode(encoder.encode(Prompt(place="p", text="Hi"), system="Be brief."))
     assert shown == "<|system|>Be brief.<|system|>\n<|user|>Hi<|system|>\n<|assistant|>"
     chat = Prompt(place="p", messages=({"role": "system", "content": "A"}, {"role": "user", "content": "B"}))
     assert encoder.tokenizer.decode(encoder.encode(chat, system="C")).startswith("<|system|>A<|system|>\n<|user|>B")
-    raw = PromptEncoder(model, config, trained, as_chat=False)
+    raw = PromptEncoder(model, config.model, trained, as_chat=False)
     assert raw.tokenizer.decode(raw.encode(Prompt(place="p", text="Hi"))) == "Hi"
     with pytest.raises(UserError, match=r"p holds messages.*no chat template"):
         raw.encode(chat)
@@ -247,7 +247,7 @@ def test_sampling_is_what_the_flags_say_then_what_the_model_says(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model, backend = load_ours(family_folder("qwen3"))
-    encoder = PromptEncoder(model, config_for(family_folder("qwen3")), CHATS)
+    encoder = PromptEncoder(model, config_for(family_folder("qwen3")).model, CHATS)
 
     def chosen(defaults: dict[str, Any], **flags: Any) -> tuple[Any, ...]:
         (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
@@ -383,7 +383,7 @@ def ask(run_dir: Path, text: str, weights: Path | None) -> str:
     """The raw continuation, in process."""
     config = load_config(run_dir)
     model, backend = load_model(config, None if weights is None else str(weights), SINGLE)
-    encoder = PromptEncoder(model, config, CHATS, as_chat=False)
+    encoder = PromptEncoder(model, config.model, CHATS, as_chat=False)
     settings = greedy(encoder, config.model.path, 12)
     (completion,) = generate(Generator(model, backend), [encoder.encode(Prompt(place="p", text=text))], settings)
     return encoder.decode(completion)
@@ -516,7 +516,7 @@ def test_an_adapter_of_others_brings_its_own_rank_and_targets(
     config = load_config(trained)
     ours, _ = load_model(config, None, SINGLE)
     tuned = peft.PeftModel.from_pretrained(dequantized(Path(config.model.path), ours), tmp_path / "other")
-    ids = torch.tensor([PromptEncoder(ours, config, CHATS, as_chat=False).encode(Prompt(place="p", text="7 is"))])
+    ids = torch.tensor([PromptEncoder(ours, config.model, CHATS, as_chat=False).encode(Prompt(place="p", text="7 is"))])
     theirs = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert tokenizer().decode(theirs[0, ids.shape[1] :], skip_special_tokens=True) == texts[0][1]
 

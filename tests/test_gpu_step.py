@@ -204,7 +204,7 @@ def test_moments_that_are_cut_over_the_ranks_are_restored_on_the_gpu(
         backend.finish_gradients()
         optimizer.step(1e-3, torch.tensor(True, device=device))
     files = {
-        **weight_files(model, config),
+        **weight_files(model, config.spec),
         TRAINER_NAME: trainer_tensors(optimizer, trained, backend),
     }
     write_files(tmp_path, files, backend)

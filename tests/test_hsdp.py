@@ -359,7 +359,7 @@ def damaged(ranks: Ranks, *, run_dir: Path) -> list[str]:
     """What is said of a byte of rank 3 that changes after loading, as a forward and a save see it; of one that rank 3
     read otherwise; and of an offset that rank 2 computed otherwise."""
     config = load_config(run_dir)
-    loader, _ = open_data(run_dir, config, ranks)
+    loader, _ = open_data(run_dir, config.train, ranks)
     micro = loader.batch(0).micro_batches[0]
     model, backend, _ = setup.start_run_model(config, ranks)
     block = model.blocks[1].inner.mlp.up_proj

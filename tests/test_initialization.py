@@ -246,14 +246,14 @@ def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
     model, backend, _ = start_run_model(load_config(run_dir), ranks)
     plain_adapter._joined = joined
     try:
-        publish_result(run_dir / "adapter", model, load_config(run_dir), None, backend)
+        publish_result(run_dir / "adapter", model, load_config(run_dir).spec, None, backend, run_dir=run_dir)
     finally:
         plain_adapter._joined = original
     backend.barrier()
     if backend.writes:
         (run_dir / INITIAL_ADAPTER_NAME).rename(run_dir / "elsewhere")
     with pytest.raises(FileNotFoundError) if backend.writes else contextlib.nullcontext():
-        publish_result(run_dir / "adapter", model, load_config(run_dir), None, backend)
+        publish_result(run_dir / "adapter", model, load_config(run_dir).spec, None, backend, run_dir=run_dir)
     backend.barrier()  # No rank is left in a collective by what the one that writes could not read.
     return len(made), most
 

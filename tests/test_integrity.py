@@ -85,7 +85,7 @@ def test_every_kind_of_damage_is_seen_in_every_place() -> None:
 def started(ranks: Ranks, run_dir: Path) -> tuple[CausalLM, Backend, Any]:
     config = load_config(run_dir)
     model, backend, _ = setup.start_run_model(config, ranks)
-    loader, _ = open_data(run_dir, config, ranks)
+    loader, _ = open_data(run_dir, config.train, ranks)
     batch = loader.batch(0).micro_batches[0]
     return model, backend, (batch.input_ids, batch.position_ids, batch.labels)
 

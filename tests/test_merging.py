@@ -48,7 +48,7 @@ def adapted(tmp_path: Path, variant: str, **sections: dict[str, Any]) -> tuple[C
     write_family_folder(base, variant)
     model, backend = load_ours(base, **sections)
     config = config_for(base, **sections)
-    publish_result(adapter, model, config, None, backend)
+    publish_result(adapter, model, config.spec, None, backend)
     return model, Name(place=str(adapter), base=str(base), quant=config.quant.method).read()
 
 
@@ -121,7 +121,7 @@ def test_a_base_in_nf4_on_disk_becomes_dense(folders: Path, tmp_path: Path) -> N
     write_model_folder(tmp_path / "dense", "llama", hidden_size=128, intermediate_size=320, head_dim=32)
     quantize(tmp_path / "dense", base, bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["lm_head", "k_proj"])
     model, backend = load_ours(base)
-    publish_result(tmp_path / "adapter", model, config_for(base), None, backend)
+    publish_result(tmp_path / "adapter", model, config_for(base).spec, None, backend)
     trained = Name(place=str(tmp_path / "adapter"), base=str(base)).read()
     merge_to(trained, merged, onto="trained", dtype=torch.float32, say=quiet)
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
@@ -165,7 +165,7 @@ def test_shards_names_and_what_is_no_parameter_stay_those_of_the_base(tmp_path: 
     base, out = tmp_path / "base", tmp_path / "merged"
     hf_model("gemma3").save_pretrained(base, max_shard_size="200KB")
     model, backend = load_ours(base)
-    publish_result(tmp_path / "adapter", model, config_for(base), None, backend)
+    publish_result(tmp_path / "adapter", model, config_for(base).spec, None, backend)
     trained = Name(place=str(tmp_path / "adapter"), base=str(base)).read()
     merge_to(trained, out, onto="trained", dtype=torch.bfloat16, say=quiet)
     before, after = read_headers(base), read_headers(out)

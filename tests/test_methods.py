@@ -118,12 +118,12 @@ def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
     """Train on these ranks, start again from what was saved, and take one more step's gradients."""
     worker.run(run_dir, ranks)
     config = load_config(run_dir)
-    loader, _ = open_data(run_dir, config, ranks)
+    loader, _ = open_data(run_dir, config.train, ranks)
     model, backend, _ = start_run_model(config, ranks, restores=True)
     load_weights(run_dir / "checkpoints" / f"step_{STEPS:08d}", model, backend)
     backend.reduce_gradients_of(list(worker.trained_parameters(model).values()), config.parallel.bucket_mb)
     _accumulate(model, backend, loader.batch(STEPS))
-    gradients = {name: whole(p.grad).clone() for name, p in weight_files(model, config)[WEIGHTS_NAME].items()}
+    gradients = {name: whole(p.grad).clone() for name, p in weight_files(model, config.spec)[WEIGHTS_NAME].items()}
     with torch.no_grad():
         logits = model(PROBES, positions_of(PROBES), None)
     adapter = safetensors.torch.load_file(run_dir / "checkpoints" / f"step_{STEPS:08d}" / WEIGHTS_NAME)
@@ -165,13 +165,13 @@ class Peer:
         ours, backend, _ = start_run_model(self.config, SINGLE)
         self.start = folder / "start"
         self.start.mkdir()
-        files = weight_files(ours, self.config)
+        files = weight_files(ours, self.config.spec)
         files[CONFIG_NAME]["init_lora_weights"] = True  # The base below has no start of PiSSA in it already.
         write_files(self.start, files, backend)
         self.base = dequantized(folders / method.model, ours)
         if ours.vocabulary.has_grown:
             self.base.resize_token_embeddings(ours.vocabulary.rows, mean_resizing=False)
-        self.loader, _ = open_data(folder, self.config, SINGLE)
+        self.loader, _ = open_data(folder, self.config.train, SINGLE)
         tuned = self.load(self.start)
         optimizer = self._optimizer(tuned)
         self.losses = []

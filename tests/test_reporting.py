@@ -340,7 +340,7 @@ def test_a_run_that_cannot_go_online_leaves_those_that_are_alone(tmp_path, no_ke
     (runs[1] / "wandb" / "run_id.txt").write_text("its-own\n")
     init = tracker._init
     with monkeypatch.context() as patch:  # As if there were a network: an offline run that stands for one online.
-        patch.setattr(tracker, "_init", lambda *values, **options: init(*values[:3], "offline", **options))
+        patch.setattr(tracker, "_init", lambda *values, **options: init(*values[:4], "offline", **options))
         first = make_reporter(runs[0], tracker="wandb")
     first.log(1, {"loss": 1.0})
     (service,) = services()

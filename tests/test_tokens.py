@@ -212,7 +212,7 @@ def test_peft_has_the_logits_and_gradients_of_trained_rows_in_other_families(nam
     ours, backend = load_ours(folder, model=model, adapter={"target_modules": "all-linear", "r": 4})
     for parameter in (p for name, p in ours.named_parameters() if name.startswith("token_rows.")):
         parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)), alpha=0.05)
-    publish_result(tmp_path / "adapter", ours, config_for(folder, model=model), None, backend)
+    publish_result(tmp_path / "adapter", ours, config_for(folder, model=model).spec, None, backend)
     base = dequantized(folder, ours)
     base.resize_token_embeddings(ours.vocabulary.rows, mean_resizing=False)
     tuned = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
@@ -251,7 +251,7 @@ def test_preparation_generation_and_what_is_published_read_with_one_tokenizer(ru
     text = "the statement of the method"
     config = load_config(run)
     model, _, _ = start_run_model(config, SINGLE)
-    encoder = PromptEncoder(model, config, record)
+    encoder = PromptEncoder(model, config.model, record)
     assert published(text).input_ids == encoder.tokenizer(text).input_ids
     assert set(NEW_IDS) <= set(published(text).input_ids)
     assert published.chat_template == tokenizer().chat_template

@@ -163,7 +163,7 @@ def gathered_in_steps(
     issues them; bytes of the base that are gathered after the last; whether torch's F.linear is still torch's).
     """
     config = train.load_config(run_dir)
-    loader, _ = open_data(run_dir, config, ranks)
+    loader, _ = open_data(run_dir, config.train, ranks)
     model, backend, _ = setup.start_run_model(config, ranks)
     backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
     with torch.no_grad():

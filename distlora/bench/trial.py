@@ -60,12 +60,13 @@ class Started:
             self.backend,
             self.optimizer,
             self.gradients,
-            loader=step_loader(rows, self.config, self.ranks, shuffle=False),
+            loader=step_loader(rows, self.config.train, self.ranks, shuffle=False),
             eval_loader=None,
             progress=Progress(),
             total_steps=settings.max_steps,
             reporter=reporter,
-            config=self.config,
+            train=self.config.train,
+            optim=self.config.optim,
             hooks=hooks,
         )
         return Trainer(self.model, self.backend, Control(self.ranks, save_minutes=None), [trial]), trial

@@ -43,7 +43,7 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
     prompts = None if request.prompts is None else read_prompts(Path(request.prompts))
     holds_messages = any(prompt.text is None for prompt in prompts or ())
     as_chat = True if request.system is not None or (holds_messages and request.as_chat is None) else request.as_chat
-    encoder = PromptEncoder(model, config, data, as_chat=as_chat)
+    encoder = PromptEncoder(model, config.model, data, as_chat=as_chat)
     choice = sampling(
         encoder,
         config.model.path,

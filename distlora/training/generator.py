@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from distlora.architecture.tokens import load_tokenizer
-from distlora.config import Config, UserError
+from distlora.config import ModelConfig, TrainConfig, UserError
 from distlora.data.chat import ChatTemplate, start_tokens
 from distlora.data.prompts import Prompt
 from distlora.model.build import CausalLM, Past
@@ -176,10 +176,10 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, model: CausalLM, config: Config, data: Mapping[str, Any], *, as_chat: bool | None = None
+        self, model: CausalLM, base: ModelConfig, data: Mapping[str, Any], *, as_chat: bool | None = None
     ) -> None:
-        folder = config.model.path
-        self.tokenizer = load_tokenizer(Path(folder), config.model.new_tokens)
+        folder = base.path
+        self.tokenizer = load_tokenizer(Path(folder), base.new_tokens)
         self.template: ChatTemplate | None = None
         """None: prompts are continued as they are."""
         if data["chats"] if as_chat is None else as_chat:
@@ -300,16 +300,18 @@ class Sampler:
     Raises UserError, when it is built, for a prompt that is too long or that the chat template refuses.
     """
 
-    def __init__(self, model: CausalLM, backend: Backend, config: Config, data: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: CausalLM, backend: Backend, base: ModelConfig, train: TrainConfig, data: Mapping[str, Any]
+    ) -> None:
         """`data` is RUN/data.json, which says how the prompts of the training documents were written."""
         self._model, self._backend = model, backend
-        self._prompts = config.train.sample_prompts
-        self._encoder = PromptEncoder(model, config, data)
+        self._prompts = train.sample_prompts
+        self._encoder = PromptEncoder(model, base, data)
         self._encoded = [
             self._encoder.encode(Prompt(place=f"train.sample_prompts[{index}]", text=text))
             for index, text in enumerate(self._prompts)
         ]
-        self._settings = greedy(self._encoder, config.model.path, config.train.sample_tokens)
+        self._settings = greedy(self._encoder, base.path, train.sample_tokens)
         self._generator = Generator(model, backend)
 
     def __call__(self) -> list[tuple[str, str]]:

@@ -170,7 +170,7 @@ class Trainer:
 
     def _as_run(self, shares: Sequence[Share]) -> list[Stack]:
         """The step's micro-batches, or all of them as one batch that the blocks cut up themselves."""
-        whole = self.trials[0].config.train.accumulate == "block"
+        whole = self.trials[0].train.accumulate == "block"
         if whole:
             self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
         return stacks(shares, whole=whole)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from distlora.config import Config, TrainConfig
+from distlora.config import TrainConfig
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend
 from distlora.planner.memory import measured
@@ -38,24 +38,25 @@ def measured_step(first_step: int, settings: TrainConfig) -> int | None:
     return next(step for step in itertools.count(first_step + 1) if all(step % every for every in between))
 
 
-def read_plan(run_dir: Path, config: Config) -> dict[str, Any]:
+def read_plan(run_dir: Path, *, measure: bool) -> dict[str, Any]:
     """What a step is held against; empty where nothing is planned or measured. Raises UserError for a RUN/plan.json
     that is damaged."""
-    return read_record(run_dir / PLAN_NAME, RECORDED) if config.plan.measure else {}
+    return read_record(run_dir / PLAN_NAME, RECORDED) if measure else {}
 
 
 def memory_check(
     plan: Mapping[str, Any],
-    config: Config,
+    train: TrainConfig,
     model: CausalLM,
     optimizer: Optimizer,
     backend: Backend,
     *,
     first_step: int,
+    measure: bool,
 ) -> MemoryCheck | None:
     """Of a start that begins with `first_step` and has this plan; None where nothing is measured."""
-    step = measured_step(first_step, config.train)
-    if not config.plan.measure or step is None:
+    step = measured_step(first_step, train)
+    if not measure or step is None:
         return None
     return MemoryCheck(model, optimizer, backend, plan=plan, step=step)
 

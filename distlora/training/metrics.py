@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from distlora.architecture.families import read_config
 from distlora.architecture.tokens import HEAD
-from distlora.config import Config
+from distlora.config import AdapterConfig, ClusterConfig, ModelSpec
 from distlora.data.loader import StepLoader
 from distlora.loading.load_base import Loaded
 from distlora.model.adapters import adapter_parameters
@@ -31,13 +30,15 @@ def count_parameters(model: CausalLM) -> tuple[int, int]:
     return dense + quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config, backend: Backend) -> None:
+def describe(
+    reporter: Reporter, model: CausalLM, loaded: Loaded, spec: ModelSpec, cluster: ClusterConfig, backend: Backend
+) -> None:
     """What was built, on which ranks, and which kernels it runs."""
     total, trainable = count_parameters(model)
     active = f" ({active_parameters(model):,} active in a token)" if model.family.experts is not None else ""
     reporter.event(
         f"{model.hf_config.model_type}, {total:,} parameters in the base{active}, {trainable:,} trained "
-        f"({trainable / total:.2%}), {config.train.dtype}"
+        f"({trainable / total:.2%}), {spec.dtype}"
     )
     if loaded.bits_per_weight is not None:
         reporter.event(
@@ -47,14 +48,14 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
         )
     if backend.shards.copies > 1:
         reporter.event(_copies(backend.shards))
-        split = backend.shards.split_copies(config.cluster.gpus_per_node)
-        if config.cluster.nodes > 1 and split:
+        split = backend.shards.split_copies(cluster.gpus_per_node)
+        if cluster.nodes > 1 and split:
             reporter.event(
                 f"{len(split):,} of {backend.shards.copies:,} lie across machines, which have "
-                f"{config.cluster.gpus_per_node:,} processes each, so the base is gathered between these too; "
+                f"{cluster.gpus_per_node:,} processes each, so the base is gathered between these too; "
                 "parallel.shard_degree=node keeps it within each"
             )
-    if "auto_map" in read_config(Path(config.model.path)):
+    if "auto_map" in read_config(spec.path):
         reporter.event(f"code that comes with the weights is not run: this is transformers' {model.family.model_class}")
     for line in (*_vocabulary(model), *experts_said(model)):
         reporter.event(line)
@@ -127,7 +128,9 @@ def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> 
     reporter.event(line)
 
 
-def summarize(trial: Trial, model: CausalLM, loaded: Loaded, trained: dict[str, nn.Parameter]) -> None:
+def summarize(
+    trial: Trial, model: CausalLM, loaded: Loaded, adapter: AdapterConfig, trained: dict[str, nn.Parameter]
+) -> None:
     """RUN/summary.json: the figures that a person compares runs by. Every rank must call it."""
     backend, progress, reporter = trial.backend, trial.progress, trial.reporter
     peak = torch.tensor(peak_memory_bytes(backend.ranks.device), dtype=torch.float64, device=backend.ranks.device)
@@ -141,7 +144,7 @@ def summarize(trial: Trial, model: CausalLM, loaded: Loaded, trained: dict[str, 
         figures |= trial.memory.figures
     if model.family.experts is not None:
         figures["active_parameters"] = active_parameters(model)
-    if trial.config.adapter.method == "lora":
+    if adapter.method == "lora":
         figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())
     if trial.unreached is not None:
         figures["parameters_without_gradient"] = trial.unreached
@@ -162,7 +165,7 @@ def summarize(trial: Trial, model: CausalLM, loaded: Loaded, trained: dict[str, 
                 f"{backend.shards.copies:,} copies {between / 2**20:,.1f} MiB of gradients were summed, nothing else"
             )
     if progress.evaluations:
-        first = "base_eval_loss" if trial.config.adapter.starts_as_base else "initial_eval_loss"
+        first = "base_eval_loss" if adapter.starts_as_base else "initial_eval_loss"
         figures[first] = progress.evaluations[min(progress.evaluations)]
         figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
         figures |= trial.held_out  # Of the last evaluation, which was at that step.

@@ -25,7 +25,7 @@ from distlora.checkpoint.state import (
     identity_of,
     load_state,
 )
-from distlora.config import Config, UserError
+from distlora.config import Config, ModelConfig, TrainConfig, UserError
 from distlora.data.loader import PackedRows, StepLoader
 from distlora.data.prepare import open_split
 from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
@@ -43,7 +43,7 @@ from distlora.training.memory_check import MemoryCheck
 from distlora.training.optimizers import Optimizer
 from distlora.training.publish import (
     finish,
-    marks,
+    header_marks,
     publish_best,
     trainer_tensors,
     weight_files,
@@ -92,7 +92,16 @@ class OpenRun:
 
     def publish(self, model: CausalLM, backend: Backend, reporter: Reporter, adapter: str = DEFAULT_ADAPTER) -> None:
         """The last act of a run: its result, whole on the disk when this returns."""
-        saved = finish(self.folder, model, self.config, self.progress, self.chat_template, backend, adapter)
+        saved = finish(
+            self.folder,
+            model,
+            self.config.spec,
+            self.progress,
+            self.chat_template,
+            backend,
+            adapter,
+            load_best=self.config.train.load_best_at_end,
+        )
         reporter.event(f"saved {saved}")
         backend.barrier()
         reporter.result(self.folder / PUBLISHED[self.config.adapter.method])
@@ -101,7 +110,7 @@ class OpenRun:
 def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles) -> OpenRun:
     """Every rank must call it alike. Raises UserError for records that are damaged, and for a checkpoint of another
     run."""
-    loader, eval_loader = open_data(run_dir, config, ranks)
+    loader, eval_loader = open_data(run_dir, config.train, ranks)
     data, made_on = read_record(run_dir / DATA_NAME), environment_of(config, ranks)
     newest, progress, notes = find_checkpoint(run_dir / CHECKPOINTS, config, base, data, ranks, made_on)
     return OpenRun(
@@ -139,7 +148,7 @@ def trial_of(
 
     def state_files() -> dict[str, Any]:
         state = trainer_tensors(optimizer, trained, backend)
-        return {**weight_files(model, config, adapter), TRAINER_NAME: state}
+        return {**weight_files(model, config.spec, adapter), TRAINER_NAME: state}
 
     saver = Saver(
         run.folder / CHECKPOINTS,
@@ -149,12 +158,12 @@ def trial_of(
         keep=settings.keep,
         in_background=settings.save_in_background,
         say=reporter.event,
-        metadata=marks(config),
+        metadata=header_marks(config.adapter),
         saved_step=None if run.newest is None else run.progress.step,
     )
 
     def keep_best(progress: Progress) -> None:
-        publish_best(run.folder, model, config, progress, run.chat_template, backend, reporter.event, adapter)
+        publish_best(run.folder, model, config.spec, progress, run.chat_template, backend, reporter.event, adapter)
 
     trial = Trial(
         model,
@@ -166,12 +175,13 @@ def trial_of(
         progress=run.progress,
         total_steps=run.total_steps,
         reporter=reporter,
-        config=config,
+        train=config.train,
+        optim=config.optim,
         hooks=Hooks(
             save=saver.save,
             save_last=saver.save_last,
             publish_best=keep_best,
-            sample=sample_hook(model, backend, config, reporter, run.data),
+            sample=sample_hook(model, backend, config.model, config.train, reporter, run.data),
         ),
         memory=memory,
         slot=slot,
@@ -231,40 +241,44 @@ def record_stop(reporter: Reporter, progress: Progress, signum: int) -> None:
     reporter.stopped(signum, step, str(step_folder(Path(CHECKPOINTS), step)) if step > 0 else None)
 
 
-def open_data(run_dir: Path, config: Config, ranks: Ranks) -> tuple[StepLoader, StepLoader | None]:
+def open_data(run_dir: Path, train: TrainConfig, ranks: Ranks) -> tuple[StepLoader, StepLoader | None]:
     """The loaders of the training rows and, if there are any, of the held-out rows."""
     rows = open_split(run_dir, "train")
     if rows is None:
         raise UserError(f"{run_dir} has no prepared training rows; start the run with `distlora train`")
     held_out = open_split(run_dir, "eval")
-    evaluation = None if held_out is None else step_loader(held_out, config, ranks, shuffle=False)
-    return step_loader(rows, config, ranks, shuffle=True), evaluation
+    evaluation = None if held_out is None else step_loader(held_out, train, ranks, shuffle=False)
+    return step_loader(rows, train, ranks, shuffle=True), evaluation
 
 
-def step_loader(rows: PackedRows, config: Config, ranks: Ranks, *, shuffle: bool) -> StepLoader:
+def step_loader(rows: PackedRows, train: TrainConfig, ranks: Ranks, *, shuffle: bool) -> StepLoader:
     """This rank's part of each step over `rows`."""
-    settings = config.train
     return StepLoader(
         rows,
-        global_batch=settings.global_batch,
-        micro_batch=settings.micro_batch,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
         rank=ranks.rank,
         world=ranks.world,
-        seed=settings.seed,
+        seed=train.seed,
         shuffle=shuffle,
     )
 
 
 def sample_hook(
-    model: CausalLM, backend: Backend, config: Config, reporter: Reporter, data: Mapping[str, Any]
+    model: CausalLM,
+    backend: Backend,
+    base: ModelConfig,
+    train: TrainConfig,
+    reporter: Reporter,
+    data: Mapping[str, Any],
 ) -> Callable[[int], None] | None:
     """Shows what the model writes, where the config asks for samples. UserError for a prompt that cannot be asked."""
-    if config.train.sample_every is None:
+    if train.sample_every is None:
         return None
     # Here, as it imports much of transformers that other runs need not.
     from distlora.training.generator import Sampler
 
-    sampler = Sampler(model, backend, config, dict(data))
+    sampler = Sampler(model, backend, base, train, dict(data))
 
     def sample(step: int) -> None:
         lacking = torch.tensor(reporter.lacks_samples(step), dtype=torch.int64, device=backend.ranks.device)

@@ -21,7 +21,7 @@ from distlora.architecture.safetensors_headers import (
 from distlora.architecture.tokens import tokenizer_files
 from distlora.checkpoint.files import atomic_folder, write_files
 from distlora.checkpoint.state import Progress
-from distlora.config import Config, UserError
+from distlora.config import AdapterConfig, ModelSpec, UserError
 from distlora.loading.peft_format import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -50,28 +50,30 @@ COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """What of a base's folder goes into RUN/model beside the weights, by suffix."""
 
 
-def weight_files(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
+def weight_files(model: CausalLM, spec: ModelSpec, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
     """The files of a checkpoint that hold what was trained: an adapter in PEFT's format, or the whole model.
 
     PiSSA's belongs to the base without the run's start.
     """
-    if config.adapter.method == "full":
+    if spec.adapter.method == "full":
         return {SINGLE_NAME: model.hf_state_dict()}
     tensors = adapter_tensors(model, adapter)
-    return {CONFIG_NAME: adapter_config(config.spec, model, adapter), WEIGHTS_NAME: dict(tensors)}
+    return {CONFIG_NAME: adapter_config(spec, model, adapter), WEIGHTS_NAME: dict(tensors)}
 
 
-def marks(config: Config) -> dict[str, str]:
+def header_marks(adapter: AdapterConfig) -> dict[str, str]:
     """What the headers of a run's adapters say: that they belong to the base in NF4 alone, where they do."""
-    return NF4_MARK if config.adapter.for_nf4 else {}
+    return NF4_MARK if adapter.for_nf4 else {}
 
 
-def adapter_files(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
+def adapter_files(
+    model: CausalLM, spec: ModelSpec, run_dir: str | Path, adapter: str = DEFAULT_ADAPTER
+) -> dict[str, Any]:
     """The files of an adapter that PEFT loads onto the unchanged base."""
-    files = weight_files(model, config, adapter)
-    if not config.adapter.pissa:
+    files = weight_files(model, spec, adapter)
+    if not spec.adapter.pissa:
         return files
-    tensors = plain_tensors(files[WEIGHTS_NAME], initial_adapter_path(config.run_dir))
+    tensors = plain_tensors(files[WEIGHTS_NAME], initial_adapter_path(run_dir))
     return {CONFIG_NAME: plain_config(files[CONFIG_NAME]), WEIGHTS_NAME: tensors}
 
 
@@ -187,11 +189,13 @@ _STEP = "step"
 def finish(
     run_dir: Path,
     model: CausalLM,
-    config: Config,
+    spec: ModelSpec,
     progress: Progress,
     chat_template: str | None,
     backend: Backend,
     adapter: str = DEFAULT_ADAPTER,
+    *,
+    load_best: bool,
 ) -> str:
     """Publish RUN/adapter (PEFT format) or RUN/model (a Hugging Face folder): the last state, or the best if asked for.
 
@@ -200,12 +204,12 @@ def finish(
     Every rank must call it alike.
     """
     watch.at(progress.step, "publishing the result", long=True)
-    target = run_dir / PUBLISHED[config.adapter.method]
+    target = run_dir / PUBLISHED[spec.adapter.method]
     best = run_dir / BEST_NAME
-    wants_best = config.train.load_best_at_end and progress.best_step not in (None, progress.step)
+    wants_best = load_best and progress.best_step not in (None, progress.step)
     held = from_rank_0(_step_of(best) if backend.writes else -1, backend.ranks)
     if not wants_best or not progress.published_step == progress.best_step == held:
-        publish_result(target, model, config, chat_template, backend, adapter=adapter)
+        publish_result(target, model, spec, chat_template, backend, run_dir=run_dir, adapter=adapter)
         missed = f" (the last: the best, of step {progress.best_step}, is not in {best})" if wants_best else ""
         return f"{target}{missed}"
     with atomic_folder(target, backend) as temporary:
@@ -226,7 +230,7 @@ def _step_of(best: Path) -> int:
 def publish_best(
     run_dir: Path,
     model: CausalLM,
-    config: Config,
+    spec: ModelSpec,
     progress: Progress,
     chat_template: str | None,
     backend: Backend,
@@ -239,7 +243,9 @@ def publish_best(
     watch.at(progress.step, "keeping the best", long=True)
     step, written = progress.step, False
     try:
-        publish_result(run_dir / BEST_NAME, model, config, chat_template, backend, best_of=step, adapter=adapter)
+        publish_result(
+            run_dir / BEST_NAME, model, spec, chat_template, backend, run_dir=run_dir, best_of=step, adapter=adapter
+        )
         written = True
     except OSError as error:
         say(
@@ -253,10 +259,11 @@ def publish_best(
 def publish_result(
     target: Path,
     model: CausalLM,
-    config: Config,
+    spec: ModelSpec,
     chat_template: str | None,
     backend: Backend,
     *,
+    run_dir: str | Path = "",
     best_of: int | None = None,
     adapter: str = DEFAULT_ADAPTER,
 ) -> None:
@@ -267,17 +274,19 @@ def publish_result(
     appears whole or not at all. Every rank must call it alike.
     """
     with atomic_folder(target, backend) as temporary:
-        if config.adapter.method == "full":
+        if spec.adapter.method == "full":
             # In the base's own dtype, which the fp32 masters are rounded to once, here.
             dtype = model.hf_config.dtype or torch.float32
             assert isinstance(dtype, torch.dtype)
             write_model(temporary, model.hf_state_dict(), backend, dtype)
             if backend.writes:
-                _write_companions(temporary, model, config)
+                _write_companions(temporary, model, spec.path)
         else:
-            write_files(temporary, adapter_files(model, config, adapter), backend, metadata=marks(config))
+            write_files(
+                temporary, adapter_files(model, spec, run_dir, adapter), backend, metadata=header_marks(spec.adapter)
+            )
         if backend.writes:
-            for name, content in tokenizer_files(config.spec).items():
+            for name, content in tokenizer_files(spec).items():
                 (temporary / name).write_bytes(content)
             if best_of is not None:
                 atomic_io.write_json(temporary / BEST_STEP_NAME, {"step": best_of})
@@ -298,8 +307,8 @@ def companions_of(base: Path) -> list[Path]:
 _RECORDS = ("merge.json", "combine.json", "export.json")
 
 
-def _write_companions(folder: Path, model: CausalLM, config: Config) -> None:
+def _write_companions(folder: Path, model: CausalLM, base: Path) -> None:
     """What makes a folder of weights a model: the config, and the base's tokenizer and generation config."""
-    for path in companions_of(Path(config.model.path)):
+    for path in companions_of(base):
         shutil.copy2(path, folder / path.name)
     model.hf_config.save_pretrained(folder)

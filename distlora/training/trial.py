@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distlora.checkpoint.saver import SaveError
 from distlora.checkpoint.state import Progress
-from distlora.config import Config
+from distlora.config import OptimConfig, TrainConfig
 from distlora.data.loader import StepLoader
 from distlora.data.stacking import Share
 from distlora.model.build import CausalLM
@@ -131,7 +131,8 @@ class Trial:
         progress: Progress,
         total_steps: int,
         reporter: Reporter,
-        config: Config,
+        train: TrainConfig,
+        optim: OptimConfig,
         hooks: Hooks,
         memory: MemoryCheck | None = None,
         slot: int | None = None,
@@ -140,7 +141,7 @@ class Trial:
         one."""
         self.backend, self.optimizer, self.gradients, self.slot = backend, optimizer, gradients, slot
         self.loader, self.eval_loader, self.total_steps = loader, eval_loader, total_steps
-        self.reporter, self.config, self.hooks = reporter, config, hooks
+        self.reporter, self.train, self.optim, self.hooks = reporter, train, optim, hooks
         self.progress, self.memory = progress, memory
         self.first_step = progress.step
         """What this start goes on from, and so is saved."""
@@ -148,12 +149,10 @@ class Trial:
         """What the last logged interval moved on this rank, a step; None before the first."""
         self.step_passes = 0
         """Forward and backward passes of a step, of that interval."""
-        self.objective = objective_of(config.train)
+        self.objective = objective_of(train)
         self.held_out: dict[str, float] = {}
         """The figures of the last evaluation, by name."""
-        self.documents = (
-            DocumentLosses(eval_loader.rows) if eval_loader is not None and config.train.eval_documents else None
-        )
+        self.documents = DocumentLosses(eval_loader.rows) if eval_loader is not None and train.eval_documents else None
         """What an evaluation that is under way has seen of each held-out document; None: it need not."""
         self.failure: NonFiniteError | SaveError | None = None
         """The fault of its own by which it has ended, where that does not end others."""
@@ -189,9 +188,9 @@ class Trial:
         """Clip the sums of the gradients and update what is trained; `note` comes after it."""
         if self._reached is not None and self._reached.steps < WATCHED:
             self._reached.note()
-        grad_norm = self.gradients.clip(self.config.optim.max_grad_norm)
+        grad_norm = self.gradients.clip(self.optim.max_grad_norm)
         self._ok &= torch.isfinite(grad_norm)
-        rate = learning_rate(self.done, self.total_steps, self.config.optim)
+        rate = learning_rate(self.done, self.total_steps, self.optim)
         self.optimizer.step(rate, self._ok)
         self._interval.grad_norms.append(grad_norm)
         self._interval.rates.append(rate)
@@ -211,7 +210,7 @@ class Trial:
 
     def due(self, control: Control) -> Due:
         """After the steps that are done."""
-        settings, done = self.config.train, self.done
+        settings, done = self.train, self.done
         is_last = done == self.total_steps
 
         def every(number: int | None) -> bool:
@@ -233,7 +232,7 @@ class Trial:
 
     def is_exhausted(self) -> bool:
         """Whether early stopping ends the run here; a function of the evaluations, so a resume decides the same."""
-        settings = self.config.train
+        settings = self.train
         if settings.early_stopping_patience is None:
             return False
         since_best = self.progress.evaluations_since_best(settings.early_stopping_threshold)
@@ -249,7 +248,7 @@ class Trial:
 
     def keep_best(self) -> None:
         """After an evaluation: keep what is trained where it is the best, and say so where it was the last."""
-        settings, progress = self.config.train, self.progress
+        settings, progress = self.train, self.progress
         if settings.eval_every is not None and progress.best_step == progress.step:
             self.hooks.publish_best(progress)
         if self.is_exhausted():

@@ -43,7 +43,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
     """From the data to the result. Raises Stopped, on every rank, after all that a stop asks for is done."""
     base = CheckpointFiles(config.model.path)
     opened = open_run(run_dir, config, ranks, base)
-    plan, restores = read_plan(run_dir, config), opened.newest is not None
+    plan, restores = read_plan(run_dir, measure=config.plan.measure), opened.newest is not None
     with opened.reporter(ranks) as reporter, recording_a_stop(reporter, opened.progress):
         control.boundary(None, "reading the run", long=True)
         for line in opened.notes:
@@ -68,7 +68,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
             restore(opened.newest, model, optimizer, trained, backend)
             reporter.event(f"continuing from {opened.newest.name}")
         backend.compare_trained(model)
-        describe(reporter, model, loaded, config, backend)
+        describe(reporter, model, loaded, config.spec, config.cluster, backend)
         describe_steps(reporter, opened.loader, opened.total_steps)
         if config.train.save_every is None and config.train.save_minutes is None:
             reporter.event("nothing is saved before the end, unless the run is asked to stop (set train.save_minutes)")
@@ -80,11 +80,19 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
             gradients=gradients,
             optimizer=optimizer,
             trained=trained,
-            memory=memory_check(plan, config, model, optimizer, backend, first_step=opened.progress.step),
+            memory=memory_check(
+                plan,
+                config.train,
+                model,
+                optimizer,
+                backend,
+                first_step=opened.progress.step,
+                measure=config.plan.measure,
+            ),
         )
         with saver:
             Trainer(model, backend, control, [trial]).fit()
-        summarize(trial, model, loaded, trained)
+        summarize(trial, model, loaded, config.adapter, trained)
         opened.publish(model, backend, reporter)
 
 

@@ -133,7 +133,7 @@ class Run(Started):
 
     def files(self) -> dict[str, Any]:
         return {
-            **weight_files(self.model, self.config),
+            **weight_files(self.model, self.config.spec),
             TRAINER_NAME: trainer_tensors(self.optimizer, self.trained, self.backend),
         }
 

@@ -55,7 +55,7 @@ def write_adapter(config: Config, folder: Path) -> None:
     """Write a new adapter in PEFT's format: A random, B zero."""
     model, backend, _ = start_run_model(config, Ranks(0, 1, torch.device("cpu"), None))
     folder.mkdir(parents=True)
-    write_files(folder, weight_files(model, config), backend)
+    write_files(folder, weight_files(model, config.spec), backend)
 
 
 def config_of(request: StepInputs, seed: int) -> Config:

@@ -40,7 +40,7 @@ from distlora.post.merge.threads import Clock, each
 from distlora.post.trained import Trained
 from distlora.run_folder.checkpoints import STATE_NAME
 from distlora.system import atomic_io
-from distlora.training.publish import marks
+from distlora.training.publish import header_marks
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader
 from distlora_kernels import nf4, reference
@@ -181,7 +181,7 @@ def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
                 tensors[name] = trained_part(name, tensors[name], start[name], weights).contiguous()
         # With "pissa", PEFT would decompose the base it loads onto.
         settings["init_lora_weights"] = True
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", **marks(trained.config)})
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", **header_marks(trained.config.adapter)})
     atomic_io.write_json(folder / CONFIG_NAME, settings)
 
 

@@ -181,7 +181,7 @@ class Pack(Trainer):
         config = load_config(run_dir)
         check_trial(config)
         check_beside(config, first=self._config)
-        open_data(run_dir, config, self.backend.ranks)
+        open_data(run_dir, config.train, self.backend.ranks)
         return config
 
     def _do(self, trial: Trial, action: Callable[[], None]) -> None:
@@ -233,7 +233,7 @@ class Pack(Trainer):
             state, reason = PRUNED, f"pruned by its held-out loss after step {seat.pruned_at}"
             trial.reporter.event(reason)
         else:
-            summarize(trial, self.model, self._loaded, seat.trained)
+            summarize(trial, self.model, self._loaded, seat.run.config.adapter, seat.trained)
             seat.run.publish(self.model, self.backend, trial.reporter, slot_name(seat.slot))
         self._leave(seat, trial.failure)
         seconds = time.monotonic() - seat.began

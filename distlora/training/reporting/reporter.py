@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from distlora.config import Config, UserError
+from distlora.config.file import as_mapping
 from distlora.config.json_files import read_object
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
 from distlora.system import atomic_io
@@ -72,7 +73,9 @@ class Reporter:
         self._held_out: dict[str, float] = {}
         self._display = display(total_steps, start_step, label)
         self._tracker = (
-            start_tracker(run_dir, config, world, self._display.say) if config.tracker.name == "wandb" else None
+            start_tracker(run_dir, config.tracker, config.name, as_mapping(config), world, self._display.say)
+            if config.tracker.name == "wandb"
+            else None
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from distlora.config import Config
-from distlora.config.file import as_mapping
+from distlora.config import TrackerConfig
 from distlora.config.json_files import object_or_empty
 from distlora.system import atomic_io
 from distlora.training.reporting.wandb_agent import AgentRun
@@ -194,7 +193,14 @@ def _gone() -> tuple[type[Exception], ...]:
     return ConnectionError, HandleAbandonedError
 
 
-def start_tracker(run_dir: Path, config: Config, world: int, say: Callable[[str], None]) -> Tracker | None:
+def start_tracker(
+    run_dir: Path,
+    tracker: TrackerConfig,
+    name: str,
+    settings: Mapping[str, Any],
+    world: int,
+    say: Callable[[str], None],
+) -> Tracker | None:
     """A wandb run, online where there is a key, else offline under RUN/wandb; None (and a line) where wandb is missing.
 
     Its id is kept in RUN (ID_PATH), so that a resume goes on with the same wandb run; of a run that an agent has
@@ -209,27 +215,30 @@ def start_tracker(run_dir: Path, config: Config, world: int, say: Callable[[str]
     if mode == "disabled":
         say("wandb is turned off by WANDB_MODE: figures go to metrics.jsonl only")
         return None
-    tracker = Tracker(lambda: _open(run_dir, config, world, say), run_dir / "metrics.jsonl", say)
-    say(f"wandb: {tracker.place(_stored_id(run_dir / ID_PATH))}")
-    return tracker
+    recorded = dict(settings) | {"world": world} | _plan_of(run_dir)
+    started = Tracker(lambda: _open(run_dir, tracker, name, recorded, say), run_dir / "metrics.jsonl", say)
+    say(f"wandb: {started.place(_stored_id(run_dir / ID_PATH))}")
+    return started
 
 
-def _open(run_dir: Path, config: Config, world: int, say: Callable[[str], None]) -> Any:
+def _open(
+    run_dir: Path, tracker: TrackerConfig, name: str, recorded: Mapping[str, Any], say: Callable[[str], None]
+) -> Any:
     """A run of wandb's, online where it can be."""
     import wandb
 
     online = _service.settings().mode == "online"
     if online and not _service.is_offline and wandb.login(prompt=False, verify=False):
         try:
-            return _init(run_dir, config, world, "online")
+            return _init(run_dir, tracker, name, recorded, "online")
         except wandb.Error as error:
             # A run that waited in a queue for hours should not end for want of a plotting server.
             say(f"wandb cannot log online ({' '.join(str(error).split())}); logging offline")
             _service.is_offline = True
             if _service.has_runs:  # Those that are online stay so.
-                return _init(run_dir, config, world, "offline", has_id=False)
+                return _init(run_dir, tracker, name, recorded, "offline", has_id=False)
             _service.end(0)  # The failed attempt still holds the run's id.
-    return _init(run_dir, config, world, "offline")
+    return _init(run_dir, tracker, name, recorded, "offline")
 
 
 def _stored_id(id_file: Path) -> str | None:
@@ -241,7 +250,15 @@ def _stored_id(id_file: Path) -> str | None:
     return stored if re.fullmatch(r"[\w-]{1,128}", stored, re.ASCII) else None
 
 
-def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "offline"], *, has_id: bool = True) -> Any:
+def _init(
+    run_dir: Path,
+    tracker: TrackerConfig,
+    name: str,
+    recorded: Mapping[str, Any],
+    mode: Literal["online", "offline"],
+    *,
+    has_id: bool = True,
+) -> Any:
     """wandb.init with the run's stored id (or a new one, which is then stored), without a word on the terminal.
     `has_id`: whether that is free; else the run has a new one here, and is uploaded under its own."""
     import wandb
@@ -263,13 +280,13 @@ def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "of
         # Offline there is nothing to resume from; `wandb sync` joins logs of one id.
         resume="allow" if mode == "online" else None,
         # An agent's run is where its sweep is.
-        project=(agent and agent.project) or config.tracker.project,
-        entity=(agent and agent.entity) or config.tracker.entity,
+        project=(agent and agent.project) or tracker.project,
+        entity=(agent and agent.entity) or tracker.entity,
         # Of a sweep all have the same name by their settings.
-        name=config.name if agent is None else f"{config.name}-{agent.run_id}",
-        group=config.tracker.group,
-        tags=list(config.tracker.tags),
-        config=_recorded(run_dir, config, world, agent),
+        name=name if agent is None else f"{name}-{agent.run_id}",
+        group=tracker.group,
+        tags=list(tracker.tags),
+        config={**recorded, **({} if agent is None else agent.recorded(recorded))},
         allow_val_change=True,  # A resume may run on another number of ranks.
         settings=wandb.Settings(
             silent=True,
@@ -283,10 +300,8 @@ def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "of
     return run
 
 
-def _recorded(run_dir: Path, config: Config, world: int, agent: AgentRun | None) -> dict[str, Any]:
-    """The settings of a run, what it was planned to need, and what a sweep searches by its dotted names."""
-    settings = as_mapping(config)
+def _plan_of(run_dir: Path) -> dict[str, Any]:
+    """Return RUN/plan.json under `planned`, without the settings, which are the run's."""
     plan = object_or_empty(run_dir / "plan.json")
-    plan.pop("settings", None)  # They are the run's.
-    planned = {"planned": plan} if plan else {}
-    return {**settings, "world": world, **planned, **({} if agent is None else agent.recorded(settings))}
+    plan.pop("settings", None)
+    return {"planned": plan} if plan else {}

@@ -29,7 +29,7 @@ from distlora_launcher.launch.processes import this_process
 from distlora_launcher.sweeps import rank_search
 from distlora_launcher.sweeps import study as study_module
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
-from distlora_launcher.sweeps.multi_trial_size import planned_pack
+from distlora_launcher.sweeps.multi_trial_size import plan_first_run
 from distlora_launcher.sweeps.rank_gains import (
     FULL,
     Gains,
@@ -43,8 +43,8 @@ from distlora_launcher.sweeps.rank_gains import (
 )
 from distlora_launcher.sweeps.rank_search import RankSearch
 from distlora_launcher.sweeps.results import CONCLUSION_NAME
-from distlora_launcher.sweeps.runner import Asked, Outcome
-from distlora_launcher.sweeps.search import Due, search_of
+from distlora_launcher.sweeps.runner import Outcome, Trial
+from distlora_launcher.sweeps.search import Due, make_search
 from distlora_launcher.sweeps.space import Values
 from distlora_launcher.sweeps.study import Study
 
@@ -178,7 +178,7 @@ def sweep_of(folder: Path, folders: Path, *words: str, **settings: Any) -> Sweep
     return Sweep(
         folder=folder,
         settings=SweepConfig(**values),
-        words=(*shared, *words),
+        overrides=(*shared, *words),
         space=(),
         config_dir=None,
         cwd=str(folder),
@@ -231,7 +231,7 @@ def test_full_fine_tuning_is_due_when_no_rank_is(tmp_path: Path, folders: Path) 
     trials = [dataclasses.replace(trial, state=RUNNING) for trial in ended(sweep, {8: 0.0, 16: 0.0})]
     (values,) = search.next(trials)  # type: ignore[misc]
     assert values == {"adapter": "full", "quant": "none", "optim.lr": pytest.approx(2e-4)}
-    config = sweep.compose(2, values, search.words).config
+    config = sweep.compose(2, values, search.overrides).config
     assert (config.adapter.method, config.quant.method, config.optim.lr) == ("full", "none", pytest.approx(2e-4))
     assert config.train.eval_documents
     assert config.run_dir == str(sweep.run_dir(2))
@@ -391,12 +391,12 @@ def test_a_search_that_was_killed_goes_on_where_it_was(
     sweep = sweep_of(tmp_path / "sweep", folders, full="always")
     make_sweep(sweep)
 
-    def asked_by(study: Study) -> Asked:
+    def asked_by(study: Study) -> Trial:
         trial = study.ask()
-        assert isinstance(trial, Asked)
+        assert isinstance(trial, Trial)
         return trial
 
-    def end(study: Study, trial: Asked) -> None:
+    def end(study: Study, trial: Trial) -> None:
         loss = losses[FULL if "adapter" in trial.values else trial.values["adapter.r"]]
         assert loss is not None
         trial.run_dir.mkdir(parents=True)
@@ -405,15 +405,15 @@ def test_a_search_that_was_killed_goes_on_where_it_was(
 
     with monkeypatch.context() as patch:
         patch.setattr(study_module, "this_process", lambda: dataclasses.replace(this_process(), pid=1, started=0))
-        killed = Study(sweep, search_of(sweep))
+        killed = Study(sweep, make_search(sweep))
         end(killed, asked_by(killed))
         left = asked_by(killed)
     with worker_place(sweep.folder, "worker_1"):
-        study = Study(sweep, search_of(sweep))
+        study = Study(sweep, make_search(sweep))
         trial = asked_by(study)
-        assert (trial.number, trial.words, trial.begun) == (left.number, left.words, True)
+        assert (trial.number, trial.overrides, trial.begun) == (left.number, left.overrides, True)
         values = []
-        while isinstance(trial, Asked):
+        while isinstance(trial, Trial):
             values.append(dict(trial.values))
             end(study, trial)
             trial = study.ask()  # type: ignore[assignment]
@@ -425,7 +425,7 @@ def test_a_search_that_was_killed_goes_on_where_it_was(
 
 
 def test_a_pack_of_a_rank_search_has_room_for_the_first_two_ranks(tmp_path: Path, folders: Path) -> None:
-    found = planned_pack(sweep_of(tmp_path, folders, packed=4))
+    found = plan_first_run(sweep_of(tmp_path, folders, packed=4))
     assert found.trials == 2
     assert found.plan.config.adapter.r == 16
 
@@ -434,7 +434,7 @@ def test_a_pack_of_a_rank_search_has_room_for_the_first_two_ranks(tmp_path: Path
 def test_a_real_search_ends_by_itself(tmp_path: Path, folders: Path) -> None:
     """Each rank's run is a process of `distlora train`."""
     sweep = tmp_path / "sweep"
-    words = sweep_of(tmp_path, folders).words
+    words = sweep_of(tmp_path, folders).overrides
     settings = ["sweep=rank_search", "sweep.rank_start=2", "sweep.rank_most=4", "sweep.full=never"]
     settings += ["data.eval_fraction=0.3", "train.max_steps=2", "train.global_batch=4", "train.micro_batch=4"]
     settings += ["train.dtype=fp32", "quant.cache=false", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={sweep}"]

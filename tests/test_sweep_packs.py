@@ -27,9 +27,9 @@ from distlora_launcher.launch.signals import Forwarder
 from distlora_launcher.sweeps import multi_trial
 from distlora_launcher.sweeps import runner as sweep_runner
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
-from distlora_launcher.sweeps.multi_trial import PackFolder, PackRunner
-from distlora_launcher.sweeps.runner import Asked, Outcome
-from distlora_launcher.sweeps.search import search_of
+from distlora_launcher.sweeps.multi_trial import MultiTrialRun, MultiTrialRunner
+from distlora_launcher.sweeps.runner import Outcome, Trial
+from distlora_launcher.sweeps.search import make_search
 from distlora_launcher.sweeps.space import Dimension, Values
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.worker import Worker
@@ -55,7 +55,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         sweep = Sweep(
             folder=tmp_path / "sweep",
             settings=SweepConfig(**{"packed": 2, **settings}),
-            words=(*words, "train.eval_every=2", "train.max_steps=4", "tracker=none"),
+            overrides=(*words, "train.eval_every=2", "train.max_steps=4", "tracker=none"),
             space=space,
             config_dir=None,
             cwd=str(tmp_path),
@@ -71,19 +71,19 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 def work(sweep: Sweep) -> Study:
     """One worker to its end."""
-    study = Study(sweep, search_of(sweep))
+    study = Study(sweep, make_search(sweep))
     with worker_place(sweep.folder, "worker_0"):
-        Worker(sweep, study, PackRunner(sweep, 0)).work(Forwarder())
+        Worker(sweep, study, MultiTrialRunner(sweep, 0)).work(Forwarder())
     return study
 
 
-def asked(sweep: Sweep, number: int, **values: Any) -> Asked:
+def asked(sweep: Sweep, number: int, **values: Any) -> Trial:
     named = {name.replace("__", "."): value for name, value in values.items()}
-    words = tuple(sweep.trial_words(number, named))
-    return Asked(number=number, values=named, words=words, run_dir=sweep.run_dir(number), begun=False)
+    words = tuple(sweep.trial_overrides(number, named))
+    return Trial(number=number, values=named, overrides=words, run_dir=sweep.run_dir(number), begun=False)
 
 
-def until(runner: PackRunner, number: int) -> list[Outcome]:
+def until(runner: MultiTrialRunner, number: int) -> list[Outcome]:
     """The outcomes until there are so many."""
     found: list[Outcome] = []
     deadline = time.monotonic() + 60
@@ -146,7 +146,7 @@ def test_a_pack_that_dies_goes_on_with_half_and_one_that_dies_alone_was_killed_b
 def test_one_that_came_later_with_a_lower_number_is_not_blamed(make: Make) -> None:
     """A trial that another worker has left behind comes into a pack of one slot while another is in it."""
     sweep = make(RATES, fake={"kills": [4], "most": 1}, packed=1)
-    runner = PackRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0)
     runner.slots = 1
     runner.begin(asked(sweep, 4, optim__lr=5e-4))
     runner.begin(asked(sweep, 0, optim__lr=1e-4))
@@ -157,12 +157,12 @@ def test_one_that_came_later_with_a_lower_number_is_not_blamed(make: Make) -> No
 
 def test_an_outcome_that_appears_as_its_pack_ends_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = make(RATES)
-    runner = PackRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0)
     runner.begin(asked(sweep, 0, optim__lr=1e-4))
     runner.poll()
-    ended = PackFolder.ended
+    ended = MultiTrialRun.ended
 
-    def late(pack: PackFolder) -> int | None:
+    def late(pack: MultiTrialRun) -> int | None:
         """Its process writes and ends, just before it is asked whether it has."""
         pack.close()
         deadline = time.monotonic() + 60
@@ -171,14 +171,14 @@ def test_an_outcome_that_appears_as_its_pack_ends_is_read(make: Make, monkeypatc
             time.sleep(0.02)
         return code
 
-    monkeypatch.setattr(PackFolder, "ended", late)
+    monkeypatch.setattr(MultiTrialRun, "ended", late)
     assert [(each.number, each.state) for each in runner.poll()] == [(0, COMPLETE)]
 
 
 def test_a_pack_that_others_stop_is_saved_and_its_worker_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
     sweep = make(RATES, fake={"hangs": True})
-    runner = PackRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0)
     runner.begin(asked(sweep, 0, optim__lr=1e-4))
     deadline = time.monotonic() + 60
     while not (sweep.run_dir(0) / "metrics.jsonl").exists():
@@ -198,7 +198,7 @@ def test_each_pack_has_the_plan_of_its_own_largest_trial(make: Make) -> None:
         "adapter.target_modules", tuple(["q_proj", "v_proj", "k_proj", "o_proj"][: n + 1] for n in range(4))
     )
     sweep = make(Values("data.sequence_length", (32, 64)), targets, ranks, packed=3)
-    runner = PackRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0)
     assert {(adapter.r, len(adapter.target_modules)) for adapter in runner._sizes} == {(8, n) for n in range(1, 5)}
     runner.begin(asked(sweep, 0, data__sequence_length=64, adapter__r=2))
     plan = json.loads((sweep.folder / "packs" / "0" / PLAN_NAME).read_text())
@@ -209,7 +209,7 @@ def test_each_pack_has_the_plan_of_its_own_largest_trial(make: Make) -> None:
 
 def test_a_stop_saves_every_trial_and_the_next_worker_goes_on_in_a_clean_pack(make: Make) -> None:
     sweep = make(RATES, fake={"hangs": True})
-    runner = PackRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0)
     for number in range(2):
         runner.begin(asked(sweep, number, optim__lr=1e-4 * (number + 1)))
     deadline = time.monotonic() + 60
@@ -218,10 +218,10 @@ def test_a_stop_saves_every_trial_and_the_next_worker_goes_on_in_a_clean_pack(ma
         assert runner.poll() == []
         time.sleep(0.02)
     with pytest.raises(UserError, match="is running in another process"):
-        PackRunner(sweep, 1).begin(asked(sweep, 0, optim__lr=1e-4))
+        MultiTrialRunner(sweep, 1).begin(asked(sweep, 0, optim__lr=1e-4))
     runner.stop()
     assert {(each.number, each.state) for each in until(runner, 2)} == {(0, SAVED), (1, SAVED)}
-    again = PackRunner(sweep, 0)
+    again = MultiTrialRunner(sweep, 0)
     again.begin(asked(sweep, 1, optim__lr=2e-4))
     until_put = again.poll()
     assert until_put == []
@@ -240,11 +240,11 @@ def test_what_no_pack_can_have_is_refused_by_its_setting(make: Make) -> None:
 
 def test_a_trial_that_has_its_result_is_not_trained_again(make: Make) -> None:
     sweep = make(RATES)
-    runner = PackRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0)
     runner.begin(asked(sweep, 0, optim__lr=1e-4))
     assert [each.state for each in until(runner, 1)] == [COMPLETE]
     lines = (sweep.run_dir(0) / "metrics.jsonl").read_text()
-    again = PackRunner(sweep, 1)
+    again = MultiTrialRunner(sweep, 1)
     again.begin(asked(sweep, 0, optim__lr=1e-4))
     assert [each.state for each in again.poll()] == [COMPLETE]
     assert (sweep.run_dir(0) / "metrics.jsonl").read_text() == lines

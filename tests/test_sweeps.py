@@ -40,11 +40,11 @@ from distlora_launcher.launch.lock import holders, lock_run, worker_place
 from distlora_launcher.launch.signals import Forwarder
 from distlora_launcher.sweeps import local_workers, runner, study
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
-from distlora_launcher.sweeps.plots import scale_of
-from distlora_launcher.sweeps.request import ask, pinned
+from distlora_launcher.sweeps.parse import parse_sweep, pinned
+from distlora_launcher.sweeps.plots import make_scale
 from distlora_launcher.sweeps.results import TOGETHER, best_of, effects
-from distlora_launcher.sweeps.runner import Alone, Asked, Outcome
-from distlora_launcher.sweeps.search import Due, search_of
+from distlora_launcher.sweeps.runner import Outcome, SingleTrialRunner, Trial
+from distlora_launcher.sweeps.search import Due, make_search
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
 from distlora_launcher.sweeps.study import Study, check_sampler
 from distlora_launcher.sweeps.worker import Follower, Worker, write_plots
@@ -59,7 +59,7 @@ def sweep_at(folder: Path, *space: Dimension, words: tuple[str, ...] = (), **set
     sweep = Sweep(
         folder=folder,
         settings=SweepConfig(**settings),
-        words=words,
+        overrides=words,
         space=space or (RATES, RANKS),
         config_dir=None,
         cwd=str(folder.parent),
@@ -70,16 +70,16 @@ def sweep_at(folder: Path, *space: Dimension, words: tuple[str, ...] = (), **set
 
 def study_of(sweep: Sweep) -> Study:
     """Another worker's view of it."""
-    return Study(sweep, search_of(sweep))
+    return Study(sweep, make_search(sweep))
 
 
-def asked(study: Study) -> Asked:
+def asked(study: Study) -> Trial:
     trial = study.ask()
-    assert isinstance(trial, Asked)
+    assert isinstance(trial, Trial)
     return trial
 
 
-def complete(study: Study, trial: Asked, value: float) -> None:
+def complete(study: Study, trial: Trial, value: float) -> None:
     study.tell(Outcome(number=trial.number, state=COMPLETE, seconds=1.0, step=3), value, {})
 
 
@@ -90,7 +90,7 @@ def fake_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sweep_is_read_as_it_was_written(tmp_path: Path):
-    sweep = sweep_at(tmp_path / "s", RATES, Interval("optim.eps", 1e-9, 1e-6, log=True), words=("a=b",), trials=3)
+    sweep = sweep_at(tmp_path / "s", RATES, Interval("optim.eps", 1e-9, 1e-6, log=True), overrides=("a=b",), trials=3)
     assert load_sweep(tmp_path / "s") == sweep
     with pytest.raises(UserError, match="already holds a sweep"):
         make_sweep(sweep)
@@ -109,7 +109,7 @@ def test_workers_share_the_cells_of_a_grid_in_their_order(tmp_path: Path):
         {"optim.lr": 1e-2, "adapter.r": 16},
     ]
     assert [trial.number for trial in trials] == [0, 1, 2, 3]
-    assert trials[2].words[-3:] == ("optim.lr=0.01", "adapter.r=8", f"run_dir={sweep.folder / 'trials/0002'}")
+    assert trials[2].overrides[-3:] == ("optim.lr=0.01", "adapter.r=8", f"run_dir={sweep.folder / 'trials/0002'}")
 
 
 def test_draws_are_the_same_for_any_number_of_workers_and_after_a_restart(tmp_path: Path):
@@ -222,7 +222,7 @@ def test_a_draw_that_a_kill_interrupts_leaves_no_trial_without_values(tmp_path: 
     for method in ("random", "optuna"):
         sweep = sweep_at(tmp_path / method, Interval("optim.lr", 1e-5, 1e-3), method=method, trials=2)
         with monkeypatch.context() as killed:
-            killed.setattr(Study, "_own", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+            killed.setattr(Study, "_claim", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
             with pytest.raises(OSError, match="no space left"):
                 study_of(sweep).ask()
         trial = asked(study_of(sweep))
@@ -256,7 +256,7 @@ def test_a_record_that_another_machine_does_not_see_yet_means_no_dead_worker(tmp
     """NFS shows a file that is written and kept open as empty to others for a while."""
     sweep = sweep_at(tmp_path / "s")
     with worker_place(sweep.folder, "worker_0"):
-        first = Study(sweep, search_of(sweep), place="worker_0")
+        first = Study(sweep, make_search(sweep), place="worker_0")
         assert asked(first).number == 0
         os.truncate(sweep.folder / "machines" / "worker_0.json", 0)
         assert asked(study_of(sweep)).number == 1
@@ -284,10 +284,10 @@ def test_a_place_that_is_looked_at_can_be_taken(tmp_path: Path):
 
 def test_a_trial_that_somebody_goes_on_with_by_hand_is_left_to_him(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s", Values("optim.lr", (1e-3, 1e-2)))
-    trial = asked(Study(sweep, search_of(sweep), place="worker_9"))
+    trial = asked(Study(sweep, make_search(sweep), place="worker_9"))
     trial.run_dir.mkdir(parents=True)
     (trial.run_dir / "config.yaml").write_text("")
-    study = Study(sweep, search_of(sweep), place="worker_0")
+    study = Study(sweep, make_search(sweep), place="worker_0")
     with worker_place(sweep.folder, "worker_0"):
         with lock_run(trial.run_dir):
             assert asked(study).number == 1
@@ -489,7 +489,7 @@ def work(sweep: Sweep) -> int:
     with worker_place(sweep.folder, "worker_0"):
         study = study_of(sweep)
         study.enqueue()
-        return Worker(sweep, study, Alone(sweep)).work(Forwarder())
+        return Worker(sweep, study, SingleTrialRunner(sweep)).work(Forwarder())
 
 
 @pytest.mark.usefixtures("fake_trials")
@@ -546,7 +546,7 @@ class TwoAtOnce:
         self.leaves -= 1
         return self.leaves < 0
 
-    def begin(self, trial: Asked) -> None:
+    def begin(self, trial: Trial) -> None:
         self.running.append(trial.number)
 
     def verdict(self, number: int, step: int, *, prune: bool) -> None:
@@ -662,7 +662,7 @@ def start_sweep(sweep: Sweep, tmp_path: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_workers_of_a_sweep_end_together_and_go_on_with_what_they_had(tmp_path: Path, signum: signal.Signals):
-    sweep = sweep_at(tmp_path / "s", RATES, Values("train.seed", (0, 1)), words=("name=waits",), workers=2)
+    sweep = sweep_at(tmp_path / "s", RATES, Values("train.seed", (0, 1)), overrides=("name=waits",), workers=2)
     run_dirs = [sweep.run_dir(number) for number in range(4)]
     command = start_sweep(sweep, tmp_path)
     wait_for(lambda: all((run_dir / "starts").is_file() for run_dir in run_dirs[:2]))
@@ -692,14 +692,14 @@ def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     paths = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", f"run_dir={tmp_path / 's 1'}"]
-    sweep, _ = ask([*paths, "name=try", "optim.lr=1e-4,2e-4", "tracker.tags=[a]"])
+    sweep, _ = parse_sweep([*paths, "name=try", "optim.lr=1e-4,2e-4", "tracker.tags=[a]"])
     config = sweep.compose(3, {"optim.lr": 2e-4}).config
     assert (config.name, config.tracker.group, config.tracker.tags) == ("try-0003", "s 1", ("a",))
     assert config.run_dir == str(tmp_path / "s 1" / "trials" / "0003")
-    sweep, _ = ask([*paths, "tracker.group=mine", "name=a,b"])
+    sweep, _ = parse_sweep([*paths, "tracker.group=mine", "name=a,b"])
     config = sweep.compose(0, {"name": "b"}).config
     assert (config.name, config.tracker.group) == ("b", "mine")
-    sweep, _ = ask([*paths, "optim.lr=1e-4,2e-4", "tracker=none"])
+    sweep, _ = parse_sweep([*paths, "optim.lr=1e-4,2e-4", "tracker=none"])
     assert sweep.compose(0, {}).config.tracker.group is None
     monkeypatch.setenv("WANDB_RUN_ID", "of-the-agent")
     assert "WANDB_RUN_ID" not in runner.environment()
@@ -707,23 +707,23 @@ def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
 
 def test_a_model_on_the_hub_is_of_one_commit_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "distlora_launcher.sweeps.request.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}")
+        "distlora_launcher.sweeps.parse.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}")
     )
     words = ["model.path=org/base", "model.revision=main", "data.path=d.jsonl", f"run_dir={tmp_path / 's'}"]
-    sweep, first = ask([*words, "optim.lr=1e-4,2e-4"])
+    sweep, first = parse_sweep([*words, "optim.lr=1e-4,2e-4"])
     config = pinned(sweep, first.config).compose(1, {"optim.lr": 2e-4}).config
     assert (config.model.path, config.model.revision) == ("org/base", "org/base@main")
-    sweep, first = ask([*words, "model.revision=main,v2"])
+    sweep, first = parse_sweep([*words, "model.revision=main,v2"])
     assert pinned(sweep, first.config) == sweep
 
 
 def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,2")
-    assert local_workers.shares(2, 2) == ["4,5", "6,7"]
+    assert local_workers.visible_devices(2, 2) == ["4,5", "6,7"]
     with pytest.raises(UserError, match=r"need 6 GPUs, and this machine shows 5; set sweep.workers=2"):
-        local_workers.shares(3, 2)
+        local_workers.visible_devices(3, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert local_workers.shares(2, 1) == [None, None]
+    assert local_workers.visible_devices(2, 1) == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -891,6 +891,6 @@ def test_optunas_importance_finds_the_setting_that_matters(tmp_path: Path):
     ],
 )
 def test_numbers_stand_by_their_size_or_logarithm_and_words_beside_each_other(values: Any, places: Any):
-    scale = scale_of(values)
+    scale = make_scale(values)
     assert [scale.place(value) for value in values] == pytest.approx(places)
     assert len(scale.marks) == len(values)

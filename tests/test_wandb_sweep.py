@@ -30,7 +30,7 @@ from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides
 from distlora_launcher.sweeps import wandb_agents
 from distlora_launcher.sweeps.space import split
-from distlora_launcher.sweeps.wandb_agents import ask, unfinished
+from distlora_launcher.sweeps.wandb_agents import parse_agents, unfinished
 from distlora_launcher.sweeps.wandb_sweep import parameter
 from small_models import read_metrics
 from wandb_logs import read_wandb_log
@@ -161,8 +161,8 @@ def test_hydra_reads_what_an_agent_writes_as_the_value_that_was_meant(word: str)
         (override,) = parse_overrides([f"{dimension.setting}={value}"])  # As an agent's f-string.
         read = override.value()
         assert (read if not hasattr(read, "text") else read.text) == meant
-        assert agrees(wandb_agents.read(dimension.setting, value), meant)
-        assert not agrees(wandb_agents.read(dimension.setting, value), "something else")
+        assert agrees(wandb_agents.parse_value(dimension.setting, value), meant)
+        assert not agrees(wandb_agents.parse_value(dimension.setting, value), "something else")
 
 
 def start_as_agent(monkeypatch: pytest.MonkeyPatch, place: Path, values: dict[str, Any], text: str = "") -> None:
@@ -221,12 +221,12 @@ def test_an_agents_words_are_checked(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_agents_can_be_started_again_by_their_folder(tmp_path: Path) -> None:
     words = ["team/p/s1", "--count", "3", "sweep.workers=2", "cluster=slurm", "cluster.nodes=2", "cluster.partition=x"]
-    request, index, cluster = ask([*words, f"run_dir='{tmp_path}/two words'"])
+    request, index, cluster = parse_agents([*words, f"run_dir='{tmp_path}/two words'"])
     assert (request.sweep_id, request.count, request.workers, index) == ("s1", 3, 2, None)
     assert (cluster.launcher, cluster.nodes, cluster.partition) == ("slurm", 2, "x")
     assert request.folder == tmp_path / "two words"
-    assert ask(request.words())[0] == request
-    assert ask([*request.one(), "--index", "1"])[:2] == (replace(request, workers=1, cluster=()), 1)
+    assert parse_agents(request.overrides())[0] == request
+    assert parse_agents([*request.one(), "--index", "1"])[:2] == (replace(request, workers=1, cluster=()), 1)
 
 
 @pytest.mark.parametrize("by", ["wandb", "the command"])
@@ -256,14 +256,14 @@ def test_a_command_that_an_agent_has_started_notes_that_wandb_ended_it(
         (Path(config.run_dir) / "logs").mkdir(parents=True)
         return 75
 
-    monkeypatch.setattr(train, "start", start)
+    monkeypatch.setattr(train, "start_run", start)
     with pytest.raises(SystemExit, match="75"):  # Hydra hands a code on by this alone.
         main(["train", *settings(folders, tmp_path)])
     assert wandb_agents.was_ended_early(tmp_path / "runs" / "s1" / "run1")
 
 
 def test_what_was_stopped_or_killed_goes_on_and_nothing_else_does(tmp_path: Path) -> None:
-    request, _, _ = ask(["team/p/s1", f"run_dir={tmp_path}"])
+    request, _, _ = parse_agents(["team/p/s1", f"run_dir={tmp_path}"])
     for name in ("stopped", "killed", "failed", "done", "ended-early", "of-another", "by-hand"):
         run = tmp_path / name
         (run / "logs").mkdir(parents=True)

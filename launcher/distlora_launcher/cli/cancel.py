@@ -15,7 +15,7 @@ from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.launch.logs import host_name
 from distlora_launcher.launch.processes import Process
-from distlora_launcher.sweeps.slurm_array import jobs_of
+from distlora_launcher.sweeps.slurm_array import live_jobs
 from distlora_launcher.sweeps.wandb_agents import is_agents_folder
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown
@@ -121,7 +121,7 @@ def cancel_jobs(jobs: Sequence[Job], *, now: bool) -> None:
 def cancel_sweep(sweep: Path, *, now: bool) -> None:
     """End the workers of a sweep, which have their trials save and stop. UserError where none lives, or is here."""
     try:
-        jobs = jobs_of(sweep)
+        jobs = live_jobs(sweep)
         cancel_jobs(jobs, now=now)
     except SchedulerError as error:
         raise UserError(f"SLURM refuses: {error}") from error

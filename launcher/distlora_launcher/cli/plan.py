@@ -47,7 +47,7 @@ from distlora_launcher.compose.compose import expand_home, names_model
 from distlora_launcher.compose.listing import known_models
 from distlora_launcher.compose.planning import choices
 from distlora_launcher.compose.this_machine import planned_model
-from distlora_launcher.sweeps.multi_trial_size import composed_for_plan, packing_of
+from distlora_launcher.sweeps.multi_trial_size import compose_for_plan, plan_together
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 
@@ -229,13 +229,13 @@ def check_picture(path: Path) -> None:
 
 def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answer:
     """The plan of a run with these settings. UserError for what `distlora train` would refuse of them."""
-    sweep, trials = composed_for_plan(settings, config_dir=config_dir)
+    sweep, trials = compose_for_plan(settings, config_dir=config_dir)
     composed = trials[0]
     require_model(composed.config)
     check_parallel(composed.config.parallel, composed.config.cluster.ranks)
     if sweep is not None and sweep.packed != 1:
         check_pack([trial.config for trial in trials])
-        packed = packing_of(sweep, trials)
+        packed = plan_together(sweep, trials)
         if packed.most != 0:
             return Answer(plan=packed.plan, packed=packed)
     choice = choices(composed.config, composed.fixed)

@@ -38,16 +38,15 @@ def resume(folder: Path) -> int:
     from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
     from distlora_launcher.launch.local import is_complete, resume_run
     from distlora_launcher.launch.multi_node import resume_multi_node
-    from distlora_launcher.sweeps.wandb_agents import go_on as go_on_with_agents
-    from distlora_launcher.sweeps.wandb_agents import is_agents_folder
+    from distlora_launcher.sweeps.wandb_agents import is_agents_folder, resume_agents
 
     folder = folder.expanduser().absolute()
     if is_sweep_folder(folder):
-        from distlora_launcher.cli.sweep import go_on
+        from distlora_launcher.cli.sweep import resume_trials
 
-        return go_on(folder)
+        return resume_trials(folder)
     if is_agents_folder(folder):
-        return go_on_with_agents(folder)
+        return resume_agents(folder)
     if is_sweep(folder):
         return resume_sweep(folder)
     config = load_config(folder)

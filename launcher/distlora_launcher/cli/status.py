@@ -97,11 +97,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     folder = Path(options.run).expanduser().absolute()
     if is_sweep_folder(folder):
-        from distlora_launcher.sweeps.results import as_json, sweep_status
-        from distlora_launcher.sweeps.results import describe as describe_sweep
+        from distlora_launcher.sweeps.results import describe_status, status_as_json, sweep_status
 
         sweep = sweep_status(folder)
-        print(as_json(sweep) if options.json else describe_sweep(sweep))
+        print(status_as_json(sweep) if options.json else describe_status(sweep))
         return 0
     found = statuses(folder)
     if (folder / CONFIG_NAME).exists():

@@ -1,4 +1,4 @@
-"""`distlora sweep`: composes and checks, makes the sweep's folder, starts its workers, shows what came of it."""
+"""Run `distlora sweep`: check the sweep, make its folder, start its workers, print the results."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from distlora.system.exit_codes import DONE
 from distlora_launcher.launch.lock import holders
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.local_workers import run_workers_here, show_results
-from distlora_launcher.sweeps.request import (
-    ask,
+from distlora_launcher.sweeps.parse import (
     check_place,
     check_trials,
+    parse_sweep,
     pinned,
 )
-from distlora_launcher.sweeps.search import search_of
+from distlora_launcher.sweeps.search import make_search
 from distlora_launcher.sweeps.space import first_cell
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.worker import conclude
@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
-    sweep, first = ask(arguments)
-    search = search_of(sweep)
+    sweep, first = parse_sweep(arguments)
+    search = make_search(sweep)
     check_place(sweep, first.config)
     check_trials(sweep, search, first)
     sweep = pinned(sweep, first.config)
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     return start(sweep, first.config)
 
 
-def go_on(folder: Path) -> int:
+def resume_trials(folder: Path) -> int:
     """Continue a sweep that was stopped or killed. Returns the exit code."""
     sweep = load_sweep(folder)
     alive = holders(folder)
@@ -74,18 +74,18 @@ def go_on(folder: Path) -> int:
         not alive,
         f"{shown(folder)} runs on {where}; wait for it, or stop it with `distlora cancel {shown(folder)}`",
     )
-    search = search_of(sweep)
+    search = make_search(sweep)
     study = Study(sweep, search)
     study.enqueue()
     if study.is_over():
         conclude(sweep, study, search)
         return show_results(sweep, study, search)
     say(f"sweep folder {shown(folder)}")
-    return start(sweep, sweep.compose(0, first_cell(sweep.space), search.words).config)
+    return start(sweep, sweep.compose(0, first_cell(sweep.space), search.overrides).config)
 
 
 def start(sweep: Sweep, config: Config) -> int:
-    """Start the workers of a sweep that is made: here, or as an array of SLURM."""
+    """Start the workers of a sweep on this node, or as a SLURM array. Returns the exit code."""
     if config.cluster.launcher == "slurm":
         code: int = importlib.import_module("distlora_launcher.sweeps.slurm_array").submit(sweep, config)
         return code

@@ -40,7 +40,7 @@ from distlora_launcher.jobs.submit import check_with_slurm, is_job, make_script,
 from distlora_launcher.jobs.sweep import Sweep
 from distlora_launcher.launch.local import remove_if_empty, start_run
 from distlora_launcher.launch.multi_node import start_multi_node
-from distlora_launcher.sweeps.wandb_agents import begun, check_agent, note_end, words_under_agent
+from distlora_launcher.sweeps.wandb_agents import add_run_dir, check_agent, find_begun_run, note_end
 from distlora_launcher.terminal.output import say, shown
 
 PROGRAM = "distlora train"
@@ -53,13 +53,13 @@ def main(arguments: list[str]) -> int:
     arguments = [with_new_keys(expand_home(word)) for word in arguments]
     refuse_sweep_section(arguments)
     dry_run = DRY_RUN in arguments
-    arguments = words_under_agent([word for word in arguments if word != DRY_RUN])
+    arguments = add_run_dir([word for word in arguments if word != DRY_RUN])
     flags = read_flags(arguments)
     if dry_run or is_run(flags):
         runs = composed(flags)
         first = runs[0].config
         check_agent([run.config for run in runs])
-        if begun(first) is not None:
+        if find_begun_run(first) is not None:
             return resume(Path(first.run_dir))
         refuse_multi_node_sweep(first.cluster, flags)
         refuse_dry_run(first.cluster, flags, dry_run)

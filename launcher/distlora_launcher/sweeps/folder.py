@@ -1,4 +1,4 @@
-"""A sweep as it was asked for: SWEEP/sweep.yaml, and what it makes of a trial's values."""
+"""Write and read SWEEP/sweep.yaml, and compose the settings of a trial."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distlora_launcher.compose.compose import Composed, compose_run, section_of
 from distlora_launcher.sweeps.space import Dimension, as_records, from_records
 
 LOGS = "logs"
-"""In SWEEP: what workers and trials print."""
+"""Folder in SWEEP for the output of workers and trials."""
 
 _SWEEP: Shape = {
     "settings": dict,
@@ -36,53 +36,56 @@ _SWEEP: Shape = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """What is searched and how, and what all trials share."""
+    """A sweep: what is searched, how, and what all trials share."""
 
     folder: Path
     settings: SweepConfig
-    words: tuple[str, ...]
-    """Of `distlora train`, for all trials."""
+    overrides: tuple[str, ...]
+    """Overrides of `distlora train` that all trials share."""
     space: tuple[Dimension, ...]
     config_dir: str | None
-    """The folder of --config-dir."""
+    """Folder of --config-dir."""
     cwd: str
-    """Where the command was given, which relative paths in the words start from."""
+    """Folder of the command, to which relative paths in the overrides refer."""
     name: str | None = None
-    """Of the runs, to which each trial's adds its number; None: none, as what is searched has it."""
+    """Name of the runs, to which each trial's number is added; None if `name` is searched."""
 
     def run_dir(self, number: int) -> Path:
-        """The run folder of a trial."""
+        """Return the run folder of a trial."""
         return trial_folder(self.folder, number)
 
-    def trial_words(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> list[str]:
-        """The words of `distlora train` of a trial; the user's overrule `extra`, which are its search's. A trial that
-        trains everything has no use for what they say of adapters and quantization, and would be refused for it."""
+    def trial_overrides(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> list[str]:
+        """Return the overrides of `distlora train` for a trial.
+
+        The user's overrides go before `extra`, which are the search's. For full fine-tuning in a rank search, overrides
+        of `adapter` and `quant` are left out.
+        """
         unused = (
             ("adapter", "quant") if values.get("adapter") == "full" and self.settings.method == "rank_search" else ()
         )
-        shared = [word for word in self.words if section_of(word) not in unused]
+        shared = [word for word in self.overrides if section_of(word) not in unused]
         own = {} if self.name is None else {"name": f"{self.name}-{number:04d}"}
         own["run_dir"] = str(self.run_dir(number))
         return [*extra, *shared, *words_of(values), *words_of(own)]
 
     def compose(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> Composed:
-        """The settings of a trial. Raises UserError as `distlora train` does."""
+        """Return the settings of a trial. Raises UserError as `distlora train` does."""
         require(
             Path(self.cwd).is_dir(),
             f"{self.cwd} is gone, where {self.folder} was started and from where its relative paths go; make it again, "
             f"or write the paths in {self.folder / SWEEP_NAME} from / on and set cwd there to another folder",
         )
         with contextlib.chdir(self.cwd):
-            return compose_run(self.trial_words(number, values, extra), config_dir=self.config_dir)
+            return compose_run(self.trial_overrides(number, values, extra), config_dir=self.config_dir)
 
 
 def make_sweep(sweep: Sweep) -> None:
-    """Write SWEEP/sweep.yaml, whole, and only if there is none: of two starts with one folder, one is refused."""
+    """Write SWEEP/sweep.yaml atomically; raise UserError if it exists, so that one of two starts is refused."""
     path = sweep.folder / SWEEP_NAME
     sweep.folder.mkdir(parents=True, exist_ok=True)
     values = {
         "settings": dataclasses.asdict(sweep.settings),
-        "words": list(sweep.words),
+        "words": list(sweep.overrides),
         "space": as_records(sweep.space),
         "config_dir": sweep.config_dir,
         "cwd": sweep.cwd,
@@ -102,7 +105,7 @@ def make_sweep(sweep: Sweep) -> None:
 
 
 def load_sweep(folder: Path) -> Sweep:
-    """The sweep in a folder. Raises UserError for a folder without, and for a damaged record."""
+    """Return the sweep in a folder. Raises UserError if there is none, or if it is damaged."""
     path = folder / SWEEP_NAME
     if not path.is_file():
         raise UserError(f"{folder} holds no sweep (no {SWEEP_NAME}); start one with `distlora sweep`")
@@ -119,7 +122,7 @@ def load_sweep(folder: Path) -> Sweep:
     return Sweep(
         folder=folder,
         settings=settings,
-        words=tuple(values["words"]),
+        overrides=tuple(values["words"]),
         space=space,
         config_dir=values["config_dir"],
         cwd=values["cwd"],

@@ -1,4 +1,4 @@
-"""Start the workers of a sweep on this node, each with an equal number of its GPUs, and end them together."""
+"""Run the workers of a sweep on this node: an equal number of GPUs each, stopped together."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch.signals import forwarding
 from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.results import closing, text
-from distlora_launcher.sweeps.search import Search, search_of
+from distlora_launcher.sweeps.results import format_table, summary_lines
+from distlora_launcher.sweeps.search import Search, make_search
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.terminal.output import say, shown
 
 POLL_SECONDS = 0.1
 
 
-def shares(workers: int, processes: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each worker; None where the machine shows no GPU. Raises UserError for too few."""
+def visible_devices(workers: int, processes: int) -> list[str | None]:
+    """Return CUDA_VISIBLE_DEVICES of each worker; None if the node has no GPU. Raises UserError for too few."""
     available = gpu_count()
     if available == 0:
         return [None] * workers
@@ -52,13 +52,15 @@ def shares(workers: int, processes: int) -> list[str | None]:
 
 
 def run_workers_here(sweep: Sweep, config: Config) -> int:
-    """Run the workers to their end, and show the results; on a machine with fewer GPUs than the sweep was made for, as
-    many as it has GPUs for. Returns the exit code."""
+    """Run the workers to their end and print the results. Returns the exit code.
+
+    With fewer GPUs than the sweep was made for, it starts as many workers as there are GPUs for.
+    """
     wanted, processes, available = sweep.settings.workers, config.cluster.gpus_per_node, gpu_count()
     workers_here = wanted if available == 0 else max(1, min(wanted, available // processes))
     if workers_here < wanted:
         say(f"{workers_here} of {wanted} workers (sweep.workers), as this machine shows {available} GPUs")
-    gpus = shares(workers_here, processes)
+    gpus = visible_devices(workers_here, processes)
     with forwarding() as forwarder:
         workers = [_start(sweep.folder, index, share) for index, share in enumerate(gpus)]
         heard = None
@@ -76,10 +78,10 @@ def run_workers_here(sweep: Sweep, config: Config) -> int:
 
 
 def _report(sweep: Sweep, codes: Sequence[int], *, killed: bool) -> int:
-    """Show what came of the trials. Returns the exit code."""
+    """Print the results. Returns the exit code."""
     if set(codes) == {BAD_INPUT}:
         return BAD_INPUT
-    search = search_of(sweep)
+    search = make_search(sweep)
     study = Study(sweep, search)
     code = show_results(sweep, study, search)
     if study.is_over():
@@ -89,10 +91,10 @@ def _report(sweep: Sweep, codes: Sequence[int], *, killed: bool) -> int:
 
 
 def show_results(sweep: Sweep, study: Study, search: Search) -> int:
-    """Print the table. Returns 1 where no trial came to its end, else 0."""
+    """Print the table. Returns 1 if no trial is complete, else 0."""
     trials = at_rest(study.records())  # Its workers have ended.
-    say(f"\n{text(sweep, trials)}\n")
-    for line in [*closing(sweep, trials), *search.conclusion(trials)]:
+    say(f"\n{format_table(sweep, trials)}\n")
+    for line in [*summary_lines(sweep, trials), *search.conclusion(trials)]:
         say(line)
     return DONE if any(trial.state == COMPLETE for trial in trials) else FAILED
 

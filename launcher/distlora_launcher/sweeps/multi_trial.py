@@ -1,4 +1,12 @@
-"""X"""
+"""Train several trials at once on one base: prepare their run folders and feed a multi-trial process.
+
+The process (distlora/training/multi_trial/) reads and writes files in SWEEP/packs/N. Its launcher:
+
+    python -m distlora_launcher.sweeps.multi_trial FOLDER
+
+Trials whose settings may not differ wait for the next process. One that dies is started again with half as many trials
+at once, each from its last checkpoint; a trial that was alone in one that died has failed.
+"""
 
 from __future__ import annotations
 
@@ -52,55 +60,55 @@ from distlora_launcher.launch.run_state import read_ending
 from distlora_launcher.launch.signals import block
 from distlora_launcher.launch.workers import run_workers
 from distlora_launcher.sweeps.folder import LOGS, Sweep
-from distlora_launcher.sweeps.multi_trial_size import number_of, packing_beside, packing_of, valid_sizes
-from distlora_launcher.sweeps.runner import Asked, Outcome, environment, last_error, trial_log, wait_until_free
+from distlora_launcher.sweeps.multi_trial_size import count_trials, largest_trials, plan_beside, plan_together
+from distlora_launcher.sweeps.runner import Outcome, Trial, environment, last_error, trial_log, wait_until_free
 from distlora_launcher.terminal.output import say
 
 
 @dataclass(slots=True)
-class _Trial:
+class _Running:
     """A trial from `begin` to its outcome."""
 
-    asked: Asked
+    trial: Trial
     config: Config
     hold: contextlib.ExitStack
-    """Its run folder is held while this is open, so that nobody resumes it beside."""
+    """Lock of its run folder, so that nobody resumes it meanwhile."""
     began: float = field(default_factory=time.monotonic)
 
 
-class PackRunner:
-    """The trials of one worker, in one pack after the other."""
+class MultiTrialRunner:
+    """Trains the trials of one worker, in one multi-trial process after the other."""
 
     def __init__(self, sweep: Sweep, index: int) -> None:
         self._sweep, self._index = sweep, index
-        sizes = valid_sizes(sweep)
+        sizes = largest_trials(sweep)
         self._sizes = [trial.config.adapter for trial in sizes]
-        """Of the trials that may take most memory."""
-        self.slots = packing_of(sweep.settings, sizes, most=number_of(sweep)).trials
-        self._trials: dict[int, _Trial] = {}
+        """Adapters of the trials that may need most memory."""
+        self.slots = plan_together(sweep.settings, sizes, most=count_trials(sweep)).trials
+        self._trials: dict[int, _Running] = {}
         self._waiting: list[int] = []
-        """Trials for a later pack, in the order in which they came."""
+        """Trials for a later process, in the order in which they came."""
         self._to_prepare: list[int] = []
         self._preparing: _Preparation | None = None
         self._done: list[Outcome] = []
-        self._pack: PackFolder | None = None
+        self._pack: MultiTrialRun | None = None
         self._packs = 0
         self._prepared: dict[str, Path] = {}
-        """RUN/data.json by all that it depends on."""
+        """RUN/data.json by all settings that it depends on."""
         self._closed = self._stops = False
 
     @property
     def is_idle(self) -> bool:
         return self._pack is None or not self._pack.was_started or self._pack.ended() is not None
 
-    def begin(self, trial: Asked) -> None:
+    def begin(self, trial: Trial) -> None:
         wait_until_free(trial.run_dir)
         config = self._config_of(trial)
         with contextlib.ExitStack() as held:
             held.enter_context(lock_run(trial.run_dir))
             is_done = find_result(trial.run_dir) is not None
             fits = is_done or self._fits(config)
-            self._trials[trial.number] = _Trial(trial, config, held.pop_all())
+            self._trials[trial.number] = _Running(trial, config, held.pop_all())
         if is_done:  # Whoever had it before was killed before it could say so.
             self._end(trial.number, COMPLETE)
         else:
@@ -117,8 +125,8 @@ class PackRunner:
         done, self._done = self._done, []
         return done
 
-    def _look(self, pack: PackFolder) -> None:
-        """What the pack has written, and whether it is over."""
+    def _look(self, pack: MultiTrialRun) -> None:
+        """Read what the process has written, and whether it has ended."""
         code = pack.ended()  # First: what it wrote before its end is then there to be read.
         for ended in pack.outcomes():
             self._end(ended.number, ended.state, ended)
@@ -143,9 +151,11 @@ class PackRunner:
         if self._pack is not None:
             self._pack.ask_to_stop()
 
-    def _config_of(self, trial: Asked) -> Config:
-        """The settings of a trial, whose run folder is made where it is not there yet. Raises UserError for one that
-        cannot be a trial of a pack, or of any run."""
+    def _config_of(self, trial: Trial) -> Config:
+        """Return the settings of a trial; make its run folder if needed.
+
+        Raises UserError if it cannot run, or not with other trials.
+        """
         run_dir, folder = trial.run_dir, self._sweep.config_dir
         if (run_dir / CONFIG_NAME).is_file():
             config = load_config(run_dir)
@@ -153,7 +163,7 @@ class PackRunner:
             check(config, new_run=False)
             return config
         with contextlib.chdir(self._sweep.cwd):
-            composed = compose_run(trial.words, config_dir=folder)
+            composed = compose_run(trial.overrides, config_dir=folder)
         check(composed.config, new_run=True)
         config = self._decided(composed.config, composed.fixed)
         config = dataclasses.replace(config, model=localize(config.model))
@@ -167,7 +177,7 @@ class PackRunner:
         return config
 
     def _decided(self, config: Config, fixed: frozenset[str]) -> Config:
-        """With what plan=auto and quant=auto choose: for all trials of a pack what its first got."""
+        """Return the settings with the choices of plan=auto and quant=auto: those of the first trial for all."""
         if config.plan.mode != "auto" and config.quant.method != "auto":
             return config
         if self._pack is None:
@@ -177,7 +187,7 @@ class PackRunner:
         return with_settings(config, {name: value_of(self._pack.config, name) for name in free})
 
     def _fits(self, config: Config) -> bool:
-        """Whether a trial may be in the pack that is fed now, which is made for the first one."""
+        """Return whether a trial may join the current process, which is set up for its first trial."""
         if self._pack is None:
             self._make_pack(config)
             return True
@@ -193,9 +203,9 @@ class PackRunner:
         name = f"{self._index}" if self._packs == 0 else f"{self._index}_{self._packs}"
         self._packs += 1
         folder = self._sweep.folder / PACKS / name
-        planned = packing_beside(self._sweep, config, self._sizes)
+        planned = plan_beside(self._sweep, config, self._sizes)
         self.slots = planned.trials
-        self._pack = PackFolder(
+        self._pack = MultiTrialRun(
             folder,
             self._sweep.folder / LOGS / f"pack_{name}.log",
             dataclasses.replace(config, run_dir=str(folder)),
@@ -205,7 +215,7 @@ class PackRunner:
         self._pack.keep_plan(planned.plan.as_json())
 
     def _prepare(self) -> None:
-        """Go on with the preparation of trials' data, one after the other: most share it."""
+        """Continue the preparation of trials' data, one after the other: most share it."""
         if self._preparing is not None:
             code = self._preparing.process.poll()
             if code is None:
@@ -214,13 +224,13 @@ class PackRunner:
             self._preparing = None
         while self._to_prepare and self._preparing is None:
             trial = self._trials[self._to_prepare.pop(0)]
-            run_dir, key = trial.asked.run_dir, _data_of(trial.config)
+            run_dir, key = trial.trial.run_dir, _data_of(trial.config)
             if not is_prepared(run_dir) and key in self._prepared:
                 shutil.copyfile(self._prepared[key], run_dir / DATA_NAME)
             if is_prepared(run_dir):
                 self._put(trial)
             else:
-                self._preparing = _Preparation.of(trial.asked, trial_log(self._sweep, trial.asked.number))
+                self._preparing = _Preparation.start(trial.trial, trial_log(self._sweep, trial.trial.number))
 
     def _prepare_ended(self, preparing: _Preparation, code: int) -> None:
         trial = self._trials[preparing.number]
@@ -231,20 +241,20 @@ class PackRunner:
         else:
             reason = last_error(preparing.log, preparing.log_start) or f"its preparation ended with code {code}"
             self._end(preparing.number, FAILED, reason=reason, is_refused=code == BAD_INPUT)
-            forget_run(trial.asked.run_dir)
+            forget_run(trial.trial.run_dir)
 
-    def _put(self, trial: _Trial) -> None:
-        """Into the pack, whose workers start with its first trial."""
+    def _put(self, trial: _Running) -> None:
+        """Hand a prepared trial to the process, which starts with its first trial."""
         assert self._pack is not None, "it was made for the first trial that it fits"
-        run_dir = trial.asked.run_dir
+        run_dir = trial.trial.run_dir
         self._prepared.setdefault(_data_of(trial.config), run_dir / DATA_NAME)
         shutil.copyfile(self._pack.folder / PLAN_NAME, run_dir / PLAN_NAME)
-        self._pack.put(trial.asked.number, run_dir)
+        self._pack.put(trial.trial.number, run_dir)
         if not self._pack.was_started:
             self._pack.start(self._pack.slots)
 
-    def _after(self, pack: PackFolder, code: int) -> None:
-        """The pack's process has ended, and what it wrote of its trials was read."""
+    def _after(self, pack: MultiTrialRun, code: int) -> None:
+        """Handle the end of the process, once its outcomes are read."""
         left = pack.inside
         if self._stops or code == STOPPED:
             for number in left:
@@ -261,15 +271,15 @@ class PackRunner:
         self._next_pack()
 
     def _next_pack(self) -> None:
-        """Make the pack after this one, of those that came when this one had ended or never fitted into it."""
+        """Set up the next process, for the trials that came too late or did not fit into this one."""
         self._pack = None
         again, self._waiting, self._to_prepare = [*self._to_prepare, *self._waiting], [], []
         for number in again:
             fits = self._fits(self._trials[number].config)
             (self._to_prepare if fits else self._waiting).append(number)
 
-    def _again(self, pack: PackFolder, reason: str) -> None:
-        """Start a pack that has died, with fewer trials at once; without the one that was alone in it."""
+    def _again(self, pack: MultiTrialRun, reason: str) -> None:
+        """Restart a process that has died with fewer trials at once, without a trial that was alone in it."""
         if pack.slots > 1:
             slots = max(1, min(pack.slots, len(pack.inside)) // 2)
             say(f"the pack of {len(pack.inside)} trials died ({reason}); going on with {slots} at once")
@@ -288,12 +298,12 @@ class PackRunner:
         self,
         number: int,
         state: str,
-        ended: Ended | None = None,
+        ended: RecordedOutcome | None = None,
         *,
         reason: str | None = None,
         is_refused: bool = False,
     ) -> None:
-        """Note the outcome of a trial, and let go of its folder."""
+        """Record the outcome of a trial and release its folder."""
         trial = self._trials.pop(number)
         trial.hold.close()
         seconds = time.monotonic() - trial.began
@@ -316,7 +326,7 @@ class _Preparation:
     log_start: int
 
     @classmethod
-    def of(cls, trial: Asked, log: Path) -> _Preparation:
+    def start(cls, trial: Trial, log: Path) -> _Preparation:
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "distlora_launcher.launch.bound", "distlora.data", str(trial.run_dir)]
         with log.open("ab") as file:
@@ -333,7 +343,7 @@ class _Preparation:
 
 
 def _data_of(config: Config) -> str:
-    """What a run's data depends on."""
+    """Return a key of the settings that a run's data depends on."""
     return repr((config.model, config.data, config.train.seed, config.train.objective))
 
 
@@ -341,8 +351,8 @@ MODULE = "distlora_launcher.sweeps.multi_trial"
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """What PACK/outcomes says of a trial."""
+class RecordedOutcome:
+    """A trial's outcome as the process wrote it."""
 
     number: int
     state: str
@@ -351,12 +361,15 @@ class Ended:
     seconds: float | None
 
 
-class PackFolder:
-    """A pack, from its first trial to its last."""
+class MultiTrialRun:
+    """The folder of a multi-trial process (distlora/training/multi_trial/protocol.py), and the process."""
 
     def __init__(self, folder: Path, log: Path, config: Config, *, slots: int, verdicts: bool) -> None:
-        """Make the folder. What a pack of a worker that was killed has left in it is taken away: the trials are whole
-        in their own run folders, and other workers may have some of them by now."""
+        """Make the folder.
+
+        Files of a killed worker's process are removed: its trials are complete in their run folders, and other workers
+        may have taken them.
+        """
         self.folder, self._log, self.config = folder, log, config
         self.slots, self._verdicts = slots, verdicts
         self.closed = False
@@ -364,9 +377,9 @@ class PackFolder:
         self._log_start = 0
         self._inside: set[int] = set()
         self._given: dict[int, Path] = {}
-        """Run folders of those that are in the inbox."""
+        """Run folders of the trials in the inbox."""
         self._later: dict[int, Path] = {}
-        """Of those that a pack of one slot is given when it has an outcome of the one before."""
+        """Run folders of trials that wait for the end of the only one in the inbox (one slot)."""
         wait_until_free(folder)
         for name in (INBOX, VERDICTS, OUTCOMES):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -377,22 +390,24 @@ class PackFolder:
         create_run(folder, config)
 
     def keep_plan(self, plan: Mapping[str, Any]) -> None:
-        """What its workers hold their memory to."""
+        """Write the plan, which the ranks check their memory against."""
         atomic_io.write_json(self.folder / PLAN_NAME, plan)
 
     @property
     def inside(self) -> frozenset[int]:
-        """Trials that were put in and have no outcome that was read."""
+        """Return the trials that were put in and whose outcome was not read yet."""
         return frozenset(self._inside)
 
     @property
     def given(self) -> list[int]:
-        """Of those the ones that its process may take: of a pack of one slot the one that is in it."""
+        """Return the trials that the process may take; with one slot, the only one in it."""
         return sorted(self._given)
 
     def put(self, number: int, run_dir: Path) -> None:
-        """A trial that is prepared. A pack of one slot is given one after the other: the one that it has is known then,
-        should it die."""
+        """Put in a prepared trial.
+
+        With one slot the inbox has one trial at a time, so that it is known which one a dying process had.
+        """
         self._inside.add(number)
         if self.slots == 1 and len(self._inside) > 1:
             self._later[number] = run_dir
@@ -404,28 +419,28 @@ class PackFolder:
         self._given[number] = run_dir
 
     def say(self, number: int, step: int, *, prune: bool) -> None:
-        """The verdict on a trial's evaluation."""
+        """Write the pruner's verdict on a trial's evaluation."""
         if self._verdicts:
             atomic_io.write_json(verdict_file(self.folder, number, step), {"prune": prune})
 
     def fail(self, number: int, reason: str) -> None:
-        """Write the outcome of a trial that its pack did not live to write."""
+        """Write the outcome of a trial whose process died with it."""
         path = outcome_file(self.folder, number)
         if not path.exists():
             atomic_io.write_json(path, {"state": FAILED, "reason": reason, "step": None, "seconds": None})
 
     def close(self) -> None:
-        """No more trials come."""
+        """Announce that no more trials come."""
         self.closed = True
         self._say_closed()
 
     def _say_closed(self) -> None:
-        """Once all trials are in the inbox: its process ends when they are done."""
+        """Close the inbox once all trials are in it: the process ends when they are done."""
         if self.closed and not self._later:
             atomic_io.write_text(self.folder / CLOSED_NAME, "")
 
-    def outcomes(self) -> Iterator[Ended]:
-        """Those that are new, in the order of their numbers."""
+    def outcomes(self) -> Iterator[RecordedOutcome]:
+        """Yield new outcomes in the order of the trials' numbers."""
         for number in sorted(self._inside):
             path = outcome_file(self.folder, number)
             if not path.is_file():
@@ -439,7 +454,7 @@ class PackFolder:
                 following = min(self._later)
                 self._give(following, self._later.pop(following))
                 self._say_closed()
-            yield Ended(
+            yield RecordedOutcome(
                 number,
                 values["state"],
                 values.get("reason"),
@@ -448,7 +463,7 @@ class PackFolder:
             )
 
     def start(self, slots: int) -> None:
-        """Start its workers; a pack that has died goes on with what has no outcome."""
+        """Start the process; after a death it continues with the trials without an outcome."""
         self.slots = slots
         waiting = {**self._later, **self._given}
         self._given, self._later = {}, {}
@@ -478,14 +493,14 @@ class PackFolder:
         return self._process is not None
 
     def ended(self) -> int | None:
-        """The exit code of its process, once; None while it runs, or where none does."""
+        """Return the exit code of the process, once; None while it runs or if there is none."""
         if self._process is None or (code := self._process.poll()) is None:
             return None
         self._process = None
         return code
 
     def why(self, code: int) -> str:
-        """Why its process ended with `code`, in a sentence."""
+        """Return why the process ended with `code`, in a sentence."""
         error = read_ending(self.folder).error
         if error is not None:
             return error.splitlines()[0]
@@ -493,7 +508,7 @@ class PackFolder:
         return last_error(self._log, self._log_start) or f"the launcher of its pack {by}"
 
     def ask_to_stop(self) -> None:
-        """Have it save every trial and end."""
+        """Have the process save every trial and end."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
@@ -510,8 +525,11 @@ WORKER = "distlora.training.multi_trial.worker"
 
 
 def run(pack: Path) -> int:
-    """Run the workers of a pack to their end. Of a pack of one, those that die are started again as a run's are; of
-    more, whoever feeds it starts fewer at once."""
+    """Run the ranks of a multi-trial process. Returns the exit code of `run_workers`.
+
+    With one slot, ranks that die are restarted as a run's are; with more, the worker restarts it with fewer trials at
+    once.
+    """
     config = load_config(pack)
     slots = read_object(pack / PACK_NAME, "start the sweep again with `distlora resume`").get("slots")
     with lock_run(pack):

@@ -1,4 +1,4 @@
-"""X"""
+"""Decide how many trials of a sweep are trained together on one base (`sweep.packed`)."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.space import Dimension, Values, count_cells, is_finite, read_section
 
 _OF_SIZE = ("adapter", "recipe")
-"""Sections whose values change what a trial takes in memory; those of others that do so may not differ in a pack."""
+"""Sections whose values change a trial's memory and may differ between trials trained together."""
 MOST_SIZES = 16
-"""Trials that are looked at for the largest."""
+"""Most trials that are compared to find the largest."""
 AT_ONCE = 2
 """Trials of a rank search that are due at once: its first two ranks."""
 
 
-def sizes(space: Sequence[Dimension], settings: SweepConfig) -> Iterator[Mapping[str, Any]]:
-    """The combinations that may take most memory: the largest of numbers that a trial's size depends on and every other
-    value of such, the first of what else is searched. Of a rank search the larger of the two ranks that run at once;
-    the others run alone."""
+def largest_values(space: Sequence[Dimension], settings: SweepConfig) -> Iterator[Mapping[str, Any]]:
+    """Yield the combinations that may need most memory.
+
+    Settings that affect memory take their largest number, or every value if they are not numbers; others take their
+    first. In a rank search it is the larger of the two ranks that run at once; later ones run alone.
+    """
     if settings.method == "rank_search":
         yield {"adapter.r": 2 * settings.rank_start}
         return
@@ -51,8 +53,8 @@ def sizes(space: Sequence[Dimension], settings: SweepConfig) -> Iterator[Mapping
         yield dict(zip(names, combination, strict=True))
 
 
-def packing_of(settings: SweepConfig, trials: Sequence[Composed], *, most: int = MOST) -> Packing:
-    """Packs of a sweep whose largest trial is one of these, on the machines that they are for; of `most` trials."""
+def plan_together(settings: SweepConfig, trials: Sequence[Composed], *, most: int = MOST) -> Packing:
+    """Return the plan for trials that run together, sized by the largest of `trials`; `most` trials at most."""
     plans = [choices(trial.config, trial.fixed).plan for trial in trials]
     model, machine = plans[0].model, plans[0].machine
     trial = largest([plan.config for plan in plans], model, machine)
@@ -61,11 +63,11 @@ def packing_of(settings: SweepConfig, trials: Sequence[Composed], *, most: int =
     return packing(trial, model, machine, asked, most=most)
 
 
-def valid_sizes(sweep: Sweep) -> list[Composed]:
-    """The trials that may take most memory, of those that can be in a pack. Raises UserError where none can."""
+def largest_trials(sweep: Sweep) -> list[Composed]:
+    """Return the trials that may need most memory and can be trained together. Raises UserError if none can."""
     trials = []
     refused: UserError | None = None
-    for values in itertools.islice(sizes(sweep.space, sweep.settings), MOST_SIZES):
+    for values in itertools.islice(largest_values(sweep.space, sweep.settings), MOST_SIZES):
         try:
             trial = sweep.compose(0, values)
             check_trial(trial.config)
@@ -79,32 +81,34 @@ def valid_sizes(sweep: Sweep) -> list[Composed]:
     return trials
 
 
-def number_of(sweep: Sweep) -> int:
-    """Trials that may be in one pack, at the most."""
+def count_trials(sweep: Sweep) -> int:
+    """Return the most trials that can run together."""
     if sweep.settings.method == "rank_search":
         return AT_ONCE
     return count_cells(sweep.space) if is_finite(sweep.space) else MOST
 
 
-def planned_pack(sweep: Sweep) -> Packing:
-    """The first packs of this sweep, with as many trials at once as are asked for or fit, and as there are. Raises
-    UserError where none of its trials can be in a pack."""
-    return packing_of(sweep.settings, valid_sizes(sweep), most=number_of(sweep))
+def plan_first_run(sweep: Sweep) -> Packing:
+    """Return the plan of the first trials that run together: as many as requested or fit, and as there are.
+
+    Raises UserError if none of the trials can be trained together.
+    """
+    return plan_together(sweep.settings, largest_trials(sweep), most=count_trials(sweep))
 
 
-def packing_beside(sweep: Sweep, config: Config, others: Iterable[AdapterConfig]) -> Packing:
-    """Packs of trials that share what a pack has to share with this one, and may have any of these adapters."""
+def plan_beside(sweep: Sweep, config: Config, others: Iterable[AdapterConfig]) -> Packing:
+    """Return the plan for trials with the shared settings of `config` and any of the adapters `others`."""
     model, machine = planned_model(config), machine_here(config, runs_here=in_job())
     adapters = [adapter for adapter in others if adapter.use_dora == config.adapter.use_dora]
     trial = largest([config, *(dataclasses.replace(config, adapter=adapter) for adapter in adapters)], model, machine)
-    most = min(MOST, number_of(sweep), sweep.settings.trials or MOST)
+    most = min(MOST, count_trials(sweep), sweep.settings.trials or MOST)
     asked = sweep.settings.packed if sweep.settings.packed == "auto" else min(sweep.settings.packed, most)
     return packing(trial, model, machine, asked, most=most)
 
 
-def checked_pack(sweep: Sweep) -> str:
-    """What the packs of this sweep take, in words. Raises UserError where so many trials do not fit together."""
-    found = planned_pack(sweep)
+def check_memory(sweep: Sweep) -> str:
+    """Describe the memory of trials trained together. Raises UserError if so many do not fit."""
+    found = plan_first_run(sweep)
     said = packed_trials(found)
     plan = found.plan
     if found.trials > 1 and found.most and plan.fits is False and plan.config.plan.refuse:
@@ -115,15 +119,15 @@ def checked_pack(sweep: Sweep) -> str:
     return said
 
 
-def composed_for_plan(
-    words: Sequence[str], *, config_dir: str | None = None
+def compose_for_plan(
+    overrides: Sequence[str], *, config_dir: str | None = None
 ) -> tuple[SweepConfig | None, list[Composed]]:
-    """The sweep that a plan is of, None where it is of a run, and its trials that may be the largest."""
-    if all(section_of(word) != "sweep" for word in words):
-        return None, [compose_run(words, config_dir=config_dir, may_lack_paths=True)]
-    settings, space, shared = read_section(words, config_dir=config_dir)
+    """Return the section `sweep` (None without one) and the trials that may be largest, for `distlora plan`."""
+    if all(section_of(word) != "sweep" for word in overrides):
+        return None, [compose_run(overrides, config_dir=config_dir, may_lack_paths=True)]
+    settings, space, shared = read_section(overrides, config_dir=config_dir)
     trials = [
         compose_run([*shared, *words_of(values)], config_dir=config_dir, may_lack_paths=True)
-        for values in itertools.islice(sizes(space, settings), MOST_SIZES)
+        for values in itertools.islice(largest_values(space, settings), MOST_SIZES)
     ]
     return settings, trials

@@ -1,4 +1,4 @@
-"""The report of a sweep: what its folder says, put together for `distlora_launcher.report`."""
+"""Collect what a sweep's folder holds for its report (`distlora_launcher.report`)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from distlora_launcher.launch.lock import holders
 from distlora_launcher.report.records import PageStatus, recorded
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora_launcher.sweeps.folder import load_sweep
-from distlora_launcher.sweeps.results import jobs_now
-from distlora_launcher.sweeps.search import Due, search_of
+from distlora_launcher.sweeps.results import jobs_in_slurm
+from distlora_launcher.sweeps.search import Due, make_search
 from distlora_launcher.terminal.output import say, shown, warn
 
 MOST_BYTES, MOST_BYTES_AT_END = 64_000_000, 4_000_000
-"""Of the trials' metrics.jsonl together, up to which their losses are drawn: of the command (5 s), and at the end."""
+"""Size limit, in bytes, of all trials' metrics.jsonl up to which losses are drawn: on request (5 s), at the end."""
 
 MOST_TRIALS = 32
-"""Packed trials that get a report where their sweep ends, 0.04 s each; of others `distlora report RUN` makes it."""
+"""Most multi-trial runs that get a report when their sweep ends (0.04 s each); `distlora report RUN` makes others."""
 
 
 def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = False) -> str:
-    """The page of a sweep, as far as its folder can be read. `has_ended`: its last worker asks."""
+    """Return the report of a sweep, as far as its folder can be read. `has_ended`: its last worker calls."""
     found = SweepRecords(folder=folder, settings=None, trials=[])
     is_over = True  # Of a search that cannot be read the trials alone tell.
     with recorded(found.problems):
@@ -41,8 +41,8 @@ def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = Fal
             found.trials = read_results(folder)
     with recorded(found.problems):
         sweep = load_sweep(folder)
-        found.settings, found.shared = sweep.settings, sweep.words
-        search = search_of(sweep)
+        found.settings, found.shared = sweep.settings, sweep.overrides
+        search = make_search(sweep)
         found.conclusion = search.conclusion(found.trials)
         is_over = search.next(found.trials) is Due.END
     with recorded(found.problems):
@@ -58,10 +58,10 @@ def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = Fal
 
 
 def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_ended: bool = False) -> PageStatus:
-    """How a sweep stands by its workers and its trials."""
+    """Return how a sweep stands by its workers and trials."""
     name = shlex.quote(str(folder))
     workers = [] if has_ended else holders(folder)
-    jobs = [] if has_ended else jobs_now(folder)
+    jobs = [] if has_ended else jobs_in_slurm(folder)
     again = (f"distlora report {name}", "write this report again")
     if workers or jobs:
         state = "running" if workers else "queued"
@@ -84,7 +84,7 @@ def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_
 
 
 def write_at_end(folder: Path) -> None:
-    """SWEEP/report.html of a sweep whose last worker ends. What is wrong is said, and costs the sweep nothing."""
+    """Write SWEEP/report.html when the last worker ends. Errors are printed, and do not fail the sweep."""
     try:
         for trial in read_results(folder)[:MOST_TRIALS]:
             run_dir = trial.folder(folder)

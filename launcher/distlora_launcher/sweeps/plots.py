@@ -1,4 +1,4 @@
-"""The plots of a sweep: parallel coordinates of its trials, importance of its settings. Imports matplotlib late."""
+"""Plot the parallel coordinates of trials and the importance of settings. Imports matplotlib late."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distlora.output.figures import COLOURS, new_figure, save
 from distlora.run_folder.sweep import COMPLETE, PRUNED, TrialRecord
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.results import best_of, shown_value
+from distlora_launcher.sweeps.results import best_of, format_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 COORDINATES_NAME, IMPORTANCE_NAME = "parallel_coordinates.png", "importance.png"
 
 MOST_MARKS = 9
-"""Values of a setting that are all written at its axis; of more, five in equal distances."""
+"""Most values of a setting that are all marked at its axis; more get five equidistant marks."""
 LOG_RANGE = 20
-"""Positive numbers whose largest is this many times the smallest stand by their logarithm."""
+"""Ratio of the largest to the smallest positive number from which an axis is logarithmic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """An axis: where a value stands between 0 and 1, and what is written beside it."""
+    """An axis: the positions of values between 0 and 1, and its marks."""
 
     places: Mapping[str, float]
     marks: Sequence[tuple[float, str]]
@@ -35,14 +35,14 @@ class Scale:
         return self.places[_key(value)]
 
 
-def scale_of(values: Sequence[Any]) -> Scale:
-    """An axis for the values of one setting: numbers by their size, or logarithm; other values beside each other."""
+def make_scale(values: Sequence[Any]) -> Scale:
+    """Return the axis of a setting's values: numbers linear or logarithmic, other values equidistant."""
     distinct = {_key(value): value for value in values}
     numbers = [value for value in distinct.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
     if len(numbers) < len(distinct):
         ordered = list(distinct)
         places = {key: index / max(1, len(ordered) - 1) for index, key in enumerate(ordered)}
-        return Scale(places, [(places[key], shown_value(distinct[key])) for key in ordered[:MOST_MARKS]])
+        return Scale(places, [(places[key], format_value(distinct[key])) for key in ordered[:MOST_MARKS]])
     low, high = min(numbers), max(numbers)
     by_logarithm = low > 0 and high / low >= LOG_RANGE
     position = math.log if by_logarithm else float
@@ -55,8 +55,10 @@ def scale_of(values: Sequence[Any]) -> Scale:
 
 
 def plot_coordinates(sweep: Sweep, trials: Sequence[TrialRecord]) -> bool:
-    """SWEEP/parallel_coordinates.png: a line a trial over its settings to the metric, the better the darker. False
-    where there are fewer than two trials with a value."""
+    """Draw a line per trial over its settings to the metric; the better, the darker.
+
+    Writes SWEEP/parallel_coordinates.png. Returns False if fewer than two trials have a value.
+    """
     from matplotlib import colormaps
 
     drawn = [trial for trial in trials if trial.state in (COMPLETE, PRUNED) and trial.value is not None]
@@ -65,8 +67,8 @@ def plot_coordinates(sweep: Sweep, trials: Sequence[TrialRecord]) -> bool:
     if len(drawn) < 2 or not names:
         return False
     best = best_of(sweep, drawn)
-    scales = [scale_of([trial.values[name] for trial in drawn]) for name in names]
-    metric = scale_of([trial.value for trial in drawn])
+    scales = [make_scale([trial.values[name] for trial in drawn]) for name in names]
+    metric = make_scale([trial.value for trial in drawn])
     figure, (panel,) = new_figure(1, width=max(5.0, 1.7 * (len(names) + 1)), height=4.0)
     colours, lower_is_better = colormaps["viridis"], sweep.settings.direction == "minimize"
     for trial in drawn:
@@ -113,7 +115,7 @@ def _draw_axes(panel: Axes, scales: Sequence[Scale], names: Sequence[str]) -> No
 
 
 def plot_importance(sweep: Sweep, shares: Mapping[str, float], how: str) -> None:
-    """SWEEP/importance.png: the share of each setting in the differences between the trials."""
+    """Write SWEEP/importance.png: the share of each setting in the differences between trials."""
     ordered = sorted(shares.items(), key=lambda item: item[1])
     figure, (panel,) = new_figure(1, width=5.5, height=1.2 + 0.4 * len(ordered))
     bars = panel.barh([name for name, _ in ordered], [share for _, share in ordered], color=COLOURS[0])

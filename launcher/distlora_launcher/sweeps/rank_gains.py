@@ -1,4 +1,16 @@
-"""X"""
+"""Decide from the runs that ended which rank is tried next and which is recommended.
+
+The ranks are doubled while that lowers the held-out loss by more than noise. The last doubling run is one too many,
+since only that run can tell.
+
+A gain is tested by a paired bootstrap over the held-out documents. Both runs were evaluated on the same documents.
+Document i has n_i target tokens, and the second run's loss sum over them is lower by d_i; the gain is sum(d) / sum(n).
+Its spread is estimated by drawing as many documents as there are, with replacement, B times, and computing the gain of
+each draw (Efron and Tibshirani, An Introduction to the Bootstrap, 1993: chapter 6 for the standard error, 13.3 for the
+percentile interval). Documents are drawn, not tokens, since a document's tokens are not independent; both runs' losses
+of a document are drawn together, since a hard document is hard for both. The bootstrap does not show how runs differ by
+seed.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +28,11 @@ from distlora.output.tables import Table
 from distlora.run_folder.eval_documents import DocumentRecord
 
 FULL = "full"
-"""In the place of a rank: full fine-tuning."""
+"""Stands for full fine-tuning in place of a rank."""
 Size = int | str
 """A rank, or FULL."""
 FEW_DOCUMENTS = 50
-"""With fewer the percentile interval is too narrow: of 95 % it covers 89 to 92 (README.md)."""
+"""Documents below which the percentile interval is too narrow: a nominal 95 % covers 89 to 92 % (README.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,32 +40,32 @@ class Tried:
     """A run that has ended."""
 
     documents: DocumentRecord | None = None
-    """Its held-out losses; None: it failed, and `reason` says why."""
+    """Held-out losses by document; None if the run failed."""
     reason: str | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
-    """What the table shows beside: trial (its number), trainable_parameters, state_bytes, peak_bytes, planned_bytes,
+    """Further columns of the table: trial (its number), trainable_parameters, state_bytes, peak_bytes, planned_bytes,
     seconds, lr."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """The ranks that may be tried, and why there is no higher one."""
+    """The ranks that may be tried, and the limit of useful ranks."""
 
     ladder: tuple[int, ...]
     widest: int
-    """Of all adapted linears the largest rank that a matrix of its shape can have."""
+    """Largest possible rank of any adapted linear."""
 
 
 def ladder(start: int, most: int, widest: int) -> Ranks:
-    """`start` and its doublings up to `most`; of those that no linear can have use for (`widest`), the first."""
+    """Return `start` and its doublings up to `most`, up to the first that is at least `widest`."""
     ranks = [start]
     while ranks[-1] * 2 <= most and ranks[-1] < widest:
         ranks.append(ranks[-1] * 2)
     return Ranks(ladder=tuple(ranks), widest=widest)
 
 
-def gain_of(first: Tried, second: Tried, settings: SweepConfig) -> Gain | None:
-    """Of the second run over the first; None where one of them failed."""
+def compare(first: Tried, second: Tried, settings: SweepConfig) -> Gain | None:
+    """Return the gain of the second run over the first; None if one failed."""
     if first.documents is None or second.documents is None:
         return None
     return gain(
@@ -67,32 +79,30 @@ def gain_of(first: Tried, second: Tried, settings: SweepConfig) -> Gain | None:
 
 
 def _known(record: DocumentRecord) -> list[float]:
-    """Its losses, which are all finite where it is compared at all."""
     losses = [loss for loss in record.losses if loss is not None]
     assert len(losses) == len(record.losses), "a run with a loss that is not finite has failed"
     return losses
 
 
 class Gains:
-    """`gain_of` the runs that have ended, each worked out once: a large bootstrap takes a second."""
+    """Computes each gain between ended runs once: a large bootstrap takes a second."""
 
     def __init__(self, settings: SweepConfig) -> None:
         self._settings = settings
         self._known: dict[tuple[Size, Size], Gain] = {}
 
     def of(self, tried: Mapping[Size, Tried], first: Size, second: Size) -> Gain | None:
-        """None where one of them failed, or has not ended."""
+        """Return the gain of `second` over `first`; None if one failed or has not ended."""
         if first not in tried or second not in tried:
             return None
-        found = self._known.get((first, second)) or gain_of(tried[first], tried[second], self._settings)
+        found = self._known.get((first, second)) or compare(tried[first], tried[second], self._settings)
         if found is not None:
             self._known[first, second] = found
         return found
 
 
 def ranks_due(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> list[int]:
-    """Every rank that the runs so far ask for, those included: the first two, and one more for each doubling that
-    gained more than noise."""
+    """Return all ranks due so far: the first two, and one more for each doubling that gained more than noise."""
     due = list(ranks.ladder[:2])
     for smaller, larger, next_one in zip(ranks.ladder, ranks.ladder[1:], ranks.ladder[2:], strict=False):
         found = gains.of(tried, smaller, larger)
@@ -103,7 +113,7 @@ def ranks_due(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> list[i
 
 
 def recommended(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> int | None:
-    """The largest rank to which doublings gained more than noise; None where no rank's run ended well."""
+    """Return the largest rank whose doublings gained more than noise; None if no rank's run is complete."""
     best = next((rank for rank in ranks.ladder if rank in tried and tried[rank].documents is not None), None)
     for smaller, larger in itertools.pairwise(ranks.ladder):
         found = gains.of(tried, smaller, larger)
@@ -113,7 +123,7 @@ def recommended(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> int 
 
 
 def table(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains, *, confidence: float) -> Table:
-    """A row for each run that ended; the gain is over half the rank, full fine-tuning's over the recommended one."""
+    """Return a row per ended run; a rank's gain is over half of it, full fine-tuning's over the recommended rank."""
     head = ["rank", "trained", "state, MiB", "peak, MiB", "planned, MiB", "seconds", "held-out loss", "gain"]
     lines = [[*head, f"{confidence * 100:.4g} % interval", "verdict"]]
     for size, against in compared(ranks, tried, gains):
@@ -132,7 +142,7 @@ def table(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains, *, confidence
 
 
 def compared(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> Iterator[tuple[Size, Size | None]]:
-    """(each run that ended, what its gain is over), in the order of the table."""
+    """Yield (ended run, run that its gain is over), in the order of the table."""
     for rank in ranks.ladder:
         if rank in tried:
             yield rank, rank // 2 if rank != ranks.ladder[0] else None
@@ -151,7 +161,7 @@ def _verdict(run: Tried, against: Size | None, found: Gain | None) -> str:
 
 
 def sentences(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> Iterator[str]:
-    """The recommendation and its reason, what full fine-tuning adds, what failed, and what to beware of."""
+    """Yield the recommendation and its reason, the gain of full fine-tuning, failures and warnings."""
     best = recommended(ranks, tried, gains)
     if best is None:
         yield "No rank can be recommended: no rank's run ended well."
@@ -178,7 +188,7 @@ def sentences(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> Iterat
 
 
 def _reason(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains, best: int) -> str:
-    """Why this rank and not half or twice of it."""
+    """Return why this rank is recommended, and not half or twice of it."""
     said = []
     if best != ranks.ladder[0] and (before := gains.of(tried, best // 2, best)) is not None:
         said.append(f"From {best // 2} to {best} the held-out loss falls by {interval(before)}, more than its noise")
@@ -216,7 +226,7 @@ def _of_full(found: Gain, best: int, tried: Mapping[Size, Tried]) -> str:
 
 
 def interval(found: Gain) -> str:
-    """`0.0120 nats (0.0040 to 0.0201)`."""
+    """Return a gain as `0.0120 nats (0.0040 to 0.0201)`."""
     return f"{found.gain:.4f} nats ({found.low:.4f} to {found.high:.4f})"
 
 
@@ -225,7 +235,7 @@ def _turned(found: Gain) -> Gain:
 
 
 def rows_as_json(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> list[dict[str, Any]]:
-    """The table's rows for programs. Numbers that JSON cannot hold are null."""
+    """Return the table's rows for programs. Numbers that JSON cannot hold are null."""
     rows = []
     for size, against in compared(ranks, tried, gains):
         run, found = tried[size], None if against is None else gains.of(tried, against, size)
@@ -257,30 +267,28 @@ def _mib(value: int | None) -> str:
 
 
 BOOTSTRAP = 4
-"""What a hash is for, after the uses in hashing.py."""
+"""Domain of the hash, beside those in distlora/data/hashing.py."""
 _DRAWN_AT_ONCE = 2**20
-"""Numbers: some 10 MB of memory, for any number of documents and resamples."""
+"""Numbers drawn at once: limits memory to about 10 MB for any number of documents and resamples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
-    """How much lower a second run's held-out loss is than a first one's, nats a token (or pair)."""
+    """How much lower a second run's held-out loss is than a first run's, in nats per token (or pair)."""
 
     gain: float
     low: float
     high: float
-    """Of the percentile interval."""
+    """Ends of the percentile interval."""
     error: float
-    """Its standard error: the deviation of the resamples' gains."""
+    """Standard error: the standard deviation of the resamples' gains."""
 
     @property
     def is_more_than_noise(self) -> bool:
-        """Whether the whole interval is above 0."""
         return self.low > 0
 
     @property
     def is_loss(self) -> bool:
-        """Whether all of it is below."""
         return self.high < 0
 
 
@@ -293,10 +301,10 @@ def gain(
     confidence: float,
     seed: int,
 ) -> Gain:
-    """Of two runs with these loss sums by document, and the documents' counts of units: each of length D.
+    """Return the gain between two runs, given their loss sums and units by document, each of length D.
 
-    The same arguments draw the same documents, on any machine and with any version of numpy. Of one document nothing is
-    known of others: the interval has no ends, and the error is infinite.
+    The same arguments draw the same documents on any machine and with any version of numpy. For one document the
+    interval and the error are infinite.
     """
     counts = np.array(units, np.float64)
     lower = np.array(first, np.float64) - np.array(second, np.float64)
@@ -309,7 +317,10 @@ def gain(
 
 
 def resampled(sums: np.ndarray, units: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(B,) float64: sum(sums) / sum(units) over each of B draws of D documents with replacement. sums, units: (D,)."""
+    """Return (B,) float64: sum(sums) / sum(units) of B draws of D documents with replacement.
+
+    sums, units: (D,).
+    """
     documents = len(sums)
     result = np.empty(resamples, np.float64)
     step = max(1, _DRAWN_AT_ONCE // documents)

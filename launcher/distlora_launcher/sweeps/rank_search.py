@@ -1,4 +1,12 @@
-"""X"""
+"""Find the smallest adapter rank beyond which doubling it gains only noise (`sweep=rank_search`).
+
+Ranks r, 2r, 4r, ... are real runs that keep their held-out losses by document (train.eval_documents); rank_gains.py
+compares them. Full fine-tuning runs beside if it fits. The first two ranks are due at once; each further rank waits for
+the one before, and a worker that would wait takes full fine-tuning.
+
+SWEEP/rank_search.json keeps what is decided once, when the search is made: memory that is available later, or on
+another machine, changes nothing, and reading a sweep needs no model.
+"""
 
 from __future__ import annotations
 
@@ -46,34 +54,34 @@ from distlora_launcher.sweeps.rank_gains import (
 from distlora_launcher.sweeps.search import Due
 
 RANK_SEARCH_NAME = "rank_search.json"
-WORDS = ("train.eval_documents=true",)
+TRIAL_OVERRIDES = ("train.eval_documents=true",)
 """Settings of every trial."""
-FULL_LR_SHARE = 0.1
-"""Of optim.lr, for full fine-tuning: adapters are trained at about ten times its learning rate."""
+FULL_LR_RATIO = 0.1
+"""Learning rate of full fine-tuning, as a fraction of optim.lr: adapters train at about ten times its rate."""
 
 _SHAPE: Shape = {"widest": int, "full_lr": float, "why_not_full": (str, type(None)), "use_rslora": bool}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """Decided for all trials."""
+    """Decisions for all trials."""
 
     widest: int
-    """Of all adapted linears the largest rank that a matrix of its shape can have."""
+    """Largest possible rank of any adapted linear: the maximum over linears of min(in, out)."""
     full_lr: float
-    """The learning rate of full fine-tuning."""
+    """Learning rate of full fine-tuning."""
     why_not_full: str | None
-    """Why it is not run beside, in a sentence; None: it is."""
+    """Why full fine-tuning is not run, in a sentence; None if it is."""
     use_rslora: bool
 
     @property
     def values_of_full(self) -> dict[str, Any]:
-        """What full fine-tuning has otherwise than the words of the sweep say."""
+        """Return the settings in which full fine-tuning differs from the ranks' runs."""
         return {"adapter": "full", "quant": "none", "optim.lr": self.full_lr}
 
 
 def read_setup(folder: Path) -> Setup | None:
-    """What SWEEP/rank_search.json says; None where it is not there yet. Raises UserError for a damaged one."""
+    """Return SWEEP/rank_search.json; None if it does not exist. Raises UserError if it is damaged."""
     path = folder / RANK_SEARCH_NAME
     if not path.is_file():
         return None
@@ -88,15 +96,15 @@ def write_setup(folder: Path, setup: Setup) -> None:
 
 
 def decide(sweep: Sweep) -> Setup:
-    """By the model, and what this machine has now. Raises UserError for settings that leave nothing to search."""
-    config = sweep.compose(0, {"adapter.r": sweep.settings.rank_start}, WORDS).config
+    """Decide by the model and this node's memory. Raises UserError for settings that leave nothing to search."""
+    config = sweep.compose(0, {"adapter.r": sweep.settings.rank_start}, TRIAL_OVERRIDES).config
     model = this_machine.planned_model(config)
     check(config, model)
     adapters = [each for block in model.shapes.adapters(config.adapter) for each in block]
     full_lr = sweep.settings.full_lr
     setup = Setup(
         widest=max(min(each.up[0], each.down[1]) for each in adapters),
-        full_lr=config.optim.lr * FULL_LR_SHARE if full_lr is None else full_lr,
+        full_lr=config.optim.lr * FULL_LR_RATIO if full_lr is None else full_lr,
         why_not_full=None,
         use_rslora=config.adapter.use_rslora,
     )
@@ -130,7 +138,6 @@ def check(config: Config, model: PlannedModel) -> None:
 
 
 def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
-    """The reason alone."""
     full = sweep.settings.full
     if full == "always":
         return None
@@ -139,7 +146,7 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
     if sweep.settings.packed != 1:
         return "the trials of a pack share one base, which it trains"
     try:
-        config = sweep.compose(0, setup.values_of_full, WORDS).config
+        config = sweep.compose(0, setup.values_of_full, TRIAL_OVERRIDES).config
         model = this_machine.planned_model(config)
         check_planned(config, model)
         plan = plan_of(config, model, machine_here(config))
@@ -153,10 +160,10 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
 class RankSearch:
     """The search of `sweep=rank_search` (search.py)."""
 
-    words: tuple[str, ...] = WORDS
+    overrides: tuple[str, ...] = TRIAL_OVERRIDES
 
     def __init__(self, sweep: Sweep) -> None:
-        """Raises UserError for settings that leave nothing to search, or that decide the rank themselves."""
+        """Raise UserError for settings that leave nothing to search, or that set the rank themselves."""
         self._sweep, self._settings = sweep, sweep.settings
         self._gains = Gains(sweep.settings)
         self._check()
@@ -195,22 +202,24 @@ class RankSearch:
             f"{settings.packed}); set sweep.packed=1, or sweep.full=never",
         )
         require(
-            "adapter=full" not in self._sweep.words,
+            "adapter=full" not in self._sweep.overrides,
             "adapter=full has no rank to search for; leave it out: sweep.full says whether full fine-tuning is run "
             "beside",
         )
-        fixed = next((word for word in self._sweep.words if re.match(r"\+*adapter\.r=", word)), None)
+        fixed = next((word for word in self._sweep.overrides if re.match(r"\+*adapter\.r=", word)), None)
         require(
             fixed is None,
             f"{fixed} is what sweep=rank_search searches for; leave it out, or set sweep.rank_start",
         )
 
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
-        """As Search.next has it: a rank that the ended runs ask for, then full fine-tuning. The first call, before
-        there is any trial, keeps what was decided for all of them."""
+        """Return a rank that the ended runs call for, then full fine-tuning (Search.next).
+
+        The first call, before there is any trial, writes the setup.
+        """
         if not trials and read_setup(self._sweep.folder) is None:
             write_setup(self._sweep.folder, self._setup)
-        started, tried = {size_of(trial) for trial in trials}, self._tried(trials)
+        started, tried = {trial_size(trial) for trial in trials}, self._tried(trials)
         due: list[Size] = [rank for rank in ranks_due(self._ranks, tried, self._gains) if rank not in started]
         if not due and FULL not in started and self._setup.why_not_full is None:
             due = [FULL]
@@ -224,12 +233,12 @@ class RankSearch:
         return self._setup.values_of_full
 
     def _tried(self, trials: Sequence[TrialRecord]) -> dict[Size, Tried]:
-        """The runs that have ended. One without figures of its documents, or with those of others, counts as failed."""
+        """Return the ended runs; one without comparable losses by document counts as failed."""
         found: dict[Size, Tried] = {}
         first: tuple[DocumentRecord, str] | None = None
         for trial in sorted(trials, key=lambda trial: trial.number):
             if trial.state in (FAILED, PRUNED):
-                found[size_of(trial)] = Tried(reason=trial.reason or trial.state)
+                found[trial_size(trial)] = Tried(reason=trial.reason or trial.state)
             elif trial.state == COMPLETE:
                 tried = read(trial, self._sweep.folder)
                 name = str(trial.folder(self._sweep.folder))
@@ -240,11 +249,11 @@ class RankSearch:
                         check_paired(first[0], tried.documents, (first[1], name))
                     except UserError as error:
                         tried = Tried(reason=str(error))
-                found[size_of(trial)] = tried
+                found[trial_size(trial)] = tried
         return found
 
     def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
-        """The table of ranks, the recommendation and its reason."""
+        """Return the table of ranks, the recommendation and its reason."""
         tried = self._tried(trials)
         if not tried:
             return []
@@ -252,7 +261,7 @@ class RankSearch:
         return [*shown, "", *(f"- {sentence}" for sentence in self._said(trials, tried))]
 
     def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
-        """`rows` of the table, `recommended` (null until the search has ended), `confidence`, `sentences`."""
+        """Return `rows` of the table, `recommended` (null until the end), `confidence` and `sentences`."""
         tried = self._tried(trials)
         return {
             "rows": rows_as_json(self._ranks, tried, self._gains),
@@ -280,13 +289,13 @@ class RankSearch:
             yield "The memory of a run is that of its pack: of all that is in the process, where the CPU is the device."
 
 
-def size_of(trial: TrialRecord) -> Size:
-    """The rank of a trial, or FULL."""
+def trial_size(trial: TrialRecord) -> Size:
+    """Return the rank of a trial, or FULL."""
     return FULL if trial.values.get("adapter") == "full" else int(trial.values["adapter.r"])
 
 
 def read(trial: TrialRecord, sweep: Path) -> Tried:
-    """A run that ended well: its documents, and its figures for the table."""
+    """Return the losses by document of a complete run, and its figures for the table."""
     folder = trial.folder(sweep)
     try:
         documents = read_documents(folder)

@@ -1,4 +1,4 @@
-"""X"""
+"""Show a sweep: its status, the table of results (terminal and SWEEP/results.md), main effects of settings."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from distlora_launcher.launch.lock import holders
 from distlora_launcher.launch.processes import Process
 from distlora_launcher.launch.run_state import read_figures
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
-from distlora_launcher.sweeps.search import Due, Search, search_of
-from distlora_launcher.sweeps.slurm_array import jobs_of
+from distlora_launcher.sweeps.search import Due, Search, make_search
+from distlora_launcher.sweeps.slurm_array import live_jobs
 from distlora_launcher.terminal.output import aligned, shown
 
 RESULTS_MD = "results.md"
 CONCLUSION_NAME = "conclusion.json"
-"""In SWEEP: what a search concludes, for programs (Search.figures); absent where it concludes nothing."""
+"""File in SWEEP with the search's conclusion for programs (Search.figures), if there is one."""
 LONGEST_REASON = 100
-"""Characters of a reason in the terminal; results.md has all of it."""
+"""Most characters of a reason in the terminal; results.md has all of it."""
 
 
 def best_of(sweep: Sweep, trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The trial with the best value among those that ran to their end."""
+    """Return the complete trial with the best value."""
     return sweep_folder.best_of(trials, sweep.settings.direction)
 
 
-def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = None) -> list[list[str]]:
-    """The table's lines, headings first."""
+def table_rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = None) -> list[list[str]]:
+    """Return the table's lines, headings first."""
     settings = list(dict.fromkeys(name for trial in trials for name in trial.values))
     lines = [["trial", *settings, sweep.settings.metric, "step", "time", "state", ""]]
     best = best_of(sweep, trials)
@@ -56,7 +56,7 @@ def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = N
         lines.append(
             [
                 str(trial.number),
-                *(shown_value(trial.values[name]) if name in trial.values else "" for name in settings),
+                *(format_value(trial.values[name]) if name in trial.values else "" for name in settings),
                 "" if trial.value is None else f"{trial.value:.4f}",
                 "" if trial.step is None else f"{trial.step:,}",
                 "" if trial.seconds is None else roughly(trial.seconds),
@@ -67,13 +67,13 @@ def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = N
     return lines
 
 
-def text(sweep: Sweep, trials: Sequence[TrialRecord]) -> str:
-    """The table for a terminal."""
-    return "\n".join(aligned(rows(sweep, trials, longest=LONGEST_REASON)))
+def format_table(sweep: Sweep, trials: Sequence[TrialRecord]) -> str:
+    """Return the table for a terminal."""
+    return "\n".join(aligned(table_rows(sweep, trials, longest=LONGEST_REASON)))
 
 
-def closing(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
-    """Sentences under the table: how many of what, the best and how to go on with it."""
+def summary_lines(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
+    """Return the lines under the table: trials by state, the best one and how to use it."""
     lines = [f"{len(trials)} trials: {counted(trials)}"] if trials else ["no trial yet"]
     best = best_of(sweep, trials)
     if best is not None:
@@ -83,11 +83,15 @@ def closing(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
 
 
 def write_table(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> None:
-    """SWEEP/results.md."""
-    table = rows(sweep, trials)
+    """Write SWEEP/results.md, and SWEEP/conclusion.json if the search concludes something."""
+    table = table_rows(sweep, trials)
     head, body = table[0], table[1:]
     lines = [f"| {' | '.join(_cell(cell) for cell in line)} |" for line in [head, ["---"] * len(head), *body]]
-    parts = [f"# {sweep.folder.name}", "\n".join(lines), "\n".join(f"- {line}" for line in closing(sweep, trials))]
+    parts = [
+        f"# {sweep.folder.name}",
+        "\n".join(lines),
+        "\n".join(f"- {line}" for line in summary_lines(sweep, trials)),
+    ]
     conclusion = search.conclusion(trials)
     if conclusion:
         parts.append("\n".join(conclusion))
@@ -95,13 +99,13 @@ def write_table(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> 
     atomic_io.write_text(sweep.folder / RESULTS_MD, "\n\n".join(parts) + "\n")
 
 
-def shown_value(value: Any) -> str:
-    """A value of a setting, short."""
+def format_value(value: Any) -> str:
+    """Return a setting's value in a short form."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
-    return f"[{','.join(map(shown_value, value))}]" if isinstance(value, (list, tuple)) else str(value)
+    return f"[{','.join(map(format_value, value))}]" if isinstance(value, (list, tuple)) else str(value)
 
 
 def _cell(text: str) -> str:
@@ -109,13 +113,15 @@ def _cell(text: str) -> str:
 
 
 TOGETHER = "together"
-"""What no setting explains alone: that the effect of one depends on the other."""
+"""Share of the variance that interactions of settings explain."""
 
 
 def effects(trials: Sequence[TrialRecord]) -> dict[str, float] | None:
-    """The share of each setting in the variance of the values of a whole grid: the variance of the mean over all else,
-    by its value (the main effects of an analysis of variance, which for a whole grid are exact). None for what is no
-    whole grid, or has no differences."""
+    """Return each setting's share in the variance of the values of a complete grid.
+
+    It is the variance of the mean by the setting's value over the total variance (the main effects of an analysis of
+    variance, exact for a complete grid). None for an incomplete grid, or one without differences.
+    """
     complete = [trial for trial in trials if trial.state == COMPLETE and trial.value is not None]
     settings = [name for name in (complete[0].values if complete else {}) if len(_by_value(complete, name)) > 1]
     values = [trial.value for trial in complete if trial.value is not None]
@@ -132,7 +138,7 @@ def effects(trials: Sequence[TrialRecord]) -> dict[str, float] | None:
 
 
 def _by_value(trials: Sequence[TrialRecord], name: str) -> Mapping[str, list[float]]:
-    """The values of the metric by those of a setting."""
+    """Return the metric's values by a setting's value."""
     groups: dict[str, list[float]] = defaultdict(list)
     for trial in trials:
         if trial.value is not None:
@@ -141,7 +147,7 @@ def _by_value(trials: Sequence[TrialRecord], name: str) -> Mapping[str, list[flo
 
 
 def _is_whole(trials: Sequence[TrialRecord], settings: Sequence[str]) -> bool:
-    """Whether every combination of the settings' values is there once."""
+    """Return whether every combination of the settings' values is there once."""
     have = sorted(tuple(_key(trial.values.get(name)) for name in settings) for trial in trials)
     wanted = itertools.product(*(_by_value(trials, name) for name in settings))
     return have == sorted(wanted)
@@ -153,19 +159,19 @@ def _key(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepStatus:
-    """Everything that is known of a sweep."""
+    """The status of a sweep."""
 
     sweep: Sweep
     state: str
-    """running (a worker lives), queued (in SLURM), done, or stopped (something is left to do)."""
+    """running (a worker is alive), queued (in SLURM), done, or stopped (something is left to do)."""
     workers: list[Process]
     jobs: list[Job]
-    """Tasks of its array that SLURM has in its hands."""
+    """Live tasks of its SLURM array."""
     trials: list[TrialRecord]
 
     @property
     def next(self) -> str:
-        """What to type now."""
+        """Return the command to type now."""
         folder = shown(self.sweep.folder)
         best = best_of(self.sweep, self.trials)
         if self.state in ("running", "queued"):
@@ -176,34 +182,34 @@ class SweepStatus:
 
 
 def sweep_status(folder: Path) -> SweepStatus:
-    """How the sweep in a folder stands. Raises UserError for one that is damaged."""
+    """Return the status of the sweep in a folder, without Optuna. Raises UserError if it is damaged."""
     sweep = load_sweep(folder)
     workers = holders(folder)
     trials = read_results(folder) if workers or (folder / RESULTS_NAME).is_file() else []
     trials = [_as_now(sweep, trial) if trial.state == RUNNING else trial for trial in trials]
-    is_over = not any(trial.is_open for trial in trials) and search_of(sweep).next(trials) is Due.END
-    jobs = jobs_now(folder)
+    is_over = not any(trial.is_open for trial in trials) and make_search(sweep).next(trials) is Due.END
+    jobs = jobs_in_slurm(folder)
     state = "running" if workers else "queued" if jobs else "done" if is_over else "stopped"
     if state == "stopped":
         trials = at_rest(trials)
     return SweepStatus(sweep=sweep, state=state, workers=workers, jobs=jobs, trials=trials)
 
 
-def jobs_now(folder: Path) -> list[Job]:
-    """What SLURM has of a sweep; nothing where it does not answer."""
+def jobs_in_slurm(folder: Path) -> list[Job]:
+    """Return the sweep's live tasks in SLURM; none if SLURM does not answer."""
     try:
-        return jobs_of(folder)
+        return live_jobs(folder)
     except SchedulerError:  # Of what its workers do the folder tells as well.
         return []
 
 
 def _as_now(sweep: Sweep, trial: TrialRecord) -> TrialRecord:
-    """A trial that runs, at the step that its run folder has come to."""
+    """Return a running trial with the step that its run folder shows."""
     return dataclasses.replace(trial, step=read_figures(sweep.run_dir(trial.number)).step)
 
 
-def describe(status: SweepStatus) -> str:
-    """The lines for a person."""
+def describe_status(status: SweepStatus) -> str:
+    """Return the status as lines of text."""
     where = ", ".join(f"{process.host} (pid {process.pid})" for process in status.workers)
     how = {
         "running": f"is running on {where}",
@@ -218,13 +224,13 @@ def describe(status: SweepStatus) -> str:
             f"  SLURM job {job.job_id}: {job.state.lower()}{why}{'' if job.nodes is None else f' on {job.nodes}'}"
         ]
     if status.trials:
-        lines += [text(status.sweep, status.trials)]
-    lines += closing(status.sweep, status.trials)
+        lines += [format_table(status.sweep, status.trials)]
+    lines += summary_lines(status.sweep, status.trials)
     return "\n".join([*lines, f"next: {status.next}"])
 
 
-def as_json(status: SweepStatus) -> str:
-    """For programs."""
+def status_as_json(status: SweepStatus) -> str:
+    """Return the status as JSON."""
     best = best_of(status.sweep, status.trials)
     values: dict[str, Any] = {
         "sweep": str(status.sweep.folder),

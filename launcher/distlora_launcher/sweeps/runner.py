@@ -1,4 +1,4 @@
-"""How a worker trains what it was given: one trial alone, as `distlora train` does it. Packs: packs.py."""
+"""Train one trial at a time as `distlora train` does. Several at once: multi_trial.py."""
 
 from __future__ import annotations
 
@@ -27,26 +27,24 @@ from distlora_launcher.launch.run_state import read_ending, read_figures
 from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 
-"""State of a trial that was asked to save and stop: it goes on with the sweep."""
-
 MODULE = "distlora_launcher.cli.main"
-"""What a trial is: its `train` and `resume`."""
+"""Module with the commands `train` and `resume`."""
 
 RELEASE_SECONDS = 60
-"""How long a run folder may still be held by what a killed worker has left."""
+"""Time in seconds to wait for a killed worker's launcher to release a run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """A trial that is to be trained."""
+class Trial:
+    """A trial to train."""
 
     number: int
     values: Mapping[str, Any]
-    words: tuple[str, ...]
-    """Of `distlora train`, the run folder included."""
+    overrides: tuple[str, ...]
+    """Overrides of `distlora train`, including the run folder."""
     run_dir: Path
     begun: bool
-    """Whether another worker had it before, so that its run folder may hold a part of it."""
+    """Whether another worker had the trial before, so that its run folder may exist."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,34 +59,34 @@ class Outcome:
     reason: str | None = None
     """Why it failed or was pruned."""
     is_refused: bool = False
-    """Whether it failed as its settings cannot be (bad input), before anything was tried."""
+    """Whether its settings were refused (bad input) before a step."""
 
 
 class Runner(Protocol):
     """What trains trials for one worker."""
 
     slots: int
-    """How many trials at once."""
+    """Trials that it trains at once."""
 
     @property
     def is_idle(self) -> bool:
-        """Whether no process of it is left: those of the last trial may leave a little after they said how it ended."""
+        """Return whether all its processes have ended: they may outlive their last trial's outcome for a moment."""
         ...
 
-    def begin(self, trial: Asked) -> None:
-        """Start a trial, or go on with it. Raises UserError for one that cannot run."""
+    def begin(self, trial: Trial) -> None:
+        """Start or resume a trial. Raises UserError if it cannot run."""
         ...
 
     def verdict(self, number: int, step: int, *, prune: bool) -> None:
-        """What the pruner says of a trial after its evaluation at a step; said of each where the sweep has a pruner."""
+        """Pass on the pruner's decision after an evaluation at `step`; called for each if the sweep has a pruner."""
         ...
 
     def poll(self) -> Sequence[Outcome]:
-        """What has ended since the last call. Does not wait."""
+        """Return the trials that have ended since the last call, without waiting."""
         ...
 
     def close(self) -> None:
-        """No more trials come."""
+        """Announce that no more trials come."""
         ...
 
     def stop(self) -> None:
@@ -96,14 +94,14 @@ class Runner(Protocol):
         ...
 
 
-class Alone:
-    """One trial at a time, each a `distlora train` of its own; what it prints goes to SWEEP/logs/trial_<n>.log."""
+class SingleTrialRunner:
+    """Trains one trial at a time, each by `distlora train`; its output goes to SWEEP/logs/trial_<n>.log."""
 
     slots = 1
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
-        self._trial: Asked | None = None
+        self._trial: Trial | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._log_start = 0
@@ -113,17 +111,17 @@ class Alone:
     def is_idle(self) -> bool:
         return self._process is None
 
-    def begin(self, trial: Asked) -> None:
+    def begin(self, trial: Trial) -> None:
         log = trial_log(self._sweep, trial.number)
         log.parent.mkdir(parents=True, exist_ok=True)
         (trial.run_dir / CANCELLED_NAME).unlink(missing_ok=True)
         if (trial.run_dir / CONFIG_NAME).is_file():
             wait_until_free(trial.run_dir)
-            words = ["resume", str(trial.run_dir)]
+            overrides = ["resume", str(trial.run_dir)]
         else:
             folder = self._sweep.config_dir
-            words = ["train", *([] if folder is None else ["--config-dir", folder]), *trial.words]
-        command = [sys.executable, "-m", "distlora_launcher.launch.bound", MODULE, *words]
+            overrides = ["train", *([] if folder is None else ["--config-dir", folder]), *trial.overrides]
+        command = [sys.executable, "-m", "distlora_launcher.launch.bound", MODULE, *overrides]
         with log.open("ab") as file:
             self._log_start = file.tell()
             self._process = subprocess.Popen(
@@ -157,7 +155,7 @@ class Alone:
         ]
 
     def close(self) -> None:
-        """Nothing is kept between trials."""
+        """Do nothing: no process outlives its trial."""
 
     def stop(self) -> None:
         self._stops = True
@@ -167,8 +165,8 @@ class Alone:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
-    def _ending(self, trial: Asked, code: int) -> tuple[str, str | None]:
-        """(state, reason) of a trial whose process ended with `code`."""
+    def _ending(self, trial: Trial, code: int) -> tuple[str, str | None]:
+        """Return (state, reason) of a trial whose process ended with `code`."""
         if code == DONE or find_result(trial.run_dir) is not None:  # Whatever reached it after that.
             return COMPLETE, None
         # A launcher that is still importing ends by the signal itself, and loses nothing by it.
@@ -193,18 +191,17 @@ class Alone:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that trains: bound to this one's life, and no run of an agent of wandb that started all of this."""
+    """Return the environment of a training process: ends with this one, and is no run of a wandb agent."""
     own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return own | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
 
 
 def trial_log(sweep: Sweep, number: int) -> Path:
-    """What is printed by what trains a trial."""
     return sweep.folder / LOGS / f"trial_{number:04d}.log"
 
 
 def last_error(log: Path, start: int) -> str | None:
-    """What a launcher said of its end, in what it printed from `start` on."""
+    """Return the last error that a launcher printed after byte `start` of its log."""
     with log.open("rb") as file:
         file.seek(start)
         text = file.read().decode("utf-8", "replace")
@@ -213,7 +210,7 @@ def last_error(log: Path, start: int) -> str | None:
 
 
 def wait_until_free(run_dir: Path) -> None:
-    """A launcher whose worker was killed ends by itself, and holds its run until then."""
+    """Wait until the launcher of a killed worker has released its run folder."""
     deadline = time.monotonic() + RELEASE_SECONDS
     while holders(run_dir) and time.monotonic() < deadline:
         time.sleep(0.2)

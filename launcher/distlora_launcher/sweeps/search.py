@@ -1,7 +1,7 @@
-"""What a sweep tries next, given what came of its trials so far.
+"""Decide what a sweep tries next, given its trials so far.
 
-A search is a function of the records and keeps nothing: each worker has its own, and a sweep that goes on after a kill
-makes a new one.
+A search is a function of the trial records and keeps no state: each worker has one, and a resumed sweep makes a new
+one.
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.space import Dimension, Interval, cells, count_cells, is_finite
 
 MOST_SHUFFLED = 100_000
-"""Combinations of a finite space that `random` draws from without putting any back; of more it draws freely."""
+"""Largest finite space that `random` draws from without replacement."""
 
 
 class Due(enum.Enum):
-    """What is due where it is no list of trials."""
+    """What is due, if not a list of trials."""
 
     SAMPLE = "sample"
-    """One whose values Optuna draws from the space."""
+    """A trial whose values Optuna draws from the space."""
     WAIT = "wait"
-    """What a trial that runs will tell decides it."""
+    """Nothing until a running trial ends."""
     END = "end"
-    """Nothing, ever."""
+    """Nothing any more."""
 
 
 class Search(Protocol):
     """A method of a sweep."""
 
-    words: tuple[str, ...]
-    """Settings of every trial, which the user's own overrule."""
+    overrides: tuple[str, ...]
+    """Settings of every trial, which the user's overrides replace."""
 
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
-        """The values of trials that are due now, in their order, beside those in `trials`, none of which waits."""
+        """Return the values of the trials due now, in order, given all trials so far, none of which waits."""
         ...
 
     def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
-        """What is to be said under the table of results, in lines of Markdown."""
+        """Return lines of Markdown to print under the table of results."""
         ...
 
     def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
-        """The same for programs, in values of JSON: SWEEP/conclusion.json; empty where there is nothing."""
+        """Return the conclusion as JSON values for SWEEP/conclusion.json; empty if there is none."""
         ...
 
 
 class Cells:
-    """Combinations in a fixed order, which are all known before the first trial."""
+    """Combinations in a fixed order, all known before the first trial."""
 
-    words: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
 
     def all(self) -> Iterator[dict[str, Any]]:
-        """The combinations, in the order in which they are tried."""
+        """Yield the combinations in the order in which they are tried."""
         settings = self._sweep.settings
         if settings.method == "grid":
             found = cells(self._sweep.space)
@@ -82,13 +82,13 @@ class Cells:
 
 
 class Sampled:
-    """As many trials as are asked for, with values that Optuna draws or proposes."""
+    """`sweep.trials` trials, with values that Optuna draws or proposes."""
 
-    words: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
 
     def __init__(self, sweep: Sweep) -> None:
         trials = sweep.settings.trials
-        assert trials is not None, "search_of asks for it"
+        assert trials is not None, "make_search asks for it"
         self._trials = min(trials, count_cells(sweep.space)) if is_finite(sweep.space) else trials
 
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
@@ -101,8 +101,8 @@ class Sampled:
         return {}
 
 
-def search_of(sweep: Sweep) -> Search:
-    """The search of a sweep. Raises UserError for a space that its method cannot search."""
+def make_search(sweep: Sweep) -> Search:
+    """Return the search of a sweep. Raises UserError for a space that its method cannot search."""
     settings, space = sweep.settings, sweep.space
     if settings.method == "rank_search":
         found: Search = importlib.import_module("distlora_launcher.sweeps.rank_search").RankSearch(sweep)

@@ -1,4 +1,8 @@
-"""X"""
+"""Run the workers of a sweep, or wandb agents, as the tasks of a SLURM array (`cluster=slurm`).
+
+Each task has `cluster.nodes` nodes and is one worker, which trains one trial after the other on them. Before its time
+limit, or when it is preempted, its trial saves, and the task is requeued and resumes it.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.terminal.output import say, shown
 
 
-def make_script(sweep: Sweep, config: Config) -> str:
-    """The script of a sweep's workers; `config`: of one of its trials. Raises UserError for what no script can do."""
+def render_script(sweep: Sweep, config: Config) -> str:
+    """Return the script of a sweep's workers; `config` is of one trial. Raises UserError if it cannot be made."""
     settings = sweep.settings
     require(
         settings.packed == 1 or config.cluster.nodes == 1,
@@ -40,18 +44,18 @@ def make_script(sweep: Sweep, config: Config) -> str:
 
 
 def judge(sweep: Sweep, config: Config) -> None:
-    """Have SLURM judge the workers before anything is made. Raises UserError for what it refuses."""
-    check_with_slurm(make_script(sweep, config))
+    """Have SLURM test the script before anything is made. Raises UserError if it is refused."""
+    check_with_slurm(render_script(sweep, config))
 
 
 def submit(sweep: Sweep, config: Config) -> int:
-    """Submit the workers of a sweep that is made; those of one that goes on again. Returns the exit code."""
+    """Submit the workers of a sweep. Returns the exit code."""
     refuse_live(sweep.folder)
     code = ready(config)
     if code != DONE:
         say(f"nothing is submitted; correct it in another sweep, or try again: distlora resume {shown(sweep.folder)}")
         return code
-    _submit(sweep.folder, config, make_script(sweep, config), sweep.settings.workers)
+    _submit(sweep.folder, config, render_script(sweep, config), sweep.settings.workers)
     folder = shown(sweep.folder)
     say(f"watch with: distlora status {folder}")
     say(f"stop with: distlora cancel {folder}")
@@ -59,7 +63,7 @@ def submit(sweep: Sweep, config: Config) -> int:
 
 
 def submit_agents(request: Any, cluster: ClusterConfig) -> int:
-    """Submit agents of wandb (`agents.Request`). Returns the exit code."""
+    """Submit wandb agents (`wandb_agents.AgentsRequest`). Returns the exit code."""
     from distlora.config import DataConfig, ModelConfig
 
     # What an agent's runs read is in the sweep; the script needs places alone where it has a container.
@@ -88,8 +92,10 @@ def submit_agents(request: Any, cluster: ClusterConfig) -> int:
 
 
 def ready(config: Config) -> int:
-    """The model here, and its data in the cache, as far as the trials agree in it: tasks that waited a night do not end
-    over a path, and machines that compute may have no network. Returns the exit code."""
+    """Download the model and prepare the data of a first trial, before the job waits in the queue.
+
+    Compute nodes may have no network. Returns the exit code.
+    """
     config = dataclasses.replace(config, model=localize(config.model))
     with tempfile.TemporaryDirectory(prefix="distlora-prepare-") as scratch:
         folder = Path(scratch) / "run"
@@ -97,9 +103,8 @@ def ready(config: Config) -> int:
         return prepare(folder)
 
 
-def jobs_of(folder: Path) -> list[Job]:
-    """The tasks of the array that a sweep was last submitted as, which SLURM has in its hands: they wait or run. Raises
-    SchedulerError where it cannot be asked."""
+def live_jobs(folder: Path) -> list[Job]:
+    """Return the pending and running tasks of a sweep's last array. Raises SchedulerError if SLURM cannot be asked."""
     submission = read_submission(folder)
     if submission is None or not scheduler.is_here():
         return []
@@ -108,9 +113,9 @@ def jobs_of(folder: Path) -> list[Job]:
 
 
 def refuse_live(folder: Path) -> None:
-    """Raises UserError where SLURM still has workers of a sweep, or does not say."""
+    """Raise UserError if SLURM still has workers of a sweep, or does not answer."""
     try:
-        jobs = jobs_of(folder)
+        jobs = live_jobs(folder)
     except SchedulerError as error:
         raise UserError(
             f"SLURM does not say whether workers of {folder} still run ({error}); try again later"

@@ -21,7 +21,7 @@ from distlora_launcher.compose.compose import compose_section, parse_overrides, 
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """A setting that takes one of these values, in their order."""
+    """A setting that takes one of these values, in this order."""
 
     setting: str
     values: tuple[Any, ...]
@@ -38,7 +38,7 @@ class Interval:
     low: float
     high: float
     log: bool = False
-    """Whether it is drawn by its logarithm: as many values from 1e-5 to 1e-4 as from 1e-4 to 1e-3."""
+    """Draw by logarithm: as many values from 1e-5 to 1e-4 as from 1e-4 to 1e-3."""
     integer: bool = False
 
     def __str__(self) -> str:
@@ -50,13 +50,16 @@ Dimension = Values | Interval
 
 
 def split(
-    words: Sequence[str], space: Mapping[str, str], *, config_dir: str | None = None
+    overrides: Sequence[str], space: Mapping[str, str], *, config_dir: str | None = None
 ) -> tuple[tuple[Dimension, ...], list[str]]:
-    """(what is searched, the words that all trials share) of a command line and `sweep.space`, to which it adds; a word
-    of the command line goes before an entry for the same setting. Raises UserError for what cannot be searched."""
-    of_space = [f"{setting}={text}" for setting, text in space.items()]
+    """Return what is searched and the overrides that all trials share.
+
+    `space` (`sweep.space`) adds to the command line; an override replaces its entry for the same setting. Raises
+    UserError for what cannot be searched.
+    """
+    space_values = [f"{setting}={text}" for setting, text in space.items()]
     found: dict[str, Dimension] = {}
-    for override in parse_overrides(of_space, config_dir=config_dir):
+    for override in parse_overrides(space_values, config_dir=config_dir):
         setting = _setting(override)
         require(
             override.is_sweep_override(),
@@ -65,7 +68,7 @@ def split(
         )
         found[setting] = _dimension(override)
     shared = []
-    for word, override in zip(words, parse_overrides(words, config_dir=config_dir), strict=True):
+    for word, override in zip(overrides, parse_overrides(overrides, config_dir=config_dir), strict=True):
         setting = _setting(override)
         if override.is_sweep_override():
             found[setting] = _dimension(override)
@@ -76,7 +79,7 @@ def split(
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{optim: {lr: ...}} as {optim.lr: ...}: on the command line a dot opens a level."""
+    """Return {optim: {lr: ...}} as {optim.lr: ...}: on the command line a dot opens a level."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -84,12 +87,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_finite(space: Sequence[Dimension]) -> bool:
-    """Whether there is a last combination."""
     return all(isinstance(dimension, Values) for dimension in space)
 
 
 def cells(space: Sequence[Dimension]) -> Iterator[dict[str, Any]]:
-    """Every combination of a finite space, the last setting's values changing fastest, as Hydra's -m does it."""
+    """Yield every combination of a finite space, the last setting's values changing fastest, as Hydra's -m does."""
     lists = [dimension.values for dimension in space if isinstance(dimension, Values)]
     settings = [dimension.setting for dimension in space]
     for combination in itertools.product(*lists):
@@ -97,17 +99,17 @@ def cells(space: Sequence[Dimension]) -> Iterator[dict[str, Any]]:
 
 
 def count_cells(space: Sequence[Dimension]) -> int:
-    """How many combinations a finite space has."""
+    """Return the number of combinations of a finite space."""
     return math.prod(len(dimension.values) for dimension in space if isinstance(dimension, Values))
 
 
 def first_cell(space: Sequence[Dimension]) -> dict[str, Any]:
-    """A combination to check what all share with."""
+    """Return one combination, to check what all trials share."""
     return {d.setting: d.values[0] if isinstance(d, Values) else d.low for d in space}
 
 
 def as_records(space: Sequence[Dimension]) -> list[dict[str, Any]]:
-    """Plain values of a space, for SWEEP/sweep.yaml."""
+    """Return the space as plain values, for SWEEP/sweep.yaml."""
     return [
         {"setting": d.setting, "values": list(d.values)}
         if isinstance(d, Values)
@@ -117,7 +119,7 @@ def as_records(space: Sequence[Dimension]) -> list[dict[str, Any]]:
 
 
 def from_records(records: Sequence[Mapping[str, Any]]) -> tuple[Dimension, ...]:
-    """A space from its plain values."""
+    """Return the space that `as_records` wrote."""
     return tuple(
         Values(record["setting"], tuple(record["values"])) if "values" in record else Interval(**record)
         for record in records
@@ -125,7 +127,7 @@ def from_records(records: Sequence[Mapping[str, Any]]) -> tuple[Dimension, ...]:
 
 
 def _setting(override: Override) -> str:
-    """The name of what a word sets; the mark of a new key is put before it again where it is composed."""
+    """Return the setting's name without Hydra's mark of a new key."""
     name: str = override.get_key_element()
     return name.lstrip("+")
 
@@ -173,7 +175,7 @@ def _interval(setting: str, sweep: IntervalSweep) -> Interval:
 
 
 def _is_whole_number(setting: str) -> bool:
-    """Whether a setting takes integers alone: Hydra's interval(8,64) is of floats."""
+    """Return whether a setting takes integers only: Hydra's interval(8,64) is of floats."""
     section, _, name = setting.partition(".")
     cls = typing.get_type_hints(Config).get(section)
     kind = typing.get_type_hints(cls).get(name) if cls is not None and dataclasses.is_dataclass(cls) else None
@@ -184,41 +186,44 @@ def _is_whole_number(setting: str) -> bool:
 OWNERS = {"sampler": "optuna"} | dict.fromkeys(
     ("rank_start", "rank_most", "confidence", "bootstrap", "full", "full_lr"), "rank_search"
 )
-"""Settings of the section sweep that one method alone has."""
+"""Settings of the section `sweep` that belong to one method."""
 
 
 def read_section(
-    words: Sequence[str], *, config_dir: str | None = None
+    overrides: Sequence[str], *, config_dir: str | None = None
 ) -> tuple[SweepConfig, tuple[Dimension, ...], list[str]]:
-    """(the section, what is searched, the words that all trials share). Without sweep=METHOD it is a grid. Raises
-    UserError for what the section does not have, or has without effect, and for what cannot be searched."""
-    of_sweep = [word for word in words if section_of(word) == "sweep"]
-    if not any(word.startswith("sweep=") for word in of_sweep):
-        of_sweep.insert(0, "sweep=grid")
-    for word in of_sweep:
+    """Return the section `sweep`, what is searched, and the overrides that all trials share.
+
+    The method is `grid` unless sweep=METHOD is given. Raises UserError for unknown or unused settings of the section
+    and for what cannot be searched.
+    """
+    sweep_overrides = [word for word in overrides if section_of(word) == "sweep"]
+    if not any(word.startswith("sweep=") for word in sweep_overrides):
+        sweep_overrides.insert(0, "sweep=grid")
+    for word in sweep_overrides:
         require(
             not parse_overrides([word])[0].is_sweep_override(),
             f"{word}: one sweep has one value of it; start another sweep for the other",
         )
-    _refuse_of_other_methods(of_sweep)
-    values: Any = compose_section("sweep", of_sweep, config_dir=config_dir)
+    _refuse_of_other_methods(sweep_overrides)
+    values: Any = compose_section("sweep", sweep_overrides, config_dir=config_dir)
     require(isinstance(values, dict), "sweep=null is no sweep; write sweep=grid, or `distlora train`")
-    of_space = flat(values.get("space") or {})
-    for setting, value in of_space.items():
+    space_values = flat(values.get("space") or {})
+    for setting, value in space_values.items():
         require(
             isinstance(value, str),
             f"sweep.space.{setting}={short(value)} is one value; write several, in quotes: "
             f"sweep.space.{setting}='\"a,b\"', or {setting}=a,b without sweep.space",
         )
-    settings = build(SweepConfig, values | {"space": of_space}, prefix="sweep.")
-    own = [word for word in words if section_of(word) != "sweep"]
+    settings = build(SweepConfig, values | {"space": space_values}, prefix="sweep.")
+    own = [word for word in overrides if section_of(word) != "sweep"]
     return settings, *split(own, settings.space, config_dir=config_dir)
 
 
-def _refuse_of_other_methods(of_sweep: Sequence[str]) -> None:
-    """Refuse settings that distlora's own option of the group does not have, or that say nothing with it."""
-    method = next(word for word in of_sweep if word.startswith("sweep=")).partition("=")[2]
-    given = {word.partition("=")[0].lstrip("+"): word for word in of_sweep}
+def _refuse_of_other_methods(sweep_overrides: Sequence[str]) -> None:
+    """Refuse settings of another method, or without effect, with distlora's options of the group."""
+    method = next(word for word in sweep_overrides if word.startswith("sweep=")).partition("=")[2]
+    given = {word.partition("=")[0].lstrip("+"): word for word in sweep_overrides}
     for name, owner in OWNERS.items():
         word = given.get(f"sweep.{name}", "")
         require(

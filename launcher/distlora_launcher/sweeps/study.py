@@ -1,4 +1,9 @@
-"""X"""
+"""Keep the trials of a sweep in Optuna's journal: which worker has which, and their results.
+
+All workers append to SWEEP/journal.log. A worker that takes a trial or records a result holds SWEEP/.lock (flock,
+released with its process), so no two workers take the same trial. Each draw is seeded by sweep.seed and the trial's
+number, so a resumed sweep draws the same values.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +43,7 @@ from distlora.run_folder.sweep import (
 from distlora_launcher.launch.lock import holders, is_alive
 from distlora_launcher.launch.processes import Process, this_process
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.runner import Asked, Outcome
+from distlora_launcher.sweeps.runner import Outcome, Trial
 from distlora_launcher.sweeps.search import Due, Search
 from distlora_launcher.sweeps.space import Dimension, Interval, Values, cells, is_finite
 from distlora_launcher.terminal.output import warn
@@ -46,7 +51,7 @@ from distlora_launcher.terminal.output import warn
 NAME = "sweep"
 
 LEAST_JUDGED = 8
-"""Finished trials before it is said which settings made the difference."""
+"""Finished trials before the importance of settings is estimated."""
 
 _STATES = {
     TrialState.WAITING: WAITING,
@@ -61,7 +66,7 @@ class Study:
     """The trials of a sweep, as one worker sees them."""
 
     def __init__(self, sweep: Sweep, search: Search, *, place: str | None = None) -> None:
-        """`place`: the name under which this process is a worker of the sweep (`worker_place`)."""
+        """Open the journal, or create it. `place`: name of this worker (`worker_place`)."""
         self._sweep, self._search, self._place = sweep, search, place
         check_sampler(sweep.settings)  # A resume may be elsewhere than the start.
         self._lock = Lock(sweep.folder)
@@ -72,15 +77,15 @@ class Study:
             storage = open_journal(sweep.folder, self._lock)
             if not storage.get_all_studies():
                 optuna.create_study(storage=storage, study_name=NAME, direction=sweep.settings.direction)
-            self._study = optuna.load_study(storage=storage, study_name=NAME, pruner=pruner_of(sweep.settings))
+            self._study = optuna.load_study(storage=storage, study_name=NAME, pruner=make_pruner(sweep.settings))
 
-    def ask(self) -> Asked | Due:
-        """A trial for this process: one that a worker left behind, one that waits, or the next of the search."""
+    def ask(self) -> Trial | Due:
+        """Take a trial for this process: an abandoned one, a waiting one, or the next of the search."""
         with self._lock.held():
-            left, is_busy = self._left_behind()
+            left, is_busy = self._next_abandoned()
             if left is not None:
-                self._own(left)
-                return self._asked(left, begun=True)
+                self._claim(left)
+                return self._as_trial(left, begun=True)
             if not self._trials(TrialState.WAITING):
                 due = self._search.next(self.records())
                 if due is Due.SAMPLE:
@@ -92,10 +97,10 @@ class Study:
                         self._enqueue(values)
             taken = self._take(self._trials(TrialState.WAITING)[0])
             self._write()
-            return self._asked(taken, begun=False)
+            return self._as_trial(taken, begun=False)
 
     def enqueue(self) -> None:
-        """Note the trials that are known now, so that they are seen to wait."""
+        """Record the trials that are known now, so that `status` shows them as waiting."""
         with self._lock.held():
             records = self.records()
             due = Due.WAIT if any(record.state == WAITING for record in records) else self._search.next(records)
@@ -104,32 +109,31 @@ class Study:
             self._write()
 
     def report(self, number: int, step: int, value: float) -> None:
-        """An evaluation of a trial; `publish` brings it into the results."""
+        """Record an evaluation of a trial; `publish` writes it to the results."""
         with self._lock.held():
             frozen = self._trial(number)
-            if self._is_own(frozen) and step not in frozen.intermediate_values:
+            if self._has_claimed(frozen) and step not in frozen.intermediate_values:
                 optuna.trial.Trial(self._study, frozen._trial_id).report(value, step)
                 self._is_behind = True
 
     def publish(self) -> None:
-        """Write results.json where something was reported since: once for all that was, as it takes longer than that
-        itself."""
+        """Write results.json if something was reported since: once for all evaluations, since it is slow."""
         if self._is_behind:
             with self._lock.held():
                 self._write()
 
     def should_prune(self, number: int) -> bool:
-        """Whether the pruner ends a trial after its last evaluation."""
+        """Return whether the pruner ends a trial after its last evaluation."""
         frozen = self._trial(number)
         if len(frozen.intermediate_values) <= self._sweep.settings.pruner_warmup:
             return False
         return bool(self._study.pruner.prune(self._study, frozen))  # NumPy has its own.
 
     def tell(self, outcome: Outcome, value: float | None, figures: Mapping[str, Any]) -> None:
-        """How a trial ended: its value, and what of TrialRecord its run says (`figures`)."""
+        """Record how a trial ended: its value, and the `figures` of TrialRecord that its run reports."""
         with self._lock.held():
             frozen = self._trial(outcome.number)
-            if not self._is_own(frozen):
+            if not self._has_claimed(frozen):
                 warn(f"trial {outcome.number} is another worker's by now; what came of it here does not count")
                 return
             seconds = frozen.user_attrs.get("seconds", 0.0) + outcome.seconds
@@ -144,18 +148,20 @@ class Study:
             self._write()
 
     def records(self) -> list[TrialRecord]:
-        """All trials, by number."""
+        """Return all trials, by number."""
         return [_record(trial) for trial in self._study.get_trials(deepcopy=False)]
 
     def is_over(self) -> bool:
-        """Whether nothing runs, waits, or is due."""
+        """Return whether nothing runs, waits, or is due."""
         with self._lock.held():
             records = self.records()
             return not any(record.is_open for record in records) and self._search.next(records) is Due.END
 
     def importances(self) -> dict[str, float] | None:
-        """The share of each setting in what makes a trial one of the best quarter (PED-ANOVA, arXiv 2304.10255); None
-        for too few trials, or none that differ."""
+        """Return each setting's importance by PED-ANOVA (arXiv 2304.10255) for the best quarter of trials.
+
+        None for too few trials, or if no setting varies.
+        """
         complete = self._trials(TrialState.COMPLETE)
         names = {name for trial in complete for name, kind in trial.distributions.items() if not kind.single()}
         if len(complete) < LEAST_JUDGED or not names:
@@ -168,7 +174,7 @@ class Study:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """The sweep to oneself, for files that all workers write."""
+        """Hold the sweep's lock, to write files that all workers write."""
         with self._lock.held():
             yield
 
@@ -186,9 +192,11 @@ class Study:
         for name, value in values.items():
             self._study._storage.set_trial_user_attr(trial._trial_id, name, value)
 
-    def _left_behind(self) -> tuple[FrozenTrial | None, bool]:
-        """The first trial that is said to run, and whose worker does not live; and whether there is one that somebody
-        goes on with by hand, which is left to him until he has ended."""
+    def _next_abandoned(self) -> tuple[FrozenTrial | None, bool]:
+        """Return the first trial whose worker is dead, and whether a user resumes one by hand.
+
+        The latter is left to the user until that run ends.
+        """
         running = self._trials(TrialState.RUNNING)
         is_busy = False
         for trial in running:
@@ -205,12 +213,12 @@ class Study:
                 return trial, is_busy
         return None, is_busy
 
-    def _asked(self, trial: FrozenTrial, *, begun: bool) -> Asked:
+    def _as_trial(self, trial: FrozenTrial, *, begun: bool) -> Trial:
         values = _values(self._trial(trial.number))
-        return Asked(
+        return Trial(
             number=trial.number,
             values=values,
-            words=tuple(self._sweep.trial_words(trial.number, values, self._search.words)),
+            overrides=tuple(self._sweep.trial_overrides(trial.number, values, self._search.overrides)),
             run_dir=self._sweep.run_dir(trial.number),
             begun=begun,
         )
@@ -220,8 +228,11 @@ class Study:
         self._study.enqueue_trial(params, user_attrs={"values": dict(values)})
 
     def _draw(self) -> None:
-        """Have Optuna draw the next trial, which then waits with its values: one line of the journal, so that a kill
-        leaves all of it or nothing. Only CMA-ES, which keeps its state with the trial, draws once that is made."""
+        """Have Optuna draw the next trial, which then waits with its values.
+
+        It is one line of the journal, so that a kill leaves all of it or nothing. CMA-ES keeps state with the trial, so
+        it draws once that exists (`_take`).
+        """
         settings = self._sweep.settings
         if settings.method == "optuna" and settings.sampler == "cmaes":
             self._study.enqueue_trial({})
@@ -230,25 +241,24 @@ class Study:
         self._enqueue(draw(settings, self._space, self._study, tried))
 
     def _take(self, waiting: FrozenTrial) -> FrozenTrial:
-        """A trial that waits, as this process's."""
+        """Take a waiting trial for this process."""
         is_drawn = "values" in waiting.user_attrs
         names = waiting.system_attrs["fixed_params"] if is_drawn else self._space
         if not is_drawn:
-            self._study.sampler = sampler_of(self._sweep.settings, waiting.number)
+            self._study.sampler = make_sampler(self._sweep.settings, waiting.number)
         trial = self._study.ask({name: distribution(self._space[name]) for name in names})
         frozen = self._trial(trial.number)
         if not is_drawn:
             self._set(frozen, values={name: chosen(self._space[name], found) for name, found in trial.params.items()})
-        self._own(frozen)
+        self._claim(frozen)
         return frozen
 
-    def _own(self, trial: FrozenTrial) -> None:
-        """Note that this process has a trial."""
+    def _claim(self, trial: FrozenTrial) -> None:
         self._set(trial, owner=dataclasses.asdict(this_process()), place=self._place)
 
     @staticmethod
-    def _is_own(trial: FrozenTrial) -> bool:
-        """Whether this process has a trial still: another may have taken it for dead, when its locks were lost."""
+    def _has_claimed(trial: FrozenTrial) -> bool:
+        """Return whether this process still has a trial: another may have taken it when locks were lost (NFS)."""
         return trial.state == TrialState.RUNNING and trial.user_attrs.get("owner") == dataclasses.asdict(this_process())
 
 
@@ -277,13 +287,13 @@ def _record(trial: FrozenTrial) -> TrialRecord:
 
 
 MOST_STARTUP_TRIALS = 5
-"""Finished trials before the median prunes; Optuna's default. Of short sweeps a quarter of the trials."""
+"""Most finished trials before the median pruner starts (Optuna's default); a quarter of sweep.trials if less."""
 
 PROPOSALS = 10
-"""Questions to Optuna for a combination of a finite space that was not tried."""
+"""Proposals that Optuna makes for an untried combination of a finite space."""
 
 PACKAGES = {"gp": "scipy", "cmaes": "cmaes"}
-"""What a sampler needs beside Optuna, which imports it with the first proposal."""
+"""Packages that samplers need beside Optuna."""
 
 
 def draw(
@@ -292,14 +302,16 @@ def draw(
     study: optuna.Study,
     tried: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The values of the next trial, without a trace in the study. Of a finite space nothing twice: the first of some
-    proposals that is new, else the first combination that is."""
+    """Return the values of the next trial, without changing the study.
+
+    In a finite space no combination comes twice: the first new one of PROPOSALS proposals, else the first untried one.
+    """
     trial = optuna.trial.create_trial(state=TrialState.RUNNING)
     trial.number = len(tried)
     kinds = {name: distribution(dimension) for name, dimension in space.items()}
     finite = is_finite(tuple(space.values()))
     for attempt in range(PROPOSALS if finite else 1):
-        sampler = sampler_of(settings, len(tried), attempt)
+        sampler = make_sampler(settings, len(tried), attempt)
         together = sampler.infer_relative_search_space(study, trial)
         found = sampler.sample_relative(study, trial, together)
         for name, kind in kinds.items():
@@ -312,7 +324,7 @@ def draw(
 
 
 def distribution(dimension: Dimension) -> BaseDistribution:
-    """A setting for Optuna: whole numbers at equal distances are numbers, other values have no order."""
+    """Return a setting's distribution for Optuna: equally spaced integers are ordered, other values are not."""
     if isinstance(dimension, Interval):
         if dimension.integer:
             return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
@@ -326,19 +338,19 @@ def distribution(dimension: Dimension) -> BaseDistribution:
 
 
 def choice_of(dimension: Dimension, value: Any) -> Any:
-    """A value as Optuna's journal can hold it: lists and mappings as text."""
+    """Return a value as Optuna's journal can hold it: lists and mappings as JSON."""
     return json.dumps(value) if isinstance(dimension, Values) and isinstance(value, (list, dict)) else value
 
 
 def chosen(dimension: Dimension, choice: Any) -> Any:
-    """The value that `choice_of` made a choice of."""
+    """Return the value of a choice that `choice_of` made."""
     if isinstance(dimension, Values):
         return next(value for value in dimension.values if choice_of(dimension, value) == choice)
     return choice
 
 
-def sampler_of(settings: SweepConfig, number: int, attempt: int = 0) -> BaseSampler:
-    """What draws trial `number`, with a seed of its own."""
+def make_sampler(settings: SweepConfig, number: int, attempt: int = 0) -> BaseSampler:
+    """Return the sampler of trial `number`, with a seed of its own."""
     seed = random.Random(f"{settings.seed}/{number}/{attempt}").randrange(2**32)
     if settings.method == "random":
         return optuna.samplers.RandomSampler(seed)
@@ -352,7 +364,7 @@ def sampler_of(settings: SweepConfig, number: int, attempt: int = 0) -> BaseSamp
         return optuna.samplers.TPESampler(seed=seed, constant_liar=settings.workers > 1 or settings.packed != 1)
 
 
-def pruner_of(settings: SweepConfig) -> optuna.pruners.BasePruner:
+def make_pruner(settings: SweepConfig) -> optuna.pruners.BasePruner:
     if settings.pruner == "none":
         return optuna.pruners.NopPruner()
     if settings.pruner == "hyperband":
@@ -375,8 +387,10 @@ LOCK_NAME = ".lock"
 
 
 class Lock:
-    """SWEEP/.lock, which a process may take again while it has it; in Optuna's form of a lock, too. Whoever takes it
-    finds a journal of whole lines: what a kill or a full disk has cut off is taken off, as Optuna cannot read past it.
+    """SWEEP/.lock as a reentrant flock, in the form of Optuna's locks.
+
+    Taking it cuts off an incomplete last line of the journal, which a kill or a full disk left and which Optuna cannot
+    read past. Optuna's own file lock survives a kill and may be broken by others after 30 s.
     """
 
     def __init__(self, sweep: Path) -> None:
@@ -417,7 +431,7 @@ class Lock:
 
 
 def open_journal(sweep: Path, lock: Lock) -> JournalStorage:
-    """The journal of a sweep, read to its end. Raises UserError for a damaged one."""
+    """Return the journal of a sweep, read to its end. Raises UserError for a damaged one."""
     journal = sweep / JOURNAL_NAME
     try:
         return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))  # type: ignore[arg-type]
@@ -430,7 +444,7 @@ def open_journal(sweep: Path, lock: Lock) -> JournalStorage:
 
 
 def mend(journal: Path) -> None:
-    """Take off a last line that has no end."""
+    """Cut off an incomplete last line."""
     if not journal.is_file():
         return
     with journal.open("r+b") as file:

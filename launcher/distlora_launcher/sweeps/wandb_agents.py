@@ -1,4 +1,8 @@
-"""X"""
+"""Run wandb agents (`distlora sweep agent`), and support `distlora train` when an agent starts it.
+
+Agents are stopped as runs are, and pass the signal on to their run. Runs that saved are resumed when the same command
+is given again, before new values are requested.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +62,7 @@ command, goes on with them.
 --count N    runs of each agent; by default all that the sweep has"""
 
 RECORD_NAME = "agents.json"
-"""In the folder: what was asked for."""
+"""File in the agents' folder with their command line."""
 
 POLL_SECONDS = 0.2
 
@@ -72,8 +76,8 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What agents are started for."""
+class AgentsRequest:
+    """The command line of `distlora sweep agent`."""
 
     sweep: str
     """[[ENTITY/]PROJECT/]ID"""
@@ -81,32 +85,32 @@ class Request:
     count: int | None
     workers: int
     cluster: tuple[str, ...]
-    """Words about the cluster."""
+    """Overrides of the section `cluster`."""
 
     @property
     def sweep_id(self) -> str:
         return self.sweep.rpartition("/")[2]
 
     def one(self) -> list[str]:
-        """The words of `distlora sweep agent` for one of them, beside its --index."""
+        """Return the arguments for one agent, without its --index."""
         count = [] if self.count is None else ["--count", str(self.count)]
         return [self.sweep, *count, *words_of({"run_dir": str(self.folder)})]
 
-    def words(self) -> list[str]:
-        """The words for all of them."""
+    def overrides(self) -> list[str]:
+        """Return the arguments for all agents."""
         return [*self.one(), f"sweep.workers={self.workers}", *self.cluster]
 
     def keep(self) -> None:
-        """Note it, for `distlora resume`."""
-        atomic_io.write_json(self.folder / RECORD_NAME, {"words": self.words()})
+        """Write the arguments, for `distlora resume`."""
+        atomic_io.write_json(self.folder / RECORD_NAME, {"words": self.overrides()})
 
 
 def main(arguments: list[str]) -> int:
-    """Start agents, and wait for them. Returns the exit code."""
+    """Start agents and wait for them. Returns the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
-    request, index, cluster = ask(arguments)
+    request, index, cluster = parse_agents(arguments)
     require(
         importlib.util.find_spec("wandb") is not None,
         "wandb is not installed, whose agents these are; `pip install wandb`",
@@ -126,20 +130,22 @@ def main(arguments: list[str]) -> int:
 
 
 def is_agents_folder(folder: Path) -> bool:
-    """Whether agents have, or had, their runs in a folder."""
+    """Return whether agents have, or had, their runs in a folder."""
     return (folder / RECORD_NAME).is_file()
 
 
-def go_on(folder: Path) -> int:
+def resume_agents(folder: Path) -> int:
     """Start the agents of a folder again (`distlora resume`). Returns the exit code."""
-    words = read_object(folder / RECORD_NAME, f"delete it, and start the agents in run_dir={folder}").get("words")
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"{folder / RECORD_NAME} is damaged: it holds no words; delete it, and start the agents again")
-    return main(words)
+    overrides = read_object(folder / RECORD_NAME, f"delete it, and start the agents in run_dir={folder}").get("words")
+    if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
+        raise UserError(
+            f"{folder / RECORD_NAME} is damaged: it holds no overrides; delete it, and start the agents again"
+        )
+    return main(overrides)
 
 
-def ask(arguments: Sequence[str]) -> tuple[Request, int | None, Any]:
-    """What a command line asks for, the number of the one agent that a task of an array is, and the section cluster."""
+def parse_agents(arguments: Sequence[str]) -> tuple[AgentsRequest, int | None, Any]:
+    """Return the request, the index of the one agent that a SLURM task runs, and the section `cluster`."""
     from distlora_launcher.compose.compose import compose_section, parse_overrides
 
     parser = Parser("distlora sweep agent")
@@ -154,57 +160,59 @@ def ask(arguments: Sequence[str]) -> tuple[Request, int | None, Any]:
         "ENTITY/PROJECT/ID",
     )
     require(options.count is None or options.count > 0, f"--count {options.count} starts no run; write --count 10")
-    words = [word for word in options.words if "=" in word]
+    overrides = [word for word in options.words if "=" in word]
     known = ("run_dir", "sweep.workers", "cluster")
-    for word in words:
+    for word in overrides:
         name = word.partition("=")[0]
         require(
             name in known or name.startswith("cluster."),
             f"{word}: the settings of its runs are in the sweep; an agent takes run_dir=, sweep.workers= and cluster=",
         )
-    values = {o.get_key_element(): o.value() for o in parse_overrides(words)}
+    values = {o.get_key_element(): o.value() for o in parse_overrides(overrides)}
     workers = values.get("sweep.workers", 1)
     if not isinstance(workers, int) or workers < 1:
         raise UserError(f"sweep.workers={workers} is no number of agents; set sweep.workers=2")
-    of_cluster = [word for word in words if word.startswith("cluster")]
+    of_cluster = [word for word in overrides if word.startswith("cluster")]
     cluster = build(ClusterConfig, compose_section("cluster", of_cluster), prefix="cluster.")
-    folder = Path(str(values.get("run_dir", folder_of(sweeps[0].rpartition("/")[2])))).expanduser().absolute()
-    request = Request(sweep=sweeps[0], folder=folder, count=options.count, workers=workers, cluster=tuple(of_cluster))
+    folder = Path(str(values.get("run_dir", agent_runs_folder(sweeps[0].rpartition("/")[2])))).expanduser().absolute()
+    request = AgentsRequest(
+        sweep=sweeps[0], folder=folder, count=options.count, workers=workers, cluster=tuple(of_cluster)
+    )
     return request, options.index, cluster
 
 
 @dataclass(slots=True)
 class Slot:
-    """One agent's place on this machine."""
+    """The place of one agent on this node."""
 
     index: int
     gpus: str | None
-    """CUDA_VISIBLE_DEVICES; None: as it is here."""
+    """CUDA_VISIBLE_DEVICES; None: inherited."""
     process: subprocess.Popen[bytes] | None = None
     is_agent: bool = False
-    """Whether that process is the agent, and not a run that it goes on with before."""
+    """Whether the process is the agent, and not a run that is resumed before."""
     code: int | None = None
-    """Of the agent, once it has ended."""
+    """Exit code of the agent, once it has ended."""
 
 
 class Agents:
-    """The agents of one command on this machine. Before each starts, runs that others have left unfinished go on."""
+    """The agents of one command on this node. Unfinished runs of the sweep are resumed before an agent starts."""
 
-    def __init__(self, request: Request, indices: Sequence[int], cluster: Any) -> None:
-        from distlora_launcher.sweeps.local_workers import shares
+    def __init__(self, request: AgentsRequest, indices: Sequence[int], cluster: Any) -> None:
+        from distlora_launcher.sweeps.local_workers import visible_devices
 
         self._request = request
         # One alone, as a task of an array is, has what it sees.
-        gpus = [None] if len(indices) == 1 else shares(len(indices), cluster.gpus_per_node)
+        gpus = [None] if len(indices) == 1 else visible_devices(len(indices), cluster.gpus_per_node)
         self._slots = [Slot(index, share) for index, share in zip(indices, gpus, strict=True)]
         self._pending = unfinished(request)
         first = indices[0] % max(1, len(self._pending))
         self._pending = self._pending[first:] + self._pending[:first]  # Tasks of an array begin with different ones.
-        self._asked = request.folder / "logs" / f"asked_{host_name()}_{os.getpid()}"
+        self._stop_mark = request.folder / "logs" / f"asked_{host_name()}_{os.getpid()}"
 
     def run(self, forwarder: Forwarder) -> int:
-        """To the end of all of them. Returns the exit code."""
-        self._asked.unlink(missing_ok=True)
+        """Run all agents to their end. Returns the exit code."""
+        self._stop_mark.unlink(missing_ok=True)
         heard = None
         while True:
             for slot in self._slots:
@@ -220,7 +228,7 @@ class Agents:
                     process.kill()
             time.sleep(POLL_SECONDS)
         forwarder.detach()
-        self._asked.unlink(missing_ok=True)
+        self._stop_mark.unlink(missing_ok=True)
         if forwarder.received is not None:
             if not in_job():  # There the script queues the task again.
                 say(f"asked to stop; go on with: distlora resume {shown(self._request.folder)}")
@@ -228,13 +236,13 @@ class Agents:
         return DONE if all(slot.code == 0 for slot in self._slots) else FAILED
 
     def _ask_to_stop(self) -> None:
-        self._asked.touch()  # Before a run ends by it, which else would take it for wandb's early termination.
+        self._stop_mark.touch()  # Before a run ends by it, which else would take it for wandb's early termination.
         for slot in self._slots:
             if slot.process is not None and slot.process.poll() is None:
                 slot.process.send_signal(signal.SIGTERM)
 
     def _advance(self, slot: Slot, *, stopping: bool) -> None:
-        """Start what is next in a slot whose process has ended."""
+        """Start the next process of a slot whose process has ended."""
         if slot.code is not None or (slot.process is not None and slot.process.poll() is None):
             return
         if slot.is_agent and slot.process is not None:
@@ -247,7 +255,7 @@ class Agents:
             )
 
     def _unfinished(self) -> Iterator[str]:
-        """Runs that go on first, while nobody else has taken them."""
+        """Yield runs to resume that nobody else has taken."""
         while self._pending:
             run = self._pending.pop(0)
             if find_result(run) is None and not holders(run):
@@ -258,16 +266,16 @@ class Agents:
         count = [] if self._request.count is None else ["--count", str(self._request.count)]
         return ["wandb", "agent", "--forward-signals", *count, self._request.sweep]
 
-    def _start(self, slot: Slot, words: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _start(self, slot: Slot, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
         request = self._request
         environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         environment |= {FOLDER: str(request.folder), PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
-        environment = {**DEFAULTS, "WANDB_DIR": str(request.folder), **environment, ASKED: str(self._asked)}
+        environment = {**DEFAULTS, "WANDB_DIR": str(request.folder), **environment, ASKED: str(self._stop_mark)}
         # The sweep's command says `distlora`: this one.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
         if slot.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.gpus
-        command = [sys.executable, "-m", "distlora_launcher.launch.bound", *words]
+        command = [sys.executable, "-m", "distlora_launcher.launch.bound", *overrides]
         options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
         if len(self._slots) == 1:
             return subprocess.Popen(command, **options)
@@ -277,14 +285,16 @@ class Agents:
             return subprocess.Popen(command, stdout=file, stderr=file, **options)
 
 
-def unfinished(request: Request) -> list[Path]:
-    """Runs of the sweep that were stopped, or killed with their machine: wandb's server has given them out, and gives
-    none out twice. Not those that wandb has ended early, nor those that failed."""
+def unfinished(request: AgentsRequest) -> list[Path]:
+    """Return the sweep's runs that were stopped or killed: wandb's server hands none out twice.
+
+    Runs that wandb ended early and runs that failed are left out.
+    """
     found = []
     for record in sorted(request.folder.glob(f"*/{CONFIG_NAME}")):
         run = record.parent
-        of_sweep = AgentRun.of_run(run)
-        if of_sweep is None or of_sweep.sweep_id != request.sweep_id or was_ended_early(run):
+        sweep_overrides = AgentRun.of_run(run)
+        if sweep_overrides is None or sweep_overrides.sweep_id != request.sweep_id or was_ended_early(run):
             continue
         if find_result(run) is None and read_ending(run).error is None:
             found.append(run)
@@ -292,28 +302,30 @@ def unfinished(request: Request) -> list[Path]:
 
 
 FOLDER = "DISTLORA_SWEEP_FOLDER"
-"""Environment variable: where `distlora sweep agent` has the runs of its sweep; by default runs/<id of the sweep>."""
+"""Environment variable: folder of the agents' runs; default runs/<id of the sweep>."""
 
 _ENDED_EARLY = Path("wandb") / "ended_early"
-"""In RUN."""
+"""Marker file in RUN."""
 
 
-def words_under_agent(words: Sequence[str]) -> list[str]:
-    """The words of a command line with a run folder of the run's own: two agents may start one in the same second, and
-    the default's name is the second."""
+def add_run_dir(overrides: Sequence[str]) -> list[str]:
+    """Return the arguments with a unique run folder if an agent runs this command.
+
+    Two agents may start in the same second, which names the default folder.
+    """
     agent = AgentRun.started()
-    if agent is None or any(word.lstrip("+").startswith(("run_dir=", "hydra.run.dir=")) for word in words):
-        return list(words)
-    return [*words, *words_of({"run_dir": str(folder_of(agent.sweep_id) / agent.run_id)})]
+    if agent is None or any(word.lstrip("+").startswith(("run_dir=", "hydra.run.dir=")) for word in overrides):
+        return list(overrides)
+    return [*overrides, *words_of({"run_dir": str(agent_runs_folder(agent.sweep_id) / agent.run_id)})]
 
 
-def folder_of(sweep_id: str) -> Path:
-    """Where the runs of a sweep lie by default."""
+def agent_runs_folder(sweep_id: str) -> Path:
+    """Return the default folder of a sweep's runs."""
     return Path(os.environ.get(FOLDER) or Path("runs") / sweep_id)
 
 
-def begun(config: Config) -> Path | None:
-    """The run folder where the agent's run has been begun already: an agent is given a run again that was preempted."""
+def find_begun_run(config: Config) -> Path | None:
+    """Return the agent's run folder if it exists already: an agent is given a preempted run again."""
     agent, run_dir = AgentRun.started(), Path(config.run_dir)
     if agent is None or not (run_dir / CONFIG_NAME).is_file():
         return None
@@ -322,7 +334,7 @@ def begun(config: Config) -> Path | None:
 
 
 def check_agent(configs: Sequence[Config]) -> None:
-    """Refuse settings that are not what the sweep asks for: wandb would record what the run does not have."""
+    """Refuse settings that differ from the sweep's values, which wandb would record all the same."""
     agent = AgentRun.started()
     if agent is None:
         return
@@ -336,15 +348,14 @@ def check_agent(configs: Sequence[Config]) -> None:
         f"cluster=slurm would submit a run of the sweep {agent.sweep_id}, which its agent would take for done at once; "
         "start the agents themselves in SLURM: distlora sweep agent ENTITY/PROJECT/ID cluster=slurm",
     )
-    agent = dataclasses.replace(agent, values={name: read(name, value) for name, value in agent.values.items()})
+    agent = dataclasses.replace(agent, values={name: parse_value(name, value) for name, value in agent.values.items()})
     refused = agent.disagreements(as_mapping(configs[0]))
     if refused:
         raise UserError(*refused)
 
 
 def note_end(config: Config, code: int) -> None:
-    """Leave in a run that was asked to stop of which sweep it is, which its workers may not have come to; and a mark
-    where it was wandb who asked (early termination): then it is over, and does not go on with the others."""
+    """Record the sweep of a stopped run, and mark a run that wandb stopped (early termination) as ended."""
     run_dir, agent, asked = Path(config.run_dir), AgentRun.started(), os.environ.get(ASKED)
     if code != STOPPED or agent is None or not run_dir.is_dir():
         return
@@ -355,12 +366,12 @@ def note_end(config: Config, code: int) -> None:
 
 
 def was_ended_early(run_dir: Path) -> bool:
-    """Whether wandb has ended a run before its last step."""
+    """Return whether wandb ended a run before its last step."""
     return (run_dir / _ENDED_EARLY).exists()
 
 
-def read(name: str, value: Any) -> Any:
-    """A value as Hydra reads it: an agent writes it on the command line by Python's str."""
+def parse_value(name: str, value: Any) -> Any:
+    """Return a value as Hydra reads it: an agent writes it by Python's str."""
     from hydra.core.override_parser.types import Override
 
     from distlora_launcher.compose.compose import parse_overrides

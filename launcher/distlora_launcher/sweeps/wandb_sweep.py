@@ -1,5 +1,7 @@
-"""`distlora sweep create`: a sweep of wandb's out of the section sweep of conf/ and the settings with several values.
-(`distlora sweep agent`: agents.py.)"""
+"""Create a wandb sweep from the section `sweep` and the settings with several values (`distlora sweep create`).
+
+`distlora sweep agent`: wandb_agents.py.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,13 @@ from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import words_of
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE
-from distlora_launcher.sweeps.request import ask, check_trials
-from distlora_launcher.sweeps.search import search_of
+from distlora_launcher.sweeps.parse import check_trials, parse_sweep
+from distlora_launcher.sweeps.search import make_search
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
 from distlora_launcher.terminal.output import say, shown, warn
 
 FILE_NAME = "wandb_sweep.yaml"
-"""In the sweep's folder: what is registered."""
+"""File in the sweep's folder that is registered."""
 
 USAGE = """usage: distlora sweep create [sweep=grid|random|optuna] [setting=a,b ...] [setting=value ...] [--dry-run]
 
@@ -55,11 +57,11 @@ PATHS = (
     "parallel.deepspeed_config",
     "data.sources",
 )
-"""Settings that mean a place: an agent may be started in another folder than this."""
+"""Settings that are paths: an agent may run in another folder."""
 
 
 def main(arguments: list[str]) -> int:
-    """`create ...`, or `agent ...`. Returns the exit code."""
+    """Run `create ...` or `agent ...`. Returns the exit code."""
     if arguments[0] == "agent":
         code: int = importlib.import_module("distlora_launcher.sweeps.wandb_agents").main(arguments[1:])
         return code
@@ -71,14 +73,14 @@ def create(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
-    sweep, first = ask([word for word in arguments if word != "--dry-run"])
+    sweep, first = parse_sweep([word for word in arguments if word != "--dry-run"])
     check_settings(sweep.settings, sweep.space, first.config)
-    check_trials(sweep, search_of(sweep), first)
+    check_trials(sweep, make_search(sweep), first)
     options = [] if sweep.config_dir is None else [f"--config-dir={sweep.config_dir}"]
-    words = [*options, *placed(sweep.words, first.config)]
+    overrides = [*options, *placed(sweep.overrides, first.config)]
     if sweep.name is not None:
-        words += words_of({"name": sweep.name})
-    text = yaml.safe_dump(described(sweep.settings, sweep.space, words, first.config), sort_keys=False, width=1000)
+        overrides += words_of({"name": sweep.name})
+    text = yaml.safe_dump(described(sweep.settings, sweep.space, overrides, first.config), sort_keys=False, width=1000)
     for line in differences(sweep.settings, sweep.space):
         warn(line)
     if "--dry-run" in arguments:
@@ -120,9 +122,9 @@ def check_settings(settings: SweepConfig, space: Sequence[Dimension], config: Co
 
 
 def described(
-    settings: SweepConfig, space: Sequence[Dimension], words: Sequence[str], config: Config
+    settings: SweepConfig, space: Sequence[Dimension], overrides: Sequence[str], config: Config
 ) -> dict[str, Any]:
-    """What wandb is told of a sweep."""
+    """Return the sweep in wandb's format."""
     values: dict[str, Any] = {
         "name": config.name,
         "project": config.tracker.project,
@@ -135,11 +137,11 @@ def described(
         values["run_cap"] = settings.trials
     if settings.pruner != "none":
         values["early_terminate"] = {"type": "hyperband", "min_iter": settings.pruner_warmup + 1}
-    return {**values, "command": ["${env}", "distlora", "train", *words, "${args_no_hyphens}"]}
+    return {**values, "command": ["${env}", "distlora", "train", *overrides, "${args_no_hyphens}"]}
 
 
 def parameter(dimension: Dimension, *, numbers: bool) -> dict[str, Any]:
-    """A setting as wandb searches it. `numbers`: neighbouring whole ones are a range, not words without an order."""
+    """Return a setting in wandb's format. `numbers`: successive integers are a range, not unordered values."""
     if isinstance(dimension, Values):
         values = dimension.values
         whole = all(type(value) is int for value in values)
@@ -156,23 +158,23 @@ def parameter(dimension: Dimension, *, numbers: bool) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
-    """As an agent writes it on the command line by Python's str, Hydra must read the value again."""
+    """Return a value that Hydra reads back after the agent wrote it by Python's str."""
     return value if isinstance(value, (bool, int, float)) else words_of({"x": value})[0].partition("=")[2]
 
 
 def place(setting: str, value: Any) -> Any:
-    """A path as it is from anywhere; another value as it is."""
+    """Return a path as an absolute path; any other value unchanged."""
     is_path = setting in PATHS and isinstance(value, str) and not means_hub(value)
     return str(Path(value).expanduser().absolute()) if is_path else value
 
 
 def doublings(low: int, high: int) -> list[int]:
-    """From `low` to `high`: wandb's logarithmic draws are no whole numbers."""
+    """Return `low`, its doublings below `high`, and `high`: wandb's logarithmic draws are not integers."""
     return [*(low * 2**power for power in range(math.ceil(math.log2(high / low)))), high]
 
 
 def differences(settings: SweepConfig, space: Sequence[Dimension]) -> Iterator[str]:
-    """What wandb does in another way than `distlora sweep` would."""
+    """Yield a sentence per difference between wandb's search and `distlora sweep`."""
     if settings.pruner == "median":
         yield "sweep.pruner=median: wandb has hyperband alone, which is used"
     if settings.method == "optuna":
@@ -183,11 +185,11 @@ def differences(settings: SweepConfig, space: Sequence[Dimension]) -> Iterator[s
             yield f"{dimension.setting}: wandb draws no whole numbers by their logarithm; it is one of {values}"
 
 
-def placed(words: Sequence[str], config: Config) -> list[str]:
-    """The words with places that mean the same in another folder."""
+def placed(overrides: Sequence[str], config: Config) -> list[str]:
+    """Return the overrides with absolute paths."""
     sections = as_mapping(config)
     found = []
-    for word in words:
+    for word in overrides:
         name = word.partition("=")[0].lstrip("+")
         section, _, key = name.partition(".")
         found += words_of({name: sections[section][key]}) if name in PATHS else [word]
@@ -195,7 +197,7 @@ def placed(words: Sequence[str], config: Config) -> list[str]:
 
 
 def register(file: Path, config: Config) -> str:
-    """Give the sweep to wandb's server; returns ENTITY/PROJECT/ID. Raises UserError with its reason."""
+    """Register the sweep with wandb's server; return ENTITY/PROJECT/ID. Raises UserError with its reason."""
     tracker = config.tracker
     options = ["--project", tracker.project, *(() if tracker.entity is None else ("--entity", tracker.entity))]
     command = [sys.executable, "-m", "wandb", "sweep", *options, str(file)]

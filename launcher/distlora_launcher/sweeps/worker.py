@@ -1,9 +1,9 @@
-"""A worker of a sweep: takes trials from the study, trains them, tells what came of them, until nothing is due.
+"""Run a worker of a sweep: take trials from the study, train them and record the results, until none is due.
 
     python -m distlora_launcher.sweeps.worker SWEEP --index I
 
-The command starts `sweep.workers` of them on this machine, SLURM each as a task of an array; they share the journal and
-nothing else. Exit code 0: nothing is left for it, 75: its trials are saved, as it was asked to stop.
+The command starts `sweep.workers` of them on this node, SLURM starts each as a task of an array; they share only SWEEP.
+Exit code 0: nothing is left to do; 75: stopped on request, its trials are saved.
 """
 
 from __future__ import annotations
@@ -40,36 +40,37 @@ from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.page import write_at_end
 from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
 from distlora_launcher.sweeps.results import effects, write_table
-from distlora_launcher.sweeps.runner import Alone, Asked, Outcome, Runner
-from distlora_launcher.sweeps.search import Due, Search, search_of
+from distlora_launcher.sweeps.runner import Outcome, Runner, SingleTrialRunner, Trial
+from distlora_launcher.sweeps.search import Due, Search, make_search
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
 POLL_SECONDS = 0.2
 TAIL_BYTES = 200
-"""More than a line of an evaluation has, whose time no other line has."""
+"""Bytes compared to detect a rewritten file: more than the line of an evaluation."""
 STRANGE_FAILURES = 3
-"""Trials in a row that fail without a step, and not by their settings: then something is wrong with the machine."""
+"""Successive failures without a step, not explained by settings, after which the node is taken to be broken."""
 LEAVE_SECONDS = 30.0
-"""How long processes may take to end after their last trial has."""
+"""Time in seconds that processes may take to end after their last trial."""
 ASK_SECONDS = 2.0
-"""Between two questions for a trial, where the answer was to wait for another."""
+"""Time in seconds between two requests for a trial while none is due."""
 
 
 class Follower:
-    """The evaluations of a run, as they are written to its metrics.jsonl."""
+    """Reads the evaluations of a run as they are written to its metrics.jsonl."""
 
     def __init__(self, run_dir: Path, metric: str) -> None:
         self._path, self._metric = run_dir / METRICS_NAME, metric
         self._offset = 0
         self._before = b""
-        """The last bytes before the offset: where they are others, a resume has cut off what came after its checkpoint
-        and written on."""
+        """Last bytes before the offset: if they differ, a resume truncated the file to its checkpoint and wrote on."""
 
     def read(self) -> Iterator[tuple[int, float | None]]:
-        """(step, metric) of the lines that are new and whole; None for a figure that is not finite. The base's, before
-        the first step, is none of the trial's."""
+        """Yield (step, metric) of new complete lines; None for a value that is not finite.
+
+        The evaluation at step 0 is of the base and left out.
+        """
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset - len(self._before))
@@ -95,17 +96,17 @@ class Follower:
 
 @dataclass(slots=True)
 class Followed:
-    """A trial that is trained now."""
+    """A trial in training."""
 
-    trial: Asked
+    trial: Trial
     follower: Follower
     last: float | None = None
-    """Of the metric; None before the first, and where that was not finite."""
+    """Last value of the metric; None before the first, and if it was not finite."""
     has_value: bool = False
 
 
 class Worker:
-    """One worker's part in a sweep."""
+    """Takes, trains and records trials."""
 
     def __init__(self, sweep: Sweep, study: Study, runner: Runner) -> None:
         self._sweep, self._study, self._runner = sweep, study, runner
@@ -139,7 +140,7 @@ class Worker:
             time.sleep(POLL_SECONDS)
 
     def _has_left(self) -> bool:
-        """Whether nothing of the runner is left; what does not leave in time ends with this process."""
+        """Return whether the runner's processes have ended, or had LEAVE_SECONDS to do so."""
         self._leave_by = self._leave_by or time.monotonic() + LEAVE_SECONDS
         return self._runner.is_idle or time.monotonic() > self._leave_by
 
@@ -156,9 +157,9 @@ class Worker:
                 return
             self._begin(due)
 
-    def _begin(self, trial: Asked) -> None:
-        words = " ".join(words_of(trial.values))
-        say(f"trial {trial.number}: {'goes on' if trial.begun else 'starts'}, {words}")
+    def _begin(self, trial: Trial) -> None:
+        overrides = " ".join(words_of(trial.values))
+        say(f"trial {trial.number}: {'goes on' if trial.begun else 'starts'}, {overrides}")
         followed = Followed(trial, Follower(trial.run_dir, self._sweep.settings.metric))
         self._trials[trial.number] = followed
         try:
@@ -168,7 +169,7 @@ class Worker:
             self._end(Outcome(number=trial.number, state=FAILED, seconds=0.0, reason=reason, is_refused=True))
 
     def _follow(self) -> None:
-        """Pass on what the trials have measured, and to them what the pruner says."""
+        """Report new evaluations to the study, and the pruner's decisions to the runner."""
         prunes = self._sweep.settings.pruner != "none"
         for number, followed in self._trials.items():
             for step, value in followed.follower.read():
@@ -187,11 +188,11 @@ class Worker:
         self._strange = self._strange + 1 if is_strange(outcome, followed.trial.run_dir) else 0
         if self._strange >= STRANGE_FAILURES:  # Likely none of its own: whoever asks next tries it again.
             outcome = dataclasses.replace(outcome, state=SAVED)
-        self._study.tell(outcome, followed.last, figures_of(followed.trial.run_dir))
+        self._study.tell(outcome, followed.last, read_summary(followed.trial.run_dir))
         say(self._sentence(outcome, followed))
 
     def _judged(self, outcome: Outcome, followed: Followed) -> Outcome:
-        """A run that ended well without a figure to compare has not."""
+        """Return the outcome; failed if the run is complete but has no finite value to compare."""
         if outcome.state != COMPLETE or followed.last is not None:
             return outcome
         metric = self._sweep.settings.metric
@@ -212,15 +213,14 @@ class Worker:
 
 
 def is_strange(outcome: Outcome, run_dir: Path) -> bool:
-    """Whether a trial failed before its first step by nothing that its settings explain: those are refused, diverge, or
-    take too much memory."""
+    """Return whether a trial failed before its first step, and not by bad input, divergence or lack of memory."""
     if outcome.state != FAILED or outcome.step or outcome.is_refused or would_repeat(run_dir / "logs"):
         return False
     return "out of memory" not in (outcome.reason or "").lower() and "OutOfMemory" not in (outcome.reason or "")
 
 
-def figures_of(run_dir: Path) -> Mapping[str, Any]:
-    """What of a run's summary a record of its trial has, where it has come to that."""
+def read_summary(run_dir: Path) -> Mapping[str, Any]:
+    """Return the figures of a run's summary that a trial record has."""
     summary = object_or_empty(run_dir / SUMMARY_NAME)
     return {
         name: summary[name]
@@ -229,17 +229,17 @@ def figures_of(run_dir: Path) -> Mapping[str, Any]:
     }
 
 
-def runner_of(sweep: Sweep, index: int) -> Runner:
-    """What trains the trials of worker `index`."""
+def make_runner(sweep: Sweep, index: int) -> Runner:
+    """Return the runner of worker `index`."""
     if sweep.settings.packed == 1:
-        return Alone(sweep)
+        return SingleTrialRunner(sweep)
     packs = importlib.import_module("distlora_launcher.sweeps.multi_trial")
-    runner: Runner = packs.PackRunner(sweep, index)
+    runner: Runner = packs.MultiTrialRunner(sweep, index)
     return runner
 
 
 def conclude(sweep: Sweep, study: Study, search: Search) -> None:
-    """Write what a sweep came to."""
+    """Write the table, and at the end of the sweep the plots and the report."""
     try:
         with study.held():
             write_table(sweep, study.records(), search)
@@ -252,7 +252,7 @@ def conclude(sweep: Sweep, study: Study, search: Search) -> None:
 
 
 def write_plots(sweep: Sweep, study: Study) -> None:
-    """SWEEP/parallel_coordinates.png and SWEEP/importance.png, where there is something to show."""
+    """Write SWEEP/parallel_coordinates.png and SWEEP/importance.png if there is something to show."""
     with study.held():
         trials = study.records()
         plot_coordinates(sweep, trials)
@@ -265,19 +265,18 @@ def write_plots(sweep: Sweep, study: Study) -> None:
 
 
 def run(folder: Path, index: int) -> int:
-    """Be worker `index` of the sweep in a folder. Returns the exit code."""
+    """Run worker `index` of the sweep in a folder. Returns the exit code."""
     sweep = load_sweep(folder)
-    search = search_of(sweep)
+    search = make_search(sweep)
     place = f"worker_{index}"
     with worker_place(folder, place), forwarding() as forwarder:
         study = Study(sweep, search, place=place)
-        code = Worker(sweep, study, runner_of(sweep, index)).work(forwarder)
+        code = Worker(sweep, study, make_runner(sweep, index)).work(forwarder)
         conclude(sweep, study, search)
     return code
 
 
 def main() -> int:
-    """The command line."""
     parser = Parser("distlora_launcher.sweeps.worker")
     parser.add_argument("sweep")
     parser.add_argument("--index", type=int, required=True)

@@ -1,4 +1,4 @@
-"""What a command line asks of a sweep: read, checked and refused before anything of it is made."""
+"""Read a sweep from its command line and check it before anything is made."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from distlora_launcher.compose.compose import (
 from distlora_launcher.compose.hub import locate
 from distlora_launcher.compose.planning import decide
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.local_workers import shares
-from distlora_launcher.sweeps.multi_trial_size import checked_pack
+from distlora_launcher.sweeps.local_workers import visible_devices
+from distlora_launcher.sweeps.multi_trial_size import check_memory
 from distlora_launcher.sweeps.search import Cells, Search
 from distlora_launcher.sweeps.space import first_cell, read_section
 from distlora_launcher.sweeps.study import check_sampler
@@ -32,16 +32,16 @@ from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, warn
 
 FIGURES = ("eval_loss", "loss", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes")
-"""What a run logs that can be compared (RUN/metrics.jsonl)."""
+"""Comparable figures of RUN/metrics.jsonl."""
 PREFERENCE_FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-"""With train.objective=dpo, of training and with eval_ before it."""
+"""Further figures with train.objective=dpo; evaluations have them with the prefix `eval_`."""
 
 
-def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
-    """The sweep that a command line describes, and the settings of one of its trials. Nothing is made yet."""
-    options, words = read_words(arguments)
+def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
+    """Return the sweep of a command line and the composed settings of one trial; make nothing."""
+    options, overrides = split_arguments(arguments)
     config_dir = None if options.config_dir is None else str(Path(options.config_dir).absolute())
-    settings, space, shared = read_section(words, config_dir=config_dir)
+    settings, space, shared = read_section(overrides, config_dir=config_dir)
     probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
     folder = Path(probe.config.run_dir)
     check_folder(folder)
@@ -52,7 +52,7 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     sweep = Sweep(
         folder=folder,
         settings=settings,
-        words=tuple(shared),
+        overrides=tuple(shared),
         space=space,
         config_dir=config_dir,
         cwd=os.getcwd(),
@@ -61,8 +61,8 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     return sweep, probe
 
 
-def read_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the words in Hydra's grammar."""
+def split_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options, and the overrides in Hydra's grammar."""
     require(
         not {"-m", "--multirun"} & set(arguments),
         "-m is of `distlora train`; distlora sweep runs several without it",
@@ -75,7 +75,7 @@ def read_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds a sweep or a run, and a place where none can be made."""
+    """Refuse a folder that holds a sweep or a run, or that cannot be written."""
     require(
         not is_sweep_folder(folder),
         f"run_dir={folder} already holds a sweep; continue it with `distlora resume {folder}`, or set another run_dir",
@@ -86,55 +86,58 @@ def check_folder(folder: Path) -> None:
 
 
 def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
-    """Refuse what no trial could be: settings, model, data. All trials are checked where they are known, at most the
-    first MOST_JOBS_CHECKED; one that does not fit is told of, and will be recorded as failed."""
+    """Refuse settings, a model or data that no trial can have.
+
+    A grid's first MOST_JOBS_CHECKED trials are checked; of drawn values, one. A trial that does not fit in memory gets
+    a warning, and will be recorded as failed.
+    """
     check_sampler(sweep.settings)
     check_metric(sweep, first.config)
     trials = list(search.all())[:MOST_JOBS_CHECKED] if isinstance(search, Cells) else [first_cell(sweep.space)]
     refused = []
     for number, values in enumerate(trials):
-        words = " ".join(words_of(values))
+        overrides = " ".join(words_of(values))
         try:
-            composed = sweep.compose(number, values, search.words)
+            composed = sweep.compose(number, values, search.overrides)
             check(composed.config, new_run=True)
             if sweep.settings.packed != 1:
                 check_trial(composed.config)
         except UserError as error:
-            raise UserError(f"trial {number} ({words}): {error}" if words else str(error)) from error
+            raise UserError(f"trial {number} ({overrides}): {error}" if overrides else str(error)) from error
         try:
             decide(composed.config, composed.fixed)
         except UserError as error:
-            refused.append(f"trial {number} ({words}) cannot run, and will be recorded so: {error}")
+            refused.append(f"trial {number} ({overrides}) cannot run, and will be recorded so: {error}")
     if len(refused) == len(trials) and isinstance(search, Cells):
         raise UserError(refused[0].replace(" cannot run, and will be recorded so", ""))
     for line in refused:
         warn(line)
     if sweep.settings.packed != 1:
-        say(f"packed: {checked_pack(sweep)}")
+        say(f"packed: {check_memory(sweep)}")
 
 
 def check_place(sweep: Sweep, config: Config) -> None:
-    """Refuse workers that would not have the cards that a trial asks for, and trials over machines by hand."""
+    """Refuse workers with too few GPUs each, and trials on several nodes without SLURM."""
     require(
         not config.cluster.on_each_machine,
         f"cluster=torchrun over {config.cluster.nodes} machines (cluster.nodes): trials that are started by hand on "
         "several would not stay in step; set cluster=slurm",
     )
     if config.cluster.launcher != "slurm":
-        shares(sweep.settings.workers, config.cluster.gpus_per_node)
+        visible_devices(sweep.settings.workers, config.cluster.gpus_per_node)
 
 
 def pinned(sweep: Sweep, config: Config) -> Sweep:
-    """The sweep with its model on the hub at one commit: a branch may move between two trials."""
+    """Return the sweep with its Hub model pinned to one commit: a branch may move between two trials."""
     searched = {section_of(dimension.setting) for dimension in sweep.space}
     if not is_hub_name(config.model.path) or "model" in searched or "recipe" in searched:
         return sweep
     commit = locate(config.model.path, config.model.revision).commit
-    return dataclasses.replace(sweep, words=(*sweep.words, *words_of({"model.revision": commit})))
+    return dataclasses.replace(sweep, overrides=(*sweep.overrides, *words_of({"model.revision": commit})))
 
 
 def check_metric(sweep: Sweep, config: Config) -> None:
-    """Refuse to compare by the held-out loss where nothing is held out, and to prune without evaluations."""
+    """Refuse a held-out metric without held-out documents, and pruning without evaluations."""
     figures = [*FIGURES, *(f"{kind}{name}" for name in PREFERENCE_FIGURES for kind in ("", "eval_"))]
     metric = sweep.settings.metric
     known = figures if config.train.objective == "dpo" else list(FIGURES)

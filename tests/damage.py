@@ -67,7 +67,7 @@ ODD_TEXTS = [
 
 
 def cut(content: bytes) -> st.SearchStrategy[bytes]:
-    """The file's start: as a full disk or a broken download leaves it."""
+    """Return the file's start, as a full disk or a broken download leaves it."""
     edges = [0, 1, 7, 8, 9, len(content) // 2, len(content) - 1]
     return (st.sampled_from(edges) | st.integers(0, max(len(content) - 1, 0))).map(lambda end: content[:end])
 
@@ -84,7 +84,7 @@ def flipped(draw: st.DrawFn, content: bytes, within: int | None = None) -> bytes
 
 @st.composite
 def spliced(draw: st.DrawFn, content: bytes) -> bytes:
-    """A stretch replaced by another: by nothing, zeros (a hole after a crash), noise, or another part of the file."""
+    """Replace a range by nothing, zeros (a hole after a crash), noise, or another part of the file."""
     start = draw(st.integers(0, len(content)))
     end = draw(st.integers(start, min(len(content), start + 200)))
     length = end - start
@@ -97,7 +97,7 @@ def any_bytes(content: bytes) -> st.SearchStrategy[bytes]:
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value inside of a JSON value."""
+    """Yield the path of every value inside of a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*at, key)
@@ -106,7 +106,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def other_value(draw: st.DrawFn, value: Any) -> Any:
-    """A JSON value with one to three changes: a value of another type, a key gone, added or doubled under another."""
+    """Draw a JSON value with one to three changes: another type, a key removed, added or copied."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
         ways = list(places(value))
@@ -143,7 +143,7 @@ def dumped(value: Any) -> bytes:
 
 
 def any_json(content: bytes) -> st.SearchStrategy[bytes]:
-    """A JSON file of another value, or of other bytes."""
+    """Draw a JSON file with another value, or with other bytes."""
     value = json.loads(content)
     return other_value(value).map(dumped) | other_value(value).map(dumped) | any_bytes(content)
 
@@ -187,7 +187,7 @@ YAML_TRICKS = [
 
 
 def any_yaml(content: bytes) -> st.SearchStrategy[bytes]:
-    """A YAML file of other settings, of other text, or with a trick in front or behind."""
+    """Draw a YAML file with other settings, other text, or a trick before or after."""
     value = yaml.safe_load(content)
 
     def written(changed: Any) -> bytes:
@@ -216,7 +216,7 @@ def with_header(header: Any, data: bytes) -> bytes:
 
 @st.composite
 def other_header(draw: st.DrawFn, content: bytes) -> bytes:
-    """A safetensors file whose header says something else of its tensors."""
+    """Draw a safetensors file whose header describes its tensors differently."""
     header, data = split_tensors(content)
     names = [name for name in header if name != "__metadata__"]
     name = draw(st.sampled_from(names))
@@ -261,7 +261,7 @@ def other_length(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def any_tensors(content: bytes) -> st.SearchStrategy[bytes]:
-    """A safetensors file with another header, other lengths or other bytes."""
+    """Draw a safetensors file with another header, other lengths or other bytes."""
     header, data = split_tensors(content)
     text = content[8 : len(content) - len(data)]
     repeated = text.rstrip()[:-1] + b"," + text.rstrip()[1:]
@@ -334,7 +334,7 @@ sys.addaudithook(_note)
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[str]]:
-    """Collects every write, process, connection and unpickling of the block that Python's audit events show."""
+    """Collect every write, process, connection and unpickling in the block, from Python's audit events."""
     global _seen
     _seen = []
     try:
@@ -375,7 +375,7 @@ def holds(reader: Reader, folder: Path) -> None:
 
 
 def holds_without(reader: Reader, folder: Path) -> None:
-    """The same where each of NO_FILES lies in the file's place: it is refused, or as if it were not there."""
+    """Check that each of NO_FILES in the file's place is refused or treated as missing."""
     for kind in NO_FILES:
         with damaged(folder / reader.file, kind):
             ending(lambda: reader.read(folder), folder)
@@ -400,11 +400,7 @@ def state_of(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def ending(read: Callable[[], Any], folder: Path, *, names: Sequence[str] = ()) -> Any:
-    """What `read` returns, or the UserError (or the fault of the system) with which a command ends.
-
-    Holds that nothing else is raised, that the complaint is one printable line that names one of `names` and says what
-    to do, and that reading wrote nothing, started nothing, and took no more time and memory than a small file may.
-    """
+    """Return what `read` returns, or the UserError or OSError with which a command ends."""
     found: list[Any] = []
 
     def work() -> int:
@@ -439,7 +435,7 @@ def ending(read: Callable[[], Any], folder: Path, *, names: Sequence[str] = ()) 
 
 
 def check_line(line: str, names: Sequence[str] = ()) -> None:
-    """A complaint is one line for a person: what is wrong where, and behind a semicolon what to do."""
+    """Check that a message is one line: what is wrong where, and after a semicolon what to do."""
     assert line.startswith("error: "), line[:500]
     assert line.endswith("\n"), line[:500]
     text = line[:-1]

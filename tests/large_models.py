@@ -31,7 +31,7 @@ QWEN25_1_5B: dict[str, Any] = {
 
 
 def shapes_of(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """A qwen2 with a tied head: each tensor's name and shape, in the model's order."""
+    """Return each tensor's name and shape of a qwen2 with a tied LM head, in the model's order."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
@@ -65,7 +65,7 @@ def write_large_model(folder: Path, config: dict[str, Any], *, shards: int = 2) 
 
 
 def write_large_adapter(folder: Path, config: dict[str, Any], *, rank: int = 16) -> None:
-    """A LoRA on all linears, in fp32."""
+    """Write a LoRA on all linears, in fp32."""
     folder.mkdir(parents=True)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in shapes_of(config):
@@ -97,6 +97,6 @@ def _write(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], *, std: 
 def table_rows(
     table: dict[str, dict[str, Any]], tensors: dict[str, tuple[str, tuple[int, ...]]]
 ) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    """The tensors in the order of the file."""
+    """Return the tensors in the order of the file."""
     for name in table:
         yield name, tensors[name]

@@ -13,7 +13,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(place: Path, kib: int) -> Iterator[Path]:
-    """A new folder `place` on a disk of its own. Skips the test, with the reason, where nothing can be mounted."""
+    """Yield a new folder `place` on its own small disk; skip the test if nothing can be mounted."""
     if shutil.which("mount") is None:
         pytest.skip("a small file system cannot be mounted here: there is no mount")
     place.mkdir()

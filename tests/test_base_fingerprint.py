@@ -25,7 +25,7 @@ CONTENT = bytes(range(256)) * 40
 def look(
     ranks: Ranks, *, config: Config, root: Path, machines: list[str], stop_at: int | None = None
 ) -> tuple[Content | None, list[str], int] | str:
-    """What a rank finds out of the file `model` in the folder of its machine, by one cache."""
+    """Return what a rank finds for the file `model` in its node's folder, with one cache."""
     before = file_fingerprints.SETTLED_SECONDS, file_fingerprints.PART_BYTES
     file_fingerprints.SETTLED_SECONDS, file_fingerprints.PART_BYTES = 0.0, 1024
     said: list[str] = []

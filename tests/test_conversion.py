@@ -189,7 +189,7 @@ def test_every_layout_on_disk_that_transformers_reads_is_read(
 
 
 def test_weights_that_config_json_has_no_place_for_are_refused(tmp_path: Path) -> None:
-    """transformers would drop the biases with a line in the log, and train another model."""
+    """Transformers would drop the biases with a line in the log, and train another model."""
     write_family_folder(tmp_path, "llama-biases")
     edit_config(tmp_path, attention_bias=False)
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\..*bias \(12 such tensors\), which config.json does"):
@@ -207,7 +207,7 @@ def test_old_rotary_frequencies_on_disk_are_ignored(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_that_differs_on_disk_is_refused_and_an_equal_one_is_not(tmp_path: Path) -> None:
-    """transformers leaves them untied then, whatever config.json says."""
+    """Transformers leaves them untied then, whatever config.json says."""
     write_family_folder(tmp_path, "llama3-tied")
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -36,7 +36,7 @@ ALONE: Any = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), 
 
 
 def added_up(run_dir: Path, *, world: int = 1, micro_batch: int = 4) -> DocumentRecord:
-    """The record of an evaluation in which the loss of a token is its number, seen by `world` ranks in turn."""
+    """Return the record of an evaluation in which each token's loss is its number, seen by `world` ranks in turn."""
     rows = open_split(run_dir, "eval")
     assert rows is not None
     losses = DocumentLosses(rows)
@@ -52,7 +52,7 @@ def added_up(run_dir: Path, *, world: int = 1, micro_batch: int = 4) -> Document
 
 @pytest.fixture(scope="module")
 def prepared(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose held-out documents are longer than a row of 64 tokens, and so lie in several."""
+    """Prepare a run whose held-out documents are longer than a sequence of 64 tokens, and so span several."""
     run_dir = tmp_path_factory.mktemp("prepared") / "run"
     make_run(run_dir, folders, data={"eval_fraction": 0.3, "too_long": "split"}, train={"eval_documents": True})
     return run_dir
@@ -140,7 +140,7 @@ def alone(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def trained(world: World, size: int, folders: Path, run_dir: Path, **settings: Any) -> Path:
-    """A run of two steps, and an evaluation after each of them."""
+    """Train a run of two steps with an evaluation after each."""
     make_run(
         run_dir,
         folders,

@@ -75,7 +75,7 @@ def config_of(folder: Path, *, model: str = "model", **adapter: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a whole one of everything that is read: models, an adapter, data, a run."""
+    """Make a folder with an undamaged file of each type: models, an adapter, data, a run."""
     return make_place(tmp_path_factory.mktemp("fuzz"))
 
 
@@ -121,7 +121,7 @@ AXOLOTL = {
 
 
 def write_packed_model(folder: Path) -> None:
-    """A model of which bitsandbytes has quantized a weight, as far as headers and quant_states tell."""
+    """Write a model with a weight quantized by bitsandbytes, as far as headers and quant_states tell."""
     write_model(folder)
     values = json.loads((folder / "config.json").read_text())
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -189,7 +189,7 @@ def write_run(folder: Path) -> None:
 
 
 def write_start(path: Path) -> None:
-    """The start of a run of PiSSA, whose header names the digest of its tensors."""
+    """Write the initial adapter of a PiSSA run, whose header has the digest of its tensors."""
     write_safetensors(path, {"x.lora_A.weight": (4, 8), "x.lora_B.weight": (8, 4)})
     header, data = split_tensors(path.read_bytes())
     tensors = [(name, tuple(of["shape"]), data[slice(*of["data_offsets"])]) for name, of in sorted(header.items())]
@@ -206,7 +206,7 @@ def has_settings(initial: Any) -> None:
 
 
 def tensors_that_safetensors_has(file: Path) -> None:
-    """What our reader of headers accepts, safetensors accepts, with the same tensors."""
+    """Check that safetensors accepts what distlora's header reader accepts, with the same tensors."""
     ours = read_header(file)
     with safetensors.safe_open(file, framework="numpy") as theirs:
         assert {name: tuple(theirs.get_slice(name).get_shape()) for name in theirs.keys()} == {  # noqa: SIM118
@@ -253,7 +253,7 @@ def read_failure(folder: Path) -> None:
 
 
 def write_cache(folder: Path) -> None:
-    """A cache of quantized shards: an entry of one piece, half of the base; and what is known of a source file."""
+    """Write a quantized-weights cache with an entry of one piece, half of the base, and a recorded fingerprint."""
     entry = Entry(folder / CACHE_KEY)
     entry.begin({"base": "org/name", "format": 1, "weights": {"w": 4, "v": 2}})
     extents = {"w": Extent(0, 2, 0.5, {}), "v": Extent(1, 2, 0.25, {})}
@@ -268,7 +268,7 @@ def write_cache(folder: Path) -> None:
 
 @st.composite
 def any_signed_piece(draw: st.DrawFn, content: bytes) -> bytes:
-    """A piece that says something else, with the digest of that: as another program's version would write it."""
+    """Draw a piece with other content and a matching digest, as another version would write it."""
     changed = draw(other_header(content) | st.just(content))
     header, data = split_tensors(changed)
     said, entry = json.loads(split_tensors(content)[0]["__metadata__"]["distlora_piece"]), CACHE_KEY

@@ -136,7 +136,7 @@ AS_PROCESSES = (
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of test_fuzz.py, to work in; nothing may be started."""
+    """Work in the folder of test_fuzz.py; nothing may be started."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return make_place(tmp_path)

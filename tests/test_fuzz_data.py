@@ -58,7 +58,7 @@ pytestmark = pytest.mark.ci
 
 
 def make_place(folder: Path) -> Path:
-    """A folder with a whole one of every kind of data, a model with a tokenizer, and a cache entry."""
+    """Make a folder with an undamaged file of each data format, a model with a tokenizer, and a cache entry."""
     import pyarrow
     import pyarrow.parquet
 

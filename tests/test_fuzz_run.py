@@ -43,7 +43,7 @@ pytestmark = pytest.mark.ci
 
 
 def make_place(folder: Path, folders: Path) -> Path:
-    """A run with two checkpoints that was then stopped, and config.json of several families."""
+    """Make a stopped run with two checkpoints, and config.json of several families."""
     settings = {"max_steps": 2, "save_every": 1, "global_batch": 2, "eval_every": 1}
     data = {"cache_dir": str(folder / "cache")}
     make_run(folder / "run", folders, "llama", train=settings, data=data, adapter={"r": 2, "target_modules": "qv"})
@@ -71,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, folders: Path) -> Path:
 
 
 def read_newest(folder: Path) -> tuple[bytes | None, str]:
-    """(what the files of the chosen checkpoint hold, its name), as a start chooses it."""
+    """Return (the files of the checkpoint that a start chooses, its name)."""
     found, damaged = newest(folder / "run" / "checkpoints")
     assert found is not None, "the older one is whole"
     assert all(line.isprintable() for line in damaged), damaged
@@ -117,7 +117,7 @@ def read_state(folder: Path) -> None:
 
 
 def restoring() -> Callable[[Path], None]:
-    """Fills a model and its optimizer from the newest checkpoint, whatever its manifest says; then takes a step."""
+    """Fill a model and its optimizer from the newest checkpoint, ignoring its manifest; then take a step."""
     built: list[Any] = []
 
     def read(folder: Path) -> None:
@@ -149,7 +149,7 @@ def of_status(file: str, damages: Any) -> Reader:
 
 
 def of_family(name: str) -> Reader:
-    """A worker's: what the launcher's checks let through is a model of transformers, or refused by it."""
+    """Check that what the launcher's checks accept is a model of transformers, or refused by it."""
     config = f"{name}/config.json"
     return Reader(
         file=config,

@@ -36,7 +36,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def write_adapter(folder: Path, base: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
-    """A LoRA or DoRA as PEFT saves it, with random B and magnitudes, on the Hugging Face model of a folder."""
+    """Save a LoRA or DoRA with PEFT, with random B and magnitudes, for the Hugging Face model of a folder."""
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
@@ -61,7 +61,7 @@ def adapter(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(adapter: Path, tmp_path: Path) -> Path:
-    """A copy of it, to damage."""
+    """Copy the adapter, to damage it."""
     return Path(shutil.copytree(adapter, tmp_path / "lora"))
 
 

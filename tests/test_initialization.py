@@ -65,7 +65,7 @@ def identity_in(run_dir: Path) -> str:
 
 
 def weight_of(out_features: int, in_features: int, *, decay: float = 0.0) -> Tensor:
-    """A random weight; with `decay` its k-th singular value is about (1 + k)^-decay."""
+    """Return a random weight; with `decay` its k-th singular value is about (1 + k)^-decay."""
     weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(out_features))
     if decay:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
@@ -187,7 +187,7 @@ def test_loftq_is_pefts_where_the_scale_is_one() -> None:
 def started(
     ranks: Ranks, *, run_dir: Path, boundary: watch.Marker = watch.at
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, int]]]:
-    """A and B at the start, and this rank's rows of the base."""
+    """Return the initial A and B, and this rank's rows of the base."""
     model, backend, _ = start_run_model(load_config(run_dir), ranks, boundary=boundary)
     base = {
         name: (local.clone(), first)
@@ -274,7 +274,7 @@ def test_only_the_rank_that_writes_makes_the_plain_lora_a_tensor_at_a_time(
 
 
 def peft_model(folder: Path, config: Config, init: str) -> Any:
-    """What PEFT makes of the same settings, on the Hugging Face model of the folder."""
+    """Return PEFT's model with the same settings, on the Hugging Face model of the folder."""
     adapter = config.adapter
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings = peft.LoraConfig(
@@ -467,7 +467,7 @@ def test_what_loftq_publishes_belongs_to_the_base_in_nf4(tmp_path: Path) -> None
 
 
 def with_residual(run_dir: Path, folders: Path) -> tuple[CausalLM, transformers.PreTrainedModel]:
-    """The trained model of a run of PiSSA, and the Hugging Face model of its dequantized W_res + s B0 A0."""
+    """Return the trained model of a PiSSA run, and the Hugging Face model of its dequantized W_res + s B0 A0."""
     config = load_config(run_dir)
     ours, _ = load_model(config, str(run_dir / "adapter"), SINGLE)
     base, start = (

@@ -1,7 +1,4 @@
-"""A model of 1.5 billion parameters, made on the spot, trained by the command that a user types, and the memory that
-all its processes take together: with glibc's own malloc settings, which is what the parts were added up for, and with
-those that the launcher gives CPU workers and a user therefore has.
-"""
+"""Train a random model of 1.5 billion parameters by the command, and compare all processes' memory with the plan."""
 
 from __future__ import annotations
 
@@ -76,15 +73,16 @@ class Sampled:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """A process's part of anonymous pages: of those that forks share, its share, so that a sum counts each once; 0 for
-    a process that is gone but not yet forgotten."""
+    """Return a process's anonymous memory in bytes; 0 if it has ended. The sum over processes counts shared pages once."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:")), 0)
 
 
 def predicted_worker_bytes(shapes: ModelShapes, ranks: int) -> int:
-    """Most anonymous memory of one worker: what it imports, its shard, adapters with gradients and moments, what is
-    gathered, and the largest of what the phases of a step and a save take beside."""
+    """Predict the peak anonymous memory of one worker, in bytes.
+
+    It is the imports, the shard, adapters with gradients and optimizer states, gathered weights, and the largest phase.
+    """
     held = traffic.held_bytes(shapes, ranks, quantized=True, itemsize=2)
     config = AdapterConfig(r=RANK, target_modules="all-linear")
     adapters = sum(each.numel for block in shapes.adapters(config) for each in block)
@@ -105,7 +103,7 @@ def predicted_worker_bytes(shapes: ModelShapes, ranks: int) -> int:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder, 3 GB, which is gone after the module's tests."""
+    """Write the model, 3 GB, which is removed after the module's tests."""
     folder = tmp_path_factory.mktemp("large") / "model"
     write_random_checkpoint(folder, LLAMA_1B5, num_shards=16)
     tokenizer().save_pretrained(folder)
@@ -141,14 +139,14 @@ def train(model: Path, folder: Path, ranks: int, malloc: dict[str, str]) -> Samp
 
 
 def losses_of(folder: Path) -> list[float]:
-    """A loss a step."""
+    """Return the loss of each step."""
     losses = [line["loss"] for line in read_metrics(folder / "run") if "loss" in line]
     assert len(losses) == STEPS
     return losses
 
 
 def figures_of(sampled: Sampled, shapes: ModelShapes, ranks: int) -> dict[str, Any]:
-    """What was measured beside what is predicted, printed too."""
+    """Return and print the measured and predicted memory."""
     per_worker = predicted_worker_bytes(shapes, ranks)
     figures = {
         "seconds": round(sampled.seconds),
@@ -182,7 +180,7 @@ def test_one_and_a_half_billion_parameters_train_in_what_is_predicted_and_alike_
             shapes.block, ranks, quantized=True, itemsize=2
         ) + 2 * (2 * shapes.vocabulary * shapes.hidden + shapes.hidden)
         assert sampled.peak <= 20e9
-        # 13 % under it on 2 ranks and 11 % on 4, a worker 7 and 6 % (distlora/loading/README.md).
+        # 13 % under it on 2 ranks and 11 % on 4, a worker 7 and 6 % (docs/benchmarks.md).
         assert sampled.peak <= figures["predicted_mib"] * MIB, figures
         assert max(sampled.workers.values()) <= figures["predicted_worker_mib"] * MIB, figures
     # Twice the ranks add the same rows' gradients in another order, in bf16.

@@ -30,7 +30,7 @@ def write_model(folder: Path) -> int:
 
 
 def check_memory(by_rank: list[Figures], folder: Path) -> None:
-    """The bound is what the planner says that loading takes."""
+    """Check that the peak stays within the planner's prediction for loading."""
     largest_slice = max(segment.num_bytes for segment in read_headers(folder).values()) / RANKS
     config = build(Config, {"model": {"path": str(folder)}, "data": {"path": "none"}, "run_dir": "none"})
     planned = plan_of(config, model_in(folder), cpu_machine(RANKS)).host.loading

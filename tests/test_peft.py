@@ -34,7 +34,7 @@ TARGETS: list[Any] = ["all-linear", "attention", "qv", "mlp", ["o_proj"], FIRST_
 
 @torch.no_grad()
 def dequantized_hf_model(folder: Path, ours: CausalLM) -> transformers.PreTrainedModel:
-    """The Hugging Face model whose linears hold our dequantized weights."""
+    """Return the Hugging Face model whose linears hold the dequantized weights."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, module in ours.named_modules():
         if isinstance(module, FrozenLinear):
@@ -43,7 +43,7 @@ def dequantized_hf_model(folder: Path, ours: CausalLM) -> transformers.PreTraine
 
 
 def our_trained_model(run_dir: Path) -> CausalLM:
-    """The run's model with the adapter that it published."""
+    """Return the run's model with the adapter that it published."""
     config = load_config(run_dir)
     model = build_run_model(config)
     load_base(model, CheckpointFiles(config.model.path), parallelize_run(model, SINGLE, config))

@@ -115,7 +115,7 @@ def test_a_file_is_as_long_as_safetensors_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("init", "measured"), [("pissa", 562), ("pissa_niter_4", 84), ("kaiming", 0)])
 def test_loading_has_room_for_a_decomposition(init: str, measured: int) -> None:
-    """As measured of a weight of 4096 x 14336, MiB over the weight itself (distlora/loading/README.md)."""
+    """As measured of a weight of 4096 x 14336, MiB over the weight itself (docs/benchmarks.md)."""
     config = config_of(Path("8B"), adapter=ALL | {"r": 16, "init": init})
     model = model_of("8b")
     plain = plan_of(config_of(Path("8B")), model, cpu_machine(16)).host.loading

@@ -67,7 +67,7 @@ WEIGHT = "model.layers.1.self_attn.q_proj.weight"
 
 
 def quantize(source: Path, target: Path, **settings: Any) -> None:
-    """A checkpoint as transformers and bitsandbytes save it."""
+    """Save a checkpoint with transformers and bitsandbytes."""
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, **settings
     )
@@ -80,7 +80,7 @@ def quantize(source: Path, target: Path, **settings: Any) -> None:
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text.jsonl and a checkpoint for each of VARIANTS."""
+    """Make a folder with text.jsonl and a checkpoint for each of VARIANTS."""
     root = tmp_path_factory.mktemp("prequantized")
     write_model_folder(root / "even", "llama", **EVEN)
     write_model_folder(root / "odd", "llama", **ODD)
@@ -132,7 +132,7 @@ def packed_names(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def copy_with(source: Path, target: Path, changes: dict[str, Tensor | None]) -> Path:
-    """The checkpoint in one file with some tensors replaced, or taken out (None)."""
+    """Copy the checkpoint into one file with some tensors replaced or removed (None)."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("model*"))
     tensors = stored_tensors(source) | {name: tensor for name, tensor in changes.items() if tensor is not None}
     for name, tensor in changes.items():
@@ -189,7 +189,7 @@ def test_plain_absmax_dequantizes_as_bitsandbytes_does(
 
 @pytest.mark.parametrize("shape", [(7, 33), (1, 63)], ids=str)
 def test_plain_absmax_of_odd_shapes_dequantizes_as_the_reference_does(shape: tuple[int, int]) -> None:
-    """bitsandbytes compiles its fallback for odd rows, seconds a shape; tests/test_nf4.py holds the reference to it."""
+    """Bitsandbytes compiles its fallback for odd rows, seconds a shape; tests/test_nf4.py holds the reference to it."""
     parts = nf4.quantize_blocks(random_weight(shape, torch.float32).flatten())
     for dtype in DTYPES:
         expected = reference.dequantize_blocks(*parts, shape=shape, dtype=dtype)
@@ -212,7 +212,7 @@ def test_the_dynamic_map_is_the_same_on_a_cpu_without_vector_instructions() -> N
 
 
 def own_rows(ranks: Ranks, *, folder: Path) -> tuple[dict[str, Tensor], int]:
-    """This rank's rows of every packed part and dense linear by name, and the bytes that it read."""
+    """Return this rank's rows of every quantized part and dense linear by name, and the bytes that it read."""
     model, backend, figures = loaded(folder, ranks)
     rows: dict[str, Tensor] = {}
     for name, linear in frozen_linears(model).items():
@@ -265,12 +265,12 @@ def test_weights_are_bit_for_bit_those_of_bitsandbytes(quantized: Path, variant:
 
 
 def own_parts(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """What accompanies a packed weight, as bitsandbytes' QuantState takes it."""
+    """Return the tensors that accompany a quantized weight, as bitsandbytes' QuantState takes them."""
     return {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
 
 
 def dequantized_by_transformers(folder: Path) -> transformers.PreTrainedModel:
-    """transformers' own bitsandbytes model of the folder, its linears made dense by bitsandbytes."""
+    """Return transformers' bitsandbytes model of the folder, dequantized by bitsandbytes."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
     assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
     return model.dequantize()

@@ -325,7 +325,7 @@ def test_a_disk_that_does_not_answer_at_once_costs_no_piece(
 
 
 def with_other_offset(path: Path, weight: str) -> None:
-    """The piece as a machine would have written it whose kernels give another offset."""
+    """Rewrite the piece with another offset, as a node with other kernels would write it."""
     key = path.parent.name
     extents = dict(quantized_cache_format.read_piece(path, key)[0].extents)
     data = path.read_bytes()[min(s.offset for s in read_header(path).values()) :]

@@ -29,7 +29,7 @@ def make_entry(cache: Path, digit: str, *, size: int = 100, age: float = 9e6) ->
 
 
 def write_strangers(folder: Path, home: Path) -> None:
-    """What other programs and users keep in a folder, links to `home` among it, and much that looks like ours."""
+    """Write files of other programs into a folder, symlinks to `home` among them, many with similar names."""
     key = "e" * 64
     for path in (
         ".git/HEAD",

@@ -81,7 +81,7 @@ def make_saver(run_dir: Path, state: State, said: list[str] | None = None, **opt
 
 
 def saved(run_dir: Path, step: int) -> set[float]:
-    """The numbers that the checkpoint of a step holds."""
+    """Return the numbers in the checkpoint of a step."""
     path = step_folder(run_dir / "checkpoints", step)
     assert fault(path) is None
     assert load_state(path).progress.step == step
@@ -454,7 +454,7 @@ class CutState(State):
 
 
 def save_on(ranks: Ranks, *, run_dir: Path, in_background: bool, cut: bool) -> list[str]:
-    """What becomes of a save, a last save, and one on a disk that has come back, on a rank."""
+    """Return the outcomes on a rank of a save, a last save, and one on a disk that has come back."""
     state = CutState(ranks) if cut else State()
     outcomes = []
     with (

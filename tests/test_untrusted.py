@@ -67,7 +67,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 
 def faults(module: str, text: str) -> Iterator[str]:
-    """What in a module's text could run or unpickle what a file holds."""
+    """Yield the code in a module's text that could run or unpickle the content of a file."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -30,7 +30,7 @@ CHECKPOINT = "checkpoints/step_00000004"
 
 @pytest.fixture(scope="module")
 def finished(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with two checkpoints and a best."""
+    """Train a run with two checkpoints and a best."""
     run_dir = tmp_path_factory.mktemp("verified") / "run"
     settings = {"max_steps": 4, "save_every": 2, "eval_every": 2, "global_batch": 2}
     make_run(run_dir, folders, "llama", train=settings, data={"cache_dir": str(run_dir.parent / "cache")})
@@ -40,7 +40,7 @@ def finished(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the run, with its own packed sequences."""
+    """Copy the run, with its own packed sequences."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     record = json.loads((run_dir / "data.json").read_text())
     cache = shutil.copytree(record["cache"], tmp_path / "cache" / Path(record["cache"]).name)

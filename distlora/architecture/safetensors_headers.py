@@ -43,6 +43,7 @@ class Segment:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -60,9 +61,7 @@ def lay_out(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, dict[
 
 
 def header_bytes(table: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str]) -> bytes:
-    """Return the first bytes of a file: the header's length and the header, padded with spaces to a multiple of 8
-    bytes.
-    """
+    """Return the first bytes of a file: the header's length, and the header padded to a multiple of 8 bytes."""
     text = json.dumps({_METADATA: metadata, **table}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -175,8 +175,9 @@ class Saver:
             raise self._failed
 
     def _write(self, files: Files, state: TrainState, last: bool) -> None:
-        """Write a checkpoint and remove old ones. Report and keep an OSError; keep any other error for the training
-        thread.
+        """Write a checkpoint and remove old ones.
+
+        Report and keep an OSError; keep any other error for the training thread.
         """
         try:
             if (device := self._backend.ranks.device).type == "cuda":

@@ -31,8 +31,9 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in self._memory.values())
 
     def has_room(self, files: Files) -> bool:
-        """Return whether the node has memory for the copies of its ranks; the same on every rank. Every rank must call
-        it.
+        """Return whether the node has memory for the copies of its ranks; the same on every rank.
+
+        Every rank must call it.
         """
         needed = 0
         if not self._memory:

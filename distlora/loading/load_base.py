@@ -186,8 +186,9 @@ def _sample(source: Source) -> bytes:
 
 
 def segments_of(sources: Mapping[str, Source], name: str, shape: tuple[int, ...]) -> Sequence[Segment]:
-    """Return a parameter's segments by its Hugging Face name. Raises UserError if it is absent or contradicts
-    config.json.
+    """Return a parameter's segments by its Hugging Face name.
+
+    Raises UserError if it is absent or contradicts config.json.
     """
     source = sources.get(name)
     if source is None:

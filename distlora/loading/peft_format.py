@@ -126,8 +126,9 @@ def _load_modules(model: CausalLM, initial: PeftAdapter, backend: Backend) -> No
 
 
 def adaptable_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
-    """Return (out, in) of the linears, and (experts, out, in) of the experts, of the decoder layers by Hugging Face
-    name.
+    """Return the shapes of what can be adapted in the decoder layers, by Hugging Face name.
+
+    They are (out, in) for linears and (experts, out, in) for experts.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():

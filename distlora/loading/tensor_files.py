@@ -43,6 +43,7 @@ class DeferredTensor:
     make: Callable[[], Tensor]
 
     def numel(self) -> int:
+        """Return the number of elements."""
         return self.shape.numel()
 
 

@@ -1,10 +1,4 @@
-"""Embedding and head where the vocabulary has new tokens: old rows from disk, new ones by a rule, and where the trained
-rows start.
-
-A new token's row starts as the mean of the rows of all tokens before the first new one, as accurate as fp64 makes it
-and rounded once to the matrix's dtype: the same on any number of ranks, bit for bit. (transformers' mean_resizing draws
-from a normal distribution round that mean; its draws depend on the generator.)
-"""
+"""Embedding and LM head with new tokens: stored rows from disk, new rows by a rule, initial values of trained rows."""
 
 from __future__ import annotations
 

@@ -49,8 +49,9 @@ class AppendedFile:
         self._pending = bytearray()
 
     def append(self, text: str) -> None:
-        """Append text at once, so that a killed process loses nothing. Raises OSError if the disk refuses it; the text
-        is kept.
+        """Append text at once, so that a killed process loses nothing.
+
+        Raises OSError if the disk refuses it; the text is kept.
         """
         self._pending += text.encode()
         if self._descriptor is None:

@@ -120,6 +120,7 @@ def explain_absent_weights(name: str, files: Iterable[str]) -> UserError:
 
 
 def endpoint() -> str:
+    """Return the hub's address."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT

@@ -53,9 +53,11 @@ def name_of(signum: int) -> str:
 
 
 def listen() -> None:
-    """Turn signals into requests from now on. First of all in a process: threads and children inherit that these
-    signals are blocked, so that one sent to every process (SLURM does) does not end a compiler, say, under the worker
-    that is about to save. (wandb's process unblocks them: `tracker.py`.)
+    """Turn signals into requests from now on.
+
+    First of all in a process: threads and children inherit that these signals are blocked, so that one sent to every
+    process (SLURM does) does not end a compiler, say, under the worker that is about to save. (wandb's process unblocks
+    them: `tracker.py`.)
     """
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -104,9 +104,7 @@ def names_without_a_place(layout: CheckpointLayout, on_disk: Mapping[str, Segmen
 
 
 def _renamer(layout: CheckpointLayout) -> Callable[[str], tuple[str, str | None]]:
-    """Return a function: name on disk -> (the model's name, the converter's pattern that matched), as transformers does
-    it.
-    """
+    """Return a function from a name on disk to (the model's name, the converter's pattern that matched)."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [transform for transform in layout.transforms if isinstance(transform, WeightRenaming)]

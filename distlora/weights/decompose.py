@@ -120,9 +120,7 @@ class Residual:
 
     @torch.no_grad()
     def of(self, chunk: Tensor, first: int) -> Tensor:
-        """Return a flat `chunk` of W, beginning with element `first`, minus the same elements of s B A; fp32, on A's
-        device.
-        """
+        """Return a flat `chunk` of W, beginning with element `first`, minus those elements of s B A; fp32."""
         chunk = chunk.to(self.start.A.device, torch.float32)
         rest = torch.empty_like(chunk)
         done, per_block = 0, self._rows * self._width

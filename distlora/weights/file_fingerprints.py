@@ -100,6 +100,7 @@ def _record(folder: Path, file: Path, state: State) -> Path:
 
 
 def parts_of(file: Path, size: int) -> list[Part]:
+    """Divide a file into parts of PART_BYTES."""
     return [Part(file, start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)]
 
 

@@ -35,10 +35,12 @@ class InitialAdapterRecord:
     """`digest_of` the tensors."""
 
     def metadata(self) -> dict[str, str]:
+        """Return the record as metadata of the header."""
         return {METHOD_KEY: self.method, BASE_KEY: self.base, DIGEST_KEY: self.digest}
 
 
 def initial_adapter_path(run_dir: str | Path) -> Path:
+    """Return the path of the file in a run folder."""
     return Path(run_dir) / INITIAL_ADAPTER_NAME
 
 

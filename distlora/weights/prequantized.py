@@ -136,8 +136,9 @@ def prequantized_parameters(
 
 
 def check_quantization_config(file: Path, quantization: Any) -> None:
-    """Raise UserError with the field's name for anything but 4-bit bitsandbytes. Each weight's quant_state has the
-    details.
+    """Raise UserError with the field's name for anything but 4-bit bitsandbytes.
+
+    Each weight's quant_state has the details.
     """
     where = f"{file}: quantization_config"
     if not isinstance(quantization, dict):

@@ -63,6 +63,7 @@ class Entry:
 
     @property
     def key(self) -> str:
+        """Cache key: the folder's name."""
         return self.path.name
 
     def begin(self, values: Mapping[str, Any]) -> None:
@@ -121,6 +122,7 @@ class Entry:
         return bool(_description(self.path)) or bool(self.piece_names())
 
     def bytes_on_disk(self) -> int:
+        """Return the bytes of the entry's files."""
         return sum(_files_in(self.path, _FINISHED, _UNFINISHED).values())
 
     def remove(self) -> int:

@@ -152,8 +152,9 @@ def read_piece(path: Path, key: str) -> tuple[Piece, int]:
 
 
 def _extent(name: str, entry: Sequence[Any], segments: Mapping[str, Segment]) -> Extent:
-    """Parse one weight's entry. Raises KeyError, ValueError or OverflowError for values that `header_of` does not
-    write.
+    """Parse one weight's entry.
+
+    Raises KeyError, ValueError or OverflowError for values that `header_of` does not write.
     """
     if [type(value) for value in entry] != [int, str] or not 0 <= entry[0] < 2**63:
         raise ValueError(f"{entry!r:.60} of {name}")

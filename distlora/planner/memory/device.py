@@ -134,7 +134,7 @@ def decomposing_bytes(config: Config, shapes: ModelShapes) -> int:
 
 
 def decomposition_bytes(config: Config, shape: tuple[int, ...]) -> int:
-    """At the most, of one weight and beside it (distlora/loading/README.md): five matrices of the smaller side in fp64;
+    """At the most, of one weight and beside it (docs/benchmarks.md): five matrices of the smaller side in fp64;
     subspace iterations two bases of either side, and three parts of the weight widened, 32 MiB each
     (distlora.weights.decompose)."""
     small, large = sorted(shape)

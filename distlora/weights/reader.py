@@ -42,7 +42,10 @@ class Reader:
             os.close(descriptor)
 
     def chunks(self, segments: Sequence[Segment], start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first element, flat tensor in the source's dtype) for [start, stop), `size` at a time, reading ahead."""
+        """Yield (first element, flat tensor in the source's dtype) for [start, stop), `size` elements at a time.
+
+        The next chunk is read ahead.
+        """
         starts = range(start, stop, size)
         pending = None
         for position, first in enumerate(starts):

@@ -73,7 +73,7 @@ class Sampled:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Return a process's anonymous memory in bytes, with shared pages counted once over all processes; 0 if it ended."""
+    """Return a process's anonymous memory in bytes, shared pages counted once over all processes; 0 if it ended."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:")), 0)
 

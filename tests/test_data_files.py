@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from data_folders import write_lines
 from distlora.config import UserError
-from distlora.data import json_list
-from distlora.data.files import read_file
-from distlora.data.json_list import ListReader
+from distlora.data import files
+from distlora.data.files import ListReader, read_file
 
 ROWS = [{"text": 'a [1] {} \u00e9\n"b"', "n": 1.5}, {"text": "", "n": None, "deep": {"x": [1, {}]}}, {"text": "c"}]
 
@@ -116,10 +115,10 @@ def test_a_list_is_read_the_same_however_its_text_comes_in(rows, indent, ascii_o
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     chunks = (text[start : start + chunk] for start in range(0, len(text), chunk))
     try:
-        ahead, json_list._READ_AHEAD = json_list._READ_AHEAD, 1
+        ahead, files._READ_AHEAD = files._READ_AHEAD, 1
         assert [record.value for record in ListReader("x", "auto", chunks).records()] == rows
     finally:
-        json_list._READ_AHEAD = ahead
+        files._READ_AHEAD = ahead
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from data_folders import CHATML, chat, prepare, write_lines, write_model
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
-from distlora.data.mixture import copies, shares, volume
 from distlora.data.prepare import summary
 from distlora.data.rows import PackedRows, read_meta
 from distlora.data.sources import check_sources
+from distlora.data.splits import copies, shares, volume
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -18,7 +18,7 @@ from distlora.data.formats import Record, check_objective, resolve_format, to_do
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows, read_meta
-from distlora.data.turn_tokens import Encoded
+from distlora.data.turns import Encoded
 from small_models import make_run
 
 

@@ -15,8 +15,7 @@ from distlora.config import UserError
 from distlora.data.chat import NAMED, ChatTemplate, template_source
 from distlora.data.formats import Document
 from distlora.data.templates import Encoder
-from distlora.data.turn_tokens import TurnTokens
-from distlora.data.turns import Conversation, Turn
+from distlora.data.turns import Conversation, Turn, TurnTokens
 
 GOLDEN = Path(__file__).parent / "golden"
 LLAMA2 = (

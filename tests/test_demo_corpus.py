@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from distlora_launcher.demo import base, corpus, initial_model, report
+from distlora_launcher.demo import base, corpus, initial_model, run
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ FIGURES = {
 
 
 def test_the_table_states_what_was_measured():
-    text = report.table(FIGURES, ranks=2, seconds=200)
+    text = run.table(FIGURES, ranks=2, seconds=200)
     for shown in (
         "6.000",
         "4.000",
@@ -148,10 +148,10 @@ def test_the_table_states_what_was_measured():
         "60 s at 4,321",
     ):
         assert shown in text
-    assert "7.4 times" in report.verdict(FIGURES)
-    assert "should" in report.verdict(FIGURES | {"eval_loss": 6.5})
+    assert "7.4 times" in run.verdict(FIGURES)
+    assert "should" in run.verdict(FIGURES | {"eval_loss": 6.5})
 
 
 def test_one_process_gathers_nothing():
     alone = {"gathered_bytes_per_step": 0, "gathered_bytes_per_step_bf16": 0, "reduced_bytes_per_step": 0}
-    assert "none" in report.table(FIGURES | alone, ranks=1, seconds=200)
+    assert "none" in run.table(FIGURES | alone, ranks=1, seconds=200)

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from distlora.config import UserError
-from distlora.data.loader import StepLoader
+from distlora.data.loader import Share, StepLoader, stacks
 from distlora.data.packing import pack
 from distlora.data.prepare import open_split
-from distlora.data.stacking import Share, stacks
 from distlora.parallel import Ranks
 from distlora.run_folder.eval_documents import (
     EVAL_DOCUMENTS_NAME,

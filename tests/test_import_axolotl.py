@@ -15,8 +15,8 @@ from distlora.data.chat import NAMED
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.importing import main
 from distlora_launcher.importing.axolotl import convert
+from distlora_launcher.importing.axolotl_data import NEAR_TEMPLATES, TEMPLATES
 from distlora_launcher.importing.axolotl_keys import NEARBY
-from distlora_launcher.importing.axolotl_templates import NEAR_TEMPLATES, TEMPLATES
 from distlora_launcher.importing.recipe import Imported, recipe_text
 
 GOLDEN = Path(__file__).parent / "golden" / "axolotl"

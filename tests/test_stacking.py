@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from distlora.data.loader import MicroBatch, StepBatch
-from distlora.data.stacking import Share, stacks
+from distlora.data.loader import MicroBatch, Share, StepBatch, stacks
 from distlora.parallel import Ranks
 from distlora.parallel.gradients import GradientReducer, Launches
 from distlora.parallel.traffic import Traffic

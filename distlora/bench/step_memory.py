@@ -8,8 +8,7 @@ import torch
 
 from distlora.bench.random_inputs import random_tokens
 from distlora.config import Config
-from distlora.data.loader import MicroBatch, StepBatch
-from distlora.data.stacking import Share, stacks
+from distlora.data.loader import MicroBatch, Share, StepBatch, stacks
 from distlora.model.adapter_slots import put_trial
 from distlora.parallel import Ranks, whole_shape
 from distlora.training.loop import mean_losses

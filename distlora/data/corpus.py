@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from distlora.data.rows import REJECTED, TRAINED
-from distlora.data.turn_tokens import Encoded
+from distlora.data.turns import Encoded
 
 TooLong = Literal["truncate", "drop", "split"]
 

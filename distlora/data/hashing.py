@@ -28,3 +28,8 @@ def hash64(words: tuple[int, ...], count: int, start: int = 0) -> np.ndarray:
     for word in words:
         state = _scramble((state ^ np.uint64(word)) + _GOLDEN)
     return _scramble(state + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Which of the uint64 hashes are among the lowest `fraction` of all there can be."""
+    return hashes < np.uint64(int(fraction * 2**53) << 11)

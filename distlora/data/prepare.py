@@ -18,11 +18,10 @@ from distlora.config.file import load_config
 from distlora.data.cache import TEMPLATE_FILES, cache_key, content_digest, new_entry
 from distlora.data.chat import template_source
 from distlora.data.corpus import Corpus
-from distlora.data.mixture import shares
 from distlora.data.reading import Encoders, Need, nothing_to_train, read_enough, read_whole
 from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta
 from distlora.data.sources import Source, find_sources, pinned_commits
-from distlora.data.splits import count_sources, held_out_documents, use_pieces, write_split
+from distlora.data.splits import count_sources, held_out_documents, shares, use_pieces, write_split
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.atomic_io import write_json
 from distlora.system.exit_codes import DONE

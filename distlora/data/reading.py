@@ -16,9 +16,9 @@ import numpy as np
 from distlora.config import DataConfig, UserError
 from distlora.data.corpus import Corpus, TooLong
 from distlora.data.formats import Document, Kind, check_objective, kind_of
-from distlora.data.hashing import HELD_OUT, hash64
-from distlora.data.mixture import volume
+from distlora.data.hashing import HELD_OUT, below, hash64
 from distlora.data.sources import Source
+from distlora.data.splits import volume
 from distlora.data.templates import Encoder, PairEncoder
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
@@ -154,11 +154,6 @@ def nothing_to_train(corpus: Corpus, source: Source, number: int, data: DataConf
     count = int(np.count_nonzero(own))
     which = "its first" if data.streaming and count >= PATIENCE else "its"
     return UserError(f"{source.config.path}: none of {which} {count:,} documents has a token to train; {advice}")
-
-
-def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which of the uint64 hashes are among the lowest `fraction` of all there can be."""
-    return hashes < np.uint64(int(fraction * 2**53) << 11)
 
 
 def _suffices(corpus: Corpus, need: Need, sizes: np.ndarray, tokens: np.ndarray, ended: np.ndarray) -> bool:

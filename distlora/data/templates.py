@@ -16,8 +16,7 @@ import numpy as np
 from distlora.config import UserError
 from distlora.data.chat import ChatTemplate, start_tokens
 from distlora.data.formats import Document
-from distlora.data.turn_tokens import Encoded, TurnTokens
-from distlora.data.turns import TurnFinder
+from distlora.data.turns import Encoded, TurnFinder, TurnTokens
 
 _ANCHORS = ("\n", ".", "0")
 """Texts after which a completion is tokenized as a continuation; one is enough that does not join with its start."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import AdapterConfig, ModelSpec, UserError
-from distlora.config.initialization import subspace_iterations
+from distlora.config.base import subspace_iterations
 from distlora.loading.load_base import find_base, segments_of
 from distlora.loading.peft_format import adapter_tensors
 from distlora.loading.quantize import CHUNK_GROUPS

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distlora.config import AdapterConfig, UserError
-from distlora.config.initialization import is_pissa
+from distlora.config.base import is_pissa
 from distlora.config.json_files import read_object
 from distlora.loading.tensor_files import DeferredTensor
 from distlora.system import atomic_io

@@ -23,7 +23,7 @@ from distlora.post.chat import Chat, Printer
 from distlora.post.load_trained import load_model
 from distlora.post.workers import run_on_ranks
 from distlora.run_folder.layout import DATA_NAME, read_record
-from distlora.system.progress_lines import (
+from distlora.system.progress import (
     PROGRESS_SECONDS,
     quieten,
     say,

@@ -13,7 +13,7 @@ import torch
 from distlora.config.errors import named_settings
 from distlora.parallel import Ranks, join_ranks, leave_ranks
 from distlora.system.exit_codes import DONE, FAILED, run_to_exit_code
-from distlora.system.progress_lines import say
+from distlora.system.progress import say
 
 
 def run_on_ranks(

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distlora.data.stacking import Share, Stack, stacks
+from distlora.data.loader import Share, Stack, stacks
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.parallel.control import Control

@@ -20,8 +20,7 @@ from torch import Tensor
 from distlora.checkpoint.saver import SaveError
 from distlora.checkpoint.state import Progress
 from distlora.config import OptimConfig, TrainConfig
-from distlora.data.loader import StepLoader
-from distlora.data.stacking import Share
+from distlora.data.loader import Share, StepLoader
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients
 from distlora.parallel.control import Control

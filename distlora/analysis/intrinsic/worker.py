@@ -26,7 +26,7 @@ from distlora.post.divergence import let_go
 from distlora.post.workers import made_on
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, run_to_exit_code
-from distlora.system.progress_lines import Progress
+from distlora.system.progress import Progress
 
 LOST = -9.0
 """The share of a training that destroyed the model: no mean of it with others reaches anything."""

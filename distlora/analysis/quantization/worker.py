@@ -21,7 +21,7 @@ from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import evenly
 from distlora.post.workers import made_on
 from distlora.system.exit_codes import DONE, run_to_exit_code
-from distlora.system.progress_lines import Progress
+from distlora.system.progress import Progress
 from distlora.weights.reader import Reader
 
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_quantization)

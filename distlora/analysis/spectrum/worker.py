@@ -19,7 +19,7 @@ from distlora.config import UserError
 from distlora.output.result_files import Written
 from distlora.post.workers import made_on
 from distlora.system.exit_codes import DONE, run_to_exit_code
-from distlora.system.progress_lines import Progress, quieten
+from distlora.system.progress import Progress, quieten
 from distlora.weights.reader import Reader
 
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_spectrum)

@@ -9,8 +9,8 @@ from typing import Any
 
 from distlora.architecture.shapes import ModelShapes, head_size, sizes_of
 from distlora.config import Config
+from distlora.config.base import subspace_iterations
 from distlora.config.deepspeed_file import offloads_base, read_gathering
-from distlora.config.initialization import subspace_iterations
 from distlora.config.parallel import RESIDENCY_RESERVE
 from distlora.planner import traffic
 from distlora.planner.decoder_sizes import windows_of

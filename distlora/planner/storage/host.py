@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from distlora.architecture.shapes import Asked
 from distlora.config import AdapterConfig, Config
+from distlora.config.base import PLAIN
 from distlora.config.deepspeed_file import offloads_base
-from distlora.config.initialization import PLAIN
 from distlora.planner import traffic
 from distlora.planner.machine import Machine
 from distlora.planner.memory.base import Base, planned_base

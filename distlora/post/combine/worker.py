@@ -26,7 +26,7 @@ from distlora.post.trained import Name
 from distlora.run_folder.checkpoints import sha256
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, run_to_exit_code
-from distlora.system.progress_lines import Progress, quieten
+from distlora.system.progress import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
 from distlora.weights.reader import Reader
 

@@ -38,7 +38,7 @@ from distlora.post.divergence import LOGITS_AT_ONCE, let_go
 from distlora.post.evaluate.measure import load_shared
 from distlora.post.evaluate.request import EvaluateRequest, Subject, Tasks
 from distlora.run_folder.layout import DATA_NAME, read_record
-from distlora.system.progress_lines import still_loading
+from distlora.system.progress import still_loading
 from distlora.training.generator import (
     ROWS_AT_ONCE,
     Generator,

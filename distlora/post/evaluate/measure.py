@@ -26,7 +26,7 @@ from distlora.post.divergence import (
 )
 from distlora.post.evaluate.request import Dtype, Subject, Text
 from distlora.post.load_trained import load_in_fp32, load_model
-from distlora.system.progress_lines import still_loading
+from distlora.system.progress import still_loading
 
 ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

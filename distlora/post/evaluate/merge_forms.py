@@ -18,7 +18,7 @@ from distlora.post.merge.merge import merge_to
 from distlora.post.merge.receipt import Receipt, written
 from distlora.post.merge.request import Onto, check_mergeable
 from distlora.post.trained import Trained
-from distlora.system.progress_lines import say
+from distlora.system.progress import say
 
 TOO_FAR = 1e-2
 """Largest expected logit difference between an exact fp32 sum and the trained model; deep models reach 1e-3."""

@@ -16,7 +16,7 @@ from distlora.post.evaluate.request import NAMES, EvaluateRequest
 from distlora.post.merge.receipt import measured_table
 from distlora.post.workers import made_on, run_on_ranks
 from distlora.system import atomic_io
-from distlora.system.progress_lines import Progress, quieten, say
+from distlora.system.progress import Progress, quieten, say
 
 
 def run(request: EvaluateRequest, ranks: Ranks) -> dict[str, Any]:

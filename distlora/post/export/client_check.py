@@ -30,7 +30,7 @@ from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
 from distlora.post.load_trained import load_in_fp32, weights_in
 from distlora.post.trained import Trained, with_adapter
 from distlora.system.exit_codes import DONE, run_to_exit_code
-from distlora.system.progress_lines import Progress, quieten, say
+from distlora.system.progress import Progress, quieten, say
 from distlora.weights.reader import Reader
 
 

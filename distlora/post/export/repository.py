@@ -15,7 +15,7 @@ from typing import Any
 
 from distlora.architecture.tokens import tokenizer_files
 from distlora.config import UserError
-from distlora.config.initialization import is_pissa
+from distlora.config.base import is_pissa
 from distlora.data.cache import TOKENIZER_FILES
 from distlora.run_folder.layout import (
     BEST_STEP_NAME,

@@ -32,7 +32,7 @@ from distlora.system.exit_codes import (
     FAILED,
     run_to_exit_code,
 )
-from distlora.system.progress_lines import (
+from distlora.system.progress import (
     Progress,
     quieten,
     say,

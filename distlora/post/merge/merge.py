@@ -47,7 +47,7 @@ from distlora.post.merge.threads import Clock, Say, each
 from distlora.post.trained import Trained
 from distlora.run_folder.checkpoints import sha256
 from distlora.system.exit_codes import DONE, run_to_exit_code
-from distlora.system.progress_lines import Progress, quieten
+from distlora.system.progress import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distlora.system.exit_codes import BAD_INPUT, run_to_exit_code
-from distlora_launcher.terminal.subjects import call_main
+from distlora_launcher.terminal.arguments import call_main
 
 
 @dataclass(frozen=True, slots=True)

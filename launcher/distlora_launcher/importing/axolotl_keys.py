@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from distlora.config import nearest
-from distlora_launcher.importing.keys import Keys
-from distlora_launcher.importing.recipe import Group, Imported
+from distlora_launcher.importing.recipe import Group, Imported, Keys
 
 Row = tuple[Group, str, str]
 """Group, reason and what to do, names; a name that ends in * stands for all that begin so."""

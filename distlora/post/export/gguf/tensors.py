@@ -26,7 +26,7 @@ from distlora.post.export.gguf.hyperparameters import head_size
 from distlora.post.export.gguf.supported import ARCHITECTURES
 from distlora.post.merge.output_folder import check_space
 from distlora.system import atomic_io
-from distlora.system.progress_lines import Progress
+from distlora.system.progress import Progress
 
 Rows = Iterator[Tensor]
 """(n, columns) fp32 pieces in row order; a vector is one row."""

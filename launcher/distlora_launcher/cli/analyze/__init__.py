@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distlora_launcher.terminal.subjects import Subjects
+from distlora_launcher.terminal.arguments import Subjects
 
 ANALYSES = {
     "quantization": "MODEL: what NF4 and int4 cost a model: errors by layer, bits, perplexity, with plots",

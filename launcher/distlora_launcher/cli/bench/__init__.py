@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distlora_launcher.terminal.subjects import Subjects
+from distlora_launcher.terminal.arguments import Subjects
 
 BENCHES = {
     "step": "a training step beside PEFT + bitsandbytes, Trainer and accelerate FSDP2: speed, memory, traffic, losses",

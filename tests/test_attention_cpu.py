@@ -31,7 +31,7 @@ Attend = Callable[..., Tensor]
 def attend(request: pytest.FixtureRequest) -> Attend:
     chosen: Attend = request.param
     if chosen is compiled_attention.attend:
-        reason = native.why_not() or compiled_attention.why_not(1, 16)
+        reason = native.unavailable_reason() or compiled_attention.unsupported_reason(1, 16)
         if reason is not None:
             pytest.skip(f"not compiled: {reason}")
     return chosen
@@ -224,8 +224,8 @@ def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pyt
     monkeypatch.setattr(native, "library", Library)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert chosen().op is compiled_attention.attend
-    assert "in products of matrices; it is not compiled: heads of 24 columns" in chosen(head_dim=24).said
-    assert "1 heads of keys are fewer than 2 threads" in chosen(num_key_value_heads=1).said
+    assert "in products of matrices; it is not compiled: a head size of 24" in chosen(head_dim=24).said
+    assert "1 key heads are fewer than 2 threads" in chosen(num_key_value_heads=1).said
     Library.attends = staticmethod(lambda: False)
     assert "no AVX512-BF16" in chosen().said
     assert chosen().op is attention_cpu.attend

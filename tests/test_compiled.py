@@ -29,7 +29,9 @@ from distlora_launcher.compose.checks import check_machine, check_model_sizes
 from family_models import load_ours, tokens, write_family_folder
 from test_liger import ONE_EACH, PARTIAL_ROTARY, check_kept, run
 
-needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason=f"not compiled: {native.why_not()}")
+needs_compiler = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=f"not compiled: {native.unavailable_reason()}"
+)
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 DORA = {"r": 4, "use_dora": True, "target_modules": "all-linear"}
 
@@ -114,7 +116,7 @@ def test_documents_are_attended_to_by_it(name: str, tmp_path: Path, monkeypatch:
     recomputed = []
     for checkpointing in ("none", "block", "selective"):
         model, own = found(dtype="bf16", compile=True, checkpointing=checkpointing)
-        compiles = compiled_attention.why_not(2, 32) is None
+        compiles = compiled_attention.unsupported_reason(2, 32) is None
         assert any("compiled for this processor" in note for note in model.notes if "attention" in note) == compiles
         assert relative_error(own, exact) <= 1.1 * relative_error(plain, exact)
         recomputed.append(own)

@@ -172,12 +172,12 @@ def test_what_does_not_fit_is_refused() -> None:
         magnitude_gradient(square.bfloat16(), square, row)
     with pytest.raises(RuntimeError, match=r"dy and y must be \(M, O\), b \(O, R\).* got \(4, 4\), \(4, 5\)"):
         dy_gradients(square, square, square, wide, row, scale=1.0)
-    with pytest.raises(RuntimeError, match=r"operands must have one dtype, the magnitude fp32; got \[torch.bfloat16"):
+    with pytest.raises(RuntimeError, match=r"operands must have one dtype and the magnitude fp32; got"):
         dy_gradients(square.bfloat16(), square, square, square, row, scale=1.0)
-    with pytest.raises(RuntimeError, match=r"a weight \(4, 4\) has no absmax for each row"):
+    with pytest.raises(RuntimeError, match=r"a weight \(4, 4\) has no absmax per row"):
         scaled_rows(FrozenWeight((square,), (4, 4)), row)
     packed = FrozenWeight(nf4_quantize(torch.ones(2, 64)), (2, 64))
-    with pytest.raises(RuntimeError, match=r"2 rows are scaled by 2 fp32 numbers, not \(4,\) torch.float32"):
+    with pytest.raises(RuntimeError, match=r"the factor of 2 rows must be \(2,\) fp32, not \(4,\) torch.float32"):
         scaled_rows(packed, row)
 
 

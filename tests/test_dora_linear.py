@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from distlora_kernels.bench import costs
-from distlora_kernels.bench.rates import Step
-from distlora_kernels.bench.shapes import Group
+from distlora_kernels.bench.costs import Step
+from distlora_kernels.bench.problem import Group
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from closeness import assert_close
-from distlora_kernels import nf4, variants
+from distlora_kernels import fused, nf4
 from distlora_kernels.dora import initial_magnitude
 from distlora_kernels.dropout import Dropout, dropped, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, Magnitude, RowChoice, lora_linear, lora_linears
@@ -168,7 +168,7 @@ GPU_FORMS = [
 def test_outputs_and_gradients_on_the_gpus_path(
     triton_device: torch.device, dtype: torch.dtype, variant: Any, packed: bool, dropout: bool, choice: bool
 ) -> None:
-    with variants.forced(variant):
+    with fused.force_variant(variant):
         assert_equal_to_fp64(*problem(dtype, triton_device, packed=packed, dropout=dropout, choice=choice))
 
 
@@ -337,7 +337,7 @@ def test_the_gpus_path_passes_over_outputs_as_often_as_is_counted(
     rows, out, dy = BATCH * TOKENS, weight.shape[0], dys[int(bias)]
     leaves, magnitude = [x.requires_grad_(), *adapter[:2]], adapter.magnitude.masters
     seen = []
-    with variants.forced("scratch"):
+    with fused.force_variant("scratch"):
         for form, trained_ones in ((adapter._replace(magnitude=None), leaves), (adapter, [*leaves, magnitude])):
             with Passes(rows * out) as passes:
                 torch.autograd.grad(lora_linear(x, weight, form, bias=given), trained_ones, dy)

@@ -26,7 +26,9 @@ from distlora_kernels.elementwise import (
     rotate,
 )
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"not compiled: {native.why_not()}")
+pytestmark = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=f"not compiled: {native.unavailable_reason()}"
+)
 
 DTYPES = (torch.bfloat16, torch.float32)
 # Of what is rounded to bf16 in the same places, a value in some hundred lands on the other side: far below one ulp.
@@ -164,17 +166,21 @@ def no_room(**options: object) -> None:
 def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for wrong in ("no-such-compiler", "'g++"):
         monkeypatch.setenv("CXX", wrong)
-        assert f"CXX={wrong} is no program" in str(native.why_not())
+        assert f"CXX={wrong} is not a program" in str(native.unavailable_reason())
     failing = tmp_path / "cxx"
     monkeypatch.setenv("CXX", str(failing))
-    for said, error, message in (
-        ("elementwise.cpp:1: error: unknown target", native.NotCompiledError, "unknown target; name another .* CXX="),
-        ("fatal error: x.o: No space left on device", native.NotCompiledError, "set TMPDIR to a folder with room"),
+    for stderr, error, message in (
+        ("elementwise.cpp:1: error: unknown target", native.NotCompiledError, "unknown target; set CXX to another"),
+        (
+            "fatal error: x.o: No space left on device",
+            native.NotCompiledError,
+            "set TMPDIR to a folder with free space",
+        ),
         ("g++: fatal error: Killed signal terminated program cc1plus", MemoryError, "was killed"),
     ):
-        failing.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        failing.write_text(f"#!/bin/sh\necho '{stderr}' >&2\nexit 1\n")
         failing.chmod(0o755)
-        assert native.why_not() is None
+        assert native.unavailable_reason() is None
         with pytest.raises(error, match=message):
             native.library.__wrapped__()
     made = tmp_path / "makes_no_library"
@@ -188,9 +194,11 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch, 
         native.library.__wrapped__()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "apt-get install g++" in str(native.why_not())
+    assert "apt-get install g++" in str(native.unavailable_reason())
 
 
 def test_finding_a_compiler_imports_no_torch() -> None:
-    code = "import sys; from distlora_kernels import native; native.why_not(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from distlora_kernels import native; native.unavailable_reason(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

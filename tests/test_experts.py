@@ -12,9 +12,8 @@ from torch import Tensor
 
 from closeness import assert_close
 from distlora_kernels import experts_grouped, experts_torch, nf4, reference
-from distlora_kernels.expert_operands import ExpertAdapter, ExpertChoice, ExpertLinear, Routing
 from distlora_kernels.experts import combine, dispatch, expert_linear
-from distlora_kernels.operands import FrozenWeight
+from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertLinear, FrozenWeight, Routing
 from distlora_kernels.scratch import DenseWeights, keeping
 
 EXPERTS, CHOICES = 5, 2

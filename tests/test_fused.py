@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close, relative_error
-from distlora_kernels import dispatch, fused, nf4, variants
+from distlora_kernels import dispatch, fused, nf4
 from distlora_kernels.operands import FrozenWeight
 
 # M, O, I, R: M in every bucket of the tables; no O is a multiple of a tile; I = 320 leaves half a tile of codes, and
@@ -119,7 +119,7 @@ def test_every_table_gives_the_same_product(triton_device: torch.device, monkeyp
     """An A100's tiles and renumbering, run here: which lane holds what must not matter."""
     from distlora_kernels import fused_triton
 
-    monkeypatch.setattr(fused_triton, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(fused_triton, "compute_capability", lambda device: (8, 0))
     for m in (7, 20, 70):
         p = Operands((m, 66, 192, 16), torch.bfloat16, triton_device)
         y = fused.fused_linear(p.x, p.weight, xa=p.xa, b=p.b)
@@ -204,19 +204,19 @@ def test_codes_that_cannot_be_read_by_words_are_refused(triton_device: torch.dev
 
 def test_few_rows_are_fused_and_many_go_to_the_library() -> None:
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
-        assert variants.by_table(capability, 16, 8192, 8192) == "fused"
-        assert variants.by_table(capability, 2048, 8192, 8192) == "scratch"
-    assert variants.by_table((9, 0), 16, 48, 100) == "scratch", "blocks that run over the end of a row"
+        assert fused.variant_by_rows(capability, 16, 8192, 8192) == "fused"
+        assert fused.variant_by_rows(capability, 2048, 8192, 8192) == "scratch"
+    assert fused.variant_by_rows((9, 0), 16, 48, 100) == "scratch", "blocks that run over the end of a row"
 
 
 def test_a_variant_can_be_forced_for_packed_weights_alone() -> None:
     p = Operands((3, 48, 64, 4), torch.bfloat16, torch.device("cpu"))
     dense = FrozenWeight((p.weight.dense(torch.bfloat16),), (48, 64))
-    assert variants.choose(p.x, p.weight) == "fused"
-    assert variants.choose(p.x.float(), p.weight) == "scratch"
-    with variants.forced("scratch"):
-        assert variants.choose(p.x, p.weight) == "scratch"
-    with variants.forced("fused"):
-        assert variants.choose(p.x.float(), p.weight) == "fused"
-        assert variants.choose(p.x, dense) == "scratch"
-    assert variants.choose(p.x, p.weight) == "fused"
+    assert fused.choose_variant(p.x, p.weight) == "fused"
+    assert fused.choose_variant(p.x.float(), p.weight) == "scratch"
+    with fused.force_variant("scratch"):
+        assert fused.choose_variant(p.x, p.weight) == "scratch"
+    with fused.force_variant("fused"):
+        assert fused.choose_variant(p.x.float(), p.weight) == "fused"
+        assert fused.choose_variant(p.x, dense) == "scratch"
+    assert fused.choose_variant(p.x, p.weight) == "fused"

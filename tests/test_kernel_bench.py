@@ -15,18 +15,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from distlora_kernels.bench import bounds, costs, dequantize, installed, linear, peers, table
+from distlora_kernels.bench import bounds, costs, dequantize, linear, peers, table
 from distlora_kernels.bench.__main__ import main
-from distlora_kernels.bench.checks import check, worst_tile_error
+from distlora_kernels.bench.costs import ASSUMED, Rates, Step, predicted_seconds
 from distlora_kernels.bench.linear import train
-from distlora_kernels.bench.problem import Weights, make_batch, make_weights
-from distlora_kernels.bench.rates import ASSUMED, Rates, Step, predicted_seconds
-from distlora_kernels.bench.shapes import GROUPS, Group, groups_named
-from distlora_kernels.bench.table import FORWARD, TRAINING, Candidate, Place, Row, judge, markdown
+from distlora_kernels.bench.problem import GROUPS, Group, Weights, groups_named, make_batch, make_weights
+from distlora_kernels.bench.table import (
+    FORWARD,
+    TRAINING,
+    Candidate,
+    Place,
+    Row,
+    check,
+    judge,
+    markdown,
+    worst_tile_error,
+)
 from torch import Tensor
 
 from closeness import assert_close
-from distlora_kernels import variants
+from distlora_kernels import fused
 from distlora_kernels.lora_linear import lora_linears
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 
@@ -58,7 +66,7 @@ def test_every_row_is_there_and_right(tmp_path: Path) -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in finished.stdout.splitlines()]
     found = {(row[0], row[2], row[3]) for row in cells if len(row) == 10}
     sequences = {"PEFT sequence, fp32 adapter", "PEFT sequence, autocast", "Unsloth sequence"}
-    if installed.has_peft():
+    if peers.has_peft():
         base = "bitsandbytes" if has_bitsandbytes() else "our dequantization"
         sequences.add(f"PEFT itself over {base}, fp32 adapter")
     adapted = {"plain bf16 GEMM", "ours, scratch", "ours, fused"} | sequences
@@ -72,9 +80,9 @@ def test_every_row_is_there_and_right(tmp_path: Path) -> None:
         assert {(shape, "NF4 to bf16", name) for name in ("ours", "ours, plain absmax")} <= found
         for task in ("x A^T", "(x A^T) B^T", "dY B, dB", "dA"):
             assert {name for where, what, name in found if (where, what) == (shape, task)} == {"library GEMM", "ours"}
-    block = {"bf16 block, no adapter", "ours"} | sequences
+    block = {"bf16 layer, no adapter", "ours"} | sequences
     kept = {"ours, weights kept from recomputation"}
-    for task, names in (("step", block), ("step, block checkpoint", block | kept)):
+    for task, names in (("step", block), ("step, activation checkpointing", block | kept)):
         assert {name for where, what, name in found if (where, what) == ("H=64 F=64 2x3", task)} == names
     figures = [row[4] for row in cells if len(row) == 10 and row[2] not in ("task", "--")]
     if on_gpu:
@@ -85,15 +93,15 @@ def test_every_row_is_there_and_right(tmp_path: Path) -> None:
         assert "No figures: Triton's interpreter" in finished.stdout
 
 
-def test_packed_trials_are_right_beside_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_trials_together_are_right_beside_one_trial(capsys: pytest.CaptureFixture[str]) -> None:
     on_gpu = torch.cuda.is_available()
-    words = ["block", "--block", "64x64", "--tokens", "2x3", "--r", "3", "--packed", "1,3"]
+    words = ["block", "--block", "64x64", "--tokens", "2x3", "--r", "3", "--trials", "1,3"]
     assert main([*words, "--device", "cuda" if on_gpu else "cpu"]) == 0
     printed = capsys.readouterr().out
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     found = {(row[0], row[1], row[3]) for row in cells if len(row) == 10}
     for count in (1, 3):
-        for name in ("one trial", "packed", "one after the other"):
+        for name in ("one trial", "together", "one after the other"):
             assert (f"H=64 F=64 {count} x (2x3)", str(6 * count), name) in found
 
 
@@ -144,15 +152,15 @@ def test_the_peers_sequences_give_what_ours_gives(weights: Weights, sequence: Ca
     assert_same(weights, partial(sequence, linears=weights.linears), weights.masters)
 
 
-@pytest.mark.skipif(not installed.has_peft(), reason="peft is not installed")
+@pytest.mark.skipif(not peers.has_peft(), reason="peft is not installed")
 @pytest.mark.parametrize("with_bitsandbytes", [True, False])
 def test_peft_itself_gives_what_ours_gives(
     weights: Weights, with_bitsandbytes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if with_bitsandbytes and not has_bitsandbytes():
         pytest.skip("bitsandbytes is not installed")
-    monkeypatch.setattr(installed, "has_bitsandbytes", lambda: with_bitsandbytes)
-    modules = installed.peft_linears(weights)
+    monkeypatch.setattr(peers, "has_bitsandbytes", lambda: with_bitsandbytes)
+    modules = peers.peft_linears(weights)
     for module in modules.modules:
         assert type(module).__module__.startswith("peft.")
     assert_same(weights, modules, modules.parameters)
@@ -193,7 +201,7 @@ def test_a_variant_is_forced_in_forward_and_backward(
 ) -> None:
     """`train` runs both: whatever the table says for this many rows, the variant is forced all through it."""
     weight = weights.linears[0].weight
-    monkeypatch.setattr(linear, "train", lambda forward, batch, parameters: variants.choose(batch.x, weight))
+    monkeypatch.setattr(linear, "train", lambda forward, batch, parameters: fused.choose_variant(batch.x, weight))
     problem = linear.Problem(
         *(Group("pair", SHAPES), weights, make_batch(SHAPES, num_rows, CPU), 8), backward=True, base={}, adapted={}
     )

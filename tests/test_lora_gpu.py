@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close, relative_error
-from distlora_kernels import lora_gpu, nf4, scratch, variants
-from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, seen_of, threshold_of
+from distlora_kernels import fused, lora_gpu, nf4, scratch
+from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, apply_dropout, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, RowChoice, lora_linear, lora_linears
 
 BATCH, TOKENS, FEATURES = 3, 12, 128
@@ -67,7 +67,7 @@ def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]
             a, b, scale, dropout = linear.adapter[:4]
             a64, b64 = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
             leaves += [a64, b64]
-            seen = flat if dropout is None else seen_of(flat, dropout)
+            seen = flat if dropout is None else apply_dropout(flat, dropout)
             gate = scale if isinstance(scale, float) else gate_of(scale, flat.shape[0])
             y = y + (seen @ a64.T * gate) @ b64.T
         ys.append(y.unflatten(0, x.shape[:-1]))
@@ -97,7 +97,7 @@ def test_outputs_and_gradients_of_linears_that_share_an_input(
     expected = in_fp64(x, linears, dys)
     leaf = x.clone().requires_grad_()
     leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
-    with variants.forced(variant):
+    with fused.force_variant(variant):
         ys = lora_linears(leaf, linears)
         gradients = torch.autograd.grad(ys, leaves, dys)
     for actual, reference in zip([*ys, *gradients], expected, strict=True):
@@ -136,7 +136,7 @@ def test_linears_whose_rows_choose_alike_read_their_input_once(
         )
     leaf = x.clone().requires_grad_()
     leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
-    with variants.forced(variant):
+    with fused.force_variant(variant):
         ys = lora_linears(leaf, linears)
         gradients = torch.autograd.grad(ys, leaves, dys)
     assert calls == ["skinny_down", "skinny_grad"]
@@ -170,7 +170,7 @@ def test_adapters_that_rows_choose_have_their_own_dropout(
     expected = in_fp64(x, linears, dys)
     leaf = x.clone().requires_grad_()
     leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
-    with variants.forced(variant):
+    with fused.force_variant(variant):
         ys = lora_linears(leaf, linears)
         gradients = torch.autograd.grad(ys, leaves, dys)
     for actual, reference in zip([*ys, *gradients], expected, strict=True):
@@ -187,7 +187,7 @@ def test_what_is_not_finite_in_one_adapters_rows_reaches_no_other(triton_device:
         x[0, 1], dys[0][0, 2], dys[1][0, 3] = spoiled, spoiled, spoiled
         leaf = x.clone().requires_grad_()
         adapters = [linear.adapter for linear in linears if linear.adapter is not None]
-        with variants.forced(variant):
+        with fused.force_variant(variant):
             ys = lora_linears(leaf, linears)
             dx, *gradients = torch.autograd.grad(ys, [leaf, *(t for own in adapters for t in own[:2])], dys)
         firsts = [own.scale.ranks[0] for own in adapters if isinstance(own.scale, RowChoice)]
@@ -249,7 +249,7 @@ def test_two_calls_give_the_same_bits(triton_device: torch.device, variant: str)
     results = []
     for _ in range(2):
         leaf = x.clone().requires_grad_()
-        with variants.forced(variant):
+        with fused.force_variant(variant):
             ys = lora_linears(leaf, linears)
             adapters = [t for linear in linears if linear.adapter is not None for t in linear.adapter[:2]]
             results.append([*ys, *torch.autograd.grad(ys, [leaf, *adapters], dys)])
@@ -263,7 +263,7 @@ def test_a_fresh_adapter_leaves_the_base_output_within_an_ulp(triton_device: tor
     weight, adapter, _ = linears[0]
     assert adapter is not None
     fresh = adapter._replace(b=torch.zeros_like(adapter.b))
-    with variants.forced(variant), torch.no_grad():
+    with fused.force_variant(variant), torch.no_grad():
         actual, base = lora_linear(x, weight, fresh), lora_linear(x, weight)
     assert_close(actual, base, ulps=1)
 
@@ -281,7 +281,7 @@ def test_a_tiny_update_keeps_its_size_in_bf16(triton_device: torch.device, varia
     x = randn(rows, features, seed=2).to(triton_device, torch.bfloat16)
     a, b = randn(rank, features, seed=3).to(triton_device), randn(out, rank, seed=4).to(triton_device)
     b *= (1e-4 if on_gpu else 1e-3) * float(dense.norm()) / float((b @ a).norm())
-    with variants.forced(variant), torch.no_grad():
+    with fused.force_variant(variant), torch.no_grad():
         y = lora_linear(x, frozen, Adapter(a, b, 1.0)).double()
     base = x.double() @ dense.double().T
     exact = (x.double() @ a.bfloat16().double().T) @ b.bfloat16().double().T
@@ -298,7 +298,7 @@ def test_linears_take_turns_in_one_place_of_the_arena(triton_device: torch.devic
     assert scratch.reserve(triton_device, largest=largest) == largest
     place = scratch.arena(triton_device).one.data_ptr()
     scratch.arena(triton_device).one.zero_()
-    with variants.forced("scratch"), torch.no_grad():
+    with fused.force_variant("scratch"), torch.no_grad():
         lora_linears(x, linears)
     assert scratch.arena(triton_device).one.data_ptr() == place
     assert scratch.arena(triton_device).one.any(), "the weights were written elsewhere"
@@ -306,7 +306,7 @@ def test_linears_take_turns_in_one_place_of_the_arena(triton_device: torch.devic
 
 @pytest.mark.parametrize("variant", ["scratch", "fused", None])
 def test_a_compiled_function_of_adapted_linears_equals_the_eager_one(
-    triton_device: torch.device, variant: variants.Variant | None
+    triton_device: torch.device, variant: fused.Variant | None
 ) -> None:
     """Without a break of the graph, also where the variant is chosen by the table: values and gradients bit for bit."""
     x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False)
@@ -314,7 +314,7 @@ def test_a_compiled_function_of_adapted_linears_equals_the_eager_one(
     leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
     results = []
     for function in (lora_linears, torch.compile(lora_linears, backend="aot_eager", fullgraph=True)):
-        with contextlib.nullcontext() if variant is None else variants.forced(variant):
+        with contextlib.nullcontext() if variant is None else fused.force_variant(variant):
             ys = function(leaf, tuple(linears))
             results.append([*ys, *torch.autograd.grad(ys, leaves, dys)])
     for eager, compiled in zip(*results, strict=True):

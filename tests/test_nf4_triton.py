@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora_kernels import nf4, nf4_cpu, reference, tables
+from distlora_kernels import device_tables, nf4, nf4_cpu, reference
 from test_nf4 import bitsandbytes_dequantize, random_weight, with_zero_block
 
 GROUP, BLOCK = nf4.GROUP, nf4.BLOCK
@@ -157,7 +157,7 @@ def test_second_level_around_the_midpoints_equals_the_reference(
 def test_thresholds_in_fp32_decide_as_midpoints_in_fp64_do() -> None:
     entries = reference.dynamic_map().double()
     exact = (entries[1:] + entries[:-1]) / 2
-    threshold = tables.dynamic_midpoints(torch.device("cpu"))
+    threshold = device_tables.dynamic_midpoints(torch.device("cpu"))
     assert threshold[255] == math.inf
     next_number = torch.nextafter(threshold[:255], torch.tensor(math.inf))
     assert (threshold[:255].double() <= exact).all(), "not above it: so x > midpoint implies x > threshold"

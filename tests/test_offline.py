@@ -33,7 +33,7 @@ import json, dataclasses
 import triton
 import triton.language as tl
 from distlora_kernels.offline import Case, check
-from distlora_kernels.offline_table import compile_all, table, verdict
+from distlora_kernels.offline_compile import compile_all, table, verdict
 
 
 @triton.jit
@@ -86,17 +86,17 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 SOME = """
 import collections, dataclasses
-from distlora_kernels import offline, offline_table
+from distlora_kernels import offline, offline_compile
 
 of_kernel = collections.defaultdict(list)
 for case in offline.all_cases():
     of_kernel[case.kernel].append(case)
 cases = [case for found in of_kernel.values() for case in found[::3]]
-offline_table.all_cases = lambda: [
+offline_compile.all_cases = lambda: [
     dataclasses.replace(case, archs=(89, 90)[number % 2 :][:1]) if {89, 90} <= {*case.archs} else case
     for number, case in enumerate(cases)
 ]
-raise SystemExit(offline_table.main(["--json", "--arch", "89", "90"]))
+raise SystemExit(offline_compile.main(["--json", "--arch", "89", "90"]))
 """
 """Every third specialization of each kernel. Of sm_89, which has the least shared memory, and sm_90, which has HGMMA,
 those of both on one each, in turns: a compilation takes 0.7 s of a core."""
@@ -152,7 +152,7 @@ def test_what_the_compiler_did_is_reported(tmp_path: Path) -> None:
     spilled = reports["dot spills 80"]
     assert spilled["spill_bytes"] > 0 < spilled["counts"]["STL"]
     assert broken["dot spills 80"] == [
-        f"spills {spilled['spill_bytes']} bytes a thread to local memory; it must spill none"
+        f"spills {spilled['spill_bytes']} bytes per thread to local memory; it must spill none"
     ]
     assert reports["no room 89"]["programs_per_sm"] == 0
     assert any("shared memory; sm_89 has 101,376" in text for text in broken["no room 89"])
@@ -165,10 +165,10 @@ def test_what_the_compiler_did_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bounds", "change", "message"),
     [
-        ({"elements": 1, "max_instructions_per_element": 8}, {}, "runs 10.00 instructions an element; at most 8"),
+        ({"elements": 1, "max_instructions_per_element": 8}, {}, "runs 10.00 instructions per element; at most 8"),
         ({"elements": 1, "max_instructions_per_element": {90: 10, 80: 8}}, {}, None),
         ({"elements": 1, "max_instructions_per_element": {80: 8}}, {}, None),
-        ({"max_registers": 63}, {}, "takes 64 registers a thread; at most 63"),
+        ({"max_registers": 63}, {}, "takes 64 registers per thread; at most 63"),
         ({"max_registers": 64}, {}, None),
         ({"min_programs_per_sm": 5}, {}, "fits 4 programs on a multiprocessor; at least 5"),
         ({"min_programs_per_sm": 4}, {}, None),
@@ -195,7 +195,7 @@ def test_bounds_that_mean_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'x' has unknown bounds \['load_128'\]; known are elements,"):
         check(COMPILED, case)
     case = dataclasses.replace(case, bounds={"max_instructions_per_element": 8})
-    with pytest.raises(ValueError, match="does not say `elements`"):
+    with pytest.raises(ValueError, match="lacks `elements`"):
         check(dataclasses.replace(COMPILED, per_element=None), case)
 
 

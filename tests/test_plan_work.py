@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from distlora_kernels.bench import costs
-from distlora_kernels.bench.rates import Step
-from distlora_kernels.bench.shapes import Group
+from distlora_kernels.bench.costs import Step
+from distlora_kernels.bench.problem import Group
 
 from accounting import Moved
 from distlora.model.lm_head import LossHead

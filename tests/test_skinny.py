@@ -366,7 +366,7 @@ def test_ops_pass_opcheck(chosen: bool, triton_device: torch.device) -> None:
         (lambda x, a, c: skinny_up(x[:, :5], a.T, bias=x[0, :3]), r"the bias of 8 .* outputs is \(3,\)"),
         (lambda x, a, c: skinny_dy(x, a.T, x[:3, :5], scale=1.0), r"dy has 6 rows, xa 3"),
         (lambda x, a, c: skinny_grad(x[:5], x), r"x has 6 rows, dxa 5"),
-        (lambda x, a, c: skinny_grad(x, x, dropout=dropout_of(x.device, [1, 2, 3, 4])), r"not 4 rows of equal"),
+        (lambda x, a, c: skinny_grad(x, x, dropout=dropout_of(x.device, [1, 2, 3, 4])), r"not 4 sequences of equal"),
         (lambda x, a, c: skinny_down(x[:0], a), r"no empty x"),
     ],
 )

@@ -73,7 +73,7 @@ def environment(world: int, device: torch.device, *, compiles: bool = False) -> 
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
-        **({"compiler": native.says(), "processor": _processor()} if compiles else {}),
+        **({"compiler": native.compiler_version(), "processor": _processor()} if compiles else {}),
     }
 
 

@@ -292,7 +292,7 @@ def choose(
         if not compiled:
             return Choice(attention_cpu.attend, by_products)
         key_heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
-        reason = compiled_attention.why_not(key_heads, head_size)
+        reason = compiled_attention.unsupported_reason(key_heads, head_size)
         if reason is not None:
             return Choice(attention_cpu.attend, f"{by_products}; it is not compiled: {reason}")
         return Choice(

@@ -20,8 +20,8 @@ from distlora.architecture.families import ExpertLayout
 from distlora.config import AdapterConfig
 from distlora.model.adapters import DEFAULT_ADAPTER, Adapted, BlockContext, LoRAPair, slot_name, start_pair
 from distlora.model.frozen_linear import FrozenTensor
-from distlora_kernels.expert_operands import ExpertAdapter, ExpertChoice, Routing
 from distlora_kernels.experts import combine, dispatch, expert_linear, runs_grouped
+from distlora_kernels.operands import ExpertAdapter, ExpertChoice, Routing
 
 
 class ExpertPair(LoRAPair):

@@ -169,7 +169,7 @@ class Block(nn.Module):
                     layer, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=context
                 )
         if self.remakes and torch.is_grad_enabled():
-            with elementwise.remaking():
+            with elementwise.recomputing():
                 return layer(hidden_states)
         return layer(hidden_states)
 

@@ -1,1 +1,1 @@
-"""Kernels against library GEMMs and against the peers' sequences of operations: checked first, then timed."""
+"""Check the kernels and time them beside library GEMMs and other libraries."""

@@ -1,11 +1,11 @@
-"""Kernels against library GEMMs and the peers' sequences: checks every variant, then times it, and prints Markdown.
+"""Check the kernels beside library GEMMs and other libraries' sequences, time them, and print Markdown.
 
     PYTHONPATH=kernels:. python -m bench [dequantize|linear|skinny|block ...] [--shapes ..] [--m ..] [--markdown FILE]
     python -m distlora_kernels.bench ...             the same, where distlora is installed
 
-All shapes and M take some minutes. What the bounds are about: --shapes llama-70b/o,llama-70b/down --m 16,8192
+All shapes and M take some minutes. For the bounds: --shapes llama-70b/o,llama-70b/down --m 16,8192
 
-Exit status: 0, 1 where a variant gave a wrong result, 2 where it cannot run.
+Exit status: 0; 1 if a variant gives a wrong result; 2 if it cannot run.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 
 from distlora_kernels.dispatch import interpreted
 
-from . import block, bounds, dequantize, linear, packed, shapes, skinny
-from .rates import ASSUMED, Rates, measure_rates
-from .table import Row, legend, markdown
+from . import block, bounds, dequantize, linear, problem, skinny
+from .costs import ASSUMED, Rates
+from .table import Row, legend, markdown, measure_rates
 
 SECTIONS = ("dequantize", "linear", "skinny", "block")
 _PACKAGES = ("torch", "triton", "bitsandbytes", "peft")
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     if device.type == "cuda":
-        # With its index, as tensors have it: the scratch is kept by device.
+        # With its index, as tensors have it: the scratch is kept per device.
         device = torch.device("cuda", torch.cuda.current_device())
-        # As distlora's workers set it: sums of split GEMMs in fp32.
+        # As in distlora's workers: sums of split GEMMs in fp32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if _interprets(device) and not _is_mended():
+    if _interprets(device) and not _is_patched():
         print(
             "error: with TRITON_INTERPRET=1 the kernels run in Triton's interpreter, which computes bf16 wrongly; "
-            "tests/test_kernel_bench.py runs this benchmark with it mended. Unset TRITON_INTERPRET to check the torch "
+            "tests/test_kernel_bench.py runs this benchmark with a patch. Unset TRITON_INTERPRET to check the torch "
             "implementations.",
             file=sys.stderr,
         )
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = f"{row.section}, {row.shape}{f', M={row.num_rows}' if row.num_rows else ''}"
             print(f"{time.monotonic() - began:5.0f} s  {where}, {row.task}: {row.name}: {figure}", file=sys.stderr)
             if options.markdown is not None:
-                # After each row: a run that is cut off leaves what it has measured.
+                # After each row, so that an interrupted run keeps its figures.
                 options.markdown.write_text(_report(rows, device, rates))
         print(_report(rows, device, rates))
     wrong = [row for row in rows if row.fault]
@@ -82,15 +82,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(SECTIONS)}; all by default")
-    models = sorted({group.name.partition("/")[0] for group in shapes.GROUPS})
+    models = sorted({group.name.partition("/")[0] for group in problem.GROUPS})
     parser.add_argument(
         "--shapes",
-        type=_argument(shapes.groups_named),
-        default=shapes.GROUPS,
+        type=_argument(problem.groups_named),
+        default=problem.GROUPS,
         help=f"{', '.join(models)}, one of their groups (llama-70b/down), or OxI+OxI (linears of one input)",
     )
     parser.add_argument(
-        "--m", type=_argument(_counts), default=shapes.ROWS, help=f"rows: {','.join(map(str, shapes.ROWS))} by default"
+        "--m",
+        type=_argument(_counts),
+        default=problem.ROWS,
+        help="numbers of rows (1,16,64,128,256,512,2048,8192)",
     )
     parser.add_argument("--r", type=int, default=16, help="adapter rank (%(default)s)")
     parser.add_argument(
@@ -100,13 +103,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--tokens", type=_argument(_batches), default=((1, 8192), (4, 2048)), help="sequences x tokens (1x8192,4x2048)"
     )
     parser.add_argument(
-        "--packed",
+        "--trials",
         type=_argument(_counts),
         default=(),
-        help="with block: a step of so many trials packed together, each with --tokens of its own (1,2,4,8)",
+        help="with block: a step of so many trials together, each with --tokens (1,2,4,8)",
     )
-    parser.add_argument("--markdown", type=Path, help="write the report there too, after each row")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu checks and times nothing")
+    parser.add_argument("--markdown", type=Path, help="also write the report to this file, after each row")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu checks without timing")
     options = parser.parse_args(arguments)
     for section in options.sections:
         if section not in SECTIONS:
@@ -116,7 +119,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _argument(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """argparse hides what a ValueError says."""
+    """Show the message of a ValueError, which argparse hides."""
 
     def parsed(text: str) -> object:
         try:
@@ -128,10 +131,10 @@ def _argument(parse: Callable[[str], object]) -> Callable[[str], object]:
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:
-    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in text.split(",")]
-    if not all(found):
+    matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in text.split(",")]
+    if not all(matches):
         raise ValueError(f"{text!r} is not two numbers, AxB")
-    return tuple((int(match[1]), int(match[2])) for match in found if match)
+    return tuple((int(match[1]), int(match[2])) for match in matches if match)
 
 
 def _batches(text: str) -> tuple[tuple[int, int], ...]:
@@ -141,7 +144,7 @@ def _batches(text: str) -> tuple[tuple[int, int], ...]:
 def _block(text: str) -> block.BlockShape:
     (hidden, intermediate), *others = _pairs(text)
     if others or hidden % 64 or (hidden > 512 and hidden % 512):
-        raise ValueError(f"a block is HxF, H a multiple of 512 or up to 512 one of 64, not {text!r}")
+        raise ValueError(f"a decoder layer is HxF, H a multiple of 512 or up to 512 one of 64, not {text!r}")
     return block.BlockShape(hidden, intermediate)
 
 
@@ -152,12 +155,12 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _interprets(device: torch.device) -> bool:
-    """Whether the kernels run in Triton's interpreter; otherwise the CPU runs each op's torch implementation."""
+    """Return whether the kernels run in Triton's interpreter; else the CPU runs each op's torch implementation."""
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _is_mended() -> bool:
-    """Whether somebody has mended the interpreter's bf16 (tests/triton_interpreter.py)."""
+def _is_patched() -> bool:
+    """Return whether the interpreter's bf16 is patched (tests/triton_interpreter.py)."""
     from triton.runtime import interpreter
 
     return interpreter.InterpreterBuilder.create_dot.__module__ != interpreter.__name__
@@ -173,25 +176,25 @@ def _rows(options: argparse.Namespace, device: torch.device, rates: Rates) -> It
             yield from linear.rows(options.shapes, options.m, options.r, device, rates)
         elif section == "skinny":
             yield from skinny.rows(options.shapes, options.m, options.r, device, rates)
-        elif options.packed:
-            yield from packed.rows(options.block, options.tokens, options.r, options.packed, device, rates)
+        elif options.trials:
+            yield from block.multi_trial_rows(options.block, options.tokens, options.r, options.trials, device, rates)
         else:
             yield from block.rows(options.block, options.tokens, options.r, device, rates)
 
 
 def _report(rows: Sequence[Row], device: torch.device, rates: Rates) -> str:
-    lines = [f"{_card(device)}, {time.strftime('%Y-%m-%d')}, {_versions()}, commit {_commit()}.", ""]
+    lines = [f"{_device_name(device)}, {time.strftime('%Y-%m-%d')}, {_versions()}, commit {_commit()}.", ""]
     measured = "measured" if device.type == "cuda" else "assumed (an H100's)"
     lines += [
         f"Copy bandwidth {rates.bandwidth / 1e12:.2f} TB/s, bf16 GEMM {rates.gemm / 1e12:.0f} TFLOP/s, {measured}."
     ]
     lines += ["", legend(device), "", markdown(rows)]
     if device.type == "cuda":
-        lines += ["Bounds, for an H100-class card:", "", *bounds.verdicts(rows)]
+        lines += ["Bounds, for an H100-class GPU:", "", *bounds.verdicts(rows)]
     return "\n".join(lines) + "\n"
 
 
-def _card(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"CPU ({platform.machine()})"
     properties = torch.cuda.get_device_properties(device)
@@ -199,16 +202,16 @@ def _card(device: torch.device) -> str:
 
 
 def _versions() -> str:
-    found = []
+    versions = []
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{package} {metadata.version(package)}")
+            versions.append(f"{package} {metadata.version(package)}")
     cuda = f"CUDA {torch.version.cuda}, " if torch.version.cuda else ""
-    return f"Python {platform.python_version()}, {cuda}{', '.join(found)}"
+    return f"Python {platform.python_version()}, {cuda}{', '.join(versions)}"
 
 
 def _commit() -> str:
-    """Of the checkout that this file lies in."""
+    """Return the commit of this file's checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
     try:
         finished = subprocess.run(command, capture_output=True, text=True)

@@ -1,7 +1,8 @@
-"""One training step of a decoder block, forward and backward, with seven adapted linears: ours beside the peers.
+"""Compare one training step of a decoder layer with seven adapted linears, of one trial and of several trials together.
 
-Attention is SDPA, causal, with grouped queries; RMSNorm and SwiGLU are plain torch, the same for all. No rotary
-embedding: it would cost all the same.
+Attention is SDPA, causal, with grouped queries; RMSNorm and SwiGLU are plain torch, the same for all. There is no
+rotary embedding: it would cost all the same. With several trials, their rows are in one batch, each with its adapters;
+the frozen weights are shared and dequantized once for all.
 
 Letters: B sequences, T tokens, H hidden size, F intermediate size, D head dimension.
 """
@@ -20,41 +21,42 @@ from torch.utils.checkpoint import checkpoint
 
 from distlora_kernels.lora_linear import lora_linears
 from distlora_kernels.nf4_cpu import has_bitsandbytes
-from distlora_kernels.operands import Adapter
+from distlora_kernels.operands import Adapter, Linear, RowChoice
 from distlora_kernels.scratch import keeping
 
-from . import costs, installed, peers
-from .problem import SCALE, Weights, make_weights, normal
-from .rates import Rates, Step
-from .shapes import Group
+from . import costs, peers
+from .costs import Rates, Step
+from .problem import SCALE, Group, Weights, make_weights, normal
 from .table import Candidate, Place, Row, judge
 
-SECTION = "A training step of one block"
-PLAIN, OURS, OURS_KEPT = "bf16 block, no adapter", "ours", "ours, weights kept from recomputation"
+SECTION = "A training step of one decoder layer"
+PLAIN, OURS, OURS_KEPT = "bf16 layer, no adapter", "ours", "ours, weights kept from recomputation"
 ATTENTION_EFFICIENCY = 0.5
 SLACK = 4.0
-"""Rounding noise of seven linears and an attention in a row: 1.1 epsilons at 1,024 tokens on the CPU, for all of the
-candidates; what is wrong is wrong by tens."""
+"""Rounding noise of seven linears and an attention: 1.1 epsilons at 1,024 tokens on the CPU, for all candidates; errors
+are tens of epsilons."""
 
 Project = Callable[[Tensor], Sequence[Tensor]]
-"""x (M, I) -> every y (M, O) of one group."""
+"""A function from x (M, I) to every y (M, O) of one group."""
 Projections = tuple[Project, Project, Project, Project]
-"""qkv, o, gate and up, down."""
+"""Functions of qkv, o, gate and up, down."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """Llama-3 8B's by default: heads of 128, four queries to a key."""
+    """Sizes of a decoder layer, Llama-3 8B's by default: heads of 128, four queries per key."""
 
     hidden: int = 4096
     intermediate: int = 14336
 
     @property
     def head_dim(self) -> int:
+        """D."""
         return min(128, self.hidden // 4)
 
     @property
     def groups(self) -> tuple[Group, ...]:
+        """Linears by input."""
         hidden, keys = self.hidden, self.hidden // 4
         return (
             Group("qkv", ((hidden, hidden), (keys, hidden), (keys, hidden))),
@@ -67,7 +69,7 @@ class BlockShape:
 def rows(
     shape: BlockShape, batches: Sequence[tuple[int, int]], rank: int, device: torch.device, rates: Rates
 ) -> Iterator[Row]:
-    """`batches` are (sequences, tokens)."""
+    """Yield the rows; `batches` are (sequences, tokens)."""
     weights = [make_weights(group.shapes, rank, device, seed=seed) for seed, group in enumerate(shape.groups)]
     styles = _styles(weights, device)
     for batch, tokens in batches:
@@ -81,13 +83,13 @@ def rows(
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How the linears are run."""
+    """One way to run the linears."""
 
     name: str
     projections: Projections
     parameters: list[Tensor]
     contexts: Callable[[], tuple[Any, Any]] | None = None
-    """The checkpoint's contexts of forward and recomputation; the style is only run under a checkpoint then."""
+    """Contexts of forward and recomputation; such a style runs only under activation checkpointing."""
 
 
 def _styles(weights: list[Weights], device: torch.device) -> list[Style]:
@@ -110,8 +112,8 @@ def _styles(weights: list[Weights], device: torch.device) -> list[Style]:
         Style("PEFT sequence, autocast", each(peers.peft_autocast), masters),
         Style("Unsloth sequence", each(peers.unsloth), masters),
     ]
-    if installed.has_peft():
-        modules = [installed.peft_linears(group) for group in weights]
+    if peers.has_peft():
+        modules = [peers.peft_linears(group) for group in weights]
         parameters = [parameter for group in modules for parameter in group.parameters]
         base = "bitsandbytes" if has_bitsandbytes() else "our dequantization"
         styles.append(Style(f"PEFT itself over {base}, fp32 adapter", cast(Projections, tuple(modules)), parameters))
@@ -137,11 +139,12 @@ def _candidates(
 
 
 def task_name(checkpointed: bool) -> str:
-    return "step, block checkpoint" if checkpointed else "step"
+    """Return the task's name in the table."""
+    return "step, activation checkpointing" if checkpointed else "step"
 
 
 def step(shape: BlockShape, style: Style, x: Tensor, dy: Tensor, *, checkpointed: bool) -> dict[str, Tensor]:
-    """Forward and backward: y, dx, and da0, db0... of all linears."""
+    """Run forward and backward. Returns y, dx, and da0, db0... of all linears."""
     forward = partial(_block, shape, style.projections)
     if checkpointed:
         contexts = style.contexts or (lambda: (contextlib.nullcontext(), contextlib.nullcontext()))
@@ -160,17 +163,17 @@ def _named(y: Tensor, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _block(shape: BlockShape, projections: Projections, x: Tensor) -> Tensor:
-    """x (B, T, H) -> (B, T, H) in x's dtype."""
+    """Run the decoder layer on x (B, T, H)."""
     project_qkv, project_o, project_gate_up, project_down = projections
     heads = [part.unflatten(0, x.shape[:2]) for part in project_qkv(_rms_norm(x).flatten(0, 1))]
     q, k, v = (part.unflatten(2, (-1, shape.head_dim)).transpose(1, 2) for part in heads)
     if x.dtype == torch.float32:
-        # The reference: with grouped keys fp32 attention would fall back to a T x T matrix in memory.
+        # With grouped keys fp32 attention would fall back to a T x T matrix in memory.
         k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-    seen = torch.nn.functional.scaled_dot_product_attention(
+    attended = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
     )
-    x = x + project_o(seen.transpose(1, 2).flatten(2).flatten(0, 1))[0].view(x.shape)
+    x = x + project_o(attended.transpose(1, 2).flatten(2).flatten(0, 1))[0].view(x.shape)
     gate, up = project_gate_up(_rms_norm(x).flatten(0, 1))
     return x + project_down(torch.nn.functional.silu(gate) * up)[0].view(x.shape)
 
@@ -185,7 +188,7 @@ def _dense(x: Tensor, *, dense: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _reference(x: Tensor, *, weights: Weights, adapted: bool) -> list[Tensor]:
-    """y = x W^T + s (x A^T) B^T in fp32."""
+    """Return y = x W^T + s (x A^T) B^T in fp32."""
     ys = []
     for dense, linear in zip(weights.dense, weights.linears, strict=True):
         y = x @ dense.float().T
@@ -197,6 +200,7 @@ def _reference(x: Tensor, *, weights: Weights, adapted: bool) -> list[Tensor]:
 
 
 def expected(shape: BlockShape, weights: list[Weights], x: Tensor, dy: Tensor, *, adapted: bool) -> dict[str, Tensor]:
+    """Return the expected outputs of a step, computed in fp32."""
     projections = tuple(partial(_reference, weights=group, adapted=adapted) for group in weights)
     masters = [master for group in weights for master in group.masters] if adapted else []
     wide = x.detach().float().requires_grad_()
@@ -205,7 +209,7 @@ def expected(shape: BlockShape, weights: list[Weights], x: Tensor, dy: Tensor, *
 
 
 def steps(shape: BlockShape, name: str, x: Tensor, rank: int, *, checkpointed: bool) -> Iterator[Step]:
-    """The linears and the attention alone."""
+    """Count the launches of the linears and the attention."""
     batch, tokens, hidden = x.shape
     for group in shape.groups:
         for backward in (True, False)[: 1 + checkpointed]:
@@ -228,3 +232,141 @@ def _linear_steps(name: str, group: Group, m: int, rank: int, *, backward: bool)
     if name.startswith("PEFT"):
         return costs.peft(group, m, rank, backward=backward, autocast="autocast" in name)
     return costs.unsloth(group, m, rank, backward=backward)
+
+
+MULTI_TRIAL = "A training step of one decoder layer by several trials together (`x plain`: over one trial)"
+ALONE = "one trial"
+
+
+def multi_trial_rows(
+    shape: BlockShape,
+    batches: Sequence[tuple[int, int]],
+    rank: int,
+    counts: Sequence[int],
+    device: torch.device,
+    rates: Rates,
+) -> Iterator[Row]:
+    """Yield the rows; `batches` are (sequences, tokens) per trial, `counts` the numbers of trials."""
+    trials = [[make_weights(group.shapes, rank, device, seed=seed) for seed, group in enumerate(shape.groups)]]
+    generator = torch.Generator(device).manual_seed(7)
+    while len(trials) < max(counts):
+        trials.append([_with_other_adapters(group, generator) for group in trials[0]])
+    for sequences, tokens in batches:
+        size = (sequences, tokens, shape.hidden)
+        inputs = [(normal(size, device, generator), normal(size, device, generator)) for _ in trials]
+        for count in counts:
+            label = f"H={shape.hidden} F={shape.intermediate} {count} x ({sequences}x{tokens})"
+            place = Place(
+                section=MULTI_TRIAL, shape=label, num_rows=count * sequences * tokens, device=device, rates=rates
+            )
+            yield from judge(
+                place, _multi_trial_candidates(shape, trials[:count], inputs[:count], rank), baseline=ALONE
+            )
+
+
+def _with_other_adapters(weights: Weights, generator: torch.Generator) -> Weights:
+    linears = []
+    for linear in weights.linears:
+        adapter = cast(Adapter, linear.adapter)
+        # fp32 masters that are bf16 numbers, as large as the first trial's.
+        a, b = (
+            normal(tuple(t.shape), t.device, generator).mul_(t.detach().std()).float().requires_grad_()
+            for t in adapter[:2]
+        )
+        linears.append(linear._replace(adapter=Adapter(a, b, SCALE)))
+    return Weights(tuple(linears), weights.dense)
+
+
+def _multi_trial_candidates(
+    shape: BlockShape, trials: list[list[Weights]], inputs: list[tuple[Tensor, Tensor]], rank: int
+) -> Iterator[Candidate]:
+    right = [
+        expected(shape, weights, x.requires_grad_(), dy, adapted=True)
+        for weights, (x, dy) in zip(trials, inputs, strict=True)
+    ]
+    alone = [
+        partial(step, shape, _alone(weights), x, dy, checkpointed=False)
+        for weights, (x, dy) in zip(trials, inputs, strict=True)
+    ]
+    count, one = len(trials), tuple(steps(shape, OURS, inputs[0][0], rank, checkpointed=False))
+    yield Candidate(name=ALONE, task=task_name(False), run=alone[0], expected=right[0], steps=one, slack=SLACK)
+    together = {}
+    for name in right[0]:
+        # Outputs and dX of all rows; dA and dB of each trial.
+        if name in ("y", "dx"):
+            together[name] = torch.cat([outputs[name] for outputs in right])
+        else:
+            together |= {f"{name} of trial {trial}": outputs[name] for trial, outputs in enumerate(right)}
+    yield Candidate(
+        name="together",
+        task=task_name(False),
+        run=partial(_multi_trial_step, shape, _together(trials, inputs), inputs, count),
+        expected=together,
+        steps=tuple(_multi_trial_steps(shape, inputs[0][0], rank, count)),
+        slack=SLACK,
+    )
+    yield Candidate(
+        name="one after the other",
+        task=task_name(False),
+        run=partial(_one_after_the_other, alone),
+        expected=right[0],
+        steps=one * count,
+        slack=SLACK,
+    )
+
+
+def _one_after_the_other(trials: Sequence[Callable[[], dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Return the first trial's outputs; the others are dropped."""
+    first, *others = trials
+    outputs = first()
+    for other in others:
+        other()
+    return outputs
+
+
+def _alone(weights: list[Weights]) -> Style:
+    projections = tuple(partial(lora_linears, linears=group.linears) for group in weights)
+    return Style(ALONE, cast(Projections, projections), [master for group in weights for master in group.masters])
+
+
+def _together(trials: list[list[Weights]], inputs: list[tuple[Tensor, Tensor]]) -> Style:
+    """Return all trials' adapters side by side, with each row's choice."""
+    sequences = inputs[0][0].shape[0]
+    chosen = torch.arange(len(trials), device=inputs[0][0].device).repeat_interleave(sequences)
+    projections = []
+    for same_group in zip(*trials, strict=True):
+        projections.append(partial(_project, trials=[weights.linears for weights in same_group], chosen=chosen))
+    masters = [master for weights in trials for group in weights for master in group.masters]
+    return Style("together", cast(Projections, tuple(projections)), masters)
+
+
+def _project(x: Tensor, *, trials: Sequence[Sequence[Linear]], chosen: Tensor) -> Sequence[Tensor]:
+    linears = []
+    for same in zip(*trials, strict=True):
+        adapters = [cast(Adapter, linear.adapter) for linear in same]
+        choice = RowChoice(chosen, (SCALE,) * len(same), tuple(adapter.a.shape[0] for adapter in adapters))
+        stacked = Adapter(
+            torch.cat([each.a for each in adapters]), torch.cat([each.b for each in adapters], dim=1), choice
+        )
+        linears.append(same[0]._replace(adapter=stacked))
+    return lora_linears(x, linears)
+
+
+def _multi_trial_step(
+    shape: BlockShape, style: Style, inputs: list[tuple[Tensor, Tensor]], count: int
+) -> dict[str, Tensor]:
+    x = torch.cat([x.detach() for x, _ in inputs]).requires_grad_()
+    outputs = step(shape, style, x, torch.cat([dy for _, dy in inputs]), checkpointed=False)
+    by_trial = {name: outputs[name] for name in ("y", "dx")}
+    each = (len(outputs) - 2) // 2 // count
+    for index in range(each * count):
+        trial, place = divmod(index, each)
+        by_trial |= {f"d{m}{place} of trial {trial}": outputs[f"d{m}{index}"] for m in "ab"}
+    return by_trial
+
+
+def _multi_trial_steps(shape: BlockShape, x: Tensor, rank: int, count: int) -> Iterator[Step]:
+    sequences, tokens, hidden = x.shape
+    for group in shape.groups:
+        yield from costs.ours_multi_trial(group, sequences * tokens, rank, count, backward=True)
+    yield from attention_steps(count * sequences, tokens, hidden, checkpointed=False)

@@ -1,4 +1,4 @@
-"""What the kernels must reach on an H100-class card, read off the rows of a run."""
+"""Check the kernels' performance bounds on an H100-class GPU against the rows of a run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from . import dequantize, linear
 from .table import FORWARD, TRAINING, Row
 
 LARGE = 2**26
-"""Weights from which a dequantization is long enough to be compared with a copy of 1 GiB."""
+"""Fewest weights of a dequantization that is compared with a copy of 1 GiB."""
 TRAINING_ROWS, DECODING_ROWS = 8192, 16
 SHAPES = {(8192, 8192): 1.16, (8192, 28672): 1.12}
-"""(O, I) -> the most that a training pass may take, in times the plain GEMMs. llama-70b/o and llama-70b/down."""
+"""Most time of a training pass over the plain GEMMs', by (O, I): llama-70b/o and llama-70b/down."""
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """A line for each bound: PASS, FAIL, or `not measured`."""
+    """Return a line per bound: PASS, FAIL, or `not measured`."""
     return [*_dequantization(rows), *_training(rows), *_decoding(rows)]
 
 
@@ -60,19 +60,19 @@ def _training(rows: Sequence[Row]) -> Iterator[str]:
 
 def _decoding(rows: Sequence[Row]) -> Iterator[str]:
     shape = (8192, 8192)
-    text = f"{shape[0]}x{shape[1]}, M = {DECODING_ROWS}: fused reaches 60 % of the packed weight's bandwidth"
-    found = [
+    text = f"{shape[0]}x{shape[1]}, M = {DECODING_ROWS}: fused reaches 60 % of the quantized weight's bandwidth"
+    shares = [
         row.floor_share
-        for row in _rows_of(rows, shape, DECODING_ROWS, FORWARD)
+        for row in _matching_rows(rows, shape, DECODING_ROWS, FORWARD)
         if row.name == linear.FUSED_ALONE and row.floor_share is not None
     ]
-    if not found:
+    if not shares:
         yield _line(text, None, "")
-    for share in found[:1]:
+    for share in shares[:1]:
         yield _line(text, share >= 0.60, f"{share:.0%}")
 
 
-def _rows_of(rows: Sequence[Row], shape: tuple[int, int], num_rows: int, task: str) -> list[Row]:
+def _matching_rows(rows: Sequence[Row], shape: tuple[int, int], num_rows: int, task: str) -> list[Row]:
     suffix = f"{shape[0]}x{shape[1]}"
     return [
         row
@@ -86,7 +86,7 @@ def _rows_of(rows: Sequence[Row], shape: tuple[int, int], num_rows: int, task: s
 
 
 def _seconds(rows: Sequence[Row], shape: tuple[int, int], num_rows: int, task: str) -> dict[str, float]:
-    return {row.name: row.seconds for row in _rows_of(rows, shape, num_rows, task) if row.seconds is not None}
+    return {row.name: row.seconds for row in _matching_rows(rows, shape, num_rows, task) if row.seconds is not None}
 
 
 def _line(text: str, holds: bool | None, figure: str) -> str:

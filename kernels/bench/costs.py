@@ -1,49 +1,94 @@
-"""The launches of every candidate, with their bytes and flops: what a prediction is made of (rates.py).
+"""Count the launches of every candidate, with their bytes and flops, and predict their time.
 
-Letters: M rows, I in features, O out features, R rank; E bytes of a bf16 element; P bytes of a packed weight.
+A prediction is the sum over the launches of max(bytes / copy bandwidth, flops / GEMM rate) and a fixed cost per launch:
+it assumes that each operation reads its inputs and writes its output once, and that operations do not overlap.
+
+Letters: M rows, I in features, O out features, R rank; E bytes of a bf16 element; P bytes of a quantized weight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from distlora_kernels.nf4 import bits_per_weight
 
-from .rates import Step
-from .shapes import Group
+from .problem import Group
+
+LAUNCH_SECONDS = 3e-6
+"""Seconds from the end of one kernel to the start of the next, ramps included: an estimate, not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes per second of a large copy and flops per second of a large bf16 GEMM."""
+
+    bandwidth: float
+    gemm: float
+
+
+ASSUMED = Rates(bandwidth=3.0e12, gemm=800e12)
+"""Rates of an H100, for predictions without a measurement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One launch: bytes moved to and from GPU memory, and bf16 flops."""
+
+    nbytes: float
+    flops: float = 0.0
+    efficiency: float = 1.0
+    """Expected fraction of the GEMM rate."""
+    launches: int = 1
+    """Number of launches; 0 for additional bytes of another launch."""
+
+    def seconds(self, rates: Rates) -> float:
+        """Return the predicted seconds."""
+        return self.launches * LAUNCH_SECONDS + max(
+            self.nbytes / rates.bandwidth, self.flops / (rates.gemm * self.efficiency)
+        )
+
+
+def predicted_seconds(steps: Iterable[Step], rates: Rates) -> float:
+    """Return the predicted seconds of a sequence of launches."""
+    return sum(step.seconds(rates) for step in steps)
+
 
 E = 2
 FUSED_EFFICIENCY = 0.5
-"""Of the GEMM rate, in the tile loop that also decodes: an estimate (0.4 to 0.6)."""
+"""Fraction of the GEMM rate of the tile loop that also decodes: an estimate (0.4 to 0.6)."""
 
 
-def packed_bytes(out: int, features: int) -> float:
+def quantized_bytes(out: int, features: int) -> float:
+    """Return the stored bytes of a quantized weight."""
     return out * features * bits_per_weight(out * features) / 8
 
 
 def gemm_flops(group: Group, num_rows: int, *, backward: bool) -> float:
-    """Of the plain GEMMs: forward, and with `backward` that of dX."""
+    """Return the flops of the plain GEMMs: forward, and with `backward` also dX."""
     return sum(2.0 * num_rows * out * features for out, features in group.shapes) * (2 if backward else 1)
 
 
-def floor_bytes(group: Group, num_rows: int, *, packed: bool, backward: bool) -> float:
-    """What must be moved at least: the weights as they are stored, x and y; with `backward` again, as dx and dy."""
-    weights = sum(packed_bytes(*shape) if packed else E * shape[0] * shape[1] for shape in group.shapes)
+def floor_bytes(group: Group, num_rows: int, *, quantized: bool, backward: bool) -> float:
+    """Return the fewest bytes to move: stored weights, x and y; with `backward` again, with dx and dy."""
+    weights = sum(quantized_bytes(*shape) if quantized else E * shape[0] * shape[1] for shape in group.shapes)
     rows = E * num_rows * (group.features + sum(out for out, _ in group.shapes))
     return (weights + rows) * (2 if backward else 1)
 
 
 def dequantize(out: int, features: int) -> Step:
-    return Step(packed_bytes(out, features) + E * out * features)
+    """Count a dequantization to bf16."""
+    return Step(quantized_bytes(out, features) + E * out * features)
 
 
 def _gemm(m: int, n: int, k: int, *, accumulates: bool = False, size: int = E) -> Step:
-    """(M, K) by (K, N): both are read, the product is written; read before, if it is accumulated into."""
+    """Count an (M, K) by (K, N) product: operands are read, the result written, and read too if accumulated into."""
     return Step(size * (m * k + k * n + m * n * (2 if accumulates else 1)), 2.0 * m * n * k)
 
 
 def plain(group: Group, m: int, *, backward: bool) -> Iterator[Step]:
+    """Count the bf16 GEMMs alone."""
     for out, features in group.shapes:
         yield _gemm(m, out, features)
         if backward:
@@ -51,7 +96,7 @@ def plain(group: Group, m: int, *, backward: bool) -> Iterator[Step]:
 
 
 def bitsandbytes(group: Group, m: int, *, backward: bool) -> Iterator[Step]:
-    """Three launches and 2.8 bytes a weight before each GEMM: what 0.50 does from M = 1537 on."""
+    """Count three launches and 2.8 bytes per weight before each GEMM, as bitsandbytes 0.50 does from M = 1537 on."""
     yield from plain(group, m, backward=backward)
     for out, features in group.shapes * (2 if backward else 1):
         yield Step(2.8 * out * features)
@@ -59,8 +104,10 @@ def bitsandbytes(group: Group, m: int, *, backward: bool) -> Iterator[Step]:
 
 
 def ours_scratch(group: Group, m: int, r: int, *, backward: bool, kept: bool = False) -> Iterator[Step]:
-    """x A^T once for the group, the adapter's term, one dequantization, a GEMM that accumulates; dy read once beside
-    the GEMM of dX, x once for all dA. `kept`: backward finds the weights dequantized.
+    """Count ours with dequantized weights.
+
+    x A^T once per group, the adapter's term, one dequantization, a GEMM that accumulates; dy is read once beside the
+    GEMM of dX, x once for all dA. With `kept`, backward finds the weights dequantized.
     """
     yield from _our_casts(group, r, backward=backward)
     yield _gemm(m, r * len(group.shapes), group.features)
@@ -77,10 +124,11 @@ def ours_scratch(group: Group, m: int, r: int, *, backward: bool, kept: bool = F
     yield from (_gemm(r * len(group.shapes), group.features, m), Step(0.0))
 
 
-def ours_packed(group: Group, m: int, r: int, trials: int, *, backward: bool) -> Iterator[Step]:
-    """ours_scratch of `trials` times m rows, each with the adapter of its trial, all of one rank: the products of a row
-    are of its own rank alone. What is more than of one trial with as many rows: adapters are stacked, in fp32 and for
-    the group's A again in bf16, and those of all trials are cast.
+def ours_multi_trial(group: Group, m: int, r: int, trials: int, *, backward: bool) -> Iterator[Step]:
+    """Count ours_scratch of `trials` times m rows, each row with its trial's adapter, all of one rank.
+
+    Beyond one trial with as many rows, adapters are stacked, in fp32 and for the group's A again in bf16, and those of
+    all trials are cast.
     """
     yield from ours_scratch(group, trials * m, r, backward=backward)
     for step in _our_casts(group, r * (trials - 1), backward=backward):
@@ -92,13 +140,16 @@ def ours_packed(group: Group, m: int, r: int, trials: int, *, backward: bool) ->
 
 
 def ours_dora(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]:
-    """ours_scratch with magnitudes that are folded into packed weights (dora_linear.py): W A^T of the packed weight,
-    norms, k into the absmax and B, and y read beside dy; the absmax are then read in fp32.
+    """Count ours_scratch with magnitudes folded into quantized weights (dora_linear.py).
+
+    W A^T of the quantized weight, norms, k into the absmax and B, and y read beside dy; absmax are then read in fp32.
     """
     yield from ours_scratch(group, m, r, backward=backward)
     for out, features in group.shapes:
         blocks = out * features / 64
-        yield Step(packed_bytes(out, features) + E * r * (out + features), 2.0 * r * out * features, FUSED_EFFICIENCY)
+        yield Step(
+            quantized_bytes(out, features) + E * r * (out + features), 2.0 * r * out * features, FUSED_EFFICIENCY
+        )
         yield Step(4 * r * (features + out) + 8 * out)  # A A^T, then the norms
         for _ in range(2 if backward else 1):
             yield Step((1 + 4) * blocks)
@@ -110,14 +161,12 @@ def ours_dora(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]
 
 
 def _beside(nbytes: float) -> Step:
-    """More bytes for a launch that is counted already."""
+    """Count more bytes of a launch that is already counted."""
     return Step(nbytes, launches=0)
 
 
 def ours_dora_dense(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]:
-    """The same where the weights are dense: y is scaled in place, dy into another tensor, and both read again for dm;
-    nothing is dequantized.
-    """
+    """Count DoRA over dense weights: y is scaled in place, dy into another tensor, and both are read again for dm."""
     yield from ours_dense(group, m, r, backward=backward)
     for out, features in group.shapes:
         yield _gemm(out, r, features)
@@ -126,35 +175,35 @@ def ours_dora_dense(group: Group, m: int, r: int, *, backward: bool) -> Iterator
 
 
 def ours_dense(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]:
-    """ours_scratch of dense weights."""
+    """Count ours over dense weights: ours_scratch without dequantization."""
     dequantized = [dequantize(*shape) for shape in group.shapes]
     yield from (step for step in ours_scratch(group, m, r, backward=backward) if step not in dequantized)
 
 
 def _parts(out: int, m: int, r: int) -> Step:
-    """db's parts, one fp32 (out, R) for 256 rows, written by the pass over dy and read again."""
+    """Count the parts of db, one fp32 (out, R) per 256 rows, written by the pass over dy and read again."""
     return Step(2 * 4.0 * math.ceil(m / 256) * out * r)
 
 
 def _casts(group: Group, r: int, *, backward: bool) -> Iterator[Step]:
-    """A and B from fp32 masters to bf16, in forward; in backward again, or their gradients to fp32."""
+    """Count the casts of A and B from fp32 to bf16 in forward; in backward again, or of their gradients to fp32."""
     for out, features in group.shapes * (2 if backward else 1):
         yield from (Step((4 + E) * r * features), Step((4 + E) * r * out))
 
 
 def _our_casts(group: Group, r: int, *, backward: bool) -> Iterator[Step]:
-    """Beside the casts, s is multiplied into B."""
+    """Count our casts, and the multiplication of s into B."""
     yield from _casts(group, r, backward=backward)
     yield from (Step(8 * r * out) for out, _ in group.shapes * (2 if backward else 1))
 
 
 def fused(out: int, features: int, m: int) -> Step:
-    """One product whose weight is decoded in it."""
-    return Step(packed_bytes(out, features) + E * m * (out + features), 2.0 * m * out * features, FUSED_EFFICIENCY)
+    """Count one product that decodes its weight."""
+    return Step(quantized_bytes(out, features) + E * m * (out + features), 2.0 * m * out * features, FUSED_EFFICIENCY)
 
 
 def ours_fused(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]:
-    """The same with the decoding GEMM, which adds the adapter's terms itself; the linears' parts of dX are added up."""
+    """Count ours with the decoding GEMM, which adds the adapter's terms; the linears' parts of dX are summed."""
     yield from _our_casts(group, r, backward=backward)
     yield _gemm(m, r * len(group.shapes), group.features)
     for index, (out, features) in enumerate(group.shapes):
@@ -167,7 +216,7 @@ def ours_fused(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step
 
 
 def peft(group: Group, m: int, r: int, *, backward: bool, autocast: bool) -> Iterator[Step]:
-    """Passes over (M, O) and (M, I) one by one; the adapter's products in fp32 without autocast."""
+    """Count PEFT's passes over (M, O) and (M, I); without autocast the adapter's products are fp32."""
     size, cast = (E, 0) if autocast else (4, 1)
     if autocast:
         yield from _casts(group, r, backward=backward)
@@ -191,6 +240,7 @@ def peft(group: Group, m: int, r: int, *, backward: bool, autocast: bool) -> Ite
 
 
 def unsloth(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]:
+    """Count Unsloth's sequence."""
     yield from _casts(group, r, backward=backward)
     for out, features in group.shapes:
         yield from (dequantize(out, features), _gemm(m, out, features), _gemm(m, r, features))

@@ -1,4 +1,4 @@
-"""Dequantization alone: NF4 with double quantization, and with plain absmax, to bf16."""
+"""Compare dequantization to bf16: NF4 with double quantization, and with plain absmax."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from distlora_kernels.nf4 import dequantize_blocks, nf4_dequantize, nf4_quantize
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 
 from . import costs
-from .problem import normal
-from .rates import Rates, Step
-from .shapes import Group
+from .costs import Rates, Step
+from .problem import Group, normal
 from .table import Candidate, Place, Row, judge
 
 SECTION, TASK = "Dequantization", "NF4 to bf16"
@@ -21,6 +20,7 @@ OURS, PLAIN_ABSMAX = "ours", "ours, plain absmax"
 
 
 def rows(groups: Sequence[Group], device: torch.device, rates: Rates) -> Iterator[Row]:
+    """Yield the rows of every distinct shape."""
     for shape in dict.fromkeys(shape for group in groups for shape in group.shapes):
         place = Place(section=SECTION, shape=f"{shape[0]}x{shape[1]}", num_rows=0, device=device, rates=rates)
         yield from judge(place, _candidates(shape, device))
@@ -56,14 +56,14 @@ def _candidates(shape: tuple[int, int], device: torch.device) -> Iterator[Candid
 
 
 def _bitsandbytes(dense: torch.Tensor, step: Step) -> Candidate:
-    """dequantize_4bit with nested statistics, as Linear4bit calls it, of weights whose codes are ours."""
+    """Run dequantize_4bit with nested statistics, as Linear4bit calls it, on weights with our codes."""
     from bitsandbytes import functional
 
-    packed, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+    codes, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
     return Candidate(
         name="bitsandbytes dequantize_4bit",
         task=TASK,
-        run=lambda: {"w": functional.dequantize_4bit(packed, state)},
+        run=lambda: {"w": functional.dequantize_4bit(codes, state)},
         expected={"w": dense},
         steps=(Step(2.8 * dense.numel()), Step(0.0), Step(0.0)),
         floor=(step.nbytes, 0.0),

@@ -1,4 +1,4 @@
-"""Adapted linears: plain bf16 GEMMs, our variants, and the peers' sequences; forward, and forward with backward."""
+"""Compare adapted linears, forward and training: bf16 GEMMs, our variants, and the peers' sequences."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from distlora_kernels import fused, variants
+from distlora_kernels import fused
 from distlora_kernels.lora_linear import lora_linears
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 from distlora_kernels.operands import Adapter
 
-from . import costs, installed, peers
-from .problem import SCALE, Batch, Weights, expected_outputs, make_batch, make_weights
-from .rates import Rates, Step
-from .shapes import Group
+from . import costs, peers
+from .costs import Rates, Step
+from .problem import SCALE, Batch, Group, Weights, expected_outputs, make_batch, make_weights
 from .table import FORWARD, TRAINING, Candidate, Place, Row, judge
 
 SECTION = "Adapted linears"
 PLAIN, SCRATCH, FUSED, FUSED_ALONE = "plain bf16 GEMM", "ours, scratch", "ours, fused", "ours, fused GEMM alone"
 PEFT, PEFT_AUTOCAST, UNSLOTH = "PEFT sequence, fp32 adapter", "PEFT sequence, autocast", "Unsloth sequence"
 MOST_FUSED_ROWS = 512
-"""Beyond it the fused variant is no candidate: every tile of rows decodes the weight again."""
+"""Most rows of the fused variant: every tile of rows decodes the weight again."""
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
 
 
-def run_forced(variant: variants.Variant, run: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """The whole of `run`, its backward too."""
-    with variants.forced(variant):
+def run_forced(variant: fused.Variant, run: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Run with a forced variant, backward included."""
+    with fused.force_variant(variant):
         return run()
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One group at one M, forward alone or with backward."""
+    """One group at one M, forward only or with backward."""
 
     group: Group
     weights: Weights
@@ -47,17 +46,25 @@ class Problem:
     rank: int
     backward: bool
     base: dict[str, Tensor]
-    """What is right without the adapter."""
+    """Expected outputs without the adapter."""
     adapted: dict[str, Tensor]
+    """Expected outputs with the adapter."""
 
     @property
     def num_rows(self) -> int:
+        """M."""
         return self.batch.x.shape[0]
 
     def candidate(
-        self, name: str, forward: Forward, parameters: Sequence[Tensor], steps: Iterable[Step], *, packed: bool = True
+        self,
+        name: str,
+        forward: Forward,
+        parameters: Sequence[Tensor],
+        steps: Iterable[Step],
+        *,
+        quantized: bool = True,
     ) -> Candidate:
-        """Of `forward`, whose adapters' masters are `parameters`: it is the base alone where there are none."""
+        """Return the candidate of `forward`; `parameters` are its adapters' masters, none for the base alone."""
         expected = self.adapted if parameters else self.base
         return Candidate(
             name=name,
@@ -66,7 +73,7 @@ class Problem:
             expected=expected if self.backward else _outputs(expected),
             steps=tuple(steps),
             floor=(
-                costs.floor_bytes(self.group, self.num_rows, packed=packed, backward=self.backward),
+                costs.floor_bytes(self.group, self.num_rows, quantized=quantized, backward=self.backward),
                 costs.gemm_flops(self.group, self.num_rows, backward=self.backward),
             ),
         )
@@ -75,6 +82,7 @@ class Problem:
 def rows(
     groups: Sequence[Group], counts: Sequence[int], rank: int, device: torch.device, rates: Rates
 ) -> Iterator[Row]:
+    """Yield the rows of every group and M."""
     for group in groups:
         weights = make_weights(group.shapes, rank, device)
         others = _installed(weights)
@@ -88,17 +96,18 @@ def rows(
             yield from judge(place, judged, baseline=PLAIN)
 
 
-def _installed(weights: Weights) -> dict[str, installed.Modules]:
+def _installed(weights: Weights) -> dict[str, peers.Modules]:
     modules = {}
     if has_bitsandbytes():
-        modules["bitsandbytes Linear4bit, no adapter"] = installed.bitsandbytes_linears(weights)
-    if installed.has_peft():
+        modules["bitsandbytes Linear4bit, no adapter"] = peers.bitsandbytes_linears(weights)
+    if peers.has_peft():
         base = "bitsandbytes" if has_bitsandbytes() else "our dequantization"
-        modules[f"PEFT itself over {base}, fp32 adapter"] = installed.peft_linears(weights)
+        modules[f"PEFT itself over {base}, fp32 adapter"] = peers.peft_linears(weights)
     return modules
 
 
-def candidates(problem: Problem, others: dict[str, installed.Modules]) -> Iterator[Candidate]:
+def candidates(problem: Problem, others: dict[str, peers.Modules]) -> Iterator[Candidate]:
+    """Yield every candidate of a problem."""
     group, count, rank, backward = problem.group, problem.num_rows, problem.rank, problem.backward
     linears, masters = problem.weights.linears, problem.weights.masters
     plain = problem.candidate(
@@ -106,9 +115,9 @@ def candidates(problem: Problem, others: dict[str, installed.Modules]) -> Iterat
         partial(_products, dense=problem.weights.dense),
         (),
         costs.plain(group, count, backward=backward),
-        packed=False,
+        quantized=False,
     )
-    # Its backward is written out: autograd would not let the products of dX accumulate.
+    # Backward is explicit: autograd would not let the products of dX accumulate.
     run = partial(_plain_training, problem.weights.dense, problem.batch)
     yield dataclasses.replace(plain, run=run) if backward else plain
     adapted = partial(problem.candidate, forward=partial(lora_linears, linears=linears), parameters=masters)
@@ -133,13 +142,13 @@ def candidates(problem: Problem, others: dict[str, installed.Modules]) -> Iterat
 
 
 def infer(forward: Forward, batch: Batch, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """y0, y1... Without gradient; `parameters` are not looked at."""
+    """Return y0, y1... without gradient; `parameters` are ignored."""
     with torch.no_grad():
         return {f"y{index}": y for index, y in enumerate(forward(batch.x))}
 
 
 def train(forward: Forward, batch: Batch, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """y0..., dx, and da0, db0... of the parameters a, b of each linear."""
+    """Return y0..., dx, and da0, db0... of each linear's a and b."""
     ys = forward(batch.x)
     dx, *gradients = torch.autograd.grad(list(ys), [batch.x, *parameters], list(batch.dys))
     outputs = {f"y{index}": y for index, y in enumerate(ys)} | {"dx": dx}
@@ -154,7 +163,7 @@ def _products(x: Tensor, *, dense: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def _plain_training(dense: Sequence[Tensor], batch: Batch) -> dict[str, Tensor]:
-    """The library's GEMMs of forward and dX, and nothing else: no autograd, no adapter."""
+    """Run only the library's GEMMs of forward and dX, without autograd and adapter."""
     outputs = {f"y{index}": y for index, y in enumerate(_products(batch.x, dense=dense))}
     dx = batch.dys[0] @ dense[0]
     for dy, weight in zip(batch.dys[1:], dense[1:], strict=True):
@@ -163,7 +172,7 @@ def _plain_training(dense: Sequence[Tensor], batch: Batch) -> dict[str, Tensor]:
 
 
 def _fused_alone(problem: Problem) -> Candidate:
-    """The fused kernel with x A^T given: what the bound on the packed weight's bandwidth is about."""
+    """Return the fused kernel with given x A^T, for the bound on the quantized weight's bandwidth."""
     linear, shape = problem.weights.linears[0], problem.group.shapes[0]
     adapter = cast(Adapter, linear.adapter)
     with torch.no_grad():
@@ -176,7 +185,7 @@ def _fused_alone(problem: Problem) -> Candidate:
         run=lambda: {"y0": fused.fused_linear(x, linear.weight, xa=xa, b=up)},
         expected=_outputs(problem.adapted),
         steps=(costs.fused(*shape, problem.num_rows),),
-        floor=(costs.packed_bytes(*shape), 0.0),
+        floor=(costs.quantized_bytes(*shape), 0.0),
     )
 
 

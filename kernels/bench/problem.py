@@ -1,10 +1,11 @@
-"""The operands of one group of linears, the same for every candidate, and what right outputs are.
+"""Make the shapes, operands and expected outputs of a group of linears, the same for every candidate.
 
 Letters: M rows, I in features, O out features, R rank.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -17,28 +18,28 @@ from distlora_kernels.nf4 import nf4_quantize
 from distlora_kernels.operands import Adapter, FrozenWeight, Linear
 
 SCALE = 2.0
-"""A power of two: rounding s B and rounding B are the same."""
+"""Scale of the adapters: a power of two, so that rounding s B and B agree."""
 _WEIGHT_DEVIATION, _UP_DEVIATION = 0.02, 0.05
-"""Of W and B: an adapter that is left out moves outputs by some 10 %, far beyond what a check allows."""
+"""Standard deviations of W and B: without the adapter outputs change by 10 %, far beyond a check's limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What stays the same for every M."""
+    """The operands that are the same for every M."""
 
     linears: tuple[Linear, ...]
     dense: tuple[Tensor, ...]
-    """(O, I) bf16 of each, dequantized by the reference."""
+    """Dense weights (O, I) bf16, dequantized by the reference."""
 
     @property
     def masters(self) -> list[Tensor]:
-        """a and b of each linear, in turn."""
+        """a and b of each linear, alternating."""
         adapters = [cast(Adapter, linear.adapter) for linear in self.linears]
         return [master for adapter in adapters for master in (adapter.a, adapter.b)]
 
 
 def make_weights(shapes: Sequence[tuple[int, int]], rank: int, device: torch.device, *, seed: int = 0) -> Weights:
-    """Gaussian weights in NF4, with adapters whose fp32 masters are bf16 numbers, so that all have equal operands."""
+    """Return Gaussian NF4 weights with adapters; fp32 masters are bf16 numbers, so that all candidates have them."""
     generator = torch.Generator(device).manual_seed(seed)
     linears, dense = [], []
     for out, features in shapes:
@@ -53,7 +54,7 @@ def make_weights(shapes: Sequence[tuple[int, int]], rank: int, device: torch.dev
 
 
 def normal(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
-    """bf16."""
+    """Return Gaussian bf16 numbers."""
     return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
 
 
@@ -66,6 +67,7 @@ class Batch:
 
 
 def make_batch(shapes: Sequence[tuple[int, int]], num_rows: int, device: torch.device, *, seed: int = 1) -> Batch:
+    """Return a Gaussian input and gradients of the outputs."""
     generator = torch.Generator(device).manual_seed(seed)
     x = normal((num_rows, shapes[0][1]), device, generator).requires_grad_()
     return Batch(x, tuple(normal((num_rows, out), device, generator) for out, _ in shapes))
@@ -73,7 +75,7 @@ def make_batch(shapes: Sequence[tuple[int, int]], num_rows: int, device: torch.d
 
 @torch.no_grad()
 def expected_outputs(weights: Weights, batch: Batch, *, adapted: bool) -> dict[str, Tensor]:
-    """y0..., dx, and with `adapted` da0, db0...: fp32 throughout, from the bf16 operands.
+    """Return y0..., dx, and with `adapted` da0, db0..., computed in fp32 from the bf16 operands.
 
     y = x W^T + s (x A^T) B^T;  dX = sum of dY W + s (dY B) A;  dA = s (dY B)^T X;  dB = s dY^T (X A^T).
     """
@@ -92,3 +94,63 @@ def expected_outputs(weights: Weights, batch: Batch, *, adapted: bool) -> dict[s
             outputs |= {f"da{index}": dxa.T @ x, f"db{index}": dy.T @ xa}
         outputs[f"y{index}"] = y
     return outputs | {"dx": dx}
+
+
+ROWS = (1, 16, 64, 128, 256, 512, 2048, 8192)
+"""Default values of M: from decoding one row to a training batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Linears of one input."""
+
+    name: str
+    """Name in the table: `llama-70b/down`, or the shapes themselves."""
+    shapes: tuple[tuple[int, int], ...]
+    """(O, I) of each linear."""
+
+    @property
+    def features(self) -> int:
+        """I."""
+        return self.shapes[0][1]
+
+    @property
+    def label(self) -> str:
+        """Name and shapes."""
+        shapes = " + ".join(f"{out}x{features}" for out, features in self.shapes)
+        return shapes if self.name == shapes else f"{self.name} {shapes}"
+
+
+def _model(name: str, *, hidden: int, queries: int, keys: int, intermediate: int) -> tuple[Group, ...]:
+    """Return a model's four groups; `queries` and `keys` are heads times head dimension."""
+    return (
+        Group(f"{name}/qkv", ((queries, hidden), (keys, hidden), (keys, hidden))),
+        Group(f"{name}/o", ((hidden, queries),)),
+        Group(f"{name}/gate-up", ((intermediate, hidden), (intermediate, hidden))),
+        Group(f"{name}/down", ((hidden, intermediate),)),
+    )
+
+
+GROUPS = (
+    *_model("llama-8b", hidden=4096, queries=4096, keys=1024, intermediate=14336),
+    *_model("llama-70b", hidden=8192, queries=8192, keys=1024, intermediate=28672),
+    *_model("qwen3-32b", hidden=5120, queries=8192, keys=1024, intermediate=25600),
+)
+
+
+def groups_named(names: str) -> tuple[Group, ...]:
+    """Parse `llama-70b`, `llama-70b/down` and `128x64+64x64` (O x I), separated by commas. Raises ValueError."""
+    groups: list[Group] = []
+    for name in names.split(","):
+        known = [group for group in GROUPS if group.name == name or group.name.startswith(name + "/")]
+        groups += known or [_group_of_shapes(name)]
+    return tuple(groups)
+
+
+def _group_of_shapes(text: str) -> Group:
+    parts = [re.fullmatch(r"(\d+)x(\d+)", part) for part in text.split("+")]
+    shapes = tuple((int(part[1]), int(part[2])) for part in parts if part is not None)
+    if len(shapes) != len(parts) or len({features for _, features in shapes}) != 1:
+        models = ", ".join(sorted({group.name.partition("/")[0] for group in GROUPS}))
+        raise ValueError(f"shapes are {models}, one of their groups (llama-70b/down) or OxI+OxI..., not {text!r}")
+    return Group(" + ".join(f"{out}x{features}" for out, features in shapes), shapes)

@@ -1,4 +1,4 @@
-"""The adapter's products beside the library's: the large operand is read once, not once a product.
+"""Compare the adapter's products with the library's: the large operand is read once, not once per product.
 
 Letters: M rows, I in features, O out features, R rank.
 """
@@ -13,10 +13,8 @@ from torch import Tensor
 
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 
-from .costs import E
-from .problem import SCALE, normal
-from .rates import Rates, Step
-from .shapes import Group
+from .costs import E, Rates, Step
+from .problem import SCALE, Group, normal
 from .table import Candidate, Place, Row, judge
 
 SECTION = "Products of the adapter"
@@ -26,6 +24,7 @@ LIBRARY = "library GEMM"
 def rows(
     groups: Sequence[Group], counts: Sequence[int], rank: int, device: torch.device, rates: Rates
 ) -> Iterator[Row]:
+    """Yield the rows of every distinct shape and M."""
     for shape in dict.fromkeys(shape for group in groups for shape in group.shapes):
         for count in counts:
             place = Place(section=SECTION, shape=f"{shape[0]}x{shape[1]}", num_rows=count, device=device, rates=rates)
@@ -84,7 +83,7 @@ Run = Callable[[], Mapping[str, Tensor]]
 def _pair(
     task: str, library: Run, ours: Run, expected: Mapping[str, Tensor], library_steps: list[Step], steps: list[Step]
 ) -> Iterator[Candidate]:
-    """The library's and ours; the floor of both is what our launches move."""
+    """Yield the library's and our candidate; the floor of both is what our launches move."""
     floor = (sum(step.nbytes for step in steps), 0.0)
     yield Candidate(name=LIBRARY, task=task, run=library, expected=expected, steps=library_steps, floor=floor)
     yield Candidate(name="ours", task=task, run=ours, expected=expected, steps=steps, floor=floor)

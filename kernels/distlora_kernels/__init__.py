@@ -1,1 +1,1 @@
-"""NF4 quantization and the adapted linear. Needs torch and triton alone."""
+"""Quantize to NF4 and run adapted linears on quantized or dense weights. Needs only torch and triton."""

@@ -1,10 +1,10 @@
-"""Causal attention by documents on the CPU, by attention.cpp: for processors with AVX512-BF16.
+"""Compute causal attention of packed documents on CPUs with AVX512-BF16, by attention.cpp.
 
-What is kept for backward is query, key, value and a number a query and head; the weights are made again. Scores are
-fp32, weights and the gradients of scores are rounded to bf16 for the products that they are in, whose sums are fp32.
-What is not finite reaches all of its document, what comes before it too, as 0 times it, and no other.
+Backward keeps query, key, value and one fp32 number per query and head; the attention weights are recomputed. Scores
+are fp32; weights and gradients of scores are rounded to bf16 for their products, whose sums are fp32. A value that is
+not finite reaches its whole document, earlier tokens included (as 0 times it), and no other document.
 
-Letters: T tokens of all documents, H heads of queries, K of keys and values, E head size.
+Letters: T tokens of all documents, H query heads, K key and value heads, E head size.
 """
 
 from __future__ import annotations
@@ -20,26 +20,37 @@ from distlora_kernels import native
 from distlora_kernels.elementwise import call
 
 COLUMNS = 16
-"""Heads have a multiple of so many."""
+"""Head sizes must be a multiple of this."""
 
 
-def why_not(key_heads: int, size: int) -> str | None:
-    """Why heads of this size are not attended here; None where they are."""
+def unsupported_reason(key_heads: int, size: int) -> str | None:
+    """Return why this machine cannot attend with heads of this size; None if it can."""
     if not native.library().attends():
         return "this processor has no AVX512-BF16"
     if size % COLUMNS:
-        return f"heads of {size} columns are no multiple of {COLUMNS}"
+        return f"a head size of {size} is not a multiple of {COLUMNS}"
     if key_heads < (threads := torch.get_num_threads()):
-        return f"{key_heads} heads of keys are fewer than {threads} threads"
+        return f"{key_heads} key heads are fewer than {threads} threads"
     return None
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, left: int | None
 ) -> Tensor:
-    """query (T, H, E), key and value (T, K, E), bf16; cu_seqlens (documents + 1,) from 0 to T -> (T, H, E) bf16,
-    contiguous. A token sees itself and `left` tokens before it, all for None. Raises MemoryError where there is none
-    for a document's scores."""
+    """Return the attention output, (T, H, E) bf16, contiguous.
+
+    Args:
+        query: (T, H, E) bf16.
+        key: (T, K, E) bf16.
+        value: (T, K, E) bf16.
+        cu_seqlens: (documents + 1,), the documents' boundaries from 0 to T.
+        longest: Tokens of the longest document.
+        scale: Factor of the scores.
+        left: Number of earlier tokens that a token attends to; None for all.
+
+    Raises:
+        MemoryError: There is no memory for a document's scores.
+    """
     assert query.dtype == key.dtype == value.dtype == torch.bfloat16, f"{query.dtype}, {key.dtype}, {value.dtype}"
     fits = key.shape == value.shape and query.shape[::2] == key.shape[::2] and query.shape[1] % key.shape[1] == 0
     assert fits, f"{query.shape}, {key.shape}, {value.shape}"
@@ -53,7 +64,7 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
-    """`scale` is that of powers of 2."""
+    """The autograd function; `scale` includes log2(e), as the softmax uses powers of 2."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, left: int) -> Tensor:
@@ -88,6 +99,6 @@ def _call(
 
 
 def _in_rows(tensor: Tensor) -> Tensor:
-    """The tensor with its heads' columns side by side, whose strides can be counted in pairs."""
+    """Return the tensor with contiguous columns and even strides."""
     pairs = all(tensor.stride(dim) % 2 == 0 for dim in (0, 1))
     return tensor if tensor.stride(2) == 1 and pairs else tensor.contiguous()

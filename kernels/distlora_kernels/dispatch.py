@@ -1,8 +1,8 @@
-"""How an op is registered with torch, and which implementation of it runs: Triton on a GPU's tensors, torch elsewhere.
+"""Register ops with torch and choose their implementation: Triton for tensors on a GPU, torch elsewhere.
 
 An op has one schema (`distlora::name`), one Python implementation for all devices, which asks `uses_triton`, and a fake
-that gives shapes and dtypes alone: with it torch.compile and torch.library.opcheck accept the op. Triton is imported
-where a kernel is first launched, so a CPU worker never pays for it.
+that returns shapes and dtypes only, for torch.compile and torch.library.opcheck. Triton is imported when a kernel is
+first launched, so a CPU worker never imports it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ _interpreting = False
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Whether ops on this tensor run as Triton kernels."""
+    """Return whether ops on this tensor run as Triton kernels."""
     return tensor.is_cuda or _interpreting
 
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Within it the kernels run on CPU tensors, in Triton's interpreter; TRITON_INTERPRET=1 must be set since before
-    the first import of triton. For tests: the interpreter is some 10^5 times slower than a GPU.
+    """Run the kernels on CPU tensors in Triton's interpreter, for tests.
+
+    TRITON_INTERPRET=1 must be set before the first import of triton. The interpreter is about 10^5 times slower than a
+    GPU.
     """
     global _interpreting
     assert not _interpreting, "interpreted() is already on"
@@ -39,12 +41,12 @@ def interpreted() -> Iterator[None]:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Within it the tensor's GPU is the current one: Triton launches on that, whatever its arguments' device."""
+    """Make the tensor's GPU the current one: Triton launches there, whatever its arguments' device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation on the device of its first argument, a tensor or a list of them."""
+    """Wrap an implementation to run on the device of its first argument, a tensor or a list of tensors."""
 
     def on_its_device(first: Any, *others: Any, **options: Any) -> Any:
         with on_device_of(first if isinstance(first, Tensor) else first[0]):
@@ -54,7 +56,7 @@ def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function becomes the op `distlora::name` of this schema; returns the op, to be called as it is."""
+    """Return a decorator that registers a function as the op `distlora::name` and returns the op."""
     name = schema.partition("(")[0]
 
     def decorate(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,8 +70,18 @@ def register(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[...
 
 
 def check(condition: bool, message: Callable[[], str], error: type[Exception] = RuntimeError) -> None:
-    """Raise `error` unless the condition holds. Not torch._check: torch.compile breaks the graph at one whose message
-    shows values.
+    """Raise `error` unless the condition holds.
+
+    torch._check is not used: torch.compile breaks the graph at one whose message shows values.
     """
     if not condition:
         raise error(message())
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a GPU; (9, 0) for the CPU, whose interpreter runs the kernels of an H100.
+
+    torch.compile evaluates it once and puts no call into the graph.
+    """
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

@@ -1,13 +1,11 @@
-"""DoRA (Liu et al., arXiv 2402.09353): the norms of the rows of W + s B A without making it, and the gradient of the
-magnitudes.
+"""Compute DoRA's row norms and magnitude gradients (Liu et al., arXiv 2402.09353) without forming W + s B A.
 
-    y = (m / n) * (x W^T + s (x A^T) B^T),   n_o = ||W_o + s (B A)_o||, without gradient (the paper's section 4.3)
+    y = (m / n) * (x W^T + s (x A^T) B^T),   n_o = ||W_o + s (B A)_o||, without gradient (section 4.3 of the paper)
     n_o^2 = ||W_o||^2 + 2 s <(W A^T)_o, B_o> + s^2 <(B A A^T)_o, B_o>
     dm_o = sum over rows of dy_o (y_o / m_o)
 
-||W_o||^2 never changes. W A^T is the base applied to the rows of A: M = R rows through the frozen linear. The rest is
-(O, R). With B = 0 the last two terms are exactly 0, so n is the root of ||W_o||^2, correctly rounded; so is m where it
-starts, and m / n is exactly 1.
+||W_o||^2 is constant. W A^T is the base applied to the R rows of A. All else is (O, R). With B = 0 the last two terms
+of n_o^2 are exactly 0, so n equals the initial m bit for bit and m / n is exactly 1.
 
 Letters: M rows of the input, I in features, O out features, R adapter rank.
 """
@@ -17,23 +15,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distlora_kernels import dora_reference
+from distlora_kernels import reference
 from distlora_kernels.dispatch import check, register, uses_triton
 from distlora_kernels.operands import FrozenWeight
 from distlora_kernels.reference import BLOCK
 
 
 def initial_magnitude(row_norms_squared: Tensor) -> Tensor:
-    """m at the start: (O,) fp32, to the bit what dora_norms gives for B = 0."""
-    return dora_reference.root(row_norms_squared)
+    """Return the initial m, (O,) fp32: the bits that dora_norms returns for B = 0."""
+    return reference.root(row_norms_squared)
 
 
 @torch.no_grad()
 def dora_norms(row_norms_squared: Tensor, wa: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The norms n: (O,) fp32 of row_norms_squared (O,) fp32, wa = W A^T (O, R), a (R, I), b (O, R) and the scale s.
+    """Return the norms n, (O,) fp32, without gradient.
 
-    wa, a and b are fp32, bf16 or fp16 and are widened; everything is computed in fp32, and a sum that rounding made
-    negative counts as 0. No gradient. Raises RuntimeError for shapes that do not fit each other.
+    wa, a and b are widened to fp32. A sum that rounding made negative counts as 0.
+
+    Args:
+        row_norms_squared: ||W_o||^2, (O,) fp32.
+        wa: W A^T, (O, R) fp32, bf16 or fp16.
+        a: (R, I).
+        b: (O, R).
+        scale: The adapter's scale s.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit each other.
     """
     rank, rows = a.shape[0], b.shape[0]
     check(
@@ -44,7 +51,7 @@ def dora_norms(row_norms_squared: Tensor, wa: Tensor, a: Tensor, b: Tensor, scal
         ),
     )
     check(row_norms_squared.dtype == torch.float32, lambda: f"row norms are fp32, not {row_norms_squared.dtype}")
-    # In fp64, whatever a script has set for fp32 (TF32): R is small.
+    # In fp64, so that TF32 settings do not matter: R is small.
     gram = (a.double() @ a.double().T).float()
     return _dora_norms(row_norms_squared.contiguous(), wa.contiguous(), gram, b.contiguous(), scale)
 
@@ -58,23 +65,23 @@ def _fake_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, 
 )
 def _dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, scale: float) -> Tensor:
     if not uses_triton(b):
-        return dora_reference.dora_norms(row_norms_squared, wa, gram, b, scale)
+        return reference.dora_norms(row_norms_squared, wa, gram, b, scale)
     from distlora_kernels import dora_triton
 
     return dora_triton.dora_norms(row_norms_squared, wa, gram, b, scale)
 
 
 def scaled_rows(weight: FrozenWeight, factor: Tensor) -> FrozenWeight:
-    """diag(factor) W of a packed W, packed: factor (O,) fp32 is multiplied into the absmax, in fp32.
+    """Return diag(factor) W for a quantized W, quantized: factor (O,) fp32 is multiplied into the absmax in fp32.
 
-    So the product is rounded once, where it is dequantized; a factor of 1 changes no bit. Raises RuntimeError for a
-    dense weight, and where a row is not whole blocks of 64.
+    The product is rounded once, when it is dequantized; a factor of 1 changes no bit. Raises RuntimeError for a dense
+    weight and for rows that are not whole blocks of 64.
     """
     rows, columns = weight.shape
-    check(weight.packed and columns % BLOCK == 0, lambda: f"a weight {weight.shape} has no absmax for each row")
+    check(weight.quantized and columns % BLOCK == 0, lambda: f"a weight {weight.shape} has no absmax per row")
     check(
         factor.shape == (rows,) and factor.dtype == torch.float32,
-        lambda: f"{rows} rows are scaled by {rows} fp32 numbers, not {tuple(factor.shape)} {factor.dtype}",
+        lambda: f"the factor of {rows} rows must be ({rows},) fp32, not {tuple(factor.shape)} {factor.dtype}",
     )
     return FrozenWeight((weight.parts[0], _scaled_absmax(list(weight.parts), rows, columns, factor)), weight.shape)
 
@@ -86,7 +93,7 @@ def _fake_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -
 @register("dora_scaled_absmax(Tensor[] parts, SymInt rows, SymInt columns, Tensor factor) -> Tensor", fake=_fake_absmax)
 def _scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
     if not uses_triton(parts[0]):
-        return dora_reference.scaled_absmax(parts, rows, columns, factor)
+        return reference.scaled_absmax(parts, rows, columns, factor)
     from distlora_kernels import dora_triton
 
     return dora_triton.scaled_absmax(parts, rows, columns, factor)
@@ -96,7 +103,7 @@ def _scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor)
 def dy_gradients(
     dy: Tensor, b: Tensor, xa: Tensor, y: Tensor, magnitude: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """skinny_dy's (dxa, db) and magnitude_gradient's dm, of one reading of dy where skinny_dy reads it once.
+    """Return skinny_dy's (dxa, db) and magnitude_gradient's dm, reading dy once where skinny_dy does.
 
     Raises RuntimeError for shapes or dtypes that do not fit.
     """
@@ -113,7 +120,9 @@ def dy_gradients(
     )
     check(
         dy.dtype == y.dtype == b.dtype == xa.dtype and magnitude.dtype == torch.float32,
-        lambda: f"operands must have one dtype, the magnitude fp32; got {[t.dtype for t in (dy, y, b, xa, magnitude)]}",
+        lambda: (
+            f"operands must have one dtype and the magnitude fp32; got {[t.dtype for t in (dy, y, b, xa, magnitude)]}"
+        ),
     )
     result: tuple[Tensor, Tensor, Tensor] = _dy_gradients(dy, b, xa, y, magnitude.contiguous(), scale)
     return result
@@ -133,7 +142,7 @@ def _dy_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not uses_triton(dy):
         db = (dy.T.float() @ xa.float()).mul_(scale)
-        return dy @ b, db, dora_reference.magnitude_gradient(dy, y, magnitude)
+        return dy @ b, db, reference.magnitude_gradient(dy, y, magnitude)
     from distlora_kernels import dora_triton, skinny_launch
 
     dxa, db, stripes = skinny_launch.dy(dy, b, xa, scale, None, (), (), y=y)
@@ -144,10 +153,10 @@ def _dy_gradients(
 
 @torch.no_grad()
 def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
-    """dm: (O,) fp32 of dy and y (M, O), the output without its bias, and the magnitude (O,) fp32.
+    """Return dm, (O,) fp32, from dy (M, O), the output y (M, O) without its bias, and the magnitude (O,) fp32.
 
-    Products and sums are fp32, in an order that depends on M alone; dy and y are read once. Where the magnitude is 0, y
-    says nothing about it and its gradient is 0. Raises RuntimeError for shapes or dtypes that do not fit.
+    Products and sums are fp32, in an order that depends on M only; dy and y are read once. The gradient of a magnitude
+    of 0 is 0. Raises RuntimeError for shapes or dtypes that do not fit.
     """
     check(
         dy.dim() == 2 and dy.shape == y.shape and magnitude.shape == dy.shape[1:],
@@ -170,7 +179,7 @@ def _fake_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
 @register("dora_magnitude_gradient(Tensor dy, Tensor y, Tensor magnitude) -> Tensor", fake=_fake_gradient)
 def _magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
     if not uses_triton(dy):
-        return dora_reference.magnitude_gradient(dy, y, magnitude)
+        return reference.magnitude_gradient(dy, y, magnitude)
     from distlora_kernels import dora_triton
 
     return dora_triton.magnitude_gradient(dy, y, magnitude)

@@ -1,8 +1,8 @@
-"""dora.py in Triton: norms of W + s B A from (O, R), the absmax of scaled rows, column sums of dy * y.
+"""Run dora.py's ops in Triton: norms of W + s B A, absmax of scaled rows, column sums of dy * y.
 
-No atomics: each sum has one order, given by the shapes. What it costs (estimates, H100 at 3 TB/s; no GPU ran this):
-- norms read 2 (O, R) and (R, R): 4 MiB at O = 8192, R = 64, below the time of a launch.
-- the gradient reads dy and y once, 268 MB at M = O = 8192 in bf16: 90 us; partial sums are 0.8 % of that.
+No atomics: the order of each sum depends on shapes only. Predicted costs (H100 at 3 TB/s, not measured):
+- norms read 2 (O, R) and (R, R): 4 MiB at O = 8192, R = 64, less than a launch;
+- the gradient reads dy and y once, 268 MB at M = O = 8192 in bf16: 90 us; partial sums add 0.8 %.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distlora_kernels import tables
+from distlora_kernels import device_tables
 from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK
 
 NORM_ROWS = 32
-"""Out features of a program of dora_norms."""
+"""Out features per program of dora_norms."""
 GRADIENT_ROWS, GRADIENT_COLUMNS = 16, 128
-"""Tile of the gradient: 256 bytes of a row at once in bf16."""
+"""Tile of the gradient: 256 contiguous bytes of a row in bf16."""
 STRIPE_ROWS = 256
-"""Rows whose products one program adds up. Fixed, so that the order of a sum is the same on every GPU."""
+"""Rows that one program sums. Fixed, so that the order of a sum is the same on every GPU."""
 ABSMAX_BLOCKS = 1024
-"""Blocks of 64 weights whose absmax a program scales."""
+"""Absmax values per program of scaled_absmax."""
 NUM_WARPS = 4
 
 
@@ -40,7 +40,7 @@ def _scaled_absmax_kernel(
     blocks_of_a_row,
     BLOCKS: tl.constexpr,
 ):
-    """out[block] = absmax[block] * factor[the block's row]. With group_scale_ptr None `scales` holds the absmax."""
+    """Compute out[block] = absmax[block] * factor[row]; without group_scale_ptr `scales` holds the absmax."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     held = block < blocks
     scale = tl.load(scales_ptr + block, mask=held, other=0)
@@ -56,11 +56,11 @@ def _scaled_absmax_kernel(
 
 
 def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
-    """dora.scaled_rows."""
+    """Return reference.scaled_absmax."""
     scales = parts[1].contiguous()
     group_scale = offset = dynamic_map = None
     if len(parts) == 4:
-        group_scale, offset, dynamic_map = parts[2], parts[3], tables.dynamic_map(scales.device)
+        group_scale, offset, dynamic_map = parts[2], parts[3], device_tables.dynamic_map(scales.device)
     out = torch.empty(scales.shape, dtype=torch.float32, device=scales.device)
     _scaled_absmax_kernel[(triton.cdiv(out.numel(), ABSMAX_BLOCKS),)](
         scales,
@@ -74,7 +74,7 @@ def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) 
         columns // BLOCK,
         BLOCKS=ABSMAX_BLOCKS,
         num_warps=NUM_WARPS,
-        enable_fp_fusion=False,  # absmax has two roundings by contract.
+        enable_fp_fusion=False,  # The contract rounds absmax twice.
     )
     return out
 
@@ -83,8 +83,9 @@ def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) 
 def _norms_kernel(
     squares_ptr, wa_ptr, gram_ptr, b_ptr, out_ptr, rows, rank, scale, ROWS: tl.constexpr, RANK: tl.constexpr
 ):  # fmt: skip
-    """out[row] = sqrt(squares[row] + 2 scale <wa[row], b[row]> + scale^2 <b[row] gram, b[row]>), RANK columns at a
-    time.
+    """Compute out[row] = sqrt(squares[row] + 2 scale <wa[row], b[row]> + scale^2 <b[row] gram, b[row]>).
+
+    Sums go over RANK columns at a time.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     held = row < rows
@@ -112,12 +113,12 @@ def _norms_kernel(
         square += tl.sum(product * b, axis=1)
     squares = tl.load(squares_ptr + row, mask=held, other=0.0)
     total = squares + (2.0 * scale * cross + scale * scale * square)
-    # Not tl.maximum, which turns NaN into 0. The root is rounded correctly: see initial_magnitude.
+    # Not tl.maximum, which turns NaN into 0. The root is correctly rounded, as in initial_magnitude.
     tl.store(out_ptr + row, tl.sqrt_rn(tl.where(total < 0.0, 0.0, total)), mask=held)
 
 
 def dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, scale: float) -> Tensor:
-    """dora_reference.dora_norms."""
+    """Return reference.dora_norms."""
     rows, rank = b.shape
     out = torch.empty(rows, dtype=torch.float32, device=b.device)
     grid = (triton.cdiv(rows, NORM_ROWS),)
@@ -139,7 +140,7 @@ def dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, s
 
 
 def _rank_tile(rank: int) -> int:
-    # A rank that is no multiple of 16 is loaded number by number, whose addresses spill at 32 columns.
+    # A rank that is not a multiple of 16 is loaded element by element; its addresses spill at 32 columns.
     return 32 if rank > 16 and rank % 16 == 0 else 16
 
 
@@ -154,10 +155,10 @@ def _stripe_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """partial[stripe, column] = sum over the stripe's rows of dy * y."""
+    """Compute partial[stripe, column] = sum over the stripe's rows of dy * y."""
     stripe = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    # int64 up to the stripe, as outputs may pass 2^31 elements; within it int32 does.
+    # The stripe's offset is int64, as outputs may exceed 2^31 elements; offsets within it fit int32.
     first = stripe.to(tl.int64) * STRIPE * columns
     left = tl.minimum(rows - stripe * STRIPE, STRIPE)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -173,7 +174,7 @@ def _stripe_kernel(
 
 @triton.jit
 def _gradient_kernel(partial_ptr, magnitude_ptr, out_ptr, stripes, columns, COLUMNS: tl.constexpr):
-    """out[column] = sum of partial[stripe, column], stripe after stripe, over the magnitude; 0 where that is 0."""
+    """Compute out[column] = sum over stripes of partial[stripe, column] / magnitude; 0 where that is 0."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     held = column < columns
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -185,11 +186,11 @@ def _gradient_kernel(partial_ptr, magnitude_ptr, out_ptr, stripes, columns, COLU
 
 
 def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
-    """dora_reference.magnitude_gradient."""
+    """Return reference.magnitude_gradient."""
     rows, columns = dy.shape
     stripes = triton.cdiv(rows, STRIPE_ROWS)
     partial = torch.empty(stripes, columns, dtype=torch.float32, device=dy.device)
-    # Programs side by side read one row's neighbouring pieces.
+    # Neighbouring programs read neighbouring columns of the same rows.
     _stripe_kernel[(triton.cdiv(columns, GRADIENT_COLUMNS), stripes)](
         dy,
         y,
@@ -206,7 +207,7 @@ def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def add_stripes(partial: Tensor, magnitude: Tensor) -> Tensor:
-    """partial (stripes, O) fp32, the sums of dy * y over some rows each -> (O,): their sum over the magnitude."""
+    """Return the sum over the stripes (stripes, O) fp32, divided by the magnitude: (O,)."""
     stripes, columns = partial.shape
     out = torch.empty(columns, dtype=torch.float32, device=partial.device)
     _gradient_kernel[(triton.cdiv(columns, GRADIENT_COLUMNS),)](

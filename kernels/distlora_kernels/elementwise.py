@@ -1,14 +1,14 @@
-"""The elementwise operations of a decoder block, and a frozen head's losses with their gradient, each one pass over
-memory: RMSNorm, act(gate) * up, the rotary embedding, cross-entropy. elementwise.cpp computes them, on the CPU.
+"""Run a decoder layer's elementwise operations on the CPU in one pass over memory each, by elementwise.cpp.
 
-What each keeps for backward: a norm its input and a number a row, in fp32; the product gate and up; the rotary
-embedding nothing. The product's backward writes over gate and up, the rotary embedding over what it is given and its
-backward over its gradient: whoever gives them keeps them for nothing else.
+The operations are RMSNorm, act(gate) * up, the rotary embedding, and a frozen LM head's cross-entropy with its
+gradient. Saved for backward: a norm's input and one fp32 number per row; gate and up of the product; nothing of the
+rotary embedding. The product's backward overwrites gate and up; the rotary embedding overwrites its input, its backward
+the gradient. Callers must not use those tensors afterwards.
 
-The functions named `reference_*` are the definitions, as transformers' modules compute them: the same roundings to the
-dtype, the sums and exp in another order.
+The functions named `reference_*` are the definitions, as in transformers' modules: the same roundings to the dtype,
+with sums and exp in another order.
 
-Letters: M rows, N columns, B rows of the batch, K heads, T tokens, E size of a head, R of it that is rotated.
+Letters: M rows, N columns, B rows of the batch, K heads, T tokens, E size of a head, R rotated columns of it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> int:
-    """The compiled function of this name for the dtype; what it returns, where it returns anything."""
+    """Call the compiled function of this name and dtype and return its result, if it has one."""
     function = getattr(native.library(), f"{name}_{_NAMES[dtype]}")
     returned: int = function(*(_as_c(argument) for argument in arguments))
     return returned
 
 
 def _as_c(argument: Any) -> Any:
-    """A tensor as a pointer, floats and bools as C's float and int, other numbers as 64 bits."""
+    """Return an argument for C: a tensor as a pointer, floats and bools as float and int, other numbers as 64 bits."""
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
@@ -48,13 +48,15 @@ def _as_c(argument: Any) -> Any:
 
 
 _makers: dict[int, tuple[weakref.ref[Tensor], Callable[[], Tensor]]] | None = None
-"""By address: the outputs of norms and gated products, while they are there, and what makes each again."""
+"""Live outputs of norms and gated products by address, and the function that recomputes each."""
 
 
 @contextlib.contextmanager
-def remaking() -> Iterator[None]:
-    """Within it autograd keeps of norms' and gated products' outputs how to make them again, of what is kept anyway:
-    one more pass over memory in backward for each."""
+def recomputing() -> Iterator[None]:
+    """Have autograd save, in place of the outputs of norms and gated products, how to recompute them.
+
+    Each costs one more pass over memory in backward.
+    """
     global _makers
     outer, _makers = _makers, {}
     try:
@@ -86,15 +88,17 @@ def _unpacked(packed: Any) -> Tensor:
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
-    """x (..., N), weight (N,) -> (..., N): x / rms(x) in fp32, rounded, times weight; with `plus_one` times 1 + weight
-    in fp32, rounded."""
+    """Return the RMSNorm of x (..., N) with weight (N,): x / rms(x) in fp32, rounded, times weight.
+
+    With `plus_one` the factor is 1 + weight in fp32, before rounding.
+    """
     wide = x.float()
     normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (normal * (1.0 + weight.float())).type_as(x) if plus_one else weight * normal.to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
-    """`reference_rms_norm`; the gradient is x's alone, the weight is frozen."""
+    """Return reference_rms_norm; only x gets a gradient, the weight is frozen."""
     assert not weight.requires_grad, "the gradient of a norm's weight is not computed"
     if weight.dtype != x.dtype:
         return reference_rms_norm(x, weight, eps, plus_one=plus_one)
@@ -105,7 +109,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
 
 
 def _normalized(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
-    """y, and 1 / rms(x) in fp32."""
+    """Return y and 1 / rms(x) in fp32."""
     y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
     call("norm_forward", x.dtype, x, weight, y, inverse, inverse.numel(), x.shape[-1], eps, plus_one)
     return y, inverse
@@ -131,12 +135,12 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def reference_gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """gate, up (..., N) -> act(gate) * up (..., N)."""
+    """Return act(gate) * up, (..., N)."""
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """`reference_gated`. Both may be halves of one tensor."""
+    """Return reference_gated. Both operands may be halves of one tensor."""
     gelu = activation == "gelu_tanh"
     if not _rows_alike(gate, up):
         gate, up = gate.contiguous(), up.contiguous()
@@ -170,12 +174,12 @@ class _Gated(torch.autograd.Function):
 
 
 def _stride(matrix: Tensor) -> int:
-    """Numbers from one row of the last dimension to the next."""
+    """Return the distance of two rows of the last dimension, in elements."""
     return matrix.stride(-2) if matrix.dim() > 1 else matrix.shape[-1]
 
 
 def _rows_alike(first: Tensor, second: Tensor) -> bool:
-    """Whether rows of both lie at one distance, through all leading dimensions."""
+    """Return whether the rows of both have the same constant distance over all leading dimensions."""
 
     def is_matrix(tensor: Tensor) -> bool:
         steps = [_stride(tensor)]
@@ -187,8 +191,7 @@ def _rows_alike(first: Tensor, second: Tensor) -> bool:
 
 
 def reference_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, K, T, E), cos and sin (B or 1, T, R) -> (B, K, T, E): the two halves of its first R columns are turned by
-    the angles, the others stay."""
+    """Return x (B, K, T, E) with the two halves of its first R columns rotated by cos and sin (B or 1, T, R)."""
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     low, high = turned.chunk(2, dim=-1)
     turned = turned * cos[:, None] + torch.cat((-high, low), dim=-1) * sin[:, None]
@@ -196,7 +199,7 @@ def reference_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """`reference_rotated` of both, as transformers calls it, in the memory of q and k."""
+    """Rotate q and k in place as reference_rotated does, with transformers' signature."""
     assert unsqueeze_dim == 1, "tables are for (B, K, T, E)"
     cos, sin = cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous()
     return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)
@@ -216,21 +219,23 @@ class _Rotated(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
-    """In place, where its heads lie in rows and no two of them in one."""
+    """Rotate in place if columns are contiguous and heads do not overlap, else a copy."""
     if x.stride(-1) != 1 or 0 in x.stride():
         x = x.contiguous()
-    if _makers is not None:  # A norm's output that is written over is none any more.
+    if _makers is not None:  # An overwritten output cannot be recomputed.
         _makers.pop(x.data_ptr(), None)
     batch, heads, tokens, _ = x.shape
-    of_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
+    batch_stride = 0 if cos.shape[0] == 1 else cos.stride(0)
     sizes = (batch, heads, tokens, cos.shape[-1])
-    call("rotate", x.dtype, x, cos, sin, *sizes, x.stride(0), x.stride(1), x.stride(2), of_batch, back)
+    call("rotate", x.dtype, x, cos, sin, *sizes, x.stride(0), x.stride(1), x.stride(2), batch_stride, back)
     return x.view_as(x)
 
 
 def reference_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (M, N), labels (M,) int64 -> losses (M,) fp32 and the gradient of their sum (M, N) in the logits' dtype;
-    0 where the label is below 0."""
+    """Return the losses (M,) fp32 of logits (M, N) and labels (M,) int64, and the gradient of their sum.
+
+    The gradient is (M, N) in the logits' dtype; loss and gradient are 0 where the label is below 0.
+    """
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
         losses = F.cross_entropy(leaf.float(), labels.where(labels >= 0, -100), ignore_index=-100, reduction="none")
@@ -239,11 +244,13 @@ def reference_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
-    """The losses of `reference_cross_entropy`; the gradient is written over the logits. Both are NaN where a label is
-    none of the N, which torch refuses: a run ends at it."""
+    """Return the losses of reference_cross_entropy and overwrite the logits with the gradient.
+
+    Both are NaN where a label is N or more, which torch refuses; training stops at such a loss.
+    """
     assert (labels.dtype, labels.shape) == (torch.int64, logits.shape[:1]), f"labels {labels.dtype} {labels.shape}"
     contiguous = logits.is_contiguous() and labels.is_contiguous()
-    assert contiguous, "whole rows, one after the other"
+    assert contiguous, "logits and labels must be contiguous"
     losses = torch.empty(labels.shape, dtype=torch.float32)
     call("cross_entropy", logits.dtype, logits, labels, losses, *logits.shape)
     return losses

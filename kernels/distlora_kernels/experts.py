@@ -1,16 +1,16 @@
-"""The adapted linear of a mixture of experts over one frozen 3-D weight: row s of the input goes through the weight
-and the adapter of its expert, y_s = W_e x_s + s B_e (A_e x_s) + bias_e.
+"""Apply the adapted linear of a mixture of experts over one frozen 3-D weight.
 
-The rows come sorted by expert (`Routing`), so an expert's are neighbours. As in lora_linear.py the weight's Parameters
-themselves are saved and dequantized again in backward, never a dense copy, and there is no dW. The adapter's update is
-two low-rank products of an expert's rows, never a dense (E, O, I) update of the weight.
+Row s of the input goes through the weight and the adapter of its expert e: y_s = W_e x_s + s B_e (A_e x_s) + bias_e.
 
-On the CPU, and in fp32, experts run one after the other and one expert's weight is dense at a time
-(experts_torch.py); on a GPU in 16 bits all of them are one grouped product (experts_grouped.py), which needs the whole
-fused weight dense and reads nothing on the host. Which of them runs is the Routing's choice: with bounds on the host,
-the loop.
+Rows come sorted by expert (`Routing`). As in lora_linear.py the weight's Parameters themselves are saved and
+dequantized again in backward, never a dense copy, and there is no dW. The adapter's update is two low-rank products of
+an expert's rows, never a dense (E, O, I) update.
 
-Letters: T tokens, K experts that a token chooses, S = K T rows, E experts, I in features, O out features, R rank.
+On the CPU, and in fp32, experts run one after the other with one dense weight at a time (experts_torch.py). On a GPU in
+16 bits all experts are one grouped product (experts_grouped.py), which needs the whole fused weight dense and does not
+synchronize. The Routing decides: with boundaries on the host, the loop runs.
+
+Letters: T tokens, K experts per token, S = K T rows, E experts, I in features, O out features, R rank.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distlora_kernels import experts_grouped, experts_torch
-from distlora_kernels.expert_operands import ExpertAdapter, ExpertChoice, ExpertLinear, Routing
-from distlora_kernels.operands import FrozenWeight
+from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertLinear, FrozenWeight, Routing
 from distlora_kernels.scratch import DenseWeights
 
 __all__ = ["ExpertAdapter", "ExpertChoice", "Routing", "combine", "dispatch", "expert_linear", "runs_grouped"]
 
 
 _MOST_GROUPS = 1023
-"""Of torch's grouped product."""
+"""Most groups that torch's grouped product takes."""
 
 
 def runs_grouped(x: Tensor, *features: int, num_groups: int) -> bool:
-    """Whether experts with so many features in and out can be one grouped product on this tensor's device and dtype; a
-    Routing then needs no bounds on the host. torch's takes bf16 and rows of whole 16 bytes, on Hopper (9.x) and
-    data-center Blackwell (10.x); elsewhere it falls back to a loop that reads the bounds in every product.
+    """Return whether experts with these features can run as one grouped product on this tensor's device and dtype.
+
+    A Routing then needs no boundaries on the host. torch's grouped product takes bf16 and rows of whole 16 bytes, on
+    Hopper (9.x) and data-center Blackwell (10.x); elsewhere it falls back to a loop that synchronizes in every product.
     """
     if num_groups > _MOST_GROUPS:
         return False
@@ -48,16 +48,16 @@ def runs_grouped(x: Tensor, *features: int, num_groups: int) -> bool:
 
 
 def dispatch(x: Tensor, routing: Routing) -> Tensor:
-    """x (T, H) -> (S, H): each row its token. The gradient adds a token's rows in the order of its choices."""
+    """Return each row's token, (S, H) of x (T, H). The gradient sums a token's rows in the order of its choices."""
     rows: Tensor = _Dispatch.apply(x, routing)
     return rows
 
 
 def combine(y: Tensor, routing: Routing) -> Tensor:
-    """y (S, H), weighted already -> (T, H): each token the sum of its rows.
+    """Return the sum of each token's rows, (T, H) of the weighted y (S, H).
 
-    On the CPU in the order of the experts, as transformers' eager experts add them; on a GPU in that of the token's
-    choices, in fp32 and without atomics.
+    The order of the sum is that of the experts on the CPU, as in transformers' eager experts; on a GPU it is that of
+    the token's choices, in fp32 and without atomics.
     """
     tokens: Tensor = _Combine.apply(y, routing)
     return tokens
@@ -72,10 +72,17 @@ def expert_linear(
     adapter: ExpertAdapter | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x (S, I), sorted by expert -> (S, O) in x's dtype; gradients for x and the adapter's a and b.
+    """Return y (S, O) in x's dtype, with gradients for x and the adapter's a and b.
 
-    weight (E, O, I), or (E, I, O) if `transposed`; bias (E, O). GEMMs run in x's dtype with fp32 accumulation; the
-    adapter's gradients have its masters' dtype.
+    GEMMs run in x's dtype with fp32 accumulation; the adapter's gradients have its masters' dtype.
+
+    Args:
+        x: (S, I), sorted by expert.
+        weight: (E, O, I), or (E, I, O) if `transposed`.
+        routing: Experts of the rows.
+        transposed: Whether the weight is stored (E, I, O).
+        adapter: The experts' adapters.
+        bias: (E, O), without gradient.
     """
     a, b, scale = (None, None, None) if adapter is None else adapter
     y: Tensor = _ExpertLinear.apply(x, a, b, bias, _Form(weight.shape, transposed, scale, routing), *weight.parts)
@@ -83,7 +90,7 @@ def expert_linear(
 
 
 class _Form(NamedTuple):
-    """What of an expert linear is no tensor of the graph."""
+    """The non-tensor part of an expert linear."""
 
     shape: tuple[int, ...]
     transposed: bool
@@ -107,7 +114,7 @@ class _ExpertLinear(torch.autograd.Function):
         weights = DenseWeights(1)
         y, gated = _path(form.routing).forward(x, form.joined(a, b, bias, parts), form.routing, weights)
         ctx.form = form
-        # x for dA, what the path keeps (s x A^T) for dB.
+        # x for dA, s x A^T for dB.
         ctx.save_for_backward(None if a is None else x, gated, *weights.saved, a, b, bias, *parts)
         return y
 
@@ -124,7 +131,7 @@ class _ExpertLinear(torch.autograd.Function):
 
 
 def _path(routing: Routing) -> ModuleType:
-    """The module that computes forward and backward: the loop where the host knows whose rows are where."""
+    """Return the module that computes forward and backward: the loop if the host has the boundaries."""
     return experts_grouped if routing.bounds is None else experts_torch
 
 
@@ -155,5 +162,5 @@ class _Combine(torch.autograd.Function):
 
 
 def _sum_of_choices(rows: Tensor, routing: Routing) -> Tensor:
-    """(S, H) -> (T, H): a token's rows added up in the order of its choices."""
+    """Return the sum of a token's rows in the order of its choices, (S, H) -> (T, H)."""
     return rows[routing.inverse].view(-1, routing.num_tokens, rows.shape[1]).sum(dim=0)

@@ -1,13 +1,11 @@
-"""Expert linears as grouped products (torch.nn.functional.grouped_mm): the path of GPUs in 16 bits.
+"""Run expert linears as grouped products (torch.nn.functional.grouped_mm): the path of GPUs in 16 bits.
 
-Nothing is read on the host, so the fused weight is dequantized whole, whichever experts have rows: into the scratch
-that every linear's weight takes (scratch.py). grouped_mm has no accumulation into its output, so the adapter's term is
-added to the rounded product of the base, as PEFT adds it to a linear's output. Ranks are padded to a multiple of 8: its
-rows must be 16 bytes.
+Nothing is read on the host, so the whole fused weight is dequantized, into the scratch that every linear uses
+(scratch.py). grouped_mm does not accumulate into its output, so the adapter's term is added to the rounded product of
+the base, as in PEFT. Ranks are padded to a multiple of 8, since rows must be 16 bytes.
 
-Where rows choose adapters, the groups of the adapters' products are those of (expert, adapter), each with its own A and
-B, filled up to the largest rank; rows without an adapter are a group whose A and B are 0. The base's groups stay the
-experts. Rows of one adapter are added to nothing of another's.
+If tokens choose adapters, the groups of the adapters' products are (expert, adapter), each with its A and B padded to
+the largest rank; rows without an adapter are a group whose A and B are 0. The base's groups stay the experts.
 """
 
 from __future__ import annotations
@@ -16,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distlora_kernels.expert_operands import ExpertAdapter, ExpertChoice, ExpertGradients, ExpertLinear, Routing
+from distlora_kernels.device_tables import on_device
+from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertGradients, ExpertLinear, Routing
 from distlora_kernels.scratch import DenseWeights
-from distlora_kernels.tables import on_device
 
 _RANK_MULTIPLE = 8
 
 
 def forward(x: Tensor, linear: ExpertLinear, routing: Routing, weights: DenseWeights) -> tuple[Tensor, Tensor | None]:
-    """x (S, I) -> y (S, O), and what the backward keeps: s x A^T (S, R padded), None without an adapter."""
+    """Return y (S, O) of x (S, I), and s x A^T (S, padded R) for backward; None without an adapter."""
     y = _product(x, _dense(linear, x.dtype, weights).transpose(-2, -1), routing.ends)
     gated = None
     if linear.adapter is not None:
@@ -46,7 +44,7 @@ def backward(
     dy: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> ExpertGradients:
-    """The gradients of <y, dy> for x (S, I), a (E, R, I) and b (E, O, R), as `needs` asks for them."""
+    """Return the gradients of <y, dy> for x (S, I), a (E, R, I) and b (E, O, R) that are needed."""
     dx = _product(dy, _dense(linear, dy.dtype, weights), routing.ends) if needs[0] else None
     if linear.adapter is None:
         return ExpertGradients(dx, None, None)
@@ -57,16 +55,16 @@ def backward(
     dxa = _gated(_product(dy, b, ends), linear.adapter, routing)
     da = db = None
     if needs[1]:
-        da = _cut(_sums(dxa.T, x, ends), linear.adapter, 1).to(linear.adapter.a.dtype)
+        da = _without_padding(_sums(dxa.T, x, ends), linear.adapter, 1).to(linear.adapter.a.dtype)
     if needs[2]:
-        db = _cut(_sums(dy.T, gated, ends), linear.adapter, 2).to(linear.adapter.b.dtype)
+        db = _without_padding(_sums(dy.T, gated, ends), linear.adapter, 2).to(linear.adapter.b.dtype)
     if dx is not None:
         dx += _product(dxa, a, ends)
     return ExpertGradients(dx, da, db)
 
 
 def _ends(adapter: ExpertAdapter, routing: Routing) -> Tensor:
-    """Where the rows of each group of the adapter's products end."""
+    """Return the end of the rows of each group of the adapter's products."""
     if not isinstance(adapter.scale, ExpertChoice):
         return routing.ends
     assert routing.users is not None
@@ -74,26 +72,26 @@ def _ends(adapter: ExpertAdapter, routing: Routing) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """left (S, P), right (G, P, Q) -> (S, Q), each row with its group's matrix."""
+    """Multiply each row of left (S, P) with its group's matrix of right (G, P, Q) -> (S, Q)."""
     return F.grouped_mm(left, right, offs=ends)
 
 
 def _sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """left (P, S), right (S, Q) -> (G, P, Q), each group's sum over its rows."""
+    """Return each group's product over its rows, left (P, S), right (S, Q) -> (G, P, Q)."""
     sums = F.grouped_mm(left, right, offs=ends)
-    # Of a group without rows CUTLASS leaves on sm_100 what the accumulator held (pytorch issue 172439).
+    # For a group without rows CUTLASS on sm_100 leaves stale accumulator values (pytorch issue 172439).
     idle = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
     return sums.masked_fill_(idle[:, None, None], 0.0)
 
 
 def _dense(linear: ExpertLinear, dtype: torch.dtype, weights: DenseWeights) -> Tensor:
-    """(E, O, I) in `dtype`; on a GPU until the next weight is taken."""
+    """Return the weight (E, O, I) in `dtype`; on a GPU it is valid until the next weight is taken."""
     weight = weights.take(0, linear.weight, dtype)
     return weight.transpose(-2, -1) if linear.transposed else weight
 
 
 def _padded(adapter: ExpertAdapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """a (G, R, I) and b (G, O, R) of each group in `dtype`, R filled up with zeros."""
+    """Return a (G, R, I) and b (G, O, R) of each group in `dtype`, padded with zeros in R."""
     a, b, choice = adapter.a.to(dtype), adapter.b.to(dtype), adapter.scale
     if not isinstance(choice, ExpertChoice):
         missing = -a.shape[1] % _RANK_MULTIPLE
@@ -112,28 +110,28 @@ def _padded(adapter: ExpertAdapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def _rank(choice: ExpertChoice) -> int:
-    """The rank that adapters are filled up to."""
+    """Return the rank that adapters are padded to."""
     return -(-max(choice.ranks) // _RANK_MULTIPLE) * _RANK_MULTIPLE
 
 
-def _cut(sums: Tensor, adapter: ExpertAdapter, rank_dim: int) -> Tensor:
-    """The gradient of a or b from the groups' sums, (G, R, I) or (G, O, R) padded."""
+def _without_padding(sums: Tensor, adapter: ExpertAdapter, rank_dim: int) -> Tensor:
+    """Return the gradient of a or b from the groups' padded sums, (G, R, I) or (G, O, R)."""
     choice = adapter.scale
     if not isinstance(choice, ExpertChoice):
         return sums.narrow(rank_dim, 0, adapter.a.shape[1])
-    of_users = sums.unflatten(0, (-1, len(choice.of_users) + 1)).unbind(1)[1:]
+    by_user = sums.unflatten(0, (-1, len(choice.of_users) + 1)).unbind(1)[1:]
     parts = {
-        n: own.narrow(rank_dim, 0, choice.ranks[n]) for own, n in zip(of_users, choice.of_users, strict=True) if n >= 0
+        n: part.narrow(rank_dim, 0, choice.ranks[n]) for part, n in zip(by_user, choice.of_users, strict=True) if n >= 0
     }
     return torch.cat([parts[number] for number in range(len(choice.ranks))], dim=rank_dim)
 
 
 def _gated(xa: Tensor, adapter: ExpertAdapter, routing: Routing) -> Tensor:
-    """(S, R padded) times the scale, in its own dtype."""
+    """Return x A^T (S, padded R) times the scale, in its dtype."""
     choice = adapter.scale
     if not isinstance(choice, ExpertChoice):
         return (xa * choice).to(xa.dtype)
     assert routing.users is not None
-    of_users = tuple(0.0 if number < 0 else choice.scales[number] for number in choice.of_users)
-    of_rows = on_device((*of_users, 0.0), xa.device)[routing.users.of_rows]  # In the end of none (-1).
-    return (xa * of_rows[:, None]).to(xa.dtype)
+    scales = tuple(0.0 if number < 0 else choice.scales[number] for number in choice.of_users)
+    by_row = on_device((*scales, 0.0), xa.device)[routing.users.of_rows]  # The last is for no adapter (-1).
+    return (xa * by_row[:, None]).to(xa.dtype)

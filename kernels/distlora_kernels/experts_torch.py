@@ -1,8 +1,7 @@
-"""Expert linears one expert after the other, in torch operations: the path of the CPU, and of every dtype.
+"""Run expert linears one expert after the other in torch operations: the path of the CPU, and of every dtype.
 
-Of a packed weight one expert is dequantized at a time, where its slice begins and ends with a block of 64 weights (with
-a group of 16,384 on a GPU): 1/E of the fused weight is dense then, and experts without rows are left packed. Else the
-whole fused weight is, once a call.
+Of a quantized weight one expert is dequantized at a time if its slice consists of whole blocks of 64 weights (on a GPU:
+whole groups of 16,384); experts without rows are not dequantized. Otherwise the whole fused weight is, once per call.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import nf4
-from distlora_kernels.expert_operands import ExpertChoice, ExpertGradients, ExpertLinear, Routing
-from distlora_kernels.operands import FrozenWeight
+from distlora_kernels.operands import ExpertChoice, ExpertGradients, ExpertLinear, FrozenWeight, Routing
 from distlora_kernels.scratch import DenseWeights
 
 
 def forward(x: Tensor, linear: ExpertLinear, routing: Routing, weights: DenseWeights) -> tuple[Tensor, Tensor | None]:
-    """x (S, I) -> y (S, O), and what the backward keeps: s x A^T (S, R), None without an adapter, where rows choose as
-    wide as the largest rank. No dense weight is left in `weights`: an expert's is dropped before the next is made.
+    """Return y (S, O) of x (S, I), and s x A^T (S, R) for backward; None without an adapter.
+
+    R is the largest rank if tokens choose. No dense weight is left in `weights`: an expert's is freed before the next.
     """
     weight_of = dense_experts(linear, x.dtype)
     y, adapter = x.new_empty(x.shape[0], linear.out_features), linear.adapter
@@ -39,9 +38,9 @@ def forward(x: Tensor, linear: ExpertLinear, routing: Routing, weights: DenseWei
                 if columns is None:
                     y[run] = 0
                     continue
-                own = (x[run] @ a[expert, columns].T) * scale
-                gated[run, : own.shape[1]] = own
-                torch.mm(own, b[expert, :, columns].T, out=y[run])
+                xa = (x[run] @ a[expert, columns].T) * scale
+                gated[run, : xa.shape[1]] = xa
+                torch.mm(xa, b[expert, :, columns].T, out=y[run])
             torch.addmm(y_e, x_e, weight_of(expert).T, out=y_e)
         if linear.bias is not None:
             y_e += linear.bias[expert]
@@ -57,7 +56,7 @@ def backward(
     dy: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> ExpertGradients:
-    """The gradients of <y, dy> for x (S, I), a (E, R, I) and b (E, O, R), as `needs` asks for them."""
+    """Return the gradients of <y, dy> for x (S, I), a (E, R, I) and b (E, O, R) that are needed."""
     weight_of = dense_experts(linear, dy.dtype)
     in_features, adapter = linear.weight.shape[1 if linear.transposed else 2], linear.adapter
     dx = dy.new_empty(dy.shape[0], in_features) if needs[0] else None
@@ -78,42 +77,42 @@ def backward(
                 if dx is not None:
                     dx[run] = 0
                 continue
-            dy_run, own_a = dy[run], a[expert, columns]
+            dy_run, run_a = dy[run], a[expert, columns]
             dxa = ((dy_run @ b[expert, :, columns]) * scale).to(dy.dtype)
             if db is not None:
-                db[expert, :, columns] = dy_run.T @ gated[run, : len(own_a)]
+                db[expert, :, columns] = dy_run.T @ gated[run, : len(run_a)]
             if da is not None:
                 da[expert, columns] = dxa.T @ x[run]
             if dx is not None:
-                torch.mm(dxa, own_a, out=dx[run])
+                torch.mm(dxa, run_a, out=dx[run])
         if dx is not None:
             torch.addmm(dx[rows], dy[rows], weight_of(expert), out=dx[rows])
     return ExpertGradients(dx, da, db)
 
 
 def dense_experts(linear: ExpertLinear, dtype: torch.dtype) -> Callable[[int], Tensor]:
-    """expert -> its weight (O, I) in `dtype`."""
+    """Return a function from an expert to its weight (O, I) in `dtype`."""
     weight, transposed = linear.weight, linear.transposed
     whole = None
-    if not weight.packed:
+    if not weight.quantized:
         whole = weight.parts[0]
-    elif not _is_cut_between_experts(weight):
+    elif not _splits_between_experts(weight):
         whole = weight.dense(dtype)
 
     def weight_of(expert: int) -> Tensor:
-        own = whole[expert].to(dtype) if whole is not None else _dequantize(weight, expert, dtype)
-        return own.T if transposed else own
+        dense = whole[expert].to(dtype) if whole is not None else _dequantize(weight, expert, dtype)
+        return dense.T if transposed else dense
 
     return weight_of
 
 
-def _is_cut_between_experts(weight: FrozenWeight) -> bool:
+def _splits_between_experts(weight: FrozenWeight) -> bool:
     numel = math.prod(weight.shape[1:])
     return numel % (nf4.GROUP if weight.parts[0].is_cuda else nf4.BLOCK) == 0
 
 
 def _dequantize(weight: FrozenWeight, expert: int, dtype: torch.dtype) -> Tensor:
-    """One expert's slice of a packed weight, by itself; the bits are those of the whole weight's."""
+    """Dequantize one expert's slice; the bits are those of the whole weight."""
     codes, scales, group_scale, offset = weight.parts
     shape = weight.shape[1:]
     numel = math.prod(shape)
@@ -125,6 +124,6 @@ def _dequantize(weight: FrozenWeight, expert: int, dtype: torch.dtype) -> Tensor
 
 
 def _in_dtype(linear: ExpertLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """a (E, R, I) and b (E, O, R), each expert's contiguous: PEFT's layout has the experts of B innermost."""
+    """Return a (E, R, I) and b (E, O, R), contiguous per expert: PEFT's layout has the experts of B innermost."""
     assert linear.adapter is not None
     return linear.adapter.a.to(dtype).contiguous(), linear.adapter.b.to(dtype).contiguous()

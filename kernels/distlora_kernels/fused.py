@@ -1,19 +1,22 @@
-"""Contract of the products that decode a packed weight as they go: no dequantized weight is ever in memory.
+"""Multiply with a quantized weight that is decoded inside the product, and choose when to do so.
 
-For few rows: the weight is decoded once for each tile of them (128 at most), so from some M on it is cheaper to
-dequantize it once and to let a library multiply. variants.py says which.
+No dequantized weight is ever in memory. The weight is decoded once per tile of rows (128 at most), so it pays for few
+rows; for more it is cheaper to dequantize once into the scratch and call the library's GEMM.
 
 Letters: M rows, I in features, O out features, R rank, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from distlora_kernels.dispatch import check, register, uses_triton
+from distlora_kernels.dispatch import check, compute_capability, register, uses_triton
+from distlora_kernels.fused_threshold import max_fused_rows
 from distlora_kernels.operands import FrozenWeight
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP_BYTES, num_groups
 
@@ -21,7 +24,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def supports(shape: tuple[int, ...]) -> bool:
-    """Whether a packed weight (O, I) can be decoded in the product: its blocks must not run over the end of a row."""
+    """Return whether a quantized weight (O, I) can be decoded in the product: rows must be whole blocks."""
     return shape[1] % BLOCK == 0
 
 
@@ -34,10 +37,20 @@ def fused_linear(
     b: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x (M, I) -> y (M, O) in x's dtype = x W^T + xa b^T + addend + bias: summed in fp32, rounded once.
+    """Return y = x W^T + xa b^T + addend + bias, (M, O) in x's dtype, summed in fp32 and rounded once.
 
-    W is exactly what nf4_dequantize gives in x's dtype. xa (M, R), b (O, R) and addend (M, O) are in x's dtype, b with
-    the adapter's scale in it; bias (O,) is in any. Without gradient. RuntimeError for what does not fit.
+    W equals nf4_dequantize in x's dtype bit for bit. No gradient.
+
+    Args:
+        x: (M, I).
+        weight: Quantized (O, I).
+        addend: (M, O) in x's dtype.
+        xa: (M, R) in x's dtype.
+        b: (O, R) in x's dtype, with the adapter's scale multiplied in.
+        bias: (O,), of any dtype.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit.
     """
     m, (o, i) = x.shape[0], weight.shape
     _check_weight(x, i, weight)
@@ -52,8 +65,10 @@ def fused_linear(
 
 
 def fused_linear_dx(dy: Tensor, weight: FrozenWeight, *, dxa: Tensor | None = None, a: Tensor | None = None) -> Tensor:
-    """dy (M, O) -> dx (M, I) in dy's dtype = dy W + dxa a: summed in fp32, rounded once. dxa (M, R), a (R, I) in dy's
-    dtype. Without gradient. RuntimeError for what does not fit.
+    """Return dx = dy W + dxa a, (M, I) in dy's dtype, summed in fp32 and rounded once. No gradient.
+
+    Shapes: dy (M, O), dxa (M, R), a (R, I), all in dy's dtype. Raises RuntimeError for shapes or dtypes that do not
+    fit.
     """
     m, (o, i) = dy.shape[0], weight.shape
     _check_weight(dy, o, weight)
@@ -75,7 +90,7 @@ def _check_weight(rows: Tensor, columns: int, weight: FrozenWeight) -> None:
     expected = shapes if len(parts) == 4 else shapes[:2]
     check(
         len(parts) in (2, 4) and [tuple(part.shape) for part in parts] == expected,
-        lambda: f"a packed weight {weight.shape} has parts {shapes} or {shapes[:2]}, got {[p.shape for p in parts]}",
+        lambda: f"a quantized weight {weight.shape} has parts {shapes} or {shapes[:2]}, got {[p.shape for p in parts]}",
     )
     for part in parts:
         check(
@@ -152,3 +167,41 @@ def _dx(dy: Tensor, parts: Sequence[Tensor], in_features: int, dxa: Tensor | Non
         return fused_triton.dx(dy.contiguous(), list(parts), in_features, dxa=dxa, a=a)
     weight = FrozenWeight(tuple(parts), (dy.shape[1], in_features)).dense(dy.dtype)
     return dy @ weight if dxa is None or a is None else torch.addmm(dxa @ a, dy, weight)
+
+
+Variant = Literal["scratch", "fused"]
+
+_forced: Variant | None = None
+
+
+def variant_by_rows(capability: tuple[int, int], m: int, o: int, i: int) -> Variant:
+    """Return the variant for M rows and a quantized weight (O, I). Both costs are proportional to O I."""
+    if not supports((o, i)):
+        return "scratch"
+    return "fused" if m <= max_fused_rows(capability) else "scratch"
+
+
+def choose_variant(rows: Tensor, weight: FrozenWeight) -> Variant:
+    """Return the variant for rows (M, I), or (M, O) of a gradient, on their device.
+
+    Dense weights, fp32 (slow in Triton without TF32) and fp64 (not supported) use the library's GEMM.
+    """
+    if not weight.quantized:
+        return "scratch"
+    if _forced is not None:
+        return _forced
+    if rows.dtype not in (torch.bfloat16, torch.float16):
+        return "scratch"
+    return variant_by_rows(compute_capability(rows.device), rows.shape[0], *weight.shape)
+
+
+@contextlib.contextmanager
+def force_variant(variant: Variant) -> Iterator[None]:
+    """Use this variant for every quantized weight, for benchmarks and tests."""
+    global _forced
+    assert _forced is None, f"the variant {_forced!r} is already forced"
+    _forced = variant
+    try:
+        yield
+    finally:
+        _forced = None

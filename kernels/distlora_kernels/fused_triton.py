@@ -1,53 +1,120 @@
-"""x W^T and dy W from a packed weight W (O, I), decoded inside the matrix product: Triton kernels and their launches.
+"""Multiply with a quantized weight W (O, I), decoded inside the matrix product: x W^T and dy W in Triton.
 
-What makes forward's inner loop cheap (README.md has the instruction counts):
-- a thread reads 16 bytes, 32 codes of one row, and looks the levels up one by one in a table of 16 fp32, which lies in
-  16 different banks of shared memory: a look-up by 32 lanes takes one cycle, where a table of 256 pairs takes six;
-- W is the *left* operand of W x^T, and its k and its rows are renumbered so that the codes a thread has read are those
-  that the matrix instruction wants in its registers: W never passes through shared memory. A sum does not care about
-  the order of k, so x is renumbered alike; the rows are put back at the end. Where the renumbering does not fit an
-  architecture, Triton moves data: slower, and equal.
+The inner loop of forward is cheap because (instruction counts are in docs/benchmarks.md):
+- a thread reads 16 bytes, 32 codes of one row, and looks the levels up one by one in a table of 16 fp32 values, which
+  lie in 16 different banks of shared memory: a look-up by 32 lanes takes one cycle, against six with a table of 256
+  pairs;
+- W is the *left* operand of W x^T, and its k and its rows are renumbered so that the codes that a thread has read are
+  those that the matrix instruction expects in its registers: W never passes through shared memory. A sum does not
+  depend on the order of k, so x is renumbered alike; the rows are restored at the end. Where the renumbering does not
+  fit an architecture, Triton moves data: slower, with the same result.
 
-A second launch adds the parts of a split sum, in a fixed order.
+A second launch adds the parts of a split sum in a fixed order.
 
-Letters: M rows, I in features, O out features, R rank, G groups, S parts that the sum is split into.
+Letters: M rows, I in features, O out features, R rank, G groups, S parts of a split sum.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from distlora_kernels import tables
-from distlora_kernels.dispatch import check
-from distlora_kernels.fused_tiles import (
-    DX,
-    DX_HOPPER,
-    LINEAR,
-    LINEAR_HOPPER,
-    Config,
-    capability,
-    dx_config,
-    k_width,
-    linear_config,
-    ranks_at_a_time,
-)
+from distlora_kernels import device_tables
+from distlora_kernels.dispatch import check, compute_capability
 from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK
 
-# absmax is rounded twice by contract: no fused multiply-add.
+# The contract rounds absmax twice: no fused multiply-add.
 _OPTIONS = {"enable_fp_fusion": False}
 _REDUCED = 1024
-"""Outputs that one program of the second launch adds."""
+"""Outputs per program of the second launch."""
+
+
+class TileConfig(NamedTuple):
+    """Tile of a product: a program computes (rows, width) outputs, `depth` products of each at a time."""
+
+    rows: int
+    width: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int
+    """Programs that fit a multiprocessor at once; the sum is split for as many."""
+
+
+HOPPER = (9, 0)
+"""Compute capability of the H100 and H200, whose matrix instruction is wgmma."""
+
+# Most rows of a configuration -> configuration; more rows take several programs. Chosen by compiling without spills and
+# by the programs that fit (`distlora bench kernels --offline`); not measured.
+LINEAR_HOPPER = {
+    16: TileConfig(16, 128, 128, 8, 4, 2),
+    32: TileConfig(32, 128, 128, 8, 4, 2),
+    64: TileConfig(64, 128, 128, 8, 3, 1),
+    128: TileConfig(128, 128, 128, 8, 3, 1),
+}
+# Other architectures have 99 KiB of shared memory; mma.sync reads all of x in each warp, so wide row tiles gain
+# nothing.
+LINEAR = {
+    16: TileConfig(16, 64, 128, 4, 4, 3),
+    32: TileConfig(32, 64, 128, 4, 3, 2),
+    64: TileConfig(64, 128, 128, 8, 3, 1),
+}
+DX_HOPPER = {
+    64: TileConfig(64, 128, 64, 4, 3, 2),
+    128: TileConfig(128, 128, 64, 8, 3, 1),
+}
+"""Few rows use wgmma with 64 rows too: mma.sync on tiles of 16 rows needs more instructions per weight."""
+DX = {
+    16: TileConfig(16, 128, 32, 4, 4, 4),
+    32: TileConfig(32, 128, 64, 4, 3, 2),
+    64: TileConfig(64, 128, 64, 8, 3, 1),
+    128: TileConfig(128, 128, 64, 8, 3, 1),
+}
+
+
+def linear_config(capability: tuple[int, int], m: int, dtype: torch.dtype) -> TileConfig:
+    """Return the configuration of x W^T for M rows."""
+    return _config(LINEAR_HOPPER if capability == HOPPER else LINEAR, LINEAR, m, dtype)
+
+
+def dx_config(capability: tuple[int, int], m: int, dtype: torch.dtype) -> TileConfig:
+    """Return the configuration of dy W for M rows."""
+    return _config(DX_HOPPER if capability == HOPPER else DX, DX, m, dtype)
+
+
+def _config(table: dict[int, TileConfig], smallest: dict[int, TileConfig], m: int, dtype: torch.dtype) -> TileConfig:
+    if dtype == torch.float32:
+        # No matrix instructions and operands twice as wide: larger tiles do not fit the registers.
+        return smallest[16]
+    return next((config for rows, config in table.items() if m <= rows), table[max(table)])
+
+
+def k_width(capability: tuple[int, int], nested: bool) -> int:
+    """Return how many neighbouring k the matrix instruction takes from one thread.
+
+    It is 2, but Triton makes it 4 for mma.sync if bytes (the scales) are loaded for the operand. A wrong value costs
+    time, not correctness.
+    """
+    return 4 if nested and capability != HOPPER else 2
+
+
+def ranks_at_a_time(rank: int | None) -> int:
+    """Return how many ranks of an adapter are taken at a time.
+
+    Never 16: Triton gives loads of one shape one layout, so a tile of b would share the layout of the words of codes,
+    and a thread would read 32 bytes of these instead of the 16 that the renumbering needs.
+    """
+    return 32 if rank is None or rank <= 32 else 64
 
 
 @triton.jit
 def _absmax(scales_ptr, scale_ptr, map_ptr, offset, block, mask):
-    """fp32 absmax of the blocks: stored itself (scales_ptr is None), or fl(fl(map[scale] * group_scale) + offset)."""
+    """Load the fp32 absmax of blocks; with scales_ptr compute fl(fl(map[scale] * group_scale) + offset)."""
     if scales_ptr is None:
         absmax = tl.load(scale_ptr + block, mask=mask, other=0.0)
     else:
@@ -59,9 +126,9 @@ def _absmax(scales_ptr, scale_ptr, map_ptr, offset, block, mask):
 
 @triton.jit
 def _decode(words, absmax, levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
-    """words (ROWS, COLUMNS / 8) int32 of 8 codes, absmax (ROWS, COLUMNS / 64) -> (ROWS, COLUMNS) in `dtype`."""
+    """Decode words (ROWS, COLUMNS / 8) int32 of 8 codes with absmax (ROWS, COLUMNS / 64) to (ROWS, COLUMNS)."""
     bits = words.to(tl.uint32, bitcast=True)
-    # Byte 0 holds the first two codes, the first of them in the high nibble. join appends a dim, the fastest one, so
+    # Byte 0 holds the first two codes, the first in the high nibble. join appends the fastest dim, so
     # the outermost join is of the two nibbles of a byte and the innermost of bytes b and b + 2.
     high = tl.join(
         tl.join((bits >> 4) & 15, (bits >> 20) & 15),
@@ -72,36 +139,38 @@ def _decode(words, absmax, levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dt
         tl.join((bits >> 8) & 15, (bits >> 24) & 15),
     )
     code = tl.reshape(tl.join(high, low), (ROWS * COLUMNS,)).to(tl.int32)
-    # Gathered in one dim: loads from shared memory in Triton 3.6 and 3.9. In two dims: shuffles, 4 a code in 3.9.
+    # One-dim gathers are loads from shared memory in Triton 3.6 and 3.9; two-dim gathers are shuffles.
     level = tl.reshape(tl.gather(levels, code, 0), (ROWS, COLUMNS // 64, 64))
     return tl.reshape(level * absmax[:, :, None], (ROWS, COLUMNS)).to(dtype)
 
 
 @triton.jit
 def _renumber_k(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K_WIDTH: tl.constexpr):
-    """(ROWS, COLUMNS) with its columns renumbered: each of the 4 lanes that share a row in the matrix instruction gets
-    a quarter of the row's 128 columns, which lie together in memory."""
+    """Renumber the columns of (ROWS, COLUMNS).
+
+    Each of the 4 lanes that share a row in the matrix instruction gets a contiguous quarter of the row's 128 columns.
+    """
     quarters = tl.reshape(tile, (ROWS, COLUMNS // 128, 4, 32 // K_WIDTH, K_WIDTH))
     return tl.reshape(tl.permute(quarters, (0, 1, 3, 2, 4)), (ROWS, COLUMNS))
 
 
 @triton.jit
 def _renumber_rows(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """(ROWS, COLUMNS) with its rows renumbered: a warp reads rows of 8, far apart; the matrix instruction wants 16."""
+    """Renumber the rows: a warp reads groups of 8 rows that are apart, and the matrix instruction takes 16."""
     eights = tl.reshape(tile, (ROWS // (16 * WARPS), 2, WARPS, 8, COLUMNS))
     return tl.reshape(tl.permute(eights, (0, 2, 1, 3, 4)), (ROWS, COLUMNS))
 
 
 @triton.jit
 def _restore_rows(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """The inverse of _renumber_rows."""
+    """Undo _renumber_rows."""
     eights = tl.reshape(tile, (ROWS // (16 * WARPS), WARPS, 2, 8, COLUMNS))
     return tl.reshape(tl.permute(eights, (0, 2, 1, 3, 4)), (ROWS, COLUMNS))
 
 
 @triton.jit
 def _store(result, y_ptr, addend_ptr, bias_ptr, row, column, M, N, part):
-    """result (rows, columns) fp32 + addend (M, N) + bias (N,), which part 0 adds, rounded once into y (S, M, N)."""
+    """Store result (rows, columns) fp32 + addend (M, N) + bias (N,) into y (S, M, N); part 0 adds the two terms."""
     inside = (row < M)[:, None] & (column < N)[None, :]
     element = row.to(tl.int64)[:, None] * N + column[None, :]
     if bias_ptr is not None:
@@ -121,7 +190,10 @@ def _linear_kernel(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr,
     WHOLE: tl.constexpr, K_WIDTH: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """y (S, M, O) = x W^T + xa b^T + addend + bias over part `program_id(1)` of I. WHOLE: I is a multiple of DEPTH."""
+    """Compute y (S, M, O) = x W^T + xa b^T + addend + bias over part program_id(1) of I.
+
+    WHOLE: I is a multiple of DEPTH.
+    """
     part = tl.program_id(1)
     row = tl.program_id(0) % num_row_tiles * ROWS + tl.arange(0, ROWS)
     out = tl.program_id(0) // num_row_tiles * WIDTH + tl.arange(0, WIDTH)
@@ -165,9 +237,9 @@ def _dx_kernel(
     M, OUT, IN, row_words, row_blocks, R, num_row_tiles, tiles_per_part,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """dx (S, M, I) = dy W + dxa a over part `program_id(1)` of O. WHOLE: I is a multiple of WIDTH.
+    """Compute dx (S, M, I) = dy W + dxa a over part program_id(1) of O. WHOLE: I is a multiple of WIDTH.
 
-    The sum runs over W's rows while its codes lie along them: W goes through shared memory, as tl.dot does it.
+    The sum runs over W's rows while its codes are contiguous along columns: tl.dot moves W through shared memory.
     """
     part = tl.program_id(1)
     row = tl.program_id(0) % num_row_tiles * ROWS + tl.arange(0, ROWS)
@@ -215,7 +287,7 @@ def _dx_kernel(
 
 @triton.jit
 def _add_parts_kernel(parts_ptr, y_ptr, numel, num_parts, OUTPUTS: tl.constexpr):
-    """y (numel,) = the sum of parts (S, numel) fp32 from the first to the last, rounded once."""
+    """Compute y (numel,) = sum of parts (S, numel) fp32 from first to last, rounded once."""
     element = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros((OUTPUTS,), tl.float32)
     part_ptr = parts_ptr + element
@@ -236,11 +308,11 @@ def linear(
     bias: Tensor | None = None,
     num_parts: int | None = None,
 ) -> Tensor:
-    """x (M, I), the packed weight's parts -> (M, O) in x's dtype: x W^T + xa b^T + addend + bias, rounded once.
+    """Return x W^T + xa b^T + addend + bias, (M, O) in x's dtype, rounded once.
 
-    `num_parts`: into how many parts the sum over I is split; None is as many as fill the device.
+    `parts` are the quantized weight's. `num_parts` is the number of parts of the sum over I; None fills the device.
     """
-    (m, i), o, arch = x.shape, out_features, capability(x.device)
+    (m, i), o, arch = x.shape, out_features, compute_capability(x.device)
     config = linear_config(arch, m, x.dtype)
     return _launch(
         _linear_kernel, x, parts, (addend, xa, b, bias), config, outputs=o, summed=i, in_features=i,
@@ -262,9 +334,9 @@ def dx(
     a: Tensor | None = None,
     num_parts: int | None = None,
 ) -> Tensor:
-    """dy (M, O), the packed weight's parts -> (M, I) in dy's dtype: dy W + dxa a, rounded once. num_parts: of O."""
+    """Return dy W + dxa a, (M, I) in dy's dtype, rounded once; `num_parts` splits the sum over O."""
     (m, o), i = dy.shape, in_features
-    config = dx_config(capability(dy.device), m, dy.dtype)
+    config = dx_config(compute_capability(dy.device), m, dy.dtype)
     return _launch(
         _dx_kernel, dy, parts, (dxa, a), config, outputs=i, summed=o, in_features=i,
         rank=None if dxa is None else dxa.shape[1], num_parts=num_parts, constants={"WHOLE": i % config.width == 0},
@@ -276,7 +348,7 @@ def _launch(
     rows: Tensor,
     parts: list[Tensor],
     operands: tuple[Tensor | None, ...],
-    config: Config,
+    config: TileConfig,
     *,
     outputs: int,
     summed: int,
@@ -285,7 +357,7 @@ def _launch(
     num_parts: int | None,
     constants: dict[str, Any],
 ) -> Tensor:
-    """The product of rows (M, summed) and the weight -> (M, outputs), and the second launch if the sum is split."""
+    """Launch the product of rows (M, summed) and the weight -> (M, outputs), and the sum of its parts."""
     device, m = rows.device, rows.shape[0]
     result = rows.new_empty(m, outputs)
     if result.numel() == 0:
@@ -293,7 +365,7 @@ def _launch(
     row_tiles, output_tiles = triton.cdiv(m, config.rows), triton.cdiv(outputs, config.width)
     depth_tiles = triton.cdiv(summed, config.depth)
     if num_parts is None:
-        # As many programs as run at once, of 4 tiles at the least: below that the start of a program weighs more.
+        # As many programs as run at once, of at least 4 tiles: below that the start of a program dominates.
         num_parts = min(depth_tiles // 4, _num_sms(device) * config.programs // (row_tiles * output_tiles))
     tiles_per_part = triton.cdiv(depth_tiles, max(1, num_parts))
     num_parts = triton.cdiv(depth_tiles, tiles_per_part)
@@ -301,11 +373,11 @@ def _launch(
     codes, scales, scale, offset = parts if len(parts) == 4 else (parts[0], None, parts[1], None)
     check(
         codes.data_ptr() % 4 == 0,
-        lambda: f"codes must start at a multiple of 4 bytes (8 are read at once); they start at {codes.data_ptr()}",
+        lambda: f"codes must start at a multiple of 4 bytes (8 are read at once), not at {codes.data_ptr()}",
     )
     kernel[(row_tiles * output_tiles, num_parts)](
         rows, codes, scales, scale, offset,
-        None if scales is None else tables.dynamic_map(device), tables.levels(device), *operands, y,
+        None if scales is None else device_tables.dynamic_map(device), device_tables.levels(device), *operands, y,
         m, outputs if kernel is _linear_kernel else summed, in_features, in_features // 8, in_features // BLOCK,
         rank or 0, row_tiles, tiles_per_part,
         ROWS=config.rows, WIDTH=config.width, DEPTH=config.depth, RANKS=ranks_at_a_time(rank), **constants,
@@ -325,9 +397,9 @@ def _num_sms(device: torch.device) -> int:
 
 
 def _case(
-    name: str, kernel: Any, config: Config, archs: tuple[int, ...], *, nested: bool, lora: bool, parts: bool
+    name: str, kernel: Any, config: TileConfig, archs: tuple[int, ...], *, nested: bool, lora: bool, parts: bool
 ) -> Case:
-    """The specialization for sizes that are multiples of 128, bf16, r = 16, one configuration."""
+    """Return the case of one configuration, for bf16, r = 16 and sizes that are multiples of 128."""
     linear_kernel = kernel is _linear_kernel
     signature = {"codes_ptr": "*u8:16", "scale_ptr": "*fp32:16", "levels_ptr": "*fp32:16", "M": "i32"}
     signature |= dict.fromkeys(("OUT", "IN", "row_words", "row_blocks"), "i32:16")
@@ -372,9 +444,9 @@ def _cases() -> tuple[Case, ...]:
         ("fused dx, not sm_90", _dx_kernel, DX, (80, 89, 100)),
     ):
         for m, config in table.items():
-            parts = m <= 64  # Fewer rows are fewer programs: then the sum is split.
+            parts = m <= 64  # Few rows are few programs, so the sum is split.
             cases.append(_case(f"{label} M={m}", kernel, config, archs, nested=True, lora=True, parts=parts))
-        if kernel is _linear_kernel:  # What fills the registers most.
+        if kernel is _linear_kernel:  # The case with the most registers.
             added = dict.fromkeys(("addend_ptr", "bias_ptr"), "*bf16:16")
             case = cases[-1]
             constants = {name: value for name, value in case.constants.items() if name not in added}

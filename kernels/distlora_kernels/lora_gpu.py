@@ -1,10 +1,11 @@
-"""The adapted linears of one input on a GPU: the adapter's products in our kernels, the base product by a library GEMM
-on a weight dequantized into the scratch, or fused with the dequantization where M is small (variants.py).
+"""Run the adapted linears of one input on a GPU.
 
-What is large is moved as seldom as can be: x is read once for all A (twice with the base GEMM, which no adapter avoids)
-and once for all dA, each dY once for dxa and dB where the rank is small, dX is written once and then accumulated into
-by the library's GEMMs. The scale s (and what makes up for dropout) is multiplied into B before B is rounded to x's
-dtype, so no gate is applied to x A^T.
+The adapter's products run in our kernels. The base product is a library GEMM on a weight dequantized into the scratch,
+or fused with the dequantization for few rows (fused.py).
+
+Large tensors are moved as seldom as possible: x is read once for all A (and by each base GEMM) and once for all dA,
+each dY once for dxa and dB if the rank is small; dX is written once and the library's GEMMs accumulate into it. The
+scale s (and dropout's) is multiplied into B before B is rounded to x's dtype, so x A^T needs no scaling.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distlora_kernels import dora_linear, variants
+from distlora_kernels import dora_linear
 from distlora_kernels.dora import dy_gradients
-from distlora_kernels.dropout import ChosenDropout, Dropout, seen_of
-from distlora_kernels.fused import fused_linear, fused_linear_dx
+from distlora_kernels.dropout import ChosenDropout, Dropout, apply_dropout
+from distlora_kernels.fused import choose_variant, fused_linear, fused_linear_dx
 from distlora_kernels.operands import (
     Adapter,
     FrozenWeight,
     Gradients,
-    Kept,
-    KeptOfMagnitude,
     Linear,
     Needs,
     RowChoice,
+    SavedDora,
+    SavedLinear,
     per_column,
 )
 from distlora_kernels.scratch import DenseWeights
@@ -35,59 +36,62 @@ from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_
 
 def forward(
     x: Tensor, linears: Sequence[Linear], weights: DenseWeights, *, with_backward: bool
-) -> tuple[list[Tensor], list[Kept]]:
-    """x (M, I) -> each linear's y (M, O), and what its backward keeps: x A^T (M, R), compact where rows choose."""
+) -> tuple[list[Tensor], list[SavedLinear]]:
+    """Return each linear's y (M, O) of x (M, I), and the tensors for its backward: x A^T (M, R)."""
     x = _row_major(x)
-    ys, kept = [], []
+    ys, saved = [], []
     for index, (linear, xa) in enumerate(zip(linears, _project_down(x, linears), strict=True)):
         weight, adapter, bias = linear
         if adapter is None or xa is None:
-            y, own = _Base(index, weight, weights, x).output(x, bias), Kept()
+            y, linear_saved = _Base(index, weight, weights, x).output(x, bias), SavedLinear()
         elif adapter.magnitude is None:
-            y, own = _adapted(_Base(index, weight, weights, x), x, xa, adapter, bias), Kept(xa)
-        elif dora_linear.folds(adapter, weight, x.dtype):
+            y = _adapted(_Base(index, weight, weights, x), x, xa, adapter, bias)
+            linear_saved = SavedLinear(xa)
+        elif dora_linear.can_fold(adapter, weight, x.dtype):
             wa = fused_linear(adapter.a.to(x.dtype), weight).T
             factors = dora_linear.factors(adapter, wa, torch.float32)
             factor = factors.excess + 1
             weight, lora, _ = dora_linear.folded(linear, factor)
             assert lora is not None
             y = _adapted(_Base(index, weight, weights, x), x, xa, lora, bias)
-            own = Kept(xa, dora_linear.kept_of_folded(linear, factors, factor, y, with_backward=with_backward))
+            linear_saved = SavedLinear(
+                xa, dora_linear.saved_for_folded(linear, factors, factor, y, with_backward=with_backward)
+            )
         else:
-            y, of_magnitude = _with_magnitude(_Base(index, weight, weights, x), x, xa, adapter, bias)
-            own = Kept(xa, of_magnitude)
+            y, dora = _with_magnitude(_Base(index, weight, weights, x), x, xa, adapter, bias)
+            linear_saved = SavedLinear(xa, dora)
         ys.append(y)
-        kept.append(own)
-    return ys, kept
+        saved.append(linear_saved)
+    return ys, saved
 
 
 class _Base:
-    """The product with one frozen weight W (O, I), in the variant that is chosen for the rows of x."""
+    """The product with one frozen weight W (O, I), in the variant chosen for the rows of x."""
 
     def __init__(self, index: int, weight: FrozenWeight, weights: DenseWeights, x: Tensor) -> None:
         self.weight = weight
-        self.dense = None if variants.choose(x, weight) == "fused" else weights.take(index, weight, x.dtype)
-        """The whole weight in x's dtype, until the next is taken; None where it is decoded inside the product."""
+        self.dense = None if choose_variant(x, weight) == "fused" else weights.take(index, weight, x.dtype)
+        """The dense weight in x's dtype, valid until the next is taken; None if it is decoded inside the product."""
 
     def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias, (M, O)."""
+        """Return x W^T + bias, (M, O)."""
         if self.dense is None:
             return fused_linear(x, self.weight, bias=bias)
         return x @ self.dense.T if bias is None else torch.addmm(bias, x, self.dense.T)
 
     def plus(self, addend: Tensor, x: Tensor) -> Tensor:
-        """addend + x W^T, (M, O); the addend may be overwritten."""
+        """Return addend + x W^T, (M, O); the addend may be overwritten."""
         if self.dense is None:
             return fused_linear(x, self.weight, addend=addend)
         return torch.addmm(addend, x, self.dense.T, out=addend)
 
-    def of_rows(self, a: Tensor) -> Tensor:
-        """W a^T, (O, R) of a (R, I)."""
+    def times_rows(self, a: Tensor) -> Tensor:
+        """Return W a^T, (O, R) of a (R, I)."""
         return fused_linear(a, self.weight).T if self.dense is None else self.dense @ a.T
 
 
 def _adapted(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None) -> Tensor:
-    """x W^T + s (x A^T) B^T + bias, (M, O)."""
+    """Return x W^T + s (x A^T) B^T + bias, (M, O)."""
     up, choice = _scaled_up(adapter, x.dtype), _choice(adapter)
     if base.dense is None and choice is None:
         return fused_linear(x, base.weight, xa=xa, b=up, bias=bias)
@@ -96,48 +100,48 @@ def _adapted(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor 
 
 def _with_magnitude(
     base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None
-) -> tuple[Tensor, KeptOfMagnitude]:
-    """y (M, O) of DoRA, and what backward keeps."""
-    factors = dora_linear.factors(adapter, base.of_rows(adapter.a.to(x.dtype)), x.dtype)
+) -> tuple[Tensor, SavedDora]:
+    """Return DoRA's y (M, O) and the tensors for backward."""
+    factors = dora_linear.factors(adapter, base.times_rows(adapter.a.to(x.dtype)), x.dtype)
     if adapter.dropout is None:
         return dora_linear.scaled(adapter, factors, _adapted(base, x, xa, adapter, bias), bias)
     delta = skinny_up(xa, _scaled_up(adapter, x.dtype), choice=_choice(adapter))
-    output = base.plus(delta.clone(), seen_of(x, adapter.dropout))
-    rest, own = dora_linear.scaled_beside_the_base(factors, delta, output, bias)
-    return base.plus(rest, x), own
+    output = base.plus(delta.clone(), apply_dropout(x, adapter.dropout))
+    rest, dora = dora_linear.scaled_with_dropout(factors, delta, output, bias)
+    return base.plus(rest, x), dora
 
 
 def backward(
     x: Tensor | None,
     linears: Sequence[Linear],
     weights: DenseWeights,
-    kept: Sequence[Kept],
+    saved: Sequence[SavedLinear],
     dys: Sequence[Tensor | None],
     needs: Needs,
 ) -> Gradients:
-    """The gradients of the sum of <y, dy> over the linears; x is None where no linear has an adapter."""
+    """Return the gradients of the sum of <y, dy> over the linears; x is None if no linear has an adapter."""
     gradients = Gradients(len(linears))
-    linears = [_as_it_ran(linear, own.magnitude) for linear, own in zip(linears, kept, strict=True)]
+    linears = [_as_in_forward(linear, each.magnitude) for linear, each in zip(linears, saved, strict=True)]
     rows = {index: _row_major(dy) for index, dy in enumerate(dys) if dy is not None}
     dxas: dict[int, Tensor] = {}
     through_dropout: dict[int, Tensor] = {}
     for index, dy in rows.items():
-        adapter, (xa, own) = linears[index].adapter, kept[index]
+        adapter, (xa, dora) = linears[index].adapter, saved[index]
         if adapter is None or xa is None:
             continue
-        scaled, factor = dy, None if own is None else own.factor
-        if own is not None and own.excess is not None:
+        scaled, factor = dy, None if dora is None else dora.factor
+        if dora is not None and dora.excess is not None:
             if needs.magnitude[index]:
-                gradients.magnitude[index] = dora_linear.gradient(adapter, own, dy)
-            scaled = dora_linear.plus_excess(dy, dy, own.excess)
+                gradients.magnitude[index] = dora_linear.gradient(adapter, dora, dy)
+            scaled = dora_linear.plus_excess(dy, dy, dora.excess)
             if adapter.dropout is None:
                 rows[index] = scaled
             else:
-                through_dropout[index] = dora_linear.times_excess(dy, own.excess)
+                through_dropout[index] = dora_linear.times_excess(dy, dora.excess)
         up = _scaled_up(adapter, dy.dtype)
-        if own is not None and factor is not None and needs.magnitude[index]:
-            assert own.output is not None
-            dxas[index], db, dm = dy_gradients(dy, up, xa, own.output, own.divisor[0], scale=_factor(adapter))
+        if dora is not None and factor is not None and needs.magnitude[index]:
+            assert dora.output is not None
+            dxas[index], db, dm = dy_gradients(dy, up, xa, dora.output, dora.divisor[0], scale=_factor(adapter))
             gradients.magnitude[index] = dm[None]
         else:
             dxas[index], db = skinny_dy(scaled, up, xa, scale=_factor(adapter), choice=_choice(adapter))
@@ -151,9 +155,9 @@ def backward(
     return gradients
 
 
-def _as_it_ran(linear: Linear, own: KeptOfMagnitude | None) -> Linear:
-    """The linear, or the LoRA that forward made of it."""
-    return linear if own is None or own.factor is None else dora_linear.folded(linear, own.factor)
+def _as_in_forward(linear: Linear, dora: SavedDora | None) -> Linear:
+    """Return the linear, or the LoRA that forward folded it into."""
+    return linear if dora is None or dora.factor is None else dora_linear.folded(linear, dora.factor)
 
 
 def _input_gradient(
@@ -163,26 +167,26 @@ def _input_gradient(
     dxas: dict[int, Tensor],
     through_dropout: dict[int, Tensor],
 ) -> Tensor | None:
-    """dX (M, I): the adapters' terms first, then the base GEMMs accumulate into them; a fused product adds its own.
+    """Return dX (M, I): the adapters' terms come first and the base GEMMs accumulate into them.
 
-    `through_dropout`: of linears whose magnitude scales what the dropout lets through of the base, (k - 1) dY.
+    A fused product adds its adapter's term itself. `through_dropout` has (k - 1) dY of DoRA linears with dropout.
     """
     total: Tensor | None = None
-    fused = {index for index, dy in dys.items() if variants.choose(dy, linears[index].weight) == "fused"}
+    fused = {index for index, dy in dys.items() if choose_variant(dy, linears[index].weight) == "fused"}
     inside: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(part: Tensor) -> None:
         nonlocal total
         total = part if total is None else total.add_(part)
 
-    apart = []
+    separate = []
     for index, dxa in dxas.items():
         adapter = _adapter(linears, index)
         if index in fused and _is_plain(adapter):
             inside[index] = (dxa, adapter.a.to(dxa.dtype))
         else:
-            apart.append(index)
-    for group in _groups(linears, apart):
+            separate.append(index)
+    for group in _groups(linears, separate):
         adapters, together = [_adapter(linears, index) for index in group], _side_by_side([dxas[i] for i in group])
         down = _joined_down(adapters, together.dtype)
         add(skinny_up(together, down.T, choice=_joined_choice(adapters), dropout=adapters[0].dropout))
@@ -190,12 +194,12 @@ def _input_gradient(
         weight, dropout = linears[index].weight, _adapter(linears, index).dropout
         assert dropout is not None
         dx = fused_linear_dx(dy, weight) if index in fused else dy @ weights.take(index, weight, dy.dtype)
-        add(seen_of(dx, dropout))
+        add(apply_dropout(dx, dropout))
     for index, dy in dys.items():
         weight = linears[index].weight
         if index in fused:
-            own = inside.get(index)
-            add(fused_linear_dx(dy, weight) if own is None else fused_linear_dx(dy, weight, dxa=own[0], a=own[1]))
+            dxa_and_a = inside.get(index, (None, None))
+            add(fused_linear_dx(dy, weight, dxa=dxa_and_a[0], a=dxa_and_a[1]))
         elif total is None:
             total = dy @ weights.take(index, weight, dy.dtype)
         else:
@@ -206,31 +210,31 @@ def _input_gradient(
 def _add_down_gradients(
     gradients: Gradients, x: Tensor, linears: Sequence[Linear], dxas: dict[int, Tensor], needs: Needs
 ) -> None:
-    """dA of each linear; x is read once for those of a group."""
+    """Add dA of each linear; x is read once per group."""
     for group in _groups(linears, [index for index in dxas if needs.a[index]]):
         adapters, together = [_adapter(linears, index) for index in group], _side_by_side([dxas[i] for i in group])
         choice = _joined_choice(adapters)
         da = skinny_grad(together, x, choice=choice, dropout=adapters[0].dropout)
         parts = [da]
         if len(group) > 1:
-            of_adapters = da.unflatten(0, (1 if choice is None else len(choice.ranks), -1))
+            by_adapter = da.unflatten(0, (1 if choice is None else len(choice.ranks), -1))
             widths = [_width(adapter) for adapter in adapters]
-            parts = [part.flatten(0, 1) for part in of_adapters.split(widths, dim=1)]
+            parts = [part.flatten(0, 1) for part in by_adapter.split(widths, dim=1)]
         for index, adapter, part in zip(group, adapters, parts, strict=True):
             gradients.a[index] = part.to(adapter.a.dtype)
 
 
 def _project_down(x: Tensor, linears: Sequence[Linear]) -> list[Tensor | None]:
-    """x A^T of each linear (M, R); x is read once for those of a group."""
-    kept: list[Tensor | None] = [None] * len(linears)
+    """Return x A^T of each linear (M, R); x is read once per group."""
+    projections: list[Tensor | None] = [None] * len(linears)
     for group in _groups(linears, [index for index, linear in enumerate(linears) if linear.adapter is not None]):
         adapters = [_adapter(linears, index) for index in group]
         down, choice = _joined_down(adapters, x.dtype), _joined_choice(adapters)
         together = skinny_down(x, down, choice=choice, dropout=adapters[0].dropout)
         widths = [_width(adapter) for adapter in adapters]
         for index, xa in zip(group, together.split(widths, dim=1), strict=True):
-            kept[index] = xa
-    return kept
+            projections[index] = xa
+    return projections
 
 
 def _adapter(linears: Sequence[Linear], index: int) -> Adapter:
@@ -240,13 +244,15 @@ def _adapter(linears: Sequence[Linear], index: int) -> Adapter:
 
 
 def _width(adapter: Adapter) -> int:
-    """Columns of x A^T."""
+    """Return the columns of x A^T."""
     return max(adapter.scale.ranks) if isinstance(adapter.scale, RowChoice) else adapter.a.shape[0]
 
 
 def _groups(linears: Sequence[Linear], indices: Sequence[int]) -> list[list[int]]:
-    """Linears whose products with their input are joined: those whose adapters see all of it, for all rows, or by one
-    choice of theirs among adapters of equal ranks. Each of the others is a group.
+    """Group linears whose products with the input are joined.
+
+    A group has adapters of all rows without dropout, or one choice of rows among adapters of equal ranks. Any other
+    linear is a group by itself.
     """
     groups: dict[object, list[int]] = {}
     for index in indices:
@@ -261,9 +267,7 @@ def _groups(linears: Sequence[Linear], indices: Sequence[int]) -> list[list[int]
 
 
 def _joined_down(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
-    """The A of a group in `dtype` as those of one linear: of each adapter that rows choose, the linears' ranks are
-    neighbours.
-    """
+    """Return the A of a group in `dtype` as one matrix; the linears' ranks of one chosen adapter are neighbours."""
     downs, scale = [adapter.a.to(dtype) for adapter in adapters], adapters[0].scale
     if len(downs) == 1:
         return downs[0]
@@ -280,12 +284,12 @@ def _joined_choice(adapters: Sequence[Adapter]) -> RowChoice | None:
 
 
 def _is_plain(adapter: Adapter) -> bool:
-    """Whether all rows use it and it sees all of x, so that its products may be joined with its siblings'."""
+    """Return whether all rows use the adapter without dropout, so that its products can be joined."""
     return adapter.dropout is None and not isinstance(adapter.scale, RowChoice)
 
 
 def _choice(adapter: Adapter | None) -> RowChoice | None:
-    """With scales that make up for what each adapter's own dropout leaves out."""
+    """Return the choice, with each adapter's dropout scale multiplied into its scale."""
     if adapter is None or not isinstance(adapter.scale, RowChoice):
         return None
     choice, dropout = adapter.scale, adapter.dropout
@@ -295,16 +299,18 @@ def _choice(adapter: Adapter | None) -> RowChoice | None:
 
 
 def _factor(adapter: Adapter) -> float:
-    """What dB is scaled by, beside the scales of a choice."""
+    """Return the factor of dB, besides the scales of a choice."""
     scale = 1.0 if isinstance(adapter.scale, RowChoice) else adapter.scale
     return scale * adapter.dropout.scale if isinstance(adapter.dropout, Dropout) else scale
 
 
 def _scaled_up(adapter: Adapter, dtype: torch.dtype) -> Tensor:
-    """s b (O, R) in `dtype`: multiplied in fp32 and rounded once, by one kernel."""
+    """Return s b (O, R) in `dtype`, multiplied in fp32 and rounded once, by one kernel."""
     scale: float | Tensor = _factor(adapter)
     if (choice := _choice(adapter)) is not None:
-        scale = per_column(tuple(scale * own for own in choice.scales), choice.ranks, adapter.b.dtype, adapter.b.device)
+        scale = per_column(
+            tuple(scale * each for each in choice.scales), choice.ranks, adapter.b.dtype, adapter.b.device
+        )
     return torch.mul(adapter.b, scale, out=torch.empty_like(adapter.b, dtype=dtype))
 
 
@@ -313,5 +319,5 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
 
 
 def _row_major(matrix: Tensor) -> Tensor:
-    """With unit stride along its rows; a gradient that autograd has expanded is not."""
+    """Return the matrix with unit stride along rows; an expanded gradient has not."""
     return matrix if matrix.stride(-1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()

@@ -1,15 +1,15 @@
-"""The adapted linear, y = x W^T + s (x A^T) B^T, over frozen weights that are dense or packed: one autograd function
-for all linears that are applied to an input.
+"""Apply the adapted linear y = x W^T + s (x A^T) B^T over frozen weights, dense or quantized.
 
-Two rules make the same function work under FSDP2, ZeRO-3 and none (README.md):
-- it saves the weights' Parameters themselves, never a view or a dequantized copy, and dequantizes again in backward: so
-  their storage may be freed after forward and refilled before backward (scratch.keeping is the exception, under a
-  checkpoint);
+One autograd function runs all linears that are applied to an input. Two rules make it work under FSDP2, ZeRO-3 and no
+sharding (README.md):
+- it saves the weights' Parameters themselves, never a view or a dequantized copy, and dequantizes again in backward, so
+  their storage may be freed after forward and refilled before backward (scratch.keeping is the exception, under
+  activation checkpointing);
 - the adapter's term is written first and the base GEMM accumulates into it (beta = 1). Added to an output that is
   already rounded to bf16, an update below half an ulp would vanish.
 
-With dropout it is y = x W^T + s k (d(x) A^T) B^T: d sets the dropped inputs to 0, k makes up for them (dropout.py). The
-mask is computed in forward and again in backward, never kept. With a magnitude it is DoRA's (dora_linear.py).
+With dropout y = x W^T + s k (d(x) A^T) B^T, where d zeroes the dropped inputs and k rescales (dropout.py). The mask is
+computed in forward and again in backward. With a magnitude the linear is DoRA's (dora_linear.py).
 
 Letters: M rows, I in features, O out features, R rank (all adapters of the linear side by side).
 """
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from distlora_kernels import lora_torch
 from distlora_kernels.dispatch import uses_triton
 from distlora_kernels.dropout import ChosenDropout, Dropout
-from distlora_kernels.operands import NUM_KEPT, Adapter, FrozenWeight, Kept, Linear, Magnitude, Needs, RowChoice
+from distlora_kernels.operands import NUM_SAVED, Adapter, FrozenWeight, Linear, Magnitude, Needs, RowChoice, SavedLinear
 from distlora_kernels.scratch import DenseWeights
 
 __all__ = ["Adapter", "FrozenWeight", "Linear", "Magnitude", "RowChoice", "lora_linear", "lora_linears"]
@@ -36,7 +36,7 @@ __all__ = ["Adapter", "FrozenWeight", "Linear", "Magnitude", "RowChoice", "lora_
 def lora_linear(
     x: Tensor, weight: FrozenWeight, adapter: Adapter | None = None, *, bias: Tensor | None = None
 ) -> Tensor:
-    """x (..., I) -> (..., O) in x's dtype; gradients for x, a and b, never for the weight or the bias.
+    """Return y (..., O) in x's dtype of x (..., I), with gradients for x, a and b; not for the weight or the bias.
 
     adapter=None is the base alone. GEMMs run in x's dtype with fp32 accumulation; the adapter's gradients have its
     masters' dtype.
@@ -45,20 +45,20 @@ def lora_linear(
 
 
 def lora_linears(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
-    """Several linears of one input x (..., I) -> each one's (..., O), as `lora_linear` gives it.
+    """Return lora_linear of several linears of one input x (..., I).
 
-    x is read once for all their A where no dropout makes them see different inputs, and their gradients of x are added
-    up in place. The base GEMMs stay separate.
+    x is read once for all their A, unless dropout gives them different inputs, and their gradients of x are summed in
+    place. The base GEMMs stay separate.
     """
     forms = tuple(_Form.of(linear) for linear in linears)
     tensors = [tensor for linear in linears for tensor in _tensors(linear)]
-    # Inside of forward the mode is off.
+    # Inside forward the mode is off.
     ys = _LoRALinears.apply(x.flatten(0, -2), forms, torch.is_grad_enabled(), *tensors)
     return tuple(y.unflatten(0, x.shape[:-1]) for y in ys)
 
 
 class _Form(NamedTuple):
-    """What of a linear is no tensor of the graph."""
+    """The non-tensor part of a linear."""
 
     shape: tuple[int, ...]
     num_parts: int
@@ -73,11 +73,11 @@ class _Form(NamedTuple):
 
 
 _NUM_TENSORS = 5
-"""Tensors of a linear beside its weight's parts."""
+"""Number of tensors of a linear, besides its weight's parts."""
 
 
 def _tensors(linear: Linear) -> tuple[Tensor | None, ...]:
-    """What of a linear autograd must see: a, b, the magnitude and what belongs to it, bias and the weight's parts."""
+    """Return the tensors of a linear for autograd: a, b, magnitudes, row norms, bias and the weight's parts."""
     a = b = masters = row_norms_squared = None
     if linear.adapter is not None:
         a, b = linear.adapter[:2]
@@ -92,13 +92,16 @@ class _LoRALinears(torch.autograd.Function):
         ctx: Any, x: Tensor, forms: tuple[_Form, ...], with_backward: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         weights = DenseWeights(len(forms))
-        ys, kept = _path(x).forward(x, _joined(forms, tensors), weights, with_backward=with_backward)
+        ys, saved_linears = _path(x).forward(x, _joined(forms, tensors), weights, with_backward=with_backward)
         adapted = any(form.scale is not None for form in forms)
         ctx.forms = forms
         ctx.set_materialize_grads(False)
-        # x for dA, what the path keeps for dB (x A^T) and for the magnitude's gradient (y).
+        # x for dA, x A^T for dB, y for the gradient of the magnitude.
         ctx.save_for_backward(
-            x if adapted else None, *(tensor for own in kept for tensor in own.tensors()), *weights.saved, *tensors
+            x if adapted else None,
+            *(tensor for each in saved_linears for tensor in each.tensors()),
+            *weights.saved,
+            *tensors,
         )
         return tuple(ys)
 
@@ -107,8 +110,8 @@ class _LoRALinears(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         forms, count = ctx.forms, len(ctx.forms)
         x, *saved = ctx.saved_tensors
-        kept = [Kept.of(saved[NUM_KEPT * index : NUM_KEPT * (index + 1)]) for index in range(count)]
-        dense, tensors = saved[NUM_KEPT * count : (NUM_KEPT + 1) * count], saved[(NUM_KEPT + 1) * count :]
+        saved_linears = [SavedLinear.of(saved[NUM_SAVED * index : NUM_SAVED * (index + 1)]) for index in range(count)]
+        dense, tensors = saved[NUM_SAVED * count : (NUM_SAVED + 1) * count], saved[(NUM_SAVED + 1) * count :]
         weights = DenseWeights(count)
         weights.saved = dense
         places = list(_places(forms))
@@ -119,15 +122,15 @@ class _LoRALinears(torch.autograd.Function):
         first = next((dy for dy in dys if dy is not None), None)
         if first is None:
             return (None,) * (3 + len(tensors))
-        gradients = _path(first).backward(x, _joined(forms, tensors), weights, kept, dys, needs)
+        gradients = _path(first).backward(x, _joined(forms, tensors), weights, saved_linears, dys, needs)
         results: list[Tensor | None] = [None] * len(tensors)
-        for place, *own in zip(places, gradients.a, gradients.b, gradients.magnitude, strict=True):
-            results[place : place + len(own)] = own
+        for place, *by_kind in zip(places, gradients.a, gradients.b, gradients.magnitude, strict=True):
+            results[place : place + len(by_kind)] = by_kind
         return (gradients.x, None, None, *results)
 
 
 def _path(tensor: Tensor) -> ModuleType:
-    """The module that computes forward and backward on this tensor's device; torch's where there are no rows."""
+    """Return the module that computes forward and backward on this tensor's device; torch's if there are no rows."""
     if not uses_triton(tensor) or tensor.shape[0] == 0:
         return lora_torch
     from distlora_kernels import lora_gpu
@@ -136,7 +139,7 @@ def _path(tensor: Tensor) -> ModuleType:
 
 
 def _places(forms: Sequence[_Form]) -> Iterator[int]:
-    """Where each linear's tensors start."""
+    """Yield the start of each linear's tensors."""
     start = 0
     for form in forms:
         yield start
@@ -144,7 +147,7 @@ def _places(forms: Sequence[_Form]) -> Iterator[int]:
 
 
 def _joined(forms: Sequence[_Form], tensors: Sequence[Any]) -> tuple[Linear, ...]:
-    """The linears again, of their forms and their tensors."""
+    """Rebuild the linears from their forms and tensors."""
     linears = []
     for form, start in zip(forms, _places(forms), strict=True):
         a, b, masters, norms, bias, *parts = tensors[start : start + _NUM_TENSORS + form.num_parts]

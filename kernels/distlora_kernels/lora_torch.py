@@ -1,11 +1,11 @@
-"""The adapted linears of one input in torch operations: the path of the CPU, and of every dtype.
+"""Run the adapted linears of one input in torch operations: the path of the CPU, and of every dtype.
 
-Each linear's gradient of the input is computed by itself and they are added from the last linear to the first, as
-autograd would add those of separate functions: grouping changes no bit.
+Each linear's gradient of the input is computed separately and summed from the last linear to the first, as autograd
+would sum those of separate functions: grouping changes no bit.
 
-Where rows choose adapters, neighbours that use the same ones are a part of the input. The base's products are of all
-rows; an adapter's are of its own part, as they would be alone: nothing is multiplied in vain, and what is not finite in
-one adapter's rows reaches no other adapter.
+If rows choose adapters, runs of neighbouring rows with the same adapters are a part of the input. The base's products
+are over all rows; an adapter's are over its own parts, as they would be alone: no product is wasted, and a non-finite
+value in one adapter's rows reaches no other adapter.
 """
 
 from __future__ import annotations
@@ -18,182 +18,186 @@ from torch import Tensor
 
 from distlora_kernels import dora_linear
 from distlora_kernels.dropout import ChosenDropout, Dropout, dropped
-from distlora_kernels.operands import Adapter, Gradients, Kept, KeptOfMagnitude, Linear, Needs, RowChoice
+from distlora_kernels.operands import Adapter, Gradients, Linear, Needs, RowChoice, SavedDora, SavedLinear
 from distlora_kernels.scratch import DenseWeights
 
 
-class _Own(NamedTuple):
-    """What some inputs use of a linear's adapters: one, as if it were alone."""
+class _PartAdapter(NamedTuple):
+    """The one adapter of a linear that a part of the input uses."""
 
     a: Tensor
     b: Tensor
     scale: float
     dropout: Dropout | None
     columns: slice
-    """Where it lies among the linear's."""
+    """Its columns among the linear's adapters."""
 
     @property
     def kept_scale(self) -> float:
-        """What makes up for dropped inputs."""
+        """1 / (probability of keeping an input)."""
         return 1.0 if self.dropout is None else self.dropout.scale
 
 
 class _Part(NamedTuple):
-    """Inputs that use the same adapters."""
+    """A run of inputs that use the same adapters."""
 
     rows: slice
-    own: tuple[_Own | None, ...]
-    """Of each linear; None for no adapter."""
+    adapters: tuple[_PartAdapter | None, ...]
+    """Adapter of each linear; None for none."""
 
 
 class _Projected(NamedTuple):
-    """A part's inputs of one linear on their way through its adapter."""
+    """A part's inputs of one linear, projected by its adapter."""
 
     rows: slice
-    own: _Own | None
+    adapter: _PartAdapter | None
     seen: Tensor
-    """What the adapter sees of x."""
+    """The adapter's input: x after dropout, without rescaling."""
     gated: Tensor
-    """s x A^T with what makes up for dropped inputs, (M, R); of no rank without an adapter."""
+    """s k x A^T, (M, R); R = 0 without an adapter."""
 
 
 def _parts(linears: Sequence[Linear], num_rows: int) -> list[_Part]:
-    """The parts of M = num_rows inputs, in order; one where no linear lets rows choose."""
+    """Return the parts of M = num_rows inputs, in order; one part if no linear lets rows choose."""
     choices = {
         index: linear.adapter.scale.rows.tolist()
         for index, linear in enumerate(linears)
         if linear.adapter is not None and isinstance(linear.adapter.scale, RowChoice)
     }
     if not choices:
-        return [_Part(slice(0, num_rows), tuple(_own(linear.adapter, None, slice(0)) for linear in linears))]
+        return [_Part(slice(0, num_rows), tuple(_part_adapter(linear.adapter, None, slice(0)) for linear in linears))]
     chosen = list(zip(*choices.values(), strict=True))
     starts = [row for row in range(len(chosen)) if row == 0 or chosen[row] != chosen[row - 1]]
     size, parts = num_rows // len(chosen), []
     for start, stop in zip(starts, [*starts[1:], len(chosen)], strict=True):
         numbers = dict(zip(choices, chosen[start], strict=True))
         batch_rows = slice(start, stop)
-        own = tuple(_own(linear.adapter, numbers.get(index), batch_rows) for index, linear in enumerate(linears))
-        parts.append(_Part(slice(start * size, stop * size), own))
+        adapters = tuple(
+            _part_adapter(linear.adapter, numbers.get(index), batch_rows) for index, linear in enumerate(linears)
+        )
+        parts.append(_Part(slice(start * size, stop * size), adapters))
     return parts
 
 
-def _own(adapter: Adapter | None, number: int | None, batch_rows: slice) -> _Own | None:
-    """What rows of the batch use of a linear's adapters; `number` says which, None that there is no choice."""
+def _part_adapter(adapter: Adapter | None, number: int | None, batch_rows: slice) -> _PartAdapter | None:
+    """Return the adapter of some rows of the batch; `number` is None if rows do not choose."""
     if adapter is None or number == -1:
         return None
     choice, dropout = adapter.scale, adapter.dropout
     if not isinstance(choice, RowChoice):
-        assert not isinstance(dropout, ChosenDropout), "a dropout of each adapter needs a choice"
-        return _Own(adapter.a, adapter.b, choice, dropout, slice(None))
+        assert not isinstance(dropout, ChosenDropout), "a ChosenDropout needs a RowChoice"
+        return _PartAdapter(adapter.a, adapter.b, choice, dropout, slice(None))
     assert number is not None
-    assert 0 <= number < len(choice.ranks), f"rows ask for adapter {number} of {len(choice.ranks)}"
+    assert 0 <= number < len(choice.ranks), f"a row has adapter {number} of {len(choice.ranks)}"
     if isinstance(dropout, ChosenDropout):
         dropout = dropout.of(number, batch_rows)
     elif dropout is not None:
         dropout = dropout._replace(rows=dropout.rows[batch_rows])
     columns = choice.columns(number)
-    # B as it lies in memory alone, so that its products are the same.
-    return _Own(adapter.a[columns], adapter.b[:, columns].contiguous(), choice.scales[number], dropout, columns)
+    # Contiguous, as B is alone, so that its products have the same bits.
+    return _PartAdapter(adapter.a[columns], adapter.b[:, columns].contiguous(), choice.scales[number], dropout, columns)
 
 
 def forward(
     x: Tensor, linears: Sequence[Linear], weights: DenseWeights, *, with_backward: bool
-) -> tuple[list[Tensor], list[Kept]]:
-    """x (M, I) -> each linear's y (M, O), and what its backward keeps of one with an adapter: s x A^T (M, R), those of
-    several parts flat, one after the other.
+) -> tuple[list[Tensor], list[SavedLinear]]:
+    """Return each linear's y (M, O) of x (M, I), and the tensors that its backward needs.
+
+    With an adapter that is s k x A^T (M, R); those of several parts are flat, one after the other.
     """
     parts = _parts(linears, x.shape[0])
-    projections = [_project_down(x[part.rows], part.own) for part in parts]
+    projections = [_project_down(x[part.rows], part.adapters) for part in parts]
     ys: list[Tensor] = []
-    kept: list[Kept] = []
-    for index, (linear, *seen_of_parts) in enumerate(zip(linears, *projections, strict=True)):
+    saved: list[SavedLinear] = []
+    for index, (linear, *seen_by_part) in enumerate(zip(linears, *projections, strict=True)):
         weight, bias, adapter = weights.take(index, linear.weight, x.dtype), linear.bias, linear.adapter
-        if adapter is None or (adapter.magnitude is None and all(part.own[index] is None for part in parts)):
+        if adapter is None or (adapter.magnitude is None and all(part.adapters[index] is None for part in parts)):
             ys.append(x @ weight.T if bias is None else torch.addmm(bias, x, weight.T))
-            kept.append(Kept(None if adapter is None else x.new_empty(0)))
+            saved.append(SavedLinear(None if adapter is None else x.new_empty(0)))
             continue
-        projected = [_projected(part, index, seen, xa) for part, (seen, xa) in zip(parts, seen_of_parts, strict=True)]
-        of_magnitude = None
+        projected = [_projected(part, index, seen, xa) for part, (seen, xa) in zip(parts, seen_by_part, strict=True)]
+        dora = None
         if adapter.magnitude is None:
             delta = _delta(projected, weight, bias)
             y = torch.addmm(delta, x, weight.T, out=delta)
         else:
-            y, of_magnitude = _with_magnitude(x, projected, weight, adapter, bias)
+            y, dora = _with_magnitude(x, projected, weight, adapter, bias)
         ys.append(y)
         gated = [part.gated for part in projected]
-        kept.append(Kept(gated[0] if len(gated) == 1 else torch.cat([own.flatten() for own in gated]), of_magnitude))
-    return ys, kept
+        saved.append(SavedLinear(gated[0] if len(gated) == 1 else torch.cat([each.flatten() for each in gated]), dora))
+    return ys, saved
 
 
 def _projected(part: _Part, index: int, seen: Tensor, xa: Tensor) -> _Projected:
-    own = part.own[index]
-    gated = xa if own is None else (xa * (own.scale * own.kept_scale)).to(xa.dtype)
-    return _Projected(part.rows, own, seen, gated)
+    adapter = part.adapters[index]
+    gated = xa if adapter is None else (xa * (adapter.scale * adapter.kept_scale)).to(xa.dtype)
+    return _Projected(part.rows, adapter, seen, gated)
 
 
 def _delta(projected: Sequence[_Projected], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """gated B^T + bias, (M, O)."""
-    alone = len(projected) == 1 and projected[0].own is not None
+    """Return gated B^T + bias, (M, O)."""
+    alone = len(projected) == 1 and projected[0].adapter is not None
     whole = None if alone else weight.new_empty(projected[-1].rows.stop, weight.shape[0])
-    for rows, own, _, gated in projected:
+    for rows, adapter, _, gated in projected:
         out = None if whole is None else whole[rows]
-        if own is None:
+        if adapter is None:
             assert out is not None
             delta = out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         elif bias is None:
-            delta = torch.mm(gated, own.b.to(gated.dtype).T, out=out)
+            delta = torch.mm(gated, adapter.b.to(gated.dtype).T, out=out)
         else:
-            delta = torch.addmm(bias, gated, own.b.to(gated.dtype).T, out=out)
+            delta = torch.addmm(bias, gated, adapter.b.to(gated.dtype).T, out=out)
     return delta if whole is None else whole
 
 
 def _with_magnitude(
     x: Tensor, projected: Sequence[_Projected], weight: Tensor, adapter: Adapter, bias: Tensor | None
-) -> tuple[Tensor, KeptOfMagnitude]:
-    """y (M, O) of DoRA, and what backward keeps."""
+) -> tuple[Tensor, SavedDora]:
+    """Return DoRA's y (M, O) and the tensors for backward."""
     factors = dora_linear.factors(adapter, weight @ adapter.a.to(x.dtype).T, x.dtype)
     delta = _delta(projected, weight, bias if adapter.dropout is None else None)
     if adapter.dropout is None:
         return dora_linear.scaled(adapter, factors, torch.addmm(delta, x, weight.T, out=delta), bias)
     output = torch.empty_like(delta)
-    for rows, own, seen, _ in projected:
-        if own is None:  # Its k is 1, and nothing of v is read.
+    for rows, part_adapter, seen, _ in projected:
+        if part_adapter is None:  # k is 1 and v is not read.
             output[rows].zero_()
         else:
-            torch.addmm(delta[rows], seen, weight.T, alpha=own.kept_scale, out=output[rows])
-    rest, kept = dora_linear.scaled_beside_the_base(factors, delta, output, bias)
-    return torch.addmm(rest, x, weight.T, out=rest), kept
+            torch.addmm(delta[rows], seen, weight.T, alpha=part_adapter.kept_scale, out=output[rows])
+    rest, dora = dora_linear.scaled_with_dropout(factors, delta, output, bias)
+    return torch.addmm(rest, x, weight.T, out=rest), dora
 
 
 def backward(
     x: Tensor | None,
     linears: Sequence[Linear],
     weights: DenseWeights,
-    kept: Sequence[Kept],
+    saved: Sequence[SavedLinear],
     dys: Sequence[Tensor | None],
     needs: Needs,
 ) -> Gradients:
-    """The gradients of the sum of <y, dy> over the linears; x is None where no linear has an adapter."""
+    """Return the gradients of the sum of <y, dy> over the linears; x is None if no linear has an adapter."""
     gradients = Gradients(len(linears))
     parts = [] if x is None else _parts(linears, x.shape[0])
     for index in reversed(range(len(linears))):
-        linear, own, dy = linears[index], kept[index], dys[index]
+        linear, linear_saved, dy = linears[index], saved[index], dys[index]
         if dy is None:
             continue
         adapter, scaled, dropped_dy = linear.adapter, dy, None
-        if adapter is not None and own.magnitude is not None:
-            assert own.magnitude.excess is not None
+        dora = linear_saved.magnitude
+        if adapter is not None and dora is not None:
+            assert dora.excess is not None
             if needs.magnitude[index]:
-                gradients.magnitude[index] = dora_linear.gradient(adapter, own.magnitude, dy)
-            scaled = dora_linear.plus_excess(dy, dy, own.magnitude.excess)
+                gradients.magnitude[index] = dora_linear.gradient(adapter, dora, dy)
+            scaled = dora_linear.plus_excess(dy, dy, dora.excess)
             if adapter.dropout is None:
                 dy = scaled
             else:
-                dropped_dy = dora_linear.times_excess(dy, own.magnitude.excess)
+                dropped_dy = dora_linear.times_excess(dy, dora.excess)
         dxas = []
         if adapter is not None:
             assert x is not None
-            dxas = _adapter_gradients(gradients, index, adapter, x, parts, own, scaled, needs)
+            dxas = _adapter_gradients(gradients, index, adapter, x, parts, linear_saved, scaled, needs)
         if needs.x:
             weight = weights.take(index, linear.weight, dy.dtype)
             dx = _input_gradient(dxas, dy, dropped_dy, weight)
@@ -201,11 +205,11 @@ def backward(
     return gradients
 
 
-class _OfPart(NamedTuple):
-    """What the gradient of a part's inputs is made of."""
+class _PartGradient(NamedTuple):
+    """The adapter's part in the gradient of a part's inputs."""
 
     rows: slice
-    own: _Own | None
+    adapter: _PartAdapter | None
     dxa: Tensor | None
     mask: Tensor | None
 
@@ -216,37 +220,38 @@ def _adapter_gradients(
     adapter: Adapter,
     x: Tensor,
     parts: Sequence[_Part],
-    kept: Kept,
+    saved: SavedLinear,
     dy: Tensor,
     needs: Needs,
-) -> list[_OfPart]:
-    """Sets those of a and b; returns what is left to do for x."""
-    assert kept.xa is not None
-    found, da, db, start = [], None, None, 0
+) -> list[_PartGradient]:
+    """Set the gradients of a and b. Returns the terms of the gradient of x."""
+    assert saved.xa is not None
+    terms, da, db, start = [], None, None, 0
     for part in parts:
-        own, rows = part.own[index], part.rows
-        if own is None:
-            found.append(_OfPart(rows, None, None, None))
+        part_adapter, rows = part.adapters[index], part.rows
+        if part_adapter is None:
+            terms.append(_PartGradient(rows, None, None, None))
             continue
-        dy_part, x_part, rank = dy[rows], x[rows], own.a.shape[0]
-        gated = kept.xa.reshape(-1)[start : start + rank * len(x_part)].view(-1, rank)
+        dy_part, x_part, rank = dy[rows], x[rows], part_adapter.a.shape[0]
+        gated = saved.xa.reshape(-1)[start : start + rank * len(x_part)].view(-1, rank)
         start += rank * len(x_part)
-        dxa = ((dy_part @ own.b.to(dy.dtype)) * (own.scale * own.kept_scale)).to(dy.dtype)
+        scale = part_adapter.scale * part_adapter.kept_scale
+        dxa = ((dy_part @ part_adapter.b.to(dy.dtype)) * scale).to(dy.dtype)
         if needs.b[index]:
-            db = _plus(db, adapter.b, (slice(None), own.columns), dy_part.T @ gated)
-        mask = None if own.dropout is None else dropped(own.dropout, *x_part.shape)
+            db = _plus(db, adapter.b, (slice(None), part_adapter.columns), dy_part.T @ gated)
+        mask = None if part_adapter.dropout is None else dropped(part_adapter.dropout, *x_part.shape)
         if needs.a[index]:
-            da = _plus(da, adapter.a, (own.columns, slice(None)), dxa.T @ _zeroed(x_part, mask))
-        found.append(_OfPart(rows, own, dxa, mask))
+            da = _plus(da, adapter.a, (part_adapter.columns, slice(None)), dxa.T @ _zeroed(x_part, mask))
+        terms.append(_PartGradient(rows, part_adapter, dxa, mask))
     if needs.a[index]:
         gradients.a[index] = torch.zeros_like(adapter.a) if da is None else da
     if needs.b[index]:
         gradients.b[index] = torch.zeros_like(adapter.b) if db is None else db
-    return found
+    return terms
 
 
 def _plus(total: Tensor | None, master: Tensor, place: tuple[slice, slice], part: Tensor) -> Tensor:
-    """The gradient of a master with `part` added at its place, which may be all of it."""
+    """Return the gradient of a master with `part` added at `place`, which may be the whole master."""
     part = part.to(master.dtype)
     if part.shape == master.shape:
         return part if total is None else total.add_(part)
@@ -255,33 +260,34 @@ def _plus(total: Tensor | None, master: Tensor, place: tuple[slice, slice], part
     return total
 
 
-def _input_gradient(parts: Sequence[_OfPart], dy: Tensor, dropped_dy: Tensor | None, weight: Tensor) -> Tensor:
-    """dX (M, I) of one linear: the adapters' terms, into which the base's product accumulates."""
-    if all(part.own is None for part in parts):
+def _input_gradient(parts: Sequence[_PartGradient], dy: Tensor, dropped_dy: Tensor | None, weight: Tensor) -> Tensor:
+    """Return dX (M, I) of one linear: the base's product accumulates into the adapters' terms."""
+    if all(part.adapter is None for part in parts):
         return dy @ weight
     whole = None if len(parts) == 1 else dy.new_empty(dy.shape[0], weight.shape[1])
-    for rows, own, dxa, mask in parts:
+    for rows, adapter, dxa, mask in parts:
         out = None if whole is None else whole[rows]
-        if own is None or dxa is None:
+        if adapter is None or dxa is None:
             assert out is not None
             out.zero_()
             continue
-        dx = torch.mm(dxa, own.a.to(dy.dtype), out=out)
+        dx = torch.mm(dxa, adapter.a.to(dy.dtype), out=out)
         if dropped_dy is not None:
-            torch.addmm(dx, dropped_dy[rows], weight, alpha=own.kept_scale, out=dx)
+            torch.addmm(dx, dropped_dy[rows], weight, alpha=adapter.kept_scale, out=dx)
         if mask is not None:
             dx.masked_fill_(mask, 0)
     dx = dx if whole is None else whole
     return torch.addmm(dx, dy, weight, out=dx)
 
 
-def _project_down(x: Tensor, owns: Sequence[_Own | None]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each linear what its adapter sees of x, and X A^T of that, by one product where all see the same; of no rank
-    without an adapter.
+def _project_down(x: Tensor, adapters: Sequence[_PartAdapter | None]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each linear's (adapter input, its product with A^T), by one product if all inputs are equal.
+
+    R = 0 without an adapter.
     """
-    downs = [x.new_empty(0, x.shape[1]) if own is None else own.a.to(x.dtype) for own in owns]
-    dropouts = [None if own is None else own.dropout for own in owns]
-    if len(owns) > 1 and not any(dropouts):
+    downs = [x.new_empty(0, x.shape[1]) if adapter is None else adapter.a.to(x.dtype) for adapter in adapters]
+    dropouts = [None if adapter is None else adapter.dropout for adapter in adapters]
+    if len(adapters) > 1 and not any(dropouts):
         for xa in (x @ torch.cat(downs).T).split([down.shape[0] for down in downs], dim=1):
             yield x, xa
         return

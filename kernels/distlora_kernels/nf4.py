@@ -1,9 +1,9 @@
-"""Contract of NF4 with double quantization: what goes in and out, checked; picks the CPU path or the Triton kernels.
+"""Quantize and dequantize NF4 with double quantization: check the operands and choose the CPU path or Triton.
 
-A quantized weight is four tensors (README.md has the byte layout):
+A quantized weight has four parts (README.md has the byte layout):
     codes (G, 8192) uint8, scales (G, 256) uint8, group_scale (G,) fp32, offset () fp32
-A weight that comes without double quantization is two: codes, and absmax (G, 256) fp32. All but the offset share dim 0
-= G groups of 16,384 weights, so a cut there is a cut at a group boundary in each of them.
+A weight without double quantization has two: codes, and absmax (G, 256) fp32. All but the offset share dim 0 = G groups
+of 16,384 weights, so a shard boundary in dim 0 is a group boundary in each part.
 """
 
 from __future__ import annotations
@@ -37,19 +37,18 @@ __all__ = [
 ]
 
 GROUP_RECORD_BYTES = GROUP_BYTES + BLOCKS_PER_GROUP + 4
-"""Stored bytes of a group: its codes, scales and group_scale."""
+"""Stored bytes per group: codes, scales and group_scale."""
 PLAIN_RECORD_BYTES = GROUP_BYTES + 4 * BLOCKS_PER_GROUP
-"""Stored bytes of a group without double quantization: its codes and absmax."""
+"""Stored bytes per group without double quantization: codes and absmax."""
 
 _SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """First level of a run of whole groups: flat (n,) fp32, bf16 or fp16 -> codes (G, 8192) uint8, absmax (G, 256)
-    fp32.
+    """Quantize flat (n,) fp32, bf16 or fp16 to codes (G, 8192) uint8 and absmax (G, 256) fp32: the first level.
 
-    Equal to bitsandbytes byte for byte. n need not be a multiple of 16,384: the last group is padded with zeros,
-    whose code is 7.
+    The bytes equal bitsandbytes'. If n is not a multiple of 16,384 the last group is padded with zeros, whose code is
+    7.
     """
     check(flat.dtype in _SOURCE_DTYPES, lambda: f"NF4 quantizes fp32, bf16 and fp16, not {flat.dtype}", TypeError)
     check(flat.dim() == 1, lambda: f"NF4 quantizes the flattened weight, got shape {tuple(flat.shape)}")
@@ -62,11 +61,10 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Second level of a run of whole groups: absmax (G, 256) fp32 and the tensor's offset () fp32 -> scales (G, 256)
-    uint8, group_scale (G,) fp32.
+    """Quantize absmax (G, 256) fp32 to scales (G, 256) uint8 and group_scale (G,) fp32: the second level.
 
-    scale = exactly nearest entry of the dynamic map, ties to the lower index. Blocks from `num_blocks` on are padding.
-    absmax must be finite: what NaN and Inf give means nothing.
+    scale = exactly nearest entry of the dynamic map, ties to the lower index. The offset is the whole tensor's, ()
+    fp32. Blocks from `num_blocks` on are padding. absmax must be finite.
     """
     check(
         absmax.dtype == offset.dtype == torch.float32 and absmax.dim() == 2 and absmax.shape[1] == BLOCKS_PER_GROUP,
@@ -84,15 +82,15 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Te
 
 
 def absmax_offset(group_sums: Tensor, num_blocks: int) -> float:
-    """The offset: mean of all absmax of a tensor, from its groups' fp64 sums (G,).
+    """Return the offset, the mean of all absmax of a tensor, from its groups' fp64 sums (G,).
 
-    math.fsum rounds the exact sum once, so the result does not depend on order, nor on who summed which group.
+    math.fsum rounds the exact sum once, so the result depends neither on order nor on the number of ranks.
     """
     return math.fsum(group_sums.tolist()) / num_blocks
 
 
 def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A whole weight -> (codes, scales, group_scale, offset). Raises ValueError for NaN or Inf weights."""
+    """Quantize a whole weight to (codes, scales, group_scale, offset). Raises ValueError for NaN or Inf."""
     codes, absmax = quantize_blocks(weight.reshape(-1))
     if not bool(torch.isfinite(absmax).all()):
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or Inf, which NF4 cannot represent")
@@ -105,7 +103,7 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _writes_out(*parts: Tensor, out: Tensor) -> None:
-    """Fake of the ops that fill `out` and return nothing."""
+    """Stand in for the ops that fill `out`, for shape propagation."""
 
 
 @register(
@@ -113,7 +111,7 @@ def _writes_out(*parts: Tensor, out: Tensor) -> None:
     fake=_writes_out,
 )
 def nf4_dequantize_out(codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, out: Tensor) -> None:
-    """nf4_dequantize into a contiguous `out`, whose shape and dtype are the weight's. Shapes go unchecked."""
+    """Run nf4_dequantize into a contiguous `out` of the weight's shape and dtype, without checks."""
     if not uses_triton(codes):
         out.copy_(nf4_cpu.dequantize(codes, scales, group_scale, offset, shape=tuple(out.shape), dtype=out.dtype))
         return
@@ -124,7 +122,7 @@ def nf4_dequantize_out(codes: Tensor, scales: Tensor, group_scale: Tensor, offse
 
 @register("nf4_dequantize_blocks_out(Tensor codes, Tensor absmax, *, Tensor(a!) out) -> ()", fake=_writes_out)
 def dequantize_blocks_out(codes: Tensor, absmax: Tensor, *, out: Tensor) -> None:
-    """dequantize_blocks into a contiguous `out`, whose shape and dtype are the weight's. Shapes go unchecked."""
+    """Run dequantize_blocks into a contiguous `out` of the weight's shape and dtype, without checks."""
     if not uses_triton(codes):
         out.copy_(nf4_cpu.dequantize_blocks(codes, absmax, shape=tuple(out.shape), dtype=out.dtype))
         return
@@ -143,11 +141,21 @@ def nf4_dequantize(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The weight (shape) in `dtype` (fp32, bf16, fp16): fl(level * absmax) in fp32, rounded to nearest even once.
+    """Return the weight in `dtype` (fp32, bf16, fp16): fl(level * absmax) in fp32, rounded to nearest even once.
 
-    Written into `out` where it is given: contiguous, of that dtype and as many elements, of any shape; the result is a
-    view of it. Equal to bitsandbytes bit for bit from the same stored bytes. Raises RuntimeError for parts or an `out`
-    that do not fit `shape`.
+    The result equals bitsandbytes' bit for bit from the same stored bytes.
+
+    Args:
+        codes: (G, 8192) uint8.
+        scales: (G, 256) uint8.
+        group_scale: (G,) fp32.
+        offset: () fp32.
+        shape: Shape of the weight.
+        dtype: Dtype of the result.
+        out: Contiguous memory of that dtype and number of elements; the result is then a view of it.
+
+    Raises:
+        RuntimeError: The parts or `out` do not fit `shape`.
     """
     groups = num_groups(math.prod(shape))
     fits = (
@@ -172,10 +180,10 @@ def nf4_dequantize(
 def dequantize_blocks(
     codes: Tensor, absmax: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """nf4_dequantize of a weight without double quantization: absmax (G, 256) fp32, one a block, is stored itself.
+    """Return nf4_dequantize of a weight without double quantization, whose absmax (G, 256) fp32 is stored.
 
-    Equal to bitsandbytes bit for bit from the same stored bytes. Raises RuntimeError for parts or an `out` that do not
-    fit `shape`.
+    The result equals bitsandbytes' bit for bit from the same stored bytes. Raises RuntimeError for parts or an `out`
+    that do not fit `shape`.
     """
     groups = num_groups(math.prod(shape))
     check(
@@ -199,14 +207,14 @@ def dequantize_slice(
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weights from `start` on that fill `shape`, bit for bit those of the whole; for tensors on the CPU.
+    """Return the weights from index `start` on that fill `shape`, bit for bit those of the whole; on the CPU.
 
-    Both ends must be borders of blocks, not of groups: an expert's slice of a fused weight. Raises RuntimeError else.
+    Both ends must be block boundaries: an expert's slice of a fused weight. Raises RuntimeError otherwise.
     """
     first, blocks = start // BLOCK, math.prod(shape) // BLOCK
     check(
         start % BLOCK == 0 and math.prod(shape) % BLOCK == 0 and first + blocks <= scales.numel(),
-        lambda: f"weights {start} to {start + math.prod(shape)} are no whole blocks of {scales.numel()} x {BLOCK}",
+        lambda: f"weights {start} to {start + math.prod(shape)} are not whole blocks of {scales.numel()} x {BLOCK}",
     )
     return nf4_cpu.dequantize_slice(
         codes, scales, group_scale, offset, blocks=slice(first, first + blocks), shape=shape, dtype=dtype
@@ -214,12 +222,12 @@ def dequantize_slice(
 
 
 def _eagerly_on_cpu(codes: Tensor) -> bool:
-    """Where nf4_cpu is called without an op between: it makes its result itself, and torch.compile cannot trace it."""
+    """Return whether to call nf4_cpu without an op: it allocates its result, and torch.compile cannot trace it."""
     return not uses_triton(codes) and not torch.compiler.is_compiling()
 
 
 def _place(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Where a weight is written: a new tensor, or `out`, checked, in the weight's shape."""
+    """Return the tensor to write a weight to: a new one, or `out`, checked, in the weight's shape."""
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
     numel = math.prod(shape)
@@ -232,6 +240,6 @@ def _place(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, devic
 
 
 def bits_per_weight(numel: int) -> float:
-    """Stored bits a weight, padding and offset included: 4.127 for a large one (4 + 8/64 + 32/16384)."""
+    """Return the stored bits per weight, with padding and offset: 4.127 for a large one (4 + 8/64 + 32/16384)."""
     groups = num_groups(numel)
     return 8 * (groups * GROUP_RECORD_BYTES + 4) / numel

@@ -1,7 +1,7 @@
-"""NF4 in Triton: dequantization in one launch, and both levels of quantization, with the bytes of reference.py.
+"""Run NF4 in Triton with the bytes of reference.py: dequantization in one launch, and both levels of quantization.
 
-A tile is rows of blocks: (blocks of the program, 64 weights). Nothing here allocates more than its result.
-README.md has the alternatives to each choice, with their figures.
+A tile is rows of blocks: (blocks of the program, 64 weights). Only the result is allocated. docs/benchmarks.md compares
+alternatives with their instruction counts.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distlora_kernels import reference, tables
+from distlora_kernels import device_tables, reference
 from distlora_kernels.dispatch import check
 from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP_BYTES, num_groups
 
 DEQUANTIZE_BLOCKS = 128
-"""Blocks of a program of the dequantization: half a group, so that one group_scale serves it."""
+"""Blocks per program of the dequantization: half a group, so that it needs one group_scale."""
 QUANTIZE_BLOCKS = 64
-"""Blocks of a program of the first level."""
+"""Blocks per program of the first level."""
 QUANTIZE_GROUPS = 4
-"""Groups of a program of the second level."""
+"""Groups per program of the second level."""
 NUM_WARPS = 4
-# Two roundings are the contract: no fused multiply-add.
+# The contract rounds absmax twice: no fused multiply-add.
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 _MIDPOINTS = tl.constexpr(reference.nf4_midpoints())
@@ -33,9 +33,9 @@ _MIDPOINTS = tl.constexpr(reference.nf4_midpoints())
 def _dequantize_kernel(
     codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel, BLOCKS: tl.constexpr
 ):
-    """out[block, i] = round(level[code] * absmax). With group_scale_ptr None `scales` holds the absmax themselves."""
+    """Compute out[block, i] = round(level[code] * absmax); without group_scale_ptr `scales` holds the absmax."""
     program = tl.program_id(0)
-    first = program.to(tl.int64) * BLOCKS  # int64: one weight may pass 2^31 elements.
+    first = program.to(tl.int64) * BLOCKS  # int64: a weight may exceed 2^31 elements.
     block = tl.arange(0, BLOCKS)
     scale = tl.load(scales_ptr + first + block)
     if group_scale_ptr is None:
@@ -44,13 +44,13 @@ def _dequantize_kernel(
         group_scale = tl.load(group_scale_ptr + program // (256 // BLOCKS))
         absmax = tl.load(map_ptr + scale.to(tl.int32)) * group_scale + tl.load(offset_ptr)
 
-    # 8 codes a word; the first of two is the high nibble of its byte. The parts hold whole groups: no mask.
+    # 8 codes per word; the first of two is the high nibble of its byte. The parts hold whole groups: no mask.
     words_ptr = codes_ptr.to(tl.pointer_type(tl.int32)) + first * 8
     words = tl.load(words_ptr + block[:, None] * 8 + tl.arange(0, 8)[None, :])
     shift = (tl.arange(0, 8) ^ 1) * 4
     codes = (words[:, :, None] >> shift[None, None, :]) & 15
-    # Flattened: a gather of two dimensions becomes shuffles in Triton 3.9. This one reads 16 words of shared memory
-    # that lie in 16 banks, whatever the codes.
+    # Flattened: a two-dimensional gather becomes shuffles in Triton 3.9. This one reads 16 words of shared memory in 16
+    # banks.
     levels = tl.load(levels_ptr + tl.arange(0, 16))
     weights = tl.reshape(tl.gather(levels, tl.reshape(codes, (BLOCKS * 64,)), 0), (BLOCKS, 64)) * absmax[:, None]
 
@@ -60,13 +60,13 @@ def _dequantize_kernel(
 
 
 def dequantize(codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, out: Tensor) -> None:
-    """reference.nf4_dequantize into `out`, bit for bit."""
-    dynamic_map = tables.dynamic_map(codes.device)
+    """Run reference.nf4_dequantize into `out`, bit for bit."""
+    dynamic_map = device_tables.dynamic_map(codes.device)
     _launch_dequantize(codes, scales, group_scale, offset, dynamic_map, out)
 
 
 def dequantize_blocks(codes: Tensor, absmax: Tensor, *, out: Tensor) -> None:
-    """reference.dequantize_blocks into `out`, bit for bit."""
+    """Run reference.dequantize_blocks into `out`, bit for bit."""
     _launch_dequantize(codes, absmax, None, None, None, out)
 
 
@@ -89,7 +89,7 @@ def _launch_dequantize(
         group_scale,
         offset,
         map_,
-        tables.levels(codes.device),
+        device_tables.levels(codes.device),
         out,
         numel,
         BLOCKS=DEQUANTIZE_BLOCKS,
@@ -99,15 +99,15 @@ def _launch_dequantize(
 
 @triton.jit
 def _quantize_kernel(flat_ptr, codes_ptr, absmax_ptr, numel, BLOCKS: tl.constexpr):
-    """codes[block, i // 2], absmax[block] of flat[block, i]; what lies beyond numel counts as zero."""
+    """Compute codes[block, i // 2] and absmax[block] of flat[block, i]; elements from numel on count as zero."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     block = tl.arange(0, BLOCKS)
     element = block[:, None] * 64 + tl.arange(0, 64)[None, :]
     left = tl.minimum(numel - first * 64, BLOCKS * 64).to(tl.int32)
     weights = tl.load(flat_ptr + first * 64 + element, mask=element < left, other=0.0).to(tl.float32)
-    # As integers the bits without sign are ordered like the numbers, and NaN is above Inf: it is not lost.
+    # As integers, bits without sign are ordered like the numbers, with NaN above Inf, so it is kept.
     absmax = tl.max(weights.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
-    # A zero block divided by 1 stays zero, whose code is 7 as it must be.
+    # A zero block divided by 1 stays zero, with code 7.
     divisor = tl.where(absmax > 0, absmax, 1.0)
     weights, divisor = tl.broadcast(weights, divisor[:, None])
     normalized = tl.div_rn(weights, divisor)
@@ -121,7 +121,7 @@ def _quantize_kernel(flat_ptr, codes_ptr, absmax_ptr, numel, BLOCKS: tl.constexp
 
 
 def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """reference.quantize_blocks, byte for byte (the codes of blocks with NaN or Inf excepted)."""
+    """Return reference.quantize_blocks byte for byte, but for the codes of blocks with NaN or Inf."""
     flat = flat.contiguous()
     groups = num_groups(flat.numel())
     codes = torch.empty(groups, GROUP_BYTES, dtype=torch.uint8, device=flat.device)
@@ -135,7 +135,7 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize_absmax_kernel(
     absmax_ptr, offset_ptr, midpoints_ptr, scales_ptr, group_scale_ptr, num_groups, num_blocks, GROUPS: tl.constexpr
 ):
-    """scales[group, i], group_scale[group] of absmax[group, i]; blocks from num_blocks on count as absmax = offset."""
+    """Compute scales[group, i] and group_scale[group] of absmax[group, i]; blocks from num_blocks on are padding."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     block = group[:, None] * 256 + tl.arange(0, 256)[None, :]
     held = group < num_groups
@@ -145,7 +145,7 @@ def _quantize_absmax_kernel(
     divisor = tl.where(group_scale > 0, group_scale, 1.0)
     centered, divisor = tl.broadcast(centered, divisor[:, None])
     normalized = tl.div_rn(centered, divisor)
-    # How many midpoints lie below, by halving.
+    # Count the midpoints below by bisection.
     index = tl.zeros((GROUPS, 256), tl.int32)
     for bit in tl.static_range(7, -1, -1):
         step = 1 << bit
@@ -155,13 +155,13 @@ def _quantize_absmax_kernel(
 
 
 def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """reference.quantize_absmax, byte for byte."""
+    """Return reference.quantize_absmax byte for byte."""
     absmax = absmax.contiguous()
     groups = absmax.shape[0]
     scales = torch.empty(groups, BLOCKS_PER_GROUP, dtype=torch.uint8, device=absmax.device)
     group_scale = torch.empty(groups, dtype=torch.float32, device=absmax.device)
     grid = (triton.cdiv(groups, QUANTIZE_GROUPS),)
-    midpoints = tables.dynamic_midpoints(absmax.device)
+    midpoints = device_tables.dynamic_midpoints(absmax.device)
     _quantize_absmax_kernel[grid](
         absmax,
         offset,

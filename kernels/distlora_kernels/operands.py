@@ -1,13 +1,14 @@
-"""What goes into an adapted linear: its frozen weight, its adapter, and which rows use which adapter.
+"""Define the operands of adapted linears and of expert linears: frozen weight, adapter, choice of adapters, routing.
 
 Letters: B rows of the batch, M rows of the flattened input (B x tokens), I in features, O out features, N adapters of a
-linear, R their ranks added up.
+linear, R their total rank. Of experts: T tokens, K experts per token, S = K T rows, E experts.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from distlora_kernels.nf4 import dequantize_blocks, nf4_dequantize
 
 
 class FrozenWeight(NamedTuple):
-    """A weight (O, I), or one of all experts (E, O, I), that gets no gradient.
+    """A frozen weight (O, I), or the fused weight of all experts (E, O, I).
 
     `parts` is (weight,), NF4's (codes, scales, group_scale, offset), or (codes, absmax) without double quantization.
     """
@@ -28,11 +29,11 @@ class FrozenWeight(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def packed(self) -> bool:
+    def quantized(self) -> bool:
         return len(self.parts) > 1
 
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The whole weight in `dtype`; a packed weight is written to `out` if that is given."""
+        """Return the whole weight in `dtype`; a quantized weight is written to `out` if it is given."""
         if len(self.parts) == 1:
             return self.parts[0].to(dtype)
         if len(self.parts) == 2:
@@ -43,119 +44,273 @@ class FrozenWeight(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def per_column(values: tuple[float, ...], ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number of each adapter -> (R,), that of each column; copied to the device once and kept."""
+    """Return the value of each column's adapter, (R,); copied to the device once and cached."""
     columns = [value for value, rank in zip(values, ranks, strict=True) for _ in range(rank)]
     return torch.tensor(columns, dtype=dtype, device=device)
 
 
 def columns_of(adapter: int, ranks: Sequence[int]) -> slice:
-    """Where one of several adapters lies that are side by side: in the columns of b, and the rows of a."""
+    """Return the columns of b, or rows of a, of one of several adapters that are side by side."""
     first = sum(ranks[:adapter])
     return slice(first, first + ranks[adapter])
 
 
 class RowChoice(NamedTuple):
-    """Which adapter each row of the batch uses, of several that lie side by side: columns of b, rows of a."""
+    """The adapter of each row of the batch, among several side by side in the columns of b and rows of a."""
 
     rows: Tensor
-    """(B,) int64: the adapter's number, -1 for none."""
+    """(B,) int64: adapter of each row, -1 for none."""
     scales: tuple[float, ...]
-    """The scale s of each adapter."""
+    """Scale s of each adapter."""
     ranks: tuple[int, ...]
-    """The rank of each adapter."""
+    """Rank of each adapter."""
 
     def columns(self, adapter: int) -> slice:
+        """Return the columns of b of one adapter."""
         return columns_of(adapter, self.ranks)
 
 
 class Magnitude(NamedTuple):
-    """What DoRA gives the rows of W + s b a for a norm (dora_linear.py)."""
+    """DoRA's magnitudes of one linear (dora_linear.py)."""
 
     masters: Tensor
-    """(N, O) fp32: of each adapter; N = 1 without a choice."""
+    """Magnitudes m, (N, O) fp32; N = 1 without a choice."""
     row_norms_squared: Tensor
-    """(O,) fp32: of the rows of the frozen weight, as the GEMMs see it."""
+    """||W_o||^2 of the rows of the frozen weight, (O,) fp32."""
 
 
 class Adapter(NamedTuple):
-    """What a linear adds: a (R, I) and b (O, R), fp32 masters, their scale s, the inputs that they do not see, and with
-    DoRA the magnitude."""
+    """A linear's adapter: fp32 masters a (R, I) and b (O, R), scale s, dropout and DoRA's magnitude."""
 
     a: Tensor
     b: Tensor
     scale: float | RowChoice
     dropout: Dropout | ChosenDropout | None = None
-    """A `ChosenDropout` has one for each adapter of a choice."""
+    """Dropout of the adapter's input; a ChosenDropout if rows choose."""
     magnitude: Magnitude | None = None
 
 
 class Linear(NamedTuple):
-    """One of the linears that are applied to an input."""
+    """A frozen weight with its adapter and bias."""
 
     weight: FrozenWeight
     adapter: Adapter | None = None
     bias: Tensor | None = None
-    """(O,), which gets no gradient."""
+    """(O,), without gradient."""
 
 
-class KeptOfMagnitude(NamedTuple):
-    """What the backward of a linear with a magnitude reads of its forward (dora_linear.py makes it and reads it).
+class SavedDora(NamedTuple):
+    """Tensors that the backward of a DoRA linear needs (made and read by dora_linear.py).
 
-    dm is the sum over the rows of dy * output, divided by `divisor`: the output is v and the divisor n, or k v and m.
+    dm is the sum over the rows of dy * output, divided by `divisor`: output v and divisor n, or output k v and divisor
+    m.
     """
 
     output: Tensor | None
-    """(M, O); None where it takes a pass to get and no backward comes."""
+    """(M, O); None if no backward follows and computing it would take a pass."""
     divisor: Tensor
     """(N, O) fp32."""
     excess: Tensor | None
-    """k - 1 as (O,), or (B, O) where rows choose, in x's dtype."""
+    """k - 1 in x's dtype, (O,), or (B, O) if rows choose."""
     factor: Tensor | None = None
-    """Where k is folded into the packed weight and B: k as (O,) fp32, in the place of `excess`."""
+    """k as (O,) fp32 if it is folded into the quantized weight and B; then `excess` is None."""
 
 
-class Kept(NamedTuple):
-    """What a linear's backward reads of its forward."""
+class SavedLinear(NamedTuple):
+    """Tensors that a linear's backward needs."""
 
     xa: Tensor | None = None
-    """x A^T, None without an adapter."""
-    magnitude: KeptOfMagnitude | None = None
+    """x A^T; None without an adapter."""
+    magnitude: SavedDora | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """NUM_KEPT of them, for autograd to save."""
-        return (self.xa, *((None,) * (NUM_KEPT - 1) if self.magnitude is None else self.magnitude))
+        """Return the NUM_SAVED tensors for autograd to save."""
+        return (self.xa, *((None,) * (NUM_SAVED - 1) if self.magnitude is None else self.magnitude))
 
     @staticmethod
-    def of(tensors: Sequence[Any]) -> Kept:
+    def of(tensors: Sequence[Any]) -> SavedLinear:
+        """Rebuild from the saved tensors."""
         xa, output, divisor, excess, factor = tensors
-        return Kept(xa, None if divisor is None else KeptOfMagnitude(output, divisor, excess, factor))
+        return SavedLinear(xa, None if divisor is None else SavedDora(output, divisor, excess, factor))
 
 
-NUM_KEPT = 1 + len(KeptOfMagnitude._fields)
+NUM_SAVED = 1 + len(SavedDora._fields)
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients are needed."""
 
     x: bool
     a: tuple[bool, ...]
-    """Of each linear's adapter."""
+    """a of each linear's adapter."""
     b: tuple[bool, ...]
     magnitude: tuple[bool, ...]
 
 
 @dataclass(slots=True)
 class Gradients:
-    """The gradients of the linears of one input; None where none is asked for or none comes in."""
+    """Gradients of the linears of one input; None where none is needed or no output gradient arrives."""
 
     num_linears: int
     x: Tensor | None = None
     """(M, I) in x's dtype."""
     a: list[Tensor | None] = field(init=False)
-    """Of each linear, in its masters' dtype."""
+    """da of each linear, in its masters' dtype."""
     b: list[Tensor | None] = field(init=False)
     magnitude: list[Tensor | None] = field(init=False)
 
     def __post_init__(self) -> None:
         count = self.num_linears
         self.a, self.b, self.magnitude = [None] * count, [None] * count, [None] * count
+
+
+class AdapterRuns(NamedTuple):
+    """The adapters of a Routing's rows: rows of an expert that use the same adapter are neighbours."""
+
+    number: int
+    """Number N of adapters."""
+    of_rows: Tensor
+    """(S,) int64: adapter of each row, -1 for none."""
+    ends: Tensor
+    """(E * (N + 1),) int32: end of the rows of each adapter of each expert; rows without an adapter come first."""
+    bounds: tuple[int, ...] | None
+    """(E * (N + 1) + 1) boundaries on the host, from 0 on; None if they are not copied there."""
+
+    @classmethod
+    def of(
+        cls, key: Tensor, order: Tensor, adapters: tuple[Tensor, int], num_experts: int, *, on_host: bool
+    ) -> AdapterRuns:
+        """Build from `key`, the (expert, adapter) of each (choice, token), and `order`, which sorts it."""
+        by_token, number = adapters
+        counts = torch.zeros(num_experts * (number + 1), dtype=torch.int64, device=key.device)
+        ends = counts.scatter_add_(0, key, torch.ones_like(key)).cumsum(0)
+        return cls(
+            number=number,
+            of_rows=by_token[order % by_token.shape[0]],
+            ends=ends.int(),
+            bounds=(0, *ends.tolist()) if on_host else None,
+        )
+
+    def runs(self, expert: int) -> Iterator[tuple[int, slice]]:
+        """Yield (adapter or -1, its rows) of an expert's rows."""
+        assert self.bounds is not None, "the boundaries are on the device only"
+        first = expert * (self.number + 1)
+        for user in range(self.number + 1):
+            start, stop = self.bounds[first + user : first + user + 2]
+            if start < stop:
+                yield user - 1, slice(start, stop)
+
+
+class Routing(NamedTuple):
+    """The experts of a batch's tokens: one row for each expert of a token, sorted by expert."""
+
+    num_tokens: int
+    tokens: Tensor
+    """(S,) int64: token of each row. An expert's rows are ordered by choice, then token, as in transformers' eager
+    experts."""
+    order: Tensor
+    """(S,) int64: choice * T + token of each row."""
+    inverse: Tensor
+    """(S,) int64: row of each (choice, token)."""
+    experts: Tensor
+    """(S,) int64: expert of each row."""
+    ends: Tensor
+    """(E,) int32: end of each expert's rows."""
+    bounds: tuple[int, ...] | None
+    """(E + 1) boundaries on the host, from 0 on; None where reading them would synchronize with the GPU."""
+    users: AdapterRuns | None = None
+    """The adapter of each row, if tokens choose."""
+
+    @classmethod
+    def of(
+        cls, choices: Tensor, num_experts: int, *, on_host: bool, adapters: tuple[Tensor, int] | None = None
+    ) -> Routing:
+        """Build from the experts of each token.
+
+        Args:
+            choices: (T, K) int64, the experts of each token.
+            num_experts: E.
+            on_host: Whether to copy the boundaries to the host.
+            adapters: ((T,) int64, the adapter of each token or -1; number of adapters). An expert's rows are then
+            sorted     by adapter first.
+        """
+        flat = choices.T.reshape(-1)
+        key = flat
+        if adapters is not None:
+            by_token, number = adapters
+            key = flat * (number + 1) + (by_token + 1).repeat(choices.shape[1])
+        order = torch.argsort(key, stable=True)
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
+        ends = counts.scatter_add_(0, flat, torch.ones_like(flat)).cumsum(0)
+        return cls(
+            num_tokens=choices.shape[0],
+            tokens=order % choices.shape[0],
+            order=order,
+            inverse=torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)),
+            experts=flat[order],
+            ends=ends.int(),
+            bounds=(0, *ends.tolist()) if on_host else None,
+            users=None if adapters is None else AdapterRuns.of(key, order, adapters, num_experts, on_host=on_host),
+        )
+
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """Yield (expert, its rows) of the experts that have rows."""
+        assert self.bounds is not None, "the boundaries are on the device only"
+        for expert, (start, stop) in enumerate(itertools.pairwise(self.bounds)):
+            if start < stop:
+                yield expert, slice(start, stop)
+
+
+class ExpertChoice(NamedTuple):
+    """The adapters of an expert weight if tokens choose: side by side in the rows of each a and columns of b."""
+
+    of_users: tuple[int, ...]
+    """Adapter index at this weight of each adapter number of the tokens; -1 for none."""
+    scales: tuple[float, ...]
+    ranks: tuple[int, ...]
+
+    def columns(self, adapter: int) -> slice:
+        """Return the columns of b of one adapter."""
+        return columns_of(adapter, self.ranks)
+
+
+class ExpertAdapter(NamedTuple):
+    """The adapters of all experts, a (E, R, I) and b (E, O, R), with their scale or choice."""
+
+    a: Tensor
+    b: Tensor
+    scale: float | ExpertChoice
+
+    def runs(self, routing: Routing, expert: int, rows: slice) -> Iterator[tuple[slice, slice | None, float]]:
+        """Yield (rows, columns, scale) of each run of an expert's rows with one adapter; columns is None for none."""
+        choice = self.scale
+        if not isinstance(choice, ExpertChoice):
+            yield rows, slice(None), choice
+            return
+        assert routing.users is not None
+        for user, run in routing.users.runs(expert):
+            number = choice.of_users[user] if user >= 0 else -1
+            yield (run, None, 0.0) if number < 0 else (run, choice.columns(number), choice.scales[number])
+
+
+class ExpertLinear(NamedTuple):
+    """The linears of all experts: one fused weight (E, O, I), or (E, I, O) if transposed."""
+
+    weight: FrozenWeight
+    transposed: bool
+    adapter: ExpertAdapter | None
+    bias: Tensor | None
+    """(E, O), without gradient."""
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.weight.shape[2 if self.transposed else 1]
+
+
+class ExpertGradients(NamedTuple):
+    """Gradients of an expert linear; None where none is needed."""
+
+    x: Tensor | None
+    a: Tensor | None
+    b: Tensor | None

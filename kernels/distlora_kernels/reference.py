@@ -1,7 +1,7 @@
-"""Every op of this package in plain torch: the definition of "correct". The simplest code here, never the fastest.
+"""Define every op of this package in plain torch. The code is simple, not fast.
 
 Letters: G double-quantization groups (256 blocks of 64 weights: 16,384), M rows of the input, I in features, O out
-features, R adapter rank. Formats and formulas are bitsandbytes' (README.md of this folder has the byte layout).
+features, R adapter rank. Formats and formulas are bitsandbytes' (the folder's README.md has the byte layout).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Consecutive weights of the flattened tensor that share one absmax."""
+"""Number of consecutive weights of the flattened tensor that share one absmax."""
 BLOCKS_PER_GROUP = 256
-"""Absmax values that share one group_scale."""
+"""Number of absmax values that share one group_scale."""
 GROUP = BLOCK * BLOCKS_PER_GROUP
-"""Weights in a group: the grain at which a tensor is cut over ranks."""
+"""Number of weights in a group, the unit of sharding."""
 GROUP_BYTES = GROUP // 2
 
 # The NF4 levels (QLoRA, arXiv 2305.14314, appendix E) as the fp32 values that bitsandbytes stores.
@@ -40,27 +40,27 @@ ZERO_CODE = NF4_LEVELS.index(0.0)
 
 
 def midpoints(levels: tuple[float, ...]) -> tuple[float, ...]:
-    """The decision levels between neighbouring levels, rounded to fp32 (a weight on one goes to the lower)."""
+    """Return the midpoints of neighbouring levels, rounded to fp32; a weight on one goes to the lower level."""
     values = torch.tensor(levels, dtype=torch.float32)
     return tuple(((values[1:] + values[:-1]) / 2).tolist())
 
 
 def nf4_midpoints() -> tuple[float, ...]:
-    """The 15 decision levels of NF4."""
+    """Return the 15 decision levels of NF4."""
     return midpoints(NF4_LEVELS)
 
 
 def dynamic_map() -> Tensor:
-    """bitsandbytes' signed dynamic 8-bit map: (256,) fp32, sorted, from -0.993 to 1, with 0 at index 127.
+    """Return bitsandbytes' signed dynamic 8-bit map: (256,) fp32, sorted, from -0.993 to 1, with 0 at index 127.
 
-    Seven decades; decade i has 2^i midpoints of linspace(0.1, 1, 2^i + 1) times 10^(i-6), with both signs, plus 0 and 1
-    (Dettmers et al., arXiv 2110.02861, section 2.1).
+    It has seven decades; decade i has 2^i midpoints of linspace(0.1, 1, 2^i + 1) times 10^(i-6), with both signs, plus
+    0 and 1 (Dettmers et al., arXiv 2110.02861, section 2.1).
     """
     values = [0.0, 1.0]
     start = torch.tensor(0.1, dtype=torch.float32)
     for decade in range(7):
-        # torch.linspace gives other last bits with vector instructions than without (42 of the 256 entries, up to 2
-        # ulps). These are the ones with: from both ends, each edge rounded once, in fp64 on the way.
+        # torch.linspace differs in the last bits with and without vector instructions (42 of 256 entries, up to 2
+        # ulps). These are the bits with: from both ends, each edge computed in fp64 and rounded once.
         step = ((1.0 - start) / 2**decade).double()
         index = torch.arange(2**decade + 1, dtype=torch.float64)
         edges = torch.where(index <= 2**decade // 2, start + step * index, 1.0 - step * (2**decade - index)).float()
@@ -74,16 +74,16 @@ ZERO_SCALE = 127
 
 
 def num_groups(numel: int) -> int:
-    """Groups that hold `numel` weights; the last one may be padded."""
+    """Return the number of groups of `numel` weights; the last one may be padded."""
     return -(-numel // GROUP)
 
 
 def quantize_blocks(flat: Tensor, levels: tuple[float, ...] = NF4_LEVELS) -> tuple[Tensor, Tensor]:
-    """First level: flat (n,) of any float dtype -> codes (G, 8192) uint8 and absmax (G, 256) fp32.
+    """Quantize flat (n,), of any float dtype, to codes (G, 8192) uint8 and absmax (G, 256) fp32: the first level.
 
-    code = nearest level of w / absmax, ties to the lower index; the first of two weights is the high nibble.
-    Padding and all-zero blocks get absmax 0 and the code of 0 (7). NaN and Inf show as non-finite absmax; their codes
-    mean nothing.
+    code = nearest level of w / absmax, ties to the lower index; the first of two weights is the high nibble. Padding
+    and all-zero blocks get absmax 0 and the code of 0 (7). The absmax of a block with NaN or Inf is not finite, and its
+    codes are undefined.
     """
     groups = num_groups(flat.numel())
     padded = torch.zeros(groups * GROUP, dtype=torch.float32, device=flat.device)
@@ -97,7 +97,7 @@ def quantize_blocks(flat: Tensor, levels: tuple[float, ...] = NF4_LEVELS) -> tup
 
 
 def absmax_group_sums(absmax: Tensor) -> Tensor:
-    """(G, 256) fp32 -> (G,) fp64 sums, by a fixed tree of halves, so that a group's sum depends on nothing else."""
+    """Return the sum of each group, (G, 256) fp32 -> (G,) fp64, by a fixed tree of halves."""
     total = absmax.double()
     while total.shape[1] > 1:
         half = total.shape[1] // 2
@@ -106,10 +106,10 @@ def absmax_group_sums(absmax: Tensor) -> Tensor:
 
 
 def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Second level: absmax (G, 256) fp32, offset () fp32 -> scales (G, 256) uint8 and group_scale (G,) fp32.
+    """Quantize absmax (G, 256) fp32 to scales (G, 256) uint8 and group_scale (G,) fp32: the second level.
 
     scale = exactly nearest entry of the dynamic map to (absmax - offset) / group_scale, ties to the lower index;
-    group_scale = the group's largest |absmax - offset|. Blocks from `num_blocks` on are padding and take no part.
+    group_scale = the group's largest |absmax - offset|. Blocks from `num_blocks` on are padding and are ignored.
     """
     centered = absmax - offset
     centered.view(-1)[num_blocks:] = 0.0
@@ -122,7 +122,7 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Te
 
 
 def dequantize_absmax(scales: Tensor, group_scale: Tensor, offset: Tensor) -> Tensor:
-    """absmax (G, 256) = fl(fl(map[scale] * group_scale) + offset), fp32: two roundings, never a fused multiply-add."""
+    """Return absmax (G, 256) fp32 = fl(fl(map[scale] * group_scale) + offset): two roundings, no fused multiply-add."""
     entries = dynamic_map().to(scales.device)
     return entries[scales.long()] * group_scale[:, None] + offset
 
@@ -130,7 +130,7 @@ def dequantize_absmax(scales: Tensor, group_scale: Tensor, offset: Tensor) -> Te
 def nf4_dequantize(
     codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """w = round_to_nearest_even(fl(level[code] * absmax)) in `dtype`, shaped `shape`; padding is cut off."""
+    """Return w = round_to_nearest_even(fl(level[code] * absmax)) in `dtype` and `shape`, without padding."""
     return dequantize_blocks(codes, dequantize_absmax(scales, group_scale, offset), shape=shape, dtype=dtype)
 
 
@@ -142,7 +142,7 @@ def dequantize_blocks(
     dtype: torch.dtype,
     levels: tuple[float, ...] = NF4_LEVELS,
 ) -> Tensor:
-    """The same from the absmax (G, 256) fp32 itself: what a weight without double quantization keeps."""
+    """Return nf4_dequantize's result from the absmax (G, 256) fp32: for weights without double quantization."""
     values = torch.tensor(levels, dtype=torch.float32, device=codes.device)
     nibbles = torch.stack((codes >> 4, codes & 15), dim=-1).view(-1, BLOCK)
     weights = values[nibbles.long()] * absmax.view(-1, 1)
@@ -152,10 +152,16 @@ def dequantize_blocks(
 def lora_linear(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor | float, bias: Tensor | None = None
 ) -> Tensor:
-    """y = x W^T + (gate * (x A^T)) B^T + bias. x (..., I), weight (O, I), a (R, I), b (O, R); y (..., O) in x's dtype.
+    """Return y = x W^T + (gate * (x A^T)) B^T + bias, (..., O) in x's dtype.
 
-    `gate` is the scale s of one adapter, or (M, R) for several adapters side by side in a and b: s where the row uses
-    the column's adapter, 0 elsewhere.
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        a: (R, I).
+        b: (O, R).
+        gate: The scale s of one adapter; or (M, R) for several adapters side by side in a and b, with s where the row
+            uses the column's adapter and 0 elsewhere.
+        bias: (O,).
     """
     flat = x.flatten(0, -2)
     delta = (flat @ a.to(x.dtype).T * gate).to(x.dtype) @ b.to(x.dtype).T
@@ -172,8 +178,47 @@ def expert_linear(
     gate: Tensor | float,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y_s = W_e x_s + gate_s B_e (A_e x_s) + bias_e with e = experts[s]. x (S, I), weight (E, O, I), a (E, R, I),
-    b (E, O, R), bias (E, O); gate s or (S, R); y (S, O)."""
+    """Return y (S, O): y_s = W_e x_s + gate_s B_e (A_e x_s) + bias_e with e = experts[s].
+
+    Shapes: x (S, I), weight (E, O, I), a (E, R, I), b (E, O, R), bias (E, O), gate a number or (S, R).
+    """
     xa = torch.einsum("si,sri->sr", x, a[experts]) * gate
     y = torch.einsum("si,soi->so", x, weight[experts]) + torch.einsum("sr,sor->so", xa, b[experts])
     return y if bias is None else y + bias[experts]
+
+
+STRIPE_ELEMENTS = 2**20
+"""Products that magnitude_gradient holds at once, 4 MiB: with fewer, thread barriers cost more than the cache saves."""
+
+
+def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
+    """Return the absmax (G, 256) fp32 of a quantized weight, each times its row's factor; padding is 0."""
+    absmax = parts[1]
+    if len(parts) == 4:
+        _, scales, group_scale, offset = parts
+        absmax = dynamic_map().to(scales.device)[scales.int()] * group_scale[:, None] + offset
+    scaled = torch.zeros_like(absmax)
+    blocks = columns // BLOCK
+    scaled.view(-1)[: rows * blocks] = (absmax.view(-1)[: rows * blocks].view(rows, blocks) * factor[:, None]).flatten()
+    return scaled
+
+
+def dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return sqrt(||W_o||^2 + 2 s <wa, b> + s^2 <b gram, b>) of each row, (O,) fp32, with gram = A A^T (R, R)."""
+    wa, b = wa.float(), b.float()
+    cross, square = (wa * b).sum(dim=1), ((b @ gram) * b).sum(dim=1)
+    return root((row_norms_squared + 2 * scale * cross + scale**2 * square).clamp_min(0))
+
+
+def root(squares: Tensor) -> Tensor:
+    """Return the correctly rounded fp32 square root: torch's on the CPU is off by one bit for 15 % of the numbers."""
+    return squares.double().sqrt().float()
+
+
+def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
+    """Return the sum over M of dy * y (M, O) divided by the magnitude, (O,) fp32; 0 where the magnitude is 0."""
+    rows = max(1, STRIPE_ELEMENTS // max(dy.shape[1], 1))
+    total = torch.zeros_like(magnitude)
+    for left, right in zip(dy.split(rows), y.split(rows), strict=True):
+        total += (left.float() * right.float()).sum(dim=0)
+    return torch.where(magnitude == 0, 0.0, total / magnitude)

@@ -1,8 +1,8 @@
-"""Memory for dequantized weights: on a GPU one arena a device and stream, reused by every linear.
+"""Provide memory for dequantized weights: on a GPU one arena per device and stream, reused by every linear.
 
-A weight that is dequantized lives until the next one is: kernels of a stream run in order, so the GEMM that reads it is
-done before it is overwritten. Where the block's weights are to be kept from recomputation to backward (`keeping`), each
-has a place of its own. On the CPU a weight is an ordinary tensor: malloc is told to keep its pages by the launcher.
+A dequantized weight is valid until the next one is taken: kernels of a stream run in order, so the GEMM that reads it
+is done before it is overwritten. With `keeping`, a layer's weights are kept from recomputation to backward, each in its
+own place. On the CPU a weight is an ordinary tensor; the launcher configures malloc to keep freed pages.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from distlora_kernels.dispatch import uses_triton
 from distlora_kernels.operands import FrozenWeight
 
 _ALIGNMENT = 512
-"""Bytes at which kept weights start: more than any load is wide."""
+"""Alignment of kept weights, in bytes: wider than any load."""
 
 
 @dataclass(slots=True)
 class Arena:
-    """The scratch of one stream."""
+    """The scratch memory of one stream."""
 
     device: torch.device
     one: Tensor = field(init=False)
-    """Bytes for the weight that is in use."""
+    """Memory of the weight in use."""
     kept: Tensor = field(init=False)
-    """Bytes for the weights of the block that is being recomputed, one after the other."""
+    """Memory of the weights of the layer that is being recomputed, one after the other."""
     kept_bytes: int = 0
-    """How much of it is taken."""
+    """Bytes of `kept` in use."""
 
     def __post_init__(self) -> None:
         self.one = self.kept = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     def take_one(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """(shape) in `dtype`, unfilled, until the next call."""
+        """Return uninitialized memory of this shape and dtype, valid until the next call."""
         nbytes = _nbytes(shape, dtype)
         if self.one.numel() < nbytes:
             self.one = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self.one[:nbytes].view(dtype).view(shape)
 
     def take_kept(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """(shape) in `dtype`, unfilled, until `start_keeping`."""
+        """Return uninitialized memory of this shape and dtype, valid until `start_keeping`."""
         nbytes, start = _nbytes(shape, dtype), self.kept_bytes
         self.kept_bytes = start + _aligned(nbytes)
         if self.kept.numel() < self.kept_bytes:
-            # Weights that are kept in the smaller buffer hold it until their backward is done.
+            # Weights in the smaller buffer keep it alive until their backward is done.
             self.kept = torch.empty(self.kept_bytes, dtype=torch.uint8, device=self.device)
         return self.kept[start : start + nbytes].view(dtype).view(shape)
 
     def start_keeping(self) -> None:
-        """Another block is recomputed: what was kept of the last one is used up."""
+        """Release the kept weights: the next layer is recomputed."""
         self.kept_bytes = 0
 
 
@@ -64,7 +64,7 @@ _keeping: Literal["off", "forward", "recomputation"] = "off"
 
 
 def arena(device: torch.device) -> Arena:
-    """The arena of the device's current stream."""
+    """Return the arena of the device's current stream."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -74,26 +74,27 @@ def arena(device: torch.device) -> Arena:
 
 
 def reserve(device: torch.device, *, largest: int, block: int = 0) -> int:
-    """Take the arena's memory before the first step: for the largest weight that is dequantized, and for a block's
-    weights where they are kept (`block_bytes`), in bytes. Returns the bytes that the arena then holds.
+    """Allocate the arena before the first step. Returns the bytes that it holds.
+
+    `largest` is the size of the largest dequantized weight, `block` that of a layer's kept weights (`block_bytes`).
     """
-    own = arena(device)
-    own.one = torch.empty(largest, dtype=torch.uint8, device=device)
-    own.kept = torch.empty(block, dtype=torch.uint8, device=device)
-    return own.one.nbytes + own.kept.nbytes
+    reserved = arena(device)
+    reserved.one = torch.empty(largest, dtype=torch.uint8, device=device)
+    reserved.kept = torch.empty(block, dtype=torch.uint8, device=device)
+    return reserved.one.nbytes + reserved.kept.nbytes
 
 
 def block_bytes(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
-    """What an arena needs to keep weights of these shapes."""
+    """Return the bytes that an arena needs to keep weights of these shapes."""
     return sum(_aligned(_nbytes(shape, dtype)) for shape in shapes)
 
 
 @contextlib.contextmanager
 def keeping(part: Literal["forward", "recomputation"], device: torch.device) -> Iterator[None]:
-    """Around a block's forward and its recomputation: what the recomputation dequantizes is kept for the backward.
+    """Keep the weights that a layer's recomputation dequantizes for its backward; enter around both parts.
 
-    The linears then save their dequantized weights. In forward the checkpoint drops what is saved, so that nothing is
-    held; in recomputation it hands it to the backward that asked for it. Only for blocks under a checkpoint.
+    The linears then save their dequantized weights. In forward, activation checkpointing drops saved tensors, so
+    nothing is held; in recomputation it passes them to backward. Only for layers under activation checkpointing.
     """
     global _keeping
     if part == "recomputation":
@@ -106,22 +107,24 @@ def keeping(part: Literal["forward", "recomputation"], device: torch.device) -> 
 
 
 class DenseWeights:
-    """The dequantized weights of the linears of one input: asked for in forward, and again in backward."""
+    """The dequantized weights of the linears of one input, in forward and in backward."""
 
     def __init__(self, num_linears: int) -> None:
         self.saved: list[Tensor | None] = [None] * num_linears
-        """What backward need not dequantize again."""
+        """Dense weights by linear that backward need not dequantize again."""
 
     def take(self, index: int, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
-        """The weight of linear `index` (O, I) in `dtype`; on a GPU until the next one is taken."""
+        """Return the weight of linear `index` (O, I) in `dtype`; on a GPU it is valid until the next one is taken."""
         if (dense := self.saved[index]) is not None:
             return dense
-        if not weight.packed:
+        if not weight.quantized:
             return weight.dense(dtype)
         first, place = weight.parts[0], None
-        if uses_triton(first) and not torch.compiler.is_compiling():  # A graph has memory of its own.
-            own = arena(first.device)
-            place = (own.take_kept if _keeping == "recomputation" else own.take_one)(weight.shape, dtype)
+        if uses_triton(first) and not torch.compiler.is_compiling():  # A compiled graph manages its memory.
+            stream_arena = arena(first.device)
+            place = (stream_arena.take_kept if _keeping == "recomputation" else stream_arena.take_one)(
+                weight.shape, dtype
+            )
         dense = weight.dense(dtype, place)
         if _keeping != "off":
             self.saved[index] = dense

@@ -1,18 +1,20 @@
-"""The products of one adapter (rank R, far below I and O) around its linear: each reads the large operand once.
+"""Compute the products of an adapter (rank R, far below I and O) around its linear: matrices with one skinny side.
+
+Each product reads the large operand once:
 
     down   xa  = d(x) a^T                            forward, one product for all linears of an input (a stacked)
-    up     y   = xa b^T + bias, or d(dxa a)          what the base GEMM of forward or dX then accumulates into
-    dy     dxa = dy b,  db = scale * dy^T xa         backward, dy read once for both (twice where skinny_launch.py says)
-    grad   da  = dxa^T d(x)
+    up     y   = xa b^T + bias, or d(dxa a)          the base GEMM of forward or dX then accumulates into it
+    dy     dxa = dy b,  db = scale * dy^T xa         backward, dy read once for both (skinny_launch.py has the
+    exception) grad   da  = dxa^T d(x)
 
-d sets the dropped inputs to 0 (dropout.py). With a choice the adapters lie side by side (rows of a, columns of b), and
-xa and dxa are compact: row m has the columns of its own adapter, then zeros up to the largest rank; all zeros for -1.
-Then what is not finite in one adapter's rows reaches no other adapter's gradient, and each may have its own dropout.
-Sums are fp32 (fp64 for fp64 inputs), narrowed once, and added in one order: the same inputs give the same bits.
+d zeroes the dropped inputs (dropout.py). With a choice the adapters lie side by side (rows of a, columns of b), and xa
+and dxa are compact: row m has the columns of its adapter, then zeros up to the largest rank; all zeros for -1. A
+non-finite value in one adapter's rows then reaches no other adapter's gradient, and each adapter may have its dropout.
+Sums are fp32 (fp64 for fp64 inputs), rounded once, in a fixed order: equal inputs give equal bits.
 
 Letters: M rows, I in features, O out features, R rank (of all adapters together), N adapters, B rows of the batch.
-Dense tensors may be slices of wider ones. The torch operations of this file run on the CPU, and in fp64
-everywhere, and are the definition.
+Dense tensors may be slices of wider ones. The torch operations of this file are the definition; they run on the CPU,
+and in fp64 everywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def skinny_down(
     x: Tensor, a: Tensor, *, choice: RowChoice | None = None, dropout: Dropout | ChosenDropout | None = None
 ) -> Tensor:
-    """xa = d(x) a^T: x (M, I), a (R, I) in x's dtype -> (M, R) in x's dtype; (M, max(ranks)) with a choice.
+    """Return xa = d(x) a^T, (M, R) in x's dtype, of x (M, I) and a (R, I); (M, max(ranks)) with a choice.
 
     Raises RuntimeError for shapes or dtypes that do not fit.
     """
@@ -52,10 +54,10 @@ def skinny_up(
     choice: RowChoice | None = None,
     dropout: Dropout | ChosenDropout | None = None,
 ) -> Tensor:
-    """xa b^T + bias: xa (M, R), b (O, R) of any strides -> (M, O) in xa's dtype; xa (M, max(ranks)) with a choice.
+    """Return xa b^T + bias, (M, O) in xa's dtype, of xa (M, R) and b (O, R) of any strides.
 
-    The term of dX is skinny_up(dxa, a.T, dropout=...), a (R, I): the dropout is of the result, which then has no bias.
-    Raises RuntimeError for shapes or dtypes that do not fit.
+    xa is (M, max(ranks)) with a choice. The term of dX is skinny_up(dxa, a.T, dropout=...), a (R, I): the dropout then
+    applies to the result, without bias. Raises RuntimeError for shapes or dtypes that do not fit.
     """
     _check_operands("skinny_up", xa=xa, b=b)
     _check_choice(choice, xa.shape[0], b.shape[1])
@@ -71,10 +73,11 @@ def skinny_up(
 def skinny_dy(
     dy: Tensor, b: Tensor, xa: Tensor, *, scale: float, choice: RowChoice | None = None
 ) -> tuple[Tensor, Tensor]:
-    """dxa = dy b in dy's dtype and db = scale * dy^T xa in fp32: dy (M, O), b (O, R), xa (M, R) -> (M, R), (O, R).
+    """Return dxa = dy b, (M, R) in dy's dtype, and db = scale * dy^T xa, (O, R) fp32.
 
-    b has its scale in it already; what the gradient of the master needs is `scale`, times choice.scales of the adapter
-    with a choice. Then xa and dxa are (M, max(ranks)). Raises RuntimeError for shapes or dtypes that do not fit.
+    Shapes: dy (M, O), b (O, R), xa (M, R). b includes the adapter's scale; `scale` (times choice.scales with a choice)
+    is for the master's gradient. With a choice xa and dxa are (M, max(ranks)). Raises RuntimeError for shapes or dtypes
+    that do not fit.
     """
     _check_operands("skinny_dy", dy=dy, b=b, xa=xa)
     check(dy.shape[1] == b.shape[0], lambda: f"dy has {dy.shape[1]} features, b gives {b.shape[0]}: {tuple(b.shape)}")
@@ -87,7 +90,7 @@ def skinny_dy(
 def skinny_grad(
     dxa: Tensor, x: Tensor, *, choice: RowChoice | None = None, dropout: Dropout | ChosenDropout | None = None
 ) -> Tensor:
-    """da = dxa^T d(x) in fp32: dxa (M, R), x (M, I) -> (R, I); dxa (M, max(ranks)) with a choice.
+    """Return da = dxa^T d(x), (R, I) fp32, of dxa (M, R) and x (M, I); dxa is (M, max(ranks)) with a choice.
 
     Raises RuntimeError for shapes or dtypes that do not fit.
     """
@@ -136,20 +139,21 @@ def _choice_arguments(choice: RowChoice | None) -> tuple[Tensor | None, Sequence
 def _dropout_arguments(
     dropout: Dropout | ChosenDropout | None, choice: RowChoice | None, num_rows: int
 ) -> tuple[Tensor | None, Tensor | None, Sequence[int]]:
-    """The schema's form of a dropout: its rows, the steps that they are in where each adapter has its own, and numbers:
-    the first position, then key, threshold and step, or key and threshold of each adapter.
+    """Return a dropout as the schema's arguments: rows, steps (ChosenDropout only) and numbers.
+
+    The numbers are the first position, then key, threshold and step, or key and threshold of each adapter.
     """
     if dropout is None:
         return None, None, ()
     batch = dropout.rows.shape[0]
-    check(num_rows % batch == 0, lambda: f"{num_rows} inputs are not {batch} rows of equal length")
+    check(num_rows % batch == 0, lambda: f"{num_rows} inputs are not {batch} sequences of equal length")
     if isinstance(dropout, Dropout):
         return dropout.rows, None, (dropout.first, *dropout.key, dropout.threshold, dropout.step)
     check(
         choice is not None
         and len(dropout.streams) == len(choice.ranks)
         and choice.rows.shape == dropout.steps.shape == dropout.rows.shape,
-        lambda: f"a dropout of each adapter ({len(dropout.streams)}) needs a choice among as many",
+        lambda: f"a ChosenDropout of {len(dropout.streams)} adapters needs a choice among as many",
     )
     return dropout.rows, dropout.steps, (dropout.first, *(n for key, bound in dropout.streams for n in (*key, bound)))
 
@@ -194,7 +198,7 @@ def _down(
     if rows is None:
         return seen @ a.T
     xa = x.new_zeros(x.shape[0], max(ranks))
-    for part, columns, rank in _own_parts(rows, ranks, x.shape[0]):
+    for part, columns, rank in _adapter_parts(rows, ranks, x.shape[0]):
         xa[part, :rank] = seen[part] @ a[columns].T
     return xa
 
@@ -223,7 +227,7 @@ def _up(
     if rows is None:
         return _zeroed(xa @ b.T, dropout) if bias is None else torch.addmm(bias, xa, b.T)
     y = xa.new_zeros(xa.shape[0], b.shape[0]) if bias is None else bias.expand(xa.shape[0], -1).contiguous()
-    for part, columns, rank in _own_parts(rows, ranks, xa.shape[0]):
+    for part, columns, rank in _adapter_parts(rows, ranks, xa.shape[0]):
         y[part] = torch.addmm(y[part], xa[part, :rank], b[:, columns].T)
     return _zeroed(y, dropout)
 
@@ -254,10 +258,10 @@ def _dy(
         return dy @ b, (dy.T.to(wide) @ xa.to(wide)).mul_(scale)
     dxa = dy.new_zeros(dy.shape[0], max(ranks))
     db = torch.zeros(b.shape, dtype=wide, device=b.device)
-    for part, columns, rank in _own_parts(rows, ranks, dy.shape[0]):
+    for part, columns, rank in _adapter_parts(rows, ranks, dy.shape[0]):
         dxa[part, :rank] = dy[part] @ b[:, columns]
         db[:, columns] += dy[part].T.to(wide) @ xa[part, :rank].to(wide)
-    return dxa, db.mul_(per_column(tuple(scale * own for own in scales), tuple(ranks), wide, b.device))
+    return dxa, db.mul_(per_column(tuple(scale * each for each in scales), tuple(ranks), wide, b.device))
 
 
 @register(
@@ -286,13 +290,13 @@ def _grad(
     if rows is None:
         return dxa.T.to(wide) @ seen.to(wide)
     da = torch.zeros(sum(ranks), x.shape[1], dtype=wide, device=x.device)
-    for part, columns, rank in _own_parts(rows, ranks, x.shape[0]):
+    for part, columns, rank in _adapter_parts(rows, ranks, x.shape[0]):
         da[columns] += dxa[part, :rank].T.to(wide) @ seen[part].to(wide)
     return da
 
 
 def _in_triton(tensor: Tensor) -> bool:
-    """Whether the kernels run. They add in fp32, so fp64 is left to torch on a GPU too."""
+    """Return whether the kernels run. They add in fp32, so fp64 uses torch on a GPU too."""
     return uses_triton(tensor) and tensor.dtype != torch.float64
 
 
@@ -304,10 +308,10 @@ def _zeroed(x: Tensor, dropout: Dropout | ChosenDropout | None) -> Tensor:
     return x if dropout is None else x.masked_fill(dropped(dropout, *x.shape), 0)
 
 
-def _own_parts(rows: Tensor, ranks: Sequence[int], num_rows: int) -> Iterator[tuple[slice, slice, int]]:
-    """Of each row of the batch that uses an adapter: its inputs, the adapter's columns of b, and their number."""
+def _adapter_parts(rows: Tensor, ranks: Sequence[int], num_rows: int) -> Iterator[tuple[slice, slice, int]]:
+    """Yield (inputs, columns of b, rank) of each row of the batch that uses an adapter."""
     tokens = num_rows // rows.shape[0]
     for row, adapter in enumerate(rows.tolist()):
-        assert -1 <= adapter < len(ranks), f"row {row} asks for adapter {adapter} of {len(ranks)}"
+        assert -1 <= adapter < len(ranks), f"row {row} has adapter {adapter} of {len(ranks)}"
         if adapter >= 0:
             yield slice(row * tokens, (row + 1) * tokens), columns_of(adapter, ranks), ranks[adapter]

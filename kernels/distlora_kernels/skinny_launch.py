@@ -1,20 +1,5 @@
-"""How the kernels of skinny_triton.py are launched: tiles, splits, buffers of partial sums. Signatures of the ops.
-
-Counted at M = I = O = 8192, r = 16, bf16; x, y and dy are 134.2 MB. The times are predictions (nothing was run on a
-GPU, 2026-11-24) at 3.0 TB/s, with 3 us for each further launch that only adds partials.
-
-| op | MB: operand + partials written and read | us | as separate products |
-|---|---|---|---|
-| down | 134.7 | 45 | 45 for each linear of the input, where one call serves all (R = 48: 46 + 3) |
-| down with dropout | 134.7 | 45-60: 15 instructions an element, about as long as reading | |
-| up | 134.7 | 45 | 45 |
-| up a.T with dropout | 134.7 | 45-60 | |
-| dy | 134.7 + 2 x (16.8 + 4.2) = 177 | 59 + 6, less what stays in L2 | 90: dy is read twice |
-| grad | 134.7 + 2 x 1.0 | 46 + 3 | 45 for each linear (R = 48: 49 + 3) |
-
-Beside x, every tile of rows reads all of a from L2: 34 MB for r = 16, 50 MB for R = 48. dy's partials of db are
-M / 256 x O x R fp32 (M / 128 for ranks that are no multiple of 16): at R = 64 they would cost as much as the second
-reading that they save.
+"""Launch the kernels of skinny_triton.py: tiles, splits and buffers of partial sums. docs/benchmarks.md has their
+costs.
 
 Letters as in skinny.py.
 """
@@ -28,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from distlora_kernels.device_tables import on_device
 from distlora_kernels.dropout import ChosenDropout, Dropout, stream_table
 from distlora_kernels.skinny_triton import (
     add_partials,
@@ -37,16 +23,15 @@ from distlora_kernels.skinny_triton import (
     tile_of,
     up_kernel,
 )
-from distlora_kernels.tables import on_device
 
 _PROGRAMS = 128
-"""Programs that a sum is split into where the rows alone give fewer: about one a processor of an H100, each with
-three tiles of 16 KB on their way (3 TB/s at 1 us needs 23 KB a processor)."""
+"""Programs that a sum is split for if the rows give fewer: about one per multiprocessor of an H100, each with three
+tiles of 16 KB in flight (3 TB/s at 1 us needs 23 KB per multiprocessor)."""
 _LARGEST_RANK_READ_ONCE = 32
-"""Up to it `dy` reads dy once for both products. Beyond, the parts of db cost about as much as a second reading."""
+"""Largest rank for which `dy` reads dy once for both products; beyond it the parts of db cost as much as a read."""
 MOST_PARTS_BYTES = 2**28
-"""What the parts of db may take when dy is read once: 32,768 rows of 32,768 features at rank 16. Beyond, dy is read
-again (2 % of a linear's backward), as memory is what long rows lack."""
+"""Most bytes of the parts of db when dy is read once: 32,768 rows of 32,768 features at rank 16. Beyond it dy is read
+twice (2 % of a linear's backward) to save memory."""
 
 
 class _Split(NamedTuple):
@@ -55,23 +40,21 @@ class _Split(NamedTuple):
 
 
 def _split(length: int, grain: int, programs: int, wanted: int = _PROGRAMS) -> _Split:
-    """`length` in equal parts, multiples of `grain`, so that about `wanted` programs run where there are `programs` for
-    each part.
-    """
+    """Split `length` into equal parts, multiples of `grain`, for about `wanted` programs at `programs` per part."""
     grains = triton.cdiv(length, grain)
     size = triton.cdiv(grains, min(grains, max(1, wanted // programs))) * grain
     return _Split(size, triton.cdiv(length, size))
 
 
 class _Rows(NamedTuple):
-    """How rows choose adapters, as the kernels are told it."""
+    """The choice of adapters as the kernels take it."""
 
     batch: int
     tokens: int
     rank: int
-    """Of one adapter: the columns of xa and dxa."""
+    """Largest rank of an adapter: the columns of xa and dxa."""
     spans: Tensor | None
-    """(N, 2) int32: each adapter's first column and number of columns."""
+    """(N, 2) int32: first column and rank of each adapter."""
 
 
 def _rows_of(num_rows: int, rank: int, rows: Tensor | None, ranks: tuple[int, ...], device: torch.device) -> _Rows:
@@ -88,13 +71,13 @@ def _spans(ranks: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _owners(ranks: tuple[int, ...], device: torch.device) -> Tensor:
-    """(R, 2) int32: the adapter of each column, and the column's place in it."""
+    """Return (R, 2) int32: adapter of each column, and its index there."""
     places = [(n, place) for n, rank in enumerate(ranks) for place in range(rank)]
     return torch.tensor(places, dtype=torch.int32, device=device)
 
 
 def _alignment(ranks: tuple[int, ...]) -> int:
-    """The largest power of 2, up to 16, that divides every rank, and so every adapter's first column."""
+    """Return the largest power of 2, up to 16, that divides every rank and first column."""
     return min(16, *(rank & -rank for rank in (16, *ranks)))
 
 
@@ -107,21 +90,21 @@ def _dropout_words(dropout: Dropout | ChosenDropout | None, num_rows: int) -> di
     if isinstance(dropout, ChosenDropout):
         streams = stream_table(dropout.streams, dropout.rows.device)
         return words | {"dropped_rows": dropout.rows, "streams": streams, "steps": dropout.steps}
-    # As signed numbers, so that every word is an int32 to Triton.
+    # Signed, so that Triton takes every word as an int32.
     signed = {"key0": dropout.key[0], "key1": dropout.key[1], "step": dropout.step}
     signed = {name: (word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 for name, word in signed.items()}
     return absent | words | signed | {"dropped_rows": dropout.rows, "threshold": dropout.threshold}
 
 
 def _row_contiguous(matrix: Tensor) -> Tensor:
-    """The matrix or a copy of it, so that a row's elements follow each other."""
+    """Return the matrix, or a copy with contiguous rows."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def down(
     x: Tensor, a: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | ChosenDropout | None
 ) -> Tensor:
-    """skinny.skinny_down; a may have any strides."""
+    """Return skinny.skinny_down; a may have any strides."""
     x = _row_contiguous(x)
     (num_rows, num_columns), by = x.shape, _rows_of(x.shape[0], a.shape[0], rows, ranks, x.device)
     tile = tile_of("down", by.rank, by.tokens, x.dtype, dropout is not None)
@@ -150,7 +133,7 @@ def up(
     ranks: tuple[int, ...],
     dropout: Dropout | ChosenDropout | None,
 ) -> Tensor:
-    """skinny.skinny_up."""
+    """Return skinny.skinny_up."""
     xa = _row_contiguous(xa)
     num_rows, num_columns = xa.shape[0], b.shape[0]
     by = _rows_of(num_rows, b.shape[1], rows, ranks, xa.device)
@@ -178,8 +161,9 @@ def dy(
     *,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """skinny.skinny_dy, and with y (M, O) the sums of dy * y over some rows each, (stripes, O) fp32; None where another
-    kernel must read dy again for them.
+    """Return skinny.skinny_dy, and with y (M, O) the sums of dy * y by stripe of rows, (stripes, O) fp32.
+
+    The sums are None if another kernel must read dy again for them.
     """
     dy, b, xa = _row_contiguous(dy), _row_contiguous(b), _row_contiguous(xa)
     (num_rows, num_columns), by = dy.shape, _rows_of(dy.shape[0], b.shape[1], rows, ranks, dy.device)
@@ -190,12 +174,12 @@ def dy(
         db = b.new_empty(b.shape, dtype=torch.float32)
         _products_over_rows(xa, dy, db.T, rows, ranks, None, scale, scales)
         return down(dy, b.T, rows, ranks, None), db, None
-    # Two programs a processor: with two stages each, one waits for its tile while the other multiplies.
+    # Two programs per multiprocessor: one waits for its tile while the other multiplies.
     split = _split(num_columns, tile.columns, stripes, wanted=2 * _PROGRAMS)
     dxa = dy.new_empty(num_rows, by.rank)
     sums = dxa if split.parts == 1 else dxa.new_empty(split.parts, *dxa.shape, dtype=torch.float32)
     parts = b.new_empty(stripes, num_columns, by.rank, dtype=torch.float32)
-    # At 32 ranks a tile of y finds no registers on sm_80.
+    # At 32 ranks a tile of y does not fit the registers of sm_80.
     y = None if y is None or tile.ranks > 16 else _row_contiguous(y)
     products = None if y is None else b.new_empty(stripes, num_columns, dtype=torch.float32)
     dy_kernel[(stripes, split.parts)](
@@ -216,7 +200,7 @@ def dy(
 def grad(
     dxa: Tensor, x: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | ChosenDropout | None
 ) -> Tensor:
-    """skinny.skinny_grad."""
+    """Return skinny.skinny_grad."""
     da = x.new_empty(sum(ranks) if ranks else dxa.shape[1], x.shape[1], dtype=torch.float32)
     _products_over_rows(_row_contiguous(dxa), _row_contiguous(x), da, rows, ranks, dropout, 1.0, ())
     return da
@@ -232,8 +216,9 @@ def _products_over_rows(
     scale: float,
     scales: tuple[float, ...],
 ) -> None:
-    """out = scale * left^T d(right): left (M, R), right (M, I), out (R, I) fp32, contiguous or a contiguous one's
-    transpose.
+    """Compute out = scale * left^T d(right) of left (M, R), right (M, I).
+
+    out is (R, I) fp32, contiguous or the transpose of a contiguous tensor.
     """
     (num_rows, num_columns), by = right.shape, _rows_of(right.shape[0], left.shape[1], rows, ranks, right.device)
     tile = tile_of("grad", by.rank, by.tokens, right.dtype, dropout is not None)
@@ -264,7 +249,7 @@ def _add(
     scales: tuple[float, ...] = (),
     rank_is_last: bool = False,
 ) -> None:
-    """Adds partials (S, ...) over dim 0 into `out`; with rows, those of the rows of each adapter into its columns."""
+    """Sum partials (S, ...) over dim 0 into `out`; with rows, sum the rows of each adapter into its columns."""
     count, size = partials.shape[0], out.numel()
     width, rank = (0, 2) if rank_is_last else (1, 1)
     add_partials[(triton.cdiv(size, 512),)](

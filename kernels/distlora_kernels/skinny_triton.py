@@ -1,11 +1,15 @@
-"""The kernels of skinny.py: tensor-core products whose time is that of reading or writing the one large operand.
+"""Run skinny.py's products in Triton, at the speed of reading or writing the one large operand.
 
-A tile of rows never straddles two rows of the batch where rows choose adapters, so a program has one adapter. Sums that
-several programs share are written as fp32 partials and added in order by `add_partials`: no atomics. How the work is
-cut depends on shapes alone, never on the number of processors: so do the bits.
+If rows choose adapters, a tile never spans two rows of the batch, so a program has one adapter. Sums that several
+programs share are written as fp32 partials and added in order by `add_partials`: no atomics. Splits depend on shapes
+only, never on the number of multiprocessors, and so do the bits.
 
-Ranks are padded to 16, 32 or 64; larger ones are cut into pieces of 64, whose programs are neighbours and find the
-large operand in L2. Letters as in skinny.py; BM, BN, BK, BR a tile's rows, columns, summed length and ranks.
+Ranks are padded to 16, 32 or 64; larger ones are split into pieces of 64, whose programs are neighbours and find the
+large operand in L2. Letters as in skinny.py; BM, BN, BK, BR are a tile's rows, columns, summed length and ranks.
+
+Dropout computes philox.py's words and dropout.py's masks in the kernel, bit for bit. One call of the generator decides
+for 8 columns, so it runs on a tile of (rows, columns / 8) and its words are spread over the columns, 8 neighbours per
+thread. In the first two rounds the counter's words are one per row or per column, so a call costs 8 full rounds.
 """
 
 from typing import Any, NamedTuple
@@ -15,24 +19,61 @@ import triton
 import triton.language as tl
 
 from distlora_kernels.offline import Case
-from distlora_kernels.philox_triton import dropped_tile
 
 _SLICES = ["batch_rows", "dropped_rows", "steps"]
-"""Arguments that may be slices of tensors, whose alignment must not make another specialization."""
+"""Arguments that may be slices of tensors; their alignment must not create another specialization."""
 _WORDS = ["first_token", "key0", "key1", "threshold", "step"]
-"""Arguments that may be any number, which must not make another specialization either."""
+"""Arguments that may be any number; they must not create another specialization either."""
 
 
 @triton.jit
-def _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT: tl.constexpr):
-    """The first column and the number of columns of the adapter of a row of the batch; (0, 0) for none."""
+def philox(k0, k1, c0, c1, c2, c3):
+    """Return four random uint32 words of the counters' broadcast shape: Philox-4x32-10."""
+    for _ in tl.static_range(10):
+        h0 = tl.umulhi(c0, 0xD2511F53)
+        h1 = tl.umulhi(c2, 0xCD9E8D57)
+        l0 = c0 * 0xD2511F53
+        l1 = c2 * 0xCD9E8D57
+        c0 = h1 ^ c1 ^ k0
+        c2 = h0 ^ c3 ^ k1
+        c1 = l1
+        c3 = l0
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def dropped_tile(k0, k1, threshold, step, row, position, first_column, COLUMNS: tl.constexpr):
+    """Return (BM, COLUMNS) bool, dropout.dropped of the columns from `first_column` on, a multiple of 8.
+
+    k0, k1 and step are words as int32, threshold an int32, row (BM,) int64 and position (BM,) integers.
+    """
+    call = first_column // 8 + tl.arange(0, COLUMNS // 8)
+    w0, w1, w2, w3 = philox(
+        k0.to(tl.uint32, bitcast=True),
+        k1.to(tl.uint32, bitcast=True),
+        call.to(tl.uint32)[None, :],
+        position.to(tl.uint32)[:, None],
+        row.to(tl.uint32)[:, None],
+        step.to(tl.uint32, bitcast=True),
+    )
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)) ^ 0x80008000
+    # Signed h < threshold - 2^15 equals unsigned (h ^ 2^15) < threshold, also for 2^16 times both sides with any low
+    # half: each half is compared as the high one.
+    return tl.interleave(words << 16, words) < (threshold.to(tl.uint32) << 16)
+
+
+@triton.jit
+def _adapter_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT: tl.constexpr):
+    """Return the first column and the rank of the adapter of a row of the batch; (0, 0) for none."""
     if batch_rows is None:
         first = 0
         count = num_ranks
     else:
         adapter = tl.load(batch_rows + row)
-        # Dividing and multiplying changes nothing and tells the compiler what it may read 16 bytes at a time (in Triton
-        # 3.6 tl.multiple_of of a loaded number does not).
+        # Dividing and multiplying changes nothing, but lets the compiler load 16 bytes at a time (tl.multiple_of of a
+        # loaded number does not in Triton 3.6).
         first = tl.load(spans + 2 * adapter, mask=adapter >= 0, other=0) // SPAN_ALIGNMENT * SPAN_ALIGNMENT
         count = tl.load(spans + 2 * adapter + 1, mask=adapter >= 0, other=0) // SPAN_ALIGNMENT * SPAN_ALIGNMENT
     return first, count
@@ -40,16 +81,15 @@ def _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT: tl.constexpr
 
 @triton.jit
 def _dropout_counter(dropped_rows, tokens, first, m, valid):
-    """The row's number and the position of each row m (int32, whose division is cheap) of the flattened input, in which
-    every row begins with position `first`.
-    """
+    """Return the sequence index and position of each row m (int32, whose division is cheap) of the flattened input."""
     return tl.load(dropped_rows + m // tokens, mask=valid, other=0), m % tokens + first
 
 
 @triton.jit
 def _stream_of(batch_rows, streams, steps, row, key0, key1, threshold, step):
-    """The dropout's key, threshold and step as int32 words: those given, or with `streams` those of the adapter of a
-    row of the batch. Of none they are anybody's: nothing is computed then.
+    """Return the dropout's key, threshold and step as int32 words; with `streams` those of the row's adapter.
+
+    For a row without adapter they are arbitrary: nothing is computed.
     """
     if streams is not None:
         at = streams + 3 * tl.maximum(tl.load(batch_rows + row), 0)
@@ -67,7 +107,10 @@ def down_kernel(
     split_columns, tiles_of_a_row, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """out[split, m, r] = sum of d(x)[m, i] a[first + r, i] over the split's columns. Grid (tiles x PIECES, splits)."""
+    """Compute out[split, m, r] = sum of d(x)[m, i] a[first + r, i] over the split's columns.
+
+    Grid (tiles x PIECES, splits).
+    """
     tile = tl.program_id(0) // PIECES
     piece = tl.program_id(0) % PIECES * BR
     r = piece + tl.arange(0, BR)
@@ -76,11 +119,11 @@ def down_kernel(
     position = tile % tiles_of_a_row * BM + tl.arange(0, BM)
     valid = position < tokens
     m = row.to(tl.int64) * tokens + position
-    first, count = _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
+    first, count = _adapter_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, num_columns)
     if batch_rows is not None:
-        # x is not read for ranks that the row's adapter does not have.
+        # x is not read for ranks beyond the row's adapter.
         end = tl.where(count > piece, end, begin)
     x_rows = x + m[:, None] * stride_x
     a_rows = a + (first + r).to(tl.int64)[None, :] * stride_ar
@@ -111,8 +154,9 @@ def up_kernel(
     tiles_of_a_row, column_tiles, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """out[m, o] = sum of xa[m, r] b[o, first + r], and bias[o] or a dropout. Grid (tiles x column_tiles), a tile's
-    columns one after the other, so that whole rows are written at a time.
+    """Compute out[m, o] = sum of xa[m, r] b[o, first + r], with bias[o] or a dropout.
+
+    Grid (tiles x column_tiles), the column tiles of a tile in order, so that whole rows are written at a time.
     """
     tile = tl.program_id(0) // column_tiles
     column = tl.program_id(0) % column_tiles * BN
@@ -121,7 +165,7 @@ def up_kernel(
     position = tile % tiles_of_a_row * BM + tl.arange(0, BM)
     valid = position < tokens
     m = row.to(tl.int64) * tokens + position
-    first, count = _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
+    first, count = _adapter_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for piece in range(PIECES):
         r = piece * BR + tl.arange(0, BR)
@@ -135,7 +179,7 @@ def up_kernel(
         total += tl.load(bias + o, mask=o < num_columns, other=0.0).to(tl.float32)[None, :]
     y = total.to(out.dtype.element_ty)
     if dropped_rows is not None:
-        # After narrowing, in the layout of the store: the mask then needs no exchange between threads.
+        # After rounding, in the layout of the store: the mask then needs no exchange between threads.
         number, at = _dropout_counter(dropped_rows, dropped_tokens, first_token, row * tokens + position, valid)
         key0, key1, threshold, step = _stream_of(batch_rows, streams, steps, row, key0, key1, threshold, step)
         y = tl.where(dropped_tile(key0, key1, threshold, step, number, at, column, BN), 0.0, y)
@@ -150,9 +194,11 @@ def dy_kernel(
     split_columns, stripes_of_a_row,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """dxa[split, m, r] = sum of dy[m, o] b[o, first + r] over the split's columns o, and
-    db[stripe, o, r] = sum of dy[m, o] xa[m, r] over the stripe's BM rows m. Grid (stripes, splits).
-    With y also products[stripe, o] = sum of dy[m, o] y[m, o] over them: what DoRA's magnitudes need.
+    """Compute dxa and the parts of db in one reading of dy. Grid (stripes, splits).
+
+    dxa[split, m, r] = sum of dy[m, o] b[o, first + r] over the split's columns o, and db[stripe, o, r] = sum of
+    dy[m, o] xa[m, r] over the stripe's BM rows m. With y also products[stripe, o] = sum of dy[m, o] y[m, o] over the
+    stripe, for DoRA's magnitudes.
     """
     stripe = tl.program_id(0)
     r = tl.arange(0, BR)
@@ -161,14 +207,14 @@ def dy_kernel(
     position = stripe % stripes_of_a_row * BM + tl.arange(0, BM)
     valid = position < tokens
     m = row.to(tl.int64) * tokens + position
-    first, count = _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
+    first, count = _adapter_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, num_columns)
     if batch_rows is not None:
-        # A row without an adapter is not read; its part of db is neither written nor added.
+        # A row without adapter is not read; its part of db is neither written nor added.
         end = tl.where(count > 0, end, begin)
-    own = (r < count)[None, :]
-    xa_tile = tl.load(xa + m[:, None] * stride_xa + r[None, :], mask=valid[:, None] & own, other=0.0)
+    in_rank = (r < count)[None, :]
+    xa_tile = tl.load(xa + m[:, None] * stride_xa + r[None, :], mask=valid[:, None] & in_rank, other=0.0)
     dy_rows = dy + m[:, None] * stride_dy
     db_stripe = db + stripe.to(tl.int64) * num_columns * num_ranks
     total = tl.zeros((BM, BR), dtype=tl.float32)
@@ -182,7 +228,7 @@ def dy_kernel(
             product = tl.sum(dy_tile.to(tl.float32) * y_tile.to(tl.float32), axis=0)
             tl.store(products + stripe.to(tl.int64) * num_columns + o, product, mask=inside)
         at = b + o.to(tl.int64)[:, None] * stride_b + (first + r)[None, :]
-        b_tile = tl.load(at, mask=inside[:, None] & own, other=0.0)
+        b_tile = tl.load(at, mask=inside[:, None] & in_rank, other=0.0)
         total = tl.dot(dy_tile, b_tile, total, input_precision="ieee")
         db_tile = tl.dot(tl.trans(dy_tile), xa_tile, input_precision="ieee")
         to = db_stripe + o.to(tl.int64)[:, None] * num_ranks + r[None, :]
@@ -198,14 +244,17 @@ def grad_kernel(
     stripe_tokens, stripes_of_a_row, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """out[stripe, r, i] = sum of dxa[m, r] d(x)[m, i] over the stripe's rows. Grid (column tiles x PIECES, stripes)."""
+    """Compute out[stripe, r, i] = sum of dxa[m, r] d(x)[m, i] over the stripe's rows.
+
+    Grid (column tiles x PIECES, stripes).
+    """
     column = tl.program_id(0) // PIECES * BN
     piece = tl.program_id(0) % PIECES * BR
     r = piece + tl.arange(0, BR)
     i = column + tl.arange(0, BN)
     stripe = tl.program_id(1)
     row = stripe // stripes_of_a_row
-    _, count = _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
+    _, count = _adapter_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
     begin = stripe % stripes_of_a_row * stripe_tokens
     end = tl.minimum(begin + stripe_tokens, tokens)
     if batch_rows is not None:
@@ -237,10 +286,10 @@ def add_partials(
     width, all_ranks, max_rank,
     RANK_IS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = scale * (partials[0, e] + partials[1, e] + ...), in this order, e < size.
+    """Compute out[e] = scale * (partials[0, e] + partials[1, e] + ...), in this order, e < size.
 
-    With rows that choose, out is (width, all_ranks) or (all_ranks, width), a partial (width, max_rank) or (max_rank,
-    width), and a column of an adapter adds the partials of the rows that use it, times its scale if there are scales.
+    If rows choose, out is (width, all_ranks) or (all_ranks, width), a partial (width, max_rank) or (max_rank, width),
+    and an adapter's column sums the partials of the rows that use it, times the adapter's scale if there are scales.
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < size
@@ -251,11 +300,11 @@ def add_partials(
         owner = tl.load(owners + 2 * column, mask=inside, other=0)
         place = tl.load(owners + 2 * column + 1, mask=inside, other=0)
         source = other * max_rank + place if RANK_IS_LAST else place.to(tl.int64) * width + other
-    # Advanced as a pointer, since the partials together may pass 2^31 elements.
+    # Advanced as a pointer, since all partials may exceed 2^31 elements.
     at = partials + source
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, num_partials, 8):
-        # Eight loads on their way at a time; the sum stays one after the other.
+        # Eight loads in flight at a time; the sum stays sequential.
         for step in tl.static_range(8):
             index = first + step
             wanted = e < tl.where(index < num_partials, size, 0)
@@ -272,7 +321,7 @@ def add_partials(
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its operands: rows, then columns (or what is summed a step), then ranks."""
+    """Tile of a kernel: rows, columns (or summed length per iteration), ranks."""
 
     rows: int
     columns: int
@@ -282,19 +331,19 @@ class Tile(NamedTuple):
 
 
 def tile_of(op: str, rank: int, tokens: int, dtype: torch.dtype, with_dropout: bool = False) -> Tile:
-    """The tile of an op for one adapter's rank and one row's tokens, so that nothing spills and 99 KB are enough.
+    """Return the tile of an op for an adapter's rank and a row's tokens, without spills and within 99 KB.
 
-    With dropout twice the threads: the generator, not the memory, is what a program waits for. A rank that is no
-    multiple of 16 is read and written number by number, and the addresses fill registers: fewer rows at a time.
+    With dropout there are twice the threads: the generator, not memory, is the bottleneck. A rank that is not a
+    multiple of 16 is read and written element by element, and the addresses fill registers: fewer rows at a time.
     """
     ranks, odd = min(max(16, triton.next_power_of_2(rank)), 64), rank % 16 != 0
     warps = 8 if with_dropout or (op == "down" and ranks > 16) else 4
     if dtype == torch.float32:
-        # Without tensor cores (ieee): operands are held in registers.
+        # No tensor cores (ieee): operands are in registers.
         rows, columns = {"down": (32, 32), "up": (32, 64), "dy": (64, 32), "grad": (32, 64)}[op]
         return Tile(_rows(rows, tokens), columns, min(ranks, 32), 4, 2)
     if op == "down":
-        # More ranks, more rows: every tile of rows reads the whole of a from L2.
+        # More rows for more ranks: every tile of rows reads all of a from L2.
         return Tile(_rows(64 if ranks == 16 else 128, tokens), 128 if ranks == 16 else 64, ranks, warps, 4)
     if op == "up":
         return Tile(_rows(64 if with_dropout else 128, tokens), 128, ranks, 8, 2)
@@ -309,8 +358,9 @@ def _rows(most: int, tokens: int) -> int:
 
 
 def _case(name: str, kernel: Any, tile: Tile, dtype: str = "bf16", **changes: Any) -> Case:
-    """A kernel at M = I = O = 8192 for one adapter, all numbers but the dropout's words divisible by 16; `changes` to
-    the types of its arguments, None for one that is absent.
+    """Return a case at M = I = O = 8192 for one adapter; all numbers but the dropout's words are divisible by 16.
+
+    `changes` overrides argument types; None for an absent argument.
     """
     operands = dict.fromkeys(("x", "a", "b", "xa", "dy", "dxa", "bias"), f"*{dtype}:16")
     numbers = dict.fromkeys(_WORDS, "i32")

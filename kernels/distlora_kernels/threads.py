@@ -1,4 +1,4 @@
-"""How many threads torch has on the CPU, for as long as that matters."""
+"""Limit torch's CPU threads, or run work in threads of one torch thread each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """The order of a product's sums depends on the number of threads; with one it is every rank's."""
+    """Use one torch thread: the order of a product's sums depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -22,7 +22,6 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads_of_one(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for pieces of work, in which torch has no others: those would wait for each other at every operation. A
-    thread begins with what another has set last, so one that first uses torch meanwhile has none either."""
+    """Yield a pool of threads in which torch has one thread each, so that operations do not wait for each other."""
     with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield pool

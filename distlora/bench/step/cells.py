@@ -156,7 +156,9 @@ def reason_against(way: str, device: str) -> str | None:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     if way == "ours-compiled":
         return (
-            "train.compile is for CPUs; on a GPU liger-kernel does the same" if device == "cuda" else native.why_not()
+            "train.compile is for CPUs; on a GPU liger-kernel does the same"
+            if device == "cuda"
+            else native.unavailable_reason()
         )
     return None
 

@@ -2,7 +2,7 @@
 
     norm, router, rows of the chosen experts, linear (X, X A^T), act(gate) up, linear (P, P A^T), weighted sum
 
-A token has a row in each expert that it chooses (kernels/distlora_kernels/expert_operands.py: Routing), so all rows
+A token has a row in each expert that it chooses (kernels/distlora_kernels/operands.py: Routing), so all rows
 together are `chosen` a token, however the router spreads them. Experts that run one after the other (on the CPU, and on
 GPUs without grouped products) have one expert's weight dense at a time, whatever its rows: nothing here depends on
 balanced routing. Routers are frozen, and their inputs are not kept.

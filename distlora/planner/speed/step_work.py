@@ -35,7 +35,7 @@ from distlora.planner.speed.work import (
     MovedKind,
     Work,
 )
-from distlora_kernels.few_rows import most_rows
+from distlora_kernels.fused_threshold import max_fused_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +138,7 @@ def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
     return How(
         itemsize=traffic.DTYPE_BYTES[config.train.dtype],
         quantized=config.quant.is_nf4,
-        few_rows=most_rows(machine.capability) if decodes else 0,
+        few_rows=max_fused_rows(machine.capability) if decodes else 0,
         keeps_dequantized=config.train.keep_dequantized,
         trains_base=config.adapter.method == "full",
         fused_norms=fused,

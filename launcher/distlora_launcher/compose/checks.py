@@ -140,7 +140,7 @@ def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: Optim
             cure=f"set {{field}}={same}",
         )
     if train.compile:
-        reason = native.why_not()
+        reason = native.unavailable_reason()
         if gpu_count() > 0:
             reason = "is for the CPU, and this node has a GPU, where train.liger=true does the same"
         elif reason is not None:

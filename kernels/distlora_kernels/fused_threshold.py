@@ -1,15 +1,16 @@
-"""Up to how many rows a packed weight is decoded inside the product, by compute capability. Imports no torch:
-variants.py chooses by it, and a planner that has no card counts by it.
+"""Choose up to how many rows a quantized weight is decoded inside the product, by compute capability. Imports no torch.
 
-Every number here is predicted, not measured: the cost model of a weight, in ps (10^-12 s), is
+fused.py chooses by it, and the planner counts by it without a GPU.
+
+The numbers are predicted, not measured. Cost per weight, in ps (10^-12 s):
     scratch   2.516 B / bandwidth + max(2 B / bandwidth, 2 M flop / rate)
     fused     ceil(M / rows) * (6.5 to 11 instructions / issue rate + 2 rows flop / rate), not overlapped
-with rows = what one program of fused_triton.py takes (128 on sm_90, else 64) and rates at 85 % of the data sheet's.
+with rows = rows per program of fused_triton.py (128 on sm_90, else 64) and rates at 85 % of the data sheet's.
 """
 
 from __future__ import annotations
 
-# Compute capability -> the most rows M for which the fused product is taken.
+# Compute capability -> most rows M for the fused product.
 _MOST_ROWS = {
     # A100, 1.9 TB/s, 270 TF/s: at 64 rows 1.2 against 2.4, at 128 a tie.
     (8, 0): 64,
@@ -23,9 +24,9 @@ _MOST_ROWS = {
     (10, 0): 64,
 }
 _MOST_ROWS_ELSEWHERE = 64
-"""Up to it dequantizing costs more than decoding on every card above."""
+"""Below this number of rows decoding is cheaper on every GPU above."""
 
 
-def most_rows(capability: tuple[int, int]) -> int:
-    """M; both costs are proportional to the weight's size, so that only M decides."""
+def max_fused_rows(capability: tuple[int, int]) -> int:
+    """Return the most rows M; both costs are proportional to the weight's size, so only M decides."""
     return _MOST_ROWS.get(capability, _MOST_ROWS_ELSEWHERE)

@@ -1,1 +1,1 @@
-"""Our model of a decoder: transformers' own modules with what a frozen 4-bit base and its adapters need."""
+"""Model of a decoder: transformers' modules with a frozen 4-bit base, its adapters and its LM head."""

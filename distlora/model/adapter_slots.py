@@ -1,7 +1,7 @@
-"""Trials of a pack in the model that they share: each has a slot, the number by which rows choose its adapters.
+"""Add and remove trials that share a model. Each has a slot, the number by which sequences choose its adapters.
 
 The model is built for it (`build_model(..., for_slots=True)`), sharded and loaded; then trials come and go between
-steps. A trial's adapters are those of a run alone: the same start, the same masks.
+steps. A trial has the initial adapter and the dropout masks that it has when it trains alone.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from distlora.model.frozen_linear import FrozenLinear
 def put_trial(
     model: CausalLM, slot: int, config: AdapterConfig, *, seed: int, device: torch.device
 ) -> dict[str, nn.Parameter]:
-    """Put a trial's adapters into a free slot, started. Returns `trial_parameters`.
+    """Put a trial's initialized adapters into a free slot. Return `trial_parameters`.
 
-    `seed` is the trial's train.seed. Raises UserError, before anything is put, where its targets match nothing.
+    `seed` is the trial's train.seed. Raises UserError, before anything changes, if its targets match nothing.
     """
     for path, weight in _targets(model, config):
         weight.put_adapter(slot, config, path=path, seed=seed, device=device)
@@ -31,13 +31,13 @@ def put_trial(
 
 
 def remove_trial(model: CausalLM, slot: int) -> None:
-    """Free a slot: its rows are the base's from now on."""
+    """Free a slot. Its rows use the base alone from now on."""
     for _, weight in list(model.adapted_weights(slot_name(slot))):
         weight.remove_adapter(slot)
 
 
 def trial_parameters(model: CausalLM, slot: int) -> dict[str, nn.Parameter]:
-    """What is trained of the trial in a slot, in forward order, by its paths in the model of a run alone."""
+    """Return the trained parameters of a slot's trial, in forward order, by their paths in a run alone."""
     inside = f".adapters.{slot_name(slot)}"
     return {
         f"{path.removesuffix(inside)}.adapters.{DEFAULT_ADAPTER}.{name}": parameter
@@ -48,7 +48,7 @@ def trial_parameters(model: CausalLM, slot: int) -> dict[str, nn.Parameter]:
 
 
 def _targets(model: CausalLM, config: AdapterConfig) -> list[tuple[str, AdaptedLinear | ExpertWeight]]:
-    """(Hugging Face path, weight) of what the config means, refused as build_model refuses it."""
+    """Return (Hugging Face path, weight) of the targets, with the checks of build_model."""
     prefix = f"{model.family.decoder}.layers."
     weights = {
         model.hf_name(name): module

@@ -1,13 +1,13 @@
-"""LoRA and DoRA on a frozen linear: the adapter's parameters, their start, and their dropout.
+"""LoRA and DoRA on a frozen linear: the adapter's parameters, their initial values and their dropout.
 
-Seam 3 lives here: an adapted linear holds one (A, B) pair per adapter name and a reference to its block's
-`BlockContext`, which says which row of the batch uses which of them (-1 = none). With one adapter and no choice every
+Extension point 3 is here: an adapted linear holds one (A, B) pair per adapter name and refers to its layer's
+`BlockContext`, which says which adapter each row of the batch uses (-1 = none). With one adapter and no choice every
 row uses it.
 
-Rows choose by the adapters' *slots*, numbers that mean the same in every linear: in a pack of trials those of the
-trials, of which some have no adapter here (other targets) or are empty; their rows are then the base's.
+Rows choose by *slot*, a number with the same meaning in every linear: in multi-trial training the slot of a trial. A
+trial may have no adapter in some linear (other targets); its rows then use the base alone.
 
-Letters: N adapters of a linear, R their ranks added up, M rows of the flattened input (batch x tokens).
+Letters: N adapters of a linear, R sum of their ranks, M rows of the flattened input (batch x tokens).
 """
 
 from __future__ import annotations
@@ -32,42 +32,43 @@ DEFAULT_ADAPTER = "default"
 NO_DROPOUT = Stream((0, 0), 0)
 
 MOST_SLOTS = 256
-"""Slots of a pack: what a table from slots to a linear's adapters has room for."""
+"""Maximum number of slots: the size of the table from slots to a linear's adapters."""
 
 
 class StepRows(NamedTuple):
-    """Where a batch's rows are in training: what a dropout mask depends on beside its linear."""
+    """Position of a batch's rows in training, which determines dropout masks together with the linear's name."""
 
     step: int | Tensor
-    """The optimizer step, from 0; (B,) int64 on the device where the rows' differ: each trial of a pack has its own."""
+    """Optimizer step, from 0; (B,) int64 on the device if it differs between rows, as in multi-trial training."""
     rows: Tensor
-    """(B,) int64: the number of each row in the packed training data."""
+    """(B,) int64: index of each row in the packed training data."""
 
     def part(self, part: slice) -> StepRows:
         return StepRows(self.step[part] if isinstance(self.step, Tensor) else self.step, self.rows[part])
 
 
 class BlockContext:
-    """What a block's linears must know of the rows of its current micro-batch beside their hidden states.
+    """Information about the rows of the current micro-batch that the linears of a layer need.
 
-    The block wrapper sets them before it runs its layer, in recomputation too.
+    The layer wrapper sets it before it runs the layer, in recomputation too.
     """
 
     def __init__(self) -> None:
         self.adapter_rows: Tensor | None = None
-        """(B,) int64: the slot of the adapter that each row uses, -1 for none; None: all rows use the only adapter."""
+        """(B,) int64: slot of each row's adapter, -1 for none; None: all rows use the only adapter."""
         self.step_rows: StepRows | None = None
-        """The rows' places in training; None: nothing is dropped (evaluation, generation)."""
+        """Positions in training; None: no dropout (evaluation, generation)."""
         self.balanced: Tensor | None = None
-        """(B, T) bool: the positions over which a router's choices are to be balanced; None: no loss asks for it."""
+        """(B, T) bool: positions that count in the router's load-balancing loss; None: no such loss."""
         self.first_token = 0
-        """Which token of its row the first one is that the linears are given: not 0 in a tile of an MLP."""
+        """Index within its row of the first token that the linears get: above 0 in a tile of an MLP."""
         self._balance: Tensor | None = None
         self._chosen: tuple[Tensor, dict[tuple[int, ...], Tensor]] | None = None
 
     def chosen(self, slots: tuple[int, ...]) -> Tensor:
-        """(B,) int64: which of the adapters in `slots` each row uses, -1 for none of them. Nothing is read on the host,
-        and linears with the same slots share the result.
+        """Return (B,) int64: index into `slots` of each row's adapter, -1 for none of them.
+
+        Nothing is read on the host, and linears with the same slots share the result.
         """
         rows = self.adapter_rows
         assert rows is not None
@@ -79,18 +80,18 @@ class BlockContext:
         return known[slots]
 
     def leave_balance(self, balance: Tensor) -> None:
-        """What the router of the layer that runs says to `balanced`: (B, 2, experts) (balance.balance_of)."""
+        """Store the router's statistics over `balanced`: (B, 2, experts) (router_loss.balance_of)."""
         self._balance = balance
 
     def take_balance(self) -> Tensor | None:
-        """What the router left, which is kept no longer: it holds a graph."""
+        """Return and forget the router's statistics, which hold a graph."""
         balance, self._balance = self._balance, None
         return balance
 
 
 @functools.lru_cache(maxsize=1024)
 def _places(slots: tuple[int, ...], device: torch.device) -> Tensor:
-    """(MOST_SLOTS + 1,) int64: slot -> its place in `slots`, -1 where it is not there, and for slot -1."""
+    """Return (MOST_SLOTS + 1,) int64: slot -> index in `slots`, -1 if absent and for slot -1."""
     places = torch.full((MOST_SLOTS + 1,), -1, dtype=torch.int64)
     places[list(slots)] = torch.arange(len(slots))
     return places.to(device)
@@ -116,7 +117,7 @@ class LoRAPair(nn.Module):
         super().__init__()
         self.slot, self.rank, self.scaling = slot, rank, scaling
         self.dropout = dropout
-        """Which of its inputs are dropped in training."""
+        """Dropout of its inputs in training."""
         self.A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32, device=device))
         magnitude = torch.empty(out_features, dtype=torch.float32, device=device)
@@ -124,9 +125,10 @@ class LoRAPair(nn.Module):
 
     @torch.no_grad()
     def reset(self, config: AdapterConfig, *, seed: int, name: str) -> None:
-        """A as PEFT starts it, B zero: the adapted model begins as the base. `name` is the linear's path and adapter.
+        """Initialize A as PEFT does and B with zeros, so that the adapted model equals the base.
 
-        kaiming: uniform on +-1/sqrt(in) (kaiming_uniform_ with a = sqrt(5)); gaussian: std 1/r.
+        `name` is the linear's path and adapter. kaiming: uniform on +-1/sqrt(in) (kaiming_uniform_ with a = sqrt(5));
+        gaussian: std 1/r.
         """
         assert not config.decomposes, f"adapter.init={config.init} is distlora.loading.decomposed_adapters's"
         shape = (self.A.shape[0], self.A.shape[1])
@@ -139,31 +141,31 @@ class LoRAPair(nn.Module):
 
 
 def slot_name(slot: int) -> str:
-    """The adapter's name in its linears."""
+    """Return the adapter's name in its linears."""
     return f"slot{slot}"
 
 
 class Adapted:
-    """A frozen weight that may have adapters: a linear, or all experts' at once."""
+    """Frozen weight that may have adapters: a linear, or all experts' at once."""
 
     adapters: nn.ModuleDict
     context: BlockContext
 
     def remove_adapter(self, slot: int) -> None:
-        """Let go of a slot's adapter, whose rows are the base's from now on."""
+        """Remove a slot's adapter. Its rows use the base alone from now on."""
         del self.adapters[slot_name(slot)]
 
     def next_slot(self) -> int:
-        """That of an adapter that is added by its name."""
+        """Return the slot of an adapter that is added by its name."""
         return len(self.adapters)
 
     def check_alone(self) -> None:
-        """Rows that choose nothing use the only adapter."""
+        """Check that rows which choose nothing have only one adapter to use."""
         if len(self.adapters) > 1:
             raise RuntimeError(f"{len(self.adapters)} adapters and no row choice: set CausalLM's adapter_rows")
 
     def _scale(self, pairs: Sequence[LoRAPair]) -> float | RowChoice:
-        """The scale of the one adapter, or which adapter each row uses."""
+        """Return the scale of the only adapter, or which adapter each row uses."""
         if self.context.adapter_rows is None:
             self.check_alone()
             return pairs[0].scaling
@@ -172,10 +174,10 @@ class Adapted:
 
 
 class AdaptedLinear(Adapted, FrozenLinear):
-    """A frozen linear with adapters: y = x W^T + s (drop(x) A^T) B^T, s by the adapter that the row uses.
+    """Frozen linear with adapters: y = x W^T + s (drop(x) A^T) B^T, with s of the row's adapter.
 
     With DoRA the buffer `row_norms_squared` (out_features,) fp32 holds those of the frozen weight, rounded to `dtype`;
-    it is replicated, and filled by `distlora.loading`. kernels/distlora_kernels/dora_linear.py has the formula.
+    it is replicated and filled by `distlora.loading`. kernels/distlora_kernels/dora_linear.py has the formula.
     """
 
     row_norms_squared: Tensor | None
@@ -195,7 +197,7 @@ class AdaptedLinear(Adapted, FrozenLinear):
         self.register_buffer("row_norms_squared", None)
         self.context = context
         self.compute_dtype = dtype
-        """What the GEMMs see the weight in."""
+        """Dtype of the dequantized weight in GEMMs."""
 
     @property
     def pairs(self) -> list[LoRAPair]:
@@ -211,8 +213,9 @@ class AdaptedLinear(Adapted, FrozenLinear):
         slot: int | None = None,
         device: torch.device | str = "meta",
     ) -> LoRAPair:
-        """One more adapter. `path` is the linear's Hugging Face path: by it patterns choose the rank and the scale, and
-        with the run's seed it names the stream of the dropout masks.
+        """Add an adapter. `path` is the linear's Hugging Face path, which patterns match for rank and scale.
+
+        `path` and `seed` also name the stream of the dropout masks.
         """
         assert name not in self.adapters, f"{path} has an adapter {name} already"
         dora = config.use_dora
@@ -233,25 +236,25 @@ class AdaptedLinear(Adapted, FrozenLinear):
         return pair
 
     def expect_magnitudes(self) -> None:
-        """Before loading: adapters here are DoRA's, now or later."""
+        """Prepare for DoRA adapters, before loading."""
         if self.row_norms_squared is None:
             self.row_norms_squared = torch.empty(self.out_features, dtype=torch.float32, device="meta")
 
     def put_adapter(
         self, slot: int, config: AdapterConfig, *, path: str, seed: int, device: torch.device | str
     ) -> LoRAPair:
-        """Put an adapter into a free slot, started as that of a run alone with this config and seed."""
+        """Add an adapter in a free slot, initialized like that of a run alone with this config and seed."""
         pair = self.add_adapter(slot_name(slot), config, path=path, seed=seed, slot=slot, device=device)
         start_pair(pair, self, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
         return pair
 
     def stacked_down(self) -> Tensor:
-        """(R, in): the A of all adapters, one below the other."""
+        """Stack A of all adapters: (R, in)."""
         pairs = self.pairs
         return pairs[0].A if len(pairs) == 1 else torch.cat([pair.A for pair in pairs])
 
     def operand(self) -> Linear:
-        """With the adapters that the block's rows use now, and the inputs that these do not see."""
+        """Return the operand with the adapters that the layer's rows use now, and their dropped inputs."""
         pairs = self.pairs
         if not pairs:
             return super().operand()
@@ -278,8 +281,9 @@ class AdaptedLinear(Adapted, FrozenLinear):
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Every replicated, trained parameter by its path in `module`: the embedding's and the head's trained rows, then
-    adapters in forward order.
+    """Return every replicated trained parameter by its path in `module`.
+
+    Trained token rows, then adapters in forward order.
     """
     return {
         f"{path}.{name}": parameter
@@ -290,7 +294,7 @@ def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def reset_adapters(weights: Iterable[tuple[str, Adapted]], config: AdapterConfig, *, seed: int) -> None:
-    """Start every adapter. The random stream is named by the weight's Hugging Face path and the adapter's name."""
+    """Initialize every adapter. The weight's Hugging Face path and the adapter's name select the random stream."""
     for path, weight in weights:
         for name, pair in weight.adapters.items():
             assert isinstance(pair, LoRAPair)
@@ -298,7 +302,7 @@ def reset_adapters(weights: Iterable[tuple[str, Adapted]], config: AdapterConfig
 
 
 def start_pair(pair: LoRAPair, weight: Adapted, config: AdapterConfig, *, seed: int, name: str) -> None:
-    """Start one adapter; a magnitude is the norm of the frozen row, which the loading must have computed."""
+    """Initialize one adapter. A DoRA magnitude is the norm of the frozen row, which loading must have computed."""
     pair.reset(config, seed=seed, name=name)
     if pair.magnitude is not None:
         assert isinstance(weight, AdaptedLinear)

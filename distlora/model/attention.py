@@ -1,12 +1,13 @@
-"""Variable-length attention over packed rows: every document by itself, without a mask and without a sync of the host.
+"""Variable-length attention over packed sequences: each document attends to itself, without masks or host syncs.
+
 On the CPU the operation is attention_cpu.py's, or with train.compile attention.cpp's.
 
-transformers' decoders hand a 4-D attention_mask to every layer untouched (masking_utils._preprocess_mask_arguments), so
-the documents travel as that mask: `Documents.starts`, int32. The block wrapper cuts it by rows and recomputation sees
-it again, like any mask. The attention function that is registered here tells the two by their dtype: int32 is
-documents, anything else (generation, whose masks transformers builds as for SDPA) is SDPA's.
+transformers' decoders pass a 4-D attention_mask to every layer unchanged (masking_utils._preprocess_mask_arguments), so
+the documents travel as that mask: `Documents.starts`, int32. The layer wrapper slices it by rows and recomputation gets
+it again, like any mask. The attention function registered here tells the two apart by dtype: int32 means documents,
+anything else (generation, whose masks transformers builds as for SDPA) goes to SDPA.
 
-Letters: B rows, T tokens of a row, D starts of a row, H heads of the queries, K of keys and values, E head size.
+Letters: B rows, T tokens per row, D starts per row, H query heads, K key and value heads, E head size.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from distlora.model import attention_cpu
 from distlora_kernels import attention as compiled_attention
 
 NAME = "distlora_varlen"
-"""The implementation's name in transformers' AttentionInterface."""
+"""Name of the implementation in transformers' AttentionInterface."""
 LONGEST = "max_length_q"
-"""Keyword under which decoders pass the longest document down; transformers documents it (FlashAttentionKwargs)."""
+"""Keyword by which decoders pass on the longest document's length (transformers' FlashAttentionKwargs)."""
 
 
 class Documents(NamedTuple):
-    """Where the packed documents of a batch lie."""
+    """Positions of the packed documents in a batch."""
 
     starts: Tensor
-    """(B, 1, 1, D) int32: the first position of each document of a row, then T as often as it takes: once at least."""
+    """(B, 1, 1, D) int32: first position of each document of a row, padded with T, at least once."""
     longest: int
-    """Tokens of the longest document: known to the host, as the launch of the attention depends on it."""
+    """Tokens of the longest document. The host knows it, because kernel launches depend on it."""
 
     @classmethod
     def of(cls, position_ids: Tensor) -> Documents:
-        """From positions (B, T) on the CPU that restart at 0 with each document."""
+        """Find the documents from positions (B, T) on the CPU that restart at 0 with each document."""
         assert position_ids.device.type == "cpu", f"positions on {position_ids.device} would make the host wait"
         num_rows, length = position_ids.shape
         rows, starts = (position_ids == 0).nonzero(as_tuple=True)
@@ -56,8 +57,9 @@ class Documents(NamedTuple):
 
 
 def masks_by_layer_type(decoder: nn.Module, position_ids: Tensor) -> dict[str, Tensor | None]:
-    """What a decoder that makes its masks without the positions (B, T) is handed in their place: masks by layer type,
-    in which documents, told apart by their positions, do not see each other. Through transformers' own functions.
+    """Build masks by layer type that separate documents, for decoders that ignore positions (B, T) in their masks.
+
+    It calls transformers' functions.
     """
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -87,8 +89,10 @@ class VarlenOp(Protocol):
         scale: float,
         left: int | None,
     ) -> Tensor:
-        """query (B T, H, E), key and value (B T, K, E), cu_seqlens (documents + 1,) int32 from 0 to B T, in which
-        documents may be empty -> (B T, H, E). A token sees itself and `left` tokens before it, all for None.
+        """Attend: query (B T, H, E), key and value (B T, K, E) -> (B T, H, E).
+
+        cu_seqlens (documents + 1,) int32 from 0 to B T may contain empty documents. A token sees itself and `left`
+        tokens before it, all for None.
         """
         ...
 
@@ -96,7 +100,7 @@ class VarlenOp(Protocol):
 def reference(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, left: int | None
 ) -> Tensor:
-    """The contract of VarlenOp in plain torch, one document after the other; reads cu_seqlens on the host."""
+    """Define VarlenOp in plain torch, one document after the other. Reads cu_seqlens on the host."""
     outputs = []
     bounds = cu_seqlens.tolist()
     for start, end in itertools.pairwise(bounds):
@@ -115,14 +119,14 @@ def reference(
 
 
 def from_torch(varlen_attn: Callable[..., Any], *, deterministic: bool) -> VarlenOp:
-    """torch.nn.attention.varlen's function (torch 2.11 and later) as a VarlenOp.
+    """Wrap torch.nn.attention.varlen's function (torch 2.11 and later) as a VarlenOp.
 
-    Its backward adds up dQ with atomics unless torch.use_deterministic_algorithms is on when it runs
-    (aten/src/ATen/native/transformers/cuda/attention_backward.cu: _flash_attention_backward); the forward has one order
-    (it splits keys for inference alone). The switch is turned on for that one node of the graph: on for all of a step
-    it would refuse operations that have nothing to do with attention, and want cuBLAS's workspace configured.
+    Its backward sums dQ with atomics unless torch.use_deterministic_algorithms is on when it runs
+    (aten/src/ATen/native/transformers/cuda/attention_backward.cu: _flash_attention_backward). Its forward is
+    deterministic (it splits keys in inference only). The switch is turned on for that one graph node: for a whole step
+    it would refuse unrelated operations and require a cuBLAS workspace setting.
     """
-    # torch 2.11 may lack the flag and then wants as many heads of keys as of queries.
+    # torch 2.11 may lack the flag, and then needs as many key heads as query heads.
     groups_itself = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def op(
@@ -134,7 +138,7 @@ def from_torch(varlen_attn: Callable[..., Any], *, deterministic: bool) -> Varle
             options["enable_gqa"] = True
         elif groups > 1:
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        window = (-1 if left is None else left, 0)  # (-1, 0) is how torch says causal; a tuple, which it compares with.
+        window = (-1 if left is None else left, 0)  # (-1, 0) is torch's causal window; it must be a tuple.
         output: Tensor = varlen_attn(
             query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window, **options
         )
@@ -146,7 +150,10 @@ def from_torch(varlen_attn: Callable[..., Any], *, deterministic: bool) -> Varle
 
 
 def from_flash_attn(flash_attn_varlen_func: Callable[..., Any], *, deterministic: bool) -> VarlenOp:
-    """The flash-attn package's function as a VarlenOp; it groups heads itself and has a flag for its backward."""
+    """Wrap the flash-attn package's function as a VarlenOp.
+
+    It groups heads and has a flag for a deterministic backward.
+    """
 
     def op(
         query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, left: int | None
@@ -170,7 +177,7 @@ def from_flash_attn(flash_attn_varlen_func: Callable[..., Any], *, deterministic
 
 
 def deterministic_backward(output: Tensor) -> None:
-    """Have the operation that made `output` run its backward under torch.use_deterministic_algorithms, and no other."""
+    """Run the backward of the operation that made `output`, and no other, under torch.use_deterministic_algorithms."""
     node = output.grad_fn
     if node is None:
         return
@@ -194,18 +201,18 @@ def deterministic_backward(output: Tensor) -> None:
 
 
 def use(decoder: nn.Module, op: VarlenOp, *, name: str = NAME) -> None:
-    """Make a transformers decoder attend by documents, through `op`, wherever it is given them as its mask."""
+    """Make a transformers decoder attend through `op` wherever documents are its mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(name, _attention_function(op))
-    # Without documents masks are SDPA's; a 4-D mask, which documents are, never comes there.
+    # Without documents, masks are SDPA's; documents, a 4-D mask, never come there.
     AttentionMaskInterface.register(name, sdpa_mask)
     decoder.set_attn_implementation(name)  # type: ignore[operator]
 
 
 def _attention_function(op: VarlenOp) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """`op` as transformers' attention modules call it."""
+    """Adapt `op` to the signature of transformers' attention modules."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attend(
@@ -221,7 +228,7 @@ def _attention_function(op: VarlenOp) -> Callable[..., tuple[Tensor, Tensor | No
         softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """query (B, H, T, E), key and value (B, K, T, E) -> (B, T, H, E)."""
+        """Attend: query (B, H, T, E), key and value (B, K, T, E) -> (B, T, H, E)."""
         if attention_mask is None or attention_mask.dtype != torch.int32:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
@@ -230,12 +237,12 @@ def _attention_function(op: VarlenOp) -> Callable[..., tuple[Tensor, Tensor | No
         assert dropout == 0.0, f"dropout={dropout} is not computed here"
         num_rows, length = query.shape[0], query.shape[2]
         # Full fine-tuning computes under autocast, which leaves normalized and rotated queries and keys in fp32 and
-        # does not know this op. SDPA gets them all in the dtype of the values.
+        # does not know this op. SDPA gets all of them in the dtype of the values.
         tensors = (query.to(value.dtype), key.to(value.dtype), value)
         flat_query, flat_key, flat_value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors)
-        # 1 is how flash attention recognizes decoding, where it expects as many tokens as documents.
+        # Flash attention takes 1 for decoding, where it expects as many tokens as documents.
         longest = max(2, kwargs.get(LONGEST, length))
-        # Where no document is longer than the window, plain causal attention, which has the faster kernel.
+        # If no document exceeds the window, plain causal attention has the faster kernel.
         left = None if sliding_window is None or sliding_window >= longest else sliding_window - 1
         bounds = cu_seqlens(attention_mask, length)
         output = op(flat_query, flat_key, flat_value, bounds, longest, scaling, left)
@@ -245,21 +252,21 @@ def _attention_function(op: VarlenOp) -> Callable[..., tuple[Tensor, Tensor | No
 
 
 def cu_seqlens(starts: Tensor, length: int) -> Tensor:
-    """starts (B, 1, 1, D) of rows of T = `length` tokens -> (B D,) int32: the documents' bounds in the flattened rows.
+    """Return (B D,) int32 document bounds in the flattened rows, from starts (B, 1, 1, D) and T = `length`.
 
     The T that ends each row's starts is where the next row begins: an empty document stands between them.
     """
-    if starts.shape[0] == 1:  # The usual micro-batch: nothing to launch.
+    if starts.shape[0] == 1:  # Common case of one row: nothing to launch.
         return starts.flatten()
     firsts = torch.arange(0, starts.shape[0] * length, length, dtype=torch.int32, device=starts.device)
     return (starts[:, 0, 0] + firsts[:, None]).flatten()
 
 
 class Choice(NamedTuple):
-    """How a run attends, decided at its start."""
+    """Attention implementation of a run, chosen at its start."""
 
     op: VarlenOp | None
-    """None: as the family does without documents (SDPA or eager, with masks)."""
+    """None: as the family attends without documents (SDPA or eager, with masks)."""
     said: str
 
 
@@ -273,9 +280,9 @@ def choose(
     deterministic: bool,
     compiled: bool = False,
 ) -> Choice:
-    """Variable-length attention where this device, the dtype and the model allow it, or the reason why not.
+    """Choose variable-length attention if device, dtype and model allow it; otherwise give the reason.
 
-    `hf_config` is the decoder's, dtype what it computes in, `wanted` train.attention, `compiled` train.compile.
+    `hf_config` is the decoder's, `dtype` the compute dtype, `wanted` train.attention, `compiled` train.compile.
     """
     dense = "attention goes through dense masks, whose memory grows with rows x length squared"
     head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads

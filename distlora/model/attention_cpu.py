@@ -1,20 +1,19 @@
-"""Causal attention by documents on the CPU in bf16: a VarlenOp that is products of matrices, where torch's own flash
-attention has a loop that runs at a quarter of their rate.
+"""Causal attention by documents on the CPU in bf16, as matrix products: a VarlenOp.
 
-Queries go in tiles, and each tile meets all keys that it may see at once: those of other documents, beyond the diagonal
-or before the window are in no product, but for the tile's own corner. The query heads that share a head of keys are
-rows of one matrix, so keys are never repeated. What is kept for backward is query, key, value, the output and a number
-a query and head; the weights are made again.
+torch's CPU flash attention loops at a quarter of their speed. Queries go in tiles, and each tile meets all keys that it
+may see at once: keys of other documents, beyond the diagonal or before the window are in no product, except in the
+tile's corner. Query heads that share a key head are rows of one matrix, so keys are never repeated. Backward keeps
+query, key, value, the output and one number per query and head, and recomputes the weights.
 
-Products come out of the library rounded to bf16, and a score of 20 rounded to bf16 makes a weight that is 4 % off. So
-scores are rounded where they are small: a first product gives each query's largest score m, a second one q.k - m, and
-in backward q.k - l with l the logarithm of the sum, which is near 0 wherever the weight is not. Two more columns make
-the difference within the product, in fp32: -l and what bf16 loses of it, beside ones. dO.v - D likewise, with
-D = dO.O; what is left of D is taken off exactly (`_softmax_backward_data`), as the weights of a query that sees one
-token alone cancel to the last bit only so. Measured against fp64 in tests/test_attention_cpu.py.
+The library rounds products to bf16, and a score of 20 rounded to bf16 makes a weight that is 4 % off. So scores are
+rounded where they are small: a first product gives each query's largest score m, a second one q.k - m, and in backward
+q.k - l with l the logarithm of the sum, which is near 0 wherever the weight is not. Two more columns make the
+difference within the product, in fp32: -l and its bf16 rounding error, beside ones. dO.v - D likewise, with D = dO.O;
+the rest of D is subtracted exactly (`_softmax_backward_data`), because the weights of a query that sees one token
+cancel to the last bit only so. tests/test_attention_cpu.py measures it against fp64.
 
-Letters: T tokens of all documents, L of one, N keys that a tile sees, n queries of a tile, H heads of queries, K of
-keys and values, G = H / K, M = G n rows of a product, E head size, W = E + 2.
+Letters: T tokens of all documents, L of one, N keys of a tile, n queries of a tile, H query heads, K key and value
+heads, G = H / K, M = G n rows of a product, E head size, W = E + 2.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from distlora.architecture.attention_tiles import (
 
 
 class Tile(NamedTuple):
-    """Queries of a document and the keys that they see between them, both from `first` to `last`."""
+    """Queries of a document, from `first` to `last`, and the keys that they see."""
 
     queries: slice
     keys: slice
@@ -54,7 +53,7 @@ class Tile(NamedTuple):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, left: int | None
 ) -> Tensor:
-    """A VarlenOp (attention.py): query (T, H, E), key and value (T, K, E), bf16 -> (T, H, E) bf16, contiguous."""
+    """Attend as a VarlenOp: query (T, H, E), key and value (T, K, E), bf16 -> (T, H, E) bf16, contiguous."""
     assert query.dtype == key.dtype == value.dtype == torch.bfloat16, f"{query.dtype}, {key.dtype}, {value.dtype}"
     assert scale > 0, f"scores times {scale}"
     output: Tensor = _Attend.apply(query, key, value, tuple(cu_seqlens.tolist()), scale * math.log2(math.e), left)
@@ -62,7 +61,7 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
-    """`scale` is that of powers of 2."""
+    """Autograd function of `attend`. `scale` is in units of powers of 2."""
 
     @staticmethod
     def forward(
@@ -71,7 +70,7 @@ class _Attend(torch.autograd.Function):
         work = _Work(query, key, bounds, left)
         output = query.new_empty(query.shape)
         sums = query.new_empty(work.keys, work.groups, len(query), dtype=torch.float32)
-        """l: of each query and head (K, G, T), in the unit of q.k."""
+        """l of each query and head (K, G, T), in the unit of q.k."""
         for document in work.documents:
             keys, values = work.widened(key[document]), value[document].transpose(0, 1)
             queries, outputs = work.grouped(query[document]), work.grouped(output[document])
@@ -124,7 +123,7 @@ class _Attend(torch.autograd.Function):
 
 
 class _Work:
-    """The tiles of documents, and memory for the scores of one at a time."""
+    """Tiles of documents, and memory for the scores of one tile at a time."""
 
     def __init__(self, query: Tensor, key: Tensor, bounds: tuple[int, ...], left: int | None) -> None:
         self.keys, self.groups = key.shape[1], query.shape[1] // key.shape[1]
@@ -139,7 +138,7 @@ class _Work:
         self._later = self._hidden.triu(1)
 
     def tiles(self, document: slice) -> Iterator[tuple[Tile, slice]]:
-        """Each with heads of keys, as many as fit."""
+        """Yield tiles, each with as many key heads as fit."""
         length = document.stop - document.start
         for start, end, first_key in tiles(length, tile_length(length, self.groups), self.left):
             tile = Tile(slice(start, end), slice(first_key, end))
@@ -148,15 +147,15 @@ class _Work:
                 yield tile, slice(head, min(self.keys, head + at_once))
 
     def grouped(self, tensor: Tensor) -> Tensor:
-        """(L, H, E) -> (K, G, L, E), the same memory."""
+        """View (L, H, E) as (K, G, L, E)."""
         return tensor.unflatten(1, (self.keys, self.groups)).permute(1, 2, 0, 3)
 
     def by_group(self, tensor: Tensor) -> Tensor:
-        """(K, M, ...) -> (K, G, n, ...)."""
+        """View (K, M, ...) as (K, G, n, ...)."""
         return tensor.unflatten(1, (self.groups, -1))
 
     def widened(self, tensor: Tensor) -> Tensor:
-        """(L, K, E) -> (K, L, W), with ones."""
+        """Append ones to (L, K, E): (K, L, W)."""
         length, keys, size = tensor.shape
         wide = self._new(keys, length, size + EXTRA)
         wide[..., :size].copy_(tensor.transpose(0, 1))
@@ -164,7 +163,7 @@ class _Work:
         return wide
 
     def rows(self, tensor: Tensor, *, minus: Tensor | None = None) -> Tensor:
-        """(K, G, n, E), with `minus` (K, G, n) fp32 to subtract in a product with what is widened -> (K, M, W)."""
+        """Arrange (K, G, n, E) as (K, M, W). The product with widened columns then subtracts `minus` (K, G, n) fp32."""
         heads, groups, length, size = tensor.shape
         rows = self._new(heads, groups, length, size + EXTRA)
         rows[..., :size].copy_(tensor)
@@ -177,7 +176,7 @@ class _Work:
         return rows.flatten(1, 2)
 
     def product(self, rows: Tensor, columns: Tensor, which: int, *, scale: float = 1.0) -> Tensor:
-        """rows (K, M, W), columns (K, W, N) -> (K, M, N), in the memory of this number."""
+        """Multiply rows (K, M, W) by columns (K, W, N) into buffer number `which`: (K, M, N)."""
         if which not in self._scores:
             self._scores[which] = self._new(self.size)
         shape = (*rows.shape[:2], columns.shape[2])
@@ -187,8 +186,11 @@ class _Work:
         return torch.baddbmm(out, rows, columns, beta=0, alpha=scale, out=out)
 
     def hide(self, scores: Tensor, tile: Tile) -> None:
-        """Make the scores (K, M, N) of keys that are not seen -inf. One that is NaN stays it, in a half of the time of
-        writing over it: its value is NaN too in a run, and 0 times that as well."""
+        """Set scores (K, M, N) of invisible keys to -inf.
+
+        A NaN score stays NaN, which takes half the time of overwriting. Its value is NaN too in a run, and so is 0
+        times it.
+        """
         n, by_group = tile.num_queries, self.by_group(scores)
         by_group[..., -n:].add_(self._later[:n, :n])
         if (before := self._before_window(tile)) is not None:
@@ -196,7 +198,7 @@ class _Work:
             by_group[..., :width].add_(self._hidden[:n, :width].tril(before))
 
     def cut(self, weights: Tensor, tile: Tile) -> Tensor:
-        """The weights (K, M, N), where what is not seen has none, whatever it had."""
+        """Zero the weights (K, M, N) of invisible keys."""
         matrices = weights.view(-1, tile.num_queries, tile.num_keys)
         matrices.tril_(tile.num_keys - tile.num_queries)
         if (before := self._before_window(tile)) is not None:
@@ -204,7 +206,7 @@ class _Work:
         return weights
 
     def _before_window(self, tile: Tile) -> int | None:
-        """The last diagonal whose keys are before the window of its queries; None where there is none."""
+        """Return the last diagonal whose keys are before the window of its queries; None if there is none."""
         if self.left is None:
             return None
         diagonal = tile.queries.start - self.left - tile.keys.start - 1
@@ -212,8 +214,10 @@ class _Work:
 
 
 def _largest(scores: Tensor) -> Tensor:
-    """Along the last dimension of bf16, as amax has it, in a fifth of its time: read as integers positive numbers have
-    their own order and negative ones the other."""
+    """Return the maximum of bf16 along the last dimension, like amax in a fifth of its time.
+
+    Read as integers, positive numbers keep their order and negative ones reverse it.
+    """
     bits = scores.view(torch.int16)
     highest = bits.amax(-1)
     return torch.where(highest >= 0, highest, bits.amin(-1)).view(scores.dtype)

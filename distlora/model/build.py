@@ -1,9 +1,8 @@
-"""From a Hugging Face config to our model on the meta device: surgery on transformers' own classes, no ranks, no
-weights.
+"""Build the model from a Hugging Face config on the meta device, from transformers' classes, without ranks or weights.
 
-The decoder is the family's own module with three changes: the linears of its blocks are frozen (and adapted) ones, each
-block sits in a `Block`, and the head is a `LossHead`. What a family does beyond that is refused, by name, in
-`distlora.architecture.families`.
+The decoder is the family's module with three changes: linears of its layers are frozen (and adapted), each layer sits
+in a `Block`, and the head is a `LossHead`. `distlora.architecture.families` refuses, by name, what a family does beyond
+that.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What generation knows beside the tokens that it passes; training has none of it."""
+    """Earlier context of generation. Training has none."""
 
     attention_mask: Tensor | None
     """(B, tokens in the cache + T) int64: 0 on the padding to the left of a prompt."""
@@ -59,7 +58,7 @@ class Past:
 
 
 class CausalLM(nn.Module):
-    """A decoder and its loss head. forward(...) -> (B,) fp32 loss sums per row, or the next token's logits."""
+    """Decoder and loss head. forward(...) -> (B,) fp32 loss sums per row, or the next token's logits."""
 
     def __init__(
         self,
@@ -80,35 +79,35 @@ class CausalLM(nn.Module):
         self.token_rows = nn.ModuleDict(
             {matrix: TokenRows(ids, head.weight.shape[1]) for matrix, ids in vocabulary.trained.items()}
         )
-        """The trained rows of embed_tokens and lm_head; of a tied head they are the embedding's."""
+        """Trained rows of embed_tokens and lm_head. A tied head uses the embedding's."""
         self.decoder = decoder
         self.head = head
         self.tied_in_base = tied
-        """Whether config.json ties the head's weight to the embedding's."""
+        """True if config.json ties the head's weight to the embedding's."""
         self.tied = tied and not modules_to_save
-        """Whether the head's weight is the embedding's."""
+        """True if the head's weight is the embedding's Parameter."""
         self.modules_to_save = modules_to_save
-        """Which of embed_tokens and lm_head are trained whole and saved beside the adapters."""
+        """Names of embed_tokens and lm_head that are trained whole and saved beside the adapters."""
         shared = EMBEDDING if self.tied else HEAD
         if (rows := self.rows_of(shared)) is not None:
             head.train_rows(rows)
         self.blocks = blocks
-        """The blocks of the decoder, in order (the decoder owns them)."""
+        """Wrapped decoder layers, in order. The decoder owns them."""
         self.hf_config = hf_config
         """The decoder's settings as transformers reads them: config.json, or its text_config."""
         self.family = family
         self.layout = layout
-        """Where the parameters lie in a checkpoint."""
+        """Names and layout of the parameters in a checkpoint."""
         self.outside_linears = outside_linears
-        """Paths of the linears that the Hugging Face model has and this one has not: the vision tower's."""
+        """Paths of linears of the Hugging Face model that are not in this one: the vision tower's."""
         self.compute_dtype: torch.dtype | None = None
-        """Of the base's trained parameters, where it is not their own: in bf16 they are fp32 masters."""
+        """Compute dtype of trained base parameters if they are fp32 masters; otherwise None."""
         self.attends_by_documents = False
-        """Whether a forward takes `documents`, and attends to each by its length."""
+        """True if a forward takes `documents` and attends to each by its length."""
         self.router_aux_loss = 0.0
-        """Weight of the routers' load-balancing loss in a training row's loss; 0: none is computed."""
+        """Weight of the routers' load-balancing loss in a training row's loss; 0: it is not computed."""
         self.notes: list[str] = []
-        """What a start says of how this model computes on its device."""
+        """Lines for the log about how this model computes on its device."""
 
     @property
     def embedding(self) -> nn.Module:
@@ -130,16 +129,18 @@ class CausalLM(nn.Module):
         with_reference: bool = False,
         by_token: bool = False,
     ) -> Tensor:
-        """input_ids, position_ids, labels (B, T) int64; adapter_rows (B,) int64 or None -> (B,) fp32 loss sums.
+        """Return (B,) fp32 loss sums from input_ids, position_ids and labels (B, T) int64.
 
-        Positions restart at 0 with each packed document, which is how the decoder tells them apart; labels[t] is the
-        target at position t, -100 for none. labels=None (generation): the logits of what follows the last position,
-        (B, 1, vocabulary) fp32, in one document a row; `past` is what comes before its T tokens. `step_rows` says where
-        in training the rows are, and without it there is no dropout. `documents` are those of the positions, where
-        the model attends by documents; without them it attends through masks, made from the positions.
-        `with_reference`: the rows run a second time, through the model as it started (`keep_start`, or without any
-        adapter), without gradient and dropout, while each block is gathered: each token's loss in both, (2, B, T) fp32.
-        `by_token`: each token's loss, (B, T) fp32, without what balances routers.
+        Positions restart at 0 with each packed document, which is how the decoder separates them. labels[t] is the
+        target at position t, -100 for none. `adapter_rows` (B,) int64 is the slot of each row's adapter. `step_rows` is
+        the position in training; without it there is no dropout. `documents` are required if the model attends by
+        documents; otherwise masks are made from the positions.
+
+        labels=None (generation): return the logits after the last position, (B, 1, vocabulary) fp32, for one document
+        per row; `past` precedes its T tokens. `with_reference`: run the rows a second time through the initial model
+        (`keep_start`, or without any adapter), without gradient and dropout, while each layer is gathered, and return
+        each token's loss in both, (2, B, T) fp32. `by_token`: return each token's loss, (B, T) fp32, without the router
+        loss.
         """
         reference = None
         if with_reference:
@@ -166,7 +167,10 @@ class CausalLM(nn.Module):
         documents: Documents | None = None,
         reference: Reference | None = None,
     ) -> Tensor:
-        """(B, T) -> (B, T, H): what the head reads. `reference` then holds what the last block gave its rows."""
+        """Return the head's input (B, T, H) for (B, T) tokens.
+
+        `reference` then holds the last layer's output of its rows.
+        """
         assert documents is None or (self.attends_by_documents and past is None), "no use for documents"
         for block in self.blocks:
             block.adapter_rows, block.step_rows, block.reference = adapter_rows, step_rows, reference
@@ -191,11 +195,11 @@ class CausalLM(nn.Module):
 
     @property
     def cache_name(self) -> str:
-        """What the decoder calls its cache: transformers has been renaming past_key_values since 5.2x."""
+        """Return the decoder's keyword for its cache: transformers has been renaming past_key_values since 5.2x."""
         return "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
 
     def rows_of(self, matrix: str) -> TokenRows | None:
-        """The trained rows of embed_tokens or lm_head; None where there are none, or the head has the embedding's."""
+        """Return the trained rows of embed_tokens or lm_head; None if it has none, or the head uses the embedding's."""
         if matrix not in self.token_rows:
             return None
         rows = self.token_rows[matrix]
@@ -213,39 +217,40 @@ class CausalLM(nn.Module):
             self.head.weight = self.embedding.get_parameter("weight")
 
     def hf_state_dict(self) -> dict[str, nn.Parameter]:
-        """Every parameter of an unquantized, unadapted model by its Hugging Face name, a tied one once."""
+        """Return every parameter of an unquantized, unadapted model by its Hugging Face name, a tied one once."""
         return {self.hf_name(name): parameter for name, parameter in self.named_parameters()}
 
     def keep_start(self) -> None:
-        """Keep the adapters as they are now: from here on this is what the reference of a forward has of them."""
+        """Copy the adapters as they are now. The reference of a forward uses this copy."""
         for block in self.blocks:
             block.started = {p: p.detach().clone() for p in adapter_parameters(block).values()}
 
     def set_num_micro(self, num_micro: int) -> None:
-        """Run every block's batch in this many slices from now on."""
+        """Run every layer's batch in this many slices from now on."""
         for block in self.blocks:
             block.num_micro = num_micro
 
     def adapted_linears(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, AdaptedLinear]]:
-        """(Hugging Face path, linear) of those that have the adapter, in forward order."""
+        """Yield (Hugging Face path, linear) of the linears with the adapter, in forward order."""
         for name, module in self.named_modules():
             if isinstance(module, AdaptedLinear) and adapter in module.adapters:
                 yield self.hf_name(name), module
 
     def adapted_experts(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, ExpertWeight]]:
-        """(Hugging Face name, fused weight of a layer's experts) of those that have the adapter, in forward order."""
+        """Yield (Hugging Face name, fused expert weight) of the weights with the adapter, in forward order."""
         for name, module in self.named_modules():
             if isinstance(module, ExpertWeight) and adapter in module.adapters:
                 yield self.hf_name(name), module
 
     def adapted_weights(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, AdaptedLinear | ExpertWeight]]:
-        """(Hugging Face path, linear or fused weight) of those that have the adapter, linears first."""
+        """Yield (Hugging Face path, linear or fused weight) of the weights with the adapter, linears first."""
         return itertools.chain(self.adapted_linears(adapter), self.adapted_experts(adapter))
 
     def hf_name(self, name: str) -> str:
-        """Our path of a module or parameter as the Hugging Face model of the same folder names it:
-        decoder.layers.0.inner.x -> model.layers.0.x, or model.language_model.layers.0.x for gemma3. A fused weight of
-        experts is a parameter there, and no module that owns a weight.
+        """Return the Hugging Face name of a module or parameter at our path.
+
+        decoder.layers.0.inner.x becomes model.layers.0.x, or model.language_model.layers.0.x for gemma3. A fused weight
+        of experts is a parameter there, not a module with a weight.
         """
         if name == "head.weight":
             return "lm_head.weight"
@@ -284,7 +289,7 @@ def build_model(
     text_config = hf_config if family.text_config is None else getattr(hf_config, family.text_config)
     vocabulary = vocabulary_of(spec, base.config)
     text_config.vocab_size = vocabulary.rows
-    # Masters are fp32, and parallelism makes copies of them to compute with; frozen weights are in the run's dtype.
+    # Masters are fp32, and distlora.parallel makes copies in the compute dtype. Frozen weights are in spec.dtype.
     masters = full and training
     dtype = torch.float32 if masters else DTYPES[spec.dtype]
     with torch.device("meta"), refused_by_transformers(folder):
@@ -293,16 +298,16 @@ def build_model(
             copy.deepcopy(hf_config),
             dtype=dtype,
             attn_implementation=family.attention,
-            experts_implementation="eager",  # Ours take their place.
+            experts_implementation="eager",  # Replaced by `Experts`.
             trust_remote_code=False,
         )
     assert type(hf_model).__name__ == family.model_class, f"{family.model_type} became a {type(hf_model).__name__}"
-    # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw otherwise.
+    # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw differently.
     hf_model.eval()
     decoder, layout = hf_model.get_submodule(family.decoder), layout_of(hf_model)
     hf_model.requires_grad_(masters)
     head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=_head_softcap(family, decoder))
-    # As transformers tied it: a composite model's own config and its text_config need not agree.
+    # Follow the module, not the config: a composite model's config and its text_config may disagree.
     tied = head.weight is decoder.get_input_embeddings().weight
     if whole := spec.adapter.modules_to_save:
         train_whole(decoder.get_input_embeddings(), head, whole, dtype=dtype, training=training)
@@ -344,7 +349,7 @@ def build_model(
 
 
 def _head_softcap(family: Family, decoder: nn.Module) -> float | None:
-    """The cap that the family's head puts on logits, by its config."""
+    """Return the cap that the family's head puts on logits, from its config."""
     cap = decoder.config.final_logit_softcapping if family.head_softcap else None  # type: ignore[union-attr]
     return None if cap is None else float(cap)  # type: ignore[arg-type]
 
@@ -352,7 +357,7 @@ def _head_softcap(family: Family, decoder: nn.Module) -> float | None:
 def _packed_linears(
     spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, prefix: str
 ) -> dict[str, PrequantizedWeight]:
-    """The linears of the blocks that the checkpoint holds in NF4, by Hugging Face name; empty for a dense checkpoint.
+    """Return the layers' linears that the checkpoint stores in NF4, by Hugging Face name; empty for a dense checkpoint.
 
     Raises UserError for a quantization that cannot be kept, and for settings that need 16-bit weights.
     """
@@ -376,9 +381,10 @@ def _replace_weights(
     *,
     for_slots: bool,
 ) -> None:
-    """Put a frozen or adapted linear in place of every nn.Linear of the blocks, and of their experts; `prefix` is what
-    Hugging Face's paths have before the block's index. Where the checkpoint is quantized, each is stored as it is
-    there. `for_slots`: all linears are adapted ones, none has an adapter yet.
+    """Replace every nn.Linear of the layers, and their experts, by frozen or adapted ones.
+
+    `prefix` precedes the layer's index in Hugging Face's paths. A quantized checkpoint's weights keep their storage.
+    `for_slots`: all linears can have adapters, and none has one yet.
     """
     paths = [f"{prefix}{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     targets: set[str] = set()
@@ -407,7 +413,7 @@ def _replace_weights(
             replaced[path] = new
         link_shared_inputs(replaced)
         if family.experts is not None:
-            # bitsandbytes leaves fused experts in 16 bits, in a checkpoint that it has quantized too.
+            # bitsandbytes leaves fused experts in 16 bits, also in a checkpoint that it has quantized.
             quantized = spec.quant.is_nf4
             fused = replace_experts(layer, family.experts, quantized=quantized, dtype=dtype, context=context)
             for path, weight in fused.items():
@@ -418,10 +424,9 @@ def _replace_weights(
 def train_whole(
     embedding: nn.Module, head: nn.Module, names: Collection[str], *, dtype: torch.dtype, training: bool
 ) -> None:
-    """Put parameters of their own (on meta) in the place of the frozen `weight` of those of the two that are named, and
-    take the two apart where they are one.
+    """Give the named modules separate parameters (on meta) instead of frozen ones, and untie the two if they are one.
 
-    Trained ones are fp32 masters; where it is not `training`, all are frozen in `dtype`, the run's.
+    Trained ones are fp32 masters. Without `training`, all are frozen in `dtype`.
     """
     if head.weight is embedding.weight:
         head.weight = _like(head, dtype, trained=False)
@@ -436,10 +441,9 @@ def _like(module: nn.Module, dtype: torch.dtype, *, trained: bool) -> nn.Paramet
 
 
 def materialize_buffers(model: CausalLM, device: torch.device) -> None:
-    """Compute what the meta skeleton could not hold: the rotary embedding's frequencies and Gemma's embedding scale,
-    from the config.
+    """Compute the buffers that no checkpoint holds: rotary frequencies and Gemma's embedding scale, from the config.
 
-    Raises UserError for any other buffer that no checkpoint fills: it would hold whatever the memory held.
+    Raises UserError for any other such buffer: it would hold uninitialized memory.
     """
     for name, _ in model.named_buffers():
         if not (name.endswith((".offset", ".embed_scale", ".row_norms_squared")) or ".rotary_emb." in name):

@@ -1,11 +1,11 @@
-"""Mixtures of experts: their frozen fused weights, and per-expert adapters.
+"""Mixtures of experts: frozen fused weights, and adapters per expert.
 
 transformers keeps the experts of a layer as two 3-D parameters, gate_up_proj and down_proj, and calls them with the
-router's choice. `Experts` takes their place with the same arguments; the router and the rest of the layer stay the
-family's own. Adapters are PEFT's (`target_parameters`): A (E * r, in) with an expert's r rows next to each other, B
+router's choice. `Experts` replaces them with the same arguments; the router and the rest of the layer stay the
+family's. Adapters have PEFT's layout (`target_parameters`): A (E * r, in) with an expert's r rows next to each other, B
 (out, E * r) with the experts innermost, delta W_e = s B_e A_e.
 
-Letters: B rows of the batch, T tokens of all of them, K experts that a token chooses, S = K T, E experts, H hidden.
+Letters: B rows of the batch, T tokens of all of them, K experts per token, S = K T, E experts, H hidden size.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from distlora_kernels.operands import ExpertAdapter, ExpertChoice, Routing
 
 
 class ExpertPair(LoRAPair):
-    """One adapter of one fused weight, fp32 masters in PEFT's layout: row e * r + j of A (E * r, in) and column
-    j * E + e of B (out, E * r) are the j-th of expert e.
+    """One adapter of one fused weight, fp32 masters in PEFT's layout.
+
+    Row e * r + j of A (E * r, in) and column j * E + e of B (out, E * r) are the j-th of expert e.
     """
 
     def __init__(
@@ -41,26 +42,26 @@ class ExpertPair(LoRAPair):
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__(in_features, out_features, slot=slot, rank=num_experts * rank, scaling=scaling, device=device)
-        self.num_experts, self.rank = num_experts, rank  # That of one expert.
+        self.num_experts, self.rank = num_experts, rank  # Rank of one expert.
 
     def down(self) -> Tensor:
-        """(E, r, in): a view of A."""
+        """View A as (E, r, in)."""
         return self.A.view(self.num_experts, self.rank, -1)
 
     def up(self) -> Tensor:
-        """(E, out, r): a view of B."""
+        """View B as (E, out, r)."""
         return self.B.view(-1, self.rank, self.num_experts).permute(2, 0, 1)
 
     @torch.no_grad()
     def reset(self, config: AdapterConfig, *, seed: int, name: str) -> None:
-        """As a linear's, whose rank is that of one expert."""
+        """Initialize like a linear of one expert's rank."""
         super().reset(config, seed=seed, name=name)
-        if config.init == "gaussian":  # std 1 / r, not 1 / (E r).
+        if config.init == "gaussian":  # Std 1 / r, not 1 / (E r).
             self.A.mul_(self.num_experts)
 
 
 class ExpertWeight(Adapted, FrozenTensor):
-    """The fused weight of all experts, frozen, with adapters or none: (E, out, in), or (E, in, out) if `transposed`."""
+    """Frozen fused weight of all experts, with adapters or none: (E, out, in), or (E, in, out) if `transposed`."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class ExpertWeight(Adapted, FrozenTensor):
         slot: int | None = None,
         device: torch.device | str = "meta",
     ) -> ExpertPair:
-        """One more adapter; by `path`, the weight's Hugging Face name, patterns choose the rank and the scale."""
+        """Add an adapter. Patterns match `path`, the weight's Hugging Face name, for rank and scale."""
         assert name not in self.adapters, f"{path} has an adapter {name} already"
         pair = ExpertPair(
             self.in_features,
@@ -108,14 +109,15 @@ class ExpertWeight(Adapted, FrozenTensor):
     def put_adapter(
         self, slot: int, config: AdapterConfig, *, path: str, seed: int, device: torch.device | str
     ) -> ExpertPair:
-        """As of an AdaptedLinear."""
+        """Add an initialized adapter in a free slot, as AdaptedLinear.put_adapter does."""
         pair = self.add_adapter(slot_name(slot), config, path=path, slot=slot, device=device)
         start_pair(pair, self, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
         return pair
 
     def forward(self, x: Tensor, routing: Routing, bias: Tensor | None, slots: tuple[int, ...] = ()) -> Tensor:
-        """x (S, in), sorted by expert -> (S, out), with the adapters that the tokens' rows of the batch use;
-        `slots` are those among which the routing's users choose.
+        """Return (S, out) from x (S, in), sorted by expert, with the adapters that the tokens' rows use.
+
+        `slots` are those that the routing's adapter choice refers to.
         """
         return expert_linear(
             x, self.frozen_weight, routing, transposed=self.transposed, adapter=self._adapter(routing, slots), bias=bias
@@ -140,8 +142,9 @@ class ExpertWeight(Adapted, FrozenTensor):
 
 
 class Experts(nn.Module):
-    """In the place of a family's experts module, with its arguments: gate and up, the activation, down, each expert's
-    on the tokens that chose it, weighted and added up.
+    """Replacement of a family's experts module, with its arguments.
+
+    Gate and up, the activation, down: each expert on the tokens that chose it, weighted and summed.
     """
 
     def __init__(
@@ -157,10 +160,10 @@ class Experts(nn.Module):
         self.gate_up_proj_bias = None if biases is None else biases[0]
         self.down_proj_bias = None if biases is None else biases[1]
         self.activation = activation
-        """What the family makes of gate and up: (S, 2 * intermediate) -> (S, intermediate)."""
+        """The family's activation of gate and up: (S, 2 * intermediate) -> (S, intermediate)."""
 
     def forward(self, hidden_states: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
-        """hidden_states (T, H), choices (T, K) int64 and their weights (T, K) -> (T, H)."""
+        """Return (T, H) from hidden_states (T, H), choices (T, K) int64 and their weights (T, K)."""
         weights_of = (self.gate_up_proj, self.down_proj)
         context, num_experts = self.gate_up_proj.context, self.gate_up_proj.num_experts
         slots: tuple[int, ...] = ()
@@ -182,10 +185,9 @@ class Experts(nn.Module):
 def replace_experts(
     layer: nn.Module, layout: ExpertLayout, *, quantized: bool, dtype: torch.dtype, context: BlockContext
 ) -> dict[str, ExpertWeight]:
-    """Put `Experts` in the place of a decoder layer's own, on meta. Returns the fused weights by their names in it.
+    """Replace the experts of a decoder layer by `Experts`, on meta. Return the fused weights by their names in it.
 
-    What the family makes of gate and up stays its own method; transformers marks the module with the rest (a bias, a
-    transposed weight).
+    The activation stays the family's method. transformers marks the module with the rest (a bias, a transposed weight).
     """
     module = layer.get_submodule(layout.module)
     weights = {

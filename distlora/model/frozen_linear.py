@@ -1,9 +1,7 @@
-"""A frozen weight (packed NF4, or dense), the linear of a decoder block that owns one, and linears that share an
-input.
+"""Frozen weights (NF4 or dense), the linear that holds one, and groups of linears that share an input.
 
-All keep the weight as Parameters with requires_grad=False, so that FSDP2 and ZeRO-3 shard and gather them like any
-other; what crosses the wire is the packed bytes. Everything starts on the meta device and is filled by
-`distlora.loading`.
+Weights are Parameters with requires_grad=False, so FSDP2 and ZeRO-3 shard and gather them like any other, as quantized
+bytes. Everything starts on the meta device and is filled by `distlora.loading`.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from distlora_kernels import nf4
 from distlora_kernels.lora_linear import FrozenWeight, Linear, lora_linears
 
 PACKED_PARTS = frozenset({"codes", "scales", "group_scale", "absmax"})
-"""Names of the Parameters that hold packed weights."""
+"""Names of the Parameters of a quantized weight."""
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of sibling linears that a decoder block calls with the same tensor."""
+"""Names of sibling linears that a decoder layer calls with the same tensor."""
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -30,18 +28,18 @@ def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 
 
 class FrozenTensor(nn.Module):
-    """A frozen weight of any shape.
+    """Frozen weight of any shape.
 
     quantized: `codes` (G, 8192) u8, `scales` (G, 256) u8, `group_scale` (G,) fp32 over the flattened weight and the
-    buffer `offset` () fp32, which is replicated; `keep_absmax` puts `absmax` (G, 256) fp32 in the place of the last
-    three. Otherwise `weight` (shape) in `dtype`.
+    replicated buffer `offset` () fp32; after `keep_absmax`, `absmax` (G, 256) fp32 replaces the last three. Otherwise
+    `weight` (shape) in `dtype`.
     """
 
     def __init__(self, shape: tuple[int, ...], *, quantized: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.quantized = shape, quantized
         self.plain_absmax = False
-        """Whether the absmax are kept in fp32, without double quantization."""
+        """True if absmax is kept in fp32, without double quantization."""
         if quantized:
             groups = self.num_groups
             self.codes = _frozen((groups, nf4.GROUP_BYTES), torch.uint8)
@@ -53,18 +51,19 @@ class FrozenTensor(nn.Module):
 
     @property
     def numel(self) -> int:
-        """Weights that it stands for."""
+        """Number of weights."""
         return math.prod(self.shape)
 
     @property
     def num_groups(self) -> int:
-        """Groups of a quantized weight, over all ranks."""
+        """Number of groups of a quantized weight, over all ranks."""
         return nf4.num_groups(self.numel)
 
     def keep_absmax(self) -> None:
-        """Store the absmax of every block itself: for a checkpoint that was quantized without double quantization.
+        """Store each block's absmax in fp32, for a checkpoint without double quantization.
 
-        4.5 bits a weight instead of 4.127. Quantizing those absmax here would move weights by 3e-3 of their size.
+        It takes 4.5 bits per weight instead of 4.127. Quantizing those absmax here would change weights by 3e-3 of
+        their size.
         """
         assert self.quantized, "a dense weight has no absmax"
         del self.scales, self.group_scale, self.offset
@@ -73,18 +72,18 @@ class FrozenTensor(nn.Module):
 
     @property
     def group_bytes(self) -> int:
-        """Stored bytes of each group of a quantized weight, which is what a gather moves."""
+        """Stored bytes per group of a quantized weight, which are also the gathered bytes."""
         assert self.quantized, "a dense weight has no groups"
         return nf4.PLAIN_RECORD_BYTES if self.plain_absmax else nf4.GROUP_RECORD_BYTES
 
     @property
     def packed_bytes(self) -> int:
-        """Stored bytes of a quantized weight over all ranks, the offset included, FSDP2's padding not."""
+        """Stored bytes of a quantized weight over all ranks, with the offset, without FSDP2's padding."""
         return self.num_groups * self.group_bytes + (0 if self.plain_absmax else 4)
 
     @property
     def frozen_weight(self) -> FrozenWeight:
-        """The weight as the kernels take it: the Parameters themselves, whatever storage they have now."""
+        """The weight in the kernels' form: the Parameters themselves, with their present storage."""
         if self.plain_absmax:
             return FrozenWeight((self.codes, self.absmax), self.shape)
         if self.quantized:
@@ -94,14 +93,14 @@ class FrozenTensor(nn.Module):
 
     @property
     def storage(self) -> str:
-        """How it is stored, in words."""
+        """Description of the storage."""
         if self.quantized:
             return "nf4, absmax in fp32" if self.plain_absmax else "nf4"
         return str(self.weight.dtype).removeprefix("torch.")
 
 
 class FrozenLinear(FrozenTensor):
-    """y = x W^T + bias with W (out_features, in_features) frozen. `bias` (out_features,) in `dtype`, or None."""
+    """y = x W^T + bias with frozen W (out_features, in_features). `bias` (out_features,) in `dtype`, or None."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, quantized: bool, dtype: torch.dtype) -> None:
         super().__init__((out_features, in_features), quantized=quantized, dtype=dtype)
@@ -110,7 +109,7 @@ class FrozenLinear(FrozenTensor):
         self.bias = _frozen((out_features,), dtype) if bias else None
 
     def operand(self) -> Linear:
-        """This linear as `lora_linears` takes it."""
+        """Return this linear as an operand of `lora_linears`."""
         return Linear(self.frozen_weight, bias=self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,11 +122,11 @@ class FrozenLinear(FrozenTensor):
 
 
 class SharedInput:
-    """Linears that are called with the same tensor: the first that is called computes the outputs of all, so that the
-    input is read, and its gradient written, once for all of them.
+    """Linears that are called with the same tensor: the first call computes the outputs of all.
 
-    Members recognize the input by identity, so no family's code is patched; a member that is given another tensor
-    computes all of them for that one. The members of one call leave nothing behind.
+    So the input is read, and its gradient written, once for all of them. Members recognize the input by identity, so no
+    family's code is patched; for another tensor a member computes all of them again. The members of one call leave
+    nothing behind.
     """
 
     def __init__(self, members: tuple[FrozenLinear, ...]) -> None:
@@ -137,7 +136,7 @@ class SharedInput:
         self._outputs: dict[FrozenLinear, Tensor] = {}
 
     def output(self, member: FrozenLinear, x: Tensor) -> Tensor:
-        """`member`'s output for x."""
+        """Return `member`'s output for x."""
         if x is not self._input or x._version != self._version or member not in self._outputs:
             outputs = lora_linears(x, [other.operand() for other in self.members])
             self._input, self._version = x, x._version
@@ -149,7 +148,7 @@ class SharedInput:
 
 
 def link_shared_inputs(linears: Mapping[str, FrozenLinear]) -> None:
-    """Group the siblings that share an input; `linears` are one block's, by their paths in it."""
+    """Group the siblings that share an input. `linears` are one layer's, by their paths in it."""
     parents = {path.rpartition(".")[0] for path in linears}
     for parent, names in itertools.product(sorted(parents), SHARED_INPUTS):
         paths = [f"{parent}.{name}" if parent else name for name in names]

@@ -1,10 +1,12 @@
-"""Norms, gated MLPs and the rotary embedding of a transformers decoder exchanged for ones that pass over memory once.
+"""Replace norms, gated MLPs and the rotary embedding of a transformers decoder by fused ones.
 
-liger.py has those of CUDA, compiled.py those of the CPU; here is how they take their places. Norms and MLPs are
-exchanged module by module: the new ones hold the same Parameters and the same linears under the same names, so loading,
-sharding and checkpoints do not see it. The rotary embedding is a function that attention modules look up in their
-file, so it is exchanged there, for the whole process: liger-kernel's own apply_liger_kernel_to_* does that too, and
-nothing smaller exists. A process has models one after the other: each start first gives transformers' function back.
+One pass over memory each.
+
+liger.py has the GPU's, this file those of the CPU (train.compile, from elementwise.cpp) and the replacement. Norms and
+MLPs are replaced module by module, with the same Parameters and linears under the same names, so loading, sharding and
+checkpoints are not affected. Attention modules look up the rotary embedding, a function, in their Python module, so it
+is replaced there, for the whole process, as liger-kernel's apply_liger_kernel_to_* does. Each start first restores
+transformers' function.
 """
 
 from __future__ import annotations
@@ -27,28 +29,28 @@ _SILU = ("silu", "swish")
 
 
 _own: dict[str, Any] = {}
-"""transformers' rotary embedding, by the module where another one took its place."""
+"""transformers' rotary embedding, by the Python module where it was replaced."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fused:
-    """What takes the places of a decoder's own."""
+    """Fused replacements of a decoder's modules."""
 
     name: str
-    """Of whose they are, in words."""
+    """Name of the implementation."""
     norm: Callable[[nn.Module, bool], nn.Module]
-    """(a norm of the decoder, whether it is of Gemma's kind) -> the new one, on meta, whose weight is set."""
+    """(norm of the decoder, True for Gemma's) -> its replacement, on meta, whose weight is set later."""
     silu: Callable[[Tensor, Tensor], Tensor]
-    """(gate, up) -> silu(gate) * up, same shapes. Backward writes over both: no LoRA here saves its output (and DoRA,
-    which does, goes without)."""
+    """(gate, up) -> silu(gate) * up, same shapes. Backward overwrites both: LoRA saves no output, and DoRA, which does,
+    does not use it."""
     gelu: Callable[[Tensor, Tensor], Tensor]
     """The same with the tanh approximation of GELU."""
     rotate: Callable[..., tuple[Tensor, Tensor]]
-    """In the place of transformers' apply_rotary_pos_emb; writes over queries and keys."""
+    """Replacement of transformers' apply_rotary_pos_emb. Overwrites queries and keys."""
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) around a decoder's own linears."""
+    """down(act(gate(x)) * up(x)) around a decoder's linears."""
 
     def __init__(self, mlp: nn.Module, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class GatedMLP(nn.Module):
 
 
 class FusedGatedMLP(nn.Module):
-    """The same where gate and up are one linear (phi3)."""
+    """Gated MLP whose gate and up are one linear (phi3)."""
 
     def __init__(self, mlp: nn.Module, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -77,15 +79,16 @@ class FusedGatedMLP(nn.Module):
 
 
 def exchange(decoder: Any, family: Family, fused: Fused, *, outputs_are_kept: bool = False) -> str:
-    """Put `fused` into a decoder (on meta or with memory). Returns what is used, a line.
+    """Replace modules of a decoder (on meta or with memory) by `fused`. Return a line about what is used.
 
     - llama, mistral, qwen2, qwen3 (its query and key norms too), phi3: RMSNorm with the scale applied after rounding to
       the input's dtype, SwiGLU;
     - gemma2, gemma3: RMSNorm with 1 + weight, all in fp32, GEGLU with the tanh approximation;
     - all of them: the rotary embedding, partial ones (phi3) included.
-    An MLP with another activation stays what it is. `outputs_are_kept`: linears read their outputs in backward, so
-    norms alone are exchanged: the rotary embedding writes over queries and keys, the MLP's backward over gate and up,
-    and autograd, which would notice torch doing that, sees neither.
+
+    An MLP with another activation is kept. `outputs_are_kept`: linears read their outputs in backward, so only norms
+    are replaced: the rotary embedding overwrites queries and keys, the MLP's backward gate and up, and autograd sees
+    neither.
     """
     norms = _replace_norms(decoder, family, fused)
     if outputs_are_kept:
@@ -105,8 +108,10 @@ def exchange(decoder: Any, family: Family, fused: Fused, *, outputs_are_kept: bo
 
 
 def give_back(decoder: nn.Module) -> None:
-    """What an earlier model of the process exchanged outside of itself is transformers' own again, for `decoder`: with
-    DoRA, or without kernels, queries and keys are not to be written over."""
+    """Restore transformers' rotary embedding in the Python module of `decoder`, if an earlier model replaced it.
+
+    With DoRA, or without kernels, queries and keys must not be overwritten.
+    """
     name = type(decoder).__module__
     if name in _own:
         file: Any = sys.modules[name]
@@ -133,12 +138,12 @@ def _replace_mlps(decoder: nn.Module, multiply: Callable[[Tensor, Tensor], Tenso
 
 
 def eps_of(norm: Any, gemma: bool) -> float:
-    """What a norm of transformers adds to the mean square."""
+    """Return the epsilon of a transformers norm."""
     return float(norm.eps if gemma else norm.variance_epsilon)
 
 
 class CompiledRMSNorm(nn.Module):
-    """A norm whose weight (N,) is frozen."""
+    """RMSNorm with a frozen weight (N,)."""
 
     weight: nn.Parameter
 
@@ -154,7 +159,7 @@ class CompiledRMSNorm(nn.Module):
 
 
 def require_compiled() -> None:
-    """Compile. Raises UserError where nothing can be compiled."""
+    """Compile the extension. Raises UserError if that fails."""
     try:
         native.library()
     except native.NotCompiledError as error:
@@ -162,7 +167,7 @@ def require_compiled() -> None:
 
 
 def use_compiled(decoder: Any, family: Family, head: LossHead, *, outputs_are_kept: bool = False) -> str:
-    """Exchange what is compiled, once `require` has returned; returns what is used, a line."""
+    """Replace what is compiled, after `require_compiled`. Return a line about what is used."""
     fused = Fused(name="compiled for this processor", norm=_norm, silu=_silu, gelu=_gelu, rotate=rotate)
     used = exchange(decoder, family, fused, outputs_are_kept=outputs_are_kept)
     if not head.takes_cross_entropy:

@@ -1,9 +1,8 @@
-"""Seam 1: every decoder block sits in one wrapper, which is the unit of sharding, of checkpointing and of
-micro-batching.
+"""Wrap each decoder layer: the unit of sharding, activation checkpointing and micro-batching (extension point 1).
 
-The wrapper is called by the family's own model code in place of its decoder layer. It cuts the batch into `num_micro`
-slices and runs the layer on each while the block's weights are gathered: with FSDP2 around the wrapper, a step gathers
-each block once however many micro-batches it accumulates.
+The family's model code calls the wrapper instead of its decoder layer. It splits the batch into `num_micro` slices and
+runs the layer on each while its weights are gathered: with FSDP2 around the wrapper, a step gathers each layer once
+however many micro-batches it accumulates.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ from distlora.model.adapters import BlockContext, StepRows
 from distlora_kernels import elementwise, scratch
 
 _CACHES = ("cache", "past_key_values")
-"""Names under which transformers hands a layer the keys and values of earlier tokens, one object for all rows."""
+"""Names by which transformers passes a layer the keys and values of earlier tokens, one object for all rows."""
 
 
 class Reference:
-    """The rows of a forward a second time, through the model as it started and without gradient: DPO's reference.
+    """Second pass of a forward's rows through the initial model, without gradient: DPO's reference.
 
-    Each block runs both while it is gathered and hands its output on here. Nothing of it is kept for backward, and of
-    the blocks' outputs one at a time is alive.
+    Each layer runs both passes while it is gathered, and hands its output on here. Backward keeps nothing of it, and
+    one layer's output is alive at a time.
     """
 
     def __init__(self, rows: Tensor | None) -> None:
         self.rows = rows
-        """(B,) int64: which adapter each row uses here, -1 for none; None: that of the block as it started."""
+        """(B,) int64: slot of each row's adapter in this pass, -1 for none; None: the layer's initial adapter."""
         self.hidden: Tensor | None = None
-        """(B, T, H): what the next block reads; None before the first, which reads what the rows themselves do."""
+        """(B, T, H) input of the next layer; None before the first, which reads the rows' own input."""
 
     def take(self) -> Tensor | None:
-        """The states, which are then freed with whoever took them, though the blocks know this object still."""
+        """Return the states and forget them, so that they are freed with their user."""
         taken, self.hidden = self.hidden, None
         return taken
 
 
 class _Rows(NamedTuple):
-    """What a block knows of the rows that it runs beside their hidden states; BlockContext says what each means."""
+    """Information about the rows of a layer beside their hidden states; see BlockContext."""
 
     adapters: Tensor | None
     places: StepRows | None
@@ -61,47 +60,47 @@ class _Rows(NamedTuple):
 
 
 class Block(nn.Module):
-    """A decoder layer with its batch run in slices, each checkpointed if asked."""
+    """Decoder layer that runs its batch in slices, with optional activation checkpointing."""
 
     def __init__(self, inner: nn.Module, context: BlockContext) -> None:
         super().__init__()
         self.inner = inner
         self.context = context
-        """What the layer's linears read; holds the slice that is running."""
+        """Context of the layer's linears; holds the slice that is running."""
         self.adapter_rows: Tensor | None = None
         """(B,) slot of each row's adapter, -1 for none; None: all rows use the only one."""
         self.step_rows: StepRows | None = None
-        """The rows' places in training, (B,); None: outside of training, where nothing is dropped."""
+        """Positions in training, (B,); None: outside training, without dropout."""
         self.balanced: Tensor | None = None
-        """(B, T): the positions over which the router is to be balanced; None: outside of training, without routers."""
+        """(B, T) positions that count in the router loss; None: outside training, without routers."""
         self.balance: Tensor | None = None
-        """(B, 2, experts) fp32: what the last forward's router says to that; whoever reads it takes it away."""
+        """(B, 2, experts) fp32 router statistics of the last forward; the reader clears it."""
         self.reference: Reference | None = None
-        """Shared by the blocks of a forward that runs its rows through the model as it started too."""
+        """Shared by the layers of a forward that also runs its rows through the initial model."""
         self.started: dict[nn.Parameter, Tensor] = {}
-        """What the adapters' parameters were at the start, where that was more than nothing and a reference needs it.
-        """
+        """Initial values of the adapters' parameters, if they were not zero and a reference needs them."""
         self.num_micro = 1
-        """Slices of the batch; must divide it."""
+        """Number of slices; must divide the batch."""
         self.checkpointing = False
         """Keep only the slices' inputs and recompute the rest in backward."""
         self.host_inputs: HostInputs | None = None
-        """Where checkpointing keeps those inputs; None: on the device."""
+        """Host memory for those inputs; None: they stay on the device."""
         self.remakes = False
-        """Without checkpointing: keep how outputs of compiled norms and gated products are made again, in their place.
-        """
+        """Without activation checkpointing: store how to recompute outputs of compiled norms and gated products, not
+        the outputs."""
         self.keep_dequantized = False
-        """Keep what recomputation dequantizes until its slice's backward is done, with checkpointing."""
+        """With activation checkpointing: keep dequantized weights from recomputation until the slice's backward is
+        done."""
 
     def __getattr__(self, name: str) -> Any:
-        # Some families' models read plain attributes off their layers (attention_type).
+        # Some families' models read plain attributes of their layers (attention_type).
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """hidden_states (B, T, H) -> (B, T, H). A kwarg with dim 0 = B is sliced too; one with dim 0 = 1 is shared."""
+        """Run the layer on hidden_states (B, T, H). Kwargs with dim 0 = B are sliced too, with dim 0 = 1 shared."""
         rows = _Rows(self.adapter_rows, self.step_rows, self.balanced)
         output, balance = self._run_slices(hidden_states, rows, kwargs)
         if balance is not None:
@@ -115,7 +114,7 @@ class Block(nn.Module):
 
     @contextlib.contextmanager
     def _as_started(self) -> Iterator[None]:
-        """Exchange the adapters' values for those of the start; what autograd has saved are the Parameters, unmoved."""
+        """Use the adapters' initial values within this context. Autograd's saved Parameters stay in place."""
         now = {parameter: parameter.data for parameter in self.started}
         try:
             for parameter, start in self.started.items():
@@ -126,19 +125,19 @@ class Block(nn.Module):
                 parameter.data = value
 
     def forget_rows(self) -> None:
-        """Let go of what the last forward's rows were."""
+        """Clear the rows of the last forward."""
         self.adapter_rows = self.step_rows = self.balanced = self.reference = None
         context = self.context
         context.adapter_rows = context.step_rows = context.balanced = None
 
     def _run_slices(self, hidden_states: Tensor, rows: _Rows, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """(B, T, H), and what the routers say where they are asked."""
+        """Return (B, T, H), and the routers' statistics if requested."""
         batch = hidden_states.shape[0]
         if batch % self.num_micro:
             raise ValueError(f"a batch of {batch} rows cannot be run in {self.num_micro} equal slices")
         size = batch // self.num_micro
-        # In one call: its backward joins the slices' gradients once. That of an index makes one as large as all slices
-        # for each of them, and adds it up.
+        # One call: its backward joins the slices' gradients once. That of an index makes one as large as all slices for
+        # each of them, and sums them.
         inputs = hidden_states.split(size) if self.num_micro > 1 else (hidden_states,)
         outputs, balances = [], []
         for index, hidden in enumerate(inputs):
@@ -157,12 +156,12 @@ class Block(nn.Module):
             context.adapter_rows, context.step_rows, context.balanced = rows
             try:
                 output = self.inner(hidden, **kwargs)
-            finally:  # Recomputation leaves by an exception, and what the router left would keep its graph alive.
+            finally:  # Recomputation leaves by an exception, and the router's statistics would keep its graph alive.
                 balance = context.take_balance()
             return output[0] if isinstance(output, tuple) else output, balance
 
         if self.checkpointing and torch.is_grad_enabled():
-            # Nothing in a block draws from torch's generators, so their state need not be kept.
+            # No layer draws from torch's generators, so their state need not be kept.
             context = functools.partial(_keeping, hidden_states.device) if self.keep_dequantized else noop_context_fn
             with contextlib.nullcontext() if self.host_inputs is None else self.host_inputs.keeping():
                 return checkpoint(
@@ -175,9 +174,10 @@ class Block(nn.Module):
 
 
 class _Together(torch.autograd.Function):
-    """(output, balance) as they are, in one node of the graph: no backward of the block starts before both gradients
-    are there. FSDP2 gathers the block again at the output's, and must do so before the balance's needs its weights;
-    without this node that would be by the order in which autograd happens to run nodes.
+    """Identity on (output, balance) in one graph node, so that backward starts when both gradients are there.
+
+    FSDP2 gathers the layer again at the output's gradient, and must do so before the balance's gradient needs its
+    weights. Without this node the order would depend on autograd's scheduling.
     """
 
     @staticmethod
@@ -191,15 +191,15 @@ class _Together(torch.autograd.Function):
 
 
 def _keeping(device: torch.device) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What a checkpoint puts around its forward and its recomputation."""
+    """Return the contexts of a checkpoint's forward and recomputation."""
     return scratch.keeping("forward", device), scratch.keeping("recomputation", device)
 
 
 def _slice(name: str, value: Any, part: slice, batch: int) -> Any:
-    """The rows `part` of a layer's keyword argument; refuses what may hide a batch dimension."""
+    """Return the rows `part` of a layer's keyword argument. Refuses one that may hide a batch dimension."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if name in _CACHES and part == slice(0, batch):  # Generation runs the batch whole: a cache cannot be cut.
+    if name in _CACHES and part == slice(0, batch):  # Generation runs the batch whole: a cache cannot be sliced.
         return value
     if isinstance(value, tuple):
         return tuple(_slice(name, item, part, batch) for item in value)

@@ -1,6 +1,7 @@
-"""liger-kernel's fused RMSNorm, gated MLP and rotary embedding in a transformers decoder, on CUDA (fused_modules.py).
+"""Use liger-kernel's fused RMSNorm, gated MLP and rotary embedding in a transformers decoder, on CUDA.
 
-Its linear cross-entropy is not used: it reads the number of targets on the host (README.md).
+fused_modules.py replaces the modules. liger-kernel's linear cross-entropy is not used: it reads the number of targets
+on the host (README.md).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from distlora.architecture.families import Family
 from distlora.model import fused_modules
 
 FIRST = (0, 8, 5)
-"""The version that was read and is tested. 0.8.0 has no partial rotary embedding: on Phi-4-mini it reads beyond cos."""
+"""First supported version. 0.8.0 has no partial rotary embedding: on Phi-4-mini it reads beyond cos."""
 
 
 def why_not(*, device: torch.device, full: bool, experts: bool = False) -> str | None:
-    """Why liger-kernel cannot be used here; None where it can."""
+    """Return why liger-kernel cannot be used; None if it can."""
     if device.type != "cuda":
         return f"its kernels need CUDA, this is {device.type}"
     if full:
@@ -39,7 +40,7 @@ def why_not(*, device: torch.device, full: bool, experts: bool = False) -> str |
 
 
 def apply(decoder: Any, family: Family, *, outputs_are_kept: bool = False) -> str:
-    """Exchange what liger-kernel has a kernel for ("llama" casting, or "gemma"'s); returns what is used, a line."""
+    """Replace what liger-kernel has a kernel for ("llama" or "gemma" casting). Return a line about what is used."""
     from liger_kernel.transformers import liger_rotary_pos_emb
     from liger_kernel.transformers.functional import liger_geglu, liger_swiglu
 
@@ -62,7 +63,7 @@ def _norm(norm: nn.Module, gemma: bool) -> nn.Module:
             eps=fused_modules.eps_of(norm, gemma),
             offset=1.0 if gemma else 0.0,
             casting_mode="gemma" if gemma else "llama",
-            # In place it would write over the gradient of its output, which gemma's residual reads again. Out of
-            # place it costs one buffer of a micro-batch's hidden states in backward.
+            # In place it would overwrite the gradient of its output, which gemma's residual reads again. Out of place
+            # it costs one buffer of a micro-batch's hidden states in backward.
             in_place=False,
         )

@@ -1,10 +1,9 @@
-"""Seam 2: the head is a loss module. It turns hidden states and labels into loss sums per row; whole logits never
-exist.
+"""LM head as a loss module (extension point 2): hidden states and labels in, loss sums per row out.
 
-Token losses are independent of each other, so while the head is frozen the gradient of the hidden states is computed in
-the forward pass, chunk by chunk, and only scaled in backward: the head's weight is read (and, when sharded, gathered)
-once. Trained token rows, columns of the logits, get their gradient in backward, from what forward kept of it.
-A trained head computes its logits again in backward, chunk by chunk, and adds up its own gradient in fp32.
+Whole logits never exist. Token losses are independent of each other, so with a frozen head the gradient of the hidden
+states is computed in forward, chunk by chunk, and only scaled in backward: the head's weight is read (and, when
+sharded, gathered) once. Trained token rows, columns of the logits, get their gradient in backward, from what forward
+kept. A trained head recomputes its logits in backward, chunk by chunk, and accumulates its gradient in fp32.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from torch.autograd.function import once_differentiable
 from distlora.model.trainable_tokens import TokenRows, weighted_sum
 
 LOGITS_PER_CHUNK = 2**24
-"""fp32 logits that exist at once (64 MiB); the tokens of a chunk are this over the vocabulary, 16 or more."""
+"""fp32 logits that exist at once (64 MiB). A chunk has this many over the vocabulary size in tokens, 16 or more."""
 LOGITS_PER_CHUNK_ON_CPU = 2**20
-"""There what a chunk has at once, five times its logits, stays in the caches; but for no fewer tokens than
-FEWEST_ON_CPU, since every chunk reads the whole weight."""
+"""The same on a CPU, where a chunk's memory, five times its logits, stays in the caches. A chunk has at least
+FEWEST_ON_CPU tokens, because each reads the whole weight."""
 FEWEST_ON_CPU = 128
 
 ADDED_AT_ONCE = 2**22
-"""Numbers of a trained head's gradient in bf16 that are added to its sum in fp32 at once: a CPU widens them before."""
+"""Elements of a trained head's bf16 gradient that are added to the fp32 sum at once: a CPU widens them first."""
 
 IGNORED_LABEL = -100
 
 
 def tokens_per_chunk(vocabulary: int, *, on_cpu: bool) -> int:
-    """Tokens whose logits exist at once."""
+    """Return the number of tokens whose logits exist at once."""
     tokens = LOGITS_PER_CHUNK // vocabulary
     if on_cpu:
         tokens = min(tokens, max(FEWEST_ON_CPU, LOGITS_PER_CHUNK_ON_CPU // vocabulary))
@@ -42,39 +41,38 @@ def tokens_per_chunk(vocabulary: int, *, on_cpu: bool) -> int:
 
 
 class LossHead(nn.Module):
-    """forward(hidden (B, T, H), labels (B, T)) -> (B,) fp32: the sum of -log p(label) over each row's labels >= 0.
+    """Return (B,) fp32 sums of -log p(label) over each row's labels >= 0, from hidden (B, T, H), labels (B, T).
 
-    With `reference` (B, T, H), the hidden states of the same rows in another model: the losses of each token in both,
-    (2, B, T) fp32, the second without gradient. One forward for both, since a sharded weight is gathered for one.
-    `by_token`: each token's loss, (B, T), in the place of the sums.
-
-    Without labels, the logits (B, T, vocabulary) fp32 themselves: through forward too, which is what a sharded weight
-    is gathered for.
+    With `reference` (B, T, H), hidden states of the same rows in another model: return the losses of each token in
+    both, (2, B, T) fp32, the second without gradient. One forward serves both, because a sharded weight is gathered per
+    forward. `by_token`: return each token's loss, (B, T). Without labels: return the logits (B, T, vocabulary) fp32.
     """
 
     def __init__(self, weight: nn.Parameter, *, logit_softcap: float | None = None, logit_scale: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
-        """(vocabulary, H); the embedding's Parameter itself where the two are tied."""
+        """(vocabulary, H); the embedding's Parameter if the two are tied."""
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
         # In a tuple, which hides them from nn.Module: the model owns them, and the embedding may share them.
         self._token_rows: tuple[TokenRows, ...] = ()
         self._reader: Callable[[Tensor], None] | None = None
         self.cross_entropy: Callable[[Tensor, Tensor], Tensor] | None = None
-        """(logits (N, vocabulary), labels (N,)) -> (N,) fp32 losses, whose gradient it writes over the logits: in the
-        place of torch's where the head is frozen and these are its logits (takes_cross_entropy)."""
+        """(logits (N, vocabulary), labels (N,)) -> (N,) fp32 losses, overwriting the logits with their gradient. Used
+        instead of torch's if the head is frozen and these are its logits (takes_cross_entropy)."""
 
     @property
     def takes_cross_entropy(self) -> bool:
-        """Whether the logits are the product with the frozen weight and nothing else."""
+        """True if the logits are the product with the frozen weight and nothing else."""
         plain = self.logit_softcap is None and self.logit_scale == 1.0 and not self._token_rows
         return plain and not self.weight.requires_grad
 
     @contextlib.contextmanager
     def read_by(self, reader: Callable[[Tensor], None]) -> Iterator[None]:
-        """Forward gives `reader` the hidden states (B, T, H) in place of computing losses, while the weight is whole:
-        a sharded one is gathered for forward alone. What forward then returns is zeros."""
+        """Give `reader` the hidden states (B, T, H) instead of computing losses, while the weight is gathered.
+
+        Forward then returns zeros.
+        """
         self._reader = reader
         try:
             yield
@@ -83,11 +81,11 @@ class LossHead(nn.Module):
 
     @property
     def token_rows(self) -> TokenRows | None:
-        """The rows of the weight that are trained while the rest is frozen."""
+        """Rows of the weight that are trained while the rest is frozen."""
         return self._token_rows[0] if self._token_rows else None
 
     def train_rows(self, token_rows: TokenRows) -> None:
-        """Take these rows in place of the weight's own from now on."""
+        """Use these rows instead of the weight's from now on."""
         self._token_rows = (token_rows,)
 
     def forward(
@@ -106,7 +104,7 @@ class LossHead(nn.Module):
         return torch.stack([losses, of_reference])
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """(B, T) fp32: the loss of each token, 0 where there is no label."""
+        """Return (B, T) fp32 losses of each token, 0 without a label."""
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         tokens = tokens_per_chunk(self.weight.shape[0], on_cpu=flat.device.type == "cpu")
         if not torch.is_grad_enabled():
@@ -124,16 +122,19 @@ class LossHead(nn.Module):
     def token_losses(
         self, hidden: Tensor, labels: Tensor, own: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        """hidden (N, H), labels (N,) -> (N,) fp32 losses, 0 where there is no label. The rest as in `logits`."""
+        """Return (N,) fp32 losses, 0 without a label, from hidden (N, H) and labels (N,). The rest as in `logits`."""
         logits = self.logits(hidden, own, weight)
         return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
 
     def own_columns(self, hidden: Tensor) -> Tensor | None:
-        """(..., H) -> (..., trained rows) fp32: their logits, neither scaled nor capped; None where there are none."""
+        """Return (..., trained rows) fp32 logits of the trained rows, neither scaled nor capped.
+
+        None without such rows.
+        """
         return None if self.token_rows is None else self.token_rows.columns(hidden)
 
     def copied(self) -> LossHead:
-        """This head as it is now, whole, in memory of its own: where the weight is sharded, within forward alone."""
+        """Return an unsharded copy of this head. If the weight is sharded, call it within forward only."""
         weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
         head = LossHead(weight, logit_softcap=self.logit_softcap, logit_scale=self.logit_scale)
         if (rows := self.token_rows) is not None:
@@ -143,8 +144,10 @@ class LossHead(nn.Module):
         return head
 
     def logits(self, hidden: Tensor, own: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-        """(..., H) -> (..., vocabulary) fp32, scaled and capped as the model's config says. `own`: from own_columns;
-        `weight` (vocabulary, H): in the place of the head's own."""
+        """Return (..., vocabulary) fp32 from (..., H), scaled and capped by the model's config.
+
+        `own`: from own_columns. `weight` (vocabulary, H): used instead of the head's.
+        """
         logits = F.linear(hidden, self.weight if weight is None else weight).float()
         if self.token_rows is not None:
             logits = self.token_rows.replace_columns(logits, self.token_rows.columns(hidden) if own is None else own)
@@ -156,10 +159,10 @@ class LossHead(nn.Module):
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Token losses (N,) of a frozen head; the hidden states' gradient is taken in forward and scaled in backward.
+    """Token losses (N,) of a frozen head. The hidden states' gradient is computed in forward and scaled in backward.
 
-    Of trained rows (`rows` (n, H) fp32, or None) forward keeps the gradient of their logits, (N, n): the sum over
-    tokens that is the rows' gradient can be made only when each token's loss has its weight.
+    For trained rows (`rows` (n, H) fp32, or None) forward keeps the gradient of their logits, (N, n): their gradient, a
+    sum over tokens, needs the weight of each token's loss.
     """
 
     @staticmethod
@@ -193,7 +196,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 class _PlainHeadLoss(torch.autograd.Function):
-    """The same of a head that has a `cross_entropy`: of a chunk there are its logits in the compute dtype, once."""
+    """Token losses of a frozen head with a `cross_entropy`: one copy of a chunk's logits, in the compute dtype."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: LossHead, tokens_per_chunk: int) -> Tensor:
@@ -214,11 +217,11 @@ class _PlainHeadLoss(torch.autograd.Function):
 
 
 class _TrainedHeadLoss(torch.autograd.Function):
-    """Token losses (N,) of a trained head; backward computes each chunk again, for hidden's gradient and the weight's.
+    """Token losses (N,) of a trained head. Backward recomputes each chunk, for the gradients of hidden and the weight.
 
-    It saves the weight as it was in forward: a Parameter that FSDP2 gathers again before backward, or a copy in the
-    compute dtype. The weight's gradient is the sum over chunks in fp32, rounded to that dtype once: adding up hundreds
-    of chunks in bf16 would lose the small ones.
+    It saves the weight of the forward: a Parameter that FSDP2 gathers again before backward, or a copy in the compute
+    dtype. The weight's gradient is the fp32 sum over chunks, rounded to that dtype once: summing hundreds of chunks in
+    bf16 would lose the small ones.
     """
 
     @staticmethod
@@ -245,6 +248,6 @@ class _TrainedHeadLoss(torch.autograd.Function):
             rows = max(1, ADDED_AT_ONCE // weight.shape[1])
             for total, more in zip(grad_weight.split(rows), grad_chunk.split(rows), strict=True):
                 total += more
-            # As large as the weight: gone before there is the next chunk's, with its last rows.
+            # As large as the weight: free it and its last rows before the next chunk's is made.
             del grad_chunk, more
         return grad_hidden, None, grad_weight.to(weight.dtype), None, None

@@ -1,11 +1,11 @@
-"""The MLP half of a decoder block, with the norms around it: recomputed in backward, whole or in tiles of tokens.
+"""Recompute the MLP half of a decoder layer, with its norms, in backward: whole or in tiles of tokens.
 
-An MLP and its norms see one token at a time, so any tiles of a row give what the row gives, and with tiles the largest
-thing that exists of an MLP (gate, up, their product, 8 bytes an inner column and token) is a tile's and not a row's.
+An MLP and its norms see one token at a time, so any tiles of a row give the row's result. With tiles the largest
+tensors of an MLP (gate, up, their product, 8 bytes per inner column and token) have a tile's size.
 
-A family's own code calls norm, MLP, norm, one after the other, and stays as it is: `MLP` stands in the place of the
-MLP and runs all three, and the norms around it hand on what they are given. So the half's input is the one thing that
-is kept of it. A block without a setting that asks for this keeps its modules (README.md, Long rows).
+A family's code calls norm, MLP, norm in order and stays unchanged: `MLP` replaces the MLP and runs all three, and the
+norms around it pass their input on. So the half's input is all that is kept of it. A layer without these settings keeps
+its modules (README.md, Long sequences).
 
 Letters: B rows of the batch, T tokens of a row, H hidden size.
 """
@@ -26,7 +26,7 @@ from distlora.model.layer_wrapper import Block
 
 
 class HandsOn(nn.Module):
-    """In the place of a norm beside the MLP, which runs it instead."""
+    """Replacement of a norm beside the MLP, which runs it instead."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -37,10 +37,9 @@ class HandsOn(nn.Module):
 
 
 class MLP(nn.Module):
-    """A decoder layer's MLP between its norms. forward(hidden_states (B, T, H)) -> what the family's own gives, where
-    no norm follows; the norm's output where one does.
+    """MLP of a decoder layer between its norms: hidden_states (B, T, H) -> the output of the last of them.
 
-    Where gradients are asked for, backward computes it again from hidden_states, whole without a `tile`.
+    With gradients, backward recomputes it from hidden_states, whole without a `tile`.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class MLP(nn.Module):
         """Tokens of each row that run at once; None: all of them."""
 
     def __getattr__(self, name: str) -> Any:
-        # As of a Block: some code reads plain attributes off what it wraps.
+        # As in Block: some code reads plain attributes of the module that it wraps.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -64,13 +63,13 @@ class MLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Any:
         tile = self.tile
         if tile is None or tile >= hidden_states.shape[1]:
-            # What runs no gradient, and generation's few tokens, are as they would be without a wrapper.
+            # Without gradients, and for generation's few tokens, as without a wrapper.
             return self._recomputed(hidden_states) if torch.is_grad_enabled() else self._run(hidden_states)
         if not torch.is_grad_enabled():
             return in_tiles(self._run_tile, hidden_states, tile)
         parameters = [parameter for parameter in self._parameters_of_run() if parameter.requires_grad]
-        # Kept before the tiles run: a checkpoint around the block ends its recomputation with what is kept last, so
-        # none of its tiles runs for nothing.
+        # Kept before the tiles run: a checkpoint around the layer ends its recomputation with the last kept tensor, so
+        # no tile runs for nothing.
         kept = _Keep.apply(torch.empty(0, device=hidden_states.device, requires_grad=True), hidden_states)
         return _Tiles.apply(hidden_states, kept.grad_fn, self._with_rows(self._run_tile), tile, *parameters)
 
@@ -85,7 +84,7 @@ class MLP(nn.Module):
         return output if after is None else after(output)
 
     def _run_tile(self, hidden_states: Tensor, first: int) -> Tensor:
-        """Tokens `first` and on of each row."""
+        """Run the tokens from `first` on of each row."""
         self.context.first_token = first
         try:
             output: Tensor = self._run(hidden_states)
@@ -94,7 +93,7 @@ class MLP(nn.Module):
         return output
 
     def _with_rows(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """`run` for the rows of now, in backward too, when another slice's may be set."""
+        """Return `run` bound to the present rows, for backward too, when another slice's rows may be set."""
         context = self.context
         rows = (context.adapter_rows, context.step_rows, context.balanced)
 
@@ -105,17 +104,17 @@ class MLP(nn.Module):
         return with_rows
 
     def _recomputed(self, hidden_states: Tensor) -> Any:
-        """As a checkpoint: the graph, and with it every sum, is that of a run without one."""
+        """Recompute as a checkpoint does, so that the graph, and every sum in it, equals that of a run without one."""
         run = self._with_rows(self._run)
 
         def half(hidden: Tensor) -> tuple[Any, Tensor | None]:
             try:
                 output = run(hidden)
-            finally:  # Recomputation leaves by an exception, and its router's word would stand for the next layer's.
+            finally:  # Recomputation leaves by an exception. Clear its router's statistics.
                 balance = self.context.take_balance()
             return output, balance
 
-        # Nothing in a block draws from torch's generators, so their state need not be kept.
+        # No layer draws from torch's generators, so their state need not be kept.
         output, balance = checkpoint(half, hidden_states, use_reentrant=False, preserve_rng_state=False)
         if balance is not None:
             self.context.leave_balance(balance)
@@ -123,9 +122,9 @@ class MLP(nn.Module):
 
 
 def place_mlps(blocks: Sequence[Block], family: Family, *, tile: int | None) -> None:
-    """Put an `MLP` in each block, after whatever else takes the place of its modules (liger.py): it runs what it finds.
+    """Put an `MLP` in each layer, after other replacements of its modules (liger.py).
 
-    Tiles are for dense MLPs: experts are refused by `distlora.architecture.families`.
+    Tiles are for dense MLPs; `distlora.architecture.families` refuses experts.
     """
     for block in blocks:
         layer = block.inner
@@ -137,12 +136,12 @@ def place_mlps(blocks: Sequence[Block], family: Family, *, tile: int | None) -> 
 
 
 def parts_of(length: int, tile: int) -> Iterator[slice]:
-    """The tiles of `length` tokens, front to back; the last has what is left."""
+    """Return the tiles of `length` tokens in order. The last has the remainder."""
     return (slice(start, min(start + tile, length)) for start in range(0, length, tile))
 
 
 def in_tiles(run: Callable[[Tensor, int], Tensor], hidden_states: Tensor, tile: int) -> Tensor:
-    """run(tokens (B, tile, H), first) for each tile, side by side: (B, T, H)."""
+    """Concatenate run(tokens (B, tile, H), first) of each tile: (B, T, H)."""
     output = torch.empty_like(hidden_states)
     for part in parts_of(hidden_states.shape[1], tile):
         output[:, part] = run(hidden_states[:, part], part.start)
@@ -150,8 +149,10 @@ def in_tiles(run: Callable[[Tensor, int], Tensor], hidden_states: Tensor, tile: 
 
 
 class _Keep(torch.autograd.Function):
-    """Keeps `tensor` as autograd keeps what a node needs: a checkpoint around it drops and recomputes it. The grad_fn
-    of the result, which is empty and in no graph, has the tensor."""
+    """Save `tensor` as autograd saves what a node needs, so that a checkpoint around it drops and recomputes it.
+
+    The grad_fn of the result, which is empty and in no graph, has the tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, trigger: Tensor, tensor: Tensor) -> Tensor:
@@ -164,10 +165,12 @@ class _Keep(torch.autograd.Function):
 
 
 class _Tiles(torch.autograd.Function):
-    """run(tokens, first) for each tile of hidden (B, T, H); backward runs each again and differentiates it at once.
+    """run(tokens, first) for each tile of hidden (B, T, H).
 
-    `kept` has hidden, by _Keep. `parameters` are those that run's result depends on and that are trained: their
-    gradients are added up in their own dtype, fp32, front to back, and given to autograd once.
+    Backward runs each tile again and differentiates it at once.
+
+    `kept` has hidden, by _Keep. `parameters` are the trained parameters that run's result depends on: their gradients
+    are summed in fp32, in tile order, and given to autograd once.
     """
 
     @staticmethod
@@ -186,7 +189,7 @@ class _Tiles(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.kept.saved_tensors
-        ctx.kept = None  # Autograd runs no backward of _Keep's, which would let go of it.
+        ctx.kept = None  # Autograd runs no backward of _Keep's, which would free it.
         needs_hidden, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         wanted = [parameter for parameter, need in zip(ctx.parameters, needs, strict=True) if need]
         of_hidden = torch.empty_like(hidden) if needs_hidden else None

@@ -1,11 +1,9 @@
-"""The load-balancing loss of a mixture of experts' routers: what a router leaves for it, and what it adds to the loss
-sums of rows.
+"""Load-balancing loss of a mixture of experts' routers, per row of the batch.
 
-It is defined per row: what transformers computes (load_balancing_loss_func) for that row alone. transformers' own mean
-is over whatever shares a micro-batch, and is no sum over rows; over rows, a step's loss does not depend on ranks,
-micro-batches or empty rows.
+It is what transformers' load_balancing_loss_func computes for that row alone. transformers averages over the
+micro-batch, which is not a sum over rows. Per row, a step's loss does not depend on ranks, micro-batches or empty rows.
 
-Letters: B rows of the batch, T tokens of all of them, L tokens of a row, E experts, H hidden.
+Letters: B rows of the batch, T tokens of all of them, L tokens of a row, E experts, H hidden size.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Router(nn.Module):
-    """A family's router; where a loss is to balance it, what that needs is left in the block's context."""
+    """A family's router that stores statistics in the layer's context if a loss balances it."""
 
     def __init__(self, inner: nn.Module, context: BlockContext, *, top_k: int) -> None:
         super().__init__()
@@ -34,7 +32,7 @@ class Router(nn.Module):
         self.context, self.top_k = context, top_k
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """(T, H) -> what the family's router gives, router logits (T, E) first."""
+        """Return the family's router's output for (T, H): router logits (T, E) first."""
         output: tuple[Tensor, ...] = self.inner(hidden_states)
         if self.context.balanced is not None:
             self.context.leave_balance(balance_of(output[0], self.context.balanced, self.top_k))
@@ -42,9 +40,9 @@ class Router(nn.Module):
 
 
 def weight_of(train: TrainConfig, hf_config: PretrainedConfig) -> float:
-    """What the loss counts in training: train.router_aux_loss, or without it what config.json says, as transformers
-    reads it: router_aux_loss_coef where output_router_logits is set, else 0. Nothing in preference training, whose loss
-    is one of pairs.
+    """Return the weight of the router loss in training: train.router_aux_loss, or config.json's.
+
+    As in transformers, that is router_aux_loss_coef if output_router_logits is set, otherwise 0. With DPO it is 0.
     """
     if train.objective == "dpo":
         return 0.0
@@ -54,17 +52,17 @@ def weight_of(train: TrainConfig, hf_config: PretrainedConfig) -> float:
 
 
 def place_routers(blocks: Sequence[Block], layout: ExpertLayout, *, top_k: int) -> None:
-    """Put a `Router` around each block's router."""
+    """Put a `Router` around each layer's router."""
     for block in blocks:
         router = block.inner.get_submodule(layout.router)
         block.inner.set_submodule(layout.router, Router(router, block.context, top_k=top_k))
 
 
 def balance_of(logits: Tensor, balanced: Tensor, top_k: int) -> Tensor:
-    """router logits (T, E) and which positions count, `balanced` (B, L) bool -> (B, 2, E) fp32: for each row the
-    sums over its positions of (how often an expert is among the top_k, its probability).
+    """Return (B, 2, E) fp32 from router logits (T, E): per row, sums over the positions in `balanced` (B, L) bool.
 
-    The operations are those of transformers' load_balancing_loss_func.
+    The sums count how often an expert is among the top_k, and add its probability. The operations are those of
+    transformers' load_balancing_loss_func.
     """
     batch, num_experts = balanced.shape[0], logits.shape[-1]
     probabilities = torch.softmax(logits, dim=-1)
@@ -78,9 +76,10 @@ def balance_of(logits: Tensor, balanced: Tensor, top_k: int) -> Tensor:
 
 
 def balance_loss(balances: list[Tensor], balanced: Tensor) -> Tensor:
-    """(B, 2, E) of every layer, and which positions count, (B, L) -> (B,) fp32: the load-balancing loss of Switch
-    Transformers (arXiv 2101.03961, equations 4 to 6) over the positions of a row and all layers together, as
-    transformers computes it for that row alone. 0 for a row of which nothing counts.
+    """Return (B,) fp32 losses from every layer's (B, 2, E) and the positions (B, L) that count; 0 without positions.
+
+    It is the load-balancing loss of Switch Transformers (arXiv 2101.03961, equations 4 to 6) over a row's positions and
+    all layers together, as transformers computes it for that row alone.
     """
     total = torch.stack(balances).sum(dim=0)
     positions = balanced.sum(dim=1).clamp_min(1) * len(balances)
@@ -89,8 +88,9 @@ def balance_loss(balances: list[Tensor], balanced: Tensor) -> Tensor:
 
 
 def balanced_positions(labels: Tensor) -> Tensor:
-    """labels (B, T) -> (B, T) bool: the positions up to a row's last target. What follows is padding or trains nothing,
-    and of an empty row nothing counts.
+    """Return (B, T) bool from labels (B, T): the positions up to a row's last target, none for an empty row.
+
+    What follows is padding or trains nothing.
     """
     targets = torch.roll(labels >= 0, 1, dims=1)  # The target of position t is the token at t + 1.
     targets[:, 0] = False
@@ -98,8 +98,9 @@ def balanced_positions(labels: Tensor) -> Tensor:
 
 
 def ask_for_balance(blocks: Sequence[Block], labels: Tensor | None) -> Tensor | None:
-    """Tell the blocks over which positions their routers are to be balanced, those of `labels` (B, L), which are
-    returned; None: nothing is asked.
+    """Make the layers' routers collect statistics over the positions of `labels` (B, L), which are returned.
+
+    None: no statistics.
     """
     balanced = None if labels is None else balanced_positions(labels)
     for block in blocks:
@@ -108,8 +109,9 @@ def ask_for_balance(blocks: Sequence[Block], labels: Tensor | None) -> Tensor | 
 
 
 def balance_sums(blocks: Sequence[Block], labels: Tensor, balanced: Tensor) -> Tensor:
-    """(B,) fp32: the load-balancing loss of each row of the forward that has run, once for each of its targets. A
-    step's loss, a mean over targets, is then the mean of what transformers computes for each row, weighted by targets.
+    """Return (B,) fp32: each row's load-balancing loss in the last forward, once per target.
+
+    A step's loss, a mean over targets, is then the mean over rows of transformers' loss, weighted by targets.
     """
     balances = [block.balance for block in blocks if block.balance is not None]
     for block in blocks:

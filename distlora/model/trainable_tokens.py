@@ -1,8 +1,8 @@
-"""Trained rows of an embedding or a head that is frozen besides: PEFT's trainable tokens.
+"""Train single rows of an otherwise frozen embedding or LM head: PEFT's trainable tokens.
 
-The rows are replicated fp32 parameters like an adapter's, so FSDP2 leaves them alone and their gradients go the
-adapters' way. They take the place of the frozen matrix's rows: in the embedding after the lookup, in the head as
-columns of its logits, so neither needs the matrix in another form than it has.
+The rows are replicated fp32 parameters like an adapter's, so FSDP2 ignores them and their gradients are reduced like
+adapters'. They replace rows of the frozen matrix: in the embedding after the lookup, in the head as columns of its
+logits, so neither needs the matrix in another form.
 
 Letters: N trained rows, H hidden size, V vocabulary, T tokens.
 """
@@ -21,7 +21,7 @@ TOKENS_PER_PRODUCT = 1024
 
 
 class TokenRows(nn.Module):
-    """The trained rows of one matrix, by ascending token id."""
+    """Trained rows of one matrix, by ascending token id."""
 
     def __init__(self, ids: tuple[int, ...], hidden_size: int) -> None:
         super().__init__()
@@ -32,10 +32,10 @@ class TokenRows(nn.Module):
         self._ids: Tensor | None = None
 
     def embed(self, embedding: nn.Module, input_ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, H) in the embedding's dtype: its rows, or ours for the trained tokens.
+        """Embed (B, T) int64 -> (B, T, H) in the embedding's dtype, with the trained rows for their tokens.
 
-        A scale that the embedding puts on its rows (Gemma's) is put on ours. The row of its padding token gets no
-        gradient from here, as in torch.
+        An embedding scale (Gemma's) applies to trained rows too. The row of the padding token gets no gradient, as in
+        torch.
         """
         scale = getattr(embedding, "embed_scale", None)
         padding = getattr(embedding, "padding_idx", None)
@@ -44,15 +44,15 @@ class TokenRows(nn.Module):
         return _ReplaceRows.apply(embedding(input_ids), self.rows, slots, scale, frozen_slot)
 
     def replace_columns(self, logits: Tensor, own: Tensor) -> Tensor:
-        """logits (..., V) and `own` (..., N), both fp32 -> (..., V), our tokens' logits in place of theirs."""
+        """Replace the trained tokens' columns of logits (..., V) by `own` (..., N), both fp32."""
         return logits.index_copy(-1, self._ids_on(logits.device), own)
 
     def columns(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., N) fp32: the logits of the trained tokens, computed in the dtype of `hidden`."""
+        """Return (..., N) fp32 logits of the trained tokens from (..., H), computed in the dtype of `hidden`."""
         return F.linear(hidden, self.rows.to(hidden.dtype)).float()
 
     def _slots(self, input_ids: Tensor) -> Tensor:
-        """int64 like input_ids: which trained row each token has, -1 for none."""
+        """Return int64 like input_ids: index of each token's trained row, -1 for none."""
         ids = self._ids_on(input_ids.device)
         slots = torch.searchsorted(ids, input_ids).clamp_(max=len(ids) - 1)
         return torch.where(ids[slots] == input_ids, slots, -1)
@@ -64,7 +64,7 @@ class TokenRows(nn.Module):
 
 
 class _ReplaceRows(torch.autograd.Function):
-    """Embedded tokens (B, T, H) with the rows of some exchanged. The frozen embedding has no gradient."""
+    """Embedded tokens (B, T, H) with some rows replaced. The frozen embedding has no gradient."""
 
     @staticmethod
     def forward(
@@ -81,7 +81,7 @@ class _ReplaceRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         slots, scale = ctx.saved_tensors
-        # The product with a matrix of zeros and ones adds up in a fixed order; index_add has none on a GPU.
+        # The product with a matrix of zeros and ones sums in a fixed order; index_add does not on a GPU.
         rows = sum_by_slot(gradient.flatten(0, -2), slots.flatten(), ctx.num_rows)
         if scale is not None:
             rows *= scale.to(gradient.dtype).float()
@@ -91,7 +91,7 @@ class _ReplaceRows(torch.autograd.Function):
 
 
 def sum_by_slot(values: Tensor, slots: Tensor, num_slots: int) -> Tensor:
-    """values (T, H), slots (T,) int64, -1 for none -> (num_slots, H) fp32: the sum of each slot's values."""
+    """Sum values (T, H) by slots (T,) int64, -1 for none -> (num_slots, H) fp32."""
     total = torch.zeros(num_slots, values.shape[1], dtype=torch.float32, device=values.device)
     numbers = torch.arange(num_slots, device=values.device)[:, None]
     for part, part_slots in zip(values.split(TOKENS_PER_PRODUCT), slots.split(TOKENS_PER_PRODUCT), strict=True):
@@ -100,7 +100,7 @@ def sum_by_slot(values: Tensor, slots: Tensor, num_slots: int) -> Tensor:
 
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """weights (T, N) fp32, values (T, H) -> (N, H) fp32: weights^T values."""
+    """Return weights^T values: weights (T, N) fp32, values (T, H) -> (N, H) fp32."""
     total = torch.zeros(weights.shape[1], values.shape[1], dtype=torch.float32, device=values.device)
     for part, part_values in zip(weights.split(TOKENS_PER_PRODUCT), values.split(TOKENS_PER_PRODUCT), strict=True):
         total.addmm_(part.t(), part_values.float())

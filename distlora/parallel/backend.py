@@ -109,8 +109,9 @@ class Backend:
     def stream(
         self, tensor: Tensor | HostRows, write: Callable[[Tensor], object], dtype: torch.dtype | None = None
     ) -> None:
-        """Pass a whole tensor, sharded or not, to `write` on the rank that writes: flat host pieces of at most
-        PIECE_BYTES.
+        """Pass a whole tensor, sharded or not, to `write` on the rank that writes.
+
+        Flat host pieces of at most PIECE_BYTES.
 
         Pieces come in order. Other ranks do not call `write`. Every rank must call this for the same tensors in the
         same order. For saving, not for a step. Host copies (`HostRows` of a sharded tensor) are streamed while another
@@ -164,8 +165,9 @@ class Backend:
             self._frozen.check_next_forward()
 
     def compare_trained(self, model: CausalLM) -> None:
-        """Check before the first step that all ranks start with the same trained parameters. Raises
-        DamagedWeightsError.
+        """Check before the first step that all ranks start with the same trained parameters.
+
+        Raises DamagedWeightsError.
         """
         compare_trained(model, self)
 
@@ -288,8 +290,7 @@ class Backend:
         return bool(self.max_over_ranks(lacks))
 
     def require_host_memory(self, nbytes: int, setting: str, purpose: str, instead: str) -> None:
-        """Raise UserError, on every rank, if some node has less than `nbytes` available per rank, as far as can be
-        measured.
+        """Raise UserError, on every rank, if some node is known to lack `nbytes` of host memory per rank.
 
         The message is "`setting` takes ... of host memory for `purpose`, ...; `instead`". Every rank must call it
         alike, and no rank allocates before all have checked.

@@ -44,8 +44,9 @@ class Control:
         """True if the pending request for a save was made before the last save."""
 
     def boundary(self, step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
-        """Mark the next piece of work, as `watch.at` does, and act on the agreement. Raises Stopped, on every rank
-        alike.
+        """Mark the next piece of work, as `watch.at` does, and act on the agreement.
+
+        Raises Stopped, on every rank alike.
         """
         watch.at(step, phase, part, long=long)
         if self._group is None:

@@ -208,8 +208,9 @@ def _cut(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Para
 
 
 class ShardedGradients:
-    """Gradients of `parameters`, summed over the ranks of `group`. They are sharded by units within `root`, in `copies`
-    copies.
+    """Gradients of `parameters`, summed over the ranks of `group`.
+
+    They are sharded by units within `root`, in `copies` copies.
     """
 
     def __init__(

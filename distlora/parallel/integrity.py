@@ -169,8 +169,9 @@ class FrozenWeights:
         raise DamagedWeightsError(self._said(damaged) + f"; {consequence}. {_NEXT}")
 
     def _said(self, damaged: Mapping[tuple[int, int], Sequence[int]]) -> str:
-        """Describe the damaged tensors, their ranks and the consequence. `damaged`: (tensor, owner) -> ranks that saw
-        it.
+        """Describe the damaged tensors, their ranks and the consequence.
+
+        `damaged`: (tensor, owner) -> ranks that saw it.
         """
         (index, owner), seen_by = next(iter(damaged.items()))
         frozen = self._tensors[index]

@@ -64,8 +64,9 @@ class HungError(RuntimeError):
 
 
 def at(step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
-    """Mark the position of the training thread: the `part`-th piece (from 1) of `phase` in `step` (from 1; None
-    outside).
+    """Mark the position of the training thread: the `part`-th piece (from 1) of `phase` in `step` (from 1.
+
+    None outside).
 
     `long`: others may wait up to LONG_SECONDS for it. Costs 0.1 us: no lock, no system call.
     """

@@ -67,9 +67,7 @@ def digest_of(file: Path) -> str:
     return file_fingerprints.digest_of(file_fingerprints.hash_parts(parts), len(CONTENT))
 
 
-def test_each_machine_looks_at_its_own_copy_and_one_file_is_shared_out(
-    world: World, root: Path, config: Config
-) -> None:
+def test_each_node_hashes_its_copy_and_a_shared_file_is_divided(world: World, root: Path, config: Config) -> None:
     of_one = world.run(3, look, config=config, root=root, machines=["a", "a", "a"])
     assert {found.digests[root / "a" / "model"] for found, *_ in of_one} == {digest_of(root / "a" / "model")}
     assert sum(found.bytes_read for found, *_ in of_one) == len(CONTENT)
@@ -90,13 +88,13 @@ def test_each_machine_looks_at_its_own_copy_and_one_file_is_shared_out(
     assert file_fingerprints.remembered(root / "cache-b" / "sources", rotten) == digest_of(rotten)
 
 
-def test_a_stop_is_heard_while_the_base_is_hashed(world: World, root: Path, config: Config) -> None:
+def test_stop_is_honored_while_hashing(world: World, root: Path, config: Config) -> None:
     stopped = world.run(2, look, config=config, root=root, machines=["a", "b"], stop_at=2)
     assert stopped == ["stopped", "stopped"]
     assert not list(root.glob("cache-*/sources/*"))
 
 
-def test_what_two_machines_know_of_one_path_stands_side_by_side(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_of_two_nodes_are_separate(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has a copy there, with an inode and times of its own, and they share a cache."""
     monkeypatch.setattr(file_fingerprints, "SETTLED_SECONDS", 0.0)
     file, records, copy = root / "a" / "model", root / "sources", root / "b" / "model"
@@ -109,7 +107,7 @@ def test_what_two_machines_know_of_one_path_stands_side_by_side(root: Path, monk
     assert file_fingerprints.remembered(records, file) == "tree:a"
 
 
-def test_another_number_of_the_device_is_the_same_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_number_does_not_matter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another client of a file server gives it, or this one after its restart."""
     file, records = root / "a" / "model", root / "sources"
     state = file_fingerprints.state_of(file)

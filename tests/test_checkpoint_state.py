@@ -63,16 +63,14 @@ def whole_state() -> dict[str, Any]:
         ("train", {"global_batch": 4}, "train.global_batch=8"),
     ],
 )
-def test_another_setting_of_what_is_trained_is_refused_with_both_values(
-    section: str, value: dict[str, Any], said: str
-) -> None:
+def test_changed_fixed_setting_is_refused_with_both_values(section: str, value: dict[str, Any], said: str) -> None:
     refused = refusal(settings(), settings(**{section: value}))
     assert refused is not None
     assert said in refused
     assert "set it back" in refused
 
 
-def test_what_may_change_between_starts_is_not_refused(tmp_path: Path) -> None:
+def test_free_settings_may_change(tmp_path: Path) -> None:
     changed = settings(
         adapter={"lora_dropout": 0.1}, optim={"lr": 1.0}, train={"save_every": 3, "micro_batch": 2, "epochs": 4}
     )
@@ -82,13 +80,13 @@ def test_what_may_change_between_starts_is_not_refused(tmp_path: Path) -> None:
     assert refusal(json.loads(json.dumps(mixed)), mixed) is None
 
 
-def test_a_setting_that_a_later_version_has_is_no_difference() -> None:
+def test_settings_of_later_versions_are_ignored() -> None:
     then = settings()
     del then["adapter.modules_to_save"]
     assert refusal(then, settings(adapter={"modules_to_save": ["lm_head"]})) is None
 
 
-def test_the_launcher_refuses_changed_settings_by_the_newest_state_that_can_be_read(tmp_path: Path) -> None:
+def test_launcher_checks_the_newest_readable_state(tmp_path: Path) -> None:
     for name, text in (("step_00000002", json.dumps(whole_state())), ("step_00000004", "{")):
         (tmp_path / name).mkdir()
         (tmp_path / name / STATE_NAME).write_text(text)
@@ -97,7 +95,7 @@ def test_the_launcher_refuses_changed_settings_by_the_newest_state_that_can_be_r
         check_newest_settings(tmp_path, settings(adapter={"r": 4}))
 
 
-def test_what_differs_of_the_machine_is_said() -> None:
+def test_different_environment_is_reported() -> None:
     then = {"ranks": 3, "threads": 1, "torch": "2.13.0"}
     assert environment_line(then, dict(then)) is None
     line = environment_line(then, then | {"ranks": 2, "threads": 8})
@@ -122,7 +120,7 @@ def test_what_differs_of_the_machine_is_said() -> None:
         ({"progress": {"step": 1, "evaluations": {}, "seconds": 10**400, "tokens": 0}}, "too large"),
     ],
 )
-def test_a_state_that_is_not_ours_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_invalid_state_json_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     whole = whole_state()
     (tmp_path / STATE_NAME).write_text(json.dumps(whole))
     expected = Progress(step=2, evaluations={0: 5.0, 2: 4.0}, seconds=1.5, tokens=3, published_step=2)

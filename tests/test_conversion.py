@@ -44,7 +44,7 @@ EXPERTS = 12
         ("Qwen3MoeConfig", {"num_experts": EXPERTS, "moe_intermediate_size": 24, "head_dim": 8}),
     ],
 )
-def test_merged_experts_are_the_tensors_of_the_disk_in_flat_order(
+def test_merged_experts_are_disk_tensors_in_flat_order(
     tmp_path: Path, config_class: str, settings: dict[str, Any]
 ) -> None:
     """Mixtral and Qwen-MoE keep each expert's projections apart on disk; transformers stacks and concatenates them."""
@@ -115,7 +115,7 @@ CONVERTERS = [
 
 
 @pytest.mark.parametrize(("converter", "tensors", "wanted", "reason"), CONVERTERS, ids=lambda value: str(value)[:40])
-def test_what_whole_tensors_in_flat_order_cannot_say_is_refused_by_name(
+def test_unsupported_conversions_are_refused(
     tmp_path: Path, converter: WeightConverter, tensors: dict[str, tuple[int, ...]], wanted: str, reason: str
 ) -> None:
     headers = stored(tmp_path, {name: torch.randn(shape) for name, shape in tensors.items()})
@@ -125,7 +125,7 @@ def test_what_whole_tensors_in_flat_order_cannot_say_is_refused_by_name(
     assert find_sources(layout(converter, names=(*names, "other")), headers, ["other"]) == {}, "nobody asked for it"
 
 
-def test_rows_of_projections_are_concatenated_in_the_mappings_order(tmp_path: Path) -> None:
+def test_projections_are_concatenated_in_mapping_order(tmp_path: Path) -> None:
     """Concatenate along dim 0 of 2-D weights, given in an order that sorting by name would not give."""
     tensors = {f"x.{name}.weight": torch.randn(rows, 5) for name, rows in (("q", 4), ("k", 2), ("a", 3))}
     converter = WeightConverter(
@@ -136,7 +136,7 @@ def test_rows_of_projections_are_concatenated_in_the_mappings_order(tmp_path: Pa
     assert torch.equal(read(sources["x.qka.weight"]), torch.cat(list(tensors.values())))
 
 
-def test_pieces_of_different_types_are_refused(tmp_path: Path) -> None:
+def test_parts_of_different_dtypes_are_refused(tmp_path: Path) -> None:
     converter = WeightConverter(["x.a", "x.b"], "x.weight", operations=[Concatenate(dim=0)])
     headers = stored(tmp_path, {"x.a": torch.randn(2, 3), "x.b": torch.randn(2, 3).bfloat16()})
     with pytest.raises(UserError, match=r"different types \(BF16, F32\)"):
@@ -160,9 +160,7 @@ LAYOUTS: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "kind", "prefix"), LAYOUTS, ids=str)
-def test_every_layout_on_disk_that_transformers_reads_is_read(
-    tmp_path: Path, name: str, kind: str, prefix: str
-) -> None:
+def test_every_layout_of_transformers_is_read(tmp_path: Path, name: str, kind: str, prefix: str) -> None:
     write_family_folder(tmp_path / "model", name)
     own = "language_model.model." if name.startswith("gemma3") else "model."
 
@@ -188,7 +186,7 @@ def test_every_layout_on_disk_that_transformers_reads_is_read(
         assert relative_error(logits, expected(input_ids).logits) <= 1e-6
 
 
-def test_weights_that_config_json_has_no_place_for_are_refused(tmp_path: Path) -> None:
+def test_weights_missing_in_config_json_are_refused(tmp_path: Path) -> None:
     """Transformers would drop the biases with a line in the log, and train another model."""
     write_family_folder(tmp_path, "llama-biases")
     edit_config(tmp_path, attention_bias=False)
@@ -196,7 +194,7 @@ def test_weights_that_config_json_has_no_place_for_are_refused(tmp_path: Path) -
         load_ours(tmp_path)
 
 
-def test_old_rotary_frequencies_on_disk_are_ignored(tmp_path: Path) -> None:
+def test_old_rotary_frequencies_are_ignored(tmp_path: Path) -> None:
     write_family_folder(tmp_path, "llama")
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(12)
@@ -206,7 +204,7 @@ def test_old_rotary_frequencies_on_disk_are_ignored(tmp_path: Path) -> None:
     assert len(frequencies.unique()) == 12, "computed from the config, not the ones on disk"
 
 
-def test_a_tied_head_that_differs_on_disk_is_refused_and_an_equal_one_is_not(tmp_path: Path) -> None:
+def test_tied_head_that_differs_on_disk_is_refused(tmp_path: Path) -> None:
     """Transformers leaves them untied then, whatever config.json says."""
     write_family_folder(tmp_path, "llama3-tied")
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -221,7 +219,7 @@ def test_a_tied_head_that_differs_on_disk_is_refused_and_an_equal_one_is_not(tmp
         load_ours(tmp_path)
 
 
-def test_a_missing_head_is_named(tmp_path: Path) -> None:
+def test_missing_head_is_named(tmp_path: Path) -> None:
     write_family_folder(tmp_path, "gemma3-untied")
     rename_on_disk(tmp_path, lambda name: None if "lm_head" in name else name)
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False

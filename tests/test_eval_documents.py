@@ -57,7 +57,7 @@ def prepared(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_each_document_has_the_losses_of_all_its_pieces(prepared: Path, folders: Path) -> None:
+def test_document_loss_sums_all_its_pieces(prepared: Path, folders: Path) -> None:
     record = added_up(prepared)
     texts = [json.loads(line)["text"] for line in (folders / "text.jsonl").read_text().splitlines()]
     encode = tokenizer()
@@ -72,13 +72,13 @@ def test_each_document_has_the_losses_of_all_its_pieces(prepared: Path, folders:
     assert len(record.documents) == len(set(record.documents)) > 6
 
 
-def test_the_sums_do_not_depend_on_which_rank_saw_what(prepared: Path) -> None:
+def test_document_losses_do_not_depend_on_ranks(prepared: Path) -> None:
     alone = added_up(prepared)
     assert added_up(prepared, world=3, micro_batch=1) == alone
     assert added_up(prepared, world=2, micro_batch=5) == alone
 
 
-def test_a_second_evaluation_begins_anew(prepared: Path) -> None:
+def test_second_evaluation_starts_from_zero(prepared: Path) -> None:
     rows = open_split(prepared, "eval")
     assert rows is not None
     losses = DocumentLosses(rows)
@@ -89,7 +89,7 @@ def test_a_second_evaluation_begins_anew(prepared: Path) -> None:
         assert sum(losses.record(0, ALONE).units) == loader.batch(0).global_targets
 
 
-def test_trials_that_are_evaluated_together_have_each_its_own_documents(prepared: Path) -> None:
+def test_multi_trial_evaluations_are_separate(prepared: Path) -> None:
     """Rows on top of each other, of trials of which one has more batches than the other."""
     rows = open_split(prepared, "eval")
     assert rows is not None
@@ -112,7 +112,7 @@ def test_trials_that_are_evaluated_together_have_each_its_own_documents(prepared
     assert documents[1].record(3, ALONE) == twice
 
 
-def test_pieces_are_kept_in_the_order_of_the_rows() -> None:
+def test_pieces_keep_the_order_of_sequences() -> None:
     lengths = np.array([3, 7, 2, 5, 8])
     packing = pack(np.cumsum(lengths) - lengths, lengths, 10)
     assert (lengths[packing.pieces] == packing.lengths).all()
@@ -120,7 +120,7 @@ def test_pieces_are_kept_in_the_order_of_the_rows() -> None:
     assert packing.pieces.tolist() == [0, 1, 2, 4, 3]
 
 
-def test_rows_and_documents_that_do_not_belong_together_are_no_figures(prepared: Path) -> None:
+def test_mismatched_sequences_and_documents_are_rejected(prepared: Path) -> None:
     rows = open_split(prepared, "eval")
     assert rows is not None
     assert rows.documents is not None
@@ -150,7 +150,7 @@ def trained(world: World, size: int, folders: Path, run_dir: Path, **settings: A
     return run_dir
 
 
-def test_a_run_says_what_its_last_evaluation_found(alone: Path) -> None:
+def test_run_writes_its_last_evaluation(alone: Path) -> None:
     record = read_documents(alone)
     last = read_metrics(alone)[-1]
     assert record.step == last["step"] == 2
@@ -160,7 +160,7 @@ def test_a_run_says_what_its_last_evaluation_found(alone: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "settings"), [(2, {"micro_batch": 2}), pytest.param(3, {"micro_batch": 1}, marks=pytest.mark.ci)]
 )
-def test_a_run_on_several_ranks_has_the_same_figures(
+def test_any_world_size_has_the_same_document_losses(
     world: World, folders: Path, tmp_path: Path, alone: Path, size: int, settings: dict[str, Any]
 ) -> None:
     record, expected = (
@@ -171,7 +171,7 @@ def test_a_run_on_several_ranks_has_the_same_figures(
     np.testing.assert_allclose(record.losses, expected.losses, rtol=2e-6)  # type: ignore[arg-type]
 
 
-def test_a_pair_is_one_document_with_one_loss(
+def test_preference_pair_is_one_document(
     world: World,
     folders: Path,
     preferences: Path,  # noqa: F811
@@ -192,7 +192,7 @@ def test_a_pair_is_one_document_with_one_loss(
 RECORD = DocumentRecord(step=1, rows="ab", documents=[0, 3], losses=[1.5, None], units=[2, 1])
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_record_round_trips(tmp_path: Path) -> None:
     write_documents(tmp_path, RECORD)
     assert read_documents(tmp_path) == RECORD
     assert RECORD.loss is None
@@ -208,24 +208,24 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"documents": [], "losses": [], "units": []}, "does not have a loss and units"),
     ],
 )
-def test_a_damaged_record_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_damaged_record_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / EVAL_DOCUMENTS_NAME).write_text(json.dumps(dataclasses.asdict(RECORD) | change))
     with pytest.raises(UserError, match=message):
         read_documents(tmp_path)
 
 
-def test_a_run_without_a_record_says_what_it_needs(tmp_path: Path) -> None:
+def test_missing_record_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train it with train\.eval_documents=true"):
         read_documents(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"rows": "cd"}, {"documents": [0, 4]}, {"units": [2, 2]}])
-def test_evaluations_on_other_documents_are_not_compared(change: dict[str, Any]) -> None:
+def test_other_documents_are_not_compared(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"runs/a and runs/b were evaluated on different held-out sequences"):
         check_paired(RECORD, dataclasses.replace(RECORD, **change), ("runs/a", "runs/b"))
 
 
-def test_without_held_out_documents_the_setting_is_refused() -> None:
+def test_eval_documents_needs_held_out_data() -> None:
     base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d", "eval_fraction": 0.0}}
     with pytest.raises(UserError, match=r"train\.eval_documents=True needs held-out documents"):
         config_with(base, {"train": {"eval_documents": True}})

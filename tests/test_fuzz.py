@@ -445,7 +445,7 @@ def test_damage_is_refused_or_harmless(name: str, place: Path) -> None:
 
 
 @pytest.mark.ci
-def test_settings_that_were_cut_off_are_never_the_defaults(place: Path) -> None:
+def test_truncated_settings_are_refused(place: Path) -> None:
     path = place / "run" / "config.yaml"
     whole, config = path.read_bytes(), load_config(place / "run")
     borders = [at for at in range(1, len(whole)) if whole[at - 1 : at] == b"\n"]
@@ -457,5 +457,5 @@ def test_settings_that_were_cut_off_are_never_the_defaults(place: Path) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_is_no_file_is_refused_or_missed(name: str, place: Path) -> None:
+def test_non_files_are_refused_or_missing(name: str, place: Path) -> None:
     holds_without(READERS[name], place)

@@ -143,7 +143,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_command_refuses_what_is_damaged(
+def test_command_refuses_damage(
     case: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("prepare", "run_workers"):
@@ -163,7 +163,7 @@ def test_a_command_refuses_what_is_damaged(
 
 
 @pytest.mark.ci
-def test_the_installed_command_ends_so_too(place: Path) -> None:
+def test_installed_command_refuses_damage(place: Path) -> None:
     """In processes of its own, several at once: what Python would print at the end of one is seen here."""
     for number, case in enumerate(AS_PROCESSES):
         words, file, damage, expected = CASES[case]

@@ -208,5 +208,5 @@ def test_damage_is_refused_or_harmless(name: str, place: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name not in FAMILIES])
-def test_what_is_no_file_is_refused_or_missed(name: str, place: Path) -> None:
+def test_non_files_are_refused_or_missing(name: str, place: Path) -> None:
     holds_without(READERS[name], place)

@@ -20,7 +20,7 @@ from distlora.system.host_memory import (
 MIB = 2**20
 
 
-def test_a_gpu_s_tensors_and_others_in_turn_share_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_and_cpu_tensors_share_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the states of an 8-bit optimizer come: a step of the CPU, then two of the GPU."""
     taken: list[tuple[int, bool]] = []
 
@@ -52,7 +52,7 @@ def test_a_gpu_s_tensors_and_others_in_turn_share_two_chunks(monkeypatch: pytest
         ([0, 4, 0], CHUNK_BYTES / 4),
     ],
 )
-def test_chunks_are_powers_of_two_and_little_more_than_what_lies_in_them(sizes: list[int], most: float) -> None:
+def test_chunks_are_powers_of_two_with_little_waste(sizes: list[int], most: float) -> None:
     chunks, places = lay_out(sizes)
     assert all(size.bit_count() == 1 and size >= CHUNK_BYTES for size in chunks)
     assert sum(chunks) <= most * sum(sizes)
@@ -65,7 +65,7 @@ def test_chunks_are_powers_of_two_and_little_more_than_what_lies_in_them(sizes: 
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_limit_of_a_cgroup_counts_where_it_is_lower(tmp_path: Path, version: int) -> None:
+def test_lower_cgroup_limit_counts(tmp_path: Path, version: int) -> None:
     """A job's limit over a task's that has none; the pages of files that it has read can be had."""
     proc, root = tmp_path / "proc", tmp_path / "cgroup"
     top, limit, current, prefix = (

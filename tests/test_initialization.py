@@ -19,7 +19,7 @@ import transformers
 from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
 
-from closeness import assert_losses_close, relative_error
+from closeness import relative_error
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
@@ -43,14 +43,12 @@ from distlora.weights.decompose import (
 )
 from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME, base_identity, digest_of
 from distlora.weights.peft_folder import read_peft_adapter
-from distlora_kernels import nf4
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.checks import check, check_model
 from distlora_launcher.compose.compose import compose_config
 from family_models import SINGLE, config_for, tokens, write_family_folder
 from planned import assert_disk_as_planned
 from small_models import NEW_TOKENS, make_run, write_model_folder, write_text_file
-from test_methods import Method, Peer, our_outcome, prepare
 from test_peft import dequantized_hf_model, our_logits
 from test_resume import figures, result, run_until
 from worlds import World
@@ -79,7 +77,7 @@ def product(start: LowRankFactors, scaling: float) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(70, 41), (41, 70), (64, 64), (5, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_exact_start_is_the_best_approximation_split_in_halves(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_exact_factors_are_the_best_approximation(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight, scaling, rank = weight_of(*shape).to(dtype), 0.7, 3
     start = principal_part(weight, rank, scaling=scaling)
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -93,7 +91,7 @@ def test_the_exact_start_is_the_best_approximation_split_in_halves(shape: tuple[
         assert relative_error(norms, half) < 2 * torch.finfo(torch.float32).eps
 
 
-def test_a_weight_of_a_lower_rank_has_a_start_without_nan() -> None:
+def test_low_rank_weight_has_finite_factors() -> None:
     weight = weight_of(30, 2) @ weight_of(2, 50)
     start = principal_part(weight, 5, scaling=2.0)
     assert torch.isfinite(start.A).all()
@@ -105,9 +103,7 @@ def test_a_weight_of_a_lower_rank_has_a_start_without_nan() -> None:
 
 
 @pytest.mark.parametrize("shape", [(90, 60), (60, 90)], ids=str)
-def test_subspace_iterations_are_those_of_torch_that_peft_uses(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_subspace_iterations_equal_torch_svd_lowrank(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     weight, rank = weight_of(*shape, decay=0.5), 6
     drawn = randomness.normal((60, rank), seed=3, name="linear.sketch")
     monkeypatch.setattr(torch, "randn", lambda *size, dtype, device: drawn.to(dtype).reshape(size))
@@ -123,7 +119,7 @@ def test_subspace_iterations_are_those_of_torch_that_peft_uses(
     assert relative_error(product(many, 1.0), exact) < 1e-5
 
 
-def test_the_bits_of_a_start_do_not_depend_on_threads() -> None:
+def test_factors_do_not_depend_on_threads() -> None:
     weight, threads = weight_of(700, 300), torch.get_num_threads()
     starts, rests = [], []
     for number in (1, 2):
@@ -140,7 +136,7 @@ def test_the_bits_of_a_start_do_not_depend_on_threads() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_residual_has_the_same_bits_however_it_is_cut(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residual_bits_do_not_depend_on_ranges(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decompose, "BLOCK_ELEMENTS", 200)  # Blocks of 5 rows, the last of 3.
     weight = weight_of(48, 37).to(dtype)
     start = principal_part(weight, 4, scaling=0.5)
@@ -155,25 +151,7 @@ def test_a_residual_has_the_same_bits_however_it_is_cut(dtype: torch.dtype, monk
         assert torch.equal(torch.cat(pieces), whole)
 
 
-def test_loftq_starts_closer_and_pissa_loses_less_where_the_spectrum_decays() -> None:
-    weight = weight_of(300, 200, decay=0.7)
-
-    def loses(value: Tensor) -> Tensor:
-        return quantization_error(value, chunk_groups=1)
-
-    assert torch.equal(loses(weight), loses(weight).view_as(weight))
-    whole = weight - nf4.nf4_dequantize(*nf4.nf4_quantize(weight), shape=(300, 200), dtype=torch.float32)
-    assert torch.equal(loses(weight), whole), "what the loader's base lacks"
-    error, scaling = loses(weight), 0.5
-    loftq = principal_part(error, 16, scaling=scaling)
-    assert (error - product(loftq, scaling)).norm() < 0.95 * error.norm()
-    pissa = principal_part(weight, 16, scaling=scaling)
-    rest = Residual(pissa, scaling).of(weight.view(-1), 0).view_as(weight)
-    # Q(W_res) + s B A is as far from W as Q(W_res) from W_res.
-    assert loses(rest).norm() < 0.6 * error.norm()
-
-
-def test_loftq_is_pefts_where_the_scale_is_one() -> None:
+def test_loftq_equals_peft_at_scale_one() -> None:
     error = quantization_error(weight_of(90, 60), chunk_groups=1)
     theirs = _low_rank_decomposition(error, reduced_rank=5)
     ours = principal_part(error, 5, scaling=1.0)
@@ -209,7 +187,7 @@ def started(
         pytest.param("pissa_niter_2", "nf4", marks=pytest.mark.slow),
     ],
 )
-def test_ranks_have_the_adapters_and_the_base_of_one_process(
+def test_any_world_size_has_the_same_adapters_and_base(
     world: World, folders: Path, tmp_path: Path, init: str, method: str
 ) -> None:
     adapter = {"init": init, "rank_pattern": {"k_proj": 3, "down_proj": 11}, "alpha_pattern": {"o_proj": 5.0}}
@@ -258,7 +236,7 @@ def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
     return len(made), most
 
 
-def test_only_the_rank_that_writes_makes_the_plain_lora_a_tensor_at_a_time(
+def test_plain_lora_is_made_one_tensor_at_a_time_on_the_writing_rank(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
     files = []
@@ -289,7 +267,7 @@ def peft_model(folder: Path, config: Config, init: str) -> Any:
 
 
 @pytest.mark.parametrize("rslora", [True, False])
-def test_pissa_on_an_unquantized_base_is_pefts(folders: Path, tmp_path: Path, rslora: bool) -> None:
+def test_pissa_on_an_unquantized_base_equals_peft(folders: Path, tmp_path: Path, rslora: bool) -> None:
     """The residual base, s B A, the logits and the gradients of both; singular vectors have no sign of their own."""
     adapter = {"init": "pissa", "use_rslora": rslora, "r": 4, "lora_alpha": 6.0}
     config = make_run(tmp_path / "run", folders, adapter=adapter, quant={"method": "none"})
@@ -325,7 +303,7 @@ def test_pissa_on_an_unquantized_base_is_pefts(folders: Path, tmp_path: Path, rs
 
 
 @pytest.mark.parametrize("name", ["gemma3-untied", "phi3-longrope-tied", "gpt-oss"])
-def test_a_start_is_the_weights_own_in_every_family(tmp_path: Path, name: str) -> None:
+def test_initial_adapter_comes_from_the_weight_in_every_family(tmp_path: Path, name: str) -> None:
     """Names that differ on disk, fused linears, biases, and attention beside experts; a base in bf16."""
     write_family_folder(tmp_path / name, name)
     adapter = {"init": "pissa", "r": 4, "target_modules": "attention"}
@@ -345,9 +323,7 @@ def test_a_start_is_the_weights_own_in_every_family(tmp_path: Path, name: str) -
 
 @pytest.mark.ci
 @pytest.mark.parametrize("beside", ["trainable_tokens_delta", pytest.param("lm_head.weight", marks=pytest.mark.slow)])
-def test_what_is_trained_beside_pissa_is_published_beside_the_plain_lora(
-    folders: Path, tmp_path: Path, beside: str
-) -> None:
+def test_modules_trained_beside_pissa_are_published(folders: Path, tmp_path: Path, beside: str) -> None:
     run_dir, whole = tmp_path / "run", {"modules_to_save": ["lm_head"]} if "lm_head" in beside else {}
     new_tokens = () if whole else NEW_TOKENS
     make_run(run_dir, folders, "llama", new_tokens, adapter={"init": "pissa", **whole}, train=SETTINGS)
@@ -363,36 +339,7 @@ def test_what_is_trained_beside_pissa_is_published_beside_the_plain_lora(
     assert_disk_as_planned(run_dir)
 
 
-class PissaPeer(Peer):
-    """PEFT from the start that it computes itself."""
-
-    def load(self, adapter: Path) -> Any:
-        return peft_model(Path(self.config.model.path), self.config, "pissa")
-
-
-@pytest.mark.ci
-def test_training_from_pefts_own_start_goes_the_same_way(world: World, folders: Path, tmp_path: Path) -> None:
-    method = Method(adapter={"init": "pissa"})
-    theirs = PissaPeer(tmp_path / "peer", folders, method, "none")
-    prepare(tmp_path / "run", folders, method, "none")
-    ours = world.run(2, our_outcome, run_dir=tmp_path / "run")[0]
-    assert_losses_close(ours.losses, theirs.losses, relative=1e-5)
-    scaling, start = (
-        theirs.config.adapter.scaling_of("any"),
-        decomposed_adapters.load_initial_factors(theirs.config.run_dir),
-    )
-    for name in ours.adapter:
-        if ".lora_B." in name:
-            other = name.replace("lora_B", "lora_A")
-            made, expected = (scaling * run.adapter[name] @ run.adapter[other] for run in (ours, theirs))
-            moved = expected - scaling * start[name] @ start[other]
-            # Their start in fp32 is as far from ours; the steps are Adam's, of the size of the rate however small the
-            # gradient is, so that an element whose gradient is noise goes its own way.
-            assert relative_error(made, expected) < 1e-3
-            assert moved.norm() > 0.02 * expected.norm(), "nothing was trained"
-
-
-def test_loftq_leaves_the_base_and_adds_what_it_lost(folders: Path, tmp_path: Path) -> None:
+def test_loftq_adds_the_quantization_error_back(folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "plain", folders)
     config = make_run(tmp_path / "run", folders, adapter={"init": "loftq", "alpha_pattern": {"up_proj": 3.0}})
     marks: list[str] = []
@@ -417,7 +364,7 @@ def test_loftq_leaves_the_base_and_adds_what_it_lost(folders: Path, tmp_path: Pa
 
 
 @pytest.mark.ci
-def test_what_loftq_publishes_belongs_to_the_base_in_nf4(tmp_path: Path) -> None:
+def test_loftq_adapter_belongs_to_the_nf4_base(tmp_path: Path) -> None:
     """The card loads that base; another run takes the adapter on that base alone, and says the same of its own."""
     run_dir, out, folders = tmp_path / "run", tmp_path / "out", tmp_path
     # Rows are whole blocks: for others bitsandbytes' own CPU kernel is wrong (tests/test_nf4.py).
@@ -488,7 +435,7 @@ PATTERNS = {"rank_pattern": {"k_proj": 3, "down_proj": 6}, "alpha_pattern": {"o_
     ("init", "method", "rslora"),
     [("pissa", "nf4", True), pytest.param("pissa_niter_3", "none", False, marks=pytest.mark.ci)],
 )
-def test_what_pissa_publishes_is_a_lora_on_the_unchanged_base(
+def test_pissa_publishes_a_plain_lora_for_the_unchanged_base(
     folders: Path, tmp_path: Path, init: str, method: str, rslora: bool
 ) -> None:
     adapter = {"init": init, "use_rslora": rslora, "r": 4, "lora_alpha": 8.0, **PATTERNS}
@@ -544,7 +491,7 @@ def no_second_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("init", ["pissa", pytest.param("loftq", marks=pytest.mark.slow)])
-def test_a_resumed_run_builds_its_base_from_the_kept_start(
+def test_resume_rebuilds_the_base_from_the_initial_adapter_file(
     folders: Path, tmp_path: Path, init: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("whole", "stopped"):
@@ -566,7 +513,7 @@ def test_a_resumed_run_builds_its_base_from_the_kept_start(
 
 
 @pytest.mark.ci
-def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
+def test_missing_damaged_or_foreign_initial_adapter_is_refused(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
@@ -631,20 +578,20 @@ REFUSALS: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("words", "reason"), REFUSALS, ids=str)
-def test_a_start_that_makes_no_sense_is_refused_by_the_launcher(folders: Path, words: list[str], reason: str) -> None:
+def test_contradicting_init_settings_are_refused(folders: Path, words: list[str], reason: str) -> None:
     paths = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", "data.sequence_length=64"]
     with pytest.raises(UserError, match=reason):
         check_model(compose_config([*paths, *words]))
 
 
-def test_experts_have_no_start_of_their_own(folders: Path, tmp_path: Path) -> None:
+def test_decomposing_experts_is_refused(folders: Path, tmp_path: Path) -> None:
     config = config_for(folders / "mixtral", run_dir=str(tmp_path), adapter={"init": "loftq", "target_modules": "mlp"})
     for refuse in (check_model, lambda config: start_run_model(config, SINGLE)):
         with pytest.raises(UserError, match="init=loftq starts from a linear's weight, and experts are targeted"):
             refuse(config)
 
 
-def test_an_adapter_to_start_from_and_dora_leave_no_other_start() -> None:
+def test_init_from_and_dora_refuse_other_init() -> None:
     for init in ("pissa", "pissa_niter_4", "loftq"):
         with pytest.raises(UserError, match=f"adapter.init={init} has no effect with adapter.init_from=x"):
             AdapterConfig(init=init, init_from="x")
@@ -652,7 +599,7 @@ def test_an_adapter_to_start_from_and_dora_leave_no_other_start() -> None:
             AdapterConfig(init=init, use_dora=True)
 
 
-def test_the_worker_refuses_ranks_and_weights_that_have_no_start(folders: Path, tmp_path: Path) -> None:
+def test_worker_refuses_excessive_ranks_and_bad_weights(folders: Path, tmp_path: Path) -> None:
     config = make_run(tmp_path / "run", folders, adapter={"init": "pissa", "r": 97})
     with pytest.raises(UserError, match=r"needs 97 singular values of model\.layers\..*, which has"):
         start_run_model(config, SINGLE)
@@ -669,7 +616,7 @@ def test_the_worker_refuses_ranks_and_weights_that_have_no_start(folders: Path, 
 
 
 @pytest.mark.ci
-def test_a_pushed_step_of_pissa_is_the_plain_lora(folders: Path, tmp_path: Path) -> None:
+def test_pushed_pissa_step_is_a_plain_lora(folders: Path, tmp_path: Path) -> None:
     run_dir, out, bases = tmp_path / "run", tmp_path / "out", tmp_path / "bases"
     shutil.copytree(folders, bases)
     make_run(run_dir, bases, adapter={"init": "pissa"}, train=SETTINGS)

@@ -163,9 +163,7 @@ def figures_of(sampled: Sampled, shapes: ModelShapes, ranks: int) -> dict[str, A
 
 @pytest.mark.slow
 @needs_linux
-def test_one_and_a_half_billion_parameters_train_in_what_is_predicted_and_alike_on_2_and_4_ranks(
-    model: Path, tmp_path: Path
-) -> None:
+def test_large_model_trains_within_predicted_memory(model: Path, tmp_path: Path) -> None:
     shapes = shapes_of(read_config(model), model / "config.json")
     assert shapes.numel > 1.5e9
     for ranks in (2, 4):
@@ -189,7 +187,7 @@ def test_one_and_a_half_billion_parameters_train_in_what_is_predicted_and_alike_
 
 @pytest.mark.slow
 @needs_linux
-def test_with_the_launchers_own_malloc_settings_it_fits_20_gb(model: Path, tmp_path: Path) -> None:
+def test_large_model_fits_20_gb_with_default_malloc_settings(model: Path, tmp_path: Path) -> None:
     sampled = train(model, tmp_path, 2, {})
     figures = figures_of(sampled, shapes_of(read_config(model), model / "config.json"), 2)
     losses_of(tmp_path)

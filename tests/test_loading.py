@@ -22,6 +22,7 @@ from distlora.model.build import CausalLM, materialize_buffers
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, Ranks
 from distlora.training import worker
+from distlora.weights.reader import all_finite
 from distlora_kernels import nf4
 from run_models import build_run_model, parallelize_run
 from small_models import make_run, write_model_folder
@@ -61,9 +62,7 @@ def own_rows(ranks: Ranks, *, folder: Path, **sections: dict[str, Any]) -> dict[
     ("model", "size"),
     [("llama", 3), *(pytest.param("llama-tied", size, marks=pytest.mark.ci) for size in (1, 2, 4))],
 )
-def test_a_rank_holds_exactly_its_slice_of_the_whole_quantization(
-    world: World, folders: Path, size: int, model: str
-) -> None:
+def test_rank_holds_its_slice_of_the_quantization(world: World, folders: Path, size: int, model: str) -> None:
     check_slices(world.run(size, own_rows, folder=folders / model), folders / model)
 
 
@@ -86,7 +85,7 @@ def check_slices(by_rank: list[dict[str, tuple[Tensor, int]]], folder: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_sharded_checkpoints_of_any_dtype_load_like_one_file(folders: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_sharded_checkpoint_loads_like_one_file(folders: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     from transformers import LlamaForCausalLM
 
     source = LlamaForCausalLM.from_pretrained(folders / "llama", dtype=dtype)
@@ -104,7 +103,7 @@ def test_sharded_checkpoints_of_any_dtype_load_like_one_file(folders: Path, tmp_
             assert torch.equal(module.codes, nf4.nf4_quantize(weight)[0])
 
 
-def test_planned_and_actual_bits_agree_and_nothing_stays_16_bit(folders: Path) -> None:
+def test_planned_bits_equal_actual_bits(folders: Path) -> None:
     config = config_for(folders / "qwen3")
     model = build_run_model(config)
     figures = load_base(model, CheckpointFiles(folders / "qwen3"), parallelize_run(model, SINGLE, config))
@@ -116,7 +115,7 @@ def test_planned_and_actual_bits_agree_and_nothing_stays_16_bit(folders: Path) -
     assert figures.quantized_bytes == stored + 4 * len(linears)
 
 
-def test_quant_none_keeps_the_weights_in_the_run_dtype(folders: Path) -> None:
+def test_quant_none_keeps_run_dtype(folders: Path) -> None:
     source = safetensors.torch.load_file(folders / "llama" / "model.safetensors")
     model, _ = loaded(folders / "llama", quant={"method": "none"}, train={"dtype": "bf16"})
     for name, parameter in model.named_parameters():
@@ -124,8 +123,9 @@ def test_quant_none_keeps_the_weights_in_the_run_dtype(folders: Path) -> None:
             assert torch.equal(parameter, source[model.hf_name(name)].bfloat16()), name
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
-def test_non_finite_weights_are_refused_by_name(folders: Path, tmp_path: Path, tensor: str, value: float) -> None:
+def test_non_finite_weights_are_refused(folders: Path, tmp_path: Path, tensor: str, value: float) -> None:
     shutil.copytree(folders / "llama", tmp_path / "bad")
     tensors = safetensors.torch.load_file(tmp_path / "bad" / "model.safetensors")
     tensors[tensor].view(-1)[777] = value
@@ -134,7 +134,7 @@ def test_non_finite_weights_are_refused_by_name(folders: Path, tmp_path: Path, t
         loaded(tmp_path / "bad")
 
 
-def test_tensors_of_another_model_are_refused_by_name(folders: Path, tmp_path: Path) -> None:
+def test_tensors_of_another_model_are_refused(folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "llama", tmp_path / "bad")
     tensors = safetensors.torch.load_file(tmp_path / "bad" / "model.safetensors")
     removed = tensors.pop("model.layers.2.self_attn.o_proj.weight")
@@ -147,7 +147,7 @@ def test_tensors_of_another_model_are_refused_by_name(folders: Path, tmp_path: P
         loaded(tmp_path / "bad")
 
 
-def test_fingerprint_tells_another_model_of_the_same_shapes(folders: Path, tmp_path: Path) -> None:
+def test_fingerprint_differs_for_other_weights(folders: Path, tmp_path: Path) -> None:
     write_model_folder(tmp_path / "same", "llama")
     assert CheckpointFiles(tmp_path / "same").fingerprint == CheckpointFiles(folders / "llama").fingerprint
     tensors = safetensors.torch.load_file(tmp_path / "same" / "model.safetensors")
@@ -156,7 +156,7 @@ def test_fingerprint_tells_another_model_of_the_same_shapes(folders: Path, tmp_p
     assert CheckpointFiles(tmp_path / "same").fingerprint != CheckpointFiles(folders / "llama").fingerprint
 
 
-def test_every_rank_reads_its_own_bytes_alone(world: World, folders: Path, tmp_path: Path) -> None:
+def test_rank_reads_only_its_bytes(world: World, folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", folders)
     read = world.run(3, bytes_read, run_dir=tmp_path / "run")
     expected = [0, 0, 0]
@@ -177,7 +177,7 @@ def bytes_read(ranks: Ranks, *, run_dir: Path) -> int:
     return load_base(model, CheckpointFiles(config.model.path), parallelize_run(model, ranks, config)).bytes_read
 
 
-def test_nothing_in_the_model_draws_from_torchs_generators(folders: Path, tmp_path: Path) -> None:
+def test_model_uses_no_torch_generator(folders: Path, tmp_path: Path) -> None:
     """attention_dropout in config.json: an evaluation would be noise, and recomputation would draw another mask."""
     write_model_folder(tmp_path / "dropout", "llama", attention_dropout=0.3)
     model, backend = loaded(tmp_path / "dropout")
@@ -187,7 +187,7 @@ def test_nothing_in_the_model_draws_from_torchs_generators(folders: Path, tmp_pa
     assert torch.equal(model(tokens, tokens, tokens), model(tokens, tokens, tokens))
 
 
-def test_a_weight_that_stays_16_bit_is_noticed(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_left_in_16_bits_is_detected(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(*args: Any, quantized: bool, **kwargs: Any) -> FrozenLinear:
         return FrozenLinear(*args, quantized=False, **kwargs)
 
@@ -196,8 +196,30 @@ def test_a_weight_that_stays_16_bit_is_noticed(folders: Path, monkeypatch: pytes
         loaded(folders / "llama", adapter={"target_modules": "qv"})
 
 
-def test_an_index_of_another_shape_is_refused(folders: Path, tmp_path: Path) -> None:
+def test_malformed_index_is_refused(folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "llama", tmp_path / "bad")
     (tmp_path / "bad" / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
     with pytest.raises(UserError, match="is damaged: weight_map is "):
         read_headers(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_and_infinities_are_detected(dtype: torch.dtype) -> None:
+    weights = torch.randn(1000).to(dtype)
+    assert all_finite(weights)
+    for place in (0, 517, 999):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            damaged = weights.clone()
+            damaged[place] = value
+            assert not all_finite(damaged)
+            damaged[(place + 1) % 1000] = -value
+            assert not all_finite(damaged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_overflowing_sum_of_finite_weights_is_finite(dtype: torch.dtype) -> None:
+    assert all_finite(torch.full((1000,), torch.finfo(dtype).max, dtype=dtype))
+
+
+def test_integers_are_finite() -> None:
+    assert all_finite(torch.full((7,), 255, dtype=torch.uint8))

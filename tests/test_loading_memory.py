@@ -43,7 +43,7 @@ def check_memory(by_rank: list[Figures], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_peak_over_the_shard_is_the_largest_slice_and_64_mb_on_each_rank(tmp_path: Path, backend: str) -> None:
+def test_loading_peak_is_shard_plus_largest_slice_and_64_mb(tmp_path: Path, backend: str) -> None:
     """While the cache is filled: nothing waits in memory to be written."""
     parameters = write_model(tmp_path / "model")
     by_rank = measure(tmp_path / "model", world=RANKS, backend=backend, cache=tmp_path / "cache")
@@ -54,7 +54,7 @@ def test_peak_over_the_shard_is_the_largest_slice_and_64_mb_on_each_rank(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_start_from_the_cache_reads_two_percent_over_its_shard_and_needs_no_more_memory(tmp_path: Path) -> None:
+def test_start_from_cache_reads_2_percent_over_its_shard(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     measure(tmp_path / "model", world=RANKS, cache=tmp_path / "cache")
     by_rank = measure(tmp_path / "model", world=RANKS, cache=tmp_path / "cache")

@@ -194,7 +194,7 @@ def test_non_finite_weights_are_refused(value: float) -> None:
         nf4.nf4_quantize(weight)
 
 
-def test_parts_that_do_not_fit_the_shape_are_refused() -> None:
+def test_misfitting_parts_are_refused() -> None:
     packed = nf4.nf4_quantize(random_weight((256, 128), torch.float32))
     with pytest.raises(RuntimeError, match="a weight \\(256, 512\\) has 8 groups"):
         nf4.nf4_dequantize(*packed, shape=(256, 512), dtype=torch.float32)

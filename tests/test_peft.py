@@ -70,7 +70,7 @@ CASES += [pytest.param("llama", targets, True, marks=pytest.mark.slow) for targe
 
 
 @pytest.mark.parametrize(("model", "targets", "rslora"), CASES, ids=str)
-def test_peft_loads_the_adapter_and_gives_our_logits(
+def test_peft_gives_our_logits(
     folders: Path, tmp_path: Path, tokens: Tensor, model: str, targets: Any, rslora: bool
 ) -> None:
     run_dir = tmp_path / "run"
@@ -89,7 +89,7 @@ def test_peft_loads_the_adapter_and_gives_our_logits(
         assert (tuned(tokens).logits - base_logits).abs().max() > 1e-2, "the adapter does nothing, so this says nothing"
 
 
-def test_gradients_of_loss_and_adapters_equal_peft_autograd(folders: Path, tmp_path: Path, tokens: Tensor) -> None:
+def test_gradients_equal_peft(folders: Path, tmp_path: Path, tokens: Tensor) -> None:
     run_dir = tmp_path / "run"
     config = make_run(run_dir, folders, train={"max_steps": 4, "micro_batch": 1}, optim={"lr": 2e-2})
     worker.run(run_dir, SINGLE)
@@ -113,7 +113,7 @@ def test_gradients_of_loss_and_adapters_equal_peft_autograd(folders: Path, tmp_p
         assert_close(parameter.grad, theirs[name], ulps=64)
 
 
-def test_peft_reads_our_config_as_it_was_set(folders: Path, tmp_path: Path) -> None:
+def test_peft_reads_our_config(folders: Path, tmp_path: Path) -> None:
     adapter = {"target_modules": "mlp", "r": 6, "lora_alpha": 12.0, "use_rslora": False, "init": "gaussian"}
     make_run(tmp_path / "run", folders, adapter=adapter, train={"max_steps": 1})
     worker.run(tmp_path / "run", SINGLE)
@@ -124,7 +124,7 @@ def test_peft_reads_our_config_as_it_was_set(folders: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_fresh_adapter_leaves_the_model_bit_for_bit(folders: Path, tokens: Tensor, dtype: str) -> None:
+def test_fresh_adapter_changes_no_bit(folders: Path, tokens: Tensor, dtype: str) -> None:
     """At step 0 our path with the adapter equals our path without it: rows that choose none."""
     sections: dict[str, Any] = {"adapter": {"target_modules": "all-linear"}, "train": {"dtype": dtype}}
     model, backend = loaded(folders / "qwen3", **sections)

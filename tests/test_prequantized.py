@@ -150,7 +150,7 @@ def with_state(source: Path, **fields: Any) -> dict[str, Tensor | None]:
 
 
 @pytest.mark.parametrize("name", ONE_AND_CI)
-def test_a_plan_counts_what_is_kept_of_a_checkpoint(quantized: Path, name: str) -> None:
+def test_plan_counts_prequantized_bytes(quantized: Path, name: str) -> None:
     """To the byte: absmax in fp32 where there is no double quantization, linears that were left dense as they are."""
     config = config_for(quantized / name)
     plan = plan_of(config, find_model(config), machine_of(config))
@@ -171,7 +171,7 @@ def test_a_plan_counts_what_is_kept_of_a_checkpoint(quantized: Path, name: str) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] % 2 == 0], ids=str)
 @pytest.mark.parametrize("path", ["reference", "bitsandbytes", "table"])
-def test_plain_absmax_dequantizes_as_bitsandbytes_does(
+def test_plain_absmax_dequantizes_like_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], path: str
 ) -> None:
     if path == "table":
@@ -187,23 +187,14 @@ def test_plain_absmax_dequantizes_as_bitsandbytes_does(
     assert torch.equal(actual, bitsandbytes_dequantize(packed, state, shape))
 
 
-@pytest.mark.parametrize("shape", [(7, 33), (1, 63)], ids=str)
-def test_plain_absmax_of_odd_shapes_dequantizes_as_the_reference_does(shape: tuple[int, int]) -> None:
-    """Bitsandbytes compiles its fallback for odd rows, seconds a shape; tests/test_nf4.py holds the reference to it."""
-    parts = nf4.quantize_blocks(random_weight(shape, torch.float32).flatten())
-    for dtype in DTYPES:
-        expected = reference.dequantize_blocks(*parts, shape=shape, dtype=dtype)
-        assert torch.equal(nf4.dequantize_blocks(*parts, shape=shape, dtype=dtype), expected)
-
-
-def test_parts_that_do_not_fit_the_shape_are_refused() -> None:
+def test_misfitting_parts_are_refused() -> None:
     codes, absmax = nf4.quantize_blocks(random_weight((256, 128), torch.float32).flatten())
     with pytest.raises(RuntimeError, match="a weight \\(256, 512\\) has 8 groups"):
         nf4.dequantize_blocks(codes, absmax, shape=(256, 512), dtype=torch.float32)
 
 
 @pytest.mark.ci
-def test_the_dynamic_map_is_the_same_on_a_cpu_without_vector_instructions() -> None:
+def test_dynamic_map_is_equal_without_vector_instructions() -> None:
     """torch.linspace is not: bitsandbytes' own map has other last bits there."""
     code = "from distlora_kernels.reference import dynamic_map; print(dynamic_map().numpy().tobytes().hex())"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
@@ -225,9 +216,7 @@ def own_rows(ranks: Ranks, *, folder: Path) -> tuple[dict[str, Tensor], int]:
 
 @pytest.mark.parametrize("size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2)), 3])
 @pytest.mark.parametrize("variant", ONE_AND_CI)
-def test_ranks_hold_slices_of_the_stored_bytes_and_read_no_others(
-    world: World, quantized: Path, variant: str, size: int
-) -> None:
+def test_ranks_hold_and_read_slices_of_the_stored_bytes(world: World, quantized: Path, variant: str, size: int) -> None:
     tensors = stored_tensors(quantized / variant)
     by_rank = world.run(size, own_rows, folder=quantized / variant)
     expected_reads = 0
@@ -252,7 +241,7 @@ def test_ranks_hold_slices_of_the_stored_bytes_and_read_no_others(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ONE_AND_CI)
-def test_weights_are_bit_for_bit_those_of_bitsandbytes(quantized: Path, variant: str, dtype: torch.dtype) -> None:
+def test_weights_equal_bitsandbytes_bit_for_bit(quantized: Path, variant: str, dtype: torch.dtype) -> None:
     tensors = stored_tensors(quantized / variant)
     linears = frozen_linears(loaded(quantized / variant)[0])
     assert set(packed_names(tensors)) == {name for name, linear in linears.items() if linear.quantized}
@@ -287,9 +276,7 @@ def row_losses(ranks: Ranks, *, folder: Path, tokens: Tensor) -> Tensor:
     "variant",
     ["nested", *(pytest.param(v, marks=pytest.mark.ci) for v in LOADABLE if v != "nested" and not v.startswith("odd"))],
 )
-def test_every_rank_computes_what_transformers_does_with_bitsandbytes(
-    world: World, quantized: Path, variant: str
-) -> None:
+def test_losses_equal_transformers_with_bitsandbytes(world: World, quantized: Path, variant: str) -> None:
     tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
     theirs = dequantized_by_transformers(quantized / variant)
     with torch.no_grad():
@@ -309,7 +296,7 @@ def test_every_rank_computes_what_transformers_does_with_bitsandbytes(
 @pytest.mark.parametrize(
     ("variant", "sizes"), [("skipping", (1, 2)), pytest.param("plain", (1, 3), marks=pytest.mark.slow)]
 )
-def test_a_run_trains_on_any_number_of_ranks_and_peft_gives_its_logits(
+def test_run_trains_on_any_world_size_and_peft_gives_its_logits(
     world: World,
     quantized: Path,
     tmp_path: Path,
@@ -347,7 +334,7 @@ def run_worker(ranks: Ranks, *, run_dir: Path) -> None:
 
 
 @pytest.mark.ci
-def test_peft_on_the_quantized_checkpoint_itself_gives_our_logits(quantized: Path, tmp_path: Path) -> None:
+def test_peft_on_the_quantized_checkpoint_gives_our_logits(quantized: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", quantized, "nested", train={"max_steps": 3}, optim={"lr": 2e-2})
     worker.run(tmp_path / "run", SINGLE)
     tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -362,7 +349,7 @@ def test_peft_on_the_quantized_checkpoint_itself_gives_our_logits(quantized: Pat
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_linears_that_the_checkpoint_keeps_dense_stay_so(quantized: Path, dtype: str, torch_dtype: torch.dtype) -> None:
+def test_dense_linears_of_the_checkpoint_stay_dense(quantized: Path, dtype: str, torch_dtype: torch.dtype) -> None:
     tensors = stored_tensors(quantized / "skipping")
     model, _, figures = loaded(quantized / "skipping", train={"dtype": dtype})
     dense = {name: linear for name, linear in frozen_linears(model).items() if not linear.quantized}
@@ -376,18 +363,6 @@ def test_linears_that_the_checkpoint_keeps_dense_stay_so(quantized: Path, dtype:
     assert figures.prequantized
 
 
-@pytest.mark.parametrize(("variant", "bits"), [("nested", 4 + 8 / 64 + 32 / 16384), ("plain", 4.5)])
-def test_bits_a_weight_are_those_of_the_parts(quantized: Path, variant: str, bits: float) -> None:
-    model, _, figures = loaded(quantized / variant)
-    linears = frozen_linears(model).values()
-    parts = [part for linear in linears for part in linear.frozen_weight.parts]
-    assert figures.quantized_bytes == sum(part.nbytes for part in parts)
-    padded = sum(nf4.num_groups(linear.in_features * linear.out_features) * nf4.GROUP for linear in linears)
-    offsets = 32 * len(linears) if variant == "nested" else 0
-    assert figures.quantized_bytes * 8 == padded * bits + offsets
-    assert figures.bits_per_weight == 8 * figures.quantized_bytes / figures.quantized_weights
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -399,7 +374,7 @@ def test_bits_a_weight_are_those_of_the_parts(quantized: Path, variant: str, bit
     ],
     ids=str,
 )
-def test_another_quantization_is_refused_by_field(
+def test_other_quantization_is_refused_by_field(
     quantized: Path, tmp_path: Path, settings: dict[str, Any], says: str
 ) -> None:
     folder = tmp_path / "model"
@@ -426,7 +401,7 @@ def test_another_quantization_is_refused_by_field(
     ],
     ids=str,
 )
-def test_a_weight_that_cannot_be_kept_is_refused_by_field(
+def test_unsupported_quant_state_is_refused_by_field(
     quantized: Path, tmp_path: Path, fields: dict[str, Any], says: str
 ) -> None:
     folder = copy_with(quantized / "nested", tmp_path / "model", with_state(quantized / "nested", **fields))
@@ -435,13 +410,13 @@ def test_a_weight_that_cannot_be_kept_is_refused_by_field(
             refuse(config_for(folder))
 
 
-def test_a_weight_of_another_shape_than_the_model_asks_for_is_refused(quantized: Path, tmp_path: Path) -> None:
+def test_weight_of_another_shape_is_refused(quantized: Path, tmp_path: Path) -> None:
     folder = copy_with(quantized / "nested", tmp_path / "model", with_state(quantized / "nested", shape=[64, 256]))
     with pytest.raises(UserError, match=r"q_proj\.weight has shape \[64, 256\] on disk and \[128, 128\]"):
         loaded(folder)
 
 
-def test_parts_that_are_missing_or_of_another_type_are_refused(quantized: Path, tmp_path: Path) -> None:
+def test_missing_or_mistyped_parts_are_refused(quantized: Path, tmp_path: Path) -> None:
     changes: list[tuple[dict[str, Tensor | None], str]] = [
         ({f"{WEIGHT}.absmax": None}, r"no tensor model\.layers\.1.*absmax"),
         ({f"{WEIGHT}.nested_quant_map": None}, "no tensor .*nested_quant_map"),
@@ -456,7 +431,7 @@ def test_parts_that_are_missing_or_of_another_type_are_refused(quantized: Path, 
             read_prequantized_weights(CheckpointFiles(folder))
 
 
-def test_maps_of_another_code_and_numbers_that_are_none_are_refused_by_name(quantized: Path, tmp_path: Path) -> None:
+def test_other_maps_and_non_finite_numbers_are_refused(quantized: Path, tmp_path: Path) -> None:
     nested, plain = quantized / "nested", quantized / "plain"
     linear_map = torch.linspace(-1, 1, 256)
     with_nan = stored_tensors(nested)[f"{WEIGHT}.nested_quant_map"].clone()
@@ -476,7 +451,7 @@ def test_maps_of_another_code_and_numbers_that_are_none_are_refused_by_name(quan
             loaded(folder)
 
 
-def test_a_map_with_other_last_bits_is_taken_for_the_dynamic_one(quantized: Path, tmp_path: Path) -> None:
+def test_map_with_other_last_bits_is_accepted(quantized: Path, tmp_path: Path) -> None:
     """What bitsandbytes stores on a CPU without fused multiply-add: up to 2 ulps from ours."""
     entries = stored_tensors(quantized / "nested")[f"{WEIGHT}.nested_quant_map"]
     other = torch.where(entries == 0, entries, entries * (1 + 2 * torch.finfo(torch.float32).eps))
@@ -504,7 +479,7 @@ def test_settings_that_need_16_bit_weights_are_refused(quantized: Path, sections
             refuse(config_for(quantized / "nested", **sections))
 
 
-def test_a_packed_head_is_refused_by_name(quantized: Path) -> None:
+def test_quantized_head_is_refused(quantized: Path) -> None:
     says = "lm_head.weight is stored in NF4.*lm_head in llm_int8_skip_modules"
     with pytest.raises(UserError, match=says):
         check_model(config_for(quantized / "packed-head"))
@@ -512,7 +487,7 @@ def test_a_packed_head_is_refused_by_name(quantized: Path) -> None:
         loaded(quantized / "packed-head")
 
 
-def test_config_and_weights_that_disagree_are_refused(quantized: Path, tmp_path: Path) -> None:
+def test_config_that_contradicts_weights_is_refused(quantized: Path, tmp_path: Path) -> None:
     """A folder with dense weights under a quantization_config would be trained in 16 bits in silence."""
     shutil.copytree(quantized / "even", tmp_path / "dense")
     shutil.copytree(quantized / "nested", tmp_path / "packed")
@@ -522,17 +497,3 @@ def test_config_and_weights_that_disagree_are_refused(quantized: Path, tmp_path:
             check_model(config_for(tmp_path / target))
         with pytest.raises(UserError, match=says):
             loaded(tmp_path / target)
-
-
-def test_the_launcher_takes_what_the_worker_takes(quantized: Path) -> None:
-    for variant in LOADABLE:
-        check_model(config_for(quantized / variant))
-
-
-def test_the_fingerprint_tells_one_quantization_from_another(quantized: Path, tmp_path: Path) -> None:
-    names = ["even", "nested", "plain", "storage-bf16", "skipping"]
-    assert len({CheckpointFiles(quantized / name).fingerprint for name in names}) == len(names)
-    absmax = stored_tensors(quantized / "nested")[f"{WEIGHT}.absmax"].clone()
-    absmax[0] ^= 1
-    changed = copy_with(quantized / "nested", tmp_path / "model", {f"{WEIGHT}.absmax": absmax})
-    assert CheckpointFiles(changed).fingerprint != CheckpointFiles(quantized / "nested").fingerprint

@@ -104,7 +104,7 @@ def pieces(cache: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("model", ["llama", pytest.param("mixtral", marks=pytest.mark.ci)])
-def test_a_second_start_reads_its_rows_alone_and_no_bit_differs(
+def test_second_start_reads_only_its_rows_and_is_bit_identical(
     world: World, folders: Path, tmp_path: Path, model: str
 ) -> None:
     dora = {"adapter": {"target_modules": "all-linear" if model == "llama" else "attention", "use_dora": True}}
@@ -129,9 +129,7 @@ def test_a_second_start_reads_its_rows_alone_and_no_bit_differs(
 
 
 @pytest.mark.ci
-def test_of_weights_of_some_size_a_second_start_reads_two_percent_beside_its_own_bytes_at_most(
-    world: World, tmp_path: Path
-) -> None:
+def test_second_start_reads_at_most_2_percent_extra(world: World, tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 1408, "vocab_size": 1000}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
     write_random_checkpoint(tmp_path / "model", LLAMA_700M | sizes | heads, num_shards=2)
@@ -144,7 +142,7 @@ def test_of_weights_of_some_size_a_second_start_reads_two_percent_beside_its_own
         assert own < read.loaded.bytes_read <= 1.02 * own
 
 
-def test_any_number_of_ranks_reads_what_others_wrote_and_writes_only_what_is_lacking(
+def test_other_world_sizes_read_cached_pieces_and_write_missing_ones(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
     config = config_for(folders / "llama", tmp_path / "cache")
@@ -180,7 +178,7 @@ def test_any_number_of_ranks_reads_what_others_wrote_and_writes_only_what_is_lac
 
 
 @pytest.mark.ci
-def test_of_several_copies_one_writes_and_all_read(world: World, folders: Path, tmp_path: Path) -> None:
+def test_only_one_replica_writes_and_all_read(world: World, folders: Path, tmp_path: Path) -> None:
     without = world.run(2, start, config=config_for(folders / "llama", None))
     copies = {"parallel": {"shard_degree": 2}, "cluster": {"gpus_per_node": 4}}
     config = config_for(folders / "llama", tmp_path / "cache", **copies)
@@ -193,7 +191,7 @@ def test_of_several_copies_one_writes_and_all_read(world: World, folders: Path, 
 
 
 @pytest.mark.slow
-def test_zero3_and_fsdp2_read_what_the_other_wrote(world: World, folders: Path, tmp_path: Path) -> None:
+def test_zero3_and_fsdp2_share_the_cache(world: World, folders: Path, tmp_path: Path) -> None:
     with start_world(3, regroups=True) as alone:
         for offload in (False, True):
             zero3 = {"parallel": {"backend": "zero3", "offload_base": offload}}
@@ -217,9 +215,7 @@ def two_runs(ranks: Ranks, *, config: Config) -> Started:
     return start(Ranks(ranks.rank % 2, 2, ranks.device, groups[ranks.rank // 2]), config=config)
 
 
-def test_two_runs_that_start_at_once_on_an_empty_cache_both_end_right(
-    world: World, folders: Path, tmp_path: Path
-) -> None:
+def test_two_concurrent_starts_on_an_empty_cache(world: World, folders: Path, tmp_path: Path) -> None:
     config = config_for(folders / "llama", tmp_path / "cache")
     without = world.run(2, start, config=config_for(folders / "llama", None))
     for number, started in enumerate(world.run(4, two_runs, config=config)):
@@ -289,9 +285,7 @@ def test_damaged_piece_is_reported_and_quantized_again(folders: Path, tmp_path: 
 
 
 @pytest.mark.ci
-def test_a_disk_that_does_not_answer_at_once_costs_no_piece(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_temporary_read_error_keeps_the_piece(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(folders / "llama", tmp_path / "cache")
     plain = start(SINGLE, config=config)
     before = {path: path.stat().st_ino for path in pieces(tmp_path / "cache")}
@@ -334,9 +328,7 @@ def with_other_offset(path: Path, weight: str) -> None:
 
 
 @pytest.mark.ci
-def test_pieces_with_two_offsets_of_a_weight_are_removed_and_made_anew(
-    world: World, folders: Path, tmp_path: Path
-) -> None:
+def test_pieces_with_contradicting_offsets_are_quantized_again(world: World, folders: Path, tmp_path: Path) -> None:
     config = config_for(folders / "llama", tmp_path / "cache")
     weight = "model.layers.1.mlp.up_proj.weight"
     plain = world.run(2, start, config=config)
@@ -364,7 +356,7 @@ def start_on(ranks: Ranks, *, configs: list[Config]) -> Started:
 
 
 @pytest.mark.ci
-def test_ranks_that_see_other_bytes_of_the_base_keep_nothing(world: World, folders: Path, tmp_path: Path) -> None:
+def test_ranks_with_different_base_files_cache_nothing(world: World, folders: Path, tmp_path: Path) -> None:
     for machine in "ab":
         shutil.copytree(folders / "llama", tmp_path / machine)
     weights = tmp_path / "b" / "model.safetensors"
@@ -376,7 +368,7 @@ def test_ranks_that_see_other_bytes_of_the_base_keep_nothing(world: World, folde
     assert {one.loaded.kept_bytes for one in started} == {0}
 
 
-def test_one_ranks_damage_makes_all_ranks_quantize_the_block(world: World, folders: Path, tmp_path: Path) -> None:
+def test_damage_on_one_rank_quantizes_the_layer_on_all(world: World, folders: Path, tmp_path: Path) -> None:
     config = config_for(folders / "llama", tmp_path / "cache")
     first = world.run(3, start, config=config)
     (damaged,) = (tmp_path / "cache").glob("*/00002-1of3-*.safetensors")
@@ -392,22 +384,6 @@ def test_one_ranks_damage_makes_all_ranks_quantize_the_block(world: World, folde
         assert is_whole(three)
 
 
-@pytest.mark.ci
-def test_an_entry_that_is_removed_while_it_is_read_is_quantized_again(folders: Path, tmp_path: Path) -> None:
-    config = config_for(folders / "llama", tmp_path / "cache")
-    plain = start(SINGLE, config=config)
-
-    def remove(step: int | None, phase: str, *args: object, **kwargs: object) -> None:
-        if phase.startswith("reading layer 1"):
-            entries(tmp_path / "cache")[0].remove()
-
-    started = start(SINGLE, config=config, boundary=remove)
-    assert_same(started, plain)
-    assert not any("is damaged" in line for line in started.said)
-    assert is_whole(start(SINGLE, config=config)) is False
-    assert is_whole(start(SINGLE, config=config))
-
-
 def die_while_writing(config: Config) -> None:
     write, calls = quantized_cache_io._write_bytes, iter(range(100))
 
@@ -420,9 +396,7 @@ def die_while_writing(config: Config) -> None:
     start(SINGLE, config=config)
 
 
-def test_a_start_that_is_killed_while_it_writes_leaves_whole_pieces_and_what_is_cleared(
-    folders: Path, tmp_path: Path
-) -> None:
+def test_killed_writer_leaves_whole_pieces_and_leftovers_are_removed(folders: Path, tmp_path: Path) -> None:
     config = config_for(folders / "llama", tmp_path / "cache")
     killed = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(config,))
     killed.start()
@@ -442,9 +416,7 @@ def test_a_start_that_is_killed_while_it_writes_leaves_whole_pieces_and_what_is_
 
 
 @pytest.mark.ci
-def test_a_changed_source_is_another_entry_and_an_unchanged_one_is_not_read_for_it(
-    folders: Path, tmp_path: Path
-) -> None:
+def test_changed_source_gets_another_entry(folders: Path, tmp_path: Path) -> None:
     folder, cache = tmp_path / "model", tmp_path / "cache"
     shutil.copytree(folders / "llama", folder)
     config = config_for(folder, cache)
@@ -473,7 +445,7 @@ def test_a_changed_source_is_another_entry_and_an_unchanged_one_is_not_read_for_
     assert moments.said == again.said != []
 
 
-def test_the_hubs_cache_says_what_its_files_hold(folders: Path, tmp_path: Path) -> None:
+def test_hub_cache_names_file_content(folders: Path, tmp_path: Path) -> None:
     repository = tmp_path / "models--org--name"
     snapshot, blob = repository / "snapshots" / "abc", repository / "blobs" / ("5" * 64)
     shutil.copytree(folders / "llama", snapshot)
@@ -490,9 +462,7 @@ def test_the_hubs_cache_says_what_its_files_hold(folders: Path, tmp_path: Path) 
 
 
 @pytest.mark.ci
-def test_pissas_base_is_an_entry_of_its_own_and_without_quantization_there_is_none(
-    folders: Path, tmp_path: Path
-) -> None:
+def test_pissa_base_has_its_own_entry(folders: Path, tmp_path: Path) -> None:
     cache = {"cache": True, "cache_dir": str(tmp_path / "cache")}
     adapter = {"init": "pissa", "r": 4}
     first = start(SINGLE, config=make_run(tmp_path / "one", folders, adapter=adapter, quant=cache))
@@ -507,7 +477,7 @@ def test_pissas_base_is_an_entry_of_its_own_and_without_quantization_there_is_no
     assert not (tmp_path / "none").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_said_once_and_read_all_the_same(folders: Path, tmp_path: Path) -> None:
+def test_read_only_cache_is_reported_once_and_still_read(folders: Path, tmp_path: Path) -> None:
     plain = start(SINGLE, config=config_for(folders / "llama", None))
     (tmp_path / "file").write_text("no folder")
     impossible = start(SINGLE, config=config_for(folders / "llama", tmp_path / "file" / "cache"))
@@ -528,7 +498,7 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_read_all_the_same(fold
         assert "Read-only" in refused[0]
 
 
-def test_a_full_disk_is_said_once_and_a_little_of_each_stays_free(
+def test_full_disk_is_reported_once_and_keeps_free_space(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = start(SINGLE, config=config_for(folders / "llama", None))
@@ -556,9 +526,7 @@ def fake_entry(cache: Path, number: int, *, size: int, age: float) -> Entry:
     return entry
 
 
-def test_the_entry_that_was_not_used_for_longest_goes_first_and_the_own_one_and_those_in_use_stay(
-    folders: Path, tmp_path: Path
-) -> None:
+def test_least_recently_used_entry_is_removed_first(folders: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     fake_entry(cache, 1, size=10**6, age=9e5)
     fake_entry(cache, 2, size=10**6, age=5e5)
@@ -580,7 +548,7 @@ def test_the_entry_that_was_not_used_for_longest_goes_first_and_the_own_one_and_
     assert len(entries(cache)) == 2
 
 
-def test_pieces_are_safetensors_that_its_own_library_reads(folders: Path, tmp_path: Path) -> None:
+def test_pieces_are_valid_safetensors(folders: Path, tmp_path: Path) -> None:
     started = start(SINGLE, config=config_for(folders / "llama", tmp_path / "cache"))
     for path in pieces(tmp_path / "cache"):
         for name, tensor in safetensors.torch.load_file(path).items():

@@ -90,7 +90,7 @@ REMOVALS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("how", REMOVALS)
 @pytest.mark.parametrize("sources", ["folder", "link"])
-def test_what_others_keep_in_the_caches_folder_stays(tmp_path: Path, how: str, sources: str) -> None:
+def test_files_of_other_programs_stay(tmp_path: Path, how: str, sources: str) -> None:
     folder, home = tmp_path / "folder", tmp_path / "home"
     folder.mkdir()
     home.mkdir()
@@ -104,7 +104,7 @@ def test_what_others_keep_in_the_caches_folder_stays(tmp_path: Path, how: str, s
     assert tree(tmp_path) == before
 
 
-def test_what_lies_in_an_entry_beside_ours_stays_there_when_the_entry_goes(tmp_path: Path) -> None:
+def test_other_files_in_a_removed_entry_stay(tmp_path: Path) -> None:
     entry, home = make_entry(tmp_path / "cache", "1"), tmp_path / "home"
     home.mkdir()
     (home / "key").write_text("secret")
@@ -122,7 +122,7 @@ def test_what_lies_in_an_entry_beside_ours_stays_there_when_the_entry_goes(tmp_p
     assert (home / "key").read_text() == "secret"
 
 
-def test_nothing_is_written_into_or_read_from_a_link_in_an_entrys_place(tmp_path: Path) -> None:
+def test_symlink_in_place_of_an_entry_is_not_used(tmp_path: Path) -> None:
     home = make_entry(tmp_path / "elsewhere", "1")
     link = Entry(tmp_path / ("2" * 64))
     link.path.symlink_to(home.path)
@@ -132,7 +132,7 @@ def test_nothing_is_written_into_or_read_from_a_link_in_an_entrys_place(tmp_path
     assert len(tree(home.path)) == 2
 
 
-def test_another_users_entry_stays_and_counts(
+def test_entry_of_another_user_stays_and_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own, theirs, mine = (
@@ -148,7 +148,7 @@ def test_another_users_entry_stays_and_counts(
     assert theirs.is_ours()
 
 
-def test_what_killed_writers_left_goes_after_an_hour(tmp_path: Path) -> None:
+def test_leftovers_are_removed_after_an_hour(tmp_path: Path) -> None:
     entry = make_entry(tmp_path, "1")
     old, new = entry.path / f".{PIECE}-{SECRET}", entry.path / f".{ENTRY_NAME}-{SECRET}"
     source = tmp_path / "sources" / f".source-{'5' * 32}.json-{SECRET}"
@@ -166,7 +166,7 @@ def test_what_killed_writers_left_goes_after_an_hour(tmp_path: Path) -> None:
     cache.remove_leftovers(tmp_path / "absent")
 
 
-def test_names_are_matched_whole() -> None:
+def test_file_names_match_completely() -> None:
     for name in (f"{PIECE}.bak", f"x{PIECE}", f"{PIECE}\n", "entry.json~"):
         assert not cache._FINISHED.fullmatch(name)
         assert not cache._UNFINISHED.fullmatch(f".{name}-{SECRET}")

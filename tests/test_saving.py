@@ -99,9 +99,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_what_is_saved_is_the_state_of_its_step_while_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_save_in_background_holds_the_state_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_write, writing = threading.Event(), threading.Event()
     write_files = saver_module.write_files
 
@@ -128,7 +126,7 @@ def test_what_is_saved_is_the_state_of_its_step_while_training_goes_on(
     assert "for the save after step 1" in said[0]
 
 
-def test_the_memory_of_copies_is_taken_once(tmp_path: Path) -> None:
+def test_copies_reuse_their_memory(tmp_path: Path) -> None:
     state = State()
     with make_saver(tmp_path, state) as saver:
         places = []
@@ -174,7 +172,7 @@ FAULTS = {
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")
-def test_copies_from_a_gpu_are_of_the_moment_when_they_were_queued() -> None:
+def test_gpu_copies_hold_the_state_when_queued() -> None:
     device = torch.device("cuda")
     ranks = Ranks(0, 1, device, None)
     copies = snapshot.Snapshot(Backend(ranks, Shards.over(ranks)))
@@ -192,7 +190,7 @@ def test_copies_from_a_gpu_are_of_the_moment_when_they_were_queued() -> None:
 
 
 @pytest.mark.parametrize("damage", FAULTS, ids=lambda damage: damage.__name__)
-def test_a_disk_that_fails_costs_no_older_checkpoint_and_no_run(damage: Break, tmp_path: Path) -> None:
+def test_failing_disk_costs_no_checkpoint_and_no_run(damage: Break, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with small_disk(run_dir, 256) if damage in (full, read_only) else contextlib.nullcontext(run_dir):
         run_dir.mkdir(exist_ok=True)
@@ -227,9 +225,7 @@ def check_saves_around(damage: Break, run_dir: Path) -> None:
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000001", "step_00000005"]
 
 
-def test_a_save_that_cannot_take_its_name_gives_it_back_to_the_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_rename_restores_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rename = Path.rename
 
     def refused(self: Path, target: Path) -> Path:
@@ -248,7 +244,7 @@ def test_a_save_that_cannot_take_its_name_gives_it_back_to_the_older_one(
     assert saved(tmp_path, 1) == {1.0}
 
 
-def test_a_folder_of_checkpoints_that_vanished_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vanished_checkpoint_folder_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, synced = State(), []
     sync = atomic_io.sync
     monkeypatch.setattr(atomic_io, "sync", lambda path: (synced.append(path), sync(path)))
@@ -295,7 +291,7 @@ def die_while_writing(run_dir: Path, point: str) -> None:
 
 
 @pytest.mark.parametrize("point", ["in a tensor", "before the manifest", "while syncing", "between two renames"])
-def test_a_writer_killed_in_the_middle_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path, point: str) -> None:
+def test_killed_writer_leaves_the_older_checkpoint(tmp_path: Path, point: str) -> None:
     child = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(tmp_path, point))
     child.start()
     child.join(60)
@@ -309,9 +305,7 @@ def test_a_writer_killed_in_the_middle_leaves_the_older_checkpoint_and_nothing_e
     assert saved(tmp_path, 1) == {1.0}
 
 
-def test_the_newest_and_the_best_are_kept_and_each_is_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_newest_and_best_are_kept_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     sha256 = folders_on_disk.sha256
 
@@ -333,7 +327,7 @@ def test_the_newest_and_the_best_are_kept_and_each_is_read_once(
     assert sorted(read) == sorted(f"step_{step:08d}" for step in range(2, 8) for _ in range(3))
 
 
-def test_a_damaged_checkpoint_does_not_cost_an_older_one(tmp_path: Path) -> None:
+def test_damaged_checkpoint_keeps_older_ones(tmp_path: Path) -> None:
     state, said = State(), []
     with make_saver(tmp_path, state, said) as saver:
         for step in (1, 2):
@@ -345,7 +339,7 @@ def test_a_damaged_checkpoint_does_not_cost_an_older_one(tmp_path: Path) -> None
         assert names(tmp_path) == [1, 2, 3], "two whole ones: 3 and 1"
         assert said == [
             "WARNING: checkpoint step_00000002 is damaged (trainer.safetensors is not what was saved); older ones are "
-            "kept in its place"
+            "kept instead"
         ]
         saver.save(state.train(4))
         saver.wait()
@@ -353,7 +347,7 @@ def test_a_damaged_checkpoint_does_not_cost_an_older_one(tmp_path: Path) -> None
     assert newest(tmp_path / "checkpoints") == (step_folder(tmp_path / "checkpoints", 4), [])
 
 
-def test_a_checkpoint_of_a_later_step_costs_none_that_is_written(tmp_path: Path) -> None:
+def test_later_steps_do_not_count_for_retention(tmp_path: Path) -> None:
     state = State()
     for step in (100, 10):
         with make_saver(tmp_path, state, keep=1) as saver:
@@ -369,7 +363,7 @@ def choose_on(ranks: Ranks, *, checkpoints: Path) -> str:
     return f"{found} {lines}"
 
 
-def test_a_start_goes_on_from_what_is_whole_or_not_at_all(world: World, tmp_path: Path) -> None:
+def test_start_resumes_from_a_whole_checkpoint_or_is_refused(world: World, tmp_path: Path) -> None:
     state, checkpoints = State(), tmp_path / "checkpoints"
     with make_saver(tmp_path, state) as saver:
         for step in (1, 2):
@@ -392,7 +386,7 @@ def test_a_start_goes_on_from_what_is_whole_or_not_at_all(world: World, tmp_path
     assert choose(checkpoints, SINGLE)[0] == step_folder(checkpoints, 1)
 
 
-def test_a_state_that_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_that_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, ignore_errors: bool = False) -> None:
         if not ignore_errors:
             raise PermissionError(1, "Operation not permitted")
@@ -418,7 +412,7 @@ def test_a_state_that_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pyt
         ('{"files"', "Expecting"),
     ],
 )
-def test_a_manifest_that_is_not_ours_is_a_fault(tmp_path: Path, manifest: str, said: str) -> None:
+def test_invalid_manifest_is_a_fault(tmp_path: Path, manifest: str, said: str) -> None:
     state = State()
     with make_saver(tmp_path, state) as saver:
         saver.save_last(state.train(1))
@@ -483,7 +477,7 @@ def save_on(ranks: Ranks, *, run_dir: Path, in_background: bool, cut: bool) -> l
 
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("in_background", [True, False])
-def test_all_ranks_know_what_is_saved(world: World, tmp_path: Path, in_background: bool, cut: bool) -> None:
+def test_all_ranks_know_the_saved_step(world: World, tmp_path: Path, in_background: bool, cut: bool) -> None:
     (tmp_path / "run").mkdir()
     outcomes = world.run(3, save_on, run_dir=tmp_path / "run", in_background=in_background, cut=cut)
     assert outcomes == [["saved 1", "failed", "failed", "saved 4"]] * 3
@@ -494,7 +488,7 @@ def test_all_ranks_know_what_is_saved(world: World, tmp_path: Path, in_backgroun
     assert {value for tensor in tensors.values() for value in tensor.flatten().tolist()} == {4.0}
 
 
-def test_where_host_memory_is_too_short_for_a_copy_training_waits(world: World, tmp_path: Path) -> None:
+def test_without_host_memory_training_waits_for_saves(world: World, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     said = world.run(2, save_in_short_memory, run_dir=tmp_path / "run")
     assert all("not enough host memory" in line for of_rank in said for line in of_rank)

@@ -102,7 +102,7 @@ def test_no_module_unpickles_or_runs_file_content() -> None:
 # --- readers ---
 
 
-def test_code_that_comes_with_a_tokenizer_is_not_run(folders: Path, tmp_path: Path) -> None:
+def test_tokenizer_code_is_not_run(folders: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(folders / "llama", tmp_path / "llama")
     place = folder / "tokenizer_config.json"
     values = json.loads(place.read_text())
@@ -131,7 +131,7 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(folders: Path, tmp_path: Pa
         "{% for i in range(10**9) %}{% endfor %}",
     ],
 )
-def test_a_chat_template_reaches_nothing_but_its_conversation(tmp_path: Path, text: str) -> None:
+def test_chat_template_is_sandboxed(tmp_path: Path, text: str) -> None:
     (tmp_path / "odd.jinja").write_text(text)
     with pytest.raises(UserError, match=r"odd\.jinja (refuses|fails|is not valid)"):
         ChatTemplate(tokenizer(), "here", str(tmp_path / "odd.jinja")).render(
@@ -140,7 +140,7 @@ def test_a_chat_template_reaches_nothing_but_its_conversation(tmp_path: Path, te
 
 
 @pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "..", "inner/../../outside.arrow"])
-def test_a_saved_data_set_reads_no_file_outside_of_its_folder(tmp_path: Path, name: str) -> None:
+def test_saved_data_set_stays_in_its_folder(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "saved"
     folder.mkdir()
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
@@ -151,7 +151,7 @@ def test_a_saved_data_set_reads_no_file_outside_of_its_folder(tmp_path: Path, na
         next(SavedDataset(SourceConfig(path=str(folder))).records())
 
 
-def test_a_link_in_a_result_is_not_published(tmp_path: Path) -> None:
+def test_symlink_in_a_result_is_not_published(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("token")
     link = tmp_path / "tokenizer.json"
     link.symlink_to(tmp_path / "secret")

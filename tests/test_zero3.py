@@ -150,7 +150,7 @@ def test_a_trial_in_a_pack_is_the_run_alone(
     [("llama", {}), pytest.param("llama-tied", {"offload_base": True}, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_a_rank_holds_exactly_its_slice_of_the_whole_quantization(
+def test_rank_holds_its_slice_of_the_quantization(
     alone: Alone, folders: Path, model: str, parallel: dict[str, Any]
 ) -> None:
     check_slices(alone.run(3, own_rows, folder=folders / model, parallel=ZERO3 | parallel), folders / model)

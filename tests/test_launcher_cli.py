@@ -73,7 +73,7 @@ def test_starting_imports_neither_torch_nor_hydra():
 
 def test_checking_and_planning_import_neither_torch_nor_transformers(place: Path):
     code = (
-        "import sys; from distlora_launcher.cli import train as application as a; "
+        "import sys; from distlora_launcher.cli import train as a; "
         "(run,) = a.composed(a.read_flags(sys.argv[1:])); a.check(run.config, new_run=True); "
         "a.decide(run.config, run.fixed); print({'torch', 'transformers'} & set(sys.modules))"
     )
@@ -263,7 +263,7 @@ def test_a_run_that_fits_no_more_is_not_resumed_before_its_settings_say_so(
 def test_a_run_that_is_going_on_is_not_started_twice(
     place: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(lock, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "RELEASE_SECONDS", 0.2)
     run_dir = stopped_run(place)
     with (run_dir / "config.yaml").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -231,7 +231,7 @@ def test_a_sweep_of_which_one_cannot_be_prepared_is_taken_back(
         (["cluster.max_parallel=2"], "for the jobs of a sweep; add -m"),
         (["cluster.time_limit=0:03:00"], "set a longer cluster.time_limit"),
         (['cluster.sbatch=["--nodes=4"]'], "written from cluster.nodes"),
-        (['cluster.setup=["source it\'s/activate"]'], "nothing that bash can read (line"),
+        (['cluster.setup=["source it\'s/activate"]'], "is not valid bash (line"),
         (['cluster.sbatch=["--output=here"]'], "the script must set itself"),
         (["cluster.environment={a-b: c}"], "no name of an environment variable"),
         (

@@ -1,4 +1,4 @@
-"""`distlora cache list|clear`: the quantized shards that are kept for the next start (distlora/loading/README.md)."""
+"""`distlora cache list|clear`: the quantized weights that are kept for the next start."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from distlora_launcher.terminal.arguments import Parser
 
 ACTIONS = ("list", "clear")
 SHOWN_DIGITS = 12
-"""Of a key: enough to name an entry by."""
+"""Digits of a key that are shown."""
 FEWEST_DIGITS = 4
-"""Of a key: by fewer no entry is removed."""
+"""Fewest digits of a key that name an entry."""
 DAY_SECONDS = 86_400.0
 
 USAGE = """usage: distlora cache list [--json] [--dir FOLDER]
@@ -47,7 +47,7 @@ clear: remove entries, by their names or by the base's, or all; a start that rea
 
 
 def main(arguments: list[str]) -> int:
-    """List or remove entries. Returns the exit code; raises UserError for what is not there."""
+    """List or remove entries. Returns the exit code; raises UserError for an entry that does not exist."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE.format(default=cache_place("quantized")))
         return DONE
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(action: str, words: Sequence[str]) -> argparse.Namespace:
-    """The options. UserError for an unknown flag, with the nearest, and for a clear that does not say what."""
+    """Return the options. Raises UserError for an unknown flag, and for a clear that names nothing."""
     parser = Parser(f"distlora cache {action}", help="distlora cache --help")
     parser.add_argument("--dir")
     if action == "list":
@@ -87,7 +87,7 @@ def parse(action: str, words: Sequence[str]) -> argparse.Namespace:
 
 
 def show(folder: Path, *, as_json: bool) -> None:
-    """What is kept, the entry that was used last first."""
+    """Print what is kept, the newest use first."""
     found = [figures_of(entry) for entry in entries(folder)]
     total = sum(figures.num_bytes for figures in found)
     if as_json:
@@ -108,7 +108,7 @@ def show(folder: Path, *, as_json: bool) -> None:
 
 
 def line_of(figures: EntryFigures) -> str:
-    """An entry in the table."""
+    """Return an entry's line in the table."""
     used = datetime.fromtimestamp(figures.last_use).strftime("%Y-%m-%d %H:%M")
     # Rounded down: what is not whole is never called so.
     share = f"{int(100 * figures.share)}%"
@@ -118,7 +118,7 @@ def line_of(figures: EntryFigures) -> str:
 
 
 def clear(folder: Path, names: Sequence[str], *, older_than: float | None, everything: bool) -> None:
-    """Remove what is named, and say what that freed. UserError where a name means no entry."""
+    """Remove the named entries and print what that freed. Raises UserError for a name without an entry."""
     kept = {entry: figures_of(entry) for entry in entries(folder)}
     chosen = {entry for name in names for entry in find(name, kept, folder)} if names else set(kept)
     if older_than is not None:
@@ -140,7 +140,7 @@ def clear(folder: Path, names: Sequence[str], *, older_than: float | None, every
 
 
 def find(name: str, kept: dict[Entry, EntryFigures], folder: Path) -> list[Entry]:
-    """The entries that a word means. UserError for none, and for digits that are too few or begin several."""
+    """Return the entries that a word names. Raises UserError if there is none or several, or digits are too few."""
     by_base = [entry for entry, figures in kept.items() if figures.base == name]
     if by_base:
         return by_base

@@ -1,4 +1,4 @@
-"""`distlora cancel RUN`: ask a run to save and stop, on this machine or as a job of SLURM; --now ends it at once."""
+"""`distlora cancel RUN`: request a run to save and stop, on this node or in SLURM; --now kills it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ a sweep (`distlora sweep`) the trials that run save and stop, and no other start
 --now    end it at once, without a save"""
 
 _HAS_ENDED = re.compile(r"(?i)already (completing|completed|finished)|invalid job id")
-"""In SLURM's words for a job that there is nothing to end of."""
+"""SLURM's messages for a job that has ended already."""
 
 
 def main(arguments: list[str]) -> int:
-    """End the run, or the runs, of a folder."""
+    """End the run, or the runs, in a folder."""
     if arguments in (["-h"], ["--help"]):
         print(USAGE)
         return 0
@@ -51,8 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def cancel(folder: Path, *, now: bool) -> None:
-    """End what runs or waits of the run, or the runs, in a folder. UserError where nothing does, or it cannot be ended
-    from here."""
+    """End the run, or the runs, in a folder. Raises UserError if none runs, or it cannot be ended from this node."""
     found = statuses(folder)
     unknown = next((status.unknown for status in found if status.unknown is not None), None)
     if unknown is not None:
@@ -73,7 +72,7 @@ def cancel(folder: Path, *, now: bool) -> None:
 
 
 def note_cancelled(status: Status) -> None:
-    """Have the worker of a sweep know that a trial of its own was to end, and not all that runs on the machine."""
+    """Tell the worker of a sweep that only this trial ends."""
     sweep = sweep_of(status.run_dir)
     if sweep is None:
         return
@@ -86,11 +85,10 @@ def note_cancelled(status: Status) -> None:
 
 
 def cancel_jobs(jobs: Sequence[Job], *, now: bool) -> None:
-    """End jobs: all of them, whatever SLURM says of one. Raises SchedulerError with what it refused, except
-    where a job has ended by itself meanwhile.
+    """End SLURM jobs. Raises SchedulerError with what SLURM refused, unless the job has ended by itself.
 
-    scancel alone would give a job no longer than SLURM waits from TERM to KILL (KillWait, 30 s), and a save may take
-    more. So a running one is asked as before its time limit, and first told not to queue again: the script looks at it.
+    scancel alone gives a job no more than KillWait (30 s) between TERM and KILL, and a save may take longer. So a
+    running job gets USR1, as before its time limit, after its requeue is turned off.
     """
     running = [job.job_id for job in jobs if job.state == "RUNNING"]
     others = [job.job_id for job in jobs if job.state != "RUNNING"]
@@ -119,7 +117,7 @@ def cancel_jobs(jobs: Sequence[Job], *, now: bool) -> None:
 
 
 def cancel_sweep(sweep: Path, *, now: bool) -> None:
-    """End the workers of a sweep, which have their trials save and stop. UserError where none lives, or is here."""
+    """End the workers of a sweep, whose trials save and stop. Raises UserError if none runs or none is on this node."""
     try:
         jobs = live_jobs(sweep)
         cancel_jobs(jobs, now=now)
@@ -134,8 +132,7 @@ def cancel_sweep(sweep: Path, *, now: bool) -> None:
 
 
 def cancel_processes(folder: Path, holding: Sequence[Process], *, now: bool) -> None:
-    """End a run by its launcher on this machine, those on others follow; or a sweep by its workers here. UserError
-    where none is here."""
+    """End a run or a sweep by its launchers on this node. Raises UserError if none is on this node."""
     run = shown(folder)
     here = [process for process in holding if process.is_of_this_machine]
     if not here:

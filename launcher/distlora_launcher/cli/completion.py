@@ -1,4 +1,4 @@
-"""Tab completion: Hydra completes the settings of `distlora train` and `plan`, subcommands that it knows nothing of."""
+"""Complete words on Tab: Hydra completes the settings of `distlora train` and `plan`, this module the commands."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from distlora_launcher.cli.main import COMMANDS
 
 TAKE_SETTINGS = ("train", "plan")
-"""Commands whose words are settings."""
+"""Commands whose arguments are settings."""
 
 
 def main(words: list[str]) -> int:
-    """`distlora -sc install=bash|uninstall=bash|query=bash`, as Hydra's shell functions call it; fish likewise."""
+    """Answer `distlora -sc install=bash|uninstall=bash|query=bash`, as Hydra's shell functions call it."""
     line = os.environ.get("COMP_LINE", "")
     typed = line.split()
     if any(word.startswith("query=") for word in words):

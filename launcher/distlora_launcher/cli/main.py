@@ -1,4 +1,4 @@
-"""The `distlora` command: finds the subcommand and turns errors of the user into one message and exit code 2.
+"""The `distlora` command: call the subcommand; turn a UserError into one message and exit code 2.
 
 Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (start it again), 128 + n killed by signal n.
 A subcommand is one row of COMMANDS; its module is imported when it is called, so `distlora --help` needs none of them.
@@ -16,14 +16,14 @@ from distlora_launcher.terminal.arguments import call_main
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand."""
+    """A subcommand: its usage, its summary and the module that does the work."""
 
     usage: str
-    """What follows its name."""
+    """Arguments after the name."""
     summary: str
-    """One line of `distlora --help`."""
+    """Description in `distlora --help`."""
     module: str
-    """Its `main(arguments: list[str]) -> int` does the work, `--help` included."""
+    """Module with `main(arguments: list[str]) -> int`, which also answers --help; imported when it is called."""
 
 
 COMMANDS = {
@@ -34,49 +34,49 @@ COMMANDS = {
     ),
     "plan": Command(
         "model=NAME [gpu=NAME] [setting=value ...] [--json] [--plot FILE.png] | --table",
-        "what a run needs before it starts, of any model on any GPUs: memory, host, disk, traffic, time, cost",
+        "predict memory, disk, traffic, time and cost of a run, for any model on any GPUs",
         "distlora_launcher.cli.plan",
     ),
     "sweep": Command(
         "[sweep=grid|random|optuna|rank_search] [setting=a,b ...] | create | agent ID",
-        "many runs that are compared: a grid, Optuna, the rank that is enough, agents of wandb",
+        "compare many runs: a grid, Optuna, a search for the smallest sufficient rank, wandb agents",
         "distlora_launcher.cli.sweep",
     ),
     "report": Command(
         "RUN|SWEEP [--out FILE.html]",
-        "one HTML file of a run or a sweep: curves, settings, plan and measurement, samples",
+        "write an HTML report of a run or a sweep: curves, settings, plan and measurements, samples",
         "distlora_launcher.cli.report",
     ),
     "resume": Command("RUN", "continue a run that was stopped", "distlora_launcher.cli.resume"),
     "status": Command(
         "RUN [--json]",
-        "whether and where a run, or each run of a sweep, stands: queued, running, saved, ended",
+        "show the state of a run or of each run of a sweep: queued, running, saved, ended",
         "distlora_launcher.cli.status",
     ),
-    "cancel": Command("RUN [--now]", "have a run save and stop, here or in SLURM", "distlora_launcher.cli.cancel"),
+    "cancel": Command("RUN [--now]", "save and stop a run, on this node or in SLURM", "distlora_launcher.cli.cancel"),
     "verify": Command(
         "RUN [--json]",
-        "check a run folder: data, checkpoints, results, figures; what is damaged and what to do",
+        "check a run folder: data, checkpoints, results, metrics",
         "distlora_launcher.cli.verify",
     ),
     "data": Command(
         "preview model.path=FOLDER data.path=FILE [setting=value ...] | row RUN N | prepare RUN",
-        "print documents as the model sees them: what is trained, too long, left out",
+        "print documents as the model sees them: what is trained, truncated or left out",
         "distlora_launcher.cli.data",
     ),
     "generate": Command(
         "RUN [--checkpoint best] [--prompts FILE] [--temperature T]",
-        "chat with what a run trained, or have it answer a file of prompts",
+        "chat with a trained model, or answer a file of prompts",
         "distlora_launcher.cli.generate",
     ),
     "combine": Command(
         "A=0.6 B=-0.4 --out FOLDER [--method METHOD] [--rank R]",
-        "one adapter of several of a base: weighted sum, difference, cut to a rank, TIES, DARE",
+        "combine adapters of one base: weighted sum, difference, reduction to a rank, TIES, DARE",
         "distlora_launcher.cli.combine",
     ),
     "eval": Command(
         "RUN|MODEL ... [--text FILE] [--processes N] [--json]",
-        "loss and perplexity on a text: adapted, base and merged models side by side",
+        "compute loss and perplexity on a text: adapted, base and merged models side by side",
         "distlora_launcher.cli.evaluate",
     ),
     "push": Command(
@@ -86,44 +86,44 @@ COMMANDS = {
     ),
     "merge": Command(
         "RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16]",
-        "base and adapter as one model in Hugging Face format, with a receipt of what that kept",
+        "merge base and adapter into one model in Hugging Face format, and report the accuracy",
         "distlora_launcher.cli.merge",
     ),
     "export": Command(
         "RUN --format hf|peft|bnb|gguf|gguf-lora [--out PLACE] [--dtype DTYPE] [--no-check]",
-        "write what a run trained in formats that others load, each loaded again by its client",
+        "export a trained model to formats of other tools, and load each export with its tool",
         "distlora_launcher.cli.export",
     ),
     "import": Command(
         "axolotl FILE.yaml [--out FOLDER/recipe/NAME.yaml]",
-        "turn an Axolotl configuration into a recipe, naming what has no equal",
+        "turn an Axolotl configuration into a recipe, and list what has no equivalent",
         "distlora_launcher.importing",
     ),
     "analyze": Command(
         "quantization MODEL | spectrum RUN [--against RUN] | intrinsic MODEL ... --data FILE",
-        "what 4 bits cost a model; what training did to its weights; how many dimensions that needs: tables, plots",
+        "measure quantization error, spectra of trained weights and intrinsic dimension: tables and plots",
         "distlora_launcher.cli.analyze",
     ),
     "bench": Command(
         "load | checkpoint | comm [--measure] | memory | packed | methods [--quick] | kernels [--offline]",
-        "what this machine does, beside what the plan says and what the peers do: tables, CSV, plots",
+        "benchmark this node against the plan and other tools: tables, CSV, plots",
         "distlora_launcher.cli.bench",
     ),
     "cache": Command(
         "list [--json] | clear [ENTRY ...] [--older-than DAYS] [--all]",
-        "the quantized bases that are kept for the next start: what they are, and removal",
+        "list or remove the quantized bases that are cached for the next start",
         "distlora_launcher.cli.cache",
     ),
     "demo": Command("[--base]", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),
 }
 
-HELP = """Multi-GPU QLoRA training: a 4-bit base, exact and restartable.
+HELP = """Multi-GPU QLoRA training on a 4-bit base, restartable bit for bit.
 
 usage: distlora COMMAND ...
 
 {commands}
 
-`distlora COMMAND --help` says more. For a first run without a model or data: `distlora demo`.
+`distlora COMMAND --help` has the details. For a first run without a model or data: `distlora demo`.
 Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (`distlora resume RUN`), 128 + n killed by signal n.
 Tab completion: eval "$(distlora --shell-completion install=bash)"
 """
@@ -132,6 +132,11 @@ Tab completion: eval "$(distlora --shell-completion install=bash)"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    return run_to_exit_code(lambda: run_command(words))
+
+
+def run_command(words: list[str]) -> int:
+    """Call the subcommand that `words` name, or print the help or the version. Returns the exit code."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if words else BAD_INPUT
@@ -140,12 +145,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"distlora {version('distlora')}")
         return 0
-
-    return run_to_exit_code(lambda: run_command(words))
-
-
-def run_command(words: list[str]) -> int:
-    """Call the subcommand that `words` name."""
     if words[0] in ("-sc", "--shell-completion"):
         from distlora_launcher.cli.completion import main as complete
 
@@ -163,7 +162,7 @@ def run_command(words: list[str]) -> int:
 
 
 def help_text() -> str:
-    """`distlora --help`."""
+    """Return the text of `distlora --help`."""
     rows = [
         f"  distlora {f'{name} {command.usage}'.rstrip()}\n      {command.summary}"
         for name, command in COMMANDS.items()

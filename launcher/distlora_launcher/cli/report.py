@@ -1,4 +1,4 @@
-"""`distlora report`: one HTML file of a run or a sweep."""
+"""`distlora report`: write one HTML file of a run or a sweep."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def page_of(folder: Path) -> str:
-    """The page of a run or a sweep. Raises UserError for a folder that is neither."""
+    """Return the page of a run or a sweep. Raises UserError for any other folder."""
     if is_sweep_folder(folder):
         from distlora_launcher.sweeps.page import page_of_sweep
 
@@ -60,7 +60,7 @@ def page_of(folder: Path) -> str:
 
 
 def write(out: Path, page: str) -> None:
-    """In one step. Raises UserError where there is no place for it."""
+    """Write the page in one step. Raises UserError if that is not possible."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; write --out {out / REPORT_NAME}")
     try:
@@ -72,7 +72,7 @@ def write(out: Path, page: str) -> None:
 
 
 def standing(status: Status) -> PageStatus:
-    """What the report says of how a run stands."""
+    """Return the state that the page shows, with the commands to type next."""
     failed = status.ending.error if status.state == "failed" else None
     said = "has failed" if failed is not None else headline(status)
     error = failed if status.damaged is None else status.damaged

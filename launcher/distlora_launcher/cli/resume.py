@@ -1,4 +1,4 @@
-"""`distlora resume RUN`: continue a run from its folder, which holds all of its settings."""
+"""`distlora resume RUN`: continue a run from its folder, which has all of its settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Of a sweep (`distlora sweep`) the trials that were stopped or killed go on where
 
 
 def main(arguments: list[str]) -> int:
-    """Continue the run that the one argument names."""
+    """Continue the run that the only argument names."""
     if arguments in (["-h"], ["--help"]):
         print(USAGE)
         return 0
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
 
 def resume(folder: Path) -> int:
-    """Continue the run in `folder`, or what is not done of a sweep there, as it was started. Returns the exit code."""
+    """Continue a run, or what is not done of a sweep, as it was started. Returns the exit code."""
     from distlora.config.file import load_config
     from distlora.run_folder.sweep import is_sweep_folder
     from distlora.system.exit_codes import DONE

@@ -1,4 +1,4 @@
-"""`distlora status RUN`: how a run stands, wherever it is; of a folder of runs, a line for each."""
+"""`distlora status RUN`: print the state of a run, wherever it runs; of a folder of runs, one line each."""
 
 from __future__ import annotations
 
@@ -45,35 +45,35 @@ or a sweep of `distlora sweep`: its workers, and a table of its trials.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
-    """Everything that is known of a run."""
+    """The state of a run."""
 
     run_dir: Path
     state: str
-    """queued, running, ending, done, stopped (saved, as it was asked to), failed, ended (without a word of its own), or
-    new (never started)."""
+    """One of queued, running, ending, done, stopped (on a request, with a save), failed, ended (killed), new (not
+    started)."""
     launcher: str | None
-    """local, torchrun, slurm; None where the settings are damaged."""
+    """local, torchrun or slurm; None if the settings are damaged."""
     job: Job | None
-    """What SLURM says of its job; None where it has none, or SLURM does not know it any more."""
+    """The run's SLURM job; None if it has none or SLURM has forgotten it."""
     job_id: str | None
-    """The job that it was last submitted as."""
+    """Id of its last submission."""
     holders: list[Process]
-    """The launchers that hold it now."""
+    """Launchers that hold the run now."""
     figures: Figures
     total_steps: int | None
     seconds_left: float | None
     saved: Saved | None
     ending: Ending
     result: Path | None
-    """What it has published."""
+    """Folder of the published result."""
     damaged: str | None = None
-    """What is wrong with its settings; then nothing is known that depends on them."""
+    """What is wrong with the settings; then all that depends on them is None."""
     unknown: str | None = None
-    """Why SLURM could not be asked; then the rest is what the folder says."""
+    """Why SLURM could not be asked; then the rest comes from the run folder."""
 
     @property
     def next(self) -> str | None:
-        """What to type now; None where there is nothing to do but wait for others."""
+        """Command to type next; None if there is none."""
         run = shown(self.run_dir)
         if self.state in ("queued", "running"):
             return f"distlora cancel {run}"
@@ -87,7 +87,7 @@ class Status:
 
 
 def main(arguments: list[str]) -> int:
-    """Print how the run, or the runs, of a folder stand."""
+    """Print the state of the run, or the runs, in a folder."""
     if arguments in (["-h"], ["--help"]):
         print(USAGE)
         return 0
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The run in a folder, or the runs right under it by their numbers. Raises UserError for a folder without."""
+    """Return the run in a folder, or the runs directly in it by number. Raises UserError if there is none."""
     if (folder / CONFIG_NAME).exists():
         return [folder]
     runs = [path.parent for path in folder.glob(f"*/{CONFIG_NAME}")] if folder.is_dir() else []
@@ -126,7 +126,7 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def statuses(folder: Path) -> list[Status]:
-    """How the run in a folder stands, or the runs right under it. SLURM is asked once a job or array.
+    """Return the state of the run in a folder, or of the runs in it. SLURM is asked once per job or array.
 
     Raises UserError for a folder that holds neither.
     """
@@ -154,7 +154,7 @@ def statuses(folder: Path) -> list[Status]:
 
 
 def status_of(run_dir: Path, job_id: str | None, job: Job | None, unknown: str | None) -> Status:
-    """How one run stands, given what SLURM says of it."""
+    """Return the state of one run, given its SLURM job."""
     config, damaged = None, None
     try:
         config = load_config(run_dir)
@@ -199,7 +199,7 @@ def _state(run_dir: Path, job: Job | None, processes: list[Process], ending: End
 
 
 def describe(status: Status) -> str:
-    """The lines for a person."""
+    """Return the state of a run as lines for a person."""
     run, figures = shown(status.run_dir), status.figures
     lines = [f"{run} {headline(status)}"]
     if status.unknown is not None:
@@ -224,7 +224,7 @@ def describe(status: Status) -> str:
 
 
 def table(folder: Path, found: list[Status]) -> str:
-    """A line for each run of a folder."""
+    """Return a table with one line per run of a folder."""
     rows = [("run", "state", "step", "loss", "held-out", "where")]
     for status in found:
         figures = status.figures
@@ -247,7 +247,7 @@ def table(folder: Path, found: list[Status]) -> str:
 
 
 def as_object(status: Status) -> dict[str, Any]:
-    """For programs: times in seconds since 1970, lengths in seconds; null where something is not known."""
+    """Return the state as a JSON object: times in seconds since 1970, durations in seconds, null if unknown."""
     figures, saved, ending = status.figures, status.saved, status.ending
     return {
         "run_dir": str(status.run_dir),
@@ -269,7 +269,7 @@ def as_object(status: Status) -> dict[str, Any]:
 
 
 def shown_figures(figures: Figures) -> str:
-    """`loss 2.1034  held-out 2.2010  12,345 tok/s`, of what there is."""
+    """Return the metrics as `loss 2.1034  held-out 2.2010  12,345 tok/s`."""
     parts = [
         None if figures.loss is None else f"loss {figures.loss:.4f}",
         None if figures.eval_loss is None else f"held-out {figures.eval_loss:.4f}",
@@ -279,7 +279,7 @@ def shown_figures(figures: Figures) -> str:
 
 
 def headline(status: Status) -> str:
-    """How the run stands, after its name."""
+    """Return the state of a run as the end of a sentence that begins with its name."""
     job, stopped = status.job, status.ending.stopped
     if status.state == "queued":
         since = f", {_stop(stopped)}" if stopped is not None else ""
@@ -304,7 +304,7 @@ def headline(status: Status) -> str:
 
 
 def _stop(stopped: Any) -> str:
-    """stopped.json as a sentence."""
+    """Return stopped.json as a sentence."""
     moment = stopped.get("time")
     since = f", {age(moment)} ago" if isinstance(moment, (int, float)) else ""
     by = f" (asked to by {stopped['signal']}{since})" if isinstance(stopped.get("signal"), str) else since
@@ -314,7 +314,7 @@ def _stop(stopped: Any) -> str:
 
 
 def _where(status: Status) -> str:
-    """Where a run is, or waits."""
+    """Return where a run is, or waits."""
     job = status.job
     if job is None or not job.is_live:
         return ", ".join(f"{process.host} (pid {process.pid})" for process in status.holders)
@@ -326,7 +326,7 @@ def _where(status: Status) -> str:
 
 
 def _log(status: Status) -> Path | None:
-    """What to read for more: rank 0's, or before there is one, that of the job."""
+    """Return the log to read next: rank 0's, or the job's if there is none yet."""
     logs = status.run_dir / "logs"
     candidates = [logs / "rank_0.log"]
     if status.job_id is not None:

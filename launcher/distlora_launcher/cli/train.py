@@ -1,7 +1,7 @@
-"""`distlora train`: the Hydra application.
+"""`distlora train`: compose, check, then start, submit or print.
 
-Everything is composed and checked first, since Hydra itself ends with code 1 and pages of text for a mistyped word;
-then Hydra takes over, so its flags (-m, --cfg, --info, --help) and its grammar are the real ones.
+Settings are composed here, since Hydra itself ends with code 1 and pages of text for a mistyped word. Hydra's own
+application runs for its flags (-m, --cfg, --info, --help), so that they and the grammar are the real ones.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from distlora.config import ClusterConfig, Config, UserError, require
+from distlora.config import ClusterConfig, UserError, require
+from distlora.planner.choice.choose import Choice
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED
 from distlora_launcher.cli.resume import resume
 from distlora_launcher.compose.checks import check
@@ -45,7 +45,7 @@ from distlora_launcher.terminal.output import say, shown
 
 PROGRAM = "distlora train"
 DRY_RUN = "--dry-run"
-"""Of cluster=slurm: print the script that would be submitted, and make nothing."""
+"""Option: print the script that cluster=slurm would submit, and do nothing else."""
 
 
 def main(arguments: list[str]) -> int:
@@ -65,15 +65,17 @@ def main(arguments: list[str]) -> int:
         refuse_dry_run(first.cluster, flags, dry_run)
         for run in runs:
             check(run.config, new_run=True)
-        # A job of a sweep that starts here says itself that it does not fit, and the others run.
-        decided = decide_each(runs) if is_job(first.cluster) or not is_multirun(flags) else []
+        # A job of a local sweep is refused alone, when it starts.
+        choices = choose_each(runs) if is_job(first.cluster) or not is_multirun(flags) else []
         if is_job(first.cluster) and not in_job():
-            script = make_script(decided, sweeps=is_multirun(flags))
+            script = make_script([choice.config for choice in choices], sweeps=is_multirun(flags))
             if dry_run:
-                print(script, end="", flush=True)  # Whatever SLURM says of it: that may be why one wants to read it.
+                print(script, end="", flush=True)  # Before SLURM's check: the script may show why it fails.
             check_with_slurm(script)
             if dry_run:
                 return DONE
+        if not is_multirun(flags):
+            return start_composed(choices[0])
         return run_hydra(ordered(arguments, flags.overrides))
     if not flags.shell_completion:
         composed(flags, may_lack_paths=True)
@@ -83,20 +85,20 @@ def main(arguments: list[str]) -> int:
         return BAD_INPUT if stop.code else DONE
 
 
-def decide_each(runs: Sequence[Composed]) -> list[Config]:
-    """The settings of runs that start together. UserError for one that cannot fit, with what of a sweep it is."""
-    found = []
+def choose_each(runs: Sequence[Composed]) -> list[Choice]:
+    """Return the planned settings of each run. Raises UserError for one that does not fit, naming its job."""
+    choices = []
     for number, run in enumerate(runs):
         try:
-            found.append(decide(run.config, run.fixed).config)
+            choices.append(decide(run.config, run.fixed))
         except UserError as error:
             job = f"job {number} ({' '.join(run.job_overrides)}): " if run.job_overrides else ""
             raise UserError(f"{job}{error}") from error
-    return found
+    return choices
 
 
 def refuse_multi_node_sweep(cluster: ClusterConfig, flags: argparse.Namespace) -> None:
-    """Refuse a sweep of runs that are each started by hand on several machines: nothing keeps them in step."""
+    """Refuse a sweep that is started by hand on each of several nodes: nothing keeps the nodes in step."""
     require(
         not (cluster.on_each_machine and is_multirun(flags)),
         f"-m with cluster=torchrun over {cluster.nodes} nodes (cluster.nodes): the nodes would not "
@@ -105,14 +107,14 @@ def refuse_multi_node_sweep(cluster: ClusterConfig, flags: argparse.Namespace) -
 
 
 def refuse_sweep_section(words: Sequence[str]) -> None:
-    """Refuse settings that make many runs: here they would say nothing."""
+    """Refuse settings of `distlora sweep`, which have no effect here."""
     word = next((word for word in words if re.match(r"[+~]*sweep[.=@]", word)), None)
     if word is not None:
         raise UserError(f"{word} is of `distlora sweep`, which takes the same settings as `distlora train`; write that")
 
 
 def refuse_dry_run(cluster: ClusterConfig, flags: argparse.Namespace, dry_run: bool) -> None:
-    """Refuse --dry-run of what submits nothing, and sweeps that an array cannot hold."""
+    """Refuse --dry-run of a command that submits nothing, and sweeps that an array cannot hold."""
     if dry_run and not is_run(flags):
         raise UserError(f"{DRY_RUN} prints a script, and the other options print something else; leave one of them out")
     if dry_run and not is_job(cluster):
@@ -122,18 +124,18 @@ def refuse_dry_run(cluster: ClusterConfig, flags: argparse.Namespace, dry_run: b
         )
     if is_job(cluster) and any(word.partition("=")[0] == "hydra/sweeper" for word in flags.overrides):
         raise UserError(
-            "a sweeper that waits for results cannot choose the jobs of an array; leave hydra/sweeper out, or set "
+            "a sweeper that uses results cannot choose the jobs of an array; leave hydra/sweeper out, or set "
             "cluster=local in a job of its own"
         )
 
 
 def ordered(arguments: list[str], overrides: list[str]) -> list[str]:
-    """The flags, then the overrides: Hydra itself refuses a setting after a flag that follows a setting."""
+    """Return the flags, then the overrides: Hydra refuses a setting after a flag that follows a setting."""
     return [*(word for word in arguments if word not in overrides and word != "--"), "--", *overrides]
 
 
 def read_flags(arguments: list[str]) -> argparse.Namespace:
-    """Hydra's own flags and the overrides. Raises UserError for an unknown flag."""
+    """Return Hydra's flags and the overrides. Raises UserError for an unknown flag."""
     parser = get_args_parser()
     parser.prog = PROGRAM
     parser.exit_on_error = False  # A page of usage would hide the reason.
@@ -162,17 +164,18 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def is_run(flags: argparse.Namespace) -> bool:
-    """Whether the command starts something, rather than printing it."""
+    """Return whether the command starts something, rather than printing it."""
     prints = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion)
     return not any(prints)
 
 
 def is_multirun(flags: argparse.Namespace) -> bool:
+    """Return whether -m is set."""
     return flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
 
 
 def composed(flags: argparse.Namespace, *, may_lack_paths: bool = False) -> list[Composed]:
-    """The settings of every run that the command line asks for; --cfg shows them before they are complete."""
+    """Return the settings of every run of the command line; --cfg may print incomplete ones."""
     options = {"config_dir": flags.config_dir, "may_lack_paths": may_lack_paths}
     if not is_multirun(flags):
         return [compose_run(flags.overrides, **options)]
@@ -183,7 +186,7 @@ def composed(flags: argparse.Namespace, *, may_lack_paths: bool = False) -> list
 
 
 def run_hydra(arguments: list[str], *, program: str = PROGRAM) -> int:
-    """Hand over to Hydra: one run, or with -m one after the other. Returns the first exit code that is not 0."""
+    """Run Hydra's application, with -m one job after the other. Returns the first exit code that is not 0."""
     codes: list[int] = []
     sweep = Sweep()
 
@@ -205,32 +208,35 @@ def run_hydra(arguments: list[str], *, program: str = PROGRAM) -> int:
 
 
 def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
-    """One run. A job of a sweep that cannot run says so and leaves the others alone, but for those that are submitted
-    together, which `sweep` collects."""
+    """Run one job of a sweep that Hydra composed. Returns the exit code.
+
+    A job that fails does not end the others, unless they are submitted together: `sweep` collects those.
+    """
     hydra_settings = HydraConfig.get()
-    run_dir = Path(hydra_settings.runtime.output_dir)
-    sweeps = hydra_settings.mode == RunMode.MULTIRUN
-    if sweeps:
-        print(f"\njob {number}: {' '.join(hydra_settings.overrides.task)}", flush=True)
+    overrides = hydra_settings.overrides.task
+    print(f"\njob {number}: {' '.join(overrides)}", flush=True)
     try:
-        config = config_from_hydra(settings, run_dir=str(run_dir))
-        words = hydra_settings.overrides.task
-        config = with_initial_adapter(config, words)
-        choice = decide(config, user_settings(config.plan, words))
-        say_choice(choice)
-        config = choice.config
-        if is_job(config.cluster) and not in_job():
-            return sweep.add(config, number) if sweeps else submit_run(config)
-        if is_job(config.cluster):
-            code = start_in_job(config)
-        else:
-            code = start_multi_node(config) if config.cluster.on_each_machine else start_run(config)
-        note_end(config, code)
-        if code == DONE and not sweeps:
-            say(f"try it with: distlora generate {shown(run_dir)}")
-        return code
+        config = config_from_hydra(settings, run_dir=str(hydra_settings.runtime.output_dir))
+        config = with_initial_adapter(config, overrides)
+        return start_composed(decide(config, user_settings(config.plan, overrides)), number, sweep)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     finally:
-        remove_if_empty(run_dir)
+        remove_if_empty(Path(hydra_settings.runtime.output_dir))
+
+
+def start_composed(choice: Choice, number: int = 0, sweep: Sweep | None = None) -> int:
+    """Start or submit a run whose settings are complete. Returns the exit code."""
+    say_choice(choice)
+    config = choice.config
+    if is_job(config.cluster) and not in_job():
+        return submit_run(config) if sweep is None else sweep.add(config, number)
+    if is_job(config.cluster):
+        code = start_in_job(config)
+    else:
+        code = start_multi_node(config) if config.cluster.on_each_machine else start_run(config)
+    note_end(config, code)
+    if code == DONE and sweep is None:
+        say(f"try it with: distlora generate {shown(Path(config.run_dir))}")
+    return code

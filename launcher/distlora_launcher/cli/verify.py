@@ -1,4 +1,4 @@
-"""`distlora verify RUN`: check everything in a run folder."""
+"""`distlora verify RUN`: check everything in a run folder and print what is damaged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DAMAGED = 1
 
 
 def main(arguments: list[str]) -> int:
-    """Check a run folder. Returns the exit code."""
+    """Check the run that the arguments name. Returns the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0

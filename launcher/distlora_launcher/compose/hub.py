@@ -176,6 +176,7 @@ def download(model: HubModel) -> None:
 
 
 def megabytes(num_bytes: float) -> str:
+    """Return bytes as MB or GB."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 

@@ -1,6 +1,4 @@
-"""Render the sbatch script of a run or an array of runs (slurm/job.sbatch.jinja) or of a sweep
-(slurm/sweep.sbatch.jinja).
-"""
+"""Render sbatch scripts: of a run or an array of runs (slurm/job.sbatch.jinja), of a sweep (slurm/sweep.sbatch.jinja)."""
 
 from __future__ import annotations
 

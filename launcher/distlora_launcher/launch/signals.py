@@ -39,6 +39,7 @@ class Forwarder:
         self._process = self._deliver = None
 
     def __call__(self, signum: int, _frame: FrameType | None) -> None:
+        """Handle a signal."""
         self._interrupts += signum == signal.SIGINT
         first = self.received is None
         if first:

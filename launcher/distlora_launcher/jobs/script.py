@@ -1,4 +1,4 @@
-"""Render sbatch scripts: of a run or an array of runs (slurm/job.sbatch.jinja), of a sweep (slurm/sweep.sbatch.jinja)."""
+"""Render sbatch scripts: of a run or an array (slurm/job.sbatch.jinja), of a sweep (slurm/sweep.sbatch.jinja)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documents of the repository: their blocks, the commands that they show, the links and files that they name.
+r"""The documents of the repository: their blocks, the commands that they show, the links and files that they name.
 
 A block between ``` is a command block unless its info string says otherwise (text, python, yaml ...). In it a line that
 begins with one of PROGRAMS is a command; `\\` at its end continues it, three spaces and more before another command
@@ -62,7 +62,8 @@ class Command:
 
 def documents() -> list[str]:
     """Every Markdown file that is tracked, but for what tests compare with; those of the working folder where this is
-    no clone."""
+    no clone.
+    """
     asked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
     names = asked.stdout.split() if asked.returncode == 0 else []
     if not names:

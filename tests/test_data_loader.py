@@ -13,7 +13,8 @@ PAD, LENGTH = 3, 6
 
 def make_rows(num_rows: int) -> PackedRows:
     """Rows whose tokens are all different: row n has the tokens from 100 * (n + 1) on, n % 4 trained labels, and
-    n % 3 rejected answers."""
+    n % 3 rejected answers.
+    """
     tokens = np.arange(LENGTH, dtype=np.int32) + 100 * (1 + np.arange(num_rows, dtype=np.int32)[:, None])
     flags = np.zeros((num_rows, LENGTH), np.uint8)
     flags[:, [0, 4]] = STARTS

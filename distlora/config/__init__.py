@@ -76,7 +76,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """One run. The sections are Hydra's config groups (conf/)."""
+    """The settings of a run. The sections are Hydra's config groups (conf/)."""
 
     model: ModelConfig
     data: DataConfig
@@ -172,8 +172,10 @@ class Config:
             )
 
     def _check_full_recomputation(self) -> None:
-        """Of a model that is trained whole one process computes with 16-bit copies of a block's weights, which exist
-        while the block runs and not while a part of it does."""
+        """Refuse selective checkpointing of a fully trained model on one process.
+
+        Its 16-bit copies of a layer's weights exist while the whole layer runs, not while a part of it does.
+        """
         train = self.train
         set_to = {
             "train.checkpointing=selective": train.checkpointing == "selective",
@@ -199,7 +201,7 @@ class Config:
 
     @property
     def adapters(self) -> tuple[AdapterConfig, ...]:
-        """Those that a step trains: one, or of a pack one of each trial (distlora.planner.multi_trial)."""
+        """Return the adapters that a step trains: one per trial (distlora.planner.multi_trial)."""
         return (self.adapter,)
 
     @property
@@ -208,8 +210,10 @@ class Config:
         return self.train.micro_batch * self.data.sequence_length
 
     def slices(self, ranks: int) -> int:
-        """Micro-batches that each of `ranks` has between forward and backward: all of a step's, which go through each
-        block one after the other with train.accumulate=block, or one."""
+        """Return the micro-batches that each of `ranks` processes between two steps of backward.
+
+        All micro-batches of a step with train.accumulate=block, which takes them through each layer together, else one.
+        """
         return self.train.slices(ranks)
 
     def shard_degree(self, ranks: int) -> int:

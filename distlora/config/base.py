@@ -19,7 +19,7 @@ _EXAMPLES = (*PLAIN, "pissa", "pissa_niter_4", "loftq")
 
 
 def check_init(init: str) -> None:
-    """Raises UserError for a name that is none of PEFT's that are built here."""
+    """Raise UserError for a name that is none of PEFT's that are built here."""
     if init in (*PLAIN, "pissa", "loftq") or _NITER.fullmatch(init):
         return
     require(
@@ -35,12 +35,12 @@ def check_init(init: str) -> None:
 
 
 def is_pissa(init: str) -> bool:
-    """Whether the start of the adapter is taken out of the base's weights."""
+    """Return whether the adapter's start is subtracted from the base's weights."""
     return init.startswith("pissa")
 
 
 def subspace_iterations(init: str) -> int | None:
-    """Of a randomized decomposition; None for the exact one."""
+    """Return the iterations of a randomized decomposition; None for the exact one."""
     match = _NITER.fullmatch(init)
     return int(match[1]) if match else None
 
@@ -48,11 +48,13 @@ def subspace_iterations(init: str) -> int | None:
 Number = TypeVar("Number", int, float)
 
 _PATTERN = r"(.*\.)?({})$"
-"""From the start of a path or from after a dot, to its end."""
+"""Matches from the start of a path, or after a dot, to its end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
+    """The base model and its tokenizer."""
+
     path: str
     """A local folder in Hugging Face format (config.json, safetensors, tokenizer) or a name on the hub (org/name): the
     launcher downloads it once, and RUN/config.yaml then holds its folder."""
@@ -76,7 +78,7 @@ class ModelConfig:
 
 
 SAVED_MODULES = ("embed_tokens", "lm_head")
-"""What can be trained whole beside adapters."""
+"""Modules that can be trained whole beside adapters."""
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
     "qv": ("q_proj", "v_proj"),
@@ -103,10 +105,10 @@ class AdapterConfig:
     """Train the norms of the weights' rows apart from their directions (DoRA, arXiv 2402.09353): one more number an
     output. A step takes some more time and, for each adapted linear of a block, memory for one more output."""
     target_modules: str | tuple[str, ...] = "attention"
-    """Which linears get an adapter: a preset (qv, attention, mlp, all-linear), a list of module names (the last parts
+    """Linears that get an adapter: a preset (qv, attention, mlp, all-linear), a list of module names (the last parts
     of their paths), or a regular expression that matches whole paths."""
     target_parameters: tuple[str, ...] = ()
-    """Which fused weights of a mixture of experts get an adapter for each expert, by the last parts of their names:
+    """Fused weights of a mixture of experts that get an adapter per expert, by the last parts of their names:
     [mlp.experts.gate_up_proj, mlp.experts.down_proj]. Empty: both where target_modules is mlp or all-linear, else none.
     """
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -118,15 +120,15 @@ class AdapterConfig:
     """Share of the adapter's inputs that is set to 0 in training (the rest is scaled up). The same elements on any
     number of ranks and after a resume."""
     init: str = "kaiming"
-    """How A and B start. `kaiming` and `gaussian`: A uniform as in PEFT or normal of std 1/r, and B zero. `pissa`: the
-    principal part of the base's weights, which the base then lacks (arXiv 2404.02948); `pissa_niter_<n>` finds it by n
-    subspace iterations (n = 4: on large weights in a third of the time or less). `loftq`: the principal part of what
-    NF4 loses of them (arXiv 2310.08659; needs quant=nf4). The last three decompose each weight once; the run keeps the
-    start, as many bytes as the adapter in fp32."""
+    """Initial values of A and B. `kaiming` and `gaussian`: A uniform as in PEFT or normal of std 1/r, and B zero.
+    `pissa`: the principal part of the base's weights, which the base then lacks (arXiv 2404.02948); `pissa_niter_<n>`
+    finds it by n subspace iterations (n = 4: on large weights in a third of the time or less). `loftq`: the principal
+    part of what NF4 loses of them (arXiv 2310.08659; needs quant=nf4). The last three decompose each weight once; the
+    run keeps the start, as many bytes as the adapter in fp32."""
     init_from: str | None = None
     """A PEFT LoRA adapter's folder to start from instead. Its rank, alpha, scaling and targets become this run's."""
     init_from_loftq: bool = False
-    """Whether that adapter holds a correction of what NF4 loses of the base, by the mark in its file: then so does what
+    """True if that adapter corrects the error of NF4, by the mark in its file: then so does what
     this run makes of it, which needs quant=nf4. Set from init_from."""
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     """Ids of tokens whose rows are trained beside those of model.new_tokens, while the rest of the matrix is frozen: a
@@ -177,34 +179,36 @@ class AdapterConfig:
 
     @property
     def decomposes(self) -> bool:
-        """Whether the start is computed from the base's weights."""
+        """Return whether the start is computed from the base's weights."""
         return self.init not in PLAIN
 
     @property
     def pissa(self) -> bool:
-        """Whether the base is trained on without the adapter's start."""
+        """Return whether the adapter's start is subtracted from the base for training."""
         return is_pissa(self.init)
 
     @property
     def for_nf4(self) -> bool:
-        """Whether A and B hold a correction of what NF4 loses of the base, and so are wrong on any other form of it."""
+        """Return whether A and B correct the error of NF4, and so are wrong on another form of the base."""
         return self.init == "loftq" or self.init_from_loftq
 
     @property
     def trains_base(self) -> str | None:
-        """The setting, as it is typed, by which parameters of the base itself are trained, and cut over ranks like it;
-        None where it is frozen, but for single rows of tokens."""
+        """Return the setting that trains parameters of the base, as typed; None where the base is frozen.
+
+        These parameters are sharded over ranks like the base. Single rows of tokens do not count.
+        """
         if self.method == "full":
             return "adapter=full"
         return f"adapter.modules_to_save=[{','.join(self.modules_to_save)}]" if self.modules_to_save else None
 
     @property
     def starts_as_base(self) -> bool:
-        """Whether the model computes exactly what the base does before the first step."""
+        """Return whether the model equals the base before the first step."""
         return not self.decomposes and self.init_from is None
 
     def rank_of(self, path: str) -> int:
-        """The rank of the linear at `path`."""
+        """Return the rank of the linear at `path`."""
         return _by_pattern(self.rank_pattern, path, self.r)
 
     def alpha_of(self, path: str) -> float:
@@ -212,7 +216,7 @@ class AdapterConfig:
         return _by_pattern(self.alpha_pattern, path, self.lora_alpha)
 
     def scaling_of(self, path: str) -> float:
-        """s in y = x W^T + s (x A^T) B^T: alpha/sqrt(r) (rsLoRA, arXiv 2312.03732) or alpha/r (LoRA, 2106.09685)."""
+        """S in y = x W^T + s (x A^T) B^T: alpha/sqrt(r) (rsLoRA, arXiv 2312.03732) or alpha/r (LoRA, 2106.09685)."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (rank**0.5 if self.use_rslora else rank)
 
@@ -252,17 +256,19 @@ def _check_indices(named: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
 
 
 def _by_pattern(pattern: Mapping[str, Number], path: str, default: Number) -> Number:
-    """The value of the first key that means `path`."""
+    """Return the value of the first key that means `path`."""
     return next((value for key, value in pattern.items() if matches(key, path)), default)
 
 
 def matches(key: str, path: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern means the linear at `path`, by PEFT's rule (get_pattern_key)."""
+    """Return whether a key of rank_pattern or alpha_pattern means `path`, by PEFT's rule (get_pattern_key)."""
     return re.match(_PATTERN.format(key), path) is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
+    """The low-bit format of the base weights."""
+
     method: Literal["nf4", "none", "auto"] = "nf4"
     """`nf4` keeps the linears of the decoder blocks in NF4 with double quantization, 4.127 bits a weight; `none` keeps
     them in the run's dtype. A checkpoint that bitsandbytes has quantized to NF4 already is kept as it is under `nf4`,
@@ -274,7 +280,7 @@ class QuantConfig:
     already; a disk that is full or cannot be written is said and ends nothing. With quant=none it has no effect, as the
     next two."""
     cache_dir: str = field(default_factory=lambda: cache_place("quantized"))
-    """Where they are kept: on a disk that all machines share, or one of each machine. `distlora cache list` has it. One
+    """Folder of the cache: on a disk that all machines share, or one of each machine. `distlora cache list` has it. One
     for each user: in one of several, what a user reads of another's does not count as used, and what is another's
     stays, whatever cache_gb says."""
     cache_gb: float | None = 200.0
@@ -290,7 +296,7 @@ class QuantConfig:
 
     @property
     def is_nf4(self) -> bool:
-        """Whether linears are kept in NF4. Raises UserError for `auto`, which whoever reads this has not decided."""
+        """Return whether linears are kept in NF4. Raises UserError for `auto`, which must be resolved first."""
         require(
             self.method != "auto",
             "quant.method=auto stands for nf4 or none, as `distlora train` and `distlora plan` decide by what fits, "
@@ -300,5 +306,5 @@ class QuantConfig:
 
     @property
     def keeps_shards(self) -> bool:
-        """Whether quantized shards are kept between runs."""
+        """Return whether quantized shards are kept between runs."""
         return self.cache and self.is_nf4

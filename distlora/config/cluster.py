@@ -1,4 +1,4 @@
-"""Where a run's processes are, who starts them, and how long they wait for each other."""
+"""Settings of a run's processes: nodes, launcher, scheduler and timeouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAUNCHERS = ("local", "torchrun", "slurm")
 
 _ENDPOINT = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 _TIME_LIMIT = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})")
-"""What sbatch takes: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
+"""Time limits of sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 SLURM_ONLY = (
@@ -71,6 +71,8 @@ LEAST_RUNNING_SECONDS = 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
+    """Processes, nodes and the scheduler."""
+
     launcher: Literal["local", "torchrun", "slurm"] = "local"
     """Who starts the workers: this command, here (`local`); this command, given on each of `nodes` machines that share
     the run folder (`torchrun`); or SLURM, by an sbatch script in the run folder (`slurm`)."""
@@ -79,10 +81,10 @@ class ClusterConfig:
     gpus_per_node: int = 1
     """Worker processes on each machine: one a GPU, or that many CPU processes where there is none."""
     max_restarts: int = 3
-    """How often within one start workers that died are started again from the newest checkpoint."""
+    """Restarts of failed workers from the newest checkpoint, per start of the run."""
     timeout_seconds: float = 600.0
-    """How long a rank of a run may wait for the others in a step before the run ends, naming the rank and the step that
-    hung. Loading and saving have longer. Machines have as long to be there, at the start and after a loss."""
+    """Time that a rank of a run may wait for the others in a step before the run ends, naming the rank and the step
+    that hung. Loading and saving have longer. Machines have as long to be there, at the start and after a loss."""
 
     rdzv_endpoint: str | None = None
     """host:port where the machines of cluster=torchrun meet; the host is one of them, which must be able to listen on
@@ -97,10 +99,10 @@ class ClusterConfig:
     time_limit: str | None = None
     """SLURM's time limit, as sbatch takes it (12:00:00, 2-00:00:00); null: the partition's."""
     signal_seconds: int = 180
-    """How long before the time limit the run is told to save and stop. SLURM may be up to a minute early. Give it a
-    step and two saves: one may be under way."""
+    """Time before the time limit at which the run is asked to save and stop. SLURM may be up to a minute early. Give it
+    a step and two saves: one may be under way."""
     requeue: bool = True
-    """Whether a job that was stopped after a save (time limit, preemption), or whose node failed, queues again and
+    """Requeue a job that was stopped after a save (time limit, preemption), or whose node failed; it then
     continues. One that was stopped before it had saved anything does once."""
     cpus_per_task: int | None = None
     """CPUs for each machine's workers together; null: the cluster's default."""
@@ -204,7 +206,7 @@ class ClusterConfig:
 
     @property
     def on_each_machine(self) -> bool:
-        """Whether the user gives one command on each of several machines."""
+        """Return whether the user types the command on each of several nodes."""
         return self.launcher == "torchrun" and self.nodes > 1
 
     @property
@@ -214,8 +216,10 @@ class ClusterConfig:
 
 
 def sbatch_seconds(limit: str) -> int:
-    """A time limit in sbatch's notation as seconds: `90` (minutes), `90:00`, `1:30:00`, `2-12` (days and hours),
-    `2-12:30`, `2-12:30:00`."""
+    """Return a time limit in sbatch's notation as seconds.
+
+    The notations are `90` (minutes), `90:00`, `1:30:00`, `2-12` (days and hours), `2-12:30` and `2-12:30:00`.
+    """
     days, dash, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:

@@ -31,24 +31,24 @@ _AS_THEY_ARE: Mapping[str, str] = {}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gathering:
-    """How ZeRO-3 keeps the base, and when it gathers units of it. Sizes are numbers of elements, as DeepSpeed's are."""
+    """ZeRO-3's storage and gathering of the base. Sizes are numbers of elements, as DeepSpeed's are."""
 
     offload: bool = False
     """Keep each rank's rows in host memory, and copy them to the GPU for each gather."""
     pin_memory: bool = True
-    """In pages that a GPU reads by itself."""
+    """Use pinned memory."""
     overlap_comm: bool = True
     """Gather on a CUDA stream of its own."""
     prefetch_bucket_size: int | None = None
-    """How far ahead of the unit that runs to gather; None: a decoder block, 0: not at all."""
+    """Elements to gather ahead of the running unit; None: a decoder layer, 0: none."""
     max_live_parameters: int | None = None
-    """What may be gathered at once by gathering ahead; None: as much as that takes."""
+    """Elements that may be gathered at once by gathering ahead; None: no limit."""
     max_reuse_distance: int = 0
     """Keep a unit gathered that is needed again before so much else."""
     param_persistence_threshold: int = 0
     """Never let go of tensors of up to so many elements."""
     model_persistence_threshold: int | None = None
-    """What those may take together; None: anything."""
+    """Elements that these may take together; None: no limit."""
     allgather_sequential: bool = False
     """Gather one tensor at a time."""
     without_effect: tuple[str, ...] = ()
@@ -150,7 +150,7 @@ _DONE = ("stage", _OFFLOAD, *_COUNTS, *_SWITCHES)
 
 
 def check_deepspeed() -> None:
-    """Raises UserError where DeepSpeed is not installed, or is one that zero3.py was not written for."""
+    """Raise UserError where DeepSpeed is not installed, or is one that zero3.py was not written for."""
     try:
         found = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
@@ -168,10 +168,10 @@ def check_deepspeed() -> None:
 
 
 def read_gathering(parallel: ParallelConfig) -> Gathering:
-    """What `parallel` and the file that it names say of gathering the base.
+    """Return how the base is gathered by `parallel` and the DeepSpeed file that it names.
 
-    Raises UserError, by key, for what distlora cannot do or DeepSpeed does not know, for what contradicts `parallel`,
-    and for a file that is no JSON.
+    Raises UserError by key for what distlora cannot do or DeepSpeed does not know, for what contradicts `parallel`, and
+    for a file that is not JSON.
     """
     gathering = Gathering(offload=parallel.offload_base, prefetch_bucket_size=None if parallel.prefetch else 0)
     if parallel.deepspeed_config is None:
@@ -187,8 +187,10 @@ def read_gathering(parallel: ParallelConfig) -> Gathering:
 
 
 def offloads_base(parallel: ParallelConfig, shards: int) -> bool:
-    """Whether each of so many ranks keeps its rows of the base in host memory: by parallel.offload_base or by the file.
-    Raises as `read_gathering`."""
+    """Return whether each of the ranks keeps its shard of the base in CPU memory.
+
+    Set by parallel.offload_base or by the DeepSpeed file. Raises UserError as `read_gathering`.
+    """
     return shards > 1 and parallel.backend == "zero3" and read_gathering(parallel).offload
 
 
@@ -222,7 +224,7 @@ def _with_zero(
 
 
 def _offloading(zero: Mapping[str, Any], reader: _Reader, parallel: ParallelConfig) -> dict[str, Any]:
-    """What of a Gathering the section offload_param changes."""
+    """Return the fields of Gathering that the section offload_param sets."""
     prefix, raw = f"{_ZERO}.{_OFFLOAD}.", zero.get(_OFFLOAD)
     if parallel.offload_base and isinstance(raw, dict) and raw.get("device") == "none":
         raise reader.contradiction("parallel.offload_base=true", f"{prefix}device", "none")
@@ -250,13 +252,13 @@ class _Reader:
         return UserError(f"parallel.deepspeed_config={self._file}: {key}={short(value)}: {reason}")
 
     def contradiction(self, setting: str, key: str, value: object) -> UserError:
-        """Of the file and `setting`, which is on distlora's command line."""
+        """Return the error for a key of the file that contradicts `setting` of the command line."""
         return UserError(
             f"{setting} and {key}={short(value)} in {self._file} contradict each other; leave one of them out"
         )
 
     def section(self, prefix: str, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-        """What is a mapping in the file, or unset."""
+        """Return the mapping under a key of the file; empty where it is unset."""
         value = values.get(key)
         if _is_off(value):
             return {}
@@ -267,7 +269,7 @@ class _Reader:
     def switches(
         self, prefix: str, values: Mapping[str, Any], names: Sequence[str], written: Mapping[str, str] = _AS_THEY_ARE
     ) -> dict[str, bool]:
-        """Those of `names` that are set."""
+        """Return the names that are set."""
         found = {name: value for name in names if (value := values.get(name)) not in ("auto", None)}
         for name, value in found.items():
             if not isinstance(value, bool):
@@ -283,8 +285,10 @@ class _Reader:
         without_effect: frozenset[str],
         written: Mapping[str, str] = _AS_THEY_ARE,
     ) -> None:
-        """Refuse keys that are unknown or that contradict; note those without effect. `written`: as the file has them,
-        where that is not how the other arguments do."""
+        """Refuse keys that are unknown or contradict the settings; note keys without effect.
+
+        `written` has the keys as the file writes them, where that differs.
+        """
         for name, value in values.items():
             key = written.get(name, name)
             if name in refused:
@@ -302,7 +306,7 @@ class _Reader:
 
 
 def _is_off(value: object) -> bool:
-    """Whether a setting says nothing: "auto", null, false, 0, an empty section, one that is not enabled."""
+    """Return whether a setting has no effect: "auto", null, false, 0, an empty section, one that is not enabled."""
     if isinstance(value, dict) and "enabled" in value:
         return _is_off(value["enabled"])
     if isinstance(value, dict) and set(value) & {"device"}:

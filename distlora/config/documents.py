@@ -16,7 +16,7 @@ Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "tex
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """One place that documents come from."""
+    """A source of documents."""
 
     path: str
     """A file (jsonl, json, parquet, csv, tsv, txt; compressed ones too), a folder of such files, or the name of a data
@@ -28,11 +28,11 @@ class SourceConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub data set; null: its main branch."""
     format: Format = "auto"
-    """What a document is; `auto` reads it off the keys of the first one."""
+    """Format of a document; `auto` decides by the keys of the first one."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Other names for a format's keys: {prompt: question, completion: answer}."""
     sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
-    """What one document is in a plain text file. `auto`: a paragraph where the file has blank lines, else a line."""
+    """Unit of a document in a plain text file. `auto`: a paragraph where the file has blank lines, else a line."""
     weight: float | None = None
     """Share of the trained tokens in a mixture, relative to the other sources' weights; null in all: everything once.
     """
@@ -58,12 +58,13 @@ _OF_ONE_SOURCE: Mapping[str, Any] = {
 
 
 def _written(value: Any) -> str:
-    """A default as one types it."""
     return "null" if value is None else str(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
+    """The documents to train on and how they become packed sequences."""
+
     path: str | None = None
     """The one source of documents: a file, a folder, or a data set's name on the hub. `sources` mixes several."""
     name: str | None = None
@@ -73,31 +74,31 @@ class DataConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub data set; null: its main branch."""
     format: Format = "auto"
-    """What a document is: chat {"messages"}, sharegpt {"conversations"}, alpaca {"instruction", "input", "output"},
+    """Format of a document: chat {"messages"}, sharegpt {"conversations"}, alpaca {"instruction", "input", "output"},
     prompt_completion {"prompt", "completion"}, text {"text"} or preference {"prompt", "chosen", "rejected"}; `auto`
     reads it off the keys of the first one."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Other names for a format's keys: {prompt: question, completion: answer}."""
     sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
-    """What one document is in a plain text file. `auto`: a paragraph where the file has blank lines, else a line."""
+    """Unit of a document in a plain text file. `auto`: a paragraph where the file has blank lines, else a line."""
     sources: tuple[SourceConfig, ...] = ()
     """A mixture instead of `path`: [{path: a.json, weight: 0.7}, {path: b.txt, weight: 0.3}]. Weights are shares of the
     trained tokens; without any, every source is taken whole."""
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
-    """How much of a weighted mixture an epoch is, as in datasets.interleave_datasets: it ends when the first source is
+    """End of an epoch of a weighted mixture, as in datasets.interleave_datasets: it ends when the first source is
     used up (no document twice), or when the last one is (the others are repeated)."""
     streaming: bool = False
     """Read only as many documents as train.max_steps needs, without downloading the rest of a hub data set."""
     template: str | None = None
     """Chat template: null is the tokenizer's own; a name (chatml, llama3, ...) or a .jinja file replaces it."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens of a chat are trained: every assistant turn, the last one, or all tokens."""
+    """Trained tokens of a chat: every assistant turn, the last one, or all tokens."""
     sequence_length: int = 1024
     """Tokens in a row; documents are packed into rows. Activation memory grows linearly with it, attention
     quadratically.
     """
     too_long: Literal["auto", "truncate", "drop", "split"] = "auto"
-    """What becomes of a document longer than a row: cut off, left out, or continued as another document. `auto` splits
+    """Handling of a document longer than a row: cut off, left out, or continued as another document. `auto` splits
     plain text and truncates the rest. The numbers are reported."""
     eval_fraction: float = 0.05
     """Share of the documents that is held out, chosen by a hash of (seed, index); 0 with no eval_path: no evaluation.
@@ -107,7 +108,7 @@ class DataConfig:
     eval_split: str | None = None
     """Split of the hub data set at eval_path, or at `path`, that is held out instead of a fraction."""
     cache_dir: str = "~/.cache/distlora/data"
-    """Where tokenized rows are kept, content-addressed: a second run with the same data does not tokenize again."""
+    """Folder of tokenized rows, content-addressed: a second run with the same data does not tokenize again."""
 
     def __post_init__(self) -> None:
         require_choice("data.format", self.format, DATA_FORMATS)
@@ -145,7 +146,7 @@ class DataConfig:
         )
 
     def _check_without_effect(self) -> None:
-        """Settings of the one source beside `sources`: some of them are the held-out source's, where that is named."""
+        """Refuse settings of a single source beside data.sources; a held-out source may use some of them."""
         if not self.sources:
             return
         of_held_out = () if self.eval_path is None else ("name", "format", "columns", "sample_by")
@@ -164,12 +165,12 @@ class DataConfig:
 
     @property
     def training_sources(self) -> tuple[SourceConfig, ...]:
-        """What is trained on: the mixture, or `path` alone."""
+        """Return the training sources: the mixture, or `path` alone."""
         return self.sources or (self._source(self.path, self.split),)
 
     @property
     def held_out_source(self) -> SourceConfig | None:
-        """What is evaluated on, where that is named rather than a fraction of the training documents."""
+        """Return the held-out source; None for a fraction of the training documents."""
         if self.eval_path is None and self.eval_split is None:
             return None
         return self._source(self.eval_path or self.path, self.eval_split or "train")

@@ -1,4 +1,4 @@
-"""How settings are refused: the error, the nearest valid word, and the checks that sections share."""
+"""The error for bad input, the nearest valid word, and checks that sections share."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def named_settings(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def in_one_line(text: str) -> str:
-    """A text for a message: printable, and without its middle where it is endless."""
+    """Return a text printable, in one line and without its middle where it is very long."""
     if len(text) > _START + _END:
         text = f"{text[:_START]} ... {text[-_END:]}"
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -79,7 +79,10 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 
 
 def short(value: object) -> str:
-    """A value out of a file, as a message shows it. YAML's references make values that are endless when written out."""
+    """Return a value from a file as a message shows it.
+
+    YAML's references can make a value endless when it is written out.
+    """
     return _SHORT.repr(value)
 
 
@@ -101,12 +104,13 @@ def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str:
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 def require_positive(section: str, config: Any, *names: str) -> None:
-    """Each of the fields is None or a finite number above 0."""
+    """Raise UserError unless each of the fields is None or a finite number above 0."""
     for name in names:
         value = getattr(config, name)
         require(
@@ -116,14 +120,14 @@ def require_positive(section: str, config: Any, *names: str) -> None:
 
 
 def require_share(section: str, config: Any, *names: str) -> None:
-    """Each of the fields is a number from 0 to 1."""
+    """Raise UserError unless each of the fields is a number from 0 to 1."""
     for name in names:
         value = getattr(config, name)
         require(0 <= value <= 1, f"{section}.{name}={value} is not a share; set {section}.{name} from 0 to 1")
 
 
 def require_choice(setting: str, value: object, choices: Iterable[str]) -> None:
-    """The value is one of the words."""
+    """Raise UserError with the nearest word unless the value is one of the choices."""
     words = list(choices)
     if value not in words:  # The nearest takes longer to find than all else that a section checks.
         hint = nearest(value, words) if isinstance(value, str) else ""

@@ -16,7 +16,7 @@ from distlora.config.peer_names import peer_hint
 Section = TypeVar("Section")
 
 _EXAMPLES = {int: "a whole number, such as 1", float: "a number, such as 0.1", bool: "true or false"}
-"""What to write for a value of each type; a string is the value itself, in quotes for Hydra and for the shell."""
+"""Words for a value of each type; a string is the value itself, in quotes for Hydra and for the shell."""
 
 
 def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
@@ -75,12 +75,11 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """A value as one types it."""
     return value if isinstance(value, str) else short(value)
 
 
 def load_config(run_dir: str | Path) -> Config:
-    """The Config in RUN/config.yaml, with the place where the folder is now. UserError when it holds no run."""
+    """Return the Config in RUN/config.yaml, with the place where the folder is now. UserError when it holds no run."""
     path = Path(run_dir) / "config.yaml"
     require(path.is_file(), f"{run_dir} holds no run (no config.yaml); start one with `distlora train`")
     remedy = "put a whole copy in its place, or start the run again in another folder"
@@ -100,7 +99,7 @@ def load_config(run_dir: str | Path) -> Config:
 
 
 def parse_yaml(content: bytes) -> Any:
-    """The plain values of a YAML file. Raises ValueError with the reason, in one line, for what is no YAML."""
+    """Return the plain values of a YAML file. Raises ValueError with the reason, in one line, for what is no YAML."""
     import yaml
 
     try:
@@ -112,20 +111,20 @@ def parse_yaml(content: bytes) -> Any:
 
 
 def as_mapping(config: Config) -> dict[str, Any]:
-    """The config as nested plain values (tuples become lists), as written to RUN/config.yaml and sent to wandb."""
+    """Return the config as nested plain values (tuples become lists), as in RUN/config.yaml and in wandb."""
     values: dict[str, Any] = as_plain(dataclasses.asdict(config))
     return values
 
 
 def as_plain(value: Any) -> Any:
-    """A setting's value as YAML has it: tuples become lists."""
+    """Return a setting's value as YAML has it: tuples become lists."""
     if isinstance(value, Mapping):
         return {key: as_plain(item) for key, item in value.items()}
     return [as_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def settings_by_name(config: Config) -> dict[str, Any]:
-    """The settings as plain values, by the names by which one sets them: section.name."""
+    """Return the settings as plain values by the names that users type: section.name."""
     found: dict[str, Any] = {}
     for section, values in as_mapping(config).items():
         if isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""How the base is cut over ranks, how it is gathered, and how gradients travel."""
+"""Sharding of the base, its gathering, and the reduction of gradients."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Literal
 from distlora.config.errors import require, require_choice, require_positive
 
 RESIDENCY_RESERVE = {"cuda": 0.1, "cpu": 0.5}
-"""With resident_blocks=auto: of a device's memory (a GPU's all, the CPU's free), what stays free for what a first step
-does not show, evaluations' and samples' memory, fragments, other processes."""
+"""Reserve with resident_blocks=auto: of a device's memory (a GPU's all, the CPU's free), what stays free for what a
+first step does not show, evaluations' and samples' memory, fragments, other processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
+    """Sharding of the base and reduction of gradients."""
+
     backend: Literal["fsdp2", "zero3"] = "fsdp2"
-    """What shards the frozen base over the ranks: PyTorch's FSDP2, or DeepSpeed's ZeRO-3, which can also keep it in
-    host memory. The numbers are the same. One process needs no sharding and gets none."""
+    """Backend that shards the frozen base over the ranks: PyTorch's FSDP2, or DeepSpeed's ZeRO-3, which can also keep
+    it in host memory. The numbers are the same. One process needs no sharding and gets none."""
     shard_degree: int | Literal["node"] | None = None
     """Ranks that cut one copy of the base between them; every further such number of ranks has another copy, between
     which only gradients travel. null: one copy over all ranks. `node`: those of one machine (cluster.gpus_per_node).

@@ -44,7 +44,7 @@ _OURS = {name: ours for ours, names in _SETTINGS.items() for name in names}
 
 
 def peer_hint(key: str) -> str:
-    """The end of `there is no setting KEY` for a name that another trainer uses, in whatever section; else empty."""
+    """Return a hint for a setting's name of another trainer, in any section; empty for other names."""
     last = key.rpartition(".")[2]
     if last in _OURS:
         return f" (did you mean {_OURS[last]!r}?)"

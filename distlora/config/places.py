@@ -1,4 +1,4 @@
-"""What a path in a setting means: something on this machine, or a name on the Hugging Face hub."""
+"""Paths in settings: local files and folders, or names on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", "
 
 
 def cache_place(name: str) -> str:
-    """Where one kind of what is kept between runs lies, unless a setting says otherwise; DISTLORA_CACHE moves all."""
+    """Return the default folder of a cache; DISTLORA_CACHE moves all of them."""
     return f"{os.environ.get('DISTLORA_CACHE') or '~/.cache/distlora'}/{name}"
 
 
 def means_hub(path: str) -> bool:
-    """Whether a path that a user typed means org/name on the hub rather than a place here.
+    """Return whether a typed path means org/name on the Hub rather than a local path.
 
     What exists here is local; so is what ends like a file or whose first part is a folder here: a mistyped path should
     be looked for where its writer thinks it is. Depends on the working folder: for composing settings alone.
@@ -26,10 +26,10 @@ def means_hub(path: str) -> bool:
 
 
 def place_of(path: str) -> str:
-    """A path that a user typed as it is named from here on, wherever a process runs; a name on the hub as it is."""
+    """Return a typed path as an absolute path, or the name of a Hub repository unchanged."""
     return path if means_hub(path) else str(Path(path).expanduser().absolute())
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path of composed settings is org/name: all local ones are absolute there, wherever a process runs."""
+    """Return whether a path of composed settings is org/name; local paths are absolute there."""
     return _HUB_NAME.fullmatch(path) is not None and not path.endswith(FILE_SUFFIXES)

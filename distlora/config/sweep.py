@@ -1,4 +1,4 @@
-"""What a sweep is made of beside the runs in it: its search, how many run at once, what is compared."""
+"""Settings of a sweep: the search, the number of parallel trials, the metric."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class SweepConfig:
     """`grid`: every combination; `random`: drawn; `optuna`: proposed by what came before; `rank_search`: adapter.r
     doubled while that gains more than noise."""
     space: Mapping[str, str] = field(default_factory=dict)
-    """What is searched: a setting, and its values in Hydra's grammar for sweeps, as on the command line: `8,16`,
+    """Search space: a setting, and its values in Hydra's grammar for sweeps, as on the command line: `8,16`,
     `range(1,9)`, `interval(1e-5,1e-3)`, `tag(log,interval(1e-5,1e-3))`. Words of the command line add to it."""
     metric: str = "eval_loss"
-    """What is compared: a figure of RUN/metrics.jsonl, of the last line that has it."""
+    """Metric to compare: a key of RUN/metrics.jsonl, from the last line that has it."""
     direction: Literal["minimize", "maximize"] = "minimize"
     trials: int | None = None
-    """How many runs; null: all of a grid."""
+    """Number of runs; null: all of a grid."""
     seed: int = 0
-    """Of what is drawn or proposed. The trials' own is train.seed."""
+    """Seed of the search. The trials' seed is train.seed."""
     workers: int = 1
     """Trials, or packs of them, that run at once: on one machine with an equal share of its GPUs each, with
     cluster=slurm each a task of an array."""
@@ -39,7 +39,7 @@ class SweepConfig:
     sampler: Literal["tpe", "gp", "cmaes"] = "tpe"
     """Optuna's, with method=optuna."""
     pruner: Literal["median", "hyperband", "none"] = "none"
-    """Which trials are ended early, by the held-out loss of train.eval_every."""
+    """Pruner that ends trials early, by the held-out loss of train.eval_every."""
     pruner_warmup: int = 0
     """Evaluations of a trial before it may be ended."""
     rank_start: int = 16
@@ -47,11 +47,11 @@ class SweepConfig:
     rank_most: int = 256
     """The last one."""
     confidence: float = 0.95
-    """Of the bootstrap interval that a doubling's gain must keep clear of 0."""
+    """Confidence of the bootstrap interval that must exclude 0 for a doubling's gain."""
     bootstrap: int = 10_000
     """Resamples of the held-out documents."""
     full: Literal["auto", "always", "never"] = "auto"
-    """Whether rank_search trains everything, too, for comparison: `auto` where that fits by the plan."""
+    """Train all weights too in rank_search, for comparison: `auto` if that fits by the plan."""
     full_lr: float | None = None
     """The learning rate of that run; null: a tenth of optim.lr."""
 

@@ -41,7 +41,7 @@ class OptimConfig:
     decay_ratio: float = 0.1
     """Share of all steps over which warmup_stable_decay goes down."""
     min_lr_ratio: float = 0.0
-    """What a falling schedule ends at, relative to lr."""
+    """Final learning rate of a decaying schedule, relative to lr."""
 
     def __post_init__(self) -> None:
         require_choice("optim.name", self.name, OPTIMIZERS)
@@ -73,8 +73,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
+    """Steps, batches, objective, precision and checkpoints of training."""
+
     objective: Literal["sft", "dpo"] = "sft"
-    """What is minimized: -log p of the trained tokens (`sft`), or DPO's loss of pairs of a chosen and a rejected answer
+    """Objective: -log p of the trained tokens (`sft`), or DPO's loss of pairs of a chosen and a rejected answer
     (arXiv 2305.18290), whose reference is the model as the run started: no second model, half as many operations more.
     """
     dpo_beta: float = 0.1
@@ -89,10 +91,10 @@ class TrainConfig:
     micro_batch: int = 1
     """Rows that a rank runs at once. Activation memory grows linearly with it."""
     accumulate: Literal["step", "block"] = "step"
-    """Where a rank's micro-batches are looped over: `step` runs the model once for each (every block is gathered each
+    """Loop over a rank's micro-batches: `step` runs the model once for each (every block is gathered each
     time); `block` runs each block over all of them while it is gathered once, and keeps all boundary activations."""
     checkpointing: Literal["block", "selective", "offload", "none"] = "block"
-    """What a forward keeps for backward. `block` keeps only the inputs of each decoder block and recomputes it: about
+    """Activation checkpointing. `block` keeps only the inputs of each decoder block and recomputes it: about
     1/3 more compute. `selective` recomputes the MLP and the norm before it and keeps attention, whose recomputation
     grows with the square of a row: about 10 bytes an element of the hidden state more than `block`. `offload` is
     `block` with the inputs in host memory, which takes layers x hidden x 2 B for each token that they are kept of
@@ -233,6 +235,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackerConfig:
+    """The experiment tracker."""
+
     name: Literal["wandb", "none"] = "wandb"
     """`wandb` logs beside metrics.jsonl: online with a key, offline under RUN/wandb without; `none` writes
     metrics.jsonl only.

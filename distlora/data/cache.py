@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
 )
 """Patterns of the files in a model's folder that decide how its tokenizer and chat template behave."""
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template*", "additional_chat_templates/*")
-"""Those that can hold a chat template."""
+"""Files that can hold a chat template."""
 
 _ABANDONED_AFTER = 86_400.0
 """Seconds after which a partial entry belongs to a process that was killed: no preparation takes a day."""
@@ -80,7 +80,7 @@ def content_digest(folder: Path, splits: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def new_entry(cache_dir: Path, key: str) -> Iterator[Path]:
-    """A folder to write an entry in; at the end of the block it becomes `cache_dir`/`key`, or nothing at all.
+    """Return a folder to write an entry in; at the end of the block it becomes `cache_dir`/`key`, or nothing at all.
 
     When another process published the same key meanwhile, ours is thrown away: the contents are equal. After an
     exception ours is removed; after a kill it stays under its temporary name, which nobody opens, until a later

@@ -28,7 +28,7 @@ _MASKING = ("train", "weight")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NamedTemplate:
-    """What the tokenizer must have for one of our templates."""
+    """Tokens that a named template needs."""
 
     tokens: tuple[str, ...] = ()
     """Markers that must be one token each: the model is stopped at them, and learns nothing from their letters."""
@@ -37,7 +37,7 @@ class NamedTemplate:
     attributes: tuple[str, ...] = ()
     """Special tokens that the template takes from the tokenizer: bos_token, eos_token."""
     knows_tools: bool = False
-    """Whether it writes tools, their calls and results."""
+    """True if it writes tools, their calls and results."""
 
 
 NAMED = {
@@ -67,7 +67,7 @@ NAMED = {
 
 
 def template_source(template: str) -> str:
-    """The Jinja text of `data.template`: a name of NAMED or the path of a file.
+    """Return the Jinja text of `data.template`: a name of NAMED or the path of a file.
 
     Raises UserError for an unknown name and for a file that is absent or not UTF-8. Part of the cache key.
     """
@@ -97,7 +97,7 @@ def start_tokens(tokenizer: Any) -> list[int]:
 
 
 class ChatTemplate:
-    """One template with one tokenizer: messages to text.
+    """A chat template with a tokenizer: messages to text.
 
     Raises UserError, when it is built, where there is no template, where it is not valid Jinja, and where a named one
     needs tokens that the tokenizer lacks.
@@ -129,23 +129,23 @@ class ChatTemplate:
                 "prompt/completion"
             )
         self.prompt = self._generation_prompt()
-        """What the template writes to have the assistant speak; empty where it cannot be told."""
+        """The template's generation prompt; empty if unknown."""
 
     def is_marked(self, tools: Sequence[Any] | None = None) -> bool:
-        """Whether the template marks the assistant's parts. It may depend on tools: some tokenizers have two."""
+        """Return whether the template marks the assistant's parts. It may depend on tools."""
         return _GENERATION.search(self._text(tools)) is not None
 
     def render(
         self, place: str, messages: list[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False
     ) -> str:
-        """A conversation as text; with `prompt`, up to where the assistant speaks. Refusals name `place`."""
+        """Return a conversation as text; with `prompt`, up to where the assistant speaks. Refusals name `place`."""
         with self._refusals(place):
             return self._render(messages, tools, prompt=prompt, marks=False)[0]
 
     def render_marked(
         self, place: str, messages: list[Message], tools: Sequence[Any] | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """A conversation as text, and where its {% generation %} parts lie in it, in characters."""
+        """Return a conversation as text, and where its {% generation %} parts lie in it, in characters."""
         with self._refusals(place):
             return self._render(messages, tools, prompt=False, marks=True)
 
@@ -157,7 +157,7 @@ class ChatTemplate:
             raise UserError(f"{place}: {self.name} {self._no_tools}; leave this document out, or {self.tool_advice()}")
 
     def tool_advice(self) -> str:
-        """What to do where this template does not write tools: the named ones that do and that the tokenizer fits."""
+        """Return advice for a template without tools: the named templates that write tools and fit the tokenizer."""
         fitting = [name for name in NAMED if NAMED[name].knows_tools and self.fits(name, with_tools=True)]
         if fitting:
             return f"set data.template={' or '.join(fitting)}, which knows tools"
@@ -167,7 +167,7 @@ class ChatTemplate:
         )
 
     def fits(self, name: str, *, with_tools: bool = False) -> bool:
-        """Whether the tokenizer has what a named template needs."""
+        """Return whether the tokenizer has the tokens of a named template."""
         tool_tokens = NAMED[name].tool_tokens if with_tools else ()
         return not self._missing(NAMED[name]) and all(map(self._is_one_token, tool_tokens))
 
@@ -230,7 +230,7 @@ class ChatTemplate:
         return after[len(before) :] if after.startswith(before) else ""
 
     def behind_answer(self) -> str:
-        """What the template writes behind a plain answer that ends a conversation; empty where it refuses this one."""
+        """Return the text that the template writes after a final answer; empty where it refuses the answer."""
         answer = "ANSWER"
         turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
         try:
@@ -241,7 +241,7 @@ class ChatTemplate:
         return text.rpartition(answer)[2] if answer in text else ""
 
     def _fitted(self, template: str, source: str) -> str:
-        """A named template's text for this tokenizer. Raises UserError where the tokenizer lacks its tokens."""
+        """Return a named template's text for this tokenizer. Raises UserError where the tokenizer lacks its tokens."""
         missing = self._missing(NAMED[template])
         if missing:
             usable = [name for name in NAMED if not self._missing(NAMED[name])]

@@ -28,7 +28,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-"""What stands under "from" (LLaMA-Factory's and FastChat's words), and the role that it is."""
+"""Roles by the word under "from" (LLaMA-Factory's and FastChat's words), and the role that it is."""
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -45,7 +45,7 @@ _STRINGS = ("tool_call_id", "name", "reasoning_content", "thinking")
 
 
 def check_chat(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
-    """A canonical chat out of a record with "messages" and perhaps "tools".
+    """Return a canonical chat out of a record with "messages" and perhaps "tools".
 
     Raises UserError, which names the message by `place` and ends with the example `good`.
     """
@@ -58,7 +58,7 @@ def check_chat(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
 
 
 def sharegpt_messages(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
-    """A ShareGPT record as {"messages", "tools"}, still to be checked.
+    """Return a ShareGPT record as {"messages", "tools"}, still to be checked.
 
     A turn is {"from", "value"}, or {"role", "content"} as in a chat. "system" becomes the first message unless the
     conversation has a system turn of its own there.
@@ -78,7 +78,7 @@ def sharegpt_messages(value: dict[str, Any], place: str, good: str) -> dict[str,
 
 
 def alpaca_document(value: dict[str, Any], place: str, good: str, *, as_chat: bool) -> dict[str, Any]:
-    """An Alpaca record as a chat, or as a prompt and its completion in the words of Stanford Alpaca.
+    """Return an Alpaca record as a chat, or as a prompt and its completion in the words of Stanford Alpaca.
 
     In a chat the input follows the instruction on a new line, "history" holds earlier pairs of question and answer
     (trained as the last answer is), as in LLaMA-Factory. In the prompt, "system" replaces the opening sentence.
@@ -113,7 +113,7 @@ def alpaca_document(value: dict[str, Any], place: str, good: str, *, as_chat: bo
 
 
 def kind_name(value: Any) -> str:
-    """What a JSON value is, in JSON's words."""
+    """Return the kind of a JSON value in JSON's words."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
@@ -121,7 +121,7 @@ def kind_name(value: Any) -> str:
 
 
 def listed(value: dict[str, Any]) -> str:
-    """The keys of an object, as a message lists them."""
+    """Return the keys of an object, as a message lists them."""
     return ", ".join(ascii(key) for key in list(value)[:12]) or "none"
 
 
@@ -167,7 +167,7 @@ def _message(message: Any, where: str, good: str) -> dict[str, Any]:
 
 
 def _content(message: dict[str, Any], where: str, good: str, *, required: bool) -> str | None:
-    """A message's text; parts of the type "text" are joined. None only where tool calls stand in for it."""
+    """Return a message's text; parts of the type "text" are joined. None only where tool calls stand in for it."""
     content = message.get("content")
     if content is None:
         if not required:
@@ -193,7 +193,7 @@ def _content(message: dict[str, Any], where: str, good: str, *, required: bool) 
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Calls with their arguments as objects; OpenAI's API writes those as JSON in a string."""
+    """Return tool calls with their arguments as objects; OpenAI's API writes those as JSON in a string."""
     if not isinstance(calls, list):
         raise UserError(f"{where}: 'tool_calls' is {kind_name(calls)}, not a list; {_GOOD_CALL}")
     return [_tool_call(call, f"{where}: tool_calls[{index}]") for index, call in enumerate(calls)]

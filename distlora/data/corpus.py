@@ -75,6 +75,7 @@ class Corpus:
 
     @property
     def num_pieces(self) -> int:
+        """Return the number of pieces."""
         return len(self._lengths)
 
     @property
@@ -104,12 +105,12 @@ class Corpus:
 
     @property
     def truncated(self) -> np.ndarray:
-        """Which documents lost their end, (D,) bool."""
+        """Return a mask of the documents that lost their end, (D,) bool."""
         return np.array(self._fates, np.int8) == _TRUNCATED
 
     @property
     def dropped_long(self) -> np.ndarray:
-        """Which documents were left out for their length, (D,) bool."""
+        """Return a mask of the documents that were left out for their length, (D,) bool."""
         return np.array(self._fates, np.int8) == _DROPPED
 
     def pieces_since(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -118,7 +119,7 @@ class Corpus:
         return tuple(np.array(part, np.int64) for part in parts)  # type: ignore[return-value]
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """All tokens (int32) and marks (uint8), flat and memory-mapped. At least one piece must be there.
+        """Return all tokens (int32) and marks (uint8), flat and memory-mapped. Needs at least one piece.
 
         A mark has the bits TRAINED: predicting this token is trained; REJECTED: a pair's rejected document begins here.
         """

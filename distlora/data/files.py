@@ -91,7 +91,7 @@ class ListReader:
         return f"{self._path} row {self._number} (line {self._line})"
 
     def _next_sign(self) -> str:
-        """The next character that is no white space, or "" at the end of the file."""
+        """Return the next character that is not white space, or "" at the end of the file."""
         while True:
             while self._position < len(self._buffer) and self._buffer[self._position] in " \t\r\n":
                 self._position += 1
@@ -125,7 +125,7 @@ _ROWS_AT_ONCE = 1000
 
 
 def read_file(path: Path, format: str, sample_by: str) -> Iterator[Record]:
-    """The records of one file in order, by the kind that its name says.
+    """Yield the records of one file in order, by the kind that its name says.
 
     `format` (perhaps `auto`) is only named in complaints; `sample_by` says what a record of a .txt file is. Raises
     UserError for a kind that is not known, and where the file breaks.
@@ -146,11 +146,12 @@ def read_file(path: Path, format: str, sample_by: str) -> Iterator[Record]:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether the name says a kind that can be read."""
+    """Return whether the suffix names a readable kind."""
     return _suffix(path) in _readers("auto")
 
 
 def is_compressed(path: Path) -> bool:
+    """Return whether a file's name says that it is compressed."""
     return path.suffix.lower() in COMPRESSIONS
 
 
@@ -184,7 +185,7 @@ def _kind(path: Path) -> str:
 
 
 def _open(path: Path) -> BinaryIO:
-    """The file's content as bytes, decompressed."""
+    """Return the file's content as bytes, decompressed."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         import pyarrow
@@ -218,7 +219,7 @@ def _jsonl(path: Path, format: str) -> Iterator[Record]:
 
 
 def _json(path: Path, format: str) -> Iterator[Record]:
-    """A list of objects; one object that holds such a list under "data", or is a document; or JSON lines after all."""
+    """Yield the objects of a list, of a list under "data", of a single document, or of JSON lines."""
     with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         start = text.read(_CHUNK)
         if start.lstrip().startswith("["):
@@ -306,12 +307,12 @@ def _txt(path: Path, sample_by: str) -> Iterator[Record]:
 
 
 def _lines(text: io.TextIOWrapper) -> Iterator[str]:
-    """Lines without their ends. With newline="" Python also ends lines at a lone \\r, as old Mac files do."""
+    r"""Lines without their ends. With newline="" Python also ends lines at a lone \\r, as old Mac files do."""
     return (line.rstrip("\r\n") for line in text)
 
 
 def _has_blank_lines(path: Path) -> bool:
-    """Whether a blank line separates two others, near the start: what the rest holds does not change the answer."""
+    """Return whether a blank line separates two others near the start of the file."""
     seen_text = seen_blank = False
     num_bytes = 0
     with _open(path) as file:
@@ -345,7 +346,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value from Arrow without the nulls in its objects: Arrow gives every object of a column all keys of all."""
+    """Remove the nulls from the objects of an Arrow value: Arrow gives every object all keys of its column."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -18,14 +18,15 @@ from distlora.config import DATA_FORMATS, UserError, nearest
 from distlora.data.conversations import alpaca_document, check_chat, kind_name, listed, sharegpt_messages
 
 HH_ANSWER = "\n\nAssistant:"
-"""What stands before each answer in the texts of Anthropic's hh-rlhf, where many such data sets have it from."""
+"""Prefix of each answer in Anthropic's hh-rlhf and data sets derived from it."""
 
 
 def preference_pair(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
-    """{"chosen": document, "rejected": document}: both {"prompt", "completion"}, or both {"messages"} and perhaps
-    "tools", with "train": false in the turns of the common prompt.
+    """Return {"chosen": document, "rejected": document} of a preference record.
 
-    Texts stay texts, conversations are chats. Raises UserError for answers of two kinds, and for two without a prompt.
+    Both are {"prompt", "completion"}, or both {"messages"} and perhaps "tools", with "train": false in the turns of the
+    common prompt. Texts stay texts, conversations are chats. Raises UserError for answers of two kinds, and for two
+    without a prompt.
     """
     prompt, chosen, rejected = value.get("prompt"), value["chosen"], value["rejected"]
     if all(isinstance(text, str) for text in ("" if prompt is None else prompt, chosen, rejected)):
@@ -91,7 +92,7 @@ def _common_text(chosen: str, rejected: str, place: str, good: str) -> tuple[str
 
 
 def _turns(answer: Any, side: str, place: str, good: str) -> list[Any]:
-    """The messages of an answer: a list of them, a single one, or the text of the assistant's."""
+    """Return the messages of an answer: a list of them, a single one, or the assistant's text."""
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     messages = [answer] if isinstance(answer, dict) else answer
@@ -132,18 +133,18 @@ OPTIONAL_KEYS = {
 
 
 class Record(NamedTuple):
-    """One line, row or object as its source holds it."""
+    """A line, row or object as its source holds it."""
 
     place: str
-    """Where a person finds it: "chats.jsonl:12", "chats.parquet row 12", "org/name train row 12"."""
+    """Place in the source: "chats.jsonl:12", "chats.parquet row 12", "org/name train row 12"."""
     num_bytes: int
-    """Its size in the source (estimated where that is compressed or columnar), for progress."""
+    """Bytes in the source, for progress; estimated for compressed and columnar files."""
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document in canonical form.
+    """A document in canonical form.
 
     `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str} or {"text": str};
     or, of a pair, {"chosen": value, "rejected": value} with two of the first or two of the second form. A message is
@@ -156,7 +157,7 @@ class Document:
 
 
 def format_keys(format: str) -> tuple[str, ...]:
-    """The keys that a format reads, those that it needs first."""
+    """Return the keys that a format reads, those that it needs first."""
     return REQUIRED_KEYS[format] + OPTIONAL_KEYS.get(format, ())
 
 
@@ -234,7 +235,7 @@ def _columns_example(value: dict[str, Any], columns: Mapping[str, str]) -> str:
 
 
 def kind_of(format: str, has_template: bool) -> Kind:
-    """The canonical form of a resolved format. Alpaca is a chat where there is a template to render one."""
+    """Return the canonical form of a resolved format. Alpaca is a chat where there is a template to render one."""
     kinds: dict[str, Kind] = {
         "chat": "chat",
         "sharegpt": "chat",
@@ -263,7 +264,7 @@ def check_objective(format: str, objective: str, label: str) -> None:
 
 
 def to_document(record: Record, format: str, columns: Mapping[str, str], has_template: bool) -> Document:
-    """A record in canonical form. Raises UserError, by place, for one that is not of this (resolved) format."""
+    """Return a record in canonical form. Raises UserError, by place, for one that is not of this (resolved) format."""
     value, place = _renamed(_object(record, format), columns), record.place
     for key in REQUIRED_KEYS[format]:
         if key not in value:
@@ -282,13 +283,13 @@ def to_document(record: Record, format: str, columns: Mapping[str, str], has_tem
 
 
 def shown(text: str) -> str:
-    """The start of a text, short enough for a message; ASCII, since a terminal may not show the rest."""
+    """Return the start of a text, short enough for a message; ASCII, since a terminal may not show the rest."""
     text = text.strip()
     return ascii(text if len(text) <= 60 else text[:57] + "...")
 
 
 def good(format: str) -> str:
-    """A good record of a format, or the outline of every format, as the end of a message."""
+    """Return a good record of a format, or the outline of every format, as the end of a message."""
     if format in EXAMPLES:
         return f"a good line: {EXAMPLES[format]}"
     assert format in DATA_FORMATS
@@ -297,7 +298,7 @@ def good(format: str) -> str:
 
 
 def parse_json(text: str, place: str, format: str) -> Any:
-    """One JSON value. Raises UserError with the column where it breaks, or for one that Python cannot hold."""
+    """Parse a JSON value. Raises UserError with the column where it breaks, or for one that Python cannot hold."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -10,20 +10,20 @@ from __future__ import annotations
 import numpy as np
 
 HELD_OUT, ROW_ORDER, MIXTURE = 1, 2, 3
-"""What a hash is for; first of the words, so that no two uses share a stream."""
+"""Uses of hashes: the first word, so that no two uses share a stream."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _scramble(state: np.ndarray) -> np.ndarray:
-    """The output function of splitmix64: a bijection of uint64 that mixes every bit into every other."""
+    """Return the output function of splitmix64: a bijection of uint64 that mixes every bit into every other."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
 
 
 def hash64(words: tuple[int, ...], count: int, start: int = 0) -> np.ndarray:
-    """The uint64 numbers `start` to `start + count`, the i-th a function of `words` (each below 2**64) and i alone."""
+    """Return uint64 numbers `start` to `start + count`; the i-th depends on `words` (each below 2**64) and i alone."""
     state = np.zeros(1, np.uint64)  # An array, since numpy warns when a uint64 scalar wraps around.
     for word in words:
         state = _scramble((state ^ np.uint64(word)) + _GOLDEN)
@@ -31,5 +31,5 @@ def hash64(words: tuple[int, ...], count: int, start: int = 0) -> np.ndarray:
 
 
 def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which of the uint64 hashes are among the lowest `fraction` of all there can be."""
+    """Return a mask of the uint64 hashes among the lowest `fraction` of all values."""
     return hashes < np.uint64(int(fraction * 2**53) << 11)

@@ -29,7 +29,7 @@ _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
 
 
 def resolve_commit(source: SourceConfig) -> str:
-    """The commit that `source.revision` means now: one request, no data.
+    """Return the commit that `source.revision` means now: one request, no data.
 
     Without a network, with a hub that is down, or with HF_HUB_OFFLINE=1, the commit of the copy that datasets has
     cached. Raises UserError for no such data set or revision, for a gated one without access, and for one that is
@@ -125,12 +125,12 @@ class SavedDataset:
 
     @staticmethod
     def is_saved(folder: Path) -> bool:
+        """Return whether datasets' save_to_disk wrote this folder."""
         return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _check_within(folder: Path) -> None:
-    """Refuse a data set saved by save_to_disk whose records name splits or files outside of their folder, which
-    datasets would read."""
+    """Raise UserError if a saved data set names splits or files outside its folder, which datasets would read."""
     remedy = "save it again (save_to_disk)"
     folders, place = [folder], folder / "dataset_dict.json"
     if place.is_file():
@@ -171,7 +171,7 @@ def _num_characters(value: Any) -> int:
 
 
 def _builder(source: SourceConfig, commit: str) -> Any:
-    """The builder of the data set at `commit`. Raises UserError for a configuration that is absent or not named."""
+    """Return the builder of the data set at `commit`. Raises UserError for an absent or ambiguous configuration."""
     import datasets
 
     with _explained(source):
@@ -217,7 +217,7 @@ def _cached_commit(source: SourceConfig, why: str) -> str:
 
 @contextlib.contextmanager
 def _explained(source: SourceConfig) -> Iterator[None]:
-    """What datasets and the hub raise, as one sentence about this data set."""
+    """Turn errors of datasets and the Hub into a UserError about this data set."""
     import datasets.exceptions as raised
 
     try:
@@ -239,7 +239,7 @@ def _explained(source: SourceConfig) -> Iterator[None]:
 
 
 def is_offline() -> bool:
-    """Whether only the cache of datasets is read: by HF_HUB_OFFLINE, or since the hub gave no answer."""
+    """Return whether only the cache of datasets is read: HF_HUB_OFFLINE is set or the Hub gave no answer."""
     import datasets
 
     return bool(datasets.config.HF_HUB_OFFLINE)

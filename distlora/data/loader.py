@@ -18,11 +18,11 @@ from distlora.data.rows import STARTS, TRAINED, PackedRows
 
 
 class Share(NamedTuple):
-    """One trial's rows of a step, or of a part of its evaluation."""
+    """A trial's packed sequences of a step or of a part of its evaluation."""
 
     batch: StepBatch
     slot: int | None
-    """Which adapter its rows use; None: the only one."""
+    """Index of the adapter that its sequences use; None for the only one."""
     step: int | None
     """The optimizer step, from 0; None in an evaluation."""
 
@@ -32,7 +32,7 @@ class Stack(NamedTuple):
 
     batch: MicroBatch
     step: int | Tensor | None
-    """That all rows are in, or (B,) of each; None in an evaluation."""
+    """Step of all sequences, or (B,) of each; None in an evaluation."""
     owners: list[tuple[int, int]]
     """(trial, its rows), from the first row on; a trial may come several times."""
 
@@ -50,7 +50,7 @@ class Stack(NamedTuple):
 
 
 def stacks(shares: Sequence[Share], *, whole: bool) -> list[Stack]:
-    """All that the K shares hold, micro-batch by micro-batch; a trial that has fewer of them is not in the last ones.
+    """Yield the micro-batches of K trials stacked together; a trial with fewer is absent from the last ones.
 
     `whole`: as one batch, in which every micro-batch has as many rows, for blocks that cut it up themselves.
     """
@@ -68,7 +68,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(shares: Sequence[Share], index: int, *, fill: bool) -> Iterator[_Piece]:
-    """The micro-batch `index` of each trial; `fill`: empty rows where a trial has none."""
+    """Yield the micro-batch `index` of each trial; `fill`: empty rows where a trial has none."""
     for owner, share in enumerate(shares):
         own = share.batch.micro_batches
         if index < len(own):
@@ -78,7 +78,7 @@ def _pieces(shares: Sequence[Share], index: int, *, fill: bool) -> Iterator[_Pie
 
 
 def _emptied(batch: MicroBatch) -> MicroBatch:
-    """As many rows, none of which counts."""
+    """Return as many empty sequences."""
     return batch._replace(labels=torch.full_like(batch.labels, -100), rows=torch.full_like(batch.rows, EMPTY))
 
 
@@ -129,7 +129,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One rank's share of one optimizer step."""
+    """A rank's sequences of one optimizer step."""
 
     micro_batches: list[MicroBatch]
     """The same number on every rank and in every step."""
@@ -185,7 +185,7 @@ class StepLoader:
         return -(-self.global_batch // (self.world * self.micro_batch))
 
     def batch(self, step: int) -> StepBatch:
-        """This rank's part of step `step` (from 0; epochs follow each other without end)."""
+        """Return this rank's micro-batches of step `step` (from 0; epochs follow each other without end)."""
         assert step >= 0, f"step {step}"
         of_step = self._rows_of_step(step)
         own = self.rows_of_ranks(step)[:, self.rank]
@@ -198,7 +198,7 @@ class StepLoader:
         )
 
     def rows_of_ranks(self, step: int) -> np.ndarray:
-        """The rows of all ranks in step `step`: (accumulation, world, micro_batch) int64, -1 for an empty row."""
+        """Return the rows of all ranks in a step: (accumulation, world, micro_batch) int64, -1 for an empty row."""
         of_step = self._rows_of_step(step)
         slots = np.full((self.accumulation, self.world, self.micro_batch), EMPTY, np.int64)
         slots.reshape(-1)[: len(of_step)] = of_step
@@ -209,7 +209,7 @@ class StepLoader:
         return self._epoch_order(epoch)[within * self.global_batch : (within + 1) * self.global_batch]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """The rows in the order in which an epoch visits them: (N,) int64, a permutation keyed by (seed, epoch)."""
+        """Return the order of the rows in an epoch: (N,) int64, a permutation keyed by (seed, epoch)."""
         if self._order is None or self._order[0] != epoch:
             order = np.arange(len(self.rows))
             if self.shuffle:
@@ -218,7 +218,7 @@ class StepLoader:
         return self._order[1]
 
     def _assemble(self, indices: np.ndarray) -> MicroBatch:
-        """The tensors of B rows; an index of -1 gives an empty row."""
+        """Return the tensors of B rows; an index of -1 gives an empty row."""
         length = self.rows.sequence_length
         tokens = np.full((len(indices), length), self.rows.pad_token_id, np.int64)
         flags = np.zeros((len(indices), length), np.uint8)

@@ -18,7 +18,7 @@ _TOKENS_AT_ONCE = 4_000_000
 
 
 def assign_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of every piece, (P,) int64: best-fit decreasing, the same for the same lengths.
+    """Return the row of every piece, (P,) int64: best-fit decreasing, the same for the same lengths.
 
     Longest first, each piece goes where it leaves the least room. Rows with equal room are kept together, and the
     rooms in use are the bits of one integer, so that finding the best one is a shift and a lowest bit: linear in the
@@ -58,7 +58,7 @@ def assign_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Where every piece lies. Pieces are sorted by row, inside a row by their order in the data."""
+    """The place of every piece. Pieces are sorted by row, inside a row by their order in the data."""
 
     offsets: np.ndarray
     """(P,) int64: first token of the piece in the flat array of all tokens."""
@@ -74,6 +74,7 @@ class Packing:
 
     @property
     def num_rows(self) -> int:
+        """Return the number of packed sequences."""
         return len(self.row_bounds) - 1
 
 

@@ -38,12 +38,12 @@ def prepare(
     *,
     earlier_date: str | None = None,
 ) -> Path:
-    """The cache entry of a run's data, made if it is not there yet: returns its folder.
+    """Return the folder of the cache entry of a run's data, made if it does not exist.
 
-    Where the chat template writes the date, an entry is of a day: that of today, or of `earlier_date`, when the run
-    was first prepared, while that one exists. Progress goes to stderr. Raises UserError for a source that cannot be
-    found, a broken record, a tokenizer that cannot do the format, a split in which no token is trained, and settings of
-    chats where no source holds any.
+    If the chat template writes the date, the entry is valid for a day: today, or `earlier_date`, when the run was first
+    prepared, while that entry exists. Progress goes to stderr. Raises UserError for a source that cannot be found, a
+    broken record, a tokenizer that cannot do the format, a split without a trained token, and settings of chats where
+    no source holds any.
     """
     model_dir = Path(model.path).expanduser()
     if not model_dir.is_dir():
@@ -94,7 +94,7 @@ def prepare_run(run_dir: str | Path) -> dict[str, Any]:
 
 
 def open_split(run_dir: str | Path, split: str) -> PackedRows | None:
-    """The rows of `train` or `eval` that RUN/data.json names; None for `eval` where nothing is held out."""
+    """Return the rows of `train` or `eval` that RUN/data.json names; None for `eval` where nothing is held out."""
     path = Path(run_dir) / DATA_NAME
     if not path.is_file():
         raise UserError(f"{run_dir} has no prepared data (no data.json); run `distlora data prepare {run_dir}`")
@@ -142,7 +142,7 @@ def _settings(
 
 
 def _writes_date(data: DataConfig, model_dir: Path) -> bool:
-    """Whether the chat template asks for the time, as Llama 3.2's own does: the same documents are others tomorrow."""
+    """Return whether the chat template writes the date, as Llama 3.2's does: its tokens change every day."""
     if data.template is not None:
         return "strftime_now" in template_source(data.template)
     files = [path for pattern in TEMPLATE_FILES for path in model_dir.glob(pattern) if path.is_file()]
@@ -150,14 +150,12 @@ def _writes_date(data: DataConfig, model_dir: Path) -> bool:
 
 
 def today_as_text() -> str:
+    """Return today's date."""
     return time.strftime("%Y-%m-%d")
 
 
 def _earlier_date(run_dir: Path) -> str | None:
-    """The day in the cache entry that an earlier start of the run read, out of RUN/data.json.
-
-    A record that is damaged names none: the preparation makes it again.
-    """
+    """Return the date of the cache entry in RUN/data.json; None without a date or with a damaged record."""
     try:
         date = json.loads((run_dir / DATA_NAME).read_bytes())["settings"].get("date")
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -278,7 +276,7 @@ def _check_trainable(corpus: Corpus, sources: list[Source], data: DataConfig) ->
 
 
 def _nothing_left(split: str, data: DataConfig, corpus: Corpus) -> UserError:
-    """The fraction took every document, or none: what to change."""
+    """Return the error for a split that data.eval_fraction leaves empty."""
     num_usable = int(np.count_nonzero(corpus.pieces_of > 0))
     kept = "none was left to train on" if split == "train" else "none could be held out for evaluation"
     return UserError(
@@ -307,7 +305,7 @@ NOTES = {
 
 
 def summary(record: dict[str, Any]) -> str:
-    """A few lines for a person, out of what RUN/data.json holds."""
+    """Return a few lines about RUN/data.json for the terminal."""
     lines = []
     for split, name in (("train", "training data"), ("eval", "held out     ")):
         if split not in record["splits"]:

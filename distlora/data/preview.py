@@ -37,14 +37,14 @@ _FATES = {"truncate": "cut off there", "drop": "left out", "split": "continued a
 
 @dataclass(kw_only=True)
 class SourceSample:
-    """What was read of one source: D documents that a run takes, and those that it refuses."""
+    """Figures of one source: D documents that a run takes, and the refused ones."""
 
     source: Source
     format: str
     encoder: Encoder | PairEncoder
     too_long: TooLong
     ended: bool = False
-    """Whether it was read to its end."""
+    """True if the source was read to its end."""
     lengths: list[int] = field(default_factory=list)
     """(D,) tokens."""
     trained: list[int] = field(default_factory=list)
@@ -55,7 +55,7 @@ class SourceSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitSample:
-    """What was read of the sources of a split, and the pieces that it was cut into."""
+    """The sources of a split and their pieces."""
 
     samples: list[SourceSample]
     corpus: Corpus
@@ -63,7 +63,7 @@ class SplitSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreviewRequest:
-    """What to show of the data of a run."""
+    """The preview of a run's data to show."""
 
     model: ModelConfig
     data: DataConfig
@@ -131,7 +131,7 @@ def check_trainable(data: DataConfig, splits: dict[str, SplitSample]) -> None:
 
 
 def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterator[Encoded]:
-    """The documents of a batch that a run takes; notes their figures, and why others are refused."""
+    """Yield the encoded documents of a batch; note their figures and the refused ones."""
     try:
         pairs = list(zip(batch, sample.encoder.encode(batch), strict=True))
     except UserError:
@@ -151,7 +151,7 @@ def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterato
 
 
 def report(request: PreviewRequest, splits: dict[str, SplitSample], paint: Paint) -> Iterator[str]:
-    """The lines of the preview: documents, then figures."""
+    """Yield the lines of the preview: documents, then figures."""
     length = request.data.sequence_length
     for split in splits.values():
         for sample in split.samples:
@@ -168,7 +168,7 @@ def report(request: PreviewRequest, splits: dict[str, SplitSample], paint: Paint
 def document_lines(
     sample: SourceSample, document: Document, encoded: Encoded, length: int, paint: Paint
 ) -> Iterator[str]:
-    """One document, or the two of a pair, as text, with what of it is trained."""
+    """Yield a document, or both of a pair, as text with the trained tokens marked."""
     excess = len(encoded.tokens) - length
     kept = encoded.cut(length) if excess > 0 and sample.too_long != "split" else encoded
     for whole, part, side in zip(encoded.documents, kept.documents, ("chosen", "rejected"), strict=False):

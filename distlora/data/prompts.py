@@ -1,4 +1,4 @@
-"""What `distlora generate` is asked to do: prompts in a file, and the request that the command hands to its worker.
+"""Prompts in a file, and the request of `distlora generate` to its worker.
 
 Imports no torch: the command refuses a broken file, or a flag out of range, before anything is loaded.
 """
@@ -19,23 +19,23 @@ _GOOD = 'a good line: {"prompt": "What is a list?"} or {"messages": [{"role": "u
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """One prompt: a text, or the messages of a conversation that the assistant is to answer."""
+    """A prompt: a text, or the messages of a conversation that the assistant is to answer."""
 
     place: str
-    """Where it comes from, for messages to the user."""
+    """Place in the file, for messages to the user."""
     text: str | None = None
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """Its part of a line of the result."""
+        """Return its part of a line of the result."""
         if self.text is not None:
             return {"prompt": self.text}
         return {"messages": list(self.messages)} | ({"tools": list(self.tools)} if self.tools else {})
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file: one a line in a text file, blank lines left out; {"prompt"} or {"messages"} in a jsonl.
+    """Return the prompts of a file: lines of a text file, or {"prompt"} or {"messages"} of a jsonl file.
 
     Raises UserError for a file that is absent, empty or of another kind, and for a broken line.
     """
@@ -83,11 +83,11 @@ class GenerateRequest:
     """Folder of what was trained: an adapter in PEFT's format or a whole model, or a folder of checkpoints, whose
     newest whole one is meant; null: the base alone."""
     foreign: bool = False
-    """Whether `weights` is an adapter of another run or program, whose rank, scale and targets are its own."""
+    """True if `weights` is an adapter of another run or program with its own rank, scale and targets."""
     prompts: str | None = None
     """A file; null: prompts come from stdin."""
     out: str | None = None
-    """Where the result of a file goes; null: stdout."""
+    """File for the results; None for stdout."""
     max_new_tokens: int = 256
     temperature: float | None = None
     top_p: float | None = None

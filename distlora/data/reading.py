@@ -22,7 +22,7 @@ from distlora.data.splits import volume
 from distlora.data.templates import Encoder, PairEncoder
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
-"""Where a batch for the tokenizer ends: enough for all its threads, little enough to bound memory."""
+"""Bounds of a batch for the tokenizer: enough for all its threads, small enough to bound memory."""
 _STREAM_DOCUMENTS, _STREAM_BYTES = 32, 250_000
 """The same where documents are read until there are enough: what is read beyond that is waste."""
 PATIENCE = 10_000
@@ -32,7 +32,7 @@ _PROGRESS_SECONDS = 3.0
 
 @dataclass
 class Encoders:
-    """One encoder for each kind of document, built when the first such document is met."""
+    """The encoders by kind of document, each built for the first such document."""
 
     tokenizer: Any
     model_path: str
@@ -49,16 +49,16 @@ class Encoders:
 
     @property
     def has_chats(self) -> bool:
-        """Whether a document was met that the chat template renders."""
+        """Return whether a document was read that the chat template renders."""
         return "chat" in self._of_kind
 
     @property
     def has_template(self) -> bool:
-        """Whether a conversation can be rendered, which decides what an Alpaca record becomes."""
+        """Return whether a conversation can be rendered, which decides the form of an Alpaca record."""
         return self.data.template is not None or self.tokenizer.chat_template is not None
 
     def of(self, source: Source, format: str) -> tuple[Encoder | PairEncoder, TooLong]:
-        """The encoder for a source of this (resolved) format, and what becomes of documents longer than a row.
+        """Return the encoder for a source of this (resolved) format, and the handling of documents that are too long.
 
         Raises UserError for a format that train.objective does not train on.
         """
@@ -157,7 +157,7 @@ def nothing_to_train(corpus: Corpus, source: Source, number: int, data: DataConf
 
 
 def _suffices(corpus: Corpus, need: Need, sizes: np.ndarray, tokens: np.ndarray, ended: np.ndarray) -> bool:
-    """Whether what was read fills the rows, or what is still to be read could not be used."""
+    """Return whether the documents fill the rows, or no further document could be used."""
     if need.wanted is None:
         return bool(tokens.sum() >= need.tokens)
     whole = volume(sizes, need.wanted, ended, until_all=need.until_all)

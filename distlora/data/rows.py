@@ -15,9 +15,9 @@ from distlora.config.json_files import Shape, check_shape, read_object
 FORMAT_VERSION = 5
 """Grows when the layout or the meaning of a row changes; part of the cache key."""
 ARRAYS = ("tokens", "flags", "targets", "pairs")
-"""What the rows of a split consist of: a file each."""
+"""Arrays of a split, a file each."""
 DOCUMENTS = "documents"
-"""One more file: the document that each piece in the rows is of."""
+"""The file with the document of each piece."""
 TRAINED, STARTS, REJECTED = 1, 2, 4
 """Bits of a flag: the label at this position is the next token; a document (or the padding) starts here; and what
 starts here is the rejected answer of a pair, whose chosen one lies right before it."""
@@ -44,11 +44,11 @@ _META: Shape = {
     "content": str,
     "splits": {"*": {**dict.fromkeys(_COUNTED, int), "sources": [_SOURCE]}},
 }
-"""What meta.json holds, as far as it is read."""
+"""Fields of meta.json that are read."""
 
 
 def split_file(folder: Path, split: str, name: str) -> Path:
-    """Where one of ARRAYS, or DOCUMENTS, of a split lies in a cache folder."""
+    """Return the file of one of ARRAYS, or of DOCUMENTS, of a split in a cache folder."""
     return folder / f"{split}_{name}.npy"
 
 
@@ -75,7 +75,7 @@ def _make_again(folder: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """One split, memory-mapped: reading a row touches that row's pages only. N rows of L tokens."""
+    """A split of N packed sequences of L tokens, memory-mapped: reading a sequence touches its pages only."""
 
     tokens: np.ndarray
     """(N, L) int32."""
@@ -88,9 +88,9 @@ class PackedRows:
     pad_token_id: int
     """A valid token of the model, for rows that are not there."""
     counts: dict[str, Any]
-    """What meta.json counted in this split."""
+    """The split's counts in meta.json."""
     folder: Path | None = None
-    """Where they lie; None for rows made in memory."""
+    """The cache folder; None for sequences made in memory."""
     documents: np.ndarray | None = None
     """(P,) int64: the document that each piece is of, by its number in the data, in the order of the rows and of the
     pieces inside of them; None for rows made in memory."""
@@ -120,7 +120,7 @@ class PackedRows:
         return len(self.targets)
 
     def take(self, indices: np.ndarray) -> PackedRows:
-        """The rows of these numbers, (n,) integers, in this order, in memory. `counts` are still the whole split's."""
+        """Return the sequences of these numbers, (n,) integers, in this order, in memory; `counts` stay the split's."""
         return replace(self, documents=None, **{name: getattr(self, name)[indices] for name in ARRAYS})
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +140,7 @@ class PackedRows:
 
     @property
     def sequence_length(self) -> int:
+        """Return the tokens per sequence."""
         return self.tokens.shape[1]
 
 

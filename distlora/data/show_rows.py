@@ -35,13 +35,16 @@ class Paint:
     colour: bool
 
     def trained(self, text: str) -> str:
+        """Mark trained text."""
         return text if self.colour else f"[[{text}]]"
 
     def stretch(self, text: str, *, trained: bool, special: bool) -> str:
+        """Color a stretch of tokens."""
         code = {(True, True): "1;32", (True, False): "32", (False, True): "36"}.get((trained, special))
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour and code else text
 
     def title(self, text: str) -> str:
+        """Set a title in bold."""
         return f"\x1b[1m{text}\x1b[0m" if self.colour else text
 
 
@@ -53,7 +56,7 @@ def paint_for_stdout(*, no_color: bool) -> Paint:
 
 
 def painted(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, start: int, end: int, paint: Paint) -> str:
-    """The tokens from `start` to `end` as text, painted by stretches."""
+    """Return the tokens from `start` to `end` as text, painted by stretches."""
     special = np.isin(tokens[start:end], sorted(tokenizer.added_tokens_decoder))
     kinds = trained[start:end] * 2 + special
     edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), end - start]
@@ -75,7 +78,7 @@ def painted(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, start: int,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowsRequest:
-    """Which packed sequences to show."""
+    """The packed sequences to show."""
 
     run_dir: str
     numbers: tuple[int, ...]

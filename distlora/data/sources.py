@@ -1,4 +1,4 @@
-"""Where documents come from: files, folders, saved data sets and the hub, behind one `Source`.
+"""Sources of documents: files, folders, saved data sets and the Hub, behind one `Source`.
 
 Imports neither torch nor transformers nor numpy, and `datasets` only for what needs it: the launcher checks the head
 of every source before anything starts.
@@ -26,22 +26,22 @@ from distlora.data.hub import HubDataset, SavedDataset, check_hub, is_offline, r
 
 _SPLIT_NAMES = re.compile(r"(?:^|[/._-])(train|training|test|testing|valid|validation|val|dev|eval)(?:[/._-]|$)", re.I)
 _PATTERN = re.compile(r"[*?]|\[[^\]]*\]")
-"""What a shell would expand."""
+"""A pattern that a shell would expand."""
 _STREAM_HEAD = 1 << 20
 """Bytes at the start of a streamed file that its fingerprint is made of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One source, found and named, not yet read."""
+    """A source that was found and not yet read."""
 
     config: SourceConfig
     label: str
-    """What a person calls it: the file's or folder's name, or the data set's with its split."""
+    """Name for messages: of the file or folder, or of the data set with its split."""
     files: tuple[Path, ...] = ()
     """Local files in the order in which they are read, those of a saved data set included."""
     commit: str | None = None
-    """What a hub data set is pinned to."""
+    """Commit of a Hub data set."""
     is_saved: bool = False
     """A folder that datasets' save_to_disk wrote."""
     streaming: bool = False
@@ -56,16 +56,16 @@ class Source:
 
     @property
     def has_text(self) -> bool:
-        """Whether plain text files are in it, of which sample_by makes documents."""
+        """Return whether it has plain text files, which sample_by splits into documents."""
         return any(".txt" in (suffix.lower() for suffix in path.suffixes) for path in self.files)
 
     def head(self) -> Source:
-        """The same source for reading its first documents: a hub data set is streamed where that can be done."""
+        """Return the source for reading its first documents: a Hub data set is streamed if possible."""
         whole = self.commit is None or set("[+") & set(self.config.split) or self.config.split == "all"
         return self if whole or is_offline() else dataclasses.replace(self, streaming=True)
 
     def records(self) -> Iterator[Record]:
-        """All records in order."""
+        """Yield all records in order."""
         if self.commit is not None:
             yield from HubDataset(self.config, self.commit, streaming=self.streaming).records()
         elif self.is_saved:
@@ -75,7 +75,7 @@ class Source:
                 yield from read_file(path, self.config.format, self.config.sample_by)
 
     def open(self, has_template: bool) -> tuple[str, Iterator[Document]]:
-        """The resolved format, read off the first record, and all documents. Raises UserError where there is none."""
+        """Return the format, resolved by the first record, and all documents. Raises UserError without a record."""
         records = self.records()
         first = next(records, None)
         if first is None:
@@ -89,10 +89,10 @@ class Source:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the documents: plain JSON for the cache key. Where local files lie is not in it.
+        """Return what decides the documents, as plain JSON for the cache key, without the place of local files.
 
-        Local files count with all their bytes; streamed ones with their size, their time and their first MiB, since
-        they may be too large to read twice. A hub data set counts with its commit.
+        Local files count with all their bytes; streamed files with size, time and first MiB, since they may be too
+        large to read twice. A Hub data set counts with its commit.
         """
         settings: dict[str, Any] = {"columns": dict(self.config.columns), "split": self.config.split}
         if self.commit is not None:
@@ -108,7 +108,7 @@ class Source:
         return settings | {"files": [self._digest(path) for path in self.files], "format": format}
 
     def describe(self) -> dict[str, Any]:
-        """What data.json says about it: enough to find it again."""
+        """Return the source's entry in data.json: enough to find it again."""
         return {
             "path": self.config.path,
             "name": self.config.name,
@@ -132,7 +132,7 @@ class Source:
 
 
 def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> dict[str, list[Source]]:
-    """The sources of each split that has its own: train, and eval where held-out documents are named.
+    """Return the sources of each split that has its own: train, and eval where held-out documents are named.
 
     `pinned` holds commits of hub data sets from an earlier start. Raises UserError for a source that cannot be found,
     for documents that two of them share, and for sample_by where nothing is plain text.
@@ -169,10 +169,10 @@ def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> d
 
 
 def _shared(first: Source, second: Source) -> str | None:
-    """What both hold, as a message names it; None where they have no document in common.
+    """Return the name of a file or split that both sources read; None where they share no document.
 
-    A file is the same by whatever name. Splits of a data set are told apart by name; a name that both have
-    is refused unless both take a slice of it, and not the same one: whether slices overlap is theirs to know.
+    Files are compared by inode. Splits of a data set are compared by name; a shared name is refused unless both
+    take different slices of it, whose overlap is not checked.
     """
     if first.commit is not None and second.commit is not None:
         if (first.config.path, first.config.name or "default") != (second.config.path, second.config.name or "default"):
@@ -199,7 +199,7 @@ def _split_parts(split: str) -> list[tuple[str, str]]:
 
 
 def pinned_commits(run_dir: Path) -> dict[str, str]:
-    """The commits of hub data sets that an earlier start of this run read, out of RUN/data.json.
+    """Return the commits of hub data sets that an earlier start of this run read, out of RUN/data.json.
 
     A record that is damaged pins nothing: the preparation makes it again.
     """

@@ -19,7 +19,7 @@ from distlora.data.sources import Source
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:
-    """The weights scaled to sum to 1, (S,) float64."""
+    """Return the weights scaled to sum to 1, (S,) float64."""
     values = np.array(weights, np.float64)
     return values / values.sum()
 
@@ -39,7 +39,7 @@ def volume(sizes: np.ndarray, wanted: np.ndarray, ended: np.ndarray, *, until_al
 
 
 def copies(targets: np.ndarray, sources: np.ndarray, wanted: np.ndarray, volume: float, seed: int) -> np.ndarray:
-    """How often each piece is used, (P,) int64: 0, 1, or more where its source is smaller than its part of `volume`.
+    """Return how often each piece is used, (P,) int64: more than once if its source is smaller than its part.
 
     `targets` and `sources` are (P,) int64. A source gives whole passes, and then the first of its pieces in the order
     of hash(seed, source, index) up to the count that comes nearest to its part; at least one piece.
@@ -62,7 +62,7 @@ def copies(targets: np.ndarray, sources: np.ndarray, wanted: np.ndarray, volume:
 
 
 def held_out(usable: np.ndarray, fraction: float, seed: int, source: int = 0) -> np.ndarray:
-    """Which documents are held out: those whose hash of (seed, source, index) is among the lowest `fraction` of all.
+    """Return a mask of held-out documents: hashes of (seed, source, index) among the lowest `fraction` of all.
 
     `usable` and the result are (D,) bool over the documents of one source; a usable one has a trained token. With few
     documents the fraction may hit none of these: then the one with the lowest hash is held out, if another remains.
@@ -76,7 +76,7 @@ def held_out(usable: np.ndarray, fraction: float, seed: int, source: int = 0) ->
 
 
 def held_out_documents(corpus: Corpus, fraction: float, seed: int) -> np.ndarray:
-    """Which documents of a corpus are held out, (D,) bool: the fraction applies to each source by itself."""
+    """Return a mask of the held-out documents of a corpus, (D,) bool: the fraction applies to each source."""
     chosen = np.zeros(corpus.num_documents, bool)
     usable, sources = corpus.pieces_of > 0, corpus.sources
     for source in np.unique(sources).tolist():
@@ -94,7 +94,7 @@ def use_pieces(
     until_all: bool,
     seed: int,
 ) -> np.ndarray:
-    """How often each piece is used in a split, (P,) int64. `in_split` is (D,) bool; `wanted` as in mixture.py."""
+    """Return how often each piece is used in a split, (P,) int64. `in_split` is (D,) bool; `wanted` has the shares."""
     ours = in_split[corpus.documents]
     used = ours.astype(np.int64)
     if wanted is not None and ours.any():

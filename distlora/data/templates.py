@@ -39,7 +39,7 @@ class Encoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.template: ChatTemplate | None = None
-        """What renders chats; None for the other kinds."""
+        """The chat template; None for other kinds."""
         self._encode = {
             "chat": self._chat,
             "prompt_completion": self._prompt_completion,
@@ -87,7 +87,7 @@ class Encoder:
             yield Encoded(tokens, trained)
 
     def _completions(self, documents: list[Document], prompts: list[list[int]]) -> list[list[int]]:
-        """The completions' tokens, as those of texts that go on.
+        """Return the completions' tokens, as those of texts that go on.
 
         Where the tokenizer puts a space in front of every text (Llama 2's), prompt and completion are tokenized as one
         text, whose beginning must be the prompt's tokens; where a token reaches over the boundary, `_continuation`.
@@ -123,7 +123,7 @@ class PairEncoder:
     def __init__(self, tokenizer: Any, encoder_of: Callable[[Literal["chat", "prompt_completion"]], Encoder]) -> None:
         self.tokenizer = tokenizer
         self.template: ChatTemplate | None = None
-        """What renders the answers, from the first conversation on."""
+        """The encoder of answers, from the first conversation on."""
         self._encoder_of = encoder_of
 
     def encode(self, documents: list[Document]) -> Iterator[Encoded]:

@@ -18,7 +18,7 @@ from distlora.data.formats import Document
 
 
 class Encoded(NamedTuple):
-    """One document of T tokens, or a pair: the chosen answer's document and right behind it the rejected one's."""
+    """A document of T tokens, or a pair: the document of the chosen answer, then that of the rejected one."""
 
     tokens: np.ndarray
     """(T,) int32."""
@@ -29,12 +29,13 @@ class Encoded(NamedTuple):
 
     @classmethod
     def pair(cls, chosen: Encoded, rejected: Encoded) -> Encoded:
+        """Return a chosen and a rejected document as one."""
         tokens = np.concatenate([chosen.tokens, rejected.tokens])
         return cls(tokens, np.concatenate([chosen.trained, rejected.trained]), len(chosen.tokens))
 
     @property
     def documents(self) -> list[slice]:
-        """Where its one or two documents lie."""
+        """Return the slices of its one or two documents."""
         end = len(self.tokens)
         return [slice(0, end)] if self.rejected is None else [slice(0, self.rejected), slice(self.rejected, end)]
 
@@ -45,8 +46,9 @@ class Encoded(NamedTuple):
         return sum(counts) if all(counts) else 0
 
     def cut(self, length: int) -> Encoded:
-        """Its first `length` tokens; of a pair that is longer, each document up to the same number of tokens, the
-        greatest with which both fit into `length`.
+        """Return the first `length` tokens.
+
+        Both documents of a longer pair are cut to the same number of tokens, the greatest with which both fit.
         """
         if self.rejected is None:
             return Encoded(self.tokens[:length], self.trained[:length])
@@ -77,7 +79,7 @@ class TurnTokens:
         self._tails: dict[str, list[int]] = {}
 
     def encode(self, conversations: list[Conversation]) -> Iterator[Encoded]:
-        """In order. Raises UserError for a turn without tokens of its own, and for one without an end-of-turn token."""
+        """Encode the turns in order. Raises UserError for a turn without tokens or without an end-of-turn token."""
         batch = self._tokenize([conversation.text for conversation in conversations])
         documents = []
         for number, conversation in enumerate(conversations):
@@ -128,7 +130,7 @@ class TurnTokens:
         return trained
 
     def _closing(self, conversation: Conversation, tokens: np.ndarray, ends: list[int]) -> int | None:
-        """The special token that the template writes after the last turn it marks, where nothing else can follow."""
+        """Return the special token that the template writes after the last marked turn, if nothing else can follow."""
         if not conversation.marked or conversation.inverse or not ends:
             return None
         after = tokens[ends[-1] :]
@@ -136,7 +138,7 @@ class TurnTokens:
         return int(special[0]) if len(special) else None
 
     def _end_of_turn(self, tokens: np.ndarray, start: int, end: int, closing: int | None) -> int | None:
-        """The token after the end-of-turn token; None where the turn has none.
+        """Return the token after the end-of-turn token; None where the turn has none.
 
         The model is stopped at it, so white space that the template writes after it is not trained. Where the template
         marks the turn without it, `closing` is taken in. Markers inside of a turn (</tool_call>, </think>) end nothing,
@@ -208,7 +210,7 @@ class Turn:
     """A turn of the assistant in a rendered conversation."""
 
     message: int
-    """Its index among the messages."""
+    """Index among the messages."""
     start: int
     """First character that the assistant writes."""
     end: int
@@ -223,7 +225,7 @@ class Conversation:
     text: str
     turns: tuple[Turn, ...]
     marked: bool
-    """Whether the template marked the turns."""
+    """True if the template marked the turns."""
     inverse: bool
 
 
@@ -241,7 +243,7 @@ class TurnFinder:
         self._closers = [token.content for token in tokenizer.added_tokens_decoder.values()]
 
     def find(self, document: Document) -> Conversation:
-        """Raises UserError for what the template refuses, rewrites, marks otherwise or leaves out."""
+        """Return the assistant turns. Raises UserError for turns that the template refuses, rewrites or leaves out."""
         messages, place = document.value["messages"], document.place
         tools = document.value.get("tools") or None
         self.template.check_tools(place, messages, tools)
@@ -295,7 +297,7 @@ class TurnFinder:
     def _by_prefixes(
         self, place: str, messages: list[Message], tools: Any, chosen: list[int]
     ) -> tuple[str, list[Turn]]:
-        """Each turn from the end of its prompt, as the model gets it at inference, to where the next message begins."""
+        """Yield each turn from the end of its prompt, as at inference, to the start of the next message."""
         text = self.template.render(place, messages, tools)
         turns = []
         for index in chosen:
@@ -315,7 +317,7 @@ class TurnFinder:
         return text, turns
 
     def _end(self, text: str, until: str, start: int) -> int | None:
-        """Where the turn from `start` ends in `text`, given the conversation up to and including it.
+        """Return where the turn from `start` ends in `text`, given the conversation up to and including it.
 
         A template may close a whole conversation otherwise than a turn inside (Phi-3's adds the end of text): then the
         turn ends with the last special token that both have, if `until` has nothing but such tokens after it.
@@ -333,7 +335,7 @@ class TurnFinder:
         return None if rest.strip() else end
 
     def _is_wanted(self, place: str, index: int, message: Message) -> bool:
-        """What a message's own "train" or "weight" says; True where it says nothing."""
+        """Return a message's "train" or "weight"; True without either."""
         flags = {key: bool(message[key]) for key in ("train", "weight") if message.get(key) is not None}
         wanted = all(flags.values())
         # Of other roles a flag may only say what holds anyway.
@@ -364,7 +366,7 @@ class TurnFinder:
                 )
 
     def _such_as_chatml(self) -> str:
-        """An example of a named template that writes all, where the tokenizer has its tokens."""
+        """Return an example of a named template that writes all, where the tokenizer has its tokens."""
         return ", such as chatml" if self.template.fits("chatml") else ""
 
     def _rewritten(self, place: str, index: int) -> UserError:
@@ -380,7 +382,7 @@ class TurnFinder:
 
 
 def _after_prompt(text: str, prompt: str, start: int, end: int) -> int:
-    """Where a marked turn begins: some templates mark its header too, or the end of it, which inference is given."""
+    """Return where a marked turn begins, without the header that some templates mark and inference is given."""
     for cut in range(start, min(start + len(prompt), end) + 1):
         if cut >= len(prompt) and text.startswith(prompt, cut - len(prompt)):
             return cut

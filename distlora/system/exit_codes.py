@@ -1,4 +1,4 @@
-"""How every command of ours ends: what the user can mend is one line on stderr and an exit code, never a traceback.
+"""Exit codes of every command: an error that a user can fix is one line on stderr, never a traceback.
 
 Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (EX_TEMPFAIL: try again), 128 + n ended by signal n.
 Imports no torch.
@@ -28,17 +28,17 @@ _BAD_PATH = {
     errno.ELOOP,
     errno.EROFS,
 }
-"""What the system says of a path that someone typed, rather than of a disk that fails."""
+"""Errors of the system for a mistyped path, rather than for a failing disk."""
 
 
 def run_to_exit_code(
     work: Callable[[], int], *, full_disk: str = "free some space", names: Mapping[str, str] | None = None
 ) -> int:
-    """Do `work` and return its exit code, or what became of it: 2 after a UserError or for a path that the system
-    refuses, 1 for another fault of the system and for a reader that left (`... | head`), 130 after Ctrl-C.
+    """Do `work`, print errors in one line and return the exit code.
 
-    `full_disk` is what to do when the disk is full; `names` has the command's argument for each setting that a
-    UserError may name. Anything else is a fault of ours and is raised.
+    2 after a UserError or for a path that the system refuses, 1 for another fault of the system and for a reader that
+    left (`... | head`), 130 after Ctrl-C. `full_disk` is what to do when the disk is full; `names` has the command's
+    argument for each setting that a UserError may name. Any other exception is a bug and is raised.
     """
     try:
         code = work()

@@ -31,7 +31,7 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def length(seconds: float) -> str:
-    """A length of time: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`, `5.2 days`."""
+    """Return a length of time: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`, `5.2 days`."""
     if seconds < 10:
         return f"{seconds:.2g} s"
     if seconds < 90:
@@ -44,7 +44,7 @@ def length(seconds: float) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """A length of time in its largest units: `12 s`, `3 min`, `2 h 05 min`, `5 days`."""
+    """Return a length of time in its largest units: `12 s`, `3 min`, `2 h 05 min`, `5 days`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -55,7 +55,7 @@ def roughly(seconds: float) -> str:
 
 
 def moment(seconds: float) -> str:
-    """A point in time, in UTC."""
+    """Return a point in time, in UTC."""
     try:
         return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
     except (OverflowError, ValueError, OSError):  # A damaged record's.

@@ -28,21 +28,24 @@ class Progress:
         self._last = time.monotonic()
 
     def __call__(self, text: str) -> None:
+        """Print the text if PROGRESS_SECONDS have passed since the last line."""
         if time.monotonic() - self._last >= PROGRESS_SECONDS:
             self.line(text)
 
     def line(self, text: str) -> None:
+        """Print the text now."""
         self._last = time.monotonic()
         print(text, file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
+    """Print a line."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def still_loading() -> Iterator[None]:
-    """A sign of life every few seconds."""
+    """Print a line every STILL_LOADING_SECONDS while the block runs."""
     done = threading.Event()
     began = time.monotonic()
 
@@ -72,13 +75,18 @@ def quieten() -> None:
 class Display(Protocol):
     """The terminal: a progress line that follows the steps, and lines that stay."""
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def say(self, text: str) -> None: ...
-    def close(self) -> None: ...
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a step."""
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+
+    def close(self) -> None:
+        """Restore the terminal."""
 
 
 def display(total_steps: int, start_step: int, label: str = "") -> Display:
-    """A live bar where stdout is a terminal and rich is installed, else lines, which begin with `label`."""
+    """Return a live bar if stdout is a terminal and rich is installed, else lines that begin with `label`."""
     if sys.stdout.isatty() and not label:
         try:
             return Bar(total_steps, start_step)
@@ -107,7 +115,7 @@ class Pace:
 
 
 DISPENSABLE = ("lr", "peak_memory_bytes", "eval_loss", "mfu")
-"""What a narrow terminal goes without, in this order."""
+"""Metrics that a narrow terminal leaves out, in this order."""
 
 
 def figures(metrics: Mapping[str, float], width: int | None = None) -> str:
@@ -128,7 +136,7 @@ def figures(metrics: Mapping[str, float], width: int | None = None) -> str:
 
 
 class Lines:
-    """One line for the first and the last step, and every few seconds between: for logs and pipes."""
+    """A line for the first and the last step, and every few seconds between, for logs and pipes."""
 
     SECONDS = 3.0
 
@@ -138,6 +146,7 @@ class Lines:
         self._shown = -math.inf
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a step."""
         left, now = self._pace.left(step), time.monotonic()
         if now - self._shown >= self.SECONDS or step == self._total:
             self._shown = now
@@ -145,10 +154,11 @@ class Lines:
             self.say(f"step {step:{width}}/{self._total}  {figures(metrics)}{left}")
 
     def say(self, text: str) -> None:
+        """Print a line."""
         print(f"{self._label}{text}", flush=True)
 
     def close(self) -> None:
-        pass
+        """Restore the terminal."""
 
 
 BAR_WIDTH = 8
@@ -172,6 +182,7 @@ class Bar:
         self._progress.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a step."""
         left = self._pace.left(step)
         beside = 2 * len(str(self._total)) + 1 + BAR_WIDTH + 2  # The count and the bar, each with a space.
         width = self._progress.console.width - beside - len(left)
@@ -182,7 +193,9 @@ class Bar:
             self._progress.refresh()
 
     def say(self, text: str) -> None:
+        """Print a line."""
         self._progress.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
+        """Restore the terminal."""
         self._progress.stop()

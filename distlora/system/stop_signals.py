@@ -13,9 +13,9 @@ import sys
 import threading
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""What asks to stop: schedulers and `kill`, SLURM's --signal, Ctrl-C, a terminal that closes."""
+"""Signals that request a stop: schedulers and `kill`, SLURM's --signal, Ctrl-C, a terminal that closes."""
 STOPPED_NAME = "stopped.json"
-"""In RUN: where a run stopped because it was asked to, `{step, checkpoint, signal, time}`."""
+"""File in RUN about a requested stop: `{step, checkpoint, signal, time}`."""
 PID_DIR = "DISTLORA_PID_DIR"
 """Environment variable: a folder of this machine where each worker leaves its pid, as rank_<k>.pid."""
 
@@ -23,7 +23,7 @@ _request: int | None = None
 
 
 class Stopped(Exception):
-    """All ranks have agreed to stop, and each raises this at the same point."""
+    """Raised by every rank at the same step after a requested stop."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"asked to stop by {name_of(signum)}")
@@ -38,7 +38,7 @@ def request(signum: int) -> None:
 
 
 def requested() -> int | None:
-    """The signal that asked to stop, or None."""
+    """Return the signal that asked to stop, or None."""
     return _request
 
 
@@ -49,6 +49,7 @@ def forget() -> None:
 
 
 def name_of(signum: int) -> str:
+    """Return the name of a signal, SIGTERM for 15."""
     return signal.Signals(signum).name
 
 
@@ -80,7 +81,7 @@ def _take(parent: int) -> None:
 
 
 def _wait() -> tuple[int, int | None]:
-    """The next signal and the process that sent it, where the system tells."""
+    """Return the next signal and the process that sent it, where the system tells."""
     if sys.platform == "darwin":
         return signal.sigwait(SIGNALS), None
     received = signal.sigwaitinfo(SIGNALS)

@@ -16,7 +16,7 @@ LONGEST_ANSWER = 60
 
 
 def answer(model: Any, tokenizer: Any, question: str) -> str:
-    """The greedy answer to one question, as text without special tokens."""
+    """Return the greedy answer to one question, as text without special tokens."""
     import torch
 
     prompt = tokenizer.apply_chat_template(
@@ -28,6 +28,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
 
 
 def main(base: str, adapter: str, question: str, file: str) -> None:
+    """Write the answers of the base and of the adapter to a file."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

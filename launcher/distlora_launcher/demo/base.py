@@ -26,7 +26,7 @@ from distlora_launcher.launch import local
 
 
 def run_settings(overrides: list[str]) -> int:
-    """What `distlora train <overrides>` does; prints that command first. Returns its exit code."""
+    """Print and run `distlora train <overrides>`. Returns its exit code."""
     print(command_line("train", overrides), flush=True)
     config = compose_config(overrides)
     check(config, new_run=True)
@@ -34,7 +34,7 @@ def run_settings(overrides: list[str]) -> int:
 
 
 def continue_run(run_dir: Path) -> int:
-    """What `distlora resume` does; prints that command first. Returns its exit code."""
+    """Print and run `distlora resume`. Returns its exit code."""
     print(command_line("resume", [str(run_dir)]), flush=True)
     return local.resume_run(run_dir, load_config(run_dir))
 
@@ -74,9 +74,9 @@ PRETRAINING = (
     "optim.weight_decay=0.1",
     "optim.warmup_ratio=0.05",
 )
-"""What learns most in two minutes of two cores (README.md has the measurements)."""
+"""Settings that learn most in two minutes on two cores (README.md)."""
 MAKER = "made_by"
-"""In a base's folder: the hash of what made it."""
+"""File in a base's folder: the hash of its recipe."""
 
 
 def cache_root() -> Path:
@@ -87,14 +87,16 @@ def cache_root() -> Path:
 
 
 def base_folder(corpus: Corpus) -> Path:
-    """Where the base for this corpus is kept."""
+    """Return the folder of the base for this corpus."""
     recipe = "\n".join([corpus.digest, *PRETRAINING, Path(__file__).with_name("initial_model.py").read_text()])
     return cache_root() / "demo" / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
 def base_made_here() -> Path | None:
-    """The base that a demo of this Python and this recipe has made; None where that cannot be told without the text,
-    which takes seconds to read."""
+    """Return the base that a demo of this Python and this recipe has made.
+
+    None where only the text could tell, which takes seconds to read.
+    """
     folders = sorted((cache_root() / "demo").glob("base-*"))
     return next((folder for folder in folders if _maker_of(folder) == _maker()), None)
 
@@ -113,7 +115,7 @@ def _maker_of(folder: Path) -> str | None:
 
 
 def _maker() -> str:
-    """What a base follows from: the Python whose documentation it reads, and the code that makes it of that."""
+    """Return a hash of the Python version and of the code that makes the base from its documentation."""
     here = Path(__file__)
     code = [here.with_name(name).read_text() for name in ("corpus.py", "initial_model.py")]
     return hashlib.sha256("\n".join([sys.version, *PRETRAINING, *code]).encode()).hexdigest()

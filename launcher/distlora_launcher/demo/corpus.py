@@ -41,12 +41,13 @@ class Docstring:
 
     @property
     def is_public(self) -> bool:
+        """Return whether no part of the name starts with an underscore."""
         return not any(part.startswith("_") for part in self.name.split("."))
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """What the demo trains on."""
+    """The training data of the demo."""
 
     pretraining: list[str]
     pairs: list[list[dict[str, str]]]
@@ -66,6 +67,7 @@ class Corpus:
 
 
 def write_jsonl(path: Path, documents: Iterable[dict]) -> None:
+    """Write documents as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
 
@@ -88,13 +90,13 @@ def build_corpus() -> Corpus:
 
 
 def without(texts: list[str], answers: set[str]) -> list[str]:
-    """Each text once, and none that begins with an answer: subclasses repeat the docstrings of what they override."""
+    """Remove duplicates and texts that begin with an answer: subclasses repeat the docstrings they override."""
     once = {fingerprint(text): text for text in texts if fingerprint(first_paragraph(text)) not in answers}
     return list(once.values())
 
 
 def fingerprint(text: str) -> str:
-    """The words alone: texts that differ in punctuation, case or line breaks are one."""
+    """Return the words of a text in lower case, without punctuation and line breaks."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
@@ -114,7 +116,7 @@ def read_docstrings(root: Path) -> Iterator[Docstring]:
 def docstrings_of(
     node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
 ) -> Iterator[Docstring]:
-    """The docstring of a module, class or function, and of what a module or class defines."""
+    """Yield the docstrings of a module, class or function and of its members."""
     text = clean(ast.get_docstring(node) or "")
     is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     if text:
@@ -136,7 +138,7 @@ def signature_of(arguments: ast.arguments) -> str:
 
 
 def reference_sections() -> Iterator[str]:
-    """The language reference, cut at its headings into documents of a page or less."""
+    """Yield the sections of the language reference, documents of a page or less."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -159,12 +161,12 @@ def clean(text: str) -> str:
 
 
 def first_paragraph(text: str) -> str:
-    """The first paragraph as one line."""
+    """Return the first paragraph as one line."""
     return " ".join(text.split("\n\n", 1)[0].split())
 
 
 def is_answer(docstring: Docstring, answer: str) -> bool:
-    """Whether the first paragraph reads as an answer to what a public function or class does."""
+    """Return whether the first paragraph reads as an answer to what a public function or class does."""
     shortest, longest = ANSWER_CHARACTERS
     return (
         docstring.is_public
@@ -176,7 +178,7 @@ def is_answer(docstring: Docstring, answer: str) -> bool:
 
 
 def question(docstring: Docstring) -> str:
-    """One of a few ways to ask, the same one for the same name."""
+    """Return one of a few questions, the same for the same name."""
     name, signature = docstring.name, docstring.signature
     if signature is None:
         ways = [f"What is `{name}`?", f"What is `{name}` for?", f"Explain the class `{name}`."]
@@ -186,5 +188,5 @@ def question(docstring: Docstring) -> str:
 
 
 def share(name: str, purpose: str) -> float:
-    """A number in [0, 1) that depends on the name and the purpose alone."""
+    """Return a number in [0, 1) that depends on the name and the purpose alone."""
     return int.from_bytes(hashlib.sha256(f"{purpose}\x00{name}".encode()).digest()[:6], "big") / 2**48

@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of VOCABULARY tokens, the four special ones first; the same for the same texts."""
+    """Return a byte-level BPE of VOCABULARY tokens, the four special ones first; the same for the same texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -92,6 +92,7 @@ def write_initial_model(folder: Path, texts: Iterable[str]) -> None:
 
 
 def main(folder: str, text_file: str) -> None:
+    """Write the model folder for a text file."""
     with Path(text_file).open(encoding="utf-8") as lines:
         write_initial_model(Path(folder), (json.loads(line)["text"] for line in lines))
 

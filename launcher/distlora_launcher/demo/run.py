@@ -28,7 +28,7 @@ from distlora_launcher.demo.corpus import build_corpus
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One held-out question and three answers."""
+    """A held-out question and three answers."""
 
     question: str
     reference: str
@@ -42,7 +42,7 @@ def read_summary(run_dir: Path) -> dict[str, float]:
 
 
 def table(figures: Mapping[str, float], ranks: int, seconds: float) -> str:
-    """The figures of the run, a line each. `seconds`: the whole demo."""
+    """Return the figures of the run, one per line; `seconds` is the time of the whole demo."""
     gathered, as_bf16 = figures["gathered_bytes_per_step"], figures["gathered_bytes_per_step_bf16"]
     # One process holds the whole base and gathers nothing.
     as_16_bit = (
@@ -74,7 +74,7 @@ def size(count: float) -> str:
 
 
 def verdict(figures: Mapping[str, float]) -> str:
-    """What did and did not improve, in words."""
+    """Describe in words what improved."""
     before, after = figures["base_eval_loss"], figures["eval_loss"]
     if after >= before:
         return "Fine-tuning did not lower the held-out loss here, which it should: please report it."
@@ -97,7 +97,7 @@ def sample_text(sample: Sample) -> str:
 
 
 def next_commands(base: Path, run_dir: Path) -> str:
-    """What to type next; each line works as it stands, or with the reader's own files."""
+    """Return the commands to type next."""
     return "\n".join(
         [
             f"  distlora train model.path={base}/model data.path={base}/pairs.jsonl recipe=qlora adapter.r=4",
@@ -132,7 +132,7 @@ QLORA = (
 
 
 def main(arguments: list[str]) -> int:
-    """The whole demo; returns the exit code. Raises UserError for any argument but --help and --base."""
+    """Run the demo and return the exit code. Raises UserError for arguments other than --help and --base."""
     if arguments in (["-h"], ["--help"]):
         print(USAGE.rstrip())
         return 0
@@ -192,7 +192,7 @@ def main(arguments: list[str]) -> int:
 
 
 def made_base() -> Path:
-    """The model folder of the base that a demo here has made. Raises UserError where there is none."""
+    """Return the model folder of the base that a demo here has made. Raises UserError where there is none."""
     base = base_made_here()
     if base is None:
         base = base_folder(build_corpus())
@@ -204,7 +204,7 @@ def made_base() -> Path:
 
 
 def ask(base: Path, run_dir: Path, messages: list[dict[str, str]]) -> Sample | None:
-    """One answer before and after, by PEFT on the Hugging Face base; None where PEFT is not installed."""
+    """Generate an answer with PEFT without and with the adapter; None if PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
         print("peft is not installed, so there is no sample answer; `pip install peft` to load the adapter with it")
         return None
@@ -215,4 +215,5 @@ def ask(base: Path, run_dir: Path, messages: list[dict[str, str]]) -> Sample | N
 
 
 def say(heading: str) -> None:
+    """Print a heading."""
     print(f"\n{heading}", flush=True)

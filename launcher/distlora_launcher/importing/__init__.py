@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The file's mapping. Raises UserError for one that cannot be read, is no YAML or no mapping."""
+    """Return the file's mapping. Raises UserError for one that cannot be read, is no YAML or no mapping."""
     if path.exists() and not path.is_file():
         raise UserError(f"cannot read {path}: it is no file; give the path of an Axolotl YAML file")
     try:

@@ -29,6 +29,7 @@ DEFAULT_WARMUP, MOST_DEFAULT_WARMUP = 0.03, 100
 
 
 def convert_steps(keys: Keys, imported: Imported) -> None:
+    """Convert steps, saves, evaluations and early stopping."""
     train, max_steps, epochs = imported.section("train"), keys.integer("max_steps"), keys.number("num_epochs")
     epochs = 1.0 if epochs is None else epochs
     train["max_steps"] = max_steps
@@ -48,7 +49,7 @@ def convert_steps(keys: Keys, imported: Imported) -> None:
 
 
 def _interval(keys: Keys, imported: Imported, kind: str, max_steps: int | None, epochs: float) -> int | None:
-    """Steps between saves or evaluations; None: at the end only. `kind` is save or eval."""
+    """Return the steps between saves or evaluations (`kind`); None for the end only."""
     per_epoch, steps = keys.number(f"{kind}s_per_epoch"), keys.number(f"{kind}_steps")
     aliases = ("eval_strategy", "evaluation_strategy") if kind == "eval" else ("save_strategy",)
     chosen = keys.any(*aliases)
@@ -97,7 +98,10 @@ def _early_stopping(keys: Keys, imported: Imported) -> None:
 
 
 def convert_schedule(keys: Keys, imported: Imported) -> None:
-    """The learning rate over the run. Warm-ups start one step higher here: at lr / steps instead of 0."""
+    """Convert the learning-rate schedule.
+
+    distlora's warm-up starts one step higher: at lr / steps instead of 0.
+    """
     optim, max_steps = imported.section("optim"), imported.section("train")["max_steps"]
     name = keys.text("lr_scheduler") or "cosine"
     options = Keys(keys.mapping("lr_scheduler_kwargs"), place="lr_scheduler_kwargs.")
@@ -119,7 +123,7 @@ def convert_schedule(keys: Keys, imported: Imported) -> None:
 
 
 def _stable_decay(options: Keys, imported: Imported, max_steps: int | None) -> None:
-    """transformers' WSD: num_decay_steps, and a cosine fall unless decay_type says linear."""
+    """Convert the WSD schedule of transformers: num_decay_steps, with a cosine decay unless decay_type is linear."""
     decay, shape = options.integer("num_decay_steps"), options.text("decay_type") or "cosine"
     if shape != "linear":
         imported.note("differs", f"lr_scheduler_kwargs.decay_type={shape}", "the last fall is linear here")
@@ -171,14 +175,14 @@ OPTIMIZERS = {
     "paged_adamw": ("paged_adamw", "paged_adamw_32bit"),
     "paged_adamw_8bit": ("paged_adamw_8bit",),
 }
-"""Ours, and the names in Axolotl (mostly transformers') that mean the same update."""
+"""distlora's optimizers, and the names in Axolotl (mostly transformers') that mean the same update."""
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 OTHER_TRAINING = ("reward_model", "process_reward_model", "kd_trainer", "diffusion", "ebft")
 
 
 def convert(values: dict[str, Any], *, processes: int) -> Imported:
-    """A parsed Axolotl file as our settings. Raises UserError where nothing sensible can be made of it."""
+    """Return a parsed Axolotl file as our settings. Raises UserError where nothing sensible can be made of it."""
     keys, imported = Keys(values), Imported()
     for name in OTHER_TRAINING:
         if value := keys.any(name):
@@ -202,6 +206,7 @@ def convert(values: dict[str, Any], *, processes: int) -> Imported:
 
 
 def convert_model(keys: Keys, imported: Imported) -> None:
+    """Convert the base model and its tokens."""
     base = keys.text("base_model")
     if base is None:
         raise UserError("base_model is not set; is this an Axolotl file? It names the model to fine-tune")
@@ -230,6 +235,7 @@ def convert_model(keys: Keys, imported: Imported) -> None:
 
 
 def convert_adapter(keys: Keys, imported: Imported) -> None:
+    """Convert the adapter and quantization."""
     kind, in_4bit, in_8bit = keys.text("adapter"), keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
     if kind not in (None, "lora", "qlora"):
         raise UserError(
@@ -333,7 +339,7 @@ def _start(keys: Keys, imported: Imported) -> str:
 
 
 def _targets(keys: Keys, imported: Imported) -> str | list[str]:
-    """What lora_target_linear and lora_target_modules mean together, less the embeddings."""
+    """Return the targets of lora_target_linear and lora_target_modules, without embeddings."""
     linear, modules = keys.flag("lora_target_linear"), keys.any("lora_target_modules")
     if isinstance(modules, str) and not linear:
         return modules  # A regular expression for whole paths, or all-linear: the same in PEFT and here.
@@ -394,6 +400,7 @@ def convert_batch(keys: Keys, imported: Imported, processes: int) -> None:
 
 
 def convert_optimizer(keys: Keys, imported: Imported, processes: int) -> None:
+    """Convert the optimizer and batch sizes."""
     name = keys.text("optimizer") or "adamw_torch_fused"
     ours = next((ours for ours, names in OPTIMIZERS.items() if name in names), None)
     if ours is None:
@@ -459,6 +466,7 @@ def _convert_tiles(keys: Keys, imported: Imported) -> None:
 
 
 def convert_tracker(keys: Keys, imported: Imported) -> None:
+    """Convert wandb's settings."""
     project, mode, name = keys.text("wandb_project"), keys.text("wandb_mode"), keys.text("wandb_name")
     entity = keys.text("wandb_entity")
     used = (keys.flag("use_wandb") or project is not None) and mode != "disabled"
@@ -479,6 +487,7 @@ def convert_tracker(keys: Keys, imported: Imported) -> None:
 
 
 def convert_parallel(keys: Keys, imported: Imported, processes: int) -> None:
+    """Convert FSDP and DeepSpeed settings."""
     imported.section("cluster")["gpus_per_node"] = processes
     _convert_copies(keys, imported, processes)
     for name in ("deepspeed", "fsdp", "fsdp_config"):
@@ -523,7 +532,7 @@ def _convert_copies(keys: Keys, imported: Imported, processes: int) -> None:
 
 
 def _offloads(value: Any) -> bool:
-    """Whether a DeepSpeed or FSDP setting moves parameters to the host."""
+    """Return whether a DeepSpeed or FSDP setting offloads parameters to CPU memory."""
     if isinstance(value, dict):
         return any("offload" in str(key) and bool(item) for key, item in value.items()) or any(
             map(_offloads, value.values())

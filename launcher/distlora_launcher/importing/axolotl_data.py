@@ -119,7 +119,7 @@ def _answers(entry: Keys) -> dict[str, str]:
 
 
 def _renamed(columns: dict[str, str]) -> dict[str, Any]:
-    """Those columns that have another name than the key."""
+    """Return the columns whose name differs from the key."""
     return {key: column for key, column in columns.items() if key != column}
 
 
@@ -167,17 +167,18 @@ FILE_TYPES = {"json": (".json", ".jsonl"), "csv": (".csv",), "parquet": (".parqu
 
 @dataclass(slots=True)
 class _Source:
-    """One data set in our terms, with what is chosen once for all of them."""
+    """A data set in distlora's terms, with the choices that all data sets share."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     format: str = "auto"
     template: str | None = None
     train_on: str = "assistant"
     is_chat: bool = False
-    """Whether a chat template renders it."""
+    """True if a chat template renders it."""
 
 
 def convert_data(keys: Keys, imported: Imported) -> None:
+    """Convert data sets, held-out data and templates."""
     data = imported.section("data")
     streams = keys.any("pretraining_dataset")
     entries = _entries(keys.any("datasets"), "datasets") + _entries(streams, "pretraining_dataset")
@@ -217,7 +218,7 @@ def _entries(value: Any, name: str) -> list[Keys]:
 def _sources(
     entry: Keys, imported: Imported, inputs_trained: bool, template: str | None, jinja: str | None
 ) -> list[_Source]:
-    """The entry as one source, or one a file where it lists files."""
+    """Return the entry as one source, or one a file where it lists files."""
     source = _Source()
     place: dict[str, Any] = {name: entry.text(name) for name in ("name", "split", "revision")}
     place = {name: value for name, value in place.items() if value is not None}
@@ -290,7 +291,7 @@ def _format(
 
 
 def _own_prompt(entry: Keys, kind: dict[str, Any], imported: Imported, source: _Source) -> dict[str, Any]:
-    """A prompt format of the user's own: prompt and completion where it is the instruction and nothing more."""
+    """Convert a custom prompt format: prompt and completion if the prompt is the instruction alone."""
     fields = Keys({str(key): value for key, value in kind.items()}, place=f"{entry.place}type.")
     prompt, output = fields.text("field_instruction") or "instruction", fields.text("field_output") or "output"
     layout = fields.text("format") or "{instruction} {input} "
@@ -376,7 +377,7 @@ def _role(word: str) -> str:
 
 
 def _one(sources: list[_Source], name: str, imported: Imported) -> Any:
-    """What all chats have in common; the first one's where they differ."""
+    """Return the value that all chats share; the first chat's where they differ."""
     values = list(dict.fromkeys(getattr(source, name) for source in sources if source.is_chat))
     if len(values) > 1:
         imported.note("unsupported", f"data.{name}", f"one for all data sets: {values[0]} is written, not {values[1:]}")
@@ -444,7 +445,7 @@ def _held_out(
 
 
 def _note_differences(place: str, test: _Source, imported: Imported) -> None:
-    """A note for all of the test set that is otherwise than the held-out documents will be read."""
+    """Note the settings of the test set that differ from how held-out documents will be read."""
     data = imported.section("data")
     if any(test.settings.get(name) != data.get(name) for name in ("format", "columns")):
         imported.note("unsupported", "test_datasets", "it is read as the training data is: give both the same columns")

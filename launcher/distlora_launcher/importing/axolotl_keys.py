@@ -238,13 +238,13 @@ _ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")
 
 
 def additional_special_tokens(keys: Keys) -> list[str]:
-    """What special_tokens adds beside the tokens with a role."""
+    """Return the tokens that special_tokens adds beside the tokens with a role."""
     special = keys.mapping("special_tokens")
     return [str(token) for name in _ADDITIONAL for token in special.get(name) or ()]
 
 
 def note_unread(keys: Keys, imported: Imported) -> None:
-    """A note for every key that nothing has read: its group and reason, or that Axolotl has no such key."""
+    """Note every unread key with its group and reason, or that Axolotl does not know it."""
     for plugin in keys.words("plugins") or []:
         name = plugin.rpartition(".")[2]
         known = name in KNOWN_PLUGINS
@@ -272,7 +272,7 @@ def note_unread(keys: Keys, imported: Imported) -> None:
 
 
 def note_entry_key(entry: Keys, name: str, value: Any, imported: Imported) -> None:
-    """A note for a key of a data set that nothing has read."""
+    """Note an unread key of a data set."""
     if name not in _ENTRY_KEYS:
         known = [*_ENTRY_KEYS, "path", "type", "name", "split", "revision", "data_files", "ds_type"]
         imported.note("unknown", f"{entry.place}{name}", f"Axolotl has no such key{nearest(name, known)}")
@@ -301,5 +301,5 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _shown(name: str, value: Any) -> str:
-    """The key, with its value where that is a word or a number."""
+    """Return the key, with its value where that is a word or a number."""
     return f"{name}={value}" if isinstance(value, (int, float, str)) and value is not True else name

@@ -1,4 +1,4 @@
-"""What an import yields: settings by group, notes on what was left behind, and both as text."""
+"""The result of an import: settings by group, notes on keys that were not carried over, and both as text."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Keys:
         self._read: set[str] = set()
 
     def any(self, *names: str) -> Any:
-        """The first value that is set under one of the names (aliases), or None; all of them count as read."""
+        """Return the first value set under one of the names, or None; all names count as read."""
         self._read.update(names)
         return next((self.values[name] for name in names if self.values.get(name) is not None), None)
 
     def text(self, *names: str) -> str | None:
-        """A string; empty and false count as unset."""
+        """Return a string; empty and false count as unset."""
         value = self.any(*names)
         if isinstance(value, (dict, list)) or value is True:
             raise self._wrong(names, value, "a word")
         return None if value in (None, False, "") else str(value)
 
     def number(self, *names: str) -> float | None:
-        """A number; also as text, which YAML makes of 2e-5."""
+        """Return a number, also from text: YAML reads 2e-5 as text."""
         value = self.any(*names)
         if value is None or value == "":
             return None
@@ -47,14 +47,14 @@ class Keys:
             raise self._wrong(names, value, "a number") from error
 
     def integer(self, *names: str) -> int | None:
-        """A whole number."""
+        """Return a whole number."""
         value = self.number(*names)
         if value is not None and not value.is_integer():
             raise self._wrong(names, value, "a whole number")
         return None if value is None else int(value)
 
     def flag(self, *names: str) -> bool:
-        """true, or false when it is unset."""
+        """Return the boolean; False when it is unset."""
         value = self.any(*names)
         if value is None or isinstance(value, bool):
             return bool(value)
@@ -63,7 +63,7 @@ class Keys:
         raise self._wrong(names, value, "true or false")
 
     def words(self, *names: str) -> list[str] | None:
-        """A list of words; a single one counts as a list."""
+        """Return a list of words; a single one counts as a list."""
         value = self.any(*names)
         if isinstance(value, dict):
             raise self._wrong(names, value, "a list")
@@ -72,14 +72,14 @@ class Keys:
         return [str(item) for item in (value if isinstance(value, list) else [value])]
 
     def mapping(self, *names: str) -> dict[str, Any]:
-        """A mapping, empty when it is unset or false."""
+        """Return a mapping, empty when it is unset or false."""
         value = self.any(*names) or {}
         if not isinstance(value, dict):
             raise self._wrong(names, value, "a mapping")
         return {str(key): item for key, item in value.items()}
 
     def unread(self) -> Iterator[tuple[str, Any]]:
-        """The keys that nobody asked for."""
+        """Return the keys that were not read."""
         return ((name, value) for name, value in self.values.items() if name not in self._read)
 
     def _wrong(self, names: tuple[str, ...], value: Any, kind: str) -> UserError:
@@ -102,11 +102,11 @@ CARRIED: tuple[Group, ...] = ("idle",)
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One key that has no exact equal here."""
+    """A key without an exact equal in distlora."""
 
     group: Group
     key: str
-    """As it stands in the file, with its value where that matters."""
+    """The key as written in the file, with its value where that matters."""
     reason: str
     """Why, and what to do."""
 
@@ -122,18 +122,21 @@ class Imported:
     notes: list[Note] = field(default_factory=list)
 
     def section(self, name: str) -> dict[str, Any]:
+        """Return the settings of a section, to be filled."""
         return self.settings.setdefault(name, {})
 
     def note(self, group: Group, key: str, reason: str) -> None:
+        """Add a note about a key."""
         self.notes.append(Note(group, key, reason))
 
     @property
     def not_carried(self) -> list[Note]:
+        """Return the notes of keys that were not carried over exactly."""
         return [note for note in self.notes if note.group not in CARRIED]
 
 
 def recipe_text(imported: Imported, *, source: Path, processes: int) -> str:
-    """The recipe as a YAML file that Hydra composes over the defaults; settings in the order of `Config`."""
+    """Return the recipe as a YAML file that Hydra composes over the defaults; settings in the order of `Config`."""
     many = f"{processes} processes" if processes > 1 else "one process"
     lines = ["# @package _global_", f"# Imported from {ascii(source.name)[1:-1]} (Axolotl), for {many}."]
     lines += ["defaults:", *(f"  - override /{group}: {option}" for group, option in imported.options.items()), ""]
@@ -149,7 +152,7 @@ def recipe_text(imported: Imported, *, source: Path, processes: int) -> str:
 
 
 def _line(value: Any) -> str:
-    """A value as YAML on one line, or one line an item for a list of mappings."""
+    """Return a value as YAML on one line, or one line an item for a list of mappings."""
     import yaml
 
     if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -168,7 +171,7 @@ def _escaped(value: Any) -> Any:
 
 
 def report(imported: Imported, *, source: Path, out: Path | None) -> str:
-    """What the terminal says: where the recipe is, and every key that was not carried as it is, by group."""
+    """Return the report: the place of the recipe, and by group the keys that were not carried over exactly."""
     lines = []
     for group, heading in HEADINGS.items():
         notes = [note for note in imported.notes if note.group == group]

@@ -32,15 +32,17 @@ def call_main(module: str, arguments: list[str]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Subjects:
-    """The subjects of a command: each is a module of `package`, whose main(arguments) -> exit code does the work,
-    --help included, and which is imported when it is called."""
+    """The subjects of a command, each a module of `package`.
+
+    Its main(arguments) -> exit code does the work, --help included. It is imported when it is called.
+    """
 
     command: str
     verb: str
-    """What is done to a subject, in words."""
+    """Verb for messages."""
     package: str
     summaries: Mapping[str, str]
-    """By name: its arguments and a line of what it does."""
+    """Arguments and a one-line summary by name."""
 
     def run(self, arguments: list[str]) -> int:
         """Hand over to the subject that is named. UserError for one that there is not, with the nearest."""
@@ -56,6 +58,7 @@ class Subjects:
         return call_main(f"{self.package}.{name}", arguments[1:])
 
     def usage(self) -> str:
+        """Return the help text."""
         width = max(map(len, self.summaries))
         lines = [f"  {name.ljust(width)}  {summary}" for name, summary in self.summaries.items()]
         return USAGE.format(command=self.command, subjects="\n".join(lines))
@@ -72,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         self.usage_command = help or f"{prog} --help"
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
-        """The options. Raises UserError for a word too many, an unknown flag, and a value of another kind."""
+        """Return the options. Raises UserError for a word too many, an unknown flag, and a value of another kind."""
         options, extra = self.parse_known_intermixed_args(list(args), namespace)
         if extra:
             word = next((word for word in extra if word.startswith("-")), extra[0]).partition("=")[0]
@@ -83,6 +86,7 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def error(self, message: str) -> NoReturn:
+        """Raise UserError with the parser's message."""
         raise UserError(f"{self.prog}: {message}; `{self.usage_command}` shows the usage")
 
 

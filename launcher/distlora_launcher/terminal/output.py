@@ -1,4 +1,4 @@
-"""What the launcher says, and what rank 0 writes, shown as it comes and copied into its log."""
+"""Output of the launcher, and of rank 0, which is shown as it comes and copied into its log."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ class Output:
         return True
 
     def close(self) -> None:
+        """Write the last line."""
         os.close(self._ours)
 
 
@@ -78,28 +79,30 @@ def copy_size(terminal: int) -> None:
 
 
 def show(text: str) -> None:
-    """Write to stdout. When its reader has left (`... | head`, a pager that was quit, a terminal that closed) the run
-    goes on unseen: what it says is in its logs."""
+    """Write to stdout; ignore a reader that has left.
+
+    The run goes on after `... | head`, a closed pager or terminal: its output is in its logs.
+    """
     _write(sys.stdout, text)
 
 
 def say(text: str) -> None:
-    """A line on stdout."""
+    """Print a line on stdout."""
     show(text + "\n")
 
 
 def warn(text: str) -> None:
-    """A line on stderr, whether or not somebody still reads it."""
+    """Print a line on stderr, whether or not it is still read."""
     _write(sys.stderr, text + "\n")
 
 
 def shown(path: Path) -> str:
-    """A path as the user would type it: relative where it lies under the working folder."""
+    """Return a path as the user would type it: relative where it lies under the working folder."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def name_of(place: str) -> str:
-    """What a report calls it: the folder's or file's name; with the folder above where it is `model`, as in a run."""
+    """Return the name in a report: that of the folder or file, with its parent where it is `model`."""
     if is_hub_name(place):
         return place
     path = Path(place)
@@ -107,7 +110,7 @@ def name_of(place: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
+    """Return the lines of a table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -268,7 +268,7 @@ def test_a_run_that_is_going_on_is_not_started_twice(
     with (run_dir / "config.yaml").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert main(["resume", "run"]) == 2
-    assert "is running in another process" in capsys.readouterr().err
+    assert "is already running in another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["data", "preview"], ["train"]])

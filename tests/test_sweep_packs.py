@@ -217,7 +217,7 @@ def test_a_stop_saves_every_trial_and_the_next_worker_goes_on_in_a_clean_pack(ma
         assert time.monotonic() < deadline
         assert runner.poll() == []
         time.sleep(0.02)
-    with pytest.raises(UserError, match="is running in another process"):
+    with pytest.raises(UserError, match="is already running in another process"):
         MultiTrialRunner(sweep, 1).begin(asked(sweep, 0, optim__lr=1e-4))
     runner.stop()
     assert {(each.number, each.state) for each in until(runner, 2)} == {(0, SAVED), (1, SAVED)}

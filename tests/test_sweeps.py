@@ -316,7 +316,9 @@ def test_a_worker_whose_trial_another_took_over_says_nothing_of_it(
         elsewhere.setattr(study, "this_process", lambda: there)
         assert asked(second) == dataclasses.replace(trial, begun=True)
     first.report(0, 1, 5.0)
-    first.tell(Outcome(number=0, state=FAILED, seconds=1.0, reason="it is running in another process"), None, {})
+    first.tell(
+        Outcome(number=0, state=FAILED, seconds=1.0, reason="it is already running in another process"), None, {}
+    )
     assert "trial 0 is another worker's by now" in capsys.readouterr().err
     assert [(record.state, record.evaluations) for record in second.records()][:1] == [(RUNNING, {})]
     with monkeypatch.context() as elsewhere:

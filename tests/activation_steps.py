@@ -27,6 +27,7 @@ from distlora.planner.memory.activations import Costs, Device, Mode
 from distlora.planner.memory.attention_memory import Attention
 from distlora.planner.memory.base import base_of
 from distlora.planner.memory.gathered import Copied, copied_of
+from distlora.planner.workload import Workload
 from family_models import config_for, load_ours, tokens
 from small_models import write_model_folder
 
@@ -94,12 +95,12 @@ def load(
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     settings, config = read_config(folder), config_for(folder, **sections)
     shapes = shapes_of(settings, folder / "config.json")
-    costs = Costs.of(config, shapes, settings, Device(is_gpu=False))
+    costs = Costs.of(Workload.of(config), shapes, settings, Device(is_gpu=False))
     if attention == "documents":
         costs = replace(costs, attention=Attention())
     assert costs.attention.kind == attention
     costs = replace(costs, attention=replace(costs.attention, document=document))
-    return Loaded(model, costs, copied_of(config, base_of(config, shapes), 1))
+    return Loaded(model, costs, copied_of(Workload.of(config), base_of(Workload.of(config), shapes), 1))
 
 
 class Host(HostInputs):

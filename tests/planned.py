@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distlora.architecture.families import read_config
+from distlora.architecture.shapes import shapes_of
+from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.planner import Plan, plan_of
 from distlora.planner.model import model_in
+from distlora.planner.traffic import StepBytes, ours
+from distlora.planner.workload import Workload
 from distlora.run_folder.checkpoints import steps
 from distlora.run_folder.layout import BEST_NAME, CHECKPOINTS, PUBLISHED
 from plan_inputs import cpu_machine
@@ -42,3 +47,10 @@ def assert_close(found: int, planned: int, what: object) -> None:
 def size_of(folder: Path) -> int:
     """Bytes of its files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def traffic_of(config: Config, *, world: int) -> StepBytes:
+    """Return the traffic of a step of a run, from its settings and its model's config.json."""
+    folder, work = Path(config.model.path), Workload.of(config)
+    shapes = shapes_of(read_config(folder), folder / "config.json")
+    return ours(work, shapes, world=world, accumulation=work.accumulation(world))

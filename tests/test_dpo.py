@@ -24,7 +24,6 @@ from distlora.loading.peft_format import adapter_tensors
 from distlora.model.adapters import StepRows, adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.planner import traffic
 from distlora.post.load_trained import load_model
 from distlora.training import worker
 from distlora.training.flops import count_flops
@@ -34,6 +33,7 @@ from distlora.training.setup import start_run_model
 from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME
 from distlora_launcher.compose.checks import check, check_model
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
+from planned import traffic_of
 from small_models import config_with, make_run, read_metrics
 from test_packing_isolation import model_with_adapters
 from test_resume import figures, result, run_until
@@ -244,7 +244,7 @@ def test_ranks_and_micro_batches_change_nothing_and_the_base_is_gathered_as_ofte
     assert_adapters_close(result(tmp_path / "run"), adapter)
     assert metrics[-1]["eval_rewards/margins"] == pytest.approx(expected[-1]["eval_rewards/margins"], rel=1e-4)
     if size > 1:
-        gathered = traffic.of_run(config, world=size).gathered
+        gathered = traffic_of(config, world=size).gathered
         assert metrics[-2]["gathered_bytes"] == gathered, "what SFT gathers (test_wire.py)"
 
 

@@ -19,11 +19,10 @@ from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.loading.tensor_files import write_model
 from distlora.parallel import Backend, Ranks, Shards
-from distlora.planner import traffic
 from distlora.run_folder.checkpoints import steps
 from distlora.training import setup, worker
 from distlora.training.publish import trainer_tensors
-from planned import assert_disk_as_planned
+from planned import assert_disk_as_planned, traffic_of
 from small_models import make_run, read_metrics
 from test_resume import run_until
 from test_stopping import run_with_bad_step
@@ -84,7 +83,7 @@ def test_the_sharded_run_is_the_single_one_and_each_gradient_is_sent_once_a_step
     steps = [[line for line in lines if "loss" in line] for lines in (metrics, expected)]
     assert_losses_close(*([line["grad_norm"] for line in lines] for lines in steps), relative=1e-5)
 
-    step, line = traffic.of_run(config, world=size), steps[0][-1]
+    step, line = traffic_of(config, world=size), steps[0][-1]
     # The norm is one number.
     assert (line["gathered_bytes"], line["scattered_bytes"]) == (step.gathered, step.scattered)
     assert line["reduced_bytes"] == step.reduced == (4 if size > 1 else 0)
@@ -103,7 +102,7 @@ def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World,
     assert_losses_close(losses["2"], losses["1"], relative=1e-4)
     assert losses["1"][0] == losses["2"][0] == losses["lora"][0], "at step 0 it is not the base that LoRA trains on"
     step = [line for line in metrics["2"] if "loss" in line][-1]
-    calculated = traffic.of_run(config, world=2)
+    calculated = traffic_of(config, world=2)
     assert (step["gathered_bytes"], step["scattered_bytes"]) == (calculated.gathered, calculated.scattered)
     (newest,) = steps(tmp_path / "2" / "checkpoints")
     tensors = safetensors.torch.load_file(newest / "model.safetensors")

@@ -26,11 +26,11 @@ from distlora.parallel import Backend, Ranks, Shards
 from distlora.parallel.control import Control
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.traffic import Traffic
-from distlora.planner import traffic as wire
 from distlora.run_folder.checkpoints import step_of, steps
 from distlora.training import setup, worker
 from distlora.training.open_run import open_data
 from family_models import config_for
+from planned import traffic_of
 from small_models import make_run, read_metrics
 from test_parity import adapters_after, outcome, run_once
 from test_resume import run_until
@@ -223,7 +223,7 @@ def test_between_copies_travel_gradients_alone_by_what_is_really_issued(
 ) -> None:
     sections = sections | {"parallel": sections.get("parallel", {}) | {"shard_degree": degree}}
     config = config_for(folders / "llama-tied", cluster={"gpus_per_node": RANKS}, **sections)
-    step = wire.of_run(replace(config, train=replace(config.train, global_batch=3 * RANKS)), world=RANKS)
+    step = traffic_of(replace(config, train=replace(config.train, global_batch=3 * RANKS)), world=RANKS)
     everyone = tuple(range(RANKS))
     for rank, (issued, traffic) in enumerate(world.run(RANKS, step_by_group, config=config)):
         copy = tuple(range(rank // degree * degree, rank // degree * degree + degree))
@@ -280,7 +280,7 @@ def test_a_run_with_copies_after_one_without_is_bit_for_bit_that_of_one_copy_and
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
     assert [line["grad_norm"] for line in lines] == [line["grad_norm"] for line in expected]
 
-    step = wire.of_run(load_config(run_dir), world=RANKS)
+    step = traffic_of(load_config(run_dir), world=RANKS)
     assert lines[-1]["gathered_bytes"] == step.gathered
     assert lines[-1]["between_copies_bytes"] == lines[-1]["reduced_bytes"] == step.reduced
     assert step.reduced == sum(tensor.nbytes for tensor in first.values())

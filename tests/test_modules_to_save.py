@@ -17,11 +17,10 @@ from torch import Tensor
 from closeness import assert_adapters_close, assert_losses_close
 from distlora.config import UserError, check_ranks
 from distlora.config.file import load_config
-from distlora.planner import traffic
 from distlora.post.load_trained import load_model
 from distlora.run_folder.checkpoints import steps
 from family_models import SINGLE, config_for, dequantized, tokens
-from planned import assert_disk_as_planned
+from planned import assert_disk_as_planned, traffic_of
 from small_models import make_run, read_metrics
 from test_full import losses_of, run_once
 from test_peft import our_logits
@@ -45,7 +44,7 @@ def test_they_are_gathered_in_bf16_and_summed_once_a_step(world: World, folders:
     # Three ranks add the same micro-batch gradients in another order.
     assert_losses_close(losses_of(metrics[3]), losses_of(metrics[1]), relative=1e-4)
     line = [line for line in metrics[3] if "loss" in line][-1]
-    step = traffic.of_run(config, world=3)
+    step = traffic_of(config, world=3)
     assert (line["gathered_bytes"], line["scattered_bytes"]) == (step.gathered, step.scattered)
     final = saved(tmp_path / "3" / "adapter")
     assert {tensor.dtype for tensor in final.values()} == {torch.float32}

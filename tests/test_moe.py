@@ -27,7 +27,6 @@ from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertPair, ExpertWeight
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Ranks
-from distlora.planner import traffic
 from distlora.training import worker
 from distlora.training.flops import count_flops
 from distlora.training.metrics import active_parameters, count_parameters, experts_said
@@ -45,7 +44,7 @@ from family_models import (
     tokens,
     write_family_folder,
 )
-from planned import assert_disk_as_planned
+from planned import assert_disk_as_planned, traffic_of
 from run_models import build_run_model, parallelize_run
 from small_models import make_run, read_metrics
 from test_families import save_adapter, shifted, three_steps
@@ -351,7 +350,7 @@ def test_the_wire_carries_packed_experts_and_a_resume_goes_on_bit_for_bit(
     for name in ("whole", "stopped"):
         config = make_run(tmp_path / name, folders, "mixtral", train=settings, data={"eval_fraction": 0.0})
     lines = world.run(size, trained, run_dir=tmp_path / "whole")[0]
-    step = traffic.of_run(config, world=size)
+    step = traffic_of(config, world=size)
     assert lines[-1]["gathered_bytes"] == step.gathered, "forward and backward, all micro-batches in one gather"
     adapter = safetensors.torch.load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
     assert lines[-1]["reduced_bytes"] == step.reduced == sum(tensor.nbytes for tensor in adapter.values())

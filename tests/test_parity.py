@@ -12,9 +12,9 @@ from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
 from distlora.parallel import Ranks
-from distlora.planner import traffic
 from distlora.training import setup, worker
 from distlora_kernels import native
+from planned import traffic_of
 from small_models import make_run, read_metrics
 from worlds import World
 
@@ -186,6 +186,6 @@ def test_bf16_adapters_on_an_unquantized_base_are_one_ranks_and_gather_what_is_c
         losses[ranks] = [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics]
     assert_losses_close(losses[size], losses[1], relative=1e-4)
     last = [line for line in metrics if "loss" in line][-1]
-    step = traffic.of_run(config, world=size)
+    step = traffic_of(config, world=size)
     assert (last["gathered_bytes"], last["reduced_bytes"]) == (step.gathered, step.reduced)
     assert last["scattered_bytes"] == 0

@@ -310,7 +310,8 @@ def test_the_nearest_that_fits_is_the_smallest_change(
                 there = with_ranks(where, config) if left_out.startswith(("cluster.", "gpu.")) else one.plan.machine
                 assert not has_room(plan_of(config, model, there)), f"{left_out} is not needed"
     if found.gpu is not None:
-        there = dataclasses.replace(machine_asked_for(found.gpu.plan.config), host_bytes=where.host_bytes)
+        named = found.gpu.plan.config
+        there = dataclasses.replace(machine_asked_for(named.gpu, named.cluster), host_bytes=where.host_bytes)
         assert found.gpu.plan.machine == there, "what is planned for by its words"
     alone = [config for move in moves(plan) if (config := if_valid(said, move)) is not None]
     fitting = [each for config in alone if has_room(each := plan_of(config, model, with_ranks(where, config)))]

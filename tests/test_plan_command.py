@@ -88,7 +88,9 @@ def figures_of(page: str) -> list[tuple[float, str]]:
 def test_a_page_of_any_model_is_one_screen() -> None:
     config = compose_config(["gpu=h200", "cluster.gpus_per_node=8"], may_lack_paths=True)
     for settings, name in {id(settings): (settings, name) for name, settings in ARCHITECTURES.items()}.values():
-        lines = report.page(plan_of(config, built_in(name, settings), machine_of(config))).splitlines()
+        lines = report.page(
+            plan_of(config, built_in(name, settings), machine_of(config.gpu, config.cluster))
+        ).splitlines()
         assert any(line.startswith("fits        yes: ") for line in lines), name
         assert len(lines) <= 40
         assert max(map(len, lines)) <= 100
@@ -132,7 +134,10 @@ def test_rows_that_nobody_fills_are_said(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_processor_s_memory_is_the_machine_s() -> None:
     config = compose_config(["model=llama3_1b", "cluster.gpus_per_node=2"], may_lack_paths=True)
     model = find_model(config)
-    plans = {has: plan_of(config, model, machine_of(config, found=Found(host_bytes=has * 10**9))) for has in (4, 20)}
+    plans = {
+        has: plan_of(config, model, machine_of(config.gpu, config.cluster, found=Found(host_bytes=has * 10**9)))
+        for has in (4, 20)
+    }
     assert (plans[4].fits, plans[20].fits) == (False, True)
     needed = (plans[20].host.machine - plans[20].host.launcher) / 1e9
     assert re.fullmatch(rf"yes: {needed:.3g} GB of 20 GB a machine, .* to spare", report.verdict(plans[20]))
@@ -145,7 +150,7 @@ def test_a_run_s_start_says_what_lacks() -> None:
     words = ["model=llama3_70b", "cluster.gpus_per_node=2", "parallel=zero3", "parallel.offload_base=true"]
     config = compose_config(words, may_lack_paths=True)
     found = Found(devices=(("NVIDIA GeForce RTX 4090", 24_564 * 2**20),) * 2, host_bytes=32 * 10**9)
-    plan = plan_of(config, find_model(config), machine_of(config, found=found))
+    plan = plan_of(config, find_model(config), machine_of(config.gpu, config.cluster, found=found))
     assert plan.lacks() == "host"
     assert "does NOT fit: a machine needs" in report.lines(plan)[0]
 
@@ -241,7 +246,7 @@ def test_every_word_of_a_cell_is_explained() -> None:
     said = set[str]()
     for each in more:
         config = compose_config([*words, *each], may_lack_paths=True)
-        said |= set(tables.how(plan_of(config, find_model(config), machine_of(config))))
+        said |= set(tables.how(plan_of(config, find_model(config), machine_of(config.gpu, config.cluster))))
     assert "recompute MLPs" in said
     assert any(re.fullmatch(r"base and inputs on the host \(.* GB\)", each) for each in said)
     legend = " ".join(tables.LEGEND)

@@ -20,6 +20,7 @@ from distlora.planner.speed.compute import (
     step_flops,
 )
 from distlora.planner.speed.operations import pairs
+from distlora.planner.workload import Workload
 from distlora.training.flops import active_weights as of_model
 from distlora.training.flops import count_flops
 from family_models import VARIANTS, config_for, edit_config, hf_config
@@ -46,9 +47,10 @@ def test_a_token_goes_through_what_a_model_of_each_family_has(name: str, tmp_pat
     configs.append(run_of(tmp_path, adapter={"target_modules": "attention", "modules_to_save": ["lm_head"]}))
     for config in configs:
         built = of_model(build_run_model(config))
-        assert active_weights(config, model_in(tmp_path)) == built
+        assert active_weights(Workload.of(config), model_in(tmp_path)) == built
         reference = [
-            active_weights(config, model_in(tmp_path)).model_flops(with_reference=each) for each in (True, False)
+            active_weights(Workload.of(config), model_in(tmp_path)).model_flops(with_reference=each)
+            for each in (True, False)
         ]
         assert reference == [count_flops(build_run_model(config), with_reference=each) for each in (True, False)]
 
@@ -61,7 +63,7 @@ def test_rows_of_the_head_that_are_trained_count(name: str, tmp_path: Path) -> N
             continue
         config = run_of(tmp_path, adapter={"r": 4, "trainable_token_indices": indices})
         built = of_model(build_run_model(config))
-        assert active_weights(config, model_in(tmp_path)) == built
+        assert active_weights(Workload.of(config), model_in(tmp_path)) == built
         assert (built.head_rows > 0) == (name == "llama3-tied" or isinstance(indices, dict))
 
 
@@ -83,7 +85,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(
     hf_config(name).save_pretrained(tmp_path)
     edit_config(tmp_path, **removed)
     config = run_of(tmp_path, **LORA)
-    assert active_weights(config, model_in(tmp_path)) == of_model(build_run_model(config))
+    assert active_weights(Workload.of(config), model_in(tmp_path)) == of_model(build_run_model(config))
 
 
 def test_a_window_of_null_is_none(tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_what_checkpointing_computes_again_is_the_share_that_activations_say(mod
     bare = {"adapter": {"target_modules": "qv", "r": 1}}
     config = run_of(tmp_path, **bare, train={"checkpointing": mode, "dtype": "bf16", "global_batch": 1})
     model = model_in(tmp_path)
-    step = step_flops(config, model, ranks=1, is_gpu=True)
+    step = step_flops(Workload.of(config), model, ranks=1, is_gpu=True)
     decoder = Decoder.of(model.settings, model.shapes.family)
     share = Costs(decoder=decoder, ranks=AdaptedRanks()).recomputed(mode, LENGTH)
     forward = step.by_kind["forward"] + step.by_kind["head"] / 2 + step.by_kind["attention"] / 3

@@ -19,6 +19,7 @@ from distlora.parallel import Shards, zero3
 from distlora.planner import plan_of
 from distlora.planner.model import model_in
 from distlora.planner.storage.disk import Tensor, file_bytes, trained_tensors
+from distlora.planner.workload import Workload
 from distlora.system import host_memory
 from distlora.training.setup import OffloadedInputs
 from plan_inputs import cpu_machine, model_of
@@ -51,13 +52,18 @@ def test_what_is_trained_has_the_names_and_shapes_of_its_file(
     folders: Path, model: str, adapter: dict[str, Any]
 ) -> None:
     config = config_of(folders / model, adapter=adapter)
-    planned = {tensor.name: tensor.shape for tensor in trained_tensors(config, model_in(folders / model).shapes)}
+    planned = {
+        tensor.name: tensor.shape for tensor in trained_tensors(Workload.of(config), model_in(folders / model).shapes)
+    }
     assert planned == {name: tuple(p.shape) for name, p in adapter_tensors(build_run_model(config)).items()}
 
 
 def test_everything_that_full_fine_tuning_saves_is_counted(folders: Path) -> None:
     config = config_of(folders / "llama-tied", adapter={"method": "full"}, quant={"method": "none"})
-    planned = {tensor.name: tensor.shape for tensor in trained_tensors(config, model_in(folders / "llama-tied").shapes)}
+    planned = {
+        tensor.name: tensor.shape
+        for tensor in trained_tensors(Workload.of(config), model_in(folders / "llama-tied").shapes)
+    }
     assert planned == {name: tuple(p.shape) for name, p in build_run_model(config).hf_state_dict().items()}
 
 
@@ -93,7 +99,7 @@ def test_copies_of_a_save_take_what_a_snapshot_takes(folders: Path, adapter: dic
 def test_a_machine_has_its_processes_and_one_that_saves(folders: Path) -> None:
     config = config_of(folders / "llama", adapter=ALL | {"r": 4096})
     plan = plan_of(config, model_in(folders / "llama"), cpu_machine(4))
-    host, trained = plan.host, trained_tensors(config, plan.model.shapes)
+    host, trained = plan.host, trained_tensors(Workload.of(config), plan.model.shapes)
     assert host.device_most == plan.device.total
     state = 12 * sum(tensor.numel for tensor in trained)
     assert state < host.copies < 1.3 * state, "parameters and two moments, in chunks"

@@ -31,7 +31,8 @@ def config_of(*words: str) -> Config:
 
 
 def machine(found: Found | None, *words: str) -> Machine:
-    return machine_of(config_of(*words), found=found)
+    config = config_of(*words)
+    return machine_of(config.gpu, config.cluster, found=found)
 
 
 def test_a_named_gpu_is_planned_for_wherever_one_is() -> None:

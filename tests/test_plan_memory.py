@@ -26,6 +26,7 @@ from distlora.planner.memory.attention_memory import flash_accumulators
 from distlora.planner.memory.device import DeviceBytes, device_bytes
 from distlora.planner.memory.kinds import Moment
 from distlora.planner.model import find_model, model_in
+from distlora.planner.workload import Workload
 from distlora.training.memory_meter import MemoryMeter, StepMemory
 from distlora_launcher.compose.compose import compose_config
 from family_models import write_family_folder
@@ -60,7 +61,7 @@ def both(world: Any, folder: Path, ranks: int, settings: Settings, accumulation:
     config = config_of(folder, ranks, settings, accumulation)
     most, *others = world.run(ranks, measured, config=config)
     assert all(other.persistent <= most.persistent for other in others), "the first rank has the most rows of a tensor"
-    return device_bytes(config, model_in(folder), cpu_machine(ranks)), most
+    return device_bytes(Workload.of(config), model_in(folder), cpu_machine(ranks)), most
 
 
 MOMENTS: dict[str, tuple[Moment, ...]] = {
@@ -204,7 +205,9 @@ def test_a_decoder_has_frequencies_for_the_kinds_of_layers_that_it_has(tmp_path:
     held = []
     for types in (settings["layer_types"], ["sliding_attention"] * settings["num_hidden_layers"]):
         file.write_text(json.dumps(settings | {"layer_types": types}))
-        held.append(device_bytes(config_of(tmp_path, 1, {}), model_in(tmp_path), cpu_machine(1)).held["norms"])
+        held.append(
+            device_bytes(Workload.of(config_of(tmp_path, 1, {})), model_in(tmp_path), cpu_machine(1)).held["norms"]
+        )
     assert len(set(settings["layer_types"])) == 2
     assert held[0] - held[1] == 2 * 4 * settings["head_dim"] // 2
 
@@ -227,7 +230,7 @@ def test_zero3_has_what_its_coordinators_rules_say(folders: Path, tmp_path: Path
 def of_gpus(*words: str) -> DeviceBytes:
     """Of Llama 3.1 70B on GPUs."""
     config = compose_config(["data.path=/none.jsonl", "model=llama3_70b", "adapter.target_modules=all-linear", *words])
-    return device_bytes(config, find_model(config), machine_of(config))
+    return device_bytes(Workload.of(config), find_model(config), machine_of(config.gpu, config.cluster))
 
 
 TWO = ("cluster.gpus_per_node=2", "gpu=rtx4090", "data.sequence_length=1024")
@@ -258,7 +261,7 @@ def test_deepspeeds_own_file_says_what_lies_on_the_host_and_what_stays_gathered(
     cpu = deepspeed_file(tmp_path, offload_param={"device": "cpu"})
     eight = ["data.path=/none.jsonl", "model=llama3_70b", "cluster.gpus_per_node=8", "gpu=h100", "parallel=zero3"]
     by_setting, by_file = (
-        plan_of(config, find_model(config), machine_of(config))
+        plan_of(config, find_model(config), machine_of(config.gpu, config.cluster))
         for config in (compose_config([*eight, word]) for word in (ZERO[1], f"parallel.deepspeed_config={cpu}"))
     )
     assert by_file.device == by_setting.device
@@ -278,7 +281,10 @@ def test_a_base_in_host_memory_is_there_once_where_the_cpu_is_the_device() -> No
     two = ["data.path=/none.jsonl", "model=llama3_8b", "cluster.gpus_per_node=2", "parallel=zero3"]
     configs = [compose_config(words) for words in (two, [*two, ZERO[1]])]
     found = Found(host_bytes=64 * 10**9)
-    here, there = (plan_of(config, find_model(config), machine_of(config, found=found)).host for config in configs)
+    here, there = (
+        plan_of(config, find_model(config), machine_of(config.gpu, config.cluster, found=found)).host
+        for config in configs
+    )
     assert here == there
 
 
@@ -357,5 +363,5 @@ def test_on_a_gpu_a_step_has_what_is_calculated_by_torchs_counters(
     beside, most = Counted.counters
     assert most == pytest.approx(found.peak + beside, rel=0.01)
     liger = importlib.util.find_spec("liger_kernel") is not None
-    plan = device_bytes(config, model_in(tmp_path), replace(cpu_machine(1), is_gpu=True, has_liger=liger))
+    plan = device_bytes(Workload.of(config), model_in(tmp_path), replace(cpu_machine(1), is_gpu=True, has_liger=liger))
     assert plan.peak == pytest.approx(most - beside, rel=0.05), (plan.by_kind, found.by_kind)

@@ -13,7 +13,7 @@ from distlora.config import Config
 from distlora.parallel import Ranks
 from distlora.planner.memory.device import device_bytes
 from distlora.planner.model import model_in
-from distlora.planner.multi_trial import together
+from distlora.planner.workload import Workload, trained_together
 from distlora.training.memory_meter import StepMemory
 from plan_inputs import cpu_machine
 from small_models import write_model_folder
@@ -52,7 +52,10 @@ def measured(ranks: Ranks, *, trials: Sequence[Config]) -> StepMemory:
 def check_pack(world: World, folder: Path, size: int, accumulation: int, settings: list[Settings]) -> None:
     trials = [config_of(folder, size, own, accumulation) for own in settings]
     most, *_ = world.run(size, measured, trials=trials)
-    check(device_bytes(together(trials), model_in(folder), cpu_machine(size)), most)
+    check(
+        device_bytes(trained_together([Workload.of(trial) for trial in trials]), model_in(folder), cpu_machine(size)),
+        most,
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distlora.config import Config, UserError
-from distlora.planner import Plan, plan_of
+from distlora.planner import Machine, Plan, PlannedModel, plan_of
 from distlora.planner.choice.packing import packing
-from distlora.planner.multi_trial import each_alone, one_of, together
+from distlora.planner.workload import Workload, trained_together
 from distlora_launcher.cli import main
 from plan_inputs import composed, cpu_machine, machine_of, model_of
 
 BASE = ("model.path=none", "data.path=none", "data.sequence_length=512", "train.micro_batch=1", "train.global_batch=4")
 
 
+def together(trials: Sequence[Config], model: PlannedModel, machine: Machine) -> Plan:
+    return plan_of(trials[0], model, machine, trials=[Workload.of(trial) for trial in trials])
+
+
 def plan(*trials: Config, ranks: int = 1, **machine: Any) -> Plan:
-    return plan_of(together(trials), model_of("8b"), machine_of("h100", ranks=ranks, **machine))
+    return together(trials, model_of("8b"), machine_of("h100", ranks=ranks, **machine))
 
 
 def test_one_trial_is_a_run_alone_and_each_of_several_has_its_own_of_what_is_trained() -> None:
     trial = composed(*BASE, "adapter.r=16", "adapter.target_modules=all-linear")
-    assert together([trial]) is trial
     alone, pack = plan(trial, ranks=2), plan(*[trial] * 4, ranks=2)
     for kind in ("adapters", "gradients", "optimizer"):
         assert pack.device.held[kind] == 4 * alone.device.held[kind] > 0
@@ -40,8 +44,8 @@ def test_one_trial_is_a_run_alone_and_each_of_several_has_its_own_of_what_is_tra
     assert pack.time is not None
     assert alone.time is not None
     assert alone.time.seconds < pack.time.seconds < 4 * alone.time.seconds
-    assert one_of(pack.config) == trial
-    assert each_alone(pack.config) == (trial,) * 4
+    assert pack.config == trial
+    assert [each.adapters for each in pack.work.alone()] == [(trial.adapter,)] * 4
 
 
 def test_ranks_and_targets_of_trials_that_differ_add_up() -> None:
@@ -58,16 +62,17 @@ def test_ranks_and_targets_of_trials_that_differ_add_up() -> None:
 
 def test_rows_of_steps_of_several_sizes_are_those_of_the_largest() -> None:
     trials = [composed(*BASE), composed(*BASE[:-1], "train.global_batch=8")]
-    assert together(trials).accumulation(2) == trials[1].accumulation(2) == 4
+    works = [Workload.of(trial) for trial in trials]
+    assert trained_together(works).accumulation(2) == trials[1].accumulation(2) == 4
     with pytest.raises(UserError, match=r"train\.micro_batch is the same for all"):
-        together([trials[0], composed(*BASE[:3], "train.micro_batch=2", "train.global_batch=4")])
+        trained_together([works[0], Workload.of(composed(*BASE[:3], "train.micro_batch=2", "train.global_batch=4"))])
 
 
 def test_dropout_of_one_trial_is_the_packs() -> None:
     """On the CPU masks are tensors."""
     words = (*BASE, "adapter.target_modules=all-linear")
     plain, drops = composed(*words), composed(*words, "adapter.lora_dropout=0.1")
-    plans = [plan_of(together(pack), model_of("8b"), cpu_machine(1)) for pack in ([plain] * 2, [plain, drops])]
+    plans = [together(pack, model_of("8b"), cpu_machine(1)) for pack in ([plain] * 2, [plain, drops])]
     working = [plan.device.moments["block"]["working"] for plan in plans]
     assert working[0] < working[1]
 
@@ -80,7 +85,7 @@ def test_as_many_fit_as_one_more_does_not(gpu: str, ranks: int, length: int, ran
     trial = composed(*BASE[:2], *words)
     machine, model = machine_of(gpu, ranks=ranks), model_of("8b")
     found = packing(trial, model, machine, "auto")
-    brute = [n for n in range(1, 40) if plan_of(together([trial] * n), model, machine).fits]
+    brute = [n for n in range(1, 40) if together([trial] * n, model, machine).fits]
     assert brute == list(range(1, len(brute) + 1)), "what fits is followed by nothing that does not"
     assert found.most == len(brute) > 1
     assert found.beyond is not None
@@ -89,7 +94,7 @@ def test_as_many_fit_as_one_more_does_not(gpu: str, ranks: int, length: int, ran
     assert (
         found.plan.device.total * 1.05
         <= usable
-        < plan_of(together([trial] * (found.trials + 1)), model, machine).device.total * 1.05
+        < together([trial] * (found.trials + 1), model, machine).device.total * 1.05
     )
     few = packing(trial, model, machine, 3, most=3)
     assert (few.trials, few.most, few.beyond) == (3, 3, None)

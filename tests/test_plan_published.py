@@ -35,7 +35,7 @@ def planned(name: str, *words: str) -> Plan:
     """A plan of `section.field=value` words."""
     adapter = {} if "adapter.method=full" in words else {"target_modules": "all-linear"}
     config = composed(*words, model={"path": name}, data={"path": "/data"}, adapter=adapter, gpu={"name": "a100_80gb"})
-    return plan_of(config, find_model(config), machine_of(config))
+    return plan_of(config, find_model(config), machine_of(config.gpu, config.cluster))
 
 
 def shapes_of(name: str) -> ModelShapes:
@@ -78,7 +78,7 @@ def qlora_65b() -> float:
 def steps(name: str, *words: str) -> tuple[Plan, Activations]:
     plan = planned(name, *words)
     tokens = plan.config.data.sequence_length * plan.config.train.micro_batch
-    (alike,) = blocks_of(plan.config, plan.model, plan.machine, at_once=tokens, tokens=tokens)
+    (alike,) = blocks_of(plan.work, plan.model, plan.machine, at_once=tokens, tokens=tokens)
     return plan, alike.activations
 
 

@@ -15,6 +15,7 @@ from distlora.planner.speed.scaling import (
     scaling,
 )
 from distlora.planner.speed.timing import step_time
+from distlora.planner.workload import Workload
 from plan_inputs import machine_of, model_of
 from test_plan_timing import config_of
 
@@ -29,7 +30,7 @@ def test_rows_are_the_plans_own_time_from_1_to_1024_gpus() -> None:
     whole = rows_of(rows, layout="one copy")
     assert tuple(whole) == numbers_of(8)
     assert tuple(rows_of(rows, layout="a copy a machine")) == numbers_of(8)[4:]
-    plan = step_time(config, model, machine)
+    plan = step_time(Workload.of(config), model, machine)
     assert plan is not None
     assert whole[8].seconds == plan.seconds
     assert whole[8].tokens_per_second == plan.tokens_per_second

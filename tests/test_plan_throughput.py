@@ -13,6 +13,7 @@ import pytest
 from distlora.planner.model import built_in
 from distlora.planner.speed.compute import step_flops
 from distlora.planner.speed.timing import StepTime, step_time
+from distlora.planner.workload import Workload
 from plan_inputs import machine_of, model_of
 from test_plan_timing import config_of
 
@@ -228,10 +229,10 @@ def planned(run: Published) -> tuple[StepTime, float]:
         parallel=run.parallel,
     )
     machine = machine_of(run.gpu, ranks=run.ranks)
-    time = step_time(config, model, machine)
+    time = step_time(Workload.of(config), model, machine)
     assert time is not None
     assert machine.flops is not None
-    flops = step_flops(config, model, ranks=run.ranks, is_gpu=True).total
+    flops = step_flops(Workload.of(config), model, ranks=run.ranks, is_gpu=True).total
     return time, flops / (batch * run.length / run.published) / machine.flops
 
 

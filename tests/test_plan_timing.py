@@ -13,6 +13,7 @@ from distlora.planner.speed.collectives import wiring_of
 from distlora.planner.speed.compute import step_flops
 from distlora.planner.speed.rates import missing_rates, rates_of
 from distlora.planner.speed.timing import StepTime, step_time
+from distlora.planner.workload import Workload
 from plan_inputs import machine_of, model_of
 from small_models import config_with
 
@@ -29,7 +30,7 @@ def config_of(ranks: int, **sections: dict[str, Any]) -> Config:
 
 
 def time_of(name: str, machine: Machine, **sections: dict[str, Any]) -> StepTime:
-    found = step_time(config_of(machine.ranks, **sections), model_of(name), machine)
+    found = step_time(Workload.of(config_of(machine.ranks, **sections)), model_of(name), machine)
     assert found is not None
     return found
 
@@ -61,8 +62,8 @@ def test_no_step_is_faster_than_the_machine(name: str, ranks: int, per_machine: 
     config, time = config_of(ranks, **sections), time_of(name, machine, **sections)
     assert machine.flops is not None
     assert machine.bandwidth is not None
-    step = traffic.ours(config, model.shapes, world=ranks, accumulation=config.accumulation(ranks))
-    flops = step_flops(config, model, ranks=ranks, is_gpu=True)
+    step = traffic.ours(Workload.of(config), model.shapes, world=ranks, accumulation=config.accumulation(ranks))
+    flops = step_flops(Workload.of(config), model, ranks=ranks, is_gpu=True)
     assert time.seconds >= flops.total / machine.flops
     assert time.seconds >= sum(time.moved.values()) / machine.bandwidth
     if ranks > machine.ranks_per_machine:
@@ -86,8 +87,8 @@ def test_what_is_divided_among_collectives_is_what_a_step_moves(
     machine, model = machine_of(ranks=ranks, per_machine=per_machine), model_of(name)
     config = config_of(ranks, **sections)
     accumulation = config.accumulation(ranks)
-    step = traffic.ours(config, model.shapes, world=ranks, accumulation=accumulation)
-    wires, passes = wiring_of(config, model, machine), traffic.passes_of(config, accumulation)
+    step = traffic.ours(Workload.of(config), model.shapes, world=ranks, accumulation=accumulation)
+    wires, passes = wiring_of(Workload.of(config), model, machine), traffic.passes_of(Workload.of(config), accumulation)
     resident = config.parallel.resident_blocks
     assert isinstance(resident, int)
     moved = model.shapes.num_layers - resident
@@ -108,7 +109,7 @@ def test_what_is_divided_among_collectives_is_what_a_step_moves(
 def test_the_gradients_that_wait_for_the_end_are_those_of_no_block(name: str) -> None:
     model = model_of(name)
     config = config_of(8, **NONE, adapter={"method": "full"})
-    wires = wiring_of(config, model, machine_of(ranks=8))
+    wires = wiring_of(Workload.of(config), model, machine_of(ranks=8))
     outside = model.shapes.numel - model.shapes.num_layers * sum(weight.numel for weight in model.shapes.block)
     assert sum(each.inside for each in wires.last) == pytest.approx(4 * outside * 7 / 8, rel=1e-3)
 
@@ -150,7 +151,7 @@ def test_more_work_is_never_faster_and_a_better_machine_never_slower() -> None:
 
 def test_documents_that_are_packed_take_less_attention_and_nothing_else() -> None:
     model, machine, config = model_of("8b"), machine_of(), config_of(1)
-    whole, packed = (step_time(config, model, machine, document=document) for document in (None, 256))
+    whole, packed = (step_time(Workload.of(config), model, machine, document=document) for document in (None, 256))
     assert whole is not None
     assert packed is not None
     assert packed.seconds < whole.seconds
@@ -160,25 +161,30 @@ def test_documents_that_are_packed_take_less_attention_and_nothing_else() -> Non
 
 def test_what_a_user_measured_is_reached_and_what_is_not_known_gives_no_time() -> None:
     machine = machine_of(ranks=2)
-    plain, given = (rates_of(config_of(2, gpu=gpu), machine) for gpu in ({}, {"tflops": 600.0}))
+    plain, given = (
+        rates_of(Workload.of(config_of(2)), dataclasses.replace(machine, measured=frozenset(measured)))
+        for measured in ((), ("tflops",))
+    )
     assert plain is not None
     assert given is not None
     assert plain.matrices == 0.8 * 989e12
     assert plain.link == 0.8 * 450e9
     assert given.matrices == given.peak == 989e12, "machine_of has put the user's figure there"
     for rate in ("flops", "bandwidth", "link"):
-        assert step_time(config_of(2), model_of("8b"), dataclasses.replace(machine, **{rate: None})) is None
-    assert step_time(config_of(2), model_of("8b"), dataclasses.replace(machine, network=None)) is not None
+        assert (
+            step_time(Workload.of(config_of(2)), model_of("8b"), dataclasses.replace(machine, **{rate: None})) is None
+        )
+    assert step_time(Workload.of(config_of(2)), model_of("8b"), dataclasses.replace(machine, network=None)) is not None
     fp32 = config_of(2, train={"dtype": "fp32"})
-    assert step_time(fp32, model_of("8b"), machine) is None
-    assert missing_rates(fp32, machine) == ("gpu.tflops",)
-    measured = config_of(2, train={"dtype": "fp32"}, gpu={"tflops": 50.0})
-    assert step_time(measured, model_of("8b"), dataclasses.replace(machine, flops=50e12)) is not None
+    assert step_time(Workload.of(fp32), model_of("8b"), machine) is None
+    assert missing_rates(Workload.of(fp32), machine) == ("gpu.tflops",)
+    measured = dataclasses.replace(machine, flops=50e12, measured=frozenset({"tflops"}))
+    assert step_time(Workload.of(fp32), model_of("8b"), measured) is not None
     offload = config_of(2, train={"checkpointing": "offload"})
-    assert step_time(offload, model_of("8b"), dataclasses.replace(machine, host_link=None)) is None
+    assert step_time(Workload.of(offload), model_of("8b"), dataclasses.replace(machine, host_link=None)) is None
     cpu = dataclasses.replace(machine, is_gpu=False, gpu=None, flops=None, bandwidth=None, link=None)
     unknown = ("gpu.tflops", "gpu.memory_gb_per_second", "gpu.link_gb_per_second")
-    assert missing_rates(config_of(2), cpu) == unknown
+    assert missing_rates(Workload.of(config_of(2)), cpu) == unknown
 
 
 def test_the_length_of_a_run_gives_its_hours_and_its_cost() -> None:

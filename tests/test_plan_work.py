@@ -26,6 +26,7 @@ from distlora.planner.speed.work import (
     backward,
     forward,
 )
+from distlora.planner.workload import Workload
 from family_models import config_for, hf_config, load_ours, positions_of, tokens
 from plan_inputs import machine_of
 from small_models import write_model_folder
@@ -102,8 +103,8 @@ def test_launches_compute_what_a_step_is_counted_to(name: str, tmp_path: Path) -
         config = run_of(tmp_path, adapter=adapter, train=train, quant=sections.get("quant", {}))
         for is_gpu in (True, False):
             machine = machine_of(is_gpu=is_gpu)
-            work = step_work(config, model, machine, document=9)
-            step = step_flops(config, model, ranks=1, is_gpu=is_gpu, document=9)
+            work = step_work(Workload.of(config), model, machine, document=9)
+            step = step_flops(Workload.of(config), model, ranks=1, is_gpu=is_gpu, document=9)
             assert work.flops == pytest.approx(step.total, rel=1e-12), sections
             assert set(work.moved) >= {"products", "elementwise", "attention", "head", "update"}
 
@@ -136,7 +137,10 @@ def test_what_is_no_product_moves_the_bytes_that_operations_move(name: str, tmp_
     with Moved() as backwards:
         states.backward(gradient)
     config, machine = config_for(tmp_path, **sections), machine_of(is_gpu=False)
-    work, how = step_work(config, model_in(tmp_path), machine), how_of(config, model_in(tmp_path), machine)
+    work, how = (
+        step_work(Workload.of(config), model_in(tmp_path), machine),
+        how_of(Workload.of(config), model_in(tmp_path), machine),
+    )
     for moved, launches, is_backward in (
         (forwards, [work for block in work.blocks for work in block.forward], False),
         (backwards, [work for block in work.blocks for work in block.backward], True),

@@ -153,7 +153,7 @@ def with_state(source: Path, **fields: Any) -> dict[str, Tensor | None]:
 def test_plan_counts_prequantized_bytes(quantized: Path, name: str) -> None:
     """To the byte: absmax in fp32 where there is no double quantization, linears that were left dense as they are."""
     config = config_for(quantized / name)
-    plan = plan_of(config, find_model(config), machine_of(config))
+    plan = plan_of(config, find_model(config), machine_of(config.gpu, config.cluster))
     model, _, _ = loaded(quantized / name)
     kept = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
     kinds = ("codes", "scales", "weights", "embeddings", "norms")

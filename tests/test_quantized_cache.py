@@ -29,6 +29,7 @@ from distlora.model.adapters import AdaptedLinear
 from distlora.parallel import Ranks
 from distlora.planner.model import model_in
 from distlora.planner.storage.disk import disk_bytes
+from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora.weights import file_fingerprints, quantized_cache_folder, quantized_cache_format
 from distlora.weights.quantized_cache_folder import (
@@ -149,7 +150,7 @@ def test_other_world_sizes_read_cached_pieces_and_write_missing_ones(
     world.run(2, start, config=config)
     of_two = pieces(tmp_path / "cache")
     assert len(of_two) == 3 * 2, "a piece for each block and rank"
-    planned = disk_bytes(config, model_in(folders / "llama"), cpu_machine(2)).cache
+    planned = disk_bytes(Workload.of(config), model_in(folders / "llama"), cpu_machine(2)).cache
     assert_close(sum(path.stat().st_size for path in of_two), planned, "a base's entry")
     lost = next(path for path in of_two if path.name.startswith("00001-1of2"))
     lost.unlink()

@@ -36,7 +36,7 @@ def composed(name: str, *overrides: str) -> Config:
 @functools.cache
 def planned(name: str, gpu: str, *overrides: str) -> Plan:
     config = composed(name, f"gpu={gpu}", *overrides)
-    return plan_of(config, find_model(config), machine_of(config))
+    return plan_of(config, find_model(config), machine_of(config.gpu, config.cluster))
 
 
 @functools.cache
@@ -135,7 +135,7 @@ def test_the_command_in_a_recipe_composes_suits_its_model_and_plans(name: str) -
     config = compose_config([*words, gpu])
     model = find_model(config)
     check_planned(config, model)
-    plan = plan_of(config, model, machine_of(config))
+    plan = plan_of(config, model, machine_of(config.gpu, config.cluster))
     assert plan.fits
     assert report.page(plan)
 

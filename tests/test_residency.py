@@ -20,6 +20,7 @@ from distlora.planner import traffic
 from distlora.system import host_memory
 from distlora.training import worker
 from distlora.training.reporting.reporter import Reporter
+from planned import traffic_of
 from small_models import make_run, read_metrics
 from test_integrity import started
 from test_parity import outcome, run_once
@@ -47,7 +48,7 @@ def test_inside_the_block_eight_micro_batches_gather_what_one_does(
         config = make_run(tmp_path / name, folders, train=settings, parallel={"prefetch": prefetches})
         bytes_of[name] = gathered(world.run(size, run_once, run_dir=tmp_path / name)[0])
         if name == "one":
-            once = traffic.of_run(config, world=size).gathered
+            once = traffic_of(config, world=size).gathered
     # An evaluation, before the first step and after the second, leaves the final norm (96 fp32) gathered.
     norm = 4 * traffic.padded((96,), size)
     assert bytes_of["one"] == [once - norm, once, once - norm]
@@ -101,8 +102,8 @@ def test_blocks_that_stay_are_gathered_no_more_and_change_no_bit(
     losses, adapter = result_of(metrics, tmp_path / "run")
     assert losses == moving[size][0]
     assert all(torch.equal(adapter[name], tensor) for name, tensor in moving[size][1].items())
-    step, passes = traffic.of_run(config, world=size).gathered, 2 if size == 2 else 1
-    all_move = traffic.of_run(make_run(tmp_path / "all", folders, train=SETTINGS[size]), world=size).gathered
+    step, passes = traffic_of(config, world=size).gathered, 2 if size == 2 else 1
+    all_move = traffic_of(make_run(tmp_path / "all", folders, train=SETTINGS[size]), world=size).gathered
     assert all_move - step == passes * 2 * resident * bytes_of_a_block(config, size)
     norm = 4 * traffic.padded((96,), size)  # As above: evaluations leave it gathered, as the first leaves the blocks.
     assert gathered(metrics) == [step - norm, step, step - norm, step]
@@ -147,7 +148,7 @@ def test_auto_keeps_what_fits_on_the_rank_with_the_least_memory(
     losses, adapter = result_of(metrics, tmp_path / "run")
     assert losses == moving[size][0]
     assert all(torch.equal(adapter[name], tensor) for name, tensor in moving[size][1].items())
-    step, passes = traffic.of_run(config, world=size).gathered, 2 if size == 2 else 1
+    step, passes = traffic_of(config, world=size).gathered, 2 if size == 2 else 1
     saved, norm = passes * 2 * block, 4 * traffic.padded((96,), size)
     # Found out after the first step, gathered for good in the second.
     assert gathered(metrics) == [step - norm, step - saved + block, step - saved - norm, step - saved]

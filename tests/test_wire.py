@@ -16,6 +16,7 @@ from distlora.model.adapters import adapter_parameters
 from distlora.parallel import Ranks
 from distlora.parallel.traffic import Traffic
 from distlora.planner import traffic as wire
+from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora_kernels import nf4
 from family_models import VARIANTS, config_for, hf_config
@@ -105,7 +106,7 @@ def test_a_step_carries_what_is_calculated_and_the_backend_counts_it(
     shapes = shapes_of(
         read_config(folders / model), folders / model, vocabulary=build_run_model(config).vocabulary.rows
     )
-    step = wire.ours(config, shapes, world=size, accumulation=accumulation)
+    step = wire.ours(Workload.of(config), shapes, world=size, accumulation=accumulation)
     for counts, traffic in world.run(size, our_traffic, config=config, accumulation=accumulation):
         assert (counts.gathered, counts.scattered, counts.reduced) == (step.gathered, step.scattered, step.reduced)
         assert traffic == Traffic(counts.gathered, counts.reduced, counts.scattered)

@@ -24,6 +24,7 @@ from distlora.config import UserError
 from distlora.parallel import Ranks, Shards, zero3
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.planner import traffic
+from distlora.planner.workload import Workload
 from distlora.system import host_memory
 from distlora.training import setup
 from distlora.training import worker as train
@@ -200,7 +201,7 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
     for prefetch, evaluations, stays in ((False, 0, [0, 0]), (True, 0, [1, 2]), (True, 2, [0, 0])):
         run_dir = tmp_path / f"{prefetch}-{evaluations}"
         config = make_run(run_dir, folders, model, train=settings, parallel=ZERO3 | {"prefetch": prefetch})
-        whole = traffic.ours(config, shapes, world=3, accumulation=2).gathered
+        whole = traffic.ours(Workload.of(config), shapes, world=3, accumulation=2).gathered
         expected = [whole - count * block for count in stays]
         passes = {"run_dir": run_dir, "evaluations": evaluations, "steps": len(stays)}
         for ours, theirs, left, intact in alone.run(3, gathered_in_steps, **passes):

@@ -18,7 +18,7 @@ from typing import Any
 
 from distlora.architecture.families import Family, family_of, is_tied, names_on_disk, text_settings
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.config import ModelSpec, UserError
+from distlora.config import AdapterConfig, ModelSpec, UserError
 from distlora.config.errors import short
 from distlora.config.json_files import read_object
 
@@ -157,7 +157,7 @@ def vocabulary_of(spec: ModelSpec, model: Mapping[str, Any]) -> Vocabulary:
     stored = stored_rows(path.parent, model, family)
     new = new_token_ids(path.parent, spec.model.new_tokens, stored)
     rows = max(stored, *(id + 1 for id in new.values())) if new else stored
-    trained = trained_indices(spec, tied=is_tied(model, family), new=tuple(new.values()))
+    trained = trained_indices(spec.adapter, tied=is_tied(model, family), new=tuple(new.values()))
     check_indices(spec, trained, rows, path)
     return Vocabulary(stored=stored, rows=rows, new=new, trained=trained)
 
@@ -198,16 +198,16 @@ def stored_rows(folder: Path, model: Mapping[str, Any], family: Family) -> int:
     return rows
 
 
-def trained_indices(spec: ModelSpec, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def trained_indices(adapter: AdapterConfig, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Ids whose rows are trained, ascending, by matrix: the new tokens' in both, and those that the config names, a
     list in the embedding alone, as PEFT has it.
 
     A matrix that adapter.modules_to_save trains whole has none, and unties the two. Raises UserError for a head that is
     trained apart from the embedding that it is tied to.
     """
-    if spec.adapter.method == "full":  # There every row is.
+    if adapter.method == "full":  # There every row is.
         return {}
-    whole, named = spec.adapter.modules_to_save, spec.adapter.trainable_token_indices
+    whole, named = adapter.modules_to_save, adapter.trainable_token_indices
     chosen = dict(named) if isinstance(named, Mapping) else {EMBEDDING: named or ()}
     if tied and len(whole) == 1 and (new or any(chosen.values())):
         raise UserError(
@@ -232,7 +232,7 @@ def check_before_tokenizer(spec: ModelSpec, model: Mapping[str, Any]) -> None:
     path = Path(spec.model.path) / "config.json"
     family = family_of(model, path)
     rows = stored_rows(path.parent, model, family)
-    trained = trained_indices(spec, tied=is_tied(model, family), new=())
+    trained = trained_indices(spec.adapter, tied=is_tied(model, family), new=())
     check_indices(spec, trained, rows + len(spec.model.new_tokens), path)
 
 

@@ -38,6 +38,7 @@ from distlora.planner.machine import machine_of
 from distlora.planner.memory.device import device_bytes
 from distlora.planner.memory.kinds import KINDS
 from distlora.planner.model import model_in
+from distlora.planner.workload import Workload
 
 _SMALL = LLAMA_700M | {"vocab_size": 8192, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -137,7 +138,9 @@ def rank_main(
             print(f"{cell.model} on {world} ranks: {cell.backend}, {cell.checkpointing}", file=sys.stderr, flush=True)
         config = cell.config(folders[cell.model])
         step = measure_step(config, ranks)
-        plan = device_bytes(config, model_in(folders[cell.model]), machine_of(config, found=here))
+        plan = device_bytes(
+            Workload.of(config), model_in(folders[cell.model]), machine_of(config.gpu, config.cluster, found=here)
+        )
         rows.append(
             Row(
                 cell=cell,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,12 +13,12 @@ from distlora.planner.machine import Machine
 from distlora.planner.memory.device import DeviceBytes, device_bytes
 from distlora.planner.memory.step import costs_of
 from distlora.planner.model import PlannedModel
-from distlora.planner.multi_trial import one_of
 from distlora.planner.speed.compute import StepFlops, step_flops
 from distlora.planner.speed.timing import StepTime, step_time
 from distlora.planner.storage.disk import DiskBytes, disk_bytes, trained_tensors
 from distlora.planner.storage.host import HostBytes, host_bytes, keeps_on_host
 from distlora.planner.traffic import StepBytes
+from distlora.planner.workload import Workload, trained_together
 
 __all__ = ["Machine", "Plan", "PlannedModel", "plan_of"]
 
@@ -27,6 +28,8 @@ class Plan:
     """What a run with these settings needs of these machines."""
 
     config: Config
+    """Settings of the run; of trials trained together those of the first."""
+    work: Workload
     model: PlannedModel
     machine: Machine
     device: DeviceBytes
@@ -35,26 +38,26 @@ class Plan:
     # Calculated where they are asked for: a search over settings makes hundreds of plans, and asks few of them.
     @property
     def compute(self) -> StepFlops:
-        return step_flops(self.config, self.model, ranks=self.machine.ranks, is_gpu=self.machine.is_gpu)
+        return step_flops(self.work, self.model, ranks=self.machine.ranks, is_gpu=self.machine.is_gpu)
 
     @property
     def host(self) -> HostBytes:
         """Memory of a process and of a machine on the host."""
-        return host_bytes(self.config, self.model, self.machine, self.device)
+        return host_bytes(self.work, self.model, self.machine, self.device)
 
     @property
     def disk(self) -> DiskBytes:
-        return disk_bytes(self.config, self.model, self.machine)
+        return disk_bytes(self.work, self.model, self.machine)
 
     @property
     def uncounted(self) -> list[str]:
         """What of the device's memory is not calculated, in words; empty: nothing is left out."""
-        return costs_of(self.config, self.model, self.machine).uncounted
+        return costs_of(self.work, self.model, self.machine).uncounted
 
     @property
     def time(self) -> StepTime | None:
         """None: the machine's rates are not known."""
-        return step_time(self.config, self.model, self.machine)
+        return step_time(self.work, self.model, self.machine)
 
     @property
     def fits(self) -> bool | None:
@@ -68,7 +71,9 @@ class Plan:
         machine = self.machine
         if self.lacks_device(reserve):
             return "device"
-        if machine.host_bytes is None or (machine.is_gpu and not keeps_on_host(self.config, machine.ranks)):
+        work, shards = self.work, self.work.shard_degree(machine.ranks)
+        offloads = keeps_on_host(work.parallel, work.checkpointing, shards)
+        if machine.host_bytes is None or (machine.is_gpu and not offloads):
             return None
         return "host" if self.host.workers * (1 + reserve) > machine.host_bytes else None
 
@@ -79,7 +84,9 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Every figure, for a program to read: bytes and operations as integers, under names that stay."""
-        machine = {name: getattr(self.machine, name) for name in self.machine.__dataclass_fields__}
+        machine = {
+            name: getattr(self.machine, name) for name in self.machine.__dataclass_fields__ if name != "measured"
+        }
         step = {name: getattr(self.wire, name) for name in self.wire.__dataclass_fields__}
         shapes = self.model.shapes
         return {
@@ -89,15 +96,15 @@ class Plan:
                 "model_type": shapes.family.model_type,
                 "parameters": shapes.numel,
                 "parameters_in_4_bit": shapes.packed_numel if self.config.quant.is_nf4 else 0,
-                "parameters_trained": sum(tensor.numel for tensor in trained_tensors(self.config, shapes)),
+                "parameters_trained": sum(tensor.numel for tensor in trained_tensors(self.work, shapes)),
                 "blocks": shapes.num_layers,
                 "hidden": shapes.hidden,
                 "vocabulary": shapes.vocabulary,
                 "stored_bytes": self.model.stored_bytes,
             },
             "machine": machine | {"gpu": None if self.machine.gpu is None else self.machine.gpu.name},
-            "settings": as_mapping(one_of(self.config)),
-            "trials": len(self.config.adapters),
+            "settings": as_mapping(self.config),
+            "trials": len(self.work.adapters),
             "fits": self.fits,
             "device": self.device.as_json(),
             "uncounted": self.uncounted,
@@ -114,13 +121,17 @@ class Plan:
         }
 
 
-def plan_of(config: Config, model: PlannedModel, machine: Machine) -> Plan:
-    """Calculated; nothing is read or started. The config's own cluster gives way to the machine's ranks."""
-    ranks = machine.ranks
+def plan_of(config: Config, model: PlannedModel, machine: Machine, *, trials: Sequence[Workload] = ()) -> Plan:
+    """Return the plan of a run, or of trials trained together, on `machine`, whose ranks replace the config's cluster.
+
+    Reads no file of the model and starts nothing.
+    """
+    work, ranks = trained_together(trials) if trials else Workload.of(config), machine.ranks
     return Plan(
         config=config,
+        work=work,
         model=model,
         machine=machine,
-        device=device_bytes(config, model, machine),
-        wire=wire.ours(config, model.shapes, world=ranks, accumulation=config.accumulation(ranks)),
+        device=device_bytes(work, model, machine),
+        wire=wire.ours(work, model.shapes, world=ranks, accumulation=work.accumulation(ranks)),
     )

@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 from distlora.architecture.shapes import Asked, ModelShapes
-from distlora.config import Config
 from distlora.planner.decoder_sizes import AdaptedRanks
+from distlora.planner.workload import Workload
 
 
-def ranks_of_blocks(config: Config, shapes: ModelShapes) -> tuple[AdaptedRanks, ...]:
+def ranks_of_blocks(work: Workload, shapes: ModelShapes) -> tuple[AdaptedRanks, ...]:
     """What is adapted of each block: targets and ranks may name layers. Blocks alike have one object."""
-    if config.adapter.method == "full":
+    if work.adapter.method == "full":
         return (AdaptedRanks(),) * shapes.num_layers
-    found = [_ranks_of_blocks(Asked(shapes, adapter)) for adapter in config.adapters]
+    found = [_ranks_of_blocks(Asked(shapes, adapter)) for adapter in work.adapters]
     if len(found) == 1:
         return found[0]
     kinds: dict[tuple[int, ...], AdaptedRanks] = {}

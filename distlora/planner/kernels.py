@@ -9,9 +9,9 @@ from typing import Literal
 
 from distlora.architecture.attention_tiles import computed_pairs
 from distlora.architecture.families import Family
-from distlora.config import Config
 from distlora.planner.decoder_sizes import Decoder
 from distlora.planner.speed.operations import pairs
+from distlora.planner.workload import Workload
 
 AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]
 """`documents`: flash attention over each document's length. `tiles`: products of matrices over each (attention_cpu.py;
@@ -19,11 +19,11 @@ attention.cpp is counted as that). `sdpa`: torch's with a dense mask, all pairs 
 scores of a row are tensors."""
 
 
-def attention_kind(config: Config, family: Family, decoder: Decoder, *, is_gpu: bool) -> AttentionKind:
+def attention_kind(work: Workload, family: Family, decoder: Decoder, *, is_gpu: bool) -> AttentionKind:
     """What attention.py chooses (`choose`), where a GPU has the kernels."""
     if family.attention == "eager":
         return "eager"
-    if config.train.attention == "sdpa" or config.train.dtype != "bf16":
+    if work.attention == "sdpa" or work.dtype != "bf16":
         return "sdpa"
     if not is_gpu:
         return "tiles"
@@ -46,9 +46,9 @@ def scores_again(kind: AttentionKind) -> tuple[int, int]:
     return {"documents": (0, 1), "tiles": (1, 1), "sdpa": (0, 1), "eager": (0, 0)}[kind]
 
 
-def fuses(config: Config, family: Family, *, is_gpu: bool, has_liger: bool) -> bool:
+def fuses(work: Workload, family: Family, *, is_gpu: bool, has_liger: bool) -> bool:
     """Whether norms are liger-kernel's (liger.py) or compiled (compiled.py); so are MLPs and rotary embeddings where
     there is no DoRA."""
-    if config.adapter.method == "full" or family.experts is not None:
+    if work.adapter.method == "full" or family.experts is not None:
         return False
-    return config.train.liger and has_liger if is_gpu else config.train.compile
+    return work.liger and has_liger if is_gpu else work.compile

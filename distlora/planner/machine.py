@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distlora.config import Config
+from distlora.config import ClusterConfig, GpuConfig
 from distlora.config.gpus import (
     CONTEXT_BYTES,
     GPUS,
@@ -13,6 +13,8 @@ from distlora.config.gpus import (
 )
 
 GIB = 2**30
+RATES = ("tflops", "memory_gb_per_second", "link_gb_per_second", "host_gb_per_second", "network_gb_per_second")
+"""Settings of `gpu` that are rates."""
 KEPT_BY_DRIVER = 0.02
 """Share of what the driver counts that CUDA does not hand out: 0.4 to 2 % of the GPUs of the table."""
 ANOTHER_SIZE = 0.05
@@ -59,6 +61,8 @@ class Machine:
     """Into a machine from the others."""
     has_nvlink: bool | None = None
     """Whether `link` is NVLink among all GPUs of a machine; None: not known."""
+    measured: frozenset[str] = frozenset()
+    """Rates that the user gave, by their settings in `gpu`; plans assume that a run reaches them."""
     price_per_hour: float | None = None
     """Of one GPU."""
     has_liger: bool = True
@@ -70,56 +74,57 @@ class Machine:
         return (0, 0) if self.gpu is None else self.gpu.capability
 
 
-def machine_of(config: Config, *, found: Found | None = None) -> Machine:
+def machine_of(spec: GpuConfig, cluster: ClusterConfig, *, found: Found | None = None) -> Machine:
     """The machines of a run: with the GPU that `gpu=` names, else what the one has that it runs on (`found`). Without
     it nothing is claimed of machines that SLURM or torchrun starts; their ranks are GPUs' all the same.
 
     `gpu.*` says better what the table says of a GPU, or all of one that is not in it.
     """
-    here, given = found or Found(), config.gpu
-    gpu, name, memory = _gpu(config, here)
-    is_gpu = memory is not None or here.devices is None or (found is None and config.cluster.launcher != "local")
+    here = found or Found()
+    gpu, name, memory = _gpu(spec, cluster, here)
+    is_gpu = memory is not None or here.devices is None or (found is None and cluster.launcher != "local")
     usable = None if memory is None else memory - CONTEXT_BYTES
     if not is_gpu and here.host_bytes is not None:  # What a CPU's ranks have is the host's memory.
-        usable = here.host_bytes // config.cluster.gpus_per_node
-    is_here = is_of(config, here)
+        usable = here.host_bytes // cluster.gpus_per_node
+    is_here = is_of(spec, here)
     return Machine(
         name=name or ("a GPU" if is_gpu else "CPU"),
         is_gpu=is_gpu,
         gpu=gpu,
         usable_bytes=usable,
         host_bytes=here.host_bytes if is_here else None,
-        ranks=config.cluster.ranks,
-        ranks_per_machine=config.cluster.gpus_per_node,
-        flops=_said(given.tflops, 1e12, None if gpu is None else gpu.flops),
-        bandwidth=_said(given.memory_gb_per_second, 1e9, None if gpu is None else gpu.bandwidth),
-        link=_said(given.link_gb_per_second, 1e9, None if gpu is None else gpu.link),
-        host_link=_said(given.host_gb_per_second, 1e9, None if gpu is None else gpu.host_link),
-        network=_said(given.network_gb_per_second, 1e9, None if gpu is None else gpu.network),
+        ranks=cluster.ranks,
+        ranks_per_machine=cluster.gpus_per_node,
+        flops=_said(spec.tflops, 1e12, None if gpu is None else gpu.flops),
+        bandwidth=_said(spec.memory_gb_per_second, 1e9, None if gpu is None else gpu.bandwidth),
+        link=_said(spec.link_gb_per_second, 1e9, None if gpu is None else gpu.link),
+        host_link=_said(spec.host_gb_per_second, 1e9, None if gpu is None else gpu.host_link),
+        network=_said(spec.network_gb_per_second, 1e9, None if gpu is None else gpu.network),
         has_nvlink=None if gpu is None else gpu.has_nvlink,
-        price_per_hour=given.price_per_hour,
+        measured=frozenset(name for name in RATES if getattr(spec, name) is not None),
+        price_per_hour=spec.price_per_hour,
         has_liger=here.has_liger or not is_here,
     )
 
 
-def is_of(config: Config, here: Found) -> bool:
+def is_of(spec: GpuConfig, here: Found) -> bool:
     """Whether a config is for the machine that was found: it names no GPU, or one that is there."""
-    named = GPUS.get(config.gpu.name)
+    named = GPUS.get(spec.name)
     return named is None or any(find_gpu(device) == named for device, _ in here.devices or ())
 
 
-def used_device(config: Config, here: Found) -> tuple[str, int] | None:
+def used_device(cluster: ClusterConfig, here: Found) -> tuple[str, int] | None:
     """(name, bytes of memory) of the smallest of the GPUs that processes use, which decides where they differ: ranks
     have the same share of the model. None where there is none, or nothing is known of it."""
-    used = (here.devices or ())[: config.cluster.gpus_per_node]
+    used = (here.devices or ())[: cluster.gpus_per_node]
     return min(used, key=lambda each: each[1], default=None)
 
 
-def _gpu(config: Config, here: Found) -> tuple[Gpu | None, str, int | None]:
+def _gpu(spec: GpuConfig, cluster: ClusterConfig, here: Found) -> tuple[Gpu | None, str, int | None]:
     """(GPU of the table, name, bytes of its memory that CUDA hands out) of what is named, else of what is here; no
     name and None of a CPU and where nothing is known."""
-    named, given = GPUS.get(config.gpu.name), config.gpu.memory_gib
-    device = used_device(config, here) if named is None else None
+    named, given = GPUS.get(spec.name), spec.memory_gib
+    device = used_device(cluster, here) if named is None else None
     gpu = named if device is None else find_gpu(device[0])
     if given is not None:
         memory = int(given * GIB)

@@ -19,13 +19,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from distlora.architecture.families import read_config
-from distlora.architecture.shapes import Adapter, ModelShapes, Weight, shapes_of
+from distlora.architecture.shapes import Adapter, ModelShapes, Weight
 from distlora.architecture.tokens import trained_indices
-from distlora.config import Config
+from distlora.planner.workload import Workload
 
 GROUP_WEIGHTS = 16_384
 """Weights of a group of NF4 with double quantization."""
@@ -126,23 +124,23 @@ def held_bytes(shapes: ModelShapes, shards: int, *, quantized: bool, itemsize: i
     return (shapes.num_layers * block + rest) // shards
 
 
-def passes_of(config: Config, accumulation: int) -> int:
+def passes_of(work: Workload, accumulation: int) -> int:
     """How often a step runs the model, forward and backward."""
-    return accumulation if config.train.accumulate == "step" else 1
+    return accumulation if work.accumulate == "step" else 1
 
 
-def moved_blocks(config: Config, shapes: ModelShapes) -> int:
+def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
     """Blocks that are gathered in each pass, forward and backward: all but those that stay gathered (auto, which memory
     decides, counts as none)."""
-    resident = config.parallel.resident_blocks
+    resident = work.parallel.resident_blocks
     return shapes.num_layers - (0 if resident == "auto" else resident)
 
 
-def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
+def ours(work: Workload, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
     """A step of ours: each block gathered in forward and in backward, embedding, head and final norm in forward alone;
     adapter gradients all-reduced once.
 
-    What is trained of the base itself is gathered in `train.dtype` too, in backward as well where its gradient needs it
+    What is trained of the base itself is gathered in `work.dtype` too, in backward as well where its gradient needs it
     (an embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more.
     Blocks that stay gathered are not gathered (`moved_blocks`; the step that gathers them for good moves them once).
     With several copies of the base this is within each of them, and a rank's rows of those sums are all-reduced between
@@ -150,23 +148,23 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
 
     ZeRO-3 with parallel.prefetch may gather the last block once a pass (parallel/README.md): then this is the most.
     """
-    adapter, itemsize, shards = config.adapter, DTYPE_BYTES[config.train.dtype], config.shard_degree(world)
+    adapter, itemsize, shards = work.adapter, DTYPE_BYTES[work.dtype], work.shard_degree(world)
     full, whole = adapter.method == "full", adapter.modules_to_save
     tied = shapes.ties(adapter)
     matrix = padded((shapes.vocabulary, shapes.hidden), shards)
     norm = padded((shapes.hidden,), shards)
-    block = block_bytes(shapes.block, shards, quantized=config.quant.is_nf4, itemsize=itemsize)
+    block = block_bytes(shapes.block, shards, quantized=work.quantized, itemsize=itemsize)
     head_is_trained = full or "lm_head" in whole
     # FSDP2 keeps a tied matrix from the embedding to the head; ZeRO-3 gathers it for each.
-    together = tied and config.parallel.backend == "fsdp2"
+    together = tied and work.parallel.backend == "fsdp2"
     elements = norm * (2 if full else 1) + matrix * (2 if head_is_trained else 1) + (0 if together else matrix)
-    gathered = passes_of(config, accumulation) * (2 * moved_blocks(config, shapes) * block + itemsize * elements)
+    gathered = passes_of(work, accumulation) * (2 * moved_blocks(work, shapes) * block + itemsize * elements)
     scattered = 4 * matrix * len(whole)
     if full:
         of_blocks = sum(padded(weight.shape, shards) for weight in shapes.block)
         scattered = 4 * (shapes.num_layers * of_blocks + norm + (1 if tied else 2) * matrix)
-    reduced = 0 if full else 4 * sum(map(shapes.adapted_numel, config.adapters))
-    reduced += 4 * shapes.hidden * token_rows(config, shapes) + (4 if scattered and shards > 1 else 0)
+    reduced = 0 if full else 4 * sum(map(shapes.adapted_numel, work.adapters))
+    reduced += 4 * shapes.hidden * token_rows(work, shapes) + (4 if scattered and shards > 1 else 0)
     rows = scattered // shards if shards < world else 0
     if shards == 1:
         gathered, scattered, reduced, rows = 0, 0, reduced + rows, 0
@@ -177,23 +175,16 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
     )
 
 
-def trained_rows(config: Config, shapes: ModelShapes) -> dict[str, tuple[int, ...]]:
+def trained_rows(work: Workload, shapes: ModelShapes) -> dict[str, tuple[int, ...]]:
     """Ids whose rows of embedding and head are trained while the rest is frozen, by matrix; new tokens' are any that no
     other token has."""
-    ids = range(shapes.vocabulary, shapes.vocabulary + len(config.model.new_tokens))
-    return trained_indices(config.spec, tied=shapes.tied, new=tuple(ids))
+    ids = range(shapes.vocabulary, shapes.vocabulary + len(work.new_tokens))
+    return trained_indices(work.adapter, tied=shapes.tied, new=tuple(ids))
 
 
-def token_rows(config: Config, shapes: ModelShapes) -> int:
+def token_rows(work: Workload, shapes: ModelShapes) -> int:
     """How many those are."""
-    return sum(map(len, trained_rows(config, shapes).values()))
-
-
-def of_run(config: Config, *, world: int, vocabulary: int | None = None) -> StepBytes:
-    """A step of this run, from its settings and its model's config.json; `vocabulary` as in `shapes_of`."""
-    folder = Path(config.model.path)
-    shapes = shapes_of(read_config(folder), folder / "config.json", vocabulary=vocabulary)
-    return ours(config, shapes, world=world, accumulation=config.accumulation(world))
+    return sum(map(len, trained_rows(work, shapes).values()))
 
 
 def peer(

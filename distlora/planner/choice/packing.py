@@ -14,7 +14,7 @@ from distlora.planner.choice.choose import RESERVE, has_room
 from distlora.planner.machine import Machine
 from distlora.planner.memory.kinds import Kind
 from distlora.planner.model import PlannedModel
-from distlora.planner.multi_trial import together
+from distlora.planner.workload import Workload
 
 MOST = 64
 """Trials that are looked at, at the most."""
@@ -73,9 +73,11 @@ def packing(
     """Of trials with these settings, as many as are asked for, or as fit; `auto` leaves RESERVE free, and is 1 where it
     is not known what fits. `most`: more are not wanted."""
 
+    work = Workload.of(config)
+
     @functools.cache
     def of(number: int) -> Plan:
-        return plan_of(together([config] * number), model, machine)
+        return plan_of(config, model, machine, trials=[work] * number)
 
     fit = None if machine.usable_bytes is None else _most(lambda number: has_room(of(number)), most)
     if asked != "auto":

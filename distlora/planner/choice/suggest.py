@@ -274,7 +274,9 @@ def _other_gpu(plan: Plan) -> Fitting | None:
         config = if_valid(plan.config, named)
         if config is not None and gpu.usable_bytes > (plan.machine.usable_bytes or 0):
             own = plan.machine
-            machine = dataclasses.replace(machine_of(config), host_bytes=own.host_bytes, has_liger=own.has_liger)
+            machine = dataclasses.replace(
+                machine_of(config.gpu, config.cluster), host_bytes=own.host_bytes, has_liger=own.has_liger
+            )
             found = _elsewhere(plan, named, config, machine)
             if found is not None:
                 return found

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from distlora.architecture.shapes import ModelShapes
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.config import Config
 from distlora.planner import traffic
 from distlora.planner.adapted import ranks_of_blocks
 from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
@@ -31,6 +30,7 @@ from distlora.planner.memory.block_memory import (
     mlp_half,
 )
 from distlora.planner.memory.expert_memory import INDEX_BYTES, expert_half
+from distlora.planner.workload import Workload
 
 Mode = Literal["none", "block", "selective", "offload"]
 
@@ -128,52 +128,52 @@ class Costs:
 
     @classmethod
     def of(
-        cls, config: Config, shapes: ModelShapes, settings: Mapping[str, Any], device: Device, *, shards: int = 1
+        cls, work: Workload, shapes: ModelShapes, settings: Mapping[str, Any], device: Device, *, shards: int = 1
     ) -> Costs:
         """Of the first block in a training run of the model with this config.json, whose base so many ranks cut between
         them; others differ in their adapters alone (`ranks_of_blocks`). Attention on a GPU is by documents where the
         kernel takes the model's heads (`flash_accumulators` says of which).
         """
-        train, adapter, family = config.train, config.adapter, shapes.family
+        adapter, family = work.adapter, shapes.family
         decoder = Decoder.of(settings, family)
-        sixteen_bits = train.dtype == "bf16"
-        full, rows = adapter.method == "full", traffic.trained_rows(config, shapes)
-        attention = Attention(kind=attention_kind(config, family, decoder, is_gpu=device.is_gpu))
+        sixteen_bits = work.dtype == "bf16"
+        full, rows = adapter.method == "full", traffic.trained_rows(work, shapes)
+        attention = Attention(kind=attention_kind(work, family, decoder, is_gpu=device.is_gpu))
         if attention.kind == "documents":
             attention = Attention(
                 accumulators=flash_accumulators(
                     device.processors,
                     decoder.heads,
-                    config.tokens_at_once,
-                    train.micro_batch,
-                    deterministic=train.deterministic_attention,
+                    work.tokens_at_once,
+                    work.micro_batch,
+                    deterministic=work.deterministic_attention,
                 ),
                 expands_keys=True,
             )
-        balanced = train.router_aux_loss
+        balanced = work.router_aux_loss
         if balanced is None:
             balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
-        fused = fuses(config, family, is_gpu=device.is_gpu, has_liger=device.has_liger)
+        fused = fuses(work, family, is_gpu=device.is_gpu, has_liger=device.has_liger)
         return cls(
             decoder=decoder,
-            ranks=ranks_of_blocks(config, shapes)[0],
+            ranks=ranks_of_blocks(work, shapes)[0],
             dtype_bytes=2 if sixteen_bits else 4,
             fused=fused,
-            remakes=fused and not (device.is_gpu or adapter.use_dora) and train.checkpointing == "none",
+            remakes=fused and not (device.is_gpu or adapter.use_dora) and work.checkpointing == "none",
             is_gpu=device.is_gpu,
             attention=attention,
             dora=adapter.use_dora,
             dropout=adapter.lora_dropout > 0,
-            quantized=config.quant.is_nf4,
+            quantized=work.quantized,
             groups_experts=device.is_gpu and device.groups_experts and sixteen_bits,
-            balances=decoder.experts is not None and train.objective == "sft" and bool(balanced),
+            balances=decoder.experts is not None and work.objective == "sft" and bool(balanced),
             trains_base=full,
             trains_head=full or HEAD in adapter.modules_to_save,
             trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
             adds_up_gradients=shards > 1,
-            keeps_dense=train.keep_dequantized,
-            has_reference=train.objective == "dpo",
-            trials=len(config.adapters),
+            keeps_dense=work.keep_dequantized,
+            has_reference=work.objective == "dpo",
+            trials=len(work.adapters),
         )
 
     @property
@@ -348,7 +348,7 @@ class Costs:
         tile: int | None = None,
         row: int | None = None,
     ) -> Activations:
-        """A step that runs `at_once` tokens at a time and keeps `kept_tokens` of them (train.accumulate=block: those of
+        """A step that runs `at_once` tokens at a time and keeps `kept_tokens` of them (work.accumulate=block: those of
         all its micro-batches), in rows of `row` tokens (None: `at_once`, one row); one document a row, for the
         operations of attention."""
         tokens = at_once if kept_tokens is None else kept_tokens

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from distlora.architecture.shapes import ModelShapes, Weight
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.config import Config
 from distlora.planner import traffic
 from distlora.planner.memory.kinds import Kind
 from distlora.planner.model import PlannedModel
+from distlora.planner.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +113,19 @@ def unit_bytes(unit: Iterable[Stored], shards: int) -> int:
     return sum(tensor.whole(shards) for tensor in unit)
 
 
-def planned_base(config: Config, model: PlannedModel) -> Base:
+def planned_base(work: Workload, model: PlannedModel) -> Base:
     """As this run keeps this model."""
-    return base_of(config, model.shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
+    return base_of(work, model.shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
 
 
 def base_of(
-    config: Config, shapes: ModelShapes, *, plain_absmax: bool = False, left_dense: Mapping[str, int] | None = None
+    work: Workload, shapes: ModelShapes, *, plain_absmax: bool = False, left_dense: Mapping[str, int] | None = None
 ) -> Base:
     """As this run keeps the model. Of a checkpoint that is packed already: `plain_absmax` without double quantization;
     `left_dense` in how many blocks a weight is not packed."""
-    itemsize = traffic.DTYPE_BYTES[config.train.dtype]
-    adapter, full = config.adapter, config.adapter.method == "full"
-    packs = config.quant.is_nf4
+    itemsize = traffic.DTYPE_BYTES[work.dtype]
+    adapter, full = work.adapter, work.adapter.method == "full"
+    packs = work.quantized
     tied = shapes.ties(adapter)
 
     def dense(kind: Kind, shape: Sequence[int], *, trained: bool) -> Stored:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from distlora.architecture.shapes import ModelShapes, head_size, sizes_of
-from distlora.config import Config
 from distlora.config.base import subspace_iterations
 from distlora.config.deepspeed_file import offloads_base, read_gathering
 from distlora.config.parallel import RESIDENCY_RESERVE
@@ -22,6 +21,7 @@ from distlora.planner.memory.step import Step
 from distlora.planner.memory.trained import Trained
 from distlora.planner.memory.zero3 import staying_bytes
 from distlora.planner.model import PlannedModel
+from distlora.planner.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,78 +72,78 @@ class DeviceBytes:
         }
 
 
-def device_bytes(config: Config, model: PlannedModel, machine: Machine) -> DeviceBytes:
+def device_bytes(work: Workload, model: PlannedModel, machine: Machine) -> DeviceBytes:
     """Of a training run with these settings."""
-    said = config.parallel.resident_blocks
+    said = work.parallel.resident_blocks
     if said != "auto":
-        return _with_resident(config, model, machine, said)
-    found = _with_resident(config, model, machine, 0)
-    count = _fitting_blocks(config, model, machine, found)
-    return found if count == 0 else _with_resident(config, model, machine, count)
+        return _with_resident(work, model, machine, said)
+    found = _with_resident(work, model, machine, 0)
+    count = _fitting_blocks(work, model, machine, found)
+    return found if count == 0 else _with_resident(work, model, machine, count)
 
 
-def _fitting_blocks(config: Config, model: PlannedModel, machine: Machine, found: DeviceBytes) -> int:
+def _fitting_blocks(work: Workload, model: PlannedModel, machine: Machine, found: DeviceBytes) -> int:
     """Blocks that a run keeps gathered by itself, by what its first step leaves (distlora.parallel.residency)."""
-    shards = config.shard_degree(machine.ranks)
+    shards = work.shard_degree(machine.ranks)
     if shards == 1 or machine.usable_bytes is None:
         return 0
     reserve = RESIDENCY_RESERVE["cuda"] * machine.usable_bytes
     if not machine.is_gpu:
         reserve = RESIDENCY_RESERVE["cpu"] * (machine.usable_bytes - found.total)
     left = machine.usable_bytes - found.total - reserve
-    block = unit_bytes(planned_base(config, model).block, shards)
+    block = unit_bytes(planned_base(work, model).block, shards)
     return min(max(int(left // block), 0), model.shapes.num_layers)
 
 
-def _with_resident(config: Config, model: PlannedModel, machine: Machine, resident: int) -> DeviceBytes:
-    shapes, shards = model.shapes, config.shard_degree(machine.ranks)
-    base = planned_base(config, model)
-    trained = Trained.of(config, shapes, base, shards)
+def _with_resident(work: Workload, model: PlannedModel, machine: Machine, resident: int) -> DeviceBytes:
+    shapes, shards = model.shapes, work.shard_degree(machine.ranks)
+    base = planned_base(work, model)
+    trained = Trained.of(work, shapes, base, shards)
     held: Counter[Kind] = Counter()
-    if not (machine.is_gpu and offloads_base(config.parallel, shards)):
+    if not (machine.is_gpu and offloads_base(work.parallel, shards)):
         held.update(base.kept(shards))
-    held["norms"] += buffer_bytes(model, config)
+    held["norms"] += buffer_bytes(model, work)
     held["resident"] += resident * unit_bytes(base.block, shards) if shards > 1 else 0
-    if shards > 1 and config.parallel.backend == "zero3":
-        held["resident"] += staying_bytes(base, shards, read_gathering(config.parallel))
+    if shards > 1 and work.parallel.backend == "zero3":
+        held["resident"] += staying_bytes(base, shards, read_gathering(work.parallel))
     held["adapters"] += trained.adapter_bytes
     held["gradients"] += trained.flat_gradient_bytes
-    held["optimizer"] += trained.optimizer_bytes(config.optim.name, is_gpu=machine.is_gpu)
-    held["scratch"] += arena_bytes(config, model) if machine.is_gpu else 0
-    step = Step.of(config, model, machine, base, trained, resident)
+    held["optimizer"] += trained.optimizer_bytes(work.optimizer, is_gpu=machine.is_gpu)
+    held["scratch"] += arena_bytes(work, model) if machine.is_gpu else 0
+    step = Step.of(work, model, machine, base, trained, resident)
     moments = step.moments()
     later = held["gradients"] + held["optimizer"]
     if machine.is_gpu:  # Of a CPU, HostBytes.loading has it.
-        moments["loading"] = {"working": max(0, decomposing_bytes(config, shapes) - later)}
+        moments["loading"] = {"working": max(0, decomposing_bytes(work, shapes) - later)}
     return DeviceBytes(
         held={kind: n for kind, n in held.items() if n},
         moments=moments,
-        beside=beside_tensors(config, base, trained, machine, largest=step.largest),
+        beside=beside_tensors(work, base, trained, machine, largest=step.largest),
     )
 
 
-def decomposing_bytes(config: Config, shapes: ModelShapes) -> int:
+def decomposing_bytes(work: Workload, shapes: ModelShapes) -> int:
     """While adapters are made from the base's weights (PiSSA, LoftQ), before there are gradients and moments: a weight
     whole, in fp32 once its correction is taken, and what its decomposition takes."""
-    if not config.adapter.decomposes:
+    if not work.adapter.decomposes:
         return 0
-    weights = [each for each, _ in shapes.alike(config.adapter)]
-    stored = 2 if config.adapter.pissa else 6
+    weights = [each for each, _ in shapes.alike(work.adapter)]
+    stored = 2 if work.adapter.pissa else 6
     sizes = ((each.up[0], each.down[1]) for each in weights)
-    return max(stored * out * inner + decomposition_bytes(config, (out, inner)) for out, inner in sizes)
+    return max(stored * out * inner + decomposition_bytes(work, (out, inner)) for out, inner in sizes)
 
 
-def decomposition_bytes(config: Config, shape: tuple[int, ...]) -> int:
+def decomposition_bytes(work: Workload, shape: tuple[int, ...]) -> int:
     """At the most, of one weight and beside it (docs/benchmarks.md): five matrices of the smaller side in fp64;
     subspace iterations two bases of either side, and three parts of the weight widened, 32 MiB each
     (distlora.weights.decompose)."""
     small, large = sorted(shape)
-    if subspace_iterations(config.adapter.init) is None:
+    if subspace_iterations(work.adapter.init) is None:
         return 5 * 8 * small**2
-    return 8 * config.adapter.r * 2 * (small + large) + 3 * 2**25
+    return 8 * work.adapter.r * 2 * (small + large) + 3 * 2**25
 
 
-def buffer_bytes(model: PlannedModel, config: Config) -> int:
+def buffer_bytes(model: PlannedModel, work: Workload) -> int:
     """The buffers of transformers' decoder: the rotary embedding's frequencies, twice in fp32, for each kind of layer
     that the model has, where kinds differ in them (Gemma 3); the scale of an embedding in its dtype (Gemma)."""
     family = model.shapes.family
@@ -152,23 +152,23 @@ def buffer_bytes(model: PlannedModel, config: Config) -> int:
     share = ropes.get("partial_rotary_factor", sizes.get("partial_rotary_factor", 1.0))
     windows = windows_of(model.settings, family)
     kinds = len({window is None for window in windows}) if family.model_type.startswith("gemma3") else 1
-    masters = config.adapter.method == "full"
-    scale = (4 if masters else traffic.DTYPE_BYTES[config.train.dtype]) if family.model_type.startswith("gemma") else 0
+    masters = work.adapter.method == "full"
+    scale = (4 if masters else traffic.DTYPE_BYTES[work.dtype]) if family.model_type.startswith("gemma") else 0
     return kinds * 2 * 4 * (int(head_size(sizes) * share) // 2) + scale
 
 
-def arena_bytes(config: Config, model: PlannedModel) -> int:
-    """Scratch on a GPU: the largest weight, and with train.keep_dequantized a block's, each from a multiple of 512
+def arena_bytes(work: Workload, model: PlannedModel) -> int:
+    """Scratch on a GPU: the largest weight, and with work.keep_dequantized a block's, each from a multiple of 512
     bytes on (distlora.training.setup.reserve_scratch)."""
-    sizes = _dense_sizes(config, model)
-    kept = sum(-(-nbytes // 512) * 512 for nbytes in sizes) if config.train.keep_dequantized else 0
+    sizes = _dense_sizes(work, model)
+    kept = sum(-(-nbytes // 512) * 512 for nbytes in sizes) if work.keep_dequantized else 0
     return max(sizes, default=0) + kept
 
 
-def _dense_sizes(config: Config, model: PlannedModel) -> list[int]:
+def _dense_sizes(work: Workload, model: PlannedModel) -> list[int]:
     """Bytes of each weight of a block that is packed in one at least, dequantized."""
-    if not config.quant.is_nf4:
+    if not work.quantized:
         return []
     dense = {path for path, count in (model.left_dense or {}).items() if count == model.shapes.num_layers}
     packed = (weight for weight in model.shapes.block if weight.packs and weight.path not in dense)
-    return [traffic.DTYPE_BYTES[config.train.dtype] * weight.numel for weight in packed]
+    return [traffic.DTYPE_BYTES[work.dtype] * weight.numel for weight in packed]

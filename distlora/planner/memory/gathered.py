@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from distlora.config import Config
 from distlora.config.deepspeed_file import read_gathering
 from distlora.planner.memory.base import (
     Base,
@@ -25,6 +24,7 @@ from distlora.planner.memory.base import (
     unit_bytes,
 )
 from distlora.planner.memory.zero3 import coordinated
+from distlora.planner.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +40,12 @@ class Copied:
     """From its forward to its backward."""
 
 
-def gathered_of(config: Config, base: Base, shards: int, resident: int, *, is_gpu: bool) -> Gathered:
+def gathered_of(work: Workload, base: Base, shards: int, resident: int, *, is_gpu: bool) -> Gathered:
     """Of `shards` ranks that cut a copy of the base between them, with so many blocks that stay gathered."""
     if shards == 1:
         return Gathered()
-    if config.parallel.backend == "zero3":
-        return coordinated(base, shards, read_gathering(config.parallel), is_gpu=is_gpu)
+    if work.parallel.backend == "zero3":
+        return coordinated(base, shards, read_gathering(work.parallel), is_gpu=is_gpu)
     parts = (base.embedding, base.block, base.head, base.rest)
     embedding, block, head, rest = (unit_bytes(part, shards) for part in parts)
     moved = base.layers - resident
@@ -53,7 +53,7 @@ def gathered_of(config: Config, base: Base, shards: int, resident: int, *, is_gp
     # The output of the last unit that was copied out: of the embedding, where all blocks stay.
     in_use, output = (block, block) if moved else (0, embedding)
     another = block if moved > 1 else 0
-    ahead = another if config.parallel.prefetch else 0
+    ahead = another if work.parallel.prefetch else 0
     trains_head = any(tensor.trained for tensor in base.head or base.embedding)
     # A tied unit that is trained is gathered again for the head's backward, and stays until the embedding's.
     behind = rest + (whole if trains_head else 0)
@@ -71,11 +71,11 @@ def gathered_of(config: Config, base: Base, shards: int, resident: int, *, is_gp
     )
 
 
-def copied_of(config: Config, base: Base, shards: int) -> Copied:
+def copied_of(work: Workload, base: Base, shards: int) -> Copied:
     if shards > 1:
         return Copied()
     embedding, block, head = (_copies(unit) for unit in (base.embedding, base.block, base.head or base.embedding))
-    keeps = config.train.checkpointing == "none"
+    keeps = work.checkpointing == "none"
     return Copied(
         embedding=embedding,
         block=0 if keeps else block,

@@ -6,12 +6,12 @@ usable bytes are without it (distlora/config/gpus.py). No GPU has run it: figure
 
 from __future__ import annotations
 
-from distlora.config import Config
 from distlora.config.deepspeed_file import offloads_base
 from distlora.planner.machine import Machine
 from distlora.planner.memory.base import Base, unit_bytes
 from distlora.planner.memory.kinds import Kind
 from distlora.planner.memory.trained import Trained
+from distlora.planner.workload import Workload
 
 _MIB = 2**20
 _ROUNDED = 512
@@ -31,17 +31,17 @@ _CHANNELS = {True: 32, False: 4}
 """Over NVLink, as that issue's log has them on 8 H100; over PCIe, where a few are as fast as the bus."""
 
 
-def beside_tensors(config: Config, base: Base, trained: Trained, machine: Machine, *, largest: int) -> dict[Kind, int]:
+def beside_tensors(work: Workload, base: Base, trained: Trained, machine: Machine, *, largest: int) -> dict[Kind, int]:
     """By kind, at the most; nothing on a CPU. `largest`: bytes of the largest tensor that a step makes."""
     if not machine.is_gpu:
         return {}
-    shards = config.shard_degree(machine.ranks)
+    shards = work.shard_degree(machine.ranks)
     return {
-        "communication": _nccl(config, machine, shards),
+        "communication": _nccl(work, machine, shards),
         "working": _workspaces(machine),
-        "slack": _rounding(config, base, trained, shards)
-        + _segments(config, base, shards, largest=largest)
-        + _late(config, base, shards),
+        "slack": _rounding(work, base, trained, shards)
+        + _segments(work, base, shards, largest=largest)
+        + _late(work, base, shards),
     }
 
 
@@ -51,7 +51,7 @@ def _workspaces(machine: Machine) -> int:
     return _CALLING_THREADS * (_WORKSPACE if is_small else _WORKSPACE_OF_HOPPER)
 
 
-def _nccl(config: Config, machine: Machine, shards: int) -> int:
+def _nccl(work: Workload, machine: Machine, shards: int) -> int:
     """Of the group that sums gradients, by rings and by trees (a ring's connection and two of a tree's, both ways);
     with several copies, of the group that gathers, by rings, and of that between copies where something of the base is
     trained. github.com/NVIDIA/nccl/issues/864 has 1.6 GB after a first all-reduce, CUDA's context among it: 32 channels
@@ -60,22 +60,22 @@ def _nccl(config: Config, machine: Machine, shards: int) -> int:
         return 0
     connections = 3
     if 1 < shards < machine.ranks:
-        connections += 1 if config.adapter.trains_base is None else 2
+        connections += 1 if work.adapter.trains_base is None else 2
     channels = _CHANNELS[machine.has_nvlink is not False]
     return channels * connections * (_RECEIVING + _SENDING)
 
 
-def _rounding(config: Config, base: Base, trained: Trained, shards: int) -> int:
+def _rounding(work: Workload, base: Base, trained: Trained, shards: int) -> int:
     """What is lost at the ends of tensors that stay."""
-    offloads = offloads_base(config.parallel, shards)
+    offloads = offloads_base(work.parallel, shards)
     lost = 0 if offloads else sum(count * _lost(tensor.kept(shards)) for tensor, count in base.counted())
     return lost + sum(3 * count * _lost(4 * numel) for numel, count in trained.adapters.items())
 
 
-def _late(config: Config, base: Base, shards: int) -> int:
+def _late(work: Workload, base: Base, shards: int) -> int:
     """What DeepSpeed let go and the device has not passed, which is a unit behind: torch counts it as free, and gives
     it to nobody (CUDACachingAllocator.cpp: free, insert_events)."""
-    return unit_bytes(base.block, shards) if shards > 1 and config.parallel.backend == "zero3" else 0
+    return unit_bytes(base.block, shards) if shards > 1 and work.parallel.backend == "zero3" else 0
 
 
 def _lost(nbytes: int) -> int:
@@ -83,7 +83,7 @@ def _lost(nbytes: int) -> int:
     return rest if nbytes >= _LARGE // 2 and rest <= _MIB else -nbytes % _ROUNDED
 
 
-def _segments(config: Config, base: Base, shards: int, *, largest: int) -> int:
+def _segments(work: Workload, base: Base, shards: int, *, largest: int) -> int:
     """What is reserved and not in use at the peak. Memory that was let go serves the stream that took it alone: each
     has a segment of either kind partly filled. A hole as large as the largest tensor may lie where smaller ones are
     between which none fits; on the stream of gathers a block's output lies in the memory of the embedding's when the
@@ -91,6 +91,6 @@ def _segments(config: Config, base: Base, shards: int, *, largest: int) -> int:
     gives back when memory is short."""
     streams, hole = 1, 0
     if shards > 1:
-        streams += 1 if config.adapter.trains_base is None else 2
+        streams += 1 if work.adapter.trains_base is None else 2
         hole = unit_bytes(base.head, shards)
     return streams * (_SMALL + _LARGE) + largest + hole

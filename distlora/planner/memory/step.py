@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distlora.config import Config
 from distlora.planner import traffic
 from distlora.planner.adapted import ranks_of_blocks
 from distlora.planner.machine import Machine
@@ -32,6 +31,7 @@ from distlora.planner.memory.gathered import Copied, copied_of, gathered_of
 from distlora.planner.memory.kinds import Kind, Moment
 from distlora.planner.memory.trained import Trained
 from distlora.planner.model import PlannedModel
+from distlora.planner.workload import Workload
 
 _CHECKED = 8 * 512 * 2**14
 """Bytes of 512 lines of words as int64."""
@@ -54,7 +54,7 @@ class Blocks:
 class Step:
     """A step of a run, as far as its memory goes."""
 
-    config: Config
+    work: Workload
     base: Base
     trained: Trained
     shards: int
@@ -72,21 +72,21 @@ class Step:
 
     @classmethod
     def of(
-        cls, config: Config, model: PlannedModel, machine: Machine, base: Base, trained: Trained, resident: int
+        cls, work: Workload, model: PlannedModel, machine: Machine, base: Base, trained: Trained, resident: int
     ) -> Step:
-        ranks, at_once = machine.ranks, config.tokens_at_once
-        shards, tokens = config.shard_degree(ranks), at_once * config.slices(ranks)
+        ranks, at_once = machine.ranks, work.tokens_at_once
+        shards, tokens = work.shard_degree(ranks), at_once * work.slices(ranks)
         return cls(
-            config=config,
+            work=work,
             base=base,
             trained=trained,
             shards=shards,
-            blocks=blocks_of(config, model, machine, at_once=at_once, tokens=tokens),
-            gathered=gathered_of(config, base, shards, resident, is_gpu=machine.is_gpu),
-            copied=copied_of(config, base, shards),
+            blocks=blocks_of(work, model, machine, at_once=at_once, tokens=tokens),
+            gathered=gathered_of(work, base, shards, resident, is_gpu=machine.is_gpu),
+            copied=copied_of(work, base, shards),
             at_once=at_once,
             tokens=tokens,
-            micro_batches=traffic.passes_of(config, config.accumulation(ranks)),
+            micro_batches=traffic.passes_of(work, work.accumulation(ranks)),
             is_gpu=machine.is_gpu,
         )
 
@@ -142,7 +142,7 @@ class Step:
     def _kept(self) -> int:
         """Of what comes from a frozen embedding the first norm keeps nothing: it needs no gradient. A GPU has ids,
         positions and labels too."""
-        unread = self.config.train.checkpointing in ("none", "selective") and not self.trained.embeds
+        unread = self.work.checkpointing in ("none", "selective") and not self.trained.embeds
         sent = 3 * 8 * self.tokens if self.is_gpu else 0
         alike = int(self.activations.kept) - self._layers * self.blocks[-1].kept
         return alike + self._kept_from(self._first) + sent - (self.tokens * self.costs.norm if unread else 0)
@@ -160,20 +160,20 @@ class Step:
         return max(self._runs_in(blocks.costs) for blocks in self.blocks)
 
     def _runs_in(self, costs: Costs) -> Peak:
-        train, row = self.config.train, self.config.data.sequence_length
+        work, row = self.work, self.work.sequence_length
         # The outputs of slices that were run before this one.
         beside = 2 * self._boundary + (self.tokens - self.at_once) * costs.boundary
-        if train.checkpointing in ("none", "selective"):
+        if work.checkpointing in ("none", "selective"):
             beside += self.tokens * costs.masks(row)
-        tile = self.at_once if train.mlp_tile is None else min(train.mlp_tile * train.micro_batch, self.at_once)
+        tile = self.at_once if work.mlp_tile is None else min(work.mlp_tile * work.micro_batch, self.at_once)
         attention, mlp = costs.attention_half(self.at_once, row), costs.mlp_half(tile)
-        if train.checkpointing == "none":
+        if work.checkpointing == "none":
             return _weights([*attention, *mlp], self.at_once).plus(beside)
         of_mlp = max(_running(operation, tile) for operation in mlp)
         if costs.decoder.experts is not None:
             made = tile * sum(operation.keeps + operation.forward for operation in mlp[1:])
             of_mlp = Peak(made).plus(0, max(operation.dense for operation in mlp))
-        if train.checkpointing == "selective":
+        if work.checkpointing == "selective":
             of_attention = _weights(attention, self.at_once)
         else:
             of_attention = max(_running(operation, self.at_once) for operation in attention)
@@ -329,27 +329,26 @@ def _sent(unit: tuple[Stored, ...], shards: int) -> int:
     return 0 if shards == 1 else shards * _rows_of_masters(unit, shards)
 
 
-def costs_of(config: Config, model: PlannedModel, machine: Machine) -> Costs:
+def costs_of(work: Workload, model: PlannedModel, machine: Machine) -> Costs:
     """Of a block of this run. A GPU that is not in the table is taken for an H100."""
     gpu = machine.gpu
     device = Device(is_gpu=machine.is_gpu, has_liger=machine.has_liger)
     if gpu is not None:
         device = replace(device, processors=gpu.processors, groups_experts=gpu.capability[0] in (9, 10))
-    shards = config.shard_degree(machine.ranks)
-    return Costs.of(config, model.shapes, model.settings, device, shards=shards)
+    shards = work.shard_degree(machine.ranks)
+    return Costs.of(work, model.shapes, model.settings, device, shards=shards)
 
 
-def blocks_of(config: Config, model: PlannedModel, machine: Machine, *, at_once: int, tokens: int) -> list[Blocks]:
+def blocks_of(work: Workload, model: PlannedModel, machine: Machine, *, at_once: int, tokens: int) -> list[Blocks]:
     """Of a run that keeps so many tokens, of which it runs `at_once` together."""
-    train, row = config.train, config.data.sequence_length
-    mode, first = train.checkpointing, costs_of(config, model, machine)
+    row, mode, first = work.sequence_length, work.checkpointing, costs_of(work, model, machine)
     known: dict[int, Blocks] = {}
     found = []
-    for same, alike in itertools.groupby(ranks_of_blocks(config, model.shapes), key=id):
+    for same, alike in itertools.groupby(ranks_of_blocks(work, model.shapes), key=id):
         ranks = list(alike)
         if same not in known:
             costs = replace(first, ranks=ranks[0])
-            activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=train.mlp_tile, row=row)
+            activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=work.mlp_tile, row=row)
             stacked = tokens // at_once * costs.stacked(mode)
             kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row) + stacked)
             known[same] = Blocks(len(ranks), costs, activations, kept)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from distlora.architecture.shapes import ModelShapes
 from distlora.architecture.tokens import EMBEDDING
-from distlora.config import Config
 from distlora.planner import traffic
 from distlora.planner.memory.base import Base
 from distlora.planner.memory.optimizers import (
@@ -23,6 +22,7 @@ from distlora.planner.memory.optimizers import (
     absmaxes,
     is_in_8_bits,
 )
+from distlora.planner.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,19 +44,19 @@ class Trained:
     """One for each trial of a pack."""
 
     @classmethod
-    def of(cls, config: Config, shapes: ModelShapes, base: Base, shards: int) -> Trained:
+    def of(cls, work: Workload, shapes: ModelShapes, base: Base, shards: int) -> Trained:
         beside = 0
         adapters: Counter[int] = Counter()
-        for adapter in config.adapters if config.adapter.method != "full" else ():
+        for adapter in work.adapters if work.adapter.method != "full" else ():
             for each, count in shapes.alike(adapter):
                 for numel in each.numels:
                     adapters[numel] += count
-            if config.train.objective == "dpo" and not adapter.starts_as_base:
+            if work.objective == "dpo" and not adapter.starts_as_base:
                 beside += _numbers(adapters)
-        if config.adapter.use_dora:  # Of each adapted weight, whichever trials adapt it.
-            blocks = (block for adapter in config.adapters for block in shapes.adapters(adapter))
+        if work.adapter.use_dora:  # Of each adapted weight, whichever trials adapt it.
+            blocks = (block for adapter in work.adapters for block in shapes.adapters(adapter))
             beside += sum({each.path: each.magnitude for block in blocks for each in block}.values())
-        rows = traffic.trained_rows(config, shapes)
+        rows = traffic.trained_rows(work, shapes)
         adapters.update(len(ids) * shapes.hidden for ids in rows.values())
         of_base: Counter[int] = Counter()
         for tensor, count in base.counted():
@@ -69,7 +69,7 @@ class Trained:
             is_cut=shards > 1,
             embeds=embeds,
             beside=beside,
-            optimizers=len(config.adapters),
+            optimizers=len(work.adapters),
         )
 
     @property

@@ -15,7 +15,6 @@ from distlora.planner.choice.packing import Packing
 from distlora.planner.choice.reasons import Change
 from distlora.planner.choice.space import typed
 from distlora.planner.choice.suggest import Nearest
-from distlora.planner.multi_trial import one_of
 from distlora.planner.pages.words import (
     KINDS,
     MOMENTS,
@@ -136,7 +135,7 @@ def packed_trials(packed: Packing) -> str:
 
 def empty_rows(plan: Plan) -> str | None:
     """Of a step with fewer rows than its ranks compute, which run empty ones for the rest; None: there are none."""
-    config, ranks = one_of(plan.config), plan.machine.ranks
+    config, ranks = plan.config, plan.machine.ranks
     train = config.train
     computed = config.accumulation(ranks) * train.micro_batch * ranks
     if computed == train.global_batch:
@@ -178,7 +177,7 @@ def _model(plan: Plan) -> str:
 
 def _trained(plan: Plan) -> str:
     config, shapes = plan.config, plan.model.shapes
-    trained = sum(tensor.numel for tensor in trained_tensors(config, shapes))
+    trained = sum(tensor.numel for tensor in trained_tensors(plan.work, shapes))
     share = f"{count(trained)} ({trained / shapes.numel:.2%})"
     base = {"nf4": "in 4 bits (NF4)", "none": f"in {config.train.dtype}"}
     if config.adapter.method == "full":
@@ -306,7 +305,7 @@ def time_of(plan: Plan) -> str:
     """Tokens a second, seconds a step, what they go to; hours and cost where they are known."""
     found = plan.time
     if found is None:
-        missing = missing_rates(plan.config, plan.machine)
+        missing = missing_rates(plan.work, plan.machine)
         named = "" if plan.machine.gpu is not None else "gpu=NAME, or "
         return f"not known, as rates of this machine are not: set {named}{', '.join(missing)}"
     waits = ", ".join(f"{percent}% {WAITS[term]}" for term, percent in shares(found.by_term))
@@ -345,7 +344,7 @@ def _device(plan: Plan) -> str:
 
 def settings(plan: Plan) -> str:
     """Those that memory and time depend on, as the command line has them; of those that are rarely set, what is set."""
-    config = one_of(plan.config)
+    config = plan.config
     train, parallel = config.train, config.parallel
     values: dict[str, object] = {
         "quant.method": config.quant.method,

@@ -13,13 +13,13 @@ import math
 from dataclasses import dataclass, replace
 
 from distlora.architecture.shapes import ModelShapes
-from distlora.config import Config
 from distlora.config.deepspeed_file import offloads_base
 from distlora.planner import traffic
 from distlora.planner.machine import Machine
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.rates import Rates
 from distlora.planner.speed.seconds import Seconds, plus
+from distlora.planner.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,21 +80,21 @@ class Wiring:
     """What is summed when backward is over."""
 
 
-def wiring_of(config: Config, model: PlannedModel, machine: Machine) -> Wiring:
-    world, shapes, train = machine.ranks, model.shapes, config.train
-    micro_batches = config.accumulation(world)
-    passes = traffic.passes_of(config, micro_batches)
-    step = traffic.ours(config, shapes, world=world, accumulation=micro_batches)
-    shards, itemsize = step.shards, traffic.DTYPE_BYTES[train.dtype]
+def wiring_of(work: Workload, model: PlannedModel, machine: Machine) -> Wiring:
+    world, shapes = machine.ranks, model.shapes
+    micro_batches = work.accumulation(world)
+    passes = traffic.passes_of(work, micro_batches)
+    step = traffic.ours(work, shapes, world=world, accumulation=micro_batches)
+    shards, itemsize = step.shards, traffic.DTYPE_BYTES[work.dtype]
     rings = _Rings(world, shards, machine.ranks_per_machine)
-    block = traffic.block_bytes(shapes.block, shards, quantized=config.quant.is_nf4, itemsize=itemsize)
-    ends = step.gathered // passes - 2 * traffic.moved_blocks(config, shapes) * block if shards > 1 else 0
-    units = 3 if shapes.ties(config.adapter) else 4
-    offloads = machine.is_gpu and offloads_base(config.parallel, shards)
+    block = traffic.block_bytes(shapes.block, shards, quantized=work.quantized, itemsize=itemsize)
+    ends = step.gathered // passes - 2 * traffic.moved_blocks(work, shapes) * block if shards > 1 else 0
+    units = 3 if shapes.ties(work.adapter) else 4
+    offloads = machine.is_gpu and offloads_base(work.parallel, shards)
     boundary = 0
-    if train.checkpointing == "offload":
-        boundary = itemsize * shapes.hidden * config.tokens_at_once * config.slices(world)
-    sums, last = _sums(config, step, shapes, rings)
+    if work.checkpointing == "offload":
+        boundary = itemsize * shapes.hidden * work.tokens_at_once * work.slices(world)
+    sums, last = _sums(work, step, shapes, rings)
     return Wiring(
         gather=replace(rings.gather(block), host=block / shards if offloads else 0.0),
         ends=replace(rings.gather(ends, units), host=ends / shards if offloads else 0.0),
@@ -105,18 +105,18 @@ def wiring_of(config: Config, model: PlannedModel, machine: Machine) -> Wiring:
 
 
 def _sums(
-    config: Config, step: traffic.StepBytes, shapes: ModelShapes, rings: _Rings
+    work: Workload, step: traffic.StepBytes, shapes: ModelShapes, rings: _Rings
 ) -> tuple[tuple[Crossing, ...], tuple[Crossing, ...]]:
     """(beside backward, after it). Of adapters' buckets the last is after it, of each trial of a pack; of what is
     trained of the base itself, all but the blocks, whose gradients come last or are large."""
-    bucket, trials = int(config.parallel.bucket_mb * 2**20), len(config.adapters)
+    bucket, trials = int(work.parallel.bucket_mb * 2**20), len(work.adapters)
     last = min(step.reduced, bucket * trials)
     after = [rings.sum(last, trials)]
     beside = [rings.sum(step.reduced - last, -(-(step.reduced - last) // bucket))]
     if step.scattered:
         # Of adapter=full the blocks' gradients are scattered while backward goes on.
         layers, share = shapes.num_layers, 0.0
-        if config.adapter.method == "full":
+        if work.adapter.method == "full":
             share = layers * sum(weight.numel for weight in shapes.block) / shapes.numel
         scatter, rows = rings.gather(step.scattered, 3), rings.sum_of_copies(step.reduced_rows, 3)
         after += [scatter.scaled(1 - share), rows.scaled(1 - share)]

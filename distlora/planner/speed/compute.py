@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from distlora.architecture.shapes import attention_columns, expert_paths, sizes_of
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.config import Config
 from distlora.planner import traffic
 from distlora.planner.decoder_sizes import Decoder, ExpertSizes, windows_of
 from distlora.planner.kernels import attention_kind, pairs_computed, scores_again
@@ -27,6 +26,7 @@ from distlora.planner.speed.operations import (
     pairs,
     queries_by_window,
 )
+from distlora.planner.workload import Workload
 
 FlopsKind = Literal[
     "forward",  # of the blocks' linears, and of the experts that tokens choose
@@ -70,21 +70,21 @@ class StepFlops:
 
 
 def step_flops(
-    config: Config, model: PlannedModel, *, ranks: int, is_gpu: bool, document: int | None = None
+    work: Workload, model: PlannedModel, *, ranks: int, is_gpu: bool, document: int | None = None
 ) -> StepFlops:
     """Of a step with these settings on so many ranks. `document`: tokens of each packed document; None: one a row."""
-    rows = config.accumulation(ranks) * config.train.micro_batch
-    length = config.data.sequence_length
+    rows = work.accumulation(ranks) * work.micro_batch
+    length = work.sequence_length
     tokens, documents = rows * length, cut(length, document)
-    active, mlp = active_weights(config, model), weights_within(config, model, "mlp.")
+    active, mlp = active_weights(work, model), weights_within(work, model, "mlp.")
     seen = rows * sum(columns * pairs(part, window) for columns, window in active.queries for part in documents)
     family = model.shapes.family
     decoder = Decoder.of(model.settings, family)
-    kind = attention_kind(config, family, decoder, is_gpu=is_gpu)
+    kind = attention_kind(work, family, decoder, is_gpu=is_gpu)
     groups = decoder.heads // decoder.key_heads
     every = rows * sum(columns * pairs_computed(kind, documents, window, groups) for columns, window in active.queries)
-    reference = config.train.objective == "dpo"
-    again = _recomputed(config, active, mlp)
+    reference = work.objective == "dpo"
+    again = _recomputed(work, active, mlp)
     of_forward, of_backward = scores_again(kind)
     forwards = 1 + again.attention + (1 if reference else 0)
     of_pairs = PAIR_FORWARD * forwards + PAIR_BACKWARD
@@ -118,12 +118,12 @@ class _Recomputed:
     """1 where attention is, else 0."""
 
 
-def _recomputed(config: Config, active: ActiveWeights, mlp: tuple[int, int]) -> _Recomputed:
-    """By train.checkpointing: `selective` runs the MLP half again (mlp.py), `block` and `offload` all of a block, to
+def _recomputed(work: Workload, active: ActiveWeights, mlp: tuple[int, int]) -> _Recomputed:
+    """By work.checkpointing: `selective` runs the MLP half again (mlp.py), `block` and `offload` all of a block, to
     its last linear, whose product is made before torch sees that all is there (blocks.py). Tiles of an MLP change
     nothing of it: a block's recomputation ends where they begin. A trained head makes its logits again (head.py)."""
     head = active.head if active.head_is_trained else 0
-    mode = config.train.checkpointing
+    mode = work.checkpointing
     if mode == "none":
         return _Recomputed(head, 0)
     if mode == "selective":
@@ -131,12 +131,12 @@ def _recomputed(config: Config, active: ActiveWeights, mlp: tuple[int, int]) -> 
     return _Recomputed(head + active.linears + active.adapters, 1)
 
 
-def active_weights(config: Config, model: PlannedModel) -> ActiveWeights:
+def active_weights(work: Workload, model: PlannedModel) -> ActiveWeights:
     """What a token goes through, from shapes and settings. Equals flops.active_weights of the model itself."""
-    shapes, adapter = model.shapes, config.adapter
+    shapes, adapter = model.shapes, work.adapter
     full = adapter.method == "full"
-    linears, adapters = weights_within(config, model, "")
-    rows_of = traffic.trained_rows(config, shapes)
+    linears, adapters = weights_within(work, model, "")
+    rows_of = traffic.trained_rows(work, shapes)
     columns, _ = attention_columns(sizes_of(model.settings, shapes.family))
     return ActiveWeights(
         linears=linears,
@@ -149,7 +149,7 @@ def active_weights(config: Config, model: PlannedModel) -> ActiveWeights:
     )
 
 
-def weights_within(config: Config, model: PlannedModel, part: str) -> tuple[int, int]:
+def weights_within(work: Workload, model: PlannedModel, part: str) -> tuple[int, int]:
     """(weights, R (I + O) of adapters) that a token goes through in the linears of all blocks whose path in a block
     begins with `part`; of experts, in those that it chooses."""
     shapes = model.shapes
@@ -161,16 +161,16 @@ def weights_within(config: Config, model: PlannedModel, part: str) -> tuple[int,
 
     linears = [weight for weight in shapes.block if weight.packs and weight.path.startswith(part)]
     weights = shapes.num_layers * sum(chosen(weight.numel, weight.path) for weight in linears)
-    if config.adapter.method == "full":
+    if work.adapter.method == "full":
         return weights, 0
     adapters = sum(
         blocks * chosen(each.down[0], each.place) * (each.down[1] + each.up[0])
-        for adapter in config.adapters
+        for adapter in work.adapters
         for each, blocks in shapes.alike(adapter)
         if each.place.startswith(part)
     )
     # Of a pack's tokens each goes through its own trial's, as many through one as through another.
-    return weights, adapters // len(config.adapters)
+    return weights, adapters // len(work.adapters)
 
 
 def cut(length: int, document: int | None) -> list[int]:

@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distlora.config import Config
 from distlora.planner.machine import Machine
 from distlora.planner.storage.host import keeps_on_host
+from distlora.planner.workload import Workload
 
 _MATRICES = {(8, 0): 0.87, (9, 0): 0.80, (10, 0): 0.78}
 _MATRICES_ELSEWHERE = 0.80
@@ -91,45 +91,48 @@ def half_as_fast(rates: Rates, lever: str) -> Rates:
     return dataclasses.replace(rates, **known)
 
 
-def missing_rates(config: Config, machine: Machine) -> tuple[str, ...]:
+def missing_rates(work: Workload, machine: Machine) -> tuple[str, ...]:
     """The settings that would have to say what is not known of a machine and a step's time depends on: its rates, those
     of links that are crossed. In fp32 a GPU's tables say no rate that products keep to."""
-    in_fp32 = machine.is_gpu and config.train.dtype == "fp32" and config.gpu.tflops is None
+    in_fp32 = machine.is_gpu and work.dtype == "fp32" and "tflops" not in machine.measured
     needed = {
         "tflops": (True, None if in_fp32 else machine.flops),
         "memory_gb_per_second": (True, machine.bandwidth),
         "link_gb_per_second": (machine.ranks_per_machine > 1, machine.link),
         "network_gb_per_second": (machine.ranks > machine.ranks_per_machine, machine.network),
-        "host_gb_per_second": (keeps_on_host(config, machine.ranks), machine.host_link),
+        "host_gb_per_second": (
+            keeps_on_host(work.parallel, work.checkpointing, work.shard_degree(machine.ranks)),
+            machine.host_link,
+        ),
     }
     return tuple(f"gpu.{name}" for name, (is_needed, rate) in needed.items() if is_needed and rate is None)
 
 
-def rates_of(config: Config, machine: Machine) -> Rates | None:
+def rates_of(work: Workload, machine: Machine) -> Rates | None:
     """None where something is not known that a step's time depends on (`missing_rates`).
 
     What the user gives in `gpu.*` is taken for what was measured: it is reached.
     """
     peak, bandwidth = machine.flops, machine.bandwidth
-    if missing_rates(config, machine) or peak is None or bandwidth is None:
+    if missing_rates(work, machine) or peak is None or bandwidth is None:
         return None
     link = machine.link if machine.ranks_per_machine > 1 else None
     network = machine.network if machine.ranks > machine.ranks_per_machine else None
-    given = config.gpu
-    matrices = 1.0 if given.tflops is not None else _MATRICES.get(machine.capability, _MATRICES_ELSEWHERE)
+    given = machine.measured
+    matrices = 1.0 if "tflops" in given else _MATRICES.get(machine.capability, _MATRICES_ELSEWHERE)
     attention = _ATTENTION.get(machine.capability, _ATTENTION_ELSEWHERE) if machine.is_gpu else 1.0
-    memory = 1.0 if given.memory_gb_per_second is not None else _MEMORY
+    memory = 1.0 if "memory_gb_per_second" in given else _MEMORY
     own = {
-        "link": 1.0 if given.link_gb_per_second is not None else _LINK,
-        "host_link": 1.0 if given.host_gb_per_second is not None else _LINK,
-        "network": 1.0 if given.network_gb_per_second is not None else _LINK,
+        "link": 1.0 if "link_gb_per_second" in given else _LINK,
+        "host_link": 1.0 if "host_gb_per_second" in given else _LINK,
+        "network": 1.0 if "network_gb_per_second" in given else _LINK,
     }
     inside = "nvlink" if machine.has_nvlink else "pcie"
     said = [
         f"products of matrices run at {matrices:.0%} of {peak / 1e12:,.4g} TFLOP/s: "
-        + ("as gpu.tflops says" if given.tflops is not None else _MATRICES_SOURCE),
+        + ("as gpu.tflops says" if "tflops" in given else _MATRICES_SOURCE),
         f"memory delivers {memory:.0%} of {bandwidth / 1e9:,.4g} GB/s: "
-        + ("as gpu.memory_gb_per_second says" if given.memory_gb_per_second is not None else _MEMORY_SOURCE),
+        + ("as gpu.memory_gb_per_second says" if "memory_gb_per_second" in given else _MEMORY_SOURCE),
     ]
     if machine.is_gpu:
         said.append(f"attention runs at {attention:.0%} of the GPU's rate: {_ATTENTION_SOURCE}")

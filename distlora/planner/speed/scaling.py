@@ -24,6 +24,7 @@ from distlora.planner.speed.rates import (
 )
 from distlora.planner.speed.seconds import Term
 from distlora.planner.speed.timing import step_time
+from distlora.planner.workload import Workload
 
 Layout = Literal["one copy", "a copy a machine"]
 """How the base is cut: over all ranks, or over those of each machine (parallel=hsdp)."""
@@ -122,10 +123,34 @@ def scaling(
     rows = config.accumulation(machine.ranks) * config.train.micro_batch if kind == "weak" else None
     found: list[ScalingRow] = []
     for fabric in fabrics or (None,):
-        own, joined = (config, machine) if fabric is None else _joined(config, machine, fabric)
-        runs = [run for layout in layouts for run in _runs(own, joined, numbers, per_machine, layout, rows)]
+        joined = machine if fabric is None else _joined(machine, fabric)
+        runs: list[tuple[Layout, Workload, Machine]] = []
+        for layout in layouts:
+            for number in sorted(set(numbers)):
+                here = min(number, per_machine)
+                if layout == "a copy a machine" and number <= here:
+                    continue
+                train = config.train
+                if rows is not None:
+                    train = dataclasses.replace(train, global_batch=rows * number)
+                # The machine has the number of GPUs; the config checks that they can share a copy.
+                run = dataclasses.replace(
+                    config,
+                    parallel=_parallel(config.parallel, number, None if layout == "one copy" else here),
+                    train=train,
+                    cluster=ClusterConfig(gpus_per_node=number),
+                )
+                there = dataclasses.replace(joined, ranks=number, ranks_per_machine=here)
+                runs.append((layout, Workload.of(run), there))
         found += _rows(runs, model, OWN if fabric is None else fabric.name)
     return found
+
+
+def _parallel(parallel: ParallelConfig, ranks: int, shard_degree: int | None) -> ParallelConfig:
+    """Return the parallel settings of a run on so many ranks. One process gathers and offloads nothing of its base."""
+    if ranks == 1:
+        return ParallelConfig(bucket_mb=parallel.bucket_mb)
+    return dataclasses.replace(parallel, shard_degree=shard_degree)
 
 
 def numbers_of(per_machine: int) -> tuple[int, ...]:
@@ -135,60 +160,39 @@ def numbers_of(per_machine: int) -> tuple[int, ...]:
     return (*within, *machines)
 
 
-def _joined(config: Config, machine: Machine, fabric: Fabric) -> tuple[Config, Machine]:
-    """The run over this fabric, of whose links the user's figures, which are of others, say nothing."""
-    gpu = dataclasses.replace(config.gpu, link_gb_per_second=None, network_gb_per_second=None)
-    return dataclasses.replace(config, gpu=gpu), dataclasses.replace(
-        machine, link=fabric.inside, network=fabric.network, has_nvlink=fabric.has_nvlink
+def _joined(machine: Machine, fabric: Fabric) -> Machine:
+    """Return the machine with the links of a fabric, of which the user's measured rates say nothing."""
+    return dataclasses.replace(
+        machine,
+        link=fabric.inside,
+        network=fabric.network,
+        has_nvlink=fabric.has_nvlink,
+        measured=machine.measured - {"link_gb_per_second", "network_gb_per_second"},
     )
 
 
-def _runs(
-    config: Config, machine: Machine, numbers: Sequence[int], per_machine: int, layout: Layout, rows: int | None
-) -> Iterator[tuple[Layout, Config, Machine]]:
-    """The run on each number of GPUs; `rows`: of each rank, None for those of the whole step as they are."""
-    for number in sorted(set(numbers)):
-        here = min(number, per_machine)
-        if layout == "a copy a machine" and number <= here:
-            continue
-        parallel = dataclasses.replace(config.parallel, shard_degree=None if layout == "one copy" else here)
-        if number == 1:
-            # One process gathers nothing, and offloads nothing of its base.
-            parallel = ParallelConfig(bucket_mb=parallel.bucket_mb)
-        train = config.train
-        if rows is not None:
-            train = dataclasses.replace(train, global_batch=rows * number)
-        # How many there are is the machine's; a config is asked whether they can share a copy.
-        cluster = ClusterConfig(gpus_per_node=number)
-        yield (
-            layout,
-            dataclasses.replace(config, parallel=parallel, train=train, cluster=cluster),
-            dataclasses.replace(machine, ranks=number, ranks_per_machine=here),
-        )
-
-
-def _rows(runs: Iterable[tuple[Layout, Config, Machine]], model: PlannedModel, fabric: str) -> Iterator[ScalingRow]:
+def _rows(runs: Iterable[tuple[Layout, Workload, Machine]], model: PlannedModel, fabric: str) -> Iterator[ScalingRow]:
     fewest: float | None = None
-    for layout, config, machine in runs:
-        time = step_time(config, model, machine)
+    for layout, work, machine in runs:
+        time = step_time(work, model, machine)
         if time is None:
             named = "" if machine.gpu is not None else "gpu=NAME (gpu=h100), or "
             raise UserError(
                 f"how {machine.name} scales is not known, as rates of it and its links are not; set {named}"
-                + ", ".join(missing_rates(config, machine))
+                + ", ".join(missing_rates(work, machine))
             )
         fewest = fewest or time.tokens_per_second_of_a_rank
-        usable, rates = machine.usable_bytes, rates_of(config, machine)
+        usable, rates = machine.usable_bytes, rates_of(work, machine)
         assert rates is not None
-        slower = {lever: step_time(config, model, machine, rates=half_as_fast(rates, lever)) for lever in LEVERS}
+        slower = {lever: step_time(work, model, machine, rates=half_as_fast(rates, lever)) for lever in LEVERS}
         yield ScalingRow(
             ranks=machine.ranks,
             machines=machine.ranks // machine.ranks_per_machine,
             layout=layout,
             fabric=fabric,
-            rows=config.train.global_batch,
-            accumulation=config.accumulation(machine.ranks),
-            fits=None if usable is None else device_bytes(config, model, machine).total <= usable,
+            rows=work.global_batch,
+            accumulation=work.accumulation(machine.ranks),
+            fits=None if usable is None else device_bytes(work, model, machine).total <= usable,
             seconds=time.seconds,
             tokens_per_second=time.tokens_per_second,
             mfu=time.mfu,

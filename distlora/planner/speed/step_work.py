@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.shapes import Weight
-from distlora.config import Config
 from distlora.planner import traffic
 from distlora.planner.adapted import ranks_of_blocks
 from distlora.planner.decoder_sizes import (
@@ -35,6 +34,7 @@ from distlora.planner.speed.work import (
     MovedKind,
     Work,
 )
+from distlora.planner.workload import Workload
 from distlora_kernels.fused_threshold import max_fused_rows
 
 
@@ -84,13 +84,13 @@ class StepWork:
         return sum(work.flops * times for work, times in self)
 
 
-def step_work(config: Config, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepWork:
+def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepWork:
     """Of a step with these settings. `document`: tokens of each packed document; None: one a row."""
-    train, ranks, shards = config.train, machine.ranks, config.shard_degree(machine.ranks)
-    micro_batches = config.accumulation(ranks)
-    passes = traffic.passes_of(config, micro_batches)
-    how = how_of(config, model, machine)
-    active, decoder = active_weights(config, model), Decoder.of(model.settings, model.shapes.family)
+    ranks, shards = machine.ranks, work.shard_degree(machine.ranks)
+    micro_batches = work.accumulation(ranks)
+    passes = traffic.passes_of(work, micro_batches)
+    how = how_of(work, model, machine)
+    active, decoder = active_weights(work, model), Decoder.of(model.settings, model.shapes.family)
     gathers = _gathers(model, how, shards)
     head = HeadSizes(
         vocabulary=model.shapes.vocabulary,
@@ -101,21 +101,21 @@ def step_work(config: Config, model: PlannedModel, machine: Machine, *, document
         gemma=decoder.norms_in_fp32,
     )
     # A pass of all micro-batches joins a block's slices, and its gradients.
-    at_once = config.tokens_at_once * config.slices(ranks)
+    at_once = work.tokens_at_once * work.slices(ranks)
     return StepWork(
-        blocks=_blocks(config, model, machine, decoder, how, document),
+        blocks=_blocks(work, model, machine, decoder, how, document),
         micro_batches=micro_batches,
         passes=passes,
-        head=tuple(head_work(head, how, m=at_once, reference=train.objective == "dpo")),
+        head=tuple(head_work(head, how, m=at_once, reference=work.objective == "dpo")),
         gathers=gathers,
-        moved_blocks=traffic.moved_blocks(config, model.shapes) if gathers else 0,
+        moved_blocks=traffic.moved_blocks(work, model.shapes) if gathers else 0,
         update=tuple(
             update_work(
-                trained_numbers(config, model, ranks),
-                config.optim.name,
-                clips=config.optim.max_grad_norm > 0,
+                trained_numbers(work, model, ranks),
+                work.optimizer,
+                clips=work.max_grad_norm > 0,
                 backwards=passes,
-                trials=len(config.adapters),
+                trials=len(work.adapters),
             )
         ),
     )
@@ -131,40 +131,40 @@ def _gathers(model: PlannedModel, how: How, shards: int) -> tuple[Work, ...]:
     return (Work("gathered", nbytes),) if nbytes else ()
 
 
-def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
+def how_of(work: Workload, model: PlannedModel, machine: Machine) -> How:
     family = model.shapes.family
-    fused = fuses(config, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
-    decodes = machine.is_gpu and config.train.dtype == "bf16"
+    fused = fuses(work, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
+    decodes = machine.is_gpu and work.dtype == "bf16"
     return How(
-        itemsize=traffic.DTYPE_BYTES[config.train.dtype],
-        quantized=config.quant.is_nf4,
+        itemsize=traffic.DTYPE_BYTES[work.dtype],
+        quantized=work.quantized,
         few_rows=max_fused_rows(machine.capability) if decodes else 0,
-        keeps_dequantized=config.train.keep_dequantized,
-        trains_base=config.adapter.method == "full",
+        keeps_dequantized=work.keep_dequantized,
+        trains_base=work.adapter.method == "full",
         fused_norms=fused,
-        fused=fused and not config.adapter.use_dora,
+        fused=fused and not work.adapter.use_dora,
         is_gpu=machine.is_gpu,
-        attention=attention_kind(config, family, Decoder.of(model.settings, family), is_gpu=machine.is_gpu),
+        attention=attention_kind(work, family, Decoder.of(model.settings, family), is_gpu=machine.is_gpu),
     )
 
 
-def trained_numbers(config: Config, model: PlannedModel, ranks: int) -> int:
+def trained_numbers(work: Workload, model: PlannedModel, ranks: int) -> int:
     """That a rank updates: adapters and rows of tokens whole, its share of what is cut over the ranks."""
-    shapes, shards = model.shapes, config.shard_degree(ranks)
-    if config.adapter.method == "full":
+    shapes, shards = model.shapes, work.shard_degree(ranks)
+    if work.adapter.method == "full":
         return -(-shapes.numel // shards)
-    adapters = sum(map(shapes.adapted_numel, config.adapters))
-    rows = shapes.hidden * traffic.token_rows(config, shapes)
-    return adapters + rows + len(config.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
+    adapters = sum(map(shapes.adapted_numel, work.adapters))
+    rows = shapes.hidden * traffic.token_rows(work, shapes)
+    return adapters + rows + len(work.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
 
 
 def _blocks(
-    config: Config, model: PlannedModel, machine: Machine, decoder: Decoder, how: How, document: int | None
+    work: Workload, model: PlannedModel, machine: Machine, decoder: Decoder, how: How, document: int | None
 ) -> tuple[BlockWork, ...]:
-    train, length, shapes = config.train, config.data.sequence_length, model.shapes
-    rows, tile = train.micro_batch, train.mlp_tile or length
+    length, shapes = work.sequence_length, model.shapes
+    rows, tile = work.micro_batch, work.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
-    adapters, windows = ranks_of_blocks(config, shapes), windows_of(model.settings, shapes.family)
+    adapters, windows = ranks_of_blocks(work, shapes), windows_of(model.settings, shapes.family)
     found: dict[tuple[int, int | None], BlockWork] = {}
     blocks = []
     for ranks, window in zip(adapters, windows, strict=True):
@@ -172,19 +172,19 @@ def _blocks(
         if key not in found:
             seen = pairs_computed(how.attention, cut(length, document), window, decoder.heads // decoder.key_heads)
             found[key] = block_work(
-                block_sizes(config, decoder, shapes.block, ranks),
+                block_sizes(work, decoder, shapes.block, ranks),
                 how,
                 m=rows * length,
                 pairs=rows * seen,
-                checkpointing=train.checkpointing,
+                checkpointing=work.checkpointing,
                 tiles=tiles,
-                reference=train.objective == "dpo",
+                reference=work.objective == "dpo",
             )
         blocks.append(found[key])
     return tuple(blocks)
 
 
-def block_sizes(config: Config, decoder: Decoder, block: Sequence[Weight], ranks: AdaptedRanks) -> BlockSizes:
+def block_sizes(work: Workload, decoder: Decoder, block: Sequence[Weight], ranks: AdaptedRanks) -> BlockSizes:
     experts = decoder.experts
 
     def linear(name: str, weight: Weight) -> Linear:
@@ -196,8 +196,8 @@ def block_sizes(config: Config, decoder: Decoder, block: Sequence[Weight], ranks
             out,
             features,
             ranks.largest(name),
-            is_dora=config.adapter.use_dora,
-            trials=len(config.adapters),
+            is_dora=work.adapter.use_dora,
+            trials=len(work.adapters),
             stacked=ranks.rank(name),
         )
 

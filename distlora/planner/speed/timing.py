@@ -11,13 +11,11 @@ step.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from distlora.config import Config
 from distlora.planner.machine import Machine
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.collectives import Wiring, seconds_of, wiring_of
@@ -34,6 +32,7 @@ from distlora.planner.speed.seconds import (
 )
 from distlora.planner.speed.step_work import StepWork, step_work
 from distlora.planner.speed.work import MovedKind, Work
+from distlora.planner.workload import Workload
 
 Part = Literal["forward", "backward", "head", "first gathers", "last sum", "update"]
 
@@ -117,36 +116,32 @@ class StepTime:
 
 
 def step_time(
-    config: Config, model: PlannedModel, machine: Machine, *, document: int | None = None, rates: Rates | None = None
+    work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None, rates: Rates | None = None
 ) -> StepTime | None:
     """Of a step with these settings; None where the machine's rates are not known (`rates_of`). `document`: tokens of
     each packed document; None: one a row. `rates`: others than the machine's."""
-    rates = rates or rates_of(config, machine)
+    rates = rates or rates_of(work, machine)
     if rates is None:
         return None
-    work = step_work(config, model, machine, document=document)
-    wires = wiring_of(config, model, machine)
-    parts = _parts(work, wires, rates, prefetch=config.parallel.prefetch)
+    done = step_work(work, model, machine, document=document)
+    wires = wiring_of(work, model, machine)
+    parts = _parts(done, wires, rates, prefetch=work.parallel.prefetch)
     by_term = plus(*parts.values())
-    flops = step_flops(config, model, ranks=machine.ranks, is_gpu=machine.is_gpu, document=document)
+    flops = step_flops(work, model, ranks=machine.ranks, is_gpu=machine.is_gpu, document=document)
     seconds = total(by_term)
-    train, length = config.train, config.data.sequence_length
     # Rows that are missing are run as empty ones, and count for nothing.
-    rows = train.global_batch / (machine.ranks * config.accumulation(machine.ranks) * train.micro_batch)
-    tokens = train.global_batch * length
-    steps = train.max_steps
-    if steps is None and config.plan.tokens is not None:
-        steps = math.ceil(config.plan.tokens / tokens)
+    rows = work.global_batch / (machine.ranks * work.accumulation(machine.ranks) * work.micro_batch)
+    tokens = work.global_batch * work.sequence_length
     return StepTime(
         by_term=by_term,
         by_part={name: total(part) for name, part in parts.items()},
-        moved=work.moved,
+        moved=done.moved,
         tokens=tokens,
         ranks=machine.ranks,
         mfu=flops.counted * rows / seconds / rates.peak,
-        steps=steps,
+        steps=work.steps,
         price_per_hour=machine.price_per_hour,
-        assumptions=(*rates.said, *_said(config, machine, document)),
+        assumptions=(*rates.said, *_said(work, machine, document)),
     )
 
 
@@ -224,20 +219,20 @@ def _seconds(launches: Iterable[Work], rates: Rates) -> Seconds:
     return found
 
 
-def _said(config: Config, machine: Machine, document: int | None) -> list[str]:
+def _said(work: Workload, machine: Machine, document: int | None) -> list[str]:
     """What is assumed of the run, beside the rates."""
-    length = config.data.sequence_length
+    length = work.sequence_length
     documents = f"each row is one document of {length:,} tokens"
     if document is not None and document < length:
         documents = f"rows of {length:,} tokens hold documents of {document:,}"
     said = [documents]
-    if machine.is_gpu and config.train.liger and machine.has_liger:
+    if machine.is_gpu and work.liger and machine.has_liger:
         said.append("liger-kernel is installed, where the run can use it")
-    if machine.is_gpu and config.train.deterministic_attention:
+    if machine.is_gpu and work.deterministic_attention:
         said.append("attention's gradients in a fixed order take no longer than in any")
-    if config.parallel.resident_blocks == "auto" and machine.ranks > 1:
+    if work.parallel.resident_blocks == "auto" and machine.ranks > 1:
         said.append("no block stays gathered: how many will is found out in the first step")
-    if config.adapter.use_dora and not machine.is_gpu:
+    if work.adapter.use_dora and not machine.is_gpu:
         said.append("DoRA's magnitudes are folded into packed weights, as on a GPU")
     said.append("neither loading nor evaluations, samples or saves are counted, and the host keeps ahead of the device")
     return said

@@ -14,12 +14,11 @@ from distlora.architecture.expert_targets import peft_paths
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, header_bytes, lay_out
 from distlora.architecture.shapes import ModelShapes, expert_paths
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.config import Config
 from distlora.planner import traffic
 from distlora.planner.machine import Machine
 from distlora.planner.memory.optimizers import absmaxes, is_in_8_bits
 from distlora.planner.model import PlannedModel
-from distlora.planner.multi_trial import each_alone
+from distlora.planner.workload import Workload
 from distlora.weights.quantized_cache_format import (
     GROUP_BYTES,
     Extent,
@@ -87,21 +86,18 @@ class DiskBytes:
         return values | {"checkpoints": self.checkpoints, "results": self.results, "run": self.run}
 
 
-def disk_bytes(config: Config, model: PlannedModel, machine: Machine) -> DiskBytes:
+def disk_bytes(work: Workload, model: PlannedModel, machine: Machine) -> DiskBytes:
     """Of a training run with these settings."""
-    train, data = config.train, config.data
-    evaluates = data.eval_fraction > 0 or data.held_out_source is not None
-    trained = [list(trained_tensors(trial, model.shapes)) for trial in each_alone(config)]
-    keeps_best = evaluates and train.eval_every is not None
+    trained = [list(trained_tensors(trial, model.shapes)) for trial in work.alone()]
     return DiskBytes(
         base=base_bytes(model),
-        cache=cache_bytes(config, model, machine),
+        cache=cache_bytes(work, model, machine),
         checkpoint=sum(
-            file_bytes(own) + file_bytes(list(optimizer_tensors(config, own))) + JSON_BYTES for own in trained
+            file_bytes(own) + file_bytes(list(optimizer_tensors(work, own))) + JSON_BYTES for own in trained
         ),
-        checkpoints_kept=train.keep + (1 if keeps_best else 0) + 1,
-        result=sum(_result_bytes(config, model, own) for own in trained),
-        results_kept=2 if keeps_best else 1,
+        checkpoints_kept=work.checkpoints_kept,
+        result=sum(_result_bytes(work, model, own) for own in trained),
+        results_kept=work.results_kept,
     )
 
 
@@ -110,12 +106,12 @@ def base_bytes(model: PlannedModel) -> int:
     return 2 * model.shapes.numel if model.stored_bytes is None else model.stored_bytes
 
 
-def trained_tensors(config: Config, shapes: ModelShapes) -> Iterator[Tensor]:
+def trained_tensors(work: Workload, shapes: ModelShapes) -> Iterator[Tensor]:
     """What is trained, as fp32 masters, by PEFT's names (distlora/loading/peft_format.py); with adapter=full by
     transformers'. Of a pack that of all its trials."""
     decoder, matrix = shapes.family.decoder, (shapes.vocabulary, shapes.hidden)
     matrices = {EMBEDDING: f"{decoder}.{EMBEDDING}", HEAD: HEAD}
-    if config.adapter.method == "full":
+    if work.adapter.method == "full":
         for name, path in matrices.items():
             if name == EMBEDDING or not shapes.tied:
                 yield Tensor(f"{path}.weight", matrix)
@@ -124,7 +120,7 @@ def trained_tensors(config: Config, shapes: ModelShapes) -> Iterator[Tensor]:
             yield from (Tensor(f"{decoder}.layers.{layer}.{w.path}", w.shape) for w in shapes.block)
         return
     prefix, fused = "base_model.model.", expert_paths(shapes.family)
-    blocks = (block for adapter in config.adapters for block in shapes.adapters(adapter))
+    blocks = (block for adapter in work.adapters for block in shapes.adapters(adapter))
     adapters = [each for block in blocks for each in block]
     of_experts = [each.path for each in adapters if each.path.endswith(fused)] if fused else []
     places = peft_paths(of_experts)
@@ -134,17 +130,17 @@ def trained_tensors(config: Config, shapes: ModelShapes) -> Iterator[Tensor]:
         yield Tensor(f"{path}.lora_B.weight", each.up)
         if each.magnitude:
             yield Tensor(f"{path}.lora_magnitude_vector", (each.magnitude,))
-    for name, ids in traffic.trained_rows(config, shapes).items():
+    for name, ids in traffic.trained_rows(work, shapes).items():
         path = prefix + matrices[name]
         yield Tensor(f"{path}.token_adapter.trainable_tokens_delta", (len(ids), shapes.hidden))
-    for name in config.adapter.modules_to_save:
+    for name in work.adapter.modules_to_save:
         yield Tensor(f"{prefix}{matrices[name]}.weight", matrix)
 
 
-def optimizer_tensors(config: Config, trained: Iterable[Tensor]) -> Iterator[Tensor]:
+def optimizer_tensors(work: Workload, trained: Iterable[Tensor]) -> Iterator[Tensor]:
     """The optimizer's state (distlora/training/optimizers.py), by the names of ours that a checkpoint has
     (`exp_avg/decoder...`)."""
-    pages_or_8bit = config.optim.name != "adamw"
+    pages_or_8bit = work.optimizer != "adamw"
     for tensor in trained:
         name = _parameter_name(tensor.name)
         if not pages_or_8bit:
@@ -153,7 +149,7 @@ def optimizer_tensors(config: Config, trained: Iterable[Tensor]) -> Iterator[Ten
             yield Tensor(f"exp_avg_sq/{name}", tensor.shape)
             continue
         yield Tensor(f"step/{name}", (), "I64")
-        small = not is_in_8_bits(config.optim.name, tensor.numel)
+        small = not is_in_8_bits(work.optimizer, tensor.numel)
         for number in (1, 2):
             yield Tensor(f"state{number}/{name}", tensor.shape, "F32" if small else "U8")
             if not small:
@@ -179,10 +175,10 @@ def file_bytes(tensors: Sequence[Tensor]) -> int:
     return len(header_bytes(table, {"format": "pt"})) + sum(tensor.nbytes for tensor in tensors)
 
 
-def _result_bytes(config: Config, model: PlannedModel, trained: Sequence[Tensor]) -> int:
-    if config.adapter.method == "full":  # In the base's own dtype.
+def _result_bytes(work: Workload, model: PlannedModel, trained: Sequence[Tensor]) -> int:
+    if work.adapter.method == "full":  # In the base's own dtype.
         return base_bytes(model) if model.stored_bytes is not None else 2 * sum(each.numel for each in trained)
-    if config.adapter.pissa:  # A plain LoRA of rank 2r (distlora/loading/plain_adapter.py).
+    if work.adapter.pissa:  # A plain LoRA of rank 2r (distlora/loading/plain_adapter.py).
         trained = [_doubled(each) for each in trained]
     return file_bytes(trained) + CONFIG_BYTES
 
@@ -195,14 +191,14 @@ def _doubled(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def cache_bytes(config: Config, model: PlannedModel, machine: Machine) -> int:
+def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
     """Of the quantized shards that a start keeps: every group once, and the header of a piece for each block and rank
     of a copy. Nothing of a checkpoint that is quantized already."""
-    if not config.quant.keeps_shards or _is_packed(model.settings):
+    if not work.keeps_shards or _is_packed(model.settings):
         return 0
     shapes = model.shapes
     packs = {weight.path: -(-weight.numel // traffic.GROUP_WEIGHTS) for weight in shapes.block if weight.packs}
-    shards = config.shard_degree(machine.ranks)
+    shards = work.shard_degree(machine.ranks)
     headers = sum(_header_bytes(shapes, packs, index, shards) for index in {0, shards - 1}) / len({0, shards - 1})
     pieces = sum(any(cut(groups, index, shards) for groups in packs.values()) for index in range(shards))
     return shapes.num_layers * (GROUP_BYTES * sum(packs.values()) + round(pieces * headers))

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from distlora.architecture.shapes import Asked
-from distlora.config import AdapterConfig, Config
+from distlora.config import AdapterConfig, ParallelConfig
 from distlora.config.base import PLAIN
 from distlora.config.deepspeed_file import offloads_base
 from distlora.planner import traffic
@@ -20,6 +20,7 @@ from distlora.planner.memory.device import DeviceBytes, decomposition_bytes
 from distlora.planner.memory.trained import Trained
 from distlora.planner.model import PlannedModel
 from distlora.planner.storage.disk import optimizer_tensors, trained_tensors
+from distlora.planner.workload import Workload
 from distlora.system import host_memory
 
 PROCESS_BYTES = 390_000_000
@@ -92,25 +93,25 @@ class HostBytes:
         return values | totals
 
 
-def keeps_on_host(config: Config, ranks: int) -> bool:
-    """Whether something waits in host memory that would be on a GPU."""
-    return offloads_base(config.parallel, config.shard_degree(ranks)) or config.train.checkpointing == "offload"
+def keeps_on_host(parallel: ParallelConfig, checkpointing: str, shards: int) -> bool:
+    """Return True if the base or activations are offloaded to host memory, with the base sharded over `shards`."""
+    return offloads_base(parallel, shards) or checkpointing == "offload"
 
 
-def host_bytes(config: Config, model: PlannedModel, machine: Machine, device: DeviceBytes) -> HostBytes:
+def host_bytes(work: Workload, model: PlannedModel, machine: Machine, device: DeviceBytes) -> HostBytes:
     """Of a training run with these settings, of which a rank takes `device` on its device."""
-    shards = config.shard_degree(machine.ranks)
-    copies, of_others = _copies(Saved.of(config, model, shards))
-    base = planned_base(config, model)
-    trained = Trained.of(config, model.shapes, base, shards)
+    shards = work.shard_degree(machine.ranks)
+    copies, of_others = _copies(Saved.of(work, model, shards))
+    base = planned_base(work, model)
+    trained = Trained.of(work, model.shapes, base, shards)
     return HostBytes(
         process=PROCESS_BYTES,
-        base=_base(base, shards) if machine.is_gpu and offloads_base(config.parallel, shards) else 0,
-        inputs=_inputs(config, model, machine) if config.train.checkpointing == "offload" else 0,
-        moments=_paged(config, trained, machine),
+        base=_base(base, shards) if machine.is_gpu and offloads_base(work.parallel, shards) else 0,
+        inputs=_inputs(work, model, machine) if work.checkpointing == "offload" else 0,
+        moments=_paged(work, trained, machine),
         copies=copies,
         copies_of_others=of_others,
-        loading=_loading(config, model, shards, on_host=not machine.is_gpu),
+        loading=_loading(work, model, shards, on_host=not machine.is_gpu),
         device_held=0 if machine.is_gpu else device.persistent,
         device_most=0 if machine.is_gpu else device.total,
         launcher=LAUNCHER_BYTES,
@@ -124,17 +125,17 @@ def _base(base: Base, shards: int) -> int:
     return host_memory.bytes_of(sorted(rows, reverse=True))
 
 
-def _paged(config: Config, trained: Trained, machine: Machine) -> int:
+def _paged(work: Workload, trained: Trained, machine: Machine) -> int:
     """What of the optimizer's states the host has where the GPU is short of memory."""
-    whole, on_gpu = (trained.optimizer_bytes(config.optim.name, is_gpu=is_gpu) for is_gpu in (False, True))
+    whole, on_gpu = (trained.optimizer_bytes(work.optimizer, is_gpu=is_gpu) for is_gpu in (False, True))
     return whole - on_gpu if machine.is_gpu else 0
 
 
-def _inputs(config: Config, model: PlannedModel, machine: Machine) -> int:
+def _inputs(work: Workload, model: PlannedModel, machine: Machine) -> int:
     """As `startup.keep_inputs_on_host` reserves them."""
     shapes = model.shapes
-    nbytes = config.tokens_at_once * shapes.hidden * traffic.DTYPE_BYTES[config.train.dtype]
-    return host_memory.bytes_of([nbytes] * shapes.num_layers * config.slices(machine.ranks))
+    nbytes = work.tokens_at_once * shapes.hidden * traffic.DTYPE_BYTES[work.dtype]
+    return host_memory.bytes_of([nbytes] * shapes.num_layers * work.slices(machine.ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,19 +145,18 @@ class Saved:
     adapters: Asked
     beside: tuple[AdapterConfig, ...] = field(hash=False)
     """Of a pack's other trials."""
-    config: Config = field(compare=False)
+    work: Workload = field(compare=False)
 
     @classmethod
-    def of(cls, config: Config, model: PlannedModel, shards: int) -> Saved:
-        train = config.train
+    def of(cls, work: Workload, model: PlannedModel, shards: int) -> Saved:
         return cls(
             Asked(
                 model.shapes,
-                config.adapter,
-                (config.optim.name, config.model.new_tokens, train.save_in_background, shards),
+                work.adapter,
+                (work.optimizer, work.new_tokens, work.save_in_background, shards),
             ),
-            config.adapters,
-            config,
+            work.adapters,
+            work,
         )
 
 
@@ -167,22 +167,22 @@ def _copies(saved: Saved) -> tuple[int, int]:
 
     Remembered: a planner asks for many settings of which these are the same, and thousands of tensors are laid out.
     """
-    config, shards = saved.config, saved.adapters.more[-1]
-    if not config.train.save_in_background:
+    work, shards = saved.work, saved.adapters.more[-1]
+    if not work.save_in_background:
         return 0, 0
-    trained = list(trained_tensors(config, saved.adapters.shapes))
-    tensors = [*trained, *optimizer_tensors(config, trained)]
-    if config.adapter.method == "full":
+    trained = list(trained_tensors(work, saved.adapters.shapes))
+    tensors = [*trained, *optimizer_tensors(work, trained)]
+    if work.adapter.method == "full":
         each = host_memory.bytes_of([-(-tensor.nbytes // shards) for tensor in tensors])
         return each, each
-    whole = tuple(config.adapter.modules_to_save)
+    whole = tuple(work.adapter.modules_to_save)
     cut = [tensor for tensor in tensors if tensor.name.endswith(tuple(f"{name}.weight" for name in whole))]
     rows = [-(-tensor.nbytes // shards) for tensor in cut]
     rest = [tensor.nbytes for tensor in tensors if tensor not in cut]
     return host_memory.bytes_of(rest + rows), host_memory.bytes_of(rows)
 
 
-def _loading(config: Config, model: PlannedModel, shards: int, *, on_host: bool) -> int:
+def _loading(work: Workload, model: PlannedModel, shards: int, *, on_host: bool) -> int:
     """The bound of distlora/loading/README.md: a slice of the largest tensor in the source's dtype, and 64 MB. Where
     adapters start from the base's weights, one whole weight and what its decomposition takes; on a GPU that is the
     device's."""
@@ -191,7 +191,7 @@ def _loading(config: Config, model: PlannedModel, shards: int, *, on_host: bool)
     packed = [weight for weight in shapes.block if weight.packs]
     largest = max(shapes.vocabulary * shapes.hidden, *(math.prod(weight.shape[-2:]) for weight in packed))
     slice_bytes = -(-itemsize * largest // shards) + LOADING_BYTES
-    if config.adapter.init in PLAIN:
+    if work.adapter.init in PLAIN:
         return slice_bytes
     whole = max((weight.shape[-2:] for weight in packed), key=math.prod)
-    return max(slice_bytes, itemsize * math.prod(whole) + (decomposition_bytes(config, whole) if on_host else 0))
+    return max(slice_bytes, itemsize * math.prod(whole) + (decomposition_bytes(work, whole) if on_host else 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
@@ -11,7 +12,6 @@ from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
 from distlora.parallel.control import Control
-from distlora.planner.multi_trial import together
 from distlora.system import atomic_io
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
 from distlora.training.multi_trial.inbox import Inbox, read_settings
@@ -44,7 +44,9 @@ def _train(pack_dir: Path, config: Config, ranks: Ranks, control: Control) -> No
     control.boundary(None, "reading the pack", long=True)
     say(f"a pack of up to {settings.slots:,} trials; reading {config.model.path}")
     # What is reserved by the rows of a micro-batch is for those of all slots.
-    full = together([config] * settings.slots)
+    slots, train = settings.slots, config.train
+    train = replace(train, micro_batch=slots * train.micro_batch, global_batch=slots * train.global_batch)
+    full = replace(config, train=train)
     base = CheckpointFiles(config.model.path)
     model, backend, loaded = start_run_model(full, ranks, log=say, boundary=control.boundary, for_slots=True, base=base)
     for note in model.notes:

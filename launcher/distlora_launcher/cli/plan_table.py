@@ -59,7 +59,9 @@ def plans(
                 check_parallel(of_model.parallel, of_model.cluster.ranks)
                 shapes = planned_model(of_model)
                 check_planned(of_model, shapes)
-                found[model, machine] = choose(of_model, composed.fixed, shapes, machine_of(of_model)).plan
+                found[model, machine] = choose(
+                    of_model, composed.fixed, shapes, machine_of(of_model.gpu, of_model.cluster)
+                ).plan
             except UserError as error:
                 if is_hub_name(model):  # Which may not be there at all.
                     raise

@@ -99,9 +99,11 @@ def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
     host is that of its host.
     """
     if config.cluster.launcher != "local" and not runs_here:
-        return machine_of(config)
-    waits = keeps_on_host(config, config.cluster.ranks) or config.plan.mode == "auto"
-    return machine_of(config, found=this_machine.found_here(asks_driver=config.gpu.name == "auto" or waits))
+        return machine_of(config.gpu, config.cluster)
+    shards = config.shard_degree(config.cluster.ranks)
+    waits = keeps_on_host(config.parallel, config.train.checkpointing, shards) or config.plan.mode == "auto"
+    found = this_machine.found_here(asks_driver=config.gpu.name == "auto" or waits)
+    return machine_of(config.gpu, config.cluster, found=found)
 
 
 def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
@@ -142,5 +144,5 @@ def other_device(config: Config) -> str | None:
     """The name of the GPU that processes here use, where `gpu=` names another."""
     if config.gpu.name not in GPUS:
         return None
-    used = used_device(config, this_machine.found_here())
+    used = used_device(config.cluster, this_machine.found_here())
     return None if used is None or find_gpu(used[0]) == GPUS[config.gpu.name] else used[0]

@@ -1,0 +1,141 @@
+"""The workload of a run: what its steps compute, on which sequences, how it is stored and sharded. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from distlora.config import AdapterConfig, Config, ParallelConfig, UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What the planner calculates from: the steps of one run, or of several trials trained together on one base."""
+
+    adapter: AdapterConfig
+    """Settings that all adapters share."""
+    adapters: tuple[AdapterConfig, ...]
+    """The adapter of each trial; a run alone has one."""
+    parallel: ParallelConfig
+    gpus_per_node: int
+    quantized: bool
+    """True if the linears of the decoder layers are stored in NF4."""
+    keeps_shards: bool
+    """True if the quantized shards are cached on disk."""
+    new_tokens: tuple[str, ...]
+    sequence_length: int
+    """Tokens per packed sequence."""
+    micro_batch: int
+    """Sequences that a rank runs at once, of all trials together."""
+    global_batch: int
+    """Sequences per step, of all trials together."""
+    accumulate: str
+    dtype: str
+    """Compute dtype, `bf16` or `fp32`."""
+    objective: str
+    attention: str
+    deterministic_attention: bool
+    checkpointing: Literal["none", "block", "selective", "offload"]
+    """Activation checkpointing mode."""
+    mlp_tile: int | None
+    keep_dequantized: bool
+    compile: bool
+    liger: bool
+    router_aux_loss: float | None
+    optimizer: str
+    max_grad_norm: float
+    steps: int | None
+    """Steps of the whole run; None if unknown."""
+    save_in_background: bool
+    checkpoints_kept: int
+    """Most checkpoints on disk at once: the newest, the best, and the one being written."""
+    results_kept: int
+    """2 if RUN/best is kept beside the result."""
+
+    @classmethod
+    def of(cls, config: Config) -> Workload:
+        """Return the workload of a run."""
+        train, data = config.train, config.data
+        steps = train.max_steps
+        if steps is None and config.plan.tokens is not None:
+            steps = math.ceil(config.plan.tokens / (train.global_batch * data.sequence_length))
+        holds_out = data.eval_fraction > 0 or data.held_out_source is not None
+        keeps_best = holds_out and train.eval_every is not None
+        return cls(
+            adapter=config.adapter,
+            adapters=(config.adapter,),
+            parallel=config.parallel,
+            gpus_per_node=config.cluster.gpus_per_node,
+            quantized=config.quant.is_nf4,
+            keeps_shards=config.quant.keeps_shards,
+            new_tokens=tuple(config.model.new_tokens),
+            sequence_length=data.sequence_length,
+            micro_batch=train.micro_batch,
+            global_batch=train.global_batch,
+            accumulate=train.accumulate,
+            dtype=train.dtype,
+            objective=train.objective,
+            attention=train.attention,
+            deterministic_attention=train.deterministic_attention,
+            checkpointing=train.checkpointing,
+            mlp_tile=train.mlp_tile,
+            keep_dequantized=train.keep_dequantized,
+            compile=train.compile,
+            liger=train.liger,
+            router_aux_loss=train.router_aux_loss,
+            optimizer=config.optim.name,
+            max_grad_norm=config.optim.max_grad_norm,
+            steps=steps,
+            save_in_background=train.save_in_background,
+            checkpoints_kept=train.keep + (1 if keeps_best else 0) + 1,
+            results_kept=2 if keeps_best else 1,
+        )
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens that a rank runs at once: those of a micro-batch."""
+        return self.micro_batch * self.sequence_length
+
+    def accumulation(self, ranks: int) -> int:
+        """Return the micro-batches of each of `ranks` in a step."""
+        return -(-self.global_batch // (ranks * self.micro_batch))
+
+    def slices(self, ranks: int) -> int:
+        """Return the micro-batches of each rank that are between forward and backward at once."""
+        return self.accumulation(ranks) if self.accumulate == "block" else 1
+
+    def shard_degree(self, ranks: int) -> int:
+        """Return the number of ranks, of `ranks` in all, that one copy of the base is sharded over."""
+        degree = self.parallel.shard_degree
+        if degree is None:
+            return ranks
+        return self.gpus_per_node if degree == "node" else degree
+
+    def alone(self) -> list[Workload]:
+        """Return the workload of each trial with its adapter only."""
+        return [replace(self, adapter=adapter, adapters=(adapter,)) for adapter in self.adapters]
+
+
+def trained_together(trials: Sequence[Workload]) -> Workload:
+    """Return the workload of a step in which a rank runs a micro-batch of each trial, all on one base.
+
+    Settings that may differ between trials and that no plan depends on are those of the first. Raises UserError if the
+    trials differ in their micro-batches.
+    """
+    if len(trials) == 1:
+        return trials[0]
+    first, number = trials[0], len(trials)
+    if len({trial.micro_batch for trial in trials}) > 1:
+        raise UserError(
+            "trials of a pack run their rows side by side, so train.micro_batch is the same for all; leave it out of "
+            "the sweep, or set sweep.packed=1"
+        )
+    return replace(
+        first,
+        adapter=replace(first.adapter, lora_dropout=max(trial.adapter.lora_dropout for trial in trials)),
+        adapters=tuple(trial.adapter for trial in trials),
+        micro_batch=number * first.micro_batch,
+        global_batch=number * max(trial.global_batch for trial in trials),
+    )

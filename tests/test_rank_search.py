@@ -124,14 +124,14 @@ def said(losses: dict[Size, float | None], count: int = DOCUMENTS) -> str:
             ],
         ),
         ({8: 0.0, 16: 0.1}, ["Recommended: adapter.r=8. From 8 to 16 it rises by 0.", "sweep.rank_start=4"]),
-        ({8: 0.0, 16: -0.1, 32: None}, ["whether 32 gains is not known", "The run with r=32 failed: out of memory"]),
+        ({8: 0.0, 16: -0.1, 32: None}, ["the gain of 32 is unknown", "The run with r=32 failed: out of memory"]),
         ({8: None, 16: None}, ["No rank can be recommended", "r=8 failed: out of memory"]),
         (
             {8: 0.0, 16: -0.1, 32: -0.2, 64: -0.3, 128: -0.4},
             ["Recommended: adapter.r=128.", "set it to 256 or more"],
         ),
         ({8: 0.0, 16: 0.0, FULL: 0.3}, ["Full fine-tuning ends higher than r=8 by 0."]),
-        ({8: 0.0, 16: 0.0, FULL: 0.0}, ["ends where r=8 does, within noise"]),
+        ({8: 0.0, 16: 0.0, FULL: 0.0}, ["ends as r=8 within noise"]),
         ({8: 0.0, 16: 0.0, FULL: None}, ["Full fine-tuning failed: out of memory"]),
     ],
     ids=str,
@@ -155,7 +155,7 @@ def test_the_table_has_each_run_and_what_it_gained() -> None:
     assert [row[0] for row in rows] == ["rank", "8", "16", "32", "64", "full"]
     assert rows[0][-2:] == ["95 % interval", "verdict"]
     assert [row[-1] for row in rows[1:]] == [
-        "where it starts",
+        "first rank",
         "lower than 8",
         "lower than 16",
         "failed",
@@ -273,7 +273,7 @@ def test_what_memory_there_is_decides_when_the_search_is_made_and_never_again(
     search = RankSearch(sweep)
     assert (search.next(trials) is Due.END) == (not is_run)
     text = "\n".join(search.conclusion(trials))
-    assert ("Full fine-tuning was not run beside: it does not fit CPU by calculation" in text) == (not is_run)
+    assert ("Full fine-tuning was not run: it is predicted not to fit CPU" in text) == (not is_run)
     assert ("Recommended" in text) == (not is_run)
     assert search.figures(trials)["recommended"] == (None if is_run else 8)
 
@@ -294,7 +294,7 @@ def test_the_conclusion_is_a_table_and_a_recommendation(searched: Sweep) -> None
     text = "\n".join(RankSearch(searched).conclusion(trials))
     assert "| 16 |" in text
     assert "- Recommended: adapter.r=16 (trial 1)." in text
-    assert "- Full fine-tuning was not run beside: sweep.full=never." in text
+    assert "- Full fine-tuning was not run: sweep.full=never." in text
     kept = json.loads(json.dumps(RankSearch(searched).figures(trials), allow_nan=False))
     assert kept["recommended"] == 16
     assert [row["size"] for row in kept["rows"]] == [8, 16, 32]
@@ -320,12 +320,12 @@ def test_without_rank_stabilized_scaling_the_conclusion_warns(tmp_path: Path, fo
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda folder: (folder / "eval_documents.json").unlink(), r"needs train\.eval_documents=true"),
+        (lambda folder: (folder / "eval_documents.json").unlink(), "train it with train.eval_documents=true"),
         (lambda folder: (folder / "eval_documents.json").write_text("{"), "is damaged"),
         (lambda folder: write_documents(folder, dataclasses.replace(documents(0.0), step=4)), "json is of step 4"),
         (
             lambda folder: write_documents(folder, dataclasses.replace(documents(0.0), rows="cd")),
-            "evaluated on different held-out rows",
+            "train.seed and data.sequence_length",
         ),
         (
             lambda folder: write_documents(folder, dataclasses.replace(documents(0.0), losses=[None] * DOCUMENTS)),
@@ -346,27 +346,27 @@ def test_a_run_without_figures_to_compare_counts_as_failed(
 @pytest.mark.parametrize(
     ("words", "settings", "message"),
     [
-        (["adapter.r=8"], {}, r"adapter\.r=8 is what sweep=rank_search searches for; .* sweep\.rank_start"),
-        (["train.eval_documents=false"], {}, r"train\.eval_documents=false keeps no losses of documents"),
+        (["adapter.r=8"], {}, r"adapter\.r=8 is what sweep=rank_search searches; .* sweep\.rank_start"),
+        (["train.eval_documents=false"], {}, r"train\.eval_documents=false writes no losses by document"),
         (
             ["train.load_best_at_end=true", "train.eval_every=1"],
             {},
-            r"train\.load_best_at_end=True makes something else",
+            r"train\.load_best_at_end=True makes a run's",
         ),
         (["train.early_stopping_patience=2", "train.eval_every=1"], {}, r"train\.early_stopping_patience=2 makes"),
         (
             ["adapter.target_modules=qv", "adapter.rank_pattern={q_proj:4,v_proj:4}"],
             {},
-            r"adapter\.rank_pattern gives every adapted linear its rank",
+            r"adapter\.rank_pattern sets the rank of every adapted linear",
         ),
-        (["+adapter.r=8"], {}, r"adapter\.r=8 is what sweep=rank_search searches for"),
+        (["+adapter.r=8"], {}, r"adapter\.r=8 is what sweep=rank_search searches"),
         (["adapter=full", "quant=none"], {}, "adapter=full has no rank to search for"),
         ([], {"rank_most": 15}, r"sweep\.rank_most=15 leaves no doubling of sweep\.rank_start=8; set .*=16"),
         ([], {"metric": "loss"}, r"not sweep\.metric=loss"),
         ([], {"direction": "maximize"}, "leave both out"),
         ([], {"trials": 3}, r"sweep\.trials=3 has no effect"),
         ([], {"pruner": "median"}, r"sweep\.pruner=median would end runs"),
-        ([], {"packed": 2, "full": "always"}, r"sweep\.full=always trains the base itself"),
+        ([], {"packed": 2, "full": "always"}, r"sweep\.full=always trains the base"),
     ],
 )
 def test_settings_that_leave_nothing_to_search_are_refused(
@@ -378,7 +378,7 @@ def test_settings_that_leave_nothing_to_search_are_refused(
 
 def test_a_space_beside_the_ranks_is_refused(searched: Sweep) -> None:
     space = (Values(setting="optim.lr", values=(1e-3, 2e-3)),)
-    with pytest.raises(UserError, match=r"searches adapter\.r alone, and optim\.lr has several values"):
+    with pytest.raises(UserError, match=r"searches adapter\.r only, and optim\.lr has several values"):
         RankSearch(dataclasses.replace(searched, space=space))
 
 

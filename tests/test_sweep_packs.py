@@ -185,8 +185,8 @@ def test_a_pack_that_others_stop_is_saved_and_its_worker_stops(make: Make, monke
         assert time.monotonic() < deadline
         runner.poll()
         time.sleep(0.02)
-    assert runner._pack is not None
-    runner._pack.ask_to_stop()  # As SLURM does it.
+    assert runner._group is not None
+    runner._group.ask_to_stop()  # As SLURM does it.
     monkeypatch.setattr("distlora_launcher.sweeps.multi_trial.os.kill", lambda *each: sent.append(each))
     assert [each.state for each in until(runner, 1)] == [SAVED]
     assert sent == [(os.getpid(), signal.SIGTERM)]

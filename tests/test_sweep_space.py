@@ -72,12 +72,12 @@ def test_cells_come_in_hydras_order():
     ("word", "expected"),
     [
         ("optim.lr=interval(1e-3,1e-5)", "write the smaller number first"),
-        ("optim.lr=tag(log,interval(0,1))", "have no logarithm; start above 0"),
-        ("optim.lr=tag(lgo,interval(1,2))", "there is no tag lgo"),
-        ("adapter.r=interval(7.5,64)", "adapter.r is a whole number"),
+        ("optim.lr=tag(log,interval(0,1))", "must start above 0"),
+        ("optim.lr=tag(lgo,interval(1,2))", "unknown tag lgo"),
+        ("adapter.r=interval(7.5,64)", "adapter.r is an integer"),
         ("adapter.r=8,16,8", "has 8 twice; leave one out"),
-        ("run_dir=a,b", "run_dir is of the sweep and not of its trials"),
-        ("hydra.run.dir=a,b", "is of the sweep and not of its trials"),
+        ("run_dir=a,b", "run_dir is a setting of the sweep"),
+        ("hydra.run.dir=a,b", "is a setting of the sweep"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(word: str, expected: str):

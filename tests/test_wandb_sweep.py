@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 from distlora.config import Config
-from distlora.config.file import build
 from distlora.training.reporting.wandb_agent import (
     ASKED,
     VARIABLES,
@@ -137,7 +136,7 @@ def test_without_a_server_the_file_stays_and_the_command_is_told(
     words = [*settings(folders, tmp_path), f"run_dir={place}", "optim.lr=1e-4,2e-4"]
     assert main(["sweep", "create", *words]) == 2
     said = capsys.readouterr().err
-    assert "wandb did not take the sweep" in said
+    assert "wandb did not register the sweep" in said
     assert f"wandb sweep --project distlora {place / 'wandb_sweep.yaml'}" in said
     assert yaml.safe_load((place / "wandb_sweep.yaml").read_text())["method"] == "grid"
 
@@ -233,12 +232,11 @@ def test_agents_can_be_started_again_by_their_folder(tmp_path: Path) -> None:
 def test_a_run_that_was_asked_to_stop_says_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     start_as_agent(monkeypatch, tmp_path, {"adapter.r": 4})
     monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
-    config = build(Config, {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": str(tmp_path)})
-    wandb_agents.note_end(config, 1)
+    wandb_agents.note_end(tmp_path, 1)
     assert AgentRun.of_run(tmp_path) is None
     if by == "the command":
         (tmp_path / "asked").touch()
-    wandb_agents.note_end(config, 75)
+    wandb_agents.note_end(tmp_path, 75)
     kept = AgentRun.of_run(tmp_path)
     assert kept is not None
     assert (kept.sweep_id, kept.run_id, kept.values) == ("s1", "run1", {"adapter.r": 4})
@@ -395,7 +393,7 @@ def test_runs_that_fail_end_no_agent_and_one_that_is_stopped_goes_on(
     step = json.loads((run / "stopped.json").read_text())["step"]
     assert step >= 1
     said = distlora(server, tmp_path, "resume", "runs/sweep0")
-    assert "sweep0run4 goes on" in said
+    assert "sweep0run4 resumes" in said
     assert (run / "adapter").is_dir()
     steps = [line["step"] for line in read_metrics(run) if "loss" in line]
     assert steps == list(range(1, 301))
@@ -414,4 +412,4 @@ def test_a_run_that_wandb_ends_early_saves_and_stays_ended(server: WandbServer, 
     assert wandb_agents.was_ended_early(ended)
     assert not (ended / "adapter").exists()
     assert (whole / "adapter").is_dir()
-    assert "goes on" not in distlora(server, tmp_path, "resume", "runs/sweep0")
+    assert "resumes" not in distlora(server, tmp_path, "resume", "runs/sweep0")

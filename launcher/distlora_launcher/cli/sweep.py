@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 from distlora.config import Config, require
@@ -10,36 +9,30 @@ from distlora.system.exit_codes import DONE
 from distlora_launcher.launch.lock import holders
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.local_workers import run_workers_here, show_results
-from distlora_launcher.sweeps.parse import (
-    check_place,
-    check_trials,
-    parse_sweep,
-    pinned,
-)
-from distlora_launcher.sweeps.search import make_search
+from distlora_launcher.sweeps.parse import check_place, check_trials, parse_sweep, pinned
+from distlora_launcher.sweeps.search import check_optuna, make_search
 from distlora_launcher.sweeps.space import first_cell
-from distlora_launcher.sweeps.study import Study
-from distlora_launcher.sweeps.worker import conclude
 from distlora_launcher.terminal.output import say, shown
 
 USAGE = """usage: distlora sweep [sweep=grid|random|optuna|rank_search] [setting=a,b ...] [setting=value ...]
-       distlora sweep create [...] | agent ENTITY/PROJECT/ID      (sweeps of wandb; `distlora sweep create --help`)
+       distlora sweep create [...] | agent ENTITY/PROJECT/ID      (wandb sweeps; `distlora sweep create --help`)
 
-Many runs that are compared by their held-out loss. Settings with several values are searched, in Hydra's grammar:
+Train several runs and compare them by their held-out loss. Settings with several values are searched, in Hydra's
+grammar:
 
-  optim.lr=1e-4,2e-4 adapter.r=8,16                   a grid: all four
-  sweep=random optim.lr='tag(log,interval(1e-5,1e-3))'   drawn, by its logarithm
-  sweep=optuna adapter.r='range(8,65,step=8)' ...     proposed by Optuna; those that fall behind are ended
-  sweep=rank_search                                   adapter.r doubled while that gains more than noise
+  optim.lr=1e-4,2e-4 adapter.r=8,16                      a grid of four runs
+  sweep=random optim.lr='tag(log,interval(1e-5,1e-3))'   values drawn, uniform in the logarithm
+  sweep=optuna adapter.r='range(8,65,step=8)' ...        proposed by Optuna; runs that fall behind are pruned
+  sweep=rank_search                                      double adapter.r while that gains more than noise
 
-All else is as with `distlora train`. run_dir is the folder of the sweep, SWEEP: its trials' run folders are
-SWEEP/trials/0000 and on. sweep.workers=N trains N trials at once, sweep.packed=N N trials on one copy of the base,
-sweep.trials=N ends after N; conf/README.md lists the rest of section sweep.
+All other options are those of `distlora train`. run_dir is the folder of the sweep, SWEEP; the run folders of its
+trials are SWEEP/trials/0000 and so on. sweep.workers=N trains N trials at once, sweep.packed=N trains N trials together
+on one base, sweep.trials=N ends after N trials; conf/README.md lists the other settings of the section sweep.
 
-`distlora resume SWEEP` goes on with one that was stopped or killed, `distlora status SWEEP` and `distlora cancel SWEEP`
-know it, `distlora report SWEEP` makes one page of it.
+`distlora resume SWEEP` continues a sweep that was stopped or killed; `distlora status SWEEP`, `distlora cancel SWEEP`
+and `distlora report SWEEP` work as for a run. Needs Optuna: pip install 'distlora[sweep]'.
 
---config-dir FOLDER    with groups of your own beside distlora's, as of `distlora train`"""
+--config-dir FOLDER    a folder with config groups beside distlora's, as in `distlora train`"""
 
 WANDB = ("create", "agent")
 
@@ -47,18 +40,25 @@ WANDB = ("create", "agent")
 def main(arguments: list[str]) -> int:
     """Make a sweep and run it. Returns the exit code."""
     if arguments and arguments[0] in WANDB:
-        code: int = importlib.import_module("distlora_launcher.sweeps.wandb_sweep").main(arguments)
-        return code
+        from distlora_launcher.sweeps.wandb_sweep import main as wandb
+
+        return wandb(arguments)
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
+    check_optuna()
+    from distlora_launcher.sweeps.study import Study
+
     sweep, first = parse_sweep(arguments)
     search = make_search(sweep)
-    check_place(sweep, first.config)
+    check_place(sweep, first.config.cluster)
     check_trials(sweep, search, first)
-    sweep = pinned(sweep, first.config)
+    sweep = pinned(sweep, first.config.model)
     if first.config.cluster.launcher == "slurm":
-        importlib.import_module("distlora_launcher.sweeps.slurm_array").judge(sweep, first.config)
+        from distlora_launcher.jobs.submit import check_with_slurm
+        from distlora_launcher.sweeps.slurm_array import render_script
+
+        check_with_slurm(render_script(sweep, first.config))
     make_sweep(sweep)
     Study(sweep, search).enqueue()
     say(f"sweep folder {shown(sweep.folder)}")
@@ -67,6 +67,10 @@ def main(arguments: list[str]) -> int:
 
 def resume_trials(folder: Path) -> int:
     """Continue a sweep that was stopped or killed. Returns the exit code."""
+    check_optuna()
+    from distlora_launcher.sweeps.study import Study
+    from distlora_launcher.sweeps.worker import conclude
+
     sweep = load_sweep(folder)
     alive = holders(folder)
     where = ", ".join(f"{process.host} (pid {process.pid})" for process in alive)
@@ -79,7 +83,7 @@ def resume_trials(folder: Path) -> int:
     study.enqueue()
     if study.is_over():
         conclude(sweep, study, search)
-        return show_results(sweep, study, search)
+        return show_results(sweep, study.records(), search)
     say(f"sweep folder {shown(folder)}")
     return start(sweep, sweep.compose(0, first_cell(sweep.space), search.overrides).config)
 
@@ -87,6 +91,7 @@ def resume_trials(folder: Path) -> int:
 def start(sweep: Sweep, config: Config) -> int:
     """Start the workers of a sweep on this node, or as a SLURM array. Returns the exit code."""
     if config.cluster.launcher == "slurm":
-        code: int = importlib.import_module("distlora_launcher.sweeps.slurm_array").submit(sweep, config)
-        return code
-    return run_workers_here(sweep, config)
+        from distlora_launcher.sweeps.slurm_array import submit
+
+        return submit(sweep, config)
+    return run_workers_here(sweep, config.cluster.gpus_per_node)

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         runs = composed(flags)
         first = runs[0].config
         check_agent([run.config for run in runs])
-        if find_begun_run(first) is not None:
+        if find_begun_run(Path(first.run_dir)) is not None:
             return resume(Path(first.run_dir))
         refuse_multi_node_sweep(first.cluster, flags)
         refuse_dry_run(first.cluster, flags, dry_run)
@@ -236,7 +236,7 @@ def start_composed(choice: Choice, number: int = 0, sweep: Sweep | None = None) 
         code = start_in_job(config)
     else:
         code = start_multi_node(config) if config.cluster.on_each_machine else start_run(config)
-    note_end(config, code)
+    note_end(Path(config.run_dir), code)
     if code == DONE and sweep is None:
         say(f"try it with: distlora generate {shown(Path(config.run_dir))}")
     return code

@@ -72,8 +72,8 @@ class Sweep:
         """Return the settings of a trial. Raises UserError as `distlora train` does."""
         require(
             Path(self.cwd).is_dir(),
-            f"{self.cwd} is gone, where {self.folder} was started and from where its relative paths go; make it again, "
-            f"or write the paths in {self.folder / SWEEP_NAME} from / on and set cwd there to another folder",
+            f"{self.cwd} no longer exists: {self.folder} was started there, and relative paths refer to it; restore "
+            f"it, or make the paths in {self.folder / SWEEP_NAME} absolute and set cwd there to another folder",
         )
         with contextlib.chdir(self.cwd):
             return compose_run(self.trial_overrides(number, values, extra), config_dir=self.config_dir)

@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.config import Config, require
-from distlora.run_folder.sweep import COMPLETE, at_rest
+from distlora.config import require
+from distlora.run_folder.sweep import COMPLETE, TrialRecord, at_rest
 from distlora.system.exit_codes import (
     BAD_INPUT,
     DONE,
@@ -25,7 +25,6 @@ from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.results import format_table, summary_lines
 from distlora_launcher.sweeps.search import Search, make_search
-from distlora_launcher.sweeps.study import Study
 from distlora_launcher.terminal.output import say, shown
 
 POLL_SECONDS = 0.1
@@ -40,7 +39,7 @@ def visible_devices(workers: int, processes: int) -> list[str | None]:
     require(
         share >= processes,
         f"sweep.workers={workers} with cluster.gpus_per_node={processes} need {workers * processes} GPUs, and this "
-        f"machine shows {available}; set sweep.workers={max(1, available // processes)}",
+        f"node has {available}; set sweep.workers={max(1, available // processes)}",
     )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (
@@ -51,21 +50,21 @@ def visible_devices(workers: int, processes: int) -> list[str | None]:
     return [",".join(gpus[worker * share : (worker + 1) * share]) for worker in range(workers)]
 
 
-def run_workers_here(sweep: Sweep, config: Config) -> int:
+def run_workers_here(sweep: Sweep, processes: int) -> int:
     """Run the workers to their end and print the results. Returns the exit code.
 
-    With fewer GPUs than the sweep was made for, it starts as many workers as there are GPUs for.
+    `processes`: ranks per trial. With too few GPUs for sweep.workers it starts as many workers as there are GPUs for.
     """
-    wanted, processes, available = sweep.settings.workers, config.cluster.gpus_per_node, gpu_count()
+    wanted, available = sweep.settings.workers, gpu_count()
     workers_here = wanted if available == 0 else max(1, min(wanted, available // processes))
     if workers_here < wanted:
-        say(f"{workers_here} of {wanted} workers (sweep.workers), as this machine shows {available} GPUs")
+        say(f"{workers_here} of {wanted} workers (sweep.workers), as this node has {available} GPUs")
     gpus = visible_devices(workers_here, processes)
     with forwarding() as forwarder:
         workers = [_start(sweep.folder, index, share) for index, share in enumerate(gpus)]
         heard = None
         while alive := [worker for worker in workers if worker.poll() is None]:
-            if alive[0] is not heard:  # Any that lives will do: it stands for all of them.
+            if alive[0] is not heard:  # Any live worker can stand for all of them.
                 heard = alive[0]
                 forwarder.attach(heard, lambda _: _ask_to_stop(workers))
             if forwarder.killed:
@@ -81,18 +80,20 @@ def _report(sweep: Sweep, codes: Sequence[int], *, killed: bool) -> int:
     """Print the results. Returns the exit code."""
     if set(codes) == {BAD_INPUT}:
         return BAD_INPUT
+    from distlora_launcher.sweeps.study import Study
+
     search = make_search(sweep)
     study = Study(sweep, search)
-    code = show_results(sweep, study, search)
+    code = show_results(sweep, study.records(), search)
     if study.is_over():
         return code
     say(f"continue with: distlora resume {shown(sweep.folder)}")
     return INTERRUPTED if killed else STOPPED if STOPPED in codes else FAILED
 
 
-def show_results(sweep: Sweep, study: Study, search: Search) -> int:
+def show_results(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> int:
     """Print the table. Returns 1 if no trial is complete, else 0."""
-    trials = at_rest(study.records())  # Its workers have ended.
+    trials = at_rest(trials)  # The workers have ended.
     say(f"\n{format_table(sweep, trials)}\n")
     for line in [*summary_lines(sweep, trials), *search.conclusion(trials)]:
         say(line)

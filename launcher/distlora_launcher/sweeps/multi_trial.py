@@ -15,7 +15,6 @@ import dataclasses
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,12 +55,17 @@ from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.compose.planning import choices
 from distlora_launcher.launch.local import create_run, forget_run, is_prepared
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
-from distlora_launcher.launch.run_state import read_ending
 from distlora_launcher.launch.signals import block
 from distlora_launcher.launch.workers import run_workers
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.sweeps.multi_trial_size import count_trials, largest_trials, plan_beside, plan_together
-from distlora_launcher.sweeps.runner import Outcome, Trial, environment, last_error, trial_log, wait_until_free
+from distlora_launcher.sweeps.runner import (
+    LoggedProcess,
+    Outcome,
+    Trial,
+    trial_log,
+    wait_until_free,
+)
 from distlora_launcher.terminal.output import say
 
 
@@ -89,17 +93,17 @@ class MultiTrialRunner:
         self._waiting: list[int] = []
         """Trials for a later process, in the order in which they came."""
         self._to_prepare: list[int] = []
-        self._preparing: _Preparation | None = None
+        self._preparing: tuple[int, LoggedProcess] | None = None
         self._done: list[Outcome] = []
-        self._pack: MultiTrialRun | None = None
-        self._packs = 0
+        self._group: MultiTrialRun | None = None
+        self._groups = 0
         self._prepared: dict[str, Path] = {}
         """RUN/data.json by all settings that it depends on."""
         self._closed = self._stops = False
 
     @property
     def is_idle(self) -> bool:
-        return self._pack is None or not self._pack.was_started or self._pack.ended() is not None
+        return self._group is None or not self._group.was_started or self._group.ended() is not None
 
     def begin(self, trial: Trial) -> None:
         wait_until_free(trial.run_dir)
@@ -109,34 +113,34 @@ class MultiTrialRunner:
             is_done = find_result(trial.run_dir) is not None
             fits = is_done or self._fits(config)
             self._trials[trial.number] = _Running(trial, config, held.pop_all())
-        if is_done:  # Whoever had it before was killed before it could say so.
+        if is_done:  # Its last worker was killed before it could record that.
             self._end(trial.number, COMPLETE)
         else:
             (self._to_prepare if fits else self._waiting).append(trial.number)
 
     def verdict(self, number: int, step: int, *, prune: bool) -> None:
-        if self._pack is not None:
-            self._pack.say(number, step, prune=prune)
+        if self._group is not None:
+            self._group.write_verdict(number, step, prune=prune)
 
     def poll(self) -> Sequence[Outcome]:
         self._prepare()
-        if self._pack is not None:
-            self._look(self._pack)
+        if self._group is not None:
+            self._read_outcomes(self._group)
         done, self._done = self._done, []
         return done
 
-    def _look(self, pack: MultiTrialRun) -> None:
+    def _read_outcomes(self, group: MultiTrialRun) -> None:
         """Read what the process has written, and whether it has ended."""
-        code = pack.ended()  # First: what it wrote before its end is then there to be read.
-        for ended in pack.outcomes():
+        code = group.ended()  # Before the outcomes: all that it wrote is then there to be read.
+        for ended in group.outcomes():
             self._end(ended.number, ended.state, ended)
         if code is not None:
-            self._after(pack, code)
+            self._handle_end(group, code)
         elif not self._to_prepare and self._preparing is None:
-            if not pack.was_started:  # Its only trials failed before they came into it.
-                self._next_pack()
-            elif not pack.closed and (self._closed or (self._waiting and not pack.inside)):
-                pack.close()
+            if not group.was_started:  # All its trials failed before they were put in.
+                self._next_group()
+            elif not group.closed and (self._closed or (self._waiting and not group.inside)):
+                group.close()
 
     def close(self) -> None:
         self._closed = True
@@ -147,9 +151,9 @@ class MultiTrialRunner:
             self._end(number, SAVED)
         self._to_prepare, self._waiting = [], []
         if self._preparing is not None:
-            self._preparing.process.terminate()
-        if self._pack is not None:
-            self._pack.ask_to_stop()
+            self._preparing[1].stop()
+        if self._group is not None:
+            self._group.ask_to_stop()
 
     def _config_of(self, trial: Trial) -> Config:
         """Return the settings of a trial; make its run folder if needed.
@@ -170,8 +174,8 @@ class MultiTrialRunner:
         check_trial(config)
         require(
             config.cluster.nodes == 1,
-            f"sweep.packed={self._sweep.settings.packed} packs trials on one machine, and cluster.nodes="
-            f"{config.cluster.nodes}; set cluster.nodes=1, or sweep.packed=1",
+            f"sweep.packed={self._sweep.settings.packed} trains trials together on one node, and "
+            f"cluster.nodes={config.cluster.nodes}; set cluster.nodes=1, or sweep.packed=1",
         )
         create_run(run_dir, config)
         return config
@@ -180,119 +184,121 @@ class MultiTrialRunner:
         """Return the settings with the choices of plan=auto and quant=auto: those of the first trial for all."""
         if config.plan.mode != "auto" and config.quant.method != "auto":
             return config
-        if self._pack is None:
+        if self._group is None:
             return choices(config, fixed).config
         settings = [*(CHOSEN if config.plan.mode == "auto" else ()), "quant.method"]
         free = [name for name in settings if name not in fixed or value_of(config, name) == "auto"]
-        return with_settings(config, {name: value_of(self._pack.config, name) for name in free})
+        return with_settings(config, {name: value_of(self._group.config, name) for name in free})
 
     def _fits(self, config: Config) -> bool:
         """Return whether a trial may join the current process, which is set up for its first trial."""
-        if self._pack is None:
-            self._make_pack(config)
+        if self._group is None:
+            self._make_group(config)
             return True
-        if self._pack.closed:
+        if self._group.closed:
             return False
         try:
-            check_beside(config, first=self._pack.config)
+            check_beside(config, first=self._group.config)
         except UserError:
             return False
         return True
 
-    def _make_pack(self, config: Config) -> None:
-        name = f"{self._index}" if self._packs == 0 else f"{self._index}_{self._packs}"
-        self._packs += 1
+    def _make_group(self, config: Config) -> None:
+        name = f"{self._index}" if self._groups == 0 else f"{self._index}_{self._groups}"
+        self._groups += 1
         folder = self._sweep.folder / PACKS / name
         planned = plan_beside(self._sweep, config, self._sizes)
         self.slots = planned.trials
-        self._pack = MultiTrialRun(
+        self._group = MultiTrialRun(
             folder,
             self._sweep.folder / LOGS / f"pack_{name}.log",
             dataclasses.replace(config, run_dir=str(folder)),
             slots=self.slots,
             verdicts=self._sweep.settings.pruner != "none",
         )
-        self._pack.keep_plan(planned.plan.as_json())
+        self._group.keep_plan(planned.plan.as_json())
 
     def _prepare(self) -> None:
         """Continue the preparation of trials' data, one after the other: most share it."""
         if self._preparing is not None:
-            code = self._preparing.process.poll()
+            number, process = self._preparing
+            code = process.poll()
             if code is None:
                 return
-            self._prepare_ended(self._preparing, code)
+            self._prepare_ended(number, process, code)
             self._preparing = None
         while self._to_prepare and self._preparing is None:
             trial = self._trials[self._to_prepare.pop(0)]
-            run_dir, key = trial.trial.run_dir, _data_of(trial.config)
+            run_dir, key = trial.trial.run_dir, _data_key(trial.config)
             if not is_prepared(run_dir) and key in self._prepared:
                 shutil.copyfile(self._prepared[key], run_dir / DATA_NAME)
             if is_prepared(run_dir):
                 self._put(trial)
             else:
-                self._preparing = _Preparation.start(trial.trial, trial_log(self._sweep, trial.trial.number))
+                log = trial_log(self._sweep, trial.trial.number)
+                self._preparing = trial.trial.number, LoggedProcess(["distlora.data", str(run_dir)], log)
 
-    def _prepare_ended(self, preparing: _Preparation, code: int) -> None:
-        trial = self._trials[preparing.number]
+    def _prepare_ended(self, number: int, process: LoggedProcess, code: int) -> None:
+        trial = self._trials[number]
         if code == DONE and not self._stops:
             self._put(trial)
         elif self._stops:
-            self._end(preparing.number, SAVED)
+            self._end(number, SAVED)
         else:
-            reason = last_error(preparing.log, preparing.log_start) or f"its preparation ended with code {code}"
-            self._end(preparing.number, FAILED, reason=reason, is_refused=code == BAD_INPUT)
+            reason = process.last_error() or f"its preparation ended with code {code}"
+            self._end(number, FAILED, reason=reason, is_refused=code == BAD_INPUT)
             forget_run(trial.trial.run_dir)
 
     def _put(self, trial: _Running) -> None:
         """Hand a prepared trial to the process, which starts with its first trial."""
-        assert self._pack is not None, "it was made for the first trial that it fits"
+        assert self._group is not None, "made for its first trial"
         run_dir = trial.trial.run_dir
-        self._prepared.setdefault(_data_of(trial.config), run_dir / DATA_NAME)
-        shutil.copyfile(self._pack.folder / PLAN_NAME, run_dir / PLAN_NAME)
-        self._pack.put(trial.trial.number, run_dir)
-        if not self._pack.was_started:
-            self._pack.start(self._pack.slots)
+        self._prepared.setdefault(_data_key(trial.config), run_dir / DATA_NAME)
+        shutil.copyfile(self._group.folder / PLAN_NAME, run_dir / PLAN_NAME)
+        self._group.put(trial.trial.number, run_dir)
+        if not self._group.was_started:
+            self._group.start(self._group.slots)
 
-    def _after(self, pack: MultiTrialRun, code: int) -> None:
+    def _handle_end(self, group: MultiTrialRun, code: int) -> None:
         """Handle the end of the process, once its outcomes are read."""
-        left = pack.inside
+        left = group.inside
         if self._stops or code == STOPPED:
             for number in left:
                 self._end(number, SAVED)
             if not self._stops:
-                # Whoever takes the machine away (SLURM, systemd) tells the processes on it, and not always this one.
+                # SLURM or systemd stops the processes of this node, but may not signal this one.
                 os.kill(os.getpid(), signal.SIGTERM)
         elif code == BAD_INPUT:
             for number in left:
-                self._end(number, FAILED, reason=pack.why(code), is_refused=True)
+                self._end(number, FAILED, reason=group.why(code), is_refused=True)
         elif left:
-            self._again(pack, pack.why(code))
+            self._restart(group, group.why(code))
             return
-        self._next_pack()
+        self._next_group()
 
-    def _next_pack(self) -> None:
+    def _next_group(self) -> None:
         """Set up the next process, for the trials that came too late or did not fit into this one."""
-        self._pack = None
+        self._group = None
         again, self._waiting, self._to_prepare = [*self._to_prepare, *self._waiting], [], []
         for number in again:
             fits = self._fits(self._trials[number].config)
             (self._to_prepare if fits else self._waiting).append(number)
 
-    def _again(self, pack: MultiTrialRun, reason: str) -> None:
+    def _restart(self, group: MultiTrialRun, reason: str) -> None:
         """Restart a process that has died with fewer trials at once, without a trial that was alone in it."""
-        if pack.slots > 1:
-            slots = max(1, min(pack.slots, len(pack.inside)) // 2)
-            say(f"the pack of {len(pack.inside)} trials died ({reason}); going on with {slots} at once")
+        if group.slots > 1:
+            slots = max(1, min(group.slots, len(group.inside)) // 2)
+            say(f"{len(group.inside)} trials trained together ended ({reason}); restarting with {slots} at once")
         else:
-            for number in pack.given:
-                pack.fail(number, reason)
-            for ended in pack.outcomes():
+            for number in group.given:
+                group.fail(number, reason)
+            for ended in group.outcomes():
                 self._end(ended.number, ended.state, ended)
             slots = self.slots
-            if not pack.inside and not self._to_prepare:
-                self._next_pack()
+            if not group.inside and not self._to_prepare:
+                self._next_group()
                 return
-        pack.start(slots)
+        group.start(slots)
 
     def _end(
         self,
@@ -316,33 +322,7 @@ class MultiTrialRunner:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Preparation:
-    """The process that tokenizes the data of a trial."""
-
-    number: int
-    process: subprocess.Popen[bytes]
-    log: Path
-    log_start: int
-
-    @classmethod
-    def start(cls, trial: Trial, log: Path) -> _Preparation:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "distlora_launcher.launch.bound", "distlora.data", str(trial.run_dir)]
-        with log.open("ab") as file:
-            start = file.tell()
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-                start_new_session=True,
-            )
-        return cls(trial.number, process, log, start)
-
-
-def _data_of(config: Config) -> str:
+def _data_key(config: Config) -> str:
     """Return a key of the settings that a run's data depends on."""
     return repr((config.model, config.data, config.train.seed, config.train.objective))
 
@@ -373,8 +353,8 @@ class MultiTrialRun:
         self.folder, self._log, self.config = folder, log, config
         self.slots, self._verdicts = slots, verdicts
         self.closed = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log_start = 0
+        self._process: LoggedProcess | None = None
+        self._code_read = False
         self._inside: set[int] = set()
         self._given: dict[int, Path] = {}
         """Run folders of the trials in the inbox."""
@@ -412,13 +392,13 @@ class MultiTrialRun:
         if self.slots == 1 and len(self._inside) > 1:
             self._later[number] = run_dir
         else:
-            self._give(number, run_dir)
+            self._put_in_inbox(number, run_dir)
 
-    def _give(self, number: int, run_dir: Path) -> None:
+    def _put_in_inbox(self, number: int, run_dir: Path) -> None:
         atomic_io.write_json(inbox_file(self.folder, number), {"number": number, "run_dir": str(run_dir)})
         self._given[number] = run_dir
 
-    def say(self, number: int, step: int, *, prune: bool) -> None:
+    def write_verdict(self, number: int, step: int, *, prune: bool) -> None:
         """Write the pruner's verdict on a trial's evaluation."""
         if self._verdicts:
             atomic_io.write_json(verdict_file(self.folder, number, step), {"prune": prune})
@@ -432,9 +412,9 @@ class MultiTrialRun:
     def close(self) -> None:
         """Announce that no more trials come."""
         self.closed = True
-        self._say_closed()
+        self._write_closed()
 
-    def _say_closed(self) -> None:
+    def _write_closed(self) -> None:
         """Close the inbox once all trials are in it: the process ends when they are done."""
         if self.closed and not self._later:
             atomic_io.write_text(self.folder / CLOSED_NAME, "")
@@ -447,13 +427,13 @@ class MultiTrialRun:
                 continue
             values = object_or_empty(path)
             if values.get("state") not in (COMPLETE, PRUNED, FAILED):
-                values = {"state": FAILED, "reason": f"{path} is damaged, so what came of it is not known"}
+                values = {"state": FAILED, "reason": f"{path} is damaged, so its outcome is unknown"}
             self._inside.remove(number)
             self._given.pop(number, None)
             if self._later and not self._given:
                 following = min(self._later)
-                self._give(following, self._later.pop(following))
-                self._say_closed()
+                self._put_in_inbox(following, self._later.pop(following))
+                self._write_closed()
             yield RecordedOutcome(
                 number,
                 values["state"],
@@ -472,45 +452,32 @@ class MultiTrialRun:
                 self._later[number] = waiting[number]
                 inbox_file(self.folder, number).unlink(missing_ok=True)
             else:
-                self._give(number, waiting[number])
+                self._put_in_inbox(number, waiting[number])
         (self.folder / CLOSED_NAME).unlink(missing_ok=True)
-        self._say_closed()
+        self._write_closed()
         atomic_io.write_json(self.folder / PACK_NAME, {"slots": slots, "verdicts": self._verdicts})
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
-            self._log_start = log.tell()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "distlora_launcher.launch.bound", MODULE, str(self.folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-                start_new_session=True,
-            )
+        self._process, self._code_read = LoggedProcess([MODULE, str(self.folder)], self._log), False
 
     @property
     def was_started(self) -> bool:
-        return self._process is not None
+        return self._process is not None and not self._code_read
 
     def ended(self) -> int | None:
         """Return the exit code of the process, once; None while it runs or if there is none."""
-        if self._process is None or (code := self._process.poll()) is None:
+        if self._process is None or self._code_read or (code := self._process.poll()) is None:
             return None
-        self._process = None
+        self._code_read = True
         return code
 
     def why(self, code: int) -> str:
         """Return why the process ended with `code`, in a sentence."""
-        error = read_ending(self.folder).error
-        if error is not None:
-            return error.splitlines()[0]
-        by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return last_error(self._log, self._log_start) or f"the launcher of its pack {by}"
+        assert self._process is not None, "it has ended"
+        return self._process.why(code, self.folder)
 
     def ask_to_stop(self) -> None:
         """Have the process save every trial and end."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        if self._process is not None:
+            self._process.stop()
 
 
 def _whole(value: object) -> int | None:
@@ -524,17 +491,17 @@ def _number(value: object) -> float | None:
 WORKER = "distlora.training.multi_trial.worker"
 
 
-def run(pack: Path) -> int:
+def run(group: Path) -> int:
     """Run the ranks of a multi-trial process. Returns the exit code of `run_workers`.
 
     With one slot, ranks that die are restarted as a run's are; with more, the worker restarts it with fewer trials at
     once.
     """
-    config = load_config(pack)
-    slots = read_object(pack / PACK_NAME, "start the sweep again with `distlora resume`").get("slots")
-    with lock_run(pack):
+    config = load_config(group)
+    slots = read_object(group / PACK_NAME, "start the sweep again with `distlora resume`").get("slots")
+    with lock_run(group):
         return run_workers(
-            pack,
+            group,
             processes=config.cluster.gpus_per_node,
             worker_module=WORKER,
             max_restarts=config.cluster.max_restarts if slots == 1 else 0,

@@ -59,8 +59,8 @@ def plan_together(settings: SweepConfig, trials: Sequence[Composed], *, most: in
     model, machine = plans[0].model, plans[0].machine
     trial = largest([plan.config for plan in plans], model, machine)
     most = min(MOST, most, settings.trials or MOST)
-    asked = settings.packed if settings.packed == "auto" else min(settings.packed, most)
-    return packing(trial, model, machine, asked, most=most)
+    requested = settings.packed if settings.packed == "auto" else min(settings.packed, most)
+    return packing(trial, model, machine, requested, most=most)
 
 
 def largest_trials(sweep: Sweep) -> list[Composed]:
@@ -73,7 +73,7 @@ def largest_trials(sweep: Sweep) -> list[Composed]:
             check_trial(trial.config)
             choices(trial.config, trial.fixed)
             trials.append(trial)
-        except UserError as error:  # Such a trial is recorded as failed, and the others run.
+        except UserError as error:  # It will be recorded as failed; the others run.
             refused = error
     if not trials:
         assert refused is not None, "a sweep has a trial"
@@ -102,21 +102,21 @@ def plan_beside(sweep: Sweep, config: Config, others: Iterable[AdapterConfig]) -
     adapters = [adapter for adapter in others if adapter.use_dora == config.adapter.use_dora]
     trial = largest([config, *(dataclasses.replace(config, adapter=adapter) for adapter in adapters)], model, machine)
     most = min(MOST, count_trials(sweep), sweep.settings.trials or MOST)
-    asked = sweep.settings.packed if sweep.settings.packed == "auto" else min(sweep.settings.packed, most)
-    return packing(trial, model, machine, asked, most=most)
+    requested = sweep.settings.packed if sweep.settings.packed == "auto" else min(sweep.settings.packed, most)
+    return packing(trial, model, machine, requested, most=most)
 
 
 def check_memory(sweep: Sweep) -> str:
     """Describe the memory of trials trained together. Raises UserError if so many do not fit."""
     found = plan_first_run(sweep)
-    said = packed_trials(found)
+    text = packed_trials(found)
     plan = found.plan
     if found.trials > 1 and found.most and plan.fits is False and plan.config.plan.refuse:
         raise UserError(
-            f"sweep.packed={found.asked}: {said}; set sweep.packed={found.most}, or auto, which leaves some "
-            "memory free; plan.refuse=false starts it all the same"
+            f"sweep.packed={found.asked}: {text}; set sweep.packed={found.most}, or auto, which leaves some memory "
+            "free; plan.refuse=false starts it anyway"
         )
-    return said
+    return text
 
 
 def compose_for_plan(

@@ -35,7 +35,7 @@ MOST_TRIALS = 32
 def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = False) -> str:
     """Return the report of a sweep, as far as its folder can be read. `has_ended`: its last worker calls."""
     found = SweepRecords(folder=folder, settings=None, trials=[])
-    is_over = True  # Of a search that cannot be read the trials alone tell.
+    is_over = True  # If the search cannot be read, the trials decide.
     with recorded(found.problems):
         if (folder / RESULTS_NAME).exists():
             found.trials = read_results(folder)
@@ -88,12 +88,14 @@ def write_at_end(folder: Path) -> None:
     try:
         for trial in read_results(folder)[:MOST_TRIALS]:
             run_dir = trial.folder(folder)
-            # A run alone has written its own; one of a pack has no launcher that would.
+            # A run's launcher writes its report; multi-trial runs have none.
             if trial.state == COMPLETE and not (run_dir / REPORT_NAME).exists():
                 write_report(run_dir)
         page = page_of_sweep(folder, most=MOST_BYTES_AT_END, has_ended=True)
         atomic_io.write_text(folder / REPORT_NAME, page)
-        say(f"its results and curves on a page: {shown(folder / REPORT_NAME)}")
+        say(f"report: {shown(folder / REPORT_NAME)}")
     except Exception as error:
         again = f"distlora report {shown(folder)}"
-        warn(f"no report was written ({type(error).__name__}: {error}), the results are there all the same; {again}")
+        warn(
+            f"cannot write the report ({type(error).__name__}: {error}); the results are kept; try again with: {again}"
+        )

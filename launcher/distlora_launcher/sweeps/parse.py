@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.config import Config, UserError, nearest, require
+from distlora.config import ClusterConfig, DataConfig, ModelConfig, TrainConfig, UserError, nearest, require
 from distlora.config.places import is_hub_name
+from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import JOURNAL_NAME, is_sweep_folder, words_of
 from distlora.training.multi_trial.protocol import check_trial
 from distlora_launcher.compose.checks import check, check_writable
@@ -25,9 +26,8 @@ from distlora_launcher.compose.planning import decide
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.local_workers import visible_devices
 from distlora_launcher.sweeps.multi_trial_size import check_memory
-from distlora_launcher.sweeps.search import Cells, Search
+from distlora_launcher.sweeps.search import Cells, Search, check_sampler
 from distlora_launcher.sweeps.space import first_cell, read_section
-from distlora_launcher.sweeps.study import check_sampler
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, warn
 
@@ -65,7 +65,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     """Return the options, and the overrides in Hydra's grammar."""
     require(
         not {"-m", "--multirun"} & set(arguments),
-        "-m is of `distlora train`; distlora sweep runs several without it",
+        "-m is an option of `distlora train`; distlora sweep runs several without it",
     )
     parser = Parser("distlora sweep")
     parser.add_argument("words", nargs="*")
@@ -92,7 +92,7 @@ def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
     a warning, and will be recorded as failed.
     """
     check_sampler(sweep.settings)
-    check_metric(sweep, first.config)
+    check_metric(sweep.settings, first.config.data, first.config.train)
     trials = list(search.all())[:MOST_JOBS_CHECKED] if isinstance(search, Cells) else [first_cell(sweep.space)]
     refused = []
     for number, values in enumerate(trials):
@@ -107,55 +107,57 @@ def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
         try:
             decide(composed.config, composed.fixed)
         except UserError as error:
-            refused.append(f"trial {number} ({overrides}) cannot run, and will be recorded so: {error}")
+            refused.append(f"trial {number} ({overrides}) cannot run, and will be recorded as failed: {error}")
     if len(refused) == len(trials) and isinstance(search, Cells):
-        raise UserError(refused[0].replace(" cannot run, and will be recorded so", ""))
+        raise UserError(refused[0].replace(" cannot run, and will be recorded as failed", ""))
     for line in refused:
         warn(line)
     if sweep.settings.packed != 1:
         say(f"packed: {check_memory(sweep)}")
 
 
-def check_place(sweep: Sweep, config: Config) -> None:
+def check_place(sweep: Sweep, cluster: ClusterConfig) -> None:
     """Refuse workers with too few GPUs each, and trials on several nodes without SLURM."""
     require(
-        not config.cluster.on_each_machine,
-        f"cluster=torchrun over {config.cluster.nodes} machines (cluster.nodes): trials that are started by hand on "
-        "several would not stay in step; set cluster=slurm",
+        not cluster.on_each_machine,
+        f"cluster=torchrun with cluster.nodes={cluster.nodes} would not keep trials in step over several nodes; set "
+        "cluster=slurm",
     )
-    if config.cluster.launcher != "slurm":
-        visible_devices(sweep.settings.workers, config.cluster.gpus_per_node)
+    if cluster.launcher != "slurm":
+        visible_devices(sweep.settings.workers, cluster.gpus_per_node)
 
 
-def pinned(sweep: Sweep, config: Config) -> Sweep:
+def pinned(sweep: Sweep, model: ModelConfig) -> Sweep:
     """Return the sweep with its Hub model pinned to one commit: a branch may move between two trials."""
     searched = {section_of(dimension.setting) for dimension in sweep.space}
-    if not is_hub_name(config.model.path) or "model" in searched or "recipe" in searched:
+    if not is_hub_name(model.path) or "model" in searched or "recipe" in searched:
         return sweep
-    commit = locate(config.model.path, config.model.revision).commit
+    commit = locate(model.path, model.revision).commit
     return dataclasses.replace(sweep, overrides=(*sweep.overrides, *words_of({"model.revision": commit})))
 
 
-def check_metric(sweep: Sweep, config: Config) -> None:
+def check_metric(settings: SweepConfig, data: DataConfig, train: TrainConfig) -> None:
     """Refuse a held-out metric without held-out documents, and pruning without evaluations."""
     figures = [*FIGURES, *(f"{kind}{name}" for name in PREFERENCE_FIGURES for kind in ("", "eval_"))]
-    metric = sweep.settings.metric
-    known = figures if config.train.objective == "dpo" else list(FIGURES)
-    require(metric in known, f"no run logs {metric} (sweep.metric){nearest(metric, known)}; set sweep.metric=eval_loss")
-    held_out = config.data.held_out_source is not None or config.data.eval_fraction > 0
+    metric, pruner = settings.metric, settings.pruner
+    known = figures if train.objective == "dpo" else list(FIGURES)
     require(
-        held_out or not sweep.settings.metric.startswith("eval_"),
-        f"sweep.metric={sweep.settings.metric} needs held-out documents, and none are (data.eval_fraction=0); set "
-        "data.eval_path or data.eval_fraction=0.05, or compare by another figure: sweep.metric=loss",
+        metric in known,
+        f"sweep.metric={metric} is not a figure that runs log{nearest(metric, known)}; set sweep.metric=eval_loss",
     )
-    pruner = sweep.settings.pruner
+    held_out = data.held_out_source is not None or data.eval_fraction > 0
     require(
-        pruner == "none" or config.train.eval_every is not None,
-        f"sweep.pruner={pruner} judges trials by their evaluations, and there is one alone, at the end; set "
+        held_out or not metric.startswith("eval_"),
+        f"sweep.metric={metric} needs held-out documents, and data.eval_fraction=0 holds none out; set "
+        "data.eval_path or data.eval_fraction=0.05, or compare another figure: sweep.metric=loss",
+    )
+    require(
+        pruner == "none" or train.eval_every is not None,
+        f"sweep.pruner={pruner} judges trials by their evaluations, and there is only one, at the end; set "
         "train.eval_every=50, or sweep.pruner=none",
     )
     require(
-        pruner == "none" or sweep.settings.metric.startswith("eval_"),
-        f"sweep.pruner={pruner} judges trials by their evaluations, which have no {sweep.settings.metric} "
+        pruner == "none" or metric.startswith("eval_"),
+        f"sweep.pruner={pruner} judges trials by their evaluations, which have no {metric} "
         "(sweep.metric); set sweep.metric=eval_loss, or sweep.pruner=none",
     )

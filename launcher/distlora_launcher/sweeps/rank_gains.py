@@ -154,17 +154,17 @@ def _verdict(run: Tried, against: Size | None, found: Gain | None) -> str:
     if run.documents is None:
         return "failed"
     if found is None:
-        return "where it starts" if against is None else f"nothing to compare: {against} failed"
+        return "first rank" if against is None else f"{against} failed"
     if found.is_more_than_noise:
         return f"lower than {against}"
-    return f"higher than {against}" if found.is_loss else f"as {against}, within noise"
+    return f"higher than {against}" if found.is_loss else f"no difference to {against}"
 
 
 def sentences(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> Iterator[str]:
     """Yield the recommendation and its reason, the gain of full fine-tuning, failures and warnings."""
     best = recommended(ranks, tried, gains)
     if best is None:
-        yield "No rank can be recommended: no rank's run ended well."
+        yield "No rank can be recommended: no rank's run is complete."
     else:
         number = tried[best].figures.get("trial")
         which = "" if number is None else f" (trial {number})"
@@ -182,8 +182,8 @@ def sentences(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> Iterat
     count = 0 if documents is None else len(documents.units)
     if count < FEW_DOCUMENTS:
         yield (
-            f"Only {count} document{'s are' if count != 1 else ' is'} held out: an interval of so few is narrower than "
-            "it should be, or has no ends at all. Hold out more (data.eval_fraction, data.eval_path)."
+            f"Only {count} document{'s are' if count != 1 else ' is'} held out, so the interval is too narrow, or "
+            "infinite. Hold out more (data.eval_fraction, data.eval_path)."
         )
 
 
@@ -196,33 +196,31 @@ def _reason(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains, best: int) 
     failed = tried.get(best * 2)
     if after is not None and after.is_loss:
         said.append(
-            f"from {best} to {best * 2} it rises by {interval(_turned(after))}: at this learning rate the larger one "
-            "is worse"
+            f"from {best} to {best * 2} it rises by {interval(_turned(after))}: the larger rank is worse at this "
+            "learning rate"
         )
     elif after is not None:
         said.append(f"from {best} to {best * 2} it falls by {interval(after)}, no more than noise")
     elif failed is not None:
-        said.append(f"whether {best * 2} gains is not known: its run failed")
+        said.append(f"the gain of {best * 2} is unknown: its run failed")
     elif best == ranks.ladder[-1] and best >= ranks.widest:
-        said.append(
-            f"no linear that is adapted has use for more: a matrix of its shape has rank {ranks.widest} at most"
-        )
+        said.append(f"no adapted linear can use more: the largest possible rank of their matrices is {ranks.widest}")
     elif best == ranks.ladder[-1]:
-        said.append(f"it may still fall beyond: sweep.rank_most ends the search here; set it to {best * 2} or more")
+        said.append(f"a higher rank may gain more: sweep.rank_most ended the search; set it to {best * 2} or more")
     if best == ranks.ladder[0] and after is not None:
-        said.append(f"whether a lower rank does as well is not known: set sweep.rank_start={max(1, best // 2)}")
+        said.append(f"a lower rank was not tried: set sweep.rank_start={max(1, best // 2)}")
     text = "; ".join(said)
     return text[:1].upper() + text[1:] + "." if text else ""
 
 
 def _of_full(found: Gain, best: int, tried: Mapping[Size, Tried]) -> str:
     lr = tried[FULL].figures.get("lr")
-    given = "" if lr is None else f" (lr {lr:g}, which was not searched for: sweep.full_lr)"
+    given = "" if lr is None else f" (lr {lr:g}, not tuned: sweep.full_lr)"
     if found.is_more_than_noise:
         return f"Full fine-tuning{given} ends lower than r={best} by {interval(found)}."
     if found.is_loss:
         return f"Full fine-tuning{given} ends higher than r={best} by {interval(_turned(found))}."
-    return f"Full fine-tuning{given} ends where r={best} does, within noise: lower by {interval(found)}."
+    return f"Full fine-tuning{given} ends as r={best} within noise: lower by {interval(found)}."
 
 
 def interval(found: Gain) -> str:

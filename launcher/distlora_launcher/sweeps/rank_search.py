@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.config import Config, UserError, require
+from distlora.config import AdapterConfig, TrainConfig, UserError, require
 from distlora.config.json_files import Shape, check_shape, object_or_empty, read_object
 from distlora.planner import plan_of
 from distlora.planner.model import PlannedModel
@@ -85,7 +85,7 @@ def read_setup(folder: Path) -> Setup | None:
     path = folder / RANK_SEARCH_NAME
     if not path.is_file():
         return None
-    remedy = "delete it, and it is decided again"
+    remedy = "delete it, and it is made again"
     values = read_object(path, remedy)
     check_shape(values, _SHAPE, path, remedy)
     return Setup(**{name: values[name] for name in _SHAPE})
@@ -99,7 +99,7 @@ def decide(sweep: Sweep) -> Setup:
     """Decide by the model and this node's memory. Raises UserError for settings that leave nothing to search."""
     config = sweep.compose(0, {"adapter.r": sweep.settings.rank_start}, TRIAL_OVERRIDES).config
     model = this_machine.planned_model(config)
-    check(config, model)
+    check(config.train, config.adapter, model)
     adapters = [each for block in model.shapes.adapters(config.adapter) for each in block]
     full_lr = sweep.settings.full_lr
     setup = Setup(
@@ -110,29 +110,28 @@ def decide(sweep: Sweep) -> Setup:
     )
     why_not = _why_not_full(sweep, setup)
     if why_not is not None:
-        why_not = f"Full fine-tuning was not run beside: {why_not.removesuffix('.')}."
+        why_not = f"Full fine-tuning was not run: {why_not.removesuffix('.')}."
     return dataclasses.replace(setup, why_not_full=why_not)
 
 
-def check(config: Config, model: PlannedModel) -> None:
+def check(train: TrainConfig, adapter: AdapterConfig, model: PlannedModel) -> None:
     """Refuse settings whose runs cannot be compared by their last evaluations, or do not differ by rank."""
-    train, adapter = config.train, config.adapter
     require(
         train.eval_documents,
-        "train.eval_documents=false keeps no losses of documents, which sweep=rank_search compares; leave it out",
+        "train.eval_documents=false writes no losses by document, which sweep=rank_search compares; leave it out",
     )
     for name in ("load_best_at_end", "early_stopping_patience"):
         value = getattr(train, name)
         require(
             not value,
-            f"train.{name}={value} makes something else of a run than its last evaluation, which sweep=rank_search "
+            f"train.{name}={value} makes a run's result differ from its last evaluation, which sweep=rank_search "
             "compares; leave it out",
         )
     paths = [each.path for block in model.shapes.adapters(adapter) for each in block]
     other = dataclasses.replace(adapter, r=2 * adapter.r)
     require(
         any(adapter.rank_of(path) != other.rank_of(path) for path in paths),
-        "adapter.rank_pattern gives every adapted linear its rank, so sweep=rank_search has none to search for; leave "
+        "adapter.rank_pattern sets the rank of every adapted linear, so sweep=rank_search has none to search; leave "
         "some of them out",
     )
 
@@ -144,7 +143,7 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
     if full == "never":
         return "sweep.full=never"
     if sweep.settings.packed != 1:
-        return "the trials of a pack share one base, which it trains"
+        return "trials trained together share one base, which it would train (sweep.packed)"
     try:
         config = sweep.compose(0, setup.values_of_full, TRIAL_OVERRIDES).config
         model = this_machine.planned_model(config)
@@ -153,8 +152,8 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
     except UserError as error:
         return str(error)
     if plan.fits is None:
-        return "nothing says how much memory these machines have; name the GPU (gpu=h100), or set sweep.full=always"
-    return None if plan.fits else f"it does not fit {plan.machine.name} by calculation ({needs(plan)})"
+        return "the memory of these nodes is unknown; name the GPU (gpu=h100), or set sweep.full=always"
+    return None if plan.fits else f"it is predicted not to fit {plan.machine.name} ({needs(plan)})"
 
 
 class RankSearch:
@@ -174,7 +173,7 @@ class RankSearch:
         settings, named = self._settings, [dimension.setting for dimension in self._sweep.space]
         require(
             not named,
-            f"sweep=rank_search searches adapter.r alone, and {', '.join(named)} has several values; choose one first, "
+            f"sweep=rank_search searches adapter.r only, and {', '.join(named)} has several values; choose one first, "
             "with sweep=grid",
         )
         require(
@@ -185,11 +184,11 @@ class RankSearch:
         require(
             settings.trials is None,
             f"sweep.trials={settings.trials} has no effect with sweep=rank_search, which ends by itself; set "
-            "sweep.rank_most to bound it",
+            "sweep.rank_most to limit it",
         )
         require(
             settings.pruner == "none",
-            f"sweep.pruner={settings.pruner} would end runs that are compared at their ends; leave it out",
+            f"sweep.pruner={settings.pruner} would end runs before the step at which they are compared; leave it out",
         )
         require(
             settings.rank_start * 2 <= settings.rank_most,
@@ -198,18 +197,17 @@ class RankSearch:
         )
         require(
             settings.packed == 1 or settings.full != "always",
-            f"sweep.full=always trains the base itself, which the trials of a pack share (sweep.packed="
+            f"sweep.full=always trains the base, which trials trained together share (sweep.packed="
             f"{settings.packed}); set sweep.packed=1, or sweep.full=never",
         )
         require(
             "adapter=full" not in self._sweep.overrides,
-            "adapter=full has no rank to search for; leave it out: sweep.full says whether full fine-tuning is run "
-            "beside",
+            "adapter=full has no rank to search for; leave it out, and set sweep.full=always to train it beside",
         )
         fixed = next((word for word in self._sweep.overrides if re.match(r"\+*adapter\.r=", word)), None)
         require(
             fixed is None,
-            f"{fixed} is what sweep=rank_search searches for; leave it out, or set sweep.rank_start",
+            f"{fixed} is what sweep=rank_search searches; leave it out, or set sweep.rank_start",
         )
 
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
@@ -258,7 +256,7 @@ class RankSearch:
         if not tried:
             return []
         shown = table(self._ranks, tried, self._gains, confidence=self._settings.confidence).markdown().splitlines()
-        return [*shown, "", *(f"- {sentence}" for sentence in self._said(trials, tried))]
+        return [*shown, "", *(f"- {sentence}" for sentence in self._sentences(trials, tried))]
 
     def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
         """Return `rows` of the table, `recommended` (null until the end), `confidence` and `sentences`."""
@@ -267,13 +265,13 @@ class RankSearch:
             "rows": rows_as_json(self._ranks, tried, self._gains),
             "recommended": recommended(self._ranks, tried, self._gains) if self._is_over(trials) else None,
             "confidence": self._settings.confidence,
-            "sentences": list(self._said(trials, tried)),
+            "sentences": list(self._sentences(trials, tried)),
         }
 
     def _is_over(self, trials: Sequence[TrialRecord]) -> bool:
         return self.next(trials) is Due.END
 
-    def _said(self, trials: Sequence[TrialRecord], tried: Mapping[Size, Tried]) -> Iterator[str]:
+    def _sentences(self, trials: Sequence[TrialRecord], tried: Mapping[Size, Tried]) -> Iterator[str]:
         if self._is_over(trials):
             yield from sentences(self._ranks, tried, self._gains)
         else:
@@ -282,11 +280,11 @@ class RankSearch:
             yield self._setup.why_not_full
         if not self._setup.use_rslora:
             yield (
-                "adapter.use_rslora=false scales updates by alpha/r, so each doubling of r halves them too: that a "
-                "larger rank gains nothing may be due to that. Leave it out."
+                "adapter.use_rslora=false scales updates by alpha/r, so each doubling of r also halves them, which may "
+                "hide its gain. Leave it out."
             )
         if self._settings.packed != 1:
-            yield "The memory of a run is that of its pack: of all that is in the process, where the CPU is the device."
+            yield "A run's memory is that of all trials trained with it (sweep.packed)."
 
 
 def trial_size(trial: TrialRecord) -> Size:

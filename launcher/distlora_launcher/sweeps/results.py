@@ -78,7 +78,7 @@ def summary_lines(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
     best = best_of(sweep, trials)
     if best is not None:
         run = shown(sweep.run_dir(best.number))
-        lines.append(f"the best is trial {best.number}, {run}; go on with: distlora generate {run}")
+        lines.append(f"best: trial {best.number}, {run}; try it with: distlora generate {run}")
     return lines
 
 
@@ -215,7 +215,7 @@ def describe_status(status: SweepStatus) -> str:
         "running": f"is running on {where}",
         "queued": "waits in SLURM",
         "done": "is done",
-        "stopped": "is not done, and nothing runs",
+        "stopped": "is not done, and no worker runs",
     }[status.state]
     lines = [f"{shown(status.sweep.folder)} {how}"]
     for job in status.jobs:

@@ -102,9 +102,8 @@ class SingleTrialRunner:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._trial: Trial | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: LoggedProcess | None = None
         self._started = 0.0
-        self._log_start = 0
         self._prunes = self._stops = False
 
     @property
@@ -112,41 +111,28 @@ class SingleTrialRunner:
         return self._process is None
 
     def begin(self, trial: Trial) -> None:
-        log = trial_log(self._sweep, trial.number)
-        log.parent.mkdir(parents=True, exist_ok=True)
         (trial.run_dir / CANCELLED_NAME).unlink(missing_ok=True)
         if (trial.run_dir / CONFIG_NAME).is_file():
             wait_until_free(trial.run_dir)
-            overrides = ["resume", str(trial.run_dir)]
+            arguments = ["resume", str(trial.run_dir)]
         else:
             folder = self._sweep.config_dir
-            overrides = ["train", *([] if folder is None else ["--config-dir", folder]), *trial.overrides]
-        command = [sys.executable, "-m", "distlora_launcher.launch.bound", MODULE, *overrides]
-        with log.open("ab") as file:
-            self._log_start = file.tell()
-            self._process = subprocess.Popen(
-                command,
-                cwd=self._sweep.cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-                start_new_session=True,
-            )
+            arguments = ["train", *([] if folder is None else ["--config-dir", folder]), *trial.overrides]
+        log = trial_log(self._sweep, trial.number)
+        self._process = LoggedProcess([MODULE, *arguments], log, cwd=self._sweep.cwd)
         self._trial, self._started, self._prunes = trial, time.monotonic(), False
 
     def verdict(self, number: int, step: int, *, prune: bool) -> None:
         if prune and self._trial is not None and self._trial.number == number and not self._prunes:
             self._prunes = True
-            self._ask_to_stop()
+            self._stop_process()
 
     def poll(self) -> Sequence[Outcome]:
-        if self._process is None or self._trial is None or self._process.poll() is None:
+        if self._process is None or self._trial is None or (code := self._process.poll()) is None:
             return []
-        trial, code = self._trial, self._process.returncode
-        seconds = time.monotonic() - self._started
+        trial, seconds = self._trial, time.monotonic() - self._started
+        state, reason = self._ending(trial, self._process, code)
         self._trial = self._process = None
-        state, reason = self._ending(trial, code)
         figures = read_figures(trial.run_dir)
         step = None if figures.time is None else figures.step
         refused = code == BAD_INPUT
@@ -159,17 +145,17 @@ class SingleTrialRunner:
 
     def stop(self) -> None:
         self._stops = True
-        self._ask_to_stop()
+        self._stop_process()
 
-    def _ask_to_stop(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+    def _stop_process(self) -> None:
+        if self._process is not None:
+            self._process.stop()
 
-    def _ending(self, trial: Trial, code: int) -> tuple[str, str | None]:
+    def _ending(self, trial: Trial, process: LoggedProcess, code: int) -> tuple[str, str | None]:
         """Return (state, reason) of a trial whose process ended with `code`."""
-        if code == DONE or find_result(trial.run_dir) is not None:  # Whatever reached it after that.
+        if code == DONE or find_result(trial.run_dir) is not None:  # It may have been signalled after its end.
             return COMPLETE, None
-        # A launcher that is still importing ends by the signal itself, and loses nothing by it.
+        # The signal itself ends a launcher that is still importing.
         if code in (STOPPED, -signal.SIGTERM):
             if self._stops:
                 return SAVED, None
@@ -177,17 +163,12 @@ class SingleTrialRunner:
                 return PRUNED, None
             if (trial.run_dir / CANCELLED_NAME).exists():
                 return PRUNED, "it was cancelled (`distlora cancel`)"
-            # Whoever takes the machine away (SLURM, systemd) tells the processes on it, and not always this one.
+            # SLURM or systemd stops the processes of this node, but may not signal this one.
             os.kill(os.getpid(), signal.SIGTERM)
             return SAVED, None
         if code == BAD_INPUT:
-            return FAILED, last_error(trial_log(self._sweep, trial.number), self._log_start) or "bad input"
-        error = read_ending(trial.run_dir).error
-        if error is not None:
-            return FAILED, error.splitlines()[0]
-        by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        said = last_error(trial_log(self._sweep, trial.number), self._log_start)
-        return FAILED, said or f"its launcher {by}"
+            return FAILED, process.last_error() or "bad input"
+        return FAILED, process.why(code, trial.run_dir)
 
 
 def environment() -> dict[str, str]:
@@ -200,13 +181,48 @@ def trial_log(sweep: Sweep, number: int) -> Path:
     return sweep.folder / LOGS / f"trial_{number:04d}.log"
 
 
-def last_error(log: Path, start: int) -> str | None:
-    """Return the last error that a launcher printed after byte `start` of its log."""
-    with log.open("rb") as file:
-        file.seek(start)
-        text = file.read().decode("utf-8", "replace")
-    _, mark, message = f"\n{text}".rpartition("\nerror: ")
-    return message.strip() if mark else None
+class LoggedProcess:
+    """A module run as a process that ends with this one; its output is appended to a log."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, *, cwd: str | None = None) -> None:
+        """Start it: `arguments` are the module and its arguments."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            self._log, self._start = log, file.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "distlora_launcher.launch.bound", *arguments],
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                start_new_session=True,
+            )
+
+    def poll(self) -> int | None:
+        """Return the exit code; None while it runs."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Send SIGTERM if it runs."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def last_error(self) -> str | None:
+        """Return the last error that it printed."""
+        with self._log.open("rb") as file:
+            file.seek(self._start)
+            text = file.read().decode("utf-8", "replace")
+        _, mark, message = f"\n{text}".rpartition("\nerror: ")
+        return message.strip() if mark else None
+
+    def why(self, code: int, run_dir: Path) -> str:
+        """Return why it ended with `code`, in a sentence; a rank's error in run_dir/logs comes first."""
+        error = read_ending(run_dir).error
+        if error is not None:
+            return error.splitlines()[0]
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return self.last_error() or f"its launcher {how}"
 
 
 def wait_until_free(run_dir: Path) -> None:

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import enum
 import importlib
+import importlib.util
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from distlora.config import require
+from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import TrialRecord
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.space import Dimension, Interval, cells, count_cells, is_finite
 
 MOST_SHUFFLED = 100_000
 """Largest finite space that `random` draws from without replacement."""
+
+PACKAGES = {"gp": "scipy", "cmaes": "cmaes"}
+"""Packages that samplers need beside Optuna."""
 
 
 class Due(enum.Enum):
@@ -117,23 +122,40 @@ def make_search(sweep: Sweep) -> Search:
         name = "" if endless is None else endless.setting
         require(
             endless is None,
-            f"sweep=grid tries every value, and {name} is an interval; write some of them, {name}=a,b, or set "
-            "sweep=random",
+            f"sweep=grid tries every value, and {name} is an interval; list values ({name}=a,b), or set sweep=random",
         )
         return Cells(sweep)
     if settings.method == "random" and is_finite(space) and count_cells(space) <= MOST_SHUFFLED:
         return Cells(sweep)
     require(
         not (settings.method == "optuna" and settings.sampler == "cmaes" and not _is_numbers(space)),
-        "sweep.sampler=cmaes proposes numbers alone, from intervals; give each setting one, as in "
+        "sweep.sampler=cmaes proposes numbers from intervals only; give each setting one, as in "
         "optim.lr='interval(1e-5,1e-3)', or set sweep.sampler=tpe",
     )
     require(
         settings.trials is not None,
-        f"sweep.trials=null has no end with sweep={settings.method}; set sweep.trials=20",
+        f"sweep.trials=null never ends with sweep={settings.method}; set sweep.trials=20",
     )
     return Sampled(sweep)
 
 
 def _is_numbers(space: Sequence[Dimension]) -> bool:
     return all(isinstance(dimension, Interval) for dimension in space)
+
+
+def check_optuna() -> None:
+    """Refuse a sweep without Optuna, whose journal keeps the trials of every method."""
+    require(
+        importlib.util.find_spec("optuna") is not None,
+        "`distlora sweep` needs optuna, which is not installed; pip install 'distlora[sweep]'",
+    )
+
+
+def check_sampler(settings: SweepConfig) -> None:
+    """Refuse a sampler whose package is missing."""
+    package = PACKAGES.get(settings.sampler) if settings.method == "optuna" else None
+    require(
+        package is None or importlib.util.find_spec(package) is not None,
+        f"sweep.sampler={settings.sampler} needs {package}, which is not installed; `pip install {package}`, or set "
+        "sweep.sampler=tpe",
+    )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distlora.config import ClusterConfig, Config, UserError, require
+from distlora.config import ClusterConfig, Config, DataConfig, ModelConfig, QuantConfig, UserError, require
 from distlora.system.exit_codes import DONE
 from distlora_launcher.compose.hub import localize
 from distlora_launcher.jobs import scheduler
@@ -30,8 +30,8 @@ def render_script(sweep: Sweep, config: Config) -> str:
     settings = sweep.settings
     require(
         settings.packed == 1 or config.cluster.nodes == 1,
-        f"sweep.packed={settings.packed} with cluster.nodes={config.cluster.nodes}: a pack is on one machine; set "
-        f"cluster.nodes=1, or sweep.packed=1",
+        f"sweep.packed={settings.packed} with cluster.nodes={config.cluster.nodes}: trials are trained together on one "
+        "node; set cluster.nodes=1, or sweep.packed=1",
     )
     return _script(
         sweep.folder,
@@ -39,13 +39,7 @@ def render_script(sweep: Sweep, config: Config) -> str:
         settings.workers,
         ["distlora_launcher.sweeps.worker", str(sweep.folder)],
         trials="trials/*",
-        again="distlora resume $SWEEP",
     )
-
-
-def judge(sweep: Sweep, config: Config) -> None:
-    """Have SLURM test the script before anything is made. Raises UserError if it is refused."""
-    check_with_slurm(render_script(sweep, config))
 
 
 def submit(sweep: Sweep, config: Config) -> int:
@@ -53,9 +47,9 @@ def submit(sweep: Sweep, config: Config) -> int:
     refuse_live(sweep.folder)
     code = ready(config)
     if code != DONE:
-        say(f"nothing is submitted; correct it in another sweep, or try again: distlora resume {shown(sweep.folder)}")
+        say(f"nothing was submitted; start another sweep, or try again with: distlora resume {shown(sweep.folder)}")
         return code
-    _submit(sweep.folder, config, render_script(sweep, config), sweep.settings.workers)
+    _submit(sweep.folder, config.cluster, config.quant, render_script(sweep, config), sweep.settings.workers)
     folder = shown(sweep.folder)
     say(f"watch with: distlora status {folder}")
     say(f"stop with: distlora cancel {folder}")
@@ -64,9 +58,7 @@ def submit(sweep: Sweep, config: Config) -> int:
 
 def submit_agents(request: Any, cluster: ClusterConfig) -> int:
     """Submit wandb agents (`wandb_agents.AgentsRequest`). Returns the exit code."""
-    from distlora.config import DataConfig, ModelConfig
-
-    # What an agent's runs read is in the sweep; the script needs places alone where it has a container.
+    # The agents' runs get their settings from wandb; the script needs paths only to mount them in a container.
     config = Config(
         model=ModelConfig(path=str(request.folder)),
         data=DataConfig(path=str(request.folder)),
@@ -81,12 +73,11 @@ def submit_agents(request: Any, cluster: ClusterConfig) -> int:
         request.workers,
         ["distlora_launcher.cli.main", "sweep", "agent", *request.one()],
         trials="*",
-        again="distlora resume $SWEEP",
     )
     check_with_slurm(script)
     (request.folder / LOGS).mkdir(parents=True, exist_ok=True)
     request.keep()
-    _submit(request.folder, config, script, request.workers)
+    _submit(request.folder, cluster, QuantConfig(), script, request.workers)
     say(f"stop with: distlora cancel {shown(request.folder)}")
     return DONE
 
@@ -118,7 +109,7 @@ def refuse_live(folder: Path) -> None:
         jobs = live_jobs(folder)
     except SchedulerError as error:
         raise UserError(
-            f"SLURM does not say whether workers of {folder} still run ({error}); try again later"
+            f"cannot tell whether SLURM still runs workers of {folder} ({error}); try again later"
         ) from error
     if jobs:
         raise UserError(
@@ -127,7 +118,7 @@ def refuse_live(folder: Path) -> None:
         )
 
 
-def _script(folder: Path, config: Config, workers: int, worker: Sequence[str], *, trials: str, again: str) -> str:
+def _script(folder: Path, config: Config, workers: int, worker: Sequence[str], *, trials: str) -> str:
     config = dataclasses.replace(config, run_dir=str(folder))
     script = render_workers(
         config,
@@ -136,17 +127,17 @@ def _script(folder: Path, config: Config, workers: int, worker: Sequence[str], *
         worker=worker,
         trials=trials,
         time_limit_in=f"#SBATCH --time in {SCRIPT_NAME}",
-        again=again,
+        again="distlora resume $SWEEP",
     )
     check_shell(config.cluster.setup, script)
     return script
 
 
-def _submit(folder: Path, config: Config, script: str, workers: int) -> None:
+def _submit(folder: Path, cluster: ClusterConfig, quant: QuantConfig, script: str, workers: int) -> None:
     if not write_script(folder, script):
         print_script_kept(folder)
-    (folder / LOGS).mkdir(exist_ok=True)  # For the tasks' logs: SLURM makes no folder.
-    make_cache(config.cluster, config.quant)
+    (folder / LOGS).mkdir(exist_ok=True)  # For the tasks' logs: SLURM does not make it.
+    make_cache(cluster, quant)
     submission = submit_script(folder)
     write_submission(folder, submission)
     count = "1 worker" if workers == 1 else f"{workers} workers"

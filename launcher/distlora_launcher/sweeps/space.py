@@ -136,12 +136,12 @@ def _dimension(override: Override) -> Dimension:
     setting, value = _setting(override), override.value()
     require(
         section_of(setting) not in ("sweep", "hydra") and setting != "run_dir",
-        f"{override.input_line}: {setting} is of the sweep and not of its trials; give it one value",
+        f"{override.input_line}: {setting} is a setting of the sweep, not of its trials; give it one value",
     )
     if isinstance(value, IntervalSweep):
         return _interval(setting, value)
     values = tuple(Override._convert_value(item) for item in override.sweep_iterator())
-    require(len(values) > 0, f"{override.input_line} has no value; write {setting}=a,b with what {setting} may be")
+    require(len(values) > 0, f"{override.input_line} has no value; write {setting}=a,b")
     twice = [item for index, item in enumerate(values) if item in values[:index] and type(item) is not bool]
     require(not twice, f"{override.input_line} has {twice[0] if twice else ''} twice; leave one out")
     return Values(setting, values)
@@ -151,23 +151,21 @@ def _interval(setting: str, sweep: IntervalSweep) -> Interval:
     low, high, log = sweep.start, sweep.end, "log" in sweep.tags
     unknown = sorted(sweep.tags - {"log"})
     if unknown:
-        raise UserError(
-            f"{setting}: there is no tag {unknown[0]}; write tag(log,interval(a,b)), or interval(a,b) alone"
-        )
+        raise UserError(f"{setting}: unknown tag {unknown[0]}; write tag(log,interval(a,b)) or interval(a,b)")
     assert low is not None, "Hydra's grammar asks for both"
     assert high is not None, "Hydra's grammar asks for both"
     require(
         math.isfinite(low) and math.isfinite(high) and low < high,
-        f"{setting}=interval({low:g},{high:g}) goes from {low:g} to {high:g}; write the smaller number first",
+        f"{setting}=interval({low:g},{high:g}) is empty; write the smaller number first",
     )
     require(
         not log or low > 0,
-        f"{setting}=tag(log,interval({low:g},{high:g})): 0 and what is below have no logarithm; start above 0",
+        f"{setting}=tag(log,interval({low:g},{high:g})): a logarithmic interval must start above 0",
     )
     whole = float(low).is_integer() and float(high).is_integer()
     require(
         whole or not _is_whole_number(setting),
-        f"{setting}=interval({low:g},{high:g}): {setting} is a whole number; write such bounds",
+        f"{setting}=interval({low:g},{high:g}): {setting} is an integer; write integer bounds",
     )
     integer = (isinstance(low, int) and isinstance(high, int)) or _is_whole_number(setting)
     low, high = (int(low), int(high)) if integer else (low, high)
@@ -203,11 +201,11 @@ def read_section(
     for word in sweep_overrides:
         require(
             not parse_overrides([word])[0].is_sweep_override(),
-            f"{word}: one sweep has one value of it; start another sweep for the other",
+            f"{word}: a sweep has one value of it; start another sweep for the other value",
         )
     _refuse_of_other_methods(sweep_overrides)
     values: Any = compose_section("sweep", sweep_overrides, config_dir=config_dir)
-    require(isinstance(values, dict), "sweep=null is no sweep; write sweep=grid, or `distlora train`")
+    require(isinstance(values, dict), "sweep=null is not a sweep; write sweep=grid, or use `distlora train`")
     space_values = flat(values.get("space") or {})
     for setting, value in space_values.items():
         require(
@@ -228,7 +226,7 @@ def _refuse_of_other_methods(sweep_overrides: Sequence[str]) -> None:
         word = given.get(f"sweep.{name}", "")
         require(
             method not in METHODS or owner == method or not word,
-            f"{word} is of sweep={owner}; add that, or leave it out",
+            f"{word} is a setting of sweep={owner}; add sweep={owner}, or leave it out",
         )
     if method == "grid":
         require(

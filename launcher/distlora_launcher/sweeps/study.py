@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import importlib.util
 import itertools
 import json
 import os
@@ -27,7 +26,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from distlora.config import UserError, require
+from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import (
     COMPLETE,
@@ -44,7 +43,7 @@ from distlora_launcher.launch.lock import holders, is_alive
 from distlora_launcher.launch.processes import Process, this_process
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.runner import Outcome, Trial
-from distlora_launcher.sweeps.search import Due, Search
+from distlora_launcher.sweeps.search import Due, Search, check_sampler
 from distlora_launcher.sweeps.space import Dimension, Interval, Values, cells, is_finite
 from distlora_launcher.terminal.output import warn
 
@@ -68,7 +67,7 @@ class Study:
     def __init__(self, sweep: Sweep, search: Search, *, place: str | None = None) -> None:
         """Open the journal, or create it. `place`: name of this worker (`worker_place`)."""
         self._sweep, self._search, self._place = sweep, search, place
-        check_sampler(sweep.settings)  # A resume may be elsewhere than the start.
+        check_sampler(sweep.settings)  # A sweep may be resumed on another machine.
         self._lock = Lock(sweep.folder)
         self._is_behind = False
         self._space = {dimension.setting: dimension for dimension in sweep.space}
@@ -127,14 +126,14 @@ class Study:
         frozen = self._trial(number)
         if len(frozen.intermediate_values) <= self._sweep.settings.pruner_warmup:
             return False
-        return bool(self._study.pruner.prune(self._study, frozen))  # NumPy has its own.
+        return bool(self._study.pruner.prune(self._study, frozen))  # It may be NumPy's bool.
 
     def tell(self, outcome: Outcome, value: float | None, figures: Mapping[str, Any]) -> None:
         """Record how a trial ended: its value, and the `figures` of TrialRecord that its run reports."""
         with self._lock.held():
             frozen = self._trial(outcome.number)
             if not self._has_claimed(frozen):
-                warn(f"trial {outcome.number} is another worker's by now; what came of it here does not count")
+                warn(f"trial {outcome.number} was taken over by another worker; its result here is dropped")
                 return
             seconds = frozen.user_attrs.get("seconds", 0.0) + outcome.seconds
             self._set(frozen, seconds=seconds, step=outcome.step, owner=None, **figures)
@@ -204,7 +203,7 @@ class Study:
             if owner is not None and is_alive(self._sweep.folder, place, Process(**owner)):
                 continue
             if "values" not in trial.user_attrs:
-                self._set(trial, reason="its worker was killed before its values were drawn")
+                self._set(trial, reason="its worker was killed before it had values")
                 self._study.tell(trial.number, state=TrialState.FAIL)
                 self._write()
             elif holders(self._sweep.run_dir(trial.number)):
@@ -292,9 +291,6 @@ MOST_STARTUP_TRIALS = 5
 PROPOSALS = 10
 """Proposals that Optuna makes for an untried combination of a finite space."""
 
-PACKAGES = {"gp": "scipy", "cmaes": "cmaes"}
-"""Packages that samplers need beside Optuna."""
-
 
 def draw(
     settings: SweepConfig,
@@ -355,12 +351,12 @@ def make_sampler(settings: SweepConfig, number: int, attempt: int = 0) -> BaseSa
     if settings.method == "random":
         return optuna.samplers.RandomSampler(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of what Optuna calls experimental.
+        warnings.simplefilter("ignore")  # Optuna warns of experimental features.
         if settings.sampler == "gp":
             return optuna.samplers.GPSampler(seed=seed)
         if settings.sampler == "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed)
-        # The liar counts trials that still run as bad ones, so that workers do not all propose the same.
+        # constant_liar counts running trials as bad ones, so that workers do not propose the same values.
         return optuna.samplers.TPESampler(seed=seed, constant_liar=settings.workers > 1 or settings.packed != 1)
 
 
@@ -371,16 +367,6 @@ def make_pruner(settings: SweepConfig) -> optuna.pruners.BasePruner:
         return optuna.pruners.HyperbandPruner()
     quarter = MOST_STARTUP_TRIALS if settings.trials is None else max(1, settings.trials // 4)
     return optuna.pruners.MedianPruner(n_startup_trials=min(MOST_STARTUP_TRIALS, quarter))
-
-
-def check_sampler(settings: SweepConfig) -> None:
-    """Refuse a sampler whose package is missing."""
-    package = PACKAGES.get(settings.sampler) if settings.method == "optuna" else None
-    require(
-        package is None or importlib.util.find_spec(package) is not None,
-        f"sweep.sampler={settings.sampler} needs {package}, which is not installed; `pip install {package}`, or set "
-        "sweep.sampler=tpe",
-    )
 
 
 LOCK_NAME = ".lock"
@@ -400,14 +386,14 @@ class Lock:
 
     def acquire(self) -> bool:
         if self._depth == 0:
-            with contextlib.ExitStack() as stack:  # Which lets go of the lock where the journal cannot be mended.
+            with contextlib.ExitStack() as stack:  # Releases the lock if the journal cannot be mended.
                 file = stack.enter_context(self._path.open("ab"))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX)
                 except OSError as error:
                     raise UserError(
                         f"{self._path.parent} is on a file system without locks ({error.strerror}), which the workers "
-                        "of a sweep share its trials by; set run_dir to a folder on another"
+                        "of a sweep need; set run_dir to a folder on another file system"
                     ) from error
                 mend(self._journal)
                 stack.pop_all()
@@ -435,7 +421,7 @@ def open_journal(sweep: Path, lock: Lock) -> JournalStorage:
     journal = sweep / JOURNAL_NAME
     try:
         return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))  # type: ignore[arg-type]
-    # Optuna replays the lines as they are: of one that is no JSON, lacks a field or names another trial.
+    # Optuna raises these for a line that is not JSON, lacks a field or names an unknown trial.
     except (ValueError, LookupError, TypeError, AssertionError, AttributeError, optuna.exceptions.OptunaError) as error:
         raise UserError(
             f"{journal} is damaged ({type(error).__name__}: {error}); put a whole copy in its place, or start the "

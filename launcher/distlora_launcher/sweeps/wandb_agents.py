@@ -52,7 +52,7 @@ USAGE = """usage: distlora sweep agent ENTITY/PROJECT/ID [--count N] [run_dir=FO
 
 Start agents of wandb for the sweep that `distlora sweep create`, or `wandb sweep`, has registered: each asks for
 values, trains with them, and asks again, until the sweep is done. Its runs' folders are FOLDER/<id of the run>, by
-default runs/<ID>/<id of the run>. sweep.workers=N starts N agents, here with an equal share of the GPUs each, with
+default runs/<ID>/<id of the run>. sweep.workers=N starts N agents, here with an equal number of GPUs each, with
 cluster=slurm as the tasks of an array, each with cluster.nodes machines. What one alone prints is shown here, what
 several print is in FOLDER/logs.
 
@@ -67,10 +67,10 @@ RECORD_NAME = "agents.json"
 POLL_SECONDS = 0.2
 
 DEFAULTS = {
-    # A trial that fails is recorded as such and ends no sweep; by default three in the first minute end the agent.
+    # Failed trials are recorded; by default three in the first minute would end the agent.
     "WANDB_AGENT_DISABLE_FLAPPING": "true",
     "WANDB_AGENT_MAX_INITIAL_FAILURES": "1000000",
-    # From the SIGTERM of wandb's early termination to its SIGKILL: a save may take longer than 30 s.
+    # Seconds from wandb's SIGTERM (early termination) to its SIGKILL: a save may take longer than the default 30 s.
     "WANDB_AGENT_KILL_DELAY": "600",
 }
 
@@ -113,13 +113,13 @@ def main(arguments: list[str]) -> int:
     request, index, cluster = parse_agents(arguments)
     require(
         importlib.util.find_spec("wandb") is not None,
-        "wandb is not installed, whose agents these are; `pip install wandb`",
+        "wandb agents need wandb, which is not installed; pip install wandb",
     )
     if index is None and cluster.launcher == "slurm":
         submitted: int = importlib.import_module("distlora_launcher.sweeps.slurm_array").submit_agents(request, cluster)
         return submitted
     (request.folder / "logs").mkdir(parents=True, exist_ok=True)
-    # Several commands may share a folder, on several machines, too; a task of an array has its number once.
+    # Several commands may share a folder, also from several nodes; the index of an array's task is unique.
     name = f"agents_{host_name()}_{os.getpid()}" if index is None else f"agent_{index}"
     with worker_place(request.folder, name), forwarding() as forwarder:
         if index is None:
@@ -139,7 +139,7 @@ def resume_agents(folder: Path) -> int:
     overrides = read_object(folder / RECORD_NAME, f"delete it, and start the agents in run_dir={folder}").get("words")
     if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
         raise UserError(
-            f"{folder / RECORD_NAME} is damaged: it holds no overrides; delete it, and start the agents again"
+            f"{folder / RECORD_NAME} is damaged: it has no arguments; delete it, and start the agents again"
         )
     return main(overrides)
 
@@ -166,12 +166,12 @@ def parse_agents(arguments: Sequence[str]) -> tuple[AgentsRequest, int | None, A
         name = word.partition("=")[0]
         require(
             name in known or name.startswith("cluster."),
-            f"{word}: the settings of its runs are in the sweep; an agent takes run_dir=, sweep.workers= and cluster=",
+            f"{word}: the settings of its runs are in the sweep; an agent takes run_dir=, sweep.workers=, cluster=",
         )
     values = {o.get_key_element(): o.value() for o in parse_overrides(overrides)}
     workers = values.get("sweep.workers", 1)
     if not isinstance(workers, int) or workers < 1:
-        raise UserError(f"sweep.workers={workers} is no number of agents; set sweep.workers=2")
+        raise UserError(f"sweep.workers={workers} is not a number of agents; set sweep.workers=2")
     of_cluster = [word for word in overrides if word.startswith("cluster")]
     cluster = build(ClusterConfig, compose_section("cluster", of_cluster), prefix="cluster.")
     folder = Path(str(values.get("run_dir", agent_runs_folder(sweeps[0].rpartition("/")[2])))).expanduser().absolute()
@@ -202,7 +202,7 @@ class Agents:
         from distlora_launcher.sweeps.local_workers import visible_devices
 
         self._request = request
-        # One alone, as a task of an array is, has what it sees.
+        # A single agent, as in a task of an array, uses all GPUs that it sees.
         gpus = [None] if len(indices) == 1 else visible_devices(len(indices), cluster.gpus_per_node)
         self._slots = [Slot(index, share) for index, share in zip(indices, gpus, strict=True)]
         self._pending = unfinished(request)
@@ -220,7 +220,7 @@ class Agents:
             alive = [slot.process for slot in self._slots if slot.process is not None and slot.process.poll() is None]
             if not alive and (forwarder.received is not None or all(slot.code is not None for slot in self._slots)):
                 break
-            if alive and alive[0] is not heard:  # Any that lives will do: it stands for all of them.
+            if alive and alive[0] is not heard:  # Any live process can stand for all of them.
                 heard = alive[0]
                 forwarder.attach(heard, lambda _: self._ask_to_stop())
             if forwarder.killed:
@@ -230,13 +230,13 @@ class Agents:
         forwarder.detach()
         self._stop_mark.unlink(missing_ok=True)
         if forwarder.received is not None:
-            if not in_job():  # There the script queues the task again.
-                say(f"asked to stop; go on with: distlora resume {shown(self._request.folder)}")
+            if not in_job():  # In SLURM the script requeues the task.
+                say(f"stopped; continue with: distlora resume {shown(self._request.folder)}")
             return INTERRUPTED if forwarder.killed else STOPPED
         return DONE if all(slot.code == 0 for slot in self._slots) else FAILED
 
     def _ask_to_stop(self) -> None:
-        self._stop_mark.touch()  # Before a run ends by it, which else would take it for wandb's early termination.
+        self._stop_mark.touch()  # First, or a stopped run would take this for wandb's early termination.
         for slot in self._slots:
             if slot.process is not None and slot.process.poll() is None:
                 slot.process.send_signal(signal.SIGTERM)
@@ -259,7 +259,7 @@ class Agents:
         while self._pending:
             run = self._pending.pop(0)
             if find_result(run) is None and not holders(run):
-                say(f"{shown(run)} goes on")
+                say(f"{shown(run)} resumes")
                 yield str(run)
 
     def _agent(self) -> list[str]:
@@ -271,7 +271,7 @@ class Agents:
         environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         environment |= {FOLDER: str(request.folder), PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
         environment = {**DEFAULTS, "WANDB_DIR": str(request.folder), **environment, ASKED: str(self._stop_mark)}
-        # The sweep's command says `distlora`: this one.
+        # The sweep's command `distlora` must be this one.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
         if slot.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.gpus
@@ -324,9 +324,9 @@ def agent_runs_folder(sweep_id: str) -> Path:
     return Path(os.environ.get(FOLDER) or Path("runs") / sweep_id)
 
 
-def find_begun_run(config: Config) -> Path | None:
+def find_begun_run(run_dir: Path) -> Path | None:
     """Return the agent's run folder if it exists already: an agent is given a preempted run again."""
-    agent, run_dir = AgentRun.started(), Path(config.run_dir)
+    agent = AgentRun.started()
     if agent is None or not (run_dir / CONFIG_NAME).is_file():
         return None
     kept = AgentRun.of_run(run_dir)
@@ -340,13 +340,13 @@ def check_agent(configs: Sequence[Config]) -> None:
         return
     require(
         len(configs) == 1,
-        f"-m starts {len(configs)} runs, and an agent's run of the sweep {agent.sweep_id} is one; leave -m out of the "
+        f"-m starts {len(configs)} runs, and an agent of the sweep {agent.sweep_id} starts one; remove -m from the "
         "sweep's command, and search those settings in its parameters",
     )
     require(
         configs[0].cluster.launcher != "slurm" or in_job(),
-        f"cluster=slurm would submit a run of the sweep {agent.sweep_id}, which its agent would take for done at once; "
-        "start the agents themselves in SLURM: distlora sweep agent ENTITY/PROJECT/ID cluster=slurm",
+        f"cluster=slurm would submit a run of the sweep {agent.sweep_id}, which its agent would take for complete; "
+        "start the agents in SLURM: distlora sweep agent ENTITY/PROJECT/ID cluster=slurm",
     )
     agent = dataclasses.replace(agent, values={name: parse_value(name, value) for name, value in agent.values.items()})
     refused = agent.disagreements(as_mapping(configs[0]))
@@ -354,14 +354,14 @@ def check_agent(configs: Sequence[Config]) -> None:
         raise UserError(*refused)
 
 
-def note_end(config: Config, code: int) -> None:
+def note_end(run_dir: Path, code: int) -> None:
     """Record the sweep of a stopped run, and mark a run that wandb stopped (early termination) as ended."""
-    run_dir, agent, asked = Path(config.run_dir), AgentRun.started(), os.environ.get(ASKED)
+    agent, mark = AgentRun.started(), os.environ.get(ASKED)
     if code != STOPPED or agent is None or not run_dir.is_dir():
         return
     if AgentRun.of_run(run_dir) is None:
         agent.keep(run_dir)
-    if asked is not None and not Path(asked).exists():
+    if mark is not None and not Path(mark).exists():
         (run_dir / _ENDED_EARLY).touch()
 
 
@@ -381,6 +381,6 @@ def parse_value(name: str, value: Any) -> Any:
     try:
         (override,) = parse_overrides([f"{name}={value}"])
     except UserError:
-        return value  # As it stands; the run was composed without it.
+        return value  # Compare the text; the run was composed without it.
     found: Any = override.value()
     return value if override.is_sweep_override() else Override._convert_value(found)

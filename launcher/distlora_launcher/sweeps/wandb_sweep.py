@@ -18,13 +18,14 @@ from typing import Any
 
 import yaml
 
-from distlora.config import Config, UserError, require
+from distlora.config import TrackerConfig, UserError, require
 from distlora.config.file import as_mapping
 from distlora.config.places import means_hub
 from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import words_of
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE
+from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.parse import check_trials, parse_sweep
 from distlora_launcher.sweeps.search import make_search
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
@@ -35,13 +36,13 @@ FILE_NAME = "wandb_sweep.yaml"
 
 USAGE = """usage: distlora sweep create [sweep=grid|random|optuna] [setting=a,b ...] [setting=value ...] [--dry-run]
 
-Write a sweep for wandb, whose server chooses the values, and register it (`wandb sweep`, which needs a key: `wandb
+Write a sweep for wandb, whose server chooses the values, and register it with `wandb sweep` (log in first: `wandb
 login`). Settings with several values are searched, as with `distlora sweep`: grid tries all, random draws sweep.trials
 of them, optuna stands for wandb's own search (bayes). sweep.pruner=hyperband or median ends trials that fall behind, by
-wandb's hyperband. tracker.project and tracker.entity say where it is. RUN_DIR/wandb_sweep.yaml is the file.
+wandb's hyperband. tracker.project and tracker.entity name its project. The file is RUN_DIR/wandb_sweep.yaml.
 
     distlora sweep create optim.lr=1e-4,2e-4 adapter.r=8,16 model.path=... data.path=... tracker.artifact=true
-    distlora sweep agent ENTITY/PROJECT/ID          as often as you like, on any machine
+    distlora sweep agent ENTITY/PROJECT/ID          any number of times, on any node
 
 --dry-run    print the file, and register nothing"""
 
@@ -74,13 +75,16 @@ def create(arguments: list[str]) -> int:
         print(USAGE)
         return DONE
     sweep, first = parse_sweep([word for word in arguments if word != "--dry-run"])
-    check_settings(sweep.settings, sweep.space, first.config)
+    sections = as_mapping(first.config)
+    check_settings(sweep.settings, sweep.space, sections)
     check_trials(sweep, make_search(sweep), first)
     options = [] if sweep.config_dir is None else [f"--config-dir={sweep.config_dir}"]
-    overrides = [*options, *placed(sweep.overrides, first.config)]
+    overrides = [*options, *placed(sweep.overrides, sections)]
     if sweep.name is not None:
         overrides += words_of({"name": sweep.name})
-    text = yaml.safe_dump(described(sweep.settings, sweep.space, overrides, first.config), sort_keys=False, width=1000)
+    text = yaml.safe_dump(
+        described(sweep, overrides, first.config.name, first.config.tracker), sort_keys=False, width=1000
+    )
     for line in differences(sweep.settings, sweep.space):
         warn(line)
     if "--dry-run" in arguments:
@@ -88,47 +92,45 @@ def create(arguments: list[str]) -> int:
         return DONE
     sweep.folder.mkdir(parents=True, exist_ok=True)
     file = sweep.folder / FILE_NAME
-    require(not file.exists(), f"{file} is there already; set another run_dir, or `wandb sweep {shown(file)}`")
+    require(not file.exists(), f"{file} already exists; set another run_dir, or `wandb sweep {shown(file)}`")
     atomic_io.write_text(file, text)
-    path = register(file, first.config)
+    path = register(file, first.config.tracker)
     say(f"sweep {path}, as {shown(file)} says")
-    say(f"start its runs with: distlora sweep agent {path}   (as often as you like, on any machine)")
+    say(f"start its runs with: distlora sweep agent {path}   (any number of times, on any node)")
     return DONE
 
 
-def check_settings(settings: SweepConfig, space: Sequence[Dimension], config: Config) -> None:
+def check_settings(settings: SweepConfig, space: Sequence[Dimension], sections: Mapping[str, Any]) -> None:
     """Refuse what wandb's search cannot do."""
     require(
         settings.method in METHODS,
-        f"sweep={settings.method} decides by results what comes next, and here wandb's server does; write `distlora "
+        f"sweep={settings.method} chooses trials by their results, which wandb's server does here; write `distlora "
         f"sweep sweep={settings.method}` without create, or set sweep=grid, random or optuna",
     )
     require(
         settings.packed == 1,
-        f"sweep.packed={settings.packed} puts trials on one copy of the base, and wandb starts each as a run of its "
-        "own; leave it out, or write `distlora sweep` without create",
+        f"sweep.packed={settings.packed} trains trials together on one base, and wandb starts each by itself; leave it "
+        "out, or write `distlora sweep` without create",
     )
     require(
-        config.tracker.name == "wandb",
-        f"tracker={config.tracker.name} keeps the figures from wandb, whose sweep compares by them; leave it out",
+        sections["tracker"]["name"] == "wandb",
+        f"tracker={sections['tracker']['name']} logs nothing to wandb, which compares the logged values; leave it out",
     )
-    sections = as_mapping(config)
     group = next((d.setting for d in space if isinstance(sections.get(d.setting), Mapping)), None)
     if group is not None:
         raise UserError(
-            f"{group} is a group of files, and wandb would record its name in place of the section {group}; search "
-            f"settings of it instead, such as {group}.{next(iter(sections[group]))}=a,b"
+            f"{group} is a config group, and wandb would record its name in place of the section {group}; search "
+            f"settings of the section instead, such as {group}.{next(iter(sections[group]))}=a,b"
         )
 
 
-def described(
-    settings: SweepConfig, space: Sequence[Dimension], overrides: Sequence[str], config: Config
-) -> dict[str, Any]:
-    """Return the sweep in wandb's format."""
+def described(sweep: Sweep, overrides: Sequence[str], name: str, tracker: TrackerConfig) -> dict[str, Any]:
+    """Return the sweep in wandb's format; `name`: its name on wandb's pages."""
+    settings, space = sweep.settings, sweep.space
     values: dict[str, Any] = {
-        "name": config.name,
-        "project": config.tracker.project,
-        **({} if config.tracker.entity is None else {"entity": config.tracker.entity}),
+        "name": name,
+        "project": tracker.project,
+        **({} if tracker.entity is None else {"entity": tracker.entity}),
         "method": METHODS[settings.method],
         "metric": {"name": settings.metric, "goal": settings.direction},
         "parameters": {d.setting: parameter(d, numbers=settings.method != "grid") for d in space},
@@ -176,18 +178,17 @@ def doublings(low: int, high: int) -> list[int]:
 def differences(settings: SweepConfig, space: Sequence[Dimension]) -> Iterator[str]:
     """Yield a sentence per difference between wandb's search and `distlora sweep`."""
     if settings.pruner == "median":
-        yield "sweep.pruner=median: wandb has hyperband alone, which is used"
+        yield "sweep.pruner=median: wandb supports hyperband only, which is used"
     if settings.method == "optuna":
-        yield f"sweep=optuna: wandb's own search (bayes) proposes the values, and not Optuna's {settings.sampler}"
+        yield f"sweep=optuna: wandb's search (bayes) proposes the values, not Optuna's {settings.sampler}"
     for dimension in space:
         if isinstance(dimension, Interval) and dimension.integer and dimension.log:
             values = ", ".join(map(str, doublings(int(dimension.low), int(dimension.high))))
-            yield f"{dimension.setting}: wandb draws no whole numbers by their logarithm; it is one of {values}"
+            yield f"{dimension.setting}: wandb draws no integers by logarithm; the values are {values}"
 
 
-def placed(overrides: Sequence[str], config: Config) -> list[str]:
+def placed(overrides: Sequence[str], sections: Mapping[str, Any]) -> list[str]:
     """Return the overrides with absolute paths."""
-    sections = as_mapping(config)
     found = []
     for word in overrides:
         name = word.partition("=")[0].lstrip("+")
@@ -196,9 +197,8 @@ def placed(overrides: Sequence[str], config: Config) -> list[str]:
     return found
 
 
-def register(file: Path, config: Config) -> str:
+def register(file: Path, tracker: TrackerConfig) -> str:
     """Register the sweep with wandb's server; return ENTITY/PROJECT/ID. Raises UserError with its reason."""
-    tracker = config.tracker
     options = ["--project", tracker.project, *(() if tracker.entity is None else ("--entity", tracker.entity))]
     command = [sys.executable, "-m", "wandb", "sweep", *options, str(file)]
     ended = subprocess.run(
@@ -209,8 +209,8 @@ def register(file: Path, config: Config) -> str:
     if ended.returncode == 0 and path is not None:
         return path[1]
     lines = [line.removeprefix("wandb: ").strip() for line in said.splitlines() if line.strip()]
-    reason = "; ".join(lines[-3:]) or f"it ended with code {ended.returncode}"
+    reason = "; ".join(lines[-3:]) or f"exit code {ended.returncode}"
     raise UserError(
-        f"wandb did not take the sweep: {reason}. The file is written; with a key (`wandb login`) and a network, "
+        f"wandb did not register the sweep: {reason}. The file is written; with a key (`wandb login`) and a network, "
         f"register it by: wandb sweep {' '.join(options)} {shown(file)}"
     )

@@ -86,7 +86,7 @@ class Follower:
         for line in whole.splitlines():
             try:
                 figures = json.loads(line)
-            except ValueError:  # Cut off by a kill; the run writes that step again.
+            except ValueError:  # Truncated by a kill; the run writes that step again.
                 continue
             if isinstance(figures, dict) and figures.get("step", 0) > 0 and self._metric in figures:
                 value = figures[self._metric]
@@ -121,7 +121,7 @@ class Worker:
         stopping = False
         while True:
             if self._strange >= STRANGE_FAILURES and not stopping:
-                warn(f"{STRANGE_FAILURES} trials in a row have failed without a step: this worker takes no others")
+                warn(f"{STRANGE_FAILURES} trials in a row failed before their first step; this worker stops")
                 stopping = True
                 self._runner.stop()
             if forwarder.received is not None and not stopping:
@@ -159,7 +159,7 @@ class Worker:
 
     def _begin(self, trial: Trial) -> None:
         overrides = " ".join(words_of(trial.values))
-        say(f"trial {trial.number}: {'goes on' if trial.begun else 'starts'}, {overrides}")
+        say(f"trial {trial.number}: {'resumes' if trial.begun else 'starts'}, {overrides}")
         followed = Followed(trial, Follower(trial.run_dir, self._sweep.settings.metric))
         self._trials[trial.number] = followed
         try:
@@ -186,7 +186,7 @@ class Worker:
         self._saved |= outcome.state == SAVED
         outcome = self._judged(outcome, followed)
         self._strange = self._strange + 1 if is_strange(outcome, followed.trial.run_dir) else 0
-        if self._strange >= STRANGE_FAILURES:  # Likely none of its own: whoever asks next tries it again.
+        if self._strange >= STRANGE_FAILURES:  # Likely the node's fault: another worker tries it again.
             outcome = dataclasses.replace(outcome, state=SAVED)
         self._study.tell(outcome, followed.last, read_summary(followed.trial.run_dir))
         say(self._sentence(outcome, followed))
@@ -245,8 +245,8 @@ def conclude(sweep: Sweep, study: Study, search: Search) -> None:
             write_table(sweep, study.records(), search)
         if study.is_over():
             write_plots(sweep, study)
-    except OSError as error:  # The trials are what they are without it.
-        warn(f"{shown(sweep.folder)}: its table and plots cannot be written ({error})")
+    except OSError as error:  # The trials' results are kept all the same.
+        warn(f"{shown(sweep.folder)}: cannot write the table and plots ({error})")
     if study.is_over():
         write_at_end(sweep.folder)
 

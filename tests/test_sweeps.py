@@ -54,12 +54,12 @@ RATES = Values("optim.lr", (1e-3, 1e-2))
 RANKS = Values("adapter.r", (8, 16))
 
 
-def sweep_at(folder: Path, *space: Dimension, words: tuple[str, ...] = (), **settings: Any) -> Sweep:
+def sweep_at(folder: Path, *space: Dimension, overrides: tuple[str, ...] = (), **settings: Any) -> Sweep:
     """A sweep whose folder is made."""
     sweep = Sweep(
         folder=folder,
         settings=SweepConfig(**settings),
-        overrides=words,
+        overrides=overrides,
         space=space or (RATES, RANKS),
         config_dir=None,
         cwd=str(folder.parent),

@@ -73,7 +73,7 @@ CASES: dict[str, tuple[list[str], str, Callable[[bytes], bytes] | str, str]] = {
         [*TRAIN, "adapter.init_from=adapter"],
         "adapter/adapter_config.json",
         having(peft_type=["LORA"]),
-        "is not LORA, which alone can be continued",
+        "is not supported, only LORA is",
     ),
     "an adapter with half a header": (
         [*TRAIN, "adapter.init_from=adapter"],

@@ -227,7 +227,7 @@ def test_an_adapter_of_another_model_is_refused_by_its_name(tmp_path: Path) -> N
     _, trained = adapted(tmp_path, "llama3-tied")
     write_model_folder(tmp_path / "other", "llama", num_hidden_layers=2)
     other = Name(place=trained.place, base=str(tmp_path / "other")).read()
-    with pytest.raises(UserError, match="no linear in the decoder blocks"), open_changes(other):
+    with pytest.raises(UserError, match="not a linear in this model's decoder layers"), open_changes(other):
         pass
 
 

@@ -70,15 +70,15 @@ _KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights whose adapter belongs to the unchanged base."""
 
 _REASONS = {
-    "ensure_weight_tying": "an embedding and a head that are trained whole are trained apart here",
-    "bias": "biases are not trained here",
-    "lora_bias": "the adapter has no bias here",
-    "fan_in_fan_out": "weights are (out, in) here",
-    "layers_to_transform": "the layers must follow from target_modules alone",
-    "exclude_modules": "the adapted linears must follow from target_modules alone",
-    "layer_replication": "the base's layers are used once each",
-    "megatron_config": "Megatron's layers are not those of this base",
-    "alora_invocation_tokens": "the adapter is used in all positions here",
+    "ensure_weight_tying": "distlora trains an embedding and an LM head separately",
+    "bias": "distlora trains no biases",
+    "lora_bias": "adapters have no bias in distlora",
+    "fan_in_fan_out": "weights are (out, in) in distlora",
+    "layers_to_transform": "target_modules alone selects the layers",
+    "exclude_modules": "target_modules alone selects the adapted linears",
+    "layer_replication": "distlora uses each layer of the base once",
+    "megatron_config": "the base has no Megatron layers",
+    "alora_invocation_tokens": "distlora uses the adapter in all positions",
 }
 _DEFAULTS: dict[str, Any] = {"bias": "none"}
 """Values without effect, for fields where that is not false, empty or null."""
@@ -173,7 +173,7 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, shapes: Mapping[str
     outside = sorted(paths - shapes.keys())
     if outside:
         raise UserError(
-            f"{file} adapts {outside[0]}{_more(outside)}, which is no linear in the decoder blocks of this model"
+            f"{file} adapts {outside[0]}{_more(outside)}, which is not a linear in this model's decoder layers"
             f"{nearest(outside[0], shapes)}{trained_on}; set another adapter.init_from or model.path"
         )
     linears, experts = ([path for path, shape in shapes.items() if len(shape) == dims] for dims in (2, 3))
@@ -203,7 +203,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise UserError(f"{place} is a file; point it at the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
         if is_hub_name(str(folder)):
             raise UserError(
-                f"{place} is no folder here; if it is on the hub, download it first: "
+                f"{place} is not a folder on this machine; if it is on the hub, download it first: "
                 f"`hf download {folder} --local-dir FOLDER`, then adapter.init_from=FOLDER"
             )
         siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -222,14 +222,14 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
     """Raise UserError for a field whose value gives the tensors another meaning than LoRA's or DoRA's."""
     if values.get("peft_type") != "LORA":
         raise UserError(
-            f"{path}: peft_type={values.get('peft_type')!r} is not LORA, which alone can be continued; set another "
+            f"{path}: peft_type={values.get('peft_type')!r} is not supported, only LORA is; set another "
             "adapter.init_from"
         )
     init = values.get("init_lora_weights")
     if init not in _KEEPS_THE_BASE:
         raise UserError(
-            f"{path}: init_lora_weights={init!r} changed the base that the adapter belongs to; take what the run "
-            "published (RUN/adapter, a plain LoRA), or have PEFT save it for the unchanged one (save_pretrained with "
+            f"{path}: init_lora_weights={init!r} changed the base that the adapter belongs to; use what the run "
+            "published (RUN/adapter, a plain LoRA), or save it with PEFT for the unchanged one (save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
     for name in sorted(values.keys() - _TAKEN - _WITHOUT_MEANING - {"init_lora_weights"}):
@@ -256,10 +256,12 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
         if is_of_rows(name) or is_of_modules(name, values):
             continue
         if match is None:
-            raise UserError(f"{file}: {name} is no lora_A or lora_B of a linear{_kind(name)}; set another init_from")
+            raise UserError(f"{file}: {name} is not a lora_A or lora_B of a linear{_kind(name)}; set another init_from")
         key = (match["path"], match["part"] or match["magnitude"])
         if key in found:
-            raise UserError(f"{file}: {found[key]} and {name} are one tensor of two adapters; save one adapter alone")
+            raise UserError(
+                f"{file}: {found[key]} and {name} are the same tensor of two adapters; save one adapter only"
+            )
         found[key] = name
     parts = {"A": "lora_A", "B": "lora_B", **({"magnitude": "lora_magnitude_vector"} if dora else {})}
     for path, part in found:
@@ -279,9 +281,9 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
 def _kind(name: str) -> str:
     """Describe a tensor that is neither A nor B, if its name tells."""
     kinds = {
-        "lora_embedding_": "an adapter of the embedding, which is not adapted here",
-        "lora_B.bias": "a bias of the adapter, which has none here",
-        "modules_to_save": "a whole module beside the adapter, which is not trained here",
+        "lora_embedding_": "an adapter of the embedding, which is not supported",
+        "lora_B.bias": "a bias of the adapter, which is not supported",
+        "modules_to_save": "a module trained whole, which is not supported",
         "embed_tokens.weight": "the whole embedding, which PEFT saves when its size changed",
         "lm_head.weight": "the whole head, which PEFT saves when its size changed",
     }
@@ -351,7 +353,7 @@ def parameters_of(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     ):
         raise UserError(
             f"{path}: target_parameters={entries!r} are not all weights of experts ({', '.join(known)}), the only "
-            "parameters that are adapted here; set another init_from"
+            "supported target_parameters; set another init_from"
         )
     return tuple(sorted(entries))
 

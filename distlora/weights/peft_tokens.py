@@ -61,16 +61,17 @@ def read_initial_rows(
         matrix = path.rpartition(".")[2]
         if matrix not in (EMBEDDING, HEAD):
             raise UserError(
-                f"{place} names {path}, and rows of {EMBEDDING} and {HEAD} alone can be trained here; set another "
-                "init_from"
+                f"{place} names {path}, but only rows of {EMBEDDING} and {HEAD} are supported; set another init_from"
             )
         if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids) or len(set(ids)) < len(ids):
-            raise UserError(f"{place} has {ids!r} for {matrix}, which are not ids, each once; save the adapter again")
+            raise UserError(
+                f"{place} has {ids!r} for {matrix}, which are not distinct token ids; save the adapter again"
+            )
         if (matrix, False) not in tensors:
-            # A tied head has no tensor of its own: the embedding's rows are its rows.
+            # A tied LM head shares the embedding's rows, so it has no tensor.
             if matrix == HEAD and ids == indices.get(EMBEDDING):
                 continue
-            raise UserError(f"{place} names {matrix}, whose rows the file has not; save the adapter again")
+            raise UserError(f"{place} names {matrix}, whose rows are missing in the file; save the adapter again")
         name = tensors[matrix, False]
         shape = header[name].shape
         if len(shape) != 2 or shape[0] != len(ids):
@@ -79,7 +80,7 @@ def read_initial_rows(
         rows[matrix] = PeftTokenRows(
             name=name, ids=tuple(ids), shape=shape, whole=None if whole is None else header[whole].shape
         )
-    # Beside an embedding's rows a tied head is written with copies of them.
+    # A tied LM head may be written with copies of the embedding's rows.
     if tensors and EMBEDDING not in rows and {matrix for matrix, _ in tensors} != rows.keys():
         raise UserError(
             f"{folder}: the file has token rows that {place[len(str(folder)) + 2 :]} does not name; "
@@ -90,7 +91,7 @@ def read_initial_rows(
 
 def settings_of(rows: Mapping[str, PeftTokenRows]) -> dict[str, Any]:
     """Return adapter.trainable_token_indices; empty if no rows are trained, so that the run may train some."""
-    indices = {matrix: of.ids for matrix, of in rows.items()}
+    indices = {matrix: trained.ids for matrix, trained in rows.items()}
     one = indices[EMBEDDING] if indices.keys() == {EMBEDDING} else indices
     return {"trainable_token_indices": one} if one else {}
 
@@ -100,15 +101,15 @@ def check_rows(rows: Mapping[str, PeftTokenRows], folder: Path, *, stored: int, 
 
     `stored`: the base's vocab_size.
     """
-    for matrix, of in rows.items():
-        if of.shape[1] != hidden:
+    for matrix, trained in rows.items():
+        if trained.shape[1] != hidden:
             raise UserError(
-                f"{folder}: {of.name} has rows of {of.shape[1]}, and the model's have {hidden}; set another "
+                f"{folder}: {trained.name} has rows of {trained.shape[1]}, and the model's have {hidden}; set another "
                 "adapter.init_from or model.path"
             )
-        if of.whole is not None and (untrained := sorted(set(range(stored, of.whole[0])) - set(of.ids))):
+        if trained.whole is not None and (untrained := sorted(set(range(stored, trained.whole[0])) - set(trained.ids))):
             raise UserError(
-                f"{folder}: {matrix} has grown to {of.whole[0]:,} rows, and row {untrained[0]} is not among "
+                f"{folder}: {matrix} has grown to {trained.whole[0]:,} rows, and row {untrained[0]} is not among "
                 "trainable_token_indices, so the adapter belongs to a base that is not on disk; set another "
                 "adapter.init_from"
             )
@@ -148,8 +149,8 @@ def read_initial_modules(
         module = path.rpartition(".")[2]
         if module not in SAVED_MODULES:
             raise UserError(
-                f"{folder}: modules_to_save has {path!r}; beside adapters {' and '.join(SAVED_MODULES)} alone can be "
-                "trained whole here; set another init_from"
+                f"{folder}: modules_to_save has {path!r}; only {' and '.join(SAVED_MODULES)} are supported; set "
+                "another init_from"
             )
         if module not in stored:
             raise UserError(
@@ -161,7 +162,7 @@ def read_initial_modules(
 
 def is_of_modules(name: str, values: Mapping[str, Any]) -> bool:
     """Return whether a tensor is a module that adapter_config.json (`values`) names as trained whole."""
-    named = values.get("modules_to_save")  # `read_initial_modules` refuses what is no list.
+    named = values.get("modules_to_save")  # `read_initial_modules` refuses anything but a list.
     return isinstance(named, list) and module_of(name) in {str(path).rpartition(".")[2] for path in named}
 
 
@@ -172,9 +173,10 @@ def modules_setting(modules: Mapping[str, PeftWholeModule]) -> dict[str, Any]:
 
 def check_modules(modules: Mapping[str, PeftWholeModule], file: Path, *, rows: Collection[int], hidden: int) -> None:
     """Raise UserError for a matrix of another size than the model's, which may have any of these numbers of `rows`."""
-    for of in modules.values():
-        if len(of.shape) != 2 or of.shape[0] not in rows or of.shape[1] != hidden:
+    for trained in modules.values():
+        if len(trained.shape) != 2 or trained.shape[0] not in rows or trained.shape[1] != hidden:
             raise UserError(
-                f"{file}: {of.name} has shape {list(of.shape)}, and the model's has {[max(rows), hidden]}; set another "
-                "adapter.init_from or model.path, or the adapter's own model.new_tokens"
+                f"{file}: {trained.name} has shape {list(trained.shape)}, and the model's has {[max(rows), hidden]}; set "
+                "another "
+                "adapter.init_from or model.path, or the adapter's model.new_tokens"
             )

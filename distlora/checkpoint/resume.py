@@ -80,5 +80,5 @@ def environment(world: int, device: torch.device, *, compiles: bool = False) -> 
 def _processor() -> str | None:
     """Return the CPU's model name."""
     known = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", known.read_text(), re.MULTILINE) if known.is_file() else None
-    return platform.machine() if found is None else found[1]
+    match = re.search(r"^model name\s*:\s*(.+)$", known.read_text(), re.MULTILINE) if known.is_file() else None
+    return platform.machine() if match is None else match[1]

@@ -276,16 +276,16 @@ class Keeper:
         state = _state(folder)
         if self._whole.get(folder) == state:
             return None
-        found = fault(folder)
-        if found is None:
+        reason = fault(folder)
+        if reason is None:
             self._whole[folder] = state
-        return found
+        return reason
 
 
 def _state(folder: Path) -> State:
     """Return name, size, inode and time of change (ns) of every file in a folder."""
-    found = []
+    states = []
     for path in sorted(folder.iterdir()):
         status = path.stat()
-        found.append((path.name, status.st_size, status.st_ino, status.st_mtime_ns))
-    return tuple(found)
+        states.append((path.name, status.st_size, status.st_ino, status.st_mtime_ns))
+    return tuple(states)

@@ -70,10 +70,10 @@ def _own_parts(linear: AdaptedLinear, backend: Backend) -> Iterator[Tensor]:
     else:
         parts += [backend.local_rows(linear.scales)[0], backend.local_rows(linear.group_scale)[0]]
     for start in range(0, codes.shape[0], CHUNK_GROUPS):
-        own = [part[start : start + CHUNK_GROUPS].to(device) for part in parts]
+        chunk_parts = [part[start : start + CHUNK_GROUPS].to(device) for part in parts]
         if not linear.plain_absmax:
             assert isinstance(linear.offset, Tensor)
-            own.append(linear.offset)
-        groups = own[0].shape[0]
-        dense = FrozenWeight(tuple(own), (groups, nf4.GROUP)).dense(dtype).flatten()
+            chunk_parts.append(linear.offset)
+        groups = chunk_parts[0].shape[0]
+        dense = FrozenWeight(tuple(chunk_parts), (groups, nf4.GROUP)).dense(dtype).flatten()
         yield dense[: numel - (first + start) * nf4.GROUP]

@@ -107,9 +107,9 @@ def load_base(
                     shards.quantized(path)
                 quantized_weights += module.numel
                 quantized_bytes += module.packed_bytes
-            for own, parameter in module.named_parameters(recurse=False):
-                full = f"{path}.{own}" if path else own
-                is_packed = isinstance(module, FrozenTensor) and own in PACKED_PARTS
+            for local_name, parameter in module.named_parameters(recurse=False):
+                full = f"{path}.{local_name}" if path else local_name
+                is_packed = isinstance(module, FrozenTensor) and local_name in PACKED_PARTS
                 if is_packed or full in adapters or (full == "head.weight" and model.tied):
                     continue
                 name = model.hf_name(full)
@@ -118,7 +118,7 @@ def load_base(
                 matrix = _TOKEN_MATRICES.get(full)
                 if matrix is None:
                     segments = segments_of(sources, name, tuple(whole_shape(parameter)))
-                    taken = residual if own == "weight" else None
+                    taken = residual if local_name == "weight" else None
                     copy_into(parameter, segments, reader, backend, name, residual=taken)
                     continue
                 segments = segments_of(sources, name, (model.vocabulary.stored, whole_shape(parameter)[1]))

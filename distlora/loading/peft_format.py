@@ -105,7 +105,7 @@ def load_peft_adapter(
             continue
         if not torch.isfinite(stored[from_file.name]).all():
             raise UserError(f"{file}: {from_file.name} holds NaN or Inf; set adapter.init_from to another adapter")
-        # Rows of this run's own new tokens stay as they start.
+        # Rows of this run's new tokens keep their initial values.
         rows.rows[[rows.ids.index(id) for id in from_file.ids]] = stored[from_file.name].to(rows.rows)
     _load_modules(model, initial, backend)
 
@@ -119,10 +119,10 @@ def _load_modules(model: CausalLM, initial: PeftAdapter, backend: Backend) -> No
     with safetensors.safe_open(file, framework="pt") as tensors:
         for module, of in initial.modules.items():
             local, first = backend.local_rows(by_name[module])
-            own = tensors.get_slice(of.name)[first : min(first + len(local), of.shape[0])]
-            if not torch.isfinite(own).all():
+            rank_rows = tensors.get_slice(of.name)[first : min(first + len(local), of.shape[0])]
+            if not torch.isfinite(rank_rows).all():
                 raise UserError(f"{file}: {of.name} holds NaN or Inf; set adapter.init_from to another adapter")
-            local[: len(own)] = own
+            local[: len(rank_rows)] = rank_rows
 
 
 def adaptable_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:

@@ -139,12 +139,12 @@ class QuantizedCache:
                 continue
             boundary(None, f"reading layer {unit.block} from the quantized-weights cache", long=True)
             assert plan is not None
-            found = reader.fill(unit, plan, self._backend)
+            failures = reader.fill(unit, plan, self._backend)
             weight_offsets = _offsets_of(plan, unit)
             offsets[index] = number_of(json.dumps(weight_offsets))
             if any(len(each) > 1 for each in weight_offsets):
                 damaged[index] = _OFFSETS_DIFFER
-            for path, error in found.items():
+            for path, error in failures.items():
                 damaged[index] = max(damaged[index], _DAMAGED)
                 self._give_up(path, error)
         self.bytes_read += reader.bytes_read
@@ -226,7 +226,7 @@ class QuantizedCache:
         """Ignore a piece for this start. Only damaged pieces are removed: a disk or a server may recover."""
         if isinstance(error, DamagedPieceError):
             self._remove(path, str(error))
-        elif not isinstance(error, FileNotFoundError | PermissionError):  # Removed meanwhile, or another user's own.
+        elif not isinstance(error, FileNotFoundError | PermissionError):  # Removed meanwhile, or another user's.
             reason = error.strerror or error
             self._say(f"{path} of the quantized-weights cache cannot be read now ({reason}): quantizing this time")
 
@@ -345,11 +345,11 @@ def units_of(model: CausalLM) -> list[Unit]:
     paths = {module: path for path, module in model.named_modules()}
     units = []
     for number, block in enumerate(model.blocks):
-        found = [
+        frozen = [
             Weight(model.hf_name(f"{paths[module]}.weight"), paths[module], module)
             for module in block.modules()
             if isinstance(module, FrozenTensor) and module.quantized
         ]
-        if found:
-            units.append(Unit(number, tuple(found)))
+        if frozen:
+            units.append(Unit(number, tuple(frozen)))
     return units

@@ -140,9 +140,9 @@ class QuantizedCacheReader:
             files: dict[Path, int] = {}
             pool = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead"))
             for weight in unit.weights:
-                own, pieces = own_groups(weight, backend), plan[weight.name]
+                owned, pieces = own_groups(weight, backend), plan[weight.name]
                 rows = _Rows.of(weight, backend)
-                chunks = list(_chunks(weight.name, own, pieces))
+                chunks = list(_chunks(weight.name, owned, pieces))
                 for chunk in chunks:
                     path = chunk.piece.path
                     if path not in files and path not in failed:
@@ -155,7 +155,7 @@ class QuantizedCacheReader:
                     assert isinstance(weight.module.offset, Tensor)
                     weight.module.offset.fill_(piece.extents[weight.name].offset)
                 sound = [chunk for chunk in chunks if chunk.piece.path not in failed]
-                failed |= self._fill(weight.name, sound, rows, own.start, files, pool)
+                failed |= self._fill(weight.name, sound, rows, owned.start, files, pool)
         return failed
 
     def _fill(
@@ -203,16 +203,16 @@ class QuantizedCacheReader:
         return expected
 
 
-def _chunks(name: str, own: range, pieces: Sequence[Piece]) -> Iterator[_Chunk]:
-    """Yield the groups of `own`, each once, from the pieces that together hold them."""
-    at = own.start
-    while at < own.stop:
+def _chunks(name: str, wanted: range, pieces: Sequence[Piece]) -> Iterator[_Chunk]:
+    """Yield the groups of `wanted`, each once, from the pieces that together hold them."""
+    at = wanted.start
+    while at < wanted.stop:
         covering = [(piece, piece.extents[name]) for piece in pieces]
         piece, extent = max(
             ((piece, extent) for piece, extent in covering if extent.first <= at < extent.stop),
             key=lambda found: found[1].stop,
         )
-        end = min(extent.stop, own.stop)
+        end = min(extent.stop, wanted.stop)
         for first in range(at, end, CHUNK_GROUPS):
             yield _Chunk(piece, extent, first, min(first + CHUNK_GROUPS, end))
         at = end
@@ -283,15 +283,15 @@ class QuantizedCacheWriter:
         """Yield this rank's groups that no piece holds, one piece at a time: at most one range per weight."""
         if self._pieces is None:
             self._pieces = self._entry.pieces_of_blocks()
-        own = {weight.name: own_groups(weight, self._backend) for weight in unit.weights}
+        owned = {weight.name: own_groups(weight, self._backend) for weight in unit.weights}
         held: dict[str, list[tuple[int, int]]] = {weight.name: [] for weight in unit.weights}
         for name in self._pieces.get(unit.block, []):
-            if any(name.may_hold(weight.module.num_groups, own[weight.name]) for weight in unit.weights):
+            if any(name.may_hold(weight.module.num_groups, owned[weight.name]) for weight in unit.weights):
                 with contextlib.suppress(OSError, DamagedPieceError):
                     for weight, extent in read_piece(name.path, self._entry.key)[0].extents.items():
                         if weight in held:
                             held[weight].append((extent.first, extent.stop))
-        runs = {name: holes(groups, held[name]) for name, groups in own.items()}
+        runs = {name: holes(groups, held[name]) for name, groups in owned.items()}
         for index in range(max(map(len, runs.values()))):
             yield {name: of_weight[index] for name, of_weight in runs.items() if index < len(of_weight)}
 

@@ -57,7 +57,7 @@ class AdapterFile:
         """Open a folder. Raises UserError for what `read_peft_adapter` refuses: damage, a pickle, another kind of
         adapter."""
         read = read_peft_adapter(folder)
-        return cls(read=read, settings=read.own, paths=tuple(read.paths))
+        return cls(read=read, settings=read.adapter_config, paths=tuple(read.paths))
 
     @property
     def token_rows(self) -> Mapping[str, PeftTokenRows]:

@@ -150,8 +150,8 @@ def at_rest(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 def counted(trials: Sequence[TrialRecord]) -> str:
     """Return `2 complete, 1 failed`: the number of trials in each state."""
-    found = Counter(trial.state for trial in trials)
-    return ", ".join(f"{found[state]} {state}" for state in STATES if found[state])
+    counts = Counter(trial.state for trial in trials)
+    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
 
 
 def best_of(trials: Sequence[TrialRecord], direction: str) -> TrialRecord | None:

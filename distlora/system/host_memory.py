@@ -48,12 +48,12 @@ def bytes_like(tensors: Sequence[Tensor]) -> int:
 
 def memory_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Allocate contiguous host memory of each tensor's shape and dtype, uninitialized; pinned for GPU tensors."""
-    found: dict[int, Tensor] = {}
+    by_id: dict[int, Tensor] = {}
     for pinned, kind in _kinds(tensors).items():
         places = take_places([tensor.nbytes for tensor in kind], pinned=pinned)
         for tensor, place in zip(kind, places, strict=True):
-            found[id(tensor)] = place.view(tensor.dtype).view(tensor.shape)
-    return [found[id(tensor)] for tensor in tensors]
+            by_id[id(tensor)] = place.view(tensor.dtype).view(tensor.shape)
+    return [by_id[id(tensor)] for tensor in tensors]
 
 
 def take_places(sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
@@ -93,8 +93,8 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
 
     It is the minimum of what the kernel and the limits of the process' cgroups (SLURM's --mem, a container's) leave.
     """
-    found = [*_by_kernel(proc), *_by_cgroups(proc, cgroups)]
-    return min(found, default=None)
+    candidates = [*_by_kernel(proc), *_by_cgroups(proc, cgroups)]
+    return min(candidates, default=None)
 
 
 def processes_here() -> int:

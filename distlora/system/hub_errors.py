@@ -212,8 +212,8 @@ def _similar(name: str, kind: HubKind) -> list[str]:
     owner, _, last = name.partition("/")
     find: Callable[..., Iterable[Any]] = HfApi().list_models if kind is MODEL else HfApi().list_datasets
     try:
-        own = [repository.id for repository in find(author=owner, limit=200)]
-        return own or [repository.id for repository in find(search=last, sort="downloads", limit=20)]
+        same_owner = [repository.id for repository in find(author=owner, limit=200)]
+        return same_owner or [repository.id for repository in find(search=last, sort="downloads", limit=20)]
     except HTTPError:  # A hint is no reason for another error.
         return []
 

@@ -56,7 +56,7 @@ def principal_part(weight_OI: Tensor, rank: int, *, scaling: float, sketch: Sket
             left_TR, values_R, right_NR = _exact(tall_TN, rank)
         else:
             left_TR, values_R, right_NR = _randomized(tall_TN, rank, sketch)
-    # A pair of singular vectors has no sign of its own.
+    # The sign of a pair of singular vectors is arbitrary.
     largest_R = right_NR.abs().argmax(dim=0, keepdim=True)
     sign_R = torch.where(right_NR.gather(0, largest_R)[0] < 0, -1.0, 1.0)
     root_R = (values_R / scaling).sqrt()

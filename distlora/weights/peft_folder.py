@@ -103,10 +103,10 @@ class PeftAdapter:
     """Modules trained whole, by last name."""
 
     @property
-    def own(self) -> AdapterConfig:
+    def adapter_config(self) -> AdapterConfig:
         """The adapter's rank, scale and targets."""
-        found = {key: value for key, value in self.settings.items() if key in _FIELDS}
-        return AdapterConfig(**found | {"init_from": str(self.folder)})
+        known = {key: value for key, value in self.settings.items() if key in _FIELDS}
+        return AdapterConfig(**known | {"init_from": str(self.folder)})
 
     @property
     def paths(self) -> list[str]:
@@ -250,7 +250,7 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
                 f"you trust it and save it again (save_pretrained writes {WEIGHTS_NAME})"
             )
         raise UserError(f"adapter.init_from={folder} holds no {WEIGHTS_NAME}; save the adapter again")
-    found: dict[tuple[str, str], str] = {}
+    by_part: dict[tuple[str, str], str] = {}
     for name in sorted(read_header(file)):
         match = _TENSOR.fullmatch(name)
         if is_of_rows(name) or is_of_modules(name, values):
@@ -258,24 +258,24 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
         if match is None:
             raise UserError(f"{file}: {name} is not a lora_A or lora_B of a linear{_kind(name)}; set another init_from")
         key = (match["path"], match["part"] or match["magnitude"])
-        if key in found:
+        if key in by_part:
             raise UserError(
-                f"{file}: {found[key]} and {name} are the same tensor of two adapters; save one adapter only"
+                f"{file}: {by_part[key]} and {name} are the same tensor of two adapters; save one adapter only"
             )
-        found[key] = name
+        by_part[key] = name
     parts = {"A": "lora_A", "B": "lora_B", **({"magnitude": "lora_magnitude_vector"} if dora else {})}
-    for path, part in found:
+    for path, part in by_part:
         if part not in parts:
             raise UserError(
                 f"{file}: {path} has a lora_magnitude_vector, which is DoRA's, but {CONFIG_NAME} has no use_dora=true; "
                 "save the adapter again"
             )
         for other, name in parts.items():
-            if (path, other) not in found:
+            if (path, other) not in by_part:
                 raise UserError(f"{file}: {path} has a {parts[part]} and no {name}; save the adapter again")
-    if not found:
+    if not by_part:
         raise UserError(f"{file} holds no tensors; save the adapter again")
-    return found
+    return by_part
 
 
 def _kind(name: str) -> str:
@@ -375,11 +375,11 @@ def by_weight(
         if match_ending(parameters, weights):
             depths.setdefault(module, set()).add(path.count(_WRAPPED))
     places = {}
-    for module, found in depths.items():
+    for module, wrapped in depths.items():
         adapted = match_ending(parameters, [f"{module}.{weight}" for weight in ExpertLayout().weights])
-        if found != set(range(len(adapted))):
+        if wrapped != set(range(len(adapted))):
             raise UserError(
-                f"{file} holds {len(found)} adapters of {module}, and target_parameters={list(parameters)} means "
+                f"{file} holds {len(wrapped)} adapters of {module}, and target_parameters={list(parameters)} means "
                 f"{len(adapted)} of its weights; save the adapter again"
             )
         for depth, weight in enumerate(reversed(adapted)):

@@ -176,7 +176,6 @@ def check_modules(modules: Mapping[str, PeftWholeModule], file: Path, *, rows: C
     for trained in modules.values():
         if len(trained.shape) != 2 or trained.shape[0] not in rows or trained.shape[1] != hidden:
             raise UserError(
-                f"{file}: {trained.name} has shape {list(trained.shape)}, and the model's has {[max(rows), hidden]}; set "
-                "another "
-                "adapter.init_from or model.path, or the adapter's model.new_tokens"
+                f"{file}: {trained.name} has shape {list(trained.shape)}, and the model's has {[max(rows), hidden]}; "
+                "set another adapter.init_from or model.path, or the adapter's model.new_tokens"
             )

@@ -122,7 +122,7 @@ def prequantized_parameters(
 
     Raises UserError for a parameter that is merged from several tensors of which one is quantized.
     """
-    found = {}
+    by_parameter = {}
     for parameter, names in names_on_disk.items():
         stored = [name for name in names if name in packed]
         if stored and len(names) > 1:
@@ -131,8 +131,8 @@ def prequantized_parameters(
                 f"cannot be merged as they are: {_INSTEAD}"
             )
         if stored:
-            found[parameter] = packed[stored[0]]
-    return found
+            by_parameter[parameter] = packed[stored[0]]
+    return by_parameter
 
 
 def check_quantization_config(file: Path, quantization: Any) -> None:

@@ -99,15 +99,15 @@ class Entry:
             names = sorted(os.listdir(self.path)) if not self.path.is_symlink() else []
         except OSError:
             return []
-        found = (PieceName.of(self.path / name) for name in names)
-        return [name for name in found if name is not None]
+        parsed = (PieceName.of(self.path / name) for name in names)
+        return [name for name in parsed if name is not None]
 
     def pieces_of_blocks(self) -> dict[int, list[PieceName]]:
         """Return `piece_names` by decoder layer."""
-        found: dict[int, list[PieceName]] = {}
+        by_block: dict[int, list[PieceName]] = {}
         for name in self.piece_names():
-            found.setdefault(name.block, []).append(name)
-        return found
+            by_block.setdefault(name.block, []).append(name)
+        return by_block
 
     def path_of(self, block: int, index: int, count: int, ranges: Mapping[str, range]) -> Path:
         """Return the path of the piece that holds these groups, the same for all processes."""
@@ -162,10 +162,10 @@ class EntryFigures:
 def entries(folder: Path) -> list[Entry]:
     """List the entries of a cache, most recently used first; empty if there is no cache."""
     try:
-        found = [Entry(path) for path in folder.iterdir() if _KEY.fullmatch(path.name)]
+        candidates = [Entry(path) for path in folder.iterdir() if _KEY.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((entry for entry in found if entry.is_ours()), key=Entry.last_use, reverse=True)
+    return sorted((entry for entry in candidates if entry.is_ours()), key=Entry.last_use, reverse=True)
 
 
 def figures_of(entry: Entry) -> EntryFigures:
@@ -227,15 +227,15 @@ def leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> Iterato
         for path in folder.iterdir():
             if path.is_symlink() or not path.is_dir():
                 continue
-            found: list[Path] = []
+            abandoned: list[Path] = []
             if _KEY.fullmatch(path.name):
-                found = list(_files_in(path, _UNFINISHED))
+                abandoned = list(_files_in(path, _UNFINISHED))
             elif path.name == SOURCES:
-                found = list(_files_in(path, _UNFINISHED_SOURCE))
+                abandoned = list(_files_in(path, _UNFINISHED_SOURCE))
             with contextlib.suppress(OSError):
                 if _REMOVED.fullmatch(path.name) and not _strangers_in(path):
-                    found = [path]
-                yield from (each for each in found if now - each.lstat().st_mtime >= older_than)
+                    abandoned = [path]
+                yield from (each for each in abandoned if now - each.lstat().st_mtime >= older_than)
 
 
 def remove_leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> int:
@@ -260,7 +260,7 @@ def forget_sources(folder: Path) -> None:
 
 def _files_in(folder: Path, *names: re.Pattern[str]) -> dict[Path, int]:
     """Return the plain files in a folder whose names match, with their sizes; none if the folder is a symlink."""
-    found: dict[Path, int] = {}
+    matching: dict[Path, int] = {}
     with contextlib.suppress(OSError):
         if not folder.is_symlink():
             for path in folder.iterdir():
@@ -268,8 +268,8 @@ def _files_in(folder: Path, *names: re.Pattern[str]) -> dict[Path, int]:
                     with contextlib.suppress(OSError):  # Renamed or removed meanwhile.
                         status = path.lstat()
                         if stat.S_ISREG(status.st_mode):
-                            found[path] = status.st_size
-    return found
+                            matching[path] = status.st_size
+    return matching
 
 
 def _strangers_in(folder: Path) -> bool:

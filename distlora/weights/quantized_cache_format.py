@@ -91,16 +91,16 @@ def cut(num_groups: int, index: int, count: int) -> range:
 
 def holes(groups: range, held: Sequence[tuple[int, int]]) -> list[range]:
     """Return the parts of `groups` that none of `held` (first, stop) covers."""
-    found, at = [], groups.start
+    gaps, at = [], groups.start
     for first, stop in sorted(held):
         if first > at:
-            found.append(range(at, min(first, groups.stop)))
+            gaps.append(range(at, min(first, groups.stop)))
         at = max(at, stop)
         if at >= groups.stop:
             break
     if at < groups.stop:
-        found.append(range(at, groups.stop))
-    return [hole for hole in found if hole]
+        gaps.append(range(at, groups.stop))
+    return [hole for hole in gaps if hole]
 
 
 def header_of(key: str, extents: Mapping[str, Extent]) -> bytes:

@@ -182,7 +182,7 @@ def _check_cut(rank: int, adapters: Sequence[PeftAdapter]) -> None:
     sums: dict[str, int] = {}
     for adapter in adapters:
         for path in adapter.paths:
-            sums[path] = sums.get(path, 0) + adapter.own.rank_of(path)
+            sums[path] = sums.get(path, 0) + adapter.adapter_config.rank_of(path)
     most = max(sums.values())
     require(
         rank < most,
@@ -195,7 +195,7 @@ def _check_ranks(request: CombineRequest, adapters: Sequence[PeftAdapter]) -> No
     """Refuse different ranks: A and B are summed separately, so they need one shape."""
     first: dict[str, tuple[Member, int]] = {}
     for member, adapter in zip(request.members, adapters, strict=True):
-        settings = adapter.own
+        settings = adapter.adapter_config
         for path in adapter.paths:
             rank = settings.rank_of(path)
             other, theirs = first.setdefault(path, (member, rank))

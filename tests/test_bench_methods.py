@@ -251,7 +251,7 @@ def test_finished_runs_are_skipped_and_a_wrong_base_fails(
     assert rows[0]["rates"] == {"0.00025": pytest.approx(4.50375), "0.0005": pytest.approx(4.5035), "0.001": None}
     for sentence in (
         "full, lr 0.001, seed 0 diverged",
-        "DoRA r=16, lr 0.004, seed 1 diverged; the row is of its other",
+        "DoRA r=16, lr 0.004, seed 1 diverged; its row has the other",
     ):
         assert sentence in shown
     assert shown.count("  diverged: its loss or gradient is not finite") == 2

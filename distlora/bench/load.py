@@ -1,5 +1,4 @@
-"""Measure loading a bf16 checkpoint into NF4: ours with and without the quantized-weights cache, and transformers +
-bitsandbytes.
+"""Measure loading a bf16 checkpoint into NF4, ours with and without the cache, and transformers + bitsandbytes.
 
     python -m distlora.bench.load REQUEST      (requests.LoadBench; started by `distlora bench load`)
 
@@ -307,6 +306,7 @@ def _verdict(holds: bool) -> str:
 
 
 def main() -> None:
+    """Run the worker: measure as the request says, and print."""
     request = from_argument(LoadBench)
     with libraries_print_to_stderr(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"

@@ -217,6 +217,7 @@ def _difference(measured: int, planned: int) -> str:
 
 
 def main() -> None:
+    """Run the worker: measure as the request says, and print."""
     request = from_argument(MemoryBench)
     with libraries_print_to_stderr():
         rows = list(measure(list(cells(request.models, request.ranks))))

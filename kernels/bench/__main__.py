@@ -35,6 +35,7 @@ _PACKAGES = ("torch", "triton", "bitsandbytes", "peft")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark. Returns the exit status."""
     options = _options(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -218,6 +218,7 @@ def steps(shape: BlockShape, name: str, x: Tensor, rank: int, *, checkpointed: b
 
 
 def attention_steps(batch: int, tokens: int, hidden: int, *, checkpointed: bool) -> Iterator[Step]:
+    """Count the launches of the attention."""
     attention = 2.0 * batch * tokens**2 * hidden
     # Backward is five products to forward's two.
     for flops in (attention, 2.5 * attention, attention)[: 2 + checkpointed]:

@@ -26,6 +26,7 @@ class FourBitBase(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, int], *parts: Tensor) -> Tensor:
+        """Return x W^T."""
         ctx.shape = shape
         ctx.save_for_backward(*parts)
         return torch.nn.functional.linear(x, FrozenWeight(parts, shape).dense(x.dtype))
@@ -33,18 +34,19 @@ class FourBitBase(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return dX."""
         parts = ctx.saved_tensors
         dx = dy @ FrozenWeight(parts, ctx.shape).dense(dy.dtype)
         return (dx, None, *(None for _ in parts))
 
 
 def peft(x: Tensor, linears: tuple[Linear, ...]) -> list[Tensor]:
-    """Without autocast: x is cast to the adapter's fp32, and the adapter's products run in fp32."""
+    """Run PEFT's sequence without autocast: x is cast to fp32, and the adapter's products run in fp32."""
     return [_peft(x, linear, autocast=False) for linear in linears]
 
 
 def peft_autocast(x: Tensor, linears: tuple[Linear, ...]) -> list[Tensor]:
-    """Under autocast to bf16, as transformers' Trainer with bf16=True."""
+    """Run PEFT's sequence under autocast to bf16, as transformers' Trainer with bf16=True."""
     with torch.autocast(x.device.type, torch.bfloat16):
         return [_peft(x, linear, autocast=True) for linear in linears]
 
@@ -52,13 +54,15 @@ def peft_autocast(x: Tensor, linears: tuple[Linear, ...]) -> list[Tensor]:
 def _peft(x: Tensor, linear: Linear, *, autocast: bool) -> Tensor:
     adapter = cast(Adapter, linear.adapter)
     result = cast(Tensor, FourBitBase.apply(x, linear.weight.shape, *linear.weight.parts)).clone()
-    seen = x if autocast else x.to(adapter.a.dtype)
-    output = torch.nn.functional.linear(torch.nn.functional.linear(seen, adapter.a), adapter.b) * _scale(linear)
+    adapter_input = x if autocast else x.to(adapter.a.dtype)
+    output = torch.nn.functional.linear(torch.nn.functional.linear(adapter_input, adapter.a), adapter.b) * _scale(
+        linear
+    )
     return result + (output if autocast else output.to(result.dtype))
 
 
 class _Unsloth(torch.autograd.Function):
-    """LoRA_W, and LoRA_QKV's pattern for several: X A^T is computed again in backward, dY B twice for each linear."""
+    """LoRA_W, and LoRA_QKV's pattern for several: backward recomputes X A^T, and dY B twice per linear."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linears: tuple[Linear, ...], *masters: Tensor) -> tuple[Tensor, ...]:
@@ -89,6 +93,7 @@ class _Unsloth(torch.autograd.Function):
 
 
 def unsloth(x: Tensor, linears: tuple[Linear, ...]) -> list[Tensor]:
+    """Run Unsloth's sequence."""
     masters = [master for linear in linears for master in cast(Adapter, linear.adapter)[:2]]
     return list(cast(tuple[Tensor, ...], _Unsloth.apply(x, linears, *masters)))
 
@@ -112,6 +117,7 @@ class Modules:
         self.parameters = parameters
 
     def __call__(self, x: Tensor) -> list[Tensor]:
+        """Return every linear's output."""
         return [module(x) for module in self.modules]
 
 
@@ -126,6 +132,7 @@ class _StandIn(nn.Linear):
         self.frozen = frozen
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T."""
         return cast(Tensor, FourBitBase.apply(x, self.frozen.shape, *self.frozen.parts))
 
 

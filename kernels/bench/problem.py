@@ -33,7 +33,7 @@ class Weights:
 
     @property
     def masters(self) -> list[Tensor]:
-        """a and b of each linear, alternating."""
+        """Masters a and b of each linear, alternating."""
         adapters = [cast(Adapter, linear.adapter) for linear in self.linears]
         return [master for adapter in adapters for master in (adapter.a, adapter.b)]
 

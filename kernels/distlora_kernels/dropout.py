@@ -56,6 +56,7 @@ class Stream(NamedTuple):
 
     @property
     def scale(self) -> float:
+        """1 / (probability of keeping an element)."""
         return _HALF / (_HALF - self.threshold)
 
 

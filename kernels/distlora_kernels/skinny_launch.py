@@ -1,7 +1,6 @@
-"""Launch the kernels of skinny_triton.py: tiles, splits and buffers of partial sums. docs/benchmarks.md has their
-costs.
+"""Launch the kernels of skinny_triton.py: tiles, splits and buffers of partial sums.
 
-Letters as in skinny.py.
+docs/benchmarks.md has their predicted costs. Letters as in skinny.py.
 """
 
 from __future__ import annotations

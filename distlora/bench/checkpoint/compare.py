@@ -170,6 +170,7 @@ def _ms(*seconds: float) -> Iterator[str]:
 
 
 def main() -> None:
+    """Run the worker: measure as the request says, and print."""
     request = from_argument(CheckpointBench)
     with libraries_print_to_stderr(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"

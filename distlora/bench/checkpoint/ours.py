@@ -53,6 +53,7 @@ class Turns:
     _last: Clock = field(default_factory=Clock.now)
 
     def __call__(self, progress: Progress) -> None:
+        """Save as the current mode requires and record the times."""
         now = Clock.now()
         mode = mode_of(progress.step)
         if mode in self.savers:
@@ -71,6 +72,7 @@ class Turns:
 
 
 def mode_of(step: int) -> str:
+    """Return the mode of a step."""
     return MODES[(step - 1) // STEPS % len(MODES)]
 
 
@@ -129,15 +131,18 @@ class Run(Started):
 
     @property
     def run_dir(self) -> Path:
+        """Folder of the run."""
         return Path(self.config.run_dir)
 
     def files(self) -> dict[str, Any]:
+        """Return the contents of a checkpoint."""
         return {
             **weight_files(self.model, self.config.spec),
             TRAINER_NAME: trainer_tensors(self.optimizer, self.trained, self.backend),
         }
 
     def tensors(self) -> dict[tuple[str, str], torch.Tensor]:
+        """Return copies of all tensors of a checkpoint, by (file, name)."""
         return {
             (file, name): tensor.clone()
             for file, content in self.files().items()
@@ -146,6 +151,7 @@ class Run(Started):
         }
 
     def saver(self, *, in_background: bool) -> Saver:
+        """Return a saver of this run."""
         return Saver(
             self.run_dir,
             self.files,

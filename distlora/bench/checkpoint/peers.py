@@ -23,6 +23,7 @@ from distlora.planner.traffic import Storage
 
 
 def adapted(folder: Path, r: int, storage: Storage = "nf4 in uint8") -> Any:
+    """Return PEFT's model with an adapter on every linear."""
     model: Any = get_peft_model(
         load_base(folder, storage), LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -30,6 +31,7 @@ def adapted(folder: Path, r: int, storage: Storage = "nf4 in uint8") -> Any:
 
 
 def numel(model: Any) -> int:
+    """Return the number of trained parameters."""
     return sum(parameter.numel() for parameter in trained(model))
 
 
@@ -107,16 +109,20 @@ class Times(TrainerCallback):
         self._starts = False
 
     def on_train_begin(self, *arguments: Any, **state: Any) -> None:
+        """Expect the first step."""
         self._starts = True
 
     def on_step_begin(self, *arguments: Any, **state: Any) -> None:
+        """Record the start of the first step."""
         if self._starts:  # After restoring generators and skipping sequences.
             self.began, self._starts = Clock.now(), False
 
     def on_step_end(self, *arguments: Any, **state: Any) -> None:
+        """Record the end of a step."""
         self.stepped = Clock.now()
 
     def on_save(self, *arguments: Any, **state: Any) -> None:
+        """Record the time of a save."""
         self.saves.append(Clock.now() - self.stepped)
 
 

@@ -21,6 +21,7 @@ class Clock:
 
     @classmethod
     def now(cls) -> Clock:
+        """Read both clocks."""
         return cls(time.perf_counter(), time.thread_time())
 
     def __sub__(self, other: Clock) -> Clock:
@@ -53,6 +54,7 @@ class Saved:
 
     @property
     def over_floor(self) -> float:
+        """Bytes over those that a resume needs."""
         return self.nbytes / (FLOOR * self.trained)
 
 
@@ -64,4 +66,5 @@ def median(clocks: Sequence[Clock]) -> Clock:
 
 
 def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

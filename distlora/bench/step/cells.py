@@ -135,6 +135,7 @@ class Cell:
 
     @property
     def title(self) -> str:
+        """Title of the way."""
         return WAYS[self.way].title
 
     @property

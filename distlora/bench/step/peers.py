@@ -149,9 +149,11 @@ class TakesTurns(TrainerCallback):
         self.turns = turns
 
     def on_step_begin(self, *arguments: Any, **rest: Any) -> None:
+        """Wait for a turn."""
         self.turns.begin()
 
     def on_step_end(self, *arguments: Any, **rest: Any) -> None:
+        """Stop the clock."""
         self.turns.end()
 
 
@@ -161,6 +163,7 @@ class NotingTrainer(Trainer):
     turns: Turns
 
     def training_step(self, *arguments: Any, **rest: Any) -> Tensor:
+        """Run a step and record its loss."""
         loss: Tensor = super().training_step(*arguments, **rest)
         self.turns.note(loss)
         return loss

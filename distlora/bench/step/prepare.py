@@ -80,6 +80,7 @@ PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def main() -> None:
+    """Run the worker: measure as the request says, and print."""
     request = from_argument(StepInputs)
     with libraries_print_to_stderr():
         make(request)

@@ -41,6 +41,7 @@ class Losses(Reporter):
         super().__init__(Path(), config, rank=1, world=2, total_steps=STEPS, start_step=0)  # Only rank 0 writes.
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep the loss."""
         self.newest = metrics["loss"]
 
 
@@ -94,6 +95,7 @@ def work(job: StepJob, ranks: Ranks, turns: Turns) -> None:
 
 
 def main() -> None:
+    """Run the worker: measure as the request says, and print."""
     warnings.simplefilter("ignore")
     job = from_argument(StepJob)
     with os.fdopen(os.dup(1), "w") as answers, libraries_print_to_stderr():

@@ -1,4 +1,4 @@
-"""`distlora bench methods`: adapter methods and full fine-tuning on one base and data, as a table and a plot."""
+"""`distlora bench methods`: compare adapter methods and full fine-tuning on one base and data."""
 
 from distlora_launcher.cli.bench.methods.run import main
 

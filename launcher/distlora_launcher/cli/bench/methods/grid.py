@@ -1,4 +1,4 @@
-"""What is compared: the methods, each one change away from rsLoRA of rank 16, and which runs each of them gets."""
+"""Define the compared methods, each one change away from rsLoRA of rank 16, and the runs that are due."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class Method:
     """One row of the table."""
 
     name: str
-    """What the table calls it; with dashes for spaces, its runs' folders too."""
+    """Name in the table; with dashes for spaces, also in the folders of its runs."""
     settings: tuple[str, ...]
-    """Overrides beside COMMON."""
+    """Overrides besides COMMON."""
     rate: float
-    """Where the search for its learning rate starts."""
+    """First learning rate of the search."""
 
 
 ADAPTED = ("adapter=lora", "quant=none", "adapter.target_modules=all-linear", "adapter.r=16", "adapter.use_rslora=true")
 
 
 def _but(*changed: str) -> tuple[str, ...]:
-    """ADAPTED with other values for some of its settings, and what is added."""
+    """Return ADAPTED with some settings changed or added."""
     values = dict(word.split("=", 1) for word in (*ADAPTED, *changed))
     return tuple(f"{key}={value}" for key, value in values.items())
 
@@ -41,7 +41,7 @@ METHODS = (
     Method("rsLoRA r=16 qv", _but("adapter.target_modules=qv"), 4e-3),
     Method("rsLoRA r=16 attention", _but("adapter.target_modules=attention"), 4e-3),
 )
-"""All of them on attention and MLP (all-linear), unquantized and with lora_alpha=16 where the name does not say."""
+"""Methods; all on attention and MLP (all-linear), unquantized and with lora_alpha=16 unless the name differs."""
 
 COMMON = (
     "tracker=none",
@@ -54,30 +54,31 @@ COMMON = (
     "train.keep=1",
     "adapter.lora_alpha=16",
 )
-"""What all share beside data, steps, seed and the schedule (cosine, 3 % warm-up)."""
+"""Settings of all runs, besides data, steps, seed and schedule (cosine, 3 % warm-up)."""
 
 FACTOR = 2.0
-"""Between neighbouring learning rates."""
+"""Ratio of neighbouring learning rates."""
 MOST_RATES = 5
+"""Most learning rates per method."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What decides every figure beside the method: runs of two setups do not belong into one table."""
+    """The settings of a comparison besides the method: runs of two setups do not belong in one table."""
 
     base: str
-    """The demo's base: a folder with model/, pairs.jsonl and held_out.jsonl."""
+    """Folder of the demo's base: model/, pairs.jsonl and held_out.jsonl."""
     steps: int
     ranks: int
     seeds: int
     """Runs of each method at its best learning rate."""
     search: bool
-    """Whether learning rates are searched for, or each method gets its first one."""
+    """Whether learning rates are searched; else each method has its first one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One run."""
+    """A run: method, learning rate, seed."""
 
     method: Method
     rate: float
@@ -85,10 +86,11 @@ class Planned:
 
     @property
     def folder(self) -> str:
+        """Name of the run's folder."""
         return f"{self.method.name.replace(' ', '-').replace('=', '')}_lr{self.rate:g}_seed{self.seed}"
 
     def overrides(self, setup: Setup, runs: Path, cache_dir: Path) -> list[str]:
-        """What `distlora train` gets."""
+        """Return the overrides of `distlora train`."""
         shared = [
             word for word in COMMON if not (word.startswith("adapter.") and "adapter=full" in self.method.settings)
         ]
@@ -108,39 +110,39 @@ class Planned:
 
 
 Losses = Mapping[Planned, float]
-"""Held-out loss of each finished run; infinity of one that diverged."""
+"""Held-out loss by finished run; infinity if it diverged."""
 
 
 def rates_of(method: Method, losses: Losses) -> dict[float, float]:
-    """{learning rate: held-out loss} of a method's runs with seed 0, which are what is chosen by."""
+    """Return the held-out loss by learning rate of a method's runs with seed 0."""
     return {run.rate: loss for run, loss in losses.items() if run.method == method and run.seed == 0}
 
 
 def best_rate(method: Method, losses: Losses) -> float | None:
-    """The rate of its lowest held-out loss; None before its first run that did not diverge."""
+    """Return the rate of the lowest held-out loss; None before the first run that did not diverge."""
     tried = {rate: loss for rate, loss in rates_of(method, losses).items() if loss < math.inf}
     return min(tried, key=tried.__getitem__) if tried else None
 
 
 def next_rate(method: Method, losses: Losses) -> float | None:
-    """The rate to try next: the first one, its neighbours, then further out while the best is at an end.
+    """Return the next rate: the first one, its neighbours, then further out while the best is at an end.
 
-    None when the best lies between two others, or after MOST_RATES.
+    None if the best lies between two others, or after MOST_RATES.
     """
     tried = rates_of(method, losses)
     for rate in (method.rate, method.rate * FACTOR, method.rate / FACTOR):
         if rate not in tried:
             return rate
-    best = min(tried, key=lambda rate: (tried[rate], rate))  # Where all have diverged, a lower one is next.
+    best = min(tried, key=lambda rate: (tried[rate], rate))  # If all diverged, a lower one is next.
     if len(tried) >= MOST_RATES or min(tried) < best < max(tried):
         return None
     return best * FACTOR if best == max(tried) else best / FACTOR
 
 
 def next_round(setup: Setup, losses: Losses, methods: Sequence[Method] = METHODS) -> list[Planned]:
-    """The runs that are due, a round of all methods at a time, so that a table is whole as early as can be.
+    """Return the runs that are due, one round of all methods at a time.
 
-    Learning rates first, then other seeds at the best of them, for methods that have one. Empty when all are done.
+    Learning rates come first, then other seeds at the best rate, for methods that have one. Empty if all are done.
     """
     if setup.search:
         wanted = {method: next_rate(method, losses) for method in methods}

@@ -1,12 +1,14 @@
-"""Finished runs to the figures of each method, the check of step 0, and the table. Plain values in, text out."""
+"""Turn finished runs into figures of each method, check step 0, and make the table, the sentences and the plot."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from distlora.output.figures import COLOURS, new_figure, save
 from distlora.output.tables import Table
 from distlora_launcher.cli.bench.methods.grid import (
     METHODS,
@@ -17,24 +19,23 @@ from distlora_launcher.cli.bench.methods.grid import (
 )
 
 Summaries = Mapping[Planned, Mapping[str, Any]]
-"""summary.json of each finished run."""
+"""Content of summary.json by finished run."""
 
 BYTES_TRAINED = 16
-"""Of each trained parameter: fp32 master, gradient and two moments."""
+"""Bytes per trained parameter: fp32 master, gradient and two optimizer states."""
 
 SAME_ARITHMETIC = 1e-6
-"""How far the base's held-out loss may differ, relative, among runs on the same weights, whose arithmetic at step 0 is
-the same: adapters add nothing, and full fine-tuning computes with its masters in the run's dtype."""
+"""Largest relative difference of the base's held-out loss among runs on the same weights, before the first step."""
 
 
 class BaseDiffersError(AssertionError):
-    """Runs that start from one base do not have one loss before the first step: something is wrong with a method."""
+    """Runs from one base have different losses before the first step: a method is wrong."""
 
 
 def check_base(summaries: Summaries) -> dict[str, float]:
-    """{"unquantized", "nf4"}: the base's held-out loss before the first step, which every run must agree on.
+    """Return the base's held-out loss before the first step, for "unquantized" and "nf4".
 
-    Raises BaseDiffersError with the run that is furthest from the others and both losses.
+    Raises BaseDiffersError, with both losses, for the run that differs most from the others.
     """
     agreed: dict[str, float] = {}
     for kind in ("unquantized", "nf4"):
@@ -53,20 +54,22 @@ def check_base(summaries: Summaries) -> dict[str, float]:
 
 
 def base_of(run: Planned) -> str:
-    """Which base a run has: unquantized or nf4."""
+    """Return the kind of base of a run: unquantized or nf4."""
     return "nf4" if "quant=nf4" in run.method.settings else "unquantized"
 
 
 def losses_of(summaries: Summaries, diverged: Collection[Planned]) -> dict[Planned, float]:
-    """What the search for learning rates goes by."""
+    """Return the held-out loss by run, infinity for diverged ones."""
     return {run: summary["eval_loss"] for run, summary in summaries.items()} | dict.fromkeys(diverged, math.inf)
 
 
 def figures(
     summaries: Summaries, base_weights: int, quantizable: int, diverged: Collection[Planned] = ()
 ) -> list[dict[str, Any]]:
-    """A row for each method that has a finished run. `base_weights` and `quantizable` are counts of the base's
-    parameters: all, and those that quant=nf4 quantizes. The loss at a rate that diverged is None."""
+    """Return a row for each method with a finished run; the loss at a rate that diverged is None.
+
+    `base_weights` counts the base's parameters, `quantizable` those that quant=nf4 quantizes.
+    """
     losses = losses_of(summaries, diverged)
     return [
         _row(method, summaries, rates_of(method, losses), rate, base_weights, quantizable)
@@ -83,8 +86,8 @@ def _row(
     base_weights: int,
     quantizable: int,
 ) -> dict[str, Any]:
-    own = {run: summary for run, summary in summaries.items() if run.method == method}
-    chosen = [summary for run, summary in sorted(own.items(), key=lambda item: item[0].seed) if run.rate == rate]
+    finished = {run: summary for run, summary in summaries.items() if run.method == method}
+    chosen = [summary for run, summary in sorted(finished.items(), key=lambda item: item[0].seed) if run.rate == rate]
     losses = [summary["eval_loss"] for summary in chosen]
     first = chosen[0]
     return {
@@ -100,19 +103,18 @@ def _row(
         "state_bytes": state_bytes(method, first, base_weights, quantizable),
         "peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in chosen),
         "gathered_bytes_per_step": first.get("gathered_bytes_per_step", 0),
-        # Gradients on the wire: whole where they are all-reduced, shards where they are reduce-scattered.
+        # Whole gradients if all-reduced, shards if reduce-scattered.
         "gradient_bytes_per_step": first.get("reduced_bytes_per_step", 0) + first.get("scattered_bytes_per_step", 0),
-        # The fastest is the one that other work on the machine held up least.
-        "seconds": min(summary["train_seconds"] for summary in own.values()),
-        "runs": len(own),
+        # Other work on the machine delayed the fastest run least.
+        "seconds": min(summary["train_seconds"] for summary in finished.values()),
+        "runs": len(finished),
     }
 
 
 def state_bytes(method: Method, summary: Mapping[str, Any], base_weights: int, quantizable: int) -> int:
-    """Weights, masters, gradients and moments, over all ranks, each counted once: what a method must keep.
+    """Return the bytes of weights, masters, gradients and optimizer states over all ranks, without activations.
 
-    Full fine-tuning's weights are its masters. Activations are not in it: they are the same for all but for what a
-    method adds.
+    Full fine-tuning's weights are its masters.
     """
     trained = BYTES_TRAINED * summary["trainable_parameters"]
     if "adapter=full" in method.settings:
@@ -123,9 +125,9 @@ def state_bytes(method: Method, summary: Mapping[str, Any], base_weights: int, q
 
 
 def table(rows: Sequence[Mapping[str, Any]], heading: str) -> Table:
-    """The table of README and terminal; `*` marks a learning rate at the end of those that were tried."""
+    """Return the table; `*` marks a learning rate at an end of those tried."""
     head = ["method", "trained", "held-out loss", "gain", "lr", "state, MiB", "peak, MiB"]
-    lines = [[*head, "gradients a step, KiB", "gathered a step, MiB", "seconds"]]
+    lines = [[*head, "gradients per step, KiB", "gathered per step, MiB", "seconds"]]
     for row in rows:
         spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
         lines.append(
@@ -155,11 +157,11 @@ PAIRS = (
     ("rsLoRA r=16", "rsLoRA r=16 attention", "every linear in place of attention"),
     ("full", "rsLoRA r=16", "training everything in place of rsLoRA r=16"),
 )
-"""(method, what it is measured against, what the difference is due to)."""
+"""(method, method to compare with, cause of the difference)."""
 
 
 def reading(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What each change does to the held-out loss, and whether the seeds tell it from nothing."""
+    """Yield the effect of each change on the held-out loss, beside the noise between seeds."""
     by_name = {row["method"]: row for row in rows}
     for name, against, cause in PAIRS:
         if name in by_name and against in by_name:
@@ -167,19 +169,39 @@ def reading(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def divergences(rows: Sequence[Mapping[str, Any]], diverged: Collection[Planned]) -> Iterator[str]:
-    """A sentence for each run that diverged: what a row does not show."""
+    """Yield a sentence for each run that diverged."""
     chosen = {row["method"]: row["rate"] for row in rows}
     for run in sorted(diverged, key=lambda run: (METHODS.index(run.method), run.rate, run.seed)):
-        of = "; the row is of its other seeds" if chosen.get(run.method.name) == run.rate else ""
-        yield f"{run.method.name}, lr {run.rate:g}, seed {run.seed} diverged{of}"
+        rest = "; its row has the other seeds" if chosen.get(run.method.name) == run.rate else ""
+        yield f"{run.method.name}, lr {run.rate:g}, seed {run.seed} diverged{rest}"
 
 
 def _compare(row: Mapping[str, Any], other: Mapping[str, Any], cause: str) -> str:
-    """Welch's standard error, and 2 of them as the border: with three seeds no more than a rule of thumb."""
+    """Compare by two of Welch's standard errors, a rule of thumb with three seeds."""
     difference = row["eval_loss"] - other["eval_loss"]
     text = f"{cause}: {difference:+.3f} nats"
     if row["spread"] is None or other["spread"] is None:
         return f"{text} (one seed)"
     error = math.sqrt(sum(r["spread"] ** 2 / len(r["eval_losses"]) for r in (row, other)))
-    verdict = "more than the seeds explain" if abs(difference) > 2 * error else "within the seeds' noise"
+    verdict = "more than the noise between seeds" if abs(difference) > 2 * error else "within the noise between seeds"
     return f"{text} ± {error:.3f}, {verdict}"
+
+
+def plot_methods(rows: Sequence[Mapping[str, Any]], bases: Mapping[str, float], path: Path) -> None:
+    """Plot the held-out loss of each method, a dot per seed, and over the learning rates."""
+    figure, (by_method, by_rate) = new_figure(2, width=11, height=4.2)
+    names = [row["method"] for row in rows]
+    for index, row in enumerate(rows):
+        colour = COLOURS[index % len(COLOURS)]
+        by_method.plot(row["eval_losses"], [index] * len(row["eval_losses"]), ".", color=colour, alpha=0.6)
+        by_method.plot([row["eval_loss"]], [index], "|", markersize=16, color=colour)
+        rates = [float(rate) for rate in row["rates"]]
+        style = "-" if index < len(COLOURS) else "--"
+        losses = [math.nan if loss is None else loss for loss in row["rates"].values()]  # None if it diverged.
+        by_rate.plot(rates, losses, f".{style}", color=colour, label=row["method"])
+    by_method.set_yticks(range(len(names)), names)
+    by_method.invert_yaxis()
+    by_method.set(xlabel=f"held-out loss, nats per token (base: {bases.get('unquantized', bases.get('nf4')):.3f})")
+    by_rate.set(xlabel="learning rate", ylabel="held-out loss", xscale="log")
+    by_rate.legend(frameon=False, fontsize=7)
+    save(figure, path)

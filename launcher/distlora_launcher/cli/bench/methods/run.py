@@ -1,4 +1,4 @@
-"""The command: run after run as `distlora train` does it, skipping what is finished, and the table of what there is."""
+"""Run `distlora train` for each method and learning rate, skip finished runs, and report."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from distlora_launcher.cli.bench.methods.results import (
     divergences,
     figures,
     losses_of,
+    plot_methods,
     reading,
     table,
 )
@@ -50,27 +51,27 @@ from distlora_launcher.terminal.output import shown
 RESULT_NAME, REPORT_NAME, PLOT_NAME, SETUP_NAME = "methods.json", "methods.md", "methods.png", "setup.json"
 STEPS, QUICK_STEPS = 48, 16
 LOG_LINES = 20
-"""Last lines of a failed run's log that are shown."""
+"""Last lines of a failed run's log to print."""
 
 USAGE = f"""usage: distlora bench methods [--out FOLDER] [--steps N] [--ranks N] [--seeds N] [--quick]
 
 Compare adapter methods and full fine-tuning on the demo's base and data (`distlora demo` makes them): held-out loss,
-trained parameters, memory, bytes on the wire, time. Each figure is a real `distlora train` run; runs that are finished
-are not run again, so a comparison that was stopped goes on where it was. About ten minutes on two idle cores.
+trained parameters, memory, network traffic, time. Each figure is a real `distlora train` run; finished runs are
+skipped, so a stopped comparison continues. About ten minutes on two idle cores.
 
-Every method gets the same rows in the same order, steps and schedule, and a learning rate of its own: the best on the
-held-out documents of a grid by factors of {FACTOR:g}, which grows until the best lies inside of it ({MOST_RATES} rates
-at most); then other seeds at that rate.
+Every method has the same sequences in the same order, steps and schedule, and its own learning rate: the best on the
+held-out documents of a grid by factors of {FACTOR:g}, which grows until the best lies inside ({MOST_RATES} rates at
+most); then other seeds at that rate.
 
-  --out FOLDER   where everything goes (bench/methods)
-  --steps N      optimizer steps of a run ({STEPS}: about one pass over the data)
-  --ranks N      worker processes of a run (2, or the GPUs of this machine)
+  --out FOLDER   folder of all results (bench/methods)
+  --steps N      optimizer steps per run ({STEPS}: about one pass over the data)
+  --ranks N      worker processes per run (2, or the GPUs of this machine)
   --seeds N      runs of each method at its best learning rate (3)
-  --quick        one learning rate, one seed, {QUICK_STEPS} steps: whether everything works, not which is better"""
+  --quick        one learning rate, one seed, {QUICK_STEPS} steps: a check that everything works"""
 
 
 def main(arguments: list[str]) -> int:
-    """Run what is missing, then report. Returns the exit code: 1 for a run that failed or a base that differs."""
+    """Run the missing runs and report. Returns the exit code: 1 for a failed run or a base that differs."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
@@ -85,7 +86,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. UserError for an unknown flag, with the nearest, and for values that are no counts."""
+    """Parse the arguments. UserError for an unknown option or a value below 1."""
     parser = Parser("distlora bench methods", help="distlora bench methods --help")
     parser.add_argument("--out", default="bench/methods")
     parser.add_argument("--steps", type=int)
@@ -104,12 +105,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def check_setup(out: Path, setup: Setup) -> None:
-    """Make the folder, or refuse one whose runs were made otherwise: they would not belong into one table."""
+    """Create the folder. UserError if it holds runs of another setup."""
     check_writable(out, "--out")
     values = dataclasses.asdict(setup) | {"fingerprint": CheckpointFiles(Path(setup.base) / "model").fingerprint}
     earlier = read_record(out / SETUP_NAME)
     differing = [name for name, value in values.items() if name in earlier and earlier[name] != value]
-    differing = [name for name in differing if name != "seeds"]  # More seeds are more of the same.
+    differing = [name for name in differing if name != "seeds"]  # More seeds extend the same comparison.
     if differing:
         name = differing[0]
         raise UserError(
@@ -121,37 +122,37 @@ def check_setup(out: Path, setup: Setup) -> None:
 
 
 def run_all(setup: Setup, out: Path) -> int:
-    """Round after round until none is due. Returns the code of the run that failed, or 0.
+    """Run rounds until none is due. Returns the exit code of the first failed run, or 0.
 
-    A run that diverged has not failed: it says that its rate is too high.
+    A run that diverges does not count as failed: its rate is too high.
     """
     began, number = time.monotonic(), 0
     while due := next_round(setup, losses_of(finished(setup, out), diverged(setup, out))):
         for run in due:
             number += 1
             minutes = (time.monotonic() - began) / 60
-            say(f"run {number} ({minutes:.0f} min): {run.method.name}, lr {run.rate:g}, seed {run.seed}")
+            log(f"run {number} ({minutes:.0f} min): {run.method.name}, lr {run.rate:g}, seed {run.seed}")
             code = train(run, setup, out)
             if has_diverged(run, out):
-                say("  diverged: its loss or gradient is not finite, which counts as an infinite held-out loss")
+                log("  diverged: its loss or gradient is not finite; counted as an infinite held-out loss")
                 continue
             if code != DONE:
                 return code
             summary = read_record(out / "runs" / run.folder / SUMMARY_NAME)
-            say(f"  held-out loss {summary['base_eval_loss']:.4f} -> {summary['eval_loss']:.4f}")
+            log(f"  held-out loss {summary['base_eval_loss']:.4f} -> {summary['eval_loss']:.4f}")
     return DONE
 
 
 def train(run: Planned, setup: Setup, out: Path) -> int:
-    """`distlora train`, or `distlora resume` of what was stopped, in a process of its own. Returns its exit code."""
-    folder, log = out / "runs" / run.folder, out / "logs" / f"{run.folder}.log"
+    """Run `distlora train`, or `distlora resume` of a stopped run, as a process. Returns its exit code."""
+    folder, log_file = out / "runs" / run.folder, out / "logs" / f"{run.folder}.log"
     if (folder / CONFIG_NAME).is_file():
-        words = ["resume", str(folder)]
+        arguments = ["resume", str(folder)]
     else:
-        words = ["train", *run.overrides(setup, out / "runs", cache_root() / "data")]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        command = [sys.executable, "-m", "distlora_launcher.cli.main", *words]
+        arguments = ["train", *run.overrides(setup, out / "runs", cache_root() / "data")]
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("a", encoding="utf-8") as file:
+        command = [sys.executable, "-m", "distlora_launcher.cli.main", *arguments]
         with forwarding() as forwarder:
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
@@ -159,33 +160,33 @@ def train(run: Planned, setup: Setup, out: Path) -> int:
             forwarder.attach(process)
             code = process.wait()
     if forwarder.received is not None:
-        say(f"stopped by {signal.Signals(forwarder.received).name}; the same command goes on from here")
+        log(f"stopped by {signal.Signals(forwarder.received).name}; run the same command to continue")
         return STOPPED
     if code != DONE and not has_diverged(run, out):
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        say(f"{run.folder} ended with code {code}; {shown(log)} ends with\n" + "\n".join(tail))
+        tail = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        log(f"{run.folder} ended with code {code}; {shown(log_file)} ends with\n" + "\n".join(tail))
     return code
 
 
 def finished(setup: Setup, out: Path) -> dict[Planned, dict[str, Any]]:
-    """Runs of this setup that have ended well, with their summary.json."""
+    """Return the finished runs of this setup, with their summary.json."""
     summaries = {run: read_record(out / "runs" / run.folder / SUMMARY_NAME) for run in candidates(setup)}
     return {run: summary for run, summary in summaries.items() if summary.get("eval_loss") is not None}
 
 
 def diverged(setup: Setup, out: Path) -> list[Planned]:
-    """Runs of this setup that diverged; a resume of them would meet the same step again."""
+    """Return the runs of this setup that diverged; a resume would diverge at the same step."""
     return [run for run in candidates(setup) if has_diverged(run, out)]
 
 
 def has_diverged(run: Planned, out: Path) -> bool:
-    """Whether it ended at a loss or gradient that is not finite, or with such a held-out loss (null in JSON)."""
+    """Return whether a run ended with a loss, gradient or held-out loss that is not finite (null in JSON)."""
     folder = out / "runs" / run.folder
     return would_repeat(folder / "logs") or read_record(folder / SUMMARY_NAME).get("eval_loss", 0.0) is None
 
 
 def candidates(setup: Setup) -> Iterator[Planned]:
-    """Every run that a search can have come to."""
+    """Yield every run that the search can reach."""
     for method in METHODS:
         for power in range(-MOST_RATES, MOST_RATES + 1):
             for seed in range(setup.seeds):
@@ -193,9 +194,7 @@ def candidates(setup: Setup) -> Iterator[Planned]:
 
 
 def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) -> int:
-    """Write and print what there is. Returns 1 where runs do not agree on their base, after saying so."""
-    from distlora_launcher.cli.bench.methods.plots import plot_methods
-
+    """Write and print the report. Returns 1 if the runs' bases differ."""
     base_weights, quantizable = count_weights(Path(setup.base) / "model")
     failed = diverged(setup, out)
     rows = figures(summaries, base_weights, quantizable, failed)
@@ -213,7 +212,7 @@ def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) ->
         "quantizable_weights": quantizable,
         "rows": rows,
     }
-    heading = f"{setup.steps} steps of 8 rows of 256 tokens, {setup.ranks} rank{'s' if setup.ranks > 1 else ''}"
+    heading = f"{setup.steps} steps of 8 sequences of 256 tokens, {setup.ranks} rank{'s' if setup.ranks > 1 else ''}"
     shown_table, sentences = table(rows, heading), [*divergences(rows, failed), *reading(rows)]
     checked = f"Before the first step all {len(summaries)} runs have the base's held-out loss: {agreed}."
     plot_methods(rows, bases, out / PLOT_NAME)
@@ -228,7 +227,7 @@ def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) ->
 
 
 def count_weights(model: Path) -> tuple[int, int]:
-    """(parameters of the base, those in the linears of its blocks), from the safetensors headers."""
+    """Return (parameters of the base, those in linears of its decoder layers), from the safetensors headers."""
     tensors = read_headers(model)
     family = family_of(read_config(model), model / "config.json")
     linears = {f"{name}.weight" for name in linear_names(tensors, family)}
@@ -236,5 +235,6 @@ def count_weights(model: Path) -> tuple[int, int]:
     return sum(sizes.values()), sum(size for name, size in sizes.items() if name in linears)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
+    """Print a progress line."""
     print(text, flush=True)

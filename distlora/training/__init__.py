@@ -1,1 +1,1 @@
-"""A run: its steps, what they are measured by, what is due after them."""
+"""Training: set-up, the loop, objectives, optimizers, metrics and what follows each step."""

@@ -1,10 +1,9 @@
-"""An evaluation's losses, added up by held-out document.
+"""Sum an evaluation's losses by held-out document.
 
-A document is a piece of a row, or several in several rows (data.too_long=split). A piece lies in one row, which one
-rank runs: its sum is made there, in the order of its tokens, and the sum over ranks adds zeros to it. So the figures
-are the same on any number of ranks.
+A document is a piece of a row, or several pieces in several rows (data.too_long=split). One rank runs a row and sums
+its piece in the order of its tokens; the sum over ranks adds zeros. So the losses are the same on any number of ranks.
 
-Letters: N rows, L tokens of a row, B rows of a micro-batch, U tokens of a row or most pairs of one, P pieces.
+Letters: N rows, L tokens per row, B rows per micro-batch, U tokens per row or most pairs per row, P pieces.
 """
 
 from __future__ import annotations
@@ -21,30 +20,30 @@ from distlora.parallel import Backend
 from distlora.run_folder.eval_documents import DocumentRecord
 
 _ROWS_AT_ONCE = 1024
-"""Rows whose flags are looked at together: some MB."""
+"""Rows whose flags are examined together: a few MB."""
 
 
 class DocumentLosses:
-    """What one rank saw of the documents of a split. One for a run; each evaluation begins with `begin`."""
+    """Document losses of one rank for a split. One object per run; each evaluation starts with `begin`."""
 
     def __init__(self, rows: PackedRows) -> None:
         assert rows.documents is not None, "rows that were made in memory"
         self.rows = rows
-        self._bounds = np.concatenate([[0], np.cumsum(pieces_of_rows(rows))])  # (N + 1,): as Packing.row_bounds.
+        self._bounds = np.concatenate([[0], np.cumsum(pieces_of_rows(rows))])  # (N + 1,), like Packing.row_bounds.
         self._has_pairs = bool((rows.pairs > 0).any())
         self._digest: str | None = None
         self.begin()
 
     def begin(self) -> None:
-        """Forget what was added."""
+        """Reset the sums."""
         self._losses = np.zeros(self._bounds[-1], np.float64)
         self._units = np.zeros(self._bounds[-1], np.int64)
         self._pending: tuple[MicroBatch, Tensor] | None = None
 
     def add(self, batch: MicroBatch, losses: Tensor) -> None:
-        """Of a micro-batch that was evaluated: `losses` (B, U), of each token, or of each pair of a row in its order.
+        """Add an evaluated micro-batch: `losses` (B, U) of each token, or of each pair of a row in order.
 
-        They are read when the next ones come, so that the device has work while the host waits for them.
+        They are read with the next call, so that the device has work while the host waits.
         """
         self._read()
         self._pending = batch, losses
@@ -62,11 +61,11 @@ class DocumentLosses:
             number = np.cumsum(batch.position_ids.numpy() == 0, axis=1) - 1
             counts = batch.labels.numpy() >= 0
         piece = (self._bounds[rows][:, None] + number)[counts]
-        np.add.at(self._losses, piece, losses[counts])  # One after the other: a fixed order.
+        np.add.at(self._losses, piece, losses[counts])  # In a fixed order, one after the other.
         np.add.at(self._units, piece, 1)
 
     def record(self, step: int, backend: Backend) -> DocumentRecord:
-        """What all ranks saw since `begin`, after `step` optimizer steps. Every rank must call it."""
+        """Return all ranks' sums since `begin`, after `step` optimizer steps. Every rank must call it."""
         self._read()
         device = backend.ranks.device
         losses = backend.sum_over_ranks(torch.from_numpy(self._losses).to(device)).cpu().numpy()
@@ -88,8 +87,10 @@ class DocumentLosses:
 
 
 def pieces_of_rows(rows: PackedRows) -> np.ndarray:
-    """Pieces of each row, (N,) int64: what starts in it, but for rejected answers, and the padding, which has no label.
-    Raises ValueError where these are not as many as the documents that were kept of them."""
+    """Count the pieces of each row, (N,) int64: documents that start in it, without rejected answers and padding.
+
+    Padding has no label. Raises ValueError if the counts differ from the documents recorded for the rows.
+    """
     counts = np.zeros(len(rows), np.int64)
     last = rows.sequence_length - 1
     for first in range(0, len(rows), _ROWS_AT_ONCE):
@@ -105,7 +106,7 @@ def pieces_of_rows(rows: PackedRows) -> np.ndarray:
 
 
 def digest_of(rows: PackedRows) -> str:
-    """SHA-256, in hex, over the rows of a split and whose they are."""
+    """Return the SHA-256, in hex, of a split's rows and their documents."""
     digest = hashlib.sha256()
     for array in (rows.tokens, rows.flags, rows.documents):
         assert array is not None

@@ -1,7 +1,7 @@
-"""What a step must compute, counted from the model's shapes, which MFU divides by what a GPU can do.
+"""Count the FLOPs of a step from the model's shapes, for MFU.
 
-Counted are the operations that the maths asks for: forward, the gradient of every input, the gradients of what is
-trained. Recomputation under checkpointing and dequantization are the implementation's, so they lower MFU.
+Counted are forward, the gradients of all inputs and the gradients of trained parameters. Recomputation and
+dequantization are implementation costs, so they lower MFU.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from distlora.planner.speed.operations import ActiveWeights, ModelFlops, queries
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one device; None for a CPU and for a GPU that is not in distlora/config/gpus.py: no MFU is shown then."""
+    """Return a GPU's peak FLOP/s; None for a CPU and for a GPU that is not in distlora/config/gpus.py (no MFU then)."""
     gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if gpu is None else gpu.flops
 
 
 def count_flops(model: CausalLM, *, with_reference: bool = False, slot: int | None = None) -> ModelFlops:
-    """The operations of a training step of this model (operations.py). `with_reference`: every row runs forward once
-    more, without an adapter (DPO). `slot`: of the adapters those of this slot, as of the trial alone.
+    """Return the operations of a training step (operations.py).
+
+    `with_reference`: every row runs forward once more, without an adapter (DPO). `slot`: count only this slot's
+    adapters.
     """
     return active_weights(model, slot).model_flops(with_reference=with_reference)
 
 
 def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:
-    """What a token goes through in a model that is built, module by module; of the adapters all, or a slot's."""
+    """Return the weights that a token uses, module by module, with all adapters or one slot's."""
     config = model.hf_config
     linears, trained, adapters = 0, 0, 0
     for module in (module for block in model.blocks for module in block.modules()):
@@ -41,7 +43,7 @@ def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:
             linears += module.in_features * module.out_features
             if isinstance(module, AdaptedLinear):
                 adapters += _ranks(module.pairs, slot) * (module.in_features + module.out_features)
-        elif isinstance(module, ExpertWeight):  # A token goes through the experts that it chooses.
+        elif isinstance(module, ExpertWeight):  # A token uses the experts that it chooses.
             chosen = config.num_experts_per_tok
             linears += chosen * module.in_features * module.out_features
             adapters += chosen * _ranks(module.pairs, slot) * (module.in_features + module.out_features)
@@ -62,12 +64,12 @@ def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:
 
 
 def _ranks(pairs: Iterable[LoRAPair], slot: int | None) -> int:
-    """Of the adapters that are counted, added up."""
+    """Return the sum of the counted adapters' ranks."""
     return sum(pair.rank for pair in pairs if slot in (None, pair.slot))
 
 
 def _windows(config: object, layers: int) -> list[int | None]:
-    """Of each layer, by layer_types where the family has them, else one for all; None: all tokens are seen."""
+    """Return each layer's attention window, from layer_types if the family has them; None: all tokens are visible."""
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if types is None:
         return [window] * layers

@@ -1,8 +1,8 @@
-"""transformers' own `generate` over our decoder and head.
+"""Generate text with a model in training form, through transformers' `generate`.
 
-`Generator` shows a `CausalLM` (quantized, adapted, perhaps sharded) to transformers as one of its models; sampling,
+`Generator` presents a `CausalLM` (quantized, adapted, perhaps sharded) to transformers as one of its models; sampling,
 stopping, streaming and the key-value cache are transformers'. Every rank of a sharded model calls alike and gets the
-same tokens.
+same tokens. `PromptEncoder` turns prompts into tokens, and `Sampler` writes samples during training.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from distlora.model.build import CausalLM, Past
 from distlora.parallel import Backend
 
 ROWS_AT_ONCE = 8
-"""Prompts that are continued in one batch."""
+"""Prompts per batch."""
 
 
 class Completion(NamedTuple):
-    """What a model wrote after one prompt."""
+    """Text that a model generated after one prompt."""
 
     tokens: list[int]
-    """Without the token that ended it."""
+    """Generated tokens without the one that ended them."""
     ended: bool
-    """Whether the model ended it, rather than the limit of tokens."""
+    """True if the model ended the completion, not the token limit."""
 
 
 class Generator(PreTrainedModel, GenerationMixin):
-    """A `CausalLM` as transformers generates with it: logits (B, 1, vocabulary) of the token after the last."""
+    """A `CausalLM` for transformers' generate: logits (B, 1, vocabulary) of the token after the last."""
 
-    # The decoder has its attention already; this is about what the config may say.
+    # The decoder's attention is already set; this is about the values that its config may have.
     _supports_sdpa = True
     _supports_flash_attn = True
 
     def __init__(self, model: CausalLM, backend: Backend) -> None:
         super().__init__(copy.deepcopy(model.decoder.config))  # type: ignore[arg-type]
-        # Not what transformers takes from config.json: use_cache=false, which training leaves there, is slow.
+        # transformers would copy use_cache=false from config.json, which training leaves there and which is slow.
         self.generation_config = GenerationConfig()
         self.causal_lm = model
         self.backend = backend
@@ -63,17 +63,17 @@ class Generator(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
-        """input_ids, position_ids (B, T); attention_mask (B, tokens in the cache + T).
+        """Run input_ids, position_ids (B, T) with attention_mask (B, tokens in the cache + T).
 
-        The cache has the name that this transformers gives it. use_cache and return_dict are its way to say what the
-        cache and the result say already.
+        The cache's keyword depends on the transformers version. use_cache and return_dict repeat what the cache and the
+        result say.
         """
         cache = past_key_values if cache is None else cache
         past = Past(attention_mask, cache)
         logits = self.causal_lm(input_ids, position_ids, None, past=past)
         if self.backend.ranks.world > 1:
-            # The ranks compute the same; if one were off by a bit and stopped a token earlier, the rest would wait for
-            # it for ever. So rank 0's logits are everyone's: a sum with zeros, which is exact.
+            # Ranks compute the same logits. If one differed by a bit and stopped a token earlier, the others would wait
+            # forever, so all use rank 0's: a sum with zeros, which is exact.
             logits = self.backend.sum_over_ranks(logits if self.backend.writes else torch.zeros_like(logits))
         output = CausalLMOutputWithPast(logits=logits)
         output[self.causal_lm.cache_name] = cache
@@ -81,9 +81,9 @@ class Generator(PreTrainedModel, GenerationMixin):
 
 
 def context_limit(model: CausalLM) -> int:
-    """Tokens that prompt and completion may have together: the model's positions, by its config.
+    """Return the maximum length of prompt and completion in tokens: the model's positions, by its config.
 
-    With longrope, those before its factors change: a cache holds keys that were turned with the factors before.
+    With longrope, those before its factors change: the cache holds keys that were rotated with the earlier factors.
     """
     config = model.decoder.config
     limit = config.max_position_embeddings  # type: ignore[union-attr]
@@ -99,7 +99,7 @@ def context_limit(model: CausalLM) -> int:
 
 @contextlib.contextmanager
 def aside(model: CausalLM, backend: Backend) -> Iterator[None]:
-    """Generation within a run: afterwards the model cuts its batches, and the counters stand, as before."""
+    """Generate within a run: restore the model's slicing and the traffic counters afterwards."""
     num_micro, traffic = [block.num_micro for block in model.blocks], copy.copy(backend.traffic)
     model.set_num_micro(1)
     try:
@@ -118,7 +118,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     stopping: StoppingCriteriaList | None = None,
 ) -> list[Completion]:
-    """Continue a batch of prompts (token ids), none of which may be longer than `context_limit` less one."""
+    """Continue a batch of prompts (token ids), each shorter than `context_limit`."""
     longest = max(map(len, prompts))
     device, pad = generator.backend.ranks.device, settings.pad_token_id
     input_ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
@@ -138,7 +138,7 @@ def generate(
 
 
 def _completion(tokens: list[int], stops: list[int]) -> Completion:
-    """A row of generate's result, which is padded behind its end."""
+    """Cut a row of generate's result, which is padded after its end."""
     end = next((index for index, token in enumerate(tokens) if token in stops), None)
     return Completion(tokens[:end], end is not None)
 
@@ -146,9 +146,9 @@ def _completion(tokens: list[int], stops: list[int]) -> Completion:
 def generate_all(
     generator: Generator, prompts: Sequence[Sequence[int]], settings: GenerationConfig
 ) -> Iterator[list[Completion]]:
-    """Completions of any number of prompts, in order, a batch at a time.
+    """Return completions of any number of prompts, in order, one batch at a time.
 
-    A prompt that the context leaves less room than it may use runs alone, so that it does not shorten others.
+    A prompt near the context limit runs alone, so that it does not shorten others.
     """
     roomy = context_limit(generator.causal_lm) - settings.max_new_tokens
     start = 0
@@ -163,16 +163,15 @@ def generate_all(
 
 _WITHOUT_SAMPLING = ("repetition_penalty", "no_repeat_ngram_size")
 _WITH_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-"""What of a model's generation_config.json counts where the user says nothing. The rest of it (lengths, beams, kinds of
-caches) would change what a completion is or how it streams."""
+"""Entries of a model's generation_config.json that apply by default. Others (lengths, beams, caches) would change what
+a completion is or how it streams."""
 
 
 class PromptEncoder:
-    """Prompts to token ids, as a run's model was taught to read them: through the chat template that its chats were
-    rendered with, or as text to continue where it was trained on no chats.
+    """Encode prompts as the model was trained: through the chats' template, or as plain text if it saw no chats.
 
-    `data` is RUN/data.json. as_chat=True asks for the template whatever was trained, False for text to continue.
-    Raises UserError, when it is built, for a tokenizer that cannot be loaded or has no template that was asked for.
+    `data` is RUN/data.json. as_chat=True always uses the template, False always plain text. Raises UserError for a
+    tokenizer that cannot be loaded or lacks a requested template.
     """
 
     def __init__(
@@ -186,11 +185,11 @@ class PromptEncoder:
             self.template = ChatTemplate(self.tokenizer, folder, source=data["chat_template"])
         self._limit = context_limit(model)
         self._stops = _as_set(model.decoder.config.eos_token_id)  # type: ignore[union-attr, arg-type]
-        # What training puts in front of a text; not every special token that the tokenizer would add (an end).
+        # The tokens that training puts in front of a text, without others that the tokenizer would add (an end token).
         self._start = start_tokens(self.tokenizer)
 
     def encode(self, prompt: Prompt, *, system: str | None = None) -> list[int]:
-        """Token ids up to where the model goes on. `system` is the first message, unless the prompt has one.
+        """Return token ids up to the completion. `system` is the first message, unless the prompt has one.
 
         Raises UserError for a prompt that the template refuses, and for one that leaves no room for an answer.
         """
@@ -223,10 +222,12 @@ class PromptEncoder:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def stop_tokens(self, folder: str | Path) -> list[int]:
-        """The tokens that end a completion: the ends of text of the tokenizer, of config.json and of
-        generation_config.json, and what the chat template writes behind an assistant's turn.
+        """Return the tokens that end a completion.
 
-        The last counts where a base was taught a template that its makers did not know.
+        Ends of text of the tokenizer, config.json and generation_config.json.
+
+        The token that the chat template writes after an assistant's turn also counts: a base may be trained on a
+        template that its authors did not know.
         """
         stops = self._stops | {self.tokenizer.eos_token_id} | _as_set(_model_defaults(folder).eos_token_id)
         if self.template is not None:
@@ -235,14 +236,14 @@ class PromptEncoder:
         return sorted(stops - {None})
 
     def decode(self, completion: Completion) -> str:
-        """The text, with any special tokens in it: they may mark a call of a tool."""
+        """Decode with special tokens, which may mark a tool call."""
         text = self.tokenizer.decode(completion.tokens)
         assert isinstance(text, str)
         return text
 
 
 def greedy(encoder: PromptEncoder, folder: str | Path, max_new_tokens: int) -> GenerationConfig:
-    """The likeliest token each time."""
+    """Return settings that always take the likeliest token."""
     stops, pad = encoder.stop_tokens(folder), encoder.tokenizer.pad_token_id
     return GenerationConfig(
         do_sample=False,
@@ -261,10 +262,10 @@ def sampling(
     top_p: float | None = None,
     top_k: int | None = None,
 ) -> GenerationConfig:
-    """What the model's generation_config.json says, changed by what is given; greedy where neither asks for more.
+    """Return the model's generation_config.json, changed by the arguments; greedy if neither asks for sampling.
 
-    temperature=0 is greedy; a temperature above 0, top_p and top_k each ask for sampling. A penalty for repetition that
-    the model's file asks for holds in all cases.
+    temperature=0 is greedy; a temperature above 0, top_p and top_k each ask for sampling. A repetition penalty in the
+    model's file always applies.
     """
     settings = greedy(encoder, folder, max_new_tokens)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -289,21 +290,21 @@ def _model_defaults(folder: str | Path) -> GenerationConfig:
         return GenerationConfig()
     try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:  # What transformers makes of a file that is not JSON.
+    except (OSError, ValueError) as error:  # transformers raises these for a file that is not JSON.
         first = str(error).partition("\n")[0]
         raise UserError(f"{folder}/generation_config.json cannot be read ({first}); mend it or remove it") from error
 
 
 class Sampler:
-    """What the model writes after train.sample_prompts, greedily, while it is trained.
+    """Greedy samples after train.sample_prompts during training.
 
-    Raises UserError, when it is built, for a prompt that is too long or that the chat template refuses.
+    Raises UserError for a prompt that is too long or that the chat template refuses.
     """
 
     def __init__(
         self, model: CausalLM, backend: Backend, base: ModelConfig, train: TrainConfig, data: Mapping[str, Any]
     ) -> None:
-        """`data` is RUN/data.json, which says how the prompts of the training documents were written."""
+        """Encode the prompts. `data` is RUN/data.json, which records how prompts were rendered."""
         self._model, self._backend = model, backend
         self._prompts = train.sample_prompts
         self._encoder = PromptEncoder(model, base, data)
@@ -315,7 +316,7 @@ class Sampler:
         self._generator = Generator(model, backend)
 
     def __call__(self) -> list[tuple[str, str]]:
-        """(prompt, completion) pairs. Every rank calls it at the same step; it leaves the model as it was."""
+        """Return (prompt, completion) pairs. Every rank calls it at the same step; the model stays unchanged."""
         with aside(self._model, self._backend):
             batches = list(generate_all(self._generator, self._encoded, self._settings))
         texts = [self._encoder.decode(completion) for batch in batches for completion in batch]

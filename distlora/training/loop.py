@@ -1,12 +1,12 @@
-"""The training loop. It reads like the maths, knows no backend, and reads nothing from the device inside a step
-(an 8-bit optimizer does: optim.py; so does DeepSpeed, for which the host waits too, with parallel=zero3:
-parallel/README.md; and the first forward, with train.verify the one after each save too, reads whether the base is what
-was loaded: parallel/integrity.py).
+"""Run the training loop, without knowledge of the backend and without host syncs within a step.
 
-A step: loss = sum over the units (target tokens, pairs of answers) of all ranks and micro-batches / their number, which
-the loader knows in advance; backward; one sum over ranks; clip; update. Trials that share a base do it together: their
-rows are stacked, each row uses the adapter of its own trial, and each trial has its own loss, gradients and update.
-What else is one run's (figures, what is due, early stopping) is in trial.py.
+Exceptions that read from the device in a step: 8-bit optimizers (optimizers.py), DeepSpeed (parallel/README.md), and
+the first forward, with train.verify also the one after each save, which checks the base (parallel/integrity.py).
+
+A step: loss = sum over the units (target tokens, or pairs of answers) of all ranks and micro-batches / their number,
+which the loader knows in advance; backward; one sum over ranks; clip; update. Trials that share a base take the step
+together: their rows are stacked, each row uses its trial's adapter, and each trial has its own loss, gradients and
+update. trial.py has the rest of a run (metrics, what is due, early stopping).
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ from distlora.training.trial import StepFigures, Trial
 
 
 class Trainer:
-    """The steps of the trials that share a model, from wherever each stands."""
+    """Steps of the trials that share a model, from each trial's present step."""
 
     def __init__(self, model: CausalLM, backend: Backend, control: Control, trials: Sequence[Trial] = ()) -> None:
         self.model, self.backend, self.control = model, backend, control
         self.trials = list(trials)
-        """Those that train, in the order of their gradients in the backend."""
+        """Trials that train, in the order of their gradients in the backend."""
         self._is_cold = True
-        """Until a step is done: kernels are compiled, memory is taken, connections are made."""
+        """True until a step is done: kernels are compiled, memory is allocated, connections are made."""
 
     def fit(self) -> None:
-        """Train the only trial to its end, or until its held-out loss has stopped falling; evaluate, sample and save
-        where its config says. Raises NonFiniteError, and Stopped once what was trained is saved."""
+        """Train the only trial to its end or until early stopping, with evaluations, samples and saves.
+
+        Raises NonFiniteError, and Stopped once the state is saved.
+        """
         (trial,) = self.trials
-        self.control.saved()  # Saves are timed from here: loading has trained nothing.
+        self.control.saved()  # Start the clock of saves here: loading has trained nothing.
         try:
             self.begin([trial])
             while not trial.has_ended:
@@ -53,7 +55,7 @@ class Trainer:
             raise
 
     def begin(self, trials: Sequence[Trial]) -> None:
-        """Before the first step of these: the base's evaluation, or what a stop has cut off."""
+        """Do what is due before the first step: the base's evaluation, or what a stop interrupted."""
         self._is_cold = True
         for trial in trials:
             if trial.first_step == 0 and trial.eval_loader is not None:
@@ -61,17 +63,17 @@ class Trainer:
         self._follow(trials)
 
     def advance(self) -> None:
-        """One step of every trial, and what is due after it."""
+        """Run one step of every trial, and what is due after it."""
         self._measure_or_train()
         if (settled := self.backend.settle_residency()) is not None:
             self.trials[0].reporter.event(settled)
         self._follow(self.trials)
 
     def _follow(self, trials: Sequence[Trial]) -> None:
-        """What is due for these and is not done yet: log, evaluate, save, sample."""
+        """Log, evaluate, save and sample if it is due for these trials and not done yet."""
         due = {trial: trial.due(self.control) for trial in trials}
         if any(of_trial.takes_long for of_trial in due.values()):
-            self._log(self.trials)  # Before what takes long, which is no part of anybody's steps.
+            self._log(self.trials)  # So that the steps' time does not include it.
         else:
             self._log([trial for trial in trials if due[trial].logging])
         evaluating = [trial for trial in trials if due[trial].evaluating and trial.failure is None]
@@ -87,12 +89,12 @@ class Trainer:
             self.control.saved()
         for trial in trials:
             if due[trial].sampling and trial.hooks.sample is not None:
-                # After the save, which a sample's memory may not cost.
+                # After the save, so that running out of memory in a sample loses no state.
                 self.control.boundary(trial.done, "sampling", long=True)
                 trial.hooks.sample(trial.done)
 
     def _log(self, trials: Sequence[Trial]) -> None:
-        """Read the figures of all steps of these that are not logged, at once: the one host sync of training."""
+        """Read the metrics of all unlogged steps of these trials at once: the only host sync of training."""
         unread = {trial: found for trial in trials if (found := trial.unread()) is not None}
         if not unread:
             return
@@ -105,11 +107,11 @@ class Trainer:
             self._do(trial, functools.partial(trial.log, rows, list(itertools.islice(of_norms, len(norms)))))
 
     def _do(self, trial: Trial, action: Callable[[], None]) -> None:
-        """What may end this trial."""
+        """Do what may end this trial."""
         action()
 
     def _judge(self, trials: Sequence[Trial]) -> None:
-        """After these were evaluated: what others say to that."""
+        """Judge the trials that were evaluated. Multi-trial training waits for verdicts here."""
 
     def _measure_or_train(self) -> None:
         measured = next((t for t in self.trials if t.memory is not None and t.memory.measures(t.done)), None)
@@ -118,7 +120,7 @@ class Trainer:
             return
         assert measured.memory is not None
         if (device := self.backend.ranks.device).type == "cuda":
-            torch.cuda.synchronize(device)  # What it still does of the steps before is not of this one's time.
+            torch.cuda.synchronize(device)  # Do not count the previous steps' remaining work.
         began = time.monotonic()
         with measured.memory.around():
             self._train_step(self.trials)
@@ -135,7 +137,7 @@ class Trainer:
         units = [trial.objective.units(share.batch) for trial, share in zip(trials, shares, strict=True)]
         row_losses: list[list[Tensor]] = [[] for _ in trials]
         figures: list[Tensor] = []
-        self.backend.traffic.take()  # What was moved since the step before is no step's.
+        self.backend.traffic.take()  # Drop what was counted between steps.
         self.backend.zero_gradients()
         parts = self._as_run(shares)
         for index, part in enumerate(parts):
@@ -157,7 +159,9 @@ class Trainer:
             micro_batches = share.batch.micro_batches
             trial.note(
                 StepFigures(
-                    row_losses=torch.cat(own_losses)[: len(share.batch.rows)],  # Less what filled a block's slices.
+                    row_losses=torch.cat(own_losses)[
+                        : len(share.batch.rows)
+                    ],  # Without the rows that fill up a layer's slices.
                     figures=torch.stack(figures).sum(dim=0),
                     units=own_units,
                     tokens=share.batch.global_rows * micro_batches[0].labels.shape[1],
@@ -169,14 +173,14 @@ class Trainer:
             )
 
     def _as_run(self, shares: Sequence[Share]) -> list[Stack]:
-        """The step's micro-batches, or all of them as one batch that the blocks cut up themselves."""
+        """Return the step's micro-batches, or one batch of them all that the layers slice (accumulate=block)."""
         whole = self.trials[0].train.accumulate == "block"
         if whole:
             self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
         return stacks(shares, whole=whole)
 
     def evaluate(self, trials: Sequence[Trial]) -> None:
-        """Mean held-out loss and figures of each over every held-out unit of its own."""
+        """Compute the mean held-out loss and metrics of each trial over all its held-out units."""
         self.model.set_num_micro(1)
         objective, device = trials[0].objective, self.backend.ranks.device
         names, step = ("loss", *objective.figures), trials[0].done
@@ -191,7 +195,7 @@ class Trainer:
                 for number, share in zip(running, shares, strict=True):
                     units[number] += objective.units(share.batch)
                 for part in stacks(shares, whole=False):
-                    # The first batch may compile and take memory.
+                    # The first batch may compile and allocate memory.
                     self.control.boundary(step, "evaluation, batch", index + 1, long=index == 0)
                     losses = objective.losses(self.model, part.batch, device, None)
                     for owner, rows in part.of_owners(losses.rows):
@@ -203,7 +207,7 @@ class Trainer:
 
 
 def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> None:
-    """Of an evaluation's rows: to each trial that asks for it what its documents' losses are."""
+    """Add an evaluation's losses to the document losses of the trials that record them."""
     if all(trial.documents is None for trial in trials):
         return
     assert losses.units is not None, "an evaluation"
@@ -213,7 +217,7 @@ def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> Non
 
 
 def mean_losses(part: Stack, rows: Tensor, units: Sequence[int]) -> list[Tensor]:
-    """Each trial's share of its step's loss, from the loss sums of the rows (B,); 0 of one that has no rows here."""
+    """Return each trial's contribution to its step's loss, from the rows' loss sums (B,); 0 without rows here."""
     sums: list[Tensor | None] = [None] * len(units)
     for owner, own in part.of_owners(rows):
         loss, before = own.sum() / units[owner], sums[owner]

@@ -1,4 +1,4 @@
-"""One early step of a run is measured, and what it took is held against what was planned for it."""
+"""Measure the memory of one early step and compare it with the plan."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from distlora.training.optimizers import Optimizer
 
 _PARTS: tuple[Part, ...] = get_args(Part)
 _REASON_BYTES = 240
-"""Of what a rank says to the others of a measurement that failed."""
+"""Bytes of the message by which a rank reports a failed measurement to the others."""
 
 
 def measured_step(first_step: int, settings: TrainConfig) -> int | None:
-    """Which step of a start that begins with `first_step` is measured, counted from 0.
+    """Return the step to measure after a start at `first_step`, counted from 0; None if there is no suitable step.
 
-    The second: the first makes the optimizer's state, checks the base as it gathers it, shows DeepSpeed the order of
-    units, and decides by the memory that it leaves which blocks stay gathered. A later one, where an evaluation or
-    samples come before: they leave tensors behind that the step after them lets go. None: they come before every step.
+    It is the second. The first creates the optimizer states, checks the base, teaches DeepSpeed the order of units and
+    settles resident layers. A step after an evaluation or samples is skipped, because it frees tensors that they left.
     """
     between = [every for every in (settings.eval_every, settings.sample_every) if every is not None]
     if 1 in between:
@@ -39,8 +38,7 @@ def measured_step(first_step: int, settings: TrainConfig) -> int | None:
 
 
 def read_plan(run_dir: Path, *, measure: bool) -> dict[str, Any]:
-    """What a step is held against; empty where nothing is planned or measured. Raises UserError for a RUN/plan.json
-    that is damaged."""
+    """Return RUN/plan.json; empty if nothing is planned or measured. Raises UserError for a damaged file."""
     return read_record(run_dir / PLAN_NAME, RECORDED) if measure else {}
 
 
@@ -54,7 +52,7 @@ def memory_check(
     first_step: int,
     measure: bool,
 ) -> MemoryCheck | None:
-    """Of a start that begins with `first_step` and has this plan; None where nothing is measured."""
+    """Return the check for a start at `first_step`; None if nothing is measured."""
     step = measured_step(first_step, train)
     if not measure or step is None:
         return None
@@ -62,29 +60,31 @@ def memory_check(
 
 
 class MemoryCheck:
-    """Measures a step of a start. Make it when all is loaded and before the first step. Every rank must, and call it
-    alike."""
+    """Measurement of one step. Every rank makes it after loading, before the first step, and calls it alike."""
 
     def __init__(
         self, model: CausalLM, optimizer: Optimizer, backend: Backend, *, plan: Mapping[str, Any], step: int
     ) -> None:
-        """`plan`: RUN/plan.json, empty where there is none; `step`: which is measured (`measured_step`)."""
+        """Prepare to measure `step` (`measured_step`). `plan`: RUN/plan.json, or empty."""
         self._meter, self._backend, self._plan = MemoryMeter(model, optimizer), backend, plan
         self._step = step
         self.figures: dict[str, int] = {}
-        """Of the rank that had most, in bytes; empty until they are known."""
+        """Bytes on the rank with the highest peak; empty until they are known."""
         self.warning: str | None = None
-        """A miss, or why nothing was measured."""
+        """Difference from the plan, or the reason why nothing was measured."""
 
     def measures(self, step: int) -> bool:
-        """Whether this one is to be measured, counted from 0."""
+        """Return whether this step, counted from 0, is to be measured."""
         return step == self._step
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
-        """Around the step that is measured. Where the measurement fails on a rank, and not the step, there are no
-        figures, `warning` says why, and the run goes on."""
-        # What a former step has left is let go before: its size is not known.
+        """Measure the step within this context.
+
+        If the measurement fails on a rank, but not the step, there are no metrics, `warning` has the reason, and the
+        run continues.
+        """
+        # Free what an earlier step left: its size is not known.
         self._backend.zero_gradients()
         with self._meter.step():
             yield
@@ -97,11 +97,11 @@ class MemoryCheck:
         self.figures, self.warning = measured.figures(of_worst, self._plan), measured.warning(of_worst, self._plan)
 
     def of_step(self, step: int) -> dict[str, int]:
-        """The figures, if they are those of this step, counted from 0."""
+        """Return the metrics if they belong to this step, counted from 0."""
         return self.figures if step == self._step else {}
 
     def _failed(self, own: str | None) -> tuple[int, str] | None:
-        """(rank, reason) of the first whose measurement failed; None: of none."""
+        """Return (rank, reason) of the first failed measurement; None if all succeeded."""
         said = (own or "").encode()[:_REASON_BYTES]
         for rank, reason in enumerate(self._of_ranks(list(said.ljust(_REASON_BYTES, b"\0")))):
             if text := bytes(reason).rstrip(b"\0").decode(errors="ignore"):

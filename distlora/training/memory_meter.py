@@ -1,14 +1,13 @@
-"""What the memory of a training step is, by kind: measured, where the planner (distlora/planner/memory) calculates it.
+"""Measure the memory of a training step by category, which the planner (distlora/planner/memory) predicts.
 
-What is held from step to step is walked, each storage once. The rest is read from the allocator's own events of one
-step, which torch's profiler records: every allocation and every free of it, on the CPU and on a GPU, those of
-`storage.resize_` too, by which FSDP2 gathers and lets go and which no dispatch mode sees. An allocation is told by the
+Memory held from step to step is walked, each storage once. The rest comes from the allocator's events in one step,
+which torch's profiler records: every allocation and free, on the CPU and on a GPU, including those of
+`storage.resize_`, by which FSDP2 gathers and frees and which no dispatch mode sees. An allocation is classified by the
 part of the step in which it was made (marks, by hooks of this one step), by whether FSDP2 or DeepSpeed made it to
-gather, and by how long it lived. Nothing is patched and no number of the run changes.
+gather, and by its lifetime. Nothing is patched, and no number of the run changes.
 
-What a library takes by itself is not counted: gloo stages what it gathers (a copy of it, while it is on the wire), as
-NCCL has buffers and MKL has; those are no tensors of a step. Where one of gloo's threads was the last to have a tensor
-of a collective, it lets go of it unseen (`_end_unseen`).
+Memory of libraries is not counted: gloo copies what it gathers during the transfer, and NCCL and MKL have buffers. If
+one of gloo's threads is the last user of a collective's tensor, its free is not recorded (`_end_unseen`).
 """
 
 from __future__ import annotations
@@ -34,37 +33,37 @@ from distlora.training.optimizers import Optimizer
 from distlora_kernels import scratch
 
 Part = Literal["start", "forward", "head", "head_backward", "block", "update"]
-"""Of a micro-batch: up to the last norm; last norm and head; their backward; the blocks' backward and what ends a step
-before the update."""
+"""Part of a micro-batch: up to the last norm; last norm and head; their backward; the layers' backward and the rest of
+the step before the update."""
 _MARK = "distlora: "
 _GATHERS = ("FSDP::", "DeepSpeed::")
-"""How the backends name what they do in a profile: torch's FSDP2, and distlora/parallel/zero3.py."""
+"""Names of the backends' gathers in a profile: torch's FSDP2, and distlora/parallel/zero3.py."""
 _REDUCES = ("FSDP::post_backward_reduce", "FSDP::post_backward_rs_wait")
 _ADDS_UP = ("FSDP::post_backward_accumulate", "FSDP::post_backward_reshard")
 """Where FSDP2 makes whole fp32 gradients of micro-batches before the last one; nothing else is made there."""
 _STAGES = ("gloo:", "c10d::")
-"""Of torch's ProcessGroupGloo, in threads of its own, and of a collective while it is called."""
+"""Names in torch's ProcessGroupGloo, in its threads, and of a collective during its call."""
 _DEQUANTIZES = "bitsandbytes::dequantize_4bit"
 _FAULTS = (RuntimeError, AttributeError, LookupError, TypeError, ValueError)
-"""Of a profiler that does not start or stop, and of a version of torch whose events are others."""
+"""Errors of a profiler that does not start or stop, or of a torch version with other events."""
 
 _Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Bytes that a rank had in one step. Of tensors: not what libraries take beside them."""
+    """Tensor memory of a rank in one step, in bytes, without memory of libraries."""
 
     held: dict[Kind, int]
-    """From step to step."""
+    """Bytes held from step to step, by category."""
     at_peak: dict[Kind, int]
-    """Beside it, when most was there."""
+    """Further bytes at the peak, by category."""
     part: Part
-    """In which part of the step that was."""
+    """Part of the step with the peak."""
     peaks: dict[Part, int]
-    """The most in each part, beside what is held."""
+    """Peak bytes in each part, beside what is held."""
     left: int
-    """Of what the step made and is no kind of what is held: still there at its end."""
+    """Bytes made in the step, of no held category, that are still there at its end."""
 
     @property
     def persistent(self) -> int:
@@ -76,35 +75,34 @@ class StepMemory:
 
     @property
     def by_kind(self) -> dict[Kind, int]:
-        """At the peak."""
+        """Return the bytes by category at the peak."""
         return dict(Counter(self.held) + Counter(self.at_peak))
 
 
 class MemoryMeter:
-    """Measures single steps of a model. Make it when all is loaded and before the first step, when every block is cut;
-    then `with meter.step(): ...` around a whole training step, whose figures are `meter.found` afterwards.
+    """Measure single steps of a model: `with meter.step(): ...` around a whole step, then read `meter.found`.
 
-    The step should not be a run's first, which makes the optimizer's state and checks the base. Memory of before that
-    it lets go is not seen, of which torch says a line on stderr: gradients that a step makes anew are to be gone by
-    then (`backend.zero_gradients()`), and nothing but a step should have come before it. On the CPU an evaluation
-    leaves what is gathered last.
+    Make it after loading and sharding, before the first step. Do not measure the first step, which makes the optimizer
+    states and checks the base. Frees of earlier memory are not seen (torch prints a line about them): call
+    `backend.zero_gradients()` before, and run nothing but steps before it. On the CPU an evaluation leaves what is
+    gathered last.
     """
 
     def __init__(self, model: CausalLM, *optimizers: Optimizer) -> None:
-        """One optimizer, or of a pack one of each trial."""
+        """Prepare to measure. Pass one optimizer, or in multi-trial training one per trial."""
         self._model, self._optimizers = model, optimizers
         self._device = model.head.weight.device
         self._base = dict(_base(model))
         self.found: StepMemory | None = None
         self.failure: str | None = None
-        """Why there is nothing found of a step that went well."""
+        """Reason why a successful step has no measurement."""
 
     def held(self) -> dict[Kind, int]:
-        """Bytes of what is there now and stays from step to step."""
+        """Return the bytes that exist now and stay from step to step."""
         return _sums(self._held())
 
     def _held(self) -> dict[tuple[int, int], Kind]:
-        """(address, bytes) of each storage."""
+        """Yield (address, bytes) of each storage."""
         found = dict(self._base)
         for parameter in self._model.parameters():
             whole = parameter.data
@@ -116,8 +114,7 @@ class MemoryMeter:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around one step. When it ends without an exception `found` is set, or `failure` where the measurement failed
-        and not the step."""
+        """Measure one step. Afterwards `found` is set, or `failure` if the measurement failed but not the step."""
         self.found = self.failure = None
         for block in self._model.blocks:
             block.forget_rows()
@@ -129,14 +126,14 @@ class MemoryMeter:
                 mark("start")
                 yield
             if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # A fault of the step's kernels is said here, as the step's.
+                torch.cuda.synchronize(self._device)  # Errors of the step's kernels surface here, as the step's.
         finally:
             self._tried(recorder.stop)
         if before is not None:
             self.found = self._tried(lambda: account(recorder.events(), before, self._held()))
 
     def _tried(self, doing: Callable[[], _Found]) -> _Found | None:
-        """What the instrument does by itself, unless it has failed already. A step is never part of it."""
+        """Run a part of the measurement, unless it has failed already. A step is never part of it."""
         if self.failure is None:
             try:
                 return doing()
@@ -146,15 +143,14 @@ class MemoryMeter:
 
 
 class Recorder:
-    """What a device's allocator does between `start` and `stop`, and the marks. Once."""
+    """Records a device's allocator and the marks between `start` and `stop`, once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._profile: profile | None = None
 
     def start(self) -> None:
-        # Kineto, which torch's profiler is, says on stderr when it starts and stops. It reads this when it is first
-        # used.
+        # Kineto, torch's profiler, prints to stderr when it starts and stops, unless this is set before its first use.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         started = profile(use_kineto=True, profile_memory=True)
         started.__enter__()
@@ -165,7 +161,7 @@ class Recorder:
             self._profile.__exit__(None, None, None)
 
     def events(self) -> list[Event]:
-        """In order, once it has stopped. RuntimeError where the profiler has none."""
+        """Return the events in order, after `stop`. Raises RuntimeError if the profiler has none."""
         results = None if self._profile is None else self._profile.kineto_results
         if results is None:
             raise RuntimeError("torch's profiler has recorded nothing")
@@ -185,7 +181,7 @@ def _sums(storages: dict[tuple[int, int], Kind]) -> dict[Kind, int]:
 
 
 def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
-    """The storages of parameters and buffers: of what is cut, this rank's rows with what fills them up."""
+    """Yield the storages of parameters and buffers: for sharded ones this rank's rows with their padding."""
     adapters = set(adapter_parameters(model).values())
     matrices = {model.embedding, model.head}
     for module in model.modules():
@@ -201,8 +197,8 @@ def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
                 kind = "weights"
             rows = local_rows(parameter)[0]
             if rows.device.type != model.head.weight.device.type:
-                continue  # A base in host memory is not on the card.
-            # DeepSpeed's rows with what fills them up; where they are in host memory, many of them in one storage.
+                continue  # An offloaded base is not on the GPU.
+            # DeepSpeed's rows with their padding; in host memory, many of them share a storage.
             filled = getattr(parameter, "ds_tensor", None)
             yield _storage(rows) if filled is None else (filled.data_ptr(), filled.nbytes), kind
         for name, buffer in module.named_buffers(recurse=False):
@@ -230,15 +226,17 @@ def _of_training(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[t
 
 
 def mark(part: Part) -> None:
-    """A part of a step begins."""
+    """Mark the start of a part of a step."""
     with record_function(_MARK + part):
         pass
 
 
 @contextlib.contextmanager
 def _marks(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """While this lasts, each part of a step says when it begins. Before the backends' own hooks, so that what they
-    gather for a part is counted to it."""
+    """Mark each part of a step within this context.
+
+    The hooks run before the backends', so that gathers for a part count to it.
+    """
 
     def begin(part: Part) -> Any:
         return lambda *arguments: mark(part)
@@ -266,33 +264,33 @@ def _marks(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[None]:
 
 @dataclass(slots=True)
 class _Made:
-    """A piece of memory that the step took."""
+    """Allocation of the step."""
 
     nbytes: int
     address: int
     kind: Kind | None
-    """None: by the part of the step in which it was made."""
+    """Category; None: determined by the part of the step in which it was made."""
     part: Part
     let_go: int | None = None
-    """By which event; None: it is still there."""
+    """Index of the event that freed it; None: it still exists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Memory that was taken or let go, or a mark."""
+    """Allocation, free or mark."""
 
     time: int
-    """In nanoseconds."""
+    """Time in nanoseconds."""
     nbytes: int = 0
-    """Taken, or let go where below 0."""
+    """Bytes allocated, or freed if negative."""
     address: int = 0
     kind: Kind | None = None
-    """Where what took it tells."""
+    """Category, if the event shows it."""
     mark: Part | None = None
 
 
 def _events(tree: list[Any], device: torch.device) -> list[Event]:
-    """What the profiler saw, in order: memory of `device`, and marks."""
+    """Return the profiler's events in order: memory of `device`, and marks."""
     found = []
     waiting: list[tuple[Any, Kind | None]] = [(event, None) for event in reversed(tree)]
     while waiting:
@@ -320,7 +318,7 @@ def _events(tree: list[Any], device: torch.device) -> list[Event]:
 
 
 def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dict[tuple[int, int], Kind]) -> StepMemory:
-    """The step that made these events, between what was held before it and after it, as (address, bytes)."""
+    """Compute the step's memory from its events and the (address, bytes) held before and after it."""
     part: Part = "start"
     alive: dict[int, _Made] = {}
     made: list[tuple[int, _Made]] = []
@@ -329,7 +327,7 @@ def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dic
         part = event.mark or part
         parts.append(part)
         gone = alive.pop(event.address, None) if event.nbytes else None
-        if gone is not None:  # Where an address is taken again, another thread has let it go.
+        if gone is not None:  # If an address is used again, another thread has freed it.
             gone.let_go = index
         if event.nbytes > 0:
             alive[event.address] = _Made(event.nbytes, event.address, event.kind, part)
@@ -365,11 +363,11 @@ def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dic
 
 
 def _end_unseen(made: list[tuple[int, _Made]], events: list[Event], parts: list[Part]) -> None:
-    """Say when tensors of collectives went that are gone after the step and that this thread did not let go.
+    """Set the end of collectives' tensors that are gone after the step but that this thread did not free.
 
-    gloo's threads have them too, until a collective is done: whoever is last lets go, and a thread's frees are seen by
-    nobody else, or as late as its address is taken again. It is over when the next one of its kind is made, or with the
-    part of the step where none follows.
+    gloo's threads hold them until a collective is done, and the last holder frees. Frees of other threads are recorded
+    late, when the address is used again, or never. The tensor ends when the next one of its category is made, or with
+    its part of the step.
     """
     following: dict[Kind, int] = {}
     for index, each in reversed(made):
@@ -383,7 +381,7 @@ def _end_unseen(made: list[tuple[int, _Made]], events: list[Event], parts: list[
 
 
 def _kind(part: Part, until: Part | None, at: Part) -> Kind:
-    """What memory is that was taken in `part` of the step and let go in `until`, by whoever counts in `at`."""
+    """Return the category of memory made in `part` of the step and freed in `until`, seen from `at`."""
     if part == "forward" and until != "forward":
         return "kept"
     if part in ("head", "head_backward") and at in ("head", "head_backward"):

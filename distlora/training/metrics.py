@@ -1,4 +1,4 @@
-"""What a run says of itself: what was built, how many steps, and the figures that runs are compared by."""
+"""Describe a run in its log, and write RUN/summary.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from distlora.training.trial import Trial, peak_memory_bytes
 
 
 def count_parameters(model: CausalLM) -> tuple[int, int]:
-    """(weights of the model without adapters, trained parameters), NF4 weights counted as what they stand for."""
+    """Return (weights of the model without adapters, trained parameters).
+
+    NF4 weights count as their unquantized number.
+    """
     adapters = adapter_parameters(model)
     base = {name: p for name, p in model.named_parameters() if name not in adapters}
     dense = sum(whole_shape(p).numel() for name, p in base.items() if name.rpartition(".")[2] not in PACKED_PARTS)
@@ -33,7 +36,7 @@ def count_parameters(model: CausalLM) -> tuple[int, int]:
 def describe(
     reporter: Reporter, model: CausalLM, loaded: Loaded, spec: ModelSpec, cluster: ClusterConfig, backend: Backend
 ) -> None:
-    """What was built, on which ranks, and which kernels it runs."""
+    """Log what was built, on which ranks, and which kernels it runs."""
     total, trainable = count_parameters(model)
     active = f" ({active_parameters(model):,} active in a token)" if model.family.experts is not None else ""
     reporter.event(
@@ -64,7 +67,7 @@ def describe(
 
 
 def _copies(shards: Shards) -> str:
-    """Which ranks have which part of the base, where there are several copies of it."""
+    """Describe which ranks hold which copy of the base."""
     if shards.count == 1:
         return f"each of the {shards.copies:,} ranks has the base whole; only gradients travel between them"
     ranks = [f"{shards.rank_of(0, copy)}-{shards.rank_of(shards.count - 1, copy)}" for copy in range(shards.copies)]
@@ -76,7 +79,7 @@ def _copies(shards: Shards) -> str:
 
 
 def _vocabulary(model: CausalLM) -> Iterator[str]:
-    """What new tokens made of the vocabulary, and which rows are trained."""
+    """Describe new tokens and trained rows of the vocabulary."""
     vocabulary = model.vocabulary
     if vocabulary.new:
         named = [f"{text} = {id}" for text, id in vocabulary.new.items()]
@@ -95,7 +98,7 @@ def _vocabulary(model: CausalLM) -> Iterator[str]:
 
 
 def experts_said(model: CausalLM) -> Iterator[str]:
-    """What of a mixture of experts is trained, and what balances its routers."""
+    """Describe which parts of a mixture of experts are trained, and its router loss."""
     if model.family.experts is None:
         return
     names = sorted({name.rpartition(".")[2] for name, _ in model.adapted_experts()})
@@ -109,7 +112,7 @@ def experts_said(model: CausalLM) -> Iterator[str]:
 
 
 def active_parameters(model: CausalLM) -> int:
-    """Weights of the base that a token goes through: of experts, those that it chooses."""
+    """Return the base weights that a token uses; of experts, those that it chooses."""
     chosen = getattr(model.hf_config, "num_experts_per_tok", 0)
     experts = [module for module in model.modules() if isinstance(module, ExpertWeight)]
     idle = sum(weight.numel // weight.num_experts * (weight.num_experts - chosen) for weight in experts)
@@ -117,7 +120,7 @@ def active_parameters(model: CausalLM) -> int:
 
 
 def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> None:
-    """How many steps of how many rows, and whether ranks will compute rows that are not there."""
+    """Log the number of steps and rows, and the empty rows that ranks will compute."""
     slots = loader.world * loader.micro_batch * loader.accumulation
     rows = min(loader.global_batch, len(loader.rows))
     line = f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows:,} row{'s' if rows > 1 else ''}"
@@ -131,7 +134,7 @@ def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> 
 def summarize(
     trial: Trial, model: CausalLM, loaded: Loaded, adapter: AdapterConfig, trained: dict[str, nn.Parameter]
 ) -> None:
-    """RUN/summary.json: the figures that a person compares runs by. Every rank must call it."""
+    """Write RUN/summary.json, the metrics for comparing runs. Every rank must call it."""
     backend, progress, reporter = trial.backend, trial.progress, trial.reporter
     peak = torch.tensor(peak_memory_bytes(backend.ranks.device), dtype=torch.float64, device=backend.ranks.device)
     figures: dict[str, float | list[str]] = {
@@ -150,7 +153,7 @@ def summarize(
         figures["parameters_without_gradient"] = trial.unreached
     if loaded.bits_per_weight is not None:
         figures["bits_per_parameter"] = loaded.bits_per_weight
-    if trial.step_traffic is not None:  # None: the checkpoint that was resumed is the last step's.
+    if trial.step_traffic is not None:  # None: the resumed checkpoint is the last step's.
         gathered = trial.step_traffic.gathered_bytes
         extra = backend.unpacked_extra_bytes(model, trial.step_passes)
         figures["gathered_bytes_per_step"] = gathered
@@ -168,7 +171,7 @@ def summarize(
         first = "base_eval_loss" if adapter.starts_as_base else "initial_eval_loss"
         figures[first] = progress.evaluations[min(progress.evaluations)]
         figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
-        figures |= trial.held_out  # Of the last evaluation, which was at that step.
+        figures |= trial.held_out  # From the last evaluation, at that step.
         if progress.best_step is not None:
             figures["best_eval_loss"] = progress.evaluations[progress.best_step]
             figures["best_step"] = progress.best_step

@@ -1,7 +1,7 @@
-"""The model card that states on the Hugging Face hub what a run trained.
+"""Write the model card of a trained run for the Hugging Face hub.
 
-Every fact comes from the run folder (distlora.run_folder.layout). Files of this machine are named without their
-folders. Needs no torch.
+Every fact comes from the run folder (distlora.run_folder.layout). Local files are named without their folders. Needs no
+torch.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from distlora.weights.peft_folder import WEIGHTS_NAME
 HUB = "https://huggingface.co"
 
 _CPU = re.compile(r"DEFAULT|NO AVX|AVX\d+|NEON|SVE\d*|VSX|Z ?VECTOR")
-"""What torch.backends.cpu.get_cpu_capability() answers; a GPU has a name."""
+"""Answers of torch.backends.cpu.get_cpu_capability(); a GPU has a name."""
 
 
 def model_card(result: Result, *, repository: str, base: str | None, license_of_base: Mapping[str, Any]) -> str:
-    """README.md of a repository on the hub: metadata in YAML, then sections for people.
+    """Return README.md of a hub repository: YAML metadata, then sections for readers.
 
-    `base` is the base model's name on the hub, None where it has none; `license_of_base` what its own card says
-    (license, license_name, license_link), which a derived model inherits.
+    `base` is the base model's name on the hub, or None. `license_of_base` is what its card states (license,
+    license_name, license_link), which a derived model inherits.
     """
     sections = [
         f"# {repository.rpartition('/')[2]}",
@@ -45,11 +45,11 @@ def model_card(result: Result, *, repository: str, base: str | None, license_of_
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
-    """The YAML at the head of a model card; empty where there is none."""
+    """Return the YAML at the head of a model card; empty if there is none."""
     try:
         match = re.match(rb"---\n(.*?)\n---\n", card.read_bytes(), re.DOTALL) if card.is_file() else None
         values = parse_yaml(match[1]) if match else None
-    except ValueError:  # A card of somebody else's, of which a line is wanted.
+    except ValueError:  # A third party's card may be invalid.
         values = None
     return values if isinstance(values, dict) else {}
 
@@ -92,7 +92,7 @@ def _introduction(result: Result, base: str | None) -> str:
 
 
 def _data(result: Result) -> Iterator[str]:
-    """A line a source, and one of counts for each split."""
+    """Yield a line per source and one of counts per split."""
     splits = result.data.get("splits", {})
     sources = result.config.data.training_sources
     counted = splits.get("train", {}).get("sources", [{}] * len(sources))
@@ -118,7 +118,7 @@ def _data(result: Result) -> Iterator[str]:
                 f"{counts['tokens']:,} tokens"
             )
     data = result.config.data
-    if "train_on" not in result.data.get("settings", {}):  # No chat is among the documents.
+    if "train_on" not in result.data.get("settings", {}):  # The documents hold no chats.
         return
     if data.template is not None:
         yield f"- chat template: {_shown(data.template)} (not the base's own)"
@@ -126,7 +126,7 @@ def _data(result: Result) -> Iterator[str]:
 
 
 def _source(source: SourceConfig, counts: Mapping[str, Any], more: list[str]) -> str:
-    """A source by its name on the hub, with split and commit, or by its file's name; `more` joins the details."""
+    """Name a source by its hub name with split and commit, or by its file name. `more` joins the details."""
     name, details = _shown(source.path), [source.name]
     if is_hub_name(source.path):
         name = f"[{source.path}]({HUB}/datasets/{source.path})"
@@ -181,7 +181,7 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def _start(adapter: AdapterConfig) -> str:
-    """Where an adapter started that comes from the base's weights."""
+    """Describe an initial adapter that was computed from the base."""
     if not adapter.pissa:
         return "LoftQ: the principal part of what NF4 loses of each weight, one iteration"
     how = f"PiSSA (`{adapter.init}`): the principal part of each weight, which the base lacked in training"
@@ -189,14 +189,14 @@ def _start(adapter: AdapterConfig) -> str:
 
 
 def _trained_rows(indices: list[int] | Mapping[str, list[int]] | None) -> Iterator[tuple[str, str]]:
-    """How many rows of the embedding, or of which matrix, are trained."""
+    """Describe how many rows of which matrices are trained."""
     for matrix, ids in (indices if isinstance(indices, Mapping) else {"embed_tokens": indices or []}).items():
         if ids:
             yield f"trained rows of {matrix}", f"{len(ids):,}"
 
 
 def _figures(result: Result) -> Iterator[tuple[str, str]]:
-    """What was measured, as far as the run folder has it."""
+    """Yield the measured metrics that the run folder has."""
     before, after = result.evaluations.get(0), result.evaluations.get(result.step or 0)
     if before is not None:
         adapter = result.config.adapter
@@ -249,7 +249,7 @@ def _use(result: Result, repository: str, base: str | None) -> str:
         )
     else:
         code += f'{load}tokenizer = AutoTokenizer.from_pretrained("{tokenizer}"{revision})\n'
-    if result.chat_template is not None and not result.config.model.new_tokens:  # The tokenizer here reads it itself.
+    if result.chat_template is not None and not result.config.model.new_tokens:  # The tokenizer reads it from here.
         code = "from pathlib import Path\n\nfrom huggingface_hub import hf_hub_download\n" + code
         code += (
             f"# The chats were rendered with {TEMPLATE_NAME} of this repository, not with the base's own template.\n"
@@ -281,7 +281,7 @@ def _use(result: Result, repository: str, base: str | None) -> str:
 
 
 def _nf4(dtype: str) -> str:
-    """The settings of bitsandbytes for what quant=nf4 is here; on its own it computes in fp32."""
+    """Return bitsandbytes' settings for quant=nf4. By default bitsandbytes computes in fp32."""
     settings = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
     return f'BitsAndBytesConfig(\n    {settings}, bnb_4bit_compute_dtype="{_TORCH_NAMES[dtype]}"\n)'
 
@@ -290,7 +290,7 @@ _TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def _has_experts(result: Result) -> bool:
-    """Whether the base is a mixture of experts, by what the run says of itself."""
+    """Return whether the base is a mixture of experts, from the run's records."""
     return "active_parameters" in result.summary or bool((result.adapter or {}).get("target_parameters"))
 
 
@@ -309,5 +309,5 @@ def _joined(values: Any) -> str:
 
 
 def _shown(path: str) -> str:
-    """A file or folder without its place on this machine; a name on the hub whole."""
+    """Return a file's or folder's name without its path; a hub name whole."""
     return path if is_hub_name(path) else PurePath(path).name

@@ -1,10 +1,10 @@
-"""What a run minimizes: a loss a token (sft) or a loss a pair of answers (dpo), as sums over ranks and micro-batches.
+"""Define what a run minimizes: a loss per token (sft) or per pair of answers (dpo), as sums over ranks.
 
-An objective turns a micro-batch into loss sums per row, with gradient, and the sums of the figures that are reported
-beside the loss. Both are divided by the step's number of units (target tokens, pairs) over all ranks and micro-batches,
-which the loader knows in advance: so nothing depends on how rows are spread. Nothing is read from the device.
+An objective turns a micro-batch into loss sums per row, with gradient, and sums of the metrics reported beside the
+loss. Both are divided by the step's number of units (target tokens, pairs) over all ranks and micro-batches, which the
+loader knows in advance, so nothing depends on how rows are distributed. Nothing is read from the device.
 
-Letters: B rows, T tokens of a row, P most pairs of a row, F figures.
+Letters: B rows, T tokens per row, P most pairs per row, F metrics.
 """
 
 from __future__ import annotations
@@ -23,28 +23,31 @@ from distlora.model.build import CausalLM
 
 
 class Losses(NamedTuple):
-    """Of one micro-batch."""
+    """Losses of one micro-batch."""
 
     rows: Tensor
     """(B,) fp32: loss sums per row."""
     figures: Tensor
-    """(F,) fp32 without gradient: sums of the objective's figures over the rows' units."""
+    """(F,) fp32 without gradient: sums of the objective's metrics over the rows' units."""
     units: Tensor | None = None
-    """Of an evaluation: the loss of each token (B, T), 0 where there is no target, or of each pair of a row (B, P)."""
+    """In an evaluation, the loss of each token (B, T), 0 without a target, or of each pair of a row (B, P)."""
 
 
 class Objective(Protocol):
     figures: tuple[str, ...]
-    """Names of what is reported beside the loss; each is a mean over the units."""
+    """Names of the metrics beside the loss; each is a mean over the units."""
     has_reference: bool
-    """Whether every row runs forward a second time, without gradient."""
+    """True if every row runs forward a second time, without gradient."""
 
     def units(self, batch: StepBatch) -> int:
-        """What the sums of a step are divided by."""
+        """Return the number that the step's sums are divided by."""
         ...
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
-        """`step` is the training step that the rows are in, or (B,) that of each; None: an evaluation, no dropout."""
+        """Compute the losses.
+
+        `step` is the training step of the rows, or (B,) of each; None: an evaluation, no dropout.
+        """
         ...
 
 
@@ -53,7 +56,7 @@ def objective_of(config: TrainConfig) -> Objective:
 
 
 class NextToken:
-    """-log p of each target token."""
+    """Next-token loss: -log p of each target token."""
 
     figures: tuple[str, ...] = ()
     has_reference = False
@@ -68,8 +71,9 @@ class NextToken:
 
 
 class Preference:
-    """DPO (arXiv 2305.18290, equation 7): -log sigmoid(r(chosen) - r(rejected)) of each pair, with the reward of an
-    answer r = beta * (log p(answer) - log p_ref(answer)); the reference is the model as it started.
+    """DPO (arXiv 2305.18290, equation 7): -log sigmoid(r(chosen) - r(rejected)) of each pair.
+
+    The reward of an answer is r = beta * (log p(answer) - log p_ref(answer)). The reference is the initial model.
     """
 
     figures: tuple[str, ...] = (
@@ -80,7 +84,7 @@ class Preference:
         "logps/chosen",
         "logps/rejected",
     )
-    """TRL's names. accuracies: the share of the pairs whose chosen answer has the higher reward."""
+    """TRL's names. accuracies: fraction of the pairs whose chosen answer has the higher reward."""
     has_reference = True
 
     def __init__(self, beta: float) -> None:
@@ -91,10 +95,10 @@ class Preference:
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         sent = _Sent.of(batch, device)
-        # Before the forward: what is sent once that is queued makes the host wait for its end.
+        # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
         sides, is_pair = pair_sides(sent.position_ids, sent.labels, most_pairs(batch))
         policy, reference = _run(model, batch, sent, step, with_reference=True)
-        # Token by token: the two sums are large and nearly equal.
+        # Per token, because the two sums are large and nearly equal.
         rewards = self.beta * _sums(reference - policy, sides)
         chosen, rejected = rewards.unbind(dim=-1)
         losses = torch.where(is_pair, F.softplus(rejected - chosen), 0.0)
@@ -106,13 +110,14 @@ class Preference:
 
 
 def most_pairs(batch: MicroBatch) -> int:
-    """P: a row's documents are chosen, rejected, chosen, rejected, ..., and the padding. The host knows it."""
+    """Return P from the host's positions: documents are chosen, rejected, chosen, rejected, ..., padding."""
     return int((batch.position_ids == 0).sum(dim=1).max()) // 2
 
 
 def pair_sides(position_ids: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """position_ids and labels (B, T), P = `most` -> (B, P, 2, T) bool: the tokens of each pair's chosen and rejected
-    document; (B, P) bool: which pairs are there. Made where its inputs are, from which nothing is read.
+    """Return masks (B, P, 2, T) bool of each pair's chosen and rejected tokens, and (B, P) bool of existing pairs.
+
+    From position_ids and labels (B, T) and P = `most`, on their device, without a host read.
     """
     document = (position_ids == 0).cumsum(dim=1) - 1
     number = torch.arange(2 * most, device=position_ids.device).view(1, most, 2, 1)
@@ -121,12 +126,12 @@ def pair_sides(position_ids: Tensor, labels: Tensor, most: int) -> tuple[Tensor,
 
 
 def _sums(values: Tensor, sides: Tensor) -> Tensor:
-    """values (B, T) over sides (B, P, 2, T) -> (B, P, 2). Not by scatter, whose sums on a GPU have no fixed order."""
+    """Sum values (B, T) over sides (B, P, 2, T) -> (B, P, 2). Scatter has no fixed summation order on a GPU."""
     return torch.where(sides, values[:, None, None, :], 0.0).sum(dim=-1)
 
 
 class _Sent(NamedTuple):
-    """A micro-batch's tensors on the device."""
+    """Tensors of a micro-batch on the device."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -151,8 +156,7 @@ def _run(
     with_reference: bool = False,
     by_token: bool = False,
 ) -> Tensor:
-    """The model's loss sums (B,); `by_token`: each token's loss (B, T); `with_reference`: in it and as it started,
-    (2, B, T)."""
+    """Run the model: loss sums (B,); `by_token`: (B, T); `with_reference`: of it and the initial model, (2, B, T)."""
     device = sent.input_ids.device
     steps = step.to(device, non_blocking=True) if isinstance(step, Tensor) else step
     return model(

@@ -1,5 +1,6 @@
-"""A run from its folder: the data, the checkpoint that it goes on from, and, once its adapters are in a model, the
-`Trial` that the trainer runs. The same for a run alone (train.py) and for one in a pack (packed/).
+"""Open a run from its folder: data, checkpoint, and the `Trial` that the trainer runs once its adapter is in a model.
+
+Single runs (worker.py) and multi-trial training (multi_trial/) both use it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from distlora.weights.initial_adapter_file import base_identity
 
 @dataclass(frozen=True, slots=True)
 class OpenRun:
-    """What a run folder holds before there is a model."""
+    """Content of a run folder before there is a model."""
 
     folder: Path
     config: Config
@@ -64,14 +65,14 @@ class OpenRun:
     eval_loader: StepLoader | None
     total_steps: int
     data: Mapping[str, Any]
-    """data.json."""
+    """Content of data.json."""
     made_on: dict[str, Any]
-    """What the bits of this start depend on."""
+    """Environment that determines the bits of this start."""
     newest: Path | None
-    """The checkpoint that it goes on from."""
+    """Checkpoint to resume from."""
     progress: Progress
     notes: list[str]
-    """What there is to say of the checkpoints."""
+    """Lines for the log about the checkpoints."""
 
     @property
     def chat_template(self) -> str | None:
@@ -79,7 +80,7 @@ class OpenRun:
         return template
 
     def reporter(self, ranks: Ranks, *, label: str = "") -> Reporter:
-        """`label`: what lines on the terminal begin with, where those of several runs come there."""
+        """Open the reporter. `label`: prefix of terminal lines, if several runs print there."""
         return Reporter(
             self.folder,
             self.config,
@@ -91,7 +92,7 @@ class OpenRun:
         )
 
     def publish(self, model: CausalLM, backend: Backend, reporter: Reporter, adapter: str = DEFAULT_ADAPTER) -> None:
-        """The last act of a run: its result, whole on the disk when this returns."""
+        """Publish the result, complete on disk when this returns."""
         saved = finish(
             self.folder,
             model,
@@ -108,8 +109,10 @@ class OpenRun:
 
 
 def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles) -> OpenRun:
-    """Every rank must call it alike. Raises UserError for records that are damaged, and for a checkpoint of another
-    run."""
+    """Open a run folder. Every rank must call it alike.
+
+    Raises UserError for damaged records, and for a checkpoint of another run.
+    """
     loader, eval_loader = open_data(run_dir, config.train, ranks)
     data, made_on = read_record(run_dir / DATA_NAME), environment_of(config, ranks)
     newest, progress, notes = find_checkpoint(run_dir / CHECKPOINTS, config, base, data, ranks, made_on)
@@ -140,8 +143,10 @@ def trial_of(
     memory: MemoryCheck | None = None,
     slot: int | None = None,
 ) -> tuple[Trial, Saver]:
-    """The run's side of training, and what saves it; `trained` by the names in a checkpoint. `slot`: where its adapter
-    is in a model that has those of others, too."""
+    """Return the run's trial and the saver of its checkpoints.
+
+    `trained` has the names of a checkpoint. `slot`: the slot of the run's adapter in multi-trial training.
+    """
     config, settings = run.config, run.config.train
     adapter = DEFAULT_ADAPTER if slot is None else slot_name(slot)
     identity = _identity(config, run.base, run.data)
@@ -190,8 +195,10 @@ def trial_of(
 
 
 def environment_of(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """What this run's bits depend on, but for settings that a resume refuses to change. Gradients that are cut are
-    summed in another order with several copies of the base, adapters' are not."""
+    """Return what this run's bits depend on, apart from settings that a resume must not change.
+
+    Sharded gradients are summed in another order with several copies of the base, adapters' are not.
+    """
     is_cut = config.adapter.trains_base is not None
     degree = config.shard_degree(ranks.world)
     train = config.train
@@ -210,8 +217,7 @@ def find_checkpoint(
     ranks: Ranks,
     made_on: dict[str, Any],
 ) -> tuple[Path | None, Progress, list[str]]:
-    """What the run goes on from, how far that had come, and what there is to say of it. Raises UserError where it is of
-    another run."""
+    """Return the checkpoint to resume from, its progress, and log lines. Raises UserError for another run's."""
     newest, notes = choose(checkpoints, ranks)
     if newest is None:
         return None, Progress(), notes
@@ -228,7 +234,10 @@ def _identity(config: Config, base: CheckpointFiles, data: Mapping[str, Any]) ->
 
 @contextlib.contextmanager
 def recording_a_stop(reporter: Reporter, progress: Progress) -> Iterator[None]:
-    """Whoever asked the run to stop finds in RUN what continues it; `progress` is of what is saved by then."""
+    """Record a stop in RUN/stopped.json with the checkpoint that continues the run.
+
+    `progress` is that of the last save.
+    """
     try:
         yield
     except Stopped as stop:
@@ -242,7 +251,7 @@ def record_stop(reporter: Reporter, progress: Progress, signum: int) -> None:
 
 
 def open_data(run_dir: Path, train: TrainConfig, ranks: Ranks) -> tuple[StepLoader, StepLoader | None]:
-    """The loaders of the training rows and, if there are any, of the held-out rows."""
+    """Return the loaders of the training rows and of the held-out rows, if there are any."""
     rows = open_split(run_dir, "train")
     if rows is None:
         raise UserError(f"{run_dir} has no prepared training rows; start the run with `distlora train`")
@@ -252,7 +261,7 @@ def open_data(run_dir: Path, train: TrainConfig, ranks: Ranks) -> tuple[StepLoad
 
 
 def step_loader(rows: PackedRows, train: TrainConfig, ranks: Ranks, *, shuffle: bool) -> StepLoader:
-    """This rank's part of each step over `rows`."""
+    """Return the loader of this rank's rows of each step."""
     return StepLoader(
         rows,
         global_batch=train.global_batch,
@@ -272,10 +281,10 @@ def sample_hook(
     reporter: Reporter,
     data: Mapping[str, Any],
 ) -> Callable[[int], None] | None:
-    """Shows what the model writes, where the config asks for samples. UserError for a prompt that cannot be asked."""
+    """Return a function that logs samples, if the settings ask for them. Raises UserError for an unusable prompt."""
     if train.sample_every is None:
         return None
-    # Here, as it imports much of transformers that other runs need not.
+    # Imported late: it imports parts of transformers that other runs do not need.
     from distlora.training.generator import Sampler
 
     sampler = Sampler(model, backend, base, train, dict(data))

@@ -1,7 +1,7 @@
-"""The optimizer of the trained parameters and the schedule of its learning rate.
+"""Optimizers of the trained parameters, and the learning-rate schedule.
 
-Two kinds behind one interface: torch's AdamW in one fused pass, and bitsandbytes' 8-bit and paged ones. Both skip a
-step that is not `ok`, a flag on the device: an update with NaN in it would destroy the state that is saved afterwards.
+Two implementations share an interface: torch's fused AdamW, and bitsandbytes' 8-bit and paged AdamW. Both skip a step
+that is not `ok`, a flag on the device: an update with NaN would destroy the state that is saved afterwards.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from distlora_kernels.nf4_cpu import has_bitsandbytes
 
 
 class Optimizer(ABC):
-    """Updates named parameters; its state goes to checkpoints as flat tensors."""
+    """Optimizer of named parameters whose state goes to checkpoints as flat tensors."""
 
     constants: tuple[str, ...] = ()
-    """Entries of a parameter's state that never change, and are not saved."""
+    """Entries of a parameter's state that never change and are not saved."""
     per_element: tuple[str, ...]
-    """Entries of a parameter's state that have its shape, one number for each of its elements: the moments."""
+    """Entries of a parameter's state that have its shape: its optimizer states."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], inner: torch.optim.Optimizer) -> None:
         self.parameters = parameters
         self.inner = inner
 
     def step(self, lr: float, ok: Tensor) -> None:
-        """One update at learning rate `lr` (times the ratio of each group); none where `ok` (() bool) is false."""
+        """Update at learning rate `lr` (times each group's ratio), unless `ok` (() bool) is false."""
         for group in self.inner.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         self._update(ok)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The state as `<state>/<parameter>`; numbers as () tensors."""
+        """Return the state as `<state>/<parameter>`; numbers as () tensors."""
         return {
             f"{key}/{name}": torch.as_tensor(value)
             for name, parameter in self.parameters.items()
@@ -46,7 +46,7 @@ class Optimizer(ABC):
         }
 
     def load_state_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """The inverse of `state_tensors`, before the first step. Takes one tensor, of any device, after the other."""
+        """Load the result of `state_tensors` before the first step, one tensor at a time, from any device."""
         prepared = set()
         for path, tensor in tensors:
             key, _, name = path.partition("/")
@@ -61,7 +61,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def _prepare(self, parameter: nn.Parameter) -> None:
-        """Make the state of a parameter that `_load` fills."""
+        """Create the state of a parameter that `_load` fills."""
 
     @abstractmethod
     def _load(self, state: dict[str, Any], key: str, tensor: Tensor, device: torch.device) -> None: ...
@@ -78,7 +78,7 @@ class FusedAdamW(Optimizer):
             groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
         super().__init__(parameters, inner)
-        # The kernel's own switch, made for loss scaling: with 1 it leaves parameters, moments and step counts alone.
+        # The kernel's switch for loss scaling: 1 leaves parameters, optimizer states and step counts unchanged.
         self._skips = torch.zeros((), device=next(iter(parameters.values())).device)
         inner.found_inf = self._skips  # type: ignore[attr-defined]
 
@@ -94,10 +94,12 @@ class FusedAdamW(Optimizer):
 
 
 class BitsAndBytesAdamW(Optimizer):
-    """bitsandbytes' AdamW: moments in 8 bits in blocks of 256 (arXiv 2110.02861; tensors below 4,096 elements stay
-    fp32), or paged, or both. The host reads `ok` in every step, since its kernels have no switch."""
+    """bitsandbytes' AdamW: states in 8 bits in blocks of 256 (arXiv 2110.02861), paged, or both.
 
-    constants = ("qmap1", "qmap2")  # The levels of 8 bits, which all parameters share.
+    Tensors below 4,096 elements stay fp32. The host reads `ok` in every step, because its kernels have no such switch.
+    """
+
+    constants = ("qmap1", "qmap2")  # The 8-bit levels, which all parameters share.
     per_element = ("state1", "state2")
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
@@ -127,7 +129,7 @@ class BitsAndBytesAdamW(Optimizer):
             self.inner.step()
 
     def _prepare(self, parameter: nn.Parameter) -> None:
-        # Its own constructor of state, so that a paged moment is paged again.
+        # bitsandbytes' constructor of states, so that a paged state is paged again.
         for group_index, group in enumerate(self.inner.param_groups):
             for index, member in enumerate(group["params"]):
                 if member is parameter:
@@ -141,13 +143,15 @@ class BitsAndBytesAdamW(Optimizer):
 
 
 def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) -> Optimizer:
-    """The optimizer that `config.name` means, over parameters by name."""
+    """Build the optimizer named by `config.name` over parameters by name."""
     return FusedAdamW(parameters, config) if config.name == "adamw" else BitsAndBytesAdamW(parameters, config)
 
 
 def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
-    """One group, or with LoRA+ (arXiv 2402.12354) the B matrices in one of their own, at a higher learning rate; with
-    DoRA the magnitudes too, as PEFT's create_loraplus_optimizer does with whatever has one dimension.
+    """Return one group, or with LoRA+ (arXiv 2402.12354) a second one of B matrices at a higher learning rate.
+
+    With DoRA the magnitudes join the second group, like all one-dimensional parameters in PEFT's
+    create_loraplus_optimizer.
     """
     ratio = config.loraplus_lr_ratio
     faster = {name for name in parameters if ratio != 1 and name.endswith((".B", ".magnitude"))}
@@ -159,7 +163,7 @@ def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The rate of the update that ends step `step` (from 0 to total_steps - 1).
+    """Return the learning rate of the update that ends step `step` (from 0 to total_steps - 1).
 
     Linear from lr/warm-up to lr over the warm-up steps; then cosine or linear down to min_lr_ratio * lr at total_steps,
     constant, or constant with a linear fall over the last decay steps (warmup_stable_decay, arXiv 2404.06395).

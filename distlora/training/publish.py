@@ -1,4 +1,4 @@
-"""What a run makes, in the forms that others load: an adapter in PEFT's format, or a whole Hugging Face folder."""
+"""Publish a run's result for other libraries: an adapter in PEFT's format, or a Hugging Face model folder."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ from distlora.weights.peft_folder import NF4_MARK
 from distlora.weights.reader import TORCH_DTYPES, Reader
 
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
-"""What of a base's folder goes into RUN/model beside the weights, by suffix."""
+"""Suffixes of the base's files that are copied to RUN/model beside the weights."""
 
 
 def weight_files(model: CausalLM, spec: ModelSpec, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
-    """The files of a checkpoint that hold what was trained: an adapter in PEFT's format, or the whole model.
+    """Return the files of a checkpoint with trained weights: an adapter in PEFT's format, or the whole model.
 
-    PiSSA's belongs to the base without the run's start.
+    PiSSA's adapter belongs to the base without the run's initial adapter.
     """
     if spec.adapter.method == "full":
         return {SINGLE_NAME: model.hf_state_dict()}
@@ -62,14 +62,14 @@ def weight_files(model: CausalLM, spec: ModelSpec, adapter: str = DEFAULT_ADAPTE
 
 
 def header_marks(adapter: AdapterConfig) -> dict[str, str]:
-    """What the headers of a run's adapters say: that they belong to the base in NF4 alone, where they do."""
+    """Return the header metadata of a run's adapter: a mark if it belongs to the NF4 base only."""
     return NF4_MARK if adapter.for_nf4 else {}
 
 
 def adapter_files(
     model: CausalLM, spec: ModelSpec, run_dir: str | Path, adapter: str = DEFAULT_ADAPTER
 ) -> dict[str, Any]:
-    """The files of an adapter that PEFT loads onto the unchanged base."""
+    """Return the files of an adapter that PEFT loads onto the unchanged base."""
     files = weight_files(model, spec, adapter)
     if not spec.adapter.pissa:
         return files
@@ -84,10 +84,10 @@ def load_weights(
     start: Mapping[str, Tensor] | None = None,
     adapter: str = DEFAULT_ADAPTER,
 ) -> None:
-    """Take an adapter, or a whole model, from a folder: of what the ranks share, each reads its rows.
+    """Load an adapter, or a whole model, from a folder. Each rank reads its rows of sharded tensors.
 
-    `start` is that of a run of PiSSA: what such a run publishes is a plain LoRA, unlike its checkpoints. UserError
-    where the folder's tensors are not this model's.
+    `start` is the initial adapter of a PiSSA run: such a run publishes a plain LoRA, unlike its checkpoints. Raises
+    UserError if the folder's tensors are not this model's.
     """
     has_adapter = (folder / WEIGHTS_NAME).is_file()
     own = dict(adapter_tensors(model, adapter)) if has_adapter else model.hf_state_dict()
@@ -114,8 +114,7 @@ def load_weights(
 
 
 def trainer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend) -> dict[str, Tensor]:
-    """The optimizer's state as a checkpoint has it, `<state>/<parameter>`: what it has for each element of a parameter
-    is cut over the ranks as that is."""
+    """Return the optimizer states of a checkpoint, `<state>/<parameter>`, sharded like their parameters."""
     states = optimizer.state_tensors()
     for path, state in states.items():
         key, _, name = path.partition("/")
@@ -132,8 +131,10 @@ def restore(
     backend: Backend,
     adapter: str = DEFAULT_ADAPTER,
 ) -> None:
-    """Take the trained parameters and the optimizer's state from a checkpoint, made on any number of ranks. UserError
-    where they are not this run's."""
+    """Load the trained parameters and optimizer states from a checkpoint of any number of ranks.
+
+    Raises UserError if they are not this run's.
+    """
     load_weights(folder, model, backend, adapter=adapter)
     stored = read_header(folder / TRAINER_NAME, remedy=_EARLIER)
     _check_states(folder / TRAINER_NAME, stored, trained, optimizer)
@@ -150,7 +151,7 @@ def restore(
                 read_rows(state, first_row, segment, reader)
                 yield path, state
 
-        # In host memory one state at a time.
+        # Host memory holds one state at a time.
         optimizer.load_state_tensors(states())
 
 
@@ -160,8 +161,10 @@ _EARLIER = "move its folder out of the run folder, then the checkpoint before it
 def _check_states(
     file: Path, stored: Mapping[str, Segment], trained: Mapping[str, nn.Parameter], optimizer: Optimizer
 ) -> None:
-    """Refuse states that the optimizer would stumble over at its next step: of no parameter, of another size than
-    theirs, or a part of what belongs together."""
+    """Refuse states that would fail at the optimizer's next step.
+
+    An unknown parameter, a wrong size, or missing entries.
+    """
     found: dict[str, set[str]] = {}
     for path, segment in stored.items():
         key, _, name = path.partition("/")
@@ -183,7 +186,7 @@ def _is_state_of(parameter: nn.Parameter, key: str, segment: Segment, optimizer:
 
 
 _STEP = "step"
-"""The state of every optimizer that counts a parameter's updates: one number."""
+"""State of every optimizer that counts a parameter's updates: one number."""
 
 
 def finish(
@@ -197,11 +200,12 @@ def finish(
     *,
     load_best: bool,
 ) -> str:
-    """Publish RUN/adapter (PEFT format) or RUN/model (a Hugging Face folder): the last state, or the best if asked for.
+    """Publish RUN/adapter (PEFT format) or RUN/model (a Hugging Face folder).
 
-    Where RUN/best is not of the best step that this run knows of, the last is published: a disk did not take it, or a
-    kill came before the save of another. Returns what was saved, in words.
-    Every rank must call it alike.
+    The last state, or with `load_best` the best.
+
+    If RUN/best is not from the best step of this run, the last state is published: a write failed, or a kill came
+    before another save. Returns a description of what was saved. Every rank must call it alike.
     """
     watch.at(progress.step, "publishing the result", long=True)
     target = run_dir / PUBLISHED[spec.adapter.method]
@@ -219,7 +223,7 @@ def finish(
 
 
 def _step_of(best: Path) -> int:
-    """What a RUN/best says that it is of; -1 where there is none, or it says nothing."""
+    """Return the step recorded in RUN/best; -1 if there is none."""
     try:
         step = json.loads((best / BEST_STEP_NAME).read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -237,8 +241,9 @@ def publish_best(
     say: Callable[[str], None],
     adapter: str = DEFAULT_ADAPTER,
 ) -> None:
-    """Keep what is trained now as RUN/best, and note its step in `progress`. A disk that does not take it is said, and
-    the run goes on: the older best is then still there. Every rank must call it alike.
+    """Save the present weights as RUN/best, and note the step in `progress`. Every rank must call it alike.
+
+    If the write fails, a warning is logged, the run continues, and the older best is kept.
     """
     watch.at(progress.step, "keeping the best", long=True)
     step, written = progress.step, False
@@ -267,15 +272,15 @@ def publish_result(
     best_of: int | None = None,
     adapter: str = DEFAULT_ADAPTER,
 ) -> None:
-    """What is trained, as a folder that others load: an adapter in PEFT's format, or a whole Hugging Face model.
+    """Write the trained weights to a folder: an adapter in PEFT's format, or a Hugging Face model.
 
-    `chat_template` is the one that the chats were rendered with, where that is not the base's own: whoever serves the
-    result needs it, and the tokenizer where it has new tokens. `best_of`: the step to note in RUN/best. The folder
-    appears whole or not at all. Every rank must call it alike.
+    `chat_template` is the one that the chats were rendered with, if it is not the base's: serving needs it, and the
+    tokenizer if it has new tokens. `best_of`: the step to note in RUN/best. The folder is written atomically. Every
+    rank must call it alike.
     """
     with atomic_folder(target, backend) as temporary:
         if spec.adapter.method == "full":
-            # In the base's own dtype, which the fp32 masters are rounded to once, here.
+            # In the base's dtype, to which the fp32 masters are rounded once, here.
             dtype = model.hf_config.dtype or torch.float32
             assert isinstance(dtype, torch.dtype)
             write_model(temporary, model.hf_state_dict(), backend, dtype)
@@ -295,8 +300,7 @@ def publish_result(
 
 
 def companions_of(base: Path) -> list[Path]:
-    """The files of a base's folder that whatever is made of it has too; not its index of weights, nor what a command
-    recorded there of how the base itself was made."""
+    """Return the files of a base's folder to copy, without its weight index and command records."""
     return [
         path
         for path in sorted(base.iterdir())
@@ -308,7 +312,7 @@ _RECORDS = ("merge.json", "combine.json", "export.json")
 
 
 def _write_companions(folder: Path, model: CausalLM, base: Path) -> None:
-    """What makes a folder of weights a model: the config, and the base's tokenizer and generation config."""
+    """Copy the config, tokenizer and generation config of the base, which make a folder of weights a model."""
     for path in companions_of(base):
         shutil.copy2(path, folder / path.name)
     model.hf_config.save_pretrained(folder)

@@ -36,7 +36,7 @@ from distlora.weights.initial_adapter_file import base_identity, needs_initial_a
 from distlora_kernels import scratch
 
 Log = Callable[[str], None]
-"""Writes one line for the user."""
+"""Function that writes one line for the user."""
 
 
 def _no_log(text: str) -> None:

@@ -1,7 +1,7 @@
-"""One run's side of training: which rows are next, the figures of its steps, what is due after them, whether it goes
-on. The trainer (trainer.py) runs the steps of one of these, or of several that share a base.
+"""One run's side of training: next rows, metrics of its steps, what is due after them, whether it continues.
 
-Losses and norms stay on the device until the next log.
+The trainer (loop.py) runs the steps of one trial, or of several that share a base. Losses and norms stay on the device
+until the next log.
 """
 
 from __future__ import annotations
@@ -35,46 +35,45 @@ from distlora.training.unused_params import WATCHED, Reached, sentence
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient was NaN or infinite. What was trained before that step is saved; the same step would fail
-    again."""
+    """Report a loss or gradient that was NaN or infinite. Earlier steps are saved; the same step would fail again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What is called at certain steps. Every rank calls each of them alike."""
+    """Functions called at certain steps, alike on every rank."""
 
     save: Callable[[Progress], None]
-    """Save a checkpoint while training goes on; a disk that does not take it stops nothing."""
+    """Save a checkpoint while training continues. A failed write does not stop the run."""
     save_last: Callable[[Progress], None]
-    """Save a checkpoint, unless that step is saved already, and wait until it is on the disk. Raises SaveError."""
+    """Save a checkpoint, unless that step is saved already, and wait for the disk. Raises SaveError."""
     publish_best: Callable[[Progress], None]
-    """Keep what is trained now as the best by held-out loss."""
+    """Save the present weights as the best by held-out loss."""
     sample: Callable[[int], None] | None = None
-    """Show what the model writes after so many steps, unless an earlier start has."""
+    """Log samples after so many steps, unless an earlier start has."""
 
 
 class StepFigures(NamedTuple):
-    """Of one step, on this rank."""
+    """Measurements of one step on this rank."""
 
     row_losses: Tensor
     """(rows of this rank,) loss sums, in the order of the micro-batches."""
     figures: Tensor
-    """(F,) sums of the objective's figures."""
+    """(F,) sums of the objective's metrics."""
     units: int
     tokens: int
-    """Over all ranks."""
+    """Tokens over all ranks."""
     flops: int
     began: float
     traffic: Traffic
     passes: int
-    """Forward and backward passes, which is how often the step gathered each block."""
+    """Forward and backward passes: how often the step gathered each layer."""
 
 
 class Due(NamedTuple):
-    """What is due after a step. Not all of it is in a checkpoint of that step, so a resume asks again."""
+    """What is due after a step. A checkpoint of that step lacks some of it, so a resume computes it again."""
 
     logging: bool
-    """For its own sake: what takes long logs all before it."""
+    """Due by train.log_every. Everything that takes long logs first, too."""
     evaluating: bool
     saving: bool
     sampling: bool
@@ -82,22 +81,22 @@ class Due(NamedTuple):
 
     @property
     def takes_long(self) -> bool:
-        """Whether something is due that is none of the steps' time."""
+        """True if something is due that does not count as training time."""
         return self.evaluating or self.saving or self.sampling or self.is_last
 
 
 @dataclass(slots=True)
 class _Interval:
-    """The whole steps since the last log: device scalars, read together."""
+    """Complete steps since the last log: device scalars, read together."""
 
     first_step: int
     steps: list[StepFigures] = field(default_factory=list)
     grad_norms: list[Tensor] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     measured: tuple[float, int, int] = (0.0, 0, 0)
-    """(seconds, tokens, flops) of the step whose memory was measured: it takes longer than others."""
+    """(seconds, tokens, FLOPs) of the step whose memory was measured, which takes longer."""
     began: float = 0.0
-    """When its first step began."""
+    """Start time of its first step."""
 
     @property
     def tokens(self) -> int:
@@ -108,7 +107,7 @@ class _Interval:
         return sum(step.flops for step in self.steps)
 
     def traffic(self) -> Traffic:
-        """What this rank moved, a step."""
+        """Return this rank's traffic per step."""
         total = Traffic()
         for step in self.steps:
             total.add(step.traffic)
@@ -116,7 +115,7 @@ class _Interval:
 
 
 class Trial:
-    """A run from wherever it stands: what is its own, whether it trains alone or beside others."""
+    """A run in training, alone or beside others."""
 
     def __init__(
         self,
@@ -136,55 +135,57 @@ class Trial:
         memory: MemoryCheck | None = None,
         slot: int | None = None,
     ) -> None:
-        """`memory` measures one of the steps; `slot`: which adapter of a pack is this run's, None where it is the only
-        one."""
+        """Start from `progress`.
+
+        `memory` measures one of the steps; `slot`: the adapter's slot in multi-trial training.
+        """
         self.backend, self.optimizer, self.gradients, self.slot = backend, optimizer, gradients, slot
         self.loader, self.eval_loader, self.total_steps = loader, eval_loader, total_steps
         self.reporter, self.train, self.optim, self.hooks = reporter, train, optim, hooks
         self.progress, self.memory = progress, memory
         self.first_step = progress.step
-        """What this start goes on from, and so is saved."""
+        """Step that this start resumes from, which is already saved."""
         self.step_traffic: Traffic | None = None
-        """What the last logged interval moved on this rank, a step; None before the first."""
+        """This rank's traffic per step in the last logged interval; None before the first."""
         self.step_passes = 0
-        """Forward and backward passes of a step, of that interval."""
+        """Forward and backward passes per step in that interval."""
         self.objective = objective_of(train)
         self.held_out: dict[str, float] = {}
-        """The figures of the last evaluation, by name."""
+        """Metrics of the last evaluation, by name."""
         self.documents = DocumentLosses(eval_loader.rows) if eval_loader is not None and train.eval_documents else None
-        """What an evaluation that is under way has seen of each held-out document; None: it need not."""
+        """Losses of each held-out document in a running evaluation; None: not recorded."""
         self.failure: NonFiniteError | SaveError | None = None
-        """The fault of its own by which it has ended, where that does not end others."""
+        """Error that ended this trial but not others."""
         self.unreached: list[str] | None = None
-        """What no gradient reached in the first steps; None where they were not looked at, or not yet."""
+        """Parameters without gradient in the first steps; None if they were not checked, or not yet."""
         self._reached = Reached(model, optimizer.parameters) if progress.step == 0 else None
         self.flops = count_flops(model, with_reference=self.objective.has_reference, slot=slot)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._interval = _Interval(progress.step)
         self._ok = torch.ones((), dtype=torch.bool, device=backend.ranks.device)
-        """On the device: false from the first step with a non-finite loss or gradient on; nothing is updated then."""
+        """On the device: false from the first step with a non-finite loss or gradient. Nothing is updated then."""
 
     @property
     def done(self) -> int:
-        """Steps that are done, so the number of the next, counted from 0; `progress` is of those that are logged."""
+        """Number of steps that are done; `progress` counts those that are logged."""
         return self._interval.first_step + len(self._interval.steps)
 
     def next_share(self) -> Share:
-        """This rank's rows of the next step."""
+        """Return this rank's rows of the next step."""
         return Share(self.loader.batch(self.done), self.slot, self.done)
 
     @property
     def held_out_batches(self) -> int:
-        """Of an evaluation, on each rank."""
+        """Batches of an evaluation on each rank."""
         return 0 if self.eval_loader is None else self.eval_loader.steps_per_epoch
 
     def held_out_share(self, index: int) -> Share:
-        """This rank's rows of one of them."""
+        """Return this rank's rows of one of them."""
         assert self.eval_loader is not None
         return Share(self.eval_loader.batch(index), self.slot, None)
 
     def update(self) -> None:
-        """Clip the sums of the gradients and update what is trained; `note` comes after it."""
+        """Clip the summed gradients and update the trained parameters. `note` follows."""
         if self._reached is not None and self._reached.steps < WATCHED:
             self._reached.note()
         grad_norm = self.gradients.clip(self.optim.max_grad_norm)
@@ -195,20 +196,20 @@ class Trial:
         self._interval.rates.append(rate)
 
     def note(self, figures: StepFigures) -> None:
-        """The step is done."""
+        """Record a completed step."""
         if not self._interval.steps:
             self._interval.began = figures.began
         self._interval.steps.append(figures)
 
     def note_measured(self, began: float) -> None:
-        """The step that was noted last was one whose memory was measured, from `began` on."""
+        """Mark the last noted step as the one whose memory was measured, from `began` on."""
         interval, step = self._interval, self._interval.steps[-1]
         if len(interval.steps) == 1:
             interval.began = began
         interval.measured = (time.monotonic() - began, step.tokens, step.flops)
 
     def due(self, control: Control) -> Due:
-        """After the steps that are done."""
+        """Return what is due after the steps that are done."""
         settings, done = self.train, self.done
         is_last = done == self.total_steps
 
@@ -226,11 +227,11 @@ class Trial:
 
     @property
     def has_ended(self) -> bool:
-        """Whether no step follows those that are done."""
+        """True if no step follows."""
         return self.failure is not None or self.done >= self.total_steps or self.is_exhausted()
 
     def is_exhausted(self) -> bool:
-        """Whether early stopping ends the run here; a function of the evaluations, so a resume decides the same."""
+        """Return whether early stopping ends the run: a function of the evaluations, so a resume decides the same."""
         settings = self.train
         if settings.early_stopping_patience is None:
             return False
@@ -238,7 +239,7 @@ class Trial:
         return since_best >= settings.early_stopping_patience
 
     def evaluated(self, held_out: dict[str, float]) -> None:
-        """Record the figures of an evaluation of what has been trained so far."""
+        """Record the metrics of an evaluation."""
         self.held_out = held_out
         self.progress.evaluations[self.progress.step] = held_out["eval_loss"]
         if self.documents is not None:
@@ -246,7 +247,7 @@ class Trial:
         self.reporter.evaluation(self.progress.step, held_out)
 
     def keep_best(self) -> None:
-        """After an evaluation: keep what is trained where it is the best, and say so where it was the last."""
+        """After an evaluation, save the best weights, and log an early stop."""
         settings, progress = self.train, self.progress
         if settings.eval_every is not None and progress.best_step == progress.step:
             self.hooks.publish_best(progress)
@@ -259,25 +260,31 @@ class Trial:
             )
 
     def save(self) -> None:
-        """What is logged; the last state waits until it is on the disk."""
+        """Save what is logged; wait for the disk in the last save."""
         (self.hooks.save_last if self.has_ended else self.hooks.save)(self.progress)
 
     def save_whole_steps(self) -> None:
-        """Before the run stops, when all is logged. What was begun is dropped: a resume does it from its start."""
+        """Save before a stop, when everything is logged. A resume repeats the step that was begun."""
         if self.progress.step > 0:
             self.hooks.save_last(self.progress)
 
     def unread(self) -> tuple[Tensor, Tensor] | None:
-        """(S, 1 + F) fp32 sums of this rank's losses and figures in the S steps since the last log, and (S,) fp32 norms
-        of their gradients, on the device; None where there is no step."""
+        """Return (S, 1 + F) fp32 sums of losses and metrics in the S unlogged steps, and (S,) fp32 gradient norms.
+
+        They are this rank's, on the device; None without steps.
+        """
         if not self._interval.steps:
             return None
         sums = torch.stack([torch.cat([step.row_losses.sum()[None], step.figures]) for step in self._interval.steps])
         return sums, torch.stack(self._interval.grad_norms)
 
     def log(self, sums: Sequence[Sequence[float]], norms: Sequence[float]) -> None:
-        """Write a line for each step of the interval, and begin the next: `sums` over all ranks and `norms` of what
-        `unread` gave. Raises NonFiniteError, on every rank alike, where a step was not finite."""
+        """Write a line for each step of the interval, and start the next.
+
+        The arguments are `unread`'s, summed over ranks.
+
+        Raises NonFiniteError, on every rank alike, if a step was not finite.
+        """
         interval = self._interval
         self._interval = _Interval(self.done)
         means = [[total / step.units for total in totals] for totals, step in zip(sums, interval.steps, strict=True)]
@@ -302,7 +309,7 @@ class Trial:
         self._say_unreached(is_last=self.progress.step == self.total_steps)
 
     def _shared_figures(self, interval: _Interval, traffic: Traffic, seconds: float) -> Iterator[tuple[str, float]]:
-        """What all steps of an interval have in common."""
+        """Yield the metrics that all steps of an interval share."""
         yield "peak_memory_bytes", peak_memory_bytes(self.backend.ranks.device)
         yield "gathered_bytes", traffic.gathered_bytes
         yield "reduced_bytes", traffic.reduced_bytes
@@ -310,13 +317,13 @@ class Trial:
         if self.backend.shards.copies > 1:
             yield "between_copies_bytes", traffic.between_copies_bytes
         aside, tokens, flops = interval.measured
-        if interval.tokens > tokens:  # Else the only step was one that is slower than the others.
+        if interval.tokens > tokens:  # Otherwise the only step was a slower one.
             yield "tokens_per_second", (interval.tokens - tokens) / (seconds - aside)
             if self._peak_flops is not None:
                 yield "mfu", (interval.flops - flops) / (seconds - aside) / self._peak_flops
 
     def _say_unreached(self, *, is_last: bool) -> None:
-        """Once, after the first steps: which trained parameters had no gradient in them."""
+        """Log once, after the first steps, which trained parameters had no gradient."""
         reached = self._reached
         if reached is None or not (reached.steps == WATCHED or (is_last and reached.steps > 1)):
             return
@@ -357,7 +364,7 @@ def _listed(rows: list[int], most: int = 8) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank has held: of the allocator on a GPU; resident, file pages included, on the CPU."""
+    """Return this rank's peak memory in bytes: the allocator's on a GPU; resident, file pages included, on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,6 +1,4 @@
-"""What gradients have reached in the first steps of a run: a parameter, or a trained token's row, that none reaches
-stays as it started, whatever the settings say. A run says which.
-"""
+"""Detect trained parameters and token rows that get no gradient in the first steps: they would stay as they started."""
 
 from __future__ import annotations
 
@@ -11,25 +9,25 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Backend
 
 WATCHED = 5
-"""Steps that are looked at. In the first one A has no gradient, since B is zero."""
+"""Number of steps that are checked. In the first one A has no gradient, because B is zero."""
 
 
 class Reached:
-    """Remembers on the device which of `parameters` (as the optimizer has them) had a gradient other than 0."""
+    """Record, on the device, of which `parameters` (as the optimizer has them) had a nonzero gradient."""
 
     def __init__(self, model: CausalLM, parameters: dict[str, nn.Parameter]) -> None:
         self._rows = {f"token_rows.{matrix}.rows": matrix for matrix in model.token_rows}
-        """Parameters that are looked at row by row, and the matrix that they belong to."""
+        """Parameters that are checked row by row, and the matrix that they belong to."""
         self._model, self._parameters = model, parameters
         self._seen: dict[str, torch.Tensor] = {}
         self.steps = 0
 
     def note(self) -> None:
-        """Look at the gradients of one step, after they have been summed over the ranks."""
+        """Record the gradients of one step, after they have been summed over the ranks."""
         self.steps += 1
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                hit = parameter.grad != 0  # NaN is a gradient, too.
+                hit = parameter.grad != 0  # NaN counts as a gradient.
                 hit = hit.any(dim=1) if name in self._rows else hit.any()
                 if name in self._seen:
                     self._seen[name] |= hit
@@ -37,7 +35,7 @@ class Reached:
                     self._seen[name] = hit
 
     def missing(self, backend: Backend) -> list[str]:
-        """The names of what no rank's gradient has reached. Every rank must call it; reads the device."""
+        """Return the names of parameters without gradient on any rank. Every rank must call it; reads the device."""
         names = list(self._parameters)
         sizes = [len(p) if name in self._rows else 1 for name, p in self._parameters.items()]
         flags = torch.zeros(sum(sizes), device=backend.ranks.device)
@@ -49,7 +47,7 @@ class Reached:
         return [label for label, is_reached in zip(labels, found, strict=True) if not is_reached]
 
     def _labels(self, name: str) -> list[str]:
-        """What a parameter is called, or each of its rows."""
+        """Return the name of a parameter, or of each of its rows."""
         if name not in self._rows:
             return [self._model.hf_name(name)]
         rows = self._model.rows_of(self._rows[name])
@@ -59,7 +57,7 @@ class Reached:
 
 
 def sentence(missing: list[str], steps: int) -> str:
-    """What a run says of them."""
+    """Return the log line about them."""
     more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
     return (
         f"no gradient has reached {', '.join(missing[:8])}{more} in the first {steps} steps: as long as none "

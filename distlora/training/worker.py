@@ -1,7 +1,7 @@
-"""The worker: `python -m distlora.training.worker RUN`, started once a rank by torchrun. A table of contents of a run.
+"""Train a run: `python -m distlora.training.worker RUN`, started once per rank by torchrun.
 
-Everything it does is in RUN/config.yaml and RUN/data.json, both written by the launcher; a run with checkpoints
-continues from the newest whole one.
+RUN/config.yaml and RUN/data.json, both written by the launcher, hold all inputs. A run with checkpoints continues from
+the newest valid one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from distlora.training.setup import start_adapters, start_run_model
 
 
 def run(run_dir: Path, ranks: Ranks) -> None:
-    """One run, or the rest of one, on this rank: to its end, or until all ranks agreed to stop and what they trained is
-    saved."""
+    """Train a run on this rank, to its end or until all ranks agreed to stop and saved."""
     config = load_config(run_dir)
     check_ranks(config, ranks.world)
     control = Control(ranks, save_minutes=config.train.save_minutes)
@@ -40,7 +39,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
 
 
 def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None:
-    """From the data to the result. Raises Stopped, on every rank, after all that a stop asks for is done."""
+    """Train from the data to the result. Raises Stopped, on every rank, after everything is saved."""
     base = CheckpointFiles(config.model.path)
     opened = open_run(run_dir, config, ranks, base)
     plan, restores = read_plan(run_dir, measure=config.plan.measure), opened.newest is not None
@@ -97,13 +96,16 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
 
 
 def trained_parameters(model: CausalLM) -> dict[str, nn.Parameter]:
-    """What the optimizer updates, by name, in forward order: the adapters, or everything."""
+    """Return the parameters that the optimizer updates, by name, in forward order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def main() -> None:
-    """Entry of a worker process. What it raises is the caller's to record (`worker_entry`): torch's own `record` would
-    leave a file that torchrun reads while a rank is ended within writing it, and torchrun ends by half a file."""
+    """Run a worker process. The caller (`worker_entry`) records its exceptions.
+
+    torch's `record` would leave a file that torchrun reads while a rank is killed during the write, and torchrun fails
+    on a partial file.
+    """
     if len(sys.argv) != 2:
         raise UserError(
             "usage: python -m distlora.training.worker RUN (the launcher does this; start runs with `distlora train`)"

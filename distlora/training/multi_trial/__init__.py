@@ -1,1 +1,1 @@
-"""Trials of a sweep that share one copy of the base, one gather and one dequantization (README.md)."""
+"""Multi-trial training: trials of a sweep share one base, its all-gathers and its dequantization (README.md)."""

@@ -1,4 +1,4 @@
-"""PACK's files as the ranks read them: rank 0 looks, and all learn the same (protocol.py has what each file says)."""
+"""Read and write PACK's files on behalf of all ranks: rank 0 reads, and all get the same (see protocol.py)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distlora.training.multi_trial.protocol import (
 )
 
 LOOK_SECONDS = 0.2
-"""Between looks, while there is nothing to train or a verdict is waited for."""
+"""Seconds between reads while nothing trains or a verdict is pending."""
 
 _REMEDY = "the launcher writes it; start the sweep again with `distlora resume`"
 _PACK: Shape = {"slots": int, "verdicts?": bool}
@@ -39,16 +39,16 @@ _VERDICT: Shape = {"prune": bool}
 
 @dataclass(frozen=True, slots=True)
 class PackSettings:
-    """PACK/pack.json."""
+    """Content of PACK/pack.json."""
 
     slots: int
-    """Trials that train at once."""
+    """Number of trials that train at once."""
     verdicts: bool
-    """Whether an evaluation is followed by a verdict, which is waited for."""
+    """True if every evaluation is followed by a verdict, which the trial waits for."""
 
 
 def read_settings(pack: Path) -> PackSettings:
-    """Raises UserError for a folder without them."""
+    """Read PACK/pack.json. Raises UserError if it is missing."""
     path = pack / PACK_NAME
     values = read_object(path, _REMEDY)
     check_shape(values, _PACK, path, _REMEDY)
@@ -61,14 +61,14 @@ def read_settings(pack: Path) -> PackSettings:
 
 
 class Inbox:
-    """The trials of a pack. Every rank makes one and calls it alike; rank 0 alone reads, and it alone writes."""
+    """Inbox of trials. Every rank makes one and calls it alike; only rank 0 reads and writes."""
 
     def __init__(self, pack: Path, ranks: Ranks) -> None:
         self._pack, self._ranks = pack, ranks
         self._taken: set[int] = set()
 
     def next(self) -> int | None:
-        """The lowest number that waits: that has no outcome and was not handed out; None where there is none now."""
+        """Return the lowest number without an outcome that was not handed out; None if there is none now."""
         waiting = (
             sorted(_numbers(self._pack / INBOX) - _numbers(self._pack / OUTCOMES) - self._taken) if self._reads else []
         )
@@ -79,7 +79,7 @@ class Inbox:
         return number
 
     def run_dir(self, number: int) -> Path:
-        """Where a trial that was handed out is."""
+        """Return the run folder of a trial that was handed out."""
 
         def read() -> Path:
             if not self._reads:
@@ -92,11 +92,11 @@ class Inbox:
         return path_of_rank_0(together(read, self._ranks), self._ranks)
 
     def is_closed(self) -> bool:
-        """Whether no more trials will come. Ask before `next`: what came before it is then seen."""
+        """Return whether no more trials will come. Call it before `next`, which then sees all earlier trials."""
         return bool(from_rank_0(int(self._reads and (self._pack / CLOSED_NAME).exists()), self._ranks))
 
     def prunes(self, number: int, step: int) -> bool | None:
-        """The verdict on a trial's evaluation at `step`; None while there is none."""
+        """Return the verdict on a trial's evaluation at `step`; None while there is none."""
         verdict = -1
         if self._reads and (path := verdict_file(self._pack, number, step)).exists():
             values = read_object(path, _REMEDY)
@@ -113,7 +113,7 @@ class Inbox:
             atomic_io.write_json(path, {"state": state, "reason": reason, "step": step, "seconds": round(seconds, 3)})
 
     def seated(self, numbers: Sequence[int]) -> None:
-        """Write who is in the slots now, in the order of entering."""
+        """Write the numbers of the trials in slots, in the order of entering."""
         if self._reads:
             atomic_io.write_json(self._pack / SEATS_NAME, {"numbers": list(numbers)})
 
@@ -123,7 +123,7 @@ class Inbox:
 
 
 def pause() -> None:
-    """Between two looks."""
+    """Wait between two reads."""
     time.sleep(LOOK_SECONDS)
 
 
@@ -139,7 +139,7 @@ _LONGEST_PATH = 4096
 
 
 def path_of_rank_0(path: Path, ranks: Ranks) -> Path:
-    """Rank 0's path on every rank."""
+    """Return rank 0's path on every rank."""
     if ranks.control is None:
         return path
     said = os.fsencode(path)
@@ -150,8 +150,10 @@ def path_of_rank_0(path: Path, ranks: Ranks) -> Path:
 
 
 def together(action: Callable[[], Made], ranks: Ranks) -> Made:
-    """The result of `action`, which calls on no other rank after it may have failed. Raises UserError, on every rank,
-    where it did on some."""
+    """Return the result of `action`, which must not communicate after a possible failure.
+
+    Raises UserError, on every rank, if it failed on some.
+    """
     made: list[Made] = []
     error: UserError | None = None
     try:

@@ -1,4 +1,4 @@
-"""Trials in the slots of one model: they enter and leave between steps, each with its own run folder."""
+"""Train trials in the slots of one model: they enter and leave between steps, each with a run folder."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from distlora.training.trial import NonFiniteError, Trial
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """A trial that is in a slot, and what of it has to be closed."""
+    """Trial in a slot, and the resources to close."""
 
     number: int
     slot: int
     run: OpenRun
     trained: dict[str, nn.Parameter]
-    """By the names of a run alone."""
+    """Trained parameters by their names in a run alone."""
     trial: Trial
     closing: contextlib.ExitStack
     began: float
@@ -53,7 +53,7 @@ class Seat:
 
 
 class Pack(Trainer):
-    """Takes trials from an inbox and trains those that are in slots, a step of each at a time."""
+    """Trainer that takes trials from an inbox and runs a step of every seated trial at a time."""
 
     def __init__(
         self,
@@ -67,17 +67,19 @@ class Pack(Trainer):
         loaded: Loaded,
         base: CheckpointFiles,
     ) -> None:
-        """`config` is what all trials share; `loaded` says how the base was read from `base`."""
+        """Start without trials. `config` holds the shared settings; `loaded` describes how `base` was read."""
         super().__init__(model, backend, control)
         self._inbox, self._settings, self._config, self._loaded = inbox, settings, config, loaded
         self._base = base
         self._seats: dict[Trial, Seat] = {}
         self._none_left = False
-        """Whether the inbox is closed and all that was in it was handed out."""
+        """True if the inbox is closed and all its trials were handed out."""
 
     def run(self) -> None:
-        """Until the inbox is closed and all that was in it has an outcome. Raises Stopped once every trial in a slot is
-        saved."""
+        """Train until the inbox is closed and all trials have an outcome.
+
+        Raises Stopped once every trial in a slot is saved.
+        """
         self.control.saved()
         try:
             while self._fill() or self._seats:
@@ -97,7 +99,7 @@ class Pack(Trainer):
                 raise error
 
     def _fill(self) -> bool:
-        """Let trials into the free slots. Returns whether more may come."""
+        """Put trials into the free slots. Return whether more may come."""
         while not self._none_left and len(self._seats) < self._settings.slots:
             is_closed = self._inbox.is_closed()
             entered: list[Trial] = []
@@ -110,13 +112,13 @@ class Pack(Trainer):
             if entered:
                 self.begin(entered)
                 self._recall(entered)
-            self._let_go()  # What goes on from its last step has nothing left to do.
+            self._let_go()  # A trial that resumes from its last step has no steps left.
             if not entered:
                 break
         return not self._none_left
 
     def _enter(self, number: int) -> Trial | None:
-        """Take a trial into a free slot; None where that cannot be, which is its outcome then."""
+        """Put a trial into a free slot; return None, after writing the outcome, if that is not possible."""
         self._log(self.trials)
         watch.at(None, f"trial {number} enters", long=True)
         self._say_seats(number)
@@ -136,7 +138,7 @@ class Pack(Trainer):
         return seat.trial
 
     def _seated(self, number: int, run_dir: Path, began: float) -> Seat:
-        """Raises UserError, on every rank, where some rank cannot read what the trial needs."""
+        """Start a trial. Raises UserError, on every rank, if some rank cannot read what it needs."""
         ranks = self.backend.ranks
         config = together(lambda: self._read(run_dir), ranks)
         run = together(lambda: open_run(run_dir, config, ranks, self._base), ranks)
@@ -176,8 +178,7 @@ class Pack(Trainer):
         return Seat(number, slot, run, trained, trial, kept, began)
 
     def _read(self, run_dir: Path) -> Config:
-        """The trial's settings, once all that it needs is found to be there: what a rank cannot read, on a network file
-        system perhaps, it must say before others wait for it."""
+        """Read the trial's settings and check that its files are readable, before other ranks wait for this one."""
         config = load_config(run_dir)
         check_trial(config)
         check_beside(config, first=self._config)
@@ -185,14 +186,14 @@ class Pack(Trainer):
         return config
 
     def _do(self, trial: Trial, action: Callable[[], None]) -> None:
-        """A trial that is not finite, or that no disk takes, has ended; the others go on."""
+        """End a trial whose loss is not finite, or that cannot be saved; the others continue."""
         try:
             action()
         except (NonFiniteError, SaveError) as error:
             trial.failure = error
 
     def _judge(self, trials: Sequence[Trial]) -> None:
-        """After these were evaluated: wait for the verdicts on those that would go on."""
+        """Wait for the verdicts on evaluated trials that would continue."""
         waiting = [trial for trial in trials if self._settings.verdicts and trial.done > 0 and not trial.has_ended]
         while waiting:
             for trial in list(waiting):
@@ -206,14 +207,14 @@ class Pack(Trainer):
                 pause()
 
     def _recall(self, trials: Sequence[Trial]) -> None:
-        """Of what goes on from a checkpoint: a verdict on its evaluation that the pack did not live to read."""
+        """Apply verdicts on the evaluations of resumed trials that an earlier start did not read."""
         for trial in trials:
             seat, is_evaluated = self._seats[trial], 0 < trial.first_step in trial.progress.evaluations
             if self._settings.verdicts and is_evaluated and not trial.has_ended:
                 seat.pruned_at = trial.done if self._inbox.prunes(seat.number, trial.done) else None
 
     def _let_go(self) -> None:
-        """Free the slots of those that have ended."""
+        """Free the slots of trials that have ended."""
         while over := [seat for seat in self._seats.values() if seat.is_over]:
             self._log(self.trials)
             for seat in over:
@@ -246,8 +247,7 @@ class Pack(Trainer):
         seat.closing.__exit__(None if error is None else type(error), error, None)
 
     def _save_all(self, signum: int) -> None:
-        """Asked to stop: save every trial in a slot, which a start of the pack goes on with. Raises SaveError, after
-        all, where the state of some could not be saved."""
+        """Save every trial in a slot because of a signal. Raises SaveError, after all, if some could not be saved."""
         unsaved: SaveError | None = None
         self._log(self.trials)
         for seat in list(self._seats.values()):
@@ -269,7 +269,7 @@ class Pack(Trainer):
         self._inbox.seated([*(seat.number for seat in self._seats.values()), *entering])
 
     def _report_failure(self, run_dir: Path, error: BaseException) -> None:
-        """As a run alone leaves its error for the launcher."""
+        """Leave the error for the launcher, as a run alone does."""
         if self.backend.writes:
             (run_dir / "logs").mkdir(exist_ok=True)
             error_file.write(run_dir / "logs" / "rank_0.error.json", error)

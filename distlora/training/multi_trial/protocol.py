@@ -1,26 +1,24 @@
-"""What passes between a sweep's worker (the launcher) and a pack (the processes that train), as files in PACK.
+"""Define the files by which a sweep's launcher and the processes of multi-trial training exchange work, in PACK.
 
-Each file appears whole (durable.write_json), and all but the last two are written once, so neither side locks anything:
+Each file is written atomically (system.atomic_io), and all but the last two are written once, so there are no locks:
 
-```
-PACK/config.yaml             the settings that all trials share, as a run's; run_dir is PACK      launcher
-PACK/pack.json               {"slots": k, "verdicts": bool}                                       launcher
-PACK/inbox/0007.json         {"number", "run_dir"}: a trial that is prepared (RUN/config.yaml,    launcher
-                             RUN/data.json) and may start, or go on from its newest checkpoint
-PACK/closed                  no more trials will come                                             launcher
-PACK/verdicts/0007_00000050.json  {"prune": bool}: after trial 7's evaluation at step 50, which   launcher
-                             the pack waits for
-PACK/outcomes/0007.json      {"state": complete|pruned|failed, "reason", "step", "seconds"}       pack
-PACK/seats.json              {"numbers"}: of the trials in slots, and of the one that is about    pack
-                             to enter, in the order in which they did: whom to ask when the pack dies
-PACK/stopped.json            {"signal", "time"}: it was asked to stop; not there after a start    pack
-```
+    PACK/config.yaml             settings that all trials share, like a run's; run_dir is PACK                launcher
+    PACK/pack.json               {"slots": k, "verdicts": bool}                                               launcher
+    PACK/inbox/0007.json         {"number", "run_dir"}: a prepared trial (RUN/config.yaml, RUN/data.json)     launcher
+                                 that may start, or resume from its newest checkpoint
+    PACK/closed                  no more trials will come                                                     launcher
+    PACK/verdicts/0007_00000050.json  {"prune": bool}: the verdict after trial 7's evaluation at step 50      launcher
+    PACK/outcomes/0007.json      {"state": complete|pruned|failed, "reason", "step", "seconds"}               trainer
+    PACK/seats.json              {"numbers"}: trials in slots and the one about to enter, in order of         trainer
+                                 entering: the suspects if the processes die
+    PACK/stopped.json            {"signal", "time"}: stopped by a signal; removed at a start                  trainer
 
-The pack takes trials in the order of their numbers into free slots, between steps. It ends (exit code 0) when the inbox
-is closed and every trial that was in it has an outcome; asked to stop, it saves every trial that is in a slot and
-leaves PACK/stopped.json, of which `run_workers` makes exit code 75. A trial's figures are in its own run folder, as
-those of a run alone. A pack that is started again finds the same inbox, and goes on with what has no outcome. With
-"verdicts" it waits for one after each evaluation after which a trial would go on, but for the base's at step 0.
+The trainer takes trials in the order of their numbers into free slots, between steps. It ends (exit code 0) when the
+inbox is closed and every trial in it has an outcome. After a request to stop it saves every trial in a slot and leaves
+PACK/stopped.json, which `run_workers` turns into exit code 75. A trial's metrics are in its run folder, like those of a
+run alone. A restart reads the same inbox and continues the trials without an outcome. With "verdicts" the trainer waits
+for one after each evaluation after which a trial would continue, except the base's at step 0. Imports no torch: the
+launcher uses it.
 """
 
 from __future__ import annotations
@@ -84,20 +82,20 @@ MAY_DIFFER = (
     "tracker.group",
     "tracker.tags",
 )
-"""Whatever else differs needs another computation for the base's part of a step, so such trials do not fit into one
-pack."""
+"""Settings that may differ between trials. Any other difference needs another computation for the base's part of a
+step."""
 
 _ALONE = "leave it out, or set sweep.packed=1, where every trial trains by itself"
 
 
 def check_trial(config: Config) -> None:
-    """Refuse a run that cannot be a trial of any pack, naming the setting."""
+    """Refuse a run that cannot be a trial of multi-trial training, naming the setting."""
     for setting, reason in _refused(config):
         raise UserError(f"{setting} {reason}; {_ALONE}")
 
 
 def check_pack(configs: Sequence[Config]) -> None:
-    """Refuse runs that cannot be trials of one pack, naming the setting, and both values where they differ."""
+    """Refuse runs that cannot train together, naming the setting, and both values if they differ."""
     for config in configs:
         check_trial(config)
     for config in configs[1:]:
@@ -117,7 +115,7 @@ def check_beside(config: Config, *, first: Config) -> None:
 
 
 def _refused(config: Config) -> Iterator[tuple[str, str]]:
-    """(setting, why no pack has it)."""
+    """Yield (setting, reason why multi-trial training does not support it)."""
     adapter, train = config.adapter, config.train
     if adapter.method != "lora":
         yield f"adapter={adapter.method}", "trains the base, which the trials of a pack share"

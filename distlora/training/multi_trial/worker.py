@@ -21,8 +21,7 @@ from distlora.training.setup import start_run_model
 
 
 def run(pack_dir: Path, ranks: Ranks) -> None:
-    """A pack, or the rest of one, on this rank: until its inbox is closed and worked off, or until all ranks agreed to
-    stop and what they trained is saved."""
+    """Train the trials of PACK on this rank, until the inbox is closed and empty or all ranks agreed to stop."""
     config = load_config(pack_dir)
     check_ranks(config, ranks.world)
     check_trial(config)
@@ -33,17 +32,17 @@ def run(pack_dir: Path, ranks: Ranks) -> None:
     try:
         _train(pack_dir, config, ranks, control)
     except Stopped as stop:
-        if ranks.rank == 0:  # The launcher looks for it.
+        if ranks.rank == 0:  # The launcher checks for it.
             atomic_io.write_json(stopped, {"signal": name_of(stop.signum), "time": round(time.time(), 3)})
     control.end()
 
 
 def _train(pack_dir: Path, config: Config, ranks: Ranks, control: Control) -> None:
-    """Raises Stopped, on every rank, after all that a stop asks for is done."""
+    """Train. Raises Stopped, on every rank, after everything is saved."""
     settings = read_settings(pack_dir)
     control.boundary(None, "reading the pack", long=True)
     say(f"a pack of up to {settings.slots:,} trials; reading {config.model.path}")
-    # What is reserved by the rows of a micro-batch is for those of all slots.
+    # Memory that depends on the rows of a micro-batch is reserved for all slots.
     slots, train = settings.slots, config.train
     train = replace(train, micro_batch=slots * train.micro_batch, global_batch=slots * train.global_batch)
     full = replace(config, train=train)
@@ -57,12 +56,12 @@ def _train(pack_dir: Path, config: Config, ranks: Ranks, control: Control) -> No
 
 
 def say(text: str) -> None:
-    """Of the pack itself: rank 0's lines are shown, the others' are in their logs."""
+    """Print a line about the multi-trial run. Rank 0's lines are shown; the others' go to their logs."""
     print(text, flush=True)
 
 
 def main() -> None:
-    """Entry of a worker process. What it raises is the caller's to record (`worker_entry`)."""
+    """Run a worker process. The caller (`worker_entry`) records its exceptions."""
     if len(sys.argv) != 2:
         raise UserError(
             "usage: python -m distlora.training.multi_trial.worker PACK (the launcher does this: `distlora sweep`)"

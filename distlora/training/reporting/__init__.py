@@ -1,1 +1,1 @@
-"""Where a run's figures go: metrics.jsonl, wandb, the terminal."""
+"""Report a run's metrics: metrics.jsonl, wandb, the terminal."""

@@ -1,9 +1,8 @@
-"""Where a run's numbers go: RUN/metrics.jsonl always, wandb beside it, the terminal of rank 0.
+"""Write a run's metrics to RUN/metrics.jsonl, to wandb and to the terminal of rank 0.
 
-Every rank constructs a `Reporter` and calls it alike; only rank 0 writes, and the check is in here. A line of
-metrics.jsonl is `{"step": s, "time": seconds since 1970, ...}` with either the figures of a training step or those of a
-held-out evaluation (`eval_loss`); numbers that JSON cannot hold (NaN, infinity) are null. RUN/samples.jsonl holds what
-the model wrote between steps, `{"step", "prompt", "text"}`.
+Every rank constructs a `Reporter` and calls it alike; only rank 0 writes. A line of metrics.jsonl is `{"step": s,
+"time": seconds since 1970, ...}` with the metrics of a training step or of a held-out evaluation (`eval_loss`); numbers
+that JSON cannot hold (NaN, infinity) are null. RUN/samples.jsonl holds generated samples, `{"step", "prompt", "text"}`.
 """
 
 from __future__ import annotations
@@ -33,11 +32,10 @@ from distlora.training.reporting.tracker import Tracker, start_tracker
 
 
 class Reporter:
-    """The sink of one run's figures. A context manager: leaving it closes wandb with the exit code of the way out.
+    """Output of one run's metrics. As a context manager it closes wandb with the run's exit code.
 
-    Call `log` and `evaluation` in the order of their steps (wandb drops a step that is lower than the one before). On
-    a resume, lines of steps after `start_step` are dropped first, so each step is in metrics.jsonl once, however often
-    a run was killed.
+    Call `log` and `evaluation` in step order (wandb drops a lower step than the last). A resume first drops lines after
+    `start_step`, so each step is in metrics.jsonl once, however often a run was killed.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class Reporter:
         start_step: int,
         label: str = "",
     ) -> None:
-        """`label`: what lines on the terminal begin with, where those of several runs come there."""
+        """Open the files and wandb. `label`: prefix of terminal lines, if several runs print there."""
         self._writes = rank == 0
         if not self._writes:
             return
@@ -62,7 +60,7 @@ class Reporter:
         path = run_dir / "metrics.jsonl"
         self._evaluated = {line["step"] for line in _keep_steps(path, start_step) if "eval_loss" in line}
         self._metrics = atomic_io.AppendedFile(path)
-        self._metrics.append("")  # There from the start, for whoever follows it.
+        self._metrics.append("")  # So that the file exists from the start.
         path = run_dir / "samples.jsonl"
         sampled = _keep_steps(path, start_step, per_step=len(config.train.sample_prompts))
         self._samples = atomic_io.AppendedFile(path)
@@ -79,24 +77,24 @@ class Reporter:
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The figures of one training step (counted from 1)."""
+        """Record the metrics of one training step (counted from 1)."""
         if self._writes:
             self._record(step, metrics)
             self._display.step(step, {**metrics, **self._held_out})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Held-out figures (`eval_loss`, nats a token) after `step` steps; the same step again adds no line."""
+        """Record held-out metrics (`eval_loss`, nats per token) after `step` steps. A repeated step adds no line."""
         if not self._writes or step in self._evaluated:
             return
         self._evaluated.add(step)
         self._record(step, metrics)
-        if step > 0:  # What the base had is no figure of the steps that follow.
+        if step > 0:  # The base's loss is not shown beside later steps.
             self._held_out = dict(metrics)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._display.say(f"held-out documents after step {step}: {shown}")
 
     def documents(self, record: DocumentRecord) -> None:
-        """Held-out losses by document, of the newest evaluation."""
+        """Write the newest evaluation's losses by held-out document."""
         if not self._writes:
             return
         try:
@@ -105,11 +103,11 @@ class Reporter:
             self._display.say(f"WARNING: {EVAL_DOCUMENTS_NAME} could not be written to {self._run_dir} ({error})")
 
     def lacks_samples(self, step: int) -> bool:
-        """Whether this is the rank that writes and has no samples of that step yet."""
+        """Return whether this rank writes and has no samples of that step yet."""
         return self._writes and step not in self._sampled
 
     def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """What the model writes after `step` steps: (prompt, text) pairs."""
+        """Record samples after `step` steps: (prompt, text) pairs."""
         if not self._writes:
             return
         self._sampled.add(step)
@@ -121,13 +119,14 @@ class Reporter:
         self._track(lambda tracker: tracker.log_table(step, "samples", ["step", "prompt", "text"], rows))
 
     def event(self, text: str) -> None:
-        """One line for the person who watches; not kept with the figures."""
+        """Print one line, which is not kept with the metrics."""
         if self._writes:
             self._display.say(text)
 
     def stopped(self, signum: int, step: int, checkpoint: str | None) -> None:
-        """Leave RUN/stopped.json: the run stops because it was asked to, and `checkpoint` (relative to RUN, on the disk
-        by now) continues it after `step`; None where nothing was trained.
+        """Write RUN/stopped.json after a request to stop.
+
+        `checkpoint` (relative to RUN, complete on disk) continues the run after `step`; None if nothing was trained.
         """
         if not self._writes:
             return
@@ -140,8 +139,7 @@ class Reporter:
         self._display.say(f"asked to stop by {name_of(signum)}: {state}")
 
     def summary(self, figures: Mapping[str, float | list[str]]) -> None:
-        """Final figures, and lists of names, added to those given before: RUN/summary.json (replaced atomically) and
-        wandb's summary."""
+        """Add final metrics and lists of names to RUN/summary.json (replaced atomically) and wandb's summary."""
         if not self._writes:
             return
         self._summary.update(
@@ -151,7 +149,7 @@ class Reporter:
         self._track(lambda tracker: tracker.summary(self._summary))
 
     def result(self, folder: Path) -> None:
-        """What the run has published, whole on the disk by now; wandb gets it where tracker.artifact says so."""
+        """Upload the published folder to wandb if tracker.artifact is set."""
         if self._writes and self._uploads:
             self._track(lambda tracker: tracker.result(folder))
 
@@ -177,7 +175,7 @@ class Reporter:
         self.close(_exit_code(error))
 
     def _append(self, file: atomic_io.AppendedFile, text: str) -> None:
-        """A disk that takes no figures is said once, until it does again: they wait in memory, and training goes on."""
+        """Append to a file. If the disk fails, warn once, keep the lines in memory, and continue."""
         try:
             file.append(text)
             self._disk_failed = False
@@ -196,7 +194,7 @@ class Reporter:
         self._track(lambda tracker: tracker.log(step, metrics))
 
     def _track(self, action: Callable[[Tracker], None]) -> None:
-        """Whatever wandb raises costs no step and no exit code: it is said, and the run goes on without it."""
+        """Call wandb. If it raises, warn and continue the run without it."""
         if self._tracker is None:
             return
         try:
@@ -211,31 +209,30 @@ class Reporter:
 
 
 def _exit_code(error: BaseException | None) -> int:
-    """What the run is about to end with: 0, 75 where it stops after a save, 2 for a UserError, else 1."""
+    """Return the run's exit code: 0, 75 for a stop after a save, 2 for a UserError, else 1."""
     if isinstance(error, Stopped):
         return STOPPED
     return DONE if error is None else BAD_INPUT if isinstance(error, UserError) else FAILED
 
 
 def _shortened(text: str, most: int) -> str:
-    """As JSON, so on one line whatever the model wrote; cut to `most` characters."""
+    """Format as JSON on one line, cut to `most` characters."""
     shown = json.dumps(text, ensure_ascii=False)
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
 def _plain(value: float) -> float | None:
-    """A number that JSON can hold: integers stay integers, NaN and infinities become null."""
+    """Return a number that JSON can hold: integers stay integers, NaN and infinities become None."""
     if isinstance(value, int):
         return value
     return float(value) if math.isfinite(value) else None
 
 
 def _keep_steps(path: Path, start_step: int, per_step: int = 1) -> list[dict[str, Any]]:
-    """Drop the lines of steps after `start_step` from a file of them, and those of that step where they are fewer than
-    `per_step`, as after a kill; returns the others.
+    """Drop a file's lines after `start_step`, and of that step if there are fewer than `per_step`. Return the others.
 
-    A run that starts at step 0 keeps nothing: it evaluates and logs everything again. A line that is no record of a
-    step was cut off by a kill, and its step is done again; or the file was damaged, which is no reason not to train.
+    A run that starts at step 0 keeps nothing, because it evaluates and logs everything again. An invalid line was cut
+    off by a kill, and its step is repeated, or the file was damaged; neither prevents training.
     """
     if not path.exists():
         return []
@@ -249,7 +246,7 @@ def _keep_steps(path: Path, start_step: int, per_step: int = 1) -> list[dict[str
         if isinstance(step, int) and start_step > 0 and step <= start_step:
             lines.append((line.decode("utf-8") + "\n", entry))
     of_last = sum(entry["step"] == start_step for _, entry in lines)
-    # Of earlier steps all were written, as many as there were prompts then.
+    # Earlier steps are complete, with as many lines as there were prompts then.
     kept = [(text, entry) for text, entry in lines if entry["step"] < start_step or of_last >= per_step]
     atomic_io.write_text(path, "".join(text for text, _ in kept))
     return [entry for _, entry in kept]

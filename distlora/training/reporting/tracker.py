@@ -1,13 +1,12 @@
-"""wandb, as runs' reporters use it. Imported nowhere else, and only when a run starts: it may be absent on a machine
-that only trains.
+"""Log runs to wandb. Imported only when a run starts, because a training node may lack wandb.
 
-One process may have several runs, the trials of a pack: each has a `Tracker`, and all share one process of wandb's that
-writes. wandb's own notion of a current run (`wandb.run`) is not used, and that process ends with the last of them.
+One process may have several runs (multi-trial training): each has a `Tracker`, and all share one wandb service process.
+wandb's current run (`wandb.run`) is not used, and the service ends with the last run.
 
-SIGTERM, SIGINT and SIGHUP end it at once, whatever mask it inherits (0.31.0, 2026-11-25). SLURM sends them to every
-process of a step, just when a run has a last step to log. What that process had not written is lost, of an offline run
-everything since a few seconds after its start, and each later call raises. So a call that finds it gone starts another
-and logs again what this start has in RUN/metrics.jsonl.
+SIGTERM, SIGINT and SIGHUP end the service at once, whatever mask it inherits (0.31.0, 2026-11-25). SLURM sends them to
+every process of a step, just when a run has a last step to log. Unwritten data is lost (of an offline run everything
+since a few seconds after its start), and each later call raises. So a call that fails this way starts the service again
+and repeats the log of this start from RUN/metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -25,31 +24,34 @@ from distlora.system import atomic_io
 from distlora.training.reporting.wandb_agent import AgentRun
 
 ID_PATH = Path("wandb") / "run_id.txt"
-"""In RUN: the id of its run in wandb."""
+"""File in RUN with the id of its wandb run."""
 
 FINISH_SECONDS = 60.0
-"""How long wandb may hold up the end of a run to upload the rest. What it did not send stays on disk for `wandb sync`;
-a job that a scheduler is about to kill has not much longer."""
+"""Seconds that wandb may delay the end of a run for uploads. The rest stays on disk for `wandb sync`; a job about to be
+killed has little more time."""
 
 
 class _Service:
-    """wandb's process, which all runs of this one share."""
+    """wandb's service process, which all runs of this process share."""
 
     def __init__(self) -> None:
         self.start_number = 0
-        """Raised with each end: a run of another number was in a process that is gone."""
+        """Incremented with each end of the service: a run with another number used an earlier one."""
         self.is_offline = False
-        """Whether one of its runs could not go online: then the others do not wait for that, either."""
+        """True if one run could not go online: the others then do not wait for that either."""
         self._runs: set[Tracker] = set()
 
     @property
     def has_runs(self) -> bool:
-        """Whether a run uses it."""
+        """True if a run uses it."""
         return bool(self._runs)
 
     def settings(self) -> Any:
-        """wandb's settings for this process, without those that an agent means for one run: they would win over what a
-        run is given here, its values over the run's settings (`quant: nf4` in place of a section), with no word."""
+        """Return wandb's settings for this process, without those that an agent sets for one run.
+
+        They would override a run's arguments, its values the run's settings (`quant: nf4` instead of a section),
+        silently.
+        """
         import wandb
 
         settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
@@ -60,26 +62,26 @@ class _Service:
         self._runs.add(tracker)
 
     def drop(self, tracker: Tracker) -> None:
-        """A run that goes on without it, and does not end it."""
+        """Forget a run that continues without the service."""
         self._runs.discard(tracker)
 
     def leave(self, tracker: Tracker, exit_code: int) -> None:
-        """The last one ends it."""
+        """Remove a run. The last one ends the service."""
         self.drop(tracker)
         if not self._runs:
             self.end(exit_code)
             self.is_offline = False
 
     def end(self, exit_code: int) -> None:
-        """Wait until it has written all, and end it."""
+        """Wait until the service has written everything, and end it."""
         import wandb
 
         self.start_number += 1
         wandb.teardown(exit_code=exit_code)
 
     def end_lost(self) -> None:
-        """Have done with one that is gone."""
-        with contextlib.suppress(*_gone()):  # wandb says goodbye to it.
+        """Clean up after a service that has died."""
+        with contextlib.suppress(*_gone()):  # wandb sends it a last message.
             self.end(1)
 
 
@@ -87,8 +89,7 @@ _service = _Service()
 
 
 class Tracker:
-    """One start's wandb run; `start` makes it, anew where wandb's process is gone. `metrics` is the run's
-    metrics.jsonl, to which this start adds."""
+    """wandb run of one start. `start` creates it, again if the service died. `metrics` is the run's metrics.jsonl."""
 
     def __init__(self, start: Callable[[], Any], metrics: Path, say: Callable[[str], None]) -> None:
         self._start, self._metrics, self._say = start, metrics, say
@@ -97,21 +98,21 @@ class Tracker:
         self._result: Path | None = None
         try:
             self._run = start()
-        except _gone():  # A signal has ended what the runs before this one have used.
+        except _gone():  # A signal has ended the service of earlier runs.
             _service.end_lost()
             self._run = start()
         self._start_number = _service.start_number
         _service.join(self)
 
     def place(self, run_id: str | None) -> str:
-        """Where the run is shown, or how it is uploaded as the wandb run `run_id`."""
+        """Return the run's URL, or how to upload it as the wandb run `run_id`."""
         if not self._run.offline:
             return str(self._run.url)
         other = "" if run_id in (None, self._run.id) else f"--id {run_id} "
         return f"offline; upload with `wandb sync {other}{self._run.settings.sync_dir}`"
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures of a step, which metrics.jsonl has already."""
+        """Log the metrics of a step, which metrics.jsonl already has."""
         self._call(lambda: self._run.log(dict(figures), step=step))
 
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -125,7 +126,7 @@ class Tracker:
         self._call(lambda: self._run.summary.update(self._summary))
 
     def result(self, folder: Path) -> None:
-        """The folder that the run publishes, as an artifact of the run."""
+        """Upload the published folder as an artifact of the run."""
         self._result = folder
         self._call(self._log_result)
 
@@ -134,14 +135,14 @@ class Tracker:
 
         def end() -> None:
             self._run.finish(exit_code=exit_code)
-            # finish() may return before its log is on disk (0.31.0: 4 of 25 short runs); the end of wandb's process,
-            # with the last run, waits for that.
+            # finish() may return before its log is on disk (0.31.0: 4 of 25 short runs). The end of the service, with
+            # the last run, waits for that.
             _service.leave(self, exit_code)
 
         self._call(end)
 
     def drop(self) -> None:
-        """The run goes on without wandb."""
+        """Continue the run without wandb."""
         _service.drop(self)
 
     def _log_result(self) -> None:
@@ -149,12 +150,12 @@ class Tracker:
 
         assert self._result is not None
         artifact = wandb.Artifact(f"adapter-{self._run.id}", type="model")
-        # Nobody writes to what is published, so wandb need not copy it.
+        # Published files do not change, so wandb need not copy them.
         artifact.add_dir(str(self._result), skip_cache=True, policy="immutable")
         self._run.log_artifact(artifact)
 
     def _call(self, action: Callable[[], object]) -> None:
-        if self._start_number != _service.start_number:  # Another run has found it gone, and ended what was left.
+        if self._start_number != _service.start_number:  # Another run noticed that the service died, and cleaned up.
             self._start_again()
         try:
             action()
@@ -175,11 +176,11 @@ class Tracker:
             self._log_result()
 
     def _logged(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """(step, figures) of the lines that this start has written."""
+        """Yield (step, metrics) of the lines that this start has written."""
         with self._metrics.open("rb") as file:
             file.seek(self._offset)
             for line in file:
-                if not line.endswith(b"\n"):  # A full disk took no more of it.
+                if not line.endswith(b"\n"):  # A full disk cut the line.
                     break
                 entry = json.loads(line)
                 step = entry.pop("step")
@@ -187,7 +188,7 @@ class Tracker:
 
 
 def _gone() -> tuple[type[Exception], ...]:
-    """What a call raises whose process of wandb's has ended."""
+    """Return the exceptions that wandb raises if its service has died."""
     from wandb.sdk.mailbox import HandleAbandonedError
 
     return ConnectionError, HandleAbandonedError
@@ -201,11 +202,11 @@ def start_tracker(
     world: int,
     say: Callable[[str], None],
 ) -> Tracker | None:
-    """A wandb run, online where there is a key, else offline under RUN/wandb; None (and a line) where wandb is missing.
+    """Start a wandb run, online with a key, otherwise offline under RUN/wandb; None (and a line) without wandb.
 
-    Its id is kept in RUN (ID_PATH), so that a resume goes on with the same wandb run; of a run that an agent has
-    started it is the agent's. Steps that a killed run had already sent stay as they are: wandb drops what is logged for
-    them again (a resume repeats the same numbers).
+    Its id is stored in RUN (ID_PATH), so that a resume continues the same wandb run; for a run that an agent started it
+    is the agent's. wandb keeps steps that a killed run had already sent, and drops the repeated ones, which have the
+    same numbers.
     """
     try:
         mode = _service.settings().mode
@@ -224,7 +225,7 @@ def start_tracker(
 def _open(
     run_dir: Path, tracker: TrackerConfig, name: str, recorded: Mapping[str, Any], say: Callable[[str], None]
 ) -> Any:
-    """A run of wandb's, online where it can be."""
+    """Start a wandb run, online if possible."""
     import wandb
 
     online = _service.settings().mode == "online"
@@ -232,17 +233,17 @@ def _open(
         try:
             return _init(run_dir, tracker, name, recorded, "online")
         except wandb.Error as error:
-            # A run that waited in a queue for hours should not end for want of a plotting server.
+            # A run that waited hours in a queue should not end because a plotting server is down.
             say(f"wandb cannot log online ({' '.join(str(error).split())}); logging offline")
             _service.is_offline = True
-            if _service.has_runs:  # Those that are online stay so.
+            if _service.has_runs:  # The online runs stay online.
                 return _init(run_dir, tracker, name, recorded, "offline", has_id=False)
             _service.end(0)  # The failed attempt still holds the run's id.
     return _init(run_dir, tracker, name, recorded, "offline")
 
 
 def _stored_id(id_file: Path) -> str | None:
-    """The id of the wandb run that this run began; None where there is none, or what is there is none."""
+    """Return the stored id of the run's wandb run; None if there is no valid one."""
     try:
         stored = id_file.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -259,8 +260,10 @@ def _init(
     *,
     has_id: bool = True,
 ) -> Any:
-    """wandb.init with the run's stored id (or a new one, which is then stored), without a word on the terminal.
-    `has_id`: whether that is free; else the run has a new one here, and is uploaded under its own."""
+    """Call wandb.init with the run's stored id (or a new one, which is then stored), without terminal output.
+
+    `has_id`: the stored id is free. Otherwise the run gets a new id here, and is uploaded under the stored one.
+    """
     import wandb
 
     _service.settings()
@@ -277,17 +280,17 @@ def _init(
         mode=mode,
         reinit="create_new",
         id=run_id if has_id else None,
-        # Offline there is nothing to resume from; `wandb sync` joins logs of one id.
+        # Offline there is nothing to resume; `wandb sync` joins logs with the same id.
         resume="allow" if mode == "online" else None,
-        # An agent's run is where its sweep is.
+        # An agent's run belongs to its sweep's project.
         project=(agent and agent.project) or tracker.project,
         entity=(agent and agent.entity) or tracker.entity,
-        # Of a sweep all have the same name by their settings.
+        # All runs of a sweep have the same name in their settings.
         name=name if agent is None else f"{name}-{agent.run_id}",
         group=tracker.group,
         tags=list(tracker.tags),
         config={**recorded, **({} if agent is None else agent.recorded(recorded))},
-        allow_val_change=True,  # A resume may run on another number of ranks.
+        allow_val_change=True,  # A resume may use another number of ranks.
         settings=wandb.Settings(
             silent=True,
             console="off",

@@ -1,5 +1,7 @@
-"""What an agent of wandb tells a process that it starts for a run of its sweep: by which variables, and whether the run
-has the values that the sweep asks for. Needs neither wandb nor torch."""
+"""Read what a wandb agent passes to a process that it starts for a run of its sweep. Needs neither wandb nor torch.
+
+It also checks that the run has the values that the sweep asks for.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,16 @@ from distlora.system import atomic_io
 
 SWEEP_ID, RUN_ID, VALUES_PATH = "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"
 VARIABLES = (SWEEP_ID, RUN_ID, VALUES_PATH)
-"""What an agent sets for one run: a process that starts many runs takes them out of their environment."""
+"""Variables that an agent sets for one run. A process that starts many runs removes them from their environment."""
 
 ASKED = "DISTLORA_AGENTS_ASKED"
-"""Environment variable: a file that is there once it was not wandb who asked a run to stop."""
+"""Environment variable: path of a file that exists if the request to stop a run did not come from wandb."""
 
 _RECORD = Path("wandb") / "sweep.json"
-"""In RUN: of which sweep it is, for a resume that no agent starts."""
+"""File in RUN that records its sweep, for a resume without an agent."""
 
 UNRECORDED = ("recipe", "hydra")
-"""What a command line has beside settings: no section of a run has that name."""
+"""Arguments on a command line that are not settings: no section of a run has that name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +38,14 @@ class AgentRun:
     sweep_id: str
     run_id: str
     values: Mapping[str, Any]
-    """Setting -> what the sweep asks for."""
+    """Setting -> value of the sweep."""
     project: str | None = None
-    """Of the sweep, where its agents say so; None: as the run's settings have it."""
+    """Project of the sweep, if its agents set it; None: the run's setting applies."""
     entity: str | None = None
 
     @staticmethod
     def started(environment: Mapping[str, str] | None = None) -> AgentRun | None:
-        """By the variables of this process; None where no agent has started it. Raises UserError for values that cannot
-        be read."""
+        """Read this process's variables; None if no agent has started it. Raises UserError for invalid values."""
         environment = os.environ if environment is None else environment
         sweep_id, run_id = environment.get(SWEEP_ID), environment.get(RUN_ID)
         if not sweep_id or not run_id:
@@ -60,7 +61,7 @@ class AgentRun:
 
     @staticmethod
     def of_run(run_dir: Path) -> AgentRun | None:
-        """As a run that was started by an agent has kept it."""
+        """Read the record that an agent's run keeps."""
         kept = object_or_empty(run_dir / _RECORD)
         sweep_id, run_id, values = kept.get("sweep_id"), kept.get("run_id"), kept.get("values")
         if not isinstance(sweep_id, str) or not isinstance(run_id, str) or not isinstance(values, dict):
@@ -75,14 +76,16 @@ class AgentRun:
         )
 
     def keep(self, run_dir: Path) -> None:
-        """Leave it in RUN."""
+        """Write the record to RUN."""
         path = run_dir / _RECORD
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_io.write_json(path, {**dataclasses.asdict(self), "values": dict(self.values)})
 
     def recorded(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The values by their dotted names, as wandb's pages and its search expect them beside the nested settings.
-        Never another than the run has, nor in place of a section."""
+        """Return the values by dotted names, as wandb's pages and search expect them beside the nested settings.
+
+        They are the run's values, and never replace a section.
+        """
         found = {}
         for name, value in self.values.items():
             has = _setting(settings, name)
@@ -91,7 +94,7 @@ class AgentRun:
         return found
 
     def disagreements(self, settings: Mapping[str, Any]) -> list[str]:
-        """A sentence for each value that the run's settings do not have, with what to do."""
+        """Return a sentence for each value that the run's settings do not have, with what to do."""
         return list(self._disagreements(settings))
 
     def _disagreements(self, settings: Mapping[str, Any]) -> Iterator[str]:
@@ -115,7 +118,7 @@ class AgentRun:
 
 
 def agrees(asked: Any, has: Any) -> bool:
-    """Whether a setting has the value that a sweep asks for. Of a text, as Hydra reads one from a command line."""
+    """Return whether a setting has the value that a sweep asks for. Text is parsed as Hydra parses a command line."""
     if isinstance(asked, str) and not isinstance(has, str):
         return _text_agrees(asked.strip(), has)
     if isinstance(asked, str):
@@ -149,7 +152,7 @@ _ABSENT = object()
 
 
 def _setting(settings: Mapping[str, Any], name: str) -> Any:
-    """The value at a dotted name, which on a command line may have Hydra's + before it."""
+    """Return the value at a dotted name, which may have Hydra's + prefix."""
     found: Any = settings
     for part in name.lstrip("+").split("."):
         if not isinstance(found, Mapping) or part not in found:
@@ -163,7 +166,7 @@ def _shown(value: Any) -> str:
 
 
 def _read_values(path: Path) -> dict[str, Any]:
-    """`{name: {value: ...}}`, as an agent writes it."""
+    """Read `{name: {value: ...}}`, as an agent writes it."""
     try:
         content = parse_yaml(path.read_bytes())
         pairs = {} if content is None else dict(content.items())

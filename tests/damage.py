@@ -37,7 +37,7 @@ EXAMPLES = os.environ.get("DISTLORA_FUZZ_EXAMPLES")
 
 
 def profile(examples: int) -> settings:
-    """So many cases of a test: the same ones each time, or with DISTLORA_FUZZ_EXAMPLES others, and more of them."""
+    """Set the number of cases: the same ones each time, or more and others with DISTLORA_FUZZ_EXAMPLES."""
     return settings(
         max_examples=examples * int(EXAMPLES or 1),
         derandomize=EXAMPLES is None,
@@ -74,7 +74,7 @@ def cut(content: bytes) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def flipped(draw: st.DrawFn, content: bytes, within: int | None = None) -> bytes:
-    """Up to eight bits flipped, in the first `within` bytes."""
+    """Flip up to eight bits in the first `within` bytes."""
     last = min(within or len(content), len(content)) * 8 - 1
     damaged = bytearray(content)
     for bit in draw(st.lists(st.integers(0, max(last, 0)), min_size=1, max_size=8)) if damaged else []:
@@ -138,7 +138,7 @@ def odd_values() -> st.SearchStrategy[Any]:
 
 
 def dumped(value: Any) -> bytes:
-    """JSON of a value; what has half a surrogate pair or thousands of digits included."""
+    """Return JSON of a value, even with half a surrogate pair or thousands of digits."""
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
@@ -149,7 +149,7 @@ def any_json(content: bytes) -> st.SearchStrategy[bytes]:
 
 
 def any_lines(content: bytes) -> st.SearchStrategy[bytes]:
-    """JSON lines, of which one is of another value."""
+    """Draw JSON lines with one line changed."""
     lines = content.splitlines()
     number = st.integers(0, len(lines) - 1)
     one = number.flatmap(
@@ -204,7 +204,7 @@ def any_yaml(content: bytes) -> st.SearchStrategy[bytes]:
 
 
 def split_tensors(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """(header, data) of a safetensors file."""
+    """Return (header, data) of a safetensors file."""
     length = struct.unpack("<Q", content[:8])[0]
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
@@ -254,7 +254,7 @@ def other_header(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def other_length(draw: st.DrawFn, content: bytes) -> bytes:
-    """Another length of the header before the same header."""
+    """Draw another length before the same header."""
     true = struct.unpack("<Q", content[:8])[0]
     odd = [0, 1, 2, true - 1, true + 1, len(content) - 8, len(content), 2**31, 2**40, 2**63, 2**64 - 1]
     return struct.pack("<Q", draw(st.sampled_from(odd))) + content[8:]
@@ -291,7 +291,7 @@ NO_FILES: dict[str, Callable[[Path], object]] = {
 
 @contextlib.contextmanager
 def damaged(path: Path, damage: bytes | str) -> Iterator[None]:
-    """`path` with other bytes, or one of NO_FILES in its place; whole again afterwards."""
+    """Replace `path` by other bytes or one of NO_FILES in the block, then restore it."""
     whole = path.read_bytes()
     try:
         if isinstance(damage, bytes):
@@ -359,7 +359,7 @@ class Reader:
 
 
 def holds(reader: Reader, folder: Path) -> None:
-    """Damages a reader's file, and holds that it is refused by name, or that what was read is whole."""
+    """Damage a reader's file, and check that it is refused by name or that the result is undamaged."""
     file = folder / reader.file
     reader.check(reader.read(folder))  # Imports are made here, and the whole file is accepted.
 
@@ -382,7 +382,7 @@ def holds_without(reader: Reader, folder: Path) -> None:
 
 
 class Hangs(BaseException):
-    """A reader that did not end: no `except Exception` of its own stops this."""
+    """A reader that did not end; a BaseException, so that no `except Exception` stops it."""
 
 
 def _ring(signum: int, frame: object) -> None:
@@ -395,7 +395,7 @@ def _peak_bytes() -> int:
 
 
 def state_of(folder: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of all in a folder: what native code writes, no audit event shows."""
+    """Return names, sizes and times of all files in a folder: native writes raise no audit event."""
     return sorted((str(path), (s := path.lstat()).st_size, s.st_mtime_ns) for path in folder.rglob("*"))
 
 

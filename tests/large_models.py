@@ -1,4 +1,4 @@
-"""A base of any size with random weights, and an adapter for it, written shard by shard: neither is ever in memory."""
+"""Write a base of any size with random weights, and an adapter for it, shard by shard."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def shapes_of(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_large_model(folder: Path, config: dict[str, Any], *, shards: int = 2) -> None:
-    """Random bf16 weights of std 0.02."""
+    """Write random bf16 weights of std 0.02."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tensors = dict(shapes_of(config))

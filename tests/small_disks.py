@@ -1,4 +1,4 @@
-"""A file system of a few KiB to fill, where it can be mounted."""
+"""Mount a file system of a few KiB to fill."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def small_disk(place: Path, kib: int) -> Iterator[Path]:
 
 
 def fill(place: Path) -> Path:
-    """Take what is left of the disk; returns the file to remove."""
+    """Fill the disk; return the file to remove."""
     filler = place / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):

@@ -1,4 +1,4 @@
-"""What a checkpoint's files hold, found out by ranks that see one file, or a copy each."""
+"""Fingerprint a checkpoint's files on ranks that see one file, or one copy per node."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_stop_is_honored_while_hashing(world: World, root: Path, config: Config)
 
 
 def test_records_of_two_nodes_are_separate(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has a copy there, with an inode and times of its own, and they share a cache."""
+    """Check two copies with different inodes and times that share one cache."""
     monkeypatch.setattr(file_fingerprints, "SETTLED_SECONDS", 0.0)
     file, records, copy = root / "a" / "model", root / "sources", root / "b" / "model"
     of_one, of_other = file_fingerprints.state_of(file), file_fingerprints.state_of(copy)
@@ -108,7 +108,7 @@ def test_records_of_two_nodes_are_separate(root: Path, monkeypatch: pytest.Monke
 
 
 def test_device_number_does_not_matter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As another client of a file server gives it, or this one after its restart."""
+    """Check the device number of another client of a file server, or after its restart."""
     file, records = root / "a" / "model", root / "sources"
     state = file_fingerprints.state_of(file)
     file_fingerprints.remember(records, file, state, "tree:a", began=time.time() + 10)

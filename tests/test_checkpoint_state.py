@@ -1,4 +1,4 @@
-"""What a checkpoint says it belongs to, and what a resume refuses or says by it."""
+"""Check what a checkpoint belongs to, and what a resume refuses or reports."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def refusal(then: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def whole_state() -> dict[str, Any]:
-    """state.json as a run writes it."""
+    """Return state.json as a run writes it."""
     return {
         "progress": {"step": 2, "evaluations": {"0": 5.0, "2": 4}, "seconds": 1.5, "tokens": 3, "published_step": 2},
         "identity": {"base_fingerprint": "b", "data_digest": "d", "settings": settings(), "reference_digest": None},

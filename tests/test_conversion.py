@@ -1,4 +1,4 @@
-"""Which tensors on disk make up a parameter: what transformers loads, without loading."""
+"""Find the tensors of each parameter on disk as transformers loads them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ EXPERTS = 12
 def test_merged_experts_are_disk_tensors_in_flat_order(
     tmp_path: Path, config_class: str, settings: dict[str, Any]
 ) -> None:
-    """Mixtral and Qwen-MoE keep each expert's projections apart on disk; transformers stacks and concatenates them."""
+    """Check Mixtral and Qwen-MoE, which store each expert's projections separately."""
     config = getattr(transformers, config_class)(
         vocab_size=101,
         hidden_size=16,
@@ -187,7 +187,7 @@ def test_every_layout_of_transformers_is_read(tmp_path: Path, name: str, kind: s
 
 
 def test_weights_missing_in_config_json_are_refused(tmp_path: Path) -> None:
-    """Transformers would drop the biases with a line in the log, and train another model."""
+    """Check biases that transformers would drop with a log line, training another model."""
     write_family_folder(tmp_path, "llama-biases")
     edit_config(tmp_path, attention_bias=False)
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\..*bias \(12 such tensors\), which config.json does"):
@@ -205,7 +205,7 @@ def test_old_rotary_frequencies_are_ignored(tmp_path: Path) -> None:
 
 
 def test_tied_head_that_differs_on_disk_is_refused(tmp_path: Path) -> None:
-    """Transformers leaves them untied then, whatever config.json says."""
+    """Check heads that transformers would leave untied despite config.json."""
     write_family_folder(tmp_path, "llama3-tied")
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -1,4 +1,4 @@
-"""Held-out losses by document: whose pieces are whose, on any number of ranks, for tokens and for pairs."""
+"""Sum held-out losses by document, on any number of ranks, for tokens and for pairs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_second_evaluation_starts_from_zero(prepared: Path) -> None:
 
 
 def test_multi_trial_evaluations_are_separate(prepared: Path) -> None:
-    """Rows on top of each other, of trials of which one has more batches than the other."""
+    """Evaluate trials together of which one has more batches than the other."""
     rows = open_split(prepared, "eval")
     assert rows is not None
     loaders = [

@@ -1,4 +1,4 @@
-"""Damaged models, adapters and run folders: refused in a line that says what is wrong and what to do, or harmless."""
+"""Damage models, adapters and run folders: refused in one line with the cure, or harmless."""
 
 from __future__ import annotations
 
@@ -224,13 +224,13 @@ def read_single(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> str:
-    """As `distlora push` does."""
+    """Read a run as `distlora push` does."""
     result = read_result(folder / "run")
     return model_card(result, repository="me/it", base=None, license_of_base=read_metadata(folder / "card.md"))
 
 
 def read_records(folder: Path) -> None:
-    """As `distlora resume` does: a record that is damaged is made again."""
+    """Read records as `distlora resume` does, which remakes damaged ones."""
     is_prepared(folder / "run")
     assert all(isinstance(commit, str) for commit in pinned_commits(folder / "run").values())
 
@@ -293,7 +293,7 @@ def any_signed_piece(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def read_shards(folder: Path) -> EntryFigures:
-    """As a start does, which says of a damaged piece what it is and makes it anew, and as `distlora cache list`."""
+    """Read the cache as a start and `distlora cache list` do."""
     with contextlib.suppress(DamagedPieceError):
         for extent in read_piece(folder / "cache" / CACHE_KEY / CACHE_PIECE, CACHE_KEY)[0].extents.values():
             assert extent.first in (0, 1)
@@ -311,12 +311,12 @@ def read_any_shards(folder: Path) -> EntryFigures:
 
 
 def read_source(folder: Path) -> str | None:
-    """As a start does, of a file that was hashed before."""
+    """Read a recorded fingerprint as a start does."""
     return file_fingerprints.digest_in(folder / "cache/sources/record.json", folder / "single/model.safetensors")
 
 
 def read_planned(folder: Path, model: str = "model") -> Plan:
-    """As `distlora plan` does, which prints it."""
+    """Plan and print as `distlora plan` does."""
     config = config_of(folder, model=model)
     plan = plan_of(config, model_in(folder / model), cpu_machine(2))
     page(plan)

@@ -1,4 +1,4 @@
-"""Damaged files through the `distlora` command: the exit code, one line on stderr, and nothing left behind."""
+"""Run commands on damaged files: exit code, one line on stderr, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_command_refuses_damage(
 
 @pytest.mark.ci
 def test_installed_command_refuses_damage(place: Path) -> None:
-    """In processes of its own, several at once: what Python would print at the end of one is seen here."""
+    """Run several processes at once, whose messages at exit are visible here."""
     for number, case in enumerate(AS_PROCESSES):
         words, file, damage, expected = CASES[case]
         folder = place / str(number)

@@ -1,4 +1,4 @@
-"""Damaged data files, tokenizers and cache entries: refused in a line that names file and place, or harmless."""
+"""Damage data files, tokenizers and cache entries: refused with file and position, or harmless."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def config_of(folder: Path) -> Config:
 
 
 def documents(name: str) -> Callable[[Path], list[Any]]:
-    """Every document of a file, as the preparation reads it."""
+    """Read every document of a file, as the preparation does."""
 
     def read(folder: Path) -> list[Any]:
         sources = find_sources(DataConfig(path=str(folder / name)))
@@ -117,7 +117,7 @@ def documents(name: str) -> Callable[[Path], list[Any]]:
 
 
 def can_be_encoded(found: list[Any]) -> None:
-    """Documents are texts, conversations or pairs of them, of texts that a tokenizer takes."""
+    """Check that documents are texts, conversations or pairs that a tokenizer accepts."""
     for value in found:
         sides = [value["chosen"], value["rejected"]] if "chosen" in value else [value]
         for side in sides:
@@ -141,7 +141,7 @@ def are_tokens(tokens: list[int]) -> None:
 
 
 def batches(folder: Path) -> int:
-    """As a worker does: every row of a cache entry."""
+    """Read every sequence of a cache entry, as a worker does."""
     rows = PackedRows.open(folder / "entry", "train")
     loader = StepLoader(rows, global_batch=2, micro_batch=1, rank=0, world=1, seed=0, shuffle=False)
     largest = 0

@@ -1,4 +1,4 @@
-"""A damaged run folder: no damaged checkpoint is ever gone on from, and whatever looks at a run names what is wrong."""
+"""Damage a run folder: no damaged checkpoint is ever resumed, and each command names the damage."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def content(folder: Path) -> bytes:
 
 
 def of_checkpoint(name: str, damages: Any) -> Reader:
-    """Whatever is done to a file of the newest checkpoint, the one before is used, or every byte is as it was saved."""
+    """Check that a damaged newest checkpoint is replaced by the one before, or that every byte is as saved."""
     whole: list[bytes] = []
 
     def check(found: tuple[bytes | None, str]) -> None:
@@ -107,7 +107,7 @@ def says_lines(items: list[Item]) -> None:
 
 
 def read_state(folder: Path) -> None:
-    """As a start does with a checkpoint whose manifest is of these very bytes: somebody's, or another version's."""
+    """Resume from a checkpoint whose manifest matches the damaged bytes."""
     step, run_dir = folder / STEP, folder / "run"
     state = load_state(step)
     config, data = load_config(run_dir), read_record(run_dir / "data.json")

@@ -1,4 +1,4 @@
-"""Memory for copies: little more than they need, whatever the tensors; and what the machine, or a limit, has left."""
+"""Allocate host memory for copies with little waste, and measure what the node or a limit leaves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 2**20
 
 
 def test_gpu_and_cpu_tensors_share_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the states of an 8-bit optimizer come: a step of the CPU, then two of the GPU."""
+    """Check the order of an 8-bit optimizer's states: one CPU step counter, then two GPU tensors."""
     taken: list[tuple[int, bool]] = []
 
     def take(size: int, *, pinned: bool) -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_chunks_are_powers_of_two_with_little_waste(sizes: list[int], most: floa
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_lower_cgroup_limit_counts(tmp_path: Path, version: int) -> None:
-    """A job's limit over a task's that has none; the pages of files that it has read can be had."""
+    """Check a job's limit above an unlimited task; cached file pages count as available."""
     proc, root = tmp_path / "proc", tmp_path / "cgroup"
     top, limit, current, prefix = (
         (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")

@@ -1,4 +1,4 @@
-"""adapter.init_from: a run starts from what PEFT, or an earlier run, saved; what it cannot mean is refused by name."""
+"""Start from an adapter saved by PEFT or by an earlier run (adapter.init_from), or refuse it by name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_adapter(folder: Path, base: Path, *, dtype: torch.dtype = torch.float3
 
 @pytest.fixture(scope="module")
 def adapter(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rank 8 on q_proj and v_proj."""
+    """Write an adapter of rank 8 on q_proj and v_proj."""
     folder = tmp_path_factory.mktemp("adapters") / "lora"
     return write_adapter(folder, folders / "llama", r=8, lora_alpha=12, target_modules=["q_proj", "v_proj"])
 

@@ -1,4 +1,4 @@
-"""adapter.init=pissa and loftq: adapters that start from the base's weights, the same on any number of ranks."""
+"""Initialize adapters from the base's weights (PiSSA, LoftQ), the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_any_world_size_has_the_same_adapters_and_base(
 
 
 def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
-    """How many tensors of the plain LoRA this rank made to publish it, and how many it had at a time."""
+    """Return the number of plain-LoRA tensors that this rank made, and its maximum at a time."""
     made: list[weakref.ref[Tensor]] = []
     most, original = 0, plain_adapter._joined
 
@@ -268,7 +268,7 @@ def peft_model(folder: Path, config: Config, init: str) -> Any:
 
 @pytest.mark.parametrize("rslora", [True, False])
 def test_pissa_on_an_unquantized_base_equals_peft(folders: Path, tmp_path: Path, rslora: bool) -> None:
-    """The residual base, s B A, the logits and the gradients of both; singular vectors have no sign of their own."""
+    """Compare the residual base, s B A, the logits and the gradients; signs of singular vectors are arbitrary."""
     adapter = {"init": "pissa", "use_rslora": rslora, "r": 4, "lora_alpha": 6.0}
     config = make_run(tmp_path / "run", folders, adapter=adapter, quant={"method": "none"})
     ours, _, _ = start_run_model(config, SINGLE)
@@ -304,7 +304,7 @@ def test_pissa_on_an_unquantized_base_equals_peft(folders: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("name", ["gemma3-untied", "phi3-longrope-tied", "gpt-oss"])
 def test_initial_adapter_comes_from_the_weight_in_every_family(tmp_path: Path, name: str) -> None:
-    """Names that differ on disk, fused linears, biases, and attention beside experts; a base in bf16."""
+    """Check renamed tensors, fused linears, biases and attention beside experts, on a bf16 base."""
     write_family_folder(tmp_path / name, name)
     adapter = {"init": "pissa", "r": 4, "target_modules": "attention"}
     sections = {"adapter": adapter, "quant": {"method": "none"}, "train": {"dtype": "bf16"}}
@@ -365,7 +365,7 @@ def test_loftq_adds_the_quantization_error_back(folders: Path, tmp_path: Path) -
 
 @pytest.mark.ci
 def test_loftq_adapter_belongs_to_the_nf4_base(tmp_path: Path) -> None:
-    """The card loads that base; another run takes the adapter on that base alone, and says the same of its own."""
+    """Check that the model card loads that base, and that another run accepts the adapter only on it."""
     run_dir, out, folders = tmp_path / "run", tmp_path / "out", tmp_path
     # Rows are whole blocks: for others bitsandbytes' own CPU kernel is wrong (tests/test_nf4.py).
     write_model_folder(folders / "llama", "llama", hidden_size=128, intermediate_size=192, head_dim=32)

@@ -47,7 +47,7 @@ needs_linux = pytest.mark.skipif(
 
 @dataclass(slots=True)
 class Sampled:
-    """A run of the command: the anonymous memory of it and all its descendants while it ran, in bytes."""
+    """Anonymous memory of the command and all its descendants during a run, in bytes."""
 
     peak: int = 0
     """Most of all together."""
@@ -112,7 +112,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def train(model: Path, folder: Path, ranks: int, malloc: dict[str, str]) -> Sampled:
-    """`distlora train` on so many ranks, its run folder in `folder`, with these variables for malloc and no others."""
+    """Run `distlora train` on this many ranks with these malloc variables."""
     write_text_file(folder / "text.jsonl")
     command = [
         *(str(DISTLORA), "train", f"model.path={model}", f"data.path={folder / 'text.jsonl'}", "recipe=qlora"),

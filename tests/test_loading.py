@@ -1,4 +1,4 @@
-"""From safetensors to a rank's shard: the bytes of quantizing the whole tensor, from any layout and source dtype."""
+"""Load safetensors into a rank's shard: equal to quantizing the whole tensor, from any layout and source dtype."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> t
 
 
 def own_rows(ranks: Ranks, *, folder: Path, **sections: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
-    """Every parameter of the base: this rank's rows and the first one's index; buffers whole."""
+    """Return this rank's rows of each parameter of the base and the first row's index; buffers whole."""
     model, backend = loaded(folder, ranks, **sections)
     rows: dict[str, tuple[Tensor, int]] = {}
     for name, parameter in model.named_parameters():
@@ -67,7 +67,7 @@ def test_rank_holds_its_slice_of_the_quantization(world: World, folders: Path, s
 
 
 def check_slices(by_rank: list[dict[str, tuple[Tensor, int]]], folder: Path) -> None:
-    """`own_rows` of all ranks, one after the other, are the quantization of the whole weights in `folder`."""
+    """Check that the `own_rows` of all ranks together are the quantization of the whole weights in `folder`."""
     source, size = safetensors.torch.load_file(folder / "model.safetensors"), len(by_rank)
     for name, weight in source.items():
         if name.endswith("_proj.weight"):
@@ -178,7 +178,7 @@ def bytes_read(ranks: Ranks, *, run_dir: Path) -> int:
 
 
 def test_model_uses_no_torch_generator(folders: Path, tmp_path: Path) -> None:
-    """attention_dropout in config.json: an evaluation would be noise, and recomputation would draw another mask."""
+    """Check attention_dropout in config.json: it would make evaluation random, and recomputation draw another mask."""
     write_model_folder(tmp_path / "dropout", "llama", attention_dropout=0.3)
     model, backend = loaded(tmp_path / "dropout")
     materialize_buffers(model, backend.ranks.device)

@@ -1,4 +1,4 @@
-"""Loading a 0.4B checkpoint, or its shards from the cache, takes little more host memory than the shard it fills."""
+"""Check the host memory of loading a 0.4B checkpoint, or its cached shards, beyond the shard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 def write_model(folder: Path) -> int:
-    """Parameters of the model."""
+    """Write the model and return its number of parameters."""
     parameters = write_random_checkpoint(folder, MODEL, num_shards=4)
     assert parameters > 400e6
     return parameters
@@ -44,7 +44,7 @@ def check_memory(by_rank: list[Figures], folder: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_loading_peak_is_shard_plus_largest_slice_and_64_mb(tmp_path: Path, backend: str) -> None:
-    """While the cache is filled: nothing waits in memory to be written."""
+    """Measure while the cache is written: nothing may wait in memory to be written."""
     parameters = write_model(tmp_path / "model")
     by_rank = measure(tmp_path / "model", world=RANKS, backend=backend, cache=tmp_path / "cache")
     check_memory(by_rank, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What we train is what PEFT runs: its model over our dequantized weights gives our logits, and our gradients."""
+"""Compare with PEFT on the dequantized weights: equal logits and gradients."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_peft_reads_our_config(folders: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_fresh_adapter_changes_no_bit(folders: Path, tokens: Tensor, dtype: str) -> None:
-    """At step 0 our path with the adapter equals our path without it: rows that choose none."""
+    """Compare step 0 with the adapter and without (sequences that choose none)."""
     sections: dict[str, Any] = {"adapter": {"target_modules": "all-linear"}, "train": {"dtype": dtype}}
     model, backend = loaded(folders / "qwen3", **sections)
     materialize_buffers(model, backend.ranks.device)

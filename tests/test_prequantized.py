@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes has quantized: kept byte for byte on any number of ranks, or refused by field."""
+"""Load checkpoints quantized by bitsandbytes byte for byte on any number of ranks, or refuse them by field."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def copy_with(source: Path, target: Path, changes: dict[str, Tensor | None]) -> 
 
 
 def with_state(source: Path, **fields: Any) -> dict[str, Tensor | None]:
-    """WEIGHT's quant_state with some fields set."""
+    """Set some fields of WEIGHT's quant_state."""
     name = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
     state = json.loads(bytes(stored_tensors(source)[name].tolist())) | fields
     return {name: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
@@ -151,7 +151,7 @@ def with_state(source: Path, **fields: Any) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("name", ONE_AND_CI)
 def test_plan_counts_prequantized_bytes(quantized: Path, name: str) -> None:
-    """To the byte: absmax in fp32 where there is no double quantization, linears that were left dense as they are."""
+    """Check exact bytes, with fp32 absmax without double quantization and linears left dense."""
     config = config_for(quantized / name)
     plan = plan_of(config, find_model(config), machine_of(config.gpu, config.cluster))
     model, _, _ = loaded(quantized / name)
@@ -195,7 +195,7 @@ def test_misfitting_parts_are_refused() -> None:
 
 @pytest.mark.ci
 def test_dynamic_map_is_equal_without_vector_instructions() -> None:
-    """torch.linspace is not: bitsandbytes' own map has other last bits there."""
+    """Check that the map does not depend on torch.linspace, whose last bits do."""
     code = "from distlora_kernels.reference import dynamic_map; print(dynamic_map().numpy().tobytes().hex())"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
@@ -452,7 +452,7 @@ def test_other_maps_and_non_finite_numbers_are_refused(quantized: Path, tmp_path
 
 
 def test_map_with_other_last_bits_is_accepted(quantized: Path, tmp_path: Path) -> None:
-    """What bitsandbytes stores on a CPU without fused multiply-add: up to 2 ulps from ours."""
+    """Check the map of a CPU without fused multiply-add: up to 2 ulps from distlora's."""
     entries = stored_tensors(quantized / "nested")[f"{WEIGHT}.nested_quant_map"]
     other = torch.where(entries == 0, entries, entries * (1 + 2 * torch.finfo(torch.float32).eps))
     assert not torch.equal(other, entries)
@@ -488,7 +488,7 @@ def test_quantized_head_is_refused(quantized: Path) -> None:
 
 
 def test_config_that_contradicts_weights_is_refused(quantized: Path, tmp_path: Path) -> None:
-    """A folder with dense weights under a quantization_config would be trained in 16 bits in silence."""
+    """Check dense weights with a quantization_config, which would silently train in 16 bits."""
     shutil.copytree(quantized / "even", tmp_path / "dense")
     shutil.copytree(quantized / "nested", tmp_path / "packed")
     for source, target, says in (("nested", "dense", "no weight in"), ("even", "packed", "no quantization_config")):

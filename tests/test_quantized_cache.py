@@ -56,7 +56,7 @@ class Started:
 
 
 def config_for(folder: Path, cache: Path | None, **sections: dict[str, Any]) -> Config:
-    """One of DoRA, whose row norms are computed from the quantized rows."""
+    """Return a DoRA config, whose row norms are computed from the quantized rows."""
     quant: dict[str, Any] = {"cache": False} if cache is None else {"cache_dir": str(cache)}
     base = {
         "model": {"path": str(folder)},
@@ -210,7 +210,7 @@ def test_zero3_and_fsdp2_share_the_cache(world: World, folders: Path, tmp_path: 
 
 
 def two_runs(ranks: Ranks, *, config: Config) -> Started:
-    """Ranks 0 and 1 are one run, 2 and 3 another, at once."""
+    """Start one run on ranks 0 and 1 and another on ranks 2 and 3."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     dist.barrier(ranks.group)
     return start(Ranks(ranks.rank % 2, 2, ranks.device, groups[ranks.rank // 2]), config=config)
@@ -240,7 +240,7 @@ def first_of(path: Path, part: str) -> int:
 
 
 def zero_a_group(path: Path) -> None:
-    """Codes, scales and checksum of the first group of the first weight, as of a disk that has lost them."""
+    """Zero codes, scales and checksum of the first weight's first group, as a disk that lost them."""
     segments = read_header(path)
     first = min(segments, key=lambda name: segments[name].offset).removesuffix(".codes")
     with path.open("r+b") as file:

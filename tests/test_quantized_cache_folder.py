@@ -62,7 +62,7 @@ def write_strangers(folder: Path, home: Path) -> None:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every path in it, and what it holds; links are not followed."""
+    """Return every path in a folder and its content; symlinks are not followed."""
     found = {}
     for path in folder.rglob("*"):
         mode = path.lstat().st_mode

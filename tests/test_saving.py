@@ -1,4 +1,4 @@
-"""Saving off the training thread: what is written, what stays, and what a disk or a kill cannot do to it."""
+"""Save in the background: content, retention, and failures of the disk or of the writer."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class State:
-    """What a run would train: two files of tensors, of which the training thread changes every number."""
+    """The state of a run: two files of tensors, which the training thread changes."""
 
     def __init__(self, elements: int = 1000) -> None:
         self.weights = {"a": torch.zeros(elements), "b": torch.zeros(3, 5)}
@@ -152,7 +152,7 @@ def read_only(run_dir: Path) -> Callable[[], object]:
 
 
 def small_files(run_dir: Path) -> Callable[[], object]:
-    """By the process' limit on the size of a file, which needs no root."""
+    """Limit the size of the process' files, which needs no root."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -258,7 +258,7 @@ def test_vanished_checkpoint_folder_is_created_again(tmp_path: Path, monkeypatch
 
 
 def die_while_writing(run_dir: Path, point: str) -> None:
-    """Child process: one whole save, then kill -9 within the next."""
+    """Save once in a child process, then kill it with -9 within the next save."""
     from distlora.checkpoint import files
     from distlora.loading import tensor_files
     from distlora.system import atomic_io
@@ -427,7 +427,7 @@ ROWS, COLUMNS = 7, 5000
 
 
 class CutState(State):
-    """A tensor besides of which each rank has its rows."""
+    """A state with a tensor that is sharded over the ranks."""
 
     def __init__(self, ranks: Ranks) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files from elsewhere are data: nothing of them is unpickled or run, and none leads out of its folder."""
+"""Treat files as data: nothing in them is unpickled or run, and no name leads out of its folder."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ NO_CODE = {"GenerationConfig", "PeftModel"}
 
 
 def dotted(node: ast.expr) -> str:
-    """`a.b.c` of an expression, or as much of its end as has names."""
+    """Return `a.b.c` of an expression, or as much of its end as has names."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}".lstrip(".")
     return node.id if isinstance(node, ast.Name) else ""

@@ -259,7 +259,7 @@ class Keeper:
                 kept.add(folder)
             else:
                 damaged.append(f"checkpoint {folder.name} is damaged ({reason}); older ones are kept instead")
-        # Of equal losses the earliest is the best, as in Progress.best_step.
+        # Among equal losses the earliest is the best, as in Progress.best_step.
         for best in sorted(losses, key=lambda folder: (losses[folder], step_of(folder))):
             if best in kept:
                 break

@@ -162,7 +162,7 @@ def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Sour
     head, embedding = "lm_head.weight", f"{scope}.embed_tokens.weight"
     wanted = {name for name in layout.names if name.startswith(f"{scope}.")} | {head}
     sources = find_sources(layout, headers, wanted)
-    # transformers does not tie them then, whatever config.json says.
+    # transformers leaves them untied then, despite config.json.
     if (
         model.tied_in_base
         and {head, embedding} <= sources.keys()

@@ -156,7 +156,7 @@ def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAP
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        # To PEFT "pissa" says that A and B belong to a base without its principal part (peft_files/pissa.py).
+        # "pissa" tells PEFT that A and B belong to W_res (plain_adapter.py).
         "init_lora_weights": init if (init := spec.adapter.init) == "gaussian" or spec.adapter.pissa else True,
         "target_modules": _target_modules(model, adapter),
         "trainable_token_indices": _token_indices(model),

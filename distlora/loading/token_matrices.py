@@ -49,7 +49,7 @@ def load_matrix(
     if token_rows is not None:
         new_ids = set(vocabulary.new.values())
         for row, id in zip(token_rows.rows, token_rows.ids, strict=True):
-            # Through the matrix's dtype: the model starts as it is with the rows untrained.
+            # Rounded to the matrix's dtype, so that the untrained model is unchanged.
             stored = None if id in new_ids else reader.read(segments, id * width, (id + 1) * width)
             start = new_row if stored is None else stored.to(parameter.dtype)
             assert start is not None

@@ -70,7 +70,7 @@ def find_sources(
     }
     rename = _renamer(layout)
     collected: dict[str, dict[str, list[str]]] = {}
-    # transformers collects in this order, which is the order of what it merges (experts.2 before experts.10).
+    # transformers merges in this order (experts.2 before experts.10).
     for name in sorted(on_disk, key=dot_natural_key):
         target, pattern = rename(name)
         if target in layout.names:
@@ -162,7 +162,7 @@ def _merge(
         for pattern, names in by_pattern.items()
     }
     for operation in converter.operations:
-        # Exactly these classes: a subclass may do something else.
+        # Exact classes: a subclass may do something else.
         if type(operation) is MergeModulelist and operation.dim == 0:
             values = {pattern: [_stack(tensors, target)] for pattern, tensors in values.items()}
         elif type(operation) is Concatenate:

@@ -72,7 +72,7 @@ def _exact(tall_TN: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     right_NR = torch.linalg.eigh(gram(tall_TN)).eigenvectors[:, columns - rank :].flip(1).contiguous()
     left_TR = times(tall_TN, right_NR)
     values_R = left_TR.norm(dim=0)
-    # Of a weight of a lower rank the rest is zero, and so are A and B there.
+    # If the weight has a lower rank, the remaining parts of A and B are zero.
     return left_TR / values_R.clamp_min(torch.finfo(torch.float64).tiny), values_R, right_NR
 
 

@@ -42,7 +42,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
-# ".default" is the adapter's name, which PEFT itself leaves out of the file, as it does ".weight" of a magnitude.
+# PEFT leaves the adapter's name ".default" and the ".weight" of a magnitude out of the file.
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<path>.+)\.lora_"
     r"(?:(?P<part>[AB])(?:\.default)?\.weight|(?P<magnitude>magnitude)_vector(?:\.default)?(?:\.weight)?)"
@@ -55,10 +55,10 @@ _TAKEN = {
 """Fields that become settings of the run."""
 
 _WITHOUT_MEANING = {
-    # Where it came from and how it was trained.
+    # Origin and training.
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "runtime_config", "loftq_config", "eva_config"),
-    # Details of fields that are refused where they are in use.
+    # Details of fields that are refused if set.
     *("layers_pattern", "megatron_core", "qalora_group_size"),
 }
 """Fields that do not affect what the tensors do to a base."""

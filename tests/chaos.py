@@ -109,7 +109,7 @@ class Life:
         return self._output.read_text(errors="replace")
 
     def family(self) -> list[psutil.Process]:
-        """The launcher and all processes under it, the parents first."""
+        """Return the launcher and all processes under it, parents first."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self._family.update(self.process.children(recursive=True))
         return [self.process, *(process for process in self._family if is_alive(process))]
@@ -138,7 +138,7 @@ class Life:
         return self.process.poll() is not None
 
     def code(self) -> int:
-        """The exit code; waits for it."""
+        """Wait for the exit code and return it."""
         try:
             return self.process.wait(PATIENCE_SECONDS)
         except psutil.TimeoutExpired:
@@ -156,7 +156,7 @@ class Life:
         return True
 
     def gone(self) -> list[psutil.Process]:
-        """What still runs of it some seconds after its end: nothing should."""
+        """Return the processes that still run some seconds after the end: there should be none."""
         deadline = time.monotonic() + 20
         while (left := [process for process in self._family if is_alive(process)]) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -216,7 +216,7 @@ class Campaign:
         self._check_result()
 
     def output_of_start(self, number: int) -> str:
-        """What the command printed that was the first, second, ... to be started."""
+        """Return the output of the n-th command that was started."""
         return self._lives[number - 1].output()
 
     def _start(self) -> Life:
@@ -305,9 +305,7 @@ class Campaign:
         return False
 
     def _account(self) -> None:
-        """What the last kill cost, once the run has come beyond it; steps are lost by the first of several that came
-        one after the other.
-        """
+        """Record the cost of the newest kill once the run has passed it; of several kills the first counts."""
         new = next(self._new_steps(), None)
         if new is None or not self._struck:
             return
@@ -334,7 +332,7 @@ class Campaign:
                     self._problem(f"{folder.name}/{name} is not what was saved")
 
     def _check_result(self) -> None:
-        """The run is the uninterrupted one."""
+        """Check that the run equals the uninterrupted one."""
         name = Path("adapter") / "adapter_model.safetensors"
         if (self.run_dir / name).read_bytes() != (self.reference / name).read_bytes():
             self._problem("the adapter differs from the uninterrupted run's")
@@ -371,7 +369,7 @@ class Campaign:
         return max(line["step"] for line in read_lines(run_dir / "metrics.jsonl"))
 
     def _new_steps(self) -> Iterator[dict[str, Any]]:
-        """The steps that had not been done at the last kill; all where that is accounted for."""
+        """Yield the steps that had not been done at the newest kill."""
         step, at = (self._struck[-1].step, self._struck[-1].at) if self._struck else (0, 0.0)
         return (line for line in self._lines() if "loss" in line and line["step"] > step and line["time"] > at)
 
@@ -381,7 +379,7 @@ class Campaign:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, while it is written."""
+    """Return the complete lines of metrics.jsonl while it is written."""
     with contextlib.suppress(FileNotFoundError):
         return [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
     return []
@@ -401,7 +399,8 @@ def train_command(
     tracker: str = "none",
 ) -> list[str]:
     """A run, on plain text unless told, with room for so many kills. With 24 rows a step, steps, evaluations and saves
-    each take some tenths of a second."""
+    each take some tenths of a second.
+    """
     data = data or folders / "text.jsonl"
     return [
         str(DISTLORA),
@@ -437,7 +436,7 @@ def uninterrupted(run_dir: Path, folders: Path, num_kills: int) -> float:
 
 
 def table(kills: Sequence[Kill]) -> str:
-    """What each kind cost, in Markdown."""
+    """Return the cost of each kind of kill as a Markdown table."""
     rows = [
         "| kill | times | went on by itself | seconds lost: median, max | steps repeated: median, max |",
         "|--|--|--|--|--|",

@@ -36,16 +36,16 @@ class FakeSlurm:
         self.forgets()
 
     def answers(self, command: str, text: str) -> None:
-        """What the command prints from now on."""
+        """Set what the command prints."""
         (self.folder / f"refusal.{command}").unlink(missing_ok=True)
         (self.folder / f"answer.{command}").write_text(text + "\n")
 
     def refuses(self, command: str, text: str) -> None:
-        """What the command says on stderr from now on, with code 1."""
+        """Have the command fail with this message."""
         (self.folder / f"refusal.{command}").write_text(text + "\n")
 
     def does(self, command: str, text: str) -> None:
-        """What the command does from now on, in bash, with a working folder of its own; its words are noted first."""
+        """Set the bash code that the command runs."""
         path = self.folder / "bin" / command
         path.write_text(f"#!/bin/bash\ncd {self.folder}\nprintf '%s\\n' \"{command} $*\" >> asked\n{text}\n")
         path.chmod(0o755)
@@ -56,7 +56,7 @@ class FakeSlurm:
         self.refuses("sacct", "Slurm accounting storage is disabled")
 
     def has_job(self, job_id: str, state: str, **values: str) -> None:
-        """What scontrol says of one job."""
+        """Set the job that scontrol shows."""
         self.has_jobs(job_record(job_id, state, **values))
 
     def has_jobs(self, *records: str) -> None:
@@ -75,7 +75,7 @@ class FakeSlurm:
 
 
 def job_record(job_id: str, state: str, **values: str) -> str:
-    """A line of `scontrol show job --oneliner`, of 24.11's."""
+    """Return a line of `scontrol show job --oneliner`, as SLURM 24.11 prints it."""
     array, _, task = job_id.partition("_")
     ids = f"ArrayJobId={array} ArrayTaskId={task} " if task else ""
     reason, nodes = values.get("reason", "None"), values.get("nodes", "(null)")

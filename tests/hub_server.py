@@ -56,7 +56,7 @@ class Repo:
         return commit
 
     def find(self, revision: str) -> str | None:
-        """The commit of a branch, a tag or a hash."""
+        """Return the commit of a branch, a tag or a hash."""
         return revision if revision in self.commits else self.refs.get(revision)
 
 
@@ -85,7 +85,7 @@ class Hub:
         """How long each MB of a file takes to be sent, for tests of downloads that are interrupted."""
 
     def add(self, name: str, files: Mapping[str, bytes] | Path, *, kind: str = "models", **settings: bool) -> Repo:
-        """A repository with one commit: these files, or those of a folder."""
+        """Add a repository with one commit: these files, or those of a folder."""
         if isinstance(files, Path):
             files = {str(p.relative_to(files)): p.read_bytes() for p in sorted(files.rglob("*")) if p.is_file()}
         repo = self.repos[kind, name] = Repo(kind=kind, name=name, **settings)
@@ -112,7 +112,7 @@ class Hub:
 
 @contextlib.contextmanager
 def start_hub() -> Iterator[Hub]:
-    """A hub that is served until the context is left."""
+    """Serve a hub for the duration."""
     hub = Hub()
 
     class Bound(_Handler):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 8, 16, 32, 2
 
@@ -23,7 +27,7 @@ MODEL_CONFIG = {
 
 
 def block_shapes(layer: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of one decoder block of Llama."""
+    """Return the tensors of one decoder layer of Llama by shape."""
     prefix = f"model.layers.{layer}."
     shapes: dict[str, tuple[int, ...]] = {
         f"{prefix}self_attn.{name}.weight": (HIDDEN, HIDDEN) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -54,7 +58,7 @@ def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def write_model(folder: Path, *, shards: int = 1) -> Path:
-    """A whole model; with several shards, their index too."""
+    """Write a whole model; with several shards, their index too."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(MODEL_CONFIG))
     (folder / "tokenizer.json").write_text("{}")
@@ -74,13 +78,13 @@ def write_model(folder: Path, *, shards: int = 1) -> Path:
 
 
 def write_data(path: Path, num_documents: int = 5) -> Path:
-    """A jsonl file of plain text."""
+    """Write a jsonl file of plain text."""
     path.write_text("".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(num_documents)))
     return path
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer that transformers can load: one token a word."""
+    """Write a tokenizer that transformers can load: one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "good": 2}, unk_token="<unk>"))
@@ -88,3 +92,11 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def every_nth(cases: Iterable[Any], step: int) -> list[Any]:
+    """Return the parameters of a test with all but every `step`-th marked slow."""
+    return [
+        pytest.param(*case, marks=pytest.mark.slow if number % step else ())
+        for number, case in enumerate(case if isinstance(case, tuple) else (case,) for case in cases)
+    ]

@@ -162,7 +162,7 @@ class SlurmCluster:
                 self._kill(name)
 
     def call(self, *command: str, timeout: float = 90.0) -> str:
-        """The output of one of SLURM's commands. Raises CalledProcessError."""
+        """Return the output of a SLURM command. Raises CalledProcessError."""
         finished = subprocess.run(
             command, env=os.environ | self.environment, capture_output=True, text=True, timeout=timeout
         )
@@ -183,7 +183,7 @@ class SlurmCluster:
         return sorted(set(finished.stdout.split()))
 
     def job(self, job_id: int | str) -> dict[str, str]:
-        """What scontrol knows of a job (`1`) or of one task of an array (`1_0`), ended ones too."""
+        """Return scontrol's record of a job (`1`) or of one task of an array (`1_0`), ended ones too."""
         record = self.call("scontrol", "show", "job", "--oneliner", str(job_id))
         return dict(re.findall(r"(\S+?)=(\S*)", record))
 
@@ -209,7 +209,7 @@ class SlurmCluster:
         self.call("scancel", "--ctld", "--batch", "--signal=USR1", str(job_id))
 
     def logs(self) -> str:
-        """The last lines of every daemon's log."""
+        """Return the last lines of every daemon's log."""
         paths = sorted((self.folder / "log").iterdir())
         return "\n".join(f"--- {path}\n" + "\n".join(_last_lines(path, 15)) for path in paths)
 
@@ -284,7 +284,7 @@ class SlurmCluster:
 def running_cluster(
     folder: Path, *, nodes: int = 2, gpus: int = 2, slurmd_timeout: int = 300, settings: Sequence[str] = ()
 ) -> Iterator[SlurmCluster]:
-    """A cluster for the duration, ended also where its start or what uses it fails."""
+    """Run a cluster for the duration; it is ended even if its start fails."""
     cluster = SlurmCluster(folder, nodes=nodes, gpus=gpus, slurmd_timeout=slurmd_timeout, settings=settings)
     try:
         cluster.start()
@@ -294,8 +294,7 @@ def running_cluster(
 
 
 def _free_ports(first: int, count: int) -> int:
-    """The first of `count` neighbouring ports from `first` on that nobody listens on. Above those where jobs meet
-    (10000 to 27999), below those that the kernel gives out by itself (from 32768 on)."""
+    """Return the first of `count` consecutive free ports from `first` on, above those of the jobs' rendezvous."""
     for _ in range(1_000):
         if all(_is_free(port) for port in range(first, first + count)):
             return first
@@ -318,7 +317,7 @@ def _last_lines(path: Path, count: int) -> list[str]:
 
 
 def main() -> None:
-    """A shell in which this SLURM answers, until it is left."""
+    """Run a shell in which this SLURM answers."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--gpus", type=int, default=2, help="on each node")

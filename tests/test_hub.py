@@ -93,7 +93,7 @@ def run(hub: Hub, place: Path) -> Run:
 
 
 def python(hub: Hub, place: Path, code: str, *arguments: object, **environment: str) -> str:
-    """What a Python process that knows this hub alone prints."""
+    """Return what a Python process prints that knows only this hub."""
     settings = hub.environment(place / "home") | environment
     command = [sys.executable, "-c", code, *map(str, arguments)]
     ended = subprocess.run(command, env=settings, cwd=place, capture_output=True, text=True)
@@ -209,7 +209,10 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_downloaded(
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [([], "org/plain has no chat template"), (["data.template=gemma"], "which the tokenizer in org/plain lacks")],
+    [
+        ([], "org/plain has no chat template"),
+        pytest.param(["data.template=gemma"], "which the tokenizer in org/plain lacks", marks=pytest.mark.slow),
+    ],
 )
 def test_chats_without_their_template_are_refused_before_the_download(
     words: list[str], expected: str, folders: Path, hub: Hub, place: Path, run: Run
@@ -344,7 +347,7 @@ def test_a_log_gets_lines_of_progress(
 
 
 def finished_run(run_dir: Path, *, chat_template: str | None = None, **model: Any) -> Config:
-    """A run folder as a finished run leaves it, with figures that are easy to find in a card."""
+    """Make the folder of a finished run, with figures that are easy to find in a card."""
     values = {
         "model": {"path": "/data/models/base", **model},
         "data": {

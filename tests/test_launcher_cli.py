@@ -210,7 +210,7 @@ def test_a_request_to_stop_while_data_is_prepared_is_75_and_the_run_can_be_resum
 
 
 def stopped_run(place: Path) -> Path:
-    """A run that has settings and prepared data."""
+    """Make a run that has settings and prepared data."""
     run_dir = place / "run"
     assert train("run_dir=run") == 0
     cache = place / "cache"

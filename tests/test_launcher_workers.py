@@ -141,8 +141,7 @@ def test_logs_are_set_aside_where_earlier_ones_were_deleted(tmp_path: Path):
 def start_launcher(
     run_dir: Path, behaviour: str, ready: str, *, max_restarts: int = 0, under: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
-    """A launcher in a process of its own, once both ranks wrote the files `ready`_0 and _1. `under`: a command that
-    starts it."""
+    """Start a launcher process and wait until both ranks wrote their `ready` files. under: a command to run it with."""
     (run_dir / "behaviour").write_text(behaviour)
     code = (
         "import sys; from pathlib import Path; from distlora_launcher.launch.workers import run_workers; "
@@ -172,7 +171,8 @@ def assert_no_workers(run_dir: Path) -> None:
 
 def test_nohup_and_a_second_ctrl_c(run_dir: Path):
     """A terminal that closes asks nothing of a run that was started to outlive it. Workers that do not react are
-    killed by a second Ctrl-C alone."""
+    killed by a second Ctrl-C alone.
+    """
     process = start_launcher(run_dir, "waits", "pid", under=["nohup"])
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)

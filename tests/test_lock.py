@@ -21,7 +21,7 @@ from distlora_launcher.launch.processes import this_process
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's folder, as far as it matters here."""
+    """Return a run folder with the files that locks need."""
     (tmp_path / "config.yaml").touch()
     return tmp_path
 

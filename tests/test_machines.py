@@ -96,7 +96,7 @@ def wait_until(condition, seconds: float = 120) -> None:
 
 
 def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
-    """A prepared run of two machines, whose workers do what `behaviour` says (launcher_fake_worker.py)."""
+    """Make a prepared run of two nodes whose workers behave as named (launcher_fake_worker.py)."""
     (run_dir / "cache").mkdir(parents=True)
     values = {"launcher": "torchrun", "nodes": 2, "rdzv_endpoint": f"127.0.0.2:{free_port()}", "timeout_seconds": 60.0}
     config = build(
@@ -288,7 +288,7 @@ def test_the_host_of_the_endpoint_is_found_by_its_address(monkeypatch: pytest.Mo
 
 
 def words(folders: Path, run_dir: Path, **settings: object) -> list[str]:
-    """A command line that trains a small model for eight steps, each of them saved."""
+    """Return a command line that trains a small model for eight steps, each of them saved."""
     values = {
         "model.path": folders / "llama",
         "data.path": folders / "text.jsonl",
@@ -331,7 +331,8 @@ def last_step(run_dir: Path) -> int:
 @pytest.mark.parametrize("parallel", ["fsdp2", "hsdp"])
 def test_one_command_on_two_machines_is_one_run(parallel: str, folders: Path, tmp_path: Path, machines: list[Machine]):
     """Bit for bit that of as many ranks on one machine, with a copy of the base on each machine too; whoever comes with
-    other settings is told which."""
+    other settings is told which.
+    """
     processes = 2 if parallel == "hsdp" else 1
     whole = words(folders, tmp_path / "one", **{"cluster.gpus_per_node": 2 * processes})
     alone = Machine(DISTLORA + whole, tmp_path / "alone")

@@ -42,7 +42,8 @@ SETTINGS = {
 
 def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None]) -> None:
     """Call `ask` once, within the given point of a run: `decomposing`, `loading`, `step 4`, `micro-batch 2 of step 4`,
-    `evaluation 3`, `save 4`."""
+    `evaluation 3`, `save 4`.
+    """
     asked = False
 
     def when(reached: bool) -> None:
@@ -97,8 +98,7 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
 def run_asked(
     ranks: Ranks, *, run_dir: Path, point: str | None, asked: tuple[int, ...] = (), times: int = 1
 ) -> list[int]:
-    """The worker, asked to stop so often at a point of the run (on these ranks), or never. Returns the steps that it
-    has finished."""
+    """Run the worker with requests to stop at a point of the run, on the given ranks; return its steps."""
     done: list[int] = []
 
     def ask() -> None:

@@ -41,7 +41,7 @@ class Job:
         self.is_said_to_be(RUNNING)
 
     def is_said_to_be(self, record: str, *, partition: str = "PreemptMode=REQUEUE", requeue: str = "exit 0") -> None:
-        """What scontrol shows of the job and its partition, and how it takes a requeue."""
+        """Set what scontrol shows of the job and its partition, and how it answers a requeue."""
         self.slurm.does(
             "scontrol",
             f"""case "$*" in

@@ -63,8 +63,7 @@ def run_config(run_dir: str, **cluster: Any) -> Config:
 
 
 def golden_scripts() -> dict[str, str]:
-    """One machine with no more than the defaults; everything, in a container; an array of five; workers of a sweep,
-    each with one machine or with four."""
+    """Return the scripts that tests/golden/slurm/ holds, by name."""
     everything = run_config(
         "/runs/70b at 2e-4, 100%",
         nodes=4,

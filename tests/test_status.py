@@ -163,7 +163,8 @@ def test_a_process_that_has_taken_the_pid_of_a_runs_is_not_ended(
     run: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ):
     """One that is not the holder by its start, its machine's start or its container, the lock being held all the while:
-    the record may be the one before, or the holder of the lock on a machine, or in a container, of the same name."""
+    the record may be the one before, or the holder of the lock on a machine, or in a container, of the same name.
+    """
     record = run / "machines" / "0.json"
     written = json.loads(record.read_text())
     assert written["pid"] == holder.pid

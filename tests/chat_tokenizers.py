@@ -11,14 +11,14 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-"""How Llama 3 and Qwen cut a text into words: line breaks stay together, whatever follows them."""
+"""Pattern by which Llama 3 and Qwen cut a text into words: line breaks stay together, whatever follows them."""
 
 KINDS = ("llama3", "gpt2", "llama2", "metaspace", "phi3")
 
 
 @functools.cache
 def chat_tokenizer(kind: str = "llama3") -> Any:
-    """A tokenizer of 1,300 entries, trained on CPython's language reference.
+    """Return a tokenizer of 1,300 entries, trained on CPython's language reference.
 
     llama3: bytes, puts <s> in front. gpt2: bytes, a line break before a letter is a token of its own; has <s>, and puts
     it nowhere. llama2: a space in front of every stretch between special tokens. metaspace: only in front of the text.

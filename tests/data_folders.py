@@ -31,20 +31,20 @@ _CORPUS = [
 
 
 def write_lines(path: Path, documents: list) -> Path:
-    """A jsonl file; a document that is bytes is written as it is."""
+    """Write a jsonl file; a document that is bytes is written unchanged."""
     lines = [item if isinstance(item, bytes) else json.dumps(item).encode() for item in documents]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
 
 def chat(*contents: str, first: str = "user") -> dict:
-    """A conversation that alternates between user and assistant."""
+    """Return a conversation that alternates between user and assistant."""
     roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
     return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
 
 
 def write_model(folder: Path, template: str | None, *, bos: bool = False, eos: bool = True) -> Path:
-    """A model folder with config.json and a byte-level BPE tokenizer of 400 tokens, saved and to be loaded as users do.
+    """Return a model folder with config.json and a byte-level BPE tokenizer of 400 tokens.
 
     `bos`: the tokenizer puts <|bos|> in front of every text, as Llama's does.
     """

@@ -47,9 +47,9 @@ MADE_BASE = "$(distlora demo --base)"
 MODEL = "model.path=./Llama-3.2-1B"
 DATA = "data.path=chats.jsonl"
 CARDS = 8
-"""How many GPUs a command that needs some sees, where its mark does not say."""
+"""Number of GPUs that a command sees without a number in its mark."""
 IN_OWN_SHELL = ("source", "cd", "git", "export", "pip", "sbatch")
-"""What changes a shell, or is another's."""
+"""Commands that change a shell, or other programs."""
 STARTERS = ("train", "sweep", "plan")
 """Commands that take a run's settings."""
 
@@ -91,14 +91,14 @@ def write_lines(path: Path, records: Sequence[Any]) -> None:
 
 
 def make_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the working folder: a grid of two that no worker has begun."""
+    """Make a grid of two trials that no worker has begun, in the working folder."""
     monkeypatch.setattr(sweeps, "run_workers_here", lambda sweep, config: 0)
     assert main.main(["sweep", MODEL, DATA, "optim.lr=1e-4,2e-4", "run_dir=SWEEP"]) == 0
 
 
 @contextmanager
 def no_process_starts() -> Iterator[None]:
-    """A program of ours that would start raises StartsError, and so does one that would be ended."""
+    """Raise StartsError for a distlora process that would start or replace this one."""
 
     def starts(command: Any) -> bool:
         words = [command] if isinstance(command, str) else list(command)
@@ -138,7 +138,7 @@ def no_process_starts() -> Iterator[None]:
         check_model = checks.check_model
 
         def check_known(config: Config) -> None:
-            """A model by name is known by its sizes, which the plan asks for."""
+            """Skip the check of a model that is known by its sizes."""
             if not is_hub_name(config.model.path):
                 check_model(config)
 
@@ -184,7 +184,7 @@ class Shell:
         return None
 
     def _note(self, words: Sequence[str]) -> None:
-        """What the command would have made, as far as others can name it, put there."""
+        """Create the outputs of the command that later commands name."""
         command, settings = words[0], dict(word.partition("=")[::2] for word in words)
         if command in ("train", "sweep") and "run_dir" in settings and "--dry-run" not in words:
             self._copy("SWEEP" if command == "sweep" else "RUN", settings["run_dir"])
@@ -201,7 +201,7 @@ class Shell:
 
 
 def completed(command: Command, words: Sequence[str]) -> list[str]:
-    """With what the document leaves to the reader (`...`), and the card that its mark names."""
+    """Fill in what the document leaves to the reader (`...`), and the GPU that its mark names."""
     words = [{"model.path=...": MODEL, "data.path=...": DATA}.get(word, word) for word in words]
     words = [file for word in words for file in (sorted(glob.glob(word)) or [word])]
     if words[0] not in STARTERS and words[:2] != ["data", "preview"]:
@@ -221,7 +221,7 @@ def completed(command: Command, words: Sequence[str]) -> list[str]:
 
 
 def typed(command: Command, words: Sequence[str]) -> int:
-    """The exit code of a command of ours, 0 where it comes as far as its workers."""
+    """Return the exit code of a distlora command, 0 where it reaches its workers."""
     with pytest.MonkeyPatch.context() as patch:
         if command.mark == "GPU":
             number = command.cards[0] if command.cards else CARDS
@@ -237,20 +237,20 @@ def typed(command: Command, words: Sequence[str]) -> int:
 
 
 def unknown_target(words: Sequence[str]) -> str | None:
-    """Whether the Makefile has what `make` is to make."""
+    """Return the problem if the Makefile lacks a target."""
     known = {line.partition(":")[0] for line in (ROOT / "Makefile").read_text().splitlines()}
     return next((f"the Makefile has no {word}" for word in words if "=" not in word and word not in known), None)
 
 
 def unknown_program(words: Sequence[str]) -> str | None:
-    """Whether `python -m MODULE` or `python FILE` is there."""
+    """Return the problem if `python -m MODULE` or `python FILE` does not exist."""
     if words[:1] == ["-m"]:
         return None if importlib.util.find_spec(words[1]) is not None else f"there is no module {words[1]}"
     return None if words[0] == "-c" or (ROOT / words[0]).is_file() else f"there is no file {words[0]}"
 
 
 def unknown_extra(words: Sequence[str]) -> str | None:
-    """Whether `pip install -e '.[extra]'` names an extra of ours."""
+    """Return the problem if `pip install -e '.[extra]'` names an unknown extra."""
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     asked = [word.partition("[")[2].rstrip("]") for word in words if "[" in word]
     names = [name for group in asked for name in group.split(",")]

@@ -31,14 +31,14 @@ _MARK = re.compile(rf"^({'|'.join(MARKS)})\b(?:: (\d+) x (\w+))?")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """What stands between two fences."""
+    """A block between two fences."""
 
     document: str
     """Path from the repository's root."""
     line: int
-    """Of its first line."""
+    """Number of its first line."""
     info: str
-    """What follows ```, `sh` and nothing are the same."""
+    """Text after ```; `sh` and nothing are the same."""
     lines: tuple[str, ...]
 
 
@@ -51,7 +51,7 @@ class Command:
     text: str
     """Without its comment, on one line."""
     mark: str | None = None
-    """One of MARKS: what it needs."""
+    """A name of MARKS that the command needs."""
     cards: tuple[int, str] | None = None
     """(how many, which) of the mark."""
 
@@ -61,9 +61,7 @@ class Command:
 
 
 def documents() -> list[str]:
-    """Every Markdown file that is tracked, but for what tests compare with; those of the working folder where this is
-    no clone.
-    """
+    """Return every tracked Markdown file but golden files; all files where this is not a clone."""
     asked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
     names = asked.stdout.split() if asked.returncode == 0 else []
     if not names:
@@ -77,7 +75,7 @@ def text_of(document: str) -> str:
 
 
 def blocks(document: str) -> list[Block]:
-    """The blocks of a document. AssertionError for one that does not end."""
+    """Return the blocks of a document. AssertionError for one that does not end."""
     found, inside = [], None
     for number, line in enumerate(text_of(document).splitlines(), start=1):
         fence = _FENCE.match(line)
@@ -94,7 +92,7 @@ def blocks(document: str) -> list[Block]:
 
 
 def prose(document: str) -> Iterator[tuple[int, str]]:
-    """The lines outside of blocks, by their numbers."""
+    """Yield the lines outside of blocks, by their numbers."""
     inside = False
     for number, line in enumerate(text_of(document).splitlines(), start=1):
         if _FENCE.match(line):
@@ -108,7 +106,7 @@ def is_command(line: str) -> bool:
 
 
 def commands_of(block: Block) -> Iterator[Command]:
-    """What a block shows that is typed: commands, and assignments to shell variables that are used in it."""
+    """Yield the commands of a block, and assignments to shell variables."""
     if block.info in SHOWN_AS_TEXT:
         return
     pending, first = "", 0
@@ -145,7 +143,7 @@ def commands(document: str) -> list[Command]:
 
 
 def expanded(text: str, variables: Mapping[str, str]) -> str:
-    """With a shell's variables put in."""
+    """Expand a shell's variables."""
     return re.sub(r"\$(\w+)", lambda found: variables.get(found[1], found[0]), text)
 
 
@@ -156,7 +154,7 @@ def assigned(text: str) -> tuple[str, str] | None:
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """Return the anchor that GitHub gives a heading."""
     kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
     return kept.replace(" ", "-")
 

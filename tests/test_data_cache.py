@@ -18,7 +18,7 @@ FORK = multiprocessing.get_context("fork")  # The children touch numpy alone, an
 
 
 def write_entry(folder, num_rows=3, length=4):
-    """A whole entry with one split."""
+    """Return a whole entry with one split."""
     counted = ("documents", "pairs", "tokens", "targets", "padding", "truncated", "split", "dropped", "dropped_long")
     counts = dict.fromkeys((*counted, "unused", "pieces"), 0) | {"rows": num_rows, "sources": []}
     counts["largest_token"] = num_rows * length - 1
@@ -35,7 +35,7 @@ def write_entry(folder, num_rows=3, length=4):
 
 @pytest.fixture
 def sources(tmp_path):
-    """A data file and a model folder."""
+    """Return a data file and a model folder."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_text("weights")

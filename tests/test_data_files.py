@@ -104,7 +104,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.dictionaries(st.text(max_size=4), JSON, max_size=3), max_size=6),
     st.sampled_from([None, 1]),

@@ -1,4 +1,4 @@
-"""What a document is: the canonical form of each format, and that every broken record is named."""
+"""Formats of documents: the canonical form of each, and a message that names every broken record."""
 
 import json
 
@@ -20,7 +20,7 @@ def record(value):
 
 
 def canonical(value, format, *, columns=None, has_template=True):
-    """The document's value."""
+    """Return the document's value."""
     document = to_document(record(value), format, columns or {}, has_template)
     assert (document.place, document.num_bytes) == ("data.jsonl:3", 10)
     return document.value

@@ -40,10 +40,11 @@ for settings in json.loads(sys.argv[1]):
 
 PREPARE = """
 import sys
-from distlora.data.__main__ import main
 from distlora.architecture.tokens import tokenize_alone
 tokenize_alone()
-sys.exit(max(main([run]) for run in sys.argv[1:]))
+from distlora.data.prepare import prepare_and_print
+from distlora.system.exit_codes import run_to_exit_code
+sys.exit(max(run_to_exit_code(lambda: prepare_and_print(run)) for run in sys.argv[1:]))
 """
 
 
@@ -85,7 +86,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def prepare(hub, home, model, tmp_path):
-    """prepare({run's name: data settings}, environment) -> ([RUN/data.json of each], what was printed)."""
+    """Return a function that prepares runs: their RUN/data.json and the output."""
 
     def run(runs, max_steps=None, **environment):
         folders = []
@@ -112,7 +113,7 @@ def prepare(hub, home, model, tmp_path):
 
 
 def check(hub, home, cases, token=None, **environment):
-    """The outcome of the launcher's check for each case: the formats, or the message of a refusal."""
+    """Return the outcome of the launcher's check for each case: the formats, or the message of a refusal."""
     finished = subprocess.run(
         [sys.executable, "-c", CHECK, json.dumps(cases)],
         env=hub.environment(home, token=token) | environment,
@@ -155,6 +156,7 @@ def test_what_the_hub_refuses_is_one_sentence_before_anything_is_downloaded(hub,
     assert not any(r.method == "GET" and r.path.endswith((".jsonl", ".parquet")) for r in asked)
 
 
+@pytest.mark.ci
 def test_a_token_without_access_is_told_where_to_ask_and_one_with_access_is_let_in(hub, home):
     case = [{"path": "org/gated"}]
     (refused,) = check(hub, home, case, token="hf_guest")
@@ -163,6 +165,7 @@ def test_a_token_without_access_is_told_where_to_ask_and_one_with_access_is_let_
     assert check(hub, home, case, token="hf_owner") == [[None]]
 
 
+@pytest.mark.ci
 def test_without_a_network_the_message_says_so(hub, home, tmp_path):
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     (message,) = check(hub, home, [{"path": "org/answers"}], **unreachable)
@@ -189,6 +192,7 @@ class Failing(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.ci
 def test_an_answer_that_is_no_data_set_is_one_sentence(hub, tmp_path):
     expected = {
         401: "data.path=org/status-401: the hub answers strangers with 401; log in with `hf auth login`",
@@ -239,6 +243,7 @@ def test_an_error_of_the_system_that_names_no_file_is_said_as_it_is(monkeypatch,
         checks.check(config, new_run=False)
 
 
+@pytest.mark.ci
 def test_a_preview_streams_a_hub_data_set_and_downloads_no_more_than_its_head(hub, home, model, tmp_path):
     command = [sys.executable, "-m", "distlora_launcher.cli.main", "data", "preview", f"model.path={model}", "--rows=0"]
     command += ["data.path=org/many", "data.sequence_length=128"]
@@ -287,6 +292,7 @@ def test_a_run_reads_the_commit_that_it_started_with_whatever_is_pushed_later(hu
     assert (pinned["reused"], pinned["cache"]) == (True, first["cache"])
 
 
+@pytest.mark.ci
 def test_what_was_read_once_is_there_offline(hub, prepare):
     settings = {"path": "org/configured", "name": "french", "split": "train[:50%]"}
     (online,), _ = prepare({"online": settings})
@@ -299,6 +305,7 @@ def test_what_was_read_once_is_there_offline(hub, prepare):
         assert sum(counts["documents"] for counts in record["splits"].values()) == 15
 
 
+@pytest.mark.ci
 def test_streaming_downloads_and_tokenizes_no_more_than_the_steps_need(hub, prepare):
     settings = {"path": "org/stories", "streaming": True}
     small = {"path": "org/answers", "streaming": True}

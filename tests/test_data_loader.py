@@ -1,4 +1,4 @@
-"""Which rows a rank gets in which step, and the tensors made of them."""
+"""The rows of a rank in a step, and their tensors."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ PAD, LENGTH = 3, 6
 
 
 def make_rows(num_rows: int) -> PackedRows:
-    """Rows whose tokens are all different: row n has the tokens from 100 * (n + 1) on, n % 4 trained labels, and
-    n % 3 rejected answers.
+    """Return rows whose tokens are all different.
+
+    Row n has the tokens from 100 * (n + 1) on, n % 4 trained labels, and n % 3 rejected answers.
     """
     tokens = np.arange(LENGTH, dtype=np.int32) + 100 * (1 + np.arange(num_rows, dtype=np.int32)[:, None])
     flags = np.zeros((num_rows, LENGTH), np.uint8)
@@ -32,7 +33,7 @@ def make_loader(rows, *, global_batch=5, micro_batch=1, rank=0, world=1, seed=0,
 
 
 def rows_of_step(rows, step, **layout):
-    """The rows of all ranks in a step, sorted, without empty ones."""
+    """Return the rows of all ranks in a step, sorted, without empty ones."""
     ranks = [make_loader(rows, rank=rank, **layout).batch(step) for rank in range(layout.get("world", 1))]
     return sorted(row for batch in ranks for row in batch.rows if row >= 0)
 

@@ -71,7 +71,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def prepared(tmp_path, model):
-    """prepared(sources, **data settings) -> (meta.json, the cache entry)."""
+    """Return a function that prepares sources: meta.json and the cache entry."""
 
     def run(sources, *, model_path=model, max_steps=None, sequence_length=64, **data):
         config = Config(
@@ -93,7 +93,7 @@ def prepared(tmp_path, model):
 
 @pytest.fixture
 def two_sources(tmp_path):
-    """A chat file of some 600 trained tokens and a text file of some 6,000."""
+    """Return a chat file of some 600 trained tokens and a text file of some 6,000."""
     chats = write_lines(tmp_path / "chats.jsonl", [chat(f"Why {n}?", f"Foxes sleep {n} times.") for n in range(40)])
     texts = write_lines(tmp_path / "texts.jsonl", [{"text": f"{n} birds sit in the old tree. " * 3} for n in range(80)])
     return chats, texts

@@ -26,7 +26,7 @@ def corpora(draw):
 
 
 def packed(length, documents):
-    """The rows of documents: tokens and flags, (N, L)."""
+    """Return the rows of documents: tokens and flags, (N, L)."""
     lengths = np.array([len(document) for document in documents])
     flat = [item for document in documents for item in document]
     tokens = np.array([token for token, _ in flat], np.int32)
@@ -39,7 +39,7 @@ def packed(length, documents):
 
 
 def naive_rows(length, documents):
-    """The definition of a row, one token at a time: for each row (tokens, labels, positions)."""
+    """Return the rows by their definition, one token at a time: (tokens, labels, positions) of each."""
     lengths = np.array([len(document) for document in documents])
     row_of = assign_rows(lengths, length).tolist()
     rows = []
@@ -58,7 +58,7 @@ def naive_rows(length, documents):
 
 
 def read_row(tokens, flags):
-    """The contract of the flags, one position at a time: (tokens, labels, positions)."""
+    """Read the flags one position at a time: (tokens, labels, positions)."""
     labels = [int(tokens[t + 1]) if flag & TRAINED else -100 for t, flag in enumerate(flags.tolist())]
     positions = []
     for flag in flags.tolist():
@@ -91,7 +91,7 @@ def test_every_document_lies_whole_in_one_row_exactly_once(corpus):
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(1, 16), max_size=60))
 def test_no_two_rows_would_fit_into_one(lengths):
-    """What best fit guarantees: it opens a row only for a piece that fits nowhere else."""
+    """Best fit opens a row only for a piece that fits nowhere else."""
     rows = assign_rows(np.array(lengths, np.int64), 16)
     used = np.sort(np.bincount(rows, weights=lengths)) if lengths else np.array([])
     assert (used <= 16).all()

@@ -109,7 +109,7 @@ def test_data_that_does_not_fit_the_objective_is_refused_with_what_to_type() -> 
 
 
 def prepared(folder: Path, pairs: list[Any], **data: Any) -> PackedRows:
-    """The training rows of these pairs."""
+    """Return the training rows of these pairs."""
     model = folder / "model"
     if not model.exists():
         write_model(model, MARKED)

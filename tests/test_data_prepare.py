@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def make_config(tmp_path, model):
-    """make_config(documents, **data settings) -> Config, its RUN/config.yaml written."""
+    """Return a function that writes RUN/config.yaml for documents and data settings."""
 
     def make(documents, *, seed=0, model_path=model, **settings):
         path = write_lines(tmp_path / "data.jsonl", documents)
@@ -50,7 +50,7 @@ def make_config(tmp_path, model):
 
 
 def documents_in(rows):
-    """The documents of packed rows as token lists, padding left out."""
+    """Return the documents of packed rows as token lists, padding left out."""
     found = []
     for tokens, flags in zip(rows.tokens, rows.flags, strict=True):
         bounds = [*np.flatnonzero(flags & STARTS).tolist(), len(tokens)]

@@ -25,7 +25,7 @@ WITH_THOUGHTS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model folder with a real tokenizer, which has the markers of every template and no template of its own."""
+    """Return a model folder with a real tokenizer, which has the markers of every template and no template."""
     folder = write_model(tmp_path_factory.mktemp("preview") / "model")
     chat_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": len(chat_tokenizer())}
@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def settings(model, tmp_path):
-    """settings(data settings) -> a folder with config.yaml."""
+    """Return a function that writes config.yaml for data settings."""
 
     def write(**data):
         values = {"sequence_length": 64, "eval_fraction": 0, "cache_dir": str(tmp_path / "cache"), **data}

@@ -1,4 +1,4 @@
-"""Where documents come from: files, folders, saved data sets; what is refused, and what names their content."""
+"""Sources of documents: files, folders, saved data sets; refusals and fingerprints."""
 
 import gzip
 import json
@@ -32,7 +32,7 @@ def check(path, limit=1000, **settings):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder of save_to_disk with one data set and one with two splits."""
+    """Return a folder of save_to_disk with one data set and one with two splits."""
     import datasets
 
     rows = datasets.Dataset.from_list(TEXTS)

@@ -1,4 +1,4 @@
-"""Which tokens of a document are trained, with real tokenizers and chat templates."""
+"""The trained tokens of a document, with real tokenizers and chat templates."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ CONVERSATION = chat("Hello!", "It is Paris.", "How many birds?", "There are seve
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory):
-    """load(template, **options) -> tokenizer, saved and loaded again."""
+    """Return a function that saves a tokenizer with a template and loads it again."""
     from transformers import AutoTokenizer
 
     number = itertools.count()
@@ -61,13 +61,13 @@ def encode(tokenizer, kind, *values, **options):
 
 
 def segments(tokenizer, tokens, trained):
-    """A document as [text, trained] stretches."""
+    """Return a document as [text, trained] stretches."""
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
     return [[tokenizer.decode(tokens[a:b].tolist()), bool(trained[a])] for a, b in itertools.pairwise(edges)]
 
 
 def trained_text(tokenizer, tokens, trained):
-    """The trained stretches of a document as text."""
+    """Return the trained stretches of a document as text."""
     return [text for text, is_trained in segments(tokenizer, tokens, trained) if is_trained]
 
 
@@ -208,7 +208,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_by_place_and_turn(loa
 
 
 def test_the_last_turn_can_be_trained_with_a_template_that_rewrites_earlier_ones(load):
-    """Its prompt is the conversation as the template writes it at inference: earlier turns without their thoughts."""
+    """The prompt is the conversation as the template writes it at inference: earlier turns without their thoughts."""
     tokenizer = load(FORGETFUL)
     (encoded,) = encode(tokenizer, "chat", CONVERSATION, train_on="last")
     prompt = tokenizer.apply_chat_template(CONVERSATION["messages"][:3], tokenize=False, add_generation_prompt=True)
@@ -368,7 +368,7 @@ def test_tools_are_refused_where_the_tokenizer_lacks_the_markers_for_them(load):
 
 
 def without_markers(tokenizer, template=None):
-    """The tokenizer without the tokens of ChatML, so that only templates in plain text fit."""
+    """Return the tokenizer without the tokens of ChatML, so that only templates in plain text fit."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -487,7 +487,7 @@ ENDED_OUTSIDE = MARKED.replace(
 
 
 def with_marker(tokenizer):
-    """The tokenizer with </tool_call> as an added token that is not special, as Qwen's and Hermes's have it."""
+    """Return the tokenizer with </tool_call> as an added token that is not special, as Qwen's and Hermes's have it."""
     from tokenizers import AddedToken
 
     tokenizer.add_tokens([AddedToken("</tool_call>", special=False, normalized=False)])

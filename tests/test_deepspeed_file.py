@@ -1,4 +1,4 @@
-"""One's own DeepSpeed JSON: what of it is done, refused or without effect; and a machine's DeepSpeed."""
+"""A user's DeepSpeed JSON: keys that are used, refused or without effect; and the installed DeepSpeed."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ import pytest
 from documents import Block, blocks, commands_of, text_of
 
 CACHE = os.environ.get("DISTLORA_CACHE")
-"""Of whoever started the tests: the base that a demo has made there is used again."""
+"""DISTLORA_CACHE of the tests' caller, whose demo base is used again."""
 SECTIONS = ("## Two commands", "## The first hour")
 INSTALLED = {"make demo": "distlora demo", "make test": None, "source .venv/bin/activate": None}
-"""What is done before (the environment), or elsewhere."""
+"""Commands that are done before (the environment) or elsewhere."""
 SECONDS = 900
 _FIGURE = r"\d[\d,.:]*"
 
@@ -34,7 +34,7 @@ def first_hour() -> list[Block]:
 
 
 def pattern(promised: str) -> str:
-    """What a promised line stands for."""
+    """Return the pattern of a promised line: figures and `...` match others."""
     parts = re.split(rf"(\.\.\.| +|{_FIGURE})", promised.strip())
 
     def stands_for(part: str) -> str:
@@ -91,7 +91,7 @@ def test_every_line_of_the_first_hour_is_as_promised(tmp_path: Path) -> None:
 
 
 def assert_promised(block: Block, output: list[str]) -> None:
-    """Each line of a block of text is in what its commands said, after the line before it."""
+    """Check that each line of a block of text is in the output, after the line before it."""
     rest = iter(output)
     for number, promised in enumerate(block.lines, start=block.line):
         wanted = re.compile(pattern(promised))

@@ -23,7 +23,7 @@ VARIANTS = ["llama-biases", "llama3-tied", "llama-yarn", "mistral-window", "qwen
 
 def write_gguf(folder: Path, path: Path, dtype: str, tokenizer: Any, say: Callable[[str], object] = print) -> None:
     """The model of a folder as it is on disk."""
-    base = open_base(config_for(folder, quant={"method": "none"}))
+    base = open_base(config_for(folder, quant={"method": "none"}).spec)
     with Reader() as reader:
         weights = {
             name: Weight(

@@ -30,7 +30,7 @@ from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Ranks
 from distlora.post.divergence import Readings, compare, evenly
-from distlora.training.setup import start_run_model
+from distlora.training.setup import start_model
 from distlora.weights.reader import Reader
 from distlora_kernels import nf4, reference
 from distlora_launcher.cli.analyze import quantization as analyze
@@ -197,10 +197,10 @@ def test_a_dense_model_of_restored_weights_is_the_packed_one(folders: Path, tmp_
     request = request_for(folders, tmp_path / "out", model=str(folder))
     rows = evenly(read_rows(request), request.rows)
     assert len(rows) == 9
-    weights, _ = find_weights(request.config("nf4"))
+    weights, _ = find_weights(request.spec("nf4"))
     assert {len(weight.shape) for weight in weights} == ({2, 3} if name == "mixtral" else {2})
-    packed, _, _ = start_run_model(request.config("nf4"), ONE)
-    model, _, _ = start_run_model(request.config("none"), ONE)
+    packed, _, _ = start_model(request.spec("nf4"), ONE)
+    model, _, _ = start_model(request.spec("none"), ONE)
     readings = {}
     readings["dense"] = Readings(rows, ONE, print)
     readings["dense"].take(model, "dense")
@@ -232,17 +232,17 @@ def test_the_dense_model_is_gone_before_the_packed_one_is_built(
     """Without automatic collections, which may or may not come in between: models are in cycles."""
     request = request_for(folders, tmp_path / "out")
     rows = evenly(read_rows(request), 2)
-    weights, _ = find_weights(request.config("nf4"))
+    weights, _ = find_weights(request.spec("nf4"))
     parameters: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
-    def start(*arguments: Any) -> Any:
+    def start(*arguments: Any, **options: Any) -> Any:
         alive.append(sum(reference() is not None for reference in parameters))
-        started = start_run_model(*arguments)
+        started = start_model(*arguments, **options)
         parameters.extend(weakref.ref(parameter) for parameter in started[0].parameters())
         return started
 
-    monkeypatch.setattr(perplexity, "start_run_model", start)
+    monkeypatch.setattr(perplexity, "start_model", start)
     gc.disable()
     try:
         found = measure_formats(request, rows, weights, ONE, lambda text: None)
@@ -339,8 +339,8 @@ def test_an_analysis_from_weights_to_report(folders: Path, tmp_path: Path, capsy
             sum(group["formats"]["nf4"]["bytes"] for group in found[grouped].values())
             == (found["overall"]["formats"]["nf4"]["bytes"])
         )
-    weights, total = find_weights(request.config("nf4"))
-    dense, _, _ = start_run_model(request.config("none"), ONE)
+    weights, total = find_weights(request.spec("nf4"))
+    dense, _, _ = start_model(request.spec("none"), ONE)
     assert found["model"]["parameters"] == total
     assert total == sum(p.numel() for name, p in dense.named_parameters() if ".adapters." not in name)
     assert sum(weight.numel for weight in weights) == found["overall"]["weights"]

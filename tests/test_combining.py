@@ -23,7 +23,7 @@ from distlora.post.adapter_factors import AdapterFile, adapted_rows
 from distlora.post.base_weights import open_base
 from distlora.post.combine import worker
 from distlora.post.combine.request import METHODS, CombineRequest
-from distlora.post.trained import base_alone
+from distlora.post.trained import base_spec
 from distlora.system.command_worker import from_json, to_json
 from distlora.system.randomness import key_of
 from distlora.training import worker as training_worker
@@ -245,7 +245,7 @@ def test_dora_is_summed_as_what_it_makes_of_the_weight(folders: Path, two: Path,
     words = (f"{dora}=0.5", f"{two}=0.5", "--method", "svd", "--rank", "96", "--quant", quant, "--out")
     out, record = combine(*words, tmp_path / "out")
     assert record["truncation"]["share"] < 1e-6
-    base = open_base(base_alone(str(folders / "llama"), "nf4" if quant == "nf4" else "none", run_dir="none"))
+    base = open_base(base_spec(str(folders / "llama"), "nf4" if quant == "nf4" else "none"))
     file = AdapterFile.open(dora)
     with Reader() as reader:
         for path in file.paths:

@@ -22,7 +22,8 @@ from distlora.model.build import CausalLM
 from distlora.model.fused_modules import CompiledRMSNorm
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
-from distlora.post.load_trained import load_model
+from distlora.post.load_trained import load_trained
+from distlora.post.trained import of_run
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import elementwise, native
 from distlora_launcher.compose.checks import check_machine, check_model_sizes
@@ -163,9 +164,13 @@ def test_what_it_trained_is_used_where_nothing_compiles_and_by_transformers_own(
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     with pytest.raises(UserError, match=r"no C\+\+ compiler .* or set train.compile=false"):
         fused_modules.require_compiled()
-    again, _ = load_model(
-        config_of(train={"compile": True}, model={"path": str(tmp_path)}, data={"path": "d", "sequence_length": 64}),
-        None,
+    again, _ = load_trained(
+        of_run(
+            config_of(
+                train={"compile": True}, model={"path": str(tmp_path)}, data={"path": "d", "sequence_length": 64}
+            ),
+            None,
+        ),
         ALONE,
     )
     assert modeling_llama.apply_rotary_pos_emb is own

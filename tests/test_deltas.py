@@ -38,7 +38,7 @@ def test_the_weights_are_those_that_a_model_loads(variant: str, tmp_path: Path) 
     for quant in ("nf4", "none"):
         config = config_of(folder, quant)
         model, _, _ = start_run_model(config, SINGLE, training=False)
-        base = open_base(config)
+        base = open_base(config.spec)
         checked = 0
         with Reader() as reader:
             for path, module in model.named_modules():
@@ -62,7 +62,7 @@ def test_what_training_rounds_to_its_dtype_is_rounded(quant: str, tmp_path: Path
     held = {model.hf_name(name): parameter for name, parameter in model.named_parameters()}
     checked = 0
     with Reader() as reader:
-        for name, weight in open_base(config).weights.items():
+        for name, weight in open_base(config.spec).weights.items():
             if name in held and not weight.quantized:
                 assert torch.equal(weight.whole(reader), held[name].detach().float()), name
                 checked += not torch.equal(weight.whole(reader), weight.whole(reader, original=True))

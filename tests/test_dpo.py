@@ -24,7 +24,13 @@ from distlora.loading.peft_format import adapter_tensors
 from distlora.model.adapters import StepRows, adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
+<<<<<<< HEAD
 from distlora.post.load_trained import load_model
+=======
+from distlora.planner import traffic
+from distlora.post.load_trained import load_trained
+from distlora.post.trained import of_run
+>>>>>>> a4e4df5 ([post] Hold a ModelSpec in Trained, never a forged Config)
 from distlora.training import worker
 from distlora.training.flops import count_flops
 from distlora.training.objectives import Preference, most_pairs, pair_sides
@@ -377,9 +383,9 @@ def test_only_what_has_a_start_as_its_reference_needs_it_again(
     prepare(run_dir, folders, preferences, train=settings, adapter={"init": "loftq"})
     run_until(SINGLE, run_dir=run_dir, stop_before=2)
     config, weights = load_config(run_dir), str(run_dir / "checkpoints")
-    before, _ = load_model(config, weights, SINGLE)
+    before, _ = load_trained(of_run(config, weights), SINGLE)
     (run_dir / INITIAL_ADAPTER_NAME).unlink()
-    after, _ = load_model(config, weights, SINGLE)
+    after, _ = load_trained(of_run(config, weights), SINGLE)
     expected, stored = adapter_tensors(before), adapter_tensors(after)
     assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
     for start in (lambda: worker.run(run_dir, SINGLE), lambda: check(config, new_run=False)):

@@ -61,7 +61,7 @@ def request_for(run_dir: Path, *more: Subject, **settings: Any) -> EvaluateReque
 def whole_logits(subject: Subject, request: EvaluateRequest) -> tuple[Tensor, Tensor, Tensor]:
     """(logits (targets, V) in fp64, targets, the row of each): what no evaluation ever holds."""
     model = load(subject, "fp32", SINGLE)
-    rows, _ = open_rows(request.text, subject.found()[0], SINGLE)
+    rows, _ = open_rows(request.text, subject.read(), SINGLE)
     loader = StepLoader(rows, global_batch=len(rows), micro_batch=len(rows), rank=0, world=1, seed=0, shuffle=False)
     (batch,) = loader.batch(0).micro_batches
     at = batch.labels != IGNORED_LABEL
@@ -157,8 +157,8 @@ def test_the_command_asks_for_a_run_its_base_and_models(
     )
     assert [subject.label for subject in request.subjects] == ["elsewhere"]
     assert (request.text.sequence_length, request.dtype) == (512, "bf16")
-    config, weights, foreign = request.subjects[0].found()
-    assert (config.quant.method, weights, foreign) == ("none", str(adapter), True)
+    trained = request.subjects[0].read()
+    assert (trained.spec.quant.method, trained.weights, trained.foreign) == ("none", adapter, True)
 
 
 def test_bases_are_told_apart_by_what_they_are(

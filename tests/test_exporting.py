@@ -159,7 +159,7 @@ def test_a_weight_in_bitsandbytes_form_is_ours_byte_for_byte(place: Path, tmp_pa
     for file in (tmp_path / "out").glob("*.safetensors"):
         tensors |= safetensors.torch.load_file(file)
     name = "model.layers.1.mlp.down_proj.weight"
-    weight = next(w for w in open_base(named.read().config).weights.values() if w.name == name)
+    weight = next(w for w in open_base(named.read().spec).weights.values() if w.name == name)
     source = safetensors.torch.load_file(place / "llama" / "model.safetensors")[name]
     codes, state = bnb.quantize_4bit(source, blocksize=64, quant_type="nf4", compress_statistics=True)
     theirs = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()} | {name: codes}

@@ -39,7 +39,8 @@ from distlora.loading.peft_format import (
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.post import generate as worker
-from distlora.post.load_trained import load_model
+from distlora.post.load_trained import load_trained
+from distlora.post.trained import of_run
 from distlora.system.command_worker import from_json, to_json
 from distlora.training import worker as training_worker
 from distlora.training.generator import (
@@ -382,7 +383,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask(run_dir: Path, text: str, weights: Path | None) -> str:
     """The raw continuation, in process."""
     config = load_config(run_dir)
-    model, backend = load_model(config, None if weights is None else str(weights), SINGLE)
+    model, backend = load_trained(of_run(config, None if weights is None else str(weights)), SINGLE)
     encoder = PromptEncoder(model, config.model, CHATS, as_chat=False)
     settings = greedy(encoder, config.model.path, 12)
     (completion,) = generate(Generator(model, backend), [encoder.encode(Prompt(place="p", text=text))], settings)
@@ -472,8 +473,8 @@ def test_a_base_that_changed_since_is_refused(trained: Path, tmp_path: Path) -> 
     )
     for weights in ("adapter", "checkpoints"):
         with pytest.raises(UserError, match="was trained on another base"):
-            load_model(config, str(tmp_path / "moved" / "run" / weights), SINGLE)
-    load_model(config, None, SINGLE)
+            load_trained(of_run(config, str(tmp_path / "moved" / "run" / weights)), SINGLE)
+    load_trained(of_run(config, None), SINGLE)
 
 
 def test_a_run_that_trained_the_whole_model_is_generated_from(folders: Path, tmp_path: Path) -> None:
@@ -514,7 +515,7 @@ def test_an_adapter_of_others_brings_its_own_rank_and_targets(
     assert texts[0] != texts[1] == [ask(trained, "A list", None), ask(trained, "7 is", None)]
 
     config = load_config(trained)
-    ours, _ = load_model(config, None, SINGLE)
+    ours, _ = load_trained(of_run(config, None), SINGLE)
     tuned = peft.PeftModel.from_pretrained(dequantized(Path(config.model.path), ours), tmp_path / "other")
     ids = torch.tensor([PromptEncoder(ours, config.model, CHATS, as_chat=False).encode(Prompt(place="p", text="7 is"))])
     theirs = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)

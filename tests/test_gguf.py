@@ -76,7 +76,7 @@ def test_types_are_those_of_llama_cpps_converter(dtype: str, tmp_path: Path) -> 
     assert read["token_embd.weight"].tensor_type.name == kinds[dtype]
     # 200 columns are no blocks of 32.
     assert read["blk.0.ffn_down.weight"].tensor_type.name == ("F16" if dtype == "q8_0" else kinds[dtype])
-    weight = open_base(config_for(tmp_path, quant={"method": "none"})).weights["model.layers.0.mlp.up_proj.weight"]
+    weight = open_base(config_for(tmp_path, quant={"method": "none"}).spec).weights["model.layers.0.mlp.up_proj.weight"]
     with Reader() as reader:
         exact = weight.whole(reader).numpy()
     up = read["blk.0.ffn_up.weight"]
@@ -177,7 +177,7 @@ def test_an_adapter_without_effect_has_none(tmp_path: Path) -> None:
 def test_an_adapter_on_a_tied_head_is_refused(tmp_path: Path) -> None:
     """llama.cpp has no tensor for it, and would not load the adapter."""
     write_family_folder(tmp_path, "llama3-tied")
-    base = open_base(config_for(tmp_path))
+    base = open_base(config_for(tmp_path).spec)
     check_paths(["model.layers.0.mlp.up_proj"], base)
     with pytest.raises(UserError, match="lm_head, which is no tensor of the base's GGUF"):
         check_paths(["model.layers.0.mlp.up_proj", "lm_head"], base)

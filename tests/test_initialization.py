@@ -27,8 +27,8 @@ from distlora.loading import decomposed_adapters, plain_adapter
 from distlora.loading.peft_format import adapter_tensors
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, watch
-from distlora.post.load_trained import load_model
-from distlora.post.trained import find_weights
+from distlora.post.load_trained import load_trained
+from distlora.post.trained import find_weights, of_run
 from distlora.system import randomness
 from distlora.training import worker
 from distlora.training.publish import publish_result
@@ -334,7 +334,9 @@ def test_modules_trained_beside_pissa_are_published(folders: Path, tmp_path: Pat
     others = [name for name in published if name.endswith(beside)]
     assert others
     assert all(torch.equal(published[name], saved[name]) for name in others)
-    models = [load_model(load_config(run_dir), str(folder), SINGLE)[0] for folder in (run_dir / "adapter", step)]
+    models = [
+        load_trained(of_run(load_config(run_dir), str(folder)), SINGLE)[0] for folder in (run_dir / "adapter", step)
+    ]
     assert torch.equal(*(our_logits(model, PROBE) for model in models))
     assert_disk_as_planned(run_dir)
 
@@ -381,7 +383,7 @@ def test_loftq_adapter_belongs_to_the_nf4_base(tmp_path: Path) -> None:
     code = card.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
     exec(code.replace("org/base", str(folders / "llama")).replace("org/name", str(out / "result")), names)
-    ours, _ = load_model(load_config(run_dir), str(run_dir / "adapter"), SINGLE)
+    ours, _ = load_trained(of_run(load_config(run_dir), str(run_dir / "adapter")), SINGLE)
     with torch.no_grad():
         # Of a model in evaluation bitsandbytes computes in bf16 on a CPU.
         theirs, expected = names["model"].train()(PROBE).logits, our_logits(ours, PROBE)
@@ -400,7 +402,7 @@ def test_loftq_adapter_belongs_to_the_nf4_base(tmp_path: Path) -> None:
     plain = make_run(tmp_path / "plain", folders, quant={"method": "none"})
     for generates in (
         lambda: find_weights(tmp_path / "plain", plain, published, None),
-        lambda: load_model(plain, published, SINGLE, foreign=True),
+        lambda: load_trained(of_run(plain, published, foreign=True), SINGLE),
     ):
         with pytest.raises(UserError, match=r"--adapter=.* started by LoftQ"):
             generates()
@@ -416,7 +418,7 @@ def test_loftq_adapter_belongs_to_the_nf4_base(tmp_path: Path) -> None:
 def with_residual(run_dir: Path, folders: Path) -> tuple[CausalLM, transformers.PreTrainedModel]:
     """Return the trained model of a PiSSA run, and the Hugging Face model of its dequantized W_res + s B0 A0."""
     config = load_config(run_dir)
-    ours, _ = load_model(config, str(run_dir / "adapter"), SINGLE)
+    ours, _ = load_trained(of_run(config, str(run_dir / "adapter")), SINGLE)
     base, start = (
         dequantized_hf_model(folders / "llama", ours),
         decomposed_adapters.load_initial_factors(config.run_dir),
@@ -468,17 +470,17 @@ def test_pissa_publishes_a_plain_lora_for_the_unchanged_base(
     assert "base_eval_loss" not in summary
     best = summary["best_step"]
     for folder in ("adapter", "best", f"checkpoints/step_{best:08d}"):
-        other, _ = load_model(load_config(run_dir), str(run_dir / folder), SINGLE)
+        other, _ = load_trained(of_run(load_config(run_dir), str(run_dir / folder)), SINGLE)
         assert torch.equal(our_logits(other, PROBE), our_logits(ours, PROBE)), folder
     checkpointed = safetensors.torch.load_file(run_dir / f"checkpoints/step_{best:08d}" / "adapter_model.safetensors")
     assert checkpointed["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].shape == (6, 200)
 
     # The base alone is the checkpoint's, and the plain adapter is another run's start.
-    alone, _ = load_model(load_config(run_dir), None, SINGLE)
+    alone, _ = load_trained(of_run(load_config(run_dir), None), SINGLE)
     make_run(tmp_path / "plain", folders, quant=quant)
     unchanged, _, _ = start_run_model(load_config(tmp_path / "plain"), SINGLE)
     assert torch.equal(our_logits(alone, PROBE), our_logits(unchanged, PROBE))
-    foreign, _ = load_model(load_config(tmp_path / "plain"), str(run_dir / "adapter"), SINGLE, foreign=True)
+    foreign, _ = load_trained(of_run(load_config(tmp_path / "plain"), str(run_dir / "adapter"), foreign=True), SINGLE)
     if quant["method"] == "none":  # NF4(W) is another base than NF4(W_res) + s B0 A0.
         assert (our_logits(foreign, PROBE) - our_logits(ours, PROBE)).abs().max() <= 1e-4
 
@@ -531,7 +533,7 @@ def test_missing_damaged_or_foreign_initial_adapter_is_refused(
             with pytest.raises(UserError, match=match):
                 check(load_config(run_dir), new_run=False)
         with pytest.raises(UserError, match=match):
-            load_model(load_config(run_dir), str(run_dir / "checkpoints"), SINGLE)
+            load_trained(of_run(load_config(run_dir), str(run_dir / "checkpoints")), SINGLE)
 
     path.unlink()
     refuses(f"{INITIAL_ADAPTER_NAME} is missing")

@@ -137,7 +137,7 @@ def test_the_receipt_counts_what_each_type_keeps(onto: str, tmp_path: Path) -> N
     """Against whole matrices, in fp64."""
     _, trained = adapted(tmp_path, "llama-biases")
     receipt = merge_to(trained, tmp_path / "merged", onto=onto, dtype=torch.bfloat16, say=quiet)  # type: ignore[arg-type]
-    base, adapter = open_base(trained.config), AdapterFile.open(tmp_path / "adapter")
+    base, adapter = open_base(trained.spec, trained.initial_adapter_dir), AdapterFile.open(tmp_path / "adapter")
     assert receipt.weights.keys() == {f"{path}.weight" for path in adapter.paths}
     lost, delta_square = dict.fromkeys(("bf16", "fp16", "nf4"), 0.0), 0.0
     with Reader() as reader:
@@ -233,7 +233,7 @@ def test_one_process_writes_a_folder_and_none_takes_anothers_place(tmp_path: Pat
 def test_an_adapter_without_a_run_is_merged_onto_its_base_as_it_is_on_disk(tmp_path: Path) -> None:
     """No train.dtype is known that an fp32 base should be rounded to."""
     _, trained = adapted(tmp_path, "llama3-tied")
-    assert trained.config.train.dtype == "fp32"
+    assert trained.spec.dtype == "fp32"
     merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float32, say=quiet)
     before, after = (safetensors.torch.load_file(tmp_path / d / "model.safetensors") for d in ("base", "merged"))
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
@@ -242,12 +242,10 @@ def test_an_adapter_without_a_run_is_merged_onto_its_base_as_it_is_on_disk(tmp_p
 def test_a_stopped_merge_begins_with_no_other_tensor(tmp_path: Path) -> None:
     """Ctrl-C waits for the pieces that are read, and not for the first of every tensor that is still to come."""
     _, trained = adapted(tmp_path, "llama3-tied")
-    base, clock = open_base(trained.config), Clock("merging", 1, quiet)
+    base, clock = open_base(trained.spec, trained.initial_adapter_dir), Clock("merging", 1, quiet)
     clock.stopped = True
     with pytest.raises(CancelledError), Files(tmp_path, Plan(headers={}, places={}, copied={})) as files:
-        Filling(files, base, None, "trained", torch.float32, clock).fill(
-            parameters_of(base, Path(trained.config.model.path), None)[0]
-        )
+        Filling(files, base, None, "trained", torch.float32, clock).fill(parameters_of(base, trained.base, None)[0])
 
 
 def test_a_receipt_is_json_and_leaves_out_what_says_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,13 @@ from torch import Tensor
 from closeness import assert_adapters_close, assert_losses_close
 from distlora.config import UserError, check_ranks
 from distlora.config.file import load_config
+<<<<<<< HEAD
 from distlora.post.load_trained import load_model
+=======
+from distlora.planner import traffic
+from distlora.post.load_trained import load_trained
+from distlora.post.trained import of_run
+>>>>>>> a4e4df5 ([post] Hold a ModelSpec in Trained, never a forged Config)
 from distlora.run_folder.checkpoints import steps
 from family_models import SINGLE, config_for, dequantized, tokens
 from planned import assert_disk_as_planned, traffic_of
@@ -106,7 +112,7 @@ def test_another_run_starts_from_them_and_generation_has_pefts_logits(
     ]
     assert_losses_close(held_out[0][:1], held_out[1][-1:])
 
-    ours, _ = load_model(load_config(whole), str(whole / "adapter"), SINGLE)
+    ours, _ = load_trained(of_run(load_config(whole), str(whole / "adapter")), SINGLE)
     assert not any(p.requires_grad for p in (*ours.head.parameters(), *ours.embedding.parameters()))
     base = dequantized(folders / "llama-tied", ours)
     ids = tokens(2, 30)

@@ -96,7 +96,7 @@ def load_peft_adapter(
         for part, parameter in pair.named_parameters():
             name = initial.names[path, part]
             if not torch.isfinite(stored[name]).all():
-                raise UserError(f"{file}: {name} holds NaN or Inf; set adapter.init_from to another adapter")
+                raise UserError(f"{file}: {name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
             parameter.copy_(stored[name])
     check_rows(initial.token_rows, file, stored=model.vocabulary.stored, hidden=whole_shape(model.head.weight)[1])
     for matrix, from_file in initial.token_rows.items():
@@ -104,7 +104,7 @@ def load_peft_adapter(
         if rows is None:  # Of a tied head, which has the embedding's.
             continue
         if not torch.isfinite(stored[from_file.name]).all():
-            raise UserError(f"{file}: {from_file.name} holds NaN or Inf; set adapter.init_from to another adapter")
+            raise UserError(f"{file}: {from_file.name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
         # Rows of this run's new tokens keep their initial values.
         rows.rows[[rows.ids.index(id) for id in from_file.ids]] = stored[from_file.name].to(rows.rows)
     _load_modules(model, initial, backend)
@@ -121,7 +121,7 @@ def _load_modules(model: CausalLM, initial: PeftAdapter, backend: Backend) -> No
             local, first = backend.local_rows(by_name[module])
             rank_rows = tensors.get_slice(of.name)[first : min(first + len(local), of.shape[0])]
             if not torch.isfinite(rank_rows).all():
-                raise UserError(f"{file}: {of.name} holds NaN or Inf; set adapter.init_from to another adapter")
+                raise UserError(f"{file}: {of.name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
             local[: len(rank_rows)] = rank_rows
 
 

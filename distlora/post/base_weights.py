@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import Segment
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.config import Config, UserError
+from distlora.config import ModelSpec, UserError
 from distlora.loading.decomposed_adapters import load_initial_factors
 from distlora.loading.load_base import find_base
 from distlora.loading.quantize import DoubleQuantizedAbsmax
@@ -165,18 +166,18 @@ class Base:
         return f"{self.model.family.decoder}.{EMBEDDING}.weight"
 
 
-def open_base(config: Config) -> Base:
+def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
     """Open the base of a model from its headers.
 
     Raises UserError if the checkpoint belongs to another model, or if PiSSA's initial adapter is gone.
     """
-    files = CheckpointFiles(config.model.path)
-    model = build_model(config.spec, base=files, training=False)
+    files = CheckpointFiles(spec.path)
+    model = build_model(spec, base=files, training=False)
     sources = find_base(model, files.headers)
     stored = read_prequantized_weights(files)
     packed = prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
     frozen = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, FrozenTensor)}
-    residuals = _residuals(model, config) if config.adapter.pissa else {}
+    residuals = _residuals(model, initial_adapter_dir) if spec.adapter.pissa else {}
     held = {model.hf_name(name): parameter.dtype for name, parameter in model.named_parameters()}
     weights = {}
     for name, source in sources.items():
@@ -195,9 +196,9 @@ def open_base(config: Config) -> Base:
     return Base(model=model, weights=weights, files=files)
 
 
-def _residuals(model: CausalLM, config: Config) -> dict[str, Residual]:
+def _residuals(model: CausalLM, initial_adapter_dir: str | Path) -> dict[str, Residual]:
     """Return PiSSA's initial adapter by the name of the weight it was subtracted from."""
-    start = load_initial_factors(config.run_dir)
+    start = load_initial_factors(initial_adapter_dir)
     found = {}
     for path, linear in model.adapted_linears():
         assert isinstance(linear, AdaptedLinear)

@@ -20,7 +20,8 @@ from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
 from distlora.parallel import Ranks
 from distlora.post.chat import Chat, Printer
-from distlora.post.load_trained import load_model
+from distlora.post.load_trained import load_trained
+from distlora.post.trained import of_run
 from distlora.post.workers import run_on_ranks
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.progress import (
@@ -38,7 +39,7 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
     speaks = ranks.rank == 0
     began = time.monotonic()
     with still_loading() if speaks else contextlib.nullcontext():
-        model, backend = load_model(config, request.weights, ranks, foreign=request.foreign)
+        model, backend = load_trained(of_run(config, request.weights, foreign=request.foreign), ranks)
     data = read_record(Path(request.run) / DATA_NAME)
     prompts = None if request.prompts is None else read_prompts(Path(request.prompts))
     holds_messages = any(prompt.text is None for prompt in prompts or ())

@@ -1,21 +1,31 @@
-"""What a command works on: something that was trained, and the base that it belongs to. Imports no torch.
+"""Describe what a command works on: a trained model and its base. Imports no torch.
 
-A run's folder names both, and how the base was quantized. An adapter of another program is a folder in PEFT's format,
-and its base is named beside it.
+A run's folder names its base and quantization. An adapter without a run is a folder in PEFT's format; its base is named
+beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, QuantConfig, UserError, require
+from distlora.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ModelSpec,
+    ParallelConfig,
+    QuantConfig,
+    TrainConfig,
+    UserError,
+    require,
+)
+from distlora.config.errors import named_settings
 from distlora.config.file import load_config
 from distlora.run_folder.layout import (
     CHECKPOINTS,
@@ -26,110 +36,144 @@ from distlora.run_folder.layout import (
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 
 BASE_ALONE = "base"
-"""As --adapter: the base without anything trained."""
+"""Value of --adapter for the base without an adapter."""
+BY_FLAG = {"adapter.init_from": "--adapter"}
+BY_PLACE = {"adapter.init_from": "ADAPTER"}
+"""Names of an adapter in errors: given by --adapter, or as the folder that a command works on."""
+
+Quant = Literal["nf4", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """A base and what belongs on it."""
+    """A base and the weights trained on it."""
 
     place: str
-    """The folder as it was named."""
-    config: Config
-    """Of the run; its `adapter` is that of `weights`, also where these are no run's own."""
+    """The folder as it was typed."""
+    spec: ModelSpec
+    """The model; its adapter settings are those of `weights`."""
     weights: Path | None
-    """An adapter in PEFT's format, a whole model, or a folder of checkpoints, whose newest whole one is meant; None:
-    the base alone."""
+    """An adapter in PEFT's format, a whole model, or a folder of checkpoints whose newest complete one is used; None
+    for the base alone."""
     foreign: bool = False
-    """Whether `weights` is an adapter of another run or program."""
+    """True if `weights` is an adapter of another run or program."""
     run_dir: Path | None = None
-    """None for an adapter that is no run's."""
+    """Folder of the run; None for an adapter without one."""
+    data: DataConfig | None = None
+    """Data settings of the run; None without one."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def base(self) -> Path:
+        """Folder of the base."""
+        return self.spec.path
+
+    @property
+    def initial_adapter_dir(self) -> Path | str:
+        """Folder that holds the initial adapter of PiSSA and LoftQ: the run's."""
+        return self.run_dir or ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Name:
-    """How something trained is named on a command line, and in the request to a worker."""
+    """The arguments of a command that name a trained model, also in the request to its worker."""
 
     place: str
-    """A run's folder, or one in PEFT's format."""
+    """A run's folder, or an adapter in PEFT's format."""
     adapter: str | None = None
-    """Of a run: another adapter of its base, or BASE_ALONE."""
+    """Another adapter of the run's base, or BASE_ALONE."""
     checkpoint: str | None = None
-    """Of a run: a saved step, or "best"."""
+    """A saved step of the run, or "best"."""
     base: str | None = None
-    """Of an adapter without a run: its base."""
-    quant: Literal["nf4", "none"] = "nf4"
-    """And how that is held."""
+    """Base of an adapter without a run."""
+    quant: Quant = "nf4"
+    """Quantization of that base."""
 
     def read(self) -> Trained:
-        """What is meant.
+        """Return the model that is named.
 
-        Raises UserError for a folder that is neither, for a run that has nothing trained yet, and for an adapter that
-        cannot belong to the base.
+        Raises UserError for a folder that is neither a run nor an adapter, for a run without anything trained yet, and
+        for an adapter that cannot belong to the base.
         """
         folder = Path(self.place).expanduser().absolute()
         if (folder / CONFIG_NAME).is_file():
             if (folder.parent / "config.yaml").is_file():
                 raise UserError(f"{folder} is the adapter of a run, which names its base; write {folder.parent}")
-            return _alone(folder, self.place, base=self.base, quant=self.quant)
+            return _without_run(folder, self.place, base=self.base, quant=self.quant)
         require(self.base is None, f"--model={self.base}: {self.place} names its base itself; leave --model out")
-        config = load_config(folder)
-        weights = find_weights(folder, config, self.adapter, self.checkpoint)
-        foreign = self.adapter not in (None, BASE_ALONE)
-        if foreign or weights is None:
-            config = with_adapter(config, weights)
-        return Trained(place=self.place, config=config, weights=weights, foreign=foreign, run_dir=folder)
+        return read_run(folder, self.place, adapter=self.adapter, checkpoint=self.checkpoint)
 
 
-def _alone(folder: Path, place: str, *, base: str | None, quant: Literal["nf4", "none"]) -> Trained:
-    """An adapter that is no run's: as a run that would have started from it."""
-    with named_by_place(place):
-        says = read_peft_adapter(folder).base
-    if base is None:
-        raise UserError(
-            f"{place} is an adapter without its run, so its base must be named: add --model "
-            f"{says or 'FOLDER'} (a folder in Hugging Face format{', or a name on the hub' if says is None else ''})"
-        )
-    config = base_alone(base, quant, run_dir=str(folder))
-    config = replace(config, train=replace(config.train, dtype=_held(Path(base))))
-    with named_by_place(place):
-        check_quantization(read_peft_adapter(folder), quant)
-        config = with_adapter(config, folder)
-    return Trained(place=place, config=config, weights=folder, foreign=True)
+def read_run(run_dir: Path, place: str, *, adapter: str | None = None, checkpoint: str | None = None) -> Trained:
+    """Return the model of a run, with the adapter or checkpoint that is named. Raises UserError as `Name.read`."""
+    config = load_config(run_dir)
+    weights = find_weights(run_dir, config.spec, adapter, checkpoint)
+    foreign = adapter not in (None, BASE_ALONE)
+    return replace(of_run(config, weights, foreign=foreign), place=place, run_dir=run_dir)
 
 
-def _held(base: Path) -> Literal["bf16", "fp32"]:
-    """What a base is held in that no run says it of: in what loses nothing of most of its numbers."""
+def of_run(config: Config, weights: str | Path | None, *, foreign: bool = False) -> Trained:
+    """Return the model of a run with these weights: None for the base alone, `foreign` for another adapter."""
+    place = None if weights is None else Path(weights)
+    trained = Trained(
+        place=config.run_dir,
+        spec=config.spec,
+        weights=place,
+        foreign=foreign,
+        run_dir=Path(config.run_dir),
+        data=config.data,
+        train=config.train,
+        parallel=config.parallel,
+    )
+    if foreign or place is None:
+        with named_settings(BY_FLAG):
+            trained = replace(trained, spec=with_adapter(config.spec, place))
+    return trained
+
+
+def _without_run(folder: Path, place: str, *, base: str | None, quant: Quant) -> Trained:
+    """Return an adapter without a run."""
+    with named_settings(BY_PLACE):
+        initial = read_peft_adapter(folder)
+        if base is None:
+            raise UserError(
+                f"{place} is an adapter without its run, so its base must be named: add --model "
+                f"{initial.base or 'FOLDER'} (a folder in Hugging Face format"
+                f"{', or a name on the hub' if initial.base is None else ''})"
+            )
+        check_quantization(initial, quant)
+        spec = with_adapter(base_spec(base, quant, dtype=stored_dtype(Path(base))), folder)
+    return Trained(place=place, spec=spec, weights=folder, foreign=True)
+
+
+def stored_dtype(base: Path) -> Literal["bf16", "fp32"]:
+    """Return the dtype that keeps most of a base's stored weights exact; bf16 if the base cannot be read here."""
     numbers: Counter[str] = Counter()
-    with contextlib.suppress(UserError):  # Not on this machine yet, or broken, which is refused where it is read.
+    with contextlib.suppress(UserError):  # Not downloaded yet, or damaged, which is refused where it is read.
         for segment in read_headers(base.expanduser()).values():
             numbers[segment.dtype] += segment.numel
     return "fp32" if numbers["F32"] + numbers["F16"] > numbers["BF16"] else "bf16"
 
 
-def base_alone(base: str, quant: Literal["nf4", "none"], *, run_dir: str) -> Config:
-    """The settings of a run on a base that there is no run of: what our own model path is built from."""
-    return Config(
-        model=ModelConfig(path=base),
-        data=DataConfig(path=base, sequence_length=2),  # A config without data is none; nothing reads this.
-        adapter=AdapterConfig(r=1),
-        quant=QuantConfig(method=quant),
-        run_dir=run_dir,
+def base_spec(base: str, quant: Quant, *, dtype: Literal["bf16", "fp32"] = "bf16") -> ModelSpec:
+    """Return a base without a run, with an adapter of rank 1 that adds zero."""
+    return ModelSpec(
+        model=ModelConfig(path=base), quant=QuantConfig(method=quant), adapter=AdapterConfig(r=1), dtype=dtype
     )
 
 
-def with_adapter(config: Config, weights: Path | None) -> Config:
-    """The run's settings with those of an adapter that is not its own, or of none: on the base as its checkpoint has
-    it, whatever the run took out of it."""
-    own: dict[str, Any] = {"init": "kaiming"}
+def with_adapter(spec: ModelSpec, weights: Path | None) -> ModelSpec:
+    """Return the model with the adapter in `weights`, or none, on the base as its checkpoint has it."""
+    settings: dict[str, Any] = {"init": "kaiming"}
     if weights is not None:
-        own |= {"init_from": str(weights), "trainable_token_indices": None, "modules_to_save": ()}
-        own |= read_peft_adapter(weights).settings
-    return replace(config, adapter=replace(config.adapter, **own))
+        settings |= {"init_from": str(weights), "trainable_token_indices": None, "modules_to_save": ()}
+        settings |= read_peft_adapter(weights).settings
+    return replace(spec, adapter=replace(spec.adapter, **settings))
 
 
-def find_weights(run_dir: Path, config: Config, adapter: str | None, checkpoint: str | None) -> Path | None:
-    """The folder of the weights that are meant; the run's checkpoints where it is unfinished; None for the base.
+def find_weights(run_dir: Path, spec: ModelSpec, adapter: str | None, checkpoint: str | None) -> Path | None:
+    """Return the folder of the weights; the checkpoints of an unfinished run; None for the base alone.
 
     Raises UserError as `Name.read`.
     """
@@ -138,12 +182,12 @@ def find_weights(run_dir: Path, config: Config, adapter: str | None, checkpoint:
     if adapter is not None:
         folder = Path(adapter).expanduser().absolute()
         require(
-            config.adapter.method == "lora",
+            spec.adapter.method == "lora",
             f"--adapter={adapter}: the run trained the whole model (adapter=full), which takes no adapter; leave "
             "--adapter out",
         )
-        with named_by_flag():
-            check_quantization(read_peft_adapter(folder), config.quant.method)
+        with named_settings(BY_FLAG):
+            check_quantization(read_peft_adapter(folder), spec.quant.method)
         return folder
     if checkpoint is not None:
         return read_result(run_dir, checkpoint).folder
@@ -156,19 +200,3 @@ def find_weights(run_dir: Path, config: Config, adapter: str | None, checkpoint:
         f"write --adapter {BASE_ALONE} for the base alone",
     )
     return run_dir / CHECKPOINTS
-
-
-@contextlib.contextmanager
-def named_by_flag() -> Iterator[None]:
-    """What is refused of an adapter is refused of --adapter here, and not of the setting that a run starts from."""
-    with named_by_place("--adapter"):
-        yield
-
-
-@contextlib.contextmanager
-def named_by_place(place: str) -> Iterator[None]:
-    """What is refused of an adapter is refused of `place`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(re.sub(r"(adapter\.)?init_from", lambda _: place, str(error))) from error

@@ -129,7 +129,7 @@ def read_peft_adapter(folder: str | Path) -> PeftAdapter:
         if segments[name].dtype not in SOURCE_DTYPES:
             raise UserError(
                 f"{folder / WEIGHTS_NAME}: {name} is stored as {segments[name].dtype}; an adapter must be "
-                f"{', '.join(SOURCE_DTYPES)}, so convert it, or set another adapter.init_from"
+                f"{', '.join(SOURCE_DTYPES)}, so convert it, or set another {{adapter.init_from}}"
             )
     base = values.get("base_model_name_or_path")
     token_rows = read_initial_rows(values, segments, folder)
@@ -157,8 +157,9 @@ def check_quantization(initial: PeftAdapter, method: str) -> None:
     """Raise UserError if a LoftQ adapter meets an unquantized base. `method`: quant.method."""
     if initial.settings["init_from_loftq"] and method == "none":
         raise UserError(
-            f"adapter.init_from={initial.folder} started by LoftQ: A and B hold a correction of what NF4 loses of the "
-            f"base, and quant={method} loses nothing; set quant=nf4, or another adapter.init_from"
+            f"{{adapter.init_from}}={initial.folder} started by LoftQ: A and B hold a correction of what NF4 "
+            f"loses of the "
+            f"base, and quant={method} loses nothing; set quant=nf4, or another {{adapter.init_from}}"
         )
 
 
@@ -174,7 +175,7 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, shapes: Mapping[str
     if outside:
         raise UserError(
             f"{file} adapts {outside[0]}{_more(outside)}, which is not a linear in this model's decoder layers"
-            f"{nearest(outside[0], shapes)}{trained_on}; set another adapter.init_from or model.path"
+            f"{nearest(outside[0], shapes)}{trained_on}; set another {{adapter.init_from}} or model.path"
         )
     linears, experts = ([path for path, shape in shapes.items() if len(shape) == dims] for dims in (2, 3))
     targets = set(select_among(adapter, linears, experts))
@@ -182,7 +183,8 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, shapes: Mapping[str
         if strays:
             raise UserError(
                 f"{file} {what} {strays[0]}{_more(strays)}; adapter.target_modules={written(adapter.target_modules)} "
-                f"means {len(targets)} linears of this model{trained_on}; set another adapter.init_from or model.path"
+                f"means {len(targets)} linears of this model{trained_on}; set another {{adapter.init_from}} or "
+                f"model.path"
             )
     for (path, part), segment in sorted(initial.tensors.items()):
         *num_experts, out_features, in_features = shapes[path]
@@ -192,19 +194,19 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, shapes: Mapping[str
         if segment.shape != expected:
             raise UserError(
                 f"{file}: {initial.names[path, part]} has shape {list(segment.shape)}, and {path} at rank {rank} needs "
-                f"{list(expected)}{trained_on}; set another adapter.init_from or model.path"
+                f"{list(expected)}{trained_on}; set another {{adapter.init_from}} or model.path"
             )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    place = f"adapter.init_from={folder}"
+    place = f"{{adapter.init_from}}={folder}"
     if not folder.is_dir():
         if folder.exists():
             raise UserError(f"{place} is a file; point it at the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
         if is_hub_name(str(folder)):
             raise UserError(
                 f"{place} is not a folder on this machine; if it is on the hub, download it first: "
-                f"`hf download {folder} --local-dir FOLDER`, then adapter.init_from=FOLDER"
+                f"`hf download {folder} --local-dir FOLDER`, then {{adapter.init_from}}=FOLDER"
             )
         siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise UserError(
@@ -213,7 +215,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         inside = [child.name for child in sorted(folder.iterdir()) if (child / CONFIG_NAME).is_file()]
-        hint = f"set adapter.init_from={folder / inside[0]}" if inside else "set it to a folder that PEFT saved"
+        hint = f"set {{adapter.init_from}}={folder / inside[0]}" if inside else "set it to a folder that PEFT saved"
         raise UserError(f"{place} holds no {CONFIG_NAME}; {hint}")
     return read_object(path, "save the adapter again")
 
@@ -223,7 +225,7 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
     if values.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type={values.get('peft_type')!r} is not supported, only LORA is; set another "
-            "adapter.init_from"
+            "{adapter.init_from}"
         )
     init = values.get("init_lora_weights")
     if init not in _KEEPS_THE_BASE:
@@ -235,7 +237,9 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
     for name in sorted(values.keys() - _TAKEN - _WITHOUT_MEANING - {"init_lora_weights"}):
         if values[name] and values[name] != _DEFAULTS.get(name):
             reason = _REASONS.get(name, "distlora does not know what that changes")
-            raise UserError(f"{path}: {name}={values[name]!r} is not supported ({reason}); set another init_from")
+            raise UserError(
+                f"{path}: {name}={values[name]!r} is not supported ({reason}); set another {{adapter.init_from}}"
+            )
 
 
 def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str], str]:
@@ -249,14 +253,16 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
                 f"{folder / pickled[0]} is a pickle, which can run any code when it is read; load it with PEFT where "
                 f"you trust it and save it again (save_pretrained writes {WEIGHTS_NAME})"
             )
-        raise UserError(f"adapter.init_from={folder} holds no {WEIGHTS_NAME}; save the adapter again")
+        raise UserError(f"{{adapter.init_from}}={folder} holds no {WEIGHTS_NAME}; save the adapter again")
     by_part: dict[tuple[str, str], str] = {}
     for name in sorted(read_header(file)):
         match = _TENSOR.fullmatch(name)
         if is_of_rows(name) or is_of_modules(name, values):
             continue
         if match is None:
-            raise UserError(f"{file}: {name} is not a lora_A or lora_B of a linear{_kind(name)}; set another init_from")
+            raise UserError(
+                f"{file}: {name} is not a lora_A or lora_B of a linear{_kind(name)}; set another {{adapter.init_from}}"
+            )
         key = (match["path"], match["part"] or match["magnitude"])
         if key in by_part:
             raise UserError(
@@ -353,7 +359,7 @@ def parameters_of(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     ):
         raise UserError(
             f"{path}: target_parameters={entries!r} are not all weights of experts ({', '.join(known)}), the only "
-            "supported target_parameters; set another init_from"
+            "supported target_parameters; set another {adapter.init_from}"
         )
     return tuple(sorted(entries))
 

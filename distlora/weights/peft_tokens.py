@@ -61,7 +61,8 @@ def read_initial_rows(
         matrix = path.rpartition(".")[2]
         if matrix not in (EMBEDDING, HEAD):
             raise UserError(
-                f"{place} names {path}, but only rows of {EMBEDDING} and {HEAD} are supported; set another init_from"
+                f"{place} names {path}, but only rows of {EMBEDDING} and {HEAD} are supported; set another "
+                f"{{adapter.init_from}}"
             )
         if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids) or len(set(ids)) < len(ids):
             raise UserError(
@@ -105,13 +106,13 @@ def check_rows(rows: Mapping[str, PeftTokenRows], folder: Path, *, stored: int, 
         if trained.shape[1] != hidden:
             raise UserError(
                 f"{folder}: {trained.name} has rows of {trained.shape[1]}, and the model's have {hidden}; set another "
-                "adapter.init_from or model.path"
+                "{adapter.init_from} or model.path"
             )
         if trained.whole is not None and (untrained := sorted(set(range(stored, trained.whole[0])) - set(trained.ids))):
             raise UserError(
                 f"{folder}: {matrix} has grown to {trained.whole[0]:,} rows, and row {untrained[0]} is not among "
                 "trainable_token_indices, so the adapter belongs to a base that is not on disk; set another "
-                "adapter.init_from"
+                "{adapter.init_from}"
             )
 
 
@@ -150,7 +151,7 @@ def read_initial_modules(
         if module not in SAVED_MODULES:
             raise UserError(
                 f"{folder}: modules_to_save has {path!r}; only {' and '.join(SAVED_MODULES)} are supported; set "
-                "another init_from"
+                "another {adapter.init_from}"
             )
         if module not in stored:
             raise UserError(
@@ -177,5 +178,5 @@ def check_modules(modules: Mapping[str, PeftWholeModule], file: Path, *, rows: C
         if len(trained.shape) != 2 or trained.shape[0] not in rows or trained.shape[1] != hidden:
             raise UserError(
                 f"{file}: {trained.name} has shape {list(trained.shape)}, and the model's has {[max(rows), hidden]}; "
-                "set another adapter.init_from or model.path, or the adapter's model.new_tokens"
+                "set another {adapter.init_from} or model.path, or the adapter's model.new_tokens"
             )

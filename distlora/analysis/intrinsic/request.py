@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from distlora.config import (
     AdapterConfig,
-    Config,
     DataConfig,
     ModelConfig,
-    OptimConfig,
+    ModelSpec,
     QuantConfig,
     TrainConfig,
     require,
@@ -98,27 +97,32 @@ class IntrinsicRequest:
             f"--scaling={','.join(self.scalings)} is not known; write none, layers or none,layers",
         )
 
-    def config(self, model: str, *, lr: float | None = None, seed: int = 0) -> Config:
-        """The settings of a run that would train all of this model on this data: what our own paths are built from."""
-        return Config(
+    def spec(self, model: str) -> ModelSpec:
+        """Return a model whose parameters are all trained."""
+        return ModelSpec(
             model=ModelConfig(path=model),
-            data=DataConfig(
-                path=self.data,
-                eval_path=self.eval_data,
-                eval_fraction=0.1 if self.eval_data is None else 0.0,
-                sequence_length=self.sequence_length,
-                cache_dir=self.cache_dir,
-            ),
-            adapter=AdapterConfig(method="full"),
             quant=QuantConfig(method="none"),
-            optim=OptimConfig(lr=self.lr if lr is None else lr, warmup_ratio=0.1),
-            train=TrainConfig(
-                dtype="fp32",
-                max_steps=self.steps,
-                global_batch=self.batch,
-                micro_batch=max(1, min(self.batch, MOST_TOKENS_AT_ONCE // self.sequence_length)),
-                checkpointing="none",
-                seed=seed,
-            ),
-            run_dir=self.out,
+            adapter=AdapterConfig(method="full"),
+            dtype="fp32",
+        )
+
+    def data_settings(self) -> DataConfig:
+        """Return the data settings of the documents."""
+        return DataConfig(
+            path=self.data,
+            eval_path=self.eval_data,
+            eval_fraction=0.1 if self.eval_data is None else 0.0,
+            sequence_length=self.sequence_length,
+            cache_dir=self.cache_dir,
+        )
+
+    def train_settings(self, seed: int = 0) -> TrainConfig:
+        """Return the settings of one training."""
+        return TrainConfig(
+            dtype="fp32",
+            max_steps=self.steps,
+            global_batch=self.batch,
+            micro_batch=max(1, min(self.batch, MOST_TOKENS_AT_ONCE // self.sequence_length)),
+            checkpointing="none",
+            seed=seed,
         )

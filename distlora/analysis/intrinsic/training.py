@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from distlora.analysis.intrinsic.request import IntrinsicRequest
 from distlora.analysis.intrinsic.subspace import Everything, FlatParameters, Subspace, Trainable
 from distlora.architecture.hf_config import read_hf_config
+from distlora.config import OptimConfig
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
@@ -28,7 +29,7 @@ from distlora.parallel import Ranks
 from distlora.post.divergence import Readings, evenly
 from distlora.training.objectives import NextToken
 from distlora.training.optimizers import build_optimizer, learning_rate
-from distlora.training.setup import start_run_model
+from distlora.training.setup import start_model
 
 MOST_EVAL_ROWS = 64
 
@@ -65,11 +66,13 @@ class Bench:
 
     def __init__(self, request: IntrinsicRequest, folder: str, ranks: Ranks, say: Callable[[str], None]) -> None:
         self.request, self.folder, self.ranks, self.say = request, folder, ranks, say
-        config = request.config(folder)
-        entry = prepare(config.model, config.data, config.train)
+        spec, data, train = request.spec(folder), request.data_settings(), request.train_settings()
+        entry = prepare(spec.model, data, train)
         self.rows = PackedRows.open(entry, "train")
         self.held_out = evenly(PackedRows.open(entry, "eval"), MOST_EVAL_ROWS)
-        self.model, _, _ = start_run_model(config, ranks)
+        self.model, _, _ = start_model(
+            spec, ranks, train=train, shard_degree=ranks.world, sequence_length=data.sequence_length
+        )
         self.flat = FlatParameters(self.model)
         self._pretrained = self.flat.values.detach().clone()
         self._random: tuple[int, Tensor] | None = None
@@ -118,9 +121,9 @@ class Bench:
         )
 
     def _train(self, training: Training, trainable: Trainable) -> None:
-        config = self.request.config(self.folder, lr=training.lr, seed=training.seed)
-        optimizer = build_optimizer(trainable.parameters, config.optim)
-        objective, train = NextToken(), config.train
+        optim = OptimConfig(lr=training.lr, warmup_ratio=0.1)
+        optimizer = build_optimizer(trainable.parameters, optim)
+        objective, train = NextToken(), self.request.train_settings(training.seed)
         loader = StepLoader(
             self.rows,
             global_batch=train.global_batch,
@@ -138,8 +141,8 @@ class Bench:
                 loss = objective.losses(self.model, part, self.ranks.device, step).rows.sum() / objective.units(batch)
                 loss.backward()
             trainable.pull()
-            norm = clip_grad_norm_(trainable.parameters.values(), config.optim.max_grad_norm)
-            optimizer.step(learning_rate(step, self.request.steps, config.optim), torch.isfinite(norm))
+            norm = clip_grad_norm_(trainable.parameters.values(), optim.max_grad_norm)
+            optimizer.step(learning_rate(step, self.request.steps, optim), torch.isfinite(norm))
             trainable.push()
             self.say(f"  step {step + 1}/{self.request.steps}, training loss {float(loss.detach()):.3f}")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from distlora.analysis.quantization.request import QuantizationRequest
 from distlora.analysis.quantization.roundtrip import FORMATS, FourBit, round_trip
 from distlora.analysis.quantization.weights import Weight, block_weights
+from distlora.config import TrainConfig
 from distlora.data.rows import PackedRows
 from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.parallel import Ranks
@@ -20,7 +21,7 @@ from distlora.post.divergence import (
     compare,
     let_go,
 )
-from distlora.training.setup import start_run_model
+from distlora.training.setup import start_model
 from distlora.weights.reader import Reader
 from distlora_kernels.nf4 import GROUP
 
@@ -46,7 +47,9 @@ def _of_dense_model(
 ) -> tuple[Readings, Readings]:
     """(the base's, int4's). int4 has no packed path: a dense model holds what int4 gives back."""
     say(f"perplexity: loading the base in {request.dtype}")
-    model, _, _ = start_run_model(request.config("none"), ranks)
+    model, _, _ = start_model(
+        request.spec("none"), ranks, train=TrainConfig(dtype=request.dtype), shard_degree=ranks.world
+    )
     dense = Readings(rows, ranks, say)
     dense.take(model, request.dtype)
     by_name = {weight.name: weight for weight in weights}
@@ -62,7 +65,9 @@ def _of_dense_model(
 def _of_packed_model(request: QuantizationRequest, dense: Readings, say: Callable[[str], None]) -> Readings:
     """NF4's, which runs as in training."""
     say("perplexity: loading the base in nf4")
-    model, _, _ = start_run_model(request.config("nf4"), dense.ranks)
+    model, _, _ = start_model(
+        request.spec("nf4"), dense.ranks, train=TrainConfig(dtype=request.dtype), shard_degree=dense.ranks.world
+    )
     nf4 = Readings(dense.rows, dense.ranks, say, dense)
     nf4.take(model, "nf4")
     return nf4

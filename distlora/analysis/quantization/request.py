@@ -7,11 +7,10 @@ from typing import Literal
 
 from distlora.config import (
     AdapterConfig,
-    Config,
     DataConfig,
     ModelConfig,
+    ModelSpec,
     QuantConfig,
-    TrainConfig,
     require,
 )
 
@@ -57,22 +56,18 @@ class QuantizationRequest:
         )
         require(self.dtype in ("bf16", "fp32"), f"--dtype={self.dtype} is not known; write bf16 or fp32")
 
-    def config(self, quant: Literal["nf4", "none"]) -> Config:
-        """The settings of a run that would train this model on this text: what our own model path is built from.
-
-        Its adapter, which every model of ours has, adds exactly nothing.
-        """
-        return Config(
+    def spec(self, quant: Literal["nf4", "none"]) -> ModelSpec:
+        """Return the model; its adapter, which every model has, adds zero."""
+        return ModelSpec(
             model=ModelConfig(path=self.model),
-            data=DataConfig(
-                # The model's folder stands in where no text is read: a config without data is none.
-                path=self.text or self.model,
-                eval_fraction=0.0,
-                sequence_length=self.sequence_length,
-                cache_dir=self.cache_dir,
-            ),
-            adapter=AdapterConfig(r=1),
             quant=QuantConfig(method=quant, cache=False),
-            train=TrainConfig(dtype=self.dtype),
-            run_dir=self.out,
+            adapter=AdapterConfig(r=1),
+            dtype=self.dtype,
+        )
+
+    def data(self) -> DataConfig:
+        """Return the data settings of the text."""
+        assert self.text is not None
+        return DataConfig(
+            path=self.text, eval_fraction=0.0, sequence_length=self.sequence_length, cache_dir=self.cache_dir
         )

@@ -12,7 +12,7 @@ from distlora.analysis.naming import layer_of, linear_of
 from distlora.analysis.quantization.roundtrip import CHUNK, Sums, measure
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES
-from distlora.config import Config, UserError
+from distlora.config import ModelSpec, UserError
 from distlora.loading.load_base import find_base
 from distlora.model.build import CausalLM, build_model
 from distlora.model.frozen_linear import FrozenTensor
@@ -65,13 +65,13 @@ def block_weights(model: CausalLM) -> Iterator[tuple[str, FrozenTensor]]:
             yield model.hf_name(f"{path}.weight"), module
 
 
-def find_weights(config: Config) -> tuple[list[Weight], int]:
+def find_weights(spec: ModelSpec) -> tuple[list[Weight], int]:
     """(what quant=nf4 quantizes, parameters of the whole model), from headers alone, in the order of the forward.
 
     Raises UserError for a checkpoint that is not the model's, and for weights in another type than 32 or 16 bits.
     """
-    files = CheckpointFiles(config.model.path)
-    model = build_model(config.spec, base=files)
+    files = CheckpointFiles(spec.path)
+    model = build_model(spec, base=files)
     sources = find_base(model, files.headers)
     weights = []
     for name, module in block_weights(model):

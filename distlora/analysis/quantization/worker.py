@@ -14,6 +14,7 @@ from distlora.analysis.quantization.plots import plot_quantization
 from distlora.analysis.quantization.request import NAMES, PLOT_NAME, REPORT_NAME, RESULT_NAME, QuantizationRequest
 from distlora.analysis.quantization.roundtrip import Sums, measure_references
 from distlora.analysis.quantization.weights import Weight, find_weights
+from distlora.config import TrainConfig
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
 from distlora.output.result_files import Written
@@ -33,7 +34,7 @@ def run(request: QuantizationRequest) -> None:
     say = Progress()
     # The text first: what is wrong with it is said before minutes are spent on the weights.
     rows = None if request.text is None else read_rows(request)
-    weights, total = find_weights(request.config("nf4"))
+    weights, total = find_weights(request.spec("nf4"))
     say.line(f"weights: {len(weights):,} tensors, {sum(weight.numel for weight in weights):,} of {total:,} parameters")
     found: dict[str, Any] = describe(request, ranks)
     found |= figures.of_weights(measured(weights, ranks, say), total)
@@ -55,8 +56,8 @@ def run(request: QuantizationRequest) -> None:
 
 def read_rows(request: QuantizationRequest) -> PackedRows:
     """The text in rows, tokenized as training data is."""
-    config = request.config("nf4")
-    return PackedRows.open(prepare(config.model, config.data, config.train), "train")
+    train = TrainConfig(dtype=request.dtype)
+    return PackedRows.open(prepare(request.spec("nf4").model, request.data(), train), "train")
 
 
 def measured(weights: list[Weight], ranks: Ranks, say: Progress) -> Iterator[tuple[Weight, Sums]]:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from distlora.analysis.naming import in_a_block, layer_of, linear_of
 from distlora.architecture.safetensors_headers import read_headers
+from distlora.config.errors import named_settings
 from distlora.loading.load_base import find_base
 from distlora.model.experts import ExpertWeight
 from distlora.post.adapter_factors import AdapterFile, Factors, adapted_rows
 from distlora.post.base_weights import Base, BaseWeight, open_base
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.adapter import open_adapter
-from distlora.post.trained import Trained, named_by_place
+from distlora.post.trained import BY_PLACE, Trained
 from distlora.run_folder.checkpoints import STATE_NAME, newest, step_of
 from distlora.run_folder.layout import CHECKPOINTS, read_result
 from distlora.weights.conversion import Source
@@ -127,19 +128,19 @@ class Changes:
 @contextlib.contextmanager
 def open_changes(trained: Trained) -> Iterator[Changes]:
     """What `trained` names. Raises UserError for weights that are another base's, and for damaged ones."""
-    config = trained.config
+    spec = trained.spec
     assert trained.weights is not None, f"{trained.place}: a base alone has not changed"
-    base = open_base(config)
-    if config.adapter.method == "full":
+    base = open_base(spec, trained.initial_adapter_dir)
+    if spec.adapter.method == "full":
         folder = weights_in(trained.weights)
-        check_base(folder, config)
+        check_base(folder, trained)
         folder = masters(trained, folder)
         yield Changes("full", folder, base, adapter=None, saved=find_base(base.model, read_headers(folder)))
         return
     # Onto the original: as a plain LoRA for the unchanged base, whatever it began as.
-    with named_by_place(trained.place), open_adapter(trained, base, "original") as adapter:
+    with named_settings(BY_PLACE), open_adapter(trained, base, "original") as adapter:
         assert adapter is not None
-        method = "DoRA" if config.adapter.use_dora else "LoRA"
+        method = "DoRA" if spec.adapter.use_dora else "LoRA"
         yield Changes(method, adapter.folder, base, adapter=adapter.file, saved={})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from distlora.architecture.expert_targets import peft_paths
 from distlora.architecture.safetensors_headers import read_header
 from distlora.architecture.targets import match_ending
 from distlora.architecture.tokens import EMBEDDING
-from distlora.config import Config
 from distlora.config.json_files import read_object
 from distlora.loading.tensor_files import DeferredTensor
 from distlora.post.adapter_factors import AdapterFile, Factors
@@ -29,14 +27,9 @@ from distlora.post.combine.whole_modules import (
     combined_rows,
     row_ids,
 )
-from distlora.post.trained import base_alone
+from distlora.post.trained import base_spec
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
-
-
-def held(config: Config, request: CombineRequest) -> Config:
-    """A base's settings with its weights rounded as the members' runs had them."""
-    return replace(config, train=replace(config.train, dtype=request.held))
 
 
 class Combination:
@@ -52,7 +45,7 @@ class Combination:
         self.base: Base | None = None
         if needs_base([file.read for file in files]):
             assert request.base_folder is not None
-            self.base = open_base(held(base_alone(request.base_folder, request.quant, run_dir=request.out), request))
+            self.base = open_base(base_spec(request.base_folder, request.quant, dtype=request.held))
         self.paths = sorted({path for file in files for path in file.paths})
         self.fused = {
             path for file in files for path in match_ending(file.settings.target_parameters, list(file.paths))

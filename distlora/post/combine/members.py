@@ -9,12 +9,13 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.families import family_of, is_tied, read_config
 from distlora.architecture.tokens import stored_rows
 from distlora.checkpoint.state import load_state
-from distlora.config import Config, UserError, require
+from distlora.config import AdapterConfig, UserError, require
+from distlora.config.errors import named_settings
 from distlora.config.file import load_config
 from distlora.config.json_files import read_object
 from distlora.post.combine.request import RECORD_NAME, CombineRequest, Member
 from distlora.post.merge.request import Onto
-from distlora.post.trained import named_by_place
+from distlora.post.trained import BY_PLACE
 from distlora.run_folder.layout import (
     CHECKPOINTS,
     checkpoint_folders,
@@ -38,7 +39,7 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
     if run_dir is None and not (folder / CONFIG_NAME).is_file():
         run_dir = folder
     if run_dir is None:
-        with named_by_place(place):
+        with named_settings(BY_PLACE):
             says = read_peft_adapter(folder).base
         return _alone(place, folder, weight, says, base)
     config = load_config(run_dir)
@@ -54,14 +55,14 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
             + (f", or write {saved[0]}={weight:g} for its newest checkpoint" if saved else ""),
         )
         folder = read_result(run_dir).folder
-    with named_by_place(place):
+    with named_settings(BY_PLACE):
         read_peft_adapter(folder)
     base_folder = Path(config.model.path)
     return Member(
         place=place,
         folder=str(folder),
         weight=weight,
-        base=base_of_run(run_dir, config),
+        base=base_of_run(run_dir, base_folder, config.adapter),
         base_folder=str(base_folder) if base_folder.is_dir() else None,
         quant=config.quant.method,
         dtype=config.train.dtype,
@@ -77,15 +78,15 @@ def run_of(folder: Path) -> Path | None:
     return above if (above / "config.yaml").is_file() else None
 
 
-def base_of_run(run_dir: Path, config: Config) -> str | None:
+def base_of_run(run_dir: Path, base: Path, adapter: AdapterConfig) -> str | None:
     """Return the `fingerprint` of the checkpoint that a run trained on, from its records if possible."""
-    if config.adapter.pissa:
-        record = read_initial_adapter_record(run_dir, config.adapter, None)
+    if adapter.pissa:
+        record = read_initial_adapter_record(run_dir, adapter, None)
         return None if record is None else record.base
     states = [folder for folder in checkpoint_folders(run_dir) if (folder / "state.json").is_file()]
     if states:
         return load_state(states[-1]).identity.base_fingerprint
-    return fingerprint_of(config.model.path)
+    return fingerprint_of(str(base))
 
 
 def fingerprint_of(folder: str | None) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from distlora.checkpoint.files import new_folder, write_files
 from distlora.output.tables import Table
 from distlora.parallel import Backend, Ranks, Shards
-from distlora.post.combine.combination import Combination, held
+from distlora.post.combine.combination import Combination
 from distlora.post.combine.request import RECORD_NAME, CombineRequest
 from distlora.post.combine.whole_modules import new_token_owner
 from distlora.post.merge.merge import merge_to
@@ -45,7 +45,7 @@ def run(request: CombineRequest) -> dict[str, Any]:
         folder = Path(scratch) / "adapter"
         found = write_adapter(request, folder, say)
         trained = Name(place=str(folder), base=request.base_folder, quant=request.quant).read()
-        trained = dataclasses.replace(trained, config=held(trained.config, request))
+        trained = dataclasses.replace(trained, spec=dataclasses.replace(trained.spec, dtype=request.held))
         receipt = merge_to(trained, out, onto=request.onto, dtype=DTYPES[request.dtype], say=say)
     atomic_io.write_json(out / RECORD_NAME, found)
     # The adapter was temporary: combine.json says what it was made of.

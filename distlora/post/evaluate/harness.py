@@ -16,7 +16,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -314,12 +313,12 @@ def evaluate(harness: HarnessModel, tasks: Tasks, manager: TaskManager, ranks: R
 
 def reading_of(subject: Subject, tasks: Tasks) -> tuple[Any, ChatTemplate | None]:
     """Return the (tokenizer, chat template) that the model was trained with."""
-    config, _, _ = subject.found()
-    tokenizer = load_tokenizer(Path(config.model.path), config.model.new_tokens)
+    trained = subject.read()
+    tokenizer = load_tokenizer(trained.base, trained.spec.model.new_tokens)
     if not tasks.as_chat:
         return tokenizer, None
-    data = read_record(Path(config.run_dir) / DATA_NAME)
-    return tokenizer, ChatTemplate(tokenizer, config.model.path, source=data.get("chat_template"))
+    data = read_record((trained.run_dir or trained.base) / DATA_NAME)
+    return tokenizer, ChatTemplate(tokenizer, trained.spec.model.path, source=data.get("chat_template"))
 
 
 def figures_of(found: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from distlora.architecture.tokens import load_tokenizer
-from distlora.config import Config, UserError
+from distlora.config import ModelConfig, UserError
 from distlora.data.prepare import check_vocabulary, open_split, prepare
 from distlora.data.rows import STARTS, PackedRows
 from distlora.model.build import CausalLM
@@ -25,7 +25,8 @@ from distlora.post.divergence import (
     let_go,
 )
 from distlora.post.evaluate.request import Dtype, Subject, Text
-from distlora.post.load_trained import load_in_fp32, load_model
+from distlora.post.load_trained import load_in_fp32, load_trained
+from distlora.post.trained import Trained
 from distlora.system.progress import still_loading
 
 ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,16 +81,12 @@ def load_shared(subject: Subject, dtype: Dtype, ranks: Ranks) -> tuple[CausalLM,
     computes_in = subject.dtype or dtype
     if subject.name is not None and computes_in == "fp32":
         return load_in_fp32(subject.name.read(), ranks)
-    config, weights, foreign = subject.found()
-    model, backend = load_model(in_dtype(config, computes_in), weights, ranks, foreign=foreign)
+    trained = subject.read()
+    model, backend = load_trained(replace(trained, spec=replace(trained.spec, dtype=computes_in)), ranks)
     if subject.rounded is not None:
         round_to(model, ROUNDED[subject.rounded])
         backend.watch_weights(model)
     return model, backend
-
-
-def in_dtype(config: Config, dtype: Dtype) -> Config:
-    return replace(config, train=replace(config.train, dtype=dtype))
 
 
 @torch.no_grad()
@@ -103,7 +100,7 @@ COMPARED_ROWS = 64
 """Rows on which two tokenizers must agree."""
 
 
-def open_rows(text: Text, config: Config, ranks: Ranks) -> tuple[PackedRows, int]:
+def open_rows(text: Text, first: Trained, ranks: Ranks) -> tuple[PackedRows, int]:
     """Return (rows to read, number of all rows) in tokens of the first model. Every rank must call it.
 
     Raises UserError for unreadable text and for missing rows.
@@ -112,28 +109,28 @@ def open_rows(text: Text, config: Config, ranks: Ranks) -> tuple[PackedRows, int
         rows = open_split(text.run, "eval")
         assert rows is not None, "refused when the request was made"
     else:
-        config = replace(config, data=text.data())
+        arguments = (first.spec.model, text.data(), first.train)
         if ranks.rank == 0:
-            prepare(config.model, config.data, config.train)
+            prepare(*arguments)
         from_rank_0(0, ranks)  # The other ranks use the cache that rank 0 made.
-        rows = PackedRows.open(prepare(config.model, config.data, config.train), "train")
+        rows = PackedRows.open(prepare(*arguments), "train")
     return evenly(rows, text.most_rows), len(rows)
 
 
-def check_same_tokens(rows: PackedRows, first: Config, other: Config, label: str) -> None:
+def check_same_tokens(rows: PackedRows, first: ModelConfig, other: ModelConfig, label: str) -> None:
     """Raise UserError if a model's tokenizer differs on this text, as losses per token would not be comparable."""
-    folder = Path(other.model.path)
-    check_vocabulary(other.model, int(np.max(rows.tokens, initial=0)))
-    if (folder, other.model.new_tokens) == (Path(first.model.path), first.model.new_tokens):
+    folder = Path(other.path)
+    check_vocabulary(other, int(np.max(rows.tokens, initial=0)))
+    if (folder, other.new_tokens) == (Path(first.path), first.new_tokens):
         return
-    ours, theirs = (load_tokenizer(Path(c.model.path), c.model.new_tokens) for c in (first, other))
+    ours, theirs = (load_tokenizer(Path(m.path), m.new_tokens) for m in (first, other))
     for row in range(min(COMPARED_ROWS, len(rows))):
         for piece in pieces(rows, row):
             # Retokenize the decoded text with both.
             text = ours.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             if _tokens(ours, text) != _tokens(theirs, text):
                 raise UserError(
-                    f"{label} has another tokenizer than {first.model.path}: it makes other tokens of {text[:40]!r}, "
+                    f"{label} has another tokenizer than {first.path}: it makes other tokens of {text[:40]!r}, "
                     "and a loss a token of one cannot be compared with that of the other; evaluate them one at a time"
                 )
 

@@ -70,7 +70,7 @@ def _forms(
     if receipt.onto == "trained":
         own = {"fp32": 0, "bf16": 1, "fp16": 2}[receipt.dtype]
         del forms[own]
-    if trained.config.quant.is_nf4 and receipt.onto == "trained" and may_merge_onto_original(trained):
+    if trained.spec.quant.is_nf4 and receipt.onto == "trained" and may_merge_onto_original(trained):
         on_disk = exact_sum("original")
         forms.append(Subject(label="sum on the base on disk, fp32", kind="form", model=on_disk))
     forms.append(Subject(label="as trained, computed in bf16", kind="adapted", name=merged.name, dtype="bf16"))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distlora.config import Config, DataConfig, UserError, require
+from distlora.config import DataConfig, UserError, require
 from distlora.config.places import cache_place
-from distlora.post.trained import Name, base_alone
+from distlora.post.trained import Name, Trained, base_spec
 from distlora.run_folder.layout import DATA_NAME, read_record
 
 NAMES = {
@@ -41,14 +41,12 @@ class Subject:
     dtype: Dtype | None = None
     """Compute dtype if it differs from the request's."""
 
-    def found(self) -> tuple[Config, str | None, bool]:
-        """(settings, weights, foreign), as `load_model` takes them."""
+    def read(self) -> Trained:
+        """Return the model of the subject."""
         if self.name is not None:
-            trained = self.name.read()
-            weights = None if trained.weights is None else str(trained.weights)
-            return trained.config, weights, trained.foreign
+            return self.name.read()
         assert self.model is not None
-        return base_alone(self.model, self.quant, run_dir=self.model), None, False
+        return Trained(place=self.model, spec=base_spec(self.model, self.quant), weights=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,19 +87,23 @@ class Text:
         )
 
 
-def held_out(run_dir: Path, config: Config, label: str, **settings: Any) -> Text:
+def held_out(trained: Trained, label: str, **settings: Any) -> Text:
     """Return the held-out text of a run. Raises UserError if no perplexity can be measured on it."""
+    assert trained.run_dir is not None
+    assert trained.data is not None
     require(
-        config.train.objective == "sft",
-        f"{label} held out pairs of answers (train.objective={config.train.objective}), which have no perplexity; name "
-        "a text with --text FILE",
+        trained.train.objective == "sft",
+        f"{label} held out pairs of answers (train.objective={trained.train.objective}), which have no perplexity; "
+        "name a text with --text FILE",
     )
     require(
-        "eval" in read_record(run_dir / DATA_NAME).get("splits", {}),
+        "eval" in read_record(trained.run_dir / DATA_NAME).get("splits", {}),
         f"{label} held no documents out (data.eval_fraction=0); name a text with --text FILE",
     )
-    length = config.data.sequence_length
-    return Text(name=f"the documents that {label} held out", run=str(run_dir), sequence_length=length, **settings)
+    length = trained.data.sequence_length
+    return Text(
+        name=f"the documents that {label} held out", run=str(trained.run_dir), sequence_length=length, **settings
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

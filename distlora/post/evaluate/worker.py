@@ -28,14 +28,14 @@ def run(request: EvaluateRequest, ranks: Ranks) -> dict[str, Any]:
 
         return {"dtype": request.dtype} | run_tasks(request, request.tasks, ranks, tell) | describe(ranks)
     assert request.text is not None
-    configs = [subject.found()[0] for subject in request.subjects]
-    rows, rows_in_all = open_rows(request.text, configs[0], ranks)
+    models = [subject.read() for subject in request.subjects]
+    rows, rows_in_all = open_rows(request.text, models[0], ranks)
     if request.draft is not None:
         from distlora.post.evaluate.speculation import run_draft
 
         return run_draft(request, request.draft, rows, tell) | describe(ranks)
-    for config, subject in zip(configs, request.subjects, strict=True):
-        check_same_tokens(rows, configs[0], config, subject.label)
+    for model, subject in zip(models, request.subjects, strict=True):
+        check_same_tokens(rows, models[0].spec.model, model.spec.model, subject.label)
     with other_forms(request.merged, ranks, tell) as forms:
         measured = measure((*request.subjects, *forms), request.dtype, rows, ranks, tell)
     text = {

@@ -53,8 +53,8 @@ _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 def write(export: Export) -> None:
     """Write the export a few rows at a time; copy unchanged tensors byte for byte."""
     trained, place = export.trained, export.place
-    source = Path(trained.config.model.path)
-    base = open_base(trained.config)
+    source = trained.base
+    base = open_base(trained.spec, trained.initial_adapter_dir)
     quantized = [weight for weight in base.weights.values() if weight.quantized and weight.packed is None]
     dtype = _TORCH_NAMES[export.request.dtype or "fp32"]
     if export.request.check:
@@ -169,19 +169,19 @@ def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
     settings = json.loads((weights / CONFIG_NAME).read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": base_name, "revision": None}
     if not trained.foreign:
-        check_base(weights, trained.config)
-    if not trained.config.adapter.pissa:
+        check_base(weights, trained)
+    if not trained.spec.adapter.pissa:
         shutil.copyfile(weights / WEIGHTS_NAME, folder / WEIGHTS_NAME)
     else:
         tensors = load_file(weights / WEIGHTS_NAME)
         if not (weights / STATE_NAME).is_file():
-            start = load_initial_factors(trained.config.run_dir)
+            start = load_initial_factors(trained.initial_adapter_dir)
             settings = trained_config(settings)
             for name in filter(is_pair, tensors):
                 tensors[name] = trained_part(name, tensors[name], start[name], weights).contiguous()
         # With "pissa", PEFT would decompose the base it loads onto.
         settings["init_lora_weights"] = True
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", **header_marks(trained.config.adapter)})
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", **header_marks(trained.spec.adapter)})
     atomic_io.write_json(folder / CONFIG_NAME, settings)
 
 
@@ -208,7 +208,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     trained, place = export.trained, export.place
     dtype = json.loads((place / "config.json").read_text("utf-8"))["quantization_config"].get("bnb_4bit_compute_dtype")
     readings = [taken_back(trained, place)]
-    rows = open_base(trained.config).model.vocabulary
+    rows = open_base(trained.spec, trained.initial_adapter_dir).model.vocabulary
     grown = rows.rows if rows.has_grown else None
     readings.append(
         ours.reading(
@@ -225,14 +225,14 @@ def check(export: Export, ours: Ours) -> list[Reading]:
 
 def taken_back(trained: Trained, place: Path) -> Reading:
     """Compare the weights that a run on the export would train on with this run's."""
-    config = trained.config
+    spec = trained.spec
     again = replace(
-        config,
+        spec,
         # The export's tokenizer already has the new tokens.
-        model=replace(config.model, path=str(place), new_tokens=()),
-        adapter=replace(config.adapter, init="kaiming"),
+        model=replace(spec.model, path=str(place), new_tokens=()),
+        adapter=replace(spec.adapter, init="kaiming"),
     )
-    base, back = open_base(config).weights, open_base(again).weights
+    base, back = open_base(spec, trained.initial_adapter_dir).weights, open_base(again).weights
     difference = 0.0 if base.keys() == back.keys() else float("inf")
     with Reader() as reader, Reader() as other:
         for name, weight in base.items():

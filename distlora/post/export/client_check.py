@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from distlora.architecture.tokens import load_tokenizer
-from distlora.config import Config, QuantConfig, UserError
+from distlora.config import ModelSpec, QuantConfig, UserError
 from distlora.loading.plain_adapter import plain_form
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
@@ -106,7 +106,7 @@ class Ours:
 def our_logits(trained: Trained) -> Ours:
     """Return the trained model's logits in fp32 on the CPU; free the model."""
     model, _ = load_in_fp32(trained, Ranks(0, 1, torch.device("cpu"), None))
-    tokens = probe_tokens(trained.config, model)
+    tokens = probe_tokens(trained.spec, model)
     logits = _logits(model, tokens)
     moved = None
     if not model.token_rows:
@@ -121,10 +121,9 @@ def our_logits(trained: Trained) -> Ours:
 def onto_original(trained: Trained) -> Iterator[Trained]:
     """Yield the same adapter on the stored, unquantized base: what `--onto original` merges."""
     assert trained.weights is not None
-    with plain_form(weights_in(trained.weights), trained.config.adapter, trained.config.run_dir) as folder:
-        config = trained.config
-        dense = replace(config, quant=QuantConfig(method="none"), train=replace(config.train, dtype="fp32"))
-        yield replace(trained, config=with_adapter(dense, folder), weights=folder, foreign=True)
+    with plain_form(weights_in(trained.weights), trained.spec.adapter, trained.initial_adapter_dir) as folder:
+        dense = replace(trained.spec, quant=QuantConfig(method="none"), dtype="fp32")
+        yield replace(trained, spec=with_adapter(dense, folder), weights=folder, foreign=True)
 
 
 def _logits(model: CausalLM, tokens: Tensor, adapter_rows: Tensor | None = None) -> Tensor:
@@ -133,14 +132,14 @@ def _logits(model: CausalLM, tokens: Tensor, adapter_rows: Tensor | None = None)
     return model.head.logits(hidden.flatten(0, 1)).view(1, tokens.shape[1], -1)
 
 
-def probe_tokens(config: Config, model: CausalLM) -> Tensor:
+def probe_tokens(spec: ModelSpec, model: CausalLM) -> Tensor:
     """Return (1, T) tokens of the probe text and of trained rows; arbitrary tokens without a tokenizer."""
     rows = model.vocabulary.stored
     trained = sorted(
         {id for ids in model.vocabulary.trained.values() for id in ids} | set(model.vocabulary.new.values())
     )
     try:
-        ids = load_tokenizer(Path(config.model.path), config.model.new_tokens)(TEXT)["input_ids"]
+        ids = load_tokenizer(spec.path, spec.model.new_tokens)(TEXT)["input_ids"]
     except UserError:
         ids = [(7919 * place + 13) % rows for place in range(TOKENS)]
     limit: int = model.decoder.config.max_position_embeddings  # type: ignore[assignment, union-attr]
@@ -156,8 +155,8 @@ def dense_model(trained: Trained, *, original: bool = False) -> Any:
     """
     import transformers
 
-    base = open_base(trained.config)
-    family, folder = base.model.family, trained.config.model.path
+    base = open_base(trained.spec, trained.initial_adapter_dir)
+    family, folder = base.model.family, trained.spec.model.path
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):  # The weights are filled in dense.
         del config.quantization_config

@@ -105,7 +105,7 @@ class Format:
 
 def dtype_of_base(trained: Trained) -> str:
     """Return the dtype in the base's config.json; fp32 if it is missing or another."""
-    folder = Path(trained.config.model.path)
+    folder = trained.base
     model = read_config(folder)
     settings = text_settings(model, family_of(model, folder / "config.json"))
     names = (of.get(key) for of in (model, settings) for key in ("dtype", "torch_dtype"))
@@ -135,7 +135,7 @@ def refuse(trained: Trained, request: ExportRequest) -> None:
 
 def refuse_whole_models(trained: Trained, request: ExportRequest) -> None:
     """Raise UserError if there is no adapter."""
-    if trained.config.adapter.method == "full":
+    if trained.spec.adapter.method == "full":
         raise UserError(
             f"--format={request.format}: {trained.place} trained the whole model (adapter=full), and has no adapter; "
             f"{trained.place}/model is a Hugging Face folder already"
@@ -154,22 +154,22 @@ def refuse_peft(trained: Trained, request: ExportRequest) -> None:
 
 def is_packed(trained: Trained) -> bool:
     """Return True if the base is stored in NF4."""
-    return "quantization_config" in read_config(Path(trained.config.model.path))
+    return "quantization_config" in read_config(trained.base)
 
 
 def refuse_bnb(trained: Trained, request: ExportRequest) -> None:
     refuse_whole_models(trained, request)
-    config = trained.config
+    spec = trained.spec
     require(
         request.dtype is None or not is_packed(trained),
-        f"--dtype={request.dtype}: {config.model.path} is NF4 on disk and is copied as it is; leave --dtype out",
+        f"--dtype={request.dtype}: {spec.model.path} is NF4 on disk and is copied as it is; leave --dtype out",
     )
-    if not config.quant.is_nf4:
+    if not spec.quant.is_nf4:
         raise UserError(
-            f"--format=bnb: {trained.place} was trained on a base of quant={config.quant.method}, and in NF4 that is "
+            f"--format=bnb: {trained.place} was trained on a base of quant={spec.quant.method}, and in NF4 that is "
             "another; write --format peft, and let whoever loads it quantize"
         )
-    folder = Path(config.model.path)
+    folder = spec.path
     family = family_of(read_config(folder), folder / "config.json")
     if family.experts is not None:
         raise UserError(
@@ -184,16 +184,16 @@ def refuse_hf(trained: Trained, request: ExportRequest) -> None:
 
 
 def refuse_gguf(trained: Trained, request: ExportRequest) -> None:
-    folder = Path(trained.config.model.path)
+    folder = trained.base
     check_model(read_config(folder), folder / "config.json")
-    if trained.config.adapter.method == "lora":
+    if trained.spec.adapter.method == "lora":
         check_mergeable(trained, request.onto)
 
 
 def refuse_gguf_lora(trained: Trained, request: ExportRequest) -> None:
     refuse_whole_models(trained, request)
     refuse_gguf(trained, request)
-    check_adapter(trained.config)
+    check_adapter(trained.spec)
 
 
 FORMATS: dict[str, Format] = {
@@ -217,7 +217,7 @@ FORMATS: dict[str, Format] = {
         module="distlora.post.export.bnb_folder",
         clients=("peft", "bitsandbytes", "accelerate"),
         dtypes=DTYPES,
-        default=lambda trained: None if is_packed(trained) else trained.config.train.dtype,
+        default=lambda trained: None if is_packed(trained) else trained.spec.dtype,
         refuse=refuse_bnb,
     ),
     "gguf": Format(

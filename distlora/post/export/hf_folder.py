@@ -71,10 +71,11 @@ def check(export: Export, ours: Ours) -> list[Reading]:
 def unround(model: Any, export: Export, dtype: torch.dtype) -> float:
     """Replace the model's weights by the unrounded merged ones; return the largest difference from their rounded
     values."""
-    base, original, apart = open_base(export.trained.config), export.request.onto == "original", 0.0
+    trained, original, apart = export.trained, export.request.onto == "original", 0.0
+    base = open_base(trained.spec, trained.initial_adapter_dir)
     places = dict(model.named_parameters(remove_duplicate=False))
     with open_adapter(export.trained, base, export.request.onto) as adapter, Reader() as reader:
-        for parameter in parameters_of(base, Path(export.trained.config.model.path), adapter):
+        for parameter in parameters_of(base, Path(export.trained.spec.model.path), adapter):
             read, first = places[parameter.weight.name].data.view(-1), 0
             for piece in pieces(parameter, base, adapter, reader, original=original):
                 merged = piece.merged.reshape(-1)

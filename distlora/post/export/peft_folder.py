@@ -53,8 +53,8 @@ def result_of(trained: Trained, checkpoint: str | None) -> Result:
 def check(export: Export, ours: Ours) -> list[Reading]:
     """Return readings of PEFT on the trained-on base, and on the stored base if that differs."""
     readings = [ours.reading("PEFT on the base as it was trained on, fp32", _logits(export, ours), EXACT)]
-    config = export.trained.config
-    if config.quant.is_nf4 and not config.adapter.for_nf4 and not is_packed(export.trained):
+    spec = export.trained.spec
+    if spec.quant.is_nf4 and not spec.adapter.for_nf4 and not is_packed(export.trained):
         gc.collect()
         readings.append(ours.reading("PEFT on the base without NF4, fp32", _logits(export, ours, original=True)))
     return readings

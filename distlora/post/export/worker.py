@@ -74,12 +74,12 @@ def record(request: ExportRequest, trained: Trained, found: Mapping[str, Any] | 
     """Return export.json: sources, versions and the client's readings."""
     packages = ("distlora", "torch", "transformers", *FORMATS[request.format].clients)
     assert trained.weights is not None
-    adapter, base = weights_in(trained.weights), Path(trained.config.model.path)
+    adapter, base = weights_in(trained.weights), trained.base
     return {
         "format": request.format,
         "from": Path(request.name.place).name,
         "adapter": {"folder": adapter.name, "sha256": sha256(adapter / WEIGHTS_NAME)},
-        "base": {"name": trained.config.model.name or base.name, "fingerprint": CheckpointFiles(base).fingerprint},
+        "base": {"name": trained.spec.model.name or base.name, "fingerprint": CheckpointFiles(base).fingerprint},
         "onto": request.onto if FORMATS[request.format].merged else None,
         "dtype": request.dtype,
         "date": f"{datetime.date.today():%Y-%m-%d}",

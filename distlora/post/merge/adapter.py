@@ -83,14 +83,14 @@ def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter |
 
     Raises UserError if it is damaged or belongs to another base.
     """
-    config, place = trained.config, trained.weights
+    spec, place = trained.spec, trained.weights
     if place is None:
         yield None
         return
     folder = weights_in(place)
     if not trained.foreign:
-        check_base(folder, config)
-    with plain_form(folder, config.adapter, config.run_dir) as file:
+        check_base(folder, trained)
+    with plain_form(folder, spec.adapter, trained.initial_adapter_dir) as file:
         adapter = AdapterFile.open(file)
         residuals = {name.removesuffix(".weight"): weight.residual for name, weight in base.weights.items()}
         starts = {path: residual.start for path, residual in residuals.items() if residual is not None}

@@ -57,9 +57,9 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
 
     Raises UserError for what cannot be merged and, before writing, if the disk is too small.
     """
-    began, folder = time.monotonic(), Path(trained.config.model.path)
+    began, folder = time.monotonic(), trained.base
     check_mergeable(trained, onto)
-    base = open_base(trained.config)
+    base = open_base(trained.spec, trained.initial_adapter_dir)
     with open_adapter(trained, base, onto) as adapter, ThreadPoolExecutor(max_workers=1) as hashing:
         parameters = parameters_of(base, folder, adapter)
         plan = plan_files(parameters, base.headers, dtype)

@@ -217,16 +217,16 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 def write_companions(folder: Path, trained: Trained, base: Base, dtype: str) -> None:
     """Write config.json, tokenizer, generation config and chat template; `dtype` as config.json names it."""
     copy_companions(folder, trained)
-    source = Path(trained.config.model.path)
+    source = trained.base
     atomic_io.write_json(folder / "config.json", merged_config(read_config(source), base, dtype))
 
 
 def copy_companions(folder: Path, trained: Trained) -> None:
     """Copy all companions except config.json."""
-    for path in companions_of(Path(trained.config.model.path)):
+    for path in companions_of(trained.base):
         if path.name != "config.json":
             shutil.copy2(path, folder / path.name)
-    for name, content in tokenizer_files(trained.config.spec).items():
+    for name, content in tokenizer_files(trained.spec).items():
         (folder / name).write_bytes(content)
     if (template := chat_template(trained)) is not None:
         atomic_io.write_text(folder / TEMPLATE_NAME, template)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from distlora.architecture.families import read_config
@@ -33,21 +32,21 @@ def check_mergeable(trained: Trained, onto: Onto) -> None:
 
     The base alone is accepted: its trained-on form as a dense model.
     """
-    config, place = trained.config, trained.place
+    spec, place = trained.spec, trained.place
     require(
-        config.adapter.method == "lora",
+        spec.adapter.method == "lora",
         f"{place} trained the whole model (adapter=full), so there is nothing to merge: {place}/model is the result; "
         "use that folder",
     )
     if onto == "trained":
         return
     require(
-        trained.weights is None or not config.adapter.for_nf4,
+        trained.weights is None or not spec.adapter.for_nf4,
         f"--onto=original: {place} started by LoftQ, so its A and B hold a correction of what NF4 loses of the base, "
         "and the base on disk has lost nothing; leave --onto out",
     )
     require(
-        "quantization_config" not in read_config(Path(config.model.path)),
-        f"--onto=original: {config.model.path} is quantized on disk, so there are no 16-bit weights to merge onto; "
+        "quantization_config" not in read_config(spec.path),
+        f"--onto=original: {spec.model.path} is quantized on disk, so there are no 16-bit weights to merge onto; "
         "leave --onto out",
     )

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from distlora.config import UserError, require
+from distlora.config import ModelConfig, UserError, require
 from distlora.config.places import place_of
 from distlora.post.combine.members import (
     check,
@@ -28,7 +28,7 @@ from distlora.post.combine.members import (
 )
 from distlora.post.combine.request import METHODS, CombineRequest, Member
 from distlora.post.merge.request import Onto, check_mergeable
-from distlora.post.trained import Trained, base_alone, with_adapter
+from distlora.post.trained import Trained, base_spec, with_adapter
 from distlora.system.exit_codes import DONE
 from distlora.system.extras import require_package
 from distlora.weights.peft_folder import PeftAdapter, check_quantization
@@ -157,11 +157,8 @@ def check_form(adapters: Sequence[PeftAdapter], request: CombineRequest, onto: O
     assert request.base_folder is not None
     for adapter in adapters:
         check_quantization(adapter, request.quant)
-        config = with_adapter(
-            base_alone(request.base_folder, request.quant, run_dir=str(adapter.folder)), adapter.folder
-        )
-        name = str(adapter.folder)
-        check_mergeable(Trained(place=name, config=config, weights=adapter.folder, foreign=True), onto)
+        spec = with_adapter(base_spec(request.base_folder, request.quant), adapter.folder)
+        check_mergeable(Trained(place=str(adapter.folder), spec=spec, weights=adapter.folder, foreign=True), onto)
 
 
 def split(word: str) -> tuple[str, float]:
@@ -178,7 +175,7 @@ def split(word: str) -> tuple[str, float]:
 def local_base(model: str) -> str:
     """--model, on this machine."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
-        path = Path(localize(base_alone(place_of(model), "none", run_dir="none").model).path).expanduser().absolute()
+        path = Path(localize(ModelConfig(path=place_of(model))).path).expanduser().absolute()
     require(path.is_dir(), f"--model={model} is no folder; name one in Hugging Face format, or a model on the hub")
     return str(path)
 

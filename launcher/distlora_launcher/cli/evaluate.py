@@ -15,7 +15,7 @@ from typing import Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.families import check_config, read_config
-from distlora.config import UserError, require
+from distlora.config import ModelConfig, UserError, require
 from distlora.config.places import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
 from distlora.post.evaluate.request import NAMES as NAMES
@@ -30,7 +30,7 @@ from distlora.post.evaluate.request import (
     check_out,
     held_out,
 )
-from distlora.post.trained import BASE_ALONE, Trained, base_alone
+from distlora.post.trained import BASE_ALONE, Trained, base_spec
 from distlora.system.exit_codes import DONE
 from distlora.system.extras import require_package
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
@@ -39,8 +39,6 @@ from distlora_launcher.cli import named
 from distlora_launcher.compose.checks import (
     HEAD_LINES,
     ROW_TOKENS,
-    check_data,
-    check_model,
     gpu_count,
     row_tokens,
 )
@@ -152,7 +150,7 @@ def checked(options: argparse.Namespace) -> EvaluateRequest:
         )
     if not options.no_base and options.adapter != BASE_ALONE and options.draft is None:
         subjects += bases_of(runs, [subject for subject in subjects if subject.name is not None])
-    dtype = options.dtype or (runs[0].config.train.dtype if runs else "bf16" if gpu_count() else "fp32")
+    dtype = options.dtype or (runs[0].spec.dtype if runs else "bf16" if gpu_count() else "fp32")
     tasks, draft = checked_tasks(options), checked_draft(options, subjects)
     text = None
     if tasks is None:
@@ -239,7 +237,7 @@ def trained_subject(place: str, options: argparse.Namespace) -> tuple[Subject, T
         quant=options.quant if is_adapter else None,
     )
     name, trained = named.named(flags)
-    own = trained.config.quant.method
+    own = trained.spec.quant.method
     require(
         is_adapter or options.quant in (None, own),
         f"--quant={options.quant}: {place} was trained with quant={own}, which is what its adapter belongs to; leave "
@@ -259,7 +257,7 @@ def base_of(trained: Trained, subject: Subject) -> Subject:
     if trained.run_dir is not None:
         name = dataclasses.replace(subject.name, adapter=BASE_ALONE, checkpoint=None)
         return Subject(label=base_label(trained), kind="base", name=name)
-    model, held = trained.config.model.path, trained.config.quant
+    model, held = trained.spec.model.path, trained.spec.quant
     return Subject(label=base_label(trained), kind="base", model=model, quant="nf4" if held.is_nf4 else "none")
 
 
@@ -267,9 +265,9 @@ def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subje
     """The base of each, those that are the same once."""
     found: dict[tuple[object, ...], Subject] = {}
     for trained, subject in zip(runs, subjects, strict=True):
-        config = trained.config
-        held = "nf4" if config.quant.is_nf4 else config.train.dtype
-        key = (str(Path(config.model.path).resolve()), held, config.model.new_tokens)
+        spec = trained.spec
+        held = "nf4" if spec.quant.is_nf4 else spec.dtype
+        key = (str(spec.path.resolve()), held, spec.model.new_tokens)
         if key not in found:
             base = base_of(trained, subject)
             labels = [other.label for other in found.values()]
@@ -281,13 +279,13 @@ def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subje
 def check_positions(subjects: Sequence[Subject], text: Text) -> None:
     """Refuse rows that are longer than a model has positions for."""
     for subject in subjects:
-        folder = Path(subject.found()[0].model.path)
+        folder = subject.read().base
         check_config(read_config(folder), folder / "config.json", sequence_length=text.sequence_length)
 
 
 def base_label(trained: Trained) -> str:
-    model = trained.config.model
-    held = "nf4" if trained.config.quant.is_nf4 else trained.config.train.dtype
+    model = trained.spec.model
+    held = "nf4" if trained.spec.quant.is_nf4 else trained.spec.dtype
     return f"base {model.name or name_of(model.path)} in {held}"
 
 
@@ -298,8 +296,8 @@ def model_subject(place: str, quant: str | None) -> Subject:
     if not is_hub_name(path) and not (folder / "config.json").is_file():
         what = "holds neither a run, an adapter nor a model" if folder.is_dir() else "is no folder"
         raise UserError(f"{place} {what}; name a run's folder, or a model's in Hugging Face format")
-    config = base_alone(path, "nf4", run_dir=path)
-    with with_small_files(config.model) as here:
+    model = ModelConfig(path=path)
+    with with_small_files(model) as here:
         small = Path(here.path)
         packed = read_prequantized_weights(CheckpointFiles(small))
         require(
@@ -307,8 +305,8 @@ def model_subject(place: str, quant: str | None) -> Subject:
             f"--quant=none: {place} is stored in NF4; leave --quant out",
         )
         held: Literal["nf4", "none"] = "nf4" if packed or quant == "nf4" else "none"
-        check_model(dataclasses.replace(config, model=here, quant=dataclasses.replace(config.quant, method=held)))
-    local = localize(config.model).path
+        named.check_base(dataclasses.replace(base_spec(path, held), model=here))
+    local = localize(model).path
     merged = (Path(local) / MERGE_RECEIPT).is_file()
     label = place if is_hub_name(path) else shown(folder)
     return Subject(
@@ -336,21 +334,21 @@ def text_of(
             sequence_length is None,
             f"--sequence-length={sequence_length} is of --text; held-out rows are as the run cut them: leave it out",
         )
-        return held_out(run.run_dir, run.config, shown(run.run_dir), most_rows=rows)
-    path = place_of(place)
+        return held_out(run, shown(run.run_dir), most_rows=rows)
+    path, data = place_of(place), None if run is None else run.data
     if sequence_length is None:
-        folder = first.model if first.model is not None else runs[0].config.model.path
-        sequence_length = run.config.data.sequence_length if run else row_tokens(Path(folder))
+        folder = first.model if first.model is not None else runs[0].spec.model.path
+        sequence_length = row_tokens(Path(folder)) if data is None else data.sequence_length
     text = Text(
         name=path if is_hub_name(path) else shown(Path(path)),
         path=path,
         sequence_length=sequence_length,
         most_rows=rows,
-        **({} if run is None else {"cache_dir": run.config.data.cache_dir}),
+        **({} if data is None else {"cache_dir": data.cache_dir}),
     )
-    if run is not None and run.config.data.template is not None and holds_chats(text):
-        text = dataclasses.replace(text, template=run.config.data.template)
-    check_data(text.data(), "sft", path)
+    if data is not None and data.template is not None and holds_chats(text):
+        text = dataclasses.replace(text, template=data.template)
+    named.check_text(text.data())
     return text
 
 

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     run_dir = Path(options.run).expanduser().absolute()
     check_no_adapter(run_dir)
     config = load_config(run_dir)
-    weights = find_weights(run_dir, config, options.adapter, options.checkpoint)
+    weights = find_weights(run_dir, config.spec, options.adapter, options.checkpoint)
     request = GenerateRequest(
         run=str(run_dir),
         weights=None if weights is None else str(weights),

@@ -84,5 +84,5 @@ def rows_in_time(trained: Trained) -> int:
     """Rows that a receipt is measured on where nobody says how many: of two models, 2 operations a weight and token."""
     if gpu_count() > 0:
         return MOST_ROWS
-    of_row = 2 * 2 * num_weights(trained) * max(trained.config.data.sequence_length, 256)
+    of_row = 2 * 2 * num_weights(trained) * max(0 if trained.data is None else trained.data.sequence_length, 256)
     return max(1, min(MOST_ROWS, int(HOST_OPERATIONS / of_row)))

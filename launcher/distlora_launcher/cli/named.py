@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.config import require
+from distlora.config import Config, DataConfig, ModelSpec, require
 from distlora.config.places import place_of
 from distlora.post.trained import Name, Trained
+from distlora_launcher.compose.checks import check_data, check_model
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
@@ -53,13 +54,13 @@ def named(options: argparse.Namespace) -> tuple[Name, Trained]:
             not unused,
             f"{options.run} is an adapter, and --{unused[0] if unused else ''} says which of a run; leave it out",
         )
-        if options.quant is None and trained.config.quant.is_nf4:
+        if options.quant is None and trained.spec.quant.is_nf4:
             print(
                 f"{options.run}: taken as trained on its base in NF4; if the base was in 16 bits, say --quant none",
                 file=sys.stderr,
                 flush=True,
             )
-    own = trained.config.quant.method
+    own = trained.spec.quant.method
     require(
         options.quant in (None, own),
         f"--quant={options.quant}: {options.run} was trained with quant={own}, which is what its adapter belongs to; "
@@ -67,12 +68,12 @@ def named(options: argparse.Namespace) -> tuple[Name, Trained]:
     )
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
         if trained.run_dir is None:
-            base = localize(trained.config.model).path
+            base = localize(trained.spec.model).path
             name = dataclasses.replace(name, base=str(Path(base).expanduser().absolute()))
             trained = name.read()
         else:
-            restore(trained.config.model)
-    folder = Path(trained.config.model.path)
+            restore(trained.spec.model)
+    folder = trained.base
     where = f"model.path in {shown(trained.run_dir)}/config.yaml" if trained.run_dir else "--model"
     require(folder.is_dir(), f"the base is gone: {where} is {folder}, which is no folder; put the model back there")
     return name, trained
@@ -93,5 +94,16 @@ def default_place(
 
 def num_weights(trained: Trained) -> int:
     """Of the base, about; packed codes hold two a byte."""
-    tensors = read_headers(Path(trained.config.model.path)).values()
+    tensors = read_headers(trained.base).values()
     return sum(segment.numel * (2 if segment.dtype == "U8" else 1) for segment in tensors)
+
+
+def check_base(spec: ModelSpec, *, sequence_length: int = 2) -> None:
+    """Refuse a model that a command without a run cannot use. Raises UserError."""
+    data = DataConfig(path=spec.model.path, sequence_length=sequence_length)
+    check_model(Config(model=spec.model, data=data, quant=spec.quant, adapter=spec.adapter, run_dir=spec.model.path))
+
+
+def check_text(data: DataConfig) -> None:
+    """Refuse documents that cannot be read. Raises UserError."""
+    check_data(data, "sft", str(data.path))

@@ -53,7 +53,7 @@ def write(export: Export) -> None:
     """Write the file; of PiSSA the plain LoRA of twice the rank, for the unchanged base."""
     trained, dtype = export.trained, export.request.dtype
     assert dtype is not None
-    base = open_base(trained.config)
+    base = open_base(trained.spec, trained.initial_adapter_dir)
     with open_adapter(trained, base, "original") as adapter, Reader() as reader:
         assert adapter is not None
         check_paths(adapter.file.paths, base)
@@ -82,7 +82,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     base."""
     trained, dtype = export.trained, export.request.dtype
     assert dtype is not None
-    base = open_base(trained.config)
+    base = open_base(trained.spec, trained.initial_adapter_dir)
     bound = EXACT if dtype == "fp32" else None
     read = _read(export.place, base)
     readings = []

@@ -143,10 +143,10 @@ def apart_of(model: Any, found: Opened, dtype: str) -> float:
 @contextlib.contextmanager
 def opened(trained: Trained, onto: Onto) -> Iterator[Opened]:
     """Yield the trained weights, read on demand."""
-    if trained.config.adapter.method == "full":
+    if trained.spec.adapter.method == "full":
         trained = _as_base(trained)
-    base = open_base(trained.config)
-    folder = Path(trained.config.model.path)
+    base = open_base(trained.spec, trained.initial_adapter_dir)
+    folder = trained.base
     with open_adapter(trained, base, onto) as adapter, Reader() as reader:
 
         def rows_of(parameter: Parameter) -> Callable[[], Rows]:
@@ -172,24 +172,24 @@ def _as_base(trained: Trained) -> Trained:
             f"{folder} is a saved step of the whole model, without its config.json; leave --checkpoint out, or finish "
             "the run (distlora resume)"
         )
-    config = trained.config
+    spec = trained.spec
     whole = replace(
-        config,
-        model=replace(config.model, path=str(folder), new_tokens=()),
+        spec,
+        model=replace(spec.model, path=str(folder), new_tokens=()),
         adapter=AdapterConfig(r=1),
         quant=QuantConfig(method="none"),
     )
-    return replace(trained, config=whole, weights=None)
+    return replace(trained, spec=whole, weights=None)
 
 
 def tokenizer_of(trained: Trained) -> Any:
-    model = trained.config.model
+    model = trained.spec.model
     return load_tokenizer(Path(model.path), model.new_tokens)
 
 
 def name_of(trained: Trained) -> str:
     """Return a name for people."""
-    base = (trained.config.model.name or Path(trained.config.model.path).name).rpartition("/")[2]
+    base = (trained.spec.model.name or trained.base.name).rpartition("/")[2]
     return base if trained.weights is None else f"{base} {Path(trained.place).name}"
 
 

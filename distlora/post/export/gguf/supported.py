@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distlora.architecture.families import FAMILIES
-from distlora.config import Config, UserError
+from distlora.config import ModelSpec, UserError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """GGUF architecture by model_type."""
@@ -39,14 +39,14 @@ def check_model(model: Mapping[str, Any], place: object) -> None:
         raise UserError(f"{place}: attention_bias=true, and llama.cpp's qwen3 has no bias on o_proj; write --format hf")
 
 
-def check_adapter(config: Config) -> None:
+def check_adapter(spec: ModelSpec) -> None:
     """Raise UserError for what llama.cpp's adapters have no tensors for."""
-    adapter = config.adapter
+    adapter = spec.adapter
     beyond = {
         "use_dora=true": adapter.use_dora,
         "trainable_token_indices": bool(adapter.trainable_token_indices),
         "modules_to_save": bool(adapter.modules_to_save),
-        "model.new_tokens": bool(config.model.new_tokens),
+        "model.new_tokens": bool(spec.model.new_tokens),
     }
     for what, is_there in beyond.items():
         if is_there:

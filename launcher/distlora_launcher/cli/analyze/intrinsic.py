@@ -20,7 +20,8 @@ from distlora.config.places import place_of
 from distlora.system import atomic_io
 from distlora.system.command_worker import to_json
 from distlora.system.exit_codes import DONE
-from distlora_launcher.compose.checks import check_data, check_model, check_writable
+from distlora_launcher.cli.named import check_base, check_text
+from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.compose.hub import localize
 from distlora_launcher.compose.hub_preview import with_small_files
 from distlora_launcher.demo.base import cache_root
@@ -118,12 +119,10 @@ def checked(options: argparse.Namespace) -> IntrinsicRequest:
     )
     check_writable(out, "--out")
     for model in models:
-        with with_small_files(request.config(model).model) as small, for_full_fine_tuning():
-            check_model(dataclasses.replace(request.config(model), model=small))
-    check_data(
-        request.config(models[0]).data, request.config(models[0]).train.objective, request.config(models[0]).run_dir
-    )
-    local = tuple((localize(request.config(model).model).path, name) for model, name in request.models)
+        with with_small_files(request.spec(model).model) as small, for_full_fine_tuning():
+            check_base(dataclasses.replace(request.spec(model), model=small), sequence_length=request.sequence_length)
+    check_text(request.data_settings())
+    local = tuple((localize(request.spec(model).model).path, name) for model, name in request.models)
     request = dataclasses.replace(request, models=local)
     settle(request, out)
     return request

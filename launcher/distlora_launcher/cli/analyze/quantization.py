@@ -19,10 +19,9 @@ from distlora.config import UserError, require
 from distlora.config.places import place_of
 from distlora.system.exit_codes import DONE
 from distlora.weights.prequantized import read_prequantized_weights
+from distlora_launcher.cli.named import check_base, check_text
 from distlora_launcher.compose.checks import (
     ROW_TOKENS,
-    check_data,
-    check_model,
     check_writable,
     row_tokens,
 )
@@ -106,11 +105,11 @@ def checked(options: argparse.Namespace) -> QuantizationRequest:
         rows=options.rows,
         sequence_length=ROW_TOKENS if options.sequence_length is None else options.sequence_length,
     )
-    with with_small_files(request.config("nf4").model) as small:
+    with with_small_files(request.spec("nf4").model) as small:
         folder = Path(small.path)
         if folder.is_dir() and options.sequence_length is None:
             request = dataclasses.replace(request, sequence_length=row_tokens(folder))
-        check_model(dataclasses.replace(request.config("nf4"), model=small))
+        check_base(dataclasses.replace(request.spec("nf4"), model=small), sequence_length=request.sequence_length)
         packed = read_prequantized_weights(CheckpointFiles(folder))
         require(
             not packed,
@@ -118,8 +117,8 @@ def checked(options: argparse.Namespace) -> QuantizationRequest:
             "with; name the checkpoint that it was made from",
         )
     if text is not None:
-        check_data(request.config("nf4").data, request.config("nf4").train.objective, request.config("nf4").run_dir)
-    local = localize(request.config("nf4").model)
+        check_text(request.data())
+    local = localize(request.spec("nf4").model)
     out.mkdir(parents=True, exist_ok=True)
     return dataclasses.replace(request, model=local.path)
 

@@ -85,7 +85,7 @@ def checked(options: argparse.Namespace) -> SpectrumRequest:
     if options.against is not None:
         also = argparse.Namespace(run=options.against, checkpoint=None, adapter=None, model=None, quant=None)
         other, second = named(also)
-        bases = [Path(each.config.model.path) for each in (trained, second)]
+        bases = [each.base for each in (trained, second)]
         require(
             bases[0] == bases[1] or CheckpointFiles(bases[0]).fingerprint == CheckpointFiles(bases[1]).fingerprint,
             f"--against={options.against} was trained on {shown(bases[1])} and {options.run} on {shown(bases[0])}, "

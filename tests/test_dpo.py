@@ -24,13 +24,8 @@ from distlora.loading.peft_format import adapter_tensors
 from distlora.model.adapters import StepRows, adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-<<<<<<< HEAD
-from distlora.post.load_trained import load_model
-=======
-from distlora.planner import traffic
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
->>>>>>> a4e4df5 ([post] Hold a ModelSpec in Trained, never a forged Config)
 from distlora.training import worker
 from distlora.training.flops import count_flops
 from distlora.training.objectives import Preference, most_pairs, pair_sides

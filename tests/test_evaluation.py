@@ -52,7 +52,7 @@ def run_dir(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def request_for(run_dir: Path, *more: Subject, **settings: Any) -> EvaluateRequest:
     name = Name(place=str(run_dir))
-    text = held_out(run_dir, name.read().config, "the run")
+    text = held_out(name.read(), "the run")
     adapted = Subject(label="adapted", kind="adapted", name=name)
     base = Subject(label="base", kind="base", name=replace(name, adapter="base"))
     return EvaluateRequest(subjects=(adapted, base, *more), text=text, dtype="fp32", **settings)

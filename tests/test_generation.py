@@ -532,7 +532,7 @@ BAD = [
     (["RUN", "--adapter", "base", "--checkpoint", "step_2"], r"--adapter and --checkpoint both"),
     (["RUN", "--checkpoint", "step_3"], r"step_3"),
     (["RUN", "--checkpoint", "best"], r"no best"),
-    (["RUN", "--adapter", "nowhere"], r"--adapter=.*nowhere does not exist"),
+    (["RUN", "--adapter", "nowhere"], r"--adapter .*nowhere does not exist"),
     (["RUN", "--adapter", "odd"], r"odd.adapter_config.json: lora_bias=True is not supported .*set another --adapter"),
     (["RUN", "--raw", "--system", "Hi"], r"--system is a message of a chat"),
     (["RUN", "--out", "x.jsonl"], r"--out=x.jsonl is where the answers to --prompts go"),

@@ -17,13 +17,8 @@ from torch import Tensor
 from closeness import assert_adapters_close, assert_losses_close
 from distlora.config import UserError, check_ranks
 from distlora.config.file import load_config
-<<<<<<< HEAD
-from distlora.post.load_trained import load_model
-=======
-from distlora.planner import traffic
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
->>>>>>> a4e4df5 ([post] Hold a ModelSpec in Trained, never a forged Config)
 from distlora.run_folder.checkpoints import steps
 from family_models import SINGLE, config_for, dequantized, tokens
 from planned import assert_disk_as_planned, traffic_of

@@ -331,7 +331,7 @@ def test_full_fine_tuning_is_read_from_its_fp32_masters(full: Path, folders: Pat
         (change_,) = changes.of("model.layers.0.mlp.up_proj.weight", reader)
     assert changes.folder.parent.name == "checkpoints"
     assert changes.rounded_to is None
-    base = open_base(Name(place=str(full)).read().config)
+    base = open_base(Name(place=str(full)).read().spec)
     with Reader() as reader:
         assert torch.equal(change_.before, base.weights[change_.name].whole(reader))
 

@@ -157,9 +157,8 @@ def check_quantization(initial: PeftAdapter, method: str) -> None:
     """Raise UserError if a LoftQ adapter meets an unquantized base. `method`: quant.method."""
     if initial.settings["init_from_loftq"] and method == "none":
         raise UserError(
-            f"{{adapter.init_from}}={initial.folder} started by LoftQ: A and B hold a correction of what NF4 "
-            f"loses of the "
-            f"base, and quant={method} loses nothing; set quant=nf4, or another {{adapter.init_from}}"
+            f"{{adapter.init_from}}={initial.folder} started by LoftQ: A and B hold a correction of what NF4 loses of "
+            f"the base, and quant={method} loses nothing; set quant=nf4, or another {{adapter.init_from}}"
         )
 
 

@@ -398,9 +398,7 @@ def train_command(
     global_batch: int = 24,
     tracker: str = "none",
 ) -> list[str]:
-    """A run, on plain text unless told, with room for so many kills. With 24 rows a step, steps, evaluations and saves
-    each take some tenths of a second.
-    """
+    """Return the command of a run with room for so many kills, on plain text by default."""
     data = data or folders / "text.jsonl"
     return [
         str(DISTLORA),

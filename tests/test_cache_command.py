@@ -20,7 +20,7 @@ GROUPS = 10
 
 
 def write_entry(cache: Path, number: int, base: str, *, groups: int, days: float = 0.0) -> Entry:
-    """An entry of one weight of GROUPS groups, of which the first `groups` are there."""
+    """Make a cache entry of one weight of GROUPS groups, with the first `groups` present."""
     entry = Entry(cache / f"{number:x}".ljust(64, "0"))
     entry.begin({"base": base, "format": 1, "weights": {"w": GROUPS}})
     path = entry.path_of(0, 0, 1, {"w": range(groups)})

@@ -52,14 +52,14 @@ MORE_KILLS = (
 
 
 def killed_command(run_dir: Path, folders: Path, data: Path) -> list[str]:
-    """What plan=auto may choose of it is when blocks are recomputed and gathered."""
+    """Return the command line of the test; plan=auto may choose only when layers are recomputed and gathered."""
     command = train_command(run_dir, folders, len(KILLS), data=data, global_batch=12, tracker="wandb")
     return [*command, "plan=auto", "parallel=fsdp2", "parallel.resident_blocks=0"]
 
 
 @pytest.fixture(scope="module")
 def whole(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run on chats, by the README's line, and how its command ended."""
+    """Run the README's line on chats; return the run and the finished command."""
     place = tmp_path_factory.mktemp("whole")
     write_chats(place / "chats.jsonl")
     command = killed_command(place / "run", folders, place / "chats.jsonl")
@@ -112,7 +112,7 @@ def test_the_readme_line_trains_on_chats_and_says_what_it_does(
 def killed(
     whole: tuple[Path, subprocess.CompletedProcess[str]], folders: Path, run_dir: Path, kills: Sequence[Kill]
 ) -> Campaign:
-    """A campaign that has been; `Campaign` says what must hold after each kill and in the end."""
+    """Run a campaign of kills; `Campaign` checks what must hold after each kill and in the end."""
     command = killed_command(run_dir, folders, whole[0].parent / "chats.jsonl")
     campaign = Campaign(run_dir, whole[0], command, kills)
     campaign.run()
@@ -167,7 +167,7 @@ def test_kills_are_drawn_of_all_kinds_and_alike_for_one_seed() -> None:
 
 @contextlib.contextmanager
 def once_saved(command: Sequence[str | Path], run_dir: Path) -> Iterator[subprocess.Popen[str]]:
-    """A started command, as soon as a checkpoint of its own is there."""
+    """Start a command and wait for its first checkpoint."""
     there = set(run_dir.glob("checkpoints/step_*"))
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()

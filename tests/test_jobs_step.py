@@ -1,5 +1,6 @@
-"""A trial on the machines of a job that is there already: what its exit code means, and that a request to stop gets
-through. The job is bash; `test_sweep_arrays.py` has a real one.
+"""Trials on the nodes of a running job: exit codes and requests to stop.
+
+The job is bash; `test_sweep_arrays.py` has a real one.
 """
 
 from __future__ import annotations

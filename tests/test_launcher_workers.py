@@ -170,9 +170,7 @@ def assert_no_workers(run_dir: Path) -> None:
 
 
 def test_nohup_and_a_second_ctrl_c(run_dir: Path):
-    """A terminal that closes asks nothing of a run that was started to outlive it. Workers that do not react are
-    killed by a second Ctrl-C alone.
-    """
+    """Check that a launcher under nohup ignores SIGHUP and that a second Ctrl-C kills."""
     process = start_launcher(run_dir, "waits", "pid", under=["nohup"])
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)

@@ -330,9 +330,7 @@ def last_step(run_dir: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["fsdp2", "hsdp"])
 def test_one_command_on_two_machines_is_one_run(parallel: str, folders: Path, tmp_path: Path, machines: list[Machine]):
-    """Bit for bit that of as many ranks on one machine, with a copy of the base on each machine too; whoever comes with
-    other settings is told which.
-    """
+    """Two nodes give the bits of as many ranks on one node; other settings are refused by name."""
     processes = 2 if parallel == "hsdp" else 1
     whole = words(folders, tmp_path / "one", **{"cluster.gpus_per_node": 2 * processes})
     alone = Machine(DISTLORA + whole, tmp_path / "alone")

@@ -41,9 +41,7 @@ SETTINGS = {
 
 
 def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None]) -> None:
-    """Call `ask` once, within the given point of a run: `decomposing`, `loading`, `step 4`, `micro-batch 2 of step 4`,
-    `evaluation 3`, `save 4`.
-    """
+    """Send a request at a point of the run."""
     asked = False
 
     def when(reached: bool) -> None:
@@ -126,7 +124,7 @@ def run_asked(
 
 
 def state(run_dir: Path) -> dict[str, Tensor]:
-    """What the last checkpoint of a run has: what was trained, and the optimizer's moments."""
+    """Return the last checkpoint of a run: trained tensors and optimizer states."""
     files = steps(run_dir / "checkpoints")[-1].glob("*.safetensors")
     return {f"{path.stem}/{name}": part for path in files for name, part in safetensors.torch.load_file(path).items()}
 

@@ -47,7 +47,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 
 def distlora(cluster: SlurmCluster, *words: str, expect: int = 0) -> str:
-    """What a command prints, which must end with code `expect`."""
+    """Return what a command prints, which must end with code `expect`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= cluster.environment | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
@@ -73,7 +73,7 @@ def train(cluster: SlurmCluster, folders: Path, *settings: str, expect: int = 0)
 
 
 def statuses(cluster: SlurmCluster, folder: Path) -> list[dict[str, Any]]:
-    """What `distlora status` says of the runs of a sweep."""
+    """Return what `distlora status` prints of the runs of a sweep."""
     return json.loads(distlora(cluster, "status", str(folder), "--json"))
 
 
@@ -88,17 +88,17 @@ def wait_for(cluster: SlurmCluster, job_id: str, run: Path, condition: Callable[
 
 
 def log(run: Path) -> str:
-    """What the jobs of a run have printed."""
+    """Return what the jobs of a run have printed."""
     return "\n".join(path.read_text() for path in sorted((run / "logs").glob("slurm_*.log")))
 
 
 def job_of(folder: Path) -> str:
-    """The job that a run, or a sweep, was last submitted as."""
+    """Return the newest submission of a run or a sweep."""
     return json.loads((folder / "slurm.json").read_text())["job_id"]
 
 
 def steps_done(run: Path) -> int:
-    """Steps that a run has reported."""
+    """Return the steps that a run has reported."""
     return sum("loss" in line for line in read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
 
 
@@ -107,7 +107,7 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(run: Path, other: Path) -> None:
-    """The same adapter, bit for bit, by the same losses, each step reported once."""
+    """Check that two runs have the same adapter bit for bit, the same losses, and each step once."""
     tensors, others = adapter(run), adapter(other)
     assert tensors.keys() == others.keys()
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
@@ -160,7 +160,7 @@ def sweep(cluster: SlurmCluster, folders: Path) -> Sweep:
 
 @pytest.fixture(scope="module")
 def whole(world: World, sweep: Sweep, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the runs of this file come to: the same settings on two ranks of this machine, never stopped."""
+    """Run the same settings on two ranks of this node without a stop."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     folder.mkdir()
     config = replace(load_config(sweep.run(0)), run_dir=str(folder))

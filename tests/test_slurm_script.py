@@ -31,7 +31,7 @@ SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a model and data, whose preparation takes no time."""
+    """Make a working folder with a model and data, whose preparation takes no time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(local, "prepare", lambda run_dir: 0)

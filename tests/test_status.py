@@ -26,7 +26,7 @@ from fake_slurm import FakeSlurm, job_record
 
 
 def make(run_dir: Path, launcher: str = "local", **train: Any) -> Path:
-    """A prepared run of 6 steps an epoch, two epochs."""
+    """Make a prepared run of 6 steps per epoch, two epochs."""
     values = {
         "model": {"path": "/models/base"},
         "data": {"path": "/data.jsonl", "sequence_length": 64},
@@ -41,7 +41,7 @@ def make(run_dir: Path, launcher: str = "local", **train: Any) -> Path:
 
 
 def trained(run_dir: Path, steps: int, *, ago: float = 10.0) -> None:
-    """`steps` logged steps at 256 tokens a second, half a row of which a kill has cut off, and a checkpoint."""
+    """Write `steps` logged steps at 256 tokens/s, a truncated line and a checkpoint."""
     now = time.time() - ago
     lines = [{"step": 0, "time": now, "eval_loss": 3.0}]
     lines += [
@@ -105,7 +105,7 @@ with lock_run(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(run: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the run, as its launcher does, and takes a request to stop."""
+    """Start a process that holds the run, as its launcher does, and handles a request to stop."""
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "holds\n"
@@ -162,9 +162,7 @@ def test_a_run_on_another_host_is_not_ended_from_here(
 def test_a_process_that_has_taken_the_pid_of_a_runs_is_not_ended(
     run: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ):
-    """One that is not the holder by its start, its machine's start or its container, the lock being held all the while:
-    the record may be the one before, or the holder of the lock on a machine, or in a container, of the same name.
-    """
+    """Check that a process with the pid of an ended launcher is not signalled."""
     record = run / "machines" / "0.json"
     written = json.loads(record.read_text())
     assert written["pid"] == holder.pid

@@ -100,7 +100,7 @@ def test_a_window_of_null_is_none(tmp_path: Path) -> None:
 def steps(folder: Path, *, document: int | None = None, is_gpu: bool = True, **train: Any) -> StepFlops:
     settings = {"global_batch": GLOBAL_BATCH, "micro_batch": 2, "dtype": "bf16", **train}
     return step_flops(
-        run_of(folder, **LORA, train=settings), model_in(folder), ranks=1, is_gpu=is_gpu, document=document
+        Workload.of(run_of(folder, **LORA, train=settings)), model_in(folder), ranks=1, is_gpu=is_gpu, document=document
     )
 
 

@@ -1,4 +1,4 @@
-"""How attention_cpu.py cuts a document into products of matrices, for it and for the planner. Imports no torch.
+"""Divide a document into the matrix products of attention_cpu.py, for it and for the planner. Imports no torch.
 
 A tile is so many queries of a document, of all query heads that share a head of keys, and the keys that they see
 between them; its length is the document's matter alone, so that no document's bits depend on those beside it. Letters:
@@ -18,27 +18,31 @@ _SCORES = 2**20
 
 
 def tile_length(length: int, groups: int) -> int:
-    """n."""
+    """Return n, the number of queries of a tile."""
     fits = max(_SCORES // (groups * length), -(-_FEWEST_ROWS // groups))
     return min(_LONGEST, fits, length)
 
 
 def scores_at_once(longest: int, groups: int, key_heads: int) -> int:
-    """Scores that there is memory for where no document is longer: of as many heads of keys as fit, of one at the
-    least. Beyond _LONGEST tokens a shorter document can have as many as fit, where the longest has a few less."""
+    """Return the number of scores that memory is reserved for: of as many key heads as fit, at least one.
+
+    Beyond _LONGEST tokens a shorter document can have as many as fit, and the longest has a few less.
+    """
     of_head = groups * tile_length(longest, groups) * longest
     most = min(_SCORES, groups * min(_LONGEST, longest) * longest)
     return max(of_head, most, min(_SCORES, of_head * key_heads))
 
 
 def tiles(length: int, tile: int, left: int | None) -> Iterator[tuple[int, int, int]]:
-    """(first query, behind the last query and key, first key) of each, in a document of so many tokens. A token sees
-    `left` tokens before it, all for None."""
+    """Yield (first query, end of queries and keys, first key) of each tile of a document.
+
+    A token sees `left` tokens before it; None means all.
+    """
     for start in range(0, length, tile):
         yield start, min(length, start + tile), 0 if left is None else max(0, start - left)
 
 
 def computed_pairs(length: int, groups: int, window: int | None) -> int:
-    """Of queries and keys in the tiles of a document, seen or not: sums of n N."""
+    """Return the query-key pairs in the tiles of a document, masked ones included: the sum of n N."""
     left = None if window is None or window >= length else window - 1
     return sum((end - start) * (end - key) for start, end, key in tiles(length, tile_length(length, groups), left))

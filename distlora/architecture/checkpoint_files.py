@@ -15,7 +15,7 @@ _SAMPLE_BYTES = 4096
 
 
 class CheckpointFiles:
-    """What is known of a checkpoint without its weights. Make one per start and hand it on.
+    """Metadata of a checkpoint, without its weights. Make one per start and hand it on.
 
     Nothing is read before it is needed. `config` raises UserError without a valid config.json, `headers` and
     `fingerprint` for missing or damaged safetensors files.

@@ -1,6 +1,4 @@
-"""What gets an adapter on a model with a mixture of experts: linears, and the fused weights of its experts. Beside
-targets.py, and as pure: the launcher asks before anything starts, model surgery asks the same again.
-"""
+"""Select the weights of a mixture-of-experts model that get an adapter: linears and fused expert weights. No torch."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ def expert_names(family: Family, num_layers: int) -> list[str]:
 
 
 def expert_shapes(family: Family, num_layers: int, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """(experts, out, in) of the fused expert weights by their names, from the decoder's part of config.json."""
+    """Return (experts, out, in) of the fused expert weights by name, from the decoder's part of config.json."""
     if family.experts is None:
         return {}
     count, hidden = family.experts.num_experts(settings), settings["hidden_size"]
@@ -39,7 +37,7 @@ def expert_shapes(family: Family, num_layers: int, settings: Mapping[str, Any]) 
 
 
 def select_adapted(adapter: AdapterConfig, linears: Sequence[str], family: Family, num_layers: int) -> list[str]:
-    """The paths that `adapter` gives an adapter: of the decoder's `linears`, and of its fused expert weights.
+    """Return the paths that `adapter` gives an adapter to, among the decoder's `linears` and fused expert weights.
 
     Experts are meant by adapter.target_parameters (a list's entry means what equals it or ends in "." + it, as in
     PEFT); where that is empty, by the presets mlp and all-linear. Routers never are. Raises UserError, with what to

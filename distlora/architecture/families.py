@@ -1,5 +1,4 @@
-"""The model families that the seams carry: how each is built, where its decoder sits, what its head does, and what of
-a config.json is refused with the reason.
+"""Describe the supported model families: their classes, decoder, LM head, and the settings that are refused.
 
 Torch-free: the launcher asks before any process starts, the worker asks the same again before it builds. Everything
 here was read in the modeling files of transformers 5.24 and is tried in tests/test_families.py.
@@ -23,7 +22,7 @@ beyond max_position_embeddings, where no row may be."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertLayout:
-    """Where a family's decoder layers have their mixture of experts; every layer has one."""
+    """Names of a family's mixture of experts in its decoder layers; every layer has one."""
 
     module: str = "mlp.experts"
     """Path of the experts in a layer."""
@@ -77,7 +76,7 @@ class Family:
 
     @property
     def composite(self) -> bool:
-        """Whether the folder holds more than the text model (a vision tower), which stays untouched."""
+        """True if the folder holds more than the text model (a vision tower), which stays unchanged."""
         return self.text_config is not None
 
 
@@ -209,7 +208,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def family_of(model: Mapping[str, Any], place: Path | str) -> Family:
-    """The family of a config.json; UserError with the reason, or the nearest names, for one that is not supported."""
+    """Return the family of a config.json.
+
+    Raises UserError with the reason or the nearest name if it is not supported.
+    """
     model_type = model.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is not None:
@@ -223,19 +225,19 @@ def family_of(model: Mapping[str, Any], place: Path | str) -> Family:
 
 
 def text_settings(model: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
-    """The decoder's part of config.json."""
+    """Return the decoder's part of config.json."""
     return model if family.text_config is None else model.get(family.text_config) or {}
 
 
 def is_tied(model: Mapping[str, Any], family: Family) -> bool:
-    """Whether the head's weight is the embedding's, by the config of the whole model."""
+    """Return True if the LM head's weight is the embedding's, by the config of the whole model."""
     return bool(model.get("tie_word_embeddings", family.tied))
 
 
 def check_config(
     model: Mapping[str, Any], place: Path | str, *, sequence_length: int | None = None, full: bool = False
 ) -> Family:
-    """The family of a config.json that can be trained; UserError with the reason for one that cannot.
+    """Return the family of a config.json. Raises UserError with the reason if the model cannot be trained.
 
     `place` is the config.json for messages, sequence_length the tokens of a row, `full` full fine-tuning.
     """
@@ -295,14 +297,14 @@ def _check_class(model: Mapping[str, Any], place: Path | str, family: Family) ->
 
 
 def _ropes(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rotary settings in either format: rope_scaling, or rope_parameters, whole or by layer type."""
+    """Return the rotary settings in either format: rope_scaling, or rope_parameters, whole or by layer type."""
     ropes = [settings.get("rope_scaling"), settings.get("rope_parameters")]
     nested = [value for rope in ropes if isinstance(rope, Mapping) for value in rope.values()]
     return [rope for rope in (*ropes, *nested) if isinstance(rope, Mapping) and ("rope_type" in rope or "type" in rope)]
 
 
 def is_mxfp4(model: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has experts in MXFP4, by its config.json."""
+    """Return True if a checkpoint has experts in MXFP4, by its config.json."""
     quantization = model.get("quantization_config")
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == "mxfp4"
 
@@ -366,7 +368,7 @@ def _check_rope(
 
 
 def names_on_disk(names: Iterable[str], family: Family) -> dict[str, str]:
-    """Transformers' name -> name on disk, for the text model's tensors of a checkpoint.
+    """Return the name on disk of each of the text model's tensors, by transformers' name.
 
     From the prefixes alone, which is enough to refuse a bad folder early; what is loaded is decided by transformers'
     own mapping (distlora/weights/conversion.py).

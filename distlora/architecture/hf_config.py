@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
-    """The model's config.json through transformers. Raises UserError for values that transformers refuses."""
+    """Read a model's config.json through transformers. Raises UserError for values that transformers refuses."""
     from transformers import AutoConfig
 
     with refused_by_transformers(Path(folder)):
@@ -23,8 +23,10 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
 
 @contextlib.contextmanager
 def refused_by_transformers(folder: Path) -> Iterator[None]:
-    """What transformers and torch raise of a config.json's values is said of that file: they check a value where they
-    first compute with it, so it may be anything."""
+    """Report any exception of transformers and torch as a UserError that names config.json.
+
+    They check a value where they first compute with it, so the exception may be of any type.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     kinds = (StrictDataclassError, ValueError, TypeError, ArithmeticError, RuntimeError, AttributeError, LookupError)

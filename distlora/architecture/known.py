@@ -1,5 +1,4 @@
-"""The sizes of well-known models, as their config.json on the hub has them, so that a run is planned by a model's name
-alone. Imports no torch.
+"""List the sizes of well-known models as in their config.json on the hub, to plan a run by name. Imports no torch.
 
 Only what sizes depend on is here, and what limits the length of a row: no other rotary settings, no token ids.
 tests/test_architectures.py holds the parameters that follow from them to the counts that the hub shows, one for one.
@@ -55,7 +54,7 @@ def _qwen3_moe(hidden: int, inner: int, expert: int, layers: int, heads: int) ->
 
 
 def _gemma3(hidden: int, inner: int, layers: int, heads: int, key_heads: int, head_size: int, window: int) -> Settings:
-    """The text model; one layer in six sees all tokens."""
+    """Return the text model of a Gemma 3; one layer in six sees all tokens."""
     kinds = ["full_attention" if (layer + 1) % 6 == 0 else "sliding_attention" for layer in range(layers)]
     settings = _decoder("gemma3_text", hidden, inner, layers, heads, key_heads, 262_144, 131_072)
     return settings | {
@@ -67,7 +66,7 @@ def _gemma3(hidden: int, inner: int, layers: int, heads: int, key_heads: int, he
 
 
 def _with_vision(text: Settings) -> Settings:
-    """A Gemma 3 that has a vision tower beside its text model, and rows for images in its vocabulary."""
+    """Return a Gemma 3 with a vision tower beside its text model, and rows for images in its vocabulary."""
     return {"model_type": "gemma3", "text_config": text | {"vocab_size": 262_208}}
 
 
@@ -222,10 +221,10 @@ ARCHITECTURES: dict[str, Settings] = {name: settings for settings, names in _KNO
 
 
 def architecture_named(name: str) -> Mapping[str, Any] | None:
-    """The sizes of a model on the hub, whose names know no upper case; None for one that is not built in."""
+    """Return the sizes of a model by its name on the hub, in any case; None if it is not built in."""
     return {known.lower(): settings for known, settings in ARCHITECTURES.items()}.get(name.lower())
 
 
 def nearest_architecture(name: str) -> str:
-    """` (did you mean ...?)` for a name that may be a mistyped one of a model that is built in."""
+    """Return ` (did you mean ...?)` for a name that resembles one of a built-in model, else an empty string."""
     return nearest(name, ARCHITECTURES, cutoff=0.87)

@@ -1,6 +1,4 @@
-"""The shapes of a model's weights from its config.json alone: what memory and traffic are calculated from before
-anything is downloaded or built. Imports no torch; tests/test_wire.py holds it to the models themselves.
-"""
+"""Derive the shapes of a model's weights from its config.json, before it is downloaded or built. Imports no torch."""
 
 from __future__ import annotations
 
@@ -64,7 +62,7 @@ class Adapter:
 
     @property
     def numels(self) -> tuple[int, ...]:
-        """Of each of its parameters."""
+        """Number of elements of each parameter."""
         own = (math.prod(self.down), math.prod(self.up))
         return (*own, self.magnitude) if self.magnitude else own
 
@@ -98,16 +96,18 @@ class ModelShapes:
         return self.num_layers * sum(weight.numel for weight in self.block if weight.packs)
 
     def ties(self, config: AdapterConfig) -> bool:
-        """Whether a run has one matrix for embedding and head: where one of them is trained whole, each has its own."""
+        """Return True if a run has one matrix for embedding and LM head; a trained whole one is untied."""
         return self.tied and not config.modules_to_save
 
     def adapters(self, config: AdapterConfig) -> tuple[tuple[Adapter, ...], ...]:
-        """The adapters of each block. Raises UserError where the targets match nothing (`select_adapted`)."""
+        """Return the adapters of each decoder layer.
+
+        Raises UserError if the targets match nothing (`select_adapted`).
+        """
         return _adapters(Asked(self, config))
 
     def alike(self, config: AdapterConfig) -> tuple[tuple[Adapter, int], ...]:
-        """One of each kind of adapter, as the first block that has it does, and how many blocks have such. Raises as
-        `adapters`."""
+        """Return one of each kind of adapter, and the number of layers that have it. Raises as `adapters`."""
         return _alike(Asked(self, config))
 
     def adapted_numel(self, config: AdapterConfig) -> int:
@@ -117,8 +117,10 @@ class ModelShapes:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Adapters of a model, and what else an answer depends on, as a key of what is remembered: settings have mappings,
-    which have no hash."""
+    """A cache key: the adapters of a model, and further inputs of a cached result.
+
+    Settings with mappings have no hash.
+    """
 
     shapes: ModelShapes
     config: AdapterConfig
@@ -130,8 +132,10 @@ class Asked:
 
 @functools.lru_cache(maxsize=16)
 def _adapters(asked: Asked) -> tuple[tuple[Adapter, ...], ...]:
-    """The adapters of each block. Kept, as a planner asks for the same ones again and again: choosing settings of a
-    405B model would match 882 paths for each of hundreds of plans."""
+    """Return the adapters of each decoder layer.
+
+    Cached: choosing settings of a 405B model would match 882 paths for each of hundreds of plans.
+    """
     shapes, config = asked.shapes, asked.config
     fused = expert_paths(shapes.family)
     found = {
@@ -170,8 +174,9 @@ def expert_paths(family: Family) -> tuple[str, ...]:
 
 
 def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | None = None) -> ModelShapes:
-    """The shapes of the model of a config.json (`read_config`); `place` is the file, for messages, `vocabulary` the
-    rows of embedding and head where tokens are added.
+    """Return the shapes of a model from its config.json (`read_config`).
+
+    `place` is the file, for messages; `vocabulary` the rows of embedding and LM head if tokens are added.
 
     Raises UserError for a family that is not supported, and for a config.json that lacks a size.
     """
@@ -205,7 +210,7 @@ def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | 
 
 
 def sizes_of(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """What the config.json of a model says of its decoder, and what transformers takes for what it leaves out."""
+    """Return the decoder's sizes in config.json, with the defaults of transformers for those it leaves out."""
     said = {name: value for name, value in text_settings(model, family).items() if value is not None}
     return _DEFAULTS.get(family.model_type, {}) | said
 
@@ -217,7 +222,7 @@ def head_size(sizes: Mapping[str, Any]) -> int:
 
 
 def attention_columns(sizes: Mapping[str, Any]) -> tuple[int, int]:
-    """(columns of the queries, of the keys and of the values each), by `sizes_of`."""
+    """Return the columns of (queries, keys or values), by `sizes_of`."""
     heads, size = sizes["num_attention_heads"], head_size(sizes)
     return heads * size, sizes.get("num_key_value_heads", heads) * size
 
@@ -232,7 +237,7 @@ class Biases:
 
     @classmethod
     def of(cls, family: Family, sizes: Mapping[str, Any]) -> Biases:
-        """By `sizes_of`. Some families have none whatever their config.json says."""
+        """Read from `sizes_of`; some families have no biases whatever config.json states."""
         kind = family.model_type
         asked = bool(sizes.get("attention_bias")) and kind not in ("mistral", "mixtral", "phi3", "qwen2")
         return cls(qkv=asked or kind == "qwen2", o=asked, mlp=kind == "llama" and bool(sizes.get("mlp_bias")))

@@ -14,7 +14,7 @@ from distlora.config.base import matches
 
 
 def select_targets(target_modules: str | tuple[str, ...], names: Iterable[str]) -> list[str]:
-    """The paths among `names` that `adapter.target_modules` means, in their order.
+    """Return the paths among `names` that `adapter.target_modules` selects, in their order.
 
     A list's entry means every path that equals it or ends in "." + it (as in PEFT); a string is a preset or a regular
     expression for whole paths. A preset means a fused linear (qkv_proj) where it names all that is in it. Raises
@@ -48,7 +48,7 @@ def select_targets(target_modules: str | tuple[str, ...], names: Iterable[str]) 
 
 
 def written(targets: str | Iterable[str]) -> str:
-    """A list of names as one types it; a preset or a regular expression is that already."""
+    """Return a list of names as one types it; a preset or a regular expression is returned unchanged."""
     return targets if isinstance(targets, str) else f"[{','.join(targets)}]"
 
 
@@ -64,7 +64,7 @@ def check_patterns(adapter: AdapterConfig, targets: Iterable[str], names: Iterab
 
 
 def idle_keys(pattern: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The keys of a rank_pattern or alpha_pattern that change nothing: of those that match, the first counts."""
+    """Return the keys of a rank_pattern or alpha_pattern that change nothing; the first match counts."""
     rest, idle = list(paths), []
     for key in pattern:
         taken = [path for path in rest if matches(key, path)]
@@ -85,7 +85,7 @@ def _why_idle(key: str, adapted: list[str], names: list[str]) -> str:
 
 
 def _with_fused(preset: str, available: list[str]) -> list[str]:
-    """The preset's names, and those of the model's fused linears that hold nothing else."""
+    """Return the preset's names and the model's fused linears that hold nothing else."""
     wanted = TARGET_PRESETS[preset]
     fused = {name: parts for name, parts in FUSED_LINEARS.items() if name in available and set(parts) & set(wanted)}
     for name, parts in fused.items():
@@ -99,7 +99,7 @@ def _with_fused(preset: str, available: list[str]) -> list[str]:
 
 
 def match_ending(endings: Iterable[str], paths: list[str]) -> list[str]:
-    """The paths that equal one of `endings` or end in "." + it, PEFT's rule for a list of target_modules."""
+    """Return the paths that equal one of `endings` or end in "." + it, PEFT's rule for a list of target_modules."""
     wanted = tuple(endings)
     dotted = tuple("." + ending for ending in wanted)
     return [path for path in paths if path in wanted or path.endswith(dotted)]

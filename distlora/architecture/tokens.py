@@ -53,7 +53,7 @@ class Vocabulary:
 
 
 def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
-    """The tokenizer in a model's folder, with new tokens added.
+    """Load the tokenizer in a model's folder and add new tokens.
 
     Raises UserError where there is none that can be loaded, for one that is code of its own, and for a new token that
     it has already.
@@ -98,7 +98,7 @@ def tokenize_alone() -> None:
 
 
 def _import_transformers() -> Any:
-    """Imported here, as it takes seconds that a reused cache does not pay."""
+    """Import transformers, which takes seconds that a reused cache does not pay."""
     if _tokenizes_alone and "transformers" not in sys.modules:
         # It looks for torch once, while it is imported. datasets looks again, and is not to find this None.
         sys.modules["torch"] = None  # type: ignore[assignment]
@@ -148,7 +148,7 @@ def _add(tokenizer: Any, model_dir: Path, new_tokens: Sequence[str]) -> None:
 
 
 def vocabulary_of(spec: ModelSpec, model: Mapping[str, Any]) -> Vocabulary:
-    """What the run makes of the vocabulary of a config.json (`model`). Loads the tokenizer where there are new tokens.
+    """Return the vocabulary of a run, given the content of config.json (`model`). Load the tokenizer for new tokens.
 
     Raises UserError for a new token that exists, a tokenizer of another model, and indices that are no rows.
     """
@@ -181,8 +181,7 @@ def new_token_ids(folder: Path, new_tokens: Sequence[str], stored: int) -> dict[
 
 
 def stored_rows(folder: Path, model: Mapping[str, Any], family: Family) -> int:
-    """Rows of the embedding: vocab_size of config.json (`model`), or what the weights have where it says nothing, as
-    Gemma 3's on the hub do.
+    """Return the rows of the embedding: vocab_size in config.json (`model`), else the rows of the stored weight.
 
     Raises UserError for a vocab_size that is none, and where the weights have no embedding either.
     """
@@ -199,8 +198,7 @@ def stored_rows(folder: Path, model: Mapping[str, Any], family: Family) -> int:
 
 
 def trained_indices(adapter: AdapterConfig, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Ids whose rows are trained, ascending, by matrix: the new tokens' in both, and those that the config names, a
-    list in the embedding alone, as PEFT has it.
+    """Return the ids whose rows are trained, ascending, by matrix: new tokens in both, named ones as in PEFT.
 
     A matrix that adapter.modules_to_save trains whole has none, and unties the two. Raises UserError for a head that is
     trained apart from the embedding that it is tied to.
@@ -254,7 +252,7 @@ def check_indices(spec: ModelSpec, trained: Mapping[str, tuple[int, ...]], rows:
 
 
 def _new_tokens_hint(folder: Path, stored: int) -> str:
-    """What to write where an adapter's ids lie beyond the base's rows: the end of a message."""
+    """Return the end of a message on adapter ids beyond the base's rows: the setting that adds the tokens."""
     path = folder / "tokenizer.json"
     added: list[dict[str, Any]] = []
     if path.is_file():
@@ -268,7 +266,7 @@ def _new_tokens_hint(folder: Path, stored: int) -> str:
 
 
 def tokenizer_files(spec: ModelSpec) -> dict[str, bytes]:
-    """What a tokenizer with new tokens is published as, by file name; empty where the base's own serves."""
+    """Return the files of a tokenizer with new tokens by name; empty if the base's tokenizer serves."""
     if not spec.model.new_tokens:
         return {}
     with tempfile.TemporaryDirectory(prefix="distlora-tokenizer-") as folder:

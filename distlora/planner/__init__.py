@@ -1,4 +1,7 @@
-"""What a run needs before it starts: memory, host memory, disk, bytes on the wire, operations, time, cost. No torch."""
+"""Plan a run before it starts: device and host memory, disk, network traffic, operations, time, cost.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ __all__ = ["Machine", "Plan", "PlannedModel", "plan_of"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a run with these settings needs of these machines."""
+    """The needs of a run with given settings on given nodes."""
 
     config: Config
     """Settings of the run; of trials trained together those of the first."""
@@ -51,23 +54,25 @@ class Plan:
 
     @property
     def uncounted(self) -> list[str]:
-        """What of the device's memory is not calculated, in words; empty: nothing is left out."""
+        """Parts of device memory that the plan leaves out, in words; empty if there are none."""
         return costs_of(self.work, self.model, self.machine).uncounted
 
     @property
     def time(self) -> StepTime | None:
-        """None: the machine's rates are not known."""
+        """Time of a step; None if a rate of the node is unknown."""
         return step_time(self.work, self.model, self.machine)
 
     @property
     def fits(self) -> bool | None:
-        """Whether the memory is there; None: it is not known how much there is."""
+        """True if there is enough memory, False if not, None if the available memory is unknown."""
         return None if self.machine.usable_bytes is None else self.lacks() is None
 
     def lacks(self, reserve: float = 0.0) -> Literal["device", "host"] | None:
-        """Whose memory is too small, if a share `reserve` of what is needed is to stay free beside it; None: neither,
-        as far as is known. What a machine has on the host counts where the CPU is the device, all processes together,
-        and where something waits there that would be on a GPU."""
+        """Return whose memory is too small to leave `reserve` (a fraction of the need) free; None for neither.
+
+        Host memory of a node counts where the CPU is the device, for all processes together, and where the base or
+        activations are offloaded from a GPU. Unknown memory counts as enough.
+        """
         machine = self.machine
         if self.lacks_device(reserve):
             return "device"
@@ -78,7 +83,7 @@ class Plan:
         return "host" if self.host.workers * (1 + reserve) > machine.host_bytes else None
 
     def lacks_device(self, reserve: float = 0.0) -> bool:
-        """`lacks` of a GPU's memory alone, which takes a hundredth of the time."""
+        """Return True if GPU memory is too small. Takes a hundredth of the time of `lacks`."""
         usable = self.machine.usable_bytes if self.machine.is_gpu else None
         return usable is not None and self.device.total * (1 + reserve) > usable
 

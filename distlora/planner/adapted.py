@@ -1,4 +1,4 @@
-"""What is adapted of each block of a run, or of a pack of trials side by side. Imports no torch."""
+"""Find the adapter ranks of each decoder layer, of one run or of trials trained together. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distlora.planner.workload import Workload
 
 
 def ranks_of_blocks(work: Workload, shapes: ModelShapes) -> tuple[AdaptedRanks, ...]:
-    """What is adapted of each block: targets and ranks may name layers. Blocks alike have one object."""
+    """Return the adapter ranks of each decoder layer; layers that are alike share one object."""
     if work.adapter.method == "full":
         return (AdaptedRanks(),) * shapes.num_layers
     found = [_ranks_of_blocks(Asked(shapes, adapter)) for adapter in work.adapters]
@@ -30,7 +30,7 @@ def ranks_of_blocks(work: Workload, shapes: ModelShapes) -> tuple[AdaptedRanks, 
 
 
 def _side_by_side(trials: Sequence[AdaptedRanks]) -> AdaptedRanks:
-    """Of one block, of several trials: the ranks of a linear's adapters add up."""
+    """Add up the adapter ranks of several trials in one decoder layer."""
     ranks: Counter[str] = Counter()
     largest: dict[str, int] = {}
     for each in trials:

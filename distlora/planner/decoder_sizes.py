@@ -98,7 +98,7 @@ class Decoder:
 
     @classmethod
     def of(cls, model: Mapping[str, Any], family: Family) -> Decoder:
-        """From a config.json."""
+        """Read the sizes from the content of config.json."""
         settings = sizes_of(model, family)
         heads, (queries, keys) = settings["num_attention_heads"], attention_columns(settings)
         experts, kind = ExpertSizes.of(settings, family), family.model_type
@@ -133,8 +133,10 @@ class Decoder:
 
 
 def _kinds_of_masks(settings: Mapping[str, Any], family: Family) -> int:
-    """Decoders with layer types make one mask for each type that they have, others one for all layers. Where
-    config.json has no list, Gemma's and GPT-OSS's layers alternate, and Qwen's have no window."""
+    """Return the number of attention masks: one per layer type, or one for all layers.
+
+    Without a list in config.json, the layers of Gemma and GPT-OSS alternate, and those of Qwen have no window.
+    """
     if not family.layer_types:
         return 1
     types = settings.get("layer_types")
@@ -151,8 +153,10 @@ _WINDOW_IS_ASKED_FOR = ("qwen2", "qwen3", "qwen3_moe")
 
 
 def windows_of(model: Mapping[str, Any], family: Family) -> list[int | None]:
-    """Tokens that each layer's attention sees of those before it, itself among them, as transformers reads
-    config.json; None: all."""
+    """Return the attention window of each layer in tokens, itself included, as transformers reads config.json.
+
+    None means the whole sequence.
+    """
     settings, layers = text_settings(model, family), sizes_of(model, family)["num_hidden_layers"]
     window = settings.get("sliding_window", _WINDOWS.get(family.model_type))
     if family.model_type in _WINDOW_IS_ASKED_FOR and not settings.get("use_sliding_window"):
@@ -164,7 +168,7 @@ def windows_of(model: Mapping[str, Any], family: Family) -> list[int | None]:
 
 
 def _slides(family: Family, settings: Mapping[str, Any], layers: int) -> Sequence[bool]:
-    """Whether each layer sees a window alone, where config.json has no layer_types."""
+    """Return for each layer whether it attends to a window, if config.json has no layer_types."""
     match family.model_type:
         case "gemma2" | "gpt_oss":
             return [layer % 2 == 0 for layer in range(layers)]
@@ -188,8 +192,7 @@ INPUTS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptedRanks:
-    """The ranks of a block's adapters by the names of their linears, experts' fused weights among them; of experts, the
-    rank of one."""
+    """Adapter ranks of a decoder layer by the names of linears and fused expert weights (the rank of one expert)."""
 
     by_name: Mapping[str, int] = field(default_factory=dict)
     """Of a pack, added up over its trials."""
@@ -198,15 +201,15 @@ class AdaptedRanks:
 
     @classmethod
     def of(cls, ranks: Mapping[str, int]) -> AdaptedRanks:
-        """From the rank of each adapted linear of a block, by its path or its name."""
+        """Build from the rank of each adapted linear of a decoder layer, by its path or name."""
         return cls(by_name={path.rpartition(".")[2]: rank for path, rank in ranks.items()})
 
     def rank(self, name: str) -> int:
-        """Of one linear; 0: it has no adapter."""
+        """Return the rank of one linear, 0 without an adapter."""
         return self.by_name.get(name, 0)
 
     def largest(self, name: str) -> int:
-        """Of one linear and one trial."""
+        """Return the largest rank that one trial has on one linear."""
         return (self.by_name if self.of_one is None else self.of_one).get(name, 0)
 
     @property

@@ -1,6 +1,4 @@
-"""Which kernels a run's blocks take, by its settings and its device: what memory and time are planned by alike. Imports
-no torch.
-"""
+"""Decide which kernels the decoder layers use, by settings and device. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ scores of a row are tensors."""
 
 
 def attention_kind(work: Workload, family: Family, decoder: Decoder, *, is_gpu: bool) -> AttentionKind:
-    """What attention.py chooses (`choose`), where a GPU has the kernels."""
+    """Return the attention implementation that distlora.model.attention chooses, on a GPU that has the kernels."""
     if family.attention == "eager":
         return "eager"
     if work.attention == "sdpa" or work.dtype != "bf16":
@@ -31,8 +29,10 @@ def attention_kind(work: Workload, family: Family, decoder: Decoder, *, is_gpu: 
 
 
 def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | None, groups: int) -> int:
-    """Of queries and keys in one layer of a row with documents of so many tokens, seen or not. `groups`: query heads a
-    head of keys."""
+    """Return the query-key pairs that one layer computes for a sequence of documents, masked ones included.
+
+    `groups` is the number of query heads per key head.
+    """
     if kind == "documents":
         return sum(pairs(length, window) for length in documents)
     if kind == "tiles":
@@ -41,14 +41,18 @@ def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | 
 
 
 def scores_again(kind: AttentionKind) -> tuple[int, int]:
-    """How often forward and backward make the scores beside the once that the maths asks for: flash attention's
-    backward makes them again, as does that of tiles, whose forward makes them twice."""
+    """Return how often forward and backward recompute the scores.
+
+    Flash attention and tiles recompute them in backward; the forward of tiles computes them twice.
+    """
     return {"documents": (0, 1), "tiles": (1, 1), "sdpa": (0, 1), "eager": (0, 0)}[kind]
 
 
 def fuses(work: Workload, family: Family, *, is_gpu: bool, has_liger: bool) -> bool:
-    """Whether norms are liger-kernel's (liger.py) or compiled (compiled.py); so are MLPs and rotary embeddings where
-    there is no DoRA."""
+    """Return True if norms are fused, by liger-kernel on a GPU or by torch.compile on a CPU.
+
+    MLPs and rotary embeddings are fused too if there is no DoRA.
+    """
     if work.adapter.method == "full" or family.experts is not None:
         return False
     return work.liger and has_liger if is_gpu else work.compile

@@ -24,7 +24,7 @@ of 48, an A40 without ECC."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What a machine has."""
+    """The hardware of this node."""
 
     devices: tuple[tuple[str, int], ...] | None = ()
     """(name, bytes of memory) of each GPU that processes may use, as its driver says it, in the order in which CUDA
@@ -70,15 +70,15 @@ class Machine:
 
     @property
     def capability(self) -> tuple[int, int]:
-        """Of its GPU; (0, 0), of which no table has anything, where that is not known."""
+        """Compute capability of the GPU; (0, 0) if unknown."""
         return (0, 0) if self.gpu is None else self.gpu.capability
 
 
 def machine_of(spec: GpuConfig, cluster: ClusterConfig, *, found: Found | None = None) -> Machine:
-    """The machines of a run: with the GPU that `gpu=` names, else what the one has that it runs on (`found`). Without
-    it nothing is claimed of machines that SLURM or torchrun starts; their ranks are GPUs' all the same.
+    """Return the nodes of a run: with the GPU that `gpu=` names, else with the hardware of this node (`found`).
 
-    `gpu.*` says better what the table says of a GPU, or all of one that is not in it.
+    Without `found`, nothing is assumed of nodes that SLURM or torchrun starts, except that their ranks have GPUs.
+    Settings in `gpu` override the table, or describe a GPU that is not in it.
     """
     here = found or Found()
     gpu, name, memory = _gpu(spec, cluster, here)
@@ -108,21 +108,22 @@ def machine_of(spec: GpuConfig, cluster: ClusterConfig, *, found: Found | None =
 
 
 def is_of(spec: GpuConfig, here: Found) -> bool:
-    """Whether a config is for the machine that was found: it names no GPU, or one that is there."""
+    """Return True if a run is for this node: `gpu=` names no GPU, or one that is here."""
     named = GPUS.get(spec.name)
     return named is None or any(find_gpu(device) == named for device, _ in here.devices or ())
 
 
 def used_device(cluster: ClusterConfig, here: Found) -> tuple[str, int] | None:
-    """(name, bytes of memory) of the smallest of the GPUs that processes use, which decides where they differ: ranks
-    have the same share of the model. None where there is none, or nothing is known of it."""
+    """Return (name, bytes of memory) of the smallest GPU that processes use; None if there is none or it is unknown.
+
+    Ranks have equal shards, so the smallest GPU decides.
+    """
     used = (here.devices or ())[: cluster.gpus_per_node]
     return min(used, key=lambda each: each[1], default=None)
 
 
 def _gpu(spec: GpuConfig, cluster: ClusterConfig, here: Found) -> tuple[Gpu | None, str, int | None]:
-    """(GPU of the table, name, bytes of its memory that CUDA hands out) of what is named, else of what is here; no
-    name and None of a CPU and where nothing is known."""
+    """Return (known GPU, name, bytes of memory) of the named GPU, else of the one here; no name for a CPU."""
     named, given = GPUS.get(spec.name), spec.memory_gib
     device = used_device(cluster, here) if named is None else None
     gpu = named if device is None else find_gpu(device[0])
@@ -142,12 +143,14 @@ def _gpu(spec: GpuConfig, cluster: ClusterConfig, here: Found) -> tuple[Gpu | No
 
 
 def handed_out(gpu: Gpu, shown: int) -> int:
-    """Bytes that CUDA hands out of a GPU whose driver shows so many: what the table says of it, unless it has less, or
-    is one of more memory."""
+    """Return the bytes that CUDA hands out of a GPU whose driver shows `shown` bytes.
+
+    That is the table's figure, unless the GPU has less, or is a variant with more memory.
+    """
     more = shown > (1 + ANOTHER_SIZE) * gpu.memory_bytes
     return int(shown * (1 - KEPT_BY_DRIVER)) if more else min(shown, gpu.memory_bytes)
 
 
 def _said(given: float | None, unit: float, table: float | None) -> float | None:
-    """What the config says, else what the table does."""
+    """Return the given value in bytes or operations per second, else the table's."""
     return table if given is None else given * unit

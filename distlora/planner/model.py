@@ -56,11 +56,11 @@ def find_model(
     preview: Callable[[ModelConfig], AbstractContextManager[ModelConfig]] | None = None,
     any_length: bool = False,
 ) -> PlannedModel:
-    """The model of a config: of a folder; of a name on the hub what lies in the hub's cache (`cache`), or what is built
-    in, so that no network is asked; else what `preview` fetches, a config whose model is a folder.
+    """Return the model of a config from its folder, the hub's cache (`cache`), the built-in sizes, or `preview`.
 
-    Raises UserError where none of them has it, for a model that cannot be trained, and unless `any_length` for rows
-    that are longer than it has positions.
+    No network is used unless `preview` downloads: it gets the config and returns one whose model is a folder. Raises
+    UserError if none of them has the model, if it cannot be trained, and unless `any_length` for sequences longer than
+    its positions.
     """
     path, new = config.model.path, len(config.model.new_tokens)
     full, length = config.adapter.method == "full", None if any_length else config.data.sequence_length
@@ -91,8 +91,10 @@ def find_model(
 
 
 def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> PlannedModel:
-    """A model by the sizes that distlora.architecture.known has. How many spare rows its embedding has, which new
-    tokens would take first, is not known there: each is counted as one more."""
+    """Return a model by the sizes in distlora.architecture.known.
+
+    The number of spare embedding rows is unknown there, so each new token counts as one more row.
+    """
     stored = shapes_of(settings, name)
     copy = _copy_of(name)
     return PlannedModel(
@@ -108,7 +110,7 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
 
 
 def _copy_of(name: str) -> str | None:
-    """A copy in bf16 of what is on the hub in MXFP4."""
+    """Return the name of a bf16 copy of a model that the hub has in MXFP4, or None."""
     return {known.lower(): copy for known, copy in MXFP4_NAMES.items()}.get(name.lower())
 
 
@@ -120,7 +122,7 @@ def model_in(
     full: bool = False,
     sequence_length: int | None = None,
 ) -> PlannedModel:
-    """The model in a folder of Hugging Face's format; its weights need not be there. Raises UserError."""
+    """Return the model in a folder in Hugging Face format; its weights may be absent. Raises UserError."""
     settings, place = read_config(folder), folder / "config.json"
     family = check_config(settings, place, full=full, sequence_length=sequence_length)
     size = weights_size(folder)
@@ -148,7 +150,7 @@ def model_in(
 
 
 def _packed_already(folder: Path, settings: Mapping[str, Any], shapes: ModelShapes) -> tuple[bool, dict[str, int]]:
-    """(plain_absmax, left_dense) of a checkpoint that is quantized. Raises UserError for one that cannot be kept."""
+    """Return (plain_absmax, left_dense) of a quantized checkpoint. Raises UserError if it cannot be kept quantized."""
     base = CheckpointFiles(folder)
     on_disk, packed = base.headers, read_prequantized_weights(base)
     stored_as = names_on_disk(on_disk, shapes.family)
@@ -173,9 +175,11 @@ def weights_size(folder: Path) -> int | None:
 
 
 def rows_with(new_tokens: int, stored: int, tokenizer: Path) -> int:
-    """Rows of embedding and head with new tokens, which follow the tokenizer's last: rows that it does not use are
-    taken first, as in `distlora.architecture.tokens.vocabulary_of`, which loads the tokenizer. Without a tokenizer.json
-    (its own format is not read here) each counts as one more."""
+    """Return the rows of embedding and LM head with new tokens, which follow the tokenizer's last token.
+
+    Spare rows are used first, as in `distlora.architecture.tokens.vocabulary_of`, which loads the tokenizer. Without a
+    tokenizer.json each new token counts as one more row.
+    """
     if not new_tokens:
         return stored
     if not tokenizer.is_file():
@@ -188,7 +192,7 @@ def rows_with(new_tokens: int, stored: int, tokenizer: Path) -> int:
 
 
 def cached_snapshot(cache: Path, name: str, revision: str | None) -> Path | None:
-    """The folder of a model in a cache of huggingface_hub, if at least its config.json is there."""
+    """Return the folder of a model in huggingface_hub's cache that has at least its config.json, or None."""
     repository = cache / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision

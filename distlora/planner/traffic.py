@@ -1,5 +1,4 @@
-"""What a training step moves between ranks, calculated from a model's shapes: ours, and what PEFT with accelerate's
-FSDP2 moves for the same model. Imports no torch.
+"""Calculate the bytes that a training step moves between ranks, for distlora and for PEFT with FSDP2. No torch.
 
 Two measures, each of one rank and one optimizer step:
 
@@ -39,7 +38,7 @@ Storage = Literal["nf4 in bf16", "nf4 in uint8", "bf16"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBytes:
-    """What one rank's collectives carry in a step."""
+    """Bytes of one rank's collectives in a step."""
 
     gathered: int
     """By all-gathers, over the ranks that cut a copy of the base."""
@@ -65,22 +64,25 @@ class StepBytes:
 
     @property
     def across_replicas(self) -> int:
-        """Of what is received: what ranks of other replicas have sent. All ranks send nothing but gradients there, once
-        summed within a replica: each of a replica's ranks brings 1/shards of them across."""
+        """Received bytes that ranks of other replicas sent.
+
+        Only gradients cross replicas, once they are reduced within one: each of its ranks moves 1/shards of them.
+        """
         replicas = self.world // self.shards
         return 2 * (self.reduced // self.shards) * (replicas - 1) // replicas + self._received_rows
 
     def into_machine(self, ranks: int) -> int:
-        """What must come into a machine of so many ranks from the others, at the least; where machines differ (ranks
-        that do not divide the world, or a copy's ranks), into the one where it is most. Of each copy of the base that
-        it has ranks of, what the others' have, once for all of its own; and of what is all-reduced, summed within each
-        machine before."""
+        """Return the least bytes that come into a node of `ranks` ranks from other nodes.
+
+        If nodes differ, the node with the most counts. The other nodes' parts of a copy come once for all of its ranks;
+        all-reduced buffers are summed within each node before.
+        """
         return max(
             self._into(range(first, min(first + ranks, self.world)), ranks) for first in range(0, self.world, ranks)
         )
 
     def _into(self, machine: range, ranks: int) -> int:
-        """The same of one machine; all but the last have `ranks`."""
+        """Return the least bytes into one node."""
         own = Counter(rank // self.shards for rank in machine)
         cut = (self.gathered + self.scattered) * sum(self.shards - n for n in own.values()) // self.shards
         machines = -(-self.world // ranks)
@@ -108,7 +110,7 @@ def packed_bytes(numel: int, ranks: int) -> int:
 
 
 def block_bytes(block: Iterable[Weight], ranks: int, *, quantized: bool, itemsize: int) -> int:
-    """What gathering one of our blocks carries. `itemsize`: of what is not packed."""
+    """Return the bytes of gathering one decoder layer. `itemsize`: bytes per element that is not quantized."""
     return sum(
         packed_bytes(weight.numel, ranks) if quantized and weight.packs else itemsize * padded(weight.shape, ranks)
         for weight in block
@@ -116,8 +118,10 @@ def block_bytes(block: Iterable[Weight], ranks: int, *, quantized: bool, itemsiz
 
 
 def held_bytes(shapes: ModelShapes, shards: int, *, quantized: bool, itemsize: int) -> int:
-    """Bytes of the frozen base that a rank keeps, at the most: its rows of every tensor. Not counted are the offsets of
-    packed weights, 4 bytes each, which every rank has."""
+    """Return the most bytes of the frozen base that a rank keeps: its rows of every tensor.
+
+    Without the offsets of quantized weights, 4 bytes each, which every rank has.
+    """
     matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), shards)
     rest = itemsize * (matrices + padded((shapes.hidden,), shards))
     block = block_bytes(shapes.block, shards, quantized=quantized, itemsize=itemsize)
@@ -125,20 +129,18 @@ def held_bytes(shapes: ModelShapes, shards: int, *, quantized: bool, itemsize: i
 
 
 def passes_of(work: Workload, accumulation: int) -> int:
-    """How often a step runs the model, forward and backward."""
+    """Return the forward and backward passes of a step."""
     return accumulation if work.accumulate == "step" else 1
 
 
 def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
-    """Blocks that are gathered in each pass, forward and backward: all but those that stay gathered (auto, which memory
-    decides, counts as none)."""
+    """Return the number of blocks that are gathered in each pass: all but the resident ones (auto counts as none)."""
     resident = work.parallel.resident_blocks
     return shapes.num_layers - (0 if resident == "auto" else resident)
 
 
 def ours(work: Workload, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
-    """A step of ours: each block gathered in forward and in backward, embedding, head and final norm in forward alone;
-    adapter gradients all-reduced once.
+    """Return the traffic of a step: layers gathered twice per pass, the ends once, adapters reduced once.
 
     What is trained of the base itself is gathered in `work.dtype` too, in backward as well where its gradient needs it
     (an embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more.
@@ -176,22 +178,23 @@ def ours(work: Workload, shapes: ModelShapes, *, world: int, accumulation: int) 
 
 
 def trained_rows(work: Workload, shapes: ModelShapes) -> dict[str, tuple[int, ...]]:
-    """Ids whose rows of embedding and head are trained while the rest is frozen, by matrix; new tokens' are any that no
-    other token has."""
+    """Return the trained ids of embedding and LM head by matrix; new tokens count as ids after the last."""
     ids = range(shapes.vocabulary, shapes.vocabulary + len(work.new_tokens))
     return trained_indices(work.adapter, tied=shapes.tied, new=tuple(ids))
 
 
 def token_rows(work: Workload, shapes: ModelShapes) -> int:
-    """How many those are."""
+    """Return the number of trained token rows."""
     return sum(map(len, trained_rows(work, shapes).values()))
 
 
 def peer(
     shapes: ModelShapes, adapters: Sequence[Sequence[Adapter]], storage: Storage, *, world: int, accumulation: int
 ) -> StepBytes:
-    """A step of PEFT with accelerate's FSDP2 (mixed_precision=bf16, blocks as units, gradients held back until the last
-    micro-batch), read in accelerate 1.15 and peft 0.21; counted for dense Llamas, not for experts.
+    """Return the traffic of a step of PEFT with accelerate's FSDP2, read in accelerate 1.15 and peft 0.21.
+
+    Settings: mixed_precision=bf16, decoder layers as units, gradients held back until the last micro-batch. For dense
+    Llamas, not for experts.
 
     Everything is gathered in bf16, adapters too, since they are cut like the base: blocks and the embedding in forward
     and again in backward, the head (with a tied embedding) and the final norm once. In uint8 storage accelerate leaves
@@ -209,8 +212,10 @@ def peer(
 
 
 def peer_held_bytes(shapes: ModelShapes, storage: Storage, *, world: int) -> int:
-    """Bytes of the base that a rank of the peer keeps: its rows, and what is not cut; 4-bit weights' scales in 8 bits
-    for each 64, with a scale in fp32 for each 256 of these, among it."""
+    """Return the bytes of the base that a rank of the peer keeps: its rows and what is not sharded.
+
+    4-bit weights have an 8-bit scale per 64 weights and an fp32 scale per 256 of these.
+    """
     matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), world)
     cut, whole = 2 * (matrices + padded((shapes.hidden,), world)), 0
     for weight in shapes.block:
@@ -225,15 +230,15 @@ def peer_held_bytes(shapes: ModelShapes, storage: Storage, *, world: int) -> int
 
 
 def replicated(weight: Weight, storage: Storage) -> bool:
-    """Whether accelerate leaves it out of the sharding: 4-bit weights in uint8."""
+    """Return True if accelerate leaves a weight out of the sharding: 4-bit weights in uint8."""
     return _is_packed(weight, storage) and storage == "nf4 in uint8"
 
 
 def _is_packed(weight: Weight, storage: Storage) -> bool:
-    """Whether bitsandbytes keeps it in 4 bits: linears, and no fused experts."""
+    """Return True if bitsandbytes keeps a weight in 4 bits: linears, but not fused experts."""
     return weight.packs and len(weight.shape) == 2 and storage != "bf16"
 
 
 def _stored(weight: Weight, storage: Storage) -> tuple[int, ...]:
-    """Its shape in numbers of 2 bytes; of a packed one a single column, four weights in each."""
+    """Return the shape of a weight in 2-byte numbers; a 4-bit weight is one column of four weights each."""
     return (-(-weight.numel // 4),) if _is_packed(weight, storage) else weight.shape

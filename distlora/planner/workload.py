@@ -12,7 +12,7 @@ from distlora.config import AdapterConfig, Config, ParallelConfig, UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """What the planner calculates from: the steps of one run, or of several trials trained together on one base."""
+    """The planner's input: the steps of one run, or of several trials trained together on one base."""
 
     adapter: AdapterConfig
     """Settings that all adapters share."""

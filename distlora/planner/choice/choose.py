@@ -59,7 +59,7 @@ class Choice:
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """What was chosen, and why: a plan is made without each."""
+        """The chosen settings with reasons. Makes a plan without each of them."""
         said = with_settings(self.asked, {"quant.method": self.config.quant.method})
         changes = changes_of(said, self.plan, self.reserve)
         return (
@@ -70,12 +70,14 @@ class Choice:
 def choose(
     config: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, *, reserve: float = RESERVE
 ) -> Choice:
-    """The run with every setting of CHOSEN that is not `fixed` (dotted names) set to what makes it fastest, within the
-    memory that there is less `reserve`; quant.method is chosen only where it is `auto`.
+    """Set every setting of CHOSEN that is not `fixed` to the value that makes the run fastest within the memory.
 
-    Among steps whose time is the same within WORTH it is the one with the fewest changes. Where no rates are known:
-    the one that recomputes least, then has the least traffic. Where nothing fits, or it is not known what does, the
-    settings stay as they are, with quant=nf4 for auto: `nearest` says what would.
+    `fixed` has dotted names; `reserve` is the fraction of the need that stays free. quant.method is chosen only if it
+    is `auto`.
+
+    Among steps whose times agree within WORTH, the plan with the fewest changes wins. Without known rates, the plan
+    that recomputes least wins, then the one with the least traffic. If nothing fits, or the memory is unknown, the
+    settings stay as they are, with quant=nf4 for auto; `nearest` finds what would fit.
     """
     methods, own = quantizations(config, model, machine)
     found: list[Plan] = []
@@ -97,12 +99,12 @@ def choose(
 
 
 def resolve_quantization(config: Config, model: PlannedModel, machine: Machine, *, reserve: float = RESERVE) -> Choice:
-    """`choose` of quant.method alone: every other setting stays as it is."""
+    """Choose quant.method only, as `choose` does."""
     return choose(config, CHOSEN, model, machine, reserve=reserve)
 
 
 def quantizations(config: Config, model: PlannedModel, machine: Machine) -> tuple[list[str], str | None]:
-    """(values of quant.method in the order in which they are tried, why there is but one where it was `auto`)."""
+    """Return the values of quant.method to try, in order, and the reason if `auto` leaves only one."""
     if config.quant.method != "auto":
         return [config.quant.method], None
     own = own_quantization(config, model)
@@ -114,18 +116,18 @@ def quantizations(config: Config, model: PlannedModel, machine: Machine) -> tupl
 
 
 def is_too_slow(plan: Plan, other: Plan) -> bool:
-    """Whether it takes more than TOO_SLOW times as long as another."""
+    """Return True if `plan` takes more than TOO_SLOW times as long as `other`."""
     times = plan.time, other.time
     return times[0] is not None and times[1] is not None and times[0].seconds > TOO_SLOW * times[1].seconds
 
 
 def has_room(plan: Plan, reserve: float = 0.0) -> bool:
-    """Whether a plan fits with `reserve` of what it needs to spare; what is not known counts as there."""
+    """Return True if a plan fits with `reserve` of its need to spare; unknown memory counts as enough."""
     return plan.lacks(reserve) is None
 
 
 def cost_of(plan: Plan) -> tuple[float, ...]:
-    """What a step costs: seconds; where the GPU's rates are not known, what it computes twice, then what it moves."""
+    """Return a sort key of a step's cost: its seconds, or recomputation and traffic if the GPU's rates are unknown."""
     time = plan.time
     if time is not None:
         return (time.seconds,)
@@ -143,7 +145,7 @@ def cost_of(plan: Plan) -> tuple[float, ...]:
 
 
 def fastest(said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, reserve: float) -> Plan | None:
-    """The best plan of the space that fits; None where none does."""
+    """Return the fastest plan of the space that fits; None if none does."""
     found = [(cost_of(plan), plan) for plan in on_gpus(said, fixed, model, machine, reserve)]
     good: list[tuple[int, tuple[float, ...], Plan]] = []
     for cost, plan in sorted(found, key=lambda each: each[0]):
@@ -155,15 +157,17 @@ def fastest(said: Config, fixed: Collection[str], model: PlannedModel, machine: 
 
 
 def is_as_good(cost: tuple[float, ...], best: tuple[float, ...]) -> bool:
-    """Whether a plan costs what the best does, within what no setting is changed for."""
+    """Return True if a plan's cost is within WORTH of the best."""
     return cost == best if len(best) > 1 else cost[0] <= best[0] * (1 + WORTH)
 
 
 def on_gpus(
     said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, reserve: float
 ) -> Iterator[Plan]:
-    """The plans of the space that fit the memory of GPUs, whatever waits on the host; of those that differ in resident
-    blocks alone the one as said and the one with most."""
+    """Yield the plans of the space that fit device memory, whatever the host lacks.
+
+    Of plans that differ only in resident blocks, yields the given number and the largest that fits.
+    """
     for branch in branches(said, machine, fixed):
         yield from _of_branch(branch, fixed, model, machine, reserve)
 
@@ -186,12 +190,12 @@ def _of_branch(
 
 
 def lacks_device(plan: Plan, reserve: float) -> bool:
-    """Whether there is too little memory where the model is trained: of a GPU, or of a CPU's machine."""
+    """Return True if the memory in which the model is trained is too small: a GPU's, or a CPU node's."""
     return plan.lacks_device(reserve) if plan.machine.is_gpu else not has_room(plan, reserve)
 
 
 def base_lacks(plan: Plan, reserve: float) -> bool:
-    """Whether what is the same however a step runs is too much for a GPU, or for a process's share of a CPU."""
+    """Return True if the part of the need that no setting of a step changes is too large."""
     held = sum(nbytes for kind, nbytes in plan.device.held.items() if kind in _OF_A_BRANCH)
     return held * (1 + reserve) > (plan.machine.usable_bytes or 0)
 
@@ -204,7 +208,7 @@ def plans(said: Config, fixed: Collection[str], model: PlannedModel, machine: Ma
 
 
 def branches(said: Config, machine: Machine, fixed: Collection[str]) -> Iterator[Config]:
-    """Where the base may lie, and over how many ranks it may be cut."""
+    """Yield the places that the base may be in and the numbers of ranks that it may be sharded over."""
     for storage in storages(said, machine, fixed):
         for copy in copies(said, machine, fixed):
             config = if_valid(said, {**storage, **copy})
@@ -215,7 +219,7 @@ def branches(said: Config, machine: Machine, fixed: Collection[str]) -> Iterator
 def with_micro_batches(
     branch: Config, way: Settings, fixed: Collection[str], model: PlannedModel, machine: Machine
 ) -> Iterator[Plan]:
-    """From the fewest rows at once to the most."""
+    """Yield plans from the smallest micro-batch to the largest."""
     for number in micro_batches(branch, machine, fixed):
         config = if_valid(branch, {**way, "train.micro_batch": number})
         if config is not None and not slices_for_nothing(branch, config, machine):
@@ -223,7 +227,7 @@ def with_micro_batches(
 
 
 def with_most_resident(plan: Plan, reserve: float) -> Plan | None:
-    """The same with as many blocks gathered for good as fit; None where that is no more than a fitting plan has."""
+    """Return the plan with as many resident blocks as fit; None if that is not more than `plan` has."""
     said, best = plan.config.parallel.resident_blocks, None
     if said == "auto":
         return None

@@ -1,4 +1,4 @@
-"""What the next larger run would take: more rows at once, longer rows, a larger rank, a larger model. No torch."""
+"""Estimate the next larger runs: a larger micro-batch, sequence, adapter rank or model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ class Room:
 
 
 def room(choice: Choice, larger: tuple[str, PlannedModel] | None = None) -> list[Room]:
-    """What the next larger micro-batch, row, rank and model (`larger`: how it is typed, and it) would take with the
-    settings as they are, or where they were chosen and do not fit, with those that would be chosen."""
+    """Return the needs of the next larger micro-batch, sequence length, adapter rank and model.
+
+    `larger` is the model's command-line override and the model. Chosen settings that do not fit are chosen again.
+    """
     plan, config = choice.plan, choice.config
     limit, length = plan.model.settings.get("max_position_embeddings"), 2 * config.data.sequence_length
     micro = next((n for n in micro_batches(config, plan.machine) if n > config.train.micro_batch), None)

@@ -1,4 +1,4 @@
-"""How many trials of a sweep fit into one pack, and what a pack takes beside one trial. Imports no torch."""
+"""Find how many trials of a sweep fit on one base together, and their cost beside one trial. Imports no torch."""
 
 from __future__ import annotations
 
@@ -70,9 +70,10 @@ class Packing:
 def packing(
     config: Config, model: PlannedModel, machine: Machine, asked: int | Literal["auto"], *, most: int = MOST
 ) -> Packing:
-    """Of trials with these settings, as many as are asked for, or as fit; `auto` leaves RESERVE free, and is 1 where it
-    is not known what fits. `most`: more are not wanted."""
+    """Plan the requested number of trials with these settings, or as many as fit.
 
+    `auto` leaves RESERVE free, and means 1 if the available memory is unknown. `most` bounds the number.
+    """
     work = Workload.of(config)
 
     @functools.cache
@@ -89,7 +90,7 @@ def packing(
 
 
 def _most(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, where one that does not is followed by none that does; 0: none."""
+    """Return the largest number up to `most` that fits, by bisection; 0 if none does."""
     low, high = 0, most + 1
     while high - low > 1:
         middle = min(2 * low, (low + high) // 2) if low else 1
@@ -98,6 +99,6 @@ def _most(fits: Callable[[int], bool], most: int) -> int:
 
 
 def largest(trials: Sequence[Config], model: PlannedModel, machine: Machine) -> Config:
-    """The trial that takes most memory alone: what a pack is planned with where its trials differ."""
+    """Return the trial that takes the most memory alone; trials that differ are planned as copies of it."""
     adapters = {repr(trial.adapter): trial for trial in trials}
     return max(adapters.values(), key=lambda trial: plan_of(trial, model, machine).device.total)

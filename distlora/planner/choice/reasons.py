@@ -1,6 +1,4 @@
-"""Why a setting was chosen, in a sentence with numbers: what it means, and the plan with it beside the plan without.
-Imports no torch.
-"""
+"""Explain why a setting was chosen, by its effect and the plans with and without it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ class Change:
 
     @property
     def typed(self) -> str:
-        """As they are typed."""
+        """The settings as command-line overrides."""
         return " ".join(typed(name, value) for name, value in self.settings.items())
 
     def __str__(self) -> str:
@@ -40,8 +38,10 @@ class Change:
 
 
 def changes_of(said: Config, plan: Plan, reserve: float) -> tuple[Change, ...]:
-    """What a plan has otherwise than the settings as they were said, each with the difference that it makes alone.
-    `reserve`: share of what is needed that was to stay free."""
+    """Return the settings in which a plan differs from the given ones, each with its effect alone.
+
+    `reserve` is the fraction of the need that was to stay free.
+    """
     new = changed(said, plan.config)
     together = [name for name in _TOGETHER if name in new]
     groups = [together] if together else []
@@ -50,8 +50,10 @@ def changes_of(said: Config, plan: Plan, reserve: float) -> tuple[Change, ...]:
 
 
 def why_quantized(plan: Plan, own: str | None, other: Plan | None) -> Change:
-    """What quant=auto became; `own`: why nothing else was possible, `other`: the fastest plan in what it did not
-    become, where that fits too."""
+    """Return the value that quant=auto became, with the reason.
+
+    `own`: the reason if nothing else was possible. `other`: the fastest plan with the other value, if it fits too.
+    """
     settings = {"quant.method": plan.config.quant.method}
     if own is not None:
         return Change(settings=settings, why=own)
@@ -86,7 +88,7 @@ def _of_usable(plan: Plan) -> str:
 
 
 def _difference(before: Plan, after: Plan, reserve: float) -> str:
-    """What a change is worth alone: that the run fits, time, or bytes on the wire."""
+    """Return the effect of a change alone: the run fits, the time, or the network traffic."""
     if before.lacks(reserve) is not None:
         return f": else {size(before.device.total)}{', too near to it' if before.lacks() is None else ''}"
     times = before.time, after.time
@@ -104,7 +106,7 @@ def _meanings(plan: Plan, settings: Settings) -> Iterator[str]:
 
 
 def _meaning(name: str, value: Any, plan: Plan) -> str:
-    """What a setting does, in this plan."""
+    """Return the effect of a setting in this plan, in words."""
     blocks, passes = plan.model.shapes.num_layers, plan.config.accumulation(plan.machine.ranks)
     match name:
         case "train.micro_batch":

@@ -30,13 +30,13 @@ _GROUPS = {"quant.method": "quant", "gpu.name": "gpu", "cluster.launcher": "clus
 
 
 def value_of(config: Config, setting: str) -> Any:
-    """The value of `train.micro_batch`, say."""
+    """Return the value of a setting by its dotted name, such as `train.micro_batch`."""
     section, _, name = setting.partition(".")
     return getattr(getattr(config, section), name)
 
 
 def with_settings(config: Config, settings: Settings) -> Config:
-    """The same run with other values. Raises UserError where they do not go together."""
+    """Return the config with other values. Raises UserError for values that exclude each other."""
     sections: dict[str, dict[str, Any]] = {}
     for setting, value in settings.items():
         section, _, name = setting.partition(".")
@@ -47,7 +47,7 @@ def with_settings(config: Config, settings: Settings) -> Config:
 
 
 def if_valid(config: Config, settings: Settings) -> Config | None:
-    """`with_settings`, or None for settings that do not go together."""
+    """Return the config with other values, or None for values that exclude each other."""
     try:
         return with_settings(config, settings)
     except UserError:
@@ -55,13 +55,13 @@ def if_valid(config: Config, settings: Settings) -> Config | None:
 
 
 def typed(setting: str, value: object) -> str:
-    """As it is typed."""
+    """Return a setting as a command-line override."""
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
     return f"{_GROUPS.get(setting, setting)}={shown}"
 
 
 def own_quantization(config: Config, model: PlannedModel) -> tuple[str, str] | None:
-    """(quant.method, why) where what is trained, or how the base lies there, leaves no choice."""
+    """Return (quant.method, reason) if the training method or the stored base leaves no choice, else None."""
     if config.adapter.method == "full":
         return "none", "adapter=full trains every parameter"
     if model.settings.get("quantization_config") is not None:
@@ -74,8 +74,10 @@ def own_quantization(config: Config, model: PlannedModel) -> tuple[str, str] | N
 
 
 def storages(config: Config, machine: Machine, fixed: Collection[str]) -> list[Settings]:
-    """By what the base may be cut, and where it may lie: as the settings have it, or, where several GPUs share it, on
-    them or in host memory by DeepSpeed, or on them by FSDP2. One holds other buffers than the other."""
+    """Return the backends and places of the base to try.
+
+    They are the given ones and, if several GPUs share the base, FSDP2, ZeRO-3, and ZeRO-3 with offload.
+    """
     said = {name: value_of(config, name) for name in ("parallel.backend", "parallel.offload_base")}
     cuts = machine.is_gpu and machine.ranks > 1 and config.adapter.trains_base is None
     cuts = cuts and config.parallel.deepspeed_config is None  # That file says where it lies.
@@ -102,9 +104,9 @@ def copies(config: Config, machine: Machine, fixed: Collection[str]) -> list[Set
 
 
 def ways(config: Config, model: PlannedModel, machine: Machine, fixed: Collection[str]) -> Iterator[Settings]:
-    """How a step may run: every combination of what is free of slices, checkpointing, tiles, kept weights, prefetch.
+    """Yield every combination of free values of accumulation, checkpointing, MLP tiles, kept weights and prefetch.
 
-    Left out is what cannot be better: slices of a block where a rank has the base whole, tiles of short rows and of
+    Leaves out combinations that cannot be better: block accumulation without sharding, and tiles for short sequences or
     experts.
     """
     shards = config.shard_degree(machine.ranks)
@@ -133,11 +135,11 @@ def micro_batches(config: Config, machine: Machine, fixed: Collection[str] = ())
 
 
 def slices_for_nothing(said: Config, config: Config, machine: Machine) -> bool:
-    """Whether it has one micro-batch, for which train.accumulate was changed."""
+    """Return True if train.accumulate was changed for a step of one micro-batch."""
     return config.accumulation(machine.ranks) == 1 and config.train.accumulate != said.train.accumulate
 
 
 def changed(before: Config, after: Config, among: Collection[str] = CHOSEN) -> dict[str, Any]:
-    """What is set otherwise, in the order of CHOSEN."""
+    """Return the settings of `among` that differ, in the order of CHOSEN."""
     found = {setting: value_of(after, setting) for setting in CHOSEN if setting in among}
     return {setting: value for setting, value in found.items() if value != value_of(before, setting)}

@@ -1,4 +1,4 @@
-"""What would fit where the settings do not: other settings, or more or other GPUs with some. Imports no torch."""
+"""Find what would fit if the settings do not: other settings, more GPUs or other GPUs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Fitting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nearest:
-    """What would fit; all empty where nothing does."""
+    """The nearest settings that fit; all fields are None if nothing does."""
 
     same: Fitting | None
     """The fewest settings to change for the same result."""
@@ -94,11 +94,10 @@ class Nearest:
 
 
 def nearest(config: Config, model: PlannedModel, machine: Machine) -> Nearest:
-    """Of settings that do not fit: the smallest change that does, whoever set what; one setting, then two, then more.
+    """Find the smallest change of settings that fits, whoever set them: one setting, then two, then more.
 
-    Among changes of as many settings it is the fastest. Where no such change keeps the result, it is the one that gives
-    up least of it, with the settings that it takes beside. More GPUs, and other ones, are looked for where neither
-    helps.
+    Among changes of equally many settings the fastest wins. If no change keeps the result, the one that gives up least
+    of it wins. More GPUs and other GPUs are tried only if neither helps.
     """
     plan = plan_of(config, model, machine)
     same = _same(plan)
@@ -156,12 +155,12 @@ def _halves(value: int, least: int) -> Iterator[int]:
 
 
 def _same(plan: Plan) -> Fitting | None:
-    """The fewest settings for the same result; none at all where it fits."""
+    """Return the fewest settings that fit with the same result."""
     return _fewest(plan, moves(plan)) or _chosen(plan)
 
 
 def _fewest(plan: Plan, singles: Sequence[Settings]) -> Fitting | None:
-    """The fastest of the combinations that fit, of as few of `singles` as do."""
+    """Return the fastest fitting combination of as few of `singles` as possible."""
     for count in range(MOST_AT_ONCE + 1):
         fitting = [found for found in _tried(plan, itertools.combinations(singles, count)) if has_room(found.plan)]
         if fitting:
@@ -170,7 +169,7 @@ def _fewest(plan: Plan, singles: Sequence[Settings]) -> Fitting | None:
 
 
 def _with_fewer(plan: Plan, changes: int) -> Fitting | None:
-    """What gives up least of the result, with fewer than so many settings; among these the fewest, then the fastest."""
+    """Return the change of fewer settings than `changes` that gives up least of the result."""
     singles = [*moves(plan), *sacrifices(plan.config, plan.machine)]
     combinations = (
         each for n in range(1, min(MOST_AT_ONCE, changes - 1) + 1) for each in itertools.combinations(singles, n)
@@ -180,8 +179,10 @@ def _with_fewer(plan: Plan, changes: int) -> Fitting | None:
 
 
 def _giving_up(plan: Plan, least: Plan | None) -> Fitting | None:
-    """What gives up least of the result, with the fewest settings beside; None where nothing that may be given up is
-    enough. `least`: of the settings that keep the result those that take least, with which each is asked first."""
+    """Return the change that gives up least of the result and fits; None if none does.
+
+    `least` is the plan that takes least memory with the same result; each change is first tried with its settings.
+    """
     singles = sacrifices(plan.config, plan.machine)
     combinations = [each for n in range(1, MOST_AT_ONCE + 1) for each in itertools.combinations(singles, n)]
     tried = sorted(_tried(plan, combinations), key=lambda found: _order(plan, found))
@@ -203,15 +204,14 @@ def _order(plan: Plan, found: Fitting) -> tuple[float, ...]:
 
 
 def given_up(said: Config, found: Config) -> tuple[float, ...]:
-    """How often a row or a rank is halved, with adapters on attention alone as one of them; NF4 and 8-bit moments,
-    which lose next to nothing, are less than any."""
+    """Return a sort key of the loss: halvings of sequence length and rank, then NF4 and 8-bit optimizers."""
     rows = math.log2(said.data.sequence_length / found.data.sequence_length)
     ranks = math.log2(said.adapter.r / found.adapter.r) + (said.adapter.target_modules != found.adapter.target_modules)
     return rows + ranks, rows, said.quant.method != found.quant.method, said.optim.name != found.optim.name
 
 
 def _least(plan: Plan) -> Plan:
-    """Of all settings that may be chosen those with which it takes least of a GPU, or of a CPU's machine."""
+    """Return the plan that takes the least memory of all settings that may be chosen."""
     said = if_valid(plan.config, _LEAST) or plan.config
     found = plans(said, {*_FIXED, *_LEAST}, plan.model, plan.machine)
     return min(found, key=lambda plan: plan.device.total if plan.machine.is_gpu else plan.host.machine)
@@ -230,7 +230,7 @@ def _tried(plan: Plan, combinations: Iterable[Sequence[Settings]]) -> Iterator[F
 
 
 def with_ranks(machine: Machine, config: Config) -> Machine:
-    """The same machines with as many ranks as a config has."""
+    """Return the same nodes with as many ranks as the cluster settings have."""
     ranks, each, usable = config.cluster.ranks, config.cluster.gpus_per_node, machine.usable_bytes
     if not machine.is_gpu and machine.host_bytes is not None:
         usable = machine.host_bytes // each
@@ -238,7 +238,7 @@ def with_ranks(machine: Machine, config: Config) -> Machine:
 
 
 def _chosen(plan: Plan) -> Fitting | None:
-    """The fastest that fits of all that can be chosen, less each setting that it fits without."""
+    """Return the fastest fitting plan of the whole space, without the changes that it does not need."""
     found = choose(plan.config, _FIXED, plan.model, plan.machine, reserve=0.0).plan
     if not has_room(found):
         return None
@@ -252,7 +252,7 @@ def _chosen(plan: Plan) -> Fitting | None:
 
 
 def _more_gpus(plan: Plan) -> Fitting | None:
-    """The fewest such GPUs on which it fits with the same result, with the fewest settings for it."""
+    """Return the plan on the fewest GPUs of the same model that hold the run with the same result."""
     have, each = plan.machine.ranks, max(plan.machine.ranks_per_machine, 8)
     machines = (each * 2**n for n in range(1, int(math.log2(MOST_RANKS / each)) + 1))
     for ranks in (*range(have + 1, each + 1), *machines) if plan.machine.is_gpu else ():
@@ -267,7 +267,7 @@ def _more_gpus(plan: Plan) -> Fitting | None:
 
 
 def _other_gpu(plan: Plan) -> Fitting | None:
-    """The smallest known GPU of which as many hold it with the same result, with the fewest settings for it."""
+    """Return the plan on the smallest known GPU that holds the run with the same result on as many GPUs."""
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.usable_bytes) if plan.machine.is_gpu else ():
         named: dict[str, object] = {"gpu.name": gpu.name}
         named |= {} if plan.config.gpu.memory_gib is None else {"gpu.memory_gib": None}

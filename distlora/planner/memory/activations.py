@@ -1,5 +1,4 @@
-"""What a row's tokens cost in memory beside the weights: what a forward keeps for backward and what a block at work
-takes, in each checkpointing mode, calculated from config.json's sizes; and what is computed a second time.
+"""Calculate the activation memory of decoder layers and LM head in each checkpointing mode, and what is recomputed.
 
 Counted are the tensors that the code keeps and makes, each storage once, operation by operation: of a block in
 block_memory.py and expert_memory.py, of the head here. tests/test_activations.py and
@@ -76,7 +75,7 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What a device makes different."""
+    """Properties of a device that activation memory depends on."""
 
     is_gpu: bool = True
     processors: int = 132
@@ -130,9 +129,10 @@ class Costs:
     def of(
         cls, work: Workload, shapes: ModelShapes, settings: Mapping[str, Any], device: Device, *, shards: int = 1
     ) -> Costs:
-        """Of the first block in a training run of the model with this config.json, whose base so many ranks cut between
-        them; others differ in their adapters alone (`ranks_of_blocks`). Attention on a GPU is by documents where the
-        kernel takes the model's heads (`flash_accumulators` says of which).
+        """Return the costs of the first decoder layer of a run whose base is sharded over `shards` ranks.
+
+        Other layers differ in their adapters only (`ranks_of_blocks`). Attention on a GPU is by documents if the kernel
+        supports the model's heads (`flash_accumulators`).
         """
         adapter, family = work.adapter, shapes.family
         decoder = Decoder.of(settings, family)
@@ -178,7 +178,7 @@ class Costs:
 
     @property
     def uncounted(self) -> list[str]:
-        """What of this is not calculated, in words; empty: nothing is left out."""
+        """Parts that are not calculated, in words; empty if there are none."""
         found = []
         if self.is_gpu and self.attention.kind == "sdpa":
             found.append("what a GPU's attention with dense masks makes: it is taken for what the CPU's does")
@@ -187,7 +187,7 @@ class Costs:
         return found
 
     def block(self, tokens: int = 1, row: int = 1) -> BlockRun:
-        """A block that runs so many tokens at once, in rows of so many."""
+        """Return a decoder layer that runs `tokens` tokens at once in sequences of `row` tokens."""
         return BlockRun(
             decoder=self.decoder,
             ranks=self.ranks,
@@ -216,21 +216,24 @@ class Costs:
 
     @property
     def norm_keeps_input(self) -> bool:
-        """Whether the norm that a half begins with keeps the half's input itself, and no fp32 copy."""
+        """True if the first norm of a half keeps the input itself and not an fp32 copy."""
         return self.fused or self.dtype_bytes == 4
 
     def attention_half(self, tokens: int = 1, row: int = 1) -> list[Operation]:
-        """What the attention half of a block runs, on `tokens` at once, in rows of `row`."""
+        """Return the operations of the attention half on `tokens` tokens in sequences of `row` tokens."""
         return attention_half(self.block(tokens, row))
 
     def mlp_half(self, tokens: int = 1) -> list[Operation]:
-        """What its MLP half runs, experts or not."""
+        """Return the operations of the MLP half, dense or experts."""
         block = self.block(tokens)
         return mlp_half(block) if self.decoder.experts is None else expert_half(block)
 
     def kept(self, mode: Mode, row: int = 1) -> float:
-        """By a block, on the device or the host, of rows of so many tokens, which dense masks and scores grow with.
-        What stays on the device in any case, `_indices`, is not among it where the block or its MLP is recomputed."""
+        """Return the bytes per token that a decoder layer keeps for backward, on the device or the host.
+
+        Dense masks and scores grow with `row`, the tokens per sequence. `_indices` stay on the device in any case and
+        are not included if the layer or its MLP is recomputed.
+        """
         attention, mlp = block_memory.kept(self.attention_half(row=row)), block_memory.kept(self.mlp_half())
         if mode == "none":
             return attention + mlp
@@ -245,7 +248,7 @@ class Costs:
         )
 
     def _indices(self, mode: Mode) -> int:
-        """Where the experts' rows belong, which the graph of a block holds itself, whatever a checkpoint drops."""
+        """Return the bytes per token of expert row indices, which a layer's graph holds under any checkpointing."""
         experts = self.decoder.experts
         return 0 if experts is None or mode == "none" else INDEX_BYTES * experts.chosen
 
@@ -255,8 +258,11 @@ class Costs:
         return 2 * self.dtype_bytes * self.decoder.head_size
 
     def masks(self, row: int) -> int:
-        """The masks of all blocks together, as large as one head's scores: true or false for `sdpa`, to be added to the
-        scores for `eager`. They are there while blocks run, and blocks that attend again keep them."""
+        """Return the bytes per token of the attention masks of all layers, each as large as the scores of one head.
+
+        `sdpa` has boolean masks, `eager` adds them to the scores. They exist while layers run; layers that recompute
+        attention keep them.
+        """
         if self.attention.kind in ("documents", "tiles"):
             return 0
         return self.decoder.masks * row * (1 if self.attention.kind == "sdpa" else self.dtype_bytes)
@@ -265,8 +271,9 @@ class Costs:
         return self.masks(row) if mode in ("block", "offload") else 0
 
     def working(self, mode: Mode, tokens: int, tile: int | None = None, row: int = 1, *, sliced: bool = False) -> Peak:
-        """One block in backward, of `tokens` that it runs at once, beside what it keeps and the gradient that comes in:
-        the most that its MLP half, then its attention half need. `sliced`: after other slices of the step.
+        """Return the most bytes of one layer in backward on `tokens` tokens, beside its kept activations.
+
+        The incoming gradient is not included. `sliced`: after other micro-batches of the step.
         """
         if sliced and self.trains_base:
             # Autograd adds up the weights' gradients of all slices before it hands them on.
@@ -295,12 +302,12 @@ class Costs:
 
     @property
     def norm(self) -> int:
-        """What a norm of hidden columns keeps."""
+        """Bytes per token that a norm of the hidden size keeps."""
         return int(self.block().norm(self.decoder.hidden).keeps)
 
     @property
     def _norm_steps(self) -> int:
-        """What a norm of hidden columns takes in backward beside what it keeps, the gradient that comes in among it."""
+        """Bytes per token that a norm of the hidden size takes in backward, the incoming gradient included."""
         return 3 * self.boundary if self.fused else _NORM_STEPS * self.decoder.hidden
 
     def _chunk(self, tokens: int) -> int:
@@ -315,8 +322,10 @@ class Costs:
         return _LOGIT_BYTES + (4 if self.decoder.caps_logits else 0)
 
     def head_forward(self, tokens: int) -> float:
-        """Bytes of the head, of `tokens` at once, in its forward, which takes the gradient of its input too where the
-        head is frozen; with the reference's states."""
+        """Return the bytes of the LM head's forward on `tokens` tokens, with the states of a reference.
+
+        A frozen head computes the gradient of its input in forward.
+        """
         norm = self.norm + (self.boundary if self.has_reference else 0)
         if self.trains_head:
             return tokens * (norm + self.boundary) + _LOSS_BYTES * self._chunk(tokens)
@@ -324,9 +333,11 @@ class Costs:
         return tokens * (norm + 2 * self.boundary + columns) + self._logit_bytes * self._chunk(tokens)
 
     def head_backward(self, tokens: int) -> float:
-        """Bytes of the head's backward, which scales that gradient in fp32, or of that of the norm before it. A trained
-        head's computes the logits again, and adds up its own gradient in fp32: that is in it, and a chunk's, which is
-        made when its logits are gone but for their gradient, and widened in slices by the CPU."""
+        """Return the bytes of the LM head's backward, or of the backward of the norm before it.
+
+        A frozen head scales the stored gradient in fp32. A trained head recomputes logits chunk by chunk and adds up
+        its gradient in fp32, which the CPU widens in slices.
+        """
         hidden = self.decoder.hidden
         norm = self.norm
         if self.trains_head:
@@ -348,9 +359,11 @@ class Costs:
         tile: int | None = None,
         row: int | None = None,
     ) -> Activations:
-        """A step that runs `at_once` tokens at a time and keeps `kept_tokens` of them (work.accumulate=block: those of
-        all its micro-batches), in rows of `row` tokens (None: `at_once`, one row); one document a row, for the
-        operations of attention."""
+        """Return the activations of a step that runs `at_once` tokens at a time and keeps `kept_tokens` of them.
+
+        `row`: tokens per sequence, None for one sequence of `at_once` tokens. Attention is counted with one document
+        per sequence.
+        """
         tokens = at_once if kept_tokens is None else kept_tokens
         row = at_once if row is None else row
         layers, kept = self.decoder.layers, self.kept(mode, row)

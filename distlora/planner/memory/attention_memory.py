@@ -1,4 +1,4 @@
-"""What an attention implementation makes beside what it keeps and hands on, read off the code that allocates."""
+"""Calculate the memory that attention implementations allocate beside their inputs and outputs, as their code does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """What an attention implementation keeps and makes."""
+    """Memory that an attention implementation keeps and allocates."""
 
     kind: AttentionKind = "documents"
     document: int | None = None
@@ -31,10 +31,11 @@ BY_DOCUMENTS = Attention()
 
 
 def flash_accumulators(processors: int, heads: int, tokens: int, rows: int, *, deterministic: bool) -> float:
-    """fp32 copies of dQ in the backward of flash attention 2 (flash_api.cpp, mha_varlen_bwd, in flash-attn and in
-    torch), over so many tokens of so many rows: one that is added to by atomics, or one for each program that walks
-    over the same queries; with 128 rows more a document. The most of one document a row and of such of 256 tokens: what
-    data has is not known, and shorter ones take more."""
+    """Return the number of fp32 copies of dQ in flash attention 2's backward (flash_api.cpp, mha_varlen_bwd).
+
+    There is one copy with atomics, or one for each program that walks over the same queries, with up to 128 rows more
+    per document. Returns the larger count of sequences with one document and with documents of 256 tokens.
+    """
     fewest = 2 * rows - 1  # Between rows stands an empty document (distlora.model.attention.cu_seqlens).
 
     def copies(documents: int) -> float:
@@ -52,8 +53,10 @@ class Made(NamedTuple):
 
 
 def tiles_make(sizes: Decoder, longest: int) -> Made:
-    """attention_cpu.py's: of a tile its scores, in backward twice, and queries and outputs, there in fp32 for D; of a
-    document keys and values with columns more, of which forward has the keys, and in backward their gradients in fp32.
+    """Return the memory of attention by tiles on the CPU (attention_cpu.py).
+
+    A tile has its scores, in backward twice, and queries and outputs in fp32. A document has keys and values with extra
+    columns, and in backward their gradients in fp32.
     """
     groups, size = sizes.heads // sizes.key_heads, sizes.head_size
     scores = 2 * scores_at_once(longest, groups, sizes.key_heads)

@@ -1,5 +1,4 @@
-"""The tensors of the base as a run keeps them: what each is stored as, what of it a rank has, and what it takes while
-its unit is gathered. Imports no torch.
+"""List the base's tensors: how each is stored, what a rank keeps of it, and its size while gathered. Imports no torch.
 
 `model.frozen_linear.FrozenTensor` says what a packed weight consists of, `model.build.build_model` what is
 trained and in which dtype. Both backends cut dim 0 into ceil(rows / ranks) rows for each rank
@@ -74,7 +73,7 @@ class Base:
         return not self.head
 
     def counted(self) -> Iterator[tuple[Stored, int]]:
-        """(a tensor, how often there is one like it)."""
+        """Yield (tensor, number of tensors like it)."""
         for unit, count in ((self.embedding, 1), (self.block, self.layers), (self.head, 1), (self.rest, 1)):
             for tensor in unit:
                 yield tensor, count
@@ -109,20 +108,23 @@ class Gathered:
 
 
 def unit_bytes(unit: Iterable[Stored], shards: int) -> int:
-    """What a unit takes while it is gathered."""
+    """Return the bytes of a unit while it is gathered."""
     return sum(tensor.whole(shards) for tensor in unit)
 
 
 def planned_base(work: Workload, model: PlannedModel) -> Base:
-    """As this run keeps this model."""
+    """Return the base as this run keeps it."""
     return base_of(work, model.shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
 
 
 def base_of(
     work: Workload, shapes: ModelShapes, *, plain_absmax: bool = False, left_dense: Mapping[str, int] | None = None
 ) -> Base:
-    """As this run keeps the model. Of a checkpoint that is packed already: `plain_absmax` without double quantization;
-    `left_dense` in how many blocks a weight is not packed."""
+    """Return the base as a run keeps it.
+
+    For a checkpoint quantized before: `plain_absmax` if it has no double quantization; `left_dense` the number of
+    layers in which a weight is not quantized.
+    """
     itemsize = traffic.DTYPE_BYTES[work.dtype]
     adapter, full = work.adapter, work.adapter.method == "full"
     packs = work.quantized

@@ -1,5 +1,6 @@
-"""The operations of a decoder block in the order in which a forward runs them: what each keeps for backward, and what
-its backward makes. The peak of a block in backward follows by going through them from the last to the first.
+"""List the operations of a decoder layer: the activations that each keeps and the memory that its backward takes.
+
+The peak of a layer's backward follows from the operations, last to first.
 
 All numbers are bytes a token; those of adapters and of weights stand beside them, as `fixed` and `dense`. Each is read
 off the code that allocates, which the docstrings name, and held to what is alive in a backward by tests/
@@ -33,7 +34,7 @@ STRIPE_BYTES = 3 * 4 * 2**20
 
 
 class Moment(NamedTuple):
-    """What is alive for a while."""
+    """Memory that is alive for a while."""
 
     bytes: float
     """A token."""
@@ -51,7 +52,7 @@ class Peak(NamedTuple):
     """Of them, dequantized weights."""
 
     def plus(self, nbytes: float, dense: float = 0) -> Peak:
-        """With so many beside them, less where they are counted elsewhere, and dequantized weights."""
+        """Return the peak with `nbytes` and dequantized weights added."""
         return Peak(self.bytes + nbytes + dense, self.dense + dense)
 
 
@@ -90,8 +91,10 @@ def stacked(operations: Sequence[Operation]) -> float:
 
 
 def backward_peak(operations: Sequence[Operation], tokens: int) -> Peak:
-    """In the backward of these operations, what they keep among it, and in a recomputation before it. The gradient that
-    comes to the last of them, which the residual stream has too, is not counted."""
+    """Return the peak of the backward of these operations, their kept activations and recomputation included.
+
+    The incoming gradient is not included.
+    """
     peaks, held, dense, incoming, gradients, beside = [], 0.0, 0.0, 0.0, 0.0, 0.0
     for operation in operations:
         held, dense, beside = held + operation.keeps, dense + operation.keeps_dense, beside + operation.stacks
@@ -119,7 +122,7 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockRun:
-    """How a block is run: what its operations depend on beside its sizes."""
+    """Settings of a running decoder layer."""
 
     decoder: Decoder
     ranks: AdaptedRanks
@@ -154,13 +157,15 @@ class BlockRun:
 
     @property
     def fused_mlp(self) -> bool:
-        """With DoRA liger-kernel's MLP and rotary embedding would write over outputs that gradients read."""
+        """True if the MLP is fused; with DoRA, liger-kernel would overwrite outputs that gradients read."""
         return self.fused and not self.dora
 
     def norm(self, columns: int, rows: int = 1) -> Operation:
-        """Of `rows` vectors a token that have so many columns together. LlamaRMSNorm and its like: x in fp32, its
-        inverse root mean square; in backward five fp32 tensors, when the gradient that came in is gone. The residual
-        stream itself is fp32 in an fp32 run. liger-kernel's: x, and the gradient of x."""
+        """Return a norm of `rows` vectors per token with `columns` columns together.
+
+        LlamaRMSNorm and similar keep x in fp32 and its inverse root mean square; backward takes five fp32 tensors. The
+        residual stream is fp32 in an fp32 run. liger-kernel keeps x, and makes the gradient of x.
+        """
         b = self.itemsize
         if self.fused:
             return Operation(b * columns + 4 * rows, (Moment(2 * b * columns),), b * columns)
@@ -171,8 +176,10 @@ class BlockRun:
         )
 
     def linears(self, inputs: int, outputs: Sequence[Linear], *, made: bool = False) -> Operation:
-        """Those that read one tensor of `inputs` columns, which was `made` by a norm or a gated product (lora_torch.py,
-        lora_gpu.py)."""
+        """Return linears that read one tensor of `inputs` columns, `made` by a norm or a gated product.
+
+        See lora_torch.py and lora_gpu.py.
+        """
         if self.trains_base:
             return self._trained(inputs, outputs)
         b, ranks = self.itemsize, {linear.name: self.ranks.rank(linear.name) for linear in outputs}
@@ -207,8 +214,10 @@ class BlockRun:
         return Operation(keeps, backward, b * inputs, dense=dense, keeps_dense=keeps_dense, stacks=stacks, joins=joins)
 
     def _trained(self, inputs: int, outputs: Sequence[Linear]) -> Operation:
-        """nn.Linears: their input for dW; in backward a dX each, which is added to the others', and dW in the dtype of
-        the run. One process, which has 16-bit copies of fp32 masters, then makes dW in fp32 (compute_copies.py)."""
+        """Return trained nn.Linears: they keep the input for dW, and make dX and dW in the run's dtype.
+
+        One process then casts dW to fp32, since it computes with 16-bit copies of fp32 masters.
+        """
         b = self.itemsize
         whole = sum(inputs * linear.columns for linear in outputs)
         largest = max(inputs * linear.columns for linear in outputs)
@@ -219,13 +228,15 @@ class BlockRun:
         return Operation(b * inputs, (Moment(made, fixed),), b * inputs)
 
     def _keeps_output(self, linear: Linear) -> bool:
-        """Whether what follows keeps the very tensor that DoRA's backward reads."""
+        """Return True if the next operation keeps the tensor that DoRA's backward reads."""
         return linear.output_is_kept and not linear.bias and not self.dropout
 
     def _on_cpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[Moment]:
-        """From the last linear to the first: a dX each, which is added to the others'. A dequantized weight lives until
-        the next linear has its own, which is made of its absmax in fp32 (nf4_cpu.py). Of a pack's rows those of one
-        trial after the other are dropped, in place."""
+        """Return the backward on the CPU, from the last linear to the first: one dX each, added to the others.
+
+        A dequantized weight lives until the next linear has its own, made of its fp32 absmax (nf4_cpu.py). Dropout of
+        trials trained together is applied in place, one trial after the other.
+        """
         b, moments, before = self.itemsize, [], 0.0
         for index, linear in enumerate(reversed(outputs)):
             weight = b * inputs * linear.columns if self.quantized else 0
@@ -246,13 +257,13 @@ class BlockRun:
         return moments
 
     def _stripe(self, columns: int) -> float:
-        """What DoRA takes at once for the gradient of a magnitude: of all rows, where these choose of one."""
+        """Return the bytes that DoRA takes at once for the gradient of a magnitude."""
         if self.trials == 1:
             return self._at_most(12 * columns, STRIPE_BYTES)
         return min(12 * columns * self.row, STRIPE_BYTES) / self.tokens
 
     def _on_gpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[Moment]:
-        """The adapters' gradients linear by linear, then dX, once for all of them."""
+        """Return the backward on a GPU: adapter gradients linear by linear, then one dX for all."""
         b, adapted = self.itemsize, [linear for linear in outputs if ranks[linear.name]]
         folds = self.quantized and not self.dropout and b == 2
         scaled = 0.0
@@ -277,7 +288,7 @@ class BlockRun:
         return [*moments, Moment(scaled + b * inputs)]
 
     def _counters(self, inputs: int) -> float:
-        """What makes the words of a mask has of its own."""
+        """Return the bytes that generating a dropout mask takes."""
         return self._at_most(inputs / 8 * _COUNTER_BYTES, _COUNTERS[self.device] * _COUNTER_BYTES)
 
     def _at_most(self, of_token: float, bound: float) -> float:
@@ -285,14 +296,16 @@ class BlockRun:
         return min(of_token, bound / self.tokens)
 
     def rotary(self) -> Operation:
-        """apply_rotary_pos_emb: the gradients of queries, keys and values are there, and of the queries four products
-        with the tables. liger-kernel's writes over what it gets."""
+        """Return apply_rotary_pos_emb: gradients of its inputs, and four products of queries with the tables.
+
+        liger-kernel works in place.
+        """
         b, sizes = self.itemsize, self.decoder
         made = 0 if self.fused_mlp else 4 * b * sizes.queries
         return Operation(0, (Moment(made),), b * (sizes.queries + 2 * sizes.keys))
 
     def attends(self) -> Operation:
-        """The attention proper: queries, keys, values and the output; a number a head (log-sum-exp)."""
+        """Return attention proper: it keeps queries, keys, values, the output, and a log-sum-exp per head."""
         b, sizes = self.itemsize, self.decoder
         leaves = b * (sizes.queries + 2 * sizes.keys)
         # Values that are a part of what one linear gives keep all of it.
@@ -314,8 +327,11 @@ class BlockRun:
         return self._eager(leaves)
 
     def _eager(self, leaves: float) -> Operation:
-        """The scores of a row, of all heads: with a cap its tanh, probabilities in fp32 and in b bytes (Gemma 2), whose
-        gradients in fp32 are two in backward; with sinks probabilities in b bytes and the place of each maximum."""
+        """Return eager attention, which keeps the scores of a sequence for all heads.
+
+        With a cap it keeps the tanh and the probabilities in fp32 and in the run's dtype (Gemma 2); backward has two
+        fp32 gradients. With sinks it keeps probabilities and the position of each maximum.
+        """
         b, sizes = self.itemsize, self.decoder
         scores = self.row * sizes.heads
         keeps = 4 * b * sizes.queries
@@ -331,9 +347,11 @@ class BlockRun:
         return Operation(keeps + of_scores, backward, leaves, max(0, widened - of_scores))
 
     def gates(self) -> Operation:
-        """act(gate) up: gate, up, act(gate), of which liger-kernel keeps none and whose gradients it writes over gate
-        and up. In backward the product's gradient becomes those of act(gate) and up; of one linear for both, they
-        become one tensor when what is kept is gone."""
+        """Return act(gate) * up, which keeps gate, up and act(gate).
+
+        liger-kernel keeps no act(gate), and writes gradients over gate and up. Backward makes the gradients of
+        act(gate) and up; with one linear for both they are joined when the kept tensors are gone.
+        """
         b, inner = self.itemsize, self.decoder.inner
         if self.fused_mlp:
             return Operation(2 * b * inner, (Moment(0),), 2 * b * inner)
@@ -341,7 +359,7 @@ class BlockRun:
 
 
 def attention_half(run: BlockRun) -> list[Operation]:
-    """From the input of a block to what is added to it."""
+    """Return the operations from a layer's input to the output of attention."""
     sizes = run.decoder
     # Values go to attention as the linear gives them, queries and keys rotated.
     as_given = run.attention.kind in ("documents", "tiles") or sizes.keys == sizes.queries
@@ -365,7 +383,7 @@ def attention_half(run: BlockRun) -> list[Operation]:
 
 
 def mlp_half(run: BlockRun) -> list[Operation]:
-    """From there to what the block adds to that; a dense MLP."""
+    """Return the operations of a dense MLP, from attention's output to the layer's output."""
     sizes = run.decoder
     if sizes.fused_linears:
         read = [Linear("gate_up_proj", 2 * sizes.inner, sizes.mlp_bias, output_is_kept=True)]

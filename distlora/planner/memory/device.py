@@ -41,7 +41,7 @@ class DeviceBytes:
 
     @property
     def by_kind(self) -> dict[Kind, int]:
-        """At the peak; kinds of which there is nothing are left out."""
+        """Bytes by category at the peak, without empty categories."""
         found = {kind: self.held.get(kind, 0) + self.moments[self.worst].get(kind, 0) for kind in KINDS}
         return {kind: n for kind, nbytes in found.items() if (n := nbytes + self.beside.get(kind, 0))}
 
@@ -51,7 +51,7 @@ class DeviceBytes:
 
     @property
     def peak(self) -> int:
-        """Of tensors. torch counts cuBLAS' workspaces as allocated too, which are in `beside`."""
+        """Peak bytes of tensors. torch also counts cuBLAS workspaces, which are in `beside`."""
         return self.persistent + sum(self.moments[self.worst].values())
 
     @property
@@ -73,7 +73,7 @@ class DeviceBytes:
 
 
 def device_bytes(work: Workload, model: PlannedModel, machine: Machine) -> DeviceBytes:
-    """Of a training run with these settings."""
+    """Return the device memory of a training run."""
     said = work.parallel.resident_blocks
     if said != "auto":
         return _with_resident(work, model, machine, said)
@@ -123,8 +123,10 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
 
 
 def decomposing_bytes(work: Workload, shapes: ModelShapes) -> int:
-    """While adapters are made from the base's weights (PiSSA, LoftQ), before there are gradients and moments: a weight
-    whole, in fp32 once its correction is taken, and what its decomposition takes."""
+    """Return the bytes while adapters are made from the base's weights (PiSSA, LoftQ), before there are gradients.
+
+    That is one whole weight, in fp32 once it is corrected, and its decomposition.
+    """
     if not work.adapter.decomposes:
         return 0
     weights = [each for each, _ in shapes.alike(work.adapter)]
@@ -134,9 +136,11 @@ def decomposing_bytes(work: Workload, shapes: ModelShapes) -> int:
 
 
 def decomposition_bytes(work: Workload, shape: tuple[int, ...]) -> int:
-    """At the most, of one weight and beside it (docs/benchmarks.md): five matrices of the smaller side in fp64;
-    subspace iterations two bases of either side, and three parts of the weight widened, 32 MiB each
-    (distlora.weights.decompose)."""
+    """Return the most bytes of the decomposition of one weight (distlora.weights.decompose).
+
+    An exact one takes five fp64 matrices of the smaller side; subspace iterations take two bases of either side and
+    three parts of the weight widened, 32 MiB each.
+    """
     small, large = sorted(shape)
     if subspace_iterations(work.adapter.init) is None:
         return 5 * 8 * small**2
@@ -144,8 +148,10 @@ def decomposition_bytes(work: Workload, shape: tuple[int, ...]) -> int:
 
 
 def buffer_bytes(model: PlannedModel, work: Workload) -> int:
-    """The buffers of transformers' decoder: the rotary embedding's frequencies, twice in fp32, for each kind of layer
-    that the model has, where kinds differ in them (Gemma 3); the scale of an embedding in its dtype (Gemma)."""
+    """Return the bytes of the decoder's buffers: rotary frequencies, twice in fp32, and Gemma's embedding scale.
+
+    Gemma 3 has frequencies for each layer type.
+    """
     family = model.shapes.family
     sizes = sizes_of(model.settings, family)
     ropes = sizes.get("rope_parameters") or {}
@@ -158,8 +164,10 @@ def buffer_bytes(model: PlannedModel, work: Workload) -> int:
 
 
 def arena_bytes(work: Workload, model: PlannedModel) -> int:
-    """Scratch on a GPU: the largest weight, and with work.keep_dequantized a block's, each from a multiple of 512
-    bytes on (distlora.training.setup.reserve_scratch)."""
+    """Return the bytes of the scratch arena on a GPU (distlora.training.setup.reserve_scratch).
+
+    It holds the largest weight, and with train.keep_dequantized those of a layer, each aligned to 512 bytes.
+    """
     sizes = _dense_sizes(work, model)
     kept = sum(-(-nbytes // 512) * 512 for nbytes in sizes) if work.keep_dequantized else 0
     return max(sizes, default=0) + kept

@@ -22,7 +22,7 @@ INDEX_BYTES = 4 * 8
 
 
 def expert_half(run: BlockRun) -> list[Operation]:
-    """From the input of the half to what the block adds to that."""
+    """Return the operations of a mixture of experts, from attention's output to the layer's output."""
     sizes, experts, b = run.decoder, run.decoder.experts, run.itemsize
     assert experts is not None
     hidden, inner, rows = sizes.hidden, experts.inner, experts.chosen
@@ -40,8 +40,10 @@ def expert_half(run: BlockRun) -> list[Operation]:
 
 
 def _router(run: BlockRun) -> Operation:
-    """Softmax, the chosen and their weights, divided by their sum; the Routing; the balance of the experts where a loss
-    asks for it (distlora/model/router_loss.py). Backward: the gradient of its input, added to that of the rows."""
+    """Return the router: softmax, chosen experts and weights, the Routing, and the balance loss if there is one.
+
+    Backward adds the gradient of its input to that of the expert rows (distlora/model/router_loss.py).
+    """
     experts, b = run.decoder.experts, run.itemsize
     assert experts is not None
     chosen = experts.chosen
@@ -53,8 +55,11 @@ def _router(run: BlockRun) -> Operation:
 
 
 def _linear(run: BlockRun, name: str, inputs: int, outputs: int) -> Operation:
-    """The linear of all experts, experts_torch.py or experts_grouped.py: dX of all rows, of grouped products the
-    adapter's part of it too; dA and dB of all experts in fp32, A and B in the run's dtype."""
+    """Return the linear of all experts (experts_torch.py or experts_grouped.py).
+
+    It makes dX of all rows, with grouped products also the adapter's part of it, dA and dB of all experts in fp32, and
+    A and B in the run's dtype.
+    """
     experts, b, rank = run.decoder.experts, run.itemsize, run.ranks.rank(name)
     assert experts is not None
     rows, weight = experts.chosen, inputs * outputs
@@ -79,8 +84,10 @@ def _linear(run: BlockRun, name: str, inputs: int, outputs: int) -> Operation:
 
 
 def _activation(run: BlockRun) -> Operation:
-    """Of gate and up, the halves of one tensor: it and act(gate), as a dense MLP's. GPT-OSS's keeps the clamped gate,
-    its sigmoid, their product, and up + 1."""
+    """Return the activation of gate and up, the halves of one tensor.
+
+    It keeps that tensor and act(gate). GPT-OSS keeps the clamped gate, its sigmoid, their product, and up + 1.
+    """
     experts, b = run.decoder.experts, run.itemsize
     assert experts is not None
     one = b * experts.chosen * experts.inner
@@ -90,8 +97,10 @@ def _activation(run: BlockRun) -> Operation:
 
 
 def _weighted_sum(run: BlockRun) -> Operation:
-    """The rows' outputs, which their weights' gradients need, times weights, in fp32 where the weights are; in backward
-    three tensors of their size: the gradient of the product, and of either of its operands."""
+    """Return the weighted sum of the experts' outputs, which are kept for the gradients of their weights.
+
+    Backward makes three tensors of their size: the gradient of the product and of both operands.
+    """
     experts, b = run.decoder.experts, run.itemsize
     assert experts is not None
     rows, hidden = experts.chosen, run.decoder.hidden

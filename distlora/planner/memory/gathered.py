@@ -1,5 +1,4 @@
-"""What is whole on a rank while units of the base are in use, and the buffers that they come in, by the part of a step.
-Imports no torch.
+"""Calculate the base's units that are whole on a rank, with their buffers, by the part of a step. Imports no torch.
 
 FSDP2 (torch 2.13, _fsdp_param_group.py). A gather has an output of all ranks' rows, of which each parameter is then
 copied out: a unit takes its bytes twice until the output is let go, which in forward is when the next unit is copied
@@ -41,7 +40,7 @@ class Copied:
 
 
 def gathered_of(work: Workload, base: Base, shards: int, resident: int, *, is_gpu: bool) -> Gathered:
-    """Of `shards` ranks that cut a copy of the base between them, with so many blocks that stay gathered."""
+    """Return the gathered bytes of a base sharded over `shards` ranks, with `resident` blocks that stay gathered."""
     if shards == 1:
         return Gathered()
     if work.parallel.backend == "zero3":

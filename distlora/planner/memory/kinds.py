@@ -1,4 +1,4 @@
-"""What memory is asked for, and when. Imports no torch."""
+"""Name the categories of memory and the moments of a peak. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU's libraries and torch's allocator take of its memory beside tensors. Imports no torch.
+"""Calculate the GPU memory that libraries and torch's allocator take beside tensors. Imports no torch.
 
 None of it is counted by torch.cuda.max_memory_allocated, but cuBLAS' workspaces. CUDA's context is not here: a GPU's
 usable bytes are without it (distlora/config/gpus.py). No GPU has run it: figures are the libraries' own constants.
@@ -32,7 +32,7 @@ _CHANNELS = {True: 32, False: 4}
 
 
 def beside_tensors(work: Workload, base: Base, trained: Trained, machine: Machine, *, largest: int) -> dict[Kind, int]:
-    """By kind, at the most; nothing on a CPU. `largest`: bytes of the largest tensor that a step makes."""
+    """Return the most bytes by category; empty on a CPU. `largest`: bytes of the largest tensor of a step."""
     if not machine.is_gpu:
         return {}
     shards = work.shard_degree(machine.ranks)
@@ -52,10 +52,13 @@ def _workspaces(machine: Machine) -> int:
 
 
 def _nccl(work: Workload, machine: Machine, shards: int) -> int:
-    """Of the group that sums gradients, by rings and by trees (a ring's connection and two of a tree's, both ways);
-    with several copies, of the group that gathers, by rings, and of that between copies where something of the base is
-    trained. github.com/NVIDIA/nccl/issues/864 has 1.6 GB after a first all-reduce, CUDA's context among it: 32 channels
-    are 1.2 of it."""
+    """Return the bytes of NCCL's buffers.
+
+    The group that sums gradients has rings and trees: one ring connection and two tree connections, both ways. With
+    several copies of the base there is a group that gathers, by rings, and one between copies if the base is trained.
+    github.com/NVIDIA/nccl/issues/864 shows 1.6 GB after a first all-reduce, CUDA's context included; 32 channels are
+    1.2 GB of it.
+    """
     if machine.ranks == 1:
         return 0
     connections = 3
@@ -66,15 +69,17 @@ def _nccl(work: Workload, machine: Machine, shards: int) -> int:
 
 
 def _rounding(work: Workload, base: Base, trained: Trained, shards: int) -> int:
-    """What is lost at the ends of tensors that stay."""
+    """Return the bytes lost at the ends of tensors that stay."""
     offloads = offloads_base(work.parallel, shards)
     lost = 0 if offloads else sum(count * _lost(tensor.kept(shards)) for tensor, count in base.counted())
     return lost + sum(3 * count * _lost(4 * numel) for numel, count in trained.adapters.items())
 
 
 def _late(work: Workload, base: Base, shards: int) -> int:
-    """What DeepSpeed let go and the device has not passed, which is a unit behind: torch counts it as free, and gives
-    it to nobody (CUDACachingAllocator.cpp: free, insert_events)."""
+    """Return the bytes that DeepSpeed freed while the device is still a unit behind.
+
+    torch counts them as free and gives them to nobody (CUDACachingAllocator.cpp: free, insert_events).
+    """
     return unit_bytes(base.block, shards) if shards > 1 and work.parallel.backend == "zero3" else 0
 
 
@@ -84,11 +89,12 @@ def _lost(nbytes: int) -> int:
 
 
 def _segments(work: Workload, base: Base, shards: int, *, largest: int) -> int:
-    """What is reserved and not in use at the peak. Memory that was let go serves the stream that took it alone: each
-    has a segment of either kind partly filled. A hole as large as the largest tensor may lie where smaller ones are
-    between which none fits; on the stream of gathers a block's output lies in the memory of the embedding's when the
-    head is gathered (two units take turns, and one of them finds that place first). What is wholly free the allocator
-    gives back when memory is short."""
+    """Return the bytes that are reserved and unused at the peak.
+
+    Freed memory serves only the stream that took it, so each stream has a partly filled segment of each kind. A hole as
+    large as the largest tensor may lie between smaller ones. On the stream of gathers, a block's output may lie in the
+    memory of the embedding's when the head is gathered.
+    """
     streams, hole = 1, 0
     if shards > 1:
         streams += 1 if work.adapter.trains_base is None else 2

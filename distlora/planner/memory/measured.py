@@ -1,4 +1,7 @@
-"""What a rank had in memory in a step beside what was planned: the figures, and the kind that missed. No torch."""
+"""Compare the memory that a rank measured in a step with the plan, and name the category that differs most.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ gradient of the base that is on its way is one of what runs until the step ends.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredRank:
-    """Of the rank that had most."""
+    """Measured memory of the rank that had most."""
 
     rank: int
     peak: int
@@ -53,9 +56,10 @@ def figures(measured: MeasuredRank, plan: Mapping[str, Any]) -> dict[str, int]:
 
 
 def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
-    """What there is to say of a peak that is further from the plan than MISS: by how much, and which kind makes most of
-    it. None of a GPU that the plan did not know: what it took for granted (an H100's processors, no block that stays
-    by itself) is no miss of the run."""
+    """Return a warning if a peak differs from the plan by more than MISS, with the category that makes most of it.
+
+    Returns None for a GPU that the plan did not know, since its assumptions are not the run's.
+    """
     device, machine = plan.get("device"), plan.get("machine", {})
     if device is None or (machine.get("is_gpu") and machine.get("gpu", machine.get("card")) is None):
         return None
@@ -76,8 +80,10 @@ def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
 
 
 def planned_kinds(device: Mapping[str, Any], part: str | None) -> dict[str, int]:
-    """Of tensors, at the moment that was the step's peak, where the plan has that one: it may hold another for the
-    worst. None: at that one, of a step; a plan's peak may be before the first."""
+    """Return the planned bytes of tensors by category at the moment `part` of a step.
+
+    None, or a moment that the plan lacks, means the plan's own worst moment of a step.
+    """
     moments = {moment: kinds for moment, kinds in device["moments"].items() if moment != "loading"}
     meant = {"forward": ("embedding", "forward"), "block": ("block", "embedding_backward")}.get(part or "", (part,))
     found: dict[str, int] = dict(device["held"])

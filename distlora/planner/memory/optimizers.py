@@ -23,10 +23,10 @@ bytes or in 1."""
 
 
 def is_in_8_bits(optimizer: str, numel: int) -> bool:
-    """Whether the moments of a parameter are, by optim.name."""
+    """Return True if the optimizer states of a parameter are in 8 bits, by optim.name."""
     return optimizer.endswith("8bit") and numel >= IN_8_BITS_FROM
 
 
 def absmaxes(numel: int) -> int:
-    """Of a moment in 8 bits."""
+    """Return the number of absmax values of one 8-bit optimizer state."""
     return -(-numel // BLOCK)

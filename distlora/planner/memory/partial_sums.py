@@ -1,4 +1,4 @@
-"""What the kernels of a GPU take for sums over tokens that are made in parts (distlora_kernels/skinny_launch.py)."""
+"""Calculate the memory of GPU kernels that sum over tokens in parts (distlora_kernels/skinny_launch.py)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ _PROGRAMS = 128
 
 
 def parts_of_db(tokens: int, columns: int, rank: int, itemsize: int) -> int | None:
-    """Bytes of the parts of dB, one for each stripe of tokens, where dY is read once for it and for dX's part
-    (skinny_launch.dy, and the tiles of skinny_triton.tile_of); None where it is read twice."""
+    """Return the bytes of the parts of dB, one per stripe of tokens; None if dY is read twice instead.
+
+    See skinny_launch.dy and skinny_triton.tile_of.
+    """
     rows = 64 if itemsize == 4 else 128 if rank % 16 else 256
     parts = -(-tokens // rows) * 4 * columns * rank
     return None if rank > _RANK_READ_ONCE or parts > _PARTS_BYTES else parts
 
 
 def parts_over_rows(tokens: int, columns: int, rank: int, itemsize: int) -> int:
-    """Bytes of the parts of a product over tokens, dA or dB: as many as give each processor something to do
-    (skinny_launch._products_over_rows)."""
+    """Return the bytes of the parts of dA or dB, as many as keep each processor busy.
+
+    See skinny_launch._products_over_rows.
+    """
     rows, tile, ranks = (32, 64, 32) if itemsize == 4 else (64, 128, 64)
     if itemsize != 4 and rank % 16 and rank <= 16:
         rows = 32

@@ -1,4 +1,4 @@
-"""What a step has on a rank beside what it holds, by kind, at each moment. Imports no torch.
+"""Calculate the memory of a step on a rank at each moment, by category, beside what it holds. Imports no torch.
 
 In backward the blocks' kept activations go as the gradients of what is trained of the base come, so a block's moment is
 that of the last of the blocks whose adapters are alike, the second or the first: in between both change from block to
@@ -112,7 +112,7 @@ class Step:
 
     @property
     def costs(self) -> Costs:
-        """Of the last blocks: what those of all blocks have in common."""
+        """Costs that all blocks have in common."""
         return self.blocks[-1].costs
 
     @property
@@ -131,7 +131,7 @@ class Step:
         return self.blocks[0].count
 
     def _kept_from(self, place: int) -> int:
-        """By the blocks from this place on, of what goes when their backward is done."""
+        """Return the kept bytes of the blocks from `place` on, which are freed after their backward."""
         ends = itertools.accumulate(blocks.count for blocks in self.blocks)
         counts = (
             (blocks, min(blocks.count, max(0, end - place))) for blocks, end in zip(self.blocks, ends, strict=True)
@@ -140,8 +140,10 @@ class Step:
 
     @property
     def _kept(self) -> int:
-        """Of what comes from a frozen embedding the first norm keeps nothing: it needs no gradient. A GPU has ids,
-        positions and labels too."""
+        """Kept activations, token ids, positions and labels.
+
+        The first norm keeps nothing after a frozen embedding, since its input needs no gradient.
+        """
         unread = self.work.checkpointing in ("none", "selective") and not self.trained.embeds
         sent = 3 * 8 * self.tokens if self.is_gpu else 0
         alike = int(self.activations.kept) - self._layers * self.blocks[-1].kept
@@ -154,9 +156,11 @@ class Step:
 
     @property
     def _runs(self) -> Peak:
-        """What a block has in forward beside what is kept: the operation that takes most, with its half's input, what
-        it reads and dequantized weights; experts hold all that they make to their end. Without recomputation it is
-        kept, but for the weights."""
+        """Memory of a decoder layer in forward beside its kept activations.
+
+        That is the operation that takes most, with the half's input, its inputs and dequantized weights. Experts hold
+        their results to the end. Without recomputation the results are kept, except for the weights.
+        """
         return max(self._runs_in(blocks.costs) for blocks in self.blocks)
 
     def _runs_in(self, costs: Costs) -> Peak:
@@ -180,7 +184,7 @@ class Step:
         return max(of_mlp, of_attention).plus(beside)
 
     def _embedding_backward(self) -> dict[Kind, int]:
-        """Of a trained one, when all other gradients are there: its own, which is sent in fp32."""
+        """Return the bytes of a trained embedding's gradient, sent in fp32 after all other gradients."""
         if not any(tensor.trained for tensor in self.base.embedding):
             return {}
         tied = unit_bytes(self.base.embedding, self.shards) if self.base.tied and self.shards > 1 else 0
@@ -192,8 +196,7 @@ class Step:
         }
 
     def _forward(self) -> dict[Kind, int]:
-        """A block that has another behind it, or the last one, when one block's more is kept; or what a unit is copied
-        out of before it runs."""
+        """Return the memory of a layer in forward, of the last one, or of copying out a unit."""
         runs = self._runs
         last: dict[Kind, int] = {
             "kept": self._kept,
@@ -208,8 +211,10 @@ class Step:
 
     @property
     def _checks(self) -> int:
-        """Words that a checksum of what is gathered has at once (distlora.parallel.checksums): in a start's first
-        forward, which a resume's optimizer has its state in, and with train.verify in the one after each save."""
+        """Bytes of a checksum of gathered weights (distlora.parallel.checksums).
+
+        It runs in the first forward of a start and, with train.verify, in the one after each save.
+        """
         return _CHECKED if self.is_gpu and self.shards > 1 else 0
 
     @property
@@ -243,7 +248,7 @@ class Step:
         return _most(*moments)
 
     def _block_at(self, place: int, activations: Activations) -> dict[Kind, int]:
-        """The block of this place in its backward."""
+        """Return the memory of the layer at `place` in its backward."""
         done = self._layers - 1 - place
         kept, dequantized = self._kept - self._kept_from(place + 1), int(activations.dequantized)
         return {
@@ -257,35 +262,39 @@ class Step:
 
     @property
     def _tied_gradient(self) -> int:
-        """The gradient that the head has given a matrix that is the embedding's too, whole until that has given its
-        own: in the run's dtype, in one process in that of the masters."""
+        """Bytes of the LM head's gradient of a tied matrix, held until the embedding's is there.
+
+        It is in the run's dtype, and in one process in the dtype of the masters.
+        """
         found = _gradients(self.base.embedding) if self.shards > 1 else _of_masters(self.base.embedding)
         return found if self.base.tied else 0
 
     @property
     def _gradient_of_embedding(self) -> int:
-        """As large as it in the run's dtype; one process casts that of its 16-bit copy to fp32, and adds the head's to
-        it where they share the matrix (distlora.parallel.mixed_precision)."""
+        """Bytes of the embedding's gradient in the run's dtype.
+
+        One process casts the gradient of its 16-bit copy to fp32, and adds the LM head's if the matrix is tied
+        (distlora.parallel.mixed_precision).
+        """
         of_masters = _of_masters(self.base.embedding) if self.shards == 1 and self.costs.dtype_bytes < 4 else 0
         return _gradients(self.base.embedding) + of_masters + (self._tied_gradient if self.shards == 1 else 0)
 
     def _waiting(self, blocks: int, *, with_head: bool = True) -> int:
-        """Gradients of what FSDP2 cuts, whole and in fp32, of the micro-batches before the last one, of the first so
-        many blocks and what is before them: nothing is sent until the last one (trained_shards.py)."""
+        """Return the bytes of whole fp32 gradients of earlier micro-batches that FSDP2 reduces after the last one."""
         if self.shards == 1 or self.micro_batches == 1:
             return 0
         units = [self.base.embedding, self.base.rest, *([self.base.head] if with_head else [])]
         return sum(map(_of_masters, units)) + blocks * _of_masters(self.base.block)
 
     def _summed(self, blocks: int) -> int:
-        """This rank's rows of the gradients of the last so many blocks and of the head, and all of the last norm."""
+        """Return the bytes of this rank's reduced gradients of the last blocks, the LM head and the last norm."""
         if self.shards == 1:
             return 0
         head, block = (_rows_of_masters(unit, self.shards) for unit in (self.base.head, self.base.block))
         return head + blocks * block
 
     def _sent_behind(self, place: int) -> int:
-        """What the unit behind this block has put into its reduce-scatter, which FSDP2 keeps until the next one's."""
+        """Return the bytes of the previous reduce-scatter's input, which FSDP2 keeps until the next one."""
         behind = self.base.head if place == self._layers - 1 else self.base.block
         return _sent(behind, self.shards)
 
@@ -301,8 +310,7 @@ def _running(operation: Operation, tokens: int) -> Peak:
 
 
 def _weights(operations: Sequence[Operation], tokens: int) -> Peak:
-    """The most of dequantized weights in the forward of operations whose results are kept, less those that are not
-    there yet."""
+    """Return the most of dequantized weights in a forward whose results are kept, less results not made yet."""
     most, behind = 0.0, 0.0
     for operation in reversed(operations):
         most, behind = max(most, operation.dense - behind), behind + tokens * operation.keeps
@@ -320,17 +328,17 @@ def _of_masters(unit: tuple[Stored, ...]) -> int:
 
 
 def _rows_of_masters(unit: tuple[Stored, ...], shards: int) -> int:
-    """A rank's rows, in fp32."""
+    """Return the bytes of a rank's rows in fp32."""
     return sum(4 * tensor.own(shards) for tensor in unit if tensor.trained)
 
 
 def _sent(unit: tuple[Stored, ...], shards: int) -> int:
-    """What a reduce-scatter of the unit's gradients takes in, fp32."""
+    """Return the bytes that a reduce-scatter of the unit's gradients reads, in fp32."""
     return 0 if shards == 1 else shards * _rows_of_masters(unit, shards)
 
 
 def costs_of(work: Workload, model: PlannedModel, machine: Machine) -> Costs:
-    """Of a block of this run. A GPU that is not in the table is taken for an H100."""
+    """Return the costs of a decoder layer of this run. An unknown GPU counts as an H100."""
     gpu = machine.gpu
     device = Device(is_gpu=machine.is_gpu, has_liger=machine.has_liger)
     if gpu is not None:
@@ -340,7 +348,7 @@ def costs_of(work: Workload, model: PlannedModel, machine: Machine) -> Costs:
 
 
 def blocks_of(work: Workload, model: PlannedModel, machine: Machine, *, at_once: int, tokens: int) -> list[Blocks]:
-    """Of a run that keeps so many tokens, of which it runs `at_once` together."""
+    """Return the decoder layers of a run that keeps `tokens` tokens and runs `at_once` of them together."""
     row, mode, first = work.sequence_length, work.checkpointing, costs_of(work, model, machine)
     known: dict[int, Blocks] = {}
     found = []

@@ -1,4 +1,4 @@
-"""What is trained, as a rank keeps it: parameters, their gradients, the optimizer's states. Imports no torch.
+"""Calculate the trained parameters of a rank, their gradients and optimizer states. Imports no torch.
 
 Adapters and trained rows of tokens are fp32 and replicated, and their gradients are flat buffers of as many numbers
 (`distlora.parallel.gradients`). What is trained of the base is cut over the ranks like it, and has this rank's rows
@@ -74,21 +74,21 @@ class Trained:
 
     @property
     def adapter_bytes(self) -> int:
-        """Of what is replicated beside the base, all in fp32."""
+        """Bytes of replicated trained parameters, all in fp32."""
         return 4 * (_numbers(self.adapters) + self.beside)
 
     @property
     def flat_gradient_bytes(self) -> int:
-        """Of gradients that have their place from the start to the end."""
+        """Bytes of gradient buffers that exist from start to end."""
         return 4 * (_numbers(self.adapters) + (0 if self.is_cut else _numbers(self.of_base)))
 
     @property
     def cut_gradient_bytes(self) -> int:
-        """Of this rank's rows of gradients, once they have all been summed."""
+        """Bytes of this rank's rows of sharded gradients after all reductions."""
         return 4 * _numbers(self.of_base) if self.is_cut else 0
 
     def optimizer_bytes(self, name: str, *, is_gpu: bool) -> int:
-        """Of all states that stay on the device: paged ones do not."""
+        """Return the bytes of optimizer states that stay on the device; paged ones do not."""
         sizes = Counter(self.adapters) + Counter(self.of_base)
         if name == "adamw":  # Two moments, and a step count in fp32.
             return sum((8 * numel + 4) * count for numel, count in sizes.items())

@@ -1,5 +1,4 @@
-"""What DeepSpeed's coordinator has gathered at each moment of a step: its rules, followed unit by unit. Imports neither
-torch nor DeepSpeed.
+"""Calculate what DeepSpeed's coordinator has gathered at each moment of a step, by its rules. Imports no torch.
 
 DeepSpeed 0.19.8 (partitioned_param_coordinator.py: _fetch_sub_module_impl, release_sub_module; partition_parameters.py:
 all_gather_coalesced). When a unit is needed, its tensors that are not on their way are gathered, and it waits for all.
@@ -28,7 +27,7 @@ from distlora.planner.memory.base import (
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """Of a unit: its elements and bytes, filled up to a multiple of the ranks."""
+    """A tensor of a unit: elements and bytes, padded to a multiple of the ranks."""
 
     numel: int
     nbytes: int
@@ -41,7 +40,7 @@ _Unit = tuple[_Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Asked:
-    """What the coordinator's way depends on."""
+    """The inputs of the coordinator's simulation."""
 
     rest: _Unit
     embedding: _Unit
@@ -68,7 +67,7 @@ class _Group:
 
 @dataclass(slots=True)
 class _Coordinator:
-    """Where a step is. Tensors are numbers; `units` has those of each place in the order of a step."""
+    """The state of a step. Tensors are numbers; `units` has those of each place in the order of a step."""
 
     units: Sequence[Sequence[int]]
     tensors: Sequence[_Tensor]
@@ -89,7 +88,7 @@ class _Coordinator:
 
     @property
     def nbytes(self) -> int:
-        """Of what is there and will be let go, and of the buffers of what is coming."""
+        """Bytes of gathered tensors that will be freed, and of buffers in flight."""
         there = (self.tensors[t] for t in self.there)
         return sum(each.nbytes for each in there if not each.stays) + sum(group.nbytes for group in self.groups)
 
@@ -105,7 +104,7 @@ class _Coordinator:
         self.coming.update(dict.fromkeys(tensors, group))
 
     def fetch(self) -> int:
-        """The unit of this place is needed: the most that there is while it is copied out."""
+        """Gather the unit at this place, and return the most bytes while it is copied out."""
         unit = self.units[self.place]
         self.gather([t for t in unit if t not in self.there and t not in self.coming])
         most = self.nbytes
@@ -140,7 +139,7 @@ class _Coordinator:
         self.gather(chosen)
 
     def release(self, unit: Sequence[int]) -> None:
-        """It is done with, for now."""
+        """Release the unit at this place."""
         kept = {t for t in unit if self.fetched_for.get(t, -1) > self.place}
         passed = 0
         for following in self.units[self.place :]:
@@ -156,14 +155,16 @@ class _Coordinator:
 
 @functools.lru_cache(maxsize=64)  # Each tensor of each block is looked at, and a search asks hundreds of times.
 def staying_bytes(base: Base, shards: int, gathering: Gathering) -> int:
-    """Of tensors that are small enough, by the user's file, to stay gathered once they were."""
+    """Return the bytes of tensors that are small enough, by the user's DeepSpeed file, to stay gathered."""
     rest, embedding, blocks, head = _units(base, shards, gathering)
     return sum(tensor.nbytes for unit in (rest, embedding, *blocks, head) for tensor in unit if tensor.stays)
 
 
 def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit, list[_Unit], _Unit]:
-    """The last norm, the embedding, blocks, the head; which of them stay is decided in this order
-    (DeepSpeedZeRoOffload.mark_persistent_parameters)."""
+    """Return the units: last norm, embedding, decoder layers, LM head.
+
+    Which tensors stay gathered is decided in this order (DeepSpeedZeRoOffload.mark_persistent_parameters).
+    """
     together = 0
 
     def unit(tensors: Sequence[Stored]) -> _Unit:

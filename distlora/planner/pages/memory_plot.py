@@ -1,4 +1,4 @@
-"""`distlora plan --plot`: memory by kind as bars. Imports no torch."""
+"""Draw the memory of plans as bars by category (`distlora plan --plot`). Imports no torch."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ _LABELLED = 0.045
 
 
 def plot_memory(bars: Sequence[MemoryBar], labels: Mapping[str, str], title: str, path: Path) -> None:
-    """A stacked bar of each plan in GB (1e9 bytes) on a grey one of what its GPU has, and its sum beside it; `labels`
-    says what kinds are called."""
+    """Draw a stacked bar per plan in GB (1e9 bytes) on the available memory, with its sum.
+
+    `labels` names the categories.
+    """
     figure, (panel,) = new_figure(1, width=11, height=2.7 + 0.52 * len(bars))
     widest = max(max(sum(bar.kinds.values()), bar.usable or 0) for bar in bars) / 1e9
     seen = widest * 1e9 / 1000
@@ -87,7 +89,7 @@ def plot_memory(bars: Sequence[MemoryBar], labels: Mapping[str, str], title: str
 
 
 def _end_of_bar(panel: Axes, row: int, total: float, usable: int | None, widest: float) -> None:
-    """What it comes to, in red where that is too much; and a line where the GPU ends."""
+    """Write the sum of a bar, in red if it is too much, and mark the end of the GPU's memory."""
     there = math.inf if usable is None else usable / 1e9
     if usable is not None:
         panel.plot([there, there], [row - 0.4, row + 0.4], color="black", linewidth=2)

@@ -35,7 +35,7 @@ _LABEL, _BAR = 12, 40
 
 
 def lines(plan: Plan) -> list[str]:
-    """What a run says of its plan before it starts: a few short lines."""
+    """Return the few lines of a plan that a run prints before it starts."""
     device, host, disk = plan.device, plan.host, plan.disk
     gpu = _device(plan)
     there_is = f" of {size(plan.machine.usable_bytes or 0)}" if plan.fits else ""
@@ -69,8 +69,11 @@ def page(
     rooms: Sequence[Room] = (),
     packed: Packing | None = None,
 ) -> str:
-    """Everything that a person wants to know first, on one screen. `changes`: what was chosen, and why; `near`: what
-    would fit where this does not; `rooms`: what a larger run would take; `packed`: what the plan is of, if a pack."""
+    """Return the plan on one screen.
+
+    `changes`: chosen settings with reasons. `near`: what would fit if this does not. `rooms`: larger runs. `packed`:
+    the trials trained together, if the plan is of such.
+    """
     rows = [
         *_row("model", _model(plan)),
         *_row("trained", _trained(plan)),
@@ -96,7 +99,7 @@ def page(
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, and by how much."""
+    """Return whether the plan fits, and by how much, in words."""
     needed, usable = plan.device.total, plan.machine.usable_bytes
     what = _device(plan)
     if usable is None:
@@ -112,7 +115,7 @@ def verdict(plan: Plan) -> str:
 
 
 def packed_trials(packed: Packing) -> str:
-    """What a pack takes beside one trial, how many fit, and why not more."""
+    """Return the cost of trials trained together beside one trial, and how many fit, in words."""
     alone, plan, device = packed.alone, packed.plan, _device(packed.plan)
     number = f"{packed.trials} trials share one base" if packed.trials > 1 else "1 trial"
     text = f"{number}: {size(plan.device.total)} a {device}, one alone {size(alone.device.total)}"
@@ -134,7 +137,7 @@ def packed_trials(packed: Packing) -> str:
 
 
 def empty_rows(plan: Plan) -> str | None:
-    """Of a step with fewer rows than its ranks compute, which run empty ones for the rest; None: there are none."""
+    """Return a note on empty sequences if a step has fewer sequences than its ranks compute, else None."""
     config, ranks = plan.config, plan.machine.ranks
     train = config.train
     computed = config.accumulation(ranks) * train.micro_batch * ranks
@@ -149,7 +152,7 @@ def empty_rows(plan: Plan) -> str | None:
 
 
 def needs(plan: Plan) -> str:
-    """What it takes of the memory that decides, and what takes most of that: `8.75 GB a GPU (...)`."""
+    """Return the need of the memory that decides, with its largest category: `8.75 GB a GPU (...)`."""
     host, by_kind = plan.host, largest(plan.device.by_kind)
     if not plan.machine.is_gpu:
         return f"{size(host.workers)} a machine (of each process {by_kind})"
@@ -159,7 +162,7 @@ def needs(plan: Plan) -> str:
 
 
 def _row(label: str, text: str) -> Iterator[str]:
-    """A label and what is said, over as many lines as it takes."""
+    """Return a label and its text over as many lines as needed."""
     whole = re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", "\0", text)  # A number and its unit stay on one line.
     found = textwrap.wrap(whole, WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
     for line in found or [""]:
@@ -191,7 +194,7 @@ def _trained(plan: Plan) -> str:
 
 
 def machines_of(plan: Plan) -> str:
-    """`2 machines of 8 x H100 SXM 80 GB`."""
+    """Return the nodes in words: `2 machines of 8 x H100 SXM 80 GB`."""
     machine = plan.machine
     machines, each = -(-machine.ranks // machine.ranks_per_machine), min(machine.ranks, machine.ranks_per_machine)
     if not machine.is_gpu:
@@ -217,7 +220,7 @@ def _machine(plan: Plan) -> str:
 
 
 def _near(near: Nearest) -> str:
-    """What would fit, and what it costs: speed, and host memory where that is what it takes instead."""
+    """Return what would fit and its cost in speed and host memory."""
     text = str(near)
     found = near.same or near.other or (near.more if near.gpu is None else None)
     if found is not None:
@@ -261,7 +264,7 @@ def _host(plan: Plan) -> str:
 
 
 def _waiting(plan: Plan) -> str:
-    """What a process keeps on the host beside what its device has."""
+    """Return what a process keeps in host memory beside its device."""
     host = plan.host
     kinds = {
         "the base": host.base,
@@ -320,13 +323,13 @@ def time_of(plan: Plan) -> str:
 
 
 def assumptions(plan: Plan) -> Iterator[str]:
-    """What the time rests on, a sentence each."""
+    """Return the assumptions of the time, one sentence each."""
     for each in () if plan.time is None else plan.time.assumptions:
         yield from textwrap.wrap(each, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def seconds_in_words(seconds: float) -> str:
-    """`0.87 s`, `17.2 s`, `12.3 minutes`, `5.83 hours`, `3.1 days`."""
+    """Return a duration in words: `0.87 s`, `17.2 s`, `12.3 minutes`, `5.83 hours`, `3.1 days`."""
     for unit, name in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.3g} {name}"
@@ -343,7 +346,7 @@ def _device(plan: Plan) -> str:
 
 
 def settings(plan: Plan) -> str:
-    """Those that memory and time depend on, as the command line has them; of those that are rarely set, what is set."""
+    """Return the settings that memory and time depend on, as overrides; rarely set ones only if they are set."""
     config = plan.config
     train, parallel = config.train, config.parallel
     values: dict[str, object] = {

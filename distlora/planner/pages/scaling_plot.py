@@ -1,4 +1,4 @@
-"""`distlora plan --scaling --plot`: tokens a second of a GPU over the number of GPUs. Imports no torch."""
+"""Draw tokens per second per GPU over the number of GPUs (`distlora plan --scaling --plot`). Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STYLES = {"one copy": "-o", "a copy a machine": "--s"}
 
 
 def plot_scaling(rows: Sequence[ScalingRow], title: str, path: Path) -> None:
-    """A line for each fabric and each way to cut the base."""
+    """Draw a line for each fabric and each way to shard the base."""
     figure, (panel,) = new_figure(1, width=9, height=4.5)
     fabrics = list(dict.fromkeys(row.fabric for row in rows))
     for layout, fabric in dict.fromkeys((row.layout, row.fabric) for row in rows):

@@ -23,8 +23,10 @@ LEGEND = (
 
 
 def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:
-    """A row for each model, a column for each machine, by (model, machine); None: no plan, as the settings cannot be
-    there."""
+    """Return a table with a row per model and a column per node type.
+
+    `plans` is keyed by (model, machine); None means that the settings are not possible there.
+    """
     models, machines = (list(dict.fromkeys(key[place] for key in plans)) for place in (0, 1))
     rows = [[model, *(cell(plans[model, machine]) for machine in machines)] for model in models]
     yield from markdown(["", *machines], rows)
@@ -33,7 +35,7 @@ def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:
 
 
 def cell(plan: Plan | None) -> str:
-    """`17.4 GB, 1,210 tok/s: NF4, recompute blocks, 1 row`, or what it would take."""
+    """Return a plan in a cell: `17.4 GB, 1,210 tok/s: NF4, recompute blocks, 1 row`, or its need if it does not fit."""
     if plan is None:
         return "cannot be"
     needed, usable = plan.device.total / 1e9, plan.machine.usable_bytes
@@ -45,7 +47,7 @@ def cell(plan: Plan | None) -> str:
 
 
 def how(plan: Plan) -> Iterator[str]:
-    """The settings that a plan fits with, in a word each."""
+    """Return the settings that a plan fits with, one word each."""
     config = plan.config
     train, parallel = config.train, config.parallel
     yield "full" if config.adapter.method == "full" else BASES[config.quant.method]
@@ -65,15 +67,14 @@ def how(plan: Plan) -> Iterator[str]:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A table, its cells as wide as the widest of their column, so that it reads in a terminal too."""
+    """Return a Markdown table with aligned columns, readable in a terminal."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for cells in (header, ["-" * width for width in widths], *rows):
         yield f"| {' | '.join(f'{cell:<{width}}' for cell, width in zip(cells, widths, strict=True))} |"
 
 
 def scaling_tables(rows: Sequence[ScalingRow]) -> Iterator[str]:
-    """A table for each fabric: a row for each number of GPUs, each way to cut the base beside the other; then what they
-    rest on."""
+    """Return a table per fabric: a row per number of GPUs, the ways to shard the base side by side, the assumptions."""
     for fabric in dict.fromkeys(row.fabric for row in rows):
         found = [row for row in rows if row.fabric == fabric]
         layouts = list(dict.fromkeys(row.layout for row in found))
@@ -101,8 +102,7 @@ LEVERED = (1, 8, 64, 512)
 
 
 def leverage_table(rows: Sequence[ScalingRow]) -> Iterator[str]:
-    """What of the tokens a second of one copy over the machine's own links is left where a rate is half of what is
-    assumed, that which matters most first: what to measure first."""
+    """Return the fraction of tokens per second that remains if an assumed rate is halved, largest effect first."""
     shown = [row for row in rows if row.fabric == OWN and row.layout == "one copy" and row.ranks in LEVERED]
     levers = sorted(shown[0].if_half, key=lambda lever: min(row.if_half[lever] for row in shown))
     header = ["half as fast", *(f"{row.ranks:,} GPU{'s' if row.ranks > 1 else ''}" for row in shown)]

@@ -1,6 +1,4 @@
-"""How people read what is planned: kinds and moments by name, bytes and numbers by three digits, parts that add up.
-Imports no torch.
-"""
+"""Name the categories and moments of memory for people, and format parts that add up. Imports no torch."""
 
 from __future__ import annotations
 
@@ -80,7 +78,7 @@ RECOMPUTED = {
 
 
 def largest(by_kind: Mapping[Kind, int], count: int = 3) -> str:
-    """`4-bit weights of the base 17.1 GB, ...`: what takes most."""
+    """Return the largest categories: `4-bit weights of the base 17.1 GB, ...`."""
     kinds = sorted(by_kind.items(), key=lambda each: -each[1])[:count]
     return ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in kinds)
 

@@ -1,4 +1,4 @@
-"""What a device does for a decoder block, the head and the update, launch by launch (work.py). Imports no torch.
+"""List the kernel launches of a decoder layer, the LM head and the optimizer (work.py). Imports no torch.
 
 Bytes of what is no product are counted from the operations that the code calls, each reading its inputs and writing its
 result once, in transformers' form (a norm is eight operations in fp32) and in liger-kernel's (one). tests/
@@ -61,8 +61,11 @@ class BlockWork:
 def block_work(
     sizes: BlockSizes, how: How, *, m: int, pairs: int, checkpointing: str, tiles: Sequence[int], reference: bool
 ) -> BlockWork:
-    """`pairs`: of queries and keys that the layer computes of M rows; `tiles`: tokens that the MLP runs at once, of all
-    rows, [M] where it runs whole."""
+    """Return the work of one micro-batch in a decoder layer.
+
+    `pairs`: query-key pairs that the layer computes for M tokens. `tiles`: tokens that the MLP runs at once, [M] if it
+    runs whole.
+    """
     of_attention = tuple(attention_forward(sizes, how, m, pairs))
     of_mlp = tuple(work for tile in tiles for work in mlp_forward(sizes, how, tile))
     again: tuple[Work, ...] = ()
@@ -134,15 +137,17 @@ def mlp_backward(sizes: BlockSizes, how: How, m: int) -> Iterator[Work]:
 
 
 def after(sizes: BlockSizes, how: How, m: int, *, backward: bool = False) -> Iterator[Work]:
-    """The norm after a half, if there is one, and the sum with the residual; in backward the sum of two gradients."""
+    """Yield the norm after a half, if there is one, and the residual sum; in backward the sum of two gradients."""
     if sizes.norms_after:
         yield norm(sizes.hidden * m, how, sizes.gemma, backward=backward)
     yield Work("elementwise", 3 * how.itemsize * sizes.hidden * m)
 
 
 def norm(numel: int, how: How, gemma: bool, *, backward: bool = False) -> Work:
-    """An RMSNorm. transformers': to fp32, square, mean, product with the root's inverse, back, times the weight (in
-    fp32 before it goes back, of Gemma); in backward 17 fp32 passes. liger-kernel's reads x (and dy) and writes y (dx).
+    """Return an RMSNorm.
+
+    transformers' form casts to fp32, squares, averages, scales and casts back, and multiplies by the weight (in fp32
+    for Gemma); backward takes 17 fp32 passes. liger-kernel reads x (and dy) and writes y (dx).
     """
     e = how.itemsize
     if how.fused_norms:
@@ -160,17 +165,21 @@ def gated(numel: int, how: How, *, backward: bool = False) -> Work:
 
 
 def rotary(numel: int, how: How, *, backward: bool = False) -> Work:
-    """Of queries and keys together: two products with the tables, half of it negated, joined, added. liger-kernel's
-    reads and writes them in place, in one launch."""
+    """Return the rotary embedding of queries and keys: two products with the tables, a rotation and a sum.
+
+    liger-kernel works in place, in one launch.
+    """
     if how.fused:
         return Work("elementwise", 2 * how.itemsize * numel)
     return Work("elementwise", (14 if backward else 10) * how.itemsize * numel, launches=14 if backward else 10)
 
 
 def attention(sizes: BlockSizes, how: How, m: int, pairs: int, *, backward: bool) -> Iterator[Work]:
-    """Flash attention reads queries, keys and values and writes the output and a number a head; its backward makes the
-    scores again. Eager attention's scores exist, in `dtype` and in fp32, and each step of a softmax passes over them;
-    those of tiles exist in `dtype`.
+    """Yield the launches of attention.
+
+    Flash attention reads queries, keys and values, writes the output and a number per head, and recomputes scores in
+    backward. Eager attention passes over the scores in the run's dtype and in fp32; tiles have scores in the run's
+    dtype.
     """
     e, columns, kind = how.itemsize, sizes.queries, how.attention
     nbytes = (4 if backward else 2) * e * (sizes.queries + sizes.keys) * m + FP32 * sizes.heads * m
@@ -222,8 +231,11 @@ class HeadSizes:
 
 
 def head_work(sizes: HeadSizes, how: How, *, m: int, reference: bool) -> Iterator[Work]:
-    """The embedding, the last norm, and the head chunk by chunk (head.py): a frozen one takes the gradient of its input
-    in forward, a trained one makes its logits again in backward. The weight is read for each chunk and product."""
+    """Yield the embedding, the last norm, and the LM head chunk by chunk (head.py).
+
+    A frozen head computes the gradient of its input in forward; a trained one recomputes its logits in backward. The
+    weight is read for each chunk and product.
+    """
     e, hidden, vocabulary = how.itemsize, sizes.hidden, sizes.vocabulary
     yield Work("head", 2 * e * hidden * m)
     for back in (False, True):
@@ -254,14 +266,16 @@ def head_work(sizes: HeadSizes, how: How, *, m: int, reference: bool) -> Iterato
 
 
 def chunks(m: int, size: int) -> Iterable[tuple[int, int]]:
-    """(tokens of a chunk, how many chunks have so many), where one has up to `size`."""
+    """Return (tokens of a chunk, number of such chunks) for chunks of up to `size` tokens."""
     whole, rest = divmod(m, size)
     return [(tokens, times) for tokens, times in ((size, whole), (rest, 1)) if tokens and times]
 
 
 def update_work(numel: int, optimizer: str, *, clips: bool, backwards: int, trials: int = 1) -> Iterator[Work]:
-    """Of a rank's trained numbers: gradients set to 0 and added up in each backward, their norm, their scale, the
-    optimizer (adapter_sync.py, optim.py), each trial of a pack by itself."""
+    """Yield the update of a rank's trained parameters, trial by trial.
+
+    Gradients are zeroed and added up in each backward, their norm is taken, they are scaled, and the optimizer runs.
+    """
     yield Work("update", FP32 * numel * (1 + 3 * backwards) + FP32 * numel, launches=2 * trials)
     if clips:
         yield Work("update", 2 * FP32 * numel, launches=trials)

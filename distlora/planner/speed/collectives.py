@@ -1,4 +1,4 @@
-"""What of a step crosses links beside a rank's computing, collective by collective, by rings. Imports no torch.
+"""Divide a step's network traffic among its collectives, by rings. Imports no torch.
 
 `wire.ours` says how many bytes a step moves; here they are divided among what they travel beside. By a ring of n ranks
 each rank receives (n-1)/n of a gather and 2 (n-1)/n of a sum, from its neighbour: over the machine's own links, or over
@@ -41,7 +41,7 @@ class Crossing:
     tree_steps_across: float = 0.0
 
     def seconds(self, rates: Rates) -> Seconds:
-        """The slower of the two kinds of links, the host's before it, and latencies."""
+        """Return the seconds of the slower link, the host's link before it, and latencies."""
         found: Seconds = {}
         inside = self.inside / rates.link if self.inside and rates.link else 0.0
         across = self.across / rates.network if self.across and rates.network else 0.0
@@ -66,7 +66,7 @@ class Crossing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wiring:
-    """Of one rank."""
+    """Collectives of one rank in a step."""
 
     gather: Crossing
     """Of one block."""
@@ -107,8 +107,11 @@ def wiring_of(work: Workload, model: PlannedModel, machine: Machine) -> Wiring:
 def _sums(
     work: Workload, step: traffic.StepBytes, shapes: ModelShapes, rings: _Rings
 ) -> tuple[tuple[Crossing, ...], tuple[Crossing, ...]]:
-    """(beside backward, after it). Of adapters' buckets the last is after it, of each trial of a pack; of what is
-    trained of the base itself, all but the blocks, whose gradients come last or are large."""
+    """Return the gradient sums (beside backward, after backward).
+
+    The last bucket of adapter gradients comes after it, for each trial. Of a trained base, all but the decoder layers
+    come after it.
+    """
     bucket, trials = int(work.parallel.bucket_mb * 2**20), len(work.adapters)
     last = min(step.reduced, bucket * trials)
     after = [rings.sum(last, trials)]
@@ -135,7 +138,7 @@ class _Rings:
     per_machine: int
 
     def gather(self, nbytes: int, collectives: int = 1) -> Crossing:
-        """Of a buffer over the ranks of a copy; of a reduce-scatter the same."""
+        """Return a gather, or a reduce-scatter, of a buffer over the ranks of a copy."""
         n = self.shards
         if n == 1 or nbytes == 0:
             return Crossing()
@@ -167,7 +170,7 @@ class _Rings:
         }
 
     def sum(self, nbytes: int, collectives: int = 1) -> Crossing:
-        """Of a buffer over all ranks."""
+        """Return an all-reduce of a buffer over all ranks."""
         n = self.world
         if n == 1 or nbytes <= 0:
             return Crossing()
@@ -183,7 +186,7 @@ class _Rings:
         )
 
     def sum_of_copies(self, nbytes: int, collectives: int) -> Crossing:
-        """Of a rank's rows, over the ranks that own the same ones."""
+        """Return an all-reduce of a rank's rows over the ranks with the same rows."""
         copies = self.world // self.shards
         if copies == 1 or nbytes == 0:
             return Crossing()

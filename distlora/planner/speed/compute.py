@@ -57,12 +57,12 @@ class StepFlops:
 
     @property
     def counted(self) -> int:
-        """What MFU counts."""
+        """Operations that MFU counts."""
         return sum(flops for kind, flops in self.by_kind.items() if kind not in NOT_IN_MFU)
 
     @property
     def total(self) -> int:
-        """What is computed."""
+        """Operations that are computed."""
         return sum(self.by_kind.values())
 
     def as_json(self) -> dict[str, Any]:
@@ -72,7 +72,10 @@ class StepFlops:
 def step_flops(
     work: Workload, model: PlannedModel, *, ranks: int, is_gpu: bool, document: int | None = None
 ) -> StepFlops:
-    """Of a step with these settings on so many ranks. `document`: tokens of each packed document; None: one a row."""
+    """Return the operations of a step on `ranks` ranks.
+
+    `document`: tokens of each packed document; None for one document per sequence.
+    """
     rows = work.accumulation(ranks) * work.micro_batch
     length = work.sequence_length
     tokens, documents = rows * length, cut(length, document)
@@ -111,7 +114,7 @@ def weights_with_gradients(active: ActiveWeights) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Recomputed:
-    """What backward computes again of a forward."""
+    """Parts of a forward that backward computes again."""
 
     weights: int
     attention: int
@@ -119,9 +122,11 @@ class _Recomputed:
 
 
 def _recomputed(work: Workload, active: ActiveWeights, mlp: tuple[int, int]) -> _Recomputed:
-    """By work.checkpointing: `selective` runs the MLP half again (mlp.py), `block` and `offload` all of a block, to
-    its last linear, whose product is made before torch sees that all is there (blocks.py). Tiles of an MLP change
-    nothing of it: a block's recomputation ends where they begin. A trained head makes its logits again (head.py)."""
+    """Return what backward recomputes under train.checkpointing.
+
+    `selective` recomputes the MLP half (mlp.py); `block` and `offload` recompute a whole layer up to its last linear
+    (blocks.py). MLP tiles change nothing. A trained LM head recomputes its logits (head.py).
+    """
     head = active.head if active.head_is_trained else 0
     mode = work.checkpointing
     if mode == "none":
@@ -132,7 +137,7 @@ def _recomputed(work: Workload, active: ActiveWeights, mlp: tuple[int, int]) -> 
 
 
 def active_weights(work: Workload, model: PlannedModel) -> ActiveWeights:
-    """What a token goes through, from shapes and settings. Equals flops.active_weights of the model itself."""
+    """Return the weights that a token goes through, equal to flops.active_weights of the built model."""
     shapes, adapter = model.shapes, work.adapter
     full = adapter.method == "full"
     linears, adapters = weights_within(work, model, "")
@@ -150,8 +155,10 @@ def active_weights(work: Workload, model: PlannedModel) -> ActiveWeights:
 
 
 def weights_within(work: Workload, model: PlannedModel, part: str) -> tuple[int, int]:
-    """(weights, R (I + O) of adapters) that a token goes through in the linears of all blocks whose path in a block
-    begins with `part`; of experts, in those that it chooses."""
+    """Return (weights, R (I + O) of adapters) that a token goes through in linears whose path begins with `part`.
+
+    Of experts, only the chosen ones count.
+    """
     shapes = model.shapes
     experts = ExpertSizes.of(sizes_of(model.settings, shapes.family), shapes.family)
     fused = expert_paths(shapes.family)

@@ -1,5 +1,6 @@
-"""The operations that the maths of a training step asks for, by the weights that a token goes through. Imports no
-torch: flops.py reads the weights off a model that runs, the planner (plan/speed/compute.py) off its config.json.
+"""Count the operations of a training step from the weights that a token goes through. Imports no torch.
+
+distlora.training.flops reads the weights from a model that runs, the planner (speed/compute.py) from config.json.
 
 A weight takes 2 operations a token in forward, 2 for the gradient of its input and 2 for its own where it is trained.
 A pair of a query and a key takes 4 a column of the queries in forward (score, output) and 8 in backward (gradients of
@@ -43,7 +44,7 @@ class ModelFlops:
         return total
 
     def of_documents(self, lengths: Iterable[int]) -> int:
-        """The same of documents of so many tokens each."""
+        """Return the operations of documents with these numbers of tokens."""
         return sum(
             self.per_token * length + sum(each * pairs(length, window) for each, window in self.per_pair)
             for length in lengths
@@ -52,7 +53,7 @@ class ModelFlops:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActiveWeights:
-    """What a token goes through on its way through a model, in numbers."""
+    """Numbers of weights that a token goes through in a model."""
 
     linears: int
     """Weights of the blocks' linears, and of the experts that a token chooses. Routers are not counted."""
@@ -68,7 +69,7 @@ class ActiveWeights:
     """(columns of the queries, window) of each kind of attention layer, all its layers together."""
 
     def model_flops(self, *, with_reference: bool = False) -> ModelFlops:
-        """`with_reference`: every row runs forward once more, without an adapter (DPO)."""
+        """Return the operations. `with_reference`: every sequence runs forward once more without adapter (DPO)."""
         again = PRODUCT if with_reference else 0
         per_token = (2 * PRODUCT + again + (PRODUCT if self.linears_are_trained else 0)) * self.linears
         per_token += (2 * PRODUCT + again + (PRODUCT if self.head_is_trained else 0)) * self.head
@@ -78,15 +79,14 @@ class ActiveWeights:
 
 
 def queries_by_window(columns: int, windows: Iterable[int | None]) -> tuple[tuple[int, int | None], ...]:
-    """`ActiveWeights.queries` of layers of so many columns each, from each one's window; full attention first."""
+    """Return `ActiveWeights.queries` of layers with `columns` columns each and these windows, full attention first."""
     layers = list(windows)
     kinds = sorted(set(layers), key=lambda window: (window is not None, window))
     return tuple((columns * layers.count(window), window) for window in kinds)
 
 
 def pairs(length: int, window: int | None) -> int:
-    """Pairs of a query and a key that causal attention has in a document, where a token sees itself and window - 1
-    tokens before it."""
+    """Return the query-key pairs of causal attention in a document, with window - 1 tokens before each."""
     if window is None or window >= length:
         return length * (length + 1) // 2
     return window * (window + 1) // 2 + (length - window) * window

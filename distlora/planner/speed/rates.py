@@ -1,6 +1,4 @@
-"""What a GPU and its links deliver of what their makers say: every assumption of a plan's time, in one place, with its
-source. Imports no torch.
-"""
+"""Estimate the rates that a GPU and its links reach: every assumption of a plan's time, with its source. No torch."""
 
 from __future__ import annotations
 
@@ -85,15 +83,17 @@ _IN_SECONDS = ("launch", *LEVERS["starts of collectives"])
 
 
 def half_as_fast(rates: Rates, lever: str) -> Rates:
-    """The same with twice the time for everything of this lever."""
+    """Return the rates with twice the time for everything of this lever."""
     factors = {name: 2.0 if name in _IN_SECONDS else 0.5 for name in LEVERS[lever]}
     known = {name: factor * rate for name, factor in factors.items() if (rate := getattr(rates, name)) is not None}
     return dataclasses.replace(rates, **known)
 
 
 def missing_rates(work: Workload, machine: Machine) -> tuple[str, ...]:
-    """The settings that would have to say what is not known of a machine and a step's time depends on: its rates, those
-    of links that are crossed. In fp32 a GPU's tables say no rate that products keep to."""
+    """Return the settings of `gpu` that a step's time needs and nobody knows.
+
+    Only links that are used count. No table has a GPU's fp32 rate.
+    """
     in_fp32 = machine.is_gpu and work.dtype == "fp32" and "tflops" not in machine.measured
     needed = {
         "tflops": (True, None if in_fp32 else machine.flops),
@@ -109,9 +109,9 @@ def missing_rates(work: Workload, machine: Machine) -> tuple[str, ...]:
 
 
 def rates_of(work: Workload, machine: Machine) -> Rates | None:
-    """None where something is not known that a step's time depends on (`missing_rates`).
+    """Return the rates that a run reaches; None if one that its time depends on is unknown (`missing_rates`).
 
-    What the user gives in `gpu.*` is taken for what was measured: it is reached.
+    Rates that the user gave in `gpu.*` count as measured: the run reaches them.
     """
     peak, bandwidth = machine.flops, machine.bandwidth
     if missing_rates(work, machine) or peak is None or bandwidth is None:

@@ -1,5 +1,4 @@
-"""How a run's speed grows with the number of GPUs, by the same closed formula as a plan's time (timing.py). Imports no
-torch.
+"""Calculate how a run's speed grows with the number of GPUs, by the formula of a plan's time. Imports no torch.
 
 Strong scaling keeps the rows of a step, so that results stay what they are and each rank runs fewer; weak scaling keeps
 the rows that a rank runs. The efficiency of a number is its tokens a second and rank over those of the fewest.
@@ -38,7 +37,7 @@ MACHINE = 8
 
 @dataclass(frozen=True, slots=True)
 class Fabric:
-    """What joins GPUs: bytes a second in one direction, as makers say."""
+    """Links between GPUs: bytes per second in one direction, by data sheets."""
 
     name: str
     inside: float

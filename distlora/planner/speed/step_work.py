@@ -1,4 +1,4 @@
-"""What the device of one rank does in a training step: the launches of blocks, head and update. Imports no torch."""
+"""Count the kernel launches of one rank in a training step: decoder layers, LM head and update. Imports no torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from distlora_kernels.fused_threshold import max_fused_rows
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepWork:
-    """Of one rank."""
+    """Kernel launches of one rank in a step."""
 
     blocks: tuple[BlockWork, ...]
     """Of a micro-batch in each layer; layers that are alike share one object."""
@@ -58,7 +58,7 @@ class StepWork:
     update: tuple[Work, ...]
 
     def __iter__(self) -> Iterator[tuple[Work, int]]:
-        """(launch, how often) of a whole step."""
+        """Yield (launch, number of times) of a whole step."""
         layers_of = Counter(map(id, self.blocks))  # By what they are, each would be hashed to its last launch.
         for key, block in {id(block): block for block in self.blocks}.items():
             layers = layers_of[key]
@@ -85,7 +85,7 @@ class StepWork:
 
 
 def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepWork:
-    """Of a step with these settings. `document`: tokens of each packed document; None: one a row."""
+    """Return the work of a step. `document`: tokens of each packed document; None for one document per sequence."""
     ranks, shards = machine.ranks, work.shard_degree(machine.ranks)
     micro_batches = work.accumulation(ranks)
     passes = traffic.passes_of(work, micro_batches)
@@ -149,7 +149,7 @@ def how_of(work: Workload, model: PlannedModel, machine: Machine) -> How:
 
 
 def trained_numbers(work: Workload, model: PlannedModel, ranks: int) -> int:
-    """That a rank updates: adapters and rows of tokens whole, its share of what is cut over the ranks."""
+    """Return the parameters that a rank updates: replicated ones whole, sharded ones by its shard."""
     shapes, shards = model.shapes, work.shard_degree(ranks)
     if work.adapter.method == "full":
         return -(-shapes.numel // shards)

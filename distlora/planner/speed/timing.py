@@ -1,5 +1,4 @@
-"""How long a training step takes: its launches one after the other on a rank's stream, what it moves over links beside
-them, by closed formulas. Imports no torch.
+"""Calculate the time of a step from its launches and the links that it uses, by closed formulas. Imports no torch.
 
 A launch takes the longer of its bytes over the memory's rate and its operations over the unit's. A block in a pass
 takes its launches, or what comes over the wire meanwhile, if that is longer: the next block's gather, the sum of the
@@ -39,7 +38,7 @@ Part = Literal["forward", "backward", "head", "first gathers", "last sum", "upda
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Of one optimizer step, and of the run that is made of them."""
+    """Time of one optimizer step, and of the run."""
 
     by_term: Mapping[Term, float]
     """By what is waited for."""
@@ -63,7 +62,7 @@ class StepTime:
 
     @property
     def binds(self) -> Term:
-        """What most of a step waits for."""
+        """The resource that a step waits for most."""
         return max(TERMS, key=lambda term: self.by_term.get(term, 0.0))
 
     @property
@@ -76,12 +75,12 @@ class StepTime:
 
     @property
     def hours(self) -> float | None:
-        """Of all steps: neither loading nor evaluations nor saves."""
+        """Hours of all steps, without loading, evaluations and saves."""
         return None if self.steps is None else self.steps * self.seconds / 3600
 
     @property
     def cost(self) -> float | None:
-        """Of the hours, in the currency of gpu.price_per_hour."""
+        """Cost of the hours, in the currency of gpu.price_per_hour."""
         if self.hours is None or self.price_per_hour is None:
             return None
         return self.hours * self.price_per_hour * self.ranks
@@ -118,8 +117,11 @@ class StepTime:
 def step_time(
     work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None, rates: Rates | None = None
 ) -> StepTime | None:
-    """Of a step with these settings; None where the machine's rates are not known (`rates_of`). `document`: tokens of
-    each packed document; None: one a row. `rates`: others than the machine's."""
+    """Return the time of a step; None if a rate is unknown (`rates_of`).
+
+    `document`: tokens of each packed document; None for one document per sequence. `rates`: rates to use in place of
+    the node's.
+    """
     rates = rates or rates_of(work, machine)
     if rates is None:
         return None
@@ -146,7 +148,7 @@ def step_time(
 
 
 def _parts(work: StepWork, wires: Wiring, rates: Rates, *, prefetch: bool) -> dict[Part, Seconds]:
-    """The step, by what happens in it."""
+    """Return the seconds of a step by part."""
     together, resident = work.micro_batches // work.passes, len(work.blocks) - work.moved_blocks
     copies = _seconds(work.gathers, rates)
     known: dict[tuple[int, bool], tuple[_Stage, _Stage]] = {}
@@ -186,14 +188,17 @@ class _Stage(NamedTuple):
 
 
 class _Chain(NamedTuple):
-    """How the blocks of a pass follow each other."""
+    """The sequence of decoder layers in a pass."""
 
     gather: Seconds
     boundary: Seconds
     prefetch: bool
 
     def seconds(self, stages: Sequence[_Stage], *, beside: Seconds | None = None) -> Seconds:
-        """Of all of them but the first gather, where that is ahead; `beside`: what the wire carries for each more."""
+        """Return the seconds of all layers, without the first gather if it is ahead.
+
+        `beside`: further traffic of each layer.
+        """
         following = [*(stage.moves for stage in stages[1:]), False]
         alike = Counter(zip(map(id, stages), following, strict=True))
         known, parts = {id(stage): stage for stage in stages}, []
@@ -220,7 +225,7 @@ def _seconds(launches: Iterable[Work], rates: Rates) -> Seconds:
 
 
 def _said(work: Workload, machine: Machine, document: int | None) -> list[str]:
-    """What is assumed of the run, beside the rates."""
+    """Return the assumptions on the run, beside the rates."""
     length = work.sequence_length
     documents = f"each row is one document of {length:,} tokens"
     if document is not None and document < length:

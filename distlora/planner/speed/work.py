@@ -1,4 +1,4 @@
-"""What a device does for a block's linears, launch by launch: bytes of its memory and operations. Imports no torch.
+"""Count the kernel launches of a decoder layer's linears: bytes of memory and operations. Imports no torch.
 
 Each launch reads its operands and writes its result once; what stays in a cache between two is not counted. Of a group
 of linears that share an input the launches are those of kernels/bench/costs.py, which counts them where torch is
@@ -48,7 +48,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class How:
-    """How a run computes."""
+    """Options of a run's computation."""
 
     itemsize: int
     """E, of train.dtype."""
@@ -103,12 +103,12 @@ class Linear:
 
 
 def gemm(kind: MovedKind, m: int, n: int, k: int, how: How, *, accumulates: bool = False) -> Work:
-    """(M, K) by (K, N): both are read, the product is written; read before, if it is accumulated into."""
+    """Return a product (M, K) x (K, N) that reads both and writes the result; reads it too if it accumulates."""
     return Work(kind, how.itemsize * (m * k + k * n + m * n * (2 if accumulates else 1)), 2.0 * m * n * k)
 
 
 def forward(group: Sequence[Linear], m: int, how: How, *, adapted: bool = True) -> Iterator[Work]:
-    """Of linears that read the same tensor of M rows. `adapted`: false runs the base alone (DPO's reference)."""
+    """Yield the launches of linears that read one tensor of M rows. `adapted`: False runs the base alone."""
     if group[0].experts > 1:
         yield from _experts_forward(group[0], m, how, adapted=adapted)
         return
@@ -132,7 +132,7 @@ def forward(group: Sequence[Linear], m: int, how: How, *, adapted: bool = True) 
 
 
 def backward(group: Sequence[Linear], m: int, how: How) -> Iterator[Work]:
-    """The gradients of the input, of the adapters and of the weights where they are trained."""
+    """Yield the launches for the gradients of the input, of adapters and of trained weights."""
     if group[0].experts > 1:
         yield from _experts_backward(group[0], m, how)
         return
@@ -166,7 +166,7 @@ def backward(group: Sequence[Linear], m: int, how: How) -> Iterator[Work]:
 
 
 def _casts(adapted: Sequence[Linear], how: How) -> Iterator[Work]:
-    """A and B from fp32 masters, s into B; in backward their gradients the other way."""
+    """Yield the casts of A and B from fp32 masters, s into B, and in backward of their gradients."""
     for linear in adapted:
         yield Work("adapters", (FP32 + how.itemsize) * linear.rank * linear.features)
         yield Work("adapters", (FP32 + how.itemsize) * linear.rank * linear.out)
@@ -174,8 +174,10 @@ def _casts(adapted: Sequence[Linear], how: How) -> Iterator[Work]:
 
 
 def _other_trials(adapted: Sequence[Linear], products: int, how: How) -> Iterator[Work]:
-    """What the adapters of a pack's other trials add to the products with A and B, `products` each: their own weights,
-    cast and read, and launches. Their rows are among the M of these products."""
+    """Yield the launches that adapters of other trials add to `products` products with A and B.
+
+    Their weights are cast and read. Their rows are among the M rows of these products.
+    """
     for linear in adapted:
         if linear.trials > 1:
             weights = linear.others * (linear.out + linear.features)
@@ -225,7 +227,7 @@ def _dora(linear: Linear, m: int, how: How, *, backward: bool) -> Iterator[Work]
 
 
 def _experts_forward(linear: Linear, m: int, how: How, *, adapted: bool) -> Iterator[Work]:
-    """A fused weight whose experts are one grouped product, dequantized whole (experts_grouped.py)."""
+    """Yield the forward of a fused weight whose experts are one grouped product (experts_grouped.py)."""
     rows, e = linear.chosen * m, how.itemsize
     if how.quantized:
         yield _dequantize(linear, how)
@@ -253,5 +255,5 @@ def _experts_backward(linear: Linear, m: int, how: How) -> Iterator[Work]:
 
 
 def _grouped(kind: MovedKind, linear: Linear, rows: int, n: int, k: int, how: How) -> Work:
-    """(S, K) by each row's (K, N) of all experts."""
+    """Return a grouped product of (S, K) rows by the (K, N) matrices of all experts."""
     return Work(kind, how.itemsize * (rows * k + linear.experts * k * n + rows * n), 2.0 * rows * n * k)

@@ -1,4 +1,4 @@
-"""What a run keeps on the disk: quantized shards, checkpoints, results, and the base itself. Imports no torch.
+"""Calculate the disk space of a run: quantized shards, checkpoints, results and the base. Imports no torch.
 
 Headers are made here by what makes them for the code that writes the files: distlora/loading/tensor_files.py
 (checkpoints, results) and distlora/loading/quantized_cache_io.py (shards).
@@ -87,7 +87,7 @@ class DiskBytes:
 
 
 def disk_bytes(work: Workload, model: PlannedModel, machine: Machine) -> DiskBytes:
-    """Of a training run with these settings."""
+    """Return the disk space of a training run."""
     trained = [list(trained_tensors(trial, model.shapes)) for trial in work.alone()]
     return DiskBytes(
         base=base_bytes(model),
@@ -102,13 +102,15 @@ def disk_bytes(work: Workload, model: PlannedModel, machine: Machine) -> DiskByt
 
 
 def base_bytes(model: PlannedModel) -> int:
-    """Of the model's files; where nothing says, 16 bits a parameter."""
+    """Return the bytes of the model's files; 16 bits per parameter if unknown."""
     return 2 * model.shapes.numel if model.stored_bytes is None else model.stored_bytes
 
 
 def trained_tensors(work: Workload, shapes: ModelShapes) -> Iterator[Tensor]:
-    """What is trained, as fp32 masters, by PEFT's names (distlora/loading/peft_format.py); with adapter=full by
-    transformers'. Of a pack that of all its trials."""
+    """Yield the trained tensors as fp32 masters, of all trials, by PEFT's names (distlora/loading/peft_format.py).
+
+    With adapter=full the names are those of transformers.
+    """
     decoder, matrix = shapes.family.decoder, (shapes.vocabulary, shapes.hidden)
     matrices = {EMBEDDING: f"{decoder}.{EMBEDDING}", HEAD: HEAD}
     if work.adapter.method == "full":
@@ -138,8 +140,7 @@ def trained_tensors(work: Workload, shapes: ModelShapes) -> Iterator[Tensor]:
 
 
 def optimizer_tensors(work: Workload, trained: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The optimizer's state (distlora/training/optimizers.py), by the names of ours that a checkpoint has
-    (`exp_avg/decoder...`)."""
+    """Yield the optimizer states by their names in a checkpoint (`exp_avg/decoder...`)."""
     pages_or_8bit = work.optimizer != "adamw"
     for tensor in trained:
         name = _parameter_name(tensor.name)
@@ -170,7 +171,7 @@ def _parameter_name(name: str) -> str:
 
 
 def file_bytes(tensors: Sequence[Tensor]) -> int:
-    """Of a safetensors file, its header included, as `tensor_files.write_tensors` writes it."""
+    """Return the bytes of a safetensors file with its header, as `tensor_files.write_tensors` writes it."""
     table = lay_out({tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
     return len(header_bytes(table, {"format": "pt"})) + sum(tensor.nbytes for tensor in tensors)
 
@@ -192,8 +193,10 @@ def _doubled(tensor: Tensor) -> Tensor:
 
 
 def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
-    """Of the quantized shards that a start keeps: every group once, and the header of a piece for each block and rank
-    of a copy. Nothing of a checkpoint that is quantized already."""
+    """Return the bytes of cached quantized shards: every group, and a header per decoder layer and rank of a copy.
+
+    A checkpoint that is quantized already needs none.
+    """
     if not work.keeps_shards or _is_packed(model.settings):
         return 0
     shapes = model.shapes
@@ -205,7 +208,7 @@ def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
 
 
 def _header_bytes(shapes: ModelShapes, packs: Mapping[str, int], index: int, shards: int) -> int:
-    """Of one rank's piece of the last block."""
+    """Return the bytes of the header of one rank's piece of the last layer."""
     extents = {}
     for path, groups in packs.items():
         if own := cut(groups, index, shards):

@@ -64,12 +64,12 @@ class HostBytes:
 
     @property
     def while_loading(self) -> int:
-        """Of a process. Inputs have their memory before the first step, copies at the first save."""
+        """Bytes of a process while it loads; activations and copies come later."""
         return self.process + self.base + self.device_held + self.loading
 
     @property
     def while_training(self) -> int:
-        """Of the process that saves."""
+        """Bytes of the process that saves."""
         return self._without_copies + self.copies
 
     @property
@@ -84,7 +84,7 @@ class HostBytes:
 
     @property
     def machine(self) -> int:
-        """With the launcher, which has its memory already when it plans."""
+        """Bytes of a node with the launcher, which already has its memory when it plans."""
         return self.launcher + self.workers
 
     def as_json(self) -> dict[str, int]:
@@ -99,7 +99,7 @@ def keeps_on_host(parallel: ParallelConfig, checkpointing: str, shards: int) -> 
 
 
 def host_bytes(work: Workload, model: PlannedModel, machine: Machine, device: DeviceBytes) -> HostBytes:
-    """Of a training run with these settings, of which a rank takes `device` on its device."""
+    """Return the host memory of a training run in which a rank takes `device` on its device."""
     shards = work.shard_degree(machine.ranks)
     copies, of_others = _copies(Saved.of(work, model, shards))
     base = planned_base(work, model)
@@ -120,19 +120,19 @@ def host_bytes(work: Workload, model: PlannedModel, machine: Machine, device: De
 
 
 def _base(base: Base, shards: int) -> int:
-    """As `zero3.host_bytes` counts it: a rank's rows of each parameter, in chunks."""
+    """Return the bytes of a rank's rows of the base in chunks, as `zero3.host_bytes` counts them."""
     rows = [tensor.kept(shards) for tensor, count in base.counted() for _ in range(count)]
     return host_memory.bytes_of(sorted(rows, reverse=True))
 
 
 def _paged(work: Workload, trained: Trained, machine: Machine) -> int:
-    """What of the optimizer's states the host has where the GPU is short of memory."""
+    """Return the bytes of paged optimizer states that move to the host if the GPU is short of memory."""
     whole, on_gpu = (trained.optimizer_bytes(work.optimizer, is_gpu=is_gpu) for is_gpu in (False, True))
     return whole - on_gpu if machine.is_gpu else 0
 
 
 def _inputs(work: Workload, model: PlannedModel, machine: Machine) -> int:
-    """As `startup.keep_inputs_on_host` reserves them."""
+    """Return the bytes that `distlora.training.setup` reserves for offloaded activations."""
     shapes = model.shapes
     nbytes = work.tokens_at_once * shapes.hidden * traffic.DTYPE_BYTES[work.dtype]
     return host_memory.bytes_of([nbytes] * shapes.num_layers * work.slices(machine.ranks))
@@ -162,10 +162,10 @@ class Saved:
 
 @functools.lru_cache(maxsize=16)
 def _copies(saved: Saved) -> tuple[int, int]:
-    """(of rank 0, of another) for a save that is written while training goes on, as `Snapshot` takes them: rank 0 has
-    copies of all that is saved, and of what the ranks have cut each has its own rows.
+    """Return the bytes of a background save's copies (on rank 0, on another rank), as `Snapshot` takes them.
 
-    Remembered: a planner asks for many settings of which these are the same, and thousands of tensors are laid out.
+    Rank 0 copies everything that is saved; each rank copies its rows of sharded tensors. Cached, since a planner tries
+    many settings for which the result is the same.
     """
     work, shards = saved.work, saved.adapters.more[-1]
     if not work.save_in_background:
@@ -183,9 +183,10 @@ def _copies(saved: Saved) -> tuple[int, int]:
 
 
 def _loading(work: Workload, model: PlannedModel, shards: int, *, on_host: bool) -> int:
-    """The bound of distlora/loading/README.md: a slice of the largest tensor in the source's dtype, and 64 MB. Where
-    adapters start from the base's weights, one whole weight and what its decomposition takes; on a GPU that is the
-    device's."""
+    """Return the bound of loading: a slice of the largest tensor in the source's dtype, and 64 MB.
+
+    Adapters made from the base's weights need one whole weight and its decomposition, on a GPU in its memory.
+    """
     shapes, stored = model.shapes, model.stored_bytes
     itemsize = 4 if stored is not None and stored > 3 * shapes.numel else 2
     packed = [weight for weight in shapes.block if weight.packs]

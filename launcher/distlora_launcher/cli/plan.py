@@ -1,5 +1,6 @@
-"""`distlora plan`: what a run needs, before it starts, of any model on any machines. Nothing is started or downloaded
-but a config.json of a model that neither lies here nor is known.
+"""Show the needs of a run before it starts, for any model on any GPUs (`distlora plan`).
+
+Nothing is started, and nothing is downloaded but the config.json of a model that is neither local nor known.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Answer:
     """Of which pack of trials the plan is, where sweep.packed asks for one."""
 
     def bars(self) -> dict[str, Plan]:
-        """What is drawn, by its name: the plan, and what would fit in its place."""
+        """Return the plans to draw by name: this one, and what would fit in its place."""
         name = f"{self.plan.model.name.rpartition('/')[2]}\n{machines_of(self.plan)}"
         found = {name: self.plan}
         if self.near is not None and self.near.same is not None:
@@ -154,7 +155,7 @@ def main(arguments: list[str]) -> int:
 
 
 def usage() -> str:
-    """`distlora plan --help`."""
+    """Return the text of `distlora plan --help`."""
     return USAGE.format(
         models=wrapped(known_models(), 8, 112),
         gpus=wrapped([*GPUS], 8, 112),
@@ -169,8 +170,10 @@ def wrapped(names: Iterable[str], indent: int, width: int) -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options and the settings. UserError for an unknown flag, with the nearest, for a word that is neither, and
-    for a place where no picture can be."""
+    """Return the options and settings.
+
+    Raises UserError for an unknown flag or word, and for a plot that cannot be written.
+    """
     parser = Parser(PROGRAM)
     parser.add_argument("settings", nargs="*")
     for flag in ("--table", "--scaling", "--strong", "--fabrics", "--assumptions", "--json"):
@@ -201,7 +204,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def listed(flag: str, text: str) -> list[str]:
-    """`a,b`, each once."""
+    """Split `a,b` into names, without repetitions."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     require(all(names), f"{flag} {text!r} names nothing between two commas; write {flag} NAME,NAME")
     return names
@@ -228,7 +231,7 @@ def check_picture(path: Path) -> None:
 
 
 def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answer:
-    """The plan of a run with these settings. UserError for what `distlora train` would refuse of them."""
+    """Return the plan of a run. Raises UserError for settings that `distlora train` refuses."""
     sweep, trials = compose_for_plan(settings, config_dir=config_dir)
     composed = trials[0]
     require_model(composed.config)
@@ -246,8 +249,7 @@ def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answe
 
 
 def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
-    """The next larger of the known models that are called like this one (`model=llama3_70b` after llama3_8b); None
-    where it is none of them, or the largest."""
+    """Return the next larger known model with a similar name (`model=llama3_70b` after llama3_8b), or None."""
     known = known_models()
     own = next((name for name, path in known.items() if path == plan.config.model.path), None)
     if own is None:
@@ -313,7 +315,7 @@ def show_scaling(options: argparse.Namespace) -> None:
 
 
 def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:
-    """A bar for each."""
+    """Draw a bar per plan."""
     from distlora.planner.pages.memory_plot import MemoryBar, plot_memory
 
     bars = [
@@ -324,5 +326,5 @@ def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:
 
 
 def named(by_kind: Mapping[Kind, Value]) -> dict[str, Value]:
-    """By plain names, for what knows nothing of kinds."""
+    """Return the memory by plain names."""
     return {str(kind): value for kind, value in by_kind.items()}

@@ -1,4 +1,4 @@
-"""`distlora plan --table`: many models on many machines, each with the fastest settings that fit."""
+"""Plan many models on many kinds of nodes, each with the fastest settings that fit (`distlora plan --table`)."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ OF_A_MACHINE = 8
 def plans(
     models: Sequence[str], machines: Sequence[str], words: Sequence[str], *, config_dir: str | None = None
 ) -> dict[tuple[str, str], Plan | None]:
-    """By (model, machine), with what `words` leave free chosen; None for what `distlora train` would refuse there.
-    UserError for a name that is not known, and for settings that cannot be anywhere."""
+    """Return plans by (model, machine), with free settings chosen; None where `distlora train` would refuse.
+
+    Raises UserError for an unknown name, and for settings that are possible nowhere.
+    """
     words_of = {machine: machine_words(machine) for machine in machines}
     paths = {model: path_named(model) for model in models}
     named = {word.lstrip("+").partition("=")[0] for word in words}
@@ -72,7 +74,7 @@ def plans(
 
 
 def machine_words(machine: str) -> list[str]:
-    """`h100x8` as settings; more than eight are on machines of eight. Raises UserError for a GPU that is not known."""
+    """Return `h100x8` as overrides; more than eight GPUs are nodes of eight. Raises UserError for an unknown GPU."""
     match = re.fullmatch(r"(.+)x(\d+)", machine)
     gpu, number = (match[1], int(match[2])) if match and machine not in GPUS else (machine, 1)
     if gpu not in GPUS:
@@ -92,7 +94,7 @@ def machine_words(machine: str) -> list[str]:
 
 
 def path_named(name: str) -> str:
-    """A model's name on the hub, by that or by its name for model=. Raises UserError for neither."""
+    """Return a model's name on the hub, by that name or by its name for model=. Raises UserError for neither."""
     known = known_models()
     if name not in known and not is_hub_name(name):
         raise UserError(
@@ -103,5 +105,5 @@ def path_named(name: str) -> str:
 
 
 def with_path(config: Config, path: str) -> Config:
-    """With another model."""
+    """Return the config with another model."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))

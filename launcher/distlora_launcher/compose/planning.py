@@ -1,5 +1,4 @@
-"""What a run needs, before its workers start: `plan=auto` and `quant=auto` are decided, what cannot fit is refused, and
-the plan is said and kept as RUN/plan.json.
+"""Plan a run before its workers start: decide `plan=auto` and `quant=auto`, refuse what cannot fit, write plan.json.
 
 All of it is calculated (distlora/planner/), from config.json's sizes and what this machine shows.
 """
@@ -35,7 +34,7 @@ each job, and a search takes a third of a second."""
 
 
 def decide(config: Config, fixed: Collection[str]) -> Choice:
-    """`choices`, of a run that is to start. Raises UserError for what cannot fit, with the nearest that does."""
+    """Return the settings of a run that is to start. Raises UserError with the nearest fit for what cannot fit."""
     key = repr(dataclasses.replace(config, run_dir="")), frozenset(fixed)
     if key not in _decided:
         _decided[key] = choices(config, fixed)
@@ -45,9 +44,10 @@ def decide(config: Config, fixed: Collection[str]) -> Choice:
 
 
 def choices(config: Config, fixed: Collection[str]) -> Choice:
-    """The settings with what `plan=auto` and `quant=auto` choose; as they are where neither is set. `fixed`: dotted
-    names that the user has chosen. Raises UserError for what a model of these sizes cannot do, and for plan=auto of
-    GPUs whose memory nothing says.
+    """Return the settings with the choices of `plan=auto` and `quant=auto`.
+
+    `fixed`: dotted names that the user has chosen. Raises UserError for settings that a model of these sizes does not
+    support, and for plan=auto if GPU memory is unknown.
     """
     model, machine = this_machine.planned_model(config), machine_here(config)
     check_planned(config, model)
@@ -75,7 +75,7 @@ def check_planned(config: Config, model: PlannedModel) -> None:
 
 
 def _not_to_be_had(config: Config) -> Collection[str]:
-    """Settings that cannot be chosen as this machine, where the run is started on it, lacks DeepSpeed."""
+    """Return the settings that cannot be chosen because this node lacks DeepSpeed."""
     try:
         if config.cluster.launcher == "local":
             check_deepspeed()
@@ -85,8 +85,9 @@ def _not_to_be_had(config: Config) -> Collection[str]:
 
 
 def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = False) -> Plan:
-    """The plan of settings that are decided; of those in RUN/config.yaml where that is there. `runs_here`: this is one
-    of the machines that run it, whatever starts it there. Raises UserError for what cannot fit.
+    """Return the plan of decided settings; raises UserError for what cannot fit.
+
+    `runs_here`: True if this node runs it, whatever starts it. `run_dir`: the run folder, if it exists.
     """
     plan = plan_of(config, this_machine.planned_model(config), machine_here(config, runs_here=runs_here))
     require_fit(plan, run_dir=run_dir)
@@ -94,9 +95,9 @@ def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = Fa
 
 
 def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
-    """The machines of a run: by name, else this one, if the run is started on it. Its driver, which may be slow to
-    wake, is asked only where it has something to say: of a GPU that is named, whether the memory of this machine's
-    host is that of its host.
+    """Return the nodes of a run: by the named GPU, else this node if the run starts here.
+
+    The driver may be slow to wake, so it is queried only if the result depends on it.
     """
     if config.cluster.launcher != "local" and not runs_here:
         return machine_of(config.gpu, config.cluster)
@@ -107,9 +108,9 @@ def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
 
 
 def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
-    """Refuse a plan that does not fit, unless the user wants it all the same, which a run that is made says in
-    RUN/config.yaml. One that has saved something has run before: that is better evidence than a calculation with what
-    memory its host has left now.
+    """Refuse a plan that does not fit, unless plan.refuse=false or the run has saved a checkpoint before.
+
+    A run that has saved something is better evidence than a calculation.
     """
     if plan.fits is not False or not plan.config.plan.refuse or (run_dir is not None and checkpoint_folders(run_dir)):
         return
@@ -123,14 +124,15 @@ def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
 
 
 def say_choice(choice: Choice) -> None:
-    """What was chosen, and why."""
+    """Print the chosen settings with reasons."""
     for change in choice.changes:
         say(f"chosen: {change}")
 
 
 def keep(run_dir: Path, plan: Plan, *, runs_here: bool = True) -> None:
-    """Write RUN/plan.json, which the workers hold their own memory to, and say the plan; where it is of another GPU
-    than this machine shows, on which the run is, that too.
+    """Write RUN/plan.json, which workers compare their memory with, and print the plan.
+
+    Warns if the plan is for another GPU than this node has.
     """
     atomic_io.write_json(run_dir / PLAN_NAME, plan.as_json())
     for line in lines(plan):
@@ -141,7 +143,7 @@ def keep(run_dir: Path, plan: Plan, *, runs_here: bool = True) -> None:
 
 
 def other_device(config: Config) -> str | None:
-    """The name of the GPU that processes here use, where `gpu=` names another."""
+    """Return the name of the GPU of this node if `gpu=` names another one."""
     if config.gpu.name not in GPUS:
         return None
     used = used_device(config.cluster, this_machine.found_here())

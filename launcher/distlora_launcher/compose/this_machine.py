@@ -1,4 +1,4 @@
-"""What the planner asks of this machine and of the hub, without torch: GPUs and host memory, and a model's sizes."""
+"""Read GPUs and host memory of this node, and find a model's sizes, without torch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ SECONDS = 20.0
 
 
 def found_here(*, asks_driver: bool = True) -> Found:
-    """The GPUs of this machine that processes of this shell may use, and its host memory; none of the former where the
-    driver need not be asked.
+    """Return the GPUs that processes of this shell may use, and host memory.
+
+    GPUs are left out if `asks_driver` is false.
     """
     return Found(
         devices=devices() if asks_driver else (),
@@ -35,10 +36,10 @@ def found_here(*, asks_driver: bool = True) -> Found:
 
 @functools.cache
 def devices() -> tuple[tuple[str, int], ...] | None:
-    """(name, bytes of memory) of each GPU that processes of this shell may use, by nvidia-smi, in the order in which
-    CUDA numbers them. Where it numbers the fastest first, of GPUs that differ: the largest first, as many as may be
-    used. None where there are some, of which the program, which containers may lack, does not say that; and for slices
-    of a GPU (MIG), of which it names the whole.
+    """Return (name, bytes of memory) of each GPU that processes may use, by nvidia-smi, in CUDA's order.
+
+    If CUDA numbers the fastest first and the GPUs differ, the largest come first, as many as may be used. Returns None
+    if there are GPUs that nvidia-smi does not describe, and for MIG slices.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     words = None if visible is None else _listed(visible)
@@ -65,7 +66,7 @@ class _Gpu:
 
 
 def _asked() -> list[_Gpu] | None:
-    """The GPUs of this machine by their places on its bus; None where nvidia-smi is not here, or fails."""
+    """Return the GPUs of this node in bus order; None if nvidia-smi is missing or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
@@ -84,9 +85,7 @@ def _asked() -> list[_Gpu] | None:
 
 
 def _visible(gpus: Sequence[_Gpu], words: Sequence[str] | None) -> Sequence[_Gpu] | None:
-    """Those that CUDA_VISIBLE_DEVICES names (None: all), as `devices` orders them; None where it names what is not
-    there.
-    """
+    """Return the GPUs in CUDA_VISIBLE_DEVICES (None: all), in the order of `devices`; None if one is missing."""
     by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({(c.name, c.memory) for c in gpus}) == 1
     numbered = gpus if by_bus else sorted(gpus, key=lambda gpu: -(gpu.memory or 0))
     if words is None:
@@ -101,15 +100,16 @@ def _visible(gpus: Sequence[_Gpu], words: Sequence[str] | None) -> Sequence[_Gpu
 
 
 def planned_model(config: Config, *, any_length: bool = False) -> PlannedModel:
-    """The model of a config, from the first place that has its config.json: its folder, the hub's cache, what is built
-    in; only then the hub, whose small files are fetched. Raises UserError for a model that cannot be trained, and
-    unless `any_length` for rows that are longer than it has positions.
+    """Return the model of a config from its folder, the hub's cache, the built-in sizes, or the hub.
+
+    From the hub only small files are downloaded. Raises UserError for a model that cannot be trained, and unless
+    `any_length` for sequences longer than its positions.
     """
     return find_model(config, cache=hub_cache(), preview=with_small_files, any_length=any_length)
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it has downloaded; known without importing it, which takes longer than a plan.
+    """Return huggingface_hub's cache folder without importing it, which takes longer than a plan.
 
     By huggingface_hub.constants 1.x.
     """
@@ -119,7 +119,7 @@ def hub_cache() -> Path:
 
 
 def _listed(visible: str) -> list[str]:
-    """The GPUs of CUDA_VISIBLE_DEVICES, which end at the first that is none."""
+    """Return the entries of CUDA_VISIBLE_DEVICES up to the first invalid one."""
     gpus: list[str] = []
     for word in visible.split(","):
         if word.strip() in ("", "-1"):

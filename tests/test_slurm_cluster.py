@@ -310,9 +310,7 @@ def test_a_run_whose_node_is_lost_goes_on_elsewhere(
 def test_a_run_that_slurm_preempts_saves_within_the_grace_and_goes_on(
     folders: Path, tmp_path: Path, whole: Path, preemption: str
 ) -> None:
-    """The processes get SIGTERM as the grace begins. SLURM queues the job by itself when the script has ended, unless
-    PreemptMode=CANCEL: then the script does. A later start is not taken for preempted any more.
-    """
+    """A preempted run saves within the grace time, is requeued and continues."""
     partitions = (
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",

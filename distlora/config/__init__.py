@@ -3,7 +3,7 @@
 A run is described once, by the launcher, as RUN/config.yaml; every rank and every resume builds the same `Config` from
 that file. This package imports neither torch nor hydra, so the launcher can refuse a wrong value in a second. What a
 single section can tell (ranges, names) is checked here, in `__post_init__`; what needs the model's folder or the data
-is checked by the launcher (`distlora_launcher/settings/checks.py`), before any worker starts.
+is checked by the launcher (`distlora_launcher/compose/checks.py`), before any worker starts.
 """
 
 from __future__ import annotations

@@ -17,12 +17,7 @@ from closeness import relative_error
 from distlora.architecture.families import names_on_disk
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
-from distlora.weights.conversion import (
-    CheckpointLayout,
-    Source,
-    find_sources,
-    layout_of,
-)
+from distlora.weights.conversion import CheckpointLayout, Source, find_sources, layout_of
 from distlora.weights.reader import Reader
 from family_models import edit_config, hf_model, load_ours, our_logits, tokens, write_family_folder
 

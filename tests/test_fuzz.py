@@ -44,13 +44,7 @@ from distlora.weights import file_fingerprints, quantized_cache_format
 from distlora.weights.initial_adapter_file import InitialAdapterRecord, digest_of, require_initial_adapter
 from distlora.weights.peft_folder import read_peft_adapter
 from distlora.weights.quantized_cache_folder import Entry, EntryFigures, figures_of
-from distlora.weights.quantized_cache_format import (
-    GROUP_BYTES,
-    DamagedPieceError,
-    Extent,
-    header_of,
-    read_piece,
-)
+from distlora.weights.quantized_cache_format import GROUP_BYTES, DamagedPieceError, Extent, header_of, read_piece
 from distlora_launcher.cli.cache import line_of
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.importing import read_yaml

@@ -15,14 +15,7 @@ from typing import Any
 
 import pytest
 
-from damage import (
-    Reader,
-    any_bytes,
-    any_json,
-    any_lines,
-    holds,
-    holds_without,
-)
+from damage import Reader, any_bytes, any_json, any_lines, holds, holds_without
 from data_folders import MARKED, chat, prepare, write_lines
 from data_folders import write_model as write_model_with_tokenizer
 from distlora.architecture.tokens import load_tokenizer

@@ -9,13 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distlora.system import host_memory
-from distlora.system.host_memory import (
-    CHUNK_BYTES,
-    available_bytes,
-    bytes_like,
-    lay_out,
-    memory_like,
-)
+from distlora.system.host_memory import CHUNK_BYTES, available_bytes, bytes_like, lay_out, memory_like
 
 MIB = 2**20
 

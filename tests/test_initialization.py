@@ -34,13 +34,7 @@ from distlora.training import worker
 from distlora.training.publish import publish_result
 from distlora.training.setup import start_run_model
 from distlora.weights import decompose, initial_adapter_file
-from distlora.weights.decompose import (
-    LowRankFactors,
-    Residual,
-    Sketch,
-    principal_part,
-    quantization_error,
-)
+from distlora.weights.decompose import LowRankFactors, Residual, Sketch, principal_part, quantization_error
 from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME, base_identity, digest_of
 from distlora.weights.peft_folder import read_peft_adapter
 from distlora_launcher.cli.main import main

@@ -32,12 +32,7 @@ from distlora.planner.storage.disk import disk_bytes
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora.weights import file_fingerprints, quantized_cache_folder, quantized_cache_format
-from distlora.weights.quantized_cache_folder import (
-    ENTRY_NAME,
-    Entry,
-    entries,
-    figures_of,
-)
+from distlora.weights.quantized_cache_folder import ENTRY_NAME, Entry, entries, figures_of
 from plan_inputs import cpu_machine
 from planned import assert_close
 from small_disks import small_disk

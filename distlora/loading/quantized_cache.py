@@ -30,14 +30,7 @@ from distlora.parallel import Backend, watch
 from distlora.weights import quantized_cache_folder as quantized_cache_folder
 from distlora.weights.conversion import Source
 from distlora.weights.quantized_cache_folder import Entry
-from distlora.weights.quantized_cache_format import (
-    FORMAT,
-    GROUP_BYTES,
-    DamagedPieceError,
-    Piece,
-    PieceName,
-    holes,
-)
+from distlora.weights.quantized_cache_format import FORMAT, GROUP_BYTES, DamagedPieceError, Piece, PieceName, holes
 from distlora_kernels import nf4
 
 QUANTIZATION = {

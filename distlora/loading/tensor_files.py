@@ -16,13 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from distlora.architecture.safetensors_headers import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Segment,
-    header_bytes,
-    lay_out,
-)
+from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, header_bytes, lay_out
 from distlora.parallel import Backend
 from distlora.parallel.shards import HostRows
 from distlora.system import atomic_io

@@ -30,13 +30,7 @@ from typing import Any
 from distlora.config import UserError
 from distlora.config.json_files import check_shape, read_object
 from distlora.system import atomic_io
-from distlora.weights.quantized_cache_format import (
-    PIECE_NAME,
-    DamagedPieceError,
-    PieceName,
-    holes,
-    read_piece,
-)
+from distlora.weights.quantized_cache_format import PIECE_NAME, DamagedPieceError, PieceName, holes, read_piece
 
 ENTRY_NAME = "entry.json"
 SOURCES = "sources"

@@ -1,1 +1,1 @@
-"""What can be learned of a base and of an adapter by looking at them: `distlora analyze ...`."""
+"""Analyze a base and what was trained on it: `distlora analyze ...`."""

@@ -1,4 +1,4 @@
-"""Where a weight is in its model, by its Hugging Face name. Imports no torch."""
+"""Locate a weight in its model by its Hugging Face name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _PLACE = re.compile(r"layers\.(\d+)\.(.+?)(?:\.weight)?$")
 
 
 def in_a_block(name: str) -> bool:
-    """Whether it is a decoder block's."""
+    """Return True for a weight of a decoder layer."""
     return _PLACE.search(name) is not None
 
 

@@ -55,7 +55,8 @@ class AdapterFile:
     @classmethod
     def open(cls, folder: Path) -> AdapterFile:
         """Open a folder. Raises UserError for what `read_peft_adapter` refuses: damage, a pickle, another kind of
-        adapter."""
+        adapter.
+        """
         read = read_peft_adapter(folder)
         return cls(read=read, settings=read.adapter_config, paths=tuple(read.paths))
 
@@ -71,7 +72,8 @@ class AdapterFile:
 
     def factors(self, path: str, reader: Reader, *, experts: int | None = None) -> Factors:
         """Return the factors of one weight; `experts` is their number if it is fused. Raises UserError for NaN and
-        Inf."""
+        Inf.
+        """
         segments = {part: self.read.tensors[path, part] for part in ("A", "B", "magnitude") if self._has(path, part)}
         parts = {part: self.tensor(segment, self.read.names[path, part], reader) for part, segment in segments.items()}
         a, b = parts["A"], parts["B"]

@@ -87,7 +87,8 @@ def answer_file(
     settings: GenerationConfig,
 ) -> None:
     """Write one JSON line per prompt, in order: the prompt, "completion", "tokens" (their number) and "ended"
-    (false: cut at the limit)."""
+    (false: cut at the limit).
+    """
     encoded = [encoder.encode(prompt, system=request.system) for prompt in prompts]
     if not generator.backend.writes:
         for _ in generate_all(generator, encoded, settings):

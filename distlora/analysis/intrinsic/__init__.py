@@ -1,1 +1,1 @@
-"""How many dimensions fine-tuning needs: `distlora analyze intrinsic`; see README.md beside this file."""
+"""Measure the intrinsic dimension of fine-tuning: `distlora analyze intrinsic`."""

@@ -94,7 +94,7 @@ def _points(heading: str, subspace: Mapping[str, Any]) -> Table:
 
 
 def reading(found: Mapping[str, Any]) -> list[str]:
-    """What the figures say, a sentence or two each; each follows from them and none is written beforehand."""
+    """Return conclusions, each derived from the figures."""
     return [*_by_start(found), *_by_scaling(found), *_by_size(found), *_noise(found)]
 
 
@@ -103,7 +103,7 @@ def _arms(found: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
 
 
 def _times(one: float, other: float) -> str:
-    """How many times as many `other` is as `one`."""
+    """Return the ratio of `other` to `one` in words."""
     return f"{other / one:.1f} times as many" if other >= one else f"{one / other:.1f} times fewer"
 
 
@@ -156,7 +156,7 @@ def _by_size(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _same_loss(small: Mapping[str, Any], large: Mapping[str, Any]) -> Iterator[str]:
-    """What the larger model needs for the loss that the smaller one ends at in full."""
+    """Yield the dimension at which the larger model reaches the loss of the smaller one's full fine-tuning."""
     target = small["full"]
     for scaling, subspace in large["subspaces"].items():
         points = {p["dimension"]: p["losses"] for p in subspace["points"] if None not in p["losses"]}
@@ -211,5 +211,5 @@ rates are powers of 3 apart, the best of those that were tried at each dimension
 
 
 def terminal(found: Mapping[str, Any]) -> str:
-    """What the command prints: the tables, then their reading."""
+    """Return the tables and conclusions for the terminal."""
     return as_text(tables(found), reading(found))

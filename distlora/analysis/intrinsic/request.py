@@ -1,4 +1,4 @@
-"""What `distlora analyze intrinsic` is asked to do: the request that the command hands to its worker. No torch."""
+"""Define the request of `distlora analyze intrinsic`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distlora.config import (
 )
 
 REQUEST_NAME, TRAININGS_NAME = "request.json", "trainings.jsonl"
-"""What a folder that is not finished holds: what was asked, and a line for each training that has ended."""
+"""Files of an unfinished analysis: its request, and one line per finished training."""
 RESULT_NAME, REPORT_NAME, PLOT_NAME = "intrinsic.json", "report.md", "intrinsic.png"
 NAMES = {
     "data.path": "--data",
@@ -31,7 +31,7 @@ MOST_TOKENS_AT_ONCE = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IntrinsicRequest:
-    """One analysis. Everything is resolved: folders are absolute, defaults filled in."""
+    """The request of `distlora analyze intrinsic`. Folders are absolute, defaults filled in."""
 
     models: tuple[tuple[str, str], ...]
     """(the model's folder, what the report calls it)."""
@@ -42,13 +42,13 @@ class IntrinsicRequest:
     out: str
     """An existing folder for the results."""
     cache_dir: str
-    """Where tokenized rows are kept."""
+    """Cache of tokenized rows."""
     random: bool = False
-    """Whether each model is also trained from random weights."""
+    """True to train each model from random weights too."""
     scalings: tuple[str, ...] = SCALINGS
     """Ways to put the subspace into the model."""
     share: float = 0.9
-    """Of full fine-tuning's gain: what the dimension that is searched must reach."""
+    """Share of full fine-tuning's gain that the searched dimension must reach."""
     start: int = 1024
     """Dimension that the search begins with."""
     most: int = 100_000

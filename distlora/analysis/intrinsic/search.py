@@ -84,7 +84,8 @@ def settle(
     ends: Bracket, mean_share: Callable[[int], float], share: float, *, least: int, most: int, factor: float
 ) -> list[int]:
     """Move the ends out until their mean shares are on both sides of `share`, or there is nothing further out: every
-    dimension whose mean was asked for."""
+    dimension whose mean was asked for.
+    """
     asked = []
     high, low = ends.high, ends.low
     for outwards, limit, dimension in ((factor, most, high), (1 / factor, least, low)):
@@ -98,15 +99,16 @@ def settle(
 
 
 def side(shares: Mapping[int, Sequence[float]], share: float) -> str:
-    """What is known where nothing crosses: `above` the largest that was tried, or `at most` the least."""
+    """Return `above` (the largest tried dimension) or `at most` (the least) if nothing crosses."""
     means = _pooled(shares)
     return "at most" if means[0] >= share else "above"
 
 
 def crossing(shares: Mapping[int, Sequence[float]], share: float, *, shift: float = 0.0) -> float | None:
-    """Where the mean shares of the dimensions, with `shift` added to each, cross `share`: between two of them linear in
-    log d, after neighbours that fall where they should rise are made equal (isotonic regression, weighted by their
-    trainings). None where they do not cross it.
+    """Return the dimension at which the mean shares, with `shift` added, cross `share`; None without a crossing.
+
+    Shares are made rising by isotonic regression weighted by the number of trainings, and interpolated linearly in log
+    d.
     """
     dimensions = sorted(shares)
     means = isotonic(

@@ -1,4 +1,4 @@
-"""What is trained in place of a model's parameters: all of them, or coordinates in a random subspace.
+"""Train all parameters of a model, or coordinates in a random subspace.
 
 Letters: D parameters, d dimensions, M layers.
 """
@@ -40,7 +40,7 @@ class FlatParameters:
             layers.append((layer_of(name), first, last))
             first = last
         self.layers: dict[str, slice] = {}
-        """Where each layer lies: the embedding, a block, the last norm, a head of its own."""
+        """Position of each layer: embedding, decoder layers, last norm, separate LM head."""
         for layer, parts in itertools.groupby(layers, key=lambda part: part[0]):
             pieces = list(parts)
             assert layer not in self.layers, f"{layer} lies in two places"
@@ -56,7 +56,7 @@ def layer_of(name: str) -> str:
 
 class Trainable(Protocol):
     parameters: dict[str, nn.Parameter]
-    """What the optimizer updates."""
+    """Parameters of the optimizer."""
 
     def pull(self) -> None:
         """From the gradients of the model's parameters to those of what is trained."""
@@ -130,7 +130,7 @@ SIGNS_PER_COUNTER = 128
 FACTOR_BITS = 6
 """H is applied as Kronecker factors of at most 64 x 64, which are matrix products."""
 ELEMENTS_AT_ONCE = 2**20
-"""Of P's rows: what is in memory beside the vectors themselves, a few times over."""
+"""Elements of P's rows computed at once; memory holds a few times as many."""
 STAGES = 3
 
 
@@ -146,7 +146,7 @@ class Projection:
         self._scale = (self.block / size) ** 0.5 * self.block ** (-STAGES / 2)
 
     def parameters_of(self, coordinates: Tensor, out: Tensor) -> Tensor:
-        """coordinates (d,) -> P coordinates, into out (D,)."""
+        """Coordinates (d,) -> P coordinates, into out (D,)."""
         padded = F.pad(coordinates * self._scale, (0, self.block - self.dimension))
         for first, rows in self._chunks():
             x = padded.expand(rows, self.block)
@@ -157,7 +157,7 @@ class Projection:
         return out
 
     def coordinates_of(self, parameters: Tensor) -> Tensor:
-        """parameters (D,) -> P^T parameters (d,): the adjoint, H and S being symmetric."""
+        """Parameters (D,) -> P^T parameters (d,): the adjoint, H and S being symmetric."""
         total = torch.zeros(self.block, device=self.device)
         for first, rows in self._chunks():
             part = parameters[first : first + rows * self.block]

@@ -36,10 +36,10 @@ MOST_EVAL_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """What is trained, and how; names its result."""
+    """The settings of a training, which also identify its result."""
 
     model: str
-    """What the report calls it."""
+    """Model name in the report."""
     random: bool
     """From random weights, of `seed`."""
     scaling: str
@@ -48,7 +48,7 @@ class Training:
     """Numbers that are trained; 0: none."""
     lr: float
     seed: int
-    """Of the subspace, the order of the rows, and random weights."""
+    """Seed of the subspace, the row order and random weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class Outcome:
     distance: float
     """||theta - theta_0|| / ||theta_0||."""
     seconds: float
-    """Of all processors that the process took."""
+    """CPU time of the process, in seconds."""
 
 
 class Bench:

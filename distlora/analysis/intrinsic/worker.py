@@ -33,7 +33,7 @@ LOST = -9.0
 
 
 class Trainings:
-    """Those that have ended, by what was trained; a killed analysis goes on from them."""
+    """The finished trainings by settings; a killed analysis continues from them."""
 
     def __init__(self, path: Path) -> None:
         self._done: dict[Training, Outcome] = {}
@@ -82,7 +82,7 @@ class Arm:
         return float("inf") if loss is None else loss
 
     def outcome(self, scaling: str, dimension: int, power: int, seed: int) -> Outcome:
-        """Of a training that has ended, or is done now."""
+        """Return the outcome of a training, running it if needed."""
         training = Training(
             model=self.name,
             random=self.random,
@@ -166,7 +166,7 @@ class Arm:
         }
 
     def share_of(self, loss: float | None) -> float:
-        """Of full fine-tuning's gain; far below 0 for a training that came to nothing."""
+        """Return the share of full fine-tuning's gain; far below 0 for a failed training."""
         return LOST if loss is None else max((self.before - loss) / (self.before - self.after), LOST)
 
     def found(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:
 
 
 def describe(request: IntrinsicRequest, ranks: Ranks) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Return the environment of the figures."""
     names = ("share", "steps", "batch", "sequence_length", "lr", "seeds", "resolution", "random")
     return made_on(ranks.device, "torch", "transformers") | {
         "data": Path(request.data).name,

@@ -1,1 +1,1 @@
-"""What a base is like before it is trained: what 4 bits cost it (`distlora analyze quantization`)."""
+"""Measure the loss of 4-bit quantization of a base: `distlora analyze quantization`."""

@@ -37,7 +37,7 @@ def of_weights(measured: Iterable[tuple[Weight, Sums]], total_parameters: int) -
 
 
 def of_sums(sums: Sums) -> dict[str, Any]:
-    """What is reported of a tensor, or of many together."""
+    """Return the figures of one tensor or of several together."""
     return {
         "weights": sums.numel,
         "std": sums.std,

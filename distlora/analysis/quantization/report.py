@@ -74,13 +74,13 @@ def _errors(heading: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def gain_db(figures: Mapping[str, Any]) -> float | None:
-    """How many dB less NF4 loses than int4, of a tensor or a group; None where one of them loses nothing."""
+    """Return NF4's gain over int4 in dB; None if one of them loses nothing."""
     nf4, int4 = (figures["formats"][name]["snr_db"] for name in ("nf4", "int4"))
     return None if nf4 is None or int4 is None else nf4 - int4
 
 
 def reading(figures: Mapping[str, Any]) -> list[str]:
-    """What the figures say, a sentence or two each; each follows from them and none is written beforehand."""
+    """Return conclusions, each derived from the figures."""
     found = [_weights_read(figures), _references_read(figures["references"])]
     if figures["perplexity"]:
         found += list(_perplexity_read(figures))
@@ -168,7 +168,7 @@ mean of KL(unquantized model's prediction || this one's); for int4 a dense model
 
 
 def terminal(figures: Mapping[str, Any]) -> str:
-    """What the command prints: the tables, then their reading."""
+    """Return the tables and conclusions for the terminal."""
     return as_text(tables(figures), reading(figures))
 
 

@@ -1,4 +1,4 @@
-"""What `distlora analyze quantization` is asked to do: the request that the command hands to its worker. No torch."""
+"""Define the request of `distlora analyze quantization`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = {
 }
 """Arguments of the command, by the settings that its errors name."""
 RESULT_NAME, REPORT_NAME, PLOT_NAME = "quantization.json", "report.md", "quantization.png"
-"""What the command leaves in its folder."""
+"""Files in the result's folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,17 +32,17 @@ class QuantizationRequest:
     model: str
     """The model's folder."""
     model_name: str
-    """What the report calls it."""
+    """Model name in the report."""
     text: str | None
     """Documents to measure perplexity on: a file, a folder or a data set on the hub; None: weights alone."""
     text_name: str | None
-    """What the report calls them."""
+    """Text name in the report."""
     out: str
     """An existing folder for the results."""
     cache_dir: str
-    """Where tokenized rows are kept."""
+    """Cache of tokenized rows."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """What the model computes in, and what its weights are without quantization."""
+    """Compute dtype, and storage dtype of unquantized weights."""
     sequence_length: int = 1024
     """Tokens in a row."""
     rows: int = 128

@@ -42,14 +42,14 @@ INT4_ZERO_CODE = INT4_LEVELS.index(0.0)
 
 
 def quantize_int4(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """flat (n,) of any float dtype -> codes (G, 8192) uint8 and absmax (G, 256) fp32, as `nf4.quantize_blocks`."""
+    """Flat (n,) of any float dtype -> codes (G, 8192) uint8 and absmax (G, 256) fp32, as `nf4.quantize_blocks`."""
     return reference.quantize_blocks(flat, INT4_LEVELS)
 
 
 def dequantize_int4(
     codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """w = round_to_nearest_even(fl(level[code] * absmax)) in `dtype`, shaped `shape`, as `nf4.nf4_dequantize`."""
+    """W = round_to_nearest_even(fl(level[code] * absmax)) in `dtype`, shaped `shape`, as `nf4.nf4_dequantize`."""
     absmax = reference.dequantize_absmax(scales, group_scale, offset)
     return reference.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype, levels=INT4_LEVELS)
 
@@ -72,7 +72,7 @@ def round_trip(
 
 @dataclass(slots=True)
 class FormatSums:
-    """What a format did to some weights."""
+    """Errors and bytes of a format over some weights."""
 
     error: float = 0.0
     """Sum of the squared errors."""

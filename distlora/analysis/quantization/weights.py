@@ -51,7 +51,7 @@ class Weight:
             yield chunk.to(device)
 
     def measure(self, reader: Reader, device: torch.device) -> Sums:
-        """What the formats do to it. Raises UserError for NaN and Inf."""
+        """Measure all formats on the weight. Raises UserError for NaN and Inf."""
         try:
             return measure(lambda: self.chunks(reader, device), self.numel)
         except ValueError as error:

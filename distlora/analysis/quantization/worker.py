@@ -69,7 +69,7 @@ def measured(weights: list[Weight], ranks: Ranks, say: Progress) -> Iterator[tup
 
 
 def describe(request: QuantizationRequest, ranks: Ranks) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Return the environment of the figures."""
     return made_on(ranks.device, "torch", "transformers") | {
         "model_name": request.model_name,
         "command": f"distlora analyze quantization {request.model_name}",

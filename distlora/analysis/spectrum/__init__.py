@@ -1,1 +1,1 @@
-"""What an adapter, or full fine-tuning, did to the singular values and vectors of a base's weights."""
+"""Measure how training changed the singular values and vectors of a base's weights."""

@@ -1,8 +1,8 @@
-"""What training made of each weight of the decoder blocks: the matrix before and after, from disk, one at a time.
+"""Read each decoder weight before and after training, one matrix at a time.
 
-Before is what the model began with: the base as training holds it (through NF4), for a run of PiSSA with its start put
-back. After is that with the adapter, or what full fine-tuning saved. Letters: O out features, I in features, R rank,
-E experts.
+Before is the initial weight: the base as training stores it (through NF4), for PiSSA with the initial adapter added.
+After includes the adapter, or is the fully fine-tuned weight. Letters: O out features, I in features, R rank, E
+experts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Change:
     """One matrix, fp32."""
 
     name: str
-    """That of the weight; of an expert's with its number: model.layers.0.mlp.experts.down_proj[3]."""
+    """Weight name; an expert's has its number: model.layers.0.mlp.experts.down_proj[3]."""
     layer: int
     linear: str
     before: Tensor
@@ -46,10 +46,10 @@ class Change:
     after: Tensor
     """(O, I)."""
     factors: Factors | None
-    """Where after - before is exactly scaling * B A."""
+    """Factors if after - before is exactly scaling * B A."""
 
     def delta(self) -> Tensor:
-        """after - before, (O, I) fp32."""
+        """After - before, (O, I) fp32."""
         return self.after - self.before if self.factors is None else self.factors.delta()
 
     def to(self, device: torch.device) -> Change:
@@ -60,7 +60,7 @@ class Change:
 
 
 class Changes:
-    """Those of one run or adapter, from headers alone until a matrix is asked for."""
+    """The changes of one run or adapter, read on demand."""
 
     def __init__(
         self, method: str, folder: Path, base: Base, *, adapter: AdapterFile | None, saved: Mapping[str, Source]
@@ -68,7 +68,7 @@ class Changes:
         """`adapter` is one for the unchanged base; without one, `saved` says where each weight lies."""
         self.method = method
         self.folder = folder
-        """Where what was trained is read from."""
+        """Folder of the trained weights."""
         self._adapter, self._saved = adapter, saved
         self._before = base.weights
         if adapter is None:
@@ -85,7 +85,7 @@ class Changes:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the weights, in the model's order."""
+        """Return the names of the changed weights in the model's order."""
         return tuple(self._paths)
 
     @property
@@ -127,7 +127,7 @@ class Changes:
 
 @contextlib.contextmanager
 def open_changes(trained: Trained) -> Iterator[Changes]:
-    """What `trained` names. Raises UserError for weights that are another base's, and for damaged ones."""
+    """Open the changes of a trained model. Raises UserError for weights of another base and damaged ones."""
     spec = trained.spec
     assert trained.weights is not None, f"{trained.place}: a base alone has not changed"
     base = open_base(spec, trained.initial_adapter_dir)
@@ -145,7 +145,7 @@ def open_changes(trained: Trained) -> Iterator[Changes]:
 
 
 def _with_start(weight: BaseWeight, before: Tensor) -> Tensor:
-    """What a run of PiSSA began with: the base less its start, with the start put back."""
+    """Return the initial weight of a PiSSA run: the base with the initial adapter added back."""
     if weight.residual is None:
         return before
     (a, b), scaling = weight.residual.start, weight.residual.scaling
@@ -154,7 +154,8 @@ def _with_start(weight: BaseWeight, before: Tensor) -> Tensor:
 
 def masters(trained: Trained, published: Path) -> Path:
     """The last checkpoint of full fine-tuning, whose weights are the fp32 masters, where it is what was published: that
-    is rounded to the base's dtype, which a small dW does not survive unchanged."""
+    is rounded to the base's dtype, which a small dW does not survive unchanged.
+    """
     if trained.run_dir is None or (published / STATE_NAME).is_file():
         return published
     found, _ = newest(trained.run_dir / CHECKPOINTS)

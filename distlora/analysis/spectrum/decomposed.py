@@ -17,15 +17,15 @@ from distlora.system import randomness
 from distlora.weights.decompose import gram, times, transposed_times
 
 SMALLEST = 1e-7
-"""Of the largest: below this, X^T X in fp64 says nothing of a singular value, and there is none."""
+"""Share of the largest singular value below which X^T X in fp64 resolves none."""
 MORE = 8
 """Directions of a Krylov block beyond the R that are wanted: what lies just below them converges too."""
 BLOCKS = 6
-"""Of a Krylov space, before it begins again from the best of it."""
+"""Blocks of a Krylov space before a restart."""
 CYCLES = 20
-"""Of these at most."""
+"""Most restarts."""
 SINE = 1e-4
-"""Of the angle between a vector and the true one: where a Krylov space is good enough."""
+"""Sine of the error angle at which a singular vector is converged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,10 @@ class Singular:
 
 
 def of_factors(A: Tensor, B: Tensor, scaling: float) -> Singular:
-    """Of scaling * B A, (R, I) and (O, R), without forming it: B = Q_b R_b and A^T = Q_a R_a, and the SVD of the (R, R)
-    scaling * R_b R_a^T."""
+    """Decompose scaling * B A, (R, I) and (O, R), without forming it.
+
+    With B = Q_b R_b and A^T = Q_a R_a, it is the SVD of the (R, R) matrix scaling * R_b R_a^T.
+    """
     left, upper = torch.linalg.qr(B.double())
     right, lower = torch.linalg.qr(A.double().T)
     inner_left, values, inner_right = torch.linalg.svd(scaling * upper @ lower.T)
@@ -62,7 +64,8 @@ def of_factors(A: Tensor, B: Tensor, scaling: float) -> Singular:
 
 def values_of(matrix_OI: Tensor) -> Tensor:
     """All singular values, the largest first, fp64: from the eigenvalues of X^T X. Those below SMALLEST of the first
-    are 0."""
+    are 0.
+    """
     values = torch.linalg.eigvalsh(gram(_tall(matrix_OI))).clamp_min(0).sqrt().flip(0)
     return torch.where(values > SMALLEST * values[0], values, 0.0)
 
@@ -72,7 +75,8 @@ def whole(matrix_OI: Tensor, count: int | None = None) -> Singular:
     their own and are left out.
 
     Beside X at most 4 N^2 numbers in fp64 at once (the square, its eigenvectors, and what LAPACK's dsyevd works in), or
-    N (T + N) where these are more (the vectors)."""
+    N (T + N) where these are more (the vectors).
+    """
     tall_TN = _tall(matrix_OI)
     square, vectors = torch.linalg.eigh(gram(tall_TN))
     values = square.clamp_min(0).sqrt().flip(0)

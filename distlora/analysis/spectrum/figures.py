@@ -21,12 +21,12 @@ from distlora.weights.decompose import times, transposed_times
 MOST_VALUES = 512
 """Singular values of one dW in the JSON."""
 NO_RANK = 1e-6
-"""Of the largest: a singular value of s B A below it is rounding of its fp32 factors."""
+"""Share of the largest singular value of s B A below which others are fp32 rounding."""
 
 
 @torch.no_grad()
 def measure(change: Change, request: SpectrumRequest) -> tuple[dict[str, Any], Singular]:
-    """What is said of one matrix, and dW's triples (where it is large and dense, the first `top`)."""
+    """Return the figures of one matrix and dW's singular triples (of a large dense dW the first `top`)."""
     delta, is_whole, norm = of_delta(change, request)
     found, before, after = similarity(
         change.before, change.after, request.top, request.thresholds, exact_up_to=request.exact_up_to
@@ -88,7 +88,8 @@ def angles(first: Singular, second: Singular, rank: int, norm: float, dense_OI: 
     """Cosines of the principal angles between the spaces of the first `rank` singular vectors of two dW (Bjorck and
     Golub 1973), beside what two random spaces of these sizes share, and how much of the second's energy lies in the
     first's spaces. `norm` is that of the whole second dW, which is `dense_OI` where `second` holds the first of its
-    triples alone."""
+    triples alone.
+    """
     sides = {}
     for side in ("left", "right"):
         mine, theirs = getattr(first, side)[:, :rank], getattr(second, side)

@@ -27,20 +27,20 @@ from distlora.analysis.spectrum.decomposed import SMALLEST, Singular, largest, w
 from distlora.weights.decompose import times, transposed_times
 
 STEPS = 64
-"""Of Lanczos, at most."""
+"""Most Lanczos steps."""
 ENDED = 1e-10
-"""Of s_1^2: Lanczos's last coefficient below which what follows is rounding."""
+"""Share of s_1^2 at which a Lanczos coefficient is rounding."""
 GRADIENTS = 300
 """Steps of conjugate gradients, at most."""
 MISSED = 1e-2
-"""Of a component: what they may leave out."""
+"""Largest missing part of a component."""
 GOOD = 1e-2
 """Sine of the error up to which a vector of W from a Krylov space is taken for one of the known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """Of each of W's first K: the largest |cosine| with a left singular vector of W lies in [lower, upper]."""
+    """Bounds [lower, upper] of the largest |cosine| of each of W' first K vectors with a left singular vector of W."""
 
     values: Tensor
     """(K,) fp64: the singular values of W'."""
@@ -103,12 +103,11 @@ def _none_known(after: Singular, upper: float) -> Similarity:
 
 
 def in_range(before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, largest_value: Tensor) -> tuple[Tensor, Tensor]:
-    """What of each vector lies in the space of W's left singular vectors, and (K,) how much of one's component can be
-    missing there. Where O <= I that is everything.
+    """Return each vector's part in the space of W's left singular vectors, and (K,) bounds of the missing part.
 
-    X (X^T X)^-1 X^T y by conjugate gradients: with the residual r of the normal equations, what is missing along u_i
-    is at most |r| / s_i, and s_i is not below SMALLEST. A vector whose r stays too large for that is left as it is:
-    its bound is then weaker, and still one.
+    If O <= I that space is everything. Else X (X^T X)^-1 X^T y by conjugate gradients: with the residual r of the
+    normal equations, the missing part along u_i is at most |r| / s_i, and s_i is at least SMALLEST. A vector with too
+    large r is left unchanged, which weakens its bound.
     """
     norms = torch.linalg.vector_norm(rest_OK, dim=0)
     nothing = torch.zeros_like(norms)
@@ -136,12 +135,14 @@ def in_range(before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, largest_value:
 
 
 class Spread:
-    """How some vectors are spread over the left singular vectors of W that are orthogonal to `base_OR`, by Lanczos from
-    each of them, one beside the other, orthogonalized against all earlier steps."""
+    """The distribution of vectors over W's left singular vectors orthogonal to `base_OR`, by Lanczos with full
+    orthogonalization.
+    """
 
     def __init__(self, before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, missed: Tensor, *, ended: float) -> None:
         """`missed`: what a component can be larger than `rest_OK` tells; `ended`: the coefficient below which all that
-        a vector reaches has been reached."""
+        a vector reaches has been reached.
+        """
         self._before_OI, self._base_OR, self._missed, self._ended = before_OI, base_OR, missed, ended
         self._norms = torch.linalg.vector_norm(rest_OK, dim=0)
         self._vectors = [rest_OK / self._norms.clamp_min(torch.finfo(torch.float64).tiny)]
@@ -181,8 +182,9 @@ class Spread:
 
 
 def _largest_mass(alphas_m: Tensor, betas_m: Tensor, ended: float) -> Tensor:
-    """What a measure of mass 1 has on one point at most, by Gauss's weights: the squared first components of the
-    eigenvectors of its Jacobi matrix. Holds for as many of the steps as one likes, so also for those before the end."""
+    """Return the largest mass of a unit measure at one point: the squared first components of its Jacobi matrix's
+    eigenvectors (Gauss weights). It holds for any number of steps.
+    """
     over = torch.nonzero(betas_m <= ended).flatten()
     steps = len(alphas_m) if not len(over) else int(over[0]) + 1
     beside = betas_m[: steps - 1]
@@ -203,7 +205,7 @@ def _without(base_OR: Tensor, vectors_OK: Tensor) -> Tensor:
 def similarity(
     before_OI: Tensor, after_OI: Tensor, top: int, thresholds: Sequence[float], *, exact_up_to: int
 ) -> tuple[Similarity, Singular, Singular]:
-    """How the first `top` left singular vectors of W' lie to all of W's; with what is known of W and of W'."""
+    """Bound the similarity of the first `top` left singular vectors of W' to all of W's."""
     if min(before_OI.shape) <= exact_up_to:
         after, before = whole(after_OI, top), whole(before_OI)
         return exactly(before, after), before, after

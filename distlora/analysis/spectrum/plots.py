@@ -1,4 +1,4 @@
-"""What training did to the spectra, drawn from spectrum.json. Imports no torch."""
+"""Plot the change of spectra from spectrum.json. Imports no torch."""
 
 from __future__ import annotations
 

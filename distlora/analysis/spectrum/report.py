@@ -83,7 +83,7 @@ def _weights(found: Mapping[str, Any]) -> Table:
 
 
 def reading(found: Mapping[str, Any]) -> list[str]:
-    """What the figures say, a sentence or two each; each follows from them and none is written beforehand."""
+    """Return conclusions, each derived from the figures."""
     said = []
     for side in (side for side in SIDES if side in found):
         run, values = found["runs"][side], found[side]["overall"]
@@ -138,12 +138,12 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def terminal(found: Mapping[str, Any]) -> str:
-    """What the command prints: the tables, then their reading."""
+    """Return the tables and conclusions for the terminal."""
     return as_text(tables(found), reading(found))
 
 
 def short(weight: Mapping[str, Any]) -> str:
-    """layer 3 mlp.up_proj, of an expert with its number."""
+    """Layer 3 mlp.up_proj, of an expert with its number."""
     expert = weight["name"].partition("[")[2]
     return f"{weight['layer']} {weight['linear']}" + (f" [{expert}" if expert else "")
 

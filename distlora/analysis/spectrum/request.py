@@ -1,4 +1,4 @@
-"""What `distlora analyze spectrum` is asked to do: the request that the command hands to its worker. No torch."""
+"""Define the request of `distlora analyze spectrum`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distlora.config import require
 from distlora.post.trained import Name
 
 RESULT_NAME, REPORT_NAME, PLOT_NAME = "spectrum.json", "report.md", "spectrum.png"
-"""What the command leaves in its folder."""
+"""Files in the result's folder."""
 
 TOP, THRESHOLDS, EXACT_UP_TO = 10, (0.3, 0.5, 0.7, 0.9), 4096
 """Shuttleworth et al. take the first 10 and 0.5."""
@@ -20,7 +20,7 @@ class SpectrumRequest:
 
     first: Name
     first_name: str
-    """What the report calls it."""
+    """Name of the first run in the report."""
     against: Name | None = None
     against_name: str | None = None
     out: str

@@ -110,7 +110,7 @@ def together(weights: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def describe(request: SpectrumRequest, first: Changes, against: Changes | None, device: torch.device) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Return the environment of the figures."""
     runs = {"first": (request.first_name, first), "against": (request.against_name, against)}
     command = f"distlora analyze spectrum {request.first_name}"
     if against is not None:

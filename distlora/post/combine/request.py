@@ -17,7 +17,7 @@ class Method:
     """A method of PEFT's add_weighted_adapter."""
 
     on: Literal["sum", "factors", "weights"]
-    """What it works on: the exact sum; A and B separately; B A of each adapter, dense, one weight at a time."""
+    """Input of the method: the exact sum; A and B separately; B A of each adapter, dense, one weight at a time."""
     function: str = ""
     """Function of peft.utils.merge_utils."""
     what: str = ""

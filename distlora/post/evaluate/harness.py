@@ -230,7 +230,8 @@ class HarnessModel(TemplateLM):
 
 def batches_of(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Yield indices in batches of at most TOKENS_AT_ONCE padded tokens, the longest first so that out-of-memory
-    shows early."""
+    shows early.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if batch and (len(batch) + 1) * lengths[batch[0]] > TOKENS_AT_ONCE:

@@ -112,7 +112,8 @@ def shown(figures: Mapping[str, Any]) -> Table:
 
 def of_tasks(figures: Mapping[str, Any]) -> Table:
     """Return one line per task and metric and one column per model, with paired differences to the first in
-    brackets."""
+    brackets.
+    """
     models = figures["models"]
     rows = [["task, metric", "questions", *(model["label"] for model in models)]]
     for task, metrics in models[0]["tasks"].items():

@@ -1,1 +1,1 @@
-"""What a run trained, in formats that others load, each loaded again by its real client before it is called done."""
+"""Export a trained model in formats of other programs, each checked with its real client."""

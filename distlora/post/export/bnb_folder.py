@@ -152,7 +152,8 @@ def quantization(dtype: str, skip: Sequence[str]) -> dict[str, Any]:
 
 def skipped(base: Base, quantized: Sequence[BaseWeight]) -> list[str]:
     """Return the modules that stay dense: the head, and the shortest paths outside the decoder without a quantized
-    weight."""
+    weight.
+    """
     held = {".".join(weight.name.split(".")[:size]) for weight in quantized for size in range(weight.name.count("."))}
     found = {"lm_head"}
     for path in base.model.outside_linears:

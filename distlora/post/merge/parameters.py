@@ -59,7 +59,8 @@ class Parameter:
 
 def parameters_of(base: Base, folder: Path, adapter: Adapter | None) -> list[Parameter]:
     """Return all parameters: decoder and head in the model's order, then prequantized weights outside it (a vision
-    tower's)."""
+    tower's).
+    """
     model = base.model
     adapted = set() if adapter is None else set(adapter.file.paths)
     experts = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, ExpertWeight)}

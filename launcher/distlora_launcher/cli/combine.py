@@ -190,13 +190,13 @@ def check_unchanged(folder: str | None, known: str | None) -> None:
 
 
 def held_by(members: Sequence[Member]) -> Literal["bf16", "fp32"]:
-    """What the runs rounded the rest of the base to, where they all did alike."""
+    """Return the dtype that all runs rounded the base's unquantized weights to, else fp32."""
     dtypes = {member.dtype for member in members if member.dtype is not None}
     return "bf16" if dtypes == {"bf16"} else "fp32"
 
 
 def quant_of(members: Sequence[Member], asked: Literal["nf4", "none"] | None) -> Literal["nf4", "none"]:
-    """How the base is held where its values count: as in training."""
+    """Return the quantization of the base, as in training."""
     trained = sorted({member.quant for member in members if member.quant is not None})
     if asked is None and len(trained) > 1:
         raise UserError(

@@ -50,9 +50,9 @@ from distlora_launcher.terminal.output import name_of, shown
 
 WORKER = "distlora.post.evaluate.worker:main"
 MERGE_RECEIPT = "merge.json"
-"""What `distlora merge` leaves in a model's folder."""
+"""File that `distlora merge` leaves in a model's folder."""
 ROWS, DRAFT_ROWS = 128, 8
-"""Of the text: what is read, and what is continued."""
+"""Default numbers of rows to measure, and to continue with a draft."""
 
 USAGE = f"""usage: distlora eval RUN|MODEL ... [--text FILE] [--rows N] [--sequence-length N] [--dtype bf16|fp32]
                      [--checkpoint NAME] [--adapter PATH|base] [--model BASE] [--quant nf4|none] [--no-base]
@@ -168,7 +168,7 @@ def checked(options: argparse.Namespace) -> EvaluateRequest:
 
 
 def checked_tasks(options: argparse.Namespace) -> Tasks | None:
-    """What --tasks asks for. Raises UserError for flags without it, and where the harness is not installed."""
+    """Return the tasks. Raises UserError for their options without --tasks, and if the harness is not installed."""
     if options.tasks is None:
         for flag in ("tasks_folder", "fewshot", "limit"):
             value = getattr(options, flag)
@@ -199,7 +199,7 @@ def checked_tasks(options: argparse.Namespace) -> Tasks | None:
 
 
 def checked_draft(options: argparse.Namespace, subjects: Sequence[Subject]) -> Draft | None:
-    """What --draft asks for. Raises UserError for flags without it, and where it has no one target."""
+    """Return the draft. Raises UserError for its options without --draft, and without exactly one target."""
     new_tokens = options.max_new_tokens
     if options.draft is None:
         require(
@@ -221,13 +221,13 @@ def checked_draft(options: argparse.Namespace, subjects: Sequence[Subject]) -> D
 
 
 def is_trained(place: str) -> bool:
-    """Whether a folder is a run or an adapter, and not a model."""
+    """Return True for a run or an adapter, False for a model."""
     folder = Path(place).expanduser()
     return (folder / "config.yaml").is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
 def trained_subject(place: str, options: argparse.Namespace) -> tuple[Subject, Trained]:
-    """What a run or an adapter names."""
+    """Return the subject of a run or an adapter."""
     is_adapter = (Path(place).expanduser() / ADAPTER_CONFIG).is_file()
     flags = argparse.Namespace(
         run=place,
@@ -320,7 +320,7 @@ def model_subject(place: str, quant: str | None) -> Subject:
 def text_of(
     place: str | None, first: Subject, runs: Sequence[Trained], *, rows: int, sequence_length: int | None = None
 ) -> Text:
-    """What --text names, or what the first run held out. Raises UserError where neither is there."""
+    """Return the text of --text, or the first run's held-out text. Raises UserError if there is neither."""
     run = next((trained for trained in runs if trained.run_dir is not None), None)
     if place is None:
         require(
@@ -359,7 +359,7 @@ def rows_of(options: argparse.Namespace) -> int:
 
 
 def holds_chats(text: Text) -> bool:
-    """Whether a chat template has a say in how a text is read."""
+    """Return True if a chat template affects how the text is read."""
     from distlora.data.sources import check_sources
 
     plain = {"text", "prompt_completion", None}

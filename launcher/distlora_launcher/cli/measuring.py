@@ -1,4 +1,4 @@
-"""What `distlora merge` measures of the model that it wrote, decided before anything is written."""
+"""Choose what `distlora merge` measures of its result, before anything is written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ARGUMENTS = """\
 SPARE_BYTES = 2**30
 """Beside a model's weights: torch, hidden states, logits."""
 HOST_OPERATIONS = 3e13
-"""That a CPU of some 50 GFLOP/s does in ten minutes."""
+"""Operations of a CPU with 50 GFLOP/s in ten minutes."""
 MOST_ROWS = 128
 
 

@@ -1,4 +1,4 @@
-"""How the commands after training are told what they work on: a run, or an adapter and its base."""
+"""Parse the arguments that name a run, or an adapter and its base."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def named(options: argparse.Namespace) -> tuple[Name, Trained]:
-    """What the arguments name, with its base on this machine: for the worker's request, and read.
+    """Return the named model, with its base on this machine.
 
-    Raises UserError for what is not there or does not belong together.
+    Raises UserError for missing folders and parts that do not belong together.
     """
     if options.adapter is not None:
         require(options.checkpoint is None, "--adapter and --checkpoint both say which weights; give one of them")
@@ -82,8 +82,7 @@ def named(options: argparse.Namespace) -> tuple[Name, Trained]:
 def default_place(
     trained: Trained, options: argparse.Namespace, name: str, *, inside: str = ".", suffix: str = ""
 ) -> Path:
-    """Where a result called `name` goes: into the run's folder (`inside` it), or beside an adapter that has none; with
-    what it is of in its name."""
+    """Return the default place of a result: in the run's folder (`inside` it), or beside an adapter without a run."""
     which = options.checkpoint or (Path(options.adapter).name if options.adapter else None)
     full = "-".join(word for word in (name, which) if word) + suffix
     if trained.run_dir is not None:
@@ -93,7 +92,7 @@ def default_place(
 
 
 def num_weights(trained: Trained) -> int:
-    """Of the base, about; packed codes hold two a byte."""
+    """Return the approximate number of weights of the base; packed codes hold two per byte."""
     tensors = read_headers(trained.base).values()
     return sum(segment.numel * (2 if segment.dtype == "U8" else 1) for segment in tensors)
 

@@ -79,7 +79,8 @@ def check_paths(paths: Sequence[str], base: Base) -> None:
 
 def check(export: Export, ours: Ours) -> list[Reading]:
     """Return readings of transformers with the file's change added, and of llama.cpp if installed, on a GGUF of the
-    base."""
+    base.
+    """
     trained, dtype = export.trained, export.request.dtype
     assert dtype is not None
     base = open_base(trained.spec, trained.initial_adapter_dir)

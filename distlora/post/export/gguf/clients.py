@@ -16,7 +16,8 @@ HOW_TO_GET_IT = "`pip install llama-cpp-python` builds it, in some minutes, with
 
 def transformers_model(path: Path, config: Any) -> Any:
     """Load a model in fp32. `config` is passed as GGUF files lack some rotary embeddings and head sizes for
-    transformers."""
+    transformers.
+    """
     import transformers
 
     if config.model_type == "mistral":  # GGUF stores Mistral as Llama.

@@ -44,7 +44,8 @@ def head_size(config: Any) -> int:
 
 def rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
     """Return the tensor rope_freqs.weight, the divisors of the frequencies for Llama 3's rotary embedding; else
-    None."""
+    None.
+    """
     if config.rope_parameters["rope_type"] != "llama3":
         return None
     frequencies, _ = _frequencies(config)

@@ -91,7 +91,8 @@ class Match:
 
 def find_pre_tokenizer(spec: Mapping[str, Any]) -> Match:
     """Return the best match for a tokenizer.json. Raises UserError if every candidate tokenizes LLAMA_CPP_TEXT
-    differently."""
+    differently.
+    """
     original, imitation = _tokenizer(spec), _tokenizer(_without_rules(spec))
     ignores = bool(spec["model"].get("ignore_merges"))
     found: list[tuple[int, bool, int, Match]] = []

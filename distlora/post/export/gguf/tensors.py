@@ -142,7 +142,8 @@ def plan(names: Names, weights: Mapping[str, Weight], dtype: str) -> list[Planne
 
 def _type_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
     """Return a tensor's type as llama.cpp's converter chooses it: vectors and norms fp32, rows without whole blocks
-    fp16."""
+    fp16.
+    """
     if len(shape) < 2 or name.endswith("_norm.weight"):
         return GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]

@@ -134,7 +134,8 @@ SPACE = "▁"
 
 def scores_of(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Return SentencePiece scores of tokens: minus the index among merge results, then single characters by id; else
-    0."""
+    0.
+    """
     places: dict[str, int] = {}
     for left, right in merges:
         places.setdefault(left + right, len(places))

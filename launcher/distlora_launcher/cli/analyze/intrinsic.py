@@ -130,7 +130,7 @@ def checked(options: argparse.Namespace) -> IntrinsicRequest:
 
 @contextlib.contextmanager
 def for_full_fine_tuning() -> Iterator[None]:
-    """What adapter=full cannot be done with is no model for this command, which has no setting to do otherwise."""
+    """Rename refusals of adapter=full, as this command has no other way to train."""
     try:
         yield
     except UserError as error:

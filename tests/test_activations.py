@@ -123,7 +123,7 @@ COLUMNS: list[tuple[Mode, int | None]] = [
 
 
 def table() -> list[str]:
-    """The lines of "A row of T tokens costs" in distlora/model/README.md."""
+    """The lines of "What a sequence of T tokens costs" in docs/benchmarks.md."""
     lines = []
     for name, (hidden, inner, layers, heads) in LLAMA.items():
         sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
@@ -151,5 +151,5 @@ def test_queries_have_a_bias_where_transformers_gives_them_one(family: str, has:
 
 
 def test_the_table_of_what_a_row_costs_is_what_is_calculated() -> None:
-    text = (Path(__file__).parents[1] / "distlora" / "model" / "README.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
     assert "\n".join(table()) in text

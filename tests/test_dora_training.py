@@ -140,6 +140,7 @@ def test_adapters_are_bit_identical_on_every_rank(world: World, folders: Path, t
         assert all(torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.ci
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world: World, folders: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 4, "save_every": 2, "log_every": 1}
     for name, stops in (("whole", [None]), ("stopped", [3, None])):

@@ -331,6 +331,7 @@ def test_policy_and_reference_are_one_at_the_start_and_only_the_policy_moves(
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
 
 
+@pytest.mark.ci
 def test_a_run_that_starts_from_an_adapter_has_it_as_its_reference_after_a_resume_too(
     folders: Path, preferences: Path, tmp_path: Path
 ) -> None:

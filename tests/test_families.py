@@ -1,6 +1,6 @@
 """Every family and variant: our model is transformers', trains as PEFT would, packs, shards, and saves what PEFT loads.
 
-The table in distlora/model/README.md names these tests, a column each.
+distlora/model/README.md lists the families.
 """
 
 from __future__ import annotations

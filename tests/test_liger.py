@@ -81,6 +81,7 @@ def run(model: CausalLM, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
     return losses.detach(), list(torch.autograd.grad(losses.sum() / input_ids.numel(), parameters))
 
 
+@pytest.mark.ci
 @needs_liger
 @pytest.mark.parametrize("name", [*ONE_EACH, PARTIAL_ROTARY])
 def test_a_decoder_with_liger_computes_what_it_did(name: str, tmp_path: Path, interpretable: None) -> None:

@@ -267,6 +267,7 @@ def test_a_trial_whose_adapter_overflows_reaches_no_other(folders: Path, tmp_pat
     assert_same_trial(runs[1], alone[0])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("model", "adapter"),
     [
@@ -287,6 +288,7 @@ def test_experts_and_magnitudes_of_trials_are_theirs_alone(
         assert_same_trial(runs[number], tmp_path / str(number))
 
 
+@pytest.mark.ci
 def test_each_trial_has_a_wandb_run_of_its_own(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     rates, short = (2e-3, 5e-4), STEPS | {"max_steps": 2}
@@ -356,6 +358,7 @@ def kill_at(pack: Path, run_dir: Path, step: int) -> None:
     worker.run(pack, SINGLE)
 
 
+@pytest.mark.ci
 def test_a_pack_killed_with_9_goes_on_with_what_has_no_outcome(
     folders: Path, tmp_path: Path, alone: list[Path]
 ) -> None:
@@ -379,6 +382,7 @@ def test_a_pack_killed_with_9_goes_on_with_what_has_no_outcome(
         assert_adapters_close(adapter, expected_adapter)
 
 
+@pytest.mark.ci
 def test_a_verdict_prunes_a_trial_and_the_next_takes_its_slot(folders: Path, tmp_path: Path) -> None:
     short = {"train": STEPS | {"max_steps": 4, "eval_every": 2}, "optim": OPTIM}
     pack = tmp_path / "pack"

@@ -143,6 +143,7 @@ def compiled_run(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
         modeling_llama.apply_rotary_pos_emb = own
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(native.unavailable_reason() is not None, reason=f"not compiled: {native.unavailable_reason()}")
 def test_compiled_ranks_have_one_adapter_and_the_losses_of_one_rank_that_is_not(
     world: World, folders: Path, tmp_path: Path, references: dict[str, Any]

@@ -142,6 +142,7 @@ def test_a_run_with_8_bit_moments_resumes_bit_for_bit(folders: Path, tmp_path: P
     assert_disk_as_planned(tmp_path / "whole")
 
 
+@pytest.mark.ci
 def test_three_ranks_then_two_then_four_see_the_rows_of_one_in_its_order(
     world: World, folders: Path, tmp_path: Path, whole: Callable[[int], Whole]
 ) -> None:
@@ -158,6 +159,7 @@ def test_three_ranks_then_two_then_four_see_the_rows_of_one_in_its_order(
     assert_adapters_close(result(moved), result(whole(1).folder))
 
 
+@pytest.mark.ci
 def test_a_mixture_over_several_epochs_goes_on_in_the_middle_of_one(folders: Path, tmp_path: Path) -> None:
     documents = (folders / "text.jsonl").read_text().splitlines()
     sources = []

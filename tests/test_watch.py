@@ -257,6 +257,7 @@ def test_a_rank_without_a_beat_is_named_even_where_it_is_ahead() -> None:
     )
 
 
+@pytest.mark.ci
 def test_a_group_that_hangs_ends_and_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

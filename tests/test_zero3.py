@@ -133,6 +133,7 @@ def run_pack(ranks: Ranks, *, pack: Path) -> None:
     worker.run(pack, ranks)
 
 
+@pytest.mark.ci
 def test_a_trial_in_a_pack_is_the_run_alone(
     alone: Alone, folders: Path, tmp_path: Path, references: dict[str, Any]
 ) -> None:

@@ -1,4 +1,4 @@
-"""A cell's process without a model: answers each turn as tests/test_bench_step.py expects; needs no torch."""
+"""Answer the turns of tests/test_bench_step.py in place of a worker, without torch."""
 
 import json
 import os

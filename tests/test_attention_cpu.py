@@ -1,5 +1,4 @@
-"""Attention on the CPU in bf16, by products of the library and by attention.cpp, against its contract in fp64: forward
-and gradients."""
+"""CPU attention in bf16, by library products and by attention.cpp, agrees with its contract in fp64."""
 
 from __future__ import annotations
 
@@ -19,6 +18,7 @@ from distlora.architecture.families import FAMILIES
 from distlora.model import attention, attention_cpu
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import native
+from tiers import diagonal
 
 LENGTHS = [[300], [0, 1, 1, 37, 0, 261, 0], [128, 129, 43], [2, 298]]
 """Of documents: one tile and a part, none and one token, a tile to the token and one more."""
@@ -52,7 +52,7 @@ def bounds_of(lengths: list[int]) -> Tensor:
 
 
 def results(op: Any, inputs: list[Tensor], bounds: Tensor, left: int | None = None) -> list[Tensor]:
-    """The output and the gradients of query, key and value."""
+    """Return the output and the gradients of query, key and value."""
     *tensors, gradient = inputs
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     output = op(*leaves, bounds, int(bounds.diff().max()), leaves[0].shape[-1] ** -0.5, left)
@@ -76,10 +76,9 @@ def exact(inputs: list[Tensor], bounds: Tensor, left: int | None = None) -> list
     return results(in_fp64, [tensor.double() for tensor in inputs], bounds, left)
 
 
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("left", [None, 0, 63, 200])
+@pytest.mark.parametrize(("heads", "left"), diagonal(HEADS, [None, 0, 63, 200]), ids=str)
 def test_it_is_its_contract_to_three_roundings(attend: Attend, heads: tuple[int, int, int], left: int | None) -> None:
-    """Of the weights, of the product and of what becomes of it; gradients have one more of the output's."""
+    """Weights, product and result are rounded once each; gradients have one more rounding, of the output's gradient."""
     for lengths in LENGTHS:
         inputs, bounds = inputs_of(sum(lengths), heads), bounds_of(lengths)
         actual, expected = results(attend, inputs, bounds, left), exact(inputs, bounds, left)
@@ -101,8 +100,7 @@ def test_tiles_of_one_document_may_be_many_and_of_few_heads(monkeypatch: pytest.
 
 
 def test_large_scores_are_rounded_less_than_products_round_them(attend: Attend) -> None:
-    """Scores of up to 50, whose bf16 is 1/8 off: eager attention in bf16 is far off, as flash attention with its fp32
-    scores is not."""
+    """Scores reach 50, whose bf16 is 1/8 off: eager attention in bf16 is far off, flash attention is not."""
     heads, bounds = (4, 2, 64), bounds_of([256])
     inputs = inputs_of(256, heads, spread=12)
     expected = exact(inputs, bounds)
@@ -115,7 +113,7 @@ def test_large_scores_are_rounded_less_than_products_round_them(attend: Attend) 
 
 
 def test_a_token_that_takes_all_the_weight_leaves_the_others_gradients_right(attend: Attend) -> None:
-    """An attention sink: D cancels the sink's dO.v but for its rounding, which the others' gradients would drown in."""
+    """An attention sink leaves the other gradients exact, although D cancels the sink's dO.v up to rounding."""
     heads, bounds = (4, 4, 64), bounds_of([256])
     query, key, value, gradient = inputs_of(256, heads)
     direction = torch.nn.functional.normalize(torch.ones(64), dim=0)
@@ -138,7 +136,7 @@ def test_a_token_that_takes_all_the_weight_leaves_the_others_gradients_right(att
 def test_documents_are_the_same_to_the_bit_wherever_they_are_packed(
     attend: Attend, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    """With little room for scores long documents have short tiles, and the others their own."""
+    """With little memory for scores, long documents have short tiles."""
     monkeypatch.setattr(attention_tiles, "_SCORES", room)
     heads, lengths = (4, 2, 32), [300, 5, 129, 300]
     bounds = bounds_of(lengths)

@@ -51,7 +51,7 @@ def chat(number: int) -> dict[str, Any]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """What the demo's base looks like, with a model of the tests in it."""
+    """Create the files of the demo's base, with a small model."""
     write_model_folder(tmp_path / "base" / "model", "llama")
     write_jsonl(tmp_path / "base" / "pairs.jsonl", (chat(number) for number in range(40)))
     write_jsonl(tmp_path / "base" / "held_out.jsonl", (chat(number) for number in range(40, 50)))
@@ -59,7 +59,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def changes(method: grid.Method, tmp_path: Path, base: Path) -> dict[str, Any]:
-    """What a method's run sets otherwise than rsLoRA of rank 16 does, checked as a start checks it."""
+    """Return the settings in which a method's run differs from rsLoRA of rank 16."""
 
     def composed(of: grid.Method) -> Config:
         setup = Setup(str(base), steps=4, ranks=2, seeds=1, search=True)
@@ -80,6 +80,7 @@ def changes(method: grid.Method, tmp_path: Path, base: Path) -> dict[str, Any]:
     return found | ({"quant": ours.quant.method} if ours.quant != middle.quant else {})
 
 
+@pytest.mark.ci
 def test_each_method_is_a_valid_run_and_one_change_away_from_the_middle(tmp_path: Path, base: Path) -> None:
     found = {name: changes(method, tmp_path, base) for name, method in BY_NAME.items()}
     assert found.pop("full")["method"] == "full"
@@ -202,14 +203,13 @@ def test_state_is_counted_once_over_all_ranks() -> None:
 
 
 def diverges(planned: Planned) -> bool:
-    """The double of a best rate, and a seed at one."""
+    """Return whether the fake run diverges: the double of a best rate, and one seed."""
     return (planned.method.name, planned.rate, planned.seed) in {("full", 1e-3, 0), ("DoRA r=16", 4e-3, 1)}
 
 
 @pytest.fixture
 def fake(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Runs the command with training replaced by a summary, or by what a run leaves that `diverges`; returns the
-    folders of the runs that were started."""
+    """Replace training by a fake summary, or a fake divergence; returns the folders of the started runs."""
     started: list[str] = []
 
     def train(planned: Planned, setup: Setup, out: Path) -> int:

@@ -28,7 +28,7 @@ SCALE = 0.7
 
 @pytest.fixture(params=["torch", "triton"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The CPU with plain torch, then where Triton's kernels run."""
+    """Return the CPU for plain torch, then the device where Triton's kernels run."""
     return request.getfixturevalue("triton_device") if request.param == "triton" else torch.device("cpu")
 
 
@@ -52,7 +52,7 @@ def frozen(kind: str, weight: Tensor) -> FrozenWeight:
 
 
 def dora_output(x: Tensor, w: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
-    """The definition (PEFT's without dropout): the rows of W + s B A scaled to norm 1, times the magnitude."""
+    """Return DoRA's definition without dropout: the rows of W + s B A scaled to norm 1, times the magnitude."""
     direction = w + SCALE * b @ a
     return x @ (magnitude / direction.norm(dim=1).detach() * direction.T).T.T
 

@@ -35,7 +35,7 @@ KEY = (0x01234567, 0x89ABCDEF)
 
 
 def mask(rows: list[int], tokens: int, columns: int, *, p: float = 0.3, step: int = 5, key: Any = KEY) -> Tensor:
-    """(rows, tokens, columns) bool."""
+    """Return the mask, (rows, tokens, columns) bool."""
     dropout = Dropout(key, threshold_of(p), step, torch.tensor(rows))
     return dropped(dropout, len(rows) * tokens, columns).view(len(rows), tokens, columns)
 
@@ -110,7 +110,7 @@ def test_a_probability_is_a_number_of_65536ths_and_never_none_or_all() -> None:
 def test_output_and_gradients_are_those_of_the_formula_with_the_same_mask(
     dtype: torch.dtype, packed: bool, per_row: bool
 ) -> None:
-    """y = x W^T + bias + s (x * kept / (1 - p)) A^T B^T, as torch differentiates it in fp64."""
+    """Y = x W^T + bias + s (x * kept / (1 - p)) A^T B^T, as torch differentiates it in fp64."""
     shape = (36, 256, 320, 16)
     x, weight, a, b, bias = tensors(shape, dtype)
     frozen = FrozenWeight(tuple(nf4.nf4_quantize(weight)) if packed else (weight,), (shape[2], shape[1]))
@@ -180,17 +180,17 @@ def test_the_key_is_the_seed_and_the_path() -> None:
 ADAPTER = {"target_modules": "all-linear", "r": 8, "lora_dropout": 0.3}
 CELLS = [
     pytest.param(1, {"micro_batch": 4}, marks=pytest.mark.slow),
-    (1, {"micro_batch": 2, "accumulate": "block"}),
+    pytest.param(1, {"micro_batch": 2, "accumulate": "block"}, marks=pytest.mark.ci),
     pytest.param(2, {"micro_batch": 2}, marks=pytest.mark.slow),
     (2, {"micro_batch": 3, "accumulate": "block", "checkpointing": "none"}),
-    (3, {"micro_batch": 2}),
+    pytest.param(3, {"micro_batch": 2}, marks=pytest.mark.ci),
     pytest.param(3, {"micro_batch": 1, "accumulate": "block"}, marks=pytest.mark.slow),
 ]
 
 
 @pytest.fixture(scope="module")
 def reference(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One rank, one micro-batch of the whole step, no checkpointing."""
+    """Train on one rank with one micro-batch and no activation checkpointing."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
     make_run(run_dir, folders, adapter=ADAPTER, train={"micro_batch": 12, "checkpointing": "none"})
     return outcome(world, 1, run_dir)

@@ -1,5 +1,4 @@
-"""elementwise.cpp: what transformers' formulas give, forward and gradient, whatever the rows, their number and the
-threads that share them."""
+"""elementwise.cpp agrees with transformers' formulas, forward and gradient, for any number of rows and threads."""
 
 from __future__ import annotations
 
@@ -148,7 +147,7 @@ def test_no_row_depends_on_the_others_or_on_threads() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_not_lost(dtype: torch.dtype, bad: float) -> None:
-    """A run must notice it."""
+    """Non-finite values stay visible."""
     x, weight = drawn(2, 40, dtype=dtype), torch.ones(40, dtype=dtype)
     x[0, 3] = bad
     assert not rms_norm(x, weight, 1e-6, plus_one=False)[0].isfinite().all()

@@ -1,5 +1,4 @@
-"""The linear of a mixture of experts: the loop and the grouped product are the reference, forward and gradients; an
-expert's slice of a packed weight is the whole's."""
+"""The linear of a mixture of experts: the loop and the grouped product agree with the reference."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def routing_of(tokens: int, users: Tensor | None = None, *, seed: int = 0) -> Routing:
-    """Expert 3 is chosen by no token; `users` are the adapters, of three, that the tokens use."""
+    """Return a routing in which no token chooses expert 3; `users` has the adapters of the tokens."""
     scores = random(tokens, EXPERTS, seed=seed)
     scores[:, 3] = -100
     adapters = None if users is None else (users, 3)
@@ -61,7 +60,7 @@ def test_an_experts_slice_is_the_whole_weights(shape: tuple[int, int, int], dtyp
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("path", [experts_torch, experts_grouped], ids=["loop", "grouped"])
 def test_forward_and_gradients_are_the_references(path: Any, quantized: bool, transposed: bool, gated: str) -> None:
-    """The grouped product in bf16, which is all that it takes; rank 3 is no multiple of its 8."""
+    """The grouped product runs in bf16 only; rank 3 is not a multiple of 8."""
     dtype, ulps = (torch.float32, 8) if path is experts_torch else (torch.bfloat16, 4)
     ins, outs, rank, tokens = 24, 40, 3, 23
     # Rows choose among three users, of whom the last has no adapter of this weight.
@@ -111,7 +110,7 @@ def test_forward_and_gradients_are_the_references(path: Any, quantized: bool, tr
 
 @pytest.mark.parametrize("path", [experts_torch, experts_grouped], ids=["loop", "grouped"])
 def test_what_is_not_finite_in_one_trials_rows_reaches_no_other(path: Any) -> None:
-    """Nor what is in its own A and B."""
+    """Non-finite values in a trial's A, B and rows stay in that trial."""
     users = torch.arange(23) % 4 - 1
     routing = routing_of(23, users)
     own = users[routing.tokens] == 1
@@ -162,7 +161,7 @@ def test_tokens_go_to_their_experts_and_come_back() -> None:
 
 
 def test_a_kept_weight_is_not_dequantized_again() -> None:
-    """train.keep_dequantized on a GPU: what the recomputation of a block made dense is what its backward takes."""
+    """With train.keep_dequantized, backward uses the weights that recomputation dequantized."""
     routing, weight = routing_of(23), packed(random(EXPERTS, 40, 24, seed=2))
     linear, weights = ExpertLinear(weight, False, None, None), DenseWeights(1)
     x, dy = (random(46, size, seed=4).bfloat16() for size in (24, 40))

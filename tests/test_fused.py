@@ -1,4 +1,4 @@
-"""The products that decode a packed weight as they go, against fp64, and which variant is chosen."""
+"""Products that decode a quantized weight agree with fp64, and the right variant is chosen."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from closeness import assert_close, relative_error
 from distlora_kernels import dispatch, fused, nf4
 from distlora_kernels.operands import FrozenWeight
+from tiers import diagonal
 
 # M, O, I, R: M in every bucket of the tables; no O is a multiple of a tile; I = 320 leaves half a tile of codes, and
 # its rows cross from one group into the next (O I > 16,384); R is padded, and beyond one tile of ranks (72).
@@ -20,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory() -> Iterator[None]:
-    """Memory that a kernel leaves unwritten holds NaN. warn_only: the library's GEMMs must not refuse on a GPU."""
+    """Fill unwritten memory with NaN; warn_only, because the library's GEMMs must run on a GPU."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -46,14 +47,12 @@ class Operands:
 
 
 def assert_rounded_once(actual: Tensor, exact: Tensor) -> None:
-    """fp32: sums of up to 400 products, rounded at random: some ulps. Else one rounding at the end, which is 0.3 eps
-    (uniform in half an ulp; an ulp is between eps / 2 and eps of a number) and a twentieth for the summation."""
+    """Assert a few ulps in fp32 (sums of up to 400 products), else one rounding: 0.3 eps and a bit for the sum."""
     assert torch.isfinite(actual).all()
     assert_close(actual, exact, ulps=4 if actual.dtype == torch.float32 else 0.35)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), diagonal(SHAPES, DTYPES), ids=str)
 def test_forward_is_the_exact_product_rounded_once(
     triton_device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
@@ -64,8 +63,7 @@ def test_forward_is_the_exact_product_rounded_once(
     assert_rounded_once(fused.fused_linear(p.x, p.weight), base)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), diagonal(SHAPES, DTYPES), ids=str)
 def test_backward_is_the_exact_product_rounded_once(
     triton_device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
@@ -87,8 +85,7 @@ def test_the_error_is_no_worse_than_that_of_a_library_gemm(triton_device: torch.
         assert ours <= library * (1.02 if dtype == torch.bfloat16 else 2), f"{ours:.2e} against {library:.2e}"
 
 
-@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("nested", "dtype"), diagonal([True, False], DTYPES), ids=str)
 def test_the_decoded_weight_is_the_dequantized_one_bit_for_bit(
     triton_device: torch.device, dtype: torch.dtype, nested: bool
 ) -> None:
@@ -116,7 +113,7 @@ def test_a_split_sum_counts_every_term_once(triton_device: torch.device, num_par
 
 
 def test_every_table_gives_the_same_product(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An A100's tiles and renumbering, run here: which lane holds what must not matter."""
+    """An A100's tiles and renumbering give the same product in the interpreter."""
     from distlora_kernels import fused_triton
 
     monkeypatch.setattr(fused_triton, "compute_capability", lambda device: (8, 0))
@@ -129,11 +126,7 @@ def test_every_table_gives_the_same_product(triton_device: torch.device, monkeyp
 
 
 def test_a_tiny_update_keeps_its_whole_size(triton_device: torch.device) -> None:
-    """The slope of the adapter's contribution at 1e-3 of the base is 1 within 3 sigma of the output's own rounding.
-
-    Each output's rounding error is some e with variance (relative_error * |y|)^2 / n, independent of the contribution
-    c, so that slope - 1 = sum(e c) / sum(c^2) has sigma |y| relative_error / (sqrt(n) rms(c) sqrt(n)).
-    """
+    """The slope of an update of 1e-3 of the base is 1 within 3 sigma of the output's rounding."""
     p = Operands((64, 512, 1024, 16), torch.bfloat16, triton_device)
     b = (p.b.double() * 1e-3 / (p.xa.shape[1] ** 0.5)).to(torch.bfloat16)
     base, update = p.x.double() @ p.exact.T, p.xa.double() @ b.double().T

@@ -1,4 +1,4 @@
-"""The same claims on a CUDA device: NF4 bytes, and a whole run."""
+"""NF4 bytes and a whole run on a CUDA device."""
 
 from __future__ import annotations
 

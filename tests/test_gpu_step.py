@@ -43,7 +43,7 @@ BYTES = ("codes", "scales")
 
 @pytest.fixture
 def group() -> Iterator[dist.ProcessGroup]:
-    """A process group of this process alone."""
+    """Create a process group of this process alone."""
     dist.init_process_group("cuda:nccl,cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert dist.group.WORLD is not None
     yield dist.group.WORLD
@@ -65,7 +65,7 @@ def hold_bytes_as_bf16(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def packed_bytes(model: CausalLM) -> dict[str, Tensor]:
-    """Copies of the packed weights, as bytes, on the CPU."""
+    """Return copies of the quantized weights as bytes on the CPU."""
     found = {}
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in BYTES:
@@ -75,7 +75,7 @@ def packed_bytes(model: CausalLM) -> dict[str, Tensor]:
 
 
 def train_steps(model: CausalLM, device: torch.device) -> list[Tensor]:
-    """Losses of some steps of SGD on the adapters, then the adapters; nothing else is kept."""
+    """Return the losses of some SGD steps on the adapters, and the adapters."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 500, (STEPS, 4, 65), generator=generator).to(device)
     # Two documents a row.
@@ -114,7 +114,7 @@ COPY = HostInputs.copy
 
 
 def late_copy(inputs: HostInputs, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
-    """HostInputs.copy, behind milliseconds of nothing on its stream: what does not wait for it comes before it."""
+    """Run HostInputs.copy after milliseconds of work on its stream, so that code that does not wait is wrong."""
     with torch.cuda.stream(inputs._side):
         torch.cuda._sleep(10**7)
     return COPY(inputs, to, source)
@@ -177,7 +177,7 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
 def sharded_trainer(
     config: Config, device: torch.device, group: dist.ProcessGroup
 ) -> tuple[CausalLM, Optimizer, dict[str, nn.Parameter], Backend]:
-    """A model that is trained whole, cut over a group of one rank, and its optimizer."""
+    """Build a fully trained model sharded over one rank, and its optimizer."""
     model, _, _ = setup.start_run_model(config, Ranks(0, 1, device, None))
     ranks = Ranks(0, 1, device, group)
     backend = Backend(ranks, Shards.over(ranks), _root=model)

@@ -1,6 +1,4 @@
-"""The benchmark of the kernels: every row is there and right, the peers' sequences are what they stand for, a wrong
-variant gets no figure, and the bounds are read off the right rows.
-"""
+"""The kernels' benchmark: all rows are present and right, wrong variants get no figure, bounds use the right rows."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ SHAPES = ((128, 64), (66, 64))
 
 
 def run_bench(*arguments: str, mended: bool = True) -> subprocess.CompletedProcess[str]:
-    """`python -m bench` as where nothing is installed; without a GPU in Triton's interpreter, with its bf16 mended."""
+    """Run `python -m bench` without distlora installed; without a GPU in Triton's interpreter with patched bf16."""
     mend = "import triton_interpreter\n" if mended and not torch.cuda.is_available() else ""
     run = "runpy.run_module('bench', run_name='__main__', alter_sys=True)"
     code = f"{mend}import sys, runpy\nsys.argv[1:] = {list(arguments)!r}\n{run}"
@@ -93,6 +91,7 @@ def test_every_row_is_there_and_right(tmp_path: Path) -> None:
         assert "No figures: Triton's interpreter" in finished.stdout
 
 
+@pytest.mark.ci
 def test_trials_together_are_right_beside_one_trial(capsys: pytest.CaptureFixture[str]) -> None:
     on_gpu = torch.cuda.is_available()
     words = ["block", "--block", "64x64", "--tokens", "2x3", "--r", "3", "--trials", "1,3"]
@@ -174,7 +173,7 @@ def test_peft_itself_gives_what_ours_gives(
 
 
 def operations(y: Tensor) -> Counter[str]:
-    """How often each operation is in the graph of y."""
+    """Count each operation in the graph of y."""
     found, pending = set(), [y.grad_fn]
     while pending:
         node = pending.pop()
@@ -185,7 +184,7 @@ def operations(y: Tensor) -> Counter[str]:
 
 
 def assert_same(weights: Weights, forward: linear.Forward, parameters: Sequence[Tensor]) -> None:
-    """Outputs within an epsilon of bf16 of ours, gradients within two: each side rounds some intermediate results."""
+    """Assert outputs within one bf16 epsilon of ours and gradients within two: each side rounds intermediates."""
     batch = make_batch(SHAPES, 37, CPU)
     ours = train(partial(lora_linears, linears=weights.linears), batch, weights.masters)
     theirs = train(forward, batch, parameters)

@@ -1,4 +1,4 @@
-"""The GPU's path of the adapted linears, on a GPU or in Triton's interpreter, against fp64: forward and gradients."""
+"""The GPU path of the adapted linears agrees with fp64, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from closeness import assert_close, relative_error
 from distlora_kernels import fused, lora_gpu, nf4, scratch
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, apply_dropout, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, RowChoice, lora_linear, lora_linears
+from tiers import ci, diagonal
 
 BATCH, TOKENS, FEATURES = 3, 12, 128
 OUTPUTS = (100, 48, 64)
@@ -26,7 +27,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 def problem(
     dtype: torch.dtype, device: torch.device, *, packed: bool, dropout: bool, choice: bool
 ) -> tuple[Tensor, list[Linear], list[Tensor]]:
-    """x (B, T, I), three linears of it (the last without an adapter), and the gradients of their outputs."""
+    """Return x (B, T, I), three linears of it (the last without adapter), and the outputs' gradients."""
     x = randn(BATCH, TOKENS, FEATURES, seed=0).to(device, dtype)
     linears, dys = [], []
     for index, (out, rank) in enumerate(zip(OUTPUTS, RANKS, strict=True)):
@@ -47,7 +48,7 @@ def problem(
 
 
 def gate_of(choice: RowChoice, num_rows: int) -> Tensor:
-    """(M, R) fp64: s where the row uses the column's adapter, else 0."""
+    """Return (M, R) fp64: s where the row uses the column's adapter, else 0."""
     device = choice.rows.device
     owners = torch.tensor([n for n, rank in enumerate(choice.ranks) for _ in range(rank)], device=device)
     scales = torch.tensor(choice.scales, dtype=torch.float64, device=device)[owners]
@@ -56,7 +57,7 @@ def gate_of(choice: RowChoice, num_rows: int) -> Tensor:
 
 
 def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]:
-    """Outputs and gradients (x, then a and b of each adapter) as torch differentiates the formula."""
+    """Return outputs and gradients (x, then a and b of each adapter) of the formula in fp64."""
     wide = x.double().requires_grad_()
     flat, ys, leaves = wide.flatten(0, 1), [], [wide]
     for linear in linears:
@@ -107,7 +108,7 @@ def test_outputs_and_gradients_of_linears_that_share_an_input(
 
 
 def of_one_choice(linears: list[Linear], ranks: tuple[int, ...]) -> list[Linear]:
-    """The linears with adapters of `ranks` (one for all), among which the same tensor chooses in all of them."""
+    """Give the linears adapters of `ranks`, chosen by the same tensor in all of them."""
     rows = torch.tensor([1, -1, 0], device=linears[0].weight.parts[0].device)
     found = []
     for linear, rank in zip(linears, ranks, strict=True):
@@ -145,7 +146,7 @@ def test_linears_whose_rows_choose_alike_read_their_input_once(
 
 
 def with_own_dropout(linears: list[Linear]) -> list[Linear]:
-    """Of each adapter another: the first of the linears has adapters of which one drops nothing."""
+    """Give each adapter another dropout; one adapter of the first linear drops nothing."""
     found = []
     for index, linear in enumerate(linears):
         adapter = linear.adapter
@@ -160,8 +161,7 @@ def with_own_dropout(linears: list[Linear]) -> list[Linear]:
     return found
 
 
-@pytest.mark.parametrize("variant", ["scratch", "fused"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("variant", "dtype"), diagonal(["scratch", "fused"], [torch.float32, torch.bfloat16]), ids=str)
 def test_adapters_that_rows_choose_have_their_own_dropout(
     triton_device: torch.device, variant: str, dtype: torch.dtype
 ) -> None:
@@ -177,7 +177,7 @@ def test_adapters_that_rows_choose_have_their_own_dropout(
         assert_close(actual.to(dtype), reference.float(), ulps=8 if dtype == torch.float32 else 2)
 
 
-@pytest.mark.parametrize("variant", ["scratch", "fused"])
+@pytest.mark.parametrize("variant", ["scratch", ci("fused")])
 def test_what_is_not_finite_in_one_adapters_rows_reaches_no_other(triton_device: torch.device, variant: str) -> None:
     """Rows 0 use the second adapter, rows 2 the first: the first's gradients and outputs are the same bits."""
     x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=True)
@@ -268,11 +268,9 @@ def test_a_fresh_adapter_leaves_the_base_output_within_an_ulp(triton_device: tor
     assert_close(actual, base, ulps=1)
 
 
-@pytest.mark.parametrize("variant", ["scratch", "fused"])
+@pytest.mark.parametrize("variant", ["scratch", ci("fused")])
 def test_a_tiny_update_keeps_its_size_in_bf16(triton_device: torch.device, variant: str) -> None:
-    """The slope of what is added on what should be is 1 within 3 sigma of the outputs' rounding, at |sBA| / |W| = 1e-3,
-    and at 1e-4 where a GPU has enough outputs to see it. The error is that of a bf16 GEMM on the dequantized weight.
-    """
+    """The slope of a tiny update is 1 within 3 sigma of the outputs' rounding, at |sBA| / |W| = 1e-3 (1e-4 on a GPU)."""
     on_gpu = triton_device.type == "cuda"
     rows, features, out, rank = (4096, 4096, 4096, 16) if on_gpu else (256, 512, 512, 16)
     weight = (randn(out, features, seed=1) / features**0.5).bfloat16()
@@ -304,7 +302,7 @@ def test_linears_take_turns_in_one_place_of_the_arena(triton_device: torch.devic
     assert scratch.arena(triton_device).one.any(), "the weights were written elsewhere"
 
 
-@pytest.mark.parametrize("variant", ["scratch", "fused", None])
+@pytest.mark.parametrize("variant", ["scratch", ci("fused"), ci(None)])
 def test_a_compiled_function_of_adapted_linears_equals_the_eager_one(
     triton_device: torch.device, variant: fused.Variant | None
 ) -> None:

@@ -14,7 +14,7 @@ SHAPES = [(1, 64, 48, 4), (37, 100, 66, 3), (130, 256, 320, 16)]
 
 
 def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x (M, I), weight (O, I), a (R, I), b (O, R), bias (O,): of M, I, O, R; adapters in fp32 at the least."""
+    """Return x (M, I), weight (O, I), a (R, I), b (O, R), bias (O,); adapters at least in fp32."""
     m, i, o, r = shape
     generator = torch.Generator().manual_seed(1)
     x, weight, a, b, bias = (torch.randn(s, generator=generator) for s in ((m, i), (o, i), (r, i), (o, r), (o,)))
@@ -87,8 +87,7 @@ def test_a_tiny_update_survives_in_bf16() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_adapters", [1, 2])
 def test_linears_of_one_input_together_equal_each_by_itself(dtype: torch.dtype, num_adapters: int) -> None:
-    """Values, and the gradient of the shared input as autograd adds it up: bit for bit, but for X A^T of two adapters,
-    whose one product may sum in another order."""
+    """Values and the input's gradient are equal bit for bit, but for a joined X A^T."""
     x, weight, a, b, bias = tensors((37, 100, 66, 3), dtype)
     frozen = FrozenWeight((weight,), (66, 100))
     packed = FrozenWeight(nf4.nf4_quantize(weight[:20]), (20, 100))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distlora_kernels import device_tables, nf4, nf4_cpu, reference
 from test_nf4 import bitsandbytes_dequantize, random_weight, with_zero_block
+from tiers import diagonal
 
 GROUP, BLOCK = nf4.GROUP, nf4.BLOCK
 # One element, odd numbers, rows that straddle groups, exactly one group, and 3 groups with one weight more.
@@ -99,8 +100,7 @@ def test_dequantizing_bitsandbytes_own_bytes_equals_bitsandbytes(
     assert torch.equal(actual.cpu(), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), diagonal(SHAPES, DTYPES), ids=str)
 def test_quantizing_equals_the_reference(
     triton_device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:

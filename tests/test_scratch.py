@@ -1,4 +1,4 @@
-"""Dequantized weights: where they lie on a GPU, and keeping them from a block's recomputation to its backward."""
+"""Dequantized weights: their memory on a GPU, and keeping them from recomputation to backward."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "o_proj": (64, 64)}
 
 
 class Layer(nn.Module):
-    """Two projections of one input and one of theirs, packed."""
+    """Two projections of one input and one of their output, quantized."""
 
     def __init__(self, context: BlockContext) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def two_blocks(*, checkpointing: bool, keep: bool, num_micro: int = 1) -> nn.Seq
 
 
 def gradients_and_dequantizations(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> tuple[list[Tensor], int]:
-    """Of the input and all adapters, and how many weights were dequantized."""
+    """Return the gradients of the input and all adapters, and the number of dequantizations."""
     calls: list[tuple[int, int]] = []
     dense = FrozenWeight.dense
 
@@ -87,9 +87,9 @@ def test_kept_weights_are_dequantized_twice_a_step_instead_of_three_times(
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("reserved", [False, True])
+@pytest.mark.parametrize("reserved", [pytest.param(False, marks=pytest.mark.ci), True])
 def test_weights_kept_in_an_arena_are_those_of_backward(triton_device: torch.device, reserved: bool) -> None:
-    """On a GPU: each weight of a block has a place of its own from recomputation on, also where the arena must grow."""
+    """Each weight of a layer keeps its place from recomputation on, also when the arena grows."""
     x = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(7)).to(triton_device).requires_grad_()
     results = []
     for keep in (False, True):

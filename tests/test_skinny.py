@@ -1,4 +1,4 @@
-"""The skinny products against fp64 from the same rounded inputs, in torch and in Triton; masks bit for bit."""
+"""The skinny products agree with fp64 from the same rounded inputs, in torch and in Triton."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from closeness import assert_close
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, dropped
 from distlora_kernels.operands import RowChoice
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
+from tiers import diagonal
 
 KEY = (0x01234567, 0x89ABCDEF)
 SHAPES = [(1, 66, 100, 3), (37, 100, 66, 16), (300, 256, 256, 48)]
@@ -24,7 +25,7 @@ CHOSEN = [1, -1, 0, 2, 1]
 
 @pytest.fixture(params=["torch", "triton"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the op runs: as torch operations on the CPU, or as Triton kernels."""
+    """Return the CPU for torch operations, then the device of the Triton kernels."""
     return torch.device("cpu") if request.param == "torch" else request.getfixturevalue("triton_device")
 
 
@@ -33,7 +34,7 @@ def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> 
 
 
 def operands(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """x (M, I), a (R, I), b (O, R), dy (M, O), xa (M, R), bias (O,) of M, I, O, R."""
+    """Return x (M, I), a (R, I), b (O, R), dy (M, O), xa (M, R), bias (O,)."""
     m, i, o, r = shape
     shapes: dict[str, tuple[int, ...]] = {
         "x": (m, i),
@@ -59,7 +60,7 @@ def seen(x: Tensor, dropout: Dropout | ChosenDropout | None) -> Tensor:
 
 
 def poisoned(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op, with NaN in every tensor that it allocates empty (torch's own debugging aid)."""
+    """Run the op with NaN in every tensor that it allocates empty."""
 
     def call(*args: Any, **options: Any) -> Any:
         torch.use_deterministic_algorithms(True)
@@ -73,7 +74,7 @@ def poisoned(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def expand(compact: Tensor, choice: RowChoice) -> Tensor:
-    """(M, max(ranks)) -> (M, R) with each row's values in its adapter's columns and zeros elsewhere."""
+    """Expand (M, max(ranks)) to (M, R): each row's values in its adapter's columns, zeros elsewhere."""
     wide = compact.new_zeros(compact.shape[0], sum(choice.ranks))
     tokens = compact.shape[0] // len(CHOSEN)
     for row, adapter in enumerate(CHOSEN):
@@ -85,15 +86,12 @@ def expand(compact: Tensor, choice: RowChoice) -> Tensor:
 
 
 def assert_sum_close(actual: Tensor, expected: Tensor) -> None:
-    """One rounding to nearest is below 0.3 ulps in this norm; n fp32 additions one after the other up to sqrt(n) / 2,
-    n <= 300.
-    """
+    """Assert one rounding (0.3 ulps) and up to sqrt(n) / 2 ulps for n <= 300 sequential fp32 additions."""
     assert_close(actual, expected, ulps=8 if actual.dtype == torch.float32 else 0.5)
     assert torch.isfinite(actual).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), diagonal(SHAPES, DTYPES), ids=str)
 def test_products_equal_fp64(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     t = operands(shape, dtype, device)
     x, a, b, dy, xa, bias = t.values()
@@ -142,7 +140,7 @@ def test_rows_choose_adapters(dtype: torch.dtype, tokens: int, device: torch.dev
 
 
 def own_dropout_of(choice: RowChoice) -> ChosenDropout:
-    """Of each adapter another key and probability, one of them 0; two steps, and numbers of rows that are alike."""
+    """Return another key and probability for each adapter, one of them 0, over two steps."""
     streams = tuple(Stream((KEY[0] + n, KEY[1] ^ n << 31), bound) for n, bound in enumerate((20_000, 0, 65_535)))
     steps = torch.arange(len(CHOSEN), device=choice.rows.device) % 2 + 2**32 - 1
     rows = torch.tensor([5, 5, 2**33 + 1, -1, 5], device=choice.rows.device)
@@ -165,9 +163,7 @@ def test_each_rows_mask_is_that_of_its_adapter_alone(device: torch.device) -> No
 
 @pytest.mark.parametrize("kind", ["alone", "chosen", "own"])
 def test_dropout_is_that_of_its_definition(kind: str, device: torch.device) -> None:
-    """Rows of the dropout that are not those of the choice, tiles that straddle them, columns that end within 8, rows
-    of which a part is run; a dropout of each adapter.
-    """
+    """Rows of the dropout differ from those of the choice; tiles span them; columns end within 8; parts of rows run."""
     dtype, m, i = torch.bfloat16, 105, 100
     choice, rank = (None, 8) if kind == "alone" else (choice_of(device), sum(RANKS))
     dropout: Dropout | ChosenDropout = dropout_of(device, [5, 2**33 + 1, -1])._replace(first=70_001)
@@ -245,9 +241,7 @@ def test_many_adapters_take_no_more_parts_than_their_rows_have(
 
 @pytest.mark.parametrize("ranks", [(8, 5), (40, 24)], ids=str)
 def test_what_is_not_finite_stays_in_its_adapters_rows(ranks: tuple[int, int], device: torch.device) -> None:
-    """In every operand of the first adapter: rows of x, dY, x A^T and dY B, and its own A and B; beyond rank 32 too,
-    where dY is read twice. All of the second's is the same bits.
-    """
+    """Non-finite values in every operand of the first adapter change no bit of the second's results."""
     rank, tokens = sum(ranks), 20
     choice = RowChoice(torch.tensor([1, 0, -1], device=device), (0.5, 2.0), ranks)
     x, a, b, dy, *_ = operands((3 * tokens, 64, 80, rank), torch.bfloat16, device).values()
@@ -284,7 +278,7 @@ def test_many_rows_read_dy_twice_instead_of_keeping_parts(
 
 
 def test_operands_may_be_slices(device: torch.device) -> None:
-    """A group's xa is cut into the columns of each linear; a batch's rows are cut into micro-batches."""
+    """A group's xa is split into the columns of each linear; a batch's rows into micro-batches."""
     x, a, b, dy, xa, _ = operands((40, 96, 80, 48), torch.bfloat16, device).values()
     part = slice(16, 32)
     for sliced, copied in (

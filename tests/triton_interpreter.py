@@ -1,10 +1,4 @@
-"""Triton's interpreter, which runs the kernels on CPU tensors, with its two silent faults of bf16 mended.
-
-Import it before anything imports triton: whether `@triton.jit` makes an interpreted function is decided there. Both
-faults are in Triton 3.6 and 3.9: tl.dot multiplies the bit patterns of bf16 operands as if they were integers, and fp32
--> bf16 truncates. bf16 elementwise maths and reductions stay wrong, which is why kernels load, widen to fp32, compute,
-and narrow once, at the store.
-"""
+"""Run kernels on CPU tensors in Triton's interpreter, with its two silent bf16 faults patched."""
 
 from __future__ import annotations
 
@@ -23,7 +17,7 @@ _cast, _dot, _narrow = _Builder.cast_impl, _Builder.create_dot, _Builder.create_
 
 
 def _to_bf16(values: Any) -> Any:
-    """fp32 -> the 16 bits of the nearest bf16, ties to even."""
+    """Round fp32 to the 16 bits of the nearest bf16, ties to even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     lowest_kept = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = ((bits + np.uint32(0x7FFF) + lowest_kept) >> np.uint32(16)).astype(np.uint16)
@@ -31,7 +25,7 @@ def _to_bf16(values: Any) -> Any:
 
 
 def _widened(handle: Any) -> Any:
-    """A bf16 operand as fp32."""
+    """Return a bf16 operand as fp32."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     bits = np.ascontiguousarray(handle.data).view(np.uint16).astype(np.uint32) << np.uint32(16)

@@ -270,7 +270,7 @@ def test_a_fresh_adapter_leaves_the_base_output_within_an_ulp(triton_device: tor
 
 @pytest.mark.parametrize("variant", ["scratch", ci("fused")])
 def test_a_tiny_update_keeps_its_size_in_bf16(triton_device: torch.device, variant: str) -> None:
-    """The slope of a tiny update is 1 within 3 sigma of the outputs' rounding, at |sBA| / |W| = 1e-3 (1e-4 on a GPU)."""
+    """The slope of a tiny update is 1 within 3 sigma of the rounding, at |sBA| / |W| = 1e-3 (1e-4 on a GPU)."""
     on_gpu = triton_device.type == "cuda"
     rows, features, out, rank = (4096, 4096, 4096, 16) if on_gpu else (256, 512, 512, 16)
     weight = (randn(out, features, seed=1) / features**0.5).bfloat16()

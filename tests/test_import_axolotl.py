@@ -16,7 +16,7 @@ from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.importing import main
 from distlora_launcher.importing.axolotl import convert
 from distlora_launcher.importing.axolotl_data import NEAR_TEMPLATES, TEMPLATES
-from distlora_launcher.importing.axolotl_keys import NEARBY
+from distlora_launcher.importing.axolotl_keys import SUPPORTED
 from distlora_launcher.importing.recipe import Imported, recipe_text
 
 GOLDEN = Path(__file__).parent / "golden" / "axolotl"
@@ -543,7 +543,7 @@ def test_text_that_looks_like_a_reference_stays_text(tmp_path: Path) -> None:
 
 
 def test_names_that_a_typo_may_have_meant_are_known() -> None:
-    for name in NEARBY.split():
+    for name in SUPPORTED:
         assert name not in reported(convert(LEAST | {name: LEAST.get(name)}, processes=1), "unknown"), name
 
 

@@ -9,12 +9,7 @@ import torch
 from torch.autograd.profiler import profile
 
 from distlora.parallel import checksums
-from distlora.planner.memory import (
-    block_memory,
-    expert_memory,
-    partial_sums,
-    step,
-)
+from distlora.planner.memory import block_memory, expert_memory, partial_sums, step
 from distlora.planner.memory.partial_sums import parts_of_db, parts_over_rows
 from distlora_kernels import dropout, nf4, skinny_launch
 from distlora_kernels.skinny import skinny_dy, skinny_grad

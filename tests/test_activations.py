@@ -9,16 +9,7 @@ import pytest
 import torch
 
 from accounting import Made
-from activation_steps import (
-    NARROW,
-    POSITIONS,
-    WIDE,
-    check_steps,
-    kept_by_a_block,
-    load,
-    set_mode,
-    small_chunks,
-)
+from activation_steps import NARROW, POSITIONS, WIDE, check_steps, kept_by_a_block, load, set_mode, small_chunks
 from distlora.architecture.families import FAMILIES
 from distlora.model import lm_head
 from distlora.model.attention import Documents

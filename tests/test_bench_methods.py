@@ -18,14 +18,7 @@ from distlora.run_folder import error_file
 from distlora.run_folder.layout import read_record
 from distlora.training.trial import NonFiniteError
 from distlora_launcher.cli.bench.methods import grid, run
-from distlora_launcher.cli.bench.methods.grid import (
-    METHODS,
-    Planned,
-    Setup,
-    best_rate,
-    next_rate,
-    next_round,
-)
+from distlora_launcher.cli.bench.methods.grid import METHODS, Planned, Setup, best_rate, next_rate, next_round
 from distlora_launcher.cli.bench.methods.results import (
     BaseDiffersError,
     check_base,

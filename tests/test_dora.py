@@ -12,13 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from closeness import assert_close
-from distlora_kernels.dora import (
-    dora_norms,
-    dy_gradients,
-    initial_magnitude,
-    magnitude_gradient,
-    scaled_rows,
-)
+from distlora_kernels.dora import dora_norms, dy_gradients, initial_magnitude, magnitude_gradient, scaled_rows
 from distlora_kernels.nf4 import nf4_quantize, quantize_blocks
 from distlora_kernels.operands import FrozenWeight
 from distlora_kernels.skinny import skinny_dy

@@ -22,12 +22,7 @@ from distlora.parallel import Ranks
 from distlora.post.divergence import Loss
 from distlora.post.evaluate import worker
 from distlora.post.evaluate.measure import Measured, load, open_rows, round_to
-from distlora.post.evaluate.request import (
-    EvaluateRequest,
-    Subject,
-    Text,
-    held_out,
-)
+from distlora.post.evaluate.request import EvaluateRequest, Subject, Text, held_out
 from distlora.post.merge.merge import merge_to
 from distlora.post.merge.receipt import Receipt, measured_in_words, measured_table
 from distlora.post.trained import Name

@@ -20,12 +20,7 @@ from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.parallel import Ranks
 from distlora.post.base_weights import open_base
-from distlora.post.export import (
-    bnb_folder,
-    client_check,
-    hf_folder,
-    worker,
-)
+from distlora.post.export import bnb_folder, client_check, hf_folder, worker
 from distlora.post.export.formats import FORMATS, ExportRequest, refuse
 from distlora.post.trained import Name
 from distlora.training import worker as training_worker

@@ -24,12 +24,7 @@ from distlora.architecture.expert_targets import select_adapted
 from distlora.architecture.families import check_config, names_on_disk, read_config
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
-from distlora.loading.peft_format import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    adapter_config,
-    adapter_tensors,
-)
+from distlora.loading.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import DTYPES, CausalLM
 from distlora.parallel import Ranks

@@ -30,12 +30,7 @@ from transformers import DynamicCache, GenerationConfig
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
-from distlora.loading.peft_format import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    adapter_config,
-    adapter_tensors,
-)
+from distlora.loading.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.post import generate as worker

@@ -20,12 +20,7 @@ from distlora.post.adapter_factors import Factors
 from distlora.post.base_weights import open_base
 from distlora.post.export.gguf.adapter_format import check_paths, write_adapter
 from distlora.post.export.gguf.clients import transformers_model
-from distlora.post.export.gguf.pre_tokenizers import (
-    LLAMA_CPP_TEXT,
-    MORE_TEXTS,
-    Match,
-    find_pre_tokenizer,
-)
+from distlora.post.export.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS, Match, find_pre_tokenizer
 from distlora.post.export.gguf.supported import check_model
 from distlora.post.export.gguf.tensors import TYPES, Planned
 from distlora.post.export.gguf.vocabulary import merges_of, scores_of, tokenize

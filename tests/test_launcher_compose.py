@@ -17,12 +17,7 @@ from distlora.config.file import as_mapping
 from distlora.config.parallel import ParallelConfig
 from distlora.config.plan import CHOSEN
 from distlora_launcher.cli.main import main
-from distlora_launcher.compose.compose import (
-    compose_config,
-    compose_run,
-    compose_sweep,
-    expand_home,
-)
+from distlora_launcher.compose.compose import compose_config, compose_run, compose_sweep, expand_home
 from launcher_fakes import every_nth
 
 PATHS = ["model.path=/model", "data.path=/data.jsonl"]

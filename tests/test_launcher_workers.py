@@ -19,12 +19,7 @@ import pytest
 from distlora_launcher.launch.failures import first_failure, read_errors
 from distlora_launcher.launch.logs import set_aside_logs
 from distlora_launcher.launch.worker_entry import set_aside_attempt
-from distlora_launcher.launch.workers import (
-    IMPORTS,
-    prepare_torchrun,
-    run_workers,
-    worker_environment,
-)
+from distlora_launcher.launch.workers import IMPORTS, prepare_torchrun, run_workers, worker_environment
 from small_disks import small_disk
 
 HERE = Path(__file__).parent

@@ -28,12 +28,7 @@ from distlora_launcher.cli.main import main
 from distlora_launcher.launch import lock, processes, rendezvous
 from distlora_launcher.launch.failures import read_gave_up
 from distlora_launcher.launch.logs import host_name
-from distlora_launcher.launch.multi_node import (
-    check_same_settings,
-    run_node,
-    start_id_of,
-    start_multi_node,
-)
+from distlora_launcher.launch.multi_node import check_same_settings, run_node, start_id_of, start_multi_node
 from distlora_launcher.launch.signals import Forwarder
 from launcher_fakes import write_data, write_model
 from small_models import read_metrics

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.config import OptimConfig, UserError
-from distlora.training.optimizers import (
-    Optimizer,
-    build_optimizer,
-    learning_rate,
-    parameter_groups,
-)
+from distlora.training.optimizers import Optimizer, build_optimizer, learning_rate, parameter_groups
 
 OK, NOT_OK = torch.tensor(True), torch.tensor(False)
 

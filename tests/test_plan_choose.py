@@ -14,12 +14,7 @@ import pytest
 
 from distlora.config import Config, UserError
 from distlora.config.plan import CHOSEN
-from distlora.planner import (
-    Machine,
-    Plan,
-    PlannedModel,
-    plan_of,
-)
+from distlora.planner import Machine, Plan, PlannedModel, plan_of
 from distlora.planner.choice.choose import (
     RESERVE,
     TOO_SLOW,
@@ -31,19 +26,8 @@ from distlora.planner.choice.choose import (
     resolve_quantization,
 )
 from distlora.planner.choice.larger import room
-from distlora.planner.choice.space import (
-    changed,
-    if_valid,
-    value_of,
-    with_settings,
-)
-from distlora.planner.choice.suggest import (
-    given_up,
-    moves,
-    nearest,
-    sacrifices,
-    with_ranks,
-)
+from distlora.planner.choice.space import changed, if_valid, value_of, with_settings
+from distlora.planner.choice.suggest import given_up, moves, nearest, sacrifices, with_ranks
 from distlora.planner.machine import machine_of as machine_asked_for
 from distlora.planner.pages.report import needs
 from distlora.system.numbers import size

@@ -13,12 +13,7 @@ from distlora.config import Config
 from distlora.planner.decoder_sizes import AdaptedRanks, Decoder, windows_of
 from distlora.planner.memory.activations import Costs, Mode
 from distlora.planner.model import model_in
-from distlora.planner.speed.compute import (
-    StepFlops,
-    active_weights,
-    cut,
-    step_flops,
-)
+from distlora.planner.speed.compute import StepFlops, active_weights, cut, step_flops
 from distlora.planner.speed.operations import pairs
 from distlora.planner.workload import Workload
 from distlora.training.flops import active_weights as of_model

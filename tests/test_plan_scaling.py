@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 
 from distlora.config import UserError
-from distlora.planner.speed.scaling import (
-    FABRICS,
-    ScalingRow,
-    numbers_of,
-    scaling,
-)
+from distlora.planner.speed.scaling import FABRICS, ScalingRow, numbers_of, scaling
 from distlora.planner.speed.timing import step_time
 from distlora.planner.workload import Workload
 from plan_inputs import machine_of, model_of

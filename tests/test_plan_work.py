@@ -19,13 +19,7 @@ from distlora.planner.model import model_in
 from distlora.planner.speed.block_work import HeadSizes, head_work, norm
 from distlora.planner.speed.compute import step_flops
 from distlora.planner.speed.step_work import how_of, step_work
-from distlora.planner.speed.work import (
-    How,
-    Linear,
-    Work,
-    backward,
-    forward,
-)
+from distlora.planner.speed.work import How, Linear, Work, backward, forward
 from distlora.planner.workload import Workload
 from family_models import config_for, hf_config, load_ours, positions_of, tokens
 from plan_inputs import machine_of

@@ -17,13 +17,7 @@ import pytest
 from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
 from distlora.run_folder.eval_documents import DocumentRecord, read_documents, write_documents
-from distlora.run_folder.sweep import (
-    COMPLETE,
-    FAILED,
-    RUNNING,
-    TrialRecord,
-    read_results,
-)
+from distlora.run_folder.sweep import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
 from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.processes import this_process
 from distlora_launcher.sweeps import rank_search

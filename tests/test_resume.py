@@ -20,12 +20,7 @@ from closeness import assert_adapters_close, assert_losses_close
 from distlora.checkpoint import files
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoints import (
-    TRAINER_NAME,
-    newest,
-    step_of,
-    steps,
-)
+from distlora.run_folder.checkpoints import TRAINER_NAME, newest, step_of, steps
 from distlora.training import worker
 from distlora.training.trial import Trial
 from planned import assert_disk_as_planned

@@ -15,12 +15,7 @@ import pytest
 from distlora.config import SweepConfig, UserError
 from distlora.config.file import load_config
 from distlora.run_folder.layout import PLAN_NAME
-from distlora.run_folder.sweep import (
-    COMPLETE,
-    FAILED,
-    PRUNED,
-    SAVED,
-)
+from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED
 from distlora.training.multi_trial import protocol
 from distlora_launcher.launch.lock import holders, worker_place
 from distlora_launcher.launch.signals import Forwarder

@@ -19,13 +19,7 @@ from distlora.config.errors import UserError, nearest, require
 from distlora.config.parallel import ParallelConfig
 from distlora.config.plan import GpuConfig, PlanConfig
 from distlora.config.sweep import SweepConfig
-from distlora.config.training import (
-    OPTIMIZERS,
-    SCHEDULES,
-    OptimConfig,
-    TrackerConfig,
-    TrainConfig,
-)
+from distlora.config.training import OPTIMIZERS, SCHEDULES, OptimConfig, TrackerConfig, TrainConfig
 
 __all__ = [
     "DATA_FORMATS",

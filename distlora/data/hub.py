@@ -16,13 +16,7 @@ from distlora.config import SourceConfig, UserError, nearest
 from distlora.config.json_files import check_shape, read_object
 from distlora.data.files import without_nulls
 from distlora.data.formats import Record
-from distlora.system.hub_errors import (
-    DATASET,
-    causes,
-    explain_gate,
-    explained,
-    unreachable,
-)
+from distlora.system.hub_errors import DATASET, causes, explain_gate, explained, unreachable
 
 _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
 """Features that datasets would decode with libraries of their own; no format has them."""

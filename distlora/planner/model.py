@@ -13,11 +13,7 @@ from typing import Any, Literal
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.families import check_config, is_mxfp4, names_on_disk, read_config
 from distlora.architecture.known import MXFP4_NAMES, architecture_named, nearest_architecture
-from distlora.architecture.safetensors_headers import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    read_index,
-)
+from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.architecture.tokens import stored_rows
 from distlora.config import Config, ModelConfig, UserError

@@ -24,12 +24,7 @@ from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora.post.workers import run_on_ranks
 from distlora.run_folder.layout import DATA_NAME, read_record
-from distlora.system.progress import (
-    PROGRESS_SECONDS,
-    quieten,
-    say,
-    still_loading,
-)
+from distlora.system.progress import PROGRESS_SECONDS, quieten, say, still_loading
 from distlora.training.generator import Generator, PromptEncoder, generate, generate_all, sampling
 
 

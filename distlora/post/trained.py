@@ -27,12 +27,7 @@ from distlora.config import (
 )
 from distlora.config.errors import named_settings
 from distlora.config.file import load_config
-from distlora.run_folder.layout import (
-    CHECKPOINTS,
-    checkpoint_folders,
-    find_result,
-    read_result,
-)
+from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders, find_result, read_result
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 
 BASE_ALONE = "base"

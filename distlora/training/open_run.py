@@ -33,22 +33,11 @@ from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
 from distlora.run_folder.checkpoints import TRAINER_NAME, step_folder
-from distlora.run_folder.layout import (
-    CHECKPOINTS,
-    DATA_NAME,
-    PUBLISHED,
-    read_record,
-)
+from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
 from distlora.system.stop_signals import Stopped
 from distlora.training.memory_check import MemoryCheck
 from distlora.training.optimizers import Optimizer
-from distlora.training.publish import (
-    finish,
-    header_marks,
-    publish_best,
-    trainer_tensors,
-    weight_files,
-)
+from distlora.training.publish import finish, header_marks, publish_best, trainer_tensors, weight_files
 from distlora.training.reporting.reporter import Reporter
 from distlora.training.trial import Hooks, Trial
 from distlora.weights.initial_adapter_file import base_identity

@@ -11,35 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distlora.architecture.safetensors_headers import (
-    SINGLE_NAME,
-    SOURCE_DTYPES,
-    Segment,
-    read_header,
-    read_headers,
-)
+from distlora.architecture.safetensors_headers import SINGLE_NAME, SOURCE_DTYPES, Segment, read_header, read_headers
 from distlora.architecture.tokens import tokenizer_files
 from distlora.checkpoint.files import atomic_folder, write_files
 from distlora.checkpoint.state import Progress
 from distlora.config import AdapterConfig, ModelSpec, UserError
-from distlora.loading.peft_format import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    adapter_config,
-    adapter_tensors,
-)
+from distlora.loading.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.loading.plain_adapter import plain_config, plain_tensors, trained_part
 from distlora.loading.tensor_files import read_into, read_rows, write_model
 from distlora.model.adapters import DEFAULT_ADAPTER
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, from_rank_0, watch
 from distlora.run_folder.checkpoints import STATE_NAME, TRAINER_NAME
-from distlora.run_folder.layout import (
-    BEST_NAME,
-    BEST_STEP_NAME,
-    PUBLISHED,
-    TEMPLATE_NAME,
-)
+from distlora.run_folder.layout import BEST_NAME, BEST_STEP_NAME, PUBLISHED, TEMPLATE_NAME
 from distlora.system import atomic_io
 from distlora.training.optimizers import Optimizer
 from distlora.weights.initial_adapter_file import initial_adapter_path

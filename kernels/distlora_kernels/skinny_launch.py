@@ -14,14 +14,7 @@ from torch import Tensor
 
 from distlora_kernels.device_tables import on_device
 from distlora_kernels.dropout import ChosenDropout, Dropout, stream_table
-from distlora_kernels.skinny_triton import (
-    add_partials,
-    down_kernel,
-    dy_kernel,
-    grad_kernel,
-    tile_of,
-    up_kernel,
-)
+from distlora_kernels.skinny_triton import add_partials, down_kernel, dy_kernel, grad_kernel, tile_of, up_kernel
 
 _PROGRAMS = 128
 """Programs that a sum is split for if the rows give fewer: about one per multiprocessor of an H100, each with three

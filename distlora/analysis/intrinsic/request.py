@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distlora.config import (
-    AdapterConfig,
-    DataConfig,
-    ModelConfig,
-    ModelSpec,
-    QuantConfig,
-    TrainConfig,
-    require,
-)
+from distlora.config import AdapterConfig, DataConfig, ModelConfig, ModelSpec, QuantConfig, TrainConfig, require
 
 REQUEST_NAME, TRAININGS_NAME = "request.json", "trainings.jsonl"
 """Files of an unfinished analysis: its request, and one line per finished training."""

@@ -15,12 +15,7 @@ from distlora.config import TrainConfig
 from distlora.data.rows import PackedRows
 from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.parallel import Ranks
-from distlora.post.divergence import (
-    Loss,
-    Readings,
-    compare,
-    let_go,
-)
+from distlora.post.divergence import Loss, Readings, compare, let_go
 from distlora.training.setup import start_model
 from distlora.weights.reader import Reader
 from distlora_kernels.nf4 import GROUP

@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from distlora.config import (
-    AdapterConfig,
-    DataConfig,
-    ModelConfig,
-    ModelSpec,
-    QuantConfig,
-    require,
-)
+from distlora.config import AdapterConfig, DataConfig, ModelConfig, ModelSpec, QuantConfig, require
 
 NAMES = {
     "data.path": "--text",

@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from distlora.config import Config
 from distlora.planner import plan_of
 from distlora.planner.choice.choose import Choice, choose
-from distlora.planner.choice.space import (
-    Settings,
-    if_valid,
-    micro_batches,
-    typed,
-    with_settings,
-)
+from distlora.planner.choice.space import Settings, if_valid, micro_batches, typed, with_settings
 from distlora.planner.model import PlannedModel
 from distlora.system.numbers import size
 

@@ -8,13 +8,7 @@ from typing import Any
 
 from distlora.config import Config
 from distlora.planner import Plan, plan_of
-from distlora.planner.choice.space import (
-    Settings,
-    changed,
-    if_valid,
-    typed,
-    value_of,
-)
+from distlora.planner.choice.space import Settings, changed, if_valid, typed, value_of
 from distlora.system.numbers import size
 
 _TOGETHER = ("parallel.backend", "parallel.offload_base")

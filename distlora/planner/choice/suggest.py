@@ -12,23 +12,8 @@ from distlora.config import Config
 from distlora.config.gpus import GPUS
 from distlora.config.plan import CHOSEN
 from distlora.planner import Plan, plan_of
-from distlora.planner.choice.choose import (
-    choose,
-    cost_of,
-    has_room,
-    on_gpus,
-    plans,
-)
-from distlora.planner.choice.space import (
-    RECOMPUTES,
-    TILE,
-    Settings,
-    changed,
-    if_valid,
-    micro_batches,
-    typed,
-    value_of,
-)
+from distlora.planner.choice.choose import choose, cost_of, has_room, on_gpus, plans
+from distlora.planner.choice.space import RECOMPUTES, TILE, Settings, changed, if_valid, micro_batches, typed, value_of
 from distlora.planner.machine import Machine, machine_of
 from distlora.planner.model import PlannedModel
 from distlora.system.numbers import size

@@ -21,13 +21,7 @@ from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
 from distlora.planner.kernels import attention_kind, fuses
 from distlora.planner.memory import block_memory
 from distlora.planner.memory.attention_memory import BY_DOCUMENTS, Attention, flash_accumulators
-from distlora.planner.memory.block_memory import (
-    BlockRun,
-    Operation,
-    Peak,
-    attention_half,
-    mlp_half,
-)
+from distlora.planner.memory.block_memory import BlockRun, Operation, Peak, attention_half, mlp_half
 from distlora.planner.memory.expert_memory import INDEX_BYTES, expert_half
 from distlora.planner.workload import Workload
 

@@ -16,12 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distlora.config.deepspeed_file import read_gathering
-from distlora.planner.memory.base import (
-    Base,
-    Gathered,
-    Stored,
-    unit_bytes,
-)
+from distlora.planner.memory.base import Base, Gathered, Stored, unit_bytes
 from distlora.planner.memory.zero3 import coordinated
 from distlora.planner.workload import Workload
 

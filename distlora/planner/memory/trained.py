@@ -16,12 +16,7 @@ from distlora.architecture.shapes import ModelShapes
 from distlora.architecture.tokens import EMBEDDING
 from distlora.planner import traffic
 from distlora.planner.memory.base import Base
-from distlora.planner.memory.optimizers import (
-    LEVELS_BYTES,
-    PAGED_FROM,
-    absmaxes,
-    is_in_8_bits,
-)
+from distlora.planner.memory.optimizers import LEVELS_BYTES, PAGED_FROM, absmaxes, is_in_8_bits
 from distlora.planner.workload import Workload
 
 

@@ -17,12 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from distlora.config.deepspeed_file import Gathering
-from distlora.planner.memory.base import (
-    Base,
-    Gathered,
-    Stored,
-    unit_bytes,
-)
+from distlora.planner.memory.base import Base, Gathered, Stored, unit_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,7 @@ from distlora.planner.memory.activations import tokens_at_once
 from distlora.planner.memory.optimizers import UPDATE_BYTES
 from distlora.planner.speed.compute import SCORES_AGAIN
 from distlora.planner.speed.operations import PAIR_BACKWARD, PAIR_FORWARD
-from distlora.planner.speed.work import (
-    FP32,
-    How,
-    Linear,
-    Work,
-    backward,
-    forward,
-)
+from distlora.planner.speed.work import FP32, How, Linear, Work, backward, forward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

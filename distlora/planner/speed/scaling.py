@@ -15,12 +15,7 @@ from distlora.config import ClusterConfig, Config, ParallelConfig, UserError
 from distlora.planner.machine import Machine
 from distlora.planner.memory.device import device_bytes
 from distlora.planner.model import PlannedModel
-from distlora.planner.speed.rates import (
-    LEVERS,
-    half_as_fast,
-    missing_rates,
-    rates_of,
-)
+from distlora.planner.speed.rates import LEVERS, half_as_fast, missing_rates, rates_of
 from distlora.planner.speed.seconds import Term
 from distlora.planner.speed.timing import step_time
 from distlora.planner.workload import Workload

@@ -9,31 +9,13 @@ from dataclasses import dataclass
 from distlora.architecture.shapes import Weight
 from distlora.planner import traffic
 from distlora.planner.adapted import ranks_of_blocks
-from distlora.planner.decoder_sizes import (
-    INPUTS,
-    AdaptedRanks,
-    Decoder,
-    windows_of,
-)
+from distlora.planner.decoder_sizes import INPUTS, AdaptedRanks, Decoder, windows_of
 from distlora.planner.kernels import attention_kind, fuses, pairs_computed
 from distlora.planner.machine import Machine
 from distlora.planner.model import PlannedModel
-from distlora.planner.speed.block_work import (
-    BlockSizes,
-    BlockWork,
-    HeadSizes,
-    block_work,
-    head_work,
-    update_work,
-)
+from distlora.planner.speed.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
 from distlora.planner.speed.compute import active_weights, cut
-from distlora.planner.speed.work import (
-    FP32,
-    How,
-    Linear,
-    MovedKind,
-    Work,
-)
+from distlora.planner.speed.work import FP32, How, Linear, MovedKind, Work
 from distlora.planner.workload import Workload
 from distlora_kernels.fused_threshold import max_fused_rows
 

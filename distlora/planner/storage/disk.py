@@ -19,12 +19,7 @@ from distlora.planner.machine import Machine
 from distlora.planner.memory.optimizers import absmaxes, is_in_8_bits
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
-from distlora.weights.quantized_cache_format import (
-    GROUP_BYTES,
-    Extent,
-    cut,
-    header_of,
-)
+from distlora.weights.quantized_cache_format import GROUP_BYTES, Extent, cut, header_of
 
 JSON_BYTES = 2300
 """adapter_config.json, state.json and manifest.json of a checkpoint together, one or two evaluations in (measured,

@@ -21,12 +21,7 @@ from distlora.post.base_weights import Base, open_base
 from distlora.post.combine.members import needs_base
 from distlora.post.combine.methods import Combined, Part, combine
 from distlora.post.combine.request import CombineRequest
-from distlora.post.combine.whole_modules import (
-    Weighted,
-    combined_modules,
-    combined_rows,
-    row_ids,
-)
+from distlora.post.combine.whole_modules import Weighted, combined_modules, combined_rows, row_ids
 from distlora.post.trained import base_spec
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader

@@ -16,12 +16,7 @@ from distlora.config.json_files import read_object
 from distlora.post.combine.request import RECORD_NAME, CombineRequest, Member
 from distlora.post.merge.request import Onto
 from distlora.post.trained import BY_PLACE
-from distlora.run_folder.layout import (
-    CHECKPOINTS,
-    checkpoint_folders,
-    find_result,
-    read_result,
-)
+from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders, find_result, read_result
 from distlora.weights.initial_adapter_file import read_initial_adapter_record
 from distlora.weights.peft_folder import CONFIG_NAME, PeftAdapter, read_peft_adapter
 

@@ -38,12 +38,7 @@ from distlora.post.evaluate.measure import load_shared
 from distlora.post.evaluate.request import EvaluateRequest, Subject, Tasks
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.progress import still_loading
-from distlora.training.generator import (
-    ROWS_AT_ONCE,
-    Generator,
-    context_limit,
-    generate,
-)
+from distlora.training.generator import ROWS_AT_ONCE, Generator, context_limit, generate
 
 TOKENS_AT_ONCE = 4096
 """Tokens per batch, padding included."""

@@ -17,13 +17,7 @@ from distlora.data.prepare import check_vocabulary, open_split, prepare
 from distlora.data.rows import STARTS, PackedRows
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, from_rank_0
-from distlora.post.divergence import (
-    Loss,
-    Readings,
-    compare,
-    evenly,
-    let_go,
-)
+from distlora.post.divergence import Loss, Readings, compare, evenly, let_go
 from distlora.post.evaluate.request import Dtype, Subject, Text
 from distlora.post.load_trained import load_in_fp32, load_trained
 from distlora.post.trained import Trained

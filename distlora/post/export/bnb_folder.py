@@ -28,14 +28,7 @@ from distlora.post.base_weights import Base, BaseWeight, open_base
 from distlora.post.export.client_check import EXACT, Ours
 from distlora.post.export.formats import Export, Reading
 from distlora.post.load_trained import check_base, weights_in
-from distlora.post.merge.output_folder import (
-    Files,
-    Plan,
-    check_space,
-    copy_companions,
-    lay_out_files,
-    write_index,
-)
+from distlora.post.merge.output_folder import Files, Plan, check_space, copy_companions, lay_out_files, write_index
 from distlora.post.merge.threads import Clock, each
 from distlora.post.trained import Trained
 from distlora.run_folder.checkpoints import STATE_NAME

@@ -26,18 +26,8 @@ from distlora.post.trained import Trained
 from distlora.run_folder.checkpoints import sha256
 from distlora.system import atomic_io
 from distlora.system.command_worker import encode_call
-from distlora.system.exit_codes import (
-    BAD_INPUT,
-    DONE,
-    FAILED,
-    run_to_exit_code,
-)
-from distlora.system.progress import (
-    Progress,
-    quieten,
-    say,
-    still_loading,
-)
+from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, run_to_exit_code
+from distlora.system.progress import Progress, quieten, say, still_loading
 from distlora.weights.peft_folder import WEIGHTS_NAME
 
 CHECK = "distlora.post.export.client_check:main"

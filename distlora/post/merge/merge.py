@@ -20,29 +20,11 @@ from distlora.checkpoint.files import new_folder
 from distlora.output.tables import Table
 from distlora.post.base_weights import Base, open_base
 from distlora.post.merge.adapter import Adapter, open_adapter
-from distlora.post.merge.output_folder import (
-    Cursor,
-    Files,
-    check_space,
-    plan_files,
-    write_companions,
-    write_index,
-)
-from distlora.post.merge.parameters import (
-    Parameter,
-    is_changed,
-    parameters_of,
-    pieces,
-)
+from distlora.post.merge.output_folder import Cursor, Files, check_space, plan_files, write_companions, write_index
+from distlora.post.merge.parameters import Parameter, is_changed, parameters_of, pieces
 from distlora.post.merge.receipt import Receipt
 from distlora.post.merge.request import MergeRequest, Onto, check_mergeable
-from distlora.post.merge.rounding_loss import (
-    AGAIN,
-    DTYPES,
-    Change,
-    Measure,
-    sum_of,
-)
+from distlora.post.merge.rounding_loss import AGAIN, DTYPES, Change, Measure, sum_of
 from distlora.post.merge.threads import Clock, Say, each
 from distlora.post.trained import Trained
 from distlora.run_folder.checkpoints import sha256

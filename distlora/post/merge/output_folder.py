@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.families import read_config
-from distlora.architecture.safetensors_headers import (
-    DTYPE_BYTES,
-    INDEX_NAME,
-    Segment,
-    header_bytes,
-    lay_out,
-)
+from distlora.architecture.safetensors_headers import DTYPE_BYTES, INDEX_NAME, Segment, header_bytes, lay_out
 from distlora.architecture.tokens import tokenizer_files
 from distlora.config import UserError
 from distlora.post.base_weights import Base

@@ -14,12 +14,7 @@ from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.loading.token_matrices import mean_row_alone
 from distlora.model.experts import ExpertWeight
 from distlora.post.adapter_factors import adapted_expert_rows, adapted_rows
-from distlora.post.base_weights import (
-    HEAD_NAME,
-    Base,
-    BaseWeight,
-    tensors_of,
-)
+from distlora.post.base_weights import HEAD_NAME, Base, BaseWeight, tensors_of
 from distlora.post.merge.adapter import Adapter
 from distlora.weights.conversion import Source, find_sources
 from distlora.weights.prequantized import read_prequantized_weights

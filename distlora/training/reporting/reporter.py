@@ -20,12 +20,7 @@ from distlora.config.file import as_mapping
 from distlora.config.json_files import read_object
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
 from distlora.system import atomic_io
-from distlora.system.exit_codes import (
-    BAD_INPUT,
-    DONE,
-    FAILED,
-    STOPPED,
-)
+from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.progress import display
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
 from distlora.training.reporting.tracker import Tracker, start_tracker

@@ -15,12 +15,7 @@ from distlora.config.places import cache_place
 from distlora.system.exit_codes import DONE
 from distlora.system.numbers import size
 from distlora.weights import quantized_cache_folder as cache_folder
-from distlora.weights.quantized_cache_folder import (
-    Entry,
-    EntryFigures,
-    entries,
-    figures_of,
-)
+from distlora.weights.quantized_cache_folder import Entry, EntryFigures, entries, figures_of
 from distlora_launcher.terminal.arguments import Parser
 
 ACTIONS = ("list", "clear")

@@ -17,13 +17,7 @@ from distlora.post.trained import Trained
 from distlora.system.exit_codes import DONE
 from distlora.system.extras import require_package
 from distlora.system.host_memory import available_bytes
-from distlora_launcher.cli.named import (
-    ARGUMENTS,
-    add_arguments,
-    default_place,
-    named,
-    num_weights,
-)
+from distlora_launcher.cli.named import ARGUMENTS, add_arguments, default_place, named, num_weights
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.launch.exec_worker import become
 from distlora_launcher.terminal.arguments import Parser

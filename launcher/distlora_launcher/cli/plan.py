@@ -25,24 +25,13 @@ from distlora.planner.choice.space import typed
 from distlora.planner.choice.suggest import Fitting, Nearest, nearest
 from distlora.planner.memory.kinds import Kind
 from distlora.planner.model import PlannedModel
-from distlora.planner.pages.report import (
-    assumptions,
-    machines_of,
-    page,
-    settings,
-)
+from distlora.planner.pages.report import assumptions, machines_of, page, settings
 from distlora.planner.pages.tables import leverage_table, matrix, scaling_tables
 from distlora.planner.pages.words import KINDS
 from distlora.planner.speed.scaling import FABRICS, Scaling, scaling
 from distlora.system.exit_codes import DONE
 from distlora.training.multi_trial.protocol import check_pack
-from distlora_launcher.cli.plan_table import (
-    MACHINES,
-    MODELS,
-    path_named,
-    plans,
-    with_path,
-)
+from distlora_launcher.cli.plan_table import MACHINES, MODELS, path_named, plans, with_path
 from distlora_launcher.compose.checks import check_parallel, check_writable
 from distlora_launcher.compose.compose import expand_home, names_model
 from distlora_launcher.compose.listing import known_models

@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.config import UserError, nearest
-from distlora.post.export.repository import (
-    Files,
-    as_plain_adapter,
-    collect,
-    write_files,
-)
+from distlora.post.export.repository import Files, as_plain_adapter, collect, write_files
 from distlora.run_folder.layout import read_result
 from distlora_launcher.terminal.arguments import Parser
 

@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import TARGET_PRESETS, Config, ModelSpec, UserError
-from distlora.weights.peft_folder import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    check_fits,
-    check_quantization,
-    read_peft_adapter,
-)
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME, check_fits, check_quantization, read_peft_adapter
 from distlora.weights.peft_tokens import check_modules, check_rows
 
 

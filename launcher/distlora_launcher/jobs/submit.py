@@ -24,12 +24,7 @@ from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render, write_script
 from distlora_launcher.launch.job_record import Submission, read_submission, write_submission
-from distlora_launcher.launch.local import (
-    is_prepared,
-    make_run,
-    prepare,
-    print_resume_hint,
-)
+from distlora_launcher.launch.local import is_prepared, make_run, prepare, print_resume_hint
 from distlora_launcher.launch.lock import lock_run
 from distlora_launcher.launch.logs import SLURM
 from distlora_launcher.terminal.output import say, shown

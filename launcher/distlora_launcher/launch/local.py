@@ -18,19 +18,9 @@ import yaml
 from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.file import as_mapping
 from distlora.config.json_files import object_or_empty
-from distlora.run_folder.layout import (
-    DATA_NAME,
-    PLAN_NAME,
-    checkpoint_folders,
-    find_result,
-)
+from distlora.run_folder.layout import DATA_NAME, PLAN_NAME, checkpoint_folders, find_result
 from distlora.system import atomic_io
-from distlora.system.exit_codes import (
-    BAD_INPUT,
-    DONE,
-    FAILED,
-    STOPPED,
-)
+from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora_launcher.compose.checks import check, check_run_dir
 from distlora_launcher.compose.hub import is_to_download, localize, restore
 from distlora_launcher.compose.hub_preview import with_small_files

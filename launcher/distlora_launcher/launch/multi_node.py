@@ -18,22 +18,10 @@ from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.file import as_mapping, load_config
 from distlora.run_folder.layout import DATA_NAME, checkpoint_folders
 from distlora.system.exit_codes import DONE, STOPPED
-from distlora_launcher.compose.checks import (
-    check,
-    check_gpu_count,
-    check_writable,
-    gpu_count,
-)
+from distlora_launcher.compose.checks import check, check_gpu_count, check_writable, gpu_count
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.compose.planning import keep, planned
-from distlora_launcher.launch.local import (
-    WORKER,
-    create_run,
-    forget_run,
-    is_prepared,
-    prepare,
-    train,
-)
+from distlora_launcher.launch.local import WORKER, create_run, forget_run, is_prepared, prepare, train
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_node
 from distlora_launcher.launch.logs import host_name, set_aside_logs
 from distlora_launcher.launch.rendezvous import make_rendezvous

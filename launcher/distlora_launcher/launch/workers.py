@@ -17,12 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.run_folder.layout import find_result
-from distlora.system.exit_codes import (
-    BAD_INPUT,
-    DONE,
-    FAILED,
-    STOPPED,
-)
+from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.stop_signals import STOPPED_NAME
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch import worker_entry

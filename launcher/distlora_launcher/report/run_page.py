@@ -13,15 +13,7 @@ from distlora.planner.memory.measured import grouped
 from distlora.planner.pages.words import KINDS, MOMENTS
 from distlora.system.numbers import count, length, moment, number, size
 from distlora_launcher.report.charts import Chart, Line, draw
-from distlora_launcher.report.records import (
-    SMOOTHED_FROM,
-    PageStatus,
-    RunRecords,
-    Sample,
-    Series,
-    smoothed,
-    window_of,
-)
+from distlora_launcher.report.records import SMOOTHED_FROM, PageStatus, RunRecords, Sample, Series, smoothed, window_of
 from distlora_launcher.report.render import difference, loss, render
 
 MAX_SAMPLES, MAX_PROMPTS = 12, 40

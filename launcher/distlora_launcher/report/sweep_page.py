@@ -10,17 +10,7 @@ from typing import Any
 
 from distlora.config import SweepConfig
 from distlora.run_folder.layout import METRICS_NAME
-from distlora.run_folder.sweep import (
-    COMPLETE,
-    FAILED,
-    PRUNED,
-    WAITING,
-    TrialRecord,
-    best_of,
-    counted,
-    ranked,
-    words_of,
-)
+from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, WAITING, TrialRecord, best_of, counted, ranked, words_of
 from distlora.system.numbers import count, number, size
 from distlora_launcher.report.charts import COLOURS, Chart, Figure, Line, draw, parallel_coordinates
 from distlora_launcher.report.records import (

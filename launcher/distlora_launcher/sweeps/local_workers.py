@@ -12,13 +12,7 @@ from pathlib import Path
 
 from distlora.config import require
 from distlora.run_folder.sweep import COMPLETE, TrialRecord, at_rest
-from distlora.system.exit_codes import (
-    BAD_INPUT,
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    STOPPED,
-)
+from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch.signals import forwarding
 from distlora_launcher.launch.worker_entry import PARENT

@@ -28,13 +28,7 @@ from distlora.config.json_files import object_or_empty, read_object
 from distlora.config.plan import CHOSEN
 from distlora.planner.choice.space import value_of, with_settings
 from distlora.run_folder.layout import DATA_NAME, PLAN_NAME, find_result
-from distlora.run_folder.sweep import (
-    COMPLETE,
-    FAILED,
-    PACKS,
-    PRUNED,
-    SAVED,
-)
+from distlora.run_folder.sweep import COMPLETE, FAILED, PACKS, PRUNED, SAVED
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, STOPPED, run_to_exit_code
 from distlora.training.multi_trial.protocol import (
@@ -59,13 +53,7 @@ from distlora_launcher.launch.signals import block
 from distlora_launcher.launch.workers import run_workers
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.sweeps.multi_trial_size import count_trials, largest_trials, plan_beside, plan_together
-from distlora_launcher.sweeps.runner import (
-    LoggedProcess,
-    Outcome,
-    Trial,
-    trial_log,
-    wait_until_free,
-)
+from distlora_launcher.sweeps.runner import LoggedProcess, Outcome, Trial, trial_log, wait_until_free
 from distlora_launcher.terminal.output import say
 
 

@@ -9,12 +9,7 @@ from typing import Any
 
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.sweep import SweepConfig
-from distlora.planner.choice.packing import (
-    MOST,
-    Packing,
-    largest,
-    packing,
-)
+from distlora.planner.choice.packing import MOST, Packing, largest, packing
 from distlora.planner.pages.report import packed_trials
 from distlora.run_folder.sweep import words_of
 from distlora.training.multi_trial.protocol import check_trial

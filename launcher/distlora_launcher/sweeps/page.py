@@ -7,14 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.run_folder.layout import REPORT_NAME
-from distlora.run_folder.sweep import (
-    COMPLETE,
-    RESULTS_NAME,
-    TrialRecord,
-    at_rest,
-    read_importance,
-    read_results,
-)
+from distlora.run_folder.sweep import COMPLETE, RESULTS_NAME, TrialRecord, at_rest, read_importance, read_results
 from distlora.system import atomic_io
 from distlora_launcher.launch.final_report import write_report
 from distlora_launcher.launch.lock import holders

@@ -14,13 +14,7 @@ from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import JOURNAL_NAME, is_sweep_folder, words_of
 from distlora.training.multi_trial.protocol import check_trial
 from distlora_launcher.compose.checks import check, check_writable
-from distlora_launcher.compose.compose import (
-    MOST_JOBS_CHECKED,
-    Composed,
-    compose_run,
-    expand_home,
-    section_of,
-)
+from distlora_launcher.compose.compose import MOST_JOBS_CHECKED, Composed, compose_run, expand_home, section_of
 from distlora_launcher.compose.hub import locate
 from distlora_launcher.compose.planning import decide
 from distlora_launcher.sweeps.folder import Sweep

@@ -22,19 +22,9 @@ from distlora.config.json_files import Shape, check_shape, object_or_empty, read
 from distlora.planner import plan_of
 from distlora.planner.model import PlannedModel
 from distlora.planner.pages.report import needs
-from distlora.run_folder.eval_documents import (
-    EVAL_DOCUMENTS_NAME,
-    DocumentRecord,
-    check_paired,
-    read_documents,
-)
+from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, check_paired, read_documents
 from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
-from distlora.run_folder.sweep import (
-    COMPLETE,
-    FAILED,
-    PRUNED,
-    TrialRecord,
-)
+from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, TrialRecord
 from distlora.system import atomic_io
 from distlora_launcher.compose import this_machine
 from distlora_launcher.compose.planning import check_planned, machine_here

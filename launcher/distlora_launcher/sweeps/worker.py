@@ -22,14 +22,7 @@ from typing import Any
 from distlora.config import UserError
 from distlora.config.json_files import object_or_empty
 from distlora.run_folder.layout import METRICS_NAME, SUMMARY_NAME
-from distlora.run_folder.sweep import (
-    COMPLETE,
-    FAILED,
-    PRUNED,
-    SAVED,
-    words_of,
-    write_importance,
-)
+from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED, words_of, write_importance
 from distlora.system.exit_codes import DONE, STOPPED, run_to_exit_code
 from distlora.system.exit_codes import FAILED as FAILURE
 from distlora.system.numbers import roughly

@@ -29,22 +29,9 @@ from distlora.post.adapter_factors import Factors
 from distlora.post.base_weights import Base, BaseWeight, open_base
 from distlora.post.export.client_check import EXACT, Ours, dense_model
 from distlora.post.export.formats import Export, Reading
-from distlora.post.export.gguf.clients import (
-    HOW_TO_GET_IT,
-    LlamaCpp,
-    has_llama_cpp,
-    logits_of,
-)
+from distlora.post.export.gguf.clients import HOW_TO_GET_IT, LlamaCpp, has_llama_cpp, logits_of
 from distlora.post.export.gguf.model_format import name_of, tokenizer_of, write_model
-from distlora.post.export.gguf.tensors import (
-    TYPES,
-    Names,
-    Planned,
-    Rows,
-    Weight,
-    half_steps,
-    write_file,
-)
+from distlora.post.export.gguf.tensors import TYPES, Names, Planned, Rows, Weight, half_steps, write_file
 from distlora.post.merge.adapter import open_adapter
 from distlora.weights.reader import Reader
 

@@ -22,23 +22,9 @@ from distlora.config import AdapterConfig, QuantConfig, UserError
 from distlora.post.base_weights import HEAD_NAME, Base, open_base
 from distlora.post.export.client_check import EXACT, TEXT, Ours
 from distlora.post.export.formats import Export, Reading
-from distlora.post.export.gguf.clients import (
-    HOW_TO_GET_IT,
-    LlamaCpp,
-    has_llama_cpp,
-    logits_of,
-    transformers_model,
-)
+from distlora.post.export.gguf.clients import HOW_TO_GET_IT, LlamaCpp, has_llama_cpp, logits_of, transformers_model
 from distlora.post.export.gguf.hyperparameters import add_hyperparameters, rope_factors
-from distlora.post.export.gguf.tensors import (
-    Names,
-    Planned,
-    Rows,
-    Weight,
-    half_steps,
-    plan,
-    write_file,
-)
+from distlora.post.export.gguf.tensors import Names, Planned, Rows, Weight, half_steps, plan, write_file
 from distlora.post.export.gguf.vocabulary import add_vocabulary
 from distlora.post.load_trained import weights_in
 from distlora.post.merge.adapter import Onto, open_adapter

@@ -20,11 +20,7 @@ from distlora.config.places import place_of
 from distlora.system.exit_codes import DONE
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli.named import check_base, check_text
-from distlora_launcher.compose.checks import (
-    ROW_TOKENS,
-    check_writable,
-    row_tokens,
-)
+from distlora_launcher.compose.checks import ROW_TOKENS, check_writable, row_tokens
 from distlora_launcher.compose.hub import localize
 from distlora_launcher.compose.hub_preview import with_small_files
 from distlora_launcher.demo.base import cache_root

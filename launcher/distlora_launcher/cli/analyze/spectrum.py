@@ -11,14 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.analysis.spectrum.request import (
-    EXACT_UP_TO,
-    REPORT_NAME,
-    RESULT_NAME,
-    THRESHOLDS,
-    TOP,
-    SpectrumRequest,
-)
+from distlora.analysis.spectrum.request import EXACT_UP_TO, REPORT_NAME, RESULT_NAME, THRESHOLDS, TOP, SpectrumRequest
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import UserError, require
 from distlora.post.trained import BASE_ALONE

@@ -10,13 +10,7 @@ from typing import Any
 
 from distlora.output.figures import COLOURS, new_figure, save
 from distlora.output.tables import Table
-from distlora_launcher.cli.bench.methods.grid import (
-    METHODS,
-    Method,
-    Planned,
-    best_rate,
-    rates_of,
-)
+from distlora_launcher.cli.bench.methods.grid import METHODS, Method, Planned, best_rate, rates_of
 
 Summaries = Mapping[Planned, Mapping[str, Any]]
 """Content of summary.json by finished run."""

@@ -21,14 +21,7 @@ from distlora.config import UserError, require
 from distlora.run_folder.layout import SUMMARY_NAME, read_record
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, STOPPED
-from distlora_launcher.cli.bench.methods.grid import (
-    FACTOR,
-    METHODS,
-    MOST_RATES,
-    Planned,
-    Setup,
-    next_round,
-)
+from distlora_launcher.cli.bench.methods.grid import FACTOR, METHODS, MOST_RATES, Planned, Setup, next_round
 from distlora_launcher.cli.bench.methods.results import (
     BaseDiffersError,
     check_base,

@@ -1,5 +1,5 @@
 """Tokens a second that others have published, beside what a plan says of the same settings: the ratios that are in
-distlora/planner/README.md, without a factor that would make them 1."""
+docs/benchmarks.md, without a factor that would make them 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distlora.planner.workload import Workload
 from plan_inputs import machine_of, model_of
 from test_plan_timing import config_of
 
-README = Path(__file__).parents[1] / "distlora" / "planner" / "README.md"
+BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 QWEN_72B = built_in(
     "72B",
     {
@@ -37,7 +37,7 @@ QWEN_72B = built_in(
 @dataclass(frozen=True, kw_only=True)
 class Published:
     row: str
-    """Of the README's table."""
+    """Row of the table."""
     published: float
     """Tokens a second of all GPUs together."""
     ratio: float
@@ -241,7 +241,7 @@ def test_a_published_speed_beside_ours_is_as_the_readme_says(run: Published) -> 
     time, _ = planned(run)
     assert time.tokens_per_second / run.published == pytest.approx(run.ratio, abs=0.005)
     line = f"| {run.row} | {run.published:,.0f} | {time.tokens_per_second:,.0f} | {run.ratio:.2f} |"
-    assert line in README.read_text(), line
+    assert line in BENCHMARKS.read_text(), line
 
 
 def test_one_published_speed_is_more_than_its_gpu_can() -> None:

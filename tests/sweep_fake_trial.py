@@ -1,7 +1,7 @@
-"""Stands in for `distlora train` and `distlora resume` as a trial of a sweep: writes what a run writes, without torch.
+"""Replace `distlora train` and `distlora resume` in a sweep's trial: write the files of a run, without torch.
 
-Its held-out loss falls by steps to |log10(optim.lr) + 3| + 1; with one above 2.5 it waits to be pruned.
-`name` says how it behaves otherwise.
+Its held-out loss falls in each step, to |log10(optim.lr) + 3| + 1; above 2.5 it waits to be pruned. `name` selects
+other behavior.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def train(run_dir: Path, settings: dict[str, str], signals: list[int]) -> int:
             return 1
         if behaviour == "is_killed" and step == 2:
             signal.raise_signal(signal.SIGKILL)
-        # Long enough to be read, judged and told to stop in between; a trial that waits does so for the next start.
+        # Long enough to be read and pruned in between; a waiting trial is continued by the next start.
         waits = (behaviour == "waits" and begun == 0) or best > 2.5
         until = time.monotonic() + (60 if waits and step == 2 else 0.3)
         while time.monotonic() < until and not signals and not (run_dir.parent / "go").exists():

@@ -1,4 +1,4 @@
-"""The rank search: what it tries next, where it ends, what it recommends, and that a real one ends by itself."""
+"""Test the rank search: what it tries next, where it ends and what it recommends."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ DOCUMENTS = 80
 
 
 def documents(loss: float, seed: int = 0, count: int = DOCUMENTS) -> DocumentRecord:
-    """A run whose documents are as hard as those of every other, and whose loss is `loss` below them, give or take."""
+    """Return the losses by document of a run, `loss` above the common ones, with noise."""
     hard, own = np.random.default_rng(99), np.random.default_rng(seed)
     units = hard.integers(20, 200, count)
     losses = (hard.normal(3, 1, count) + loss + own.normal(0, 0.01, count)) * units
@@ -55,7 +55,7 @@ def documents(loss: float, seed: int = 0, count: int = DOCUMENTS) -> DocumentRec
 
 
 def runs(losses: Mapping[Size, float | None], count: int = DOCUMENTS) -> dict[Size, Tried]:
-    """Runs that ended with these losses, relative to each other; None: failed."""
+    """Return ended runs with these relative losses; None: failed."""
     return {
         size: Tried(reason="out of memory")
         if loss is None
@@ -140,7 +140,7 @@ def test_few_documents_are_told_of() -> None:
     assert "held out" not in said({8: 0.0, 16: -0.1})
     assert "Only 12 documents are held out" in said({8: 0.0, 16: -0.1}, count=12)
     text = said({8: 0.0, 16: -0.1}, count=1)
-    assert "Recommended: adapter.r=8" in text, "one document tells nothing of others"
+    assert "Recommended: adapter.r=8" in text, "the interval of one document is infinite"
     assert "Only 1 document is held out" in text
 
 
@@ -180,7 +180,7 @@ def sweep_of(folder: Path, folders: Path, *words: str, **settings: Any) -> Sweep
 
 
 def ended(sweep: Sweep, losses: Mapping[Size, float | None]) -> list[TrialRecord]:
-    """Trials in the order of `losses`, with what a run leaves in its folder."""
+    """Return trials in the order of `losses`, with the files of their runs."""
     records = []
     for number, (size, loss) in enumerate(losses.items()):
         values = {"adapter": "full", "quant": "none", "optim.lr": 2e-4} if size == FULL else {"adapter.r": size}
@@ -201,7 +201,7 @@ def searched(tmp_path: Path, folders: Path) -> Sweep:
 
 
 def test_the_search_is_a_function_of_what_has_ended(searched: Sweep) -> None:
-    """Each answer by a new search, as each worker and each resume has one."""
+    """Check new searches, as each worker and each resume makes one."""
 
     def answer(trials: list[TrialRecord]) -> Any:
         return RankSearch(searched).next(trials)
@@ -213,7 +213,7 @@ def test_the_search_is_a_function_of_what_has_ended(searched: Sweep) -> None:
     assert answer(trials) == [{"adapter.r": 32}]
     assert answer(ended(searched, {8: 0.0, 16: -0.1, 32: -0.1})) is Due.END
     assert answer(ended(searched, {8: 0.0, 16: None})) is Due.END
-    # Hidden 96, MLP 256: of any of its linears 96 is the most, so 128 is the last that could be tried, were it allowed.
+    # Hidden size 96, MLP 256: the largest possible rank is 96, so 128 would be the last rank.
     assert RankSearch(searched)._ranks.widest == 96
     assert answer([]) == [{"adapter.r": 8}, {"adapter.r": 16}]
 
@@ -248,22 +248,22 @@ def test_full_fine_tuning_is_run_beside_where_it_fits(
 
 
 def has_memory(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
-    """Of this machine."""
+    """Set the memory of this machine."""
     found = dataclasses.replace(rank_search.this_machine.found_here(), host_bytes=nbytes)
     monkeypatch.setattr(rank_search.this_machine, "found_here", lambda **_: found)
 
 
-@pytest.mark.parametrize(("at_first", "later"), [(2**20, 2**36), (2**36, 2**20)])
+@pytest.mark.parametrize(("at_first", "later"), [(2**20, 2**36), pytest.param(2**36, 2**20, marks=pytest.mark.slow)])
 def test_what_memory_there_is_decides_when_the_search_is_made_and_never_again(
     tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch, at_first: int, later: int
 ) -> None:
-    """A worker, the command, `status` and `report` ask at other times and on other machines."""
+    """Check the decision at another time and on another machine, as by a worker, `status` and `report`."""
     sweep, is_run = sweep_of(tmp_path, folders), at_first > 2**30
     trials = ended(sweep, {8: 0.0, 16: 0.0})
     has_memory(monkeypatch, at_first)
     assert RankSearch(sweep).next([]) == [{"adapter.r": 8}, {"adapter.r": 16}]
     has_memory(monkeypatch, later)
-    monkeypatch.setattr(rank_search.this_machine, "planned_model", None)  # Nor is the model needed any more.
+    monkeypatch.setattr(rank_search.this_machine, "planned_model", None)  # The model is not needed any more either.
     search = RankSearch(sweep)
     assert (search.next(trials) is Due.END) == (not is_run)
     text = "\n".join(search.conclusion(trials))
@@ -347,17 +347,14 @@ def test_a_run_without_figures_to_compare_counts_as_failed(
             {},
             r"train\.load_best_at_end=True makes a run's",
         ),
-        (["train.early_stopping_patience=2", "train.eval_every=1"], {}, r"train\.early_stopping_patience=2 makes"),
         (
             ["adapter.target_modules=qv", "adapter.rank_pattern={q_proj:4,v_proj:4}"],
             {},
             r"adapter\.rank_pattern sets the rank of every adapted linear",
         ),
-        (["+adapter.r=8"], {}, r"adapter\.r=8 is what sweep=rank_search searches"),
         (["adapter=full", "quant=none"], {}, "adapter=full has no rank to search for"),
         ([], {"rank_most": 15}, r"sweep\.rank_most=15 leaves no doubling of sweep\.rank_start=8; set .*=16"),
         ([], {"metric": "loss"}, r"not sweep\.metric=loss"),
-        ([], {"direction": "maximize"}, "leave both out"),
         ([], {"trials": 3}, r"sweep\.trials=3 has no effect"),
         ([], {"pruner": "median"}, r"sweep\.pruner=median would end runs"),
         ([], {"packed": 2, "full": "always"}, r"sweep\.full=always trains the base"),
@@ -379,8 +376,7 @@ def test_a_space_beside_the_ranks_is_refused(searched: Sweep) -> None:
 def test_a_search_that_was_killed_goes_on_where_it_was(
     tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the journal: the trial that its worker left behind is gone on with, and the decisions are those of a search
-    that nobody killed."""
+    """Check that the abandoned trial is resumed, and the decisions are those of an uninterrupted search."""
     losses: dict[Size, float | None] = {8: 0.0, 16: -0.1, 32: -0.1, FULL: -0.2}
     sweep = sweep_of(tmp_path / "sweep", folders, full="always")
     make_sweep(sweep)
@@ -426,7 +422,7 @@ def test_a_pack_of_a_rank_search_has_room_for_the_first_two_ranks(tmp_path: Path
 
 @pytest.mark.slow
 def test_a_real_search_ends_by_itself(tmp_path: Path, folders: Path) -> None:
-    """Each rank's run is a process of `distlora train`."""
+    """Run each rank by `distlora train`."""
     sweep = tmp_path / "sweep"
     words = sweep_of(tmp_path, folders).overrides
     settings = ["sweep=rank_search", "sweep.rank_start=2", "sweep.rank_most=4", "sweep.full=never"]

@@ -1,4 +1,4 @@
-"""Sweeps on SLURM: workers, and agents of wandb, as tasks of an array, on a real one of two nodes."""
+"""Test workers of a sweep and wandb agents as tasks of an array, on a real SLURM with two nodes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ MISSING = slurm_cluster.missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no SLURM: {MISSING}")
 
 STEPS = 100
-"""A fast machine is not done with them before it is asked to stop."""
+"""Enough that a fast machine has not finished before it is stopped."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 START_SECONDS = 240.0
-"""For imports on a machine whose cores are busy with other tests."""
+"""Time in seconds for imports on a machine with busy cores."""
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Nodes n1 and n2 with a GPU each."""
+    """Run a cluster of nodes n1 and n2 with a GPU each."""
     with running_cluster(tmp_path_factory.mktemp("slurm") / "cluster", gpus=1) as running:
         yield running
 
 
 def distlora(cluster: SlurmCluster, *words: str, expect: int = 0, **variables: str) -> str:
-    """What a command prints, which must end with code `expect`."""
+    """Return the output of a command, which must exit with `expect`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= cluster.environment | {"OMP_NUM_THREADS": "1"} | variables
     finished = subprocess.run(
@@ -74,7 +74,7 @@ def wait_for(what: Callable[[], bool], folder: Path) -> None:
 
 
 def said(folder: Path) -> str:
-    """What the tasks and the trials have printed."""
+    """Return the output of tasks and trials."""
     return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted((folder / "logs").glob("*.log")))
 
 
@@ -83,7 +83,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return trials
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_two_workers_of_an_array_train_a_sweep_and_the_preempted_one_goes_on(
     cluster: SlurmCluster, folders: Path, tmp_path: Path
 ) -> None:
@@ -108,7 +108,7 @@ def test_two_workers_of_an_array_train_a_sweep_and_the_preempted_one_goes_on(
         run = sweep / "trials" / f"{trial['number']:04d}"
         assert [line["step"] for line in read_metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
         assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["lr"] == trial["values"]["optim.lr"]
-    assert sum("goes on" in line for line in said(sweep).splitlines()) == 1
+    assert sum("resumes" in line for line in said(sweep).splitlines()) == 1
     assert json.loads(distlora(cluster, "status", str(sweep), "--json"))["state"] == "done"
 
 
@@ -116,7 +116,7 @@ def test_two_workers_of_an_array_train_a_sweep_and_the_preempted_one_goes_on(
 def test_a_trial_is_trained_on_all_machines_of_a_task_and_cancel_ends_the_sweep(
     cluster: SlurmCluster, folders: Path, tmp_path: Path
 ) -> None:
-    """Of the second trial; the first is done, and resume goes on with the rest."""
+    """Check a cancel in the second trial, which resume continues."""
     sweep = tmp_path / "sweep"
     steps = 300
     words = (
@@ -171,7 +171,7 @@ def test_a_pack_is_trained_in_a_task(cluster: SlurmCluster, folders: Path, tmp_p
     assert len(list((sweep / "packs").iterdir())) == 1
 
 
-@pytest.mark.slow  # Else it alone would have a cluster started.
+@pytest.mark.ci
 def test_what_slurm_refuses_makes_no_sweep(cluster: SlurmCluster, folders: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     words = ("cluster=slurm", "cluster.partition=absent", "optim.lr=1e-3,2e-3", "tracker=none", f"run_dir={sweep}")

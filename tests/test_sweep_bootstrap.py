@@ -1,10 +1,9 @@
-"""The bootstrap of a gain: what it converges to, what it is of, that it covers, and that a seed names its bits."""
+"""Test the bootstrap of a gain: its distribution, its coverage, and that a seed determines its bits."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ def of(first: list[float], second: list[float], units: list[int], **settings: fl
 
 
 def drawn_documents(count: int, true_gain: float, seed: int) -> tuple[list[float], list[float], list[int]]:
-    """Documents of uneven length whose losses differ by much more than the two runs do."""
+    """Return documents of uneven length whose losses differ by much more than the two runs do."""
     rng = np.random.default_rng(seed)
     units = rng.integers(20, 200, count)
     first = rng.normal(3, 1, count) * units
@@ -28,7 +27,7 @@ def drawn_documents(count: int, true_gain: float, seed: int) -> tuple[list[float
 
 
 def test_resamples_are_those_of_every_possible_draw() -> None:
-    """Three documents have 27 draws: their distribution is known, and each is drawn as often as any other."""
+    """Compare with all 27 draws of three documents: each is as likely as another."""
     sums, units = np.array([1.0, 5.0, -2.0]), np.array([1.0, 2.0, 4.0])
     every = [sums[list(draw)].sum() / units[list(draw)].sum() for draw in itertools.product(range(3), repeat=3)]
     found = resampled(sums, units, 100_000, seed=3)
@@ -52,7 +51,7 @@ def test_the_error_of_equal_documents_is_that_of_a_mean() -> None:
 
 
 def test_what_documents_have_in_common_is_no_noise() -> None:
-    """The documents' own losses vary a hundred times more than the gain: paired, it is told from noise all the same."""
+    """Check a gain far below the variation of documents' losses, which pairing removes."""
     first, second, units = drawn_documents(200, 0.02, seed=1)
     found = of(first, second, units)
     assert found.is_more_than_noise
@@ -62,8 +61,10 @@ def test_what_documents_have_in_common_is_no_noise() -> None:
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """Of 200 experiments with 60 documents, 95 % give or take 3 deviations of a share; a little less is known of
-    percentile intervals of few documents."""
+    """Check the coverage of 200 experiments with 60 documents.
+
+    The tolerance is 3 standard deviations, and 2 % since percentile intervals of few documents cover less.
+    """
     hits = 0
     for seed in range(200):
         found = of(*drawn_documents(60, 0.02, seed), resamples=1000, seed=seed)
@@ -72,16 +73,10 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 
 def test_without_a_gain_one_is_seldom_found() -> None:
-    """One-sided: at most half of 5 % of the experiments, and a little for chance."""
+    """Check the rate of false gains: 2.5 % per side, and a margin for chance."""
     found = [of(*drawn_documents(60, 0.0, seed), resamples=1000, seed=seed) for seed in range(200)]
     assert sum(each.is_more_than_noise for each in found) <= 12
     assert sum(each.is_loss for each in found) <= 12
-
-
-def test_a_wider_confidence_is_a_wider_interval() -> None:
-    documents = drawn_documents(100, 0.01, seed=2)
-    narrow, wide = of(*documents, confidence=0.8), of(*documents, confidence=0.99)
-    assert wide.low < narrow.low < narrow.gain < narrow.high < wide.high
 
 
 def test_a_seed_names_its_bits_however_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,15 +88,6 @@ def test_a_seed_names_its_bits_however_many_are_drawn_at_once(monkeypatch: pytes
     # Written down, since another version of numpy, or of this, must not draw others.
     drawn = resampled(np.array([1.0, 2.0, 4.0]), np.ones(3), 4, seed=7) * 3
     assert drawn.tolist() == [6.0, 4.0, 9.0, 4.0]
-
-
-def test_memory_is_bounded_for_many_documents() -> None:
-    sums, units = np.ones(20_000), np.ones(20_000)
-    tracemalloc.start()
-    resampled(sums, units, 500, seed=0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 100 * 2**20
 
 
 def test_one_document_says_nothing_of_others() -> None:

@@ -1,4 +1,4 @@
-"""A worker of a sweep that feeds packs: what goes into one, what is made of how it ends. The pack is a fake one."""
+"""Test a worker that trains several trials at once, with a fake multi-trial process (fake_pack.py)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Make = Callable[..., Sweep]
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Sweeps whose packs are fake ones, and whose trials' data is prepared."""
+    """Return a maker of sweeps with fake multi-trial processes and prepared data."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(multi_trial, "MODULE", "fake_pack")
@@ -65,7 +65,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def work(sweep: Sweep) -> Study:
-    """One worker to its end."""
+    """Run one worker to its end."""
     study = Study(sweep, make_search(sweep))
     with worker_place(sweep.folder, "worker_0"):
         Worker(sweep, study, MultiTrialRunner(sweep, 0)).work(Forwarder())
@@ -79,7 +79,7 @@ def asked(sweep: Sweep, number: int, **values: Any) -> Trial:
 
 
 def until(runner: MultiTrialRunner, number: int) -> list[Outcome]:
-    """The outcomes until there are so many."""
+    """Return the first `number` outcomes."""
     found: list[Outcome] = []
     deadline = time.monotonic() + 60
     while len(found) < number:
@@ -90,11 +90,11 @@ def until(runner: MultiTrialRunner, number: int) -> list[Outcome]:
 
 
 def starts(sweep: Sweep, pack: str = "0") -> list[int]:
-    """The slots of each start of a pack."""
+    """Return the slots of each start of the process."""
     return [int(line) for line in (sweep.folder / "packs" / pack / "starts.txt").read_text().split()]
 
 
-def test_a_grid_goes_through_one_pack_whose_slots_are_used_again(make: Make) -> None:
+def test_a_grid_goes_through_one_process_whose_slots_are_reused(make: Make) -> None:
     sweep = make(RATES, fake={"fails": [1]})
     records = work(sweep).records()
     assert [record.state for record in records] == [COMPLETE, FAILED, COMPLETE, COMPLETE, COMPLETE]
@@ -103,13 +103,14 @@ def test_a_grid_goes_through_one_pack_whose_slots_are_used_again(make: Make) -> 
     assert (records[0].step, records[0].seconds) == (4, 0.5)
     assert starts(sweep) == [2]
     plan = json.loads((sweep.run_dir(3) / PLAN_NAME).read_text())
-    assert plan["trials"] == 2, "what a rank has is the pack's"
+    assert plan["trials"] == 2, "the plan of all trials together"
     assert plan == json.loads((sweep.folder / "packs" / "0" / PLAN_NAME).read_text())
     assert load_config(sweep.run_dir(3)).optim.lr == 4e-4
     assert not holders(sweep.run_dir(3))
 
 
-def test_the_pruner_decides_and_the_pack_waits_for_it(make: Make) -> None:
+@pytest.mark.ci
+def test_the_process_waits_for_the_pruner(make: Make) -> None:
     losses = {"0": 1.0, "1": 1.0, "2": 9.0, "3": 1.0, "4": 9.0}
     sweep = make(RATES, fake={"losses": losses}, pruner="median", trials=5)
     records = work(sweep).records()
@@ -117,7 +118,8 @@ def test_the_pruner_decides_and_the_pack_waits_for_it(make: Make) -> None:
     assert (records[2].step, dict(records[2].evaluations)) == (2, {2: 4.5})
 
 
-def test_trials_that_may_not_share_a_pack_come_into_one_after_the_other(make: Make) -> None:
+@pytest.mark.ci
+def test_trials_that_cannot_be_trained_together_get_one_process_after_the_other(make: Make) -> None:
     sweep = make(Values("data.sequence_length", (32, 64)), Values("optim.lr", (1e-4, 2e-4)))
     records = work(sweep).records()
     assert [record.state for record in records] == [COMPLETE] * 4
@@ -129,7 +131,7 @@ def test_trials_that_may_not_share_a_pack_come_into_one_after_the_other(make: Ma
     ]
 
 
-def test_a_pack_that_dies_goes_on_with_half_and_one_that_dies_alone_was_killed_by_its_trial(make: Make) -> None:
+def test_a_process_that_dies_restarts_with_half_and_a_trial_that_dies_alone_fails(make: Make) -> None:
     sweep = make(RATES, fake={"most": 2, "kills": [3]}, packed=4)
     records = work(sweep).records()
     assert [record.state for record in records] == [COMPLETE, COMPLETE, COMPLETE, FAILED, COMPLETE]
@@ -138,8 +140,9 @@ def test_a_pack_that_dies_goes_on_with_half_and_one_that_dies_alone_was_killed_b
     assert 1 in starts(sweep)[2:]
 
 
-def test_one_that_came_later_with_a_lower_number_is_not_blamed(make: Make) -> None:
-    """A trial that another worker has left behind comes into a pack of one slot while another is in it."""
+@pytest.mark.ci
+def test_a_later_trial_with_a_lower_number_does_not_fail_for_another(make: Make) -> None:
+    """Check an abandoned trial that joins a process of one slot which has another trial."""
     sweep = make(RATES, fake={"kills": [4], "most": 1}, packed=1)
     runner = MultiTrialRunner(sweep, 0)
     runner.slots = 1
@@ -150,7 +153,7 @@ def test_one_that_came_later_with_a_lower_number_is_not_blamed(make: Make) -> No
     runner.stop()
 
 
-def test_an_outcome_that_appears_as_its_pack_ends_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outcome_written_as_the_process_ends_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = make(RATES)
     runner = MultiTrialRunner(sweep, 0)
     runner.begin(asked(sweep, 0, optim__lr=1e-4))
@@ -158,7 +161,7 @@ def test_an_outcome_that_appears_as_its_pack_ends_is_read(make: Make, monkeypatc
     ended = MultiTrialRun.ended
 
     def late(pack: MultiTrialRun) -> int | None:
-        """Its process writes and ends, just before it is asked whether it has."""
+        """Wait until the process has written and ended."""
         pack.close()
         deadline = time.monotonic() + 60
         while (code := ended(pack)) is None:
@@ -170,7 +173,8 @@ def test_an_outcome_that_appears_as_its_pack_ends_is_read(make: Make, monkeypatc
     assert [(each.number, each.state) for each in runner.poll()] == [(0, COMPLETE)]
 
 
-def test_a_pack_that_others_stop_is_saved_and_its_worker_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.ci
+def test_a_process_stopped_from_outside_saves_and_its_worker_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
     sweep = make(RATES, fake={"hangs": True})
     runner = MultiTrialRunner(sweep, 0)
@@ -181,13 +185,13 @@ def test_a_pack_that_others_stop_is_saved_and_its_worker_stops(make: Make, monke
         runner.poll()
         time.sleep(0.02)
     assert runner._group is not None
-    runner._group.ask_to_stop()  # As SLURM does it.
+    runner._group.ask_to_stop()  # As SLURM does.
     monkeypatch.setattr("distlora_launcher.sweeps.multi_trial.os.kill", lambda *each: sent.append(each))
     assert [each.state for each in until(runner, 1)] == [SAVED]
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
-def test_each_pack_has_the_plan_of_its_own_largest_trial(make: Make) -> None:
+def test_each_process_has_the_plan_of_its_largest_trial(make: Make) -> None:
     ranks = Values("adapter.r", (2, 4, 8))
     targets = Values(
         "adapter.target_modules", tuple(["q_proj", "v_proj", "k_proj", "o_proj"][: n + 1] for n in range(4))
@@ -202,7 +206,7 @@ def test_each_pack_has_the_plan_of_its_own_largest_trial(make: Make) -> None:
     runner.stop()
 
 
-def test_a_stop_saves_every_trial_and_the_next_worker_goes_on_in_a_clean_pack(make: Make) -> None:
+def test_a_stop_saves_every_trial_and_the_next_worker_starts_a_clean_process(make: Make) -> None:
     sweep = make(RATES, fake={"hangs": True})
     runner = MultiTrialRunner(sweep, 0)
     for number in range(2):
@@ -226,7 +230,8 @@ def test_a_stop_saves_every_trial_and_the_next_worker_goes_on_in_a_clean_pack(ma
     until(again, 1)
 
 
-def test_what_no_pack_can_have_is_refused_by_its_setting(make: Make) -> None:
+@pytest.mark.ci
+def test_a_trial_that_cannot_be_trained_with_others_is_refused_by_its_setting(make: Make) -> None:
     sweep = make(Values("adapter.r", (4,)), Values("adapter.init", ("kaiming", "pissa")))
     records = work(sweep).records()
     assert [record.state for record in records] == [COMPLETE, FAILED]

@@ -1,4 +1,4 @@
-"""What a sweep searches: settings and values in Hydra's grammar, and a trial's values as words of `distlora train`."""
+"""Test the space of a sweep in Hydra's grammar, and a trial's values as overrides of `distlora train`."""
 
 from __future__ import annotations
 

@@ -91,9 +91,11 @@ class MultiTrialRunner:
 
     @property
     def is_idle(self) -> bool:
+        """Return whether its processes have ended."""
         return self._group is None or not self._group.was_started or self._group.ended() is not None
 
     def begin(self, trial: Trial) -> None:
+        """Start or resume a trial. Raises UserError if it cannot run."""
         wait_until_free(trial.run_dir)
         config = self._config_of(trial)
         with contextlib.ExitStack() as held:
@@ -107,10 +109,12 @@ class MultiTrialRunner:
             (self._to_prepare if fits else self._waiting).append(trial.number)
 
     def verdict(self, number: int, step: int, *, prune: bool) -> None:
+        """Pass on the pruner's decision on a trial."""
         if self._group is not None:
             self._group.write_verdict(number, step, prune=prune)
 
     def poll(self) -> Sequence[Outcome]:
+        """Return the trials that have ended."""
         self._prepare()
         if self._group is not None:
             self._read_outcomes(self._group)
@@ -131,9 +135,11 @@ class MultiTrialRunner:
                 group.close()
 
     def close(self) -> None:
+        """Announce that no more trials come."""
         self._closed = True
 
     def stop(self) -> None:
+        """Have every trial save and stop."""
         self._stops = True
         for number in [*self._to_prepare, *self._waiting]:
             self._end(number, SAVED)
@@ -448,6 +454,7 @@ class MultiTrialRun:
 
     @property
     def was_started(self) -> bool:
+        """Return whether its process runs, or has ended unread."""
         return self._process is not None and not self._code_read
 
     def ended(self) -> int | None:

@@ -32,6 +32,7 @@ class Scale:
     marks: Sequence[tuple[float, str]]
 
     def place(self, value: Any) -> float:
+        """Return the position of a value, between 0 and 1."""
         return self.places[_key(value)]
 
 

@@ -283,10 +283,12 @@ class Gain:
 
     @property
     def is_more_than_noise(self) -> bool:
+        """Return whether the whole interval is above 0."""
         return self.low > 0
 
     @property
     def is_loss(self) -> bool:
+        """Return whether the whole interval is below 0."""
         return self.high < 0
 
 

@@ -41,7 +41,7 @@ from distlora_launcher.sweeps.rank_gains import (
     sentences,
     table,
 )
-from distlora_launcher.sweeps.search import Due
+from distlora_launcher.sweeps.search import Due, Search
 
 RANK_SEARCH_NAME = "rank_search.json"
 TRIAL_OVERRIDES = ("train.eval_documents=true",)
@@ -82,6 +82,7 @@ def read_setup(folder: Path) -> Setup | None:
 
 
 def write_setup(folder: Path, setup: Setup) -> None:
+    """Write SWEEP/rank_search.json."""
     atomic_io.write_json(folder / RANK_SEARCH_NAME, dataclasses.asdict(setup))
 
 
@@ -146,10 +147,10 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
     return None if plan.fits else f"it is predicted not to fit {plan.machine.name} ({needs(plan)})"
 
 
-class RankSearch:
+class RankSearch(Search):
     """The search of `sweep=rank_search` (search.py)."""
 
-    overrides: tuple[str, ...] = TRIAL_OVERRIDES
+    overrides = TRIAL_OVERRIDES
 
     def __init__(self, sweep: Sweep) -> None:
         """Raise UserError for settings that leave nothing to search, or that set the rank themselves."""

@@ -102,9 +102,11 @@ class SingleTrialRunner:
 
     @property
     def is_idle(self) -> bool:
+        """Return whether its processes have ended."""
         return self._process is None
 
     def begin(self, trial: Trial) -> None:
+        """Start or resume a trial. Raises UserError if it cannot run."""
         (trial.run_dir / CANCELLED_NAME).unlink(missing_ok=True)
         if (trial.run_dir / CONFIG_NAME).is_file():
             wait_until_free(trial.run_dir)
@@ -117,11 +119,13 @@ class SingleTrialRunner:
         self._trial, self._started, self._prunes = trial, time.monotonic(), False
 
     def verdict(self, number: int, step: int, *, prune: bool) -> None:
+        """Pass on the pruner's decision on a trial."""
         if prune and self._trial is not None and self._trial.number == number and not self._prunes:
             self._prunes = True
             self._stop_process()
 
     def poll(self) -> Sequence[Outcome]:
+        """Return the trials that have ended."""
         if self._process is None or self._trial is None or (code := self._process.poll()) is None:
             return []
         trial, seconds = self._trial, time.monotonic() - self._started
@@ -138,6 +142,7 @@ class SingleTrialRunner:
         """Do nothing: no process outlives its trial."""
 
     def stop(self) -> None:
+        """Have every trial save and stop."""
         self._stops = True
         self._stop_process()
 
@@ -172,6 +177,7 @@ def environment() -> dict[str, str]:
 
 
 def trial_log(sweep: Sweep, number: int) -> Path:
+    """Return the log of a trial's launcher."""
     return sweep.folder / LOGS / f"trial_{number:04d}.log"
 
 

@@ -6,13 +6,14 @@ one.
 
 from __future__ import annotations
 
+import abc
 import enum
 import importlib
 import importlib.util
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from distlora.config import require
 from distlora.config.sweep import SweepConfig
@@ -38,29 +39,27 @@ class Due(enum.Enum):
     """Nothing any more."""
 
 
-class Search(Protocol):
+class Search(abc.ABC):
     """A method of a sweep."""
 
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
     """Settings of every trial, which the user's overrides replace."""
 
+    @abc.abstractmethod
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
         """Return the values of the trials due now, in order, given all trials so far, none of which waits."""
-        ...
 
     def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
         """Return lines of Markdown to print under the table of results."""
-        ...
+        return []
 
     def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
         """Return the conclusion as JSON values for SWEEP/conclusion.json; empty if there is none."""
-        ...
+        return {}
 
 
-class Cells:
+class Cells(Search):
     """Combinations in a fixed order, all known before the first trial."""
-
-    overrides: tuple[str, ...] = ()
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
@@ -77,19 +76,12 @@ class Cells:
         return itertools.islice(found, settings.trials)
 
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
+        """Return what is due (Search.next)."""
         return list(itertools.islice(self.all(), len(trials), None)) or Due.END
 
-    def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
-        return []
 
-    def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
-        return {}
-
-
-class Sampled:
+class Sampled(Search):
     """`sweep.trials` trials, with values that Optuna draws or proposes."""
-
-    overrides: tuple[str, ...] = ()
 
     def __init__(self, sweep: Sweep) -> None:
         trials = sweep.settings.trials
@@ -97,13 +89,8 @@ class Sampled:
         self._trials = min(trials, count_cells(sweep.space)) if is_finite(sweep.space) else trials
 
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
+        """Return what is due (Search.next)."""
         return Due.SAMPLE if len(trials) < self._trials else Due.END
-
-    def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
-        return []
-
-    def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
-        return {}
 
 
 def make_search(sweep: Sweep) -> Search:

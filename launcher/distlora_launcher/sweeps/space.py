@@ -87,6 +87,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_finite(space: Sequence[Dimension]) -> bool:
+    """Return whether the space has no interval."""
     return all(isinstance(dimension, Values) for dimension in space)
 
 

@@ -361,6 +361,7 @@ def make_sampler(settings: SweepConfig, number: int, attempt: int = 0) -> BaseSa
 
 
 def make_pruner(settings: SweepConfig) -> optuna.pruners.BasePruner:
+    """Return Optuna's pruner for the settings."""
     if settings.pruner == "none":
         return optuna.pruners.NopPruner()
     if settings.pruner == "hyperband":
@@ -385,6 +386,7 @@ class Lock:
         self._file: IO[bytes] | None = None
 
     def acquire(self) -> bool:
+        """Take the lock, and mend the journal."""
         if self._depth == 0:
             with contextlib.ExitStack() as stack:  # Releases the lock if the journal cannot be mended.
                 file = stack.enter_context(self._path.open("ab"))
@@ -402,6 +404,7 @@ class Lock:
         return True
 
     def release(self) -> None:
+        """Release the lock."""
         self._depth -= 1
         if self._depth == 0 and self._file is not None:
             self._file.close()
@@ -409,6 +412,7 @@ class Lock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
+        """Hold the lock."""
         self.acquire()
         try:
             yield

@@ -79,6 +79,7 @@ class AgentsRequest:
 
     @property
     def sweep_id(self) -> str:
+        """Return the sweep's ID."""
         return self.sweep.rpartition("/")[2]
 
     def one(self) -> list[str]:

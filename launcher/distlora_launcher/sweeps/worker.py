@@ -270,6 +270,7 @@ def run(folder: Path, index: int) -> int:
 
 
 def main() -> int:
+    """Run the command line. Returns the exit code."""
     parser = Parser("distlora_launcher.sweeps.worker")
     parser.add_argument("sweep")
     parser.add_argument("--index", type=int, required=True)

@@ -248,8 +248,7 @@ def test_a_command_that_an_agent_has_started_notes_that_wandb_ended_it(
         return 75
 
     monkeypatch.setattr(train, "start_run", start)
-    with pytest.raises(SystemExit, match="75"):  # Hydra hands a code on by this alone.
-        main(["train", *settings(folders, tmp_path)])
+    assert main(["train", *settings(folders, tmp_path)]) == 75
     assert wandb_agents.was_ended_early(tmp_path / "runs" / "s1" / "run1")
 
 

@@ -39,6 +39,7 @@ class Weight:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -68,6 +69,7 @@ class Adapter:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return sum(self.numels)
 
 

@@ -49,6 +49,7 @@ class Vocabulary:
 
     @property
     def has_grown(self) -> bool:
+        """True if training has more rows than are stored."""
         return self.rows > self.stored
 
 

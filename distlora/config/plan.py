@@ -61,6 +61,8 @@ class GpuConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
+    """Settings of the planner: what it may choose, and whether a run that does not fit is refused."""
+
     mode: Literal["given", "auto"] = "given"
     """`given`: say what the settings as they are need, and refuse what cannot fit. `auto`: choose the settings that
     memory and time depend on, wherever the command line and the recipe leave them at their defaults, to be the fastest

@@ -41,6 +41,7 @@ class Plan:
     # Calculated where they are asked for: a search over settings makes hundreds of plans, and asks few of them.
     @property
     def compute(self) -> StepFlops:
+        """Operations of a step."""
         return step_flops(self.work, self.model, ranks=self.machine.ranks, is_gpu=self.machine.is_gpu)
 
     @property
@@ -50,6 +51,7 @@ class Plan:
 
     @property
     def disk(self) -> DiskBytes:
+        """Disk space of the run."""
         return disk_bytes(self.work, self.model, self.machine)
 
     @property

@@ -31,6 +31,7 @@ class ExpertSizes:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], family: Family) -> ExpertSizes | None:
+        """Read the sizes of experts from the content of config.json; None without experts."""
         layout = family.experts
         if layout is None:
             return None
@@ -84,6 +85,7 @@ class Decoder:
 
     @property
     def head_size(self) -> int:
+        """Columns of one attention head."""
         return self.queries // self.heads
 
     @property
@@ -214,19 +216,22 @@ class AdaptedRanks:
 
     @property
     def qkv(self) -> int:
-        """Added up over the linears that read the same tensor, like the next three; 0: none of them has one."""
+        """Sum of the adapter ranks of queries, keys and values, which read one tensor; 0 if none has an adapter."""
         return self._of("qkv")
 
     @property
     def o(self) -> int:
+        """Sum of the adapter ranks of the attention output."""
         return self._of("o")
 
     @property
     def gate_up(self) -> int:
+        """Sum of the adapter ranks of gate and up."""
         return self._of("gate_up")
 
     @property
     def down(self) -> int:
+        """Sum of the adapter ranks of down."""
         return self._of("down")
 
     def _of(self, read: str) -> int:

@@ -27,6 +27,8 @@ _AGAIN = "download it again"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedModel:
+    """A model as the planner knows it: its config.json and the shapes that follow."""
+
     name: str
     """As people call it: its folder's name, or its name on the hub."""
     settings: Mapping[str, Any]

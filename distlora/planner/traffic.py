@@ -55,10 +55,12 @@ class StepBytes:
 
     @property
     def carried(self) -> int:
+        """Bytes that the backend counts."""
         return self.gathered + self.scattered + self.reduced + self.reduced_rows
 
     @property
     def received(self) -> int:
+        """Bytes received over this rank's links."""
         cut = (self.gathered + self.scattered) * (self.shards - 1) // self.shards
         return cut + 2 * self.reduced * (self.world - 1) // self.world + self._received_rows
 

@@ -45,6 +45,8 @@ _OF_A_BRANCH: tuple[Kind, ...] = ("codes", "scales", "weights", "embeddings", "n
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
+    """The settings of a run after `plan=auto` and `quant=auto`, with its plan."""
+
     config: Config
     """Without an `auto` in quant.method."""
     plan: Plan

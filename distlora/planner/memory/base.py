@@ -35,6 +35,7 @@ class Stored:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     def own(self, shards: int) -> int:
@@ -70,6 +71,7 @@ class Base:
 
     @property
     def tied(self) -> bool:
+        """True if embedding and LM head are one matrix."""
         return not self.head
 
     def counted(self) -> Iterator[tuple[Stored, int]]:

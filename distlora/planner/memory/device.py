@@ -37,6 +37,7 @@ class DeviceBytes:
 
     @property
     def worst(self) -> Moment:
+        """The moment of the peak."""
         return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
 
     @property
@@ -47,6 +48,7 @@ class DeviceBytes:
 
     @property
     def persistent(self) -> int:
+        """Bytes from the first update to the end."""
         return sum(self.held.values())
 
     @property
@@ -56,6 +58,7 @@ class DeviceBytes:
 
     @property
     def total(self) -> int:
+        """Bytes at the peak, with those beside tensors."""
         return self.peak + sum(self.beside.values())
 
     def as_json(self) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def gathered_of(work: Workload, base: Base, shards: int, resident: int, *, is_gp
 
 
 def copied_of(work: Workload, base: Base, shards: int) -> Copied:
+    """Return the bytes of 16-bit copies of trained masters; only one process has any."""
     if shards > 1:
         return Copied()
     embedding, block, head = (_copies(unit) for unit in (base.embedding, base.block, base.head or base.embedding))

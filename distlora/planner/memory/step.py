@@ -64,6 +64,7 @@ class Step:
     def of(
         cls, work: Workload, model: PlannedModel, machine: Machine, base: Base, trained: Trained, resident: int
     ) -> Step:
+        """Build from a workload and what a rank holds."""
         ranks, at_once = machine.ranks, work.tokens_at_once
         shards, tokens = work.shard_degree(ranks), at_once * work.slices(ranks)
         return cls(
@@ -81,6 +82,7 @@ class Step:
         )
 
     def moments(self) -> dict[Moment, dict[Kind, int]]:
+        """Return the bytes at each moment by category."""
         found: dict[Moment, dict[Kind, int]] = {
             "embedding": {"gathered": self.gathered.embedding, "working": self._boundary + self.copied.embedding},
             "embedding_backward": self._embedding_backward(),
@@ -107,6 +109,7 @@ class Step:
 
     @property
     def activations(self) -> Activations:
+        """Activations of the step, of all layers."""
         return self.blocks[-1].activations
 
     @property

@@ -40,6 +40,7 @@ class Trained:
 
     @classmethod
     def of(cls, work: Workload, shapes: ModelShapes, base: Base, shards: int) -> Trained:
+        """Build from the adapters and the base of a workload."""
         beside = 0
         adapters: Counter[int] = Counter()
         for adapter in work.adapters if work.adapter.method != "full" else ():

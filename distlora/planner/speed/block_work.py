@@ -78,6 +78,7 @@ def block_work(
 
 
 def attention_forward(sizes: BlockSizes, how: How, m: int, pairs: int, *, adapted: bool = True) -> Iterator[Work]:
+    """Yield the launches of the attention half's forward."""
     projections, output = sizes.attention
     yield norm(sizes.hidden * m, how, sizes.gemma)
     yield from forward(projections, m, how, adapted=adapted)
@@ -90,6 +91,7 @@ def attention_forward(sizes: BlockSizes, how: How, m: int, pairs: int, *, adapte
 
 
 def attention_backward(sizes: BlockSizes, how: How, m: int, pairs: int) -> Iterator[Work]:
+    """Yield the launches of the attention half's backward."""
     projections, output = sizes.attention
     yield from after(sizes, how, m, backward=True)
     yield from backward(output, m, how)
@@ -102,6 +104,7 @@ def attention_backward(sizes: BlockSizes, how: How, m: int, pairs: int) -> Itera
 
 
 def mlp_forward(sizes: BlockSizes, how: How, m: int, *, adapted: bool = True) -> Iterator[Work]:
+    """Yield the launches of the MLP half's forward."""
     inputs, down = sizes.mlp
     yield norm(sizes.hidden * m, how, sizes.gemma)
     if sizes.experts:
@@ -116,6 +119,7 @@ def mlp_forward(sizes: BlockSizes, how: How, m: int, *, adapted: bool = True) ->
 
 
 def mlp_backward(sizes: BlockSizes, how: How, m: int) -> Iterator[Work]:
+    """Yield the launches of the MLP half's backward."""
     inputs, down = sizes.mlp
     yield from after(sizes, how, m, backward=True)
     if sizes.experts:
@@ -213,6 +217,8 @@ def _weighted_rows(sizes: BlockSizes, how: How, m: int) -> Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadSizes:
+    """Sizes of embedding and LM head."""
+
     vocabulary: int
     hidden: int
     rows: int

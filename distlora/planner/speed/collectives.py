@@ -81,6 +81,7 @@ class Wiring:
 
 
 def wiring_of(work: Workload, model: PlannedModel, machine: Machine) -> Wiring:
+    """Return the collectives of one rank in a step."""
     world, shapes = machine.ranks, model.shapes
     micro_batches = work.accumulation(world)
     passes = traffic.passes_of(work, micro_batches)

@@ -66,6 +66,7 @@ class StepFlops:
         return sum(self.by_kind.values())
 
     def as_json(self) -> dict[str, Any]:
+        """Return every figure, for programs."""
         return {"operations": dict(self.by_kind), "counted_by_mfu": self.counted, "tokens": self.tokens}
 
 

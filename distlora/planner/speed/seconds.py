@@ -19,6 +19,7 @@ Seconds = dict[Term, float]
 
 
 def total(seconds: Mapping[Term, float]) -> float:
+    """Return the sum of all terms."""
     return sum(seconds.values())
 
 
@@ -32,6 +33,7 @@ def plus(*parts: Seconds) -> Seconds:
 
 
 def times(seconds: Seconds, number: float) -> Seconds:
+    """Return the seconds `number` times."""
     return {term: number * each for term, each in seconds.items()}
 
 

@@ -63,6 +63,7 @@ class StepWork:
 
     @property
     def flops(self) -> float:
+        """Operations of a whole step."""
         return sum(work.flops * times for work, times in self)
 
 
@@ -114,6 +115,7 @@ def _gathers(model: PlannedModel, how: How, shards: int) -> tuple[Work, ...]:
 
 
 def how_of(work: Workload, model: PlannedModel, machine: Machine) -> How:
+    """Return the options of a workload's computation on a machine."""
     family = model.shapes.family
     fused = fuses(work, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
     decodes = machine.is_gpu and work.dtype == "bf16"
@@ -167,6 +169,7 @@ def _blocks(
 
 
 def block_sizes(work: Workload, decoder: Decoder, block: Sequence[Weight], ranks: AdaptedRanks) -> BlockSizes:
+    """Return the sizes of a decoder layer with these adapter ranks."""
     experts = decoder.experts
 
     def linear(name: str, weight: Weight) -> Linear:

@@ -50,6 +50,7 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
+        """Seconds of a step."""
         return sum(self.by_term.values())
 
     @property
@@ -59,10 +60,12 @@ class StepTime:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens per second of all ranks."""
         return self.tokens / self.seconds
 
     @property
     def tokens_per_second_of_a_rank(self) -> float:
+        """Tokens per second per rank."""
         return self.tokens_per_second / self.ranks
 
     @property

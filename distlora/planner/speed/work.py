@@ -91,14 +91,17 @@ class Linear:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return self.experts * self.out * self.features
 
     @property
     def packed_bytes(self) -> int:
+        """Bytes of the weight in NF4."""
         return packed_bytes(self.numel, 1)
 
     @property
     def adapter_numel(self) -> int:
+        """Number of elements of the adapter."""
         return self.experts * self.rank * (self.out + self.features)
 
 

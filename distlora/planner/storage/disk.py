@@ -39,10 +39,12 @@ class Tensor:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.numel * DTYPE_BYTES[self.dtype]
 
 
@@ -65,10 +67,12 @@ class DiskBytes:
 
     @property
     def checkpoints(self) -> int:
+        """Bytes of all kept checkpoints."""
         return self.checkpoints_kept * self.checkpoint
 
     @property
     def results(self) -> int:
+        """Bytes of all kept results."""
         return self.results_kept * self.result
 
     @property
@@ -77,6 +81,7 @@ class DiskBytes:
         return self.checkpoints + self.results
 
     def as_json(self) -> dict[str, int]:
+        """Return every figure in bytes, for programs."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return values | {"checkpoints": self.checkpoints, "results": self.results, "run": self.run}
 

@@ -88,6 +88,7 @@ class HostBytes:
         return self.launcher + self.workers
 
     def as_json(self) -> dict[str, int]:
+        """Return every figure in bytes, for programs."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         totals = {name: getattr(self, name) for name in ("while_loading", "while_training", "machine")}
         return values | totals
@@ -149,6 +150,7 @@ class Saved:
 
     @classmethod
     def of(cls, work: Workload, model: PlannedModel, shards: int) -> Saved:
+        """Build the key of a workload's background save."""
         return cls(
             Asked(
                 model.shapes,

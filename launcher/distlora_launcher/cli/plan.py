@@ -77,6 +77,8 @@ GPUs: {gpus}"""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
+    """The answer to `distlora plan`: a choice of settings, with what would fit."""
+
     plan: Plan
     changes: tuple[Change, ...] = ()
     """What was chosen."""

@@ -19,12 +19,12 @@ from worlds import World
 
 WORKER = """
 import time
-from distlora import stopping
-stopping.listen()
+from distlora.system import stop_signals
+stop_signals.listen()
 print("listening", flush=True)
-while stopping.requested() is None:
+while stop_signals.requested() is None:
     time.sleep(0.01)
-print(stopping.name_of(stopping.requested()), flush=True)
+print(stop_signals.name_of(stop_signals.requested()), flush=True)
 while True:
     time.sleep(1)
 """

@@ -30,7 +30,7 @@ class FrozenWeight(NamedTuple):
 
     @property
     def quantized(self) -> bool:
-        """Whether the weight is quantized."""
+        """True if the weight has quantized parts."""
         return len(self.parts) > 1
 
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -64,9 +64,9 @@ class Sweep:
             ("adapter", "quant") if values.get("adapter") == "full" and self.settings.method == "rank_search" else ()
         )
         shared = [word for word in self.overrides if section_of(word) not in unused]
-        own = {} if self.name is None else {"name": f"{self.name}-{number:04d}"}
-        own["run_dir"] = str(self.run_dir(number))
-        return [*extra, *shared, *words_of(values), *words_of(own)]
+        settings = {} if self.name is None else {"name": f"{self.name}-{number:04d}"}
+        settings["run_dir"] = str(self.run_dir(number))
+        return [*extra, *shared, *words_of(values), *words_of(settings)]
 
     def compose(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> Composed:
         """Return the settings of a trial. Raises UserError as `distlora train` does."""

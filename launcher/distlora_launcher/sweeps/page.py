@@ -58,14 +58,14 @@ def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_
     again = (f"distlora report {name}", "write this report again")
     if workers or jobs:
         state = "running" if workers else "queued"
-        said = "waits in SLURM as " + ", ".join(job.job_id for job in jobs)
+        headline = "waits in SLURM as " + ", ".join(job.job_id for job in jobs)
         if workers:
-            said = "is running on " + ", ".join(f"{worker.host} (pid {worker.pid})" for worker in workers)
+            headline = "is running on " + ", ".join(f"{worker.host} (pid {worker.pid})" for worker in workers)
         commands = (
             (f"distlora status {name}", "how it stands now"),
             (f"distlora cancel {name}", "have it save and stop"),
         )
-        return PageStatus(state=state, headline=said, commands=(*commands, again))
+        return PageStatus(state=state, headline=headline, commands=(*commands, again))
     if is_over and trials and not any(trial.is_open for trial in trials):
         if any(trial.state == COMPLETE for trial in trials):
             return PageStatus(state="done", headline="is done", commands=(again,))

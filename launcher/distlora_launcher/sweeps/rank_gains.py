@@ -189,27 +189,27 @@ def sentences(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> Iterat
 
 def _reason(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains, best: int) -> str:
     """Return why this rank is recommended, and not half or twice of it."""
-    said = []
+    reasons = []
     if best != ranks.ladder[0] and (before := gains.of(tried, best // 2, best)) is not None:
-        said.append(f"From {best // 2} to {best} the held-out loss falls by {interval(before)}, more than its noise")
+        reasons.append(f"From {best // 2} to {best} the held-out loss falls by {interval(before)}, more than its noise")
     after = gains.of(tried, best, best * 2)
     failed = tried.get(best * 2)
     if after is not None and after.is_loss:
-        said.append(
+        reasons.append(
             f"from {best} to {best * 2} it rises by {interval(_turned(after))}: the larger rank is worse at this "
             "learning rate"
         )
     elif after is not None:
-        said.append(f"from {best} to {best * 2} it falls by {interval(after)}, no more than noise")
+        reasons.append(f"from {best} to {best * 2} it falls by {interval(after)}, no more than noise")
     elif failed is not None:
-        said.append(f"the gain of {best * 2} is unknown: its run failed")
+        reasons.append(f"the gain of {best * 2} is unknown: its run failed")
     elif best == ranks.ladder[-1] and best >= ranks.widest:
-        said.append(f"no adapted linear can use more: the largest possible rank of their matrices is {ranks.widest}")
+        reasons.append(f"no adapted linear can use more: the largest possible rank of their matrices is {ranks.widest}")
     elif best == ranks.ladder[-1]:
-        said.append(f"a higher rank may gain more: sweep.rank_most ended the search; set it to {best * 2} or more")
+        reasons.append(f"a higher rank may gain more: sweep.rank_most ended the search; set it to {best * 2} or more")
     if best == ranks.ladder[0] and after is not None:
-        said.append(f"a lower rank was not tried: set sweep.rank_start={max(1, best // 2)}")
-    text = "; ".join(said)
+        reasons.append(f"a lower rank was not tried: set sweep.rank_start={max(1, best // 2)}")
+    text = "; ".join(reasons)
     return text[:1].upper() + text[1:] + "." if text else ""
 
 

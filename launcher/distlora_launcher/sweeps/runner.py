@@ -172,8 +172,8 @@ class SingleTrialRunner:
 
 def environment() -> dict[str, str]:
     """Return the environment of a training process: ends with this one, and is no run of a wandb agent."""
-    own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return own | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return kept | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
 
 
 def trial_log(sweep: Sweep, number: int) -> Path:

@@ -215,8 +215,8 @@ def read_section(
             f"sweep.space.{setting}='\"a,b\"', or {setting}=a,b without sweep.space",
         )
     settings = build(SweepConfig, values | {"space": space_values}, prefix="sweep.")
-    own = [word for word in overrides if section_of(word) != "sweep"]
-    return settings, *split(own, settings.space, config_dir=config_dir)
+    others = [word for word in overrides if section_of(word) != "sweep"]
+    return settings, *split(others, settings.space, config_dir=config_dir)
 
 
 def _refuse_of_other_methods(sweep_overrides: Sequence[str]) -> None:

@@ -40,16 +40,15 @@ from distlora_launcher.terminal.output import say, shown
 USAGE = """usage: distlora sweep agent ENTITY/PROJECT/ID [--count N] [run_dir=FOLDER] [sweep.workers=N]
                             [cluster=slurm ...]
 
-Start agents of wandb for the sweep that `distlora sweep create`, or `wandb sweep`, has registered: each asks for
-values, trains with them, and asks again, until the sweep is done. Its runs' folders are FOLDER/<id of the run>, by
-default runs/<ID>/<id of the run>. sweep.workers=N starts N agents, here with an equal number of GPUs each, with
-cluster=slurm as the tasks of an array, each with cluster.nodes machines. What one alone prints is shown here, what
-several print is in FOLDER/logs.
+Start wandb agents for the sweep that `distlora sweep create` or `wandb sweep` registered: each requests values, trains
+with them, and repeats until the sweep is done. The run folders are FOLDER/<id of the run>, by default runs/<ID>/<id of
+the run>. sweep.workers=N starts N agents: on this node with an equal number of GPUs each; with cluster=slurm as the
+tasks of an array, each with cluster.nodes nodes. The output of one agent is printed, that of several is in FOLDER/logs.
 
-A request to stop (Ctrl-C, SIGTERM, `distlora cancel FOLDER`) has the runs save. `distlora resume FOLDER`, or the same
-command, goes on with them.
+Ctrl-C, SIGTERM and `distlora cancel FOLDER` have the runs save. `distlora resume FOLDER`, or the same command, resumes
+them.
 
---count N    runs of each agent; by default all that the sweep has"""
+--count N    runs of each agent; by default all of the sweep"""
 
 RECORD_NAME = "agents.json"
 """File in the agents' folder with their command line."""

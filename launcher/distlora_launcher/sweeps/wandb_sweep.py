@@ -204,11 +204,11 @@ def register(file: Path, tracker: TrackerConfig) -> str:
     ended = subprocess.run(
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONSAFEPATH": "1"}
     )
-    said = re.sub(r"\x1b\[[0-9;]*m", "", ended.stdout + ended.stderr)
-    path = re.search(r"wandb agent (\S+)", said)
+    output = re.sub(r"\x1b\[[0-9;]*m", "", ended.stdout + ended.stderr)
+    path = re.search(r"wandb agent (\S+)", output)
     if ended.returncode == 0 and path is not None:
         return path[1]
-    lines = [line.removeprefix("wandb: ").strip() for line in said.splitlines() if line.strip()]
+    lines = [line.removeprefix("wandb: ").strip() for line in output.splitlines() if line.strip()]
     reason = "; ".join(lines[-3:]) or f"exit code {ended.returncode}"
     raise UserError(
         f"wandb did not register the sweep: {reason}. The file is written; with a key (`wandb login`) and a network, "

@@ -227,7 +227,7 @@ def test_the_end_of_a_sweep_writes_it_and_cannot_fail_of_it(tmp_path: Path, caps
     (folder / REPORT_NAME).unlink()
     (folder / REPORT_NAME).mkdir()
     write_at_end(folder)
-    assert "no report was written (IsADirectoryError" in capsys.readouterr().err
+    assert "cannot write the report (IsADirectoryError" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

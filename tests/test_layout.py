@@ -45,7 +45,7 @@ HOMES = {
     "gguf": "distlora.post.export",
     "llama_cpp": "distlora.post.export",
     "flash_attn": "distlora.model.attention",
-    "matplotlib": "distlora.output distlora.analysis distlora.planner distlora_launcher.sweeps",
+    "matplotlib": "distlora.output distlora.analysis distlora.planner distlora_launcher",
     "optuna": "distlora_launcher.sweeps",
 }
 ONLY_IN_WORKERS = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"}

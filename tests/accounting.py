@@ -19,7 +19,8 @@ from distlora.model import attention
 
 class FlashLike(torch.autograd.Function):
     """Attention by documents that keeps what the CUDA kernel keeps: queries, keys, values, the output and a number a
-    head and token. A VarlenOp by `flash_like`."""
+    head and token. A VarlenOp by `flash_like`.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -88,7 +89,8 @@ class Kept:
 
 class Made(TorchDispatchMode):
     """Tensors that operations make while it is on: their sizes, and the bytes of those that are alive. Views of a
-    model's parameters and buffers are not made, nor are those of `host`, memory that stands for the host's."""
+    model's parameters and buffers are not made, nor are those of `host`, memory that stands for the host's.
+    """
 
     def __init__(self, model: nn.Module, host: Sequence[Tensor] = ()) -> None:
         super().__init__()
@@ -123,7 +125,8 @@ class Made(TorchDispatchMode):
 
 class Moved(TorchDispatchMode):
     """The bytes that operations read and write while it is on, by the operation's name: each argument and result once;
-    views, and memory that is taken and not written, are nothing."""
+    views, and memory that is taken and not written, are nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -69,7 +69,8 @@ def load(
     **adapter: Any,
 ) -> Loaded:
     """A random model, and what is calculated for it on the CPU; attention by documents as the CUDA kernel keeps it,
-    without what that kernel makes for itself, or as the CPU does it, in `tiles` with documents of so many tokens."""
+    without what that kernel makes for itself, or as the CPU does it, in `tiles` with documents of so many tokens.
+    """
     write_model_folder(folder, family, **sizes)
     sections = {
         "data": {"path": "none.jsonl", "sequence_length": TOKENS},

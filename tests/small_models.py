@@ -68,7 +68,8 @@ def tokenizer() -> Any:
 
 def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
     """A random model (llama, llama-tied, or another family's name), as save_pretrained writes it: three blocks of
-    hidden 96."""
+    hidden 96.
+    """
     import torch
     import transformers
 

@@ -1,5 +1,6 @@
 """What a row costs of every family and kind of adapter, calculated: what autograd keeps and operations make, within 5 %
-(tests/test_activations.py has the modes of plain LoRA)."""
+(tests/test_activations.py has the modes of plain LoRA).
+"""
 
 from __future__ import annotations
 

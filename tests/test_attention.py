@@ -176,7 +176,7 @@ def varlen_as_torch_2_11(
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """torch's function before it grouped heads, computed by the reference."""
+    """Torch's function before it grouped heads, computed by the reference."""
     assert query.shape[1] == key.shape[1], "this one wants as many heads of keys as of queries"
     assert (max_q, window_size[1]) == (max_k, 0)
     assert torch.equal(cu_seq_q, cu_seq_k)

@@ -1,5 +1,6 @@
 """Arithmetic of adapters: exact where it is a sum, PEFT's numbers where it is PEFT's method, its error stated where a
-rank drops something; what real PEFT loads; what has no meaning refused by name."""
+rank drops something; what real PEFT loads; what has no meaning refused by name.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def combine(*words: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def delta(folder: Path, path: str) -> Tensor:
-    """s B A of one weight, fp64; 0 where the adapter has none."""
+    """S B A of one weight, fp64; 0 where the adapter has none."""
     file = AdapterFile.open(folder)
     if path not in file.paths:
         return torch.tensor(0.0)
@@ -71,7 +72,7 @@ def one(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """rsLoRA of rank 6 and 3 on other linears, one of them shared."""
+    """RsLoRA of rank 6 and 3 on other linears, one of them shared."""
     folder = tmp_path_factory.mktemp("two") / "b"
     fields = {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"o_proj": 3}, "use_rslora": True}
     write_adapter(folder, folders / "llama", r=6, lora_alpha=5, **fields)
@@ -154,7 +155,8 @@ def tuned_pair(folders: Path, pair: tuple[Path, Path]) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_pefts(method: str, tuned_pair: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
     """add_weighted_adapter gives our factors, bit for bit where nothing is decomposed; DARE by the functions that it
-    calls for each linear, with our draws."""
+    calls for each linear, with our draws.
+    """
     how, weights, density = METHODS[method], [0.7, -0.5], 0.4 if METHODS[method].has_density else None
     words = [f"{pair[0]}=0.7", f"{pair[1]}=-0.5", "--out", tmp_path / "out", "--method", method]
     words += ["--density", "0.4"] if density else []
@@ -238,7 +240,7 @@ def test_experts_are_summed_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 def test_dora_is_summed_as_what_it_makes_of_the_weight(folders: Path, two: Path, tmp_path: Path, quant: str) -> None:
-    """m (W + s B A) / ||.|| - W, of the base as it is held; at full rank nothing is lost."""
+    """M (W + s B A) / ||.|| - W, of the base as it is held; at full rank nothing is lost."""
     dora = write_adapter(
         tmp_path / "dora", folders / "llama", r=2, lora_alpha=4, use_dora=True, target_modules=["q_proj", "v_proj"]
     )

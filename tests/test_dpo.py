@@ -46,7 +46,8 @@ LN2 = math.log(2)
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 pairs of uneven length: a text that goes on as it does, and in capitals, which even a model without knowledge
-    can tell in texts that it has not seen."""
+    can tell in texts that it has not seen.
+    """
     topics = [topic.split() for topic in sorted(pydoc_data.topics.topics.values(), key=len)[20:80]]
     lines = []
     for number, words in enumerate(topics):

@@ -306,7 +306,8 @@ def test_what_the_client_computes_otherwise_is_not_left_behind(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A merged model is damaged after it was written: in fp32 a tensor, which its logits tell, in 16 bits one weight by
-    a fiftieth, which they would not."""
+    a fiftieth, which they would not.
+    """
     write = hf_folder.write
 
     def damaged(export: Any) -> None:

@@ -1,5 +1,6 @@
 """GGUF files: transformers loads them and computes what it computes from the folder; tokenizers are told apart by what
-they do."""
+they do.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ _TEKKEN = (
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_transformers_computes_the_same_from_the_file(variant: str, tmp_path: Path) -> None:
     """It puts the rows of q and k back and reads every tensor; its rotary embedding it takes from config.json here,
-    as it reads none but the plain one from GGUF (test_llama_cpp.py has llama.cpp's own)."""
+    as it reads none but the plain one from GGUF (test_llama_cpp.py has llama.cpp's own).
+    """
     write_family_folder(tmp_path, variant)
     said: list[str] = []
     write_gguf(tmp_path, tmp_path / "model.gguf", "fp32", tokenizer(), said.append)

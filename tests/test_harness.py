@@ -1,5 +1,6 @@
 """lm-evaluation-harness on our model: the figures of its own model class on the same weights, on any number of ranks;
-an offline task from a YAML file and a jsonl."""
+an offline task from a YAML file and a jsonl.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ VOCABULARY, HIDDEN = 1001, 24
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (3, 37, 24), labels with some rows and positions ignored, weight."""
+    """Hidden (3, 37, 24), labels with some rows and positions ignored, weight."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 37, HIDDEN, generator=generator)
     labels = torch.randint(0, VOCABULARY, (3, 37), generator=generator)

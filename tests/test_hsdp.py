@@ -195,7 +195,8 @@ def _kind(name: str) -> str:
 
 def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tuple[int, ...]], int], Traffic]:
     """A step's bytes by (kind, ranks that take part), counted where torch issues its collectives, and what the backend
-    counts."""
+    counts.
+    """
     model, backend, _ = setup.start_run_model(config, ranks)
     backend.reduce_gradients_of(worker.trained_parameters(model).values(), config.parallel.bucket_mb)
     our_step(model, backend, config, 3)  # Its first forward checks what was gathered, and sums that over all ranks.
@@ -357,7 +358,8 @@ def test_every_rank_of_every_copy_learns_of_a_loss_that_is_not_finite_on_the_fir
 
 def damaged(ranks: Ranks, *, run_dir: Path) -> list[str]:
     """What is said of a byte of rank 3 that changes after loading, as a forward and a save see it; of one that rank 3
-    read otherwise; and of an offset that rank 2 computed otherwise."""
+    read otherwise; and of an offset that rank 2 computed otherwise.
+    """
     config = load_config(run_dir)
     loader, _ = open_data(run_dir, config.train, ranks)
     micro = loader.batch(0).micro_batches[0]

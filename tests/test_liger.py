@@ -39,7 +39,8 @@ RANKS = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture
 def interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: what the interpreter lacks for these kernels. It hands floats over as they are, where the compiler
-    makes fp32 scalars with methods of them, and it has none of libdevice's functions."""
+    makes fp32 scalars with methods of them, and it has none of libdevice's functions.
+    """
     if torch.cuda.is_available():
         return
     import triton.language as tl

@@ -267,7 +267,7 @@ def test_a_receipt_is_json_and_leaves_out_what_says_nothing(tmp_path: Path) -> N
 
 
 def test_a_head_on_disk_that_the_base_ties_stays_its_embedding(folders: Path, tmp_path: Path) -> None:
-    """transformers unties two that differ: both get the trained rows."""
+    """Transformers unties two that differ: both get the trained rows."""
     base, out = tmp_path / "base", tmp_path / "merged"
     shutil.copytree(folders / "llama-tied", base)
     weights = safetensors.torch.load_file(base / "model.safetensors")

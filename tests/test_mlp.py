@@ -1,5 +1,6 @@
 """MLPs that backward recomputes, whole or in tiles of tokens: the same numbers, and of a row's inner columns no more
-than a tile's."""
+than a tile's.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """What the planner chooses is the fastest that fits, changes nothing that was fixed, and says why; where nothing fits
-it names the nearest that does."""
+it names the nearest that does.
+"""
 
 from __future__ import annotations
 

@@ -63,7 +63,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize("name", PROMISED)
 def test_the_pages_that_were_promised(capsys: pytest.CaptureFixture[str], name: str) -> None:
     """Word for word, and every figure within 1 % (or a point of a share): what they are held to stands in other tests.
-    Where a change is meant: distlora plan ... > tests/golden/plan/NAME.txt, and docs/planning.md with it."""
+    Where a change is meant: distlora plan ... > tests/golden/plan/NAME.txt, and docs/planning.md with it.
+    """
     expected, found = (GOLDEN / f"{name}.txt").read_text(), printed(capsys, *PROMISED[name])
     assert words_of(found) == words_of(expected), f"distlora plan {' '.join(PROMISED[name])}"
     for (figure, unit), (other, _) in zip(figures_of(found), figures_of(expected), strict=True):

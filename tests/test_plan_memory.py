@@ -1,5 +1,6 @@
 """Memory is calculated from config.json and settings, and is what ranks have: what stays to the byte, the peak of a
-step within 5 %, on 1 to 4 ranks of either backend."""
+step within 5 %, on 1 to 4 ranks of either backend.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ MOMENTS: dict[str, tuple[Moment, ...]] = {
 
 def check(plan: DeviceBytes, found: StepMemory, *, short: str | None = None) -> None:
     """Each part of a step within 5 % of the whole peak: one of them is it, and others are at other sizes. But for
-    `short`. At the peak each kind that can be told apart within 10 % of it, or 2 % of the peak."""
+    `short`. At the peak each kind that can be told apart within 10 % of it, or 2 % of the peak.
+    """
     assert {kind: nbytes for kind, nbytes in found.held.items() if nbytes} == plan.held
     assert plan.peak == pytest.approx(found.peak, rel=0.05), (plan.by_kind, found.by_kind)
     here = beside_plan.grouped(found.by_kind)

@@ -64,7 +64,8 @@ def full_finetuning() -> float:
 
 def qlora_paper_adapters(shapes: ModelShapes) -> int:
     """The numbers of its adapters as the paper's figure has them: rank 64 on the linears of a block with an MLP of two
-    of 4 h, 18 h rows and columns a block (LLaMA's own three are 19.06 h at 65B)."""
+    of 4 h, 18 h rows and columns a block (LLaMA's own three are 19.06 h at 65B).
+    """
     return 64 * 18 * shapes.hidden * shapes.num_layers
 
 
@@ -90,7 +91,8 @@ def peft(*, adapter_bytes: int, beside: float) -> float:
     """A rank of PEFT on two GPUs at a block's backward, NF4 stored as bf16: its rows of the base, with the scales on
     every rank; its half of adapters, gradients and moments, of `adapter_bytes` a number; the kept inputs of blocks, a
     block's own activations; dropout before each adapter (0.1): its output in bf16 and its mask; a weight dequantized;
-    and `beside`, what its sharding has gathered and keeps for it."""
+    and `beside`, what its sharding has gathered and keeps for it.
+    """
     plan, step = steps(LLAMA2_70B, *PEFT_RUN)
     shapes, config = plan.model.shapes, plan.config
     read = sum(adapter.down[1] for adapter in shapes.adapters(config.adapter)[0])
@@ -103,7 +105,8 @@ def peft(*, adapter_bytes: int, beside: float) -> float:
 
 def peft_fsdp() -> float:
     """FSDP1 without mixed precision: adapters, gradients and both moments in bf16. The root unit (embedding, head)
-    stays whole, a block is, and the next is on its way."""
+    stays whole, a block is, and the next is on its way.
+    """
     shapes = shapes_of(LLAMA2_70B)
     block = sum(2 * -(-weight.numel // 4) if weight.packs else 2 * weight.numel for weight in shapes.block)
     return peft(adapter_bytes=8, beside=2 * 2 * shapes.vocabulary * shapes.hidden + 2 * block)
@@ -111,14 +114,16 @@ def peft_fsdp() -> float:
 
 def peft_zero3() -> float:
     """DeepSpeed in bf16: beside parameters and gradients in bf16, fp32 masters, gradients and moments. Its bucket to
-    reduce is of 5e8 numbers, and it lets 1e9 be live (zero_optimization's defaults)."""
+    reduce is of 5e8 numbers, and it lets 1e9 be live (zero_optimization's defaults).
+    """
     return peft(adapter_bytes=2 + 2 + 4 + 4 + 8, beside=2 * 5e8 + 2 * 1e9)
 
 
 def torchtune_405b(micro_batch: int, *, least: bool = False) -> float:
     """GiB of a rank of eight: NF4 as ours, all of it cut, adapters, gradients and moments in bf16; the root unit
     (embedding, head) stays whole from forward to backward's end, a block is, and the next is on its way; a weight
-    dequantized. `least`: but for what compilation may save: what a block computes."""
+    dequantized. `least`: but for what compilation may save: what a block computes.
+    """
     words = (f"train.micro_batch={micro_batch}", f"train.global_batch={8 * micro_batch}", "data.sequence_length=2048")
     plan, step = steps(LLAMA3_405B, *words, "adapter.r=16", "cluster.gpus_per_node=8", "train.liger=false")
     shapes = plan.model.shapes
@@ -250,7 +255,8 @@ def test_what_is_published_is_what_we_calculate(figure: Published) -> None:
 
 def test_the_qlora_paper_s_figure_is_its_layout_term_by_term() -> None:
     """The bars of its figure of memory by kind (appendix), in MiB. Adapters and moments are calculated with 18 h
-    columns a block, exactly; of the base 330 to 570 MiB are neither weights nor scales."""
+    columns a block, exactly; of the base 330 to 570 MiB are neither weights nor scales.
+    """
     base = {"7B": 5046, "13B": 8476, "65B": 37_074}
     adapters, moments = {"13B": 450, "65B": 1440}, {"7B": 1152, "13B": 1800, "65B": 5760}
     for size, said in adapters.items():
@@ -280,14 +286,16 @@ def test_full_finetuning_of_7b_is_within_the_range_that_is_said() -> None:
 
 def test_a_batch_of_two_is_not_what_torchtune_s_405b_ran_with() -> None:
     """Its table is said to be of two rows, its configuration has one: base, adapters, the unit that stays whole and the
-    inputs of blocks alone are more than the figure."""
+    inputs of blocks alone are more than the figure.
+    """
     assert torchtune_405b(2, least=True) > 1.05 * 44.8
     assert torchtune_405b(1, least=True) < 44.8
 
 
 def test_what_offloading_takes_off_peft_s_fsdp_is_what_is_cut() -> None:
     """35.6 GB become 19.6 with the base offloaded. Of what we calculate its rows of the base and of what is trained go,
-    so what is left over of the first figure is nothing that is cut."""
+    so what is left over of the first figure is nothing that is cut.
+    """
     plan, _ = steps(LLAMA2_70B, *PEFT_RUN)
     shapes = plan.model.shapes
     scales = packed(shapes, bits_of_scales=0.127) - packed(shapes, bits_of_scales=0)

@@ -1,5 +1,6 @@
 """Tokens a second that others have published, beside what a plan says of the same settings: the ratios that are in
-docs/benchmarks.md, without a factor that would make them 1."""
+docs/benchmarks.md, without a factor that would make them 1.
+"""
 
 from __future__ import annotations
 
@@ -245,7 +246,7 @@ def test_a_published_speed_beside_ours_is_as_the_readme_says(run: Published) -> 
 
 
 def test_one_published_speed_is_more_than_its_gpu_can() -> None:
-    """torchtune's A6000 would compute 1.4 times what its maker says; an RTX 6000 Ada could."""
+    """Torchtune's A6000 would compute 1.4 times what its maker says; an RTX 6000 Ada could."""
     (run,) = (run for run in RUNS if run.gpu == "a6000")
     assert planned(run)[1] == pytest.approx(1.41, abs=0.005)
     time, share = planned(dataclasses.replace(run, gpu="rtx6000_ada"))

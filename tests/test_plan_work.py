@@ -1,5 +1,6 @@
 """What the device does in a step is counted as the kernels' own cost model counts it, as operations on the CPU do, and
-adds up to what the step computes."""
+adds up to what the step computes.
+"""
 
 from __future__ import annotations
 

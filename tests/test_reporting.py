@@ -396,7 +396,7 @@ def test_a_run_has_its_plan_and_by_setting_its_result_as_an_artifact(tmp_path, n
 
 
 def test_a_run_of_an_agent_is_the_sweeps_and_is_recorded_as_it_is(tmp_path, no_key, monkeypatch):
-    """wandb itself would put the sweep's values over those of the run: `quant: nf4` in place of the section."""
+    """Wandb itself would put the sweep's values over those of the run: `quant: nf4` in place of the section."""
     values = tmp_path / "values.yaml"
     values.write_text("wandb_version: 1\nadapter.r:\n  value: 16\nquant:\n  value: nf4\noptim.lr:\n  value: 5.0\n")
     for name, value in {"SWEEP_ID": "sweep1", "RUN_ID": "run1", "SWEEP_PARAM_PATH": str(values)}.items():

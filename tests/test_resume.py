@@ -38,7 +38,8 @@ class Stopped(Exception):
 
 def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[int, list[int]]:
     """The worker, stopped as it begins the given step, or run to its end. Returns the rows of each step that it made,
-    in order."""
+    in order.
+    """
     original = worker.Trainer._train_step
     rows: dict[int, list[int]] = {}
 

@@ -66,7 +66,8 @@ def test_signals_ask_whoever_started_the_worker_and_sigterm_from_its_parent_ends
 
 def words_of(ranks: Ranks, *, asking: dict[int, int], boundaries: int) -> tuple[int, int]:
     """(the boundary, counted from 0, at which this rank stops; the signal), where rank r asks before boundary
-    `asking[r]`."""
+    `asking[r]`.
+    """
     words = Control(ranks, save_minutes=None)
     try:
         for boundary in range(boundaries):
@@ -103,7 +104,8 @@ def test_one_process_stops_at_once() -> None:
 
 def saves_of(ranks: Ranks, *, boundaries: int, every: int, anyway: int | None) -> list[int]:
     """The boundaries at which a save is made: each `every`th, where it is due, and the one where it is `anyway`. Each
-    rank has a clock of its own rate, a second or more a boundary."""
+    rank has a clock of its own rate, a second or more a boundary.
+    """
     made, now = [], 0.0
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: now))

@@ -117,7 +117,8 @@ def full_log() -> io.TextIOWrapper:
 )
 def test_the_rank_that_hangs_is_named(world: World, case: str, culprits: tuple[int, ...], words: str) -> None:
     """By whichever ends first: here the process lives on, and whoever judges after that sees it elsewhere. gloo's waits
-    let the watch run beside them."""
+    let the watch run beside them.
+    """
     told = [said for said in world.run(3, watched, case=case, port=free_port()) if said is not None]
     assert told
     _, message, named, seconds = min(told)
@@ -187,7 +188,8 @@ def test_who_is_waited_for(positions: list[Position | None], culprits: tuple[int
 
 def test_a_look_keeps_nothing_that_the_training_thread_has_in_hand() -> None:
     """Its frames are of the training thread too: kept until the garbage is collected, they are a dequantized weight for
-    each second of a backward."""
+    each second of a backward.
+    """
 
     class Weight:
         pass

@@ -357,7 +357,8 @@ class Passed:
 
 def units_ahead(ranks: Ranks, *, run_dir: Path) -> list[int]:
     """When a unit is let go: units that were before, and that the host has not waited for. Of an evaluation, then two
-    micro-batches."""
+    micro-batches.
+    """
     config = train.load_config(run_dir)
     events: list[Passed] = []
     ahead = []

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distlora.config import OptimConfig, UserError
-from distlora_kernels.nf4_cpu import has_bitsandbytes
+from distlora.config import OptimConfig
+from distlora.system.extras import require_package
 
 
 class Optimizer(ABC):
@@ -103,11 +103,7 @@ class BitsAndBytesAdamW(Optimizer):
     per_element = ("state1", "state2")
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
-        if not has_bitsandbytes():
-            raise UserError(
-                f"optim.name={config.name} is bitsandbytes', which is not installed here; install it with `pip install "
-                "bitsandbytes`, or set optim.name=adamw"
-            )
+        require_package("bitsandbytes", f"optim.name={config.name}", otherwise=", or set optim.name=adamw")
         from bitsandbytes import optim
 
         classes = {

@@ -45,6 +45,7 @@ from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES, short
 from distlora.config.places import is_hub_name
 from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders
+from distlora.system.extras import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
 from distlora.weights.prequantized import (
     PrequantizedWeight,
@@ -139,6 +140,8 @@ def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: Optim
             reason="pages optimizer states between a GPU and the host, and this node shows no GPU",
             cure=f"set {{field}}={same}",
         )
+    if optim.name != "adamw":
+        require_package("bitsandbytes", f"optim.name={optim.name}", otherwise=", or set optim.name=adamw")
     if train.compile:
         reason = native.unavailable_reason()
         if gpu_count() > 0:

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from distlora.config import UserError
+from distlora.system.extras import require_package
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.demo.base import (
     base_folder,
@@ -143,6 +144,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             f"distlora demo takes no arguments but --base, not {' '.join(arguments)!r}; `distlora train` has settings"
         )
+    require_package("peft", "distlora demo")
     started = time.monotonic()
     processes = min(2, gpu_count() or 2)
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -16,19 +16,9 @@ import pytest
 from distlora.config import Config, UserError
 from distlora.config.plan import CHOSEN
 from distlora.planner import Machine, Plan, PlannedModel, plan_of
-from distlora.planner.choice.choose import (
-    RESERVE,
-    TOO_SLOW,
-    Choice,
-    choose,
-    cost_of,
-    has_room,
-    is_as_good,
-    resolve_quantization,
-)
-from distlora.planner.choice.larger import room
-from distlora.planner.choice.space import changed, if_valid, value_of, with_settings
-from distlora.planner.choice.suggest import given_up, moves, nearest, sacrifices, with_ranks
+from distlora.planner.choice.choose import TOO_SLOW, Choice, choose, resolve_quantization
+from distlora.planner.choice.search import RESERVE, Search, cost_of, has_room, is_as_good
+from distlora.planner.choice.suggest import given_up, moves, nearest, room, sacrifices, with_ranks
 from distlora.planner.machine import machine_of as machine_asked_for
 from distlora.planner.pages.report import needs
 from distlora.system.numbers import size
@@ -65,6 +55,10 @@ def config_of(ranks: int, *, each: int = 8, **sections: dict[str, Any]) -> Confi
     return config_with(base, sections)
 
 
+def search(config: Config, model: PlannedModel, where: Machine, fixed: Collection[str] = ()) -> Search:
+    return Search(config=config, model=model, machine=where, fixed=fixed)
+
+
 def every(said: Config, fixed: set[str], model: PlannedModel, where: Machine) -> Iterator[Plan]:
     """Every plan there is, with no thought of which could be good."""
     rows = -(-said.train.global_batch // where.ranks)
@@ -80,10 +74,10 @@ def every(said: Config, fixed: set[str], model: PlannedModel, where: Machine) ->
         "train.keep_dequantized": [False, True],
         "parallel.resident_blocks": list(range(model.shapes.num_layers + 1)),
     }
-    values |= {name: [value_of(said, name)] for name in values if name in fixed}
+    values |= {name: [said.value_of(name)] for name in values if name in fixed}
     for combination in itertools.product(*values.values()):
         try:
-            config = with_settings(said, dict(zip(values, combination, strict=True)))
+            config = said.with_settings(dict(zip(values, combination, strict=True)))
         except UserError:
             continue
         yield plan_of(config, model, where)
@@ -138,17 +132,18 @@ CUTS = {"parallel.shard_degree", "parallel.backend"}
 )
 def test_the_choice_is_the_fastest_of_all_that_fit(where: Machine, fixed: set[str], sections: dict[str, Any]) -> None:
     said, model = config_of(where.ranks, each=where.ranks_per_machine, **sections), model_of("8b", num_hidden_layers=3)
-    found = choose(said, fixed, model, where)
+    given = search(said, model, where, fixed)
+    found = choose(given)
     fitting = [plan for plan in every(said, fixed, model, where) if has_room(plan, RESERVE)]
     best = min(cost_of(plan) for plan in fitting)
     good = [plan for plan in fitting if is_as_good(cost_of(plan), best)]
     assert has_room(found.plan, RESERVE)
     assert is_as_good(cost_of(found.plan), best)
-    assert len(changed(said, found.config)) == min(len(changed(said, plan.config)) for plan in good)
-    assert 0 < len(found.changes) <= len(changed(said, found.config))
+    assert len(given.changed(found.plan)) == min(len(given.changed(plan)) for plan in good)
+    assert 0 < len(found.changes) <= len(given.changed(found.plan))
     assert found.plan == plan_of(found.config, model, where)
-    assert all(value_of(found.config, name) == value_of(said, name) for name in fixed)
-    rest = with_settings(found.config, {name: value_of(said, name) for name in CHOSEN})
+    assert all(found.config.value_of(name) == said.value_of(name) for name in fixed)
+    rest = found.config.with_settings({name: said.value_of(name) for name in CHOSEN})
     assert rest == said, "what may not be chosen has changed"
 
 
@@ -165,8 +160,8 @@ def test_the_choice_is_the_fastest_of_all_that_fit(where: Machine, fixed: set[st
 )
 def test_quant_auto_is_16_bits_where_they_fit(usable: float, sections: dict[str, Any], method: str, why: str) -> None:
     said, model = config_of(1, quant={"method": "auto"}, **sections), model_of("8b")
-    found = resolve_quantization(said, model, machine("h100", 1, usable=usable))
-    assert found.config == with_settings(said, {"quant.method": method})
+    found = resolve_quantization(search(said, model, machine("h100", 1, usable=usable)))
+    assert found.config == said.with_settings({"quant.method": method})
     assert [change.typed for change in found.changes] == [f"quant={method}"]
     assert re.search(why, found.changes[0].why)
 
@@ -178,9 +173,11 @@ def test_quant_auto_is_16_bits_where_they_fit(usable: float, sections: dict[str,
 )
 def test_quant_auto_compares_the_best_of_either_base(name: str, where: Machine, method: str) -> None:
     said, model = config_of(8, quant={"method": "auto"}), model_of(name)
-    found = choose(said, (), model, where)
-    in_16_bits = choose(with_settings(said, {"quant.method": "none"}), ("parallel.offload_base",), model, where).plan
-    in_nf4 = choose(with_settings(said, {"quant.method": "nf4"}), (), model, where).plan
+    found = choose(search(said, model, where))
+    in_16_bits = choose(
+        search(said.with_settings({"quant.method": "none"}), model, where, ("parallel.offload_base",))
+    ).plan
+    in_nf4 = choose(search(said.with_settings({"quant.method": "nf4"}), model, where)).plan
     assert has_room(in_16_bits, RESERVE)
     assert has_room(in_nf4, RESERVE)
     times = in_16_bits.time, in_nf4.time
@@ -196,10 +193,10 @@ def test_quant_auto_compares_the_best_of_either_base(name: str, where: Machine, 
 def test_quant_auto_keeps_what_is_in_nf4_already_and_asks_for_no_gpu_that_it_does_not_know() -> None:
     said, model = config_of(1, quant={"method": "auto"}), model_of("8b")
     packed = dataclasses.replace(model, settings={**model.settings, "quantization_config": {"quant_method": "bnb"}})
-    assert str(choose(said, CHOSEN, packed, machine("h100", 1)).changes[0]) == "quant=nf4: 8b is in NF4 already"
+    assert str(choose(search(said, packed, machine("h100", 1), CHOSEN)).changes[0]) == "quant=nf4: 8b is in NF4 already"
     unknown = dataclasses.replace(machine("h100", 1), usable_bytes=None)
-    found = choose(said, (), model, unknown)
-    assert found.config == with_settings(said, {"quant.method": "nf4"})
+    found = choose(search(said, model, unknown))
+    assert found.config == said.with_settings({"quant.method": "nf4"})
     assert str(found.changes[0]) == "quant=nf4: how much memory the GPU has is not known"
 
 
@@ -209,7 +206,7 @@ def test_auto_is_read_by_nobody_before_it_is_decided() -> None:
 
 
 def test_plan_auto_alone_leaves_the_quantization() -> None:
-    found = choose(config_of(8), (), model_of("8b"), machine("h100", 8))
+    found = choose(search(config_of(8), model_of("8b"), machine("h100", 8)))
     assert found.config.quant.method == "nf4"
 
 
@@ -222,8 +219,9 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
         made.append(asked)
         return plan_of(*asked)
 
-    monkeypatch.setattr("distlora.planner.choice.choose.plan_of", counted)
-    found = choose(config_of(ranks, quant={"method": "auto"}), (), model_of(name), machine("h100", ranks))
+    for module in ("distlora.planner", "distlora.planner.choice.search"):
+        monkeypatch.setattr(f"{module}.plan_of", counted)
+    found = choose(search(config_of(ranks, quant={"method": "auto"}), model_of(name), machine("h100", ranks)))
     assert has_room(found.plan, RESERVE)
     assert len(made) < most, len(made)
 
@@ -283,31 +281,34 @@ def test_the_nearest_that_fits_is_the_smallest_change(
     said, model = config_of(where.ranks, **sections), model_of(name)
     plan = plan_of(said, model, where)
     assert not has_room(plan)
-    found = nearest(said, model, where)
+    found = nearest(plan)
     assert re.match(expected, str(found)), str(found)
     for one in filter(None, (found.same, found.other, found.more, found.gpu)):
         assert has_room(one.plan)
-        assert one.plan == plan_of(with_settings(said, one.settings), model, one.plan.machine)
+        assert one.plan == plan_of(said.with_settings(one.settings), model, one.plan.machine)
         for left_out in one.settings if len(one.settings) > 1 else ():
             fewer = {name: value for name, value in one.settings.items() if name != left_out}
             with contextlib.suppress(UserError):
-                config = with_settings(said, fewer)
-                there = with_ranks(where, config) if left_out.startswith(("cluster.", "gpu.")) else one.plan.machine
+                config = said.with_settings(fewer)
+                there = (
+                    with_ranks(where, config.cluster) if left_out.startswith(("cluster.", "gpu.")) else one.plan.machine
+                )
                 assert not has_room(plan_of(config, model, there)), f"{left_out} is not needed"
     if found.gpu is not None:
         named = found.gpu.plan.config
         there = dataclasses.replace(machine_asked_for(named.gpu, named.cluster), host_bytes=where.host_bytes)
         assert found.gpu.plan.machine == there, "what is planned for by its words"
-    alone = [config for move in moves(plan) if (config := if_valid(said, move)) is not None]
-    fitting = [each for config in alone if has_room(each := plan_of(config, model, with_ranks(where, config)))]
+    alone = [config for move in moves(plan) if (config := said.if_valid(move)) is not None]
+    fitting = [each for config in alone if has_room(each := plan_of(config, model, with_ranks(where, config.cluster)))]
     if fitting:
         assert found.same is not None
         assert cost_of(found.same.plan) == min(map(cost_of, fitting)), "the fastest of as many settings"
     if found.same is None and found.other is not None:
-        for each in sacrifices(said, where):
-            config = with_settings(said, each)
-            if given_up(said, config) < given_up(said, found.other.plan.config):
-                assert not choose(config, {"quant.method"}, model, where, reserve=0.0).plan.fits, each
+        for each in sacrifices(plan):
+            config = said.with_settings(each)
+            if given_up(plan, plan_of(config, model, where)) < given_up(plan, found.other.plan):
+                again = Search(config=config, model=model, machine=where, fixed={"quant.method"}, reserve=0.0)
+                assert not choose(again).plan.fits, each
     if found.same is found.other is None:
         assert found.least is not None
         assert not has_room(found.least)
@@ -319,22 +320,22 @@ def test_what_a_run_has_room_for_is_a_plan_of_each() -> None:
     model, where, larger = model_of("8b"), machine("h100", 8), ("model=larger", model_of("70b"))
     said = config_of(8)
     plan = plan_of(said, model, where)
-    found = {each.what: each for each in room(Choice(config=said, plan=plan, asked=said), larger)}
+    found = {each.what: each for each in room(Choice(plan=plan, search=search(said, model, where, CHOSEN)), larger)}
     assert list(found) == ["train.micro_batch=2", "data.sequence_length=8192", "adapter.r=32", "model=larger"]
-    longer = plan_of(with_settings(said, {"data.sequence_length": 8192}), model, where)
+    longer = plan_of(said.with_settings({"data.sequence_length": 8192}), model, where)
     assert found["data.sequence_length=8192"].total == longer.device.total
     assert all(each.total > plan.device.total for each in found.values())
 
 
 def test_a_larger_model_is_planned_with_what_is_chosen_for_it() -> None:
     said = config_of(8, plan={"mode": "auto"})
-    choice = choose(said, (), model_of("8b"), machine("h100", 8))
+    choice = choose(search(said, model_of("8b"), machine("h100", 8)))
     larger = model_of("70b")
     found = room(choice, ("model=larger", larger))[-1]
     assert plan_of(choice.config, larger, choice.plan.machine).fits is False
     assert found.fits
     assert found.chosen_again
-    assert found.total == choose(said, (), larger, choice.plan.machine).plan.device.total
+    assert found.total == choose(search(said, larger, choice.plan.machine)).plan.device.total
 
 
 def test_a_cpu_machine_is_too_small_for_what_all_its_processes_take_and_no_sooner() -> None:

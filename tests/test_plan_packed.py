@@ -84,7 +84,7 @@ def test_as_many_fit_as_one_more_does_not(gpu: str, ranks: int, length: int, ran
     words = (f"data.sequence_length={length}", f"adapter.r={rank}", "adapter.target_modules=all-linear")
     trial = composed(*BASE[:2], *words)
     machine, model = machine_of(gpu, ranks=ranks), model_of("8b")
-    found = packing(trial, model, machine, "auto")
+    found = packing(plan_of(trial, model, machine), "auto")
     brute = [n for n in range(1, 40) if together([trial] * n, model, machine).fits]
     assert brute == list(range(1, len(brute) + 1)), "what fits is followed by nothing that does not"
     assert found.most == len(brute) > 1
@@ -96,12 +96,13 @@ def test_as_many_fit_as_one_more_does_not(gpu: str, ranks: int, length: int, ran
         <= usable
         < together([trial] * (found.trials + 1), model, machine).device.total * 1.05
     )
-    few = packing(trial, model, machine, 3, most=3)
+    few = packing(plan_of(trial, model, machine), 3, most=3)
     assert (few.trials, few.most, few.beyond) == (3, 3, None)
 
 
 def test_where_nothing_says_how_much_there_is_auto_is_one() -> None:
-    found = packing(composed(*BASE), model_of("8b"), machine_of("h100", usable_bytes=None, flops=None), "auto")
+    where = machine_of("h100", usable_bytes=None, flops=None)
+    found = packing(plan_of(composed(*BASE), model_of("8b"), where), "auto")
     assert (found.trials, found.most, found.ratio) == (1, None, None)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from distlora.config import UserError
+from distlora.planner import plan_of
 from distlora.planner.speed.scaling import FABRICS, ScalingRow, numbers_of, scaling
 from distlora.planner.speed.timing import step_time
 from distlora.planner.workload import Workload
@@ -21,7 +22,7 @@ def rows_of(rows: list[ScalingRow], **values: object) -> dict[int, ScalingRow]:
 
 def test_rows_are_the_plans_own_time_from_1_to_1024_gpus() -> None:
     config, model, machine = config_of(8, train={"global_batch": 2048}), model_of("8b"), machine_of(ranks=8)
-    rows = scaling(config, model, machine)
+    rows = scaling(plan_of(config, model, machine))
     whole = rows_of(rows, layout="one copy")
     assert tuple(whole) == numbers_of(8)
     assert tuple(rows_of(rows, layout="a copy a machine")) == numbers_of(8)[4:]
@@ -39,7 +40,7 @@ def test_rows_are_the_plans_own_time_from_1_to_1024_gpus() -> None:
 
 def test_more_gpus_with_as_many_rows_each_never_get_faster_each() -> None:
     config, machine = config_of(8, train={"global_batch": 32}), machine_of(ranks=8)
-    rows = scaling(config, model_of("8b"), machine, kind="weak")
+    rows = scaling(plan_of(config, model_of("8b"), machine), kind="weak")
     for layout in ("one copy", "a copy a machine"):
         found = rows_of(rows, layout=layout)
         efficiencies = [row.efficiency for row in found.values()]
@@ -54,7 +55,7 @@ def test_more_gpus_with_as_many_rows_each_never_get_faster_each() -> None:
 
 def test_slower_links_are_never_faster() -> None:
     config, machine = config_of(8, train={"global_batch": 512}), machine_of(ranks=8)
-    rows = scaling(config, model_of("70b"), machine, kind="weak", fabrics=FABRICS, layouts=("one copy",))
+    rows = scaling(plan_of(config, model_of("70b"), machine), kind="weak", fabrics=FABRICS, layouts=("one copy",))
     by_fabric = {fabric.name: rows_of(rows, fabric=fabric.name)[64].seconds for fabric in FABRICS}
     slower = [(a, b) for a in FABRICS for b in FABRICS if a.inside >= b.inside and a.network >= b.network]
     assert all(by_fabric[a.name] <= by_fabric[b.name] for a, b in slower)
@@ -64,7 +65,7 @@ def test_slower_links_are_never_faster() -> None:
 def test_a_fabric_is_its_own_and_not_what_the_user_says_of_the_links_there_are() -> None:
     model, machine = model_of("8b"), machine_of(ranks=8)
     given = config_of(8, gpu={"link_gb_per_second": 200.0, "network_gb_per_second": 9.0})
-    plain, said = (scaling(config, model, machine, fabrics=FABRICS) for config in (config_of(8), given))
+    plain, said = (scaling(plan_of(config, model, machine), fabrics=FABRICS) for config in (config_of(8), given))
     assert plain == said
     for row in rows_of(plain, fabric="PCIe 4, one 100 Gb/s Ethernet", layout="one copy").values():
         assert row.ranks == 1 or any("80% of 31.5 GB/s" in sentence for sentence in row.assumptions)
@@ -74,16 +75,16 @@ def test_a_fabric_is_its_own_and_not_what_the_user_says_of_the_links_there_are()
 def test_machines_of_any_number_of_gpus_scale() -> None:
     assert numbers_of(8) == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     assert numbers_of(12) == (1, 2, 4, 8, 12, 24, 48, 96, 192, 384, 768)
-    rows = scaling(config_of(12), model_of("8b"), machine_of(ranks=12, per_machine=12), layouts=("one copy",))
+    rows = scaling(plan_of(config_of(12), model_of("8b"), machine_of(ranks=12, per_machine=12)), layouts=("one copy",))
     assert tuple(rows_of(rows)) == numbers_of(12)
 
 
 def test_what_cannot_be_said_is_refused() -> None:
     config, model, machine = config_of(8), model_of("8b"), machine_of(ranks=8)
     with pytest.raises(UserError, match=r"20 GPUs are no number of machines of 8; ask for a multiple of 8"):
-        scaling(config, model, machine, numbers=(8, 20))
+        scaling(plan_of(config, model, machine), numbers=(8, 20))
     with pytest.raises(UserError, match=r"how H100 SXM 80 GB scales is not known.*; set gpu\.tflops$"):
-        scaling(config, model, dataclasses.replace(machine, flops=None))
+        scaling(plan_of(config, model, dataclasses.replace(machine, flops=None)))
 
 
 def test_settings_of_several_ranks_are_left_out_of_one(tmp_path: Path) -> None:
@@ -93,6 +94,6 @@ def test_settings_of_several_ranks_are_left_out_of_one(tmp_path: Path) -> None:
     offloaded = {"backend": "zero3", "offload_base": True, "deepspeed_config": str(file)}
     for parallel in (offloaded, {"resident_blocks": 4}, {"shard_degree": 4}):
         config = config_of(8, parallel=parallel)
-        one, eight = scaling(config, model, machine, numbers=(1, 8), layouts=("one copy",))
+        one, eight = scaling(plan_of(config, model, machine), numbers=(1, 8), layouts=("one copy",))
         assert one.ranks == 1
         assert eight.tokens_per_second > 4 * one.tokens_per_second

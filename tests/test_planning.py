@@ -92,9 +92,9 @@ def test_of_gpus_that_nothing_describes_nothing_is_refused_and_nothing_chosen(
     shows(UNKNOWN)
     assert train() == 0
     assert "whether it fits is not known" in capsys.readouterr().out
-    for where, said in (((), "this machine"), (("cluster=slurm",), "cluster=slurm")):
+    for where, said in (((), "this node"), (("cluster=slurm",), "cluster=slurm")):
         assert train("plan=auto", "run_dir=other", *where) == 2
-        assert f"which nothing says of {said}; add gpu=h100" in capsys.readouterr().err
+        assert f"which is unknown for {said}; add gpu=h100" in capsys.readouterr().err
 
 
 def test_a_job_of_a_sweep_that_does_not_fit_leaves_the_others_alone(
@@ -147,7 +147,7 @@ def test_a_run_on_another_gpu_than_is_planned_for_says_so(
     for gpu, says in (("h100", True), ("rtx4090", False), ("auto", False)):
         plan = planned(compose_run(words(f"gpu={gpu}")).config)
         keep(tmp_path, plan)
-        told = "this is the plan of gpu=h100, and the run is on what this machine shows: NVIDIA GeForce RTX 4090"
+        told = "this is the plan of gpu=h100, but this node has another GPU: NVIDIA GeForce RTX 4090"
         assert (told in capsys.readouterr().err) is says
         keep(tmp_path, plan, runs_here=False)
         assert capsys.readouterr().err == ""

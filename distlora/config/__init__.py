@@ -8,9 +8,10 @@ is checked by the launcher (`distlora_launcher/compose/checks.py`), before any w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distlora.config.base import SAVED_MODULES, TARGET_PRESETS, AdapterConfig, ModelConfig, QuantConfig
 from distlora.config.cluster import ClusterConfig
@@ -188,6 +189,28 @@ class Config:
         return ModelSpec(
             model=self.model, quant=self.quant, adapter=self.adapter, dtype=self.train.dtype, seed=self.train.seed
         )
+
+    def value_of(self, setting: str) -> Any:
+        """Return the value of a setting by its dotted name, such as `train.micro_batch`."""
+        section, _, name = setting.partition(".")
+        return getattr(getattr(self, section), name)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Config:
+        """Return the settings with other values by dotted name. Raises UserError for values that exclude each other."""
+        sections: dict[str, dict[str, Any]] = {}
+        for setting, value in settings.items():
+            section, _, name = setting.partition(".")
+            sections.setdefault(section, {})[name] = value
+        # One after the other would meet states that are refused, such as offload_base before backend.
+        changed = {name: replace(getattr(self, name), **values) for name, values in sections.items()}
+        return replace(self, **changed)
+
+    def if_valid(self, settings: Mapping[str, Any]) -> Config | None:
+        """Return the settings with other values, or None for values that exclude each other."""
+        try:
+            return self.with_settings(settings)
+        except UserError:
+            return None
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches that each of `ranks` runs in a step."""

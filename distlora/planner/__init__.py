@@ -5,7 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,6 +88,11 @@ class Plan:
         """Return True if GPU memory is too small. Takes a hundredth of the time of `lacks`."""
         usable = self.machine.usable_bytes if self.machine.is_gpu else None
         return usable is not None and self.device.total * (1 + reserve) > usable
+
+    def replan(self, settings: Mapping[str, Any]) -> Plan | None:
+        """Return the plan with other settings by dotted name; None for values that exclude each other."""
+        config = self.config.if_valid(settings)
+        return None if config is None else plan_of(config, self.model, self.machine)
 
     def as_json(self) -> dict[str, Any]:
         """Every figure, for a program to read: bytes and operations as integers, under names that stay."""

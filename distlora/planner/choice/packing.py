@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distlora.config import Config
 from distlora.planner import Plan, plan_of
-from distlora.planner.choice.choose import RESERVE, has_room
-from distlora.planner.machine import Machine
+from distlora.planner.choice.search import RESERVE, has_room
 from distlora.planner.memory.kinds import Kind
-from distlora.planner.model import PlannedModel
-from distlora.planner.workload import Workload
 
 MOST = 64
-"""Trials that are looked at, at the most."""
+"""Most trials that are planned together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packing:
-    """Trials of one kind in a pack."""
+    """Plans of equal trials that are trained together."""
 
     alone: Plan
     plan: Plan
-    """Of the pack."""
+    """Plan of all trials together."""
     trials: int
-    asked: int | Literal["auto"]
+    requested: int | Literal["auto"]
+    """Value of sweep.packed."""
     most: int | None
-    """As many as fit, MOST at the most; None: it is not known what does."""
+    """Most trials that fit, up to MOST; None if the available memory is unknown."""
     beyond: Plan | None
-    """Of one trial more than fit."""
+    """Plan of one trial more than fit."""
 
     @property
     def ratio(self) -> float | None:
-        """A step of the pack, in steps of one trial alone; None: the machine's rates are not known."""
+        """Step time of all trials over that of one trial alone; None if the rates of the node are unknown."""
         pack, alone = self.plan.time, self.alone.time
         return None if pack is None or alone is None else pack.seconds / alone.seconds
 
     @property
     def binds(self) -> Kind | None:
-        """The kind of memory that each further trial takes most of; None: nothing says how much there is."""
+        """Category of memory that each further trial takes most of; None if the limit is unknown."""
         if self.beyond is None:
             return None
         more = Counter(self.beyond.device.by_kind)
@@ -50,11 +47,11 @@ class Packing:
         return max(more, key=lambda kind: more[kind])
 
     def as_json(self) -> dict[str, Any]:
-        """Every figure, for a program to read."""
+        """Return every figure as JSON values."""
         alone, beyond = self.alone, self.beyond
         return {
             "trials": self.trials,
-            "asked": self.asked,
+            "asked": self.requested,
             "most": self.most,
             "fits": self.plan.fits,
             "of_one_trial": {
@@ -67,26 +64,25 @@ class Packing:
         }
 
 
-def packing(
-    config: Config, model: PlannedModel, machine: Machine, asked: int | Literal["auto"], *, most: int = MOST
-) -> Packing:
-    """Plan the requested number of trials with these settings, or as many as fit.
+def packing(one: Plan, requested: int | Literal["auto"], *, most: int = MOST) -> Packing:
+    """Plan the requested number of trials like the one of a plan, or as many as fit.
 
     `auto` leaves RESERVE free, and means 1 if the available memory is unknown. `most` bounds the number.
     """
-    work = Workload.of(config)
 
     @functools.cache
-    def of(number: int) -> Plan:
-        return plan_of(config, model, machine, trials=[work] * number)
+    def together(number: int) -> Plan:
+        return plan_of(one.config, one.model, one.machine, trials=[one.work] * number)
 
-    fit = None if machine.usable_bytes is None else _most(lambda number: has_room(of(number)), most)
-    if asked != "auto":
-        trials = asked
+    fit = None if one.machine.usable_bytes is None else _most(lambda number: has_room(together(number)), most)
+    if requested != "auto":
+        trials = requested
     else:
-        trials = 1 if fit is None else max(1, _most(lambda number: has_room(of(number), RESERVE), most))
-    beyond = of(fit + 1) if fit is not None and fit < most else None
-    return Packing(alone=of(1), plan=of(trials), trials=trials, asked=asked, most=fit, beyond=beyond)
+        trials = 1 if fit is None else max(1, _most(lambda number: has_room(together(number), RESERVE), most))
+    beyond = together(fit + 1) if fit is not None and fit < most else None
+    return Packing(
+        alone=together(1), plan=together(trials), trials=trials, requested=requested, most=fit, beyond=beyond
+    )
 
 
 def _most(fits: Callable[[int], bool], most: int) -> int:
@@ -98,7 +94,6 @@ def _most(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def largest(trials: Sequence[Config], model: PlannedModel, machine: Machine) -> Config:
-    """Return the trial that takes the most memory alone; trials that differ are planned as copies of it."""
-    adapters = {repr(trial.adapter): trial for trial in trials}
-    return max(adapters.values(), key=lambda trial: plan_of(trial, model, machine).device.total)
+def largest(plans: Iterable[Plan]) -> Plan:
+    """Return the plan of the trial that takes the most memory; trials that differ are planned as copies of it."""
+    return max(plans, key=lambda plan: plan.device.total)

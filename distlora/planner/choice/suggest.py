@@ -1,4 +1,4 @@
-"""Find what would fit if the settings do not: other settings, more GPUs or other GPUs. Imports no torch."""
+"""Find what would fit if the settings do not, and the next larger runs if they do. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,31 +8,39 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from distlora.config import Config
+from distlora.config import ClusterConfig
 from distlora.config.gpus import GPUS
 from distlora.config.plan import CHOSEN
 from distlora.planner import Plan, plan_of
-from distlora.planner.choice.choose import choose, cost_of, has_room, on_gpus, plans
-from distlora.planner.choice.space import RECOMPUTES, TILE, Settings, changed, if_valid, micro_batches, typed, value_of
+from distlora.planner.choice.choose import Choice, choose
+from distlora.planner.choice.search import (
+    RECOMPUTES,
+    TILE,
+    Search,
+    Settings,
+    cost_of,
+    has_room,
+    micro_batches,
+    typed,
+)
 from distlora.planner.machine import Machine, machine_of
 from distlora.planner.model import PlannedModel
 from distlora.system.numbers import size
 
 LEAST_LENGTH, LEAST_RANK = 256, 4
-"""What a row and a rank are not shortened below."""
+"""Smallest sequence length and adapter rank that are suggested."""
 MOST_AT_ONCE = 2
-"""Settings that are tried together, each with each; more are found by choosing all of them."""
+"""Most settings that are combined with each other; larger changes come from a search of all settings."""
 MOST_RANKS = 1024
 _FIXED = frozenset({"quant.method"})
-"""What is not chosen where another result is not asked for."""
+"""Settings that change the result."""
 _LEAST: Settings = {
     "train.keep_dequantized": False,
     "parallel.prefetch": False,
     "parallel.shard_degree": None,
     "parallel.resident_blocks": 0,
 }
-"""With these nothing takes more than with others, on a GPU or a host: so they are not searched where it is asked
-whether anything fits."""
+"""Values that never need more memory than others, on a GPU or a host. They are not searched for the least memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,14 +48,14 @@ class Fitting:
     """Settings with which a run fits."""
 
     changes: int
-    """What is to be changed; the base in host memory is one change, and two settings."""
+    """Number of changes; offloading the base is one change of two settings."""
     settings: Settings
     plan: Plan
 
     def __str__(self) -> str:
-        words = " ".join(typed(name, value) for name, value in self.settings.items())
-        device, host = self.plan.device, self.plan.host  # A CPU's processes have their machine's memory together.
-        return f"{words} ({size(device.total if self.plan.machine.is_gpu else host.workers)})"
+        overrides = " ".join(typed(name, value) for name, value in self.settings.items())
+        device, host = self.plan.device, self.plan.host  # The processes of a CPU node share its memory.
+        return f"{overrides} ({size(device.total if self.plan.machine.is_gpu else host.workers)})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,34 +65,33 @@ class Nearest:
     same: Fitting | None
     """The fewest settings to change for the same result."""
     other: Fitting | None
-    """What gives up least of the result (shorter rows, a smaller rank, NF4), where no settings keep all of it, or with
-    fewer settings than they take."""
+    """The change that gives up least of the result (shorter sequences, a smaller rank, NF4), if no settings keep the
+    result or if it takes fewer settings than they do."""
     more: Fitting | None = None
-    """The fewest such GPUs that are enough, and with which settings."""
+    """The fewest GPUs of the same model that are enough, with their settings."""
     gpu: Fitting | None = None
-    """The smallest known GPU of which as many are enough, and with which settings."""
+    """The smallest known GPU that is enough in the same number, with its settings."""
     least: Plan | None = None
-    """The plan that takes least, where no setting makes one fit."""
+    """The plan with the least memory, if no settings with the same result fit."""
 
     def __str__(self) -> str:
-        said = [f"set {found}" for found in (self.same, self.other) if found is not None]
-        said += [] if self.more is None else [f"take {self.more.plan.machine.ranks:,} such GPUs with {self.more}"]
+        texts = [f"set {fitting}" for fitting in (self.same, self.other) if fitting is not None]
+        texts += [] if self.more is None else [f"take {self.more.plan.machine.ranks:,} such GPUs with {self.more}"]
         if self.gpu is not None:
             machine = self.gpu.plan.machine
             number = "one" if machine.ranks == 1 else f"{machine.ranks:,} x"
-            said.append(f"take {number} {machine.name} with {self.gpu}")
+            texts.append(f"take {number} {machine.name} with {self.gpu}")
         if self.least is not None and not self.least.machine.is_gpu:
             return "name the GPUs that it is for, as gpu=h100 (distlora plan --help lists them)"
-        return ", or ".join(said) or "no number of such GPUs and no known GPU holds it"
+        return ", or ".join(texts) or "no number of such GPUs and no known GPU holds it"
 
 
-def nearest(config: Config, model: PlannedModel, machine: Machine) -> Nearest:
+def nearest(plan: Plan) -> Nearest:
     """Find the smallest change of settings that fits, whoever set them: one setting, then two, then more.
 
     Among changes of equally many settings the fastest wins. If no change keeps the result, the one that gives up least
     of it wins. More GPUs and other GPUs are tried only if neither helps.
     """
-    plan = plan_of(config, model, machine)
     same = _same(plan)
     least = None if same is not None else _least(plan)
     other = _with_fewer(plan, same.changes) if same is not None else _giving_up(plan, least)
@@ -94,43 +101,44 @@ def nearest(config: Config, model: PlannedModel, machine: Machine) -> Nearest:
 
 
 def moves(plan: Plan) -> list[Settings]:
-    """Single settings that take less memory and change no result."""
+    """Return the single settings that take less memory and keep the result."""
     config, model, machine = plan.config, plan.model, plan.machine
     train, parallel, ranks = config.train, config.parallel, machine.ranks
-    found: list[Settings] = []
+    singles: list[Settings] = []
     for mode in RECOMPUTES[RECOMPUTES.index(train.checkpointing) + 1 :]:
-        found.append({"train.checkpointing": mode})
-    found += [{"train.micro_batch": n} for n in reversed(micro_batches(config, machine)) if n < train.micro_batch]
-    found += [{"train.accumulate": "step"}] if train.accumulate == "block" else []
-    found += [{"train.keep_dequantized": False}] if train.keep_dequantized else []
+        singles.append({"train.checkpointing": mode})
+    singles += [{"train.micro_batch": n} for n in reversed(micro_batches(train, ranks)) if n < train.micro_batch]
+    singles += [{"train.accumulate": "step"}] if train.accumulate == "block" else []
+    singles += [{"train.keep_dequantized": False}] if train.keep_dequantized else []
     if train.mlp_tile is None and config.data.sequence_length >= 2 * TILE and model.shapes.family.experts is None:
-        found.append({"train.mlp_tile": TILE})
+        singles.append({"train.mlp_tile": TILE})
     if ranks > 1:
-        found += [{"parallel.resident_blocks": 0}] if parallel.resident_blocks != 0 else []
-        found += [{"parallel.prefetch": False}] if parallel.prefetch else []
-        found += [{"parallel.shard_degree": None}] if parallel.shard_degree is not None else []
+        singles += [{"parallel.resident_blocks": 0}] if parallel.resident_blocks != 0 else []
+        singles += [{"parallel.prefetch": False}] if parallel.prefetch else []
+        singles += [{"parallel.shard_degree": None}] if parallel.shard_degree is not None else []
         if machine.is_gpu and not parallel.offload_base:
             offload: dict[str, object] = {"parallel.backend": "zero3"} if parallel.backend != "zero3" else {}
-            found.append(offload | {"parallel.offload_base": True})
-    if not machine.is_gpu:  # Processes share what their machine has.
-        found += [{"cluster.gpus_per_node": n} for n in range(machine.ranks_per_machine - 1, 0, -1)]
-    return found
+            singles.append(offload | {"parallel.offload_base": True})
+    if not machine.is_gpu:  # Processes share the memory of their node.
+        singles += [{"cluster.gpus_per_node": n} for n in range(machine.ranks_per_machine - 1, 0, -1)]
+    return singles
 
 
-def sacrifices(config: Config, machine: Machine) -> list[Settings]:
-    """Single settings that take less memory and train something else, or by other numbers."""
-    found: list[Settings] = []
+def sacrifices(plan: Plan) -> list[Settings]:
+    """Return the single settings that take less memory and change the result."""
+    config = plan.config
+    singles: list[Settings] = []
     if config.quant.method == "none":
-        found.append({"quant.method": "nf4"})
+        singles.append({"quant.method": "nf4"})
     if config.optim.name == "adamw":
-        found.append({"optim.name": "adamw_8bit"})
-        found += [{"optim.name": "paged_adamw_8bit"}] if machine.is_gpu else []
-    found += [{"data.sequence_length": n} for n in _halves(config.data.sequence_length, LEAST_LENGTH)]
+        singles.append({"optim.name": "adamw_8bit"})
+        singles += [{"optim.name": "paged_adamw_8bit"}] if plan.machine.is_gpu else []
+    singles += [{"data.sequence_length": n} for n in _halves(config.data.sequence_length, LEAST_LENGTH)]
     if config.adapter.method == "lora" and config.adapter.init_from is None:
-        found += [{"adapter.r": n} for n in _halves(config.adapter.r, LEAST_RANK)]
+        singles += [{"adapter.r": n} for n in _halves(config.adapter.r, LEAST_RANK)]
         if config.adapter.target_modules in ("all-linear", "mlp"):
-            found.append({"adapter.target_modules": "attention"})
-    return found
+            singles.append({"adapter.target_modules": "attention"})
+    return singles
 
 
 def _halves(value: int, least: int) -> Iterator[int]:
@@ -147,20 +155,20 @@ def _same(plan: Plan) -> Fitting | None:
 def _fewest(plan: Plan, singles: Sequence[Settings]) -> Fitting | None:
     """Return the fastest fitting combination of as few of `singles` as possible."""
     for count in range(MOST_AT_ONCE + 1):
-        fitting = [found for found in _tried(plan, itertools.combinations(singles, count)) if has_room(found.plan)]
+        fitting = [each for each in _tried(plan, itertools.combinations(singles, count)) if has_room(each.plan)]
         if fitting:
-            return min(fitting, key=lambda found: cost_of(found.plan))
+            return min(fitting, key=lambda each: cost_of(each.plan))
     return None
 
 
 def _with_fewer(plan: Plan, changes: int) -> Fitting | None:
     """Return the change of fewer settings than `changes` that gives up least of the result."""
-    singles = [*moves(plan), *sacrifices(plan.config, plan.machine)]
+    singles = [*moves(plan), *sacrifices(plan)]
     combinations = (
         each for n in range(1, min(MOST_AT_ONCE, changes - 1) + 1) for each in itertools.combinations(singles, n)
     )
-    fitting = [found for found in _tried(plan, combinations) if has_room(found.plan)]
-    return min(fitting, key=lambda found: (*_order(plan, found), cost_of(found.plan)), default=None)
+    fitting = [each for each in _tried(plan, combinations) if has_room(each.plan)]
+    return min(fitting, key=lambda each: (*_order(plan, each), cost_of(each.plan)), default=None)
 
 
 def _giving_up(plan: Plan, least: Plan | None) -> Fitting | None:
@@ -168,55 +176,69 @@ def _giving_up(plan: Plan, least: Plan | None) -> Fitting | None:
 
     `least` is the plan that takes least memory with the same result; each change is first tried with its settings.
     """
-    singles = sacrifices(plan.config, plan.machine)
+    singles = sacrifices(plan)
     combinations = [each for n in range(1, MOST_AT_ONCE + 1) for each in itertools.combinations(singles, n)]
-    tried = sorted(_tried(plan, combinations), key=lambda found: _order(plan, found))
-    beside = {} if least is None else changed(plan.config, least.config)
-    for found in tried:
-        settings = {name: value for name, value in beside.items() if name not in found.settings}
-        smallest = if_valid(found.plan.config, settings)
-        if smallest is None or not has_room(plan_of(smallest, plan.model, plan.machine)):
+    tried = sorted(_tried(plan, combinations), key=lambda each: _order(plan, each))
+    beside = {} if least is None else Search(config=plan.config, model=plan.model, machine=plan.machine).changed(least)
+    for fitting in tried:
+        settings = {name: value for name, value in beside.items() if name not in fitting.settings}
+        smallest = fitting.plan.replan(settings)
+        if smallest is None or not has_room(smallest):
             continue
-        rest = _same(found.plan)
+        rest = _same(fitting.plan)
         if rest is not None:
-            changes = found.changes + rest.changes
-            return Fitting(changes=changes, settings={**found.settings, **rest.settings}, plan=rest.plan)
+            changes = fitting.changes + rest.changes
+            return Fitting(changes=changes, settings={**fitting.settings, **rest.settings}, plan=rest.plan)
     return None
 
 
-def _order(plan: Plan, found: Fitting) -> tuple[float, ...]:
-    return *given_up(plan.config, found.plan.config), found.changes
+def _order(plan: Plan, fitting: Fitting) -> tuple[float, ...]:
+    return *given_up(plan, fitting.plan), fitting.changes
 
 
-def given_up(said: Config, found: Config) -> tuple[float, ...]:
+def given_up(plan: Plan, other: Plan) -> tuple[float, ...]:
     """Return a sort key of the loss: halvings of sequence length and rank, then NF4 and 8-bit optimizers."""
-    rows = math.log2(said.data.sequence_length / found.data.sequence_length)
-    ranks = math.log2(said.adapter.r / found.adapter.r) + (said.adapter.target_modules != found.adapter.target_modules)
-    return rows + ranks, rows, said.quant.method != found.quant.method, said.optim.name != found.optim.name
+    before, after = plan.config, other.config
+    lengths = math.log2(before.data.sequence_length / after.data.sequence_length)
+    ranks = math.log2(before.adapter.r / after.adapter.r)
+    ranks += before.adapter.target_modules != after.adapter.target_modules
+    return (
+        lengths + ranks,
+        lengths,
+        before.quant.method != after.quant.method,
+        before.optim.name != after.optim.name,
+    )
 
 
 def _least(plan: Plan) -> Plan:
     """Return the plan that takes the least memory of all settings that may be chosen."""
-    said = if_valid(plan.config, _LEAST) or plan.config
-    found = plans(said, {*_FIXED, *_LEAST}, plan.model, plan.machine)
-    return min(found, key=lambda plan: plan.device.total if plan.machine.is_gpu else plan.host.machine)
+    plans = _smallest(plan).plans()
+    return min(plans, key=lambda each: each.device.total if each.machine.is_gpu else each.host.machine)
+
+
+def _smallest(plan: Plan) -> Search:
+    """Return the search among the settings with the least memory."""
+    config = plan.config.if_valid(_LEAST) or plan.config
+    return Search(
+        config=config, model=plan.model, machine=plan.machine, fixed=frozenset({*_FIXED, *_LEAST}), reserve=0.0
+    )
 
 
 def _tried(plan: Plan, combinations: Iterable[Sequence[Settings]]) -> Iterator[Fitting]:
     for parts in combinations:
         names = [name for part in parts for name in part]
         settings = {name: value for part in parts for name, value in part.items()}
-        config = if_valid(plan.config, settings) if len(settings) == len(names) else None
+        config = plan.config.if_valid(settings) if len(settings) == len(names) else None
         if config is not None:
             machine = plan.machine
             if "cluster.gpus_per_node" in settings:
-                machine = with_ranks(machine, config)
+                machine = with_ranks(machine, config.cluster)
             yield Fitting(changes=len(parts), settings=settings, plan=plan_of(config, plan.model, machine))
 
 
-def with_ranks(machine: Machine, config: Config) -> Machine:
+def with_ranks(machine: Machine, cluster: ClusterConfig) -> Machine:
     """Return the same nodes with as many ranks as the cluster settings have."""
-    ranks, each, usable = config.cluster.ranks, config.cluster.gpus_per_node, machine.usable_bytes
+    ranks, each, usable = cluster.ranks, cluster.gpus_per_node, machine.usable_bytes
     if not machine.is_gpu and machine.host_bytes is not None:
         usable = machine.host_bytes // each
     return dataclasses.replace(machine, ranks=ranks, ranks_per_machine=each, usable_bytes=usable)
@@ -224,16 +246,16 @@ def with_ranks(machine: Machine, config: Config) -> Machine:
 
 def _chosen(plan: Plan) -> Fitting | None:
     """Return the fastest fitting plan of the whole space, without the changes that it does not need."""
-    found = choose(plan.config, _FIXED, plan.model, plan.machine, reserve=0.0).plan
-    if not has_room(found):
+    given = Search(config=plan.config, model=plan.model, machine=plan.machine, fixed=_FIXED, reserve=0.0)
+    chosen = choose(given).plan
+    if not has_room(chosen):
         return None
     for setting in reversed(CHOSEN):
-        config = if_valid(found.config, {setting: value_of(plan.config, setting)})
-        if config is not None and config != found.config:
-            without = plan_of(config, plan.model, plan.machine)
-            found = without if has_room(without) else found
-    settings = changed(plan.config, found.config)
-    return Fitting(changes=len(settings), settings=settings, plan=found)
+        without = chosen.replan({setting: plan.config.value_of(setting)})
+        if without is not None and without.config != chosen.config and has_room(without):
+            chosen = without
+    settings = given.changed(chosen)
+    return Fitting(changes=len(settings), settings=settings, plan=chosen)
 
 
 def _more_gpus(plan: Plan) -> Fitting | None:
@@ -244,10 +266,12 @@ def _more_gpus(plan: Plan) -> Fitting | None:
         cluster: dict[str, object] = {"cluster.gpus_per_node": min(ranks, each)}
         if ranks > each:
             cluster = {"cluster.launcher": "slurm", **cluster, "cluster.nodes": -(-ranks // each)}
-        config = if_valid(plan.config, cluster) if ranks > have else None
-        found = None if config is None else _elsewhere(plan, cluster, config, with_ranks(plan.machine, config))
-        if found is not None:
-            return found
+        config = plan.config.if_valid(cluster) if ranks > have else None
+        if config is None:
+            continue
+        fitting = _elsewhere(cluster, plan_of(config, plan.model, with_ranks(plan.machine, config.cluster)))
+        if fitting is not None:
+            return fitting
     return None
 
 
@@ -256,24 +280,72 @@ def _other_gpu(plan: Plan) -> Fitting | None:
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.usable_bytes) if plan.machine.is_gpu else ():
         named: dict[str, object] = {"gpu.name": gpu.name}
         named |= {} if plan.config.gpu.memory_gib is None else {"gpu.memory_gib": None}
-        config = if_valid(plan.config, named)
+        config = plan.config.if_valid(named)
         if config is not None and gpu.usable_bytes > (plan.machine.usable_bytes or 0):
-            own = plan.machine
-            machine = dataclasses.replace(
-                machine_of(config.gpu, config.cluster), host_bytes=own.host_bytes, has_liger=own.has_liger
-            )
-            found = _elsewhere(plan, named, config, machine)
-            if found is not None:
-                return found
+            host_bytes, has_liger = plan.machine.host_bytes, plan.machine.has_liger
+            machine = machine_of(config.gpu, config.cluster)
+            machine = dataclasses.replace(machine, host_bytes=host_bytes, has_liger=has_liger)
+            fitting = _elsewhere(named, plan_of(config, plan.model, machine))
+            if fitting is not None:
+                return fitting
     return None
 
 
-def _elsewhere(plan: Plan, words: Settings, config: Config, machine: Machine) -> Fitting | None:
-    """On other machines, that `words` name in `config`: the fewest settings with which it fits there."""
-    said = if_valid(config, _LEAST) or config
-    if not any(map(has_room, on_gpus(said, {*_FIXED, *_LEAST}, plan.model, machine, 0.0))):
+def _elsewhere(settings: Settings, plan: Plan) -> Fitting | None:
+    """Return the fewest settings that fit on other GPUs, where `plan` has the `settings` that name them."""
+    if not any(map(has_room, _smallest(plan).on_gpus())):
         return None
-    rest = _same(plan_of(config, plan.model, machine))
+    rest = _same(plan)
     if rest is None:
         return None
-    return Fitting(changes=len(words) + rest.changes, settings={**words, **rest.settings}, plan=rest.plan)
+    return Fitting(changes=len(settings) + rest.changes, settings={**settings, **rest.settings}, plan=rest.plan)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """A larger run and its memory."""
+
+    what: str
+    """Its command-line override: `train.micro_batch=4`, `model=llama3_70b`."""
+    total: int
+    """Bytes per rank."""
+    fits: bool | None
+    chosen_again: bool = False
+    """True if it fits only with the settings that plan=auto would choose for it."""
+
+    def __str__(self) -> str:
+        verdict = {True: "fits", False: "does not fit", None: "is not checked"}[self.fits]
+        return f"{self.what}: {size(self.total)}, {verdict}{' with other settings' if self.chosen_again else ''}"
+
+
+def room(choice: Choice, larger: tuple[str, PlannedModel] | None = None) -> list[Room]:
+    """Return the needs of the next larger micro-batch, sequence length, adapter rank and model.
+
+    `larger` is the model's command-line override and the model. Chosen settings that do not fit are chosen again.
+    """
+    plan, config = choice.plan, choice.config
+    limit, length = plan.model.settings.get("max_position_embeddings"), 2 * config.data.sequence_length
+    numbers = micro_batches(config.train, plan.machine.ranks)
+    micro = next((n for n in numbers if n > config.train.micro_batch), None)
+    tries: list[Settings] = [] if micro is None else [{"train.micro_batch": micro}]
+    tries += [{"data.sequence_length": length}] if not isinstance(limit, int) or length <= limit else []
+    tries += [{"adapter.r": 2 * config.adapter.r}] if config.adapter.method == "lora" else []
+    rooms = [
+        _room(choice, " ".join(typed(*each) for each in settings.items()), larger_run, settings)
+        for settings in tries
+        if (larger_run := plan.replan(settings)) is not None
+    ]
+    return rooms if larger is None else [*rooms, _room(choice, larger[0], plan_of(config, larger[1], plan.machine), {})]
+
+
+def _room(choice: Choice, what: str, plan: Plan, settings: Settings) -> Room:
+    if plan.fits is False and plan.config.plan.mode == "auto":
+        search = dataclasses.replace(
+            choice.search, config=plan.config, model=plan.model, fixed={*choice.search.fixed, *settings}
+        )
+        if not settings:  # For another model quant=auto may become another method.
+            search = search.with_settings({"quant.method": choice.search.config.quant.method})
+        again = choose(search).plan
+        if again.fits:
+            return Room(what=what, total=again.device.total, fits=True, chosen_again=True)
+    return Room(what=what, total=plan.device.total, fits=plan.fits)

@@ -10,11 +10,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from distlora.planner import Plan
-from distlora.planner.choice.larger import Room
+from distlora.planner.choice.choose import Change
 from distlora.planner.choice.packing import Packing
-from distlora.planner.choice.reasons import Change
-from distlora.planner.choice.space import typed
-from distlora.planner.choice.suggest import Nearest
+from distlora.planner.choice.search import typed
+from distlora.planner.choice.suggest import Nearest, Room
 from distlora.planner.pages.words import KINDS, MOMENTS, SOURCES, WAITS, WORK, largest, rounded, shares
 from distlora.planner.speed.rates import missing_rates
 from distlora.planner.storage.disk import trained_tensors

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distlora.config import ClusterConfig, Config, ParallelConfig, UserError
+from distlora.config import ClusterConfig, ParallelConfig, UserError
+from distlora.planner import Plan
 from distlora.planner.machine import Machine
 from distlora.planner.memory.device import device_bytes
 from distlora.planner.model import PlannedModel
@@ -91,9 +92,7 @@ class ScalingRow:
 
 
 def scaling(
-    config: Config,
-    model: PlannedModel,
-    machine: Machine,
+    plan: Plan,
     *,
     kind: Scaling = "strong",
     numbers: Sequence[int] | None = None,
@@ -106,6 +105,7 @@ def scaling(
     multiples. With `kind=weak` each rank runs the rows that it runs here. A layout is left out where it is no other
     than one copy. Raises UserError where the rates of the GPU or of a link are not known.
     """
+    config, machine = plan.config, plan.machine
     per_machine = max(machine.ranks_per_machine, MACHINE)
     numbers = numbers_of(per_machine) if numbers is None else numbers
     for number in numbers:
@@ -136,7 +136,7 @@ def scaling(
                 )
                 there = dataclasses.replace(joined, ranks=number, ranks_per_machine=here)
                 runs.append((layout, Workload.of(run), there))
-        found += _rows(runs, model, OWN if fabric is None else fabric.name)
+        found += _rows(runs, plan.model, OWN if fabric is None else fabric.name)
     return found
 
 

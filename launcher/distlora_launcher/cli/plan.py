@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distlora.config import Config, UserError, require
+from distlora.config import ModelConfig, UserError, require
 from distlora.config.gpus import GPUS
 from distlora.planner import Plan
-from distlora.planner.choice.larger import Room, room
+from distlora.planner.choice.choose import Change
 from distlora.planner.choice.packing import Packing
-from distlora.planner.choice.reasons import Change
-from distlora.planner.choice.space import typed
-from distlora.planner.choice.suggest import Fitting, Nearest, nearest
+from distlora.planner.choice.search import typed
+from distlora.planner.choice.suggest import Fitting, Nearest, Room, nearest, room
 from distlora.planner.memory.kinds import Kind
 from distlora.planner.model import PlannedModel
 from distlora.planner.pages.report import assumptions, machines_of, page, settings
@@ -31,7 +30,7 @@ from distlora.planner.pages.words import KINDS
 from distlora.planner.speed.scaling import FABRICS, Scaling, scaling
 from distlora.system.exit_codes import DONE
 from distlora.training.multi_trial.protocol import check_pack
-from distlora_launcher.cli.plan_table import MACHINES, MODELS, path_named, plans, with_path
+from distlora_launcher.cli.plan_table import MACHINES, MODELS, path_named, plans
 from distlora_launcher.compose.checks import check_parallel, check_writable
 from distlora_launcher.compose.compose import expand_home, names_model
 from distlora_launcher.compose.listing import known_models
@@ -225,7 +224,7 @@ def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answe
     """Return the plan of a run. Raises UserError for settings that `distlora train` refuses."""
     sweep, trials = compose_for_plan(settings, config_dir=config_dir)
     composed = trials[0]
-    require_model(composed.config)
+    require_model(composed.config.model)
     check_parallel(composed.config.parallel, composed.config.cluster.ranks)
     if sweep is not None and sweep.packed != 1:
         check_pack([trial.config for trial in trials])
@@ -235,7 +234,7 @@ def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answe
     choice = choices(composed.config, composed.fixed)
     plan, changes = choice.plan, choice.changes
     if plan.fits is False:
-        return Answer(plan=plan, changes=changes, near=nearest(plan.config, plan.model, plan.machine))
+        return Answer(plan=plan, changes=changes, near=nearest(plan))
     return Answer(plan=plan, changes=changes, rooms=tuple(room(choice, larger_than(plan))))
 
 
@@ -247,7 +246,7 @@ def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
         return None
     kin = own.partition("_")[0]
     found = [
-        (f"model={name}", planned_model(with_path(plan.config, path_named(name))))
+        (f"model={name}", planned_model(plan.config.with_settings({"model.path": path_named(name)})))
         for name in known
         if name.partition("_")[0] == kin and name != own
     ]
@@ -255,9 +254,9 @@ def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
     return min(larger, key=lambda each: each[1].shapes.numel, default=None)
 
 
-def require_model(config: Config) -> None:
+def require_model(model: ModelConfig) -> None:
     """Refuse settings that name none, with the names that are known."""
-    if not names_model(config.model):
+    if not names_model(model):
         raise UserError(
             f"no model is named, and a plan is of a model; write for example {PROGRAM} model=llama3_8b gpu=rtx4090",
             f"names for model= are {', '.join(known_models())}; or set model.path to a folder, or to ORG/NAME of the "
@@ -288,9 +287,9 @@ def show_scaling(options: argparse.Namespace) -> None:
     """Print how the run scales, over its own links and, where that is asked for, over usual ones."""
     plan = answered(options.settings, config_dir=options.config_dir).plan
     kind: Scaling = "strong" if options.strong else "weak"
-    rows = scaling(plan.config, plan.model, plan.machine, kind=kind)
+    rows = scaling(plan, kind=kind)
     if options.fabrics:
-        rows += scaling(plan.config, plan.model, plan.machine, kind=kind, fabrics=FABRICS)
+        rows += scaling(plan, kind=kind, fabrics=FABRICS)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 
-from distlora.config import Config, UserError, nearest
+from distlora.config import UserError, nearest
 from distlora.config.gpus import GPUS
 from distlora.config.places import is_hub_name
 from distlora.planner import Plan
 from distlora.planner.choice.choose import choose
+from distlora.planner.choice.search import Search
 from distlora.planner.machine import machine_of
 from distlora_launcher.compose.checks import check_parallel
 from distlora_launcher.compose.compose import compose_run
@@ -55,15 +55,15 @@ def plans(
         settings = ["plan=auto", *auto, *words_of[machine], *words]
         composed = compose_run(settings, config_dir=config_dir, may_lack_paths=True)
         for model in models:
-            of_model = with_path(composed.config, paths[model])
+            config = composed.config.with_settings({"model.path": paths[model]})
             found[model, machine] = None
             try:
-                check_parallel(of_model.parallel, of_model.cluster.ranks)
-                shapes = planned_model(of_model)
-                check_planned(of_model, shapes)
-                found[model, machine] = choose(
-                    of_model, composed.fixed, shapes, machine_of(of_model.gpu, of_model.cluster)
-                ).plan
+                check_parallel(config.parallel, config.cluster.ranks)
+                planned = planned_model(config)
+                check_planned(config.spec, config.train, config.parallel, planned)
+                nodes = machine_of(config.gpu, config.cluster)
+                search = Search(config=config, model=planned, machine=nodes, fixed=composed.fixed)
+                found[model, machine] = choose(search).plan
             except UserError as error:
                 if is_hub_name(model):  # Which may not be there at all.
                     raise
@@ -102,8 +102,3 @@ def path_named(name: str) -> str:
             "ORG/NAME of the hub"
         )
     return known.get(name, name)
-
-
-def with_path(config: Config, path: str) -> Config:
-    """Return the config with another model."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))

@@ -1,6 +1,6 @@
 """Plan a run before its workers start: decide `plan=auto` and `quant=auto`, refuse what cannot fit, write plan.json.
 
-All of it is calculated (distlora/planner/), from config.json's sizes and what this machine shows.
+The plan is calculated (distlora/planner/) from the sizes in config.json and the devices of this node.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
-from distlora.config import Config, UserError, require
+from distlora.config import ClusterConfig, Config, GpuConfig, ModelSpec, ParallelConfig, TrainConfig, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.gpus import GPUS, find_gpu
+from distlora.config.plan import CHOSEN
 from distlora.planner import Plan, plan_of
 from distlora.planner.choice.choose import Choice, choose, resolve_quantization
+from distlora.planner.choice.search import Search
 from distlora.planner.choice.suggest import nearest
 from distlora.planner.machine import Machine, machine_of, used_device
 from distlora.planner.model import PlannedModel
@@ -29,7 +31,7 @@ from distlora_launcher.compose.checks import check_model_sizes
 from distlora_launcher.terminal.output import say, warn
 
 _decided: dict[tuple[str, frozenset[str]], Choice] = {}
-"""What `decide` found of settings but for their run folder: a command asks before it hands over to Hydra, and again in
+"""Choices of `decide` by settings without the run folder. A command decides before it hands over to Hydra and again in
 each job, and a search takes a third of a second."""
 
 
@@ -40,7 +42,8 @@ def decide(config: Config, fixed: Collection[str]) -> Choice:
         _decided[key] = choices(config, fixed)
     choice = _decided[key]
     require_fit(choice.plan)
-    return dataclasses.replace(choice, config=dataclasses.replace(choice.config, run_dir=config.run_dir))
+    plan = dataclasses.replace(choice.plan, config=dataclasses.replace(choice.config, run_dir=config.run_dir))
+    return dataclasses.replace(choice, plan=plan)
 
 
 def choices(config: Config, fixed: Collection[str]) -> Choice:
@@ -50,34 +53,35 @@ def choices(config: Config, fixed: Collection[str]) -> Choice:
     support, and for plan=auto if GPU memory is unknown.
     """
     model, machine = this_machine.planned_model(config), machine_here(config)
-    check_planned(config, model)
+    check_planned(config.spec, config.train, config.parallel, model)
+    search = Search(config=config, model=model, machine=machine, fixed=frozenset(fixed))
     if config.plan.mode == "auto":
-        where = "this machine" if config.cluster.launcher == "local" else f"cluster={config.cluster.launcher}"
+        launcher = config.cluster.launcher
+        where = "this node" if launcher == "local" else f"cluster={launcher}"
         require(
             machine.usable_bytes is not None,
-            f"plan=auto chooses by the memory of GPUs, which nothing says of {where}; add gpu=h100, or what you know "
-            "of it: gpu.memory_gib=80",
+            f"plan=auto chooses by GPU memory, which is unknown for {where}; add gpu=h100, or gpu.memory_gib=80",
         )
-        return choose(config, {*fixed, *_not_to_be_had(config)}, model, machine)
+        return choose(dataclasses.replace(search, fixed=frozenset({*fixed, *_unavailable(launcher)})))
     if config.quant.method == "auto":
-        return resolve_quantization(config, model, machine)
-    return Choice(config=config, plan=plan_of(config, model, machine), asked=config)
+        return resolve_quantization(search)
+    return Choice(plan=search.plan(), search=dataclasses.replace(search, fixed=frozenset(CHOSEN)))
 
 
-def check_planned(config: Config, model: PlannedModel) -> None:
-    """Refuse of a model of which there is config.json alone what `check_model` would."""
-    check_model_sizes(config.parallel, config.train, model.settings, model.shapes.family)
+def check_planned(spec: ModelSpec, train: TrainConfig, parallel: ParallelConfig, model: PlannedModel) -> None:
+    """Raise UserError for settings that `check_model` refuses, of a model whose config.json alone is present."""
+    check_model_sizes(parallel, train, model.settings, model.shapes.family)
     if model.settings.get("quantization_config") is not None:
-        refuse_dense_settings(config.spec)
-    if config.adapter.decomposes:
-        adapters = (each for block in model.shapes.adapters(config.adapter) for each in block)
-        check_ranks(config.adapter, {each.path: (each.up[0], each.down[1]) for each in adapters})
+        refuse_dense_settings(spec)
+    if spec.adapter.decomposes:
+        adapters = (each for block in model.shapes.adapters(spec.adapter) for each in block)
+        check_ranks(spec.adapter, {each.path: (each.up[0], each.down[1]) for each in adapters})
 
 
-def _not_to_be_had(config: Config) -> Collection[str]:
+def _unavailable(launcher: str) -> Collection[str]:
     """Return the settings that cannot be chosen because this node lacks DeepSpeed."""
     try:
-        if config.cluster.launcher == "local":
+        if launcher == "local":
             check_deepspeed()
     except UserError:
         return ("parallel.backend", "parallel.offload_base")
@@ -114,12 +118,12 @@ def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
     """
     if plan.fits is not False or not plan.config.plan.refuse or (run_dir is not None and checkpoint_folders(run_dir)):
         return
-    found = nearest(plan.config, plan.model, plan.machine)
-    most = f" ({largest(plan.device.by_kind)})" if found.least is None else f"; at the least {needs(found.least)}"
+    near = nearest(plan)
+    most = f" ({largest(plan.device.by_kind)})" if near.least is None else f"; at the least {needs(near.least)}"
     anyway = "plan.refuse=false" if run_dir is None else f"refuse: false under plan in {run_dir / 'config.yaml'}"
     raise UserError(
         f"this run does not fit {plan.machine.name} by calculation{verdict(plan).removeprefix('NO')}{most}; "
-        f"{found}; {anyway} starts it all the same"
+        f"{near}; {anyway} starts it all the same"
     )
 
 
@@ -137,14 +141,14 @@ def keep(run_dir: Path, plan: Plan, *, runs_here: bool = True) -> None:
     atomic_io.write_json(run_dir / PLAN_NAME, plan.as_json())
     for line in lines(plan):
         say(line)
-    shows = other_device(plan.config) if runs_here else None
-    if shows is not None:
-        warn(f"this is the plan of gpu={plan.config.gpu.name}, and the run is on what this machine shows: {shows}")
+    other = _other_device(plan.config.gpu, plan.config.cluster) if runs_here else None
+    if other is not None:
+        warn(f"this is the plan of gpu={plan.config.gpu.name}, but this node has another GPU: {other}")
 
 
-def other_device(config: Config) -> str | None:
+def _other_device(gpu: GpuConfig, cluster: ClusterConfig) -> str | None:
     """Return the name of the GPU of this node if `gpu=` names another one."""
-    if config.gpu.name not in GPUS:
+    if gpu.name not in GPUS:
         return None
-    used = used_device(config.cluster, this_machine.found_here())
-    return None if used is None or find_gpu(used[0]) == GPUS[config.gpu.name] else used[0]
+    used = used_device(cluster, this_machine.found_here())
+    return None if used is None or find_gpu(used[0]) == GPUS[gpu.name] else used[0]

@@ -26,7 +26,6 @@ from distlora.config import Config, UserError, require
 from distlora.config.file import load_config
 from distlora.config.json_files import object_or_empty, read_object
 from distlora.config.plan import CHOSEN
-from distlora.planner.choice.space import value_of, with_settings
 from distlora.run_folder.layout import DATA_NAME, PLAN_NAME, find_result
 from distlora.run_folder.sweep import COMPLETE, FAILED, PACKS, PRUNED, SAVED
 from distlora.system import atomic_io
@@ -181,8 +180,8 @@ class MultiTrialRunner:
         if self._group is None:
             return choices(config, fixed).config
         settings = [*(CHOSEN if config.plan.mode == "auto" else ()), "quant.method"]
-        free = [name for name in settings if name not in fixed or value_of(config, name) == "auto"]
-        return with_settings(config, {name: value_of(self._group.config, name) for name in free})
+        free = [name for name in settings if name not in fixed or config.value_of(name) == "auto"]
+        return config.with_settings({name: self._group.config.value_of(name) for name in free})
 
     def _fits(self, config: Config) -> bool:
         """Return whether a trial may join the current process, which is set up for its first trial."""

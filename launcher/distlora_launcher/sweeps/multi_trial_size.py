@@ -9,6 +9,7 @@ from typing import Any
 
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.sweep import SweepConfig
+from distlora.planner import plan_of
 from distlora.planner.choice.packing import MOST, Packing, largest, packing
 from distlora.planner.pages.report import packed_trials
 from distlora.run_folder.sweep import words_of
@@ -51,11 +52,9 @@ def largest_values(space: Sequence[Dimension], settings: SweepConfig) -> Iterato
 def plan_together(settings: SweepConfig, trials: Sequence[Composed], *, most: int = MOST) -> Packing:
     """Return the plan for trials that run together, sized by the largest of `trials`; `most` trials at most."""
     plans = [choices(trial.config, trial.fixed).plan for trial in trials]
-    model, machine = plans[0].model, plans[0].machine
-    trial = largest([plan.config for plan in plans], model, machine)
     most = min(MOST, most, settings.trials or MOST)
     requested = settings.packed if settings.packed == "auto" else min(settings.packed, most)
-    return packing(trial, model, machine, requested, most=most)
+    return packing(largest(plans), requested, most=most)
 
 
 def largest_trials(sweep: Sweep) -> list[Composed]:
@@ -94,11 +93,12 @@ def plan_first_run(sweep: Sweep) -> Packing:
 def plan_beside(sweep: Sweep, config: Config, others: Iterable[AdapterConfig]) -> Packing:
     """Return the plan for trials with the shared settings of `config` and any of the adapters `others`."""
     model, machine = planned_model(config), machine_here(config, runs_here=in_job())
-    adapters = [adapter for adapter in others if adapter.use_dora == config.adapter.use_dora]
-    trial = largest([config, *(dataclasses.replace(config, adapter=adapter) for adapter in adapters)], model, machine)
+    adapters = [config.adapter, *(each for each in others if each.use_dora == config.adapter.use_dora)]
+    different = {repr(adapter): dataclasses.replace(config, adapter=adapter) for adapter in adapters}
+    trial = largest(plan_of(each, model, machine) for each in different.values())
     most = min(MOST, count_trials(sweep), sweep.settings.trials or MOST)
     requested = sweep.settings.packed if sweep.settings.packed == "auto" else min(sweep.settings.packed, most)
-    return packing(trial, model, machine, requested, most=most)
+    return packing(trial, requested, most=most)
 
 
 def check_memory(sweep: Sweep) -> str:
@@ -108,7 +108,7 @@ def check_memory(sweep: Sweep) -> str:
     plan = found.plan
     if found.trials > 1 and found.most and plan.fits is False and plan.config.plan.refuse:
         raise UserError(
-            f"sweep.packed={found.asked}: {text}; set sweep.packed={found.most}, or auto, which leaves some memory "
+            f"sweep.packed={found.requested}: {text}; set sweep.packed={found.most}, or auto, which leaves some memory "
             "free; plan.refuse=false starts it anyway"
         )
     return text

@@ -138,7 +138,7 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
     try:
         config = sweep.compose(0, setup.values_of_full, TRIAL_OVERRIDES).config
         model = this_machine.planned_model(config)
-        check_planned(config, model)
+        check_planned(config.spec, config.train, config.parallel, model)
         plan = plan_of(config, model, machine_here(config))
     except UserError as error:
         return str(error)

@@ -1,0 +1,266 @@
+"""The settings that a plan may choose, and the search for the fastest that fit. Imports no torch.
+
+No setting but quant.method changes what a run learns, beyond the order of sums. So `plan=auto` may set them, while
+quant.method is chosen only with `quant=auto`.
+
+The search is exact: first the storage and the sharding of the base, then each combination of how a step runs, then as
+many resident layers as fit. A branch whose base alone does not fit ends at its first plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distlora.config import Config, TrainConfig
+from distlora.config.plan import CHOSEN
+from distlora.planner import Plan, plan_of
+from distlora.planner.machine import Machine
+from distlora.planner.memory.kinds import Kind
+from distlora.planner.model import PlannedModel
+
+TILE = 4096
+"""Tokens of an MLP's tile: thousands, as weights in NF4 are dequantized for each (config/training.py)."""
+TILED_FROM = 16_384
+"""Tokens per sequence from which tiles are tried."""
+RECOMPUTES = ("none", "selective", "block", "offload")
+"""Modes of train.checkpointing, from the least recomputation to the least device memory."""
+RESERVE = 0.05
+"""Fraction of a chosen plan's need that stays free: measured peaks differ from plans by up to this."""
+WORTH = 0.01
+"""Fraction of the fastest step's time below which no setting is changed."""
+_OF_A_BRANCH: tuple[Kind, ...] = ("codes", "scales", "weights", "embeddings", "norms", "adapters", "optimizer")
+"""Categories of memory that do not depend on how a step runs."""
+
+Settings = Mapping[str, Any]
+"""Values by dotted name."""
+_GROUPS = {"quant.method": "quant", "gpu.name": "gpu", "cluster.launcher": "cluster"}
+"""Settings that have a group in conf/, by whose name they are typed."""
+
+
+def typed(setting: str, value: object) -> str:
+    """Return a setting as a command-line override."""
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    return f"{_GROUPS.get(setting, setting)}={shown}"
+
+
+def micro_batches(train: TrainConfig, ranks: int) -> list[int]:
+    """Return the micro-batches to try, ascending: those that divide a rank's sequences, so that none is part empty."""
+    sequences = -(-train.global_batch // ranks)
+    return sorted({train.micro_batch, *(n for n in range(1, sequences + 1) if sequences % n == 0)})
+
+
+def has_room(plan: Plan, reserve: float = 0.0) -> bool:
+    """Return True if a plan fits with `reserve` of its need to spare; unknown memory counts as enough."""
+    return plan.lacks(reserve) is None
+
+
+def cost_of(plan: Plan) -> tuple[float, ...]:
+    """Return a sort key of a step's cost: its seconds, or recomputation and traffic if the GPU's rates are unknown."""
+    time = plan.time
+    if time is not None:
+        return (time.seconds,)
+    config, train = plan.config, plan.config.train
+    return (
+        int(config.parallel.offload_base),
+        plan.compute.total,
+        plan.wire.received,
+        RECOMPUTES.index(train.checkpointing),
+        int(config.quant.method == "nf4" and not train.keep_dequantized),
+        int(train.mlp_tile is not None),
+        int(not config.parallel.prefetch),
+        -train.micro_batch,
+    )
+
+
+def is_as_good(cost: tuple[float, ...], best: tuple[float, ...]) -> bool:
+    """Return True if a plan's cost is within WORTH of the best."""
+    return cost == best if len(best) > 1 else cost[0] <= best[0] * (1 + WORTH)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """A search for the settings of one run on given nodes."""
+
+    config: Config
+    """Settings before the search."""
+    model: PlannedModel
+    machine: Machine
+    fixed: Collection[str] = ()
+    """Dotted names of settings that the search must not change."""
+    reserve: float = RESERVE
+    """Fraction of a plan's need that stays free."""
+
+    def with_settings(self, settings: Settings) -> Search:
+        """Return the search from other settings. Raises UserError for values that exclude each other."""
+        return dataclasses.replace(self, config=self.config.with_settings(settings))
+
+    def plan(self, settings: Settings | None = None) -> Plan:
+        """Return the plan of the settings before the search, with `settings` in place of theirs."""
+        return plan_of(self.config.with_settings(settings or {}), self.model, self.machine)
+
+    def changed(self, plan: Plan) -> dict[str, Any]:
+        """Return the settings that a plan has changed, in the order of CHOSEN."""
+        values = {setting: plan.config.value_of(setting) for setting in CHOSEN}
+        return {setting: value for setting, value in values.items() if value != self.config.value_of(setting)}
+
+    def fastest(self) -> Plan | None:
+        """Return the fastest plan that fits; None if none does.
+
+        Among plans whose costs agree within WORTH, the one with the fewest changes wins.
+        """
+        candidates = [(cost_of(plan), plan) for plan in self.on_gpus()]
+        good: list[tuple[int, tuple[float, ...], Plan]] = []
+        for cost, plan in sorted(candidates, key=lambda each: each[0]):
+            if good and not is_as_good(cost, good[0][1]):
+                break
+            if has_room(plan, self.reserve):
+                good.append((len(self.changed(plan)), cost, plan))
+        return min(good, key=lambda each: each[:2])[2] if good else None
+
+    def on_gpus(self) -> Iterator[Plan]:
+        """Yield the plans that fit device memory, whatever the host lacks.
+
+        Of plans that differ only in resident layers, yields the given number and the largest that fits.
+        """
+        for branch in self._branches():
+            yield from branch._fitting()
+
+    def plans(self) -> Iterator[Plan]:
+        """Yield every plan, with the given number of resident layers."""
+        for branch in self._branches():
+            for way in branch._ways():
+                yield from branch._with_micro_batches(way)
+
+    def own_quantization(self) -> tuple[str, str] | None:
+        """Return (quant.method, reason) if the training method or the stored base leaves no choice, else None."""
+        adapter = self.config.adapter
+        if adapter.method == "full":
+            return "none", "adapter=full trains every parameter"
+        if self.model.settings.get("quantization_config") is not None:
+            return "nf4", f"{self.model.name} is in NF4 already"
+        if adapter.for_nf4:
+            return "nf4", "the adapter starts from what NF4 loses of the base"
+        if self.config.train.keep_dequantized:
+            return "nf4", "train.keep_dequantized=true keeps what is dequantized"
+        return None
+
+    def _branches(self) -> Iterator[Search]:
+        """Yield a search for each storage of the base and each number of ranks that it is sharded over."""
+        for storage in self._storages():
+            for degree in self._shard_degrees():
+                config = self.config.if_valid({**storage, **degree})
+                if config is not None:
+                    yield dataclasses.replace(self, config=config)
+
+    def _storages(self) -> list[Settings]:
+        """Return the backends and places of the base to try.
+
+        They are the given ones and, if several GPUs share the base, FSDP2, ZeRO-3, and ZeRO-3 with offload.
+        """
+        config = self.config
+        given = {name: config.value_of(name) for name in ("parallel.backend", "parallel.offload_base")}
+        shards = self.machine.is_gpu and self.machine.ranks > 1 and config.adapter.trains_base is None
+        shards = shards and config.parallel.deepspeed_config is None  # That file sets the storage.
+        storages: list[Settings] = [{}]
+        for backend, offloads in (("fsdp2", False), ("zero3", False), ("zero3", True)) if shards else ():
+            other = {"parallel.backend": backend, "parallel.offload_base": offloads}
+            # FSDP2 alone has resident layers, and DeepSpeed alone a file of its settings.
+            if backend == "zero3" and config.parallel.resident_blocks != 0:
+                other["parallel.resident_blocks"] = 0
+            new = {name for name, value in other.items() if value != config.value_of(name)}
+            if not new & set(self.fixed) and any(other[name] != given[name] for name in given):
+                storages.append(other)
+        return storages
+
+    def _shard_degrees(self) -> list[Settings]:
+        """Return the numbers of ranks per replica of the base to try: as given, all, those of a node, one."""
+        setting, given, machine = "parallel.shard_degree", self.config.parallel.shard_degree, self.machine
+        if setting in self.fixed or machine.ranks == 1:
+            return [{}]
+        nodes = -(-machine.ranks // machine.ranks_per_machine)
+        values = [None, *(["node"] if nodes > 1 and machine.ranks_per_machine > 1 else []), 1]
+        return [{}, *({setting: value} for value in values if value != given)]
+
+    def _ways(self) -> Iterator[Settings]:
+        """Yield each combination of free values of accumulation, checkpointing, MLP tiles, kept weights and prefetch.
+
+        Leaves out combinations that cannot be better: block accumulation without sharding, and tiles for short
+        sequences or experts.
+        """
+        config = self.config
+        shards = config.shard_degree(self.machine.ranks) > 1
+        is_tiled = config.data.sequence_length >= TILED_FROM and self.model.shapes.family.experts is None
+        values = {
+            "train.accumulate": self._free("train.accumulate", *(("step", "block") if shards else ())),
+            "train.checkpointing": self._free("train.checkpointing", *RECOMPUTES),
+            "train.mlp_tile": self._free("train.mlp_tile", *((None, TILE) if is_tiled else ())),
+            "train.keep_dequantized": self._free("train.keep_dequantized", False, True),
+            "parallel.prefetch": self._free("parallel.prefetch", *((True, False) if shards else ())),
+        }
+        for combination in itertools.product(*values.values()):
+            yield dict(zip(values, combination, strict=True))
+
+    def _free(self, setting: str, *values: Any) -> list[Any]:
+        given = self.config.value_of(setting)
+        return [given] if setting in self.fixed else [given, *(value for value in values if value != given)]
+
+    def _fitting(self) -> Iterator[Plan]:
+        """Yield the plans of one branch that fit device memory."""
+        # Gradients of the base are whole from one micro-batch to the next: a larger micro-batch may take less.
+        may_shrink = self.config.adapter.trains_base is not None
+        for way in self._ways():
+            for plan in self._with_micro_batches(way):
+                if not self._lacks_device(plan):
+                    yield plan
+                    if "parallel.resident_blocks" not in self.fixed and (more := self._with_most_resident(plan)):
+                        yield more
+                elif self._base_lacks(plan):
+                    return
+                elif not may_shrink:
+                    break
+
+    def _with_micro_batches(self, way: Settings) -> Iterator[Plan]:
+        """Yield plans from the smallest micro-batch to the largest."""
+        train, ranks = self.config.train, self.machine.ranks
+        numbers = [train.micro_batch] if "train.micro_batch" in self.fixed else micro_batches(train, ranks)
+        for number in numbers:
+            config = self.config.if_valid({**way, "train.micro_batch": number})
+            if config is None:
+                continue
+            # train.accumulate changes nothing in a step of one micro-batch.
+            if config.accumulation(ranks) > 1 or config.train.accumulate == train.accumulate:
+                yield plan_of(config, self.model, self.machine)
+
+    def _lacks_device(self, plan: Plan) -> bool:
+        """Return True if the memory in which the model is trained is too small: a GPU's, or a CPU node's."""
+        return plan.lacks_device(self.reserve) if plan.machine.is_gpu else not has_room(plan, self.reserve)
+
+    def _base_lacks(self, plan: Plan) -> bool:
+        """Return True if the part of the need that no setting of a step changes is too large."""
+        held = sum(nbytes for kind, nbytes in plan.device.held.items() if kind in _OF_A_BRANCH)
+        return held * (1 + self.reserve) > (plan.machine.usable_bytes or 0)
+
+    def _with_most_resident(self, plan: Plan) -> Plan | None:
+        """Return the plan with as many resident layers as fit; None if that is not more than `plan` has."""
+        given, best = plan.config.parallel.resident_blocks, None
+        if given == "auto":
+            return None
+        low, high, guess = given, plan.model.shapes.num_layers, given + 1
+        while low < high:
+            tried = plan.replan({"parallel.resident_blocks": guess})
+            if tried is None:
+                return None
+            if self._lacks_device(tried):
+                high = guess - 1
+                guess = (low + high + 1) // 2
+            else:
+                low, best = guess, tried
+                # Each layer takes as much as the last, so the room left gives the answer; one more does not fit.
+                taken = max(1, (tried.device.total - plan.device.total) // (low - given))
+                free = int((plan.machine.usable_bytes or 0) / (1 + self.reserve)) - tried.device.total
+                guess = min(max(low + free // taken, low + 1), high)
+        return best

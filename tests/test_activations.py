@@ -14,9 +14,9 @@ from distlora.architecture.families import FAMILIES
 from distlora.model import lm_head
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
-from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
+from distlora.planner.decoder_sizes import Decoder
 from distlora.planner.memory import activations
-from distlora.planner.memory.activations import Costs, Mode
+from distlora.planner.memory.activations import Mode
 from family_models import tokens
 
 __all__ = ["small_chunks"]
@@ -102,45 +102,9 @@ def test_the_head_has_as_many_logits_at_once_as_is_calculated() -> None:
     assert activations.ADDED_AT_ONCE == lm_head.ADDED_AT_ONCE
 
 
-LLAMA = {"8B": (4096, 14_336, 32, 32), "70B": (8192, 28_672, 80, 64)}
-COLUMNS: list[tuple[Mode, int | None]] = [
-    ("none", None),
-    ("selective", None),
-    ("block", None),
-    ("selective", 4096),
-    ("block", 4096),
-    ("offload", 4096),
-]
-
-
-def table() -> list[str]:
-    """The lines of "What a sequence of T tokens costs" in docs/benchmarks.md."""
-    lines = []
-    for name, (hidden, inner, layers, heads) in LLAMA.items():
-        sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
-        sizes |= {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 128_256}
-        linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        ranks = AdaptedRanks.of(dict.fromkeys(linears, 16))
-        costs = Costs(decoder=Decoder.of(sizes, FAMILIES["llama"]), ranks=ranks, fused=True)
-        for length in (8192, 32_768, 131_072):
-            cells = []
-            for mode, tile in COLUMNS:
-                made = costs.step(mode, at_once=length, tile=tile)
-                host = f" + {made.kept_on_host / 1e9:.1f}" if made.kept_on_host else ""
-                cells.append(f"{made.peak / 1e9:.1f}{host}")
-            shares = [f"{100 * costs.recomputed(mode, length):.0f} %" for mode in ("selective", "block")]
-            lines.append(f"| {name} | {length:,} | {' | '.join([*cells, *shares])} |")
-    return lines
-
-
 @pytest.mark.parametrize(("family", "has"), [("mistral", False), ("qwen2", True), ("llama", True)])
 def test_queries_have_a_bias_where_transformers_gives_them_one(family: str, has: bool) -> None:
     """Mistral's never have, Qwen2's always; of its output's linear Qwen2 has none either way."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1001}
     decoder = Decoder.of(sizes | {"num_attention_heads": 4, "attention_bias": True}, FAMILIES[family])
     assert (decoder.qkv_bias, decoder.o_bias) == (has, family == "llama")
-
-
-def test_the_table_of_what_a_row_costs_is_what_is_calculated() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
-    assert "\n".join(table()) in text

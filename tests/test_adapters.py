@@ -54,11 +54,6 @@ def plain(linear: AdaptedLinear, x: Tensor, index: int) -> Tensor:
     return y + pair.scaling * (x @ pair.A.T) @ pair.B.T
 
 
-@pytest.mark.parametrize(("rslora", "expected"), [(True, 16 / math.sqrt(8)), (False, 2.0)])
-def test_scaling_is_alpha_over_r_or_its_root(rslora: bool, expected: float) -> None:
-    assert AdapterConfig(r=8, lora_alpha=16.0, use_rslora=rslora).scaling_of("") == expected
-
-
 PATHS = [f"model.layers.{layer}.{name}" for layer in (1, 11) for name in ("self_attn.q_proj", "mlp.gate_proj")]
 KEYS = [
     "q_proj",
@@ -142,22 +137,6 @@ def test_rows_choose_their_adapter_and_minus_one_is_the_base() -> None:
     references = torch.autograd.grad(expected.square().sum(), [x, *linear.adapters.parameters()])
     for actual, reference in zip(gradients, references, strict=True):
         assert_close(actual, reference, ulps=8)
-
-
-def test_an_unused_adapter_gets_a_zero_gradient() -> None:
-    context = BlockContext()
-    linear = adapted(context, names=("first", "second"))
-    context.adapter_rows = torch.tensor([0, -1])
-    linear(torch.randn(2, 3, 32)).sum().backward()
-    assert linear.pairs[0].A.grad is not None
-    assert linear.pairs[0].A.grad.any()
-    assert linear.pairs[1].A.grad is not None
-    assert not linear.pairs[1].A.grad.any()
-
-
-def test_several_adapters_without_a_choice_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="no row choice"):
-        adapted(names=("first", "second"))(torch.randn(1, 2, 32))
 
 
 class Attention(nn.Module):

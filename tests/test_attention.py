@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GenerationConfig
 
 from closeness import assert_close, assert_losses_close, relative_error
 from distlora.architecture.families import FAMILIES
@@ -27,7 +26,6 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
 from distlora.training import setup
 from distlora.training import worker as train
-from distlora.training.generator import Generator, generate_all
 from distlora_launcher.compose.checks import check_model_sizes
 from family_models import VARIANTS, config_for, load_ours, tokens, write_family_folder
 from run_models import build_run_model
@@ -123,35 +121,6 @@ def mask_of(make: Any, config: Any, embeds: Tensor, attention_mask: Tensor | Non
     values = {"config": config, "inputs_embeds": embeds, "attention_mask": attention_mask, cache: None}
     mask: Tensor | None = make(**values, position_ids=positions)
     return mask
-
-
-@pytest.mark.parametrize("window", [None, 16, 64])
-@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 4)])
-def test_the_attention_function_equals_sdpa_with_a_dense_mask(rows: slice, window: int | None) -> None:
-    from transformers import MistralConfig
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-
-    positions = POSITIONS[rows]
-    module = torch.nn.Module()
-    module.num_key_value_groups = 2  # type: ignore[assignment]
-    inputs = [
-        tensor.detach().view(4, 64, -1, 32)[rows].transpose(1, 2).clone().requires_grad_()
-        for tensor in grouped_inputs(CPU_DTYPE, CPU)
-    ]
-    config = MistralConfig(attn_implementation="sdpa", sliding_window=window)
-    make_mask = create_causal_mask if window is None else create_sliding_window_causal_mask
-    embeds = torch.empty(*positions.shape, 8)
-    mask = mask_of(make_mask, config, embeds, None, positions)
-    expected, _ = sdpa_attention_forward(module, *inputs, mask, scaling=0.3)
-    documents = Documents.of(positions)
-    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, LONGEST: documents.longest}
-    actual, _ = attention._attention_function(attention.reference)(module, *inputs, documents.starts, **options)
-    assert relative_error(actual, expected) <= 1e-6
-    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    gradients = [torch.autograd.grad(output, inputs, grad) for output in (actual, expected)]
-    for ours, theirs in zip(*gradients, strict=True):
-        assert relative_error(ours, theirs) <= 1e-6
 
 
 def test_documents_are_felt(tmp_path: Path) -> None:
@@ -373,19 +342,6 @@ def test_a_run_that_attends_by_documents_is_the_run_with_masks(
         losses[kind] = [line[name] for line in lines for name in ("loss", "eval_loss") if name in line]
     assert calls
     assert_losses_close(losses["documents"], losses["masks"])
-
-
-@pytest.mark.parametrize("name", ["mistral-window", "gemma3-text", "qwen3"])
-def test_generation_is_what_it_is_without(name: str, tmp_path: Path) -> None:
-    """A padded batch with a cache, after attention by documents has been chosen: SDPA's masks and tokens."""
-    write_family_folder(tmp_path, name)
-    model, backend = load_ours(tmp_path)
-    generator = Generator(model, backend)
-    prompts = [tokens(1, length, length)[0].tolist() for length in (23, 5, 40)]
-    settings = GenerationConfig(do_sample=False, max_new_tokens=12, no_repeat_ngram_size=1, pad_token_id=0)
-    expected = list(generate_all(generator, prompts, settings))
-    model.attend_by_documents(attention.reference)
-    assert list(generate_all(generator, prompts, settings)) == expected
 
 
 def by_documents(model: CausalLM, op: attention.VarlenOp) -> None:

@@ -153,24 +153,6 @@ def test_documents_are_the_same_to_the_bit_wherever_they_are_packed(
         assert all(torch.equal(whole[piece], one) for whole, one in zip(packed, alone, strict=True))
 
 
-def test_layouts_in_memory_change_nothing(attend: Attend) -> None:
-    """Rotary embeddings leave queries and keys in either order of heads and tokens."""
-    inputs, bounds = inputs_of(160, (4, 2, 32)), bounds_of([100, 60])
-    other = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in inputs]
-    for first, second in zip(results(attend, inputs, bounds), results(attend, other, bounds), strict=True):
-        assert torch.equal(first, second)
-
-
-def test_keys_of_no_memory_of_their_own_and_other_gradients(attend: Attend) -> None:
-    inputs, bounds = inputs_of(70, (4, 2, 32)), bounds_of([70])
-    query, key, value, gradient = inputs
-    one = key[:, :1]
-    turned = gradient.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    expected = results(attend, [query, one.repeat(1, 2, 1), value, gradient], bounds)
-    actual = results(attend, [query, one.expand(-1, 2, -1), value, turned], bounds)
-    assert all(torch.equal(first, second) for first, second in zip(actual, expected, strict=True))
-
-
 def test_what_is_not_finite_is_seen(attend: Attend) -> None:
     for place in range(3):
         inputs, bounds = inputs_of(40, (2, 1, 32)), bounds_of([40])
@@ -227,15 +209,6 @@ def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pyt
     Library.attends = staticmethod(lambda: False)
     assert "no AVX512-BF16" in chosen().said
     assert chosen().op is attention_cpu.attend
-
-
-def test_the_largest_of_bf16_is_amax() -> None:
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(200, 33, generator=generator).bfloat16()
-    scores[:50] = -scores[:50].abs()
-    scores[25:75, 4:] = -torch.inf
-    scores[100, 3], scores[101], scores[102] = torch.inf, 0.0, -0.0
-    assert torch.equal(attention_cpu._largest(scores), scores.amax(-1))
 
 
 def test_tiles_cover_what_is_seen_and_little_more() -> None:

@@ -256,13 +256,6 @@ def test_bad_input_is_refused_with_a_reason(case: str, place: Path, capsys: pyte
     assert sorted(place.rglob("*")) == before, "a refused run leaves nothing behind"
 
 
-def test_more_processes_than_gpus(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    words = ["train", "model.path=model", "data.path=data.jsonl", "data.sequence_length=64", "cluster.gpus_per_node=3"]
-    assert main(words) == 2
-    assert "shows 2 GPUs; set cluster.gpus_per_node=2" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -13,23 +13,19 @@ from typing import Any
 
 import pytest
 
-from distlora.config import Config, UserError
 from distlora.run_folder import error_file
 from distlora.run_folder.layout import read_record
 from distlora.training.trial import NonFiniteError
-from distlora_launcher.cli.bench.methods import grid, run
+from distlora_launcher.cli.bench.methods import run
 from distlora_launcher.cli.bench.methods.grid import METHODS, Planned, Setup, best_rate, next_rate, next_round
 from distlora_launcher.cli.bench.methods.results import (
     BaseDiffersError,
     check_base,
     figures,
     reading,
-    state_bytes,
     table,
 )
 from distlora_launcher.cli.main import main
-from distlora_launcher.compose.checks import check
-from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.demo.corpus import write_jsonl
 from small_models import write_model_folder
 
@@ -49,47 +45,6 @@ def base(tmp_path: Path) -> Path:
     write_jsonl(tmp_path / "base" / "pairs.jsonl", (chat(number) for number in range(40)))
     write_jsonl(tmp_path / "base" / "held_out.jsonl", (chat(number) for number in range(40, 50)))
     return tmp_path / "base"
-
-
-def changes(method: grid.Method, tmp_path: Path, base: Path) -> dict[str, Any]:
-    """Return the settings in which a method's run differs from rsLoRA of rank 16."""
-
-    def composed(of: grid.Method) -> Config:
-        setup = Setup(str(base), steps=4, ranks=2, seeds=1, search=True)
-        config = compose_config(Planned(of, 4e-3, 0).overrides(setup, tmp_path / "runs", tmp_path / "cache"))
-        check(config, new_run=True)
-        return config
-
-    ours, middle = composed(method), composed(BY_NAME["rsLoRA r=16"])
-    assert ours.data == middle.data
-    assert ours.train == middle.train
-    assert ours.optim == middle.optim
-    names = ("method", "r", "use_rslora", "use_dora", "target_modules", "lora_alpha")
-    found = {
-        name: getattr(ours.adapter, name)
-        for name in names
-        if getattr(ours.adapter, name) != getattr(middle.adapter, name)
-    }
-    return found | ({"quant": ours.quant.method} if ours.quant != middle.quant else {})
-
-
-@pytest.mark.ci
-def test_each_method_is_a_valid_run_and_one_change_away_from_the_middle(tmp_path: Path, base: Path) -> None:
-    found = {name: changes(method, tmp_path, base) for name, method in BY_NAME.items()}
-    assert found.pop("full")["method"] == "full"
-    assert found == {
-        "LoRA r=8": {"r": 8, "use_rslora": False},
-        "LoRA r=64": {"r": 64, "use_rslora": False},
-        "rsLoRA r=8": {"r": 8},
-        "rsLoRA r=16": {},
-        "rsLoRA r=64": {"r": 64},
-        "DoRA r=16": {"use_dora": True},
-        "QLoRA r=16": {"quant": "nf4"},
-        "rsLoRA r=16 qv": {"target_modules": "qv"},
-        "rsLoRA r=16 attention": {"target_modules": "attention"},
-    }
-    folders = {Planned(method, rate, seed).folder for method in METHODS for rate in (1e-3, 2e-3) for seed in (0, 1)}
-    assert len(folders) == 4 * len(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -188,13 +143,6 @@ def test_the_table_holds_what_the_runs_say() -> None:
     assert "training everything in place of rsLoRA r=16: -0.250 nats (one seed)" in sentences
 
 
-def test_state_is_counted_once_over_all_ranks() -> None:
-    full, qlora = BY_NAME["full"], BY_NAME["QLoRA r=16"]
-    assert state_bytes(full, {"trainable_parameters": 10_000}, 10_000, 6_000) == 16 * 10_000
-    packed = {"trainable_parameters": 100, "bits_per_parameter": 4.5}
-    assert state_bytes(qlora, packed, 10_000, 6_000) == 6_000 * 4.5 / 8 + 2 * 4_000 + 1_600
-
-
 def diverges(planned: Planned) -> bool:
     """Return whether the fake run diverges: the double of a best rate, and one seed."""
     return (planned.method.name, planned.rate, planned.seed) in {("full", 1e-3, 0), ("DoRA r=16", 4e-3, 1)}
@@ -231,6 +179,7 @@ def fake(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]
     return command
 
 
+@pytest.mark.ci
 def test_finished_runs_are_skipped_and_a_wrong_base_fails(
     fake: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,25 +227,6 @@ def test_finished_runs_are_skipped_and_a_wrong_base_fails(
 def test_mistakes_are_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "methods", *words]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_without_the_demo_there_is_no_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def absent() -> Path:
-        raise UserError("the demo's base is not made yet; run `distlora demo` first")
-
-    monkeypatch.setattr(run, "made_base", absent)
-    assert main(["bench", "methods", "--out", str(tmp_path / "out")]) == 2
-    assert "run `distlora demo` first" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_run_that_fails_otherwise_ends_the_command(
-    fake: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "train", lambda planned, setup, out: 1)
-    assert fake("--out", str(tmp_path / "out"), "--steps", "4", code=1) == []
 
 
 @pytest.mark.slow

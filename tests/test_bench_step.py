@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from distlora.architecture.shapes import shapes_of
 from distlora.bench.step import compare, report
-from distlora.bench.step.cells import CHECKPOINTING, JOBS, KEPT_PAGES, OURS, SIZES, WAYS, Cell, cells_of
-from distlora.bench.step.compare import CellFailedError, Measured, Problem, Turn
-from distlora.bench.step.turns import Turns
+from distlora.bench.step.cells import CHECKPOINTING, JOBS, KEPT_PAGES, OURS, WAYS, Cell, cells_of
+from distlora.bench.step.compare import Measured, Problem, Turn
 from distlora.config import UserError
 from distlora_launcher.cli.bench import step
 
@@ -60,14 +54,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     request = step.parse([])
     assert list(request.sizes) == ["8B/4", "70B/4"]
     assert request.ranks == (1,)
-
-
-def test_models_have_the_size_in_their_name() -> None:
-    for name, size in SIZES["cpu"].items():
-        numel = shapes_of({"model_type": "llama", **size.settings}, name).numel
-        assert numel == pytest.approx(float(name[:-1]) * 1e6, rel=0.15), name
-    for name, size in SIZES["cuda"].items():
-        assert size.settings["num_hidden_layers"] == 4, name
 
 
 def test_default_cells_have_both_modes_of_the_smaller_model_on_one_and_two_processes() -> None:
@@ -132,39 +118,6 @@ def test_cells_take_turns_and_a_failing_one_is_left_out(fake: dict[str, str], tm
     assert not broken.turns
 
 
-def test_a_curve_has_a_loss_for_each_step(
-    monkeypatch: pytest.MonkeyPatch, fake: dict[str, str], tmp_path: Path
-) -> None:
-    problem = Problem(notes="", model=tmp_path, rows=tmp_path, adapters=tmp_path)
-    lines: list[str] = []
-    (curve,) = compare.train_alone(
-        [CELL], problem, steps=60, environment=lambda cell: fake, log=tmp_path / "log", lr=1e-3, log_line=lines.append
-    )
-    assert len(curve.losses) == 60
-    assert lines[-1] == "  distlora, NF4, seed 0: step 60 of 60, loss 2.0000"
-
-
-def test_a_killed_cell_is_reported(fake: dict[str, str], tmp_path: Path) -> None:
-    with compare.Processes(compare.job_of(CELL, None), count=1, environment=fake, log=tmp_path / "log") as cell:
-        cell.start()
-        cell._processes[0].kill()
-        with pytest.raises(CellFailedError, match="process 0 ended with code -9: no output"):
-            cell.turn(1)
-
-
-def test_turns_are_read_from_stdin_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [json.dumps({"steps": n, "count": False}) for n in (2, 1)]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    answers = io.StringIO()
-    turns = Turns(torch.device("cpu"), answers)
-    for number, _ in enumerate(turns):
-        turns.note(torch.tensor(float(number), requires_grad=True))
-    answered: list[dict[str, Any]] = [json.loads(line) for line in answers.getvalue().splitlines()]
-    assert [answer["losses"] for answer in answered] == [[0.0, 1.0], [2.0]]
-    assert [len(answer["seconds"]) for answer in answered] == [2, 1]
-    assert all(answer["moved"] is None for answer in answered)
-
-
 def test_ratios_compare_turns_of_the_same_round() -> None:
     ours, peer = measured(OURS, [1.0, 10.0, 1.0], peak=50), measured("peft-bf16", [1.5, 15.0, 1.8])
     assert report.ratios(ours, peer) == pytest.approx([1.5, 1.5, 1.8])
@@ -207,11 +160,6 @@ def test_a_cell_that_fails_in_a_later_turn_is_reported(tmp_path: Path) -> None:
     report.draw([[failed]], tmp_path / "step.png")
 
 
-def test_a_peak_of_zero_does_not_divide_by_zero() -> None:
-    nothing = measured("peft-bf16", [1.0], peak=0)
-    assert report.table([measured(OURS, [1.0]), nothing]).rows[2]
-
-
 def test_on_a_gpu_the_peak_is_the_device_memory(fake: dict[str, str], tmp_path: Path) -> None:
     cells = [dataclasses.replace(CELL, way=way) for way in ("ours-bf16", OURS)]
     (group,) = compare.compare(
@@ -233,11 +181,6 @@ def test_on_a_gpu_the_peak_is_the_device_memory(fake: dict[str, str], tmp_path: 
 def test_first_losses_that_differ_give_a_warning() -> None:
     group = [measured(OURS, [1.0], losses=(2.0,)), measured("peft-bf16", [1.0], losses=(2.5,))]
     assert any(line.startswith("WARNING: the first losses of 100M") for line in report.reading([group]))
-
-
-def test_a_report_has_its_plot(tmp_path: Path) -> None:
-    report.draw([[measured(OURS, [1.0]), measured("peft-bf16", [1.5])]], tmp_path / "step.png")
-    assert (tmp_path / "step.png").stat().st_size > 1000
 
 
 def test_curves_are_compared_with_the_noise_between_seeds(tmp_path: Path) -> None:
@@ -262,14 +205,6 @@ def test_curves_are_compared_with_the_noise_between_seeds(tmp_path: Path) -> Non
     assert why.startswith("On several processes ours weighs the losses of a step by their tokens")
     report.draw_curves(curves, tmp_path / "curves.png")
     assert len(list(report.curve_rows(curves))) == 80
-
-
-def test_curves_that_all_failed_say_why(tmp_path: Path) -> None:
-    curves = [Measured(CELL, failed="it broke")]
-    losses, _ = report.curve_tables(curves)
-    assert losses.rows[1][-1] == "failed: it broke"
-    assert list(report.curve_reading(curves)) == []
-    report.draw_curves(curves, tmp_path / "curves.png")
 
 
 @pytest.mark.slow

@@ -109,17 +109,6 @@ def test_a_sum_of_other_ranks_scales_and_targets_is_exact(folders: Path, one: Pa
         assert relative_error(added, delta(out, path)) < 1e-5
 
 
-def test_an_adapter_less_itself_is_nothing_and_ours_combine_again(one: Path, two: Path, tmp_path: Path) -> None:
-    shutil.copytree(one, tmp_path / "copy")
-    out, _ = combine(f"{one}=1", f"{tmp_path / 'copy'}=-1", "--out", tmp_path / "nothing")
-    assert max(float(delta(out, path).abs().max()) for path in paths_of(out)) < 1e-7
-    half, _ = combine(f"{one}=0.5", f"{two}=0.5", "--out", tmp_path / "half")
-    again, record = combine(f"{half}=2", f"{two}=-1", "--out", tmp_path / "again", "--method", "svd", "--rank", "4")
-    for path in paths_of(one):
-        assert relative_error(delta(again, path), delta(one, path)) < 1e-5
-    assert record["truncation"]["share"] < 1e-6
-
-
 def test_what_a_rank_drops_is_said_exactly(one: Path, two: Path, tmp_path: Path) -> None:
     """The dropped singular values, as a dense SVD finds them."""
     out, record = combine(f"{one}=0.6", f"{two}=0.4", "--out", tmp_path / "o", "--method", "svd", "--rank", "5")
@@ -191,19 +180,6 @@ def test_every_method_is_pefts(method: str, tuned_pair: Any, pair: tuple[Path, P
         else:
             assert torch.equal(our_a, a)
             assert torch.equal(our_b, b)
-
-
-def test_peft_scales_a_sum_that_begins_with_rslora_by_its_rank(tuned_pair: Any, pair: tuple[Path, Path]) -> None:
-    """What README says of PEFT's `cat`: right behind a LoRA, sqrt(r) too large behind an rsLoRA."""
-    path = paths_of(pair[0])[0]
-    exact = 0.7 * delta(pair[0], path) - 0.5 * delta(pair[1], path)
-    target = tuned_pair.get_submodule(f"base_model.model.{path}")
-    for name, order, factor in (("plain", (0, 1), 1.0), ("rslora", (1, 0), math.sqrt(8))):
-        names, weights = (["default", "b"], [0.7, -0.5])
-        tuned_pair.add_weighted_adapter(
-            [names[at] for at in order], [weights[at] for at in order], name, combination_type="cat"
-        )
-        assert relative_error(target.get_delta_weight(name), factor * exact) < 1e-5
 
 
 def test_experts_are_summed_each(tmp_path: Path) -> None:

@@ -177,22 +177,6 @@ def test_what_it_trained_is_used_where_nothing_compiles_and_by_transformers_own(
     assert not any(isinstance(module, CompiledRMSNorm) for module in again.modules())
 
 
-@needs_compiler
-def test_a_packed_document_has_the_loss_that_it_has_alone(tmp_path: Path) -> None:
-    write_family_folder(tmp_path, "llama")
-    model, _ = load_ours(tmp_path, ALONE, train={"dtype": "fp32", "compile": True})
-    ids = tokens(1, 40)
-    positions = torch.cat([torch.arange(15), torch.arange(25)])[None]
-    labels = ids.roll(-1, dims=1)
-    labels[0, [14, 39]] = -100
-    packed = model(ids, positions, labels, by_token=True)[0]
-    alone = [
-        model(part, torch.arange(part.shape[1])[None], target, by_token=True)[0]
-        for part, target in zip(ids.split([15, 25], 1), labels.split([15, 25], 1), strict=True)
-    ]
-    assert relative_error(packed, torch.cat(alone)) <= 1e-6
-
-
 def config_of(**settings: object) -> Config:
     return build(Config, {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": "r"} | settings)
 

@@ -5,11 +5,9 @@ import json
 import pytest
 
 from data_folders import chat
-from distlora.config import DataConfig, UserError
+from distlora.config import UserError
 from distlora.data.conversations import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from distlora.data.formats import EXAMPLES, REQUIRED_KEYS, Record, kind_of, resolve_format, to_document
-from distlora.data.json_text import check_unicode
-from distlora.data.sources import check_sources
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": None}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -90,14 +88,6 @@ def test_the_example_in_every_message_is_a_good_record_of_its_format(format):
     value = json.loads(EXAMPLES[format])
     assert resolve_format(record(value), "auto", {}) == format
     assert canonical(value, format)
-
-
-def test_plain_forms_keep_their_strings_and_nothing_else():
-    assert canonical({"text": "a", "id": 7}, "text") == {"text": "a"}
-    assert canonical({"prompt": "a", "completion": "b", "id": 7}, "prompt_completion") == {
-        "prompt": "a",
-        "completion": "b",
-    }
 
 
 def test_a_chat_keeps_what_templates_read_and_drops_nulls():
@@ -268,22 +258,3 @@ HALF_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arg
 def test_half_a_surrogate_pair_is_refused_in_json_inside_of_a_string(format, value):
     with pytest.raises(UserError, match=r"^data\.jsonl:3.*: half a surrogate pair \(\\ud83d\) is no character"):
         canonical(value, format)
-
-
-def test_half_a_surrogate_pair_is_refused_in_tables_too(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    table = pyarrow.Table.from_pylist([{"messages": messages, "tools": TOOL_IN_STRING}])
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet row 1: half a surrogate pair"):
-        check_sources(DataConfig(path=str(tmp_path / "a.parquet")), limit=10)
-
-
-def test_deep_json_is_checked_without_running_out_of_calls():
-    value = ["\ud83d"]
-    for _ in range(5000):
-        value = [value]
-    with pytest.raises(UserError, match="half a surrogate pair"):
-        check_unicode(value, "data.jsonl:1")

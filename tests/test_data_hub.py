@@ -231,18 +231,6 @@ def test_a_connection_that_breaks_while_rows_are_read_is_one_sentence(monkeypatc
         list(HubDataset(SourceConfig(path="org/x"), "0" * 40, streaming=True).records())
 
 
-def test_an_error_of_the_system_that_names_no_file_is_said_as_it_is(monkeypatch, tmp_path):
-    from distlora_launcher.compose import checks
-
-    def fail(*_):
-        raise ConnectionError("the connection was lost")
-
-    monkeypatch.setattr(checks, "check_machine", fail)
-    config = Config(model=ModelConfig(path="m"), data=DataConfig(path="d"), run_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"^the connection was lost$"):
-        checks.check(config, new_run=False)
-
-
 @pytest.mark.ci
 def test_a_preview_streams_a_hub_data_set_and_downloads_no_more_than_its_head(hub, home, model, tmp_path):
     command = [sys.executable, "-m", "distlora_launcher.cli.main", "data", "preview", f"model.path={model}", "--rows=0"]

@@ -64,14 +64,6 @@ def test_rows_taken_by_number_are_those_rows_with_their_targets_and_pairs():
         assert torch.equal(getattr(taken.micro_batches[0], name), of_rows)
 
 
-def test_global_targets_equal_the_labels_that_all_ranks_really_get():
-    rows = make_rows(17)
-    for step in range(4):
-        batches = [make_loader(rows, world=3, micro_batch=2, rank=rank).batch(step) for rank in range(3)]
-        labels = torch.cat([part.labels for batch in batches for part in batch.micro_batches])
-        assert {batch.global_targets for batch in batches} == {int((labels != -100).sum())}
-
-
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_an_epoch_visits_every_row_once_and_its_last_step_has_what_is_left(shuffle):
     rows = make_rows(17)
@@ -83,11 +75,6 @@ def test_an_epoch_visits_every_row_once_and_its_last_step_has_what_is_left(shuff
         assert sorted(row for of_step in seen for row in of_step if row >= 0) == list(range(17))
 
 
-def test_a_global_batch_beyond_the_data_is_filled_with_empty_rows():
-    batch = make_loader(make_rows(3), global_batch=8, micro_batch=4, shuffle=False).batch(1)
-    assert batch.rows == (0, 1, 2, -1, -1, -1, -1, -1)
-
-
 def test_epochs_are_shuffled_differently_and_seeds_too():
     rows = make_rows(64)
 
@@ -97,14 +84,6 @@ def test_epochs_are_shuffled_differently_and_seeds_too():
     orders = [order(epoch, seed) for epoch in range(3) for seed in range(3)]
     assert len(set(orders)) == len(orders)
     assert make_loader(rows, global_batch=64, shuffle=False).batch(2).rows == tuple(range(64))
-
-
-def test_any_step_is_had_by_random_access():
-    rows = make_rows(17)
-    walked = make_loader(rows)
-    in_order = [walked.batch(step) for step in range(12)]
-    for step in (11, 0, 7, 4, 3):
-        assert make_loader(rows).batch(step).rows == walked.batch(step).rows == in_order[step].rows
 
 
 def test_the_order_of_a_seed_is_the_same_for_ever():
@@ -126,16 +105,3 @@ def test_tensors_of_a_row_are_shifted_and_positions_restart():
     ]
     assert part.position_ids[2].tolist() == [0, 1, 2, 3, 0, 1]
     assert {tensor.dtype for tensor in (part.input_ids, part.labels, part.position_ids)} == {torch.int64}
-
-
-def test_an_empty_row_is_padding_without_labels_as_one_document():
-    part = make_loader(make_rows(1), global_batch=2, micro_batch=2).batch(0).micro_batches[0]
-    assert part.input_ids[1].tolist() == [PAD] * LENGTH
-    assert part.labels[1].tolist() == [-100] * LENGTH
-    assert part.position_ids[1].tolist() == list(range(LENGTH))
-
-
-def test_batches_do_not_alias_the_cache():
-    rows = make_rows(2)
-    make_loader(rows, global_batch=1, shuffle=False).batch(0).micro_batches[0].input_ids.zero_()
-    assert rows.tokens[0, 0] == 100

@@ -11,7 +11,6 @@ from data_folders import CHATML, chat, prepare, write_lines, write_model
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from distlora.data.prepare import summary
 from distlora.data.rows import PackedRows, read_meta
-from distlora.data.sources import check_sources
 from distlora.data.splits import copies, shares, volume
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -44,24 +43,6 @@ def test_every_source_misses_its_share_by_less_than_a_piece(mixture, until_all):
         assert used.max() == 1, "no document twice"
         limiting = int(np.argmin(sizes / wanted))
         assert got[limiting] == sizes[limiting], "the first source to end is used up"
-
-
-def test_a_selection_depends_on_the_seed_and_the_source_alone():
-    targets, sources = np.full(300, 10), np.repeat([0, 1], [200, 100])
-    wanted, ended = shares([1, 1]), np.ones(2, bool)
-    whole = volume(np.array([2000.0, 1000.0]), wanted, ended, until_all=False)
-    first = copies(targets, sources, wanted, whole, seed=0)
-    assert first.sum() == 200
-    assert np.array_equal(copies(targets, sources, wanted, whole, seed=0), first)
-    assert not np.array_equal(copies(targets, sources, wanted, whole, seed=1), first)
-
-
-def test_what_has_not_ended_is_never_repeated():
-    sizes, wanted = np.array([100.0, 900.0]), shares([1, 1])
-    ended = np.array([True, False])
-    assert volume(sizes, wanted, ended, until_all=True) == 1800
-    assert volume(sizes, wanted, ended, until_all=False) == 200
-    assert volume(sizes, wanted, np.array([False, False]), until_all=True) == 200
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +118,6 @@ def test_without_weights_every_source_is_taken_whole(prepared, two_sources):
     assert "chats.jsonl" in summary(record)
 
 
-def test_another_source_does_not_move_the_held_out_documents_of_the_first(prepared, two_sources):
-    alone, _ = prepared([{"path": str(two_sources[0])}], eval_fraction=0.2)
-    both, _ = prepared([{"path": str(path)} for path in two_sources], eval_fraction=0.2)
-    assert both["splits"]["eval"]["sources"][0]["targets"] == alone["splits"]["eval"]["sources"][0]["targets"]
-
-
 def test_a_streamed_mixture_reads_both_sources_as_far_as_their_shares_need(prepared, two_sources, tmp_path):
     many = write_lines(tmp_path / "many.jsonl", [{"text": f"{n} birds sit in the tree. " * 3} for n in range(5000)])
     sources = mixed((two_sources[0], many), 1, 3)
@@ -166,12 +141,6 @@ def test_a_streamed_mixture_reads_both_sources_as_far_as_their_shares_need(prepa
     assert meta["ended"] == [True, False], "reading on would not help: the first source ends the mixture"
     assert counts["sources"][0]["documents"] == 40
     assert counts["sources"][1]["documents"] < 300
-
-
-def test_a_source_that_is_named_twice_is_refused(two_sources):
-    sources = tuple(SourceConfig(path=str(two_sources[0]), weight=1.0) for _ in range(2))
-    with pytest.raises(UserError, match="twice, so its held-out documents would be trained on"):
-        check_sources(DataConfig(sources=sources), limit=10)
 
 
 def test_a_source_without_a_trained_token_is_refused_by_its_own_name(prepared, two_sources, tmp_path):

@@ -176,13 +176,6 @@ def test_a_pair_that_is_too_long_loses_the_ends_of_both_at_the_same_length(tmp_p
         assert counted == {"documents": pairs, "pairs": pairs, **lost}
 
 
-def test_a_pair_with_an_answer_that_has_no_token_to_train_is_left_out(tmp_path: Path) -> None:
-    unanswered = {"chosen": [ASKED, GOOD], "rejected": [ASKED]}
-    masked = {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD | {"train": False}]}
-    rows = prepared(tmp_path, [CONVERSATIONS["explicit"], unanswered, masked])
-    assert (rows.pairs.sum(), rows.counts["dropped"]) == (1, 2)
-
-
 def test_pairs_are_held_out_mixed_and_streamed_whole(tmp_path: Path) -> None:
     pairs = [{"prompt": f"It is {n}", "chosen": " day", "rejected": " the night"} for n in range(40)]
     rows = prepared(tmp_path, pairs, eval_fraction=0.2)
@@ -192,12 +185,6 @@ def test_pairs_are_held_out_mixed_and_streamed_whole(tmp_path: Path) -> None:
     assert 0 < held_out.pairs.sum() < 20
     assert rows.pairs.sum() + held_out.pairs.sum() == 40
     assert len(sides_of(held_out)) == 2 * held_out.pairs.sum()
-
-
-def test_a_template_without_conversations_has_no_effect_and_is_refused(tmp_path: Path) -> None:
-    text = {"prompt": "It is", "chosen": " day", "rejected": " the night"}
-    with pytest.raises(UserError, match=r"data\.template=chatml has no effect: no source holds chats"):
-        prepared(tmp_path, [text], template="chatml")
 
 
 def test_preview_and_row_show_both_sides(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

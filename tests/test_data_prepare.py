@@ -17,7 +17,7 @@ from distlora.config.file import as_mapping
 from distlora.data import prepare as prepare_module
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split, prepare_and_print, prepare_run
-from distlora.data.rows import STARTS, PackedRows, read_meta
+from distlora.data.rows import STARTS, read_meta
 from distlora.data.splits import held_out
 from distlora.system.exit_codes import run_to_exit_code
 
@@ -80,18 +80,6 @@ def test_every_document_is_in_exactly_one_split_and_comes_out_as_it_was_tokenize
         assert labels == sum(batch.global_targets for batch in batches) == counts["targets"]
 
 
-def test_long_texts_are_split_and_long_chats_truncated_or_dropped_and_counted(make_config, tmp_path):
-    entry = prepare(make_config([{"text": "fox " * 100}], eval_fraction=0))
-    counts = read_meta(entry)["splits"]["train"]
-    assert (counts["documents"], counts["split"], counts["truncated"]) == (1, 1, 0)
-    assert counts["pieces"] == counts["rows"] > 1
-    long_answer, long_question = chat("Hi", "fox " * 100), chat("fox " * 100, "Hi")
-    entry = prepare(make_config([long_answer, long_question, chat("Hi", "Hello"), chat("Hi?")], eval_fraction=0))
-    counts = read_meta(entry)["splits"]["train"]
-    assert [counts[key] for key in ("documents", "truncated", "dropped", "split")] == [2, 1, 2, 0]
-    assert max(len(document) for document in documents_in(PackedRows.open(entry, "train"))) == 32
-
-
 def test_what_becomes_of_a_document_that_is_too_long_can_be_chosen_and_is_counted(make_config):
     documents = [chat("Hi", "fox " * 100), chat("fox " * 100, "Hi"), chat("Hi", "Hello"), chat("Hi?")]
 
@@ -116,23 +104,6 @@ def test_held_out_documents_may_come_from_a_file_of_their_own_format(make_config
     entry = prepare(make_config(TEXTS, eval_path=str(path)))
     splits = read_meta(entry)["splits"]
     assert (splits["train"]["documents"], splits["eval"]["documents"]) == (60, 2)
-
-
-def test_alpaca_is_rendered_by_the_template_or_by_its_own_prompt_without_one(make_config, tmp_path, model):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    plain = write_model(tmp_path / "plain", None)
-    records = [{"instruction": "Count.", "input": "", "output": "1, 2, 3"}] * 2
-
-    def rendered(**settings):
-        entry = prepare(make_config(records, eval_fraction=0, sequence_length=256, **settings))
-        return tokenizer.decode(documents_in(PackedRows.open(entry, "train"))[0])
-
-    as_chat = "<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n1, 2, 3<|im_end|>\n"
-    assert rendered() == as_chat
-    assert rendered(model_path=plain, template="chatml") == as_chat
-    assert rendered(model_path=plain).endswith("### Instruction:\nCount.\n\n### Response:\n1, 2, 3<|eos|>")
 
 
 def test_settings_that_change_nothing_share_an_entry_and_those_that_do_have_their_own(make_config):
@@ -167,15 +138,6 @@ def test_a_template_that_writes_the_date_has_an_entry_a_day_and_a_resume_keeps_i
     assert prepare(plain) == prepare(plain), "no date in the template: no day in the name"
 
 
-def test_the_digest_of_an_entry_says_whether_its_rows_are_equal(make_config):
-    first = read_meta(prepare(make_config(TEXTS)))["content"]
-    assert len(first) == 64
-    same = read_meta(prepare(make_config(TEXTS, cache_dir=make_config(TEXTS).data.cache_dir + "2")))["content"]
-    assert same == first
-    changed = [{"text": "A wolf wakes. " * 3}, *TEXTS[1:]]
-    assert read_meta(prepare(make_config(changed)))["content"] != first
-
-
 def test_a_run_says_where_its_data_lies_now_even_if_the_entry_was_made_from_elsewhere(make_config, tmp_path):
     config = make_config(TEXTS)
     first = prepare_run(config.run_dir)
@@ -204,13 +166,6 @@ def test_a_second_preparation_reuses_the_entry_without_tokenizing(make_config, m
         prepare(make_config(TEXTS[1:]))
 
 
-def test_without_a_held_out_split_the_seed_does_not_matter_and_there_is_no_eval(make_config):
-    config = make_config(TEXTS, eval_fraction=0)
-    assert prepare(config) == prepare(make_config(TEXTS, eval_fraction=0, seed=1))
-    prepare_run(config.run_dir)
-    assert open_split(config.run_dir, "eval") is None
-
-
 def test_the_held_out_split_depends_on_seed_and_index_alone():
     usable = np.ones(10_000, bool)
     chosen = held_out(usable, 0.05, 0)
@@ -218,12 +173,6 @@ def test_the_held_out_split_depends_on_seed_and_index_alone():
     assert np.array_equal(held_out(np.ones(20_000, bool), 0.05, 0)[:10_000], chosen)
     assert (held_out(usable, 0.05, 1) != chosen).any()
     assert not held_out(usable, 0.0, 0).any()
-
-
-def test_few_documents_still_hold_one_out_if_another_is_left():
-    for seed in range(5):
-        assert held_out(np.array([True, False, True, False]), 1e-9, seed)[[0, 2]].sum() == 1
-    assert held_out(np.array([True, False]), 1e-9, 0).sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -304,12 +253,3 @@ def test_the_command_prepares_a_run_and_sums_it_up_and_says_when_it_reuses(make_
     assert "held out " in first.stdout
     assert f"cached in     {record['cache']}" in first.stdout
     assert f"reused in     {record['cache']}" in second.stdout
-
-
-def test_the_command_refuses_a_broken_line_without_a_traceback(make_config):
-    config = make_config([b"{"])
-    command = [sys.executable, "-m", "distlora.data", config.run_dir]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "data.jsonl:1: not valid JSON" in result.stderr
-    assert "Traceback" not in result.stderr

@@ -76,26 +76,6 @@ def test_the_figures_are_those_of_the_preparation(settings, tmp_path, capsys):
     assert "too long         4 (11.1%) have more than 64 tokens: cut off there (data.too_long), " in shown
 
 
-def test_data_with_nothing_left_to_train_is_bad_input_as_it_is_to_a_run(settings, tmp_path, capsys):
-    path = write_lines(tmp_path / "chats.jsonl", [QUESTION, QUESTION])
-    folder = settings(path=str(path))
-    assert show_preview(folder) == 2
-    with pytest.raises(UserError) as refused:
-        prepare_run(folder)
-    assert str(refused.value) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("too_long", "fate"), [("drop", "left out"), ("split", "continued as further documents")])
-def test_what_becomes_of_long_documents_is_said(settings, tmp_path, capsys, too_long, fate):
-    path = write_lines(tmp_path / "chats.jsonl", [SHORT, LONG])
-    folder = settings(path=str(path), too_long=too_long)
-    assert show_preview(folder) == 0
-    shown = capsys.readouterr().out
-    assert f"1 (50.0%) have more than 64 tokens: {fate} (data.too_long)\n" in shown
-    assert "--- longer than data.sequence_length=64 by " in shown
-    assert f"packed in {prepare_run(folder)['splits']['train']['rows']:,} rows" in shown
-
-
 def test_documents_that_a_run_refuses_are_counted_and_the_first_is_named(settings, tmp_path, capsys):
     path = write_lines(tmp_path / "chats.jsonl", [SHORT, WITH_THOUGHTS, SHORT, WITH_THOUGHTS])
     folder = settings(path=str(path), template="zephyr")
@@ -116,18 +96,6 @@ def test_only_the_head_of_a_large_file_is_read_unless_all_is_asked_for(settings,
     assert "(chat), all 7 documents\n" in capsys.readouterr().out
 
 
-def test_a_mixture_is_shown_with_the_shares_that_it_gets(settings, tmp_path, capsys):
-    many = [{"text": f"The value number {number} of an attribute is an expression."} for number in range(400)]
-    one, two = write_lines(tmp_path / "one.jsonl", many), write_lines(tmp_path / "two.jsonl", many[:150])
-    folder = settings(sources=[{"path": str(one), "weight": 0.7}, {"path": str(two), "weight": 0.3}])
-    assert show_preview(folder, documents=0) == 0
-    shown = capsys.readouterr().out
-    counts = prepare_run(folder)["splits"]["train"]
-    for source, wanted in zip(counts["sources"], ("70.0%", "30.0%"), strict=True):
-        assert f"{source['share']:6.1%} (wanted {wanted})" in shown
-    assert f"packed in {counts['rows']:,} rows" in shown
-
-
 def test_colours_are_for_terminals_and_control_characters_for_nobody(settings, tmp_path, capsys, monkeypatch):
     path = write_lines(tmp_path / "chats.jsonl", [chat("\x1b[31mred", "Hello")])
     folder = str(settings(path=str(path)))
@@ -144,17 +112,6 @@ def test_colours_are_for_terminals_and_control_characters_for_nobody(settings, t
     assert "\x1b" not in plain
     for shown in (coloured, plain):
         assert "\\x1b[31mred" in shown
-
-
-def test_a_tokenizer_that_writes_tokens_beyond_the_models_is_refused(settings, model, tmp_path, capsys):
-    folder = settings(path=str(write_lines(tmp_path / "chats.jsonl", [SHORT])))
-    config = (model / "config.json").read_text()
-    (model / "config.json").write_text(json.dumps(json.loads(config) | {"vocab_size": 20}))
-    try:
-        assert show_preview(folder) == 2
-    finally:
-        (model / "config.json").write_text(config)
-    assert "beyond vocab_size=20" in capsys.readouterr().err
 
 
 def test_the_command_takes_the_settings_of_a_run_and_starts_none(model, tmp_path, capfd, monkeypatch):
@@ -181,10 +138,3 @@ def test_the_command_takes_the_settings_of_a_run_and_starts_none(model, tmp_path
 def test_a_mistyped_command_is_refused_with_what_was_meant(words, message):
     with pytest.raises(UserError, match=message):
         command.main(words)
-
-
-def test_a_template_that_does_not_exist_is_refused_before_anything_is_read(model, tmp_path):
-    path = write_lines(tmp_path / "chats.jsonl", [SHORT])
-    words = [f"model.path={model}", f"data.path={path}", "data.template=chatlm", "data.sequence_length=64"]
-    with pytest.raises(UserError, match=r"data\.template='chatlm' is no template \(did you mean 'chatml'\?\)"):
-        command.main(["preview", *words])

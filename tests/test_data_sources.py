@@ -2,16 +2,12 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from data_folders import chat, write_lines
 from distlora.config import DataConfig, SourceConfig, UserError
-from distlora.config.places import is_hub_name, means_hub
-from distlora.data.sources import check_sources, find_source, pinned_commits
+from distlora.data.sources import check_sources, find_source
 
 TEXTS = [{"text": f"{number} foxes"} for number in range(20)]
 
@@ -164,15 +160,6 @@ def test_sample_by_needs_a_text_file(tmp_path):
     assert check_sources(both, limit=10) == ["text", "text"]
 
 
-def test_a_composed_name_on_the_hub_stays_one_whatever_lies_in_the_working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert means_hub("org/name")
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    assert not means_hub("org/name"), "what a user types means what is there"
-    assert is_hub_name("org/name")
-    assert not is_hub_name(str(tmp_path / "org" / "name"))
-
-
 def test_the_head_is_checked_up_to_its_limit_and_no_further(tmp_path):
     path = write_lines(tmp_path / "data.jsonl", [*TEXTS, b"{"])
     assert check(path, limit=20) == "text"
@@ -192,52 +179,3 @@ def test_a_fingerprint_changes_with_the_content_and_the_reading_but_not_with_the
     paragraphs = tmp_path / "a.txt"
     paragraphs.write_text("a\n\nb\nc\n")
     assert source(paragraphs).fingerprint() != source(paragraphs, sample_by="line").fingerprint()
-
-
-def test_a_streamed_file_is_named_by_its_size_its_time_and_its_start(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", TEXTS)
-    config = SourceConfig(path=str(path))
-    first = find_source(config, streaming=True).fingerprint()
-    assert find_source(config, streaming=True).fingerprint() == first
-    os.utime(path, (0, 0))
-    assert find_source(config, streaming=True).fingerprint() != first
-
-
-def test_a_file_that_changes_after_it_was_found_is_refused(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", TEXTS)
-    found = source(path)
-    found.check_unchanged()
-    write_lines(path, TEXTS[1:])
-    with pytest.raises(UserError, match="changed while it was read"):
-        found.check_unchanged()
-
-
-@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"splits": {"train": {}}}', b"\xff"])
-def test_a_damaged_record_of_an_earlier_start_pins_nothing(tmp_path, record):
-    assert pinned_commits(tmp_path) == {}
-    (tmp_path / "data.json").write_bytes(record if isinstance(record, bytes) else record.encode())
-    assert pinned_commits(tmp_path) == {}
-
-
-def test_a_record_of_an_earlier_start_pins_hub_data_sets_by_name_and_revision(tmp_path):
-    entries = [
-        {"path": "org/name", "revision": None, "commit": "a" * 40},
-        {"path": "org/name", "revision": "v1", "commit": "b" * 40},
-        {"path": "data.jsonl", "revision": None, "commit": None},
-    ]
-    (tmp_path / "data.json").write_text(json.dumps({"splits": {"train": {"sources": entries}}}))
-    pinned = pinned_commits(tmp_path)
-    commits = [find_source(SourceConfig(path="org/name", revision=r), pinned=pinned).commit for r in (None, "v1")]
-    assert commits == ["a" * 40, "b" * 40]
-
-
-def test_the_check_of_files_imports_no_heavy_package(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", [chat("Hi", "Hello")] * 1000)
-    code = (
-        "import sys; from distlora.config import DataConfig; from distlora.data.sources import check_sources;"
-        "check_sources(DataConfig(path=sys.argv[1]), limit=1000);"
-        "heavy = ('torch', 'transformers', 'numpy', 'jinja2', 'datasets', 'pyarrow', 'huggingface_hub');"
-        "print([name for name in heavy if name in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"

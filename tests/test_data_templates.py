@@ -29,10 +29,6 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """Like Qwen3's: the last assistant turn is written otherwise once it is no longer the last."""
-CLOSING = CHATML.replace(
-    "{% if add_generation_prompt %}", "{% if not add_generation_prompt %}{{ eos_token }}{% else %}"
-)
-"""Like Phi-3's own: the end of text closes a conversation, not a turn."""
 
 CONVERSATION = chat("Hello!", "It is Paris.", "How many birds?", "There are seven.", "Seven?")
 
@@ -129,38 +125,6 @@ def test_a_named_template_trains_the_same_tokens_by_its_marks_and_by_its_prefixe
             assert trained.any()
 
 
-@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefix", "by the template's mask"])
-def test_the_assistants_turns_are_trained_up_to_their_end_of_turn_and_no_further(load, template):
-    tokenizer = load(template)
-    ((tokens, trained),) = encode(tokenizer, "chat", CONVERSATION)
-    # What follows the last trained turn teaches nothing, and is left out.
-    assert tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION["messages"][:-1], return_dict=False)
-    assert trained_text(tokenizer, tokens, trained) == ["It is Paris.<|im_end|>", "There are seven.<|im_end|>"]
-
-
-@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefix", "by the template's mask"])
-def test_all_tokens_of_a_conversation_are_trained_where_that_is_asked_for(load, template):
-    tokenizer = load(template)
-    ((tokens, trained),) = encode(tokenizer, "chat", CONVERSATION, train_on="all")
-    assert tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION["messages"], return_dict=False)
-    assert trained.all()
-
-
-def test_both_ways_to_find_the_turns_agree_on_every_token(load):
-    conversations = [
-        CONVERSATION,
-        chat("A", ""),
-        chat("only a question"),
-        {"messages": [{"role": "system", "content": "Be\n\nkind. "}, *CONVERSATION["messages"]]},
-        {"messages": [*chat("Hi", "One.")["messages"], {"role": "assistant", "content": "Two."}]},
-        chat("caf\u00e9 \U0001f600", "\U0001f600 na\u00efve"),
-    ]
-    by_prefix, by_mask = encode(load(CHATML), "chat", *conversations), encode(load(MARKED), "chat", *conversations)
-    for (tokens, trained), (mask_tokens, mask_trained) in zip(by_prefix, by_mask, strict=True):
-        assert np.array_equal(tokens, mask_tokens)
-        assert np.array_equal(trained, mask_trained)
-
-
 PIECES = ["<|im_start|>", "<|im_end|>", "</s>", "[INST]", " ", "  ", "\n", "\n\n", "a", "the", "Hello", "'t", "1", "23"]
 PIECES += ["4567", "\u00e9", "\U0001f600", ".", "\u2581", "<|im_", "user"]
 
@@ -190,12 +154,6 @@ def test_a_turns_ends_are_where_the_text_up_to_them_tokenized_by_itself_ends(kin
             list(turns.encode([conversation]))
 
 
-def test_a_template_without_special_tokens_in_its_turns_is_trained_to_the_turns_end(load):
-    tokenizer = load(LLAMA2)
-    ((tokens, trained),) = encode(tokenizer, "chat", chat("Hello!", "It is Paris.", "Seven?", "Yes."))
-    assert trained_text(tokenizer, tokens, trained) == [" It is Paris. <|eos|>", " Yes. <|eos|>"]
-
-
 def test_a_template_that_rewrites_earlier_turns_is_refused_by_place_and_turn(load):
     tokenizer = load(FORGETFUL)
     ((tokens, trained),) = encode(tokenizer, "chat", chat("Hello!", "It is Paris."))
@@ -220,31 +178,11 @@ def test_the_last_turn_can_be_trained_with_a_template_that_rewrites_earlier_ones
     ]
 
 
-def test_a_turn_that_is_masked_may_be_rewritten(load):
-    messages = [dict(message) for message in CONVERSATION["messages"]]
-    messages[1]["train"] = False
-    tokenizer = load(FORGETFUL)
-    ((tokens, trained),) = encode(tokenizer, "chat", {"messages": messages})
-    assert trained_text(tokenizer, tokens, trained) == ["Thought. There are seven.<|im_end|>"]
-
-
-def test_a_last_turn_that_is_masked_leaves_nothing_to_train_on_the_last(load):
-    messages = [*CONVERSATION["messages"][:3], {"role": "assistant", "content": "Bad.", "weight": 0}]
-    ((_, trained),) = encode(load(CHATML), "chat", {"messages": messages}, train_on="last")
-    assert not trained.any()
-
-
 @pytest.mark.parametrize(("train_on", "flag"), [("assistant", True), ("all", False)])
 def test_a_mask_that_cannot_be_followed_is_refused(load, train_on, flag):
     value = {"messages": [{"role": "user", "content": "Hi", "train": flag}, *chat("x", "Hello")["messages"][1:]]}
     with pytest.raises(UserError, match=rf"data\.jsonl:1: messages\[0\]: train={flag} on a message of the user"):
         encode(load(CHATML), "chat", value, train_on=train_on)
-
-
-def test_a_template_that_closes_whole_conversations_otherwise_is_trained_to_each_turns_end(load):
-    tokenizer = load(CLOSING)
-    ((tokens, trained),) = encode(tokenizer, "chat", CONVERSATION)
-    assert trained_text(tokenizer, tokens, trained) == ["It is Paris.<|im_end|>", "There are seven.<|im_end|>\n<|eos|>"]
 
 
 def test_marks_without_the_end_of_turn_token_are_extended_to_it(load):
@@ -256,16 +194,6 @@ def test_marks_without_the_end_of_turn_token_are_extended_to_it(load):
         (expected,) = encode(load(MARKED), "chat", CONVERSATION, train_on=train_on)
         assert np.array_equal(encoded[0], expected[0])
         assert np.array_equal(encoded[1], expected[1])
-
-
-def test_marks_are_extended_to_no_other_token_than_the_end_of_turn(load):
-    """Turns inside that end without a token, before the header of the next message, and a last one that has one."""
-    inside = "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
-    template = MARKED.replace(inside, "{{ m['content'] }}{% endgeneration %}{% if loop.last %}<|im_end|>{% endif %}")
-    tokenizer = load(template)
-    assert encode(tokenizer, "chat", chat("Hi", "Hello"))
-    with pytest.raises(UserError, match=r"data\.jsonl:1: messages\[1\]: .* without a special token"):
-        encode(tokenizer, "chat", CONVERSATION)
 
 
 @pytest.mark.parametrize("header", ["", "<|im_start|>", "<|im_start|>assistant", "<|im_start|>assistant\n"])
@@ -376,9 +304,7 @@ def without_markers(tokenizer, template=None):
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>", chat_template=template)
 
 
-PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {}}}
 
 
 @pytest.mark.parametrize("template", ["zephyr", "vicuna", "alpaca"])
@@ -389,16 +315,6 @@ def test_a_named_template_without_tools_refuses_them_with_one_that_fits(load, te
     with pytest.raises(UserError, match="no named template that knows tools fits the tokenizer in MODEL") as error:
         encode(without_markers(load(None)), "chat", value, template=template)
     assert "chatml" not in str(error.value)
-
-
-def test_advice_about_tools_that_a_template_leaves_out_names_none_that_cannot_be_used(load):
-    called = chat("Hi", "Hello", "Hi")
-    called["messages"][1]["tool_calls"] = [CALL]
-    tokenizer = without_markers(load(None), PLAIN.replace("m['role'] + ': '", "'<' + m['role'] + '>'"))
-    for value in (chat("Hi", "Hello") | {"tools": TOOLS}, called):
-        with pytest.raises(UserError, match="no named template that knows tools fits the tokenizer") as error:
-            encode(tokenizer, "chat", value)
-        assert "chatml" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -500,18 +416,6 @@ def test_a_turn_that_ends_in_a_marker_is_trained_up_to_its_end_of_turn_token(loa
     value = chat("Hi", "a tool</tool_call>", "So?", "Yes.</tool_call>")
     (encoded,) = encode(tokenizer, "chat", value)
     assert trained_text(tokenizer, *encoded) == ["a tool</tool_call><|im_end|>", "Yes.</tool_call><|im_end|>"]
-
-
-def test_a_marker_ends_no_turn(load):
-    tokenizer = with_marker(load(MARKED.replace("<|im_end|>", "")))
-    with pytest.raises(UserError, match="without a special token of this tokenizer"):
-        encode(tokenizer, "chat", chat("Hi", "a tool</tool_call>"))
-
-
-def test_an_added_token_that_the_template_writes_behind_answers_ends_them_special_or_not(load):
-    tokenizer = with_marker(load(MARKED.replace("<|im_end|>", "</tool_call>")))
-    (encoded,) = encode(tokenizer, "chat", chat("Hi", "Yes."))
-    assert trained_text(tokenizer, *encoded) == ["Yes.</tool_call>"]
 
 
 @pytest.mark.parametrize(

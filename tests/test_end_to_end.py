@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from chaos import KINDS, Campaign, Kill, draw, table, train_command
+from chaos import Campaign, Kill, table, train_command
 from distlora.config.file import as_mapping, load_config
 from planned import assert_disk_as_planned
 from small_models import read_metrics
@@ -44,10 +43,6 @@ def environment() -> dict[str, str]:
 KILLS = (
     Kill("SIGUSR1", "evaluation", delay=0.0, rank=1, manner="to one rank"),
     Kill("-9 of one rank", "step", delay=0.1, rank=1, manner=""),
-)
-MORE_KILLS = (
-    Kill("-9 of all", "saving", delay=0.0, rank=0, manner=""),
-    Kill("SIGTERM", "step", delay=0.05, rank=0, manner="twice"),
 )
 
 
@@ -144,25 +139,6 @@ def test_a_run_stopped_and_killed_ends_as_if_it_had_not_been(
     assert "from the quantized-weights cache in" in campaign.output_of_start(2)
     codes = wandb_exit_codes(run_dir)
     assert (codes[0], codes[-1]) == (75, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes by their command lines in /proc")
-def test_so_does_one_of_which_all_are_killed_or_that_is_asked_twice(
-    whole: tuple[Path, subprocess.CompletedProcess[str]], folders: Path, tmp_path: Path
-) -> None:
-    killed(whole, folders, tmp_path / "killed", MORE_KILLS)
-    assert [kill.ended for kill in MORE_KILLS] == ["-9", "75"]
-    assert MORE_KILLS[1].steps_repeated == 0, "what was trained is saved on request"
-    codes = wandb_exit_codes(tmp_path / "killed")
-    assert codes[-2:] == [75, 0]
-
-
-def test_kills_are_drawn_of_all_kinds_and_alike_for_one_seed() -> None:
-    kills = draw(50, random.Random(1))
-    assert kills == draw(50, random.Random(1))
-    assert kills != draw(50, random.Random(2))
-    assert [sum(kill.kind == kind for kill in kills) for kind in KINDS] == [10] * 5
 
 
 @contextlib.contextmanager

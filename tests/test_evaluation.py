@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +18,11 @@ from distlora.config.file import build
 from distlora.data.loader import StepLoader
 from distlora.model.lm_head import IGNORED_LABEL
 from distlora.parallel import Ranks
-from distlora.post.divergence import Loss
 from distlora.post.evaluate import worker
-from distlora.post.evaluate.measure import Measured, load, open_rows, round_to
+from distlora.post.evaluate.measure import load, open_rows, round_to
 from distlora.post.evaluate.request import EvaluateRequest, Subject, Text, held_out
 from distlora.post.merge.merge import merge_to
-from distlora.post.merge.receipt import Receipt, measured_in_words, measured_table
+from distlora.post.merge.receipt import Receipt, measured_table
 from distlora.post.trained import Name
 from distlora.training import worker as train
 from distlora_launcher.cli import measuring
@@ -154,32 +152,6 @@ def test_the_command_asks_for_a_run_its_base_and_models(
     assert (request.text.sequence_length, request.dtype) == (512, "bf16")
     trained = request.subjects[0].read()
     assert (trained.spec.quant.method, trained.weights, trained.foreign) == ("none", adapter, True)
-
-
-def test_bases_are_told_apart_by_what_they_are(
-    asked: list[EvaluateRequest], run_dir: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two runs of one base, and one of another of the same name."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(folders / "llama", tmp_path / "other" / "llama")
-    for name, base in (("a", folders / "llama"), ("b", tmp_path / "other" / "llama"), ("c", folders / "llama")):
-        shutil.copytree(run_dir, tmp_path / name)
-        config = tmp_path / name / "config.yaml"
-        config.write_text(config.read_text().replace(str(folders / "llama"), str(base)))
-    labels = [subject.label for subject in ask(asked, "a", "b", "c").subjects]
-    assert labels == ["a", "b", "c", "base llama in nf4", "base llama in nf4, of b"]
-
-
-def test_figures_that_are_not_finite_are_null_and_a_dash() -> None:
-    loss = Loss(float("nan"), float("inf"), None, float("nan"))
-    subject = Subject(label="fp16", kind="form", model="m")
-    broken = Measured(subject=subject, loss=loss, largest_logit_difference=float("inf"), changed_tokens=1.0)
-    found = {**worker.figures([broken, broken]), "dtype": "fp32", "compared_with": "another"}
-    found["text"] = {"name": "text", "rows": 1, "rows_in_all": 1, "targets": 5}
-    json.dumps(found, allow_nan=False)
-    assert measured_table(found).rows[1] == ["fp16", "-", "-", "-", "-", "-", "-", "100.00%"]
-    assert "of no use" in "".join(measured_in_words(found))
-    assert Loss(800.0, 0.0, None, 0.0).perplexity == float("inf")
 
 
 def test_a_text_is_read_once_for_all_and_written_down(

@@ -232,6 +232,7 @@ def test_every_family_goes_through_bitsandbytes_and_peft(tmp_path: Path, variant
         exported(tmp_path, "run", form, tmp_path / form)
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("in_process")
 def test_gemma_3_keeps_its_vision_tower_dense(tmp_path: Path) -> None:
     write_even_folder(tmp_path / "gemma", "gemma3")
@@ -331,6 +332,7 @@ def test_what_the_client_computes_otherwise_is_not_left_behind(
         assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.ci
 def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path, tmp_path: Path) -> None:
     """With the processes that a user has: the launcher, the worker, the check."""
     shutil.copytree(place / "pissa", tmp_path / "run")

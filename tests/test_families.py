@@ -274,51 +274,10 @@ def test_what_the_seams_cannot_carry_is_refused_with_the_reason(
         build_run_model(config_for(tmp_path / "bad"))
 
 
-def test_longrope_depends_on_the_longest_document_of_the_batch_beyond_its_limit(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """Why it is refused there: one long document changes what a short one beside it computes."""
-    shutil.copytree(family_folder("phi3-longrope-tied"), tmp_path / "long")
-    edit_config(tmp_path / "long", original_max_position_embeddings=32)
-    ours, _ = load_ours(tmp_path / "long", data={"path": "none.jsonl", "sequence_length": 32})
-    short, long = tokens(1, 20), tokens(1, 40, seed=2)
-    with torch.no_grad():
-        alone = ours.hidden_states(short, positions_of(short))
-        packed = ours.hidden_states(
-            torch.cat([short, long], dim=1), torch.cat([positions_of(short), positions_of(long)], dim=1)
-        )
-    assert relative_error(packed[:, :20], alone) > 1e-3
-
-
-def test_code_on_the_hub_that_transformers_has_itself_is_not_refused(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """Phi-3 on the hub names its own files in auto_map, which transformers ignores for its own Phi3ForCausalLM."""
-    shutil.copytree(family_folder("phi3"), tmp_path / "phi")
-    edit_config(tmp_path / "phi", auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"})
-    model, _ = load_ours(tmp_path / "phi")
-    assert type(model.decoder).__module__ == "transformers.models.phi3.modeling_phi3"
-
-
 def test_full_fine_tuning_of_a_text_model_inside_another_is_refused(family_folder: Callable[[str], Path]) -> None:
     sections: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
     with pytest.raises(UserError, match="without its vision tower; set adapter=lora"):
         build_run_model(config_for(family_folder("gemma3"), **sections))
-
-
-@pytest.mark.parametrize(
-    ("preset", "adapted"),
-    [
-        ("attention", {"qkv_proj", "o_proj"}),
-        ("mlp", {"gate_up_proj", "down_proj"}),
-        ("all-linear", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
-    ],
-)
-def test_presets_mean_the_fused_linears_of_phi3(
-    family_folder: Callable[[str], Path], preset: str, adapted: set[str]
-) -> None:
-    model = build_run_model(config_for(family_folder("phi3"), adapter={"target_modules": preset}))
-    assert {path.rpartition(".")[2] for path, _ in model.adapted_linears()} == adapted
 
 
 def test_a_preset_that_names_a_part_of_a_fused_linear_is_refused(family_folder: Callable[[str], Path]) -> None:

@@ -47,13 +47,6 @@ def pattern(promised: str) -> str:
     return "".join(map(stands_for, parts))
 
 
-def test_patterns_stand_for_what_differs_between_machines() -> None:
-    assert re.fullmatch(pattern("step  1/34  loss 4.7197  ..."), "step   2/117  loss 3.1  lr 1e-3")
-    assert not re.fullmatch(pattern("step  1/34  loss 4.7197"), "step  1/34  loss unknown")
-    assert re.fullmatch(pattern("8.26 GB a process"), "10 GB a process")
-    assert re.fullmatch(pattern("wrote ...runs/first/merged: 5.3 MB"), "wrote /tmp/a/runs/first/merged: 12.0 MB")
-
-
 @pytest.mark.slow
 def test_every_line_of_the_first_hour_is_as_promised(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}

@@ -25,7 +25,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 from distlora.config import UserError
 from distlora.config.file import load_config
@@ -36,7 +36,6 @@ from distlora.parallel import Backend, Ranks
 from distlora.post import generate as worker
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
-from distlora.system.command_worker import from_json, to_json
 from distlora.training import worker as training_worker
 from distlora.training.generator import (
     Completion,
@@ -104,7 +103,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, pytest.param("gemma3-text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_tokens_are_those_of_transformers_with_peft(
     family_folder: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
@@ -121,34 +120,6 @@ def test_greedy_tokens_are_those_of_transformers_with_peft(
         ids = torch.tensor([prompt])
         theirs = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=choose())
         assert theirs[0, len(prompt) :].tolist() == completion.tokens
-
-
-@pytest.mark.parametrize("name", ["llama3-tied", "gemma2", "gemma3-text"])
-def test_logits_with_a_cache_are_those_without(family_folder: Callable[[str], Path], name: str) -> None:
-    model, backend = load_ours(family_folder(name))
-    ids = tokens(2, 40)
-    positions = torch.arange(40).expand_as(ids)
-    generator = Generator(model, backend)
-    cache = DynamicCache(config=model.decoder.config)
-    mask = torch.ones_like(ids)
-    with torch.no_grad():
-        generator(ids[:, :30], positions[:, :30], mask[:, :30], cache=cache)
-        for end in range(31, 41):
-            part = slice(end - 1, end)
-            cached = generator(ids[:, part], positions[:, part], mask[:, :end], cache=cache).logits
-            whole = generator(ids[:, :end], positions[:, :end], mask[:, :end]).logits
-            assert cached.shape == whole.shape == (2, 1, 1001)
-            assert (cached - whole).abs().max() <= 1e-5 * whole.abs().max()
-
-
-def test_a_layer_argument_that_may_hide_a_batch_is_still_refused(family_folder: Callable[[str], Path]) -> None:
-    model, _ = load_ours(family_folder("qwen3"))
-    hidden = torch.zeros(2, 3, 96)
-    with pytest.raises(TypeError, match="'strange'"):
-        model.blocks[0](hidden, strange=DynamicCache())
-    model.set_num_micro(2)
-    with pytest.raises(TypeError, match=r"'cache' \(DynamicCache\) for 2 rows"):
-        model.blocks[0](hidden, cache=DynamicCache())
 
 
 def continue_all(ranks: Ranks, *, folder: Path) -> tuple[list[Completion], list[Completion], Any]:
@@ -409,6 +380,7 @@ def test_prompts_of_a_file_become_json_lines_in_order(
     assert [line["completion"] for line in lines[:3]] == [line["completion"] for line in lines[9:]]
 
 
+@pytest.mark.ci
 def test_several_processes_share_the_model_and_write_the_same(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "asked.txt").write_text("A list\n\n7 is\n")
     words = (trained, "--raw", "--prompts", tmp_path / "asked.txt", "--max-new-tokens", 12)
@@ -591,20 +563,6 @@ def test_a_broken_line_of_prompts_is_named(tmp_path: Path, text: str, message: s
         read_prompts(tmp_path / "asked.jsonl")
 
 
-def test_a_prompt_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
-    texts = ["a\u2028b", "c\u0085d", "e\x0bf\x0cg\x1ch"]
-    objects = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
-    for name, lines in (("asked.txt", texts), ("asked.jsonl", objects)):
-        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-        assert [prompt.text for prompt in read_prompts(tmp_path / name)] == texts
-        assert read_prompts(tmp_path / name)[2].place == f"{tmp_path / name}:3"
-
-
-def test_a_request_reaches_the_worker_as_it_was_made() -> None:
-    request = GenerateRequest(run="/run", system='\u00e9 "quoted"\n', temperature=0.5, as_chat=True, top_k=3)
-    assert from_json(GenerateRequest, to_json(request)) == request
-
-
 class Terminal:
     """A program on a pseudo-terminal."""
 
@@ -641,6 +599,7 @@ class Terminal:
         os.close(self._ours)
 
 
+@pytest.mark.ci
 def test_a_terminal_gets_a_chat(trained: Path) -> None:
     """Answers, commands, Ctrl-C while one is written, Ctrl-D."""
     terminal = Terminal(DISTLORA, "generate", trained, "--chat", "--max-new-tokens", 450, "--temperature", 1.5)

@@ -22,7 +22,7 @@ from distlora.bench.collectives import counted
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import as_mapping, load_config
 from distlora.model.build import CausalLM
-from distlora.parallel import Backend, Ranks, Shards
+from distlora.parallel import Backend, Ranks
 from distlora.parallel.control import Control
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.traffic import Traffic
@@ -32,9 +32,8 @@ from distlora.training.open_run import open_data
 from family_models import config_for
 from planned import traffic_of
 from small_models import make_run, read_metrics
-from test_parity import adapters_after, outcome, run_once
+from test_parity import adapters_after, run_once
 from test_resume import run_until
-from test_stopping import run_with_bad_step
 from worlds import World
 
 RANKS, DEGREE = 4, 2
@@ -124,17 +123,6 @@ def test_each_copy_is_the_whole_quantization_bit_for_bit(
             rows = -(-len(expected) // of_a_copy)
             assert [first for _, first, _ in parts] == [min(rows * part, len(expected)) for part in range(of_a_copy)]
     assert (cut > 50) == (of_a_copy > 1)
-
-
-@pytest.mark.slow
-def test_each_copy_lacks_what_pissa_took_out_of_the_base(world: World, folders: Path, tmp_path: Path) -> None:
-    (whole,), by_rank = (
-        load(world, folders, tmp_path / str(size), size, degree, init="pissa") for size, degree in ((1, None), (4, 2))
-    )
-    for name, (expected, *_) in whole.items():
-        for copy in (by_rank[:2], by_rank[2:]):
-            parts = [tensors[name][0] for tensors in copy]
-            assert all(torch.equal(part, expected) for part in parts) or torch.equal(torch.cat(parts), expected), name
 
 
 def loaded_from_cache(ranks: Ranks, *, run_dir: Path) -> tuple[dict[str, tuple[Tensor, int, bool]], int, int]:
@@ -289,23 +277,6 @@ def test_a_run_with_copies_after_one_without_is_bit_for_bit_that_of_one_copy_and
     assert "between_copies_bytes" not in expected[-1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["llama", "llama-tied"])
-@pytest.mark.parametrize("checkpointing", ["block", "none"])
-@pytest.mark.parametrize(
-    "settings", [{"micro_batch": 3}, {"micro_batch": 1}, {"micro_batch": 1, "accumulate": "block"}], ids=str
-)
-def test_every_cell_of_the_table_is_the_run_of_one_process(
-    world: World, folders: Path, tmp_path: Path, model: str, checkpointing: str, settings: dict[str, Any]
-) -> None:
-    prepare(tmp_path / "run", folders, model, train=settings | {"checkpointing": checkpointing})
-    make_run(tmp_path / "reference", folders, model, train={"micro_batch": 12, "checkpointing": "none"})
-    losses, adapter = outcome(world, RANKS, tmp_path / "run")
-    expected_losses, expected = outcome(world, 1, tmp_path / "reference")
-    assert_losses_close(losses, expected_losses)
-    assert_adapters_close(adapter, expected)
-
-
 # --- units that are trained ---
 
 
@@ -341,16 +312,6 @@ def test_what_is_trained_in_every_copy_is_the_single_run_saved_once_and_resumed_
     assert equal(saved(tmp_path / "same"), saved(tmp_path / "whole"))
     for name, _ in others:
         assert_adapters_close(saved(tmp_path / name), saved(tmp_path / "whole"))
-
-
-def test_every_rank_of_every_copy_learns_of_a_loss_that_is_not_finite_on_the_first(
-    world: World, folders: Path, tmp_path: Path
-) -> None:
-    prepare(tmp_path / "run", folders, train={"max_steps": 4, "log_every": 4}, **FULL)
-    bad = {"bad_step": 2, "value": float("inf"), "where": "loss"}
-    messages = world.run(RANKS, run_with_bad_step, run_dir=tmp_path / "run", **bad)
-    assert len(set(messages)) == 1
-    assert messages[0].startswith("step 3: the ")
 
 
 # --- integrity ---
@@ -428,8 +389,6 @@ def scaled_copy(folder: Path, to: Path, *parts: str) -> Path:
         (2, 1, FULL, "model.embed_tokens.weight"),
         (2, 1, SAVED, "model.embed_tokens.weight"),
         (2, None, {"adapter": {"init_from": "adapter"}}, "model.layers.2.self_attn.o_proj.adapters.default.B"),
-        pytest.param(4, 2, FULL, "model.embed_tokens.weight", marks=pytest.mark.slow),
-        pytest.param(4, 2, SAVED, "model.embed_tokens.weight", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -497,15 +456,6 @@ def test_a_machines_ranks_are_a_copy_and_a_resume_on_others_is_refused_by_the_wo
         UserError, match=r"shard_degree=node \(cluster.gpus_per_node=2\) does not divide the 3 processes"
     ):
         check_ranks(config, 3)
-
-
-def test_copies_that_lie_across_machines_are_told_from_those_of_whole_machines() -> None:
-    def split(degree: int, copies: int, per_machine: int) -> list[int]:
-        return Shards(0, degree, None, 0, copies).split_copies(per_machine)
-
-    assert split(2, 3, 3) == [1], "ranks 2 and 3"
-    assert split(6, 2, 4) == [0, 1]
-    assert split(2, 4, 4) == split(8, 2, 4) == split(4, 2, 4) == split(1, 8, 4) == []
 
 
 @pytest.mark.parametrize(

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import safetensors.numpy
 import yaml
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
-from distlora.config import Config, UserError
+from distlora.config import Config
 from distlora.config.file import as_mapping, build
-from distlora_launcher.cli import push
 from distlora_launcher.cli.main import main
-from distlora_launcher.compose import hub as launcher_hub
-from distlora_launcher.compose.hub import HubModel
 from hub_server import Hub, start_hub
 from launcher_fakes import MODEL_CONFIG, model_shapes, write_data, write_safetensors, write_tokenizer
 from launcher_fakes import write_model as write_fake_model
@@ -192,7 +184,15 @@ REFUSALS: dict[str, tuple[str, list[str], dict[str, str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSALS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        if case in ("another family", "gated, no token", "a mistyped name")
+        else pytest.param(case, marks=pytest.mark.ci)
+        for case in REFUSALS
+    ],
+)
 def test_what_cannot_be_trained_is_refused_before_its_weights_are_downloaded(
     case: str, hub: Hub, place: Path, run: Run
 ) -> None:
@@ -207,6 +207,7 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_downloaded(
     assert sorted(path.name for path in place.iterdir() if path.name != "home") == ["data.jsonl"]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -227,15 +228,6 @@ def test_chats_without_their_template_are_refused_before_the_download(
     assert expected in ended.stderr
     assert hub.downloaded(".safetensors") <= HEADER_BYTES
     assert not (place / "run").exists()
-
-
-def test_a_sweep_asks_the_hub_once(hub: Hub, run: Run) -> None:
-    hub.requests.clear()
-    ended = run(*train_words("org/fake"), "-m", "adapter.target_modules=[q_proj],[v_proj],[q_prj]")
-    assert "'q_prj'" in ended.stderr, "the third job is refused"
-    asked = [request.path for request in hub.requests]
-    assert asked.count("/api/models/org/fake") == 1
-    assert asked.count(next(path for path in asked if path.endswith("model.safetensors"))) == 1
 
 
 def test_showing_the_settings_asks_nobody(hub: Hub, run: Run) -> None:
@@ -263,11 +255,10 @@ print(localize(ModelConfig(path=sys.argv[1])).revision)
 """
 
 
-@pytest.mark.parametrize("reason", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_what_is_cached_is_used_without_a_network(hub: Hub, place: Path, reason: dict[str, str]) -> None:
+def test_what_is_cached_is_used_without_a_network(hub: Hub, place: Path) -> None:
     first = python(hub, place, LOCALIZE, "org/fake").splitlines()
     assert first[0].startswith("downloading org/fake (24.0 MB")
-    again = python(hub, place, LOCALIZE, "org/fake", **reason).splitlines()
+    again = python(hub, place, LOCALIZE, "org/fake", HF_HUB_OFFLINE="1").splitlines()
     assert "using org/fake as it is in the cache" in again[0]
     assert again[-1] == first[-1] == hub.repos["models", "org/fake"].refs["main"]
 
@@ -294,6 +285,7 @@ def test_what_a_quantized_checkpoint_says_of_itself_can_be_read_before_the_downl
     assert hub.downloaded("model.safetensors") == HEADER_BYTES + len(state)
 
 
+@pytest.mark.ci
 def test_ctrl_c_ends_a_download_at_once_and_leaves_no_half_files(hub: Hub, place: Path) -> None:
     write_fake_model(place / "large")
     write_tokenizer(place / "large")
@@ -318,32 +310,6 @@ def test_ctrl_c_ends_a_download_at_once_and_leaves_no_half_files(hub: Hub, place
         assert not (place / "run").exists()
     finally:
         hub.seconds_per_chunk = 0.0
-
-
-def hub_model(place: Path) -> HubModel:
-    return HubModel(name="org/x", commit="c" * 40, weights={"w": 5}, companions={}, cache=place)
-
-
-def test_a_full_disk_is_named_before_the_download(place: Path) -> None:
-    with pytest.raises(UserError, match=r"needs 1,000,000,000.0 GB.*HF_HOME"):
-        launcher_hub._check_space(hub_model(place), 10**18)
-
-
-def test_a_log_gets_lines_of_progress(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(launcher_hub, "REPORT_SECONDS", 0.02)
-    blobs = place / "blobs"
-    blobs.mkdir()
-    (blobs / "earlier").write_bytes(b"1" * 4096)
-    with launcher_hub._progress(blobs, "org/x", 16384):
-        (blobs / "half.incomplete").write_bytes(b"1" * 8192)
-        os.sync()  # The line counts what the disk holds.
-        time.sleep(0.3)
-    lines = capsys.readouterr().out.splitlines()
-    assert "(50%)" in lines[-1]
-    assert lines[-1].startswith("org/x: 0.0 MB of 0.0 MB")
-    assert "hub-progress" not in {thread.name for thread in threading.enumerate()}
 
 
 def finished_run(run_dir: Path, *, chat_template: str | None = None, **model: Any) -> Config:
@@ -439,10 +405,9 @@ def test_no_path_of_this_machine_is_uploaded(place: Path, capsys: pytest.Capture
     assert (named["base_model_name_or_path"], named["revision"]) == ("org/base", None)
 
 
-@pytest.mark.parametrize("words", [[], ["--checkpoint", "best"], ["--checkpoint", "step_100"]])
-def test_a_template_of_the_runs_own_is_uploaded_and_the_card_sets_it(words: list[str], place: Path) -> None:
+def test_a_template_of_the_runs_own_is_uploaded_and_the_card_sets_it(place: Path) -> None:
     finished_run(place / "run", name="org/base", revision=COMMIT, chat_template="{{ 'a' }}\n\u00e9")
-    assert main(["push", "run", "owner/adapter", "--dry-run", "out", *words]) == 0
+    assert main(["push", "run", "owner/adapter", "--dry-run", "out"]) == 0
     assert {path.name for path in (place / "out").iterdir()} == {
         "README.md",
         "adapter_config.json",
@@ -454,37 +419,6 @@ def test_a_template_of_the_runs_own_is_uploaded_and_the_card_sets_it(words: list
     compile(code, "card", "exec")
     assert 'hf_hub_download("owner/adapter", "chat_template.jinja")' in code
     assert "tokenizer.chat_template = Path(template)" in code.splitlines()[-1]
-
-
-def change_settings(run_dir: Path, section: str, **values: Any) -> None:
-    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
-    settings[section] |= values
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
-
-
-def card_of(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["push", str(run_dir), "owner/adapter", "--dry-run"]) == 0
-    return capsys.readouterr().out
-
-
-def test_a_card_of_plain_text_says_nothing_of_chats(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    finished_run(place / "run", name="org/base", revision=COMMIT)
-    change_settings(place / "run", "data", template="chatml")
-    assert "chat template: chatml" in card_of(place / "run", capsys)
-    record = json.loads((place / "run" / "data.json").read_text())
-    del record["settings"]["train_on"]
-    (place / "run" / "data.json").write_text(json.dumps(record))
-    assert "chat" not in card_of(place / "run", capsys).replace("chats.jsonl", "")
-
-
-def test_a_held_out_set_that_has_a_name_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    finished_run(place / "run", name="org/base", revision=COMMIT)
-    change_settings(place / "run", "data", eval_path="/home/someone/tests.jsonl")
-    assert "- held out: tests.jsonl, 50 documents" in card_of(place / "run", capsys)
-    change_settings(place / "run", "data", eval_path="org/tests", eval_split="validation")
-    assert "- held out: [org/tests](https://huggingface.co/datasets/org/tests) (split validation), 50" in card_of(
-        place / "run", capsys
-    )
 
 
 @pytest.mark.parametrize("name", ["data.json", "summary.json", "metrics.jsonl", "adapter/adapter_config.json"])
@@ -567,17 +501,6 @@ def test_what_the_hub_does_not_allow_is_explained(
     assert ended.stderr.startswith("error: ")
     assert expected in ended.stderr
     assert ("models", "owner/x") not in hub.repos
-
-
-def test_a_refusal_is_explained_when_the_hub_does_not_say_whose_the_token_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = httpx2.Request("POST", "http://hub")
-    error = HfHubHTTPError("no rights", response=httpx2.Response(403, request=request))
-
-    def whoami(_self: HfApi) -> None:
-        raise httpx2.ConnectError("gone", request=request)
-
-    monkeypatch.setattr(HfApi, "whoami", whoami)
-    assert "the token of this machine may not write to owner/x" in push._explain(error, "owner/x")
 
 
 def test_a_push_can_go_to_a_private_repository_and_a_branch(hub: Hub, place: Path, run: Run) -> None:

@@ -11,12 +11,9 @@ import pytest
 import yaml
 
 from distlora.config import Config, UserError
-from distlora.data.chat import NAMED
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.importing import main
 from distlora_launcher.importing.axolotl import convert
-from distlora_launcher.importing.axolotl_data import NEAR_TEMPLATES, TEMPLATES
-from distlora_launcher.importing.axolotl_keys import SUPPORTED
 from distlora_launcher.importing.recipe import Imported, recipe_text
 
 GOLDEN = Path(__file__).parent / "golden" / "axolotl"
@@ -78,10 +75,6 @@ def test_golden_recipe_and_report(name: str, capsys: pytest.CaptureFixture, monk
     assert captured.err == Path(f"{name}.report.txt").read_text()
 
 
-def test_there_are_golden_files_of_each_kind() -> None:
-    assert len(FILES) == 4
-
-
 @pytest.mark.parametrize("name", [*FILES, "every nested key"])
 def test_no_key_is_dropped_silently(name: str) -> None:
     """Whatever the value of any key becomes, the recipe, the report or a refusal shows it."""
@@ -129,8 +122,8 @@ def test_what_is_off_is_not_mentioned(value: Any) -> None:
     assert convert(LEAST | off, processes=1).notes == convert(LEAST, processes=1).notes
 
 
-@pytest.mark.parametrize("name", [FILES[0], *(pytest.param(name, marks=pytest.mark.ci) for name in FILES[1:])])
-def test_the_recipe_written_to_out_runs_by_its_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_recipe_written_to_out_runs_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    name = FILES[0]
     out = tmp_path / "mine" / "recipe" / f"{name}.yaml"
     assert main(["axolotl", str(GOLDEN / f"{name}.yml"), "--processes", "2", "--out", str(out)]) == 0
     assert f"--config-dir {tmp_path / 'mine'} recipe={name}" in capsys.readouterr().err
@@ -353,13 +346,6 @@ def test_pretraining_data_streams_as_plain_text(tmp_path: Path) -> None:
     assert config.data.too_long == "split"
 
 
-def test_test_data_sets_are_held_out(tmp_path: Path) -> None:
-    values = LEAST | {"test_datasets": [{"path": "/chats.jsonl", "split": "test", "type": "chat_template"}]}
-    config = composed(convert(values, processes=1), tmp_path)
-    assert config.data.held_out_source is not None
-    assert (config.data.held_out_source.path, config.data.held_out_source.split) == ("/chats.jsonl", "test")
-
-
 @pytest.mark.parametrize(
     ("given", "key"),
     [
@@ -383,12 +369,6 @@ def test_what_is_otherwise_in_the_test_set_is_named(given: dict[str, Any], key: 
     assert not [note for note in imported.notes if "test_datasets" in note.key and note.group == "differs"]
 
 
-def test_what_is_not_evaluated_on_gets_one_note() -> None:
-    tests = [CHATS, CHATS | {"path": "/more.jsonl", "chat_template": "chatml", "shards": 2}]
-    keys = [note.key for note in convert(FULL | {"test_datasets": tests}, processes=1).notes]
-    assert [key for key in keys if "test_datasets" in key or "chat_template" in key] == ["test_datasets"]
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -410,12 +390,6 @@ def test_an_adapter_to_start_from_brings_its_own_settings(tmp_path: Path) -> Non
     file = tmp_path / "axolotl.yml"
     file.write_text(yaml.safe_dump(values))
     assert main(["axolotl", str(file)]) == 0  # The adapter need not be on the machine that imports.
-
-
-def test_without_an_adapter_everything_is_trained(tmp_path: Path) -> None:
-    values = LEAST | {"adapter": None, "load_in_4bit": False}
-    config = composed(convert(values, processes=1), tmp_path)
-    assert (config.adapter.method, config.quant.method) == ("full", "none")
 
 
 PREFERENCES: list[tuple[dict[str, Any], dict[str, str], str | None]] = [
@@ -540,19 +514,3 @@ def test_an_existing_recipe_is_not_overwritten(tmp_path: Path) -> None:
 def test_text_that_looks_like_a_reference_stays_text(tmp_path: Path) -> None:
     config = composed(convert(LEAST | {"wandb_name": "a-${b}: c"}, processes=1), tmp_path)
     assert config.name == "a-${b}: c"
-
-
-def test_names_that_a_typo_may_have_meant_are_known() -> None:
-    for name in SUPPORTED:
-        assert name not in reported(convert(LEAST | {name: LEAST.get(name)}, processes=1), "unknown"), name
-
-
-def test_a_mistyped_key_is_named_with_the_nearest() -> None:
-    imported = convert(LEAST | {"lora_alhpa": 3}, processes=1)
-    (note,) = [note for note in imported.notes if note.group == "unknown"]
-    assert note.key == "lora_alhpa"
-    assert "did you mean 'lora_alpha'?" in note.reason
-
-
-def test_templates_are_ours() -> None:
-    assert set(TEMPLATES.values()) | {ours for ours, _ in NEAR_TEMPLATES.values()} <= set(NAMED)

@@ -333,11 +333,6 @@ def test_folder_without_an_adapter_is_refused(folders: Path, copy: Path, damage:
         compose_config(overrides(folders, copy))
 
 
-def test_hub_name_gets_a_download_hint(folders: Path) -> None:
-    with pytest.raises(UserError, match="hf download org/some-lora --local-dir FOLDER"):
-        compose_config(overrides(folders, Path("org/some-lora")))
-
-
 def test_adapter_of_another_model_is_refused(folders: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     starting(folders, copy)
     assert "note:" not in capsys.readouterr().out
@@ -365,16 +360,3 @@ def test_pattern_without_match_is_refused(folders: Path, patterns: dict, reason:
     for check in (check_model, build_run_model):
         with pytest.raises(UserError, match=reason):
             check(config)
-
-
-def test_patterns_are_set_on_the_command_line(folders: Path) -> None:
-    words = [word for word in overrides(folders, Path()) if "init_from" not in word]
-    config = compose_config([*words, "adapter.rank_pattern.q_proj=4", "adapter.alpha_pattern={v_proj:2}"])
-    assert (config.adapter.rank_pattern, config.adapter.alpha_pattern) == ({"q_proj": 4}, {"v_proj": 2.0})
-    ranks = {path: linear.pairs[0].A.shape[0] for path, linear in build_run_model(config).adapted_linears()}
-    assert {path.rpartition(".")[2]: rank for path, rank in ranks.items()} == {
-        "q_proj": 4,
-        "k_proj": 16,
-        "v_proj": 16,
-        "o_proj": 16,
-    }

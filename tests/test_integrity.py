@@ -15,7 +15,7 @@ from distlora.config.file import load_config
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, fsdp2
 from distlora.parallel.checksums import LINE, checksums
-from distlora.parallel.integrity import DamagedWeightsError, _batches
+from distlora.parallel.integrity import DamagedWeightsError
 from distlora.training import setup, worker
 from distlora.training.open_run import open_data
 from distlora_kernels import nf4
@@ -163,15 +163,6 @@ def test_a_byte_that_changed_in_a_shard_is_named_on_every_rank(
         assert "rank 1's own memory has changed since then; nothing was trained on them" in said
 
 
-def test_ranks_that_own_equally_many_rows_are_checked_in_one_call() -> None:
-    even = [(0, 4), (4, 4), (8, 4)]
-    assert list(_batches(even)) == [(slice(0, 3), slice(0, 12))]
-    uneven = [(0, 4), (4, 4), (8, 1), (9, 0), (9, 0)]
-    assert list(_batches(uneven)) == [(slice(0, 2), slice(0, 8)), (slice(2, 3), slice(8, 9))]
-    replicated = [(0, 4), (4, 4), (0, 4), (4, 4)]  # Sharded within a node, and again on the next one.
-    assert list(_batches(replicated)) == [(slice(0, 2), slice(0, 8)), (slice(2, 4), slice(0, 8))]
-
-
 def damaged_on_the_way(ranks: Ranks, *, run_dir: Path) -> str:
     """A run in which rank 0 gets one byte of the second block wrong, in the first gather of it."""
     calls, gather = [0], fsdp2._all_gather
@@ -236,17 +227,6 @@ def test_with_train_verify_a_save_after_damage_is_not_made(world: World, folders
     assert "rank 1's own memory has changed" in by_rank[0]
     assert "what was trained since the last save may be wrong and is not saved" in by_rank[0]
     assert [folder.name for folder in tmp_path.glob("run/checkpoints/step_*")] == ["step_00000002"]
-
-
-def test_one_process_checks_what_it_loaded_at_every_save(folders: Path, tmp_path: Path) -> None:
-    config = make_run(tmp_path / "run", folders, "qwen3", train={"max_steps": 2, "verify": True})
-    single = Ranks(0, 1, torch.device("cpu"), None)
-    worker.run(tmp_path / "run", single)
-    assert (tmp_path / "run" / "adapter").is_dir()
-    model, backend, _ = setup.start_run_model(config, single)
-    model.blocks[1].get_parameter("inner.mlp.down_proj.codes").data[0, 77] ^= 16
-    with pytest.raises(DamagedWeightsError, match=r"layers\.1\.mlp\.down_proj\.codes, rows 0 to 1, those of rank 0"):
-        backend.check_weights()
 
 
 def test_verifying_what_is_trained_is_refused(folders: Path, tmp_path: Path) -> None:

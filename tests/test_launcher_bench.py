@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-import queue
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from distlora.bench import load, processes
-from distlora.bench.load import Figures
 from distlora.bench.requests import CheckpointBench, LoadBench, MemoryBench, from_argument
 from distlora.config import UserError
 from distlora_launcher.cli import main
@@ -128,33 +122,3 @@ def test_every_bench_has_a_usage_that_needs_no_torch(capsys: pytest.CaptureFixtu
         "print({'torch', 'triton'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
-
-
-def test_only_our_processes_of_load_have_the_environment_of_workers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("OF_THE_USER", "own")
-    monkeypatch.delenv("OF_WORKERS", raising=False)
-    given = {"OF_THE_USER": "changed", "OF_WORKERS": "given"}
-    environments = []
-
-    class Process:
-        exitcode = 0
-
-        def __init__(self, target: Callable[..., None], args: tuple[Any, ...]) -> None:
-            *_, self.results = args
-            self.name = target.__name__
-
-        def start(self) -> None:
-            environments.append((self.name, os.environ["OF_THE_USER"], os.environ.get("OF_WORKERS")))
-            self.results.put((0, Figures(1.0, 1.0, 1, 1, from_cache=len(environments) == 3)))
-
-        def is_alive(self) -> bool:
-            return False
-
-    context = SimpleNamespace(Queue=queue.Queue, Process=Process)
-    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda method: context)
-    starts = list(load.rounds_of(tmp_path / "model", [1], 1, given))
-    assert [start.way for start in starts] == ["cold", "filling", "cached", "peer"]
-    assert environments == [("ours", "changed", "given")] * 3 + [("transformers_and_bitsandbytes", "own", None)]
-    assert (os.environ["OF_THE_USER"], "OF_WORKERS" in os.environ) == ("own", False)

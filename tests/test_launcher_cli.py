@@ -167,12 +167,6 @@ def test_a_failed_job_does_not_end_a_sweep_and_a_signal_does(place: Path, steps:
     assert len(steps.trained) == 3
 
 
-@pytest.mark.parametrize("code", [0, 1, 2])
-def test_the_exit_code_of_the_workers_is_ours(code: int, place: Path, steps: Steps):
-    steps.train_codes = [code]
-    assert train("run_dir=run") == code
-
-
 def test_after_a_failed_preparation_the_same_command_can_be_repeated(place: Path, steps: Steps):
     steps.prepare_code = 2
     assert train("run_dir=run") == 2
@@ -182,6 +176,7 @@ def test_after_a_failed_preparation_the_same_command_can_be_repeated(place: Path
     assert train("run_dir=run") == 0
 
 
+@pytest.mark.ci
 def test_the_preparation_process_explains_and_its_code_is_ours(place: Path):
     write_tokenizer(place / "model")
     with (place / "data.jsonl").open("w") as file:

@@ -221,15 +221,6 @@ def test_fp64_is_added_in_fp64(triton_device: torch.device, packed: bool, choice
         assert_close(ours, exact, ulps=8)
 
 
-def test_a_scale_may_be_an_integer(triton_device: torch.device) -> None:
-    x, linears, _ = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False)
-    weight, adapter, _ = linears[0]
-    assert adapter is not None
-    with torch.no_grad():
-        whole, real = (lora_linear(x, weight, adapter._replace(scale=scale)) for scale in (2, 2.0))
-    assert torch.equal(whole, real)
-
-
 @pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
 def test_no_tokens_give_no_outputs_and_gradients_of_zero(triton_device: torch.device, choice: bool) -> None:
     x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=True, choice=choice)

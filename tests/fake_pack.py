@@ -47,7 +47,7 @@ def numbers(folder: Path) -> set[int]:
 
 def main(pack: Path) -> int:
     plan = json.loads(os.environ.get("FAKE_PACK", "{}"))
-    settings = json.loads((pack / protocol.PACK_NAME).read_text())
+    settings = json.loads((pack / protocol.SETTINGS_NAME).read_text())
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda signum, _: stopped.append(signum))
     with (pack / "starts.txt").open("a") as file:

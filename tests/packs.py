@@ -14,7 +14,7 @@ from distlora.config.file import as_mapping
 from distlora.training.multi_trial.protocol import (
     CLOSED_NAME,
     INBOX,
-    PACK_NAME,
+    SETTINGS_NAME,
     VERDICTS,
     inbox_file,
     outcome_file,
@@ -46,7 +46,7 @@ def make_pack(
             shared = as_mapping(replace(config, run_dir=str(pack)))
             (pack / "config.yaml").write_text(yaml.safe_dump(shared))
         inbox_file(pack, number).write_text(json.dumps({"number": number, "run_dir": str(run_dir)}))
-    (pack / PACK_NAME).write_text(json.dumps({"slots": slots or len(trials), **options}))
+    (pack / SETTINGS_NAME).write_text(json.dumps({"slots": slots or len(trials), **options}))
     if closed:
         (pack / CLOSED_NAME).touch()
     return runs

@@ -278,7 +278,7 @@ def test_what_flash_attention_cannot_compute_keeps_its_masks(monkeypatch: pytest
         )
 
     assert choice().op is not None
-    assert "torch.nn.attention.varlen" in choice().said
+    assert "torch.nn.attention.varlen" in choice().note
     for refused, reason in (
         (choice("gemma2"), "scores"),
         (choice(dtype=torch.float32), "16 bits"),
@@ -286,25 +286,25 @@ def test_what_flash_attention_cannot_compute_keeps_its_masks(monkeypatch: pytest
         (choice(head_dim=100), "have 100"),
     ):
         assert refused.op is None
-        assert reason in refused.said
+        assert reason in refused.note
     capability = (7, 5)
     assert choice().op is None
-    assert "8.0" in choice().said
+    assert "8.0" in choice().note
     capability, available = (9, 0), False
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     assert choice().op is None
-    assert "flash-attn is not installed" in choice().said
+    assert "flash-attn is not installed" in choice().note
 
 
 @pytest.mark.parametrize(
-    ("name", "train", "said"),
+    ("name", "train", "note"),
     [("llama", {}, None), ("gemma2", {}, "on gemma2, whose"), ("llama", {"dtype": "fp32"}, r"train\.dtype=fp32")],
 )
 def test_asking_for_sdpa_where_nothing_else_is_done_is_refused(
-    name: str, train: dict[str, str], said: str | None
+    name: str, train: dict[str, str], note: str | None
 ) -> None:
     settings = build(TrainConfig, {"attention": "sdpa", **train})
-    refused = contextlib.nullcontext() if said is None else pytest.raises(UserError, match=f"has no effect .*{said}")
+    refused = contextlib.nullcontext() if note is None else pytest.raises(UserError, match=f"has no effect .*{note}")
     with refused:
         check_model_sizes(ParallelConfig(), settings, {"num_hidden_layers": 2}, FAMILIES[name])
 
@@ -353,7 +353,7 @@ def test_a_start_chooses_by_device_and_says_so(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     write_family_folder(tmp_path, "llama")
-    for device, dtype, wanted, said in (
+    for device, dtype, wanted, note in (
         ("cuda", "bf16", "auto", "in no fixed order"),
         ("cuda", "fp32", "auto", None),
         ("cuda", "bf16", "sdpa", None),
@@ -365,10 +365,10 @@ def test_a_start_chooses_by_device_and_says_so(tmp_path: Path, monkeypatch: pyte
         config = config_for(tmp_path, train=settings)
         model = build_run_model(config)
         setup.use_device_kernels(model, config.spec, config.train, torch.device(device))
-        assert model.attends_by_documents == (said is not None)
-        assert model.decoder.config._attn_implementation == ("sdpa" if said is None else attention.NAME)
-        assert len(model.notes) == (device == "cuda" or said is not None)
-        assert all((said or "dense masks") in note for note in model.notes)
+        assert model.attends_by_documents == (note is not None)
+        assert model.decoder.config._attn_implementation == ("sdpa" if note is None else attention.NAME)
+        assert len(model.notes) == (device == "cuda" or note is not None)
+        assert all((note or "dense masks") in note for note in model.notes)
     config = config_for(tmp_path)
     monkeypatch.setattr(liger, "why_not", lambda **_: "it is not installed")
     setup.use_device_kernels(model, config.spec, config.train, torch.device("cuda"))

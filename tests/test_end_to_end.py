@@ -129,7 +129,7 @@ def test_a_run_stopped_and_killed_ends_as_if_it_had_not_been(
     assert [kill.ended for kill in KILLS] == ["75", "restarted"]
     assert KILLS[0].steps_repeated == 0, "what was trained is saved on request"
 
-    stopped = re.search(r"asked to stop by SIGUSR1: step (\d+) is saved\n", campaign.output_of_start(1))
+    stopped = re.search(r"stopping on SIGUSR1: step (\d+) is saved\n", campaign.output_of_start(1))
     assert stopped is not None, campaign.output_of_start(1)
     newest = f"step_{int(stopped[1]):08d}"
     assert f"continue from {newest} with: distlora resume {run_dir}\n" in campaign.output_of_start(1)

@@ -29,7 +29,7 @@ from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Ranks
 from distlora.training import worker
 from distlora.training.flops import count_flops
-from distlora.training.metrics import active_parameters, count_parameters, experts_said
+from distlora.training.metrics import active_parameters, count_parameters, describe_experts
 from distlora.training.setup import start_run_model
 from distlora_kernels import nf4
 from distlora_launcher.compose.checks import check_model
@@ -94,7 +94,7 @@ def test_presets_and_target_parameters_choose_experts_and_never_a_router(
     assert adapted(model) == expected
     routers = [path for path in adapter_parameters(model) if ".gate." in path or ".router." in path]
     assert not routers
-    assert "routers have none and stay as they are" in next(experts_said(model))
+    assert "routers have none and stay as they are" in next(describe_experts(model))
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -254,7 +254,7 @@ def test_the_routers_loss_is_transformers_own_and_so_are_its_gradients(
     """
     rows, weight = tokens(2, 32), 0.5
     ours, _ = load_ours(folder_of(name), train={"dtype": "fp32", "router_aux_loss": weight})
-    assert f"include {weight:g} x the routers" in list(experts_said(ours))[-1]
+    assert f"include {weight:g} x the routers" in list(describe_experts(ours))[-1]
     save_adapter(tmp_path / "adapter", ours, folder_of(name))
     base = dequantized(folder_of(name), ours)
     base.router_aux_loss_coef = weight

@@ -24,8 +24,7 @@ from distlora.run_folder.eval_documents import check_paired, read_documents
 from distlora.system import stop_signals
 from distlora.training import worker as training_worker
 from distlora.training.loop import Trainer
-from distlora.training.multi_trial import pack as packed
-from distlora.training.multi_trial import worker
+from distlora.training.multi_trial import trainer, worker
 from distlora.training.multi_trial.protocol import check_pack, verdict_file
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.open_run import OpenRun
@@ -94,17 +93,17 @@ def alone(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 def run_pack(ranks: Ranks, *, pack: Path) -> dict[str, Tensor]:
     """A pack on this rank. Returns the rank's own bits of every adapter, as its trial left its slot."""
     kept: dict[str, Tensor] = {}
-    end = packed.Pack._end
+    end = trainer.MultiTrialTrainer._end
 
-    def keep(self: packed.Pack, seat: packed.Seat) -> None:
-        kept.update({f"{seat.number}/{name}": p.detach().clone() for name, p in seat.trained.items()})
-        end(self, seat)
+    def keep(self: trainer.MultiTrialTrainer, entry: trainer.SlotTrial) -> None:
+        kept.update({f"{entry.number}/{name}": p.detach().clone() for name, p in entry.trained.items()})
+        end(self, entry)
 
-    packed.Pack._end = keep  # type: ignore[method-assign]
+    trainer.MultiTrialTrainer._end = keep  # type: ignore[method-assign]
     try:
         worker.run(pack, ranks)
     finally:
-        packed.Pack._end = end  # type: ignore[method-assign]
+        trainer.MultiTrialTrainer._end = end  # type: ignore[method-assign]
     return kept
 
 
@@ -373,7 +372,7 @@ def test_a_pack_killed_with_9_goes_on_with_what_has_no_outcome(
     assert child.exitcode == -signal.SIGKILL
     ended = sorted(path.name for path in (tmp_path / "pack" / "outcomes").iterdir())
     assert ended == ["0000.json", "0001.json"]
-    assert json.loads((tmp_path / "pack" / "seats.json").read_text()) == {"numbers": [2]}
+    assert json.loads((tmp_path / "pack" / "slots.json").read_text()) == {"numbers": [2]}
     worker.run(tmp_path / "pack", SINGLE)
     for run_dir, number in zip(runs, order, strict=True):
         losses, adapter = outcome(run_dir)

@@ -42,9 +42,9 @@ def _measure_second(steps: TrainingSteps) -> StepMemory:
     steps.backend.zero_gradients()
     with meter.step():
         steps.run(1)
-    if meter.found is None:
+    if meter.memory is None:
         raise RuntimeError(f"the step was not measured: {meter.failure}")
-    return meter.found
+    return meter.memory
 
 
 class TrainingSteps:

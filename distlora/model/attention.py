@@ -267,7 +267,7 @@ class Choice(NamedTuple):
 
     op: VarlenOp | None
     """None: as the family attends without documents (SDPA or eager, with masks)."""
-    said: str
+    note: str
 
 
 def choose(
@@ -294,7 +294,7 @@ def choose(
         return Choice(None, f"{dense}: train.attention=sdpa")
     if device.type == "cpu":
         if dtype != torch.bfloat16:
-            return Choice(None, f"{dense}: on the CPU {dtype} is transformers' own, the reference")
+            return Choice(None, f"{dense}: on the CPU {dtype} uses transformers' attention, the reference")
         by_products = "attention runs over each document's length, in products of matrices"
         if not compiled:
             return Choice(attention_cpu.attend, by_products)

@@ -120,21 +120,21 @@ def give_back(decoder: nn.Module) -> None:
 
 def _replace_norms(decoder: nn.Module, family: Family, fused: Fused) -> int:
     gemma = family.model_type.startswith("gemma")
-    found = [(path, norm) for path, norm in decoder.named_modules() if type(norm).__name__.endswith("RMSNorm")]
-    for path, norm in found:
+    norms = [(path, norm) for path, norm in decoder.named_modules() if type(norm).__name__.endswith("RMSNorm")]
+    for path, norm in norms:
         new = fused.norm(norm, gemma)
         new.weight = norm.get_parameter("weight")
         decoder.set_submodule(path, new.train(norm.training))
-    return len(found)
+    return len(norms)
 
 
 def _replace_mlps(decoder: nn.Module, multiply: Callable[[Tensor, Tensor], Tensor]) -> int:
-    found = [(path, mlp) for path, mlp in decoder.named_modules() if path.rpartition(".")[2] == "mlp"]
-    for path, mlp in found:
+    mlps = [(path, mlp) for path, mlp in decoder.named_modules() if path.rpartition(".")[2] == "mlp"]
+    for path, mlp in mlps:
         fused = hasattr(mlp, "gate_up_proj")
         new = FusedGatedMLP(mlp, multiply) if fused else GatedMLP(mlp, multiply)
         decoder.set_submodule(path, new.train(mlp.training))
-    return len(found)
+    return len(mlps)
 
 
 def eps_of(norm: Any, gemma: bool) -> float:

@@ -120,13 +120,13 @@ class LossHead(nn.Module):
         return losses.view(labels.shape)
 
     def token_losses(
-        self, hidden: Tensor, labels: Tensor, own: Tensor | None = None, weight: Tensor | None = None
+        self, hidden: Tensor, labels: Tensor, columns: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
         """Return (N,) fp32 losses, 0 without a label, from hidden (N, H) and labels (N,). The rest as in `logits`."""
-        logits = self.logits(hidden, own, weight)
+        logits = self.logits(hidden, columns, weight)
         return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
 
-    def own_columns(self, hidden: Tensor) -> Tensor | None:
+    def trained_columns(self, hidden: Tensor) -> Tensor | None:
         """Return (..., trained rows) fp32 logits of the trained rows, neither scaled nor capped.
 
         None without such rows.
@@ -138,19 +138,21 @@ class LossHead(nn.Module):
         weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
         head = LossHead(weight, logit_softcap=self.logit_softcap, logit_scale=self.logit_scale)
         if (rows := self.token_rows) is not None:
-            own = TokenRows(rows.ids, weight.shape[1])
-            own.rows = nn.Parameter(rows.rows.detach().clone(), requires_grad=False)
-            head.train_rows(own)
+            token_rows = TokenRows(rows.ids, weight.shape[1])
+            token_rows.rows = nn.Parameter(rows.rows.detach().clone(), requires_grad=False)
+            head.train_rows(token_rows)
         return head
 
-    def logits(self, hidden: Tensor, own: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, columns: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Return (..., vocabulary) fp32 from (..., H), scaled and capped by the model's config.
 
-        `own`: from own_columns. `weight` (vocabulary, H): used instead of the head's.
+        `columns`: from trained_columns. `weight` (vocabulary, H): used instead of the head's.
         """
         logits = F.linear(hidden, self.weight if weight is None else weight).float()
         if self.token_rows is not None:
-            logits = self.token_rows.replace_columns(logits, self.token_rows.columns(hidden) if own is None else own)
+            logits = self.token_rows.replace_columns(
+                logits, self.token_rows.columns(hidden) if columns is None else columns
+            )
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_softcap is not None:
@@ -174,11 +176,13 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for part, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                own = head.own_columns(leaf)
-                loss = head.token_losses(leaf, target, own)
-                of_leaf, *of_own = torch.autograd.grad(loss.sum(), [leaf] if own is None else [leaf, own])
-                out.copy_(of_leaf)
-            of_columns += of_own
+                columns = head.trained_columns(leaf)
+                loss = head.token_losses(leaf, target, columns)
+                leaf_gradient, *column_gradients = torch.autograd.grad(
+                    loss.sum(), [leaf] if columns is None else [leaf, columns]
+                )
+                out.copy_(leaf_gradient)
+            of_columns += column_gradients
             losses.append(loss.detach())
         ctx.save_for_backward(gradient, *(() if rows is None else (hidden, torch.cat(of_columns))))
         return torch.cat(losses)

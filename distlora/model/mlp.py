@@ -203,7 +203,9 @@ class _Tiles(torch.autograd.Function):
             if of_hidden is not None:
                 of_hidden[:, part] = gradients.pop(0)
             totals = (
-                gradients if not totals else [total.add_(own) for total, own in zip(totals, gradients, strict=True)]
+                gradients
+                if not totals
+                else [total.add_(gradient) for total, gradient in zip(totals, gradients, strict=True)]
             )
         remaining = iter(totals)
         return (of_hidden, None, None, None, *(next(remaining) if need else None for need in needs))

@@ -43,9 +43,9 @@ class TokenRows(nn.Module):
         frozen_slot = self.ids.index(padding) if padding in self.ids else None
         return _ReplaceRows.apply(embedding(input_ids), self.rows, slots, scale, frozen_slot)
 
-    def replace_columns(self, logits: Tensor, own: Tensor) -> Tensor:
-        """Replace the trained tokens' columns of logits (..., V) by `own` (..., N), both fp32."""
-        return logits.index_copy(-1, self._ids_on(logits.device), own)
+    def replace_columns(self, logits: Tensor, columns: Tensor) -> Tensor:
+        """Replace the trained tokens' columns of logits (..., V) by `columns` (..., N), both fp32."""
+        return logits.index_copy(-1, self._ids_on(logits.device), columns)
 
     def columns(self, hidden: Tensor) -> Tensor:
         """Return (..., N) fp32 logits of the trained tokens from (..., H), computed in the dtype of `hidden`."""
@@ -72,10 +72,10 @@ class _ReplaceRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(slots, scale)
         ctx.num_rows, ctx.frozen_slot = len(rows), frozen_slot
-        own = rows.to(embedded.dtype)
+        trained = rows.to(embedded.dtype)
         if scale is not None:
-            own = own * scale.to(embedded.dtype)
-        return torch.where((slots >= 0)[..., None], own[slots.clamp(min=0)], embedded)
+            trained = trained * scale.to(embedded.dtype)
+        return torch.where((slots >= 0)[..., None], trained[slots.clamp(min=0)], embedded)
 
     @staticmethod
     @once_differentiable

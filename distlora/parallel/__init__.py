@@ -53,8 +53,8 @@ def parallelize(
             backend.require_host_memory(
                 zero3.host_bytes(model, backend.shards),
                 "parallel.offload_base=true" if parallel.offload_base else f"offload_param in {file}",
-                "each process' share of the base",
-                "leave it out, or share the base among more machines",
+                "each process's shard of the base",
+                "leave it out, or shard the base over more nodes",
             )
         units = zero3.shard(model, backend.shards, gathering, device=ranks.device, traffic=traffic)
         backend.after_backward = units.end_backward
@@ -81,5 +81,5 @@ def _residency(model: CausalLM, backend: Backend, parallel: ParallelConfig) -> R
         residency.waits = True
     elif count > 0:
         residency.keep(count)
-        model.notes.append(residency.said())
+        model.notes.append(residency.describe())
     return residency

@@ -133,16 +133,16 @@ class Backend:
                     write(piece.to("cpu", dtype))
             return
         local, first_row = self.local_rows(data)
-        own, columns = local.reshape(-1), math.prod(data.shape[1:])
+        flat, columns = local.reshape(-1), math.prod(data.shape[1:])
         start, per_rank = first_row * columns, -(-data.shape[0] // self.shards.count) * columns
         for first in range(0, data.numel(), per_rank):
             owner, end = first // per_rank, min(first + per_rank, data.numel())
             for low in range(first, end, size):
                 high = min(low + size, end)
                 if owner == self.shards.index:
-                    piece = own[low - start : high - start].to(dtype)
+                    piece = flat[low - start : high - start].to(dtype)
                 else:
-                    piece = torch.empty(high - low, dtype=dtype, device=own.device)
+                    piece = torch.empty(high - low, dtype=dtype, device=flat.device)
                 # One rank's rows follow the other's. Broadcast needs no communicator per pair of ranks, which send and
                 # receive would.
                 if owner != 0:
@@ -177,7 +177,7 @@ class Backend:
         Raises DamagedWeightsError on every rank.
         """
         if self._frozen is not None:
-            self._frozen.check_own_rows()
+            self._frozen.check_local_rows()
             self._frozen.check_next_forward()
 
     def verified(self, collect: Callable[[], Collected]) -> Callable[[], Collected]:
@@ -216,7 +216,7 @@ class Backend:
 
     def updated(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Return the tensors that the optimizer updates: the parameters, or this rank's rows of them."""
-        rows = {parameter: own for gradients in self.gradients for parameter, own in gradients.updated()}
+        rows = {parameter: rows for gradients in self.gradients for parameter, rows in gradients.updated()}
         return {name: rows[parameter] for name, parameter in parameters.items()}
 
     def backward(self, *losses: Tensor, last: bool) -> None:
@@ -253,8 +253,10 @@ class Backend:
             return None
         fitting, usable = residency.fitting()
         residency.keep(-int(self.max_over_ranks(-fitting)))
-        said = residency.said() if residency.count > 0 else "no block stays gathered"
-        return f"parallel.resident_blocks=auto: {said}; rank {self.ranks.rank} has {usable / 2**30:,.2f} GiB for them"
+        described = residency.describe() if residency.count > 0 else "no layer stays gathered"
+        return (
+            f"parallel.resident_blocks=auto: {described}; rank {self.ranks.rank} has {usable / 2**30:,.2f} GiB for them"
+        )
 
     def unpacked_extra_bytes(self, model: CausalLM, passes: int) -> int:
         """Return the bytes that `passes` gathers of each non-resident layer would add with bf16 weights."""

@@ -30,7 +30,7 @@ class Control:
 
     def __init__(self, ranks: Ranks, *, save_minutes: float | None) -> None:
         """Start without a request. `save_minutes`: minutes between saves; None: never by the clock."""
-        assert (ranks.control is None) == (ranks.world == 1), "the words of several ranks need a group of their own"
+        assert (ranks.control is None) == (ranks.world == 1), "several ranks need a control group"
         self.save_is_due = False
         """True once the ranks have agreed to save after the current step."""
         self._group = ranks.control

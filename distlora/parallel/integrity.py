@@ -61,27 +61,27 @@ class FrozenWeights:
         Raises DamagedWeightsError if ranks differ in tensors that each of them holds whole.
         """
         self._model, self._backend = model, backend
-        found, shared = list(_own_rows(model, backend)), dict(_shared(model))
+        sharded, shared = list(_local_rows(model, backend)), dict(_shared(model))
         device = backend.ranks.device
         # Rows may lie in host memory.
-        ours = [_of(tensor).to(device) for tensor in (*(rows for *_, rows, _ in found), *shared.values())]
-        places = [(first, len(rows)) for *_, rows, first in found] + [(0, 0)] * len(shared)
-        told = torch.cat([torch.stack(ours), torch.tensor(places, device=device)], dim=1)
+        ours = [_of(tensor).to(device) for tensor in (*(rows for *_, rows, _ in sharded), *shared.values())]
+        places = [(first, len(rows)) for *_, rows, first in sharded] + [(0, 0)] * len(shared)
+        table = torch.cat([torch.stack(ours), torch.tensor(places, device=device)], dim=1)
         # (C W, T, 3): checksum, first row, rows. One exchange of a few KB per rank.
-        everyone, shards = backend.gather_ranks(told), backend.shards
-        by_copy = everyone[:, : len(found)].unflatten(0, (shards.copies, shards.count))
+        everyone, shards = backend.gather_ranks(table), backend.shards
+        by_copy = everyone[:, : len(sharded)].unflatten(0, (shards.copies, shards.count))
         self._sums = by_copy[shards.copy, ..., 0].T.contiguous()
         """(T, W) int64 checksums of the tensors that are sharded over this copy's ranks."""
         ranges = by_copy[shards.copy, ..., 1:].tolist()
         self._tensors = [
             _Frozen(name, owner, attribute, rows, tuple((first, count) for first, count in of_ranks))
-            for (name, owner, attribute, rows, _), of_ranks in zip(found, zip(*ranges, strict=True), strict=True)
+            for (name, owner, attribute, rows, _), of_ranks in zip(sharded, zip(*ranges, strict=True), strict=True)
         ]
         self._differs = torch.zeros_like(self._sums, dtype=torch.bool)
         """(T, W) bool: what this rank gathered differs from what that rank loaded."""
         self._handles: list[RemovableHandle] = []
         self._check_copies(by_copy[..., 0])  # Statistics that ranks compute depend on the bytes that they read.
-        self._check_shared(list(shared), everyone[:, len(found) :, 0])
+        self._check_shared(list(shared), everyone[:, len(sharded) :, 0])
 
     def _check_shared(self, names: list[str], sums: Tensor) -> None:
         """Compare `sums` (W, N) of tensors that every rank holds whole."""
@@ -118,9 +118,9 @@ class FrozenWeights:
         # The root comes first and keeps what the other units do not take.
         unit_of = {module: unit for unit in reversed(units) for module in unit.modules()}
         for unit in units:
-            own = [index for index, frozen in enumerate(self._tensors) if unit_of[frozen.owner] is unit]
+            indices = [index for index, frozen in enumerate(self._tensors) if unit_of[frozen.owner] is unit]
             # Runs after the backend's hook, which gathers.
-            self._handles.append(unit.register_forward_pre_hook(partial(self._check_gathered, own)))
+            self._handles.append(unit.register_forward_pre_hook(partial(self._check_gathered, indices)))
         self._handles.append(self._model.register_forward_hook(self._end_pass))
 
     @torch.no_grad()
@@ -145,15 +145,15 @@ class FrozenWeights:
         self._end_if_damaged(differs, "nothing was trained on them")
 
     @torch.no_grad()
-    def check_own_rows(self) -> None:
+    def check_local_rows(self) -> None:
         """Check that every rank's rows are still what it loaded. Every rank must call it; the host reads one number.
 
         Raises DamagedWeightsError on all ranks.
         """
         index = self._backend.shards.index
         differs = torch.zeros_like(self._differs)
-        own = torch.cat([_of(frozen.rows).to(differs.device) for frozen in self._tensors])
-        differs[:, index] = own != self._sums[:, index]
+        sums = torch.cat([_of(frozen.rows).to(differs.device) for frozen in self._tensors])
+        differs[:, index] = sums != self._sums[:, index]
         self._end_if_damaged(differs, "what was trained since the last save may be wrong and is not saved")
 
     def _end_if_damaged(self, differs: Tensor, consequence: str) -> None:
@@ -178,7 +178,7 @@ class FrozenWeights:
         rows = f"{_rows(frozen.ranges[owner % self._backend.shards.count])}, those of rank {owner}"
         more = f" ({len(damaged)} such parts in all)" if len(damaged) > 1 else ""
         if owner in seen_by:
-            where = f"rank {owner}'s own memory has changed since then"
+            where = f"the memory of rank {owner} has changed since then"
         else:
             ranks = f"rank{'s' if len(seen_by) > 1 else ''} {', '.join(map(str, seen_by))}"
             where = (
@@ -232,7 +232,7 @@ def _of(rows: Tensor) -> Tensor:
     return checksums(rows.flatten()[None])
 
 
-def _own_rows(model: CausalLM, backend: Backend) -> Iterator[tuple[str, nn.Module, str, Tensor, int]]:
+def _local_rows(model: CausalLM, backend: Backend) -> Iterator[tuple[str, nn.Module, str, Tensor, int]]:
     """Yield (name, owner, attribute, this rank's rows, index of the first row) of frozen tensors, a tied one once."""
     adapters, met = set(adapter_parameters(model).values()), set()
     for path, module in model.named_modules():

@@ -96,7 +96,7 @@ def from_rank_0(number: int, ranks: Ranks) -> int:
 
     It uses the gloo group: reading a number from NCCL waits for the device.
     """
-    assert (ranks.control is None) == (ranks.world == 1), "the words of several ranks need a group of their own"
+    assert (ranks.control is None) == (ranks.world == 1), "several ranks need a control group"
     if ranks.control is None:
         return number
     shared = torch.tensor(number, dtype=torch.int64)

@@ -45,11 +45,11 @@ class Residency:
             fitting += total <= usable
         return torch.tensor(fitting, device=self.device), usable
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """Describe the resident layers in a line, for a count above 0."""
         memory = sum(gathered_bytes(block, self.shards) for block in self.blocks[: self.count])
         return (
-            f"{self.count:,} of {len(self.blocks):,} blocks stay gathered, which takes {memory / 2**30:,.2f} GiB on "
+            f"{self.count:,} of {len(self.blocks):,} layers stay gathered, which takes {memory / 2**30:,.2f} GiB on "
             "each rank"
         )
 

@@ -130,7 +130,7 @@ def stream_rows(
     The first `world` ranks of `group` hold it, and each must call this for the same tensors in the same order, on one
     thread.
     """
-    own, columns = rows.local.view(-1), math.prod(rows.shape[1:])
+    flat, columns = rows.local.view(-1), math.prod(rows.shape[1:])
     start, per_rank = rows.first_row * columns, -(-rows.shape[0] // world) * columns
     size = PIECE_BYTES // rows.dtype.itemsize
     received = torch.empty(min(size, per_rank) if rank == 0 else 0, dtype=rows.dtype)
@@ -140,7 +140,7 @@ def stream_rows(
             continue
         for low in range(first, end, size):
             high = min(low + size, end)
-            piece = own[low - start : high - start] if owner == rank else received[: high - low]
+            piece = flat[low - start : high - start] if owner == rank else received[: high - low]
             if owner != 0 and rank == 0:
                 dist.recv(piece, group=group, group_src=owner)
             elif owner != 0:

@@ -167,15 +167,15 @@ class Watch:
                 except DistError:
                     return  # or the store's holder has left or died. `_ask` gets no answer then.
 
-    def _exchange(self, own: Position) -> None:
-        self._store.set(str(self.rank), json.dumps(asdict(own)))
+    def _exchange(self, position: Position) -> None:
+        self._store.set(str(self.rank), json.dumps(asdict(position)))
         if self._raises_alarm:
             self._store.set(_ALARM, str(self.rank))
         if self._store.get(_ALARM):
             self._alarmed.set()
         if self._asked.is_set():
-            told = [self._store.get(str(rank)) for rank in range(self.world)]
-            self._answer = [Position(**json.loads(text)) if text else None for text in told]
+            texts = [self._store.get(str(rank)) for rank in range(self.world)]
+            self._answer = [Position(**json.loads(text)) if text else None for text in texts]
             self._asked.clear()
             self._answered.set()
         self._heard = time.monotonic()
@@ -183,7 +183,7 @@ class Watch:
     def _look(self) -> None:
         """Follow the marks of this rank, and judge when it has not moved for too long."""
         last, still, before, shown = _here, 0.0, time.monotonic(), False
-        asked: tuple[float, list[Position | None] | None] | None = None
+        previous: tuple[float, list[Position | None] | None] | None = None
         """Seconds without a mark at the first request, and its answer."""
         while not self._ended.wait(self._beat_seconds):
             now = time.monotonic()
@@ -195,13 +195,13 @@ class Watch:
                 shown = True
                 self._show_stacks()
             if still <= self._limit:
-                asked = None
+                previous = None
                 continue
-            if asked is None:
-                asked = still, self._ask()
-            if still < asked[0] + self._silent_seconds:
+            if previous is None:
+                previous = still, self._ask()
+            if still < previous[0] + self._silent_seconds:
                 continue
-            verdict, asked = self._judge(asked[1], self._ask(), still), None
+            verdict, previous = self._judge(previous[1], self._ask(), still), None
             if verdict is None or _here is not last or self._ended.is_set():
                 continue
             if not shown:
@@ -228,7 +228,9 @@ class Watch:
             return verdict
         waited_for = verdict.culprits or range(self.world)
         return (
-            None if any(told is not None and told.long for told in (second[rank] for rank in waited_for)) else verdict
+            None
+            if any(position is not None and position.long for position in (second[rank] for rank in waited_for))
+            else verdict
         )
 
     def _ask(self) -> list[Position | None] | None:
@@ -282,23 +284,23 @@ def judge(first: Sequence[Position | None], second: Sequence[Position | None], s
             return None
         if after is None or (before is not None and before.beat == after.beat):
             silent.append(rank)
-    told = {rank: position for rank, position in enumerate(second) if position is not None}
+    positions = {rank: position for rank, position in enumerate(second) if position is not None}
     if silent:
-        rest = {rank: position for rank, position in told.items() if rank not in silent}
+        rest = {rank: position for rank, position in positions.items() if rank not in silent}
         lost = "; ".join(
-            f"rank {rank} gives no sign of life ({_STOPPED}), last in {told[rank].place}"
-            if rank in told
+            f"rank {rank} gives no sign of life ({_STOPPED}), last in {positions[rank].place}"
+            if rank in positions
             else f"rank {rank} has not come"
             for rank in silent
         )
         message = f"{_still(seconds)}: {lost}; waiting: {_places(rest)}"
-        return Verdict(message, tuple(silent), silent=all(rank in told for rank in silent))
-    outside = {rank: position for rank, position in told.items() if not position.waits} or told
+        return Verdict(message, tuple(silent), silent=all(rank in positions for rank in silent))
+    outside = {rank: position for rank, position in positions.items() if not position.waits} or positions
     least = min(position.mark for position in outside.values())
     culprits = {rank: position for rank, position in outside.items() if position.mark == least}
-    if len(culprits) == len(told):
-        return Verdict(f"{_still(seconds)}: {_places(told)}, and no other is behind", (), silent=False)
-    rest = {rank: position for rank, position in told.items() if rank not in culprits}
+    if len(culprits) == len(positions):
+        return Verdict(f"{_still(seconds)}: {_places(positions)}, and no other is behind", (), silent=False)
+    rest = {rank: position for rank, position in positions.items() if rank not in culprits}
     message = f"{_still(seconds)}: {_places(culprits)}; waiting for that: {_places(rest)}"
     return Verdict(message, tuple(culprits), silent=False)
 

@@ -62,8 +62,8 @@ def host_bytes(model: CausalLM, shards: Shards) -> int:
 def _gathered(model: CausalLM) -> list[nn.Parameter]:
     """Return all parameters except the adapters', a tied one once, largest first to waste little at chunk ends."""
     adapters = set(adapter_parameters(model).values())
-    found = [parameter for parameter in model.parameters() if parameter not in adapters]
-    return sorted(found, key=lambda parameter: -parameter.nbytes)
+    parameters = [parameter for parameter in model.parameters() if parameter not in adapters]
+    return sorted(parameters, key=lambda parameter: -parameter.nbytes)
 
 
 def own_shape(parameter: Tensor, shards: Shards) -> torch.Size:
@@ -85,7 +85,7 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
 
     def take(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
         """Shard and return the parameters of `modules`, a tied one once, without those of earlier units."""
-        found = []
+        tensors = []
         for module in modules:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter not in rows:  # An adapter's parameter, or sharded already.
@@ -94,8 +94,8 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
                 if parameter not in taken:
                     taken[parameter] = partition.cut(parameter, rows[parameter])
                 setattr(module, name, taken[parameter])
-                found.append(taken[parameter])
-        return found
+                tensors.append(taken[parameter])
+        return tensors
 
     embedding, head = _Unit(take(model.embedding.modules())), _Unit(take([model.head]))
     blocks = [_Unit(take(block.modules())) for block in model.blocks]
@@ -262,8 +262,8 @@ class _Partition:
         """
         from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
-        shape, own = parameter.shape, rows.shape
-        padded = torch.Size((self._shards.count * own[0], *shape[1:]))
+        shape, local = parameter.shape, rows.shape
+        padded = torch.Size((self._shards.count * local[0], *shape[1:]))
         # A shape without memory.
         empty = torch.empty((), dtype=parameter.dtype, device=self._device).expand(padded)
         cut: Any = nn.Parameter(empty, requires_grad=False)
@@ -275,8 +275,8 @@ class _Partition:
         cut.ds_numel_aligned = padded.numel()
         cut.partition()  # Frees everything but the part that it has.
         cut.all_gather_coalesced = functools.partial(self._count, cut.all_gather_coalesced)
-        first = min(self._shards.index * own[0], shape[0])
-        cut.cut = Cut(rows[: max(min(own[0], shape[0] - first), 0)], first, shape)
+        first = min(self._shards.index * local[0], shape[0])
+        cut.cut = Cut(rows[: max(min(local[0], shape[0] - first), 0)], first, shape)
         return cut
 
     def _count(self, gather: Callable[..., Any], parameters: Sequence[Any], **options: Any) -> Any:

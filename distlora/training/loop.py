@@ -95,15 +95,15 @@ class Trainer:
 
     def _log(self, trials: Sequence[Trial]) -> None:
         """Read the metrics of all unlogged steps of these trials at once: the only host sync of training."""
-        unread = {trial: found for trial in trials if (found := trial.unread()) is not None}
+        unread = {trial: figures for trial in trials if (figures := trial.unread()) is not None}
         if not unread:
             return
         watch.at(next(iter(unread)).done, "reading figures")
-        sums = self.backend.sum_over_ranks(torch.cat([own.flatten() for own, _ in unread.values()]))
+        sums = self.backend.sum_over_ranks(torch.cat([losses.flatten() for losses, _ in unread.values()]))
         values = torch.cat([sums, *(norms for _, norms in unread.values())]).tolist()
         of_sums, of_norms = iter(values[: len(sums)]), iter(values[len(sums) :])
-        for trial, (own, norms) in unread.items():
-            rows = [list(itertools.islice(of_sums, own.shape[1])) for _ in range(own.shape[0])]
+        for trial, (losses, norms) in unread.items():
+            rows = [list(itertools.islice(of_sums, losses.shape[1])) for _ in range(losses.shape[0])]
             self._do(trial, functools.partial(trial.log, rows, list(itertools.islice(of_norms, len(norms)))))
 
     def _do(self, trial: Trial, action: Callable[[], None]) -> None:
@@ -219,7 +219,7 @@ def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> Non
 def mean_losses(part: Stack, rows: Tensor, units: Sequence[int]) -> list[Tensor]:
     """Return each trial's contribution to its step's loss, from the rows' loss sums (B,); 0 without rows here."""
     sums: list[Tensor | None] = [None] * len(units)
-    for owner, own in part.of_owners(rows):
-        loss, before = own.sum() / units[owner], sums[owner]
+    for owner, losses in part.of_owners(rows):
+        loss, before = losses.sum() / units[owner], sums[owner]
         sums[owner] = loss if before is None else before + loss
     return [rows.new_zeros(()) if loss is None else loss for loss in sums]

@@ -92,30 +92,30 @@ class MemoryCheck:
             rank, reason = failed
             self.warning = f"WARNING: what memory this step took was not measured on rank {rank}: {reason}"
             return
-        assert self._meter.found is not None
-        of_worst = self._worst(self._meter.found)
+        assert self._meter.memory is not None
+        of_worst = self._worst(self._meter.memory)
         self.figures, self.warning = measured.figures(of_worst, self._plan), measured.warning(of_worst, self._plan)
 
     def of_step(self, step: int) -> dict[str, int]:
         """Return the metrics if they belong to this step, counted from 0."""
         return self.figures if step == self._step else {}
 
-    def _failed(self, own: str | None) -> tuple[int, str] | None:
+    def _failed(self, reason: str | None) -> tuple[int, str] | None:
         """Return (rank, reason) of the first failed measurement; None if all succeeded."""
-        said = (own or "").encode()[:_REASON_BYTES]
-        for rank, reason in enumerate(self._of_ranks(list(said.ljust(_REASON_BYTES, b"\0")))):
-            if text := bytes(reason).rstrip(b"\0").decode(errors="ignore"):
+        encoded = (reason or "").encode()[:_REASON_BYTES]
+        for rank, message in enumerate(self._gather(list(encoded.ljust(_REASON_BYTES, b"\0")))):
+            if text := bytes(message).rstrip(b"\0").decode(errors="ignore"):
                 return rank, text
         return None
 
-    def _of_ranks(self, own: list[int]) -> list[list[int]]:
-        found: list[list[int]] = self._backend.gather_ranks(
-            torch.tensor(own, device=self._backend.ranks.device)
+    def _gather(self, values: list[int]) -> list[list[int]]:
+        gathered: list[list[int]] = self._backend.gather_ranks(
+            torch.tensor(values, device=self._backend.ranks.device)
         ).tolist()
-        return found
+        return gathered
 
-    def _worst(self, found: StepMemory) -> MeasuredRank:
-        ranks = self._of_ranks([found.peak, _PARTS.index(found.part), *(found.by_kind.get(kind, 0) for kind in KINDS)])
+    def _worst(self, memory: StepMemory) -> MeasuredRank:
+        ranks = self._gather([memory.peak, _PARTS.index(memory.part), *(memory.by_kind.get(kind, 0) for kind in KINDS)])
         rank = max(range(len(ranks)), key=lambda index: ranks[index][0])
         peak, part, *kinds = ranks[rank]
         of_worst = {kind: nbytes for kind, nbytes in zip(KINDS, kinds, strict=True) if nbytes}

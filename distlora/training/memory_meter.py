@@ -80,7 +80,7 @@ class StepMemory:
 
 
 class MemoryMeter:
-    """Measure single steps of a model: `with meter.step(): ...` around a whole step, then read `meter.found`.
+    """Measure single steps of a model: `with meter.step(): ...` around a whole step, then read `meter.memory`.
 
     Make it after loading and sharding, before the first step. Do not measure the first step, which makes the optimizer
     states and checks the base. Frees of earlier memory are not seen (torch prints a line about them): call
@@ -93,7 +93,7 @@ class MemoryMeter:
         self._model, self._optimizers = model, optimizers
         self._device = model.head.weight.device
         self._base = dict(_base(model))
-        self.found: StepMemory | None = None
+        self.memory: StepMemory | None = None
         self.failure: str | None = None
         """Reason why a successful step has no measurement."""
 
@@ -103,19 +103,19 @@ class MemoryMeter:
 
     def _held(self) -> dict[tuple[int, int], Kind]:
         """Yield (address, bytes) of each storage."""
-        found = dict(self._base)
+        entries = dict(self._base)
         for parameter in self._model.parameters():
             whole = parameter.data
             if not isinstance(whole, DTensor) and whole.untyped_storage().nbytes():
-                found.setdefault(_storage(whole), "resident")
+                entries.setdefault(_storage(whole), "resident")
         for tensor, kind in _of_training(self._model, self._optimizers):
-            found.setdefault(_storage(tensor), kind)
-        return found
+            entries.setdefault(_storage(tensor), kind)
+        return entries
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Measure one step. Afterwards `found` is set, or `failure` if the measurement failed but not the step."""
-        self.found = self.failure = None
+        """Measure one step. Afterwards `memory` is set, or `failure` if the measurement failed but not the step."""
+        self.memory = self.failure = None
         for block in self._model.blocks:
             block.forget_rows()
         recorder = Recorder(self._device)
@@ -130,7 +130,7 @@ class MemoryMeter:
         finally:
             self._tried(recorder.stop)
         if before is not None:
-            self.found = self._tried(lambda: account(recorder.events(), before, self._held()))
+            self.memory = self._tried(lambda: account(recorder.events(), before, self._held()))
 
     def _tried(self, doing: Callable[[], _Found]) -> _Found | None:
         """Run a part of the measurement, unless it has failed already. A step is never part of it."""
@@ -291,18 +291,18 @@ class Event:
 
 def _events(tree: list[Any], device: torch.device) -> list[Event]:
     """Return the profiler's events in order: memory of `device`, and marks."""
-    found = []
+    entries = []
     waiting: list[tuple[Any, Kind | None]] = [(event, None) for event in reversed(tree)]
     while waiting:
         event, kind = waiting.pop()
         if event.tag.name == "Allocation":
             fields = event.extra_fields
             if fields.device.type == device.type:
-                found.append(Event(event.start_time_ns, fields.alloc_size, fields.ptr, kind))
+                entries.append(Event(event.start_time_ns, fields.alloc_size, fields.ptr, kind))
             continue
         name = event.name
         if name.startswith(_MARK):
-            found.append(Event(event.start_time_ns, mark=name.removeprefix(_MARK)))
+            entries.append(Event(event.start_time_ns, mark=name.removeprefix(_MARK)))
         elif name.startswith(_STAGES):
             continue
         elif name.startswith(_REDUCES):
@@ -314,7 +314,7 @@ def _events(tree: list[Any], device: torch.device) -> list[Event]:
         elif name == _DEQUANTIZES:
             kind = "scratch"
         waiting += [(child, kind) for child in reversed(event.children)]
-    return sorted(found, key=lambda event: event.time)
+    return sorted(entries, key=lambda event: event.time)
 
 
 def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dict[tuple[int, int], Kind]) -> StepMemory:

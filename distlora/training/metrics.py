@@ -45,7 +45,7 @@ def describe(
     )
     if loaded.bits_per_weight is not None:
         reporter.event(
-            f"{loaded.quantized_weights:,} of them in NF4 at {loaded.bits_per_weight:.3f} bits each; "
+            f"{loaded.quantized_weights:,} parameters in NF4 at {loaded.bits_per_weight:.3f} bits each; "
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
             f"{loaded.how} in {loaded.seconds:.1f} s"
         )
@@ -54,13 +54,13 @@ def describe(
         split = backend.shards.split_copies(cluster.gpus_per_node)
         if cluster.nodes > 1 and split:
             reporter.event(
-                f"{len(split):,} of {backend.shards.copies:,} lie across machines, which have "
-                f"{cluster.gpus_per_node:,} processes each, so the base is gathered between these too; "
+                f"{len(split):,} of {backend.shards.copies:,} span several nodes, which have "
+                f"{cluster.gpus_per_node:,} processes each, so the base is gathered between nodes too; "
                 "parallel.shard_degree=node keeps it within each"
             )
     if "auto_map" in read_config(spec.path):
         reporter.event(f"code that comes with the weights is not run: this is transformers' {model.family.model_class}")
-    for line in (*_vocabulary(model), *experts_said(model)):
+    for line in (*_vocabulary(model), *describe_experts(model)):
         reporter.event(line)
     for note in model.notes:
         reporter.event(note)
@@ -73,8 +73,8 @@ def _copies(shards: Shards) -> str:
     ranks = [f"{shards.rank_of(0, copy)}-{shards.rank_of(shards.count - 1, copy)}" for copy in range(shards.copies)]
     named = f"{', '.join(ranks)}" if shards.copies <= 4 else f"{', '.join(ranks[:3])}, ..., {ranks[-1]}"
     return (
-        f"{shards.copies:,} copies of the base, each cut over {shards.count:,} ranks ({named}); only gradients travel "
-        "between copies"
+        f"{shards.copies:,} copies of the base, each sharded over {shards.count:,} ranks ({named}); only gradients "
+        "travel between copies"
     )
 
 
@@ -97,7 +97,7 @@ def _vocabulary(model: CausalLM) -> Iterator[str]:
         )
 
 
-def experts_said(model: CausalLM) -> Iterator[str]:
+def describe_experts(model: CausalLM) -> Iterator[str]:
     """Describe which parts of a mixture of experts are trained, and its router loss."""
     if model.family.experts is None:
         return
@@ -149,8 +149,8 @@ def summarize(
         figures["active_parameters"] = active_parameters(model)
     if adapter.method == "lora":
         figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())
-    if trial.unreached is not None:
-        figures["parameters_without_gradient"] = trial.unreached
+    if trial.without_gradient is not None:
+        figures["parameters_without_gradient"] = trial.without_gradient
     if loaded.bits_per_weight is not None:
         figures["bits_per_parameter"] = loaded.bits_per_weight
     if trial.step_traffic is not None:  # None: the resumed checkpoint is the last step's.

@@ -26,7 +26,7 @@ from distlora.checkpoint.state import (
     identity_of,
     load_state,
 )
-from distlora.config import Config, ModelConfig, TrainConfig, UserError
+from distlora.config import AdapterConfig, Config, ModelConfig, TrainConfig, UserError
 from distlora.data.loader import PackedRows, StepLoader
 from distlora.data.prepare import open_split
 from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
@@ -49,12 +49,13 @@ class OpenRun:
 
     folder: Path
     config: Config
-    base: CheckpointFiles
     loader: StepLoader
     eval_loader: StepLoader | None
     total_steps: int
     data: Mapping[str, Any]
     """Content of data.json."""
+    identity: Callable[[], Identity]
+    """Return the identity of this run's checkpoints. The initial adapter must exist by then."""
     made_on: dict[str, Any]
     """Environment that determines the bits of this start."""
     newest: Path | None
@@ -103,16 +104,28 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
     Raises UserError for damaged records, and for a checkpoint of another run.
     """
     loader, eval_loader = open_data(run_dir, config.train, ranks)
-    data, made_on = read_record(run_dir / DATA_NAME), environment_of(config, ranks)
-    newest, progress, notes = find_checkpoint(run_dir / CHECKPOINTS, config, base, data, ranks, made_on)
+    data = read_record(run_dir / DATA_NAME)
+    made_on = environment_of(config.train, config.adapter, config.shard_degree(ranks.world), ranks)
+
+    def identity() -> Identity:
+        base_id = base_identity(base, config.adapter, config.run_dir)
+        return identity_of(config.spec, config.optim, config.train, data_digest=data["content"], base_identity=base_id)
+
+    newest, notes = choose(run_dir / CHECKPOINTS, ranks)
+    progress = Progress()
+    if newest is not None:
+        state = load_state(newest)
+        check_matches(state, newest, identity(), init_from=config.adapter.init_from)
+        progress, line = state.progress, environment_line(state.environment, made_on)
+        notes += [] if line is None else [line]
     return OpenRun(
         folder=run_dir,
         config=config,
-        base=base,
         loader=loader,
         eval_loader=eval_loader,
         total_steps=config.train.max_steps or config.train.epochs * loader.steps_per_epoch,
         data=data,
+        identity=identity,
         made_on=made_on,
         newest=newest,
         progress=progress,
@@ -137,8 +150,7 @@ def trial_of(
     `trained` has the names of a checkpoint. `slot`: the slot of the run's adapter in multi-trial training.
     """
     config, settings = run.config, run.config.train
-    adapter = DEFAULT_ADAPTER if slot is None else slot_name(slot)
-    identity = _identity(config, run.base, run.data)
+    adapter, identity = DEFAULT_ADAPTER if slot is None else slot_name(slot), run.identity()
 
     def state_files() -> dict[str, Any]:
         state = trainer_tensors(optimizer, trained, backend)
@@ -183,42 +195,18 @@ def trial_of(
     return trial, saver
 
 
-def environment_of(config: Config, ranks: Ranks) -> dict[str, Any]:
+def environment_of(train: TrainConfig, adapter: AdapterConfig, degree: int, ranks: Ranks) -> dict[str, Any]:
     """Return what this run's bits depend on, apart from settings that a resume must not change.
 
-    Sharded gradients are summed in another order with several copies of the base, adapters' are not.
+    `degree`: ranks per copy of the base. Several copies change the order in which sharded gradients are summed, but not
+    that of adapters.
     """
-    is_cut = config.adapter.trains_base is not None
-    degree = config.shard_degree(ranks.world)
-    train = config.train
+    is_sharded = adapter.trains_base is not None
     return (
         environment(ranks.world, ranks.device, compiles=train.compile)
         | {f"train.{name}": getattr(train, name) for name in ("dtype", "micro_batch", "attention", "compile")}
-        | ({"shard_degree": degree} if is_cut and degree < ranks.world else {})
+        | ({"shard_degree": degree} if is_sharded and degree < ranks.world else {})
     )
-
-
-def find_checkpoint(
-    checkpoints: Path,
-    config: Config,
-    base: CheckpointFiles,
-    data: dict[str, Any],
-    ranks: Ranks,
-    made_on: dict[str, Any],
-) -> tuple[Path | None, Progress, list[str]]:
-    """Return the checkpoint to resume from, its progress, and log lines. Raises UserError for another run's."""
-    newest, notes = choose(checkpoints, ranks)
-    if newest is None:
-        return None, Progress(), notes
-    state = load_state(newest)
-    check_matches(state, newest, _identity(config, base, data), init_from=config.adapter.init_from)
-    line = environment_line(state.environment, made_on)
-    return newest, state.progress, notes if line is None else [*notes, line]
-
-
-def _identity(config: Config, base: CheckpointFiles, data: Mapping[str, Any]) -> Identity:
-    identity = base_identity(base, config.adapter, config.run_dir)
-    return identity_of(config.spec, config.optim, config.train, data_digest=data["content"], base_identity=identity)
 
 
 @contextlib.contextmanager

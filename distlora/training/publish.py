@@ -74,13 +74,13 @@ def load_weights(
     UserError if the folder's tensors are not this model's.
     """
     has_adapter = (folder / WEIGHTS_NAME).is_file()
-    own = dict(adapter_tensors(model, adapter)) if has_adapter else model.hf_state_dict()
+    tensors = dict(adapter_tensors(model, adapter)) if has_adapter else model.hf_state_dict()
     stored = read_header(folder / WEIGHTS_NAME) if has_adapter else read_headers(folder)
     plain = {} if start is None or (folder / STATE_NAME).is_file() else start
-    odd = sorted(own.keys() ^ stored.keys()) or [
+    odd = sorted(tensors.keys() ^ stored.keys()) or [
         name
         for name, segment in stored.items()
-        if (segment.shape != own[name].shape and name not in plain) or segment.dtype not in SOURCE_DTYPES
+        if (segment.shape != tensors[name].shape and name not in plain) or segment.dtype not in SOURCE_DTYPES
     ]
     if odd:
         raise UserError(
@@ -92,9 +92,9 @@ def load_weights(
         for name, segment in stored.items():
             if name in plain:
                 whole = reader.read([segment], 0, segment.numel).view(segment.shape)
-                own[name].data.copy_(trained_part(name, whole, plain[name], folder))
+                tensors[name].data.copy_(trained_part(name, whole, plain[name], folder))
             else:
-                read_into(own[name], segment, reader, backend)
+                read_into(tensors[name], segment, reader, backend)
 
 
 def trainer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend) -> dict[str, Tensor]:
@@ -149,14 +149,14 @@ def _check_states(
 
     An unknown parameter, a wrong size, or missing entries.
     """
-    found: dict[str, set[str]] = {}
+    keys_by_name: dict[str, set[str]] = {}
     for path, segment in stored.items():
         key, _, name = path.partition("/")
         if name not in trained or not _is_state_of(trained[name], key, segment, optimizer):
             kind = f"{segment.dtype} {list(segment.shape)}"
             raise UserError(f"{file}: {path} of {kind} is no state of what is trained here; {_EARLIER}")
-        found.setdefault(name, set()).add(key)
-    for name, keys in found.items():
+        keys_by_name.setdefault(name, set()).add(key)
+    for name, keys in keys_by_name.items():
         if missing := sorted({_STEP, *optimizer.per_element} - keys):
             raise UserError(f"{file} has no {missing[0]} of {name}; {_EARLIER}")
 

@@ -266,7 +266,7 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
     if choice.op is not None:
         model.attend_by_documents(choice.op)
     if is_gpu or choice.op is not None:
-        model.notes.append(choice.said)
+        model.notes.append(choice.note)
     outputs_are_kept = spec.adapter.use_dora
     if train.compile:
         model.notes.append(

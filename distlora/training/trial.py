@@ -31,7 +31,7 @@ from distlora.training.memory_check import MemoryCheck
 from distlora.training.objectives import objective_of
 from distlora.training.optimizers import Optimizer, learning_rate
 from distlora.training.reporting.reporter import Reporter
-from distlora.training.unused_params import WATCHED, Reached, sentence
+from distlora.training.unused_params import WATCHED, GradientWatch, describe_unused
 
 
 class NonFiniteError(FloatingPointError):
@@ -156,9 +156,9 @@ class Trial:
         """Losses of each held-out document in a running evaluation; None: not recorded."""
         self.failure: NonFiniteError | SaveError | None = None
         """Error that ended this trial but not others."""
-        self.unreached: list[str] | None = None
+        self.without_gradient: list[str] | None = None
         """Parameters without gradient in the first steps; None if they were not checked, or not yet."""
-        self._reached = Reached(model, optimizer.parameters) if progress.step == 0 else None
+        self._reached = GradientWatch(model, optimizer.parameters) if progress.step == 0 else None
         self.flops = count_flops(model, with_reference=self.objective.has_reference, slot=slot)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._interval = _Interval(progress.step)
@@ -306,7 +306,7 @@ class Trial:
             self.reporter.log(interval.first_step + index + 1, figures)
         if updates < len(means):
             self._stop_non_finite(interval.steps[updates].row_losses, means[updates][0], norms[updates])
-        self._say_unreached(is_last=self.progress.step == self.total_steps)
+        self._report_unused(is_last=self.progress.step == self.total_steps)
 
     def _shared_figures(self, interval: _Interval, traffic: Traffic, seconds: float) -> Iterator[tuple[str, float]]:
         """Yield the metrics that all steps of an interval share."""
@@ -322,23 +322,23 @@ class Trial:
             if self._peak_flops is not None:
                 yield "mfu", (interval.flops - flops) / (seconds - aside) / self._peak_flops
 
-    def _say_unreached(self, *, is_last: bool) -> None:
+    def _report_unused(self, *, is_last: bool) -> None:
         """Log once, after the first steps, which trained parameters had no gradient."""
         reached = self._reached
         if reached is None or not (reached.steps == WATCHED or (is_last and reached.steps > 1)):
             return
         self._reached = None
-        self.unreached = reached.missing(self.backend)
-        if self.unreached:
-            self.reporter.event(sentence(self.unreached, reached.steps))
+        self.without_gradient = reached.missing(self.backend)
+        if self.without_gradient:
+            self.reporter.event(describe_unused(self.without_gradient, reached.steps))
 
     def _stop_non_finite(self, row_losses: Tensor, loss: float, norm: float) -> NoReturn:
         """Save the state before the step after `progress.step`, name that step and its rows, and raise."""
         step = self.progress.step
         places = self.loader.rows_of_ranks(step)
         flags = torch.zeros(places.shape, dtype=torch.float64, device=row_losses.device)
-        own = flags[:, self.loader.rank]
-        own.copy_((~torch.isfinite(row_losses)).view(own.shape))
+        rank_flags = flags[:, self.loader.rank]
+        rank_flags.copy_((~torch.isfinite(row_losses)).view(rank_flags.shape))
         bad = self.backend.sum_over_ranks(flags).cpu().numpy() > 0
         rows = sorted(places[bad & (places >= 0)].tolist())
         culprits = f"the loss of row{'s' if len(rows) > 1 else ''} {_listed(rows)}" if rows else "the gradient"

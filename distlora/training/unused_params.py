@@ -12,7 +12,7 @@ WATCHED = 5
 """Number of steps that are checked. In the first one A has no gradient, because B is zero."""
 
 
-class Reached:
+class GradientWatch:
     """Record, on the device, of which `parameters` (as the optimizer has them) had a nonzero gradient."""
 
     def __init__(self, model: CausalLM, parameters: dict[str, nn.Parameter]) -> None:
@@ -42,9 +42,9 @@ class Reached:
         for name, part in zip(names, flags.split(sizes), strict=True):
             if name in self._seen:
                 part.copy_(self._seen[name].expand(len(part)))
-        found = backend.max_over_ranks(flags).tolist()
+        reached = backend.max_over_ranks(flags).tolist()
         labels = [label for name in names for label in self._labels(name)]
-        return [label for label, is_reached in zip(labels, found, strict=True) if not is_reached]
+        return [label for label, is_reached in zip(labels, reached, strict=True) if not is_reached]
 
     def _labels(self, name: str) -> list[str]:
         """Return the name of a parameter, or of each of its rows."""
@@ -56,8 +56,8 @@ class Reached:
         return [f"row {id}{texts.get(id, '')} of {self._rows[name]}" for id in rows.ids]
 
 
-def sentence(missing: list[str], steps: int) -> str:
-    """Return the log line about them."""
+def describe_unused(missing: list[str], steps: int) -> str:
+    """Return the log line about unused parameters."""
     more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
     return (
         f"no gradient has reached {', '.join(missing[:8])}{more} in the first {steps} steps: as long as none "

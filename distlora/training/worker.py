@@ -70,7 +70,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         describe(reporter, model, loaded, config.spec, config.cluster, backend)
         describe_steps(reporter, opened.loader, opened.total_steps)
         if config.train.save_every is None and config.train.save_minutes is None:
-            reporter.event("nothing is saved before the end, unless the run is asked to stop (set train.save_minutes)")
+            reporter.event("no checkpoint before the end of training, except on a stop signal (set train.save_minutes)")
         trial, saver = trial_of(
             opened,
             model,

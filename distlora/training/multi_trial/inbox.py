@@ -1,4 +1,4 @@
-"""Read and write PACK's files on behalf of all ranks: rank 0 reads, and all get the same (see protocol.py)."""
+"""Read and write GROUP's files on behalf of all ranks: rank 0 reads, and all get the same (see protocol.py)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from distlora.training.multi_trial.protocol import (
     CLOSED_NAME,
     INBOX,
     OUTCOMES,
-    PACK_NAME,
-    SEATS_NAME,
+    SETTINGS_NAME,
+    SLOTS_NAME,
     inbox_file,
     outcome_file,
     verdict_file,
@@ -32,14 +32,14 @@ LOOK_SECONDS = 0.2
 """Seconds between reads while nothing trains or a verdict is pending."""
 
 _REMEDY = "the launcher writes it; start the sweep again with `distlora resume`"
-_PACK: Shape = {"slots": int, "verdicts?": bool}
+_SETTINGS: Shape = {"slots": int, "verdicts?": bool}
 _ENTRY: Shape = {"number": int, "run_dir": str}
 _VERDICT: Shape = {"prune": bool}
 
 
 @dataclass(frozen=True, slots=True)
-class PackSettings:
-    """Content of PACK/pack.json."""
+class GroupSettings:
+    """Content of GROUP/pack.json."""
 
     slots: int
     """Number of trials that train at once."""
@@ -47,30 +47,32 @@ class PackSettings:
     """True if every evaluation is followed by a verdict, which the trial waits for."""
 
 
-def read_settings(pack: Path) -> PackSettings:
-    """Read PACK/pack.json. Raises UserError if it is missing."""
-    path = pack / PACK_NAME
+def read_settings(folder: Path) -> GroupSettings:
+    """Read GROUP/pack.json. Raises UserError if it is missing."""
+    path = folder / SETTINGS_NAME
     values = read_object(path, _REMEDY)
-    check_shape(values, _PACK, path, _REMEDY)
+    check_shape(values, _SETTINGS, path, _REMEDY)
     if not 1 <= values["slots"] <= MOST_SLOTS:
         raise UserError(
-            f"{path}: slots={values['slots']} is no number of trials that a pack can hold; set sweep.packed to 1 to "
+            f"{path}: slots={values['slots']} is not a supported number of trials; set sweep.packed to 1 to "
             f"{MOST_SLOTS}"
         )
-    return PackSettings(values["slots"], values.get("verdicts", False))
+    return GroupSettings(values["slots"], values.get("verdicts", False))
 
 
 class Inbox:
     """Inbox of trials. Every rank makes one and calls it alike; only rank 0 reads and writes."""
 
-    def __init__(self, pack: Path, ranks: Ranks) -> None:
-        self._pack, self._ranks = pack, ranks
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self._folder, self._ranks = folder, ranks
         self._taken: set[int] = set()
 
     def next(self) -> int | None:
         """Return the lowest number without an outcome that was not handed out; None if there is none now."""
         waiting = (
-            sorted(_numbers(self._pack / INBOX) - _numbers(self._pack / OUTCOMES) - self._taken) if self._reads else []
+            sorted(_numbers(self._folder / INBOX) - _numbers(self._folder / OUTCOMES) - self._taken)
+            if self._reads
+            else []
         )
         number = from_rank_0(waiting[0] if waiting else -1, self._ranks)
         if number < 0:
@@ -84,7 +86,7 @@ class Inbox:
         def read() -> Path:
             if not self._reads:
                 return Path()
-            path = inbox_file(self._pack, number)
+            path = inbox_file(self._folder, number)
             values = read_object(path, _REMEDY)
             check_shape(values, _ENTRY, path, _REMEDY)
             return Path(values["run_dir"])
@@ -93,12 +95,12 @@ class Inbox:
 
     def is_closed(self) -> bool:
         """Return whether no more trials will come. Call it before `next`, which then sees all earlier trials."""
-        return bool(from_rank_0(int(self._reads and (self._pack / CLOSED_NAME).exists()), self._ranks))
+        return bool(from_rank_0(int(self._reads and (self._folder / CLOSED_NAME).exists()), self._ranks))
 
     def prunes(self, number: int, step: int) -> bool | None:
         """Return the verdict on a trial's evaluation at `step`; None while there is none."""
         verdict = -1
-        if self._reads and (path := verdict_file(self._pack, number, step)).exists():
+        if self._reads and (path := verdict_file(self._folder, number, step)).exists():
             values = read_object(path, _REMEDY)
             check_shape(values, _VERDICT, path, _REMEDY)
             verdict = int(values["prune"])
@@ -108,14 +110,14 @@ class Inbox:
     def end(self, number: int, state: str, *, reason: str | None, step: int, seconds: float) -> None:
         """Write a trial's outcome."""
         if self._reads:
-            path = outcome_file(self._pack, number)
+            path = outcome_file(self._folder, number)
             path.parent.mkdir(exist_ok=True)
             atomic_io.write_json(path, {"state": state, "reason": reason, "step": step, "seconds": round(seconds, 3)})
 
-    def seated(self, numbers: Sequence[int]) -> None:
+    def write_slots(self, numbers: Sequence[int]) -> None:
         """Write the numbers of the trials in slots, in the order of entering."""
         if self._reads:
-            atomic_io.write_json(self._pack / SEATS_NAME, {"numbers": list(numbers)})
+            atomic_io.write_json(self._folder / SLOTS_NAME, {"numbers": list(numbers)})
 
     @property
     def _reads(self) -> bool:
@@ -142,9 +144,9 @@ def path_of_rank_0(path: Path, ranks: Ranks) -> Path:
     """Return rank 0's path on every rank."""
     if ranks.control is None:
         return path
-    said = os.fsencode(path)
-    assert len(said) <= _LONGEST_PATH, path
-    word = torch.tensor(list(said.ljust(_LONGEST_PATH, b"\0")), dtype=torch.uint8)
+    encoded = os.fsencode(path)
+    assert len(encoded) <= _LONGEST_PATH, path
+    word = torch.tensor(list(encoded.ljust(_LONGEST_PATH, b"\0")), dtype=torch.uint8)
     dist.broadcast(word, group=ranks.control, group_src=0)
     return Path(os.fsdecode(bytes(word.tolist()).rstrip(b"\0")))
 
@@ -158,13 +160,13 @@ def together(action: Callable[[], Made], ranks: Ranks) -> Made:
     error: UserError | None = None
     try:
         made.append(action())
-    except UserError as own:
-        error = own
+    except UserError as failure:
+        error = failure
     if ranks.control is not None:
         word = torch.tensor(-1 if error is None else ranks.rank, dtype=torch.int64)
         dist.all_reduce(word, dist.ReduceOp.MAX, group=ranks.control)
         if error is None and word >= 0:
-            error = UserError(f"rank {int(word)} cannot go on with it; logs/rank_{int(word)}.log of the pack says why")
+            error = UserError(f"rank {int(word)} failed; see its logs/rank_{int(word)}.log")
     if error is not None:
         raise error
     return made[0]

@@ -1,48 +1,49 @@
-"""Define the files by which a sweep's launcher and the processes of multi-trial training exchange work, in PACK.
+"""Define the files by which a sweep's launcher and the processes of multi-trial training exchange work, in GROUP.
 
 Each file is written atomically (system.atomic_io), and all but the last two are written once, so there are no locks:
 
-    PACK/config.yaml             settings that all trials share, like a run's; run_dir is PACK                launcher
-    PACK/pack.json               {"slots": k, "verdicts": bool}                                               launcher
-    PACK/inbox/0007.json         {"number", "run_dir"}: a prepared trial (RUN/config.yaml, RUN/data.json)     launcher
+    GROUP/config.yaml             settings that all trials share, like a run's; run_dir is GROUP                launcher
+    GROUP/pack.json               {"slots": k, "verdicts": bool}                                               launcher
+    GROUP/inbox/0007.json         {"number", "run_dir"}: a prepared trial (RUN/config.yaml, RUN/data.json)     launcher
                                  that may start, or resume from its newest checkpoint
-    PACK/closed                  no more trials will come                                                     launcher
-    PACK/verdicts/0007_00000050.json  {"prune": bool}: the verdict after trial 7's evaluation at step 50      launcher
-    PACK/outcomes/0007.json      {"state": complete|pruned|failed, "reason", "step", "seconds"}               trainer
-    PACK/seats.json              {"numbers"}: trials in slots and the one about to enter, in order of         trainer
+    GROUP/closed                  no more trials will come                                                     launcher
+    GROUP/verdicts/0007_00000050.json  {"prune": bool}: the verdict after trial 7's evaluation at step 50      launcher
+    GROUP/outcomes/0007.json      {"state": complete|pruned|failed, "reason", "step", "seconds"}               trainer
+    GROUP/slots.json              {"numbers"}: trials in slots and the one about to enter, in order of         trainer
                                  entering: the suspects if the processes die
-    PACK/stopped.json            {"signal", "time"}: stopped by a signal; removed at a start                  trainer
+    GROUP/stopped.json            {"signal", "time"}: stopped by a signal; removed at a start                  trainer
 
 The trainer takes trials in the order of their numbers into free slots, between steps. It ends (exit code 0) when the
 inbox is closed and every trial in it has an outcome. After a request to stop it saves every trial in a slot and leaves
-PACK/stopped.json, which `run_workers` turns into exit code 75. A trial's metrics are in its run folder, like those of a
-run alone. A restart reads the same inbox and continues the trials without an outcome. With "verdicts" the trainer waits
-for one after each evaluation after which a trial would continue, except the base's at step 0. Imports no torch: the
-launcher uses it.
+GROUP/stopped.json, which `run_workers` turns into exit code 75. A trial's metrics are in its run folder, as for a
+single run. A restart reads the same inbox and continues the trials without an outcome. With "verdicts" the trainer
+waits for one after each evaluation after which a trial would continue, except the base's at step 0. Imports no torch:
+the launcher uses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from distlora.config import Config, UserError
+from distlora.config import AdapterConfig, Config, ModelConfig, ParallelConfig, TrainConfig, UserError
 from distlora.config.file import settings_by_name
 
-PACK_NAME, CLOSED_NAME, SEATS_NAME = "pack.json", "closed", "seats.json"
+SETTINGS_NAME, CLOSED_NAME, SLOTS_NAME = "pack.json", "closed", "slots.json"
 INBOX, VERDICTS, OUTCOMES = "inbox", "verdicts", "outcomes"
 
 
-def inbox_file(pack: Path, number: int) -> Path:
-    return pack / INBOX / f"{number:04d}.json"
+def inbox_file(folder: Path, number: int) -> Path:
+    return folder / INBOX / f"{number:04d}.json"
 
 
-def verdict_file(pack: Path, number: int, step: int) -> Path:
-    return pack / VERDICTS / f"{number:04d}_{step:08d}.json"
+def verdict_file(folder: Path, number: int, step: int) -> Path:
+    return folder / VERDICTS / f"{number:04d}_{step:08d}.json"
 
 
-def outcome_file(pack: Path, number: int) -> Path:
-    return pack / OUTCOMES / f"{number:04d}.json"
+def outcome_file(folder: Path, number: int) -> Path:
+    return folder / OUTCOMES / f"{number:04d}.json"
 
 
 MAY_DIFFER = (
@@ -90,7 +91,7 @@ _ALONE = "leave it out, or set sweep.packed=1, where every trial trains by itsel
 
 def check_trial(config: Config) -> None:
     """Refuse a run that cannot be a trial of multi-trial training, naming the setting."""
-    for setting, reason in _refused(config):
+    for setting, reason in _refused(config.model, config.adapter, config.train, config.parallel):
         raise UserError(f"{setting} {reason}; {_ALONE}")
 
 
@@ -98,55 +99,59 @@ def check_pack(configs: Sequence[Config]) -> None:
     """Refuse runs that cannot train together, naming the setting, and both values if they differ."""
     for config in configs:
         check_trial(config)
-    for config in configs[1:]:
-        check_beside(config, first=configs[0])
+    first, *others = map(settings_by_name, configs)
+    for settings in others:
+        check_beside(settings, first=first)
 
 
-def check_beside(config: Config, *, first: Config) -> None:
-    """Refuse a run that cannot share a base with the run `first`, naming the setting."""
-    own, others = settings_by_name(config), settings_by_name(first)
-    for setting in (name for name in own if name not in MAY_DIFFER):
-        if own[setting] != others[setting]:
+def check_beside(settings: Mapping[str, Any], *, first: Mapping[str, Any]) -> None:
+    """Refuse a run that cannot share a base with the run `first`. Both are `settings_by_name` of the runs."""
+    for setting, value in settings.items():
+        if setting not in MAY_DIFFER and value != first[setting]:
             raise UserError(
-                f"{setting}={own[setting]} beside {setting}={others[setting]}: trials of a pack run as one batch "
-                "over one copy of the base, in which this cannot differ; give it one value, or set sweep.packed=1, "
-                "where every trial trains by itself"
+                f"{setting}={value} beside {setting}={first[setting]}: trials trained together run as one batch on one "
+                "base, and this setting must be the same for all; give it one value, or set sweep.packed=1 to train "
+                "every trial by itself"
             )
 
 
-def _refused(config: Config) -> Iterator[tuple[str, str]]:
+def _refused(
+    model: ModelConfig, adapter: AdapterConfig, train: TrainConfig, parallel: ParallelConfig
+) -> Iterator[tuple[str, str]]:
     """Yield (setting, reason why multi-trial training does not support it)."""
-    adapter, train = config.adapter, config.train
     if adapter.method != "lora":
-        yield f"adapter={adapter.method}", "trains the base, which the trials of a pack share"
+        yield f"adapter={adapter.method}", "trains the base, which trials trained together share"
     if adapter.decomposes:
         yield (
             f"adapter.init={adapter.init}",
-            "starts from a decomposition of the base, which the trials of a pack share",
+            "starts from a decomposition of the base, which trials trained together share",
         )
     if adapter.init_from is not None:
-        yield f"adapter.init_from={adapter.init_from}", "starts from another adapter, which packs cannot"
+        yield (
+            f"adapter.init_from={adapter.init_from}",
+            "starts from another adapter, which trials trained together cannot",
+        )
     if adapter.modules_to_save:
         yield (
             f"adapter.modules_to_save={list(adapter.modules_to_save)}",
-            "trains embedding or head whole, which the trials of a pack share",
+            "trains embedding or head whole, which trials trained together share",
         )
     if adapter.trainable_token_indices:
         yield (
             "adapter.trainable_token_indices",
-            "trains rows of the embedding or the head, which the trials of a pack share",
+            "trains rows of the embedding or the head, which trials trained together share",
         )
-    if config.model.new_tokens:
+    if model.new_tokens:
         yield (
-            f"model.new_tokens={list(config.model.new_tokens)}",
-            "trains rows of the embedding, which the trials of a pack share",
+            f"model.new_tokens={list(model.new_tokens)}",
+            "trains rows of the embedding, which trials trained together share",
         )
     if train.objective != "sft":
         yield (
             f"train.objective={train.objective}",
-            "compares every row with the model as it started, which packs cannot",
+            "compares every row with the model as it started, which trials trained together cannot",
         )
-    if config.parallel.resident_blocks == "auto":
+    if parallel.resident_blocks == "auto":
         yield (
             "parallel.resident_blocks=auto",
             "fills the memory that a first step leaves, which trials that enter later need (name a number of blocks)",
@@ -154,5 +159,5 @@ def _refused(config: Config) -> Iterator[tuple[str, str]]:
     if train.sample_every is not None:
         yield (
             f"train.sample_every={train.sample_every}",
-            "generates with one adapter while others train, which packs cannot",
+            "generates with one adapter while others train, which trials trained together cannot",
         )

@@ -131,7 +131,7 @@ class Reporter:
         except OSError as error:
             self._display.say(f"WARNING: {STOPPED_NAME} could not be written to {self._run_dir} ({error})")
         state = "nothing was trained yet" if checkpoint is None else f"step {step} is saved"
-        self._display.say(f"asked to stop by {name_of(signum)}: {state}")
+        self._display.say(f"stopping on {name_of(signum)}: {state}")
 
     def summary(self, figures: Mapping[str, float | list[str]]) -> None:
         """Add final metrics and lists of names to RUN/summary.json (replaced atomically) and wandb's summary."""

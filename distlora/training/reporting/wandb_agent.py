@@ -62,11 +62,11 @@ class AgentRun:
     @staticmethod
     def of_run(run_dir: Path) -> AgentRun | None:
         """Read the record that an agent's run keeps."""
-        kept = object_or_empty(run_dir / _RECORD)
-        sweep_id, run_id, values = kept.get("sweep_id"), kept.get("run_id"), kept.get("values")
+        record = object_or_empty(run_dir / _RECORD)
+        sweep_id, run_id, values = record.get("sweep_id"), record.get("run_id"), record.get("values")
         if not isinstance(sweep_id, str) or not isinstance(run_id, str) or not isinstance(values, dict):
             return None
-        project, entity = kept.get("project"), kept.get("entity")
+        project, entity = record.get("project"), record.get("entity")
         return AgentRun(
             sweep_id=sweep_id,
             run_id=run_id,
@@ -86,12 +86,12 @@ class AgentRun:
 
         They are the run's values, and never replace a section.
         """
-        found = {}
+        merged = {}
         for name, value in self.values.items():
             has = _setting(settings, name)
             if name not in settings and has is not _ABSENT:
-                found[name] = value if agrees(value, has) else has
-        return found
+                merged[name] = value if agrees(value, has) else has
+        return merged
 
     def disagreements(self, settings: Mapping[str, Any]) -> list[str]:
         """Return a sentence for each value that the run's settings do not have, with what to do."""
@@ -117,21 +117,21 @@ class AgentRun:
                 )
 
 
-def agrees(asked: Any, has: Any) -> bool:
+def agrees(requested: Any, has: Any) -> bool:
     """Return whether a setting has the value that a sweep asks for. Text is parsed as Hydra parses a command line."""
-    if isinstance(asked, str) and not isinstance(has, str):
-        return _text_agrees(asked.strip(), has)
-    if isinstance(asked, str):
-        if len(asked) > 1 and asked[0] == asked[-1] == "'":
-            asked = asked[1:-1].replace("\\'", "'")
-        return asked == has or (has.startswith("/") and str(Path(asked).expanduser().absolute()) == has)
-    if isinstance(asked, bool) or isinstance(has, bool):
-        return asked is has
-    if isinstance(asked, (list, tuple)) and isinstance(has, (list, tuple)):
-        return len(asked) == len(has) and all(map(agrees, asked, has))
-    if isinstance(asked, Mapping) and isinstance(has, Mapping):
-        return asked.keys() == has.keys() and all(agrees(asked[key], has[key]) for key in asked)
-    return bool(asked == has)
+    if isinstance(requested, str) and not isinstance(has, str):
+        return _text_agrees(requested.strip(), has)
+    if isinstance(requested, str):
+        if len(requested) > 1 and requested[0] == requested[-1] == "'":
+            requested = requested[1:-1].replace("\\'", "'")
+        return requested == has or (has.startswith("/") and str(Path(requested).expanduser().absolute()) == has)
+    if isinstance(requested, bool) or isinstance(has, bool):
+        return requested is has
+    if isinstance(requested, (list, tuple)) and isinstance(has, (list, tuple)):
+        return len(requested) == len(has) and all(map(agrees, requested, has))
+    if isinstance(requested, Mapping) and isinstance(has, Mapping):
+        return requested.keys() == has.keys() and all(agrees(requested[key], has[key]) for key in requested)
+    return bool(requested == has)
 
 
 def _text_agrees(text: str, has: Any) -> bool:
@@ -153,12 +153,12 @@ _ABSENT = object()
 
 def _setting(settings: Mapping[str, Any], name: str) -> Any:
     """Return the value at a dotted name, which may have Hydra's + prefix."""
-    found: Any = settings
+    value: Any = settings
     for part in name.lstrip("+").split("."):
-        if not isinstance(found, Mapping) or part not in found:
+        if not isinstance(value, Mapping) or part not in value:
             return _ABSENT
-        found = found[part]
-    return found
+        value = value[part]
+    return value
 
 
 def _shown(value: Any) -> str:

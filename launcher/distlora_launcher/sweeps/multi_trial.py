@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import Config, UserError, require
-from distlora.config.file import load_config
+from distlora.config.file import load_config, settings_by_name
 from distlora.config.json_files import object_or_empty, read_object
 from distlora.config.plan import CHOSEN
 from distlora.run_folder.layout import DATA_NAME, PLAN_NAME, find_result
@@ -34,7 +34,7 @@ from distlora.training.multi_trial.protocol import (
     CLOSED_NAME,
     INBOX,
     OUTCOMES,
-    PACK_NAME,
+    SETTINGS_NAME,
     VERDICTS,
     check_beside,
     check_trial,
@@ -191,7 +191,7 @@ class MultiTrialRunner:
         if self._group.closed:
             return False
         try:
-            check_beside(config, first=self._group.config)
+            check_beside(settings_by_name(config), first=settings_by_name(self._group.config))
         except UserError:
             return False
         return True
@@ -448,7 +448,7 @@ class MultiTrialRun:
                 self._put_in_inbox(number, waiting[number])
         (self.folder / CLOSED_NAME).unlink(missing_ok=True)
         self._write_closed()
-        atomic_io.write_json(self.folder / PACK_NAME, {"slots": slots, "verdicts": self._verdicts})
+        atomic_io.write_json(self.folder / SETTINGS_NAME, {"slots": slots, "verdicts": self._verdicts})
         self._process, self._code_read = LoggedProcess([MODULE, str(self.folder)], self._log), False
 
     @property
@@ -492,7 +492,7 @@ def run(group: Path) -> int:
     once.
     """
     config = load_config(group)
-    slots = read_object(group / PACK_NAME, "start the sweep again with `distlora resume`").get("slots")
+    slots = read_object(group / SETTINGS_NAME, "start the sweep again with `distlora resume`").get("slots")
     with lock_run(group):
         return run_workers(
             group,

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.saver import SaveError
 from distlora.config import Config, UserError
-from distlora.config.file import load_config
+from distlora.config.file import load_config, settings_by_name
 from distlora.loading.load_base import Loaded
 from distlora.model.adapter_slots import put_trial, remove_trial
 from distlora.model.adapters import slot_name
@@ -25,7 +26,7 @@ from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
 from distlora.system.stop_signals import Stopped
 from distlora.training.loop import Trainer
 from distlora.training.metrics import describe_steps, summarize
-from distlora.training.multi_trial.inbox import Inbox, PackSettings, pause, together
+from distlora.training.multi_trial.inbox import GroupSettings, Inbox, pause, together
 from distlora.training.multi_trial.protocol import check_beside, check_trial
 from distlora.training.open_run import OpenRun, open_data, open_run, record_stop, trial_of
 from distlora.training.optimizers import build_optimizer
@@ -34,7 +35,7 @@ from distlora.training.trial import NonFiniteError, Trial
 
 
 @dataclass(slots=True, eq=False)
-class Seat:
+class SlotTrial:
     """Trial in a slot, and the resources to close."""
 
     number: int
@@ -48,12 +49,12 @@ class Seat:
     pruned_at: int | None = None
 
     @property
-    def is_over(self) -> bool:
+    def has_ended(self) -> bool:
         return self.pruned_at is not None or self.trial.has_ended
 
 
-class Pack(Trainer):
-    """Trainer that takes trials from an inbox and runs a step of every seated trial at a time."""
+class MultiTrialTrainer(Trainer):
+    """Trainer that takes trials from an inbox and runs a step of every trial in a slot at a time."""
 
     def __init__(
         self,
@@ -62,16 +63,16 @@ class Pack(Trainer):
         control: Control,
         *,
         inbox: Inbox,
-        settings: PackSettings,
-        config: Config,
+        settings: GroupSettings,
+        shared: Mapping[str, Any],
         loaded: Loaded,
         base: CheckpointFiles,
     ) -> None:
-        """Start without trials. `config` holds the shared settings; `loaded` describes how `base` was read."""
+        """Start without trials. `shared`: the shared settings by name. `loaded`: how `base` was read."""
         super().__init__(model, backend, control)
-        self._inbox, self._settings, self._config, self._loaded = inbox, settings, config, loaded
+        self._inbox, self._settings, self._shared, self._loaded = inbox, settings, shared, loaded
         self._base = base
-        self._seats: dict[Trial, Seat] = {}
+        self._in_slots: dict[Trial, SlotTrial] = {}
         self._none_left = False
         """True if the inbox is closed and all its trials were handed out."""
 
@@ -82,10 +83,10 @@ class Pack(Trainer):
         """
         self.control.saved()
         try:
-            while self._fill() or self._seats:
-                if self._seats:
+            while self._fill() or self._in_slots:
+                if self._in_slots:
                     self.advance()
-                    self._let_go()
+                    self._end_trials()
                 else:
                     self.control.boundary(None, "waiting for a trial", long=True)
                     pause()
@@ -94,16 +95,16 @@ class Pack(Trainer):
             raise
         except BaseException as error:
             with contextlib.ExitStack() as closing:
-                for seat in self._seats.values():
-                    closing.push(seat.closing)
+                for entry in self._in_slots.values():
+                    closing.push(entry.closing)
                 raise error
 
     def _fill(self) -> bool:
         """Put trials into the free slots. Return whether more may come."""
-        while not self._none_left and len(self._seats) < self._settings.slots:
+        while not self._none_left and len(self._in_slots) < self._settings.slots:
             is_closed = self._inbox.is_closed()
             entered: list[Trial] = []
-            while len(self._seats) < self._settings.slots:
+            while len(self._in_slots) < self._settings.slots:
                 if (number := self._inbox.next()) is None:
                     self._none_left = is_closed
                     break
@@ -112,7 +113,7 @@ class Pack(Trainer):
             if entered:
                 self.begin(entered)
                 self._recall(entered)
-            self._let_go()  # A trial that resumes from its last step has no steps left.
+            self._end_trials()  # A trial that resumes from its last step has no steps left.
             if not entered:
                 break
         return not self._none_left
@@ -121,28 +122,28 @@ class Pack(Trainer):
         """Put a trial into a free slot; return None, after writing the outcome, if that is not possible."""
         self._log(self.trials)
         watch.at(None, f"trial {number} enters", long=True)
-        self._say_seats(number)
+        self._write_slots(number)
         began, run_dir = time.monotonic(), None
         try:
             run_dir = self._inbox.run_dir(number)
-            seat = self._seated(number, run_dir, began)
+            entry = self._start_trial(number, run_dir, began)
         except UserError as error:
             if run_dir is not None:
                 self._report_failure(run_dir, error)
             self._inbox.end(number, FAILED, reason=str(error), step=0, seconds=time.monotonic() - began)
-            self._say_seats()
+            self._write_slots()
             print(f"trial {number} cannot start: {error}", flush=True)
             return None
-        self._seats[seat.trial] = seat
-        self.trials.append(seat.trial)
-        return seat.trial
+        self._in_slots[entry.trial] = entry
+        self.trials.append(entry.trial)
+        return entry.trial
 
-    def _seated(self, number: int, run_dir: Path, began: float) -> Seat:
+    def _start_trial(self, number: int, run_dir: Path, began: float) -> SlotTrial:
         """Start a trial. Raises UserError, on every rank, if some rank cannot read what it needs."""
         ranks = self.backend.ranks
         config = together(lambda: self._read(run_dir), ranks)
         run = together(lambda: open_run(run_dir, config, ranks, self._base), ranks)
-        taken = {seat.slot for seat in self._seats.values()}
+        taken = {entry.slot for entry in self._in_slots.values()}
         slot = next(slot for slot in range(self._settings.slots) if slot not in taken)
         adapter, seed = slot_name(slot), config.train.seed
         with contextlib.ExitStack() as closing:
@@ -174,14 +175,14 @@ class Pack(Trainer):
                 slot=slot,
             )
             closing.enter_context(saver)
-            kept = closing.pop_all()
-        return Seat(number, slot, run, trained, trial, kept, began)
+            resources = closing.pop_all()
+        return SlotTrial(number, slot, run, trained, trial, resources, began)
 
     def _read(self, run_dir: Path) -> Config:
         """Read the trial's settings and check that its files are readable, before other ranks wait for this one."""
         config = load_config(run_dir)
         check_trial(config)
-        check_beside(config, first=self._config)
+        check_beside(settings_by_name(config), first=self._shared)
         open_data(run_dir, config.train, self.backend.ranks)
         return config
 
@@ -197,11 +198,11 @@ class Pack(Trainer):
         waiting = [trial for trial in trials if self._settings.verdicts and trial.done > 0 and not trial.has_ended]
         while waiting:
             for trial in list(waiting):
-                seat = self._seats[trial]
-                if (prunes := self._inbox.prunes(seat.number, trial.done)) is not None:
+                entry = self._in_slots[trial]
+                if (prunes := self._inbox.prunes(entry.number, trial.done)) is not None:
                     waiting.remove(trial)
                     if prunes:
-                        seat.pruned_at = trial.done
+                        entry.pruned_at = trial.done
             if waiting:
                 self.control.boundary(waiting[0].done, "waiting for a verdict", long=True)
                 pause()
@@ -209,64 +210,64 @@ class Pack(Trainer):
     def _recall(self, trials: Sequence[Trial]) -> None:
         """Apply verdicts on the evaluations of resumed trials that an earlier start did not read."""
         for trial in trials:
-            seat, is_evaluated = self._seats[trial], 0 < trial.first_step in trial.progress.evaluations
+            entry, is_evaluated = self._in_slots[trial], 0 < trial.first_step in trial.progress.evaluations
             if self._settings.verdicts and is_evaluated and not trial.has_ended:
-                seat.pruned_at = trial.done if self._inbox.prunes(seat.number, trial.done) else None
+                entry.pruned_at = trial.done if self._inbox.prunes(entry.number, trial.done) else None
 
-    def _let_go(self) -> None:
+    def _end_trials(self) -> None:
         """Free the slots of trials that have ended."""
-        while over := [seat for seat in self._seats.values() if seat.is_over]:
+        while ended := [entry for entry in self._in_slots.values() if entry.has_ended]:
             self._log(self.trials)
-            for seat in over:
-                self._end(seat)
+            for entry in ended:
+                self._end(entry)
 
-    def _end(self, seat: Seat) -> None:
-        watch.at(None, f"trial {seat.number} leaves", long=True)
-        trial = seat.trial
-        if trial.failure is None and seat.pruned_at is not None:
+    def _end(self, entry: SlotTrial) -> None:
+        watch.at(None, f"trial {entry.number} leaves", long=True)
+        trial = entry.trial
+        if trial.failure is None and entry.pruned_at is not None:
             self._do(trial, lambda: trial.hooks.save_last(trial.progress))
         state, reason = COMPLETE, None
         if trial.failure is not None:
             state, reason = FAILED, str(trial.failure)
-            self._report_failure(seat.run.folder, trial.failure)
+            self._report_failure(entry.run.folder, trial.failure)
             trial.reporter.event(f"failed: {reason}")
-        elif seat.pruned_at is not None:
-            state, reason = PRUNED, f"pruned by its held-out loss after step {seat.pruned_at}"
+        elif entry.pruned_at is not None:
+            state, reason = PRUNED, f"pruned by its held-out loss after step {entry.pruned_at}"
             trial.reporter.event(reason)
         else:
-            summarize(trial, self.model, self._loaded, seat.run.config.adapter, seat.trained)
-            seat.run.publish(self.model, self.backend, trial.reporter, slot_name(seat.slot))
-        self._leave(seat, trial.failure)
-        seconds = time.monotonic() - seat.began
-        self._inbox.end(seat.number, state, reason=reason, step=trial.progress.step, seconds=seconds)
+            summarize(trial, self.model, self._loaded, entry.run.config.adapter, entry.trained)
+            entry.run.publish(self.model, self.backend, trial.reporter, slot_name(entry.slot))
+        self._leave(entry, trial.failure)
+        seconds = time.monotonic() - entry.began
+        self._inbox.end(entry.number, state, reason=reason, step=trial.progress.step, seconds=seconds)
 
-    def _leave(self, seat: Seat, error: BaseException | None) -> None:
-        del self._seats[seat.trial]
-        self.trials.remove(seat.trial)
-        self._say_seats()
-        seat.closing.__exit__(None if error is None else type(error), error, None)
+    def _leave(self, entry: SlotTrial, error: BaseException | None) -> None:
+        del self._in_slots[entry.trial]
+        self.trials.remove(entry.trial)
+        self._write_slots()
+        entry.closing.__exit__(None if error is None else type(error), error, None)
 
     def _save_all(self, signum: int) -> None:
         """Save every trial in a slot because of a signal. Raises SaveError, after all, if some could not be saved."""
         unsaved: SaveError | None = None
         self._log(self.trials)
-        for seat in list(self._seats.values()):
-            if seat.trial.failure is not None:
-                self._end(seat)
+        for entry in list(self._in_slots.values()):
+            if entry.trial.failure is not None:
+                self._end(entry)
                 continue
             try:
-                seat.trial.save_whole_steps()
+                entry.trial.save_whole_steps()
             except SaveError as error:
                 unsaved = unsaved or error
-                self._leave(seat, error)
+                self._leave(entry, error)
             else:
-                record_stop(seat.trial.reporter, seat.trial.progress, signum)
-                self._leave(seat, Stopped(signum))
+                record_stop(entry.trial.reporter, entry.trial.progress, signum)
+                self._leave(entry, Stopped(signum))
         if unsaved is not None:
             raise unsaved
 
-    def _say_seats(self, *entering: int) -> None:
-        self._inbox.seated([*(seat.number for seat in self._seats.values()), *entering])
+    def _write_slots(self, *entering: int) -> None:
+        self._inbox.write_slots([*(entry.number for entry in self._in_slots.values()), *entering])
 
     def _report_failure(self, run_dir: Path, error: BaseException) -> None:
         """Leave the error for the launcher, as a run alone does."""

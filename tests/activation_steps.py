@@ -24,8 +24,8 @@ from distlora.model.mlp import MLP, place_mlps
 from distlora.planner.kernels import AttentionKind
 from distlora.planner.memory import activations
 from distlora.planner.memory.activations import Costs, Device, Mode
-from distlora.planner.memory.attention_memory import Attention
 from distlora.planner.memory.base import base_of
+from distlora.planner.memory.block_memory import Attention
 from distlora.planner.memory.gathered import Copied, copied_of
 from distlora.planner.workload import Workload
 from family_models import config_for, load_ours, tokens

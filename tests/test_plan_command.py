@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from distlora.architecture.known import ARCHITECTURES
-from distlora.planner import plan_of
+from distlora.planner import memory, plan_of
 from distlora.planner.machine import Found, machine_of
-from distlora.planner.memory import kinds
 from distlora.planner.model import built_in, find_model
-from distlora.planner.pages import report, tables, words
+from distlora.planner.pages import report, tables
 from distlora_launcher.cli import main, plan_table
 from distlora_launcher.compose.compose import compose_config
 from launcher_fakes import write_model
@@ -106,8 +105,8 @@ def test_what_is_not_counted_is_said(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_kind_and_moment_has_words() -> None:
-    assert tuple(words.KINDS) == kinds.KINDS
-    assert tuple(words.MOMENTS) == kinds.MOMENTS
+    assert tuple(tables.KINDS) == memory.KINDS
+    assert tuple(tables.MOMENTS) == memory.MOMENTS
 
 
 def test_parts_of_a_page_add_up() -> None:
@@ -115,10 +114,10 @@ def test_parts_of_a_page_add_up() -> None:
     numbers = random.Random(0)
     for _ in range(1000):
         parts = {name: numbers.random() * 10 ** numbers.randrange(4) for name in "abcdefgh"}
-        percents = dict(words.shares(parts))
+        percents = dict(tables.shares(parts))
         assert sum(percents.values()) == 100
         assert all(abs(percents.get(name, 0) - 100 * value / sum(parts.values())) < 1 for name, value in parts.items())
-        hundredths = words.rounded(parts, 0.01)
+        hundredths = tables.rounded(parts, 0.01)
         assert sum(hundredths.values()) == round(sum(parts.values()) / 0.01)
 
 

@@ -22,10 +22,10 @@ from distlora.config.gpus import GPUS
 from distlora.parallel import Ranks
 from distlora.planner import plan_of
 from distlora.planner.machine import Found, machine_of
+from distlora.planner.memory import Moment
 from distlora.planner.memory import measured as beside_plan
-from distlora.planner.memory.attention_memory import flash_accumulators
+from distlora.planner.memory.block_memory import flash_accumulators
 from distlora.planner.memory.device import DeviceBytes, device_bytes
-from distlora.planner.memory.kinds import Moment
 from distlora.planner.model import find_model, model_in
 from distlora.planner.workload import Workload
 from distlora.training.memory_meter import MemoryMeter, StepMemory

@@ -15,7 +15,7 @@ from distlora.planner.machine import machine_of
 from distlora.planner.model import find_model
 from distlora.planner.pages import report
 from distlora.planner.pages.report import MOMENTS
-from distlora.planner.pages.words import KINDS
+from distlora.planner.pages.tables import KINDS
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.compose.planning import check_planned
 

@@ -35,8 +35,8 @@ from distlora.output.result_files import Results
 from distlora.output.tables import Table
 from distlora.parallel import join_ranks, leave_ranks
 from distlora.planner.machine import machine_of
+from distlora.planner.memory import KINDS
 from distlora.planner.memory.device import device_bytes
-from distlora.planner.memory.kinds import KINDS
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
 

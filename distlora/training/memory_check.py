@@ -13,8 +13,7 @@ import torch
 from distlora.config import TrainConfig
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend
-from distlora.planner.memory import measured
-from distlora.planner.memory.kinds import KINDS
+from distlora.planner.memory import KINDS, measured
 from distlora.planner.memory.measured import RECORDED, MeasuredRank
 from distlora.run_folder.layout import PLAN_NAME, read_record
 from distlora.training.memory_meter import MemoryMeter, Part, StepMemory

@@ -28,7 +28,7 @@ from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
 from distlora.parallel.shards import local_rows
-from distlora.planner.memory.kinds import Kind
+from distlora.planner.memory import Kind
 from distlora.training.optimizers import Optimizer
 from distlora_kernels import scratch
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from distlora.planner import Plan, plan_of
 from distlora.planner.choice.search import RESERVE, has_room
-from distlora.planner.memory.kinds import Kind
+from distlora.planner.memory import Kind
 
 MOST = 64
 """Most trials that are planned together."""

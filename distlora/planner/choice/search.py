@@ -19,7 +19,7 @@ from distlora.config import Config, TrainConfig
 from distlora.config.plan import CHOSEN
 from distlora.planner import Plan, plan_of
 from distlora.planner.machine import Machine
-from distlora.planner.memory.kinds import Kind
+from distlora.planner.memory import Kind
 from distlora.planner.model import PlannedModel
 
 TILE = 4096

@@ -16,12 +16,19 @@ from typing import Any, Literal
 from distlora.architecture.shapes import ModelShapes
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
-from distlora.planner.adapted import ranks_of_blocks
-from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
+from distlora.planner.decoder_sizes import AdaptedRanks, Decoder, ranks_of_blocks
 from distlora.planner.kernels import attention_kind, fuses
 from distlora.planner.memory import block_memory
-from distlora.planner.memory.attention_memory import BY_DOCUMENTS, Attention, flash_accumulators
-from distlora.planner.memory.block_memory import BlockRun, Operation, Peak, attention_half, mlp_half
+from distlora.planner.memory.block_memory import (
+    BY_DOCUMENTS,
+    Attention,
+    BlockRun,
+    Operation,
+    Peak,
+    attention_half,
+    flash_accumulators,
+    mlp_half,
+)
 from distlora.planner.memory.expert_memory import INDEX_BYTES, expert_half
 from distlora.planner.workload import Workload
 

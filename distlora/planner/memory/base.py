@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from distlora.architecture.shapes import ModelShapes, Weight
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
-from distlora.planner.memory.kinds import Kind
+from distlora.planner.memory import Kind
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
 

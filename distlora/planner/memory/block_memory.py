@@ -21,9 +21,99 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from distlora.architecture.attention_tiles import EXTRA, scores_at_once, tile_length
 from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
-from distlora.planner.memory.attention_memory import BY_DOCUMENTS, Attention, tiles_make
-from distlora.planner.memory.partial_sums import parts_of_db, parts_over_rows
+from distlora.planner.kernels import AttentionKind
+
+_ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
+"""Of flash attention's accumulators beside the tokens; tokens of a document, where nothing says."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """Memory that an attention implementation keeps and allocates."""
+
+    kind: AttentionKind = "documents"
+    document: int | None = None
+    """Tokens of the longest document, which `tiles` have memory for; None: a row."""
+    accumulators: float = 0
+    """fp32 copies of the queries' gradient that the backward of `documents` has (`flash_accumulators`)."""
+    expands_keys: bool = False
+    """Whether that backward makes gradients of keys and values for each head of the queries."""
+
+
+BY_DOCUMENTS = Attention()
+"""Attention by documents, without what a kernel makes for itself."""
+
+
+def flash_accumulators(processors: int, heads: int, tokens: int, rows: int, *, deterministic: bool) -> float:
+    """Return the number of fp32 copies of dQ in flash attention 2's backward (flash_api.cpp, mha_varlen_bwd).
+
+    There is one copy with atomics, or one for each program that walks over the same queries, with up to 128 rows more
+    per document. Returns the larger count of sequences with one document and with documents of 256 tokens.
+    """
+    fewest = 2 * rows - 1  # Between rows stands an empty document (distlora.model.attention.cu_seqlens).
+
+    def copies(documents: int) -> float:
+        programs = -(-processors // (documents * heads)) if deterministic else 1
+        return programs * (1 + _ROWS_A_DOCUMENT * documents / tokens)
+
+    return max(copies(documents) for documents in (fewest, max(fewest, tokens // _DOCUMENT)))
+
+
+class Made(NamedTuple):
+    """Bytes."""
+
+    forward: int
+    backward: int
+
+
+def tiles_make(sizes: Decoder, longest: int) -> Made:
+    """Return the memory of attention by tiles on the CPU (attention_cpu.py).
+
+    A tile has its scores, in backward twice, and queries and outputs in fp32. A document has keys and values with extra
+    columns, and in backward their gradients in fp32.
+    """
+    groups, size = sizes.heads // sizes.key_heads, sizes.head_size
+    scores = 2 * scores_at_once(longest, groups, sizes.key_heads)
+    wide = 2 * (size + EXTRA) * sizes.key_heads * longest
+    queries = sizes.heads * tile_length(longest, groups)
+    rows, of_keys = 2 * (size + EXTRA) * queries, 2 * sizes.keys * longest
+    forward = scores + wide + rows + (2 * size + 4) * queries
+    backward = 2 * scores + 2 * wide + 4 * of_keys + 2 * rows + of_keys + 2 * size * queries
+    return Made(forward, backward)
+
+
+_PARTS_BYTES = 2**28
+"""What distlora_kernels.skinny_launch lets the parts of dB take before it reads dY twice."""
+_RANK_READ_ONCE = 32
+_PROGRAMS = 128
+"""What it has of programs, if the rows alone give fewer."""
+
+
+def parts_of_db(tokens: int, columns: int, rank: int, itemsize: int) -> int | None:
+    """Return the bytes of the parts of dB, one per stripe of tokens; None if dY is read twice instead.
+
+    See skinny_launch.dy and skinny_triton.tile_of.
+    """
+    rows = 64 if itemsize == 4 else 128 if rank % 16 else 256
+    parts = -(-tokens // rows) * 4 * columns * rank
+    return None if rank > _RANK_READ_ONCE or parts > _PARTS_BYTES else parts
+
+
+def parts_over_rows(tokens: int, columns: int, rank: int, itemsize: int) -> int:
+    """Return the bytes of the parts of dA or dB, as many as keep each processor busy.
+
+    See skinny_launch._products_over_rows.
+    """
+    rows, tile, ranks = (32, 64, 32) if itemsize == 4 else (64, 128, 64)
+    if itemsize != 4 and rank % 16 and rank <= 16:
+        rows = 32
+    programs = -(-columns // tile) * -(-rank // min(ranks, max(16, 1 << (rank - 1).bit_length())))
+    grains = -(-tokens // rows)
+    size = -(-grains // min(grains, max(1, _PROGRAMS // programs)))
+    return -(-grains // size) * 4 * columns * rank
+
 
 _COUNTERS = {"cpu": 2**15, "cuda": 2**22}
 """What distlora_kernels.dropout has of counters at once, by device."""

@@ -14,8 +14,8 @@ from distlora.config.parallel import RESIDENCY_RESERVE
 from distlora.planner import traffic
 from distlora.planner.decoder_sizes import windows_of
 from distlora.planner.machine import Machine
+from distlora.planner.memory import KINDS, Kind, Moment
 from distlora.planner.memory.base import planned_base, unit_bytes
-from distlora.planner.memory.kinds import KINDS, Kind, Moment
 from distlora.planner.memory.libraries import beside_tensors
 from distlora.planner.memory.step import Step
 from distlora.planner.memory.trained import Trained

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from distlora.config.deepspeed_file import offloads_base
 from distlora.planner.machine import Machine
+from distlora.planner.memory import Kind
 from distlora.planner.memory.base import Base, unit_bytes
-from distlora.planner.memory.kinds import Kind
 from distlora.planner.memory.trained import Trained
 from distlora.planner.workload import Workload
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distlora.config.json_files import Shape
-from distlora.planner.memory.kinds import Kind
+from distlora.planner.memory import Kind
 from distlora.system.numbers import size
 
 MISS = 0.05

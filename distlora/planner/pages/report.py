@@ -14,7 +14,7 @@ from distlora.planner.choice.choose import Change
 from distlora.planner.choice.packing import Packing
 from distlora.planner.choice.search import typed
 from distlora.planner.choice.suggest import Nearest, Room
-from distlora.planner.pages.words import KINDS, MOMENTS, SOURCES, WAITS, WORK, largest, rounded, shares
+from distlora.planner.pages.tables import KINDS, MOMENTS, SOURCES, WAITS, WORK, largest, rounded, shares
 from distlora.planner.speed.rates import missing_rates
 from distlora.planner.storage.disk import trained_tensors
 from distlora.system.numbers import count, size

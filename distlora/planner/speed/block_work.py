@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distlora.planner.memory.activations import tokens_at_once
-from distlora.planner.memory.optimizers import UPDATE_BYTES
+from distlora.planner.memory.trained import UPDATE_BYTES
 from distlora.planner.speed.compute import SCORES_AGAIN
 from distlora.planner.speed.operations import PAIR_BACKWARD, PAIR_FORWARD
 from distlora.planner.speed.work import FP32, How, Linear, Work, backward, forward

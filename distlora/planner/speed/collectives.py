@@ -17,8 +17,7 @@ from distlora.config.deepspeed_file import offloads_base
 from distlora.planner import traffic
 from distlora.planner.machine import Machine
 from distlora.planner.model import PlannedModel
-from distlora.planner.speed.rates import Rates
-from distlora.planner.speed.seconds import Seconds, plus
+from distlora.planner.speed.rates import Rates, Seconds, plus
 from distlora.planner.workload import Workload
 
 

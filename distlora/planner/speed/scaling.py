@@ -16,8 +16,7 @@ from distlora.planner import Plan
 from distlora.planner.machine import Machine
 from distlora.planner.memory.device import device_bytes
 from distlora.planner.model import PlannedModel
-from distlora.planner.speed.rates import LEVERS, half_as_fast, missing_rates, rates_of
-from distlora.planner.speed.seconds import Term
+from distlora.planner.speed.rates import LEVERS, Term, half_as_fast, missing_rates, rates_of
 from distlora.planner.speed.timing import step_time
 from distlora.planner.workload import Workload
 

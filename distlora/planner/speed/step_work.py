@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from distlora.architecture.shapes import Weight
 from distlora.planner import traffic
-from distlora.planner.adapted import ranks_of_blocks
-from distlora.planner.decoder_sizes import INPUTS, AdaptedRanks, Decoder, windows_of
+from distlora.planner.decoder_sizes import INPUTS, AdaptedRanks, Decoder, ranks_of_blocks, windows_of
 from distlora.planner.kernels import attention_kind, fuses, pairs_computed
 from distlora.planner.machine import Machine
 from distlora.planner.model import PlannedModel

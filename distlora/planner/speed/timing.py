@@ -19,8 +19,7 @@ from distlora.planner.machine import Machine
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.collectives import Wiring, seconds_of, wiring_of
 from distlora.planner.speed.compute import step_flops
-from distlora.planner.speed.rates import Rates, rates_of
-from distlora.planner.speed.seconds import TERMS, Seconds, Term, longest, plus, times, total
+from distlora.planner.speed.rates import TERMS, Rates, Seconds, Term, longest, plus, rates_of, times, total
 from distlora.planner.speed.step_work import StepWork, step_work
 from distlora.planner.speed.work import MovedKind, Work
 from distlora.planner.workload import Workload

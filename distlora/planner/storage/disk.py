@@ -16,7 +16,7 @@ from distlora.architecture.shapes import ModelShapes, expert_paths
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
 from distlora.planner.machine import Machine
-from distlora.planner.memory.optimizers import absmaxes, is_in_8_bits
+from distlora.planner.memory.trained import absmaxes, is_in_8_bits
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
 from distlora.weights.quantized_cache_format import GROUP_BYTES, Extent, cut, header_of

@@ -20,7 +20,7 @@ from distlora.planner.choice.suggest import nearest
 from distlora.planner.machine import Machine, machine_of, used_device
 from distlora.planner.model import PlannedModel
 from distlora.planner.pages.report import lines, needs, verdict
-from distlora.planner.pages.words import largest
+from distlora.planner.pages.tables import largest
 from distlora.planner.storage.host import keeps_on_host
 from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders
 from distlora.system import atomic_io

@@ -1,4 +1,4 @@
-"""Draw the memory of plans as bars by category (`distlora plan --plot`). Imports no torch."""
+"""Draw plans: memory by category (`--plot`) and speed by number of GPUs (`--scaling --plot`). Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlora.output.figures import COLOURS, new_figure, save
+from distlora.planner.speed.scaling import ScalingRow
+
+_STYLES = {"one copy": "-o", "a copy a machine": "--s"}
+
+
+def plot_scaling(rows: Sequence[ScalingRow], title: str, path: Path) -> None:
+    """Draw a line for each fabric and each way to shard the base."""
+    figure, (panel,) = new_figure(1, width=9, height=4.5)
+    fabrics = list(dict.fromkeys(row.fabric for row in rows))
+    for layout, fabric in dict.fromkeys((row.layout, row.fabric) for row in rows):
+        own = [row for row in rows if (row.layout, row.fabric) == (layout, fabric)]
+        panel.plot(
+            [row.ranks for row in own],
+            [row.tokens_of_a_rank for row in own],
+            _STYLES[layout],
+            color=COLOURS[fabrics.index(fabric) % len(COLOURS)],
+            markersize=4,
+            label=f"{layout}, {fabric}",
+        )
+    numbers = list(dict.fromkeys(row.ranks for row in rows))
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    panel.set_ylim(bottom=0)
+    panel.set(xlabel="GPUs", ylabel="tokens a second of a GPU")
+    panel.legend(frameon=False, fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

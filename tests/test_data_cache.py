@@ -1,6 +1,5 @@
 """The cache: what names an entry, that entries are whole or absent, and that two processes may make one at once."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -129,14 +128,6 @@ def test_a_folder_that_cannot_be_renamed_is_an_error_not_a_silent_loss(tmp_path)
     (tmp_path / "key").write_text("a file is in the way")
     with pytest.raises(OSError, match="key"), new_entry(tmp_path, "key") as folder:
         write_entry(folder)
-
-
-def test_a_json_file_is_replaced_whole(tmp_path):
-    write_json(tmp_path / "data.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "data.json", {"a": object()})
-    assert json.loads((tmp_path / "data.json").read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["data.json"]
 
 
 def test_a_damaged_or_foreign_entry_is_named_with_what_to_do(tmp_path):

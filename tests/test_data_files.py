@@ -66,11 +66,6 @@ def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_no_content(tmp_pat
     assert [value["text"] for value in values(path)] == [text, "\U0001f600"]
 
 
-def test_records_know_their_line_and_their_size(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", [b'{"text": "a"}', b"", b'{"text": "bc"}'])
-    assert [(r.place, r.num_bytes) for r in records(path)] == [(f"{path}:1", 14), (f"{path}:3", 15)]
-
-
 @pytest.mark.parametrize(
     "content",
     [

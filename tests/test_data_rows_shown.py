@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,19 +40,6 @@ def test_rows_that_are_not_there_are_refused(folders: Path, tmp_path: Path, caps
             command(words)
     with pytest.raises(UserError, match="holds no run"):
         command(["row", str(tmp_path), "0"])
-
-
-def test_a_reader_that_leaves_is_no_error(folders: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", folders)
-    rows = ["0"] * 2000  # More text than a pipe holds.
-    words = [sys.executable, "-m", "distlora_launcher.cli.main", "data", "row", str(tmp_path / "run"), *rows]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline().startswith("row 0")
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == 1
 
 
 def test_a_cut_record_of_the_data_is_named(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,3 +179,16 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "apt-get install g++" in str(native.unavailable_reason())
+
+
+def test_a_label_that_is_no_column_is_nan_and_writes_nowhere_else() -> None:
+    whole = drawn(3, 40, dtype=torch.float32)
+    expected, gradient = reference_cross_entropy(whole, torch.tensor([1, -100, 2]))
+    for label in (40, 2**40):
+        own = whole.clone()
+        losses = cross_entropy_(own, torch.tensor([1, label, 2]))
+        assert losses.isnan().tolist() == own.isnan().all(1).tolist() == [False, True, False]
+        assert_close(losses[::2], expected[::2], ulps=2.0)
+        check(own[::2], gradient[::2])
+    with pytest.raises(AssertionError, match="int32"):
+        cross_entropy_(whole, torch.tensor([1, 2, 3], dtype=torch.int32))

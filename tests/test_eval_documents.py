@@ -14,7 +14,6 @@ import torch
 
 from distlora.config import UserError
 from distlora.data.loader import Share, StepLoader, stacks
-from distlora.data.packing import pack
 from distlora.data.prepare import open_split
 from distlora.parallel import Ranks
 from distlora.run_folder.eval_documents import (
@@ -22,7 +21,6 @@ from distlora.run_folder.eval_documents import (
     DocumentRecord,
     check_paired,
     read_documents,
-    write_documents,
 )
 from distlora.training import worker
 from distlora.training.document_losses import DocumentLosses, pieces_of_rows
@@ -112,14 +110,6 @@ def test_multi_trial_evaluations_are_separate(prepared: Path) -> None:
     assert documents[1].record(3, ALONE) == twice
 
 
-def test_pieces_keep_the_order_of_sequences() -> None:
-    lengths = np.array([3, 7, 2, 5, 8])
-    packing = pack(np.cumsum(lengths) - lengths, lengths, 10)
-    assert (lengths[packing.pieces] == packing.lengths).all()
-    assert packing.row_bounds.tolist() == [0, 2, 4, 5]
-    assert packing.pieces.tolist() == [0, 1, 2, 4, 3]
-
-
 def test_mismatched_sequences_and_documents_are_rejected(prepared: Path) -> None:
     rows = open_split(prepared, "eval")
     assert rows is not None
@@ -190,13 +180,6 @@ def test_preference_pair_is_one_document(
 
 
 RECORD = DocumentRecord(step=1, rows="ab", documents=[0, 3], losses=[1.5, None], units=[2, 1])
-
-
-def test_record_round_trips(tmp_path: Path) -> None:
-    write_documents(tmp_path, RECORD)
-    assert read_documents(tmp_path) == RECORD
-    assert RECORD.loss is None
-    assert dataclasses.replace(RECORD, losses=[1.5, 3.0]).loss == 1.5
 
 
 @pytest.mark.parametrize(

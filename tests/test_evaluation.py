@@ -261,6 +261,7 @@ def test_no_logit_of_an_exact_merge_is_further_than_1e_4_from_the_adapted_model(
     assert "no logit is further than" in (out / "merge.md").read_text()
 
 
+@pytest.mark.ci
 def test_the_other_forms_are_measured_and_leave_nothing_behind(run_dir: Path, tmp_path: Path) -> None:
     """Of a merge in bf16: its own form is not measured twice, and each rounding is further off than a finer one."""
     request = merge(run_dir, tmp_path / "merged", dtype=torch.bfloat16)

@@ -22,7 +22,7 @@ from distlora.bench.collectives import counted
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import as_mapping, load_config
 from distlora.model.build import CausalLM
-from distlora.parallel import Backend, Ranks
+from distlora.parallel import Backend, Ranks, Shards
 from distlora.parallel.control import Control
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.traffic import Traffic
@@ -476,3 +476,12 @@ def test_moments_in_8_bits_are_whole_where_every_rank_has_the_base_whole(tmp_pat
     config_for(tmp_path, parallel={"shard_degree": 1}, **sections)
     with pytest.raises(UserError, match=r"the rows of 2 processes would cut .* or parallel.shard_degree=1"):
         config_for(tmp_path, parallel={"shard_degree": 2}, **sections)
+
+
+def test_copies_that_lie_across_machines_are_told_from_those_of_whole_machines() -> None:
+    def split(degree: int, copies: int, per_machine: int) -> list[int]:
+        return Shards(0, degree, None, 0, copies).split_copies(per_machine)
+
+    assert split(2, 3, 3) == [1], "ranks 2 and 3"
+    assert split(6, 2, 4) == [0, 1]
+    assert split(2, 4, 4) == split(8, 2, 4) == split(4, 2, 4) == split(1, 8, 4) == []

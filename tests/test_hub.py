@@ -16,9 +16,11 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from distlora.config import Config
+from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build
 from distlora_launcher.cli.main import main
+from distlora_launcher.compose import hub as launcher_hub
+from distlora_launcher.compose.hub import HubModel
 from hub_server import Hub, start_hub
 from launcher_fakes import MODEL_CONFIG, model_shapes, write_data, write_safetensors, write_tokenizer
 from launcher_fakes import write_model as write_fake_model
@@ -513,3 +515,12 @@ def test_a_push_can_go_to_a_private_repository_and_a_branch(hub: Hub, place: Pat
     assert repository.private
     assert "README.md" in repository.commits[repository.refs["dev"]]
     assert "README.md" not in repository.commits[repository.refs["main"]]
+
+
+def hub_model(place: Path) -> HubModel:
+    return HubModel(name="org/x", commit="c" * 40, weights={"w": 5}, companions={}, cache=place)
+
+
+def test_a_full_disk_is_named_before_the_download(place: Path) -> None:
+    with pytest.raises(UserError, match=r"needs 1,000,000,000.0 GB.*HF_HOME"):
+        launcher_hub._check_space(hub_model(place), 10**18)

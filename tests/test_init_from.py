@@ -360,3 +360,8 @@ def test_pattern_without_match_is_refused(folders: Path, patterns: dict, reason:
     for check in (check_model, build_run_model):
         with pytest.raises(UserError, match=reason):
             check(config)
+
+
+def test_hub_name_gets_a_download_hint(folders: Path) -> None:
+    with pytest.raises(UserError, match="hf download org/some-lora --local-dir FOLDER"):
+        compose_config(overrides(folders, Path("org/some-lora")))

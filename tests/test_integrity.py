@@ -234,3 +234,14 @@ def test_verifying_what_is_trained_is_refused(folders: Path, tmp_path: Path) -> 
         make_run(
             tmp_path / "run", folders, adapter={"method": "full"}, quant={"method": "none"}, train={"verify": True}
         )
+
+
+def test_one_process_checks_what_it_loaded_at_every_save(folders: Path, tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run", folders, "qwen3", train={"max_steps": 2, "verify": True})
+    single = Ranks(0, 1, torch.device("cpu"), None)
+    worker.run(tmp_path / "run", single)
+    assert (tmp_path / "run" / "adapter").is_dir()
+    model, backend, _ = setup.start_run_model(config, single)
+    model.blocks[1].get_parameter("inner.mlp.down_proj.codes").data[0, 77] ^= 16
+    with pytest.raises(DamagedWeightsError, match=r"layers\.1\.mlp\.down_proj\.codes, rows 0 to 1, those of rank 0"):
+        backend.check_weights()

@@ -219,7 +219,3 @@ def test_nan_and_infinities_are_detected(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_overflowing_sum_of_finite_weights_is_finite(dtype: torch.dtype) -> None:
     assert all_finite(torch.full((1000,), torch.finfo(dtype).max, dtype=dtype))
-
-
-def test_integers_are_finite() -> None:
-    assert all_finite(torch.full((7,), 255, dtype=torch.uint8))

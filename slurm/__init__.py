@@ -1,0 +1,1 @@
+"""Mark the job templates as a package, so that the launcher finds them."""

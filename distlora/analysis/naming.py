@@ -13,11 +13,12 @@ def in_a_block(name: str) -> bool:
 
 
 def layer_of(name: str) -> int:
+    """Return the index of a weight's decoder layer."""
     return int(_place(name)[1])
 
 
 def linear_of(name: str) -> str:
-    """Its path in the block: mlp.up_proj; mlp.experts.up_proj is of all experts."""
+    """Return the path in the decoder layer: mlp.up_proj; mlp.experts.up_proj stands for all experts."""
     return _place(name)[2]
 
 

@@ -69,6 +69,7 @@ class HostInputs:
         return take_chunk(nbytes, pinned=self._side is not None)
 
     def give_back(self, place: Tensor) -> None:
+        """Free a place for the next `take`."""
         # A copy out of it may still be queued; the next copy into it is queued behind that.
         self._free.setdefault(place.nbytes, []).append(place)
 

@@ -44,6 +44,7 @@ class StepRows(NamedTuple):
     """(B,) int64: index of each row in the packed training data."""
 
     def part(self, part: slice) -> StepRows:
+        """Return the rows of a slice of the micro-batch."""
         return StepRows(self.step[part] if isinstance(self.step, Tensor) else self.step, self.rows[part])
 
 
@@ -201,6 +202,7 @@ class AdaptedLinear(Adapted, FrozenLinear):
 
     @property
     def pairs(self) -> list[LoRAPair]:
+        """Return the LoRA adapters, without those of other methods."""
         return [pair for pair in self.adapters.values() if isinstance(pair, LoRAPair)]
 
     def add_adapter(

@@ -53,6 +53,7 @@ class Documents(NamedTuple):
         return cls(padded[:, None, None, :], int(padded.diff(dim=1).max()))
 
     def to(self, device: torch.device) -> Documents:
+        """Return the documents with their starts on `device`."""
         return Documents(self.starts.to(device, non_blocking=True), self.longest)
 
 

@@ -38,10 +38,12 @@ class Tile(NamedTuple):
 
     @property
     def num_queries(self) -> int:
+        """Return the number of queries."""
         return self.queries.stop - self.queries.start
 
     @property
     def num_keys(self) -> int:
+        """Return the number of keys."""
         return self.keys.stop - self.keys.start
 
 

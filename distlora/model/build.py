@@ -111,10 +111,12 @@ class CausalLM(nn.Module):
 
     @property
     def embedding(self) -> nn.Module:
+        """Return the input embedding."""
         return self.decoder.get_input_embeddings()  # type: ignore[operator]
 
     @property
     def final_norm(self) -> nn.Module:
+        """Return the norm after the last decoder layer."""
         return self.decoder.get_submodule("norm")
 
     def forward(

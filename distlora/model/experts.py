@@ -81,6 +81,7 @@ class ExpertWeight(Adapted, FrozenTensor):
 
     @property
     def pairs(self) -> list[ExpertPair]:
+        """Return the LoRA adapters, without those of other methods."""
         return [pair for pair in self.adapters.values() if isinstance(pair, ExpertPair)]
 
     def add_adapter(
@@ -138,6 +139,7 @@ class ExpertWeight(Adapted, FrozenTensor):
         return ExpertAdapter(a, b, choice)
 
     def extra_repr(self) -> str:
+        """Return the text that torch prints between the module's brackets."""
         return f"{self.num_experts} x {self.in_features} -> {self.out_features}, {self.storage}"
 
 

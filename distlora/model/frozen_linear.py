@@ -113,11 +113,13 @@ class FrozenLinear(FrozenTensor):
         return Linear(self.frozen_weight, bias=self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T with the adapter of each row added, (..., O)."""
         if self.shared_input is not None:
             return self.shared_input.output(self, x)
         return lora_linears(x, (self.operand(),))[0]
 
     def extra_repr(self) -> str:
+        """Return the text that torch prints between the module's brackets."""
         return f"{self.in_features} -> {self.out_features}, {self.storage}"
 
 

@@ -61,6 +61,7 @@ class GatedMLP(nn.Module):
         """(gate, up) -> act(gate) * up."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return down(act(gate(x)) * up(x))."""
         return self.down_proj(self.multiply(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -74,6 +75,7 @@ class FusedGatedMLP(nn.Module):
         self.multiply = multiply
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return down(act(gate(x)) * up(x)), gate and up by one linear."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(self.multiply(gate, up))
 
@@ -152,9 +154,11 @@ class CompiledRMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the RMS norm of x over its last dimension."""
         return rms_norm(x, self.weight, self.eps, plus_one=self.plus_one)
 
     def extra_repr(self) -> str:
+        """Return the text that torch prints between the module's brackets."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 

@@ -91,6 +91,7 @@ class LossHead(nn.Module):
     def forward(
         self, hidden: Tensor, labels: Tensor | None, reference: Tensor | None = None, *, by_token: bool = False
     ) -> Tensor:
+        """Return the loss of each row (B,), or of each token (B, T) with `by_token`; without labels the logits."""
         if self._reader is not None:
             self._reader(hidden)
             return hidden.new_zeros(hidden.shape[:2] if by_token else hidden.shape[:1], dtype=torch.float32)

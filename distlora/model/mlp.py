@@ -33,6 +33,7 @@ class HandsOn(nn.Module):
         self.inner = inner
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the input unchanged."""
         return hidden_states
 
 
@@ -61,6 +62,7 @@ class MLP(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
     def forward(self, hidden_states: Tensor) -> Any:
+        """Return the output for (B, T, H), in tiles of tokens where a tile is set."""
         tile = self.tile
         if tile is None or tile >= hidden_states.shape[1]:
             # Without gradients, and for generation's few tokens, as without a wrapper.

@@ -32,6 +32,7 @@ def new_figure(columns: int, *, width: float, height: float) -> tuple[Figure, li
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, the same bytes for the same figure."""
     # Leave out matplotlib's version, so that equal figures give equal files.
     figure.savefig(path, metadata={"Software": None})
 

@@ -17,9 +17,13 @@ from distlora.system import atomic_io
 class Report(Protocol):
     """The report module of an analysis."""
 
-    def markdown(self, found: Mapping[str, Any], /) -> str: ...
+    def markdown(self, found: Mapping[str, Any], /) -> str:
+        """Render the report as Markdown."""
+        ...
 
-    def terminal(self, found: Mapping[str, Any], /) -> str: ...
+    def terminal(self, found: Mapping[str, Any], /) -> str:
+        """Render the report for the terminal."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

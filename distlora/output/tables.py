@@ -15,6 +15,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
+        """Return a Markdown table under its heading."""
         rows = [[cell.replace("|", "\\|") for cell in row] for row in self.rows]
         head, *rest = (f"| {' | '.join(row)} |" for row in rows)
         return "\n".join([f"**{self.heading}**\n", head, "|---" * len(self.rows[0]) + "|", *rest])

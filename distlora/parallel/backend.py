@@ -240,6 +240,7 @@ class Backend:
             gradients.finish()
 
     def zero_gradients(self) -> None:
+        """Zero the gradients for the next step."""
         for gradients in self.gradients:
             gradients.zero()
 
@@ -306,5 +307,6 @@ class Backend:
             )
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.ranks.group is not None:
             dist.barrier(self.ranks.group)

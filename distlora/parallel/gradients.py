@@ -50,6 +50,7 @@ class Gradients:
         return norm
 
     def zero(self) -> None:
+        """Zero the sums for the next step."""
         for part in self._parts:
             part.zero()
 
@@ -184,6 +185,7 @@ class GradientReducer:
         return torch.stack(torch._foreach_norm(gradients)).square().sum()
 
     def scale(self, factor: Tensor) -> None:
+        """Multiply the gradients by a scalar tensor."""
         for bucket in self._buckets:
             bucket.flat.mul_(factor)
 
@@ -258,6 +260,7 @@ class ShardedGradients:
         return square / self._copies
 
     def scale(self, factor: Tensor) -> None:
+        """Multiply the gradients by a scalar tensor."""
         torch._foreach_mul_(self._gradients(), factor)
 
     def zero(self) -> None:

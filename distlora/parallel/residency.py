@@ -34,6 +34,7 @@ class Residency:
     """True until the number has been chosen from the memory that the first step leaves."""
 
     def keep(self, count: int) -> None:
+        """Keep the first `count` layers gathered."""
         fsdp2.keep_gathered(self.blocks[:count])
         self.count, self.waits = count, False
 

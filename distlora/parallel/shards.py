@@ -116,9 +116,11 @@ class HostRows:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the dtype of the shard."""
         return self.local.dtype
 
     def numel(self) -> int:
+        """Return the number of elements of the whole tensor."""
         return self.shape.numel()
 
 

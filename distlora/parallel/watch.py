@@ -56,7 +56,9 @@ _here: _Mark = (0, None, "starting", None, True)
 class Marker(Protocol):
     """`at`, or a function that also agrees with the other ranks (`control.py`) and may end the work by raising."""
 
-    def __call__(self, step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None: ...
+    def __call__(self, step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
+        """Mark the phase that the training thread begins."""
+        ...
 
 
 class HungError(RuntimeError):

@@ -34,6 +34,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
+        """Return the rank."""
         return self.A.shape[-2]
 
     def delta(self) -> Tensor:
@@ -54,8 +55,9 @@ class AdapterFile:
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFile:
-        """Open a folder. Raises UserError for what `read_peft_adapter` refuses: damage, a pickle, another kind of
-        adapter.
+        """Open a folder.
+
+        Raises UserError for what `read_peft_adapter` refuses: damage, a pickle, another kind of adapter.
         """
         read = read_peft_adapter(folder)
         return cls(read=read, settings=read.adapter_config, paths=tuple(read.paths))
@@ -71,8 +73,9 @@ class AdapterFile:
         return self.read.modules
 
     def factors(self, path: str, reader: Reader, *, experts: int | None = None) -> Factors:
-        """Return the factors of one weight; `experts` is their number if it is fused. Raises UserError for NaN and
-        Inf.
+        """Return the factors of one weight; `experts` is their number if it is fused.
+
+        Raises UserError for NaN and Inf.
         """
         segments = {part: self.read.tensors[path, part] for part in ("A", "B", "magnitude") if self._has(path, part)}
         parts = {part: self.tensor(segment, self.read.names[path, part], reader) for part, segment in segments.items()}

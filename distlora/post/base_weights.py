@@ -56,6 +56,7 @@ class BaseWeight:
 
     @property
     def numel(self) -> int:
+        """Return the number of elements."""
         return math.prod(self.shape)
 
     def chunks(self, reader: Reader, *, original: bool = False) -> Iterator[Tensor]:
@@ -163,6 +164,7 @@ class Base:
 
     @property
     def embedding_name(self) -> str:
+        """Return the embedding's name in the checkpoint."""
         return f"{self.model.family.decoder}.{EMBEDDING}.weight"
 
 

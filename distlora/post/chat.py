@@ -31,6 +31,7 @@ class Printer(TextStreamer):
         self._stops = settings.eos_token_id or []
 
     def put(self, value: Tensor) -> None:
+        """Print new tokens, without the prompt and the end tokens."""
         if self.next_tokens_are_prompt or int(value[-1]) not in self._stops:
             super().put(value)
 
@@ -42,6 +43,7 @@ class Interruption(StoppingCriteria):
         self.asked = False
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return (B,) bool, True for every row after an interruption."""
         return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
 
 

@@ -49,6 +49,7 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
+        """Return exp(loss), infinity beyond fp64."""
         return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
 
 

@@ -81,8 +81,9 @@ def answer_file(
     encoder: PromptEncoder,
     settings: GenerationConfig,
 ) -> None:
-    """Write one JSON line per prompt, in order: the prompt, "completion", "tokens" (their number) and "ended"
-    (false: cut at the limit).
+    """Write one JSON line per prompt, in order.
+
+    Its keys: the prompt, "completion", "tokens" (their number) and "ended" (false: cut at the limit).
     """
     encoded = [encoder.encode(prompt, system=request.system) for prompt in prompts]
     if not generator.backend.writes:

@@ -67,10 +67,12 @@ class StepMemory:
 
     @property
     def persistent(self) -> int:
+        """Return the bytes held through the whole step."""
         return sum(self.held.values())
 
     @property
     def peak(self) -> int:
+        """Return the peak bytes."""
         return self.persistent + sum(self.at_peak.values())
 
     @property
@@ -150,6 +152,7 @@ class Recorder:
         self._profile: profile | None = None
 
     def start(self) -> None:
+        """Start torch's memory profiler."""
         # Kineto, torch's profiler, prints to stderr when it starts and stops, unless this is set before its first use.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         started = profile(use_kineto=True, profile_memory=True)
@@ -157,6 +160,7 @@ class Recorder:
         self._profile = started
 
     def stop(self) -> None:
+        """Stop the profiler."""
         if self._profile is not None:
             self._profile.__exit__(None, None, None)
 

@@ -34,6 +34,8 @@ class Losses(NamedTuple):
 
 
 class Objective(Protocol):
+    """A training objective: its losses and the number that divides their sums."""
+
     figures: tuple[str, ...]
     """Names of the metrics beside the loss; each is a mean over the units."""
     has_reference: bool
@@ -52,6 +54,7 @@ class Objective(Protocol):
 
 
 def objective_of(config: TrainConfig) -> Objective:
+    """Return the objective of train.objective."""
     return Preference(config.dpo_beta) if config.objective == "dpo" else NextToken()
 
 
@@ -62,9 +65,11 @@ class NextToken:
     has_reference = False
 
     def units(self, batch: StepBatch) -> int:
+        """Return the target tokens of the step, over all ranks."""
         return batch.global_targets
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
+        """Compute the next-token losses."""
         losses = _run(model, batch, _Sent.of(batch, device), step, by_token=step is None)
         rows = losses.sum(dim=1) if step is None else losses
         return Losses(rows, rows.new_zeros(0), losses if step is None else None)
@@ -91,9 +96,11 @@ class Preference:
         self.beta = beta
 
     def units(self, batch: StepBatch) -> int:
+        """Return the pairs of the step, over all ranks."""
         return batch.global_pairs
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
+        """Compute the DPO losses of the pairs."""
         sent = _Sent.of(batch, device)
         # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
         sides, is_pair = pair_sides(sent.position_ids, sent.labels, most_pairs(batch))

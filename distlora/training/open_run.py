@@ -66,6 +66,7 @@ class OpenRun:
 
     @property
     def chat_template(self) -> str | None:
+        """Return the chat template that the data was rendered with, None without one."""
         template: str | None = self.data["chat_template"]
         return template
 
@@ -223,6 +224,7 @@ def recording_a_stop(reporter: Reporter, progress: Progress) -> Iterator[None]:
 
 
 def record_stop(reporter: Reporter, progress: Progress, signum: int) -> None:
+    """Report a stop by a signal, with the newest checkpoint if there is one."""
     step = progress.step
     reporter.stopped(signum, step, str(step_folder(Path(CHECKPOINTS), step)) if step > 0 else None)
 

@@ -210,6 +210,7 @@ class OffloadedInputs:
     def of(
         cls, model: CausalLM, spec: ModelSpec, train: TrainConfig, sequence_length: int, ranks: int
     ) -> OffloadedInputs:
+        """Compute the inputs to keep on each rank."""
         slices, tokens = train.slices(ranks), train.micro_batch * sequence_length
         nbytes = tokens * model.hf_config.hidden_size * DTYPES[spec.dtype].itemsize
         description = f"{len(model.blocks)} layers x {slices} x {nbytes / 2**20:,.1f} MiB"

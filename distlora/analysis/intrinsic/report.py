@@ -16,7 +16,7 @@ SCALING_WORDS = {"none": "no scaling (DID)", "layers": "layers scaled (SAID)"}
 
 
 def what(training: Training) -> str:
-    """A training in a line."""
+    """Describe a training in one line."""
     start = "random weights" if training.random else "pretrained"
     if training.scaling == "untrained":
         return f"{training.model}, {start}: untrained"
@@ -25,10 +25,12 @@ def what(training: Training) -> str:
 
 
 def mean(values: Sequence[float]) -> float:
+    """Return the arithmetic mean."""
     return sum(values) / len(values)
 
 
 def nothing_gained(arm: Mapping[str, Any]) -> str:
+    """Return the message for an arm whose full fine-tuning does not lower the loss."""
     return (
         f"{arm['model']}, {arm['start']}: full fine-tuning does not lower the held-out loss ({arm['untrained']:.4f} to "
         f"{arm['full']:.4f}), so there is no gain to reach a share of"

@@ -48,6 +48,8 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
+    """The neighbouring dimensions between which the share is reached."""
+
     low: int | None
     """Does not reach the share; None: the least dimension does."""
     high: int | None
@@ -83,8 +85,9 @@ def bracket(reaches: Callable[[int], bool], *, start: int, least: int, most: int
 def settle(
     ends: Bracket, mean_share: Callable[[int], float], share: float, *, least: int, most: int, factor: float
 ) -> list[int]:
-    """Move the ends out until their mean shares are on both sides of `share`, or there is nothing further out: every
-    dimension whose mean was asked for.
+    """Move the ends out until their mean shares are on both sides of `share`, or the limits are reached.
+
+    Returns every dimension whose mean was requested.
     """
     asked = []
     high, low = ends.high, ends.low
@@ -130,7 +133,7 @@ def _pooled(shares: Mapping[int, Sequence[float]]) -> list[float]:
 
 
 def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The rising sequence that is nearest in weighted squares: neighbours that fall are pooled."""
+    """Return the rising sequence nearest in weighted squares, by pooling neighbours that fall."""
     pools: list[tuple[float, float, int]] = []
     for value, weight in zip(values, weights, strict=True):
         pools.append((value, weight, 1))
@@ -141,7 +144,7 @@ def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
 
 
 def deviation(groups: Sequence[Sequence[float]]) -> float | None:
-    """Standard deviation between the seeds of a dimension, pooled over the dimensions that have several."""
+    """Return the standard deviation between seeds, pooled over dimensions that have several; None without one."""
     several = [group for group in groups if len(group) > 1]
     if not several:
         return None

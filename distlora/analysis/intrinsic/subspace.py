@@ -55,15 +55,17 @@ def layer_of(name: str) -> str:
 
 
 class Trainable(Protocol):
+    """Something that an optimizer trains in place of the model's parameters."""
+
     parameters: dict[str, nn.Parameter]
     """Parameters of the optimizer."""
 
     def pull(self) -> None:
-        """From the gradients of the model's parameters to those of what is trained."""
+        """Compute the gradients of what is trained from those of the model's parameters."""
         ...
 
     def push(self) -> None:
-        """From what is trained to the model's parameters."""
+        """Write what is trained into the model's parameters."""
         ...
 
 
@@ -76,15 +78,19 @@ class Everything:
         self.parameters = {"theta": theta}
 
     def pull(self) -> None:
+        """Do nothing: the gradients are the model's."""
         pass
 
     def push(self) -> None:
+        """Do nothing: the parameters are the model's."""
         pass
 
 
 class Subspace:
-    """theta = theta_0 + sqrt(D/d) P u (DID), or with a factor for each layer i (SAID; arXiv 2012.13255, section 3)
-    theta_i = theta_0,i + lambda_i sqrt(D/d) (P u)_i, where the M factors are taken from the d dimensions.
+    """Train theta = theta_0 + sqrt(D/d) P u (DID), or the same with a factor for each layer (SAID).
+
+    SAID (arXiv 2012.13255, section 3): theta_i = theta_0,i + lambda_i sqrt(D/d) (P u)_i, where the M factors are
+    taken from the d dimensions.
 
     With the root an Adam step of u moves a parameter by about the learning rate, as one of full fine-tuning does,
     whatever d is: |P u| = |u| and rms(sqrt(D/d) P u) = rms(u).
@@ -107,6 +113,7 @@ class Subspace:
 
     @torch.no_grad()
     def pull(self) -> None:
+        """Project the gradients of the model's parameters to u and the layer factors."""
         gradients = self.flat.gradients
         if self.scales is not None:
             layers = self.flat.layers.values()
@@ -117,6 +124,7 @@ class Subspace:
 
     @torch.no_grad()
     def push(self) -> None:
+        """Write theta for the current u and layer factors into the model."""
         self.projection.parameters_of(self.u * self.root, out=self._moved)
         if self.scales is None:
             torch.add(self.start, self._moved, out=self.flat.values)

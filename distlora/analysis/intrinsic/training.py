@@ -53,6 +53,8 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
+    """The result of one training."""
+
     loss: float | None
     """Held-out, nats a token; None where it is not finite."""
     distance: float
@@ -79,6 +81,7 @@ class Bench:
 
     @property
     def size(self) -> int:
+        """Return the number of the model's parameters."""
         return len(self.flat.values)
 
     def start(self, training: Training) -> Tensor:

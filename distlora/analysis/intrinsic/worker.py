@@ -50,12 +50,15 @@ class Trainings:
 
     @property
     def number(self) -> int:
+        """Return the number of trainings that are done."""
         return len(self._done)
 
     def get(self, training: Training) -> Outcome | None:
+        """Return the outcome of a training, None if it has not run."""
         return self._done.get(training)
 
     def add(self, training: Training, outcome: Outcome) -> None:
+        """Keep an outcome and append it to the file."""
         self._done[training] = outcome
         found = {"training": dataclasses.asdict(training), "outcome": dataclasses.asdict(outcome)}
         self._file.append(json.dumps(found) + "\n")
@@ -78,6 +81,7 @@ class Arm:
         self.before, self.after = report.mean(self.untrained), report.mean(self.full)
 
     def loss(self, scaling: str, dimension: int, power: int, seed: int) -> float:
+        """Return the held-out loss of a training, infinity if it is not finite."""
         loss = self.outcome(scaling, dimension, power, seed).loss
         return float("inf") if loss is None else loss
 
@@ -103,7 +107,7 @@ class Arm:
         return outcome
 
     def search(self, scaling: str) -> dict[str, Any]:
-        """The dimension that reaches the share, and every one that was tried."""
+        """Return the dimension that reaches the share, and every dimension that was tried."""
         request = self.request
         rates = search.Rates(lambda dimension, power: self.loss(scaling, dimension, power, 0))
 
@@ -170,7 +174,7 @@ class Arm:
         return LOST if loss is None else max((self.before - loss) / (self.before - self.after), LOST)
 
     def found(self) -> dict[str, Any]:
-        """The arm's figures without its subspaces."""
+        """Return the arm's figures without its subspaces."""
         noise = search.deviation([self.full])
         return {
             "model": self.name,

@@ -56,7 +56,7 @@ def of_sums(sums: Sums) -> dict[str, Any]:
 
 
 def of_losses(losses: Mapping[str, Loss]) -> dict[str, Any]:
-    """The loss of each format, and its perplexity in points over the dense model's."""
+    """Return the loss of each format, and its perplexity in points over the dense model's."""
     dense = next(iter(losses.values())).perplexity
     return {
         name: {

@@ -24,7 +24,7 @@ from distlora_kernels.nf4 import GROUP
 def measure_formats(
     request: QuantizationRequest, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
 ) -> dict[str, Loss]:
-    """The loss of every format by its name: `request.dtype`, then the 4-bit ones.
+    """Return the loss of every format by its name: `request.dtype`, then the 4-bit ones.
 
     Of the two models, dense and packed, one is in memory at a time.
     """
@@ -40,7 +40,7 @@ def measure_formats(
 def _of_dense_model(
     request: QuantizationRequest, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
 ) -> tuple[Readings, Readings]:
-    """(the base's, int4's). int4 has no packed path: a dense model holds what int4 gives back."""
+    """Return (the base's readings, int4's). int4 has no packed path: a dense model holds the restored weights."""
     say(f"perplexity: loading the base in {request.dtype}")
     model, _, _ = start_model(
         request.spec("none"), ranks, train=TrainConfig(dtype=request.dtype), shard_degree=ranks.world

@@ -63,7 +63,7 @@ FORMATS = {
 def round_trip(
     chunk: Tensor, format: FourBit, second: DoubleQuantizedAbsmax, first_group: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, int]:
-    """(the flat chunk as it comes back, in `dtype`; the bytes that it is stored in, without the tensor's offset)."""
+    """Return (the restored flat chunk in `dtype`; its stored bytes without the tensor's offset)."""
     codes, _ = format.quantize(chunk)
     scales, group_scale, offset = second.groups(first_group, len(codes))
     restored = format.dequantize(codes, scales, group_scale, offset, shape=tuple(chunk.shape), dtype=dtype)
@@ -81,6 +81,7 @@ class FormatSums:
     num_bytes: int = 0
 
     def add(self, other: FormatSums) -> None:
+        """Add the sums of another chunk."""
         self.error += other.error
         self.largest = max(self.largest, other.largest)
         self.num_bytes += other.num_bytes
@@ -96,7 +97,7 @@ class Sums:
     formats: dict[str, FormatSums] = field(default_factory=dict)
 
     def add(self, other: Sums) -> None:
-        """The sums over both."""
+        """Add the sums of another tensor."""
         self.numel += other.numel
         self.powers = [mine + theirs for mine, theirs in zip(self.powers, other.powers, strict=True)]
         for name, sums in other.formats.items():
@@ -112,11 +113,12 @@ class Sums:
         return 10 * math.log10(self.powers[1] / error) if error and self.powers[1] else None
 
     def bits(self, format: str) -> float:
-        """Stored bits a weight, padding and second level included."""
+        """Return the stored bits per weight, padding and second level included."""
         return 8 * self.formats[format].num_bytes / self.numel
 
     @property
     def std(self) -> float:
+        """Return the standard deviation of the weights."""
         mean, square = self.powers[0] / self.numel, self.powers[1] / self.numel
         return math.sqrt(max(square - mean**2, 0.0))
 
@@ -131,10 +133,10 @@ class Sums:
 
 
 def measure(chunks: Callable[[], Iterator[Tensor]], numel: int) -> Sums:
-    """Both 4-bit formats and bf16 on one tensor of `numel` weights; `chunks` begins to read it again at each call, in
-    flat pieces of whole groups (but the last). Errors are those of the formats: dequantized in fp32.
+    """Measure both 4-bit formats and bf16 on one tensor of `numel` weights, dequantized in fp32.
 
-    Raises ValueError for NaN and Inf.
+    Each call of `chunks` reads the tensor again, in flat pieces of whole groups (but the last). Raises ValueError for
+    NaN and Inf.
     """
     second = DoubleQuantizedAbsmax.of(chunks(), numel)
     sums = Sums(formats={name: FormatSums() for name in (*FORMATS, DENSE)})
@@ -153,7 +155,7 @@ def measure(chunks: Callable[[], Iterator[Tensor]], numel: int) -> Sums:
 
 
 def _powers(weights: Tensor) -> list[float]:
-    """Sums of w, w^2, w^3 and w^4."""
+    """Return the sums of w, w^2, w^3 and w^4."""
     exact = weights.double()
     squares = exact * exact
     return [float(power.sum()) for power in (exact, squares, squares * exact, squares * squares)]
@@ -183,7 +185,7 @@ DISTRIBUTIONS: dict[str, Callable[[torch.Generator], Tensor]] = {
 
 
 def measure_references() -> dict[str, Sums]:
-    """The sums of each distribution; the same numbers on every machine of a kind (one seed)."""
+    """Return the sums of each distribution, equal on all machines of a kind (one seed)."""
     found = {}
     for name, draw in DISTRIBUTIONS.items():
         weights = draw(torch.Generator().manual_seed(0))

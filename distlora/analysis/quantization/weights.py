@@ -30,23 +30,26 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Return the shape on disk."""
         return self.source.shape
 
     @property
     def numel(self) -> int:
+        """Return the number of elements."""
         return sum(segment.numel for segment in self.source.segments)
 
     @property
     def layer(self) -> int:
+        """Return the index of the decoder layer."""
         return layer_of(self.name)
 
     @property
     def linear(self) -> str:
-        """Its path in the block: mlp.up_proj; mlp.experts.up_proj is of all experts."""
+        """Return the path in the decoder layer: mlp.up_proj; mlp.experts.up_proj stands for all experts."""
         return linear_of(self.name)
 
     def chunks(self, reader: Reader, device: torch.device) -> Iterator[Tensor]:
-        """The weight in flat order, in pieces of whole groups (but the last), in its dtype on disk."""
+        """Yield the weight in flat order, in pieces of whole groups (but the last), in its dtype on disk."""
         for _, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
             yield chunk.to(device)
 
@@ -66,9 +69,10 @@ def block_weights(model: CausalLM) -> Iterator[tuple[str, FrozenTensor]]:
 
 
 def find_weights(spec: ModelSpec) -> tuple[list[Weight], int]:
-    """(what quant=nf4 quantizes, parameters of the whole model), from headers alone, in the order of the forward.
+    """Return (weights that quant=nf4 quantizes, parameters of the whole model) from headers alone.
 
-    Raises UserError for a checkpoint that is not the model's, and for weights in another type than 32 or 16 bits.
+    The weights are in the order of the forward. Raises UserError for a checkpoint that is not the model's, and for
+    weights in another type than 32 or 16 bits.
     """
     files = CheckpointFiles(spec.path)
     model = build_model(spec, base=files)

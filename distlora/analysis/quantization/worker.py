@@ -55,7 +55,7 @@ def run(request: QuantizationRequest) -> None:
 
 
 def read_rows(request: QuantizationRequest) -> PackedRows:
-    """The text in rows, tokenized as training data is."""
+    """Return the text in rows, tokenized as training data is."""
     train = TrainConfig(dtype=request.dtype)
     return PackedRows.open(prepare(request.spec("nf4").model, request.data(), train), "train")
 

@@ -53,6 +53,7 @@ class Change:
         return self.after - self.before if self.factors is None else self.factors.delta()
 
     def to(self, device: torch.device) -> Change:
+        """Return the change with its tensors on `device`."""
         moved = None
         if self.factors is not None:
             moved = dataclasses.replace(self.factors, A=self.factors.A.to(device), B=self.factors.B.to(device))
@@ -95,6 +96,7 @@ class Changes:
         return min(kinds) if kinds else None
 
     def numel(self, name: str) -> int:
+        """Return the number of elements of a changed weight."""
         return self._before[name].numel
 
     def of(self, name: str, reader: Reader) -> Iterator[Change]:
@@ -153,8 +155,9 @@ def _with_start(weight: BaseWeight, before: Tensor) -> Tensor:
 
 
 def masters(trained: Trained, published: Path) -> Path:
-    """The last checkpoint of full fine-tuning, whose weights are the fp32 masters, where it is what was published: that
-    is rounded to the base's dtype, which a small dW does not survive unchanged.
+    """Return the last checkpoint of full fine-tuning, which holds the fp32 masters, if it is what was published.
+
+    The published weights are rounded to the base's dtype, which a small dW does not survive unchanged.
     """
     if trained.run_dir is None or (published / STATE_NAME).is_file():
         return published

@@ -45,6 +45,7 @@ class Singular:
     """Times that the matrix, or its transpose, was multiplied with a block of vectors."""
 
     def first(self, count: int) -> Singular:
+        """Return the first `count` triples."""
         return Singular(
             self.left[:, :count], self.values[:count], self.right[:, :count], self.errors[:count], self.products
         )
@@ -63,19 +64,20 @@ def of_factors(A: Tensor, B: Tensor, scaling: float) -> Singular:
 
 
 def values_of(matrix_OI: Tensor) -> Tensor:
-    """All singular values, the largest first, fp64: from the eigenvalues of X^T X. Those below SMALLEST of the first
-    are 0.
+    """Return all singular values in fp64, the largest first, from the eigenvalues of X^T X.
+
+    Those below SMALLEST times the first are 0.
     """
     values = torch.linalg.eigvalsh(gram(_tall(matrix_OI))).clamp_min(0).sqrt().flip(0)
     return torch.where(values > SMALLEST * values[0], values, 0.0)
 
 
 def whole(matrix_OI: Tensor, count: int | None = None) -> Singular:
-    """Every triple, or the first `count`, by the eigenvectors of X^T X, (N, N). Singular values of 0 have no vectors of
-    their own and are left out.
+    """Return every triple, or the first `count`, by the eigenvectors of X^T X, (N, N).
 
-    Beside X at most 4 N^2 numbers in fp64 at once (the square, its eigenvectors, and what LAPACK's dsyevd works in), or
-    N (T + N) where these are more (the vectors).
+    Singular values of 0 have no vectors and are left out. Beside X this takes at most 4 N^2 numbers in fp64 at once
+    (the square, its eigenvectors, and the work space of LAPACK's dsyevd), or N (T + N) where these are more (the
+    vectors).
     """
     tall_TN = _tall(matrix_OI)
     square, vectors = torch.linalg.eigh(gram(tall_TN))
@@ -88,7 +90,7 @@ def whole(matrix_OI: Tensor, count: int | None = None) -> Singular:
 
 
 def largest(matrix_OI: Tensor, count: int, *, seed: int = 0) -> Singular:
-    """The first `count` triples, and up to MORE beyond them with the errors that these have.
+    """Return the first `count` triples, and up to MORE beyond them with the errors that these have.
 
     A block Krylov space of X^T X from a random start (Musco and Musco 2015, arXiv 1504.05477) and Rayleigh-Ritz in it,
     begun again from its best vectors until the `count` are within SINE or CYCLES are over. It holds (T + 3 N) x 6
@@ -134,7 +136,7 @@ def _cycle(tall_TN: Tensor, basis_NK: Tensor, width: int) -> tuple[Tensor, Tenso
 
 
 def _orthonormal(block: Tensor, against: Tensor) -> Tensor:
-    """A basis of what the block adds to the space; twice, since once leaves rounding of the first."""
+    """Return a basis of what the block adds to the space; twice, since once leaves rounding of the first."""
     scale = torch.linalg.vector_norm(block, dim=0).max()
     for _ in range(2):
         block = block - against @ (against.T @ block)

@@ -71,11 +71,13 @@ def of_delta(change: Change, request: SpectrumRequest) -> tuple[Singular, bool, 
 
 
 def effective_rank(values: Tensor) -> float:
+    """Return the exponential of the entropy of the normalized singular values."""
     shares = values[values > 0] / values.sum()
     return math.exp(-float((shares * shares.log()).sum()))
 
 
 def of_similarity(found: Similarity, thresholds: Sequence[float]) -> dict[str, Any]:
+    """Return the cosines, the nearest vectors and the counts of intruders for each threshold."""
     counts = {f"{threshold:g}": found.counts(threshold) for threshold in thresholds}
     return {
         "cosines": [[float(low), float(high)] for low, high in zip(found.lower, found.upper, strict=True)],
@@ -85,10 +87,11 @@ def of_similarity(found: Similarity, thresholds: Sequence[float]) -> dict[str, A
 
 
 def angles(first: Singular, second: Singular, rank: int, norm: float, dense_OI: Tensor | None) -> dict[str, Any]:
-    """Cosines of the principal angles between the spaces of the first `rank` singular vectors of two dW (Bjorck and
-    Golub 1973), beside what two random spaces of these sizes share, and how much of the second's energy lies in the
-    first's spaces. `norm` is that of the whole second dW, which is `dense_OI` where `second` holds the first of its
-    triples alone.
+    """Return the cosines of the principal angles between two dW (Bjorck and Golub 1973).
+
+    The spaces are those of the first `rank` singular vectors. Also returns what two random spaces of these sizes
+    share, and how much of the second's energy lies in the first's spaces. `norm` is that of the whole second dW, which
+    is `dense_OI` where `second` holds the first of its triples alone.
     """
     sides = {}
     for side in ("left", "right"):
@@ -108,7 +111,7 @@ def angles(first: Singular, second: Singular, rank: int, norm: float, dense_OI: 
 
 
 def grouped(weights: Sequence[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
-    """Sums over the weights of each group."""
+    """Return sums over the weights of each group."""
     total = sum(weight["delta"]["norm"] ** 2 for weight in weights)
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for weight in weights:

@@ -1,8 +1,10 @@
-"""Intruder dimensions (Shuttleworth et al. 2024, arXiv 2410.21228): left singular vectors of W' = W + dW, among the
-first K, whose largest |cosine| with any left singular vector of W is below a threshold.
+"""Find intruder dimensions (Shuttleworth et al. 2024, arXiv 2410.21228).
+
+They are the left singular vectors of W' = W + dW, among the first K, whose largest |cosine| with any left singular
+vector of W is below a threshold.
 
 Where W is decomposed whole, that is a product of two bases. Where only the first of its vectors are known, the cosine
-with each of these is known, and what is left is bounded without the others. Let y be what remains of a unit vector
+with each of these is known, and the rest is bounded without the others. Let y be the component of a unit vector
 outside of the known ones. Its spectral measure puts the mass (u_i^T y)^2 / ||y||^2 on s_i^2. m Lanczos steps of W W^T
 from y give the Jacobi matrix of that measure, and with it the nodes and weights of Gauss's quadrature; and the mass on
 one point is at most the weights of the nodes on both sides of it (Chebyshev, Markov, Stieltjes; Akhiezer 1965, The
@@ -135,13 +137,16 @@ def in_range(before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, largest_value:
 
 
 class Spread:
-    """The distribution of vectors over W's left singular vectors orthogonal to `base_OR`, by Lanczos with full
-    orthogonalization.
+    """Distribution of vectors over W's left singular vectors orthogonal to `base_OR`.
+
+    It is built by Lanczos with full orthogonalization.
     """
 
     def __init__(self, before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, missed: Tensor, *, ended: float) -> None:
-        """`missed`: what a component can be larger than `rest_OK` tells; `ended`: the coefficient below which all that
-        a vector reaches has been reached.
+        """Start without a step.
+
+        `missed`: by how much a component can exceed what `rest_OK` shows; `ended`: the coefficient below which the
+        Krylov space is complete.
         """
         self._before_OI, self._base_OR, self._missed, self._ended = before_OI, base_OR, missed, ended
         self._norms = torch.linalg.vector_norm(rest_OK, dim=0)
@@ -151,10 +156,11 @@ class Spread:
 
     @property
     def steps(self) -> int:
+        """Return the number of Lanczos steps made."""
         return len(self._alphas)
 
     def go_on(self, steps: int) -> None:
-        """Until so many are made."""
+        """Continue until `steps` are made."""
         is_tall = self._before_OI.shape[0] >= self._before_OI.shape[1]
         tall_TN = self._before_OI if is_tall else self._before_OI.T
         while self.steps < steps:
@@ -182,8 +188,10 @@ class Spread:
 
 
 def _largest_mass(alphas_m: Tensor, betas_m: Tensor, ended: float) -> Tensor:
-    """Return the largest mass of a unit measure at one point: the squared first components of its Jacobi matrix's
-    eigenvectors (Gauss weights). It holds for any number of steps.
+    """Return the largest mass of a unit measure at one point.
+
+    The masses are the squared first components of its Jacobi matrix's eigenvectors (Gauss weights). The bound holds for
+    any number of steps.
     """
     over = torch.nonzero(betas_m <= ended).flatten()
     steps = len(alphas_m) if not len(over) else int(over[0]) + 1

@@ -48,7 +48,7 @@ def _colour(linears: Sequence[str], linear: str) -> str:
 
 
 def _plot_values(panel: Axes, weights: Sequence[Mapping[str, Any]], side: str) -> None:
-    """A line a weight, coloured by its linear."""
+    """Plot one line per weight, coloured by its linear."""
     linears = list(dict.fromkeys(weight["linear"] for weight in weights))
     labelled = set()
     for weight in weights:
@@ -63,7 +63,7 @@ def _plot_values(panel: Axes, weights: Sequence[Mapping[str, Any]], side: str) -
 
 
 def _plot_energy(panel: Axes, sums: Mapping[str, Any], name: str, side: str) -> None:
-    """A bar a linear."""
+    """Plot one bar per linear."""
     linears = sums["linears"]
     shift = -0.2 if side == "first" else 0.2
     heights = [100 * (values["relative_norm"] or 0.0) for values in linears.values()]
@@ -73,7 +73,7 @@ def _plot_energy(panel: Axes, sums: Mapping[str, Any], name: str, side: str) -> 
 
 
 def _plot_intruders(panel: Axes, weights: Sequence[Mapping[str, Any]], name: str, side: str) -> None:
-    """The share of vectors below every threshold; between the bounds where these differ."""
+    """Plot the share of vectors below every threshold; between the bounds where these differ."""
     pairs = [pair for weight in weights for pair in weight["intruders"]["cosines"]]
     grid = [step / 200 for step in range(201)]
     low, high = ([100 * sum(p[end] < t for p in pairs) / max(len(pairs), 1) for t in grid] for end in (1, 0))

@@ -149,10 +149,12 @@ def short(weight: Mapping[str, Any]) -> str:
 
 
 def percent(value: float | None) -> str:
+    """Format a share as a percentage, "-" for None."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def number(value: float | None) -> str:
+    """Format a value with one decimal, "-" for None."""
     return "-" if value is None else f"{value:.1f}"
 
 

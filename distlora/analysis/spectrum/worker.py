@@ -64,7 +64,7 @@ def measured(
     device: torch.device,
     say: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """An entry for each matrix."""
+    """Yield an entry for each matrix."""
     began, total, done = time.monotonic(), sum(map(first.numel, names)), 0
     with Reader() as reader, Reader() as other_reader:
         for number, name in enumerate(names, start=1):
@@ -101,7 +101,7 @@ def compared(
 
 
 def together(weights: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sums of one run."""
+    """Return the sums of one run."""
     return {
         "overall": figures.summed(weights),
         "layers": figures.grouped(weights, lambda weight: weight["layer"]),

@@ -175,4 +175,5 @@ class Combination:
 
 
 def header_of(folder: str) -> Mapping[str, Any]:
+    """Return the safetensors header of an adapter's folder."""
     return read_header(Path(folder) / WEIGHTS_NAME)

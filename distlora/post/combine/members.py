@@ -22,8 +22,7 @@ from distlora.weights.peft_folder import CONFIG_NAME, PeftAdapter, read_peft_ada
 
 
 def find_member(place: str, weight: float, base: str | None = None) -> Member:
-    """Return the adapter at `place`: a run's result, a folder in PEFT's format inside a run, or an adapter without a
-    run.
+    """Return the adapter at `place`: a run's result, a PEFT folder inside a run, or an adapter without a run.
 
     `base` is the base of an adapter that names none on this machine. Raises UserError for a folder that is none of
     these, has nothing trained yet, or holds no plain LoRA or DoRA.

@@ -109,8 +109,9 @@ def truncated_dense(whole: Tensor, rank: int) -> Combined:
 
 
 def balanced(u: Tensor, s: Tensor, v: Tensor, energy: float, dropped: float) -> Combined:
-    """Return U S V with the root of S on each side, so that A and B have one scale for further training. PEFT puts S
-    in B.
+    """Return U S V with the root of S on each side, so that A and B have one scale for further training.
+
+    PEFT puts S in B.
     """
     root = s.sqrt()
     return Combined((root[:, None] * v).float(), (u * root).float(), energy, dropped)

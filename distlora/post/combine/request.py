@@ -24,6 +24,7 @@ class Method:
 
     @property
     def has_density(self) -> bool:
+        """Return True if --density applies."""
         return self.function not in ("", "task_arithmetic")
 
     @property
@@ -33,10 +34,12 @@ class Method:
 
     @property
     def draws(self) -> bool:
+        """Return True if the method draws random numbers (DARE)."""
         return self.function.startswith("dare")
 
     @property
     def truncates(self) -> bool:
+        """Return True if the method works on dense dW and truncates it to --rank."""
         return self.on == "weights"
 
 
@@ -138,4 +141,5 @@ class CombineRequest:
 
     @property
     def how(self) -> Method:
+        """Return the combination method."""
         return METHODS[self.method]

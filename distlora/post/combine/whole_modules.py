@@ -89,8 +89,9 @@ def _check_new(members: Sequence[Weighted], matrix: str, stored: int) -> None:
 
 
 def combined_modules(members: Sequence[Weighted], base: Base, reader: Reader) -> dict[str, DeferredTensor]:
-    """Return the summed modules by PEFT's names, computed as they are written. Raises UserError for another size
-    than the base's.
+    """Return the summed modules by PEFT's names, computed as they are written.
+
+    Raises UserError for another size than the base's.
     """
     tensors = {}
     for matrix in sorted({name for member in members for name in member.file.modules}):

@@ -133,7 +133,7 @@ def record(request: CombineRequest, made: Combination, folder: Path) -> dict[str
 
 
 def _share(energy: float, dropped: float) -> float:
-    """||what was dropped|| / ||dW||."""
+    """Return ||dropped part|| / ||dW||."""
     return math.sqrt(dropped / energy) if energy > 0 else 0.0
 
 

@@ -85,6 +85,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
+        """Return the tokenizer's name, without slashes."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -224,8 +225,9 @@ class HarnessModel(TemplateLM):
 
 
 def batches_of(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield indices in batches of at most TOKENS_AT_ONCE padded tokens, the longest first so that out-of-memory
-    shows early.
+    """Yield indices in batches of at most TOKENS_AT_ONCE padded tokens.
+
+    The longest come first, so that out-of-memory shows early.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):

@@ -78,6 +78,7 @@ def _forms(
 
 
 def may_merge_onto_original(trained: Trained) -> bool:
+    """Return True if the adapter can be merged onto the original, unquantized base."""
     try:
         check_mergeable(trained, "original")
     except UserError:

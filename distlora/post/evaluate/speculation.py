@@ -86,6 +86,7 @@ def check_vocabulary(target: Path, draft: Path) -> None:
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a model on the GPU if there is one; no token ends an answer, so all have the same length."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     model.generation_config.eos_token_id = None  # No token ends an answer, so all have the same length.

@@ -111,8 +111,9 @@ def shown(figures: Mapping[str, Any]) -> Table:
 
 
 def of_tasks(figures: Mapping[str, Any]) -> Table:
-    """Return one line per task and metric and one column per model, with paired differences to the first in
-    brackets.
+    """Return one line per task and metric and one column per model.
+
+    Paired differences to the first model are in brackets.
     """
     models = figures["models"]
     rows = [["task, metric", "questions", *(model["label"] for model in models)]]

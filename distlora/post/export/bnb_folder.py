@@ -144,8 +144,9 @@ def quantization(dtype: str, skip: Sequence[str]) -> dict[str, Any]:
 
 
 def skipped(base: Base, quantized: Sequence[BaseWeight]) -> list[str]:
-    """Return the modules that stay dense: the head, and the shortest paths outside the decoder without a quantized
-    weight.
+    """Return the modules that stay dense.
+
+    These are the head, and the shortest paths outside the decoder without a quantized weight.
     """
     held = {".".join(weight.name.split(".")[:size]) for weight in quantized for size in range(weight.name.count("."))}
     found = {"lm_head"}

@@ -70,6 +70,7 @@ class Reading:
 
     @property
     def within(self) -> bool:
+        """Return True if the difference is finite and within the bound."""
         return math.isfinite(self.difference) and (self.bound is None or self.difference <= self.bound)
 
 
@@ -147,6 +148,7 @@ def refuse_whole_models(trained: Trained, request: ExportRequest) -> None:
 
 
 def refuse_peft(trained: Trained, request: ExportRequest) -> None:
+    """Raise UserError if a run cannot be exported as --format=peft."""
     refuse_whole_models(trained, request)
     if trained.foreign:
         raise UserError(f"--format=peft: {trained.weights} is an adapter in PEFT's format already; copy that folder")
@@ -158,6 +160,7 @@ def is_packed(trained: Trained) -> bool:
 
 
 def refuse_bnb(trained: Trained, request: ExportRequest) -> None:
+    """Raise UserError if a run cannot be exported as --format=bnb."""
     refuse_whole_models(trained, request)
     spec = trained.spec
     require(
@@ -179,11 +182,13 @@ def refuse_bnb(trained: Trained, request: ExportRequest) -> None:
 
 
 def refuse_hf(trained: Trained, request: ExportRequest) -> None:
+    """Raise UserError if a run cannot be exported as --format=hf."""
     refuse_whole_models(trained, request)
     check_mergeable(trained, request.onto)
 
 
 def refuse_gguf(trained: Trained, request: ExportRequest) -> None:
+    """Raise UserError if a run cannot be exported as --format=gguf."""
     folder = trained.base
     check_model(read_config(folder), folder / "config.json")
     if trained.spec.adapter.method == "lora":
@@ -191,6 +196,7 @@ def refuse_gguf(trained: Trained, request: ExportRequest) -> None:
 
 
 def refuse_gguf_lora(trained: Trained, request: ExportRequest) -> None:
+    """Raise UserError if a run cannot be exported as --format=gguf-lora."""
     refuse_whole_models(trained, request)
     refuse_gguf(trained, request)
     check_adapter(trained.spec)

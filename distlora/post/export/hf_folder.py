@@ -69,8 +69,9 @@ def check(export: Export, ours: Ours) -> list[Reading]:
 
 
 def unround(model: Any, export: Export, dtype: torch.dtype) -> float:
-    """Replace the model's weights by the unrounded merged ones; return the largest difference from their rounded
-    values.
+    """Replace the model's weights by the unrounded merged ones.
+
+    Returns the largest difference from their rounded values.
     """
     trained, original, apart = export.trained, export.request.onto == "original", 0.0
     base = open_base(trained.spec, trained.initial_adapter_dir)

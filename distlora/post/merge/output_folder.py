@@ -168,6 +168,7 @@ class Cursor:
         return written
 
     def close(self) -> None:
+        """Check that every tensor is written whole."""
         assert not self._left, f"{self._name} ended early"
 
 

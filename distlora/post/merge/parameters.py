@@ -53,8 +53,9 @@ class Parameter:
 
 
 def parameters_of(base: Base, folder: Path, adapter: Adapter | None) -> list[Parameter]:
-    """Return all parameters: decoder and head in the model's order, then prequantized weights outside it (a vision
-    tower's).
+    """Return all parameters: decoder and head in the model's order.
+
+    Prequantized weights outside the decoder (a vision tower's) come last.
     """
     model = base.model
     adapted = set() if adapter is None else set(adapter.file.paths)

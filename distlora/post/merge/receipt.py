@@ -116,6 +116,7 @@ def _kept(receipt: Receipt) -> Table:
 
 
 def percents(kept: Mapping[str, float]) -> list[str]:
+    """Format the shares as percentages."""
     return [f"{value:.2%}" for value in kept.values()]
 
 

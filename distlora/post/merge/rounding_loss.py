@@ -46,6 +46,7 @@ class Change:
         return {name: 1 - math.sqrt(lost / self.delta) for name, lost in finite.items()}
 
     def as_json(self) -> dict[str, object]:
+        """Return the change for merge.json."""
         return {"ratio": self.ratio, "kept": self.kept, "base_norm": math.sqrt(self.base)}
 
 
@@ -81,6 +82,7 @@ class Measure:
 
     @torch.no_grad()
     def add(self, base: Tensor, merged: Tensor) -> None:
+        """Add a chunk of the base and of the merged weights."""
         self._base += _square(base)
         self._delta += _square(merged - base)
         for name in ("bf16", "fp16"):
@@ -89,6 +91,7 @@ class Measure:
             self._again.add(merged)
 
     def result(self) -> Change:
+        """Return the change over all chunks."""
         lost = self._lost | ({AGAIN: self._again.lost()} if self.quantized else {})
         return Change(base=self._base, delta=self._delta, lost=lost)
 
@@ -111,6 +114,7 @@ class Nf4Again:
         self._sums: list[Tensor] = []
 
     def add(self, merged: Tensor) -> None:
+        """Quantize the whole groups of a chunk, in flat order; keep the rest for the next call."""
         self._rest = torch.cat([self._rest, merged.reshape(-1)])
         whole = len(self._rest) // nf4.GROUP * nf4.GROUP
         if whole:
@@ -118,6 +122,7 @@ class Nf4Again:
             self._rest = self._rest[whole:].clone()
 
     def lost(self) -> float:
+        """Return ||M - NF4(M)||^2."""
         if len(self._rest):
             self._take(self._rest)
         absmax, sums = torch.cat(self._absmax), torch.cat(self._sums, dim=1).double()

@@ -116,12 +116,14 @@ class Tracker:
         self._call(lambda: self._run.log(dict(figures), step=step))
 
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table to the wandb run."""
         import wandb
 
         table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
         self._call(lambda: self._run.log({name: table}, step=step))
 
     def summary(self, figures: Mapping[str, Any]) -> None:
+        """Update the summary of the wandb run."""
         self._summary.update(figures)
         self._call(lambda: self._run.summary.update(self._summary))
 

@@ -77,12 +77,16 @@ def main(arguments: list[str]) -> int:
 
 
 def usage() -> str:
+    """Return the usage text with the methods filled in."""
     methods = "\n".join(f"    {name:<19} {method.what}" for name, method in METHODS.items())
     return USAGE.format(methods=methods)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
+    """Parse the command line.
+
+    Raises UserError for an unknown flag, with the nearest, and for values that are not numbers.
+    """
     parser = Parser("distlora combine")
     parser.add_argument("adapters", metavar="ADAPTER=WEIGHT", nargs="+")
     parser.add_argument("--out", required=True)
@@ -101,7 +105,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def checked(options: argparse.Namespace, command: str) -> CombineRequest:
-    """The request. Raises UserError for whatever can be told here."""
+    """Return the request. Raises UserError for anything that can be checked before the run."""
     out = Path(options.out).expanduser().absolute()
     require(not out.exists(), f"--out={options.out} exists already; name another folder, or remove it")
     check_writable(out, "--out")
@@ -181,7 +185,7 @@ def local_base(model: str) -> str:
 
 
 def check_unchanged(folder: str | None, known: str | None) -> None:
-    """The base's values are those that the adapters were trained on."""
+    """Raise UserError unless the base's values are those that the adapters were trained on."""
     if folder is not None and known is not None and fingerprint_of(folder) != known:
         raise UserError(
             f"the adapters belong to the base {known[:12]}, and {shown(Path(folder))} holds another; name it with "

@@ -105,7 +105,10 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
+    """Parse the command line.
+
+    Raises UserError for an unknown flag, with the nearest, and for values that are not numbers.
+    """
     parser = Parser("distlora eval")
     parser.add_argument("places", metavar="RUN|MODEL", nargs="+")
     for name in ("--text", "--out", "--checkpoint", "--adapter", "--model"):
@@ -123,7 +126,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def checked(options: argparse.Namespace) -> EvaluateRequest:
-    """The request, its models on this machine. Raises UserError for whatever can be told here."""
+    """Return the request, with its models on this machine.
+
+    Raises UserError for anything that can be checked before the run.
+    """
     subjects: list[Subject] = []
     runs: list[Trained] = []
     places: set[str] = set()
@@ -247,7 +253,7 @@ def trained_subject(place: str, options: argparse.Namespace) -> tuple[Subject, T
 
 
 def base_of(trained: Trained, subject: Subject) -> Subject:
-    """The base of what was trained, held as it was held then."""
+    """Return the base of a trained model, in the form in which it was trained."""
     assert subject.name is not None
     if trained.run_dir is not None:
         name = dataclasses.replace(subject.name, adapter=BASE_ALONE, checkpoint=None)
@@ -257,7 +263,7 @@ def base_of(trained: Trained, subject: Subject) -> Subject:
 
 
 def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subject]:
-    """The base of each, those that are the same once."""
+    """Return the base of each run, equal ones once."""
     found: dict[tuple[object, ...], Subject] = {}
     for trained, subject in zip(runs, subjects, strict=True):
         spec = trained.spec
@@ -279,13 +285,14 @@ def check_positions(subjects: Sequence[Subject], text: Text) -> None:
 
 
 def base_label(trained: Trained) -> str:
+    """Return the base's name and storage format for the report."""
     model = trained.spec.model
     held = "nf4" if trained.spec.quant.is_nf4 else trained.spec.dtype
     return f"base {model.name or name_of(model.path)} in {held}"
 
 
 def model_subject(place: str, quant: str | None) -> Subject:
-    """A model's folder, or a name on the hub, which is downloaded."""
+    """Return a model's folder, or a name on the hub, which is downloaded."""
     folder = Path(place).expanduser().absolute()
     path = place_of(place)
     if not is_hub_name(path) and not (folder / "config.json").is_file():

@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
 
 
 def usage() -> str:
+    """Return the usage text with the formats filled in."""
     width = max(map(len, FORMATS)) + 2
     return USAGE.format(
         names="|".join(FORMATS),
@@ -66,7 +67,7 @@ def usage() -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. UserError for an unknown flag or format, with the nearest."""
+    """Parse the command line. Raises UserError for an unknown flag or format, with the nearest."""
     parser = Parser("distlora export")
     add_arguments(parser)
     for name in ("--format", "--out", "--dtype"):
@@ -85,7 +86,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def checked(options: argparse.Namespace) -> tuple[ExportRequest, Trained]:
-    """The request. Raises UserError for whatever can be told here."""
+    """Return the request. Raises UserError for anything that can be checked before the run."""
     name, trained = named(options)
     suffix = FORMATS[options.format].suffix
     out = default_place(trained, options, options.format, inside="exports", suffix=suffix)

@@ -91,7 +91,10 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
+    """Parse the command line.
+
+    Raises UserError for an unknown flag, with the nearest, and for values that are not numbers.
+    """
     parser = Parser("distlora generate")
     parser.add_argument("run", metavar="RUN")
     for name in ("--adapter", "--checkpoint", "--prompts", "--out", "--system"):
@@ -134,6 +137,7 @@ def check_files(prompts: str | None, out: str | None) -> None:
 
 
 def check_terminal(processes: int, prompts: str | None) -> None:
+    """Raise UserError for several processes without a file of prompts."""
     require(
         processes == 1 or prompts is not None,
         f"--processes={processes} answers the prompts of a file, as several processes cannot share a terminal; add "

@@ -33,6 +33,7 @@ MOST_ROWS = 128
 
 
 def add_arguments(parser: Parser) -> None:
+    """Add the options of the measurement to a parser."""
     parser.add_argument("--text")
     parser.add_argument("--rows", type=int)
     parser.add_argument("--processes", type=int, default=1)
@@ -43,7 +44,10 @@ def add_arguments(parser: Parser) -> None:
 def to_measure(
     options: argparse.Namespace, name: Name, trained: Trained, out: Path, dtype: str
 ) -> tuple[EvaluateRequest | None, str]:
-    """(what is measured, or None; why not). Raises UserError where it was asked for and cannot be."""
+    """Return (the measurement, or None; the reason if None).
+
+    Raises UserError for a measurement that was requested and is not possible.
+    """
     given = {"text": options.text is not None, "rows": options.rows is not None, "compare": options.compare}
     asked = next((flag for flag, is_given in given.items() if is_given), None)
     if options.no_measure:
@@ -70,7 +74,10 @@ def to_measure(
 
 
 def require_memory(trained: Trained) -> None:
-    """A whole model in fp32 on the host; what a GPU has, its process finds out."""
+    """Raise UserError if host memory cannot hold the whole model in fp32.
+
+    With a GPU the worker checks its memory.
+    """
     needed, available = 4 * num_weights(trained) + SPARE_BYTES, available_bytes()
     require(
         gpu_count() > 0 or available is None or needed <= available,

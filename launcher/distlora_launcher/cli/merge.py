@@ -64,9 +64,9 @@ def main(arguments: list[str]) -> int:
 
 
 def checked(arguments: list[str]) -> tuple[MergeRequest, EvaluateRequest | None, int]:
-    """(the request, what is measured afterwards, by how many processes).
+    """Return (the request, the measurement afterwards, its number of processes).
 
-    Raises UserError for whatever can be told here.
+    Raises UserError for anything that can be checked before the run.
     """
     parser = Parser("distlora merge")
     add_arguments(parser)

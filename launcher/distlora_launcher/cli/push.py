@@ -65,6 +65,7 @@ class Options:
 
 
 def parse(arguments: list[str]) -> Options:
+    """Parse the command line."""
     parser = Parser("distlora push")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("name", metavar="ORG/NAME")

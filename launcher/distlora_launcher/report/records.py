@@ -107,6 +107,7 @@ class Series:
 
     @property
     def is_constant(self) -> bool:
+        """Return True if all values are equal."""
         return len(set(self.values)) <= 1
 
     def at(self, step: float) -> float | None:
@@ -194,6 +195,7 @@ class RunRecords:
 
     @property
     def name(self) -> str:
+        """Return the run's name, or the folder's without a config."""
         return self.folder.name if self.config is None else self.config.name
 
 
@@ -311,6 +313,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def series_of(values: Mapping[int, float]) -> Series:
+    """Return a series of values by step."""
     steps = sorted(values)
     return Series(steps, [values[step] for step in steps])
 

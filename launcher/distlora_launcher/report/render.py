@@ -39,7 +39,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def visible(text: str) -> str:
-    """Write out the characters of a text that cannot be seen, as in `\\u202e`."""
+    r"""Write out the characters of a text that cannot be seen, as in "\u202e"."""
     return _INVISIBLE.sub(lambda match: ascii(match[0])[1:-1], text.replace("\r\n", "\n"))
 
 

@@ -65,8 +65,9 @@ def check_paths(paths: Sequence[str], base: Base) -> None:
 
 
 def check(export: Export, ours: Ours) -> list[Reading]:
-    """Return readings of transformers with the file's change added, and of llama.cpp if installed, on a GGUF of the
-    base.
+    """Return readings of transformers with the file's change added, and of llama.cpp if installed.
+
+    llama.cpp reads a GGUF of the base.
     """
     trained, dtype = export.trained, export.request.dtype
     assert dtype is not None

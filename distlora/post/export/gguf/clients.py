@@ -15,8 +15,9 @@ HOW_TO_GET_IT = "`pip install llama-cpp-python` builds it, in some minutes, with
 
 
 def transformers_model(path: Path, config: Any) -> Any:
-    """Load a model in fp32. `config` is passed as GGUF files lack some rotary embeddings and head sizes for
-    transformers.
+    """Load a model in fp32.
+
+    `config` is passed as GGUF files lack some rotary embeddings and head sizes for transformers.
     """
     import transformers
 
@@ -42,6 +43,7 @@ def logits_of(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def has_llama_cpp() -> bool:
+    """Return True if llama-cpp-python is installed."""
     return importlib.util.find_spec(LLAMA_CPP) is not None
 
 

@@ -39,13 +39,12 @@ def add_hyperparameters(writer: GGUFWriter, config: Any, say: Callable[[str], No
 
 
 def head_size(config: Any) -> int:
+    """Return the size of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
-    """Return the tensor rope_freqs.weight, the divisors of the frequencies for Llama 3's rotary embedding; else
-    None.
-    """
+    """Return the tensor rope_freqs.weight, the divisors of the frequencies for Llama 3; else None."""
     if config.rope_parameters["rope_type"] != "llama3":
         return None
     frequencies, _ = _frequencies(config)

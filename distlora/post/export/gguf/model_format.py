@@ -169,6 +169,7 @@ def _as_base(trained: Trained) -> Trained:
 
 
 def tokenizer_of(trained: Trained) -> Any:
+    """Load the tokenizer of the base, with the run's new tokens."""
     model = trained.spec.model
     return load_tokenizer(Path(model.path), model.new_tokens)
 

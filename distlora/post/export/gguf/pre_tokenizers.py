@@ -90,8 +90,9 @@ class Match:
 
 
 def find_pre_tokenizer(spec: Mapping[str, Any]) -> Match:
-    """Return the best match for a tokenizer.json. Raises UserError if every candidate tokenizes LLAMA_CPP_TEXT
-    differently.
+    """Return the best match for a tokenizer.json.
+
+    Raises UserError if every candidate tokenizes LLAMA_CPP_TEXT differently.
     """
     original, imitation = _tokenizer(spec), _tokenizer(_without_rules(spec))
     ignores = bool(spec["model"].get("ignore_merges"))

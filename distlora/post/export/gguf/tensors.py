@@ -75,6 +75,7 @@ class Planned:
 
     @property
     def num_bytes(self) -> int:
+        """Return the encoded size."""
         block, size = gguf.GGML_QUANT_SIZES[self.type]
         return int(np.prod(self.shape)) // block * size
 
@@ -105,6 +106,7 @@ class Names:
 
     @classmethod
     def of(cls, config: Any) -> Names:
+        """Return the names of a model's architecture."""
         arch = ARCHITECTURES[config.model_type]
         key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
         return cls(arch, gguf.get_tensor_name_map(key, config.num_hidden_layers), config)
@@ -141,8 +143,9 @@ def plan(names: Names, weights: Mapping[str, Weight], dtype: str) -> list[Planne
 
 
 def _type_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Return a tensor's type as llama.cpp's converter chooses it: vectors and norms fp32, rows without whole blocks
-    fp16.
+    """Return a tensor's type as llama.cpp's converter chooses it.
+
+    Vectors and norms are fp32, rows without whole blocks fp16.
     """
     if len(shape) < 2 or name.endswith("_norm.weight"):
         return GGMLQuantizationType.F32

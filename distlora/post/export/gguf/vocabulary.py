@@ -133,8 +133,9 @@ SPACE = "▁"
 
 
 def scores_of(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Return SentencePiece scores of tokens: minus the index among merge results, then single characters by id; else
-    0.
+    """Return SentencePiece scores of tokens.
+
+    A score is minus the index among merge results, then minus that of single characters by id; else 0.
     """
     places: dict[str, int] = {}
     for left, right in merges:

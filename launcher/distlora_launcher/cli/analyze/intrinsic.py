@@ -70,7 +70,10 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
+    """Parse the command line.
+
+    Raises UserError for an unknown flag, with the nearest, and for values that are not numbers.
+    """
     parser = Parser("distlora analyze intrinsic", help="distlora analyze intrinsic --help")
     parser.add_argument("models", metavar="MODEL", nargs="+")
     parser.add_argument("--data")
@@ -98,7 +101,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def checked(options: argparse.Namespace) -> IntrinsicRequest:
-    """The request, its models on this machine and its folder made. Raises UserError for whatever can be told here."""
+    """Return the request, with its models on this machine and its folder made.
+
+    Raises UserError for anything that can be checked before the run.
+    """
     given = ("share", "steps", "batch", "sequence_length", "lr", "seeds", "start", "most", "resolution")
     models = [place_of(model) for model in options.models]
     names = [name_of(model) for model in models]

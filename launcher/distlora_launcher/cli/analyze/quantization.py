@@ -65,7 +65,10 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
+    """Parse the command line.
+
+    Raises UserError for an unknown flag, with the nearest, and for values that are not numbers.
+    """
     parser = Parser("distlora analyze quantization", help="distlora analyze quantization --help")
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--text")
@@ -81,7 +84,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def checked(options: argparse.Namespace) -> QuantizationRequest:
-    """The request, its model on this machine and its folder made. Raises UserError for whatever can be told here."""
+    """Return the request, with its model on this machine and its folder made.
+
+    Raises UserError for anything that can be checked before the run.
+    """
     model = place_of(options.model)
     name = name_of(model)
     out = Path(options.out or f"analysis/{name.replace('/', '-')}-quantization").expanduser().absolute()
@@ -120,7 +126,7 @@ def checked(options: argparse.Namespace) -> QuantizationRequest:
 
 
 def write_default_text(path: Path) -> None:
-    """The docstrings that the demo's base never saw (demo/README.md), a document each."""
+    """Write the docstrings that the demo's base never saw (demo/README.md), one document each."""
     corpus = build_corpus()
     answers = [messages[-1]["content"] for messages in (*corpus.pairs, *corpus.held_out)]
     write_jsonl(path, ({"text": answer} for answer in answers))

@@ -56,7 +56,10 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
+    """Parse the command line.
+
+    Raises UserError for an unknown flag, with the nearest, and for values that are not numbers.
+    """
     parser = Parser("distlora analyze spectrum", help="distlora analyze spectrum --help")
     add_arguments(parser)
     parser.add_argument("--against")
@@ -68,7 +71,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def checked(options: argparse.Namespace) -> SpectrumRequest:
-    """The request, its base on this machine and its folder made. Raises UserError for whatever can be told here."""
+    """Return the request, with its base on this machine and its folder made.
+
+    Raises UserError for anything that can be checked before the run.
+    """
     require(
         options.adapter != BASE_ALONE,
         f"--adapter={BASE_ALONE} changed nothing, so there is no dW; leave it out, or name an adapter",

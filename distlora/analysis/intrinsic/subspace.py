@@ -79,11 +79,9 @@ class Everything:
 
     def pull(self) -> None:
         """Do nothing: the gradients are the model's."""
-        pass
 
     def push(self) -> None:
         """Do nothing: the parameters are the model's."""
-        pass
 
 
 class Subspace:

@@ -100,7 +100,7 @@ class Changes:
         return self._before[name].numel
 
     def of(self, name: str, reader: Reader) -> Iterator[Change]:
-        """A weight's matrix, or those of its experts one after the other."""
+        """Yield the change of a weight's matrix, or of each of its experts."""
         weight = self._before[name]
         factors = None
         if self._adapter is not None:

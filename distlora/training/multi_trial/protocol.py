@@ -35,14 +35,17 @@ INBOX, VERDICTS, OUTCOMES = "inbox", "verdicts", "outcomes"
 
 
 def inbox_file(folder: Path, number: int) -> Path:
+    """Return the file that hands a trial to the trainer."""
     return folder / INBOX / f"{number:04d}.json"
 
 
 def verdict_file(folder: Path, number: int, step: int) -> Path:
+    """Return the file that decides if a trial continues after the evaluation at `step`."""
     return folder / VERDICTS / f"{number:04d}_{step:08d}.json"
 
 
 def outcome_file(folder: Path, number: int) -> Path:
+    """Return the file with the outcome of a trial."""
     return folder / OUTCOMES / f"{number:04d}.json"
 
 

@@ -50,6 +50,7 @@ class SlotTrial:
 
     @property
     def has_ended(self) -> bool:
+        """Return True if the trial was pruned or has ended."""
         return self.pruned_at is not None or self.trial.has_ended
 
 

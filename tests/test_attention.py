@@ -36,7 +36,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 CPU, CPU_DTYPE = torch.device("cpu"), torch.float32
 SDPA_VARIANTS = [name for name in VARIANTS if not name.startswith(("gemma2", "gpt-oss"))]
 """Those whose scores have no caps and no sinks."""
-BY_DEFAULT = ("llama", "mistral-window", "qwen2-tied-window", "qwen3", "gemma3", "phi3", "mixtral", "llama3-tied")
+BY_DEFAULT = ("llama", "mistral-window", "qwen2-tied-window", "qwen3", "gemma3", "phi3", "mixtral", "qwen3-moe")
 """One variant of each family, the others in `make test-ci`."""
 LAYOUTS = ([23, 1, 40], [64], [1, 1, 17, 45], [30, 34])
 """Lengths of the documents of each row; 64 is a document alone, or a row of padding."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch import Tensor
 
 from distlora_kernels import device_tables, nf4, nf4_cpu, reference
-from test_nf4 import bitsandbytes_dequantize, random_weight, with_zero_block
+from test_nf4 import random_weight, with_zero_block
 from tiers import diagonal
 
 GROUP, BLOCK = nf4.GROUP, nf4.BLOCK
@@ -74,30 +73,6 @@ def test_a_slice_of_groups_is_dequantized_into_a_slice_of_the_weight(triton_devi
     assert torch.equal(weight[first:last], expected[first:last])
     assert weight[:first].isnan().all()
     assert weight[last:].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-def test_dequantizing_bitsandbytes_own_bytes_equals_bitsandbytes(
-    triton_device: torch.device, dtype: torch.dtype, nested: bool
-) -> None:
-    shape = (1002, 96)
-    packed, state = bnb.quantize_4bit(
-        random_weight(shape, dtype), blocksize=64, quant_type="nf4", compress_statistics=nested
-    )
-    expected = bitsandbytes_dequantize(packed, state, shape)
-    groups = nf4.num_groups(math.prod(shape))
-    codes = torch.full((groups * nf4.GROUP_BYTES,), 0x77, dtype=torch.uint8)
-    codes[: packed.numel()] = packed.view(-1)
-    absmax = torch.zeros(groups * nf4.BLOCKS_PER_GROUP, dtype=state.absmax.dtype)
-    absmax[: state.absmax.numel()] = state.absmax
-    rows = [part.view(groups, -1).to(triton_device) for part in (codes, absmax)]
-    if nested:
-        second = (state.state2.absmax.to(triton_device), state.offset.to(triton_device))
-        actual = nf4.nf4_dequantize(*rows, *second, shape=shape, dtype=dtype)
-    else:
-        actual = nf4.dequantize_blocks(*rows, shape=shape, dtype=dtype)
-    assert torch.equal(actual.cpu(), expected)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), diagonal(SHAPES, DTYPES), ids=str)
@@ -201,21 +176,6 @@ def project(x: Tensor, codes: Tensor, scales: Tensor, group_scale: Tensor, offse
     nested = nf4.nf4_dequantize(codes, scales, group_scale, offset, shape=(200, 96), dtype=torch.float32)
     plain = nf4.dequantize_blocks(codes, scales.float(), shape=(200, 96), dtype=torch.float32)
     return x @ (nested + plain).T
-
-
-def check_compiled(device: torch.device) -> None:
-    inputs = (torch.ones(3, 96, device=device), *random_parts(2, device))
-    torch._dynamo.reset()
-    compiled = torch.compile(project, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(*inputs), project(*inputs))
-
-
-def test_a_compiled_function_may_dequantize(triton_device: torch.device) -> None:
-    check_compiled(triton_device)
-
-
-def test_a_compiled_function_may_dequantize_on_the_cpu() -> None:
-    check_compiled(torch.device("cpu"))
 
 
 def test_dequantizing_into_a_given_tensor_without_triton_equals_the_reference() -> None:

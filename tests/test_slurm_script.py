@@ -282,22 +282,6 @@ def test_resume_submits_again_unless_the_job_waits_or_runs(
     assert (run_dir / "job.sbatch").read_text().endswith("# by hand\n")
 
 
-def test_a_script_that_was_changed_and_submitted_by_hand_is_not_written_again(
-    place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
-):
-    assert train("run_dir=runs/one") == 0
-    script = place / "runs" / "one" / "job.sbatch"
-    script.write_text(script.read_text().replace("#SBATCH --requeue", "#SBATCH --requeue\n#SBATCH --exclusive"))
-    (script.parent / "slurm.json").write_text('{"job_id": "42"}')  # What a job of sbatch's leaves.
-    capsys.readouterr()
-    assert main(["resume", "runs/one"]) == 0
-    assert "was changed by hand and is submitted as it is" in capsys.readouterr().out
-    assert "#SBATCH --exclusive\n" in script.read_text()
-    script.unlink()
-    assert main(["resume", "runs/one"]) == 0
-    assert "#SBATCH --exclusive\n" not in script.read_text()
-
-
 def test_the_script_of_a_sweep_that_was_changed_by_hand_is_told_the_runs_that_are_not_done(
     place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ):

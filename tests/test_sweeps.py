@@ -6,7 +6,6 @@ Trials are fake (sweep_fake_trial.py), except in the tests of real runs.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -265,15 +264,6 @@ def test_a_trial_that_somebody_goes_on_with_by_hand_is_left_to_him(tmp_path: Pat
         assert asked(study).number == 0
 
 
-def test_what_came_of_a_trial_is_told_once(tmp_path: Path):
-    sweep = sweep_at(tmp_path / "s")
-    study = study_of(sweep)
-    trial = asked(study)
-    complete(study, trial, 2.0)
-    study_of(sweep).tell(Outcome(number=0, state=FAILED, seconds=1.0, reason="too late"), None, {})
-    assert [(record.state, record.value) for record in study.records()][:1] == [(COMPLETE, 2.0)]
-
-
 def test_a_worker_whose_trial_another_took_over_says_nothing_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -318,18 +308,6 @@ def test_what_trials_measure_is_written_once_for_all_of_it(tmp_path: Path, monke
         own.publish()
     assert written == [sweep.folder]
     assert [len(record.evaluations) for record in read_results(sweep.folder)[:2]] == [5, 5]
-
-
-def test_a_lock_is_let_go_where_the_journal_cannot_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    sweep = sweep_at(tmp_path / "s")
-    own = study_of(sweep)
-    with monkeypatch.context() as broken:
-        broken.setattr(study, "mend", lambda _: (_ for _ in ()).throw(OSError("input/output error")))
-        with pytest.raises(OSError, match="input/output"):
-            own.ask()
-    with (sweep.folder / ".lock").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    assert asked(own).number == 0
 
 
 @pytest.mark.parametrize(("sampler", "package"), [("gp", "scipy"), ("cmaes", "cmaes")])
@@ -535,18 +513,6 @@ def test_a_worker_whose_last_trials_were_saved_is_not_done(tmp_path: Path):
     assert [record.seconds for record in study.records()] == [2.0]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("fake_trials")
-def test_hyperband_ends_trials_too(tmp_path: Path):
-    rates = tuple(10.0 ** -(3 - power / 4) for power in range(6))
-    sweep = sweep_at(tmp_path / "s", Values("optim.lr", rates), pruner="hyperband")
-    let_go(sweep)
-    assert work(sweep) == 0
-    trials = read_results(sweep.folder)
-    assert {trial.state for trial in trials} <= {COMPLETE, PRUNED}
-    assert trials[0].state == COMPLETE
-
-
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -628,16 +594,6 @@ def test_workers_of_a_sweep_end_together_and_go_on_with_what_they_had(tmp_path: 
     ]
 
 
-@pytest.mark.ci
-def test_cancel_has_the_workers_stop(tmp_path: Path):
-    sweep = sweep_at(tmp_path / "s", Values("name", ("waits", "fine")))
-    worker = start_worker(sweep)
-    wait_for(lambda: (sweep.run_dir(0) / "starts").is_file())
-    assert main(["cancel", str(sweep.folder)]) == 0
-    assert worker.wait(60) == 75
-    assert main(["cancel", str(sweep.folder)]) == 2
-
-
 def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -707,9 +663,7 @@ def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
         (["sweep.space.optim.lr=1e-4"], "sweep.space.optim.lr=0.0001 is one value"),
         (["sweep=grid,random", "optim.lr=1,2"], "a sweep has one value of it"),
         (["sweep=gird", "optim.lr=1,2"], "did you mean 'grid'?"),
-        pytest.param(["sweep.trails=3", "optim.lr=1,2"], "did you mean 'sweep.trials'?", marks=pytest.mark.slow),
         (["-m", "optim.lr=1,2"], "distlora sweep runs several without it"),
-        pytest.param(["optim.lrr=1,2"], "did you mean 'optim.lr'?", marks=pytest.mark.slow),
         (["data.sequence_length=64", "adapter.r=8,0"], "adapter.r=0 is not a rank"),
         (["optim.lr=1e-4,2e-4", "data.eval_fraction=0"], "needs held-out documents"),
         pytest.param(
@@ -835,6 +789,7 @@ def test_the_main_effects_of_a_grid_are_its_variance_by_setting():
     assert effects([dataclasses.replace(trial, value=1.0) for trial in trials]) is None
 
 
+@pytest.mark.ci
 def test_optunas_importance_finds_the_setting_that_matters(tmp_path: Path):
     space = (Interval("optim.lr", 1e-6, 1.0, log=True), RANKS)
     sweep = sweep_at(tmp_path / "s", *space, method="random", trials=16)

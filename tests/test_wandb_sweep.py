@@ -106,8 +106,6 @@ def test_kinds_of_values_and_an_early_end_are_said_in_wandbs_words(
     ("words", "said"),
     [
         (["sweep=rank_search"], "without create"),
-        pytest.param(["optim.lr=1e-4,2e-4", "sweep.packed=4"], "sweep.packed=4", marks=pytest.mark.slow),
-        pytest.param(["optim.lr=1e-4,2e-4", "tracker=none"], "tracker=none", marks=pytest.mark.slow),
         (["quant=nf4,none"], "such as quant.method=a,b"),
         (["optim.lr=1e-4,-1"], "trial 1 (optim.lr=-1)"),
     ],
@@ -173,7 +171,6 @@ def start_as_agent(monkeypatch: pytest.MonkeyPatch, place: Path, values: dict[st
         ({"adapter.r": 4}, [], "adapter.r is 16 by this command, and the sweep s1 asks for 4"),
         ({"quant": "nf4"}, ["quant=nf4"], "in place of the whole section quant"),
         ({"lr": 1e-3}, [], "lr=0.001 of the sweep s1 is no setting"),
-        pytest.param({"adapter.r": 4}, ["-m", "adapter.r=4,8"], "-m starts 2 runs", marks=pytest.mark.slow),
     ],
 )
 def test_values_that_a_run_does_not_have_are_refused_before_anything_starts(
@@ -338,23 +335,6 @@ def test_real_agents_train_a_registered_grid(server: WandbServer, folders: Path,
         assert found["losses"] == [(line["step"], line["loss"]) for line in lines if "loss" in line]
         losses[tuple(values.values())] = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
     assert len(set(losses.values())) == 4
-
-
-@pytest.mark.slow
-def test_the_same_grid_without_a_server_has_the_same_losses(server: WandbServer, folders: Path, tmp_path: Path) -> None:
-    grid = ("optim.lr=1e-3,4e-3", "adapter.r=4,8")
-    distlora(server, tmp_path, "sweep", "create", *settings(folders, tmp_path), *grid, "run_dir=wandb")
-    distlora(server, tmp_path, "sweep", "agent", "sweep0", "run_dir=trials")
-    distlora(server, tmp_path, "sweep", *settings(folders, tmp_path), *grid, "tracker=none", "run_dir=grid")
-
-    def figures(run: Path) -> list[Any]:
-        return [(line["step"], line.get("loss"), line.get("eval_loss")) for line in read_metrics(run)]
-
-    trials = json.loads((tmp_path / "grid" / "results.json").read_text())["trials"]
-    assert len(trials) == 4
-    for trial in trials:
-        (run,) = [run for run, values in server.sweeps["sweep0"].handed_out.items() if values == trial["values"]]
-        assert figures(tmp_path / "grid" / "trials" / f"{trial['number']:04d}") == figures(tmp_path / "trials" / run)
 
 
 @pytest.mark.slow

@@ -159,6 +159,7 @@ def test_two_machines_are_one_run_and_a_third_is_too_many(
     assert (run_dir / "logs" / "start_1" / "rank_1.log").read_text() == "of the start before"
 
 
+@pytest.mark.ci
 def test_a_request_to_stop_is_answered_where_no_workers_are(tmp_path: Path, machines: list[Machine]):
     """The other machine has not come, or left: nobody is there who could save, and what is saved is saved."""
     run_dir = tmp_path / "run"
@@ -407,19 +408,6 @@ def test_a_machine_that_is_lost_is_told(lost: int, message: str, tmp_path: Path,
         worker.kill()  # A real one sees that its peer is gone.
     assert left.wait() == 1
     assert message.format(port=port) in left.says()
-
-
-@pytest.mark.slow
-def test_a_machine_that_is_killed_by_hand_ends_the_others(tmp_path: Path, machines: list[Machine]):
-    run_dir = tmp_path / "run"
-    fake_run(run_dir, "waits")
-    machines += [part(run_dir, tmp_path / f"machine_{number}") for number in range(2)]
-    wait_until(lambda: all((run_dir / f"pid_{rank}").exists() for rank in range(2)))
-    for _ in range(2):
-        machines[1].process.send_signal(signal.SIGINT)
-        time.sleep(1)
-    assert [machine.wait(50) for machine in machines] == [1, 130]
-    assert "gave up: killed by SIGINT" in machines[0].says()
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,8 @@ from distlora.model.build import CausalLM
 from distlora.post.adapter_factors import AdapterFile
 from distlora.post.base_weights import open_base
 from distlora.post.load_trained import load_trained
-from distlora.post.merge.merge import Filling, merge_to, summary
-from distlora.post.merge.output_folder import Files, Plan
-from distlora.post.merge.parameters import parameters_of
+from distlora.post.merge.merge import merge_to, summary
 from distlora.post.merge.receipt import Receipt
-from distlora.post.merge.threads import Clock
 from distlora.post.trained import Name, Trained
 from distlora.run_folder.checkpoints import sha256
 from distlora.training import worker
@@ -239,15 +235,6 @@ def test_an_adapter_without_a_run_is_merged_onto_its_base_as_it_is_on_disk(tmp_p
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
-def test_a_stopped_merge_begins_with_no_other_tensor(tmp_path: Path) -> None:
-    """Ctrl-C waits for the pieces that are read, and not for the first of every tensor that is still to come."""
-    _, trained = adapted(tmp_path, "llama3-tied")
-    base, clock = open_base(trained.spec, trained.initial_adapter_dir), Clock("merging", 1, quiet)
-    clock.stopped = True
-    with pytest.raises(CancelledError), Files(tmp_path, Plan(headers={}, places={}, copied={})) as files:
-        Filling(files, base, None, "trained", torch.float32, clock).fill(parameters_of(base, trained.base, None)[0])
-
-
 def test_a_receipt_is_json_and_leaves_out_what_says_nothing(tmp_path: Path) -> None:
     """Where B is zero nothing was added, and a weight beyond fp16 is not kept in it."""
     _, trained = adapted(tmp_path, "llama3-tied", adapter={"target_modules": "qv", "r": 4})
@@ -292,14 +279,3 @@ def test_a_head_on_disk_that_the_base_ties_stays_its_embedding(folders: Path, tm
     ids[0, :2] = torch.tensor([3, 700])
     model, _ = load_trained(trained, SINGLE)
     assert (our_logits(model, ids) - their_logits(out, ids, "sdpa")).abs().max() <= 1e-4
-
-
-def test_how_long_a_merge_takes_is_said_once_it_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first piece waits for threads and disks: of two cores that others use it made ten minutes of two seconds."""
-    said: list[str] = []
-    now = [0.0]
-    monkeypatch.setattr("distlora.post.merge.threads.time.monotonic", lambda: now[0])
-    clock = Clock("merging", 10_000_000, said.append)
-    for now[0] in (0.6, 4.0):
-        clock.passed(1_000_000, "a.weight")
-    assert said == ["merging: 10% of 10 MB, a.weight", "merging: 20% of 10 MB, 0:16 left, a.weight"]

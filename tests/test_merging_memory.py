@@ -59,6 +59,7 @@ def peaks(tmp_path: Path, config: dict[str, object]) -> tuple[int, int, int]:
     return int(before), int(after), largest
 
 
+@pytest.mark.ci
 def test_a_merge_takes_a_few_pieces_of_memory(tmp_path: Path) -> None:
     before, after, _ = peaks(tmp_path, SMALL)
     # Four tensors at once, of each some pieces of 4 MiB, and what the allocator keeps.

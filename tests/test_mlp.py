@@ -15,7 +15,7 @@ from closeness import relative_error
 from distlora.config import UserError
 from distlora.model.adapters import StepRows
 from distlora.model.build import CausalLM
-from distlora.model.mlp import MLP, parts_of, place_mlps
+from distlora.model.mlp import MLP, place_mlps
 from distlora.model.router_loss import place_routers
 from family_models import config_for, load_ours, tokens, write_family_folder
 from run_models import build_run_model
@@ -124,8 +124,3 @@ def test_settings_that_mean_nothing_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         build_run_model(config_for(folders / name, quant={"method": "none"}, **sections))
-
-
-def test_parts_cover_a_row_front_to_back() -> None:
-    assert [(part.start, part.stop) for part in parts_of(64, 24)] == [(0, 24), (24, 48), (48, 64)]
-    assert [(part.start, part.stop) for part in parts_of(48, 24)] == [(0, 24), (24, 48)]

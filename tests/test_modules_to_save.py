@@ -72,6 +72,7 @@ def whole(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory)
     return run_dir
 
 
+@pytest.mark.ci
 def test_a_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
     world: World, folders: Path, tmp_path: Path, whole: Path
 ) -> None:

@@ -128,6 +128,7 @@ def test_every_kernel_keeps_its_bounds(archs: tuple[int, ...], command: list[str
     assert ended.returncode == int(any(report["broken"] for report in reports)), ended.stderr
 
 
+@pytest.mark.ci
 def test_what_the_compiler_did_is_reported(tmp_path: Path) -> None:
     # A file, since triton reads a kernel's source.
     (tmp_path / "cases.py").write_text(KERNELS_OF_TESTS)

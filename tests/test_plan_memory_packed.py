@@ -17,7 +17,6 @@ from distlora.planner.model import model_in
 from distlora.planner.workload import Workload, trained_together
 from distlora.training.memory_meter import StepMemory
 from plan_inputs import cpu_machine
-from small_models import write_model_folder
 from test_plan_memory import Settings, check, config_of
 from worlds import World
 
@@ -66,10 +65,3 @@ def test_a_rank_of_a_pack_has_what_is_calculated(
     world: World, folders: Path, size: int, accumulation: int, settings: list[Settings]
 ) -> None:
     check_pack(world, folders / "llama", size, accumulation, settings)
-
-
-def test_so_it_has_where_a_blocks_backward_is_the_peak(world: World, tmp_path: Path) -> None:
-    """Adapters side by side are a part of it there."""
-    write_model_folder(tmp_path, "llama", hidden_size=256, intermediate_size=704, head_dim=64)
-    for number, rank in ((2, 8), (4, 64)):
-        check_pack(world, tmp_path, 1, 1, [{"adapter": {"r": rank}, "data": {"sequence_length": 512}}] * number)

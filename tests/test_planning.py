@@ -97,6 +97,7 @@ def test_of_gpus_that_nothing_describes_nothing_is_refused_and_nothing_chosen(
         assert f"which is unknown for {said}; add gpu=h100" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_a_job_of_a_sweep_that_does_not_fit_leaves_the_others_alone(
     trained: list[Path], shows: Shows, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_job_of_a_sweep_that_does_not_fit_leaves_the_others_alone(
     assert not Path("array").exists(), "the tasks of an array are made together"
 
 
+@pytest.mark.ci
 def test_the_same_settings_are_decided_once(trained: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     asked, choices = [], planning.choices
     planning._decided.clear()

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora.checkpoint import files
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoints import TRAINER_NAME, newest, step_of, steps
+from distlora.run_folder.checkpoints import step_of, steps
 from distlora.training import worker
 from distlora.training.trial import Trial
-from planned import assert_disk_as_planned
 from small_disks import fill, small_disk
 from small_models import make_run, read_metrics, write_model_folder
 from worlds import World
@@ -122,22 +120,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert_same_run(tmp_path / "stopped", whole(size).folder)
 
 
-def test_a_run_with_8_bit_moments_resumes_bit_for_bit(folders: Path, tmp_path: Path) -> None:
-    optim = {"name": "adamw_8bit", "loraplus_lr_ratio": 4.0}
-    for name in ("whole", "stopped"):
-        # Of rank 64, so that some tensors are large enough for 8 bits.
-        make_run(tmp_path / name, folders, train=SETTINGS, optim=optim, adapter={"r": 64})
-    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
-    for stop_before in (5, None):
-        run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=stop_before)
-    assert any(
-        tensor.dtype == torch.uint8
-        for tensor in safetensors.torch.load_file(steps(tmp_path / "whole" / "checkpoints")[-1] / TRAINER_NAME).values()
-    )
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    assert_disk_as_planned(tmp_path / "whole")
-
-
 @pytest.mark.ci
 def test_three_ranks_then_two_then_four_see_the_rows_of_one_in_its_order(
     world: World, folders: Path, tmp_path: Path, whole: Callable[[int], Whole]
@@ -178,22 +160,6 @@ def test_a_mixture_over_several_epochs_goes_on_in_the_middle_of_one(folders: Pat
     assert epoch < min(rest) < 2 * epoch
     assert made | rest == order
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-
-
-def test_full_fine_tuning_resumes_bit_for_bit_and_publishes_a_model(folders: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    sections = {"adapter": {"method": "full"}, "quant": {"method": "none"}, "train": SETTINGS}
-    for name in ("whole", "stopped"):
-        make_run(tmp_path / name, folders, "llama-tied", **sections)
-    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
-    run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=5)
-    run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("whole", "stopped")]
-    for (name, first), second in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(first, second), name
-    assert AutoTokenizer.from_pretrained(tmp_path / "whole" / "model").chat_template is not None
-    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
 
 
 def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
@@ -241,6 +207,7 @@ def kill_at(ranks: Ranks, run_dir: Path, step: int) -> None:
     worker.run(run_dir, ranks)
 
 
+@pytest.mark.ci
 def test_a_run_killed_with_9_resumes_bit_for_bit(folders: Path, tmp_path: Path, whole: Callable[[int], Whole]) -> None:
     make_run(tmp_path / "killed", folders, train=SETTINGS)
     child = torch.multiprocessing.get_context("spawn").Process(target=kill_at, args=(SINGLE, tmp_path / "killed", 5))
@@ -318,23 +285,6 @@ def test_checkpoints_hold_adapter_state_alone_and_old_ones_go(whole: Callable[[i
     adapter_bytes = sum(tensor.nbytes for tensor in result(whole(1).folder).values())
     # fp32 weights and two Adam moments, and a few kilobytes of names and settings.
     assert sum(path.stat().st_size for path in kept[-1].iterdir()) < 3 * adapter_bytes + 64_000
-
-
-def test_a_save_that_dies_in_the_middle_leaves_no_checkpoint(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_run(tmp_path / "run", folders, train=SETTINGS)
-
-    def full_disk(temporary: Path, folder: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "publish", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
-    assert newest(tmp_path / "run" / "checkpoints") == (None, [])
-    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
-    assert (tmp_path / "run" / "adapter").is_dir()
 
 
 def test_resuming_after_the_last_step_publishes_the_result_and_keeps_the_figures(

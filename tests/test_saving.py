@@ -115,18 +115,6 @@ def test_save_in_background_holds_the_state_of_its_step(tmp_path: Path, monkeypa
     assert "for the save after step 1" in said[0]
 
 
-def test_copies_reuse_their_memory(tmp_path: Path) -> None:
-    state = State()
-    with make_saver(tmp_path, state) as saver:
-        places = []
-        for step in (1, 2):
-            saver.save(state.train(step))
-            saver.wait()
-            places.append([tensor.data_ptr() for tensor in saver._snapshot._memory.values()])
-    assert places[0] == places[1]
-    assert saver._snapshot.num_bytes == sum(t.nbytes for t in (*state.weights.values(), *state.moments.values()))
-
-
 Break = Callable[[Path], Callable[[], object]]
 """Breaks the place of a run's checkpoints; returns what mends it."""
 
@@ -233,24 +221,10 @@ def test_failed_rename_restores_the_older_checkpoint(tmp_path: Path, monkeypatch
     assert saved(tmp_path, 1) == {1.0}
 
 
-def test_vanished_checkpoint_folder_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, synced = State(), []
-    sync = atomic_io.sync
-    monkeypatch.setattr(atomic_io, "sync", lambda path: (synced.append(path), sync(path)))
-    with make_saver(tmp_path, state) as saver:
-        saver.save(state.train(1))
-        saver.wait()
-        shutil.rmtree(tmp_path / "checkpoints")
-        saver.save_last(state.train(2))
-    assert synced.count(tmp_path) == 2, "its name is on the disk too"
-    assert saved(tmp_path, 2) == {2.0}
-
-
 def die_while_writing(run_dir: Path, point: str) -> None:
     """Save once in a child process, then kill it with -9 within the next save."""
     from distlora.checkpoint import files
     from distlora.loading import tensor_files
-    from distlora.system import atomic_io
 
     def die(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

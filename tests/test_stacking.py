@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from distlora.data.loader import MicroBatch, Share, StepBatch, stacks
+from distlora.data.loader import MicroBatch, Share, StepBatch
 from distlora.parallel import Ranks
 from distlora.parallel.gradients import GradientReducer, Launches
 from distlora.parallel.traffic import Traffic
@@ -22,43 +22,6 @@ def share(slot: int | None, step: int | None, *firsts: int) -> Share:
     parts = [micro_batch(first) for first in firsts]
     rows = tuple(int(row) for part in parts for row in part.rows)
     return Share(StepBatch(parts, global_targets=8, global_pairs=0, global_rows=len(rows), rows=rows), slot, step)
-
-
-def test_a_run_alone_is_not_changed() -> None:
-    own = share(None, 3, 0, 10)
-    first, second = stacks([own], whole=False)
-    assert first.batch is own.batch.micro_batches[0]
-    assert (second.batch.slots, second.step, second.owners) == (None, 3, [(0, 2)])
-    (whole,) = stacks([own], whole=True)
-    assert whole.batch.rows.tolist() == [0, 1, 10, 11]
-    assert whole.owners == [(0, 4)]
-
-
-def test_rows_of_trials_lie_on_top_of_each_other_with_their_slots_and_steps() -> None:
-    first, second = stacks([share(4, 7, 0, 10), share(1, 2, 20)], whole=False)
-    assert first.batch.rows.tolist() == [0, 1, 20, 21]
-    assert first.batch.slots is not None
-    assert first.batch.slots.tolist() == [4, 4, 1, 1]
-    assert isinstance(first.step, torch.Tensor)
-    assert first.step.tolist() == [7, 7, 2, 2]
-    assert [(owner, rows.tolist()) for owner, rows in first.of_owners(first.batch.rows)] == [(0, [0, 1]), (1, [20, 21])]
-    # The trial that has fewer micro-batches is not in the second.
-    assert second.batch.rows.tolist() == [10, 11]
-    assert second.owners == [(0, 2)]
-
-
-def test_slices_of_a_block_have_as_many_rows_each() -> None:
-    (whole,) = stacks([share(4, 7, 0, 10), share(1, 2, 20)], whole=True)
-    assert whole.batch.rows.tolist() == [0, 1, 20, 21, 10, 11, -1, -1]
-    assert whole.batch.labels[-2:].unique().tolist() == [-100]
-    assert whole.batch.slots is not None
-    assert whole.batch.slots.tolist() == [4, 4, 1, 1, 4, 4, 1, 1]
-    assert whole.owners == [(0, 2), (1, 2), (0, 2), (1, 2)]
-
-
-def test_an_evaluation_has_no_steps() -> None:
-    (part,) = stacks([share(0, None, 0), share(1, None, 5)], whole=False)
-    assert part.step is None
 
 
 def sums_of_two_runs(ranks: Ranks) -> list[list[float]]:

@@ -181,7 +181,10 @@ def run_spoilt(ranks: Ranks, *, pack: Path, slot: int, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("size", "settings"),
-    [pytest.param(1, {}, marks=pytest.mark.ci), (2, {"accumulate": "block", "log_every": 3, "micro_batch": 2})],
+    [
+        pytest.param(1, {}, marks=pytest.mark.ci),
+        (2, {"accumulate": "block", "log_every": 3, "micro_batch": 2}),
+    ],
     ids=str,
 )
 def test_a_trial_that_is_not_finite_ends_alone(

@@ -218,7 +218,10 @@ def test_a_run_killed_with_9_resumes_bit_for_bit(folders: Path, tmp_path: Path, 
     assert_same_run(tmp_path / "killed", whole(1).folder)
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "missing file", "no manifest", "odd manifest"])
+OTHERS = [pytest.param(damage, marks=pytest.mark.ci) for damage in ("missing file", "no manifest", "odd manifest")]
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", *OTHERS])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path,
     whole: Callable[[int], Whole],

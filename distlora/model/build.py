@@ -42,7 +42,7 @@ from distlora.weights.prequantized import (
 )
 
 if TYPE_CHECKING:
-    from transformers import Cache, PretrainedConfig
+    from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -278,8 +278,6 @@ def build_model(
 
     Raises UserError for a model that cannot be trained with these settings, and if target_modules match nothing.
     """
-    from transformers import AutoModelForCausalLM
-
     train = train or TrainConfig()
     base = base or CheckpointFiles(spec.path)
     folder, full = base.folder, spec.adapter.method == "full"
@@ -294,18 +292,7 @@ def build_model(
     # Masters are fp32, and distlora.parallel makes copies in the compute dtype. Frozen weights are in spec.dtype.
     masters = full and training
     dtype = torch.float32 if masters else DTYPES[spec.dtype]
-    with torch.device("meta"), refused_by_transformers(folder):
-        # A copy, because from_config writes the dtype into the config that it is given.
-        hf_model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(hf_config),
-            dtype=dtype,
-            attn_implementation=family.attention,
-            experts_implementation="eager",  # Replaced by `Experts`.
-            trust_remote_code=False,
-        )
-    assert type(hf_model).__name__ == family.model_class, f"{family.model_type} became a {type(hf_model).__name__}"
-    # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw differently.
-    hf_model.eval()
+    hf_model = _transformers_model(folder, hf_config, family, dtype)
     decoder, layout = hf_model.get_submodule(family.decoder), layout_of(hf_model)
     hf_model.requires_grad_(masters)
     head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=_head_softcap(family, decoder))
@@ -348,6 +335,27 @@ def build_model(
     if training and (full or whole) and spec.dtype != "fp32":
         model.compute_dtype = DTYPES[spec.dtype]
     return model
+
+
+def _transformers_model(
+    folder: Path, hf_config: PretrainedConfig, family: Family, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Return transformers' own model on the meta device, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), refused_by_transformers(folder):
+        # A copy, because from_config writes the dtype into the config that it is given.
+        hf_model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(hf_config),
+            dtype=dtype,
+            attn_implementation=family.attention,
+            experts_implementation="eager",  # Replaced by `Experts`.
+            trust_remote_code=False,
+        )
+    assert type(hf_model).__name__ == family.model_class, f"{family.model_type} became a {type(hf_model).__name__}"
+    # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw differently.
+    hf_model.eval()
+    return hf_model
 
 
 def _head_softcap(family: Family, decoder: nn.Module) -> float | None:

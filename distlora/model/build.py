@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +43,7 @@ from distlora.weights.prequantized import (
 )
 
 if TYPE_CHECKING:
-    from transformers import Cache, PretrainedConfig, PreTrainedModel
+    from transformers import Cache, PretrainedConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -337,15 +338,13 @@ def build_model(
     return model
 
 
-def _transformers_model(
-    folder: Path, hf_config: PretrainedConfig, family: Family, dtype: torch.dtype
-) -> PreTrainedModel:
+def _transformers_model(folder: Path, hf_config: PretrainedConfig, family: Family, dtype: torch.dtype) -> Any:
     """Return transformers' own model on the meta device, in eval mode."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), refused_by_transformers(folder):
         # A copy, because from_config writes the dtype into the config that it is given.
-        hf_model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        hf_model: Any = AutoModelForCausalLM.from_config(
             copy.deepcopy(hf_config),
             dtype=dtype,
             attn_implementation=family.attention,

@@ -357,7 +357,7 @@ def test_a_byte_that_changed_in_one_copy_is_named_with_its_rank_on_all(
     in_forward, at_save, loaded, offset = by_rank[0]
     name = "model.layers.1.mlp.up_proj"
     for said in (in_forward, at_save):
-        assert f"{name}.codes, rows 1 to 1, those of rank 3, are not what rank 3 loaded; rank 3's own memory" in said
+        assert f"{name}.codes, rows 1 to 1, those of rank 3, are not what rank 3 loaded; the memory of rank 3" in said
     assert f"{name}.codes, rows 1 to 1, differs between rank 1 and rank 3 after loading" in loaded
     assert "are the files in model.path the same on every machine?" in loaded
     assert f"{name}.offset differs between rank 0 and rank 2" in offset

@@ -160,7 +160,7 @@ def test_a_byte_that_changed_in_a_shard_is_named_on_every_rank(
     for name, said in zip(damaged, of_shards, strict=True):
         assert f"the frozen base is damaged: {name}, rows " in said
         assert "those of rank 1" in said
-        assert "rank 1's own memory has changed since then; nothing was trained on them" in said
+        assert "the memory of rank 1 has changed since then; nothing was trained on them" in said
 
 
 def damaged_on_the_way(ranks: Ranks, *, run_dir: Path) -> str:
@@ -224,7 +224,7 @@ def test_with_train_verify_a_save_after_damage_is_not_made(world: World, folders
     make_run(tmp_path / "run", folders, train={"save_every": 2, "max_steps": 6, "verify": True})
     by_rank = world.run(2, rots_before_the_second_save, run_dir=tmp_path / "run")
     assert by_rank[0] == by_rank[1]
-    assert "rank 1's own memory has changed" in by_rank[0]
+    assert "the memory of rank 1 has changed" in by_rank[0]
     assert "what was trained since the last save may be wrong and is not saved" in by_rank[0]
     assert [folder.name for folder in tmp_path.glob("run/checkpoints/step_*")] == ["step_00000002"]
 

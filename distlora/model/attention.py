@@ -213,7 +213,6 @@ def use(decoder: nn.Module, op: VarlenOp, *, name: str = NAME) -> None:
 
 
 def _attention_function(op: VarlenOp) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Adapt `op` to the signature of transformers' attention modules."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attend(

@@ -358,7 +358,6 @@ def _transformers_model(folder: Path, hf_config: PretrainedConfig, family: Famil
 
 
 def _head_softcap(family: Family, decoder: nn.Module) -> float | None:
-    """Return the cap that the family's head puts on logits, from its config."""
     cap = decoder.config.final_logit_softcapping if family.head_softcap else None  # type: ignore[union-attr]
     return None if cap is None else float(cap)  # type: ignore[arg-type]
 

@@ -191,7 +191,6 @@ class _Together(torch.autograd.Function):
 
 
 def _keeping(device: torch.device) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a checkpoint's forward and recomputation."""
     return scratch.keeping("forward", device), scratch.keeping("recomputation", device)
 
 

@@ -86,7 +86,6 @@ class MLP(nn.Module):
         return output if after is None else after(output)
 
     def _run_tile(self, hidden_states: Tensor, first: int) -> Tensor:
-        """Run the tokens from `first` on of each row."""
         self.context.first_token = first
         try:
             output: Tensor = self._run(hidden_states)

@@ -166,9 +166,9 @@ class FrozenWeights:
         damaged: dict[tuple[int, int], list[int]] = {}
         for tensor, copy, owner, witness in seen.nonzero().tolist():
             damaged.setdefault((tensor, shards.rank_of(owner, copy)), []).append(shards.rank_of(witness, copy))
-        raise DamagedWeightsError(self._said(damaged) + f"; {consequence}. {_NEXT}")
+        raise DamagedWeightsError(self._describe(damaged) + f"; {consequence}. {_NEXT}")
 
-    def _said(self, damaged: Mapping[tuple[int, int], Sequence[int]]) -> str:
+    def _describe(self, damaged: Mapping[tuple[int, int], Sequence[int]]) -> str:
         """Describe the damaged tensors, their ranks and the consequence.
 
         `damaged`: (tensor, owner) -> ranks that saw it.
@@ -266,6 +266,5 @@ def _batches(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]
 
 
 def _rows(of_rank: tuple[int, int]) -> str:
-    """Format (first row, rows)."""
     first, count = of_rank
     return f"rows {first:,} to {first + count - 1:,}"

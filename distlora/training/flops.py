@@ -64,7 +64,6 @@ def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:
 
 
 def _ranks(pairs: Iterable[LoRAPair], slot: int | None) -> int:
-    """Return the sum of the counted adapters' ranks."""
     return sum(pair.rank for pair in pairs if slot in (None, pair.slot))
 
 

@@ -107,7 +107,6 @@ class Trainer:
             self._do(trial, functools.partial(trial.log, rows, list(itertools.islice(of_norms, len(norms)))))
 
     def _do(self, trial: Trial, action: Callable[[], None]) -> None:
-        """Do what may end this trial."""
         action()
 
     def _judge(self, trials: Sequence[Trial]) -> None:

@@ -67,7 +67,6 @@ def describe(
 
 
 def _copies(shards: Shards) -> str:
-    """Describe which ranks hold which copy of the base."""
     if shards.count == 1:
         return f"each of the {shards.copies:,} ranks has the base whole; only gradients travel between them"
     ranks = [f"{shards.rank_of(0, copy)}-{shards.rank_of(shards.count - 1, copy)}" for copy in range(shards.copies)]
@@ -79,7 +78,6 @@ def _copies(shards: Shards) -> str:
 
 
 def _vocabulary(model: CausalLM) -> Iterator[str]:
-    """Describe new tokens and trained rows of the vocabulary."""
     vocabulary = model.vocabulary
     if vocabulary.new:
         named = [f"{text} = {id}" for text, id in vocabulary.new.items()]

@@ -181,7 +181,6 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def _start(adapter: AdapterConfig) -> str:
-    """Describe an initial adapter that was computed from the base."""
     if not adapter.pissa:
         return "LoftQ: the principal part of what NF4 loses of each weight, one iteration"
     how = f"PiSSA (`{adapter.init}`): the principal part of each weight, which the base lacked in training"
@@ -189,14 +188,12 @@ def _start(adapter: AdapterConfig) -> str:
 
 
 def _trained_rows(indices: list[int] | Mapping[str, list[int]] | None) -> Iterator[tuple[str, str]]:
-    """Describe how many rows of which matrices are trained."""
     for matrix, ids in (indices if isinstance(indices, Mapping) else {"embed_tokens": indices or []}).items():
         if ids:
             yield f"trained rows of {matrix}", f"{len(ids):,}"
 
 
 def _figures(result: Result) -> Iterator[tuple[str, str]]:
-    """Yield the measured metrics that the run folder has."""
     before, after = result.evaluations.get(0), result.evaluations.get(result.step or 0)
     if before is not None:
         adapter = result.config.adapter
@@ -290,7 +287,6 @@ _TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def _has_experts(result: Result) -> bool:
-    """Return whether the base is a mixture of experts, from the run's records."""
     return "active_parameters" in result.summary or bool((result.adapter or {}).get("target_parameters"))
 
 

@@ -207,7 +207,6 @@ def finish(
 
 
 def _step_of(best: Path) -> int:
-    """Return the step recorded in RUN/best; -1 if there is none."""
     try:
         step = json.loads((best / BEST_STEP_NAME).read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, TypeError, KeyError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distlora.checkpoint.saver import SaveError
 from distlora.checkpoint.state import Progress
@@ -31,7 +31,6 @@ from distlora.training.memory_check import MemoryCheck
 from distlora.training.objectives import objective_of
 from distlora.training.optimizers import Optimizer, learning_rate
 from distlora.training.reporting.reporter import Reporter
-from distlora.training.unused_params import WATCHED, GradientWatch, describe_unused
 
 
 class NonFiniteError(FloatingPointError):
@@ -158,7 +157,7 @@ class Trial:
         """Error that ended this trial but not others."""
         self.without_gradient: list[str] | None = None
         """Parameters without gradient in the first steps; None if they were not checked, or not yet."""
-        self._reached = GradientWatch(model, optimizer.parameters) if progress.step == 0 else None
+        self._gradients_seen = GradientWatch(model, optimizer.parameters) if progress.step == 0 else None
         self.flops = count_flops(model, with_reference=self.objective.has_reference, slot=slot)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._interval = _Interval(progress.step)
@@ -186,8 +185,8 @@ class Trial:
 
     def update(self) -> None:
         """Clip the summed gradients and update the trained parameters. `note` follows."""
-        if self._reached is not None and self._reached.steps < WATCHED:
-            self._reached.note()
+        if self._gradients_seen is not None and self._gradients_seen.steps < WATCHED:
+            self._gradients_seen.note()
         grad_norm = self.gradients.clip(self.optim.max_grad_norm)
         self._ok &= torch.isfinite(grad_norm)
         rate = learning_rate(self.done, self.total_steps, self.optim)
@@ -324,13 +323,13 @@ class Trial:
 
     def _report_unused(self, *, is_last: bool) -> None:
         """Log once, after the first steps, which trained parameters had no gradient."""
-        reached = self._reached
-        if reached is None or not (reached.steps == WATCHED or (is_last and reached.steps > 1)):
+        watched = self._gradients_seen
+        if watched is None or not (watched.steps == WATCHED or (is_last and watched.steps > 1)):
             return
-        self._reached = None
-        self.without_gradient = reached.missing(self.backend)
+        self._gradients_seen = None
+        self.without_gradient = watched.missing(self.backend)
         if self.without_gradient:
-            self.reporter.event(describe_unused(self.without_gradient, reached.steps))
+            self.reporter.event(describe_unused(self.without_gradient, watched.steps))
 
     def _stop_non_finite(self, row_losses: Tensor, loss: float, norm: float) -> NoReturn:
         """Save the state before the step after `progress.step`, name that step and its rows, and raise."""
@@ -369,3 +368,60 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+WATCHED = 5
+"""Number of steps that are checked. In the first one A has no gradient, because B is zero."""
+
+
+class GradientWatch:
+    """Record, on the device, of which `parameters` (as the optimizer has them) had a nonzero gradient."""
+
+    def __init__(self, model: CausalLM, parameters: dict[str, nn.Parameter]) -> None:
+        self._rows = {f"token_rows.{matrix}.rows": matrix for matrix in model.token_rows}
+        """Parameters that are checked row by row, and the matrix that they belong to."""
+        self._model, self._parameters = model, parameters
+        self._seen: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def note(self) -> None:
+        """Record the gradients of one step, after they have been summed over the ranks."""
+        self.steps += 1
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                hit = parameter.grad != 0  # NaN counts as a gradient.
+                hit = hit.any(dim=1) if name in self._rows else hit.any()
+                if name in self._seen:
+                    self._seen[name] |= hit
+                else:
+                    self._seen[name] = hit
+
+    def missing(self, backend: Backend) -> list[str]:
+        """Return the names of parameters without gradient on any rank. Every rank must call it; reads the device."""
+        names = list(self._parameters)
+        sizes = [len(p) if name in self._rows else 1 for name, p in self._parameters.items()]
+        flags = torch.zeros(sum(sizes), device=backend.ranks.device)
+        for name, part in zip(names, flags.split(sizes), strict=True):
+            if name in self._seen:
+                part.copy_(self._seen[name].expand(len(part)))
+        reached = backend.max_over_ranks(flags).tolist()
+        labels = [label for name in names for label in self._labels(name)]
+        return [label for label, is_reached in zip(labels, reached, strict=True) if not is_reached]
+
+    def _labels(self, name: str) -> list[str]:
+        """Return the name of a parameter, or of each of its rows."""
+        if name not in self._rows:
+            return [self._model.hf_name(name)]
+        rows = self._model.rows_of(self._rows[name])
+        texts = {id: f" ({text})" for text, id in self._model.vocabulary.new.items()}
+        assert rows is not None
+        return [f"row {id}{texts.get(id, '')} of {self._rows[name]}" for id in rows.ids]
+
+
+def describe_unused(missing: list[str], steps: int) -> str:
+    """Return the log line about unused parameters."""
+    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    return (
+        f"no gradient has reached {', '.join(missing[:8])}{more} in the first {steps} steps: as long as none "
+        "does, they stay as they started"
+    )

@@ -211,7 +211,6 @@ def _exit_code(error: BaseException | None) -> int:
 
 
 def _shortened(text: str, most: int) -> str:
-    """Format as JSON on one line, cut to `most` characters."""
     shown = json.dumps(text, ensure_ascii=False)
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 

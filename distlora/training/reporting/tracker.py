@@ -190,7 +190,6 @@ class Tracker:
 
 
 def _gone() -> tuple[type[Exception], ...]:
-    """Return the exceptions that wandb raises if its service has died."""
     from wandb.sdk.mailbox import HandleAbandonedError
 
     return ConnectionError, HandleAbandonedError
@@ -227,7 +226,6 @@ def start_tracker(
 def _open(
     run_dir: Path, tracker: TrackerConfig, name: str, recorded: Mapping[str, Any], say: Callable[[str], None]
 ) -> Any:
-    """Start a wandb run, online if possible."""
     import wandb
 
     online = _service.settings().mode == "online"
@@ -245,7 +243,6 @@ def _open(
 
 
 def _stored_id(id_file: Path) -> str | None:
-    """Return the stored id of the run's wandb run; None if there is no valid one."""
     try:
         stored = id_file.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):

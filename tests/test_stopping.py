@@ -22,6 +22,7 @@ from distlora.training.generator import Sampler
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.trial import NonFiniteError, Trial
 from small_models import make_run, read_metrics
+from tiers import ci, diagonal
 from worlds import World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
@@ -98,18 +99,23 @@ def good(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) 
     return make
 
 
-@pytest.mark.parametrize(("size", "accumulate"), [(1, "step"), (2, "step"), (2, "block")])
-@pytest.mark.parametrize(("where", "value"), [("loss", float("inf")), ("loss", float("nan")), ("gradient", 0.0)])
+@pytest.mark.parametrize(
+    ("run", "bad"),
+    diagonal(
+        [(1, "step"), (2, "step"), (2, "block")],
+        [("loss", float("inf")), ("loss", float("nan")), ("gradient", 0.0)],
+    ),
+    ids=str,
+)
 def test_the_last_finite_state_is_saved_and_step_and_rows_are_named(
     world: World,
     folders: Path,
     tmp_path: Path,
     good: Callable[[int, str], Path],
-    size: int,
-    accumulate: str,
-    where: str,
-    value: float,
+    run: tuple[int, str],
+    bad: tuple[str, float],
 ) -> None:
+    (size, accumulate), (where, value) = run, bad
     make_run(tmp_path / "bad", folders, train=BAD | {"accumulate": accumulate})
     messages = world.run(size, run_with_bad_step, run_dir=tmp_path / "bad", bad_step=2, value=value, where=where)
     assert len(set(messages)) == 1, "every rank stops, at the same place"
@@ -170,7 +176,7 @@ def after_three_steps(folders: Path, tmp_path_factory: pytest.TempPathFactory) -
     return saved(run_dir / "checkpoints" / "step_00000003")
 
 
-@pytest.mark.parametrize("load_best", [False, True])
+@pytest.mark.parametrize("load_best", [ci(False), True])
 def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
     folders: Path,
     tmp_path: Path,

@@ -18,8 +18,9 @@ from distlora.model import attention
 
 
 class FlashLike(torch.autograd.Function):
-    """Attention by documents that keeps what the CUDA kernel keeps: queries, keys, values, the output and a number a
-    head and token. A VarlenOp by `flash_like`.
+    """Attention by documents that keeps what the CUDA kernel keeps; a VarlenOp by `flash_like`.
+
+    It keeps queries, keys, values, the output and one number per head and token.
     """
 
     @staticmethod
@@ -88,8 +89,9 @@ class Kept:
 
 
 class Made(TorchDispatchMode):
-    """Tensors that operations make while it is on: their sizes, and the bytes of those that are alive. Views of a
-    model's parameters and buffers are not made, nor are those of `host`, memory that stands for the host's.
+    """Record tensors that operations make while it is on: their sizes, and the bytes of those that are alive.
+
+    Views of a model's parameters and buffers do not count, nor do those of `host`, which stands for host memory.
     """
 
     def __init__(self, model: nn.Module, host: Sequence[Tensor] = ()) -> None:
@@ -124,8 +126,9 @@ class Made(TorchDispatchMode):
 
 
 class Moved(TorchDispatchMode):
-    """The bytes that operations read and write while it is on, by the operation's name: each argument and result once;
-    views, and memory that is taken and not written, are nothing.
+    """Record the bytes that operations read and write while it is on, by the operation's name.
+
+    Each argument and result counts once. Views, and memory that is allocated and not written, do not count.
     """
 
     def __init__(self) -> None:

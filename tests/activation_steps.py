@@ -68,8 +68,10 @@ def load(
     document: int = 16,
     **adapter: Any,
 ) -> Loaded:
-    """A random model, and what is calculated for it on the CPU; attention by documents as the CUDA kernel keeps it,
-    without what that kernel makes for itself, or as the CPU does it, in `tiles` with documents of so many tokens.
+    """Load a random model, and the calculated activations for it on the CPU.
+
+    Attention by documents keeps what the CUDA kernel keeps, without that kernel's work space, or what the CPU's keeps,
+    in `tiles` with documents of so many tokens.
     """
     write_model_folder(folder, family, **sizes)
     sections = {
@@ -114,7 +116,7 @@ class Host(HostInputs):
 
 
 def set_mode(model: CausalLM, mode: Mode, tile: int | None, num_micro: int = 1) -> list[Tensor]:
-    """Returns the host's memory that the mode keeps inputs in."""
+    """Return the host memory in which the mode keeps inputs."""
     if (mode == "selective" or tile is not None) and not isinstance(model.blocks[0].inner.mlp, MLP):
         place_mlps(model.blocks, model.family, tile=tile)
     model.set_num_micro(num_micro)
@@ -148,7 +150,7 @@ def kept_by_a_block(model: CausalLM) -> float:
 
 
 def check_steps(loaded: Loaded, modes: Sequence[tuple[Mode, int | None, int]], *, with_reference: bool = False) -> None:
-    """What blocks keep, and a step's peak, in each (mode, tile, slices): as calculated, within 5 %."""
+    """Check what decoder layers keep, and a step's peak, in each (mode, tile, slices), within 5 %."""
     model, costs, copied = loaded
     for mode, tile, num_micro in modes:
         host, cell = set_mode(model, mode, tile, num_micro), (mode, tile, num_micro)

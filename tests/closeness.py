@@ -16,7 +16,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, ulps: float) -> None:
-    """The relative Frobenius error is below `ulps` machine epsilons of the actual's dtype."""
+    """Require a relative Frobenius error below `ulps` machine epsilons of the actual's dtype."""
     assert actual.shape == expected.shape
     limit = ulps * torch.finfo(actual.dtype).eps
     error = relative_error(actual, expected)

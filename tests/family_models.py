@@ -105,7 +105,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def hf_config(name: str) -> Any:
-    """The transformers config of a variant."""
+    """Return the transformers config of a variant."""
     import transformers
 
     stem, settings = VARIANTS[name]
@@ -118,7 +118,7 @@ def hf_config(name: str) -> Any:
 
 
 def hf_model(name: str) -> Any:
-    """A random transformers model of a variant, in fp32, every 1-D parameter moved off its start."""
+    """Build a random transformers model of a variant, in fp32, every 1-D parameter moved off its start."""
     import transformers
 
     config = hf_config(name)
@@ -135,7 +135,7 @@ def hf_model(name: str) -> Any:
 
 
 def write_family_folder(folder: Path, name: str) -> None:
-    """A variant as save_pretrained writes it."""
+    """Write a variant as save_pretrained does."""
     hf_model(name).save_pretrained(folder)
 
 
@@ -164,7 +164,7 @@ def load_ours(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -
 
 @torch.no_grad()
 def dequantized(folder: Path, ours: CausalLM, dtype: torch.dtype = torch.float32) -> Any:
-    """The Hugging Face model of the folder, its decoder's linears holding our weights, dequantized."""
+    """Build the Hugging Face model of the folder with our weights, dequantized, in its decoder's linears."""
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

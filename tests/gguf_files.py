@@ -22,7 +22,7 @@ VARIANTS = ["llama-biases", "llama3-tied", "llama-yarn", "mistral-window", "qwen
 
 
 def write_gguf(folder: Path, path: Path, dtype: str, tokenizer: Any, say: Callable[[str], object] = print) -> None:
-    """The model of a folder as it is on disk."""
+    """Write the model of a folder as it is on disk."""
     base = open_base(config_for(folder, quant={"method": "none"}).spec)
     with Reader() as reader:
         weights = {
@@ -42,7 +42,7 @@ def logits_of(folder: Path, input_ids: torch.Tensor, **how: Any) -> torch.Tensor
 
 
 def sentencepiece_spec() -> dict[str, Any]:
-    """A tokenizer.json as transformers makes it of a SentencePiece model: every way to join two tokens is a merge."""
+    """Return a tokenizer.json as transformers makes it from SentencePiece: a merge per way to join tokens."""
     words = ["the", "value", "of", "an", "expression", "statement", "is", "not", "in", "import", "return", "function"]
     texts = list(dict.fromkeys("▁" + word[:end] for word in words for end in range(1, len(word) + 1)))
     texts += list(dict.fromkeys(word[a:b] for word in words for a in range(len(word)) for b in range(a + 2, a + 5)))

@@ -35,7 +35,7 @@ def make_pack(
     closed: bool = True,
     **options: Any,
 ) -> list[Path]:
-    """A pack with a prepared run folder for each trial. Returns these."""
+    """Write a pack with a prepared run folder for each trial. Return the folders."""
     pack.mkdir(parents=True)
     (pack / INBOX).mkdir()
     (pack / VERDICTS).mkdir()
@@ -53,7 +53,7 @@ def make_pack(
 
 
 def outcomes(pack: Path, number: int) -> dict[str, Any]:
-    """What the pack says became of a trial."""
+    """Return the outcome of a trial as the trainer wrote it."""
     values: dict[str, Any] = json.loads(outcome_file(pack, number).read_text())
     return values
 

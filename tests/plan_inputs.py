@@ -53,7 +53,7 @@ def machine_of(gpu: str = "h100", *, ranks: int = 1, per_machine: int = 8, **val
 
 
 def cpu_machine(ranks: int) -> Machine:
-    """This machine, with so many processes."""
+    """Return this machine, with `ranks` processes."""
     return Machine(
         name="CPU",
         is_gpu=False,

@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 
 @functools.cache
 def tokenizer() -> Any:
-    """A byte-level BPE tokenizer of VOCABULARY entries, trained on CPython's language reference."""
+    """Train a byte-level BPE tokenizer of VOCABULARY entries on CPython's language reference."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -67,8 +67,9 @@ def tokenizer() -> Any:
 
 
 def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
-    """A random model (llama, llama-tied, or another family's name), as save_pretrained writes it: three blocks of
-    hidden 96.
+    """Write a random model (llama, llama-tied, or another family's name) as save_pretrained does.
+
+    It has three decoder layers of hidden size 96.
     """
     import torch
     import transformers
@@ -110,7 +111,7 @@ def write_text_file(path: Path, num_documents: int = 40) -> None:
 def config_with(
     base: Mapping[str, Mapping[str, Any]], sections: Mapping[str, Mapping[str, Any]], *, run_dir: str = "none"
 ) -> Config:
-    """A config of the sections of `base`, in which `sections` says what is otherwise."""
+    """Return a config of the sections of `base`, overridden by `sections`."""
     values = {name: {**base.get(name, {}), **sections.get(name, {})} for name in base.keys() | sections.keys()}
     return build(Config, {**values, "run_dir": run_dir})
 
@@ -118,7 +119,7 @@ def config_with(
 def make_run(
     run_dir: Path, folders: Path, model: str = "llama", new_tokens: Sequence[str] = (), **sections: dict[str, Any]
 ) -> Config:
-    """A prepared run folder (config.yaml, data.json) over `folders`: fp32, all-linear, six steps unless told."""
+    """Prepare a run folder (config.yaml, data.json) over `folders`: by default fp32, all-linear, six steps."""
     from distlora.data.prepare import prepare_run
 
     base: dict[str, dict[str, Any]] = {

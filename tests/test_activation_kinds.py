@@ -1,5 +1,6 @@
-"""What a row costs of every family and kind of adapter, calculated: what autograd keeps and operations make, within 5 %
-(tests/test_activations.py has the modes of plain LoRA).
+"""Check the calculated activation bytes per row for every family and kind of adapter, within 5 %.
+
+The modes of plain LoRA are in tests/test_activations.py.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def adapted(
 
 
 def plain(linear: AdaptedLinear, x: Tensor, index: int) -> Tensor:
-    """The textbook formula with one of the adapters, or none for -1."""
+    """Compute the textbook formula with one of the adapters, or none for -1."""
     y = x @ linear.weight.T
     if index < 0:
         return y

@@ -205,7 +205,7 @@ def test_a_dense_model_of_restored_weights_is_the_packed_one(folders: Path, tmp_
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder with a model and a text; nothing may become another process."""
+    """Make a working folder with a model and a text; nothing may become another process."""
 
     def refuse(*arguments: object) -> None:
         pytest.fail(f"became {arguments}")

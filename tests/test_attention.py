@@ -120,7 +120,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def mask_of(make: Any, config: Any, embeds: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor | None:
-    """A mask as a decoder has it made; the cache's name depends on transformers' version."""
+    """Return a mask as a decoder has it made; the cache's name depends on transformers' version."""
     cache = "cache" if "cache" in inspect.signature(make).parameters else "past_key_values"
     values = {"config": config, "inputs_embeds": embeds, "attention_mask": attention_mask, cache: None}
     mask: Tensor | None = make(**values, position_ids=positions)

@@ -1,5 +1,7 @@
-"""Arithmetic of adapters: exact where it is a sum, PEFT's numbers where it is PEFT's method, its error stated where a
-rank drops something; what real PEFT loads; what has no meaning refused by name.
+"""Check the arithmetic of adapters.
+
+A sum is exact, PEFT's methods give PEFT's numbers, and truncation states its error. Real PEFT loads the results;
+combinations without a meaning are refused by name.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ EXACT = 1e-6
 
 
 def combine(*words: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The command's two halves in this process: (folder, record)."""
+    """Run the command's two halves in this process. Return (folder, record)."""
     request = checked(parse([str(word) for word in words]), "distlora combine ...")
     return Path(request.out), worker.run(from_json(CombineRequest, to_json(request)))
 
@@ -143,8 +145,9 @@ def tuned_pair(folders: Path, pair: tuple[Path, Path]) -> Any:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_pefts(method: str, tuned_pair: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """add_weighted_adapter gives our factors, bit for bit where nothing is decomposed; DARE by the functions that it
-    calls for each linear, with our draws.
+    """Compare with add_weighted_adapter, bit for bit where nothing is decomposed.
+
+    DARE is compared by the functions that PEFT calls for each linear, with our draws.
     """
     how, weights, density = METHODS[method], [0.7, -0.5], 0.4 if METHODS[method].has_density else None
     words = [f"{pair[0]}=0.7", f"{pair[1]}=-0.5", "--out", tmp_path / "out", "--method", method]

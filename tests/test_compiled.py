@@ -62,7 +62,7 @@ def test_a_decoder_that_is_compiled_computes_what_it_did(name: str, tmp_path: Pa
 
 
 def check(model: CausalLM, input_ids: Tensor, expected_losses: Tensor, expected: list[Tensor]) -> None:
-    """The bounds of what liger-kernel gives (test_liger.py): the order of sums and the last bit of exp."""
+    """Compare within the bounds of test_liger.py: the order of sums and the last bit of exp."""
     losses, gradients = run(model, input_ids)
     assert relative_error(losses, expected_losses) <= 1e-6
     for actual, gradient in zip(gradients, expected, strict=True):
@@ -131,7 +131,7 @@ def test_what_a_block_keeps_with_it_is_calculated(tmp_path: Path, monkeypatch: p
     kept, packed = Kept(), elementwise._packed
 
     def watched(tensor: Tensor) -> Any:
-        """What is made again is not kept."""
+        """Fail for a kept tensor that backward recomputes."""
         result = packed(tensor)
         return kept.keep(result) if isinstance(result, Tensor) else result
 

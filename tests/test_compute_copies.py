@@ -21,7 +21,7 @@ ROWS, LENGTH = 12, 64
 
 
 def batch(ranks: Ranks, *, start: int = 0, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:
-    """(inputs, positions, labels): this rank's part of `rows` rows from `start`; few tokens are most of the text."""
+    """Return (inputs, positions, labels): this rank's part of `rows` rows from `start`, mostly of few tokens."""
     generator = torch.Generator().manual_seed(0)
     tokens = (torch.rand(ROWS, LENGTH + 1, generator=generator) ** 4 * VOCABULARY).long()[start : start + rows]
     own = tokens.chunk(ranks.world)[ranks.rank]

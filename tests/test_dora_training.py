@@ -1,5 +1,6 @@
-"""DoRA in a model: the norms of its base on any ranks, its start, dropout, resume, rows that choose. (That it is
-PEFT's, trained on one to three ranks, is a row of tests/test_methods.py.)
+"""Check DoRA in a model: the norms of its base on any ranks, start, dropout, resume, rows that choose.
+
+The comparison with PEFT on one to three ranks is in tests/test_methods.py.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def norms_of(ranks: Ranks, *, folder: Path, sections: dict[str, Any]) -> dict[st
 
 @pytest.fixture(scope="module")
 def bases(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """A folder and the sections of a config for each way in which a base is stored."""
+    """Return a folder and the sections of a config for each way in which a base is stored."""
     root = tmp_path_factory.mktemp("bases")
     write_model_folder(root / "odd", "llama", **ODD)
     quantize(root / "odd", root / "nested", bnb_4bit_use_double_quant=True)
@@ -211,7 +212,7 @@ def adapted(names: tuple[str, ...], context: BlockContext, bias: bool) -> Adapte
 
 
 def textbook(linear: AdaptedLinear, pair: LoRAPair, x: Tensor) -> Tensor:
-    """The paper's formula, its norm detached."""
+    """Compute the paper's formula, its norm detached."""
     assert pair.magnitude is not None
     direction = linear.weight + pair.scaling * pair.B @ pair.A
     y = x @ (pair.magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True).detach()).T

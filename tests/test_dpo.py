@@ -45,8 +45,9 @@ LN2 = math.log(2)
 
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 pairs of uneven length: a text that goes on as it does, and in capitals, which even a model without knowledge
-    can tell in texts that it has not seen.
+    """Write 60 pairs of uneven length: a text as it continues, and in capitals.
+
+    Even a model without knowledge can tell these apart in texts that it has not seen.
     """
     topics = [topic.split() for topic in sorted(pydoc_data.topics.topics.values(), key=len)[20:80]]
     lines = []
@@ -62,7 +63,7 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepare(
     run_dir: Path, folders: Path, preferences: Path, model: str = "llama", **sections: dict[str, Any]
 ) -> Config:
-    """A prepared run of six steps of six rows, with one to several pairs in each."""
+    """Prepare a run of six steps of six rows, with one to several pairs in each."""
     sections["data"] = {"path": str(preferences), "sequence_length": 160, "eval_fraction": 0.2}
     sections["train"] = {"objective": "dpo", "max_steps": 6, "global_batch": 6} | sections.get("train", {})
     return make_run(run_dir, folders, model, **sections)

@@ -115,7 +115,7 @@ def test_rounded_weights_are_what_a_checkpoint_in_16_bits_would_hold(folders: Pa
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[EvaluateRequest]:
-    """The requests of the processes that a command would become."""
+    """Return the requests of the processes that a command would become."""
     requests: list[EvaluateRequest] = []
 
     def become(executable: str, arguments: list[str], environment: dict[str, str]) -> None:
@@ -232,7 +232,7 @@ DTYPE = {"bf16": {"dtype": "bf16"}}
 
 
 def merge(run: Path, out: Path, **settings: Any) -> EvaluateRequest:
-    """What `distlora merge` writes, and what it then asks for."""
+    """Write what `distlora merge` writes, and return the measurement that it then requests."""
     name = Name(place=str(run))
     trained = name.read()
     merge_to(trained, out, **{"onto": "trained", "dtype": torch.float32, "say": print, **settings})

@@ -43,7 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and a run of each kind."""
+    """Make a base, and a run of each kind."""
     root = tmp_path_factory.mktemp("exporting")
     write_model_folder(root / "llama", "llama", **EVEN)
     write_text_file(root / "text.jsonl")
@@ -61,7 +61,7 @@ def run(root: Path, name: str, model: str = "llama", new_tokens: Any = (), **sec
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's process is a call: it costs seconds to start. One test starts it really."""
+    """Call the client in this process, as a start costs seconds; one test starts it really."""
 
     def run(request: ExportRequest) -> tuple[int, str]:
         return 0, f"of a library\n{json.dumps(client_check.run(request))}\n"
@@ -208,7 +208,7 @@ def test_a_base_that_is_packed_already_is_copied(place: Path, tmp_path: Path) ->
 
 
 def write_even_folder(folder: Path, variant: str) -> None:
-    """A variant of tests/family_models.py whose rows are whole blocks."""
+    """Write a variant of tests/family_models.py whose rows are whole blocks."""
     config = hf_config(variant)
     for key, value in EVEN.items():
         setattr(getattr(config, "text_config", config), key, value)
@@ -306,8 +306,9 @@ def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path, variant: str)
 def test_what_the_client_computes_otherwise_is_not_left_behind(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A merged model is damaged after it was written: in fp32 a tensor, which its logits tell, in 16 bits one weight by
-    a fiftieth, which they would not.
+    """Damage a merged model after it was written.
+
+    In fp32 a tensor, which the logits show; in 16 bits one weight by a fiftieth, which they would not show.
     """
     write = hf_folder.write
 

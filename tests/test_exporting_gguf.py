@@ -29,7 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with grouped queries, and a run of each kind."""
+    """Make a base with grouped queries, and a run of each kind."""
     root = tmp_path_factory.mktemp("gguf")
     write_model_folder(root / "llama", "llama")
     write_text_file(root / "text.jsonl")
@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's process is a call, which costs no seconds to start; without llama.cpp, which CI lacks."""
+    """Call the client in this process, without llama.cpp, which CI lacks."""
 
     def run(request: ExportRequest) -> tuple[int, str]:
         return 0, json.dumps(client_check.run(request))
@@ -54,7 +54,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exported(run: Path, form: str, out: Path, dtype: str | None = None, onto: Any = "trained", **name: Any) -> int:
-    """The exit code of the worker, as the command starts it."""
+    """Return the exit code of the worker, as the command starts it."""
     named = Name(place=str(run), **name)
     trained = named.read()
     request = ExportRequest(

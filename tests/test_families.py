@@ -52,7 +52,7 @@ LENGTHS = (23, 1, 40)
 
 @pytest.fixture(scope="module")
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A variant's folder, written at the first use."""
+    """Return a variant's folder, written at the first use."""
 
     @functools.cache
     def folder(name: str) -> Path:
@@ -73,8 +73,9 @@ def shifted(input_ids: Tensor) -> Tensor:
 def test_forward_is_transformers_own_on_the_dequantized_weights(
     family_folder: Callable[[str], Path], dtype: str, name: str
 ) -> None:
-    """The base alone (no row chooses the adapter): hidden states bit for bit; the loss but for the order of its sum
-    and, in bf16, for our fp32 logits.
+    """Compare the base alone (no row chooses the adapter): hidden states bit for bit.
+
+    The loss differs by the order of its sum and, in bf16, by our fp32 logits.
     """
     ours, _ = load_ours(family_folder(name), train={"dtype": dtype})
     theirs = dequantized(family_folder(name), ours, DTYPES[dtype])

@@ -124,7 +124,7 @@ def test_a_sharded_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
 
 
 def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int, piece_bytes: int) -> None:
-    """What a checkpoint of a run holds, as a model's folder in bf16, and as another checkpoint's files."""
+    """Write a checkpoint's contents as a bf16 model folder and as another checkpoint's files."""
     config = load_config(run_dir)
     model, backend, _ = setup.start_run_model(config, ranks)
     trained = worker.trained_parameters(model)

@@ -63,7 +63,7 @@ CHATS = {"chats": True, "chat_template": None}
 
 @pytest.fixture(scope="module")
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A variant's folder with the tests' tokenizer, written at the first use."""
+    """Return a variant's folder with the tests' tokenizer, written at the first use."""
 
     @functools.cache
     def folder(name: str) -> Path:
@@ -337,7 +337,7 @@ def test_wandb_gets_the_samples_of_a_step_as_a_table(tmp_path: Path, monkeypatch
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with checkpoints of steps 2 and 4; its result is that of step 4."""
+    """Return a finished run with checkpoints of steps 2 and 4; its result is that of step 4."""
     root = tmp_path_factory.mktemp("generate")
     write_model_folder(root / "llama", "llama")
     (root / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number. " * 20}) + "\n" for n in range(30)))
@@ -347,7 +347,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(run_dir: Path, text: str, weights: Path | None) -> str:
-    """The raw continuation, in process."""
+    """Return the raw continuation, in process."""
     config = load_config(run_dir)
     model, backend = load_trained(of_run(config, None if weights is None else str(weights)), SINGLE)
     encoder = PromptEncoder(model, config.model, CHATS, as_chat=False)

@@ -1,5 +1,6 @@
-"""GGUF files: transformers loads them and computes what it computes from the folder; tokenizers are told apart by what
-they do.
+"""Check that transformers loads GGUF files and computes the same as from the folder.
+
+Tokenizers are told apart by their behaviour.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ _TEKKEN = (
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_transformers_computes_the_same_from_the_file(variant: str, tmp_path: Path) -> None:
-    """It puts the rows of q and k back and reads every tensor; its rotary embedding it takes from config.json here,
-    as it reads none but the plain one from GGUF (test_llama_cpp.py has llama.cpp's own).
+    """Load every tensor, with the rows of q and k in their original order.
+
+    transformers takes the rotary embedding from config.json here, as it reads only the plain one from GGUF
+    (test_llama_cpp.py has llama.cpp's).
     """
     write_family_folder(tmp_path, variant)
     said: list[str] = []

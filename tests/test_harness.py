@@ -1,5 +1,6 @@
-"""lm-evaluation-harness on our model: the figures of its own model class on the same weights, on any number of ranks;
-an offline task from a YAML file and a jsonl.
+"""Compare lm-evaluation-harness on our model with its own model class on the same weights.
+
+On any number of ranks, and for an offline task from a YAML file and a jsonl.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def evaluate(model: Any, tasks: Path) -> Any:
 
 @torch.no_grad()
 def adapted_in_transformers(folder: Path, ours: CausalLM) -> Any:
-    """The Hugging Face model of our weights with the adapters in them."""
+    """Build the Hugging Face model of our weights with the adapters in them."""
     theirs = dequantized(folder, ours)
     for path, weight in ours.adapted_weights():
         (pair,) = weight.adapters.values()

@@ -1,5 +1,6 @@
-"""Several copies of the base, each cut over some of the ranks: the run of one copy over all, and nothing of the base
-between copies.
+"""Check several replicas of the base, each sharded over some of the ranks.
+
+They give the run of one replica over all ranks, and nothing of the base crosses between replicas.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SAVED: dict[str, Any] = {"adapter": {"target_modules": "qv", "r": 4, "modules_to
 
 
 def prepare(run_dir: Path, folders: Path, model: str = "llama", *, degree: int | None = DEGREE, **sections: Any) -> Any:
-    """A run of four ranks with that parallel.shard_degree."""
+    """Prepare a run of four ranks with that parallel.shard_degree."""
     parallel = {"shard_degree": degree} | sections.pop("parallel", {})
     return make_run(run_dir, folders, model, parallel=parallel, cluster={"gpus_per_node": RANKS}, **sections)
 
@@ -64,7 +65,7 @@ def losses_of(metrics: list[dict[str, Any]]) -> list[float]:
 
 
 def owned(ranks: Ranks, *, run_dir: Path) -> dict[str, tuple[Tensor, int, bool]]:
-    """(this rank's rows, the first one's index, whether it is of the frozen base) of every parameter and buffer."""
+    """Return (this rank's rows, the first one's index, is frozen base) of every parameter and buffer."""
     model, backend, _ = setup.start_run_model(load_config(run_dir), ranks)
     return rows_of(model, backend)
 
@@ -83,7 +84,7 @@ CUTS = [(1, None, 1), (2, None, 2), (4, None, 4), (4, 2, 2), (4, 1, 1)]
 def load(
     world: World, folders: Path, run_dir: Path, size: int, degree: int | None, **adapter: Any
 ) -> list[dict[str, Any]]:
-    """What each rank owns of a loaded model."""
+    """Return what each rank owns of a loaded model."""
     make_run(
         run_dir,
         folders,
@@ -126,7 +127,7 @@ def test_each_copy_is_the_whole_quantization_bit_for_bit(
 
 
 def loaded_from_cache(ranks: Ranks, *, run_dir: Path) -> tuple[dict[str, tuple[Tensor, int, bool]], int, int]:
-    """What this rank owns, the weights that came from the cache, and the bytes that it kept there."""
+    """Return what this rank owns, the weights from the cache, and the bytes that it kept there."""
     config = load_config(run_dir)
     model, backend, loaded = setup.start_run_model(config, ranks)
     return rows_of(model, backend), loaded.cached_weights, loaded.kept_bytes
@@ -182,8 +183,9 @@ def _kind(name: str) -> str:
 
 
 def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tuple[int, ...]], int], Traffic]:
-    """A step's bytes by (kind, ranks that take part), counted where torch issues its collectives, and what the backend
-    counts.
+    """Return a step's bytes by (kind, participating ranks), and what the backend counts.
+
+    The first are counted where torch issues its collectives.
     """
     model, backend, _ = setup.start_run_model(config, ranks)
     backend.reduce_gradients_of(worker.trained_parameters(model).values(), config.parallel.bucket_mb)
@@ -237,7 +239,7 @@ def test_between_copies_travel_gradients_alone_by_what_is_really_issued(
 
 @pytest.fixture(scope="module")
 def one_copy(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four ranks that cut one copy."""
+    """Return a run of four ranks that shard one replica."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
     prepare(run_dir, folders, degree=None, train=SETTINGS)
     world.run(RANKS, run_once, run_dir=run_dir)
@@ -318,8 +320,10 @@ def test_what_is_trained_in_every_copy_is_the_single_run_saved_once_and_resumed_
 
 
 def damaged(ranks: Ranks, *, run_dir: Path) -> list[str]:
-    """What is said of a byte of rank 3 that changes after loading, as a forward and a save see it; of one that rank 3
-    read otherwise; and of an offset that rank 2 computed otherwise.
+    """Return the messages for damage after loading, and for ranks that read or compute something else.
+
+    A byte of rank 3 changes after loading, as a forward and a save see it; rank 3 reads one byte otherwise; rank 2
+    computes an offset otherwise.
     """
     config = load_config(run_dir)
     loader, _ = open_data(run_dir, config.train, ranks)
@@ -374,7 +378,7 @@ def begun_from_other_files(ranks: Ranks, *, run_dir: Path, section: str, files: 
 
 
 def scaled_copy(folder: Path, to: Path, *parts: str) -> Path:
-    """A folder of safetensors whose tensors with these parts of names are 1.5 times as large."""
+    """Copy a folder of safetensors, the tensors with these parts of names 1.5 times as large."""
     shutil.copytree(folder, to)
     for file in to.glob("*.safetensors"):
         tensors = safetensors.torch.load_file(file)

@@ -30,7 +30,7 @@ def of(data: Tensor) -> int:
 
 
 def by_definition(data: bytes) -> int:
-    """The checksum in Python's integers, from what checksums.py says of it."""
+    """Compute the checksum in Python's integers, from its definition in checksums.py."""
     from distlora.parallel.checksums import _weights
 
     weights = _weights(torch.device("cpu")).tolist()
@@ -91,14 +91,14 @@ def started(ranks: Ranks, run_dir: Path) -> tuple[CausalLM, Backend, Any]:
 
 
 def own_rows(backend: Backend, name: str) -> Tensor:
-    """This rank's rows of a tensor, in the memory that they are kept in."""
+    """Return this rank's rows of a tensor, in the memory that they are kept in."""
     assert backend._frozen is not None
     (rows,) = [frozen.rows for frozen in backend._frozen._tensors if frozen.name == name]
     return rows
 
 
 def sound_then_every_unit_damaged(ranks: Ranks, *, run_dir: Path, damaged: tuple[str, ...]) -> list[str]:
-    """A first forward says nothing and leaves nothing behind; the message for one byte of rank 1 in each tensor."""
+    """Run a sound forward, then return the message for one bad byte of rank 1 in each tensor."""
     model, backend, batch = started(ranks, run_dir)
     hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
     model(*batch)
@@ -164,7 +164,7 @@ def test_a_byte_that_changed_in_a_shard_is_named_on_every_rank(
 
 
 def damaged_on_the_way(ranks: Ranks, *, run_dir: Path) -> str:
-    """A run in which rank 0 gets one byte of the second block wrong, in the first gather of it."""
+    """Run with one byte of the second block wrong on rank 0, in its first gather."""
     calls, gather = [0], fsdp2._all_gather
 
     def faulty(output: Tensor, given: Tensor, **options: Any) -> dist.Work | None:
@@ -202,7 +202,7 @@ def test_a_byte_that_one_rank_got_wrong_ends_the_run_on_all_before_a_step(
 
 
 def rots_before_the_second_save(ranks: Ranks, *, run_dir: Path) -> str:
-    """A run in which a byte of rank 1's shard changes after the first save."""
+    """Run with a byte of rank 1's shard that changes after the first save."""
     calls, check = [0], Backend.check_weights
 
     def later(backend: Backend) -> None:

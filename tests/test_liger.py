@@ -38,8 +38,10 @@ RANKS = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture
 def interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: what the interpreter lacks for these kernels. It hands floats over as they are, where the compiler
-    makes fp32 scalars with methods of them, and it has none of libdevice's functions.
+    """Add what Triton's interpreter lacks for these kernels without a GPU.
+
+    It passes floats as they are, where the compiler makes fp32 scalars with methods of them, and it has none of
+    libdevice's functions.
     """
     if torch.cuda.is_available():
         return
@@ -191,7 +193,7 @@ def through(module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]
 
 
 def in_fp64(module: nn.Module, model: CausalLM) -> Any:
-    """A norm or an MLP of transformers with our weights, by its formula."""
+    """Compute a norm or an MLP of transformers with our weights, by its formula."""
     if (weight := getattr(module, "weight", None)) is not None:
         gemma = model.family.model_type.startswith("gemma")
         scale = weight.double() + (1.0 if gemma else 0.0)

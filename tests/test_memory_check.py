@@ -121,7 +121,7 @@ def test_a_damaged_plan_is_refused_before_a_model_is_loaded(folders: Path, tmp_p
 
 
 def run_and_listen(ranks: Ranks, *, run_dir: Path) -> list[str]:
-    """The warnings of a run."""
+    """Return the warnings of a run."""
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reporter, "event", lambda self, text: said.append(text))
@@ -173,7 +173,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 
 
 def compare(world: World, folders: Path, tmp_path: Path, size: int, sections: dict[str, dict[str, Any]]) -> None:
-    """A run that is measured, against a plan that has nothing kept, and one that is not."""
+    """Compare a measured run with a plan that keeps nothing, and with a run that is not measured."""
     settings = {"max_steps": 3, "save_every": 2, **sections.get("train", {})}
     for name, measure in (("plain", False), ("measured", True)):
         make_run(tmp_path / name, folders, **{**sections, "train": settings, "plan": {"measure": measure}})

@@ -43,7 +43,7 @@ def taken(nbytes: int) -> Tensor:
 
 @contextlib.contextmanager
 def recorded(device: torch.device) -> Iterator[list[Event]]:
-    """Filled when it ends."""
+    """Yield a list that is filled when the block ends."""
     recorder, events = Recorder(device), list[Event]()
     recorder.start()
     yield events

@@ -39,7 +39,7 @@ def quiet(text: str) -> None:
 
 
 def adapted(tmp_path: Path, variant: str, **sections: dict[str, Any]) -> tuple[CausalLM, Trained]:
-    """A model of ours with an adapter that is not zero, and the adapter as a PEFT folder on its base."""
+    """Return a model with an adapter that is not zero, and the adapter as a PEFT folder on its base."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     write_family_folder(base, variant)
     model, backend = load_ours(base, **sections)

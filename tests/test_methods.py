@@ -131,7 +131,7 @@ def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
 
 
 def _accumulate(model: Any, backend: Backend, batch: StepBatch) -> None:
-    """The gradients of a step, summed over the ranks."""
+    """Accumulate the gradients of a step, summed over the ranks."""
     backend.zero_gradients()
     for index, micro in enumerate(batch.micro_batches):
         loss = model(micro.input_ids, micro.position_ids, micro.labels).sum() / batch.global_targets
@@ -185,7 +185,7 @@ class Peer:
             add_start(self.base, ours)
 
     def load(self, adapter: Path) -> Any:
-        """What PEFT makes of an adapter's folder."""
+        """Load an adapter's folder with PEFT."""
         return peft.PeftModel.from_pretrained(self.base, adapter, is_trainable=True)
 
     def outcome(self, adapter: Path) -> tuple[dict[str, Tensor], Tensor]:

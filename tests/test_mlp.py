@@ -1,5 +1,6 @@
-"""MLPs that backward recomputes, whole or in tiles of tokens: the same numbers, and of a row's inner columns no more
-than a tile's.
+"""Check MLPs that backward recomputes, whole or in tiles of tokens.
+
+The numbers are the same, and no more than a tile of a row's inner columns is kept.
 """
 
 from __future__ import annotations

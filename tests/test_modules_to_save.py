@@ -65,7 +65,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def whole(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two ranks that was never stopped."""
+    """Return a run on two ranks that was never stopped."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     make_run(run_dir, folders, "llama-tied", adapter=BOTH, train=SETTINGS)
     world.run(2, run_until, run_dir=run_dir, stop_before=None)

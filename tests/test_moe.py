@@ -1,5 +1,6 @@
-"""Mixtures of experts: which weights get an adapter and which do not, bits a parameter, rows that choose, and the loss
-that balances routers. Their forward, gradients and files are columns of tests/test_families.py.
+"""Check mixtures of experts: adapted weights, bits per parameter, rows that choose, the router loss.
+
+Their forward, gradients and files are columns of tests/test_families.py.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def adapted(model: CausalLM) -> set[str]:
-    """The last names of what is adapted."""
+    """Return the last names of the adapted modules."""
     return {path.rpartition(".")[2] for path, _ in model.adapted_weights()}
 
 
@@ -237,8 +238,9 @@ def test_a_row_may_choose_the_experts_adapter_or_none(folder_of: Callable[[str],
 def test_the_routers_loss_is_transformers_own_and_so_are_its_gradients(
     folder_of: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    """Two rows in one micro-batch: the mean of what transformers and PEFT compute for each alone. The loss is weighed
-    so that it is felt, and counts in the gradients of every adapter before a router.
+    """Compare two rows in one micro-batch with the mean of transformers' and PEFT's results for each alone.
+
+    The router loss has a large weight, and counts in the gradients of every adapter before a router.
     """
     rows, weight = tokens(2, 32), 0.5
     ours, _ = load_ours(folder_of(name), train={"dtype": "fp32", "router_aux_loss": weight})
@@ -324,7 +326,7 @@ def test_the_routers_loss_is_configs_own_where_nothing_is_set(
 
 
 def trained(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
-    """A run, or the rest of one, on this rank."""
+    """Run, or finish a run, on this rank."""
     worker.run(run_dir, ranks)
     return read_metrics(run_dir)
 

@@ -1,5 +1,6 @@
-"""Inputs of checkpointed blocks on the host: the same numbers, which leave and come back in order, in the same memory
-from step to step.
+"""Check the inputs of checkpointed decoder layers in host memory.
+
+The numbers are the same; inputs leave and return in order, in the same memory from step to step.
 """
 
 from __future__ import annotations
@@ -126,8 +127,9 @@ def test_of_the_inputs_the_device_holds_the_newest_and_in_backward_two() -> None
 
 
 class Late(HostInputs):
-    """Copies as a stream beside the device's may run them: each as late as it can be, when something waits for it, and
-    in order. What it reads and writes must still be there by then.
+    """Delay each copy as long as a stream beside the device's may: until something waits for it, in order.
+
+    The memory that it reads and writes must still be there by then.
     """
 
     def __init__(self) -> None:
@@ -204,7 +206,7 @@ def test_all_memory_is_free_again_after_whatever_a_forward_ended_in(where: str) 
 
 
 def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """A run's metrics, and of its inputs' memory: (places that were reserved, places at the end, bytes of growth)."""
+    """Return metrics and memory of the inputs: (places reserved, places at the end, bytes of growth)."""
     figures: list[int] = []
     original = setup.OffloadedInputs.reserve
     reserved: list[HostInputs] = []

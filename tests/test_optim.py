@@ -15,7 +15,7 @@ OK, NOT_OK = torch.tensor(True), torch.tensor(False)
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
-    """A pair large enough for 8 bits (4,096 elements and more) and a small one."""
+    """Return a pair large enough for 8 bits (4,096 elements and more) and a small one."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"x.A": (16, 512), "x.B": (512, 16), "small.A": (4, 8)}
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}

@@ -81,7 +81,7 @@ def assert_same_trial(run_dir: Path, alone: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The run folder of each trial, trained by itself on one rank."""
+    """Return the run folder of each trial, trained alone on one rank."""
     root = tmp_path_factory.mktemp("alone")
     for number, sections in enumerate(TRIALS):
         make_run(root / str(number), folders, **sections)
@@ -90,7 +90,7 @@ def alone(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 
 def run_pack(ranks: Ranks, *, pack: Path) -> dict[str, Tensor]:
-    """A pack on this rank. Returns the rank's own bits of every adapter, as its trial left its slot."""
+    """Run a pack on this rank. Return the rank's bits of every adapter as its trial left its slot."""
     kept: dict[str, Tensor] = {}
     end = trainer.MultiTrialTrainer._end
 
@@ -164,7 +164,7 @@ def test_a_pack_gathers_what_one_trial_does_and_sums_every_trials_gradients(
 
 
 def run_spoilt(ranks: Ranks, *, pack: Path, slot: int, step: int) -> None:
-    """A pack in which the losses of a slot's rows on rank 0 are NaN in one step."""
+    """Run a pack in which the losses of a slot's rows on rank 0 are NaN in one step."""
     losses_of = NextToken.losses
 
     def spoil(self: NextToken, model: Any, batch: Any, device: Any, at: Any) -> Losses:
@@ -207,7 +207,7 @@ def test_a_trial_that_is_not_finite_ends_alone(
 
 
 def run_with_a_reporter_that_fails(ranks: Ranks, *, pack: Path, run_dir: Path) -> None:
-    """A pack in which rank 0 alone cannot read what it needs of one trial."""
+    """Run a pack in which rank 0 alone cannot read what it needs of one trial."""
     reporter = OpenRun.reporter
 
     def fails(self: OpenRun, *arguments: Any, **options: Any) -> Any:

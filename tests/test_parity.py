@@ -20,7 +20,7 @@ from worlds import World
 
 
 def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
-    """A whole run of the worker on this rank."""
+    """Run the worker once on this rank."""
     worker.run(run_dir, ranks)
     return read_metrics(run_dir)
 

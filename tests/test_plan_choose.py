@@ -1,5 +1,6 @@
-"""What the planner chooses is the fastest that fits, changes nothing that was fixed, and says why; where nothing fits
-it names the nearest that does.
+"""Check that the planner chooses the fastest settings that fit, changes nothing fixed, and gives reasons.
+
+If nothing fits it names the nearest settings that do.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def without_rates(where: Machine) -> Machine:
 
 
 def cpu(ranks: int, host: float) -> Machine:
-    """A machine without GPUs, of which `host` GB can be had."""
+    """Return a machine without GPUs, with `host` GB of available memory."""
     return dataclasses.replace(cpu_machine(ranks), host_bytes=int(host * GB), usable_bytes=int(host * GB) // ranks)
 
 

@@ -33,7 +33,7 @@ _FIGURE = re.compile(r"(\d[\d,]*\.?\d*)(%?)")
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder on a machine without GPUs, offline."""
+    """Make an empty working folder on a machine without GPUs, offline."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -61,8 +61,9 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 @pytest.mark.parametrize("name", PROMISED)
 def test_the_pages_that_were_promised(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """Word for word, and every figure within 1 % (or a point of a share): what they are held to stands in other tests.
-    Where a change is meant: distlora plan ... > tests/golden/plan/NAME.txt, and docs/planning.md with it.
+    """Compare pages word for word, and every figure within 1 % (or a point of a share).
+
+    After an intended change: distlora plan ... > tests/golden/plan/NAME.txt, and docs/planning.md with it.
     """
     expected, found = (GOLDEN / f"{name}.txt").read_text(), printed(capsys, *PROMISED[name])
     assert words_of(found) == words_of(expected), f"distlora plan {' '.join(PROMISED[name])}"
@@ -76,7 +77,7 @@ def test_the_page_on_planning_shows_what_the_command_prints() -> None:
 
 
 def words_of(page: str) -> list[str]:
-    """What a page says, without its figures, its bars and where its lines end."""
+    """Return a page's words, without its figures, bars and line ends."""
     return _FIGURE.sub("0", re.sub(r"\|[ #.]*\|", "", page)).split()
 
 

@@ -1,5 +1,6 @@
-"""Memory is calculated from config.json and settings, and is what ranks have: what stays to the byte, the peak of a
-step within 5 %, on 1 to 4 ranks of either backend.
+"""Compare the memory calculated from config.json and settings with that of ranks.
+
+What stays is exact to the byte, the peak of a step within 5 %, on 1 to 4 ranks of either backend.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def measured(ranks: Ranks, *, config: Config) -> StepMemory:
 
 
 def both(world: Any, folder: Path, ranks: int, settings: Settings, accumulation: int) -> tuple[DeviceBytes, StepMemory]:
-    """The plan, and what the rank that has most had in a step."""
+    """Return the plan, and the step of the rank with the largest peak."""
     config = config_of(folder, ranks, settings, accumulation)
     most, *others = world.run(ranks, measured, config=config)
     assert all(other.persistent <= most.persistent for other in others), "the first rank has the most rows of a tensor"
@@ -75,8 +76,9 @@ MOMENTS: dict[str, tuple[Moment, ...]] = {
 
 
 def check(plan: DeviceBytes, found: StepMemory, *, short: str | None = None) -> None:
-    """Each part of a step within 5 % of the whole peak: one of them is it, and others are at other sizes. But for
-    `short`. At the peak each kind that can be told apart within 10 % of it, or 2 % of the peak.
+    """Compare each part of a step within 5 % of the whole peak.
+
+    At the peak, each category that can be told apart is within 10 % of it, or 2 % of the peak, except `short`.
     """
     assert {kind: nbytes for kind, nbytes in found.held.items() if nbytes} == plan.held
     assert plan.peak == pytest.approx(found.peak, rel=0.05), (plan.by_kind, found.by_kind)

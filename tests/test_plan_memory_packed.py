@@ -1,5 +1,6 @@
-"""The memory of a pack is calculated, and is what ranks have, in the bounds of test_plan_memory.py: what stays to the
-byte, the peak of a step within 5 %.
+"""Compare the calculated memory of a pack with that of ranks, in the bounds of test_plan_memory.py.
+
+What stays is exact to the byte, the peak of a step within 5 %.
 """
 
 from __future__ import annotations

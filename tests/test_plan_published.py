@@ -32,7 +32,7 @@ LLAMA2_70B, LLAMA3_405B = "NousResearch/Llama-2-70b-hf", "meta-llama/Llama-3.1-4
 
 @functools.cache
 def planned(name: str, *words: str) -> Plan:
-    """A plan of `section.field=value` words."""
+    """Return a plan of `section.field=value` overrides."""
     adapter = {} if "adapter.method=full" in words else {"target_modules": "all-linear"}
     config = composed(*words, model={"path": name}, data={"path": "/data"}, adapter=adapter, gpu={"name": "a100_80gb"})
     return plan_of(config, find_model(config), machine_of(config.gpu, config.cluster))
@@ -63,8 +63,9 @@ def full_finetuning() -> float:
 
 
 def qlora_paper_adapters(shapes: ModelShapes) -> int:
-    """The numbers of its adapters as the paper's figure has them: rank 64 on the linears of a block with an MLP of two
-    of 4 h, 18 h rows and columns a block (LLaMA's own three are 19.06 h at 65B).
+    """Return the adapter parameters as the paper's figure has them: rank 64 on all linears.
+
+    Its MLP has two linears of 4 h: 18 h rows and columns per decoder layer (LLaMA's three give 19.06 h at 65B).
     """
     return 64 * 18 * shapes.hidden * shapes.num_layers
 
@@ -88,10 +89,11 @@ PEFT_RUN += ("cluster.gpus_per_node=2", "train.dtype=bf16", "train.liger=false")
 
 
 def peft(*, adapter_bytes: int, beside: float) -> float:
-    """A rank of PEFT on two GPUs at a block's backward, NF4 stored as bf16: its rows of the base, with the scales on
-    every rank; its half of adapters, gradients and moments, of `adapter_bytes` a number; the kept inputs of blocks, a
-    block's own activations; dropout before each adapter (0.1): its output in bf16 and its mask; a weight dequantized;
-    and `beside`, what its sharding has gathered and keeps for it.
+    """Return the bytes of a PEFT rank on two GPUs at a layer's backward, NF4 stored as bf16.
+
+    These are its rows of the base, with the scales on every rank; its half of adapters, gradients and optimizer states,
+    `adapter_bytes` per parameter; the kept inputs and one layer's activations; dropout before each adapter (0.1): its
+    output in bf16 and its mask; a weight dequantized; and `beside`, what its sharding keeps gathered.
     """
     plan, step = steps(LLAMA2_70B, *PEFT_RUN)
     shapes, config = plan.model.shapes, plan.config
@@ -104,8 +106,9 @@ def peft(*, adapter_bytes: int, beside: float) -> float:
 
 
 def peft_fsdp() -> float:
-    """FSDP1 without mixed precision: adapters, gradients and both moments in bf16. The root unit (embedding, head)
-    stays whole, a block is, and the next is on its way.
+    """Return the GiB of FSDP1 without mixed precision, adapters, gradients and optimizer states in bf16.
+
+    The root unit (embedding, head) stays whole, one layer is whole, and the next is on its way.
     """
     shapes = shapes_of(LLAMA2_70B)
     block = sum(2 * -(-weight.numel // 4) if weight.packs else 2 * weight.numel for weight in shapes.block)
@@ -113,16 +116,18 @@ def peft_fsdp() -> float:
 
 
 def peft_zero3() -> float:
-    """DeepSpeed in bf16: beside parameters and gradients in bf16, fp32 masters, gradients and moments. Its bucket to
-    reduce is of 5e8 numbers, and it lets 1e9 be live (zero_optimization's defaults).
+    """Return the GiB of DeepSpeed in bf16: fp32 masters, gradients and optimizer states beside bf16 ones.
+
+    Its reduce bucket has 5e8 elements and 1e9 may be live (zero_optimization's defaults).
     """
     return peft(adapter_bytes=2 + 2 + 4 + 4 + 8, beside=2 * 5e8 + 2 * 1e9)
 
 
 def torchtune_405b(micro_batch: int, *, least: bool = False) -> float:
-    """GiB of a rank of eight: NF4 as ours, all of it cut, adapters, gradients and moments in bf16; the root unit
-    (embedding, head) stays whole from forward to backward's end, a block is, and the next is on its way; a weight
-    dequantized. `least`: but for what compilation may save: what a block computes.
+    """Return the GiB of one of eight ranks: NF4 all sharded, the trained part in bf16.
+
+    The root unit (embedding, head) stays whole from forward to backward's end, one layer is whole, and the next is on
+    its way; a weight dequantized. `least` leaves out what compilation may save: the activations of a layer.
     """
     words = (f"train.micro_batch={micro_batch}", f"train.global_batch={8 * micro_batch}", "data.sequence_length=2048")
     plan, step = steps(LLAMA3_405B, *words, "adapter.r=16", "cluster.gpus_per_node=8", "train.liger=false")
@@ -254,8 +259,10 @@ def test_what_is_published_is_what_we_calculate(figure: Published) -> None:
 
 
 def test_the_qlora_paper_s_figure_is_its_layout_term_by_term() -> None:
-    """The bars of its figure of memory by kind (appendix), in MiB. Adapters and moments are calculated with 18 h
-    columns a block, exactly; of the base 330 to 570 MiB are neither weights nor scales.
+    """Compare the paper's memory bars (appendix), in MiB.
+
+    Adapters and optimizer states are calculated with 18 h columns per layer, exactly; of the base 330 to 570 MiB are
+    neither weights nor scales.
     """
     base = {"7B": 5046, "13B": 8476, "65B": 37_074}
     adapters, moments = {"13B": 450, "65B": 1440}, {"7B": 1152, "13B": 1800, "65B": 5760}
@@ -285,16 +292,20 @@ def test_full_finetuning_of_7b_is_within_the_range_that_is_said() -> None:
 
 
 def test_a_batch_of_two_is_not_what_torchtune_s_405b_ran_with() -> None:
-    """Its table is said to be of two rows, its configuration has one: base, adapters, the unit that stays whole and the
-    inputs of blocks alone are more than the figure.
+    """Show that a batch of two exceeds the published figure.
+
+    Its table states two rows, its configuration one: base, adapters, the unit that stays whole and the inputs of layers
+    alone are more than the figure.
     """
     assert torchtune_405b(2, least=True) > 1.05 * 44.8
     assert torchtune_405b(1, least=True) < 44.8
 
 
 def test_what_offloading_takes_off_peft_s_fsdp_is_what_is_cut() -> None:
-    """35.6 GB become 19.6 with the base offloaded. Of what we calculate its rows of the base and of what is trained go,
-    so what is left over of the first figure is nothing that is cut.
+    """Check that offloading saves exactly the sharded part.
+
+    35.6 GB become 19.6 with the base offloaded. The calculated rows of the base and of the trained part go, so the
+    remainder of the first figure is not sharded.
     """
     plan, _ = steps(LLAMA2_70B, *PEFT_RUN)
     shapes = plan.model.shapes

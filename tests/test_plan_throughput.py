@@ -1,5 +1,6 @@
-"""Tokens a second that others have published, beside what a plan says of the same settings: the ratios that are in
-docs/benchmarks.md, without a factor that would make them 1.
+"""Compare published tokens per second with a plan of the same settings.
+
+These are the ratios in docs/benchmarks.md, without a factor that would make them 1.
 """
 
 from __future__ import annotations

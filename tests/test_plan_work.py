@@ -1,6 +1,4 @@
-"""What the device does in a step is counted as the kernels' own cost model counts it, as operations on the CPU do, and
-adds up to what the step computes.
-"""
+"""Compare the counted work of a step with the kernels' cost model and with operations on the CPU."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ Shows = Callable[[Found], None]
 
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The runs whose workers would have been started; a model and data are there."""
+    """Return the runs whose workers would have been started; a model and data are there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     write_model(tmp_path / "model")

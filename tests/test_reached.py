@@ -24,7 +24,7 @@ BLOCK = "model.layers.1."
 
 @pytest.fixture(scope="module")
 def dead(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose second MLP is given zeros: the norm before it has no weight."""
+    """Return a model whose second MLP is given zeros: the norm before it has no weight."""
     root = tmp_path_factory.mktemp("dead")
     shutil.copytree(folders / "llama", root / "llama")
     shutil.copy(folders / "text.jsonl", root)

@@ -45,14 +45,14 @@ def text_of(name: str) -> str:
 
 
 def gpu_of(name: str) -> str:
-    """The GPU that the header names."""
+    """Return the GPU that the header names."""
     found = re.search(rf"^#   distlora plan recipe={name} gpu=(\w+)$", text_of(name), re.MULTILINE)
     assert found is not None, f"{name} states no plan"
     return found[1]
 
 
 def header(name: str, plan: Plan) -> str:
-    """What a recipe says of its memory: kinds from a tenth of a gigabyte on."""
+    """Return a recipe's memory line, categories from a tenth of a gigabyte on."""
     usable = plan.machine.usable_bytes
     assert usable is not None
     by_kind = plan.device.by_kind

@@ -53,7 +53,7 @@ TRIALS = (
 
 
 def make(folder: Path, trials: Sequence[TrialRecord] = TRIALS, **settings: Any) -> Path:
-    """A grid of two by two, and what came of it."""
+    """Write a grid of two by two with its outcomes."""
     space = (Values("optim.lr", (1e-3, 2e-3)), Values("adapter.r", (8, 16)))
     words = ("model.path=/models/base", "data.path=/a b.jsonl")
     sweep = Sweep(

@@ -23,7 +23,7 @@ from wandb_logs import read_wandb_log
 
 @pytest.fixture
 def no_key(monkeypatch, tmp_path):
-    """A machine without any wandb credentials or settings, whoever runs the test."""
+    """Hide all wandb credentials and settings of the user."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
@@ -183,7 +183,7 @@ def test_offline_wandb_holds_config_history_summary_and_exit(tmp_path, no_key, c
 
 
 def newest(run_dir):
-    """The log that a run began last; of two in one second their names do not tell."""
+    """Return the log that a run began last; of two in one second their names do not tell."""
     return max((run_dir / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime_ns)
 
 

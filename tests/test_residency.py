@@ -117,7 +117,7 @@ def result_of(metrics: list[dict[str, Any]], run_dir: Path) -> tuple[list[float]
 
 
 def run_with_memory(ranks: Ranks, *, run_dir: Path, free: tuple[float, ...]) -> tuple[list[dict[str, Any]], list[str]]:
-    """A run on ranks that have so many bytes free each."""
+    """Run on ranks that have so many bytes free each."""
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_memory, "available_bytes", lambda: int(free[ranks.rank]))
@@ -155,7 +155,7 @@ def test_auto_keeps_what_fits_on_the_rank_with_the_least_memory(
 
 
 def rotten_in_memory(ranks: Ranks, *, run_dir: Path) -> str:
-    """What the check at a save says when a byte of a block changes where rank 0 keeps it gathered."""
+    """Return the save's message when a byte of a gathered block changes on rank 0."""
     model, backend, batch = started(ranks, run_dir)
     model(*batch)
     assert backend.residency is not None

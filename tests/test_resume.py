@@ -35,8 +35,9 @@ class Stopped(Exception):
 
 
 def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[int, list[int]]:
-    """The worker, stopped as it begins the given step, or run to its end. Returns the rows of each step that it made,
-    in order.
+    """Run the worker to its end, or stop it as it begins the given step.
+
+    Returns the rows of each step that it made, in order.
     """
     original = worker.Trainer._train_step
     rows: dict[int, list[int]] = {}
@@ -68,7 +69,7 @@ class Whole(NamedTuple):
 
 @pytest.fixture(scope="module")
 def whole(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Whole]:
-    """The run that was never stopped on some ranks, made at the first use."""
+    """Return the run that was never stopped on some ranks, made at the first use."""
 
     @functools.cache
     def make(size: int) -> Whole:
@@ -81,7 +82,7 @@ def whole(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def stopped(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on one rank that was stopped after step 5, and saved after step 4."""
+    """Return a run on one rank that was stopped after step 5, and saved after step 4."""
     run_dir = tmp_path_factory.mktemp("stopped") / "run"
     make_run(run_dir, folders, train=SETTINGS)
     run_until(SINGLE, run_dir=run_dir, stop_before=5)
@@ -89,7 +90,7 @@ def stopped(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_run(run_dir: Path, other: Path) -> None:
-    """The same adapter, bit for bit, by the same steps, each reported once."""
+    """Require the same adapter, bit for bit, by the same steps, each reported once."""
     ours, others = result(run_dir), result(other)
     assert ours.keys() == others.keys()
     assert all(torch.equal(ours[name], others[name]) for name in ours)

@@ -84,8 +84,9 @@ def test_singular_values_and_vectors_are_those_of_a_dense_svd(shape: tuple[int, 
 
 
 def intruding(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(W, W'): W' has three singular vectors, its 1st, 2nd and 4th, that are orthogonal to nearly all of W's, one (the
-    6th) that is 0.6 of a small one of W's, and else W's own.
+    """Return (W, W'), where W' has three singular vectors nearly orthogonal to W's.
+
+    They are its 1st, 2nd and 4th. The 6th is 0.6 of a small one of W's; the others are W's.
     """
     size = min(shape)
     values = 3 * torch.exp(-0.04 * torch.arange(size, dtype=torch.float64)) + 0.05

@@ -65,8 +65,9 @@ def test_signals_ask_whoever_started_the_worker_and_sigterm_from_its_parent_ends
 
 
 def words_of(ranks: Ranks, *, asking: dict[int, int], boundaries: int) -> tuple[int, int]:
-    """(the boundary, counted from 0, at which this rank stops; the signal), where rank r asks before boundary
-    `asking[r]`.
+    """Return (the boundary, counted from 0, at which this rank stops; the signal).
+
+    Rank r requests the stop before boundary `asking[r]`.
     """
     words = Control(ranks, save_minutes=None)
     try:
@@ -103,8 +104,10 @@ def test_one_process_stops_at_once() -> None:
 
 
 def saves_of(ranks: Ranks, *, boundaries: int, every: int, anyway: int | None) -> list[int]:
-    """The boundaries at which a save is made: each `every`th, where it is due, and the one where it is `anyway`. Each
-    rank has a clock of its own rate, a second or more a boundary.
+    """Return the boundaries at which a save is made.
+
+    These are each `every`th, where it is due, and the one where it is `anyway`. Each rank has a clock of its own rate,
+    a second or more per boundary.
     """
     made, now = [], 0.0
     with pytest.MonkeyPatch.context() as monkeypatch:

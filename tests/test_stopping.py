@@ -30,7 +30,7 @@ PATIENT = {"eval_every": 1, "max_steps": 8, "early_stopping_patience": 2}
 
 
 def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: float, where: str) -> str:
-    """The worker, with the loss of one row of rank 0 (or the gradients of its rows) spoilt in one step.
+    """Run the worker with one row's loss of rank 0 (or its rows' gradients) spoilt in one step.
 
     Returns the error's text.
     """
@@ -87,7 +87,7 @@ def good_run(ranks: Ranks, *, run_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def good(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
-    """The checkpoint of the second step of a run without a bad one."""
+    """Return the checkpoint of the second step of a run without a bad one."""
 
     @functools.cache
     def make(size: int, accumulate: str) -> Path:
@@ -169,7 +169,7 @@ def test_a_sample_that_fails_costs_no_checkpoint(
 
 @pytest.fixture(scope="module")
 def after_three_steps(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """The adapter of a run of as many steps as PATIENT."""
+    """Return the adapter of a run of as many steps as PATIENT."""
     run_dir = tmp_path_factory.mktemp("short") / "run"
     make_run(run_dir, folders, train={"max_steps": 8, "save_every": 3, "keep": 9})
     worker.run(run_dir, SINGLE)

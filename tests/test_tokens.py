@@ -114,7 +114,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def own_rows(ranks: Ranks, *, folder: Path, adapter: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
-    """This rank's rows of embedding and head and the first one's index; trained rows whole."""
+    """Return this rank's rows of embedding and head and the first one's index; trained rows whole."""
     sections: dict[str, Any] = {"adapter": adapter, "quant": {"method": "none"}, "train": {"dtype": "bf16"}}
     model, backend, _ = start_run_model(with_new(folder, "<a>", "<b>", "<c>", **sections), ranks)
     matrices = {"embed_tokens": model.embedding.get_parameter("weight"), "lm_head": model.head.weight}
@@ -201,7 +201,7 @@ def test_the_sum_by_slot_is_fp32_of_16_bit_values() -> None:
 
 @pytest.fixture(scope="module")
 def run(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps with new tokens."""
+    """Return a run of six steps with new tokens."""
     run_dir = tmp_path_factory.mktemp("tokens") / "run"
     adapter = {"target_modules": "qv", "r": 2}
     make_run(run_dir, folders, "llama", NEW_TOKENS, adapter=adapter, train={"max_steps": 6, "save_every": 2, "keep": 3})
@@ -298,7 +298,7 @@ def test_accumulation_in_the_blocks_and_ranks_change_no_trained_row(
 
 
 def of_peft(folder: Path, base: Path, indices: Any, rows: int | None = None) -> Any:
-    """A PEFT model whose trained rows (and B) have moved, saved as PEFT saves it by default."""
+    """Return a PEFT model whose trained rows (and B) have moved, saved as PEFT saves it by default."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)

@@ -33,8 +33,9 @@ TIMEOUT_SECONDS = 1.0
 
 
 def watched(ranks: Ranks, *, case: str, port: int) -> tuple[float, str, tuple[int, ...], float] | None:
-    """Five marked steps, of which the fourth hangs as `case` says. Returns what this rank's watch said: (when, message,
-    culprits, seconds from the hang on); None where it said nothing.
+    """Run five marked steps, of which the fourth hangs as `case` says.
+
+    Returns the report of this rank's watch: (when, message, culprits, seconds since the hang); None without one.
     """
     assert ranks.group is not None
     pids = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.world)]
@@ -94,7 +95,7 @@ def hang(case: str, rank: int, ended: threading.Event) -> None:
 
 
 def full_log() -> io.TextIOWrapper:
-    """A log on a disk that is full."""
+    """Return a log on a disk that is full."""
     return io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)
 
 
@@ -116,8 +117,9 @@ def full_log() -> io.TextIOWrapper:
     ],
 )
 def test_the_rank_that_hangs_is_named(world: World, case: str, culprits: tuple[int, ...], words: str) -> None:
-    """By whichever ends first: here the process lives on, and whoever judges after that sees it elsewhere. gloo's waits
-    let the watch run beside them.
+    """Check the rank that the first process to end names.
+
+    Here the process lives on, and a later judge sees it elsewhere. gloo's waits let the watch run beside them.
     """
     told = [said for said in world.run(3, watched, case=case, port=free_port()) if said is not None]
     assert told
@@ -151,7 +153,7 @@ def test_a_watch_whose_connection_drops_connects_again() -> None:
 
 
 def connections_to(port: int) -> set[int]:
-    """This process's descriptors of connections whose other end listens at `port`."""
+    """Return this process's descriptors of connections whose other end listens at `port`."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
@@ -187,8 +189,10 @@ def test_who_is_waited_for(positions: list[Position | None], culprits: tuple[int
 
 
 def test_a_look_keeps_nothing_that_the_training_thread_has_in_hand() -> None:
-    """Its frames are of the training thread too: kept until the garbage is collected, they are a dequantized weight for
-    each second of a backward.
+    """Check that a look frees the frames it read.
+
+    They belong to the training thread too: kept until the garbage collection, they hold a dequantized weight for each
+    second of a backward.
     """
 
     class Weight:

@@ -118,7 +118,7 @@ def test_a_step_carries_what_is_calculated_and_the_backend_counts_it(
 
 
 def base_bytes(ranks: Ranks, *, config: Config) -> int:
-    """What this rank has of the frozen base after a start, offsets left out."""
+    """Return the bytes of the frozen base on this rank after a start, offsets left out."""
     model, backend, _ = start_run_model(config, ranks)
     return sum(backend.local_rows(p)[0].nbytes for p in model.parameters() if not p.requires_grad)
 

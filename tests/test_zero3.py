@@ -45,11 +45,10 @@ STEPS = {"max_steps": 6}
 
 
 class Alone:
-    """Worlds of two and three ranks, each started when it is asked for; every piece of work has a default process group
-    of its own, within which DeepSpeed broadcasts.
+    """Start worlds of two and three ranks when needed; each piece of work has its own default process group.
 
-    DeepSpeed numbers parameters and units as long as a process lives, and compares the numbers: a rank that sat out a
-    run of two would have others than these two.
+    DeepSpeed broadcasts within that group. It numbers parameters and units as long as a process lives, and compares the
+    numbers: a rank that sat out a run of two would have others than these two.
     """
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
@@ -161,8 +160,10 @@ def test_rank_holds_its_slice_of_the_quantization(
 def gathered_in_steps(
     ranks: Ranks, *, run_dir: Path, evaluations: int, steps: int
 ) -> tuple[list[int], list[int], int, bool]:
-    """Of some steps, behind so many forwards of an evaluation: (bytes that a step gathered by our count; as torch
-    issues them; bytes of the base that are gathered after the last; whether torch's F.linear is still torch's).
+    """Run some steps after so many forwards of an evaluation.
+
+    Returns (bytes that a step gathered by our count; as torch issues them; bytes of the base that are gathered after
+    the last; True if torch's F.linear is still torch's).
     """
     config = train.load_config(run_dir)
     loader, _ = open_data(run_dir, config.train, ranks)
@@ -356,8 +357,9 @@ class Passed:
 
 
 def units_ahead(ranks: Ranks, *, run_dir: Path) -> list[int]:
-    """When a unit is let go: units that were before, and that the host has not waited for. Of an evaluation, then two
-    micro-batches.
+    """Return the earlier units that the host has not waited for when a unit is freed.
+
+    For an evaluation, then two micro-batches.
     """
     config = train.load_config(run_dir)
     events: list[Passed] = []
@@ -410,7 +412,7 @@ def test_damaged_weights_are_found_where_they_are_gathered(alone: Alone, folders
 
 
 def damage_one_row(ranks: Ranks, *, run_dir: Path) -> str:
-    """What the first forward says after a bit of rank 1's rows has changed since they were loaded."""
+    """Return the first forward's message after a bit of rank 1's rows has changed since loading."""
     config = train.load_config(run_dir)
     model, backend, _ = setup.start_run_model(config, ranks)
     if ranks.rank == 1:

@@ -9,7 +9,10 @@ from typing import Any
 
 
 def read_wandb_log(folder: Path) -> list[Any]:
-    """Records of an offline run: a LevelDB log (7-byte file header, 32 KiB blocks of crc, length, kind, payload)."""
+    """Return the records of an offline run.
+
+    The file is a LevelDB log: 7-byte file header, 32 KiB blocks of crc, length, kind, payload.
+    """
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("run-*.wandb")

@@ -1,8 +1,9 @@
-"""A stand-in for the part of wandb's server that `wandb sweep` and `wandb agent` speak to (wandb 0.31): it takes grids,
-hands out their cells, and notes what agents do. Runs log offline beside it.
+"""Stand in for the part of wandb's server that `wandb sweep` and `wandb agent` speak to (wandb 0.31).
 
-The operations are wandb's own, private protocol: with another version of wandb they may be others, and a test that then
-fails says which.
+It takes grids, hands out their cells, and notes what agents do. Runs log offline beside it.
+
+The operations are wandb's own, private protocol: with another version of wandb they may be others, and a test that
+then fails says which.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class WandbServer:
         }
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """`data` of an operation."""
+        """Return `data` of an operation."""
         named = re.search(r"(?:query|mutation)\s+(\w+)", query)
         name, low = named[1] if named else "?", query.lower()
         project = {"id": "P", "name": PROJECT, "entity": {"id": "E", "name": ENTITY}}
@@ -95,7 +96,7 @@ class WandbServer:
         return sweep
 
     def _commands(self, agent: str, busy: dict[str, Any]) -> list[dict[str, Any]]:
-        """What an agent that has `busy` runs is told."""
+        """Return the commands for an agent that has `busy` runs."""
         if busy:
             return [{"type": "stop", "run_id": run} for run in busy if run in self.stop_runs]
         sweep = self.sweeps[agent.partition("-")[0]]
@@ -142,7 +143,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 @contextmanager
 def running_wandb_server() -> Iterator[WandbServer]:
-    """A server on a free port of this machine, for the duration."""
+    """Serve on a free port of this machine, for the duration."""
     server, lock = WandbServer(), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,5 +1,6 @@
-"""A persistent world of four gloo ranks for the tests: importing torch and transformers costs seconds, so it is done
-once, by the process that they are forked from.
+"""Keep a persistent world of four gloo ranks for the tests.
+
+Importing torch and transformers costs seconds, so it is done once, by the process that they are forked from.
 
 `World.run(size, function, **arguments)` runs `function(ranks, **arguments)` on the first `size` ranks, as a process
 group of its own, and returns each rank's result. `function` must be importable (module level of a test file).
@@ -34,7 +35,7 @@ class World:
         self._start()
 
     def run(self, size: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
-        """The results of `function(Ranks, **arguments)` on the first `size` ranks."""
+        """Return the results of `function(Ranks, **arguments)` on the first `size` ranks."""
         assert 1 <= size <= self._size
         self._number += 1
         for connection in self._connections[:size]:
@@ -107,7 +108,7 @@ def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connect
 
 
 def _grouped(rank: int, world: int) -> Callable[[int, int], Any]:
-    """(number of the work, size) -> Ranks: in groups that are made once."""
+    """Return (number of the work, size) -> Ranks: in groups that are made once."""
     import torch
     import torch.distributed as dist
 
@@ -120,7 +121,7 @@ def _grouped(rank: int, world: int) -> Callable[[int, int], Any]:
 
 
 def _regrouped(rank: int, port: int) -> Callable[[int, int], Any]:
-    """(number of the work, size) -> Ranks: in a default process group of their own."""
+    """Return (number of the work, size) -> Ranks: in a default process group of their own."""
     import torch
     import torch.distributed as dist
 

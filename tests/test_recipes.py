@@ -59,7 +59,7 @@ def header(name: str, plan: Plan) -> str:
     lines = [
         f"#   distlora plan recipe={name} gpu={plan.config.gpu.name}",
         "#",
-        f"# Memory of a rank at its peak, {MOMENTS[plan.device.worst]}, calculated and not measured (GB = 1e9 B):",
+        f"# Peak memory per rank, {MOMENTS[plan.device.worst]}, calculated and not measured (GB = 1e9 B):",
         *(
             f"# {by_kind[kind] / GB:7.1f}  {words}"
             for kind, words in KINDS.items()

@@ -1,4 +1,4 @@
-"""The machines that a run is planned for. Imports no torch."""
+"""The nodes that a run is planned for. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ GIB = 2**30
 RATES = ("tflops", "memory_gb_per_second", "link_gb_per_second", "host_gb_per_second", "network_gb_per_second")
 """Settings of `gpu` that are rates."""
 KEPT_BY_DRIVER = 0.02
-"""Share of what the driver counts that CUDA does not hand out: 0.4 to 2 % of the GPUs of the table."""
+"""Fraction of the driver's figure that CUDA does not hand out: 0.4 to 2 % on the GPUs of the table."""
 ANOTHER_SIZE = 0.05
-"""A GPU whose memory is so much off the table's has another size of it by the same name: an H100 of 96 GB, an RTX 4090
-of 48, an A40 without ECC."""
+"""Relative difference from the table's memory from which a GPU is a variant: an H100 with 96 GB, an RTX 4090 with
+48 GB, an A40 without ECC."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,46 +22,46 @@ class Found:
     """The hardware of this node."""
 
     devices: tuple[tuple[str, int], ...] | None = ()
-    """(name, bytes of memory) of each GPU that processes may use, as its driver says it, in the order in which CUDA
-    numbers them; the largest first where that is not known. None: there are some, of which it does not say that."""
+    """(name, bytes of memory) of each usable GPU by its driver, in CUDA's order, or the largest first if that is
+    unknown. None if there are GPUs that the driver does not describe."""
     host_bytes: int | None = None
-    """Host memory that can be had (`distlora.system.host_memory.available_bytes`); None: not known."""
+    """Available host memory in bytes (`distlora.system.host_memory.available_bytes`); None if unknown."""
     has_liger: bool = True
-    """Whether liger-kernel is installed."""
+    """True if liger-kernel is installed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Machines that are all alike. Rates in bytes a second, in one direction."""
+    """Nodes that are all alike. Rates are in bytes per second, in one direction."""
 
     name: str
-    """`RTX 4090 24 GB`, `RTX 4090, 48 GiB` where it has other memory than the table's, `a GPU of 24 GiB`, or `CPU`."""
+    """`RTX 4090 24 GB`, `RTX 4090, 48 GiB` if its memory differs from the table, `a GPU of 24 GiB`, or `CPU`."""
     is_gpu: bool
     gpu: Gpu | None
-    """None: a CPU, or a GPU that is not in the table."""
+    """Entry in the table; None for a CPU or an unknown GPU."""
     usable_bytes: int | None
-    """What one rank can have on its device: of a GPU, or its share of a CPU machine's memory; None: not known."""
+    """Available bytes per rank: of its GPU, or its share of a CPU node's memory; None if unknown."""
     host_bytes: int | None
-    """Host memory of a machine that can be had; None: not known."""
+    """Available host memory per node in bytes; None if unknown."""
     ranks: int
-    """In all."""
+    """Ranks of all nodes."""
     ranks_per_machine: int
     flops: float | None
-    """Dense bf16 operations a second; None: not known, and so no time is said."""
+    """Dense bf16 operations per second; None if unknown, and then no time is planned."""
     bandwidth: float | None
     link: float | None
-    """Into a GPU from the others of its machine."""
+    """Rate into a GPU from the others of its node."""
     host_link: float | None
     network: float | None
-    """Into a machine from the others."""
+    """Rate into a node from the others."""
     has_nvlink: bool | None = None
-    """Whether `link` is NVLink among all GPUs of a machine; None: not known."""
+    """True if `link` is NVLink among all GPUs of a node; None if unknown."""
     measured: frozenset[str] = frozenset()
     """Rates that the user gave, by their settings in `gpu`; plans assume that a run reaches them."""
     price_per_hour: float | None = None
-    """Of one GPU."""
+    """Price of one GPU per hour."""
     has_liger: bool = True
-    """Whether liger-kernel is installed: on other machines than this it is taken to be, as distlora[cuda] brings it."""
+    """True if liger-kernel is installed; other nodes are assumed to have it, as distlora[cuda] installs it."""
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -79,7 +79,7 @@ def machine_of(spec: GpuConfig, cluster: ClusterConfig, *, found: Found | None =
     gpu, name, memory = _gpu(spec, cluster, here)
     is_gpu = memory is not None or here.devices is None or (found is None and cluster.launcher != "local")
     usable = None if memory is None else memory - CONTEXT_BYTES
-    if not is_gpu and here.host_bytes is not None:  # What a CPU's ranks have is the host's memory.
+    if not is_gpu and here.host_bytes is not None:  # Ranks on a CPU share the host memory.
         usable = here.host_bytes // cluster.gpus_per_node
     is_here = is_of(spec, here)
     return Machine(
@@ -90,11 +90,11 @@ def machine_of(spec: GpuConfig, cluster: ClusterConfig, *, found: Found | None =
         host_bytes=here.host_bytes if is_here else None,
         ranks=cluster.ranks,
         ranks_per_machine=cluster.gpus_per_node,
-        flops=_said(spec.tflops, 1e12, None if gpu is None else gpu.flops),
-        bandwidth=_said(spec.memory_gb_per_second, 1e9, None if gpu is None else gpu.bandwidth),
-        link=_said(spec.link_gb_per_second, 1e9, None if gpu is None else gpu.link),
-        host_link=_said(spec.host_gb_per_second, 1e9, None if gpu is None else gpu.host_link),
-        network=_said(spec.network_gb_per_second, 1e9, None if gpu is None else gpu.network),
+        flops=_given_or(spec.tflops, 1e12, None if gpu is None else gpu.flops),
+        bandwidth=_given_or(spec.memory_gb_per_second, 1e9, None if gpu is None else gpu.bandwidth),
+        link=_given_or(spec.link_gb_per_second, 1e9, None if gpu is None else gpu.link),
+        host_link=_given_or(spec.host_gb_per_second, 1e9, None if gpu is None else gpu.host_link),
+        network=_given_or(spec.network_gb_per_second, 1e9, None if gpu is None else gpu.network),
         has_nvlink=None if gpu is None else gpu.has_nvlink,
         measured=frozenset(name for name in RATES if getattr(spec, name) is not None),
         price_per_hour=spec.price_per_hour,
@@ -146,6 +146,6 @@ def handed_out(gpu: Gpu, shown: int) -> int:
     return int(shown * (1 - KEPT_BY_DRIVER)) if more else min(shown, gpu.memory_bytes)
 
 
-def _said(given: float | None, unit: float, table: float | None) -> float | None:
+def _given_or(given: float | None, unit: float, table: float | None) -> float | None:
     """Return the given value in bytes or operations per second, else the table's."""
     return table if given is None else given * unit

@@ -129,7 +129,7 @@ def trained_together(trials: Sequence[Workload]) -> Workload:
     first, number = trials[0], len(trials)
     if len({trial.micro_batch for trial in trials}) > 1:
         raise UserError(
-            "trials of a pack run their rows side by side, so train.micro_batch is the same for all; leave it out of "
+            "trials trained together run side by side, so train.micro_batch is the same for all; leave it out of "
             "the sweep, or set sweep.packed=1"
         )
     return replace(

@@ -181,9 +181,9 @@ def _meaning(name: str, value: Any, plan: Plan) -> str:
         case "train.accumulate" if value == "block":
             return f"each block is gathered twice a step, not {2 * passes} times"
         case "parallel.offload_base" if value:
-            return f"the base waits in host memory ({size(plan.host.machine)} a machine in all)"
+            return f"the base is offloaded to host memory ({size(plan.host.machine)} per node in all)"
         case "parallel.shard_degree" if value is None:
-            return f"one copy of the base is cut over all {plan.machine.ranks:,} ranks"
+            return f"one copy of the base is sharded over all {plan.machine.ranks:,} ranks"
     return _MEANINGS[name, value]
 
 
@@ -191,7 +191,7 @@ _MEANINGS: dict[tuple[str, Any], str] = {
     ("train.checkpointing", "none"): "nothing is recomputed",
     ("train.checkpointing", "selective"): "MLPs alone are recomputed",
     ("train.checkpointing", "block"): "each block is recomputed from its input",
-    ("train.checkpointing", "offload"): "the blocks' inputs wait in host memory",
+    ("train.checkpointing", "offload"): "the layers' inputs are offloaded to host memory",
     ("train.accumulate", "step"): "a micro-batch's inputs are kept at a time",
     ("train.mlp_tile", None): "MLPs run on whole rows",
     ("train.keep_dequantized", True): "weights are dequantized twice a step, not three times",
@@ -199,8 +199,8 @@ _MEANINGS: dict[tuple[str, Any], str] = {
     ("parallel.prefetch", True): "the next block is gathered while one computes",
     ("parallel.prefetch", False): "a gathered block less is there",
     ("parallel.offload_base", False): "the base stays on the GPUs",
-    ("parallel.backend", "zero3"): "DeepSpeed cuts the base",
-    ("parallel.backend", "fsdp2"): "FSDP2 cuts the base",
-    ("parallel.shard_degree", "node"): "each machine has a copy, so that gradients alone travel between them",
+    ("parallel.backend", "zero3"): "DeepSpeed shards the base",
+    ("parallel.backend", "fsdp2"): "FSDP2 shards the base",
+    ("parallel.shard_degree", "node"): "each node has a replica, so only gradients travel between nodes",
     ("parallel.shard_degree", 1): "each rank has the base whole and gathers nothing",
 }

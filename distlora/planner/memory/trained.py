@@ -1,9 +1,9 @@
 """Calculate the trained parameters of a rank, their gradients and optimizer states. Imports no torch.
 
 Adapters and trained rows of tokens are fp32 and replicated, and their gradients are flat buffers of as many numbers
-(`distlora.parallel.gradients`). What is trained of the base is cut over the ranks like it, and has this rank's rows
-of its gradient from a unit's backward to the next step's first (`distlora.parallel.gradients`); where nothing is
-cut, flat buffers too.
+(`distlora.parallel.gradients`). Trained parameters of the base are sharded over the ranks. A rank holds its
+rows of their gradients from a unit's backward to the first backward of the next step; without sharding they are flat
+buffers too.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from distlora.planner.memory.base import Base
 from distlora.planner.workload import Workload
 
 IN_8_BITS_FROM = 4096
-"""Elements from which on a moment of bitsandbytes' 8-bit optimizers is in 8 bits (Optimizer2State: min_8bit_size)."""
+"""Elements from which a state of bitsandbytes' 8-bit optimizers is in 8 bits (Optimizer2State: min_8bit_size)."""
 BLOCK = 256
-"""Elements of such a moment with an absmax in fp32 of their own."""
+"""Elements of an 8-bit state that share one fp32 absmax."""
 LEVELS_BYTES = 2 * 256 * 4
-"""Of the levels of 8 bits for both moments, fp32, which all parameters share."""
+"""Bytes of the fp32 tables of 8-bit levels for both states, which all parameters share."""
 PAGED_FROM = 100_000
-"""Elements from which on a paged moment is CUDA's managed memory, which is on the GPU while there is room for it
-(Optimizer8bit.get_state_buffer); on the CPU nothing is paged."""
+"""Elements from which a paged state is in CUDA's managed memory, which is on the GPU while there is room for it
+(Optimizer8bit.get_state_buffer). Nothing is paged on the CPU."""
 
 UPDATE_BYTES: Mapping[str, int] = {"adamw": 28, "paged_adamw": 28, "adamw_8bit": 16, "paged_adamw_8bit": 16}
-"""That an update moves of a trained number: itself and two moments read and written, its gradient read; moments in 4
-bytes or in 1."""
+"""Bytes that an update moves per trained element: it and two states (4 bytes or 1 each) are read and written, its
+gradient is read."""
 
 
 def is_in_8_bits(optimizer: str, numel: int) -> bool:
@@ -45,21 +45,21 @@ def absmaxes(numel: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """The trained parameters of a run: how many there are of so many elements on a rank."""
+    """The trained parameters of a run on a rank: number of tensors by number of elements."""
 
     adapters: Mapping[int, int]
     """A, B and magnitudes, and trained rows of tokens."""
     of_base: Mapping[int, int]
-    """What is trained of the base: this rank's rows."""
+    """Trained parameters of the base: this rank's rows."""
     is_cut: bool
-    """Whether those are cut over ranks."""
+    """True if the trained parameters of the base are sharded."""
     embeds: bool
-    """Whether the embedding is trained, or rows of it."""
+    """True if the embedding, or rows of it, is trained."""
     beside: int
-    """Numbers beside what is trained: DoRA's squared norms of the frozen weights' rows, and the adapters as they began
-    where DPO compares with them."""
+    """Elements beside the trained parameters: DoRA's squared row norms of frozen weights, and DPO's copy of the initial
+    adapters."""
     optimizers: int = 1
-    """One for each trial of a pack."""
+    """Number of optimizers: one per trial."""
 
     @classmethod
     def of(cls, work: Workload, shapes: ModelShapes, base: Base, shards: int) -> Trained:

@@ -34,13 +34,13 @@ def lines(plan: Plan) -> list[str]:
         False: f": it does NOT fit{verdict(plan).removeprefix('NO')}",
         None: "; whether it fits is not known: name the GPUs, with gpu=h100 or gpu.memory_gib=80",
     }[plan.fits]
-    # What a CPU's process shows of itself while it trains has them in it.
-    beside = "" if plan.machine.is_gpu else ", beside Python and its libraries"
+    # The resident memory of a CPU process includes them.
+    beside = "" if plan.machine.is_gpu else " (without Python and its libraries)"
     kept = f", {size(disk.cache)} for the quantized base" if disk.cache else ""
     moved = f"{size(plan.wire.received)} come into each {gpu} from the others" if plan.wire.world > 1 else None
     time = None if plan.time is None else time_of(plan)
     found = [
-        f"plan: {size(device.total)}{there_is} a {gpu} at its peak{beside}, {MOMENTS[device.worst]}{fits}",
+        f"plan: peak {size(device.total)}{there_is} per {gpu}{beside}, {MOMENTS[device.worst]}{fits}",
         f"  most of it: {largest(device.by_kind)}",
         f"  host memory: {size(host.machine)} a machine; disk: {size(disk.run)} for the run{kept}",
     ]
@@ -202,11 +202,11 @@ def _machine(plan: Plan) -> str:
     if machine.ranks == 1:
         return text
     if shards == 1:
-        return f"{text}; the base whole on each"
+        return f"{text}; the base is replicated"
     backend = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}[plan.config.parallel.backend]
     if shards == machine.ranks:
-        return f"{text}; {backend} cuts the base over all of them"
-    return f"{text}; {backend} cuts the base over {shards} of them, {machine.ranks // shards} copies of it in all"
+        return f"{text}; {backend} shards the base over all of them"
+    return f"{text}; {backend} shards the base over {shards} of them, {machine.ranks // shards} replicas in all"
 
 
 def _near(near: Nearest) -> str:
@@ -221,26 +221,26 @@ def _near(near: Nearest) -> str:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    """Bytes by kind, each with a bar as long as its share of what there is."""
+    """Return the bytes by category, each with a bar as long as its share of the available memory."""
     device, usable = plan.device, plan.machine.usable_bytes
     # A bar shows a share of what there is, or where that would show nothing, of what is needed.
     whole = device.total if usable is None or device.total * _BAR < usable else max(device.total, usable)
     unit, scale = ("GB", 1e9) if device.total >= 1e9 else ("MB", 1e6)
-    what = "memory of a GPU" if plan.machine.is_gpu else "memory of a process for training"
-    yield f"{what} at its peak, {MOMENTS[device.worst]} ({unit}):"
+    what = "peak memory per GPU" if plan.machine.is_gpu else "peak training memory per process"
+    yield f"{what}, {MOMENTS[device.worst]} ({unit}):"
     place = 0
     width = max(len(KINDS[kind]) for kind in device.by_kind)
     hundredths = rounded(device.by_kind, scale / 100)
     for kind, nbytes in device.by_kind.items():
         start, end = round(_BAR * place / whole), round(_BAR * (place + nbytes) / whole)
         place += nbytes
-        if hundredths[kind]:  # What is 0.00 says nothing.
+        if hundredths[kind]:  # Categories of 0.00 are left out.
             start = min(start, _BAR - 1)
             bar = " " * start + "#" * max(end - start, 1)
             yield f"  {KINDS[kind]:<{width}} {hundredths[kind] / 100:>8.2f}  |{bar:<{_BAR}}|"
     end = round(_BAR * place / whole)
     bar = "#" * end + "." * (_BAR - end)
-    yield f"  {'together':<{width}} {place / scale:>8.2f}  |{bar}|" + (
+    yield f"  {'total':<{width}} {place / scale:>8.2f}  |{bar}|" + (
         "" if usable is None else f" of {usable / scale:,.2f}"
     )
 
@@ -248,18 +248,18 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _host(plan: Plan) -> str:
     host, machine = plan.host, plan.machine
     text = f"{size(host.while_loading)} a process while it loads, {size(host.while_training)} while it trains"
-    text += f" ({said})" if (said := _waiting(plan)) else ""
+    text += f" ({kept})" if (kept := _waiting(plan)) else ""
     text += f"; {size(host.machine)} on a machine"
     return text + ("" if machine.host_bytes is None else f" of {size(machine.host_bytes)}")
 
 
 def _waiting(plan: Plan) -> str:
-    """Return what a process keeps in host memory beside its device."""
+    """Return the host memory of a process beside its device memory, in words."""
     host = plan.host
     kinds = {
         "the base": host.base,
         "the blocks' inputs": host.inputs,
-        "paged moments": host.moments,
+        "paged optimizer states": host.moments,
         "copies of what is saved": host.copies,
     }
     return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in kinds.items() if nbytes)
@@ -290,12 +290,12 @@ def _wire(plan: Plan) -> str:
 
 def _operations(plan: Plan) -> str:
     compute = plan.compute
-    said = ", ".join(f"{WORK[kind]} {percent}%" for kind, percent in shares(compute.by_kind))
-    return f"{_tera(compute.total)} TFLOP a step on each {_device(plan)}: {said}"
+    parts = ", ".join(f"{WORK[kind]} {percent}%" for kind, percent in shares(compute.by_kind))
+    return f"{_tera(compute.total)} TFLOP per step on each {_device(plan)}: {parts}"
 
 
 def time_of(plan: Plan) -> str:
-    """Tokens a second, seconds a step, what they go to; hours and cost where they are known."""
+    """Return tokens/s, seconds per step and what they go to; hours and cost if they are known."""
     found = plan.time
     if found is None:
         missing = missing_rates(plan.work, plan.machine)
@@ -327,7 +327,7 @@ def seconds_in_words(seconds: float) -> str:
 
 
 def _tera(flops: float) -> str:
-    """Three digits in 1e12, all of them from 1,000 on."""
+    """Return 1e12 operations with three digits, or all digits from 1,000 on."""
     return f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
 
 

@@ -16,32 +16,32 @@ Name = TypeVar("Name")
 
 KINDS: Mapping[Kind, str] = {
     "codes": "4-bit weights of the base",
-    "scales": "their scales",
+    "scales": "quantization scales",
     "weights": "16-bit weights of the base",
-    "embeddings": "embedding and head",
+    "embeddings": "embedding and LM head",
     "norms": "norms and biases",
-    "resident": "blocks that stay gathered",
-    "adapters": "what is trained, in fp32",
-    "gradients": "its gradients",
-    "optimizer": "the optimizer's moments",
+    "resident": "resident decoder layers",
+    "adapters": "trained parameters, fp32",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
     "scratch": "dequantized weights",
     "gathered": "gathered from other ranks",
-    "kept": "activations kept for backward",
+    "kept": "activations saved for backward",
     "working": "activations of what runs",
     "logits": "logits and their gradients",
-    "communication": "buffers of collectives",
-    "slack": "slack of the allocator",
+    "communication": "communication buffers",
+    "slack": "allocator slack",
 }
-"""What each kind of memory is, for people."""
+"""Category of memory in words."""
 MOMENTS: Mapping[Moment, str] = {
-    "loading": "while adapters are made from the base's weights",
-    "embedding": "while the embedding is read",
-    "forward": "while a block is in its forward",
-    "head": "while the head is in its forward",
-    "head_backward": "while the head is in its backward",
-    "block": "while a block is in its backward",
-    "embedding_backward": "while the embedding is in its backward",
-    "update": "while the optimizer updates",
+    "loading": "while adapters are initialized from the base",
+    "embedding": "in the embedding's forward",
+    "forward": "in a decoder layer's forward",
+    "head": "in the LM head's forward",
+    "head_backward": "in the LM head's backward",
+    "block": "in a decoder layer's backward",
+    "embedding_backward": "in the embedding's backward",
+    "update": "in the optimizer step",
 }
 WORK: Mapping[FlopsKind, str] = {
     "forward": "forward",
@@ -55,7 +55,7 @@ WORK: Mapping[FlopsKind, str] = {
     "scores": "scores again",
     "masked": "pairs that a mask hides",
 }
-"""What each kind of operations is, for people."""
+"""Category of operations in words."""
 WAITS: Mapping[Term, str] = {
     "compute": "computing",
     "memory": "the GPU's memory",
@@ -65,18 +65,18 @@ WAITS: Mapping[Term, str] = {
     "host_link": "host memory",
     "latency": "the start of collectives",
 }
-"""What a step's seconds go to, or wait for, for people."""
+"""Resource that a step's time goes to, in words."""
 SOURCES = {"folder": "its folder", "hub cache": "its config.json", "built in": "the table of known models"}
-"""Where the sizes of a model come from."""
+"""Source of a model's sizes in words."""
 BASES = {"nf4": "NF4", "none": "bf16"}
-"""What the base is kept in, by quant.method, in a word."""
+"""Format of the base by quant.method."""
 RECOMPUTED = {
     "none": "recompute none",
     "selective": "recompute MLPs",
     "block": "recompute blocks",
     "offload": "recompute blocks",
 }
-"""What train.checkpointing runs again in backward."""
+"""Recomputation in backward by train.checkpointing."""
 
 
 def largest(by_kind: Mapping[Kind, int], count: int = 3) -> str:
@@ -86,7 +86,7 @@ def largest(by_kind: Mapping[Kind, int], count: int = 3) -> str:
 
 
 def rounded(parts: Mapping[Name, float], step: float) -> dict[Name, int]:
-    """Each in whole steps, that add up to their sum in whole steps: those that lose most by it are rounded up."""
+    """Round each part to whole steps so that they add up to their rounded sum; the largest remainders round up."""
     found = {name: int(value // step) for name, value in parts.items()}
     left = round(sum(parts.values()) / step) - sum(found.values())
     for name in sorted(parts, key=lambda name: parts[name] % step, reverse=True)[:left]:
@@ -95,14 +95,14 @@ def rounded(parts: Mapping[Name, float], step: float) -> dict[Name, int]:
 
 
 def shares(parts: Mapping[Name, float]) -> list[tuple[Name, int]]:
-    """Per cent of each, the largest first, 100 together; those of 0 are left out."""
+    """Return the percentage of each part, largest first, 100 in all; parts of 0 % are left out."""
     percents = rounded(parts, sum(parts.values()) / 100)
     ordered = sorted(percents.items(), key=lambda each: (-each[1], -parts[each[0]]))
     return [(name, percent) for name, percent in ordered if percent]
 
 
 LEGEND = (
-    "A cell: memory of a GPU at its peak, tokens a second of all GPUs, and the settings, the fastest that fit:",
+    "A cell: peak memory per GPU, tokens/s of all GPUs, and the fastest settings that fit:",
     "- NF4, bf16: what the base is kept in; full: all of it is trained",
     "- recompute: what backward runs again (train.checkpointing); rows: that run at once (train.micro_batch)",
     "- slices: a block runs all of a step's rows in turn (train.accumulate=block); tiles: of an MLP (train.mlp_tile)",
@@ -111,7 +111,7 @@ LEGEND = (
     "- on the host: what is in a machine's memory in place of a GPU's, which takes so much (parallel.offload_base)",
     "- no: what it would take with settings as they are; `distlora plan` of one model and machine says what would fit",
 )
-"""What stands in a cell."""
+"""Explanation of a cell."""
 
 
 def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:

@@ -30,7 +30,7 @@ def total(seconds: Mapping[Term, float]) -> float:
 
 
 def plus(*parts: Seconds) -> Seconds:
-    """One after the other."""
+    """Add up seconds that pass one after the other."""
     found: Seconds = {}
     for part in parts:
         for term, seconds in part.items():
@@ -44,7 +44,7 @@ def times(seconds: Seconds, number: float) -> Seconds:
 
 
 def longest(*beside: Seconds) -> Seconds:
-    """Side by side: the one that takes longest, whose terms are what is waited for."""
+    """Return the longest of operations that overlap."""
     return max(beside, key=total)
 
 

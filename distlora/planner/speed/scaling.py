@@ -21,13 +21,13 @@ from distlora.planner.speed.timing import step_time
 from distlora.planner.workload import Workload
 
 Layout = Literal["one copy", "a copy a machine"]
-"""How the base is cut: over all ranks, or over those of each machine (parallel=hsdp)."""
+"""Sharding of the base: over all ranks, or over those of each node (parallel=hsdp)."""
 Scaling = Literal["strong", "weak"]
 
 MOST = 1024
-"""GPUs."""
+"""Most GPUs of a table."""
 MACHINE = 8
-"""GPUs of a machine, where the run's own is smaller."""
+"""GPUs per node, if the nodes of the run have fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class Fabric:
 
     name: str
     inside: float
-    """Into a GPU from the others of its machine."""
+    """Rate into a GPU from the others of its node."""
     network: float
-    """Into a machine from the others."""
+    """Rate into a node from the others."""
     has_nvlink: bool
 
 
@@ -51,42 +51,41 @@ FABRICS: tuple[Fabric, ...] = (
     Fabric("PCIe 4, one 100 Gb/s Ethernet", 31.5e9, 12.5e9, has_nvlink=False),
     Fabric("PCIe 4, one 10 Gb/s Ethernet", 31.5e9, 1.25e9, has_nvlink=False),
 )
-"""What is usual, for comparison with the machine's own."""
+"""Common links, for comparison with those of the node."""
 
 
 OWN = "its own"
-"""The fabric of a row that is the machine's own links."""
+"""Name of the node's links in a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingRow:
-    """A run on so many GPUs."""
+    """A run on a number of GPUs."""
 
     ranks: int
     machines: int
     layout: Layout
     fabric: str
     rows: int
-    """Of a step, over all ranks."""
+    """Sequences per step, of all ranks."""
     accumulation: int
-    """Micro-batches of a rank in a step."""
+    """Micro-batches per rank and step."""
     fits: bool | None
-    """Whether a rank's memory is there; None: it is not known."""
+    """True if the run fits the memory of each rank; None if unknown."""
     seconds: float
-    """Of a step."""
+    """Seconds per step."""
     tokens_per_second: float
     mfu: float
     efficiency: float
-    """Tokens a second and rank, over those of the first row of the same fabric."""
+    """Tokens/s per rank over those of the first row of the same fabric."""
     binds: Term
     assumptions: tuple[str, ...]
     if_half: Mapping[str, float]
-    """By what was not measured (`rates.LEVERS`): the share of its tokens a second that is left where that is half as
-    fast as is assumed."""
+    """Fraction of tokens/s that remains if an unmeasured rate (`rates.LEVERS`) is half of the assumed one, by rate."""
 
     @property
     def tokens_of_a_rank(self) -> float:
-        """A second."""
+        """Tokens per second and rank."""
         return self.tokens_per_second / self.ranks
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -16,62 +16,97 @@ from distlora.system.exit_codes import DONE
 from distlora.system.numbers import size
 from distlora.weights import quantized_cache_folder as cache_folder
 from distlora.weights.quantized_cache_folder import Entry, EntryFigures, entries, figures_of
-from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.arguments import Parser, Subjects
 
-ACTIONS = ("list", "clear")
 SHOWN_DIGITS = 12
 """Digits of a key that are shown."""
 FEWEST_DIGITS = 4
 """Fewest digits of a key that name an entry."""
 DAY_SECONDS = 86_400.0
 
-USAGE = """usage: distlora cache list [--json] [--dir FOLDER]
-       distlora cache clear [ENTRY ...] [--older-than DAYS] [--all] [--dir FOLDER]
+ACTIONS = Subjects(
+    command="cache",
+    verb="do",
+    package=__name__,
+    summaries={
+        "list": "list the cached quantized bases: name, size, share of the base, last use",
+        "clear": "remove entries, by their names or by the base's, or all",
+    },
+)
 
-The bases whose quantized shards are kept, so that a start reads them instead of quantizing the checkpoint again.
 
-list: for each entry its name, size, how much of the base it holds, when a start used it last, and of which base it is.
-clear: remove entries, by their names or by the base's, or all; a start that reads one at the moment quantizes instead.
+@dataclass(frozen=True, slots=True)
+class ListRequest:
+    """The arguments of `distlora cache list`."""
 
-  ENTRY              four or more digits that an entry's name begins with, or the base's name as listed
-  --older-than DAYS  entries that no start has used for so many days (of those named, or of all)
-  --all              every entry, what killed starts left, and what is known of source files
-  --json             one JSON object: {{"folder", "bytes",
-                     "entries": [{{"entry", "base", "bytes", "share", "last_use": seconds since 1970}}]}}
-  --dir FOLDER       another cache than {default} (quant.cache_dir; DISTLORA_CACHE moves it)"""
+    dir: str
+    json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClearRequest:
+    """The arguments of `distlora cache clear`."""
+
+    dir: str
+    entries: list[str]
+    older_than: float | None
+    all: bool
 
 
 def main(arguments: list[str]) -> int:
     """List or remove entries. Returns the exit code; raises UserError for an entry that does not exist."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE.format(default=cache_place("quantized")))
+    action = ACTIONS.named(arguments)
+    if action is None:
         return DONE
-    action, *words = arguments
-    if action not in ACTIONS:
-        raise UserError(
-            f"distlora cache: there is nothing named {action!r} to do{nearest(action, ACTIONS)}; write distlora cache "
-            "list or distlora cache clear"
-        )
-    options = parse(action, words)
-    folder = Path(options.dir or cache_place("quantized")).expanduser().absolute()
     if action == "list":
-        show(folder, as_json=options.json)
+        listing = parser_of(action, ACTIONS.summaries[action])
+        listing.add_argument(
+            "--json",
+            action="store_true",
+            help='print one JSON object: {"folder", "bytes", "entries": '
+            '[{"entry", "base", "bytes", "share", "last_use": seconds since 1970}]}',
+        )
+        shown = listing.read(ListRequest, arguments[1:])
+        if shown is not None:
+            show(Path(shown.dir).expanduser().absolute(), as_json=shown.json)
     else:
-        clear(folder, options.entries, older_than=options.older_than, everything=options.all)
+        request = parse_clear(arguments[1:])
+        if request is not None:
+            folder = Path(request.dir).expanduser().absolute()
+            clear(folder, request.entries, older_than=request.older_than, everything=request.all)
     return DONE
 
 
-def parse(action: str, words: Sequence[str]) -> argparse.Namespace:
-    """Return the options. Raises UserError for an unknown flag, and for a clear that names nothing."""
-    parser = Parser(f"distlora cache {action}", help="distlora cache --help")
-    parser.add_argument("--dir")
-    if action == "list":
-        parser.add_argument("--json", action="store_true")
-        return parser.parse_args(words)
-    parser.add_argument("entries", nargs="*")
-    parser.add_argument("--older-than", type=float)
-    parser.add_argument("--all", action="store_true")
-    options = parser.parse_args(words)
+def parser_of(action: str, description: str) -> Parser:
+    """Return the parser of an action, with the option that both have."""
+    parser = Parser(f"distlora cache {action}", description)
+    parser.add_argument(
+        "--dir",
+        metavar="FOLDER",
+        default=str(cache_place("quantized")),
+        help="another cache than %(default)s (quant.cache_dir; DISTLORA_CACHE moves it)",
+    )
+    return parser
+
+
+def parse_clear(words: Sequence[str]) -> ClearRequest | None:
+    """Return the request, or None after the help text. Raises UserError for one that names nothing."""
+    parser = parser_of("clear", "Remove entries. A start that reads one at that moment quantizes the base instead.")
+    parser.add_argument(
+        "entries", metavar="ENTRY", nargs="*", help="first digits of an entry's name, four or more, or its base's name"
+    )
+    parser.add_argument(
+        "--older-than",
+        metavar="DAYS",
+        type=float,
+        help="entries that no start has used for this many days, of those named or of all",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every entry, what killed starts left, and the records of source files"
+    )
+    options = parser.read(ClearRequest, words)
+    if options is None:
+        return None
     days = options.older_than
     require(days is None or days >= 0, f"--older-than={days} is no number of days; write 0 or more")
     if options.all and (options.entries or days is not None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.config import UserError
@@ -20,28 +21,35 @@ from distlora_launcher.sweeps.wandb_agents import is_agents_folder
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown
 
-USAGE = """usage: distlora cancel RUN [--now]
-
-Ask the run in the folder RUN to save and stop: its processes on this machine, or its SLURM job, which then is not
-queued again. A job that still waits leaves the queue. RUN may be a folder of runs, as -m makes one: all of them end. Of
-a sweep (`distlora sweep`) the trials that run save and stop, and no other starts; name SWEEP/trials/N to end one alone.
-`distlora resume RUN` continues it.
-
---now    end it at once, without a save"""
+DESCRIPTION = """\
+Request the run in the folder RUN to save and stop: its processes on this node, or its SLURM job, which is not queued
+again. A job that still waits leaves the queue. `distlora resume RUN` continues it."""
 
 _HAS_ENDED = re.compile(r"(?i)already (completing|completed|finished)|invalid job id")
 """SLURM's messages for a job that has ended already."""
 
 
+@dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """The arguments of `distlora cancel`."""
+
+    run: str
+    now: bool
+
+
 def main(arguments: list[str]) -> int:
     """End the run, or the runs, in a folder."""
-    if arguments in (["-h"], ["--help"]):
-        print(USAGE)
+    parser = Parser("distlora cancel", DESCRIPTION)
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="a run; a folder of runs, which all end; or a sweep, whose running trials save and stop while no other "
+        "starts (SWEEP/trials/N ends one alone)",
+    )
+    parser.add_argument("--now", action="store_true", help="end it at once, without a save")
+    options = parser.read(CancelRequest, arguments)
+    if options is None:
         return 0
-    parser = Parser("distlora cancel")
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--now", action="store_true")
-    options = parser.parse_args(arguments)
     folder = Path(options.run).expanduser().absolute()
     if is_sweep_folder(folder) or is_agents_folder(folder):
         cancel_sweep(folder, now=options.now)

@@ -13,25 +13,16 @@ from distlora.post.export.repository import Files, as_plain_adapter, collect, wr
 from distlora.run_folder.layout import read_result
 from distlora_launcher.terminal.arguments import Parser
 
-USAGE = """usage: distlora push RUN ORG/NAME [--private] [--revision BRANCH] [--checkpoint best|step_N]
-                     [--base-model ORG/NAME] [--dry-run [FOLDER]]
-
+DESCRIPTION = """\
 Upload what the run in the folder RUN trained to the Hugging Face hub as ORG/NAME, with a model card that states base,
-data, settings and figures. The repository is made if it does not exist.
-
-  --private             make a new repository private
-  --revision BRANCH     commit to this branch instead of main; it is made if it does not exist
-  --checkpoint NAME     upload the best by held-out loss (best) or a saved step (step_100) instead of the final result
-  --base-model NAME     name of the base on the hub, for a run whose model.path was a folder
-  --dry-run [FOLDER]    upload nothing: print the card, or write all files into FOLDER"""
+data, settings and metrics. The repository is made if it does not exist."""
 
 
 def main(arguments: list[str]) -> int:
     """Upload, or with --dry-run show, what the arguments name. Returns the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return 0
     options = parse(arguments)
+    if options is None:
+        return 0
     run_dir = Path(options.run).expanduser().absolute()
     result = read_result(run_dir, options.checkpoint)
     base = options.base_model or result.config.model.name
@@ -51,8 +42,8 @@ def main(arguments: list[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """The command line."""
+class PushRequest:
+    """The arguments of `distlora push`."""
 
     run: str
     name: str
@@ -64,16 +55,33 @@ class Options:
     """A folder, "" to print the card, None to upload."""
 
 
-def parse(arguments: list[str]) -> Options:
-    """Parse the command line."""
-    parser = Parser("distlora push")
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("name", metavar="ORG/NAME")
-    parser.add_argument("--private", action="store_true")
-    for option in ("--revision", "--checkpoint", "--base-model"):
-        parser.add_argument(option)
-    parser.add_argument("--dry-run", nargs="?", const="")
-    options = Options(**vars(parser.parse_args(arguments)))
+def parse(arguments: list[str]) -> PushRequest | None:
+    """Return the request, or None after the help text. Raises UserError for names that are not on the hub."""
+    parser = Parser("distlora push", DESCRIPTION)
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("name", metavar="ORG/NAME", help="repository on the hub")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="commit to this branch instead of main; it is made if it does not exist"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="upload the best by held-out loss (best) or a saved step (step_100) instead of the final result",
+    )
+    parser.add_argument(
+        "--base-model", metavar="ORG/NAME", help="name of the base on the hub, for a run whose model.path was a folder"
+    )
+    parser.add_argument(
+        "--dry-run",
+        metavar="FOLDER",
+        nargs="?",
+        const="",
+        help="upload nothing: print the card, or write all files into FOLDER",
+    )
+    options = parser.read(PushRequest, arguments)
+    if options is None:
+        return None
     _check_name("ORG/NAME", options.name)
     if options.base_model is not None:
         _check_name("--base-model", options.base_model)
@@ -97,7 +105,7 @@ def dry_run(files: Files, folder: str) -> None:
         print(f"would upload {name} ({_size(content):,} bytes)", file=sys.stderr)
 
 
-def upload(options: Options, files: Files, message: str) -> None:
+def upload(options: PushRequest, files: Files, message: str) -> None:
     """Make the repository and the branch where they are missing, and commit the files. Prints the address."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError

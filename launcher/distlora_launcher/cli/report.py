@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.config import UserError
@@ -18,23 +19,27 @@ from distlora_launcher.report.run_page import run_report
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown
 
-USAGE = """usage: distlora report RUN|SWEEP [--out FILE.html]
+DESCRIPTION = """\
+Write one HTML file of a run, finished or not, or of a sweep: curves, the plan beside what was measured, settings,
+samples, environment. It contains everything it shows, so it can be kept, sent or printed."""
 
-One HTML file of a run, finished or not, or of a sweep: curves, what was planned beside what was measured, settings,
-samples, environment. It has everything in it and loads nothing from elsewhere, so it can be kept, sent or printed.
 
---out FILE.html    where to write it; without it RUN/report.html"""
+@dataclass(frozen=True, slots=True)
+class ReportRequest:
+    """The arguments of `distlora report`."""
+
+    run: str
+    out: Path | None
 
 
 def main(arguments: list[str]) -> int:
     """Write the report of a run or a sweep. Returns the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
+    parser = Parser("distlora report", DESCRIPTION)
+    parser.add_argument("run", metavar="RUN", help="folder of a run or a sweep")
+    parser.add_argument("--out", metavar="FILE.html", type=Path, help="file to write (RUN/report.html)")
+    options = parser.read(ReportRequest, arguments)
+    if options is None:
         return DONE
-    parser = Parser("distlora report")
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
     folder = Path(options.run).expanduser().absolute()
     page = page_of(folder)
     out = folder / REPORT_NAME if options.out is None else options.out.expanduser().absolute()

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.config import UserError
+from distlora_launcher.terminal.arguments import Parser
 
-USAGE = """usage: distlora resume RUN
-
+DESCRIPTION = """\
 Continue the run in the folder RUN from its newest whole checkpoint, with the settings in RUN/config.yaml. On the same
 number of processes the result equals that of a run that was never stopped, bit for bit. A run of cluster=slurm is
-submitted again; so are all runs of its sweep that are not done, where RUN is the folder of that. One over several
-machines (cluster=torchrun) is continued by the same command on each.
+submitted again. A run on several nodes (cluster=torchrun) is continued by the same command on each."""
 
-Of a sweep (`distlora sweep`) the trials that were stopped or killed go on where they were, and the others follow."""
+
+@dataclass(frozen=True, slots=True)
+class ResumeRequest:
+    """The arguments of `distlora resume`."""
+
+    run: list[str]
 
 
 def main(arguments: list[str]) -> int:
     """Continue the run that the only argument names."""
-    if arguments in (["-h"], ["--help"]):
-        print(USAGE)
+    parser = Parser("distlora resume", DESCRIPTION)
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        nargs="*",
+        help="folder of a run, or of a sweep: its runs that were stopped or killed continue, and the others follow",
+    )
+    options = parser.read(ResumeRequest, arguments)
+    if options is None:
         return 0
-    if len(arguments) != 1:
-        extra = [word for word in arguments if "=" in word]
+    if len(options.run) != 1:
+        extra = [word for word in options.run if "=" in word]
         reason = f"the settings of a run are fixed, {extra[0]} cannot change them" if extra else "give one run folder"
         raise UserError(f"distlora resume takes one run folder and nothing else: {reason}; write `distlora resume RUN`")
-    return resume(Path(arguments[0]))
+    return resume(Path(options.run[0]))
 
 
 def resume(folder: Path) -> int:

@@ -34,13 +34,17 @@ from distlora_launcher.launch.run_state import (
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import aligned, shown
 
-USAGE = """usage: distlora status RUN [--json]
+DESCRIPTION = """\
+Print the state of the run in the folder RUN: whether and where it runs (this node, others, a SLURM job), its step and
+its losses, the time left, the last save, how it ended, and the command to type next."""
 
-How the run in the folder RUN stands: whether and where it runs (this machine, others, a SLURM job), its step and its
-losses, the time left, the last save, how it ended, and what to type next. RUN may be a folder of runs, as -m makes one,
-or a sweep of `distlora sweep`: its workers, and a table of its trials.
 
---json    print an object for programs (of a folder of runs, a list of them)"""
+@dataclass(frozen=True, slots=True)
+class StatusRequest:
+    """The arguments of `distlora status`."""
+
+    run: str
+    json: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,13 +92,14 @@ class Status:
 
 def main(arguments: list[str]) -> int:
     """Print the state of the run, or the runs, in a folder."""
-    if arguments in (["-h"], ["--help"]):
-        print(USAGE)
+    parser = Parser("distlora status", DESCRIPTION)
+    parser.add_argument(
+        "run", metavar="RUN", help="a run, a folder of runs as -m makes one, or a sweep: its workers and its trials"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object; of a folder of runs, a list")
+    options = parser.read(StatusRequest, arguments)
+    if options is None:
         return 0
-    parser = Parser("distlora status")
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
     folder = Path(options.run).expanduser().absolute()
     if is_sweep_folder(folder):
         from distlora_launcher.sweeps.results import describe_status, status_as_json, sweep_status

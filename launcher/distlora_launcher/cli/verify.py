@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from distlora_launcher.terminal.arguments import Parser
 
-USAGE = """usage: distlora verify RUN [--json]
-
+DESCRIPTION = """\
 Check everything in the run folder RUN: settings, data and packed sequences, every byte of the checkpoints and that they
 belong to this run, headers and values of the results, each line of metrics.jsonl, and left-over temporary files. Prints
 one line per item: ok, note (worth knowing) or damaged, with the reason and the cure. Changes nothing.
-
-  --json    one JSON object: {"run", "damaged": count, "items": [{"name", "state", "message"}]}
 
 Exit codes: 0 nothing is damaged, 1 something is damaged, 2 RUN is not a run folder."""
 
 DAMAGED = 1
 
 
+@dataclass(frozen=True, slots=True)
+class VerifyRequest:
+    """The arguments of `distlora verify`."""
+
+    run: Path
+    json: bool
+
+
 def main(arguments: list[str]) -> int:
     """Check the run that the arguments name. Returns the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
+    parser = Parser("distlora verify", DESCRIPTION)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='print one JSON object: {"run", "damaged": count, "items": [{"name", "state", "message"}]}',
+    )
+    options = parser.read(VerifyRequest, arguments)
+    if options is None:
         return 0
-    parser = Parser("distlora verify")
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
-    run_dir = Path(options.run).expanduser().absolute()
+    run_dir = options.run.expanduser().absolute()
     from distlora.checkpoint.verify import verify
 
     items = []

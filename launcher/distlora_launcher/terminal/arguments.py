@@ -6,11 +6,13 @@ import argparse
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from distlora.config import UserError, nearest
 from distlora.config.errors import named_settings
 from distlora.system.exit_codes import BAD_INPUT, DONE
+
+Request = TypeVar("Request")
 
 USAGE = """usage: distlora {command} WHAT ...
 
@@ -45,17 +47,27 @@ class Subjects:
     """Arguments and a one-line summary by name."""
 
     def run(self, arguments: list[str]) -> int:
-        """Hand over to the subject that is named. UserError for one that there is not, with the nearest."""
+        """Call the named subject and return its exit code. Raises UserError as `named` does."""
+        name = self.named(arguments)
+        if name is None:
+            return DONE if arguments else BAD_INPUT
+        return call_main(f"{self.package}.{name}", arguments[1:])
+
+    def named(self, arguments: list[str]) -> str | None:
+        """Return the subject that the first argument names, or None after printing the help text.
+
+        Raises UserError for an unknown one, with the nearest.
+        """
         if not arguments or arguments[0] in ("-h", "--help"):
             print(self.usage())
-            return DONE if arguments else BAD_INPUT
+            return None
         name = arguments[0]
         if name not in self.summaries:
             raise UserError(
                 f"distlora {self.command}: there is nothing named {name!r} to {self.verb}"
                 f"{nearest(name, self.summaries)}; write one of {', '.join(self.summaries)}"
             )
-        return call_main(f"{self.package}.{name}", arguments[1:])
+        return name
 
     def usage(self) -> str:
         """Return the help text."""
@@ -65,14 +77,31 @@ class Subjects:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our errors in place of its page of usage and its exit. --help is the command's own.
+    """Parse a command's arguments into its request, and make its help text of their descriptions.
 
-    `help` is the command line that shows the usage, where that is not `PROG --help`.
+    Mistakes are UserErrors in place of argparse's usage page and its exit. `help` is the command line that shows the
+    usage, where that is not `PROG --help`.
     """
 
-    def __init__(self, prog: str, *, help: str | None = None) -> None:
-        super().__init__(prog=prog, add_help=False, allow_abbrev=False)
+    def __init__(self, prog: str, description: str | None = None, *, help: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+            allow_abbrev=False,
+        )
         self.usage_command = help or f"{prog} --help"
+
+    def read(self, request: type[Request], arguments: Sequence[str]) -> Request | None:
+        """Return the arguments as a `request`, a dataclass with one field per argument.
+
+        Prints the help text and returns None where that is asked for. Raises UserError as parse_args does.
+        """
+        if {"-h", "--help"} & set(arguments):
+            print(self.format_help().rstrip())
+            return None
+        return request(**vars(self.parse_args(arguments)))
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         """Return the options. Raises UserError for a word too many, an unknown flag, and a value of another kind."""

@@ -7,10 +7,10 @@ torchrun starts several, which share the model.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.config import UserError, require
@@ -25,36 +25,36 @@ from distlora_launcher.terminal.output import shown
 
 WORKER = "distlora.post.generate:main"
 
-USAGE = """usage: distlora generate RUN [--adapter PATH|base] [--checkpoint step_N|best] [--prompts FILE] [--out FILE]
-                         [--max-new-tokens N] [--temperature T] [--top-p P] [--top-k K] [--seed S]
-                         [--system TEXT] [--chat|--raw] [--processes N]
-
+DESCRIPTION = """\
 Generate text with what the run in the folder RUN trained, or with its newest checkpoint while it is unfinished. On a
 terminal this is a chat: /reset starts again, /system TEXT sets the system message, Ctrl-C stops an answer, Ctrl-D or
-/exit leaves. From a pipe, each line is a prompt and is answered as text.
+/exit leaves. From a pipe, each line is a prompt and is answered as text."""
 
-  --adapter base        the base model alone
-  --adapter PATH        another LoRA adapter of the same base: a folder in PEFT's format
-  --checkpoint NAME     a saved step (step_100), or the best by held-out loss (best)
-  --prompts FILE        answer these: a text file with one a line, or jsonl: {"prompt": TEXT} or {"messages": [...]};
-                        the result is a JSON line for each, with "completion", "tokens" and "ended"
-  --out FILE            write that result here (a new file) instead of to stdout
-  --max-new-tokens N    tokens that an answer may have (256)
-  --temperature T       0: the likeliest token each time; above 0: sample. Without it, what the model's
-                        generation_config.json says, else 0
-  --top-p P, --top-k K  sample among the likeliest tokens with this share of the probability, or this many
-  --seed S              of the sampling (0)
-  --system TEXT         a system message for every conversation that has none
-  --chat, --raw         through the chat template, or continued as they are; without either, as the run was trained
-  --processes N         share the model among N processes, one a GPU; with --prompts only"""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateArguments:
+    """The arguments of `distlora generate`."""
+
+    run: str
+    adapter: str | None
+    checkpoint: str | None
+    prompts: str | None
+    out: str | None
+    max_new_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int
+    system: str | None
+    as_chat: bool | None
+    processes: int
 
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the worker, or run several. Returns the exit code of several."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return DONE
     options = parse(arguments)
+    if options is None:
+        return DONE
     run_dir = Path(options.run).expanduser().absolute()
     check_no_adapter(run_dir)
     config = load_config(run_dir)
@@ -90,28 +90,56 @@ def main(arguments: list[str]) -> int:
     become(WORKER, request)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line.
-
-    Raises UserError for an unknown flag, with the nearest, and for values that are not numbers.
-    """
-    parser = Parser("distlora generate")
-    parser.add_argument("run", metavar="RUN")
-    for name in ("--adapter", "--checkpoint", "--prompts", "--out", "--system"):
-        parser.add_argument(name)
-    for name, kind, default in (
-        ("--max-new-tokens", int, 256),
-        ("--temperature", float, None),
-        ("--top-p", float, None),
-        ("--top-k", int, None),
-        ("--seed", int, 0),
-        ("--processes", int, 1),
-    ):
-        parser.add_argument(name, type=kind, default=default)
+def parse(arguments: Sequence[str]) -> GenerateArguments | None:
+    """Return the arguments, or None after the help text. Raises UserError for unknown flags and bad values."""
+    parser = Parser("distlora generate", DESCRIPTION)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a run")
+    add(
+        "--adapter",
+        metavar="PATH|base",
+        help="base: the base model alone; PATH: another LoRA adapter of the same base, a folder in PEFT format",
+    )
+    add("--checkpoint", metavar="NAME", help="a saved step (step_100), or the best by held-out loss (best)")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help='answer these: a text file with one per line, or jsonl: {"prompt": TEXT} or {"messages": [...]}; the '
+        'result is a JSON line for each, with "completion", "tokens" and "ended"',
+    )
+    add("--out", metavar="FILE", help="write that result to this new file instead of to stdout")
+    add("--max-new-tokens", metavar="N", type=int, default=256, help="most tokens of an answer (%(default)s)")
+    add(
+        "--temperature",
+        metavar="T",
+        type=float,
+        help="0: the likeliest token each time; above 0: sample (generation_config.json of the model, else 0)",
+    )
+    add("--top-p", metavar="P", type=float, help="sample among the likeliest tokens with this share of the probability")
+    add("--top-k", metavar="K", type=int, help="sample among this many of the likeliest tokens")
+    add("--seed", metavar="S", type=int, default=0, help="seed of the sampling (%(default)s)")
+    add("--system", metavar="TEXT", help="a system message for every conversation that has none")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--chat", dest="as_chat", action="store_const", const=True)
-    form.add_argument("--raw", dest="as_chat", action="store_const", const=False)
-    options = parser.parse_args(arguments)
+    form.add_argument(
+        "--chat",
+        dest="as_chat",
+        action="store_const",
+        const=True,
+        help="apply the chat template (without --chat and --raw: as the run was trained)",
+    )
+    form.add_argument(
+        "--raw", dest="as_chat", action="store_const", const=False, help="continue the prompts as they are"
+    )
+    add(
+        "--processes",
+        metavar="N",
+        type=int,
+        default=1,
+        help="shard the model among N processes, one per GPU; with --prompts only",
+    )
+    options = parser.read(GenerateArguments, arguments)
+    if options is None:
+        return None
     if options.adapter is not None and options.checkpoint is not None:
         parser.error("--adapter and --checkpoint both say which weights; give one of them")
     return options

@@ -363,7 +363,7 @@ def test_a_byte_that_changed_in_one_copy_is_named_with_its_rank_on_all(
     for said in (in_forward, at_save):
         assert f"{name}.codes, rows 1 to 1, those of rank 3, are not what rank 3 loaded; the memory of rank 3" in said
     assert f"{name}.codes, rows 1 to 1, differs between rank 1 and rank 3 after loading" in loaded
-    assert "are the files in model.path the same on every machine?" in loaded
+    assert "are the files in model.path the same on every node?" in loaded
     assert f"{name}.offset differs between rank 0 and rank 2" in offset
 
 
@@ -421,7 +421,7 @@ def test_ranks_that_begin_with_other_files_of_what_is_trained_do_not_begin(
     assert len(set(messages)) == 1
     said = f"{name}, which is trained, differs between rank 0 and rank {ranks // 2} before the first step"
     assert said in messages[0]
-    assert "in adapter.init_from where it is set, and in the run's folder the same on every machine?" in messages[0]
+    assert "in adapter.init_from where it is set, and in the run's folder the same on every node?" in messages[0]
     assert read_metrics(tmp_path / "run") == []
 
 

@@ -256,7 +256,7 @@ def test_nobody_hangs_while_one_rank_moves() -> None:
 def test_a_rank_without_a_beat_is_named_even_where_it_is_ahead() -> None:
     verdict = judge([at(7), at(9)], [at(7, beat=2), at(9)], 600.0)
     assert verdict == Verdict(
-        "nothing has moved for 600 s: rank 1 gives no sign of life (its process is stopped, or its machine gone), last "
+        "nothing has moved for 600 s: rank 1 gives no sign of life (its process is stopped, or its node is down), last "
         "in place 9; waiting: rank 0 is in place 7",
         (1,),
         silent=True,

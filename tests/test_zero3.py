@@ -314,7 +314,7 @@ def test_a_base_that_host_memory_has_no_room_for_is_refused_on_every_rank(
     for message, left in zip(messages, ("1,024.00 GiB", "0.06 GiB"), strict=True):
         assert message == (
             f"offload_param in {file} takes 0.06 GiB of host memory for each process's shard of the base, and a "
-            f"machine lacks it: this one has {left} left for 2; leave it out, or shard the base over more nodes"
+            f"node lacks it: this one has {left} left for 2; leave it out, or shard the base over more nodes"
         )
 
 

@@ -302,7 +302,7 @@ class Backend:
             available, processes = host_memory.available_bytes(), host_memory.processes_here()
             here = "an unknown amount" if available is None else f"{available / 2**30:,.2f} GiB"
             raise UserError(
-                f"{setting} takes {nbytes / 2**30:,.2f} GiB of host memory for {purpose}, and a machine lacks it: this "
+                f"{setting} takes {nbytes / 2**30:,.2f} GiB of host memory for {purpose}, and a node lacks it: this "
                 f"one has {here} left for {processes}; {instead}"
             )
 

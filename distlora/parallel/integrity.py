@@ -104,7 +104,7 @@ class FrozenWeights:
         raise DamagedWeightsError(
             f"{frozen.name}, {_rows(frozen.ranges[index])}, differs between rank {ranks[0]} and rank {ranks[1]} after "
             "loading, though both have the same part of a copy of the base: are the files in model.path the same on "
-            f"every machine? If so, memory or a disk damages bytes. {_NEXT}"
+            f"every node? If so, memory or a disk damages bytes. {_NEXT}"
         )
 
     def check_next_forward(self) -> None:
@@ -208,7 +208,7 @@ def compare_trained(model: CausalLM, backend: Backend) -> None:
         raise DamagedWeightsError(
             f"{trained[index][0]}, which is trained, differs between rank {rank % count if cut[index] else 0} and rank "
             f"{rank} before the first step, though both must begin with the same numbers: are the files in model.path, "
-            "in adapter.init_from where it is set, and in the run's folder the same on every machine? If so, memory or "
+            "in adapter.init_from where it is set, and in the run's folder the same on every node? If so, memory or "
             f"a disk damages bytes. {_NEXT}"
         )
 
@@ -222,7 +222,7 @@ def _trained(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 _NEXT = (
-    "Continue with `distlora resume RUN`, which loads the weights again; where this comes back, leave that machine out "
+    "Continue with `distlora resume RUN`, which loads the weights again; where this comes back, exclude that node "
     "and test its memory (`nvidia-smi -q -d ECC`, memtester) and its network"
 )
 

@@ -43,7 +43,7 @@ BEAT_SECONDS = 1.0
 """Seconds between two posts; less if the limit is below ten of them."""
 
 _ALARM = "alarm"
-_STOPPED = "its process is stopped, or its machine gone"
+_STOPPED = "its process is stopped, or its node is down"
 _COLLECTIVES = (str(Path(torch.__file__).parent / "distributed"), str(Path(__file__).parent))
 """Folders whose code waits for other ranks."""
 _OURS = str(Path(__file__).parents[1])

@@ -1,4 +1,4 @@
-"""What tensors a computation makes and keeps, counted as it runs on the CPU."""
+"""Count the tensors that a computation makes and keeps, as it runs on the CPU."""
 
 from __future__ import annotations
 
@@ -149,5 +149,5 @@ class Moved(TorchDispatchMode):
 
 
 def _bytes_of(tensor: Tensor) -> int:
-    """Of an expanded tensor what is there."""
+    """Return the stored bytes of an expanded tensor."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())

@@ -35,7 +35,7 @@ TOKENS = 512
 
 
 def positions(document: int) -> Tensor:
-    """Of a row with documents of so many tokens."""
+    """Return positions of a row with documents of so many tokens."""
     return torch.arange(document).repeat(1, TOKENS // document)
 
 

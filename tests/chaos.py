@@ -145,7 +145,7 @@ class Life:
             raise TimeoutError("the command did not end") from None
 
     def wait_until(self, condition: Callable[[], Any], every: float = 0.004) -> bool:
-        """Whether it came true before the command ended. TimeoutError where neither happens."""
+        """Return True if it came true before the command ended. TimeoutError where neither happens."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
             if self.ended():
@@ -270,7 +270,7 @@ class Campaign:
                 send(target, signal.Signals[kill.kind])
 
     def _goes_on(self, life: Life, kill: Kill) -> bool:
-        """Whether the command goes on by itself, or has done all. Says what is wrong about how it ended."""
+        """Return True if the command continues by itself or is done. Reports what is wrong about its end."""
         before = life.output()
         if kill.kind == "-9 of one rank":
             life.wait_until(lambda: any(line in life.output()[len(before) :] for line in ("reading ", "done in ")))
@@ -294,7 +294,7 @@ class Campaign:
         return False
 
     def _is_recorded(self, kill: Kill) -> bool:
-        """Whether stopped.json says that this signal stopped the run, and where it goes on."""
+        """Return True if stopped.json names this signal and the step to continue from."""
         with contextlib.suppress(FileNotFoundError):
             record = json.loads((self.run_dir / "stopped.json").read_text())
             newest = max((folder.name for folder in self.run_dir.glob("checkpoints/step_*")), default=None)

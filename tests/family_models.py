@@ -182,7 +182,7 @@ def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
 
 
 def positions_of(input_ids: Tensor) -> Tensor:
-    """Of rows that are one document each."""
+    """Return positions of rows that are one document each."""
     return torch.arange(input_ids.shape[1]).expand_as(input_ids)
 
 

@@ -1,4 +1,4 @@
-"""What the planner says of a run that has been, held to what the run left behind."""
+"""Compare the planner's prediction for a finished run with what the run left behind."""
 
 from __future__ import annotations
 

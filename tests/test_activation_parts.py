@@ -1,4 +1,4 @@
-"""What the kernels of adapters take for partial sums on a GPU, calculated: what their launches allocate."""
+"""Compare the calculated partial sums of the adapter kernels on a GPU with what their launches allocate."""
 
 from __future__ import annotations
 

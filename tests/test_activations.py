@@ -1,4 +1,4 @@
-"""What a row is calculated to cost in memory is what autograd keeps and operations make, in every mode, within 5 %."""
+"""Compare a row's calculated memory with what autograd keeps and operations make, within 5 %, in every mode."""
 
 from __future__ import annotations
 

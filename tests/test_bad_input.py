@@ -1,4 +1,4 @@
-"""What a user can get wrong: each ends with exit code 2 and one message that helps, before any process starts."""
+"""Check user mistakes: each ends with exit code 2 and one message that helps, before any process starts."""
 
 from __future__ import annotations
 

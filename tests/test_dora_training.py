@@ -87,7 +87,7 @@ def test_halves_are_added_in_one_order() -> None:
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_fresh_dora_is_the_base_bit_for_bit(folders: Path, quant: str, dtype: str) -> None:
-    """Of rows that use it and of rows that use none, alone and side by side, with dropout and without."""
+    """Compare rows with and without the adapter, alone and side by side, with dropout and without."""
     sections: dict[str, Any] = {"quant": {"method": quant}, "train": {"dtype": dtype}}
     tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(40).expand_as(tokens)

@@ -175,7 +175,7 @@ def once_saved(command: Sequence[str | Path], run_dir: Path) -> Iterator[subproc
 
 
 def wandb_exit_codes(run_dir: Path) -> list[int]:
-    """How the starts of a run ended, by wandb's own logs."""
+    """Return the exit codes of a run's starts from wandb's logs."""
     logs = [read_wandb_log(folder) for folder in sorted((run_dir / "wandb").glob("offline-run-*"))]
     return [record.exit.exit_code for log in logs for record in log if record.WhichOneof("record_type") == "exit"]
 

@@ -263,7 +263,7 @@ def test_no_logit_of_an_exact_merge_is_further_than_1e_4_from_the_adapted_model(
 
 @pytest.mark.ci
 def test_the_other_forms_are_measured_and_leave_nothing_behind(run_dir: Path, tmp_path: Path) -> None:
-    """Of a merge in bf16: its own form is not measured twice, and each rounding is further off than a finer one."""
+    """Check that a bf16 merge is not measured twice, and that a coarser rounding is further off."""
     request = merge(run_dir, tmp_path / "merged", dtype=torch.bfloat16)
     assert request.merged is not None
     request = replace(request, merged=replace(request.merged, compares=True))

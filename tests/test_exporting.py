@@ -1,4 +1,4 @@
-"""What is exported is loaded by its real clients, and computes what was trained; what differs is not left behind."""
+"""Check that real clients load exports and compute what was trained, and that no wrong file stays behind."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_the_real_client_computes_what_was_trained(
 
 @pytest.mark.usefixtures("in_process")
 def test_pissa_in_bitsandbytes_form_is_the_adapter_of_its_own_rank(place: Path, tmp_path: Path) -> None:
-    """Of a saved step and of what is published alike: W less the start in NF4, and A and B as they were trained."""
+    """Compare a saved step and the published result: W less the start in NF4, and A and B as trained."""
     exported(place, "pissa", "bnb", tmp_path / "published")
     step = sorted((place / "pissa" / "checkpoints").iterdir())[-1]
     exported(place, "pissa", "bnb", tmp_path / "saved", checkpoint=step.name)
@@ -289,7 +289,7 @@ def test_one_process_writes_a_place_and_nothing_is_replaced(tmp_path: Path) -> N
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("variant", ["qwen3-moe", pytest.param("gpt-oss", marks=pytest.mark.slow)])
 def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path, variant: str) -> None:
-    """And not to bitsandbytes, which leaves them in 16 bits."""
+    """Check that bitsandbytes is refused, as it leaves experts in 16 bits."""
     write_family_folder(tmp_path / variant, variant)
     tokenizer().save_pretrained(tmp_path / variant)
     write_text_file(tmp_path / "text.jsonl")

@@ -368,7 +368,7 @@ def test_a_byte_that_changed_in_one_copy_is_named_with_its_rank_on_all(
 
 
 def begun_from_other_files(ranks: Ranks, *, run_dir: Path, section: str, files: dict[str, str]) -> str:
-    """How a run ends in which the second half of the ranks has other files where a setting points."""
+    """Return the end of a run in which half of the ranks have other files where a setting points."""
     config = load_config(run_dir)
     if ranks.rank >= ranks.world // 2:
         config = replace(config, **{section: replace(getattr(config, section), **files)})

@@ -1,4 +1,4 @@
-"""What is gathered is what every rank has loaded, and stays so; anything else ends the run by name, before a step."""
+"""Check that a gather returns what every rank loaded; else the run ends by name, before a step."""
 
 from __future__ import annotations
 

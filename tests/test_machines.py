@@ -74,7 +74,7 @@ class Machine:
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[list[Machine]]:
-    """Those of a test; what is left of them at its end is killed, and their workers with them."""
+    """Yield the nodes of a test; at its end kill the rest, with their workers."""
     running: list[Machine] = []
     yield running
     for machine in running:

@@ -35,7 +35,7 @@ TRAINED: dict[str, Any] = {"train": {"max_steps": 4, "save_every": 2}, "optim": 
 
 
 def quiet(text: str) -> None:
-    """Of progress."""
+    """Silence progress."""
 
 
 def adapted(tmp_path: Path, variant: str, **sections: dict[str, Any]) -> tuple[CausalLM, Trained]:
@@ -236,7 +236,7 @@ def test_an_adapter_without_a_run_is_merged_onto_its_base_as_it_is_on_disk(tmp_p
 
 
 def test_a_receipt_is_json_and_leaves_out_what_says_nothing(tmp_path: Path) -> None:
-    """Where B is zero nothing was added, and a weight beyond fp16 is not kept in it."""
+    """Check that a zero B adds nothing, and that a weight beyond fp16 is not kept in it."""
     _, trained = adapted(tmp_path, "llama3-tied", adapter={"target_modules": "qv", "r": 4})
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(file)

@@ -104,7 +104,7 @@ def prepare(run_dir: Path, folders: Path, method: Method, base: str) -> Config:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training came to, and what the trained model says of the next step's rows and of the probes."""
+    """The results of training, and the trained model's losses on the next step's rows and the probes."""
 
     losses: list[float]
     adapter: dict[str, Tensor]
@@ -140,7 +140,7 @@ def _accumulate(model: Any, backend: Backend, batch: StepBatch) -> None:
 
 
 def whole(gradient: Tensor) -> Tensor:
-    """Of a module that is cut over the ranks, all of it."""
+    """Return the whole of a module that is sharded over the ranks."""
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 

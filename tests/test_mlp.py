@@ -94,7 +94,7 @@ def test_selective_and_block_and_none_are_equal_bit_for_bit_and_tiles_within_rou
 
 
 def test_a_tile_runs_once_forward_and_once_backward_whatever_is_around_it(tmp_path: Path) -> None:
-    """And no linear of an MLP sees more than a tile: neither does anything between them."""
+    """Check that no linear of an MLP sees more than a tile, nor anything between them."""
     model = load(tmp_path, "gemma2")
     place_mlps(model.blocks, model.family, tile=TILE)
     seen: list[int] = []

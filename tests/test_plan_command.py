@@ -111,7 +111,7 @@ def test_every_kind_and_moment_has_words() -> None:
 
 
 def test_parts_of_a_page_add_up() -> None:
-    """Of 1,000 splits, parts that were rounded by themselves would miss in most."""
+    """Check 1,000 splits, of which parts rounded one by one would miss most."""
     numbers = random.Random(0)
     for _ in range(1000):
         parts = {name: numbers.random() * 10 ** numbers.randrange(4) for name in "abcdefgh"}

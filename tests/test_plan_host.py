@@ -1,6 +1,6 @@
-"""What a plan says of host memory and of disks, held to the code that takes and writes them.
+"""Compare a plan's host memory and disk sizes with the code that allocates and writes them.
 
-Folders of whole runs are held to it where the runs are: tests/planned.py.
+Folders of whole runs are compared where the runs are: tests/planned.py.
 """
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ def test_zero3_has_what_its_coordinators_rules_say(folders: Path, tmp_path: Path
 
 
 def of_gpus(*words: str) -> DeviceBytes:
-    """Of Llama 3.1 70B on GPUs."""
+    """Plan Llama 3.1 70B on GPUs."""
     config = compose_config(["data.path=/none.jsonl", "model=llama3_70b", "adapter.target_modules=all-linear", *words])
     return device_bytes(Workload.of(config), find_model(config), machine_of(config.gpu, config.cluster))
 

@@ -1,4 +1,4 @@
-"""What `distlora train` does with a plan before workers start: what it decides, refuses, says and keeps."""
+"""Check the plan in `distlora train` before workers start: its decisions, refusals, messages and files."""
 
 from __future__ import annotations
 

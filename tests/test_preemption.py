@@ -142,7 +142,7 @@ def figures(run_dir: Path) -> list[tuple[int, str, float]]:
 
 
 def stops(*, at_once: bool, per_step: int, decomposes: bool) -> list[tuple[str, tuple[int, ...], int, int]]:
-    """Where one start after the other is asked to stop, on which ranks, how often, and the step that is saved then.
+    """Return the stop requests of successive starts: where, on which ranks, how often, and the step saved then.
 
     All act at the boundary after the one at which the first says it, a single process `at_once`; a step has `per_step`
     boundaries.

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: each step once in metrics.jsonl, the same in wandb's own log, rank 0 alone."""
+"""Check the run's logs: each step once in metrics.jsonl, the same in wandb's log, rank 0 alone."""
 
 import contextlib
 import json

@@ -105,7 +105,7 @@ def together(
 def test_trials_of_other_ranks_targets_and_dropout_are_what_they_are_alone(
     tmp_path: Path, checkpointing: bool, mlp_tile: int | None
 ) -> None:
-    """Of MLPs that run 16 of 40 tokens at once, too."""
+    """Run MLPs in tiles of 16 of 40 tokens, too."""
     write_family_folder(tmp_path, "qwen3")
     model = pack_model(tmp_path, mlp_tile=mlp_tile)
     for block in model.blocks:
@@ -126,7 +126,7 @@ def test_trials_of_other_ranks_targets_and_dropout_are_what_they_are_alone(
 
 
 def test_a_slot_is_free_again_and_takes_another_trial(tmp_path: Path) -> None:
-    """Of another rank and other targets; its rows are the base's in between, and what is saved is its own."""
+    """Replace a trial by one of another rank and targets; in between the rows are the base's."""
     write_family_folder(tmp_path, "qwen3")
     model = pack_model(tmp_path)
     first, second, beside = TRIALS

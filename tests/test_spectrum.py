@@ -120,7 +120,7 @@ def test_intruders_are_those_of_every_cosine_and_bounds_decide_them(shape: tuple
 
 
 def first_cosines(base: Tensor, after: Tensor, top: int) -> Tensor:
-    """Of each of W's first: the largest |cosine| with any left singular vector of W, by dense SVDs."""
+    """Return the largest |cosine| of each first vector of W' with any left singular vector of W, by dense SVDs."""
     left, first = (torch.linalg.svd(each.double(), full_matrices=False)[0] for each in (base, after))
     return (left.T @ first[:, :top]).abs().max(dim=0).values
 

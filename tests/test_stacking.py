@@ -1,4 +1,4 @@
-"""What of several trials runs at once: their rows on top of each other, their gradients in one order."""
+"""Check trials trained together: rows on top of each other, gradients in one order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run ends before its last step: a non-finite loss or gradient, early stopping; and which state is kept."""
+"""Check ends before the last step (non-finite loss or gradient, early stopping) and the kept state."""
 
 from __future__ import annotations
 

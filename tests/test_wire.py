@@ -1,4 +1,4 @@
-"""What a step moves is calculated from config.json, and is what torch's collectives carry, byte for byte."""
+"""Compare a step's calculated traffic with what torch's collectives carry, byte for byte."""
 
 from __future__ import annotations
 

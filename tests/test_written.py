@@ -1,4 +1,4 @@
-"""What a benchmark found: printed as tables or JSON, kept as Markdown, CSV and a plot that say the same."""
+"""Check a benchmark's results as tables, JSON, Markdown, CSV and plot: all show the same."""
 
 from __future__ import annotations
 

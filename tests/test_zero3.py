@@ -319,7 +319,7 @@ def test_a_base_that_host_memory_has_no_room_for_is_refused_on_every_rank(
 
 
 def rows_and_chunks(ranks: Ranks, *, run_dir: Path) -> tuple[int, list[int], int]:
-    """Of a base in host memory: (bytes of this rank's rows, chunks that are taken for them, what is asked for)."""
+    """Return, for a base in host memory, (bytes of this rank's rows, chunks allocated, bytes requested)."""
     config, taken = train.load_config(run_dir), []
 
     def take(size: int, *, pinned: bool) -> torch.Tensor:

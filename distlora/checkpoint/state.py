@@ -61,7 +61,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What a checkpoint belongs to; resuming with another identity would be another run."""
+    """The run that a checkpoint belongs to; resuming with another identity would be another run."""
 
     base_fingerprint: str
     """`weights.initial_adapter_file.base_identity` of the run."""

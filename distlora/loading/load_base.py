@@ -52,7 +52,7 @@ class Loaded:
 
     @property
     def how(self) -> str:
-        """Where the quantized weights came from, for a log line."""
+        """Return the origin of the quantized weights for a log line."""
         if self.prequantized:
             return "as stored"
         if self.cached_weights == self.quantized_weights:

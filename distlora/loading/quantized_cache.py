@@ -90,7 +90,7 @@ def cache_key(
 
 
 class QuantizedCache:
-    """What one load reads from the cache and writes into it. A context manager: on exit everything is on the disk."""
+    """One load's reads and writes of the cache. A context manager: on exit everything is on the disk."""
 
     def __init__(self, units: Sequence[Unit], backend: Backend, say: Callable[[str], None]) -> None:
         """Make a cache that holds nothing until `open`; without `units` it stays empty."""

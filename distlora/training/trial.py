@@ -69,7 +69,7 @@ class StepFigures(NamedTuple):
 
 
 class Due(NamedTuple):
-    """What is due after a step. A checkpoint of that step lacks some of it, so a resume computes it again."""
+    """Work due after a step. A checkpoint of that step lacks some of it, so a resume computes it again."""
 
     logging: bool
     """Due by train.log_every. Everything that takes long logs first, too."""

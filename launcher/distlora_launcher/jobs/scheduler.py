@@ -74,7 +74,7 @@ class Job:
 
     @property
     def is_live(self) -> bool:
-        """Whether the job waits, runs or is about to end."""
+        """Return True if the job waits, runs or is about to end."""
         return self.state in LIVE_STATES
 
     def is_of(self, run_dir: Path) -> bool:

@@ -33,12 +33,12 @@ class Process:
 
     @property
     def is_of_this_machine(self) -> bool:
-        """Whether the pid is valid in this process's node and container."""
+        """Return True if the pid is valid in this process's node and container."""
         return (self.host, self.boot, self.namespace) == (host_name(), _boot(), _namespace())
 
     @property
     def has_ended(self) -> bool | None:
-        """Whether the process has ended; None if this node cannot tell."""
+        """Return True if the process has ended; None if this node cannot tell."""
         if not self.is_of_this_machine:
             return None
         try:

@@ -54,7 +54,7 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """How the last start ended, as far as it was recorded."""
+    """The end of the last start, as far as it was recorded."""
 
     stopped: Mapping[str, Any] | None = None
     """Content of stopped.json: the run saved and stopped on a request."""

@@ -272,7 +272,7 @@ _DRAWN_AT_ONCE = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
-    """How much lower a second run's held-out loss is than a first run's, in nats per token (or pair)."""
+    """Decrease of held-out loss from a first run to a second, in nats per token (or pair)."""
 
     gain: float
     low: float

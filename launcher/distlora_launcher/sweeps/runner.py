@@ -43,7 +43,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How the training of a trial ended."""
+    """The end of a trial's training."""
 
     number: int
     state: str
@@ -57,7 +57,7 @@ class Outcome:
 
 
 class Runner(Protocol):
-    """What trains trials for one worker."""
+    """Trainer of trials for one worker."""
 
     slots: int
     """Trials that it trains at once."""

@@ -29,7 +29,7 @@ PACKAGES = {"gp": "scipy", "cmaes": "cmaes"}
 
 
 class Due(enum.Enum):
-    """What is due, if not a list of trials."""
+    """The search's next action, if not a list of trials."""
 
     SAMPLE = "sample"
     """A trial whose values Optuna draws from the space."""

@@ -174,7 +174,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "resident blocks where nothing is gathered": (
         nothing,
         ["parallel.resident_blocks=auto"],
-        ["has no effect in one process", "leave it out, or start more with cluster.gpus_per_node=2"],
+        ["has no effect with one process", "with cluster.gpus_per_node=2"],
     ),
     "a tile longer than a row": (nothing, ["train.mlp_tile=64"], ["cuts no row of data.sequence_length=64 tokens"]),
     "samples of nothing": (nothing, ["train.sample_every=5"], ["train.sample_prompts belong together"]),

@@ -141,7 +141,7 @@ def test_a_run_stopped_and_killed_ends_as_if_it_had_not_been(
     assert f"continue from {newest} with: distlora resume {run_dir}\n" in campaign.output_of_start(1)
     assert f"continuing from {newest}" in campaign.output_of_start(2)
     assert "SIGKILL" in campaign.output_of_start(2), "the rank that died is named"
-    assert "and quantized and kept in" in whole[1].stdout
+    assert "and quantized and cached" in whole[1].stdout
     assert "from the quantized-weights cache in" in campaign.output_of_start(2)
     codes = wandb_exit_codes(run_dir)
     assert (codes[0], codes[-1]) == (75, 0)

@@ -24,6 +24,7 @@ from distlora.analysis.intrinsic.request import (
 from distlora.analysis.intrinsic.subspace import FlatParameters, Projection, Subspace, layer_of
 from distlora.analysis.intrinsic.training import Bench, Training, random_weights
 from distlora.analysis.intrinsic.worker import run as analyse
+from distlora.system.command_worker import to_json
 from distlora.system.randomness import key_of
 from distlora.training import worker as train
 from distlora_kernels.philox import philox
@@ -304,7 +305,7 @@ def test_what_cannot_be_is_refused_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model, data = str(folders / "llama-tied"), str(folders / "text.jsonl")
-    handed: list[str] = []
+    handed: list[IntrinsicRequest] = []
     monkeypatch.setattr(analyze, "become", lambda worker, request: handed.append(request))
     for arguments, message in (
         ([model], "--data FILE is missing"),
@@ -326,7 +327,7 @@ def test_what_cannot_be_is_refused_by_name(
     asked = ["analyze", "intrinsic", model, "--data", data, "--out", "out"]
     for _ in range(2):
         main(asked)  # The second goes on.
-    assert handed == [(tmp_path / "out" / REQUEST_NAME).read_text()] * 2
+    assert [to_json(request) for request in handed] == [(tmp_path / "out" / REQUEST_NAME).read_text()] * 2
     assert main([*asked, "--steps", "7"]) == 2
     assert "out holds an analysis that was asked otherwise" in capsys.readouterr().err
     (tmp_path / "out" / RESULT_NAME).write_text("{}")

@@ -220,7 +220,7 @@ def test_one_process_writes_a_folder_and_none_takes_anothers_place(tmp_path: Pat
             pass
         (place / "file").write_text("ours")
     assert (out / "file").read_text() == "ours"
-    with pytest.raises(UserError, match="has appeared"), new_folder(out) as place:
+    with pytest.raises(UserError, match="was created meanwhile"), new_folder(out) as place:
         (place / "file").write_text("another's")
     assert (out / "file").read_text() == "ours"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

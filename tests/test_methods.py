@@ -257,12 +257,3 @@ def test_a_method_is_pefts_on_any_base_and_ranks(
     assert difference <= 1e-4, f"logits are {difference:.1e} apart"
     start = safetensors.torch.load_file(theirs.start / WEIGHTS_NAME)
     assert all(relative_error(tensor, start[key]) > 1e-4 for key, tensor in ours.adapter.items()), "nothing was trained"
-
-
-def test_the_table_in_the_readme_has_these_cells() -> None:
-    rows = {}
-    for line in (Path(__file__).parents[1] / "distlora" / "model" / "README.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 4 and "1, 2, 3 ranks" in cells:
-            rows[cells[0]] = tuple(base for base, cell in zip(("nf4", "none"), cells[2:], strict=True) if cell)
-    assert rows == {name: method.bases for name, method in METHODS.items()}

@@ -51,7 +51,7 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
             ask()
 
     losses_of, train_step, evaluate = NextToken.losses, worker.Trainer._train_step, worker.Trainer.evaluate
-    segments_of, start, save = load_base.segments_of, decomposed_adapters._start, Saver.save
+    segments_of, start, save = load_base.segments_of, decomposed_adapters._initialize, Saver.save
     micro_batches, evaluating = 0, -1
 
     def losses(self: NextToken, *arguments: Any) -> Losses:
@@ -89,7 +89,7 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
     monkeypatch.setattr(worker.Trainer, "_train_step", a_step)
     monkeypatch.setattr(worker.Trainer, "evaluate", an_evaluation)
     monkeypatch.setattr(load_base, "segments_of", a_weight)
-    monkeypatch.setattr(decomposed_adapters, "_start", a_decomposition)
+    monkeypatch.setattr(decomposed_adapters, "_initialize", a_decomposition)
     monkeypatch.setattr(Saver, "save", a_save)
 
 

@@ -105,7 +105,7 @@ COMMANDS = {
         "distlora_launcher.cli.analyze",
     ),
     "bench": Command(
-        "load | checkpoint | comm [--measure] | memory | packed | methods [--quick] | kernels [--offline]",
+        "load | checkpoint | step | memory | methods [--quick] | kernels [--offline]",
         "benchmark this node against the plan and other tools: tables, CSV, plots",
         "distlora_launcher.cli.bench",
     ),

@@ -27,7 +27,7 @@ def chat_tokenizer(kind: str = "llama3") -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from distlora.data.chat import NAMED
+    from distlora.data.chat_template import NAMED
 
     named = [token for template in NAMED.values() for token in (*template.tokens, *template.tool_tokens)]
     markers = list(dict.fromkeys(["<pad>", "<s>", "</s>", *named]))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from chat_tokenizers import KINDS, chat_tokenizer
 from data_folders import CHATML, MARKED, chat, write_model
 from distlora.config import UserError
-from distlora.data.chat import NAMED, ChatTemplate, template_source
+from distlora.data.chat_template import NAMED, ChatTemplate, template_source
+from distlora.data.encoding import Encoder
 from distlora.data.formats import Document
-from distlora.data.templates import Encoder
 from distlora.data.turns import Conversation, Turn, TurnTokens
 
 GOLDEN = Path(__file__).parent / "golden"

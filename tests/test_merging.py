@@ -21,7 +21,7 @@ from distlora.post.load_trained import load_trained
 from distlora.post.merge.merge import merge_to, summary
 from distlora.post.merge.receipt import Receipt
 from distlora.post.trained import Name, Trained
-from distlora.run_folder.checkpoints import sha256
+from distlora.run_folder.checkpoint_manifest import sha256
 from distlora.training import worker
 from distlora.training.publish import publish_result
 from distlora.weights.reader import Reader

@@ -19,7 +19,7 @@ from closeness import assert_adapters_close, assert_losses_close
 from distlora.checkpoint.verify import verify
 from distlora.config import Config, UserError
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoints import steps
+from distlora.run_folder.checkpoint_manifest import steps
 from distlora.run_folder.eval_documents import check_paired, read_documents
 from distlora.system import stop_signals
 from distlora.training import worker as training_worker

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distlora.parallel import Ranks, control
-from distlora.parallel.control import Control
+from distlora.parallel import Ranks, stop_and_save
+from distlora.parallel.stop_and_save import Control
 from distlora.system import stop_signals
 from distlora.system.stop_signals import Stopped
 from worlds import World
@@ -111,7 +111,7 @@ def saves_of(ranks: Ranks, *, boundaries: int, every: int, anyway: int | None) -
     """
     made, now = [], 0.0
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: now))
+        monkeypatch.setattr(stop_and_save, "time", SimpleNamespace(monotonic=lambda: now))
         words = Control(ranks, save_minutes=10 / 60)
         for boundary in range(boundaries):
             words.boundary(boundary, "working")

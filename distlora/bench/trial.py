@@ -12,7 +12,7 @@ from distlora.config import Config
 from distlora.data.loader import PackedRows
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
-from distlora.parallel.control import Control
+from distlora.parallel.stop_and_save import Control
 from distlora.training.loop import Trainer
 from distlora.training.open_run import step_loader
 from distlora.training.optimizers import Optimizer, build_optimizer

@@ -12,7 +12,7 @@ import torch
 
 from distlora.config import UserError
 from distlora.parallel import Ranks, from_rank_0
-from distlora.run_folder.checkpoints import newest, set_aside, step_folder, step_of, steps, tidy
+from distlora.run_folder.checkpoint_manifest import newest, set_aside, step_folder, step_of, steps, tidy
 from distlora.run_folder.layout import BEST_NAME, CHECKPOINT_PATTERN, PUBLISHED
 from distlora_kernels import native
 

@@ -20,7 +20,7 @@ from distlora.checkpoint.files import Files, atomic_folder, write_files
 from distlora.checkpoint.snapshot import Snapshot, is_cut
 from distlora.checkpoint.state import Progress, TrainState
 from distlora.parallel import Backend, watch
-from distlora.run_folder.checkpoints import (
+from distlora.run_folder.checkpoint_manifest import (
     STATE_NAME,
     fault,
     step_folder,

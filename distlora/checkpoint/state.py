@@ -12,7 +12,7 @@ from typing import Any
 
 from distlora.config import ModelSpec, OptimConfig, TrainConfig, UserError
 from distlora.config.file import as_plain
-from distlora.run_folder.checkpoints import STATE_NAME, steps
+from distlora.run_folder.checkpoint_manifest import STATE_NAME, steps
 from distlora.weights.initial_adapter_file import needs_initial_adapter
 from distlora.weights.peft_folder import weights_digest
 

@@ -74,21 +74,21 @@ class ClusterConfig:
     """Processes, nodes and the scheduler."""
 
     launcher: Literal["local", "torchrun", "slurm"] = "local"
-    """Who starts the workers: this command, here (`local`); this command, given on each of `nodes` machines that share
-    the run folder (`torchrun`); or SLURM, by an sbatch script in the run folder (`slurm`)."""
+    """Launcher of the workers. `local`: this command, on this node. `torchrun`: this command, run on each of `nodes`
+    nodes that share the run folder. `slurm`: an sbatch script in the run folder."""
     nodes: int = 1
-    """Machines."""
+    """Number of nodes."""
     gpus_per_node: int = 1
-    """Worker processes on each machine: one a GPU, or that many CPU processes where there is none."""
+    """Worker processes per node: one per GPU, or that many CPU processes on a node without GPUs."""
     max_restarts: int = 3
     """Restarts of failed workers from the newest checkpoint, per start of the run."""
     timeout_seconds: float = 600.0
     """Time that a rank of a run may wait for the others in a step before the run ends, naming the rank and the step
-    that hung. Loading and saving have longer. Machines have as long to be there, at the start and after a loss."""
+    that hung. Loading and saving have longer. Nodes have as long to appear, at the start and after a loss."""
 
     rdzv_endpoint: str | None = None
-    """host:port where the machines of cluster=torchrun meet; the host is one of them, which must be able to listen on
-    that port. The same on each machine."""
+    """Rendezvous endpoint host:port of cluster=torchrun. The host is one of the nodes and must be able to listen on
+    that port. The same on each node."""
 
     partition: str | None = None
     """SLURM's partition; null: the cluster's default."""
@@ -99,19 +99,19 @@ class ClusterConfig:
     time_limit: str | None = None
     """SLURM's time limit, as sbatch takes it (12:00:00, 2-00:00:00); null: the partition's."""
     signal_seconds: int = 180
-    """Time before the time limit at which the run is asked to save and stop. SLURM may be up to a minute early. Give it
-    a step and two saves: one may be under way."""
+    """Seconds before the time limit at which the run receives the signal to save and stop. SLURM may be up to a minute
+    early. Allow for a step and two saves: one may be under way."""
     requeue: bool = True
     """Requeue a job that was stopped after a save (time limit, preemption), or whose node failed; it then
     continues. One that was stopped before it had saved anything does once."""
     cpus_per_task: int | None = None
-    """CPUs for each machine's workers together; null: the cluster's default."""
+    """CPUs per node for its workers together; null: the cluster's default."""
     memory: str | None = None
-    """Host memory of each machine, as sbatch's --mem takes it (0: all); null: the cluster's default."""
+    """Host memory per node, as sbatch's --mem takes it (0: all); null: the cluster's default."""
     sbatch: tuple[str, ...] = ()
     """Other options of sbatch, one an entry: [--exclusive, --constraint=h100]."""
     setup: tuple[str, ...] = ()
-    """Shell lines on every machine before the workers start: [module load cuda, source .venv/bin/activate]."""
+    """Shell lines on every node before the workers start: [module load cuda, source .venv/bin/activate]."""
     container: str | None = None
     """Container image that the workers run in (srun --container-image, which needs pyxis); it must hold distlora."""
     container_mounts: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ class ClusterConfig:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the workers: {NCCL_SOCKET_IFNAME: ib0}."""
     port: int | None = None
-    """Port on the first machine where the machines of a SLURM job meet; of an array that of task 0, and the others
+    """Rendezvous port on the first node of a SLURM job; of an array that of task 0, and the others
     have the next ones. null: one made from the job's id."""
     max_parallel: int | None = None
     """Jobs of a sweep (-m) that run at the same time; null: as many as SLURM gives."""
@@ -175,16 +175,16 @@ class ClusterConfig:
             )
 
     def _check_launcher(self) -> None:
-        """Refuse machines that the launcher cannot start, and settings that it does not read."""
+        """Refuse nodes that the launcher cannot start, and settings that it does not read."""
         require(
             self.nodes == 1 or self.launcher != "local",
-            f"cluster.nodes={self.nodes} with cluster=local, which starts workers on this machine alone; set "
-            "cluster=slurm, or cluster=torchrun and cluster.rdzv_endpoint=host:port on each machine",
+            f"cluster.nodes={self.nodes} with cluster=local, which starts workers on this node only; set "
+            "cluster=slurm, or cluster=torchrun and cluster.rdzv_endpoint=host:port on each node",
         )
         require(
             self.launcher != "torchrun" or self.nodes == 1 or self.rdzv_endpoint is not None,
-            f"cluster=torchrun with cluster.nodes={self.nodes} needs a place to meet; set "
-            "cluster.rdzv_endpoint=host:29500 with the name of one of the machines, the same on each",
+            f"cluster=torchrun with cluster.nodes={self.nodes} needs a rendezvous endpoint; set "
+            "cluster.rdzv_endpoint=host:29500 with the name of one of the nodes, the same on each",
         )
         require(
             self.rdzv_endpoint is None or self.launcher == "torchrun",
@@ -200,12 +200,12 @@ class ClusterConfig:
             )
         require(
             self.rdzv_endpoint is None or _ENDPOINT.fullmatch(self.rdzv_endpoint) is not None,
-            f"cluster.rdzv_endpoint={self.rdzv_endpoint} is not host:port; write the name of one machine and a free "
+            f"cluster.rdzv_endpoint={self.rdzv_endpoint} is not host:port; write the name of one node and a free "
             "port of it, as in node01:29500",
         )
 
     @property
-    def on_each_machine(self) -> bool:
+    def on_each_node(self) -> bool:
         """Return whether the user types the command on each of several nodes."""
         return self.launcher == "torchrun" and self.nodes > 1
 

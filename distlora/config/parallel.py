@@ -20,20 +20,21 @@ class ParallelConfig:
     """Backend that shards the frozen base over the ranks: PyTorch's FSDP2, or DeepSpeed's ZeRO-3, which can also keep
     it in host memory. The numbers are the same. One process needs no sharding and gets none."""
     shard_degree: int | Literal["node"] | None = None
-    """Ranks that cut one copy of the base between them; every further such number of ranks has another copy, between
-    which only gradients travel. null: one copy over all ranks. `node`: those of one machine (cluster.gpus_per_node).
-    1: every rank has the base whole. With n, a rank's memory for the base is 1/n of it."""
+    """Ranks per replica of the base. Each group of this many ranks shards one full replica; only gradients cross groups
+    (HSDP). null: one replica over all ranks. `node`: one per node (cluster.gpus_per_node). 1: no sharding. A rank's
+    memory for the base is 1/shard_degree of it."""
     offload_base: bool = False
-    """Keep each rank's share of the base in (pinned) host memory; needs parallel=zero3. A GPU then holds three blocks'
-    bytes of it, or two and the head's, and its share of each crosses PCIe with each gather, beside the block before."""
+    """Keep each rank's shard of the base in pinned host memory; needs parallel=zero3. A GPU then holds up to three
+    layers' weights, or two and the LM head's. Each gather copies the rank's shard over PCIe while the layer before
+    computes."""
     deepspeed_config: str | None = None
-    """A JSON file of DeepSpeed's own settings for parallel=zero3: how far ahead it gathers, what it keeps gathered."""
+    """JSON file of DeepSpeed's own settings for parallel=zero3: how far ahead it gathers, what it keeps gathered."""
     prefetch: bool = True
-    """Gather the next block while this one computes. Two blocks are then resident instead of one."""
+    """Gather the next decoder layer while this one computes. Two layers are then resident instead of one."""
     resident_blocks: int | Literal["auto"] = 0
-    """The first so many decoder blocks stay gathered from their first gather on: each takes a whole block's bytes on
-    every rank and is gathered no more. `auto`: as many as fit in what the first step leaves free, less a reserve.
-    Results do not depend on it."""
+    """Number of first decoder layers that stay gathered after their first gather. Each takes a whole layer's bytes on
+    every rank and causes no more traffic. `auto`: as many as fit into the memory that the first step leaves free, less
+    a reserve. Results do not depend on it."""
     bucket_mb: float = 4.0
     """MiB of adapter gradients in one all-reduce. Smaller buckets overlap earlier and cost more launches."""
 

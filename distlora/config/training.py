@@ -82,31 +82,29 @@ class TrainConfig:
     dpo_beta: float = 0.1
     """Scale of DPO's rewards: the larger, the less the model may move away from the reference."""
     epochs: int = 1
-    """Passes over the packed rows."""
+    """Passes over the packed sequences."""
     max_steps: int | None = None
-    """Number of optimizer steps instead of `epochs`; the rows are repeated, reshuffled, as often as that takes."""
+    """Number of optimizer steps instead of `epochs`; sequences are repeated, reshuffled, as often as needed."""
     global_batch: int = 8
-    """Rows in one optimizer step, over all ranks and accumulation steps. Results do not depend on how they are split.
-    """
+    """Sequences per optimizer step, over all ranks and accumulation steps. Results do not depend on the division."""
     micro_batch: int = 1
-    """Rows that a rank runs at once. Activation memory grows linearly with it."""
+    """Sequences per rank and forward pass. Activation memory grows linearly with it."""
     accumulate: Literal["step", "block"] = "step"
-    """Loop over a rank's micro-batches: `step` runs the model once for each (every block is gathered each
-    time); `block` runs each block over all of them while it is gathered once, and keeps all boundary activations."""
+    """Loop over a rank's micro-batches. `step` runs the model once per micro-batch and gathers every layer each time.
+    `block` gathers a layer once, runs all micro-batches through it, and keeps all activations between layers."""
     checkpointing: Literal["block", "selective", "offload", "none"] = "block"
-    """Activation checkpointing. `block` keeps only the inputs of each decoder block and recomputes it: about
-    1/3 more compute. `selective` recomputes the MLP and the norm before it and keeps attention, whose recomputation
-    grows with the square of a row: about 10 bytes an element of the hidden state more than `block`. `offload` is
-    `block` with the inputs in host memory, which takes layers x hidden x 2 B for each token that they are kept of
-    (`accumulate`); the device holds two, and with accumulate=block a whole step's input and output of the block at
-    work. `none` keeps all and recomputes nothing."""
+    """Activation checkpointing. `block` keeps only the input of each decoder layer and recomputes the layer: about 1/3
+    more compute. `selective` recomputes the MLP and the norm before it and keeps attention, whose cost grows with the
+    square of the length: about 10 bytes per element of the hidden state more than `block`. `offload` is `block` with
+    the inputs in host memory: layers x hidden x 2 bytes per token kept (`accumulate`); the device holds two inputs, and
+    with accumulate=block those of a whole step for the layer that runs. `none` keeps all activations."""
     mlp_tile: int | None = None
-    """Tokens of each row that an MLP runs at once, in backward too, where it recomputes each tile: of its inner columns
-    a tile's exist and not a row's. For rows from about 16,384 tokens; results differ by rounding alone. Weights in NF4
-    are dequantized for each tile, so it should have thousands of tokens, and on CUDA a multiple of 256. null: all."""
+    """Tokens per MLP tile. Only one tile's intermediate activations exist at a time; backward recomputes each tile. For
+    sequences from about 16,384 tokens; results differ by rounding only. NF4 weights are dequantized per tile, so use
+    thousands of tokens, on CUDA a multiple of 256. null: the whole sequence."""
     keep_dequantized: bool = False
-    """With checkpointing=block or offload: keep the weights that a block's recomputation dequantizes until its backward
-    is done, so that each is dequantized twice a step and not three times. Takes one block's weights in `dtype`."""
+    """With checkpointing=block or offload: keep the weights that a layer's recomputation dequantizes until its backward
+    is done. Each weight is dequantized twice per step instead of three times. Takes one layer's weights in `dtype`."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. Adapters, their gradients and the optimizer stay fp32."""
     attention: Literal["auto", "sdpa"] = "auto"

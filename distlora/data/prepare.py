@@ -16,7 +16,7 @@ from distlora.architecture.tokens import load_tokenizer, new_token_ids, stored_r
 from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError, require
 from distlora.config.file import load_config
 from distlora.data.cache import TEMPLATE_FILES, cache_key, content_digest, new_entry
-from distlora.data.chat import template_source
+from distlora.data.chat_template import template_source
 from distlora.data.corpus import Corpus
 from distlora.data.reading import Encoders, Need, nothing_to_train, read_enough, read_whole
 from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta

@@ -16,6 +16,7 @@ import numpy as np
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError
 from distlora.data.corpus import Corpus, TooLong
+from distlora.data.encoding import Encoder, PairEncoder
 from distlora.data.formats import Document
 from distlora.data.packing import pack
 from distlora.data.prepare import check_vocabulary
@@ -23,7 +24,6 @@ from distlora.data.reading import Encoders, nothing_to_train
 from distlora.data.show_rows import Paint, paint_for_stdout, painted
 from distlora.data.sources import Source, find_sources
 from distlora.data.splits import shares, use_pieces
-from distlora.data.templates import Encoder, PairEncoder
 from distlora.data.turns import Encoded
 from distlora.system.exit_codes import BAD_INPUT, DONE
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from distlora.config import DataConfig, UserError
 from distlora.data.corpus import Corpus, TooLong
+from distlora.data.encoding import Encoder, PairEncoder
 from distlora.data.formats import Document, Kind, check_objective, kind_of
 from distlora.data.hashing import HELD_OUT, below, hash64
 from distlora.data.sources import Source
 from distlora.data.splits import volume
-from distlora.data.templates import Encoder, PairEncoder
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
 """Bounds of a batch for the tokenizer: enough for all its threads, small enough to bound memory."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distlora.config import UserError
-from distlora.data.chat import ChatTemplate, Message
+from distlora.data.chat_template import ChatTemplate, Message
 from distlora.data.formats import Document
 
 

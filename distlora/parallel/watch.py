@@ -54,7 +54,7 @@ _here: _Mark = (0, None, "starting", None, True)
 
 
 class Marker(Protocol):
-    """`at`, or a function that also agrees with the other ranks (`control.py`) and may end the work by raising."""
+    """`at`, or a function that also agrees with the other ranks (`stop_and_save.py`) and may raise to end the work."""
 
     def __call__(self, step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
         """Mark the phase that the training thread begins."""

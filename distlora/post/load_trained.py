@@ -17,7 +17,7 @@ from distlora.loading.peft_format import WEIGHTS_NAME, load_peft_adapter, whole_
 from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Backend, Ranks
 from distlora.post.trained import BASE_ALONE, BY_FLAG, Trained
-from distlora.run_folder.checkpoints import STATE_NAME, newest, steps
+from distlora.run_folder.checkpoint_manifest import STATE_NAME, newest, steps
 from distlora.run_folder.layout import CHECKPOINTS
 from distlora.training.publish import load_weights
 from distlora.training.setup import start_model

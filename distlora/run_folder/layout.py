@@ -15,7 +15,7 @@ from typing import Any
 from distlora.config import Config, UserError, nearest
 from distlora.config.file import load_config
 from distlora.config.json_files import Shape, check_shape, parse_object, read_object
-from distlora.run_folder.checkpoints import steps
+from distlora.run_folder.checkpoint_manifest import steps
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 
 PUBLISHED = {"lora": "adapter", "full": "model"}

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import ModelConfig, TrainConfig, UserError
-from distlora.data.chat import ChatTemplate, start_tokens
+from distlora.data.chat_template import ChatTemplate, start_tokens
 from distlora.data.prompts import Prompt
 from distlora.model.build import CausalLM, Past
 from distlora.parallel import Backend

@@ -22,7 +22,7 @@ from torch import Tensor
 from distlora.data.loader import Share, Stack, stacks
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
-from distlora.parallel.control import Control
+from distlora.parallel.stop_and_save import Control
 from distlora.system.stop_signals import Stopped
 from distlora.training.objectives import Losses
 from distlora.training.trial import StepFigures, Trial

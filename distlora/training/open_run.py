@@ -32,7 +32,7 @@ from distlora.data.prepare import open_split
 from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
-from distlora.run_folder.checkpoints import TRAINER_NAME, step_folder
+from distlora.run_folder.checkpoint_manifest import TRAINER_NAME, step_folder
 from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
 from distlora.system.stop_signals import Stopped
 from distlora.training.memory_check import MemoryCheck

@@ -17,7 +17,7 @@ from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
-from distlora.parallel.control import Control
+from distlora.parallel.stop_and_save import Control
 from distlora.system.stop_signals import Stopped
 from distlora.training.loop import Trainer
 from distlora.training.memory_check import memory_check, read_plan

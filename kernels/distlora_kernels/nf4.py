@@ -1,9 +1,12 @@
 """Quantize and dequantize NF4 with double quantization: check the operands and choose the CPU path or Triton.
 
-A quantized weight has four parts (README.md has the byte layout):
-    codes (G, 8192) uint8, scales (G, 256) uint8, group_scale (G,) fp32, offset () fp32
-A weight without double quantization has two: codes, and absmax (G, 256) fp32. All but the offset share dim 0 = G groups
-of 16,384 weights, so a shard boundary in dim 0 is a group boundary in each part.
+Byte layout of a quantized weight, for G groups of 256 blocks of 64 weights:
+    codes (G, 8192) uint8: two 4-bit NF4 codes per byte, the first weight in the high nibble
+    scales (G, 256) uint8: index of each block's absmax in the dynamic 8-bit map
+    group_scale (G,) fp32: largest abs(absmax - offset) of the group
+    offset () fp32: mean of all absmax of the tensor
+A weight without double quantization has two parts: codes, and absmax (G, 256) fp32. All but the offset share dim 0, so
+a shard boundary in dim 0 is a group boundary in each part. README.md says how this relates to bitsandbytes' format.
 """
 
 from __future__ import annotations

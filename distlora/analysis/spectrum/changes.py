@@ -27,7 +27,7 @@ from distlora.post.base_weights import Base, BaseWeight, open_base
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.adapter import open_adapter
 from distlora.post.trained import BY_PLACE, Trained
-from distlora.run_folder.checkpoints import STATE_NAME, newest, step_of
+from distlora.run_folder.checkpoint_manifest import STATE_NAME, newest, step_of
 from distlora.run_folder.layout import CHECKPOINTS, read_result
 from distlora.weights.conversion import Source
 from distlora.weights.reader import Reader

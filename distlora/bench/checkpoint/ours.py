@@ -23,7 +23,7 @@ from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.loader import PackedRows
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoints import TRAINER_NAME
+from distlora.run_folder.checkpoint_manifest import TRAINER_NAME
 from distlora.training.publish import restore, trainer_tensors, weight_files
 from distlora.training.reporting.reporter import Reporter
 from distlora.training.trial import Hooks

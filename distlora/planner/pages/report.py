@@ -41,8 +41,8 @@ def lines(plan: Plan) -> list[str]:
     time = None if plan.time is None else time_of(plan)
     found = [
         f"plan: peak {size(device.total)}{there_is} per {gpu}{beside}, {MOMENTS[device.worst]}{fits}",
-        f"  most of it: {largest(device.by_kind)}",
-        f"  host memory: {size(host.machine)} a machine; disk: {size(disk.run)} for the run{kept}",
+        f"  largest: {largest(device.by_kind)}",
+        f"  host memory: {size(host.machine)} per node; disk: {size(disk.run)} for the run{kept}",
     ]
     if moved or time:
         found.append("  a step: " + "; ".join(filter(None, (moved, time))))

@@ -23,7 +23,7 @@ from distlora.post.combine.whole_modules import new_token_owner
 from distlora.post.merge.merge import merge_to
 from distlora.post.merge.rounding_loss import DTYPES
 from distlora.post.trained import Name
-from distlora.run_folder.checkpoints import sha256
+from distlora.run_folder.checkpoint_manifest import sha256
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten

@@ -29,7 +29,7 @@ from transformers import GenerationConfig, StoppingCriteriaList, StopStringCrite
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import UserError, nearest
-from distlora.data.chat import ChatTemplate, start_tokens
+from distlora.data.chat_template import ChatTemplate, start_tokens
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, sum_over_ranks

@@ -31,7 +31,7 @@ from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.output_folder import Files, Plan, check_space, copy_companions, lay_out_files, write_index
 from distlora.post.merge.threads import Clock, each
 from distlora.post.trained import Trained
-from distlora.run_folder.checkpoints import STATE_NAME
+from distlora.run_folder.checkpoint_manifest import STATE_NAME
 from distlora.system import atomic_io
 from distlora.training.publish import header_marks
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME

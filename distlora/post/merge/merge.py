@@ -27,7 +27,7 @@ from distlora.post.merge.request import MergeRequest, Onto, check_mergeable
 from distlora.post.merge.rounding_loss import AGAIN, DTYPES, Change, Measure, sum_of
 from distlora.post.merge.threads import Clock, Say, each
 from distlora.post.trained import Trained
-from distlora.run_folder.checkpoints import sha256
+from distlora.run_folder.checkpoint_manifest import sha256
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME

@@ -20,7 +20,7 @@ from distlora.model.adapter_slots import put_trial, remove_trial
 from distlora.model.adapters import slot_name
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
-from distlora.parallel.control import Control
+from distlora.parallel.stop_and_save import Control
 from distlora.run_folder import error_file
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
 from distlora.system.stop_signals import Stopped

@@ -11,7 +11,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import UserError, check_ranks
 from distlora.config.file import load_config, settings_by_name
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
-from distlora.parallel.control import Control
+from distlora.parallel.stop_and_save import Control
 from distlora.system import atomic_io
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
 from distlora.training.multi_trial.inbox import Inbox, read_settings

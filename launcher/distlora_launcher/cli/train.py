@@ -100,7 +100,7 @@ def choose_each(runs: Sequence[Composed]) -> list[Choice]:
 def refuse_multi_node_sweep(cluster: ClusterConfig, flags: argparse.Namespace) -> None:
     """Refuse a sweep that is started by hand on each of several nodes: nothing keeps the nodes in step."""
     require(
-        not (cluster.on_each_machine and is_multirun(flags)),
+        not (cluster.on_each_node and is_multirun(flags)),
         f"-m with cluster=torchrun over {cluster.nodes} nodes (cluster.nodes): the nodes would not "
         "run the same job; leave -m out and start one run after the other, or set cluster=slurm",
     )
@@ -235,7 +235,7 @@ def start_composed(choice: Choice, number: int = 0, sweep: Sweep | None = None) 
     if is_job(config.cluster):
         code = start_in_job(config)
     else:
-        code = start_multi_node(config) if config.cluster.on_each_machine else start_run(config)
+        code = start_multi_node(config) if config.cluster.on_each_node else start_run(config)
     note_end(Path(config.run_dir), code)
     if code == DONE and sweep is None:
         say(f"try it with: distlora generate {shown(Path(config.run_dir))}")

@@ -70,7 +70,7 @@ _BLOCK_WEIGHT = re.compile(r"((?:\w+\.)+layers\.(\d+)\..+)\.weight")
 def check(config: Config, *, new_run: bool) -> None:
     """Refuse a run that cannot work. new_run: refuse a folder that holds a run, unless several nodes share it."""
     try:
-        if new_run and not config.cluster.on_each_machine:
+        if new_run and not config.cluster.on_each_node:
             check_run_dir(Path(config.run_dir))
         if config.cluster.launcher != "slurm":  # The machine that submits says nothing of those that will run.
             check_machine(config.cluster, config.parallel, config.optim, config.train)
@@ -127,7 +127,7 @@ def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: Optim
 
     Without any GPU, as many CPU processes run as are set.
     """
-    if cluster.on_each_machine and cluster.rdzv_endpoint is not None:
+    if cluster.on_each_node and cluster.rdzv_endpoint is not None:
         resolve_endpoint(cluster.rdzv_endpoint)
     if parallel.backend == "zero3" and cluster.ranks > 1:
         check_deepspeed()
@@ -331,7 +331,7 @@ def check_data(data: DataConfig, objective: str, run_dir: str) -> None:
 
     For a data set on the hub, its name, configuration and split are checked, unless this run has read it before.
     """
-    from distlora.data.chat import template_source
+    from distlora.data.chat_template import template_source
     from distlora.data.formats import check_objective
     from distlora.data.sources import check_sources, pinned_commits
 

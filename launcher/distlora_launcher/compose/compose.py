@@ -191,7 +191,7 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
         raise UserError(*lines, EXAMPLE)
     config = _absolute(build(Config, _string_keys(values) | {"run_dir": run_dir}))
     unresolved: Any = OmegaConf.to_container(composed, resolve=False)
-    if config.cluster.on_each_machine and not may_lack_paths:
+    if config.cluster.on_each_node and not may_lack_paths:
         require(
             "${now" not in str(unresolved["run_dir"]) or Path(values["run_dir"]).name != Path(run_dir).name,
             f"run_dir is not set, and by default it has the time in its name, which differs between the "

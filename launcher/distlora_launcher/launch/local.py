@@ -144,7 +144,7 @@ def train(
     if not ends_for_good and not (code == STOPPED and cluster.launcher == "slurm"):  # SLURM's script requeues it.
         saved = checkpoint_folders(run_dir)
         source = f"from {saved[-1].name}" if saved else "from its start, as nothing was saved yet (train.save_every)"
-        on_each = " on each node" if cluster.on_each_machine else ""
+        on_each = " on each node" if cluster.on_each_node else ""
         say(f"continue {source} with: distlora resume {shown(run_dir)}{on_each}")
     return code
 

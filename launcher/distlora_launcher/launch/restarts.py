@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distlora.run_folder.checkpoints import step_of
+from distlora.run_folder.checkpoint_manifest import step_of
 from distlora.run_folder.layout import checkpoint_folders
 from distlora.system import atomic_io
 from distlora.system.stop_signals import STOPPED_NAME, name_of

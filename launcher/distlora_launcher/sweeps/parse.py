@@ -113,7 +113,7 @@ def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
 def check_place(sweep: Sweep, cluster: ClusterConfig) -> None:
     """Refuse workers with too few GPUs each, and trials on several nodes without SLURM."""
     require(
-        not cluster.on_each_machine,
+        not cluster.on_each_node,
         f"cluster=torchrun with cluster.nodes={cluster.nodes} would not keep trials in step over several nodes; set "
         "cluster=slurm",
     )

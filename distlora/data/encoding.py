@@ -1,8 +1,7 @@
-"""The second stage: documents to token ids and which of them are trained.
+"""Encode documents as token ids, and mark which tokens are trained: the second stage of the data.
 
-Chat: as chat.py, turns.py and turn_tokens.py have it. Prompt/completion: the completion and the end-of-text token that
-is appended. Plain text: every token, end-of-text appended. A pair: its two answers, each as a chat or a completion. The
-tokenizer is passed in.
+Chats: the assistant's turns, by chat_template.py and turns.py. Prompt and completion: the completion and the appended
+end-of-text token. Plain text: every token, with end-of-text. A preference pair: its two answers.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from distlora.config import UserError
-from distlora.data.chat import ChatTemplate, start_tokens
+from distlora.data.chat_template import ChatTemplate, start_tokens
 from distlora.data.formats import Document
 from distlora.data.turns import Encoded, TurnFinder, TurnTokens
 

@@ -31,7 +31,7 @@ from worlds import World
 
 DISTLORA = Path(sys.executable).with_name("distlora")
 MISSING = slurm_cluster.missing()
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no SLURM: {MISSING}")
+pytestmark = [pytest.mark.ci, pytest.mark.skipif(MISSING is not None, reason=f"no SLURM: {MISSING}")]
 
 STEPS = 20
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")

@@ -19,7 +19,7 @@ test: $(READY)
 
 # A real SLURM, whole processes, and the cells of tables that `make test` leaves out.
 test-ci: $(READY)
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m ci
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'ci and not slow'
 
 # All tests, including those that take minutes. Not in CI.
 test-all: $(READY)

@@ -78,9 +78,10 @@ def lock_node(run_dir: Path, rendezvous: Rendezvous, stopped: Callable[[], bool]
     Raises UserError if another start holds the run, this node holds it already, or it has all its nodes.
     """
     with (run_dir / CONFIG_NAME).open("r+") as config:
-        if not _has_locks(config):
+        has_locks = _has_locks(config)
+        if not has_locks:
             warn(f"{run_dir} is on a file system without locks: make sure that only one start uses it")
-        leads = _lead_or_join(config, run_dir, rendezvous, stopped)
+        leads = _lead_or_join(config, run_dir, rendezvous, stopped, has_locks=has_locks)
         record = None
         if leads is not None:
             several = rendezvous.is_host is None
@@ -93,7 +94,9 @@ def lock_node(run_dir: Path, rendezvous: Rendezvous, stopped: Callable[[], bool]
             yield NodeLock(config, leads=bool(leads), gpus_elsewhere=gpus)
 
 
-def _lead_or_join(config: IO[str], run_dir: Path, rendezvous: Rendezvous, stopped: Callable[[], bool]) -> bool | None:
+def _lead_or_join(
+    config: IO[str], run_dir: Path, rendezvous: Rendezvous, stopped: Callable[[], bool], *, has_locks: bool
+) -> bool | None:
     """Return True with the run locked exclusively, False with it shared, None once `stopped()`."""
     deadline, message = time.monotonic() + LEASE_SECONDS, ""
     joins_until = time.monotonic() + rendezvous.join_seconds
@@ -102,11 +105,13 @@ def _lead_or_join(config: IO[str], run_dir: Path, rendezvous: Rendezvous, stoppe
             _check_not_removed(config, run_dir)
             return True
         error = connection_error(rendezvous) if rendezvous.is_host is not True else ""
-        if error is None and _try_lock(config, fcntl.LOCK_SH):
-            return False
-        _check_not_removed(config, run_dir)
         held = _held_records(run_dir)
         same_start = [process for process, values in held if values.get("start") == rendezvous.run_id]
+        # The store that listens may still be that of another run at the same endpoint: the leader's record tells.
+        is_led = bool(same_start) or not has_locks
+        if error is None and is_led and _try_lock(config, fcntl.LOCK_SH):
+            return False
+        _check_not_removed(config, run_dir)
         hosts = ", ".join(process.host for process, _ in held)
         if rendezvous.is_host:
             _check_not_on_this_node(run_dir, [process for process, _ in held])
@@ -120,10 +125,11 @@ def _lead_or_join(config: IO[str], run_dir: Path, rendezvous: Rendezvous, stoppe
                 by = f"on {hosts}" if hosts else "in another process"
                 raise UserError(f"{run_dir} is already running {by}; wait for it or stop it first")
         else:
-            waits_for = f"waiting for {rendezvous.endpoint} to listen ({error})"
+            reason = error or "another run listens there"
+            waits_for = f"waiting for {rendezvous.endpoint} to listen ({reason})"
             if time.monotonic() > joins_until:
                 raise UserError(
-                    f"nobody listened at {rendezvous.endpoint} for {rendezvous.join_seconds} s ({error}); `distlora "
+                    f"nobody listened at {rendezvous.endpoint} for {rendezvous.join_seconds} s ({reason}); `distlora "
                     "resume` the run on each node, that one too, or correct the endpoint and let the port through"
                 )
         if waits_for.partition(" (")[0] != message:

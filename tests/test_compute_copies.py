@@ -13,8 +13,9 @@ from closeness import relative_error
 from distlora.config.file import load_config
 from distlora.parallel import Ranks
 from distlora.training import setup, worker
+from family_models import SINGLE
 from small_models import VOCABULARY
-from test_full import SINGLE, prepare
+from test_full import prepare
 from worlds import World
 
 ROWS, LENGTH = 12, 64

@@ -176,8 +176,8 @@ def test_memory_of_a_block_that_stays_is_watched(world: World, folders: Path, tm
     assert messages[0] == messages[1]
     # Rank 1 has its own copy of rank 0's rows, which is sound.
     assert re.search(
-        r"model.layers.0.mlp.up_proj.codes, rows 0 to \d+, those of rank 0, are not what rank 0 loaded; rank 0's own "
-        "memory has changed",
+        r"model.layers.0.mlp.up_proj.codes, rows 0 to \d+, those of rank 0, are not what rank 0 loaded; the "
+        "memory of rank 0 has changed",
         messages[0],
     )
 

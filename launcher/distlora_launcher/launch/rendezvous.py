@@ -7,6 +7,7 @@ for another node's. So the launcher answers both questions, by binding to the ad
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import ipaddress
 import os
@@ -76,10 +77,7 @@ def make_rendezvous(endpoint: str, *, nodes: int, run_id: str, join_seconds: flo
     host, port = split_endpoint(endpoint)
     address = resolve_endpoint(endpoint)
     is_host: bool | None
-    if ipaddress.ip_address(address).is_loopback:
-        is_host = True if host in (socket.gethostname(), socket.getfqdn()) else None
-    else:
-        is_host = is_local_address(address)
+    is_host = _is_own_name(host) if ipaddress.ip_address(address).is_loopback else is_local_address(address)
     return Rendezvous(
         nodes=nodes,
         endpoint=endpoint,
@@ -149,6 +147,19 @@ def connection_error(rendezvous: Rendezvous) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def _is_own_name(host: str) -> bool | None:
+    """Return whether a host name at a loopback address is this node's; None for an address, which tells nothing.
+
+    Nodes may share a machine, each with a name of its own: the tests' SLURM is such a cluster.
+    """
+    if host in (socket.gethostname(), socket.getfqdn()):
+        return True
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return None
+    return None if host == "localhost" else False
 
 
 def _resolves(name: str) -> bool:

@@ -397,7 +397,7 @@ def test_loftq_adapter_belongs_to_the_nf4_base(tmp_path: Path) -> None:
         lambda: find_weights(tmp_path / "plain", plain, published, None),
         lambda: load_trained(of_run(plain, published, foreign=True), SINGLE),
     ):
-        with pytest.raises(UserError, match=r"--adapter=.* started by LoftQ"):
+        with pytest.raises(UserError, match=r"--adapter .* started by LoftQ"):
             generates()
     start = {**read_peft_adapter(published).settings, "init_from": published}
     make_run(tmp_path / "next", folders, adapter=start, train={"max_steps": 1})
@@ -615,6 +615,6 @@ def test_pushed_pissa_step_is_a_plain_lora(folders: Path, tmp_path: Path) -> Non
         assert "PiSSA (`pissa`)" in card
         assert "trained at rank 8" in card
         assert "Load the base in 16 bits" in card
-    with pytest.raises(UserError, match="changed the base that the adapter belongs to; take what the run published"):
+    with pytest.raises(UserError, match="changed the base that the adapter belongs to; use what the run published"):
         read_peft_adapter(run_dir / "checkpoints" / "step_00000004")
     assert read_peft_adapter(run_dir / "adapter").settings["r"] == 16

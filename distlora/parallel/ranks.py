@@ -31,7 +31,7 @@ class Ranks:
     watching: watch.Watch | None = None
     """Hang watch, which ends this process when the ranks hang."""
     control: dist.ProcessGroup | None = None
-    """Gloo group of all workers for agreements beside training (`parallel/control.py`)."""
+    """Gloo group of all workers for agreements beside training (`parallel/stop_and_save.py`)."""
     timeout: timedelta | None = None
     """Seconds after which torch ends a collective; None: torch's default."""
 

@@ -1,4 +1,4 @@
-"""A request to stop: signals become one, and the ranks agree on where to answer it (`parallel/control.py`).
+"""A request to stop: signals become one, and the ranks agree on where to answer it (`parallel/stop_and_save.py`).
 
 Imports no torch: a worker listens from its first moment, long before torch is imported. A request is answered with a
 save, so nothing happens within the signal itself; asking again changes nothing.

@@ -38,7 +38,7 @@ HOMES = {
     "bitsandbytes": "distlora_kernels distlora.training.optimizers",
     "datasets": "distlora.data",
     "huggingface_hub": "distlora_launcher distlora.system.hub_errors distlora.data.hub distlora.architecture.hf_config",
-    "peft": "distlora.bench distlora.post distlora_kernels.bench distlora_launcher.demo",
+    "peft": "distlora.bench distlora.post distlora_launcher.demo",
     "accelerate": "distlora.bench",
     "lm_eval": "distlora.post.evaluate",
     "liger_kernel": "distlora.model.liger",

@@ -14,9 +14,15 @@ from torch import Tensor
 from distlora_kernels import scratch
 from distlora_kernels.dispatch import uses_triton
 
-from .costs import Rates, Step, predicted_seconds
-
 FORWARD, TRAINING = "forward", "forward + backward"
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes per second of a large copy and flops per second of a large bf16 GEMM."""
+
+    bandwidth: float
+    gemm: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +33,6 @@ class Candidate:
     task: str
     run: Callable[[], Mapping[str, Tensor]]
     expected: Mapping[str, Tensor]
-    steps: Sequence[Step] = ()
-    """Launches, if they are counted."""
     floor: tuple[float, float] = (0.0, 0.0)
     """Fewest bytes and flops of the task."""
     slack: float = 1.0
@@ -47,7 +51,6 @@ class Row:
     name: str
     fault: str
     worst_ulps: float
-    predicted: float
     seconds: float | None = None
     peak: int | None = None
     baseline: float | None = None
@@ -64,7 +67,8 @@ class Place:
     shape: str
     num_rows: int
     device: torch.device
-    rates: Rates
+    rates: Rates | None
+    """Measured rates; None on a CPU."""
 
 
 def judge(place: Place, candidates: Iterable[Candidate], *, baseline: str = "") -> list[Row]:
@@ -74,14 +78,20 @@ def judge(place: Place, candidates: Iterable[Candidate], *, baseline: str = "") 
     """
     checked = []
     for candidate in candidates:
-        checked.append((candidate, *_checked(candidate)))
+        try:
+            worst, fault = check(candidate.run(), candidate.expected, slack=candidate.slack)
+        except Exception as error:  # Such a candidate is wrong; the others are still measured.
+            traceback.print_exc()
+            worst, fault = math.nan, f"raised {type(error).__name__} (its traceback is on stderr)"
+        checked.append((candidate, worst, fault))
     right = [candidate for candidate, _, fault in checked if not fault] if place.device.type == "cuda" else []
     peaks = {_key(candidate): peak_bytes(candidate.run, place.device) for candidate in right}
     times = median_seconds({_key(candidate): candidate.run for candidate in right}, place.device) if right else {}
     rows = []
     for candidate, worst, fault in checked:
-        key, floor = _key(candidate), _floor(candidate, place.rates)
+        key = _key(candidate)
         seconds = times.get(key)
+        share, kind = (None, "") if seconds is None or place.rates is None else _floor(candidate, place.rates, seconds)
         rows.append(
             Row(
                 section=place.section,
@@ -91,48 +101,28 @@ def judge(place: Place, candidates: Iterable[Candidate], *, baseline: str = "") 
                 name=candidate.name,
                 fault=fault,
                 worst_ulps=worst,
-                predicted=predicted_seconds(candidate.steps, place.rates),
                 seconds=seconds,
                 peak=peaks.get(key),
                 baseline=times.get(f"{candidate.task}: {baseline}"),
-                floor_share=floor[0] / seconds if seconds is not None and floor[0] else None,
-                floor_kind=floor[1],
+                floor_share=share,
+                floor_kind=kind,
             )
         )
     return rows
-
-
-def _checked(candidate: Candidate) -> tuple[float, str]:
-    """Return the worst error and the fault. A candidate that raises is wrong; the others are still measured."""
-    try:
-        return check(candidate.run(), candidate.expected, slack=candidate.slack)
-    except Exception as error:
-        traceback.print_exc()
-        return math.nan, f"raised {type(error).__name__} (its traceback is on stderr)"
 
 
 def _key(candidate: Candidate) -> str:
     return f"{candidate.task}: {candidate.name}"
 
 
-def _floor(candidate: Candidate, rates: Rates) -> tuple[float, str]:
-    """Return the least seconds of the task at the GPU's rates, and the rate that binds."""
+def _floor(candidate: Candidate, rates: Rates, seconds: float) -> tuple[float | None, str]:
+    """Return the share of `seconds` that the task needs at the GPU's rates, and the rate that binds."""
     nbytes, flops = candidate.floor
-    return max((nbytes / rates.bandwidth, "copy bandwidth"), (flops / rates.gemm, "GEMM rate"))
+    least, kind = max((nbytes / rates.bandwidth, "copy bandwidth"), (flops / rates.gemm, "GEMM rate"))
+    return (least / seconds if least else None), kind
 
 
-_HEADINGS = (
-    "shape (O x I)",
-    "M",
-    "task",
-    "variant",
-    "us",
-    "x plain",
-    "of the GPU",
-    "predicted us",
-    "peak MiB",
-    "ulps",
-)
+_HEADINGS = ("shape (O x I)", "M", "task", "variant", "us", "x plain", "of the GPU", "peak MiB", "ulps")
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -154,22 +144,20 @@ def legend(device: torch.device) -> str:
     return (
         f"{timed} `x plain`: time over that of the first row of the same task, the library's bf16 GEMMs. "
         "`of the GPU`: fraction of the measured copy bandwidth or GEMM rate, whichever binds, for the task's least "
-        "work. `predicted us`: bytes and flops of each launch at these rates, 3 us per launch; of a decoder layer only "
-        "the linears and the attention. `peak MiB`: beyond the operands, with scratch. `ulps`: the worst 64 x 64 "
-        "tile of any output, in epsilons of bf16."
+        "work. `peak MiB`: beyond the operands, with scratch. `ulps`: the worst 64 x 64 tile of any output, in bf16 "
+        "epsilons."
     )
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     ulps = f"{row.worst_ulps:.2f}"
     if row.fault:
-        figures = [f"WRONG: {row.fault}", "", "", "", ""]
+        figures = [f"WRONG: {row.fault}", "", "", ""]
     else:
         figures = [
             "no figures" if row.seconds is None else f"{row.seconds * 1e6:.1f}",
             "" if row.seconds is None or row.baseline is None else f"{row.seconds / row.baseline:.2f}",
             "" if row.floor_share is None else f"{row.floor_share:.0%} of {row.floor_kind}",
-            f"{row.predicted * 1e6:.0f}" if row.predicted else "",
             "" if row.peak is None else f"{row.peak / 2**20:.0f}",
         ]
     return (row.shape, str(row.num_rows or ""), row.task, row.name, *figures, ulps)
@@ -198,7 +186,7 @@ def worst_tile_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def check(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, slack: float = 1.0) -> tuple[float, str]:
-    """Return the worst error in epsilons of bf16, and the fault, "" if there is none; `slack` multiplies the limits."""
+    """Return the worst error in epsilons of bf16, and the fault or ""; `slack` multiplies the limits."""
     if actual.keys() != expected.keys():
         return float("nan"), f"gives {sorted(actual)}, expected {sorted(expected)}"
     worst, faults = 0.0, []

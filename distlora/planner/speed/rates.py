@@ -65,13 +65,13 @@ _ATTENTION_SOURCE = (
 )
 
 _DECODING = 0.5
-"""Of the products' rate, in a product that decodes its weight (kernels/bench/costs.py, not measured)."""
+"""Of the products' rate, in a product that decodes its weight (an estimate of 0.4 to 0.6, not measured)."""
 _MEMORY = 0.9
-_MEMORY_SOURCE = "the H100's 3.0 of 3.35 TB/s in a large copy, which kernels/bench/rates.py takes too"
+_MEMORY_SOURCE = "the H100's 3.0 of 3.35 TB/s in a large copy"
 _LINK = 0.8
 _LINK_SOURCE = "about what nccl-tests show of NVLink, and PCIe after its headers"
 _LAUNCH_SECONDS = 3e-6
-_LAUNCH_SOURCE = "from the end of one kernel to the start of the next, as kernels/bench/rates.py takes it, not measured"
+_LAUNCH_SOURCE = "from the end of one kernel to the start of the next, an estimate, not measured"
 
 _BASE_SECONDS = 8.4e-6
 _STEP_SECONDS = {"nvlink": 3.4e-6, "pcie": 5.7e-6, "network": 14e-6}

@@ -1,8 +1,7 @@
 """Count the kernel launches of a decoder layer's linears: bytes of memory and operations. Imports no torch.
 
-Each launch reads its operands and writes its result once; what stays in a cache between two is not counted. Of a group
-of linears that share an input the launches are those of kernels/bench/costs.py, which counts them where torch is
-(tests/test_plan_work.py holds the two to each other); the gradients of B, which it leaves out, are counted here.
+Each launch reads its operands and writes its result once; what stays in a cache between two is not counted. The
+launches of linears that share an input are those of kernels/distlora_kernels/lora_gpu.py.
 
 Letters: M rows (tokens), S rows of experts (M x experts that a token chooses), I in features, O out features, R rank,
 E bytes of an element.

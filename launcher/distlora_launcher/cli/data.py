@@ -1,18 +1,19 @@
 """`distlora data preview|row|prepare`: show what a run would be trained on, show what it was, tokenize its data.
 
-The settings of the preview are composed, and the model and the data checked, as for `distlora train`. The functions
-behind the commands import transformers, so each is imported when it is called.
+The settings of the preview are composed, and the model's folder and the data checked, as for `distlora train`; weights
+are not needed. The functions behind the commands import transformers, so each is imported when it is called.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
 from distlora.config import UserError, nearest
 from distlora.config.file import load_config
 from distlora.system.exit_codes import DONE
-from distlora_launcher.compose.checks import check_data, check_model
+from distlora_launcher.compose.checks import check_data, check_model_folder
 from distlora_launcher.compose.compose import compose_config, expand_home
 from distlora_launcher.compose.hub_preview import with_small_files
 from distlora_launcher.terminal.arguments import Parser
@@ -60,11 +61,11 @@ def preview_documents(arguments: Sequence[str]) -> int:
     """Check the settings and print the preview. Returns the exit code."""
     options, overrides = parse([expand_home(word) for word in arguments])
     config = compose_config(overrides, config_dir=options.config_dir)
-    check_model(config)
-    check_data(config.data, config.train.objective, config.run_dir)
     from distlora.data.preview import PreviewRequest, preview
 
     with with_small_files(config.model) as model:
+        check_model_folder(dataclasses.replace(config, model=model))
+        check_data(config.data, config.train.objective, config.run_dir)
         return preview(
             PreviewRequest(
                 model=model,

@@ -187,22 +187,8 @@ def check_model(config: Config) -> None:
         with with_small_files(config.model) as local:
             check_model(dataclasses.replace(config, model=local))
         return
-    require(
-        config.model.revision is None or config.model.name is not None,
-        f"model.revision={config.model.revision} has no effect on the folder {config.model.path}; leave it out",
-    )
+    model, family = check_model_folder(config)
     folder = Path(config.model.path)
-    if not folder.is_dir():
-        raise _no_folder(folder)
-    model = read_model_config(folder)
-    full = config.adapter.method == "full"
-    family = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
-    check_before_tokenizer(config.spec, model)
-    if not has_tokenizer(folder):
-        raise UserError(
-            f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "
-            "copy the tokenizer's files into it (tokenizer.save_pretrained writes them)"
-        )
     base = CheckpointFiles(folder)
     on_disk, packed = base.headers, read_prequantized_weights(base)
     check_keeps_prequantized(config.spec, packed)
@@ -223,6 +209,30 @@ def check_model(config: Config) -> None:
         if needs_initial_adapter(config.adapter, is_reference=is_reference, restores=goes_on):
             check_initial_adapter(config.spec, shapes, tensors[f"{family.decoder}.embed_tokens.weight"].shape)
         check_ranks(config.adapter, {name: shapes[name] for name in targets if name in shapes})
+
+
+def check_model_folder(config: Config) -> tuple[dict[str, Any], Family]:
+    """Return config.json of the model's folder, and its family. Refuse a folder without a supported one or a tokenizer.
+
+    Weights are not needed. Raises UserError also for settings that config.json rules out.
+    """
+    require(
+        config.model.revision is None or config.model.name is not None,
+        f"model.revision={config.model.revision} has no effect on the folder {config.model.path}; leave it out",
+    )
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        raise _no_folder(folder)
+    model = read_model_config(folder)
+    full = config.adapter.method == "full"
+    family = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
+    check_before_tokenizer(config.spec, model)
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "
+            "copy the tokenizer's files into it (tokenizer.save_pretrained writes them)"
+        )
+    return model, family
 
 
 def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, model: Mapping[str, Any], family: Family) -> None:

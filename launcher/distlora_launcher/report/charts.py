@@ -34,6 +34,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "line points": {"linewidth": 1.7, "marker": "o", "markersize": 4},
     "points": {"linestyle": "none", "marker": "o", "markersize": 5},
 }
+_MARGINS = (0.75, 0.5, 0.15, 0.1)
+"""Room at the left, bottom, right and top of the axes, in inches."""
 _MAX_AXIS_VALUES = 7
 _numbers = itertools.count(1)
 
@@ -213,6 +215,7 @@ def _svg(plot: Any, width: float, height: float) -> Markup:
     """Return what `plot` draws on the axes of a figure of that size, in inches, as SVG for a page."""
     import matplotlib
     from markupsafe import Markup
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
     settings: Any = {
@@ -230,12 +233,15 @@ def _svg(plot: Any, width: float, height: float) -> Markup:
     file = io.StringIO()
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A glyph that the measuring font lacks: the browser has it.
-        canvas = Canvas(figsize=(width, height), layout="constrained")
-        axes = canvas.add_subplot()
+        canvas = Canvas(figsize=(width, height), facecolor="none")
+        # Fixed margins, and no `savefig`: a layout engine and `savefig` each draw everything once more.
+        left, bottom, right, top = _MARGINS
+        axes = canvas.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
+        axes.set_facecolor("none")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
         plot(axes)
-        canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        FigureCanvasSVG(canvas).print_svg(file, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)

@@ -25,7 +25,7 @@ from distlora.training.publish import restore
 from distlora.training.setup import start_run_model
 from distlora.weights.initial_adapter_file import base_identity
 from distlora_launcher.cli.status import as_object, describe, statuses, table
-from distlora_launcher.launch.job_record import read_submission
+from distlora_launcher.launch.run_state import read_submission
 from family_models import VARIANTS, config_for, hf_model
 from run_models import build_run_model
 from small_models import make_run

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distlora_launcher.jobs.step import STEP, in_job, run_step
+from distlora_launcher.jobs.submit import STEP, in_job, run_step
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from distlora.config.file import as_mapping, build, load_config
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch import lock, processes, rendezvous
 from distlora_launcher.launch.failures import read_gave_up
-from distlora_launcher.launch.logs import host_name
-from distlora_launcher.launch.multi_node import check_same_settings, run_node, start_id_of, start_multi_node
+from distlora_launcher.launch.node import check_same_settings, run_node, start_id_of, start_multi_node
+from distlora_launcher.launch.processes import host_name
 from distlora_launcher.launch.signals import Forwarder
 from launcher_fakes import write_data, write_model
 from small_models import read_metrics
@@ -110,7 +110,7 @@ def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
 
 PART = (
     "import sys; from pathlib import Path; from distlora.system.exit_codes import run_to_exit_code; "
-    "from distlora.config.file import load_config; from distlora_launcher.launch.multi_node import run_node_of; "
+    "from distlora.config.file import load_config; from distlora_launcher.launch.node import run_node_of; "
     "from distlora_launcher.launch import workers; from distlora_launcher.launch.signals import forwarding\n"
     "workers.IDLE_SECONDS = 1\n"
     "run = Path(sys.argv[1])\n"
@@ -203,7 +203,7 @@ def test_without_locks_the_node_of_the_endpoint_leads_and_the_others_wait_for_it
             assert not follower.leads
         names = {path.name for path in (run_dir / "machines").glob("*.json") if path.stat().st_size}
         assert names == {"other.json", f"{host_name()}.json"}
-    monkeypatch.setattr("distlora_launcher.launch.multi_node.make_rendezvous", lambda *_, **__: other)
+    monkeypatch.setattr("distlora_launcher.launch.node.make_rendezvous", lambda *_, **__: other)
     monkeypatch.setattr(processes.Process, "has_ended", True)  # The records above are of this process.
     with pytest.raises(UserError, match="nobody listened"):
         run_node(run_dir, load_config(run_dir).cluster, "127.0.0.3:9", "a", Forwarder(), lead=lambda: 0)
@@ -221,7 +221,7 @@ def test_nothing_is_left_of_a_run_whose_data_cannot_be_prepared(tmp_path: Path, 
     (run_dir / "cache").rmdir()
     another = run_dir / f".config.yaml.{os.getpid()}"  # Of a container with the same pids.
     another.write_text("half of its sett")
-    monkeypatch.setattr("distlora_launcher.launch.multi_node.prepare", lambda *_: 2)
+    monkeypatch.setattr("distlora_launcher.launch.node.prepare", lambda *_: 2)
     assert start_multi_node(config) == 2
     assert [path.name for path in run_dir.iterdir()] == [another.name]
 

@@ -17,7 +17,7 @@ from distlora.config.gpus import CONTEXT_BYTES, GPUS
 from distlora.planner.machine import Found, Machine, machine_of
 from distlora.planner.model import built_in, cached_snapshot, find_model
 from distlora.system import host_memory
-from distlora_launcher.compose import this_machine
+from distlora_launcher.compose import planning
 from distlora_launcher.compose.planning import choices
 from launcher_fakes import write_model
 from plan_inputs import composed
@@ -131,16 +131,16 @@ class Driver:
         said = "".join(f"echo '{gpu}'\n" for gpu in gpus) or "echo 'it could not reach the driver'; exit 9\n"
         (self.place / "nvidia-smi").write_text(f'#!/bin/sh\n[ "$*" = "{QUERY}" ] || exit 6\n{said}')
         (self.place / "nvidia-smi").chmod(0o755)
-        this_machine.devices.cache_clear()
+        planning.devices.cache_clear()
         with self.monkeypatch.context() as within:
             for name, value in environment.items():
                 within.setenv(name, value)
             count = len(gpus) if files is None else files
-            within.setattr(this_machine, "gpu_count", lambda: count)
+            within.setattr(planning, "gpu_count", lambda: count)
             try:
-                return this_machine.devices()
+                return planning.devices()
             finally:
-                this_machine.devices.cache_clear()
+                planning.devices.cache_clear()
 
 
 @pytest.fixture
@@ -160,9 +160,9 @@ def test_gpus_are_asked_of_the_driver_s_own_program(driver: Driver, monkeypatch:
     assert driver.devices(GEFORCE, files=0) == (MIDDLE,), "WSL has no device files"
     assert driver.devices(GEFORCE, CUDA_VISIBLE_DEVICES="") == ()
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 7 * GIB)
-    monkeypatch.setattr(this_machine, "devices", lambda: (MIDDLE,))
-    assert (this_machine.found_here().devices, this_machine.found_here().host_bytes) == ((MIDDLE,), 7 * GIB)
-    assert this_machine.found_here(asks_driver=False).devices == ()
+    monkeypatch.setattr(planning, "devices", lambda: (MIDDLE,))
+    assert (planning.found_here().devices, planning.found_here().host_bytes) == ((MIDDLE,), 7 * GIB)
+    assert planning.found_here(asks_driver=False).devices == ()
 
 
 def test_of_gpus_that_differ_those_that_cuda_may_mean_are_taken(driver: Driver) -> None:
@@ -202,7 +202,7 @@ def refuse(config: Config) -> Iterator[Config]:
 
 def test_a_model_that_is_built_in_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    found = this_machine.planned_model(
+    found = planning.planned_model(
         config_of("model.path=unsloth/Llama-3.3-70B-Instruct", "model.new_tokens=['<|a|>','<|b|>']")
     )
     assert (found.name, found.source, found.note) == ("unsloth/Llama-3.3-70B-Instruct", "built in", None)
@@ -226,8 +226,8 @@ def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkey
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0a1b")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert this_machine.hub_cache() == tmp_path
-    found = this_machine.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64"))
+    assert planning.hub_cache() == tmp_path
+    found = planning.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64"))
     assert (found.name, found.source) == ("Qwen/Qwen2.5-7B", "hub cache")
     settings = json.loads((repository / "snapshots" / "0a1b" / "config.json").read_text())
     assert found.settings == settings
@@ -239,8 +239,7 @@ def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkey
     assert cached_snapshot(tmp_path, "Qwen/Qwen2.5-7B", "v2") is None
     (repository / "snapshots" / "0a1b" / "config.json").unlink()
     assert (
-        this_machine.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")).source
-        == "built in"
+        planning.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")).source == "built in"
     )
 
 
@@ -251,22 +250,22 @@ def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_l
     name = "openai/gpt-oss-20b"
     asked = config_of(f"model.path={name}")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    built = this_machine.planned_model(asked)
+    built = planning.planned_model(asked)
     snapshot = tmp_path / "models--openai--gpt-oss-20b" / "snapshots" / "0a1b"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("0a1b")
     settings = dict(ARCHITECTURES[name])
     (snapshot / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "mxfp4"}}))
-    assert this_machine.planned_model(asked) == built
+    assert planning.planned_model(asked) == built
     (snapshot / "config.json").write_text(json.dumps(settings))
-    assert this_machine.planned_model(asked).source == "hub cache", "somebody's own, in 16 bits"
+    assert planning.planned_model(asked).source == "hub cache", "somebody's own, in 16 bits"
     folder = tmp_path / "packed"
     folder.mkdir()
     settings = dict(ARCHITECTURES["Qwen/Qwen2.5-7B"])
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(UserError, match="quant_method='gptq' cannot be kept"):
-        this_machine.planned_model(config_of(f"model.path={folder}"))
+        planning.planned_model(config_of(f"model.path={folder}"))
     nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": nf4}))
     config = config_of(f"model.path={folder}", "quant.method=none")
@@ -277,7 +276,7 @@ def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_l
 def test_where_the_hub_s_cache_lies_is_what_its_client_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert this_machine.hub_cache() == Path.home() / ".cache" / "huggingface" / "hub"
+    assert planning.hub_cache() == Path.home() / ".cache" / "huggingface" / "hub"
     for name, place in (
         ("XDG_CACHE_HOME", "/xdg/huggingface/hub"),
         ("HF_HOME", "/hf/hub"),
@@ -285,4 +284,4 @@ def test_where_the_hub_s_cache_lies_is_what_its_client_says(monkeypatch: pytest.
         ("HF_HUB_CACHE", "/new"),
     ):
         monkeypatch.setenv(name, place.removesuffix("/huggingface/hub").removesuffix("/hub"))
-        assert this_machine.hub_cache() == Path(place)
+        assert planning.hub_cache() == Path(place)

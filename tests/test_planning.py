@@ -12,7 +12,7 @@ from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.planner.machine import Found
 from distlora_launcher.cli.main import main
-from distlora_launcher.compose import planning, this_machine
+from distlora_launcher.compose import planning
 from distlora_launcher.compose.compose import compose_run
 from distlora_launcher.compose.planning import keep, planned
 from distlora_launcher.launch import local
@@ -42,7 +42,7 @@ def shows(monkeypatch: pytest.MonkeyPatch) -> Shows:
     """Have this machine show what a test says."""
 
     def show(found: Found) -> None:
-        monkeypatch.setattr(this_machine, "found_here", lambda **_: found)
+        monkeypatch.setattr(planning, "found_here", lambda **_: found)
         planning._decided.clear()
 
     return show

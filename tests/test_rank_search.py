@@ -238,8 +238,8 @@ def _numbered(number: int, records: list[TrialRecord]) -> list[TrialRecord]:
 
 def has_memory(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     """Set the memory of this machine."""
-    found = dataclasses.replace(rank_search.this_machine.found_here(), host_bytes=nbytes)
-    monkeypatch.setattr(rank_search.this_machine, "found_here", lambda **_: found)
+    found = dataclasses.replace(rank_search.planning.found_here(), host_bytes=nbytes)
+    monkeypatch.setattr(rank_search.planning, "found_here", lambda **_: found)
 
 
 @pytest.mark.parametrize(("at_first", "later"), [(2**20, 2**36), (2**36, 2**20)])
@@ -252,7 +252,7 @@ def test_what_memory_there_is_decides_when_the_search_is_made_and_never_again(
     has_memory(monkeypatch, at_first)
     assert RankSearch(sweep).next([]) == [{"adapter.r": 8}, {"adapter.r": 16}]
     has_memory(monkeypatch, later)
-    monkeypatch.setattr(rank_search.this_machine, "planned_model", None)  # The model is not needed any more either.
+    monkeypatch.setattr(rank_search.planning, "planned_model", None)  # The model is not needed any more either.
     search = RankSearch(sweep)
     assert (search.next(trials) is Due.END) == (not is_run)
     text = "\n".join(search.conclusion(trials))

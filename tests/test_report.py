@@ -15,7 +15,7 @@ from damage import Reader, any_json, any_lines, any_yaml, holds, holds_without
 from distlora.config import UserError
 from distlora.run_folder.layout import REPORT_NAME
 from distlora_launcher.cli.main import main
-from distlora_launcher.launch.final_report import write_final_report
+from distlora_launcher.launch.local import write_final_report
 from distlora_launcher.report.charts import Chart, Line, draw
 from distlora_launcher.report.records import PageStatus, Series, read_run, smoothed, thinned, window_of
 from distlora_launcher.report.run_page import run_report

@@ -30,7 +30,7 @@ from distlora_launcher.report.charts import parallel_coordinates
 from distlora_launcher.report.records import PageStatus
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
-from distlora_launcher.sweeps.page import page_of_sweep, write_at_end
+from distlora_launcher.sweeps.results import page_of_sweep, write_at_end
 from distlora_launcher.sweeps.space import Values
 from report_folders import Page, make_folder
 

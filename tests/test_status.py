@@ -20,8 +20,7 @@ from distlora.config import Config
 from distlora.config.file import as_mapping, build
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch import lock
-from distlora_launcher.launch.logs import host_name
-from distlora_launcher.launch.processes import from_record
+from distlora_launcher.launch.processes import from_record, host_name
 from fake_slurm import FakeSlurm, job_record
 
 

@@ -14,8 +14,7 @@ from distlora_launcher.cli.status import Status, describe, statuses
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
-from distlora_launcher.launch.logs import host_name
-from distlora_launcher.launch.processes import Process
+from distlora_launcher.launch.processes import Process, host_name
 from distlora_launcher.sweeps.slurm_array import live_jobs
 from distlora_launcher.sweeps.wandb_agents import is_agents_folder
 from distlora_launcher.terminal.arguments import Parser

@@ -34,7 +34,7 @@ from distlora.system.extras import require_package
 from distlora.weights.peft_folder import PeftAdapter, check_quantization
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.compose.hub import localize
-from distlora_launcher.launch.exec_worker import become
+from distlora_launcher.launch.workers import become
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 

@@ -15,7 +15,7 @@ from distlora.config.file import load_config
 from distlora.system.exit_codes import DONE
 from distlora_launcher.compose.checks import check_data, check_model_folder
 from distlora_launcher.compose.compose import compose_config, expand_home
-from distlora_launcher.compose.hub_preview import with_small_files
+from distlora_launcher.compose.hub import with_small_files
 from distlora_launcher.terminal.arguments import Parser
 
 COMMANDS = ("preview", "row", "prepare")

@@ -37,9 +37,8 @@ from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli import named
 from distlora_launcher.compose.checks import HEAD_LINES, ROW_TOKENS, gpu_count, row_tokens
-from distlora_launcher.compose.hub import localize
-from distlora_launcher.compose.hub_preview import with_small_files
-from distlora_launcher.launch.exec_worker import become, check_processes, run_several
+from distlora_launcher.compose.hub import localize, with_small_files
+from distlora_launcher.launch.workers import become, check_processes, run_several
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import name_of, shown
 

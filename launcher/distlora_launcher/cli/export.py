@@ -19,7 +19,7 @@ from distlora.system.extras import require_package
 from distlora.system.host_memory import available_bytes
 from distlora_launcher.cli.named import ARGUMENTS, add_arguments, default_place, named, num_weights
 from distlora_launcher.compose.checks import check_writable
-from distlora_launcher.launch.exec_worker import become
+from distlora_launcher.launch.workers import become
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 

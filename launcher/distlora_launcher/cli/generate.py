@@ -19,7 +19,7 @@ from distlora.data.prompts import GenerateRequest, read_prompts
 from distlora.post.trained import find_weights
 from distlora.system.exit_codes import DONE
 from distlora_launcher.compose.hub import restore
-from distlora_launcher.launch.exec_worker import become, check_processes, run_several
+from distlora_launcher.launch.workers import become, check_processes, run_several
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 

@@ -12,7 +12,7 @@ from distlora.system.host_memory import available_bytes
 from distlora_launcher.cli.evaluate import base_of, text_of
 from distlora_launcher.cli.named import num_weights
 from distlora_launcher.compose.checks import gpu_count
-from distlora_launcher.launch.exec_worker import check_processes
+from distlora_launcher.launch.workers import check_processes
 from distlora_launcher.terminal.arguments import Parser
 
 ARGUMENTS = """\

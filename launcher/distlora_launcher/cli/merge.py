@@ -18,7 +18,7 @@ from distlora.system.exit_codes import DONE
 from distlora_launcher.cli import measuring
 from distlora_launcher.cli.named import ARGUMENTS, add_arguments, default_place, named
 from distlora_launcher.compose.checks import check_writable
-from distlora_launcher.launch.exec_worker import become, run_alone, run_several
+from distlora_launcher.launch.workers import become, run_alone, run_several
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 

@@ -31,10 +31,8 @@ from distlora.system.exit_codes import DONE
 from distlora.training.multi_trial.protocol import check_pack
 from distlora_launcher.cli.plan_table import MACHINES, MODELS, path_named, plans
 from distlora_launcher.compose.checks import check_parallel, check_writable
-from distlora_launcher.compose.compose import expand_home, names_model
-from distlora_launcher.compose.listing import known_models
-from distlora_launcher.compose.planning import choices
-from distlora_launcher.compose.this_machine import planned_model
+from distlora_launcher.compose.compose import expand_home, known_models, names_model
+from distlora_launcher.compose.planning import choices, planned_model
 from distlora_launcher.sweeps.multi_trial_size import compose_for_plan, plan_together
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown

@@ -13,10 +13,8 @@ from distlora.planner.choice.choose import choose
 from distlora.planner.choice.search import Search
 from distlora.planner.machine import machine_of
 from distlora_launcher.compose.checks import check_parallel
-from distlora_launcher.compose.compose import compose_run
-from distlora_launcher.compose.listing import known_models
-from distlora_launcher.compose.planning import check_planned
-from distlora_launcher.compose.this_machine import planned_model
+from distlora_launcher.compose.compose import compose_run, known_models
+from distlora_launcher.compose.planning import check_planned, planned_model
 
 MODELS = (
     "mistral_7b",

@@ -12,7 +12,7 @@ from distlora.run_folder.sweep import is_sweep_folder
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.status import Status, headline, statuses
-from distlora_launcher.launch.final_report import commands_always, commands_when_done
+from distlora_launcher.launch.local import commands_always, commands_when_done
 from distlora_launcher.launch.lock import CONFIG_NAME
 from distlora_launcher.report.records import PageStatus, read_run
 from distlora_launcher.report.run_page import run_report
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 def page_of(folder: Path) -> str:
     """Return the page of a run or a sweep. Raises UserError for any other folder."""
     if is_sweep_folder(folder):
-        from distlora_launcher.sweeps.page import page_of_sweep
+        from distlora_launcher.sweeps.results import page_of_sweep
 
         return page_of_sweep(folder)
     if not (folder / CONFIG_NAME).exists():

@@ -45,11 +45,9 @@ def resume(folder: Path) -> int:
     from distlora.config.file import load_config
     from distlora.run_folder.sweep import is_sweep_folder
     from distlora.system.exit_codes import DONE
-    from distlora_launcher.jobs.step import in_job, resume_in_job
-    from distlora_launcher.jobs.submit import is_job, resubmit_run
-    from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
+    from distlora_launcher.jobs.submit import in_job, is_job, is_sweep, resubmit_run, resume_in_job, resume_sweep
     from distlora_launcher.launch.local import is_complete, resume_run
-    from distlora_launcher.launch.multi_node import resume_multi_node
+    from distlora_launcher.launch.node import resume_multi_node
     from distlora_launcher.sweeps.wandb_agents import is_agents_folder, resume_agents
 
     folder = folder.expanduser().absolute()

@@ -15,11 +15,10 @@ from distlora.system.numbers import roughly
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME
-from distlora_launcher.launch.job_record import read_submission
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
-from distlora_launcher.launch.logs import SLURM
 from distlora_launcher.launch.processes import Process
 from distlora_launcher.launch.run_state import (
+    SLURM,
     Ending,
     Figures,
     Saved,
@@ -27,6 +26,7 @@ from distlora_launcher.launch.run_state import (
     newest_saved,
     read_ending,
     read_figures,
+    read_submission,
     seconds_left,
     total_steps,
     was_started,

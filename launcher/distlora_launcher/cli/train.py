@@ -30,16 +30,14 @@ from distlora_launcher.compose.compose import (
     compose_sweep,
     config_from_hydra,
     expand_home,
+    user_settings,
+    with_initial_adapter,
     with_new_keys,
 )
-from distlora_launcher.compose.initial_adapter import with_initial_adapter
 from distlora_launcher.compose.planning import decide, say_choice
-from distlora_launcher.compose.user_overrides import user_settings
-from distlora_launcher.jobs.step import in_job, start_in_job
-from distlora_launcher.jobs.submit import check_with_slurm, is_job, make_script, submit_run
-from distlora_launcher.jobs.sweep import Sweep
+from distlora_launcher.jobs.submit import Sweep, check_with_slurm, in_job, is_job, make_script, start_in_job, submit_run
 from distlora_launcher.launch.local import remove_if_empty, start_run
-from distlora_launcher.launch.multi_node import start_multi_node
+from distlora_launcher.launch.node import start_multi_node
 from distlora_launcher.sweeps.wandb_agents import add_run_dir, check_agent, find_begun_run, note_end
 from distlora_launcher.terminal.output import say, shown
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ from distlora.config import (
     ClusterConfig,
     Config,
     DataConfig,
+    ModelSpec,
     OptimConfig,
     ParallelConfig,
     TrainConfig,
@@ -47,6 +49,8 @@ from distlora.config.places import is_hub_name
 from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders
 from distlora.system.extras import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
+from distlora.weights.peft_folder import WEIGHTS_NAME, check_fits, read_peft_adapter
+from distlora.weights.peft_tokens import check_modules, check_rows
 from distlora.weights.prequantized import (
     PrequantizedWeight,
     check_keeps_prequantized,
@@ -54,8 +58,6 @@ from distlora.weights.prequantized import (
     read_prequantized_weights,
 )
 from distlora_kernels import native
-from distlora_launcher.compose.endpoint import resolve_endpoint
-from distlora_launcher.compose.initial_adapter import check_initial_adapter
 
 HEAD_LINES = 1000
 """Documents of each source that are checked here; the preparation reads all of them."""
@@ -182,7 +184,7 @@ def check_model(config: Config) -> None:
     A model on the hub is checked by its small files and the headers of its weights, before the rest is downloaded.
     """
     if is_hub_name(config.model.path):
-        from distlora_launcher.compose.hub_preview import with_small_files
+        from distlora_launcher.compose.hub import with_small_files
 
         with with_small_files(config.model) as local:
             check_model(dataclasses.replace(config, model=local))
@@ -329,6 +331,25 @@ def check_tensors(
             )
 
 
+def check_initial_adapter(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], embedding: tuple[int, ...]) -> None:
+    """Refuse an adapter at init_from that does not fit the model's linears and embedding.
+
+    shapes: (out, in) by path. embedding: shape of the embedding's weight.
+    """
+    if spec.adapter.init_from is None:
+        return
+    initial = read_peft_adapter(spec.adapter.init_from)
+    check_fits(initial, spec.adapter, shapes)
+    file, (stored, hidden) = initial.folder / WEIGHTS_NAME, embedding
+    check_rows(initial.token_rows, file, stored=stored, hidden=hidden)
+    rows = range(stored, stored + len(spec.model.new_tokens) + 1)  # The worker knows how many fit into spare rows.
+    check_modules(initial.modules, file, rows=rows, hidden=hidden)
+    names = {spec.model.path, spec.model.name}
+    if initial.base is not None and Path(initial.base).name not in {Path(name).name for name in names if name}:
+        base = spec.model.name or spec.model.path
+        print(f"note: the adapter at init_from says that its base is {initial.base}; this run's is {base}", flush=True)
+
+
 def linear_names(tensors: dict[str, Segment], family: Family) -> list[str]:
     """Return the paths of the linears in the decoder layers: 2-D weights, without routers and experts."""
     matches = ((_BLOCK_WEIGHT.fullmatch(name), segment) for name, segment in tensors.items())
@@ -353,3 +374,21 @@ def check_data(data: DataConfig, objective: str, run_dir: str) -> None:
     for source, format in zip(sources, formats, strict=True):
         if format is not None:
             check_objective(format, objective, source.path)
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Return (host, port) of host:port or [IPv6 address]:port."""
+    host, _, port = endpoint.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def resolve_endpoint(endpoint: str) -> str:
+    """Return the first address of an endpoint's host. Raises UserError if this node cannot resolve it."""
+    host, port = split_endpoint(endpoint)
+    try:
+        return str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise UserError(
+            f"rendezvous endpoint {endpoint}: {socket.gethostname()} cannot resolve the host {host} "
+            f"({error.strerror or error}); write its address, or a name that every node resolves"
+        ) from error

@@ -7,30 +7,35 @@ what to type instead (`explain.py`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distlora.config import Config, GpuConfig, ModelConfig, UserError, require
+from distlora.config import TARGET_PRESETS, Config, GpuConfig, ModelConfig, PlanConfig, UserError, require
 from distlora.config.file import build
 from distlora.config.gpus import GPUS
 from distlora.config.places import means_hub
+from distlora.config.plan import CHOSEN
+from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 from distlora_launcher.compose.explain import EXPLAINED, explain, refuse_unusable
-from distlora_launcher.compose.initial_adapter import with_initial_adapter
-from distlora_launcher.compose.user_overrides import user_settings
 
 CONF_MODULE = "distlora_launcher.conf"
 VERSION_BASE = "1.3"
@@ -281,3 +286,150 @@ def _absolute_path(name: str, path: str) -> str:
         return str(Path(path).expanduser().absolute())
     except RuntimeError as error:
         raise UserError(f"{name}={path}: {error} write the path from / on") from error
+
+
+def options_of(group: str) -> list[str]:
+    """Return the options of a group sorted by name, with numbers in numeric order: llama3_8b before llama3_70b."""
+    names = [entry.name.removesuffix(".yaml") for entry in _folder(group).iterdir() if entry.name.endswith(".yaml")]
+    return sorted(names, key=lambda name: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", name)])
+
+
+@functools.cache
+def known_models() -> dict[str, str]:
+    """Return the names for model=, each with its name on the hub."""
+    folder = _folder("model")
+    return {
+        name: yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))["path"]
+        for name in options_of("model")
+        if name != "local"
+    }
+
+
+def _folder(group: str) -> Traversable:
+    return resources.files(CONF_MODULE) / group
+
+
+_RECIPE = "recipe"
+_SECTIONS = {name.partition(".")[0] for name in CHOSEN}
+"""Groups whose options can fix a setting; the files of other groups are not read."""
+
+
+def user_settings(plan: PlanConfig, overrides: Sequence[str]) -> frozenset[str]:
+    """Return the dotted names, of the settings that a plan may choose, that the command line fixes.
+
+    All of them unless plan=auto. Hydra must be initialized.
+    """
+    if plan.mode != "auto":
+        return frozenset(CHOSEN)
+    loader = GlobalHydra.instance().config_loader()
+    found: set[str] = set()
+    for override in OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if override.package is None and loader.get_group_options(key):
+            found.update(_set_by_options(key, override.value()))
+        else:
+            found.add(key)
+    return frozenset(found & set(CHOSEN))
+
+
+def _set_by_options(group: str, chosen: Any) -> Iterator[str]:
+    """Yield what the selected options of a group fix."""
+    for option in chosen if isinstance(chosen, list) else [chosen]:
+        if group == _RECIPE and option is not None:
+            yield from _set_by_recipe(option)
+        elif option is not None and group in _SECTIONS:
+            yield from _distinct(group, option)
+
+
+def _set_by_recipe(name: str) -> Iterator[str]:
+    """Yield what a recipe's file sets, its options and the recipes that it builds on."""
+    file = _load(f"{_RECIPE}/{name}")
+    yield from _names(OmegaConf.to_container(file.config))
+    for group, option in _defaults(file):
+        yield from _set_by_options(group or _RECIPE, option)
+
+
+def _distinct(group: str, option: str) -> Iterator[str]:
+    """Yield settings of an option for which another option of its group has another value."""
+    others = [_values(group, other) for other in GlobalHydra.instance().config_loader().get_group_options(group)]
+    for name, value in _values(group, option).items():
+        if any(other.get(name, value) != value for other in others):
+            yield f"{group}.{name}"
+
+
+def _values(group: str, option: str) -> dict[str, Any]:
+    """Return the values that an option sets, with those that it builds on."""
+    file = _load(f"{group}/{option}")
+    found: dict[str, Any] = {}
+    own_values: Any = OmegaConf.to_container(file.config)
+    for _, other in _defaults(file):
+        found |= _values(group, other)
+    return found | own_values
+
+
+def _defaults(file: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (group, option) of each entry of a file's defaults list but itself; the group is empty for its own."""
+    for default in file.defaults_list or ():
+        if isinstance(default, GroupDefault):
+            assert default.group is not None
+            yield default.group.lstrip("/"), default.value
+        elif not default.is_self():
+            yield "", default.path
+
+
+def _load(path: str) -> Any:
+    """Return a file of conf/ or of --config-dir."""
+    loader: Any = GlobalHydra.instance().config_loader()
+    return loader.repository.load_config(path)
+
+
+def _names(values: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of nested values."""
+    pairs: Iterable[tuple[Any, Any]] = values.items()
+    for key, value in pairs:
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
+    """Return the settings with those of the adapter at init_from; unchanged if there is none.
+
+    overrides: the command line. Raises UserError for an override that the adapter contradicts.
+    """
+    if config.adapter.init_from is None:
+        return config
+    try:
+        initial = read_peft_adapter(config.adapter.init_from)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    check_quantization(initial, config.quant.method)
+    keys = {word.lstrip("+").partition("=")[0]: word for word in overrides}
+    typed = {key.split(".")[1]: word for key, word in keys.items() if key.startswith("adapter.")}
+    if keys.get("adapter") == "adapter=dora":
+        typed.setdefault("use_dora", keys["adapter"])
+    for name, value in initial.settings.items():
+        chosen = getattr(config.adapter, name)
+        if name in typed and _comparable(chosen) != _comparable(value):
+            raise UserError(
+                f"{typed[name]} contradicts adapter.init_from={config.adapter.init_from}, whose {name} is "
+                f"{_shown(value)} ({CONFIG_NAME}); leave adapter.{name} out, or start without init_from"
+            )
+    if "init" in typed:
+        raise UserError(
+            f"{typed['init']} has no effect with adapter.init_from={config.adapter.init_from}, which holds A and B; "
+            "leave one of them out"
+        )
+    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **initial.settings))
+
+
+def _comparable(value: Any) -> Any:
+    """Return target modules as a set of names."""
+    if isinstance(value, str):
+        value = TARGET_PRESETS.get(value, value)
+    return frozenset(value) if isinstance(value, (list, tuple)) else value
+
+
+def _shown(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

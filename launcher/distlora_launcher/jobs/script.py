@@ -15,7 +15,7 @@ from typing import Any
 from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.places import is_hub_name
 from distlora.system import atomic_io
-from distlora_launcher.launch.logs import SLURM
+from distlora_launcher.launch.run_state import SLURM
 
 SCRIPT_NAME = "job.sbatch"
 """File name of the script in the folder of a run or a sweep."""

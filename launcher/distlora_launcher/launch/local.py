@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,22 +19,21 @@ import yaml
 from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.file import as_mapping
 from distlora.config.json_files import object_or_empty
-from distlora.run_folder.layout import DATA_NAME, PLAN_NAME, checkpoint_folders, find_result
+from distlora.run_folder.layout import DATA_NAME, METRICS_NAME, PLAN_NAME, REPORT_NAME, checkpoint_folders, find_result
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora_launcher.compose.checks import check, check_run_dir
-from distlora_launcher.compose.hub import is_to_download, localize, restore
-from distlora_launcher.compose.hub_preview import with_small_files
+from distlora_launcher.compose.hub import is_to_download, localize, restore, with_small_files
 from distlora_launcher.compose.planning import keep, planned
 from distlora_launcher.launch.failures import would_repeat
-from distlora_launcher.launch.final_report import write_final_report
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run, remove_records
 from distlora_launcher.launch.rendezvous import Rendezvous
 from distlora_launcher.launch.signals import Forwarder, forwarding
-from distlora_launcher.launch.torchrun import Torchrun
 from distlora_launcher.launch.worker_entry import PARENT
-from distlora_launcher.launch.workers import QUANTIZED_IMPORT, prepare_torchrun, run_workers
-from distlora_launcher.terminal.output import say, shown
+from distlora_launcher.launch.workers import QUANTIZED_IMPORT, Torchrun, prepare_torchrun, run_workers
+from distlora_launcher.report.records import PageStatus, read_run
+from distlora_launcher.report.run_page import run_report
+from distlora_launcher.terminal.output import say, shown, warn
 
 WORKER = "distlora.training.worker"
 
@@ -232,3 +232,54 @@ def prepare_before_download(config: Config) -> tuple[int, str | None]:
         create_run(Path(scratch), dataclasses.replace(config, model=model))
         code = prepare(Path(scratch))
         return code, (Path(scratch) / DATA_NAME).read_text(encoding="utf-8") if code == DONE else None
+
+
+MAX_METRICS_BYTES = 4_000_000
+"""Largest metrics.jsonl of which a report is made as the run ends: some ten thousand steps, 0.3 s."""
+
+
+def write_final_report(run_dir: Path) -> None:
+    """Write the report of a run whose workers have ended well. A failure is printed and costs the run nothing."""
+    command = f"distlora report {shown(run_dir)}"
+    try:
+        if (run_dir / METRICS_NAME).stat().st_size > MAX_METRICS_BYTES:
+            say(f"write a report of it with: {command}")
+            return
+        write_report(run_dir)
+        say(f"report {shown(run_dir / REPORT_NAME)}")
+    except Exception as error:
+        warn(f"no report was written ({type(error).__name__}: {error}); the run is complete; try {command}")
+
+
+def write_report(run_dir: Path) -> None:
+    """Write RUN/report.html of a run that has its result, even while its launcher still holds the lock."""
+    result = find_result(run_dir)
+    headline = f"is done: {shown(result)}" if result is not None else "is done"
+    standing = PageStatus(
+        state="done",
+        headline=headline,
+        commands=(*commands_when_done(run_dir, result), *commands_always(run_dir)),
+    )
+    atomic_io.write_text(run_dir / REPORT_NAME, run_report(read_run(run_dir), standing))
+
+
+def commands_when_done(run_dir: Path, result: Path | None) -> list[tuple[str, str]]:
+    """Return (command, what it does) for a run with a result."""
+    run = shlex.quote(str(run_dir))
+    commands = [
+        (f"distlora generate {run}", "chat with the result"),
+        (f"distlora push {run} ORG/NAME", "upload it to the Hugging Face hub, with a model card"),
+    ]
+    if result is not None and result.name == "adapter":
+        train = f"distlora train ... adapter.init_from={shlex.quote(str(result))}"
+        commands.append((train, "train it further, on other data or for longer"))
+    return commands
+
+
+def commands_always(run_dir: Path) -> list[tuple[str, str]]:
+    """Return (command, what it does) for a run in any state."""
+    run = shlex.quote(str(run_dir))
+    return [
+        (f"distlora verify {run}", "check every byte of its checkpoints and records"),
+        (f"distlora report {run}", "write this report again"),
+    ]

@@ -22,8 +22,7 @@ from typing import IO, Any
 from distlora.config import UserError
 from distlora.config.json_files import object_or_empty
 from distlora_launcher.compose.checks import gpu_count
-from distlora_launcher.launch.logs import host_name
-from distlora_launcher.launch.processes import Process, from_record, this_process
+from distlora_launcher.launch.processes import Process, from_record, host_name, this_process
 from distlora_launcher.launch.rendezvous import Rendezvous, connection_error
 from distlora_launcher.terminal.output import show, warn
 

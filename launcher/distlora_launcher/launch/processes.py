@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from distlora_launcher.launch.logs import host_name
 
 _LARGEST_PID = 2**22
 """Largest pid of Linux."""
@@ -65,6 +64,11 @@ class Process:
                 os.kill(self.pid, signum)
             else:
                 signal.pidfd_send_signal(descriptor, signum)
+
+
+def host_name() -> str:
+    """Return this node's host name without its domain."""
+    return socket.gethostname().partition(".")[0] or "localhost"
 
 
 def this_process() -> Process:

@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 
 from distlora.config import UserError
-from distlora_launcher.compose.endpoint import resolve_endpoint, split_endpoint
+from distlora_launcher.compose.checks import resolve_endpoint, split_endpoint
 
 LOCAL_ADDRESS = "DISTLORA_LOCAL_ADDR"
 """Environment variable: the address by which the other nodes reach this one, if it has several."""

@@ -27,7 +27,7 @@ from distlora_launcher.launch.failures import (
     read_gave_up,
     write_killed,
 )
-from distlora_launcher.launch.logs import host_name
+from distlora_launcher.launch.processes import host_name
 from distlora_launcher.launch.rendezvous import Rendezvous
 from distlora_launcher.terminal.output import warn
 

@@ -18,14 +18,17 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 from distlora.run_folder import error_file
 from distlora.system import stop_signals
-from distlora_launcher.launch.logs import ATTEMPT, last_number
 
 PARENT = "DISTLORA_PARENT_PID"
 """Environment variable: pid of the process that started this one."""
+
+ATTEMPT = "attempt_"
+"""Prefix of the folders with logs of ranks that were restarted."""
 
 LOOK_SECONDS = 1.0
 """Pause of a restarted worker: the launcher reads the error files of the attempt before every 0.5 s."""
@@ -53,6 +56,12 @@ def wait_if_failed_for_good(log_dir: Path, rank: int) -> None:
     errors = [error for folder in folders for _, error in read_errors(folder) if error["rank"] == rank]
     if any(is_final(error) for error in errors):
         time.sleep(LONGEST_LOOK_SECONDS)
+
+
+def last_number(prefix: str, folders: Iterable[Path]) -> int:
+    """Return the largest <n> of the folders `prefix`<n>; 0 if there is none."""
+    words = (folder.name.removeprefix(prefix) for folder in folders)
+    return max((int(word) for word in words if word.isdecimal()), default=0)
 
 
 def set_aside_attempt(log_dir: Path, rank: int) -> None:

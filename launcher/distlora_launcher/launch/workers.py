@@ -8,25 +8,30 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
 
+from distlora.config import require
 from distlora.run_folder.layout import find_result
+from distlora.system.command_worker import REQUEST_NAME, encode_call
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
-from distlora.system.stop_signals import STOPPED_NAME
+from distlora.system.stop_signals import PID_DIR, STOPPED_NAME
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch import worker_entry
 from distlora_launcher.launch.failures import Failure, start_failure, write_gave_up
-from distlora_launcher.launch.logs import host_name, set_aside_logs
+from distlora_launcher.launch.processes import host_name
 from distlora_launcher.launch.rendezvous import Rendezvous
 from distlora_launcher.launch.restarts import WorkerMonitor, file_identity
 from distlora_launcher.launch.signals import Forwarder, forwarding
-from distlora_launcher.launch.torchrun import Torchrun
+from distlora_launcher.launch.worker_entry import ATTEMPT, PARENT, last_number
 from distlora_launcher.terminal.output import Output, warn
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -62,6 +67,12 @@ IDLE_SECONDS = 10
 
 LOOK_SECONDS = 0.2
 """Interval between looks at the workers' state. Rank 0's output is shown at once."""
+
+
+START = "start_"
+"""Prefix of the folders with logs of earlier starts."""
+WRITTEN = ("rank_*", "torchrun*.log", "gave_up.json", f"{ATTEMPT}*")
+"""Files that a start writes; SLURM's log, which all starts share, is not among them."""
 
 
 def run_workers(
@@ -235,3 +246,146 @@ def worker_environment(processes: int, rendezvous: Rendezvous | None = None) -> 
     if rendezvous is not None:
         defaults |= rendezvous.environment()
     return defaults | environment
+
+
+class Torchrun:
+    """torchrun with the given arguments. `begin` lets it start the workers.
+
+    For a single node the process starts at once and imports the workers' modules; for one of several it starts at
+    `begin`. On exit from the context it is killed if it still runs, and its workers with it.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log_dir: Path,
+        scratch: Path,
+        *,
+        environment: Mapping[str, str],
+        single_node: bool,
+    ) -> None:
+        self._arguments, self._log_dir, self._scratch = arguments, log_dir, scratch
+        self.pid_dir = scratch / "pids"
+        """Folder where each worker writes its pid."""
+        self.pid_dir.mkdir()
+        self._environment = {**environment, PID_DIR: str(self.pid_dir), PARENT: str(os.getpid())}
+        self.output = Output(log_dir / "rank_0.log")
+        self._process: subprocess.Popen[bytes] | None = None
+        if single_node:
+            early = ["--log", str(new_torchrun_log(log_dir, single_node=True))]
+            self._process = self._popen([*early, *arguments], scratch / "early.log", subprocess.PIPE)
+
+    def begin(self) -> tuple[subprocess.Popen[bytes], Path]:
+        """Start the workers; return the process and its log. RUN/logs must exist."""
+        log = new_torchrun_log(self._log_dir, single_node=self._process is not None)
+        log.touch()
+        if self._process is None:
+            self._process = self._popen(self._arguments, log, subprocess.DEVNULL)
+        elif self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # It has ended; its exit code is reported later.
+                self._process.stdin.write(b"go\n")
+                self._process.stdin.close()
+        return self._process, log
+
+    def _popen(self, arguments: Sequence[str], log: Path, stdin: int) -> subprocess.Popen[bytes]:
+        with log.open("ab") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "distlora_launcher.launch.torchrun_entry", *arguments],
+                stdin=stdin,
+                stdout=self.output.child_end,
+                stderr=stderr,
+                env=self._environment,
+                start_new_session=True,  # Ctrl-C then reaches the workers once, through the launcher.
+            )
+        os.close(self.output.child_end)
+        return process
+
+    def __enter__(self) -> Torchrun:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            failed = self._process.poll()
+            self._process.kill()
+            self._process.wait()
+            if failed:
+                self._append_early_log()
+            if self._process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    self._process.stdin.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _append_early_log(self) -> None:
+        """Append what a torchrun that failed during its imports printed: the reason is not in its log."""
+        early, log = self._scratch / "early.log", new_torchrun_log(self._log_dir, single_node=True)
+        if early.is_file() and log.is_file():
+            with log.open("ab") as end:
+                end.write(early.read_bytes())
+
+
+ENTRY = "distlora.system.command_worker"
+"""The module that every worker process of a command runs."""
+
+
+def become(worker: str, request: Any) -> NoReturn:
+    """Replace this process by `worker` ("module:function"), which then owns the terminal and its signals."""
+    sys.stdout.flush()
+    command = [sys.executable, "-m", ENTRY, encode_call(worker, request)]
+    os.execve(command[0], command, worker_environment(processes=1))
+
+
+def run_alone(worker: str, request: Any) -> int:
+    """Run `worker` in a process of its own; return its exit code."""
+    sys.stdout.flush()
+    command = [sys.executable, "-m", ENTRY, encode_call(worker, request)]
+    code = subprocess.run(command, env=worker_environment(processes=1)).returncode
+    return code if code >= 0 else 128 - code
+
+
+def run_several(worker: str, request: Any, processes: int) -> int:
+    """Run `worker` in `processes` ranks; return the exit code. Keep their logs if they fail."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{worker.partition(':')[0].replace('.', '-')}-"))
+    (folder / REQUEST_NAME).write_text(encode_call(worker, request), encoding="utf-8")
+    code = run_workers(folder, processes=processes, worker_module=ENTRY, saves=False)
+    if code == DONE:
+        shutil.rmtree(folder)
+    return code
+
+
+def check_processes(processes: int) -> None:
+    """Refuse a number of processes that this machine has no GPUs for."""
+    require(processes > 0, f"--processes={processes} is no number of processes; write 1 or more")
+    available = gpu_count()
+    require(
+        available == 0 or processes <= available,
+        f"--processes={processes}, but this machine shows {available} GPU{'s' if available > 1 else ''}; "
+        f"write --processes {available}",
+    )
+
+
+def set_aside_logs(log_dir: Path) -> None:
+    """Move the logs of an earlier start to logs/start_<n>, so that the newest are logs/rank_<k>.log."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    earlier = [path for pattern in WRITTEN for path in log_dir.glob(pattern)]
+    if earlier:
+        folder = log_dir / f"{START}{1 + last_number(START, log_dir.glob(f'{START}*'))}"
+        folder.mkdir()
+        for path in earlier:
+            path.rename(folder / path.name)
+
+
+def new_torchrun_log(log_dir: Path, *, single_node: bool) -> Path:
+    """Return torchrun's log: torchrun.log on a single node, else a new file torchrun_<host>[_<n>].log."""
+    if single_node:
+        return log_dir / "torchrun.log"
+    host = host_name()
+    names = (f"torchrun_{host}.log" if number == 1 else f"torchrun_{host}_{number}.log" for number in range(1, 10_000))
+    for name in names:
+        try:
+            (log_dir / name).touch(exist_ok=False)
+            return log_dir / name
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")

@@ -15,9 +15,8 @@ from distlora.planner.pages.report import packed_trials
 from distlora.run_folder.sweep import words_of
 from distlora.training.multi_trial.protocol import check_trial
 from distlora_launcher.compose.compose import Composed, compose_run, section_of
-from distlora_launcher.compose.planning import choices, machine_here
-from distlora_launcher.compose.this_machine import planned_model
-from distlora_launcher.jobs.step import in_job
+from distlora_launcher.compose.planning import choices, machine_here, planned_model
+from distlora_launcher.jobs.submit import in_job
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.space import Dimension, Values, count_cells, is_finite, read_section
 

@@ -26,7 +26,7 @@ from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentReco
 from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, TrialRecord
 from distlora.system import atomic_io
-from distlora_launcher.compose import this_machine
+from distlora_launcher.compose import planning
 from distlora_launcher.compose.planning import check_planned, machine_here
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.rank_gains import (
@@ -89,7 +89,7 @@ def write_setup(folder: Path, setup: Setup) -> None:
 def decide(sweep: Sweep) -> Setup:
     """Decide by the model and this node's memory. Raises UserError for settings that leave nothing to search."""
     config = sweep.compose(0, {"adapter.r": sweep.settings.rank_start}, TRIAL_OVERRIDES).config
-    model = this_machine.planned_model(config)
+    model = planning.planned_model(config)
     check(config.train, config.adapter, model)
     adapters = [each for block in model.shapes.adapters(config.adapter) for each in block]
     full_lr = sweep.settings.full_lr
@@ -137,7 +137,7 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
         return "trials trained together share one base, which it would train (sweep.packed)"
     try:
         config = sweep.compose(0, setup.values_of_full, TRIAL_OVERRIDES).config
-        model = this_machine.planned_model(config)
+        model = planning.planned_model(config)
         check_planned(config.spec, config.train, config.parallel, model)
         plan = plan_of(config, model, machine_here(config))
     except UserError as error:

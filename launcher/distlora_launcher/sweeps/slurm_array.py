@@ -19,8 +19,8 @@ from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render_workers, write_script
 from distlora_launcher.jobs.submit import check_with_slurm, make_cache, print_script_kept, submit_script
-from distlora_launcher.launch.job_record import read_submission, write_submission
 from distlora_launcher.launch.local import create_run, prepare
+from distlora_launcher.launch.run_state import read_submission, write_submission
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.terminal.output import say, shown
 

@@ -28,9 +28,9 @@ from distlora.run_folder.sweep import words_of
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.training.reporting.wandb_agent import ASKED, VARIABLES, AgentRun
-from distlora_launcher.jobs.step import in_job
+from distlora_launcher.jobs.submit import in_job
 from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, worker_place
-from distlora_launcher.launch.logs import host_name
+from distlora_launcher.launch.processes import host_name
 from distlora_launcher.launch.run_state import read_ending
 from distlora_launcher.launch.signals import Forwarder, forwarding
 from distlora_launcher.launch.worker_entry import PARENT

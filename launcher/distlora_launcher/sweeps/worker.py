@@ -30,9 +30,8 @@ from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.signals import Forwarder, block, forwarding
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
-from distlora_launcher.sweeps.page import write_at_end
 from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
-from distlora_launcher.sweeps.results import effects, write_table
+from distlora_launcher.sweeps.results import effects, write_at_end, write_table
 from distlora_launcher.sweeps.runner import Outcome, Runner, SingleTrialRunner, Trial
 from distlora_launcher.sweeps.search import Due, Search, make_search
 from distlora_launcher.sweeps.study import Study

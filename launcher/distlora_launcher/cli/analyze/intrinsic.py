@@ -22,10 +22,9 @@ from distlora.system.command_worker import to_json
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.named import check_base, check_text
 from distlora_launcher.compose.checks import check_writable
-from distlora_launcher.compose.hub import localize
-from distlora_launcher.compose.hub_preview import with_small_files
+from distlora_launcher.compose.hub import localize, with_small_files
 from distlora_launcher.demo.base import cache_root
-from distlora_launcher.launch.exec_worker import become
+from distlora_launcher.launch.workers import become
 from distlora_launcher.terminal.arguments import Parser, numbers
 from distlora_launcher.terminal.output import name_of, shown
 

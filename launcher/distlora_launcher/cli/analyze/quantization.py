@@ -21,11 +21,10 @@ from distlora.system.exit_codes import DONE
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli.named import check_base, check_text
 from distlora_launcher.compose.checks import ROW_TOKENS, check_writable, row_tokens
-from distlora_launcher.compose.hub import localize
-from distlora_launcher.compose.hub_preview import with_small_files
+from distlora_launcher.compose.hub import localize, with_small_files
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.corpus import build_corpus, write_jsonl
-from distlora_launcher.launch.exec_worker import become
+from distlora_launcher.launch.workers import become
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import name_of, shown
 

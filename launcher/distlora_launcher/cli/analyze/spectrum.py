@@ -18,7 +18,7 @@ from distlora.post.trained import BASE_ALONE
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.named import ARGUMENTS, add_arguments, named
 from distlora_launcher.compose.checks import check_writable
-from distlora_launcher.launch.exec_worker import become
+from distlora_launcher.launch.workers import become
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 

@@ -21,12 +21,12 @@ from distlora.model.attention import Documents
 from distlora.model.attention_cpu import attend
 from distlora.model.build import CausalLM
 from distlora.model.mlp import MLP, place_mlps
-from distlora.planner.kernels import AttentionKind
+from distlora.planner.decoder import AttentionKind
 from distlora.planner.memory import activations
 from distlora.planner.memory.activations import Costs, Device, Mode
 from distlora.planner.memory.base import base_of
-from distlora.planner.memory.block_memory import Attention
 from distlora.planner.memory.gathered import Copied, copied_of
+from distlora.planner.memory.layer import Attention
 from distlora.planner.workload import Workload
 from family_models import config_for, load_ours, tokens
 from small_models import write_model_folder

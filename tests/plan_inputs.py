@@ -9,7 +9,7 @@ import yaml
 
 from distlora.architecture.known import ARCHITECTURES
 from distlora.config import Config
-from distlora.config.gpus import GPUS
+from distlora.config.plan import GPUS
 from distlora.planner import Machine
 from distlora.planner.model import PlannedModel, built_in
 from small_models import config_with

@@ -14,7 +14,7 @@ import pytest
 import activation_steps
 from activation_steps import NARROW, WIDE, check_steps, load, positions, small_chunks
 from distlora.model import experts
-from distlora.planner.memory import block_memory
+from distlora.planner.memory import layer
 from distlora.planner.memory.activations import Mode
 
 __all__ = ["small_chunks"]
@@ -83,7 +83,7 @@ def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # What an operation makes within itself, nothing sees that looks at operations (tests/test_plan_memory.py does).
-    monkeypatch.setattr(block_memory, "STRIPE_BYTES", 0)
+    monkeypatch.setattr(layer, "STRIPE_BYTES", 0)
     check_steps(load(tmp_path, family, sizes, **settings), FEW if name in DEFAULT else ALL)
 
 
@@ -112,7 +112,7 @@ def test_tiles_of_attention_are_calculated_within_5_percent(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(block_memory, "STRIPE_BYTES", 0)
+    monkeypatch.setattr(layer, "STRIPE_BYTES", 0)
     monkeypatch.setattr(activation_steps, "POSITIONS", positions(document))
     loaded = load(tmp_path, family, sizes, attention="tiles", document=document, **settings)
     check_steps(loaded, FEW if family == "llama" and sizes is WIDE else ALL)

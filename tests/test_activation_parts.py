@@ -9,8 +9,8 @@ import torch
 from torch.autograd.profiler import profile
 
 from distlora.parallel import checksums
-from distlora.planner.memory import block_memory, expert_memory, step
-from distlora.planner.memory.block_memory import parts_of_db, parts_over_rows
+from distlora.planner.memory import layer, step
+from distlora.planner.memory.layer import parts_of_db, parts_over_rows
 from distlora_kernels import dropout, nf4, skinny_launch
 from distlora_kernels.skinny import skinny_dy, skinny_grad
 
@@ -41,8 +41,8 @@ def test_the_parts_of_adapters_gradients_are_as_large_as_is_calculated(
 
 
 def test_bounds_of_what_is_made_at_once_are_those_of_the_code_that_makes_it() -> None:
-    assert block_memory._COUNTERS == {"cpu": dropout._CPU_COUNTERS, "cuda": dropout._GPU_COUNTERS}
-    assert block_memory._PARTS_BYTES == skinny_launch.MOST_PARTS_BYTES
-    assert block_memory._RANK_READ_ONCE == skinny_launch._LARGEST_RANK_READ_ONCE
+    assert layer._COUNTERS == {"cpu": dropout._CPU_COUNTERS, "cuda": dropout._GPU_COUNTERS}
+    assert layer._PARTS_BYTES == skinny_launch.MOST_PARTS_BYTES
+    assert layer._RANK_READ_ONCE == skinny_launch._LARGEST_RANK_READ_ONCE
     assert 8 * checksums._LINES_AT_ONCE["cuda"] * checksums.LINE == step._CHECKED
-    assert expert_memory._BLOCK == nf4.BLOCK
+    assert layer._BLOCK == nf4.BLOCK

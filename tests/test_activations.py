@@ -14,7 +14,7 @@ from distlora.architecture.families import FAMILIES
 from distlora.model import lm_head
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
-from distlora.planner.decoder_sizes import Decoder
+from distlora.planner.decoder import Decoder
 from distlora.planner.memory import activations
 from distlora.planner.memory.activations import Mode
 from family_models import tokens

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from distlora.config import UserError, deepspeed_file
+from distlora.config.cluster import ParallelConfig
 from distlora.config.deepspeed_file import Gathering, read_gathering
-from distlora.config.parallel import ParallelConfig
 
 
 def written(tmp_path: Path, **settings: Any) -> ParallelConfig:

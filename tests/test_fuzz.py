@@ -37,7 +37,7 @@ from distlora.data.prompts import read_prompts
 from distlora.data.sources import pinned_commits
 from distlora.planner import Plan, plan_of
 from distlora.planner.model import model_in
-from distlora.planner.pages.report import page
+from distlora.planner.report import page
 from distlora.run_folder.layout import read_result
 from distlora.training.model_card import model_card, read_metadata
 from distlora.weights import file_fingerprints, quantized_cache_format

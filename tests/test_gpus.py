@@ -10,7 +10,7 @@ import yaml
 
 from distlora.config import GpuConfig, UserError
 from distlora.config.file import as_mapping, load_config
-from distlora.config.gpus import GPUS, PCIE_4, PCIE_5, find_gpu
+from distlora.config.plan import GPUS, PCIE_4, PCIE_5, find_gpu
 from distlora_launcher.compose.compose import compose_config
 
 DEVICES = {

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distlora.config import Config, DataConfig, ModelConfig, UserError, peer_names
+from distlora.config import Config, DataConfig, ModelConfig, UserError, file
+from distlora.config.cluster import ParallelConfig
 from distlora.config.file import as_mapping
-from distlora.config.parallel import ParallelConfig
 from distlora.config.plan import CHOSEN
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import compose_config, compose_run, compose_sweep, expand_home
@@ -176,7 +176,7 @@ def test_a_wrong_word_is_named_with_what_to_type(override: str, expected: str):
 
 def test_what_stands_for_a_setting_of_another_trainer_exists():
     values = as_mapping(Config(model=ModelConfig(path="/model"), data=DataConfig(path="/data.jsonl"), run_dir="-"))
-    for setting in peer_names._SETTINGS:
+    for setting in file._SETTINGS:
         section, name = setting.split(".")
         assert name in values[section]
 

@@ -23,7 +23,7 @@ from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
-from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
+from distlora.planner.decoder import AdaptedRanks, Decoder
 from distlora.planner.memory.activations import Costs
 from distlora.training import setup
 from family_models import VARIANTS, load_ours, tokens, write_family_folder

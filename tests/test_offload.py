@@ -22,7 +22,7 @@ from distlora.model.adapters import BlockContext
 from distlora.model.build import CausalLM
 from distlora.model.layer_wrapper import Block
 from distlora.parallel import Ranks
-from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
+from distlora.planner.decoder import AdaptedRanks, Decoder
 from distlora.planner.memory.activations import Costs
 from distlora.system import host_memory
 from distlora.training import setup, worker

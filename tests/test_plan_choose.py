@@ -17,11 +17,20 @@ import pytest
 from distlora.config import Config, UserError
 from distlora.config.plan import CHOSEN
 from distlora.planner import Machine, Plan, PlannedModel, plan_of
-from distlora.planner.choice.choose import TOO_SLOW, Choice, choose, resolve_quantization
-from distlora.planner.choice.search import RESERVE, Search, cost_of, has_room, is_as_good
-from distlora.planner.choice.suggest import given_up, moves, nearest, room, sacrifices, with_ranks
+from distlora.planner.choose import (
+    RESERVE,
+    TOO_SLOW,
+    Choice,
+    Search,
+    choose,
+    cost_of,
+    has_room,
+    is_as_good,
+    resolve_quantization,
+)
 from distlora.planner.machine import machine_of as machine_asked_for
-from distlora.planner.pages.report import needs
+from distlora.planner.report import needs
+from distlora.planner.suggest import given_up, moves, nearest, room, sacrifices, with_ranks
 from distlora.system.numbers import size
 from plan_inputs import cpu_machine, machine_of, model_of
 from small_models import config_with
@@ -220,7 +229,7 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
         made.append(asked)
         return plan_of(*asked)
 
-    for module in ("distlora.planner", "distlora.planner.choice.search"):
+    for module in ("distlora.planner", "distlora.planner.choose"):
         monkeypatch.setattr(f"{module}.plan_of", counted)
     found = choose(search(config_of(ranks, quant={"method": "auto"}), model_of(name), machine("h100", ranks)))
     assert has_room(found.plan, RESERVE)

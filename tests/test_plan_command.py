@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from distlora.architecture.known import ARCHITECTURES
-from distlora.planner import memory, plan_of
+from distlora.planner import memory, plan_of, report, tables
 from distlora.planner.machine import Found, machine_of
 from distlora.planner.model import built_in, find_model
-from distlora.planner.pages import report, tables
 from distlora_launcher.cli import main
 from distlora_launcher.compose.compose import compose_config
 from launcher_fakes import write_model

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from distlora.config import Config
-from distlora.planner.decoder_sizes import AdaptedRanks, Decoder, windows_of
+from distlora.planner.decoder import AdaptedRanks, Decoder, windows_of
+from distlora.planner.flops import StepFlops, active_weights, cut, pairs, step_flops
 from distlora.planner.memory.activations import Costs, Mode
 from distlora.planner.model import model_in
-from distlora.planner.speed.compute import StepFlops, active_weights, cut, step_flops
-from distlora.planner.speed.operations import pairs
 from distlora.planner.workload import Workload
 from distlora.training.flops import active_weights as of_model
 from distlora.training.flops import count_flops

@@ -18,7 +18,7 @@ from distlora.loading.peft_format import adapter_tensors
 from distlora.parallel import Shards, zero3
 from distlora.planner import plan_of
 from distlora.planner.model import model_in
-from distlora.planner.storage.disk import Tensor, file_bytes, trained_tensors
+from distlora.planner.storage import Tensor, file_bytes, trained_tensors
 from distlora.planner.workload import Workload
 from distlora.system import host_memory
 from distlora.training.setup import OffloadedInputs

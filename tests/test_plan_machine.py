@@ -13,7 +13,7 @@ import pytest
 from distlora.architecture.known import ARCHITECTURES
 from distlora.architecture.shapes import shapes_of
 from distlora.config import Config, UserError
-from distlora.config.gpus import CONTEXT_BYTES, GPUS
+from distlora.config.plan import CONTEXT_BYTES, GPUS
 from distlora.planner.machine import Found, Machine, machine_of
 from distlora.planner.model import built_in, cached_snapshot, find_model
 from distlora.system import host_memory

@@ -19,14 +19,14 @@ import torch
 from distlora.bench import step_memory
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
-from distlora.config.gpus import GPUS
+from distlora.config.plan import GPUS
 from distlora.parallel import Ranks
 from distlora.planner import plan_of
 from distlora.planner.machine import Found, machine_of
 from distlora.planner.memory import Moment
 from distlora.planner.memory import measured as beside_plan
-from distlora.planner.memory.block_memory import flash_accumulators
 from distlora.planner.memory.device import DeviceBytes, device_bytes
+from distlora.planner.memory.layer import flash_accumulators
 from distlora.planner.model import find_model, model_in
 from distlora.planner.workload import Workload
 from distlora.training.memory_meter import MemoryMeter, StepMemory

@@ -11,7 +11,7 @@ import pytest
 
 from distlora.config import Config, UserError
 from distlora.planner import Machine, Plan, PlannedModel, plan_of
-from distlora.planner.choice.packing import packing
+from distlora.planner.suggest import packing
 from distlora.planner.workload import Workload, trained_together
 from distlora_launcher.cli import main
 from plan_inputs import composed, cpu_machine, machine_of, model_of

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from distlora.planner.flops import step_flops
 from distlora.planner.model import built_in
-from distlora.planner.speed.compute import step_flops
 from distlora.planner.speed.timing import StepTime, step_time
 from distlora.planner.workload import Workload
 from plan_inputs import machine_of, model_of

@@ -9,9 +9,8 @@ import pytest
 
 from distlora.config import Config, UserError
 from distlora.planner import Machine, plan_of, traffic
-from distlora.planner.speed.collectives import wiring_of
-from distlora.planner.speed.compute import step_flops
-from distlora.planner.speed.rates import missing_rates, rates_of
+from distlora.planner.flops import step_flops
+from distlora.planner.speed.rates import missing_rates, rates_of, wiring_of
 from distlora.planner.speed.timing import StepTime, step_time
 from distlora.planner.workload import Workload
 from plan_inputs import machine_of, model_of

@@ -11,11 +11,10 @@ import torch
 
 from accounting import Moved
 from distlora.model.lm_head import LossHead
+from distlora.planner.flops import step_flops
 from distlora.planner.model import model_in
-from distlora.planner.speed.block_work import HeadSizes, head_work, norm
-from distlora.planner.speed.compute import step_flops
-from distlora.planner.speed.step_work import how_of, step_work
-from distlora.planner.speed.work import How, Linear, backward, forward
+from distlora.planner.speed.launches import HeadSizes, How, Linear, backward, forward, head_work, norm
+from distlora.planner.speed.timing import how_of, step_work
 from distlora.planner.workload import Workload
 from family_models import config_for, hf_config, load_ours, positions_of, tokens
 from plan_inputs import machine_of

@@ -27,7 +27,7 @@ from distlora.loading.load_base import Loaded
 from distlora.model.adapters import AdaptedLinear
 from distlora.parallel import Ranks
 from distlora.planner.model import model_in
-from distlora.planner.storage.disk import disk_bytes
+from distlora.planner.storage import disk_bytes
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora.weights import file_fingerprints, quantized_cache_folder, quantized_cache_format

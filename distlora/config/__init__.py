@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.config.base import SAVED_MODULES, TARGET_PRESETS, AdapterConfig, ModelConfig, QuantConfig
-from distlora.config.cluster import ClusterConfig
+from distlora.config.cluster import ClusterConfig, ParallelConfig
 from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
-from distlora.config.parallel import ParallelConfig
 from distlora.config.plan import GpuConfig, PlanConfig
 from distlora.config.sweep import SweepConfig
 from distlora.config.training import OPTIMIZERS, SCHEDULES, OptimConfig, TrackerConfig, TrainConfig

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distlora.config.parallel import RESIDENCY_RESERVE
+from distlora.config.cluster import RESIDENCY_RESERVE
 from distlora.model.layer_wrapper import Block
 from distlora.parallel import fsdp2
 from distlora.parallel.shards import Shards

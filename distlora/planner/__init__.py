@@ -12,14 +12,13 @@ from typing import Any, Literal
 from distlora.config import Config
 from distlora.config.file import as_mapping
 from distlora.planner import traffic as wire
+from distlora.planner.flops import StepFlops, step_flops
 from distlora.planner.machine import Machine
 from distlora.planner.memory.device import DeviceBytes, device_bytes
 from distlora.planner.memory.step import costs_of
 from distlora.planner.model import PlannedModel
-from distlora.planner.speed.compute import StepFlops, step_flops
 from distlora.planner.speed.timing import StepTime, step_time
-from distlora.planner.storage.disk import DiskBytes, disk_bytes, trained_tensors
-from distlora.planner.storage.host import HostBytes, host_bytes, keeps_on_host
+from distlora.planner.storage import DiskBytes, HostBytes, disk_bytes, host_bytes, keeps_on_host, trained_tensors
 from distlora.planner.traffic import StepBytes
 from distlora.planner.workload import Workload, trained_together
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distlora.config import ClusterConfig, GpuConfig
-from distlora.config.gpus import CONTEXT_BYTES, GPUS, Gpu, find_gpu
+from distlora.config.plan import CONTEXT_BYTES, GPUS, Gpu, find_gpu
 
 GIB = 2**30
 RATES = ("tflops", "memory_gb_per_second", "link_gb_per_second", "host_gb_per_second", "network_gb_per_second")

@@ -10,23 +10,23 @@ from collections.abc import Iterable
 
 import torch
 
-from distlora.config.gpus import find_gpu
+from distlora.config.plan import find_gpu
 from distlora.model.adapters import AdaptedLinear, LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import whole_shape
-from distlora.planner.speed.operations import ActiveWeights, ModelFlops, queries_by_window
+from distlora.planner.flops import ActiveWeights, ModelFlops, queries_by_window
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return a GPU's peak FLOP/s; None for a CPU and for a GPU that is not in distlora/config/gpus.py (no MFU then)."""
+    """Return a GPU's peak FLOP/s; None for a CPU and for a GPU that is not in distlora/config/plan.py (no MFU then)."""
     gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if gpu is None else gpu.flops
 
 
 def count_flops(model: CausalLM, *, with_reference: bool = False, slot: int | None = None) -> ModelFlops:
-    """Return the operations of a training step (operations.py).
+    """Return the operations of a training step (distlora.planner.flops).
 
     `with_reference`: every row runs forward once more, without an adapter (DPO). `slot`: count only this slot's
     adapters.

@@ -1,10 +1,9 @@
 """Calculate the activation memory of decoder layers and LM head in each checkpointing mode, and what is recomputed.
 
-Counted are the tensors that the code keeps and makes, each storage once, operation by operation: of a block in
-block_memory.py and expert_memory.py, of the head here. tests/test_activations.py and
-tests/test_activation_kinds.py hold the sums to what autograd saves and to what is alive at a step's peak, within 5 %.
-With adapter=full what a step has of the weights beside (16-bit copies, what ranks gather) is distlora/planner's; the
-gradients of a unit that is in its backward are here.
+Each storage counts once, operation by operation: those of a layer are in layer.py, those of the LM head here. With
+adapter=full the gradients of a unit in its backward are here, 16-bit copies and gathered weights are not.
+tests/test_activations.py and tests/test_activation_kinds.py compare the sums with what autograd saves and with what is
+alive at a step's peak, within 5 %.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from typing import Any, Literal
 from distlora.architecture.shapes import ModelShapes
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
-from distlora.planner.decoder_sizes import AdaptedRanks, Decoder, ranks_of_blocks
-from distlora.planner.kernels import attention_kind, fuses
-from distlora.planner.memory import block_memory
-from distlora.planner.memory.block_memory import (
+from distlora.planner.decoder import AdaptedRanks, Decoder, attention_kind, fuses, ranks_of_blocks
+from distlora.planner.memory import layer
+from distlora.planner.memory.layer import (
     BY_DOCUMENTS,
+    INDEX_BYTES,
     Attention,
     BlockRun,
     Operation,
     Peak,
     attention_half,
+    expert_half,
     flash_accumulators,
     mlp_half,
 )
-from distlora.planner.memory.expert_memory import INDEX_BYTES, expert_half
 from distlora.planner.workload import Workload
 
 Mode = Literal["none", "block", "selective", "offload"]
@@ -235,7 +234,7 @@ class Costs:
         Dense masks and scores grow with `row`, the tokens per sequence. `_indices` stay on the device in any case and
         are not included if the layer or its MLP is recomputed.
         """
-        attention, mlp = block_memory.kept(self.attention_half(row=row)), block_memory.kept(self.mlp_half())
+        attention, mlp = layer.kept(self.attention_half(row=row)), layer.kept(self.mlp_half())
         if mode == "none":
             return attention + mlp
         return self.boundary + (attention if mode == "selective" else 0)
@@ -244,9 +243,7 @@ class Costs:
         """Bytes of a block's adapters side by side that stay from forward to backward with what it keeps of a pass."""
         if mode not in ("none", "selective"):
             return 0
-        return block_memory.stacked(self.attention_half()) + (
-            block_memory.stacked(self.mlp_half()) if mode == "none" else 0
-        )
+        return layer.stacked(self.attention_half()) + (layer.stacked(self.mlp_half()) if mode == "none" else 0)
 
     def _indices(self, mode: Mode) -> int:
         """Return the bytes per token of expert row indices, which a layer's graph holds under any checkpointing."""
@@ -284,12 +281,12 @@ class Costs:
         mlp_tokens = tokens if tile is None else min(tile, tokens)
         attention, mlp = self.attention_half(tokens, row), self.mlp_half(mlp_tokens)
         of_attention, of_mlp = (
-            block_memory.backward_peak(attention, tokens),
-            block_memory.backward_peak(mlp, mlp_tokens),
+            layer.backward_peak(attention, tokens),
+            layer.backward_peak(mlp, mlp_tokens),
         )
-        held = tokens * block_memory.kept(attention) + block_memory.stacked(attention)
+        held = tokens * layer.kept(attention) + layer.stacked(attention)
         if mode == "none":
-            whole = held + tokens * block_memory.kept(mlp) + block_memory.stacked(mlp)
+            whole = held + tokens * layer.kept(mlp) + layer.stacked(mlp)
             return max(of_mlp.plus(held - whole), of_attention.plus(-whole))
         # Recomputed: what a half keeps, less its input, which a checkpoint keeps.
         known = tokens * self.boundary if self.norm_keeps_input else 0

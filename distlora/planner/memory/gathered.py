@@ -1,23 +1,27 @@
-"""Calculate the base's units that are whole on a rank, with their buffers, by the part of a step. Imports no torch.
+"""Calculate the bytes of gathered units, by the part of a step, for FSDP2 and DeepSpeed ZeRO-3. Imports no torch.
 
-FSDP2 (torch 2.13, _fsdp_param_group.py). A gather has an output of all ranks' rows, of which each parameter is then
-copied out: a unit takes its bytes twice until the output is let go, which in forward is when the next unit is copied
-out, or when the root is done, and in backward at once. A gather ahead has an output too. So with prefetch a block in
-forward has three blocks' bytes there: its own, the output that it came in, the next one's output; in backward two, with
-prefetch or without, as FSDP2 then looks ahead by itself.
+FSDP2 (torch 2.13, _fsdp_param_group.py): a gather has an output of all ranks' rows, out of which each parameter is
+copied. A unit takes its bytes twice until the output is freed: in forward when the next unit is copied or the root is
+done, in backward at once. A gather ahead has an output too. So a layer in forward with prefetch takes three layers'
+bytes: its own, its output, the next one's output; in backward two. One process gathers nothing, and computes with
+16-bit copies of what it trains of the base (distlora/parallel/mixed_precision.py).
 
-One process gathers nothing, and computes with 16-bit copies of what it trains of the base
-(distlora/parallel/mixed_precision.py).
+DeepSpeed 0.19.8 (partitioned_param_coordinator.py, partition_parameters.py: all_gather_coalesced): tensors of a unit
+that are not on their way are gathered when it is needed. Then the next tensors are gathered ahead until a bucket's
+elements, or those that may be live at once, are reached. Tensors gathered together come in one flat buffer per dtype;
+when one is waited for, all are copied out, and the buffer is freed when the last was waited for. A tensor that is
+gathered alone comes in place. distlora/parallel/zero3.py has the units, and keeps a GPU at most two units behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import collections
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-from distlora.config.deepspeed_file import read_gathering
+from distlora.config.deepspeed_file import Gathering, read_gathering
 from distlora.planner.memory.base import Base, Gathered, Stored, unit_bytes
-from distlora.planner.memory.zero3 import coordinated
 from distlora.planner.workload import Workload
 
 
@@ -81,3 +85,228 @@ def copied_of(work: Workload, base: Base, shards: int) -> Copied:
 
 def _copies(unit: Iterable[Stored]) -> int:
     return sum(tensor.compute_itemsize * tensor.numel for tensor in unit if tensor.itemsize != tensor.compute_itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of a unit: elements and bytes, padded to a multiple of the ranks."""
+
+    numel: int
+    nbytes: int
+    stays: bool = False
+    """Whether it is never let go."""
+
+
+_Unit = tuple[_Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """The inputs of the coordinator's simulation."""
+
+    rest: _Unit
+    embedding: _Unit
+    blocks: tuple[_Unit, ...]
+    head: _Unit
+    """Empty where it is the embedding's."""
+    bucket: int
+    """Elements that are gathered ahead."""
+    most: int
+    """Elements that may be there at once."""
+    reuse: int
+    one_by_one: bool
+
+
+@dataclass(slots=True)
+class _Group:
+    """Tensors that come in one buffer."""
+
+    nbytes: int
+    waiting: set[int]
+    """Tensors that were not waited for yet."""
+    is_copied: bool = False
+
+
+@dataclass(slots=True)
+class _Coordinator:
+    """The state of a step. Tensors are numbers; `units` has those of each place in the order of a step."""
+
+    units: Sequence[Sequence[int]]
+    tensors: Sequence[_Tensor]
+    asked: _Asked
+    place: int = 0
+    there: set[int] = field(default_factory=set)
+    coming: dict[int, _Group] = field(default_factory=dict)
+    groups: list[_Group] = field(default_factory=list)
+    fetched_for: dict[int, int] = field(default_factory=dict)
+    queue: collections.deque[tuple[int, int]] = field(init=False)
+    """(tensor, place)."""
+    elements: int = 0
+
+    def __post_init__(self) -> None:
+        self.queue = collections.deque((t, place) for place, unit in enumerate(self.units) for t in unit)
+        self.there.update(t for t, tensor in enumerate(self.tensors) if tensor.stays)
+        self.elements = sum(self.tensors[t].numel for t in self.there)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of gathered tensors that will be freed, and of buffers in flight."""
+        there = (self.tensors[t] for t in self.there)
+        return sum(each.nbytes for each in there if not each.stays) + sum(group.nbytes for group in self.groups)
+
+    def gather(self, tensors: Sequence[int]) -> None:
+        if not tensors:
+            return
+        self.elements += sum(self.tensors[t].numel for t in tensors)
+        if len(tensors) == 1 or self.asked.one_by_one:  # Comes in place.
+            self.there.update(tensors)
+            return
+        group = _Group(sum(self.tensors[t].nbytes for t in tensors), set(tensors))
+        self.groups.append(group)
+        self.coming.update(dict.fromkeys(tensors, group))
+
+    def fetch(self) -> int:
+        """Gather the unit at this place, and return the most bytes while it is copied out."""
+        unit = self.units[self.place]
+        self.gather([t for t in unit if t not in self.there and t not in self.coming])
+        most = self.nbytes
+        for tensor in unit:
+            group = self.coming.get(tensor)
+            if group is not None and tensor in group.waiting:
+                if not group.is_copied:
+                    self.there.update(group.waiting)
+                    group.is_copied = True
+                    most = max(most, self.nbytes)
+                group.waiting.discard(tensor)
+                if not group.waiting:
+                    self.groups.remove(group)
+                    self.coming = {t: other for t, other in self.coming.items() if other is not group}
+        self._ahead(unit)
+        self.place += 1
+        return max(most, self.nbytes)
+
+    def _ahead(self, unit: Sequence[int]) -> None:
+        new = {t for t in unit if self.fetched_for.get(t, -1) < self.place}
+        while new:
+            tensor, place = self.queue.popleft()
+            self.fetched_for[tensor] = place
+            new.discard(tensor)
+        most, chosen, numel = min(self.asked.most - self.elements, self.asked.bucket), [], 0
+        while self.queue and numel < most:
+            tensor, place = self.queue.popleft()
+            self.fetched_for[tensor] = max(self.fetched_for.get(tensor, -1), place)
+            if tensor not in self.there and tensor not in self.coming and tensor not in chosen:
+                chosen.append(tensor)
+                numel += self.tensors[tensor].numel
+        self.gather(chosen)
+
+    def release(self, unit: Sequence[int]) -> None:
+        """Release the unit at this place."""
+        kept = {t for t in unit if self.fetched_for.get(t, -1) > self.place}
+        passed = 0
+        for following in self.units[self.place :]:
+            if passed >= self.asked.reuse:
+                break
+            kept.update(following)
+            passed += sum(self.tensors[t].numel for t in following)
+        for tensor in unit:
+            if tensor not in kept and tensor in self.there and not self.tensors[tensor].stays:
+                self.there.discard(tensor)
+                self.elements -= self.tensors[tensor].numel
+
+
+@functools.lru_cache(maxsize=64)  # Each tensor of each block is looked at, and a search asks hundreds of times.
+def staying_bytes(base: Base, shards: int, gathering: Gathering) -> int:
+    """Return the bytes of tensors that are small enough, by the user's DeepSpeed file, to stay gathered."""
+    rest, embedding, blocks, head = _units(base, shards, gathering)
+    return sum(tensor.nbytes for unit in (rest, embedding, *blocks, head) for tensor in unit if tensor.stays)
+
+
+def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit, list[_Unit], _Unit]:
+    """Return the units: last norm, embedding, decoder layers, LM head.
+
+    Which tensors stay gathered is decided in this order (DeepSpeedZeRoOffload.mark_persistent_parameters).
+    """
+    together = 0
+
+    def unit(tensors: Sequence[Stored]) -> _Unit:
+        nonlocal together
+        found = []
+        for tensor in tensors:
+            nbytes, most = tensor.whole(shards), gathering.model_persistence_threshold
+            numel = nbytes // tensor.compute_itemsize
+            stays = numel <= gathering.param_persistence_threshold and (most is None or together + numel <= most)
+            together += numel if stays else 0
+            found.append(_Tensor(numel, nbytes, stays))
+        return tuple(found)
+
+    rest, embedding = unit(base.rest), unit(base.embedding)
+    return rest, embedding, [unit(base.block) for _ in range(base.layers)], unit(base.head)
+
+
+@functools.lru_cache(maxsize=64)
+def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) -> Gathered:
+    """In each part of a step but the first, which teaches the coordinator the order; without what stays."""
+    rest, embedding, blocks, head = _units(base, shards, gathering)
+    unit = _numel(blocks[0])
+    asked = _Asked(
+        rest=rest,
+        embedding=embedding,
+        blocks=tuple(blocks),
+        head=head,
+        bucket=unit if gathering.prefetch_bucket_size is None else gathering.prefetch_bucket_size,
+        most=unit + max(unit, _numel(embedding), _numel(head))
+        if gathering.max_live_parameters is None
+        else gathering.max_live_parameters,
+        reuse=gathering.max_reuse_distance,
+        one_by_one=gathering.allgather_sequential,
+    )
+    found = _followed(asked)
+    if not (is_gpu and gathering.offload):
+        return found
+    # Rows from the host are copied for the gather that is on its way.
+    rows = unit_bytes(base.block, shards) // shards
+    return Gathered(**{name: getattr(found, name) + rows for name in Gathered.__dataclass_fields__})
+
+
+def _followed(asked: _Asked) -> Gathered:
+    tensors: list[_Tensor] = []
+
+    def numbered(unit: _Unit) -> list[int]:
+        tensors.extend(unit)
+        return list(range(len(tensors) - len(unit), len(tensors)))
+
+    embedding = numbered(asked.embedding)
+    head = numbered(asked.head) or embedding
+    blocks = [numbered(block) for block in asked.blocks]
+    rest = numbered(asked.rest)
+    coordinator = _Coordinator([rest, embedding, *blocks, head, *reversed(blocks)], tensors, asked)
+    copied = coordinator.fetch()
+
+    def use(unit: Sequence[int]) -> int:
+        """Bytes while it runs."""
+        nonlocal copied
+        copied = max(copied, coordinator.fetch())
+        nbytes = coordinator.nbytes
+        coordinator.release(unit)
+        return nbytes
+
+    first = use(embedding)
+    *forward, last = [use(block) for block in blocks]
+    at_head = use(head)
+    behind_head = coordinator.nbytes
+    *backward, end = [use(block) for block in reversed(blocks)]
+    return Gathered(
+        embedding=first,
+        copying=copied,
+        forward=max(forward, default=0),
+        last=last,
+        head=at_head,
+        head_backward=behind_head,
+        block=max(backward, default=end),
+        first=end,
+    )
+
+
+def _numel(unit: Iterable[_Tensor]) -> int:
+    return sum(tensor.numel for tensor in unit)

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distlora.planner import traffic
-from distlora.planner.decoder_sizes import ranks_of_blocks
+from distlora.planner.decoder import ranks_of_blocks
 from distlora.planner.machine import Machine
 from distlora.planner.memory import Kind, Moment
 from distlora.planner.memory.activations import Activations, Costs, Device, tokens_at_once
-from distlora.planner.memory.base import Base, Gathered, Stored, unit_bytes
-from distlora.planner.memory.block_memory import Operation, Peak
+from distlora.planner.memory.base import Base, Gathered, Stored, Trained, unit_bytes
 from distlora.planner.memory.gathered import Copied, copied_of, gathered_of
-from distlora.planner.memory.trained import Trained
+from distlora.planner.memory.layer import Operation, Peak
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
 

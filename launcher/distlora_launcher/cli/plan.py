@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distlora.config import ModelConfig, UserError, require
-from distlora.config.gpus import GPUS
+from distlora.config.plan import GPUS
 from distlora.planner import Plan
-from distlora.planner.choice.choose import Change
-from distlora.planner.choice.packing import Packing
-from distlora.planner.choice.search import typed
-from distlora.planner.choice.suggest import Fitting, Nearest, Room, nearest, room
+from distlora.planner.choose import Change, typed
 from distlora.planner.memory import Kind
 from distlora.planner.model import PlannedModel
-from distlora.planner.pages.report import assumptions, machines_of, page, settings
-from distlora.planner.pages.tables import KINDS, leverage_table, matrix, scaling_tables
+from distlora.planner.report import assumptions, machines_of, page, settings
 from distlora.planner.speed.scaling import FABRICS, Scaling, scaling
+from distlora.planner.suggest import Fitting, Nearest, Packing, Room, nearest, room
+from distlora.planner.tables import KINDS, leverage_table, matrix, scaling_tables
 from distlora.system.exit_codes import DONE
 from distlora.training.multi_trial.protocol import check_pack
 from distlora_launcher.cli.plan_table import MACHINES, MODELS, path_named, plans
@@ -296,14 +294,14 @@ def show_scaling(options: argparse.Namespace) -> None:
         if options.assumptions:
             print("\n".join(["", *leverage_table(rows)]))
     if options.plot is not None:
-        from distlora.planner.pages.plots import plot_scaling
+        from distlora.planner.tables import plot_scaling
 
         plot_scaling(rows, f"{plan.model.name} on {plan.machine.name}, calculated", options.plot)
 
 
 def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:
     """Draw a bar per plan."""
-    from distlora.planner.pages.plots import MemoryBar, plot_memory
+    from distlora.planner.tables import MemoryBar, plot_memory
 
     bars = [
         MemoryBar(name=name, kinds=named(plan.device.by_kind), usable=plan.machine.usable_bytes)

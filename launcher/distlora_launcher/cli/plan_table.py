@@ -6,11 +6,10 @@ import re
 from collections.abc import Sequence
 
 from distlora.config import UserError, nearest
-from distlora.config.gpus import GPUS
 from distlora.config.places import is_hub_name
+from distlora.config.plan import GPUS
 from distlora.planner import Plan
-from distlora.planner.choice.choose import choose
-from distlora.planner.choice.search import Search
+from distlora.planner.choose import Search, choose
 from distlora.planner.machine import machine_of
 from distlora_launcher.compose.checks import check_parallel
 from distlora_launcher.compose.compose import compose_run, known_models

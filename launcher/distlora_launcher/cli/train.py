@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distlora.config import ClusterConfig, UserError, require
-from distlora.planner.choice.choose import Choice
+from distlora.planner.choose import Choice
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED
 from distlora_launcher.cli.resume import resume
 from distlora_launcher.compose.checks import check

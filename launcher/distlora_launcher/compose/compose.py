@@ -31,9 +31,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distlora.config import TARGET_PRESETS, Config, GpuConfig, ModelConfig, PlanConfig, UserError, require
 from distlora.config.file import build
-from distlora.config.gpus import GPUS
 from distlora.config.places import means_hub
-from distlora.config.plan import CHOSEN
+from distlora.config.plan import CHOSEN, GPUS
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 from distlora_launcher.compose.explain import EXPLAINED, explain, refuse_unusable
 

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distlora.config import UserError, nearest
 from distlora.config.cluster import OWN_OPTION
-from distlora.config.peer_names import peer_hint
+from distlora.config.file import peer_hint
 from distlora.config.places import is_hub_name
 
 EXPLAINED = (HydraException, OmegaConfBaseException, ValueError, TypeError)

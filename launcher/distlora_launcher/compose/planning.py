@@ -17,17 +17,15 @@ from pathlib import Path
 
 from distlora.config import ClusterConfig, Config, GpuConfig, ModelSpec, ParallelConfig, TrainConfig, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
-from distlora.config.gpus import GPUS, find_gpu
-from distlora.config.plan import CHOSEN
+from distlora.config.plan import CHOSEN, GPUS, find_gpu
 from distlora.planner import Plan, plan_of
-from distlora.planner.choice.choose import Choice, choose, resolve_quantization
-from distlora.planner.choice.search import Search
-from distlora.planner.choice.suggest import nearest
+from distlora.planner.choose import Choice, Search, choose, resolve_quantization
 from distlora.planner.machine import Found, Machine, machine_of, used_device
 from distlora.planner.model import PlannedModel, find_model
-from distlora.planner.pages.report import lines, needs, verdict
-from distlora.planner.pages.tables import largest
-from distlora.planner.storage.host import keeps_on_host
+from distlora.planner.report import lines, needs, verdict
+from distlora.planner.storage import keeps_on_host
+from distlora.planner.suggest import nearest
+from distlora.planner.tables import largest
 from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders
 from distlora.system import atomic_io, host_memory
 from distlora.weights.initial_adapter_file import check_ranks

@@ -10,7 +10,7 @@ from distlora.config import Config
 from distlora.config.file import as_plain, settings_by_name
 from distlora.planner.memory import Kind
 from distlora.planner.memory.measured import grouped
-from distlora.planner.pages.tables import KINDS, MOMENTS
+from distlora.planner.tables import KINDS, MOMENTS
 from distlora.system.numbers import count, length, moment, number, size
 from distlora_launcher.report.charts import Chart, Line, draw
 from distlora_launcher.report.records import SMOOTHED_FROM, PageStatus, RunRecords, Sample, Series, smoothed, window_of

@@ -10,8 +10,8 @@ from typing import Any
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.sweep import SweepConfig
 from distlora.planner import plan_of
-from distlora.planner.choice.packing import MOST, Packing, largest, packing
-from distlora.planner.pages.report import packed_trials
+from distlora.planner.report import packed_trials
+from distlora.planner.suggest import MOST, Packing, largest, packing
 from distlora.run_folder.sweep import words_of
 from distlora.training.multi_trial.protocol import check_trial
 from distlora_launcher.compose.compose import Composed, compose_run, section_of

@@ -21,7 +21,7 @@ from distlora.config import AdapterConfig, TrainConfig, UserError, require
 from distlora.config.json_files import Shape, check_shape, object_or_empty, read_object
 from distlora.planner import plan_of
 from distlora.planner.model import PlannedModel
-from distlora.planner.pages.report import needs
+from distlora.planner.report import needs
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, check_paired, read_documents
 from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, TrialRecord

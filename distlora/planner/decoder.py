@@ -1,8 +1,4 @@
-"""The sizes of a decoder's blocks and what is adapted of them, as what a row costs in memory is calculated from.
-
-From config.json alone; imports no torch. Letters of this and the files that read it (activations.py, block_memory.py,
-expert_memory.py in distlora/planner/memory): bytes are a token's unless a name says otherwise.
-"""
+"""Read the sizes of decoder layers from config.json, their adapter ranks, and the kernels that they use. No torch."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from distlora.architecture.attention_tiles import computed_pairs
 from distlora.architecture.families import Family, text_settings
 from distlora.architecture.shapes import Asked, Biases, ModelShapes, attention_columns, sizes_of
 from distlora.planner.workload import Workload
@@ -279,3 +276,57 @@ class AdaptedRanks:
 
     def _of(self, read: str) -> int:
         return sum(self.rank(name) for name in INPUTS[read])
+
+
+AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]
+"""`documents`: flash attention over each document's length. `tiles`: products of matrices over each (attention_cpu.py;
+attention.cpp is counted as that). `sdpa`: torch's with a dense mask, all pairs of a row. `eager`: the same, and the
+scores of a row are tensors."""
+
+
+def attention_kind(work: Workload, family: Family, decoder: Decoder, *, is_gpu: bool) -> AttentionKind:
+    """Return the attention implementation that distlora.model.attention chooses, on a GPU that has the kernels."""
+    if family.attention == "eager":
+        return "eager"
+    if work.attention == "sdpa" or work.dtype != "bf16":
+        return "sdpa"
+    if not is_gpu:
+        return "tiles"
+    return "documents" if decoder.head_size % 8 == 0 and decoder.head_size <= 256 else "sdpa"
+
+
+def pairs(length: int, window: int | None) -> int:
+    """Return the query-key pairs of causal attention in a document, with window - 1 tokens before each."""
+    if window is None or window >= length:
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | None, groups: int) -> int:
+    """Return the query-key pairs that one layer computes for a sequence of documents, masked ones included.
+
+    `groups` is the number of query heads per key head.
+    """
+    if kind == "documents":
+        return sum(pairs(length, window) for length in documents)
+    if kind == "tiles":
+        return sum(computed_pairs(length, groups, window) for length in documents)
+    return sum(documents) ** 2
+
+
+def scores_again(kind: AttentionKind) -> tuple[int, int]:
+    """Return how often forward and backward recompute the scores.
+
+    Flash attention and tiles recompute them in backward; the forward of tiles computes them twice.
+    """
+    return {"documents": (0, 1), "tiles": (1, 1), "sdpa": (0, 1), "eager": (0, 0)}[kind]
+
+
+def fuses(work: Workload, family: Family, *, is_gpu: bool, has_liger: bool) -> bool:
+    """Return True if norms are fused, by liger-kernel on a GPU or by torch.compile on a CPU.
+
+    MLPs and rotary embeddings are fused too if there is no DoRA.
+    """
+    if work.adapter.method == "full" or family.experts is not None:
+        return False
+    return work.liger and has_liger if is_gpu else work.compile

@@ -10,13 +10,11 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from distlora.planner import Plan
-from distlora.planner.choice.choose import Change
-from distlora.planner.choice.packing import Packing
-from distlora.planner.choice.search import typed
-from distlora.planner.choice.suggest import Nearest, Room
-from distlora.planner.pages.tables import KINDS, MOMENTS, SOURCES, WAITS, WORK, largest, rounded, shares
+from distlora.planner.choose import Change, typed
 from distlora.planner.speed.rates import missing_rates
-from distlora.planner.storage.disk import trained_tensors
+from distlora.planner.storage import trained_tensors
+from distlora.planner.suggest import Nearest, Packing, Room
+from distlora.planner.tables import KINDS, MOMENTS, SOURCES, WAITS, WORK, largest, rounded, shares
 from distlora.system.numbers import count, size
 
 WIDTH = 100

@@ -1,18 +1,17 @@
 """List the operations of a decoder layer: the activations that each keeps and the memory that its backward takes.
 
-The peak of a layer's backward follows from the operations, last to first.
-
-All numbers are bytes a token; those of adapters and of weights stand beside them, as `fixed` and `dense`. Each is read
-off the code that allocates, which the docstrings name, and held to what is alive in a backward by tests/
-test_activations.py. In the dtype of the run, of b bytes:
+Numbers are bytes per token unless a name says otherwise, read off the code that allocates, which the docstrings name;
+tests/test_activations.py measures them. In the dtype of the run, of b bytes:
 
     attention   norm, linears (X, X A^T), [norms of queries and keys], rotary embedding, attention proper, linear,
                 [norm after it]
     MLP         norm, linears (X, X A^T), act(gate) up, linear (P, P A^T), [norm after it]
+    experts     norm, router, rows of the chosen experts, linear, act(gate) up, linear, weighted sum
 
 A norm of transformers keeps an fp32 copy of its input, liger-kernel's (`fused`) the input itself; its gated MLP keeps
 no act(gate). What an adapter's linear reads is kept for dA; a linear without one keeps nothing. With DoRA a linear
-keeps its output for the magnitude's gradient: where nothing else keeps that very tensor, it is one more.
+keeps its output for the magnitude's gradient, unless something else keeps that very tensor. A token has one row per
+expert that it chooses, so nothing depends on balanced routing.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from distlora.architecture.attention_tiles import EXTRA, scores_at_once, tile_length
-from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
-from distlora.planner.kernels import AttentionKind
+from distlora.planner.decoder import AdaptedRanks, AttentionKind, Decoder
+from distlora.planner.traffic import GROUP_WEIGHTS
 
 _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
 """Of flash attention's accumulators beside the tokens; tokens of a document, where nothing says."""
@@ -483,3 +482,98 @@ def mlp_half(run: BlockRun) -> list[Operation]:
     down = run.linears(sizes.inner, [Linear("down_proj", sizes.hidden, sizes.mlp_bias)], made=True)
     operations = [run.norm(sizes.hidden), run.linears(sizes.hidden, read, made=True), run.gates(), down]
     return [*operations, run.norm(sizes.hidden)] if sizes.norms_after else operations
+
+
+_BLOCK = 64
+"""Weights of an NF4 block (kernels/distlora_kernels/reference.py)."""
+_RANK_MULTIPLE = 8
+"""What grouped products round ranks up to."""
+INDEX_BYTES = 4 * 8
+"""A row's entries in a Routing: tokens, order, inverse, experts, int64."""
+
+
+def expert_half(run: BlockRun) -> list[Operation]:
+    """Return the operations of a mixture of experts, from attention's output to the layer's output."""
+    sizes, experts, b = run.decoder, run.decoder.experts, run.itemsize
+    assert experts is not None
+    hidden, inner, rows = sizes.hidden, experts.inner, experts.chosen
+    # The rows of a token, each its own; backward turns them into one a choice and adds them up.
+    dispatch = Operation(0, (Moment(b * hidden * (rows + 1)),), b * hidden)
+    return [
+        run.norm(hidden),
+        _router(run),
+        dispatch,
+        _linear(run, "gate_up_proj", hidden, 2 * inner),
+        _activation(run),
+        _linear(run, "down_proj", inner, hidden),
+        _weighted_sum(run),
+    ]
+
+
+def _router(run: BlockRun) -> Operation:
+    """Return the router: softmax, chosen experts and weights, the Routing, and the balance loss if there is one.
+
+    Backward adds the gradient of its input to that of the expert rows (distlora/model/router_loss.py).
+    """
+    experts, b = run.decoder.experts, run.itemsize
+    assert experts is not None
+    chosen = experts.chosen
+    of_all = 4 * experts.count + chosen * (8 + 4) + 4
+    keeps = chosen * (8 + b) if experts.router == "chosen" else of_all
+    balance = (b * experts.count + 8 * chosen + 4) if run.balances else 0
+    made = 2 * b * run.decoder.hidden + (16 * experts.count if run.balances else 0)
+    return Operation(keeps + INDEX_BYTES * chosen + balance, (Moment(made),), b * run.decoder.hidden)
+
+
+def _linear(run: BlockRun, name: str, inputs: int, outputs: int) -> Operation:
+    """Return the linear of all experts (experts_torch.py or experts_grouped.py).
+
+    It makes dX of all rows, with grouped products also the adapter's part of it, dA and dB of all experts in fp32, and
+    A and B in the run's dtype.
+    """
+    experts, b, rank = run.decoder.experts, run.itemsize, run.ranks.rank(name)
+    assert experts is not None
+    rows, weight = experts.chosen, inputs * outputs
+    dense = 0
+    if run.quantized and not run.groups_experts:
+        # The weight of all experts where an expert's begins within a group, on the CPU within a block.
+        is_cut = weight % (GROUP_WEIGHTS if run.device == "cuda" else _BLOCK) == 0
+        dense = b * weight * (1 if is_cut else experts.count)
+    if rank == 0:
+        return Operation(0, (Moment(b * rows * inputs, dense=dense),), b * rows * inputs, dense=dense)
+    fixed = experts.count * rank * (inputs + outputs) * (4 + b)
+    if not run.groups_experts:
+        made = Moment(b * rows * inputs, fixed, dense)
+        return Operation(b * rows * (inputs + rank), (made,), b * rows * inputs, dense=dense)
+    padded = -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
+    sums = b * experts.count * padded * max(inputs, outputs)
+    return Operation(
+        b * rows * (inputs + padded),
+        (Moment(b * rows * inputs, fixed + sums), Moment(2 * b * rows * inputs, fixed)),
+        b * rows * inputs,
+    )
+
+
+def _activation(run: BlockRun) -> Operation:
+    """Return the activation of gate and up, the halves of one tensor.
+
+    It keeps that tensor and act(gate). GPT-OSS keeps the clamped gate, its sigmoid, their product, and up + 1.
+    """
+    experts, b = run.decoder.experts, run.itemsize
+    assert experts is not None
+    one = b * experts.chosen * experts.inner
+    if experts.clamps:
+        return Operation(6 * one, (Moment(2 * one),), 2 * one)
+    return Operation(3 * one, (Moment(2 * one),), 2 * one)
+
+
+def _weighted_sum(run: BlockRun) -> Operation:
+    """Return the weighted sum of the experts' outputs, which are kept for the gradients of their weights.
+
+    Backward makes three tensors of their size: the gradient of the product and of both operands.
+    """
+    experts, b = run.decoder.experts, run.itemsize
+    assert experts is not None
+    rows, hidden = experts.chosen, run.decoder.hidden
+    wide = 4 if experts.router == "fp32 weights" else b
+    return Operation(b * rows * hidden + wide * rows, (Moment(3 * wide * rows * hidden),), b * rows * hidden)

@@ -1,1 +1,0 @@
-"""Which settings, and what would fit."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+
+from torch.distributed import TCPStore
 
 SIZE = 4
 TIMEOUT_SECONDS = 240.0
@@ -57,12 +58,10 @@ class World:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         pipes = [context.Pipe() for _ in range(self._size)]
         self._connections: list[Connection] = [pipe[0] for pipe in pipes]
-        shared = (self._size, port, self._regroups)
+        shared = (self._size, self._store.port, self._regroups)
         self._processes = [
             context.Process(target=_serve, args=(rank, *shared, pipe[1]), daemon=True)
             for rank, pipe in enumerate(pipes)
@@ -88,8 +87,6 @@ def start_world(size: int = SIZE, *, regroups: bool = False) -> Iterator[World]:
 def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connection) -> None:
     os.environ.update(
         OMP_NUM_THREADS="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
         RANK=str(rank),
         WORLD_SIZE=str(world),
         LOCAL_RANK=str(rank),
@@ -97,7 +94,8 @@ def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connect
     import torch
 
     torch.set_num_threads(1)
-    make = _regrouped(rank, port) if regroups else _grouped(rank, world)
+    store = TCPStore("127.0.0.1", port)
+    make = _regrouped(rank, store) if regroups else _grouped(rank, world, store)
     while True:
         number, size, function, arguments = connection.recv()
         try:
@@ -107,27 +105,25 @@ def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connect
             connection.send((traceback.format_exc(), None))
 
 
-def _grouped(rank: int, world: int) -> Callable[[int, int], Any]:
+def _grouped(rank: int, world: int, store: TCPStore) -> Callable[[int, int], Any]:
     """Return (number of the work, size) -> Ranks: in groups that are made once."""
     import torch
     import torch.distributed as dist
 
     from distlora.parallel import Ranks
 
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     sizes = range(2, world + 1)
     groups, controls = ({size: dist.new_group(list(range(size))) for size in sizes} for _ in range(2))
     return lambda number, size: Ranks(rank, size, torch.device("cpu"), groups.get(size), control=controls.get(size))
 
 
-def _regrouped(rank: int, port: int) -> Callable[[int, int], Any]:
+def _regrouped(rank: int, store: TCPStore) -> Callable[[int, int], Any]:
     """Return (number of the work, size) -> Ranks: in a default process group of their own."""
     import torch
     import torch.distributed as dist
 
     from distlora.parallel import Ranks
-
-    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
 
     def ranks_of(number: int, size: int) -> Ranks:
         if dist.is_initialized():

@@ -14,7 +14,7 @@ from distlora.config import Config
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
-from distlora.parallel.traffic import Traffic
+from distlora.parallel.ranks import Traffic
 from distlora.training.setup import start_run_model
 
 

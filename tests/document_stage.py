@@ -2,7 +2,7 @@
 
 A command runs in this process as a user's would, up to the first process that it starts for its work: a worker, the
 preparation of data, torchrun. What a machine for tests has not is put in: GPUs by number, a model by name by its sizes
-(`distlora/architecture/known.py`), SLURM by --dry-run.
+(`distlora/architecture/known_models.json`), SLURM by --dry-run.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from distlora.architecture.known import ARCHITECTURES
+from distlora.architecture.shapes import ARCHITECTURES
 from distlora.config import Config
 from distlora.config.plan import GPUS
 from distlora.planner import Machine

@@ -20,7 +20,7 @@ from closeness import assert_close, assert_losses_close, relative_error
 from distlora.architecture.families import FAMILIES
 from distlora.config import ParallelConfig, TrainConfig, UserError
 from distlora.config.file import build
-from distlora.model import attention, liger
+from distlora.model import attention, fused_modules
 from distlora.model.attention import LONGEST, Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
@@ -374,7 +374,7 @@ def test_a_start_chooses_by_device_and_says_so(tmp_path: Path, monkeypatch: pyte
         assert len(model.notes) == (device == "cuda" or note is not None)
         assert all((note or "dense masks") in note for note in model.notes)
     config = config_for(tmp_path)
-    monkeypatch.setattr(liger, "why_not", lambda **_: "it is not installed")
+    monkeypatch.setattr(fused_modules, "why_not_liger", lambda **_: "it is not installed")
     setup.use_device_kernels(model, config.spec, config.train, torch.device("cuda"))
     assert model.notes[-1] == "liger-kernel is not used: it is not installed"
 

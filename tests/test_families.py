@@ -20,9 +20,9 @@ import transformers
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
-from distlora.architecture.expert_targets import select_adapted
 from distlora.architecture.families import check_config, names_on_disk, read_config
 from distlora.architecture.safetensors_headers import read_headers
+from distlora.architecture.targets import select_adapted
 from distlora.config import UserError
 from distlora.loading.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.model.adapters import adapter_parameters

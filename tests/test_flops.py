@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distlora.config import AdapterConfig, Config
 from distlora.config.file import build
-from distlora.model.adapter_slots import put_trial
-from distlora.model.build import CausalLM, materialize_buffers
+from distlora.model.build import CausalLM, materialize_buffers, put_trial
 from distlora.planner.flops import ModelFlops
 from distlora.training.flops import count_flops, peak_flops
 from run_models import build_run_model

@@ -29,8 +29,8 @@ from damage import (
     split_tensors,
     with_header,
 )
-from distlora.architecture.known import ARCHITECTURES
 from distlora.architecture.safetensors_headers import read_header
+from distlora.architecture.shapes import ARCHITECTURES
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import as_mapping, build, load_config
 from distlora.data.prompts import read_prompts

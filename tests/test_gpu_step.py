@@ -24,7 +24,7 @@ from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, Ranks, Shards, fsdp2
-from distlora.parallel.traffic import Traffic
+from distlora.parallel.ranks import Traffic
 from distlora.run_folder.checkpoint_manifest import TRAINER_NAME
 from distlora.training import setup, worker
 from distlora.training.optimizers import Optimizer

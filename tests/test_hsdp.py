@@ -25,8 +25,8 @@ from distlora.config.file import as_mapping, load_config
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.parallel.integrity import DamagedWeightsError
+from distlora.parallel.ranks import Traffic
 from distlora.parallel.stop_and_save import Control
-from distlora.parallel.traffic import Traffic
 from distlora.run_folder.checkpoint_manifest import step_of, steps
 from distlora.training import setup, worker
 from distlora.training.open_run import open_data

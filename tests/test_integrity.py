@@ -14,8 +14,7 @@ from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, fsdp2
-from distlora.parallel.checksums import LINE, checksums
-from distlora.parallel.integrity import DamagedWeightsError
+from distlora.parallel.integrity import LINE, DamagedWeightsError, checksums
 from distlora.training import setup, worker
 from distlora.training.open_run import open_data
 from distlora_kernels import nf4
@@ -30,8 +29,8 @@ def of(data: Tensor) -> int:
 
 
 def by_definition(data: bytes) -> int:
-    """Compute the checksum in Python's integers, from its definition in checksums.py."""
-    from distlora.parallel.checksums import _weights
+    """Compute the checksum in Python's integers, from its definition in integrity.py."""
+    from distlora.parallel.integrity import _weights
 
     weights = _weights(torch.device("cpu")).tolist()
     while True:

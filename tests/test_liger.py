@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from accounting import Kept, flash_like
 from closeness import relative_error
 from distlora.architecture.families import read_config
-from distlora.model import liger
+from distlora.model import fused_modules
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
+from distlora.model.fused_modules import use_liger, why_not_liger
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
 from distlora.planner.decoder import AdaptedRanks, Decoder
@@ -65,15 +66,15 @@ def interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_it_cannot_be_used_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "need CUDA" in str(liger.why_not(device=torch.device("cpu"), full=False))
-    assert "trains the norms" in str(liger.why_not(device=torch.device("cuda"), full=True))
-    assert "mixtures of experts" in str(liger.why_not(device=torch.device("cuda"), full=False, experts=True))
-    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in str(liger.why_not(device=torch.device("cuda"), full=False))
-    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: object())
+    assert "need CUDA" in str(why_not_liger(device=torch.device("cpu"), full=False))
+    assert "trains the norms" in str(why_not_liger(device=torch.device("cuda"), full=True))
+    assert "mixtures of experts" in str(why_not_liger(device=torch.device("cuda"), full=False, experts=True))
+    monkeypatch.setattr(fused_modules.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in str(why_not_liger(device=torch.device("cuda"), full=False))
+    monkeypatch.setattr(fused_modules.importlib.util, "find_spec", lambda name: object())
     for version, reason in (("0.8.0", "it is 0.8.0, older than 0.8.5"), ("0.8.5", None), ("0.10.0.dev1", None)):
-        monkeypatch.setattr(liger.importlib.metadata, "version", lambda name, version=version: version)
-        said = liger.why_not(device=torch.device("cuda"), full=False)
+        monkeypatch.setattr(fused_modules.importlib.metadata, "version", lambda name, version=version: version)
+        said = why_not_liger(device=torch.device("cuda"), full=False)
         assert said is None if reason is None else reason in str(said)
 
 
@@ -98,7 +99,7 @@ def test_a_decoder_with_liger_computes_what_it_did(name: str, tmp_path: Path, in
     before = dict(model.named_parameters())
     module = sys.modules[type(model.decoder).__module__]
 
-    said = liger.apply(model.decoder, model.family)
+    said = use_liger(model.decoder, model.family)
 
     assert module.apply_rotary_pos_emb.__module__.startswith("liger_kernel")
     gated = "GEGLU" if name.startswith("gemma") else "SwiGLU"
@@ -125,7 +126,7 @@ def test_a_decoder_with_liger_computes_what_it_did(name: str, tmp_path: Path, in
 def test_what_a_block_keeps_with_it_is_calculated(tmp_path: Path, interpretable: None) -> None:
     write_family_folder(tmp_path, "qwen3")
     model, _ = load_ours(tmp_path, RANKS, train={"dtype": "fp32", "checkpointing": "none", "liger": False})
-    liger.apply(model.decoder, model.family)
+    use_liger(model.decoder, model.family)
     check_kept(model, tmp_path, Kept(), remakes=False)
 
 
@@ -153,7 +154,7 @@ def test_a_model_is_built_sharded_and_loaded_with_it(
     input_ids = tokens(2, 4).to(RANKS.device)
     model, _ = load_ours(tmp_path, RANKS, train=train)
     expected, _ = run(model, input_ids)
-    monkeypatch.setattr(setup, "use_device_kernels", lambda model, *_: liger.apply(model.decoder, model.family))
+    monkeypatch.setattr(setup, "use_device_kernels", lambda model, *_: use_liger(model.decoder, model.family))
     model, _ = load_ours(tmp_path, RANKS, train=train)
     assert type(model.decoder.norm).__name__ == "LigerRMSNorm"
     losses, _ = run(model, input_ids)
@@ -179,7 +180,7 @@ def test_norms_and_mlps_in_bf16_are_as_exact_as_transformers(name: str, tmp_path
     x, grad = (torch.randn(40, size, generator=generator).bfloat16().to(RANKS.device) for _ in range(2))
     transformers_own = [through(module, x, grad) for module in theirs]
     exact = [through(in_fp64(module, model), x.double(), grad.double()) for module in theirs]
-    liger.apply(model.decoder, model.family)
+    use_liger(model.decoder, model.family)
     ours = [through(layer.get_submodule(path), x, grad) for path in paths]
     for path, actual, other, wanted in zip(paths, ours, transformers_own, exact, strict=True):
         for what, a, b, c in zip(("output", "gradient"), actual, other, wanted, strict=True):

@@ -16,8 +16,8 @@ from closeness import relative_error
 from distlora.config import UserError
 from distlora.model.adapters import StepRows
 from distlora.model.build import CausalLM
+from distlora.model.experts import place_routers
 from distlora.model.mlp import MLP, place_mlps
-from distlora.model.router_loss import place_routers
 from family_models import config_for, load_ours, tokens, write_family_folder
 from run_models import build_run_model
 

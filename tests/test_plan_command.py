@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from distlora.architecture.known import ARCHITECTURES
+from distlora.architecture.shapes import ARCHITECTURES
 from distlora.planner import memory, plan_of, report, tables
 from distlora.planner.machine import Found, machine_of
 from distlora.planner.model import built_in, find_model

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distlora.architecture.known import ARCHITECTURES
-from distlora.architecture.shapes import shapes_of
+from distlora.architecture.shapes import ARCHITECTURES, shapes_of
 from distlora.config import Config, UserError
 from distlora.config.plan import CONTEXT_BYTES, GPUS
 from distlora.planner.machine import Found, Machine, machine_of

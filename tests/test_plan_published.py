@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from distlora.architecture.known import ARCHITECTURES
-from distlora.architecture.shapes import ModelShapes
+from distlora.architecture.shapes import ARCHITECTURES, ModelShapes
 from distlora.planner import Plan, plan_of, traffic
 from distlora.planner.machine import machine_of
 from distlora.planner.memory.activations import Activations

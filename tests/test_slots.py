@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from closeness import assert_close
 from distlora.config import AdapterConfig, UserError
 from distlora.loading.peft_format import adapter_config, adapter_tensors
-from distlora.model.adapter_slots import put_trial, remove_trial, trial_parameters
 from distlora.model.adapters import StepRows, adapter_parameters, slot_name
-from distlora.model.build import CausalLM
+from distlora.model.build import CausalLM, put_trial, remove_trial, trial_parameters
 from distlora.training.setup import start_run_model
 from family_models import config_for, positions_of, tokens, write_family_folder
 from test_resume import SINGLE

@@ -8,7 +8,7 @@ from torch import nn
 from distlora.data.loader import MicroBatch, Share, StepBatch
 from distlora.parallel import Ranks
 from distlora.parallel.gradients import GradientReducer, Launches
-from distlora.parallel.traffic import Traffic
+from distlora.parallel.ranks import Traffic
 from worlds import World
 
 

@@ -20,8 +20,8 @@ from distlora.architecture.tokens import load_tokenizer, vocabulary_of
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.loading.peft_format import adapter_tensors, load_peft_adapter
+from distlora.model.adapters import TokenRows, sum_by_slot
 from distlora.model.lm_head import LossHead
-from distlora.model.trainable_tokens import TokenRows, sum_by_slot
 from distlora.parallel import Ranks
 from distlora.planner.model import find_model
 from distlora.run_folder.layout import read_record, read_result
@@ -158,7 +158,7 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(
     monkeypatch.setattr(
         "distlora.model.lm_head.LOGITS_PER_CHUNK", 37 * 20
     )  # Chunks of 20 tokens, the last one shorter.
-    monkeypatch.setattr("distlora.model.trainable_tokens.TOKENS_PER_PRODUCT", 16)
+    monkeypatch.setattr("distlora.model.adapters.TOKENS_PER_PRODUCT", 16)
     torch.manual_seed(0)
     embedding = nn.Embedding(37, 12, padding_idx=4)
     embedding.weight.requires_grad_(False)

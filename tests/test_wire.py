@@ -14,7 +14,7 @@ from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.config import Config
 from distlora.model.adapters import adapter_parameters
 from distlora.parallel import Ranks
-from distlora.parallel.traffic import Traffic
+from distlora.parallel.ranks import Traffic
 from distlora.planner import traffic as wire
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distlora.architecture.families import read_config
 from distlora.architecture.safetensors_headers import Segment, read_headers
+from distlora.config import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _SAMPLE_BYTES = 4096
 
@@ -48,3 +53,27 @@ class CheckpointFiles:
                 stream.seek(segment.offset + max(segment.num_bytes // 2 - _SAMPLE_BYTES // 2, 0))
                 digest.update(stream.read(min(_SAMPLE_BYTES, segment.num_bytes)))
         return digest.hexdigest()
+
+
+def read_hf_config(folder: str | Path) -> PretrainedConfig:
+    """Read a model's config.json through transformers. Raises UserError for values that transformers refuses."""
+    from transformers import AutoConfig
+
+    with refused_by_transformers(Path(folder)):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def refused_by_transformers(folder: Path) -> Iterator[None]:
+    """Report any exception of transformers and torch as a UserError that names config.json.
+
+    They check a value where they first compute with it, so the exception may be of any type.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    kinds = (StrictDataclassError, ValueError, TypeError, ArithmeticError, RuntimeError, AttributeError, LookupError)
+    try:
+        yield
+    except kinds as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"transformers refuses {folder / 'config.json'}: {reason}; download it again") from error

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.expert_targets import expert_shapes, select_adapted
 from distlora.architecture.families import Family, family_of, is_tied, text_settings
-from distlora.config import AdapterConfig, UserError
+from distlora.architecture.targets import expert_shapes, select_adapted
+from distlora.config import AdapterConfig, UserError, nearest
 from distlora.config.errors import short
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -302,3 +304,63 @@ def _experts(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
 def _norms(family: Family, hidden: int) -> list[Weight]:
     names = ("input_layernorm", "post_attention_layernorm", *filter(None, family.mlp_norms))
     return [Weight(f"{name}.weight", (hidden,)) for name in dict.fromkeys(names)]
+
+
+EXTRA = 2
+"""Columns beside a head's, for what is subtracted within a product: its bf16, and the rest."""
+_LONGEST, _FEWEST_ROWS = 128, 64
+"""Queries of a tile at the most; G n at the least, where there are as many."""
+_SCORES = 2**20
+"""Of one head's tile at the most, and so many of several heads are made at once: 2 MiB, as large as a cache."""
+
+
+def tile_length(length: int, groups: int) -> int:
+    """Return n, the number of queries of a tile."""
+    fits = max(_SCORES // (groups * length), -(-_FEWEST_ROWS // groups))
+    return min(_LONGEST, fits, length)
+
+
+def scores_at_once(longest: int, groups: int, key_heads: int) -> int:
+    """Return the number of scores that memory is reserved for: of as many key heads as fit, at least one.
+
+    Beyond _LONGEST tokens a shorter document can have as many as fit, and the longest has a few less.
+    """
+    of_head = groups * tile_length(longest, groups) * longest
+    most = min(_SCORES, groups * min(_LONGEST, longest) * longest)
+    return max(of_head, most, min(_SCORES, of_head * key_heads))
+
+
+def tiles(length: int, tile: int, left: int | None) -> Iterator[tuple[int, int, int]]:
+    """Yield (first query, end of queries and keys, first key) of each tile of a document.
+
+    A token sees `left` tokens before it; None means all.
+    """
+    for start in range(0, length, tile):
+        yield start, min(length, start + tile), 0 if left is None else max(0, start - left)
+
+
+def computed_pairs(length: int, groups: int, window: int | None) -> int:
+    """Return the query-key pairs in the tiles of a document, masked ones included: the sum of n N."""
+    left = None if window is None or window >= length else window - 1
+    return sum((end - start) * (end - key) for start, end, key in tiles(length, tile_length(length, groups), left))
+
+
+MXFP4_NAMES = {"openai/gpt-oss-20b": "unsloth/gpt-oss-20b-BF16", "openai/gpt-oss-120b": "unsloth/gpt-oss-120b-BF16"}
+"""Models that the hub has in MXFP4, which is not supported, and a bf16 copy of each."""
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    name: model["config"]
+    for model in json.loads(resources.files("distlora.architecture").joinpath("known_models.json").read_text("utf-8"))
+    for name in model["names"]
+}
+"""Settings of config.json by a model's name on the hub; of a gated original an open copy comes first."""
+
+
+def architecture_named(name: str) -> Mapping[str, Any] | None:
+    """Return the settings of a model by its name on the hub, in any case; None for an unknown model."""
+    return {known.lower(): settings for known, settings in ARCHITECTURES.items()}.get(name.lower())
+
+
+def nearest_architecture(name: str) -> str:
+    """Return ` (did you mean ...?)` for a name that may be a mistyped known model."""
+    return nearest(name, ARCHITECTURES, cutoff=0.87)

@@ -9,7 +9,7 @@ import torch
 from distlora.bench.random_inputs import random_tokens
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, Share, StepBatch, stacks
-from distlora.model.adapter_slots import put_trial
+from distlora.model.build import put_trial
 from distlora.parallel import Ranks, whole_shape
 from distlora.training.loop import mean_losses
 from distlora.training.memory_meter import MemoryMeter, StepMemory

@@ -8,15 +8,13 @@ import safetensors
 import torch
 from torch import nn
 
-from distlora.architecture.expert_targets import expert_names, peft_paths
-from distlora.architecture.targets import match_ending, select_targets
+from distlora.architecture.targets import expert_names, match_ending, peft_paths, select_targets
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import AdapterConfig, ModelSpec, UserError
-from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair
+from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair, TokenRows
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenLinear
-from distlora.model.trainable_tokens import TokenRows
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.peft_folder import (
     CONFIG_NAME,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend
-from distlora.parallel.checksums import checksums
+from distlora.parallel.integrity import checksums
 from distlora.system import atomic_io
 from distlora.weights.quantized_cache_folder import Entry
 from distlora.weights.quantized_cache_format import (

@@ -11,7 +11,7 @@ from distlora.architecture.safetensors_headers import Segment
 from distlora.architecture.tokens import Vocabulary
 from distlora.config import UserError
 from distlora.loading.quantize import copy_into
-from distlora.model.trainable_tokens import TokenRows
+from distlora.model.adapters import TokenRows
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.reader import Reader
 

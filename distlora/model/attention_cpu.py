@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distlora.architecture.attention_tiles import EXTRA, scores_at_once, tile_length, tiles
+from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length, tiles
 
 
 class Tile(NamedTuple):

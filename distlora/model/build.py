@@ -19,21 +19,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.expert_targets import check_router_loss, expert_names, select_adapted
+from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config, refused_by_transformers
 from distlora.architecture.families import Family, check_config, check_tiles
-from distlora.architecture.hf_config import read_hf_config, refused_by_transformers
-from distlora.architecture.targets import check_patterns
+from distlora.architecture.targets import check_patterns, check_router_loss, expert_names, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 from distlora.config import ModelSpec, TrainConfig, UserError
-from distlora.model.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, adapter_parameters
+from distlora.model.adapters import (
+    DEFAULT_ADAPTER,
+    AdaptedLinear,
+    BlockContext,
+    StepRows,
+    TokenRows,
+    adapter_parameters,
+)
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
-from distlora.model.experts import ExpertWeight, replace_experts
+from distlora.model.experts import (
+    ExpertWeight,
+    ask_for_balance,
+    balance_sums,
+    place_routers,
+    replace_experts,
+    weight_of,
+)
 from distlora.model.frozen_linear import FrozenLinear, link_shared_inputs
 from distlora.model.layer_wrapper import Block, Reference
 from distlora.model.lm_head import LossHead
-from distlora.model.router_loss import ask_for_balance, balance_sums, place_routers, weight_of
-from distlora.model.trainable_tokens import TokenRows
 from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.weights.prequantized import (
     PrequantizedWeight,
@@ -44,6 +54,8 @@ from distlora.weights.prequantized import (
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
+from distlora.config import AdapterConfig
+from distlora.model.adapters import LoRAPair, slot_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -466,3 +478,46 @@ def materialize_buffers(model: CausalLM, device: torch.device) -> None:
         if isinstance(scale := getattr(module, "embed_scale", None), Tensor):
             # In the buffer's dtype: transformers rounds the scale to bf16 in a bf16 model too.
             scale.fill_(module.scalar_embed_scale)
+
+
+def put_trial(
+    model: CausalLM, slot: int, config: AdapterConfig, *, seed: int, device: torch.device
+) -> dict[str, nn.Parameter]:
+    """Put a trial's initialized adapters into a free slot. Return `trial_parameters`.
+
+    `seed` is the trial's train.seed. Raises UserError, before anything changes, if its targets match nothing.
+    """
+    for path, weight in _targets(model, config):
+        weight.put_adapter(slot, config, path=path, seed=seed, device=device)
+    return trial_parameters(model, slot)
+
+
+def remove_trial(model: CausalLM, slot: int) -> None:
+    """Free a slot. Its rows use the base alone from now on."""
+    for _, weight in list(model.adapted_weights(slot_name(slot))):
+        weight.remove_adapter(slot)
+
+
+def trial_parameters(model: CausalLM, slot: int) -> dict[str, nn.Parameter]:
+    """Return the trained parameters of a slot's trial, in forward order, by their paths in a run alone."""
+    inside = f".adapters.{slot_name(slot)}"
+    return {
+        f"{path.removesuffix(inside)}.adapters.{DEFAULT_ADAPTER}.{name}": parameter
+        for path, part in model.named_modules()
+        if isinstance(part, LoRAPair) and path.endswith(inside)
+        for name, parameter in part.named_parameters()
+    }
+
+
+def _targets(model: CausalLM, config: AdapterConfig) -> list[tuple[str, AdaptedLinear | ExpertWeight]]:
+    """Return (Hugging Face path, weight) of the targets, with the checks of build_model."""
+    prefix = f"{model.family.decoder}.layers."
+    weights = {
+        model.hf_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, (AdaptedLinear, ExpertWeight))
+    }
+    linears = [path for path, weight in weights.items() if isinstance(weight, FrozenLinear) and path.startswith(prefix)]
+    targets = set(select_adapted(config, linears, model.family, len(model.blocks)))
+    check_patterns(config, targets, [*linears, *expert_names(model.family, len(model.blocks))])
+    return [(path, weight) for path, weight in weights.items() if path in targets]

@@ -1,21 +1,24 @@
-"""Replace norms, gated MLPs and the rotary embedding of a transformers decoder by fused ones.
+"""Replace norms, gated MLPs and the rotary embedding of a transformers decoder by ones that pass over memory once.
 
-One pass over memory each.
+On CUDA they are liger-kernel's, on the CPU those of elementwise.cpp (train.compile). Norms and MLPs are replaced module
+by module, with the same Parameters and linears under the same names, so loading, sharding and checkpoints are not
+affected. Attention modules look up the rotary embedding, a function, in their Python module, so it is replaced there,
+for the whole process, as liger-kernel's apply_liger_kernel_to_* does. Each start first restores transformers' function.
 
-liger.py has the GPU's, this file those of the CPU (train.compile, from elementwise.cpp) and the replacement. Norms and
-MLPs are replaced module by module, with the same Parameters and linears under the same names, so loading, sharding and
-checkpoints are not affected. Attention modules look up the rotary embedding, a function, in their Python module, so it
-is replaced there, for the whole process, as liger-kernel's apply_liger_kernel_to_* does. Each start first restores
-transformers' function.
+liger-kernel's linear cross-entropy is not used: it reads the number of targets on the host (README.md).
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distlora.architecture.families import Family
@@ -24,16 +27,18 @@ from distlora.model.lm_head import LossHead
 from distlora_kernels import native
 from distlora_kernels.elementwise import cross_entropy_, gated, rms_norm, rotate
 
+FIRST_LIGER = (0, 8, 5)
+"""First supported liger-kernel. 0.8.0 has no partial rotary embedding: on Phi-4-mini it reads beyond cos."""
+
 _GELU = ("gelu_pytorch_tanh", "gelu_new")
 _SILU = ("silu", "swish")
-
 
 _own: dict[str, Any] = {}
 """transformers' rotary embedding, by the Python module where it was replaced."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fused:
+class _Fused:
     """Fused replacements of a decoder's modules."""
 
     name: str
@@ -50,37 +55,24 @@ class Fused:
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) around a decoder's linears."""
+    """down(act(gate(x)) * up(x)) around a decoder's linears; gate and up may be one linear (phi3)."""
 
     def __init__(self, mlp: nn.Module, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.gate_proj = mlp.get_submodule("gate_proj")
-        self.up_proj = mlp.get_submodule("up_proj")
-        self.down_proj = mlp.get_submodule("down_proj")
+        self._inputs = ("gate_up_proj",) if hasattr(mlp, "gate_up_proj") else ("gate_proj", "up_proj")
+        for name in (*self._inputs, "down_proj"):
+            self.add_module(name, mlp.get_submodule(name))
         self.multiply = multiply
         """(gate, up) -> act(gate) * up."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return down(act(gate(x)) * up(x))."""
-        return self.down_proj(self.multiply(self.gate_proj(x), self.up_proj(x)))
+        products = [self.get_submodule(name)(x) for name in self._inputs]
+        gate, up = products if len(products) == 2 else products[0].chunk(2, dim=-1)
+        return self.get_submodule("down_proj")(self.multiply(gate, up))
 
 
-class FusedGatedMLP(nn.Module):
-    """Gated MLP whose gate and up are one linear (phi3)."""
-
-    def __init__(self, mlp: nn.Module, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.gate_up_proj = mlp.get_submodule("gate_up_proj")
-        self.down_proj = mlp.get_submodule("down_proj")
-        self.multiply = multiply
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return down(act(gate(x)) * up(x)), gate and up by one linear."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.multiply(gate, up))
-
-
-def exchange(decoder: Any, family: Family, fused: Fused, *, outputs_are_kept: bool = False) -> str:
+def exchange(decoder: Any, family: Family, fused: _Fused, *, outputs_are_kept: bool) -> str:
     """Replace modules of a decoder (on meta or with memory) by `fused`. Return a line about what is used.
 
     - llama, mistral, qwen2, qwen3 (its query and key norms too), phi3: RMSNorm with the scale applied after rounding to
@@ -92,15 +84,22 @@ def exchange(decoder: Any, family: Family, fused: Fused, *, outputs_are_kept: bo
     are replaced: the rotary embedding overwrites queries and keys, the MLP's backward gate and up, and autograd sees
     neither.
     """
-    norms = _replace_norms(decoder, family, fused)
+    gemma = family.model_type.startswith("gemma")
+    norms = [(path, norm) for path, norm in decoder.named_modules() if type(norm).__name__.endswith("RMSNorm")]
+    for path, norm in norms:
+        new = fused.norm(norm, gemma)
+        new.weight = norm.get_parameter("weight")
+        decoder.set_submodule(path, new.train(norm.training))
+    used = [f"RMSNorm ({len(norms)})"]
     if outputs_are_kept:
-        return f"{fused.name}: RMSNorm ({norms}); the others write over outputs that DoRA's gradients read"
-    config = decoder.config
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    used = [f"RMSNorm ({norms})"]
+        return f"{fused.name}: {used[0]}; the others write over outputs that DoRA's gradients read"
+    activation = getattr(decoder.config, "hidden_activation", None) or decoder.config.hidden_act
     if activation in (*_SILU, *_GELU):
-        gated, multiply = ("SwiGLU", fused.silu) if activation in _SILU else ("GEGLU", fused.gelu)
-        used.append(f"{gated} ({_replace_mlps(decoder, multiply)})")
+        product, multiply = ("SwiGLU", fused.silu) if activation in _SILU else ("GEGLU", fused.gelu)
+        mlps = [(path, mlp) for path, mlp in decoder.named_modules() if path.rpartition(".")[2] == "mlp"]
+        for path, mlp in mlps:
+            decoder.set_submodule(path, GatedMLP(mlp, multiply).train(mlp.training))
+        used.append(f"{product} ({len(mlps)})")
     name = type(decoder).__module__
     file: Any = sys.modules[name]
     _own.setdefault(name, file.apply_rotary_pos_emb)
@@ -120,27 +119,7 @@ def give_back(decoder: nn.Module) -> None:
         file.apply_rotary_pos_emb = _own.pop(name)
 
 
-def _replace_norms(decoder: nn.Module, family: Family, fused: Fused) -> int:
-    gemma = family.model_type.startswith("gemma")
-    norms = [(path, norm) for path, norm in decoder.named_modules() if type(norm).__name__.endswith("RMSNorm")]
-    for path, norm in norms:
-        new = fused.norm(norm, gemma)
-        new.weight = norm.get_parameter("weight")
-        decoder.set_submodule(path, new.train(norm.training))
-    return len(norms)
-
-
-def _replace_mlps(decoder: nn.Module, multiply: Callable[[Tensor, Tensor], Tensor]) -> int:
-    mlps = [(path, mlp) for path, mlp in decoder.named_modules() if path.rpartition(".")[2] == "mlp"]
-    for path, mlp in mlps:
-        fused = hasattr(mlp, "gate_up_proj")
-        new = FusedGatedMLP(mlp, multiply) if fused else GatedMLP(mlp, multiply)
-        decoder.set_submodule(path, new.train(mlp.training))
-    return len(mlps)
-
-
-def eps_of(norm: Any, gemma: bool) -> float:
-    """Return the epsilon of a transformers norm."""
+def _eps_of(norm: Any, gemma: bool) -> float:
     return float(norm.eps if gemma else norm.variance_epsilon)
 
 
@@ -157,10 +136,6 @@ class CompiledRMSNorm(nn.Module):
         """Return the RMS norm of x over its last dimension."""
         return rms_norm(x, self.weight, self.eps, plus_one=self.plus_one)
 
-    def extra_repr(self) -> str:
-        """Return the text that torch prints between the module's brackets."""
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
-
 
 def require_compiled() -> None:
     """Compile the extension. Raises UserError if that fails."""
@@ -172,7 +147,13 @@ def require_compiled() -> None:
 
 def use_compiled(decoder: Any, family: Family, head: LossHead, *, outputs_are_kept: bool = False) -> str:
     """Replace what is compiled, after `require_compiled`. Return a line about what is used."""
-    fused = Fused(name="compiled for this processor", norm=_norm, silu=_silu, gelu=_gelu, rotate=rotate)
+    fused = _Fused(
+        name="compiled for this processor",
+        norm=lambda norm, gemma: CompiledRMSNorm(eps=_eps_of(norm, gemma), plus_one=gemma),
+        silu=lambda gate, up: gated(gate, up, "silu"),
+        gelu=lambda gate, up: gated(gate, up, "gelu_tanh"),
+        rotate=rotate,
+    )
     used = exchange(decoder, family, fused, outputs_are_kept=outputs_are_kept)
     if not head.takes_cross_entropy:
         return used
@@ -180,13 +161,45 @@ def use_compiled(decoder: Any, family: Family, head: LossHead, *, outputs_are_ke
     return f"{used}, cross-entropy"
 
 
-def _norm(norm: nn.Module, gemma: bool) -> nn.Module:
-    return CompiledRMSNorm(eps=eps_of(norm, gemma), plus_one=gemma)
+def why_not_liger(*, device: torch.device, full: bool, experts: bool = False) -> str | None:
+    """Return why liger-kernel cannot be used; None if it can."""
+    if device.type != "cuda":
+        return f"its kernels need CUDA, this is {device.type}"
+    if full:
+        return "adapter=full trains the norms, and no test covers its kernels' gradients of them"
+    if experts:
+        return "no test shows yet that its norms and rotary embeddings are those of mixtures of experts"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "it is not installed; pip install 'distlora[cuda]' does that, train.liger=false silences this"
+    version = importlib.metadata.version("liger_kernel")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < FIRST_LIGER:
+        oldest = ".".join(map(str, FIRST_LIGER))
+        return f"it is {version}, older than {oldest}; pip install -U liger-kernel brings a newer one"
+    return None
 
 
-def _silu(gate: Tensor, up: Tensor) -> Tensor:
-    return gated(gate, up, "silu")
+def use_liger(decoder: Any, family: Family, *, outputs_are_kept: bool = False) -> str:
+    """Replace what liger-kernel has a kernel for ("llama" or "gemma" casting). Return a line about what is used."""
+    from liger_kernel.transformers import LigerRMSNorm, liger_rotary_pos_emb
+    from liger_kernel.transformers.functional import liger_geglu, liger_swiglu
 
+    def norm_of(norm: nn.Module, gemma: bool) -> nn.Module:
+        with torch.device("meta"):
+            return LigerRMSNorm(
+                norm.get_parameter("weight").shape[0],
+                eps=_eps_of(norm, gemma),
+                offset=1.0 if gemma else 0.0,
+                casting_mode="gemma" if gemma else "llama",
+                # In place it would overwrite the gradient of its output, which gemma's residual reads again. Out of
+                # place it costs one buffer of a micro-batch's hidden states in backward.
+                in_place=False,
+            )
 
-def _gelu(gate: Tensor, up: Tensor) -> Tensor:
-    return gated(gate, up, "gelu_tanh")
+    fused = _Fused(
+        name=f"liger-kernel {importlib.metadata.version('liger_kernel')}",
+        norm=norm_of,
+        silu=liger_swiglu,
+        gelu=liger_geglu,
+        rotate=liger_rotary_pos_emb,
+    )
+    return exchange(decoder, family, fused, outputs_are_kept=outputs_are_kept)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distlora.model.trainable_tokens import TokenRows, weighted_sum
+from distlora.model.adapters import TokenRows, weighted_sum
 
 LOGITS_PER_CHUNK = 2**24
 """fp32 logits that exist at once (64 MiB). A chunk has this many over the vocabulary size in tokens, 16 or more."""

@@ -12,10 +12,10 @@ from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.parallel import fsdp2
 from distlora.parallel.backend import Backend
+from distlora.parallel.fsdp2 import Residency
 from distlora.parallel.gradients import Gradients
 from distlora.parallel.mixed_precision import ComputeCopies
 from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks, sum_over_ranks
-from distlora.parallel.residency import Residency
 from distlora.parallel.shards import Shards, whole_shape
 
 __all__ = [

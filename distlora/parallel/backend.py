@@ -15,12 +15,11 @@ from torch.distributed.tensor import DTensor
 from distlora.config import UserError
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
+from distlora.parallel.fsdp2 import Residency
 from distlora.parallel.gradients import GradientReducer, Gradients, Launches, ShardedGradients
 from distlora.parallel.integrity import FrozenWeights, compare_trained
-from distlora.parallel.ranks import Ranks
-from distlora.parallel.residency import Residency
+from distlora.parallel.ranks import Ranks, Traffic
 from distlora.parallel.shards import HostRows, Shards, local_rows, stream_rows
-from distlora.parallel.traffic import Traffic
 from distlora.system import host_memory
 
 Collected = TypeVar("Collected")

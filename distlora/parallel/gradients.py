@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from distlora.parallel.traffic import Traffic
+from distlora.parallel.ranks import Traffic
 
 
 class Gradients:

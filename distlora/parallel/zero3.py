@@ -27,8 +27,8 @@ from torch.autograd.profiler import record_function
 from distlora.config.deepspeed_file import Gathering, check_deepspeed
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
+from distlora.parallel.ranks import Traffic
 from distlora.parallel.shards import Shards, whole_shape
-from distlora.parallel.traffic import Traffic
 from distlora.system import host_memory
 
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distlora.architecture.attention_tiles import computed_pairs
 from distlora.architecture.families import Family, text_settings
-from distlora.architecture.shapes import Asked, Biases, ModelShapes, attention_columns, sizes_of
+from distlora.architecture.shapes import Asked, Biases, ModelShapes, attention_columns, computed_pairs, sizes_of
 from distlora.planner.workload import Workload
 
 

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.families import check_config, is_mxfp4, names_on_disk, read_config
-from distlora.architecture.known import MXFP4_NAMES, architecture_named, nearest_architecture
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
-from distlora.architecture.shapes import ModelShapes, shapes_of
+from distlora.architecture.shapes import MXFP4_NAMES, ModelShapes, architecture_named, nearest_architecture, shapes_of
 from distlora.architecture.tokens import stored_rows
 from distlora.config import Config, ModelConfig, UserError
 from distlora.config.json_files import read_object
@@ -89,7 +88,7 @@ def find_model(
 
 
 def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> PlannedModel:
-    """Return a model by the sizes in distlora.architecture.known.
+    """Return a model by the sizes in distlora.architecture.families.
 
     The number of spare embedding rows is unknown there, so each new token counts as one more row.
     """

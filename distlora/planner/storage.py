@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distlora.architecture.expert_targets import peft_paths
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, header_bytes, lay_out
 from distlora.architecture.shapes import Asked, ModelShapes, expert_paths
+from distlora.architecture.targets import peft_paths
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import AdapterConfig, ParallelConfig
 from distlora.config.base import PLAIN

@@ -2,7 +2,7 @@
 
 Two measures, each of one rank and one optimizer step:
 
-- **carried**: the bytes that the backend counts (`parallel/traffic.py`): an all-gather's result, what every rank puts
+- **carried**: the bytes that the backend counts (`parallel/ranks.py`): an all-gather's result, what every rank puts
   into a reduce-scatter, the buffer of an all-reduce.
 - **received**: what of it comes in over this rank's links, by the ring algorithms that NCCL and gloo use for large
   buffers (and no algorithm gets below it): of S bytes over W ranks an all-gather and a reduce-scatter

@@ -24,7 +24,7 @@ from distlora.loading import decomposed_adapters
 from distlora.loading.load_base import Loaded, load_base
 from distlora.loading.peft_format import load_peft_adapter
 from distlora.loading.quantized_cache import QuantizedCacheSettings
-from distlora.model import attention, fused_modules, liger
+from distlora.model import attention, fused_modules
 from distlora.model.activation_offload import HostInputs
 from distlora.model.adapters import reset_adapters
 from distlora.model.build import DTYPES, CausalLM, build_model, materialize_buffers
@@ -277,9 +277,9 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
             block.remakes = train.checkpointing == "none" and not outputs_are_kept
     if is_gpu and train.liger:
         experts = model.family.experts is not None
-        reason = liger.why_not(device=device, full=spec.adapter.method == "full", experts=experts)
+        reason = fused_modules.why_not_liger(device=device, full=spec.adapter.method == "full", experts=experts)
         model.notes.append(
-            liger.apply(model.decoder, model.family, outputs_are_kept=outputs_are_kept)
+            fused_modules.use_liger(model.decoder, model.family, outputs_are_kept=outputs_are_kept)
             if reason is None
             else f"liger-kernel is not used: {reason}"
         )

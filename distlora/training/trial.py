@@ -23,8 +23,8 @@ from distlora.config import OptimConfig, TrainConfig
 from distlora.data.loader import Share, StepLoader
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients
+from distlora.parallel.ranks import Traffic
 from distlora.parallel.stop_and_save import Control
-from distlora.parallel.traffic import Traffic
 from distlora.training.document_losses import DocumentLosses
 from distlora.training.flops import count_flops, peak_flops
 from distlora.training.memory_check import MemoryCheck

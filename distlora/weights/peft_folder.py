@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.expert_targets import select_among
 from distlora.architecture.families import ExpertLayout
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
-from distlora.architecture.targets import idle_keys, match_ending, written
+from distlora.architecture.targets import idle_keys, match_ending, select_among, written
 from distlora.config import AdapterConfig, UserError, nearest
 from distlora.config.errors import FILES
 from distlora.config.json_files import read_object

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from distlora.analysis.intrinsic.request import IntrinsicRequest
 from distlora.analysis.intrinsic.subspace import Everything, FlatParameters, Subspace, Trainable
-from distlora.architecture.hf_config import read_hf_config
+from distlora.architecture.checkpoint_files import read_hf_config
 from distlora.config import OptimConfig
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import prepare

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from distlora.architecture.known import ARCHITECTURES
+from distlora.architecture.shapes import ARCHITECTURES
 from distlora_kernels import native
 
 Checkpointing = Literal["none", "block"]

@@ -88,7 +88,7 @@ def device_bytes(work: Workload, model: PlannedModel, machine: Machine) -> Devic
 
 
 def _fitting_blocks(work: Workload, model: PlannedModel, machine: Machine, found: DeviceBytes) -> int:
-    """Blocks that a run keeps gathered by itself, by what its first step leaves (distlora.parallel.residency)."""
+    """Blocks that a run keeps gathered by itself, by what its first step leaves (distlora.parallel.fsdp2)."""
     shards = work.shard_degree(machine.ranks)
     if shards == 1 or machine.usable_bytes is None:
         return 0

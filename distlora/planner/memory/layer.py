@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from distlora.architecture.attention_tiles import EXTRA, scores_at_once, tile_length
+from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length
 from distlora.planner.decoder import AdaptedRanks, AttentionKind, Decoder
 from distlora.planner.traffic import GROUP_WEIGHTS
 
@@ -513,7 +513,7 @@ def expert_half(run: BlockRun) -> list[Operation]:
 def _router(run: BlockRun) -> Operation:
     """Return the router: softmax, chosen experts and weights, the Routing, and the balance loss if there is one.
 
-    Backward adds the gradient of its input to that of the expert rows (distlora/model/router_loss.py).
+    Backward adds the gradient of its input to that of the expert rows (distlora/model/experts.py).
     """
     experts, b = run.decoder.experts, run.itemsize
     assert experts is not None

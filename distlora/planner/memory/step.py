@@ -203,7 +203,7 @@ class Step:
 
     @property
     def _checks(self) -> int:
-        """Bytes of a checksum of gathered weights (distlora.parallel.checksums).
+        """Bytes of a checksum of gathered weights (distlora.parallel.integrity).
 
         It runs in the first forward of a start and, with train.verify, in the one after each save.
         """

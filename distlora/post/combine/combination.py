@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distlora.architecture.expert_targets import peft_paths
 from distlora.architecture.safetensors_headers import read_header
-from distlora.architecture.targets import match_ending
+from distlora.architecture.targets import match_ending, peft_paths
 from distlora.architecture.tokens import EMBEDDING
 from distlora.config.json_files import read_object
 from distlora.loading.tensor_files import DeferredTensor

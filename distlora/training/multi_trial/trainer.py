@@ -16,9 +16,8 @@ from distlora.checkpoint.saver import SaveError
 from distlora.config import Config, UserError
 from distlora.config.file import load_config, settings_by_name
 from distlora.loading.load_base import Loaded
-from distlora.model.adapter_slots import put_trial, remove_trial
 from distlora.model.adapters import slot_name
-from distlora.model.build import CausalLM
+from distlora.model.build import CausalLM, put_trial, remove_trial
 from distlora.parallel import Backend, watch
 from distlora.parallel.stop_and_save import Control
 from distlora.run_folder import error_file

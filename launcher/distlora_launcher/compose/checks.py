@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.expert_targets import check_router_loss, expert_names, expert_shapes, select_adapted
 from distlora.architecture.families import (
     Family,
     check_config,
@@ -28,7 +27,7 @@ from distlora.architecture.families import (
     text_settings,
 )
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
-from distlora.architecture.targets import check_patterns
+from distlora.architecture.targets import check_patterns, check_router_loss, expert_names, expert_shapes, select_adapted
 from distlora.architecture.tokens import check_before_tokenizer
 from distlora.checkpoint.state import check_newest_settings, fixed_settings
 from distlora.config import (

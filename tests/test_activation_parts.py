@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd.profiler import profile
 
-from distlora.parallel import checksums
+from distlora.parallel import integrity
 from distlora.planner.memory import layer, step
 from distlora.planner.memory.layer import parts_of_db, parts_over_rows
 from distlora_kernels import dropout, nf4, skinny_launch
@@ -44,5 +44,5 @@ def test_bounds_of_what_is_made_at_once_are_those_of_the_code_that_makes_it() ->
     assert layer._COUNTERS == {"cpu": dropout._CPU_COUNTERS, "cuda": dropout._GPU_COUNTERS}
     assert layer._PARTS_BYTES == skinny_launch.MOST_PARTS_BYTES
     assert layer._RANK_READ_ONCE == skinny_launch._LARGEST_RANK_READ_ONCE
-    assert 8 * checksums._LINES_AT_ONCE["cuda"] * checksums.LINE == step._CHECKED
+    assert 8 * integrity._LINES_AT_ONCE["cuda"] * integrity.LINE == step._CHECKED
     assert layer._BLOCK == nf4.BLOCK

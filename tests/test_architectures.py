@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distlora.architecture.families import (
-    ARCHITECTURES,
-    MXFP4_NAMES,
-    architecture_named,
-    check_config,
-    nearest_architecture,
-)
-from distlora.architecture.shapes import shapes_of
+from distlora.architecture.families import check_config
+from distlora.architecture.shapes import ARCHITECTURES, MXFP4_NAMES, architecture_named, nearest_architecture, shapes_of
 from distlora_launcher.compose.compose import compose_config
 
 CONF = Path(__file__).parent.parent / "conf" / "model"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from closeness import assert_close, relative_error
-from distlora.architecture import attention_tiles
+from distlora.architecture import shapes
 from distlora.architecture.families import FAMILIES
 from distlora.model import attention, attention_cpu
 from distlora_kernels import attention as compiled_attention
@@ -93,8 +93,8 @@ def test_tiles_of_one_document_may_be_many_and_of_few_heads(monkeypatch: pytest.
     heads, bounds = (6, 3, 32), bounds_of([211])
     inputs = inputs_of(211, heads)
     expected = results(attention_cpu.attend, inputs, bounds)
-    monkeypatch.setattr(attention_tiles, "_LONGEST", 17)
-    monkeypatch.setattr(attention_tiles, "_SCORES", 2 * 2 * 17 * 150)
+    monkeypatch.setattr(shapes, "_LONGEST", 17)
+    monkeypatch.setattr(shapes, "_SCORES", 2 * 2 * 17 * 150)
     for ours, wanted in zip(results(attention_cpu.attend, inputs, bounds), expected, strict=True):
         assert_close(ours, wanted, ulps=2)
 
@@ -137,7 +137,7 @@ def test_documents_are_the_same_to_the_bit_wherever_they_are_packed(
     attend: Attend, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     """With little memory for scores, long documents have short tiles."""
-    monkeypatch.setattr(attention_tiles, "_SCORES", room)
+    monkeypatch.setattr(shapes, "_SCORES", room)
     heads, lengths = (4, 2, 32), [300, 5, 129, 300]
     bounds = bounds_of(lengths)
     inputs = inputs_of(sum(lengths), heads)
@@ -213,14 +213,14 @@ def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pyt
 
 def test_tiles_cover_what_is_seen_and_little_more() -> None:
     for length, groups, window in ((1, 1, None), (300, 4, None), (2048, 4, None), (2048, 1, 256), (40_000, 8, None)):
-        tile = attention_tiles.tile_length(length, groups)
+        tile = shapes.tile_length(length, groups)
         left = None if window is None else window - 1
-        found = list(attention_tiles.tiles(length, tile, left))
+        found = list(shapes.tiles(length, tile, left))
         assert [start for start, _, _ in found] == [0, *(end for _, end, _ in found[:-1])]
         assert found[-1][1] == length
         seen = sum(min(at + 1, window or length) for at in range(length))
-        computed = attention_tiles.computed_pairs(length, groups, window)
+        computed = shapes.computed_pairs(length, groups, window)
         assert computed == sum((end - start) * (end - key) for start, end, key in found)
         assert seen <= computed <= seen + length * tile
-        scores = attention_tiles.scores_at_once(length, groups, 8)
+        scores = shapes.scores_at_once(length, groups, 8)
         assert all(groups * (end - start) * (end - key) <= scores for start, end, key in found)

@@ -7,15 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from closeness import assert_close
 from distlora_kernels import fused, nf4
 from distlora_kernels.dora import initial_magnitude
 from distlora_kernels.dropout import Dropout, dropped, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, Magnitude, RowChoice, lora_linear, lora_linears
-from tiers import ci, diagonal
+from tiers import ci
 
 BATCH, TOKENS, FEATURES = 3, 12, 128
 OUTPUTS, RANKS = (100, 48, 64), (16, 3, 8)
@@ -268,21 +266,6 @@ def test_no_tokens_give_no_outputs_and_gradients_of_zero(
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("path", "dropout"), [("torch", True), ("triton", False)])
-def test_a_compiled_function_equals_the_eager_one(path: str, dropout: bool, request: pytest.FixtureRequest) -> None:
-    """Without a break of the graph: values and gradients bit for bit."""
-    device = request.getfixturevalue("triton_device") if path == "triton" else torch.device("cpu")
-    x, linears, dys = problem(torch.bfloat16, device, packed=True, dropout=dropout, choice=False)
-    leaf = x.clone().requires_grad_()
-    results = []
-    for function in (lora_linears, torch.compile(lora_linears, backend="aot_eager", fullgraph=True)):
-        ys = function(leaf, tuple(linears))
-        results.append([*ys, *torch.autograd.grad(ys, [leaf, *trained(linears)], dys)])
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)
-
-
 def test_no_weight_is_kept_for_backward_and_one_output_at_the_most() -> None:
     x, linears, _ = problem(torch.float32, torch.device("cpu"), packed=True, dropout=False, choice=False)
     for weight, adapter, bias in linears[:2]:
@@ -293,60 +276,6 @@ def test_no_weight_is_kept_for_backward_and_one_output_at_the_most() -> None:
         outputs = [t for t in saved if t.shape == (BATCH * TOKENS, weight.shape[0])]
         assert len(outputs) == 1
         assert (outputs[0].data_ptr() == y.data_ptr()) == (bias is None), "without a bias it is the output itself"
-
-
-class Passes(TorchDispatchMode):
-    """The ops that read or write a tensor of `numel` elements, but for products and views."""
-
-    PRODUCTS = ("aten.mm", "aten.addmm", "distlora.skinny_up", "distlora.skinny_dy")
-
-    def __init__(self, numel: int) -> None:
-        super().__init__()
-        self.numel = numel
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = str(func.overloadpacket)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        large = any(tensor.numel() == self.numel for tensor in tensors)
-        if (
-            large
-            and not func.is_view
-            and not name.startswith(("aten.empty", "aten.detach"))
-            and name not in self.PRODUCTS
-        ):
-            self.seen.append(name.split(".")[1])
-        return result
-
-
-@pytest.mark.parametrize(("packed", "bias"), diagonal([True, False], [True, False]), ids=str)
-def test_the_gpus_path_passes_over_outputs_as_often_as_is_counted(
-    triton_device: torch.device, packed: bool, bias: bool
-) -> None:
-    """A bias costs one more pass where a backward comes: the output without it."""
-    x, linears, dys = problem(torch.bfloat16, triton_device, packed=packed, dropout=False, choice=False)
-    weight, adapter, given = linears[1] if bias else linears[0]
-    assert adapter is not None
-    assert adapter.magnitude is not None
-    rows, out, dy = BATCH * TOKENS, weight.shape[0], dys[int(bias)]
-    leaves, magnitude = [x.requires_grad_(), *adapter[:2]], adapter.magnitude.masters
-    seen = []
-    with fused.force_variant("scratch"):
-        for form, trained_ones in ((adapter._replace(magnitude=None), leaves), (adapter, [*leaves, magnitude])):
-            with Passes(rows * out) as passes:
-                torch.autograd.grad(lora_linear(x, weight, form, bias=given), trained_ones, dy)
-            seen.append(passes.seen)
-        with torch.no_grad(), Passes(rows * out) as passes:
-            lora_linear(x, weight, adapter, bias=given)
-    assert seen[0] == []
-    if packed:
-        # The output is read in the pass over dy.
-        assert seen[1] == ["sub"] * bias + ["dora_dy_gradients"]
-        assert passes.seen == []
-        return
-    assert seen[1] == ["sub"] * bias + ["addcmul", "dora_magnitude_gradient", "addcmul"]
-    assert passes.seen == ["sub"] * bias + ["addcmul"]
 
 
 def test_a_small_change_of_the_magnitudes_is_not_swallowed_on_the_gpus_path(triton_device: torch.device) -> None:

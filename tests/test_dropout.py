@@ -19,9 +19,8 @@ from distlora.model.frozen_linear import link_shared_inputs
 from distlora.training.open_run import open_data
 from distlora_kernels import dropout as dropout_module
 from distlora_kernels import nf4
-from distlora_kernels.dropout import Dropout, Stream, dropped, threshold_of
+from distlora_kernels.dropout import Dropout, Stream, dropped, philox, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, RowChoice, lora_linear
-from distlora_kernels.philox import philox
 from small_models import make_run
 from test_adapters import adapted
 from test_lora_gpu import gate_of

@@ -126,19 +126,6 @@ def test_a_tiny_update_keeps_its_whole_size(triton_device: torch.device) -> None
     assert sigma < 0.01  # Else it would show nothing.
 
 
-@pytest.mark.parametrize("interpreted", [True, False])
-def test_torch_accepts_the_ops(interpreted: bool, request: pytest.FixtureRequest) -> None:
-    device = request.getfixturevalue("triton_device") if interpreted else torch.device("cpu")
-    p = Operands((3, 48, 64, 4), torch.bfloat16, device)
-    parts = list(p.weight.parts)
-    for op, arguments in (
-        (torch.ops.distlora.fused_linear.default, (p.x, parts, 48, p.addend, p.xa, p.b, p.bias)),
-        (torch.ops.distlora.fused_linear.default, (p.x, parts, 48, None, None, None, None)),
-        (torch.ops.distlora.fused_linear_dx.default, (p.dy, parts, 64, p.dxa, p.a)),
-    ):
-        torch.library.opcheck(op, arguments)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_without_triton_torch_computes_the_same(dtype: torch.dtype) -> None:
     assert not dispatch.uses_triton(torch.zeros(1))
@@ -150,30 +137,20 @@ def test_without_triton_torch_computes_the_same(dtype: torch.dtype) -> None:
     assert_close(dx, p.dy.double() @ p.exact + p.dxa.double() @ p.a.double(), ulps=4 if dtype == torch.float32 else 1)
 
 
-def test_what_does_not_fit_is_refused_with_its_values() -> None:
+def test_what_does_not_fit_is_refused() -> None:
     p = Operands((3, 48, 64, 4), torch.bfloat16, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="I = 100"):
-        fused.fused_linear(p.x, p.weight._replace(shape=(48, 100)))
-    with pytest.raises(RuntimeError, match=r"rows of 64, got \(3, 48\)"):
-        fused.fused_linear(p.dy, p.weight)
-    with pytest.raises(RuntimeError, match="given together"):
-        fused.fused_linear(p.x, p.weight, xa=p.xa)
-    with pytest.raises(RuntimeError, match=r"one rank.*torch.float32"):
+    for rows, weight, options in (
+        (p.x, p.weight._replace(shape=(48, 100)), {}),
+        (p.dy, p.weight, {}),
+        (p.x, p.weight, {"xa": p.xa}),
+        (p.x, p.weight, {"bias": p.addend}),
+        (p.x.double(), p.weight, {}),
+        (p.x, p.weight._replace(parts=p.weight.parts[:1]), {}),
+    ):
+        with pytest.raises(AssertionError):
+            fused.fused_linear(rows, weight, **options)
+    with pytest.raises(AssertionError):
         fused.fused_linear_dx(p.dy, p.weight, dxa=p.dxa, a=p.a.float())
-    with pytest.raises(RuntimeError, match=r"bias must be \(48,\), got \(3, 48\)"):
-        fused.fused_linear(p.x, p.weight, bias=p.addend)
-    with pytest.raises(TypeError, match="float64"):
-        fused.fused_linear(p.x.double(), p.weight)
-    with pytest.raises(RuntimeError, match="has parts"):
-        fused.fused_linear(p.x, p.weight._replace(parts=p.weight.parts[:1]))
-
-
-def test_codes_that_cannot_be_read_by_words_are_refused(triton_device: torch.device) -> None:
-    p = Operands((3, 48, 64, 4), torch.bfloat16, triton_device)
-    codes, *rest = p.weight.parts
-    shifted = torch.zeros(codes.numel() + 1, dtype=torch.uint8, device=triton_device)[1:].view(codes.shape)
-    with pytest.raises(RuntimeError, match="multiple of 4 bytes"):
-        fused.fused_linear(p.x, p.weight._replace(parts=(shifted, *rest)))
 
 
 def test_few_rows_are_fused_and_many_go_to_the_library() -> None:

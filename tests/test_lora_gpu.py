@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from torch import Tensor
@@ -291,20 +289,3 @@ def test_linears_take_turns_in_one_place_of_the_arena(triton_device: torch.devic
         lora_linears(x, linears)
     assert scratch.arena(triton_device).one.data_ptr() == place
     assert scratch.arena(triton_device).one.any(), "the weights were written elsewhere"
-
-
-@pytest.mark.parametrize("variant", ["scratch", ci("fused"), ci(None)])
-def test_a_compiled_function_of_adapted_linears_equals_the_eager_one(
-    triton_device: torch.device, variant: fused.Variant | None
-) -> None:
-    """Without a break of the graph, also where the variant is chosen by the table: values and gradients bit for bit."""
-    x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False)
-    leaf = x.clone().requires_grad_()
-    leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
-    results = []
-    for function in (lora_linears, torch.compile(lora_linears, backend="aot_eager", fullgraph=True)):
-        with contextlib.nullcontext() if variant is None else fused.force_variant(variant):
-            ys = function(leaf, tuple(linears))
-            results.append([*ys, *torch.autograd.grad(ys, leaves, dys)])
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)

@@ -136,17 +136,3 @@ def test_only_the_stored_parts_are_saved_for_backward() -> None:
     own = [t for t in saved if t.numel() in {p.numel() for p in parts}]
     assert {id(t) for t in own} >= {id(p) for p in parts}
     assert not any(t.shape == weight.shape for t in saved)
-
-
-def test_a_compiled_function_of_adapted_linears_equals_the_eager_one() -> None:
-    """On the CPU, without a break of the graph: values and gradients bit for bit."""
-    x, weight, a, b, bias = tensors((37, 128, 66, 3), torch.float32)
-    packed = FrozenWeight(nf4.nf4_quantize(weight), (66, 128))
-    leaves = [t.requires_grad_() for t in (x, a, b)]
-    linears = (Linear(packed, Adapter(a, b, 2.0), bias), Linear(FrozenWeight((weight,), (66, 128))))
-    results = []
-    for function in (lora_linears, torch.compile(lora_linears, backend="aot_eager", fullgraph=True)):
-        ys = function(x, linears)
-        results.append([*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)])
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distlora.system import randomness
-from distlora_kernels.philox import philox
+from distlora_kernels.dropout import philox
 
 # Known answers of Random123's kat_vectors for philox4x32-10: counter, key -> words.
 KNOWN = [

@@ -179,7 +179,7 @@ class AdaptedLinear(Adapted, FrozenLinear):
     """Frozen linear with adapters: y = x W^T + s (drop(x) A^T) B^T, with s of the row's adapter.
 
     With DoRA the buffer `row_norms_squared` (out_features,) fp32 holds those of the frozen weight, rounded to `dtype`;
-    it is replicated and filled by `distlora.loading`. kernels/distlora_kernels/dora_linear.py has the formula.
+    it is replicated and filled by `distlora.loading`. kernels/distlora_kernels/dora.py has the formula.
     """
 
     row_norms_squared: Tensor | None

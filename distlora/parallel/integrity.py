@@ -34,7 +34,7 @@ import functools
 
 import torch.nn.functional as F
 
-from distlora_kernels.philox import philox
+from distlora_kernels.dropout import philox
 
 
 class DamagedWeightsError(RuntimeError):

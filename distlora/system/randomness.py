@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from distlora_kernels.philox import MASK, philox
+from distlora_kernels.dropout import MASK, philox
 
 
 def key_of(seed: int, name: str) -> tuple[int, int]:

@@ -1,21 +1,19 @@
-"""Register ops with torch and choose their implementation: Triton for tensors on a GPU, torch elsewhere.
+"""Choose how an op runs: Triton for tensors on a GPU, torch elsewhere. Keep constants on devices, and limit threads.
 
-An op has one schema (`distlora::name`), one Python implementation for all devices, which asks `uses_triton`, and a fake
-that returns shapes and dtypes only, for torch.compile and torch.library.opcheck. Triton is imported when a kernel is
-first launched, so a CPU worker never imports it.
+Triton is imported when a kernel is first launched, so a CPU worker never imports it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("distlora", "DEF")
 _interpreting = False
 
 
@@ -45,43 +43,30 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an implementation to run on the device of its first argument, a tensor or a list of tensors."""
-
-    def on_its_device(first: Any, *others: Any, **options: Any) -> Any:
-        with on_device_of(first if isinstance(first, Tensor) else first[0]):
-            return implementation(first, *others, **options)
-
-    return on_its_device
-
-
-def register(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that registers a function as the op `distlora::name` and returns the op."""
-    name = schema.partition("(")[0]
-
-    def decorate(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, _on_its_device(implementation), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"distlora::{name}", fake, lib=_library)
-        op: Callable[..., Any] = getattr(torch.ops.distlora, name).default
-        return op
-
-    return decorate
-
-
-def check(condition: bool, message: Callable[[], str], error: type[Exception] = RuntimeError) -> None:
-    """Raise `error` unless the condition holds.
-
-    torch._check is not used: torch.compile breaks the graph at one whose message shows values.
-    """
-    if not condition:
-        raise error(message())
-
-
-@torch.compiler.assume_constant_result
 def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a GPU; (9, 0) for the CPU, whose interpreter runs the kernels of an H100.
-
-    torch.compile evaluates it once and puts no call into the graph.
-    """
+    """Return the compute capability of a GPU; (9, 0) for the CPU, whose interpreter runs the kernels of an H100."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers, such as scales of adapters, as (N,) fp32: one copy per device, which synchronizes with it."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one torch thread: the order of a product's sums depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def threads_of_one(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads in which torch has one thread each, so that operations do not wait for each other."""
+    with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool

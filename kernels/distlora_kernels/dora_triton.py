@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distlora_kernels import device_tables
+from distlora_kernels import nf4_triton
 from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK
 
@@ -60,7 +60,7 @@ def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) 
     scales = parts[1].contiguous()
     group_scale = offset = dynamic_map = None
     if len(parts) == 4:
-        group_scale, offset, dynamic_map = parts[2], parts[3], device_tables.dynamic_map(scales.device)
+        group_scale, offset, dynamic_map = parts[2], parts[3], nf4_triton.dynamic_map(scales.device)
     out = torch.empty(scales.shape, dtype=torch.float32, device=scales.device)
     _scaled_absmax_kernel[(triton.cdiv(out.numel(), ABSMAX_BLOCKS),)](
         scales,

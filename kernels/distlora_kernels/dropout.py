@@ -1,4 +1,7 @@
-"""Compute dropout masks as a pure function of the position, so that a mask is never stored.
+"""Generate counter-based random words (Philox), and from them dropout masks as a pure function of the position.
+
+A word depends only on its key and counter, so it can be computed in any order, on any device, repeatedly: a mask is
+never stored.
 
 Backward and recomputation compute the mask again, and any split of the sequences gives the same mask. For a linear's
 input x[position, column] of sequence `row` in training step `step`:
@@ -18,14 +21,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distlora_kernels.device_tables import on_device
-from distlora_kernels.philox import MASK, philox
+from distlora_kernels.dispatch import on_device
+
+MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
 
 COLUMNS_PER_CALL = 8
 _HALF = 2**16
 
 _CPU_COUNTERS, _GPU_COUNTERS = 2**15, 2**22
 """Counters computed at once: on a CPU the words stay in its cache, on a GPU they fill it."""
+
+
+def philox(
+    key: tuple[int | Tensor, int | Tensor], counter: tuple[Tensor, Tensor, Tensor, int | Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return four 32-bit random words per counter of four 32-bit words, in int64 tensors.
+
+    Philox-4x32-10 (Salmon et al., SC 2011) in integer tensor operations.
+    The counter's words broadcast against each other, after the first rounds. A key of tensors must not be wider than
+    word 3 of the counter.
+    """
+    c0, c1, c2 = counter[:3]
+    c3: Any = counter[3]
+    k0: Any = key[0]
+    k1: Any = key[1]
+    for _ in range(_ROUNDS):
+        # The int64 product wraps, and its bits are those of the unsigned 64-bit product.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(MASK)
+        c2 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(MASK)
+        # The low words; the high bits are masked in the next round.
+        c1, c3 = p1, p0
+        k0, k1 = (k0 + _WEYL[0]) & MASK, (k1 + _WEYL[1]) & MASK
+    return c0, c1 & MASK, c2, c3 & MASK
 
 
 class Dropout(NamedTuple):

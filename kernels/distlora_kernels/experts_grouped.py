@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distlora_kernels.device_tables import on_device
+from distlora_kernels.dispatch import on_device
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertGradients, ExpertLinear, Routing
 from distlora_kernels.scratch import DenseWeights
 

@@ -16,6 +16,7 @@ Letters: M rows, I in features, O out features, R rank, G groups, S parts of a s
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distlora_kernels import device_tables
-from distlora_kernels.dispatch import check, compute_capability
+from distlora_kernels import nf4_triton
+from distlora_kernels.dispatch import compute_capability
 from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK
 
@@ -299,7 +300,7 @@ def _add_parts_kernel(parts_ptr, y_ptr, numel, num_parts, OUTPUTS: tl.constexpr)
 
 def linear(
     x: Tensor,
-    parts: list[Tensor],
+    parts: Sequence[Tensor],
     out_features: int,
     *,
     addend: Tensor | None = None,
@@ -327,7 +328,7 @@ def linear(
 
 def dx(
     dy: Tensor,
-    parts: list[Tensor],
+    parts: Sequence[Tensor],
     in_features: int,
     *,
     dxa: Tensor | None = None,
@@ -346,7 +347,7 @@ def dx(
 def _launch(
     kernel: Any,
     rows: Tensor,
-    parts: list[Tensor],
+    parts: Sequence[Tensor],
     operands: tuple[Tensor | None, ...],
     config: TileConfig,
     *,
@@ -371,13 +372,10 @@ def _launch(
     num_parts = triton.cdiv(depth_tiles, tiles_per_part)
     y = result if num_parts == 1 else rows.new_empty((num_parts, m, outputs), dtype=torch.float32)
     codes, scales, scale, offset = parts if len(parts) == 4 else (parts[0], None, parts[1], None)
-    check(
-        codes.data_ptr() % 4 == 0,
-        lambda: f"codes must start at a multiple of 4 bytes (8 are read at once), not at {codes.data_ptr()}",
-    )
+    assert codes.data_ptr() % 4 == 0, "8 codes are read at once: they must start at a multiple of 4 bytes"
     kernel[(row_tiles * output_tiles, num_parts)](
         rows, codes, scales, scale, offset,
-        None if scales is None else device_tables.dynamic_map(device), device_tables.levels(device), *operands, y,
+        None if scales is None else nf4_triton.dynamic_map(device), nf4_triton.levels(device), *operands, y,
         m, outputs if kernel is _linear_kernel else summed, in_features, in_features // 8, in_features // BLOCK,
         rank or 0, row_tiles, tiles_per_part,
         ROWS=config.rows, WIDTH=config.width, DEPTH=config.depth, RANKS=ranks_at_a_time(rank), **constants,

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distlora_kernels import dora_linear
-from distlora_kernels.dora import dy_gradients
+from distlora_kernels import dora
 from distlora_kernels.dropout import ChosenDropout, Dropout, apply_dropout
 from distlora_kernels.fused import choose_variant, fused_linear, fused_linear_dx
 from distlora_kernels.operands import (
@@ -47,19 +46,19 @@ def forward(
         elif adapter.magnitude is None:
             y = _adapted(_Base(index, weight, weights, x), x, xa, adapter, bias)
             linear_saved = SavedLinear(xa)
-        elif dora_linear.can_fold(adapter, weight, x.dtype):
+        elif dora.can_fold(adapter, weight, x.dtype):
             wa = fused_linear(adapter.a.to(x.dtype), weight).T
-            factors = dora_linear.factors(adapter, wa, torch.float32)
+            factors = dora.factors(adapter, wa, torch.float32)
             factor = factors.excess + 1
-            weight, lora, _ = dora_linear.folded(linear, factor)
+            weight, lora, _ = dora.folded(linear, factor)
             assert lora is not None
             y = _adapted(_Base(index, weight, weights, x), x, xa, lora, bias)
             linear_saved = SavedLinear(
-                xa, dora_linear.saved_for_folded(linear, factors, factor, y, with_backward=with_backward)
+                xa, dora.saved_for_folded(linear, factors, factor, y, with_backward=with_backward)
             )
         else:
-            y, dora = _with_magnitude(_Base(index, weight, weights, x), x, xa, adapter, bias)
-            linear_saved = SavedLinear(xa, dora)
+            y, saved_dora = _with_magnitude(_Base(index, weight, weights, x), x, xa, adapter, bias)
+            linear_saved = SavedLinear(xa, saved_dora)
         ys.append(y)
         saved.append(linear_saved)
     return ys, saved
@@ -102,13 +101,13 @@ def _with_magnitude(
     base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, SavedDora]:
     """Return DoRA's y (M, O) and the tensors for backward."""
-    factors = dora_linear.factors(adapter, base.times_rows(adapter.a.to(x.dtype)), x.dtype)
+    factors = dora.factors(adapter, base.times_rows(adapter.a.to(x.dtype)), x.dtype)
     if adapter.dropout is None:
-        return dora_linear.scaled(adapter, factors, _adapted(base, x, xa, adapter, bias), bias)
+        return dora.scaled(adapter, factors, _adapted(base, x, xa, adapter, bias), bias)
     delta = skinny_up(xa, _scaled_up(adapter, x.dtype), choice=_choice(adapter))
     output = base.plus(delta.clone(), apply_dropout(x, adapter.dropout))
-    rest, dora = dora_linear.scaled_with_dropout(factors, delta, output, bias)
-    return base.plus(rest, x), dora
+    rest, saved_dora = dora.scaled_with_dropout(factors, delta, output, bias)
+    return base.plus(rest, x), saved_dora
 
 
 def backward(
@@ -126,22 +125,24 @@ def backward(
     dxas: dict[int, Tensor] = {}
     through_dropout: dict[int, Tensor] = {}
     for index, dy in rows.items():
-        adapter, (xa, dora) = linears[index].adapter, saved[index]
+        adapter, (xa, saved_dora) = linears[index].adapter, saved[index]
         if adapter is None or xa is None:
             continue
-        scaled, factor = dy, None if dora is None else dora.factor
-        if dora is not None and dora.excess is not None:
+        scaled, factor = dy, None if saved_dora is None else saved_dora.factor
+        if saved_dora is not None and saved_dora.excess is not None:
             if needs.magnitude[index]:
-                gradients.magnitude[index] = dora_linear.gradient(adapter, dora, dy)
-            scaled = dora_linear.plus_excess(dy, dy, dora.excess)
+                gradients.magnitude[index] = dora.gradient(adapter, saved_dora, dy)
+            scaled = dora.plus_excess(dy, dy, saved_dora.excess)
             if adapter.dropout is None:
                 rows[index] = scaled
             else:
-                through_dropout[index] = dora_linear.times_excess(dy, dora.excess)
+                through_dropout[index] = dora.times_excess(dy, saved_dora.excess)
         up = _scaled_up(adapter, dy.dtype)
-        if dora is not None and factor is not None and needs.magnitude[index]:
-            assert dora.output is not None
-            dxas[index], db, dm = dy_gradients(dy, up, xa, dora.output, dora.divisor[0], scale=_factor(adapter))
+        if saved_dora is not None and factor is not None and needs.magnitude[index]:
+            assert saved_dora.output is not None
+            dxas[index], db, dm = dora.dy_gradients(
+                dy, up, xa, saved_dora.output, saved_dora.divisor[0], scale=_factor(adapter)
+            )
             gradients.magnitude[index] = dm[None]
         else:
             dxas[index], db = skinny_dy(scaled, up, xa, scale=_factor(adapter), choice=_choice(adapter))
@@ -155,9 +156,9 @@ def backward(
     return gradients
 
 
-def _as_in_forward(linear: Linear, dora: SavedDora | None) -> Linear:
+def _as_in_forward(linear: Linear, saved_dora: SavedDora | None) -> Linear:
     """Return the linear, or the LoRA that forward folded it into."""
-    return linear if dora is None or dora.factor is None else dora_linear.folded(linear, dora.factor)
+    return linear if saved_dora is None or saved_dora.factor is None else dora.folded(linear, saved_dora.factor)
 
 
 def _input_gradient(

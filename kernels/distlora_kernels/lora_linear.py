@@ -9,7 +9,7 @@ sharding (README.md):
   already rounded to bf16, an update below half an ulp would vanish.
 
 With dropout y = x W^T + s k (d(x) A^T) B^T, where d zeroes the dropped inputs and k rescales (dropout.py). The mask is
-computed in forward and again in backward. With a magnitude the linear is DoRA's (dora_linear.py).
+computed in forward and again in backward. With a magnitude the linear is DoRA's (dora.py).
 
 Letters: M rows, I in features, O out features, R rank (all adapters of the linear side by side).
 """

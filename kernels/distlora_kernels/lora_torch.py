@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora_kernels import dora_linear
+from distlora_kernels import dora
 from distlora_kernels.dropout import ChosenDropout, Dropout, dropped
 from distlora_kernels.operands import Adapter, Gradients, Linear, Needs, RowChoice, SavedDora, SavedLinear
 from distlora_kernels.scratch import DenseWeights
@@ -116,15 +116,17 @@ def forward(
             saved.append(SavedLinear(None if adapter is None else x.new_empty(0)))
             continue
         projected = [_projected(part, index, seen, xa) for part, (seen, xa) in zip(parts, seen_by_part, strict=True)]
-        dora = None
+        saved_dora = None
         if adapter.magnitude is None:
             delta = _delta(projected, weight, bias)
             y = torch.addmm(delta, x, weight.T, out=delta)
         else:
-            y, dora = _with_magnitude(x, projected, weight, adapter, bias)
+            y, saved_dora = _with_magnitude(x, projected, weight, adapter, bias)
         ys.append(y)
         gated = [part.gated for part in projected]
-        saved.append(SavedLinear(gated[0] if len(gated) == 1 else torch.cat([each.flatten() for each in gated]), dora))
+        saved.append(
+            SavedLinear(gated[0] if len(gated) == 1 else torch.cat([each.flatten() for each in gated]), saved_dora)
+        )
     return ys, saved
 
 
@@ -154,18 +156,18 @@ def _with_magnitude(
     x: Tensor, projected: Sequence[_Projected], weight: Tensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, SavedDora]:
     """Return DoRA's y (M, O) and the tensors for backward."""
-    factors = dora_linear.factors(adapter, weight @ adapter.a.to(x.dtype).T, x.dtype)
+    factors = dora.factors(adapter, weight @ adapter.a.to(x.dtype).T, x.dtype)
     delta = _delta(projected, weight, bias if adapter.dropout is None else None)
     if adapter.dropout is None:
-        return dora_linear.scaled(adapter, factors, torch.addmm(delta, x, weight.T, out=delta), bias)
+        return dora.scaled(adapter, factors, torch.addmm(delta, x, weight.T, out=delta), bias)
     output = torch.empty_like(delta)
     for rows, part_adapter, seen, _ in projected:
         if part_adapter is None:  # k is 1 and v is not read.
             output[rows].zero_()
         else:
             torch.addmm(delta[rows], seen, weight.T, alpha=part_adapter.kept_scale, out=output[rows])
-    rest, dora = dora_linear.scaled_with_dropout(factors, delta, output, bias)
-    return torch.addmm(rest, x, weight.T, out=rest), dora
+    rest, saved_dora = dora.scaled_with_dropout(factors, delta, output, bias)
+    return torch.addmm(rest, x, weight.T, out=rest), saved_dora
 
 
 def backward(
@@ -184,16 +186,16 @@ def backward(
         if dy is None:
             continue
         adapter, scaled, dropped_dy = linear.adapter, dy, None
-        dora = linear_saved.magnitude
-        if adapter is not None and dora is not None:
-            assert dora.excess is not None
+        saved_dora = linear_saved.magnitude
+        if adapter is not None and saved_dora is not None:
+            assert saved_dora.excess is not None
             if needs.magnitude[index]:
-                gradients.magnitude[index] = dora_linear.gradient(adapter, dora, dy)
-            scaled = dora_linear.plus_excess(dy, dy, dora.excess)
+                gradients.magnitude[index] = dora.gradient(adapter, saved_dora, dy)
+            scaled = dora.plus_excess(dy, dy, saved_dora.excess)
             if adapter.dropout is None:
                 dy = scaled
             else:
-                dropped_dy = dora_linear.times_excess(dy, dora.excess)
+                dropped_dy = dora.times_excess(dy, saved_dora.excess)
         dxas = []
         if adapter is not None:
             assert x is not None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import nf4_cpu, reference
-from distlora_kernels.dispatch import check, on_device_of, register, uses_triton
+from distlora_kernels.dispatch import on_device_of, uses_triton
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYTES, absmax_group_sums, num_groups
 
 __all__ = [
@@ -53,8 +53,8 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
     The bytes equal bitsandbytes'. If n is not a multiple of 16,384 the last group is padded with zeros, whose code is
     7.
     """
-    check(flat.dtype in _SOURCE_DTYPES, lambda: f"NF4 quantizes fp32, bf16 and fp16, not {flat.dtype}", TypeError)
-    check(flat.dim() == 1, lambda: f"NF4 quantizes the flattened weight, got shape {tuple(flat.shape)}")
+    assert flat.dtype in _SOURCE_DTYPES, f"NF4 quantizes fp32, bf16 and fp16, not {flat.dtype}"
+    assert flat.dim() == 1, f"NF4 quantizes the flattened weight, got shape {tuple(flat.shape)}"
     if not uses_triton(flat):
         return nf4_cpu.quantize_blocks(flat)
     from distlora_kernels import nf4_triton
@@ -69,13 +69,8 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Te
     scale = exactly nearest entry of the dynamic map, ties to the lower index. The offset is the whole tensor's, ()
     fp32. Blocks from `num_blocks` on are padding. absmax must be finite.
     """
-    check(
-        absmax.dtype == offset.dtype == torch.float32 and absmax.dim() == 2 and absmax.shape[1] == BLOCKS_PER_GROUP,
-        lambda: (
-            f"absmax must be (G, {BLOCKS_PER_GROUP}) fp32 and offset fp32, got {tuple(absmax.shape)} {absmax.dtype}, "
-            f"offset {offset.dtype}"
-        ),
-    )
+    assert absmax.dtype == offset.dtype == torch.float32, f"absmax {absmax.dtype}, offset {offset.dtype}"
+    assert absmax.shape[1:] == (BLOCKS_PER_GROUP,), f"absmax {tuple(absmax.shape)}"
     if not uses_triton(absmax):
         return reference.quantize_absmax(absmax, offset, num_blocks)
     from distlora_kernels import nf4_triton
@@ -105,35 +100,6 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return codes, scales, group_scale, offset
 
 
-def _writes_out(*parts: Tensor, out: Tensor) -> None:
-    """Stand in for the ops that fill `out`, for shape propagation."""
-
-
-@register(
-    "nf4_dequantize_out(Tensor codes, Tensor scales, Tensor group_scale, Tensor offset, *, Tensor(a!) out) -> ()",
-    fake=_writes_out,
-)
-def nf4_dequantize_out(codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, out: Tensor) -> None:
-    """Run nf4_dequantize into a contiguous `out` of the weight's shape and dtype, without checks."""
-    if not uses_triton(codes):
-        out.copy_(nf4_cpu.dequantize(codes, scales, group_scale, offset, shape=tuple(out.shape), dtype=out.dtype))
-        return
-    from distlora_kernels import nf4_triton
-
-    nf4_triton.dequantize(codes, scales, group_scale, offset, out=out)
-
-
-@register("nf4_dequantize_blocks_out(Tensor codes, Tensor absmax, *, Tensor(a!) out) -> ()", fake=_writes_out)
-def dequantize_blocks_out(codes: Tensor, absmax: Tensor, *, out: Tensor) -> None:
-    """Run dequantize_blocks into a contiguous `out` of the weight's shape and dtype, without checks."""
-    if not uses_triton(codes):
-        out.copy_(nf4_cpu.dequantize_blocks(codes, absmax, shape=tuple(out.shape), dtype=out.dtype))
-        return
-    from distlora_kernels import nf4_triton
-
-    nf4_triton.dequantize_blocks(codes, absmax, out=out)
-
-
 def nf4_dequantize(
     codes: Tensor,
     scales: Tensor,
@@ -156,27 +122,16 @@ def nf4_dequantize(
         shape: Shape of the weight.
         dtype: Dtype of the result.
         out: Contiguous memory of that dtype and number of elements; the result is then a view of it.
-
-    Raises:
-        RuntimeError: The parts or `out` do not fit `shape`.
     """
-    groups = num_groups(math.prod(shape))
-    fits = (
-        codes.shape == (groups, GROUP_BYTES)
-        and scales.shape == (groups, BLOCKS_PER_GROUP)
-        and group_scale.shape == (groups,)
-    )
-    check(
-        fits,
-        lambda: (
-            f"a weight {shape} has {groups} groups; got codes {tuple(codes.shape)}, scales {tuple(scales.shape)}, "
-            f"group_scale {tuple(group_scale.shape)}"
-        ),
-    )
-    if out is None and _eagerly_on_cpu(codes):
-        return nf4_cpu.dequantize(codes, scales, group_scale, offset, shape=shape, dtype=dtype)
+    _check_parts((codes, scales, group_scale), shape)
+    if not uses_triton(codes):
+        weight = nf4_cpu.dequantize(codes, scales, group_scale, offset, shape=shape, dtype=dtype)
+        return weight if out is None else _place(out, shape, dtype, codes.device).copy_(weight)
+    from distlora_kernels import nf4_triton
+
     weight = _place(out, shape, dtype, codes.device)
-    nf4_dequantize_out(codes, scales, group_scale, offset, out=weight)
+    with on_device_of(codes):
+        nf4_triton.dequantize(codes, scales, group_scale, offset, weight)
     return weight
 
 
@@ -185,18 +140,17 @@ def dequantize_blocks(
 ) -> Tensor:
     """Return nf4_dequantize of a weight without double quantization, whose absmax (G, 256) fp32 is stored.
 
-    The result equals bitsandbytes' bit for bit from the same stored bytes. Raises RuntimeError for parts or an `out`
-    that do not fit `shape`.
+    The result equals bitsandbytes' bit for bit from the same stored bytes.
     """
-    groups = num_groups(math.prod(shape))
-    check(
-        codes.shape == (groups, GROUP_BYTES) and absmax.shape == (groups, BLOCKS_PER_GROUP),
-        lambda: f"a weight {shape} has {groups} groups; got codes {tuple(codes.shape)}, absmax {tuple(absmax.shape)}",
-    )
-    if out is None and _eagerly_on_cpu(codes):
-        return nf4_cpu.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype)
+    _check_parts((codes, absmax), shape)
+    if not uses_triton(codes):
+        weight = nf4_cpu.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype)
+        return weight if out is None else _place(out, shape, dtype, codes.device).copy_(weight)
+    from distlora_kernels import nf4_triton
+
     weight = _place(out, shape, dtype, codes.device)
-    dequantize_blocks_out(codes, absmax, out=weight)
+    with on_device_of(codes):
+        nf4_triton.dequantize(codes, absmax, None, None, weight)
     return weight
 
 
@@ -212,33 +166,29 @@ def dequantize_slice(
 ) -> Tensor:
     """Return the weights from index `start` on that fill `shape`, bit for bit those of the whole; on the CPU.
 
-    Both ends must be block boundaries: an expert's slice of a fused weight. Raises RuntimeError otherwise.
+    Both ends must be block boundaries: an expert's slice of a fused weight.
     """
     first, blocks = start // BLOCK, math.prod(shape) // BLOCK
-    check(
-        start % BLOCK == 0 and math.prod(shape) % BLOCK == 0 and first + blocks <= scales.numel(),
-        lambda: f"weights {start} to {start + math.prod(shape)} are not whole blocks of {scales.numel()} x {BLOCK}",
-    )
+    assert start % BLOCK == math.prod(shape) % BLOCK == 0, f"{shape} from {start} on is not of whole blocks"
+    assert first + blocks <= scales.numel(), f"{shape} from {start} on is beyond {scales.numel()} blocks"
     return nf4_cpu.dequantize_slice(
         codes, scales, group_scale, offset, blocks=slice(first, first + blocks), shape=shape, dtype=dtype
     )
 
 
-def _eagerly_on_cpu(codes: Tensor) -> bool:
-    """Return whether to call nf4_cpu without an op: it allocates its result, and torch.compile cannot trace it."""
-    return not uses_triton(codes) and not torch.compiler.is_compiling()
+def _check_parts(parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> None:
+    groups = num_groups(math.prod(shape))
+    shapes = [(groups, GROUP_BYTES), (groups, BLOCKS_PER_GROUP), (groups,)]
+    found = [tuple(part.shape) for part in parts]
+    assert found == shapes[: len(parts)], f"a weight {shape} has {groups} groups; the parts are {found}"
 
 
 def _place(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the tensor to write a weight to: a new one, or `out`, checked, in the weight's shape."""
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    numel = math.prod(shape)
-    if out.numel() != numel or out.dtype != dtype or out.device != device or not out.is_contiguous():
-        raise RuntimeError(
-            f"out must be contiguous, {dtype}, on {device}, with the {numel:,} elements of {shape}; got "
-            f"{tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
-        )
+    assert (out.numel(), out.dtype, out.device) == (math.prod(shape), dtype, device), f"{shape} {dtype} on {device}"
+    assert out.is_contiguous(), out.stride()
     return out.view(shape)
 
 

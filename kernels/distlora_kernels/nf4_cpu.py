@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import reference
+from distlora_kernels.dispatch import threads_of_one
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYTES, NF4_LEVELS, num_groups
-from distlora_kernels.threads import threads_of_one
 
 PIECE_GROUPS = 16
 """Groups quantized at once: 262,144 weights, whose 3.5 MiB of work memory stay in a core's cache and are reused."""

@@ -6,13 +6,15 @@ alternatives with their instruction counts.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from distlora_kernels import device_tables, reference
-from distlora_kernels.dispatch import check
+from distlora_kernels import reference
 from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP_BYTES, num_groups
 
@@ -27,6 +29,32 @@ NUM_WARPS = 4
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 _MIDPOINTS = tl.constexpr(reference.nf4_midpoints())
+
+
+@functools.cache
+def levels(device: torch.device) -> Tensor:
+    """Return the NF4 levels, (16,) fp32."""
+    return torch.tensor(reference.NF4_LEVELS, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic_map(device: torch.device) -> Tensor:
+    """Return the dynamic 8-bit map, (256,) fp32."""
+    return reference.dynamic_map().to(device)
+
+
+@functools.cache
+def dynamic_midpoints(device: torch.device) -> Tensor:
+    """Return (256,) fp32: what an fp32 number must exceed to be nearer to entry i + 1 than to entry i; the last is inf.
+
+    The midpoint of two entries is exact in fp64 and mostly not in fp32. x > midpoint is x > (midpoint rounded down to
+    fp32) for every fp32 x, so the comparison in fp32 is as exact as the reference's in fp64.
+    """
+    entries = reference.dynamic_map().double()
+    exact = (entries[1:] + entries[:-1]) / 2
+    rounded = exact.float()
+    down = torch.where(rounded.double() > exact, torch.nextafter(rounded, torch.tensor(-math.inf)), rounded)
+    return torch.cat((down, torch.tensor([math.inf]))).to(device)
 
 
 @triton.jit(do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"])
@@ -59,37 +87,20 @@ def _dequantize_kernel(
     tl.store(out_ptr + first * 64 + element, weights.to(out_ptr.dtype.element_ty), mask=element < left)
 
 
-def dequantize(codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, out: Tensor) -> None:
-    """Run reference.nf4_dequantize into `out`, bit for bit."""
-    dynamic_map = device_tables.dynamic_map(codes.device)
-    _launch_dequantize(codes, scales, group_scale, offset, dynamic_map, out)
-
-
-def dequantize_blocks(codes: Tensor, absmax: Tensor, *, out: Tensor) -> None:
-    """Run reference.dequantize_blocks into `out`, bit for bit."""
-    _launch_dequantize(codes, absmax, None, None, None, out)
-
-
-def _launch_dequantize(
-    codes: Tensor, scales: Tensor, group_scale: Tensor | None, offset: Tensor | None, map_: Tensor | None, out: Tensor
-) -> None:
+def dequantize(codes: Tensor, scales: Tensor, group_scale: Tensor | None, offset: Tensor | None, out: Tensor) -> None:
+    """Run reference.nf4_dequantize into `out`, bit for bit; without a group_scale `scales` holds the absmax."""
     parts = (codes, scales) if group_scale is None else (codes, scales, group_scale)
-    check(
-        all(part.is_contiguous() for part in parts) and codes.data_ptr() % 4 == 0,
-        lambda: (
-            f"the parts must be contiguous and codes start at a multiple of 4 bytes (8 codes are read at once); "
-            f"strides are {[part.stride() for part in parts]}, codes start at {codes.data_ptr()}"
-        ),
-    )
-    numel = out.numel()
-    grid = (triton.cdiv(numel, DEQUANTIZE_BLOCKS * BLOCK),)
-    _dequantize_kernel[grid](
+    assert all(part.is_contiguous() for part in parts), [part.stride() for part in parts]
+    assert codes.data_ptr() % 4 == 0, "8 codes are read at once: they must start at a multiple of 4 bytes"
+    numel, device = out.numel(), codes.device
+    map_ = None if group_scale is None else dynamic_map(device)
+    _dequantize_kernel[(triton.cdiv(numel, DEQUANTIZE_BLOCKS * BLOCK),)](
         codes,
         scales,
         group_scale,
         offset,
         map_,
-        device_tables.levels(codes.device),
+        levels(device),
         out,
         numel,
         BLOCKS=DEQUANTIZE_BLOCKS,
@@ -161,11 +172,10 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Te
     scales = torch.empty(groups, BLOCKS_PER_GROUP, dtype=torch.uint8, device=absmax.device)
     group_scale = torch.empty(groups, dtype=torch.float32, device=absmax.device)
     grid = (triton.cdiv(groups, QUANTIZE_GROUPS),)
-    midpoints = device_tables.dynamic_midpoints(absmax.device)
     _quantize_absmax_kernel[grid](
         absmax,
         offset,
-        midpoints,
+        dynamic_midpoints(absmax.device),
         scales,
         group_scale,
         groups,

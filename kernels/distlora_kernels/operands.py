@@ -72,7 +72,7 @@ class RowChoice(NamedTuple):
 
 
 class Magnitude(NamedTuple):
-    """DoRA's magnitudes of one linear (dora_linear.py)."""
+    """DoRA's magnitudes of one linear (dora.py)."""
 
     masters: Tensor
     """Magnitudes m, (N, O) fp32; N = 1 without a choice."""
@@ -101,7 +101,7 @@ class Linear(NamedTuple):
 
 
 class SavedDora(NamedTuple):
-    """Tensors that the backward of a DoRA linear needs (made and read by dora_linear.py).
+    """Tensors that the backward of a DoRA linear needs (made and read by dora.py).
 
     dm is the sum over the rows of dy * output, divided by `divisor`: output v and divisor n, or output k v and divisor
     m.

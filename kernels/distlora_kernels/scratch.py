@@ -120,7 +120,7 @@ class DenseWeights:
         if not weight.quantized:
             return weight.dense(dtype)
         first, place = weight.parts[0], None
-        if uses_triton(first) and not torch.compiler.is_compiling():  # A compiled graph manages its memory.
+        if uses_triton(first):
             stream_arena = arena(first.device)
             place = (stream_arena.take_kept if _keeping == "recomputation" else stream_arena.take_one)(
                 weight.shape, dtype

@@ -12,8 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from distlora_kernels.device_tables import on_device
+from distlora_kernels.dispatch import on_device
 from distlora_kernels.dropout import ChosenDropout, Dropout, stream_table
+from distlora_kernels.operands import RowChoice
 from distlora_kernels.skinny_triton import add_partials, down_kernel, dy_kernel, grad_kernel, tile_of, up_kernel
 
 _PROGRAMS = 128
@@ -45,15 +46,21 @@ class _Rows(NamedTuple):
     tokens: int
     rank: int
     """Largest rank of an adapter: the columns of xa and dxa."""
-    spans: Tensor | None
+    rows: Tensor | None = None
+    """(B,) int64: adapter of each row."""
+    spans: Tensor | None = None
     """(N, 2) int32: first column and rank of each adapter."""
+    alignment: int = 16
+    """Largest power of 2, up to 16, that divides every rank and first column."""
 
 
-def _rows_of(num_rows: int, rank: int, rows: Tensor | None, ranks: tuple[int, ...], device: torch.device) -> _Rows:
-    if rows is None:
-        return _Rows(1, num_rows, rank, None)
+def _rows_of(num_rows: int, rank: int, choice: RowChoice | None) -> _Rows:
+    if choice is None:
+        return _Rows(1, num_rows, rank)
+    rows, ranks = choice.rows, choice.ranks
+    alignment = min(rank & -rank for rank in (16, *ranks))
     batch = rows.shape[0]
-    return _Rows(batch, num_rows // batch, max(ranks), _spans(ranks, device))
+    return _Rows(batch, num_rows // batch, max(ranks), rows, _spans(ranks, rows.device), alignment)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -66,11 +73,6 @@ def _owners(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """Return (R, 2) int32: adapter of each column, and its index there."""
     places = [(n, place) for n, rank in enumerate(ranks) for place in range(rank)]
     return torch.tensor(places, dtype=torch.int32, device=device)
-
-
-def _alignment(ranks: tuple[int, ...]) -> int:
-    """Return the largest power of 2, up to 16, that divides every rank and first column."""
-    return min(16, *(rank & -rank for rank in (16, *ranks)))
 
 
 def _dropout_words(dropout: Dropout | ChosenDropout | None, num_rows: int) -> dict[str, Any]:
@@ -93,12 +95,10 @@ def _row_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def down(
-    x: Tensor, a: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | ChosenDropout | None
-) -> Tensor:
+def down(x: Tensor, a: Tensor, choice: RowChoice | None, dropout: Dropout | ChosenDropout | None) -> Tensor:
     """Return skinny.skinny_down; a may have any strides."""
     x = _row_contiguous(x)
-    (num_rows, num_columns), by = x.shape, _rows_of(x.shape[0], a.shape[0], rows, ranks, x.device)
+    (num_rows, num_columns), by = x.shape, _rows_of(x.shape[0], a.shape[0], choice)
     tile = tile_of("down", by.rank, by.tokens, x.dtype, dropout is not None)
     tiles_of_a_row, pieces = triton.cdiv(by.tokens, tile.rows), triton.cdiv(by.rank, tile.ranks)
     programs = by.batch * tiles_of_a_row * pieces
@@ -106,10 +106,10 @@ def down(
     out = x.new_empty(num_rows, by.rank)
     sums = out if split.parts == 1 else out.new_empty(split.parts, *out.shape, dtype=torch.float32)
     down_kernel[(programs, split.parts)](
-        x, a, sums, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        x, a, sums, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
         stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_split=out.numel(),
         split_columns=split.size, tiles_of_a_row=tiles_of_a_row, **_dropout_words(dropout, num_rows),
-        BM=tile.rows, BK=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=_alignment(ranks),
+        BM=tile.rows, BK=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=by.alignment,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if split.parts > 1:
@@ -121,23 +121,22 @@ def up(
     xa: Tensor,
     b: Tensor,
     bias: Tensor | None,
-    rows: Tensor | None,
-    ranks: tuple[int, ...],
+    choice: RowChoice | None,
     dropout: Dropout | ChosenDropout | None,
 ) -> Tensor:
     """Return skinny.skinny_up."""
     xa = _row_contiguous(xa)
     num_rows, num_columns = xa.shape[0], b.shape[0]
-    by = _rows_of(num_rows, b.shape[1], rows, ranks, xa.device)
+    by = _rows_of(num_rows, b.shape[1], choice)
     tile = tile_of("up", by.rank, by.tokens, xa.dtype, dropout is not None)
     tiles_of_a_row, column_tiles = triton.cdiv(by.tokens, tile.rows), triton.cdiv(num_columns, tile.columns)
     out = xa.new_empty(num_rows, num_columns)
     up_kernel[(by.batch * tiles_of_a_row * column_tiles,)](
-        xa, b, bias, out, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        xa, b, bias, out, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
         stride_xa=xa.stride(0), stride_bo=b.stride(0), stride_br=b.stride(1),
         tiles_of_a_row=tiles_of_a_row, column_tiles=column_tiles, **_dropout_words(dropout, num_rows),
         BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=triton.cdiv(by.rank, tile.ranks),
-        SPAN_ALIGNMENT=_alignment(ranks), num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        SPAN_ALIGNMENT=by.alignment, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -147,9 +146,7 @@ def dy(
     b: Tensor,
     xa: Tensor,
     scale: float,
-    rows: Tensor | None,
-    ranks: tuple[int, ...],
-    scales: tuple[float, ...],
+    choice: RowChoice | None,
     *,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -158,14 +155,14 @@ def dy(
     The sums are None if another kernel must read dy again for them.
     """
     dy, b, xa = _row_contiguous(dy), _row_contiguous(b), _row_contiguous(xa)
-    (num_rows, num_columns), by = dy.shape, _rows_of(dy.shape[0], b.shape[1], rows, ranks, dy.device)
+    (num_rows, num_columns), by = dy.shape, _rows_of(dy.shape[0], b.shape[1], choice)
     tile = tile_of("dy", by.rank, by.tokens, dy.dtype)
     stripes_of_a_row = triton.cdiv(by.tokens, tile.rows)
     stripes = by.batch * stripes_of_a_row
     if by.rank > _LARGEST_RANK_READ_ONCE or stripes * num_columns * by.rank * 4 > MOST_PARTS_BYTES:
         db = b.new_empty(b.shape, dtype=torch.float32)
-        _products_over_rows(xa, dy, db.T, rows, ranks, None, scale, scales)
-        return down(dy, b.T, rows, ranks, None), db, None
+        _products_over_rows(xa, dy, db.T, choice, None, scale)
+        return down(dy, b.T, choice, None), db, None
     # Two programs per multiprocessor: one waits for its tile while the other multiplies.
     split = _split(num_columns, tile.columns, stripes, wanted=2 * _PROGRAMS)
     dxa = dy.new_empty(num_rows, by.rank)
@@ -175,26 +172,24 @@ def dy(
     y = None if y is None or tile.ranks > 16 else _row_contiguous(y)
     products = None if y is None else b.new_empty(stripes, num_columns, dtype=torch.float32)
     dy_kernel[(stripes, split.parts)](
-        dy, b, xa, sums, parts, y, products, rows, by.spans,
+        dy, b, xa, sums, parts, y, products, by.rows, by.spans,
         tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank, stride_dy=dy.stride(0), stride_b=b.stride(0),
         stride_xa=xa.stride(0), stride_y=0 if y is None else y.stride(0), stride_split=dxa.numel(),
         split_columns=split.size, stripes_of_a_row=stripes_of_a_row,
-        BM=tile.rows, BK=tile.columns, BR=tile.ranks, SPAN_ALIGNMENT=_alignment(ranks),
+        BM=tile.rows, BK=tile.columns, BR=tile.ranks, SPAN_ALIGNMENT=by.alignment,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if split.parts > 1:
         _add(sums, dxa)
     db = b.new_empty(b.shape, dtype=torch.float32)
-    _add(parts, db, scale=scale, rows=rows, ranks=ranks, scales=scales, rank_is_last=True)
+    _add(parts, db, scale=scale, choice=choice, rank_is_last=True)
     return dxa, db, products
 
 
-def grad(
-    dxa: Tensor, x: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | ChosenDropout | None
-) -> Tensor:
+def grad(dxa: Tensor, x: Tensor, choice: RowChoice | None, dropout: Dropout | ChosenDropout | None) -> Tensor:
     """Return skinny.skinny_grad."""
-    da = x.new_empty(sum(ranks) if ranks else dxa.shape[1], x.shape[1], dtype=torch.float32)
-    _products_over_rows(_row_contiguous(dxa), _row_contiguous(x), da, rows, ranks, dropout, 1.0, ())
+    da = x.new_empty(dxa.shape[1] if choice is None else sum(choice.ranks), x.shape[1], dtype=torch.float32)
+    _products_over_rows(_row_contiguous(dxa), _row_contiguous(x), da, choice, dropout, None)
     return da
 
 
@@ -202,17 +197,15 @@ def _products_over_rows(
     left: Tensor,
     right: Tensor,
     out: Tensor,
-    rows: Tensor | None,
-    ranks: tuple[int, ...],
+    choice: RowChoice | None,
     dropout: Dropout | ChosenDropout | None,
-    scale: float,
-    scales: tuple[float, ...],
+    scale: float | None,
 ) -> None:
-    """Compute out = scale * left^T d(right) of left (M, R), right (M, I).
+    """Compute out = scale * left^T d(right) of left (M, R), right (M, I); `scale` None is without choice.scales.
 
     out is (R, I) fp32, contiguous or the transpose of a contiguous tensor.
     """
-    (num_rows, num_columns), by = right.shape, _rows_of(right.shape[0], left.shape[1], rows, ranks, right.device)
+    (num_rows, num_columns), by = right.shape, _rows_of(right.shape[0], left.shape[1], choice)
     tile = tile_of("grad", by.rank, by.tokens, right.dtype, dropout is not None)
     column_tiles, pieces = triton.cdiv(num_columns, tile.columns), triton.cdiv(by.rank, tile.ranks)
     stripe = _split(by.tokens, tile.rows, column_tiles * pieces * by.batch)
@@ -220,35 +213,36 @@ def _products_over_rows(
     rank_is_last = out.stride(1) != 1
     parts = out.new_empty(stripes, *((num_columns, by.rank) if rank_is_last else (by.rank, num_columns)))
     grad_kernel[(column_tiles * pieces, stripes)](
-        left, right, parts, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        left, right, parts, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
         stride_dxa=left.stride(0), stride_x=right.stride(0),
         stride_or=1 if rank_is_last else num_columns, stride_oi=by.rank if rank_is_last else 1,
         stripe_tokens=stripe.size, stripes_of_a_row=stripe.parts, **_dropout_words(dropout, num_rows),
-        BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=_alignment(ranks),
+        BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=by.alignment,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    whole = out.T if rank_is_last else out
-    _add(parts, whole, scale=scale, rows=rows, ranks=ranks, scales=scales, rank_is_last=rank_is_last)
+    _add(parts, out.T if rank_is_last else out, scale=scale, choice=choice, rank_is_last=rank_is_last)
 
 
 def _add(
     partials: Tensor,
     out: Tensor,
     *,
-    scale: float = 1.0,
-    rows: Tensor | None = None,
-    ranks: tuple[int, ...] = (),
-    scales: tuple[float, ...] = (),
+    scale: float | None = None,
+    choice: RowChoice | None = None,
     rank_is_last: bool = False,
 ) -> None:
-    """Sum partials (S, ...) over dim 0 into `out`; with rows, sum the rows of each adapter into its columns."""
+    """Sum partials (S, ...) over dim 0 into `out`, times `scale`.
+
+    With a choice, sum the rows of each adapter into its columns; with a scale also times choice.scales.
+    """
     count, size = partials.shape[0], out.numel()
     width, rank = (0, 2) if rank_is_last else (1, 1)
     add_partials[(triton.cdiv(size, 512),)](
-        partials, out, rows, None if rows is None else _owners(ranks, out.device),
-        on_device(scales, out.device) if scales else None,
+        partials, out, None if choice is None else choice.rows,
+        None if choice is None else _owners(choice.ranks, out.device),
+        on_device(choice.scales, out.device) if choice is not None and scale is not None else None,
         size=size, num_partials=count, partial_size=partials.stride(0),
-        partials_of_a_row=1 if rows is None else count // rows.shape[0], scale=scale,
-        width=out.shape[width], all_ranks=sum(ranks), max_rank=partials.shape[rank],
+        partials_of_a_row=1 if choice is None else count // choice.rows.shape[0], scale=1.0 if scale is None else scale,
+        width=out.shape[width], all_ranks=0 if choice is None else sum(choice.ranks), max_rank=partials.shape[rank],
         RANK_IS_LAST=rank_is_last, BLOCK=512, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

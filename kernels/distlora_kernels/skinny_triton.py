@@ -7,7 +7,7 @@ only, never on the number of multiprocessors, and so do the bits.
 Ranks are padded to 16, 32 or 64; larger ones are split into pieces of 64, whose programs are neighbours and find the
 large operand in L2. Letters as in skinny.py; BM, BN, BK, BR are a tile's rows, columns, summed length and ranks.
 
-Dropout computes philox.py's words and dropout.py's masks in the kernel, bit for bit. One call of the generator decides
+Dropout computes dropout.py's words and masks in the kernel, bit for bit. One call of the generator decides
 for 8 columns, so it runs on a tile of (rows, columns / 8) and its words are spread over the columns, 8 neighbours per
 thread. In the first two rounds the counter's words are one per row or per column, so a call costs 8 full rounds.
 """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distlora.analysis import naming
 from distlora.model.build import CausalLM
 from distlora.system.randomness import key_of
-from distlora_kernels.philox import MASK, philox
+from distlora_kernels.dropout import MASK, philox
 
 
 class FlatParameters:

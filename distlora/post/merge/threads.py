@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distlora.system.numbers import size
-from distlora_kernels.threads import threads_of_one
+from distlora_kernels.dispatch import threads_of_one
 
 Say = Callable[[str], None]
 """Takes a progress line; prints one now and then."""

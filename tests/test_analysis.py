@@ -17,11 +17,17 @@ from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
 from distlora.analysis.quantization import report, roundtrip
-from distlora.analysis.quantization.perplexity import put_through
 from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, QuantizationRequest
-from distlora.analysis.quantization.roundtrip import FORMATS, Sums, measure, measure_references, round_trip
-from distlora.analysis.quantization.weights import block_weights, find_weights
-from distlora.analysis.quantization.worker import read_rows
+from distlora.analysis.quantization.roundtrip import (
+    FORMATS,
+    Sums,
+    block_weights,
+    find_weights,
+    measure,
+    measure_references,
+    round_trip,
+)
+from distlora.analysis.quantization.worker import put_through, read_rows
 from distlora.analysis.quantization.worker import run as analyse
 from distlora.data.loader import StepLoader
 from distlora.loading.quantize import DoubleQuantizedAbsmax
@@ -53,14 +59,14 @@ def test_int4_has_15_levels_ties_go_down_and_a_block_of_zeros_stays_zero() -> No
     levels = torch.tensor(roundtrip.INT4_LEVELS)
     assert len(levels) == 15
     assert torch.equal(levels, -levels.flip(0))
-    assert roundtrip.INT4_LEVELS[roundtrip.INT4_ZERO_CODE] == 0
+    assert roundtrip.INT4_LEVELS[7] == 0
     midpoints = (levels[1:] + levels[:-1]) / 2
     block = torch.cat([levels, midpoints, torch.zeros(64 - 29)])
-    codes, absmax = roundtrip.quantize_int4(torch.cat([block, torch.zeros(64)]))
+    codes, absmax = FORMATS["int4"].quantize(torch.cat([block, torch.zeros(64)]))
     assert absmax.flatten()[:3].tolist() == [1.0, 0.0, 0.0]
     index = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()
     assert index[:29].tolist() == [*range(15), *range(14)]
-    assert set(index[29:].tolist()) == {roundtrip.INT4_ZERO_CODE}
+    assert set(index[29:].tolist()) == {7}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
-from distlora.analysis.intrinsic import report, search, subspace
+from distlora.analysis.intrinsic import report, search, training
 from distlora.analysis.intrinsic.request import (
     PLOT_NAME,
     REPORT_NAME,
@@ -21,8 +21,15 @@ from distlora.analysis.intrinsic.request import (
     TRAININGS_NAME,
     IntrinsicRequest,
 )
-from distlora.analysis.intrinsic.subspace import FlatParameters, Projection, Subspace, layer_of
-from distlora.analysis.intrinsic.training import Bench, Training, random_weights
+from distlora.analysis.intrinsic.training import (
+    Bench,
+    FlatParameters,
+    Projection,
+    Subspace,
+    Training,
+    layer_of,
+    random_weights,
+)
 from distlora.analysis.intrinsic.worker import run as analyse
 from distlora.system.command_worker import to_json
 from distlora.system.randomness import key_of
@@ -90,7 +97,7 @@ def test_the_subspace_depends_on_its_seed_and_on_nothing_else(monkeypatch: pytes
     # More parameters: the same rows, in another scale.
     larger = dense(Projection(0, size=4000, dimension=100, device=CPU))[:1000] * 2
     assert torch.allclose(larger, whole, atol=1e-6)
-    monkeypatch.setattr(subspace, "ELEMENTS_AT_ONCE", 256)
+    monkeypatch.setattr(training, "ELEMENTS_AT_ONCE", 256)
     assert torch.equal(dense(Projection(0, size=1000, dimension=100, device=CPU)), whole)
 
 

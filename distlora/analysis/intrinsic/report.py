@@ -1,40 +1,24 @@
-"""The figures of an analysis in words and tables: for the terminal, and as Markdown. Pure text; imports no torch."""
+"""Show the figures of an analysis as tables, Markdown and a plot. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlora.analysis.intrinsic.request import PLOT_NAME
-from distlora.analysis.intrinsic.search import crossing
+from distlora.output.figures import COLOURS, new_figure, save
 from distlora.output.tables import Table, as_markdown, as_text
 
 if TYPE_CHECKING:
-    from distlora.analysis.intrinsic.training import Training
+    from matplotlib.axes import Axes
 
 SCALING_WORDS = {"none": "no scaling (DID)", "layers": "layers scaled (SAID)"}
-
-
-def what(training: Training) -> str:
-    """Describe a training in one line."""
-    start = "random weights" if training.random else "pretrained"
-    if training.scaling == "untrained":
-        return f"{training.model}, {start}: untrained"
-    kind = "full" if training.scaling == "full" else f"d={training.dimension:,}, {SCALING_WORDS[training.scaling]}"
-    return f"{training.model}, {start}: {kind}, lr {training.lr:g}, seed {training.seed}"
 
 
 def mean(values: Sequence[float]) -> float:
     """Return the arithmetic mean."""
     return sum(values) / len(values)
-
-
-def nothing_gained(arm: Mapping[str, Any]) -> str:
-    """Return the message for an arm whose full fine-tuning does not lower the loss."""
-    return (
-        f"{arm['model']}, {arm['start']}: full fine-tuning does not lower the held-out loss ({arm['untrained']:.4f} to "
-        f"{arm['full']:.4f}), so there is no gain to reach a share of"
-    )
 
 
 def tables(found: Mapping[str, Any]) -> Iterator[Table]:
@@ -96,95 +80,15 @@ def _points(heading: str, subspace: Mapping[str, Any]) -> Table:
 
 
 def reading(found: Mapping[str, Any]) -> list[str]:
-    """Return conclusions, each derived from the figures."""
-    return [*_by_start(found), *_by_scaling(found), *_by_size(found), *_noise(found)]
-
-
-def _arms(found: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    return {(arm["model"], arm["start"]): arm for arm in found["arms"]}
-
-
-def _times(one: float, other: float) -> str:
-    """Return the ratio of `other` to `one` in words."""
-    return f"{other / one:.1f} times as many" if other >= one else f"{one / other:.1f} times fewer"
-
-
-def _by_start(found: Mapping[str, Any]) -> Iterator[str]:
-    arms = _arms(found)
-    for (model, start), random in arms.items():
-        pretrained = arms.get((model, "pretrained"))
-        if start != "random" or pretrained is None:
-            continue
-        for scaling, theirs in random["subspaces"].items():
-            ours = pretrained["subspaces"].get(scaling)
-            if ours is None:
-                continue
-            of_words = f"{model}, {SCALING_WORDS[scaling]}: pretrained {dimension(ours)}, random {dimension(theirs)}"
-            if ours["dimension"] and theirs["dimension"]:
-                of_words += f": random weights need {_times(ours['dimension'], theirs['dimension'])} dimensions"
-            losses = [loss for point in theirs["points"] for loss in point["losses"] if loss is not None]
-            reached = f"{min(losses):.2f}" if losses else "no number"
-            yield (
-                f"{of_words}, each for the same share of its own gain. Random weights end at a held-out loss of "
-                f"{reached} in a subspace at best and {random['full']:.2f} in full; the pretrained ones begin at "
-                f"{pretrained['untrained']:.2f}."
-            )
-
-
-def _by_scaling(found: Mapping[str, Any]) -> Iterator[str]:
-    for arm in found["arms"]:
-        none, layers = (arm["subspaces"].get(scaling, {"dimension": None})["dimension"] for scaling in SCALING_WORDS)
-        if none and layers:
-            yield (
-                f"{arm['model']}, {arm['start']}: with a factor for each of {len(arm['layers'])} layers "
-                f"{layers:,.0f} dimensions do what {none:,.0f} do without ({layers / none:.2f} times)."
-            )
-
-
-def _by_size(found: Mapping[str, Any]) -> Iterator[str]:
-    for start in ("pretrained", "random"):
-        arms = sorted((arm for arm in found["arms"] if arm["start"] == start), key=lambda arm: arm["parameters"])
-        if len(arms) < 2:
-            continue
-        small, large = arms[0], arms[-1]
-        yield from _same_loss(small, large)
-        for scaling in SCALING_WORDS:
-            a, b = (arm["subspaces"].get(scaling, {"dimension": None})["dimension"] for arm in (small, large))
-            if a and b:
-                yield (
-                    f"{start}, {SCALING_WORDS[scaling]}: {large['model']} with {large['parameters']:,} parameters "
-                    f"needs {b:,.0f}, {small['model']} with {small['parameters']:,} {a:,.0f}."
-                )
-
-
-def _same_loss(small: Mapping[str, Any], large: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the dimension at which the larger model reaches the loss of the smaller one's full fine-tuning."""
-    target = small["full"]
-    for scaling, subspace in large["subspaces"].items():
-        points = {p["dimension"]: p["losses"] for p in subspace["points"] if None not in p["losses"]}
-        found = crossing({d: [-loss for loss in losses] for d, losses in points.items()}, -target)
-        if large["untrained"] <= target:
-            needs = "is there untrained"
-        elif found is not None:
-            needs = f"needs {found:,.0f} dimensions"
-        elif points and mean(points[min(points)]) <= target:
-            needs = f"needs fewer than {min(points):,} dimensions"
-        else:
-            continue
-        yield (
-            f"{large['start']}, {SCALING_WORDS[scaling]}: for the {target:.2f} nats that {small['model']} ends at in "
-            f"full, {large['model']} {needs}."
-        )
-
-
-def _noise(found: Mapping[str, Any]) -> Iterator[str]:
+    """Return what a range means, where trainings have several seeds."""
     noises = [s["noise"] for arm in found["arms"] for s in arm["subspaces"].values() if s["noise"] is not None]
-    if noises:
-        yield (
-            f"Between seeds (of the subspace, the order of the rows, and random weights) the share differs by a "
-            f"standard deviation of {min(noises):.1%} to {max(noises):.1%}; a range is where the share "
-            "crosses with one of it, that of a single training, added or taken away."
-        )
+    if not noises:
+        return []
+    return [
+        f"Between seeds (of the subspace, the order of the rows, and random weights) the share differs by a standard "
+        f"deviation of {min(noises):.1%} to {max(noises):.1%}; a range is where the share crosses with one of it, that "
+        "of a single training, added or taken away."
+    ]
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -215,3 +119,37 @@ rates are powers of 3 apart, the best of those that were tried at each dimension
 def terminal(found: Mapping[str, Any]) -> str:
     """Return the tables and conclusions for the terminal."""
     return as_text(tables(found), reading(found))
+
+
+_LINES = {"none": "--", "layers": "-"}
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Share of full fine-tuning's gain and the held-out loss itself, over the dimension."""
+    figure, (shares, losses) = new_figure(2, width=11, height=4)
+    for number, arm in enumerate(found["arms"]):
+        colour, name = COLOURS[number % len(COLOURS)], f"{arm['model']}, {arm['start']}"
+        losses.axhline(arm["full"], color=colour, linewidth=0.8, linestyle=":")
+        for scaling, subspace in arm["subspaces"].items():
+            label = f"{name}, {SCALING_WORDS[scaling]}"
+            _plot(shares, subspace, "shares", colour, _LINES[scaling], label)
+            _plot(losses, subspace, "losses", colour, _LINES[scaling], label)
+            if subspace["dimension"] is not None:
+                shares.plot([subspace["dimension"]], [found["settings"]["share"]], "D", color=colour, markersize=6)
+    shares.axhline(found["settings"]["share"], color="black", linewidth=0.8)
+    shares.set(xlabel="dimensions trained", ylabel="share of full fine-tuning's gain", ylim=(-0.1, 1.1))
+    losses.set(xlabel="dimensions trained", ylabel="held-out loss, nats a token (dotted: full)")
+    for panel in (shares, losses):
+        panel.set_xscale("log")
+    if any(arm["subspaces"] for arm in found["arms"]):
+        shares.legend(frameon=False, fontsize=7)
+    save(figure, path)
+
+
+def _plot(panel: Axes, subspace: Mapping[str, Any], key: str, colour: str, line: str, label: str) -> None:
+    """Means over seeds joined by a line, and each seed's dot."""
+    points = [point for point in subspace["points"] if None not in point["losses"]]
+    x = [point["dimension"] for point in points]
+    panel.plot(x, [mean(point[key]) for point in points], line, color=colour, label=label)
+    for point in points:
+        panel.plot([point["dimension"]] * len(point[key]), point[key], ".", color=colour, alpha=0.7)

@@ -113,10 +113,7 @@ def crossing(shares: Mapping[int, Sequence[float]], share: float, *, shift: floa
     Shares are made rising by isotonic regression weighted by the number of trainings, and interpolated linearly in log
     d.
     """
-    dimensions = sorted(shares)
-    means = isotonic(
-        [sum(shares[d]) / len(shares[d]) + shift for d in dimensions], [len(shares[d]) for d in dimensions]
-    )
+    dimensions, means = sorted(shares), _pooled(shares, shift)
     for (low, below), (high, above) in zip(
         zip(dimensions, means, strict=True), zip(dimensions[1:], means[1:], strict=True), strict=False
     ):
@@ -126,10 +123,10 @@ def crossing(shares: Mapping[int, Sequence[float]], share: float, *, shift: floa
     return None
 
 
-def _pooled(shares: Mapping[int, Sequence[float]]) -> list[float]:
-    """Mean shares in the order of the dimensions, rising."""
+def _pooled(shares: Mapping[int, Sequence[float]], shift: float = 0.0) -> list[float]:
+    """Return the mean shares plus `shift` in the order of the dimensions, made rising."""
     groups = [shares[dimension] for dimension in sorted(shares)]
-    return isotonic([sum(group) / len(group) for group in groups], [len(group) for group in groups])
+    return isotonic([sum(group) / len(group) + shift for group in groups], [len(group) for group in groups])
 
 
 def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:

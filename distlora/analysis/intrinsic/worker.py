@@ -10,7 +10,6 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from distlora.analysis.intrinsic import report, search
-from distlora.analysis.intrinsic.plots import plot_intrinsic
 from distlora.analysis.intrinsic.request import (
     NAMES,
     PLOT_NAME,
@@ -97,7 +96,7 @@ class Arm:
         )
         outcome = self.trainings.get(training)
         if outcome is None:
-            self.say.line(report.what(training))
+            self.say.line(_described(training))
             outcome = self.bench.run(training)
             self.trainings.add(training, outcome)
             loss = "not finite" if outcome.loss is None else f"{outcome.loss:.4f}"
@@ -193,7 +192,18 @@ class Arm:
         }
 
 
-WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_intrinsic)
+def _described(training: Training) -> str:
+    """Describe a training in one line."""
+    start = "random weights" if training.random else "pretrained"
+    if training.scaling == "untrained":
+        return f"{training.model}, {start}: untrained"
+    kind = (
+        "full" if training.scaling == "full" else f"d={training.dimension:,}, {report.SCALING_WORDS[training.scaling]}"
+    )
+    return f"{training.model}, {start}: {kind}, lr {training.lr:g}, seed {training.seed}"
+
+
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, report.draw)
 
 
 def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:
@@ -213,7 +223,10 @@ def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:
             figures = arm.found()
             found["arms"].append(figures)
             if figures["full"] >= figures["untrained"]:
-                say.line(report.nothing_gained(figures))
+                say.line(
+                    f"{name}, {figures['start']}: full fine-tuning does not lower the held-out loss "
+                    f"({figures['untrained']:.4f} to {figures['full']:.4f}), so there is no gain to reach a share of"
+                )
                 continue
             for scaling in request.scalings:
                 figures["subspaces"][scaling] = arm.search(scaling)

@@ -1,15 +1,17 @@
-"""The figures of an analysis in words and tables: for the terminal, and as Markdown. Pure text; imports no torch."""
+"""Show the figures of an analysis as tables, Markdown and a plot. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from distlora.analysis.quantization.request import PLOT_NAME
+from distlora.output.figures import COLOURS, new_figure, save
 from distlora.output.tables import Table, as_markdown, as_text
 
-QLORA_TABLE_2 = {"Int4": 34.34, "Float4 (E2M1)": 31.07, "Float4 (E3M0)": 29.48, "NFloat4 + DQ": 27.41}
-"""Mean perplexity on Pile Common Crawl of OPT, BLOOM, LLaMA and Pythia models of 125M to 13B (arXiv 2305.14314)."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MOST_ROWS = 40
 """Layers that a table shows; of more, the middle is left to quantization.json."""
@@ -35,7 +37,7 @@ def _formats(figures: Mapping[str, Any]) -> Table:
         cells = [
             name,
             f"{values['relative_error']:.4f}",
-            _db(values["snr_db"]),
+            "lossless" if values["snr_db"] is None else f"{values['snr_db']:.2f}",
             f"{values['largest_error']:.2g}",
             f"{values['bits']:.3f}",
             f"{model_bytes / 2**20:,.1f}",
@@ -55,7 +57,7 @@ def _errors(heading: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [["", "weights", "excess kurtosis", "NF4 error", "int4 error", "NF4 over int4, dB"]]
     for name, values in groups.items():
         nf4, int4 = (values["formats"][format]["relative_error"] for format in ("nf4", "int4"))
-        kurtosis = values["excess_kurtosis"]
+        kurtosis, gain = values["excess_kurtosis"], gain_db(values)
         rows.append(
             [
                 name,
@@ -63,7 +65,7 @@ def _errors(heading: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
                 "-" if kurtosis is None else f"{kurtosis:+.2f}",
                 f"{nf4:.4f}",
                 f"{int4:.4f}",
-                _signed(gain_db(values)),
+                "-" if gain is None else f"{gain:+.2f}",
             ]
         )
     if len(rows) > MOST_ROWS:
@@ -80,66 +82,23 @@ def gain_db(figures: Mapping[str, Any]) -> float | None:
 
 
 def reading(figures: Mapping[str, Any]) -> list[str]:
-    """Return conclusions, each derived from the figures."""
-    found = [_weights_read(figures), _references_read(figures["references"])]
-    if figures["perplexity"]:
-        found += list(_perplexity_read(figures))
-    return found
-
-
-def _weights_read(figures: Mapping[str, Any]) -> str:
-    tensors = figures["tensors"]
+    """Return the figures that matter most, in sentences."""
+    tensors, measured = figures["tensors"], figures["perplexity"]
     better = sum((gain_db(tensor) or 0) > 0 for tensor in tensors)
-    kurtosis = sorted(tensor["excess_kurtosis"] for tensor in tensors if tensor["excess_kurtosis"] is not None)
     nf4, int4 = (figures["overall"]["formats"][name] for name in ("nf4", "int4"))
-    text = (
+    found = [
         f"At the same {nf4['bits']:.3f} bits a weight NF4 loses {nf4['relative_error']:.2%} of the weights' norm and "
         f"int4 {int4['relative_error']:.2%}; NF4 is the better one on {better:,} of {len(tensors):,} tensors."
-    )
-    if kurtosis:
-        middle = kurtosis[len(kurtosis) // 2]
-        text += (
-            f" Their excess kurtosis (0: normal, -1.2: uniform) is {kurtosis[0]:+.2f} to {kurtosis[-1]:+.2f}, "
-            f"{middle:+.2f} in the middle."
-        )
-    return text
-
-
-def _references_read(references: Mapping[str, Any]) -> str:
-    gains = {name: gain_db(values) for name, values in references.items()}
-    parts = [
-        f"{'NF4' if gain > 0 else 'int4'} by {abs(gain):.2f} dB on {name} weights"
-        for name, gain in gains.items()
-        if gain is not None
     ]
-    return f"Of weights drawn from a distribution the better one is {', '.join(parts)}."
-
-
-def _perplexity_read(figures: Mapping[str, Any]) -> Iterator[str]:
-    measured = figures["perplexity"]
-    formats = measured["formats"]
-    nf4, int4, dense = formats["nf4"], formats["int4"], formats[figures["dtype"]]
-    yield (
-        f"On {measured['targets']:,} tokens of {measured['text']} NF4 costs {points(nf4)} points of perplexity over "
-        f"{dense['perplexity']:,.2f} ({nf4['points'] / dense['perplexity']:+.2%}) and int4 {points(int4)} "
-        f"({int4['points'] / dense['perplexity']:+.2%}); the errors are of the paired difference over "
-        f"{measured['rows']:,} rows."
-    )
-    squared = (figures["overall"]["formats"][name]["relative_error"] ** 2 for name in ("int4", "nf4"))
-    apart = [next(squared) / next(squared), int4["divergence"] / nf4["divergence"]]
-    yield (
-        f"Its predictions diverge from the unquantized model's by {nf4['divergence']:.2g} nats a token in NF4 and by "
-        f"{int4['divergence']:.2g} in int4, {apart[1]:.2f} times as much (the weights' squared errors: {apart[0]:.2f} "
-        "times). "
-        "Points go up or down with the luck of one rounding, divergence does not."
-    )
-    within = 1 <= nf4["points"] <= 3
-    yield (
-        f'The field\'s "1 to 3 points" for NF4 {"holds" if within else "does not hold"} here: it is a number of '
-        "points, and what a point is depends on the perplexity that it is added to."
-    )
-    published = ", ".join(f"{name} {value}" for name, value in QLORA_TABLE_2.items())
-    yield f"Published beside it (QLoRA, table 2, other models and text): {published}."
+    if measured:
+        formats = measured["formats"]
+        dense = formats[figures["dtype"]]["perplexity"]
+        found.append(
+            f"On {measured['targets']:,} tokens of {measured['text']} NF4 costs {points(formats['nf4'])} points of "
+            f"perplexity over {dense:,.2f} and int4 {points(formats['int4'])}; the errors are of the paired difference "
+            f"over {measured['rows']:,} rows. Points depend on the luck of one rounding, divergence does not."
+        )
+    return found
 
 
 def points(values: Mapping[str, Any]) -> str:
@@ -172,9 +131,68 @@ def terminal(figures: Mapping[str, Any]) -> str:
     return as_text(tables(figures), reading(figures))
 
 
-def _db(value: float | None) -> str:
-    return "lossless" if value is None else f"{value:.2f}"
+_FORMAT_COLOURS = {"bf16": COLOURS[6], "fp32": COLOURS[6], "nf4": COLOURS[0], "int4": COLOURS[1]}
 
 
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"
+def draw(figures: Mapping[str, Any], path: Path) -> None:
+    """Errors by layer, NF4's gain over int4 by the tensors' kurtosis, and perplexity where it was measured."""
+    has_text = bool(figures["perplexity"])
+    figure, panels = new_figure(4 if has_text else 2, width=13 if has_text else 8, height=3.4)
+    _plot_layers(panels[0], figures["tensors"])
+    _plot_gains(panels[1], figures["tensors"], figures["references"])
+    if has_text:
+        _plot_perplexity(panels[2], panels[3], figures["perplexity"]["formats"])
+    figure.suptitle(f"What 4 bits cost {figures['model_name']}", fontsize=11)
+    save(figure, path)
+
+
+def _plot_layers(panel: Axes, tensors: list[Mapping[str, Any]]) -> None:
+    """Every tensor's relative error over its layer: a dot each, and the range of each layer."""
+    for name, shift in (("nf4", -0.12), ("int4", 0.12)):
+        x = [tensor["layer"] + shift for tensor in tensors]
+        y = [100 * tensor["formats"][name]["relative_error"] for tensor in tensors]
+        panel.plot(x, y, ".", color=_FORMAT_COLOURS[name], alpha=0.7, label=name.replace("nf4", "NF4"))
+    panel.set(xlabel="layer", ylabel="relative error of a tensor, %")
+    panel.locator_params(axis="x", integer=True)
+    panel.set_ylim(bottom=0)
+    panel.legend(frameon=False)
+
+
+def _plot_gains(panel: Axes, tensors: list[Mapping[str, Any]], references: Mapping[str, Any]) -> None:
+    """Plot NF4's gain over int4 by kurtosis, beside known distributions."""
+    linears = list(dict.fromkeys(tensor["linear"] for tensor in tensors))
+    for index, linear in enumerate(linears):
+        points = [(t["excess_kurtosis"], gain_db(t)) for t in tensors if t["linear"] == linear]
+        x = [kurtosis for kurtosis, gain in points if gain is not None]
+        y = [gain for _, gain in points if gain is not None]
+        panel.plot(x, y, ".", color=COLOURS[index % len(COLOURS)], label=linear.rpartition(".")[2])
+    for name, values in references.items():
+        kurtosis, gain = values["excess_kurtosis"], gain_db(values) or 0.0
+        panel.plot([kurtosis], [gain], "x", color="black")
+        panel.annotate(name, (kurtosis, gain), textcoords="offset points", xytext=(5, -11), fontsize=8)
+    panel.axhline(0, color="black", linewidth=0.8)
+    panel.set(xlabel="excess kurtosis of the tensor", ylabel="NF4 over int4, dB")
+    if max((tensor["excess_kurtosis"] or 0) for tensor in tensors) > 8:
+        # Else a few heavy-tailed tensors press the others together.
+        panel.set_xscale("symlog", linthresh=4)
+        panel.set_xticks([-1, 0, 2, 4, 10, 100, 1000], ["-1", "0", "2", "4", "10", "100", "1000"])
+    else:
+        panel.set_xlim(-1.6, 4.2)
+    panel.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def _plot_perplexity(points: Axes, divergence: Axes, formats: Mapping[str, Any]) -> None:
+    """Points over the dense model's, with their standard errors; and how far the predictions are from its own."""
+    dense = next(iter(formats))
+    names = [name for name in formats if name != dense]
+    errors = [formats[name]["points_standard_error"] or 0.0 for name in names]
+    values = [formats[name]["points"] for name in names]
+    colours = [_FORMAT_COLOURS[name] for name in names]
+    points.bar(range(len(names)), values, yerr=errors, capsize=4, color=colours, width=0.6)
+    points.set(ylabel=f"perplexity over {dense}'s {formats[dense]['perplexity']:,.2f}")
+    divergences = [1000 * formats[name]["divergence"] for name in names]
+    divergence.bar(range(len(names)), divergences, color=colours, width=0.6)
+    divergence.set(ylabel=f"KL from {dense}'s predictions, millinats")
+    for panel in (points, divergence):
+        panel.set_xticks(range(len(names)), [name.replace("nf4", "NF4") for name in names])
+        panel.axhline(0, color="black", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""A weight there and back through a 4-bit format, a chunk of groups at a time, and the sums that errors are made of.
+"""Measure what 4-bit formats cost the quantizable weights of a checkpoint on disk, tensor by tensor, chunk by chunk.
 
 A tensor is read twice: for the absmax of its blocks, whose mean the second level needs, and for the round trip itself.
 So what is in memory beside one chunk is an absmax for every 64 weights, whatever the tensor's size. NF4 and int4 share
@@ -15,7 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES
+from distlora.config import ModelSpec, UserError
+from distlora.loading.load_base import find_base
 from distlora.loading.quantize import DoubleQuantizedAbsmax
+from distlora.model.build import CausalLM, build_model
+from distlora.model.frozen_linear import FrozenTensor
+from distlora.weights.conversion import Source
+from distlora.weights.reader import Reader
 from distlora_kernels import nf4, reference
 
 CHUNK = 64 * nf4.GROUP
@@ -38,25 +46,22 @@ INT4_LEVELS = tuple(k / 7 for k in range(-7, 8))
 """The levels of QLoRA's "Int4" (arXiv 2305.14314, table 2), bitsandbytes' linear 4-bit map, as fractions of a block's
 absmax. It is stored like NF4: blocks of 64, two codes per byte, double quantization. The 16th code is unused, since a
 16th level would cost the zero or the symmetry."""
-INT4_ZERO_CODE = INT4_LEVELS.index(0.0)
 
 
-def quantize_int4(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat (n,) of any float dtype -> codes (G, 8192) uint8 and absmax (G, 256) fp32, as `nf4.quantize_blocks`."""
+def _quantize_int4(flat: Tensor) -> tuple[Tensor, Tensor]:
     return reference.quantize_blocks(flat, INT4_LEVELS)
 
 
-def dequantize_int4(
+def _dequantize_int4(
     codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """W = round_to_nearest_even(fl(level[code] * absmax)) in `dtype`, shaped `shape`, as `nf4.nf4_dequantize`."""
     absmax = reference.dequantize_absmax(scales, group_scale, offset)
     return reference.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype, levels=INT4_LEVELS)
 
 
 FORMATS = {
     "nf4": FourBit(nf4.quantize_blocks, nf4.nf4_dequantize),
-    "int4": FourBit(quantize_int4, dequantize_int4),
+    "int4": FourBit(_quantize_int4, _dequantize_int4),
 }
 
 
@@ -171,23 +176,88 @@ REFERENCE_SIZE = 2 * CHUNK
 """Two million weights: the figures are good to three digits."""
 
 
-def _laplace(generator: torch.Generator) -> Tensor:
-    uniform = torch.rand(REFERENCE_SIZE, generator=generator, dtype=torch.float64) - 0.5
-    return (-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()
-
-
-DISTRIBUTIONS: dict[str, Callable[[torch.Generator], Tensor]] = {
-    "uniform": lambda generator: torch.rand(REFERENCE_SIZE, generator=generator) * 2 - 1,
-    "normal": lambda generator: torch.randn(REFERENCE_SIZE, generator=generator),
-    "Laplace": _laplace,
-}
-"""Excess kurtosis -1.2, 0 and 3. Their scale does not matter: each block is divided by its absmax."""
-
-
 def measure_references() -> dict[str, Sums]:
-    """Return the sums of each distribution, equal on all machines of a kind (one seed)."""
+    """Return the sums of weights of excess kurtosis -1.2, 0 and 3, equal on all machines of a kind (one seed).
+
+    Their scale does not matter: each block is divided by its absmax.
+    """
     found = {}
-    for name, draw in DISTRIBUTIONS.items():
-        weights = draw(torch.Generator().manual_seed(0))
+    for name in ("uniform", "normal", "Laplace"):
+        generator = torch.Generator().manual_seed(0)
+        if name == "normal":
+            weights = torch.randn(REFERENCE_SIZE, generator=generator)
+        elif name == "uniform":
+            weights = torch.rand(REFERENCE_SIZE, generator=generator) * 2 - 1
+        else:
+            uniform = torch.rand(REFERENCE_SIZE, generator=generator, dtype=torch.float64) - 0.5
+            weights = (-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()
         found[name] = measure(lambda weights=weights: iter(weights.split(CHUNK)), REFERENCE_SIZE)  # type: ignore[misc]
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight that quant=nf4 quantizes, on disk."""
+
+    name: str
+    """As the Hugging Face model has it: model.layers.0.mlp.up_proj.weight."""
+    source: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape on disk."""
+        return self.source.shape
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return sum(segment.numel for segment in self.source.segments)
+
+    def chunks(self, reader: Reader, device: torch.device) -> Iterator[Tensor]:
+        """Yield the weight in flat order, in pieces of whole groups (but the last), in its dtype on disk."""
+        for _, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
+            yield chunk.to(device)
+
+    def measure(self, reader: Reader, device: torch.device) -> Sums:
+        """Measure all formats on the weight. Raises UserError for NaN and Inf."""
+        try:
+            return measure(lambda: self.chunks(reader, device), self.numel)
+        except ValueError as error:
+            raise UserError(f"{self.name} holds {error}; the checkpoint is damaged, download it again") from error
+
+
+def block_weights(model: CausalLM) -> Iterator[tuple[str, FrozenTensor]]:
+    """(name, module) of every frozen weight of the decoder blocks, quantized in this model or not: linears, experts."""
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenTensor):
+            yield model.hf_name(f"{path}.weight"), module
+
+
+def find_weights(spec: ModelSpec) -> tuple[list[Weight], int]:
+    """Return (weights that quant=nf4 quantizes, parameters of the whole model) from headers alone.
+
+    The weights are in the order of the forward. Raises UserError for a checkpoint that is not the model's, and for
+    weights in another type than 32 or 16 bits.
+    """
+    files = CheckpointFiles(spec.path)
+    model = build_model(spec, base=files)
+    sources = find_base(model, files.headers)
+    weights = []
+    for name, module in block_weights(model):
+        if not module.quantized:  # A router, which stays as it is.
+            continue
+        source = sources.get(name)
+        if source is None or source.shape != module.shape:
+            found = "no tensor" if source is None else f"shape {list(source.shape)}"
+            raise UserError(
+                f"the checkpoint has {found} for {name}, which config.json describes as {list(module.shape)}; they "
+                "belong to different models: download the folder again"
+            )
+        if source.segments[0].dtype not in SOURCE_DTYPES:
+            raise UserError(
+                f"{name} is stored as {source.segments[0].dtype}, not as {', '.join(SOURCE_DTYPES)}; name such a copy"
+            )
+        weights.append(Weight(name, source))
+    tied = {"lm_head.weight"} if model.tied else set()
+    total = sum(segment.numel for name, s in sources.items() if name not in tied for segment in s.segments)
+    return weights, total

@@ -1,28 +1,37 @@
-"""The worker of `distlora analyze spectrum`: weight after weight, then the files and the tables."""
+"""The worker of `distlora analyze spectrum`: weight after weight, sums over layers and linears, files and tables.
+
+With p_i = s_i / sum s: effective rank exp(-sum p_i ln p_i) (Roy and Vetterli 2007), stable rank ||dW||_F^2 / s_1^2.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from distlora.analysis.spectrum import figures, report
+from distlora.analysis.spectrum import report
 from distlora.analysis.spectrum.changes import Change, Changes, open_changes
-from distlora.analysis.spectrum.decomposed import largest
-from distlora.analysis.spectrum.plots import plot_spectrum
 from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, SpectrumRequest
+from distlora.analysis.spectrum.singular import Singular, largest, of_factors, similarity, whole
 from distlora.config import UserError
 from distlora.output.result_files import Written
 from distlora.post.workers import made_on
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
+from distlora.weights.decompose import times, transposed_times
 from distlora.weights.reader import Reader
 
-WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_spectrum)
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, report.draw)
+MOST_VALUES = 512
+"""Singular values of one dW in the JSON."""
+NO_RANK = 1e-6
+"""Share of the largest singular value of s B A below which others are fp32 rounding."""
 
 
 def run(request: SpectrumRequest) -> dict[str, Any]:
@@ -71,10 +80,10 @@ def measured(
             others = iter(()) if against is None else against.of(name, other_reader)
             for change in first.of(name, reader):
                 moved = change.to(device)
-                entry, delta = figures.measure(moved, request)
+                entry, delta = measure(moved, request)
                 other = next(others, None)
                 if other is not None:
-                    entry["against"], theirs = figures.measure(other.to(device), request)
+                    entry["against"], theirs = measure(other.to(device), request)
                     entry["angles"] = compared(entry, moved, delta, other.to(device), theirs, request)
                 yield entry
             done += first.numel(name)
@@ -97,15 +106,137 @@ def compared(
         theirs = largest(other.delta(), rank)
     of_theirs = entry["against"]["delta"]
     dense = other.delta() if of_theirs["rank"] is None else None
-    return figures.angles(delta, theirs, rank, of_theirs["norm"], dense)
+    return angles(delta, theirs, rank, of_theirs["norm"], dense)
+
+
+@torch.no_grad()
+def measure(change: Change, request: SpectrumRequest) -> tuple[dict[str, Any], Singular]:
+    """Return the figures of one matrix and dW's singular triples (of a large dense dW the first `top`)."""
+    delta, is_whole, norm = _delta_of(change, request)
+    found, before, after = similarity(
+        change.before, change.after, request.top, request.thresholds, exact_up_to=request.exact_up_to
+    )
+    counts = {f"{threshold:g}": found.counts(threshold) for threshold in request.thresholds}
+    norm_before = float(torch.linalg.vector_norm(change.before, dtype=torch.float64))
+    largest_value = float(delta.values[0]) if len(delta.values) else 0.0
+    figures = {
+        "name": change.name,
+        "layer": change.layer,
+        "linear": change.linear,
+        "shape": list(change.before.shape),
+        "whole": min(change.before.shape) <= request.exact_up_to,
+        "before": {"norm": norm_before, "values": _listed(before.values[: request.top])},
+        "after": {"values": _listed(after.values)},
+        "delta": {
+            "rank": int((delta.values > NO_RANK * largest_value).sum()) if is_whole else None,
+            "norm": norm,
+            "relative_norm": norm / norm_before if norm_before else None,
+            "relative_spectral_norm": largest_value / float(before.values[0]) if len(before.values) else None,
+            "stable_rank": (norm / largest_value) ** 2 if largest_value else None,
+            "effective_rank": effective_rank(delta.values) if is_whole and largest_value else None,
+            "values": _listed(delta.values[:MOST_VALUES]),
+        },
+        "intruders": {
+            "cosines": [[float(low), float(high)] for low, high in zip(found.lower, found.upper, strict=True)],
+            "nearest": found.own.tolist(),
+            "counts": {key: {"intruders": certain, "undecided": open_} for key, (certain, open_) in counts.items()},
+        },
+    }
+    return figures, delta
+
+
+def _delta_of(change: Change, request: SpectrumRequest) -> tuple[Singular, bool, float]:
+    """(dW's triples, whether these are all, ||dW||_F)."""
+    if change.factors is not None:
+        triples = of_factors(change.factors.A, change.factors.B, change.factors.scaling)
+        return triples, True, float(torch.linalg.vector_norm(triples.values))
+    dense = change.delta()
+    norm = float(torch.linalg.vector_norm(dense, dtype=torch.float64))
+    if norm == 0:
+        nothing = torch.zeros(0, dtype=torch.float64, device=dense.device)
+        return Singular(dense[:, :0].double(), nothing, dense.T[:, :0].double(), nothing), True, 0.0
+    if min(dense.shape) <= request.exact_up_to:
+        return whole(dense), True, norm
+    return largest(dense, request.top).first(request.top), False, norm
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return the exponential of the entropy of the normalized singular values."""
+    shares = values[values > 0] / values.sum()
+    return math.exp(-float((shares * shares.log()).sum()))
+
+
+def angles(first: Singular, second: Singular, rank: int, norm: float, dense_OI: Tensor | None) -> dict[str, Any]:
+    """Return the cosines of the principal angles between two dW (Bjorck and Golub 1973).
+
+    The spaces are those of the first `rank` singular vectors. Also returns what two random spaces of these sizes
+    share, and how much of the second's energy lies in the first's spaces. `norm` is that of the whole second dW, which
+    is `dense_OI` where `second` holds the first of its triples alone.
+    """
+    sides = {}
+    for side in ("left", "right"):
+        mine, theirs = getattr(first, side)[:, :rank], getattr(second, side)
+        cosines = torch.linalg.svdvals(mine.T @ theirs[:, :rank])
+        if dense_OI is None:
+            inside = (mine.T @ theirs) * second.values
+        else:
+            inside = times(dense_OI, mine) if side == "right" else transposed_times(dense_OI, mine)
+        sides[side] = {
+            "cosines": _listed(cosines.clamp_max(1)),
+            "shared": float(cosines.square().mean()),
+            "by_chance": min(1.0, cosines.shape[0] / len(mine)),
+            "energy": float(inside.square().sum()) / norm**2,
+        }
+    return {"rank": rank, **sides}
+
+
+def grouped(weights: Sequence[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
+    """Return sums over the weights of each group."""
+    total = sum(weight["delta"]["norm"] ** 2 for weight in weights)
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for weight in weights:
+        groups.setdefault(key(weight), []).append(weight)
+    return {str(name): summed(members, total) for name, members in groups.items()}
+
+
+def summed(weights: Sequence[Mapping[str, Any]], total: float | None = None) -> dict[str, Any]:
+    """One line of a table. `total`: the energy that a share is of."""
+    energy = sum(weight["delta"]["norm"] ** 2 for weight in weights)
+    before = sum(weight["before"]["norm"] ** 2 for weight in weights)
+    keys = weights[0]["intruders"]["counts"].keys()
+    return {
+        "weights": len(weights),
+        "energy_share": None if not total else energy / total,
+        "relative_norm": math.sqrt(energy / before) if before else None,
+        "effective_rank": _mean([weight["delta"]["effective_rank"] for weight in weights]),
+        "stable_rank": _mean([weight["delta"]["stable_rank"] for weight in weights]),
+        "vectors": sum(len(weight["intruders"]["cosines"]) for weight in weights),
+        "counts": {
+            key: {
+                what: sum(weight["intruders"]["counts"][key][what] for weight in weights)
+                for what in ("intruders", "undecided")
+            }
+            for key in keys
+        },
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _listed(values: Tensor) -> list[float]:
+    return [float(value) for value in values]
 
 
 def together(weights: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the sums of one run."""
     return {
-        "overall": figures.summed(weights),
-        "layers": figures.grouped(weights, lambda weight: weight["layer"]),
-        "linears": figures.grouped(weights, lambda weight: weight["linear"]),
+        "overall": summed(weights),
+        "layers": grouped(weights, lambda weight: weight["layer"]),
+        "linears": grouped(weights, lambda weight: weight["linear"]),
     }
 
 

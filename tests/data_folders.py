@@ -6,8 +6,7 @@ from pathlib import Path
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.data import prepare as preparation
-from distlora.data.preview import PreviewRequest, preview
-from distlora.data.show_rows import RowsRequest, show_rows
+from distlora.data.preview import PreviewRequest, RowsRequest, preview, show_rows
 from distlora.system.exit_codes import run_to_exit_code
 
 CHATML = (

@@ -140,7 +140,7 @@ def make_run(
         # Small passes cost what large ones do: by threes a run takes half the time that it takes row by row.
         "train": {"max_steps": 6, "global_batch": 12, "micro_batch": 3, "dtype": "fp32"},
         "tracker": {"name": "none"},
-        # A measured step takes twice its time; it is on in test_memory_check.py and wherever a command runs.
+        # A measured step takes twice its time; it is on in test_memory_meter.py and wherever a command runs.
         "plan": {"measure": False},
     }
     config = config_with(base, sections, run_dir=str(run_dir))

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from distlora.config import SourceConfig, UserError
-from distlora.data.cache import cache_key, content_digest, new_entry
-from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta, split_file
+from distlora.data.rows import FORMAT_VERSION, PackedRows, cache_key, content_digest, new_entry, read_meta, split_file
 from distlora.data.sources import find_source
 from distlora.system.atomic_io import write_json
 

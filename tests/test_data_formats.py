@@ -6,8 +6,16 @@ import pytest
 
 from data_folders import chat
 from distlora.config import UserError
-from distlora.data.conversations import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
-from distlora.data.formats import EXAMPLES, REQUIRED_KEYS, Record, kind_of, resolve_format, to_document
+from distlora.data.formats import (
+    ALPACA_WITH_INPUT,
+    ALPACA_WITHOUT_INPUT,
+    EXAMPLES,
+    REQUIRED_KEYS,
+    Record,
+    kind_of,
+    resolve_format,
+    to_document,
+)
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": None}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

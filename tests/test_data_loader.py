@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from distlora.data.hashing import hash64
 from distlora.data.loader import StepLoader
+from distlora.data.packing import hash64
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows
 
 PAD, LENGTH = 3, 6

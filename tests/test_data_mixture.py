@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from data_folders import CHATML, chat, prepare, write_lines, write_model
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
+from distlora.data.packing import copies, shares, volume
 from distlora.data.prepare import summary
 from distlora.data.rows import PackedRows, read_meta
-from distlora.data.splits import copies, shares, volume
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -150,7 +150,7 @@ def test_a_source_without_a_trained_token_is_refused_by_its_own_name(prepared, t
 
 
 def test_a_bounded_reading_gives_up_a_source_in_which_nothing_is_trained(prepared, two_sources, tmp_path, monkeypatch):
-    monkeypatch.setattr("distlora.data.reading.PATIENCE", 100)
+    monkeypatch.setattr("distlora.data.encoding.PATIENCE", 100)
     silent = write_lines(tmp_path / "silent.jsonl", [chat("Hi?")] * 1000)
     with pytest.raises(UserError, match=r"silent\.jsonl: none of its first 128 documents has a token to train"):
         prepared(mixed((two_sources[0], silent), 1, 1), streaming=True, max_steps=5)

@@ -16,9 +16,9 @@ from distlora.config import Config, DataConfig, ModelConfig, TrainConfig, UserEr
 from distlora.config.file import as_mapping
 from distlora.data import prepare as prepare_module
 from distlora.data.loader import StepLoader
+from distlora.data.packing import held_out
 from distlora.data.prepare import open_split, prepare_and_print, prepare_run
 from distlora.data.rows import STARTS, read_meta
-from distlora.data.splits import held_out
 from distlora.system.exit_codes import run_to_exit_code
 
 TEXTS = [{"text": f"{number} foxes sleep. " * (1 + number % 7)} for number in range(60)]
@@ -241,7 +241,7 @@ def test_a_run_that_is_not_prepared_says_how_to(tmp_path):
 
 def test_the_command_prepares_a_run_and_sums_it_up_and_says_when_it_reuses(make_config, tmp_path):
     config = make_config(TEXTS)
-    command = [sys.executable, "-m", "distlora.data", config.run_dir]
+    command = [sys.executable, "-m", "distlora.data.prepare", config.run_dir]
     (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported, which takes seconds')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     first, second = (subprocess.run(command, capture_output=True, text=True, env=environment) for _ in range(2))

@@ -27,10 +27,10 @@ from distlora.parallel import Ranks
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora.training import worker
-from distlora.training.flops import count_flops
 from distlora.training.objectives import Preference, most_pairs, pair_sides
 from distlora.training.open_run import open_data
 from distlora.training.setup import start_run_model
+from distlora.training.trial import count_flops
 from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME
 from distlora_launcher.compose.checks import check, check_model
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder

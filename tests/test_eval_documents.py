@@ -23,7 +23,7 @@ from distlora.run_folder.eval_documents import (
     read_documents,
 )
 from distlora.training import worker
-from distlora.training.document_losses import DocumentLosses, pieces_of_rows
+from distlora.training.objectives import DocumentLosses, pieces_of_rows
 from small_models import config_with, make_run, read_metrics, tokenizer
 from test_dpo import preferences  # noqa: F401 - a fixture
 from worlds import World

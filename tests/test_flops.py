@@ -12,7 +12,7 @@ from distlora.config import AdapterConfig, Config
 from distlora.config.file import build
 from distlora.model.build import CausalLM, materialize_buffers, put_trial
 from distlora.planner.flops import ModelFlops
-from distlora.training.flops import count_flops, peak_flops
+from distlora.training.trial import count_flops, peak_flops
 from run_models import build_run_model
 
 TOKENS, ROWS = 48, 2

@@ -48,7 +48,7 @@ from distlora.training.generator import (
     greedy,
     sampling,
 )
-from distlora.training.reporting.reporter import Reporter
+from distlora.training.reporter import Reporter
 from distlora_launcher.cli.main import main as command
 from family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder
 from small_models import make_run, tokenizer, write_model_folder

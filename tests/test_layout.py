@@ -32,12 +32,12 @@ distlora_launcher.cli
 HOMES = {
     "triton": "distlora_kernels",
     "deepspeed": "distlora.parallel.zero3",
-    "wandb": "distlora.training.reporting.tracker",
+    "wandb": "distlora.training.tracker",
     "hydra": "distlora_launcher",
     "omegaconf": "distlora_launcher",
     "bitsandbytes": "distlora_kernels distlora.training.optimizers",
     "datasets": "distlora.data",
-    "huggingface_hub": "distlora_launcher distlora.system.hub_errors distlora.data.hub "
+    "huggingface_hub": "distlora_launcher distlora.system.hub_errors distlora.data "
     "distlora.architecture.checkpoint_files",
     "peft": "distlora.bench distlora.post distlora_launcher.demo",
     "accelerate": "distlora.bench",

@@ -17,8 +17,8 @@ from distlora.planner.memory import measured
 from distlora.planner.memory.measured import MeasuredRank
 from distlora.training import memory_meter, worker
 from distlora.training.loop import Trainer
-from distlora.training.memory_check import measured_step
-from distlora.training.reporting.reporter import Reporter
+from distlora.training.memory_meter import measured_step
+from distlora.training.reporter import Reporter
 from distlora.training.trial import Trial
 from small_models import make_run, read_metrics
 from worlds import World, start_world

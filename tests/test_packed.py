@@ -24,7 +24,7 @@ from distlora.run_folder.eval_documents import check_paired, read_documents
 from distlora.system import stop_signals
 from distlora.training import worker as training_worker
 from distlora.training.loop import Trainer
-from distlora.training.multi_trial import trainer, worker
+from distlora.training.multi_trial import trainer
 from distlora.training.multi_trial.protocol import check_pack, verdict_file
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.open_run import OpenRun
@@ -100,7 +100,7 @@ def run_pack(ranks: Ranks, *, pack: Path) -> dict[str, Tensor]:
 
     trainer.MultiTrialTrainer._end = keep  # type: ignore[method-assign]
     try:
-        worker.run(pack, ranks)
+        trainer.run_group(pack, ranks)
     finally:
         trainer.MultiTrialTrainer._end = end  # type: ignore[method-assign]
     return kept
@@ -176,7 +176,7 @@ def run_spoilt(ranks: Ranks, *, pack: Path, slot: int, step: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NextToken, "losses", spoil)
-        worker.run(pack, ranks)
+        trainer.run_group(pack, ranks)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def run_with_a_reporter_that_fails(ranks: Ranks, *, pack: Path, run_dir: Path) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OpenRun, "reporter", fails)
-        worker.run(pack, ranks)
+        trainer.run_group(pack, ranks)
 
 
 def test_ranks_give_a_trial_up_together(world: World, folders: Path, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_what_other_trials_do_between_steps_is_no_part_of_a_trials_time(
 
     monkeypatch.setattr(Trainer, "evaluate", slow)
     monkeypatch.setattr(Trainer, "_train_step", timed)
-    worker.run(tmp_path / "pack", SINGLE)
+    trainer.run_group(tmp_path / "pack", SINGLE)
     for run_dir in runs:
         assert json.loads((run_dir / "summary.json").read_text())["train_seconds"] < busy + 0.5
 
@@ -263,7 +263,7 @@ def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
 ) -> None:
     trials = [{**sections, "train": sections["train"] | {"max_steps": 6}} for sections in TRIALS]
     whole = make_pack(tmp_path / "whole" / "pack", folders, trials)
-    worker.run(tmp_path / "whole" / "pack", SINGLE)
+    trainer.run_group(tmp_path / "whole" / "pack", SINGLE)
     pack = tmp_path / "stopped" / "pack"
     runs = make_pack(pack, folders, trials)
     train_step = Trainer._train_step
@@ -276,14 +276,14 @@ def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", ask)
         try:
-            worker.run(pack, SINGLE)
+            trainer.run_group(pack, SINGLE)
         finally:
             stop_signals.forget()
     assert json.loads((pack / "stopped.json").read_text())["signal"] == "SIGTERM"
     assert not (pack / "outcomes").exists()
     for run_dir in runs:
         assert json.loads((run_dir / "stopped.json").read_text())["checkpoint"] == "checkpoints/step_00000002"
-    worker.run(pack, SINGLE)
+    trainer.run_group(pack, SINGLE)
     assert not (pack / "stopped.json").exists()
     assert weights(runs) == weights(whole)
     for run_dir, other in zip(runs, whole, strict=True):
@@ -300,7 +300,7 @@ def kill_at(pack: Path, run_dir: Path, step: int) -> None:
 
     torch.set_num_threads(1)
     Trainer._train_step = die  # type: ignore[method-assign]
-    worker.run(pack, SINGLE)
+    trainer.run_group(pack, SINGLE)
 
 
 @pytest.mark.ci
@@ -319,7 +319,7 @@ def test_a_pack_killed_with_9_goes_on_with_what_has_no_outcome(
     ended = sorted(path.name for path in (tmp_path / "pack" / "outcomes").iterdir())
     assert ended == ["0000.json", "0001.json"]
     assert json.loads((tmp_path / "pack" / "slots.json").read_text()) == {"numbers": [2]}
-    worker.run(tmp_path / "pack", SINGLE)
+    trainer.run_group(tmp_path / "pack", SINGLE)
     for run_dir, number in zip(runs, order, strict=True):
         losses, adapter = outcome(run_dir)
         expected_losses, expected_adapter = outcome(alone[number])
@@ -335,7 +335,7 @@ def test_a_verdict_prunes_a_trial_and_the_next_takes_its_slot(folders: Path, tmp
     for number, prune in ((0, True), (1, False), (2, False)):
         say_verdict(pack, number, 2, prune=prune)
     assert verdict_file(pack, 0, 2).exists()
-    worker.run(pack, SINGLE)
+    trainer.run_group(pack, SINGLE)
     assert outcomes(pack, 0) | {"seconds": 0} == {
         "state": "pruned",
         "reason": "pruned by its held-out loss after step 2",
@@ -353,7 +353,7 @@ def test_a_verdict_prunes_a_trial_and_the_next_takes_its_slot(folders: Path, tmp
 @pytest.mark.ci
 def test_what_a_packed_trial_saves_is_whole_to_verify(folders: Path, tmp_path: Path) -> None:
     runs = make_pack(tmp_path / "pack", folders, [TRIALS[2] | {"train": STEPS | {"max_steps": 2}}] * 2)
-    worker.run(tmp_path / "pack", SINGLE)
+    trainer.run_group(tmp_path / "pack", SINGLE)
     for run_dir in runs:
         found = list(verify(run_dir))
         assert {item.state for item in found} == {"ok"}, [item.message for item in found if item.state != "ok"]

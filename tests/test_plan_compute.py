@@ -15,8 +15,8 @@ from distlora.planner.flops import StepFlops, active_weights, cut, pairs, step_f
 from distlora.planner.memory.activations import Costs, Mode
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
-from distlora.training.flops import active_weights as of_model
-from distlora.training.flops import count_flops
+from distlora.training.trial import active_weights as of_model
+from distlora.training.trial import count_flops
 from family_models import VARIANTS, config_for, edit_config, hf_config
 from run_models import build_run_model
 

@@ -15,8 +15,8 @@ from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, User
 from distlora.system.exit_codes import STOPPED
 from distlora.system.progress import figures
 from distlora.system.stop_signals import Stopped
-from distlora.training.reporting import tracker
-from distlora.training.reporting.reporter import Reporter
+from distlora.training import tracker
+from distlora.training.reporter import Reporter
 from small_disks import fill, small_disk
 from wandb_logs import read_wandb_log
 

@@ -19,7 +19,7 @@ from distlora.parallel.integrity import DamagedWeightsError
 from distlora.planner import traffic
 from distlora.system import host_memory
 from distlora.training import worker
-from distlora.training.reporting.reporter import Reporter
+from distlora.training.reporter import Reporter
 from planned import traffic_of
 from small_models import make_run, read_metrics
 from test_integrity import started

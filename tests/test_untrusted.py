@@ -14,7 +14,7 @@ import pytest
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import SourceConfig, UserError
 from distlora.data.chat_template import ChatTemplate
-from distlora.data.hub import SavedDataset
+from distlora.data.sources import SavedDataset
 from distlora.post.export.repository import own_files
 from small_models import tokenizer
 from test_layout import MODULES

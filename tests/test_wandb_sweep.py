@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from distlora.config import Config
-from distlora.training.reporting.wandb_agent import ASKED, VARIABLES, AgentRun, agrees
+from distlora.training.tracker import ASKED, VARIABLES, AgentRun, agrees
 from distlora_launcher.cli import train
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides

@@ -28,7 +28,7 @@ from distlora.planner.workload import Workload
 from distlora.system import host_memory
 from distlora.training import setup
 from distlora.training import worker as train
-from distlora.training.multi_trial import worker
+from distlora.training.multi_trial import trainer
 from distlora.training.open_run import open_data
 from packs import make_pack
 from run_models import build_run_model, parallelize_run
@@ -129,7 +129,7 @@ def test_a_run_is_that_of_one_rank_however_it_is_gathered(
 
 
 def run_pack(ranks: Ranks, *, pack: Path) -> None:
-    worker.run(pack, ranks)
+    trainer.run_group(pack, ranks)
 
 
 @pytest.mark.ci

@@ -16,7 +16,7 @@ from distlora.parallel.stop_and_save import Control
 from distlora.training.loop import Trainer
 from distlora.training.open_run import step_loader
 from distlora.training.optimizers import Optimizer, build_optimizer
-from distlora.training.reporting.reporter import Reporter
+from distlora.training.reporter import Reporter
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.trial import Hooks, Trial
 from distlora.training.worker import trained_parameters

@@ -22,8 +22,7 @@ from distlora.checkpoint.state import check_matches, identity_of, load_state
 from distlora.config import AdapterConfig, Config, UserError, require
 from distlora.config.file import load_config
 from distlora.config.json_files import Shape, check_shape, parse_object, read_object
-from distlora.data.cache import content_digest
-from distlora.data.rows import PackedRows
+from distlora.data.rows import PackedRows, content_digest
 from distlora.run_folder.checkpoint_manifest import STATE_NAME, TRAINER_NAME, fault, step_of, steps
 from distlora.run_folder.layout import (
     BEST_NAME,

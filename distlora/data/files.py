@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distlora.config import UserError
-from distlora.data.conversations import kind_name
-from distlora.data.formats import Record, good, parse_json, shown
-from distlora.data.json_text import check_unicode
+from distlora.data.formats import Record, check_unicode, good, kind_name, parse_json, shown
 
 _READ_AHEAD = 1 << 20
 """Characters that are asked for at a time."""

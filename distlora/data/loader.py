@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distlora.data.hashing import ROW_ORDER, hash64
+from distlora.data.packing import ROW_ORDER, hash64
 from distlora.data.rows import STARTS, TRAINED, PackedRows
 
 

@@ -1,17 +1,335 @@
-"""The third stage: documents of any length to rows of L tokens, each document whole inside one row.
+"""Encoded documents to packed sequences: the corpus on disk, held-out documents, mixtures, the files of a split.
 
 A *piece* is what is packed: a document, a stretch of a plain text that is longer than a row, or the two documents of a
-pair. Rows are laid out in numpy; what a flag and a label mean is in README.md.
+pair. What a flag and a label mean is in README.md. Letters: P pieces, D documents, S sources, N rows, L tokens per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from distlora.data.rows import REJECTED, STARTS, TRAINED
+from distlora.data.rows import DOCUMENTS, REJECTED, STARTS, TRAINED, split_file
+from distlora.data.sources import Source
+from distlora.data.turns import Encoded
+
+HELD_OUT, ROW_ORDER, MIXTURE = 1, 2, 3
+"""Uses of hashes: the first word, so that no two uses share a stream."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _scramble(state: np.ndarray) -> np.ndarray:
+    """Return the output function of splitmix64: a bijection of uint64 that mixes every bit into every other."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def hash64(words: tuple[int, ...], count: int, start: int = 0) -> np.ndarray:
+    """Return uint64 numbers `start` to `start + count`; the i-th depends on `words` (each below 2**64) and i alone."""
+    state = np.zeros(1, np.uint64)  # An array, since numpy warns when a uint64 scalar wraps around.
+    for word in words:
+        state = _scramble((state ^ np.uint64(word)) + _GOLDEN)
+    return _scramble(state + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Return a mask of the uint64 hashes among the lowest `fraction` of all values."""
+    return hashes < np.uint64(int(fraction * 2**53) << 11)
+
+
+TooLong = Literal["truncate", "drop", "split"]
+
+_TRUNCATED, _DROPPED = 1, 2
+
+
+def _integers() -> array.array[int]:
+    return array.array("q")
+
+
+@dataclass
+class Corpus:
+    """Documents cut into pieces of at most `sequence_length` tokens, in the order in which they were appended."""
+
+    stem: Path
+    """Two files `<stem>.tokens` (int32) and `<stem>.marks` (uint8) hold the pieces, one after the other."""
+    sequence_length: int
+    _lengths: array.array[int] = field(default_factory=_integers)
+    _targets: array.array[int] = field(default_factory=_integers)
+    _documents: array.array[int] = field(default_factory=_integers)
+    _sources: array.array[int] = field(default_factory=_integers)
+    _fates: array.array[int] = field(default_factory=lambda: array.array("b"))
+
+    def append(self, encoded: Iterable[Encoded], source: int, too_long: TooLong) -> None:
+        """Add documents of a source. Pieces without a trained target are left out; a document may have none left.
+
+        A document longer than a row is cut to it (`truncate`), left out (`drop`) or becomes several pieces (`split`,
+        not for pairs).
+        """
+        length = self.sequence_length
+        with self._file("tokens").open("ab") as tokens_file, self._file("marks").open("ab") as marks_file:
+            for document in encoded:
+                pieces, fate = [document], 0
+                if len(document.tokens) > length:
+                    if too_long == "truncate":
+                        pieces, fate = [document.cut(length)], _TRUNCATED
+                    elif too_long == "drop":
+                        pieces, fate = [], _DROPPED
+                    else:
+                        pieces = _split(document, length)
+                for piece in pieces:
+                    if num_targets := piece.num_targets:
+                        tokens_file.write(piece.tokens.data)
+                        marks_file.write(_marks(piece).data)
+                        self._lengths.append(len(piece.tokens))
+                        self._targets.append(num_targets)
+                        self._documents.append(len(self._fates))
+                self._sources.append(source)
+                self._fates.append(fate)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents appended, those that left no piece included."""
+        return len(self._fates)
+
+    @property
+    def num_pieces(self) -> int:
+        """Return the number of pieces."""
+        return len(self._lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each piece, (P,) int64."""
+        return np.array(self._lengths, np.int64)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Trained targets of each piece, (P,) int64, all above 0."""
+        return np.array(self._targets, np.int64)
+
+    @property
+    def documents(self) -> np.ndarray:
+        """The document that each piece is of, (P,) int64, ascending."""
+        return np.array(self._documents, np.int64)
+
+    @property
+    def sources(self) -> np.ndarray:
+        """The source that each document is of, (D,) int64."""
+        return np.array(self._sources, np.int64)
+
+    @property
+    def pieces_of(self) -> np.ndarray:
+        """Pieces of each document, (D,) int64; 0: left out for its length, or since no token of it is trained."""
+        return np.bincount(self.documents, minlength=self.num_documents)
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """Return a mask of the documents that lost their end, (D,) bool."""
+        return np.array(self._fates, np.int8) == _TRUNCATED
+
+    @property
+    def dropped_long(self) -> np.ndarray:
+        """Return a mask of the documents that were left out for their length, (D,) bool."""
+        return np.array(self._fates, np.int8) == _DROPPED
+
+    def pieces_since(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(lengths, targets, documents) of the pieces from number `piece` on, each int64."""
+        parts = (self._lengths[piece:], self._targets[piece:], self._documents[piece:])
+        return tuple(np.array(part, np.int64) for part in parts)  # type: ignore[return-value]
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return all tokens (int32) and marks (uint8), flat and memory-mapped. Needs at least one piece.
+
+        A mark has the bits TRAINED: predicting this token is trained; REJECTED: a pair's rejected document begins here.
+        """
+        return (
+            np.memmap(self._file("tokens"), np.int32, mode="r"),
+            np.memmap(self._file("marks"), np.uint8, mode="r"),
+        )
+
+    def delete(self) -> None:
+        """Remove the two files."""
+        for name in ("tokens", "marks"):
+            self._file(name).unlink()
+
+    def _file(self, name: str) -> Path:
+        return self.stem.with_suffix("." + name)
+
+
+def _split(document: Encoded, length: int) -> list[Encoded]:
+    """Consecutive stretches of `length` tokens, the last one shorter."""
+    assert document.rejected is None, "halves of a pair say nothing; refused when the settings were composed"
+    starts = range(0, len(document.tokens), length)
+    return [Encoded(document.tokens[at : at + length], document.trained[at : at + length]) for at in starts]
+
+
+def _marks(piece: Encoded) -> np.ndarray:
+    """(T,) uint8, the bits that `Corpus.read` explains."""
+    marks = piece.trained * np.uint8(TRAINED)
+    if piece.rejected is not None:
+        marks[piece.rejected] |= REJECTED
+    return marks
+
+
+def shares(weights: Sequence[float]) -> np.ndarray:
+    """Return the weights scaled to sum to 1, (S,) float64."""
+    values = np.array(weights, np.float64)
+    return values / values.sum()
+
+
+def volume(sizes: np.ndarray, wanted: np.ndarray, ended: np.ndarray, *, until_all: bool) -> float:
+    """Targets of a mixture that ends when the first source is used up or, `until_all`, when the last one is.
+
+    `sizes` and `wanted` are (S,) float64, `ended` (S,) bool: whether a source was read to its end. Sources that have
+    not ended bound the volume, since they are not to be repeated. Those that ended without a target do not count: the
+    others share what is theirs.
+    """
+    ratios = sizes / wanted
+    if until_all and not ended.all():
+        return float(ratios[~ended].min())
+    counting = ratios[(sizes > 0) | ~ended]
+    return float(counting.max() if until_all else counting.min())
+
+
+def copies(targets: np.ndarray, sources: np.ndarray, wanted: np.ndarray, volume: float, seed: int) -> np.ndarray:
+    """Return how often each piece is used, (P,) int64: more than once if its source is smaller than its part.
+
+    `targets` and `sources` are (P,) int64. A source gives whole passes, and then the first of its pieces in the order
+    of hash(seed, source, index) up to the count that comes nearest to its part; at least one piece.
+    """
+    result = np.zeros(len(targets), np.int64)
+    for source, share in enumerate(wanted.tolist()):
+        pieces = np.flatnonzero(sources == source)
+        if len(pieces) == 0:
+            continue
+        size = int(targets[pieces].sum())
+        # A quota that equals the size up to rounding is one pass.
+        passes, rest = divmod(share * volume, size)
+        order = pieces[np.argsort(hash64((MIXTURE, seed, source), len(pieces)), kind="stable")]
+        sums = np.concatenate([[0], np.cumsum(targets[order])])
+        after = min(int(np.searchsorted(sums, rest)), len(pieces))
+        nearest = after - 1 if after > 0 and rest - sums[after - 1] < sums[after] - rest else after
+        result[pieces] = int(passes)
+        result[order[: max(nearest, 1 if passes == 0 else 0)]] += 1
+    return result
+
+
+def held_out(usable: np.ndarray, fraction: float, seed: int, source: int = 0) -> np.ndarray:
+    """Return a mask of held-out documents: hashes of (seed, source, index) among the lowest `fraction` of all.
+
+    `usable` and the result are (D,) bool over the documents of one source; a usable one has a trained token. With few
+    documents the fraction may hit none of these: then the one with the lowest hash is held out, if another remains.
+    """
+    hashes = hash64((HELD_OUT, seed, source), len(usable))
+    chosen = below(hashes, fraction)
+    if fraction > 0 and not (chosen & usable).any() and np.count_nonzero(usable) > 1:
+        candidates = np.flatnonzero(usable)
+        chosen[candidates[np.argmin(hashes[candidates])]] = True
+    return chosen
+
+
+def held_out_documents(corpus: Corpus, fraction: float, seed: int) -> np.ndarray:
+    """Return a mask of the held-out documents of a corpus, (D,) bool: the fraction applies to each source."""
+    chosen = np.zeros(corpus.num_documents, bool)
+    usable, sources = corpus.pieces_of > 0, corpus.sources
+    for source in np.unique(sources).tolist():
+        own = sources == source
+        chosen[own] = held_out(usable[own], fraction, seed, source)
+    return chosen
+
+
+def use_pieces(
+    corpus: Corpus,
+    in_split: np.ndarray,
+    wanted: np.ndarray | None,
+    ended: np.ndarray,
+    *,
+    until_all: bool,
+    seed: int,
+) -> np.ndarray:
+    """Return how often each piece is used in a split, (P,) int64. `in_split` is (D,) bool; `wanted` has the shares."""
+    ours = in_split[corpus.documents]
+    used = ours.astype(np.int64)
+    if wanted is not None and ours.any():
+        targets, sources = corpus.targets[ours], corpus.sources[corpus.documents][ours]
+        sizes = np.bincount(sources, weights=targets, minlength=len(wanted))
+        used[ours] = copies(targets, sources, wanted, volume(sizes, wanted, ended, until_all=until_all), seed)
+    return used
+
+
+def write_split(
+    folder: Path, split: str, corpus: Corpus, in_split: np.ndarray, used: np.ndarray, pad: int
+) -> dict[str, Any]:
+    """Pack the pieces of a split, each as often as `used` ((P,) int64) says, into its files; its counts."""
+    lengths = corpus.lengths
+    chosen = np.repeat(np.arange(len(lengths)), used)
+    packing = pack((np.cumsum(lengths) - lengths)[chosen], lengths[chosen], corpus.sequence_length)
+    shape = (packing.num_rows, corpus.sequence_length)
+
+    def new_file(name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+        return np.lib.format.open_memmap(split_file(folder, split, name), mode="w+", dtype=dtype, shape=shape)
+
+    tokens = new_file("tokens", np.int32, shape)
+    flags = new_file("flags", np.uint8, shape)
+    targets, pairs = (new_file(name, np.int32, shape[:1]) for name in ("targets", "pairs"))
+    new_file(DOCUMENTS, np.int64, chosen.shape)[:] = corpus.documents[chosen[packing.pieces]]
+    largest = 0
+    for rows, row_tokens, row_flags in build_rows(packing, *corpus.read(), pad):
+        tokens[rows], flags[rows] = row_tokens, row_flags
+        targets[rows] = np.count_nonzero(row_flags & TRAINED, axis=1)
+        pairs[rows] = np.count_nonzero(row_flags & REJECTED, axis=1)
+        largest = max(largest, int(row_tokens.max()))
+    pieces_of = corpus.pieces_of
+    used_of = np.bincount(corpus.documents[used > 0], minlength=corpus.num_documents)
+    num_tokens = int(packing.lengths.sum())
+
+    def count(documents: np.ndarray) -> int:
+        return int(np.count_nonzero(documents & in_split))
+
+    return {
+        "documents": count(used_of > 0),
+        "rows": packing.num_rows,
+        "pairs": int(pairs.sum(dtype=np.int64)),
+        "tokens": num_tokens,
+        "targets": int(targets.sum(dtype=np.int64)),
+        "padding": packing.num_rows * corpus.sequence_length - num_tokens,
+        "truncated": count(corpus.truncated & (used_of > 0)),
+        "split": count((pieces_of > 1) & (used_of > 0)),
+        "dropped": count((pieces_of == 0) & ~corpus.dropped_long),
+        "dropped_long": count(corpus.dropped_long),
+        "unused": count((pieces_of > 0) & (used_of == 0)),
+        "pieces": int(used.sum()),
+        "largest_token": largest,
+    }
+
+
+def count_sources(
+    counts: dict[str, Any], corpus: Corpus, sources: list[Source], used: np.ndarray, wanted: np.ndarray | None
+) -> None:
+    """Add `sources`, one entry for each: where it is, what of it is used, and its share of the trained targets."""
+    of_piece, targets, lengths = corpus.sources[corpus.documents], corpus.targets, corpus.lengths
+    counts["sources"] = []
+    for number, source in enumerate(sources):
+        own = of_piece == number
+        ours = int((targets * used)[own].sum())
+        counts["sources"].append(
+            {
+                **source.describe(),
+                "documents": len(np.unique(corpus.documents[own & (used > 0)])),
+                "tokens": int((lengths * used)[own].sum()),
+                "targets": ours,
+                "share": ours / counts["targets"],
+                "share_wanted": None if wanted is None else float(wanted[number]),
+                "most_copies": int(used[own].max(initial=0)),
+            }
+        )
+
 
 _TOKENS_AT_ONCE = 4_000_000
 """Tokens laid out at a time: bounds the memory of building rows to about 200 MB, for any amount of data."""

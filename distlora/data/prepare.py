@@ -1,10 +1,14 @@
-"""The one process that tokenizes: a run's documents to a cache entry, before any worker starts."""
+"""The one process that tokenizes: a run's documents to a cache entry, before any worker starts.
+
+The launcher starts it: `python -m distlora.data.prepare RUN`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,19 +16,25 @@ from typing import Any
 import numpy as np
 
 from distlora.architecture.families import family_of, read_config
-from distlora.architecture.tokens import load_tokenizer, new_token_ids, stored_rows
+from distlora.architecture.tokens import load_tokenizer, new_token_ids, stored_rows, tokenize_alone
 from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError, require
 from distlora.config.file import load_config
-from distlora.data.cache import TEMPLATE_FILES, cache_key, content_digest, new_entry
 from distlora.data.chat_template import template_source
-from distlora.data.corpus import Corpus
-from distlora.data.reading import Encoders, Need, nothing_to_train, read_enough, read_whole
-from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta
+from distlora.data.encoding import Encoders, Need, nothing_to_train, read_enough, read_whole
+from distlora.data.packing import Corpus, count_sources, held_out_documents, shares, use_pieces, write_split
+from distlora.data.rows import (
+    FORMAT_VERSION,
+    TEMPLATE_FILES,
+    PackedRows,
+    cache_key,
+    content_digest,
+    new_entry,
+    read_meta,
+)
 from distlora.data.sources import Source, find_sources, pinned_commits
-from distlora.data.splits import count_sources, held_out_documents, shares, use_pieces, write_split
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.atomic_io import write_json
-from distlora.system.exit_codes import DONE
+from distlora.system.exit_codes import DONE, run_to_exit_code
 
 Sources = dict[str, list[Source]]
 """The sources of each split that has its own: train, and eval where held-out documents are named."""
@@ -340,3 +350,9 @@ def _source_line(source: dict[str, Any]) -> str:
         f"  {source['share']:6.1%}{wanted} of the trained tokens: {source['documents']:,} documents{copies}, "
         f"{source['targets']:,} tokens trained, {source['path']}"
     )
+
+
+if __name__ == "__main__":
+    tokenize_alone()
+    advice = "free some space, or set data.cache_dir to another disk"
+    sys.exit(run_to_exit_code(lambda: prepare_and_print(sys.argv[1]), full_disk=advice))

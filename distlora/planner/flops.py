@@ -1,6 +1,6 @@
 """Count the operations of a training step, from config.json and settings. Imports no torch.
 
-distlora.training.flops counts those of a model that runs by the same `ActiveWeights`; a test compares them. A
+distlora.training.trial counts those of a model that runs by the same `ActiveWeights`; a test compares them. A
 weight takes 2 operations per token in forward, 2 for the gradient of its input and 2 for its own if it is
 trained. A query-key pair takes 4 per column of the queries in forward and 8 in backward. Beside what MFU counts stands
 what is computed more: recomputation, scores made again, and pairs that a dense mask hides. Routers, norms, activation

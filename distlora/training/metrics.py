@@ -17,7 +17,7 @@ from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
 from distlora.parallel import Backend, Shards, whole_shape
-from distlora.training.reporting.reporter import Reporter
+from distlora.training.reporter import Reporter
 from distlora.training.trial import Trial, peak_memory_bytes
 
 

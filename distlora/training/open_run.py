@@ -35,10 +35,10 @@ from distlora.parallel import Backend, Gradients, Ranks
 from distlora.run_folder.checkpoint_manifest import TRAINER_NAME, step_folder
 from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
 from distlora.system.stop_signals import Stopped
-from distlora.training.memory_check import MemoryCheck
+from distlora.training.memory_meter import MemoryCheck
 from distlora.training.optimizers import Optimizer
 from distlora.training.publish import finish, header_marks, publish_best, trainer_tensors, weight_files
-from distlora.training.reporting.reporter import Reporter
+from distlora.training.reporter import Reporter
 from distlora.training.trial import Hooks, Trial
 from distlora.weights.initial_adapter_file import base_identity
 

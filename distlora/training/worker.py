@@ -1,7 +1,7 @@
 """Train a run: `python -m distlora.training.worker RUN`, started once per rank by torchrun.
 
 RUN/config.yaml and RUN/data.json, both written by the launcher, hold all inputs. A run with checkpoints continues from
-the newest valid one.
+the newest valid one. In place of a run the folder may be a GROUP of trials that train on one base (multi_trial/).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
 from distlora.parallel.stop_and_save import Control
 from distlora.system.stop_signals import Stopped
 from distlora.training.loop import Trainer
-from distlora.training.memory_check import memory_check, read_plan
+from distlora.training.memory_meter import memory_check, read_plan
 from distlora.training.metrics import describe, describe_steps, summarize
+from distlora.training.multi_trial.protocol import SETTINGS_NAME
+from distlora.training.multi_trial.trainer import run_group
 from distlora.training.open_run import open_run, recording_a_stop, trial_of
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
@@ -108,12 +110,12 @@ def main() -> None:
     """
     if len(sys.argv) != 2:
         raise UserError(
-            "usage: python -m distlora.training.worker RUN (the launcher does this; start runs with `distlora train`)"
+            "usage: python -m distlora.training.worker FOLDER (the launcher does this; start with `distlora train`)"
         )
-    run_dir = Path(sys.argv[1])
-    ranks = join_ranks(load_config(run_dir).cluster.timeout_seconds)
+    folder = Path(sys.argv[1])
+    ranks = join_ranks(load_config(folder).cluster.timeout_seconds)
     watch.at(None, "reading the run", long=True)
-    run(run_dir, ranks)
+    (run_group if (folder / SETTINGS_NAME).is_file() else run)(folder, ranks)
     leave_ranks(ranks)
 
 

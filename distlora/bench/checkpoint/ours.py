@@ -25,7 +25,7 @@ from distlora.data.loader import PackedRows
 from distlora.parallel import Ranks
 from distlora.run_folder.checkpoint_manifest import TRAINER_NAME
 from distlora.training.publish import restore, trainer_tensors, weight_files
-from distlora.training.reporting.reporter import Reporter
+from distlora.training.reporter import Reporter
 from distlora.training.trial import Hooks
 
 MODES = ("none", "background", "thread")

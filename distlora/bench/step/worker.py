@@ -26,7 +26,7 @@ from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.loader import PackedRows
 from distlora.parallel import Ranks, join_ranks
-from distlora.training.reporting.reporter import Reporter
+from distlora.training.reporter import Reporter
 from distlora.weights.peft_folder import read_peft_adapter
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 

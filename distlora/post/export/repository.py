@@ -16,7 +16,7 @@ from typing import Any
 from distlora.architecture.tokens import tokenizer_files
 from distlora.config import UserError
 from distlora.config.base import is_pissa
-from distlora.data.cache import TOKENIZER_FILES
+from distlora.data.rows import TOKENIZER_FILES
 from distlora.run_folder.layout import BEST_STEP_NAME, TEMPLATE_NAME, Result, read_record
 from distlora.training.model_card import model_card, read_metadata
 from distlora.weights.initial_adapter_file import require_initial_adapter

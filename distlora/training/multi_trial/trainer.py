@@ -1,36 +1,198 @@
-"""Train trials in the slots of one model: they enter and leave between steps, each with a run folder."""
+"""Train trials in the slots of one model: they enter and leave between steps, each with a run folder.
+
+GROUP's files (protocol.py) are read and written by rank 0 on behalf of all ranks, and all get the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.saver import SaveError
-from distlora.config import Config, UserError
+from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config, settings_by_name
+from distlora.config.json_files import Shape, check_shape, read_object
 from distlora.loading.load_base import Loaded
-from distlora.model.adapters import slot_name
+from distlora.model.adapters import MOST_SLOTS, slot_name
 from distlora.model.build import CausalLM, put_trial, remove_trial
-from distlora.parallel import Backend, watch
+from distlora.parallel import Backend, Ranks, from_rank_0, watch
 from distlora.parallel.stop_and_save import Control
 from distlora.run_folder import error_file
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
-from distlora.system.stop_signals import Stopped
+from distlora.system import atomic_io
+from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
 from distlora.training.loop import Trainer
 from distlora.training.metrics import describe_steps, summarize
-from distlora.training.multi_trial.inbox import GroupSettings, Inbox, pause, together
-from distlora.training.multi_trial.protocol import check_beside, check_trial
+from distlora.training.multi_trial.protocol import (
+    CLOSED_NAME,
+    INBOX,
+    OUTCOMES,
+    SETTINGS_NAME,
+    SLOTS_NAME,
+    check_beside,
+    check_trial,
+    inbox_file,
+    outcome_file,
+    verdict_file,
+)
 from distlora.training.open_run import OpenRun, open_data, open_run, record_stop, trial_of
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
+from distlora.training.setup import start_run_model
 from distlora.training.trial import NonFiniteError, Trial
+
+LOOK_SECONDS = 0.2
+"""Seconds between reads while nothing trains or a verdict is pending."""
+
+_REMEDY = "the launcher writes it; start the sweep again with `distlora resume`"
+_SETTINGS: Shape = {"slots": int, "verdicts?": bool}
+_ENTRY: Shape = {"number": int, "run_dir": str}
+_VERDICT: Shape = {"prune": bool}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSettings:
+    """Content of GROUP/pack.json."""
+
+    slots: int
+    """Number of trials that train at once."""
+    verdicts: bool
+    """True if every evaluation is followed by a verdict, which the trial waits for."""
+
+
+def read_settings(folder: Path) -> GroupSettings:
+    """Read GROUP/pack.json. Raises UserError if it is missing."""
+    path = folder / SETTINGS_NAME
+    values = read_object(path, _REMEDY)
+    check_shape(values, _SETTINGS, path, _REMEDY)
+    if not 1 <= values["slots"] <= MOST_SLOTS:
+        raise UserError(
+            f"{path}: slots={values['slots']} is not a supported number of trials; set sweep.packed to 1 to "
+            f"{MOST_SLOTS}"
+        )
+    return GroupSettings(values["slots"], values.get("verdicts", False))
+
+
+class Inbox:
+    """Inbox of trials. Every rank makes one and calls it alike; only rank 0 reads and writes."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self._folder, self._ranks = folder, ranks
+        self._taken: set[int] = set()
+
+    def next(self) -> int | None:
+        """Return the lowest number without an outcome that was not handed out; None if there is none now."""
+        waiting = (
+            sorted(_numbers(self._folder / INBOX) - _numbers(self._folder / OUTCOMES) - self._taken)
+            if self._reads
+            else []
+        )
+        number = from_rank_0(waiting[0] if waiting else -1, self._ranks)
+        if number < 0:
+            return None
+        self._taken.add(number)
+        return number
+
+    def run_dir(self, number: int) -> Path:
+        """Return the run folder of a trial that was handed out."""
+
+        def read() -> Path:
+            if not self._reads:
+                return Path()
+            path = inbox_file(self._folder, number)
+            values = read_object(path, _REMEDY)
+            check_shape(values, _ENTRY, path, _REMEDY)
+            return Path(values["run_dir"])
+
+        return path_of_rank_0(together(read, self._ranks), self._ranks)
+
+    def is_closed(self) -> bool:
+        """Return whether no more trials will come. Call it before `next`, which then sees all earlier trials."""
+        return bool(from_rank_0(int(self._reads and (self._folder / CLOSED_NAME).exists()), self._ranks))
+
+    def prunes(self, number: int, step: int) -> bool | None:
+        """Return the verdict on a trial's evaluation at `step`; None while there is none."""
+        verdict = -1
+        if self._reads and (path := verdict_file(self._folder, number, step)).exists():
+            values = read_object(path, _REMEDY)
+            check_shape(values, _VERDICT, path, _REMEDY)
+            verdict = int(values["prune"])
+        verdict = from_rank_0(verdict, self._ranks)
+        return None if verdict < 0 else bool(verdict)
+
+    def end(self, number: int, state: str, *, reason: str | None, step: int, seconds: float) -> None:
+        """Write a trial's outcome."""
+        if self._reads:
+            path = outcome_file(self._folder, number)
+            path.parent.mkdir(exist_ok=True)
+            atomic_io.write_json(path, {"state": state, "reason": reason, "step": step, "seconds": round(seconds, 3)})
+
+    def write_slots(self, numbers: Sequence[int]) -> None:
+        """Write the numbers of the trials in slots, in the order of entering."""
+        if self._reads:
+            atomic_io.write_json(self._folder / SLOTS_NAME, {"numbers": list(numbers)})
+
+    @property
+    def _reads(self) -> bool:
+        return self._ranks.rank == 0
+
+
+def pause() -> None:
+    """Wait between two reads."""
+    time.sleep(LOOK_SECONDS)
+
+
+def _numbers(folder: Path) -> set[int]:
+    if not folder.is_dir():
+        return set()
+    return {int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()}
+
+
+Made = TypeVar("Made")
+
+_LONGEST_PATH = 4096
+
+
+def path_of_rank_0(path: Path, ranks: Ranks) -> Path:
+    """Return rank 0's path on every rank."""
+    if ranks.control is None:
+        return path
+    encoded = os.fsencode(path)
+    assert len(encoded) <= _LONGEST_PATH, path
+    word = torch.tensor(list(encoded.ljust(_LONGEST_PATH, b"\0")), dtype=torch.uint8)
+    dist.broadcast(word, group=ranks.control, group_src=0)
+    return Path(os.fsdecode(bytes(word.tolist()).rstrip(b"\0")))
+
+
+def together(action: Callable[[], Made], ranks: Ranks) -> Made:
+    """Return the result of `action`, which must not communicate after a possible failure.
+
+    Raises UserError, on every rank, if it failed on some.
+    """
+    made: list[Made] = []
+    error: UserError | None = None
+    try:
+        made.append(action())
+    except UserError as failure:
+        error = failure
+    if ranks.control is not None:
+        word = torch.tensor(-1 if error is None else ranks.rank, dtype=torch.int64)
+        dist.all_reduce(word, dist.ReduceOp.MAX, group=ranks.control)
+        if error is None and word >= 0:
+            error = UserError(f"rank {int(word)} failed; see its logs/rank_{int(word)}.log")
+    if error is not None:
+        raise error
+    return made[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -274,3 +436,51 @@ class MultiTrialTrainer(Trainer):
         if self.backend.writes:
             (run_dir / "logs").mkdir(exist_ok=True)
             error_file.write(run_dir / "logs" / "rank_0.error.json", error)
+
+
+def run_group(folder: Path, ranks: Ranks) -> None:
+    """Train the trials of GROUP on this rank, until the inbox is closed and empty or all ranks agreed to stop."""
+    config = load_config(folder)
+    check_ranks(config, ranks.world)
+    check_trial(config)
+    control = Control(ranks, save_minutes=config.train.save_minutes)
+    stopped = folder / STOPPED_NAME
+    if ranks.rank == 0:
+        stopped.unlink(missing_ok=True)
+    try:
+        settings = read_settings(folder)
+        control.boundary(None, "reading the multi-trial settings", long=True)
+        _say(f"training up to {settings.slots:,} trials together; reading {config.model.path}")
+        base, slots = CheckpointFiles(config.model.path), settings.slots
+        # Memory that depends on the rows of a micro-batch is reserved for all slots.
+        rows = {name: slots * getattr(config.train, name) for name in ("micro_batch", "global_batch")}
+        model, backend, loaded = start_run_model(
+            replace(config, train=replace(config.train, **rows)),
+            ranks,
+            log=_say,
+            boundary=control.boundary,
+            for_slots=True,
+            base=base,
+        )
+        for note in model.notes:
+            _say(note)
+        MultiTrialTrainer(
+            model,
+            backend,
+            control,
+            inbox=Inbox(folder, ranks),
+            settings=settings,
+            shared=settings_by_name(config),
+            loaded=loaded,
+            base=base,
+        ).run()
+        backend.barrier()
+    except Stopped as stop:
+        if ranks.rank == 0:  # The launcher checks for it.
+            atomic_io.write_json(stopped, {"signal": name_of(stop.signum), "time": round(time.time(), 3)})
+    control.end()
+
+
+def _say(text: str) -> None:
+    """Print a line about the multi-trial run. Rank 0's lines are shown; the others' go to their logs."""
+    print(text, flush=True)

@@ -87,7 +87,7 @@ def show_packed_rows(arguments: Sequence[str]) -> int:
             f"{' '.join(words) or 'nothing'!r}; write distlora data row RUN 0"
         )
     load_config(words[0])
-    from distlora.data.show_rows import RowsRequest, show_rows
+    from distlora.data.preview import RowsRequest, show_rows
 
     numbers = tuple(int(word) for word in words[1:])
     return show_rows(RowsRequest(run_dir=words[0], numbers=numbers, no_color="--no-color" in arguments))

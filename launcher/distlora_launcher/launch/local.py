@@ -205,7 +205,7 @@ def prepare(run_dir: Path, forwarder: Forwarder | None = None) -> int:
 
     forwarder: handles signals already; None: signals are handled for the duration.
     """
-    command = [sys.executable, "-m", "distlora_launcher.launch.bound", "distlora.data", str(run_dir)]
+    command = [sys.executable, "-m", "distlora_launcher.launch.bound", "distlora.data.prepare", str(run_dir)]
     environment = os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
     with contextlib.nullcontext(forwarder) if forwarder is not None else forwarding() as requests:
         say("preparing the data")

@@ -229,7 +229,7 @@ class MultiTrialRunner:
                 self._put(trial)
             else:
                 log = trial_log(self._sweep, trial.trial.number)
-                self._preparing = trial.trial.number, LoggedProcess(["distlora.data", str(run_dir)], log)
+                self._preparing = trial.trial.number, LoggedProcess(["distlora.data.prepare", str(run_dir)], log)
 
     def _prepare_ended(self, number: int, process: LoggedProcess, code: int) -> None:
         trial = self._trials[number]
@@ -482,9 +482,6 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-WORKER = "distlora.training.multi_trial.worker"
-
-
 def run(group: Path) -> int:
     """Run the ranks of a multi-trial process. Returns the exit code of `run_workers`.
 
@@ -497,7 +494,6 @@ def run(group: Path) -> int:
         return run_workers(
             group,
             processes=config.cluster.gpus_per_node,
-            worker_module=WORKER,
             max_restarts=config.cluster.max_restarts if slots == 1 else 0,
         )
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from distlora.config.sweep import SweepConfig
-from distlora.data.hashing import hash64
+from distlora.data.packing import hash64
 from distlora.output.tables import Table
 from distlora.run_folder.eval_documents import DocumentRecord
 
@@ -265,7 +265,7 @@ def _mib(value: int | None) -> str:
 
 
 BOOTSTRAP = 4
-"""Domain of the hash, beside those in distlora/data/hashing.py."""
+"""Domain of the hash, beside those in distlora/data/packing.py."""
 _DRAWN_AT_ONCE = 2**20
 """Numbers drawn at once: limits memory to about 10 MB for any number of documents and resamples."""
 

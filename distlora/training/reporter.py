@@ -23,7 +23,7 @@ from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.progress import display
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
-from distlora.training.reporting.tracker import Tracker, start_tracker
+from distlora.training.tracker import Tracker, start_tracker
 
 
 class Reporter:

@@ -7,21 +7,27 @@ SIGTERM, SIGINT and SIGHUP end the service at once, whatever mask it inherits (0
 every process of a step, just when a run has a last step to log. Unwritten data is lost (of an offline run everything
 since a few seconds after its start), and each later call raises. So a call that fails this way starts the service again
 and repeats the log of this start from RUN/metrics.jsonl.
+
+A run of a wandb sweep is started by an agent, which passes its values in variables (`AgentRun`). Reading them needs
+neither wandb nor torch: the launcher checks that the run has the values that the sweep asks for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distlora.config import TrackerConfig
+from distlora.config import TrackerConfig, UserError
+from distlora.config.file import parse_yaml
 from distlora.config.json_files import object_or_empty
 from distlora.system import atomic_io
-from distlora.training.reporting.wandb_agent import AgentRun
 
 ID_PATH = Path("wandb") / "run_id.txt"
 """File in RUN with the id of its wandb run."""
@@ -307,3 +313,164 @@ def _plan_of(run_dir: Path) -> dict[str, Any]:
     plan = object_or_empty(run_dir / "plan.json")
     plan.pop("settings", None)
     return {"planned": plan} if plan else {}
+
+
+SWEEP_ID, RUN_ID, VALUES_PATH = "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"
+VARIABLES = (SWEEP_ID, RUN_ID, VALUES_PATH)
+"""Variables that an agent sets for one run. A process that starts many runs removes them from their environment."""
+
+ASKED = "DISTLORA_AGENTS_ASKED"
+"""Environment variable: path of a file that exists if the request to stop a run did not come from wandb."""
+
+_RECORD = Path("wandb") / "sweep.json"
+"""File in RUN that records its sweep, for a resume without an agent."""
+
+UNRECORDED = ("recipe", "hydra")
+"""Arguments on a command line that are not settings: no section of a run has that name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AgentRun:
+    """A run that an agent has started."""
+
+    sweep_id: str
+    run_id: str
+    values: Mapping[str, Any]
+    """Setting -> value of the sweep."""
+    project: str | None = None
+    """Project of the sweep, if its agents set it; None: the run's setting applies."""
+    entity: str | None = None
+
+    @staticmethod
+    def started(environment: Mapping[str, str] | None = None) -> AgentRun | None:
+        """Read this process's variables; None if no agent has started it. Raises UserError for invalid values."""
+        environment = os.environ if environment is None else environment
+        sweep_id, run_id = environment.get(SWEEP_ID), environment.get(RUN_ID)
+        if not sweep_id or not run_id:
+            return None
+        path = environment.get(VALUES_PATH)
+        return AgentRun(
+            sweep_id=sweep_id,
+            run_id=run_id,
+            values={} if not path else _read_values(Path(path)),
+            project=environment.get("WANDB_PROJECT") or None,
+            entity=environment.get("WANDB_ENTITY") or None,
+        )
+
+    @staticmethod
+    def of_run(run_dir: Path) -> AgentRun | None:
+        """Read the record that an agent's run keeps."""
+        record = object_or_empty(run_dir / _RECORD)
+        sweep_id, run_id, values = record.get("sweep_id"), record.get("run_id"), record.get("values")
+        if not isinstance(sweep_id, str) or not isinstance(run_id, str) or not isinstance(values, dict):
+            return None
+        project, entity = record.get("project"), record.get("entity")
+        return AgentRun(
+            sweep_id=sweep_id,
+            run_id=run_id,
+            values=values,
+            project=project if isinstance(project, str) else None,
+            entity=entity if isinstance(entity, str) else None,
+        )
+
+    def keep(self, run_dir: Path) -> None:
+        """Write the record to RUN."""
+        path = run_dir / _RECORD
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_io.write_json(path, {**dataclasses.asdict(self), "values": dict(self.values)})
+
+    def recorded(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values by dotted names, as wandb's pages and search expect them beside the nested settings.
+
+        They are the run's values, and never replace a section.
+        """
+        merged = {}
+        for name, value in self.values.items():
+            has = _setting(settings, name)
+            if name not in settings and has is not _ABSENT:
+                merged[name] = value if agrees(value, has) else has
+        return merged
+
+    def disagreements(self, settings: Mapping[str, Any]) -> list[str]:
+        """Return a sentence for each value that the run's settings do not have, with what to do."""
+        return list(self._disagreements(settings))
+
+    def _disagreements(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        source = f"the sweep {self.sweep_id}"
+        for name, value in self.values.items():
+            has = _setting(settings, name)
+            if name.partition(".")[0] in UNRECORDED:
+                continue
+            if has is _ABSENT:
+                yield f"{name}={value!r} of {source} is no setting; take it out of the sweep's parameters"
+            elif name in settings and isinstance(has, Mapping):
+                yield (
+                    f"{name}={value!r} of {source} would stand in place of the whole section {name} in wandb's record; "
+                    f"search settings instead, such as {name}.{next(iter(has), 'name')}"
+                )
+            elif not agrees(value, has):
+                yield (
+                    f"{name} is {_shown(has)} by this command, and {source} asks for {_shown(value)}; have the sweep's "
+                    f"command end in ${{args_no_hyphens}}, and leave {name} out of the rest of it"
+                )
+
+
+def agrees(requested: Any, has: Any) -> bool:
+    """Return whether a setting has the value that a sweep asks for. Text is parsed as Hydra parses a command line."""
+    if isinstance(requested, str) and not isinstance(has, str):
+        return _text_agrees(requested.strip(), has)
+    if isinstance(requested, str):
+        if len(requested) > 1 and requested[0] == requested[-1] == "'":
+            requested = requested[1:-1].replace("\\'", "'")
+        return requested == has or (has.startswith("/") and str(Path(requested).expanduser().absolute()) == has)
+    if isinstance(requested, bool) or isinstance(has, bool):
+        return requested is has
+    if isinstance(requested, (list, tuple)) and isinstance(has, (list, tuple)):
+        return len(requested) == len(has) and all(map(agrees, requested, has))
+    if isinstance(requested, Mapping) and isinstance(has, Mapping):
+        return requested.keys() == has.keys() and all(agrees(requested[key], has[key]) for key in requested)
+    return bool(requested == has)
+
+
+def _text_agrees(text: str, has: Any) -> bool:
+    if has is None or isinstance(has, bool):
+        return text.lower() == ("null" if has is None else str(has).lower())
+    if isinstance(has, (int, float)):
+        try:
+            return float(text) == has
+        except ValueError:
+            return False
+    if isinstance(has, (list, tuple)) and text.startswith("[") and text.endswith("]"):
+        parts = [part.strip().strip("'\"") for part in text[1:-1].split(",") if part.strip()]
+        return agrees(parts, has)
+    return False
+
+
+_ABSENT = object()
+
+
+def _setting(settings: Mapping[str, Any], name: str) -> Any:
+    """Return the value at a dotted name, which may have Hydra's + prefix."""
+    value: Any = settings
+    for part in name.lstrip("+").split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    """Read `{name: {value: ...}}`, as an agent writes it."""
+    try:
+        content = parse_yaml(path.read_bytes())
+        pairs = {} if content is None else dict(content.items())
+        return {str(name): entry["value"] for name, entry in pairs.items() if name != "wandb_version"}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{VALUES_PATH}={path} is no file of values that a wandb agent writes ({type(error).__name__}: {error}); "
+            f"unset {SWEEP_ID}, {RUN_ID} and {VALUES_PATH} for a run that is of no sweep"
+        ) from error

@@ -1,1 +1,0 @@
-"""Report a run's metrics: metrics.jsonl, wandb, the terminal."""

@@ -1,12 +1,13 @@
 """Data files, tokenizers trained on the spot and model folders for the tests of distlora/data."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.data import prepare as preparation
-from distlora.data.preview import PreviewRequest, RowsRequest, preview, show_rows
+from distlora.data.preview import preview, show_rows
 from distlora.system.exit_codes import run_to_exit_code
 
 CHATML = (
@@ -85,12 +86,10 @@ def prepare(config: Config) -> Path:
 def show_preview(folder: str | Path, *, documents: int = 2, read_all: bool = False) -> int:
     """Print the preview of the settings in FOLDER/config.yaml and return the exit code."""
     config = load_config(folder)
-    request = PreviewRequest(
-        model=config.model, data=config.data, train=config.train, documents=documents, read_all=read_all
-    )
-    return run_to_exit_code(lambda: preview(request))
+    show = partial(preview, config.model, config.data, config.train)
+    return run_to_exit_code(lambda: show(documents=documents, read_all=read_all))
 
 
 def show_row(run_dir: str | Path, *numbers: int) -> int:
     """Print packed sequences of a run and return the exit code."""
-    return run_to_exit_code(lambda: show_rows(RowsRequest(run_dir=str(run_dir), numbers=numbers)))
+    return run_to_exit_code(lambda: show_rows(str(run_dir), numbers))

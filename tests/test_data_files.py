@@ -6,13 +6,10 @@ import json
 import lzma
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_folders import write_lines
 from distlora.config import UserError
-from distlora.data import files
-from distlora.data.files import ListReader, read_file
+from distlora.data.files import read_file
 
 ROWS = [{"text": 'a [1] {} \u00e9\n"b"', "n": 1.5}, {"text": "", "n": None, "deep": {"x": [1, {}]}}, {"text": "c"}]
 
@@ -86,34 +83,6 @@ def test_a_json_file_that_is_one_object_is_one_record(tmp_path):
     assert values(write(tmp_path / "data.json", json.dumps(ROWS[0], indent=2))) == ROWS[:1]
     assert values(write(tmp_path / "data.json", "[]")) == []
     assert values(write(tmp_path / "data.json", " \n ")) == []
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False)
-    | st.text(alphabet=st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    st.lists(st.dictionaries(st.text(max_size=4), JSON, max_size=3), max_size=6),
-    st.sampled_from([None, 1]),
-    st.booleans(),
-    st.integers(1, 9),
-)
-def test_a_list_is_read_the_same_however_its_text_comes_in(rows, indent, ascii_only, chunk):
-    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
-    chunks = (text[start : start + chunk] for start in range(0, len(text), chunk))
-    try:
-        ahead, files._READ_AHEAD = files._READ_AHEAD, 1
-        assert [record.value for record in ListReader("x", "auto", chunks).records()] == rows
-    finally:
-        files._READ_AHEAD = ahead
 
 
 @pytest.mark.parametrize(

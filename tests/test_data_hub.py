@@ -14,7 +14,7 @@ import yaml
 from data_folders import CHATML, chat, write_model
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from distlora.config.file import as_mapping
-from distlora.data.sources import HubDataset
+from distlora.data.sources import hub_records
 from hub_server import start_hub
 
 ANSWERS = [chat(f"What is {number}?", f"{number} is a number.") for number in range(40)]
@@ -226,9 +226,9 @@ def test_a_connection_that_breaks_while_rows_are_read_is_one_sentence(monkeypatc
 
     broken = datasets.IterableDataset.from_generator(rows)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: broken)
-    monkeypatch.setattr("distlora.data.sources.check_hub", lambda *_, **__: None)
+    monkeypatch.setattr("distlora.data.sources._check_hub", lambda *_, **__: None)
     with pytest.raises(UserError, match=r"data\.path=org/x .* cannot be reached \(peer closed"):
-        list(HubDataset(SourceConfig(path="org/x"), "0" * 40, streaming=True).records())
+        list(hub_records(SourceConfig(path="org/x"), "0" * 40, streaming=True))
 
 
 @pytest.mark.ci

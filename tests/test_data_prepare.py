@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,7 +128,7 @@ def test_a_template_that_writes_the_date_has_an_entry_a_day_and_a_resume_keeps_i
     model_path = write_model(tmp_path / "dated", template)
     config = make_config([chat("Hi", f"Hello {n}") for n in range(6)], model_path=model_path)
     days = iter(["2026-11-24", "2026-11-25", "2026-11-25", "2026-11-26", "2026-11-26"])
-    monkeypatch.setattr(module, "today_as_text", lambda: next(days))
+    monkeypatch.setattr(module, "time", SimpleNamespace(strftime=lambda form: next(days), time=time.time))
     first = prepare_run(config.run_dir)
     resumed = prepare_run(config.run_dir)
     assert (resumed["cache"], resumed["reused"], resumed["content"]) == (first["cache"], True, first["content"])

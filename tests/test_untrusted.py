@@ -14,7 +14,7 @@ import pytest
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import SourceConfig, UserError
 from distlora.data.chat_template import ChatTemplate
-from distlora.data.sources import SavedDataset
+from distlora.data.sources import find_source
 from distlora.post.export.repository import own_files
 from small_models import tokenizer
 from test_layout import MODULES
@@ -145,10 +145,10 @@ def test_saved_data_set_stays_in_its_folder(tmp_path: Path, name: str) -> None:
     folder.mkdir()
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
     with pytest.raises(UserError, match=r"state.json names .*, which does not lie in its folder; save it again"):
-        next(SavedDataset(SourceConfig(path=str(folder))).records())
+        next(find_source(SourceConfig(path=str(folder))).records())
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
     with pytest.raises(UserError, match=r"dataset_dict.json names"):
-        next(SavedDataset(SourceConfig(path=str(folder))).records())
+        next(find_source(SourceConfig(path=str(folder))).records())
 
 
 def test_symlink_in_a_result_is_not_published(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from distlora.data.loader import PackedRows
-from distlora.data.rows import STARTS, TRAINED
+from distlora.data.rows import STARTS, TRAINED, PackedRows
 
 LLAMA_700M: dict[str, Any] = {
     "vocab_size": 32_000,

@@ -9,7 +9,7 @@ from torch import nn
 
 from distlora.checkpoint.state import Progress
 from distlora.config import Config
-from distlora.data.loader import PackedRows
+from distlora.data.rows import PackedRows
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
 from distlora.parallel.stop_and_save import Control

@@ -64,6 +64,10 @@ NAMED = {
     "alpaca": NamedTemplate(attributes=("eos_token",)),
 }
 """`data.template` by name. The last three and llama2 write their roles in plain text."""
+TOOLS_ADVICE = (
+    f"set data.template to one that knows tools ({', '.join(name for name in NAMED if NAMED[name].knows_tools)}, or a "
+    ".jinja file of your own)"
+)
 
 
 def template_source(template: str) -> str:
@@ -122,11 +126,10 @@ class ChatTemplate:
             if template in NAMED:
                 self.source = self._fitted(template, self.source)
         elif tokenizer.chat_template is None:
-            usable = [name for name in NAMED if not self._missing(NAMED[name])]
             raise UserError(
                 f"the tokenizer in {model_path} has no chat template, which chats need; set data.template to "
-                f"{', '.join(usable) or 'a .jinja file'}, use the model's instruct variant, or write the data as "
-                "prompt/completion"
+                f"{', '.join(self._usable()) or 'a .jinja file'}, use the model's instruct variant, or write the data "
+                "as prompt/completion"
             )
         self.prompt = self._generation_prompt()
         """The template's generation prompt; empty if unknown."""
@@ -154,22 +157,7 @@ class ChatTemplate:
         if self._no_tools is None:
             return
         if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-            raise UserError(f"{place}: {self.name} {self._no_tools}; leave this document out, or {self.tool_advice()}")
-
-    def tool_advice(self) -> str:
-        """Return advice for a template without tools: the named templates that write tools and fit the tokenizer."""
-        fitting = [name for name in NAMED if NAMED[name].knows_tools and self.fits(name, with_tools=True)]
-        if fitting:
-            return f"set data.template={' or '.join(fitting)}, which knows tools"
-        return (
-            "use an instruct model, or a .jinja file of your own: no named template that knows tools fits the "
-            f"tokenizer in {self._model_path}"
-        )
-
-    def fits(self, name: str, *, with_tools: bool = False) -> bool:
-        """Return whether the tokenizer has the tokens of a named template."""
-        tool_tokens = NAMED[name].tool_tokens if with_tools else ()
-        return not self._missing(NAMED[name]) and all(map(self._is_one_token, tool_tokens))
+            raise UserError(f"{place}: {self.name} {self._no_tools}; leave this document out, or {TOOLS_ADVICE}")
 
     @contextlib.contextmanager
     def _refusals(self, place: str) -> Iterator[None]:
@@ -178,16 +166,13 @@ class ChatTemplate:
 
         try:
             yield
-        except jinja2.TemplateError as error:
-            raise UserError(
-                f"{place}: {self.name} refuses this conversation: {error}; correct the document, or choose "
-                "another data.template"
-            ) from error
         except Exception as error:
             # What runs there is the template's own code, in a sandbox: an index, a division, a filter's argument.
+            reason = f"fails at this conversation ({type(error).__name__}: {error})"
+            if isinstance(error, jinja2.TemplateError):
+                reason = f"refuses this conversation: {error}"
             raise UserError(
-                f"{place}: {self.name} fails at this conversation ({type(error).__name__}: {error}); correct the "
-                "document, or choose another data.template"
+                f"{place}: {self.name} {reason}; correct the document, or choose another data.template"
             ) from error
 
     def _text(self, tools: Sequence[Any] | None) -> str:
@@ -229,27 +214,28 @@ class ChatTemplate:
             return ""
         return after[len(before) :] if after.startswith(before) else ""
 
-    def behind_answer(self) -> str:
-        """Return the text that the template writes after a final answer; empty where it refuses the answer."""
+    def end_of_turn(self) -> list[int]:
+        """Return [the first added token that the template writes behind a final answer], or [] without one."""
         answer = "ANSWER"
         turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
         try:
             text = self.render("the turn that tells what ends an answer", turns)
         except UserError:
             # A template that refuses every conversation is named at the first one.
-            return ""
-        return text.rpartition(answer)[2] if answer in text else ""
+            return []
+        behind = text.rpartition(answer)[2] if answer in text else ""
+        ids = self._tokenizer(behind, add_special_tokens=False, verbose=False).input_ids
+        return [token for token in ids if token in self._tokenizer.added_tokens_decoder][:1]
 
     def _fitted(self, template: str, source: str) -> str:
         """Return a named template's text for this tokenizer. Raises UserError where the tokenizer lacks its tokens."""
         missing = self._missing(NAMED[template])
         if missing:
-            usable = [name for name in NAMED if not self._missing(NAMED[name])]
             tokens = ",".join(f'"{token}"' for token in NAMED[template].tokens if not self._is_one_token(token))
             add = f", or add them with 'model.new_tokens=[{tokens}]'" if tokens else ""
             raise UserError(
                 f"data.template={template} needs {', '.join(missing)}, which the tokenizer in {self._model_path} "
-                f"lacks; set data.template to {' or '.join([', '.join(usable), 'null'] if usable else ['null'])}{add}"
+                f"lacks; set data.template to {', '.join(self._usable() or ['a .jinja file'])} or null{add}"
             )
         no_tools = [token for token in NAMED[template].tool_tokens if not self._is_one_token(token)]
         if no_tools:
@@ -258,6 +244,10 @@ class ChatTemplate:
         elif not NAMED[template].knows_tools:
             self._no_tools = "knows no tools"
         return source if start_tokens(self._tokenizer) else source.replace(_BOS_LINE, "", 1)
+
+    def _usable(self) -> list[str]:
+        """Return the named templates whose tokens the tokenizer has."""
+        return [name for name in NAMED if not self._missing(NAMED[name])]
 
     def _missing(self, named: NamedTemplate) -> list[str]:
         lacks = [token for token in named.tokens if not self._is_one_token(token)]

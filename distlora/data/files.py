@@ -3,7 +3,7 @@
 Our own readers, and not those of `datasets`: a broken line is refused by file and line, a csv's cells stay the strings
 that they are (pandas makes 7 of "007" and nothing of "NA"), a tool's arguments may differ from row to row (Arrow
 cannot hold that), and nothing is copied into another cache first. Memory holds a record, or a parquet batch, at a time;
-a .json file that is one object is read whole. Imports the standard library alone until a file needs pyarrow.
+and the text of a .json file. Imports the standard library alone until a file needs pyarrow.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,99 +25,9 @@ from typing import Any, BinaryIO
 from distlora.config import UserError
 from distlora.data.formats import Record, check_unicode, good, kind_name, parse_json, shown
 
-_READ_AHEAD = 1 << 20
-"""Characters that are asked for at a time."""
-_UNDECIDED = 16
-"""An error this close to the end of what was read may be a number, a word or an escape that is cut in two."""
-
-
-class ListReader:
-    """Reads `chunks`, the text of a file whose first character that is no white space is `[`."""
-
-    def __init__(self, path: Path, format: str, chunks: Iterator[str]) -> None:
-        self._path = path
-        self._format = format
-        self._chunks = chunks
-        self._decoder = json.JSONDecoder()
-        self._buffer = ""
-        self._position = 0
-        self._ended = False
-        self._line = 1
-        self._line_position = 0
-        self._number = 0
-
-    def records(self) -> Iterator[Record]:
-        """Every object with its number and the line that it begins on. Raises UserError where the text breaks."""
-        assert self._next_sign() == "["
-        self._position += 1
-        while self._next_sign() != "]":
-            if self._number > 0:
-                if self._next_sign() != ",":
-                    raise self._refused("a comma or ] belongs here, between the objects of a list")
-                self._position += 1
-                self._next_sign()
-            self._number += 1
-            yield self._object()
-        self._position += 1
-        if self._next_sign():
-            raise self._refused("something follows the end of the list")
-
-    def _object(self) -> Record:
-        place = self._place()
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._buffer, self._position)
-                break
-            except json.JSONDecodeError as error:
-                undecided = error.msg.startswith("Unterminated string") or error.pos >= len(self._buffer) - _UNDECIDED
-                if self._ended or not undecided:
-                    self._position = error.pos
-                    raise self._refused(error.msg, place) from error
-            except (ValueError, RecursionError) as error:
-                raise self._refused(str(error), place) from error
-            self._more(max(_READ_AHEAD, len(self._buffer)))
-        source = self._buffer[self._position : end]
-        self._position = end
-        if not isinstance(value, dict):
-            raise UserError(f"{place}: {kind_name(value)} where an object belongs; {good(self._format)}")
-        if "\\ud" in source or "\\uD" in source:
-            check_unicode(value, place)
-        return Record(place, len(source), value)
-
-    def _place(self) -> str:
-        self._line += self._buffer.count("\n", self._line_position, self._position)
-        self._line_position = self._position
-        return f"{self._path} row {self._number} (line {self._line})"
-
-    def _next_sign(self) -> str:
-        """Return the next character that is not white space, or "" at the end of the file."""
-        while True:
-            while self._position < len(self._buffer) and self._buffer[self._position] in " \t\r\n":
-                self._position += 1
-            if self._position < len(self._buffer) or self._ended:
-                return self._buffer[self._position : self._position + 1]
-            self._more(_READ_AHEAD)
-
-    def _more(self, wanted: int) -> None:
-        """Let go of what was decoded, and read on."""
-        self._place()
-        parts = [self._buffer[self._position :]]
-        while not self._ended and wanted > 0:
-            part = next(self._chunks, "")
-            self._ended = part == ""
-            parts.append(part)
-            wanted -= len(part)
-        self._buffer, self._position, self._line_position = "".join(parts), 0, 0
-
-    def _refused(self, reason: str, place: str | None = None) -> UserError:
-        place = place or self._place()
-        near = shown(self._buffer[self._position : self._position + 80])
-        return UserError(f"{place}: not valid JSON: {reason}, at {near}; {good(self._format)}")
-
-
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 20
-"""Characters of a json list that are read at a time."""
+"""Bytes of a zstandard file that are read at a time."""
 _BLANK_LINES_WITHIN = 64 << 20
 """Bytes of a text file in which a blank line decides that its documents are paragraphs."""
 _ROWS_AT_ONCE = 1000
@@ -218,31 +129,71 @@ def _jsonl(path: Path, format: str) -> Iterator[Record]:
 
 def _json(path: Path, format: str) -> Iterator[Record]:
     """Yield the objects of a list, of a list under "data", of a single document, or of JSON lines."""
-    with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        start = text.read(_CHUNK)
-        if start.lstrip().startswith("["):
-            yield from ListReader(path, format, itertools.chain([start], iter(lambda: text.read(_CHUNK), ""))).records()
-            return
     with _open(path) as file:
-        first = next((line for line in file if line.strip()), b"")
-        is_lines = _is_object(first) and any(line.strip() for line in file)
-    if is_lines:
+        text = file.read().decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        yield from _json_list(text, path, format)
+        return
+    first, _, others = text.lstrip().partition("\n")
+    if others.strip() and _is_object(first):
         yield from _jsonl(path, format)
         return
-    with _open(path) as file:
-        whole = file.read().decode("utf-8-sig")
-    if not whole.strip():
+    if not text.strip():
         return
-    value = parse_json(whole, str(path), format)
+    value = parse_json(text, str(path), format)
     check_unicode(value, str(path))
     rows = value["data"] if isinstance(value, dict) and isinstance(value.get("data"), list) else [value]
     for number, row in enumerate(rows, start=1):
-        yield Record(f"{path} row {number}", len(whole) // len(rows), row)
+        yield Record(f"{path} row {number}", len(text) // len(rows), row)
 
 
-def _is_object(line: bytes) -> bool:
+def _json_list(text: str, path: Path, format: str) -> Iterator[Record]:
+    """Yield every object with its number and the line that it begins on. The text begins with `[`."""
+    decoder, position, number, line = json.JSONDecoder(), text.index("[") + 1, 0, 1
+    line += text.count("\n", 0, position)
+
+    def skip_space(start: int) -> int:
+        nonlocal line
+        end = _SPACE.match(text, start).end()  # type: ignore[union-attr]
+        line += text.count("\n", start, end)
+        return end
+
+    def refused(reason: str, at: int) -> UserError:
+        place, near = f"{path} row {number} (line {line})", shown(text[at : at + 80])
+        return UserError(f"{place}: not valid JSON: {reason}, at {near}; {good(format)}")
+
+    position = skip_space(position)
+    while text[position : position + 1] != "]":
+        if number > 0:
+            if text[position : position + 1] != ",":
+                raise refused("a comma or ] belongs here, between the objects of a list", position)
+            position = skip_space(position + 1)
+        number += 1
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise refused(error.msg, error.pos) from error
+        except (ValueError, RecursionError) as error:
+            raise refused(str(error), position) from error
+        place = f"{path} row {number} (line {line})"
+        if not isinstance(value, dict):
+            raise UserError(f"{place}: {kind_name(value)} where an object belongs; {good(format)}")
+        source = text[position:end]
+        if "\\ud" in source or "\\uD" in source:
+            check_unicode(value, place)
+        yield Record(place, len(source), value)
+        line += source.count("\n")
+        position = skip_space(end)
+    if text[position + 1 :].strip():
+        raise refused("something follows the end of the list", position + 1)
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line.removeprefix(codecs.BOM_UTF8)), dict)
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -276,37 +227,24 @@ def _txt(path: Path, sample_by: str) -> Iterator[Record]:
     """Plain text, {"text": ...}: lines, paragraphs (what blank lines separate) or the file."""
     if sample_by == "auto":
         sample_by = "paragraph" if _has_blank_lines(path) else "line"
-    paragraph: list[str] = []
-    start = 1
 
-    def record(text: str) -> Record:
-        return Record(f"{path}:{start}", len(text), {"text": text})
+    def record(line: int, text: str) -> Record:
+        return Record(f"{path}:{line}", len(text), {"text": text})
 
     with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         if sample_by == "document":
             whole = text.read()
             if whole.strip():
-                yield record(whole)
+                yield record(1, whole)
             return
-        for line, content in enumerate(_lines(text), start=1):
-            if not content.strip():
-                if paragraph:
-                    yield record("\n".join(paragraph))
-                    paragraph = []
-            elif sample_by == "line":
-                start = line
-                yield record(content)
-            else:
-                if not paragraph:
-                    start = line
-                paragraph.append(content)
-        if paragraph:
-            yield record("\n".join(paragraph))
-
-
-def _lines(text: io.TextIOWrapper) -> Iterator[str]:
-    r"""Lines without their ends. With newline="" Python also ends lines at a lone \\r, as old Mac files do."""
-    return (line.rstrip("\r\n") for line in text)
+        # With newline="" Python also ends lines at a lone \r, as old Mac files do.
+        lines = ((number, line.rstrip("\r\n")) for number, line in enumerate(text, start=1))
+        for is_text, group in itertools.groupby(lines, key=lambda line: bool(line[1].strip())):
+            if is_text and sample_by == "line":
+                yield from itertools.starmap(record, group)
+            elif is_text:
+                numbers, contents = zip(*group, strict=True)
+                yield record(numbers[0], "\n".join(contents))
 
 
 def _has_blank_lines(path: Path) -> bool:

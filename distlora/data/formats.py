@@ -24,6 +24,7 @@ from distlora.config import DATA_FORMATS, UserError, nearest
 
 HH_ANSWER = "\n\nAssistant:"
 """Prefix of each answer in Anthropic's hh-rlhf and data sets derived from it."""
+_SIDES = ("chosen", "rejected")
 
 
 def preference_pair(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
@@ -37,18 +38,19 @@ def preference_pair(value: dict[str, Any], place: str, good: str) -> dict[str, A
     if all(isinstance(text, str) for text in ("" if prompt is None else prompt, chosen, rejected)):
         if prompt is None:
             prompt, chosen, rejected = _common_text(chosen, rejected, place, good)
-        return {side: {"prompt": prompt, "completion": text} for side, text in _sides(chosen, rejected)}
+        return {
+            side: {"prompt": prompt, "completion": text} for side, text in zip(_SIDES, (chosen, rejected), strict=True)
+        }
     tools = value.get("tools")
     chats = [
         check_chat({"messages": _turns(answer, side, place, good), "tools": tools}, f"{place}, {side}", good)
-        for side, answer in _sides(chosen, rejected)
+        for side, answer in zip(_SIDES, (chosen, rejected), strict=True)
     ]
     asked, answers = _asked(prompt, [chat["messages"] for chat in chats], place, good)
     # What is asked is not trained, the assistant's earlier turns in it included.
     asked = [message | {"train": False} if message["role"] == "assistant" else message for message in asked]
     return {
-        side: chat | {"messages": asked + answer}
-        for side, chat, answer in zip(("chosen", "rejected"), chats, answers, strict=True)
+        side: chat | {"messages": asked + answer} for side, chat, answer in zip(_SIDES, chats, answers, strict=True)
     }
 
 
@@ -75,17 +77,13 @@ def _asked(prompt: Any, answers: list[list[Any]], place: str, good: str) -> tupl
     return asked, [answer[len(asked) :] for answer in answers]
 
 
-def _sides(chosen: Any, rejected: Any) -> tuple[tuple[str, Any], tuple[str, Any]]:
-    return ("chosen", chosen), ("rejected", rejected)
-
-
 def _common_text(chosen: str, rejected: str, place: str, good: str) -> tuple[str, str, str]:
     """(prompt, chosen, rejected) of two texts that begin alike.
 
     The prompt ends behind the last answer mark of hh-rlhf that both have, else with the last word that both have. Where
     it ends is no matter for the loss: what is alike in both has the same probability in both, and cancels.
     """
-    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (characters are what is meant)
+    common = common_prefix(chosen, rejected)
     marked = common.rfind(HH_ANSWER)
     end = marked + len(HH_ANSWER) if marked >= 0 else max(common.rfind(" "), common.rfind("\n"))
     if end <= 0:
@@ -94,6 +92,11 @@ def _common_text(chosen: str, rejected: str, place: str, good: str) -> tuple[str
             f"nothing that they answer; name its column with data.columns={{prompt: NAME}}. {good}"
         )
     return common[:end], chosen[end:], rejected[end:]
+
+
+def common_prefix(first: str, second: str) -> str:
+    """Return the characters with which both texts begin."""
+    return os.path.commonprefix([first, second])  # noqa: RUF071 (characters are what is meant)
 
 
 def _turns(answer: Any, side: str, place: str, good: str) -> list[Any]:
@@ -204,39 +207,10 @@ def resolve_format(record: Record, format: str, columns: Mapping[str, str]) -> s
             f"{record.place}: {found}, which fits the formats {' and '.join(fitting)}; "
             f"choose one with data.format={fitting[0]}"
         )
-    advice = "name the other keys of the format in data.columns too" if columns else "rename its keys with data.columns"
     raise UserError(
-        f"{record.place}: {found}, which fits no format; {advice}, as in "
-        f"data.columns={_columns_example(value, columns)}. {good('auto')}"
+        f"{record.place}: {found}, which fits no format; name the columns of all keys of a format, as in "
+        f"data.columns={{prompt: question, completion: answer}}. {good('auto')}"
     )
-
-
-def _columns_example(value: dict[str, Any], columns: Mapping[str, str]) -> str:
-    """`columns`, and for every key that a format still misses a column of the data that may hold it.
-
-    The format is the first that knows `columns`, has one of its keys already and finds columns for the others; else
-    prompt and completion, or what a lone column may be.
-    """
-    renamed = _renamed(value, columns)
-    free = {key: item for key, item in value.items() if key not in (*columns.values(), "id", "system")}
-    strings = [key for key, item in free.items() if isinstance(item, str)]
-    lists = [key for key, item in free.items() if isinstance(item, list)]
-    chosen: list[tuple[str, str]] = []
-    for name in ("prompt_completion", "alpaca", "chat", "sharegpt"):
-        missing = [key for key in REQUIRED_KEYS[name] if renamed.get(key) is None and key not in columns]
-        fillers = [key for key in strings if key not in format_keys(name)]
-        begun = len(missing) < len(REQUIRED_KEYS[name]) and set(columns) <= set(format_keys(name))
-        if begun and (columns or len(fillers) >= len(missing)):
-            chosen = list(zip(missing, [*fillers, *["NAME"] * len(missing)], strict=False))
-            break
-    else:
-        if lists and not strings:
-            chosen = [("messages", lists[0])]
-        elif len(strings) == 1:
-            chosen = [("text", strings[0])]
-        else:
-            chosen = list(zip(("prompt", "completion"), [*strings, "NAME", "NAME"], strict=False))
-    return "{" + ", ".join(f"{key}: {column}" for key, column in [*columns.items(), *chosen]) + "}"
 
 
 def kind_of(format: str, has_template: bool) -> Kind:
@@ -392,12 +366,10 @@ def sharegpt_messages(value: dict[str, Any], place: str, good: str) -> dict[str,
     messages = []
     for index, turn in enumerate(_items(value, "conversations", place, good)):
         where = f"{place}: conversations[{index}]"
-        if not isinstance(turn, dict):
-            raise UserError(f"{where} is {kind_name(turn)}, not an object; {good}")
+        _expect(turn, dict, where, good)
         messages.append(turn if "role" in turn and "from" not in turn else _sharegpt_turn(turn, where, good))
     system = value.get("system")
-    if system is not None and not isinstance(system, str):
-        raise UserError(f"{place}: 'system' is {kind_name(system)}, not a string; {good}")
+    _expect("" if system is None else system, str, f"{place}: 'system'", good)
     if system and messages[0].get("role") != "system":
         messages.insert(0, {"role": "system", "content": system})
     return {"messages": messages, "tools": value.get("tools")}
@@ -411,13 +383,10 @@ def alpaca_document(value: dict[str, Any], place: str, good: str, *, as_chat: bo
     """
     texts: dict[str, str] = {}
     for key in ("instruction", "output", "input", "system"):
+        default = None if key in ("instruction", "output") else ""
         item = value.get(key)
-        if not isinstance(item, str) and (item is not None or key in ("instruction", "output")):
-            raise UserError(f"{place}: {key!r} is {kind_name(item)}, not a string; {good}")
-        texts[key] = item or ""
-    history = value.get("history") or []
-    if not isinstance(history, list):
-        raise UserError(f"{place}: 'history' is {kind_name(history)}, not a list of [question, answer]; {good}")
+        texts[key] = _expect(default if item is None else item, str, f"{place}: {key!r}", good)
+    history = _expect(value.get("history") or [], list, f"{place}: 'history'", good)
     for index, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise UserError(f"{place}: history[{index}] is not a list of two strings, [question, answer]; {good}")
@@ -446,23 +415,27 @@ def kind_name(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
 
 
+def _expect(value: Any, kind: type, what: str, good: str) -> Any:
+    """Return a JSON value of a kind: dict, list or str. Raises UserError for another, of which `what` is the name."""
+    if not isinstance(value, kind):
+        raise UserError(f"{what} is {kind_name(value)}, not {kind_name(kind())}; {good}")
+    return value
+
+
 def listed(value: dict[str, Any]) -> str:
     """Return the keys of an object, as a message lists them."""
     return ", ".join(ascii(key) for key in list(value)[:12]) or "none"
 
 
 def _items(value: dict[str, Any], key: str, place: str, good: str) -> list[Any]:
-    items = value[key]
-    if not isinstance(items, list):
-        raise UserError(f"{place}: {key!r} is {kind_name(items)}, not a list; {good}")
+    items: list[Any] = _expect(value[key], list, f"{place}: {key!r}", good)
     if not items:
         raise UserError(f"{place}: {key!r} is empty; remove the line. {good}")
     return items
 
 
 def _message(message: Any, where: str, good: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise UserError(f"{where} is {kind_name(message)}, not an object; {good}")
+    _expect(message, dict, where, good)
     if "from" in message and "role" not in message:
         raise UserError(
             f"{where} has 'from' and no 'role': this is ShareGPT; set data.format=sharegpt "
@@ -470,9 +443,7 @@ def _message(message: Any, where: str, good: str) -> dict[str, Any]:
         )
     if "role" not in message:
         raise UserError(f"{where} has no 'role' among its keys: {listed(message)}; {good}")
-    role = message["role"]
-    if not isinstance(role, str):
-        raise UserError(f"{where}: 'role' is {kind_name(role)}, not a string; {good}")
+    role = _expect(message["role"], str, f"{where}: 'role'", good)
     if role not in ROLES:
         raise UserError(f"{where} has the role {role!a}{nearest(role, ROLES)}; use one of {', '.join(ROLES)}. {good}")
     kept = {key: item for key, item in message.items() if item is not None}
@@ -483,8 +454,7 @@ def _message(message: Any, where: str, good: str) -> dict[str, Any]:
         kept["tool_calls"] = _tool_calls(calls, where)
     kept["content"] = _content(message, where, good, required=not calls)
     for key in _STRINGS:
-        if not isinstance(kept.get(key, ""), str):
-            raise UserError(f"{where}: {key!r} is {kind_name(kept[key])}, not a string; {good}")
+        _expect(kept.get(key, ""), str, f"{where}: {key!r}", good)
     if "train" in kept and not isinstance(kept["train"], bool):
         raise UserError(f"{where}: 'train' is {kind_name(kept['train'])}; write true or false")
     if kept.get("weight", 0) not in (0, 1):
@@ -513,15 +483,13 @@ def _content(message: dict[str, Any], where: str, good: str, *, required: bool) 
                 '{"type": "text", "text": "..."}, or a string'
             )
         return "".join(texts)
-    if not isinstance(content, str):
-        raise UserError(f"{where}: 'content' is {kind_name(content)}, not a string; {good}")
-    return content
+    text: str = _expect(content, str, f"{where}: 'content'", good)
+    return text
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Return tool calls with their arguments as objects; OpenAI's API writes those as JSON in a string."""
-    if not isinstance(calls, list):
-        raise UserError(f"{where}: 'tool_calls' is {kind_name(calls)}, not a list; {_GOOD_CALL}")
+    _expect(calls, list, f"{where}: 'tool_calls'", _GOOD_CALL)
     return [_tool_call(call, f"{where}: tool_calls[{index}]") for index, call in enumerate(calls)]
 
 
@@ -530,8 +498,7 @@ _GOOD_CALL = 'a good call: {"type": "function", "function": {"name": "weather", 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
     example = _GOOD_CALL
-    if not isinstance(call, dict):
-        raise UserError(f"{where} is {kind_name(call)}, not an object; {example}")
+    _expect(call, dict, where, example)
     function = call["function"] if call.get("function") is not None else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(f"{where} has no function with a 'name'; {example}")
@@ -539,10 +506,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         what = "'arguments' is a string that"
         arguments = parse_string(arguments, where, what, example) if arguments.strip() else {}
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise UserError(f"{where}: 'arguments' is {kind_name(arguments)}, not an object; {example}")
+    arguments = _expect({} if arguments is None else arguments, dict, f"{where}: 'arguments'", example)
     canonical: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return canonical | ({"id": call["id"]} if call.get("id") is not None else {})
 
@@ -554,8 +518,7 @@ def _tools(tools: Any, place: str) -> list[dict[str, Any]]:
         tools = parse_string(tools, place, "'tools' is a string that", example) if tools.strip() else None
     if tools is None:
         return []
-    if not isinstance(tools, list):
-        raise UserError(f"{place}: 'tools' is {kind_name(tools)}, not a list; {example}")
+    _expect(tools, list, f"{place}: 'tools'", example)
     canonical = []
     for index, tool in enumerate(tools):
         function = tool.get("function") or tool if isinstance(tool, dict) else None
@@ -569,9 +532,7 @@ def _sharegpt_turn(turn: dict[str, Any], where: str, good: str) -> dict[str, Any
     for key in ("from", "value"):
         if key not in turn:
             raise UserError(f"{where} has no {key!r} among its keys: {listed(turn)}; {good}")
-    speaker, value = turn["from"], turn["value"]
-    if not isinstance(value, str):
-        raise UserError(f"{where}: 'value' is {kind_name(value)}, not a string; {good}")
+    speaker, value = turn["from"], _expect(turn["value"], str, f"{where}: 'value'", good)
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         words = ", ".join(SHAREGPT_ROLES)
         raise UserError(

@@ -57,55 +57,36 @@ def stacks(shares: Sequence[Share], *, whole: bool) -> list[Stack]:
     number = max(len(share.batch.micro_batches) for share in shares)
     pieces = [list(_pieces(shares, index, fill=whole)) for index in range(number)]
     if whole:
-        return [_stack([piece for of_index in pieces for piece in of_index])]
-    return [_stack(of_index) for of_index in pieces]
+        return [_stack(shares, [piece for of_index in pieces for piece in of_index])]
+    return [_stack(shares, of_index) for of_index in pieces]
 
 
-class _Piece(NamedTuple):
-    owner: int
-    share: Share
-    batch: MicroBatch
-
-
-def _pieces(shares: Sequence[Share], index: int, *, fill: bool) -> Iterator[_Piece]:
-    """Yield the micro-batch `index` of each trial; `fill`: empty rows where a trial has none."""
+def _pieces(shares: Sequence[Share], index: int, *, fill: bool) -> Iterator[tuple[int, MicroBatch]]:
+    """Yield (trial, its micro-batch `index`); `fill`: empty rows where a trial has none."""
     for owner, share in enumerate(shares):
         own = share.batch.micro_batches
         if index < len(own):
-            yield _Piece(owner, share, own[index])
+            yield owner, own[index]
         elif fill:
-            yield _Piece(owner, share, _emptied(own[0]))
+            labels, rows = torch.full_like(own[0].labels, IGNORED), torch.full_like(own[0].rows, EMPTY)
+            yield owner, own[0]._replace(labels=labels, rows=rows)
 
 
-def _emptied(batch: MicroBatch) -> MicroBatch:
-    """Return as many empty sequences."""
-    return batch._replace(labels=torch.full_like(batch.labels, -100), rows=torch.full_like(batch.rows, EMPTY))
-
-
-def _stack(pieces: Sequence[_Piece]) -> Stack:
-    owners = [(piece.owner, len(piece.batch.rows)) for piece in pieces]
-    first = pieces[0].share
+def _stack(shares: Sequence[Share], pieces: Sequence[tuple[int, MicroBatch]]) -> Stack:
+    owners = [(owner, len(batch.rows)) for owner, batch in pieces]
+    batch = pieces[0][1]
+    if len(pieces) > 1:
+        batch = MicroBatch(*map(torch.cat, zip(*(part[:4] for _, part in pieces), strict=True)))
+    first = shares[owners[0][0]]
     if first.slot is None:
-        assert len({piece.owner for piece in pieces}) == 1, "several trials need slots"
-        return Stack(_joined([piece.batch for piece in pieces]), first.step, [(0, sum(count for _, count in owners))])
-    slots = [piece.share.slot for piece in pieces]
-    assert None not in slots, "a trial without a slot beside others"
+        assert len({owner for owner, _ in owners}) == 1, "several trials need slots"
+        return Stack(batch, first.step, [(0, len(batch.rows))])
     counts = torch.tensor([count for _, count in owners])
-    batch = _joined([piece.batch for piece in pieces])._replace(slots=torch.tensor(slots).repeat_interleave(counts))
-    steps = [piece.share.step for piece in pieces]
-    if None in steps:
-        return Stack(batch, None, owners)
-    return Stack(batch, torch.tensor(steps).repeat_interleave(counts), owners)
+    slots, steps = [shares[owner].slot for owner, _ in owners], [shares[owner].step for owner, _ in owners]
+    assert None not in slots, "a trial without a slot beside others"
+    batch = batch._replace(slots=torch.tensor(slots).repeat_interleave(counts))
+    return Stack(batch, None if None in steps else torch.tensor(steps).repeat_interleave(counts), owners)
 
-
-def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
-    if len(batches) == 1:
-        return batches[0]
-    columns = zip(*(batch[:4] for batch in batches), strict=True)
-    return MicroBatch(*(torch.cat(tensors) for tensors in columns))
-
-
-__all__ = ["IGNORED", "MicroBatch", "PackedRows", "StepBatch", "StepLoader"]
 
 IGNORED = -100
 """The label of a position that is not trained, as torch's and transformers' losses have it."""

@@ -49,10 +49,6 @@ TooLong = Literal["truncate", "drop", "split"]
 _TRUNCATED, _DROPPED = 1, 2
 
 
-def _integers() -> array.array[int]:
-    return array.array("q")
-
-
 @dataclass
 class Corpus:
     """Documents cut into pieces of at most `sequence_length` tokens, in the order in which they were appended."""
@@ -60,10 +56,10 @@ class Corpus:
     stem: Path
     """Two files `<stem>.tokens` (int32) and `<stem>.marks` (uint8) hold the pieces, one after the other."""
     sequence_length: int
-    _lengths: array.array[int] = field(default_factory=_integers)
-    _targets: array.array[int] = field(default_factory=_integers)
-    _documents: array.array[int] = field(default_factory=_integers)
-    _sources: array.array[int] = field(default_factory=_integers)
+    _lengths: array.array[int] = field(default_factory=lambda: array.array("q"))
+    _targets: array.array[int] = field(default_factory=lambda: array.array("q"))
+    _documents: array.array[int] = field(default_factory=lambda: array.array("q"))
+    _sources: array.array[int] = field(default_factory=lambda: array.array("q"))
     _fates: array.array[int] = field(default_factory=lambda: array.array("b"))
 
     def append(self, encoded: Iterable[Encoded], source: int, too_long: TooLong) -> None:
@@ -82,11 +78,17 @@ class Corpus:
                     elif too_long == "drop":
                         pieces, fate = [], _DROPPED
                     else:
-                        pieces = _split(document, length)
+                        assert document.rejected is None, "halves of a pair say nothing; refused by the settings"
+                        starts = range(0, len(document.tokens), length)
+                        parts = [slice(start, start + length) for start in starts]
+                        pieces = [Encoded(document.tokens[part], document.trained[part]) for part in parts]
                 for piece in pieces:
                     if num_targets := piece.num_targets:
                         tokens_file.write(piece.tokens.data)
-                        marks_file.write(_marks(piece).data)
+                        marks = piece.trained * np.uint8(TRAINED)
+                        if piece.rejected is not None:
+                            marks[piece.rejected] |= REJECTED
+                        marks_file.write(marks.data)
                         self._lengths.append(len(piece.tokens))
                         self._targets.append(num_targets)
                         self._documents.append(len(self._fates))
@@ -160,21 +162,6 @@ class Corpus:
 
     def _file(self, name: str) -> Path:
         return self.stem.with_suffix("." + name)
-
-
-def _split(document: Encoded, length: int) -> list[Encoded]:
-    """Consecutive stretches of `length` tokens, the last one shorter."""
-    assert document.rejected is None, "halves of a pair say nothing; refused when the settings were composed"
-    starts = range(0, len(document.tokens), length)
-    return [Encoded(document.tokens[at : at + length], document.trained[at : at + length]) for at in starts]
-
-
-def _marks(piece: Encoded) -> np.ndarray:
-    """(T,) uint8, the bits that `Corpus.read` explains."""
-    marks = piece.trained * np.uint8(TRAINED)
-    if piece.rejected is not None:
-        marks[piece.rejected] |= REJECTED
-    return marks
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:

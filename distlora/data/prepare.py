@@ -6,10 +6,12 @@ The launcher starts it: `python -m distlora.data.prepare RUN`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def prepare(
     settings, fingerprints = _settings(model, data, train, sources)
     cache_dir = Path(data.cache_dir).expanduser().absolute()
     if "train_on" in settings and _writes_date(data, model_dir):
-        today = settings | {"date": today_as_text()}
+        today = settings | {"date": time.strftime("%Y-%m-%d")}
         earlier = settings | {"date": earlier_date}
         is_there = (cache_dir / cache_key(fingerprints, model_dir, earlier)).is_dir()
         settings = earlier if earlier_date is not None and is_there else today
@@ -75,7 +77,7 @@ def prepare(
     if not entry.is_dir():
         with new_entry(cache_dir, entry.name) as folder:
             _build(folder, model, data, train, sources, settings)
-            for source in _all(sources):
+            for source in itertools.chain(*sources.values()):
                 source.check_unchanged()
     for split in read_meta(entry)["splits"]:
         PackedRows.open(entry, split)  # A damaged entry is named here, not by every worker.
@@ -116,7 +118,7 @@ def _settings(
     model: ModelConfig, data: DataConfig, train: TrainConfig, sources: Sources
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the settings that decide the packed sequences, and the fingerprints of the sources."""
-    fingerprints = [source.fingerprint() for source in _all(sources)]
+    fingerprints = [source.fingerprint() for of_split in sources.values() for source in of_split]
     settings: dict[str, Any] = {
         "sequence_length": data.sequence_length,
         "too_long": data.too_long,
@@ -159,11 +161,6 @@ def _writes_date(data: DataConfig, model_dir: Path) -> bool:
     return any(b"strftime_now" in path.read_bytes() for path in files)
 
 
-def today_as_text() -> str:
-    """Return today's date."""
-    return time.strftime("%Y-%m-%d")
-
-
 def _earlier_date(run_dir: Path) -> str | None:
     """Return the date of the cache entry in RUN/data.json; None without a date or with a damaged record."""
     try:
@@ -176,10 +173,6 @@ def _earlier_date(run_dir: Path) -> str | None:
 def _needed_rows(train: TrainConfig) -> int:
     assert train.max_steps is not None, "refused when the settings were composed"
     return train.max_steps * train.global_batch
-
-
-def _all(sources: Sources) -> list[Source]:
-    return [source for of_split in sources.values() for source in of_split]
 
 
 def _build(
@@ -209,7 +202,7 @@ def _build(
     if "eval" in sources:
         read_whole(corpora["eval"], sources["eval"], encoders)
     for split, corpus in corpora.items():
-        _check_trainable(corpus, sources[split], data)
+        check_trainable(corpus, sources[split], data)
     require(
         data.template is None or encoders.has_chats,
         f"data.template={data.template} has no effect: no source holds chats; leave data.template out",
@@ -276,12 +269,13 @@ def check_vocabulary(model: ModelConfig, largest_token: int) -> None:
         )
 
 
-def _check_trainable(corpus: Corpus, sources: list[Source], data: DataConfig) -> None:
-    """Refuse a source of which no document has a token to train, and say what to change."""
+def check_trainable(corpus: Corpus, sources: Sequence[Source | None], data: DataConfig) -> None:
+    """Refuse a source of which no document has a token to train, and say what to change. None: do not check it."""
     usable = corpus.pieces_of > 0
     for number, source in enumerate(sources):
         own = corpus.sources == number
-        if own.any() and not (usable & own).any():  # A bounded reading may end before it needs a source.
+        # A bounded reading may end before it needs a source.
+        if source is not None and own.any() and not (usable & own).any():
             raise nothing_to_train(corpus, source, number, data)
 
 
@@ -331,7 +325,13 @@ def summary(record: dict[str, Any]) -> str:
             + (f" ({', '.join(notes)})" if notes else "")
         )
         if len(counts["sources"]) > 1:
-            lines += [_source_line(source) for source in counts["sources"]]
+            for source in counts["sources"]:
+                wanted = "" if source["share_wanted"] is None else f" (wanted {source['share_wanted']:.1%})"
+                copies = f", up to {source['most_copies']:,} times each" if source["most_copies"] > 1 else ""
+                lines.append(
+                    f"  {source['share']:6.1%}{wanted} of the trained tokens: {source['documents']:,} documents"
+                    f"{copies}, {source['targets']:,} tokens trained, {source['path']}"
+                )
     if "stream_rows" in record["settings"]:
         needed, rows = record["settings"]["stream_rows"], record["splits"]["train"]["rows"]
         lines.append(
@@ -341,15 +341,6 @@ def summary(record: dict[str, Any]) -> str:
         )
     lines.append(f"{'reused' if record['reused'] else 'cached'} in     {record['cache']}")
     return "\n".join(lines)
-
-
-def _source_line(source: dict[str, Any]) -> str:
-    wanted = "" if source["share_wanted"] is None else f" (wanted {source['share_wanted']:.1%})"
-    copies = f", up to {source['most_copies']:,} times each" if source["most_copies"] > 1 else ""
-    return (
-        f"  {source['share']:6.1%}{wanted} of the trained tokens: {source['documents']:,} documents{copies}, "
-        f"{source['targets']:,} tokens trained, {source['path']}"
-    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ import numpy as np
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError
 from distlora.config.file import load_config
-from distlora.data.encoding import Encoder, Encoders, PairEncoder, nothing_to_train
+from distlora.data.encoding import Encoder, Encoders, PairEncoder
 from distlora.data.formats import Document
 from distlora.data.packing import Corpus, TooLong, pack, shares, use_pieces
-from distlora.data.prepare import check_vocabulary, open_split
+from distlora.data.prepare import check_trainable, check_vocabulary, open_split
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows
 from distlora.data.sources import Source, find_sources
 from distlora.data.turns import Encoded
@@ -64,46 +64,40 @@ class SplitSample:
     corpus: Corpus
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreviewRequest:
-    """The preview of a run's data to show."""
+def preview(
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    *,
+    documents: int = 2,
+    read_all: bool = False,
+    no_color: bool = False,
+) -> int:
+    """Print `documents` of each source, then figures of SAMPLE documents of each, or of all.
 
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    documents: int = 2
-    """Documents of each source to print."""
-    read_all: bool = False
-    """Read all documents, not SAMPLE of each source."""
-    no_color: bool = False
-
-
-def preview(request: PreviewRequest) -> int:
-    """Print the preview and return the exit code: 2 where a run would refuse documents.
-
-    Raises UserError for a source that cannot be read or has no token to train.
+    Returns the exit code: 2 where a run would refuse documents. Raises UserError for a source that cannot be read or
+    has no token to train.
     """
-    paint = paint_for_stdout(no_color=request.no_color)
+    paint = _paint_for_stdout(no_color=no_color)
     with tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
-        splits = read(request, Path(scratch))
-        for line in report(request, splits, paint):
+        splits = _read(model, data, train, None if read_all else SAMPLE, documents, Path(scratch))
+        for line in _report(data, train.seed, splits, paint):
             print(line)
     if any(sample.refused for split in splits.values() for sample in split.samples):
         return BAD_INPUT
-    check_trainable(request.data, splits)
+    for split in splits.values():  # As a run does.
+        ended = [sample.source if sample.ended else None for sample in split.samples]
+        check_trainable(split.corpus, ended, data)
     return DONE
 
 
-def read(request: PreviewRequest, scratch: Path) -> dict[str, SplitSample]:
-    """Encode and cut the documents of every source as a run does, by split.
-
-    Raises UserError for a source that cannot be read.
-    """
-    model, data = request.model, request.data
-    limit = None if request.read_all else SAMPLE
+def _read(
+    model: ModelConfig, data: DataConfig, train: TrainConfig, limit: int | None, shown: int, scratch: Path
+) -> dict[str, SplitSample]:
+    """Encode and cut the documents of every source as a run does, by split."""
     model_dir = Path(model.path).expanduser()
     tokenizer = load_tokenizer(model_dir, model.new_tokens)
-    encoders = Encoders(tokenizer, model.name or str(model_dir), data, request.train.objective)
+    encoders = Encoders(tokenizer, model.name or str(model_dir), data, train.objective)
     splits = {}
     for split, sources in find_sources(data).items():
         corpus = Corpus(scratch / split, data.sequence_length)
@@ -115,22 +109,13 @@ def read(request: PreviewRequest, scratch: Path) -> dict[str, SplitSample]:
             sample = SourceSample(source=source, format=format, encoder=encoder, too_long=too_long)
             wanted = itertools.islice(documents, limit)
             while batch := list(itertools.islice(wanted, _BATCH)):
-                corpus.append(_encoded(sample, batch, request.documents), number, too_long)
+                corpus.append(_encoded(sample, batch, shown), number, too_long)
             sample.ended = next(documents, None) is None
             samples.append(sample)
         if corpus.num_pieces:
             check_vocabulary(model, int(corpus.read()[0].max()))
         splits[split] = SplitSample(samples=samples, corpus=corpus)
     return splits
-
-
-def check_trainable(data: DataConfig, splits: dict[str, SplitSample]) -> None:
-    """Refuse, as a run does, a source that was read to its end and has no token to train."""
-    for split in splits.values():
-        usable = split.corpus.pieces_of > 0
-        for number, sample in enumerate(split.samples):
-            if sample.ended and not (usable & (split.corpus.sources == number)).any():
-                raise nothing_to_train(split.corpus, sample.source, number, data)
 
 
 def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterator[Encoded]:
@@ -153,22 +138,22 @@ def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterato
         yield encoded
 
 
-def report(request: PreviewRequest, splits: dict[str, SplitSample], paint: Paint) -> Iterator[str]:
+def _report(data: DataConfig, seed: int, splits: dict[str, SplitSample], paint: Paint) -> Iterator[str]:
     """Yield the lines of the preview: documents, then figures."""
-    length = request.data.sequence_length
+    length = data.sequence_length
     for split in splits.values():
         for sample in split.samples:
             for document, encoded in sample.shown:
-                yield from document_lines(sample, document, encoded, length, paint)
+                yield from _document_lines(sample, document, encoded, length, paint)
     legend = "trained tokens are green" if paint.colour else "trained tokens are between [[ and ]]"
     yield paint.title(f"What is trained ({legend})")
     for name, split in splits.items():
         for number, sample in enumerate(split.samples):
-            yield from source_lines("training" if name == "train" else "held out", sample, split, number, length)
-        yield from split_lines(request, split, length, is_train=name == "train")
+            yield from _source_lines("training" if name == "train" else "held out", sample, split, number, length)
+        yield from _split_lines(data, seed, split, is_train=name == "train")
 
 
-def document_lines(
+def _document_lines(
     sample: SourceSample, document: Document, encoded: Encoded, length: int, paint: Paint
 ) -> Iterator[str]:
     """Yield a document, or both of a pair, as text with the trained tokens marked."""
@@ -181,12 +166,12 @@ def document_lines(
         yield paint.title(f"--- {place}: {len(tokens):,} tokens, {np.count_nonzero(trained):,} trained")
         end = part.stop - part.start
         if end <= _HEAD + _TAIL:
-            yield painted(sample.encoder.tokenizer, tokens, trained, 0, end, paint)
+            yield _painted(sample.encoder.tokenizer, tokens, trained, 0, end, paint)
         else:
-            yield painted(sample.encoder.tokenizer, tokens, trained, 0, _HEAD, paint)
+            yield _painted(sample.encoder.tokenizer, tokens, trained, 0, _HEAD, paint)
             hidden = trained[_HEAD : end - _TAIL]
             yield paint.title(f"--- {len(hidden):,} tokens not shown, {np.count_nonzero(hidden):,} of them trained")
-            yield painted(sample.encoder.tokenizer, tokens, trained, end - _TAIL, end, paint)
+            yield _painted(sample.encoder.tokenizer, tokens, trained, end - _TAIL, end, paint)
         if end < len(tokens) and encoded.rejected is not None:
             yield paint.title(f"--- {len(tokens) - end:,} more tokens")
     if excess > 0:
@@ -197,7 +182,7 @@ def document_lines(
     yield ""
 
 
-def source_lines(role: str, sample: SourceSample, split: SplitSample, number: int, length: int) -> Iterator[str]:
+def _source_lines(role: str, sample: SourceSample, split: SplitSample, number: int, length: int) -> Iterator[str]:
     """Figures of one source: lengths, what is trained, what is too long, what is left out and why."""
     count = len(sample.lengths)
     amount = "all" if sample.ended else "the first"
@@ -235,9 +220,9 @@ def source_lines(role: str, sample: SourceSample, split: SplitSample, number: in
         yield f"  left out         {nothing + cut:,}: {', '.join(reasons)}"
 
 
-def split_lines(request: PreviewRequest, split: SplitSample, length: int, *, is_train: bool) -> Iterator[str]:
+def _split_lines(data: DataConfig, seed: int, split: SplitSample, *, is_train: bool) -> Iterator[str]:
     """Figures of a split: the mixture, and what packing leaves empty."""
-    corpus, samples = split.corpus, split.samples
+    corpus, samples, length = split.corpus, split.samples, data.sequence_length
     if corpus.num_pieces == 0:
         yield "  packed           nothing is left to train on"
         return
@@ -247,9 +232,9 @@ def split_lines(request: PreviewRequest, split: SplitSample, length: int, *, is_
         wanted = shares(weights) if weights and is_train else None
         whole = all(sample.ended for sample in samples)
         if wanted is not None and whole:
-            until_all = request.data.stopping_strategy == "all_exhausted"
+            until_all = data.stopping_strategy == "all_exhausted"
             everything, ended = np.ones(corpus.num_documents, bool), np.ones(len(samples), bool)
-            used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=request.train.seed)
+            used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=seed)
         of_piece = corpus.sources[corpus.documents]
         targets = np.bincount(of_piece, weights=corpus.targets * used, minlength=len(samples))
         yield "share of the trained tokens" + ("" if whole else " in what was read")
@@ -288,14 +273,14 @@ class Paint:
         return f"\x1b[1m{text}\x1b[0m" if self.colour else text
 
 
-def paint_for_stdout(*, no_color: bool) -> Paint:
+def _paint_for_stdout(*, no_color: bool) -> Paint:
     """Colours where stdout is a terminal and neither the flag nor NO_COLOR (no-color.org) is set."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # A terminal may lack a document's characters.
     return Paint(colour=not no_color and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 
-def painted(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, start: int, end: int, paint: Paint) -> str:
+def _painted(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, start: int, end: int, paint: Paint) -> str:
     """Return the tokens from `start` to `end` as text, painted by stretches."""
     special = np.isin(tokens[start:end], sorted(tokenizer.added_tokens_decoder))
     kinds = trained[start:end] * 2 + special
@@ -316,36 +301,26 @@ def painted(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, start: int,
     return "".join(parts)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowsRequest:
-    """The packed sequences to show."""
-
-    run_dir: str
-    numbers: tuple[int, ...]
-    """Numbers of training sequences, from 0."""
-    no_color: bool = False
-
-
-def show_rows(request: RowsRequest) -> int:
-    """Print the sequences and return the exit code.
+def show_rows(run_dir: str, numbers: Sequence[int], *, no_color: bool = False) -> int:
+    """Print packed training sequences of a run by their numbers, from 0, and return the exit code.
 
     Raises UserError for one that the run does not have, and for a run without prepared data.
     """
-    paint = paint_for_stdout(no_color=request.no_color)
-    model = load_config(request.run_dir).model
-    rows = open_split(request.run_dir, "train")
+    paint = _paint_for_stdout(no_color=no_color)
+    model = load_config(run_dir).model
+    rows = open_split(run_dir, "train")
     assert rows is not None, "a preparation without training rows is refused"
-    wrong = [number for number in request.numbers if not 0 <= number < len(rows)]
+    wrong = [number for number in numbers if not 0 <= number < len(rows)]
     if wrong:
-        raise UserError(f"there is no row {wrong[0]:,}: {request.run_dir} has {len(rows):,}, numbered from 0")
+        raise UserError(f"there is no row {wrong[0]:,}: {run_dir} has {len(rows):,}, numbered from 0")
     tokenizer = load_tokenizer(Path(model.path), model.new_tokens)
-    for number in request.numbers:
-        for line in row_lines(rows, number, tokenizer, paint):
+    for number in numbers:
+        for line in _row_lines(rows, number, tokenizer, paint):
             print(line)
     return DONE
 
 
-def row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> Iterator[str]:
+def _row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> Iterator[str]:
     """Yield the documents of one sequence, with their trained tokens marked."""
     (tokens,), (flags,) = rows.read(np.array([number]))
     trained = np.zeros(len(tokens), np.uint8)
@@ -357,6 +332,6 @@ def row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> It
         if trained[start:end].any():
             side = ", rejected" if is_rejected[start] else ", chosen" if is_rejected[end] else ""
             yield paint.title(f"--- tokens {start:,} to {end - 1:,}{side}")
-            yield painted(tokenizer, tokens, trained, start, end, paint)
+            yield _painted(tokenizer, tokens, trained, start, end, paint)
         else:
             yield paint.title(f"--- tokens {start:,} to {end - 1:,}: padding")

@@ -240,7 +240,11 @@ def new_entry(cache_dir: Path, key: str) -> Iterator[Path]:
     preparation finds it a day old.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(cache_dir)
+    for abandoned in cache_dir.glob(".partial-*"):
+        # Another preparation may remove or publish it at the same moment.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - abandoned.stat().st_mtime > _ABANDONED_AFTER:
+                shutil.rmtree(abandoned)
     partial = cache_dir / f".partial-{key[:12]}-{secrets.token_hex(8)}"
     partial.mkdir()
     try:
@@ -256,11 +260,3 @@ def new_entry(cache_dir: Path, key: str) -> Iterator[Path]:
         sync(cache_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_abandoned(cache_dir: Path) -> None:
-    for partial in cache_dir.glob(".partial-*"):
-        # Another preparation may remove or publish it at the same moment.
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime > _ABANDONED_AFTER:
-                shutil.rmtree(partial)

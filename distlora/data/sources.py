@@ -32,7 +32,7 @@ _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
 """Features that datasets would decode with libraries of their own; no format has them."""
 
 
-def resolve_commit(source: SourceConfig) -> str:
+def _resolve_commit(source: SourceConfig) -> str:
     """Return the commit that `source.revision` means now: one request, no data.
 
     Without a network, with a hub that is down, or with HF_HUB_OFFLINE=1, the commit of the copy that datasets has
@@ -57,18 +57,36 @@ def resolve_commit(source: SourceConfig) -> str:
     return commit
 
 
-def check_hub(source: SourceConfig, commit: str, *, streaming: bool) -> None:
+def _check_hub(source: SourceConfig, commit: str, *, streaming: bool) -> None:
     """Refuse a configuration or a split that the data set lacks. Reads its file list and card, none of its rows."""
+    import datasets
+
     if streaming and "[" in source.split:
         raise UserError(
             f"split={source.split} takes a slice, for which all of {source.path} must be there; name the split "
             "without a slice, or set data.streaming=false"
         )
-    builder = _builder(source, commit)
+    with _explained(source):
+        try:
+            builder = datasets.load_dataset_builder(source.path, source.name, revision=commit)
+        except ValueError as error:
+            # datasets' own message for a configuration that is not there, or not named where there are several.
+            if "onfig" not in str(error):
+                raise
+            names = datasets.get_dataset_config_names(source.path, revision=commit)
+            problem = f"no configuration {source.name!r}{nearest(source.name, names)}" if source.name else "several"
+            raise UserError(
+                f"the data set {source.path} has {problem}; its configurations are {', '.join(names)}: "
+                f"set data.name={names[0]}, for example"
+            ) from error
+    if builder.hash != commit:
+        raise UserError(
+            f"the cached copy of {source.path} is of commit {builder.hash}, and {commit} is wanted; connect to the "
+            f"hub, or set data.revision={builder.hash}"
+        )
     data_files = getattr(builder.config, "data_files", None) or {}
     splits = [str(name) for name in (builder.info.splits or data_files)]
-    for part in source.split.split("+"):
-        name = part.partition("[")[0].strip()
+    for name, _ in _split_parts(source.split):
         if splits and name not in splits and name != "all":
             raise UserError(
                 f"the data set {source.path} has no split {name!r}{nearest(name, splits)}; "
@@ -76,83 +94,61 @@ def check_hub(source: SourceConfig, commit: str, *, streaming: bool) -> None:
             )
 
 
-class HubDataset:
-    """The rows of one split at one commit."""
+def hub_records(source: SourceConfig, commit: str, *, streaming: bool) -> Iterator[Record]:
+    """Yield every row of a split in order. Streaming, nothing is downloaded but what the rows read so far lie in."""
+    import datasets
 
-    def __init__(self, source: SourceConfig, commit: str, *, streaming: bool) -> None:
-        self.source = source
-        self.commit = commit
-        self.streaming = streaming
-
-    def records(self) -> Iterator[Record]:
-        """Every row in order. Streaming, nothing is downloaded but what the rows read so far lie in."""
-        import datasets
-
-        check_hub(self.source, self.commit, streaming=self.streaming)
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
-        source = self.source
-        with _explained(source):
-            rows = datasets.load_dataset(
-                source.path, source.name, split=source.split, revision=self.commit, streaming=self.streaming
-            )
-        yield from _records(rows, f"{source.path} {source.split}", source)
+    _check_hub(source, commit, streaming=streaming)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    with _explained(source):
+        rows = datasets.load_dataset(source.path, source.name, split=source.split, revision=commit, streaming=streaming)
+    yield from _records(rows, f"{source.path} {source.split}", source)
 
 
-class SavedDataset:
-    """The rows of a folder that save_to_disk wrote: one data set, or several splits of which one is named."""
+def _saved_records(source: SourceConfig) -> Iterator[Record]:
+    """Yield every row of a folder that save_to_disk wrote: one data set, or several splits of which one is named."""
+    import datasets
 
-    def __init__(self, source: SourceConfig) -> None:
-        self.source = source
-        self.folder = Path(source.path).expanduser()
-
-    def records(self) -> Iterator[Record]:
-        """Every row in order, memory-mapped."""
-        import datasets
-
-        _check_within(self.folder)
-        try:
-            saved = datasets.load_from_disk(str(self.folder))
-        except Exception as error:
+    folder = Path(source.path).expanduser()
+    _check_within(folder)
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(
+            f"{folder} holds no data set that can be loaded: {_first_line(error)}; save it again (save_to_disk), or "
+            "set {data.path} to files"
+        ) from error
+    if isinstance(saved, datasets.DatasetDict):
+        if source.split not in saved:
             raise UserError(
-                f"{self.folder} holds no data set that can be loaded: {_first_line(error)}; save it again "
-                "(save_to_disk), or set {data.path} to files"
-            ) from error
-        if isinstance(saved, datasets.DatasetDict):
-            if self.source.split not in saved:
-                raise UserError(
-                    f"{self.folder} has no split {self.source.split!r}{nearest(self.source.split, saved)}; its splits "
-                    f"are {', '.join(saved)}"
-                )
-            saved = saved[self.source.split]
-        yield from _records(saved, str(self.folder), self.source)
-
-    @staticmethod
-    def is_saved(folder: Path) -> bool:
-        """Return whether datasets' save_to_disk wrote this folder."""
-        return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+                f"{folder} has no split {source.split!r}{nearest(source.split, saved)}; its splits are "
+                f"{', '.join(saved)}"
+            )
+        saved = saved[source.split]
+    yield from _records(saved, str(folder), source)
 
 
 def _check_within(folder: Path) -> None:
     """Raise UserError if a saved data set names splits or files outside its folder, which datasets would read."""
     remedy = "save it again (save_to_disk)"
+
+    def check_names(names: Sequence[str], place: Path) -> None:
+        for name in names:
+            if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+                raise UserError(f"{place} names {name!r}, which does not lie in its folder; {remedy}")
+
     folders, place = [folder], folder / "dataset_dict.json"
     if place.is_file():
         values = read_object(place, remedy)
         check_shape(values, {"splits": [str]}, place, remedy)
-        _check_names(values["splits"], place, remedy)
+        check_names(values["splits"], place)
         folders = [folder / name for name in values["splits"]]
     for place in (inner / "state.json" for inner in folders):
         if place.is_file():
             values = read_object(place, remedy)
             check_shape(values, {"_data_files": [{"filename": str}]}, place, remedy)
-            _check_names([file["filename"] for file in values["_data_files"]], place, remedy)
-
-
-def _check_names(names: Sequence[str], place: Path, remedy: str) -> None:
-    for name in names:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise UserError(f"{place} names {name!r}, which does not lie in its folder; {remedy}")
+            check_names([file["filename"] for file in values["_data_files"]], place)
 
 
 def _records(rows: Any, label: str, source: SourceConfig) -> Iterator[Record]:
@@ -172,31 +168,6 @@ def _num_characters(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_num_characters, value.values()))
     return sum(map(_num_characters, value)) if isinstance(value, list) else 0
-
-
-def _builder(source: SourceConfig, commit: str) -> Any:
-    """Return the builder of the data set at `commit`. Raises UserError for an absent or ambiguous configuration."""
-    import datasets
-
-    with _explained(source):
-        try:
-            builder = datasets.load_dataset_builder(source.path, source.name, revision=commit)
-        except ValueError as error:
-            # datasets' own message for a configuration that is not there, or not named where there are several.
-            if "onfig" not in str(error):
-                raise
-            names = datasets.get_dataset_config_names(source.path, revision=commit)
-            said = f"no configuration {source.name!r}{nearest(source.name, names)}" if source.name else "several"
-            raise UserError(
-                f"the data set {source.path} has {said}; its configurations are {', '.join(names)}: "
-                f"set data.name={names[0]}, for example"
-            ) from error
-    if builder.hash != commit:
-        raise UserError(
-            f"the cached copy of {source.path} is of commit {builder.hash}, and {commit} is wanted; connect to the "
-            f"hub, or set data.revision={builder.hash}"
-        )
-    return builder
 
 
 def _cached_commit(source: SourceConfig, why: str) -> str:
@@ -242,13 +213,6 @@ def _explained(source: SourceConfig) -> Iterator[None]:
         ) from error
 
 
-def is_offline() -> bool:
-    """Return whether only the cache of datasets is read: HF_HUB_OFFLINE is set or the Hub gave no answer."""
-    import datasets
-
-    return bool(datasets.config.HF_HUB_OFFLINE)
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
@@ -291,14 +255,19 @@ class Source:
     def head(self) -> Source:
         """Return the source for reading its first documents: a Hub data set is streamed if possible."""
         whole = self.commit is None or set("[+") & set(self.config.split) or self.config.split == "all"
-        return self if whole or is_offline() else dataclasses.replace(self, streaming=True)
+        if whole:
+            return self
+        import datasets
+
+        # Set, too, where the hub gave no answer.
+        return self if datasets.config.HF_HUB_OFFLINE else dataclasses.replace(self, streaming=True)
 
     def records(self) -> Iterator[Record]:
         """Yield all records in order."""
         if self.commit is not None:
-            yield from HubDataset(self.config, self.commit, streaming=self.streaming).records()
+            yield from hub_records(self.config, self.commit, streaming=self.streaming)
         elif self.is_saved:
-            yield from SavedDataset(self.config).records()
+            yield from _saved_records(self.config)
         else:
             for path in self.files:
                 yield from read_file(path, self.config.format, self.config.sample_by)
@@ -459,13 +428,13 @@ def find_source(
     whose files are the splits of one data set.
     """
     if is_hub_name(config.path):
-        commit = (pinned or {}).get(_pin_name(config.path, config.revision)) or resolve_commit(config)
+        commit = (pinned or {}).get(_pin_name(config.path, config.revision)) or _resolve_commit(config)
         label = f"{config.path} {config.split}"
         return Source(config=config, label=label, commit=commit, streaming=streaming)
     path = Path(config.path).expanduser()
     if not path.exists():
         raise _absent(path, field)
-    is_saved = path.is_dir() and SavedDataset.is_saved(path)
+    is_saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     for setting, value in (("name", config.name), ("revision", config.revision)):
         if value is not None:
             raise UserError(
@@ -518,7 +487,7 @@ def check_sources(data: DataConfig, *, limit: int, pinned: Mapping[str, str] | N
 def _check_head(source: Source, limit: int, pinned: Mapping[str, str]) -> str | None:
     if source.commit is not None:
         if _pin_name(source.config.path, source.config.revision) not in pinned:
-            check_hub(source.config, source.commit, streaming=source.streaming)
+            _check_hub(source.config, source.commit, streaming=source.streaming)
         return None
     format, documents = source.open(has_template=True)
     for _ in itertools.islice(documents, limit):

@@ -6,6 +6,7 @@ cannot be had so is refused by the document's place and the message.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distlora.config import UserError
-from distlora.data.chat_template import ChatTemplate, Message
-from distlora.data.formats import Document
+from distlora.data.chat_template import TOOLS_ADVICE, ChatTemplate, Message
+from distlora.data.formats import Document, common_prefix
 
 
 class Encoded(NamedTuple):
@@ -73,7 +74,9 @@ class TurnTokens:
         self._template = template
         added = tokenizer.added_tokens_decoder
         self._added = np.array(sorted(added), np.int64)
-        self._ends = np.array(sorted(_end_tokens(tokenizer, template)), np.int64)
+        # Some tokenizers hold <|im_end|> as an added token that is not special, as they hold </tool_call>.
+        special = {id for id, token in added.items() if token.special} | {tokenizer.eos_token_id}
+        self._ends = np.array(sorted({*special, *template.end_of_turn()} - {None}), np.int64)
         cuts = [id for id, token in added.items() if not (token.normalized or token.single_word)]
         self._cuts = np.array(sorted(cuts) if tokenizer.is_fast else [], np.int64)
         self._tails: dict[str, list[int]] = {}
@@ -94,7 +97,11 @@ class TurnTokens:
                 for token, character in [_last_before(encoding, cuts, end)]
             ]
             documents.append((conversation, tokens, tails))
-        self._learn([text for _, _, tails in documents for _, text in tails])
+        if len(self._tails) > 20_000:
+            self._tails.clear()
+        texts = dict.fromkeys(text for _, _, tails in documents for _, text in tails)
+        if new := [text for text in texts if text not in self._tails]:
+            self._tails |= zip(new, self._tokenize(new).input_ids, strict=True)
         for conversation, tokens, tails in documents:
             yield Encoded(tokens, self._trained(conversation, tokens, tails))
 
@@ -102,21 +109,17 @@ class TurnTokens:
         # verbose=False: a text longer than the model's context is no news here, it is cut to rows later.
         return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
 
-    def _learn(self, texts: list[str]) -> None:
-        """Tokenize the tails that are not known yet."""
-        if len(self._tails) > 20_000:
-            self._tails.clear()
-        new = [text for text in dict.fromkeys(texts) if text not in self._tails]
-        if new:
-            self._tails |= zip(new, self._tokenize(new).input_ids, strict=True)
-
     def _trained(self, conversation: Conversation, tokens: np.ndarray, tails: list[tuple[int, str]]) -> np.ndarray:
         trained = np.full(len(tokens), int(conversation.inverse), np.uint8)
         ends = []
         for number, (first, text) in enumerate(tails):
             tail = self._tails[text]
             if tokens[first : first + len(tail)].tolist() != tail:
-                raise self._refuse_joined(conversation, conversation.turns[number // 2])
+                raise UserError(
+                    f"{conversation.place}: messages[{conversation.turns[number // 2].message}]: the tokenizer joins "
+                    "the turn's first or last characters with those around it, so it has no tokens of its own; strip "
+                    'the white space around its content, choose another data.template, or mask it with "train": false'
+                )
             ends.append(first + len(tail))
         closing = self._closing(conversation, tokens, ends)
         for turn, start, end in zip(conversation.turns, ends[::2], ends[1::2], strict=True):
@@ -125,7 +128,12 @@ class TurnTokens:
                 continue
             stop = self._end_of_turn(tokens, start, end, closing)
             if stop is None:
-                raise self._unclosed(conversation, turn)
+                raise UserError(
+                    f"{conversation.place}: messages[{turn.message}]: {self._template.name} ends the assistant's turn "
+                    f"({conversation.text[turn.start : turn.end][-20:]!a}) without a special token of this tokenizer, "
+                    "so the model would never learn to stop; have the template write {{ eos_token }} after it, or "
+                    "choose a named data.template"
+                )
             trained[start:stop] = 1
         return trained
 
@@ -159,46 +167,19 @@ class TurnTokens:
     def _is_blank(self, tokens: np.ndarray) -> bool:
         return len(tokens) == 0 or self._tokenizer.decode(tokens.tolist()).strip() == ""
 
-    def _refuse_joined(self, conversation: Conversation, turn: Turn) -> UserError:
-        return UserError(
-            f"{conversation.place}: messages[{turn.message}]: the tokenizer joins the turn's first or last characters "
-            "with those around it, so it has no tokens of its own; strip the white space around its content, choose "
-            'another data.template, or mask it with "train": false'
-        )
-
-    def _unclosed(self, conversation: Conversation, turn: Turn) -> UserError:
-        shown = conversation.text[turn.start : turn.end][-20:]
-        return UserError(
-            f"{conversation.place}: messages[{turn.message}]: {self._template.name} ends the assistant's turn "
-            f"({shown!a}) without a special token of this tokenizer, so the model would never learn to stop; "
-            "have the template write {{ eos_token }} after it, or choose a named data.template"
-        )
-
-
-def _end_tokens(tokenizer: Any, template: ChatTemplate) -> set[int]:
-    """Tokens that can end a turn: the special ones, and what the template writes behind a plain answer.
-
-    Some tokenizers hold <|im_end|> as an added token that is not special, as they hold </tool_call>.
-    """
-    added = tokenizer.added_tokens_decoder
-    special = {id for id, token in added.items() if token.special} | {tokenizer.eos_token_id}
-    behind = tokenizer(template.behind_answer(), add_special_tokens=False).input_ids
-    return (special | set([token for token in behind if token in added][:1])) - {None}
-
 
 def _last_before(encoding: Any, cuts: np.ndarray, character: int) -> tuple[int, int]:
     """(token, its first character) of the last cut that begins before `character`; (0, 0) where there is none.
 
     `cuts` (C,) are positions in the tokens, ascending, and so are their characters.
     """
-    low, high = 0, len(cuts)
-    while low < high:
-        middle = (low + high) // 2
-        if encoding.token_to_chars(int(cuts[middle]))[0] < character:
-            low = middle + 1
-        else:
-            high = middle
-    return (int(cuts[low - 1]), encoding.token_to_chars(int(cuts[low - 1]))[0]) if low else (0, 0)
+
+    def first_character(cut: int) -> int:
+        start: int = encoding.token_to_chars(int(cut))[0]
+        return start
+
+    number = bisect.bisect_left(cuts, character, key=first_character)
+    return (int(cuts[number - 1]), first_character(cuts[number - 1])) if number else (0, 0)
 
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -269,13 +250,11 @@ class TurnFinder:
         if not inverse:
             for turn in turns:
                 self._check_written(place, turn.message, messages[turn.message], text[turn.start : turn.end])
-        names = [tool.get("function", tool).get("name") for tool in tools or ()]
-        absent = [name for name in names if name is not None and name not in text]
-        if absent:
-            raise UserError(
-                f"{place}: {self.template.name} leaves out the tool {absent[0]!r}; remove 'tools', or "
-                f"{self.template.tool_advice()}"
-            )
+        for name in (tool["function"]["name"] for tool in tools or ()):
+            if name not in text:
+                raise UserError(
+                    f"{place}: {self.template.name} leaves out the tool {name!r}; remove 'tools', or {TOOLS_ADVICE}"
+                )
         return Conversation(place=place, text=text, turns=tuple(turns), marked=marked, inverse=inverse)
 
     def _by_marks(self, place: str, messages: list[Message], tools: Any, chosen: list[int]) -> tuple[str, list[Turn]]:
@@ -324,7 +303,7 @@ class TurnFinder:
         """
         if text.startswith(until):
             return len(until)
-        common = _common(text, until, start)
+        common = start + len(common_prefix(text[start:], until[start:]))
         found = [(text.rfind(token, start, common), token) for token in self._closers]
         end = max((position + len(token) for position, token in found if position >= 0), default=None)
         if end is None:
@@ -357,20 +336,14 @@ class TurnFinder:
         ]:
             # White space apart: templates trim it, and put thoughts inside of the content on lines of their own.
             if text and text.strip() not in written and "".join(text.split()) not in "".join(written.split()):
-                advice = "choose a data.template that does" + self._such_as_chatml()
-                if what.startswith("call of "):
-                    advice = self.template.tool_advice()
+                advice = TOOLS_ADVICE if what.startswith("call of ") else "choose a data.template that does"
                 raise UserError(
                     f"{place}: messages[{index}]: {self.template.name} does not write its {what} as the data has it, "
                     f"so the model would not learn it; remove it from the data, or {advice}"
                 )
 
-    def _such_as_chatml(self) -> str:
-        """Return an example of a named template that writes all, where the tokenizer has its tokens."""
-        return ", such as chatml" if self.template.fits("chatml") else ""
-
     def _rewritten(self, place: str, index: int) -> UserError:
-        others = ["keep one assistant turn a document", "choose a named data.template" + self._such_as_chatml()]
+        others = ["keep one assistant turn a document", "choose a named data.template"]
         if self._train_on != "last":
             others.insert(0, "set data.train_on=last")
         return UserError(
@@ -398,15 +371,3 @@ def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((start, end))
     return merged
-
-
-def _common(first: str, second: str, start: int) -> int:
-    """Up to where two texts that are equal up to `start` are equal."""
-    low, high = start, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

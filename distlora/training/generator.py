@@ -231,8 +231,7 @@ class PromptEncoder:
         """
         stops = self._stops | {self.tokenizer.eos_token_id} | _as_set(_model_defaults(folder).eos_token_id)
         if self.template is not None:
-            behind = self._tokenize(self.template.behind_answer())
-            stops.update([token for token in behind if token in self.tokenizer.added_tokens_decoder][:1])
+            stops.update(self.template.end_of_turn())
         return sorted(stops - {None})
 
     def decode(self, completion: Completion) -> str:

@@ -27,8 +27,9 @@ from distlora.checkpoint.state import (
     load_state,
 )
 from distlora.config import AdapterConfig, Config, ModelConfig, TrainConfig, UserError
-from distlora.data.loader import PackedRows, StepLoader
+from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
+from distlora.data.rows import PackedRows
 from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks

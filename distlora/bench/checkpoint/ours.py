@@ -21,7 +21,7 @@ from distlora.checkpoint.saver import Saver
 from distlora.checkpoint.state import Identity, Progress, TrainState
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.data.loader import PackedRows
+from distlora.data.rows import PackedRows
 from distlora.parallel import Ranks
 from distlora.run_folder.checkpoint_manifest import TRAINER_NAME
 from distlora.training.publish import restore, trainer_tensors, weight_files

@@ -19,7 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
 from distlora.bench.requests import StepJob
 from distlora.bench.step.turns import EndedError, Turns
-from distlora.data.loader import IGNORED, MicroBatch, PackedRows, StepLoader
+from distlora.data.loader import IGNORED, MicroBatch, StepLoader
+from distlora.data.rows import PackedRows
 from distlora.parallel import Ranks
 from distlora.planner.traffic import Storage
 

@@ -23,8 +23,9 @@ from distlora.bench.step.cells import installed
 from distlora.checkpoint.files import write_files
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.data.loader import PackedRows, StepLoader
+from distlora.data.loader import StepLoader
 from distlora.data.prepare import prepare
+from distlora.data.rows import PackedRows
 from distlora.parallel import Ranks
 from distlora.training.publish import weight_files
 from distlora.training.setup import start_run_model

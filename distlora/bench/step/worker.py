@@ -24,7 +24,7 @@ from distlora.bench.step.turns import Turns
 from distlora.bench.trial import Started
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.data.loader import PackedRows
+from distlora.data.rows import PackedRows
 from distlora.parallel import Ranks, join_ranks
 from distlora.training.reporter import Reporter
 from distlora.weights.peft_folder import read_peft_adapter

@@ -61,20 +61,18 @@ def preview_documents(arguments: Sequence[str]) -> int:
     """Check the settings and print the preview. Returns the exit code."""
     options, overrides = parse([expand_home(word) for word in arguments])
     config = compose_config(overrides, config_dir=options.config_dir)
-    from distlora.data.preview import PreviewRequest, preview
+    from distlora.data.preview import preview
 
     with with_small_files(config.model) as model:
         check_model_folder(dataclasses.replace(config, model=model))
         check_data(config.data, config.train.objective, config.run_dir)
         return preview(
-            PreviewRequest(
-                model=model,
-                data=config.data,
-                train=config.train,
-                documents=options.rows,
-                read_all=options.all,
-                no_color=options.no_color,
-            )
+            model,
+            config.data,
+            config.train,
+            documents=options.rows,
+            read_all=options.all,
+            no_color=options.no_color,
         )
 
 
@@ -87,10 +85,9 @@ def show_packed_rows(arguments: Sequence[str]) -> int:
             f"{' '.join(words) or 'nothing'!r}; write distlora data row RUN 0"
         )
     load_config(words[0])
-    from distlora.data.preview import RowsRequest, show_rows
+    from distlora.data.preview import show_rows
 
-    numbers = tuple(int(word) for word in words[1:])
-    return show_rows(RowsRequest(run_dir=words[0], numbers=numbers, no_color="--no-color" in arguments))
+    return show_rows(words[0], [int(word) for word in words[1:]], no_color="--no-color" in arguments)
 
 
 def prepare_data(arguments: Sequence[str]) -> int:

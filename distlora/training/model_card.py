@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from distlora.config import AdapterConfig, SourceConfig, UserError
-from distlora.config.file import parse_yaml
+from distlora.config import SourceConfig, UserError
+from distlora.config.file import parse_yaml, settings_by_name
 from distlora.config.places import is_hub_name
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, Result
 from distlora.system.numbers import length
@@ -139,58 +139,33 @@ def _source(source: SourceConfig, counts: Mapping[str, Any], more: list[str]) ->
 _TRAIN_ON = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "all"}
 
 
+_SETTINGS = (
+    "model.new_tokens",
+    "quant.method",
+    "data.sequence_length",
+    "train.dtype",
+    "train.global_batch",
+    "train.seed",
+)
+"""Settings in the card beside those of `adapter` and `optim`."""
+
+
 def _settings(result: Result) -> Iterator[tuple[str, str]]:
-    config, adapter = result.config, result.adapter
-    optim, train = config.optim, config.train
-    if adapter is None:
-        yield "method", "full fine-tuning"
-    else:
-        method = "DoRA" if adapter.get("use_dora") else "LoRA"
-        yield "method", method + (", rsLoRA scaling" if adapter.get("use_rslora") else "")
-        yield "r", _with_pattern(adapter["r"], adapter.get("rank_pattern"))
-        yield "lora_alpha", _with_pattern(adapter["lora_alpha"], adapter.get("alpha_pattern"))
-        yield "lora_dropout", f"{config.adapter.lora_dropout:g}"
-        targets = adapter["target_modules"]
-        many = isinstance(targets, list) and len(targets) > 16
-        if targets:
-            yield "target_modules", f"{len(targets)} linears" if many else _joined(targets)
-        if parameters := adapter.get("target_parameters"):
-            many = len(parameters) > 16
-            yield "target_parameters", f"{len(parameters)} weights of experts" if many else _joined(parameters)
-        yield from _trained_rows(adapter.get("trainable_token_indices"))
-        if whole := adapter.get("modules_to_save"):
-            yield "trained whole", ", ".join(whole)
-        if config.adapter.init_from is not None:
-            yield "started from", _shown(config.adapter.init_from)
-        if config.adapter.decomposes:
-            yield "started from", _start(config.adapter)
-    if config.model.new_tokens:
-        yield "new tokens", _joined(f"`{text}`" for text in config.model.new_tokens)
-    yield "base in training", "NF4, double quantization" if config.quant.is_nf4 else train.dtype
-    yield "compute dtype", train.dtype
-    yield "optimizer", f"{optim.name}, betas {_joined(optim.betas)}, weight decay {optim.weight_decay:g}"
-    ratio = f" (B: {optim.loraplus_lr_ratio:g} times that)" if optim.loraplus_lr_ratio != 1 else ""
-    yield "learning rate", f"{optim.lr:g}{ratio}"
-    yield "schedule", f"{optim.schedule}, warm-up over {optim.warmup_ratio:.0%} of the steps"
-    yield "gradient norm", f"clipped to {optim.max_grad_norm:g}" if optim.max_grad_norm else "not clipped"
-    length = config.data.sequence_length
-    yield "batch", f"{train.global_batch:,} rows of {length:,} tokens, documents packed"
+    values = settings_by_name(result.config)
+    for name, value in values.items():
+        of_adapter = name.startswith(("adapter.", "optim.loraplus"))
+        is_unset = value is None or value is False or value in ([], (), {})
+        if is_unset or not (name in _SETTINGS or name.startswith(("adapter.", "optim."))):
+            continue
+        if of_adapter and result.adapter is None and name != "adapter.method":
+            continue
+        if isinstance(value, (list, tuple)):
+            value = f"{len(value)} entries" if len(value) > 16 else ", ".join(map(str, value))
+        elif isinstance(value, Mapping):
+            value = ", ".join(f"{key}: {item}" for key, item in value.items())
+        yield name, _shown(value) if name == "adapter.init_from" else str(value)
     if result.step is not None:
         yield "steps", f"{result.step:,}"
-    yield "seed", str(train.seed)
-
-
-def _start(adapter: AdapterConfig) -> str:
-    if not adapter.pissa:
-        return "LoftQ: the principal part of what NF4 loses of each weight, one iteration"
-    how = f"PiSSA (`{adapter.init}`): the principal part of each weight, which the base lacked in training"
-    return f"{how}; trained at rank {adapter.r}, and published with that start taken off, at twice the rank"
-
-
-def _trained_rows(indices: list[int] | Mapping[str, list[int]] | None) -> Iterator[tuple[str, str]]:
-    for matrix, ids in (indices if isinstance(indices, Mapping) else {"embed_tokens": indices or []}).items():
-        if ids:
-            yield f"trained rows of {matrix}", f"{len(ids):,}"
 
 
 def _figures(result: Result) -> Iterator[tuple[str, str]]:
@@ -293,15 +268,6 @@ def _has_experts(result: Result) -> bool:
 def _table(rows: Iterator[tuple[str, str]]) -> str:
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _with_pattern(value: float, pattern: Mapping[str, Any] | None) -> str:
-    others = ", ".join(f"{key}: {item:g}" for key, item in (pattern or {}).items())
-    return f"{value:g}" + (f" ({others})" if others else "")
-
-
-def _joined(values: Any) -> str:
-    return values if isinstance(values, str) else ", ".join(str(value) for value in values)
 
 
 def _shown(path: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from distlora.bench.collectives import counted
+from distlora.bench.collectives import Collectives
 from distlora.bench.random_inputs import random_tokens
 from distlora.config import Config
 from distlora.model.attention import Documents
@@ -33,7 +33,8 @@ class Counts:
         """Run a step between barriers and count its collectives."""
         assert ranks.group is not None
         dist.barrier(ranks.group)
-        collectives = counted(step)
+        with Collectives() as collectives:
+            step()
         dist.barrier(ranks.group)
         assert collectives.of("broadcast") == 0, "a step broadcasts nothing"
         gathered, scattered, reduced = (collectives.of(kind) for kind in ("gathered", "scattered", "reduced"))

@@ -128,7 +128,6 @@ def no_process_starts() -> Iterator[None]:
         patch.setattr(cancelling, "cancel", lambda folder, **_: begun(run_folders(folder)))
         patch.setattr(cancelling, "cancel_sweep", begun)
         patch.setattr(quantization, "write_default_text", lambda path: None)  # It reads the whole of Python's library.
-        patch.setattr(bench_step, "isolate_network", lambda: False)  # It would cut this process off for good.
         patch.setattr(bench_step, "made_base", lambda: Path(BASE))
         patch.setenv("PATH", f"{Path.cwd() / 'bin'}:{Path(sys.executable).parent}")
         for name in [name for name in os.environ if name.startswith(("WANDB", "SLURM"))]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distlora.bench.checkpoint import compare, ours
-from distlora.bench.checkpoint.saved import Clock, Saved, median
+from distlora.bench.checkpoint import Clock, Saved, measure, measure_ours, median, results
+from distlora.bench.requests import CheckpointBench
 from distlora.parallel import Ranks
 from small_models import write_model_folder
 
@@ -22,7 +22,7 @@ def test_a_real_run_is_saved_in_both_ways_and_resumed(tmp_path: Path) -> None:
     write_model_folder(tmp_path / "model", "llama")
     (tmp_path / "run").mkdir()
     alone = Ranks(0, 1, torch.device("cpu"), None)
-    rows = ours.measure(tmp_path / "model", tmp_path / "run", alone, r=4, tokens=16, rounds=1)
+    rows = measure_ours(tmp_path / "model", tmp_path / "run", alone, r=4, tokens=16, rounds=1)
     assert [row.way for row in rows] == ["ours", "ours, train.save_in_background=false"]
     for row in rows:
         assert 1 < row.over_floor < 2, "12 bytes per parameter, names and the run's state"
@@ -36,7 +36,7 @@ def test_the_report_reads_the_figures_beside_each_other() -> None:
     ours_saved = saved("ours", step=Clock(1.0, 1.0), slower=0.02)
     peer = saved("transformers Trainer", save=Clock(0.1, 0.1), nbytes=25_000)
     adapter = saved("PEFT save_pretrained", nbytes=4_100, fault="no optimizer")
-    report = compare.results([ours_saved, peer, adapter], parameters=75_600_000, threads=2)
+    report = results([ours_saved, peer, adapter], 75_600_000)
     (table,) = report.tables
     assert "Llama of 76M parameters" in table.heading
     assert "2 threads" in report.notes
@@ -55,8 +55,7 @@ def test_medians_are_of_each_clock_alone() -> None:
 
 
 @pytest.mark.slow
-def test_every_way_saves_and_resumes(tmp_path: Path) -> None:
-    compare.make_model(tmp_path / "model", layers=1)
-    rows = list(compare.measure(tmp_path / "model", [4], tokens=16, rounds=1, threads=2))
+def test_every_way_saves_and_resumes() -> None:
+    rows, _ = measure(CheckpointBench(r=(4,), layers=1, tokens=16, rounds=1))
     assert len({row.way for row in rows}) == 6
     assert all(row.nbytes > 0 for row in rows)

@@ -230,18 +230,6 @@ def test_mistakes_are_named(words: list[str], said: str, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-def test_a_run_at_an_absurd_rate_is_known_as_diverged(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path / "cache"))
-    setup = Setup(str(base), steps=4, ranks=1, seeds=1, search=False)
-    planned = Planned(BY_NAME["rsLoRA r=16"], 1e30, 0)
-    assert run.train(planned, setup, tmp_path) == 1
-    assert run.has_diverged(planned, tmp_path)
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.slow
 def test_every_method_trains_and_starts_from_the_same_base(base: Path, tmp_path: Path) -> None:
     """Real runs, one process each: step 0 is checked by the command itself."""
     code = (

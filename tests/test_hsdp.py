@@ -19,7 +19,7 @@ from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
 from counted_step import our_step
-from distlora.bench.collectives import counted
+from distlora.bench.collectives import Collectives
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import as_mapping, load_config
 from distlora.model.build import CausalLM
@@ -192,7 +192,8 @@ def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tupl
     our_step(model, backend, config, 3)  # Its first forward checks what was gathered, and sums that over all ranks.
     backend.zero_gradients()
     backend.traffic.take()
-    collectives = counted(lambda: our_step(model, backend, config, 3))
+    with Collectives() as collectives:
+        our_step(model, backend, config, 3)
     return dict(collectives.nbytes), backend.traffic.take()
 
 

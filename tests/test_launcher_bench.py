@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from distlora.bench.requests import CheckpointBench, LoadBench, MemoryBench, from_argument
-from distlora.config import UserError
+from distlora.bench.requests import CheckpointBench, LoadBench, MemoryBench
+from distlora.system.command_worker import encode_call
 from distlora_launcher.cli import main
 from distlora_launcher.cli.bench import BENCHES
 from distlora_launcher.launch.workers import ON_CPU
@@ -67,21 +67,19 @@ def test_kernels_need_a_gpu_and_get_their_options(
 
 
 def test_a_worker_gets_the_request_of_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    worker = started("checkpoint", "--r", "8,16")
-    assert worker.module == "distlora.bench.checkpoint.compare"
-    assert from_argument(CheckpointBench, worker.arguments) == CheckpointBench(r=(8, 16))
-    worker = started("memory", "--ranks=2,1", "--json")
-    assert worker.module == "distlora.bench.memory"
-    assert from_argument(MemoryBench, worker.arguments) == MemoryBench(json=True)
     for name in ON_CPU:
         monkeypatch.setenv(name, "the user's")
     monkeypatch.delenv("OMP_WAIT_POLICY")
-    worker = started("load", "--layers", "2", "--out", str(tmp_path / "new"))
-    expected = LoadBench(layers=2, environment={"OMP_WAIT_POLICY": "PASSIVE"}, out=str(tmp_path / "new"))
-    assert worker.module == "distlora.bench.load"
-    assert from_argument(LoadBench, worker.arguments) == expected
-    with pytest.raises(UserError, match="rounds"):
-        from_argument(LoadBench, ['{"rounds": "three"}'])
+    environment, out = {"OMP_WAIT_POLICY": "PASSIVE"}, str(tmp_path / "new")
+    cases: list[tuple[list[str], object]] = [
+        (["checkpoint", "--r", "8,16"], CheckpointBench(r=(8, 16))),
+        (["memory", "--ranks=2,1", "--json"], MemoryBench(json=True)),
+        (["load", "--layers", "2", "--out", out], LoadBench(layers=2, environment=environment, out=out)),
+    ]
+    for words, request in cases:
+        worker = started(*words)
+        assert worker.module == "distlora.system.command_worker"
+        assert worker.arguments == [encode_call(f"distlora.bench.{words[0]}:main", request)]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from distlora.bench.host_counters import free_port
+from distlora.bench.host import free_port
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build, load_config
 from distlora_launcher.cli.main import main

@@ -15,7 +15,7 @@ from torch.autograd.profiler import record_function
 
 from distlora.architecture.families import read_config
 from distlora.architecture.shapes import shapes_of
-from distlora.bench.step_memory import measure_step
+from distlora.bench.memory import measure_step
 from distlora.config import Config
 from distlora.parallel import Ranks
 from distlora.planner import traffic
@@ -105,7 +105,7 @@ def test_what_another_thread_lets_go_of_ends_with_its_collective() -> None:
 
 
 def measured(ranks: Ranks, *, folder: Path, **sections: dict[str, Any]) -> StepMemory:
-    return measure_step(config_for(folder, **sections), ranks)
+    return measure_step([config_for(folder, **sections)], ranks)
 
 
 @pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from distlora.bench import step_memory
-from distlora.bench.step_memory import measure_step
+from distlora.bench import memory
+from distlora.bench.memory import measure_step
 from distlora.config import Config
 from distlora.config.plan import GPUS
 from distlora.parallel import Ranks
@@ -55,7 +55,7 @@ def config_of(folder: Path, ranks: int, settings: Settings, accumulation: int = 
 
 
 def measured(ranks: Ranks, *, config: Config) -> StepMemory:
-    return measure_step(config, ranks)
+    return measure_step([config], ranks)
 
 
 def both(world: Any, folder: Path, ranks: int, settings: Settings, accumulation: int) -> tuple[DeviceBytes, StepMemory]:
@@ -362,8 +362,8 @@ def test_on_a_gpu_a_step_has_what_is_calculated_by_torchs_counters(
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 64, "num_attention_heads": 16}
     write_model_folder(tmp_path, "llama", **sizes, num_key_value_heads=4, num_hidden_layers=6, vocab_size=32_000)
     config = config_of(tmp_path, 1, {"data": {"sequence_length": 2048}, "train": {"checkpointing": checkpointing}})
-    monkeypatch.setattr(step_memory, "MemoryMeter", Counted)
-    found = measure_step(config, Ranks(0, 1, torch.device("cuda", 0), None))
+    monkeypatch.setattr(memory, "MemoryMeter", Counted)
+    found = measure_step([config], Ranks(0, 1, torch.device("cuda", 0), None))
     beside, most = Counted.counters
     assert most == pytest.approx(found.peak + beside, rel=0.01)
     liger = importlib.util.find_spec("liger_kernel") is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distlora.bench.step_memory import measure_pack
+from distlora.bench.memory import measure_step
 from distlora.config import Config
 from distlora.parallel import Ranks
 from distlora.planner.memory.device import device_bytes
@@ -47,7 +47,7 @@ MORE: list[tuple[int, int, list[Settings]]] = [
 
 
 def measured(ranks: Ranks, *, trials: Sequence[Config]) -> StepMemory:
-    return measure_pack(trials, ranks)
+    return measure_step(trials, ranks, in_slots=True)
 
 
 def check_pack(world: World, folder: Path, size: int, accumulation: int, settings: list[Settings]) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from chaos import Life, read_lines, train_command, uninterrupted
-from distlora.bench.host_counters import free_port
+from distlora.bench.host import free_port
 from distlora.parallel import Ranks, watch
 from distlora.parallel.watch import HungError, Position, Verdict, Watch, judge
 from distlora.run_folder import error_file

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _ARGUMENT: dict[str, tuple[str, int]] = {
     "_allgather_base_": ("gathered", 0),
@@ -23,8 +23,6 @@ _ARGUMENT: dict[str, tuple[str, int]] = {
     "broadcast_": ("broadcast", 0),
 }
 """c10d's collectives: (kind, index of the whole tensor: an all-gather's result, a reduce-scatter's input)."""
-
-_NOTHING = ("barrier", "monitored_barrier_")
 
 
 class Collectives(TorchDispatchMode):
@@ -52,31 +50,13 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: Sequence[Any]) -> None:
-        if name in _NOTHING:
+        if name in ("barrier", "monitored_barrier_"):
             return
         if name not in _ARGUMENT:
             raise NotImplementedError(f"the counter does not know the collective c10d::{name}")
         kind, whole = _ARGUMENT[name]
-        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
+        objects = [value for value in args if isinstance(value, torch.ScriptObject)]
+        group = next(dist.ProcessGroup.unbox(each) for each in objects if "ProcessGroup" in str(each._type()))
         ranks = tuple(dist.get_process_group_ranks(group))
-        self.nbytes[kind, ranks] += sum(tensor.nbytes for tensor in _tensors(args[whole]))
+        self.nbytes[kind, ranks] += sum(tensor.nbytes for tensor in tree_leaves(args[whole]))
         self.calls[kind, ranks] += 1
-
-
-def _is_group(value: torch.ScriptObject) -> bool:
-    return "ProcessGroup" in str(value._type())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    else:
-        for item in value:
-            yield from _tensors(item)
-
-
-def counted(work: Callable[[], object]) -> Collectives:
-    """Return the collectives that `work` issues."""
-    with Collectives() as collectives:
-        work()
-    return collectives

@@ -1,7 +1,5 @@
 """Measure loading a bf16 checkpoint into NF4, ours with and without the cache, and transformers + bitsandbytes.
 
-    python -m distlora.bench.load REQUEST      (requests.LoadBench; started by `distlora bench load`)
-
 Each way loads the same folder on the CPU with two threads in all, in fresh processes that take turns; the page cache is
 warm for all. Each rank of the peer holds the whole model, as its users have it.
 """
@@ -10,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,16 +20,16 @@ import torch.distributed as dist
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.bench.host_counters import PeakMemory, free_port
-from distlora.bench.machine import measurement_notes
-from distlora.bench.processes import libraries_print_to_stderr, run_each, set_rank
+from distlora.bench.host import PeakMemory, free_port, libraries_print_to_stderr, measurement_notes, run_each, set_rank
 from distlora.bench.random_inputs import LLAMA_700M, write_random_checkpoint
-from distlora.bench.requests import LoadBench, from_argument
+from distlora.bench.requests import LoadBench
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.output.figures import draw_bars
 from distlora.output.result_files import Results
 from distlora.output.tables import Table, spread
+from distlora.system.exit_codes import DONE
+from distlora.system.progress import say
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 
 THREADS, MIB = 2, 2**20
@@ -58,7 +55,7 @@ class Figures:
     read_bytes: int = 0
     """Bytes read, with headers, checksums and hashed bytes."""
     from_cache: bool = False
-    """Whether nothing was quantized."""
+    """True if nothing was quantized."""
 
 
 def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cache: Path | None, results: Any) -> None:
@@ -121,13 +118,10 @@ def transformers_and_bitsandbytes(rank: int, threads: int, folder: Path, results
         seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     packed = [p for p in model.parameters() if p.dtype == torch.uint8]
     assert packed, "the peer did not quantize: is bitsandbytes installed?"
-    results.put((rank, Figures(seconds, cpu, memory.peak, sum(p.nbytes for p in model.parameters()) + absmax(packed))))
-
-
-def absmax(packed: Sequence[Any]) -> int:
-    """Return the bytes of bitsandbytes' quantization states; weights may share tables."""
     tensors = [each for p in packed for each in p.quant_state.as_dict().values() if isinstance(each, torch.Tensor)]
-    return sum({each.data_ptr(): each.nbytes for each in tensors}.values())
+    tables = {each.data_ptr(): each.nbytes for each in tensors}  # Weights may share them.
+    kept = sum(p.nbytes for p in model.parameters()) + sum(tables.values())
+    results.put((rank, Figures(seconds, cpu, memory.peak, kept)))
 
 
 def measure(
@@ -138,23 +132,13 @@ def measure(
     cache: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[Figures]:
-    """Return our figures by rank.
+    """Return our figures by rank, with a folder of the quantized-weights cache or none.
 
-    Args:
-        folder: The model's folder.
-        world: Number of ranks.
-        backend: parallel.backend.
-        cache: Folder of the quantized-weights cache; None for none.
-        environment: Variables that the launcher sets for workers.
+    `environment` holds the variables that the launcher sets for workers.
     """
     port = free_port()
     arguments = [(rank, world, port, folder, backend, cache) for rank in range(world)]
     return run_each(ours, arguments, environment=environment)
-
-
-def measure_peer(folder: Path, *, world: int) -> list[Figures]:
-    """Return the peer's figures of `world` processes at once, each with its part of the threads."""
-    return run_each(transformers_and_bitsandbytes, [(rank, max(1, THREADS // world), folder) for rank in range(world)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,18 +149,8 @@ class Start:
     way: str
     """cold, filling, cached or peer."""
     ranks: int
-    seconds: float
-    """Seconds until the last rank is done."""
-    cpu_seconds: float
-    """CPU seconds of all ranks."""
-    peak_bytes: int
-    """Highest peak of a process over its memory at the start."""
-    kept_bytes: int
-    """Most bytes of the model that a process holds when it is done."""
-    base_bytes: int
-    """Fewest bytes of base weights that a process holds."""
-    read_bytes: int
-    """Most bytes that a rank reads."""
+    total: Figures
+    """The last rank's seconds, the CPU seconds of all, the most bytes of a rank (of base weights the fewest)."""
 
 
 NAMES = {
@@ -193,27 +167,20 @@ def rounds_of(folder: Path, ranks: Sequence[int], rounds: int, environment: Mapp
         for world in ranks:
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 for way, cache in {"cold": None, "filling": Path(temporary), "cached": Path(temporary)}.items():
-                    _log_progress(number, rounds, way, world)
+                    say(f"round {number} of {rounds}: {NAMES[way]}, {_ranks(world)}")
                     by_rank = measure(folder, world=world, cache=cache, environment=environment)
                     assert all(each.from_cache == (way == "cached") for each in by_rank), (
                         f"the cache was not used as {way} requires"
                     )
                     yield start(number, way, by_rank)
-            _log_progress(number, rounds, "peer", world)
-            yield start(number, "peer", measure_peer(folder, world=world))
-
-
-def _log_progress(number: int, rounds: int, way: str, world: int) -> None:
-    ranks = f"{world} ranks" if world > 1 else "one process"
-    print(f"round {number} of {rounds}: {NAMES[way]}, {ranks}", file=sys.stderr, flush=True)
+            say(f"round {number} of {rounds}: {NAMES['peer']}, {_ranks(world)}")
+            arguments = [(rank, max(1, THREADS // world), folder) for rank in range(world)]
+            yield start(number, "peer", run_each(transformers_and_bitsandbytes, arguments))
 
 
 def start(number: int, way: str, by_rank: Sequence[Figures]) -> Start:
     """Combine the figures of all ranks."""
-    return Start(
-        round=number,
-        way=way,
-        ranks=len(by_rank),
+    total = Figures(
         seconds=max(rank.seconds for rank in by_rank),
         cpu_seconds=sum(rank.cpu_seconds for rank in by_rank),
         peak_bytes=max(rank.peak_bytes for rank in by_rank),
@@ -221,6 +188,7 @@ def start(number: int, way: str, by_rank: Sequence[Figures]) -> Start:
         base_bytes=min(rank.base_bytes for rank in by_rank),
         read_bytes=max(rank.read_bytes for rank in by_rank),
     )
+    return Start(round=number, way=way, ranks=len(by_rank), total=total)
 
 
 def results(starts: Sequence[Start], parameters: int, largest: int) -> Results:
@@ -233,31 +201,24 @@ def results(starts: Sequence[Start], parameters: int, largest: int) -> Results:
     lines = [["", "ranks", "seconds", "CPU s", "peer / it", "by CPU s", "MiB read", "peak MiB", "kept MiB", "over it"]]
     for (ranks, way), loads in cells.items():
         ratios = [_ratios(loads, peers, name) for name in ("seconds", "cpu_seconds")]
-        first = max(loads, key=lambda each: each.peak_bytes)
-        lines.append(
-            [
-                NAMES[way],
-                str(ranks),
-                f"{_median(loads, 'seconds'):.2f}",
-                f"{_median(loads, 'cpu_seconds'):.2f}",
-                *("" if loads is peers else spread(each) for each in ratios),
-                f"{first.read_bytes / MIB:,.0f}" if first.read_bytes else "",
-                f"{first.peak_bytes / MIB:,.0f}",
-                f"{first.kept_bytes / MIB:,.0f}",
-                f"{(first.peak_bytes - first.kept_bytes) / MIB:,.0f}",
-            ]
-        )
+        first = max((each.total for each in loads), key=lambda total: total.peak_bytes)
+        line = [NAMES[way], str(ranks), *(f"{_median(loads, name):.2f}" for name in ("seconds", "cpu_seconds"))]
+        line += ["" if loads is peers else spread(each) for each in ratios]
+        line.append(f"{first.read_bytes / MIB:,.0f}" if first.read_bytes else "")
+        for nbytes in (first.peak_bytes, first.kept_bytes, first.peak_bytes - first.kept_bytes):
+            line.append(f"{nbytes / MIB:,.0f}")
+        lines.append(line)
     names = {f"{NAMES[way]}, {ranks}": loads for (ranks, way), loads in cells.items()}
     panels = [
         ("seconds", {name: _median(loads, "seconds") for name, loads in names.items()}),
-        ("peak anonymous MiB of a process", {name: loads[0].peak_bytes / MIB for name, loads in names.items()}),
+        ("peak anonymous MiB of a process", {name: loads[0].total.peak_bytes / MIB for name, loads in names.items()}),
     ]
     return Results(
         name="load",
         heading=f"Loading {parameters / 1e6:.0f}M parameters, bf16 to NF4 with double quantization",
         notes=measurement_notes("transformers", "bitsandbytes", threads=THREADS),
         tables=[Table(f"{THREADS} threads in all; medians of {starts[-1].round} rounds; memory of one process", lines)],
-        rows=[{"parameters": parameters} | dataclasses.asdict(each) for each in starts],
+        rows=[_flat(each, parameters) for each in starts],
         reading=list(reading(cells, peers, largest)),
         draw=lambda path: draw_bars("Loading into 4 bits", panels, path),
     )
@@ -274,27 +235,37 @@ def reading(cells: Mapping[tuple[int, str], Sequence[Start]], peers: Sequence[St
             f"{cpu:.1f} by CPU seconds ({_verdict(clock >= WANTED[way])}: {WANTED[way]:g})"
         )
     for (ranks, way), loads in cells.items():
-        over, bound = max(each.peak_bytes - each.kept_bytes for each in loads), largest / ranks + SLACK_BYTES
+        over, bound = (
+            max(each.total.peak_bytes - each.total.kept_bytes for each in loads),
+            largest / ranks + SLACK_BYTES,
+        )
         if way != "peer":
             yield (
                 f"{NAMES[way]}, {_ranks(ranks)}: {over / MIB:.0f} MiB over the weights ({_verdict(over <= bound)}: "
                 f"{bound / MIB:.0f}, the largest slice and {SLACK_BYTES / 1e6:.0f} MB)"
             )
         if way == "cached":
-            beside = loads[0].read_bytes / loads[0].base_bytes - 1
+            total = loads[0].total
+            beside = total.read_bytes / total.base_bytes - 1
             yield (
-                f"{NAMES[way]}, {_ranks(ranks)}: reads its {loads[0].base_bytes / MIB:.0f} MiB of the base and "
+                f"{NAMES[way]}, {_ranks(ranks)}: reads its {total.base_bytes / MIB:.0f} MiB of the base and "
                 f"{beside:.2%} beside them ({_verdict(beside <= 0.02)}: 2%)"
             )
 
 
+def _flat(start: Start, parameters: int) -> dict[str, Any]:
+    total = dataclasses.asdict(start.total)
+    del total["from_cache"]
+    return {"parameters": parameters, "round": start.round, "way": start.way, "ranks": start.ranks} | total
+
+
 def _ratios(loads: Sequence[Start], peers: Sequence[Start], name: str) -> list[float]:
     """Return the peer's figure over ours, by round."""
-    return [getattr(peer, name) / getattr(each, name) for each, peer in zip(loads, peers, strict=True)]
+    return [getattr(b.total, name) / getattr(a.total, name) for a, b in zip(loads, peers, strict=True)]
 
 
 def _median(loads: Sequence[Start], name: str) -> float:
-    return statistics.median(getattr(each, name) for each in loads)
+    return statistics.median(getattr(each.total, name) for each in loads)
 
 
 def _ranks(ranks: int) -> str:
@@ -305,9 +276,8 @@ def _verdict(holds: bool) -> str:
     return "met, bound" if holds else "MISSED, bound"
 
 
-def main() -> None:
+def main(request: LoadBench) -> int:
     """Run the worker: measure as the request says, and print."""
-    request = from_argument(LoadBench)
     with libraries_print_to_stderr(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         parameters = write_random_checkpoint(folder, LLAMA_700M | {"num_hidden_layers": request.layers}, num_shards=4)
@@ -315,7 +285,4 @@ def main() -> None:
         starts = list(rounds_of(folder, request.ranks, request.rounds, request.environment))
         report = results(starts, parameters, largest)
     report.show(out=None if request.out is None else Path(request.out), as_json=request.json)
-
-
-if __name__ == "__main__":
-    main()
+    return DONE

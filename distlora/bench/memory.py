@@ -1,7 +1,5 @@
 """Measure the memory of training steps by category beside the plan: random Llamas on the ranks of this machine.
 
-    python -m distlora.bench.memory REQUEST      (requests.MemoryBench; started by `distlora bench memory`)
-
 Each step is real: random weights are written, loaded, sharded and trained with an adapter on every linear; the second
 step is measured (distlora/training/memory_meter.py). The plan must be within 1 % of what persists from step to step,
 and within 5 % of the peak.
@@ -13,7 +11,6 @@ import dataclasses
 import gc
 import importlib.util
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,23 +19,106 @@ from typing import Any, Literal
 
 import torch
 
-from distlora.bench.host_counters import free_port
-from distlora.bench.machine import found_by, measurement_notes
-from distlora.bench.processes import libraries_print_to_stderr, run_each, set_rank
-from distlora.bench.random_inputs import LLAMA_1B5, LLAMA_700M, write_random_checkpoint
-from distlora.bench.requests import MemoryBench, from_argument
-from distlora.bench.step_memory import measure_step
+from distlora.bench.host import free_port, libraries_print_to_stderr, measurement_notes, run_each, set_rank
+from distlora.bench.random_inputs import LLAMA_1B5, LLAMA_700M, random_tokens, write_random_checkpoint
+from distlora.bench.requests import MemoryBench
+from distlora.bench.trial import Started
 from distlora.config import Config
 from distlora.config.file import build
+from distlora.data.loader import MicroBatch, Share, StepBatch, stacks
+from distlora.model.build import put_trial
 from distlora.output.figures import draw_bars
 from distlora.output.result_files import Results
 from distlora.output.tables import Table
-from distlora.parallel import join_ranks, leave_ranks
-from distlora.planner.machine import machine_of
+from distlora.parallel import Ranks, join_ranks, leave_ranks, whole_shape
+from distlora.planner.machine import Found, machine_of
 from distlora.planner.memory import KINDS
 from distlora.planner.memory.device import device_bytes
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
+from distlora.system.exit_codes import DONE
+from distlora.system.progress import say
+from distlora.training.loop import mean_losses
+from distlora.training.memory_meter import MemoryMeter, StepMemory
+from distlora.training.objectives import objective_of
+from distlora.training.optimizers import Optimizer, build_optimizer, learning_rate
+from distlora.training.setup import start_run_model
+
+STEPS = 2
+"""Steps of the learning-rate schedule."""
+DOCUMENTS = 4
+"""Documents of equal length per sequence."""
+
+
+def measure_step(trials: Sequence[Config], ranks: Ranks, *, in_slots: bool = False) -> StepMemory:
+    """Return the memory of the second step of a run, or of trials trained together on one base (`in_slots`).
+
+    The first step creates optimizer states, checks the base and teaches DeepSpeed the order. Every rank must call it
+    alike.
+    """
+    steps = TrainingSteps(trials, ranks, in_slots=in_slots)
+    meter = MemoryMeter(steps.model, *steps.optimizers)
+    steps.run(0)
+    steps.backend.settle_residency()
+    steps.backend.zero_gradients()
+    with meter.step():
+        steps.run(1)
+    if meter.memory is None:
+        raise RuntimeError(f"the step was not measured: {meter.failure}")
+    return meter.memory
+
+
+class TrainingSteps:
+    """A model with all trials in its slots, or with one run and no slots. Every rank makes one alike."""
+
+    def __init__(self, trials: Sequence[Config], ranks: Ranks, *, in_slots: bool) -> None:
+        self.trials, self.ranks = trials, ranks
+        first = trials[0]
+        if in_slots:
+            self.model, self.backend, _ = start_run_model(first, ranks, for_slots=True)
+            self.optimizers: list[Optimizer] = []
+            for slot, trial in enumerate(trials):
+                trained = put_trial(self.model, slot, trial.adapter, seed=trial.train.seed, device=ranks.device)
+                self.backend.reduce_gradients_of(trained.values(), trial.parallel.bucket_mb)
+                self.optimizers.append(build_optimizer(self.backend.updated(trained), trial.optim))
+        else:
+            run = Started.of(first, ranks)
+            self.model, self.backend, self.optimizers = run.model, run.backend, [run.optimizer]
+        vocabulary = whole_shape(self.model.head.weight)[0]
+        self._batches = [self._step_batch(trial, vocabulary) for trial in trials]
+        self._slots = range(len(trials)) if in_slots else [None]
+        self._whole = first.train.accumulate == "block"
+        self._objective = objective_of(first.train)
+        self._ok = torch.ones((), dtype=torch.bool, device=ranks.device)
+        self.model.set_num_micro(first.slices(ranks.world))
+
+    def _step_batch(self, trial: Config, vocabulary: int) -> StepBatch:
+        """Return this rank's part of a trial's step, in which every token is a target."""
+        rows, length, world = trial.train.micro_batch, trial.data.sequence_length, self.ranks.world
+        ids = random_tokens(rows * trial.accumulation(world), length, vocabulary, self.ranks.rank)
+        positions = (torch.arange(length) % -(-length // DOCUMENTS)).expand_as(ids)
+        labels = ids.roll(-1, dims=1)
+        places = torch.arange(len(ids)) * world + self.ranks.rank
+        split = (each.split(rows) for each in (ids, labels, positions, places))
+        micro_batches = [MicroBatch(*parts) for parts in zip(*split, strict=True)]
+        return StepBatch(micro_batches, world * labels.numel(), 0, world * len(ids), tuple(places.tolist()))
+
+    def run(self, number: int) -> None:
+        """Run step `number` (0-based) of all trials."""
+        backend, trials = self.backend, self.trials
+        backend.zero_gradients()
+        shares = [Share(batch, slot, number) for batch, slot in zip(self._batches, self._slots, strict=True)]
+        units = [batch.global_targets for batch in self._batches]
+        parts = stacks(shares, whole=self._whole)
+        for index, part in enumerate(parts):
+            losses = self._objective.losses(self.model, part.batch, self.ranks.device, part.step)
+            backend.backward(*mean_losses(part, losses.rows, units), last=index == len(parts) - 1)
+        backend.finish_gradients()
+        for gradients, trial in zip(backend.gradients, trials, strict=True):
+            gradients.clip(trial.optim.max_grad_norm)
+        for optimizer, trial in zip(self.optimizers, trials, strict=True):
+            optimizer.step(learning_rate(number, STEPS, trial.optim), self._ok)
+
 
 _SMALL = LLAMA_700M | {"vocab_size": 8192, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -124,6 +204,17 @@ class Row:
         kinds = self.measured | self.planned
         return max(kinds, key=lambda kind: abs(self.measured.get(kind, 0) - self.planned.get(kind, 0)))
 
+    def flat(self) -> dict[str, Any]:
+        """Return the figures in bytes, by category where it is measured or planned."""
+        values = dataclasses.asdict(self.cell) | {"part": self.part, "moment": self.moment}
+        figures = {"held": self.held, "peak": self.peak}
+        for kind in KINDS:
+            if kind in self.measured or kind in self.planned:
+                figures[kind] = self.measured.get(kind, 0), self.planned.get(kind, 0)
+        for name, (measured, planned) in figures.items():
+            values |= {f"{name}_measured": measured, f"{name}_planned": planned}
+        return values
+
 
 def rank_main(
     rank: int, world: int, port: int, folders: dict[str, Path], rank_cells: Sequence[Cell], results: Any
@@ -132,12 +223,15 @@ def rank_main(
     set_rank(rank, world, port)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     ranks, rows = join_ranks(), []
-    here = found_by(ranks.device, ranks=world)
+    devices: tuple[tuple[str, int], ...] = ()
+    if ranks.device.type == "cuda":
+        devices = ((torch.cuda.get_device_name(), torch.cuda.mem_get_info(ranks.device)[1]),) * world
+    here = Found(devices=devices, has_liger=importlib.util.find_spec("liger_kernel") is not None)
     for cell in rank_cells:
         if rank == 0:
-            print(f"{cell.model} on {world} ranks: {cell.backend}, {cell.checkpointing}", file=sys.stderr, flush=True)
+            say(f"{cell.model} on {world} ranks: {cell.backend}, {cell.checkpointing}")
         config = cell.config(folders[cell.model])
-        step = measure_step(config, ranks)
+        step = measure_step([config], ranks)
         plan = device_bytes(
             Workload.of(config), model_in(folders[cell.model]), machine_of(config.gpu, config.cluster, found=here)
         )
@@ -175,13 +269,14 @@ def results(rows: Sequence[Row]) -> Results:
     head = ["model", "ranks", "backend", "checkpointing", "accumulate", "persistent: measured", "planned", ""]
     lines = [[*head, "peak: measured", "planned", "", "in", "largest difference: measured, planned"]]
     for row in rows:
-        cell = row.cell
-        worst = f"{row.worst}: {_mb(row.measured.get(row.worst, 0))}, {_mb(row.planned.get(row.worst, 0))}"
-        backend = "" if cell.ranks == 1 else cell.backend
-        cells = [cell.model, str(cell.ranks), backend, cell.checkpointing, cell.accumulate]
-        cells += [_mb(row.held[0]), _mb(row.held[1]), _difference(*row.held)]
-        cells += [_mb(row.peak[0]), _mb(row.peak[1]), _difference(*row.peak)]
-        lines.append([*cells, row.part if row.part == row.moment else f"{row.part}, planned {row.moment}", worst])
+        cell, worst = row.cell, row.worst
+        cells = [cell.model, str(cell.ranks), "" if cell.ranks == 1 else cell.backend, cell.checkpointing]
+        cells.append(cell.accumulate)
+        for measured, planned in (row.held, row.peak):
+            cells += [f"{measured / 1e6:,.1f}", f"{planned / 1e6:,.1f}", f"{planned / measured - 1:+.1%}"]
+        cells.append(row.part if row.part == row.moment else f"{row.part}, planned {row.moment}")
+        both = (f"{values.get(worst, 0) / 1e6:,.1f}" for values in (row.measured, row.planned))
+        lines.append([*cells, f"{worst}: {', '.join(both)}"])
     by_name = {" ".join(map(str, dataclasses.astuple(row.cell))): row for row in rows}
     panels = [
         ("peak, MB", {name: row.peak[0] / 1e6 for name, row in by_name.items()}),
@@ -192,37 +287,14 @@ def results(rows: Sequence[Row]) -> Results:
         heading="The memory of a training step, planned and measured",
         notes=measurement_notes("transformers"),
         tables=[Table("MB on the rank with the highest peak", lines)],
-        rows=[flat(row) for row in rows],
+        rows=[row.flat() for row in rows],
         draw=lambda path: draw_bars("The memory of a training step", panels, path),
     )
 
 
-def flat(row: Row) -> dict[str, Any]:
-    """Return a row's figures in bytes, by category where it is measured or planned."""
-    values = dataclasses.asdict(row.cell) | {"part": row.part, "moment": row.moment}
-    for name, (measured, planned) in {"held": row.held, "peak": row.peak}.items():
-        values |= {f"{name}_measured": measured, f"{name}_planned": planned}
-    for kind in KINDS:
-        if kind in row.measured or kind in row.planned:
-            values |= {f"{kind}_measured": row.measured.get(kind, 0), f"{kind}_planned": row.planned.get(kind, 0)}
-    return values
-
-
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f}"
-
-
-def _difference(measured: int, planned: int) -> str:
-    return f"{planned / measured - 1:+.1%}"
-
-
-def main() -> None:
+def main(request: MemoryBench) -> int:
     """Run the worker: measure as the request says, and print."""
-    request = from_argument(MemoryBench)
     with libraries_print_to_stderr():
         rows = list(measure(list(cells(request.models, request.ranks))))
     results(rows).show(out=None if request.out is None else Path(request.out), as_json=request.json)
-
-
-if __name__ == "__main__":
-    main()
+    return DONE

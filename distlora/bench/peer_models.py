@@ -11,24 +11,18 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from distlora.planner.traffic import Storage
 
 
-def four_bit(storage: Storage = "nf4 in uint8") -> Any:
-    """Return the BitsAndBytesConfig of NF4 with double quantization; None for a bf16 base."""
-    if storage == "bf16":
-        return None
-    return BitsAndBytesConfig(
+def load_base(folder: Path | str, storage: Storage = "nf4 in uint8", *, device: torch.device | None = None) -> Any:
+    """Load transformers' model of a folder in NF4 with double quantization, onto `device` if it is given."""
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.bfloat16 if storage == "nf4 in bf16" else torch.uint8,
     )
-
-
-def load_base(folder: Path | str, storage: Storage = "nf4 in uint8", *, device: torch.device | None = None) -> Any:
-    """Load transformers' model of a folder, onto `device` if it is given."""
     return AutoModelForCausalLM.from_pretrained(
         folder,
-        quantization_config=four_bit(storage),
+        quantization_config=config,
         device_map=None if device is None else {"": device},
         dtype=torch.bfloat16,
         trust_remote_code=False,

@@ -46,18 +46,15 @@ def write_random_checkpoint(folder: Path, settings: dict[str, Any], *, num_shard
     for shard in range(num_shards):
         file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
         shard_names = names[shard * len(names) // num_shards : (shard + 1) * len(names) // num_shards]
-        tensors = {name: _fill(shapes[name], noise) for name in shard_names}
+        tensors = {}
+        for name in shard_names:
+            shape = shapes[name]
+            repeated = noise.repeat(-(-shape.numel() // noise.numel()))[: shape.numel()].view(shape).clone()
+            tensors[name] = torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else repeated
         safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard_names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(shape.numel() for shape in shapes.values())
-
-
-def _fill(shape: torch.Size, noise: torch.Tensor) -> torch.Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    repeats = -(-shape.numel() // noise.numel())
-    return noise.repeat(repeats)[: shape.numel()].view(shape).clone()
 
 
 def random_rows(count: int, length: int, vocabulary: int) -> PackedRows:

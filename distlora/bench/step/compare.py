@@ -1,4 +1,4 @@
-"""Run the cells of `distlora bench step` in turns.
+"""Define the models, ways and cells of `distlora bench step`, and run the cells in turns.
 
 The processes of a group stay alive together and train one after the other, again and again, so that a disturbance of
 the machine affects all of them. Imports no torch.
@@ -7,7 +7,8 @@ the machine affects all of them. Imports no torch.
 from __future__ import annotations
 
 import contextlib
-import itertools
+import dataclasses
+import importlib.metadata
 import json
 import selectors
 import subprocess
@@ -18,22 +19,277 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Literal
 
-from distlora.bench.host_counters import anonymous_bytes, free_port, loopback_bytes
-from distlora.bench.requests import StepInputs, StepJob, to_argument
-from distlora.bench.step.cells import JOBS, LEARNING_RATE, RANK, Cell
-from distlora.system import host_memory
+from distlora.architecture.shapes import ARCHITECTURES
+from distlora.bench.host import anonymous_bytes, free_port
+from distlora.system.command_worker import encode_call
+from distlora_kernels import native
 
-WORKER = "distlora.bench.step.worker"
+Checkpointing = Literal["none", "block"]
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "block")
+RANK, LEARNING_RATE = 16, 2e-4
+"""Rank and learning rate of the adapters, which are on every linear."""
+OURS = "ours"
+"""The way that the others are compared with."""
+KEPT_PAGES = "peft-bf16-kept-pages"
+"""A peer with the environment variables of our workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A random Llama and the step that is measured."""
+
+    settings: dict[str, Any]
+    """config.json of the model."""
+    rows: int
+    """Sequences per step, over all processes."""
+    lengths: tuple[int, ...]
+    """Tokens per sequence, each measured."""
+    checkpointing: tuple[Checkpointing, ...] = ("block",)
+
+
+def _small(hidden: int, inner: int, layers: int) -> dict[str, Any]:
+    heads = hidden // 64
+    return {
+        "vocab_size": 4096,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+    }
+
+
+def _slice(name: str) -> dict[str, Any]:
+    settings = {key: value for key, value in ARCHITECTURES[name].items() if key != "model_type"}
+    return settings | {"num_hidden_layers": 4}
+
+
+SIZES: dict[str, dict[str, Size]] = {
+    "cpu": {
+        "8M": Size(settings=_small(256, 704, 8), rows=4, lengths=(512,), checkpointing=CHECKPOINTING),
+        "100M": Size(settings=_small(1024, 2816, 8), rows=4, lengths=(512,), checkpointing=CHECKPOINTING),
+        "560M": Size(settings=_small(2048, 5632, 12), rows=2, lengths=(512,)),
+    },
+    "cuda": {
+        "8B/4": Size(settings=_slice("meta-llama/Llama-3.1-8B"), rows=2, lengths=(2048, 8192)),
+        "70B/4": Size(settings=_slice("meta-llama/Llama-3.1-70B"), rows=2, lengths=(2048, 8192)),
+    },
+}
+"""Sizes by device type. On a GPU: four decoder layers of the named models."""
+DEFAULT_SIZES = {"cpu": ("100M",), "cuda": ("8B/4", "70B/4")}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to train."""
+
+    title: str
+    job: dict[str, Any]
+    """Fields of its StepJob."""
+    needs: tuple[str, ...] = ()
+    """Packages that are no dependencies of ours."""
+    processes: tuple[int, ...] = (1, 2)
+    """Process counts by default; 2 stands for any number above 1."""
+    by_default: bool = True
+
+    def runs_on(self, processes: int) -> bool:
+        """Return True if the way trains on so many processes."""
+        return min(processes, 2) in self.processes
+
+
+PEFT = ("peft", "bitsandbytes")
+ACCELERATE = (*PEFT, "accelerate")
+RECIPE = "PEFT + bitsandbytes, documented recipe"
+"""fp32 norms, embeddings and LM head (prepare_model_for_kbit_training), fp32 adapters, bf16 autocast."""
+IN_BF16 = "PEFT + bitsandbytes, all in bf16"
+"""bf16 adapters, no autocast."""
+WAYS: dict[str, Way] = {
+    OURS: Way("distlora, NF4", {"runs": "ours"}),
+    "ours-compiled": Way("distlora, NF4, train.compile=true", {"runs": "ours", "compile": True}),
+    "ours-bf16": Way("distlora, bf16 base", {"runs": "ours", "base": "none"}, processes=(1,)),
+    "peft-documented": Way(RECIPE, {"runs": "loop", "recipe": "documented"}, PEFT),
+    "peft-bf16": Way(IN_BF16, {"runs": "loop", "recipe": "bf16"}, PEFT),
+    KEPT_PAGES: Way(f"{IN_BF16}, the environment of ours", {"runs": "loop", "recipe": "bf16"}, PEFT, by_default=False),
+    "trainer": Way(f"Trainer + {RECIPE}", {"runs": "trainer"}, ACCELERATE, processes=(1,)),
+    "fsdp2": Way(f"accelerate FSDP2 + {RECIPE}", {"runs": "fsdp2", "recipe": "plain"}, ACCELERATE, processes=(2,)),
+    "fsdp2-forced": Way(
+        "accelerate FSDP2, its check of the device bypassed",
+        {"runs": "fsdp2", "recipe": "forced"},
+        ACCELERATE,
+        processes=(2,),
+        by_default=False,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One way to train one model on a number of processes."""
+
+    size: str
+    length: int
+    rows: int
+    """Sequences per step, over all processes."""
+    processes: int
+    checkpointing: Checkpointing
+    way: str
+    seed: int = 0
+    """Seed of the initial adapter."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step."""
+        return self.rows * self.length
+
+    @property
+    def title(self) -> str:
+        """Title of the way."""
+        return WAYS[self.way].title
+
+    @property
+    def group(self) -> Cell:
+        """The properties that cells compared with each other share."""
+        return dataclasses.replace(self, way=OURS, seed=0)
+
+    @property
+    def problem(self) -> str:
+        """Name of the group: the model and the step."""
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return f"{self.size}, {self.rows} x {self.length} tokens, {processes}, checkpointing {self.checkpointing}"
+
+
+def reason_against(way: str, device: str) -> str | None:
+    """Return why a way cannot be measured on this "cpu" or "cuda" device; None if it can."""
+    missing = [package for package in WAYS[way].needs if not installed(package)]
+    if missing:
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+    if way == "ours-compiled":
+        return (
+            "train.compile is for CPUs; on a GPU liger-kernel does the same"
+            if device == "cuda"
+            else native.unavailable_reason()
+        )
+    return None
+
+
+def installed(package: str) -> bool:
+    """Return True if a package is installed."""
+    return any(importlib.metadata.distributions(name=package))
+
+
+def cells_of(
+    sizes: dict[str, Size],
+    ways: Sequence[str],
+    *,
+    processes: Sequence[int],
+    checkpointing: Sequence[Checkpointing] | None,
+) -> Iterator[Cell]:
+    """Yield every cell, group by group; `checkpointing` is None for each size's own modes."""
+    for name, size in sizes.items():
+        for length in size.lengths:
+            for mode in checkpointing or size.checkpointing:
+                for world in processes:
+                    for way in ways:
+                        if WAYS[way].runs_on(world):
+                            yield Cell(
+                                size=name,
+                                length=length,
+                                rows=size.rows,
+                                processes=world,
+                                checkpointing=mode,
+                                way=way,
+                            )
+
+
+COMMAND = "distlora.system.command_worker"
+WORKER, PREPARE = "distlora.bench.step.worker:main", "distlora.bench.step.worker:make_inputs"
 PERIOD_SECONDS = 0.005
 """Seconds between two samples of the processes' memory."""
 END_SECONDS = 20
 """Seconds that a process gets to end before it is killed."""
+PROGRESS_STEPS = 25
+"""Steps between two progress lines of a loss curve."""
 
 
 class CellFailedError(Exception):
     """A process of a cell failed; the message has the reason."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepInputs:
+    """The files that all cells of one problem start from, and how to make them."""
+
+    folder: str
+    """Folder of the sequences, rows_<length>.safetensors, and of the adapters, adapter_<seed>."""
+    model: str
+    """Folder of the model."""
+    settings: str | None = None
+    """config.json of a random model, as JSON, which is written if it is missing; None for a real one."""
+    length: int
+    """Tokens per sequence."""
+    rows: int
+    """Sequences per step, over all processes."""
+    steps: int
+    """Steps that the sequences last for."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial adapters."""
+    data: str | None = None
+    """File of documents; None for random tokens."""
+    cache_dir: str | None = None
+    """Cache of tokenized data."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepJob:
+    """The work of one process of a cell."""
+
+    model: str
+    data: str
+    """File of the packed sequences."""
+    adapter: str
+    """Folder of the initial adapter, in PEFT's format."""
+    length: int
+    rows: int
+    checkpointing: Literal["none", "block"]
+    lr: float
+    runs: Literal["ours", "loop", "trainer", "fsdp2"]
+    """The training loop that runs."""
+    base: Literal["nf4", "none"] = "nf4"
+    """quant.method of ours."""
+    compile: bool = False
+    """train.compile of ours."""
+    recipe: Literal["documented", "bf16", "plain", "forced"] = "documented"
+    """Variant of a peer's loop."""
+
+
+def job_of(cell: Cell, inputs: StepInputs, *, lr: float = LEARNING_RATE) -> StepJob:
+    """Return the job of a cell's processes."""
+    return StepJob(
+        model=inputs.model,
+        data=f"{inputs.folder}/rows_{inputs.length}.safetensors",
+        adapter=f"{inputs.folder}/adapter_{cell.seed}",
+        length=cell.length,
+        rows=cell.rows,
+        checkpointing=cell.checkpointing,
+        lr=lr,
+        **WAYS[cell.way].job,
+    )
+
+
+def prepare(inputs: StepInputs, environment: Mapping[str, str]) -> str:
+    """Write the files of a problem that are missing. Returns the date, machine and versions of the measurement.
+
+    Raises CellFailedError if they could not be written.
+    """
+    command = [sys.executable, "-m", COMMAND, encode_call(PREPARE, inputs)]
+    finished = subprocess.run(command, env=dict(environment), capture_output=True, text=True)
+    if finished.returncode != 0:
+        raise CellFailedError(f"the model and its sequences could not be written:\n{finished.stderr}")
+    return finished.stdout.strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +306,6 @@ class Turn:
     """Peak anonymous memory of a process; on a GPU the peak that torch allocated."""
     moved: dict[str, int] | None
     """Bytes of a process' collectives by kind, if they were counted."""
-    device_left: int | None = None
-    """Free bytes of its GPU afterwards; None on a CPU."""
 
 
 class Processes:
@@ -68,7 +322,7 @@ class Processes:
                 rank_variables = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", WORKER, to_argument(job)],
+                        [sys.executable, "-m", COMMAND, encode_call(WORKER, job)],
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=log_file,
@@ -114,7 +368,6 @@ class Processes:
             losses=[total / len(answers) for total in _each(sum, answers, "losses")],
             peak=max(held or peaks.values(), default=0),
             moved=answers[0]["moved"],
-            device_left=min((answer["device_left"] for answer in answers if held), default=None),
         )
 
     def _answers(self) -> list[dict[str, Any]]:
@@ -171,25 +424,6 @@ def _pipe(end: IO[bytes] | None) -> IO[bytes]:
     return end
 
 
-PREPARE = "distlora.bench.step.prepare"
-PROGRESS_STEPS = 25
-"""Steps between two progress lines of a loss curve."""
-Environment = Callable[[Cell], Mapping[str, str]]
-Log = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """Files that all cells of a group start from (written by prepare.py)."""
-
-    notes: str
-    """Date, machine and versions of the measurement."""
-    model: Path
-    rows: Path
-    adapters: Path
-    """Folder of adapter_<seed>."""
-
-
 @dataclass(slots=True)
 class Measured:
     """Figures of one cell."""
@@ -205,18 +439,13 @@ class Measured:
     """Loss of every step from the first on."""
     peak: int = 0
     """Peak bytes of all turns, warm-up included."""
-    device_left: int | None = None
-    """Free bytes of its GPU between two turns; None on a CPU."""
     moved: dict[str, int] | None = None
-    loopback: int | None = None
-    """Bytes received over the loopback interface per process in one step."""
+    """Bytes of a process' collectives in one step, by kind."""
 
     def add(self, turn: Turn) -> None:
         """Add the losses and the peak of a turn."""
         self.losses += turn.losses
         self.peak = max(self.peak, turn.peak)
-        if turn.device_left is not None:
-            self.imported, self.device_left = 0, turn.device_left
 
     @property
     def over_imports(self) -> int:
@@ -228,201 +457,73 @@ class Measured:
         return [second for turn in self.turns for second in turn.seconds]
 
 
-def job_of(cell: Cell, problem: Problem, *, lr: float = LEARNING_RATE) -> StepJob:
-    """Return the job of a cell's processes."""
-    return StepJob(
-        model=str(problem.model),
-        data=str(problem.rows),
-        adapter=str(problem.adapters / f"adapter_{cell.seed}"),
-        length=cell.length,
-        rows=cell.rows,
-        checkpointing=cell.checkpointing,
-        lr=lr,
-        **JOBS[cell.way],
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runner:
+    """Runs the processes of cells."""
 
+    environment: Callable[[Cell], Mapping[str, str]]
+    log: Path
+    """File for what the processes print."""
+    log_line: Callable[[str], None]
+    """Prints a progress line."""
 
-def prepare(
-    folder: Path,
-    *,
-    environment: Mapping[str, str],
-    model: Path,
-    settings: Mapping[str, Any] | None = None,
-    length: int,
-    rows: int,
-    steps: int,
-    seeds: Sequence[int] = (0,),
-    data: tuple[Path, Path] | None = None,
-) -> Problem:
-    """Write the sequences, an adapter for each seed, and the model if it is missing, into `folder`.
+    def compare(self, cells: Sequence[Cell], inputs: StepInputs, *, rounds: int, steps: int) -> list[Measured]:
+        """Measure the cells of a group in `rounds` turns of `steps` steps each.
 
-    Args:
-        folder: Folder of the problem's files.
-        environment: Environment of the process that writes them.
-        model: Folder of the model.
-        settings: config.json of a random model; None if `model` exists.
-        length: Tokens per sequence.
-        rows: Sequences per step.
-        steps: Steps that the sequences last for.
-        seeds: Seeds of the adapters.
-        data: (file of documents, cache of tokenized data); None for random tokens.
+        One warm-up step comes first, and with several processes one step whose bytes are counted.
+        """
+        group = [Measured(cell) for cell in cells]
+        with contextlib.ExitStack() as alive:
+            running: dict[int, Processes] = {}
+            for number, measured in enumerate(group):
+                cell = measured.cell
+                with self._recording_failure(measured):
+                    processes = alive.enter_context(self._processes(job_of(cell, inputs), cell))
+                    measured.imported, measured.ran = processes.start()
+                    measured.add(processes.turn(1))
+                    if cell.processes > 1:
+                        turn = processes.turn(1, counts=True)
+                        measured.add(turn)
+                        measured.moved = turn.moved
+                    running[number] = processes
+                    self.log_line(f"  {cell.title}: ready ({measured.ran}), loss {measured.losses[0]:.4f}")
+            for number_of_turn in range(1, rounds + 1):
+                rates = []
+                for number, processes in list(running.items()):
+                    measured = group[number]
+                    with self._recording_failure(measured):
+                        measured.turns.append(processes.turn(steps))
+                        measured.add(measured.turns[-1])
+                        seconds = measured.turns[-1].seconds
+                        rates.append(f"{measured.cell.way} {measured.cell.tokens * len(seconds) / sum(seconds):.0f}")
+                    if measured.failed is not None:
+                        del running[number]
+                if rates:
+                    self.log_line(f"  round {number_of_turn} of {rounds}: {', '.join(rates)} tokens/s")
+        return group
 
-    Raises:
-        CellFailedError: The files could not be written.
-    """
-    request = StepInputs(
-        folder=str(folder),
-        model=str(model),
-        settings=None if settings is None or model.exists() else json.dumps(settings),
-        vocabulary=None if settings is None else settings["vocab_size"],
-        length=length,
-        rows=rows,
-        steps=steps,
-        seeds=tuple(seeds),
-        r=RANK,
-        data=None if data is None else str(data[0]),
-        cache_dir=None if data is None else str(data[1]),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", PREPARE, to_argument(request)]
-    finished = subprocess.run(command, env=dict(environment), capture_output=True, text=True)
-    if finished.returncode != 0:
-        raise CellFailedError(f"the model and its sequences could not be written:\n{finished.stderr}")
-    notes: str = json.loads(finished.stdout)
-    return Problem(notes=notes, model=model, rows=folder / f"rows_{length}.safetensors", adapters=folder)
-
-
-def compare(
-    cells: Sequence[Cell],
-    problem_of: Callable[[Cell], Problem],
-    *,
-    rounds: int,
-    steps: int,
-    environment: Environment,
-    log: Path,
-    own_network: bool,
-    log_line: Log,
-) -> Iterator[list[Measured]]:
-    """Measure the cells of each group in `rounds` turns of `steps` steps each.
-
-    One warm-up step comes first, and with several processes one step whose bytes are counted. `own_network` states that
-    no other process uses this loopback interface.
-    """
-    groups = [list(members) for _, members in itertools.groupby(cells, key=lambda cell: cell.group)]
-    for number, group in enumerate(groups, 1):
-        log_line(f"{group[0].problem} ({number} of {len(groups)})")
-        yield _group(
-            group,
-            problem_of(group[0]),
-            rounds=rounds,
-            steps=steps,
-            environment=environment,
-            log=log,
-            own_network=own_network,
-            log_line=log_line,
-        )
-
-
-def _group(
-    cells: Sequence[Cell],
-    problem: Problem,
-    *,
-    rounds: int,
-    steps: int,
-    environment: Environment,
-    log: Path,
-    own_network: bool,
-    log_line: Log,
-) -> list[Measured]:
-    group = [Measured(cell) for cell in cells]
-    with contextlib.ExitStack() as alive:
-        running: dict[int, Processes] = {}
-        for number, measured in enumerate(group):
+    def train_alone(self, cells: Sequence[Cell], inputs: StepInputs, *, steps: int, lr: float) -> list[Measured]:
+        """Train each cell alone, over the same steps, for loss curves."""
+        curves = [Measured(cell) for cell in cells]
+        for measured in curves:
             cell = measured.cell
-            with _recording_failure(measured, log_line):
-                _require_room(group[:number], cell)
-                processes = alive.enter_context(
-                    Processes(job_of(cell, problem), count=cell.processes, environment=environment(cell), log=log)
-                )
-                measured.imported, measured.ran = processes.start()
-                measured.add(processes.turn(1))
-                if cell.processes > 1:
-                    _count(processes, measured, own_network=own_network)
-                running[number] = processes
-                log_line(f"  {cell.title}: ready ({measured.ran}), loss {measured.losses[0]:.4f}")
-        for turn in range(rounds):
-            for number, processes in list(running.items()):
-                measured = group[number]
-                with _recording_failure(measured, log_line):
-                    measured.turns.append(processes.turn(steps))
-                    measured.add(measured.turns[-1])
-                if measured.failed is not None:
-                    del running[number]
-            if running:
-                log_line(f"  round {turn + 1} of {rounds}: {_tokens_per_second([group[number] for number in running])}")
-    return group
-
-
-def _require_room(before: Sequence[Measured], cell: Cell) -> None:
-    """Raise CellFailedError if the host memory, or the GPU, cannot hold another cell beside the waiting ones."""
-    most = max((each.peak for each in before), default=0)
-    on_device = [each.device_left for each in before if each.device_left is not None]
-    left, needed = (on_device[-1], most) if on_device else (host_memory.available_bytes(), cell.processes * most)
-    if left is not None and left < needed:
-        raise CellFailedError(
-            f"this {'GPU' if on_device else 'machine'} has {left / 1e9:.1f} GB left, and a process of the cells "
-            f"before it took {most / 1e9:.1f} GB (--ways compares fewer at once)"
-        )
-
-
-def _count(processes: Processes, measured: Measured, *, own_network: bool) -> None:
-    """Train one step and count its bytes."""
-    before = loopback_bytes()
-    turn = processes.turn(1, counts=True)
-    received = loopback_bytes() - before
-    measured.add(turn)
-    measured.moved = turn.moved
-    measured.loopback = received // measured.cell.processes if own_network else None
-
-
-@contextlib.contextmanager
-def _recording_failure(measured: Measured, log_line: Log) -> Iterator[None]:
-    """Record and log the failure of a cell; the others go on."""
-    try:
-        yield
-    except CellFailedError as error:
-        measured.failed = str(error)
-        log_line(f"  {measured.cell.title}: {error}")
-
-
-def _tokens_per_second(cells: Sequence[Measured]) -> str:
-    """Return the tokens/s of the newest turns."""
-    rates = (f"{m.cell.way} {m.cell.tokens * len(s) / sum(s):.0f}" for m in cells if (s := m.turns[-1].seconds))
-    return ", ".join(rates) + " tokens/s"
-
-
-def train_alone(
-    cells: Sequence[Cell],
-    problem: Problem,
-    *,
-    steps: int,
-    environment: Environment,
-    log: Path,
-    lr: float,
-    log_line: Log,
-) -> list[Measured]:
-    """Train each cell alone, over the same steps, for loss curves."""
-    curves = []
-    for cell in cells:
-        measured = Measured(cell)
-        curves.append(measured)
-        with _recording_failure(measured, log_line):
-            job = job_of(cell, problem, lr=lr)
-            with Processes(job, count=cell.processes, environment=environment(cell), log=log) as processes:
+            with self._recording_failure(measured), self._processes(job_of(cell, inputs, lr=lr), cell) as processes:
                 measured.imported, measured.ran = processes.start()
                 while (left := steps - len(measured.losses)) > 0:
                     measured.turns.append(processes.turn(min(PROGRESS_STEPS, left)))
                     measured.add(measured.turns[-1])
                     done, loss = len(measured.losses), measured.losses[-1]
-                    log_line(f"  {cell.title}, seed {cell.seed}: step {done} of {steps}, loss {loss:.4f}")
-    return curves
+                    self.log_line(f"  {cell.title}, seed {cell.seed}: step {done} of {steps}, loss {loss:.4f}")
+        return curves
+
+    def _processes(self, job: StepJob, cell: Cell) -> Processes:
+        return Processes(job, count=cell.processes, environment=self.environment(cell), log=self.log)
+
+    @contextlib.contextmanager
+    def _recording_failure(self, measured: Measured) -> Iterator[None]:
+        """Record and log the failure of a cell; the others go on."""
+        try:
+            yield
+        except CellFailedError as error:
+            measured.failed = str(error)
+            self.log_line(f"  {measured.cell.title}: {error}")

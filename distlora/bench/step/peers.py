@@ -5,9 +5,9 @@ All use the same sequences and initial adapter as ours.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
-from distlora.bench.requests import StepJob
-from distlora.bench.step.turns import EndedError, Turns
+from distlora.bench.step.compare import StepJob
+from distlora.bench.step.worker import EndedError, Turns
 from distlora.data.loader import IGNORED, MicroBatch, StepLoader
 from distlora.data.rows import PackedRows
 from distlora.parallel import Ranks
@@ -29,36 +29,34 @@ MAX_GRAD_NORM = 1.0
 RECOMPUTES = {"use_reentrant": False}
 
 
-@dataclass(frozen=True, slots=True)
-class Batches:
-    """This rank's sequences of each step, in transformers' format."""
+def batches(rows: PackedRows, count: int, ranks: Ranks) -> Iterator[Inputs]:
+    """Yield this rank's sequences of each step of `count` sequences over all ranks, in transformers' format."""
+    loader = StepLoader(
+        rows,
+        global_batch=count,
+        micro_batch=count // ranks.world,
+        rank=ranks.rank,
+        world=ranks.world,
+        seed=0,
+        shuffle=False,
+    )
+    for step in itertools.count():
+        (batch,) = loader.batch(step).micro_batches
+        yield as_inputs(batch)
 
-    rows: PackedRows
-    loader: StepLoader
 
-    @classmethod
-    def of(cls, rows: PackedRows, count: int, ranks: Ranks) -> Batches:
-        """Build the batches of `count` sequences per step over all ranks."""
-        per_rank = count // ranks.world
-        loader = StepLoader(
-            rows, global_batch=count, micro_batch=per_rank, rank=ranks.rank, world=ranks.world, seed=0, shuffle=False
-        )
-        return cls(rows, loader)
+class Sequences(torch.utils.data.Dataset[Inputs]):
+    """The sequences as a map-style dataset, which Trainer needs."""
 
-    def __iter__(self) -> Iterator[Inputs]:
-        step = 0
-        while True:
-            (batch,) = self.loader.batch(step).micro_batches
-            yield as_inputs(batch)
-            step += 1
+    def __init__(self, rows: PackedRows) -> None:
+        self._count = len(rows)
+        self._loader = StepLoader(rows, global_batch=1, micro_batch=1, rank=0, world=1, seed=0, shuffle=False)
 
     def __len__(self) -> int:
-        """Return the number of sequences; Trainer needs a map-style dataset."""
-        return len(self.rows)
+        return self._count
 
     def __getitem__(self, index: int) -> Inputs:
-        loader = StepLoader(self.rows, global_batch=1, micro_batch=1, rank=0, world=1, seed=0, shuffle=False)
-        (batch,) = loader.batch(index).micro_batches
+        (batch,) = self._loader.batch(index).micro_batches
         return {name: tensor[0] for name, tensor in as_inputs(batch).items()}
 
 
@@ -138,9 +136,8 @@ def fsdp2(job: StepJob, rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
 
 def run(step: Callable[[Inputs], Tensor], rows: PackedRows, job: StepJob, ranks: Ranks, turns: Turns) -> None:
     """Run `step` on the next batch in each turn."""
-    batches = iter(Batches.of(rows, job.rows, ranks))
-    for _ in turns:
-        turns.note(step({name: tensor.to(ranks.device) for name, tensor in next(batches).items()}))
+    for _, inputs in zip(turns, batches(rows, job.rows, ranks), strict=False):
+        turns.note(step({name: tensor.to(ranks.device) for name, tensor in inputs.items()}))
 
 
 class TakesTurns(TrainerCallback):
@@ -193,9 +190,7 @@ def trainer(job: StepJob, rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
             remove_unused_columns=False,
         )
         model = start(job, ranks.device, documented=True)
-        training = NotingTrainer(
-            model, settings, train_dataset=Batches.of(rows, job.rows, ranks), callbacks=[TakesTurns(turns)]
-        )
+        training = NotingTrainer(model, settings, train_dataset=Sequences(rows), callbacks=[TakesTurns(turns)])
         training.turns = turns
         turns.answer(ran=type(training).__mro__[1].__name__)
         try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distlora.bench.requests import CheckpointBench, to_argument
+from distlora.bench.requests import CheckpointBench
+from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_counts, exec_worker, output_folder
+from distlora_launcher.launch.exec_worker import ENTRY
 from distlora_launcher.terminal.arguments import Parser, numbers
 
 USAGE = f"""usage: distlora bench checkpoint [--r 16] [--rounds N] [--tokens N] [--layers N] [--out FOLDER] [--json]
@@ -27,7 +29,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
-    exec_worker("distlora.bench.checkpoint.compare", [to_argument(parse(arguments))])
+    exec_worker(ENTRY, [encode_call("distlora.bench.checkpoint:main", parse(arguments))])
 
 
 def parse(arguments: Sequence[str]) -> CheckpointBench:

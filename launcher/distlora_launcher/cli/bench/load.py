@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from distlora.bench.requests import LoadBench, to_argument
+from distlora.bench.requests import LoadBench
+from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_counts, exec_worker, output_folder
+from distlora_launcher.launch.exec_worker import ENTRY
 from distlora_launcher.launch.workers import ON_CPU
 from distlora_launcher.terminal.arguments import Parser, numbers
 
@@ -28,7 +30,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
-    exec_worker("distlora.bench.load", [to_argument(parse(arguments))])
+    exec_worker(ENTRY, [encode_call("distlora.bench.load:main", parse(arguments))])
 
 
 def parse(arguments: Sequence[str]) -> LoadBench:

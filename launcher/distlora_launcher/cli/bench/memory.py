@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distlora.bench.requests import MemoryBench, to_argument
+from distlora.bench.requests import MemoryBench
 from distlora.config import nearest
+from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_gpus, exec_worker, output_folder
+from distlora_launcher.launch.exec_worker import ENTRY
 from distlora_launcher.terminal.arguments import Parser, numbers
 
 MODELS = ("10M", "100M", "0.5B", "1.5B")
@@ -29,7 +31,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
-    exec_worker("distlora.bench.memory", [to_argument(parse(arguments))])
+    exec_worker(ENTRY, [encode_call("distlora.bench.memory:main", parse(arguments))])
 
 
 def parse(arguments: Sequence[str]) -> MemoryBench:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
 import os
 import sys
 import tempfile
@@ -11,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distlora.bench.host_counters import isolate_network
 from distlora.bench.step import report
-from distlora.bench.step.cells import (
+from distlora.bench.step.compare import (
     CHECKPOINTING,
     DEFAULT_SIZES,
     KEPT_PAGES,
@@ -21,12 +22,16 @@ from distlora.bench.step.cells import (
     SIZES,
     WAYS,
     Cell,
+    CellFailedError,
     Checkpointing,
+    Measured,
+    Runner,
     Size,
+    StepInputs,
     cells_of,
+    prepare,
     reason_against,
 )
-from distlora.bench.step.compare import CellFailedError, Measured, Problem, compare, prepare, train_alone
 from distlora.config import nearest
 from distlora.output.result_files import Results
 from distlora.system.exit_codes import DONE, FAILED
@@ -198,42 +203,31 @@ def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Res
     """Measure all cells in turns, on random models."""
     ways = [way for way in request.ways if way not in request.reasons]
     cells = list(cells_of(request.sizes, ways, processes=request.ranks, checkpointing=request.checkpointing))
-    own_network = isolate_network()
-    problems: dict[tuple[str, int], Problem] = {}
-
-    def problem_of(cell: Cell) -> Problem:
-        key = (cell.size, cell.length)
+    runner = Runner(environment=environment_of, log=folder / "log", log_line=log)
+    by_group = [list(members) for _, members in itertools.groupby(cells, key=lambda cell: cell.group)]
+    problems: dict[tuple[str, int], StepInputs] = {}
+    groups, machine = [], ""
+    for number, members in enumerate(by_group, 1):
+        cell = members[0]
+        key, place = (cell.size, cell.length), folder / cell.size.replace("/", "_")
         if key not in problems:
             log(f"writing a random model of {cell.size}")
-            place = folder / cell.size.replace("/", "_")
-            problems[key] = prepare(
-                place,
-                environment=worker_environment(1),
-                model=place / "model",
-                settings=request.sizes[cell.size].settings,
+            problems[key] = StepInputs(
+                folder=str(place),
+                model=str(place / "model"),
+                settings=json.dumps(request.sizes[cell.size].settings),
                 length=cell.length,
                 rows=cell.rows,
                 steps=2 + request.steps * request.rounds,
             )
-        return problems[key]
-
-    groups = list(
-        compare(
-            cells,
-            problem_of,
-            rounds=request.rounds,
-            steps=request.steps,
-            environment=environment_of,
-            log=folder / "log",
-            own_network=own_network,
-            log_line=log,
-        )
-    )
+            machine = prepare(problems[key], worker_environment(1))
+        log(f"{cell.problem} ({number} of {len(by_group)})")
+        groups.append(runner.compare(members, problems[key], rounds=request.rounds, steps=request.steps))
     method = f"{request.rounds} rounds of {request.steps} steps; {report.HOW}"
     results = Results(
         name="step",
         heading="A training step beside other libraries",
-        notes=notes(list(problems.values())[-1], request, method),
+        notes=notes(machine, request, method),
         tables=[report.table(group) for group in groups],
         rows=list(report.rows(groups)),
         reading=list(report.reading(groups)),
@@ -248,16 +242,17 @@ def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Re
     ways = [way for way in request.ways if way not in request.reasons]
     model = made_base()
     log("packing the demo's questions and answers")
-    problem = prepare(
-        folder,
-        environment=worker_environment(1),
-        model=model,
-        steps=request.curve,
-        seeds=(0, 1),
-        data=(model.parent / "pairs.jsonl", cache_root() / "data"),
+    inputs = StepInputs(
+        folder=str(folder),
+        model=str(model),
         length=CURVE_LENGTH,
         rows=CURVE_ROWS,
+        steps=request.curve,
+        seeds=(0, 1),
+        data=str(model.parent / "pairs.jsonl"),
+        cache_dir=str(cache_root() / "data"),
     )
+    machine = prepare(inputs, worker_environment(1))
     cells = [
         Cell(
             size="the demo's base",
@@ -273,20 +268,13 @@ def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Re
         if WAYS[way].runs_on(ranks)
         for seed in ((0, 1) if way in report.SEED_WAYS else (0,))
     ]
-    curves = train_alone(
-        cells,
-        problem,
-        steps=request.curve,
-        environment=environment_of,
-        log=folder / "log",
-        lr=CURVE_RATE,
-        log_line=log,
-    )
+    runner = Runner(environment=environment_of, log=folder / "log", log_line=log)
+    curves = runner.train_alone(cells, inputs, steps=request.curve, lr=CURVE_RATE)
     method = f"the demo's base and data, {CURVE_ROWS} x {CURVE_LENGTH} tokens per step"
     results = Results(
         name="curves",
         heading=f"Losses over {request.curve} steps beside other libraries",
-        notes=notes(problem, request, method),
+        notes=notes(machine, request, method),
         tables=list(report.curve_tables(curves)),
         rows=list(report.curve_rows(curves)),
         reading=list(report.curve_reading(curves)),
@@ -309,10 +297,10 @@ def environment_of(cell: Cell) -> Mapping[str, str]:
     return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} | environment
 
 
-def notes(problem: Problem, request: StepBench, method: str) -> str:
+def notes(machine: str, request: StepBench, method: str) -> str:
     """Return the line below the tables: machine, method, ways left out."""
-    left_out = f" Left out: {report.skipped(request.reasons)}." if request.reasons else ""
-    return f"{problem.notes}. {method}.{left_out}"
+    left_out = "; ".join(f"{WAYS[way].title}: {why}" for way, why in request.reasons.items())
+    return f"{machine}. {method}." + (f" Left out: {left_out}." if left_out else "")
 
 
 def log(line: str) -> None:

@@ -6,7 +6,7 @@ All train PEFT's adapters on bitsandbytes' NF4 with AdamW, in fp32 as PEFT keeps
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,53 +15,46 @@ import torch
 from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from distlora.bench.checkpoint.saved import Clock, Saved, folder_bytes, median
+from distlora.bench.checkpoint import Clock, Saved, folder_bytes, median
 from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
 from distlora.bench.random_inputs import random_tokens
 from distlora.parallel import Ranks
-from distlora.planner.traffic import Storage
 
 
-def adapted(folder: Path, r: int, storage: Storage = "nf4 in uint8") -> Any:
-    """Return PEFT's model with an adapter on every linear."""
+def measure(way: str, folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves: int) -> list[Saved]:
+    """Return the figures of a way, with adapters of rank r on every linear of the model in `folder`."""
+    # accelerate's state must exist before the model is loaded.
+    accelerator = fsdp2_accelerator(forced=way == "fsdp2") if way in ("accelerate", "fsdp2") else None
     model: Any = get_peft_model(
-        load_base(folder, storage), LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")
+        load_base(folder, "nf4 in uint8" if accelerator is None else "nf4 in bf16"),
+        LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    return model
+    count = sum(parameter.numel() for parameter in trained(model))
+    if accelerator is not None:
+        saved = _accelerate(accelerator, model, out, ranks, tokens=tokens, saves=saves)
+    else:
+        saved = (_trainer if way == "trainer" else _save_pretrained)(model, out, tokens=tokens, saves=saves)
+    files, times = saved.pop("files"), saved.pop("times")
+    save = median(times[1:])
+    nbytes = folder_bytes(files)
+    return [Saved(ranks=ranks.world, r=r, trained=count, nbytes=nbytes, save=save, on_disk=save.seconds, **saved)]
 
 
-def numel(model: Any) -> int:
-    """Return the number of trained parameters."""
-    return sum(parameter.numel() for parameter in trained(model))
-
-
-def save_pretrained(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves: int) -> list[Saved]:
+def _save_pretrained(model: Any, out: Path, *, tokens: int, saves: int) -> dict[str, Any]:
     """Measure save_pretrained: the adapter alone, from which no run resumes."""
-    model = adapted(folder, r)
-    saved = [_timed(partial(model.save_pretrained, place)) for place in _places(out, saves)]
+    times = [_timed(partial(model.save_pretrained, out / str(number))) for number in range(saves)]
     resume = _timed(lambda: set_peft_model_state_dict(model, load_peft_weights(str(out / "0"))))
-    return [
-        Saved(
-            way="PEFT save_pretrained",
-            ranks=1,
-            r=r,
-            trained=numel(model),
-            nbytes=folder_bytes(out / "0"),
-            save=median(saved[1:]),
-            on_disk=median(saved[1:]).seconds,
-            resume=resume,
-            fault="no optimizer",
-        )
-    ]
+    found = {"way": "PEFT save_pretrained", "resume": resume, "fault": "no optimizer"}
+    return found | {"files": out / "0", "times": times}
 
 
-def trainer(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves: int) -> list[Saved]:
+def _trainer(model: Any, out: Path, *, tokens: int, saves: int) -> dict[str, Any]:
     """Measure the time between Trainer's callbacks around a save.
 
     The time of a resume is that of train() up to its first step, less that of a new start.
     """
     rows = [{"input_ids": row, "labels": row} for row in random_tokens(saves + 1, tokens, 1000, 0)]
-    model, times = adapted(folder, r), Times()
+    times = Times()
 
     def train(steps: int, *, resume: str | None = None) -> Clock:
         arguments = TrainingArguments(
@@ -86,18 +79,8 @@ def trainer(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves
     new_start = train(saves)
     newest = out / f"checkpoint-{saves}"
     resumed = train(saves + 1, resume=str(newest))
-    return [
-        Saved(
-            way="transformers Trainer",
-            ranks=1,
-            r=r,
-            trained=numel(model),
-            nbytes=folder_bytes(newest),
-            save=median(times.saves[1:saves]),
-            on_disk=median(times.saves[1:saves]).seconds,
-            resume=resumed - new_start,
-        )
-    ]
+    found = {"way": "transformers Trainer", "resume": resumed - new_start}
+    return found | {"files": newest, "times": times.saves[:saves]}
 
 
 class Times(TrainerCallback):
@@ -126,46 +109,28 @@ class Times(TrainerCallback):
         self.saves.append(Clock.now() - self.stepped)
 
 
-def accelerate(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves: int, forced: bool) -> list[Saved]:
+def _accelerate(accelerator: Any, model: Any, out: Path, ranks: Ranks, *, tokens: int, saves: int) -> dict[str, Any]:
     """Measure accelerator.save_state with DistributedDataParallel, which its FSDP2 plugin becomes on a CPU.
 
-    With `forced`, the model is sharded by FSDP2 and each rank writes its part of the state.
+    Where it is forced, FSDP2 shards the model and each rank writes its part of the state.
     """
-    accelerator = fsdp2_accelerator(forced=forced)
-    model = adapted(folder, r, "nf4 in bf16")
-    count = numel(model)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained(model), lr=1e-4))
     row = random_tokens(1, tokens, 1000, ranks.rank)
     accelerator.backward(model(input_ids=row, labels=row).loss)
     optimizer.step()
-    saved = []
-    for place in _places(out, saves):
+    times = []
+    for number in range(saves):
         accelerator.wait_for_everyone()
-        saved.append(_timed(partial(accelerator.save_state, str(place))))
+        times.append(_timed(partial(accelerator.save_state, str(out / str(number)))))
     accelerator.wait_for_everyone()
-    resume, fault = None, None
+    resume, fault, last = None, None, out / str(saves - 1)
     try:
-        resume = _timed(lambda: accelerator.load_state(str(out / str(saves - 1))))
+        resume = _timed(lambda: accelerator.load_state(str(last)))
     except RuntimeError as error:  # accelerate 1.15: the model does not accept its keys of 4-bit weights.
         fault = f"load_state raises {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     accelerator.wait_for_everyone()
-    return [
-        Saved(
-            way=f"accelerate save_state ({describe(model).partition(',')[0]})",
-            ranks=ranks.world,
-            r=r,
-            trained=count,
-            nbytes=folder_bytes(out / str(saves - 1)),
-            save=median(saved[1:]),
-            on_disk=median(saved[1:]).seconds,
-            resume=resume,
-            fault=fault,
-        )
-    ]
-
-
-def _places(out: Path, saves: int) -> Sequence[Path]:
-    return [out / str(number) for number in range(saves)]
+    way = f"accelerate save_state ({describe(model).partition(',')[0]})"
+    return {"way": way, "resume": resume, "fault": fault, "files": last, "times": times}
 
 
 def _timed(call: Callable[[], object]) -> Clock:

@@ -22,11 +22,10 @@ from torch import Tensor
 from closeness import relative_error
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.post.adapter_factors import AdapterFile, adapted_rows
-from distlora.post.base_weights import open_base
 from distlora.post.combine import worker
 from distlora.post.combine.request import METHODS, CombineRequest
 from distlora.post.trained import base_spec
+from distlora.post.weights import adapted_rows, open_base, read_factors
 from distlora.system.command_worker import from_json, to_json
 from distlora.system.randomness import key_of
 from distlora.training import worker as training_worker
@@ -52,16 +51,16 @@ def combine(*words: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def delta(folder: Path, path: str) -> Tensor:
     """S B A of one weight, fp64; 0 where the adapter has none."""
-    file = AdapterFile.open(folder)
+    file = read_peft_adapter(folder)
     if path not in file.paths:
         return torch.tensor(0.0)
     with Reader() as reader:
-        factors = file.factors(path, reader)
+        factors = read_factors(file, path, reader)
     return factors.scaling * factors.B.double() @ factors.A.double()
 
 
-def paths_of(folder: Path) -> tuple[str, ...]:
-    return AdapterFile.open(folder).paths
+def paths_of(folder: Path) -> list[str]:
+    return read_peft_adapter(folder).paths
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +199,7 @@ def test_experts_are_summed_each(tmp_path: Path) -> None:
         path = "model.layers.1.mlp.experts.gate_up_proj"
         with Reader() as reader:
             mine, a, b = (
-                AdapterFile.open(folder).factors(path, reader, experts=5)
+                read_factors(read_peft_adapter(folder), path, reader, experts=5)
                 for folder in (out, tmp_path / "a", tmp_path / "b")
             )
         assert mine.rank == rank
@@ -227,11 +226,11 @@ def test_dora_is_summed_as_what_it_makes_of_the_weight(folders: Path, two: Path,
     out, record = combine(*words, tmp_path / "out")
     assert record["truncation"]["share"] < 1e-6
     base = open_base(base_spec(str(folders / "llama"), "nf4" if quant == "nf4" else "none"))
-    file = AdapterFile.open(dora)
+    file = read_peft_adapter(dora)
     with Reader() as reader:
         for path in file.paths:
             weight = base.weights[f"{path}.weight"].whole(reader, original=quant == "none")
-            mine = adapted_rows(weight, 0, file.factors(path, reader)) - weight
+            mine = adapted_rows(weight, 0, read_factors(file, path, reader)) - weight
             assert relative_error(delta(out, path), 0.5 * mine.double() + 0.5 * delta(two, path)) < 1e-5
 
 
@@ -345,7 +344,6 @@ def test_what_has_no_meaning_is_refused(
         ([f"{one}=1", f"{two}=1", "--method", "ties_svd"], "add --density"),
         ([f"{one}=1", f"{two}=1", "--method", "tie"], "'ties'"),
         ([f"{one}=1", f"{two}=1", "--rank", "4"], "--method svd"),
-        ([f"{one}=1", f"{two}=1", "--method", "svd", "--rank", "10"], "cuts nothing"),
         ([f"{one}=1", f"{two}=1", "--seed", "4"], "no effect"),
         ([f"{one}=1", f"{two}=1", "--density", "0.5"], "no effect"),
         ([f"{one}=1", f"{two}=1", "--quant", "nf4"], "no effect"),

@@ -11,7 +11,7 @@ import torch
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.post.base_weights import open_base
+from distlora.post.weights import open_base
 from distlora.training.setup import start_run_model
 from distlora.weights.reader import Reader
 from family_models import SINGLE, write_family_folder

@@ -7,22 +7,24 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import safetensors.torch
 import torch
 import transformers
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.post.base_weights import open_base
 from distlora.post.export import bnb_folder, client_check, hf_folder, worker
 from distlora.post.export.formats import FORMATS, ExportRequest, refuse
+from distlora.post.export.gguf import model_format
 from distlora.post.trained import Name
+from distlora.post.weights import open_base
 from distlora.training import worker as training_worker
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli.main import main
@@ -35,10 +37,11 @@ EVEN = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"r": 4, "use_rslora": True}},
     "dora": {"adapter": {"r": 4, "use_dora": True, "lora_dropout": 0.1}, "new_tokens": ["<|im_start|>", "kettle"]},
-    "pissa": {"adapter": {"r": 4, "init": "pissa"}, "train": {"save_every": 2}},
+    "pissa": {"adapter": {"r": 4, "init": "pissa", "use_rslora": True}, "train": {"save_every": 2}},
     # What training holds of an fp32 base in bf16 is rounded, and so must be what is exported.
     "loftq-bf16": {"adapter": {"r": 4, "init": "loftq"}, "train": {"dtype": "bf16"}},
 }
+FULL = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +50,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("exporting")
     write_model_folder(root / "llama", "llama", **EVEN)
     write_text_file(root / "text.jsonl")
-    for name, sections in RUNS.items():
+    for name, sections in {**RUNS, "full": FULL}.items():
         run(root, name, **sections)
     return root
 
 
 def run(root: Path, name: str, model: str = "llama", new_tokens: Any = (), **sections: Any) -> Path:
-    sections["train"] = {"max_steps": 3, "global_batch": 3} | sections.get("train", {})
+    sections |= {"train": {"max_steps": 3, "global_batch": 3} | sections.get("train", {})}
     make_run(root / name, root, model, new_tokens, optim={"lr": 2e-2}, **sections)
     training_worker.run(root / name, SINGLE)
     return root / name
@@ -61,25 +64,32 @@ def run(root: Path, name: str, model: str = "llama", new_tokens: Any = (), **sec
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call the client in this process, as a start costs seconds; one test starts it really."""
+    """Call the client in this process, as a start costs seconds, and without llama.cpp; one test starts it really."""
 
     def run(request: ExportRequest) -> tuple[int, str]:
         return 0, f"of a library\n{json.dumps(client_check.run(request))}\n"
 
     monkeypatch.setattr(worker, "in_own_process", run)
+    for module in ("model_format", "adapter_format"):
+        monkeypatch.setattr(f"distlora.post.export.gguf.{module}.has_llama_cpp", lambda: False)
 
 
-def exported(
+def export(
     place: Path, run: str, form: str, out: Path, dtype: str | None = None, onto: Any = "trained", **name: Any
-) -> dict[str, Any]:
-    """Export as the command does; returns export.json."""
+) -> int:
+    """Export as the command does; returns the exit code."""
     named = Name(place=str(place / run), **name)
     trained = named.read()
     request = ExportRequest(
         name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype), onto=onto
     )
     refuse(trained, request)
-    assert worker.run(request) == 0
+    return worker.run(request)
+
+
+def exported(place: Path, run: str, form: str, out: Path, *how: Any, **name: Any) -> dict[str, Any]:
+    """Export; returns export.json."""
+    assert export(place, run, form, out, *how, **name) == 0
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
     record: dict[str, Any] = json.loads((out / "export.json").read_text())
     return record
@@ -264,28 +274,6 @@ def test_a_merged_folder_in_16_bits_and_one_on_the_base_without_nf4(place: Path,
         assert record["adapter"]["folder"] == (step if name else "adapter")
 
 
-def test_one_process_writes_a_place_and_nothing_is_replaced(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (tmp_path / ".out.tmp").mkdir()  # Of a process that was killed.
-    (tmp_path / ".out.tmp" / "half").touch()
-    with new_folder(out) as folder:
-        assert [*folder.iterdir()] == []
-        (folder / "whole").touch()
-        with pytest.raises(UserError, match="another process is writing"), new_folder(out):
-            pass
-        assert (folder / "whole").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-    def late() -> None:
-        with new_folder(tmp_path / "file", inside=True) as file:
-            file.touch()
-            (tmp_path / "file").write_text("another's")
-
-    with pytest.raises(UserError, match="was created meanwhile"):
-        late()
-    assert (tmp_path / "file").read_text() == "another's"
-
-
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("variant", ["qwen3-moe", pytest.param("gpt-oss", marks=pytest.mark.slow)])
 def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path, variant: str) -> None:
@@ -312,12 +300,12 @@ def test_what_the_client_computes_otherwise_is_not_left_behind(
     """
     write = hf_folder.write
 
-    def damaged(export: Any) -> None:
-        write(export)
-        file = export.place / "model.safetensors"
+    def damaged(asked: Any) -> None:
+        write(asked)
+        file = asked.place / "model.safetensors"
         tensors = safetensors.torch.load_file(file)
         tensors["model.layers.1.mlp.down_proj.weight"][:1, :1] *= 1.02
-        if export.request.dtype == "fp32":
+        if asked.request.dtype == "fp32":
             tensors["model.layers.1.mlp.down_proj.weight"] *= -1
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
@@ -411,3 +399,76 @@ def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_not_checked(folders: Pat
         worker.run(ExportRequest(name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32"))
     assert worker.run(ExportRequest(name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32", check=False)) == 0
     assert bnb_folder.taken_back(name.read(), tmp_path / "out").difference == 0
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("run", "form", "dtype", "name"),
+    [
+        ("dora", "gguf", None, {}),
+        ("dora", "gguf", "q8_0", {}),
+        ("pissa", "gguf", "bf16", {}),
+        ("pissa", "gguf-lora", None, {"checkpoint": "step_2"}),
+        ("pissa", "gguf-lora", "fp16", {}),
+        ("pissa", "gguf", "fp16", {"adapter": "base"}),
+        ("pissa", "gguf", "bf16", {"onto": "original"}),
+        ("full", "gguf", None, {}),
+    ],
+)
+def test_what_was_trained_is_in_the_gguf_file(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    run: str,
+    form: str,
+    dtype: str | None,
+    name: dict[str, Any],
+) -> None:
+    """By logits to 1e-4 before anything is rounded, and by weights to what rounding may move each."""
+    assert export(place, run, form, tmp_path / "out.gguf", dtype, **name) == 0
+    printed = capsys.readouterr().out
+    assert "bound 1.0e-04: met" in printed or form == "gguf-lora"
+    assert (form == "gguf" or dtype is not None) == ("may move each" in printed)
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["general.type"].contents() == ("adapter" if form == "gguf-lora" else "model")
+    if form == "gguf":
+        tokens = fields["tokenizer.ggml.tokens"].contents()
+        assert ("kettle" in tokens) == (run == "dora")
+        assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("dtype", ["bf16", "q8_0"])
+def test_a_file_without_the_adapter_is_not_left_behind(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Whatever the rounding of the type may hide of logits."""
+    write = model_format.write
+
+    def without_adapter(asked: Any) -> None:
+        write(replace(asked, trained=Name(place=str(place / "pissa"), adapter="base").read()))
+
+    monkeypatch.setattr(model_format, "write", without_adapter)
+    assert export(place, "pissa", "gguf", tmp_path / "out.gguf", dtype) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_adapter_of_llama_cpp_cannot_say_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"use_dora=true, and llama\.cpp adds B A .* write --format gguf"):
+        export(place, "dora", "gguf-lora", tmp_path / "out.gguf")
+    with pytest.raises(UserError, match="trained the whole model"):
+        export(place, "full", "gguf-lora", tmp_path / "out.gguf")
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.skipif(not model_format.has_llama_cpp(), reason="llama-cpp-python is not installed; `make test-llama-cpp`")
+@pytest.mark.parametrize("form", ["gguf", "gguf-lora"])
+def test_llama_cpp_computes_what_was_trained(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    for module in ("model_format", "adapter_format"):
+        monkeypatch.setattr(f"distlora.post.export.gguf.{module}.has_llama_cpp", lambda: True)
+    assert export(place, "pissa", form, tmp_path / "out.gguf", "fp32") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  llama.cpp"))
+    assert "(bound 1.0e-04: met)" in line

@@ -15,15 +15,15 @@ from distlora.architecture.safetensors_headers import read_headers
 from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.model.build import CausalLM
-from distlora.post.adapter_factors import AdapterFile
-from distlora.post.base_weights import open_base
 from distlora.post.load_trained import load_trained
 from distlora.post.merge.merge import merge_to, summary
-from distlora.post.merge.receipt import Receipt
+from distlora.post.merge.request import Receipt
 from distlora.post.trained import Name, Trained
+from distlora.post.weights import open_base, read_factors
 from distlora.run_folder.checkpoint_manifest import sha256
 from distlora.training import worker
 from distlora.training.publish import publish_result
+from distlora.weights.peft_folder import read_peft_adapter
 from distlora.weights.reader import Reader
 from distlora_kernels import nf4
 from distlora_launcher.cli.main import main
@@ -133,13 +133,13 @@ def test_the_receipt_counts_what_each_type_keeps(onto: str, tmp_path: Path) -> N
     """Against whole matrices, in fp64."""
     _, trained = adapted(tmp_path, "llama-biases")
     receipt = merge_to(trained, tmp_path / "merged", onto=onto, dtype=torch.bfloat16, say=quiet)  # type: ignore[arg-type]
-    base, adapter = open_base(trained.spec, trained.initial_adapter_dir), AdapterFile.open(tmp_path / "adapter")
+    base, adapter = open_base(trained.spec, trained.initial_adapter_dir), read_peft_adapter(tmp_path / "adapter")
     assert receipt.weights.keys() == {f"{path}.weight" for path in adapter.paths}
     lost, delta_square = dict.fromkeys(("bf16", "fp16", "nf4"), 0.0), 0.0
     with Reader() as reader:
         for path in adapter.paths:
             weight = base.weights[f"{path}.weight"].whole(reader, original=onto == "original")
-            delta = adapter.factors(path, reader).delta()
+            delta = read_factors(adapter, path, reader).delta()
             merged = weight + delta
             again = nf4.nf4_dequantize(*nf4.nf4_quantize(merged), shape=tuple(merged.shape), dtype=torch.float32)
             forms = {"bf16": merged.bfloat16(), "fp16": merged.half(), "nf4": again}

@@ -17,10 +17,9 @@ from distlora.analysis.spectrum.changes import Change, open_changes
 from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, SpectrumRequest
 from distlora.config import UserError
 from distlora.model.experts import ExpertWeight
-from distlora.post.adapter_factors import Factors
-from distlora.post.base_weights import open_base
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import Name, Trained
+from distlora.post.weights import Factors, open_base
 from distlora.system.command_worker import from_json, to_json
 from distlora.training import worker as training_worker
 from distlora.weights.reader import Reader

@@ -8,6 +8,7 @@ N sequences (rows), B rows of T tokens per batch, H hidden size, V vocabulary. S
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 from collections.abc import Callable
@@ -30,10 +31,6 @@ LOGITS_AT_ONCE = 2**22
 """Logits per fp64 computation. In fp32, the divergence of two nearly equal models is rounding noise."""
 
 
-LARGEST_EXPONENT = 709
-"""Largest exponent whose power fits a float."""
-
-
 @dataclass(frozen=True, slots=True)
 class Loss:
     """The loss of one model and its difference from the first, dense model on the same rows."""
@@ -50,7 +47,7 @@ class Loss:
     @property
     def perplexity(self) -> float:
         """Return exp(loss), infinity beyond fp64."""
-        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
+        return math.exp(self.loss) if self.loss < 709 else math.inf
 
 
 def evenly(rows: PackedRows, most: int) -> PackedRows:
@@ -89,7 +86,7 @@ class Readings:
     def take(self, model: CausalLM, name: str) -> None:
         """Run the model over the rows. Every rank must call it."""
         at_once = max(1, min(TOKENS_AT_ONCE // self.rows.sequence_length, len(self.rows)))
-        rank, world = self.ranks.rank, self.ranks.world
+        rank, world, device = self.ranks.rank, self.ranks.world, self.ranks.device
         loader = StepLoader(
             self.rows,
             global_batch=at_once * world,
@@ -101,22 +98,15 @@ class Readings:
         )
         for step in range(loader.steps_per_epoch):
             (batch,) = loader.batch(step).micro_batches
-            self._take_batch(model, batch, step)
+            positions = batch.position_ids
+            documents = Documents.of(positions).to(device) if model.attends_by_documents else None
+            inputs = (each.to(device) for each in (batch.input_ids, positions, batch.labels))
+            with model.head.read_by(functools.partial(self._read, model.head, batch=batch, step=step)):
+                model(*inputs, documents=documents)
             done = min((step + 1) * loader.global_batch, len(self.rows))
             self.say(f"perplexity: {name}, {done:,}/{len(self.rows):,} rows")
         for sums in (self.losses, self.divergences, self.largest, self.changed):
             sum_over_ranks(sums, self.ranks)  # Each row belongs to one rank and is 0 on the others.
-
-    def _take_batch(self, model: CausalLM, batch: MicroBatch, step: int) -> None:
-        device = self.ranks.device
-        documents = Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None
-        with model.head.read_by(lambda hidden: self._read(model.head, hidden, batch, step)):
-            model(
-                batch.input_ids.to(device),
-                batch.position_ids.to(device),
-                batch.labels.to(device),
-                documents=documents,
-            )
 
     def _read(self, head: LossHead, hidden: Tensor, batch: MicroBatch, step: int) -> None:
         """Add the figures of one batch, given its last hidden states (B, T, H)."""

@@ -7,25 +7,150 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from types import FrameType
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import TextStreamer
 
+from distlora.config import UserError, nearest
 from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
 from distlora.parallel import Ranks
-from distlora.post.chat import Chat, Printer
-from distlora.post.load_trained import load_trained
+from distlora.post.load_trained import load_trained, run_on_ranks
 from distlora.post.trained import of_run
-from distlora.post.workers import run_on_ranks
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.progress import PROGRESS_SECONDS, quieten, say, still_loading
-from distlora.training.generator import Generator, PromptEncoder, generate, generate_all, sampling
+from distlora.training.generator import Completion, Generator, PromptEncoder, generate, generate_all, sampling
+
+COMMANDS = ("/help", "/reset", "/system", "/exit")
+HELP = "/reset starts again, /system TEXT sets the system message, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
+_COMMAND = re.compile(r"(/[a-z]+)(?:\s+(.*))?", re.DOTALL)
+
+
+class Printer(TextStreamer):
+    """Writes a completion to stdout as it grows, without the token that ends it."""
+
+    def __init__(self, tokenizer: Any, settings: GenerationConfig) -> None:
+        super().__init__(tokenizer, skip_prompt=True)
+        self._stops = settings.eos_token_id or []
+
+    def put(self, value: Tensor) -> None:
+        """Print new tokens, without the prompt and the end tokens."""
+        if self.next_tokens_are_prompt or int(value[-1]) not in self._stops:
+            super().put(value)
+
+
+class Interruption(StoppingCriteria):
+    """A criterion that stops a completion on Ctrl-C, after the current token; a second Ctrl-C ends the program."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Interruption:
+        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return (B,) bool, True for every row after an interruption."""
+        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
+
+    def _interrupt(self, _signum: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Chat:
+    """Reads prompts from the terminal and answers them. Without a chat template, each prompt is continued by itself."""
+
+    def __init__(
+        self, generator: Generator, encoder: PromptEncoder, settings: GenerationConfig, *, system: str | None
+    ) -> None:
+        self._generator, self._encoder, self._settings = generator, encoder, settings
+        self._system = system
+        self._messages: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        """Run until /exit or the end of the input."""
+        with contextlib.suppress(ImportError):
+            # readline gives input() an editable line and a history.
+            import readline  # noqa: F401
+        print(HELP)
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n(Ctrl-D or /exit leaves)")
+                continue
+            if line == "/exit":
+                return
+            try:
+                self._react(line)
+            except UserError as error:
+                print(f"error: {error}")
+
+    def _react(self, line: str) -> None:
+        """Act on one line of input."""
+        command = _COMMAND.fullmatch(line)
+        if command is None:
+            if line:
+                self._answer(line)
+            return
+        name, rest = command[1], command[2]
+        if name == "/help":
+            print(HELP)
+        elif name == "/reset" and not rest:
+            self._messages.clear()
+            print("(a new conversation)")
+        elif name == "/system":
+            if self._encoder.template is None:
+                raise UserError("/system needs a chat template, and the model has none; begin your text with it")
+            self._system = rest
+            self._messages.clear()
+            print(f"(a new conversation, {'with this system message' if rest else 'without a system message'})")
+        else:
+            raise UserError(
+                f"there is no {line.split()[0]}{nearest(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}"
+            )
+
+    def _answer(self, line: str) -> None:
+        if self._encoder.template is None:
+            self._stream(self._encoder.encode(Prompt(place="the prompt", text=line)))
+            return
+        messages = [*self._messages, {"role": "user", "content": line}]
+        conversation = Prompt(place="the conversation (/reset starts again)", messages=tuple(messages))
+        completion = self._stream(self._encoder.encode(conversation, system=self._system))
+        self._messages = [*messages, {"role": "assistant", "content": self._encoder.decode(completion)}]
+
+    def _stream(self, tokens: list[int]) -> Completion:
+        """Print the completion of a prompt as it is generated, and why it ended if the model did not end it."""
+        with Interruption() as interruption:
+            (completion,) = generate(
+                self._generator,
+                [tokens],
+                self._settings,
+                streamer=Printer(self._encoder.tokenizer, self._settings),
+                stopping=StoppingCriteriaList([interruption]),
+            )
+        if interruption.requested:
+            print("(stopped)")
+        elif not completion.ended:
+            print(f"(cut after {len(completion.tokens):,} tokens; --max-new-tokens allows more)")
+        return completion
 
 
 def run(request: GenerateRequest, ranks: Ranks) -> None:
@@ -57,14 +182,16 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
     elif sys.stdin.isatty() and sys.stdout.isatty():
         Chat(generator, encoder, choice, system=request.system).run()
     else:
-        answer_lines(sys.stdin, generator, encoder, choice, system=request.system)
+        for number, line in enumerate(sys.stdin, 1):
+            if line.strip():  # As it comes, as text.
+                prompt = Prompt(place=f"line {number} of stdin", text=line.rstrip("\n"))
+                tokens = encoder.encode(prompt, system=request.system)
+                generate(generator, [tokens], choice, streamer=Printer(encoder.tokenizer, choice))
 
 
 def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:
     """Return one line on how prompts are read and tokens are chosen."""
-    prompts = (
-        "prompts go through the chat template" if encoder.template is not None else "prompts are continued as text"
-    )
+    prompts = "prompts are continued as text" if encoder.template is None else "prompts go through the chat template"
     choice = "the likeliest token each time"
     if settings.do_sample:
         names = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -87,12 +214,12 @@ def answer_file(
     """
     encoded = [encoder.encode(prompt, system=request.system) for prompt in prompts]
     if not generator.backend.writes:
-        for _ in generate_all(generator, encoded, settings):
-            pass
+        list(generate_all(generator, encoded, settings))
         return
     began = shown = time.monotonic()
     done = num_tokens = 0
-    with open_result(request.out) as result:
+    stdout = contextlib.nullcontext(sys.stdout)
+    with stdout if request.out is None else Path(request.out).open("x", encoding="utf-8") as result:
         for completions in generate_all(generator, encoded, settings):
             for prompt, completion in zip(prompts[done:], completions, strict=False):
                 line = prompt.record() | {
@@ -108,28 +235,6 @@ def answer_file(
             if now - shown >= PROGRESS_SECONDS or done == len(prompts):
                 shown = now
                 say(f"{done:,}/{len(prompts):,} prompts  {num_tokens / (now - began):,.0f} tokens/s")
-
-
-@contextlib.contextmanager
-def open_result(out: str | None) -> Iterator[TextIO]:
-    """Open a new file, or yield stdout."""
-    if out is None:
-        yield sys.stdout
-        return
-    with Path(out).open("x", encoding="utf-8") as file:
-        yield file
-
-
-def answer_lines(
-    lines: TextIO, generator: Generator, encoder: PromptEncoder, settings: GenerationConfig, *, system: str | None
-) -> None:
-    """Answer each line as it comes, as text; skip blank lines."""
-    for number, line in enumerate(lines, 1):
-        text = line.rstrip("\n")
-        if text.strip():
-            prompt = Prompt(place=f"line {number} of stdin", text=text)
-            tokens = encoder.encode(prompt, system=system)
-            generate(generator, [tokens], settings, streamer=Printer(encoder.tokenizer, settings))
 
 
 def main(request: GenerateRequest) -> int:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +20,12 @@ from distlora.config.errors import named_settings
 from distlora.loading.decomposed_adapters import load_initial_factors
 from distlora.loading.peft_format import WEIGHTS_NAME, load_peft_adapter, whole_modules
 from distlora.model.build import CausalLM, build_model
-from distlora.parallel import Backend, Ranks
+from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.post.trained import BASE_ALONE, BY_FLAG, Trained
 from distlora.run_folder.checkpoint_manifest import STATE_NAME, newest, steps
 from distlora.run_folder.layout import CHECKPOINTS
+from distlora.system.exit_codes import DONE, FAILED, run_to_exit_code
+from distlora.system.progress import say
 from distlora.training.publish import load_weights
 from distlora.training.setup import start_model
 from distlora.weights.initial_adapter_file import base_identity
@@ -98,3 +105,39 @@ def weights_in(folder: Path) -> Path:
             f"{folder} holds no whole checkpoint ({'; '.join(damaged)}); write --adapter {BASE_ALONE} for the base"
         )
     return whole
+
+
+def run_on_ranks(
+    work: Callable[[Ranks], None], *, when_memory_is_out: str, names: Mapping[str, str] | None = None
+) -> int:
+    """Do `work` on this rank and return the exit code.
+
+    0 done, 2 bad input, 130 Ctrl-C, 1 if a GPU runs out of memory, which prints `when_memory_is_out`. With several
+    ranks, errors go to torchrun. `names` maps settings to the command's arguments for UserErrors.
+    """
+    ranks = join_ranks()
+    if ranks.world > 1:
+        with named_settings(names or {}):
+            work(ranks)
+        leave_ranks(ranks)
+        return DONE
+
+    def alone() -> int:
+        try:
+            work(ranks)
+        except torch.OutOfMemoryError as error:
+            say(f"error: {str(error).partition('. ')[0]}; {when_memory_is_out}")
+            return FAILED
+        return DONE
+
+    return run_to_exit_code(alone, names=names)
+
+
+def made_on(device: torch.device, *packages: str) -> dict[str, Any]:
+    """Return the date, device and versions to report with figures."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "device": f"{device.type} ({name})",
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }

@@ -97,15 +97,10 @@ class Name:
                 raise UserError(f"{folder} is the adapter of a run, which names its base; write {folder.parent}")
             return _without_run(folder, self.place, base=self.base, quant=self.quant)
         require(self.base is None, f"--model={self.base}: {self.place} names its base itself; leave --model out")
-        return read_run(folder, self.place, adapter=self.adapter, checkpoint=self.checkpoint)
-
-
-def read_run(run_dir: Path, place: str, *, adapter: str | None = None, checkpoint: str | None = None) -> Trained:
-    """Return the model of a run, with the adapter or checkpoint that is named. Raises UserError as `Name.read`."""
-    config = load_config(run_dir)
-    weights = find_weights(run_dir, config.spec, adapter, checkpoint)
-    foreign = adapter not in (None, BASE_ALONE)
-    return replace(of_run(config, weights, foreign=foreign), place=place, run_dir=run_dir)
+        config = load_config(folder)
+        weights = find_weights(folder, config.spec, self.adapter, self.checkpoint)
+        foreign = self.adapter not in (None, BASE_ALONE)
+        return replace(of_run(config, weights, foreign=foreign), place=self.place, run_dir=folder)
 
 
 def of_run(config: Config, weights: str | Path | None, *, foreign: bool = False) -> Trained:

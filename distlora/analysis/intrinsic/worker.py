@@ -22,7 +22,7 @@ from distlora.analysis.intrinsic.training import Bench, Outcome, Training
 from distlora.output.result_files import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import let_go
-from distlora.post.workers import made_on
+from distlora.post.load_trained import made_on
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress

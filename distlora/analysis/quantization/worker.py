@@ -31,7 +31,7 @@ from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.output.result_files import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import Loss, Readings, compare, evenly, let_go
-from distlora.post.workers import made_on
+from distlora.post.load_trained import made_on
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress
 from distlora.training.setup import start_model

@@ -22,14 +22,14 @@ from distlora.architecture.safetensors_headers import read_headers
 from distlora.config.errors import named_settings
 from distlora.loading.load_base import find_base
 from distlora.model.experts import ExpertWeight
-from distlora.post.adapter_factors import AdapterFile, Factors, adapted_rows
-from distlora.post.base_weights import Base, BaseWeight, open_base
 from distlora.post.load_trained import check_base, weights_in
-from distlora.post.merge.adapter import open_adapter
+from distlora.post.merge.parameters import open_adapter
 from distlora.post.trained import BY_PLACE, Trained
+from distlora.post.weights import Base, BaseWeight, Factors, adapted_rows, open_base, read_factors
 from distlora.run_folder.checkpoint_manifest import STATE_NAME, newest, step_of
 from distlora.run_folder.layout import CHECKPOINTS, read_result
 from distlora.weights.conversion import Source
+from distlora.weights.peft_folder import PeftAdapter
 from distlora.weights.reader import Reader
 
 
@@ -64,7 +64,7 @@ class Changes:
     """The changes of one run or adapter, read on demand."""
 
     def __init__(
-        self, method: str, folder: Path, base: Base, *, adapter: AdapterFile | None, saved: Mapping[str, Source]
+        self, method: str, folder: Path, base: Base, *, adapter: PeftAdapter | None, saved: Mapping[str, Source]
     ) -> None:
         """`adapter` is one for the unchanged base; without one, `saved` says where each weight lies."""
         self.method = method
@@ -105,7 +105,7 @@ class Changes:
         factors = None
         if self._adapter is not None:
             experts = weight.shape[0] if len(weight.shape) == 3 else None
-            factors = self._adapter.factors(self._paths[name], reader, experts=experts)
+            factors = read_factors(self._adapter, self._paths[name], reader, experts=experts)
         others: Iterable[Tensor | None] = itertools.repeat(None)
         if self._adapter is None:
             saved = BaseWeight(name=name, shape=weight.shape, source=self._saved[name], quantized=False)

@@ -21,7 +21,7 @@ from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NA
 from distlora.analysis.spectrum.singular import Singular, largest, of_factors, similarity, whole
 from distlora.config import UserError
 from distlora.output.result_files import Written
-from distlora.post.workers import made_on
+from distlora.post.load_trained import made_on
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
 from distlora.weights.decompose import times, transposed_times

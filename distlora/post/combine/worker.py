@@ -4,33 +4,165 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from distlora.architecture.targets import match_ending, peft_paths
+from distlora.architecture.tokens import EMBEDDING
 from distlora.checkpoint.files import new_folder, write_files
+from distlora.config.json_files import read_object
+from distlora.loading.tensor_files import DeferredTensor
 from distlora.output.tables import Table
 from distlora.parallel import Backend, Ranks, Shards
-from distlora.post.combine.combination import Combination
-from distlora.post.combine.request import RECORD_NAME, CombineRequest
-from distlora.post.combine.whole_modules import new_token_owner
-from distlora.post.merge.merge import merge_to
-from distlora.post.merge.rounding_loss import DTYPES
-from distlora.post.trained import Name
+from distlora.post.combine.methods import Weighted, combine, combined_modules, combined_rows, new_token_owner, row_ids
+from distlora.post.combine.request import RECORD_NAME, CombineRequest, needs_base
+from distlora.post.merge.merge import DTYPES, merge_to
+from distlora.post.trained import Name, base_spec
+from distlora.post.weights import Base, Factors, open_base, read_factors
 from distlora.run_folder.checkpoint_manifest import sha256
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
-from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
+from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME, read_peft_adapter
 from distlora.weights.reader import Reader
 
-_SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+
+class Combination:
+    """The weights of the result, computed one at a time as the file is written."""
+
+    def __init__(self, request: CombineRequest, reader: Reader, say: Callable[[str], None]) -> None:
+        self.request, self.reader, self.say = request, reader, say
+        self.members = [Weighted(m.place, m.weight, read_peft_adapter(m.folder)) for m in request.members]
+        files = [member.file for member in self.members]
+        self.base: Base | None = None
+        if needs_base(files):
+            assert request.base_folder is not None
+            self.base = open_base(base_spec(request.base_folder, request.quant, dtype=request.held))
+        self.paths = sorted({path for file in files for path in file.paths})
+        self.parameters = sorted({entry for file in files for entry in file.adapter_config.target_parameters})
+        self.fused = {
+            path for file in files for path in match_ending(file.adapter_config.target_parameters, file.paths)
+        }
+        self.ranks = {path: self._rank(path) for path in self.paths}
+        self.energy: dict[str, tuple[float, float]] = {}
+        """By path: ||dW||^2 and the part of it that the rank dropped, for truncated weights."""
+        self._made: dict[str, tuple[Tensor, Tensor]] = {}
+        self._done = 0
+
+    def tensors(self) -> dict[str, Tensor | DeferredTensor]:
+        """Return the tensors by PEFT's names."""
+        places = peft_paths(self.fused)
+        found: dict[str, Tensor | DeferredTensor] = {}
+        for path in self.paths:
+            out, into = self._sizes(path)
+            rows = self.ranks[path] * (self._parts(path)[0][2] or 1)
+            for part, shape in zip("AB", ((rows, into), (out, rows)), strict=True):
+                name = f"base_model.model.{places.get(path, path)}.lora_{part}.weight"
+                make = functools.partial(self._make, path, part)
+                found[name] = DeferredTensor(shape=torch.Size(shape), dtype=torch.float32, make=make)
+        if self.base is not None:
+            found |= combined_rows(self.members, self.base, self.reader)
+            found |= combined_modules(self.members, self.base, self.reader)
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """Return adapter_config.json: the first member's with the result's ranks, targets and scale 1."""
+        first = read_object(self.members[0].file.folder / CONFIG_NAME, "save the adapter again")
+        ranks = list(self.ranks.values())
+        most = max(set(ranks), key=ranks.count)
+        others = {path: rank for path, rank in self.ranks.items() if rank != most}
+        rows = row_ids(self.members)
+        targets: set[str] = set()
+        for member in self.members:
+            entries = member.file.adapter_config.target_modules
+            # A pattern is expanded to its paths.
+            targets.update(set(member.file.paths) - self.fused if isinstance(entries, str) else entries)
+        return (
+            first
+            | {
+                "r": most,
+                "lora_alpha": most,
+                "use_rslora": False,
+                "use_dora": False,
+                "rank_pattern": others,
+                "alpha_pattern": others,
+                "lora_dropout": 0.0,
+                "init_lora_weights": True,
+                "inference_mode": True,
+                "target_modules": sorted(targets),
+                "trainable_token_indices": rows[EMBEDDING] if rows.keys() == {EMBEDDING} else (rows or None),
+                "modules_to_save": sorted({name for member in self.members for name in member.file.modules}) or None,
+            }
+            | ({"target_parameters": self.parameters} if self.fused else {})
+        )
+
+    def _parts(self, path: str) -> list[tuple[Weighted, int, int | None]]:
+        """Return (member, rank, experts) of the members that adapt a weight; experts is None unless fused."""
+        found = []
+        for member in self.members:
+            if path in member.file.paths:
+                rank = member.file.adapter_config.rank_of(path)
+                rows = member.file.tensors[path, "A"].shape[0]
+                found.append((member, rank, rows // rank if path in self.fused else None))
+        return found
+
+    def _sizes(self, path: str) -> tuple[int, int]:
+        """Return (out, in) of a weight, or of each expert's."""
+        tensors = self._parts(path)[0][0].file.tensors
+        return tensors[path, "B"].shape[0], tensors[path, "A"].shape[1]
+
+    def _rank(self, path: str) -> int:
+        ranks = [rank for _, rank, _ in self._parts(path)]
+        if self.request.how.on == "sum":
+            return sum(ranks)
+        if self.request.how.on == "factors":
+            return ranks[0]
+        dense = self.request.method != "svd" or any(m.file.settings["use_dora"] for m, _, _ in self._parts(path))
+        most = self.request.rank or max(ranks)
+        return min(most, *self._sizes(path), *([] if dense else [sum(ranks)]))
+
+    def _make(self, path: str, part: str) -> Tensor:
+        """Return A or B; keep the other for the next call."""
+        if path not in self._made:
+            self._made[path] = self._combined(path)
+        made = self._made[path]["AB".index(part)]
+        if part == "B":
+            del self._made[path]
+            self._done += 1
+            self.say(f"combining: {self._done:,}/{len(self.paths):,} weights, {path}")
+        return made
+
+    def _combined(self, path: str) -> tuple[Tensor, Tensor]:
+        parts = self._parts(path)
+        factors = [(m.weight, read_factors(m.file, path, self.reader, experts=count)) for m, _, count in parts]
+        experts = parts[0][2]
+
+        @functools.cache
+        def weight() -> Tensor:
+            assert self.base is not None
+            return self.base.weights[f"{path}.weight"].whole(self.reader)
+
+        if experts is None:
+            each = [combine(factors, self.request, path, weight)]
+        else:
+            each = []
+            for expert in range(experts):
+                own = [(w, Factors(A=f.A[expert], B=f.B[expert], scaling=f.scaling)) for w, f in factors]
+                each.append(combine(own, self.request, f"{path}.{expert}", weight))
+        if each[0].energy is not None:
+            self.energy[path] = (sum(one.energy or 0.0 for one in each), sum(one.dropped for one in each))
+        a, b = torch.stack([made.A for made in each]), torch.stack([made.B for made in each])
+        # PEFT's layout: row e * R + j of A, column j * E + e of B.
+        return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
 def run(request: CombineRequest) -> dict[str, Any]:
@@ -57,27 +189,23 @@ def run(request: CombineRequest) -> dict[str, Any]:
 
 def write_adapter(request: CombineRequest, out: Path, say: Progress) -> dict[str, Any]:
     """Write the folder in PEFT's format, completely or not at all; return its record."""
-    backend = Backend(_SINGLE, Shards.over(_SINGLE, 1))
+    alone = Ranks(0, 1, torch.device("cpu"), None)
+    backend = Backend(alone, Shards.over(alone, 1))
     with Reader() as reader:
         made = Combination(request, reader, say)
         say.line(f"combining {len(made.members)} adapters, {len(made.paths):,} weights, by {request.method}")
-        for_nf4 = any(member.file.read.settings["init_from_loftq"] for member in made.members)
+        for_nf4 = any(member.file.settings["init_from_loftq"] for member in made.members)
         with new_folder(out) as folder:
             files = {CONFIG_NAME: made.config(), WEIGHTS_NAME: made.tensors()}
             write_files(folder, files, backend, metadata=NF4_MARK if for_nf4 else {})
             owner = None if made.base is None else new_token_owner(made.members, made.base)
-            if owner is not None:
-                copy_tokenizer(owner.file.read.folder, folder)
+            if owner is not None:  # The tokenizer that an adapter with new tokens is published with.
+                for path in owner.file.folder.iterdir():
+                    if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, RECORD_NAME, "README.md"):
+                        shutil.copy2(path, folder / path.name)
             found = record(request, made, folder)
             atomic_io.write_json(folder / RECORD_NAME, found)
     return found
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer that an adapter with new tokens is published with."""
-    for path in source.iterdir():
-        if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, RECORD_NAME, "README.md"):
-            shutil.copy2(path, folder / path.name)
 
 
 def main(request: CombineRequest) -> int:

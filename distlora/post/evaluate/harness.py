@@ -34,8 +34,8 @@ from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, sum_over_ranks
 from distlora.post.divergence import LOGITS_AT_ONCE, let_go
-from distlora.post.evaluate.measure import load_shared
-from distlora.post.evaluate.request import EvaluateRequest, Subject, Tasks
+from distlora.post.evaluate.measure import load
+from distlora.post.evaluate.request import EvaluateRequest, Tasks
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.progress import still_loading
 from distlora.training.generator import ROWS_AT_ONCE, Generator, context_limit, generate
@@ -108,9 +108,8 @@ class HarnessModel(TemplateLM):
         windows: list[Scored] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
-            for pair in get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
-            ):
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 windows.append((None, *make_disjoint_window(pair)))
                 owners.append(number)
         sums = [0.0] * len(requests)
@@ -189,9 +188,8 @@ class HarnessModel(TemplateLM):
             for first in range(0, len(order), ROWS_AT_ONCE):
                 batch = order[first : first + ROWS_AT_ONCE]
                 prompts = [contexts[number] for number in batch]
-                for number, made in zip(
-                    batch, generate(self._generator, prompts, config, stopping=stopping), strict=True
-                ):
+                completions = generate(self._generator, prompts, config, stopping=stopping)
+                for number, made in zip(batch, completions, strict=True):
                     # Padding behind an ended row is removed with its stop text.
                     text = self.tokenizer.decode(made.tokens)
                     answers[number] = postprocess_generated_text(text, until, None)
@@ -239,28 +237,44 @@ def batches_of(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-BOOTSTRAPS = 1000
-"""Bootstrap resamplings for the standard error of a metric that is not a mean."""
-
-Say = Callable[[str], None]
-
-
-def run_tasks(request: EvaluateRequest, tasks: Tasks, ranks: Ranks, say: Say) -> dict[str, Any]:
+def run_tasks(request: EvaluateRequest, tasks: Tasks, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the figures of every model, {} on ranks that the harness gives none. Every rank must call it.
 
     Raises UserError for an unknown task.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # It logs every default of every task.
-    manager = open_tasks(tasks)
+    manager = TaskManager(include_path=tasks.folder, include_defaults=tasks.folder is None)
+    for name in tasks.names:
+        if not manager.match_tasks([name]):
+            where = "lm-evaluation-harness" if tasks.folder is None else tasks.folder
+            raise UserError(
+                f"--tasks={name}: {where} has no such task{nearest(name, manager.all_tasks)}; write one that it has"
+                + ("" if tasks.folder else ", or name a folder of YAML files with --tasks-folder")
+            )
     models: list[dict[str, Any]] = []
     first: Mapping[str, Any] | None = None
     questions: dict[str, int] = {}
     for number, subject in enumerate(request.subjects, start=1):
         say(f"loading {subject.label} ({number} of {len(request.subjects)})")
         with still_loading() if ranks.rank == 0 else contextlib.nullcontext():
-            model, backend = load_shared(subject, request.dtype, ranks)
-        harness = HarnessModel(model, backend, *reading_of(subject, tasks), say=say)
-        found = evaluate(harness, tasks, manager, ranks)
+            model, backend = load(subject, request.dtype, ranks)
+        trained, template = subject.read(), None
+        tokenizer = load_tokenizer(trained.base, trained.spec.model.new_tokens)
+        if tasks.as_chat:
+            data = read_record((trained.run_dir or trained.base) / DATA_NAME)
+            template = ChatTemplate(tokenizer, trained.spec.model.path, source=data.get("chat_template"))
+        harness = HarnessModel(model, backend, tokenizer, template, say=say)
+        with contextlib.redirect_stdout(sys.stderr):
+            found: Mapping[str, Any] | None = lm_eval.simple_evaluate(  # None on a node's other ranks.
+                harness,
+                tasks=list(tasks.names),
+                num_fewshot=tasks.fewshot,
+                limit=tasks.limit,
+                apply_chat_template=tasks.as_chat,
+                task_manager=manager,
+                bootstrap_iters=1000 if ranks.rank == 0 else 0,
+                log_samples=True,
+            )
         del model, backend, harness
         let_go(ranks.device)
         if found is None:
@@ -280,45 +294,6 @@ def run_tasks(request: EvaluateRequest, tasks: Tasks, ranks: Ranks, say: Say) ->
     }
 
 
-def open_tasks(tasks: Tasks) -> TaskManager:
-    """Return the harness's index of tasks, or that of a folder."""
-    manager = TaskManager(include_path=tasks.folder, include_defaults=tasks.folder is None)
-    for name in tasks.names:
-        if not manager.match_tasks([name]):
-            where = "lm-evaluation-harness" if tasks.folder is None else tasks.folder
-            raise UserError(
-                f"--tasks={name}: {where} has no such task{nearest(name, manager.all_tasks)}; write one that it has"
-                + ("" if tasks.folder else ", or name a folder of YAML files with --tasks-folder")
-            )
-    return manager
-
-
-def evaluate(harness: HarnessModel, tasks: Tasks, manager: TaskManager, ranks: Ranks) -> Mapping[str, Any] | None:
-    """Return the harness's results of one model with samples; None on a node's other ranks."""
-    with contextlib.redirect_stdout(sys.stderr):
-        found: Mapping[str, Any] | None = lm_eval.simple_evaluate(
-            harness,
-            tasks=list(tasks.names),
-            num_fewshot=tasks.fewshot,
-            limit=tasks.limit,
-            apply_chat_template=tasks.as_chat,
-            task_manager=manager,
-            bootstrap_iters=BOOTSTRAPS if ranks.rank == 0 else 0,
-            log_samples=True,
-        )
-    return found
-
-
-def reading_of(subject: Subject, tasks: Tasks) -> tuple[Any, ChatTemplate | None]:
-    """Return the (tokenizer, chat template) that the model was trained with."""
-    trained = subject.read()
-    tokenizer = load_tokenizer(trained.base, trained.spec.model.new_tokens)
-    if not tasks.as_chat:
-        return tokenizer, None
-    data = read_record((trained.run_dir or trained.base) / DATA_NAME)
-    return tokenizer, ChatTemplate(tokenizer, trained.spec.model.path, source=data.get("chat_template"))
-
-
 def figures_of(found: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return figures by task and metric."""
     tasks: dict[str, dict[str, Any]] = {}
@@ -330,12 +305,12 @@ def figures_of(found: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, 
             error = values.get(f"{metric}_stderr,{kind}")
             of = {"value": float(value), "error": error if isinstance(error, float) and math.isfinite(error) else None}
             if found is not first:
-                of |= paired(*(by_question(which, task, metric, kind) for which in (found, first)))
+                of |= paired(*(_by_question(which, task, metric, kind) for which in (found, first)))
             tasks.setdefault(task, {})[metric if kind == "none" else f"{metric} ({kind})"] = of
     return tasks
 
 
-def by_question(found: Mapping[str, Any], task: str, metric: str, kind: str) -> list[float]:
+def _by_question(found: Mapping[str, Any], task: str, metric: str, kind: str) -> list[float]:
     """Return a metric per question; empty if questions have no value of their own."""
     samples = [s for s in found["samples"].get(task, []) if s.get("filter", "none") == kind]
     values = [sample.get(metric) for sample in samples]

@@ -1,10 +1,13 @@
-"""Measure models on the same rows of text one after the other: losses and divergences from the first model."""
+"""Measure models on the same rows of text one after the other, and the forms in which a merged one could be stored."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,77 +20,63 @@ from distlora.data.prepare import check_vocabulary, open_split, prepare
 from distlora.data.rows import STARTS, PackedRows
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, from_rank_0
-from distlora.post.divergence import Loss, Readings, compare, evenly, let_go
-from distlora.post.evaluate.request import Dtype, Subject, Text
+from distlora.post.divergence import Readings, compare, evenly, let_go
+from distlora.post.evaluate.request import Dtype, Merged, Subject, Text
 from distlora.post.load_trained import load_in_fp32, load_trained
+from distlora.post.merge.merge import DTYPES, merge_to
+from distlora.post.merge.request import Onto, Receipt, check_mergeable, written
 from distlora.post.trained import Trained
-from distlora.system.progress import still_loading
-
-ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """The figures of one model beside the first."""
-
-    subject: Subject
-    loss: Loss
-    largest_logit_difference: float
-    """Largest absolute difference over all logits of all targets."""
-    changed_tokens: float
-    """Share of the targets whose likeliest token differs."""
+from distlora.system.progress import say, still_loading
 
 
 def measure(
     subjects: Sequence[Subject], dtype: Dtype, rows: PackedRows, ranks: Ranks, say: Callable[[str], None]
-) -> list[Measured]:
-    """Measure each model in order, with one in memory at a time. Every rank must call it alike."""
+) -> list[dict[str, Any]]:
+    """Return the figures of each model in order, with one in memory at a time; a non-finite value is None.
+
+    Every rank must call it alike. Divergences and differences are those from the first model: the largest of a logit
+    over all targets, and the share of the targets whose likeliest token differs.
+    """
     targets = torch.from_numpy(rows.targets.astype(np.float64))
     first: Readings | None = None
     measured = []
     for number, subject in enumerate(subjects, start=1):
         say(f"loading {subject.label} ({number} of {len(subjects)})")
         with still_loading() if ranks.rank == 0 else contextlib.nullcontext():
-            model = load(subject, dtype, ranks)
+            model, _ = load(subject, dtype, ranks)
         readings = Readings(rows, ranks, say, first)
         readings.take(model, subject.label)
         del model
         let_go(ranks.device)
         first = first or readings
-        measured.append(
-            Measured(
-                subject=subject,
-                loss=compare(readings.losses, first.losses, readings.divergences, targets),
-                largest_logit_difference=float(readings.largest.max()),
-                changed_tokens=float(readings.changed.sum() / targets.sum()),
-            )
-        )
+        loss = compare(readings.losses, first.losses, readings.divergences, targets)
+        figures = {
+            "loss": loss.loss,
+            "perplexity": loss.perplexity,
+            "loss_difference": loss.difference,
+            "loss_standard_error": loss.standard_error,
+            "divergence": loss.divergence,
+            "largest_logit_difference": float(readings.largest.max()),
+            "changed_tokens": float(readings.changed.sum() / targets.sum()),
+        }
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
+        measured.append({"label": subject.label, "kind": subject.kind, **finite})
     return measured
 
 
-def load(subject: Subject, dtype: Dtype, ranks: Ranks) -> CausalLM:
-    """Load the model of a subject on these ranks."""
-    return load_shared(subject, dtype, ranks)[0]
-
-
-def load_shared(subject: Subject, dtype: Dtype, ranks: Ranks) -> tuple[CausalLM, Backend]:
-    """Load the model of a subject and its backend."""
+@torch.no_grad()
+def load(subject: Subject, dtype: Dtype, ranks: Ranks) -> tuple[CausalLM, Backend]:
+    """Load the model of a subject on these ranks, and its backend."""
     computes_in = subject.dtype or dtype
     if subject.name is not None and computes_in == "fp32":
         return load_in_fp32(subject.name.read(), ranks)
     trained = subject.read()
     model, backend = load_trained(replace(trained, spec=replace(trained.spec, dtype=computes_in)), ranks)
-    if subject.rounded is not None:
-        round_to(model, ROUNDED[subject.rounded])
+    if subject.rounded is not None:  # As a checkpoint in 16 bits would be.
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(DTYPES[subject.rounded]))
         backend.watch_weights(model)
     return model, backend
-
-
-@torch.no_grad()
-def round_to(model: CausalLM, dtype: torch.dtype) -> None:
-    """Round the unquantized weights to `dtype`, as a checkpoint in it would."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
 
 
 COMPARED_ROWS = 64
@@ -122,7 +111,7 @@ def check_same_tokens(rows: PackedRows, first: ModelConfig, other: ModelConfig, 
         for piece in pieces(rows, row):
             # Retokenize the decoded text with both.
             text = ours.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if _tokens(ours, text) != _tokens(theirs, text):
+            if ours.encode(text, add_special_tokens=False) != theirs.encode(text, add_special_tokens=False):
                 raise UserError(
                     f"{label} has another tokenizer than {first.path}: it makes other tokens of {text[:40]!r}, "
                     "and a loss a token of one cannot be compared with that of the other; evaluate them one at a time"
@@ -136,6 +125,77 @@ def pieces(rows: PackedRows, row: int) -> list[list[int]]:
     return [part.tolist() for part in np.split(tokens[0], starts) if len(part)]
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokens
+TOO_FAR = 1e-2
+"""Largest expected logit difference between an exact fp32 sum and the trained model; deep models reach 1e-3."""
+
+
+@contextlib.contextmanager
+def other_forms(merged: Merged | None, ranks: Ranks, tell: Callable[[str], None]) -> Iterator[list[Subject]]:
+    """Yield the forms that a merge is compared with; remove the folders made for it afterwards.
+
+    The forms are the exact sum in fp32, rounded to bf16 and fp16, quantized to NF4 again, and the sum on the stored
+    base. The trained model computed in bf16 is added as a yardstick.
+    """
+    if merged is None or not merged.compares:
+        yield []
+        return
+    folder = Path(merged.folder)
+    scratch = folder.with_name(f".{folder.name}-compared")
+    try:
+        trained, receipt = merged.name.read(), Receipt.read(folder)
+        yield _forms(merged, trained, receipt, scratch, ranks, tell)
+    finally:
+        from_rank_0(0, ranks)
+        if ranks.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _forms(
+    merged: Merged, trained: Trained, receipt: Receipt, scratch: Path, ranks: Ranks, tell: Callable[[str], None]
+) -> list[Subject]:
+    def exact_sum(onto: Onto) -> str:
+        """Return the folder of the sum: the merge itself, or a new one."""
+        if (receipt.onto, receipt.dtype) == (onto, "fp32"):
+            return merged.folder
+        if ranks.rank == 0:
+            scratch.mkdir(exist_ok=True)
+            merge_to(trained, scratch / onto, onto=onto, dtype=torch.float32, say=tell)
+        from_rank_0(0, ranks)
+        return str(scratch / onto)
+
+    if ranks.rank == 0 and scratch.is_dir():
+        shutil.rmtree(scratch)  # Left by a comparison that was killed.
+    exact = exact_sum("trained")
+    forms = [
+        Subject(label="exact sum in fp32", kind="form", model=exact),
+        Subject(label="exact sum in bf16", kind="form", model=exact, rounded="bf16"),
+        Subject(label="exact sum in fp16", kind="form", model=exact, rounded="fp16"),
+        Subject(label="exact sum in NF4 again", kind="form", model=exact, quant="nf4"),
+    ]
+    if receipt.onto == "trained":
+        own = {"fp32": 0, "bf16": 1, "fp16": 2}[receipt.dtype]
+        del forms[own]
+    if trained.spec.quant.is_nf4 and receipt.onto == "trained":
+        try:
+            check_mergeable(trained, "original")
+        except UserError:
+            pass  # The adapter belongs to the NF4 base alone.
+        else:
+            on_disk = exact_sum("original")
+            forms.append(Subject(label="sum on the base on disk, fp32", kind="form", model=on_disk))
+    forms.append(Subject(label="as trained, computed in bf16", kind="adapted", name=merged.name, dtype="bf16"))
+    return forms
+
+
+def add_to_receipt(merged: Merged, figures: dict[str, Any]) -> None:
+    """Write the section `measured` of merge.json, and merge.md."""
+    folder = Path(merged.folder)
+    receipt = Receipt.read(folder)
+    dataclasses.replace(receipt, measured=figures).write(folder)
+    (own,) = (model for model in figures["models"] if model["kind"] == "merged")
+    furthest = own["largest_logit_difference"]
+    if (receipt.onto, receipt.dtype) == ("trained", "fp32") and (furthest is None or furthest > TOO_FAR):
+        say(
+            f"WARNING: a logit of {merged.folder} is {written(furthest, '.2g')} from the model as it was trained, more "
+            "than rounding explains; do not use it, and report this"
+        )

@@ -1,39 +1,144 @@
-"""Run the worker of `distlora eval` in one process or in the ranks that torchrun started."""
+"""Run the worker of `distlora eval` in one process or in the ranks that torchrun started.
+
+Speculative decoding (Leviathan et al. 2023, arXiv 2211.17192) is transformers' assisted generation with greedy
+decoding: a smaller model drafts tokens that a merged model verifies, so the answers are those of greedy decoding with
+fewer forwards. The target is a merged, static model, as assisted generation needs the logits of every drafted token.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from torch import Tensor
+
+from distlora.architecture.tokens import load_tokenizer
+from distlora.config import UserError
+from distlora.data.rows import PackedRows
 from distlora.output.tables import Table
 from distlora.parallel import Ranks
-from distlora.post.evaluate.measure import Measured, check_same_tokens, measure, open_rows
-from distlora.post.evaluate.merge_forms import add_to_receipt, other_forms
-from distlora.post.evaluate.request import NAMES, EvaluateRequest
-from distlora.post.merge.receipt import measured_table
-from distlora.post.workers import made_on, run_on_ranks
+from distlora.post.evaluate.measure import (
+    add_to_receipt,
+    check_same_tokens,
+    measure,
+    open_rows,
+    other_forms,
+    pieces,
+)
+from distlora.post.evaluate.request import NAMES, Draft, EvaluateRequest
+from distlora.post.load_trained import made_on, run_on_ranks
+from distlora.post.merge.merge import DTYPES, merge_to
+from distlora.post.merge.request import measured_table
 from distlora.system import atomic_io
 from distlora.system.progress import Progress, quieten, say
+
+
+def run_draft(request: EvaluateRequest, draft: Draft, rows: PackedRows, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the figures of one target with one draft.
+
+    Raises UserError for a draft of another vocabulary, and for answers that are longer than the models' positions.
+    """
+    (subject,) = request.subjects
+    prompts = _prompts(rows, draft.prompt_tokens)
+    with tempfile.TemporaryDirectory(prefix="distlora-draft-") as scratch:
+        folder = Path(scratch) / "merged" if subject.model is None else Path(subject.model)
+        if subject.name is not None:
+            merge_to(subject.name.read(), folder, onto="trained", dtype=DTYPES[request.dtype], say=say)
+        ours, theirs = (load_tokenizer(place, ()).get_vocab() for place in (folder, Path(draft.model)))
+        if ours != theirs:
+            raise UserError(
+                f"--draft={draft.model} has another vocabulary than the model ({len(theirs):,} tokens, and "
+                f"{len(ours):,} here), so its tokens mean something else; name a smaller model of the same family"
+            )
+        target, helper = (_load(place, DTYPES[request.dtype]) for place in (folder, Path(draft.model)))
+    forwards: Counter[str] = Counter()
+    for model, name, which in ((target, subject.label, "target"), (helper, draft.model, "draft")):
+        room = model.config.get_text_config().max_position_embeddings - draft.prompt_tokens
+        if draft.new_tokens > room:
+            raise UserError(
+                f"--max-new-tokens={draft.new_tokens:,}: {name} has positions for {room:,} behind a prompt of "
+                f"{draft.prompt_tokens}; write --max-new-tokens {room} or less"
+            )
+        model.register_forward_hook(lambda *_, which=which: forwards.update([which]))
+    runs: dict[str, dict[str, Any]] = {}
+    answers: dict[str, list[list[int]]] = {"alone": [], "with draft": []}
+    for name, assistant in (("alone", None), ("with draft", helper)):
+        _continue(target, assistant, prompts[0], draft.new_tokens)  # The first call is slower.
+        forwards.clear()
+        began = time.perf_counter()
+        for number, prompt in enumerate(prompts, start=1):
+            answers[name].append(_continue(target, assistant, prompt, draft.new_tokens))
+            say(f"{name}: {number}/{len(prompts)} prompts")
+        runs[name] = {
+            "tokens": sum(map(len, answers[name])),
+            "seconds": time.perf_counter() - began,
+            "target_forwards": forwards["target"],
+            "draft_forwards": forwards["draft"],
+        }
+    return {
+        "draft": draft.model,
+        "label": subject.label,
+        "dtype": request.dtype,
+        "prompts": len(prompts),
+        "equal": sum(a == b for a, b in zip(answers["alone"], answers["with draft"], strict=True)),
+        "parameters": {"target": target.num_parameters(), "draft": helper.num_parameters()},
+        "threads": torch.get_num_threads(),
+        "runs": runs,
+    }
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a model on the GPU if there is one."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    model.generation_config.eos_token_id = None  # No token ends an answer, so all have the same length.
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _prompts(rows: PackedRows, length: int) -> list[Tensor]:
+    """Return prompts (1, length): the start of the first longer document of each row.
+
+    Raises UserError if no document is longer.
+    """
+    found = [next((piece for piece in pieces(rows, row) if len(piece) > length), None) for row in range(len(rows))]
+    prompts = [torch.tensor([piece[:length]]) for piece in found if piece is not None]
+    if not prompts:
+        raise UserError(
+            f"no document in these {len(rows):,} rows has more than {length} tokens, whose first {length} are "
+            "continued; name longer ones with --text FILE, or more with --rows N"
+        )
+    return prompts
+
+
+def _continue(target: Any, assistant: Any | None, prompt: Tensor, new_tokens: int) -> list[int]:
+    """Return the tokens of one prompt's greedy answer."""
+    prompt = prompt.to(target.device)
+    how = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0}
+    made = target.generate(prompt, attention_mask=torch.ones_like(prompt), assistant_model=assistant, **how)
+    tokens: list[int] = made[0, prompt.shape[1] :].tolist()
+    return tokens
 
 
 def run(request: EvaluateRequest, ranks: Ranks) -> dict[str, Any]:
     """Return all requested figures; progress goes to stderr. Every rank must call it alike."""
     tell = Progress() if ranks.rank == 0 else lambda text: None
+    made = made_on(ranks.device, "distlora", "torch", "transformers") | {"ranks": ranks.world}
     if request.tasks is not None:
         # Imported here because it imports lm-evaluation-harness.
         from distlora.post.evaluate.harness import run_tasks
 
-        return {"dtype": request.dtype} | run_tasks(request, request.tasks, ranks, tell) | describe(ranks)
+        return {"dtype": request.dtype} | run_tasks(request, request.tasks, ranks, tell) | made
     assert request.text is not None
     models = [subject.read() for subject in request.subjects]
     rows, rows_in_all = open_rows(request.text, models[0], ranks)
     if request.draft is not None:
-        from distlora.post.evaluate.speculation import run_draft
-
-        return run_draft(request, request.draft, rows, tell) | describe(ranks)
+        return run_draft(request, request.draft, rows, tell) | made
     for model, subject in zip(models, request.subjects, strict=True):
         check_same_tokens(rows, models[0].spec.model, model.spec.model, subject.label)
     with other_forms(request.merged, ranks, tell) as forms:
@@ -45,38 +150,7 @@ def run(request: EvaluateRequest, ranks: Ranks) -> dict[str, Any]:
         "sequence_length": rows.sequence_length,
         "targets": int(rows.targets.sum()),
     }
-    return {"text": text, "dtype": request.dtype} | figures(measured) | describe(ranks)
-
-
-def figures(measured: list[Measured]) -> dict[str, Any]:
-    """Return the figures of each model for the JSON; a non-finite value is null."""
-    return {
-        "compared_with": measured[0].subject.label,
-        "models": [
-            {
-                "label": of.subject.label,
-                "kind": of.subject.kind,
-                **{
-                    name: value if value is None or math.isfinite(value) else None
-                    for name, value in {
-                        "loss": of.loss.loss,
-                        "perplexity": of.loss.perplexity,
-                        "loss_difference": of.loss.difference,
-                        "loss_standard_error": of.loss.standard_error,
-                        "divergence": of.loss.divergence,
-                        "largest_logit_difference": of.largest_logit_difference,
-                        "changed_tokens": of.changed_tokens,
-                    }.items()
-                },
-            }
-            for of in measured
-        ],
-    }
-
-
-def describe(ranks: Ranks) -> dict[str, Any]:
-    """Return the environment of the figures."""
-    return made_on(ranks.device, "distlora", "torch", "transformers") | {"ranks": ranks.world}
+    return {"text": text, "dtype": request.dtype, "compared_with": measured[0]["label"], "models": measured} | made
 
 
 def deliver(request: EvaluateRequest, found: dict[str, Any]) -> None:

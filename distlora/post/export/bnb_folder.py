@@ -11,26 +11,34 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from distlora.architecture.families import read_config
 from distlora.config import UserError
 from distlora.loading.decomposed_adapters import load_initial_factors
 from distlora.loading.plain_adapter import is_pair, trained_config, trained_part
-from distlora.post.base_weights import Base, BaseWeight, open_base
 from distlora.post.export.client_check import EXACT, Ours
 from distlora.post.export.formats import Export, Reading
 from distlora.post.load_trained import check_base, weights_in
-from distlora.post.merge.output_folder import Files, Plan, check_space, copy_companions, lay_out_files, write_index
-from distlora.post.merge.threads import Clock, each
+from distlora.post.merge.merge import DTYPES
+from distlora.post.merge.output_folder import (
+    Clock,
+    Files,
+    Plan,
+    check_space,
+    copy_companions,
+    each,
+    lay_out_files,
+    write_index,
+)
 from distlora.post.trained import Trained
+from distlora.post.weights import Base, BaseWeight, open_base
 from distlora.run_folder.checkpoint_manifest import STATE_NAME
 from distlora.system import atomic_io
 from distlora.training.publish import header_marks
@@ -40,7 +48,6 @@ from distlora_kernels import nf4, reference
 
 ADAPTER = "adapter"
 """Folder of the adapter inside the export."""
-_TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def write(export: Export) -> None:
@@ -49,16 +56,22 @@ def write(export: Export) -> None:
     source = trained.base
     base = open_base(trained.spec, trained.initial_adapter_dir)
     quantized = [weight for weight in base.weights.values() if weight.quantized and weight.packed is None]
-    dtype = _TORCH_NAMES[export.request.dtype or "fp32"]
+    dtype = str(DTYPES[export.request.dtype or "fp32"]).removeprefix("torch.")
     if export.request.check:
-        check_rows(base.weights.values())
+        odd = next((w for w in base.weights.values() if w.quantized and w.shape[-1] % 64 == 32), None)
+        if odd is not None:  # bitsandbytes (0.50) would compute the check incorrectly.
+            raise UserError(
+                f"{odd.name} has rows of {odd.shape[-1]:,} weights: of 32, 96, 160... bitsandbytes takes wrong scales "
+                "on a CPU, so the export cannot be checked here; add --no-check"
+            )
     plan = plan_files(base, quantized)
     check_space(place, sum(plan.sizes.values()))
     place.mkdir()
     with Files(place, plan) as files:
-        write_quantized(quantized, files, dtype, export.progress)
-        rounded = write_rounded(base, files)
-        for name in plan.copied.keys() - rounded:
+        clock = Clock("quantizing", sum(4 * weight.numel for weight in quantized), export.progress)
+        # One weight per thread: pieces of 4 MiB are too small to share.
+        each(lambda weight: write_weight(weight, files, dtype, clock), quantized, clock)
+        for name in plan.copied.keys() - write_rounded(base, files):
             files.copy(name)
     write_index(place, plan, source)
     copy_companions(place, trained)
@@ -69,23 +82,6 @@ def write(export: Export) -> None:
     (place / ADAPTER).mkdir()
     write_adapter(trained, place / ADAPTER, base_name=Path(export.request.out).name)
     (place / "README.md").write_text(card(export, base), encoding="utf-8")
-
-
-def write_quantized(weights: Sequence[BaseWeight], files: Files, dtype: str, say: Callable[[str], None]) -> None:
-    """Quantize one weight per thread: pieces of 4 MiB are too small to share."""
-    clock = Clock("quantizing", sum(4 * weight.numel for weight in weights), say)
-
-    def write(weight: BaseWeight) -> None:
-        with Reader() as reader:
-
-            def piece(name: str, first: int, values: Tensor) -> None:
-                files.write(name, first, values)
-                # A byte of codes holds two weights; the other parts are small.
-                clock.passed(8 * values.numel() if name == name_of(weight) else 0, weight.name)
-
-            write_weight(weight, reader, piece, dtype)
-
-    each(write, weights, clock)
 
 
 def write_rounded(base: Base, files: Files) -> set[str]:
@@ -107,21 +103,11 @@ def write_rounded(base: Base, files: Files) -> set[str]:
 def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
     """Lay out the base's files with the parts of each quantized weight in its place."""
     replaced = {name_of(weight): parts_of(weight) for weight in quantized}
-    copied = {name: segment for name, segment in base.headers.items() if name not in replaced}
-    tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in base.headers.values()}
-    for name, segment in base.headers.items():
+    copied = {name: segment for name, segment in base.files.headers.items() if name not in replaced}
+    tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in base.files.headers.values()}
+    for name, segment in base.files.headers.items():
         tables[segment.file.name] |= replaced.get(name, {name: (segment.dtype, segment.shape)})
     return lay_out_files(tables, copied)
-
-
-def check_rows(weights: Iterable[BaseWeight]) -> None:
-    """Raise UserError for a check that bitsandbytes (0.50) would compute incorrectly on this CPU."""
-    odd = next((weight for weight in weights if weight.quantized and weight.shape[-1] % 64 == 32), None)
-    if odd is not None:
-        raise UserError(
-            f"{odd.name} has rows of {odd.shape[-1]:,} weights: of 32, 96, 160... bitsandbytes takes wrong scales on a "
-            "CPU, so the export cannot be checked here; add --no-check"
-        )
 
 
 def quantization(dtype: str, skip: Sequence[str]) -> dict[str, Any]:
@@ -183,11 +169,10 @@ def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
 def card(export: Export, base: Base) -> str:
     """Return README.md: what the export is and how to load it."""
     name, vocabulary = Path(export.request.out).name, base.model.vocabulary
-    grows = (
-        f"model.resize_token_embeddings({vocabulary.rows}, mean_resizing=False)  # The adapter holds the new rows.\n"
-        if vocabulary.has_grown
-        else ""
-    )
+    grows = ""
+    if vocabulary.has_grown:
+        call = f"model.resize_token_embeddings({vocabulary.rows}, mean_resizing=False)"
+        grows = f"{call}  # The adapter holds the new rows.\n"
     return (
         f"# {name}\n\nA base in NF4 with double quantization as bitsandbytes stores it, the one that the adapter in "
         f"`{ADAPTER}/` was trained on.\n\n```python\n"
@@ -202,16 +187,11 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     """Return readings of our own loader, of bitsandbytes dequantized in fp32, and of the folder as users load it."""
     trained, place = export.trained, export.place
     dtype = json.loads((place / "config.json").read_text("utf-8"))["quantization_config"].get("bnb_4bit_compute_dtype")
-    readings = [taken_back(trained, place)]
-    rows = open_base(trained.spec, trained.initial_adapter_dir).model.vocabulary
-    grown = rows.rows if rows.has_grown else None
-    readings.append(
-        ours.reading(
-            "transformers, bitsandbytes and PEFT, dequantized in fp32",
-            _logits(place, ours, torch.float32, grown, dense=True),
-            EXACT,
-        )
-    )
+    vocabulary = open_base(trained.spec, trained.initial_adapter_dir).model.vocabulary
+    grown = vocabulary.rows if vocabulary.has_grown else None
+    dense = _logits(place, ours, torch.float32, grown, dense=True)
+    what = "transformers, bitsandbytes and PEFT, dequantized in fp32"
+    readings = [taken_back(trained, place), ours.reading(what, dense, EXACT)]
     gc.collect()
     as_loaded = _logits(place, ours, "auto", grown, dense=False)
     readings.append(ours.reading(f"the same as they load it, computing in {dtype} on this CPU", as_loaded))
@@ -221,12 +201,9 @@ def check(export: Export, ours: Ours) -> list[Reading]:
 def taken_back(trained: Trained, place: Path) -> Reading:
     """Compare the weights that a run on the export would train on with this run's."""
     spec = trained.spec
-    again = replace(
-        spec,
-        # The export's tokenizer already has the new tokens.
-        model=replace(spec.model, path=str(place), new_tokens=()),
-        adapter=replace(spec.adapter, init="kaiming"),
-    )
+    # The export's tokenizer already has the new tokens.
+    model = replace(spec.model, path=str(place), new_tokens=())
+    again = replace(spec, model=model, adapter=replace(spec.adapter, init="kaiming"))
     base, back = open_base(spec, trained.initial_adapter_dir).weights, open_base(again).weights
     difference = 0.0 if base.keys() == back.keys() else float("inf")
     with Reader() as reader, Reader() as other:
@@ -262,9 +239,6 @@ STATE_BYTES = 256
 """Bytes of quant_state, padded with spaces: its text depends on the offset, which is unknown when files are laid
 out."""
 
-Write = Callable[[str, int, Tensor], None]
-"""Writes (tensor, first element, elements)."""
-
 
 def parts_of(weight: BaseWeight) -> dict[str, tuple[str, Sequence[int]]]:
     """Return dtype (safetensors' name) and shape of one weight's tensors.
@@ -294,17 +268,19 @@ def name_of(weight: BaseWeight) -> str:
     return names[0]
 
 
-def write_weight(weight: BaseWeight, reader: Reader, write: Write, dtype: str) -> None:
+def write_weight(weight: BaseWeight, files: Files, dtype: str, clock: Clock) -> None:
     """Write all tensors of `parts_of`. `dtype` is torch's name of the dequantized dtype."""
-    name, second = name_of(weight), weight.second_level(reader)
-    blocks, done = -(-weight.numel // nf4.BLOCK), 0
-    for size, codes in weight.codes(reader):
-        write(name, done // 2, codes.view(-1)[: -(-size // 2)])
-        done += size
-    write(f"{name}.absmax", 0, second.scales.view(-1)[:blocks])
-    write(f"{name}.nested_absmax", 0, second.group_scale)
-    write(f"{name}.quant_map", 0, torch.tensor(reference.NF4_LEVELS, dtype=torch.float32))
-    write(f"{name}.nested_quant_map", 0, reference.dynamic_map())
+    name, done = name_of(weight), 0
+    with Reader() as reader:
+        second = weight.second_level(reader)
+        for size, codes in weight.codes(reader):
+            files.write(name, done // 2, codes.view(-1)[: -(-size // 2)])
+            done += size
+            clock.passed(4 * size, weight.name)
+    files.write(f"{name}.absmax", 0, second.scales.view(-1)[: -(-weight.numel // nf4.BLOCK)])
+    files.write(f"{name}.nested_absmax", 0, second.group_scale)
+    files.write(f"{name}.quant_map", 0, torch.tensor(reference.NF4_LEVELS, dtype=torch.float32))
+    files.write(f"{name}.nested_quant_map", 0, reference.dynamic_map())
     state = {
         "quant_type": "nf4",
         "blocksize": nf4.BLOCK,
@@ -316,4 +292,4 @@ def write_weight(weight: BaseWeight, reader: Reader, write: Write, dtype: str) -
     }
     text = json.dumps(state).encode().ljust(STATE_BYTES)
     assert len(text) == STATE_BYTES
-    write(f"{name}.{STATE}", 0, torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    files.write(f"{name}.{STATE}", 0, torch.frombuffer(bytearray(text), dtype=torch.uint8))

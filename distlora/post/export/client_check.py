@@ -11,13 +11,13 @@ import gc
 import importlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from distlora.architecture.tokens import load_tokenizer
@@ -25,10 +25,10 @@ from distlora.config import ModelSpec, QuantConfig, UserError
 from distlora.loading.plain_adapter import plain_form
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.post.base_weights import Base, BaseWeight, open_base
 from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
 from distlora.post.load_trained import load_in_fp32, weights_in
 from distlora.post.trained import Trained, with_adapter
+from distlora.post.weights import open_base
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten, say
 from distlora.weights.reader import Reader
@@ -63,7 +63,6 @@ def main(request: ExportRequest) -> int:
     return run_to_exit_code(work)
 
 
-TOKENS = 128
 EXACT = 1e-4
 """Largest difference of logits between two fp32 computations with the same weights."""
 
@@ -141,9 +140,9 @@ def probe_tokens(spec: ModelSpec, model: CausalLM) -> Tensor:
     try:
         ids = load_tokenizer(spec.path, spec.model.new_tokens)(TEXT)["input_ids"]
     except UserError:
-        ids = [(7919 * place + 13) % rows for place in range(TOKENS)]
+        ids = [(7919 * place + 13) % rows for place in range(128)]
     limit: int = model.decoder.config.max_position_embeddings  # type: ignore[assignment, union-attr]
-    ids = (trained[:16] + [id for id in ids if id < rows])[: min(TOKENS, limit)]
+    ids = (trained[:16] + [id for id in ids if id < rows])[: min(128, limit)]
     return torch.tensor([ids])
 
 
@@ -168,23 +167,23 @@ def dense_model(trained: Trained, *, original: bool = False) -> Any:
     places = dict(model.named_parameters()) | dict(model.named_buffers())
     with Reader() as reader:
         for name, weight in base.weights.items():
-            _fill(places[name], weight, reader, original=original)
-    _grow(model, base)
+            fill(places[name], weight.published_rows(reader, original=original))
+    if base.model.vocabulary.has_grown:
+        model.resize_token_embeddings(base.model.vocabulary.rows, mean_resizing=False)
     return model
 
 
-def _fill(place: Tensor, weight: BaseWeight, reader: Reader, *, original: bool) -> None:
-    columns = weight.shape[-1] if weight.shape else 1
-    rows = place.data.view(-1, columns)
-    residual = None if original else weight.residual
-    for first, part in weight.rows(reader, original=original):
-        rows[first : first + len(part)] = part
-        if residual is not None:
-            start = residual.start
-            rows[first : first + len(part)] += residual.scaling * (start.B[first : first + len(part)] @ start.A)
+def fill(place: Tensor, pieces: Iterable[Tensor], dtype: torch.dtype | None = None) -> float:
+    """Fill a parameter with pieces in flat order.
 
-
-def _grow(model: nn.Module, base: Base) -> None:
-    vocabulary = base.model.vocabulary
-    if vocabulary.has_grown:
-        model.resize_token_embeddings(vocabulary.rows, mean_resizing=False)  # type: ignore[operator]
+    Returns the largest difference of its old values from the new ones rounded to `dtype`; 0 without one.
+    """
+    values, first, apart = place.data.view(-1), 0, 0.0
+    for piece in pieces:
+        part = values[first : first + piece.numel()]
+        if dtype is not None:
+            apart = max(apart, float((part - piece.reshape(-1).to(dtype).float()).abs().max()))
+        part.copy_(piece.reshape(-1))
+        first += piece.numel()
+    assert first == len(values), "a parameter and its weights have other sizes"
+    return apart

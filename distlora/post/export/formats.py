@@ -7,16 +7,62 @@ check(export, ours) that loads it with its real client in another process and re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from distlora.architecture.families import family_of, read_config, text_settings
+from distlora.architecture.families import FAMILIES, family_of, read_config, text_settings
 from distlora.config import UserError, require
-from distlora.post.export.gguf.supported import check_adapter, check_model
 from distlora.post.merge.request import check_mergeable
 from distlora.post.trained import Name, Trained
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""GGUF architecture by model_type."""
+
+CONVERTER = "llama.cpp's convert_hf_to_gguf.py takes many more: write --format hf, and run that script on the folder"
+
+ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+"""Supported rope types. `dynamic` differs from `default` only beyond max_position_embeddings, the file's context
+length."""
+
+
+def check_model(model: Mapping[str, Any], place: object) -> None:
+    """Raise UserError for a config.json that GGUF cannot express. `place` names it in the message."""
+    model_type = str(model.get("model_type"))
+    if model_type not in ARCHITECTURES:
+        why = "experts" if getattr(FAMILIES.get(model_type), "experts", None) else "its layers"
+        raise UserError(
+            f"{place}: model_type={model_type!r} is not written as GGUF here, as no test compares {why} with "
+            f"llama.cpp's; the families are {', '.join(ARCHITECTURES)}. {CONVERTER}"
+        )
+    activation = model.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UserError(
+            f"{place}: hidden_act={activation!r}, and llama.cpp computes silu for every {model_type}, whatever is "
+            "asked; write --format hf"
+        )
+    for rope in (model.get("rope_scaling"), model.get("rope_parameters")):
+        _check_rope(rope if isinstance(rope, Mapping) else {}, model_type, place)
+    if model_type == "qwen3" and model.get("attention_bias"):
+        raise UserError(f"{place}: attention_bias=true, and llama.cpp's qwen3 has no bias on o_proj; write --format hf")
+
+
+def _check_rope(rope: Mapping[str, Any], model_type: str, place: object) -> None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPES:
+        raise UserError(
+            f"{place}: rope_type={kind!r}, which GGUF has no word for on {model_type}; it has {', '.join(ROPES)}. "
+            f"{CONVERTER}"
+        )
+    if kind == "yarn" and rope.get("truncate") is False:
+        raise UserError(f"{place}: yarn with truncate=false, and llama.cpp always truncates; write --format hf")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(
+            f"{place}: partial_rotary_factor={rope['partial_rotary_factor']}, and llama.cpp turns whole heads of "
+            f"{model_type}; write --format hf"
+        )
+
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -94,8 +140,6 @@ class Format:
     """True if it contains merged weights, so that --onto applies."""
     suffix: str = ""
     """Suffix of a single file; "" for a folder."""
-    refuse: Callable[[Trained, ExportRequest], None]
-    """Raises UserError for what the format cannot express."""
 
     def dtype_for(self, trained: Trained, asked: str | None) -> str | None:
         """Return the dtype to use; None if there is no choice."""
@@ -116,90 +160,77 @@ def dtype_of_base(trained: Trained) -> str:
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def refuse(trained: Trained, request: ExportRequest) -> None:
-    """Raise UserError for a request that its format cannot meet."""
-    form = FORMATS[request.format]
-    if request.dtype is not None:
-        require(
-            request.dtype in form.dtypes,
-            f"--dtype={request.dtype}: {request.format} "
-            + (f"is written in {', '.join(form.dtypes)}" if form.dtypes else "keeps the dtypes that there are")
-            + ("; write one of them" if form.dtypes else "; leave --dtype out"),
-        )
-    if not form.merged:
-        require(
-            request.onto == "trained",
-            f"--onto={request.onto}: {request.format} holds no merged weights; leave --onto out, or write --format hf",
-        )
-    form.refuse(trained, request)
-
-
-def refuse_whole_models(trained: Trained, request: ExportRequest) -> None:
-    """Raise UserError if there is no adapter."""
-    if trained.spec.adapter.method == "full":
-        raise UserError(
-            f"--format={request.format}: {trained.place} trained the whole model (adapter=full), and has no adapter; "
-            f"{trained.place}/model is a Hugging Face folder already"
-        )
-    require(
-        trained.weights is not None,
-        f"--format={request.format}: the base alone has nothing trained to export; leave --adapter base out",
-    )
-
-
-def refuse_peft(trained: Trained, request: ExportRequest) -> None:
-    """Raise UserError if a run cannot be exported as --format=peft."""
-    refuse_whole_models(trained, request)
-    if trained.foreign:
-        raise UserError(f"--format=peft: {trained.weights} is an adapter in PEFT's format already; copy that folder")
-
-
 def is_packed(trained: Trained) -> bool:
     """Return True if the base is stored in NF4."""
     return "quantization_config" in read_config(trained.base)
 
 
-def refuse_bnb(trained: Trained, request: ExportRequest) -> None:
-    """Raise UserError if a run cannot be exported as --format=bnb."""
-    refuse_whole_models(trained, request)
+def refuse(trained: Trained, request: ExportRequest) -> None:
+    """Raise UserError for a request that its format cannot meet."""
+    name, form, spec, place = request.format, FORMATS[request.format], trained.spec, trained.place
+    if request.dtype is not None:
+        require(
+            request.dtype in form.dtypes,
+            f"--dtype={request.dtype}: {name} "
+            + (f"is written in {', '.join(form.dtypes)}" if form.dtypes else "keeps the dtypes that there are")
+            + ("; write one of them" if form.dtypes else "; leave --dtype out"),
+        )
+    require(
+        form.merged or request.onto == "trained",
+        f"--onto={request.onto}: {name} holds no merged weights; leave --onto out, or write --format hf",
+    )
+    if name != "gguf":
+        require(
+            spec.adapter.method != "full",
+            f"--format={name}: {place} trained the whole model (adapter=full), and has no adapter; {place}/model is a "
+            "Hugging Face folder already",
+        )
+        require(
+            trained.weights is not None,
+            f"--format={name}: the base alone has nothing trained to export; leave --adapter base out",
+        )
+    if name == "peft":
+        require(
+            not trained.foreign,
+            f"--format=peft: {trained.weights} is an adapter in PEFT's format already; copy that folder",
+        )
+    elif name == "bnb":
+        _refuse_bnb(trained, request)
+    elif spec.adapter.method == "lora":
+        check_mergeable(trained, request.onto)
+    if name.startswith("gguf"):
+        check_model(read_config(trained.base), trained.base / "config.json")
+    beyond = {
+        "use_dora=true": spec.adapter.use_dora,
+        "trainable_token_indices": bool(spec.adapter.trainable_token_indices),
+        "modules_to_save": bool(spec.adapter.modules_to_save),
+        "model.new_tokens": bool(spec.model.new_tokens),
+    }
+    for what, is_there in beyond.items():
+        require(
+            name != "gguf-lora" or not is_there,
+            f"--format=gguf-lora: the adapter has {what}, and llama.cpp adds B A to weights, nothing else; write "
+            "--format gguf, which merges it",
+        )
+
+
+def _refuse_bnb(trained: Trained, request: ExportRequest) -> None:
     spec = trained.spec
     require(
         request.dtype is None or not is_packed(trained),
         f"--dtype={request.dtype}: {spec.model.path} is NF4 on disk and is copied as it is; leave --dtype out",
     )
-    if not spec.quant.is_nf4:
-        raise UserError(
-            f"--format=bnb: {trained.place} was trained on a base of quant={spec.quant.method}, and in NF4 that is "
-            "another; write --format peft, and let whoever loads it quantize"
-        )
-    folder = spec.path
-    family = family_of(read_config(folder), folder / "config.json")
-    if family.experts is not None:
-        raise UserError(
-            f"--format=bnb: {family.model_type} has fused experts, which bitsandbytes leaves in 16 bits, and the run "
-            "trained on theirs in NF4; write --format hf or peft"
-        )
-
-
-def refuse_hf(trained: Trained, request: ExportRequest) -> None:
-    """Raise UserError if a run cannot be exported as --format=hf."""
-    refuse_whole_models(trained, request)
-    check_mergeable(trained, request.onto)
-
-
-def refuse_gguf(trained: Trained, request: ExportRequest) -> None:
-    """Raise UserError if a run cannot be exported as --format=gguf."""
-    folder = trained.base
-    check_model(read_config(folder), folder / "config.json")
-    if trained.spec.adapter.method == "lora":
-        check_mergeable(trained, request.onto)
-
-
-def refuse_gguf_lora(trained: Trained, request: ExportRequest) -> None:
-    """Raise UserError if a run cannot be exported as --format=gguf-lora."""
-    refuse_whole_models(trained, request)
-    refuse_gguf(trained, request)
-    check_adapter(trained.spec)
+    require(
+        spec.quant.is_nf4,
+        f"--format=bnb: {trained.place} was trained on a base of quant={spec.quant.method}, and in NF4 that is "
+        "another; write --format peft, and let whoever loads it quantize",
+    )
+    family = family_of(read_config(spec.path), spec.path / "config.json")
+    require(
+        family.experts is None,
+        f"--format=bnb: {family.model_type} has fused experts, which bitsandbytes leaves in 16 bits, and the run "
+        "trained on theirs in NF4; write --format hf or peft",
+    )
 
 
 FORMATS: dict[str, Format] = {
@@ -210,13 +241,11 @@ FORMATS: dict[str, Format] = {
         dtypes=DTYPES,
         default=dtype_of_base,
         merged=True,
-        refuse=refuse_hf,
     ),
     "peft": Format(
         summary="the adapter in PEFT's format with a model card, for the base as it is",
         module="distlora.post.export.peft_folder",
         clients=("peft",),
-        refuse=refuse_peft,
     ),
     "bnb": Format(
         summary="the base in the NF4 that was trained on, as bitsandbytes stores it, with the adapter beside it",
@@ -224,7 +253,6 @@ FORMATS: dict[str, Format] = {
         clients=("peft", "bitsandbytes", "accelerate"),
         dtypes=DTYPES,
         default=lambda trained: None if is_packed(trained) else trained.spec.dtype,
-        refuse=refuse_bnb,
     ),
     "gguf": Format(
         summary="one file for llama.cpp: Llama, Mistral, Qwen 2 and 3, merged; also q8_0",
@@ -235,7 +263,6 @@ FORMATS: dict[str, Format] = {
         default=dtype_of_base,
         merged=True,
         suffix=".gguf",
-        refuse=refuse_gguf,
     ),
     "gguf-lora": Format(
         summary="the adapter alone for llama.cpp, beside a GGUF file of the base",
@@ -244,6 +271,5 @@ FORMATS: dict[str, Format] = {
         packages=("gguf",),
         dtypes=DTYPES,
         suffix=".gguf",
-        refuse=refuse_gguf_lora,
     ),
 }

@@ -7,19 +7,16 @@ in their place the logits must equal ours.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from distlora.architecture.families import family_of, read_config
-from distlora.post.base_weights import open_base
-from distlora.post.export.client_check import EXACT, Ours
+from distlora.post.export.client_check import EXACT, Ours, fill
 from distlora.post.export.formats import Export, Reading
-from distlora.post.merge.adapter import open_adapter
-from distlora.post.merge.merge import merge_to
-from distlora.post.merge.parameters import parameters_of, pieces
-from distlora.post.merge.rounding_loss import DTYPES
+from distlora.post.merge.merge import DTYPES, merge_to
+from distlora.post.merge.parameters import open_adapter, parameters_of, pieces
+from distlora.post.weights import open_base
 from distlora.weights.reader import Reader
 
 
@@ -53,37 +50,17 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     )
     model.eval()
     exact = request.dtype == "fp32"
-    readings = [
-        ours.reading(
-            f"transformers, weights in {request.dtype}",
-            model(input_ids=ours.tokens).logits,
-            EXACT if exact else None,
-        )
-    ]
+    logits = model(input_ids=ours.tokens).logits
+    readings = [ours.reading(f"transformers, weights in {request.dtype}", logits, EXACT if exact else None)]
     if not exact:
-        apart = unround(model, export, DTYPES[request.dtype])
+        trained, original, apart = export.trained, request.onto == "original", 0.0
+        base = open_base(trained.spec, trained.initial_adapter_dir)
+        places = dict(model.named_parameters(remove_duplicate=False))
+        with open_adapter(trained, base, request.onto) as adapter, Reader() as reader:
+            for parameter in parameters_of(base, adapter):
+                rows = (merged for _, merged in pieces(parameter, base, adapter, reader, original=original))
+                apart = max(apart, fill(places[parameter.weight.name], rows, DTYPES[request.dtype]))
         readings.append(Reading(what="its weights and the merged ones, rounded", difference=apart, bound=0.0))
         logits = model(input_ids=ours.tokens).logits
         readings.append(ours.reading("transformers with the merged ones before rounding", logits, EXACT))
     return readings
-
-
-def unround(model: Any, export: Export, dtype: torch.dtype) -> float:
-    """Replace the model's weights by the unrounded merged ones.
-
-    Returns the largest difference from their rounded values.
-    """
-    trained, original, apart = export.trained, export.request.onto == "original", 0.0
-    base = open_base(trained.spec, trained.initial_adapter_dir)
-    places = dict(model.named_parameters(remove_duplicate=False))
-    with open_adapter(export.trained, base, export.request.onto) as adapter, Reader() as reader:
-        for parameter in parameters_of(base, Path(export.trained.spec.model.path), adapter):
-            read, first = places[parameter.weight.name].data.view(-1), 0
-            for piece in pieces(parameter, base, adapter, reader, original=original):
-                merged = piece.merged.reshape(-1)
-                part = read[first : first + len(merged)]
-                apart = max(apart, float((part - merged.to(dtype).float()).abs().max()))
-                part.copy_(merged)
-                first += len(merged)
-            assert first == len(read), parameter.weight.name
-    return apart

@@ -18,14 +18,19 @@ from distlora.post.export.client_check import EXACT, Ours, dense_model
 from distlora.post.export.formats import Export, Reading, is_packed
 from distlora.post.export.repository import as_plain_adapter, collect, write_files
 from distlora.post.load_trained import weights_in
-from distlora.post.trained import Trained
-from distlora.run_folder.layout import BEST_NAME, Result, read_result
+from distlora.run_folder.layout import read_result
 from distlora.weights.peft_folder import CONFIG_NAME
 
 
 def write(export: Export) -> None:
     """Write the folder; it names the base by its hub name, else by its folder."""
-    result = result_of(export.trained, export.request.name.checkpoint)
+    trained, checkpoint = export.trained, export.request.name.checkpoint
+    assert trained.run_dir is not None
+    assert trained.weights is not None
+    weights = weights_in(trained.weights)
+    if checkpoint is None and weights.name.startswith("step_"):  # The newest of an unfinished run.
+        checkpoint = weights.name
+    result = dataclasses.replace(read_result(trained.run_dir, checkpoint), folder=weights)
     base = result.config.model.name
     with as_plain_adapter(result) as plain:
         files = collect(plain, repository=Path(export.request.out).name, base=base)
@@ -36,18 +41,6 @@ def write(export: Export) -> None:
             export.say(f"adapter_config.json names the base by its folder here, {result.config.model.path}")
         export.place.mkdir()
         write_files(files, export.place)
-
-
-def result_of(trained: Trained, checkpoint: str | None) -> Result:
-    """Return the run's record of the weights; for an unfinished run, of the newest checkpoint."""
-    assert trained.run_dir is not None
-    assert trained.weights is not None
-    weights = weights_in(trained.weights)
-    if checkpoint is None and weights.name.startswith("step_"):
-        checkpoint = weights.name
-    result = read_result(trained.run_dir, checkpoint)
-    assert checkpoint == BEST_NAME or result.folder == weights
-    return dataclasses.replace(result, folder=weights)
 
 
 def check(export: Export, ours: Ours) -> list[Reading]:

@@ -43,7 +43,8 @@ def run(request: ExportRequest) -> int:
     try:
         with new_folder(out, inside=True) as place:
             module.write(Export(request=request, trained=trained, place=place, say=say, progress=Progress()))
-            say(f"written in {time.monotonic() - began:.1f} s, {_size(place) / 1e6:,.1f} MB")
+            size = sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
+            say(f"written in {time.monotonic() - began:.1f} s, {size / 1e6:,.1f} MB")
             found = checked(request, place) if request.check else None
             if found is None:
                 say("not loaded by a client: --no-check")
@@ -119,10 +120,6 @@ def table(readings: list[Reading], request: ExportRequest, moved: float | None, 
     if moved is not None:
         lines.append(f"  (the adapter itself moves them by up to {moved:.2g})")
     return lines
-
-
-def _size(place: Path) -> int:
-    return sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
 
 
 def main(request: ExportRequest) -> int:

@@ -1,37 +1,149 @@
-"""Merge a base and an adapter into one model on disk, a few rows at a time.
+"""Merge a base and an adapter into one model on disk, a few rows at a time, and measure what rounding keeps of dW.
 
 Besides these rows, memory holds the adapter's factors of one weight and one quantized weight's absmax per 64 weights.
-The folder appears completely or not at all.
+The folder appears completely or not at all. With the base W, the sum M = W + dW and its stored form Q, kept = 1 -
+||M - Q|| / ||dW||: 1 if all of dW survives, 0 if the error is as large as dW (as for Q = W), negative if it is larger.
 """
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distlora.checkpoint.files import new_folder
 from distlora.output.tables import Table
-from distlora.post.base_weights import Base, open_base
-from distlora.post.merge.adapter import Adapter, open_adapter
-from distlora.post.merge.output_folder import Cursor, Files, check_space, plan_files, write_companions, write_index
-from distlora.post.merge.parameters import Parameter, is_changed, parameters_of, pieces
-from distlora.post.merge.receipt import Receipt
-from distlora.post.merge.request import MergeRequest, Onto, check_mergeable
-from distlora.post.merge.rounding_loss import AGAIN, DTYPES, Change, Measure, sum_of
-from distlora.post.merge.threads import Clock, Say, each
+from distlora.post.merge.output_folder import (
+    Clock,
+    Cursor,
+    Files,
+    Say,
+    check_space,
+    copy_companions,
+    each,
+    merged_config,
+    plan_files,
+    write_index,
+)
+from distlora.post.merge.parameters import Parameter, is_changed, open_adapter, parameters_of, pieces
+from distlora.post.merge.request import MergeRequest, Onto, Receipt, check_mergeable
 from distlora.post.trained import Trained
+from distlora.post.weights import open_base
 from distlora.run_folder.checkpoint_manifest import sha256
+from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
+from distlora_kernels import nf4, reference
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Storage dtypes of a merged model."""
+AGAIN = "nf4"
+"""The name of quantizing the merged model again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """The change of one tensor or several, as sums of squares."""
+
+    base: float
+    """||W||^2."""
+    delta: float
+    """||dW||^2."""
+    lost: Mapping[str, float]
+    """||M - Q||^2 by storage form; NF4 only for weights that would be quantized."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the change for merge.json; `kept` is without forms that overflow, and empty if nothing was added."""
+        finite = {name: lost for name, lost in self.lost.items() if self.delta and math.isfinite(lost)}
+        return {
+            "ratio": math.sqrt(self.delta / self.base) if self.base else 0.0,
+            "kept": {name: 1 - math.sqrt(lost / self.delta) for name, lost in finite.items()},
+            "base_norm": math.sqrt(self.base),
+        }
+
+
+def _sum_of(changes: Sequence[Change], forms: Sequence[str]) -> Change:
+    base, delta = (sum(getattr(change, name) for change in changes) for name in ("base", "delta"))
+    return Change(base=base, delta=delta, lost={form: sum(change.lost[form] for change in changes) for form in forms})
+
+
+class Measure:
+    """Accumulates the change of one tensor over its pieces in flat order.
+
+    ||M - NF4(M)||^2 needs one pass: the codes follow from a block's absmax alone; the second quantization level, which
+    needs the mean over all blocks, only scales a block's levels. With a block's absmax a, its double-quantized value
+    a', levels l and r = M - l a:
+
+    sum (M - l a')^2 = sum r^2 - 2 (a' - a) sum r l + (a' - a)^2 sum l^2
+
+    Memory holds an absmax and three sums per 64 weights.
+    """
+
+    def __init__(self, numel: int, *, quantized: bool) -> None:
+        self._numel, self._quantized = numel, quantized
+        self._base = self._delta = 0.0
+        self._lost = {"fp32": 0.0, "bf16": 0.0, "fp16": 0.0}
+        self._rest = torch.empty(0)
+        """Merged weights behind the last whole group."""
+        self._absmax: list[Tensor] = []
+        self._sums: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, base: Tensor, merged: Tensor) -> None:
+        """Add a chunk of the base and of the merged weights."""
+        self._base += _square(base)
+        self._delta += _square(merged - base)
+        for name in ("bf16", "fp16"):
+            self._lost[name] += _square(merged - merged.to(DTYPES[name]))
+        if self._quantized:
+            self._rest = torch.cat([self._rest, merged.reshape(-1)])
+            whole = len(self._rest) // nf4.GROUP * nf4.GROUP
+            if whole:
+                self._quantize(self._rest[:whole])
+                self._rest = self._rest[whole:].clone()
+
+    def result(self) -> Change:
+        """Return the change over all chunks."""
+        lost = self._lost | ({AGAIN: self._lost_by_nf4()} if self._quantized else {})
+        return Change(base=self._base, delta=self._delta, lost=lost)
+
+    def _lost_by_nf4(self) -> float:
+        if len(self._rest):
+            self._quantize(self._rest)
+        absmax, sums = torch.cat(self._absmax), torch.cat(self._sums, dim=1).double()
+        num_blocks = -(-self._numel // nf4.BLOCK)
+        mean = nf4.absmax_offset(nf4.absmax_group_sums(absmax), num_blocks)
+        offset = torch.tensor(mean, dtype=torch.float32)
+        stored = nf4.quantize_absmax(absmax, offset, num_blocks)
+        change = (reference.dequantize_absmax(*stored, offset) - absmax).double().view(-1)
+        change[num_blocks:] = 0.0
+        squares, crossed, levels = sums
+        return float((squares - 2 * change * crossed + change.square() * levels).sum())
+
+    def _quantize(self, flat: Tensor) -> None:
+        codes, absmax = nf4.quantize_blocks(flat)
+        size = (len(codes) * nf4.GROUP,)
+        padded = flat if len(flat) == size[0] else torch.cat([flat, flat.new_zeros(size[0] - len(flat))])
+        levels = nf4.dequantize_blocks(codes, torch.ones_like(absmax), shape=size, dtype=torch.float32)
+        levels = levels.view(-1, nf4.BLOCK)
+        rest = torch.addcmul(padded.view(-1, nf4.BLOCK), levels, absmax.view(-1, 1), value=-1)
+        self._absmax.append(absmax)
+        self._sums.append(torch.stack([(rest * rest).sum(1), (rest * levels).sum(1), (levels * levels).sum(1)]))
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
 
 
 def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say: Say) -> Receipt:
@@ -43,21 +155,38 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
     check_mergeable(trained, onto)
     base = open_base(trained.spec, trained.initial_adapter_dir)
     with open_adapter(trained, base, onto) as adapter, ThreadPoolExecutor(max_workers=1) as hashing:
-        parameters = parameters_of(base, folder, adapter)
-        plan = plan_files(parameters, base.headers, dtype)
+        parameters = parameters_of(base, adapter)
+        plan = plan_files(parameters, base.files.headers, dtype)
         check_space(out, sum(plan.sizes.values()))
         clock = Clock("merging", sum(segment.num_bytes for segment in plan.places.values()), say)
         sources = [
             (file.name, hashing.submit(clock.digest, file, counted=False))
-            for file in sorted({segment.file for segment in base.headers.values()})
+            for file in sorted({segment.file for segment in base.files.headers.values()})
         ]
+
+        def fill(parameter: Parameter, files: Files) -> Change | None:
+            """Write one parameter; return its change, None if nothing changed."""
+            clock.passed(0, parameter.weight.name)  # Stop before the first read if another thread failed.
+            cursor = Cursor(files, parameter.weight.name, parameter.outputs, dtype)
+            changed = is_changed(parameter, base, adapter)
+            measure = Measure(parameter.numel, quantized=parameter.path is not None)
+            with Reader() as reader:
+                for before, merged in pieces(parameter, base, adapter, reader, original=onto == "original"):
+                    written = cursor.write(merged)
+                    if changed:
+                        measure.add(before, merged)
+                    clock.passed(written.nbytes, parameter.weight.name)
+            cursor.close()
+            return measure.result() if changed else None
+
         with clock.stopping(), new_folder(out) as temporary:
             with Files(temporary, plan) as files:
-                filling = Filling(files, base, adapter, onto, dtype, clock)
-                changes = each(filling.fill, parameters, clock)
+                changes = each(lambda parameter: fill(parameter, files), parameters, clock)
                 each(lambda name: files.copy(name, clock.passed), list(plan.copied), clock)
             write_index(temporary, plan, folder)
-            write_companions(temporary, trained, base, str(dtype).removeprefix("torch."))
+            copy_companions(temporary, trained)
+            config = merged_config(folder, base, str(dtype).removeprefix("torch."))
+            atomic_io.write_json(temporary / "config.json", config)
             of_base_files = {name: digest.result() for name, digest in sources}
             found = {p.weight.name: c for p, c in zip(parameters, changes, strict=True) if c is not None}
             receipt = Receipt(
@@ -66,7 +195,7 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
                 date=f"{datetime.date.today():%Y-%m-%d}",
                 versions={name: importlib.metadata.version(name) for name in ("distlora", "torch", "transformers")},
                 base={"path": str(folder), "fingerprint": base.files.fingerprint, "files": of_base_files},
-                adapter=None if adapter is None else _named(adapter, trained),
+                adapter=None if adapter is None else {"place": trained.place, **_described(adapter.folder)},
                 weights={name: change.as_json() for name, change in found.items()},
                 total=_total(list(found.values())),
                 files=_digests(temporary, say),
@@ -74,33 +203,6 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
             )
             receipt.write(temporary)
     return receipt
-
-
-@dataclass
-class Filling:
-    """State that the merging threads share."""
-
-    files: Files
-    base: Base
-    adapter: Adapter | None
-    onto: Onto
-    dtype: torch.dtype
-    clock: Clock
-
-    def fill(self, parameter: Parameter) -> Change | None:
-        """Write one parameter; return its change, None if nothing changed."""
-        self.clock.passed(0, parameter.weight.name)  # Stop before the first read if another thread failed.
-        cursor = Cursor(self.files, parameter.weight.name, parameter.outputs, self.dtype)
-        changed = is_changed(parameter, self.base, self.adapter)
-        measure = Measure(parameter.numel, quantized=parameter.path is not None)
-        with Reader() as reader:
-            for piece in pieces(parameter, self.base, self.adapter, reader, original=self.onto == "original"):
-                written = cursor.write(piece.merged)
-                if changed:
-                    measure.add(piece.base, piece.merged)
-                self.clock.passed(written.nbytes, parameter.weight.name)
-        cursor.close()
-        return measure.result() if changed else None
 
 
 def _digests(folder: Path, say: Say) -> dict[str, str]:
@@ -111,35 +213,23 @@ def _digests(folder: Path, say: Say) -> dict[str, str]:
     return dict(zip(names, each(clock.digest, files, clock), strict=True))
 
 
-def _total(changes: list[Change]) -> dict[str, Any]:
-    total = sum_of(changes).as_json()
+def _total(changes: Sequence[Change]) -> dict[str, Any]:
+    total = _sum_of(changes, ("bf16", "fp16", "fp32")).as_json()
     in_nf4 = [change for change in changes if AGAIN in change.lost]
-    if in_nf4 and isinstance(total["kept"], dict):
-        total["kept"] |= {name: value for name, value in sum_of(in_nf4).kept.items() if name == AGAIN}
+    total["kept"] |= _sum_of(in_nf4, (AGAIN,)).as_json()["kept"]
     return total
 
 
-def _named(adapter: Adapter, trained: Trained) -> dict[str, Any]:
-    folder = adapter.folder
-    return {
-        "place": trained.place,
-        "folder": str(folder),
-        "files": {name: sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)},
-    }
+def _described(folder: Path) -> dict[str, Any]:
+    return {"folder": str(folder), "files": {name: sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)}}
 
 
-def run(request: MergeRequest) -> Receipt:
-    """Merge as requested; print the summary on stdout and progress on stderr."""
-    out = Path(request.out)
-    receipt = merge_to(
-        request.name.read(),
-        out,
-        onto=request.onto,
-        dtype=DTYPES[request.dtype],
-        say=Progress(),
-    )
+def run(request: MergeRequest) -> int:
+    """Merge as requested; print the summary on stdout and progress on stderr. Returns the exit code."""
+    out, dtype = Path(request.out), DTYPES[request.dtype]
+    receipt = merge_to(request.name.read(), out, onto=request.onto, dtype=dtype, say=Progress())
     print(summary(receipt, out))
-    return receipt
+    return DONE
 
 
 def summary(receipt: Receipt, out: Path) -> str:
@@ -158,9 +248,4 @@ def summary(receipt: Receipt, out: Path) -> str:
 def main(request: MergeRequest) -> int:
     """Merge; return the exit code."""
     quieten()
-
-    def work() -> int:
-        run(request)
-        return DONE
-
-    return run_to_exit_code(work)
+    return run_to_exit_code(lambda: run(request))

@@ -6,12 +6,17 @@ that are not parameters are copied unchanged. Config, tokenizer and chat templat
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,16 +25,76 @@ from distlora.architecture.families import read_config
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, INDEX_NAME, Segment, header_bytes, lay_out
 from distlora.architecture.tokens import tokenizer_files
 from distlora.config import UserError
-from distlora.post.base_weights import Base
 from distlora.post.merge.parameters import Parameter
 from distlora.post.trained import Trained
+from distlora.post.weights import Base
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, read_record
-from distlora.system import atomic_io
+from distlora.system import atomic_io, numbers
 from distlora.training.publish import companions_of
 from distlora.weights.reader import DTYPE_NAMES
+from distlora_kernels.dispatch import threads_of_one
 
-COPIED_BYTES = 2**24
-"""Bytes per read of a copied tensor."""
+Say = Callable[[str], None]
+"""Takes a progress line; prints one now and then."""
+READ_BYTES = 2**22
+"""Bytes per read of a file that is copied or hashed."""
+WORKERS = min(4, len(os.sched_getaffinity(0)))
+"""Tensors at once; each holds a few pieces of 4 MiB in memory."""
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class Clock:
+    """Progress and remaining time of work by several threads."""
+
+    def __init__(self, what: str, total: int, say: Say) -> None:
+        self._what, self._total, self._say, self._done, self._began = what, total, say, 0, time.monotonic()
+        self._lock = threading.Lock()
+        self.stopped = False
+
+    def passed(self, num_bytes: int, name: str) -> None:
+        """Count bytes as done. Raises CancelledError after another thread failed."""
+        if self.stopped:
+            raise CancelledError
+        if not num_bytes:
+            return
+        with self._lock:
+            self._done += num_bytes
+            share = self._done / self._total
+            passed = time.monotonic() - self._began
+            left = passed * (1 / share - 1)
+            # The first pieces wait for threads and disks, so they predict nothing.
+            how_long = f", {left // 60:.0f}:{left % 60:02.0f} left" if passed > 2 else ""
+            self._say(f"{self._what}: {share:.0%} of {numbers.size(self._total)}{how_long}, {name}")
+
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Stop the other threads at their next piece if the block raises, Ctrl-C included."""
+        try:
+            yield
+        except BaseException:
+            self.stopped = True
+            raise
+
+    def digest(self, file: Path, *, counted: bool = True) -> str:
+        """Return the SHA-256 of a file in hexadecimal. With `counted`, its bytes count as progress."""
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while content := stream.read(READ_BYTES):
+                digest.update(content)
+                self.passed(len(content) if counted else 0, file.name)
+        return digest.hexdigest()
+
+
+def each(work: Callable[[Item], Found], items: Sequence[Item], clock: Clock) -> list[Found]:
+    """Return `work` of every item, in order; an exception stops the other threads at their next piece.
+
+    There is one thread per tensor: threads within a tensor would wait for each other at every operation, and the bits
+    would depend on their number.
+    """
+    with threads_of_one(WORKERS) as pool, clock.stopping():
+        return list(pool.map(work, items))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +124,8 @@ def plan_files(parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], 
     for parameter in parameters:  # A tensor that the base lacks goes into the file of its source.
         for name in parameter.outputs:
             home.setdefault(name, parameter.weight.source.segments[0].file.name)
-    dropped = {
-        part
-        for parameter in parameters
-        if parameter.weight.packed is not None
-        for part in on_disk
-        if part.startswith(f"{parameter.weight.packed.name}.")
-    }
-    copied = {name: segment for name, segment in on_disk.items() if name not in written and name not in dropped}
+    packed = tuple(f"{p.weight.packed.name}." for p in parameters if p.weight.packed is not None)
+    copied = {name: s for name, s in on_disk.items() if name not in written and not name.startswith(packed)}
     tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in on_disk.values()}
     for name, shape in written.items():
         tables[home[name]][name] = (DTYPE_NAMES[dtype], shape)
@@ -116,20 +175,15 @@ class Files:
         """Write elements of a tensor from index `first` on, in its dtype."""
         place = self._plan.places[name]
         content = values.contiguous().view(-1).view(torch.uint8).numpy().data
-        self.write_bytes(name, first * DTYPE_BYTES[place.dtype], content)
-
-    def write_bytes(self, name: str, first: int, content: bytes | memoryview) -> None:
-        """Write bytes of a tensor from offset `first` on."""
-        place = self._plan.places[name]
-        _write_all(self._open[place.file.name], content, place.offset + first)
+        _write_all(self._open[place.file.name], content, place.offset + first * DTYPE_BYTES[place.dtype])
 
     def copy(self, name: str, passed: Callable[[int, str], None] | None = None) -> None:
         """Copy a tensor of the base; call `passed` with each part's bytes."""
         source, place = self._plan.copied[name], self._plan.places[name]
         with source.file.open("rb") as stream:
             stream.seek(source.offset)
-            for done in range(0, source.num_bytes, COPIED_BYTES):
-                content = stream.read(min(COPIED_BYTES, source.num_bytes - done))
+            for done in range(0, source.num_bytes, READ_BYTES):
+                content = stream.read(min(READ_BYTES, source.num_bytes - done))
                 if not content:
                     raise OSError(
                         f"{source.file} ended while it was read, so it was changed since the start; start again once "
@@ -205,48 +259,37 @@ def _write_all(descriptor: int, content: bytes | memoryview, offset: int) -> Non
         view, offset = view[written:], offset + written
 
 
-_DTYPE_KEYS = ("dtype", "torch_dtype")
-"""The current and the older key; transformers reads both."""
-
-
-def write_companions(folder: Path, trained: Trained, base: Base, dtype: str) -> None:
-    """Write config.json, tokenizer, generation config and chat template; `dtype` as config.json names it."""
-    copy_companions(folder, trained)
-    source = trained.base
-    atomic_io.write_json(folder / "config.json", merged_config(read_config(source), base, dtype))
-
-
 def copy_companions(folder: Path, trained: Trained) -> None:
-    """Copy all companions except config.json."""
+    """Write tokenizer, generation config and chat template: all companions except config.json."""
     for path in companions_of(trained.base):
         if path.name != "config.json":
             shutil.copy2(path, folder / path.name)
     for name, content in tokenizer_files(trained.spec).items():
         (folder / name).write_bytes(content)
-    if (template := chat_template(trained)) is not None:
+    # The chat template of the training data, if it differs from the base's.
+    template: str | None = None
+    if trained.foreign and trained.weights is not None:
+        beside = trained.weights / TEMPLATE_NAME
+        template = beside.read_text(encoding="utf-8") if beside.is_file() else None
+    elif trained.run_dir is not None and trained.weights is not None:
+        template = read_record(trained.run_dir / DATA_NAME).get("chat_template")
+    if template is not None:
         atomic_io.write_text(folder / TEMPLATE_NAME, template)
 
 
-def chat_template(trained: Trained) -> str | None:
-    """Return the chat template of the training data if it differs from the base's."""
-    if trained.foreign and trained.weights is not None:
-        beside = trained.weights / TEMPLATE_NAME
-        return beside.read_text(encoding="utf-8") if beside.is_file() else None
-    if trained.run_dir is None or trained.weights is None:
-        return None
-    template: str | None = read_record(trained.run_dir / DATA_NAME).get("chat_template")
-    return template
+def merged_config(folder: Path, base: Base, dtype: str) -> dict[str, Any]:
+    """Return config.json of a merged model from that of its base's folder.
 
-
-def merged_config(config: dict[str, Any], base: Base, dtype: str) -> dict[str, Any]:
-    """Return config.json of a merged model: new dtype, no quantization, grown vocabulary, untied head if needed."""
+    It has the new dtype, no quantization, the grown vocabulary, and an untied head if needed.
+    """
     model = base.model
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
     text = config
     if model.family.text_config is not None:
         text = config[model.family.text_config] = dict(config[model.family.text_config])
     for settings in (config, text):
-        for key in [key for key in _DTYPE_KEYS if key in settings] or ([_DTYPE_KEYS[0]] if settings is config else []):
+        keys = [key for key in ("dtype", "torch_dtype") if key in settings]  # transformers reads both.
+        for key in keys or (["dtype"] if settings is config else []):
             settings[key] = dtype
     if model.vocabulary.has_grown:
         text["vocab_size"] = model.vocabulary.rows

@@ -1,33 +1,97 @@
-"""List the parameters of a merged model and yield their values a few rows at a time."""
+"""Open the adapter to merge, list the parameters of the merged model, and yield their values a few rows at a time."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.architecture.tokens import EMBEDDING, HEAD
+from distlora.config import UserError
+from distlora.loading.peft_format import adaptable_shapes
+from distlora.loading.plain_adapter import plain_form
 from distlora.loading.token_matrices import mean_row_alone
 from distlora.model.experts import ExpertWeight
-from distlora.post.adapter_factors import adapted_expert_rows, adapted_rows
-from distlora.post.base_weights import HEAD_NAME, Base, BaseWeight, tensors_of
-from distlora.post.merge.adapter import Adapter
+from distlora.post.load_trained import check_base, weights_in
+from distlora.post.merge.request import Onto
+from distlora.post.trained import Trained
+from distlora.post.weights import (
+    HEAD_NAME,
+    Base,
+    BaseWeight,
+    Factors,
+    adapted_expert_rows,
+    adapted_rows,
+    read_factors,
+    read_token_rows,
+)
 from distlora.weights.conversion import Source, find_sources
+from distlora.weights.decompose import LowRankFactors
+from distlora.weights.peft_folder import WEIGHTS_NAME, PeftAdapter, check_fits, read_peft_adapter
+from distlora.weights.peft_tokens import check_modules, check_rows
 from distlora.weights.prequantized import read_prequantized_weights
-from distlora.weights.reader import Reader
+from distlora.weights.reader import Reader, all_finite
 
 
-class Piece(NamedTuple):
-    """Some rows of a parameter in flat order; (n, columns) fp32."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """An adapter that fits a base."""
 
-    base: Tensor
-    """Rows that were merged onto."""
-    merged: Tensor
-    """Merged rows; the same object as `base` if nothing was added."""
+    folder: Path
+    """Folder it was read from; for a folder of checkpoints, the newest complete one."""
+    file: PeftAdapter
+    starts: Mapping[str, LowRankFactors]
+    """PiSSA's initial adapters by path if the base lacks them, else empty. The file is then a plain LoRA of twice
+    the rank: its first half is the trained adapter, its second half the negated initial one."""
+
+    def factors(self, path: str, reader: Reader, *, experts: int | None = None) -> Factors:
+        """Return the factors of one weight for the form of the base that is merged onto."""
+        factors = read_factors(self.file, path, reader, experts=experts)
+        if not self.starts:
+            return factors
+        half, start = factors.rank // 2, self.starts[path]
+        if not (torch.equal(factors.A[half:], start.A) and torch.equal(factors.B[:, half:], -start.B)):
+            raise UserError(
+                f"{self.folder} was trained from another start: the second half of {path} is not that of this run; put "
+                "back the folder that this run made"
+            )
+        return replace(factors, A=factors.A[..., :half, :], B=factors.B[..., :half].contiguous())
+
+
+@contextlib.contextmanager
+def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter | None]:
+    """Open the adapter of `trained`; yield None for the base alone.
+
+    Raises UserError if it is damaged or belongs to another base.
+    """
+    spec, place = trained.spec, trained.weights
+    if place is None:
+        yield None
+        return
+    folder = weights_in(place)
+    if not trained.foreign:
+        check_base(folder, trained)
+    with plain_form(folder, spec.adapter, trained.initial_adapter_dir) as plain:
+        file, model = read_peft_adapter(plain), base.model
+        check_fits(file, file.adapter_config, adaptable_shapes(model))
+        hidden, stored = int(model.hf_config.hidden_size), model.vocabulary.stored
+        check_rows(file.token_rows, plain / WEIGHTS_NAME, stored=stored, hidden=hidden)
+        check_modules(file.modules, plain / WEIGHTS_NAME, rows=(stored, model.vocabulary.rows), hidden=hidden)
+        starts = {}
+        if onto == "trained":
+            residuals = {name.removesuffix(".weight"): weight.residual for name, weight in base.weights.items()}
+            starts = {path: residual.start for path, residual in residuals.items() if residual is not None}
+        yield Adapter(folder=folder, file=file, starts=starts)
+
+
+Piece = tuple[Tensor, Tensor]
+"""Rows of a parameter in flat order that were merged onto, (n, columns) fp32, and the merged rows: the same object if
+nothing was added."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +116,7 @@ class Parameter:
         return sum(torch.Size(shape).numel() for shape in self.outputs.values())
 
 
-def parameters_of(base: Base, folder: Path, adapter: Adapter | None) -> list[Parameter]:
+def parameters_of(base: Base, adapter: Adapter | None) -> list[Parameter]:
     """Return all parameters: decoder and head in the model's order.
 
     Prequantized weights outside the decoder (a vision tower's) come last.
@@ -62,9 +126,9 @@ def parameters_of(base: Base, folder: Path, adapter: Adapter | None) -> list[Par
     experts = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, ExpertWeight)}
     found = []
     for name, weight in base.weights.items():
-        shapes = [segment.shape for _, segment in tensors_of(weight)] if weight.packed is None else [weight.shape]
+        shapes = [s.shape for s in weight.source.segments] if weight.packed is None else [weight.shape]
         outputs = dict(zip(weight.source.names, shapes, strict=True))
-        matrix = _matrix_of(base, name)
+        matrix = {base.embedding_name: EMBEDDING, HEAD_NAME: HEAD}.get(name)
         if matrix is not None:
             outputs = dict.fromkeys(outputs, (model.vocabulary.rows, weight.shape[1]))
         fused = experts.get(name)
@@ -84,16 +148,11 @@ def parameters_of(base: Base, folder: Path, adapter: Adapter | None) -> list[Par
     return found + _packed_beside(base, found)
 
 
-def _matrix_of(base: Base, name: str) -> str | None:
-    matrices = {base.embedding_name: EMBEDDING, HEAD_NAME: HEAD}
-    return matrices.get(name)
-
-
 def _tied_head(base: Base) -> list[Parameter]:
     """Return the head of a tied base if it is written separately: trained whole, or stored as a copy."""
     model = base.model
     weight = base.weights[base.embedding_name]
-    copy = find_sources(model.layout, base.headers, {HEAD_NAME}).get(HEAD_NAME)
+    copy = find_sources(model.layout, base.files.headers, {HEAD_NAME}).get(HEAD_NAME)
     if copy is None and model.tied:
         return []
     (embedding,) = weight.source.names
@@ -121,8 +180,8 @@ def is_changed(parameter: Parameter, base: Base, adapter: Adapter | None) -> boo
     """Return True if any of the parameter was trained."""
     if parameter.matrix is None:
         return parameter.path is not None
-    grown = bool(base.model.vocabulary.new)
-    return grown or (adapter is not None and adapter.has(parameter.matrix))
+    trained = set() if adapter is None else adapter.file.token_rows.keys() | adapter.file.modules.keys()
+    return bool(base.model.vocabulary.new) or parameter.matrix in trained
 
 
 def pieces(
@@ -135,14 +194,14 @@ def pieces(
         return
     if parameter.path is None or adapter is None:
         for _, part in rows:
-            yield Piece(part, part)
+            yield part, part
         return
     factors = adapter.factors(parameter.path, reader, experts=parameter.experts)
     for first, part in rows:
         if parameter.experts is None:
-            yield Piece(part, adapted_rows(part, first, factors))
+            yield part, adapted_rows(part, first, factors)
         else:
-            yield Piece(part, adapted_expert_rows(part, first, factors, transposed=parameter.transposed))
+            yield part, adapted_expert_rows(part, first, factors, transposed=parameter.transposed)
 
 
 def _matrix_pieces(
@@ -158,8 +217,9 @@ def _matrix_pieces(
         trained = dict.fromkeys(vocabulary.new.values(), start.to(base.model.head.weight.dtype).float())
     module = None
     if adapter is not None:
-        trained |= adapter.rows(matrix, reader)
-        module = adapter.module(matrix)
+        trained |= read_token_rows(adapter.file, matrix, reader)
+        if matrix in adapter.file.modules:
+            module = read_header(adapter.file.folder / WEIGHTS_NAME)[adapter.file.modules[matrix].name]
 
     def merged(first: int, part: Tensor) -> Tensor:
         if module is None and not trained:
@@ -168,13 +228,23 @@ def _matrix_pieces(
         for id, row in trained.items():
             if first <= id < first + len(own):
                 own[id - first] = row
-        if adapter is not None and module is not None:
-            whole = adapter.module_rows(module, first, len(own), reader)
+        if module is not None:
+            whole = _rows_of(module, first, len(own), reader)
             own[: len(whole)] = whole
         return own
 
     for first, part in rows:
-        yield Piece(part, merged(first, part))
+        yield part, merged(first, part)
     if vocabulary.has_grown:
         grown = torch.zeros(vocabulary.rows - vocabulary.stored, parameter.weight.shape[1])
-        yield Piece(grown, merged(vocabulary.stored, grown))
+        yield grown, merged(vocabulary.stored, grown)
+
+
+def _rows_of(segment: Segment, first: int, count: int, reader: Reader) -> Tensor:
+    """Return rows of a module trained whole in fp32, fewer at its end. Raises UserError for NaN and Inf."""
+    width = segment.shape[1]
+    last = min(first + count, segment.shape[0])
+    rows = reader.read([segment], min(first, last) * width, last * width).view(-1, width).float()
+    if not all_finite(rows):
+        raise UserError(f"{segment.file} holds NaN or Inf; the adapter is damaged, save it again")
+    return rows

@@ -17,21 +17,22 @@ from typing import Literal
 
 from distlora.config import ModelConfig, UserError, require
 from distlora.config.places import place_of
-from distlora.post.combine.members import (
+from distlora.post.combine.request import (
+    METHODS,
+    CombineRequest,
+    Member,
     check,
     check_merged,
     check_one_base,
     find_member,
     fingerprint_of,
     needs_base,
-    open_adapters,
 )
-from distlora.post.combine.request import METHODS, CombineRequest, Member
 from distlora.post.merge.request import Onto, check_mergeable
 from distlora.post.trained import Trained, base_spec, with_adapter
 from distlora.system.exit_codes import DONE
 from distlora.system.extras import require_package
-from distlora.weights.peft_folder import PeftAdapter, check_quantization
+from distlora.weights.peft_folder import PeftAdapter, check_quantization, read_peft_adapter
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.compose.hub import localize
 from distlora_launcher.launch.workers import become
@@ -133,7 +134,7 @@ def checked(options: argparse.Namespace, command: str) -> CombineRequest:
         require(
             value is None or options.merged, f"--{flag}={value} is of a merged model; add --merged, or leave it out"
         )
-    adapters = open_adapters(request)
+    adapters = [read_peft_adapter(member.folder) for member in members]
     if options.merged or needs_base(adapters):
         folder = base or next((member.base_folder for member in members if member.base_folder is not None), None)
         check_unchanged(folder, known)

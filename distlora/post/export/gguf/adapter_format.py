@@ -15,9 +15,8 @@ import functools
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import torch
@@ -25,14 +24,20 @@ from gguf import GGUFWriter
 from torch import Tensor
 
 from distlora.config import UserError
-from distlora.post.adapter_factors import Factors
-from distlora.post.base_weights import Base, BaseWeight, open_base
 from distlora.post.export.client_check import EXACT, Ours, dense_model
 from distlora.post.export.formats import Export, Reading
-from distlora.post.export.gguf.clients import HOW_TO_GET_IT, LlamaCpp, has_llama_cpp, logits_of
-from distlora.post.export.gguf.model_format import name_of, tokenizer_of, write_model
+from distlora.post.export.gguf.model_format import (
+    HOW_TO_GET_IT,
+    LlamaCpp,
+    has_llama_cpp,
+    logits_of,
+    name_of,
+    tokenizer_of,
+    write_model,
+)
 from distlora.post.export.gguf.tensors import TYPES, Names, Planned, Rows, Weight, half_steps, write_file
-from distlora.post.merge.adapter import open_adapter
+from distlora.post.merge.parameters import open_adapter
+from distlora.post.weights import Base, Factors, open_base
 from distlora.weights.reader import Reader
 
 
@@ -45,13 +50,7 @@ def write(export: Export) -> None:
         assert adapter is not None
         check_paths(adapter.file.paths, base)
         factors = {path: functools.partial(adapter.factors, path, reader) for path in adapter.file.paths}
-        write_adapter(
-            export.place,
-            base.model.hf_config,
-            factors,
-            dtype=dtype,
-            name=name_of(trained),
-        )
+        write_adapter(export.place, base.model.hf_config, factors, dtype=dtype, name=name_of(trained))
 
 
 def check_paths(paths: Sequence[str], base: Base) -> None:
@@ -86,32 +85,18 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     with tempfile.TemporaryDirectory(dir=export.place.parent, prefix=".distlora-gguf-") as folder, Reader() as reader:
         path = Path(folder) / "base.gguf"
         weights = {
-            name: Weight(name=name, shape=weight.shape, rows=functools.partial(_trained_on, weight, reader))
+            name: Weight(name=name, shape=weight.shape, rows=functools.partial(weight.published_rows, reader))
             for name, weight in base.weights.items()
         }
-        write_model(path, base.model.hf_config, weights, tokenizer_of(trained), dtype="fp32", name="base", say=_nothing)
+        tokenizer = tokenizer_of(trained)
+        write_model(path, base.model.hf_config, weights, tokenizer, dtype="fp32", name="base", say=lambda text: None)
         client = LlamaCpp(path, export.place, context=ours.tokens.shape[1])
         readings.append(ours.reading(f"llama.cpp, adapter in {dtype}", client.logits(ours.tokens), bound))
     return readings
 
 
-def _trained_on(weight: BaseWeight, reader: Reader) -> Rows:
-    """Yield the base that the plain adapter belongs to: as trained on, with PiSSA's initial adapter added back."""
-    for first, part in weight.rows(reader):
-        taken = weight.residual
-        yield (
-            part if taken is None else part + taken.scaling * (taken.start.B[first : first + len(part)] @ taken.start.A)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """The factors of one weight in the file, with rows of B in Hugging Face order."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    """alpha / R, llama.cpp's multiplier."""
+_Pair = tuple[Tensor, Tensor, float]
+"""A, B with rows in Hugging Face order, and alpha / R, llama.cpp's multiplier, of one weight in the file."""
 
 
 def _read(path: Path, base: Base) -> dict[str, _Pair]:
@@ -128,15 +113,15 @@ def _read(path: Path, base: Base) -> dict[str, _Pair]:
         back = torch.empty_like(b)
         back[order] = b
         a = read[f"{names.gguf_name(name)}.lora_a"]
-        pairs[name.removesuffix(".weight")] = _Pair(a, back, alpha / b.shape[1])
+        pairs[name.removesuffix(".weight")] = (a, back, alpha / b.shape[1])
     return pairs
 
 
 @torch.no_grad()
 def _added(model: Any, read: Mapping[str, _Pair], input_ids: Tensor) -> Tensor:
     """Return logits of transformers' model with W + (alpha / R) B A."""
-    for path, pair in read.items():
-        model.get_parameter(f"{path}.weight").add_(pair.B @ pair.A, alpha=pair.scale)
+    for path, (a, b, scale) in read.items():
+        model.get_parameter(f"{path}.weight").add_(b @ a, alpha=scale)
     return logits_of(model, input_ids)
 
 
@@ -147,21 +132,16 @@ def _apart(export: Export, base: Base, read: Mapping[str, _Pair], dtype: str) ->
         assert adapter is not None
         if set(adapter.file.paths) != set(read):
             return float("inf")
-        for path, pair in read.items():
+        for path, (a, b, scale) in read.items():
             own = adapter.factors(path, reader)
-            b = own.B * (own.scaling / pair.scale)
-            most = max(most, half_steps(own.A, pair.A, TYPES[dtype]), half_steps(b, pair.B, TYPES[dtype]))
+            exact = own.B * (own.scaling / scale)
+            most = max(most, half_steps(own.A, a, TYPES[dtype]), half_steps(exact, b, TYPES[dtype]))
     return most
 
 
-def _nothing(text: str) -> None:
-    """Ignore messages that the model's own export prints."""
-
-
-Factory = Callable[[], Factors]
-
-
-def write_adapter(path: Path, config: Any, factors: Mapping[str, Factory], *, dtype: str, name: str) -> None:
+def write_adapter(
+    path: Path, config: Any, factors: Mapping[str, Callable[[], Factors]], *, dtype: str, name: str
+) -> None:
     """Write factors, read as they are written, to a GGUF adapter; `config` is transformers' config of the base.
 
     Raises UserError for a weight that llama.cpp's architecture lacks.
@@ -176,8 +156,9 @@ def write_adapter(path: Path, config: Any, factors: Mapping[str, Factory], *, dt
     tensors = []
     for place, read in factors.items():
         base = names.gguf_name(f"{place}.weight")
-        b = names.in_order(f"{place}.weight", _rows_of(read, "B", alphas[place] / alpha))
-        for part, shape, rows in zip("ab", shapes[place], (_rows_of(read, "A"), b), strict=True):
+        a, b = (functools.partial(_rows, read, part, alphas[place] / alpha) for part in "AB")
+        rows_of: tuple[Callable[[], Rows], ...] = (a, names.in_order(f"{place}.weight", b))
+        for part, shape, rows in zip("ab", shapes[place], rows_of, strict=True):
             tensors.append(Planned(name=f"{base}.lora_{part}", shape=shape, type=TYPES[dtype], rows=rows))
 
     def describe(writer: GGUFWriter) -> None:
@@ -189,5 +170,7 @@ def write_adapter(path: Path, config: Any, factors: Mapping[str, Factory], *, dt
     write_file(path, names.arch, describe, tensors)
 
 
-def _rows_of(read: Factory, part: Literal["A", "B"], times: float = 1.0) -> Callable[[], Rows]:
-    return lambda: iter([getattr(read(), part) * times])
+def _rows(read: Callable[[], Factors], part: str, times: float) -> Rows:
+    """Yield A, or B with the scale that the file's alpha lacks."""
+    own = read()
+    yield own.A if part == "A" else own.B * times

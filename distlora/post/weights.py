@@ -1,14 +1,17 @@
-"""Read the weights of a base one at a time: as stored, or as a run trains on them.
+"""Read the weights of a base and of an adapter one at a time, and add the adapter to the base's rows.
 
 A run trains on the dequantized NF4 values, less PiSSA's initial adapter: bit-identical to `FrozenTensor.frozen_weight`
 dequantized in fp32. Weights are read in whole rows, so memory holds a few rows and one tensor's absmax per 64 weights.
 A weight of E experts is read as (E x rows, columns), as it is stored (gpt-oss: transposed).
+
+LoRA (Hu et al. 2021, arXiv 2106.09685): W + s B A. DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5): m (W + s B A)
+/ ||W + s B A||, the norm per row. Letters: O out features, I in features, R rank, E experts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.safetensors_headers import Segment
+from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import ModelSpec, UserError
 from distlora.loading.decomposed_adapters import load_initial_factors
@@ -27,6 +30,7 @@ from distlora.model.build import CausalLM, build_model
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.weights.conversion import Source
 from distlora.weights.decompose import LowRankFactors, Residual
+from distlora.weights.peft_folder import WEIGHTS_NAME, PeftAdapter
 from distlora.weights.prequantized import PrequantizedWeight, prequantized_parameters, read_prequantized_weights
 from distlora.weights.reader import Reader, all_finite
 from distlora_kernels import nf4, reference
@@ -73,7 +77,11 @@ class BaseWeight:
             for chunk in self._before_quantization(reader):
                 yield chunk.to(self.held).float()
         else:
-            yield from self._through_nf4(reader)
+            second, group = self.second_level(reader), 0
+            for size, codes in self.codes(reader):
+                parts = second.groups(group, len(codes))
+                yield nf4.nf4_dequantize(codes, *parts, shape=(size,), dtype=torch.float32)
+                group += len(codes)
 
     def rows(self, reader: Reader, *, original: bool = False) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, (n, columns) fp32), the weight in whole rows in order. A vector is one row."""
@@ -85,6 +93,14 @@ class BaseWeight:
             if whole:
                 yield first, kept[: whole * columns].view(whole, columns)
                 kept, first = kept[whole * columns :], first + whole
+
+    def published_rows(self, reader: Reader, *, original: bool = False) -> Iterator[Tensor]:
+        """Yield the rows of the base that a published adapter is for: with PiSSA's initial adapter added back."""
+        for first, part in self.rows(reader, original=original):
+            if self.residual is not None and not original:
+                start = self.residual.start
+                part = part + self.residual.scaling * (start.B[first : first + len(part)] @ start.A)
+            yield part
 
     def whole(self, reader: Reader, *, original: bool = False) -> Tensor:
         """Return the whole weight in its shape in fp32."""
@@ -107,13 +123,6 @@ class BaseWeight:
         """Yield (number of weights, codes (groups, GROUP_BYTES) uint8), in the pieces of `chunks`."""
         for chunk in self._before_quantization(reader):
             yield len(chunk), nf4.quantize_blocks(chunk)[0]
-
-    def _through_nf4(self, reader: Reader) -> Iterator[Tensor]:
-        second, group = self.second_level(reader), 0
-        for size, codes in self.codes(reader):
-            parts = second.groups(group, len(codes))
-            yield nf4.nf4_dequantize(codes, *parts, shape=(size,), dtype=torch.float32)
-            group += len(codes)
 
     def _unpacked(self, reader: Reader) -> Iterator[Tensor]:
         packed = self.packed
@@ -155,12 +164,7 @@ class Base:
     weights: Mapping[str, BaseWeight]
     """Weights by Hugging Face name, in the model's order. A tied head is the embedding alone."""
     files: CheckpointFiles
-    """The folder, config.json and headers of the checkpoint."""
-
-    @property
-    def headers(self) -> Mapping[str, Segment]:
-        """Return every tensor of the checkpoint by name, those outside the model included."""
-        return self.files.headers
+    """The folder, config.json and headers of the checkpoint, with tensors outside the model."""
 
     @property
     def embedding_name(self) -> str:
@@ -179,7 +183,13 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
     stored = read_prequantized_weights(files)
     packed = prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
     frozen = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, FrozenTensor)}
-    residuals = _residuals(model, initial_adapter_dir) if spec.adapter.pissa else {}
+    residuals = {}
+    if spec.adapter.pissa:
+        start = load_initial_factors(initial_adapter_dir)
+        for path, linear in model.adapted_linears():
+            assert isinstance(linear, AdaptedLinear)
+            a, b = (start[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+            residuals[f"{path}.weight"] = Residual(LowRankFactors(a, b), linear.pairs[0].scaling)
     held = {model.hf_name(name): parameter.dtype for name, parameter in model.named_parameters()}
     weights = {}
     for name, source in sources.items():
@@ -198,17 +208,84 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
     return Base(model=model, weights=weights, files=files)
 
 
-def _residuals(model: CausalLM, initial_adapter_dir: str | Path) -> dict[str, Residual]:
-    """Return PiSSA's initial adapter by the name of the weight it was subtracted from."""
-    start = load_initial_factors(initial_adapter_dir)
-    found = {}
-    for path, linear in model.adapted_linears():
-        assert isinstance(linear, AdaptedLinear)
-        a, b = (start[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
-        found[f"{path}.weight"] = Residual(LowRankFactors(a, b), linear.pairs[0].scaling)
-    return found
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factors:
+    """The LoRA factors of one weight, and with DoRA the norm that each row gets."""
+
+    A: Tensor
+    """(R, I) fp32; of experts (E, R, I)."""
+    B: Tensor
+    """(O, R) fp32; of experts (E, O, R)."""
+    scaling: float
+    magnitude: Tensor | None = None
+    """(O,) fp32."""
+
+    @property
+    def rank(self) -> int:
+        """Return the rank."""
+        return self.A.shape[-2]
+
+    def delta(self) -> Tensor:
+        """Return scaling * B A, dense: (O, I) or (E, O, I) fp32."""
+        return (self.scaling * self.B) @ self.A
 
 
-def tensors_of(weight: BaseWeight) -> Sequence[tuple[str, Segment]]:
-    """Return the stored tensors that a weight is made of, in flat order."""
-    return list(zip(weight.source.names, weight.source.segments, strict=True))
+def read_factors(adapter: PeftAdapter, path: str, reader: Reader, *, experts: int | None = None) -> Factors:
+    """Return the factors of one weight; `experts` is their number if it is fused. Raises UserError for NaN and Inf."""
+    names = {part: name for part in ("A", "B", "magnitude") if (name := adapter.names.get((path, part))) is not None}
+    parts = {part: _finite(adapter.tensors[path, part], name, reader) for part, name in names.items()}
+    a, b = parts["A"], parts["B"]
+    if experts is not None:  # PEFT's layout (experts.ExpertPair): row e * R + j of A, column j * E + e of B.
+        a = a.view(experts, -1, a.shape[1])
+        b = b.view(b.shape[0], -1, experts).permute(2, 0, 1).contiguous()
+    return Factors(A=a, B=b, scaling=adapter.adapter_config.scaling_of(path), magnitude=parts.get("magnitude"))
+
+
+def read_token_rows(adapter: PeftAdapter, matrix: str, reader: Reader) -> dict[int, Tensor]:
+    """Return the trained rows of the embedding or head, (H,) fp32 by token id. Raises UserError for NaN and Inf."""
+    rows = adapter.token_rows.get(matrix)
+    if rows is None:
+        return {}
+    tensor = _finite(read_header(adapter.folder / WEIGHTS_NAME)[rows.name], rows.name, reader)
+    return dict(zip(rows.ids, tensor, strict=True))
+
+
+def _finite(segment: Segment, name: str, reader: Reader) -> Tensor:
+    """Return a tensor of an adapter's file in fp32."""
+    whole = reader.read([segment], 0, segment.numel).view(segment.shape).float()
+    if not all_finite(whole):
+        raise UserError(f"{segment.file}: {name} holds NaN or Inf; the adapter is damaged, save it again")
+    return whole
+
+
+@torch.no_grad()
+def adapted_rows(rows: Tensor, first: int, factors: Factors) -> Tensor:
+    """Return rows `first` and on of a linear's weight (n, I) fp32 with the adapter added, in new memory."""
+    own = slice(first, first + len(rows))
+    adapted = torch.addmm(rows, factors.B[own], factors.A, alpha=factors.scaling)
+    if factors.magnitude is not None:
+        norms = torch.linalg.vector_norm(adapted, dim=1)
+        # As in training, a row of zeros stays zero.
+        adapted *= torch.where(norms > 0, factors.magnitude[own] / norms, 0.0)[:, None]
+    return adapted
+
+
+@torch.no_grad()
+def adapted_expert_rows(rows: Tensor, first: int, factors: Factors, *, transposed: bool) -> Tensor:
+    """Return rows of a fused expert weight (E x n, columns) with the adapter added.
+
+    The rows may begin and end inside an expert. With `transposed` each expert's weight is stored as (I, O).
+    """
+    adapted, done = torch.empty_like(rows), 0
+    per_expert = factors.A.shape[2] if transposed else factors.B.shape[1]
+    while done < len(rows):
+        expert, inside = divmod(first + done, per_expert)
+        count = min(per_expert - inside, len(rows) - done)
+        left, right = factors.B[expert], factors.A[expert]
+        if transposed:
+            left, right = right.T, left.T
+        own = slice(inside, inside + count)
+        part = slice(done, done + count)
+        torch.addmm(rows[part], left[own], right, alpha=factors.scaling, out=adapted[part])
+        done += count
+    return adapted

@@ -34,8 +34,8 @@ from distlora.checkpoint.files import write_files
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.loader import StepLoader
-from distlora.data.rows import PackedRows
 from distlora.data.prepare import prepare
+from distlora.data.rows import PackedRows
 from distlora.parallel import Ranks, join_ranks
 from distlora.system.exit_codes import DONE
 from distlora.training.publish import weight_files

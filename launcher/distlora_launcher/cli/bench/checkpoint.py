@@ -8,7 +8,7 @@ from distlora.bench.requests import CheckpointBench
 from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_counts, exec_worker, output_folder
-from distlora_launcher.launch.exec_worker import ENTRY
+from distlora_launcher.launch.workers import ENTRY
 from distlora_launcher.terminal.arguments import Parser, numbers
 
 USAGE = f"""usage: distlora bench checkpoint [--r 16] [--rounds N] [--tokens N] [--layers N] [--out FOLDER] [--json]

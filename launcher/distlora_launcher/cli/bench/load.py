@@ -9,8 +9,7 @@ from distlora.bench.requests import LoadBench
 from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_counts, exec_worker, output_folder
-from distlora_launcher.launch.exec_worker import ENTRY
-from distlora_launcher.launch.workers import ON_CPU
+from distlora_launcher.launch.workers import ENTRY, ON_CPU
 from distlora_launcher.terminal.arguments import Parser, numbers
 
 USAGE = f"""usage: distlora bench load [--layers N] [--ranks 1,2] [--rounds N] [--out FOLDER] [--json]

@@ -9,7 +9,7 @@ from distlora.config import nearest
 from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_gpus, exec_worker, output_folder
-from distlora_launcher.launch.exec_worker import ENTRY
+from distlora_launcher.launch.workers import ENTRY
 from distlora_launcher.terminal.arguments import Parser, numbers
 
 MODELS = ("10M", "100M", "0.5B", "1.5B")

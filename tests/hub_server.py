@@ -2,7 +2,7 @@
 
 Clients are pointed at it by `environment()` (HF_ENDPOINT, a cache of their own), in a process of their own: their
 constants are fixed at import. Repositories live in memory. Served: information, listings, files with byte ranges,
-search, private and gated repositories, whoami, creation, uploads (regular and LFS) and commits, for models and data
+private and gated repositories, whoami, creation, uploads (regular and LFS) and commits, for models and data
 sets. A repository's commits are numbered, so that a test can tell one revision from another.
 """
 
@@ -29,7 +29,6 @@ DATE = "2026-01-01T00:00:00.000Z"
 _RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _INFO = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/revision/([^/]+))?")
 _TREE = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?")
-_REFS = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/refs")
 _ACTION = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/(paths-info|preupload|commit|branch)/([^/]+)")
 _LFS_BATCH = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 
@@ -183,8 +182,6 @@ class _Handler(BaseHTTPRequestHandler):
             if user is None:
                 raise _Refused(401, None, "Invalid username or password.")
             self._send(200, {"type": "user", "name": user, "orgs": [], "auth": {"type": "access_token"}})
-        elif self._path in ("/api/models", "/api/datasets"):
-            self._send(200, self._search(self._path.rpartition("/")[2]))
         elif self._path == "/api/validate-yaml":
             content = json.loads(self._body)["content"]
             valid = content.startswith("---\n") and "\n---\n" in content[4:]
@@ -194,10 +191,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._create()
         elif match := _RESOLVE.fullmatch(self._path):
             self._resolve(match[1] or "models", match[2], unquote(match[3]), unquote(match[4]))
-        elif match := _REFS.fullmatch(self._path):
-            repo = self._repo(match[1], match[2])
-            refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": to} for name, to in repo.refs.items()]
-            self._send(200, {"branches": refs, "converts": [], "tags": []})
         elif match := _ACTION.fullmatch(self._path):
             repo = self._repo(match[1], match[2])
             getattr(self, "_" + match[3].replace("-", "_"))(repo, unquote(match[4]))
@@ -241,13 +234,6 @@ class _Handler(BaseHTTPRequestHandler):
         return commit
 
     # Reading.
-
-    def _search(self, kind: str) -> list[dict[str, Any]]:
-        author = self._query.get("author", [""])[0]
-        word = self._query.get("search", [""])[0].lower()
-        names = [n for k, n in self.hub.repos if k == kind and n.startswith(author) and word in n.lower()]
-        visible = [n for n in names if not self.hub.repos[kind, n].private]
-        return [{"id": name, "modelId": name, "createdAt": DATE} for name in visible]
 
     def _info(self, repo: Repo, revision: str) -> None:
         commit = self._commit_of(repo, revision)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import time
@@ -12,10 +11,10 @@ import pytest
 
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.loading.base_fingerprint import Content, content_of
+from distlora.loading import base_fingerprint
+from distlora.loading.base_fingerprint import content_of
 from distlora.parallel import Ranks
 from distlora.system.stop_signals import Stopped
-from distlora.weights import file_fingerprints
 from run_models import build_run_model, parallelize_run
 from worlds import World
 
@@ -24,10 +23,10 @@ CONTENT = bytes(range(256)) * 40
 
 def look(
     ranks: Ranks, *, config: Config, root: Path, machines: list[str], stop_at: int | None = None
-) -> tuple[Content | None, list[str], int] | str:
+) -> tuple[tuple[dict[Path, str], int] | None, list[str], int] | str:
     """Return what a rank finds for the file `model` in its node's folder, with one cache."""
-    before = file_fingerprints.SETTLED_SECONDS, file_fingerprints.PART_BYTES
-    file_fingerprints.SETTLED_SECONDS, file_fingerprints.PART_BYTES = 0.0, 1024
+    before = base_fingerprint.SETTLED_SECONDS, base_fingerprint.PART_BYTES
+    base_fingerprint.SETTLED_SECONDS, base_fingerprint.PART_BYTES = 0.0, 1024
     said: list[str] = []
     marks = 0
 
@@ -44,7 +43,7 @@ def look(
     except Stopped:
         return "stopped"
     finally:
-        file_fingerprints.SETTLED_SECONDS, file_fingerprints.PART_BYTES = before
+        base_fingerprint.SETTLED_SECONDS, base_fingerprint.PART_BYTES = before
     return found, said, marks
 
 
@@ -63,29 +62,29 @@ def config(folders: Path) -> Config:
 
 
 def digest_of(file: Path) -> str:
-    parts = [file_fingerprints.Part(file, at, at + 1024) for at in range(0, len(CONTENT), 1024)]
-    return file_fingerprints.digest_of(file_fingerprints.hash_parts(parts), len(CONTENT))
+    parts = [base_fingerprint.Part(file, at, at + 1024) for at in range(0, len(CONTENT), 1024)]
+    return base_fingerprint.digest_of(base_fingerprint.hash_parts(parts), len(CONTENT))
 
 
 def test_each_node_hashes_its_copy_and_a_shared_file_is_divided(world: World, root: Path, config: Config) -> None:
     of_one = world.run(3, look, config=config, root=root, machines=["a", "a", "a"])
-    assert {found.digests[root / "a" / "model"] for found, *_ in of_one} == {digest_of(root / "a" / "model")}
-    assert sum(found.bytes_read for found, *_ in of_one) == len(CONTENT)
+    assert {found[0][root / "a" / "model"] for found, *_ in of_one} == {digest_of(root / "a" / "model")}
+    assert sum(found[1] for found, *_ in of_one) == len(CONTENT)
     assert [len(said) for _, said, _ in of_one] == [1, 0, 0]
     assert {marks for *_, marks in of_one} == {1}, "all ranks meet as often"
 
     apart = ["a", "a", "b"]
     shutil.rmtree(root / "cache-a")
     alike = world.run(3, look, config=config, root=root, machines=apart)
-    assert [found.bytes_read for found, *_ in alike] == [len(CONTENT) // 2, len(CONTENT) // 2, len(CONTENT)]
-    assert len({*(digest for found, *_ in alike for digest in found.digests.values())}) == 1
+    assert [found[1] for found, *_ in alike] == [len(CONTENT) // 2, len(CONTENT) // 2, len(CONTENT)]
+    assert len({*(digest for found, *_ in alike for digest in found[0].values())}) == 1
 
     # One byte of machine b's copy rots, in a part that a rank of machine a would look at if all shared.
     rotten = root / "b" / "model"
     rotten.write_bytes(CONTENT[:1500] + b"x" + CONTENT[1501:])
     differing = world.run(3, look, config=config, root=root, machines=["b", "a", "a"])
     assert [found for found, *_ in differing] == [None] * 3
-    assert file_fingerprints.remembered(root / "cache-b" / "sources", rotten) == digest_of(rotten)
+    assert base_fingerprint.remembered(root / "cache-b" / "sources", rotten) == digest_of(rotten)
 
 
 def test_stop_is_honored_while_hashing(world: World, root: Path, config: Config) -> None:
@@ -96,32 +95,16 @@ def test_stop_is_honored_while_hashing(world: World, root: Path, config: Config)
 
 def test_records_of_two_nodes_are_separate(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check two copies with different inodes and times that share one cache."""
-    monkeypatch.setattr(file_fingerprints, "SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(base_fingerprint, "SETTLED_SECONDS", 0.0)
     file, records, copy = root / "a" / "model", root / "sources", root / "b" / "model"
-    of_one, of_other = file_fingerprints.state_of(file), file_fingerprints.state_of(copy)
-    file_fingerprints.remember(records, file, of_one, "tree:a", began=time.time() + 1)
-    monkeypatch.setattr(file_fingerprints, "state_of", lambda path: of_other)
-    file_fingerprints.remember(records, file, of_other, "tree:b", began=time.time() + 1)
-    assert file_fingerprints.remembered(records, file) == "tree:b"
-    monkeypatch.setattr(file_fingerprints, "state_of", lambda path: of_one)
-    assert file_fingerprints.remembered(records, file) == "tree:a"
-
-
-def test_device_number_does_not_matter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the device number of another client of a file server, or after its restart."""
-    file, records = root / "a" / "model", root / "sources"
-    state = file_fingerprints.state_of(file)
-    file_fingerprints.remember(records, file, state, "tree:a", began=time.time() + 10)
-    stat = Path.stat
-
-    def of_another_client(path: Path, **kwargs: bool) -> os.stat_result:
-        found = stat(path, **kwargs)
-        values = [found[index] for index in range(10)]
-        values[2] += 7
-        times = {name: getattr(found, name) for name in ("st_mtime_ns", "st_ctime_ns", "st_atime_ns")}
-        return os.stat_result(values, times)
-
-    monkeypatch.setattr(Path, "stat", of_another_client)
-    assert file.stat().st_dev == stat(file).st_dev + 7
-    assert file_fingerprints.state_of(file) == state
-    assert file_fingerprints.remembered(records, file) == "tree:a"
+    of_one, of_other = base_fingerprint.state_of(file), base_fingerprint.state_of(copy)
+    base_fingerprint.remember(records, file, of_one, "tree:a", began=time.time() + 1)
+    monkeypatch.setattr(base_fingerprint, "state_of", lambda path: of_other)
+    base_fingerprint.remember(records, file, of_other, "tree:b", began=time.time() + 1)
+    assert base_fingerprint.remembered(records, file) == "tree:b"
+    monkeypatch.setattr(base_fingerprint, "state_of", lambda path: of_one)
+    assert base_fingerprint.remembered(records, file) == "tree:a"
+    for content in (b"{", b"[]", b"[" * 100_000, b"\xff", b'{"state": 5}'):  # Damaged records are read again.
+        for record in records.iterdir():
+            record.write_bytes(content)
+        assert base_fingerprint.remembered(records, file) is None

@@ -10,8 +10,7 @@ import pytest
 
 from distlora.config import UserError
 from distlora.system.numbers import size
-from distlora.weights.quantized_cache_folder import ENTRY_NAME, Entry, entries
-from distlora.weights.quantized_cache_format import Extent, header_of
+from distlora.weights.quantized_cache_folder import ENTRY_NAME, Entry, Extent, entries, header_of
 from distlora_launcher.cli.main import main, run_command
 
 GROUPS = 10

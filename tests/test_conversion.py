@@ -130,7 +130,6 @@ LAYOUTS: list[tuple[str, str, str]] = [
     ("gemma3-untied", r"as the hub has it", "language_model.model."),
     ("gemma3-untied", r"as transformers 4.52 saved it", "model.language_model."),
     ("gemma3", "the bare Gemma3Model", "language_model."),
-    ("gemma2", "the bare decoder", ""),
     ("llama3-tied", "the bare decoder", ""),
 ]
 
@@ -183,10 +182,3 @@ def test_tied_head_that_differs_on_disk_is_refused(tmp_path: Path) -> None:
     assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
     with pytest.raises(UserError, match=r"ties the head.*lm_head.weight and model.embed_tokens.weight differ"):
         load_ours(tmp_path)
-
-
-def test_parts_of_different_dtypes_are_refused(tmp_path: Path) -> None:
-    converter = WeightConverter(["x.a", "x.b"], "x.weight", operations=[Concatenate(dim=0)])
-    headers = stored(tmp_path, {"x.a": torch.randn(2, 3), "x.b": torch.randn(2, 3).bfloat16()})
-    with pytest.raises(UserError, match=r"different types \(BF16, F32\)"):
-        find_sources(layout(converter, names=("x.weight",)), headers, ["x.weight"])

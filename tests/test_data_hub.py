@@ -161,7 +161,7 @@ def test_a_token_without_access_is_told_where_to_ask_and_one_with_access_is_let_
     case = [{"path": "org/gated"}]
     (refused,) = check(hub, home, case, token="hf_guest")
     assert "org/gated is gated: accept its licence at http://127.0.0.1" in refused
-    assert "/datasets/org/gated; this machine is logged in as guest" in refused
+    assert "/datasets/org/gated, and log in with that account" in refused
     assert check(hub, home, case, token="hf_owner") == [[None]]
 
 

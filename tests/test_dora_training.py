@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, QuantConfig, UserError
-from distlora.loading.dora_norms import halved
+from distlora.loading.quantize import halved
 from distlora.model.adapters import AdaptedLinear, BlockContext, LoRAPair, StepRows, reset_adapters
 from distlora.model.build import CausalLM, materialize_buffers
 from distlora.parallel import Ranks

@@ -24,11 +24,12 @@ from distlora.architecture.families import check_config, names_on_disk, read_con
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.architecture.targets import select_adapted
 from distlora.config import UserError
-from distlora.loading.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
+from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import DTYPES, CausalLM
 from distlora.parallel import Ranks
 from distlora.training import worker as train
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora_launcher.compose.checks import check_model, linear_names
 from family_models import (
     SINGLE,

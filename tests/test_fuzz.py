@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,43 +17,46 @@ import yaml
 from hypothesis import strategies as st
 
 from damage import (
+    YAML_TRICKS,
     Reader,
-    any_bytes,
     any_json,
     any_lines,
     any_tensors,
     any_yaml,
+    check_line,
     damaged,
     holds,
     holds_without,
     other_header,
     other_value,
     split_tensors,
+    state_of,
     with_header,
 )
 from distlora.architecture.safetensors_headers import read_header
-from distlora.architecture.shapes import ARCHITECTURES
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import as_mapping, build, load_config
 from distlora.data.prompts import read_prompts
-from distlora.data.sources import pinned_commits
-from distlora.planner import Plan, plan_of
+from distlora.planner import plan_of
 from distlora.planner.model import model_in
 from distlora.planner.report import page
 from distlora.run_folder.layout import read_result
 from distlora.training.model_card import model_card, read_metadata
-from distlora.weights import file_fingerprints, quantized_cache_format
+from distlora.weights import quantized_cache_folder
 from distlora.weights.initial_adapter_file import InitialAdapterRecord, digest_of, require_initial_adapter
 from distlora.weights.peft_folder import read_peft_adapter
-from distlora.weights.quantized_cache_folder import Entry, EntryFigures, figures_of
-from distlora.weights.quantized_cache_format import GROUP_BYTES, DamagedPieceError, Extent, header_of, read_piece
+from distlora.weights.quantized_cache_folder import (
+    GROUP_BYTES,
+    DamagedPieceError,
+    Entry,
+    EntryFigures,
+    Extent,
+    figures_of,
+    header_of,
+    read_piece,
+)
 from distlora_launcher.cli.cache import line_of
 from distlora_launcher.compose.checks import check_model
-from distlora_launcher.importing import read_yaml
-from distlora_launcher.importing.axolotl import convert
-from distlora_launcher.importing.recipe import recipe_text, report
-from distlora_launcher.launch.failures import first_failure, read_errors, would_repeat
-from distlora_launcher.launch.local import is_prepared
 from launcher_fakes import HIDDEN, INNER, block_shapes, model_shapes, write_data, write_model, write_safetensors
 from plan_inputs import cpu_machine
 
@@ -78,40 +83,14 @@ def make_place(folder: Path) -> Path:
     write_model(folder / "single")
     write_model(folder / "bare")
     (folder / "bare" / "model.safetensors").unlink()
-    (folder / "experts").mkdir()
-    (folder / "experts" / "config.json").write_text(json.dumps(ARCHITECTURES["unsloth/gpt-oss-20b-BF16"]))
     write_packed_model(folder / "packed")
     write_data(folder / "data.jsonl")
     write_adapter(folder / "adapter")
     write_run(folder)
     write_cache(folder / "cache")
     write_start(folder / "run" / "initial_adapter.safetensors")
-    (folder / "axolotl.yaml").write_text(yaml.safe_dump(AXOLOTL, sort_keys=False))
     (folder / "card.md").write_text("---\nlicense: mit\nlicense_name: x\n---\n\n# A model\n")
     return folder
-
-
-AXOLOTL = {
-    "base_model": "model",
-    "load_in_4bit": True,
-    "adapter": "qlora",
-    "lora_r": 8,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "lora_target_modules": ["q_proj", "v_proj"],
-    "datasets": [{"path": "data.jsonl", "type": "alpaca"}],
-    "sequence_len": 64,
-    "sample_packing": True,
-    "micro_batch_size": 2,
-    "gradient_accumulation_steps": 4,
-    "num_epochs": 1,
-    "learning_rate": 0.0002,
-    "lr_scheduler": "cosine",
-    "optimizer": "paged_adamw_8bit",
-    "val_set_size": 0.1,
-    "bf16": "auto",
-    "special_tokens": {"pad_token": "</s>"},
-}
 
 
 def write_packed_model(folder: Path) -> None:
@@ -176,9 +155,6 @@ def write_run(folder: Path) -> None:
     step.mkdir(parents=True)
     (step / "state.json").write_text(json.dumps({"environment": {"ranks": 2, "device": "AVX2", "torch": "2.13"}}))
     write_adapter(run / "adapter")
-    (run / "logs").mkdir()
-    error = {"rank": 0, "time": 1.5, "type": "ValueError", "message": "no", "bad_input": False}
-    (run / "logs" / "rank_0.error.json").write_text(json.dumps(error))
     (run / "prompts.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n')
 
 
@@ -223,27 +199,8 @@ def read_run(folder: Path) -> str:
     return model_card(result, repository="me/it", base=None, license_of_base=read_metadata(folder / "card.md"))
 
 
-def read_records(folder: Path) -> None:
-    """Read records as `distlora resume` does, which remakes damaged ones."""
-    is_prepared(folder / "run")
-    assert all(isinstance(commit, str) for commit in pinned_commits(folder / "run").values())
-
-
 def read_initial_record(folder: Path) -> InitialAdapterRecord:
     return require_initial_adapter(folder / "run", AdapterConfig(init="pissa"), None)
-
-
-def read_axolotl(folder: Path) -> None:
-    source = folder / "axolotl.yaml"
-    imported = convert(read_yaml(source), processes=1)
-    recipe_text(imported, source=source, processes=1)
-    report(imported, source=source, out=None)
-
-
-def read_failure(folder: Path) -> None:
-    logs = folder / "run" / "logs"
-    first_failure(logs, {}, [error for _, error in read_errors(logs)])
-    would_repeat(logs)
 
 
 def write_cache(folder: Path) -> None:
@@ -254,35 +211,17 @@ def write_cache(folder: Path) -> None:
     path = entry.path_of(0, 0, 1, {name: range(of.first, of.stop) for name, of in extents.items()})
     path.write_bytes(header_of(CACHE_KEY, extents) + bytes(3 * GROUP_BYTES))
     path.rename(folder / CACHE_KEY / CACHE_PIECE)
-    weights = folder.parent / "single" / "model.safetensors"
-    file_fingerprints.remember(folder / "sources", weights, file_fingerprints.state_of(weights), "tree:0", began=2e9)
-    (record,) = (folder / "sources").iterdir()
-    record.rename(folder / "sources" / "record.json")
 
 
 @st.composite
 def any_signed_piece(draw: st.DrawFn, content: bytes) -> bytes:
     """Draw a piece with other content and a matching digest, as another version would write it."""
-    changed = draw(other_header(content) | st.just(content))
-    header, data = split_tensors(changed)
-    said, entry = json.loads(split_tensors(content)[0]["__metadata__"]["distlora_piece"]), CACHE_KEY
-    odd = [0.5, -1, True, 2**70, None, [], "0x1p99999", "nan", "-inf", "", {}]
-    changes: list[Callable[[], Any]] = [
-        lambda: said,
-        lambda: draw(other_value(said)),
-        lambda: said | {"weights": said["weights"] | {"w": [draw(st.sampled_from(odd)), "0x1p-1"]}},
-        lambda: said | {"weights": said["weights"] | {"w": [0, draw(st.sampled_from(odd))]}},
-        lambda: (
-            said | {"weights": draw(st.sampled_from([[], [entry], None, {"w": []}, {"w": [0]}, {"x": [0, "0x1p0"]}]))}
-        ),
-    ]
-    text = draw(st.sampled_from(["[" * 100_000, "1" * 5000, "NaN"]) | st.just(""))
-    text = text or json.dumps(draw(st.sampled_from(changes))())
-    if isinstance(header, dict):
-        places = {
-            n: [e.get("dtype"), e.get("shape"), e.get("data_offsets")] for n, e in header.items() if n[:2] != "__"
-        }
-        header["__metadata__"] = {"distlora_piece": text, "digest": quantized_cache_format._digest(text, places)}
+    header, data = split_tensors(draw(other_header(content) | st.just(content)))
+    description = json.loads(split_tensors(content)[0]["__metadata__"]["distlora_piece"])
+    odd = st.sampled_from(["[" * 100_000, "NaN", json.dumps(description | {"weights": {"w": [0, "0x1p99999"]}})])
+    text = draw(other_value(description).map(json.dumps) | odd | st.just(json.dumps(description)))
+    places = {n: [e.get("dtype"), e.get("shape"), e.get("data_offsets")] for n, e in header.items() if n[:2] != "__"}
+    header["__metadata__"] = {"distlora_piece": text, "digest": quantized_cache_folder._digest(text, places)}
     return with_header(header, data)
 
 
@@ -290,32 +229,19 @@ def read_shards(folder: Path) -> EntryFigures:
     """Read the cache as a start and `distlora cache list` do."""
     with contextlib.suppress(DamagedPieceError):
         for extent in read_piece(folder / "cache" / CACHE_KEY / CACHE_PIECE, CACHE_KEY)[0].extents.values():
-            assert extent.first in (0, 1)
+            assert range(extent.first, extent.stop) is not None
+            assert math.isfinite(extent.offset)
     figures = figures_of(Entry(folder / "cache" / CACHE_KEY))
     line_of(figures)
     return figures
 
 
-def read_any_shards(folder: Path) -> EntryFigures:
-    with contextlib.suppress(DamagedPieceError):
-        for extent in read_piece(folder / "cache" / CACHE_KEY / CACHE_PIECE, CACHE_KEY)[0].extents.values():
-            assert range(extent.first, extent.stop) is not None
-            assert math.isfinite(extent.offset)
-    return figures_of(Entry(folder / "cache" / CACHE_KEY))
-
-
-def read_source(folder: Path) -> str | None:
-    """Read a recorded fingerprint as a start does."""
-    return file_fingerprints.digest_in(folder / "cache/sources/record.json", folder / "single/model.safetensors")
-
-
-def read_planned(folder: Path, model: str = "model") -> Plan:
+def read_planned(folder: Path) -> None:
     """Plan and print as `distlora plan` does."""
-    config = config_of(folder, model=model)
-    plan = plan_of(config, model_in(folder / model), cpu_machine(2))
+    config = config_of(folder, model="bare")
+    plan = plan_of(config, model_in(folder / "bare"), cpu_machine(2))
     page(plan)
     plan.as_json()
-    return plan
 
 
 CACHE_KEY, CACHE_PIECE = "5" * 64, "00000-0of1-0123456789abcdef.safetensors"
@@ -351,28 +277,8 @@ READERS = {
         names=("packed", "model.layers.0.mlp.up_proj.weight"),
         examples=30,
     ),
-    "packed model": Reader(
-        file="packed/config.json",
-        damages=any_json,
-        read=lambda folder: check_model(config_of(folder, model="packed")),
-        names=("config.json", "packed"),
-    ),
-    "planned model": Reader(
-        file="model/config.json", damages=any_json, read=read_planned, names=("config.json", "model"), examples=30
-    ),
     "a planned model's config.json alone": Reader(
-        file="bare/config.json",
-        damages=any_json,
-        read=lambda folder: read_planned(folder, model="bare"),
-        names=("config.json", "bare"),
-        examples=60,
-    ),
-    "a planned mixture's": Reader(
-        file="experts/config.json",
-        damages=any_json,
-        read=lambda folder: read_planned(folder, model="experts"),
-        names=("config.json", "experts"),
-        examples=30,
+        file="bare/config.json", damages=any_json, read=read_planned, names=("config.json", "bare"), examples=60
     ),
     "adapter's settings": Reader(
         file="adapter/adapter_config.json",
@@ -401,29 +307,19 @@ READERS = {
     "signed shards": Reader(
         file=f"cache/{CACHE_KEY}/{CACHE_PIECE}",
         damages=any_signed_piece,
-        read=read_any_shards,
+        read=read_shards,
         check=lambda figures: 0.0 <= figures.share <= 1.0,
         examples=60,
     ),
     "entry": Reader(file=f"cache/{CACHE_KEY}/entry.json", damages=any_json, read=read_shards),
-    "source": Reader(
-        file="cache/sources/record.json",
-        damages=any_json,
-        read=read_source,
-        check=lambda digest: isinstance(digest, str | None),
-    ),
     "metrics": Reader(file="run/metrics.jsonl", damages=any_lines, read=read_run),
     "summary": Reader(file="run/summary.json", damages=any_json, read=read_run),
     "data": Reader(file="run/data.json", damages=any_json, read=read_run),
-    "data again": Reader(file="run/data.json", damages=any_json, read=read_records),
     "state": Reader(file=f"{STEP}/state.json", damages=any_json, read=read_run),
     "published": Reader(file="run/adapter/adapter_config.json", damages=any_json, read=read_run),
-    "card": Reader(file="card.md", damages=any_bytes, read=read_run),
-    "error": Reader(file="run/logs/rank_0.error.json", damages=any_json, read=read_failure),
     "prompts": Reader(
         file="run/prompts.jsonl", damages=any_lines, read=lambda folder: read_prompts(folder / "run/prompts.jsonl")
     ),
-    "axolotl": Reader(file="axolotl.yaml", damages=any_yaml, read=read_axolotl, names=("",), examples=40),
 }
 
 
@@ -453,3 +349,49 @@ def test_truncated_settings_are_refused(place: Path) -> None:
 @pytest.mark.parametrize("name", READERS)
 def test_non_files_are_refused_or_missing(name: str, place: Path) -> None:
     holds_without(READERS[name], place)
+
+
+def overlapping(content: bytes) -> bytes:
+    header, data = split_tensors(content)
+    first, *_, last = (entry for name, entry in header.items() if name != "__metadata__")
+    last["data_offsets"] = first["data_offsets"]
+    return with_header(header, data)
+
+
+TRAIN = ["train", "model.path=model", "data.path=data.jsonl", "data.sequence_length=64", "run_dir=new"]
+COMMANDS: list[tuple[list[str], str, Callable[[bytes], bytes] | str, str]] = [
+    # (the command, the file, what becomes of it, what the line says)
+    (TRAIN, "model/model-00002-of-00002.safetensors", overlapping, "is damaged"),
+    (TRAIN, "data.jsonl", "endless", "neither a file nor a folder"),
+    (
+        [*TRAIN, "adapter.init_from=adapter"],
+        "adapter/adapter_model.safetensors",
+        lambda content: content[: len(content) // 2],
+        "adapter_model",
+    ),
+    (["resume", "run"], "run/config.yaml", lambda content: YAML_TRICKS[0], "config.yaml"),
+    (
+        ["status", "run"],
+        "run/config.yaml",
+        lambda content: content.replace(b"seed: 0", b"seed: zero"),
+        "train.seed='zero' must be of type int",
+    ),
+    (["push", "run", "me/it", "--dry-run"], "run/summary.json", lambda content: b"{", "summary.json is damaged"),
+]
+
+
+@pytest.mark.ci
+def test_commands_refuse_damage_in_one_line_and_leave_nothing(tmp_path: Path) -> None:
+    """Run processes, whose messages at exit are visible here."""
+    make_place(tmp_path)
+    for words, file, damage, expected in COMMANDS:
+        changed = damage if isinstance(damage, str) else damage((tmp_path / file).read_bytes())
+        with damaged(tmp_path / file, changed):
+            before = state_of(tmp_path)
+            distlora = Path(sys.executable).with_name("distlora")
+            ended = subprocess.run([distlora, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            assert state_of(tmp_path) == before, "a refused command leaves nothing behind"
+        assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+        lines = ended.stderr.splitlines(keepends=True)
+        check_line(lines[-1])
+        assert expected in lines[-1]

@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
-from distlora.loading.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
+from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.post import generate as worker
@@ -45,6 +45,7 @@ from distlora.training.generator import (
     sampling,
 )
 from distlora.training.reporter import Reporter
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora_launcher.cli.main import main as command
 from family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder
 from small_models import make_run, tokenizer, write_model_folder

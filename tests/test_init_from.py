@@ -196,11 +196,11 @@ def test_contradicting_override_is_refused(folders: Path, adapter: Path, word: s
 FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
     ({"use_dora": True}, "has a lora_A and no lora_magnitude_vector"),
-    ({"use_dora": "yes"}, "use_dora='yes' is not true or false"),
+    ({"use_dora": "yes"}, "use_dora is 'yes', not true or false"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, which the file does not hold"),
     ({"modules_to_save": ["norm"]}, "modules_to_save has 'norm'; only embed_tokens and lm_head"),
-    ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' is not a list"),
-    ({"ensure_weight_tying": True}, "ensure_weight_tying=True .*separately"),
+    ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', not a list"),
+    ({"ensure_weight_tying": True}, "ensure_weight_tying=True is not supported"),
     ({"bias": "lora_only"}, "bias='lora_only'"),
     ({"lora_bias": True}, "lora_bias=True"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
@@ -218,14 +218,14 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base"),
     ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' changed the base"),
     ({"use_qalora": True}, "use_qalora=True"),
-    ({"of_a_later_peft": 3}, r"of_a_later_peft=3 .*does not know"),
-    ({"r": "8"}, "r='8' is not a whole number"),
-    ({"lora_alpha": None}, "lora_alpha=None is not a number"),
-    ({"use_rslora": "yes"}, "use_rslora='yes' is not true or false"),
-    ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern=.* is not a mapping to numbers"),
+    ({"of_a_later_peft": 3}, "of_a_later_peft=3 is not supported"),
+    ({"r": "8"}, "r is '8', not an integer"),
+    ({"lora_alpha": None}, "lora_alpha is None, not a number"),
+    ({"use_rslora": "yes"}, "use_rslora is 'yes', not true or false"),
+    ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern.q_proj is 1.5, not an integer"),
     ({"rank_pattern": {"q_proj(": 2}}, r"q_proj\(.* is no regular expression"),
-    ({"target_modules": None}, "target_modules=None is not a list"),
-    ({"target_modules": ["k_proj"]}, r"target_modules=\['k_proj'\] is not a list of what"),
+    ({"target_modules": None}, "target_modules=None names nothing"),
+    ({"target_modules": ["k_proj"]}, r"target_modules=\['k_proj'\] names nothing"),
 ]
 
 
@@ -269,13 +269,13 @@ TENSORS: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
     (lambda t: {n: v.half().to(torch.float64) for n, v in t.items()}, "is stored as F64"),
     (
         plus("model.embed_tokens.lora_embedding_A", 8, 1001),
-        "lora_embedding_A is not a lora_A.* an adapter of the embedding",
+        "lora_embedding_A is not a lora_A",
     ),
     (
         plus("model.layers.0.self_attn.q_proj.lora_magnitude_vector", 96),
         "which is DoRA's, but adapter_config.json has no use_dora=true",
     ),
-    (plus("model.embed_tokens.weight", 1001, 96), "the whole embedding"),
+    (plus("model.embed_tokens.weight", 1001, 96), "embed_tokens.weight is not a lora_A"),
     (plus("model.layers.0.self_attn.q_proj.lora_A.default.weight", 8, 96), "the same tensor of two adapters"),
     (lambda t: {}, "holds no tensors"),
 ]

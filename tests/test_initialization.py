@@ -22,7 +22,7 @@ from closeness import relative_error
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
-from distlora.loading import decomposed_adapters, plain_adapter
+from distlora.loading import decomposed_adapters
 from distlora.loading.peft_format import adapter_tensors
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, watch
@@ -205,7 +205,7 @@ def test_any_world_size_has_the_same_adapters_and_base(
 def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
     """Return the number of plain-LoRA tensors that this rank made, and its maximum at a time."""
     made: list[weakref.ref[Tensor]] = []
-    most, original = 0, plain_adapter._joined
+    most, original = 0, decomposed_adapters._joined
 
     def joined(name: str, trained: Tensor, start: Tensor) -> Tensor:
         nonlocal most
@@ -215,11 +215,11 @@ def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
         return tensor
 
     model, backend, _ = start_run_model(load_config(run_dir), ranks)
-    plain_adapter._joined = joined
+    decomposed_adapters._joined = joined
     try:
         publish_result(run_dir / "adapter", model, load_config(run_dir).spec, None, backend, run_dir=run_dir)
     finally:
-        plain_adapter._joined = original
+        decomposed_adapters._joined = original
     backend.barrier()
     if backend.writes:
         (run_dir / INITIAL_ADAPTER_NAME).rename(run_dir / "elsewhere")

@@ -123,8 +123,10 @@ def test_quant_none_keeps_run_dtype(folders: Path) -> None:
             assert torch.equal(parameter, source[model.hf_name(name)].bfloat16()), name
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [("model.layers.1.mlp.up_proj.weight", float("nan")), ("model.embed_tokens.weight", float("inf"))],
+)
 def test_non_finite_weights_are_refused(folders: Path, tmp_path: Path, tensor: str, value: float) -> None:
     shutil.copytree(folders / "llama", tmp_path / "bad")
     tensors = safetensors.torch.load_file(tmp_path / "bad" / "model.safetensors")
@@ -196,13 +198,6 @@ def test_weight_left_in_16_bits_is_detected(folders: Path, monkeypatch: pytest.M
         loaded(folders / "llama", adapter={"target_modules": "qv"})
 
 
-def test_malformed_index_is_refused(folders: Path, tmp_path: Path) -> None:
-    shutil.copytree(folders / "llama", tmp_path / "bad")
-    (tmp_path / "bad" / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
-    with pytest.raises(UserError, match="is damaged: weight_map is "):
-        read_headers(tmp_path / "bad")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_nan_and_infinities_are_detected(dtype: torch.dtype) -> None:
     weights = torch.randn(1000).to(dtype)
@@ -214,8 +209,5 @@ def test_nan_and_infinities_are_detected(dtype: torch.dtype) -> None:
             assert not all_finite(damaged)
             damaged[(place + 1) % 1000] = -value
             assert not all_finite(damaged)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_overflowing_sum_of_finite_weights_is_finite(dtype: torch.dtype) -> None:
-    assert all_finite(torch.full((1000,), torch.finfo(dtype).max, dtype=dtype))
+    largest = torch.finfo(dtype).max
+    assert all_finite(torch.full((1000,), largest, dtype=dtype)), "whose sum overflows"

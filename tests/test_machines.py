@@ -378,14 +378,6 @@ def test_a_killed_worker_and_a_lost_machine_lose_nothing(folders: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_machine_that_does_not_come_is_told(tmp_path: Path, machines: list[Machine]):
-    fake_run(tmp_path / "run", "waits", timeout_seconds=5.0)
-    machines.append(part(tmp_path / "run", tmp_path / "alone"))
-    assert machines[0].wait() == 1
-    assert "error: not all of the 2 nodes of this run (rendezvous 127.0.0.2:" in machines[0].says()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "message"),
     [

@@ -26,13 +26,13 @@ from distlora.checkpoint.files import write_files
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.data.loader import StepBatch
-from distlora.loading.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.training import worker
 from distlora.training.open_run import open_data
 from distlora.training.publish import load_weights, weight_files
 from distlora.training.setup import start_run_model
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from family_models import SINGLE, dequantized, positions_of, tokens
 from small_models import NEW_TOKENS, make_run, read_metrics
 from worlds import World

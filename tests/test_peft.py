@@ -113,16 +113,6 @@ def test_gradients_equal_peft(folders: Path, tmp_path: Path, tokens: Tensor) -> 
         assert_close(parameter.grad, theirs[name], ulps=64)
 
 
-def test_peft_reads_our_config(folders: Path, tmp_path: Path) -> None:
-    adapter = {"target_modules": "mlp", "r": 6, "lora_alpha": 12.0, "use_rslora": False, "init": "gaussian"}
-    make_run(tmp_path / "run", folders, adapter=adapter, train={"max_steps": 1})
-    worker.run(tmp_path / "run", SINGLE)
-    read = peft.LoraConfig.from_pretrained(tmp_path / "run" / "adapter")
-    assert (read.r, read.lora_alpha, read.use_rslora) == (6, 12.0, False)
-    assert read.target_modules == {"gate_proj", "up_proj", "down_proj"}
-    assert read.base_model_name_or_path == str(folders / "llama")
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_fresh_adapter_changes_no_bit(folders: Path, tokens: Tensor, dtype: str) -> None:
     """Compare step 0 with the adapter and without (sequences that choose none)."""

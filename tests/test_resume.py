@@ -219,28 +219,15 @@ def test_a_run_killed_with_9_resumes_bit_for_bit(folders: Path, tmp_path: Path, 
     assert_same_run(tmp_path / "killed", whole(1).folder)
 
 
-OTHERS = [pytest.param(damage, marks=pytest.mark.ci) for damage in ("missing file", "no manifest", "odd manifest")]
-
-
-@pytest.mark.parametrize("damage", ["flipped byte", *OTHERS])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    tmp_path: Path,
-    whole: Callable[[int], Whole],
-    stopped: Path,
-    capsys: pytest.CaptureFixture[str],
-    damage: str,
+    tmp_path: Path, whole: Callable[[int], Whole], stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(stopped, tmp_path / "damaged")
     folder = steps(tmp_path / "damaged" / "checkpoints")[-1]
     assert folder.name == "step_00000004"
-    if damage == "flipped byte":
-        content = bytearray((folder / "trainer.safetensors").read_bytes())
-        content[-1] ^= 1
-        (folder / "trainer.safetensors").write_bytes(content)
-    elif damage == "odd manifest":
-        (folder / "manifest.json").write_text("[]")
-    else:
-        (folder / ("manifest.json" if damage == "no manifest" else "adapter_model.safetensors")).unlink()
+    content = bytearray((folder / "trainer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "trainer.safetensors").write_bytes(content)
     run_until(SINGLE, run_dir=tmp_path / "damaged", stop_before=None)
     printed = capsys.readouterr().out
     assert "step_00000004 is damaged" in printed

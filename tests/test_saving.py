@@ -22,9 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from distlora.checkpoint import saver as saver_module
-from distlora.checkpoint import snapshot
-from distlora.checkpoint.resume import choose
-from distlora.checkpoint.saver import SaveError, Saver
+from distlora.checkpoint.saver import SaveError, Saver, Snapshot, choose
 from distlora.checkpoint.state import Identity, Progress, TrainState, load_state
 from distlora.config import UserError
 from distlora.parallel import Backend, Ranks, Shards, shards
@@ -141,7 +139,7 @@ def gone(run_dir: Path) -> Callable[[], object]:
 
 FAULTS = {
     full: ("No space left on device", "free space there"),
-    read_only: ("Read-only file system", "make it writable"),
+    read_only: ("Read-only file system", "that it is writable"),
     small_files: ("File too large", "ulimit -f"),
     gone: ("No such file or directory", "put the folder back"),
 }
@@ -152,7 +150,7 @@ FAULTS = {
 def test_gpu_copies_hold_the_state_when_queued() -> None:
     device = torch.device("cuda")
     ranks = Ranks(0, 1, device, None)
-    copies = snapshot.Snapshot(Backend(ranks, Shards.over(ranks)))
+    copies = Snapshot(Backend(ranks, Shards.over(ranks)))
     tensors = {"large": torch.zeros(2**26, device=device), "small": torch.zeros(3, device=device)}
     for value in (1.0, 2.0):
         for tensor in tensors.values():

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distlora.output.figures import draw_bars
-from distlora.output.result_files import Results
-from distlora.output.tables import Table
+from distlora.output.results import Results, Table, draw_bars
 
 ROWS = [{"start": "cold", "seconds": 2.5}, {"start": "from the cache", "seconds": 0.25, "bytes": 7}]
 

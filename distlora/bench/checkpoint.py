@@ -21,15 +21,12 @@ from distlora.bench.host import free_port, libraries_print_to_stderr, measuremen
 from distlora.bench.random_inputs import random_rows, write_random_checkpoint
 from distlora.bench.requests import CheckpointBench
 from distlora.bench.trial import Started, ignore
-from distlora.checkpoint.resume import choose, environment
-from distlora.checkpoint.saver import Saver
+from distlora.checkpoint.saver import Saver, choose, environment
 from distlora.checkpoint.state import Identity, Progress, TrainState
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.rows import PackedRows
-from distlora.output.figures import draw_bars
-from distlora.output.result_files import Results
-from distlora.output.tables import Table
+from distlora.output.results import Results, Table, draw_bars
 from distlora.parallel import Ranks, join_ranks, leave_ranks
 from distlora.run_folder.checkpoint_manifest import TRAINER_NAME
 from distlora.system.exit_codes import DONE

@@ -25,9 +25,7 @@ from distlora.bench.random_inputs import LLAMA_700M, write_random_checkpoint
 from distlora.bench.requests import LoadBench
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.output.figures import draw_bars
-from distlora.output.result_files import Results
-from distlora.output.tables import Table, spread
+from distlora.output.results import Results, Table, draw_bars, spread
 from distlora.system.exit_codes import DONE
 from distlora.system.progress import say
 from distlora_kernels.nf4_cpu import has_bitsandbytes

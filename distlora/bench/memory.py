@@ -27,9 +27,7 @@ from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.loader import MicroBatch, Share, StepBatch, stacks
 from distlora.model.build import put_trial
-from distlora.output.figures import draw_bars
-from distlora.output.result_files import Results
-from distlora.output.tables import Table
+from distlora.output.results import Results, Table, draw_bars
 from distlora.parallel import Ranks, join_ranks, leave_ranks, whole_shape
 from distlora.planner.machine import Found, machine_of
 from distlora.planner.memory import KINDS

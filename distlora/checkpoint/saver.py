@@ -1,34 +1,177 @@
-"""Save a run's checkpoints in a background thread, one at a time, and tolerate disks that refuse a write."""
+"""Save checkpoints in a background thread, tolerate disks that refuse a write, and choose one to resume from."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import errno
+import importlib.metadata
 import math
+import platform
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distlora.checkpoint.files import Files, atomic_folder, write_files
-from distlora.checkpoint.snapshot import Snapshot, is_cut
 from distlora.checkpoint.state import Progress, TrainState
-from distlora.parallel import Backend, watch
+from distlora.config import UserError
+from distlora.parallel import Backend, Ranks, from_rank_0, watch
+from distlora.parallel.shards import HostRows
 from distlora.run_folder.checkpoint_manifest import (
     STATE_NAME,
     fault,
+    newest,
+    set_aside,
     step_folder,
     step_of,
     steps,
     temporary_folder,
+    tidy,
     write_manifest,
 )
+from distlora.run_folder.layout import BEST_NAME, CHECKPOINT_PATTERN, PUBLISHED
+from distlora.system import host_memory
+from distlora_kernels import native
+
+_NONE, _NONE_WHOLE = -1, -2
+
+
+def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
+    """Return the newest whole checkpoint (None if nothing was saved), and on rank 0 one line per newer, damaged one.
+
+    Rank 0 alone reads the checkpoints, every byte, and broadcasts its choice; 64 ranks would otherwise read hundreds of
+    GB each. It sets damaged newer checkpoints aside and removes what a killed writer left. Every rank must call it
+    alike.
+
+    Raises UserError on every rank if there are checkpoints and none is whole: the folder may be readable again later,
+    and a run that began anew would remove it.
+    """
+    step = _NONE
+    damaged: list[str] = []
+    if ranks.rank == 0:
+        tidy(checkpoints, CHECKPOINT_PATTERN)
+        for name in (BEST_NAME, *PUBLISHED.values()):
+            tidy(checkpoints.parent, name)
+        folder, damaged = newest(checkpoints)
+        if folder is not None:
+            step = step_of(folder)
+            newer = reversed([path for path in steps(checkpoints) if step_of(path) > step])
+            damaged = [f"{line}; it is now {set_aside(path)}" for line, path in zip(damaged, newer, strict=True)]
+        elif damaged:
+            step = _NONE_WHOLE
+    step = from_rank_0(step, ranks)
+    if step == _NONE_WHOLE:
+        named = "; ".join(damaged) or "rank 0 reports the damage of each"
+        raise UserError(
+            f"no checkpoint in {checkpoints} is whole: {named}. Make that folder readable or restore whole copies; "
+            "to start over, move it out of the run folder"
+        )
+    return (None if step == _NONE else step_folder(checkpoints, step)), damaged
+
+
+def environment(world: int, device: torch.device, *, compiles: bool = False) -> dict[str, Any]:
+    """Return the versions and hardware that the bits of a step depend on, beside the data and the settings.
+
+    A resume with equal values continues bit for bit. `compiles`: train.compile, whose bits depend on compiler and CPU.
+    """
+    is_cuda = device.type == "cuda"
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    processor = platform.machine() if model is None else model[1]
+    return {
+        "ranks": world,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else torch.backends.cpu.get_cpu_capability(),
+        "distlora": importlib.metadata.version("distlora"),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "python": platform.python_version(),
+        **({"compiler": native.compiler_version(), "processor": processor} if compiles else {}),
+    }
+
+
+class Snapshot:
+    """Host memory for one copy of this rank's state, allocated at the first save and reused by later ones.
+
+    Fresh pages cost five times as much as copying into old ones, and pinned memory far more.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._memory: dict[tuple[str, str], Tensor] = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def has_room(self, files: Files) -> bool:
+        """Return whether the node has memory for the copies of its ranks; the same on every rank.
+
+        Every rank must call it.
+        """
+        needed = 0
+        if not self._memory:
+            mine = [self._local(tensor)[0] for _, tensor in _tensors_of(files) if self._is_copied(tensor)]
+            needed = host_memory.bytes_like(mine)
+        return not self._backend.lacks_host_memory(needed)
+
+    def take(self, files: Files) -> Files:
+        """Return `files` with copies of the tensors that this rank saves: whole ones, or its rows of sharded ones.
+
+        Other tensors stay as they are. From a GPU the copies are queued behind its work so far: the caller may continue
+        at once, and a reader calls `wait` first. The previous call's copies are overwritten.
+        """
+        parts = {key: self._local(tensor) for key, tensor in _tensors_of(files) if self._is_copied(tensor)}
+        rows = {key: part for key, (part, _) in parts.items()}
+        kinds = {key: (held.shape, held.dtype) for key, held in self._memory.items()}
+        missing = {key: row for key, row in rows.items() if kinds.get(key) != (row.shape, row.dtype)}
+        self._memory |= zip(missing, host_memory.memory_like(list(missing.values())), strict=True)
+        copies: dict[str, dict[str, Tensor | HostRows]] = {}
+        for (name, key), tensor in _tensors_of(files):
+            held: Tensor | HostRows = tensor
+            if (name, key) in parts:
+                held = self._memory[name, key]
+                if isinstance(tensor.data, DTensor):
+                    held = HostRows(local=held, first_row=parts[name, key][1], shape=tensor.shape)
+            copies.setdefault(name, {})[key] = held
+        if rows:
+            with torch.no_grad():
+                torch._foreach_copy_([self._memory[key] for key in rows], list(rows.values()), non_blocking=True)
+        devices = {tensor.device for tensor in rows.values() if tensor.is_cuda}
+        assert len(devices) <= 1
+        if devices:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(devices.pop()))
+        return {**files, **copies}
+
+    def wait(self) -> None:
+        """Wait until the copies are complete. From any thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _is_copied(self, tensor: Tensor) -> bool:
+        return self._backend.writes or (self._backend.gives_rows and isinstance(tensor.data, DTensor))
+
+    def _local(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """Return this rank's part of a tensor, and the index of its first row."""
+        return self._backend.local_rows(tensor.detach())
+
+
+def _tensors_of(files: Files) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """Yield ((file, name), tensor) of a checkpoint's files."""
+    for name, content in files.items():
+        if name.endswith(".safetensors"):
+            for key, tensor in content.items():
+                assert isinstance(tensor, Tensor), f"{key} in {name} is not a tensor"
+                yield (name, key), tensor
+
 
 WORTH_SAYING = 1.0
 """Seconds of waiting for a save that are reported; doubled after each report."""
@@ -39,12 +182,7 @@ _REMEDIES = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space within your quota there",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-    errno.EROFS: "make it writable",
-    errno.EACCES: "make it writable",
-    errno.EPERM: "make it writable",
     errno.ENOENT: "put the folder back",
-    errno.ENOTDIR: "put the folder back",
-    errno.EIO: "check that disk",
 }
 
 
@@ -104,7 +242,7 @@ class Saver:
         self._saving, self._failed = progress.step, None
         state = copy.deepcopy(self._state_of(progress))  # Training changes it meanwhile.
         files = self._collect()
-        cut = is_cut(files)
+        cut = any(isinstance(tensor.data, DTensor) for _, tensor in _tensors_of(files))
         in_background = self._in_background
         if in_background and cut and not self._snapshot.has_room(files):
             in_background = self._in_background = False
@@ -184,7 +322,11 @@ class Saver:
                 # A thread starts on the first GPU, where each rank's context would take 0.5 GB.
                 torch.cuda.set_device(device)
             self._snapshot.wait()
-            self._write_folder(files, state)
+            folder, backend = step_folder(self._checkpoints, state.progress.step), self._backend
+            with atomic_folder(folder, backend) as temporary:
+                sums = write_files(temporary, {**files, STATE_NAME: asdict(state)}, backend, metadata=self._metadata)
+                if backend.writes:
+                    write_manifest(temporary, sums, state.identity.base_fingerprint)
         except OSError as error:
             self._failed = SaveError(self._explained(error, state.progress.step))
             # Even for the last save: a full disk takes no error file and no log.
@@ -197,25 +339,15 @@ class Saver:
         else:
             self.saved_step = state.progress.step
             if self._backend.writes:
-                self._prune(state.progress)
-
-    def _write_folder(self, files: Files, state: TrainState) -> None:
-        folder, backend = step_folder(self._checkpoints, state.progress.step), self._backend
-        with atomic_folder(folder, backend) as temporary:
-            sums = write_files(temporary, {**files, STATE_NAME: asdict(state)}, backend, metadata=self._metadata)
-            if backend.writes:
-                write_manifest(temporary, sums, state.identity.base_fingerprint)
-
-    def _prune(self, progress: Progress) -> None:
-        try:
-            for line in self._keeper.prune(progress.step, progress.evaluations):
-                self._say(f"WARNING: {line}")
-        except OSError as error:
-            self._say(f"WARNING: old checkpoints in {self._checkpoints} could not be removed ({error}); check the disk")
+                try:
+                    for line in self._keeper.prune(state.progress.step, state.progress.evaluations):
+                        self._say(f"WARNING: {line}")
+                except OSError as error:
+                    self._say(f"WARNING: old checkpoints could not be removed ({error}); check the disk")
 
     def _explained(self, error: OSError, step: int) -> str:
         """Return the message of a failed save: what, where, why, and the cure."""
-        remedy = _REMEDIES.get(error.errno or 0, "check the disk")
+        remedy = _REMEDIES.get(error.errno or 0, "check that disk, and that it is writable")
         newest = "no checkpoint" if self.saved_step is None else f"the newest is of step {self.saved_step}"
         return (
             f"the state after step {step} could not be saved in {self._checkpoints} ({error.strerror or error}); "
@@ -223,19 +355,13 @@ class Saver:
         )
 
 
-State = tuple[tuple[str, int, int, int], ...]
-
-
 class Keeper:
-    """Removes old checkpoints once enough newer ones are known to be whole.
-
-    A checkpoint's bytes are read once, and again only if a file's size, inode or time of change differs.
-    """
+    """Removes old checkpoints once enough newer ones are known to be whole. Each checkpoint's bytes are read once."""
 
     def __init__(self, checkpoints: Path, keep: int) -> None:
         self._checkpoints, self._keep = checkpoints, keep
-        self._whole: dict[Path, State] = {}
-        """State of the files of each checkpoint when it was found whole."""
+        self._whole: set[tuple[Path, float]] = set()
+        """Checkpoints that were found whole, and when they were written."""
 
     def prune(self, step: int, evaluations: Mapping[int, float]) -> list[str]:
         """Remove all checkpoints but the newest `keep` whole ones and the whole one with the lowest held-out loss.
@@ -245,11 +371,9 @@ class Keeper:
         newer checkpoint was read and found whole.
         """
         folders = [folder for folder in steps(self._checkpoints) if step_of(folder) <= step]
-        losses = {folder: evaluations.get(step_of(folder), math.nan) for folder in folders}
-        losses = {folder: loss for folder, loss in losses.items() if math.isfinite(loss)}
         if len(folders) <= self._keep:
             return []
-        damaged: list[str] = []
+        lines: list[str] = []
         kept: set[Path] = set()
         surplus = []
         for folder in reversed(folders):
@@ -258,34 +382,23 @@ class Keeper:
             elif (reason := self._fault(folder)) is None:
                 kept.add(folder)
             else:
-                damaged.append(f"checkpoint {folder.name} is damaged ({reason}); older ones are kept instead")
+                lines.append(f"checkpoint {folder.name} is damaged ({reason}); older ones are kept instead")
+        losses = {folder: evaluations.get(step_of(folder), math.nan) for folder in folders}
         # Among equal losses the earliest is the best, as in Progress.best_step.
-        for best in sorted(losses, key=lambda folder: (losses[folder], step_of(folder))):
+        for best in sorted(filter(lambda folder: math.isfinite(losses[folder]), folders), key=losses.__getitem__):
             if best in kept:
                 break
             if best in surplus and self._fault(best) is None:
                 surplus.remove(best)
                 break
         for folder in surplus:
-            self._whole.pop(folder, None)
             # Renamed first, so that `step_*` never names half a checkpoint if this is killed.
             shutil.rmtree(folder.rename(temporary_folder(folder)))
-        return damaged
+        return lines
 
     def _fault(self, folder: Path) -> str | None:
-        state = _state(folder)
-        if self._whole.get(folder) == state:
-            return None
-        reason = fault(folder)
+        written = folder, folder.stat().st_mtime
+        reason = None if written in self._whole else fault(folder)
         if reason is None:
-            self._whole[folder] = state
+            self._whole.add(written)
         return reason
-
-
-def _state(folder: Path) -> State:
-    """Return name, size, inode and time of change (ns) of every file in a folder."""
-    states = []
-    for path in sorted(folder.iterdir()):
-        status = path.stat()
-        states.append((path.name, status.st_size, status.st_ino, status.st_mtime_ns))
-    return tuple(states)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import ModelSpec, OptimConfig, TrainConfig, UserError
+from distlora.config.errors import short
 from distlora.config.file import as_plain
+from distlora.config.json_files import Shape, check_shape, read_object
 from distlora.run_folder.checkpoint_manifest import STATE_NAME, steps
 from distlora.weights.initial_adapter_file import needs_initial_adapter
 from distlora.weights.peft_folder import weights_digest
@@ -80,7 +81,7 @@ class TrainState:
     progress: Progress
     identity: Identity
     environment: dict[str, Any]
-    """`resume.environment()` of the saving run; a resume with an equal one is bit-exact."""
+    """`saver.environment()` of the saving run; a resume with an equal one is bit-exact."""
 
 
 def fixed_settings(spec: ModelSpec, optim: OptimConfig, train: TrainConfig) -> dict[str, Any]:
@@ -96,67 +97,43 @@ def fixed_settings(spec: ModelSpec, optim: OptimConfig, train: TrainConfig) -> d
     }
 
 
+_NULL = type(None)
+_SHAPE: Shape = {
+    "progress": {"step": int, "evaluations": dict, "seconds": float, "tokens": int, "published_step?": (int, _NULL)},
+    "identity": {"base_fingerprint": str, "data_digest": str, "settings": dict, "reference_digest?": (str, _NULL)},
+    "environment": dict,
+}
+
+
 def load_state(folder: Path) -> TrainState:
-    """Read a checkpoint's state.json. Raises UserError if it cannot be read or has another format."""
-    path = folder / STATE_NAME
-    try:
-        if not path.is_file():
-            raise ValueError("it is missing or not a file")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return _state(values)
-    except (OSError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be used ({error}); move {folder} out of the run folder, and the previous checkpoint is used"
-        ) from error
-
-
-def _state(values: Any) -> TrainState:
-    sections = [_of(values, name, dict) for name in ("progress", "identity", "environment")]
-    progress, identity, environment = sections
-    evaluations = _of(progress, "evaluations", dict)
-    for step, loss in evaluations.items():
-        if not step.isdecimal() or not _is_number(loss):
-            raise ValueError(f"progress.evaluations has {step}: {loss!r}")
-    reference = identity.get("reference_digest")
-    if reference is not None and not isinstance(reference, str):
-        raise ValueError(f"identity.reference_digest is {reference!r}")
+    """Read a checkpoint's state.json. Raises UserError if it is missing or has another format."""
+    path, remedy = folder / STATE_NAME, f"move {folder} out of the run folder, and the previous checkpoint is used"
+    values = read_object(path, remedy)
+    check_shape(values, _SHAPE, path, remedy)
+    progress, identity = values["progress"], values["identity"]
+    for step, loss in progress["evaluations"].items():
+        is_number = isinstance(loss, float) or (type(loss) is int and abs(loss) < 2**63)  # NaN and Inf are numbers.
+        if not is_number or not step.isdecimal() or len(step) > 20:
+            raise UserError(f"{path} is damaged: progress.evaluations has {short(step)}: {short(loss)}; {remedy}")
+    for name in ("step", "tokens", "published_step"):
+        if (progress.get(name) or 0) < 0:
+            raise UserError(f"{path} is damaged: progress.{name} is {progress[name]}; {remedy}")
     return TrainState(
         progress=Progress(
-            step=_count(progress, "step"),
-            evaluations={int(step): float(loss) for step, loss in evaluations.items()},  # JSON's keys are strings.
-            seconds=float(_of(progress, "seconds", (int, float))),
-            tokens=_count(progress, "tokens"),
-            published_step=None if progress.get("published_step") is None else _count(progress, "published_step"),
+            step=progress["step"],
+            evaluations={int(step): float(loss) for step, loss in progress["evaluations"].items()},
+            seconds=float(progress["seconds"]),
+            tokens=progress["tokens"],
+            published_step=progress.get("published_step"),
         ),
         identity=Identity(
-            base_fingerprint=_of(identity, "base_fingerprint", str),
-            data_digest=_of(identity, "data_digest", str),
-            settings=_of(identity, "settings", dict),
-            reference_digest=reference,
+            base_fingerprint=identity["base_fingerprint"],
+            data_digest=identity["data_digest"],
+            settings=identity["settings"],
+            reference_digest=identity.get("reference_digest"),
         ),
-        environment=environment,
+        environment=values["environment"],
     )
-
-
-def _of(values: Any, name: str, kind: type | tuple[type, ...]) -> Any:
-    """Return a member of a JSON object. Raises ValueError if it is missing or of another type."""
-    if not isinstance(values, dict) or name not in values:
-        raise ValueError(f"it has no {name}")
-    value = values[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{name} is {str(value)[:40]!r}")
-    return value
-
-
-def _count(values: dict[str, Any], name: str) -> int:
-    value: int = _of(values, name, int)
-    if value < 0:
-        raise ValueError(f"{name} is {value}")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_matches(state: TrainState, folder: Path, identity: Identity, *, init_from: str | None) -> None:
@@ -178,10 +155,10 @@ def check_matches(state: TrainState, folder: Path, identity: Identity, *, init_f
             f"{identity.data_digest[:12]}): the files at data.path have changed since; restore them"
         )
     if saved.reference_digest != identity.reference_digest:
+        then, now = ((digest or "none")[:12] for digest in (saved.reference_digest, identity.reference_digest))
         raise UserError(
-            f"{folder} was trained against another reference (SHA-256 {_short(saved.reference_digest)}, now "
-            f"{_short(identity.reference_digest)}): the adapter at adapter.init_from={init_from} has changed since; "
-            "restore it"
+            f"{folder} was trained against another reference (SHA-256 {then}, now {now}): the adapter at "
+            f"adapter.init_from={init_from} has changed since; restore it"
         )
 
 
@@ -208,7 +185,7 @@ def check_newest_settings(checkpoints: Path, settings: Mapping[str, Any]) -> Non
     for folder in reversed(steps(checkpoints)):
         try:
             state = load_state(folder)
-        except UserError:
+        except (UserError, OSError):
             continue
         check_settings(state, folder, settings)
         return
@@ -234,10 +211,6 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tu
         before, after = then.get(name), now.get(name)
         if before != after:
             yield name, before, after
-
-
-def _short(digest: str | None) -> str:
-    return "none" if digest is None else digest[:12]
 
 
 def identity_of(

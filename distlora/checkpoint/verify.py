@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import numpy as np
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import SINGLE_NAME, Segment, read_header, read_headers
 from distlora.checkpoint.state import check_matches, identity_of, load_state
-from distlora.config import AdapterConfig, Config, UserError, require
+from distlora.config import AdapterConfig, Config, ModelSpec, UserError, require
 from distlora.config.file import load_config
 from distlora.config.json_files import Shape, check_shape, parse_object, read_object
 from distlora.data.rows import PackedRows, content_digest
@@ -45,10 +45,8 @@ from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 READ_BYTES = 16 * 2**20
 """Bytes read at a time."""
 
-_SAMPLES_NAME = "samples.jsonl"
 _DATA: Shape = {"cache": str, "content": str, "splits": {"*": dict}}
 _LINE: Shape = {"step": int}
-_SPLITS = ("train", "eval")
 _RECORDS = (SUMMARY_NAME, PLAN_NAME, "stopped.json", "slurm.json")
 _LEFT_OVER = re.compile(r"\..+\.(tmp|old)|\..+-[0-9a-f]{16}|\.config\.yaml\.\d+")
 """Temporary names of atomic_io.py, checkpoint/files.py and the launcher."""
@@ -80,199 +78,176 @@ class Item:
 def verify(run_dir: Path) -> Iterator[Item]:
     """Yield what a run folder holds and what is damaged. Raises UserError for a folder without a run."""
     require((run_dir / "config.yaml").is_file(), f"{run_dir} holds no run (no config.yaml); name a run folder")
-    yield from _RunVerifier(run_dir).items()
-
-
-class _RunVerifier:
-    """Checks one run folder."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._problem = ""
-        self._config: Config | None = None
-        try:
-            self._config = load_config(run_dir)
-        except UserError as error:
-            self._problem = str(error)
-
-    def items(self) -> Iterator[Item]:
-        config = self._config
-        if config is None:
-            yield Item("config.yaml", "damaged", self._problem)
-        else:
-            yield Item("config.yaml", "ok", f"{config.adapter.method} of {config.model.name or config.model.path}")
-        if _is_locked(self._run_dir):
-            yield Item(self._run_dir.name, "note", "the run is in progress: files being written may look unfinished")
-        yield from _guarded(DATA_NAME, self._data)
-        yield from _guarded(INITIAL_ADAPTER_NAME, self._initial_adapter)
-        yield from _guarded("checkpoints", self._checkpoints)
-        yield from _guarded("results", self._results)
-        yield from _guarded(METRICS_NAME, self._lines)
-        yield from _guarded(SUMMARY_NAME, self._records)
-        yield from self._left_over()
-
-    def _data(self) -> Iterator[Item]:
-        """Check data.json and the digest of the packed sequences."""
-        path, remedy = self._run_dir / DATA_NAME, f"make it again with `distlora data prepare {self._run_dir}`"
-        if not path.is_file():
-            yield Item(DATA_NAME, "note", f"missing: the data is not prepared; {remedy}, or resume the run")
-            return
-        record = read_record(path)
-        check_shape(record, _DATA, path, remedy)
-        splits = sorted(record["splits"])
-        if not set(splits) <= set(_SPLITS):
-            raise UserError(f"{path} is damaged: it names the splits {', '.join(splits)}; {remedy}")
-        cache = Path(record["cache"])
-        if not cache.is_dir():
-            message = f"its packed sequences are gone from {cache}; the next start makes them again"
-            yield Item(DATA_NAME, "note", message)
-            return
-        counts = {split: len(PackedRows.open(cache, split)) for split in splits}
-        if content_digest(cache, splits) != record["content"]:
-            yield Item(
-                DATA_NAME,
-                "damaged",
-                f"the packed sequences in {cache} have another SHA-256 than those of this run; delete that folder and "
-                f"{remedy}",
-            )
-            return
-        yield Item(DATA_NAME, "ok", ", ".join(f"{count:,} {split} sequences" for split, count in counts.items()))
-
-    def _initial_adapter(self) -> Iterator[Item]:
-        """Check the digest of RUN/initial_adapter.safetensors."""
-        if self._config is None:
-            return
-        model, adapter = self._config.model, self._config.adapter
-        if not initial_adapter_path(self._run_dir).is_file():
-            if adapter.decomposes:
-                yield Item(INITIAL_ADAPTER_NAME, "note", "missing: the first start makes it")
-            return
-        base = CheckpointFiles(model.path) if Path(model.path).is_dir() else None
-        record = read_initial_adapter_record(self._run_dir, adapter, base)
-        assert record is not None
-        yield Item(INITIAL_ADAPTER_NAME, "ok", f"{record.method}{'' if base else ', its base is not on this machine'}")
-
-    def _checkpoints(self) -> Iterator[Item]:
-        """Check each saved step: every byte against the manifest, its step number, and that it is this run's."""
-        folders = steps(self._run_dir / CHECKPOINTS)
-        if not folders:
-            yield Item(CHECKPOINTS, "note", "nothing is saved yet")
-            return
-        config, base = self._config, None
-        if config is not None and not Path(config.model.path).is_dir():
-            message = f"model.path={config.model.path} is not on this machine: the base's weights are not checked"
-            yield Item("base", "note", message)
-        elif config is not None:
-            try:
-                base = base_identity(CheckpointFiles(config.model.path), config.adapter, self._run_dir)
-            except UserError as error:
-                yield Item("base", "damaged", str(error))
-        data: dict[str, Any] = {}
-        with contextlib.suppress(UserError):  # Reported by `_data`.
-            data = read_record(self._run_dir / DATA_NAME)
-        for folder in folders:
-            name, reason = f"{CHECKPOINTS}/{folder.name}", fault(folder)
-            if reason is None:
-                try:
-                    self._check_state(folder, data, base)
-                except UserError as error:
-                    reason = str(error)
-            if reason is None:
-                size = sum(path.stat().st_size for path in folder.iterdir())
-                yield Item(name, "ok", f"{size / 2**20:,.1f} MiB as saved")
-            else:
-                remedy = "a resume uses the newest whole checkpoint, so delete this folder or restore a copy"
-                yield Item(name, "damaged", f"{reason}; {remedy}")
-
-    def _check_state(self, folder: Path, data: Mapping[str, Any], base: str | None) -> None:
-        """Raise UserError if a whole checkpoint contradicts its name, the config, data.json (`data`) or the base.
-
-        `base`: the base's identity; None if it is not on this machine.
-        """
-        state, config = load_state(folder), self._config
-        if state.progress.step != step_of(folder):
-            raise UserError(f"{STATE_NAME} records step {state.progress.step}")
-        manifest = read_object(folder / "manifest.json", "restore a whole copy")
-        if manifest.get("base_fingerprint") != state.identity.base_fingerprint:
-            raise UserError(f"manifest.json and {STATE_NAME} name different bases")
-        if config is None:
-            return
-        if isinstance(data.get("content"), str):
-            identity = identity_of(
-                config.spec,
-                config.optim,
-                config.train,
-                data_digest=data["content"],
-                base_identity=base or state.identity.base_fingerprint,
-            )
-            check_matches(state, folder, identity, init_from=config.adapter.init_from)
-        is_adapter = config.adapter.method == "lora"
-        trained = read_header(folder / (WEIGHTS_NAME if is_adapter else SINGLE_NAME))
-        states = read_header(folder / TRAINER_NAME)
-        first = {name: segment for name, segment in states.items() if name.startswith(_FIRST_STATES)}
-        if is_adapter:
-            _check_adapter(folder, trained, config.adapter, times=1)
-            trained = {name: segment for name, segment in trained.items() if _ADAPTER_TENSOR.search(name)}
-            first = {name: segment for name, segment in first.items() if ".adapters." in name}
-        if _numel(first) != _numel(trained):
-            raise UserError(
-                f"{TRAINER_NAME} has optimizer states of {_numel(first):,} parameters, and {_numel(trained):,} are "
-                "trained"
-            )
-
-    def _results(self) -> Iterator[Item]:
-        """Check RUN/best, RUN/adapter and RUN/model: headers, finite values, and adapter_config.json."""
-        adapter = None if self._config is None else self._config.adapter
-        for name in (BEST_NAME, *PUBLISHED.values()):
-            folder = self._run_dir / name
-            if not folder.is_dir():
-                continue
-            try:
-                is_model = (folder / "config.json").is_file()
-                require(is_model or (folder / WEIGHTS_NAME).is_file(), f"it holds no {WEIGHTS_NAME}")
-                tensors = read_headers(folder) if is_model else read_header(folder / WEIGHTS_NAME)
-                if (folder / CONFIG_NAME).is_file():
-                    _check_adapter(folder, tensors, adapter, times=2 if adapter is not None and adapter.pissa else 1)
-                bad = next((tensor for tensor, segment in tensors.items() if not is_finite(segment)), None)
-                require(bad is None, f"{bad} holds NaN or infinities")
-                yield Item(name, "ok", f"{len(tensors):,} tensors, {_numel(tensors):,} numbers")
-            except (UserError, OSError) as error:
-                remedy = f"publish it again: remove the folder and `distlora resume {self._run_dir}`"
-                yield Item(name, "damaged", f"{error}; {remedy}")
-
-    def _lines(self) -> Iterator[Item]:
-        """Check that metrics.jsonl and samples.jsonl have whole lines, and that steps rise in metrics.jsonl."""
-        for name in (METRICS_NAME, _SAMPLES_NAME):
-            path = self._run_dir / name
-            if path.is_file():
-                yield _check_lines(path, rising=name == METRICS_NAME)
-
-    def _records(self) -> Iterator[Item]:
-        """Check that summary.json and the launcher's records are JSON objects."""
-        for name in _RECORDS:
-            path = self._run_dir / name
-            if path.is_file():
-                try:
-                    read_object(path, "move it out of the run folder")
-                    yield Item(name, "ok")
-                except UserError as error:
-                    yield Item(name, "damaged", str(error))
-
-    def _left_over(self) -> Iterator[Item]:
-        """Yield temporary files and folders of killed processes."""
-        for folder in (self._run_dir, self._run_dir / CHECKPOINTS):
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if _LEFT_OVER.fullmatch(path.name):
-                    message = "left by a process that was killed while writing; delete it, or let a resume do it"
-                    yield Item(str(path.relative_to(self._run_dir)), "note", message)
-
-
-def _guarded(name: str, check: Callable[[], Iterator[Item]]) -> Iterator[Item]:
-    """Yield a check's items; report an error as damage, so that the other checks go on."""
+    config = None
     try:
-        yield from check()
-    except (UserError, OSError) as error:
-        yield Item(name, "damaged", str(error))
+        config = load_config(run_dir)
+        yield Item("config.yaml", "ok", f"{config.adapter.method} of {config.model.name or config.model.path}")
+    except UserError as error:
+        yield Item("config.yaml", "damaged", str(error))
+    if _is_locked(run_dir):
+        yield Item(run_dir.name, "note", "the run is in progress: files being written may look unfinished")
+    for name, items in (
+        (DATA_NAME, _data(run_dir)),
+        (INITIAL_ADAPTER_NAME, _initial_adapter(run_dir, None if config is None else config.spec)),
+        (CHECKPOINTS, _checkpoints(run_dir, config)),
+        ("results", _results(run_dir, None if config is None else config.adapter)),
+        (METRICS_NAME, _files(run_dir)),
+    ):
+        try:
+            yield from items
+        except (UserError, OSError) as error:  # The other checks go on.
+            yield Item(name, "damaged", str(error))
+    for folder in (run_dir, run_dir / CHECKPOINTS):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if _LEFT_OVER.fullmatch(path.name):
+                message = "left by a process that was killed while writing; delete it, or let a resume do it"
+                yield Item(str(path.relative_to(run_dir)), "note", message)
+
+
+def _data(run_dir: Path) -> Iterator[Item]:
+    """Check data.json and the digest of the packed sequences."""
+    path, remedy = run_dir / DATA_NAME, f"make it again with `distlora data prepare {run_dir}`"
+    if not path.is_file():
+        yield Item(DATA_NAME, "note", f"missing: the data is not prepared; {remedy}, or resume the run")
+        return
+    record = read_record(path)
+    check_shape(record, _DATA, path, remedy)
+    splits = sorted(record["splits"])
+    if not set(splits) <= {"train", "eval"}:
+        raise UserError(f"{path} is damaged: it names the splits {', '.join(splits)}; {remedy}")
+    cache = Path(record["cache"])
+    if not cache.is_dir():
+        message = f"its packed sequences are gone from {cache}; the next start makes them again"
+        yield Item(DATA_NAME, "note", message)
+        return
+    counts = {split: len(PackedRows.open(cache, split)) for split in splits}
+    if content_digest(cache, splits) != record["content"]:
+        yield Item(
+            DATA_NAME,
+            "damaged",
+            f"the packed sequences in {cache} have another SHA-256 than those of this run; delete that folder and "
+            f"{remedy}",
+        )
+        return
+    yield Item(DATA_NAME, "ok", ", ".join(f"{count:,} {split} sequences" for split, count in counts.items()))
+
+
+def _initial_adapter(run_dir: Path, spec: ModelSpec | None) -> Iterator[Item]:
+    """Check the digest of RUN/initial_adapter.safetensors."""
+    if spec is None:
+        return
+    model, adapter = spec.model, spec.adapter
+    if not initial_adapter_path(run_dir).is_file():
+        if adapter.decomposes:
+            yield Item(INITIAL_ADAPTER_NAME, "note", "missing: the first start makes it")
+        return
+    base = CheckpointFiles(model.path) if Path(model.path).is_dir() else None
+    record = read_initial_adapter_record(run_dir, adapter, base)
+    assert record is not None
+    yield Item(INITIAL_ADAPTER_NAME, "ok", f"{record.method}{'' if base else ', its base is not on this machine'}")
+
+
+def _checkpoints(run_dir: Path, config: Config | None) -> Iterator[Item]:
+    """Check each saved step: every byte against the manifest, its step number, and that it is this run's."""
+    folders = steps(run_dir / CHECKPOINTS)
+    if not folders:
+        yield Item(CHECKPOINTS, "note", "nothing is saved yet")
+        return
+    base = None
+    if config is not None and not Path(config.model.path).is_dir():
+        message = f"model.path={config.model.path} is not on this machine: the base's weights are not checked"
+        yield Item("base", "note", message)
+    elif config is not None:
+        try:
+            base = base_identity(CheckpointFiles(config.model.path), config.adapter, run_dir)
+        except UserError as error:
+            yield Item("base", "damaged", str(error))
+    data: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # Reported by `_data`.
+        data = read_record(run_dir / DATA_NAME)
+    for folder in folders:
+        name, reason = f"{CHECKPOINTS}/{folder.name}", fault(folder)
+        if reason is None:
+            try:
+                _check_state(folder, config, data, base)
+            except UserError as error:
+                reason = str(error)
+        if reason is None:
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            yield Item(name, "ok", f"{size / 2**20:,.1f} MiB as saved")
+        else:
+            remedy = "a resume uses the newest whole checkpoint, so delete this folder or restore a copy"
+            yield Item(name, "damaged", f"{reason}; {remedy}")
+
+
+def _check_state(folder: Path, config: Config | None, data: Mapping[str, Any], base: str | None) -> None:
+    """Raise UserError if a whole checkpoint contradicts its name, the config, data.json (`data`) or the base.
+
+    `base`: the base's identity; None if it is not on this machine.
+    """
+    state = load_state(folder)
+    if state.progress.step != step_of(folder):
+        raise UserError(f"{STATE_NAME} records step {state.progress.step}")
+    manifest = read_object(folder / "manifest.json", "restore a whole copy")
+    if manifest.get("base_fingerprint") != state.identity.base_fingerprint:
+        raise UserError(f"manifest.json and {STATE_NAME} name different bases")
+    if config is None:
+        return
+    if isinstance(data.get("content"), str):
+        identity = identity_of(
+            config.spec,
+            config.optim,
+            config.train,
+            data_digest=data["content"],
+            base_identity=base or state.identity.base_fingerprint,
+        )
+        check_matches(state, folder, identity, init_from=config.adapter.init_from)
+    is_adapter = config.adapter.method == "lora"
+    trained = read_header(folder / (WEIGHTS_NAME if is_adapter else SINGLE_NAME))
+    states = read_header(folder / TRAINER_NAME)
+    first = {name: segment for name, segment in states.items() if name.startswith(_FIRST_STATES)}
+    if is_adapter:
+        _check_adapter(folder, trained, config.adapter, times=1)
+        trained = {name: segment for name, segment in trained.items() if _ADAPTER_TENSOR.search(name)}
+        first = {name: segment for name, segment in first.items() if ".adapters." in name}
+    if _numel(first) != _numel(trained):
+        raise UserError(
+            f"{TRAINER_NAME} has optimizer states of {_numel(first):,} parameters, and {_numel(trained):,} are trained"
+        )
+
+
+def _results(run_dir: Path, adapter: AdapterConfig | None) -> Iterator[Item]:
+    """Check RUN/best, RUN/adapter and RUN/model: headers, finite values, and adapter_config.json."""
+    for name in (BEST_NAME, *PUBLISHED.values()):
+        folder = run_dir / name
+        if not folder.is_dir():
+            continue
+        try:
+            is_model = (folder / "config.json").is_file()
+            require(is_model or (folder / WEIGHTS_NAME).is_file(), f"it holds no {WEIGHTS_NAME}")
+            tensors = read_headers(folder) if is_model else read_header(folder / WEIGHTS_NAME)
+            if (folder / CONFIG_NAME).is_file():
+                _check_adapter(folder, tensors, adapter, times=2 if adapter is not None and adapter.pissa else 1)
+            bad = next((tensor for tensor, segment in tensors.items() if not is_finite(segment)), None)
+            require(bad is None, f"{bad} holds NaN or infinities")
+            yield Item(name, "ok", f"{len(tensors):,} tensors, {_numel(tensors):,} numbers")
+        except (UserError, OSError) as error:
+            remedy = f"publish it again: remove the folder and `distlora resume {run_dir}`"
+            yield Item(name, "damaged", f"{error}; {remedy}")
+
+
+def _files(run_dir: Path) -> Iterator[Item]:
+    """Check the lines of metrics.jsonl and samples.jsonl, and that the other records are JSON objects."""
+    for name in (METRICS_NAME, "samples.jsonl"):
+        if (run_dir / name).is_file():
+            yield _check_lines(run_dir / name, rising=name == METRICS_NAME)
+    for name in _RECORDS:
+        if (run_dir / name).is_file():
+            try:
+                read_object(run_dir / name, "move it out of the run folder")
+                yield Item(name, "ok")
+            except UserError as error:
+                yield Item(name, "damaged", str(error))
 
 
 def _is_locked(run_dir: Path) -> bool:

@@ -1,7 +1,11 @@
 """Fingerprint the base's files for the quantized-weights cache, with the work divided over the ranks.
 
-Ranks that see the same files hash a part each. If each node has a copy, its ranks hash it, and all copies must be
-equal.
+The hub's cache names a file by its SHA-256. Any other file is read once, by the ranks that see it together, and its
+fingerprint is recorded under its path, inode, size and times of modification and change. All clients of a file server
+see these alike; device numbers differ. If each node has a copy, all copies must be equal.
+
+A file is recorded only if its times were SETTLED_SECONDS old when hashing began and unchanged when it ended, so that a
+later change in place gets other times even on disks with coarse timestamps.
 """
 
 from __future__ import annotations
@@ -9,50 +13,136 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from distlora.parallel import Backend, watch
-from distlora.weights import file_fingerprints
+from distlora.system import atomic_io
 from distlora.weights.quantized_cache_folder import SOURCES
 
-_WORDS = 4
-"""int64 words of a SHA-256."""
+PART_BYTES = 64 * 2**20
+"""Bytes of a file that one rank hashes at a time."""
+SETTLED_SECONDS = 2.0
 PARTS_AT_ONCE = 4
 """Parts that a rank hashes between two boundaries: about a second at 256 MiB/s."""
+Value = TypeVar("Value")
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """Fingerprints of the base's files."""
+class State(NamedTuple):
+    """Values of a file's status that change when the file changes."""
 
-    digests: Mapping[Path, str]
-    """Fingerprint of each file, the same on every rank."""
-    bytes_read: int
-    """Bytes that this rank read to compute them."""
+    inode: int
+    size: int
+    modified: int
+    """Nanoseconds since the epoch, like `changed`."""
+    changed: int
+
+
+class Part(NamedTuple):
+    """PART_BYTES of a file, or its remainder."""
+
+    file: Path
+    start: int
+    stop: int
+
+
+def state_of(file: Path) -> State:
+    """Return the state of a file, following symlinks. Raises OSError if there is none."""
+    status = file.stat()
+    return State(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def hub_digest(file: Path) -> str | None:
+    """Return the SHA-256 by which the hub's cache names a file; None for any other file."""
+    if not file.is_symlink():
+        return None
+    blob = file.resolve()
+    is_blob = blob.parent.name == "blobs" and blob.parent.parent.name.startswith("models--")
+    return f"sha256:{blob.name}" if is_blob and re.fullmatch("[0-9a-f]{64}", blob.name) else None
+
+
+def remembered(folder: Path, file: Path) -> str | None:
+    """Return the recorded fingerprint of an unchanged file; None if it has to be hashed."""
+    state = state_of(file)
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        record = _record(folder, file, state)
+        values = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+        if isinstance(values, dict) and values.get("state") == list(state) and isinstance(values.get("digest"), str):
+            return str(values["digest"])
+    return None
+
+
+def remember(folder: Path, file: Path, state: State, digest: str, *, began: float) -> None:
+    """Record the fingerprint of a file that was in `state` when hashing `began` (seconds since the epoch).
+
+    Nothing is recorded if the file changed meanwhile or was not settled. Raises OSError if the cache cannot be written.
+    """
+    if began - max(state.modified, state.changed) / 1e9 < SETTLED_SECONDS or state_of(file) != state:
+        return
+    record = _record(folder, file, state)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    atomic_io.write_json(record, {"path": str(file), "state": list(state), "digest": digest})
+
+
+def _record(folder: Path, file: Path, state: State) -> Path:
+    key = json.dumps([os.fsencode(file).hex(), *state])
+    return folder / f"source-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def parts_of(file: Path, size: int) -> list[Part]:
+    """Divide a file into parts of PART_BYTES."""
+    return [Part(file, start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)]
+
+
+def digest_of(part_digests: Sequence[bytes], size: int) -> str:
+    """Return the fingerprint of a file from the SHA-256 of its parts, in order."""
+    return f"tree:{hashlib.sha256(str(size).encode() + b''.join(part_digests)).hexdigest()}"
+
+
+def hash_parts(parts: Sequence[Part]) -> list[bytes]:
+    """Return the SHA-256 of each part. Raises OSError for a file that ends early."""
+    with ThreadPoolExecutor(max_workers=2) as pool:  # One thread reads while the other hashes.
+        return list(pool.map(_hash_part, parts))
+
+
+def _hash_part(part: Part) -> bytes:
+    digest, left = hashlib.sha256(), part.stop - part.start
+    with part.file.open("rb", buffering=0) as stream:
+        stream.seek(part.start)
+        while left:
+            content = stream.read(min(left, 2**20))
+            if not content:
+                raise OSError(
+                    f"{part.file} ended at byte {part.stop - left:,} while it was read, so it was changed after the "
+                    "run began; start again once nobody writes it"
+                )
+            digest.update(content)
+            left -= len(content)
+    return digest.digest()
 
 
 def content_of(
     files: Sequence[Path], folder: Path, backend: Backend, say: Callable[[str], None], boundary: watch.Marker
-) -> Content | None:
-    """Return the fingerprints of `files` and record them in the cache at `folder`. Every rank must call it alike.
+) -> tuple[dict[Path, str], int] | None:
+    """Return (fingerprints of `files`, bytes that this rank read), and record them in the cache at `folder`.
 
-    Returns None if the ranks see files of different sizes or bytes: each node has a copy, and they differ. Raises
-    OSError for a file that cannot be read.
+    Every rank must call it alike. Returns None if the ranks see files of different sizes or bytes: each node has a
+    copy, and they differ. Raises OSError for a file that cannot be read.
     """
-    states = {file: file_fingerprints.state_of(file) for file in files}
-    if not alike(json.dumps([states[file].size for file in files]), backend):
+    states = {file: state_of(file) for file in files}
+    if not alike([states[file].size for file in files], backend):
         return None
-    known = {
-        file: file_fingerprints.hub_digest(file) or file_fingerprints.remembered(folder / SOURCES, file)
-        for file in files
-    }
-    absent = torch.tensor([known[file] is None for file in files], dtype=torch.int64, device=backend.ranks.device)
-    unknown = [file for file, flag in zip(files, backend.max_over_ranks(absent).tolist(), strict=True) if flag]
+    digests = {file: hub_digest(file) or remembered(folder / SOURCES, file) for file in files}
+    known_by_rank = gathered(list(digests.values()), backend)
+    unknown = [file for file, *known in zip(files, *known_by_rank, strict=True) if None in known]
     bytes_read = 0
     if unknown:
         if backend.writes:
@@ -61,69 +151,41 @@ def content_of(
                 f"fingerprinting {total / 1e9:.2f} GB of the base for the quantized-weights cache (disable: "
                 "quant.cache=false)"
             )
-        began = time.time()
-        hashed, bytes_read = _hash(unknown, states, backend, boundary)
-        known |= hashed
+        began, rank = time.time(), backend.ranks.rank
+        states_by_rank = gathered(json.dumps(list(states.values())), backend)
+        # The ranks that see the same files hash every n-th part each.
+        group = [other for other, seen in enumerate(states_by_rank) if seen == states_by_rank[rank]]
+        parts = [part for file in unknown for part in parts_of(file, states[file].size)]
+        mine = parts[group.index(rank) :: len(group)]
+        rounds = -(-len(parts) // (min(Counter(states_by_rank).values()) * PARTS_AT_ONCE))
+        own_hashes: list[bytes] = []
+        for index in range(rounds):  # The same number on every rank: at a boundary all ranks agree whether to go on.
+            boundary(None, "fingerprinting the base", index + 1, long=True)
+            own_hashes += hash_parts(mine[index * PARTS_AT_ONCE : (index + 1) * PARTS_AT_ONCE])
+        bytes_read = sum(part.stop - part.start for part in mine)
+        hashes_by_rank = gathered([digest.hex() for digest in own_hashes], backend)
+        hashes: dict[Part, bytes] = {}
+        for place, other in enumerate(group):
+            hashes |= zip(parts[place :: len(group)], map(bytes.fromhex, hashes_by_rank[other]), strict=True)
+        for file in unknown:
+            digests[file] = digest_of([hashes[part] for part in parts if part.file == file], states[file].size)
         with contextlib.suppress(OSError):  # If the cache cannot be written, the next start hashes again.
-            for file, digest in hashed.items() if backend.ranks.leads_machine else ():
-                file_fingerprints.remember(folder / SOURCES, file, states[file], digest, began=began)
-    digests = {file: digest for file, digest in known.items() if digest is not None}
-    if not alike(json.dumps([digests[file] for file in files]), backend):
+            for file in unknown if backend.ranks.leads_machine else ():
+                remember(folder / SOURCES, file, states[file], str(digests[file]), began=began)
+    if not alike(list(digests.values()), backend):
         return None
-    return Content(digests, bytes_read)
+    return {file: str(digest) for file, digest in digests.items()}, bytes_read
 
 
-def _hash(
-    files: Sequence[Path], states: Mapping[Path, file_fingerprints.State], backend: Backend, boundary: watch.Marker
-) -> tuple[dict[Path, str], int]:
-    """Return (fingerprints of the files that this rank sees, bytes that it read).
-
-    The n ranks that see the same files hash every n-th part each, and all exchange the results.
-    """
-    by_file = {file: file_fingerprints.parts_of(file, states[file].size) for file in files}
-    parts = [part for file in files for part in by_file[file]]
-    groups = _who_sees_the_same([states[file] for file in files], backend)
-    rank = backend.ranks.rank
-    number, group = next((number, group) for number, group in enumerate(groups) if rank in group)
-    first, step = group.index(rank), len(group)
-    mine = parts[first::step]
-    rounds = -(-len(parts) // (min(map(len, groups)) * PARTS_AT_ONCE))
-    hashes: list[bytes] = []
-    for index in range(rounds):  # The same number on every rank: at a boundary all ranks agree whether to go on.
-        boundary(None, "fingerprinting the base", index + 1, long=True)
-        hashes += file_fingerprints.hash_parts(mine[index * PARTS_AT_ONCE : (index + 1) * PARTS_AT_ONCE])
-    words = torch.zeros(len(groups), len(parts), _WORDS, dtype=torch.int64)
-    if mine:
-        words[number, first::step] = torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.int64).view(-1, _WORDS)
-    # Each word is zero on all ranks but one.
-    words_of_all = backend.sum_over_ranks(words.to(backend.ranks.device))[number].cpu().numpy()
-    digests, at = {}, 0
-    for file in files:
-        count = len(by_file[file])
-        part_digests = [words_of_all[index].tobytes() for index in range(at, at + count)]
-        digests[file] = file_fingerprints.digest_of(part_digests, states[file].size)
-        at += count
-    return digests, sum(part.stop - part.start for part in mine)
+def gathered(value: Value, backend: Backend) -> list[Value]:
+    """Return the JSON values of all ranks, in the order of ranks. Every rank must call it alike."""
+    content, device = json.dumps(value).encode(), backend.ranks.device
+    length = int(backend.max_over_ranks(torch.tensor([len(content)], dtype=torch.int64, device=device)))
+    padded = torch.frombuffer(bytearray(content.ljust(length)), dtype=torch.uint8).to(device)
+    return [json.loads(row.numpy().tobytes()) for row in backend.gather_ranks(padded).cpu()]
 
 
-def _who_sees_the_same(states: Sequence[file_fingerprints.State], backend: Backend) -> list[list[int]]:
-    """Return groups of ranks that see the files in the same state; the same on every rank."""
-    states_by_rank = torch.zeros(backend.ranks.world, dtype=torch.int64, device=backend.ranks.device)
-    states_by_rank[backend.ranks.rank] = number_of(json.dumps(states))
-    groups: dict[int, list[int]] = {}
-    for rank, number in enumerate(backend.sum_over_ranks(states_by_rank).tolist()):
-        groups.setdefault(number, []).append(rank)
-    return list(groups.values())
-
-
-def alike(text: str, backend: Backend) -> bool:
-    """Return whether every rank passes the same text."""
-    number = number_of(text)
-    both = torch.tensor([number, -number], dtype=torch.int64, device=backend.ranks.device)
-    highest, lowest = backend.max_over_ranks(both).tolist()
-    return bool(highest == -lowest)
-
-
-def number_of(text: str) -> int:
-    """Return 56 bits of a text's SHA-256."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+def alike(value: object, backend: Backend) -> bool:
+    """Return whether every rank passes an equal JSON value."""
+    values = gathered(value, backend)
+    return all(other == values[0] for other in values)

@@ -11,10 +11,8 @@ from distlora.architecture.families import ExpertLayout
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
-from distlora.loading.dora_norms import fill_row_norms
-from distlora.loading.quantize import copy_into, keep_packed_into, quantize_into
+from distlora.loading.quantize import copy_into, fill_row_norms, keep_packed_into, load_matrix, quantize_into
 from distlora.loading.quantized_cache import QuantizedCacheSettings, open_quantized_cache
-from distlora.loading.token_matrices import load_matrix
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import PACKED_PARTS, FrozenLinear, FrozenTensor
@@ -86,14 +84,17 @@ def load_base(
     began = time.monotonic()
     sources = find_base(model, base.headers)
     stored = read_prequantized_weights(base)
-    packed = prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
+    packed = prequantized_parameters(stored, sources)
     adapters = set(adapter_parameters(model))
     quantized_weights = quantized_bytes = 0
     shards = open_quantized_cache(None if packed else cache, model, base.headers, sources, backend, boundary)
     with Reader() as reader, shards:
         for path, module in model.named_modules():
             boundary(None, f"loading {path}", long=True)
-            residual = _residual_of(module) if subtract_initial_adapter and isinstance(module, AdaptedLinear) else None
+            residual = None
+            if subtract_initial_adapter and isinstance(module, AdaptedLinear):
+                (pair,) = module.pairs
+                residual = Residual(LowRankFactors(pair.A, pair.B), pair.scaling)
             if isinstance(module, FrozenTensor) and module.quantized:
                 name = model.hf_name(f"{path}.weight")
                 if shards.has(path):
@@ -139,11 +140,6 @@ def load_base(
         cached_weights=shards.filled_weights,
         kept_bytes=shards.kept_bytes,
     )
-
-
-def _residual_of(linear: AdaptedLinear) -> Residual:
-    (pair,) = linear.pairs
-    return Residual(LowRankFactors(pair.A, pair.B), pair.scaling)
 
 
 def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Source]:

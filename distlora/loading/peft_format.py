@@ -17,23 +17,14 @@ from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.peft_folder import (
-    CONFIG_NAME,
     WEIGHTS_NAME,
     PeftAdapter,
     check_fits,
+    check_modules,
     check_quantization,
+    check_rows,
     read_peft_adapter,
 )
-from distlora.weights.peft_tokens import check_modules, check_rows
-
-__all__ = [
-    "CONFIG_NAME",
-    "WEIGHTS_NAME",
-    "adaptable_shapes",
-    "adapter_config",
-    "adapter_tensors",
-    "load_peft_adapter",
-]
 
 _PREFIX = "base_model.model."
 
@@ -139,6 +130,7 @@ def adaptable_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
 
 def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
     """Return adapter_config.json of one adapter, as PEFT's LoraConfig reads it."""
+    indices = {matrix: list(ids) for matrix, ids in model.vocabulary.trained.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -154,18 +146,13 @@ def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAP
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        # "pissa" tells PEFT that A and B belong to W_res (plain_adapter.py).
+        # "pissa" tells PEFT that A and B belong to W_res (decomposed_adapters.py).
         "init_lora_weights": init if (init := spec.adapter.init) == "gaussian" or spec.adapter.pissa else True,
         "target_modules": _target_modules(model, adapter),
-        "trainable_token_indices": _token_indices(model),
+        # A list for the embedding (and a tied LM head), else a dictionary by matrix.
+        "trainable_token_indices": indices[EMBEDDING] if indices.keys() == {EMBEDDING} else (indices or None),
         "modules_to_save": list(model.modules_to_save) or None,
     } | _target_parameters(model, adapter)
-
-
-def _token_indices(model: CausalLM) -> list[int] | dict[str, list[int]] | None:
-    """Return trainable_token_indices: a list for the embedding (and a tied LM head), a dict by matrix, or None."""
-    indices = {matrix: list(ids) for matrix, ids in model.vocabulary.trained.items()}
-    return indices[EMBEDDING] if indices.keys() == {EMBEDDING} else (indices or None)
 
 
 def _target_modules(model: CausalLM, adapter: str) -> list[str]:

@@ -1,26 +1,35 @@
-"""Read a rank's rows of one weight, quantize, cast or copy them, and write them into the shard, a chunk at a time.
+"""Fill a rank's rows of one weight, a chunk at a time: quantized, cast or copied, and DoRA's norms of the result.
 
 Memory beyond the shard: the read-ahead and the fp32 work of one chunk, and the fp32 absmax of the rank's blocks (1/64
 of its weights), kept until the offset is known.
+
+DoRA's norms start from the sums of squares of each row. A weight is sharded in groups of 16,384 weights (dense ones in
+rows), and a row may lie on two ranks. To make every bit independent of the number of ranks, each sum has one order.
+b = gcd(in_features, 16384) consecutive weights never cross a border of a row or a group. Their squares are added in
+halves (the first half to the second, down to one); the sums of all ranks are concatenated, and those of a row are added
+in halves again. All sums are fp64, one addition after another, and are rounded to fp32 once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distlora.architecture.safetensors_headers import Segment
+from distlora.architecture.tokens import Vocabulary
 from distlora.config import UserError
+from distlora.model.adapters import AdaptedLinear, TokenRows
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.parallel import Backend
+from distlora.parallel import Backend, whole_shape
 from distlora.weights.decompose import Residual
 from distlora.weights.prequantized import PrequantizedWeight
 from distlora.weights.reader import Reader, all_finite
 from distlora_kernels import nf4, reference
+from distlora_kernels.operands import FrozenWeight
 
 CHUNK_GROUPS = 64
 """Groups quantized at once: a million weights, 4 MiB in fp32, which fits into a core's cache."""
@@ -192,3 +201,136 @@ def _absmax(chunk: Tensor) -> Tensor:
     padded = torch.zeros(nf4.num_groups(chunk.numel()) * nf4.GROUP, dtype=torch.float32, device=chunk.device)
     padded[: chunk.numel()] = chunk
     return padded.view(-1, nf4.BLOCK).abs().amax(dim=1).view(-1, nf4.BLOCKS_PER_GROUP)
+
+
+ROWS_PER_SUM = 256
+"""Rows added up at once by one rank, so that a mean does not depend on the shards.
+
+In fp64 they and all sums of a 128k vocabulary with 8,192 columns take 16 and 34 MB.
+"""
+
+
+@torch.no_grad()
+def load_matrix(
+    parameter: nn.Parameter,
+    segments: Sequence[Segment],
+    reader: Reader,
+    backend: Backend,
+    name: str,
+    *,
+    vocabulary: Vocabulary,
+    token_rows: TokenRows | None,
+) -> None:
+    """Fill the rank's rows of an embedding or LM head, and initialize its trained rows, which all ranks have.
+
+    Every rank must call it for every matrix in the same order. Raises UserError for NaN or Inf.
+    """
+    copy_into(parameter, segments, reader, backend, name, padding=0 if vocabulary.has_grown else None)
+    width = whole_shape(parameter)[1]
+    new_row = None
+    if vocabulary.new:
+        new_row = mean_row(segments, min(vocabulary.new.values()), width, reader, backend).to(parameter.dtype)
+        local, first = backend.local_rows(parameter)
+        for id in vocabulary.new.values():
+            if first <= id < first + len(local):
+                local[id - first] = new_row
+    if token_rows is not None:
+        new_ids = set(vocabulary.new.values())
+        for row, id in zip(token_rows.rows, token_rows.ids, strict=True):
+            # Rounded to the matrix's dtype, so that the untrained model is unchanged.
+            stored = None if id in new_ids else reader.read(segments, id * width, (id + 1) * width)
+            start = new_row if stored is None else stored.to(parameter.dtype)
+            assert start is not None
+            if not bool(torch.isfinite(start).all()):  # Another rank's shard may hold the row.
+                raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
+            row.copy_(start)
+
+
+def mean_row(segments: Sequence[Segment], num_rows: int, width: int, reader: Reader, backend: Backend) -> Tensor:
+    """Return the mean of the matrix's first `num_rows` rows, (width,) fp64; the ranks divide the rows among them."""
+    world, rank, device = backend.ranks.world, backend.ranks.rank, backend.ranks.device
+    starts = range(0, num_rows, ROWS_PER_SUM)
+    sums = torch.zeros(len(starts), width, dtype=torch.float64, device=device)
+    for index in range(rank, len(starts), world):
+        sums[index] = _sum_of(segments, starts[index], num_rows, width, reader).to(device)
+    backend.sum_over_ranks(sums)  # All but one rank's are zeros, so nothing is rounded.
+    return _in_order(sums) / num_rows
+
+
+def mean_row_alone(segments: Sequence[Segment], num_rows: int, width: int, reader: Reader) -> Tensor:
+    """Return `mean_row` for one process without a model; the same bits on the CPU."""
+    sums = [_sum_of(segments, start, num_rows, width, reader) for start in range(0, num_rows, ROWS_PER_SUM)]
+    return _in_order(torch.stack(sums)) / num_rows
+
+
+def _sum_of(segments: Sequence[Segment], start: int, num_rows: int, width: int, reader: Reader) -> Tensor:
+    """Return the sum of ROWS_PER_SUM rows from `start` on, at most up to `num_rows`: (width,) fp64."""
+    stop = min(start + ROWS_PER_SUM, num_rows)
+    return reader.read(segments, start * width, stop * width).view(-1, width).double().sum(dim=0)
+
+
+def _in_order(sums: Tensor) -> Tensor:
+    """Sum (n, width) -> (width,) one row after another."""
+    total = torch.zeros_like(sums[0])
+    for part in sums:
+        total += part
+    return total
+
+
+NORM_GROUPS = 16
+"""Groups whose squares are in memory at once: 2 MiB in fp64."""
+
+
+@torch.no_grad()
+def fill_row_norms(linear: AdaptedLinear, backend: Backend) -> None:
+    """Fill `row_norms_squared` from the weight as the GEMMs see it: dequantized and rounded to the run's dtype.
+
+    Every rank must call it for every such linear in the same order, after the weight is complete.
+    """
+    assert linear.row_norms_squared is not None
+    rows, columns = linear.out_features, linear.in_features
+    size = math.gcd(columns, nf4.GROUP)
+    parts = [halved(part.double().square().view(-1, size)) for part in _own_parts(linear, backend)]
+    sums = torch.cat([linear.row_norms_squared.new_empty(0, dtype=torch.float64), *parts])  # A rank may own nothing.
+    if backend.sharded:
+        unit = nf4.GROUP if linear.quantized else columns
+        units = -(-(linear.num_groups if linear.quantized else rows) // backend.shards.count)
+        padded = torch.zeros(units * unit // size, dtype=torch.float64, device=sums.device)
+        padded[: len(sums)] = sums
+        sums = backend.gather_rows(padded)[: rows * columns // size]
+    linear.row_norms_squared.copy_(halved(sums.view(rows, -1)))
+
+
+def halved(values: Tensor) -> Tensor:
+    """Return the sum over m of (n, m), adding the first half to the second; zeros pad m to a power of 2."""
+    length = values.shape[1]
+    missing = (1 << (length - 1).bit_length()) - length
+    if missing:
+        values = torch.cat([values, values.new_zeros(values.shape[0], missing)], dim=1)
+    while values.shape[1] > 1:
+        first, second = values.chunk(2, dim=1)
+        values = first + second
+    return values[:, 0]
+
+
+def _own_parts(linear: AdaptedLinear, backend: Backend) -> Iterator[Tensor]:
+    """Yield the rank's weights as flat tensors in the dtype of the GEMMs, without the padding of the last group."""
+    chunk, device = NORM_GROUPS * nf4.GROUP, backend.ranks.device  # Rows may lie in host memory.
+    if not linear.quantized:
+        yield from (part.to(device) for part in backend.local_rows(linear.weight)[0].flatten().split(chunk))
+        return
+    numel, dtype = linear.in_features * linear.out_features, linear.compute_dtype
+    codes, first = backend.local_rows(linear.codes)
+    parts = [codes]
+    if linear.plain_absmax:
+        parts.append(backend.local_rows(linear.absmax)[0])
+    else:
+        parts += [backend.local_rows(linear.scales)[0], backend.local_rows(linear.group_scale)[0]]
+    for start in range(0, codes.shape[0], NORM_GROUPS):
+        chunk_parts = [part[start : start + NORM_GROUPS].to(device) for part in parts]
+        if not linear.plain_absmax:
+            assert isinstance(linear.offset, Tensor)
+            chunk_parts.append(linear.offset)
+        groups = chunk_parts[0].shape[0]
+        dense = FrozenWeight(tuple(chunk_parts), (groups, nf4.GROUP)).dense(dtype).flatten()
+        yield dense[: numel - (first + start) * nf4.GROUP]

@@ -1,36 +1,52 @@
 """Quantized-weights cache: a start reads its groups from the cache instead of quantizing them again.
 
 The unit is a decoder layer. All ranks agree twice, for all layers at once: before reading, whether every rank finds all
-its groups of a layer in some piece, and afterwards whether every rank read them undamaged. Only such layers are taken
-from the cache. The others are quantized from the source by all ranks, and each rank then writes its groups that no
-piece holds. The result is bit for bit the same with and without the cache, on any number of ranks.
+its groups of a layer in some piece, and afterwards whether every rank read them undamaged. The other layers are
+quantized from the source by all ranks, and each rank then writes its groups that no piece holds. The result is bit for
+bit the same with and without the cache, on any number of ranks. No fault of the cache ends a run.
 
-Groups are read into the shard and checked there, against one checksum per group. No fault of the cache ends a run:
-damaged pieces are reported, removed and quantized again, and a full disk is reported once.
+Groups are read by pread (mapped pages count against a job's memory limit), directly into the shard if that is host
+memory, and checked there against one checksum per group.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distlora.architecture.safetensors_headers import Segment
-from distlora.loading.base_fingerprint import alike, content_of, number_of
-from distlora.loading.quantized_cache_io import QuantizedCacheReader, QuantizedCacheWriter, Unit, Weight, wanted_groups
+from distlora.loading.base_fingerprint import alike, content_of, gathered
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend, watch
-from distlora.weights import quantized_cache_folder as quantized_cache_folder
+from distlora.parallel.integrity import checksums
+from distlora.system import atomic_io
+from distlora.weights import quantized_cache_folder
 from distlora.weights.conversion import Source
-from distlora.weights.quantized_cache_folder import Entry
-from distlora.weights.quantized_cache_format import FORMAT, GROUP_BYTES, DamagedPieceError, Piece, PieceName, holes
+from distlora.weights.quantized_cache_folder import (
+    FORMAT,
+    GROUP_BYTES,
+    PARTS,
+    DamagedPieceError,
+    Entry,
+    Extent,
+    Piece,
+    PieceName,
+    header_of,
+    holes,
+    read_piece,
+)
 from distlora_kernels import nf4
 
 QUANTIZATION = {
@@ -44,6 +60,10 @@ QUANTIZATION = {
 """Description of the quantization, part of the cache key. Increase `kernels` after any change of the bits that
 `quantize_into` writes.
 """
+CHUNK_GROUPS = 128
+"""Groups read, checked or written at once: 1 MiB of codes, which fits into a core's cache."""
+FREE_SHARE, FREE_BYTES = 0.05, 50 * 10**9
+"""Free space that the cache leaves on a disk: the smaller of this fraction and these bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +81,42 @@ class QuantizedCacheSettings:
     """Device that quantizes, and the library that computes s B0 A0 (PiSSA)."""
     say: Callable[[str], None]
     """Function that prints a line on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A quantized weight."""
+
+    name: str
+    """Hugging Face name."""
+    path: str
+    """Module path in distlora's model."""
+    module: FrozenTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The quantized weights of one decoder layer, which are read, quantized and written together."""
+
+    block: int
+    weights: tuple[Weight, ...]
+
+
+def own_groups(weight: Weight, backend: Backend) -> range:
+    """Return the groups that this rank owns."""
+    rows, first = backend.local_rows(weight.module.codes)
+    return range(first, max(first, min(first + len(rows), weight.module.num_groups)))
+
+
+def group_checksums(codes: Tensor, scales: Tensor, group_scale: Tensor, first: int) -> Tensor:
+    """Return checksums (g,) int64 of groups `first` onwards of a weight, on their device.
+
+    `codes` (g, 8192) and `scales` (g, 256) are uint8, `group_scale` (g,) is fp32. The group's number is included, so
+    that another group's bytes, or lost bytes read as zeros, give another checksum.
+    """
+    numbers = torch.arange(first + 1, first + 1 + len(codes), device=codes.device)  # Not 0, as zeros' checksums are.
+    parts = [checksums(codes), checksums(scales), checksums(group_scale.view(-1, 1)), numbers]
+    return checksums(torch.stack(parts, dim=1))
 
 
 def cache_key(
@@ -105,9 +161,7 @@ class QuantizedCache:
     def __enter__(self) -> QuantizedCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._writer is not None:
             self.kept_bytes = self._writer.close(abandon=error is not None)
             if self._writer.refused is not None:
@@ -122,36 +176,37 @@ class QuantizedCache:
         """
         entry.touch()
         pieces = entry.pieces_of_blocks()
-        reader = QuantizedCacheReader(entry.key)
-        plans = [self._plan(unit, pieces.get(unit.block, []), reader) for unit in self.units]
-        lacking = self._agreed([int(plan is None) for plan in plans])
-        offsets = torch.zeros(len(self.units), dtype=torch.int64)
-        damaged = [0] * len(self.units)
-        for index, (unit, plan) in enumerate(zip(self.units, plans, strict=True)):
-            if lacking[index]:
-                continue
-            boundary(None, f"reading layer {unit.block} from the quantized-weights cache", long=True)
-            assert plan is not None
-            failures = reader.fill(unit, plan, self._backend)
-            weight_offsets = _offsets_of(plan, unit)
-            offsets[index] = number_of(json.dumps(weight_offsets))
-            if any(len(each) > 1 for each in weight_offsets):
-                damaged[index] = _OFFSETS_DIFFER
-            for path, error in failures.items():
-                damaged[index] = max(damaged[index], _DAMAGED)
-                self._give_up(path, error)
-        self.bytes_read += reader.bytes_read
-        unsound = self._agreed_on_soundness(damaged, offsets)
-        for index, (unit, plan) in enumerate(zip(self.units, plans, strict=True)):
-            if not lacking[index] and not unsound[index]:
+        plans = [self._plan(unit, pieces.get(unit.block, []), entry.key) for unit in self.units]
+        complete = [all(found) for found in zip(*gathered([p is not None for p in plans], self._backend), strict=True)]
+        reports: list[tuple[bool, list[list[float]]]] = []
+        """Of each unit: True if all was read undamaged, and the offsets of each weight in its pieces."""
+        for unit, plan, is_complete in zip(self.units, plans, complete, strict=True):
+            report: tuple[bool, list[list[float]]] = (True, [])
+            if is_complete:
+                assert plan is not None
+                boundary(None, f"reading layer {unit.block} from the quantized-weights cache", long=True)
+                failures, num_bytes = fill(unit, plan, self._backend)
+                self.bytes_read += num_bytes
+                for path, error in failures.items():
+                    self._give_up(path, error)
+                offsets = [sorted({p.extents[name].offset for p in holding}) for name, holding in plan.items()]
+                report = (not failures, offsets)
+            reports.append(report)
+        again = []
+        for index, by_rank in enumerate(zip(*gathered(reports, self._backend), strict=True)):
+            unit, plan = self.units[index], plans[index]
+            # One offset for each weight, unless two nodes quantized it to different bits.
+            contradicting = any(offsets != by_rank[0][1] or any(len(o) > 1 for o in offsets) for _, offsets in by_rank)
+            if complete[index] and not contradicting and all(undamaged for undamaged, _ in by_rank):
                 self._filled |= {weight.path for weight in unit.weights}
                 continue
             self._waiting |= {weight.path: unit for weight in unit.weights}
-            if unsound[index] == _OFFSETS_DIFFER:
+            if complete[index]:
+                again.append(str(unit.block))
+            if contradicting:
                 assert plan is not None
-                for path in {piece.path for pieces in plan.values() for piece in pieces}:
+                for path in {piece.path for holding in plan.values() for piece in holding}:
                     self._remove(path, "pieces of one weight have two offsets")
-        again = [str(unit.block) for unit, flag in zip(self.units, unsound, strict=True) if flag]
         if again and self._backend.writes:
             numbers = ", ".join(again)
             self._say(f"cached layers that are damaged, missing or unreadable on some rank, quantized again: {numbers}")
@@ -162,15 +217,22 @@ class QuantizedCache:
         self, entry: Entry, writer: QuantizedCacheWriter, make_room: Callable[[], bool]
     ) -> QuantizedCacheWriter | None:
         """Return this rank's writer; None if it does not write. Every rank must call it alike."""
-        no_room = False
+        has_room = True
         if self._backend.ranks.leads_machine:
-            no_room = not make_room()
-            if not no_room:
-                writer.begin()
-        (no_room_for_some,) = self._agreed([int(no_room)])
+            has_room = make_room()
+            if has_room:
+                with contextlib.suppress(OSError):  # It is reported with the first piece.
+                    entry.begin(writer.described)
+        if not all(gathered(has_room, self._backend)):
+            return None
         shards = self._backend.shards
-        others_write = shards.copies > 1 and self._is_shared(entry) and shards.copy > 0
-        return None if no_room_for_some or others_write else writer
+        if shards.copies > 1:
+            content = entry.content()
+            self.bytes_read += len(content)
+            # If all ranks see one entry, only the first replica's ranks write.
+            if alike(content, self._backend) and shards.copy > 0:
+                return None
+        return writer
 
     def has(self, path: str) -> bool:
         """Return whether the weight of the module at `path` is in the shard already."""
@@ -193,26 +255,30 @@ class QuantizedCache:
         """Weights of the whole model that came from the cache."""
         return sum(w.module.numel for unit in self.units for w in unit.weights if w.path in self._filled)
 
-    def _plan(
-        self, unit: Unit, names: Sequence[PieceName], reader: QuantizedCacheReader
-    ) -> dict[str, list[Piece]] | None:
+    def _plan(self, unit: Unit, names: Sequence[PieceName], key: str) -> dict[str, list[Piece]] | None:
         """Return for each weight the pieces that together hold this rank's groups; None if some groups are missing."""
+        # A rank that owns no group looks for one, which has the weight's offset.
+        wanted = {weight.name: own_groups(weight, self._backend) or range(1) for weight in unit.weights}
+        totals = {weight.name: weight.module.num_groups for weight in unit.weights}
         pieces = []
         for name in names:
-            if any(
-                name.may_hold(weight.module.num_groups, wanted_groups(weight, self._backend)) for weight in unit.weights
-            ):
+            if any(name.may_hold(totals[weight], groups) for weight, groups in wanted.items()):
                 try:
-                    pieces.append(reader.read_header(name.path, unit))
+                    piece, num_bytes = read_piece(name.path, key)
+                    self.bytes_read += num_bytes
+                    for weight, extent in piece.extents.items():
+                        if extent.stop > totals.get(weight, 0):
+                            raise DamagedPieceError(
+                                f"it holds groups {extent.first:,} to {extent.stop - 1:,} of {weight}"
+                            )
+                    pieces.append(piece)
                 except (OSError, DamagedPieceError) as error:
                     self._give_up(name.path, error)
         plan = {}
-        for weight in unit.weights:
-            holding = [piece for piece in pieces if weight.name in piece.extents]
-            held = [(piece.extents[weight.name].first, piece.extents[weight.name].stop) for piece in holding]
-            if holes(wanted_groups(weight, self._backend), held):
+        for weight, groups in wanted.items():
+            plan[weight] = [piece for piece in pieces if weight in piece.extents]
+            if holes(groups, [(p.extents[weight].first, p.extents[weight].stop) for p in plan[weight]]):
                 return None
-            plan[weight.name] = holding
         return plan
 
     def _give_up(self, path: Path, error: OSError | DamagedPieceError) -> None:
@@ -230,41 +296,6 @@ class QuantizedCache:
         except OSError as error:
             self._say(f"{path} cannot be removed ({error.strerror})")
 
-    def _is_shared(self, entry: Entry) -> bool:
-        """Return whether all ranks see one entry, so that only the first replica's ranks write."""
-        content = entry.content()
-        self.bytes_read += len(content)
-        return alike(content, self._backend)
-
-    def _agreed(self, flags: Sequence[int]) -> list[int]:
-        """Return the maximum of each flag over all ranks."""
-        mine = torch.tensor(list(flags), dtype=torch.int64, device=self._backend.ranks.device)
-        highest: list[int] = self._backend.max_over_ranks(mine).tolist()
-        return highest
-
-    def _agreed_on_soundness(self, damaged: Sequence[int], offsets: Tensor) -> list[int]:
-        """Return for each unit 0 if undamaged, else _DAMAGED, or _OFFSETS_DIFFER if ranks read different offsets."""
-        values = [*damaged, *offsets.tolist(), *(-offsets).tolist()]
-        highest_of_all = self._agreed(values)
-        count = len(damaged)
-        flags, highest, lowest = (
-            highest_of_all[:count],
-            highest_of_all[count : 2 * count],
-            highest_of_all[2 * count :],
-        )
-        return [
-            max(flag, _OFFSETS_DIFFER if high != -low else 0)
-            for flag, high, low in zip(flags, highest, lowest, strict=True)
-        ]
-
-
-_DAMAGED, _OFFSETS_DIFFER = 1, 2
-
-
-def _offsets_of(plan: Mapping[str, Sequence[Piece]], unit: Unit) -> list[list[float]]:
-    """Return the offsets of each weight in its pieces: one, unless two nodes quantized it to different bits."""
-    return [sorted({piece.extents[weight.name].offset for piece in plan[weight.name]}) for weight in unit.weights]
-
 
 def open_quantized_cache(
     settings: QuantizedCacheSettings | None,
@@ -275,16 +306,21 @@ def open_quantized_cache(
     boundary: watch.Marker,
 ) -> QuantizedCache:
     """Find the base's entry and fill the shard from it. Every rank must call it alike."""
-    units = units_of(model) if settings is not None else []
-    say = settings.say if settings is not None else print
-    cache = QuantizedCache(units, backend, say)
+    units = _units_of(model) if settings is not None else []
     if settings is None or not units:
-        return cache
+        return QuantizedCache([], backend, print)
+    say = settings.say
     boundary(None, "looking up the base in the quantized-weights cache", long=True)
-    reason = _why_unusable(settings.folder)
-    if reason is not None:
-        say(reason)
-    if not alike("no" if reason else "yes", backend) or reason is not None:
+    is_usable = True
+    try:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        is_usable = False
+        say(
+            f"quantized weights are not cached: {settings.folder} cannot be created ({error.strerror}); set "
+            "quant.cache_dir"
+        )
+    if not all(gathered(is_usable, backend)):
         return QuantizedCache([], backend, say)
     files = sorted({segment.file for segment in headers.values()})
     content = content_of(files, settings.folder, backend, say, boundary)
@@ -292,22 +328,15 @@ def open_quantized_cache(
         if backend.writes:
             say("the ranks see different files of the base: its quantized weights are not cached")
         return QuantizedCache([], backend, say)
+    digests, bytes_hashed = content
     weights = [weight for unit in units for weight in unit.weights]
-    entry = Entry(settings.folder / cache_key(settings, headers, content.digests, sources, weights))
+    entry = Entry(settings.folder / cache_key(settings, headers, digests, sources, weights))
     groups = {weight.name: weight.module.num_groups for weight in weights}
     writer = QuantizedCacheWriter(entry, {"base": settings.base, "format": FORMAT, "weights": groups}, backend)
+    cache = QuantizedCache(units, backend, say)
     cache.open(entry, writer, lambda: _make_room(settings, entry, sum(groups.values())), boundary)
-    cache.bytes_read += content.bytes_read
+    cache.bytes_read += bytes_hashed
     return cache
-
-
-def _why_unusable(folder: Path) -> str | None:
-    """Return why the cache folder cannot be used; None if it can."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"quantized weights are not cached: {folder} cannot be created ({error.strerror}); set quant.cache_dir"
-    return None
 
 
 def _make_room(settings: QuantizedCacheSettings, entry: Entry, num_groups: int) -> bool:
@@ -333,7 +362,7 @@ def _make_room(settings: QuantizedCacheSettings, entry: Entry, num_groups: int) 
     return fits
 
 
-def units_of(model: CausalLM) -> list[Unit]:
+def _units_of(model: CausalLM) -> list[Unit]:
     """Return the quantized weights of each decoder layer that has some."""
     paths = {module: path for path, module in model.named_modules()}
     units = []
@@ -346,3 +375,209 @@ def units_of(model: CausalLM) -> list[Unit]:
         if frozen:
             units.append(Unit(number, tuple(frozen)))
     return units
+
+
+Rows = tuple[Tensor, Tensor, Tensor]
+"""Codes, scales and group_scale of some groups."""
+
+
+def _rows_of(weight: Weight, backend: Backend, first: int = 0, stop: int | None = None) -> Rows:
+    """Return this rank's rows [first, stop) of a weight, or all."""
+    module = weight.module
+    codes, scales, group_scale = (
+        backend.local_rows(part)[0][first:stop] for part in (module.codes, module.scales, module.group_scale)
+    )
+    return codes, scales, group_scale
+
+
+class _Chunk(NamedTuple):
+    """Groups [first, stop) of a weight from one piece, and the rows that they fill."""
+
+    piece: Piece
+    extent: Extent
+    first: int
+    stop: int
+    rows: Rows
+
+
+@torch.no_grad()
+def fill(
+    unit: Unit, plan: Mapping[str, Sequence[Piece]], backend: Backend
+) -> tuple[dict[Path, OSError | DamagedPieceError], int]:
+    """Fill this rank's groups of every weight, and the weights' offsets, from the pieces of `plan`.
+
+    Returns (the pieces that are unreadable or damaged, the bytes read). The part of the shard that such a piece was to
+    fill is undefined.
+    """
+    failed: dict[Path, OSError | DamagedPieceError] = {}
+    files: dict[Path, BinaryIO] = {}
+    differ: list[tuple[str, _Chunk, Tensor]] = []
+    num_bytes = 0
+    with contextlib.ExitStack() as stack:
+        ahead = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead"))
+        for weight in unit.weights:
+            assert isinstance(weight.module.offset, Tensor)
+            weight.module.offset.fill_(plan[weight.name][-1].extents[weight.name].offset)
+            chunks = list(_chunks(weight, plan[weight.name], backend))
+            reads = [ahead.submit(_read, chunk, files, stack) for chunk in chunks]
+            for chunk, read in zip(chunks, reads, strict=True):
+                try:
+                    expected = read.result()
+                except (OSError, DamagedPieceError) as error:
+                    failed.setdefault(chunk.piece.path, error)
+                    continue
+                num_bytes += (chunk.stop - chunk.first) * GROUP_BYTES
+                differs = (group_checksums(*chunk.rows, chunk.first) != expected.to(chunk.rows[0].device)).any()
+                differ.append((weight.name, chunk, differs))
+    for name, chunk, flag in differ:
+        if bool(flag):
+            reason = f"{name}: groups {chunk.first:,} to {chunk.stop - 1:,}"
+            failed.setdefault(chunk.piece.path, DamagedPieceError(reason))
+    return failed, num_bytes
+
+
+def _read(chunk: _Chunk, files: dict[Path, BinaryIO], stack: contextlib.ExitStack) -> Tensor:
+    """Fill the chunk's rows; return the stored checksums, (g,) int64 on the host. Opened files are kept in `files`."""
+    path, skipped = chunk.piece.path, chunk.first - chunk.extent.first
+    if path not in files:
+        files[path] = stack.enter_context(path.open("rb", buffering=0))
+    expected = torch.empty(chunk.stop - chunk.first, dtype=torch.int64)
+    for part, tensor in zip(PARTS, (*chunk.rows, expected), strict=True):
+        at = chunk.extent.parts[part].offset + skipped * PARTS[part][2]
+        host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
+        assert host.is_contiguous(), "a rank's rows lie one after the other"
+        _pread(files[path].fileno(), _bytes_of(host), at)
+        if host is not tensor:
+            tensor.copy_(host)
+    return expected
+
+
+def _chunks(weight: Weight, pieces: Sequence[Piece], backend: Backend) -> Iterator[_Chunk]:
+    """Yield this rank's groups, each once, from the pieces that together hold them."""
+    owned = own_groups(weight, backend)
+    at = owned.start
+    while at < owned.stop:
+        extents = [(piece.extents[weight.name], piece) for piece in pieces]
+        covering = [(extent, piece) for extent, piece in extents if extent.first <= at < extent.stop]
+        extent, piece = max(covering, key=lambda found: found[0].stop)
+        end = min(extent.stop, owned.stop)
+        for first in range(at, end, CHUNK_GROUPS):
+            stop = min(first + CHUNK_GROUPS, end)
+            rows = _rows_of(weight, backend, first - owned.start, stop - owned.start)
+            yield _Chunk(piece, extent, first, stop, rows)
+        at = end
+
+
+def _bytes_of(host: Tensor) -> memoryview:
+    """Return the writable memory of a tensor."""
+    return memoryview(host.flatten().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+
+
+def _pread(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:
+        got = os.preadv(descriptor, [view], offset)
+        if got == 0:
+            raise DamagedPieceError(f"it ends at byte {offset:,}")
+        view, offset = view[got:], offset + got
+
+
+class QuantizedCacheWriter:
+    """Writes a rank's groups of one unit after another in a thread."""
+
+    def __init__(self, entry: Entry, described: Mapping[str, Any], backend: Backend) -> None:
+        """Prepare to write; `described` is the content of entry.json."""
+        self._entry, self.described, self._backend = entry, described, backend
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-cache")
+        self._writes: list[Future[None]] = []
+        self._kept_bytes = 0
+        self._pieces: dict[int, list[PieceName]] | None = None
+        """Pieces by decoder layer at the first write. Other ranks write other groups meanwhile, or the same bytes."""
+        self.refused: str | None = None
+        """Reason why nothing more is written; None while writing works."""
+
+    def write(self, unit: Unit) -> None:
+        """Write this rank's groups that no piece holds. The shard must not change meanwhile."""
+        self._writes.append(self._thread.submit(self._write, unit))
+
+    def close(self, *, abandon: bool) -> int:
+        """Wait until all is on the disk and return the bytes written.
+
+        `abandon`: wait only for the piece that is being written.
+        """
+        self._thread.shutdown(cancel_futures=abandon)
+        for write in self._writes:
+            if not write.cancelled():
+                write.result()
+        self._entry.touch()
+        return self._kept_bytes
+
+    @torch.no_grad()
+    def _write(self, unit: Unit) -> None:
+        if self.refused is not None:
+            return
+        try:
+            for ranges in self._lacking(unit):
+                self._entry.begin(self.described)
+                disk = shutil.disk_usage(self._entry.path)
+                kept_free = min(FREE_SHARE * disk.total, FREE_BYTES)
+                if disk.free - sum(map(len, ranges.values())) * GROUP_BYTES < kept_free:
+                    self.refused = (
+                        f"quantized weights are not cached in {self._entry.path.parent}: the disk has "
+                        f"{disk.free / 1e9:.2f} GB free, and the cache leaves {kept_free / 1e9:.2g} GB free"
+                    )
+                    break
+                self._write_piece(unit, ranges)
+        except OSError as error:
+            self.refused = f"quantized weights cannot be cached in {self._entry.path.parent}: {error.strerror or error}"
+
+    def _lacking(self, unit: Unit) -> Iterator[dict[str, range]]:
+        """Yield this rank's groups that no piece holds, one piece at a time: at most one range per weight."""
+        if self._pieces is None:
+            self._pieces = self._entry.pieces_of_blocks()
+        owned = {weight.name: own_groups(weight, self._backend) for weight in unit.weights}
+        held: dict[str, list[tuple[int, int]]] = {weight.name: [] for weight in unit.weights}
+        for name in self._pieces.get(unit.block, []):
+            if any(name.may_hold(weight.module.num_groups, owned[weight.name]) for weight in unit.weights):
+                with contextlib.suppress(OSError, DamagedPieceError):
+                    for weight, extent in read_piece(name.path, self._entry.key)[0].extents.items():
+                        if weight in held:
+                            held[weight].append((extent.first, extent.stop))
+        runs = {name: holes(groups, held[name]) for name, groups in owned.items()}
+        for index in range(max(map(len, runs.values()))):
+            yield {name: of_weight[index] for name, of_weight in runs.items() if index < len(of_weight)}
+
+    def _write_piece(self, unit: Unit, ranges: Mapping[str, range]) -> None:
+        shards = self._backend.shards
+        path = self._entry.path_of(unit.block, shards.index, shards.count, ranges)
+        weights = {weight.name: weight for weight in unit.weights if weight.name in ranges}
+        extents = {}
+        for name, groups in ranges.items():
+            offset = weights[name].module.offset
+            assert isinstance(offset, Tensor)
+            extents[name] = Extent(groups.start, groups.stop, float(offset), {})
+
+        def write(temporary: Path) -> None:
+            with temporary.open("xb") as file:
+                file.write(header_of(self._entry.key, extents))
+                for name, groups in ranges.items():
+                    skipped = groups.start - own_groups(weights[name], self._backend).start
+                    _write_groups(file, _rows_of(weights[name], self._backend, skipped, skipped + len(groups)), groups)
+                self._kept_bytes += file.tell()
+
+        atomic_io.replace_file(path, write)
+
+
+def _write_groups(file: BinaryIO, rows: Rows, groups: range) -> None:
+    """Write the parts of these groups one after another."""
+    sums = torch.empty(len(groups), dtype=torch.int64)
+    for at in range(0, len(groups), CHUNK_GROUPS):
+        codes, scales, group_scale = (part[at : at + CHUNK_GROUPS] for part in rows)
+        sums[at : at + len(codes)] = group_checksums(codes, scales, group_scale, groups.start + at)
+        _write_bytes(file, codes)
+    for part in (*rows[1:], sums):
+        for some in part.split(64 * CHUNK_GROUPS):
+            _write_bytes(file, some)
+
+
+def _write_bytes(file: BinaryIO, tensor: Tensor) -> None:
+    file.write(_bytes_of(tensor.cpu()))

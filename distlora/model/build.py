@@ -47,9 +47,9 @@ from distlora.model.lm_head import LossHead
 from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.weights.prequantized import (
     PrequantizedWeight,
-    check_keeps_prequantized,
     prequantized_parameters,
     read_prequantized_weights,
+    refuse_dense_settings,
 )
 
 if TYPE_CHECKING:
@@ -384,10 +384,10 @@ def _packed_linears(
     if "quantization_config" not in base.config:  # A model is built from its config.json alone.
         return {}
     stored = read_prequantized_weights(base)
-    check_keeps_prequantized(spec, stored)
+    if stored:
+        refuse_dense_settings(spec)
     weights = {name for name in layout.names if name.startswith(prefix) and name.endswith(".weight")}
-    sources = find_sources(layout, base.headers, weights)
-    return prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
+    return prequantized_parameters(stored, find_sources(layout, base.headers, weights))
 
 
 def _replace_weights(

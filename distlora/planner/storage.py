@@ -1,6 +1,6 @@
 """Calculate the files of a run and the host memory of its processes. Imports no torch.
 
-File headers are made by the code that writes the files (distlora/loading/tensor_files.py, quantized_cache_io.py). Host
+File headers are made by the code that writes the files (distlora/loading/tensor_files.py, quantized_cache.py). Host
 memory is anonymous memory, which a job's limit counts; file pages come and go.
 """
 
@@ -25,7 +25,7 @@ from distlora.planner.memory.device import DeviceBytes, decomposition_bytes
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
 from distlora.system import host_memory
-from distlora.weights.quantized_cache_format import GROUP_BYTES, Extent, cut, header_of
+from distlora.weights.quantized_cache_folder import GROUP_BYTES, Extent, cut, header_of
 
 JSON_BYTES = 2300
 """adapter_config.json, state.json and manifest.json of a checkpoint together, one or two evaluations in (measured,
@@ -185,7 +185,7 @@ def file_bytes(tensors: Sequence[Tensor]) -> int:
 def _result_bytes(work: Workload, model: PlannedModel, trained: Sequence[Tensor]) -> int:
     if work.adapter.method == "full":  # In the base's own dtype.
         return base_bytes(model) if model.stored_bytes is not None else 2 * sum(each.numel for each in trained)
-    if work.adapter.pissa:  # A plain LoRA of rank 2r (distlora/loading/plain_adapter.py).
+    if work.adapter.pissa:  # A plain LoRA of rank 2r (distlora/loading/decomposed_adapters.py).
         trained = [_doubled(each) for each in trained]
     return file_bytes(trained) + CONFIG_BYTES
 

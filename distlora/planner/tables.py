@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from distlora.output.figures import COLOURS, new_figure, save
+from distlora.output.results import COLOURS, new_figure, save
 from distlora.planner import Plan
 from distlora.planner.flops import FlopsKind
 from distlora.planner.memory import Kind, Moment

@@ -18,7 +18,7 @@ from distlora.checkpoint.state import OR_WHAT_PISSA_TOOK, load_state
 from distlora.config import UserError
 from distlora.config.errors import named_settings
 from distlora.loading.decomposed_adapters import load_initial_factors
-from distlora.loading.peft_format import WEIGHTS_NAME, load_peft_adapter, whole_modules
+from distlora.loading.peft_format import load_peft_adapter, whole_modules
 from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.post.trained import BASE_ALONE, BY_FLAG, Trained
@@ -29,6 +29,7 @@ from distlora.system.progress import say
 from distlora.training.publish import load_weights
 from distlora.training.setup import start_model
 from distlora.weights.initial_adapter_file import base_identity
+from distlora.weights.peft_folder import WEIGHTS_NAME
 
 
 def load_trained(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:

@@ -181,7 +181,7 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
     model = build_model(spec, base=files, training=False)
     sources = find_base(model, files.headers)
     stored = read_prequantized_weights(files)
-    packed = prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
+    packed = prequantized_parameters(stored, sources)
     frozen = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, FrozenTensor)}
     residuals = {}
     if spec.adapter.pissa:

@@ -60,11 +60,8 @@ def run_to_exit_code(
             return FAILED
         if error.filename is None or error.strerror is None:
             raise
-        print(in_one_line(f"error: {error.filename}: {error.strerror}; {_advice(error)}"), file=sys.stderr)
+        advice = "name another path" if error.errno in _BAD_PATH else "look after that disk, and start again"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "name a place that you may read and write, or change its permissions"
+        print(in_one_line(f"error: {error.filename}: {error.strerror}; {advice}"), file=sys.stderr)
         return BAD_INPUT if error.errno in _BAD_PATH else FAILED
-
-
-def _advice(error: OSError) -> str:
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "name a place that you may read and write, or change its permissions"
-    return "name another path" if error.errno in _BAD_PATH else "look after that disk, and start again"

@@ -28,7 +28,8 @@ def lay_out(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
     left, used, several = sum(needs), 0, _power_from(TENSORS_IN_A_CHUNK * max(needs, default=0))
     for need in needs:
         if not chunks or used + need > chunks[-1]:
-            chunks.append(max(CHUNK_BYTES, _power_from(need), min(several, _power_to(left))))
+            # Powers of two: at least this tensor, and at most all that are left.
+            chunks.append(max(CHUNK_BYTES, _power_from(need), min(several, 1 << max(left.bit_length() - 1, 0))))
             used = 0
         places.append((len(chunks) - 1, used))
         used += need
@@ -83,29 +84,19 @@ def _power_from(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _power_to(size: int) -> int:
-    """Return the largest power of two that is at most `size`; 1 for 0."""
-    return 1 << max(size.bit_length() - 1, 0)
-
-
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return the host memory available without swapping, in bytes; None if it is unknown.
 
     It is the minimum of what the kernel and the limits of the process' cgroups (SLURM's --mem, a container's) leave.
     """
-    candidates = [*_by_kernel(proc), *_by_cgroups(proc, cgroups)]
-    return min(candidates, default=None)
+    lines = _lines(proc / "meminfo")
+    by_kernel = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([*by_kernel, *_by_cgroups(proc, cgroups)], default=None)
 
 
 def processes_here() -> int:
     """Return the number of the run's processes on this node, from torchrun's environment."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _by_kernel(proc: Path) -> Iterator[int]:
-    for line in _lines(proc / "meminfo"):
-        if line.startswith("MemAvailable:"):
-            yield int(line.split()[1]) * 1024
 
 
 def _by_cgroups(proc: Path, root: Path) -> Iterator[int]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from distlora.config import UserError, nearest
+from distlora.config import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +61,7 @@ def explained(name: str, revision: str | None, kind: HubKind = MODEL) -> Iterato
             if isinstance(link, HfHubHTTPError) and not unreachable(link) and not aside:
                 raise UserError(_explain_refusal(link, name, revision, kind)) from error
         if any(unreachable(link) for link in chain):
-            raise UserError(explain_absence(error, name, kind)) from error
+            raise UserError(_explain_absence(error, name, kind)) from error
         if not isinstance(error, OSError) or kind is not MODEL:
             raise
         reason = (
@@ -102,17 +101,11 @@ def explain_absent_weights(name: str, files: Iterable[str]) -> UserError:
             reason="is an adapter, not a model",
             cure="set {field} to the base it belongs to",
         )
-    for suffix, advice in (
-        (".gguf", "is quantized for llama.cpp; set {model.path} to the safetensors checkpoint that it was made from"),
-        (
-            ".bin",
-            f"has its weights as .bin files alone, which can hold code; convert them at {endpoint()}/spaces/"
-            f"safetensors/convert and set model.revision=refs/pr/N to the pull request, or set {{model.path}} to a "
-            "copy with safetensors",
-        ),
-    ):
-        if any(file.endswith(suffix) for file in present):
-            return UserError(f"{{model.path}}={name} {advice}")
+    if any(file.endswith(".bin") for file in present):
+        return UserError(
+            f"{{model.path}}={name} has its weights as .bin files alone, which can hold code; convert them at "
+            f"{endpoint()}/spaces/safetensors/convert and set model.revision=refs/pr/N to the pull request"
+        )
     return UserError(
         f"{{model.path}}={name} holds neither model.safetensors nor model.safetensors.index.json; set "
         "{model.path} to a causal language model with safetensors weights"
@@ -126,24 +119,10 @@ def endpoint() -> str:
     return constants.ENDPOINT
 
 
-def user_of_token() -> str | None:
-    """Return the user of this machine's token; None without a valid one."""
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HTTPError
-
-    if get_token() is None:
-        return None
-    try:
-        return str(HfApi().whoami()["name"])
-    except HTTPError:  # Expired or revoked, as good as none; or no answer, and a hint is no reason for another error.
-        return None
-
-
 def _explain_refusal(error: Exception, name: str, revision: str | None, kind: HubKind) -> str:
     """Describe an HTTP error of the hub."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import (
-        DisabledRepoError,
         GatedRepoError,
         HfHubHTTPError,
         RepositoryNotFoundError,
@@ -156,17 +135,13 @@ def _explain_refusal(error: Exception, name: str, revision: str | None, kind: Hu
         return explain_gate(name, kind)
     if isinstance(error, RevisionNotFoundError):
         return (
-            f"{kind.revision_setting}={revision}: {name} has no such branch, tag or commit"
-            f"{nearest(str(revision), _refs(name, kind))}; {page}/tree/main lists them"
+            f"{kind.revision_setting}={revision}: {name} has no such branch, tag or commit; {page}/tree/main lists them"
         )
     if isinstance(error, RepositoryNotFoundError):
-        token = "" if user_of_token() else f"; a private {kind.what} needs `hf auth login` or HF_TOKEN"
         return (
-            f"{kind.setting}={name} is neither {kind.instead} nor a {kind.what} on the hub"
-            f"{nearest(name, _similar(name, kind))}{token}"
+            f"{kind.setting}={name} is neither {kind.instead} nor a {kind.what} on the hub; check the name, and for a "
+            f"private {kind.what} log in with `hf auth login` or set HF_TOKEN"
         )
-    if isinstance(error, DisabledRepoError):
-        return f"{kind.setting}={name} was disabled by the hub; set {kind.setting} to another {kind.what}"
     if error.response.status_code == 401 and get_token() is None:
         return f"{kind.setting}={name}: the hub answers strangers with 401; log in with `hf auth login` or set HF_TOKEN"
     if error.response.status_code == 401:
@@ -180,12 +155,13 @@ def _explain_refusal(error: Exception, name: str, revision: str | None, kind: Hu
 
 def explain_gate(name: str, kind: HubKind) -> str:
     """Describe how to get access to a gated repository."""
-    user = user_of_token()
-    log_in = f"this machine is logged in as {user}" if user else "log in with `hf auth login` or set HF_TOKEN"
-    return f"{kind.setting}={name} is gated: accept its licence at {endpoint()}/{kind.page}{name}; {log_in}"
+    return (
+        f"{kind.setting}={name} is gated: accept its licence at {endpoint()}/{kind.page}{name}, and log in with that "
+        "account (`hf auth login` or HF_TOKEN)"
+    )
 
 
-def explain_absence(error: BaseException, name: str, kind: HubKind) -> str:
+def _explain_absence(error: BaseException, name: str, kind: HubKind) -> str:
     """Describe an unreachable hub when the cache has no whole copy."""
     from huggingface_hub import constants
 
@@ -196,44 +172,7 @@ def explain_absence(error: BaseException, name: str, kind: HubKind) -> str:
         first = str(causes(error)[-1]).strip().partition("\n")[0]
         detail = f" ({first})" if first and "local_files_only" not in first else ""
         reason, advice = f"{constants.ENDPOINT} cannot be reached{detail}", "connect, and start again"
-    cached = [repository for repository in _cached(kind) if repository != name]
-    have = f" The cache has {', '.join(cached[:5])}{nearest(name, cached)}." if cached else ""
     return (
         f"{kind.setting}={name} is neither {kind.instead} nor whole in the cache ({constants.HF_HUB_CACHE}), and "
-        f"{reason}; {advice}, or set {kind.setting} to {kind.instead}.{have}"
+        f"{reason}; {advice}, or set {kind.setting} to {kind.instead}"
     )
-
-
-def _similar(name: str, kind: HubKind) -> list[str]:
-    """Return names on the hub that a mistyped one may mean: of the same owner, else those with the same last part."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
-    owner, _, last = name.partition("/")
-    find: Callable[..., Iterable[Any]] = HfApi().list_models if kind is MODEL else HfApi().list_datasets
-    try:
-        same_owner = [repository.id for repository in find(author=owner, limit=200)]
-        return same_owner or [repository.id for repository in find(search=last, sort="downloads", limit=20)]
-    except HTTPError:  # A hint is no reason for another error.
-        return []
-
-
-def _refs(name: str, kind: HubKind) -> list[str]:
-    """Return the branches and tags of a repository."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        refs = HfApi().list_repo_refs(name, repo_type="model" if kind is MODEL else "dataset")
-    except HTTPError:  # A hint is no reason for another error.
-        return []
-    return [ref.name for ref in (*refs.branches, *refs.tags)]
-
-
-def _cached(kind: HubKind) -> list[str]:
-    """Return the names of the repositories in the cache."""
-    from huggingface_hub import constants
-
-    folder, start = constants.HF_HUB_CACHE, "models--" if kind is MODEL else "datasets--"
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(entry.removeprefix(start).replace("--", "/") for entry in names if entry.startswith(start))

@@ -31,24 +31,11 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def length(seconds: float) -> str:
-    """Return a length of time: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`, `5.2 days`."""
-    if seconds < 10:
-        return f"{seconds:.2g} s"
+    """Return a length of time in its largest units: `0.4 s`, `12 s`, `3 min`, `2 h 05 min`, `5 days`."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours < 48 else f"{seconds / 86400:.3g} days"
-
-
-def roughly(seconds: float) -> str:
-    """Return a length of time in its largest units: `12 s`, `3 min`, `2 h 05 min`, `5 days`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    if minutes < 90:
+    if minutes < 60:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours / 24:.0f} days"

@@ -70,7 +70,11 @@ def listen() -> None:
 
 def _take(parent: int) -> None:
     while True:
-        signum, sender = _wait()
+        if sys.platform == "darwin":  # The system does not tell the sender.
+            signum, sender = signal.sigwait(SIGNALS), 0
+        else:
+            received = signal.sigwaitinfo(SIGNALS)
+            signum, sender = received.si_signo, received.si_pid
         if signum == signal.SIGTERM and sender == parent:
             # torchrun ends a group that is broken or changes. Nobody is left to agree with, and a worker that waits in
             # a collective would hold up the restart until torchrun kills it, 30 s later.
@@ -78,11 +82,3 @@ def _take(parent: int) -> None:
         request(signum)
         with contextlib.suppress(OSError):  # A full disk. This thread must hear what comes next all the same.
             print(f"{name_of(signum)} from process {sender}: stopping when all ranks can", file=sys.stderr, flush=True)
-
-
-def _wait() -> tuple[int, int | None]:
-    """Return the next signal and the process that sent it, where the system tells."""
-    if sys.platform == "darwin":
-        return signal.sigwait(SIGNALS), None
-    received = signal.sigwaitinfo(SIGNALS)
-    return received.si_signo, received.si_pid

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.checkpoint.resume import choose, environment
-from distlora.checkpoint.saver import Saver
+from distlora.checkpoint.saver import Saver, choose, environment
 from distlora.checkpoint.state import (
     Identity,
     Progress,

@@ -16,8 +16,8 @@ from distlora.architecture.tokens import tokenizer_files
 from distlora.checkpoint.files import atomic_folder, write_files
 from distlora.checkpoint.state import Progress
 from distlora.config import AdapterConfig, ModelSpec, UserError
-from distlora.loading.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
-from distlora.loading.plain_adapter import plain_config, plain_tensors, trained_part
+from distlora.loading.decomposed_adapters import plain_config, plain_tensors, trained_part
+from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.loading.tensor_files import read_into, read_rows, write_model
 from distlora.model.adapters import DEFAULT_ADAPTER
 from distlora.model.build import CausalLM
@@ -27,7 +27,7 @@ from distlora.run_folder.layout import BEST_NAME, BEST_STEP_NAME, PUBLISHED, TEM
 from distlora.system import atomic_io
 from distlora.training.optimizers import Optimizer
 from distlora.weights.initial_adapter_file import initial_adapter_path
-from distlora.weights.peft_folder import NF4_MARK
+from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader
 
 COMPANIONS = (".json", ".jinja", ".txt", ".model")

@@ -21,7 +21,7 @@ from distlora.config.json_files import read_object
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
-from distlora.system.progress import display
+from distlora.system.progress import Display
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
 from distlora.training.tracker import Tracker, start_tracker
 
@@ -64,7 +64,7 @@ class Reporter:
         self._uploads = config.tracker.artifact
         (run_dir / STOPPED_NAME).unlink(missing_ok=True)
         self._held_out: dict[str, float] = {}
-        self._display = display(total_steps, start_step, label)
+        self._display = Display(total_steps, start_step, label)
         self._tracker = (
             start_tracker(run_dir, config.tracker, config.name, as_mapping(config), world, self._display.say)
             if config.tracker.name == "wandb"

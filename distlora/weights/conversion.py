@@ -83,8 +83,8 @@ def find_sources(
                 name = by_pattern[""][-1]  # Two names for one parameter: the last is what transformers ends with.
                 sources[target] = Source((name,), (on_disk[name],), on_disk[name].shape)
             continue
-        made = _made_by(converter, target) & set(wanted)
-        if made:
+        first, *others = converter.target_patterns
+        if any(name in wanted for name in (target, *(target.replace(first, other) for other in others))):
             sources |= _merge(converter, target, by_pattern, on_disk)
     return {name: source for name, source in sources.items() if name in wanted}
 
@@ -118,12 +118,6 @@ def _renamer(layout: CheckpointLayout) -> Callable[[str], tuple[str, str | None]
         return target, pattern
 
     return rename
-
-
-def _made_by(converter: Any, target: str) -> set[str]:
-    """Return the parameters that a converter fills together with `target`."""
-    first = converter.target_patterns[0]
-    return {target} | {target.replace(first, other) for other in converter.target_patterns[1:]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.safetensors_headers import Segment, read_header, read_header_and_metadata
+from distlora.architecture.safetensors_headers import read_header, read_header_and_metadata
 from distlora.config import AdapterConfig, UserError, require
 
 INITIAL_ADAPTER_NAME = "initial_adapter.safetensors"
@@ -128,19 +129,16 @@ def _digest_of_file(path: Path, state: tuple[int, ...]) -> str:
 
     A start needs it several times; the file of a 70B model at rank 64 has 3 GB.
     """
-    return digest_of(_contents(read_header(path)))
+    with path.open("rb") as stream:
+        return digest_of(
+            (name, segment.shape, os.pread(stream.fileno(), segment.num_bytes, segment.offset))
+            for name, segment in sorted(read_header(path).items())
+        )
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _contents(segments: Mapping[str, Segment]) -> Iterable[tuple[str, tuple[int, ...], bytes]]:
-    for name, segment in sorted(segments.items()):
-        with segment.file.open("rb") as stream:
-            stream.seek(segment.offset)
-            yield name, segment.shape, stream.read(segment.num_bytes)
 
 
 def _remedy(run_dir: Path) -> str:

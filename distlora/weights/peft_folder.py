@@ -2,6 +2,11 @@
 
 The launcher turns adapter_config.json into settings of the run and checks the tensors' names and shapes by the file's
 header. The worker checks again and loads (`peft_format.load_peft_adapter`).
+
+PEFT writes the trained rows of a matrix as one tensor in the order of `trainable_token_indices`. If the vocabulary has
+grown it also writes the whole matrices (save_embedding_layers="auto"): the resized base's. They add nothing if every
+row that the base lacks is among the trained ones. Modules in `modules_to_save` are written as <path>.weight; a resized
+matrix has that name too, and the config tells them apart.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +22,140 @@ from typing import Any
 from distlora.architecture.families import ExpertLayout
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
 from distlora.architecture.targets import idle_keys, match_ending, select_among, written
-from distlora.config import AdapterConfig, UserError, nearest
-from distlora.config.errors import FILES
-from distlora.config.json_files import read_object
+from distlora.architecture.tokens import EMBEDDING, HEAD
+from distlora.config import SAVED_MODULES, AdapterConfig, UserError, nearest
+from distlora.config.json_files import Shape, check_shape, read_object
 from distlora.config.places import is_hub_name
-from distlora.weights.peft_tokens import (
-    PeftTokenRows,
-    PeftWholeModule,
-    is_of_modules,
-    is_of_rows,
-    modules_setting,
-    read_initial_modules,
-    read_initial_rows,
-    settings_of,
+
+_ROWS = re.compile(
+    r"base_model\.model\.(?:.+\.)?(?P<matrix>embed_tokens|lm_head)\.token_adapter\."
+    r"(?P<kind>trainable_tokens_delta(?:\.default)?|base_layer\.weight)"
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftTokenRows:
+    """The trained rows of one matrix."""
+
+    name: str
+    """Name of their tensor (ids, hidden) in the file."""
+    ids: tuple[int, ...]
+    """Token ids in the order of the tensor's rows."""
+    shape: tuple[int, ...]
+    whole: tuple[int, ...] | None
+    """Shape of the whole matrix, if the file has that too."""
+
+
+def _read_initial_rows(
+    values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path
+) -> dict[str, PeftTokenRows]:
+    """Return the trained rows by matrix, from adapter_config.json (`values`) and the file's header.
+
+    Raises UserError for invalid indices, and if config and file contradict each other.
+    """
+    place, indices = f"{folder}: trainable_token_indices", values.get("trainable_token_indices") or {}
+    if not isinstance(indices, Mapping):
+        indices = {EMBEDDING: indices}
+    tensors: dict[tuple[str, bool], str] = {}
+    for name in sorted(header):
+        if (match := _ROWS.fullmatch(name)) is not None:
+            tensors[match["matrix"], match["kind"] == "base_layer.weight"] = name
+    rows: dict[str, PeftTokenRows] = {}
+    for path, ids in indices.items():
+        matrix = path.rpartition(".")[2]
+        if matrix not in (EMBEDDING, HEAD):
+            raise UserError(
+                f"{place} names {path}, but only rows of {EMBEDDING} and {HEAD} are supported; set another "
+                f"{{adapter.init_from}}"
+            )
+        if any(id < 0 for id in ids) or len(set(ids)) < len(ids):
+            raise UserError(
+                f"{place} has {ids!r} for {matrix}, which are not distinct token ids; save the adapter again"
+            )
+        if (matrix, False) not in tensors:
+            # A tied LM head shares the embedding's rows, so it has no tensor.
+            if matrix == HEAD and ids == indices.get(EMBEDDING):
+                continue
+            raise UserError(f"{place} names {matrix}, whose rows are missing in the file; save the adapter again")
+        name = tensors[matrix, False]
+        shape = header[name].shape
+        if len(shape) != 2 or shape[0] != len(ids):
+            raise UserError(f"{folder}: {name} has shape {list(shape)} for {len(ids)} ids; save the adapter again")
+        whole = tensors.get((matrix, True))
+        rows[matrix] = PeftTokenRows(
+            name=name, ids=tuple(ids), shape=shape, whole=None if whole is None else header[whole].shape
+        )
+    # A tied LM head may be written with copies of the embedding's rows.
+    if tensors and EMBEDDING not in rows and {matrix for matrix, _ in tensors} != rows.keys():
+        raise UserError(f"{place} does not name all token rows that the file has; save the adapter again")
+    return rows
+
+
+def check_rows(rows: Mapping[str, PeftTokenRows], folder: Path, *, stored: int, hidden: int) -> None:
+    """Raise UserError for rows of another size than the model's, and for a grown matrix with untrained new rows.
+
+    `stored`: the base's vocab_size.
+    """
+    for matrix, trained in rows.items():
+        if trained.shape[1] != hidden:
+            raise UserError(
+                f"{folder}: {trained.name} has rows of {trained.shape[1]}, and the model's have {hidden}; set another "
+                "{adapter.init_from} or model.path"
+            )
+        if trained.whole is not None and (untrained := sorted(set(range(stored, trained.whole[0])) - set(trained.ids))):
+            raise UserError(
+                f"{folder}: {matrix} has grown to {trained.whole[0]:,} rows, and row {untrained[0]} is not among "
+                "trainable_token_indices, so the adapter belongs to a base that is not on disk; set another "
+                "{adapter.init_from}"
+            )
+
+
+_MODULE = re.compile(r"base_model\.model\.(?:.+\.)?(?P<module>embed_tokens|lm_head)\.weight")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftWholeModule:
+    """A module that was trained whole."""
+
+    name: str
+    """Name of its tensor in the file."""
+    shape: tuple[int, ...]
+
+
+def _read_initial_modules(
+    values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path
+) -> dict[str, PeftWholeModule]:
+    """Return the modules trained whole by last name, from adapter_config.json (`values`) and the file's header.
+
+    Raises UserError for unsupported modules, and if config and file contradict each other.
+    """
+    named = values.get("modules_to_save") or []
+    stored = {match["module"]: name for name in header if (match := _MODULE.fullmatch(name)) is not None}
+    found: dict[str, PeftWholeModule] = {}
+    for path in named:
+        module = path.rpartition(".")[2]
+        if module not in SAVED_MODULES:
+            raise UserError(
+                f"{folder}: modules_to_save has {path!r}; only {' and '.join(SAVED_MODULES)} are supported; set "
+                "another {adapter.init_from}"
+            )
+        if module not in stored:
+            raise UserError(
+                f"{folder}: modules_to_save names {path}, which the file does not hold; save the adapter again"
+            )
+        found[module] = PeftWholeModule(name=stored[module], shape=header[stored[module]].shape)
+    return found
+
+
+def check_modules(modules: Mapping[str, PeftWholeModule], file: Path, *, rows: Collection[int], hidden: int) -> None:
+    """Raise UserError for a matrix of another size than the model's, which may have any of these numbers of `rows`."""
+    for trained in modules.values():
+        if len(trained.shape) != 2 or trained.shape[0] not in rows or trained.shape[1] != hidden:
+            raise UserError(
+                f"{file}: {trained.name} has shape {list(trained.shape)}, and the model's has {[max(rows), hidden]}; "
+                "set another {adapter.init_from} or model.path, or the adapter's model.new_tokens"
+            )
+
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -63,19 +188,18 @@ NF4_MARK = {"distlora_base": "nf4"}
 _KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights whose adapter belongs to the unchanged base."""
 
-_REASONS = {
-    "ensure_weight_tying": "distlora trains an embedding and an LM head separately",
-    "bias": "distlora trains no biases",
-    "lora_bias": "adapters have no bias in distlora",
-    "fan_in_fan_out": "weights are (out, in) in distlora",
-    "layers_to_transform": "target_modules alone selects the layers",
-    "exclude_modules": "target_modules alone selects the adapted linears",
-    "layer_replication": "distlora uses each layer of the base once",
-    "megatron_config": "the base has no Megatron layers",
-    "alora_invocation_tokens": "distlora uses the adapter in all positions",
+_SHAPE: Shape = {
+    "r?": int,
+    "lora_alpha?": float,
+    "use_rslora?": bool,
+    "use_dora?": bool,
+    "target_modules?": (str, [str], type(None)),
+    "rank_pattern?": ({"*": int}, type(None)),
+    "alpha_pattern?": ({"*": float}, type(None)),
+    "trainable_token_indices?": ({"*": [int]}, [int], type(None)),
+    "modules_to_save?": ([str], type(None)),
+    "target_parameters?": ([str], type(None)),
 }
-_DEFAULTS: dict[str, Any] = {"bias": "none"}
-"""Values without effect, for fields where that is not false, empty or null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +240,8 @@ def read_peft_adapter(folder: str | Path) -> PeftAdapter:
     folder = Path(folder)
     values = _read_config(folder)
     _refuse_fields(values, folder / CONFIG_NAME)
-    parameters = parameters_of(values, folder / CONFIG_NAME)
-    names = by_weight(_read_names(folder, values), parameters, folder / WEIGHTS_NAME)
+    parameters = _parameters_of(values, folder / CONFIG_NAME)
+    names = _by_weight(_read_names(folder, values), parameters, folder / WEIGHTS_NAME)
     segments, metadata = read_header_and_metadata(folder / WEIGHTS_NAME)
     for name in names.values():
         if segments[name].dtype not in SOURCE_DTYPES:
@@ -126,13 +250,19 @@ def read_peft_adapter(folder: str | Path) -> PeftAdapter:
                 f"{', '.join(SOURCE_DTYPES)}, so convert it, or set another {{adapter.init_from}}"
             )
     base = values.get("base_model_name_or_path")
-    token_rows = read_initial_rows(values, segments, folder)
-    modules = read_initial_modules(values, segments, folder)
-    for_nf4 = NF4_MARK.items() <= metadata.items()
+    token_rows = _read_initial_rows(values, segments, folder)
+    modules = _read_initial_modules(values, segments, folder)
     settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}), parameters)
+    settings["init_from_loftq"] = NF4_MARK.items() <= metadata.items()
+    # Without trained rows or modules these stay unset, so that the run may train some.
+    indices = {matrix: rows.ids for matrix, rows in token_rows.items()}
+    if indices:
+        settings["trainable_token_indices"] = indices[EMBEDDING] if indices.keys() == {EMBEDDING} else indices
+    if modules:
+        settings["modules_to_save"] = tuple(sorted(modules))
     return PeftAdapter(
         folder=folder,
-        settings=settings | {"init_from_loftq": for_nf4} | settings_of(token_rows) | modules_setting(modules),
+        settings=settings,
         base=base if isinstance(base, str) and base else None,
         tensors={key: segments[name] for key, name in names.items()},
         names=names,
@@ -201,10 +331,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{place} is not a folder on this machine; if it is on the hub, download it first: "
                 f"`hf download {folder} --local-dir FOLDER`, then {{adapter.init_from}}=FOLDER"
             )
-        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UserError(
-            f"{place} does not exist{nearest(folder.name, siblings, cutoff=FILES)}; set it to a PEFT LoRA's folder"
-        )
+        raise UserError(f"{place} does not exist; set it to a PEFT LoRA's folder")
     path = folder / CONFIG_NAME
     if not path.is_file():
         inside = [child.name for child in sorted(folder.iterdir()) if (child / CONFIG_NAME).is_file()]
@@ -228,17 +355,15 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
             "path_initial_model_for_weight_conversion)"
         )
     for name in sorted(values.keys() - _TAKEN - _WITHOUT_MEANING - {"init_lora_weights"}):
-        if values[name] and values[name] != _DEFAULTS.get(name):
-            reason = _REASONS.get(name, "distlora does not know what that changes")
-            raise UserError(
-                f"{path}: {name}={values[name]!r} is not supported ({reason}); set another {{adapter.init_from}}"
-            )
+        if values[name] and (name, values[name]) != ("bias", "none"):
+            raise UserError(f"{path}: {name}={values[name]!r} is not supported; set another {{adapter.init_from}}")
+    check_shape(values, _SHAPE, path, "save the adapter again")
 
 
 def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str], str]:
     """Return the name in the file by (path, part): one A and one B for each path, and with DoRA a magnitude."""
-    dora = values.get("use_dora") is True
-    file = folder / WEIGHTS_NAME
+    file, dora = folder / WEIGHTS_NAME, values.get("use_dora")
+    saved = {path.rpartition(".")[2] for path in values.get("modules_to_save") or ()}
     if not file.is_file():
         pickled = [name for name in PICKLED_NAMES if (folder / name).is_file()]
         if pickled:
@@ -249,13 +374,11 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
         raise UserError(f"{{adapter.init_from}}={folder} holds no {WEIGHTS_NAME}; save the adapter again")
     by_part: dict[tuple[str, str], str] = {}
     for name in sorted(read_header(file)):
-        match = _TENSOR.fullmatch(name)
-        if is_of_rows(name) or is_of_modules(name, values):
+        match, module = _TENSOR.fullmatch(name), _MODULE.fullmatch(name)
+        if _ROWS.fullmatch(name) or (module is not None and module["module"] in saved):
             continue
         if match is None:
-            raise UserError(
-                f"{file}: {name} is not a lora_A or lora_B of a linear{_kind(name)}; set another {{adapter.init_from}}"
-            )
+            raise UserError(f"{file}: {name} is not a lora_A or lora_B of a linear; set another {{adapter.init_from}}")
         key = (match["path"], match["part"] or match["magnitude"])
         if key in by_part:
             raise UserError(
@@ -277,62 +400,41 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
     return by_part
 
 
-def _kind(name: str) -> str:
-    """Describe a tensor that is neither A nor B, if its name tells."""
-    kinds = {
-        "lora_embedding_": "an adapter of the embedding, which is not supported",
-        "lora_B.bias": "a bias of the adapter, which is not supported",
-        "modules_to_save": "a module trained whole, which is not supported",
-        "embed_tokens.weight": "the whole embedding, which PEFT saves when its size changed",
-        "lm_head.weight": "the whole head, which PEFT saves when its size changed",
-    }
-    return next((f" but {kind}" for part, kind in kinds.items() if part in name), "")
-
-
 def _settings(values: dict[str, Any], path: Path, paths: list[str], parameters: tuple[str, ...]) -> dict[str, Any]:
     """Return the fields that become settings.
 
     Entries that match none of the adapted `paths` are left out, as in PEFT.
     """
-    targets: Any = values.get("target_modules") or ([] if parameters else None)
-    is_list = isinstance(targets, list) and all(isinstance(entry, str) for entry in targets)
-    _require(is_list or isinstance(targets, str), path, values, "target_modules", "a list of names or a text")
-    rank, alpha, rslora = values.get("r", 8), values.get("lora_alpha", 8), values.get("use_rslora", False)
-    dora = values.get("use_dora", False)
-    _require(_is_number(rank, int), path, values, "r", "a whole number")
-    _require(_is_number(alpha), path, values, "lora_alpha", "a number")
-    _require(isinstance(rslora, bool), path, values, "use_rslora", "true or false")
-    _require(isinstance(dora, bool), path, values, "use_dora", "true or false")
-    patterns: dict[str, dict[str, Any]] = {}
-    for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
-        pattern = values.get(name) or {}
-        is_pattern = isinstance(pattern, dict) and all(_is_number(value, kind) for value in pattern.values())
-        _require(is_pattern, path, values, name, "a mapping to numbers")
-        patterns[name] = {key: kind(value) for key, value in pattern.items()}
+    rank, alpha = values.get("r", 8), float(values.get("lora_alpha", 8))
+    patterns: dict[str, dict[str, Any]] = {
+        "rank_pattern": values.get("rank_pattern") or {},
+        "alpha_pattern": {key: float(value) for key, value in (values.get("alpha_pattern") or {}).items()},
+    }
     try:
-        AdapterConfig(r=rank, lora_alpha=float(alpha), **patterns)  # type: ignore[arg-type]
+        AdapterConfig(r=rank, lora_alpha=alpha, **patterns)  # type: ignore[arg-type]
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     for name, pattern in patterns.items():
         idle = idle_keys(pattern, paths)
         patterns[name] = {key: value for key, value in pattern.items() if key not in idle}
-    if is_list:
+    targets = values.get("target_modules") or ()
+    if not isinstance(targets, str):
         linears = [name for name in paths if not match_ending(parameters, [name])]
         targets = tuple(sorted(entry for entry in targets if match_ending([entry], linears)))
-        wanted = f"a list of what {WEIGHTS_NAME} adapts ({paths[0]})"
-        _require(bool(targets or parameters), path, values, "target_modules", wanted)
-    scale = {"r": rank, "lora_alpha": float(alpha), "use_rslora": rslora, "use_dora": dora}
-    used = tuple(entry for entry in parameters if match_ending([entry], paths))
-    return {**scale, "target_modules": targets, "target_parameters": used, **patterns}
-
-
-def _is_number(value: Any, kind: type = float) -> bool:
-    return isinstance(value, (int, kind)) and not isinstance(value, bool)
-
-
-def _require(condition: bool, path: Path, values: dict[str, Any], name: str, wanted: str) -> None:
-    if not condition:
-        raise UserError(f"{path}: {name}={values.get(name)!r} is not {wanted}; save the adapter again")
+    if not (targets or parameters):
+        raise UserError(
+            f"{path}: target_modules={values.get('target_modules')!r} names nothing that {WEIGHTS_NAME} adapts "
+            f"({paths[0]}); save the adapter again"
+        )
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": values.get("use_rslora", False),
+        "use_dora": values.get("use_dora", False),
+        "target_modules": targets,
+        "target_parameters": tuple(entry for entry in parameters if match_ending([entry], paths)),
+        **patterns,
+    }
 
 
 def _more(names: list[str]) -> str:
@@ -343,13 +445,11 @@ _WRAPPED = ".base_layer"
 """Suffix that PEFT adds to a module's path for each further adapted weight of it."""
 
 
-def parameters_of(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+def _parameters_of(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """Return target_parameters of an adapter_config.json. Raises UserError for other names than experts' weights."""
     entries = values.get("target_parameters") or []
     known = ExpertLayout().weights
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, str) and entry.rpartition(".")[2] in known for entry in entries
-    ):
+    if not all(entry.rpartition(".")[2] in known for entry in entries):
         raise UserError(
             f"{path}: target_parameters={entries!r} are not all weights of experts ({', '.join(known)}), the only "
             "supported target_parameters; set another {adapter.init_from}"
@@ -357,7 +457,7 @@ def parameters_of(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(sorted(entries))
 
 
-def by_weight(
+def _by_weight(
     names: Mapping[tuple[str, str], str], parameters: tuple[str, ...], file: Path
 ) -> dict[tuple[str, str], str]:
     """Return names in the file by (path, part), with the path of a fused weight in place of its wrapper's.

@@ -16,10 +16,9 @@ refused by the name of the field.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from typing import Any
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.config import ModelSpec, UserError
+from distlora.config.json_files import parse_object
+from distlora.weights.conversion import Source
 
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
 _STORAGES = ("U8", "BF16", "F16", "F32")
@@ -83,15 +84,9 @@ def read_prequantized_weights(base: CheckpointFiles) -> dict[str, PrequantizedWe
     return {name: _packed_weight(name, match[0], match[2], headers) for name, match in sorted(states.items())}
 
 
-def check_keeps_prequantized(spec: ModelSpec, packed: Mapping[str, PrequantizedWeight]) -> None:
-    """Raise UserError for settings that need 16-bit weights of a base that has none."""
-    if packed:
-        refuse_dense_settings(spec, f"({len(packed):,} weights in NF4)")
-
-
-def refuse_dense_settings(spec: ModelSpec, how: str = "(by its config.json)") -> None:
-    """Raise UserError as `check_keeps_prequantized`, for a base that is known to be quantized."""
-    reason = f"{{model.path}}={spec.model.path} is quantized already {how}"
+def refuse_dense_settings(spec: ModelSpec) -> None:
+    """Raise UserError for settings that need 16-bit weights, for a base that is quantized already."""
+    reason = f"{{model.path}}={spec.model.path} is quantized already"
     if spec.adapter.method == "full":
         raise UserError(f"adapter=full trains every weight, but {reason}; set {{model.path}} to the 16-bit checkpoint")
     if spec.quant.method == "none":
@@ -116,19 +111,19 @@ def packed_outside_blocks(name: str) -> UserError:
 
 
 def prequantized_parameters(
-    packed: Mapping[str, PrequantizedWeight], names_on_disk: Mapping[str, Sequence[str]]
+    packed: Mapping[str, PrequantizedWeight], sources: Mapping[str, Source]
 ) -> dict[str, PrequantizedWeight]:
-    """Return the quantized weights by the model's names, given the names on disk of each parameter.
+    """Return the quantized weights by the model's names, given the tensors on disk of each parameter.
 
     Raises UserError for a parameter that is merged from several tensors of which one is quantized.
     """
     by_parameter = {}
-    for parameter, names in names_on_disk.items():
-        stored = [name for name in names if name in packed]
-        if stored and len(names) > 1:
+    for parameter, source in sources.items():
+        stored = [name for name in source.names if name in packed]
+        if stored and len(source.names) > 1:
             raise UserError(
-                f"{parameter} is merged from {len(names)} tensors, of which {stored[0]} is quantized; NF4 weights "
-                f"cannot be merged as they are: {_INSTEAD}"
+                f"{parameter} is merged from {len(source.names)} tensors, of which {stored[0]} is quantized; NF4 "
+                f"weights cannot be merged as they are: {_INSTEAD}"
             )
         if stored:
             by_parameter[parameter] = packed[stored[0]]
@@ -163,53 +158,48 @@ def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, 
     """Return one weight's parts, checked against each other."""
     if kind != "nf4":
         raise UserError(f"{name} is stored as {kind}; only nf4 can be kept as it is: {_INSTEAD}")
-    state = _read_state(state_name, headers[state_name])
+    at = headers[state_name]
+    with at.file.open("rb") as stream:
+        stream.seek(at.offset)
+        state = parse_object(stream.read(at.num_bytes), f"{at.file}: {state_name}", "download the checkpoint again")
     shape, offset = _checked_state(name, state)
-    numel = math.prod(shape)
+    numel, nested = math.prod(shape), offset is not None
     num_blocks = -(-numel // _BLOCK)
-    nested = offset is not None
-    codes = _part(headers, name, _STORAGES)
-    codes = replace(codes, dtype="U8", shape=(codes.num_bytes,))
-    absmax = _part(headers, f"{name}.absmax", ("U8",) if nested else ("F32",))
-    sizes = {name: (codes, -(-numel // 2)), f"{name}.absmax": (absmax, num_blocks)}
-    quant_map = _part(headers, f"{name}.quant_map", ("F32",))
-    sizes[f"{name}.quant_map"] = (quant_map, 16)
-    nested_absmax = nested_quant_map = None
+    wanted = {  # (dtypes on disk, entries)
+        "": (_STORAGES, -(-numel // 2)),
+        ".absmax": (("U8",) if nested else ("F32",), num_blocks),
+        ".quant_map": (("F32",), 16),
+    }
     if nested:
-        nested_absmax = _part(headers, f"{name}.nested_absmax", ("F32",))
-        nested_quant_map = _part(headers, f"{name}.nested_quant_map", ("F32",))
-        sizes[f"{name}.nested_absmax"] = (nested_absmax, -(-num_blocks // _NESTED_BLOCK))
-        sizes[f"{name}.nested_quant_map"] = (nested_quant_map, 256)
-    for part, (segment, size) in sizes.items():
+        wanted |= {".nested_absmax": (("F32",), -(-num_blocks // _NESTED_BLOCK)), ".nested_quant_map": (("F32",), 256)}
+    parts = {}
+    for suffix, (dtypes, size) in wanted.items():
+        part = f"{name}{suffix}"
+        segment = headers.get(part)
+        if segment is None:
+            raise UserError(f"no tensor {part} in the checkpoint, which its quant_state needs; download it again")
+        if segment.dtype not in dtypes:
+            raise UserError(
+                f"{segment.file}: {part} is stored as {segment.dtype}, not {' or '.join(dtypes)}; {_INSTEAD}"
+            )
+        if not suffix:  # Codes are the same bytes in any storage.
+            segment = replace(segment, dtype="U8", shape=(segment.num_bytes,))
         if segment.num_bytes != size * DTYPE_BYTES[segment.dtype]:
             raise UserError(
                 f"{segment.file}: {part} has {segment.numel:,} entries; a weight of shape {list(shape)} in blocks of "
                 f"{_BLOCK} has {size:,}; the checkpoint is damaged, download it again"
             )
+        parts[suffix] = segment
     return PrequantizedWeight(
         name=name,
         shape=shape,
-        codes=codes,
-        absmax=absmax,
-        quant_map=quant_map,
-        nested_absmax=nested_absmax,
-        nested_quant_map=nested_quant_map,
+        codes=parts[""],
+        absmax=parts[".absmax"],
+        quant_map=parts[".quant_map"],
+        nested_absmax=parts.get(".nested_absmax"),
+        nested_quant_map=parts.get(".nested_quant_map"),
         offset=offset,
     )
-
-
-def _read_state(name: str, segment: Segment) -> dict[str, Any]:
-    """Read quant_state: a small JSON object in a uint8 tensor."""
-    with segment.file.open("rb") as stream:
-        stream.seek(segment.offset)
-        text = stream.read(segment.num_bytes)
-    try:
-        state = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{segment.file}: {name} is not JSON ({error}); download the checkpoint again") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{segment.file}: {name} is not a JSON object; download the checkpoint again")
-    return state
 
 
 def _checked_state(name: str, state: dict[str, Any]) -> tuple[tuple[int, ...], float | None]:
@@ -234,13 +224,3 @@ def _checked_state(name: str, state: dict[str, Any]) -> tuple[tuple[int, ...], f
             "download it again"
         )
     return tuple(shape), float(offset) if nested else None  # type: ignore[arg-type]
-
-
-def _part(headers: Mapping[str, Segment], name: str, dtypes: Sequence[str]) -> Segment:
-    """Return one tensor of a quantized weight. Raises UserError if it is missing or of another dtype."""
-    segment = headers.get(name)
-    if segment is None:
-        raise UserError(f"no tensor {name} in the checkpoint, which its quant_state needs; download it again")
-    if segment.dtype not in dtypes:
-        raise UserError(f"{segment.file}: {name} is stored as {segment.dtype}, not {' or '.join(dtypes)}; {_INSTEAD}")
-    return segment

@@ -3,9 +3,13 @@
     FOLDER/<key>/                            an entry: one base, quantized in one way (`quantized_cache.cache_key`)
         entry.json                           base and number of groups; its mtime is the entry's last use
         00012-3of8-<hash>.safetensors        a piece: groups of the weights of one decoder layer
-    FOLDER/sources/                          fingerprints of source files (`file_fingerprints`)
+    FOLDER/sources/                          fingerprints of source files (`base_fingerprint`)
 
-Names that begin with a dot are being written or removed. The folder may be a home or a project, so only plain files
+A piece's name states which shard of the groups it holds, so a reader opens no other piece. Its header states which
+groups of which weights it holds. Each weight has `codes`, `scales`, `group_scale` and `checksums` (one number per
+group).
+
+Names that begin with a dot are being written. The folder may be a home or a project, so only plain files
 with exactly these names are removed, only in folders that are not symlinks, and then the folder if it is empty. A piece
 is written beside its name, fsynced and renamed. Pieces with the same name hold the same bytes, so any number of
 processes writes at once without a lock.
@@ -17,20 +21,174 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.safetensors_headers import Segment, header_bytes, read_header_and_metadata
 from distlora.config import UserError
 from distlora.config.json_files import check_shape, read_object
 from distlora.system import atomic_io
-from distlora.weights.quantized_cache_format import PIECE_NAME, DamagedPieceError, PieceName, holes, read_piece
+
+FORMAT = 2
+"""Version of the format; it is part of the cache key."""
+PARTS: Mapping[str, tuple[str, tuple[int, ...], int]] = {
+    "codes": ("U8", (8192,), 8192),
+    "scales": ("U8", (256,), 256),
+    "group_scale": ("F32", (), 4),
+    "checksums": ("I64", (), 8),
+}
+"""Parts of a group in a piece, in this order: safetensors dtype, shape and bytes."""
+GROUP_BYTES = sum(num_bytes for *_, num_bytes in PARTS.values())
+
+PIECE_NAME = re.compile(r"([0-9]{5,})-([0-9]+)of([0-9]+)-[0-9a-f]{16}\.safetensors")
+_METADATA = "distlora_piece"
+_DIGEST = "digest"
+
+
+class DamagedPieceError(Exception):
+    """A piece is not what was written; the message says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Groups [first, stop) of one weight."""
+
+    first: int
+    stop: int
+    offset: float
+    """The weight's offset of double quantization, which all groups share."""
+    parts: Mapping[str, Segment]
+    """Position of each of PARTS in the piece; empty before the piece is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece and the groups in it."""
+
+    path: Path
+    extents: Mapping[str, Extent]
+    """By the weight's Hugging Face name."""
+
+
+@dataclass(frozen=True, slots=True)
+class PieceName:
+    """The facts in a piece's name."""
+
+    path: Path
+    block: int
+    index: int
+    count: int
+
+    @classmethod
+    def of(cls, path: Path) -> PieceName | None:
+        """Parse a path; None if it is not a piece's name."""
+        match = PIECE_NAME.fullmatch(path.name)
+        name = cls(path, *map(int, match.groups())) if match else None
+        return name if name is not None and name.index < name.count else None
+
+    def may_hold(self, num_groups: int, groups: range) -> bool:
+        """Return whether the piece may hold some of these groups of a weight of `num_groups`."""
+        owned = cut(num_groups, self.index, self.count)
+        return owned.start < groups.stop and groups.start < owned.stop
+
+
+def cut(num_groups: int, index: int, count: int) -> range:
+    """Return the groups of a weight that rank `index` of `count` ranks owns."""
+    each = -(-num_groups // count)
+    return range(min(index * each, num_groups), min((index + 1) * each, num_groups))
+
+
+def holes(groups: range, held: Sequence[tuple[int, int]]) -> list[range]:
+    """Return the parts of `groups` that none of `held` (first, stop) covers."""
+    gaps, at = [], groups.start
+    for first, stop in sorted(held):
+        if first > at:
+            gaps.append(range(at, min(first, groups.stop)))
+        at = max(at, stop)
+        if at >= groups.stop:
+            break
+    if at < groups.stop:
+        gaps.append(range(at, groups.stop))
+    return [hole for hole in gaps if hole]
+
+
+def header_of(key: str, extents: Mapping[str, Extent]) -> bytes:
+    """Return the first bytes of a piece: the safetensors header of its weights, in their order."""
+    table: dict[str, Any] = {}
+    end = 0
+    for name, extent in extents.items():
+        groups = extent.stop - extent.first
+        for part, (dtype, shape, num_bytes) in PARTS.items():
+            offsets = [end, end + groups * num_bytes]
+            table[f"{name}.{part}"] = {"dtype": dtype, "shape": [groups, *shape], "data_offsets": offsets}
+            end = offsets[1]
+    weights = {name: [extent.first, extent.offset.hex()] for name, extent in extents.items()}
+    description = json.dumps({"format": FORMAT, "key": key, "weights": weights})
+    places = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in table.items()}
+    return header_bytes(table, {_METADATA: description, _DIGEST: _digest(description, places)})
+
+
+def read_piece(path: Path, key: str) -> tuple[Piece, int]:
+    """Return (the piece by its header, bytes read).
+
+    Raises DamagedPieceError, and OSError if the file is missing or cannot be read.
+    """
+    size = path.stat().st_size  # Raises the error of a missing file.
+    if not path.is_file():  # Reading a pipe would wait for a writer.
+        raise DamagedPieceError("it is not a file")
+    try:
+        segments, metadata = read_header_and_metadata(path)
+        description = metadata.get(_METADATA, "")
+        begin = min((segment.offset for segment in segments.values()), default=size)
+        places = {
+            name: (s.dtype, list(s.shape), [s.offset - begin, s.offset - begin + s.num_bytes])
+            for name, s in segments.items()
+        }
+        if metadata.get(_DIGEST) != _digest(description, places):
+            raise DamagedPieceError("its header was changed")
+        values = json.loads(description)
+        check_shape(values, {"format": int, "key": str, "weights": {"*": list}}, path, "remove it")
+        if (values["format"], values["key"]) != (FORMAT, key):
+            raise DamagedPieceError("it belongs to another entry")
+        extents = {name: _extent(name, entry, segments) for name, entry in values["weights"].items()}
+    except UserError as error:
+        if not path.is_file():
+            raise FileNotFoundError(path) from error
+        raise DamagedPieceError(str(error)) from error
+    except (KeyError, ValueError, OverflowError, RecursionError) as error:
+        raise DamagedPieceError(f"its header is invalid: {error}") from error
+    return Piece(path, extents), begin
+
+
+def _extent(name: str, entry: Sequence[Any], segments: Mapping[str, Segment]) -> Extent:
+    """Parse one weight's entry.
+
+    Raises KeyError, ValueError or OverflowError for values that `header_of` does not write.
+    """
+    if [type(value) for value in entry] != [int, str] or not 0 <= entry[0] < 2**63:
+        raise ValueError(f"{entry!r:.60} of {name}")
+    first, offset = entry[0], float.fromhex(entry[1])
+    parts = {part: segments[f"{name}.{part}"] for part in PARTS}
+    groups = parts["codes"].shape[0] if parts["codes"].shape else 0
+    for part, (dtype, shape, _) in PARTS.items():
+        if (parts[part].dtype, parts[part].shape) != (dtype, (groups, *shape)):
+            raise ValueError(f"{name}.{part}: {parts[part].shape} of {parts[part].dtype}")
+    if not math.isfinite(offset):
+        raise ValueError(f"{name}: {offset} as its offset")
+    return Extent(first, first + groups, offset, parts)
+
+
+def _digest(description: str, places: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([description, places], sort_keys=True).encode()).hexdigest()
+
 
 ENTRY_NAME = "entry.json"
 SOURCES = "sources"
@@ -44,7 +202,6 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _FINISHED = re.compile(rf"{re.escape(ENTRY_NAME)}|{PIECE_NAME.pattern}")
 _UNFINISHED = re.compile(rf"\.({_FINISHED.pattern})-[0-9a-f]{{16}}")
 """Temporary names of `atomic_io` in an entry."""
-_REMOVED = re.compile(r"\.removed-[0-9a-f]{12}-[0-9a-f]{16}")
 _SOURCE = re.compile(r"source-[0-9a-f]{32}\.json")
 _UNFINISHED_SOURCE = re.compile(rf"\.{_SOURCE.pattern}-[0-9a-f]{{16}}")
 
@@ -120,7 +277,7 @@ class Entry:
         return sum(_files_in(self.path, _FINISHED, _UNFINISHED).values())
 
     def remove(self) -> int:
-        """Remove the entry in one step and return the bytes freed; processes that read its pieces finish reading.
+        """Remove the entry and return the bytes freed; processes that read its pieces finish reading.
 
         Files of other programs stay in place. Raises OSError if the entry is another user's and cannot be removed.
         """
@@ -128,14 +285,7 @@ class Entry:
             return 0
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
-        doomed = self.path
-        if not _strangers_in(self.path):
-            doomed = self.path.with_name(f".removed-{self.key[:12]}-{secrets.token_hex(8)}")
-            try:
-                self.path.rename(doomed)
-            except FileNotFoundError:
-                return 0
-        return _remove_files(doomed, _FINISHED, _UNFINISHED)
+        return _remove_files(self.path, _FINISHED, _UNFINISHED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,42 +364,26 @@ def _description(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> Iterator[Path]:
-    """Yield unfinished files and folders of killed writers that were not written for `older_than` seconds."""
-    now = time.time()
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            if path.is_symlink() or not path.is_dir():
-                continue
-            abandoned: list[Path] = []
-            if _KEY.fullmatch(path.name):
-                abandoned = list(_files_in(path, _UNFINISHED))
-            elif path.name == SOURCES:
-                abandoned = list(_files_in(path, _UNFINISHED_SOURCE))
-            with contextlib.suppress(OSError):
-                if _REMOVED.fullmatch(path.name) and not _strangers_in(path):
-                    abandoned = [path]
-                yield from (each for each in abandoned if now - each.lstat().st_mtime >= older_than)
-
-
 def remove_leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> int:
-    """Remove `leftovers` and return the bytes freed. Files that cannot be removed stay."""
-    freed = 0
-    for path in list(leftovers(folder, older_than=older_than)):
-        with contextlib.suppress(OSError):
-            if path.is_dir():
-                freed += _remove_files(path, _FINISHED, _UNFINISHED)
-            else:
-                size = path.lstat().st_size
-                path.unlink()
-                freed += size
+    """Remove what killed writers left and nobody wrote for `older_than` seconds; return the bytes freed.
+
+    Files that cannot be removed stay.
+    """
+    freed, limit = 0, time.time() - older_than
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if path.name == SOURCES or _KEY.fullmatch(path.name):
+                for file, size in _files_in(path, _UNFINISHED, _UNFINISHED_SOURCE).items():
+                    with contextlib.suppress(OSError):
+                        if file.lstat().st_mtime <= limit:
+                            file.unlink()
+                            freed += size
     return freed
 
 
 def forget_sources(folder: Path) -> None:
     """Remove the recorded fingerprints, so that source files are hashed again."""
-    if _files_in(folder / SOURCES, _SOURCE, _UNFINISHED_SOURCE):
-        _remove_files(folder / SOURCES, _SOURCE, _UNFINISHED_SOURCE)
+    _remove_files(folder / SOURCES, _SOURCE, _UNFINISHED_SOURCE)
 
 
 def _files_in(folder: Path, *names: re.Pattern[str]) -> dict[Path, int]:
@@ -264,11 +398,6 @@ def _files_in(folder: Path, *names: re.Pattern[str]) -> dict[Path, int]:
                         if stat.S_ISREG(status.st_mode):
                             matching[path] = status.st_size
     return matching
-
-
-def _strangers_in(folder: Path) -> bool:
-    """Return whether an entry holds files that no cache made. Raises OSError for an unreadable folder."""
-    return bool(set(folder.iterdir()) - set(_files_in(folder, _FINISHED, _UNFINISHED)))
 
 
 def _remove_files(folder: Path, *names: re.Pattern[str]) -> int:

@@ -19,7 +19,7 @@ from distlora.analysis.intrinsic.request import (
     IntrinsicRequest,
 )
 from distlora.analysis.intrinsic.training import Bench, Outcome, Training
-from distlora.output.result_files import Written
+from distlora.output.results import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import let_go
 from distlora.post.load_trained import made_on
@@ -203,7 +203,7 @@ def _described(training: Training) -> str:
     return f"{training.model}, {start}: {kind}, lr {training.lr:g}, seed {training.seed}"
 
 
-WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, report.draw)
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report.markdown, report.terminal, report.draw)
 
 
 def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:

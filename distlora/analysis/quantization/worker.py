@@ -28,7 +28,7 @@ from distlora.config import TrainConfig
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
 from distlora.loading.quantize import DoubleQuantizedAbsmax
-from distlora.output.result_files import Written
+from distlora.output.results import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import Loss, Readings, compare, evenly, let_go
 from distlora.post.load_trained import made_on
@@ -38,7 +38,7 @@ from distlora.training.setup import start_model
 from distlora.weights.reader import Reader
 from distlora_kernels.nf4 import GROUP
 
-WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, report.draw)
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report.markdown, report.terminal, report.draw)
 
 
 def run(request: QuantizationRequest) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlora.analysis.spectrum.request import PLOT_NAME
-from distlora.output.figures import COLOURS, new_figure, save
-from distlora.output.tables import Table, as_markdown, as_text
+from distlora.output.results import COLOURS, Table, as_markdown, as_text, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

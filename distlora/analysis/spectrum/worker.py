@@ -20,14 +20,14 @@ from distlora.analysis.spectrum.changes import Change, Changes, open_changes
 from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, SpectrumRequest
 from distlora.analysis.spectrum.singular import Singular, largest, of_factors, similarity, whole
 from distlora.config import UserError
-from distlora.output.result_files import Written
+from distlora.output.results import Written
 from distlora.post.load_trained import made_on
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
 from distlora.weights.decompose import times, transposed_times
 from distlora.weights.reader import Reader
 
-WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, report.draw)
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report.markdown, report.terminal, report.draw)
 MOST_VALUES = 512
 """Singular values of one dW in the JSON."""
 NO_RANK = 1e-6

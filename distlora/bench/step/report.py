@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.bench.step.compare import OURS, WAYS, Measured
-from distlora.output.figures import COLOURS, draw_bars, new_figure, save
-from distlora.output.tables import Table, spread
+from distlora.output.results import COLOURS, Table, draw_bars, new_figure, save, spread
 
 MIB, MB = 2**20, 10**6
 REFERENCES = (OURS, "ours-compiled")

@@ -21,7 +21,7 @@ from distlora.architecture.tokens import EMBEDDING
 from distlora.checkpoint.files import new_folder, write_files
 from distlora.config.json_files import read_object
 from distlora.loading.tensor_files import DeferredTensor
-from distlora.output.tables import Table
+from distlora.output.results import Table
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.post.combine.methods import Weighted, combine, combined_modules, combined_rows, new_token_owner, row_ids
 from distlora.post.combine.request import RECORD_NAME, CombineRequest, needs_base

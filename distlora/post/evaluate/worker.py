@@ -22,7 +22,7 @@ from torch import Tensor
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import UserError
 from distlora.data.rows import PackedRows
-from distlora.output.tables import Table
+from distlora.output.results import Table
 from distlora.parallel import Ranks
 from distlora.post.evaluate.measure import (
     add_to_receipt,

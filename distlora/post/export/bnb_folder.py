@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from distlora.architecture.families import read_config
 from distlora.config import UserError
-from distlora.loading.decomposed_adapters import load_initial_factors
-from distlora.loading.plain_adapter import is_pair, trained_config, trained_part
+from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, trained_config, trained_part
 from distlora.post.export.client_check import EXACT, Ours
 from distlora.post.export.formats import Export, Reading
 from distlora.post.load_trained import check_base, weights_in

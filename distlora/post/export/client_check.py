@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import ModelSpec, QuantConfig, UserError
-from distlora.loading.plain_adapter import plain_form
+from distlora.loading.decomposed_adapters import plain_form
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
 from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading

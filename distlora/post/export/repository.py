@@ -34,7 +34,7 @@ def as_plain_adapter(result: Result) -> Iterator[Result]:
         return
     adapter, run_dir = result.config.adapter, result.config.run_dir
     require_initial_adapter(run_dir, adapter, None)
-    from distlora.loading.plain_adapter import plain_form
+    from distlora.loading.decomposed_adapters import plain_form
 
     with plain_form(result.folder, adapter, run_dir) as place:
         yield dataclasses.replace(result, folder=place, adapter=read_record(place / CONFIG_NAME))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distlora.checkpoint.files import new_folder
-from distlora.output.tables import Table
+from distlora.output.results import Table
 from distlora.post.merge.output_folder import (
     Clock,
     Cursor,

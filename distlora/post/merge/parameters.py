@@ -13,9 +13,9 @@ from torch import Tensor
 from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
+from distlora.loading.decomposed_adapters import plain_form
 from distlora.loading.peft_format import adaptable_shapes
-from distlora.loading.plain_adapter import plain_form
-from distlora.loading.token_matrices import mean_row_alone
+from distlora.loading.quantize import mean_row_alone
 from distlora.model.experts import ExpertWeight
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.request import Onto
@@ -32,8 +32,14 @@ from distlora.post.weights import (
 )
 from distlora.weights.conversion import Source, find_sources
 from distlora.weights.decompose import LowRankFactors
-from distlora.weights.peft_folder import WEIGHTS_NAME, PeftAdapter, check_fits, read_peft_adapter
-from distlora.weights.peft_tokens import check_modules, check_rows
+from distlora.weights.peft_folder import (
+    WEIGHTS_NAME,
+    PeftAdapter,
+    check_fits,
+    check_modules,
+    check_rows,
+    read_peft_adapter,
+)
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora.weights.reader import Reader, all_finite
 

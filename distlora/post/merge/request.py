@@ -11,7 +11,7 @@ from typing import Any, Literal
 from distlora.architecture.families import read_config
 from distlora.config import require
 from distlora.config.json_files import check_shape, read_object
-from distlora.output.tables import Table
+from distlora.output.results import Table
 from distlora.post.trained import Name, Trained
 from distlora.system import atomic_io
 

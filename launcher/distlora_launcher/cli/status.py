@@ -11,7 +11,7 @@ from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import is_sweep_folder
-from distlora.system.numbers import roughly
+from distlora.system.numbers import length
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME
@@ -211,7 +211,7 @@ def describe(status: Status) -> str:
         lines.append(f"SLURM does not answer ({status.unknown}), so this is what the folder says")
     if figures.step > 0 or status.total_steps is not None:
         total = f" of {status.total_steps:,} ({figures.step / status.total_steps:.0%})" if status.total_steps else ""
-        left = f", {roughly(status.seconds_left)} left" if status.seconds_left is not None else ""
+        left = f", {length(status.seconds_left)} left" if status.seconds_left is not None else ""
         written = f", logged {age(figures.time)} ago" if figures.time is not None and status.state != "done" else ""
         lines.append(f"step      {figures.step:,}{total}{left}{written}")
     if shown_figures(figures):

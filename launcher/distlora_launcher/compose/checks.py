@@ -48,13 +48,12 @@ from distlora.config.places import is_hub_name
 from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders
 from distlora.system.extras import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
-from distlora.weights.peft_folder import WEIGHTS_NAME, check_fits, read_peft_adapter
-from distlora.weights.peft_tokens import check_modules, check_rows
+from distlora.weights.peft_folder import WEIGHTS_NAME, check_fits, check_modules, check_rows, read_peft_adapter
 from distlora.weights.prequantized import (
     PrequantizedWeight,
-    check_keeps_prequantized,
     packed_outside_blocks,
     read_prequantized_weights,
+    refuse_dense_settings,
 )
 from distlora_kernels import native
 
@@ -192,7 +191,8 @@ def check_model(config: Config) -> None:
     folder = Path(config.model.path)
     base = CheckpointFiles(folder)
     on_disk, packed = base.headers, read_prequantized_weights(base)
-    check_keeps_prequantized(config.spec, packed)
+    if packed:
+        refuse_dense_settings(config.spec)
     stored_as = names_on_disk(on_disk, family)
     tensors = {name: on_disk[stored] for name, stored in stored_as.items()}
     packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}

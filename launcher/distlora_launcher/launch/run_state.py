@@ -19,7 +19,7 @@ from distlora.config.json_files import object_or_empty, parse_object
 from distlora.run_folder.checkpoint_manifest import MANIFEST_NAME, step_of, steps
 from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, METRICS_NAME
 from distlora.system import atomic_io
-from distlora.system.numbers import roughly
+from distlora.system.numbers import length
 from distlora.system.stop_signals import STOPPED_NAME
 from distlora_launcher.launch.failures import first_failure, read_errors
 
@@ -135,7 +135,7 @@ def was_started(run_dir: Path) -> bool:
 
 def age(moment: float) -> str:
     """Return the time since a moment (seconds since 1970) as `12 s`, `3 min`, `2 h` or `5 days`."""
-    return roughly(max(0.0, time.time() - moment))
+    return length(max(0.0, time.time() - moment))
 
 
 def _tail(path: Path) -> list[str]:

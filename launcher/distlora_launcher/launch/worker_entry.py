@@ -92,7 +92,7 @@ def redirect_output(log: Path, *, keep_stdout: bool) -> None:
 
 
 def leave_pid(rank: int) -> None:
-    """Write the pid, to which the launcher may send signals from now on, and reserve disk space for an error file."""
+    """Write the pid, to which the launcher may send signals from now on, and name a second place for an error file."""
     folder = os.environ.get(stop_signals.PID_DIR)
     if folder is not None:
         path = Path(folder) / f"rank_{rank}.pid"
@@ -100,7 +100,9 @@ def leave_pid(rank: int) -> None:
         temporary.write_text(str(os.getpid()))
         temporary.replace(path)
         path.with_suffix(".done").unlink(missing_ok=True)
-        error_file.make_spare(path.with_suffix(".error.json"))
+        spare = path.with_suffix(".error.json")
+        spare.unlink(missing_ok=True)
+        os.environ[error_file.SPARE] = str(spare)
 
 
 def leave_done(rank: int) -> None:

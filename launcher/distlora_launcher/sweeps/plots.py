@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distlora.output.figures import COLOURS, new_figure, save
+from distlora.output.results import COLOURS, new_figure, save
 from distlora.run_folder.sweep import COMPLETE, PRUNED, TrialRecord
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.results import best_of, format_value

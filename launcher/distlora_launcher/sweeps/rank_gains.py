@@ -24,7 +24,7 @@ import numpy as np
 
 from distlora.config.sweep import SweepConfig
 from distlora.data.packing import hash64
-from distlora.output.tables import Table
+from distlora.output.results import Table
 from distlora.run_folder.eval_documents import DocumentRecord
 
 FULL = "full"

@@ -27,7 +27,7 @@ from distlora.run_folder.sweep import (
     read_results,
 )
 from distlora.system import atomic_io
-from distlora.system.numbers import roughly
+from distlora.system.numbers import length
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.launch.local import write_report
 from distlora_launcher.launch.lock import holders
@@ -65,7 +65,7 @@ def table_rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | No
                 *(format_value(trial.values[name]) if name in trial.values else "" for name in settings),
                 "" if trial.value is None else f"{trial.value:.4f}",
                 "" if trial.step is None else f"{trial.step:,}",
-                "" if trial.seconds is None else roughly(trial.seconds),
+                "" if trial.seconds is None else length(trial.seconds),
                 trial.state,
                 note if longest is None or len(note) <= longest else note[: longest - 4] + " ...",
             ]

@@ -25,7 +25,7 @@ from distlora.run_folder.layout import METRICS_NAME, SUMMARY_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED, words_of, write_importance
 from distlora.system.exit_codes import DONE, STOPPED, run_to_exit_code
 from distlora.system.exit_codes import FAILED as FAILURE
-from distlora.system.numbers import roughly
+from distlora.system.numbers import length
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.signals import Forwarder, block, forwarding
@@ -200,7 +200,7 @@ class Worker:
         value = "" if followed.last is None else f", {metric} {followed.last:.4f}"
         why = "" if outcome.reason is None else f": {outcome.reason}"
         how = {COMPLETE: "done", PRUNED: "pruned", FAILED: "failed", SAVED: "saved"}[outcome.state]
-        lasted = f" ({roughly(outcome.seconds)})" if outcome.state in (COMPLETE, PRUNED) else ""
+        lasted = f" ({length(outcome.seconds)})" if outcome.state in (COMPLETE, PRUNED) else ""
         return f"trial {outcome.number}: {how}{step}{value}{lasted}{why}"
 
 

@@ -33,7 +33,7 @@ from distlora.bench.step.compare import (
     reason_against,
 )
 from distlora.config import nearest
-from distlora.output.result_files import Results
+from distlora.output.results import Results
 from distlora.system.exit_codes import DONE, FAILED
 from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_counts, check_gpus, output_folder
 from distlora_launcher.compose.checks import gpu_count

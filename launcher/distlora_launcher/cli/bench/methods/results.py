@@ -8,8 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distlora.output.figures import COLOURS, new_figure, save
-from distlora.output.tables import Table
+from distlora.output.results import COLOURS, Table, new_figure, save
 from distlora_launcher.cli.bench.methods.grid import METHODS, Method, Planned, best_rate, rates_of
 
 Summaries = Mapping[Planned, Mapping[str, Any]]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,20 +224,3 @@ def test_finished_runs_are_skipped_and_a_wrong_base_fails(
 def test_mistakes_are_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "methods", *words]) == 2
     assert said in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_every_method_trains_and_starts_from_the_same_base(base: Path, tmp_path: Path) -> None:
-    """Real runs, one process each: step 0 is checked by the command itself."""
-    code = (
-        "import sys; from pathlib import Path; from distlora_launcher.cli.bench.methods import run; "
-        f"run.made_base = lambda: Path({str(base / 'model')!r}); sys.exit(run.main(sys.argv[1:]))"
-    )
-    words = ["--quick", "--steps", "2", "--ranks", "1", "--out", str(tmp_path / "out")]
-    environment = os.environ | {"DISTLORA_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    rows = read_record(tmp_path / "out" / "methods.json")["rows"]
-    assert len(rows) == len(METHODS)
-    assert all(row["eval_loss"] < row["base_eval_loss"] for row in rows)
-    assert f"Before the first step all {len(METHODS)} runs have the base's held-out loss" in ended.stdout

@@ -58,15 +58,6 @@ def test_wrong_arguments_are_refused(words: list[str], message: str) -> None:
         step.parse(words)
 
 
-def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(UserError, match="--ranks=2 exceeds the 1 GPUs"):
-        step.parse(["--ranks=2"])
-    request = step.parse([])
-    assert list(request.sizes) == ["8B/4", "70B/4"]
-    assert request.ranks == (1,)
-
-
 def test_default_cells_have_both_modes_of_the_smaller_model_on_one_and_two_processes() -> None:
     request = step.parse(["--sizes=100M,560M"])
     cells = list(cells_of(request.sizes, request.ways, processes=request.ranks, checkpointing=request.checkpointing))

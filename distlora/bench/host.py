@@ -17,8 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_PERIOD_SECONDS = 0.002
-
 
 def free_port() -> int:
     """Return a free TCP port of the loopback interface, for a rendezvous of ranks."""
@@ -62,7 +60,7 @@ class PeakMemory:
     def _sample(self) -> None:
         while not self._done.is_set():
             self.peak = max(self.peak, anonymous_bytes() - self.start)
-            time.sleep(_PERIOD_SECONDS)
+            time.sleep(0.002)
 
 
 def run_each(

@@ -133,17 +133,14 @@ def _without_run(folder: Path, place: str, *, base: str | None, quant: Quant) ->
                 f"{', or a name on the hub' if initial.base is None else ''})"
             )
         check_quantization(initial, quant)
-        spec = with_adapter(base_spec(base, quant, dtype=stored_dtype(Path(base))), folder)
+        numbers: Counter[str] = Counter()
+        with contextlib.suppress(UserError):  # Not downloaded yet, or damaged, which is refused where it is read.
+            for segment in read_headers(Path(base).expanduser()).values():
+                numbers[segment.dtype] += segment.numel
+        # The dtype that keeps most of the stored weights exact.
+        is_fp32 = numbers["F32"] + numbers["F16"] > numbers["BF16"]
+        spec = with_adapter(base_spec(base, quant, dtype="fp32" if is_fp32 else "bf16"), folder)
     return Trained(place=place, spec=spec, weights=folder, foreign=True)
-
-
-def stored_dtype(base: Path) -> Literal["bf16", "fp32"]:
-    """Return the dtype that keeps most of a base's stored weights exact; bf16 if the base cannot be read here."""
-    numbers: Counter[str] = Counter()
-    with contextlib.suppress(UserError):  # Not downloaded yet, or damaged, which is refused where it is read.
-        for segment in read_headers(base.expanduser()).values():
-            numbers[segment.dtype] += segment.numel
-    return "fp32" if numbers["F32"] + numbers["F16"] > numbers["BF16"] else "bf16"
 
 
 def base_spec(base: str, quant: Quant, *, dtype: Literal["bf16", "fp32"] = "bf16") -> ModelSpec:

@@ -209,8 +209,6 @@ COMMAND = "distlora.system.command_worker"
 WORKER, PREPARE = "distlora.bench.step.worker:main", "distlora.bench.step.worker:make_inputs"
 PERIOD_SECONDS = 0.005
 """Seconds between two samples of the processes' memory."""
-END_SECONDS = 20
-"""Seconds that a process gets to end before it is killed."""
 PROGRESS_STEPS = 25
 """Steps between two progress lines of a loss curve."""
 
@@ -340,7 +338,7 @@ class Processes:
         for process in self._processes:
             with contextlib.suppress(BrokenPipeError):
                 _pipe(process.stdin).close()
-        deadline = time.monotonic() + (END_SECONDS if kind is None else 0)
+        deadline = time.monotonic() + (20 if kind is None else 0)  # Then they are killed.
         for process in self._processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))

@@ -12,7 +12,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.families import family_of, is_tied, read_config
 from distlora.architecture.tokens import stored_rows
 from distlora.checkpoint.state import load_state
-from distlora.config import AdapterConfig, UserError, nearest, require
+from distlora.config import UserError, nearest, require
 from distlora.config.errors import named_settings
 from distlora.config.file import load_config
 from distlora.config.json_files import read_object
@@ -183,27 +183,24 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
     with named_settings(BY_PLACE):
         read_peft_adapter(folder)
     base_folder = Path(config.model.path)
+    # The base that the run trained on, from its records if possible.
+    states = [step for step in checkpoint_folders(run_dir) if (step / "state.json").is_file()]
+    if config.adapter.pissa:
+        record = read_initial_adapter_record(run_dir, config.adapter, None)
+        fingerprint = None if record is None else record.base
+    else:
+        known = load_state(states[-1]).identity.base_fingerprint if states else None
+        fingerprint = known or fingerprint_of(str(base_folder))
     return Member(
         place=place,
         folder=str(folder),
         weight=weight,
-        base=base_of_run(run_dir, base_folder, config.adapter),
+        base=fingerprint,
         base_folder=str(base_folder) if base_folder.is_dir() else None,
         quant=config.quant.method,
         dtype=config.train.dtype,
         pissa=config.adapter.pissa,
     )
-
-
-def base_of_run(run_dir: Path, base: Path, adapter: AdapterConfig) -> str | None:
-    """Return the `fingerprint` of the checkpoint that a run trained on, from its records if possible."""
-    if adapter.pissa:
-        record = read_initial_adapter_record(run_dir, adapter, None)
-        return None if record is None else record.base
-    states = [folder for folder in checkpoint_folders(run_dir) if (folder / "state.json").is_file()]
-    if states:
-        return load_state(states[-1]).identity.base_fingerprint
-    return fingerprint_of(str(base))
 
 
 def fingerprint_of(folder: str | None) -> str | None:

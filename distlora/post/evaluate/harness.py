@@ -42,8 +42,6 @@ from distlora.training.generator import ROWS_AT_ONCE, Generator, context_limit, 
 
 TOKENS_AT_ONCE = 4096
 """Tokens per batch, padding included."""
-MOST_NEW_TOKENS = 256
-"""Answer length of a task that sets none; HFLM's default."""
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request of the harness: texts, tokens of the context, tokens of the continuation."""
@@ -198,7 +196,7 @@ class HarnessModel(TemplateLM):
 
     def _generation(self, settings: Mapping[str, Any]) -> tuple[GenerationConfig, list[str]]:
         """Return (generation config, stop texts) of a task's generation_kwargs."""
-        values: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), MOST_NEW_TOKENS))
+        values: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), 256))  # HFLM's default.
         end = self.tokenizer.decode([self.eot_token_id])
         until = [text for text in values.pop("until") if text]
         pad = self.tokenizer.pad_token_id

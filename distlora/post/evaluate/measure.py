@@ -79,10 +79,6 @@ def load(subject: Subject, dtype: Dtype, ranks: Ranks) -> tuple[CausalLM, Backen
     return model, backend
 
 
-COMPARED_ROWS = 64
-"""Rows on which two tokenizers must agree."""
-
-
 def open_rows(text: Text, first: Trained, ranks: Ranks) -> tuple[PackedRows, int]:
     """Return (rows to read, number of all rows) in tokens of the first model. Every rank must call it.
 
@@ -107,7 +103,7 @@ def check_same_tokens(rows: PackedRows, first: ModelConfig, other: ModelConfig, 
     if (folder, other.new_tokens) == (Path(first.path), first.new_tokens):
         return
     ours, theirs = (load_tokenizer(Path(m.path), m.new_tokens) for m in (first, other))
-    for row in range(min(COMPARED_ROWS, len(rows))):
+    for row in range(min(64, len(rows))):
         for piece in pieces(rows, row):
             # Retokenize the decoded text with both.
             text = ours.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -153,11 +153,9 @@ def dtype_of_base(trained: Trained) -> str:
     folder = trained.base
     model = read_config(folder)
     settings = text_settings(model, family_of(model, folder / "config.json"))
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     names = (of.get(key) for of in (model, settings) for key in ("dtype", "torch_dtype"))
-    return next((_DTYPES[name] for name in names if name in _DTYPES), "fp32")
-
-
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    return next((short[name] for name in names if name in short), "fp32")
 
 
 def is_packed(trained: Trained) -> bool:

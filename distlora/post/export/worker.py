@@ -30,10 +30,6 @@ from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, run_to_exit_code
 from distlora.system.progress import Progress, quieten, say, still_loading
 from distlora.weights.peft_folder import WEIGHTS_NAME
 
-CHECK = "distlora.post.export.client_check:main"
-RECORD_NAME = "export.json"
-"""The record in an exported folder."""
-
 
 def run(request: ExportRequest) -> int:
     """Write, check and publish an export; return the exit code."""
@@ -49,7 +45,7 @@ def run(request: ExportRequest) -> int:
             if found is None:
                 say("not loaded by a client: --no-check")
             if place.is_dir():
-                atomic_io.write_json(place / RECORD_NAME, record(request, trained, found))
+                atomic_io.write_json(place / "export.json", record(request, trained, found))
     except Differs as error:
         say(f"{error}; nothing is left at {out}; --no-check writes it all the same")
         return FAILED
@@ -100,7 +96,8 @@ def checked(request: ExportRequest, place: Path) -> dict[str, Any]:
 
 def in_own_process(request: ExportRequest) -> tuple[int, str]:
     """Return (exit code, stdout) of the check's process."""
-    command = [sys.executable, "-m", "distlora.system.command_worker", encode_call(CHECK, request)]
+    call = encode_call("distlora.post.export.client_check:main", request)
+    command = [sys.executable, "-m", "distlora.system.command_worker", call]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     return child.returncode, child.stdout
 

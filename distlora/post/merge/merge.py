@@ -187,6 +187,10 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
             copy_companions(temporary, trained)
             config = merged_config(folder, base, str(dtype).removeprefix("torch."))
             atomic_io.write_json(temporary / "config.json", config)
+            written = sorted(path for path in temporary.rglob("*") if path.is_file())
+            names = [path.relative_to(temporary).as_posix() for path in written]
+            reading = Clock("SHA-256", sum(path.stat().st_size for path in written), say)
+            digests = each(reading.digest, written, reading)
             of_base_files = {name: digest.result() for name, digest in sources}
             found = {p.weight.name: c for p, c in zip(parameters, changes, strict=True) if c is not None}
             receipt = Receipt(
@@ -198,19 +202,11 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
                 adapter=None if adapter is None else {"place": trained.place, **_described(adapter.folder)},
                 weights={name: change.as_json() for name, change in found.items()},
                 total=_total(list(found.values())),
-                files=_digests(temporary, say),
+                files=dict(zip(names, digests, strict=True)),
                 seconds=time.monotonic() - began,
             )
             receipt.write(temporary)
     return receipt
-
-
-def _digests(folder: Path, say: Say) -> dict[str, str]:
-    """Return the SHA-256 of each file of a folder by relative path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    clock = Clock("SHA-256", sum(path.stat().st_size for path in files), say)
-    names = [path.relative_to(folder).as_posix() for path in files]
-    return dict(zip(names, each(clock.digest, files, clock), strict=True))
 
 
 def _total(changes: Sequence[Change]) -> dict[str, Any]:

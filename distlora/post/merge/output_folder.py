@@ -38,9 +38,6 @@ Say = Callable[[str], None]
 """Takes a progress line; prints one now and then."""
 READ_BYTES = 2**22
 """Bytes per read of a file that is copied or hashed."""
-WORKERS = min(4, len(os.sched_getaffinity(0)))
-"""Tensors at once; each holds a few pieces of 4 MiB in memory."""
-
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -93,7 +90,8 @@ def each(work: Callable[[Item], Found], items: Sequence[Item], clock: Clock) -> 
     There is one thread per tensor: threads within a tensor would wait for each other at every operation, and the bits
     would depend on their number.
     """
-    with threads_of_one(WORKERS) as pool, clock.stopping():
+    # Each thread holds a few pieces of 4 MiB in memory.
+    with threads_of_one(min(4, len(os.sched_getaffinity(0)))) as pool, clock.stopping():
         return list(pool.map(work, items))
 
 

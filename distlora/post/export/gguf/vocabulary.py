@@ -98,7 +98,11 @@ def find_pre_tokenizer(spec: Mapping[str, Any]) -> Match:
 
     Raises UserError if every candidate tokenizes LLAMA_CPP_TEXT differently.
     """
-    original, imitation = _tokenizer(spec), _tokenizer(_without_rules(spec))
+    # The vocabulary and merges, and only what llama.cpp reads of the rest.
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    added = [token | flags for token in spec["added_tokens"]]
+    plain = {**spec, "normalizer": None, "post_processor": None, "added_tokens": added}
+    original, imitation = _tokenizer(spec), _tokenizer(plain)
     ignores = bool(spec["model"].get("ignore_merges"))
     found: list[tuple[int, bool, int, Match]] = []
     reached: bool | None = None
@@ -121,13 +125,6 @@ def find_pre_tokenizer(spec: Mapping[str, Any]) -> Match:
             "whether llama.cpp's convert_hf_to_gguf.py knows the tokenizer"
         )
     return min(found, key=lambda item: item[:3])[3]
-
-
-def _without_rules(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer.json with the vocabulary and merges of `spec` and only what llama.cpp reads of the rest."""
-    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    added = [token | flags for token in spec["added_tokens"]]
-    return {**spec, "normalizer": None, "post_processor": None, "added_tokens": added}
 
 
 def _follow(imitation: Any, candidate: PreTokenizer) -> None:

@@ -125,18 +125,6 @@ def test_ratios_compare_turns_of_the_same_round() -> None:
     assert rows[1]["ours_times_as_fast"] == pytest.approx(1.5)
 
 
-def test_a_cell_that_fails_in_a_later_turn_is_reported(tmp_path: Path) -> None:
-    failed = dataclasses.replace(measured("peft-bf16", [1.5]), failed="it broke")
-    group = [measured(OURS, [1.0, 1.0], peak=50), failed]
-    head, _, row = report.table(group).rows
-    assert dict(zip(head, row, strict=True))["what ran"] == "what; failed: it broke"
-    assert list(report.reading([group])) == []
-    assert [each["failed"] for each in report.rows([group])] == ["", "it broke"]
-    ours_failed = dataclasses.replace(group[0], failed="it broke")
-    assert "ours_memory" not in list(report.rows([[ours_failed, measured("peft-bf16", [1.5])]]))[1]
-    report.draw([[failed]], tmp_path / "step.png")
-
-
 def test_curves_are_compared_with_the_noise_between_seeds(tmp_path: Path) -> None:
     def curve(way: str, gap: float, seed: int = 0) -> Measured:
         trained = measured(way, [1.0], losses=tuple(3 - step / 100 + gap for step in range(20)))

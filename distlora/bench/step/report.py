@@ -12,7 +12,7 @@ from typing import Any
 from distlora.bench.step.compare import OURS, WAYS, Measured
 from distlora.output.results import COLOURS, Table, draw_bars, new_figure, save, spread
 
-MIB, MB = 2**20, 10**6
+MIB = 2**20
 REFERENCES = (OURS, "ours-compiled")
 """Ways of ours that the peers are compared with."""
 HOW = (
@@ -60,7 +60,7 @@ def table(group: Sequence[Measured]) -> Table:
         for reference in references:
             cells += [spread(ratios(reference, each)), f"{reference.over_imports / max(1, each.over_imports):.2f}"]
         if several:
-            kinds = ((kind, f"{nbytes / MB:.1f}") for kind, nbytes in (each.moved or {}).items())
+            kinds = ((kind, f"{nbytes / 1e6:.1f}") for kind, nbytes in (each.moved or {}).items())
             moved = ", ".join(f"{size} {kind}" for kind, size in kinds if size != "0.0")
             cells.append(moved or "nothing")
         rows.append((*cells, each.ran if each.failed is None else f"{each.ran}; failed: {each.failed}"))

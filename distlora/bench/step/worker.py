@@ -45,12 +45,13 @@ from distlora.weights.peft_folder import read_peft_adapter
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 
 
-def _real_rows(config: Config, steps: int) -> PackedRows:
+def _real_rows(inputs: StepInputs) -> PackedRows:
     """Return the sequences of a run's first steps, in its order."""
+    config = _inputs_config(inputs, seed=0)
     rows = PackedRows.open(prepare(config.model, config.data, config.train), "train")
     batch = config.train.global_batch
     loader = StepLoader(rows, global_batch=batch, micro_batch=batch, rank=0, world=1, seed=0, shuffle=True)
-    places = np.concatenate([loader.rows_of_ranks(step).reshape(-1) for step in range(steps)])
+    places = np.concatenate([loader.rows_of_ranks(step).reshape(-1) for step in range(inputs.steps)])
     return rows.take(places[places >= 0])
 
 
@@ -82,7 +83,7 @@ def make_inputs(request: StepInputs) -> int:
         if settings is not None and not model.exists():
             write_random_checkpoint(model, settings, num_shards=1)
         if settings is None:
-            rows = _real_rows(_inputs_config(request, seed=0), request.steps)
+            rows = _real_rows(request)
         else:
             rows = random_rows(request.rows * request.steps, request.length, settings["vocab_size"])
         tensors = {name: torch.from_numpy(np.array(getattr(rows, name))) for name in ("tokens", "flags")}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from distlora.planner.traffic import Storage
@@ -59,8 +60,6 @@ def trained(model: Any) -> list[torch.Tensor]:
 
 def describe(model: Any) -> str:
     """Return the model's class and how many of its tensors are sharded."""
-    from torch.distributed.tensor import DTensor
-
     parameters = list(model.parameters())
     sharded = sum(isinstance(parameter, DTensor) for parameter in parameters)
     return f"{type(model).__name__}, {sharded} of {len(parameters)} tensors sharded"

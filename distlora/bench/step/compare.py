@@ -209,8 +209,6 @@ COMMAND = "distlora.system.command_worker"
 WORKER, PREPARE = "distlora.bench.step.worker:main", "distlora.bench.step.worker:make_inputs"
 PERIOD_SECONDS = 0.005
 """Seconds between two samples of the processes' memory."""
-PROGRESS_STEPS = 25
-"""Steps between two progress lines of a loss curve."""
 
 
 class CellFailedError(Exception):
@@ -508,7 +506,7 @@ class Runner:
             with self._recording_failure(measured), self._processes(job_of(cell, inputs, lr=lr), cell) as processes:
                 measured.imported, measured.ran = processes.start()
                 while (left := steps - len(measured.losses)) > 0:
-                    measured.turns.append(processes.turn(min(PROGRESS_STEPS, left)))
+                    measured.turns.append(processes.turn(min(25, left)))
                     measured.add(measured.turns[-1])
                     done, loss = len(measured.losses), measured.losses[-1]
                     self.log_line(f"  {cell.title}, seed {cell.seed}: step {done} of {steps}, loss {loss:.4f}")

@@ -36,7 +36,7 @@ class ExpertLayout:
     """Key of config.json that holds an expert's inner size."""
 
     def num_experts(self, settings: Mapping[str, Any]) -> int:
-        """Experts of a layer, whichever of its two names config.json has for their number."""
+        """Return the number of experts of a layer, by either of its two names in config.json."""
         return int(settings["num_experts"] if "num_experts" in settings else settings["num_local_experts"])
 
 
@@ -60,18 +60,18 @@ class Family:
     tied: bool = False
     """tie_word_embeddings where config.json does not say."""
     head_softcap: bool = False
-    """Whether the head applies config's final_logit_softcapping."""
+    """True if the head applies config's final_logit_softcapping."""
     layer_types: bool = False
-    """Whether the decoder picks a mask per layer by config's layer_types."""
+    """True if the decoder picks a mask per layer by config's layer_types."""
     blind_masks: bool = False
-    """Whether the decoder makes its masks without a look at the positions, so that packed documents would leak: it is
-    then handed masks by layer type."""
+    """True if the decoder ignores positions in its masks, so that packed documents would leak: it then gets masks by
+    layer type."""
     experts: ExpertLayout | None = None
     """None: a family without experts."""
     mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
     """The norms of a decoder layer before and after its MLP, whose path is `mlp` in every family."""
     head_norms: bool = False
-    """Whether each head of the queries and keys goes through a norm."""
+    """True if each head of the queries and keys goes through a norm."""
     ropes: tuple[str, ...] = (*STATIC_ROPES, "longrope")
 
     @property
@@ -150,21 +150,6 @@ FUSED_LINEARS: dict[str, tuple[str, ...]] = {
 }
 """Linears that hold several projections in one weight (phi3), which presets name apart."""
 
-_EXPERTS = "no test covers its experts, routers and shared experts yet"
-_HEAD = "its head scales the logits, and no test shows yet that this is carried"
-_REASONS: tuple[tuple[str, str], ...] = (
-    (r"phimoe|olmoe|llama4.*|deepseek_v\d.*|.*moe.*|jamba|dbrx", _EXPERTS),
-    (r"granite|cohere2?", _HEAD),
-    (
-        r"gemma3n.*",
-        "its layers share keys and values and take per-layer embeddings, which the block wrapper cannot cut",
-    ),
-    (r".*_vl(_text)?|llava.*|mllama.*|paligemma.*|idefics.*|phi4_multimodal", "it is trained on more than text"),
-    (r"mamba.*|falcon_h1|recurrent_gemma|rwkv", "its recurrent state runs over the borders of packed documents"),
-    (r"bert|roberta|t5|bart|.*encoder.*", "it is no causal language model"),
-)
-
-
 _AGAIN = "download it again"
 _SIZES = (
     *("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "num_attention_heads"),
@@ -198,7 +183,7 @@ def check_tiles(mlp_tile: int | None, family: Family) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model's folder. UserError when there is none, or it is no JSON object."""
+    """Return the config.json of a model's folder. Raises UserError without one, or if it is not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(
@@ -208,18 +193,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def family_of(model: Mapping[str, Any], place: Path | str) -> Family:
-    """Return the family of a config.json.
-
-    Raises UserError with the reason or the nearest name if it is not supported.
-    """
+    """Return the family of a config.json. Raises UserError with the nearest name if it is not supported."""
     model_type = model.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is not None:
         return family
-    reasons = (reason for pattern, reason in _REASONS if re.fullmatch(pattern, str(model_type)))
-    reason = next((f": {reason}" for reason in reasons), "")
     raise UserError(
-        f"{place}: model_type={model_type!r} is not supported{reason}; the supported families are "
+        f"{place}: model_type={model_type!r} is not supported; the supported families are "
         f"{', '.join(FAMILIES)}{nearest(str(model_type), FAMILIES)}"
     )
 

@@ -19,32 +19,43 @@ def select_targets(target_modules: str | tuple[str, ...], names: Iterable[str]) 
 
     A list's entry means every path that equals it or ends in "." + it (as in PEFT); a string is a preset or a regular
     expression for whole paths. A preset means a fused linear (qkv_proj) where it names all that is in it. Raises
-    UserError, with what there is, when nothing matches, a list's entry is idle, or a preset names a part of a fused
+    UserError, with the model's names, if nothing or a list's entry matches nothing, or a preset names a part of a fused
     linear.
     """
     paths = list(names)
     available = sorted({path.rpartition(".")[2] for path in paths})
+    there = f"the model has {', '.join(available)}" if available else "the model has no linear in its blocks"
+    setting = f"adapter.target_modules={written(target_modules)}"
     if not isinstance(target_modules, str):
-        _refuse_idle(target_modules, paths, available)
+        for entry in target_modules:
+            if not match_ending([entry], paths):
+                inside = [name for name, parts in FUSED_LINEARS.items() if entry in parts and name in available]
+                hint = f" (it is a part of {inside[0]})" if inside else nearest(entry, available)
+                raise UserError(f"{setting}: no module is named {entry!r}{hint}; {there}")
         return match_ending(target_modules, paths)
     if target_modules in TARGET_PRESETS:
         selected = match_ending(_with_fused(target_modules, available), paths)
         if not selected:
             wanted = ", ".join(TARGET_PRESETS[target_modules])
-            raise UserError(
-                f"adapter.target_modules={target_modules} ({wanted}) matches nothing; {_there_is(available)}"
-            )
+            raise UserError(f"{setting} ({wanted}) matches nothing; {there}")
         return selected
     try:
         pattern = re.compile(target_modules)
     except re.error as error:
         raise UserError(
-            f"adapter.target_modules={target_modules} is neither a preset ({', '.join(TARGET_PRESETS)}) nor a regular "
-            f"expression ({error}); write a list, adapter.target_modules=[{','.join(available[:2])}]"
+            f"{setting} is neither a preset ({', '.join(TARGET_PRESETS)}) nor a regular expression ({error}); write a "
+            f"list, adapter.target_modules=[{','.join(available[:2])}]"
         ) from error
     selected = [path for path in paths if pattern.fullmatch(path)]
     if not selected:
-        raise UserError(_no_match(target_modules, paths, available))
+        example = f", such as {paths[0]}" if paths else ""
+        hint = nearest(target_modules, [*TARGET_PRESETS, *(f"[{name}]" for name in available)])
+        if target_modules in available:
+            hint = f"; for all modules of that name write adapter.target_modules=[{target_modules}]"
+        raise UserError(
+            f"{setting} is not a preset ({', '.join(TARGET_PRESETS)}) and matches nothing as a regular expression for "
+            f"whole paths{example}{hint}; {there}"
+        )
     return selected
 
 
@@ -53,15 +64,16 @@ def written(targets: str | Iterable[str]) -> str:
     return targets if isinstance(targets, str) else f"[{','.join(targets)}]"
 
 
-def check_patterns(adapter: AdapterConfig, targets: Iterable[str], names: Iterable[str]) -> None:
-    """Refuse a key of rank_pattern or alpha_pattern that changes no linear: a setting without effect is a mistake.
-
-    `targets` are the paths that get an adapter, `names` those of all linears.
-    """
+def check_patterns(adapter: AdapterConfig, targets: Iterable[str]) -> None:
+    """Refuse a key of rank_pattern or alpha_pattern that changes none of `targets`, the paths that get an adapter."""
     adapted = list(targets)
+    short = sorted({path.rpartition(".")[2] for path in adapted})
     for setting, pattern in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for key in idle_keys(pattern, adapted):
-            raise UserError(f"adapter.{setting}.{key}={pattern[key]} {_why_idle(key, adapted, list(names))}")
+            raise UserError(
+                f"adapter.{setting}.{key}={pattern[key]} changes no linear with an adapter, or only ones that an "
+                f"earlier key matches{nearest(key, short)}; adapter.target_modules means {', '.join(short)}"
+            )
 
 
 def idle_keys(pattern: Iterable[str], paths: Iterable[str]) -> list[str]:
@@ -73,16 +85,6 @@ def idle_keys(pattern: Iterable[str], paths: Iterable[str]) -> list[str]:
             idle.append(key)
         rest = [path for path in rest if path not in taken]
     return idle
-
-
-def _why_idle(key: str, adapted: list[str], names: list[str]) -> str:
-    if any(matches(key, path) for path in adapted):
-        return "comes after other keys that match all of its linears; put it before them"
-    short = sorted({path.rpartition(".")[2] for path in adapted})
-    listed = ", ".join(short)
-    if any(matches(key, path) for path in names):
-        return f"means linears without an adapter; add them to adapter.target_modules, which now means {listed}"
-    return f"matches no linear{nearest(key, short)}; adapter.target_modules means {listed}"
 
 
 def _with_fused(preset: str, available: list[str]) -> list[str]:
@@ -106,44 +108,12 @@ def match_ending(endings: Iterable[str], paths: list[str]) -> list[str]:
     return [path for path in paths if path in wanted or path.endswith(dotted)]
 
 
-def _refuse_idle(entries: tuple[str, ...], paths: list[str], available: list[str]) -> None:
-    for entry in entries:
-        if not match_ending([entry], paths):
-            listed = ",".join(entries)
-            inside = [name for name, parts in FUSED_LINEARS.items() if entry in parts and name in available]
-            hint = f" (it is a part of {inside[0]})" if inside else nearest(entry, available)
-            raise UserError(
-                f"adapter.target_modules=[{listed}]: no module is named {entry!r}{hint}; {_there_is(available)}"
-            )
-
-
-def _there_is(available: list[str]) -> str:
-    return f"the model has {', '.join(available)}" if available else "the model has no linear in its blocks"
-
-
-def _no_match(text: str, paths: list[str], available: list[str]) -> str:
-    if match_ending([text], paths):
-        return (
-            f"adapter.target_modules={text} is a regular expression for whole paths and matches none; "
-            f"for all modules of that name write adapter.target_modules=[{text}]"
-        )
-    example = f", such as {paths[0]}" if paths else ""
-    hint = nearest(text, [*TARGET_PRESETS, *(f"[{name}]" for name in available)])
-    return (
-        f"adapter.target_modules={text} is no preset ({', '.join(TARGET_PRESETS)}){hint} "
-        f"and matches nothing as a regular expression for whole paths{example}; {_there_is(available)}"
-    )
-
-
 EXPERT_PRESETS = ("mlp", "all-linear")
 """Presets of target_modules that mean the experts too."""
 
-_OLD_NAMES = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "experts")
-"""How experts are named as modules: on disk, in PEFT's adapters of earlier models, or by mistake."""
-
 
 def expert_names(family: Family, num_layers: int) -> list[str]:
-    """Hugging Face names of the fused expert weights of all layers; empty for a family without experts."""
+    """Return the Hugging Face names of all layers' fused expert weights; empty for a family without experts."""
     if family.experts is None:
         return []
     module = family.experts.module
@@ -177,15 +147,21 @@ def select_adapted(adapter: AdapterConfig, linears: Sequence[str], family: Famil
             )
         return select_targets(adapter.target_modules, linears)
     experts = expert_names(family, num_layers)
-    _check_parameters(adapter, family, experts)
+    _check_parameters(adapter, family.experts, experts)
     if _meant(adapter, experts):
         _check_settings(adapter)
-    _refuse_names_of_experts(adapter.target_modules, linears, family)
-    return select_among(adapter, linears, experts)
+    try:
+        return select_among(adapter, linears, experts)
+    except UserError as error:
+        short = written(f"{family.experts.module}.{weight}" for weight in family.experts.weights)
+        raise UserError(
+            f"{error}. Routers are not trained, and experts are fused weights: set adapter.target_parameters={short}, "
+            "or adapter.target_modules=mlp"
+        ) from error
 
 
 def select_among(adapter: AdapterConfig, linears: Sequence[str], experts: Sequence[str]) -> list[str]:
-    """select_adapted by the names alone. Raises UserError where no linear is meant that should be."""
+    """Select by the names alone, as `select_adapted`. Raises UserError if no linear matches."""
     chosen, wanted = _meant(adapter, experts), adapter.target_modules
     if chosen and isinstance(wanted, str) and wanted in EXPERT_PRESETS:
         return [*match_ending(TARGET_PRESETS[wanted], list(linears)), *chosen]
@@ -203,7 +179,7 @@ def check_router_loss(weight: float | None, family: Family) -> None:
 
 
 def peft_paths(adapted: Collection[str]) -> dict[str, str]:
-    """Name of an adapted fused weight -> path of the module that holds its adapter in PEFT.
+    """Return, by the name of an adapted fused weight, the path of the module that holds its adapter in PEFT.
 
     PEFT wraps the experts module once for each of its weights, in their order; what is wrapped first is the
     `base_layer` of what is wrapped next, and the last has the module's own path.
@@ -222,22 +198,15 @@ def _meant(adapter: AdapterConfig, experts: Sequence[str]) -> list[str]:
     return list(experts) if adapter.target_modules in EXPERT_PRESETS else []
 
 
-def _check_parameters(adapter: AdapterConfig, family: Family, names: list[str]) -> None:
-    """Refuse an entry of target_parameters that means nothing."""
-    assert family.experts is not None
+def _check_parameters(adapter: AdapterConfig, layout: ExpertLayout, names: list[str]) -> None:
+    """Refuse an entry of target_parameters that means nothing, such as a router."""
     for entry in adapter.target_parameters:
-        if match_ending([entry], names):
-            continue
-        short = [f"{family.experts.module}.{weight}" for weight in family.experts.weights]
-        router = family.experts.router.rpartition(".")[2]
-        if router in entry.split("."):
-            reason = f"{entry!r} is the router, which is not trained"
-        else:
-            reason = f"no weight of the experts is named {entry!r}{nearest(entry, short)}"
-        raise UserError(
-            f"adapter.target_parameters={written(adapter.target_parameters)}: {reason}; set "
-            f"adapter.target_parameters={written(short)}"
-        )
+        if not match_ending([entry], names):
+            short = [f"{layout.module}.{weight}" for weight in layout.weights]
+            raise UserError(
+                f"adapter.target_parameters={written(adapter.target_parameters)}: no weight of the experts is named "
+                f"{entry!r}{nearest(entry, short)}; set adapter.target_parameters={written(short)}"
+            )
 
 
 def _check_settings(adapter: AdapterConfig) -> None:
@@ -257,34 +226,3 @@ def _check_settings(adapter: AdapterConfig) -> None:
             f"adapter.init={adapter.init} starts from a linear's weight, and experts are targeted, whose weights are "
             "fused; set adapter.init=kaiming, or adapter.target_modules=attention"
         )
-
-
-def _refuse_names_of_experts(target_modules: str | tuple[str, ...], linears: Sequence[str], family: Family) -> None:
-    """Modules that only name routers or experts: neither is a linear here."""
-    assert family.experts is not None
-    entries = (target_modules,) if isinstance(target_modules, str) else target_modules
-    if target_modules in TARGET_PRESETS:
-        return
-    router = family.experts.router
-    short = written(tuple(f"{family.experts.module}.{weight}" for weight in family.experts.weights))
-    for entry in entries:
-        if match_ending([entry], list(linears)) or any(_fullmatches(entry, path) for path in linears):
-            continue
-        last = re.split(r"\W", entry)[-1]
-        if last == router.rpartition(".")[2] or _fullmatches(entry, f"{family.decoder}.layers.0.{router}"):
-            raise UserError(
-                f"adapter.target_modules={written(target_modules)}: {entry!r} hits only routers, and a router is not "
-                "trained: it would send tokens to experts that were not trained for them; name linears, or all-linear"
-            )
-        if last in _OLD_NAMES:
-            raise UserError(
-                f"adapter.target_modules={written(target_modules)}: {entry!r} is no linear of {family.model_type}: its "
-                f"experts are fused weights; set adapter.target_parameters={short}, or adapter.target_modules=mlp"
-            )
-
-
-def _fullmatches(pattern: str, path: str) -> bool:
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error:
-        return False

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config, refused_by_transformers
 from distlora.architecture.families import Family, check_config, check_tiles
-from distlora.architecture.targets import check_patterns, check_router_loss, expert_names, select_adapted
+from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 from distlora.config import ModelSpec, TrainConfig, UserError
 from distlora.model.adapters import (
@@ -410,7 +410,7 @@ def _replace_weights(
     targets: set[str] = set()
     if not for_slots:
         targets = set(select_adapted(spec.adapter, paths, family, len(layers)))
-        check_patterns(spec.adapter, targets, [*paths, *expert_names(family, len(layers))])
+        check_patterns(spec.adapter, targets)
     for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
         replaced: dict[str, FrozenLinear] = {}
         for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
@@ -519,5 +519,5 @@ def _targets(model: CausalLM, config: AdapterConfig) -> list[tuple[str, AdaptedL
     }
     linears = [path for path, weight in weights.items() if isinstance(weight, FrozenLinear) and path.startswith(prefix)]
     targets = set(select_adapted(config, linears, model.family, len(model.blocks)))
-    check_patterns(config, targets, [*linears, *expert_names(model.family, len(model.blocks))])
+    check_patterns(config, targets)
     return [(path, weight) for path, weight in weights.items() if path in targets]

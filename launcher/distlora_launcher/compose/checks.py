@@ -27,7 +27,7 @@ from distlora.architecture.families import (
     text_settings,
 )
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
-from distlora.architecture.targets import check_patterns, check_router_loss, expert_names, expert_shapes, select_adapted
+from distlora.architecture.targets import check_patterns, check_router_loss, expert_shapes, select_adapted
 from distlora.architecture.tokens import check_before_tokenizer
 from distlora.checkpoint.state import check_newest_settings, fixed_settings
 from distlora.config import (
@@ -202,7 +202,7 @@ def check_model(config: Config) -> None:
         names = linear_names(tensors, family)
         num_layers = text_settings(model, family)["num_hidden_layers"]
         targets = select_adapted(config.adapter, names, family, num_layers)
-        check_patterns(config.adapter, targets, [*names, *expert_names(family, num_layers)])
+        check_patterns(config.adapter, targets)
         shapes = {name: packed[w].shape if (w := f"{name}.weight") in packed else tensors[w].shape for name in names}
         shapes |= expert_shapes(family, num_layers, text_settings(model, family))
         goes_on = bool(checkpoint_folders(Path(config.run_dir)))

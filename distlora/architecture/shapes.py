@@ -37,7 +37,7 @@ class Weight:
     path: str
     shape: tuple[int, ...]
     packs: bool = False
-    """Whether quant=nf4 keeps it in 4 bits: linears and the fused weights of experts."""
+    """True if quant=nf4 keeps it in 4 bits: linears and the fused weights of experts."""
 
     @property
     def numel(self) -> int:
@@ -85,7 +85,7 @@ class ModelShapes:
     hidden: int
     num_layers: int
     tied: bool
-    """Whether the head's weight is the embedding's."""
+    """True if the head's weight is the embedding's."""
     block: tuple[Weight, ...]
 
     @property
@@ -115,7 +115,7 @@ class ModelShapes:
         return _alike(Asked(self, config))
 
     def adapted_numel(self, config: AdapterConfig) -> int:
-        """Numbers of all adapters together. Raises as `adapters`."""
+        """Return the number of elements of all adapters. Raises as `adapters`."""
         return sum(count * each.numel for each, count in self.alike(config))
 
 
@@ -152,7 +152,9 @@ def _adapters(asked: Asked) -> tuple[tuple[Adapter, ...], ...]:
     blocks: list[list[Adapter]] = [[] for _ in range(shapes.num_layers)]
     for path in select_adapted(config, linears, shapes.family, shapes.num_layers):
         layer, weight = found[path]
-        blocks[layer].append(_adapter(config, path, weight))
+        *experts, out, inner = weight.shape
+        rows = math.prod(experts) * config.rank_of(path)
+        blocks[layer].append(Adapter(path, (rows, inner), (out, rows), out if config.use_dora else 0))
     return tuple(map(tuple, blocks))
 
 
@@ -165,14 +167,8 @@ def _alike(asked: Asked) -> tuple[tuple[Adapter, int], ...]:
     return tuple((adapters[0], len(adapters)) for adapters in kinds.values())
 
 
-def _adapter(config: AdapterConfig, path: str, weight: Weight) -> Adapter:
-    rank, (*experts, out, inner) = config.rank_of(path), weight.shape
-    rows = math.prod(experts) * rank
-    return Adapter(path, (rows, inner), (out, rows), out if config.use_dora else 0)
-
-
 def expert_paths(family: Family) -> tuple[str, ...]:
-    """Paths in a block of the fused weights of its experts."""
+    """Return the paths in a block of the fused weights of its experts."""
     layout = family.experts
     return () if layout is None else tuple(f"{layout.module}.{weight}" for weight in layout.weights)
 
@@ -220,7 +216,7 @@ def sizes_of(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def head_size(sizes: Mapping[str, Any]) -> int:
-    """Columns of one head of attention, by `sizes_of`."""
+    """Return the columns of one head of attention, by `sizes_of`."""
     size: int = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
     return size
 
@@ -233,7 +229,7 @@ def attention_columns(sizes: Mapping[str, Any]) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Biases:
-    """Which linears of a block have one, experts' aside."""
+    """Linears of a block that have a bias, experts' aside."""
 
     qkv: bool
     o: bool
@@ -253,52 +249,39 @@ def _linear(path: str, out: int, inner: int, *, bias: bool) -> list[Weight]:
 
 
 def _attention(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
-    kind, hidden, heads = family.model_type, sizes["hidden_size"], sizes["num_attention_heads"]
+    kind, hidden = family.model_type, sizes["hidden_size"]
     (queries, keys), biases = attention_columns(sizes), Biases.of(family, sizes)
+    parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
     if kind == "phi3":
-        found = _linear("self_attn.qkv_proj", queries + 2 * keys, hidden, bias=False)
-    else:
-        found = []
-        for name, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-            found += _linear(f"self_attn.{name}", out, hidden, bias=biases.qkv)
+        parts = {"qkv_proj": queries + 2 * keys}
+    found = [each for name, out in parts.items() for each in _linear(f"self_attn.{name}", out, hidden, bias=biases.qkv)]
     found += _linear("self_attn.o_proj", hidden, queries, bias=biases.o)
     if family.head_norms:
         found += [Weight(f"self_attn.{name}.weight", (head_size(sizes),)) for name in ("q_norm", "k_norm")]
     if kind == "gpt_oss":
-        found.append(Weight("self_attn.sinks", (heads,)))
+        found.append(Weight("self_attn.sinks", (sizes["num_attention_heads"],)))
     return found
 
 
 def _feed_forward(family: Family, sizes: Mapping[str, Any], place: Path | str) -> list[Weight]:
-    kind, hidden = family.model_type, sizes["hidden_size"]
-    if family.experts is not None:
-        return _experts(family, sizes)
+    kind, hidden, layout = family.model_type, sizes["hidden_size"], family.experts
+    if layout is not None:
+        count, has_biases = layout.num_experts(sizes), kind == "gpt_oss"
+        found = [Weight(f"{layout.router}.weight", (count, hidden))]
+        found += [Weight(f"{layout.router}.bias", (count,))] if has_biases else []
+        for path, shape in zip(expert_paths(family), expert_shapes(family, 1, sizes).values(), strict=True):
+            found.append(Weight(path, shape, packs=True))
+            found += [Weight(f"{path}_bias", shape[:2])] if has_biases else []
+        return found
     inner = sizes.get("intermediate_size")
     if not isinstance(inner, int):
         raise UserError(
             f"{place} says no intermediate_size, so the model's size cannot be calculated; download it again"
         )
-    if kind == "phi3":
-        parts = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
-    else:
-        parts = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    parts = {"gate_up_proj": 2 * inner} if kind == "phi3" else {"gate_proj": inner, "up_proj": inner}
     bias = Biases.of(family, sizes).mlp
-    return [weight for name, shape in parts.items() for weight in _linear(f"mlp.{name}", *shape, bias=bias)]
-
-
-def _experts(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
-    layout = family.experts
-    assert layout is not None
-    count, hidden = layout.num_experts(sizes), sizes["hidden_size"]
-    shapes = expert_shapes(family, 1, sizes)
-    fused = {path: shapes[f"{family.decoder}.layers.0.{path}"] for path in expert_paths(family)}
-    has_biases = family.model_type == "gpt_oss"
-    found = [Weight(f"{layout.router}.weight", (count, hidden))]
-    found += [Weight(f"{layout.router}.bias", (count,))] if has_biases else []
-    for path, shape in fused.items():
-        found.append(Weight(path, shape, packs=True))
-        found += [Weight(f"{path}_bias", shape[:2])] if has_biases else []
-    return found
+    found = [each for name, out in parts.items() for each in _linear(f"mlp.{name}", out, hidden, bias=bias)]
+    return [*found, *_linear("mlp.down_proj", hidden, inner, bias=bias)]
 
 
 def _norms(family: Family, hidden: int) -> list[Weight]:

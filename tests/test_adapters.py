@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from closeness import assert_close
 from distlora.config import AdapterConfig
-from distlora.model.adapters import AdaptedLinear, BlockContext, reset_adapters
+from distlora.model.adapters import AdaptedLinear, BlockContext, Rows, reset_adapters
 from distlora.model.frozen_linear import FrozenLinear, link_shared_inputs
 
 
@@ -128,9 +128,9 @@ def test_rows_choose_their_adapter_and_minus_one_is_the_base() -> None:
     context = BlockContext()
     linear = adapted(context, names=("first", "second"))
     x = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    context.adapter_rows = torch.tensor([1, -1, 0, 1])
+    context.rows = Rows(torch.tensor([1, -1, 0, 1]))
     y = linear(x)
-    expected = torch.stack([plain(linear, x[i], int(choice)) for i, choice in enumerate(context.adapter_rows)])
+    expected = torch.stack([plain(linear, x[i], int(choice)) for i, choice in enumerate([1, -1, 0, 1])])
     assert_close(y, expected, ulps=4)
 
     gradients = torch.autograd.grad(y.square().sum(), [x, *linear.adapters.parameters()])

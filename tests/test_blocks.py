@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distlora.model.adapters import BlockContext, StepRows
+from distlora.model.adapters import BlockContext, Rows, StepRows
 from distlora.model.layer_wrapper import Block
 
 
@@ -24,7 +24,7 @@ class Layer(nn.Module):
         self.seen: list[dict[str, Any]] = []
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.seen.append({**kwargs, "rows": self.context.adapter_rows, "step_rows": self.context.step_rows})
+        self.seen.append({**kwargs, "rows": self.context.rows.adapters, "step_rows": self.context.rows.places})
         cos, _ = kwargs["position_embeddings"]
         return torch.tanh(self.linear(hidden_states)) * cos + kwargs["scale"]
 
@@ -59,8 +59,7 @@ def test_slices_give_the_whole_batch_and_its_gradients(num_micro: int, checkpoin
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_slice_sees_its_own_rows_in_recomputation_too(checkpointing: bool) -> None:
     block, x, kwargs = block_and_inputs(3, checkpointing)
-    block.adapter_rows = torch.tensor([0, 1, 2, 3, 4, 5])
-    block.step_rows = StepRows(7, torch.tensor([10, 11, 12, 13, 14, 15]))
+    block.rows = Rows(torch.tensor([0, 1, 2, 3, 4, 5]), StepRows(7, torch.tensor([10, 11, 12, 13, 14, 15])))
     block(x, **kwargs).sum().backward()
     seen = [call["rows"].tolist() for call in block.inner.seen]  # type: ignore[union-attr]
     assert seen[:3] == [[0, 1], [2, 3], [4, 5]]

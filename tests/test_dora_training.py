@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, QuantConfig, UserError
 from distlora.loading.quantize import halved
-from distlora.model.adapters import AdaptedLinear, BlockContext, LoRAPair, StepRows, reset_adapters
+from distlora.model.adapters import AdaptedLinear, BlockContext, LoRAPair, Rows, StepRows, reset_adapters
 from distlora.model.build import CausalLM, materialize_buffers
 from distlora.parallel import Ranks
 from distlora.training.optimizers import parameter_groups
@@ -224,11 +224,12 @@ def test_rows_choose_among_magnitudes_and_minus_one_is_the_base(bias: bool) -> N
     context = BlockContext()
     linear = adapted(("first", "second"), context, bias)
     x = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    context.adapter_rows = torch.tensor([1, -1, 0, 1, 1])
+    rows = torch.tensor([1, -1, 0, 1, 1])
+    context.rows = Rows(rows)
     y = linear(x)
     base = nn.functional.linear(x[1], linear.weight, linear.bias)
     assert_close(y[1], base, ulps=4)
-    parts = [textbook(linear, linear.pairs[int(row)], x[i]) for i, row in enumerate(context.adapter_rows)]
+    parts = [textbook(linear, linear.pairs[int(row)], x[i]) for i, row in enumerate(rows)]
     expected = torch.stack([parts[0], base, *parts[2:]])
     assert_close(y, expected, ulps=8)
     leaves = [x, *linear.adapters.parameters()]
@@ -239,10 +240,10 @@ def test_rows_choose_among_magnitudes_and_minus_one_is_the_base(bias: bool) -> N
     ):
         assert_close(actual, reference, ulps=16)
     # All rows of one adapter are what it gives alone.
-    context.adapter_rows = torch.zeros(5, dtype=torch.int64)
+    context.rows = Rows(torch.zeros(5, dtype=torch.int64))
     chosen = linear(x)
     del linear.adapters["second"]
-    context.adapter_rows = None
+    context.rows = Rows()
     assert_close(chosen, linear(x), ulps=4)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora.config import AdapterConfig
-from distlora.model.adapters import AdaptedLinear, BlockContext, StepRows
+from distlora.model.adapters import AdaptedLinear, BlockContext, Rows, StepRows
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import link_shared_inputs
 from distlora.training.open_run import open_data
@@ -155,7 +155,7 @@ def test_a_linear_drops_in_training_alone_and_siblings_drop_each_their_own() -> 
     link_shared_inputs({"q_proj": q, "k_proj": k})
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
     assert torch.equal(q(x), plain_q(x))
-    context.step_rows = StepRows(4, torch.tensor([6, 2]))
+    context.rows = Rows(places=StepRows(4, torch.tensor([6, 2])))
     outputs = []
     for linear in (q, k):
         kept = ~dropped(Dropout(linear.pairs[0].dropout.key, 2**15, 4, torch.tensor([6, 2])), 10, 32).view(2, 5, 32)

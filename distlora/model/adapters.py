@@ -49,19 +49,31 @@ class StepRows(NamedTuple):
         return StepRows(self.step[part] if isinstance(self.step, Tensor) else self.step, self.rows[part])
 
 
-class BlockContext:
-    """Information about the rows of the current micro-batch that the linears of a layer need.
+class Rows(NamedTuple):
+    """Information about a micro-batch's rows that the linears and the router of a layer need."""
 
-    The layer wrapper sets it before it runs the layer, in recomputation too.
-    """
+    adapters: Tensor | None = None
+    """(B,) int64: slot of each row's adapter, -1 for none; None: all rows use the only adapter."""
+    places: StepRows | None = None
+    """Positions in training; None: no dropout (evaluation, generation)."""
+    balanced: Tensor | None = None
+    """(B, T) bool: positions that count in the router's load-balancing loss; None: no such loss."""
+
+    def part(self, part: slice) -> Rows:
+        """Return the rows of a slice of the micro-batch."""
+        return Rows(
+            None if self.adapters is None else self.adapters[part],
+            None if self.places is None else self.places.part(part),
+            None if self.balanced is None else self.balanced[part],
+        )
+
+
+class BlockContext:
+    """Link from the layer wrapper, which sets `rows` before it runs the layer, in recomputation too, to its linears."""
 
     def __init__(self) -> None:
-        self.adapter_rows: Tensor | None = None
-        """(B,) int64: slot of each row's adapter, -1 for none; None: all rows use the only adapter."""
-        self.step_rows: StepRows | None = None
-        """Positions in training; None: no dropout (evaluation, generation)."""
-        self.balanced: Tensor | None = None
-        """(B, T) bool: positions that count in the router's load-balancing loss; None: no such loss."""
+        self.rows = Rows()
+        """The rows of the slice that runs."""
         self.first_token = 0
         """Index within its row of the first token that the linears get: above 0 in a tile of an MLP."""
         self._balance: Tensor | None = None
@@ -72,7 +84,7 @@ class BlockContext:
 
         Nothing is read on the host, and linears with the same slots share the result.
         """
-        rows = self.adapter_rows
+        rows = self.rows.adapters
         assert rows is not None
         if self._chosen is None or self._chosen[0] is not rows:
             self._chosen = (rows, {})
@@ -168,7 +180,7 @@ class Adapted:
 
     def _scale(self, pairs: Sequence[LoRAPair]) -> float | RowChoice:
         """Return the scale of the only adapter, or which adapter each row uses."""
-        if self.context.adapter_rows is None:
+        if self.context.rows.adapters is None:
             self.check_alone()
             return pairs[0].scaling
         rows = self.context.chosen(tuple(pair.slot for pair in pairs))
@@ -272,7 +284,7 @@ class AdaptedLinear(Adapted, FrozenLinear):
         return Magnitude(torch.stack([pair.get_parameter("magnitude") for pair in pairs]), self.row_norms_squared)
 
     def _dropout(self, pairs: list[LoRAPair], scale: float | RowChoice) -> Dropout | ChosenDropout | None:
-        at = self.context.step_rows
+        at = self.context.rows.places
         if at is None or not any(pair.dropout.threshold for pair in pairs):
             return None
         first = self.context.first_token

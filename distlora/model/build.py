@@ -28,6 +28,7 @@ from distlora.model.adapters import (
     DEFAULT_ADAPTER,
     AdaptedLinear,
     BlockContext,
+    Rows,
     StepRows,
     TokenRows,
     adapter_parameters,
@@ -35,8 +36,8 @@ from distlora.model.adapters import (
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
 from distlora.model.experts import (
     ExpertWeight,
-    ask_for_balance,
     balance_sums,
+    balanced_positions,
     place_routers,
     replace_experts,
     weight_of,
@@ -161,8 +162,10 @@ class CausalLM(nn.Module):
         if with_reference:
             reference = Reference(None if self.blocks[0].started else torch.full_like(input_ids[:, 0], -1))
         balancing = self.router_aux_loss > 0 and torch.is_grad_enabled()
-        balanced = ask_for_balance(self.blocks, labels if balancing else None)
-        hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows, documents, reference)
+        balanced = balanced_positions(labels) if balancing and labels is not None else None
+        hidden = self.hidden_states(
+            input_ids, position_ids, adapter_rows, past, step_rows, documents, reference, balanced
+        )
         if reference is not None:
             with torch.no_grad():
                 states = self.final_norm(reference.take())
@@ -181,14 +184,16 @@ class CausalLM(nn.Module):
         step_rows: StepRows | None = None,
         documents: Documents | None = None,
         reference: Reference | None = None,
+        balanced: Tensor | None = None,
     ) -> Tensor:
         """Return the head's input (B, T, H) for (B, T) tokens.
 
-        `reference` then holds the last layer's output of its rows.
+        `reference` then holds the last layer's output of its rows. `balanced` (B, T) bool: positions over which the
+        routers collect statistics for `balance_sums`.
         """
         assert documents is None or (self.attends_by_documents and past is None), "no use for documents"
         for block in self.blocks:
-            block.adapter_rows, block.step_rows, block.reference = adapter_rows, step_rows, reference
+            block.rows, block.reference = Rows(adapter_rows, step_rows, balanced), reference
         if past is None:
             # With a cache transformers does not look for packed documents in the positions, and they leak into each
             # other.

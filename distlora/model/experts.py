@@ -174,7 +174,7 @@ class Experts(nn.Module):
         context, num_experts = self.gate_up_proj.context, self.gate_up_proj.num_experts
         slots: tuple[int, ...] = ()
         adapters = None
-        if context.adapter_rows is not None:
+        if context.rows.adapters is not None:
             slots = tuple(sorted({pair.slot for weight in weights_of for pair in weight.pairs}))
         if slots:
             of_rows = context.chosen(slots)
@@ -223,8 +223,9 @@ class Router(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Return the family's router's output for (T, H): router logits (T, E) first."""
         output: tuple[Tensor, ...] = self.inner(hidden_states)
-        if self.context.balanced is not None:
-            self.context.leave_balance(balance_of(output[0], self.context.balanced, self.top_k))
+        balanced = self.context.rows.balanced
+        if balanced is not None:
+            self.context.leave_balance(balance_of(output[0], balanced, self.top_k))
         return output
 
 
@@ -264,18 +265,6 @@ def balance_of(logits: Tensor, balanced: Tensor, top_k: int) -> Tensor:
     return both.view(batch, -1, 2, num_experts).sum(dim=1)
 
 
-def balance_loss(balances: list[Tensor], balanced: Tensor) -> Tensor:
-    """Return (B,) fp32 losses from every layer's (B, 2, E) and the positions (B, L) that count; 0 without positions.
-
-    It is the load-balancing loss of Switch Transformers (arXiv 2101.03961, equations 4 to 6) over a row's positions and
-    all layers together, as transformers computes it for that row alone.
-    """
-    total = torch.stack(balances).sum(dim=0)
-    positions = balanced.sum(dim=1).clamp_min(1) * len(balances)
-    mean = total / positions[:, None, None]
-    return (mean[:, 0] * mean[:, 1]).sum(dim=1) * total.shape[-1]
-
-
 def balanced_positions(labels: Tensor) -> Tensor:
     """Return (B, T) bool from labels (B, T): the positions up to a row's last target, none for an empty row.
 
@@ -286,23 +275,17 @@ def balanced_positions(labels: Tensor) -> Tensor:
     return targets.flip(1).int().cumsum(dim=1).flip(1) > 0
 
 
-def ask_for_balance(blocks: Sequence[Block], labels: Tensor | None) -> Tensor | None:
-    """Make the layers' routers collect statistics over the positions of `labels` (B, L), which are returned.
-
-    None: no statistics.
-    """
-    balanced = None if labels is None else balanced_positions(labels)
-    for block in blocks:
-        block.balanced = balanced
-    return balanced
-
-
 def balance_sums(blocks: Sequence[Block], labels: Tensor, balanced: Tensor) -> Tensor:
-    """Return (B,) fp32: each row's load-balancing loss in the last forward, once per target.
+    """Return (B,) fp32: each row's load-balancing loss in the last forward, once per target; 0 without positions.
 
-    A step's loss, a mean over targets, is then the mean over rows of transformers' loss, weighted by targets.
+    It is the load-balancing loss of Switch Transformers (arXiv 2101.03961, equations 4 to 6) over a row's `balanced`
+    positions (B, L) and all layers together, as transformers computes it for that row alone. A step's loss, a mean over
+    targets, is then the mean over rows of transformers' loss, weighted by targets.
     """
     balances = [block.balance for block in blocks if block.balance is not None]
     for block in blocks:
         block.balance = None  # It holds the graph.
-    return (labels >= 0).sum(dim=1) * balance_loss(balances, balanced)
+    total = torch.stack(balances).sum(dim=0)
+    positions = balanced.sum(dim=1).clamp_min(1) * len(balances)
+    mean = total / positions[:, None, None]
+    return (labels >= 0).sum(dim=1) * ((mean[:, 0] * mean[:, 1]).sum(dim=1) * total.shape[-1])

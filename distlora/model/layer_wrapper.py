@@ -11,14 +11,14 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from distlora.model.activation_offload import HostInputs
-from distlora.model.adapters import BlockContext, StepRows
+from distlora.model.adapters import BlockContext, Rows
 from distlora_kernels import elementwise, scratch
 
 _CACHES = ("cache", "past_key_values")
@@ -44,21 +44,6 @@ class Reference:
         return taken
 
 
-class _Rows(NamedTuple):
-    """Information about the rows of a layer beside their hidden states; see BlockContext."""
-
-    adapters: Tensor | None
-    places: StepRows | None
-    balanced: Tensor | None
-
-    def part(self, part: slice) -> _Rows:
-        return _Rows(
-            None if self.adapters is None else self.adapters[part],
-            None if self.places is None else self.places.part(part),
-            None if self.balanced is None else self.balanced[part],
-        )
-
-
 class Block(nn.Module):
     """Decoder layer that runs its batch in slices, with optional activation checkpointing."""
 
@@ -67,12 +52,8 @@ class Block(nn.Module):
         self.inner = inner
         self.context = context
         """Context of the layer's linears; holds the slice that is running."""
-        self.adapter_rows: Tensor | None = None
-        """(B,) slot of each row's adapter, -1 for none; None: all rows use the only one."""
-        self.step_rows: StepRows | None = None
-        """Positions in training, (B,); None: outside training, without dropout."""
-        self.balanced: Tensor | None = None
-        """(B, T) positions that count in the router loss; None: outside training, without routers."""
+        self.rows = Rows()
+        """All rows of the batch."""
         self.balance: Tensor | None = None
         """(B, 2, experts) fp32 router statistics of the last forward; the reader clears it."""
         self.reference: Reference | None = None
@@ -101,15 +82,13 @@ class Block(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Run the layer on hidden_states (B, T, H). Kwargs with dim 0 = B are sliced too, with dim 0 = 1 shared."""
-        rows = _Rows(self.adapter_rows, self.step_rows, self.balanced)
-        output, balance = self._run_slices(hidden_states, rows, kwargs)
+        output, balance = self._run_slices(hidden_states, self.rows, kwargs)
         if balance is not None:
             output, self.balance = _Together.apply(output, balance)
         if self.reference is not None:
             before = hidden_states if self.reference.hidden is None else self.reference.hidden
-            rows = _Rows(self.reference.rows, places=None, balanced=None)
             with torch.no_grad(), self._as_started():
-                self.reference.hidden, _ = self._run_slices(before, rows, kwargs)
+                self.reference.hidden, _ = self._run_slices(before, Rows(self.reference.rows), kwargs)
         return output
 
     @contextlib.contextmanager
@@ -126,11 +105,10 @@ class Block(nn.Module):
 
     def forget_rows(self) -> None:
         """Clear the rows of the last forward."""
-        self.adapter_rows = self.step_rows = self.balanced = self.reference = None
-        context = self.context
-        context.adapter_rows = context.step_rows = context.balanced = None
+        self.rows = self.context.rows = Rows()
+        self.reference = None
 
-    def _run_slices(self, hidden_states: Tensor, rows: _Rows, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _run_slices(self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Return (B, T, H), and the routers' statistics if requested."""
         batch = hidden_states.shape[0]
         if batch % self.num_micro:
@@ -149,15 +127,14 @@ class Block(nn.Module):
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return output, torch.cat(balances) if balances else None
 
-    def _run(self, hidden_states: Tensor, rows: _Rows, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _run(self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         def layer(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
             # In recomputation too, when another slice's rows may be set.
-            context = self.context
-            context.adapter_rows, context.step_rows, context.balanced = rows
+            self.context.rows = rows
             try:
                 output = self.inner(hidden, **kwargs)
             finally:  # Recomputation leaves by an exception, and the router's statistics would keep its graph alive.
-                balance = context.take_balance()
+                balance = self.context.take_balance()
             return output[0] if isinstance(output, tuple) else output, balance
 
         if self.checkpointing and torch.is_grad_enabled():

@@ -69,16 +69,12 @@ class MLP(nn.Module):
             return self._recomputed(hidden_states) if torch.is_grad_enabled() else self._run(hidden_states)
         if not torch.is_grad_enabled():
             return in_tiles(self._run_tile, hidden_states, tile)
-        parameters = [parameter for parameter in self._parameters_of_run() if parameter.requires_grad]
+        modules = (module for module in (self.inner, *self._norms) if module is not None)
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         # Kept before the tiles run: a checkpoint around the layer ends its recomputation with the last kept tensor, so
         # no tile runs for nothing.
         kept = _Keep.apply(torch.empty(0, device=hidden_states.device, requires_grad=True), hidden_states)
         return _Tiles.apply(hidden_states, kept.grad_fn, self._with_rows(self._run_tile), tile, *parameters)
-
-    def _parameters_of_run(self) -> Iterator[nn.Parameter]:
-        for module in (self.inner, *self._norms):
-            if module is not None:
-                yield from module.parameters()
 
     def _run(self, hidden_states: Tensor) -> Any:
         before, after = self._norms
@@ -95,11 +91,10 @@ class MLP(nn.Module):
 
     def _with_rows(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """Return `run` bound to the present rows, for backward too, when another slice's rows may be set."""
-        context = self.context
-        rows = (context.adapter_rows, context.step_rows, context.balanced)
+        rows = self.context.rows
 
         def with_rows(*arguments: Any) -> Any:
-            context.adapter_rows, context.step_rows, context.balanced = rows
+            self.context.rows = rows
             return run(*arguments)
 
         return with_rows

@@ -45,7 +45,6 @@ HOMES = {
     "liger_kernel": "distlora.model.fused_modules",
     "gguf": "distlora.post.export",
     "llama_cpp": "distlora.post.export",
-    "flash_attn": "distlora.model.attention",
     "matplotlib": "distlora.output distlora.analysis distlora.planner distlora_launcher",
     "optuna": "distlora_launcher.sweeps",
 }

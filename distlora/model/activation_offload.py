@@ -30,7 +30,7 @@ class HostInputs:
         """Stream of the copies; None on the CPU, which copies at once."""
         self._free: dict[int, list[Tensor]] = {}
         """Free places by size in bytes: (bytes,) uint8 of host memory."""
-        self._newest: weakref.ref[_Kept] | None = None
+        self.newest: weakref.ref[_Kept] | None = None
         self.taken_bytes = 0
         """Host memory in bytes, in use or not."""
 
@@ -53,12 +53,6 @@ class HostInputs:
 
     def _fetch(self, kept: _Kept | Tensor) -> Tensor:
         return kept.fetch() if isinstance(kept, _Kept) else kept
-
-    def follow(self, kept: _Kept) -> _Kept | None:
-        """Make `kept` the newest input. Return the one before it if it is still kept."""
-        before = None if self._newest is None else self._newest()
-        self._newest = weakref.ref(kept)
-        return before
 
     def take(self, nbytes: int) -> Tensor:
         """Return a place on the host, (nbytes or more,) uint8, to be given back. Allocates if none is free."""
@@ -108,9 +102,8 @@ class _Kept:
         self._copied: torch.cuda.Event | None = None
         """Event of the last copy, in either direction."""
         self._was_fetched = False
-        before = store.follow(self)
-        self._before = None if before is None else weakref.ref(before)
-        if before is not None:
+        self._before, store.newest = store.newest, weakref.ref(self)
+        if self._before is not None and (before := self._before()) is not None:
             before.leave()
         self._here = tensor.detach()
         self._copied = store.copy(self._host, self._here)

@@ -165,14 +165,6 @@ class Adapted:
     adapters: nn.ModuleDict
     context: BlockContext
 
-    def remove_adapter(self, slot: int) -> None:
-        """Remove a slot's adapter. Its rows use the base alone from now on."""
-        del self.adapters[slot_name(slot)]
-
-    def next_slot(self) -> int:
-        """Return the slot of an adapter that is added by its name."""
-        return len(self.adapters)
-
     def check_alone(self) -> None:
         """Check that rows which choose nothing have only one adapter to use."""
         if len(self.adapters) > 1:
@@ -240,7 +232,7 @@ class AdaptedLinear(Adapted, FrozenLinear):
         pair = LoRAPair(
             self.in_features,
             self.out_features,
-            slot=self.next_slot() if slot is None else slot,
+            slot=len(self.adapters) if slot is None else slot,
             rank=config.rank_of(path),
             scaling=config.scaling_of(path),
             dropout=Stream(randomness.key_of(seed, f"{path}.dropout"), threshold_of(config.lora_dropout)),
@@ -255,14 +247,6 @@ class AdaptedLinear(Adapted, FrozenLinear):
         if self.row_norms_squared is None:
             self.row_norms_squared = torch.empty(self.out_features, dtype=torch.float32, device="meta")
 
-    def put_adapter(
-        self, slot: int, config: AdapterConfig, *, path: str, seed: int, device: torch.device | str
-    ) -> LoRAPair:
-        """Add an adapter in a free slot, initialized like that of a run alone with this config and seed."""
-        pair = self.add_adapter(slot_name(slot), config, path=path, seed=seed, slot=slot, device=device)
-        start_pair(pair, self, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
-        return pair
-
     def stacked_down(self) -> Tensor:
         """Stack A of all adapters: (R, in)."""
         pairs = self.pairs
@@ -275,13 +259,12 @@ class AdaptedLinear(Adapted, FrozenLinear):
             return super().operand()
         up = pairs[0].B if len(pairs) == 1 else torch.cat([pair.B for pair in pairs], dim=1)
         scale = self._scale(pairs)
-        adapter = Adapter(self.stacked_down(), up, scale, self._dropout(pairs, scale), self._magnitude(pairs))
+        magnitude = None
+        if self.row_norms_squared is not None:
+            magnitudes = torch.stack([pair.get_parameter("magnitude") for pair in pairs])
+            magnitude = Magnitude(magnitudes, self.row_norms_squared)
+        adapter = Adapter(self.stacked_down(), up, scale, self._dropout(pairs, scale), magnitude)
         return Linear(self.frozen_weight, adapter, self.bias)
-
-    def _magnitude(self, pairs: list[LoRAPair]) -> Magnitude | None:
-        if self.row_norms_squared is None:
-            return None
-        return Magnitude(torch.stack([pair.get_parameter("magnitude") for pair in pairs]), self.row_norms_squared)
 
     def _dropout(self, pairs: list[LoRAPair], scale: float | RowChoice) -> Dropout | ChosenDropout | None:
         at = self.context.rows.places

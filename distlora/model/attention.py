@@ -12,12 +12,10 @@ Letters: B rows, T tokens per row, D starts per row, H query heads, K key and va
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,25 +75,13 @@ def masks_by_layer_type(decoder: nn.Module, position_ids: Tensor) -> dict[str, T
     }
 
 
-class VarlenOp(Protocol):
-    """Causal attention within each document of flattened rows."""
+VarlenOp = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]
+"""Causal attention within each document of flattened rows: (query (B T, H, E), key and value (B T, K, E), cu_seqlens,
+longest, scale, left) -> (B T, H, E).
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_seqlens: Tensor,
-        longest: int,
-        scale: float,
-        left: int | None,
-    ) -> Tensor:
-        """Attend: query (B T, H, E), key and value (B T, K, E) -> (B T, H, E).
-
-        cu_seqlens (documents + 1,) int32 from 0 to B T may contain empty documents. A token sees itself and `left`
-        tokens before it, all for None.
-        """
-        ...
+cu_seqlens (documents + 1,) int32 from 0 to B T may contain empty documents; `longest` is the longest one's length. A
+token sees itself and `left` tokens before it, all for None.
+"""
 
 
 def reference(
@@ -145,33 +131,6 @@ def from_torch(varlen_attn: Callable[..., Any], *, deterministic: bool) -> Varle
         )
         if deterministic:
             deterministic_backward(output)
-        return output
-
-    return op
-
-
-def from_flash_attn(flash_attn_varlen_func: Callable[..., Any], *, deterministic: bool) -> VarlenOp:
-    """Wrap the flash-attn package's function as a VarlenOp.
-
-    It groups heads and has a flag for a deterministic backward.
-    """
-
-    def op(
-        query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, left: int | None
-    ) -> Tensor:
-        output: Tensor = flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            softmax_scale=scale,
-            causal=True,
-            window_size=(-1 if left is None else left, -1 if left is None else 0),
-            deterministic=deterministic,
-        )
         return output
 
     return op
@@ -311,16 +270,10 @@ def choose(
         return Choice(None, f"{dense}: flash attention takes heads of 8, 16, ... 256 columns, these have {head_size}")
     if torch.cuda.get_device_capability(device) < (8, 0):
         return Choice(None, f"{dense}: flash attention needs compute capability 8.0, {device} is older")
+    if not torch.backends.cuda.is_flash_attention_available():
+        return Choice(None, f"{dense}: torch {torch.__version__} was built without flash attention")
+    from torch.nn.attention.varlen import varlen_attn
+
     order = "its backward in a fixed order" if deterministic else "its backward in no fixed order"
-    if importlib.util.find_spec("torch.nn.attention.varlen") and torch.backends.cuda.is_flash_attention_available():
-        varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        if "window_size" in inspect.signature(varlen_attn).parameters:
-            op = from_torch(varlen_attn, deterministic=deterministic)
-            return Choice(op, f"attention runs over each document's length (torch.nn.attention.varlen), {order}")
-    if importlib.util.find_spec("flash_attn"):
-        flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
-        op = from_flash_attn(flash_attn_varlen_func, deterministic=deterministic)
-        return Choice(op, f"attention runs over each document's length (flash-attn), {order}")
-    return Choice(
-        None, f"{dense}: torch {torch.__version__} has no flash attention by documents, and flash-attn is not installed"
-    )
+    op = from_torch(varlen_attn, deterministic=deterministic)
+    return Choice(op, f"attention runs over each document's length (torch.nn.attention.varlen), {order}")

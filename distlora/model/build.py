@@ -56,7 +56,7 @@ from distlora.weights.prequantized import (
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
 from distlora.config import AdapterConfig
-from distlora.model.adapters import LoRAPair, slot_name
+from distlora.model.adapters import LoRAPair, slot_name, start_pair
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -313,7 +313,8 @@ def build_model(
     hf_model = _transformers_model(folder, hf_config, family, dtype)
     decoder, layout = hf_model.get_submodule(family.decoder), layout_of(hf_model)
     hf_model.requires_grad_(masters)
-    head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=_head_softcap(family, decoder))
+    cap = decoder.config.final_logit_softcapping if family.head_softcap else None
+    head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=None if cap is None else float(cap))
     # Follow the module, not the config: a composite model's config and its text_config may disagree.
     tied = head.weight is decoder.get_input_embeddings().weight
     if whole := spec.adapter.modules_to_save:
@@ -372,11 +373,6 @@ def _transformers_model(folder: Path, hf_config: PretrainedConfig, family: Famil
     # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw differently.
     hf_model.eval()
     return hf_model
-
-
-def _head_softcap(family: Family, decoder: nn.Module) -> float | None:
-    cap = decoder.config.final_logit_softcapping if family.head_softcap else None  # type: ignore[union-attr]
-    return None if cap is None else float(cap)  # type: ignore[arg-type]
 
 
 def _packed_linears(
@@ -443,7 +439,7 @@ def _replace_weights(
             fused = replace_experts(layer, family.experts, quantized=quantized, dtype=dtype, context=context)
             for path, weight in fused.items():
                 if (path := f"{prefix}{index}.{path}") in targets:
-                    weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path)
+                    weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path, seed=spec.seed)
 
 
 def train_whole(
@@ -493,14 +489,15 @@ def put_trial(
     `seed` is the trial's train.seed. Raises UserError, before anything changes, if its targets match nothing.
     """
     for path, weight in _targets(model, config):
-        weight.put_adapter(slot, config, path=path, seed=seed, device=device)
+        pair = weight.add_adapter(slot_name(slot), config, path=path, seed=seed, slot=slot, device=device)
+        start_pair(pair, weight, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
     return trial_parameters(model, slot)
 
 
 def remove_trial(model: CausalLM, slot: int) -> None:
     """Free a slot. Its rows use the base alone from now on."""
     for _, weight in list(model.adapted_weights(slot_name(slot))):
-        weight.remove_adapter(slot)
+        del weight.adapters[slot_name(slot)]
 
 
 def trial_parameters(model: CausalLM, slot: int) -> dict[str, nn.Parameter]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distlora.architecture.families import ExpertLayout
 from distlora.config import AdapterConfig, TrainConfig
-from distlora.model.adapters import DEFAULT_ADAPTER, Adapted, BlockContext, LoRAPair, slot_name, start_pair
+from distlora.model.adapters import Adapted, BlockContext, LoRAPair
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.layer_wrapper import Block
 from distlora_kernels.experts import combine, dispatch, expert_linear, runs_grouped
@@ -94,29 +94,22 @@ class ExpertWeight(Adapted, FrozenTensor):
         config: AdapterConfig,
         *,
         path: str,
+        seed: int,
         slot: int | None = None,
         device: torch.device | str = "meta",
     ) -> ExpertPair:
-        """Add an adapter. Patterns match `path`, the weight's Hugging Face name, for rank and scale."""
+        """Add an adapter as `AdaptedLinear.add_adapter` does; `seed` has no effect, because experts have no dropout."""
         assert name not in self.adapters, f"{path} has an adapter {name} already"
         pair = ExpertPair(
             self.in_features,
             self.out_features,
-            slot=self.next_slot() if slot is None else slot,
+            slot=len(self.adapters) if slot is None else slot,
             num_experts=self.num_experts,
             rank=config.rank_of(path),
             scaling=config.scaling_of(path),
             device=device,
         )
         self.adapters[name] = pair
-        return pair
-
-    def put_adapter(
-        self, slot: int, config: AdapterConfig, *, path: str, seed: int, device: torch.device | str
-    ) -> ExpertPair:
-        """Add an initialized adapter in a free slot, as AdaptedLinear.put_adapter does."""
-        pair = self.add_adapter(slot_name(slot), config, path=path, slot=slot, device=device)
-        start_pair(pair, self, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
         return pair
 
     def forward(self, x: Tensor, routing: Routing, bias: Tensor | None, slots: tuple[int, ...] = ()) -> Tensor:

@@ -113,8 +113,6 @@ class LossHead(nn.Module):
             losses = torch.cat([self.token_losses(part, target) for part, target in chunks])
         elif self.weight.requires_grad:
             losses = _TrainedHeadLoss.apply(flat, targets, self.weight, self, tokens)
-        elif self.cross_entropy is not None and self.takes_cross_entropy:
-            losses = _PlainHeadLoss.apply(flat, targets, self, tokens)
         else:
             rows = None if self.token_rows is None else self.token_rows.rows
             losses = _FrozenHeadLoss.apply(flat, targets, rows, self, tokens)
@@ -126,13 +124,6 @@ class LossHead(nn.Module):
         """Return (N,) fp32 losses, 0 without a label, from hidden (N, H) and labels (N,). The rest as in `logits`."""
         logits = self.logits(hidden, columns, weight)
         return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
-
-    def trained_columns(self, hidden: Tensor) -> Tensor | None:
-        """Return (..., trained rows) fp32 logits of the trained rows, neither scaled nor capped.
-
-        None without such rows.
-        """
-        return None if self.token_rows is None else self.token_rows.columns(hidden)
 
     def copied(self) -> LossHead:
         """Return an unsharded copy of this head. If the weight is sharded, call it within forward only."""
@@ -147,7 +138,7 @@ class LossHead(nn.Module):
     def logits(self, hidden: Tensor, columns: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Return (..., vocabulary) fp32 from (..., H), scaled and capped by the model's config.
 
-        `columns`: from trained_columns. `weight` (vocabulary, H): used instead of the head's.
+        `columns`: logits of the trained rows, if known. `weight` (vocabulary, H): used instead of the head's.
         """
         logits = F.linear(hidden, self.weight if weight is None else weight).float()
         if self.token_rows is not None:
@@ -174,10 +165,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
         losses, of_columns = [], []
+        fused = head.cross_entropy if head.takes_cross_entropy else None
         for part, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
+            if fused is not None:  # One copy of a chunk's logits, in the compute dtype.
+                logits = F.linear(part, head.weight)
+                losses.append(fused(logits, target))
+                torch.mm(logits, head.weight, out=out)
+                continue
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                columns = head.trained_columns(leaf)
+                columns = None if head.token_rows is None else head.token_rows.columns(leaf)
                 loss = head.token_losses(leaf, target, columns)
                 leaf_gradient, *column_gradients = torch.autograd.grad(
                     loss.sum(), [leaf] if columns is None else [leaf, columns]
@@ -198,27 +195,6 @@ class _FrozenHeadLoss(torch.autograd.Function):
             hidden, of_columns = of_rows
             rows = weighted_sum(of_columns * weights, hidden)
         return (gradient * weights).to(gradient.dtype), None, rows, None, None
-
-
-class _PlainHeadLoss(torch.autograd.Function):
-    """Token losses of a frozen head with a `cross_entropy`: one copy of a chunk's logits, in the compute dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: LossHead, tokens_per_chunk: int) -> Tensor:
-        assert head.cross_entropy is not None
-        gradient, losses = torch.empty_like(hidden), []
-        for part, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
-            logits = F.linear(part, head.weight)
-            losses.append(head.cross_entropy(logits, target))
-            torch.mm(logits, head.weight, out=out)
-        ctx.save_for_backward(gradient)
-        return torch.cat(losses)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad_losses[:, None]).to(gradient.dtype), None, None, None
 
 
 class _TrainedHeadLoss(torch.autograd.Function):

@@ -298,7 +298,10 @@ _SCORES = 2**20
 
 
 def tile_length(length: int, groups: int) -> int:
-    """Return n, the number of queries of a tile."""
+    """Return the number of queries of a tile: one product of attention_cpu.py, for `groups` query heads per key head.
+
+    It depends on the document's length alone, so that no document's bits depend on those beside it.
+    """
     fits = max(_SCORES // (groups * length), -(-_FEWEST_ROWS // groups))
     return min(_LONGEST, fits, length)
 

@@ -313,7 +313,10 @@ TOKENS_PER_PRODUCT = 1024
 
 
 class TokenRows(nn.Module):
-    """Trained rows of one matrix, by ascending token id."""
+    """Trained rows of an otherwise frozen embedding or LM head (PEFT's trainable tokens), by ascending token id.
+
+    They replace rows after the lookup of the embedding, and columns of the head's logits. N trained rows, V vocabulary.
+    """
 
     def __init__(self, ids: tuple[int, ...], hidden_size: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
 from distlora.config import AdapterConfig
 from distlora.model.adapters import LoRAPair, slot_name, start_pair
+
+Weight = TypeVar("Weight", AdaptedLinear, ExpertWeight)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -252,19 +254,20 @@ class CausalLM(nn.Module):
 
     def adapted_linears(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, AdaptedLinear]]:
         """Yield (Hugging Face path, linear) of the linears with the adapter, in forward order."""
-        for name, module in self.named_modules():
-            if isinstance(module, AdaptedLinear) and adapter in module.adapters:
-                yield self.hf_name(name), module
+        return self._adapted(AdaptedLinear, adapter)
 
     def adapted_experts(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, ExpertWeight]]:
         """Yield (Hugging Face name, fused expert weight) of the weights with the adapter, in forward order."""
-        for name, module in self.named_modules():
-            if isinstance(module, ExpertWeight) and adapter in module.adapters:
-                yield self.hf_name(name), module
+        return self._adapted(ExpertWeight, adapter)
 
     def adapted_weights(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, AdaptedLinear | ExpertWeight]]:
         """Yield (Hugging Face path, linear or fused weight) of the weights with the adapter, linears first."""
         return itertools.chain(self.adapted_linears(adapter), self.adapted_experts(adapter))
+
+    def _adapted(self, kind: type[Weight], adapter: str) -> Iterator[tuple[str, Weight]]:
+        for name, module in self.named_modules():
+            if isinstance(module, kind) and adapter in module.adapters:
+                yield self.hf_name(name), module
 
     def hf_name(self, name: str) -> str:
         """Return the Hugging Face name of a module or parameter at our path.

@@ -135,10 +135,6 @@ class ExpertWeight(Adapted, FrozenTensor):
         choice = ExpertChoice(of_users, tuple(pair.scaling for pair in pairs), tuple(pair.rank for pair in pairs))
         return ExpertAdapter(a, b, choice)
 
-    def extra_repr(self) -> str:
-        """Return the text that torch prints between the module's brackets."""
-        return f"{self.num_experts} x {self.in_features} -> {self.out_features}, {self.storage}"
-
 
 class Experts(nn.Module):
     """Replacement of a family's experts module, with its arguments.

@@ -91,13 +91,6 @@ class FrozenTensor(nn.Module):
             return FrozenWeight((self.codes, self.scales, self.group_scale, self.offset), self.shape)
         return FrozenWeight((self.weight,), self.shape)
 
-    @property
-    def storage(self) -> str:
-        """Description of the storage."""
-        if self.quantized:
-            return "nf4, absmax in fp32" if self.plain_absmax else "nf4"
-        return str(self.weight.dtype).removeprefix("torch.")
-
 
 class FrozenLinear(FrozenTensor):
     """y = x W^T + bias with frozen W (out_features, in_features). `bias` (out_features,) in `dtype`, or None."""
@@ -117,10 +110,6 @@ class FrozenLinear(FrozenTensor):
         if self.shared_input is not None:
             return self.shared_input.output(self, x)
         return lora_linears(x, (self.operand(),))[0]
-
-    def extra_repr(self) -> str:
-        """Return the text that torch prints between the module's brackets."""
-        return f"{self.in_features} -> {self.out_features}, {self.storage}"
 
 
 class SharedInput:

@@ -12,9 +12,8 @@ from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.parallel import fsdp2
 from distlora.parallel.backend import Backend
-from distlora.parallel.fsdp2 import Residency
+from distlora.parallel.fsdp2 import ComputeCopies, Residency
 from distlora.parallel.gradients import Gradients
-from distlora.parallel.mixed_precision import ComputeCopies
 from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks, sum_over_ranks
 from distlora.parallel.shards import Shards, whole_shape
 
@@ -38,7 +37,7 @@ def parallelize(
     """Shard all of `model` (on meta) except its adapters, and allocate its memory on the device without filling it.
 
     `shard_degree`: ranks per copy of the base (Config.shard_degree); None: all ranks. Raises UserError, on every rank,
-    if a node lacks host memory for an offloaded base.
+    if a node lacks host memory for an offloaded base, or the model has fewer layers than stay gathered.
     """
     parallel = parallel or ParallelConfig()
     backend = Backend(ranks, Shards.over(ranks, shard_degree or ranks.world), _root=model)
@@ -60,7 +59,13 @@ def parallelize(
         backend.after_backward = units.end_backward
     elif backend.sharded:
         fsdp2.shard(model, backend.shards, ranks.device, prefetch=prefetch, traffic=traffic)
-        backend.residency = _residency(model, backend, parallel)
+        parallel.check_blocks(len(model.blocks))
+        count, backend.residency = parallel.resident_blocks, Residency(model.blocks, backend.shards, ranks.device)
+        if isinstance(count, str):
+            backend.residency.waits = True
+        elif count > 0:
+            backend.residency.keep(count)
+            model.notes.append(backend.residency.describe())
     elif model.compute_dtype is not None:
         adapters = set(adapter_parameters(model).values())
         # Recomputation runs a layer's inner module alone, one slice at a time. Without recomputation, backward keeps
@@ -71,15 +76,3 @@ def parallelize(
     model.to_empty(device=ranks.device)
     model.tie()
     return backend
-
-
-def _residency(model: CausalLM, backend: Backend, parallel: ParallelConfig) -> Residency:
-    """Keep `parallel.resident_blocks` layers gathered. Raises UserError if the model has fewer layers."""
-    parallel.check_blocks(len(model.blocks))
-    count, residency = parallel.resident_blocks, Residency(model.blocks, backend.shards, backend.ranks.device)
-    if isinstance(count, str):
-        residency.waits = True
-    elif count > 0:
-        residency.keep(count)
-        model.notes.append(residency.describe())
-    return residency

@@ -19,7 +19,7 @@ from distlora.parallel.fsdp2 import Residency
 from distlora.parallel.gradients import GradientReducer, Gradients, Launches, ShardedGradients
 from distlora.parallel.integrity import FrozenWeights, compare_trained
 from distlora.parallel.ranks import Ranks, Traffic
-from distlora.parallel.shards import HostRows, Shards, local_rows, stream_rows
+from distlora.parallel.shards import HostRows, Shards, local_rows, pieces, stream_rows
 from distlora.system import host_memory
 
 Collected = TypeVar("Collected")
@@ -108,13 +108,11 @@ class Backend:
     def stream(
         self, tensor: Tensor | HostRows, write: Callable[[Tensor], object], dtype: torch.dtype | None = None
     ) -> None:
-        """Pass a whole tensor, sharded or not, to `write` on the rank that writes.
+        """Pass a whole tensor, sharded or not, to `write` on the rank that writes, in flat host pieces, in order.
 
-        Flat host pieces of at most PIECE_BYTES.
-
-        Pieces come in order. Other ranks do not call `write`. Every rank must call this for the same tensors in the
-        same order. For saving, not for a step. Host copies (`HostRows` of a sharded tensor) are streamed while another
-        thread trains, and keep their dtype.
+        Pieces have at most PIECE_BYTES. Other ranks do not call `write`. Every rank must call this for the same tensors
+        in the same order. For saving, not for a step. Host copies (`HostRows` of a sharded tensor) are streamed while
+        another thread trains, and keep their dtype.
         """
         if not self.gives_rows:
             return
@@ -132,25 +130,21 @@ class Backend:
                     write(piece.to("cpu", dtype))
             return
         local, first_row = self.local_rows(data)
-        flat, columns = local.reshape(-1), math.prod(data.shape[1:])
-        start, per_rank = first_row * columns, -(-data.shape[0] // self.shards.count) * columns
-        for first in range(0, data.numel(), per_rank):
-            owner, end = first // per_rank, min(first + per_rank, data.numel())
-            for low in range(first, end, size):
-                high = min(low + size, end)
-                if owner == self.shards.index:
-                    piece = flat[low - start : high - start].to(dtype)
-                else:
-                    piece = torch.empty(high - low, dtype=dtype, device=flat.device)
-                # One rank's rows follow the other's. Broadcast needs no communicator per pair of ranks, which send and
-                # receive would.
-                if owner != 0:
-                    dist.broadcast(piece, group=self.shards.group, group_src=owner)
-                if self.writes:
-                    write(piece.cpu())
-                elif piece.is_cuda:
-                    # Stay at most one piece ahead of the files: NCCL's watchdog counts from when a call was queued.
-                    torch.cuda.current_stream(piece.device).synchronize()
+        flat, start = local.reshape(-1), first_row * math.prod(data.shape[1:])
+        for owner, low, high in pieces(data.shape, self.shards.count, size):
+            if owner == self.shards.index:
+                piece = flat[low - start : high - start].to(dtype)
+            else:
+                piece = torch.empty(high - low, dtype=dtype, device=flat.device)
+            # One rank's rows follow the other's. Broadcast needs no communicator per pair of ranks, which send and
+            # receive would.
+            if owner != 0:
+                dist.broadcast(piece, group=self.shards.group, group_src=owner)
+            if self.writes:
+                write(piece.cpu())
+            elif piece.is_cuda:
+                # Stay at most one piece ahead of the files: NCCL's watchdog counts from when a call was queued.
+                torch.cuda.current_stream(piece.device).synchronize()
 
     def watch_weights(self, model: CausalLM) -> None:
         """Record checksums of the frozen base on every rank, and check the rows that the next forward gathers.

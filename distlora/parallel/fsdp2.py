@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,17 +77,6 @@ class _CountedReduceScatter(_Counted):
         return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
-class _CountedReplicas(_Counted):
-    """All-reduce of trained rows between copies of the base, counted by the bytes of its result.
-
-    FSDP2 issues it (the hook of FSDPModule.set_all_reduce_hook).
-    """
-
-    def __call__(self, reduced: Tensor) -> None:
-        self.traffic.reduced_bytes += reduced.nbytes
-        self.traffic.between_copies_bytes += reduced.nbytes
-
-
 def check_torch(version: str) -> None:
     """Raise UserError for a torch whose FSDP2 cannot hold frozen uint8 parameters."""
     match = re.match(r"(\d+)\.(\d+)", version)
@@ -126,13 +116,18 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
     rest_is_trained = is_trained(model.final_norm)
     unit(model, trained=rest_is_trained, reshard=rest_is_trained)
 
+    def count_replicas(reduced: Tensor) -> None:
+        """Count FSDP2's all-reduce of trained rows between copies of the base by the bytes of its result."""
+        traffic.reduced_bytes += reduced.nbytes
+        traffic.between_copies_bytes += reduced.nbytes
+
     gather, scatter = _CountedAllGather(traffic, shards), _CountedReduceScatter(traffic, shards)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(gather)  # type: ignore[arg-type]
             module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
             if shards.copies > 1:
-                module.set_all_reduce_hook(_CountedReplicas(traffic, shards))
+                module.set_all_reduce_hook(count_replicas)
             # The loss is already divided by the target tokens of all ranks, so FSDP2 must sum, not average.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -177,28 +172,28 @@ class Residency:
 
     def fitting(self) -> tuple[Tensor, float]:
         """Return (layers that this rank has memory for, () int64 on the device; bytes available for them)."""
-        usable, fitting, total = free_bytes(self.device), 0, 0
+        usable, fitting, total = _free_bytes(self.device), 0, 0
         for block in self.blocks:
-            total += gathered_bytes(block, self.shards)
+            total += _gathered_bytes(block, self.shards)
             fitting += total <= usable
         return torch.tensor(fitting, device=self.device), usable
 
     def describe(self) -> str:
         """Describe the resident layers in a line, for a count above 0."""
-        memory = sum(gathered_bytes(block, self.shards) for block in self.blocks[: self.count])
+        memory = sum(_gathered_bytes(block, self.shards) for block in self.blocks[: self.count])
         return (
             f"{self.count:,} of {len(self.blocks):,} layers stay gathered, which takes {memory / 2**30:,.2f} GiB on "
             "each rank"
         )
 
 
-def gathered_bytes(module: nn.Module, shards: Shards) -> int:
+def _gathered_bytes(module: nn.Module, shards: Shards) -> int:
     """Return the bytes that a gathered layer adds: its frozen parameters, padded to a multiple of the ranks."""
     whole = (parameter for parameter in module.parameters() if not parameter.requires_grad)
     return sum(padded(parameter.shape, shards.count) * parameter.element_size() for parameter in whole)
 
 
-def free_bytes(device: torch.device) -> float:
+def _free_bytes(device: torch.device) -> float:
     """Return the bytes that this rank can still allocate beyond its peak so far, less the reserve."""
     if device.type == "cuda":
         # Memory that torch's allocator has once held counts as used, because a step needs it again.
@@ -208,3 +203,45 @@ def free_bytes(device: torch.device) -> float:
     if available is None:
         return 0.0
     return (1 - RESIDENCY_RESERVE["cpu"]) * available / host_memory.processes_here()
+
+
+class ComputeCopies:
+    """Copies in `dtype` that replace a module's trained parameters while its forward runs, in one process.
+
+    The forward equals FSDP2's mixed precision bit for bit. Gradients differ: FSDP2 accumulates in 16 bits what is
+    accumulated in fp32 here (a tied weight's two gradients, recomputed slices). Autocast would keep the residual stream
+    and the norms in fp32, which is another model than the frozen base of LoRA.
+
+    Each forward makes them anew, a recomputation included, so with activation checkpointing one layer's copies exist at
+    a time. Without it backward keeps the copies of every forward: give it a module that runs all slices of a batch at
+    once.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, *, ignored: Collection[nn.Parameter] = ()) -> None:
+        self._dtype = dtype
+        self._places = [
+            (owner, name)
+            for owner in module.modules()
+            for name, parameter in owner.named_parameters(recurse=False)
+            if parameter.requires_grad and parameter not in ignored
+        ]
+        self._masters: list[nn.Parameter] = []
+        if not self._places:
+            return
+        module.register_forward_pre_hook(self._put)
+        # Recomputation ends a forward by an exception when it has all that backward needs.
+        module.register_forward_hook(self._take_away, always_call=True)
+
+    def _put(self, module: nn.Module, arguments: Any) -> None:
+        assert not self._masters, "a module with copies in place was called within its own forward"
+        for owner, name in self._places:
+            master = owner._parameters.pop(name)
+            assert master is not None
+            self._masters.append(master)
+            setattr(owner, name, master.to(self._dtype))
+
+    def _take_away(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        for (owner, name), master in zip(self._places, self._masters, strict=True):
+            delattr(owner, name)
+            setattr(owner, name, master)
+        self._masters.clear()

@@ -14,7 +14,7 @@ Letters: T tensors, W ranks of a copy of the base, C copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -84,32 +84,24 @@ class FrozenWeights:
         self._differs = torch.zeros_like(self._sums, dtype=torch.bool)
         """(T, W) bool: what this rank gathered differs from what that rank loaded."""
         self._handles: list[RemovableHandle] = []
-        self._check_copies(by_copy[..., 0])  # Statistics that ranks compute depend on the bytes that they read.
-        self._check_shared(list(shared), everyone[:, len(sharded) :, 0])
-
-    def _check_shared(self, names: list[str], sums: Tensor) -> None:
-        """Compare `sums` (W, N) of tensors that every rank holds whole."""
-        odd = (sums != sums[0]).tolist()
-        for rank, flags in enumerate(odd):
-            if any(flags):
-                raise DamagedWeightsError(
-                    f"{names[flags.index(True)]} differs between rank 0 and rank {rank} after loading, though both "
-                    f"computed it from the same numbers. {_NEXT}"
-                )
-
-    def _check_copies(self, sums: Tensor) -> None:
-        """Compare `sums` (C, W, T) between the copies of the base."""
-        odd = (sums != sums[0]).nonzero()
-        if not len(odd):
-            return
-        copy, index, tensor = odd[0].tolist()
-        frozen, shards = self._tensors[tensor], self._backend.shards
-        ranks = [shards.rank_of(index, copy) for copy in (0, copy)]
-        raise DamagedWeightsError(
-            f"{frozen.name}, {_rows(frozen.ranges[index])}, differs between rank {ranks[0]} and rank {ranks[1]} after "
-            "loading, though both have the same part of a copy of the base: are the files in model.path the same on "
-            f"every node? If so, memory or a disk damages bytes. {_NEXT}"
-        )
+        # Copies first: statistics that ranks compute depend on the bytes that they read.
+        odd = (by_copy[..., 0] != by_copy[0, ..., 0]).nonzero()
+        if len(odd):
+            copy, index, tensor = odd[0].tolist()
+            frozen, ranks = self._tensors[tensor], [shards.rank_of(index, copy) for copy in (0, copy)]
+            raise DamagedWeightsError(
+                f"{frozen.name}, {_rows(frozen.ranges[index])}, differs between rank {ranks[0]} and rank {ranks[1]} "
+                "after loading, though both have the same part of a copy of the base: are the files in model.path the "
+                f"same on every node? If so, memory or a disk damages bytes. {_NEXT}"
+            )
+        whole = everyone[:, len(sharded) :, 0]  # (C W, tensors that every rank holds whole).
+        odd = (whole != whole[0]).nonzero()
+        if len(odd):
+            rank, index = odd[0].tolist()
+            raise DamagedWeightsError(
+                f"{list(shared)[index]} differs between rank 0 and rank {rank} after loading, though both computed it "
+                f"from the same numbers. {_NEXT}"
+            )
 
     def check_next_forward(self) -> None:
         """Check everything that this rank gathers in the next forward.
@@ -170,16 +162,9 @@ class FrozenWeights:
         damaged: dict[tuple[int, int], list[int]] = {}
         for tensor, copy, owner, witness in seen.nonzero().tolist():
             damaged.setdefault((tensor, shards.rank_of(owner, copy)), []).append(shards.rank_of(witness, copy))
-        raise DamagedWeightsError(self._describe(damaged) + f"; {consequence}. {_NEXT}")
-
-    def _describe(self, damaged: Mapping[tuple[int, int], Sequence[int]]) -> str:
-        """Describe the damaged tensors, their ranks and the consequence.
-
-        `damaged`: (tensor, owner) -> ranks that saw it.
-        """
         (index, owner), seen_by = next(iter(damaged.items()))
         frozen = self._tensors[index]
-        rows = f"{_rows(frozen.ranges[owner % self._backend.shards.count])}, those of rank {owner}"
+        rows = f"{_rows(frozen.ranges[owner % shards.count])}, those of rank {owner}"
         more = f" ({len(damaged)} such parts in all)" if len(damaged) > 1 else ""
         if owner in seen_by:
             where = f"the memory of rank {owner} has changed since then"
@@ -189,7 +174,10 @@ class FrozenWeights:
                 f"rank {owner} still has it and {ranks} got something else: the network, or the memory of "
                 "those that got it, damages bytes"
             )
-        return f"the frozen base is damaged: {frozen.name}, {rows}, are not what rank {owner} loaded{more}; {where}"
+        raise DamagedWeightsError(
+            f"the frozen base is damaged: {frozen.name}, {rows}, are not what rank {owner} loaded{more}; {where}; "
+            f"{consequence}. {_NEXT}"
+        )
 
 
 @torch.no_grad()
@@ -275,7 +263,13 @@ def _rows(of_rank: tuple[int, int]) -> str:
 
 
 LINE = 2**14
-"""Words per line."""
+"""32-bit words per line of a checksum. A line's sum, modulo 2^64, weights each word by its position; the sums, as words
+form lines again until one is left: the checksum, the same on CPU and GPU.
+
+Every change of one word and every exchange of two bytes or words within a line is detected: weights are odd, and those
+of two positions differ by an odd number times at most 2^14, so no such difference is a multiple of 2^64. Other changes
+are missed once in about 2^60, because the weights' upper bits are random. Trailing zeros are not counted.
+"""
 _WORD_BYTES = 4
 _LINE_BYTES = LINE * _WORD_BYTES
 _LINES_AT_ONCE = {"cpu": 16, "cuda": 512}

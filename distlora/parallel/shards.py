@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -132,20 +132,24 @@ def stream_rows(
     The first `world` ranks of `group` hold it, and each must call this for the same tensors in the same order, on one
     thread.
     """
-    flat, columns = rows.local.view(-1), math.prod(rows.shape[1:])
-    start, per_rank = rows.first_row * columns, -(-rows.shape[0] // world) * columns
+    flat, start = rows.local.view(-1), rows.first_row * math.prod(rows.shape[1:])
     size = PIECE_BYTES // rows.dtype.itemsize
-    received = torch.empty(min(size, per_rank) if rank == 0 else 0, dtype=rows.dtype)
-    for first in range(0, rows.numel(), per_rank):
-        owner, end = first // per_rank, min(first + per_rank, rows.numel())
+    received = torch.empty(min(size, rows.numel()) if rank == 0 else 0, dtype=rows.dtype)
+    for owner, low, high in pieces(rows.shape, world, size):
         if rank not in (0, owner):
             continue
-        for low in range(first, end, size):
-            high = min(low + size, end)
-            piece = flat[low - start : high - start] if owner == rank else received[: high - low]
-            if owner != 0 and rank == 0:
-                dist.recv(piece, group=group, group_src=owner)
-            elif owner != 0:
-                dist.send(piece, group=group, group_dst=0)
-            if rank == 0:
-                write(piece)
+        piece = flat[low - start : high - start] if owner == rank else received[: high - low]
+        if owner != 0 and rank == 0:
+            dist.recv(piece, group=group, group_src=owner)
+        elif owner != 0:
+            dist.send(piece, group=group, group_dst=0)
+        if rank == 0:
+            write(piece)
+
+
+def pieces(shape: torch.Size, count: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (shard, first element, end) of the flat pieces (at most `size` elements) of a tensor in `count` shards."""
+    per_shard = -(-shape[0] // count) * math.prod(shape[1:])
+    for first in range(0, shape.numel(), per_shard):
+        end = min(first + per_shard, shape.numel())
+        yield from ((first // per_shard, low, min(low + size, end)) for low in range(first, end, size))

@@ -66,9 +66,7 @@ class HungError(RuntimeError):
 
 
 def at(step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
-    """Mark the position of the training thread: the `part`-th piece (from 1) of `phase` in `step` (from 1.
-
-    None outside).
+    """Mark the position of the training thread: the `part`-th piece (from 1) of `phase` in `step` (from 1), if in one.
 
     `long`: others may wait up to LONG_SECONDS for it. Costs 0.1 us: no lock, no system call.
     """
@@ -228,12 +226,8 @@ class Watch:
         verdict = judge(first, second, still)
         if verdict is None or verdict.silent or still > self._long_limit:
             return verdict
-        waited_for = verdict.culprits or range(self.world)
-        return (
-            None
-            if any(position is not None and position.long for position in (second[rank] for rank in waited_for))
-            else verdict
-        )
+        waited_for = (second[rank] for rank in verdict.culprits or range(self.world))
+        return None if any(position is not None and position.long for position in waited_for) else verdict
 
     def _ask(self) -> list[Position | None] | None:
         """Return each rank's last position, None for a rank without one; None if the store does not answer."""
@@ -252,8 +246,10 @@ class Watch:
 
 def own_position(mark: _Mark, *, moves: bool, beat: int = 0) -> Position:
     """Return this rank's position at `mark`."""
+    number, step, phase, part, long = mark
+    within = phase if part is None else f"{phase} {part}"
     code, waits = ("", False) if moves else whereabouts()
-    return Position(mark[0], in_words(mark), mark[-1], code, waits, beat)
+    return Position(number, within if step is None else f"step {step} ({within})", long, code, waits, beat)
 
 
 def whereabouts() -> tuple[str, bool]:
@@ -305,13 +301,6 @@ def judge(first: Sequence[Position | None], second: Sequence[Position | None], s
     rest = {rank: position for rank, position in positions.items() if rank not in culprits}
     message = f"{_still(seconds)}: {_places(culprits)}; waiting for that: {_places(rest)}"
     return Verdict(message, tuple(culprits), silent=False)
-
-
-def in_words(mark: _Mark) -> str:
-    """Format a mark: `step 41 (backward of micro-batch 2)`, or outside steps `loading`."""
-    _, step, phase, part, _ = mark
-    within = phase if part is None else f"{phase} {part}"
-    return within if step is None else f"step {step} ({within})"
 
 
 def _still(seconds: float) -> str:

@@ -4,7 +4,7 @@ FSDP2 (torch 2.13, _fsdp_param_group.py): a gather has an output of all ranks' r
 copied. A unit takes its bytes twice until the output is freed: in forward when the next unit is copied or the root is
 done, in backward at once. A gather ahead has an output too. So a layer in forward with prefetch takes three layers'
 bytes: its own, its output, the next one's output; in backward two. One process gathers nothing, and computes with
-16-bit copies of what it trains of the base (distlora/parallel/mixed_precision.py).
+16-bit copies of what it trains of the base (distlora/parallel/fsdp2.py).
 
 DeepSpeed 0.19.8 (partitioned_param_coordinator.py, partition_parameters.py: all_gather_coalesced): tensors of a unit
 that are not on their way are gathered when it is needed. Then the next tensors are gathered ahead until a bucket's

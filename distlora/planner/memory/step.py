@@ -266,7 +266,7 @@ class Step:
         """Bytes of the embedding's gradient in the run's dtype.
 
         One process casts the gradient of its 16-bit copy to fp32, and adds the LM head's if the matrix is tied
-        (distlora.parallel.mixed_precision).
+        (distlora.parallel.fsdp2).
         """
         of_masters = _of_masters(self.base.embedding) if self.shards == 1 and self.costs.dtype_bytes < 4 else 0
         return _gradients(self.base.embedding) + of_masters + (self._tied_gradient if self.shards == 1 else 0)

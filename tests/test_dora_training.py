@@ -8,26 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
-from closeness import assert_adapters_close, assert_close, assert_losses_close
+from closeness import assert_close
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, QuantConfig, UserError
 from distlora.loading.quantize import halved
 from distlora.model.adapters import AdaptedLinear, BlockContext, LoRAPair, Rows, StepRows, reset_adapters
 from distlora.model.build import CausalLM, materialize_buffers
 from distlora.parallel import Ranks
 from distlora.training.optimizers import parameter_groups
-from planned import assert_disk_as_planned
-from small_models import make_run, write_model_folder
-from test_dropout import OurDropout
+from small_models import write_model_folder
 from test_loading import loaded
-from test_parity import adapters_after, outcome
-from test_peft import dequantized_hf_model, our_trained_model
 from test_prequantized import ODD, quantize
-from test_resume import SINGLE, figures, result, run_until
+from test_resume import SINGLE
 from worlds import World
 
 DORA = {"target_modules": "all-linear", "r": 8, "use_dora": True}
@@ -112,80 +107,6 @@ def test_a_fresh_dora_is_the_base_bit_for_bit(folders: Path, quant: str, dtype: 
     # Trained, it is another model, but for rows that use none: DPO's reference.
     assert not torch.equal(states[0], model.hidden_states(tokens, positions))
     assert torch.equal(states[0], model.hidden_states(tokens, positions, adapter_rows=torch.tensor([-1, -1])))
-
-
-CELLS = [(1, {"micro_batch": 2, "accumulate": "block", "keep_dequantized": True}), (3, {"micro_batch": 1})]
-
-
-@pytest.mark.slow
-def test_a_run_with_dropout_does_not_depend_on_ranks_micro_batches_or_checkpointing(
-    world: World, folders: Path, tmp_path: Path
-) -> None:
-    adapter, length = DORA | {"lora_dropout": 0.3}, {"max_steps": 5}
-    whole = {"micro_batch": 12, "checkpointing": "none"}
-    make_run(tmp_path / "reference", folders, adapter=adapter, train=length | whole)
-    losses, expected = outcome(world, 1, tmp_path / "reference")
-    assert losses[-1] < losses[0] - 0.02
-    for size, settings in CELLS:
-        make_run(tmp_path / str(size), folders, adapter=adapter, train=length | settings)
-        actual, tensors = outcome(world, size, tmp_path / str(size))
-        assert_losses_close(actual, losses)
-        assert_adapters_close(tensors, expected)
-
-
-def test_adapters_are_bit_identical_on_every_rank(world: World, folders: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", folders, adapter=DORA, train={"max_steps": 1})
-    first, *others = world.run(3, adapters_after, run_dir=tmp_path / "run")
-    assert sum(name.endswith(".magnitude") for name in first) == 3 * 7
-    for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in first)
-
-
-@pytest.mark.ci
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world: World, folders: Path, tmp_path: Path) -> None:
-    settings = {"max_steps": 4, "save_every": 2, "log_every": 1}
-    for name, stops in (("whole", [None]), ("stopped", [3, None])):
-        make_run(tmp_path / name, folders, adapter=DORA | {"lora_dropout": 0.1}, train=settings)
-        for stop in stops:
-            world.run(2, run_until, run_dir=tmp_path / name, stop_before=stop)
-    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
-    assert_disk_as_planned(tmp_path / "whole", ranks=2)
-
-
-def test_with_the_same_masks_peft_gives_our_loss_and_our_gradients(folders: Path, tmp_path: Path) -> None:
-    settings = {"adapter": DORA | {"lora_dropout": 0.3}, "train": {"max_steps": 4}, "optim": {"lr": 2e-2}}
-    make_run(tmp_path / "run", folders, **settings)  # type: ignore[arg-type]
-    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
-    ours = our_trained_model(tmp_path / "run")
-    base = dequantized_hf_model(folders / "llama", ours)
-    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter", is_trainable=True).train()
-    at = StepRows(3, torch.tensor([5, 1]))
-    for path, linear in ours.adapted_linears():
-        layer = tuned.get_submodule(f"base_model.model.{path}")
-        assert isinstance(layer.lora_dropout["default"], nn.Dropout)
-        layer.lora_dropout["default"] = OurDropout(linear, at)
-
-    tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
-    labels = torch.full_like(tokens, -100)
-    labels[:, :-1] = tokens[:, 1:]
-    theirs = nn.functional.cross_entropy(
-        tuned(tokens).logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-    theirs.backward()
-    loss = loss_of(ours, tokens, labels, step_rows=at)
-    loss.backward()
-    assert_losses_close([loss.item()], [theirs.item()])
-    for path, linear in ours.adapted_linears():
-        layer = tuned.get_submodule(f"base_model.model.{path}")
-        pair = linear.pairs[0]
-        peers = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
-        for actual, peer in zip((pair.A, pair.B, pair.magnitude), peers, strict=True):
-            assert actual is not None
-            assert actual.grad is not None
-            # fp32 sums of a few hundred products through three blocks, in another order: 1e-5 relative.
-            assert_close(actual.grad, peer["default"].weight.grad, ulps=84)
 
 
 def loss_of(model: CausalLM, tokens: Tensor, labels: Tensor, **rows: Any) -> Tensor:

@@ -33,14 +33,17 @@ from distlora.training.setup import start_run_model
 from distlora.training.trial import count_flops
 from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME
 from distlora_launcher.compose.checks import check, check_model
-from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
+from family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder
 from planned import traffic_of
 from small_models import config_with, make_run, read_metrics
-from test_packing_isolation import model_with_adapters
 from test_resume import figures, result, run_until
 from worlds import World
 
 LN2 = math.log(2)
+
+
+def model_with_adapters(folder: Path) -> CausalLM:
+    return load_ours(folder, adapter={"target_modules": "all-linear"})[0]
 
 
 @pytest.fixture(scope="module")

@@ -261,8 +261,10 @@ class OurDropout(nn.Module):
         return x.masked_fill(lost, 0) / (1 - ours.threshold / 2**16)
 
 
-def test_with_the_same_masks_peft_gives_our_loss_and_our_gradients(folders: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", folders, adapter=ADAPTER, train={"max_steps": 4}, optim={"lr": 2e-2})
+@pytest.mark.parametrize("dora", [False, True])
+def test_with_the_same_masks_peft_gives_our_loss_and_our_gradients(folders: Path, tmp_path: Path, dora: bool) -> None:
+    adapter = ADAPTER | {"use_dora": dora}
+    make_run(tmp_path / "run", folders, adapter=adapter, train={"max_steps": 4}, optim={"lr": 2e-2})
     run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
     ours = our_trained_model(tmp_path / "run")
     base = dequantized_hf_model(folders / "llama", ours)
@@ -291,7 +293,9 @@ def test_with_the_same_masks_peft_gives_our_loss_and_our_gradients(folders: Path
     assert abs(float(ours(tokens, positions, labels).sum()) / float(loss) - 1) > 1e-5, "nothing was dropped"
     for path, linear in ours.adapted_linears():
         layer = tuned.get_submodule(f"base_model.model.{path}")
-        for actual, peer in ((linear.pairs[0].A, layer.lora_A), (linear.pairs[0].B, layer.lora_B)):
+        pair, peers = linear.pairs[0], [layer.lora_A, layer.lora_B, *([layer.lora_magnitude_vector] if dora else [])]
+        for actual, peer in zip((pair.A, pair.B, pair.magnitude), peers, strict=False):
+            assert actual is not None
             assert actual.grad is not None
             # fp32 sums of a few hundred products through three blocks, in another order.
             assert_close(actual.grad, peer["default"].weight.grad, ulps=100)

@@ -191,6 +191,17 @@ def test_packed_documents_equal_documents_alone(family_folder: Callable[[str], P
     assert relative_error(*(torch.cat([g.flatten() for g in gradients]) for gradients in (together, apart))) <= 2e-6
 
 
+def test_a_batch_of_packed_rows_keeps_each_row_to_itself(family_folder: Callable[[str], Path]) -> None:
+    """Rows with different boundaries in one batch: the mask is one a row, not the first row's for all."""
+    model, _ = load_ours(family_folder("llama"))
+    ids = tokens(3, 40)
+    positions = torch.stack([torch.cat([torch.arange(cut), torch.arange(40 - cut)]) for cut in (40, 13, 27)])
+    with torch.no_grad():
+        together = model(ids, positions, ids)
+        alone = torch.cat([model(ids[i : i + 1], positions[i : i + 1], ids[i : i + 1]) for i in range(3)])
+    assert relative_error(together, alone) <= 1e-6
+
+
 def three_steps(
     ranks: Ranks, *, folder: Path, router_aux_loss: float | None = None
 ) -> tuple[list[float], dict[str, Tensor]]:

@@ -126,35 +126,6 @@ def test_each_copy_is_the_whole_quantization_bit_for_bit(
     assert (cut > 50) == (of_a_copy > 1)
 
 
-def loaded_from_cache(ranks: Ranks, *, run_dir: Path) -> tuple[dict[str, tuple[Tensor, int, bool]], int, int]:
-    """Return what this rank owns, the weights from the cache, and the bytes that it kept there."""
-    config = load_config(run_dir)
-    model, backend, loaded = setup.start_run_model(config, ranks)
-    return rows_of(model, backend), loaded.cached_weights, loaded.kept_bytes
-
-
-@pytest.mark.slow
-def test_copies_fill_one_cache_and_are_filled_from_it_however_many_there_are(
-    world: World, folders: Path, tmp_path: Path
-) -> None:
-    quant = {"cache": True, "cache_dir": str(tmp_path / "cache")}
-    whole: dict[str, Any] = {}
-    for number, degree in enumerate((2, 2, 1, None)):
-        prepare(tmp_path / str(number), folders, degree=degree, quant=quant)
-        by_rank = world.run(RANKS, loaded_from_cache, run_dir=tmp_path / str(number))
-        of_a_copy = RANKS if degree is None else degree
-        for rank, (tensors, cached, kept) in enumerate(by_rank):
-            # On one disk one copy writes what both have.
-            assert (cached > 0, kept > 0) == (number > 0, number == 0 and rank < DEGREE), f"start {number}, rank {rank}"
-            for name in whole.keys() & tensors.keys():
-                rows, first, _ = tensors[name]
-                assert torch.equal(rows, whole[name][first : first + len(rows)]), name
-        quantized = [name for name in by_rank[0][0] if name.rpartition(".")[2] in KINDS]
-        copy = [tensors for tensors, *_ in by_rank[:of_a_copy]]
-        whole = whole or {name: torch.cat([tensors[name][0] for tensors in copy]) for name in quantized}
-    assert whole
-
-
 KINDS = ("codes", "scales", "group_scale")
 
 
@@ -474,13 +445,6 @@ def test_what_gathers_is_refused_where_every_rank_has_the_base_whole(tmp_path: P
         UserError, match=r"has no effect with parallel.shard_degree=node \(cluster.gpus_per_node=1\), wh"
     ):
         config_for(tmp_path, cluster=machines, parallel=setting | {"shard_degree": "node"})
-
-
-def test_moments_in_8_bits_are_whole_where_every_rank_has_the_base_whole(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"optim": {"name": "adamw_8bit"}, "cluster": {"gpus_per_node": 4}, **FULL}
-    config_for(tmp_path, parallel={"shard_degree": 1}, **sections)
-    with pytest.raises(UserError, match=r"the rows of 2 processes would cut .* or parallel.shard_degree=1"):
-        config_for(tmp_path, parallel={"shard_degree": 2}, **sections)
 
 
 def test_copies_that_lie_across_machines_are_told_from_those_of_whole_machines() -> None:

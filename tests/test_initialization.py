@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import shutil
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,6 @@ from distlora.post.load_trained import load_trained
 from distlora.post.trained import find_weights, of_run
 from distlora.system import randomness
 from distlora.training import worker
-from distlora.training.publish import publish_result
 from distlora.training.setup import start_run_model
 from distlora.weights import decompose, initial_adapter_file
 from distlora.weights.decompose import LowRankFactors, Residual, Sketch, principal_part, quantization_error
@@ -200,48 +197,6 @@ def test_any_world_size_has_the_same_adapters_and_base(
         assert stored.keys() == reference[0].keys()
         assert all(torch.equal(stored[name], tensor) for name, tensor in reference[0].items())
         assert all(torch.equal(whole[name], tensor) for name, tensor in reference[1].items())
-
-
-def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
-    """Return the number of plain-LoRA tensors that this rank made, and its maximum at a time."""
-    made: list[weakref.ref[Tensor]] = []
-    most, original = 0, decomposed_adapters._joined
-
-    def joined(name: str, trained: Tensor, start: Tensor) -> Tensor:
-        nonlocal most
-        tensor = original(name, trained, start)
-        made.append(weakref.ref(tensor))
-        most = max(most, sum(reference() is not None for reference in made))
-        return tensor
-
-    model, backend, _ = start_run_model(load_config(run_dir), ranks)
-    decomposed_adapters._joined = joined
-    try:
-        publish_result(run_dir / "adapter", model, load_config(run_dir).spec, None, backend, run_dir=run_dir)
-    finally:
-        decomposed_adapters._joined = original
-    backend.barrier()
-    if backend.writes:
-        (run_dir / INITIAL_ADAPTER_NAME).rename(run_dir / "elsewhere")
-    with pytest.raises(FileNotFoundError) if backend.writes else contextlib.nullcontext():
-        publish_result(run_dir / "adapter", model, load_config(run_dir).spec, None, backend, run_dir=run_dir)
-    backend.barrier()  # No rank is left in a collective by what the one that writes could not read.
-    return len(made), most
-
-
-def test_plain_lora_is_made_one_tensor_at_a_time_on_the_writing_rank(
-    world: World, folders: Path, tmp_path: Path
-) -> None:
-    files = []
-    for size in (1, 2):
-        run_dir = tmp_path / str(size)
-        config = make_run(run_dir, folders, adapter={"init": "pissa_niter_1", "modules_to_save": ["lm_head"]})
-        by_rank = world.run(size, published, run_dir=run_dir)
-        (run_dir / "elsewhere").rename(run_dir / INITIAL_ADAPTER_NAME)
-        num_tensors = len(decomposed_adapters.load_initial_factors(config.run_dir))
-        assert by_rank == [(num_tensors, 1), (0, 0)][:size]
-        files.append((run_dir / "adapter" / "adapter_model.safetensors").read_bytes())
-    assert files[0] == files[1]
 
 
 def peft_model(folder: Path, config: Config, init: str) -> Any:
@@ -592,29 +547,3 @@ def test_init_from_and_dora_refuse_other_init() -> None:
             AdapterConfig(init=init, init_from="x")
         with pytest.raises(UserError, match=f"adapter.init={init} starts at weights that adapter.use_dora"):
             AdapterConfig(init=init, use_dora=True)
-
-
-@pytest.mark.ci
-def test_pushed_pissa_step_is_a_plain_lora(folders: Path, tmp_path: Path) -> None:
-    run_dir, out, bases = tmp_path / "run", tmp_path / "out", tmp_path / "bases"
-    shutil.copytree(folders, bases)
-    make_run(run_dir, bases, adapter={"init": "pissa"}, train=SETTINGS)
-    worker.run(run_dir, SINGLE)
-    shutil.rmtree(bases)  # What is uploaded needs no weights of the base.
-    words = ["push", str(run_dir), "org/name", "--base-model", "org/base"]
-    assert main([*words, "--checkpoint", "step_4", "--dry-run", str(out / "step")]) == 0
-    assert main([*words, "--dry-run", str(out / "result")]) == 0
-    step, whole = (safetensors.torch.load_file(out / name / "adapter_model.safetensors") for name in ("step", "result"))
-    assert step.keys() == whole.keys()
-    assert all(torch.equal(step[name], whole[name]) for name in whole)
-    configs = [json.loads((out / name / "adapter_config.json").read_text()) for name in ("step", "result")]
-    assert configs[0] == configs[1]
-    assert configs[0]["r"] == 16
-    for name in ("step", "result"):
-        card = (out / name / "README.md").read_text()
-        assert "PiSSA (`pissa`)" in card
-        assert "trained at rank 8" in card
-        assert "Load the base in 16 bits" in card
-    with pytest.raises(UserError, match="changed the base that the adapter belongs to; use what the run published"):
-        read_peft_adapter(run_dir / "checkpoints" / "step_00000004")
-    assert read_peft_adapter(run_dir / "adapter").settings["r"] == 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora.checkpoint.verify import verify
 from distlora.config import Config, UserError
 from distlora.parallel import Ranks
 from distlora.run_folder.checkpoint_manifest import steps
@@ -228,31 +226,6 @@ def test_ranks_give_a_trial_up_together(world: World, folders: Path, tmp_path: P
     assert outcomes(tmp_path / "pack", 1)["state"] == "complete"
 
 
-@pytest.mark.ci
-def test_what_other_trials_do_between_steps_is_no_part_of_a_trials_time(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = STEPS | {"max_steps": 2, "log_every": 2}
-    runs = make_pack(tmp_path / "pack", folders, [{"train": settings}, {"train": settings | {"eval_every": 1}}])
-    evaluate, train_step, busy = Trainer.evaluate, Trainer._train_step, 0.0
-
-    def slow(self: Trainer, trials: Sequence[Trial]) -> None:
-        evaluate(self, trials)
-        time.sleep(1.0)
-
-    def timed(self: Trainer, trials: Sequence[Trial]) -> None:
-        nonlocal busy
-        began = time.monotonic()
-        train_step(self, trials)
-        busy += time.monotonic() - began
-
-    monkeypatch.setattr(Trainer, "evaluate", slow)
-    monkeypatch.setattr(Trainer, "_train_step", timed)
-    trainer.run_group(tmp_path / "pack", SINGLE)
-    for run_dir in runs:
-        assert json.loads((run_dir / "summary.json").read_text())["train_seconds"] < busy + 0.5
-
-
 def weights(runs: list[Path]) -> list[dict[str, bytes]]:
     names = ("adapter/adapter_model.safetensors", "checkpoints/step_00000006/trainer.safetensors")
     return [{name: (run_dir / name).read_bytes() for name in names} for run_dir in runs]
@@ -348,15 +321,6 @@ def test_a_verdict_prunes_a_trial_and_the_next_takes_its_slot(folders: Path, tmp
     # What was pruned can be gone on with by itself.
     training_worker.run(runs[0], SINGLE)
     assert_losses_close(outcome(runs[0])[0], outcome(runs[1])[0])
-
-
-@pytest.mark.ci
-def test_what_a_packed_trial_saves_is_whole_to_verify(folders: Path, tmp_path: Path) -> None:
-    runs = make_pack(tmp_path / "pack", folders, [TRIALS[2] | {"train": STEPS | {"max_steps": 2}}] * 2)
-    trainer.run_group(tmp_path / "pack", SINGLE)
-    for run_dir in runs:
-        found = list(verify(run_dir))
-        assert {item.state for item in found} == {"ok"}, [item.message for item in found if item.state != "ok"]
 
 
 def config_of(sections: Mapping[str, Mapping[str, Any]]) -> Config:

@@ -126,7 +126,7 @@ def run_with_memory(ranks: Ranks, *, run_dir: Path, free: tuple[float, ...]) -> 
     return read_metrics(run_dir), [line for line in said if "resident" in line]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.ci)])
 def test_auto_keeps_what_fits_on_the_rank_with_the_least_memory(
     world: World,
     folders: Path,

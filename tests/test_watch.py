@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import os
 import re
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from pathlib import Path
 
 import pytest
@@ -26,7 +24,6 @@ from distlora.parallel import Ranks, watch
 from distlora.parallel.watch import HungError, Position, Verdict, Watch, judge
 from distlora.run_folder import error_file
 from distlora_launcher.launch.failures import first_failure, read_errors
-from distlora_launcher.launch.workers import run_workers
 from worlds import World
 
 TIMEOUT_SECONDS = 1.0
@@ -188,42 +185,6 @@ def test_who_is_waited_for(positions: list[Position | None], culprits: tuple[int
     assert not verdict.silent
 
 
-def test_a_look_keeps_nothing_that_the_training_thread_has_in_hand() -> None:
-    """Check that a look frees the frames it read.
-
-    They belong to the training thread too: kept until the garbage collection, they hold a dequantized weight for each
-    second of a backward.
-    """
-
-    class Weight:
-        pass
-
-    looked, has_looked = threading.Event(), threading.Event()
-
-    def look() -> None:
-        looked.wait()
-        watch.whereabouts()
-        has_looked.set()
-        ended.wait()  # A thread that ends lets go of all that it has.
-
-    def product() -> weakref.ref[Weight]:
-        weight = Weight()
-        looked.set()
-        assert has_looked.wait(30)
-        return weakref.ref(weight)
-
-    ended = threading.Event()
-    looking = threading.Thread(target=look)
-    gc.disable()
-    try:
-        looking.start()
-        assert product()() is None
-    finally:
-        gc.enable()
-        ended.set()
-        looking.join()
-
-
 def test_only_the_training_thread_is_asked_what_it_waits_for() -> None:
     """One beside it that saves may wait for another rank too, in code of torch.distributed."""
     lock, seen = threading.Lock(), []
@@ -261,25 +222,6 @@ def test_a_rank_without_a_beat_is_named_even_where_it_is_ahead() -> None:
         (1,),
         silent=True,
     )
-
-
-@pytest.mark.ci
-def test_a_group_that_hangs_ends_and_is_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Under torchrun: the launcher says who hung, and the stacks of all are in the logs of that attempt."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (tmp_path / "behaviour").write_text("asleep once")
-    assert run_workers(tmp_path, processes=2, worker_module="watched_worker", max_restarts=1) == 0
-    said = capsys.readouterr().err
-    assert re.match(
-        r"the run hung: nothing has moved for [4-9] s: rank 1 is in step 4 \(forward\) at watched_worker", said
-    )
-    assert "restart 1 of 1" in said
-    logs = [(tmp_path / "logs" / "attempt_1" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
-    assert "in all_reduce" in logs[0]
-    assert "in hang" in logs[1]
 
 
 @pytest.mark.slow

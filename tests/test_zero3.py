@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,23 +19,17 @@ from closeness import assert_adapters_close, assert_losses_close
 from distlora.architecture.families import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.bench.collectives import Collectives
-from distlora.config import UserError
-from distlora.parallel import Ranks, Shards, zero3
+from distlora.parallel import Ranks, zero3
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.planner import traffic
 from distlora.planner.workload import Workload
-from distlora.system import host_memory
 from distlora.training import setup
 from distlora.training import worker as train
-from distlora.training.multi_trial import trainer
 from distlora.training.open_run import open_data
-from packs import make_pack
-from run_models import build_run_model, parallelize_run
 from small_models import NEW_TOKENS, make_run, read_metrics
 from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
 from test_loading import check_slices, own_rows
 from test_parity import adapters_after, outcome, result_of
-from test_prequantized import VARIANTS, quantize
 from test_resume import run_until
 from worlds import World, start_world
 
@@ -126,24 +119,6 @@ def test_a_run_is_that_of_one_rank_however_it_is_gathered(
     assert_losses_close(losses, expected_losses)
     assert_adapters_close(adapter, expected_adapter)
     assert losses[-1] < losses[0] - 0.05, "the run learned nothing, so the comparison says nothing"
-
-
-def run_pack(ranks: Ranks, *, pack: Path) -> None:
-    trainer.run_group(pack, ranks)
-
-
-@pytest.mark.ci
-def test_a_trial_in_a_pack_is_the_run_alone(
-    alone: Alone, folders: Path, tmp_path: Path, references: dict[str, Any]
-) -> None:
-    settings = {"train": STEPS | {"micro_batch": 3}, "parallel": ZERO3}
-    others = settings | {"adapter": {"r": 3, "target_modules": "attention"}}
-    runs = make_pack(tmp_path / "pack", folders, [others, settings])
-    alone.run(2, run_pack, pack=tmp_path / "pack")
-    losses, adapter = result_of(runs[1])
-    expected_losses, expected_adapter = references["llama"]
-    assert_losses_close(losses, expected_losses)
-    assert_adapters_close(adapter, expected_adapter)
 
 
 @pytest.mark.parametrize(
@@ -263,86 +238,6 @@ def test_every_method_is_that_of_one_rank(alone: Alone, folders: Path, tmp_path:
     expected, found = outcome(alone, 1, tmp_path / "alone"), outcome(alone, 3, tmp_path / "zero3")
     assert_losses_close(found[0], expected[0])
     assert_adapters_close(found[1], expected[1])
-
-
-@pytest.mark.slow
-def test_preferences_are_trained_as_on_one_rank(alone: Alone, folders: Path, preferences: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Each block runs the reference's rows too while it is gathered."""
-    for name, size, parallel in (("one", 1, {}), ("zero3", 3, ZERO3)):
-        prepare(tmp_path / name, folders, preferences, train={"micro_batch": 2}, parallel=parallel)
-        alone.run(size, train_here, run_dir=tmp_path / name)
-    one, zero3 = (
-        [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line] for name in ("one", "zero3")
-    )
-    assert_losses_close(zero3, one)
-
-
-def train_here(ranks: Ranks, *, run_dir: Path) -> None:
-    train.run(run_dir, ranks)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["nested", "plain"])
-def test_a_quantized_checkpoint_is_kept_as_it_is(alone: Alone, folders: Path, tmp_path: Path, variant: str) -> None:
-    quantize(folders / "llama", tmp_path / variant, **VARIANTS[variant])
-    shutil.copy(folders / "text.jsonl", tmp_path)
-    results = {}
-    for size, parallel in ((1, {}), (3, ZERO3)):
-        make_run(tmp_path / str(size), tmp_path, variant, train={"micro_batch": 4}, parallel=parallel)
-        results[size] = outcome(alone, size, tmp_path / str(size))
-    assert_losses_close(results[3][0], results[1][0])
-    assert_adapters_close(results[3][1], results[1][1])
-
-
-def start_without_room(ranks: Ranks, *, run_dir: Path) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_WORLD_SIZE", str(ranks.world))
-        patch.setattr(host_memory, "available_bytes", lambda: 2**26 if ranks.rank == 1 else 2**40)
-        patch.setattr(host_memory, "take_chunk", lambda size, *, pinned: pytest.fail("this ends by the kernel"))
-        with pytest.raises(UserError) as error:
-            setup.start_run_model(train.load_config(run_dir), ranks)
-    return str(error.value)
-
-
-def test_a_base_that_host_memory_has_no_room_for_is_refused_on_every_rank(
-    alone: Alone, folders: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
-    make_run(tmp_path / "run", folders, parallel=ZERO3 | {"deepspeed_config": str(file)})
-    messages = alone.run(2, start_without_room, run_dir=tmp_path / "run")
-    for message, left in zip(messages, ("1,024.00 GiB", "0.06 GiB"), strict=True):
-        assert message == (
-            f"offload_param in {file} takes 0.06 GiB of host memory for each process's shard of the base, and a "
-            f"node lacks it: this one has {left} left for 2; leave it out, or shard the base over more nodes"
-        )
-
-
-def rows_and_chunks(ranks: Ranks, *, run_dir: Path) -> tuple[int, list[int], int]:
-    """Return, for a base in host memory, (bytes of this rank's rows, chunks allocated, bytes requested)."""
-    config, taken = train.load_config(run_dir), []
-
-    def take(size: int, *, pinned: bool) -> torch.Tensor:
-        taken.append(size)
-        return torch.full((size,), 7, dtype=torch.uint8)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host_memory, "take_chunk", take)
-        patch.setattr(host_memory, "CHUNK_BYTES", 2**12)
-        model = build_run_model(config, training=True)
-        asked = zero3.host_bytes(model, Shards.over(ranks))
-        backend = parallelize_run(model, ranks, config)
-    rows = [backend.local_rows(p)[0] for p in model.parameters() if hasattr(p, "cut")]
-    assert not any(bool(own.any()) for own in rows), "those that fill the last share are gathered with it"
-    return sum(own.nbytes for own in rows), taken, asked
-
-
-def test_a_base_in_host_memory_lies_in_a_few_chunks(alone: Alone, folders: Path, tmp_path: Path) -> None:
-    """Pinned memory is rounded up to powers of two: tensor by tensor three ranks took 1.66 times a 70B base's."""
-    make_run(tmp_path / "run", folders, parallel=ZERO3 | {"offload_base": True})
-    for nbytes, taken, asked in alone.run(3, rows_and_chunks, run_dir=tmp_path / "run"):
-        assert nbytes < sum(taken) == asked
-        assert len(taken) < 10, "three blocks have 70 tensors"
 
 
 class Passed:

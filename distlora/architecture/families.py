@@ -251,8 +251,11 @@ def check_config(
             f"{place}: layer_types has {unknown[0]!r}, which {family.model_type} does not know; "
             f"it takes {' and '.join(known)}; {_AGAIN}"
         )
-    for rope in _ropes(settings):
-        _check_rope(rope, settings, place, family, sequence_length)
+    # In either format: rope_scaling, or rope_parameters, whole or by layer type.
+    ropes = [rope for rope in (settings.get("rope_scaling"), settings.get("rope_parameters")) if rope]
+    for rope in (*ropes, *(value for both in ropes for value in both.values())):
+        if isinstance(rope, Mapping) and ("rope_type" in rope or "type" in rope):
+            _check_rope(rope, settings, place, family, sequence_length)
     limit = settings.get("max_position_embeddings")
     if isinstance(limit, int) and sequence_length is not None and sequence_length > limit:
         raise UserError(
@@ -274,13 +277,6 @@ def _check_class(model: Mapping[str, Any], place: Path | str, family: Family) ->
             f"{family.model_class} of transformers may compute something else; use a base without auto_map, or delete "
             "the entry if the two are the same"
         )
-
-
-def _ropes(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the rotary settings in either format: rope_scaling, or rope_parameters, whole or by layer type."""
-    ropes = [settings.get("rope_scaling"), settings.get("rope_parameters")]
-    nested = [value for rope in ropes if isinstance(rope, Mapping) for value in rope.values()]
-    return [rope for rope in (*ropes, *nested) if isinstance(rope, Mapping) and ("rope_type" in rope or "type" in rope)]
 
 
 def is_mxfp4(model: Mapping[str, Any]) -> bool:

@@ -321,7 +321,7 @@ def build_model(
     # Follow the module, not the config: a composite model's config and its text_config may disagree.
     tied = head.weight is decoder.get_input_embeddings().weight
     if whole := spec.adapter.modules_to_save:
-        train_whole(decoder.get_input_embeddings(), head, whole, dtype=dtype, training=training)
+        _train_whole(decoder.get_input_embeddings(), head, whole, dtype=dtype, training=training)
     inside = family.decoder + ".layers."
     outside = tuple(
         name
@@ -330,7 +330,14 @@ def build_model(
     )
     layers = decoder.layers
     contexts = [BlockContext() for _ in layers]
-    packed = _packed_linears(spec, base, layout, inside)
+    packed: dict[str, PrequantizedWeight] = {}
+    """The layers' linears that the checkpoint stores in NF4, by Hugging Face name."""
+    if "quantization_config" in base.config:
+        stored = read_prequantized_weights(base)
+        if stored:
+            refuse_dense_settings(spec)
+        weights = {name for name in layout.names if name.startswith(inside) and name.endswith(".weight")}
+        packed = prequantized_parameters(stored, find_sources(layout, base.headers, weights))
     if not full:
         _replace_weights(layers, contexts, spec, dtype, inside, packed, family, for_slots=for_slots)
     blocks = [Block(layer, context) for layer, context in zip(layers, contexts, strict=True)]
@@ -376,22 +383,6 @@ def _transformers_model(folder: Path, hf_config: PretrainedConfig, family: Famil
     # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw differently.
     hf_model.eval()
     return hf_model
-
-
-def _packed_linears(
-    spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, prefix: str
-) -> dict[str, PrequantizedWeight]:
-    """Return the layers' linears that the checkpoint stores in NF4, by Hugging Face name; empty for a dense checkpoint.
-
-    Raises UserError for a quantization that cannot be kept, and for settings that need 16-bit weights.
-    """
-    if "quantization_config" not in base.config:  # A model is built from its config.json alone.
-        return {}
-    stored = read_prequantized_weights(base)
-    if stored:
-        refuse_dense_settings(spec)
-    weights = {name for name in layout.names if name.startswith(prefix) and name.endswith(".weight")}
-    return prequantized_parameters(stored, find_sources(layout, base.headers, weights))
 
 
 def _replace_weights(
@@ -445,23 +436,17 @@ def _replace_weights(
                     weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path, seed=spec.seed)
 
 
-def train_whole(
-    embedding: nn.Module, head: nn.Module, names: Collection[str], *, dtype: torch.dtype, training: bool
-) -> None:
+def _train_whole(embedding: Any, head: LossHead, names: Collection[str], *, dtype: torch.dtype, training: bool) -> None:
     """Give the named modules separate parameters (on meta) instead of frozen ones, and untie the two if they are one.
 
     Trained ones are fp32 masters. Without `training`, all are frozen in `dtype`.
     """
     if head.weight is embedding.weight:
-        head.weight = _like(head, dtype, trained=False)
+        head.weight = nn.Parameter(torch.empty_like(head.weight, dtype=dtype), requires_grad=False)
     for name, module in ((EMBEDDING, embedding), (HEAD, head)):
         if name in names:
-            module.weight = _like(module, torch.float32 if training else dtype, trained=training)
-
-
-def _like(module: nn.Module, dtype: torch.dtype, *, trained: bool) -> nn.Parameter:
-    shape = module.get_parameter("weight").shape
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=trained)
+            weight = torch.empty_like(module.weight, dtype=torch.float32 if training else dtype)
+            module.weight = nn.Parameter(weight, requires_grad=training)
 
 
 def materialize_buffers(model: CausalLM, device: torch.device) -> None:

@@ -56,11 +56,6 @@ class Backend:
         """True on the rank that writes checkpoints and results."""
         return self.ranks.rank == 0
 
-    @property
-    def gives_rows(self) -> bool:
-        """True if saved tensors are made from this rank's rows: on the ranks of the first copy of the base."""
-        return self.shards.copy == 0
-
     def local_rows(self, tensor: Tensor) -> tuple[Tensor, int]:
         """Return this rank's rows of dim 0, as writable memory, and the index of the first of them."""
         return local_rows(tensor)
@@ -114,7 +109,7 @@ class Backend:
         in the same order. For saving, not for a step. Host copies (`HostRows` of a sharded tensor) are streamed while
         another thread trains, and keep their dtype.
         """
-        if not self.gives_rows:
+        if self.shards.copy > 0:  # The first copy's rows are saved.
             return
         if isinstance(tensor, HostRows):
             assert dtype in (None, tensor.dtype), "copies are written as they are"

@@ -136,19 +136,15 @@ class GradientReducer:
         self._is_last = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for members in _cut(list(reversed(parameters)), bucket_bytes):
-            self._add_bucket(members, len(parameters))
+            sizes, first = [parameter.numel() for parameter in members], members[0]
+            flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+            bucket = _Bucket(flat, len(members), (len(self._bucket_of) + len(members)) / len(parameters))
+            for parameter, view in zip(members, flat.split(sizes), strict=True):
+                parameter.grad = view.view_as(parameter)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived))
+                self._bucket_of[parameter] = bucket
+            self._buckets.append(bucket)
         launches.add(self._buckets)
-
-    def _add_bucket(self, members: list[nn.Parameter], total: int) -> None:
-        first = members[0]
-        flat = torch.zeros(sum(p.numel() for p in members), dtype=first.dtype, device=first.device)
-        behind = (len(self._bucket_of) + len(members)) / total
-        bucket = _Bucket(flat, len(members), behind)
-        for parameter, view in zip(members, flat.split([p.numel() for p in members]), strict=True):
-            parameter.grad = view.view_as(parameter)
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived))
-            self._bucket_of[parameter] = bucket
-        self._buckets.append(bucket)
 
     def release(self) -> None:
         """Free the gradients, between steps."""

@@ -56,7 +56,15 @@ def join_ranks(timeout_seconds: float | None = None) -> Ranks:
     if world == 1:
         return Ranks(rank, world, device, None)
     longest = timedelta(seconds=max(timeout_seconds or 0.0, watch.LONG_SECONDS)) + AFTER_WATCH
-    store = open_store(rank, longest)
+    # torchrun's workers find each other through this store, held by rank 0 or by torchrun. Unlike torch's `rendezvous`,
+    # this does not wait until all workers are connected.
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True),
+        timeout=longest,
+        wait_for_workers=False,
+    )
     watching = None
     if timeout_seconds is not None:
         watch.at(None, "joining the other ranks", long=True)
@@ -65,21 +73,6 @@ def join_ranks(timeout_seconds: float | None = None) -> Ranks:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=longest)
     control = dist.new_group(backend="gloo", timeout=longest)
     return Ranks(rank, world, device, dist.group.WORLD, watching=watching, control=control, timeout=longest)
-
-
-def open_store(rank: int, timeout: timedelta) -> dist.TCPStore:
-    """Connect to the store through which torchrun's workers find each other, held by rank 0 or by torchrun.
-
-    Unlike torch's `rendezvous`, this does not wait until all workers are connected.
-    """
-    agent_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not agent_keeps_it,
-        timeout=timeout,
-        wait_for_workers=False,
-    )
 
 
 def leave_ranks(ranks: Ranks) -> None:

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch.distributed import DistError, PrefixStore, TCPStore
@@ -53,12 +52,8 @@ _here: _Mark = (0, None, "starting", None, True)
 """(number of the mark, step, phase, part, long) of the training thread."""
 
 
-class Marker(Protocol):
-    """`at`, or a function that also agrees with the other ranks (`stop_and_save.py`) and may raise to end the work."""
-
-    def __call__(self, step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
-        """Mark the phase that the training thread begins."""
-        ...
+Marker = Callable[..., None]
+"""`at`, or a function that also agrees with the other ranks (`stop_and_save.py`) and may raise to end the work."""
 
 
 class HungError(RuntimeError):

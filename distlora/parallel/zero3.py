@@ -156,21 +156,19 @@ class Units:
 
     def hook(self, model: CausalLM) -> None:
         """Register hooks that gather each unit when a forward of `model` or the following backward needs it."""
-        model.register_forward_pre_hook(self._begin)
-        model.register_forward_hook(self._end)
-        for module, unit in ((model.embedding, self._embedding), (model.head, self._head)):
+        model.register_forward_pre_hook(lambda *_: self._begin())
+        model.register_forward_hook(lambda *_: self._end())
+        pairs = zip(model.blocks, self._blocks, strict=True)
+        for module, unit in ((model.embedding, self._embedding), (model.head, self._head), *pairs):
             module.register_forward_pre_hook(functools.partial(self._before, unit))
             module.register_forward_hook(functools.partial(self._after, unit))
-        for block, unit in zip(model.blocks, self._blocks, strict=True):
-            block.register_forward_pre_hook(functools.partial(self._before, unit))
-            block.register_forward_hook(functools.partial(self._after_block, unit))
 
-    def _begin(self, model: nn.Module, arguments: Any) -> None:
+    def _begin(self) -> None:
         self.end_backward()  # If no backward followed the last forward.
         self._coordinator.reset_step()
-        self._before(self._rest, model, arguments)
+        self._fetch(self._rest, forward=True)
 
-    def _end(self, model: nn.Module, arguments: Any, output: Any) -> None:
+    def _end(self) -> None:
         if not torch.is_grad_enabled():
             # Includes what was prefetched for a backward.
             self._offload.partition_all_parameters()
@@ -178,12 +176,9 @@ class Units:
     def _before(self, unit: _Unit, module: nn.Module, arguments: Any) -> None:
         self._fetch(unit, forward=True)
 
-    def _after(self, unit: _Unit, module: nn.Module, arguments: Any, output: Any) -> None:
+    def _after(self, unit: _Unit, module: nn.Module, arguments: Any, output: Tensor) -> None:
         self._release(unit, forward=True)
-
-    def _after_block(self, unit: _Unit, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        self._after(unit, module, arguments, output)
-        if output.requires_grad:
+        if unit in self._blocks and output.requires_grad:
             output.register_hook(functools.partial(self._before_backward, unit))
 
     def _before_backward(self, unit: _Unit, gradient: Tensor) -> None:
@@ -216,9 +211,8 @@ class Units:
         coordinator.trace_prologue(unit)
         if coordinator.is_record_trace():
             coordinator.record_module(unit)
-        with record_function(
-            "DeepSpeed::fetch"
-        ):  # The label by which memory_meter.py recognizes gathering, as for FSDP2.
+        # The label by which memory_meter.py recognizes gathering, as for FSDP2.
+        with record_function("DeepSpeed::fetch"):
             coordinator.fetch_sub_module(unit, forward=forward)
         for parameter in unit.parameters():
             # Drop the padding rows of the last rank's shard.
@@ -313,9 +307,8 @@ def passed_event(device: torch.device) -> torch.cuda.Event | None:
 
 def start_deepspeed(device: torch.device) -> None:
     """Import DeepSpeed and attach it to the existing process group, without compiling or printing."""
-    os.environ["DS_ACCELERATOR"] = (
-        device.type
-    )  # Otherwise it probes for installed devices, and warns about a missing GPU.
+    # Otherwise it probes for installed devices, and warns about a missing GPU.
+    os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     import deepspeed
     import deepspeed.ops

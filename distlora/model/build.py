@@ -295,27 +295,25 @@ def build_model(
     `train`: activation checkpointing and the router loss; TrainConfig's defaults without it. `base`: the files at
     spec.path, if the caller has read them. `sequence_length`: tokens that the model must have positions for.
     `training`: trained parameters of the base are fp32, otherwise spec.dtype. `for_slots`: no weight has an adapter,
-    every linear can have some (slots.put_trial).
+    every linear can have some (put_trial).
 
     Raises UserError for a model that cannot be trained with these settings, and if target_modules match nothing.
     """
     train = train or TrainConfig()
     base = base or CheckpointFiles(spec.path)
-    folder, full = base.folder, spec.adapter.method == "full"
-    place = folder / "config.json"
-    family = check_config(base.config, place, sequence_length=sequence_length, full=full)
+    full = spec.adapter.method == "full"
+    family = check_config(base.config, base.folder / "config.json", sequence_length=sequence_length, full=full)
     check_router_loss(train.router_aux_loss, family)
     check_tiles(train.mlp_tile, family)
-    hf_config = read_hf_config(folder)
+    hf_config = read_hf_config(base.folder)
     text_config = hf_config if family.text_config is None else getattr(hf_config, family.text_config)
     vocabulary = vocabulary_of(spec, base.config)
     text_config.vocab_size = vocabulary.rows
     # Masters are fp32, and distlora.parallel makes copies in the compute dtype. Frozen weights are in spec.dtype.
-    masters = full and training
-    dtype = torch.float32 if masters else DTYPES[spec.dtype]
-    hf_model = _transformers_model(folder, hf_config, family, dtype)
+    dtype = torch.float32 if full and training else DTYPES[spec.dtype]
+    hf_model = _transformers_model(base.folder, hf_config, family, dtype)
     decoder, layout = hf_model.get_submodule(family.decoder), layout_of(hf_model)
-    hf_model.requires_grad_(masters)
+    hf_model.requires_grad_(full and training)
     cap = decoder.config.final_logit_softcapping if family.head_softcap else None
     head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=None if cap is None else float(cap))
     # Follow the module, not the config: a composite model's config and its text_config may disagree.
@@ -328,8 +326,7 @@ def build_model(
         for name, module in hf_model.named_modules()
         if isinstance(module, nn.Linear) and not name.startswith(inside) and name != "lm_head"
     )
-    layers = decoder.layers
-    contexts = [BlockContext() for _ in layers]
+    contexts = [BlockContext() for _ in decoder.layers]
     packed: dict[str, PrequantizedWeight] = {}
     """The layers' linears that the checkpoint stores in NF4, by Hugging Face name."""
     if "quantization_config" in base.config:
@@ -339,8 +336,8 @@ def build_model(
         weights = {name for name in layout.names if name.startswith(inside) and name.endswith(".weight")}
         packed = prequantized_parameters(stored, find_sources(layout, base.headers, weights))
     if not full:
-        _replace_weights(layers, contexts, spec, dtype, inside, packed, family, for_slots=for_slots)
-    blocks = [Block(layer, context) for layer, context in zip(layers, contexts, strict=True)]
+        _replace_weights(decoder.layers, contexts, spec, dtype, inside, packed, family, for_slots=for_slots)
+    blocks = [Block(layer, context) for layer, context in zip(decoder.layers, contexts, strict=True)]
     for block in blocks:
         block.checkpointing = train.checkpointing in ("block", "offload")
         block.keep_dequantized = train.keep_dequantized

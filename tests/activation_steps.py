@@ -15,11 +15,10 @@ from accounting import Kept, Made, flash_like
 from distlora.architecture.families import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.model import lm_head
-from distlora.model.activation_offload import HostInputs
 from distlora.model.adapters import StepRows
-from distlora.model.attention import Documents
-from distlora.model.attention_cpu import attend
+from distlora.model.attention import Documents, attend_on_cpu
 from distlora.model.build import CausalLM
+from distlora.model.layer_wrapper import HostInputs
 from distlora.model.mlp import MLP, place_mlps
 from distlora.planner.decoder import AttentionKind
 from distlora.planner.memory import activations
@@ -87,7 +86,7 @@ def load(
     }
     model, _ = load_ours(folder, **sections)
     if attention in ("documents", "tiles"):
-        model.attend_by_documents(flash_like if attention == "documents" else attend)
+        model.attend_by_documents(flash_like if attention == "documents" else attend_on_cpu)
     # The first block's norm would keep nothing of an input without gradient; a leaf would be kept by its own node.
     weight = model.embedding.get_parameter("weight")
     if not weight.requires_grad:

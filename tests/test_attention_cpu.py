@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from closeness import assert_close, relative_error
 from distlora.architecture import shapes
 from distlora.architecture.families import FAMILIES
-from distlora.model import attention, attention_cpu
+from distlora.model import attention
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import native
 from tiers import diagonal
@@ -27,7 +27,7 @@ HEADS = [(4, 4, 32), (6, 2, 48), (8, 1, 80), (4, 2, 16), (2, 1, 256)]
 Attend = Callable[..., Tensor]
 
 
-@pytest.fixture(params=[attention_cpu.attend, compiled_attention.attend], ids=["products", "compiled"])
+@pytest.fixture(params=[attention.attend_on_cpu, compiled_attention.attend], ids=["products", "compiled"])
 def attend(request: pytest.FixtureRequest) -> Attend:
     chosen: Attend = request.param
     if chosen is compiled_attention.attend:
@@ -92,10 +92,10 @@ def test_it_is_its_contract_to_three_roundings(attend: Attend, heads: tuple[int,
 def test_tiles_of_one_document_may_be_many_and_of_few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, bounds = (6, 3, 32), bounds_of([211])
     inputs = inputs_of(211, heads)
-    expected = results(attention_cpu.attend, inputs, bounds)
+    expected = results(attention.attend_on_cpu, inputs, bounds)
     monkeypatch.setattr(shapes, "_LONGEST", 17)
     monkeypatch.setattr(shapes, "_SCORES", 2 * 2 * 17 * 150)
-    for ours, wanted in zip(results(attention_cpu.attend, inputs, bounds), expected, strict=True):
+    for ours, wanted in zip(results(attention.attend_on_cpu, inputs, bounds), expected, strict=True):
         assert_close(ours, wanted, ulps=2)
 
 
@@ -208,7 +208,7 @@ def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pyt
     assert "1 key heads are fewer than 2 threads" in chosen(num_key_value_heads=1).note
     Library.attends = staticmethod(lambda: False)
     assert "no AVX512-BF16" in chosen().note
-    assert chosen().op is attention_cpu.attend
+    assert chosen().op is attention.attend_on_cpu
 
 
 def test_tiles_cover_what_is_seen_and_little_more() -> None:

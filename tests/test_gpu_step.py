@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from distlora.checkpoint.files import write_files
 from distlora.config import Config
-from distlora.model.activation_offload import HostInputs
 from distlora.model.adapters import adapter_parameters
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenLinear
+from distlora.model.layer_wrapper import HostInputs
 from distlora.parallel import Backend, Ranks, Shards, fsdp2
 from distlora.parallel.ranks import Traffic
 from distlora.run_folder.checkpoint_manifest import TRAINER_NAME

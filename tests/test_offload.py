@@ -17,10 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from distlora.architecture.families import FAMILIES, read_config
 from distlora.config import UserError
-from distlora.model.activation_offload import HostInputs
 from distlora.model.adapters import BlockContext
 from distlora.model.build import CausalLM
-from distlora.model.layer_wrapper import Block
+from distlora.model.layer_wrapper import Block, HostInputs
 from distlora.parallel import Ranks
 from distlora.planner.decoder import AdaptedRanks, Decoder
 from distlora.planner.memory.activations import Costs

@@ -298,7 +298,7 @@ _SCORES = 2**20
 
 
 def tile_length(length: int, groups: int) -> int:
-    """Return the number of queries of a tile: one product of attention_cpu.py, for `groups` query heads per key head.
+    """Return the number of queries of a tile: one product of `attend_on_cpu`, for `groups` query heads per key head.
 
     It depends on the document's length alone, so that no document's bits depend on those beside it.
     """

@@ -44,13 +44,8 @@ class Cut:
     """Shape of the whole parameter."""
 
 
-class _Unit(nn.Module):
-    """Frozen parameters that are gathered together."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__()
-        for index, parameter in enumerate(parameters):
-            self.register_parameter(str(index), parameter)
+_Unit = nn.ParameterList
+"""Frozen parameters that are gathered together."""
 
 
 def host_bytes(model: CausalLM, shards: Shards) -> int:
@@ -136,16 +131,21 @@ class Units:
         block = max(map(_numel, blocks))
         # Each fetch prefetches one layer more, unless that exceeds two units.
         two = block + max(block, _numel(embedding), _numel(head))
+        bucket, live, kept = (
+            gathering.prefetch_bucket_size,
+            gathering.max_live_parameters,
+            gathering.model_persistence_threshold,
+        )
         self._offload = DeepSpeedZeRoOffload(
             root,
             timers=None,
             ds_config=None,
             overlap_comm=gathering.overlap_comm,
-            prefetch_bucket_size=_or_else(gathering.prefetch_bucket_size, block),
+            prefetch_bucket_size=block if bucket is None else bucket,
             max_reuse_distance=gathering.max_reuse_distance,
-            max_live_parameters=_or_else(gathering.max_live_parameters, two),
+            max_live_parameters=two if live is None else live,
             param_persistence_threshold=gathering.param_persistence_threshold,
-            model_persistence_threshold=_or_else(gathering.model_persistence_threshold, sys.maxsize),
+            model_persistence_threshold=sys.maxsize if kept is None else kept,
         )
         self._coordinator = self._offload.get_param_coordinator()
         self._in_backward: _Unit | None = None
@@ -319,10 +319,6 @@ def start_deepspeed(device: torch.device) -> None:
     # DeepSpeed calls an all-gather by the name that torch 2.13 warns about.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-
-
-def _or_else(size: int | None, default: int) -> int:
-    return default if size is None else size
 
 
 def _numel(unit: _Unit) -> int:

@@ -278,7 +278,7 @@ class AdaptedRanks:
 
 
 AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]
-"""`documents`: flash attention over each document's length. `tiles`: products of matrices over each (attention_cpu.py;
+"""`documents`: flash attention over each document's length. `tiles`: products of matrices over each (on a CPU;
 attention.cpp is counted as that). `sdpa`: torch's with a dense mask, all pairs of a row. `eager`: the same, and the
 scores of a row are tensors."""
 

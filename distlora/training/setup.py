@@ -25,10 +25,10 @@ from distlora.loading.load_base import Loaded, load_base
 from distlora.loading.peft_format import load_peft_adapter
 from distlora.loading.quantized_cache import QuantizedCacheSettings
 from distlora.model import attention, fused_modules
-from distlora.model.activation_offload import HostInputs
 from distlora.model.adapters import reset_adapters
 from distlora.model.build import DTYPES, CausalLM, build_model, materialize_buffers
 from distlora.model.frozen_linear import FrozenTensor
+from distlora.model.layer_wrapper import HostInputs
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.system import host_memory

@@ -68,7 +68,7 @@ class Made(NamedTuple):
 
 
 def tiles_make(sizes: Decoder, longest: int) -> Made:
-    """Return the memory of attention by tiles on the CPU (attention_cpu.py).
+    """Return the memory of attention by tiles on the CPU (model/attention.py).
 
     A tile has its scores, in backward twice, and queries and outputs in fp32. A document has keys and values with extra
     columns, and in backward their gradients in fp32.

@@ -172,12 +172,8 @@ def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tupl
     ("sections", "degree"),
     [
         ({}, 2),
-        pytest.param({}, 1, marks=pytest.mark.slow),
         (SAVED, 2),
-        pytest.param(SAVED, 1, marks=pytest.mark.slow),
-        pytest.param({"parallel": {"resident_blocks": 2}}, 2, marks=pytest.mark.slow),
         pytest.param(FULL, 2, marks=pytest.mark.slow),
-        pytest.param(FULL, 1, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -363,7 +359,6 @@ def scaled_copy(folder: Path, to: Path, *parts: str) -> Path:
     ("ranks", "degree", "sections", "name"),
     [
         (2, 1, FULL, "model.embed_tokens.weight"),
-        (2, 1, SAVED, "model.embed_tokens.weight"),
         (2, None, {"adapter": {"init_from": "adapter"}}, "model.layers.2.self_attn.o_proj.adapters.default.B"),
     ],
     ids=str,

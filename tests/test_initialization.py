@@ -37,8 +37,7 @@ from distlora_launcher.cli.main import main
 from distlora_launcher.compose.checks import check, check_model
 from distlora_launcher.compose.compose import compose_config
 from family_models import SINGLE, config_for, tokens, write_family_folder
-from planned import assert_disk_as_planned
-from small_models import NEW_TOKENS, make_run, write_model_folder, write_text_file
+from small_models import make_run, write_model_folder, write_text_file
 from test_peft import dequantized_hf_model, our_logits
 from test_resume import figures, result, run_until
 from worlds import World
@@ -267,26 +266,6 @@ def test_initial_adapter_comes_from_the_weight_in_every_family(tmp_path: Path, n
         assert start.norm() > 0.3 * weight.norm()
         assert relative_error(linear.weight.double() + start, weight) < eps
         assert relative_error(linear.weight, weight - start) < eps
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("beside", ["trainable_tokens_delta", pytest.param("lm_head.weight", marks=pytest.mark.slow)])
-def test_modules_trained_beside_pissa_are_published(folders: Path, tmp_path: Path, beside: str) -> None:
-    run_dir, whole = tmp_path / "run", {"modules_to_save": ["lm_head"]} if "lm_head" in beside else {}
-    new_tokens = () if whole else NEW_TOKENS
-    make_run(run_dir, folders, "llama", new_tokens, adapter={"init": "pissa", **whole}, train=SETTINGS)
-    worker.run(run_dir, SINGLE)
-    assert all(".lora_" in name for name in safetensors.torch.load_file(run_dir / INITIAL_ADAPTER_NAME))
-    step = run_dir / "checkpoints" / "step_00000004"
-    published, saved = result(run_dir), safetensors.torch.load_file(step / "adapter_model.safetensors")
-    others = [name for name in published if name.endswith(beside)]
-    assert others
-    assert all(torch.equal(published[name], saved[name]) for name in others)
-    models = [
-        load_trained(of_run(load_config(run_dir), str(folder)), SINGLE)[0] for folder in (run_dir / "adapter", step)
-    ]
-    assert torch.equal(*(our_logits(model, PROBE) for model in models))
-    assert_disk_as_planned(run_dir)
 
 
 def test_loftq_adds_the_quantization_error_back(folders: Path, tmp_path: Path) -> None:

@@ -136,11 +136,6 @@ def test_a_router_loss_without_routers_and_full_fine_tuning_are_refused(folder_o
         config_for(folder_of("mixtral"), train={"router_aux_loss": -1.0})
 
 
-def test_attention_alone_may_have_dropout(folder_of: Callable[[str], Path]) -> None:
-    adapter = {"target_modules": "attention", "lora_dropout": 0.1}
-    assert adapted(build_run_model(config_for(folder_of("mixtral"), adapter=adapter))) == ATTENTION
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_planned_bits_a_parameter_are_the_stored_ones(folder_of: Callable[[str], Path], name: str) -> None:
     """Every weight of two or more dimensions of a block but the router, from the shapes alone."""

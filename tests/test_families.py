@@ -28,7 +28,6 @@ from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import DTYPES, CausalLM
 from distlora.parallel import Ranks
-from distlora.training import worker as train
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora_launcher.compose.checks import check_model, linear_names
 from family_models import (
@@ -44,7 +43,6 @@ from family_models import (
     write_family_folder,
 )
 from run_models import build_run_model
-from small_models import make_run, tokenizer, write_text_file
 from worlds import World
 
 LENGTHS = (23, 1, 40)
@@ -327,22 +325,3 @@ def test_the_launcher_names_a_missing_tensor_as_transformers_does(
     edit_config(folder, tie_word_embeddings=True)
     with pytest.raises(UserError, match=r"no tensor model\.language_model\.layers\.1\.mlp\.up_proj\.weight"):
         check_model(config_for(folder))
-
-
-def test_a_run_on_a_folder_with_a_vision_tower_publishes_an_adapter_of_the_text_model_alone(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """The whole worker; `attention` means q_proj, k_proj and v_proj, which the vision tower has too."""
-    shutil.copytree(family_folder("gemma3"), tmp_path / "gemma3")
-    tokenizer().save_pretrained(tmp_path / "gemma3")
-    write_text_file(tmp_path / "text.jsonl")
-    adapter = {"target_modules": "attention", "r": 4}
-    make_run(tmp_path / "run", tmp_path, "gemma3", adapter=adapter, train={"max_steps": 2, "global_batch": 2})
-    train.run(tmp_path / "run", SINGLE)
-    saved = safetensors.torch.load_file(tmp_path / "run" / "adapter" / WEIGHTS_NAME)
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gemma3")
-    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
-    theirs = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
-    assert len(saved) == 3 * 4 * 2
-    assert theirs.keys() == saved.keys(), "PEFT adapts other linears than we did"
-    assert all(torch.equal(theirs[n], saved[n]) for n in saved)

@@ -1,11 +1,8 @@
-"""LoRA and DoRA on a frozen linear: the adapter's parameters, their initial values and their dropout.
+"""LoRA and DoRA on a frozen linear: the adapter's parameters, their initial values and their dropout; trained token rows.
 
-Extension point 3 is here: an adapted linear holds one (A, B) pair per adapter name and refers to its layer's
-`BlockContext`, which says which adapter each row of the batch uses (-1 = none). With one adapter and no choice every
-row uses it.
-
-Rows choose by *slot*, a number with the same meaning in every linear: in multi-trial training the slot of a trial. A
-trial may have no adapter in some linear (other targets); its rows then use the base alone.
+Extension point 3 is here: an adapted linear holds one (A, B) pair per adapter name, and its layer's `BlockContext` says
+which adapter each row of the batch uses. Rows choose by *slot*, a number with the same meaning in every linear: in
+multi-trial training the slot of a trial. A trial may have no adapter in some linear; its rows then use the base alone.
 
 Letters: N adapters of a linear, R sum of their ranks, M rows of the flattened input (batch x tokens).
 """

@@ -1,11 +1,9 @@
 """Variable-length attention over packed sequences: each document attends to itself, without masks or host syncs.
 
-On the CPU the operation is `attend_on_cpu`, or with train.compile attention.cpp's.
-
 transformers' decoders pass a 4-D attention_mask to every layer unchanged (masking_utils._preprocess_mask_arguments), so
-the documents travel as that mask: `Documents.starts`, int32. The layer wrapper slices it by rows and recomputation gets
-it again, like any mask. The attention function registered here tells the two apart by dtype: int32 means documents,
-anything else (generation, whose masks transformers builds as for SDPA) goes to SDPA.
+the documents travel as that mask: `Documents.starts`, int32, which the layer wrapper slices by rows. The attention
+function registered here takes int32 for documents; anything else (generation) goes to SDPA. On the CPU the operation is
+`attend_on_cpu`, or with train.compile attention.cpp's.
 
 Letters: B rows, T tokens per row, D starts per row, H query heads, K key and value heads, E head size.
 """

@@ -149,9 +149,8 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Return (B,) fp32 loss sums from input_ids, position_ids and labels (B, T) int64.
 
-        Positions restart at 0 with each packed document, which is how the decoder separates them. labels[t] is the
-        target at position t, -100 for none. `adapter_rows` (B,) int64 is the slot of each row's adapter. `step_rows` is
-        the position in training; without it there is no dropout. `documents` are required if the model attends by
+        Positions restart at 0 with each packed document. labels[t] is the target at position t, -100 for none.
+        `adapter_rows`, `step_rows`: Rows.adapters and Rows.places. `documents` are required if the model attends by
         documents; otherwise masks are made from the positions.
 
         labels=None (generation): return the logits after the last position, (B, 1, vocabulary) fp32, for one document

@@ -193,13 +193,9 @@ class HostInputs:
     """Offloaded inputs of the decoder layers of one model, and their host memory.
 
     A layer's input moves to the host while the layer runs, and comes back while the layer after it is recomputed. The
-    device holds two inputs: the one in use and the next one in transfer. The newest stays until there is a newer one,
-    because backward begins with it.
-
-    On CUDA, copies run on a separate stream, in both directions and in the order of the calls. The compute stream waits
-    for a copy by an event: before the tensor of an offloaded input is freed (with `record_stream`, a host that runs
-    ahead would find no free memory and allocate more), and before a returned input is read. The host waits for nothing,
-    and its pinned memory is reused from step to step. On the CPU the same copies are made at once.
+    newest stays until there is a newer one, because backward begins with it. On CUDA, copies run on a separate stream
+    in the order of the calls. The compute stream waits for a copy by an event, before an offloaded input's tensor is
+    freed and before a returned input is read; the host waits for nothing (README.md, Offload).
     """
 
     def __init__(self, device: torch.device) -> None:

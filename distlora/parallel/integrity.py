@@ -1,13 +1,7 @@
 """Check that the frozen base in memory is what was loaded, and that each rank gathers what the others have.
 
-A base is trained on for weeks and written nowhere. A flipped bit in a shard, or a switch that damages data, would only
-make the loss slightly worse. So each rank computes checksums of its rows of every frozen tensor after loading, and all
-ranks exchange them. The first forward checks the gathered rows of every rank and ends the run before anything is
-trained. `train.verify` checks the rows again at each save. With several copies of the base, each is checked within
-itself, and all must be equal once loaded.
-
-Trained parameters change, so they are compared once, at the start: ranks that read different files would train two
-models on the sum of their gradients, with a loss that looks healthy.
+A flipped bit in a shard, or a switch that damages data, would only make the loss slightly worse. So each rank computes
+checksums of its rows after loading, and all ranks exchange them; README.md says what is checked when.
 
 Letters: T tensors, W ranks of a copy of the base, C copies.
 """

@@ -1,13 +1,9 @@
 """Let all ranks agree to stop or to save, without waiting for each other.
 
-A signal reaches one rank alone, or one before another, and clocks differ. A rank that acted alone would leave the
-others in a collective. So at every boundary between two pieces of work (micro-batches, evaluation batches, loaded
-weights) each rank starts an all-reduce (max) of two numbers, its requests, and reads the result of the boundary before.
-No rank waits for another that is less than one piece of work behind, and all act at the same boundary: the one after
-the first request.
-
-The all-reduce uses a gloo group of its own. In the training group it would queue behind the training collectives, and
-reading a number from NCCL waits for the device.
+A signal reaches one rank alone, and clocks differ. So at every boundary between two pieces of work each rank starts an
+all-reduce (max) of its requests and reads the result of the boundary before: all act at the same boundary. It uses a
+gloo group of its own: behind the training collectives it would queue, and reading a number from NCCL waits for the
+device.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
-"""Detect ranks that hang: end the run and report where each rank is.
+"""Detect ranks that hang: end the run and report where each rank is (README.md, Hang watch).
 
-The training thread marks its position (`at`), which is one assignment. Two more threads do the rest. One posts the
-position to the workers' store every second. The other notices that its rank has not moved for too long. It then reads
-all positions twice, a minute apart. A rank that posted nothing in between is stopped or gone. Otherwise the culprit is
-the rank that is not within a collective, and of several such the one that is behind. Each rank prints its Python stacks
-into its log, an error file is left for the launcher, and the process ends: nothing else ends a thread that waits in
-gloo or NCCL.
-
-Every rank must mark alike: a mark's number is its position in the run and is compared among ranks.
+The training thread marks its position (`at`), which is one assignment. One thread posts the position to the workers'
+store every second. The other notices that its rank has not moved for too long, and reads all positions twice. Every
+rank must mark alike: a mark's number is its position in the run and is compared among ranks.
 """
 
 from __future__ import annotations

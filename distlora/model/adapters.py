@@ -1,4 +1,4 @@
-"""LoRA and DoRA on a frozen linear: the adapter's parameters, their initial values and their dropout; trained token rows.
+"""LoRA and DoRA on a frozen linear, and trained token rows: their parameters, initial values and dropout.
 
 Extension point 3 is here: an adapted linear holds one (A, B) pair per adapter name, and its layer's `BlockContext` says
 which adapter each row of the batch uses. Rows choose by *slot*, a number with the same meaning in every linear: in

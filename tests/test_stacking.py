@@ -37,7 +37,7 @@ def sums_of_two_runs(ranks: Ranks) -> list[list[float]]:
             reducers[0].release()
         for number in present:
             reducers[number].zero()
-            reducers[number].expect(last=True)
+            reducers[number].expect(torch.zeros(()), last=True)
         for number in present if ranks.rank == 0 else reversed(present):
             own = runs[number]
             sum((parameter * (ranks.rank + 1 + number)).sum() for parameter in own).backward()  # type: ignore[union-attr]

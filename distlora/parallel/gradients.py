@@ -31,8 +31,7 @@ class Gradients:
     def expect(self, loss: Tensor, *, last: bool) -> None:
         """Prepare a backward with this run's loss. `last`: it is the step's last."""
         for part in self._parts:
-            part.expect(last=last)
-            part.poison_unless_finite(loss)
+            part.expect(loss, last=last)
 
     def finish(self) -> None:
         """Complete the sums after the last backward and after `Launches.finish`."""
@@ -158,15 +157,13 @@ class GradientReducer:
         """Yield (parameter, tensor that the optimizer updates): itself, twice."""
         return ((parameter, parameter) for parameter in self._bucket_of)
 
-    def expect(self, *, last: bool) -> None:
-        """Prepare a backward. `last`: it is the step's last, whose gradients complete the sums."""
-        self._is_last = last
+    def expect(self, loss: Tensor, *, last: bool) -> None:
+        """Prepare a backward. `last`: it is the step's last, whose gradients complete the sums.
 
-    def poison_unless_finite(self, loss: Tensor) -> None:
-        """Make the sums NaN on every rank if this rank's loss, a device scalar, is not finite.
-
-        A loss may be infinite and its gradient finite. Otherwise this adds 0, which changes no bit but the sign of -0.
+        Make the sums NaN on every rank if this rank's loss, a device scalar, is not finite: its gradient may be finite.
         """
+        self._is_last = last
+        # Otherwise this adds 0, which changes no bit but the sign of -0.
         self._buckets[0].flat[:1] += torch.where(torch.isfinite(loss), 0.0, math.nan)
 
     def _arrived(self, parameter: nn.Parameter) -> None:
@@ -230,12 +227,9 @@ class ShardedGradients:
         """Yield (parameter, tensor that the optimizer updates): this rank's rows of it."""
         return zip(self._parameters, self._rows, strict=True)
 
-    def expect(self, *, last: bool) -> None:
-        """Prepare a backward. `last`: the sums are sent after it."""
+    def expect(self, loss: Tensor, *, last: bool) -> None:
+        """Prepare a backward, after the `last` of which the sums are sent. A loss that is not finite makes the norm NaN."""
         self._root.set_requires_gradient_sync(last)
-
-    def poison_unless_finite(self, loss: Tensor) -> None:
-        """Make the norm NaN on every rank if this rank's loss, a device scalar, is not finite."""
         self._poison += torch.where(torch.isfinite(loss), 0.0, math.nan)
 
     def finish(self) -> None:

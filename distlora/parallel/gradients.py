@@ -228,7 +228,7 @@ class ShardedGradients:
         return zip(self._parameters, self._rows, strict=True)
 
     def expect(self, loss: Tensor, *, last: bool) -> None:
-        """Prepare a backward, after the `last` of which the sums are sent. A loss that is not finite makes the norm NaN."""
+        """Prepare a backward; the `last` sends the sums. A loss that is not finite makes the norm NaN on every rank."""
         self._root.set_requires_gradient_sync(last)
         self._poison += torch.where(torch.isfinite(loss), 0.0, math.nan)
 

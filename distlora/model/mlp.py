@@ -118,7 +118,7 @@ class MLP(nn.Module):
 
 
 def place_mlps(blocks: Sequence[Block], family: Family, *, tile: int | None) -> None:
-    """Put an `MLP` in each layer, after other replacements of its modules (liger.py).
+    """Put an `MLP` in each layer, after other replacements of its modules (fused_modules.py).
 
     Tiles are for dense MLPs; `distlora.architecture.families` refuses experts.
     """

@@ -198,7 +198,7 @@ def _recomputed(work: Workload, active: ActiveWeights, mlp: tuple[int, int]) -> 
     """Return what backward recomputes under train.checkpointing.
 
     `selective` recomputes the MLP half (mlp.py); `block` and `offload` recompute a whole layer up to its last linear
-    (blocks.py). MLP tiles change nothing. A trained LM head recomputes its logits (head.py).
+    (layer_wrapper.py). MLP tiles change nothing. A trained LM head recomputes its logits (lm_head.py).
     """
     head = active.head if active.head_is_trained else 0
     mode = work.checkpointing

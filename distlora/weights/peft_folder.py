@@ -462,7 +462,7 @@ def _by_weight(
 ) -> dict[tuple[str, str], str]:
     """Return names in the file by (path, part), with the path of a fused weight in place of its wrapper's.
 
-    The first of a module's adapted weights has the most `base_layer` (expert_targets.peft_paths). Raises UserError if a
+    The first of a module's adapted weights has the most `base_layer` (targets.peft_paths). Raises UserError if a
     module has other wrappers than target_parameters demands.
     """
     if not parameters:

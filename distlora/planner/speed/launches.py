@@ -476,7 +476,7 @@ class HeadSizes:
 
 
 def head_work(sizes: HeadSizes, how: How, *, m: int, reference: bool) -> Iterator[Work]:
-    """Yield the embedding, the last norm, and the LM head chunk by chunk (head.py).
+    """Yield the embedding, the last norm, and the LM head chunk by chunk (lm_head.py).
 
     A frozen head computes the gradient of its input in forward; a trained one recomputes its logits in backward. The
     weight is read for each chunk and product.

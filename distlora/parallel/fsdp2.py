@@ -131,8 +131,8 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
             # The loss is already divided by the target tokens of all ranks, so FSDP2 must sum, not average.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    # An embedding's gradient needs no weight, and a frozen head computed its gradient in forward (lm_head.py). A trained
-    # head recomputes its logits in backward.
+    # An embedding's gradient needs no weight, and a frozen head computed its gradient in forward. A trained head
+    # recomputes its logits in backward.
     for module in (model.embedding, model.head):
         if isinstance(module, FSDPModule):
             is_head = module is model.head or model.tied

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from closeness import assert_close, relative_error
+from closeness import assert_close
 from distlora_kernels import dispatch, fused, nf4
 from distlora_kernels.operands import FrozenWeight
 from tiers import diagonal
@@ -73,18 +73,6 @@ def test_backward_is_the_exact_product_rounded_once(
     assert_rounded_once(fused.fused_linear_dx(p.dy, p.weight), base)
 
 
-@pytest.mark.parametrize("m", [1, 64])
-def test_the_error_is_no_worse_than_that_of_a_library_gemm(triton_device: torch.device, m: int) -> None:
-    """On the dequantized weight; in fp32 too, so that the summation and not the rounding of the result is seen."""
-    for dtype in (torch.bfloat16, torch.float32):
-        p = Operands((m, 100, 640, 16), dtype, triton_device)
-        exact = p.x.double() @ p.exact.T
-        ours = relative_error(fused.fused_linear(p.x, p.weight), exact)
-        library = relative_error(p.x @ p.exact.to(dtype).T, exact)
-        # Of the same size, with other roundings: the order of summation is the library's own.
-        assert ours <= library * (1.02 if dtype == torch.bfloat16 else 2), f"{ours:.2e} against {library:.2e}"
-
-
 @pytest.mark.parametrize(("nested", "dtype"), diagonal([True, False], DTYPES), ids=str)
 def test_the_decoded_weight_is_the_dequantized_one_bit_for_bit(
     triton_device: torch.device, dtype: torch.dtype, nested: bool
@@ -110,20 +98,6 @@ def test_a_split_sum_counts_every_term_once(triton_device: torch.device, num_par
     p = Operands((3, 330, 64, 16), torch.bfloat16, triton_device)
     dx = fused_triton.dx(p.dy, list(p.weight.parts), 64, dxa=p.dxa, a=p.a, num_parts=num_parts)
     assert_rounded_once(dx, p.dy.double() @ p.exact + p.dxa.double() @ p.a.double())
-
-
-def test_a_tiny_update_keeps_its_whole_size(triton_device: torch.device) -> None:
-    """The slope of an update of 1e-3 of the base is 1 within 3 sigma of the output's rounding."""
-    p = Operands((64, 512, 1024, 16), torch.bfloat16, triton_device)
-    b = (p.b.double() * 1e-3 / (p.xa.shape[1] ** 0.5)).to(torch.bfloat16)
-    base, update = p.x.double() @ p.exact.T, p.xa.double() @ b.double().T
-    assert 0.5e-3 < float(update.norm() / base.norm()) < 2e-3
-    y = fused.fused_linear(p.x, p.weight, xa=p.xa, b=b).double()
-    slope = float(((y - base) * update).sum() / update.square().sum())
-    rounding = y - (base + update)
-    sigma = float(rounding.norm() / update.norm()) / y.numel() ** 0.5
-    assert abs(slope - 1) <= 3 * sigma, f"slope {slope:.4f}, sigma {sigma:.4f}"
-    assert sigma < 0.01  # Else it would show nothing.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

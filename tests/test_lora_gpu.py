@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +76,15 @@ def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]
     return [*(y.detach() for y in ys), *gradients]
 
 
+def run(variant: Any, x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]:
+    """Return outputs and gradients (x, then a and b of each adapter) of the variant."""
+    leaf = x.clone().requires_grad_()
+    leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
+    with fused.force_variant(variant):
+        ys = lora_linears(leaf, linears)
+        return [*ys, *torch.autograd.grad(ys, leaves, dys)]
+
+
 FORMS = [
     (packed, variant, dropout, choice)
     for packed, variant in ((False, "scratch"), (True, "scratch"), (True, "fused"))
@@ -94,12 +105,8 @@ def test_outputs_and_gradients_of_linears_that_share_an_input(
 ) -> None:
     x, linears, dys = problem(dtype, triton_device, packed=packed, dropout=dropout, choice=choice)
     expected = in_fp64(x, linears, dys)
-    leaf = x.clone().requires_grad_()
-    leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
-    with fused.force_variant(variant):
-        ys = lora_linears(leaf, linears)
-        gradients = torch.autograd.grad(ys, leaves, dys)
-    for actual, reference in zip([*ys, *gradients], expected, strict=True):
+    results = run(variant, x, linears, dys)
+    for actual, reference in zip(results, expected, strict=True):
         # fp32: sums of up to 128 products, rounded at random. bf16: the operands of the second product and the result
         # are rounded (2^-8 each at most), a and b before they are used.
         assert_close(actual.to(dtype), reference.float(), ulps=8 if dtype == torch.float32 else 2)
@@ -133,13 +140,9 @@ def test_linears_whose_rows_choose_alike_read_their_input_once(
         monkeypatch.setattr(
             lora_gpu, op, lambda *args, f=original, **more: calls.append(f.__name__) or f(*args, **more)
         )
-    leaf = x.clone().requires_grad_()
-    leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
-    with fused.force_variant(variant):
-        ys = lora_linears(leaf, linears)
-        gradients = torch.autograd.grad(ys, leaves, dys)
+    results = run(variant, x, linears, dys)
     assert calls == ["skinny_down", "skinny_grad"]
-    for actual, reference in zip([*ys, *gradients], expected, strict=True):
+    for actual, reference in zip(results, expected, strict=True):
         assert_close(actual.bfloat16(), reference.float(), ulps=2)
 
 
@@ -166,12 +169,8 @@ def test_adapters_that_rows_choose_have_their_own_dropout(
     x, linears, dys = problem(dtype, triton_device, packed=True, dropout=False, choice=True)
     linears = with_own_dropout(linears)
     expected = in_fp64(x, linears, dys)
-    leaf = x.clone().requires_grad_()
-    leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
-    with fused.force_variant(variant):
-        ys = lora_linears(leaf, linears)
-        gradients = torch.autograd.grad(ys, leaves, dys)
-    for actual, reference in zip([*ys, *gradients], expected, strict=True):
+    results = run(variant, x, linears, dys)
+    for actual, reference in zip(results, expected, strict=True):
         assert_close(actual.to(dtype), reference.float(), ulps=8 if dtype == torch.float32 else 2)
 
 
@@ -198,28 +197,6 @@ def test_what_is_not_finite_in_one_adapters_rows_reaches_no_other(triton_device:
 
 
 @pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_fp64_is_added_in_fp64(triton_device: torch.device, packed: bool, choice: bool) -> None:
-    """The kernels add in fp32, so torch computes it on a GPU too."""
-    x, linears, dys = problem(torch.float32, triton_device, packed=packed, dropout=True, choice=choice)
-    wide = []
-    for weight, adapter, bias in linears:
-        dense = weight if packed else FrozenWeight((weight.dense(torch.float64),), weight.shape)
-        if adapter is not None:
-            a, b = (t.detach().double().requires_grad_() for t in adapter[:2])
-            adapter = adapter._replace(a=a, b=b)
-        wide.append(Linear(dense, adapter, None if bias is None else bias.double()))
-    x, dys = x.double(), [dy.double() for dy in dys]
-    leaf = x.clone().requires_grad_()
-    leaves = [leaf, *(t for linear in wide if linear.adapter is not None for t in linear.adapter[:2])]
-    ys = lora_linears(leaf, wide)
-    actual = [*ys, *torch.autograd.grad(ys, leaves, dys)]
-    for ours, exact in zip(actual, in_fp64(x, wide, dys), strict=True):
-        assert ours.dtype == torch.float64
-        assert_close(ours, exact, ulps=8)
-
-
-@pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
 def test_no_tokens_give_no_outputs_and_gradients_of_zero(triton_device: torch.device, choice: bool) -> None:
     x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=True, choice=choice)
     leaf = x[:, :0].clone().requires_grad_()
@@ -233,20 +210,6 @@ def test_no_tokens_give_no_outputs_and_gradients_of_zero(triton_device: torch.de
 
 
 @pytest.mark.parametrize("variant", ["scratch", "fused"])
-def test_two_calls_give_the_same_bits(triton_device: torch.device, variant: str) -> None:
-    x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=True, choice=False)
-    results = []
-    for _ in range(2):
-        leaf = x.clone().requires_grad_()
-        with fused.force_variant(variant):
-            ys = lora_linears(leaf, linears)
-            adapters = [t for linear in linears if linear.adapter is not None for t in linear.adapter[:2]]
-            results.append([*ys, *torch.autograd.grad(ys, [leaf, *adapters], dys)])
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("variant", ["scratch", "fused"])
 def test_a_fresh_adapter_leaves_the_base_output_within_an_ulp(triton_device: torch.device, variant: str) -> None:
     x, linears, _ = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False)
     weight, adapter, _ = linears[0]
@@ -257,7 +220,7 @@ def test_a_fresh_adapter_leaves_the_base_output_within_an_ulp(triton_device: tor
     assert_close(actual, base, ulps=1)
 
 
-@pytest.mark.parametrize("variant", ["scratch", ci("fused")])
+@pytest.mark.parametrize("variant", ["scratch", "fused"])
 def test_a_tiny_update_keeps_its_size_in_bf16(triton_device: torch.device, variant: str) -> None:
     """The slope of a tiny update is 1 within 3 sigma of the rounding, at |sBA| / |W| = 1e-3 (1e-4 on a GPU)."""
     on_gpu = triton_device.type == "cuda"

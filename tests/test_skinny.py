@@ -221,47 +221,6 @@ def test_large_ranks_that_rows_choose(device: torch.device) -> None:
     assert not dxa[40:].any()
 
 
-def test_many_adapters_take_no_more_parts_than_their_rows_have(
-    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Parts of dB are as wide as one adapter; what is stacked of the others does not count."""
-    from distlora_kernels import skinny_launch
-
-    ranks, (m, o) = (8,) * 16, (64, 48)
-    choice = RowChoice(torch.arange(4, device=triton_device), (1.0,) * 16, ranks)
-    _, _, b, dy, *_ = operands((m, 64, o, 128), torch.float32, triton_device).values()
-    xa = normal(m, 8, dtype=torch.float32, device=triton_device, seed=9)
-    monkeypatch.setattr(skinny_launch, "MOST_PARTS_BYTES", 4 * o * 8 * 4)
-    monkeypatch.setattr(skinny_launch, "grad_kernel", None)
-    skinny_dy(dy, b, xa, scale=0.5, choice=choice)
-    monkeypatch.setattr(skinny_launch, "MOST_PARTS_BYTES", 4 * o * 8 * 4 - 1)
-    with pytest.raises(TypeError):
-        skinny_dy(dy, b, xa, scale=0.5, choice=choice)
-
-
-@pytest.mark.parametrize("ranks", [(8, 5), (40, 24)], ids=str)
-def test_what_is_not_finite_stays_in_its_adapters_rows(ranks: tuple[int, int], device: torch.device) -> None:
-    """Non-finite values in every operand of the first adapter change no bit of the second's results."""
-    rank, tokens = sum(ranks), 20
-    choice = RowChoice(torch.tensor([1, 0, -1], device=device), (0.5, 2.0), ranks)
-    x, a, b, dy, *_ = operands((3 * tokens, 64, 80, rank), torch.bfloat16, device).values()
-    xa = normal(3 * tokens, max(ranks), dtype=torch.bfloat16, device=device, seed=9)
-    results = []
-    for spoiled in (1.0, float("nan"), float("inf")):
-        for tensor in (x, dy, xa):
-            tensor[tokens : 2 * tokens : 3] = spoiled
-        a[: ranks[0] : 2], b[:, : ranks[0] : 2] = spoiled, spoiled
-        dxa, db = skinny_dy(dy, b, xa, scale=1.0, choice=choice)
-        da = skinny_grad(xa, x, choice=choice)
-        down, up = skinny_down(x, a, choice=choice), skinny_up(xa, b, choice=choice)
-        dx = skinny_up(xa, a.T, choice=choice)
-        rows = [tensor[part] for tensor in (dxa, down, up, dx) for part in (slice(tokens), slice(2 * tokens, None))]
-        results.append([*rows, da[ranks[0] :], db[:, ranks[0] :]])
-        assert all(torch.isfinite(own).all() == (spoiled == 1) for own in (da[: ranks[0]], db[:, : ranks[0]]))
-    for other in results[1:]:
-        assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
-
-
 def test_many_rows_read_dy_twice_instead_of_keeping_parts(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,31 +264,6 @@ def test_the_same_inputs_give_the_same_bits(triton_device: torch.device) -> None
         assert torch.equal(first, second)
     assert_sum_close(skinny_down(x, a), x.double() @ a.double().T)
     assert_sum_close(skinny_dy(dy, b, xa, scale=0.3)[0], dy.double() @ b.double())
-
-
-def test_the_backward_products_are_the_gradients() -> None:
-    """In fp64, by torch's own numerical gradients: the adapter's term in these ops' terms."""
-    choice = RowChoice(torch.tensor([1, -1, 0]), (0.5, 2.0), (2, 3))
-    dropout = dropout_of(torch.device("cpu"), [4, 5, 6])
-    owners = torch.tensor([0, 0, 1, 1, 1])
-
-    class Term(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            scaled = b * torch.tensor(choice.scales, dtype=b.dtype)[owners]
-            xa = skinny_down(x, a, choice=choice, dropout=dropout)
-            ctx.save_for_backward(x, a, scaled, xa)
-            return skinny_up(xa, scaled, choice=choice)
-
-        @staticmethod
-        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            x, a, scaled, xa = ctx.saved_tensors
-            dxa, db = skinny_dy(dy, scaled, xa, scale=1.0, choice=choice)
-            dx = skinny_up(dxa, a.T, choice=choice, dropout=dropout)
-            return dx, skinny_grad(dxa, x, choice=choice, dropout=dropout), db
-
-    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((6, 10), (5, 10), (7, 5))]
-    assert torch.autograd.gradcheck(Term.apply, leaves)
 
 
 @pytest.mark.parametrize(

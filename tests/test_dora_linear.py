@@ -200,21 +200,6 @@ def test_what_is_not_finite_in_one_adapter_reaches_no_other(
         assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_fresh_adapter_leaves_the_base_output_bit_for_bit(dropout: bool, choice: bool, dtype: torch.dtype) -> None:
-    """With a bias and without, on the CPU."""
-    x, linears, _ = problem(dtype, torch.device("cpu"), packed=True, dropout=dropout, choice=choice)
-    for weight, adapter, bias in linears[:2]:
-        assert adapter is not None
-        assert adapter.magnitude is not None
-        start = initial_magnitude(adapter.magnitude.row_norms_squared).expand_as(adapter.magnitude.masters)
-        magnitude = adapter.magnitude._replace(masters=start)
-        fresh = adapter._replace(b=torch.zeros_like(adapter.b), magnitude=magnitude)
-        assert torch.equal(lora_linear(x, weight, fresh, bias=bias), lora_linear(x, weight, bias=bias))
-
-
 EMPTY = (7, 30)
 EMPTY_FORMS = [
     pytest.param("torch", torch.float32, False, False, False, id="torch"),

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from closeness import assert_close
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, QuantConfig, UserError
 from distlora.loading.quantize import halved
-from distlora.model.adapters import AdaptedLinear, BlockContext, LoRAPair, Rows, StepRows, reset_adapters
-from distlora.model.build import CausalLM, materialize_buffers
+from distlora.model.adapters import AdaptedLinear, BlockContext, StepRows, reset_adapters
+from distlora.model.build import materialize_buffers
 from distlora.parallel import Ranks
 from distlora.training.optimizers import parameter_groups
 from small_models import write_model_folder
@@ -109,73 +108,19 @@ def test_a_fresh_dora_is_the_base_bit_for_bit(folders: Path, quant: str, dtype: 
     assert torch.equal(states[0], model.hidden_states(tokens, positions, adapter_rows=torch.tensor([-1, -1])))
 
 
-def loss_of(model: CausalLM, tokens: Tensor, labels: Tensor, **rows: Any) -> Tensor:
-    return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), labels, **rows).sum()
-
-
-def adapted(names: tuple[str, ...], context: BlockContext, bias: bool) -> AdaptedLinear:
-    """Dense, of random weights, DoRA adapters of several ranks that are trained a little."""
-    linear = AdaptedLinear(32, 40, bias=bias, quantized=False, dtype=torch.float32, context=context)
-    for index, name in enumerate(names):
-        config = AdapterConfig(r=4 + 2 * index, lora_alpha=8.0 + index, use_dora=True)
-        linear.add_adapter(name, config, path="model.layers.0.q_proj", seed=0)
-    linear.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in linear.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-        assert linear.row_norms_squared is not None
-        linear.row_norms_squared.copy_(linear.weight.square().sum(dim=1))
-        for pair in linear.pairs:
-            assert pair.magnitude is not None
-            pair.magnitude.add_(linear.row_norms_squared.sqrt())
+def adapted() -> AdaptedLinear:
+    linear = AdaptedLinear(32, 40, bias=False, quantized=False, dtype=torch.float32, context=BlockContext())
+    linear.add_adapter("default", AdapterConfig(use_dora=True), path="model.layers.0.q_proj", seed=0)
     return linear
 
 
-def textbook(linear: AdaptedLinear, pair: LoRAPair, x: Tensor) -> Tensor:
-    """Compute the paper's formula, its norm detached."""
-    assert pair.magnitude is not None
-    direction = linear.weight + pair.scaling * pair.B @ pair.A
-    y = x @ (pair.magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True).detach()).T
-    return y if linear.bias is None else y + linear.bias
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_rows_choose_among_magnitudes_and_minus_one_is_the_base(bias: bool) -> None:
-    context = BlockContext()
-    linear = adapted(("first", "second"), context, bias)
-    x = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    rows = torch.tensor([1, -1, 0, 1, 1])
-    context.rows = Rows(rows)
-    y = linear(x)
-    base = nn.functional.linear(x[1], linear.weight, linear.bias)
-    assert_close(y[1], base, ulps=4)
-    parts = [textbook(linear, linear.pairs[int(row)], x[i]) for i, row in enumerate(rows)]
-    expected = torch.stack([parts[0], base, *parts[2:]])
-    assert_close(y, expected, ulps=8)
-    leaves = [x, *linear.adapters.parameters()]
-    assert len(leaves) == 1 + 2 * 3
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    for actual, reference in zip(
-        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
-    ):
-        assert_close(actual, reference, ulps=16)
-    # All rows of one adapter are what it gives alone.
-    context.rows = Rows(torch.zeros(5, dtype=torch.int64))
-    chosen = linear(x)
-    del linear.adapters["second"]
-    context.rows = Rows()
-    assert_close(chosen, linear(x), ulps=4)
-
-
 def test_dora_and_lora_do_not_share_a_linear() -> None:
-    linear = adapted(("first",), BlockContext(), False)
     with pytest.raises(AssertionError, match="do not mix"):
-        linear.add_adapter("second", AdapterConfig(), path="model.layers.0.q_proj", seed=0)
+        adapted().add_adapter("second", AdapterConfig(), path="model.layers.0.q_proj", seed=0)
 
 
 def test_magnitudes_have_the_rate_of_b() -> None:
-    parameters = dict(adapted(("default",), BlockContext(), False).adapters.named_parameters())
+    parameters = dict(adapted().adapters.named_parameters())
     slow, fast = parameter_groups(parameters, OptimConfig(loraplus_lr_ratio=16.0))
     assert (len(slow["params"]), len(fast["params"])) == (1, 2)
     assert (slow["lr_ratio"], fast["lr_ratio"]) == (1.0, 16.0)

@@ -196,19 +196,6 @@ def test_what_is_not_finite_in_one_adapters_rows_reaches_no_other(triton_device:
         assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
-def test_no_tokens_give_no_outputs_and_gradients_of_zero(triton_device: torch.device, choice: bool) -> None:
-    x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=True, choice=choice)
-    leaf = x[:, :0].clone().requires_grad_()
-    adapters = [t for linear in linears if linear.adapter is not None for t in linear.adapter[:2]]
-    ys = lora_linears(leaf, linears)
-    assert [y.shape for y in ys] == [(BATCH, 0, out) for out in OUTPUTS]
-    dx, *gradients = torch.autograd.grad(ys, [leaf, *adapters], [dy[:, :0] for dy in dys])
-    assert dx.shape == leaf.shape
-    for gradient, adapter in zip(gradients, adapters, strict=True):
-        assert torch.equal(gradient, torch.zeros_like(adapter))
-
-
 @pytest.mark.parametrize("variant", ["scratch", "fused"])
 def test_a_fresh_adapter_leaves_the_base_output_within_an_ulp(triton_device: torch.device, variant: str) -> None:
     x, linears, _ = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False)

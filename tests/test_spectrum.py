@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -160,14 +159,6 @@ def test_a_base_that_is_zero_has_no_vector_to_be_like(exact_up_to: int) -> None:
     entry, _ = worker.measure(change(torch.zeros(40, 60), after), request(exact_up_to=exact_up_to))
     assert entry["intruders"]["counts"]["0.3"] == {"intruders": 10, "undecided": 0}
     assert entry["intruders"]["nearest"] == [-1] * 10
-
-
-def test_where_no_vector_of_a_large_base_is_found_nothing_is_decided() -> None:
-    base, after = intruding((90, 150))
-    known, first = singular.largest(base, 4), singular.largest(after, 4).first(4)
-    lost = dataclasses.replace(known, errors=torch.ones_like(known.errors))
-    assert singular.bounded(base, known, first, (0.5,)).counts(0.5)[0] > 0
-    assert singular.bounded(base, lost, first, (0.5,)).counts(0.5) == (0, 4)
 
 
 @pytest.mark.parametrize("exact_up_to", [200, 8])

@@ -1,27 +1,14 @@
-"""Check trials trained together: rows on top of each other, gradients in one order."""
+"""Check that gradients of trials trained together are summed in one order."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from distlora.data.loader import MicroBatch, Share, StepBatch
 from distlora.parallel import Ranks
 from distlora.parallel.gradients import GradientReducer, Launches
 from distlora.parallel.ranks import Traffic
 from worlds import World
-
-
-def micro_batch(first: int, rows: int = 2) -> MicroBatch:
-    numbers = torch.arange(first, first + rows)
-    tokens = numbers[:, None].expand(rows, 4)
-    return MicroBatch(tokens, tokens, tokens, numbers)
-
-
-def share(slot: int | None, step: int | None, *firsts: int) -> Share:
-    parts = [micro_batch(first) for first in firsts]
-    rows = tuple(int(row) for part in parts for row in part.rows)
-    return Share(StepBatch(parts, global_targets=8, global_pairs=0, global_rows=len(rows), rows=rows), slot, step)
 
 
 def sums_of_two_runs(ranks: Ranks) -> list[list[float]]:

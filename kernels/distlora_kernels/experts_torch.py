@@ -93,10 +93,11 @@ def backward(
 def dense_experts(linear: ExpertLinear, dtype: torch.dtype) -> Callable[[int], Tensor]:
     """Return a function from an expert to its weight (O, I) in `dtype`."""
     weight, transposed = linear.weight, linear.transposed
+    splits = math.prod(weight.shape[1:]) % (nf4.GROUP if weight.parts[0].is_cuda else nf4.BLOCK) == 0
     whole = None
     if not weight.quantized:
         whole = weight.parts[0]
-    elif not _splits_between_experts(weight):
+    elif not splits:
         whole = weight.dense(dtype)
 
     def weight_of(expert: int) -> Tensor:
@@ -104,11 +105,6 @@ def dense_experts(linear: ExpertLinear, dtype: torch.dtype) -> Callable[[int], T
         return dense.T if transposed else dense
 
     return weight_of
-
-
-def _splits_between_experts(weight: FrozenWeight) -> bool:
-    numel = math.prod(weight.shape[1:])
-    return numel % (nf4.GROUP if weight.parts[0].is_cuda else nf4.BLOCK) == 0
 
 
 def _dequantize(weight: FrozenWeight, expert: int, dtype: torch.dtype) -> Tensor:

@@ -84,10 +84,6 @@ class _Base:
             return fused_linear(x, self.weight, addend=addend)
         return torch.addmm(addend, x, self.dense.T, out=addend)
 
-    def times_rows(self, a: Tensor) -> Tensor:
-        """Return W a^T, (O, R) of a (R, I)."""
-        return fused_linear(a, self.weight).T if self.dense is None else self.dense @ a.T
-
 
 def _adapted(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None) -> Tensor:
     """Return x W^T + s (x A^T) B^T + bias, (M, O)."""
@@ -101,7 +97,9 @@ def _with_magnitude(
     base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, SavedDora]:
     """Return DoRA's y (M, O) and the tensors for backward."""
-    factors = dora.factors(adapter, base.times_rows(adapter.a.to(x.dtype)), x.dtype)
+    down = adapter.a.to(x.dtype)
+    wa = fused_linear(down, base.weight).T if base.dense is None else base.dense @ down.T
+    factors = dora.factors(adapter, wa, x.dtype)
     if adapter.dropout is None:
         return dora.scaled(adapter, factors, _adapted(base, x, xa, adapter, bias), bias)
     delta = skinny_up(xa, _scaled_up(adapter, x.dtype), choice=_choice(adapter))
@@ -120,7 +118,11 @@ def backward(
 ) -> Gradients:
     """Return the gradients of the sum of <y, dy> over the linears; x is None if no linear has an adapter."""
     gradients = Gradients(len(linears))
-    linears = [_as_in_forward(linear, each.magnitude) for linear, each in zip(linears, saved, strict=True)]
+    linears = [
+        # The LoRA that forward folded it into.
+        dora.folded(linear, each.magnitude.factor) if each.magnitude and each.magnitude.factor is not None else linear
+        for linear, each in zip(linears, saved, strict=True)
+    ]
     rows = {index: _row_major(dy) for index, dy in enumerate(dys) if dy is not None}
     dxas: dict[int, Tensor] = {}
     through_dropout: dict[int, Tensor] = {}
@@ -154,11 +156,6 @@ def backward(
     if needs.x:
         gradients.x = _input_gradient(linears, weights, rows, dxas, through_dropout)
     return gradients
-
-
-def _as_in_forward(linear: Linear, saved_dora: SavedDora | None) -> Linear:
-    """Return the linear, or the LoRA that forward folded it into."""
-    return linear if saved_dora is None or saved_dora.factor is None else dora.folded(linear, saved_dora.factor)
 
 
 def _input_gradient(

@@ -18,26 +18,12 @@ from torch import Tensor
 
 from distlora_kernels import nf4_cpu, reference
 from distlora_kernels.dispatch import on_device_of, uses_triton
-from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYTES, absmax_group_sums, num_groups
-
-__all__ = [
-    "BLOCK",
-    "BLOCKS_PER_GROUP",
-    "GROUP",
-    "GROUP_BYTES",
-    "GROUP_RECORD_BYTES",
-    "PLAIN_RECORD_BYTES",
-    "absmax_group_sums",
-    "absmax_offset",
-    "bits_per_weight",
-    "dequantize_blocks",
-    "dequantize_slice",
-    "nf4_dequantize",
-    "nf4_quantize",
-    "num_groups",
-    "quantize_absmax",
-    "quantize_blocks",
-]
+from distlora_kernels.reference import BLOCK as BLOCK
+from distlora_kernels.reference import BLOCKS_PER_GROUP as BLOCKS_PER_GROUP
+from distlora_kernels.reference import GROUP as GROUP
+from distlora_kernels.reference import GROUP_BYTES as GROUP_BYTES
+from distlora_kernels.reference import absmax_group_sums as absmax_group_sums
+from distlora_kernels.reference import num_groups as num_groups
 
 GROUP_RECORD_BYTES = GROUP_BYTES + BLOCKS_PER_GROUP + 4
 """Stored bytes per group: codes, scales and group_scale."""
@@ -171,9 +157,11 @@ def dequantize_slice(
     first, blocks = start // BLOCK, math.prod(shape) // BLOCK
     assert start % BLOCK == math.prod(shape) % BLOCK == 0, f"{shape} from {start} on is not of whole blocks"
     assert first + blocks <= scales.numel(), f"{shape} from {start} on is beyond {scales.numel()} blocks"
-    return nf4_cpu.dequantize_slice(
-        codes, scales, group_scale, offset, blocks=slice(first, first + blocks), shape=shape, dtype=dtype
-    )
+    block_scale = group_scale[torch.arange(first, first + blocks) // BLOCKS_PER_GROUP]
+    absmax = nf4_cpu.dynamic_map()[scales.view(-1)[first : first + blocks].int()].mul_(block_scale).add_(offset)
+    half = BLOCK // 2
+    slice_codes = codes.view(-1)[first * half : (first + blocks) * half]
+    return nf4_cpu.dequantize_blocks(slice_codes, absmax, shape=shape, dtype=dtype)
 
 
 def _check_parts(parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> None:

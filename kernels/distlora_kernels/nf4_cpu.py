@@ -110,26 +110,8 @@ def dequantize(
     codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     """Return reference.nf4_dequantize bit for bit."""
-    absmax = _dynamic_map()[scales.int()].mul_(group_scale[:, None]).add_(offset)
+    absmax = dynamic_map()[scales.int()].mul_(group_scale[:, None]).add_(offset)
     return dequantize_blocks(codes, absmax, shape=shape, dtype=dtype)
-
-
-def dequantize_slice(
-    codes: Tensor,
-    scales: Tensor,
-    group_scale: Tensor,
-    offset: Tensor,
-    *,
-    blocks: slice,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return the weights of a range of blocks, which fill `shape`, with the bits of `dequantize`."""
-    block_scale = group_scale[torch.arange(blocks.start, blocks.stop) // BLOCKS_PER_GROUP]
-    absmax = _dynamic_map()[scales.view(-1)[blocks].int()].mul_(block_scale).add_(offset)
-    half = BLOCK // 2
-    slice_codes = codes.view(-1)[blocks.start * half : blocks.stop * half]
-    return dequantize_blocks(slice_codes, absmax, shape=shape, dtype=dtype)
 
 
 def dequantize_blocks(codes: Tensor, absmax: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -148,7 +130,8 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, *, shape: tuple[int, ...], 
 
 
 @functools.cache
-def _dynamic_map() -> Tensor:
+def dynamic_map() -> Tensor:
+    """Return reference.dynamic_map, made once."""
     return reference.dynamic_map()
 
 

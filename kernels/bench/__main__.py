@@ -1,6 +1,6 @@
 """Check the kernels beside library GEMMs and other libraries' sequences, time them, and print Markdown.
 
-    PYTHONPATH=kernels:. python -m bench [dequantize|linear|skinny|block ...] [--shapes ..] [--m ..] [--markdown FILE]
+    PYTHONPATH=kernels:. python -m bench [dequantize|linear|skinny ...] [--shapes ..] [--m ..] [--markdown FILE]
     python -m distlora_kernels.bench ...             the same, where distlora is installed
 
 All shapes and M take some minutes. For the bounds: --shapes llama-70b/o,llama-70b/down --m 16,8192
@@ -27,10 +27,10 @@ import torch
 
 from distlora_kernels.dispatch import interpreted
 
-from . import block, linear, problem, products
+from . import linear, problem, products
 from .table import FORWARD, TRAINING, Rates, Row, legend, markdown, measure_rates
 
-SECTIONS = ("dequantize", "linear", "skinny", "block")
+SECTIONS = ("dequantize", "linear", "skinny")
 _PACKAGES = ("torch", "triton", "bitsandbytes")
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             "error: no CUDA device, and this benchmark times kernels on one. Without a GPU, "
             "`python -m distlora_kernels.offline` compiles the kernels and counts their instructions, and here "
-            "`--device cpu --shapes 192x128 --m 16 --block 64x64 --tokens 1x16` checks every row and times nothing.",
+            "`--device cpu --shapes 192x128 --m 16` checks every row and times nothing.",
             file=sys.stderr,
         )
         return 2
@@ -89,12 +89,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="numbers of rows (1,16,64,128,256,512,2048,8192)",
     )
     parser.add_argument("--r", type=int, default=16, help="adapter rank (%(default)s)")
-    parser.add_argument(
-        "--block", type=_argument(_block), default=block.BlockShape(), help="hidden x intermediate (4096x14336)"
-    )
-    parser.add_argument(
-        "--tokens", type=_argument(_pairs), default=((1, 8192), (4, 2048)), help="sequences x tokens (1x8192,4x2048)"
-    )
     parser.add_argument("--markdown", type=Path, help="also write the report to this file, after each row")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu checks without timing")
     options = parser.parse_args(arguments)
@@ -117,20 +111,6 @@ def _argument(parse: Callable[[str], object]) -> Callable[[str], object]:
     return parsed
 
 
-def _pairs(text: str) -> tuple[tuple[int, int], ...]:
-    matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in text.split(",")]
-    if not all(matches):
-        raise ValueError(f"{text!r} is not two numbers, AxB")
-    return tuple((int(match[1]), int(match[2])) for match in matches if match)
-
-
-def _block(text: str) -> block.BlockShape:
-    (hidden, intermediate), *others = _pairs(text)
-    if others or hidden % 64 or (hidden > 512 and hidden % 512):
-        raise ValueError(f"a decoder layer is HxF, H a multiple of 512 or up to 512 one of 64, not {text!r}")
-    return block.BlockShape(hidden, intermediate)
-
-
 def _counts(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise ValueError(f"{text!r} is not a list of numbers, 1,16,64")
@@ -149,8 +129,6 @@ def _rows(options: argparse.Namespace, device: torch.device, rates: Rates | None
         yield from linear.rows(options.shapes, options.m, options.r, device, rates)
     if "skinny" in options.sections:
         yield from products.skinny_rows(options.shapes, options.m, options.r, device, rates)
-    if "block" in options.sections:
-        yield from block.rows(options.block, options.tokens, options.r, device, rates)
 
 
 def _report(rows: Sequence[Row], device: torch.device, rates: Rates | None) -> str:

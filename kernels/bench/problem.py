@@ -38,9 +38,9 @@ class Weights:
         return [master for adapter in adapters for master in (adapter.a, adapter.b)]
 
 
-def make_weights(shapes: Sequence[tuple[int, int]], rank: int, device: torch.device, *, seed: int = 0) -> Weights:
+def make_weights(shapes: Sequence[tuple[int, int]], rank: int, device: torch.device) -> Weights:
     """Return Gaussian NF4 weights with adapters; fp32 masters are bf16 numbers, so that all candidates have them."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     linears, dense = [], []
     for out, features in shapes:
         weight = normal((out, features), device, generator).mul_(_WEIGHT_DEVIATION)
@@ -66,9 +66,9 @@ class Batch:
     dys: tuple[Tensor, ...]
 
 
-def make_batch(shapes: Sequence[tuple[int, int]], num_rows: int, device: torch.device, *, seed: int = 1) -> Batch:
+def make_batch(shapes: Sequence[tuple[int, int]], num_rows: int, device: torch.device) -> Batch:
     """Return a Gaussian input and gradients of the outputs."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(1)
     x = normal((num_rows, shapes[0][1]), device, generator).requires_grad_()
     return Batch(x, tuple(normal((num_rows, out), device, generator) for out, _ in shapes))
 

@@ -35,8 +35,6 @@ class Candidate:
     expected: Mapping[str, Tensor]
     floor: tuple[float, float] = (0.0, 0.0)
     """Fewest bytes and flops of the task."""
-    slack: float = 1.0
-    """Allowed error, in multiples of the rounding noise of one linear."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +77,7 @@ def judge(place: Place, candidates: Iterable[Candidate], *, baseline: str = "") 
     checked = []
     for candidate in candidates:
         try:
-            worst, fault = check(candidate.run(), candidate.expected, slack=candidate.slack)
+            worst, fault = check(candidate.run(), candidate.expected)
         except Exception as error:  # Such a candidate is wrong; the others are still measured.
             traceback.print_exc()
             worst, fault = math.nan, f"raised {type(error).__name__} (its traceback is on stderr)"
@@ -185,14 +183,14 @@ def worst_tile_error(actual: Tensor, expected: Tensor) -> float:
     return float((tiles.max() / scale).sqrt()) / torch.finfo(torch.bfloat16).eps
 
 
-def check(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, slack: float = 1.0) -> tuple[float, str]:
-    """Return the worst error in epsilons of bf16, and the fault or ""; `slack` multiplies the limits."""
+def check(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
+    """Return the worst error in epsilons of bf16, and the fault, "" if there is none."""
     if actual.keys() != expected.keys():
         return float("nan"), f"gives {sorted(actual)}, expected {sorted(expected)}"
     worst, faults = 0.0, []
     for name, value in expected.items():
         error = worst_tile_error(actual[name], value)
-        limit = slack * (GRADIENT_ULPS if name.startswith("d") else FORWARD_ULPS)
+        limit = GRADIENT_ULPS if name.startswith("d") else FORWARD_ULPS
         if not error <= limit:
             faults.append(f"{name} is {error:.2g} ulps off (at most {limit:g})")
         worst = error if error != error else max(worst, error)

@@ -40,10 +40,9 @@ from distlora_kernels import nf4, reference
 from distlora_launcher.cli.main import main
 from family_models import write_family_folder
 from launcher_fakes import MODEL_CONFIG, write_model
-from small_models import tokenizer, write_text_file
+from small_models import tokenizer
 from test_prequantized import quantize
 
-DISTLORA = Path(sys.executable).parent / "distlora"
 ONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
@@ -302,31 +301,6 @@ def test_an_analysis_from_weights_to_report(folders: Path, tmp_path: Path, capsy
     assert fp32.endswith(f"| {formats['fp32']['perplexity']:,.2f} |  |  |")
     assert bf16.endswith("|  |  |  |")
     assert (tmp_path / "out" / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.ci
-def test_the_command_on_a_text_shorter_than_a_row(folders: Path, tmp_path: Path) -> None:
-    """A real process; a sharded model, a row that is mostly padding, no error of a single row."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folders / "qwen3")
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
-    transformers.AutoTokenizer.from_pretrained(folders / "qwen3").save_pretrained(tmp_path / "sharded")
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    write_text_file(tmp_path / "one.jsonl", num_documents=1)
-    command = [DISTLORA, "analyze", "quantization", "sharded", "--text", "one.jsonl", "--out", "out"]
-    environment = os.environ | {"DISTLORA_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert ended.returncode == 0, ended.stderr
-    perplexity = json.loads((tmp_path / "out" / RESULT_NAME).read_text())["perplexity"]
-    assert perplexity["rows"] == 1
-    assert perplexity["sequence_length"] == 512
-    assert 0 < perplexity["targets"] < 511
-    assert perplexity["formats"]["nf4"]["points_standard_error"] is None
-    assert f"{perplexity['targets']:,} tokens of one.jsonl" in ended.stdout
-    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert again.returncode == 2
-    assert "out holds an earlier analysis" in again.stderr
 
 
 def test_a_checkpoint_in_nf4_has_nothing_to_compare_with(

@@ -246,18 +246,15 @@ def test_the_crossing_is_interpolated_in_log_d_over_pooled_shares() -> None:
     assert search.deviation([[0.8]]) is None
 
 
-@pytest.mark.parametrize(
-    ("shares", "words"),
-    [
+def test_where_nothing_crosses_the_side_is_said() -> None:
+    for shares, words in (
         ({512: [0.8], 1024: [0.91, 0.85]}, "above 1,024"),
         ({512: [0.89, 0.95], 1024: [0.93, 0.97]}, "at most 512"),
         ({512: [0.8], 2048: [1.0]}, "1,024"),
-    ],
-)
-def test_where_nothing_crosses_the_side_is_said(shares: dict[int, list[float]], words: str) -> None:
-    found = search.crossing(shares, 0.9)
-    subspace = {"dimension": found, "side": search.side(shares, 0.9), "points": [{"dimension": d} for d in shares]}
-    assert report.dimension(subspace) == words
+    ):
+        side, points = search.side(shares, 0.9), [{"dimension": d} for d in shares]
+        found = {"dimension": search.crossing(shares, 0.9), "side": side, "points": points}
+        assert report.dimension(found) == words
 
 
 @pytest.mark.ci

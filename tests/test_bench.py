@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from distlora.architecture.shapes import shapes_of
 from distlora.bench import memory as bench
 from distlora.bench.checkpoint import Clock, Saved, measure, measure_ours, results
 from distlora.bench.memory import Cell, Row
@@ -130,15 +129,8 @@ def test_every_bench_has_a_usage_that_needs_no_torch(capsys: pytest.CaptureFixtu
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
 
 
-def test_models_have_the_size_in_their_name() -> None:
-    assert tuple(bench.MODELS) == memory.MODELS
-    units = {"M": 1e6, "B": 1e9}
-    for name, settings in bench.MODELS.items():
-        numel = shapes_of({"model_type": "llama", **settings}, name).numel
-        assert numel == pytest.approx(float(name[:-1]) * units[name[-1]], rel=0.15), name
-
-
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuple(bench.MODELS) == memory.MODELS
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(UserError, match="--ranks=4 exceeds the 2 GPUs of this machine"):
         memory.parse(["--ranks=1,4"])

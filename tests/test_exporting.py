@@ -330,35 +330,26 @@ def test_what_cannot_be_exported_is_refused(
     for arguments, says in words:
         assert main(["export", *arguments]) == 2, arguments
         assert says in capsys.readouterr().err, arguments
+    monkeypatch.setattr("distlora_launcher.cli.export.available_bytes", lambda: 10**8)
+    assert main(["export", run_dir, "--format", "hf"]) == 2
+    assert "about 1.0 GB, the model in fp32, and 0.1 GB can be had here; add --no-check" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["export", run_dir, "--format", "bnb"]) == 2
     cure = "`pip install 'distlora[demo]'`, or add --no-check"
     assert f"the check of --format=bnb needs peft, which is not installed; {cure}" in capsys.readouterr().err
 
 
-def test_a_check_that_does_not_fit_is_refused_before_anything_is_written(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("distlora_launcher.cli.export.available_bytes", lambda: 10**8)
-    assert main(["export", str(place / "lora"), "--format", "hf"]) == 2
-    assert "about 1.0 GB, the model in fp32, and 0.1 GB can be had here; add --no-check" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
-    ("model", "sections", "says"),
+    ("sections", "says"),
     [
-        (
-            "llama",
-            {"adapter": {"method": "full"}, "quant": {"method": "none"}},
-            "has no adapter; .*/model is a Hugging",
-        ),
-        ("llama", {"quant": {"method": "none"}}, "a base of quant=none, and in NF4 that is another"),
+        (FULL, "has no adapter; .*/model is a Hugging"),
+        ({"quant": {"method": "none"}}, "a base of quant=none, and in NF4 that is another"),
     ],
 )
 def test_runs_that_bitsandbytes_cannot_hold_are_refused(
-    place: Path, tmp_path: Path, model: str, sections: dict[str, Any], says: str
+    place: Path, tmp_path: Path, sections: dict[str, Any], says: str
 ) -> None:
-    make_run(tmp_path / "run", place, model, **sections)
+    make_run(tmp_path / "run", place, "llama", **sections)
     (tmp_path / "run" / ("model" if "adapter" in sections else "adapter")).mkdir()
     name = Name(place=str(tmp_path / "run"))
     request = ExportRequest(name=name, format="bnb", out="out", dtype="bf16")

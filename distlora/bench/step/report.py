@@ -137,7 +137,7 @@ def draw(groups: Sequence[Sequence[Measured]], path: Path) -> None:
     cells = {f"{each.cell.title}\n{each.cell.problem}": each for group in groups for each in whole(group)}
     panels = [
         ("tokens/s", {name: tokens_per_second(each) for name, each in cells.items()}),
-        ("memory over imports, MiB per process", {name: each.over_imports / MIB for name, each in cells.items()}),
+        ("MiB per process over imports", {name: each.over_imports / MIB for name, each in cells.items()}),
     ]
     draw_bars("A training step", panels, path)
 

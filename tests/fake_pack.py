@@ -58,6 +58,7 @@ def main(pack: Path) -> int:
         waiting = sorted(numbers(pack / protocol.INBOX) - numbers(pack / protocol.OUTCOMES) - inside.keys())
         for number in waiting[: settings["slots"] - len(inside)]:
             inside[number] = Path(json.loads(protocol.inbox_file(pack, number).read_text())["run_dir"])
+        atomic_io.write_json(pack / protocol.SLOTS_NAME, {"numbers": list(inside)})
         if stopped:
             return 75
         if len(inside) > plan.get("most", 99) or set(plan.get("kills", [])) & inside.keys():

@@ -22,7 +22,7 @@ from distlora_launcher.launch.signals import Forwarder
 from distlora_launcher.sweeps import multi_trial
 from distlora_launcher.sweeps import runner as sweep_runner
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
-from distlora_launcher.sweeps.multi_trial import MultiTrialRun, MultiTrialRunner
+from distlora_launcher.sweeps.multi_trial import MultiTrialProcess, MultiTrialRunner
 from distlora_launcher.sweeps.runner import Outcome, Trial
 from distlora_launcher.sweeps.search import make_search
 from distlora_launcher.sweeps.space import Dimension, Values
@@ -68,7 +68,7 @@ def work(sweep: Sweep) -> Study:
     """Run one worker to its end."""
     study = Study(sweep, make_search(sweep))
     with worker_place(sweep.folder, "worker_0"):
-        Worker(sweep, study, MultiTrialRunner(sweep, 0)).work(Forwarder())
+        Worker(sweep, study, MultiTrialRunner(sweep, 0, Forwarder())).work(Forwarder())
     return study
 
 
@@ -144,7 +144,7 @@ def test_a_process_that_dies_restarts_with_half_and_a_trial_that_dies_alone_fail
 def test_a_later_trial_with_a_lower_number_does_not_fail_for_another(make: Make) -> None:
     """Check an abandoned trial that joins a process of one slot which has another trial."""
     sweep = make(RATES, fake={"kills": [4], "most": 1}, packed=1)
-    runner = MultiTrialRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0, Forwarder())
     runner.slots = 1
     runner.begin(asked(sweep, 4, optim__lr=5e-4))
     runner.begin(asked(sweep, 0, optim__lr=1e-4))
@@ -155,12 +155,12 @@ def test_a_later_trial_with_a_lower_number_does_not_fail_for_another(make: Make)
 
 def test_an_outcome_written_as_the_process_ends_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = make(RATES)
-    runner = MultiTrialRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0, Forwarder())
     runner.begin(asked(sweep, 0, optim__lr=1e-4))
     runner.poll()
-    ended = MultiTrialRun.ended
+    ended = MultiTrialProcess.poll
 
-    def late(pack: MultiTrialRun) -> int | None:
+    def late(pack: MultiTrialProcess) -> int | None:
         """Wait until the process has written and ended."""
         pack.close()
         deadline = time.monotonic() + 60
@@ -169,7 +169,7 @@ def test_an_outcome_written_as_the_process_ends_is_read(make: Make, monkeypatch:
             time.sleep(0.02)
         return code
 
-    monkeypatch.setattr(MultiTrialRun, "ended", late)
+    monkeypatch.setattr(MultiTrialProcess, "poll", late)
     assert [(each.number, each.state) for each in runner.poll()] == [(0, COMPLETE)]
 
 
@@ -177,15 +177,15 @@ def test_an_outcome_written_as_the_process_ends_is_read(make: Make, monkeypatch:
 def test_a_process_stopped_from_outside_saves_and_its_worker_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
     sweep = make(RATES, fake={"hangs": True})
-    runner = MultiTrialRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0, Forwarder())
     runner.begin(asked(sweep, 0, optim__lr=1e-4))
     deadline = time.monotonic() + 60
     while not (sweep.run_dir(0) / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
         runner.poll()
         time.sleep(0.02)
-    assert runner._group is not None
-    runner._group.ask_to_stop()  # As SLURM does.
+    assert runner._process is not None
+    runner._process.ask_to_stop()  # As SLURM does.
     monkeypatch.setattr("distlora_launcher.sweeps.multi_trial.os.kill", lambda *each: sent.append(each))
     assert [each.state for each in until(runner, 1)] == [SAVED]
     assert sent == [(os.getpid(), signal.SIGTERM)]
@@ -197,7 +197,7 @@ def test_each_process_has_the_plan_of_its_largest_trial(make: Make) -> None:
         "adapter.target_modules", tuple(["q_proj", "v_proj", "k_proj", "o_proj"][: n + 1] for n in range(4))
     )
     sweep = make(Values("data.sequence_length", (32, 64)), targets, ranks, packed=3)
-    runner = MultiTrialRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0, Forwarder())
     assert {(adapter.r, len(adapter.target_modules)) for adapter in runner._sizes} == {(8, n) for n in range(1, 5)}
     runner.begin(asked(sweep, 0, data__sequence_length=64, adapter__r=2))
     plan = json.loads((sweep.folder / "packs" / "0" / PLAN_NAME).read_text())
@@ -208,7 +208,7 @@ def test_each_process_has_the_plan_of_its_largest_trial(make: Make) -> None:
 
 def test_a_stop_saves_every_trial_and_the_next_worker_starts_a_clean_process(make: Make) -> None:
     sweep = make(RATES, fake={"hangs": True})
-    runner = MultiTrialRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0, Forwarder())
     for number in range(2):
         runner.begin(asked(sweep, number, optim__lr=1e-4 * (number + 1)))
     deadline = time.monotonic() + 60
@@ -217,10 +217,10 @@ def test_a_stop_saves_every_trial_and_the_next_worker_starts_a_clean_process(mak
         assert runner.poll() == []
         time.sleep(0.02)
     with pytest.raises(UserError, match="is already running in another process"):
-        MultiTrialRunner(sweep, 1).begin(asked(sweep, 0, optim__lr=1e-4))
+        MultiTrialRunner(sweep, 1, Forwarder()).begin(asked(sweep, 0, optim__lr=1e-4))
     runner.stop()
     assert {(each.number, each.state) for each in until(runner, 2)} == {(0, SAVED), (1, SAVED)}
-    again = MultiTrialRunner(sweep, 0)
+    again = MultiTrialRunner(sweep, 0, Forwarder())
     again.begin(asked(sweep, 1, optim__lr=2e-4))
     until_put = again.poll()
     assert until_put == []
@@ -240,11 +240,11 @@ def test_a_trial_that_cannot_be_trained_with_others_is_refused_by_its_setting(ma
 
 def test_a_trial_that_has_its_result_is_not_trained_again(make: Make) -> None:
     sweep = make(RATES)
-    runner = MultiTrialRunner(sweep, 0)
+    runner = MultiTrialRunner(sweep, 0, Forwarder())
     runner.begin(asked(sweep, 0, optim__lr=1e-4))
     assert [each.state for each in until(runner, 1)] == [COMPLETE]
     lines = (sweep.run_dir(0) / "metrics.jsonl").read_text()
-    again = MultiTrialRunner(sweep, 1)
+    again = MultiTrialRunner(sweep, 1, Forwarder())
     again.begin(asked(sweep, 0, optim__lr=1e-4))
     assert [each.state for each in again.poll()] == [COMPLETE]
     assert (sweep.run_dir(0) / "metrics.jsonl").read_text() == lines

@@ -31,7 +31,7 @@ from distlora_launcher.cli.plan_table import MACHINES, MODELS, path_named, plans
 from distlora_launcher.compose.checks import check_parallel, check_writable
 from distlora_launcher.compose.compose import expand_home, known_models, names_model
 from distlora_launcher.compose.planning import choices, planned_model
-from distlora_launcher.sweeps.multi_trial_size import compose_for_plan, plan_together
+from distlora_launcher.sweeps.multi_trial import compose_for_plan, plan_together
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 
@@ -223,7 +223,7 @@ def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answe
     check_parallel(composed.config.parallel, composed.config.cluster.ranks)
     if sweep is not None and sweep.packed != 1:
         check_pack([trial.config for trial in trials])
-        packed = plan_together(sweep, trials)
+        packed = plan_together(sweep, [choices(trial.config, trial.fixed).plan for trial in trials])
         if packed.most != 0:
             return Answer(plan=packed.plan, packed=packed)
     choice = choices(composed.config, composed.fixed)

@@ -11,6 +11,7 @@ from pathlib import Path
 from distlora.config import ClusterConfig, DataConfig, ModelConfig, TrainConfig, UserError, nearest, require
 from distlora.config.places import is_hub_name
 from distlora.config.sweep import SweepConfig
+from distlora.planner.report import packed_trials
 from distlora.run_folder.sweep import JOURNAL_NAME, is_sweep_folder, words_of
 from distlora.training.multi_trial.protocol import check_trial
 from distlora_launcher.compose.checks import check, check_writable
@@ -19,7 +20,7 @@ from distlora_launcher.compose.hub import locate
 from distlora_launcher.compose.planning import decide
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.local_workers import visible_devices
-from distlora_launcher.sweeps.multi_trial_size import check_memory
+from distlora_launcher.sweeps.multi_trial import plan_first_run
 from distlora_launcher.sweeps.search import Cells, Search, check_sampler
 from distlora_launcher.sweeps.space import first_cell, read_section
 from distlora_launcher.terminal.arguments import Parser
@@ -107,7 +108,7 @@ def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
     for line in refused:
         warn(line)
     if sweep.settings.packed != 1:
-        say(f"packed: {check_memory(sweep)}")
+        say(f"packed: {packed_trials(plan_first_run(sweep))}")
 
 
 def check_place(sweep: Sweep, cluster: ClusterConfig) -> None:

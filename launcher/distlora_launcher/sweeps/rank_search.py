@@ -1,8 +1,15 @@
 """Find the smallest adapter rank beyond which doubling it gains only noise (`sweep=rank_search`).
 
-Ranks r, 2r, 4r, ... are real runs that keep their held-out losses by document (train.eval_documents); rank_gains.py
-compares them. Full fine-tuning runs beside if it fits. The first two ranks are due at once; each further rank waits for
-the one before, and a worker that would wait takes full fine-tuning.
+Ranks r, 2r, 4r, ... are real runs that keep their held-out losses by document (train.eval_documents). The first two are
+due at once; each further rank waits for the one before, and a worker that would wait takes full fine-tuning, which runs
+beside if it fits. The last doubling run is one too many, since only that run can tell.
+
+A gain is tested by a paired bootstrap over the held-out documents. Both runs were evaluated on the same documents.
+Document i has n_i target tokens, and the second run's loss sum over them is lower by d_i; the gain is sum(d) / sum(n).
+Its spread is estimated by drawing as many documents as there are, with replacement, B times, and computing the gain of
+each draw (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, 13.3: the percentile interval). Documents are
+drawn, not tokens, since a document's tokens are not independent; both runs' losses of a document are drawn together,
+since a hard document is hard for both. The bootstrap does not show how runs differ by seed.
 
 SWEEP/rank_search.json keeps what is decided once, when the search is made: memory that is available later, or on
 another machine, changes nothing, and reading a sweep needs no model.
@@ -11,14 +18,21 @@ another machine, changes nothing, and reading a sweep needs no model.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distlora.config import AdapterConfig, TrainConfig, UserError, require
 from distlora.config.json_files import Shape, check_shape, object_or_empty, read_object
+from distlora.config.sweep import SweepConfig
+from distlora.data.hashing import hash64
+from distlora.output.tables import Table
 from distlora.planner import plan_of
 from distlora.planner.model import PlannedModel
 from distlora.planner.report import needs
@@ -27,20 +41,7 @@ from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, TrialRecord
 from distlora.system import atomic_io
 from distlora_launcher.compose import planning
-from distlora_launcher.compose.planning import check_planned, machine_here
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.rank_gains import (
-    FULL,
-    Gains,
-    Size,
-    Tried,
-    ladder,
-    ranks_due,
-    recommended,
-    rows_as_json,
-    sentences,
-    table,
-)
 from distlora_launcher.sweeps.search import Due, Search
 
 RANK_SEARCH_NAME = "rank_search.json"
@@ -49,7 +50,281 @@ TRIAL_OVERRIDES = ("train.eval_documents=true",)
 FULL_LR_RATIO = 0.1
 """Learning rate of full fine-tuning, as a fraction of optim.lr: adapters train at about ten times its rate."""
 
+FULL = "full"
+"""Stands for full fine-tuning in place of a rank."""
+Size = int | str
+"""A rank, or FULL."""
+FEW_DOCUMENTS = 50
+"""Documents below which the percentile interval is too narrow: a nominal 95 % covers 89 to 92 % (README.md)."""
+
+BOOTSTRAP = 4
+"""Domain of the hash, beside those in distlora/data/hashing.py."""
+_DRAWN_AT_ONCE = 2**20
+"""Numbers drawn at once: limits memory to about 10 MB for any number of documents and resamples."""
+
 _SHAPE: Shape = {"widest": int, "full_lr": float, "why_not_full": (str, type(None)), "use_rslora": bool}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gain:
+    """Decrease of held-out loss from a first run to a second, in nats per token (or pair)."""
+
+    gain: float
+    low: float
+    high: float
+    """Ends of the percentile interval."""
+
+    @property
+    def is_more_than_noise(self) -> bool:
+        """Return whether the whole interval is above 0."""
+        return self.low > 0
+
+    @property
+    def is_loss(self) -> bool:
+        """Return whether the whole interval is below 0."""
+        return self.high < 0
+
+
+def gain(
+    first: Sequence[float],
+    second: Sequence[float],
+    units: Sequence[int],
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> Gain:
+    """Return the gain between two runs, given their loss sums and units by document, each of length D.
+
+    The same arguments draw the same documents on any machine and with any version of numpy. The interval of a single
+    document is infinite.
+    """
+    counts = np.array(units, np.float64)
+    lower = np.array(first, np.float64) - np.array(second, np.float64)
+    if len(counts) < 2:
+        return Gain(gain=float(lower.sum() / counts.sum()), low=-math.inf, high=math.inf)
+    gains = resampled(lower, counts, resamples, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(gains, [tail, 1 - tail]).tolist()
+    return Gain(gain=float(lower.sum() / counts.sum()), low=low, high=high)
+
+
+def resampled(sums: np.ndarray, units: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return (B,) float64: sum(sums) / sum(units) of B draws of D documents with replacement.
+
+    sums, units: (D,).
+    """
+    documents = len(sums)
+    result = np.empty(resamples, np.float64)
+    step = max(1, _DRAWN_AT_ONCE // documents)
+    for first in range(0, resamples, step):
+        last = min(first + step, resamples)
+        random = hash64((BOOTSTRAP, seed), (last - first) * documents, start=first * documents)
+        # The upper 32 bits times D, over 2^32: every document as likely as another up to D / 2^32.
+        drawn = ((random >> np.uint64(32)) * np.uint64(documents) >> np.uint64(32)).astype(np.int64)
+        drawn = drawn.reshape(last - first, documents)
+        result[first:last] = sums[drawn].sum(axis=1) / units[drawn].sum(axis=1)
+    return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """A run that has ended."""
+
+    documents: DocumentRecord | None = None
+    """Held-out losses by document; None if the run failed."""
+    reason: str | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of the table: trial (its number), trainable_parameters, state_bytes, peak_bytes, planned_bytes,
+    seconds, lr."""
+
+
+def ladder(start: int, most: int, widest: int) -> tuple[int, ...]:
+    """Return `start` and its doublings up to `most`, up to the first that is at least `widest`."""
+    ranks = [start]
+    while ranks[-1] * 2 <= most and ranks[-1] < widest:
+        ranks.append(ranks[-1] * 2)
+    return tuple(ranks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """The ended runs of a search, and what follows from them."""
+
+    settings: SweepConfig
+    ranks: tuple[int, ...]
+    """Ranks that may be tried (`ladder`)."""
+    widest: int
+    """Largest possible rank of any adapted linear."""
+    tried: Mapping[Size, Tried]
+    known: dict[tuple[Size, Size], Gain] = field(default_factory=dict)
+    """Gains computed before: a large bootstrap takes a second."""
+
+    def gain(self, first: Size, second: Size) -> Gain | None:
+        """Return the gain of `second` over `first`; None if one failed or has not ended."""
+        before, after = (self.tried.get(size, Tried()).documents for size in (first, second))
+        if before is None or after is None:
+            return None
+        if (first, second) not in self.known:
+            self.known[first, second] = gain(
+                _finite_losses(before),
+                _finite_losses(after),
+                before.units,
+                resamples=self.settings.bootstrap,
+                confidence=self.settings.confidence,
+                seed=self.settings.seed,
+            )
+        return self.known[first, second]
+
+    def ranks_due(self) -> list[int]:
+        """Return all ranks due so far: the first two, and one more for each doubling that gained more than noise."""
+        due = list(self.ranks[:2])
+        for smaller, larger, next_one in zip(self.ranks, self.ranks[1:], self.ranks[2:], strict=False):
+            found = self.gain(smaller, larger)
+            if found is None or not found.is_more_than_noise:
+                break
+            due.append(next_one)
+        return due
+
+    def recommended(self) -> int | None:
+        """Return the largest rank whose doublings gained more than noise; None if no rank's run is complete."""
+        best = next((rank for rank in self.ranks if self.tried.get(rank, Tried()).documents is not None), None)
+        for smaller, larger in itertools.pairwise(self.ranks):
+            found = self.gain(smaller, larger)
+            if smaller == best and found is not None and found.is_more_than_noise:
+                best = larger
+        return best
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row per ended run, for programs. Numbers that JSON cannot hold are None.
+
+        A rank's gain is over half of it, full fine-tuning's over the recommended rank.
+        """
+        pairs: list[tuple[Size, Size | None]] = []
+        pairs += [(rank, rank // 2 if rank != self.ranks[0] else None) for rank in self.ranks if rank in self.tried]
+        pairs += [(FULL, self.recommended())] if FULL in self.tried else []
+        rows = []
+        for size, against in pairs:
+            run, found = self.tried[size], None if against is None else self.gain(against, size)
+            is_bounded = found is not None and math.isfinite(found.low)
+            rows.append(
+                {
+                    "size": size,
+                    "against": against,
+                    "loss": None if run.documents is None else run.documents.loss,
+                    "gain": None if found is None else found.gain,
+                    "low": found.low if found is not None and is_bounded else None,
+                    "high": found.high if found is not None and is_bounded else None,
+                    "verdict": _verdict(run, against, found),
+                    **run.figures,
+                }
+            )
+        return rows
+
+    def table(self) -> Table:
+        """Return the rows for people."""
+        head = ["rank", "trained", "state, MiB", "peak, MiB", "planned, MiB", "seconds", "held-out loss", "gain"]
+        lines = [[*head, f"{self.settings.confidence * 100:.4g} % interval", "verdict"]]
+        for row in self.rows():
+            interval = "-" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
+            lines.append(
+                [
+                    str(row["size"]),
+                    _cell(row, "trainable_parameters", ","),
+                    *(_cell(row, name, ",.1f", 2**20) for name in ("state_bytes", "peak_bytes", "planned_bytes")),
+                    _cell(row, "seconds", ".1f"),
+                    _cell(row, "loss", ".4f"),
+                    _cell(row, "gain", "+.4f"),
+                    interval,
+                    row["verdict"],
+                ]
+            )
+        return Table("Ranks", lines)
+
+    def sentences(self) -> Iterator[str]:
+        """Yield the recommendation and its reason, the gain of full fine-tuning, failures and warnings."""
+        best = self.recommended()
+        if best is None:
+            yield "No rank can be recommended: no rank's run is complete."
+        else:
+            number = self.tried[best].figures.get("trial")
+            which = "" if number is None else f" (trial {number})"
+            yield f"Recommended: adapter.r={best}{which}. {self._reason(best)}"
+        for size, run in self.tried.items():
+            if run.documents is None:
+                name = "Full fine-tuning" if size == FULL else f"The run with r={size}"
+                yield f"{name} failed: {run.reason}"
+        if best is None:
+            return
+        found = self.gain(best, FULL)
+        if found is not None:
+            lr = self.tried[FULL].figures.get("lr")
+            given = "" if lr is None else f" (lr {lr:g}, not tuned: sweep.full_lr)"
+            how = f"as r={best} within noise: lower by {_interval(found)}"
+            if found.is_more_than_noise:
+                how = f"lower than r={best} by {_interval(found)}"
+            elif found.is_loss:
+                how = f"higher than r={best} by {_interval(found, -1)}"
+            yield f"Full fine-tuning{given} ends {how}."
+        documents = self.tried[best].documents
+        count = 0 if documents is None else len(documents.units)
+        if count < FEW_DOCUMENTS:
+            yield (
+                f"Only {count} document{'s are' if count != 1 else ' is'} held out, so the interval is too narrow, or "
+                "infinite. Hold out more (data.eval_fraction, data.eval_path)."
+            )
+
+    def _reason(self, best: int) -> str:
+        """Return why this rank is recommended, and not half or twice of it."""
+        reasons = []
+        before, after = self.gain(best // 2, best), self.gain(best, best * 2)
+        if best != self.ranks[0] and before is not None:
+            fall = f"the held-out loss falls by {_interval(before)}"
+            reasons.append(f"From {best // 2} to {best} {fall}, more than its noise")
+        if after is not None and after.is_loss:
+            reasons.append(
+                f"from {best} to {best * 2} it rises by {_interval(after, -1)}: the larger rank is worse at this "
+                "learning rate"
+            )
+        elif after is not None:
+            reasons.append(f"from {best} to {best * 2} it falls by {_interval(after)}, no more than noise")
+        elif best * 2 in self.tried:
+            reasons.append(f"the gain of {best * 2} is unknown: its run failed")
+        elif best == self.ranks[-1] and best >= self.widest:
+            reasons.append(f"no adapted linear can use more: their largest possible rank is {self.widest}")
+        elif best == self.ranks[-1]:
+            reasons.append(f"a higher rank may gain more: sweep.rank_most ended the search; set it to {best * 2}")
+        if best == self.ranks[0] and after is not None:
+            reasons.append(f"a lower rank was not tried: set sweep.rank_start={max(1, best // 2)}")
+        text = "; ".join(reasons)
+        return text[:1].upper() + text[1:] + "." if text else ""
+
+
+def _finite_losses(record: DocumentRecord) -> list[float]:
+    losses = [loss for loss in record.losses if loss is not None]
+    assert len(losses) == len(record.losses), "a run with a loss that is not finite has failed"
+    return losses
+
+
+def _verdict(run: Tried, against: Size | None, found: Gain | None) -> str:
+    if run.documents is None:
+        return "failed"
+    if found is None:
+        return "first rank" if against is None else f"{against} failed"
+    if found.is_more_than_noise:
+        return f"lower than {against}"
+    return f"higher than {against}" if found.is_loss else f"no difference to {against}"
+
+
+def _interval(found: Gain, sign: int = 1) -> str:
+    """Return a gain, or with sign=-1 a loss, as `0.0120 nats (0.0040 to 0.0201)`."""
+    low, high = sorted((sign * found.low, sign * found.high))
+    return f"{sign * found.gain:.4f} nats ({low:.4f} to {high:.4f})"
+
+
+def _cell(row: Mapping[str, Any], name: str, style: str, unit: int = 1) -> str:
+    value = row.get(name)
+    return "-" if value is None else format(value if unit == 1 else value / unit, style)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +354,6 @@ def read_setup(folder: Path) -> Setup | None:
     values = read_object(path, remedy)
     check_shape(values, _SHAPE, path, remedy)
     return Setup(**{name: values[name] for name in _SHAPE})
-
-
-def write_setup(folder: Path, setup: Setup) -> None:
-    """Write SWEEP/rank_search.json."""
-    atomic_io.write_json(folder / RANK_SEARCH_NAME, dataclasses.asdict(setup))
 
 
 def decide(sweep: Sweep) -> Setup:
@@ -138,8 +408,8 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
     try:
         config = sweep.compose(0, setup.values_of_full, TRIAL_OVERRIDES).config
         model = planning.planned_model(config)
-        check_planned(config.spec, config.train, config.parallel, model)
-        plan = plan_of(config, model, machine_here(config))
+        planning.check_planned(config.spec, config.train, config.parallel, model)
+        plan = plan_of(config, model, planning.machine_here(config))
     except UserError as error:
         return str(error)
     if plan.fits is None:
@@ -155,7 +425,7 @@ class RankSearch(Search):
     def __init__(self, sweep: Sweep) -> None:
         """Raise UserError for settings that leave nothing to search, or that set the rank themselves."""
         self._sweep, self._settings = sweep, sweep.settings
-        self._gains = Gains(sweep.settings)
+        self._known: dict[tuple[Size, Size], Gain] = {}
         self._check()
         self._setup = read_setup(sweep.folder) or decide(sweep)
         self._ranks = ladder(self._settings.rank_start, self._settings.rank_most, self._setup.widest)
@@ -207,67 +477,60 @@ class RankSearch(Search):
         The first call, before there is any trial, writes the setup.
         """
         if not trials and read_setup(self._sweep.folder) is None:
-            write_setup(self._sweep.folder, self._setup)
-        started, tried = {trial_size(trial) for trial in trials}, self._tried(trials)
-        due: list[Size] = [rank for rank in ranks_due(self._ranks, tried, self._gains) if rank not in started]
+            path = self._sweep.folder / RANK_SEARCH_NAME
+            atomic_io.write_json(path, dataclasses.asdict(self._setup))
+        started, found = {trial_size(trial) for trial in trials}, self._compare(trials)
+        due: list[Size] = [rank for rank in found.ranks_due() if rank not in started]
         if not due and FULL not in started and self._setup.why_not_full is None:
             due = [FULL]
         if due:
-            return [self._values(size) for size in due]
-        return Due.END if started == tried.keys() else Due.WAIT
+            return [self._setup.values_of_full if size == FULL else {"adapter.r": size} for size in due]
+        return Due.END if started == found.tried.keys() else Due.WAIT
 
-    def _values(self, size: Size) -> dict[str, Any]:
-        if size != FULL:
-            return {"adapter.r": size}
-        return self._setup.values_of_full
-
-    def _tried(self, trials: Sequence[TrialRecord]) -> dict[Size, Tried]:
-        """Return the ended runs; one without comparable losses by document counts as failed."""
-        found: dict[Size, Tried] = {}
+    def _compare(self, trials: Sequence[TrialRecord]) -> Comparison:
+        """Compare the ended runs; one without comparable losses by document counts as failed."""
+        tried: dict[Size, Tried] = {}
         first: tuple[DocumentRecord, str] | None = None
         for trial in sorted(trials, key=lambda trial: trial.number):
             if trial.state in (FAILED, PRUNED):
-                found[trial_size(trial)] = Tried(reason=trial.reason or trial.state)
+                tried[trial_size(trial)] = Tried(reason=trial.reason or trial.state)
             elif trial.state == COMPLETE:
-                tried = read(trial, self._sweep.folder)
-                name = str(trial.folder(self._sweep.folder))
-                if tried.documents is not None and first is None:
-                    first = tried.documents, name
-                elif tried.documents is not None and first is not None:
-                    try:
-                        check_paired(first[0], tried.documents, (first[1], name))
-                    except UserError as error:
-                        tried = Tried(reason=str(error))
-                found[trial_size(trial)] = tried
-        return found
+                folder = trial.folder(self._sweep.folder)
+                try:
+                    run = read(trial, folder)
+                    if first is not None and run.documents is not None:
+                        check_paired(first[0], run.documents, (first[1], str(folder)))
+                    elif run.documents is not None:
+                        first = run.documents, str(folder)
+                except UserError as error:
+                    run = Tried(reason=str(error))
+                tried[trial_size(trial)] = run
+        widest = self._setup.widest
+        return Comparison(settings=self._settings, ranks=self._ranks, widest=widest, tried=tried, known=self._known)
 
     def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
         """Return the table of ranks, the recommendation and its reason."""
-        tried = self._tried(trials)
-        if not tried:
+        found = self._compare(trials)
+        if not found.tried:
             return []
-        shown = table(self._ranks, tried, self._gains, confidence=self._settings.confidence).markdown().splitlines()
-        return [*shown, "", *(f"- {sentence}" for sentence in self._sentences(trials, tried))]
+        return [*found.table().markdown().splitlines(), "", *(f"- {text}" for text in self._sentences(trials, found))]
 
     def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
         """Return `rows` of the table, `recommended` (null until the end), `confidence` and `sentences`."""
-        tried = self._tried(trials)
+        found = self._compare(trials)
         return {
-            "rows": rows_as_json(self._ranks, tried, self._gains),
-            "recommended": recommended(self._ranks, tried, self._gains) if self._is_over(trials) else None,
+            "rows": found.rows(),
+            "recommended": found.recommended() if self.next(trials) is Due.END else None,
             "confidence": self._settings.confidence,
-            "sentences": list(self._sentences(trials, tried)),
+            "sentences": list(self._sentences(trials, found)),
         }
 
-    def _is_over(self, trials: Sequence[TrialRecord]) -> bool:
-        return self.next(trials) is Due.END
-
-    def _sentences(self, trials: Sequence[TrialRecord], tried: Mapping[Size, Tried]) -> Iterator[str]:
-        if self._is_over(trials):
-            yield from sentences(self._ranks, tried, self._gains)
+    def _sentences(self, trials: Sequence[TrialRecord], found: Comparison) -> Iterator[str]:
+        if self.next(trials) is Due.END:
+            yield from found.sentences()
         else:
             yield "The search has not ended yet."
-        if FULL not in tried and self._setup.why_not_full is not None:
+        if FULL not in found.tried and self._setup.why_not_full is not None:
             yield self._setup.why_not_full
         if not self._setup.use_rslora:
             yield (
@@ -283,13 +546,9 @@ def trial_size(trial: TrialRecord) -> Size:
     return FULL if trial.values.get("adapter") == "full" else int(trial.values["adapter.r"])
 
 
-def read(trial: TrialRecord, sweep: Path) -> Tried:
-    """Return the losses by document of a complete run, and its figures for the table."""
-    folder = trial.folder(sweep)
-    try:
-        documents = read_documents(folder)
-    except UserError as error:
-        return Tried(reason=str(error))
+def read(trial: TrialRecord, folder: Path) -> Tried:
+    """Return the losses by document of a complete run, and its figures for the table. Raises UserError if damaged."""
+    documents = read_documents(folder)
     if documents.loss is None:
         return Tried(reason="its held-out loss is not finite")
     if trial.step is not None and documents.step != trial.step:

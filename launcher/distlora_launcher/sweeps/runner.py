@@ -24,6 +24,7 @@ from distlora_launcher.sweeps.folder import LOGS, Sweep
 MODULE = "distlora_launcher.cli.main"
 """Module with the commands `train` and `resume`."""
 
+POLL_SECONDS = 0.2
 RELEASE_SECONDS = 60
 """Time in seconds to wait for a killed worker's launcher to release a run folder."""
 

@@ -32,13 +32,12 @@ from distlora_launcher.launch.signals import Forwarder, block, forwarding
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
 from distlora_launcher.sweeps.results import effects, write_at_end, write_table
-from distlora_launcher.sweeps.runner import Outcome, Runner, SingleTrialRunner, Trial
+from distlora_launcher.sweeps.runner import POLL_SECONDS, Outcome, Runner, SingleTrialRunner, Trial
 from distlora_launcher.sweeps.search import Due, Search, make_search
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
-POLL_SECONDS = 0.2
 TAIL_BYTES = 200
 """Bytes compared to detect a rewritten file: more than the line of an evaluation."""
 STRANGE_FAILURES = 3
@@ -221,12 +220,12 @@ def read_summary(run_dir: Path) -> Mapping[str, Any]:
     }
 
 
-def make_runner(sweep: Sweep, index: int) -> Runner:
+def make_runner(sweep: Sweep, index: int, forwarder: Forwarder) -> Runner:
     """Return the runner of worker `index`."""
     if sweep.settings.packed == 1:
         return SingleTrialRunner(sweep)
     packs = importlib.import_module("distlora_launcher.sweeps.multi_trial")
-    runner: Runner = packs.MultiTrialRunner(sweep, index)
+    runner: Runner = packs.MultiTrialRunner(sweep, index, forwarder)
     return runner
 
 
@@ -263,7 +262,7 @@ def run(folder: Path, index: int) -> int:
     place = f"worker_{index}"
     with worker_place(folder, place), forwarding() as forwarder:
         study = Study(sweep, search, place=place)
-        code = Worker(sweep, study, make_runner(sweep, index)).work(forwarder)
+        code = Worker(sweep, study, make_runner(sweep, index, forwarder)).work(forwarder)
         conclude(sweep, study, search)
     return code
 

@@ -20,7 +20,7 @@ from distlora.config.cluster import sbatch_seconds
 from distlora.config.file import build
 from distlora_launcher.cli.main import main
 from distlora_launcher.jobs import submit
-from distlora_launcher.jobs.script import render, render_workers
+from distlora_launcher.jobs.script import mounts, render, render_workers
 from distlora_launcher.launch import local, node
 from fake_slurm import FakeSlurm, job_record
 from launcher_fakes import write_data, write_model
@@ -90,11 +90,16 @@ def golden_scripts() -> dict[str, str]:
     }
     tasks = [run_config(f"/runs/sweep/{number}", **of_all) for number in (0, 1, 2, 3, 7)]
     whole = run_config("/runs/sweep", **of_all)
-    workers = {"trials": "trials/*", "time_limit_in": "#SBATCH --time in job.sbatch", "again": "distlora resume $SWEEP"}
-    worker = ["distlora_launcher.sweeps.worker", "/runs/sweep"]
+
+    def workers_of(config: Config, workers: int) -> str:
+        worker = ["distlora_launcher.sweeps.worker", "/runs/sweep"]
+        options: dict[str, Any] = {"gpus": True, "trials": "trials/*", "mounts": mounts([config])}
+        folder, cluster = Path(config.run_dir), config.cluster
+        return render_workers(folder, config.name, cluster, workers=workers, worker=worker, **options)
+
     return {
-        "sweep": render_workers(whole, gpus=True, workers=4, worker=worker, **workers),
-        "sweep_container": render_workers(everything, gpus=True, workers=2, worker=worker, **workers),
+        "sweep": workers_of(whole, 4),
+        "sweep_container": workers_of(everything, 2),
         "simple": render(run_config("/runs/one", requeue=False), gpus=False),
         "container": render(everything, gpus=True),
         "array": render(whole, gpus=True, tasks=tasks),

@@ -37,7 +37,7 @@ from distlora.run_folder.sweep import (
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch.lock import holders, lock_run, worker_place
 from distlora_launcher.launch.signals import Forwarder
-from distlora_launcher.sweeps import local_workers, runner, study
+from distlora_launcher.sweeps import runner, start, study
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.parse import parse_sweep, pinned
 from distlora_launcher.sweeps.plots import make_scale
@@ -566,8 +566,8 @@ def start_sweep(sweep: Sweep, tmp_path: Path) -> subprocess.Popen[bytes]:
     )
     code = (
         "import sys; from pathlib import Path; "
-        "from distlora_launcher.sweeps import folder, local_workers; sweep = folder.load_sweep(Path(sys.argv[1])); "
-        "sys.exit(local_workers.run_workers_here(sweep, 1))"
+        "from distlora_launcher.sweeps import folder, start; sweep = folder.load_sweep(Path(sys.argv[1])); "
+        "sys.exit(start.run_workers_here(sweep, 1))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)]), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=environment, start_new_session=True)
@@ -631,11 +631,11 @@ def test_a_model_on_the_hub_is_of_one_commit_for_all_trials(tmp_path: Path, monk
 
 def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,2")
-    assert local_workers.visible_devices(2, 2) == ["4,5", "6,7"]
+    assert start.visible_devices(2, 2) == ["4,5", "6,7"]
     with pytest.raises(UserError, match=r"need 6 GPUs, and this node has 5; set sweep.workers=2"):
-        local_workers.visible_devices(3, 2)
+        start.visible_devices(3, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert local_workers.visible_devices(2, 1) == [None, None]
+    assert start.visible_devices(2, 1) == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from distlora.run_folder.sweep import CANCELLED_NAME, is_sweep_folder, sweep_of
 from distlora_launcher.cli.status import Status, describe, statuses
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
+from distlora_launcher.jobs.submit import live_jobs
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.launch.processes import Process, host_name
-from distlora_launcher.sweeps.slurm_array import live_jobs
 from distlora_launcher.sweeps.wandb_agents import is_agents_folder
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown

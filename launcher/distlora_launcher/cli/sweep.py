@@ -8,10 +8,10 @@ from distlora.config import Config, require
 from distlora.system.exit_codes import DONE
 from distlora_launcher.launch.lock import holders
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
-from distlora_launcher.sweeps.local_workers import run_workers_here, show_results
 from distlora_launcher.sweeps.parse import check_place, check_trials, parse_sweep, pinned
 from distlora_launcher.sweeps.search import check_optuna, make_search
 from distlora_launcher.sweeps.space import first_cell
+from distlora_launcher.sweeps.start import render_script, run_workers_here, show_results, submit
 from distlora_launcher.terminal.output import say, shown
 
 USAGE = """usage: distlora sweep [sweep=grid|random|optuna|rank_search] [setting=a,b ...] [setting=value ...]
@@ -56,7 +56,6 @@ def main(arguments: list[str]) -> int:
     sweep = pinned(sweep, first.config.model)
     if first.config.cluster.launcher == "slurm":
         from distlora_launcher.jobs.submit import check_with_slurm
-        from distlora_launcher.sweeps.slurm_array import render_script
 
         check_with_slurm(render_script(sweep, first.config))
     make_sweep(sweep)
@@ -91,7 +90,5 @@ def resume_trials(folder: Path) -> int:
 def start(sweep: Sweep, config: Config) -> int:
     """Start the workers of a sweep on this node, or as a SLURM array. Returns the exit code."""
     if config.cluster.launcher == "slurm":
-        from distlora_launcher.sweeps.slurm_array import submit
-
         return submit(sweep, config)
     return run_workers_here(sweep, config.cluster.gpus_per_node)

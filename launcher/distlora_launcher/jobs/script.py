@@ -33,69 +33,97 @@ def render(config: Config, *, gpus: bool, tasks: Sequence[Config] = ()) -> str:
     config.run_dir is then the folder of the sweep, whose runs are in folders named by their numbers. gpus: whether to
     request GPUs. Raises UserError for a text that #SBATCH cannot hold.
     """
-    numbers = [int(Path(task.run_dir).name) for task in tasks]
-    folder = Path(config.run_dir)
     return _fill(
         _RUN_TEMPLATE,
-        config,
-        tasks or [config],
-        title=_title(config.name, config.cluster, f"{len(tasks)} runs, each " if tasks else ""),
-        options=_options(config, gpus, numbers),
+        Path(config.run_dir),
+        config.name,
+        config.cluster,
+        what=f"{len(tasks)} runs, each " if tasks else "",
+        gpus=gpus,
+        tasks=[int(Path(task.run_dir).name) for task in tasks],
+        log=f"%a/logs/{SLURM}%A_%a.log" if tasks else f"logs/{SLURM}%j.log",
+        mounts=mounts(tasks or [config]),
         array=len(tasks) > 0,
-        run=shlex.quote(str(folder)),
+        run=shlex.quote(config.run_dir),
         time_limit_in="cluster.time_limit in $RUN/config.yaml",
         again="distlora resume $RUN",
     )
 
 
 def render_workers(
-    config: Config, *, gpus: bool, workers: int, worker: Sequence[str], trials: str, time_limit_in: str, again: str
+    folder: Path,
+    name: str,
+    cluster: ClusterConfig,
+    *,
+    gpus: bool,
+    workers: int,
+    worker: Sequence[str],
+    trials: str,
+    mounts: Sequence[str] = (),
 ) -> str:
-    """Return the script of an array of workers of the sweep in config.run_dir.
+    """Return the script of an array of workers of the sweep in a folder.
 
     Each runs `python -m` with the arguments `worker` and its number. trials: a bash pattern of the trials' folders.
+    mounts: folders that a container needs beside the sweep's.
     """
-    quoted = " ".join(map(shlex.quote, worker))
     return _fill(
         _SWEEP_TEMPLATE,
-        config,
-        [config],
-        title=_title(config.name, config.cluster, f"{workers} worker{'s' if workers > 1 else ''} of a sweep, each "),
-        options=_options(config, gpus, range(workers), log=f"logs/{SLURM}%A_%a.log"),
-        sweep=shlex.quote(config.run_dir),
+        folder,
+        name,
+        cluster,
+        what=f"{workers} worker{'s' if workers > 1 else ''} of a sweep, each ",
+        gpus=gpus,
+        tasks=range(workers),
+        log=f"logs/{SLURM}%A_%a.log",
+        mounts=mounts,
+        sweep=shlex.quote(str(folder)),
         submitter=shlex.quote(sys.executable),
-        worker=f'{quoted} --index "$SLURM_ARRAY_TASK_ID"',
+        worker=f'{shlex.join(worker)} --index "$SLURM_ARRAY_TASK_ID"',
         trials=trials,
-        time_limit_in=time_limit_in,
-        again=again,
+        time_limit_in=f"#SBATCH --time in {SCRIPT_NAME}",
+        again="distlora resume $SWEEP",
     )
 
 
 def _fill(
-    template: str, config: Config, runs: Sequence[Config], *, options: Sequence[tuple[str, str | None]], **values: Any
+    template: str,
+    folder: Path,
+    name: str,
+    cluster: ClusterConfig,
+    *,
+    what: str,
+    gpus: bool,
+    tasks: Sequence[int],
+    log: str,
+    mounts: Sequence[str],
+    **values: Any,
 ) -> str:
-    """Return a template rendered with `values` and the cluster's settings."""
+    """Return a template rendered with `values` and the cluster's settings; `log` is relative to the folder."""
     import jinja2
 
-    cluster, folder = config.cluster, Path(config.run_dir)
+    nodes = "one node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
+    processes = "one process" if cluster.gpus_per_node == 1 else f"{cluster.gpus_per_node} processes"
+    of_each = " on each" if cluster.nodes > 1 else ""
+    output = f"{folder}".replace("%", "%%") + f"/{log}"
     files = resources.files("distlora_launcher.slurm")
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: files.joinpath(name).read_text(encoding="utf-8")),
+        loader=jinja2.FunctionLoader(lambda file: files.joinpath(file).read_text(encoding="utf-8")),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template(template).render(
+        title=f"distlora: {_one_line('name', name)}, {what}on {nodes}, {processes}{of_each}.",
         script=shlex.quote(str(folder / SCRIPT_NAME)),
-        options=[_option(name, value) for name, value in options] + list(cluster.sbatch),
+        options=[*_options(name, cluster, gpus, tasks, output), *cluster.sbatch],
         port=cluster.port,
         python="python" if cluster.container else shlex.quote(sys.executable),
         setup=cluster.setup,
         environment=[(name, shlex.quote(value)) for name, value in cluster.environment.items()],
         signal_seconds=cluster.signal_seconds,
         requeue=cluster.requeue,
-        srun=_srun_options(cluster, _places(runs)),
+        srun=_srun_options(cluster, mounts),
         container=cluster.container is not None,
         **values,
     )
@@ -132,48 +160,29 @@ def _sum(script: str) -> str:
     return f"{hashlib.sha256(script.encode()).hexdigest()}  {SCRIPT_NAME}\n"
 
 
-def _title(name: str, cluster: ClusterConfig, what: str) -> str:
-    """Return the script's title: its run and size."""
-    title = f"distlora: {_one_line('name', name)}"
-    nodes = "one node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
-    processes = "one process" if cluster.gpus_per_node == 1 else f"{cluster.gpus_per_node} processes"
-    of_each = " on each" if cluster.nodes > 1 else ""
-    return f"{title}, {what}on {nodes}, {processes}{of_each}."
-
-
-def _options(
-    config: Config, gpus: bool, tasks: Sequence[int], *, log: str | None = None
-) -> list[tuple[str, str | None]]:
-    """Return sbatch's options by name; None stands for an option without a value.
-
-    The user's own options follow them, and so win. log: path of the log in the folder, if the tasks share the folder.
-    """
-    cluster = config.cluster
-    log = log or (f"logs/{SLURM}%j.log" if not tasks else f"%a/logs/{SLURM}%A_%a.log")
-    folder = config.run_dir.replace("%", "%%")
+def _options(name: str, cluster: ClusterConfig, gpus: bool, tasks: Sequence[int], output: str) -> list[str]:
+    """Return sbatch's options. The user's own options follow them, and so win."""
     throttle = f"%{cluster.max_parallel}" if cluster.max_parallel is not None else ""
-    options: list[tuple[str, str | None]] = [("job-name", config.name)]
-    for name, value in (
-        ("partition", cluster.partition),
-        ("account", cluster.account),
-        ("qos", cluster.qos),
-        ("time", cluster.time_limit),
-    ):
-        options += [(name, value)] if value is not None else []
-    options += [("array", ranges(tasks) + throttle)] if tasks else []
-    options += [("nodes", str(cluster.nodes)), ("ntasks-per-node", "1")]
-    if gpus and not any(_GPU_OPTION.match(option) for option in cluster.sbatch):
-        options.append(("gpus-per-node", str(cluster.gpus_per_node)))
-    options += [("cpus-per-task", str(cluster.cpus_per_task))] if cluster.cpus_per_task is not None else []
-    options += [("mem", cluster.memory)] if cluster.memory is not None else []
-    return [
-        *options,
-        ("signal", f"B:USR1@{cluster.signal_seconds}"),
-        ("requeue" if cluster.requeue else "no-requeue", None),
-        ("chdir", str(Path.cwd())),
-        ("output", f"{folder}/{log}"),
-        ("open-mode", "append"),
-    ]
+    asks_for_gpus = gpus and not any(_GPU_OPTION.match(option) for option in cluster.sbatch)
+    options = {
+        "job-name": name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "time": cluster.time_limit,
+        "array": ranges(tasks) + throttle if tasks else None,
+        "nodes": str(cluster.nodes),
+        "ntasks-per-node": "1",
+        "gpus-per-node": str(cluster.gpus_per_node) if asks_for_gpus else None,
+        "cpus-per-task": None if cluster.cpus_per_task is None else str(cluster.cpus_per_task),
+        "mem": cluster.memory,
+        "signal": f"B:USR1@{cluster.signal_seconds}",
+        "requeue" if cluster.requeue else "no-requeue": "",
+        "chdir": str(Path.cwd()),
+        "output": output,
+        "open-mode": "append",
+    }
+    return [_option(option, value) for option, value in options.items() if value is not None]
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -193,9 +202,9 @@ def array_option(script: str, numbers: Sequence[int]) -> str:
     return f"--array={ranges(numbers)}{throttle[1] if throttle is not None else ''}"
 
 
-def _option(name: str, value: str | None) -> str:
+def _option(name: str, value: str) -> str:
     """Return `--name=value` as a line of #SBATCH, which knows double quotes and the backslash."""
-    if value is None:
+    if not value:
         return f"--{name}"
     value = _one_line(f"--{name}", value)
     plain = re.fullmatch(r"[\w./:@%+,=\[\]-]+", value) is not None
@@ -208,25 +217,27 @@ def _one_line(what: str, value: str) -> str:
     return value
 
 
-def _srun_options(cluster: ClusterConfig, places: Sequence[str]) -> list[str]:
+def _srun_options(cluster: ClusterConfig, mounts: Sequence[str]) -> list[str]:
     """Return the options of srun, with those that a step does not inherit from its job."""
     options = ["--kill-on-bad-exit=1", "--export=ALL"]
     if cluster.cpus_per_task is not None:  # Not inherited since SLURM 22.05.
         options.append(f"--cpus-per-task={cluster.cpus_per_task}")
     if cluster.container is not None:
-        mounts = [f"{place}:{place}" for place in places] + list(cluster.container_mounts)
+        pairs = [f"{place}:{place}" for place in mounts] + list(cluster.container_mounts)
         options.append(f"--container-image={shlex.quote(cluster.container)}")
         # The run folder by its variable: each task of an array has its own.
-        options.append(f'--container-mounts="$RUN:$RUN",{shlex.quote(",".join(mounts))}')
+        options.append(f'--container-mounts="$RUN:$RUN",{shlex.quote(",".join(pairs))}')
     return options
 
 
-def _places(runs: Sequence[Config]) -> list[str]:
+def mounts(runs: Sequence[Config]) -> list[str]:
     """Return the folders that runs read outside their run folders: models, data cache, quantized weights, adapters."""
     places = []
     for run in runs:
         if not is_hub_name(run.model.path):
-            places.append(_with_links(Path(run.model.path)))
+            model = Path(run.model.path)
+            # A snapshot of the hub's cache links into the folder two above it.
+            places.append(model.parent.parent if model.parent.name == "snapshots" else model)
         places.append(Path(run.data.cache_dir))
         if run.quant.keeps_shards:  # In the container it would be kept in memory.
             places.append(Path(run.quant.cache_dir))
@@ -234,8 +245,3 @@ def _places(runs: Sequence[Config]) -> list[str]:
             places.append(Path(run.adapter.init_from))
     outer = [place for place in places if not any(other in place.parents for other in places)]
     return [str(place) for place in dict.fromkeys(outer)]
-
-
-def _with_links(model: Path) -> Path:
-    """Return the folder with a model's files: a snapshot of the hub's cache links into the folder two above it."""
-    return model.parent.parent if model.parent.name == "snapshots" else model

@@ -124,6 +124,15 @@ def live_job(run_dir: Path) -> Job | None:
     return job if job is not None and job.is_live else None
 
 
+def live_jobs(folder: Path) -> list[Job]:
+    """Return the pending and running tasks of a sweep's last array. Raises SchedulerError if SLURM cannot be asked."""
+    submission = read_submission(folder)
+    if submission is None or not scheduler.is_here():
+        return []
+    jobs = scheduler.find_jobs(submission.job_id).values()
+    return [job for job in jobs if job.is_live and job.is_of(folder / "trials")]
+
+
 def make_ready(run_dir: Path, config: Config) -> int:
     """Check a run that is to continue, and restore its model and data. Returns the exit code."""
     restore(config.model)

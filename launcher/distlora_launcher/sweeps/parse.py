@@ -19,10 +19,10 @@ from distlora_launcher.compose.compose import MOST_JOBS_CHECKED, Composed, compo
 from distlora_launcher.compose.hub import locate
 from distlora_launcher.compose.planning import decide
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.local_workers import visible_devices
 from distlora_launcher.sweeps.multi_trial import plan_first_run
 from distlora_launcher.sweeps.search import Cells, Search, check_sampler
 from distlora_launcher.sweeps.space import first_cell, read_section
+from distlora_launcher.sweeps.start import visible_devices
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, warn
 

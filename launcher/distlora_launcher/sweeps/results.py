@@ -29,6 +29,7 @@ from distlora.run_folder.sweep import (
 from distlora.system import atomic_io
 from distlora.system.numbers import length
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
+from distlora_launcher.jobs.submit import live_jobs
 from distlora_launcher.launch.local import write_report
 from distlora_launcher.launch.lock import holders
 from distlora_launcher.launch.processes import Process
@@ -37,7 +38,6 @@ from distlora_launcher.report.records import PageStatus, recorded
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.search import Due, Search, make_search
-from distlora_launcher.sweeps.slurm_array import live_jobs
 from distlora_launcher.terminal.output import aligned, say, shown, warn
 
 RESULTS_MD = "results.md"

@@ -7,20 +7,18 @@ is given again, before new values are requested.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.config import ClusterConfig, Config, UserError, require
+from distlora.config import ClusterConfig, Config, DataConfig, QuantConfig, UserError, require
 from distlora.config.file import as_mapping, build
 from distlora.config.json_files import read_object
 from distlora.run_folder.layout import find_result
@@ -106,17 +104,29 @@ def main(arguments: list[str]) -> int:
         "wandb agents need wandb, which is not installed; pip install wandb",
     )
     if index is None and cluster.launcher == "slurm":
-        submitted: int = importlib.import_module("distlora_launcher.sweeps.slurm_array").submit_agents(request, cluster)
-        return submitted
-    (request.folder / "logs").mkdir(parents=True, exist_ok=True)
-    # Several commands may share a folder, also from several nodes; the index of an array's task is unique.
-    name = f"agents_{host_name()}_{os.getpid()}" if index is None else f"agent_{index}"
+        submit_agents(request, cluster)
+        return DONE
+    logs = request.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    # Several commands may share a folder, also from several nodes.
+    name = f"agents_{host_name()}_{os.getpid()}"
     with worker_place(request.folder, name), forwarding() as forwarder:
         if index is None:
             request.keep()
-        code = Agents(request, [index] if index is not None else range(request.workers), cluster).run(forwarder)
+        if index is None and request.workers > 1:
+            from distlora_launcher.sweeps.start import run_together, visible_devices
+
+            gpus = visible_devices(request.workers, cluster.gpus_per_node)
+            agent = ["distlora_launcher.cli.main", "sweep", "agent", *request.one()]
+            codes = run_together(agent, gpus, forwarder, logs=logs)
+        else:  # It uses all GPUs that it sees.
+            codes = [run_agent(request, index or 0, forwarder)]
     (request.folder / MACHINES / f"{name}.json").unlink(missing_ok=True)
-    return code
+    if forwarder.received is None:
+        return DONE if set(codes) == {DONE} else FAILED
+    if index is None:  # In SLURM the script requeues the task.
+        say(f"stopped; continue with: distlora resume {shown(request.folder)}")
+    return INTERRUPTED if forwarder.killed else STOPPED
 
 
 def is_agents_folder(folder: Path) -> bool:
@@ -171,108 +181,67 @@ def parse_agents(arguments: Sequence[str]) -> tuple[AgentsRequest, int | None, A
     return request, options.index, cluster
 
 
-@dataclass(slots=True)
-class Slot:
-    """The place of one agent on this node."""
+def run_agent(request: AgentsRequest, index: int, forwarder: Forwarder) -> int:
+    """Resume the unfinished runs of the sweep one after the other, then run an agent. Returns its exit code."""
+    stop_mark = request.folder / "logs" / f"asked_{host_name()}_{os.getpid()}"
+    stop_mark.unlink(missing_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {FOLDER: str(request.folder), PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
+    environment = {**DEFAULTS, "WANDB_DIR": str(request.folder), **environment, ASKED: str(stop_mark)}
+    # The sweep's command `distlora` must be this one.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
 
-    index: int
-    gpus: str | None
-    """CUDA_VISIBLE_DEVICES; None: inherited."""
-    process: subprocess.Popen[bytes] | None = None
-    is_agent: bool = False
-    """Whether the process is the agent, and not a run that is resumed before."""
-    code: int | None = None
-    """Exit code of the agent, once it has ended."""
+    def run(*arguments: str) -> int:
+        command = [sys.executable, "-m", "distlora_launcher.launch.bound", *arguments]
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
+        def ask_to_stop(_: int) -> None:
+            stop_mark.touch()  # First, or a stopped run would take this for wandb's early termination.
+            process.send_signal(signal.SIGTERM)
 
-class Agents:
-    """The agents of one command on this node. Unfinished runs of the sweep are resumed before an agent starts."""
-
-    def __init__(self, request: AgentsRequest, indices: Sequence[int], cluster: Any) -> None:
-        from distlora_launcher.sweeps.local_workers import visible_devices
-
-        self._request = request
-        # A single agent, as in a task of an array, uses all GPUs that it sees.
-        gpus = [None] if len(indices) == 1 else visible_devices(len(indices), cluster.gpus_per_node)
-        self._slots = [Slot(index, share) for index, share in zip(indices, gpus, strict=True)]
-        self._pending = unfinished(request)
-        first = indices[0] % max(1, len(self._pending))
-        self._pending = self._pending[first:] + self._pending[:first]  # Tasks of an array begin with different ones.
-        self._stop_mark = request.folder / "logs" / f"asked_{host_name()}_{os.getpid()}"
-
-    def run(self, forwarder: Forwarder) -> int:
-        """Run all agents to their end. Returns the exit code."""
-        self._stop_mark.unlink(missing_ok=True)
-        heard = None
-        while True:
-            for slot in self._slots:
-                self._advance(slot, stopping=forwarder.received is not None)
-            alive = [slot.process for slot in self._slots if slot.process is not None and slot.process.poll() is None]
-            if not alive and (forwarder.received is not None or all(slot.code is not None for slot in self._slots)):
-                break
-            if alive and alive[0] is not heard:  # Any live process can stand for all of them.
-                heard = alive[0]
-                forwarder.attach(heard, lambda _: self._ask_to_stop())
-            if forwarder.killed:
-                for process in alive:
-                    process.kill()
-            time.sleep(POLL_SECONDS)
+        forwarder.attach(process, ask_to_stop)
+        code = process.wait()
         forwarder.detach()
-        self._stop_mark.unlink(missing_ok=True)
-        if forwarder.received is not None:
-            if not in_job():  # In SLURM the script requeues the task.
-                say(f"stopped; continue with: distlora resume {shown(self._request.folder)}")
-            return INTERRUPTED if forwarder.killed else STOPPED
-        return DONE if all(slot.code == 0 for slot in self._slots) else FAILED
+        return code
 
-    def _ask_to_stop(self) -> None:
-        self._stop_mark.touch()  # First, or a stopped run would take this for wandb's early termination.
-        for slot in self._slots:
-            if slot.process is not None and slot.process.poll() is None:
-                slot.process.send_signal(signal.SIGTERM)
+    pending = unfinished(request)
+    first = index % max(1, len(pending))
+    for path in pending[first:] + pending[:first]:  # Several agents begin with different ones.
+        if forwarder.received is None and find_result(path) is None and not holders(path):
+            say(f"{shown(path)} resumes")
+            run("distlora_launcher.cli.main", "resume", str(path))
+    count = [] if request.count is None else ["--count", str(request.count)]
+    code = DONE
+    if forwarder.received is None:
+        code = run("wandb", "agent", "--forward-signals", *count, request.sweep)
+    stop_mark.unlink(missing_ok=True)
+    return code
 
-    def _advance(self, slot: Slot, *, stopping: bool) -> None:
-        """Start the next process of a slot whose process has ended."""
-        if slot.code is not None or (slot.process is not None and slot.process.poll() is None):
-            return
-        if slot.is_agent and slot.process is not None:
-            slot.code = slot.process.returncode
-        elif not stopping:
-            run = next(iter(self._unfinished()), None)
-            slot.is_agent = run is None
-            slot.process = self._start(
-                slot, self._agent() if run is None else ["distlora_launcher.cli.main", "resume", run]
-            )
 
-    def _unfinished(self) -> Iterator[str]:
-        """Yield runs to resume that nobody else has taken."""
-        while self._pending:
-            run = self._pending.pop(0)
-            if find_result(run) is None and not holders(run):
-                say(f"{shown(run)} resumes")
-                yield str(run)
+def submit_agents(request: AgentsRequest, cluster: ClusterConfig) -> None:
+    """Submit agents as the tasks of a SLURM array."""
+    from distlora_launcher.jobs import scheduler
+    from distlora_launcher.jobs.script import check_shell, render_workers
+    from distlora_launcher.jobs.submit import check_with_slurm
+    from distlora_launcher.sweeps.start import refuse_live, submit_workers
 
-    def _agent(self) -> list[str]:
-        count = [] if self._request.count is None else ["--count", str(self._request.count)]
-        return ["wandb", "agent", "--forward-signals", *count, self._request.sweep]
-
-    def _start(self, slot: Slot, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-        request = self._request
-        environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-        environment |= {FOLDER: str(request.folder), PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
-        environment = {**DEFAULTS, "WANDB_DIR": str(request.folder), **environment, ASKED: str(self._stop_mark)}
-        # The sweep's command `distlora` must be this one.
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
-        if slot.gpus is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = slot.gpus
-        command = [sys.executable, "-m", "distlora_launcher.launch.bound", *overrides]
-        options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
-        if len(self._slots) == 1:
-            return subprocess.Popen(command, **options)
-        log = request.folder / "logs" / f"agent_{slot.index}.log"
-        say(f"agent {slot.index}: {shown(log)}")
-        with log.open("ab") as file:
-            return subprocess.Popen(command, stdout=file, stderr=file, **options)
+    refuse_live(request.folder)
+    script = render_workers(
+        request.folder,
+        request.sweep_id,
+        cluster,
+        gpus=scheduler.has_gpus(cluster.partition),
+        workers=request.workers,
+        worker=["distlora_launcher.cli.main", "sweep", "agent", *request.one()],
+        trials="*",
+        mounts=[str(request.folder), DataConfig(path=".").cache_dir, QuantConfig().cache_dir],
+    )
+    check_shell(cluster.setup, script)
+    check_with_slurm(script)
+    request.folder.mkdir(parents=True, exist_ok=True)
+    request.keep()
+    submit_workers(request.folder, script, request.workers, cluster)
+    say(f"stop with: distlora cancel {shown(request.folder)}")
 
 
 def unfinished(request: AgentsRequest) -> list[Path]:

@@ -1,0 +1,212 @@
+"""Start the workers of a sweep, or wandb agents: on this node, or as the tasks of a SLURM array (`cluster=slurm`).
+
+On this node they have an equal number of GPUs each, and are stopped together. Each task of an array has `cluster.nodes`
+nodes and is one worker, which trains one trial after the other on them. Before its time limit, or when it is preempted,
+its trial saves, and the task is requeued and resumes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from distlora.config import ClusterConfig, Config, QuantConfig, UserError, require
+from distlora.run_folder.sweep import COMPLETE, TrialRecord, at_rest
+from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
+from distlora_launcher.compose.checks import gpu_count
+from distlora_launcher.compose.hub import localize
+from distlora_launcher.jobs import scheduler
+from distlora_launcher.jobs.scheduler import SchedulerError
+from distlora_launcher.jobs.script import check_shell, mounts, render_workers, write_script
+from distlora_launcher.jobs.submit import live_jobs, make_cache, print_script_kept, submit_script
+from distlora_launcher.launch.local import create_run, prepare
+from distlora_launcher.launch.run_state import write_submission
+from distlora_launcher.launch.signals import Forwarder, forwarding
+from distlora_launcher.launch.worker_entry import PARENT
+from distlora_launcher.sweeps.folder import LOGS, Sweep
+from distlora_launcher.sweeps.results import format_table, summary_lines
+from distlora_launcher.sweeps.search import Search, make_search
+from distlora_launcher.terminal.output import say, shown
+
+POLL_SECONDS = 0.1
+
+
+def visible_devices(workers: int, processes: int) -> list[str | None]:
+    """Return CUDA_VISIBLE_DEVICES of each worker; None if the node has no GPU. Raises UserError for too few."""
+    available = gpu_count()
+    if available == 0:
+        return [None] * workers
+    share = available // workers
+    require(
+        share >= processes,
+        f"sweep.workers={workers} with cluster.gpus_per_node={processes} need {workers * processes} GPUs, and this "
+        f"node has {available}; set sweep.workers={max(1, available // processes)}",
+    )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = (
+        [str(number) for number in range(available)]
+        if visible is None
+        else [entry.strip() for entry in visible.split(",") if entry.strip() not in ("", "-1")]
+    )
+    return [",".join(gpus[worker * share : (worker + 1) * share]) for worker in range(workers)]
+
+
+def run_together(
+    arguments: Sequence[str], gpus: Sequence[str | None], forwarder: Forwarder, *, logs: Path | None = None
+) -> list[int]:
+    """Run one process per entry of `gpus` (CUDA_VISIBLE_DEVICES) to its end; return their exit codes.
+
+    `arguments`: module and its arguments, to which --index is added. `logs`: folder for their output, if it is not
+    printed.
+    """
+    sys.stdout.flush()
+    processes = []
+    for index, visible in enumerate(gpus):
+        environment = os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
+        if visible is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = visible
+        command = [sys.executable, "-m", "distlora_launcher.launch.bound", *arguments, "--index", str(index)]
+        log = None if logs is None else logs / f"agent_{index}.log"
+        with contextlib.nullcontext() if log is None else log.open("ab") as file:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        if log is not None:
+            say(f"agent {index}: {shown(log)}")
+        processes.append(process)
+
+    def ask_to_stop(_: int) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    heard = None
+    while alive := [process for process in processes if process.poll() is None]:
+        if alive[0] is not heard:  # Any live process can stand for all of them.
+            heard = alive[0]
+            forwarder.attach(heard, ask_to_stop)
+        if forwarder.killed:
+            for process in alive:
+                process.kill()
+        time.sleep(POLL_SECONDS)
+    forwarder.detach()
+    return [process.returncode for process in processes]
+
+
+def run_workers_here(sweep: Sweep, processes: int) -> int:
+    """Run the workers to their end and print the results. Returns the exit code.
+
+    `processes`: ranks per trial. With too few GPUs for sweep.workers it starts as many workers as there are GPUs for.
+    """
+    wanted, available = sweep.settings.workers, gpu_count()
+    workers_here = wanted if available == 0 else max(1, min(wanted, available // processes))
+    if workers_here < wanted:
+        say(f"{workers_here} of {wanted} workers (sweep.workers), as this node has {available} GPUs")
+    with forwarding() as forwarder:
+        arguments = ["distlora_launcher.sweeps.worker", str(sweep.folder)]
+        codes = run_together(arguments, visible_devices(workers_here, processes), forwarder)
+    if set(codes) == {BAD_INPUT}:
+        return BAD_INPUT
+    from distlora_launcher.sweeps.study import Study
+
+    search = make_search(sweep)
+    study = Study(sweep, search)
+    code = show_results(sweep, study.records(), search)
+    if study.is_over():
+        return code
+    say(f"continue with: distlora resume {shown(sweep.folder)}")
+    return INTERRUPTED if forwarder.killed else STOPPED if STOPPED in codes else FAILED
+
+
+def show_results(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> int:
+    """Print the table. Returns 1 if no trial is complete, else 0."""
+    trials = at_rest(trials)  # The workers have ended.
+    say(f"\n{format_table(sweep, trials)}\n")
+    for line in [*summary_lines(sweep, trials), *search.conclusion(trials)]:
+        say(line)
+    return DONE if any(trial.state == COMPLETE for trial in trials) else FAILED
+
+
+def render_script(sweep: Sweep, config: Config) -> str:
+    """Return the script of a sweep's workers; `config` is of one trial. Raises UserError if it cannot be made."""
+    settings, cluster = sweep.settings, config.cluster
+    require(
+        settings.packed == 1 or cluster.nodes == 1,
+        f"sweep.packed={settings.packed} with cluster.nodes={cluster.nodes}: trials are trained together on one "
+        "node; set cluster.nodes=1, or sweep.packed=1",
+    )
+    script = render_workers(
+        sweep.folder,
+        config.name,
+        cluster,
+        gpus=scheduler.has_gpus(cluster.partition),
+        workers=settings.workers,
+        worker=["distlora_launcher.sweeps.worker", str(sweep.folder)],
+        trials="trials/*",
+        mounts=mounts([config]),
+    )
+    check_shell(cluster.setup, script)
+    return script
+
+
+def submit(sweep: Sweep, config: Config) -> int:
+    """Submit the workers of a sweep. Returns the exit code.
+
+    The model is downloaded and the data of a first trial prepared before the job waits in the queue: compute nodes may
+    have no network.
+    """
+    refuse_live(sweep.folder)
+    first = dataclasses.replace(config, model=localize(config.model))
+    with tempfile.TemporaryDirectory(prefix="distlora-prepare-") as scratch:
+        create_run(Path(scratch) / "run", dataclasses.replace(first, run_dir=f"{scratch}/run"))
+        code = prepare(Path(scratch) / "run")
+    if code != DONE:
+        say(f"nothing was submitted; start another sweep, or try again with: distlora resume {shown(sweep.folder)}")
+        return code
+    submit_workers(sweep.folder, render_script(sweep, config), sweep.settings.workers, config.cluster, config.quant)
+    say(f"watch with: distlora status {shown(sweep.folder)}")
+    say(f"stop with: distlora cancel {shown(sweep.folder)}")
+    return DONE
+
+
+def submit_workers(
+    folder: Path, script: str, workers: int, cluster: ClusterConfig, quant: QuantConfig | None = None
+) -> None:
+    """Write an array's script into a folder, and submit it. Raises UserError as `submit_script` does."""
+    if not write_script(folder, script):
+        print_script_kept(folder)
+    (folder / LOGS).mkdir(exist_ok=True)  # For the tasks' logs: SLURM does not make it.
+    if quant is not None:
+        make_cache(cluster, quant)
+    submission = submit_script(folder)
+    write_submission(folder, submission)
+    count = "1 worker" if workers == 1 else f"{workers} workers"
+    say(f"submitted {count} of {shown(folder)} as SLURM job array {submission.job_id}")
+
+
+def refuse_live(folder: Path) -> None:
+    """Raise UserError if SLURM still has workers of a sweep, or does not answer."""
+    try:
+        jobs = live_jobs(folder)
+    except SchedulerError as error:
+        raise UserError(
+            f"cannot tell whether SLURM still runs workers of {folder} ({error}); try again later"
+        ) from error
+    if jobs:
+        raise UserError(
+            f"{shown(folder)} has SLURM job {jobs[0].job_id}, which is {jobs[0].state.lower()}; wait for it, or end it "
+            f"with `distlora cancel {shown(folder)}`"
+        )

@@ -23,7 +23,7 @@ import yaml
 
 from distlora.bench.host import free_port
 from distlora.config import Config, UserError
-from distlora.config.file import as_mapping, build, load_config
+from distlora.config.file import as_mapping, build, load_config, settings_by_name
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch import lock, processes, rendezvous
 from distlora_launcher.launch.failures import read_gave_up
@@ -253,9 +253,9 @@ def test_what_machines_cannot_do_together_is_refused(
 
 def test_other_settings_than_the_runs_are_named(tmp_path: Path):
     fake_run(tmp_path / "run", "success")
-    run = as_mapping(load_config(tmp_path / "run"))
+    run = settings_by_name(load_config(tmp_path / "run"))
     check_same_settings(run, run, tmp_path / "run")
-    these = run | {"optim": run["optim"] | {"lr": 1e-3}, "name": "other"}
+    these = run | {"optim.lr": 1e-3, "name": "other"}
     with pytest.raises(UserError, match=r"name=other here, name=distlora in the run; optim\.lr=0\.001 here, "):
         check_same_settings(these, run, tmp_path / "run")
 

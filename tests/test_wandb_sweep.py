@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from distlora.config import Config
-from distlora.training.tracker import ASKED, VARIABLES, AgentRun, agrees
+from distlora.planner import Plan
+from distlora.training.reporting.wandb_agent import ASKED, VARIABLES, AgentRun, agrees
 from distlora_launcher.cli import train
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides
@@ -240,8 +240,8 @@ def test_a_command_that_an_agent_has_started_notes_that_wandb_ended_it(
     start_as_agent(monkeypatch, tmp_path, {"adapter.r": 16})
     monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
 
-    def start(config: Config) -> int:
-        (Path(config.run_dir) / "logs").mkdir(parents=True)
+    def start(plan: Plan) -> int:
+        (Path(plan.config.run_dir) / "logs").mkdir(parents=True)
         return 75
 
     monkeypatch.setattr(train, "start_run", start)

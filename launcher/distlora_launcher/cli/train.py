@@ -35,7 +35,15 @@ from distlora_launcher.compose.compose import (
     with_new_keys,
 )
 from distlora_launcher.compose.planning import decide, say_choice
-from distlora_launcher.jobs.submit import Sweep, check_with_slurm, in_job, is_job, make_script, start_in_job, submit_run
+from distlora_launcher.jobs.submit import (
+    ArrayRuns,
+    check_with_slurm,
+    in_job,
+    is_job,
+    make_script,
+    start_in_job,
+    submit_run,
+)
 from distlora_launcher.launch.local import remove_if_empty, start_run
 from distlora_launcher.launch.node import start_multi_node
 from distlora_launcher.sweeps.wandb_agents import add_run_dir, check_agent, find_begun_run, note_end
@@ -186,10 +194,10 @@ def composed(flags: argparse.Namespace, *, may_lack_paths: bool = False) -> list
 def run_hydra(arguments: list[str], *, program: str = PROGRAM) -> int:
     """Run Hydra's application, with -m one job after the other. Returns the first exit code that is not 0."""
     codes: list[int] = []
-    sweep = Sweep()
+    runs = ArrayRuns()
 
     def task(settings: DictConfig) -> None:
-        code = run_job(settings, len(codes), sweep)
+        code = run_job(settings, len(codes), runs)
         codes.append(code)
         if code not in (DONE, FAILED, BAD_INPUT):  # A signal or a stop ends the whole sweep.
             sys.exit(code)
@@ -201,14 +209,14 @@ def run_hydra(arguments: list[str], *, program: str = PROGRAM) -> int:
         submits = set(codes) <= {DONE}
     finally:
         sys.argv = argv
-        sweep.close(submits=submits)
+        runs.close(submits=submits)
     return next((code for code in codes if code != DONE), DONE)
 
 
-def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
+def run_job(settings: DictConfig, number: int, runs: ArrayRuns) -> int:
     """Run one job of a sweep that Hydra composed. Returns the exit code.
 
-    A job that fails does not end the others, unless they are submitted together: `sweep` collects those.
+    A job that fails does not end the others, unless they are submitted together: `runs` collects those.
     """
     hydra_settings = HydraConfig.get()
     overrides = hydra_settings.overrides.task
@@ -216,7 +224,7 @@ def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
     try:
         config = config_from_hydra(settings, run_dir=str(hydra_settings.runtime.output_dir))
         config = with_initial_adapter(config, overrides)
-        return start_composed(decide(config, user_settings(config.plan, overrides)), number, sweep)
+        return start_composed(decide(config, user_settings(config.plan, overrides)), number, runs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -224,17 +232,17 @@ def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
         remove_if_empty(Path(hydra_settings.runtime.output_dir))
 
 
-def start_composed(choice: Choice, number: int = 0, sweep: Sweep | None = None) -> int:
+def start_composed(choice: Choice, number: int = 0, runs: ArrayRuns | None = None) -> int:
     """Start or submit a run whose settings are complete. Returns the exit code."""
     say_choice(choice)
     config = choice.config
     if is_job(config.cluster) and not in_job():
-        return submit_run(config) if sweep is None else sweep.add(config, number)
+        return submit_run(choice.plan) if runs is None else runs.add(choice.plan, number)
     if is_job(config.cluster):
-        code = start_in_job(config)
+        code = start_in_job(choice.plan)
     else:
-        code = start_multi_node(config) if config.cluster.on_each_node else start_run(config)
+        code = start_multi_node(config) if config.cluster.on_each_node else start_run(choice.plan)
     note_end(Path(config.run_dir), code)
-    if code == DONE and sweep is None:
+    if code == DONE and runs is None:
         say(f"try it with: distlora generate {shown(Path(config.run_dir))}")
     return code

@@ -52,6 +52,17 @@ REQUIRED = {
 EXAMPLE = "for example: distlora train model.path=./Llama-3.2-1B data.path=documents.jsonl"
 
 
+PATHS = (
+    "model.path",
+    "data.path",
+    "data.eval_path",
+    "data.cache_dir",
+    "quant.cache_dir",
+    "adapter.init_from",
+    "parallel.deepspeed_config",
+)
+"""Settings that are paths, beside data.sources and data.template."""
+
 MAPPINGS = (
     "adapter.rank_pattern",
     "adapter.alpha_pattern",
@@ -250,30 +261,15 @@ def _string_keys(value: Any) -> Any:
 
 def _absolute(config: Config) -> Config:
     """Return settings with absolute paths, for workers and for a resume from another folder; hub names stay."""
-    model = dataclasses.replace(config.model, path=_absolute_path("model.path", config.model.path))
-    data = dataclasses.replace(
-        config.data,
-        path=None if config.data.path is None else _absolute_path("data.path", config.data.path),
-        sources=tuple(
-            dataclasses.replace(source, path=_absolute_path(f"data.sources[{index}].path", source.path))
-            for index, source in enumerate(config.data.sources)
-        ),
-        eval_path=None if config.data.eval_path is None else _absolute_path("data.eval_path", config.data.eval_path),
-        cache_dir=_absolute_path("data.cache_dir", config.data.cache_dir),
+    paths = {name: config.value_of(name) for name in PATHS}
+    if config.data.template is not None and config.data.template.endswith(".jinja"):
+        paths["data.template"] = config.data.template
+    changed: dict[str, Any] = {name: _absolute_path(name, path) for name, path in paths.items() if path is not None}
+    changed["data.sources"] = tuple(
+        dataclasses.replace(source, path=_absolute_path(f"data.sources[{index}].path", source.path))
+        for index, source in enumerate(config.data.sources)
     )
-    if data.template is not None and data.template.endswith(".jinja"):
-        data = dataclasses.replace(data, template=_absolute_path("data.template", data.template))
-    adapter = config.adapter
-    if adapter.init_from is not None:
-        adapter = dataclasses.replace(adapter, init_from=_absolute_path("adapter.init_from", adapter.init_from))
-    parallel = config.parallel
-    if parallel.deepspeed_config is not None:
-        file = _absolute_path("parallel.deepspeed_config", parallel.deepspeed_config)
-        parallel = dataclasses.replace(parallel, deepspeed_config=file)
-    quant = dataclasses.replace(config.quant, cache_dir=_absolute_path("quant.cache_dir", config.quant.cache_dir))
-    run_dir = _absolute_path("run_dir", config.run_dir)
-    config = dataclasses.replace(config, parallel=parallel, quant=quant)
-    return dataclasses.replace(config, model=model, data=data, adapter=adapter, run_dir=run_dir)
+    return dataclasses.replace(config.with_settings(changed), run_dir=_absolute_path("run_dir", config.run_dir))
 
 
 def _absolute_path(name: str, path: str) -> str:

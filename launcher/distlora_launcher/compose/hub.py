@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from distlora.config import ModelConfig, UserError
 from distlora.config.places import is_hub_name
 from distlora.system.hub_errors import explain_absent_weights, explained, unreachable
 
-REPORT_SECONDS = 10.0
+LOG_SECONDS = 10.0
 """Interval between lines of progress in a log."""
 
 _COMPANION = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)|README\.md|(additional_chat_templates/)[^/]+\.jinja")
@@ -159,11 +159,7 @@ def download(model: HubModel) -> None:
     _check_space(model, needed)
     print(f"downloading {model.name} ({megabytes(needed)}, commit {model.commit[:12]}) to {model.cache}", flush=True)
     started = time.monotonic()
-    with (
-        explained(model.name, model.commit),
-        _progress(model.repository / "blobs", model.name, needed),
-        _interruptible() as bar,
-    ):
+    with explained(model.name, model.commit), _interruptible() as bar:
         try:
             snapshot_download(
                 model.name,
@@ -236,7 +232,7 @@ def _disk_full(model: HubModel, needed: int) -> UserError:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[type[Any]]:
-    """Yield a progress bar class that ends the download at Ctrl-C.
+    """Yield a progress bar class that ends the download at Ctrl-C, and writes few lines into a log.
 
     huggingface_hub's own waits for the files in flight, gigabytes each.
     """
@@ -245,6 +241,11 @@ def _interruptible() -> Iterator[type[Any]]:
     stopped = threading.Event()
 
     class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            if not sys.stderr.isatty():
+                options["mininterval"] = LOG_SECONDS
+            super().__init__(*arguments, **options)
+
         def update(self, n: float | None = 1) -> bool | None:
             if stopped.is_set():
                 raise KeyboardInterrupt
@@ -265,51 +266,6 @@ def _interruptible() -> Iterator[type[Any]]:
         raise
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-@contextlib.contextmanager
-def _progress(blobs: Path, name: str, total: int) -> Iterator[None]:
-    """Print lines of progress to a log, by the bytes in `blobs`; a terminal has huggingface_hub's bars."""
-    from huggingface_hub.utils import disable_progress_bars
-
-    if sys.stderr.isatty():
-        yield
-        return
-    ended = threading.Event()
-    before, started = _bytes_in(blobs), time.monotonic()
-
-    def report() -> None:
-        while not ended.wait(REPORT_SECONDS):
-            done = min(_bytes_in(blobs) - before, total)
-            rate = done / (time.monotonic() - started)
-            line = f"{name}: {megabytes(done)} of {megabytes(total)} ({done / total:.0%}), {megabytes(rate)}/s"
-            print(line, flush=True)
-
-    watcher = threading.Thread(target=report, name="hub-progress", daemon=True)
-    with disable_progress_bars():
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-
-
-def _bytes_in(folder: Path) -> int:
-    """Return the bytes of a folder's files on disk: a file in progress may be sparse."""
-    return sum(_size(path) for path in _files(folder))
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    return folder.iterdir() if folder.is_dir() else ()
-
-
-def _size(path: Path) -> int:
-    try:
-        status = path.stat()
-    except FileNotFoundError:  # Renamed meanwhile: a finished download.
-        return 0
-    return min(status.st_size, status.st_blocks * 512)
 
 
 PARALLEL_REQUESTS = 16

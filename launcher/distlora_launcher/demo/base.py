@@ -21,6 +21,7 @@ from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora_launcher.compose.checks import check
 from distlora_launcher.compose.compose import compose_config
+from distlora_launcher.compose.planning import planned
 from distlora_launcher.demo.corpus import Corpus
 from distlora_launcher.launch import local
 
@@ -30,7 +31,7 @@ def run_settings(overrides: list[str]) -> int:
     print(command_line("train", overrides), flush=True)
     config = compose_config(overrides)
     check(config, new_run=True)
-    return local.start_run(config)
+    return local.start_run(planned(config))
 
 
 def continue_run(run_dir: Path) -> int:

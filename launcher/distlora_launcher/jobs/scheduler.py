@@ -21,24 +21,20 @@ LIVE_STATES = frozenset(
 )
 """States of a job that SLURM has not ended yet."""
 
-_REASONS = {
-    "invalid partition": "set cluster.partition to one of them",
-    "invalid account": "set cluster.account, and cluster.partition, to what you may use",
-    "invalid qos": "set cluster.qos to one that your account may use",
+_CURES = {
+    "partition": "set cluster.partition to one of them",
+    "account": "set cluster.account, and cluster.partition, to what you may use",
+    "qos": "set cluster.qos to one that your account may use",
     "time limit": "set a shorter cluster.time_limit, or another cluster.partition",
-    "node count": "set fewer cluster.nodes, or another cluster.partition",
-    "node configuration": "no machine of the partition has as much as cluster.gpus_per_node, cluster.cpus_per_task and "
-    "cluster.memory ask for, or there are fewer than cluster.nodes; ask for less, or set another cluster.partition",
-    "more processors": "set fewer cluster.nodes or cluster.cpus_per_task, or another cluster.partition",
-    "memory specification": "set a lower cluster.memory",
-    "generic resource": "set cluster.gpus_per_node to what the machines have, or ask for GPUs in the cluster's own "
-    """way: 'cluster.sbatch=["--gres=gpu:8"]'""",
+    "node": "set fewer cluster.nodes, cluster.gpus_per_node or cluster.cpus_per_task, or another cluster.partition",
+    "processors": "set fewer cluster.nodes or cluster.cpus_per_task, or another cluster.partition",
+    "memory": "set a lower cluster.memory",
+    "generic resource": """set cluster.gpus_per_node, or ask in another way: 'cluster.sbatch=["--gres=gpu:8"]'""",
     "configuration source": "there is no cluster behind this machine's sbatch; give the command where `sinfo` answers",
-    "contact slurm controller": "its controller does not answer; try again where `sinfo` does",
+    "controller": "its controller does not answer; try again where `sinfo` does",
     "option": "correct cluster.sbatch",
-    "policy": "ask for less (cluster.nodes, cluster.time_limit), or set another cluster.qos or cluster.account",
 }
-"""Advice by a part of sbatch's message."""
+"""Cure by a part of sbatch's message; the first part that it has counts."""
 
 
 _VARIABLES = {
@@ -148,20 +144,14 @@ def try_submission(script: str) -> None:
 def refusal(error: SchedulerError) -> UserError:
     """Return sbatch's refusal as a UserError that says what to change."""
     text = re.sub(r"(?i)\b(error|allocation failure|batch job submission failed): ", "", str(error))
-    advice = next((advice for part, advice in _REASONS.items() if part in text.lower()), None)
-    if advice is None:
-        return UserError(f"SLURM refuses the job: {text}; change the settings of cluster.* that this is about")
-    if "partition" in advice.partition(" ")[0] or "one of them" in advice:
-        text += f"; the partitions here are {', '.join(partitions()) or 'unknown'}"
-    return UserError(f"SLURM refuses the job: {text}; {advice}")
-
-
-def partitions() -> list[str]:
-    """Return the names of the partitions; empty if SLURM does not answer."""
-    try:
-        return list(dict.fromkeys(ask(["sinfo", "--noheader", "--format=%R"]).split()))
-    except SchedulerError:
-        return []
+    cure = next((cure for part, cure in _CURES.items() if part in text.lower()), None)
+    if cure is not None and "cluster.partition" in cure:
+        try:
+            names = dict.fromkeys(ask(["sinfo", "--noheader", "--format=%R"]).split())
+        except SchedulerError:
+            names = {}
+        text += f"; the partitions here are {', '.join(names) or 'unknown'}"
+    return UserError(f"SLURM refuses the job: {text}; {cure or 'change the settings of cluster.* that this is about'}")
 
 
 def has_gpus(partition: str | None) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from distlora.config import ClusterConfig, Config, QuantConfig, UserError, require
 from distlora.config.file import load_config
+from distlora.planner import Plan
 from distlora.run_folder.layout import checkpoint_folders, find_result
 from distlora.system.exit_codes import DONE, STOPPED
 from distlora.training.tracker import ASKED
@@ -81,9 +82,9 @@ def check_with_slurm(script: str) -> None:
         scheduler.try_submission(script)
 
 
-def submit_run(config: Config) -> int:
+def submit_run(plan: Plan) -> int:
     """Make the run, prepare its data, write RUN/job.sbatch and submit it. Returns the exit code."""
-    code, config = make_run(config)
+    code, config = make_run(plan)
     if code != DONE:
         print_resume_hint(Path(config.run_dir), code)
         return code
@@ -213,9 +214,9 @@ def in_job() -> bool:
     return STEP in os.environ
 
 
-def start_in_job(config: Config) -> int:
+def start_in_job(plan: Plan) -> int:
     """Make a run and train it on the nodes of the job. Returns the exit code."""
-    code, config = make_run(config)
+    code, config = make_run(plan)
     run_dir = Path(config.run_dir)
     if code != DONE:
         print_resume_hint(run_dir, code)
@@ -259,19 +260,19 @@ def run_step(run_dir: Path) -> int:
     return code if code >= 0 else 128 - code
 
 
-class Sweep:
+class ArrayRuns:
     """The runs of a sweep while they are made; then all of them are submitted, or none."""
 
     def __init__(self) -> None:
         self.runs: list[Config] = []
 
-    def add(self, config: Config, number: int) -> int:
+    def add(self, plan: Plan, number: int) -> int:
         """Make one run and prepare its data. Returns the exit code."""
         require(
-            Path(config.run_dir).name == str(number),
-            f"{config.run_dir}: the run folders of an array are its tasks' numbers; leave hydra.sweep.subdir out",
+            Path(plan.config.run_dir).name == str(number),
+            f"{plan.config.run_dir}: the run folders of an array are its tasks' numbers; leave hydra.sweep.subdir out",
         )
-        code, config = make_run(config)
+        code, config = make_run(plan)
         if code == DONE:
             self.runs.append(config)
         return code

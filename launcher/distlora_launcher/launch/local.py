@@ -19,6 +19,7 @@ import yaml
 from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.file import as_mapping
 from distlora.config.json_files import object_or_empty
+from distlora.planner import Plan
 from distlora.run_folder.layout import DATA_NAME, METRICS_NAME, PLAN_NAME, REPORT_NAME, checkpoint_folders, find_result
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
@@ -38,11 +39,11 @@ from distlora_launcher.terminal.output import say, shown, warn
 WORKER = "distlora.training.worker"
 
 
-def start_run(config: Config) -> int:
-    """Make the run folder, prepare the data, run the workers to the end. Returns the exit code."""
-    run_dir = Path(config.run_dir)
-    with start_torchrun_early(run_dir, config) as torchrun:
-        code, config = make_run(config)
+def start_run(plan: Plan) -> int:
+    """Make the folder of a planned run, prepare the data, run the workers to the end. Returns the exit code."""
+    run_dir = Path(plan.config.run_dir)
+    with start_torchrun_early(run_dir, plan.config) as torchrun:
+        code, config = make_run(plan)
         if code != DONE:
             print_resume_hint(run_dir, code)
             return code
@@ -66,25 +67,24 @@ def start_torchrun_early(run_dir: Path, config: Config) -> Torchrun:
     )
 
 
-def make_run(config: Config) -> tuple[int, Config]:
+def make_run(plan: Plan) -> tuple[int, Config]:
     """Download the model, make the run folder and prepare the data: all of a run that needs no worker.
 
     Returns the exit code and the settings as they are in RUN/config.yaml. If the preparation fails, no run is left; if
     it is stopped (75), the run can be resumed.
     """
-    run_dir = Path(config.run_dir)
+    config = plan.config
+    run_dir, record = Path(config.run_dir), None
     check_run_dir(run_dir)
-    record = None
     if is_to_download(config.model):
         code, record = prepare_before_download(config)
         if code != DONE:
             return code, config
     config = dataclasses.replace(config, model=localize(config.model))
-    plan = planned(config)
     create_run(run_dir, config)
     say(f"run folder {shown(run_dir)}")
     with lock_run(run_dir):
-        keep(run_dir, plan, runs_here=config.cluster.launcher != "slurm")
+        keep(run_dir, dataclasses.replace(plan, config=config), runs_here=config.cluster.launcher != "slurm")
         if record is not None:
             atomic_io.write_text(run_dir / DATA_NAME, record)
             return DONE, config

@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     block()
 
 from distlora.config import ClusterConfig, Config, UserError
-from distlora.config.file import as_mapping, load_config
+from distlora.config.file import load_config, settings_by_name
 from distlora.run_folder.layout import DATA_NAME, checkpoint_folders
 from distlora.system.exit_codes import DONE, STOPPED, run_to_exit_code
 from distlora_launcher.compose.checks import check, check_gpu_count, check_machine, check_writable, gpu_count
@@ -56,7 +56,7 @@ def start_multi_node(config: Config) -> int:
     if not (run_dir / CONFIG_NAME).is_file():
         with contextlib.suppress(UserError):  # Another node was faster.
             create_run(run_dir, config)
-    check_same_settings(as_mapping(config), as_mapping(load_config(run_dir)), run_dir)
+    check_same_settings(settings_by_name(config), settings_by_name(load_config(run_dir)), run_dir)
     say(f"run folder {shown(run_dir)}")
     with forwarding() as forwarder:
 
@@ -166,22 +166,13 @@ def check_gpus(cluster: ClusterConfig, gpus_elsewhere: Mapping[str, int]) -> Non
 
 
 def check_same_settings(these: Mapping[str, Any], run: Mapping[str, Any], run_dir: Path) -> None:
-    """Refuse settings that differ from those of a run that another node has made."""
-    lines = [f"{name}={here} here, {name}={there} in the run" for name, here, there in _differences(these, run)]
+    """Refuse settings (`settings_by_name`) that differ from those of a run that another node has made."""
+    names = sorted(name for name in these.keys() | run.keys() if these.get(name) != run.get(name))
+    lines = [f"{name}={these.get(name)} here, {name}={run.get(name)} in the run" for name in names]
     if lines:
         raise UserError(
             f"the settings differ from those of {run_dir}: {'; '.join(lines)}; give the same command on each node"
         )
-
-
-def _differences(these: Mapping[str, Any], run: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, value here, value in the run) of each setting that differs."""
-    for key in sorted(these.keys() | run.keys()):
-        here, there = these.get(key), run.get(key)
-        if isinstance(here, Mapping) and isinstance(there, Mapping):
-            yield from _differences(here, there, f"{prefix}{key}.")
-        elif here != there:
-            yield f"{prefix}{key}", here, there
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

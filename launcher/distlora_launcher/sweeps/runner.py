@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import CANCELLED_NAME, COMPLETE, FAILED, PRUNED, SAVED
@@ -57,40 +57,11 @@ class Outcome:
     """Whether its settings were refused (bad input) before a step."""
 
 
-class Runner(Protocol):
-    """Trainer of trials for one worker."""
-
-    slots: int
-    """Trials that it trains at once."""
-
-    @property
-    def is_idle(self) -> bool:
-        """Return whether all its processes have ended: they may outlive their last trial's outcome for a moment."""
-        ...
-
-    def begin(self, trial: Trial) -> None:
-        """Start or resume a trial. Raises UserError if it cannot run."""
-        ...
-
-    def verdict(self, number: int, step: int, *, prune: bool) -> None:
-        """Pass on the pruner's decision after an evaluation at `step`; called for each if the sweep has a pruner."""
-        ...
-
-    def poll(self) -> Sequence[Outcome]:
-        """Return the trials that have ended since the last call, without waiting."""
-        ...
-
-    def close(self) -> None:
-        """Announce that no more trials come."""
-        ...
-
-    def stop(self) -> None:
-        """Have every trial save and stop."""
-        ...
-
-
 class SingleTrialRunner:
-    """Trains one trial at a time, each by `distlora train`; its output goes to SWEEP/logs/trial_<n>.log."""
+    """Trains one trial at a time, each by `distlora train`; its output goes to SWEEP/logs/trial_<n>.log.
+
+    MultiTrialRunner (multi_trial.py) has the same methods.
+    """
 
     slots = 1
 
@@ -103,7 +74,7 @@ class SingleTrialRunner:
 
     @property
     def is_idle(self) -> bool:
-        """Return whether its processes have ended."""
+        """Return whether its processes have ended: they may outlive their last trial's outcome for a moment."""
         return self._process is None
 
     def begin(self, trial: Trial) -> None:
@@ -120,13 +91,13 @@ class SingleTrialRunner:
         self._trial, self._started, self._prunes = trial, time.monotonic(), False
 
     def verdict(self, number: int, step: int, *, prune: bool) -> None:
-        """Pass on the pruner's decision on a trial."""
+        """Pass on the pruner's decision after an evaluation at `step`; called for each if the sweep has a pruner."""
         if prune and self._trial is not None and self._trial.number == number and not self._prunes:
             self._prunes = True
             self._stop_process()
 
     def poll(self) -> Sequence[Outcome]:
-        """Return the trials that have ended."""
+        """Return the trials that have ended since the last call, without waiting."""
         if self._process is None or self._trial is None or (code := self._process.poll()) is None:
             return []
         trial, seconds = self._trial, time.monotonic() - self._started
@@ -140,7 +111,7 @@ class SingleTrialRunner:
         ]
 
     def close(self) -> None:
-        """Do nothing: no process outlives its trial."""
+        """Take note that no more trials come: no process outlives its trial."""
 
     def stop(self) -> None:
         """Have every trial save and stop."""

@@ -25,6 +25,7 @@ from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import words_of
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE
+from distlora_launcher.compose.compose import PATHS
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.parse import check_trials, parse_sweep
 from distlora_launcher.sweeps.search import make_search
@@ -47,18 +48,6 @@ wandb's hyperband. tracker.project and tracker.entity name its project. The file
 --dry-run    print the file, and register nothing"""
 
 METHODS = {"grid": "grid", "random": "random", "optuna": "bayes"}
-
-PATHS = (
-    "model.path",
-    "data.path",
-    "data.eval_path",
-    "data.cache_dir",
-    "quant.cache_dir",
-    "adapter.init_from",
-    "parallel.deepspeed_config",
-    "data.sources",
-)
-"""Settings that are paths: an agent may run in another folder."""
 
 
 def main(arguments: list[str]) -> int:
@@ -193,7 +182,7 @@ def placed(overrides: Sequence[str], sections: Mapping[str, Any]) -> list[str]:
     for word in overrides:
         name = word.partition("=")[0].lstrip("+")
         section, _, key = name.partition(".")
-        found += words_of({name: sections[section][key]}) if name in PATHS else [word]
+        found += words_of({name: sections[section][key]}) if name in (*PATHS, "data.sources") else [word]
     return found
 
 

@@ -9,7 +9,6 @@ Exit code 0: nothing is left to do; 75: stopped on request, its trials are saved
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import sys
@@ -17,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distlora.config import UserError
 from distlora.config.json_files import object_or_empty
@@ -32,11 +31,16 @@ from distlora_launcher.launch.signals import Forwarder, block, forwarding
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
 from distlora_launcher.sweeps.results import effects, write_at_end, write_table
-from distlora_launcher.sweeps.runner import POLL_SECONDS, Outcome, Runner, SingleTrialRunner, Trial
+from distlora_launcher.sweeps.runner import POLL_SECONDS, Outcome, SingleTrialRunner, Trial
 from distlora_launcher.sweeps.search import Due, Search, make_search
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
+
+if TYPE_CHECKING:
+    from distlora_launcher.sweeps.multi_trial import MultiTrialRunner
+
+    Runner = SingleTrialRunner | MultiTrialRunner
 
 TAIL_BYTES = 200
 """Bytes compared to detect a rewritten file: more than the line of an evaluation."""
@@ -220,15 +224,6 @@ def read_summary(run_dir: Path) -> Mapping[str, Any]:
     }
 
 
-def make_runner(sweep: Sweep, index: int, forwarder: Forwarder) -> Runner:
-    """Return the runner of worker `index`."""
-    if sweep.settings.packed == 1:
-        return SingleTrialRunner(sweep)
-    packs = importlib.import_module("distlora_launcher.sweeps.multi_trial")
-    runner: Runner = packs.MultiTrialRunner(sweep, index, forwarder)
-    return runner
-
-
 def conclude(sweep: Sweep, study: Study, search: Search) -> None:
     """Write the table, and at the end of the sweep the plots and the report."""
     try:
@@ -262,7 +257,12 @@ def run(folder: Path, index: int) -> int:
     place = f"worker_{index}"
     with worker_place(folder, place), forwarding() as forwarder:
         study = Study(sweep, search, place=place)
-        code = Worker(sweep, study, make_runner(sweep, index, forwarder)).work(forwarder)
+        runner: Runner = SingleTrialRunner(sweep)
+        if sweep.settings.packed != 1:
+            from distlora_launcher.sweeps.multi_trial import MultiTrialRunner
+
+            runner = MultiTrialRunner(sweep, index, forwarder)
+        code = Worker(sweep, study, runner).work(forwarder)
         conclude(sweep, study, search)
     return code
 

@@ -29,8 +29,8 @@ from distlora.config.json_files import object_or_empty, read_object
 from distlora.config.plan import CHOSEN
 from distlora.config.sweep import SweepConfig
 from distlora.planner import Plan, plan_of
-from distlora.planner.suggest import MOST, Packing, largest, packing
 from distlora.planner.report import packed_trials
+from distlora.planner.suggest import MOST, Packing, largest, packing
 from distlora.run_folder.layout import DATA_NAME, PLAN_NAME, find_result
 from distlora.run_folder.sweep import COMPLETE, FAILED, PACKS, PRUNED, SAVED, words_of
 from distlora.system import atomic_io

@@ -136,8 +136,10 @@ def test_a_process_that_dies_restarts_with_half_and_a_trial_that_dies_alone_fail
     records = work(sweep).records()
     assert [record.state for record in records] == [COMPLETE, COMPLETE, COMPLETE, FAILED, COMPLETE]
     assert records[3].reason == "out of memory"
-    assert starts(sweep)[:2] == [4, 2]
-    assert 1 in starts(sweep)[2:]
+    first, *later = starts(sweep)
+    assert first == 4
+    assert later[0] in (1, 2), "half of the trials in it: some may have ended before the last one came"
+    assert 1 in later
 
 
 @pytest.mark.ci

@@ -32,6 +32,7 @@ from distlora.run_folder.sweep import (
     WAITING,
     TrialRecord,
     ranked,
+    read_importance,
     read_results,
 )
 from distlora_launcher.cli.main import main
@@ -40,13 +41,12 @@ from distlora_launcher.launch.signals import Forwarder
 from distlora_launcher.sweeps import runner, start, study
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.parse import parse_sweep, pinned
-from distlora_launcher.sweeps.plots import make_scale
-from distlora_launcher.sweeps.results import TOGETHER, best_of, effects
+from distlora_launcher.sweeps.results import best_of
 from distlora_launcher.sweeps.runner import Outcome, SingleTrialRunner, Trial
 from distlora_launcher.sweeps.search import Due, make_search
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
 from distlora_launcher.sweeps.study import Study, check_sampler
-from distlora_launcher.sweeps.worker import Follower, Worker, write_plots
+from distlora_launcher.sweeps.worker import Follower, Worker
 
 HERE = Path(__file__).parent
 RATES = Values("optim.lr", (1e-3, 1e-2))
@@ -772,51 +772,16 @@ def test_a_sweep_of_real_runs_that_was_stopped_and_killed_comes_to_the_same(fold
     assert all(trial.state == COMPLETE for trial in second)
 
 
-def test_the_main_effects_of_a_grid_are_its_variance_by_setting():
-    values = {(lr, r): 3.0 + 4.0 * (lr == 2) + 1.0 * (r == 16) for lr in (1, 2) for r in (8, 16)}
-    trials = [
-        TrialRecord(number=n, state=COMPLETE, values={"lr": lr, "r": r, "fixed": 0}, value=value)
-        for n, ((lr, r), value) in enumerate(values.items())
-    ]
-    # Without interactions: 4 and 1 apart give variances of 4 and 1/4.
-    assert effects(trials) == pytest.approx({"lr": 4 / 4.25, "r": 0.25 / 4.25, TOGETHER: 0}, abs=1e-12)
-    crossed = [
-        dataclasses.replace(trial, value=float((trial.values["lr"] == 2) ^ (trial.values["r"] == 8)))
-        for trial in trials
-    ]
-    assert effects(crossed) == pytest.approx({"lr": 0, "r": 0, TOGETHER: 1}, abs=1e-12)
-    assert effects(trials[:3]) is None
-    assert effects([dataclasses.replace(trial, value=1.0) for trial in trials]) is None
-
-
 @pytest.mark.ci
 def test_optunas_importance_finds_the_setting_that_matters(tmp_path: Path):
     space = (Interval("optim.lr", 1e-6, 1.0, log=True), RANKS)
     sweep = sweep_at(tmp_path / "s", *space, method="random", trials=16)
     study = study_of(sweep)
-    for number in range(16):
-        assert (study.importances() is None) == (number < 8)
+    for _ in range(16):
         trial = asked(study)
         complete(study, trial, abs(math.log10(trial.values["optim.lr"]) + 3) + trial.values["adapter.r"] / 1000)
-    shares = study.importances()
-    assert shares is not None
+    study.write_plots()
+    shares, _ = read_importance(sweep.folder)
     assert shares["optim.lr"] > 0.8
-    write_plots(sweep, study)
     for name in ("parallel_coordinates.png", "importance.png"):
         assert (sweep.folder / name).read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("values", "places"),
-    [
-        ((1e-5, 1e-3, 1e-1), (0, 0.5, 1)),
-        ((8, 16, 32), (0, 1 / 3, 1)),
-        (("a", None, [1]), (0, 0.5, 1)),
-        ((True, False), (0, 1)),
-        ((5,), (0,)),
-    ],
-)
-def test_numbers_stand_by_their_size_or_logarithm_and_words_beside_each_other(values: Any, places: Any):
-    scale = make_scale(values)
-    assert [scale.place(value) for value in values] == pytest.approx(places)
-    assert len(scale.marks) == len(values)

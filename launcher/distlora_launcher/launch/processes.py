@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,20 +49,9 @@ class Process:
 
     def send(self, signum: int) -> None:
         """Send a signal. Raises ProcessLookupError if the process has ended, PermissionError if another user's."""
-        with contextlib.ExitStack() as stack:
-            descriptor = None
-            with contextlib.suppress(
-                AttributeError, OSError
-            ):  # Not Linux, an old one, or one that filters system calls.
-                descriptor = os.pidfd_open(self.pid)
-                stack.callback(os.close, descriptor)
-            # Checked after opening: the descriptor keeps the pid from being reused.
-            if self.has_ended or not self.is_of_this_machine:
-                raise ProcessLookupError(f"process {self.pid} of {self.host} has ended")
-            if descriptor is None:
-                os.kill(self.pid, signum)
-            else:
-                signal.pidfd_send_signal(descriptor, signum)
+        if self.has_ended or not self.is_of_this_machine:
+            raise ProcessLookupError(f"process {self.pid} of {self.host} has ended")
+        os.kill(self.pid, signum)
 
 
 def host_name() -> str:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import shlex
-import statistics
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,51 +113,6 @@ def format_value(value: Any) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-TOGETHER = "together"
-"""Share of the variance that interactions of settings explain."""
-
-
-def effects(trials: Sequence[TrialRecord]) -> dict[str, float] | None:
-    """Return each setting's share in the variance of the values of a complete grid.
-
-    It is the variance of the mean by the setting's value over the total variance (the main effects of an analysis of
-    variance, exact for a complete grid). None for an incomplete grid, or one without differences.
-    """
-    complete = [trial for trial in trials if trial.state == COMPLETE and trial.value is not None]
-    settings = [name for name in (complete[0].values if complete else {}) if len(_by_value(complete, name)) > 1]
-    values = [trial.value for trial in complete if trial.value is not None]
-    if not settings or not _is_whole(complete, settings) or statistics.pvariance(values) == 0:
-        return None
-    total = statistics.pvariance(values)
-    shares = {
-        name: statistics.pvariance([statistics.mean(group) for group in _by_value(complete, name).values()]) / total
-        for name in settings
-    }
-    if len(settings) > 1:
-        shares[TOGETHER] = max(0.0, 1 - sum(shares.values()))
-    return shares
-
-
-def _by_value(trials: Sequence[TrialRecord], name: str) -> Mapping[str, list[float]]:
-    """Return the metric's values by a setting's value."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    for trial in trials:
-        if trial.value is not None:
-            groups[_key(trial.values.get(name))].append(trial.value)
-    return groups
-
-
-def _is_whole(trials: Sequence[TrialRecord], settings: Sequence[str]) -> bool:
-    """Return whether every combination of the settings' values is there once."""
-    have = sorted(tuple(_key(trial.values.get(name)) for name in settings) for trial in trials)
-    wanted = itertools.product(*(_by_value(trials, name) for name in settings))
-    return have == sorted(wanted)
-
-
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

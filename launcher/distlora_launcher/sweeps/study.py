@@ -37,6 +37,7 @@ from distlora.run_folder.sweep import (
     SAVED,
     WAITING,
     TrialRecord,
+    write_importance,
     write_results,
 )
 from distlora_launcher.launch.lock import holders, is_alive
@@ -48,6 +49,8 @@ from distlora_launcher.sweeps.space import Dimension, Interval, Values, cells, i
 from distlora_launcher.terminal.output import warn
 
 NAME = "sweep"
+
+COORDINATES_NAME, IMPORTANCE_NAME = "parallel_coordinates.png", "importance.png"
 
 LEAST_JUDGED = 8
 """Finished trials before the importance of settings is estimated."""
@@ -68,19 +71,19 @@ class Study:
         """Open the journal, or create it. `place`: name of this worker (`worker_place`)."""
         self._sweep, self._search, self._place = sweep, search, place
         check_sampler(sweep.settings)  # A sweep may be resumed on another machine.
-        self._lock = Lock(sweep.folder)
-        self._is_behind = False
+        self.lock = Lock(sweep.folder)
+        """Lock of files that all workers write."""
         self._space = {dimension.setting: dimension for dimension in sweep.space}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with self._lock.held():
-            storage = open_journal(sweep.folder, self._lock)
+        with self.lock.held():
+            storage = open_journal(sweep.folder, self.lock)
             if not storage.get_all_studies():
                 optuna.create_study(storage=storage, study_name=NAME, direction=sweep.settings.direction)
             self._study = optuna.load_study(storage=storage, study_name=NAME, pruner=make_pruner(sweep.settings))
 
     def ask(self) -> Trial | Due:
         """Take a trial for this process: an abandoned one, a waiting one, or the next of the search."""
-        with self._lock.held():
+        with self.lock.held():
             left, is_busy = self._next_abandoned()
             if left is not None:
                 self._claim(left)
@@ -100,7 +103,7 @@ class Study:
 
     def enqueue(self) -> None:
         """Record the trials that are known now, so that `status` shows them as waiting."""
-        with self._lock.held():
+        with self.lock.held():
             records = self.records()
             due = Due.WAIT if any(record.state == WAITING for record in records) else self._search.next(records)
             for values in due if not isinstance(due, Due) else ():
@@ -108,17 +111,11 @@ class Study:
             self._write()
 
     def report(self, number: int, step: int, value: float) -> None:
-        """Record an evaluation of a trial; `publish` writes it to the results."""
-        with self._lock.held():
+        """Record an evaluation of a trial."""
+        with self.lock.held():
             frozen = self._trial(number)
             if self._has_claimed(frozen) and step not in frozen.intermediate_values:
                 optuna.trial.Trial(self._study, frozen._trial_id).report(value, step)
-                self._is_behind = True
-
-    def publish(self) -> None:
-        """Write results.json if something was reported since: once for all evaluations, since it is slow."""
-        if self._is_behind:
-            with self._lock.held():
                 self._write()
 
     def should_prune(self, number: int) -> bool:
@@ -130,7 +127,7 @@ class Study:
 
     def tell(self, outcome: Outcome, value: float | None, figures: Mapping[str, Any]) -> None:
         """Record how a trial ended: its value, and the `figures` of TrialRecord that its run reports."""
-        with self._lock.held():
+        with self.lock.held():
             frozen = self._trial(outcome.number)
             if not self._has_claimed(frozen):
                 warn(f"trial {outcome.number} was taken over by another worker; its result here is dropped")
@@ -152,34 +149,38 @@ class Study:
 
     def is_over(self) -> bool:
         """Return whether nothing runs, waits, or is due."""
-        with self._lock.held():
+        with self.lock.held():
             records = self.records()
             return not any(record.is_open for record in records) and self._search.next(records) is Due.END
 
-    def importances(self) -> dict[str, float] | None:
-        """Return each setting's importance by PED-ANOVA (arXiv 2304.10255) for the best quarter of trials.
+    def write_plots(self) -> None:
+        """Write SWEEP/parallel_coordinates.png, importance.png and importance.json if there is something to show.
 
-        None for too few trials, or if no setting varies.
+        The importance of settings is by PED-ANOVA (arXiv 2304.10255) for the best quarter of trials.
         """
-        complete = self._trials(TrialState.COMPLETE)
+        os.environ.setdefault("MPLBACKEND", "Agg")
+        from optuna.visualization import matplotlib as plots
+
+        folder, complete = self._sweep.folder, self._trials(TrialState.COMPLETE)
         names = {name for trial in complete for name, kind in trial.distributions.items() if not kind.single()}
-        if len(complete) < LEAST_JUDGED or not names:
-            return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        if len(complete) < 2 or not names:
+            return
+        options: dict[str, Any] = {"params": sorted(names), "target_name": self._sweep.settings.metric}
+        with self.lock.held(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna warns of experimental features.
+            axes = plots.plot_parallel_coordinate(self._study, **options)
+            axes.figure.savefig(folder / COORDINATES_NAME, bbox_inches="tight")
+            if len(complete) < LEAST_JUDGED:
+                return
             evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
             shares = optuna.importance.get_param_importances(self._study, evaluator=evaluator, params=sorted(names))
-        return shares if sum(shares.values()) > 0 else None
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the sweep's lock, to write files that all workers write."""
-        with self._lock.held():
-            yield
+            if sum(shares.values()) > 0:
+                axes = plots.plot_param_importances(self._study, evaluator=evaluator, **options)
+                axes.figure.savefig(folder / IMPORTANCE_NAME, bbox_inches="tight")
+                write_importance(folder, shares, "PED-ANOVA, the best quarter")
 
     def _write(self) -> None:
         write_results(self._sweep.folder, self.records())
-        self._is_behind = False
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=states)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from distlora.config import UserError
 from distlora.config.json_files import object_or_empty
 from distlora.run_folder.layout import METRICS_NAME, SUMMARY_NAME
-from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED, words_of, write_importance
+from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED, words_of
 from distlora.system.exit_codes import DONE, STOPPED, run_to_exit_code
 from distlora.system.exit_codes import FAILED as FAILURE
 from distlora.system.numbers import length
@@ -29,8 +29,7 @@ from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.signals import Forwarder, block, forwarding
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
-from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
-from distlora_launcher.sweeps.results import effects, write_at_end, write_table
+from distlora_launcher.sweeps.results import write_at_end, write_table
 from distlora_launcher.sweeps.runner import POLL_SECONDS, Outcome, SingleTrialRunner, Trial
 from distlora_launcher.sweeps.search import Due, Search, make_search
 from distlora_launcher.sweeps.study import Study
@@ -174,7 +173,6 @@ class Worker:
                 if prunes:
                     prune = value is not None and self._study.should_prune(number)
                     self._runner.verdict(number, step, prune=prune)
-        self._study.publish()
 
     def _end(self, outcome: Outcome) -> None:
         followed = self._trials.pop(outcome.number)
@@ -227,27 +225,14 @@ def read_summary(run_dir: Path) -> Mapping[str, Any]:
 def conclude(sweep: Sweep, study: Study, search: Search) -> None:
     """Write the table, and at the end of the sweep the plots and the report."""
     try:
-        with study.held():
+        with study.lock.held():
             write_table(sweep, study.records(), search)
         if study.is_over():
-            write_plots(sweep, study)
+            study.write_plots()
     except OSError as error:  # The trials' results are kept all the same.
         warn(f"{shown(sweep.folder)}: cannot write the table and plots ({error})")
     if study.is_over():
         write_at_end(sweep.folder)
-
-
-def write_plots(sweep: Sweep, study: Study) -> None:
-    """Write SWEEP/parallel_coordinates.png and SWEEP/importance.png if there is something to show."""
-    with study.held():
-        trials = study.records()
-        plot_coordinates(sweep, trials)
-        exact = effects(trials)
-        shares = exact or study.importances()
-        if shares is not None:
-            how = "main effects of the whole grid" if exact else "PED-ANOVA, the best quarter"
-            plot_importance(sweep, shares, how)
-            write_importance(sweep.folder, shares, how)
 
 
 def run(folder: Path, index: int) -> int:

@@ -159,6 +159,7 @@ class Study:
         The importance of settings is by PED-ANOVA (arXiv 2304.10255) for the best quarter of trials.
         """
         os.environ.setdefault("MPLBACKEND", "Agg")
+        from matplotlib import pyplot
         from optuna.visualization import matplotlib as plots
 
         folder, complete = self._sweep.folder, self._trials(TrialState.COMPLETE)
@@ -168,15 +169,15 @@ class Study:
         options: dict[str, Any] = {"params": sorted(names), "target_name": self._sweep.settings.metric}
         with self.lock.held(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna warns of experimental features.
-            axes = plots.plot_parallel_coordinate(self._study, **options)
-            axes.figure.savefig(folder / COORDINATES_NAME, bbox_inches="tight")
+            plots.plot_parallel_coordinate(self._study, **options)
+            pyplot.savefig(folder / COORDINATES_NAME, bbox_inches="tight")
             if len(complete) < LEAST_JUDGED:
                 return
             evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
             shares = optuna.importance.get_param_importances(self._study, evaluator=evaluator, params=sorted(names))
             if sum(shares.values()) > 0:
-                axes = plots.plot_param_importances(self._study, evaluator=evaluator, **options)
-                axes.figure.savefig(folder / IMPORTANCE_NAME, bbox_inches="tight")
+                plots.plot_param_importances(self._study, evaluator=evaluator, **options)
+                pyplot.savefig(folder / IMPORTANCE_NAME, bbox_inches="tight")
                 write_importance(folder, shares, "PED-ANOVA, the best quarter")
 
     def _write(self) -> None:

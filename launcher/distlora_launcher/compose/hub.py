@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import functools
 import glob
+import io
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from types import FrameType
 from typing import Any
 
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
-from distlora.config import ModelConfig, UserError
+from distlora.config import ModelConfig, UserError, require
 from distlora.config.places import is_hub_name
 from distlora.system.hub_errors import explain_absent_weights, explained, unreachable
 
@@ -170,7 +171,7 @@ def download(model: HubModel) -> None:
             )
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise _disk_full(model, needed) from error
+                _check_space(model, needed, is_full=True)
             raise
     seconds = max(time.monotonic() - started, 1e-3)
     print(f"downloaded in {seconds:,.0f} s ({megabytes(needed / seconds)}/s)", flush=True)
@@ -215,18 +216,14 @@ def _cached(name: str, revision: str | None, cache: Path, reason: Exception) -> 
     return model
 
 
-def _check_space(model: HubModel, needed: int) -> None:
-    existing = next(folder for folder in (model.cache, *model.cache.parents) if folder.exists())
-    if shutil.disk_usage(existing).free < needed:
-        raise _disk_full(model, needed)
-
-
-def _disk_full(model: HubModel, needed: int) -> UserError:
+def _check_space(model: HubModel, needed: int, *, is_full: bool = False) -> None:
+    """Raise UserError if the cache's disk has too little space, or is known to be full."""
     existing = next(folder for folder in (model.cache, *model.cache.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    return UserError(
+    require(
+        free >= needed and not is_full,
         f"{model.name} needs {megabytes(needed)} in {model.cache}, where {megabytes(free)} are free; make room "
-        "(`hf cache ls`, `hf cache rm`), or set HF_HOME to a folder on another disk"
+        "(`hf cache ls`, `hf cache rm`), or set HF_HOME to a folder on another disk",
     )
 
 
@@ -242,9 +239,15 @@ def _interruptible() -> Iterator[type[Any]]:
 
     class Bar(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            if not sys.stderr.isatty():
-                options["mininterval"] = LOG_SECONDS
-            super().__init__(*arguments, **options)
+            self._is_log = not sys.stderr.isatty()
+            for_log = {"mininterval": LOG_SECONDS, "file": io.StringIO()}
+            super().__init__(*arguments, **(options | (for_log if self._is_log else {})))
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if not self._is_log:
+                super().display(msg, pos)
+            elif 0 < self.n < (self.total or 0):
+                print(self, flush=True)
 
         def update(self, n: float | None = 1) -> bool | None:
             if stopped.is_set():

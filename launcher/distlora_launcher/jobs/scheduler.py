@@ -79,7 +79,8 @@ class Job:
         Two clusters that share a file system may both have a job with the recorded number.
         """
         folders = [run_dir, run_dir.parent] if "_" in self.job_id else [run_dir]
-        return not self.places or any(_is_in(place, folder) for place in self.places for folder in folders)
+        places = [Path(place).resolve() for place in self.places]
+        return not places or any(place.is_relative_to(folder.resolve()) for place in places for folder in folders)
 
 
 class SchedulerError(Exception):
@@ -94,8 +95,9 @@ def is_here() -> bool:
 def ask(command: Sequence[str], *, stdin: str | None = None, script: str = "") -> str:
     """Return what a SLURM command prints on stdout; `script` is the script it submits. Raises SchedulerError."""
     # Within a job, SLURM's variables say what that job has; sbatch would take them over, and hand them on.
-    overriding = _variables(script)
-    environment = {name: value for name, value in os.environ.items() if _is_global(name) and name not in overriding}
+    known = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+    dropped = {name for name in os.environ if name.startswith("SLURM_") and name not in known} | _variables(script)
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
     try:
         ended = subprocess.run(
             command, input=stdin, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=environment
@@ -110,18 +112,11 @@ def ask(command: Sequence[str], *, stdin: str | None = None, script: str = "") -
     return ended.stdout
 
 
-def _is_global(name: str) -> bool:
-    return not name.startswith("SLURM_") or name in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
-
-
 def _variables(script: str) -> set[str]:
     """Return the variables that would override options of this script: sbatch prefers them to the script."""
     options = re.findall(r"^#SBATCH\s+--([\w-]+)", script, re.MULTILINE)
-    return {name for option in options for name in _VARIABLES.get(option, (_variable(option),))}
-
-
-def _variable(option: str) -> str:
-    return "SBATCH_" + option.upper().replace("-", "_")
+    named = {option: ("SBATCH_" + option.upper().replace("-", "_"),) for option in options}
+    return {name for option in options for name in (named | _VARIABLES)[option]}
 
 
 def submit(command: Sequence[str], script: str) -> str:
@@ -161,13 +156,13 @@ def has_gpus(partition: str | None) -> bool:
     except SchedulerError:
         return True
     rows = [line.split(maxsplit=1) for line in lines if line.strip()]
-    wanted = [row[1] for row in rows if len(row) == 2 and _is_meant(row[0], partition)]
+    # The default partition has a star, and a job may name several.
+    wanted = [
+        resources
+        for name, resources in (row for row in rows if len(row) == 2)
+        if (name.endswith("*") if partition is None else name.rstrip("*") in partition.split(","))
+    ]
     return not wanted or any(re.search(r"\bgpu\b", resources) for resources in wanted)
-
-
-def _is_meant(name: str, partition: str | None) -> bool:
-    """Return whether sinfo's partition is selected: the default one has a star, a job may name several."""
-    return name.endswith("*") if partition is None else name.rstrip("*") in partition.split(",")
 
 
 def find_jobs(job_id: str) -> dict[str, Job]:
@@ -203,19 +198,12 @@ def _read_scontrol(text: str) -> dict[str, Job]:
                 nodes=_unless_none(values.get("NodeList")),
                 restarts=int(values["Restarts"]) if values.get("Restarts", "").isdigit() else None,
                 exit_code=None if state in LIVE_STATES else _exit_code(values.get("ExitCode")),
-                places=_places(line),
+                # A path may have spaces, and ends where the next field begins.
+                places=tuple(
+                    path.replace("%%", "%") for path in re.findall(r" (?:Command|StdOut)=(/.*?)(?= \w+=|\s*$)", line)
+                ),
             )
     return jobs
-
-
-def _places(line: str) -> tuple[str, ...]:
-    """Return Command and StdOut of a job's record; a path may have spaces and ends where the next field begins."""
-    found = re.findall(r" (?:Command|StdOut)=(/.*?)(?= \w+=|\s*$)", line)
-    return tuple(path.replace("%%", "%") for path in found)
-
-
-def _is_in(path: str, folder: Path) -> bool:
-    return Path(path).resolve().is_relative_to(folder.resolve())
 
 
 def _ids(values: Mapping[str, str]) -> list[str]:

@@ -16,6 +16,7 @@ from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.places import is_hub_name
 from distlora.system import atomic_io
 from distlora_launcher.launch.run_state import SLURM
+from distlora_launcher.terminal.output import say, shown
 
 SCRIPT_NAME = "job.sbatch"
 """File name of the script in the folder of a run or a sweep."""
@@ -130,13 +131,15 @@ def _fill(
 
 
 def write_script(folder: Path, script: str) -> bool:
-    """Write a script unless the one there was changed by hand; return whether it was written."""
+    """Write a script unless the one there was changed by hand, which is printed; return whether it was written."""
     path, sums = folder / SCRIPT_NAME, folder / SUM_NAME
     if path.is_file():
         there = path.read_text(encoding="utf-8")
         # Without its sum it may be a person's; then it is kept, if there is something to keep.
         ours = sums.read_text(encoding="utf-8") == _sum(there) if sums.is_file() else there == script
         if not ours:
+            again = "(remove it to have it written from config.yaml again)"
+            say(f"{shown(path)} was changed by hand and is submitted as it is {again}")
             return False
     atomic_io.write_text(path, script)
     atomic_io.write_text(sums, _sum(script))

@@ -149,8 +149,7 @@ def submit_prepared(run_dir: Path, config: Config) -> None:
 
     A script that was changed by hand is submitted as it is.
     """
-    if not write_script(run_dir, render(config, gpus=scheduler.has_gpus(config.cluster.partition))):
-        print_script_kept(run_dir)
+    write_script(run_dir, render(config, gpus=scheduler.has_gpus(config.cluster.partition)))
     (run_dir / "logs").mkdir(exist_ok=True)  # For the job's log: SLURM makes no folder.
     make_cache(config.cluster, config.quant)
     submission = submit_script(run_dir)
@@ -166,12 +165,6 @@ def make_cache(cluster: ClusterConfig, quant: QuantConfig) -> None:
     if cluster.container is not None and quant.keeps_shards:
         with contextlib.suppress(OSError):
             Path(quant.cache_dir).mkdir(parents=True, exist_ok=True)
-
-
-def print_script_kept(folder: Path) -> None:
-    """Print that a folder's script was changed by hand and stays."""
-    path = shown(folder / SCRIPT_NAME)
-    say(f"{path} was changed by hand and is submitted as it is (remove it to have it written from config.yaml again)")
 
 
 def submit_script(folder: Path, *options: str) -> Submission:
@@ -299,7 +292,6 @@ def submit_array(folder: Path, runs: Sequence[Config]) -> None:
     config = dataclasses.replace(runs[0], run_dir=str(folder))
     options = []
     if not write_script(folder, render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=runs)):
-        print_script_kept(folder)
         numbers = [int(Path(run.run_dir).name) for run in runs]
         options = [array_option((folder / SCRIPT_NAME).read_text(encoding="utf-8"), numbers)]
     for run in runs:

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -165,16 +167,21 @@ def print_resume_hint(run_dir: Path, code: int) -> None:
 
 def create_run(run_dir: Path, config: Config) -> None:
     """Write RUN/config.yaml in one step. Raises UserError if there is one: of two starts, one is refused."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f".{CONFIG_NAME}-{secrets.token_hex(8)}"  # Not the pid: two containers have equal ones.
-    with temporary.open("w") as file:
-        yaml.safe_dump(as_mapping(config), file, sort_keys=False, allow_unicode=True)
+    write_new(run_dir / CONFIG_NAME, as_mapping(config), "run")
+
+
+def write_new(path: Path, values: Mapping[str, Any], what: str) -> None:
+    """Write a YAML file atomically. Raises UserError if it exists: its folder already holds a `what`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"  # Not the pid: two containers have equal ones.
+    with temporary.open("w", encoding="utf-8") as file:
+        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
         file.flush()
         os.fsync(file.fileno())
     try:
-        os.link(temporary, run_dir / CONFIG_NAME)
+        os.link(temporary, path)
     except FileExistsError as error:
-        raise UserError(f"run_dir={run_dir} already holds a run; set another run_dir") from error
+        raise UserError(f"run_dir={path.parent} already holds a {what}; set another run_dir") from error
     finally:
         temporary.unlink()
 

@@ -177,16 +177,8 @@ def is_alive(sweep: Path, name: str | None, process: Process) -> bool:
     if name is None:
         return process in holders(sweep)
     path = sweep / MACHINES / f"{name}.json"
-    try:
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return from_record(object_or_empty(path)) in (None, process)
-            except OSError:
-                return process.has_ended is not True
-    except FileNotFoundError:
-        pass
+    with contextlib.suppress(FileNotFoundError):
+        return from_record(object_or_empty(path)) in (None, process) and _is_held(path, process)
     return False
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from distlora.config import UserError, require
 from distlora.config.file import build, parse_yaml
@@ -19,6 +15,7 @@ from distlora.config.json_files import Shape, check_shape
 from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import SWEEP_NAME, trial_folder, words_of
 from distlora_launcher.compose.compose import Composed, compose_run, section_of
+from distlora_launcher.launch.local import write_new
 from distlora_launcher.sweeps.space import Dimension, as_records, from_records
 
 LOGS = "logs"
@@ -81,8 +78,6 @@ class Sweep:
 
 def make_sweep(sweep: Sweep) -> None:
     """Write SWEEP/sweep.yaml atomically; raise UserError if it exists, so that one of two starts is refused."""
-    path = sweep.folder / SWEEP_NAME
-    sweep.folder.mkdir(parents=True, exist_ok=True)
     values = {
         "settings": dataclasses.asdict(sweep.settings),
         "words": list(sweep.overrides),
@@ -91,17 +86,7 @@ def make_sweep(sweep: Sweep) -> None:
         "cwd": sweep.cwd,
         "name": sweep.name,
     }
-    temporary = sweep.folder / f".{SWEEP_NAME}-{secrets.token_hex(8)}"
-    with temporary.open("w", encoding="utf-8") as file:
-        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(temporary, path)
-    except FileExistsError as error:
-        raise UserError(f"run_dir={sweep.folder} already holds a sweep; set another run_dir") from error
-    finally:
-        temporary.unlink()
+    write_new(sweep.folder / SWEEP_NAME, values, "sweep")
 
 
 def load_sweep(folder: Path) -> Sweep:

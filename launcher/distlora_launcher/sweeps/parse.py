@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -34,9 +33,16 @@ PREFERENCE_FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "
 
 def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     """Return the sweep of a command line and the composed settings of one trial; make nothing."""
-    options, overrides = split_arguments(arguments)
+    require(
+        not {"-m", "--multirun"} & set(arguments),
+        "-m is an option of `distlora train`; distlora sweep runs several without it",
+    )
+    parser = Parser("distlora sweep")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--config-dir")
+    options = parser.parse_args([expand_home(word) for word in arguments])
     config_dir = None if options.config_dir is None else str(Path(options.config_dir).absolute())
-    settings, space, shared = read_section(overrides, config_dir=config_dir)
+    settings, space, shared = read_section(options.words, config_dir=config_dir)
     probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
     folder = Path(probe.config.run_dir)
     check_folder(folder)
@@ -54,19 +60,6 @@ def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
         name=None if "name" in searched else probe.config.name,
     )
     return sweep, probe
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options, and the overrides in Hydra's grammar."""
-    require(
-        not {"-m", "--multirun"} & set(arguments),
-        "-m is an option of `distlora train`; distlora sweep runs several without it",
-    )
-    parser = Parser("distlora sweep")
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--config-dir")
-    options = parser.parse_args([expand_home(word) for word in arguments])
-    return options, options.words
 
 
 def check_folder(folder: Path) -> None:

@@ -26,7 +26,7 @@ from distlora_launcher.compose.hub import localize
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import SchedulerError
 from distlora_launcher.jobs.script import check_shell, mounts, render_workers, write_script
-from distlora_launcher.jobs.submit import live_jobs, make_cache, print_script_kept, submit_script
+from distlora_launcher.jobs.submit import live_jobs, make_cache, submit_script
 from distlora_launcher.launch.local import create_run, prepare
 from distlora_launcher.launch.run_state import write_submission
 from distlora_launcher.launch.signals import Forwarder, forwarding
@@ -186,8 +186,7 @@ def submit_workers(
     folder: Path, script: str, workers: int, cluster: ClusterConfig, quant: QuantConfig | None = None
 ) -> None:
     """Write an array's script into a folder, and submit it. Raises UserError as `submit_script` does."""
-    if not write_script(folder, script):
-        print_script_kept(folder)
+    write_script(folder, script)
     (folder / LOGS).mkdir(exist_ok=True)  # For the tasks' logs: SLURM does not make it.
     if quant is not None:
         make_cache(cluster, quant)

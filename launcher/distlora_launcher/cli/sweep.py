@@ -34,15 +34,17 @@ and `distlora report SWEEP` work as for a run. Needs Optuna: pip install 'distlo
 
 --config-dir FOLDER    a folder with config groups beside distlora's, as in `distlora train`"""
 
-WANDB = ("create", "agent")
-
 
 def main(arguments: list[str]) -> int:
     """Make a sweep and run it. Returns the exit code."""
-    if arguments and arguments[0] in WANDB:
-        from distlora_launcher.sweeps.wandb_sweep import main as wandb
+    if arguments and arguments[0] == "create":
+        from distlora_launcher.sweeps.wandb_sweep import create
 
-        return wandb(arguments)
+        return create(arguments[1:])
+    if arguments and arguments[0] == "agent":
+        from distlora_launcher.sweeps.wandb_agents import main as agent
+
+        return agent(arguments[1:])
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE

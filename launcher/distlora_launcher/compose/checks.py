@@ -228,7 +228,8 @@ def check_model_folder(config: Config) -> tuple[dict[str, Any], Family]:
     full = config.adapter.method == "full"
     family = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
     check_before_tokenizer(config.spec, model)
-    if not has_tokenizer(folder):
+    alternatives = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+    if not any(all((folder / name).is_file() for name in names) for names in alternatives):
         raise UserError(
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "
             "copy the tokenizer's files into it (tokenizer.save_pretrained writes them)"
@@ -284,12 +285,6 @@ def row_tokens(folder: Path) -> int:
     model = read_model_config(folder)
     limit = text_settings(model, family_of(model, folder / "config.json")).get("max_position_embeddings")
     return min(ROW_TOKENS, limit) if isinstance(limit, int) and limit > 1 else ROW_TOKENS
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder has the files of a tokenizer."""
-    alternatives = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-    return any(all((folder / name).is_file() for name in names) for names in alternatives)
 
 
 def check_tensors(

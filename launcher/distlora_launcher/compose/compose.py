@@ -25,7 +25,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -34,7 +33,7 @@ from distlora.config.file import build
 from distlora.config.places import means_hub
 from distlora.config.plan import CHOSEN, GPUS
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
-from distlora_launcher.compose.explain import EXPLAINED, explain, refuse_unusable
+from distlora_launcher.compose.explain import EXPLAINED, explain, parsed, refuse_unusable
 
 CONF_MODULE = "distlora_launcher.conf"
 VERSION_BASE = "1.3"
@@ -73,13 +72,9 @@ MAPPINGS = (
 """Settings whose keys the user chooses."""
 
 
-def _register_gpus() -> None:
-    """Make the group `gpu` of the table in distlora/config/gpus.toml, so that `gpu=h100` picks a GPU by its name."""
-    for name in ("auto", *GPUS):
-        ConfigStore.instance().store(group="gpu", name=name, node=dataclasses.asdict(GpuConfig(name=name)))
-
-
-_register_gpus()
+# The group `gpu` is the table of GPUs, so that `gpu=h100` picks one by its name.
+for _name in ("auto", *GPUS):
+    ConfigStore.instance().store(group="gpu", name=_name, node=dataclasses.asdict(GpuConfig(name=_name)))
 
 
 def with_new_keys(word: str) -> str:
@@ -142,12 +137,11 @@ def compose_sweep(
     refuse_unusable(overrides)
     with _initialized(config_dir) as prefix:
         try:
-            loader = GlobalHydra.instance().config_loader()
-            parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-            if any(override.key_or_group == "hydra/sweeper" for override in parsed):
-                shared = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line is not None]
+            words = parsed(overrides)
+            if any(override.key_or_group == "hydra/sweeper" for override in words):
+                shared = [o.input_line for o in words if not o.is_sweep_override() and o.input_line is not None]
                 return [_compose_one([*prefix, *shared], may_lack_paths)]
-            jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+            jobs = BasicSweeper.split_arguments(words, max_batch_size=None)[0]
         except EXPLAINED as error:
             raise explain(error, overrides) from error
         everywhere = set(jobs[0]).intersection(*jobs)
@@ -165,8 +159,7 @@ def parse_overrides(overrides: Sequence[str], *, config_dir: str | None = None) 
     refuse_unusable(overrides)
     with _initialized(config_dir):
         try:
-            loader = GlobalHydra.instance().config_loader()
-            return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+            return parsed(overrides)
         except EXPLAINED as error:
             raise explain(error, overrides) from error
 
@@ -318,7 +311,7 @@ def user_settings(plan: PlanConfig, overrides: Sequence[str]) -> frozenset[str]:
         return frozenset(CHOSEN)
     loader = GlobalHydra.instance().config_loader()
     found: set[str] = set()
-    for override in OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)):
+    for override in parsed(overrides):
         key = override.key_or_group
         if override.package is None and loader.get_group_options(key):
             found.update(_set_by_options(key, override.value()))

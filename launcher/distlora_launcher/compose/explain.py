@@ -38,7 +38,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> UserError:
         return UserError(
             f"{word} holds several values; add -m to run one job a value, or write {key}=[{value}] for a list"
         )
-    for override in _parsed(overrides):
+    for override in parsed(overrides):
         message = _bad_option(override) or _unknown_key(override, overrides)
         if message:
             return UserError(message)
@@ -68,7 +68,8 @@ def _unreadable(error: OverrideParseException) -> UserError:
     )
 
 
-def _parsed(overrides: Sequence[str]) -> list[Override]:
+def parsed(overrides: Sequence[str]) -> list[Override]:
+    """Return overrides as Hydra parses them. Hydra must be initialized."""
     loader = GlobalHydra.instance().config_loader()
     return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)) if overrides else []
 
@@ -107,8 +108,8 @@ def _unknown_key(override: Override, overrides: Sequence[str]) -> str | None:
     if override.is_add() or override.is_force_add() or (override.package is None and _options(key)):
         return None
     defaults = _composed([])
-    parsed = zip(overrides, _parsed(overrides), strict=True)
-    chosen = [word for word, item in parsed if item.package is None and _options(item.key_or_group)]
+    pairs = zip(overrides, parsed(overrides), strict=True)
+    chosen = [word for word, item in pairs if item.package is None and _options(item.key_or_group)]
     try:
         composed = _composed(chosen)
     except EXPLAINED:  # A chosen group is wrong too, and gets its own complaint once this one is corrected.

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distlora.config import ClusterConfig, Config, GpuConfig, ModelSpec, ParallelConfig, TrainConfig, UserError, require
+from distlora.config import Config, ModelSpec, ParallelConfig, TrainConfig, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.plan import CHOSEN, GPUS, find_gpu
 from distlora.planner import Plan, plan_of
@@ -145,17 +145,10 @@ def keep(run_dir: Path, plan: Plan, *, runs_here: bool = True) -> None:
     atomic_io.write_json(run_dir / PLAN_NAME, plan.as_json())
     for line in lines(plan):
         say(line)
-    other = _other_device(plan.config.gpu, plan.config.cluster) if runs_here else None
-    if other is not None:
-        warn(f"this is the plan of gpu={plan.config.gpu.name}, but this node has another GPU: {other}")
-
-
-def _other_device(gpu: GpuConfig, cluster: ClusterConfig) -> str | None:
-    """Return the name of the GPU of this node if `gpu=` names another one."""
-    if gpu.name not in GPUS:
-        return None
-    used = used_device(cluster, found_here())
-    return None if used is None or find_gpu(used[0]) == GPUS[gpu.name] else used[0]
+    gpu = GPUS.get(plan.config.gpu.name)
+    used = used_device(plan.config.cluster, found_here()) if runs_here and gpu is not None else None
+    if used is not None and find_gpu(used[0]) != gpu:
+        warn(f"this is the plan of gpu={plan.config.gpu.name}, but this node has another GPU: {used[0]}")
 
 
 SECONDS = 20.0

@@ -27,7 +27,7 @@ from distlora_launcher.launch.signals import block
 if __name__ == "__main__":
     block()
 
-from distlora.config import ClusterConfig, Config, UserError
+from distlora.config import ClusterConfig, Config, UserError, require
 from distlora.config.file import load_config, settings_by_name
 from distlora.run_folder.layout import DATA_NAME, checkpoint_folders
 from distlora.system.exit_codes import DONE, STOPPED, run_to_exit_code
@@ -136,21 +136,20 @@ def run_node(
                 set_aside_logs(run_dir / "logs")
                 lock.share()
             if not is_prepared(run_dir) and not stopped():
-                raise UserError(_not_prepared(run_dir))
+                require(
+                    not (run_dir / DATA_NAME).is_file(),
+                    f"{host_name()} does not see the packed sequences that {run_dir / DATA_NAME} names; set "
+                    "data.cache_dir to a folder that all nodes share, and start the run again",
+                )
+                raise UserError(
+                    f"the data of {run_dir} is not fully prepared; continue with `distlora resume {run_dir}` on each "
+                    "node"
+                )
             check_gpus(cluster, lock.gpus_elsewhere)
         if stopped():
             say("stopped before the workers were started")
             return STOPPED
         return train(run_dir, cluster, worker_module, forwarder=forwarder, rendezvous=rendezvous)
-
-
-def _not_prepared(run_dir: Path) -> str:
-    if (run_dir / DATA_NAME).is_file():
-        return (
-            f"{host_name()} does not see the packed sequences that {run_dir / DATA_NAME} names; set data.cache_dir to "
-            "a folder that all nodes share, and start the run again"
-        )
-    return f"the data of {run_dir} is not fully prepared; continue with `distlora resume {run_dir}` on each node"
 
 
 def check_gpus(cluster: ClusterConfig, gpus_elsewhere: Mapping[str, int]) -> None:

@@ -92,8 +92,9 @@ def total_steps(run_dir: Path, train: TrainConfig) -> int | None:
     """Return the number of steps of the whole run; None while its data is not prepared."""
     if train.max_steps is not None:
         return train.max_steps
-    rows = _nested(object_or_empty(run_dir / DATA_NAME), "splits", "train", "rows")
-    if not isinstance(rows, int):
+    try:
+        rows = int(object_or_empty(run_dir / DATA_NAME)["splits"]["train"]["rows"])
+    except (LookupError, TypeError, ValueError):
         return None
     return train.epochs * -(-rows // train.global_batch)
 
@@ -150,12 +151,6 @@ def _tail(path: Path) -> list[str]:
     except OSError:
         return []
     return lines[1:] if size > TAIL_BYTES else lines
-
-
-def _nested(values: Any, *keys: str) -> Any:
-    for key in keys:
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
 
 
 def _is_number(value: Any) -> bool:

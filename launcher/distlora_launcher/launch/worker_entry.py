@@ -82,15 +82,6 @@ def set_aside_attempt(log_dir: Path, rank: int) -> None:
         error.unlink(missing_ok=True)
 
 
-def redirect_output(log: Path, *, keep_stdout: bool) -> None:
-    """Append the process's output to `log`, by its descriptors: C++ libraries write too."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 2)
-    if not keep_stdout:
-        os.dup2(descriptor, 1)
-    os.close(descriptor)
-
-
 def leave_pid(rank: int) -> None:
     """Write the pid, to which the launcher may send signals from now on, and name a second place for an error file."""
     folder = os.environ.get(stop_signals.PID_DIR)
@@ -105,13 +96,6 @@ def leave_pid(rank: int) -> None:
         os.environ[error_file.SPARE] = str(spare)
 
 
-def leave_done(rank: int) -> None:
-    """Report to the launcher that the work ended well: torchrun may fail if another node leaves first."""
-    folder = os.environ.get(stop_signals.PID_DIR)
-    if folder is not None:
-        (Path(folder) / f"rank_{rank}.done").touch()
-
-
 def main() -> None:
     """Run the module that the command line names, as this rank."""
     stop_signals.listen()
@@ -122,7 +106,12 @@ def main() -> None:
         time.sleep(LOOK_SECONDS)
         wait_if_failed_for_good(Path(log_dir), rank)
     set_aside_attempt(Path(log_dir), rank)
-    redirect_output(Path(log_dir) / f"rank_{rank}.log", keep_stdout=rank == 0)
+    # By its descriptors: C++ libraries write too.
+    descriptor = os.open(Path(log_dir) / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 2)
+    if rank != 0:
+        os.dup2(descriptor, 1)
+    os.close(descriptor)
     leave_pid(rank)
     os.environ[error_file.VARIABLE] = str(Path(log_dir) / f"rank_{rank}.error.json")
     sys.argv = [module, *arguments]
@@ -135,7 +124,9 @@ def main() -> None:
         sys.exit(1)
     sys.stdout.flush()
     sys.stderr.flush()
-    leave_done(rank)
+    folder = os.environ.get(stop_signals.PID_DIR)
+    if folder is not None:  # For the launcher: torchrun may fail if another node leaves first.
+        (Path(folder) / f"rank_{rank}.done").touch()
     # A thread that a library left running can abort the interpreter's shutdown ("terminate called without an active
     # exception"), which would count as a failure. A fork of torchrun has no such thread and must return.
     if multiprocessing.parent_process() is None:

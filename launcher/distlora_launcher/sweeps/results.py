@@ -89,7 +89,8 @@ def write_table(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> 
     """Write SWEEP/results.md, and SWEEP/conclusion.json if the search concludes something."""
     table = table_rows(sweep, trials)
     head, body = table[0], table[1:]
-    lines = [f"| {' | '.join(_cell(cell) for cell in line)} |" for line in [head, ["---"] * len(head), *body]]
+    plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in body]
+    lines = [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *plain]]
     parts = [
         f"# {sweep.folder.name}",
         "\n".join(lines),
@@ -109,10 +110,6 @@ def format_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return f"[{','.join(map(format_value, value))}]" if isinstance(value, (list, tuple)) else str(value)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +141,9 @@ def sweep_status(folder: Path) -> SweepStatus:
     sweep = load_sweep(folder)
     workers = holders(folder)
     trials = read_results(folder) if workers or (folder / RESULTS_NAME).is_file() else []
-    trials = [_as_now(sweep, trial) if trial.state == RUNNING else trial for trial in trials]
+    for index, trial in enumerate(trials):
+        if trial.state == RUNNING:  # Its run folder has the newest step.
+            trials[index] = dataclasses.replace(trial, step=read_figures(sweep.run_dir(trial.number)).step)
     is_over = not any(trial.is_open for trial in trials) and make_search(sweep).next(trials) is Due.END
     jobs = jobs_in_slurm(folder)
     state = "running" if workers else "queued" if jobs else "done" if is_over else "stopped"
@@ -159,11 +158,6 @@ def jobs_in_slurm(folder: Path) -> list[Job]:
         return live_jobs(folder)
     except SchedulerError:  # Of what its workers do the folder tells as well.
         return []
-
-
-def _as_now(sweep: Sweep, trial: TrialRecord) -> TrialRecord:
-    """Return a running trial with the step that its run folder shows."""
-    return dataclasses.replace(trial, step=read_figures(sweep.run_dir(trial.number)).step)
 
 
 def describe_status(status: SweepStatus) -> str:

@@ -19,7 +19,7 @@ from distlora.config import require
 from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import TrialRecord
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.space import Dimension, Interval, cells, count_cells, is_finite
+from distlora_launcher.sweeps.space import Interval, cells, count_cells, is_finite
 
 MOST_SHUFFLED = 100_000
 """Largest finite space that `random` draws from without replacement."""
@@ -115,7 +115,7 @@ def make_search(sweep: Sweep) -> Search:
     if settings.method == "random" and is_finite(space) and count_cells(space) <= MOST_SHUFFLED:
         return Cells(sweep)
     require(
-        not (settings.method == "optuna" and settings.sampler == "cmaes" and not _is_numbers(space)),
+        settings.method != "optuna" or settings.sampler != "cmaes" or all(isinstance(each, Interval) for each in space),
         "sweep.sampler=cmaes proposes numbers from intervals only; give each setting one, as in "
         "optim.lr='interval(1e-5,1e-3)', or set sweep.sampler=tpe",
     )
@@ -124,10 +124,6 @@ def make_search(sweep: Sweep) -> Search:
         f"sweep.trials=null never ends with sweep={settings.method}; set sweep.trials=20",
     )
     return Sampled(sweep)
-
-
-def _is_numbers(space: Sequence[Dimension]) -> bool:
-    return all(isinstance(dimension, Interval) for dimension in space)
 
 
 def check_optuna() -> None:

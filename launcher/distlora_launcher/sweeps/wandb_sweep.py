@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import os
@@ -50,16 +49,8 @@ wandb's hyperband. tracker.project and tracker.entity name its project. The file
 METHODS = {"grid": "grid", "random": "random", "optuna": "bayes"}
 
 
-def main(arguments: list[str]) -> int:
-    """Run `create ...` or `agent ...`. Returns the exit code."""
-    if arguments[0] == "agent":
-        code: int = importlib.import_module("distlora_launcher.sweeps.wandb_agents").main(arguments[1:])
-        return code
-    return create(arguments[1:])
-
-
 def create(arguments: list[str]) -> int:
-    """Write and register a sweep. Returns the exit code."""
+    """Write and register a sweep (`distlora sweep create ...`). Returns the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE

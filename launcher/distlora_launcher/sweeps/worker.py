@@ -108,11 +108,10 @@ class Worker:
         self._ask_at = 0.0
         self._ended = self._saved = False
         self._strange = 0
-        self._leave_by: float | None = None
 
     def work(self, forwarder: Forwarder) -> int:
         """Take and train trials until none is due. Returns the exit code."""
-        stopping = False
+        stopping, leave_by = False, 0.0
         while True:
             if self._strange >= STRANGE_FAILURES and not stopping:
                 warn(f"{STRANGE_FAILURES} trials in a row failed before their first step; this worker stops")
@@ -127,16 +126,13 @@ class Worker:
                 self._follow()
                 self._end(outcome)
             self._follow()
-            if not self._trials and (stopping or self._ended) and self._has_left():
-                if self._strange >= STRANGE_FAILURES:
-                    return FAILURE
-                return DONE if self._ended and not self._saved else STOPPED
+            if not self._trials and (stopping or self._ended):
+                leave_by = leave_by or time.monotonic() + LEAVE_SECONDS
+                if self._runner.is_idle or time.monotonic() > leave_by:
+                    if self._strange >= STRANGE_FAILURES:
+                        return FAILURE
+                    return DONE if self._ended and not self._saved else STOPPED
             time.sleep(POLL_SECONDS)
-
-    def _has_left(self) -> bool:
-        """Return whether the runner's processes have ended, or had LEAVE_SECONDS to do so."""
-        self._leave_by = self._leave_by or time.monotonic() + LEAVE_SECONDS
-        return self._runner.is_idle or time.monotonic() > self._leave_by
 
     def _take(self) -> None:
         """Fill the runner's free slots."""

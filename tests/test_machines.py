@@ -28,8 +28,7 @@ from distlora_launcher.cli.main import main
 from distlora_launcher.launch import lock, processes, rendezvous
 from distlora_launcher.launch.failures import read_gave_up
 from distlora_launcher.launch.node import check_same_settings, run_node, start_id_of, start_multi_node
-from distlora_launcher.launch.processes import host_name
-from distlora_launcher.launch.signals import Forwarder
+from distlora_launcher.launch.processes import Forwarder, host_name
 from launcher_fakes import write_data, write_model
 from small_models import read_metrics
 
@@ -111,7 +110,7 @@ def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
 PART = (
     "import sys; from pathlib import Path; from distlora.system.exit_codes import run_to_exit_code; "
     "from distlora.config.file import load_config; from distlora_launcher.launch.node import run_node_of; "
-    "from distlora_launcher.launch import workers; from distlora_launcher.launch.signals import forwarding\n"
+    "from distlora_launcher.launch import workers; from distlora_launcher.launch.processes import forwarding\n"
     "workers.IDLE_SECONDS = 1\n"
     "run = Path(sys.argv[1])\n"
     "with forwarding() as forwarder:\n"

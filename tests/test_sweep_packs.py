@@ -18,7 +18,7 @@ from distlora.run_folder.layout import PLAN_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED
 from distlora.training.multi_trial import protocol
 from distlora_launcher.launch.lock import holders, worker_place
-from distlora_launcher.launch.signals import Forwarder
+from distlora_launcher.launch.processes import Forwarder
 from distlora_launcher.sweeps import multi_trial
 from distlora_launcher.sweeps import runner as sweep_runner
 from distlora_launcher.sweeps.folder import Sweep, make_sweep

@@ -37,14 +37,14 @@ from distlora.run_folder.sweep import (
 )
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch.lock import holders, lock_run, worker_place
-from distlora_launcher.launch.signals import Forwarder
+from distlora_launcher.launch.processes import Forwarder
 from distlora_launcher.sweeps import runner, start, study
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
-from distlora_launcher.sweeps.parse import parse_sweep, pinned
 from distlora_launcher.sweeps.results import best_of
 from distlora_launcher.sweeps.runner import Outcome, SingleTrialRunner, Trial
 from distlora_launcher.sweeps.search import Due, make_search
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
+from distlora_launcher.sweeps.start import parse_sweep, pinned
 from distlora_launcher.sweeps.study import Study, check_sampler
 from distlora_launcher.sweeps.worker import Follower, Worker
 
@@ -285,29 +285,6 @@ def test_a_worker_whose_trial_another_took_over_says_nothing_of_it(
         complete(second, trial, 4.0)
     first.report(0, 3, 5.0)
     assert [(record.state, record.evaluations) for record in first.records()][:1] == [(COMPLETE, {2: 4.0})]
-
-
-def test_what_trials_measure_is_written_once_for_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    sweep = sweep_at(tmp_path / "s")
-    with worker_place(sweep.folder, "worker_0"):
-        own = study_of(sweep)
-        trials = [asked(own), asked(own)]
-        written: list[Path] = []
-        real_write = study.write_results
-
-        def write(folder: Path, records: list[TrialRecord]) -> None:
-            real_write(folder, records)
-            written.append(folder)
-
-        monkeypatch.setattr(study, "write_results", write)
-        for step in range(1, 6):
-            for trial in trials:
-                own.report(trial.number, step, 1.0 / step)
-        assert written == []
-        own.publish()
-        own.publish()
-    assert written == [sweep.folder]
-    assert [len(record.evaluations) for record in read_results(sweep.folder)[:2]] == [5, 5]
 
 
 @pytest.mark.parametrize(("sampler", "package"), [("gp", "scipy"), ("cmaes", "cmaes")])
@@ -619,7 +596,7 @@ def test_a_sweep_without_optuna_names_the_extra(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_model_on_the_hub_is_of_one_commit_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "distlora_launcher.sweeps.parse.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}")
+        "distlora_launcher.sweeps.start.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}")
     )
     words = ["model.path=org/base", "model.revision=main", "data.path=d.jsonl", f"run_dir={tmp_path / 's'}"]
     sweep, first = parse_sweep([*words, "optim.lr=1e-4,2e-4"])

@@ -21,10 +21,9 @@ from distlora.training.reporting.wandb_agent import ASKED, VARIABLES, AgentRun, 
 from distlora_launcher.cli import train
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides
-from distlora_launcher.sweeps import wandb_agents
+from distlora_launcher.sweeps import wandb_sweep
 from distlora_launcher.sweeps.space import split
-from distlora_launcher.sweeps.wandb_agents import parse_agents, unfinished
-from distlora_launcher.sweeps.wandb_sweep import parameter
+from distlora_launcher.sweeps.wandb_sweep import parameter, parse_agents, unfinished
 from small_models import read_metrics
 from wandb_logs import read_wandb_log
 from wandb_server import WandbServer, running_wandb_server
@@ -152,8 +151,8 @@ def test_hydra_reads_what_an_agent_writes_as_the_value_that_was_meant(word: str)
         (override,) = parse_overrides([f"{dimension.setting}={value}"])  # As an agent's f-string.
         read = override.value()
         assert (read if not hasattr(read, "text") else read.text) == meant
-        assert agrees(wandb_agents.parse_value(dimension.setting, value), meant)
-        assert not agrees(wandb_agents.parse_value(dimension.setting, value), "something else")
+        assert agrees(wandb_sweep.parse_value(dimension.setting, value), meant)
+        assert not agrees(wandb_sweep.parse_value(dimension.setting, value), "something else")
 
 
 def start_as_agent(monkeypatch: pytest.MonkeyPatch, place: Path, values: dict[str, Any], text: str = "") -> None:
@@ -222,15 +221,15 @@ def test_agents_can_be_started_again_by_their_folder(tmp_path: Path) -> None:
 def test_a_run_that_was_asked_to_stop_says_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     start_as_agent(monkeypatch, tmp_path, {"adapter.r": 4})
     monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
-    wandb_agents.note_end(tmp_path, 1)
+    wandb_sweep.note_end(tmp_path, 1)
     assert AgentRun.of_run(tmp_path) is None
     if by == "the command":
         (tmp_path / "asked").touch()
-    wandb_agents.note_end(tmp_path, 75)
+    wandb_sweep.note_end(tmp_path, 75)
     kept = AgentRun.of_run(tmp_path)
     assert kept is not None
     assert (kept.sweep_id, kept.run_id, kept.values) == ("s1", "run1", {"adapter.r": 4})
-    assert wandb_agents.was_ended_early(tmp_path) == (by == "wandb")
+    assert wandb_sweep.was_ended_early(tmp_path) == (by == "wandb")
 
 
 def test_a_command_that_an_agent_has_started_notes_that_wandb_ended_it(
@@ -246,7 +245,7 @@ def test_a_command_that_an_agent_has_started_notes_that_wandb_ended_it(
 
     monkeypatch.setattr(train, "start_run", start)
     assert main(["train", *settings(folders, tmp_path)]) == 75
-    assert wandb_agents.was_ended_early(tmp_path / "runs" / "s1" / "run1")
+    assert wandb_sweep.was_ended_early(tmp_path / "runs" / "s1" / "run1")
 
 
 def test_what_was_stopped_or_killed_goes_on_and_nothing_else_does(tmp_path: Path) -> None:
@@ -381,7 +380,7 @@ def test_a_run_that_wandb_ends_early_saves_and_stays_ended(server: WandbServer, 
     distlora(server, tmp_path, "sweep", "create", *words, "train.max_steps=2000,2", "run_dir=made")
     distlora(server, tmp_path, "sweep", "agent", "sweep0")
     ended, whole = (tmp_path / "runs" / "sweep0" / f"sweep0run{number}" for number in (0, 1))
-    assert wandb_agents.was_ended_early(ended)
+    assert wandb_sweep.was_ended_early(ended)
     assert not (ended / "adapter").exists()
     assert (whole / "adapter").is_dir()
     assert "resumes" not in distlora(server, tmp_path, "resume", "runs/sweep0")

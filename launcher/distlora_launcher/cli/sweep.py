@@ -8,10 +8,18 @@ from distlora.config import Config, require
 from distlora.system.exit_codes import DONE
 from distlora_launcher.launch.lock import holders
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
-from distlora_launcher.sweeps.parse import check_place, check_trials, parse_sweep, pinned
 from distlora_launcher.sweeps.search import check_optuna, make_search
 from distlora_launcher.sweeps.space import first_cell
-from distlora_launcher.sweeps.start import render_script, run_workers_here, show_results, submit
+from distlora_launcher.sweeps.start import (
+    check_place,
+    check_trials,
+    parse_sweep,
+    pinned,
+    render_script,
+    run_workers_here,
+    show_results,
+    submit,
+)
 from distlora_launcher.terminal.output import say, shown
 
 USAGE = """usage: distlora sweep [sweep=grid|random|optuna|rank_search] [setting=a,b ...] [setting=value ...]
@@ -42,9 +50,9 @@ def main(arguments: list[str]) -> int:
 
         return create(arguments[1:])
     if arguments and arguments[0] == "agent":
-        from distlora_launcher.sweeps.wandb_agents import main as agent
+        from distlora_launcher.sweeps.wandb_sweep import start_agents
 
-        return agent(arguments[1:])
+        return start_agents(arguments[1:])
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE

@@ -46,7 +46,7 @@ from distlora_launcher.jobs.submit import (
 )
 from distlora_launcher.launch.local import remove_if_empty, start_run
 from distlora_launcher.launch.node import start_multi_node
-from distlora_launcher.sweeps.wandb_agents import add_run_dir, check_agent, find_begun_run, note_end
+from distlora_launcher.sweeps.wandb_sweep import add_run_dir, check_agent, find_begun_run, note_end
 from distlora_launcher.terminal.output import say, shown
 
 PROGRAM = "distlora train"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -33,7 +33,7 @@ from distlora.config.file import build
 from distlora.config.places import means_hub
 from distlora.config.plan import CHOSEN, GPUS
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
-from distlora_launcher.compose.explain import EXPLAINED, explain, parsed, refuse_unusable
+from distlora_launcher.compose.explain import EXPLAINED, explain, leaves, parsed, refuse_unusable
 
 CONF_MODULE = "distlora_launcher.conf"
 VERSION_BASE = "1.3"
@@ -186,7 +186,7 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
     """Return the settings of a run in the folder `run_dir`, from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
     values.pop("sweep", None)  # What makes many runs of it (sweeps/).
-    missing = list(_missing_keys(values))
+    missing = [name for name, value in leaves(values) if value == MISSING]
     if isinstance(values["data"], dict) and values["data"].get("path") is None and not values["data"].get("sources"):
         missing.append("data.path")
     if may_lack_paths:
@@ -237,14 +237,6 @@ def _initialized(config_dir: str | None) -> Iterator[list[str]]:
         prefix = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
     with initialize_config_module(CONF_MODULE, version_base=VERSION_BASE):
         yield prefix
-
-
-def _missing_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if value == MISSING:
-            yield prefix + str(key)
-        elif isinstance(value, dict):
-            yield from _missing_keys(value, f"{prefix}{key}.")
 
 
 def _string_keys(value: Any) -> Any:
@@ -332,7 +324,8 @@ def _set_by_options(group: str, chosen: Any) -> Iterator[str]:
 def _set_by_recipe(name: str) -> Iterator[str]:
     """Yield what a recipe's file sets, its options and the recipes that it builds on."""
     file = _load(f"{_RECIPE}/{name}")
-    yield from _names(OmegaConf.to_container(file.config))
+    values: Any = OmegaConf.to_container(file.config)
+    yield from (setting for setting, _ in leaves(values))
     for group, option in _defaults(file):
         yield from _set_by_options(group or _RECIPE, option)
 
@@ -369,16 +362,6 @@ def _load(path: str) -> Any:
     """Return a file of conf/ or of --config-dir."""
     loader: Any = GlobalHydra.instance().config_loader()
     return loader.repository.load_config(path)
-
-
-def _names(values: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of nested values."""
-    pairs: Iterable[tuple[Any, Any]] = values.items()
-    for key, value in pairs:
-        if isinstance(value, Mapping):
-            yield from _names(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -97,7 +97,7 @@ def _bad_option(override: Override) -> str | None:
     defaults = _composed([])
     if value is None and group not in defaults:
         message += f"; ~{group} chooses none"
-    elif f"{group}.path" in dict(_leaves(defaults)):
+    elif f"{group}.path" in dict(leaves(defaults)):
         message += f"; to name a file or folder write {group}.path={written}"
     return message
 
@@ -123,7 +123,7 @@ def _unknown_key(override: Override, overrides: Sequence[str]) -> str | None:
     if section == "cluster" and name.partition(".")[0] in OWN_OPTION:
         return f"{key} is a setting of cluster={OWN_OPTION[name.partition('.')[0]]}; add that, or leave it out"
     is_hydras = section == "hydra"
-    settings = [name for name, _ in _leaves(composed) if name.startswith("hydra.") == is_hydras]
+    settings = [name for name, _ in leaves(composed) if name.startswith("hydra.") == is_hydras]
     peer = "" if is_hydras else peer_hint(key)
     return f"there is no setting {key}{peer or _nearest_setting(key, settings, _groups())}"
 
@@ -144,10 +144,11 @@ def _nearest_setting(key: str, settings: list[str], groups: list[str]) -> str:
     return nearest(key, [*settings, *groups]) or "; `distlora train --cfg job` prints all that there are"
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of nested settings; an empty mapping is a value."""
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

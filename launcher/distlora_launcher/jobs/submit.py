@@ -39,8 +39,8 @@ from distlora_launcher.launch.local import (
     remove_if_empty,
 )
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
+from distlora_launcher.launch.processes import forwarding
 from distlora_launcher.launch.run_state import SLURM, Submission, read_submission, write_submission
-from distlora_launcher.launch.signals import forwarding
 from distlora_launcher.terminal.output import say, shown
 
 

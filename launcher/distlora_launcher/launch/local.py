@@ -30,8 +30,8 @@ from distlora_launcher.compose.hub import is_to_download, localize, restore, wit
 from distlora_launcher.compose.planning import keep, planned
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run, remove_records
+from distlora_launcher.launch.processes import Forwarder, forwarding
 from distlora_launcher.launch.rendezvous import Rendezvous
-from distlora_launcher.launch.signals import Forwarder, forwarding
 from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.launch.workers import QUANTIZED_IMPORT, Torchrun, prepare_torchrun, run_workers
 from distlora_launcher.report.records import PageStatus, read_run

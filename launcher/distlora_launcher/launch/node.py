@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distlora_launcher.launch.signals import block
+from distlora_launcher.launch.processes import block
 
 # Before the slow imports: by default SIGUSR1 kills a process.
 if __name__ == "__main__":
@@ -36,10 +36,9 @@ from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.compose.planning import keep, planned
 from distlora_launcher.launch.local import WORKER, create_run, forget_run, is_complete, is_prepared, prepare, train
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_node
-from distlora_launcher.launch.processes import host_name
+from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
 from distlora_launcher.launch.rendezvous import make_rendezvous
 from distlora_launcher.launch.run_state import note_job
-from distlora_launcher.launch.signals import Forwarder, forwarding
 from distlora_launcher.launch.workers import set_aside_logs
 from distlora_launcher.terminal.output import say, shown
 

@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 
-from distlora_launcher.launch.signals import FORWARDED
+from distlora_launcher.launch.processes import FORWARDED
 from distlora_launcher.launch.worker_entry import PARENT, end_with_parent
 
 

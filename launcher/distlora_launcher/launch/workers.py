@@ -26,11 +26,9 @@ from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.stop_signals import PID_DIR, STOPPED_NAME
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch import worker_entry
-from distlora_launcher.launch.failures import Failure, start_failure, write_gave_up
-from distlora_launcher.launch.processes import host_name
+from distlora_launcher.launch.failures import Failure, WorkerMonitor, file_identity, start_failure, write_gave_up
+from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
 from distlora_launcher.launch.rendezvous import Rendezvous
-from distlora_launcher.launch.restarts import WorkerMonitor, file_identity
-from distlora_launcher.launch.signals import Forwarder, forwarding
 from distlora_launcher.launch.worker_entry import ATTEMPT, PARENT, last_number
 from distlora_launcher.terminal.output import Output, warn
 

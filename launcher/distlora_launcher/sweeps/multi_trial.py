@@ -55,7 +55,7 @@ from distlora_launcher.compose.planning import choices, machine_here, planned_mo
 from distlora_launcher.jobs.submit import in_job
 from distlora_launcher.launch.local import create_run, forget_run, is_prepared
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
-from distlora_launcher.launch.signals import Forwarder, block
+from distlora_launcher.launch.processes import Forwarder, block
 from distlora_launcher.launch.workers import run_workers
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.sweeps.runner import POLL_SECONDS, LoggedProcess, Outcome, Trial, trial_log, wait_until_free

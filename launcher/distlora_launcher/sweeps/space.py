@@ -17,6 +17,7 @@ from distlora.config.errors import short
 from distlora.config.file import build
 from distlora.config.sweep import METHODS, SweepConfig
 from distlora_launcher.compose.compose import compose_section, parse_overrides, section_of
+from distlora_launcher.compose.explain import leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +77,6 @@ def split(
             found.pop(setting, None)
             shared.append(word)
     return tuple(found.values()), shared
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {optim: {lr: ...}} as {optim.lr: ...}: on the command line a dot opens a level."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def is_finite(space: Sequence[Dimension]) -> bool:
@@ -207,7 +200,7 @@ def read_section(
     _refuse_of_other_methods(sweep_overrides)
     values: Any = compose_section("sweep", sweep_overrides, config_dir=config_dir)
     require(isinstance(values, dict), "sweep=null is not a sweep; write sweep=grid, or use `distlora train`")
-    space_values = flat(values.get("space") or {})
+    space_values = dict(leaves(values.get("space") or {}))
     for setting, value in space_values.items():
         require(
             isinstance(value, str),

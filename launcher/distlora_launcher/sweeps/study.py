@@ -17,7 +17,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -71,19 +71,17 @@ class Study:
         """Open the journal, or create it. `place`: name of this worker (`worker_place`)."""
         self._sweep, self._search, self._place = sweep, search, place
         check_sampler(sweep.settings)  # A sweep may be resumed on another machine.
-        self.lock = Lock(sweep.folder)
-        """Lock of files that all workers write."""
         self._space = {dimension.setting: dimension for dimension in sweep.space}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with self.lock.held():
-            storage = open_journal(sweep.folder, self.lock)
+        with locked(self._sweep.folder):
+            storage = open_journal(sweep.folder)
             if not storage.get_all_studies():
                 optuna.create_study(storage=storage, study_name=NAME, direction=sweep.settings.direction)
             self._study = optuna.load_study(storage=storage, study_name=NAME, pruner=make_pruner(sweep.settings))
 
     def ask(self) -> Trial | Due:
         """Take a trial for this process: an abandoned one, a waiting one, or the next of the search."""
-        with self.lock.held():
+        with locked(self._sweep.folder):
             left, is_busy = self._next_abandoned()
             if left is not None:
                 self._claim(left)
@@ -103,7 +101,7 @@ class Study:
 
     def enqueue(self) -> None:
         """Record the trials that are known now, so that `status` shows them as waiting."""
-        with self.lock.held():
+        with locked(self._sweep.folder):
             records = self.records()
             due = Due.WAIT if any(record.state == WAITING for record in records) else self._search.next(records)
             for values in due if not isinstance(due, Due) else ():
@@ -112,7 +110,7 @@ class Study:
 
     def report(self, number: int, step: int, value: float) -> None:
         """Record an evaluation of a trial."""
-        with self.lock.held():
+        with locked(self._sweep.folder):
             frozen = self._trial(number)
             if self._has_claimed(frozen) and step not in frozen.intermediate_values:
                 optuna.trial.Trial(self._study, frozen._trial_id).report(value, step)
@@ -127,7 +125,7 @@ class Study:
 
     def tell(self, outcome: Outcome, value: float | None, figures: Mapping[str, Any]) -> None:
         """Record how a trial ended: its value, and the `figures` of TrialRecord that its run reports."""
-        with self.lock.held():
+        with locked(self._sweep.folder):
             frozen = self._trial(outcome.number)
             if not self._has_claimed(frozen):
                 warn(f"trial {outcome.number} was taken over by another worker; its result here is dropped")
@@ -149,7 +147,7 @@ class Study:
 
     def is_over(self) -> bool:
         """Return whether nothing runs, waits, or is due."""
-        with self.lock.held():
+        with locked(self._sweep.folder):
             records = self.records()
             return not any(record.is_open for record in records) and self._search.next(records) is Due.END
 
@@ -167,7 +165,7 @@ class Study:
         if len(complete) < 2 or not names:
             return
         options: dict[str, Any] = {"params": sorted(names), "target_name": self._sweep.settings.metric}
-        with self.lock.held(), warnings.catch_warnings():
+        with locked(self._sweep.folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna warns of experimental features.
             plots.plot_parallel_coordinate(self._study, **options)
             pyplot.savefig(folder / COORDINATES_NAME, bbox_inches="tight")
@@ -375,58 +373,40 @@ def make_pruner(settings: SweepConfig) -> optuna.pruners.BasePruner:
 LOCK_NAME = ".lock"
 
 
-class Lock:
-    """SWEEP/.lock as a reentrant flock, in the form of Optuna's locks.
+@contextlib.contextmanager
+def locked(sweep: Path) -> Iterator[None]:
+    """Hold SWEEP/.lock (flock), and mend the journal. Not reentrant.
 
-    Taking it cuts off an incomplete last line of the journal, which a kill or a full disk left and which Optuna cannot
-    read past. Optuna's own file lock survives a kill and may be broken by others after 30 s.
+    Optuna's own file lock survives a kill and may be broken by others after 30 s.
     """
+    with (sweep / LOCK_NAME).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{sweep} is on a file system without locks ({error.strerror}), which the workers of a sweep need; set "
+                "run_dir to a folder on another file system"
+            ) from error
+        mend(sweep / JOURNAL_NAME)
+        yield
 
-    def __init__(self, sweep: Path) -> None:
-        self._path, self._journal = sweep / LOCK_NAME, sweep / JOURNAL_NAME
-        self._depth = 0
-        self._file: IO[bytes] | None = None
+
+class _NoLock:
+    """The lock that Optuna takes for a write, which `locked` makes unnecessary."""
 
     def acquire(self) -> bool:
-        """Take the lock, and mend the journal."""
-        if self._depth == 0:
-            with contextlib.ExitStack() as stack:  # Releases the lock if the journal cannot be mended.
-                file = stack.enter_context(self._path.open("ab"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                except OSError as error:
-                    raise UserError(
-                        f"{self._path.parent} is on a file system without locks ({error.strerror}), which the workers "
-                        "of a sweep need; set run_dir to a folder on another file system"
-                    ) from error
-                mend(self._journal)
-                stack.pop_all()
-            self._file = file
-        self._depth += 1
+        """Do nothing."""
         return True
 
     def release(self) -> None:
-        """Release the lock."""
-        self._depth -= 1
-        if self._depth == 0 and self._file is not None:
-            self._file.close()
-            self._file = None
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the lock."""
-        self.acquire()
-        try:
-            yield
-        finally:
-            self.release()
+        """Do nothing."""
 
 
-def open_journal(sweep: Path, lock: Lock) -> JournalStorage:
+def open_journal(sweep: Path) -> JournalStorage:
     """Return the journal of a sweep, read to its end. Raises UserError for a damaged one."""
     journal = sweep / JOURNAL_NAME
     try:
-        return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))  # type: ignore[arg-type]
+        return JournalStorage(JournalFileBackend(str(journal), lock_obj=_NoLock()))  # type: ignore[arg-type]
     # Optuna raises these for a line that is not JSON, lacks a field or names an unknown trial.
     except (ValueError, LookupError, TypeError, AssertionError, AttributeError, optuna.exceptions.OptunaError) as error:
         raise UserError(
@@ -436,7 +416,7 @@ def open_journal(sweep: Path, lock: Lock) -> JournalStorage:
 
 
 def mend(journal: Path) -> None:
-    """Cut off an incomplete last line."""
+    """Cut off an incomplete last line, which a kill or a full disk left and which Optuna cannot read past."""
     if not journal.is_file():
         return
     with journal.open("r+b") as file:

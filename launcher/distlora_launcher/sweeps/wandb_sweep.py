@@ -1,34 +1,49 @@
 """Create a wandb sweep from the section `sweep` and the settings with several values (`distlora sweep create`).
 
-`distlora sweep agent`: wandb_agents.py.
+Run wandb agents (`distlora sweep agent`), and support `distlora train` when an agent starts it. Agents are stopped as
+runs are, and pass the signal on to their run. Runs that saved are resumed when the same command is given again, before
+new values are requested.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import itertools
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from distlora.config import TrackerConfig, UserError, require
-from distlora.config.file import as_mapping
+from distlora.config import ClusterConfig, Config, DataConfig, QuantConfig, TrackerConfig, UserError, require
+from distlora.config.file import as_mapping, build
+from distlora.config.json_files import read_object
 from distlora.config.places import means_hub
 from distlora.config.sweep import SweepConfig
+from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import words_of
 from distlora.system import atomic_io
-from distlora.system.exit_codes import DONE
+from distlora.system.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
+from distlora.training.reporting.wandb_agent import ASKED, VARIABLES, AgentRun
 from distlora_launcher.compose.compose import PATHS
+from distlora_launcher.jobs.submit import in_job
+from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, worker_place
+from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
+from distlora_launcher.launch.run_state import read_ending
+from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.parse import check_trials, parse_sweep
 from distlora_launcher.sweeps.search import make_search
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
+from distlora_launcher.sweeps.start import check_trials, parse_sweep
+from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
 FILE_NAME = "wandb_sweep.yaml"
@@ -194,3 +209,311 @@ def register(file: Path, tracker: TrackerConfig) -> str:
         f"wandb did not register the sweep: {reason}. The file is written; with a key (`wandb login`) and a network, "
         f"register it by: wandb sweep {' '.join(options)} {shown(file)}"
     )
+
+
+AGENT_USAGE = """usage: distlora sweep agent ENTITY/PROJECT/ID [--count N] [run_dir=FOLDER] [sweep.workers=N]
+                            [cluster=slurm ...]
+
+Start wandb agents for the sweep that `distlora sweep create` or `wandb sweep` registered: each requests values, trains
+with them, and repeats until the sweep is done. The run folders are FOLDER/<id of the run>, by default runs/<ID>/<id of
+the run>. sweep.workers=N starts N agents: on this node with an equal number of GPUs each; with cluster=slurm as the
+tasks of an array, each with cluster.nodes nodes. The output of one agent is printed, that of several is in FOLDER/logs.
+
+Ctrl-C, SIGTERM and `distlora cancel FOLDER` have the runs save. `distlora resume FOLDER`, or the same command, resumes
+them.
+
+--count N    runs of each agent; by default all of the sweep"""
+
+RECORD_NAME = "agents.json"
+"""File in the agents' folder with their command line."""
+
+DEFAULTS = {
+    # Failed trials are recorded; by default three in the first minute would end the agent.
+    "WANDB_AGENT_DISABLE_FLAPPING": "true",
+    "WANDB_AGENT_MAX_INITIAL_FAILURES": "1000000",
+    # Seconds from wandb's SIGTERM (early termination) to its SIGKILL: a save may take longer than the default 30 s.
+    "WANDB_AGENT_KILL_DELAY": "600",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AgentsRequest:
+    """The command line of `distlora sweep agent`."""
+
+    sweep: str
+    """[[ENTITY/]PROJECT/]ID"""
+    folder: Path
+    count: int | None
+    workers: int
+    cluster: tuple[str, ...]
+    """Overrides of the section `cluster`."""
+
+    @property
+    def sweep_id(self) -> str:
+        """Return the sweep's ID."""
+        return self.sweep.rpartition("/")[2]
+
+    def one(self) -> list[str]:
+        """Return the arguments for one agent, without its --index."""
+        count = [] if self.count is None else ["--count", str(self.count)]
+        return [self.sweep, *count, *words_of({"run_dir": str(self.folder)})]
+
+    def overrides(self) -> list[str]:
+        """Return the arguments for all agents."""
+        return [*self.one(), f"sweep.workers={self.workers}", *self.cluster]
+
+    def keep(self) -> None:
+        """Write the arguments, for `distlora resume`."""
+        atomic_io.write_json(self.folder / RECORD_NAME, {"words": self.overrides()})
+
+
+def start_agents(arguments: list[str]) -> int:
+    """Start agents and wait for them. Returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(AGENT_USAGE)
+        return DONE
+    request, index, cluster = parse_agents(arguments)
+    require(
+        importlib.util.find_spec("wandb") is not None,
+        "wandb agents need wandb, which is not installed; pip install wandb",
+    )
+    if index is None and cluster.launcher == "slurm":
+        submit_agents(request, cluster)
+        return DONE
+    logs = request.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    # Several commands may share a folder, also from several nodes.
+    name = f"agents_{host_name()}_{os.getpid()}"
+    with worker_place(request.folder, name), forwarding() as forwarder:
+        if index is None:
+            request.keep()
+        if index is None and request.workers > 1:
+            from distlora_launcher.sweeps.start import run_together, visible_devices
+
+            gpus = visible_devices(request.workers, cluster.gpus_per_node)
+            agent = ["distlora_launcher.cli.main", "sweep", "agent", *request.one()]
+            codes = run_together(agent, gpus, forwarder, logs=logs)
+        else:  # It uses all GPUs that it sees.
+            codes = [run_agent(request, index or 0, forwarder)]
+    (request.folder / MACHINES / f"{name}.json").unlink(missing_ok=True)
+    if forwarder.received is None:
+        return DONE if set(codes) == {DONE} else FAILED
+    if index is None:  # In SLURM the script requeues the task.
+        say(f"stopped; continue with: distlora resume {shown(request.folder)}")
+    return INTERRUPTED if forwarder.killed else STOPPED
+
+
+def is_agents_folder(folder: Path) -> bool:
+    """Return whether agents have, or had, their runs in a folder."""
+    return (folder / RECORD_NAME).is_file()
+
+
+def resume_agents(folder: Path) -> int:
+    """Start the agents of a folder again (`distlora resume`). Returns the exit code."""
+    overrides = read_object(folder / RECORD_NAME, f"delete it, and start the agents in run_dir={folder}").get("words")
+    if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
+        raise UserError(
+            f"{folder / RECORD_NAME} is damaged: it has no arguments; delete it, and start the agents again"
+        )
+    return start_agents(overrides)
+
+
+def parse_agents(arguments: Sequence[str]) -> tuple[AgentsRequest, int | None, Any]:
+    """Return the request, the index of the one agent that a SLURM task runs, and the section `cluster`."""
+    from distlora_launcher.compose.compose import compose_section, parse_overrides
+
+    parser = Parser("distlora sweep agent")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--index", type=int)
+    options = parser.parse_args(list(arguments))
+    sweeps = [word for word in options.words if "=" not in word]
+    require(
+        len(sweeps) == 1 and re.fullmatch(r"([^/\s]+/){0,2}[\w-]+", sweeps[0]) is not None,
+        f"{' '.join(sweeps) or 'no sweep'}: give one sweep, as `distlora sweep create` prints it: distlora sweep agent "
+        "ENTITY/PROJECT/ID",
+    )
+    require(options.count is None or options.count > 0, f"--count {options.count} starts no run; write --count 10")
+    overrides = [word for word in options.words if "=" in word]
+    known = ("run_dir", "sweep.workers", "cluster")
+    for word in overrides:
+        name = word.partition("=")[0]
+        require(
+            name in known or name.startswith("cluster."),
+            f"{word}: the settings of its runs are in the sweep; an agent takes run_dir=, sweep.workers=, cluster=",
+        )
+    values = {o.get_key_element(): o.value() for o in parse_overrides(overrides)}
+    workers = values.get("sweep.workers", 1)
+    if not isinstance(workers, int) or workers < 1:
+        raise UserError(f"sweep.workers={workers} is not a number of agents; set sweep.workers=2")
+    of_cluster = [word for word in overrides if word.startswith("cluster")]
+    cluster = build(ClusterConfig, compose_section("cluster", of_cluster), prefix="cluster.")
+    folder = Path(str(values.get("run_dir", agent_runs_folder(sweeps[0].rpartition("/")[2])))).expanduser().absolute()
+    request = AgentsRequest(
+        sweep=sweeps[0], folder=folder, count=options.count, workers=workers, cluster=tuple(of_cluster)
+    )
+    return request, options.index, cluster
+
+
+def run_agent(request: AgentsRequest, index: int, forwarder: Forwarder) -> int:
+    """Resume the unfinished runs of the sweep one after the other, then run an agent. Returns its exit code."""
+    stop_mark = request.folder / "logs" / f"asked_{host_name()}_{os.getpid()}"
+    stop_mark.unlink(missing_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {FOLDER: str(request.folder), PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
+    environment = {**DEFAULTS, "WANDB_DIR": str(request.folder), **environment, ASKED: str(stop_mark)}
+    # The sweep's command `distlora` must be this one.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+
+    def run(*arguments: str) -> int:
+        command = [sys.executable, "-m", "distlora_launcher.launch.bound", *arguments]
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+
+        def ask_to_stop(_: int) -> None:
+            stop_mark.touch()  # First, or a stopped run would take this for wandb's early termination.
+            process.send_signal(signal.SIGTERM)
+
+        forwarder.attach(process, ask_to_stop)
+        code = process.wait()
+        forwarder.detach()
+        return code
+
+    pending = unfinished(request)
+    first = index % max(1, len(pending))
+    for path in pending[first:] + pending[:first]:  # Several agents begin with different ones.
+        if forwarder.received is None and find_result(path) is None and not holders(path):
+            say(f"{shown(path)} resumes")
+            run("distlora_launcher.cli.main", "resume", str(path))
+    count = [] if request.count is None else ["--count", str(request.count)]
+    code = DONE
+    if forwarder.received is None:
+        code = run("wandb", "agent", "--forward-signals", *count, request.sweep)
+    stop_mark.unlink(missing_ok=True)
+    return code
+
+
+def submit_agents(request: AgentsRequest, cluster: ClusterConfig) -> None:
+    """Submit agents as the tasks of a SLURM array."""
+    from distlora_launcher.jobs import scheduler
+    from distlora_launcher.jobs.script import check_shell, render_workers
+    from distlora_launcher.jobs.submit import check_with_slurm
+    from distlora_launcher.sweeps.start import refuse_live, submit_workers
+
+    refuse_live(request.folder)
+    script = render_workers(
+        request.folder,
+        request.sweep_id,
+        cluster,
+        gpus=scheduler.has_gpus(cluster.partition),
+        workers=request.workers,
+        worker=["distlora_launcher.cli.main", "sweep", "agent", *request.one()],
+        trials="*",
+        mounts=[str(request.folder), DataConfig(path=".").cache_dir, QuantConfig().cache_dir],
+    )
+    check_shell(cluster.setup, script)
+    check_with_slurm(script)
+    request.folder.mkdir(parents=True, exist_ok=True)
+    request.keep()
+    submit_workers(request.folder, script, request.workers, cluster)
+    say(f"stop with: distlora cancel {shown(request.folder)}")
+
+
+def unfinished(request: AgentsRequest) -> list[Path]:
+    """Return the sweep's runs that were stopped or killed: wandb's server hands none out twice.
+
+    Runs that wandb ended early and runs that failed are left out.
+    """
+    found = []
+    for record in sorted(request.folder.glob(f"*/{CONFIG_NAME}")):
+        run = record.parent
+        sweep_overrides = AgentRun.of_run(run)
+        if sweep_overrides is None or sweep_overrides.sweep_id != request.sweep_id or was_ended_early(run):
+            continue
+        if find_result(run) is None and read_ending(run).error is None:
+            found.append(run)
+    return found
+
+
+FOLDER = "DISTLORA_SWEEP_FOLDER"
+"""Environment variable: folder of the agents' runs; default runs/<id of the sweep>."""
+
+_ENDED_EARLY = Path("wandb") / "ended_early"
+"""Marker file in RUN."""
+
+
+def add_run_dir(overrides: Sequence[str]) -> list[str]:
+    """Return the arguments with a unique run folder if an agent runs this command.
+
+    Two agents may start in the same second, which names the default folder.
+    """
+    agent = AgentRun.started()
+    if agent is None or any(word.lstrip("+").startswith(("run_dir=", "hydra.run.dir=")) for word in overrides):
+        return list(overrides)
+    return [*overrides, *words_of({"run_dir": str(agent_runs_folder(agent.sweep_id) / agent.run_id)})]
+
+
+def agent_runs_folder(sweep_id: str) -> Path:
+    """Return the default folder of a sweep's runs."""
+    return Path(os.environ.get(FOLDER) or Path("runs") / sweep_id)
+
+
+def find_begun_run(run_dir: Path) -> Path | None:
+    """Return the agent's run folder if it exists already: an agent is given a preempted run again."""
+    agent = AgentRun.started()
+    if agent is None or not (run_dir / CONFIG_NAME).is_file():
+        return None
+    kept = AgentRun.of_run(run_dir)
+    return run_dir if kept is not None and kept.run_id == agent.run_id else None
+
+
+def check_agent(configs: Sequence[Config]) -> None:
+    """Refuse settings that differ from the sweep's values, which wandb would record all the same."""
+    agent = AgentRun.started()
+    if agent is None:
+        return
+    require(
+        len(configs) == 1,
+        f"-m starts {len(configs)} runs, and an agent of the sweep {agent.sweep_id} starts one; remove -m from the "
+        "sweep's command, and search those settings in its parameters",
+    )
+    require(
+        configs[0].cluster.launcher != "slurm" or in_job(),
+        f"cluster=slurm would submit a run of the sweep {agent.sweep_id}, which its agent would take for complete; "
+        "start the agents in SLURM: distlora sweep agent ENTITY/PROJECT/ID cluster=slurm",
+    )
+    agent = dataclasses.replace(agent, values={name: parse_value(name, value) for name, value in agent.values.items()})
+    refused = agent.disagreements(as_mapping(configs[0]))
+    if refused:
+        raise UserError(*refused)
+
+
+def note_end(run_dir: Path, code: int) -> None:
+    """Record the sweep of a stopped run, and mark a run that wandb stopped (early termination) as ended."""
+    agent, mark = AgentRun.started(), os.environ.get(ASKED)
+    if code != STOPPED or agent is None or not run_dir.is_dir():
+        return
+    if AgentRun.of_run(run_dir) is None:
+        agent.keep(run_dir)
+    if mark is not None and not Path(mark).exists():
+        (run_dir / _ENDED_EARLY).touch()
+
+
+def was_ended_early(run_dir: Path) -> bool:
+    """Return whether wandb ended a run before its last step."""
+    return (run_dir / _ENDED_EARLY).exists()
+
+
+def parse_value(name: str, value: Any) -> Any:
+    """Return a value as Hydra reads it: an agent writes it by Python's str."""
+    from hydra.core.override_parser.types import Override
+
+    from distlora_launcher.compose.compose import parse_overrides
+
+    if not isinstance(value, str):
+        return value
+    try:
+        (override,) = parse_overrides([f"{name}={value}"])
+    except UserError:
+        return value  # Compare the text; the run was composed without it.
+    found: Any = override.value()
+    return value if override.is_sweep_override() else Override._convert_value(found)

@@ -27,12 +27,12 @@ from distlora.system.exit_codes import FAILED as FAILURE
 from distlora.system.numbers import length
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
-from distlora_launcher.launch.signals import Forwarder, block, forwarding
+from distlora_launcher.launch.processes import Forwarder, block, forwarding
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.results import write_at_end, write_table
 from distlora_launcher.sweeps.runner import POLL_SECONDS, Outcome, SingleTrialRunner, Trial
 from distlora_launcher.sweeps.search import Due, Search, make_search
-from distlora_launcher.sweeps.study import Study
+from distlora_launcher.sweeps.study import Study, locked
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
@@ -221,7 +221,7 @@ def read_summary(run_dir: Path) -> Mapping[str, Any]:
 def conclude(sweep: Sweep, study: Study, search: Search) -> None:
     """Write the table, and at the end of the sweep the plots and the report."""
     try:
-        with study.lock.held():
+        with locked(sweep.folder):
             write_table(sweep, study.records(), search)
         if study.is_over():
             study.write_plots()

@@ -37,7 +37,7 @@ from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.run import made_base
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import CONFIG_NAME
-from distlora_launcher.launch.signals import forwarding
+from distlora_launcher.launch.processes import forwarding
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 

@@ -1,7 +1,7 @@
 """A process identified across nodes, reboots and containers, and signals to the launcher as requests to stop.
 
-A pid alone is reused, and containers have equal ones. The first SIGTERM, SIGUSR1, SIGHUP or SIGINT requests a save and a
-stop. Further ones change nothing (SLURM and users send them twice), but a second Ctrl-C kills.
+A pid alone is reused, and containers have equal ones. The first SIGTERM, SIGUSR1, SIGHUP or SIGINT requests a save and
+a stop. Further ones change nothing (SLURM and users send them twice), but a second Ctrl-C kills.
 """
 
 from __future__ import annotations

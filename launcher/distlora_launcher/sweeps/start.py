@@ -1,9 +1,8 @@
 """Read a sweep from its command line and check it; start its workers, or wandb agents.
 
-Workers on this node have an equal number of GPUs each, and are stopped together. With cluster=slurm they are
-the tasks of an array. Each has `cluster.nodes`
-nodes and is one worker, which trains one trial after the other on them. Before its time limit, or when it is preempted,
-its trial saves, and the task is requeued and resumes it.
+Workers on this node have an equal number of GPUs each, and are stopped together. With cluster=slurm they are the tasks
+of an array: each has `cluster.nodes` nodes and trains one trial after the other on them. Before its time limit, or when
+it is preempted, its trial saves, and the task is requeued and resumes it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.processes import this_process
 from distlora_launcher.sweeps import rank_search
 from distlora_launcher.sweeps import study as study_module
-from distlora_launcher.sweeps.folder import Sweep, make_sweep
 from distlora_launcher.sweeps.multi_trial import plan_first_run
 from distlora_launcher.sweeps.rank_search import (
     FULL,
@@ -38,9 +37,8 @@ from distlora_launcher.sweeps.rank_search import (
 )
 from distlora_launcher.sweeps.results import CONCLUSION_NAME
 from distlora_launcher.sweeps.runner import Outcome, Trial
-from distlora_launcher.sweeps.search import Due, make_search
-from distlora_launcher.sweeps.space import Values
 from distlora_launcher.sweeps.study import Study
+from distlora_launcher.sweeps.sweep import Due, Sweep, Values, make_search, make_sweep
 
 SETTINGS = SweepConfig(method="rank_search", rank_start=8, rank_most=128, bootstrap=500)
 DOCUMENTS = 80

@@ -29,9 +29,8 @@ from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.report.charts import parallel_coordinates
 from distlora_launcher.report.records import PageStatus
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report
-from distlora_launcher.sweeps.folder import Sweep, make_sweep
 from distlora_launcher.sweeps.results import page_of_sweep, write_at_end
-from distlora_launcher.sweeps.space import Values
+from distlora_launcher.sweeps.sweep import Sweep, Values, make_sweep
 from report_folders import Page, make_folder
 
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"

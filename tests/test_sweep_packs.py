@@ -21,12 +21,10 @@ from distlora_launcher.launch.lock import holders, worker_place
 from distlora_launcher.launch.processes import Forwarder
 from distlora_launcher.sweeps import multi_trial
 from distlora_launcher.sweeps import runner as sweep_runner
-from distlora_launcher.sweeps.folder import Sweep, make_sweep
 from distlora_launcher.sweeps.multi_trial import MultiTrialProcess, MultiTrialRunner
 from distlora_launcher.sweeps.runner import Outcome, Trial
-from distlora_launcher.sweeps.search import make_search
-from distlora_launcher.sweeps.space import Dimension, Values
 from distlora_launcher.sweeps.study import Study
+from distlora_launcher.sweeps.sweep import Dimension, Sweep, Values, make_search, make_sweep
 from distlora_launcher.sweeps.worker import Worker
 from launcher_fakes import write_data, write_model
 

@@ -39,13 +39,11 @@ from distlora_launcher.cli.main import main
 from distlora_launcher.launch.lock import holders, lock_run, worker_place
 from distlora_launcher.launch.processes import Forwarder
 from distlora_launcher.sweeps import runner, start, study
-from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.results import best_of
 from distlora_launcher.sweeps.runner import Outcome, SingleTrialRunner, Trial
-from distlora_launcher.sweeps.search import Due, make_search
-from distlora_launcher.sweeps.space import Dimension, Interval, Values
 from distlora_launcher.sweeps.start import parse_sweep, pinned
 from distlora_launcher.sweeps.study import Study, check_sampler
+from distlora_launcher.sweeps.sweep import Dimension, Due, Interval, Sweep, Values, load_sweep, make_search, make_sweep
 from distlora_launcher.sweeps.worker import Follower, Worker
 
 HERE = Path(__file__).parent
@@ -543,8 +541,8 @@ def start_sweep(sweep: Sweep, tmp_path: Path) -> subprocess.Popen[bytes]:
     )
     code = (
         "import sys; from pathlib import Path; "
-        "from distlora_launcher.sweeps import folder, start; sweep = folder.load_sweep(Path(sys.argv[1])); "
-        "sys.exit(start.run_workers_here(sweep, 1))"
+        "from distlora_launcher.sweeps import start, sweep; here = sweep.load_sweep(Path(sys.argv[1])); "
+        "sys.exit(start.run_workers_here(here, 1))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)]), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=environment, start_new_session=True)

@@ -22,7 +22,7 @@ from distlora_launcher.cli import train
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides
 from distlora_launcher.sweeps import wandb_sweep
-from distlora_launcher.sweeps.space import split
+from distlora_launcher.sweeps.sweep import split
 from distlora_launcher.sweeps.wandb_sweep import parameter, parse_agents, unfinished
 from small_models import read_metrics
 from wandb_logs import read_wandb_log

@@ -7,9 +7,6 @@ from pathlib import Path
 from distlora.config import Config, require
 from distlora.system.exit_codes import DONE
 from distlora_launcher.launch.lock import holders
-from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
-from distlora_launcher.sweeps.search import check_optuna, make_search
-from distlora_launcher.sweeps.space import first_cell
 from distlora_launcher.sweeps.start import (
     check_place,
     check_trials,
@@ -20,6 +17,7 @@ from distlora_launcher.sweeps.start import (
     show_results,
     submit,
 )
+from distlora_launcher.sweeps.sweep import Sweep, check_optuna, first_cell, load_sweep, make_search, make_sweep
 from distlora_launcher.terminal.output import say, shown
 
 USAGE = """usage: distlora sweep [sweep=grid|random|optuna|rank_search] [setting=a,b ...] [setting=value ...]

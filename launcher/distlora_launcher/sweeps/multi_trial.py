@@ -57,9 +57,8 @@ from distlora_launcher.launch.local import create_run, forget_run, is_prepared
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
 from distlora_launcher.launch.processes import Forwarder, block
 from distlora_launcher.launch.workers import run_workers
-from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.sweeps.runner import POLL_SECONDS, LoggedProcess, Outcome, Trial, trial_log, wait_until_free
-from distlora_launcher.sweeps.space import Dimension, Values, count_cells, is_finite, read_section
+from distlora_launcher.sweeps.sweep import LOGS, Dimension, Sweep, Values, count_cells, is_finite, read_section
 from distlora_launcher.terminal.output import say
 
 MODULE = "distlora_launcher.sweeps.multi_trial"

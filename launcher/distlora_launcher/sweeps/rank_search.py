@@ -41,8 +41,7 @@ from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, TrialRecord
 from distlora.system import atomic_io
 from distlora_launcher.compose import planning
-from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.search import Due, Search
+from distlora_launcher.sweeps.sweep import Due, Search, Sweep
 
 RANK_SEARCH_NAME = "rank_search.json"
 TRIAL_OVERRIDES = ("train.eval_documents=true",)
@@ -418,7 +417,7 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
 
 
 class RankSearch(Search):
-    """The search of `sweep=rank_search` (search.py)."""
+    """The search of `sweep=rank_search` (sweep.py)."""
 
     overrides = TRIAL_OVERRIDES
 

@@ -33,8 +33,7 @@ from distlora_launcher.launch.processes import Process
 from distlora_launcher.launch.run_state import read_figures
 from distlora_launcher.report.records import PageStatus, recorded
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
-from distlora_launcher.sweeps.folder import Sweep, load_sweep
-from distlora_launcher.sweeps.search import Due, Search, make_search
+from distlora_launcher.sweeps.sweep import Due, Search, Sweep, load_sweep, make_search
 from distlora_launcher.terminal.output import aligned, say, shown, warn
 
 RESULTS_MD = "results.md"
@@ -236,25 +235,23 @@ def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_
     name = shlex.quote(str(folder))
     workers = [] if has_ended else holders(folder)
     jobs = [] if has_ended else jobs_in_slurm(folder)
-    again = (f"distlora report {name}", "write this report again")
+    commands = [(f"distlora report {name}", "write this report again")]
     if workers or jobs:
         state = "running" if workers else "queued"
         headline = "waits in SLURM as " + ", ".join(job.job_id for job in jobs)
         if workers:
             headline = "is running on " + ", ".join(f"{worker.host} (pid {worker.pid})" for worker in workers)
-        commands = (
-            (f"distlora status {name}", "how it stands now"),
-            (f"distlora cancel {name}", "have it save and stop"),
-        )
-        return PageStatus(state=state, headline=headline, commands=(*commands, again))
-    if is_over and trials and not any(trial.is_open for trial in trials):
-        if any(trial.state == COMPLETE for trial in trials):
-            return PageStatus(state="done", headline="is done", commands=(again,))
-        return PageStatus(
-            state="failed", headline="has ended, and no trial of it was trained to its end", commands=(again,)
-        )
-    resume = (f"distlora resume {name}", "go on with it: trials that were begun from their newest checkpoints")
-    return PageStatus(state="stopped", headline="has stopped before its end", commands=(resume, again))
+        commands.insert(0, (f"distlora cancel {name}", "have it save and stop"))
+        commands.insert(0, (f"distlora status {name}", "how it stands now"))
+    elif not is_over or not trials or any(trial.is_open for trial in trials):
+        state, headline = "stopped", "has stopped before its end"
+        resume = "go on with it: trials that were begun from their newest checkpoints"
+        commands.insert(0, (f"distlora resume {name}", resume))
+    elif any(trial.state == COMPLETE for trial in trials):
+        state, headline = "done", "is done"
+    else:
+        state, headline = "failed", "has ended, and no trial of it was trained to its end"
+    return PageStatus(state=state, headline=headline, commands=tuple(commands))
 
 
 def write_at_end(folder: Path) -> None:

@@ -19,7 +19,7 @@ from distlora.training.tracker import VARIABLES
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.launch.run_state import read_ending, read_figures
 from distlora_launcher.launch.worker_entry import PARENT
-from distlora_launcher.sweeps.folder import LOGS, Sweep
+from distlora_launcher.sweeps.sweep import LOGS, Sweep
 
 MODULE = "distlora_launcher.cli.main"
 """Module with the commands `train` and `resume`."""

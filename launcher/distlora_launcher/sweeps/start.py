@@ -47,11 +47,18 @@ from distlora_launcher.launch.local import create_run, prepare
 from distlora_launcher.launch.processes import Forwarder, forwarding
 from distlora_launcher.launch.run_state import write_submission
 from distlora_launcher.launch.worker_entry import PARENT
-from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.sweeps.multi_trial import plan_first_run
 from distlora_launcher.sweeps.results import format_table, summary_lines
-from distlora_launcher.sweeps.search import Cells, Search, check_sampler, make_search
-from distlora_launcher.sweeps.space import first_cell, read_section
+from distlora_launcher.sweeps.sweep import (
+    LOGS,
+    Cells,
+    Search,
+    Sweep,
+    check_sampler,
+    first_cell,
+    make_search,
+    read_section,
+)
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 

@@ -42,10 +42,18 @@ from distlora.run_folder.sweep import (
 )
 from distlora_launcher.launch.lock import holders, is_alive
 from distlora_launcher.launch.processes import Process, this_process
-from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.runner import Outcome, Trial
-from distlora_launcher.sweeps.search import Due, Search, check_sampler
-from distlora_launcher.sweeps.space import Dimension, Interval, Values, cells, is_finite
+from distlora_launcher.sweeps.sweep import (
+    Dimension,
+    Due,
+    Interval,
+    Search,
+    Sweep,
+    Values,
+    cells,
+    check_sampler,
+    is_finite,
+)
 from distlora_launcher.terminal.output import warn
 
 NAME = "sweep"

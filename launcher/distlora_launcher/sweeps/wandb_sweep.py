@@ -39,10 +39,8 @@ from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, worker
 from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
 from distlora_launcher.launch.run_state import read_ending
 from distlora_launcher.launch.worker_entry import PARENT
-from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.search import make_search
-from distlora_launcher.sweeps.space import Dimension, Interval, Values
 from distlora_launcher.sweeps.start import check_trials, parse_sweep
+from distlora_launcher.sweeps.sweep import Dimension, Interval, Sweep, Values, make_search
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 

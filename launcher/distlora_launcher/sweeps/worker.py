@@ -28,11 +28,10 @@ from distlora.system.numbers import length
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.processes import Forwarder, block, forwarding
-from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.results import write_at_end, write_table
 from distlora_launcher.sweeps.runner import POLL_SECONDS, Outcome, SingleTrialRunner, Trial
-from distlora_launcher.sweeps.search import Due, Search, make_search
 from distlora_launcher.sweeps.study import Study, locked
+from distlora_launcher.sweeps.sweep import Due, Search, Sweep, load_sweep, make_search
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 

@@ -1,23 +1,43 @@
-"""Read what a sweep searches: settings with their values, in Hydra's grammar for sweeps."""
+"""A sweep: what it searches, in Hydra's grammar; its file SWEEP/sweep.yaml; what is due next.
+
+A search is a function of the trial records and keeps no state: each worker has one, and a resumed sweep makes a new
+one.
+"""
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import dataclasses
+import enum
+import importlib
+import importlib.util
 import itertools
 import math
+import random
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
 from distlora.config import Config, UserError, require
 from distlora.config.errors import short
-from distlora.config.file import build
+from distlora.config.file import build, parse_yaml
+from distlora.config.json_files import Shape, check_shape
 from distlora.config.sweep import METHODS, SweepConfig
-from distlora_launcher.compose.compose import compose_section, parse_overrides, section_of
-from distlora_launcher.compose.explain import leaves
+from distlora.run_folder.sweep import SWEEP_NAME, TrialRecord, trial_folder, words_of
+from distlora_launcher.compose.compose import (
+    Composed,
+    compose_run,
+    compose_section,
+    leaves,
+    parse_overrides,
+    section_of,
+)
+from distlora_launcher.launch.local import write_new
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,4 +250,224 @@ def _refuse_of_other_methods(sweep_overrides: Sequence[str]) -> None:
     require(
         pruner != "sweep.pruner=none" or "sweep.pruner_warmup" not in given or method not in METHODS,
         "sweep.pruner_warmup has no effect without a pruner; set sweep.pruner=median, or leave it out",
+    )
+
+
+LOGS = "logs"
+"""Folder in SWEEP for the output of workers and trials."""
+
+_SWEEP: Shape = {
+    "settings": dict,
+    "words": [str],
+    "space": [dict],
+    "config_dir": (str, type(None)),
+    "cwd": str,
+    "name": (str, type(None)),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """A sweep: what is searched, how, and what all trials share."""
+
+    folder: Path
+    settings: SweepConfig
+    overrides: tuple[str, ...]
+    """Overrides of `distlora train` that all trials share."""
+    space: tuple[Dimension, ...]
+    config_dir: str | None
+    """Folder of --config-dir."""
+    cwd: str
+    """Folder of the command, to which relative paths in the overrides refer."""
+    name: str | None = None
+    """Name of the runs, to which each trial's number is added; None if `name` is searched."""
+
+    def run_dir(self, number: int) -> Path:
+        """Return the run folder of a trial."""
+        return trial_folder(self.folder, number)
+
+    def trial_overrides(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> list[str]:
+        """Return the overrides of `distlora train` for a trial.
+
+        The user's overrides go before `extra`, which are the search's. For full fine-tuning in a rank search, overrides
+        of `adapter` and `quant` are left out.
+        """
+        unused = (
+            ("adapter", "quant") if values.get("adapter") == "full" and self.settings.method == "rank_search" else ()
+        )
+        shared = [word for word in self.overrides if section_of(word) not in unused]
+        settings = {} if self.name is None else {"name": f"{self.name}-{number:04d}"}
+        settings["run_dir"] = str(self.run_dir(number))
+        return [*extra, *shared, *words_of(values), *words_of(settings)]
+
+    def compose(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> Composed:
+        """Return the settings of a trial. Raises UserError as `distlora train` does."""
+        require(
+            Path(self.cwd).is_dir(),
+            f"{self.cwd} no longer exists: {self.folder} was started there, and relative paths refer to it; restore "
+            f"it, or make the paths in {self.folder / SWEEP_NAME} absolute and set cwd there to another folder",
+        )
+        with contextlib.chdir(self.cwd):
+            return compose_run(self.trial_overrides(number, values, extra), config_dir=self.config_dir)
+
+
+def make_sweep(sweep: Sweep) -> None:
+    """Write SWEEP/sweep.yaml atomically; raise UserError if it exists, so that one of two starts is refused."""
+    values = {
+        "settings": dataclasses.asdict(sweep.settings),
+        "words": list(sweep.overrides),
+        "space": as_records(sweep.space),
+        "config_dir": sweep.config_dir,
+        "cwd": sweep.cwd,
+        "name": sweep.name,
+    }
+    write_new(sweep.folder / SWEEP_NAME, values, "sweep")
+
+
+def load_sweep(folder: Path) -> Sweep:
+    """Return the sweep in a folder. Raises UserError if there is none, or if it is damaged."""
+    path = folder / SWEEP_NAME
+    if not path.is_file():
+        raise UserError(f"{folder} holds no sweep (no {SWEEP_NAME}); start one with `distlora sweep`")
+    remedy = "put a whole copy in its place, or start the sweep again in another folder"
+    try:
+        values = parse_yaml(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    check_shape(values, _SWEEP, path, remedy)
+    try:
+        settings, space = build(SweepConfig, values["settings"], prefix="sweep."), from_records(values["space"])
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    return Sweep(
+        folder=folder,
+        settings=settings,
+        overrides=tuple(values["words"]),
+        space=space,
+        config_dir=values["config_dir"],
+        cwd=values["cwd"],
+        name=values["name"],
+    )
+
+
+MOST_SHUFFLED = 100_000
+"""Largest finite space that `random` draws from without replacement."""
+
+PACKAGES = {"gp": "scipy", "cmaes": "cmaes"}
+"""Packages that samplers need beside Optuna."""
+
+
+class Due(enum.Enum):
+    """The search's next action, if not a list of trials."""
+
+    SAMPLE = "sample"
+    """A trial whose values Optuna draws from the space."""
+    WAIT = "wait"
+    """Nothing until a running trial ends."""
+    END = "end"
+    """Nothing any more."""
+
+
+class Search(abc.ABC):
+    """A method of a sweep."""
+
+    overrides: tuple[str, ...] = ()
+    """Settings of every trial, which the user's overrides replace."""
+
+    @abc.abstractmethod
+    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
+        """Return the values of the trials due now, in order, given all trials so far, none of which waits."""
+
+    def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
+        """Return lines of Markdown to print under the table of results."""
+        return []
+
+    def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
+        """Return the conclusion as JSON values for SWEEP/conclusion.json; empty if there is none."""
+        return {}
+
+
+class Cells(Search):
+    """Combinations in a fixed order, all known before the first trial."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+
+    def all(self) -> Iterator[dict[str, Any]]:
+        """Yield the combinations in the order in which they are tried."""
+        settings = self._sweep.settings
+        if settings.method == "grid":
+            found = cells(self._sweep.space)
+        else:
+            shuffled = list(cells(self._sweep.space))
+            random.Random(settings.seed).shuffle(shuffled)
+            found = iter(shuffled)
+        return itertools.islice(found, settings.trials)
+
+    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
+        """Return what is due (Search.next)."""
+        return list(itertools.islice(self.all(), len(trials), None)) or Due.END
+
+
+class Sampled(Search):
+    """`sweep.trials` trials, with values that Optuna draws or proposes."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        trials = sweep.settings.trials
+        assert trials is not None, "make_search asks for it"
+        self._trials = min(trials, count_cells(sweep.space)) if is_finite(sweep.space) else trials
+
+    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
+        """Return what is due (Search.next)."""
+        return Due.SAMPLE if len(trials) < self._trials else Due.END
+
+
+def make_search(sweep: Sweep) -> Search:
+    """Return the search of a sweep. Raises UserError for a space that its method cannot search."""
+    settings, space = sweep.settings, sweep.space
+    if settings.method == "rank_search":
+        found: Search = importlib.import_module("distlora_launcher.sweeps.rank_search").RankSearch(sweep)
+        return found
+    require(
+        len(space) > 0,
+        f"sweep={settings.method} has nothing to search; give a setting several values: optim.lr=1e-4,2e-4"
+        + ("" if settings.method == "grid" else ", or an interval: optim.lr='tag(log,interval(1e-5,1e-3))'"),
+    )
+    if settings.method == "grid":
+        endless = next((dimension for dimension in space if isinstance(dimension, Interval)), None)
+        name = "" if endless is None else endless.setting
+        require(
+            endless is None,
+            f"sweep=grid tries every value, and {name} is an interval; list values ({name}=a,b), or set sweep=random",
+        )
+        return Cells(sweep)
+    if settings.method == "random" and is_finite(space) and count_cells(space) <= MOST_SHUFFLED:
+        return Cells(sweep)
+    require(
+        settings.method != "optuna" or settings.sampler != "cmaes" or all(isinstance(each, Interval) for each in space),
+        "sweep.sampler=cmaes proposes numbers from intervals only; give each setting one, as in "
+        "optim.lr='interval(1e-5,1e-3)', or set sweep.sampler=tpe",
+    )
+    require(
+        settings.trials is not None,
+        f"sweep.trials=null never ends with sweep={settings.method}; set sweep.trials=20",
+    )
+    return Sampled(sweep)
+
+
+def check_optuna() -> None:
+    """Refuse a sweep without Optuna, whose journal keeps the trials of every method."""
+    require(
+        importlib.util.find_spec("optuna") is not None,
+        "`distlora sweep` needs optuna, which is not installed; pip install 'distlora[sweep]'",
+    )
+
+
+def check_sampler(settings: SweepConfig) -> None:
+    """Refuse a sampler whose package is missing."""
+    package = PACKAGES.get(settings.sampler) if settings.method == "optuna" else None
+    require(
+        package is None or importlib.util.find_spec(package) is not None,
+        f"sweep.sampler={settings.sampler} needs {package}, which is not installed; `pip install {package}`, or set "
+        "sweep.sampler=tpe",
     )

@@ -277,9 +277,10 @@ def test_what_a_quantized_checkpoint_says_of_itself_can_be_read_before_the_downl
     hub.add("org/packed", {"config.json": b"{}", "model.safetensors": content})
     hub.requests.clear()
     code = (
-        "import sys; from distlora_launcher.compose.hub import preview\n"
-        "with preview('org/packed', None) as folder:\n"
-        "    data = (folder / 'model.safetensors').read_bytes()\n"
+        "import sys; from pathlib import Path; from distlora.config import ModelConfig\n"
+        "from distlora_launcher.compose.hub import with_small_files\n"
+        "with with_small_files(ModelConfig(path='org/packed')) as model:\n"
+        "    data = Path(model.path, 'model.safetensors').read_bytes()\n"
         "    print(len(data), data.count(1), data[int(sys.argv[1]) :][: int(sys.argv[2])].decode())"
     )
     start = 8 + len(text) + 300_000

@@ -27,7 +27,7 @@ from distlora.config.file import as_mapping, build, load_config, settings_by_nam
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch import lock, processes, rendezvous
 from distlora_launcher.launch.failures import read_gave_up
-from distlora_launcher.launch.node import check_same_settings, run_node, start_id_of, start_multi_node
+from distlora_launcher.launch.node import check_same_settings, run_node, start_multi_node
 from distlora_launcher.launch.processes import Forwarder, host_name
 from launcher_fakes import write_data, write_model
 from small_models import read_metrics
@@ -137,7 +137,8 @@ def test_two_machines_are_one_run_and_a_third_is_too_many(
     monkeypatch.setattr(lock, "LEASE_SECONDS", 0)
     cluster = load_config(run_dir).cluster
     assert cluster.rdzv_endpoint is not None
-    this = rendezvous.make_rendezvous(cluster.rdzv_endpoint, nodes=2, run_id=start_id_of(run_dir), join_seconds=0)
+    start = json.loads((run_dir / "machines" / "0.json").read_text())["start"]
+    this = rendezvous.make_rendezvous(cluster.rdzv_endpoint, nodes=2, run_id=start, join_seconds=0)
     for other, reason in (
         (this, "already runs on its 2 nodes: "),
         (dataclasses.replace(this, is_host=False), r"is already running on this node \(pid \d+\)"),

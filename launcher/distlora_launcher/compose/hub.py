@@ -275,27 +275,20 @@ PARALLEL_REQUESTS = 16
 
 
 @contextlib.contextmanager
-def preview(name: str, revision: str | None) -> Iterator[Path]:
-    """Yield a folder with the headers and small files of a model; its snapshot if that is downloaded already.
+def with_small_files(model: ModelConfig) -> Iterator[ModelConfig]:
+    """Yield the model with its path set to a local folder: for a model on the hub, its snapshot or its small files.
 
     A UserError raised in the block names the model in place of the folder.
     """
-    model = locate(name, revision)
-    folder = _preview_folder(name, revision) if model.absent() else model.folder
-    try:
-        yield folder
-    except UserError as error:
-        raise UserError(str(error).replace(str(folder), name)) from error
-
-
-@contextlib.contextmanager
-def with_small_files(model: ModelConfig) -> Iterator[ModelConfig]:
-    """Yield the model with its path set to a local folder: for a model on the hub, that of `preview`."""
     if not is_hub_name(model.path):
         yield model
         return
-    with preview(model.path, model.revision) as folder:
+    found = locate(model.path, model.revision)
+    folder = _preview_folder(model.path, model.revision) if found.absent() else found.folder
+    try:
         yield dataclasses.replace(model, path=str(folder), name=model.path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(folder), model.path)) from error
 
 
 @functools.cache

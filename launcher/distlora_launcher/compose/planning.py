@@ -66,7 +66,13 @@ def choices(config: Config, fixed: Collection[str]) -> Choice:
             machine.usable_bytes is not None,
             f"plan=auto chooses by GPU memory, which is unknown for {where}; add gpu=h100, or gpu.memory_gib=80",
         )
-        return choose(dataclasses.replace(search, fixed=frozenset({*fixed, *_unavailable(launcher)})))
+        unavailable: tuple[str, ...] = ()
+        if launcher == "local":
+            try:
+                check_deepspeed()
+            except UserError:
+                unavailable = ("parallel.backend", "parallel.offload_base")
+        return choose(dataclasses.replace(search, fixed=frozenset({*fixed, *unavailable})))
     if config.quant.method == "auto":
         return resolve_quantization(search)
     return Choice(plan=search.plan(), search=dataclasses.replace(search, fixed=frozenset(CHOSEN)))
@@ -80,16 +86,6 @@ def check_planned(spec: ModelSpec, train: TrainConfig, parallel: ParallelConfig,
     if spec.adapter.decomposes:
         adapters = (each for block in model.shapes.adapters(spec.adapter) for each in block)
         check_ranks(spec.adapter, {each.path: (each.up[0], each.down[1]) for each in adapters})
-
-
-def _unavailable(launcher: str) -> Collection[str]:
-    """Return the settings that cannot be chosen because this node lacks DeepSpeed."""
-    try:
-        if launcher == "local":
-            check_deepspeed()
-    except UserError:
-        return ("parallel.backend", "parallel.offload_base")
-    return ()
 
 
 def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = False) -> Plan:

@@ -59,16 +59,12 @@ def make_script(runs: Sequence[Config], *, sweeps: bool) -> str:
         sweeps or config.cluster.max_parallel is None,
         f"cluster.max_parallel={config.cluster.max_parallel} is for the jobs of a sweep; add -m, or leave it out",
     )
-    other = next((run for run in runs if run.cluster != config.cluster), None)
-    if other is not None:
-        name = next(
-            field.name
-            for field in dataclasses.fields(config.cluster)
-            if getattr(other.cluster, field.name) != getattr(config.cluster, field.name)
-        )
-        values = f"{getattr(config.cluster, name)} and {getattr(other.cluster, name)}"
-        raise UserError(
-            f"cluster.{name} is {values} in this sweep, and the tasks of an array are alike; start one sweep for each"
+    for field in dataclasses.fields(config.cluster):
+        values = dict.fromkeys(str(getattr(run.cluster, field.name)) for run in runs)
+        require(
+            len(values) == 1,
+            f"cluster.{field.name} is {' and '.join(values)} in this sweep, and the tasks of an array are alike; start "
+            "one sweep for each",
         )
     tasks = [dataclasses.replace(run, run_dir=f"{config.run_dir}/{number}") for number, run in enumerate(runs)]
     script = render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=tasks if sweeps else ())

@@ -94,15 +94,11 @@ def run_node_of(
 ) -> int:
     """Call `run_node` for cluster=torchrun: the endpoint is a setting, and each node derives the same id."""
     assert cluster.rdzv_endpoint is not None, "ClusterConfig requires it"
-    start_id = start_id_of(run_dir)
+    # From its whole path: two runs may have the same endpoint.
+    start_id = f"{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
     return run_node(
         run_dir, cluster, cluster.rdzv_endpoint, start_id, forwarder, lead=lead, worker_module=worker_module
     )
-
-
-def start_id_of(run_dir: Path) -> str:
-    """Return the rendezvous id of a run, from its whole path: two runs may have the same endpoint."""
-    return f"{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
 
 
 def run_node(

@@ -22,13 +22,6 @@ from distlora_launcher.compose.checks import resolve_endpoint, split_endpoint
 LOCAL_ADDRESS = "DISTLORA_LOCAL_ADDR"
 """Environment variable: the address by which the other nodes reach this one, if it has several."""
 
-READ_SECONDS = 60
-"""Timeout of a read from the store: a node that lost power or its cable does not answer."""
-CLOSE_SECONDS = 30
-"""Timeout of closing the rendezvous as this node leaves."""
-LAST_CALL_SECONDS = 1
-"""Wait for more nodes than are needed: there are none."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
@@ -51,9 +44,9 @@ class Rendezvous:
         """Return torchrun's options."""
         settings = {
             "join_timeout": self.join_seconds,
-            "last_call_timeout": LAST_CALL_SECONDS,
-            "close_timeout": CLOSE_SECONDS,
-            "read_timeout": READ_SECONDS,
+            "last_call_timeout": 1,  # There are no more nodes than are needed.
+            "close_timeout": 30,
+            "read_timeout": 60,  # A node that lost power or its cable does not answer.
         }
         if self.is_host is not None:
             settings["is_host"] = int(self.is_host)

@@ -196,13 +196,7 @@ def read_submission(folder: Path) -> Submission | None:
     job_id = values.get("job_id")
     if not isinstance(job_id, str) or not job_id.replace("_", "").isdigit():
         return None
-    command, submitted = values.get("command"), values.get("submitted")
-    return Submission(
-        job_id=job_id,
-        command=tuple(map(str, command)) if isinstance(command, list) else (),
-        submitted=submitted if isinstance(submitted, (int, float)) else None,
-        host=values.get("host") if isinstance(values.get("host"), str) else None,
-    )
+    return Submission(job_id=job_id)
 
 
 def note_job(folder: Path, job_id: str) -> None:

@@ -257,7 +257,13 @@ def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     settings, space, shared = read_section(options.words, config_dir=config_dir)
     probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
     folder = Path(probe.config.run_dir)
-    check_folder(folder)
+    require(
+        not is_sweep_folder(folder),
+        f"run_dir={folder} already holds a sweep; continue it with `distlora resume {folder}`, or set another run_dir",
+    )
+    for name in ("config.yaml", JOURNAL_NAME):
+        require(not (folder / name).exists(), f"run_dir={folder} already holds a run; set another run_dir")
+    check_writable(folder, "run_dir")
     shared = [word for word in shared if not word.startswith(("run_dir=", "hydra.run.dir=", "name="))]
     if probe.config.tracker.name == "wandb" and probe.config.tracker.group is None:
         shared += words_of({"tracker.group": folder.name})
@@ -272,17 +278,6 @@ def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
         name=None if "name" in searched else probe.config.name,
     )
     return sweep, probe
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds a sweep or a run, or that cannot be written."""
-    require(
-        not is_sweep_folder(folder),
-        f"run_dir={folder} already holds a sweep; continue it with `distlora resume {folder}`, or set another run_dir",
-    )
-    for name in ("config.yaml", JOURNAL_NAME):
-        require(not (folder / name).exists(), f"run_dir={folder} already holds a run; set another run_dir")
-    check_writable(folder, "run_dir")
 
 
 def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:

@@ -124,12 +124,7 @@ def first_cell(space: Sequence[Dimension]) -> dict[str, Any]:
 
 def as_records(space: Sequence[Dimension]) -> list[dict[str, Any]]:
     """Return the space as plain values, for SWEEP/sweep.yaml."""
-    return [
-        {"setting": d.setting, "values": list(d.values)}
-        if isinstance(d, Values)
-        else {"setting": d.setting, "low": d.low, "high": d.high, "log": d.log, "integer": d.integer}
-        for d in space
-    ]
+    return [dataclasses.asdict(d) | ({"values": list(d.values)} if isinstance(d, Values) else {}) for d in space]
 
 
 def from_records(records: Sequence[Mapping[str, Any]]) -> tuple[Dimension, ...]:

@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +54,9 @@ class Follower:
 
     def __init__(self, run_dir: Path, metric: str) -> None:
         self._path, self._metric = run_dir / METRICS_NAME, metric
+        self.last: float | None = None
+        """Last value of the metric; None before the first, and if it was not finite."""
+        self.has_value = False
         self._offset = 0
         self._before = b""
         """Last bytes before the offset: if they differ, a resume truncated the file to its checkpoint and wrote on."""
@@ -84,18 +86,8 @@ class Follower:
             if isinstance(figures, dict) and figures.get("step", 0) > 0 and self._metric in figures:
                 value = figures[self._metric]
                 number = isinstance(value, (int, float)) and math.isfinite(value)
-                yield figures["step"], float(value) if number else None
-
-
-@dataclass(slots=True)
-class Followed:
-    """A trial in training."""
-
-    trial: Trial
-    follower: Follower
-    last: float | None = None
-    """Last value of the metric; None before the first, and if it was not finite."""
-    has_value: bool = False
+                self.last, self.has_value = float(value) if number else None, True
+                yield figures["step"], self.last
 
 
 class Worker:
@@ -103,7 +95,7 @@ class Worker:
 
     def __init__(self, sweep: Sweep, study: Study, runner: Runner) -> None:
         self._sweep, self._study, self._runner = sweep, study, runner
-        self._trials: dict[int, Followed] = {}
+        self._trials: dict[int, tuple[Trial, Follower]] = {}
         self._ask_at = 0.0
         self._ended = self._saved = False
         self._strange = 0
@@ -149,8 +141,7 @@ class Worker:
     def _begin(self, trial: Trial) -> None:
         overrides = " ".join(words_of(trial.values))
         say(f"trial {trial.number}: {'resumes' if trial.begun else 'starts'}, {overrides}")
-        followed = Followed(trial, Follower(trial.run_dir, self._sweep.settings.metric))
-        self._trials[trial.number] = followed
+        self._trials[trial.number] = trial, Follower(trial.run_dir, self._sweep.settings.metric)
         try:
             self._runner.begin(trial)
         except UserError as error:
@@ -160,9 +151,8 @@ class Worker:
     def _follow(self) -> None:
         """Report new evaluations to the study, and the pruner's decisions to the runner."""
         prunes = self._sweep.settings.pruner != "none"
-        for number, followed in self._trials.items():
-            for step, value in followed.follower.read():
-                followed.last, followed.has_value = value, True
+        for number, (_, follower) in self._trials.items():
+            for step, value in follower.read():
                 if value is not None:
                     self._study.report(number, step, value)
                 if prunes:
@@ -170,30 +160,30 @@ class Worker:
                     self._runner.verdict(number, step, prune=prune)
 
     def _end(self, outcome: Outcome) -> None:
-        followed = self._trials.pop(outcome.number)
+        trial, follower = self._trials.pop(outcome.number)
         self._saved |= outcome.state == SAVED
-        outcome = self._judged(outcome, followed)
-        self._strange = self._strange + 1 if is_strange(outcome, followed.trial.run_dir) else 0
+        outcome = self._judged(outcome, trial, follower)
+        self._strange = self._strange + 1 if is_strange(outcome, trial.run_dir) else 0
         if self._strange >= STRANGE_FAILURES:  # Likely the node's fault: another worker tries it again.
             outcome = dataclasses.replace(outcome, state=SAVED)
-        self._study.tell(outcome, followed.last, read_summary(followed.trial.run_dir))
-        say(self._sentence(outcome, followed))
+        self._study.tell(outcome, follower.last, read_summary(trial.run_dir))
+        say(self._sentence(outcome, follower))
 
-    def _judged(self, outcome: Outcome, followed: Followed) -> Outcome:
+    def _judged(self, outcome: Outcome, trial: Trial, follower: Follower) -> Outcome:
         """Return the outcome; failed if the run is complete but has no finite value to compare."""
-        if outcome.state != COMPLETE or followed.last is not None:
+        if outcome.state != COMPLETE or follower.last is not None:
             return outcome
         metric = self._sweep.settings.metric
         reason = (
             f"its last {metric} is not finite"
-            if followed.has_value
-            else f"it logged no {metric} (sweep.metric) in {shown(followed.trial.run_dir / METRICS_NAME)}"
+            if follower.has_value
+            else f"it logged no {metric} (sweep.metric) in {shown(trial.run_dir / METRICS_NAME)}"
         )
         return dataclasses.replace(outcome, state=FAILED, reason=reason)
 
-    def _sentence(self, outcome: Outcome, followed: Followed) -> str:
+    def _sentence(self, outcome: Outcome, follower: Follower) -> str:
         metric, step = self._sweep.settings.metric, "" if outcome.step is None else f" after step {outcome.step:,}"
-        value = "" if followed.last is None else f", {metric} {followed.last:.4f}"
+        value = "" if follower.last is None else f", {metric} {follower.last:.4f}"
         why = "" if outcome.reason is None else f": {outcome.reason}"
         how = {COMPLETE: "done", PRUNED: "pruned", FAILED: "failed", SAVED: "saved"}[outcome.state]
         lasted = f" ({length(outcome.seconds)})" if outcome.state in (COMPLETE, PRUNED) else ""

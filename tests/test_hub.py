@@ -240,12 +240,6 @@ def test_showing_the_settings_asks_nobody(hub: Hub, run: Run) -> None:
     assert hub.requests == []
 
 
-def test_a_revision_of_a_folder_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_fake_model(place / "model")
-    assert main([*train_words("model"), "model.revision=main"]) == 2
-    assert "model.revision=main has no effect on the folder" in capsys.readouterr().err
-
-
 HEADER_BYTES = 100_001
 """Bytes that huggingface_hub reads of a safetensors file to parse its header."""
 

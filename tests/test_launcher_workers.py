@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from distlora_launcher.launch.failures import first_failure, read_errors
-from distlora_launcher.launch.workers import IMPORTS, prepare_torchrun, run_workers
+from distlora_launcher.launch.workers import IMPORTS, run_workers
 from small_disks import small_disk
 
 HERE = Path(__file__).parent
@@ -67,17 +67,6 @@ def test_the_first_rank_to_fail_is_named(run_dir: Path, capsys: pytest.CaptureFi
     assert str(run_dir / "logs" / "rank_1.log") in message
     assert "Traceback" not in message
     assert_no_workers(run_dir)
-
-
-@pytest.mark.ci
-def test_used_up_restarts_are_told(run_dir: Path, capsys: pytest.CaptureFixture[str]):
-    assert run(run_dir, "rank 1 exits with 3", max_restarts=1) == 1
-    message = capsys.readouterr().err
-    assert message.count("restart 1 of 1, from the beginning") == 1
-    assert "error: rank 1 failed first: it exited with code 3\n" in message
-    assert str(run_dir / "logs" / "rank_1.log") in message
-    assert_no_workers(run_dir)
-    assert message.endswith("the workers were restarted once (cluster.max_restarts=1)\n")
 
 
 def test_a_user_error_in_a_worker_is_bad_input_and_no_reason_to_start_again(
@@ -259,18 +248,6 @@ def test_a_reader_that_leaves_does_not_end_the_run(run_dir: Path):
     process.stdout.close()
     assert process.wait(timeout=120) == 10
     assert "hello from rank 0 of 1" in (run_dir / "logs" / "rank_0.log").read_text()
-
-
-@pytest.mark.ci
-def test_workers_find_imported_what_torchrun_was_told_to(run_dir: Path):
-    """Theirs by a fork, so of two ranks none imports it again."""
-    (run_dir / "behaviour").write_text("imports")
-    torchrun = prepare_torchrun(
-        run_dir, processes=2, worker_module=WORKER, max_restarts=0, imports=["wave", "no_such_module"]
-    )
-    assert run_workers(run_dir, processes=2, worker_module=WORKER, torchrun=torchrun) == 0
-    for rank in (0, 1):
-        assert "wave: True, no_such_module: False" in (run_dir / "logs" / f"rank_{rank}.log").read_text()
 
 
 @pytest.mark.parametrize("name", IMPORTS)

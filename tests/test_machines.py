@@ -379,31 +379,6 @@ def test_a_killed_worker_and_a_lost_machine_lose_nothing(folders: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("lost", "message"),
-    [
-        (0, "error: the connection to 127.0.0.2:{port} was lost: that node has ended or is down\n"),
-        (1, "error: not all of the 2 nodes of this run (rendezvous 127.0.0.2:{port}) joined within 30 s "),
-    ],
-    ids=["the host", "another"],
-)
-def test_a_machine_that_is_lost_is_told(lost: int, message: str, tmp_path: Path, machines: list[Machine]):
-    run_dir = tmp_path / "run"
-    fake_run(run_dir, "waits", timeout_seconds=30.0)
-    port = int(str(load_config(run_dir).cluster.rdzv_endpoint).rpartition(":")[2])
-    machines.append(part(run_dir, tmp_path / "host"))
-    wait_until(lambda: listens(port))
-    machines.append(part(run_dir, tmp_path / "other"))
-    wait_until(lambda: len(list(run_dir.glob("pid_*"))) == 2)
-    left = machines[1 - lost]
-    machines[lost].process.kill()
-    for worker in left.workers():
-        worker.kill()  # A real one sees that its peer is gone.
-    assert left.wait() == 1
-    assert message.format(port=port) in left.says()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
     ("behaviour", "code", "messages"),
     [
         (

@@ -113,18 +113,6 @@ def test_a_job_of_a_sweep_that_does_not_fit_leaves_the_others_alone(
     assert not Path("array").exists(), "the tasks of an array are made together"
 
 
-@pytest.mark.ci
-def test_the_same_settings_are_decided_once(trained: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, choices = [], planning.choices
-    planning._decided.clear()
-    monkeypatch.setattr(planning, "choices", lambda *each: asked.append(each) or choices(*each))
-    assert train("run_dir=a") == 0
-    assert len(asked) == 1
-    assert train("-m", "train.seed=5,6", "run_dir=b") == 0
-    assert len(asked) == 3
-    assert [load_config(run).run_dir for run in trained] == [str(run) for run in trained]
-
-
 @pytest.mark.parametrize("launcher", ["slurm", "torchrun"])
 def test_a_run_that_machines_start_themselves_is_planned_for_what_they_show(
     launcher: str, trained: list[Path], shows: Shows

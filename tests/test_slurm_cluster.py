@@ -222,52 +222,6 @@ def test_more_gpus_than_a_machine_has_are_refused_before_anything_is_made(
 
 
 @pytest.mark.slow
-def test_an_array_of_four_trials_ends_with_two_of_them_at_a_time(
-    cluster: SlurmCluster, folders: Path, tmp_path: Path
-) -> None:
-    rates = ("1e-3", "2e-3", "3e-3", "4e-3")
-    trials = (
-        "-m",
-        f"optim.lr={','.join(rates)}",
-        "cluster.max_parallel=2",
-        f"run_dir={tmp_path}",
-        "train.save_every=5",
-    )
-    train(cluster, folders, *trials)
-    array = job_of(tmp_path)
-    wait_for(cluster, f"{array}_1", tmp_path / "1", lambda: steps_done(tmp_path / "1") >= 6)
-    cluster.call("scontrol", "requeue", f"{array}_1")
-    jobs = [cluster.wait(f"{array}_{number}", *ENDED, seconds=300) for number in range(4)]
-    assert [job["JobState"] for job in jobs] == ["COMPLETED"] * 4
-    assert [job["Restarts"] for job in jobs] == ["0", "1", "0", "0"]
-    spans = [(job["StartTime"], job["EndTime"]) for job in jobs]
-    assert all(sum(start <= moment < end for start, end in spans) <= 2 for moment, _ in spans)
-    for number, rate in enumerate(rates):
-        steps = [line["step"] for line in read_metrics(tmp_path / str(number)) if "loss" in line]
-        assert steps == list(range(1, STEPS + 1))
-        config = yaml.safe_load((tmp_path / str(number) / "config.yaml").read_text())
-        assert config["optim"]["lr"] == float(rate)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_cancelled_while_it_trains_saves_and_resume_submits_the_rest(
-    cluster: SlurmCluster, folders: Path, tmp_path: Path, whole: Path
-) -> None:
-    run = tmp_path / "run"
-    train(cluster, folders, f"run_dir={run}")
-    job = job_of(run)
-    wait_for(cluster, job, run, lambda: steps_done(run) >= 2)
-    distlora(cluster, "cancel", str(run))
-    ended = cluster.wait(job, *ENDED, seconds=60)
-    assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "0")
-    distlora(cluster, "resume", str(run))
-    again = job_of(run)
-    assert again != job
-    assert cluster.wait(again, *ENDED, seconds=START_SECONDS)["JobState"] == "COMPLETED"
-    assert_same_run(run, whole)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "others"), [("n2", "n[1,3]"), ("n1", "n[2-3]")], ids=["a node", "the node where they meet"]
 )

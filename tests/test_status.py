@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -19,7 +18,6 @@ import yaml
 from distlora.config import Config
 from distlora.config.file import as_mapping, build
 from distlora_launcher.cli.main import main
-from distlora_launcher.launch import lock
 from distlora_launcher.launch.processes import from_record, host_name
 from fake_slurm import FakeSlurm, job_record
 
@@ -180,28 +178,6 @@ def test_a_process_that_has_taken_the_pid_of_a_runs_is_not_ended(
     assert holder.poll() is None
 
 
-def test_without_locks_a_holder_is_known_by_its_start(
-    run: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(lock.fcntl, "flock", without_locks)
-    assert [process.pid for process in lock.holders(run)] == [holder.pid]
-    record = run / "machines" / "0.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"started": 1}))
-    assert lock.holders(run) == []
-
-
-def without_locks(*_: object) -> None:
-    raise OSError(errno.ENOSYS, "no locks here")
-
-
-def test_what_is_left_in_the_folder_of_machines_is_no_failure(run: Path):
-    with lock.lock_run(run):
-        (run / "machines" / ".start.json-0123").touch()  # Of a leader that was killed while it wrote.
-        (run / "machines" / "7.json").mkdir()  # What cannot be unlinked.
-    with lock.lock_run(run):
-        pass
-
-
 def test_the_later_of_a_stop_and_a_failure_is_how_a_run_ended(run: Path, capsys: pytest.CaptureFixture[str]):
     trained(run, 4)
     stopped(run, 4, ago=60)
@@ -326,27 +302,6 @@ def test_a_sweep_is_listed_and_cancelled_as_a_whole(
     ]
     assert main(["cancel", "sweep/1"]) == 0
     assert slurm.asked[-1] == "scancel --ctld --batch --signal=USR1 41_1"
-
-
-def test_a_damaged_run_hides_none_of_its_sweep(
-    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.chdir(tmp_path)
-    for number in (0, 1):
-        submitted(make(tmp_path / "sweep" / str(number), "slurm"), f"41_{number}")
-    trained(tmp_path / "sweep" / "0", 4)
-    (tmp_path / "sweep" / "0" / "config.yaml").write_text("model: [")
-    slurm.has_jobs(job_record("41_0", "RUNNING", nodes="n1"), job_record("41_1", "PENDING"))
-    capsys.readouterr()
-    assert main(["status", "sweep"]) == 0
-    text = capsys.readouterr().out
-    assert [line.split()[:3] for line in text.splitlines()[1:3]] == [["0", "running", "4"], ["1", "queued", "0/12"]]
-    assert "\n0: " in text
-    assert "config.yaml is damaged" in text
-    assert main(["cancel", "sweep/0"]) == 0
-    assert slurm.asked[-1] == "scancel --ctld --batch --signal=USR1 41_0"
-    assert main(["status", "sweep/0"]) == 2
-    assert capsys.readouterr().out.startswith("asked SLURM job 41_0 to save and stop")
 
 
 def test_runs_of_a_sweep_are_cancelled_though_one_has_ended_or_is_refused(

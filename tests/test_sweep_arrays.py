@@ -169,11 +169,3 @@ def test_a_pack_is_trained_in_a_task(cluster: SlurmCluster, folders: Path, tmp_p
     assert ended["JobState"] == "COMPLETED", said(sweep)
     assert [trial["state"] for trial in results(sweep)] == ["complete", "complete"]
     assert len(list((sweep / "packs").iterdir())) == 1
-
-
-@pytest.mark.ci
-def test_what_slurm_refuses_makes_no_sweep(cluster: SlurmCluster, folders: Path, tmp_path: Path) -> None:
-    sweep = tmp_path / "sweep"
-    words = ("cluster=slurm", "cluster.partition=absent", "optim.lr=1e-3,2e-3", "tracker=none", f"run_dir={sweep}")
-    assert "set cluster.partition" in distlora(cluster, "sweep", *settings(cluster, folders), *words, expect=2)
-    assert not sweep.exists()

@@ -140,19 +140,6 @@ def test_a_process_that_dies_restarts_with_half_and_a_trial_that_dies_alone_fail
     assert 1 in later
 
 
-@pytest.mark.ci
-def test_a_later_trial_with_a_lower_number_does_not_fail_for_another(make: Make) -> None:
-    """Check an abandoned trial that joins a process of one slot which has another trial."""
-    sweep = make(RATES, fake={"kills": [4], "most": 1}, packed=1)
-    runner = MultiTrialRunner(sweep, 0, Forwarder())
-    runner.slots = 1
-    runner.begin(asked(sweep, 4, optim__lr=5e-4))
-    runner.begin(asked(sweep, 0, optim__lr=1e-4))
-    found = {each.number: each for each in until(runner, 2)}
-    assert (found[4].state, found[4].reason, found[0].state) == (FAILED, "out of memory", COMPLETE)
-    runner.stop()
-
-
 def test_an_outcome_written_as_the_process_ends_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = make(RATES)
     runner = MultiTrialRunner(sweep, 0, Forwarder())
@@ -228,14 +215,6 @@ def test_a_stop_saves_every_trial_and_the_next_worker_starts_a_clean_process(mak
     assert [path.name for path in inbox.iterdir()] == ["0001.json"], "trial 0 may be another worker's by now"
     again.stop()
     until(again, 1)
-
-
-@pytest.mark.ci
-def test_a_trial_that_cannot_be_trained_with_others_is_refused_by_its_setting(make: Make) -> None:
-    sweep = make(Values("adapter.r", (4,)), Values("adapter.init", ("kaiming", "pissa")))
-    records = work(sweep).records()
-    assert [record.state for record in records] == [COMPLETE, FAILED]
-    assert "adapter.init=pissa starts from a decomposition of the base" in (records[1].reason or "")
 
 
 def test_a_trial_that_has_its_result_is_not_trained_again(make: Make) -> None:

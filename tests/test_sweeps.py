@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,6 @@ from distlora.run_folder.sweep import (
     FAILED,
     PRUNED,
     RUNNING,
-    SAVED,
     WAITING,
     TrialRecord,
     ranked,
@@ -126,16 +124,6 @@ def test_draws_are_the_same_for_any_number_of_workers_and_after_a_restart(tmp_pa
     assert asked(study_of(other)).values != drawn[0][0]
 
 
-def test_random_of_a_finite_space_draws_nothing_twice(tmp_path: Path):
-    sweep = sweep_at(tmp_path / "s", method="random", trials=20)
-    study = study_of(sweep)
-    with worker_place(sweep.folder, "worker_0"):
-        seen = [tuple(asked(study).values.values()) for _ in range(4)]
-        assert study.ask() is Due.END
-    assert sorted(seen) == [(1e-3, 8), (1e-3, 16), (1e-2, 8), (1e-2, 16)]
-    assert seen != sorted(seen)
-
-
 def test_optuna_comes_to_propose_what_was_good(tmp_path: Path):
     """Check that proposals come closer to the minimum, at 1e-3, than the first, random ones."""
     space = (Interval("optim.lr", 1e-6, 1.0, log=True), Values("adapter.target_modules", ("qv", ["q_proj", "k_proj"])))
@@ -222,20 +210,6 @@ def test_a_draw_that_a_kill_interrupts_leaves_no_trial_without_values(tmp_path: 
         trial = asked(study_of(sweep))
         assert trial.number == 0
         assert 1e-5 <= trial.values["optim.lr"] <= 1e-3
-
-
-def test_a_trial_that_was_never_drawn_is_none(tmp_path: Path):
-    """Check the state between the creation of a trial and its values, which CMA-ES passes through."""
-    sweep = sweep_at(tmp_path / "s", Interval("optim.lr", 1e-5, 1e-3), method="optuna", sampler="tpe", trials=2)
-    study = study_of(sweep)
-    study._study.enqueue_trial({})
-    study._study.ask()
-    assert asked(study).number == 1
-    assert [(trial.state, trial.reason) for trial in study.records()] == [
-        (FAILED, "its worker was killed before it had values"),
-        (RUNNING, None),
-    ]
-    assert [trial.state for trial in read_results(sweep.folder)] == [FAILED, RUNNING]
 
 
 def test_a_record_that_another_machine_does_not_see_yet_means_no_dead_worker(tmp_path: Path):
@@ -435,59 +409,6 @@ def test_a_trial_that_falls_behind_is_pruned_and_one_that_leads_is_not(tmp_path:
     assert second.state == PRUNED  # Behind the median of one.
 
 
-class TwoAtOnce:
-    """A runner whose trials run until they are stopped."""
-
-    slots = 2
-
-    def __init__(self) -> None:
-        self.running: list[int] = []
-        self.stopped = self.closed = False
-        self.leaves = 2
-
-    @property
-    def is_idle(self) -> bool:
-        self.leaves -= 1
-        return self.leaves < 0
-
-    def begin(self, trial: Trial) -> None:
-        self.running.append(trial.number)
-
-    def verdict(self, number: int, step: int, *, prune: bool) -> None:
-        raise AssertionError("there is no pruner")
-
-    def poll(self) -> list[Outcome]:
-        if not self.stopped:
-            return []
-        ended, self.running = self.running, []
-        return [Outcome(number=number, state=SAVED, seconds=1.0, step=2) for number in ended]
-
-    def close(self) -> None:
-        self.closed = True
-
-    def stop(self) -> None:
-        self.stopped = True
-
-
-def test_a_worker_whose_last_trials_were_saved_is_not_done(tmp_path: Path):
-    sweep = sweep_at(tmp_path / "s", trials=1)
-    two = TwoAtOnce()
-    forwarder = Forwarder()
-    with worker_place(sweep.folder, "worker_0"):
-        stop = threading.Timer(1.0, lambda: forwarder(signal.SIGTERM, None))
-        stop.start()
-        assert Worker(sweep, study_of(sweep), two).work(forwarder) == 75
-    assert two.closed
-    assert two.leaves < 0  # It was waited for.
-    assert [trial.state for trial in read_results(sweep.folder)] == [RUNNING]
-    # The next one to ask goes on with it, and its times add up.
-    study = study_of(sweep)
-    trial = asked(study)
-    assert trial.begun
-    complete(study, trial, 2.0)
-    assert [record.seconds for record in study.records()] == [2.0]
-
-
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -617,16 +538,6 @@ def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
     ("words", "expected"),
     [
         (["optim.lr=1e-4"], "sweep=grid has nothing to search"),
-        pytest.param(
-            ["optim.lr=interval(1e-5,1e-4)"],
-            "sweep=grid tries every value, and optim.lr is an interval",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ["sweep=random", "sweep.trials=null", "optim.lr=interval(1e-5,1e-4)"],
-            "sweep.trials=null never ends",
-            marks=pytest.mark.slow,
-        ),
         (
             ["cluster=torchrun", "cluster.nodes=2", "cluster.rdzv_endpoint=localhost:29500", "optim.lr=1,2"],
             "would not keep trials in step",
@@ -634,21 +545,12 @@ def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
         (["sweep.sampler=gp", "optim.lr=1,2"], "sweep.sampler=gp is a setting of sweep=optuna"),
         (["sweep.seed=3", "optim.lr=1,2"], "sweep.seed has no effect with sweep=grid"),
         (["sweep.pruner_warmup=3", "optim.lr=1,2"], "sweep.pruner_warmup has no effect without a pruner"),
-        pytest.param(["sweep.metric=eval_los", "optim.lr=1,2"], "did you mean 'eval_loss'?", marks=pytest.mark.slow),
         (["sweep.space.optim.lr=1e-4"], "sweep.space.optim.lr=0.0001 is one value"),
         (["sweep=grid,random", "optim.lr=1,2"], "a sweep has one value of it"),
         (["sweep=gird", "optim.lr=1,2"], "did you mean 'grid'?"),
         (["-m", "optim.lr=1,2"], "distlora sweep runs several without it"),
         (["data.sequence_length=64", "adapter.r=8,0"], "adapter.r=0 is not a rank"),
         (["optim.lr=1e-4,2e-4", "data.eval_fraction=0"], "needs held-out documents"),
-        pytest.param(
-            ["sweep=optuna", "optim.lr=1e-4,2e-4"], "judges trials by their evaluations", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            ["sweep.pruner=median", "sweep.metric=loss", "train.eval_every=2", "optim.lr=1,2"],
-            "have no loss",
-            marks=pytest.mark.slow,
-        ),
     ],
 )
 def test_what_cannot_be_a_sweep_is_refused_before_anything_is_made(
@@ -658,11 +560,6 @@ def test_what_cannot_be_a_sweep_is_refused_before_anything_is_made(
     assert main(["sweep", *paths, *words]) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
-
-
-def test_a_run_is_no_sweep(capsys: pytest.CaptureFixture[str]):
-    assert main(["train", "model.path=m", "data.path=d", "sweep=grid"]) == 2
-    assert "is of `distlora sweep`" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_taken_is_refused(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -719,32 +616,6 @@ def test_a_grid_of_real_runs_packed_has_the_losses_of_the_same_grid_one_after_th
     assert [trial.values for trial in packed_ones] == [trial.values for trial in alone]
     assert [trial.value for trial in packed_ones] == pytest.approx([trial.value for trial in alone], rel=1e-6)
     assert len({trial.value for trial in alone}) == 4
-
-
-@pytest.mark.slow
-def test_a_sweep_of_real_runs_that_was_stopped_and_killed_comes_to_the_same(folders: Path, tmp_path: Path):
-    words = ("optim.lr=1e-3,2e-3,4e-3", "train.max_steps=12", "train.save_every=2", "train.eval_every=4")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    alone = sweep_command(folders, tmp_path / "alone", tmp_path / "cache", *words)
-    assert subprocess.run(alone, env=environment).returncode == 0
-    folder = tmp_path / "s"
-    command = sweep_command(folders, folder, tmp_path / "cache", *words, "sweep.workers=2")
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: (folder / "trials/0000/checkpoints/step_00000002").is_dir(), seconds=300)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate()[0]
-    assert process.returncode == 75
-    assert f"continue with: distlora resume {folder}" in said
-    resume = [sys.executable, "-m", "distlora_launcher.cli.main", "resume", str(folder)]
-    process = subprocess.Popen(resume, env=environment)
-    wait_for(lambda: (folder / "trials/0002/checkpoints/step_00000002").is_dir(), seconds=300)
-    process.kill()
-    process.wait()
-    wait_for(lambda: not holders(folder), seconds=60)
-    assert subprocess.run(resume, env=environment).returncode == 0
-    first, second = read_results(tmp_path / "alone"), read_results(folder)
-    assert [(trial.value, trial.evaluations) for trial in second] == [(t.value, t.evaluations) for t in first]
-    assert all(trial.state == COMPLETE for trial in second)
 
 
 @pytest.mark.ci

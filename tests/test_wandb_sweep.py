@@ -16,9 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distlora.planner import Plan
 from distlora.training.reporting.wandb_agent import ASKED, VARIABLES, AgentRun, agrees
-from distlora_launcher.cli import train
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides
 from distlora_launcher.sweeps import wandb_sweep
@@ -188,14 +186,6 @@ def test_values_that_a_run_does_not_have_are_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
-def test_values_that_cannot_be_read_are_refused(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start_as_agent(monkeypatch, tmp_path, {}, text="- a list")
-    assert main(["train", *settings(folders, tmp_path)]) == 2
-    assert "unset WANDB_SWEEP_ID" in capsys.readouterr().err
-
-
 def test_an_agents_words_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in {
         (): "distlora sweep agent ENTITY/PROJECT/ID",
@@ -230,22 +220,6 @@ def test_a_run_that_was_asked_to_stop_says_by_whom(tmp_path: Path, monkeypatch: 
     assert kept is not None
     assert (kept.sweep_id, kept.run_id, kept.values) == ("s1", "run1", {"adapter.r": 4})
     assert wandb_sweep.was_ended_early(tmp_path) == (by == "wandb")
-
-
-def test_a_command_that_an_agent_has_started_notes_that_wandb_ended_it(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    start_as_agent(monkeypatch, tmp_path, {"adapter.r": 16})
-    monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
-
-    def start(plan: Plan) -> int:
-        (Path(plan.config.run_dir) / "logs").mkdir(parents=True)
-        return 75
-
-    monkeypatch.setattr(train, "start_run", start)
-    assert main(["train", *settings(folders, tmp_path)]) == 75
-    assert wandb_sweep.was_ended_early(tmp_path / "runs" / "s1" / "run1")
 
 
 def test_what_was_stopped_or_killed_goes_on_and_nothing_else_does(tmp_path: Path) -> None:

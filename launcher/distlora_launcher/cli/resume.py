@@ -63,5 +63,5 @@ def resume(folder: Path) -> int:
     if is_complete(folder):
         return DONE
     if is_job(config.cluster):
-        return resume_in_job(folder, config) if in_job() else resubmit_run(folder, config)
-    return resume_multi_node(folder, config) if config.cluster.on_each_node else resume_run(folder, config)
+        return resume_in_job(folder) if in_job() else resubmit_run(folder)
+    return resume_multi_node(folder) if config.cluster.on_each_node else resume_run(folder)

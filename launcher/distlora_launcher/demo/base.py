@@ -18,7 +18,6 @@ import textwrap
 from pathlib import Path
 
 from distlora.config import UserError
-from distlora.config.file import load_config
 from distlora_launcher.compose.checks import check
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.compose.planning import planned
@@ -37,7 +36,7 @@ def run_settings(overrides: list[str]) -> int:
 def continue_run(run_dir: Path) -> int:
     """Print and run `distlora resume`. Returns its exit code."""
     print(command_line("resume", [str(run_dir)]), flush=True)
-    return local.resume_run(run_dir, load_config(run_dir))
+    return local.resume_run(run_dir)
 
 
 def command_line(command: str, arguments: list[str]) -> str:

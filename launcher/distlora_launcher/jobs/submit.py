@@ -84,11 +84,11 @@ def submit_run(plan: Plan) -> int:
     if code != DONE:
         print_resume_hint(Path(config.run_dir), code)
         return code
-    submit_prepared(Path(config.run_dir), config)
+    submit_prepared(Path(config.run_dir))
     return DONE
 
 
-def resubmit_run(run_dir: Path, config: Config) -> int:
+def resubmit_run(run_dir: Path) -> int:
     """Submit a run again, to continue from its newest checkpoint. Refused while its job waits or runs."""
     job = live_job(run_dir)
     if job is not None:
@@ -96,13 +96,13 @@ def resubmit_run(run_dir: Path, config: Config) -> int:
             f"{run_dir} is SLURM job {job.job_id}, which is {job.state.lower()}; wait for it (`distlora status "
             f"{shown(run_dir)}`), or end it with `distlora cancel {shown(run_dir)}`"
         )
-    code = make_ready(run_dir, config)
+    code = make_ready(run_dir)
     if code != DONE:
         print_resume_hint(run_dir, code)
         return code
     saved = checkpoint_folders(run_dir)
     say(f"{shown(run_dir)} goes on from {saved[-1].name if saved else 'its start, as nothing was saved yet'}")
-    submit_prepared(run_dir, config)
+    submit_prepared(run_dir)
     return DONE
 
 
@@ -130,8 +130,9 @@ def live_jobs(folder: Path) -> list[Job]:
     return [job for job in jobs if job.is_live and job.is_of(folder / "trials")]
 
 
-def make_ready(run_dir: Path, config: Config) -> int:
+def make_ready(run_dir: Path) -> int:
     """Check a run that is to continue, and restore its model and data. Returns the exit code."""
+    config = load_config(run_dir)
     restore(config.model)
     check(config, new_run=False)
     plan = planned(config, run_dir=run_dir)
@@ -140,11 +141,12 @@ def make_ready(run_dir: Path, config: Config) -> int:
         return DONE if is_prepared(run_dir) else prepare(run_dir)
 
 
-def submit_prepared(run_dir: Path, config: Config) -> None:
+def submit_prepared(run_dir: Path) -> None:
     """Write the script of a prepared run and submit it. Raises UserError if there is no SLURM or it refuses.
 
     A script that was changed by hand is submitted as it is.
     """
+    config = load_config(run_dir)
     write_script(run_dir, render(config, gpus=scheduler.has_gpus(config.cluster.partition)))
     (run_dir / "logs").mkdir(exist_ok=True)  # For the job's log: SLURM makes no folder.
     make_cache(config.cluster, config.quant)
@@ -213,9 +215,9 @@ def start_in_job(plan: Plan) -> int:
     return run_step(run_dir)
 
 
-def resume_in_job(run_dir: Path, config: Config) -> int:
+def resume_in_job(run_dir: Path) -> int:
     """Continue a run on the nodes of the job. Returns the exit code."""
-    code = make_ready(run_dir, config)
+    code = make_ready(run_dir)
     return run_step(run_dir) if code == DONE else code
 
 
@@ -325,7 +327,7 @@ def resume_sweep(folder: Path) -> int:
             f"{other.run_dir} is no run of cluster=slurm; resume it alone: `distlora resume {other.run_dir}`"
         )
     for run in runs:
-        code = make_ready(Path(run.run_dir), run)
+        code = make_ready(Path(run.run_dir))
         if code != DONE:
             return code
     submit_array(folder, runs)

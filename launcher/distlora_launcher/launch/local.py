@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from distlora.config import ClusterConfig, Config, UserError
-from distlora.config.file import as_mapping
+from distlora.config.file import as_mapping, load_config
 from distlora.config.json_files import object_or_empty
 from distlora.planner import Plan
 from distlora.run_folder.layout import DATA_NAME, METRICS_NAME, PLAN_NAME, REPORT_NAME, checkpoint_folders, find_result
@@ -96,8 +96,9 @@ def make_run(plan: Plan) -> tuple[int, Config]:
         return code, config
 
 
-def resume_run(run_dir: Path, config: Config) -> int:
+def resume_run(run_dir: Path) -> int:
     """Continue a run from its newest checkpoint, or from the start if it has none. Returns the exit code."""
+    config = load_config(run_dir)
     restore(config.model)
     check(config, new_run=False)
     with start_torchrun_early(run_dir, config) as torchrun, lock_run(run_dir):

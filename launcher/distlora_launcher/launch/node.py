@@ -74,8 +74,9 @@ def start_multi_node(config: Config) -> int:
         return run_node_of(run_dir, config.cluster, forwarder, lead)
 
 
-def resume_multi_node(run_dir: Path, config: Config) -> int:
+def resume_multi_node(run_dir: Path) -> int:
     """Run this node's workers of a run that the same command continues on each node. Returns the exit code."""
+    config = load_config(run_dir)
     restore(config.model)
     check(config, new_run=False)
     plan = planned(config, run_dir=run_dir, runs_here=True)

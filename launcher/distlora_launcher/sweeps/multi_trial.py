@@ -116,7 +116,7 @@ class MultiTrialRunner:
         self._trials[trial.number] = _Running(trial, config, hold)
         if find_result(trial.run_dir) is not None:  # Its last worker was killed before it could record that.
             self._end(trial.number, COMPLETE)
-        elif self._prepare(trial, config):
+        elif self._prepare(trial.number):
             self._join(trial.number)
 
     def verdict(self, number: int, step: int, *, prune: bool) -> None:
@@ -184,24 +184,24 @@ class MultiTrialRunner:
         create_run(trial.run_dir, config)
         return config
 
-    def _prepare(self, trial: Trial, config: Config) -> bool:
+    def _prepare(self, number: int) -> bool:
         """Prepare a trial's data unless another trial with the same data was; return False if the trial ended so."""
-        run_dir = trial.run_dir
+        config, run_dir = self._trials[number].config, self._trials[number].trial.run_dir
         key = repr((config.model, config.data, config.train.seed, config.train.objective))
         if not is_prepared(run_dir) and key in self._prepared:
             shutil.copyfile(self._prepared[key], run_dir / DATA_NAME)
         if not is_prepared(run_dir):
-            process = LoggedProcess(["distlora.data", str(run_dir)], trial_log(self._sweep, trial.number))
+            process = LoggedProcess(["distlora.data", str(run_dir)], trial_log(self._sweep, number))
             while (code := process.poll()) is None:
                 if self._forwarder.received is not None:
                     process.stop()
                 time.sleep(POLL_SECONDS)
             if code != DONE:
                 if self._forwarder.received is not None:
-                    self._end(trial.number, SAVED)
+                    self._end(number, SAVED)
                     return False
                 reason = process.last_error() or f"its preparation ended with code {code}"
-                self._end(trial.number, FAILED, reason=reason, is_refused=code == BAD_INPUT)
+                self._end(number, FAILED, reason=reason, is_refused=code == BAD_INPUT)
                 forget_run(run_dir)
                 return False
         self._prepared.setdefault(key, run_dir / DATA_NAME)
@@ -211,14 +211,15 @@ class MultiTrialRunner:
         """Put a prepared trial into the process, or keep it for the next one, which is set up for its first trial."""
         trial = self._trials[number]
         if self._process is None:
-            self._process = self._make_process(trial.config)
+            self._process = self._make_process(number)
         elif self._process.closed or not _may_join(trial.config, self._process.config):
             self._later.append(number)
             return
         shutil.copyfile(self._process.folder / PLAN_NAME, trial.trial.run_dir / PLAN_NAME)
         self._process.put(number, trial.trial.run_dir)
 
-    def _make_process(self, config: Config) -> MultiTrialProcess:
+    def _make_process(self, number: int) -> MultiTrialProcess:
+        config = self._trials[number].config
         name = f"{self._index}" if self._processes == 0 else f"{self._index}_{self._processes}"
         self._processes += 1
         folder = self._sweep.folder / PACKS / name

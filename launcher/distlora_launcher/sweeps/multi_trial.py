@@ -62,7 +62,6 @@ from distlora_launcher.sweeps.sweep import LOGS, Dimension, Sweep, Values, count
 from distlora_launcher.terminal.output import say
 
 MODULE = "distlora_launcher.sweeps.multi_trial"
-WORKER = "distlora.training.multi_trial.worker"
 
 _OF_SIZE = ("adapter", "recipe")
 """Sections whose values change a trial's memory and may differ between trials trained together."""
@@ -191,7 +190,7 @@ class MultiTrialRunner:
         if not is_prepared(run_dir) and key in self._prepared:
             shutil.copyfile(self._prepared[key], run_dir / DATA_NAME)
         if not is_prepared(run_dir):
-            process = LoggedProcess(["distlora.data", str(run_dir)], trial_log(self._sweep, number))
+            process = LoggedProcess(["distlora.data.prepare", str(run_dir)], trial_log(self._sweep, number))
             while (code := process.poll()) is None:
                 if self._forwarder.received is not None:
                     process.stop()

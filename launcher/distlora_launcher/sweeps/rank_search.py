@@ -31,8 +31,8 @@ import numpy as np
 from distlora.config import AdapterConfig, TrainConfig, UserError, require
 from distlora.config.json_files import Shape, check_shape, object_or_empty, read_object
 from distlora.config.sweep import SweepConfig
-from distlora.data.hashing import hash64
-from distlora.output.tables import Table
+from distlora.data.packing import hash64
+from distlora.output.results import Table
 from distlora.planner import plan_of
 from distlora.planner.model import PlannedModel
 from distlora.planner.report import needs
@@ -57,7 +57,7 @@ FEW_DOCUMENTS = 50
 """Documents below which the percentile interval is too narrow: a nominal 95 % covers 89 to 92 % (README.md)."""
 
 BOOTSTRAP = 4
-"""Domain of the hash, beside those in distlora/data/hashing.py."""
+"""Domain of the hash, beside those in distlora/data/packing.py."""
 _DRAWN_AT_ONCE = 2**20
 """Numbers drawn at once: limits memory to about 10 MB for any number of documents and resamples."""
 

@@ -32,7 +32,7 @@ from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import words_of
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
-from distlora.training.reporting.wandb_agent import ASKED, VARIABLES, AgentRun
+from distlora.training.tracker import ASKED, VARIABLES, AgentRun
 from distlora_launcher.compose.compose import PATHS
 from distlora_launcher.jobs.submit import in_job
 from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, worker_place

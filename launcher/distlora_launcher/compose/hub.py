@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,13 +135,13 @@ def locate(name: str, revision: str | None, *, cache: Path | None = None) -> Hub
             f"{name} has no {missing[0]}, which its {INDEX_NAME} names; set model.revision to a whole commit, or "
             "{model.path} to another model"
         )
-    return HubModel(
-        name=name,
-        commit=info.sha,
-        weights={file: sizes[file] for file in sorted(shards)},
-        companions={file: size for file, size in sizes.items() if is_companion(file)},
-        cache=cache,
-    )
+    return _model(name, info.sha, sizes, shards, cache)
+
+
+def _model(name: str, commit: str, sizes: Mapping[str, int], shards: Iterable[str], cache: Path) -> HubModel:
+    weights = {file: sizes[file] for file in sorted(shards)}
+    companions = {file: size for file, size in sizes.items() if is_companion(file)}
+    return HubModel(name=name, commit=commit, weights=weights, companions=companions, cache=cache)
 
 
 def is_companion(file: str) -> bool:
@@ -205,13 +205,7 @@ def _cached(name: str, revision: str | None, cache: Path, reason: Exception) -> 
     shards = _shards(Path(folder) / INDEX_NAME, name) if INDEX_NAME in sizes else {SINGLE_NAME}
     if not shards <= set(sizes):
         raise reason
-    model = HubModel(
-        name=name,
-        commit=Path(folder).name,
-        weights={file: sizes[file] for file in sorted(shards)},
-        companions={file: size for file, size in sizes.items() if is_companion(file)},
-        cache=cache,
-    )
+    model = _model(name, Path(folder).name, sizes, shards, cache)
     print(f"the hub cannot be reached: using {name} as it is in the cache, commit {model.commit[:12]}", flush=True)
     return model
 

@@ -249,7 +249,8 @@ class MultiTrialRunner:
                 self._end(number, FAILED, reason=process.why(code), is_refused=True)
         elif process.inside:
             self._restart(process, process.why(code))
-            return
+            if process.inside:
+                return
         self._process, later, self._later = None, self._later, []
         for number in later:
             self._join(number)
@@ -263,7 +264,8 @@ class MultiTrialRunner:
             slots = self.slots
             for number in process.drop_suspects(reason):
                 self._end(number, FAILED, reason=reason)
-        process.start(slots)
+        if process.inside:
+            process.start(slots)
 
     def _end(
         self,

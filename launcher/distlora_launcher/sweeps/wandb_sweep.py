@@ -33,7 +33,7 @@ from distlora.run_folder.sweep import words_of
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.training.tracker import ASKED, VARIABLES, AgentRun
-from distlora_launcher.compose.compose import PATHS
+from distlora_launcher.compose.compose import PATHS, section_of
 from distlora_launcher.jobs.submit import in_job
 from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, worker_place
 from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
@@ -72,7 +72,11 @@ def create(arguments: list[str]) -> int:
     check_settings(sweep.settings, sweep.space, sections)
     check_trials(sweep, make_search(sweep), first)
     options = [] if sweep.config_dir is None else [f"--config-dir={sweep.config_dir}"]
-    overrides = [*options, *placed(sweep.overrides, sections)]
+    overrides = list(options)
+    for word in sweep.overrides:  # With absolute paths: an agent may run in another folder.
+        name = word.partition("=")[0].lstrip("+")
+        is_path = name in (*PATHS, "data.sources")
+        overrides += words_of({name: sections[section_of(name)][name.partition(".")[2]]}) if is_path else [word]
     if sweep.name is not None:
         overrides += words_of({"name": sweep.name})
     text = yaml.safe_dump(
@@ -178,16 +182,6 @@ def differences(settings: SweepConfig, space: Sequence[Dimension]) -> Iterator[s
         if isinstance(dimension, Interval) and dimension.integer and dimension.log:
             values = ", ".join(map(str, doublings(int(dimension.low), int(dimension.high))))
             yield f"{dimension.setting}: wandb draws no integers by logarithm; the values are {values}"
-
-
-def placed(overrides: Sequence[str], sections: Mapping[str, Any]) -> list[str]:
-    """Return the overrides with absolute paths."""
-    found = []
-    for word in overrides:
-        name = word.partition("=")[0].lstrip("+")
-        section, _, key = name.partition(".")
-        found += words_of({name: sections[section][key]}) if name in (*PATHS, "data.sources") else [word]
-    return found
 
 
 def register(file: Path, tracker: TrackerConfig) -> str:

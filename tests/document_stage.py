@@ -30,10 +30,9 @@ from distlora.config.places import is_hub_name
 from distlora.post.merge.merge import merge_to
 from distlora.post.trained import Name
 from distlora.training import worker
+from distlora_launcher.cli import analyze, main, train
 from distlora_launcher.cli import cancel as cancelling
-from distlora_launcher.cli import main, train
 from distlora_launcher.cli import sweep as sweeps
-from distlora_launcher.cli.analyze import quantization
 from distlora_launcher.cli.bench import step as bench_step
 from distlora_launcher.cli.status import run_folders
 from distlora_launcher.compose import checks
@@ -127,7 +126,7 @@ def no_process_starts() -> Iterator[None]:
         patch.setattr(sweeps, "pinned", lambda sweep, config: sweep)  # It asks the hub for the model's commit.
         patch.setattr(cancelling, "cancel", lambda folder, **_: begun(run_folders(folder)))
         patch.setattr(cancelling, "cancel_sweep", begun)
-        patch.setattr(quantization, "write_default_text", lambda path: None)  # It reads the whole of Python's library.
+        patch.setattr(analyze, "write_default_text", lambda path: None)  # It reads the whole of Python's library.
         patch.setattr(bench_step, "made_base", lambda: Path(BASE))
         patch.setenv("PATH", f"{Path.cwd() / 'bin'}:{Path(sys.executable).parent}")
         for name in [name for name in os.environ if name.startswith(("WANDB", "SLURM"))]:

@@ -13,12 +13,17 @@ import pytest
 from distlora.run_folder import error_file
 from distlora.run_folder.layout import read_record
 from distlora.training.trial import NonFiniteError
-from distlora_launcher.cli.bench.methods import run
-from distlora_launcher.cli.bench.methods.grid import METHODS, Planned, Setup, best_rate, next_rate, next_round
-from distlora_launcher.cli.bench.methods.results import (
+from distlora_launcher.cli.bench import methods
+from distlora_launcher.cli.bench.methods import (
+    METHODS,
     BaseDiffersError,
+    Planned,
+    Setup,
+    best_rate,
     check_base,
     figures,
+    next_rate,
+    next_round,
     reading,
     table,
 )
@@ -165,8 +170,8 @@ def fake(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]
         (folder / "summary.json").write_text(json.dumps(values))
         return 0
 
-    monkeypatch.setattr(run, "train", train)
-    monkeypatch.setattr(run, "made_base", lambda: base / "model")
+    monkeypatch.setattr(methods, "train", train)
+    monkeypatch.setattr(methods, "made_base", lambda: base / "model")
 
     def command(*words: str, code: int = 0) -> list[str]:
         started.clear()

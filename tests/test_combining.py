@@ -31,8 +31,9 @@ from distlora.system.randomness import key_of
 from distlora.training import worker as training_worker
 from distlora.weights.peft_folder import NF4_MARK, read_peft_adapter
 from distlora.weights.reader import Reader
-from distlora_launcher.cli.combine import checked, parse
+from distlora_launcher.cli.combine import CombineArguments, checked
 from distlora_launcher.cli.main import main
+from distlora_launcher.terminal.arguments import read
 from family_models import write_family_folder
 from small_models import make_run
 from test_init_from import write_adapter
@@ -45,7 +46,8 @@ EXACT = 1e-6
 
 def combine(*words: str | Path) -> tuple[Path, dict[str, Any]]:
     """Run the command's two halves in this process. Return (folder, record)."""
-    request = checked(parse([str(word) for word in words]), "distlora combine ...")
+    options = read(CombineArguments, "distlora combine", [str(word) for word in words])
+    request = checked(options, "distlora combine ...")
     return Path(request.out), worker.run(from_json(CombineRequest, to_json(request)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from distlora.post.merge.merge import merge_to
 from distlora.post.merge.request import Receipt, measured_table
 from distlora.post.trained import Name
 from distlora.training import worker as train
-from distlora_launcher.cli import measuring
+from distlora_launcher.cli import merge as merging
 from distlora_launcher.cli.main import main as command
-from distlora_launcher.cli.measuring import to_measure
 from family_models import SINGLE, write_family_folder
 from small_models import make_run, read_metrics, tokenizer, write_model_folder, write_text_file
 from worlds import World
@@ -221,8 +219,7 @@ def merge(run: Path, out: Path, **settings: Any) -> EvaluateRequest:
     name = Name(place=str(run))
     trained = name.read()
     merge_to(trained, out, **{"onto": "trained", "dtype": torch.float32, "say": print, **settings})
-    options = Namespace(no_measure=False, text=None, rows=None, compare=False, processes=1)
-    request, _ = to_measure(options, name, trained, out, "fp32")
+    request = merging.to_measure(merging.MergeArguments(run=str(run)), name, trained, out)
     assert request is not None
     return request
 
@@ -292,13 +289,13 @@ def test_what_cannot_be_measured_is_said_or_where_it_was_asked_for_refused(
     assert command([*foreign, "--compare"]) == 2
     assert "add --text FILE" in capsys.readouterr().err
     assert command(["merge", str(run_dir), "--out", out, "--no-measure", "--rows", "3"]) == 2
-    assert "--rows=3 says what is measured" in capsys.readouterr().err
+    assert "--rows says what is measured" in capsys.readouterr().err
     assert command(["merge", str(run_dir), "--out", out, "--no-measure", "--processes", "2"]) == 2
-    assert "--processes=2 says" in capsys.readouterr().err
+    assert "--processes says" in capsys.readouterr().err
     assert command(["merge", str(run_dir), "--out", out, "--rows", "0"]) == 2
     assert "--rows=0" in capsys.readouterr().err
-    monkeypatch.setattr(measuring, "available_bytes", lambda: 2**20)
-    monkeypatch.setattr(measuring, "gpu_count", lambda: 0)
+    monkeypatch.setattr(merging, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(merging, "gpu_count", lambda: 0)
     assert command(["merge", str(run_dir), "--out", out, "--rows", "3"]) == 2
     assert "GiB of host memory for the model in fp32" in capsys.readouterr().err
     assert became == []

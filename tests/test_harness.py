@@ -21,7 +21,8 @@ from distlora.post.evaluate import worker
 from distlora.post.evaluate.request import EvaluateRequest
 from distlora.post.evaluate.worker import shown
 from distlora.system.command_worker import from_json, to_json
-from distlora_launcher.cli.evaluate import checked, parse
+from distlora_launcher.cli.evaluate import EvaluateArguments, checked
+from distlora_launcher.terminal.arguments import read
 from family_models import SINGLE, dequantized, load_ours
 from small_models import tokenizer, write_model_folder
 from test_init_from import write_adapter
@@ -134,7 +135,8 @@ def adapter(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request_of(*words: str | Path) -> EvaluateRequest:
-    return from_json(EvaluateRequest, to_json(checked(parse([str(word) for word in words]))))
+    options = read(EvaluateArguments, "distlora eval", [str(word) for word in words])
+    return from_json(EvaluateRequest, to_json(checked(options)))
 
 
 def test_the_command_puts_models_beside_each_other_question_by_question(

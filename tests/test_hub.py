@@ -484,7 +484,7 @@ def test_an_unfinished_run_is_not_pushed(place: Path, capsys: pytest.CaptureFixt
     [
         ("owner/x", None, [], "hf auth login"),
         ("owner/x", "hf_old", [], "the hub refuses the token of this machine (from HF_TOKEN)"),
-        ("ower/x", "hf_owner", [], "owner may not write to ower/x"),
+        ("ower/x", "hf_owner", [], "may not write to ower/x"),
         ("owner/public", "hf_owner", ["--private"], "exists and is public"),
     ],
 )

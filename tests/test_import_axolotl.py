@@ -147,13 +147,6 @@ def test_defaults_of_axolotl_are_written_where_ours_differ(tmp_path: Path) -> No
     assert (config.train.global_batch, config.optim.schedule, config.quant.method) == (1, "cosine", "nf4")
 
 
-def test_dora_is_carried_for_a_new_adapter_and_brought_by_an_older_one() -> None:
-    values = LEAST | {"peft_use_dora": True}
-    assert convert(values, processes=1).settings["adapter"]["use_dora"] is True
-    started = convert(values | {"lora_model_dir": "lora"}, processes=1)
-    assert "use_dora" not in started.settings["adapter"]
-
-
 def test_the_batch_grows_with_the_processes_that_hold_other_rows() -> None:
     values = LEAST | {"micro_batch_size": 2, "gradient_accumulation_steps": 4}
     assert convert(values, processes=1).settings["train"]["global_batch"] == 8
@@ -161,18 +154,6 @@ def test_the_batch_grows_with_the_processes_that_hold_other_rows() -> None:
     assert convert(values | {"context_parallel_size": 4}, processes=8).settings["train"]["global_batch"] == 16
     by_total = LEAST | {"micro_batch_size": 2, "batch_size": 10}
     assert convert(by_total, processes=2).settings["train"]["global_batch"] == 20
-
-
-def test_copies_of_the_base_are_the_same_numbers_of_processes(tmp_path: Path) -> None:
-    for given in ({"dp_shard_size": 2, "dp_replicate_size": 4}, {"dp_replicate_size": 4}):
-        imported = convert(LEAST | given, processes=8)
-        assert imported.settings["parallel"] == {"shard_degree": 2}
-        assert composed(imported, tmp_path).shard_degree(8) == 2
-    for given in ({"dp_shard_size": 8}, {"dp_shard_size": -1}, {"dp_shard_size": 2, "dp_replicate_size": 2}):
-        imported = convert(LEAST | given, processes=8)
-        assert "parallel" not in imported.settings
-        group = "unsupported" if "dp_replicate_size" in given else "idle"
-        assert any(key.startswith("dp_shard_size") for key in reported(imported, group))
 
 
 @pytest.mark.parametrize(
@@ -226,11 +207,6 @@ def test_saves_and_evaluations_become_steps(
     assert not reported(imported, "unsupported")
 
 
-def test_saves_an_epoch_are_named_where_the_steps_of_an_epoch_are_unknown() -> None:
-    imported = convert(LEAST | {"num_epochs": 2, "evals_per_epoch": 4, "val_set_size": 0.1}, processes=1)
-    assert reported(imported, "unsupported") == ["save_steps (not set: every epoch)", "evals_per_epoch=4"]
-
-
 def test_new_tokens_and_trained_rows_are_carried(tmp_path: Path) -> None:
     special = {"pad_token": "<pad>", "additional_special_tokens": ["<|im_end|>", "<b>"]}
     given = {"tokens": ["<a>", "<b>"], "special_tokens": special, "peft_trainable_token_indices": {"lm_head": [7]}}
@@ -244,7 +220,6 @@ def test_new_tokens_and_trained_rows_are_carried(tmp_path: Path) -> None:
     assert "new_tokens" not in imported.settings["model"]
 
 
-BARE = {"format": "{instruction}", "no_input_format": "{instruction}"}
 PLACE = {"name": "v2", "split": "test", "revision": "abc"}
 SHAREGPT = {"message_property_mappings": {"role": "from", "content": "value"}}
 
@@ -266,10 +241,6 @@ SHAREGPT = {"message_property_mappings": {"role": "from", "content": "value"}}
                 "format": "alpaca",
                 "columns": {"system": "system_prompt", "instruction": "question", "output": "response"},
             },
-        ),
-        (
-            {"type": {"field_instruction": "q", "field_output": "a"} | BARE},
-            {"format": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}},
         ),
         ({"type": "input_output"}, {"format": "auto"}),
         ({"type": "chat_template"} | PLACE, PLACE),
@@ -313,22 +284,6 @@ def test_other_turns_than_the_assistants(given: dict[str, Any], tmp_path: Path) 
     assert {"train_on_inputs", "datasets[0].roles_to_train"} & set(reported(imported, "differs"))
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"tiled_mlp_num_shards": 3, "gradient_checkpointing": True}, ("block", 683)),
-        ({"tiled_mlp_num_shards": 4}, ("selective", 512)),
-        ({"tiled_mlp_num_shards": 1}, ("none", None)),
-        ({}, ("none", None)),
-    ],
-)
-def test_tiles_of_an_mlp_become_tokens(given: dict[str, Any], expected: Any, tmp_path: Path) -> None:
-    imported = convert(LEAST | {"sequence_len": 2048, "tiled_mlp": True} | given, processes=1)
-    train = composed(imported, tmp_path).train
-    assert (train.checkpointing, train.mlp_tile) == expected
-    assert any(note.key == "tiled_mlp" for note in imported.notes) == (not given)
-
-
 def test_several_files_and_data_sets_become_sources(tmp_path: Path) -> None:
     files = {"path": "json", "data_files": ["/a.json", "/b.json"], "type": "chat_template"}
     values = LEAST | {"datasets": [files, {"path": "org/more", "type": "sharegpt", "split": "train[:5%]"}]}
@@ -349,13 +304,13 @@ def test_pretraining_data_streams_as_plain_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "key"),
     [
-        ({"name": "de"}, "test_datasets[0].name=de"),
-        ({"name": None}, "test_datasets[0].name=(not set)"),
-        ({"revision": "def"}, "test_datasets[0].revision=def"),
-        ({"path": "/other.jsonl"}, "test_datasets[0].name=en"),
-        ({"chat_template": "gemma"}, "test_datasets[0].chat_template"),
-        ({"roles_to_train": ["user", "assistant"]}, "test_datasets[0].roles_to_train"),
-        ({"field_messages": "messages"}, "test_datasets"),
+        ({"name": "de"}, "test_datasets: name=de"),
+        ({"name": None}, "test_datasets: name=(not set)"),
+        ({"revision": "def"}, "test_datasets: revision=def"),
+        ({"path": "/other.jsonl"}, "test_datasets: name=en"),
+        ({"chat_template": "gemma"}, "test_datasets: template=gemma"),
+        ({"roles_to_train": ["user", "assistant"]}, "test_datasets: train_on=all"),
+        ({"field_messages": "messages"}, "test_datasets: columns=(not set)"),
         ({"shards": 3}, "test_datasets[0].shards"),
         ({"path": None}, "test_datasets"),
     ],
@@ -396,10 +351,7 @@ PREFERENCES: list[tuple[dict[str, Any], dict[str, str], str | None]] = [
     ({"type": "chat_template.default", "chat_template": "llama3"}, {"prompt": "messages"}, "llama3"),
     ({"type": "chat_template.default", "field_messages": "prompt", "field_chosen": "good"}, {"chosen": "good"}, None),
     ({"type": "chat_template.argilla_chat"}, {}, None),
-    ({"type": "llama3.ultra"}, {}, "llama3"),
-    ({"type": "chatml.argilla_chat"}, {}, "chatml"),
     ({"type": "passthrough"}, {}, None),
-    ({"type": {"field_prompt": "question", "prompt_format": "{prompt}"}}, {"prompt": "question"}, None),
 ]
 
 
@@ -420,15 +372,12 @@ def test_dpo_is_carried_with_the_data_sets_that_ours_reads(
 def test_dpo_data_sets_and_losses_that_ours_has_not_are_named(tmp_path: Path) -> None:
     entries = [
         {"path": "/a.jsonl", "type": "chatml.intel"},
-        {"path": "/b.jsonl", "type": {"prompt_format": "Q: {prompt}"}},
         {"path": "/c.jsonl", "type": "chat_template.default", "message_property_mappings": {"role": "who"}},
     ]
     values = LEAST | {"rl": "dpo", "datasets": entries, "dpo_label_smoothing": 0.1, "rl_adapter_ref_model": True}
     imported = convert(values, processes=1)
     refused = reported(imported, "refused")
-    for key in ("datasets[0].type=chatml.intel", "datasets[1].type.prompt_format"):
-        assert key in refused
-    assert "datasets[2].message_property_mappings" in refused
+    assert {"datasets[0].type", "datasets[1].message_property_mappings"} <= set(refused)
     assert any(key.startswith("dpo_label_smoothing") for key in reported(imported, "unsupported"))
     assert any(key.startswith("rl_adapter_ref_model") for key in reported(imported, "idle"))
     assert composed(imported, tmp_path).train.dpo_beta == 0.1

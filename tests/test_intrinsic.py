@@ -35,7 +35,7 @@ from distlora.system.command_worker import to_json
 from distlora.system.randomness import key_of
 from distlora.training import worker as train
 from distlora_kernels.dropout import philox
-from distlora_launcher.cli.analyze import intrinsic as analyze
+from distlora_launcher.cli import analyze
 from distlora_launcher.cli.main import main
 from family_models import SINGLE, load_ours, write_family_folder
 from small_models import make_run, read_metrics

@@ -17,8 +17,8 @@ import yaml
 
 from distlora.system import host_memory
 from distlora_launcher.cli.main import COMMANDS, main
-from distlora_launcher.demo.base import base_folder
 from distlora_launcher.demo.corpus import Corpus
+from distlora_launcher.demo.run import base_folder
 from distlora_launcher.launch import local, lock
 from launcher_fakes import write_data, write_model, write_tokenizer
 
@@ -85,7 +85,7 @@ def test_checking_and_planning_import_neither_torch_nor_transformers(place: Path
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"distlora {name}" in text for name in COMMANDS)
+    assert all(f"\n  {name} " in text for name in COMMANDS)
 
 
 @pytest.fixture

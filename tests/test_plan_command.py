@@ -251,7 +251,7 @@ EIGHT = ("gpu=h100", "cluster.gpus_per_node=8")
         (["model=llama3_8b", "train.router_aux_loss=0.1"], ["balances routers, and llama has none"]),
         (["model=llama3_8b", "adapter.init=pissa", "adapter.r=5000"], ["q_proj, which has 4096", "adapter.r=4096"]),
         (["--table", "--gpus", "a10", "parallel=zero3", "parallel.offload_base=true"], ["no effect with one process"]),
-        (["--table", "--models", "llama3_8b,"], ["--models 'llama3_8b,' names nothing"]),
+        (["--table", "--models", "llama3_8b,"], ["--models: 'llama3_8b,' names nothing"]),
         (["--table", "--gpus", "h100x12"], ["12 GPUs", "write h100x8"]),
         (["--table", "--gpus", "h100x0"], ["0 GPUs", "write h100x1"]),
         (["--table", "model=llama3_8b"], ["model=llama3_8b is said by --models"]),

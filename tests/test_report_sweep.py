@@ -104,12 +104,6 @@ def test_a_finished_sweep(tmp_path: Path) -> None:
     assert links == ["trials/0001/report.html"]
 
 
-def test_more_is_better_where_it_is_maximized(tmp_path: Path) -> None:
-    page = reported(make(tmp_path / "sweep", direction="maximize", metric="rewards"))
-    assert "The best rewards is 2.5000: trial 0" in page.text
-    assert "higher rewards is better" in page.text
-
-
 def test_the_states_of_a_sweep(tmp_path: Path) -> None:
     begun = [TRIALS[0], record(1, RUNNING, 2e-3, 8, None), record(2, WAITING, 1e-3, 16, None)]
     folder = make(tmp_path / "sweep", begun)
@@ -134,23 +128,6 @@ def test_a_damaged_record_is_named_and_the_rest_is_shown(name: str, tmp_path: Pa
     page = reported(folder)
     assert f"{name} is damaged" in page.text
     assert bool(page.charts) == (name == "sweep.yaml")
-
-
-def test_a_trial_that_may_not_be_read_costs_its_curve_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make(tmp_path / "sweep")
-    read_bytes = Path.read_bytes
-
-    def refused(path: Path) -> bytes:
-        if path.name == "metrics.jsonl" and path.parent.name == "0001":
-            raise PermissionError(13, "Permission denied", str(path))
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", refused)
-    page = reported(folder)
-    assert "0001/metrics.jsonl: Permission denied" in page.text
-    assert [f"{trial}: " in page.charts[1] for trial in range(4)] == [True, False, True, True]
-    monkeypatch.setattr(Path, "is_file", lambda path: refused(path) if path.name == "metrics.jsonl" else path.exists())
-    assert "Permission denied" in reported(folder).text
 
 
 def test_a_hostile_text_is_shown_and_never_markup(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from distlora.post.weights import Factors, open_base
 from distlora.system.command_worker import from_json, to_json
 from distlora.training import worker as training_worker
 from distlora.weights.reader import Reader
-from distlora_launcher.cli.analyze.spectrum import checked, parse
+from distlora_launcher.cli.analyze import SpectrumArguments, check_spectrum
 from distlora_launcher.cli.main import main
+from distlora_launcher.terminal.arguments import read
 from family_models import SINGLE
 from small_models import make_run, write_model_folder
 from test_merging import adapted
@@ -260,7 +261,7 @@ def test_the_command_equals_dense_svds(pissa: Path, full: Path, tmp_path: Path, 
         "--threshold",
         "0.5,0.99",
     ]
-    asked = checked(parse(words))
+    asked = check_spectrum(read(SpectrumArguments, "distlora analyze spectrum", words))
     found = worker.run(from_json(SpectrumRequest, to_json(asked)))
     assert json.loads((tmp_path / "out" / RESULT_NAME).read_text()) == found
     sides = {"first": changes_of(asked.first.read()), "against": changes_of(Name(place=str(full)).read())}

@@ -327,10 +327,3 @@ def test_runs_of_a_sweep_are_cancelled_though_one_has_ended_or_is_refused(
     (slurm.folder / "allowed").touch()
     assert main(["cancel", "sweep"]) == 0
     assert slurm.asked[-1] == "scancel --ctld --batch --signal=USR1 41_1 41_2"
-
-
-def test_status_imports_no_torch(run: Path):
-    code = "import sys, distlora_launcher.cli.main as c; c.main(sys.argv[1:]); "
-    code += "print({'torch', 'hydra'} & set(sys.modules))"
-    ended = subprocess.run([sys.executable, "-c", code, "status", str(run)], capture_output=True, text=True)
-    assert ended.stdout.endswith("set()\n"), ended.stderr

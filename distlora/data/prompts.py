@@ -75,28 +75,34 @@ def _from_json(place: str, line: str) -> Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:
-    """request.json, from the command to its worker. Settings that are null are the model's own."""
+    """request.json, from the command to its worker. The docstrings of its fields are help texts of the command."""
 
     run: str
-    """The run folder."""
+    """RUN: folder of a run."""
+    # Folder of what was trained: an adapter in PEFT's format or a whole model, or a folder of checkpoints, whose newest
+    # whole one is meant; null: the base alone.
     weights: str | None = None
-    """Folder of what was trained: an adapter in PEFT's format or a whole model, or a folder of checkpoints, whose
-    newest whole one is meant; null: the base alone."""
-    foreign: bool = False
-    """True if `weights` is an adapter of another run or program with its own rank, scale and targets."""
+    foreign: bool = False  # True if `weights` is an adapter of another run with its own rank, scale and targets.
     prompts: str | None = None
-    """A file; null: prompts come from stdin."""
+    """FILE: answer these: a text file with one per line, or jsonl: {"prompt": TEXT} or {"messages": [...]}; the result
+    is a JSON line for each, with "completion", "tokens" and "ended"."""
     out: str | None = None
-    """File for the results; None for stdout."""
+    """FILE: write that result to this new file instead of to stdout."""
     max_new_tokens: int = 256
+    """N: most tokens of an answer."""
     temperature: float | None = None
+    """T: 0: the likeliest token each time; above 0: sample (generation_config.json of the model, else 0)."""
     top_p: float | None = None
+    """P: sample among the likeliest tokens with this share of the probability."""
     top_k: int | None = None
+    """K: sample among this many of the likeliest tokens."""
     seed: int = 0
+    """S: seed of the sampling."""
     system: str | None = None
+    """TEXT: a system message for every conversation that has none."""
+    # Through the chat template (--chat), as text to continue (--raw), or as the run was trained; a system message and
+    # messages ask for the template themselves.
     as_chat: bool | None = None
-    """Through the chat template (--chat), as text to continue (--raw), or as the run was trained; a system message and
-    messages ask for the template themselves."""
 
     def __post_init__(self) -> None:
         tokens, temperature, top_p, top_k = self.max_new_tokens, self.temperature, self.top_p, self.top_k

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from distlora.system.exit_codes import DONE
 from distlora.system.numbers import size
 from distlora.weights import quantized_cache_folder as cache_folder
 from distlora.weights.quantized_cache_folder import Entry, EntryFigures, entries, figures_of
-from distlora_launcher.terminal.arguments import Parser, Subjects
+from distlora_launcher.terminal.arguments import read, subject
 
 SHOWN_DIGITS = 12
 """Digits of a key that are shown."""
@@ -24,96 +24,59 @@ FEWEST_DIGITS = 4
 """Fewest digits of a key that name an entry."""
 DAY_SECONDS = 86_400.0
 
-ACTIONS = Subjects(
-    command="cache",
-    verb="do",
-    package=__name__,
-    summaries={
-        "list": "list the cached quantized bases: name, size, share of the base, last use",
-        "clear": "remove entries, by their names or by the base's, or all",
-    },
-)
+ACTIONS = {
+    "list": "list the cached quantized bases: name, size, share of the base, last use",
+    "clear": "remove entries, by their names or by the base's, or all",
+}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ListRequest:
-    """The arguments of `distlora cache list`."""
+    """List the cached quantized bases: name, size, share of the base, last use."""
 
-    dir: str
-    json: bool
+    dir: str | None = None
+    """FOLDER: another cache than that of quant.cache_dir (DISTLORA_CACHE moves it)."""
+    json: bool = False
+    """Print one JSON object: {"folder", "bytes", "entries": [{"entry", "base", "bytes", "share", "last_use": seconds
+    since 1970}]}."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClearRequest:
-    """The arguments of `distlora cache clear`."""
+    """Remove entries. A start that reads one at that moment quantizes the base instead."""
 
-    dir: str
-    entries: list[str]
-    older_than: float | None
-    all: bool
+    entries: list[str] = field(default_factory=list)
+    """ENTRY: first digits of an entry's name, four or more, or its base's name."""
+    dir: str | None = None
+    """FOLDER: another cache than that of quant.cache_dir (DISTLORA_CACHE moves it)."""
+    older_than: float | None = None
+    """DAYS: entries that no start has used for this many days, of those named or of all."""
+    all: bool = False
+    """Every entry, what killed starts left, and the records of source files."""
 
 
 def main(arguments: list[str]) -> int:
     """List or remove entries. Returns the exit code; raises UserError for an entry that does not exist."""
-    action = ACTIONS.named(arguments)
-    if action is None:
-        return DONE
+    action = subject("cache", arguments, ACTIONS)
     if action == "list":
-        listing = parser_of(action, ACTIONS.summaries[action])
-        listing.add_argument(
-            "--json",
-            action="store_true",
-            help='print one JSON object: {"folder", "bytes", "entries": '
-            '[{"entry", "base", "bytes", "share", "last_use": seconds since 1970}]}',
-        )
-        shown = listing.read(ListRequest, arguments[1:])
-        if shown is not None:
-            show(Path(shown.dir).expanduser().absolute(), as_json=shown.json)
+        listing = read(ListRequest, "distlora cache list", arguments[1:])
+        show(_folder(listing.dir), as_json=listing.json)
     else:
-        request = parse_clear(arguments[1:])
-        if request is not None:
-            folder = Path(request.dir).expanduser().absolute()
-            clear(folder, request.entries, older_than=request.older_than, everything=request.all)
+        request = read(ClearRequest, "distlora cache clear", arguments[1:])
+        days = request.older_than
+        require(days is None or days >= 0, f"--older-than={days} is no number of days; write 0 or more")
+        is_part = bool(request.entries) or days is not None
+        require(not (request.all and is_part), "--all removes every entry; leave out what else is named")
+        require(
+            request.all or is_part,
+            "nothing is named; write an ENTRY of `distlora cache list`, --older-than DAYS, or --all",
+        )
+        clear(_folder(request.dir), request.entries, older_than=days, everything=request.all)
     return DONE
 
 
-def parser_of(action: str, description: str) -> Parser:
-    """Return the parser of an action, with the option that both have."""
-    parser = Parser(f"distlora cache {action}", description)
-    parser.add_argument(
-        "--dir",
-        metavar="FOLDER",
-        default=str(cache_place("quantized")),
-        help="another cache than %(default)s (quant.cache_dir; DISTLORA_CACHE moves it)",
-    )
-    return parser
-
-
-def parse_clear(words: Sequence[str]) -> ClearRequest | None:
-    """Return the request, or None after the help text. Raises UserError for one that names nothing."""
-    parser = parser_of("clear", "Remove entries. A start that reads one at that moment quantizes the base instead.")
-    parser.add_argument(
-        "entries", metavar="ENTRY", nargs="*", help="first digits of an entry's name, four or more, or its base's name"
-    )
-    parser.add_argument(
-        "--older-than",
-        metavar="DAYS",
-        type=float,
-        help="entries that no start has used for this many days, of those named or of all",
-    )
-    parser.add_argument(
-        "--all", action="store_true", help="every entry, what killed starts left, and the records of source files"
-    )
-    options = parser.read(ClearRequest, words)
-    if options is None:
-        return None
-    days = options.older_than
-    require(days is None or days >= 0, f"--older-than={days} is no number of days; write 0 or more")
-    if options.all and (options.entries or days is not None):
-        parser.error("--all removes every entry; leave out what else is named")
-    if not (options.all or options.entries or days is not None):
-        parser.error("nothing is named; write an ENTRY of `distlora cache list`, --older-than DAYS, or --all")
-    return options
+def _folder(place: str | None) -> Path:
+    return Path(place or cache_place("quantized")).expanduser().absolute()
 
 
 def show(folder: Path, *, as_json: bool) -> None:

@@ -17,38 +17,31 @@ from distlora_launcher.jobs.submit import live_jobs
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.launch.processes import Process, host_name
 from distlora_launcher.sweeps.wandb_sweep import is_agents_folder
-from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import say, shown
-
-DESCRIPTION = """\
-Request the run in the folder RUN to save and stop: its processes on this node, or its SLURM job, which is not queued
-again. A job that still waits leaves the queue. `distlora resume RUN` continues it."""
 
 _HAS_ENDED = re.compile(r"(?i)already (completing|completed|finished)|invalid job id")
 """SLURM's messages for a job that has ended already."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CancelRequest:
-    """The arguments of `distlora cancel`."""
+    """Request the run in the folder RUN to save and stop.
+
+    That is: its processes on this node, or its SLURM job, which is not queued again. A job that still waits leaves the
+    queue. `distlora resume RUN` continues it.
+    """
 
     run: str
-    now: bool
+    """RUN: a run; a folder of runs, which all end; or a sweep, whose running trials save and stop while no other
+    starts (SWEEP/trials/N ends one alone)."""
+    now: bool = False
+    """End it at once, without a save."""
 
 
 def main(arguments: list[str]) -> int:
     """End the run, or the runs, in a folder."""
-    parser = Parser("distlora cancel", DESCRIPTION)
-    parser.add_argument(
-        "run",
-        metavar="RUN",
-        help="a run; a folder of runs, which all end; or a sweep, whose running trials save and stop while no other "
-        "starts (SWEEP/trials/N ends one alone)",
-    )
-    parser.add_argument("--now", action="store_true", help="end it at once, without a save")
-    options = parser.read(CancelRequest, arguments)
-    if options is None:
-        return 0
+    options = read(CancelRequest, "distlora cancel", arguments)
     folder = Path(options.run).expanduser().absolute()
     if is_sweep_folder(folder) or is_agents_folder(folder):
         cancel_sweep(folder, now=options.now)

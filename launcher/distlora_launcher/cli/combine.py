@@ -1,17 +1,13 @@
-"""`distlora combine A=0.6 B=-0.4 --out FOLDER`: one adapter of several of the same base.
-
-Everything that can be refused is refused here, before torch is imported. Then this process becomes the worker
-(`python -m distlora.post.combine`).
-"""
+"""`distlora combine A=0.6 B=-0.4 --out FOLDER`: one adapter of several of the same base."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,83 +26,68 @@ from distlora.post.combine.request import (
 )
 from distlora.post.merge.request import Onto, check_mergeable
 from distlora.post.trained import Trained, base_spec, with_adapter
-from distlora.system.exit_codes import DONE
 from distlora.system.extras import require_package
 from distlora.weights.peft_folder import PeftAdapter, check_quantization, read_peft_adapter
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.compose.hub import localize
 from distlora_launcher.launch.workers import become
-from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.arguments import listed, read
 from distlora_launcher.terminal.output import shown
 
 WORKER = "distlora.post.combine.worker:main"
 
-USAGE = """usage: distlora combine A=WEIGHT [B=WEIGHT ...] --out FOLDER [--method METHOD] [--rank R] [--density D]
-                        [--majority-sign-method total|frequency] [--seed S] [--model BASE] [--quant nf4|none]
-                        [--same-base] [--merged [--onto trained|original] [--dtype fp32|bf16|fp16]]
 
-Make one adapter of several of the same base: their weighted sum (a weight may be negative), that sum cut to a rank,
-TIES, DARE. Ranks, scales and targets may differ. FOLDER holds an adapter in PEFT's format, which `distlora generate
-RUN --adapter FOLDER` and PEFT load, and combine.json: of what it was made, and what the rank dropped.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CombineArguments:
+    """Make one adapter of several of the same base: their weighted sum, that sum cut to a rank, TIES, DARE.
 
-A and B are runs (what they published), RUN/best, RUN/checkpoints/step_N, or adapters in PEFT's format. They must have
-one base: a run's records have its hash, another adapter names its base.
+    Ranks, scales and targets may differ. FOLDER holds an adapter in PEFT's format, which `distlora generate RUN
+    --adapter FOLDER` and PEFT load, and combine.json: of what it was made, and what the rank dropped.
+    """
 
-  --out FOLDER      where the result goes; must not exist
-  --method METHOD   how, as PEFT's add_weighted_adapter names it (cat):
-{methods}
-  --rank R          the result's rank, of a method that cuts (the largest of the adapters')
-  --density D       the share of elements that are kept, of magnitude_prune, ties and dare
-  --majority-sign-method WAY
-                    how TIES elects a sign: by the sum (total), or by counting (frequency)
-  --seed S          of what DARE draws (0)
-  --model BASE      the base of adapters that name none on this machine; a folder or a name on the hub
-  --quant nf4|none  how the base is held, where DoRA is combined or a model is merged (as the runs' was)
-  --same-base       take adapters without a known base for adapters of the same one
-  --merged          FOLDER is the base with the result in it, as `distlora merge` makes it; --onto, --dtype as there"""
+    adapters: list[str]
+    """ADAPTER=WEIGHT: a run (what it published), RUN/best, RUN/checkpoints/step_N, or an adapter in PEFT's format, and
+    its weight, which may be negative. All must have one base: a run's records have its hash, another adapter names
+    its base."""
+    out: str = ""
+    """FOLDER: a new folder for the result."""
+    method: str = "cat"
+    """METHOD: one of those below, as PEFT's add_weighted_adapter names it."""
+    rank: int | None = None
+    """R: the result's rank, of a method that cuts (the largest of the adapters')."""
+    density: float | None = None
+    """D: the share of elements that are kept, of magnitude_prune, ties and dare."""
+    majority_sign_method: str | None = None
+    """total|frequency: how TIES elects a sign: by the sum (total), or by counting."""
+    seed: int | None = None
+    """S: seed of what DARE draws (0)."""
+    model: str | None = None
+    """BASE: the base of adapters that name none on this machine; a folder or a name on the hub."""
+    quant: Literal["nf4", "none"] | None = None
+    """How the base is held, where DoRA is combined or a model is merged (as the runs' was)."""
+    same_base: bool = False
+    """Take adapters without a known base for adapters of the same one."""
+    merged: bool = False
+    """FOLDER is the base with the result in it, as `distlora merge` makes it."""
+    onto: Literal["trained", "original"] | None = None
+    """With --merged, as in `distlora merge`."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """With --merged, as in `distlora merge`."""
 
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the worker. Returns for --help alone."""
-    if {"-h", "--help"} & set(arguments):
-        print(usage())
-        return DONE
-    request = checked(parse(arguments), shlex.join(["distlora", "combine", *arguments]))
+    methods = listed({name: method.what for name, method in METHODS.items()})
+    options = read(CombineArguments, "distlora combine", arguments, epilog=f"methods:\n{methods}")
+    request = checked(options, shlex.join(["distlora", "combine", *arguments]))
     names = " and ".join(member.place for member in request.members)
     print(f"combining {names} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
     become(WORKER, request)
 
 
-def usage() -> str:
-    """Return the usage text with the methods filled in."""
-    methods = "\n".join(f"    {name:<19} {method.what}" for name, method in METHODS.items())
-    return USAGE.format(methods=methods)
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line.
-
-    Raises UserError for an unknown flag, with the nearest, and for values that are not numbers.
-    """
-    parser = Parser("distlora combine")
-    parser.add_argument("adapters", metavar="ADAPTER=WEIGHT", nargs="+")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--method", default="cat")
-    parser.add_argument("--rank", type=int)
-    parser.add_argument("--density", type=float)
-    parser.add_argument("--majority-sign-method")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--model")
-    parser.add_argument("--quant", choices=("nf4", "none"))
-    parser.add_argument("--same-base", action="store_true")
-    parser.add_argument("--merged", action="store_true")
-    parser.add_argument("--onto", choices=("trained", "original"))
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"))
-    return parser.parse_args(arguments)
-
-
-def checked(options: argparse.Namespace, command: str) -> CombineRequest:
+def checked(options: CombineArguments, command: str) -> CombineRequest:
     """Return the request. Raises UserError for anything that can be checked before the run."""
+    require(options.out != "", "--out FOLDER is missing; name a new folder for the result")
     out = Path(options.out).expanduser().absolute()
     require(not out.exists(), f"--out={options.out} exists already; name another folder, or remove it")
     check_writable(out, "--out")
@@ -126,8 +107,11 @@ def checked(options: argparse.Namespace, command: str) -> CombineRequest:
         command=command,
     )
     method = request.how
-    for flag, value, counts in (("majority-sign-method", options.majority_sign_method, method.elects),
-                                ("seed", options.seed, method.draws)):  # fmt: skip
+    effects = {
+        "majority-sign-method": (options.majority_sign_method, method.elects),
+        "seed": (options.seed, method.draws),
+    }
+    for flag, (value, counts) in effects.items():
         require(value is None or counts, f"--{flag}={value} has no effect with --method {request.method}; leave it out")
     for flag in ("onto", "dtype"):
         value = getattr(options, flag)
@@ -138,9 +122,9 @@ def checked(options: argparse.Namespace, command: str) -> CombineRequest:
     if options.merged or needs_base(adapters):
         folder = base or next((member.base_folder for member in members if member.base_folder is not None), None)
         check_unchanged(folder, known)
-        request = dataclasses.replace(
-            request, base_folder=folder, quant=quant_of(members, options.quant), held=held_by(members)
-        )
+        dtypes = {member.dtype for member in members if member.dtype is not None}
+        held: Literal["bf16", "fp32"] = "bf16" if dtypes == {"bf16"} else "fp32"  # What all runs rounded it to.
+        request = dataclasses.replace(request, base_folder=folder, quant=quant_of(members, options.quant), held=held)
         require(folder is not None or not options.merged, "--merged needs the base; name it with --model FOLDER")
     else:
         require(
@@ -192,12 +176,6 @@ def check_unchanged(folder: str | None, known: str | None) -> None:
             f"the adapters belong to the base {known[:12]}, and {shown(Path(folder))} holds another; name it with "
             "--model FOLDER"
         )
-
-
-def held_by(members: Sequence[Member]) -> Literal["bf16", "fp32"]:
-    """Return the dtype that all runs rounded the base's unquantized weights to, else fp32."""
-    dtypes = {member.dtype for member in members if member.dtype is not None}
-    return "bf16" if dtypes == {"bf16"} else "fp32"
 
 
 def quant_of(members: Sequence[Member], asked: Literal["nf4", "none"] | None) -> Literal["nf4", "none"]:

@@ -1,15 +1,11 @@
-"""`distlora eval RUN|MODEL ...`: what models make of a text, base, adapted and merged side by side.
-
-Everything that can be refused is refused here, before torch is imported. Then this process becomes the worker
-(`python -m distlora.post.evaluate`); with --processes torchrun starts several, which share each model.
-"""
+"""`distlora eval RUN|MODEL ...`: what models make of a text, base, adapted and merged side by side."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +17,6 @@ from distlora.data.formats import DATA_FORMATS
 from distlora.post.evaluate.request import NAMES as NAMES
 from distlora.post.evaluate.request import (
     NEW_TOKENS,
-    PROMPT_TOKENS,
     Draft,
     EvaluateRequest,
     Subject,
@@ -31,15 +26,14 @@ from distlora.post.evaluate.request import (
     held_out,
 )
 from distlora.post.trained import BASE_ALONE, Trained, base_spec
-from distlora.system.exit_codes import DONE
 from distlora.system.extras import require_package
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli import named
-from distlora_launcher.compose.checks import HEAD_LINES, ROW_TOKENS, gpu_count, row_tokens
+from distlora_launcher.compose.checks import HEAD_LINES, gpu_count, row_tokens
 from distlora_launcher.compose.hub import localize, with_small_files
 from distlora_launcher.launch.workers import become, check_processes, run_several
-from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import name_of, shown
 
 WORKER = "distlora.post.evaluate.worker:main"
@@ -48,50 +42,65 @@ MERGE_RECEIPT = "merge.json"
 ROWS, DRAFT_ROWS = 128, 8
 """Default numbers of rows to measure, and to continue with a draft."""
 
-USAGE = f"""usage: distlora eval RUN|MODEL ... [--text FILE] [--rows N] [--sequence-length N] [--dtype bf16|fp32]
-                     [--checkpoint NAME] [--adapter PATH|base] [--model BASE] [--quant nf4|none] [--no-base]
-                     [--processes N] [--json] [--out FILE]
-       distlora eval RUN|MODEL ... --tasks NAME,NAME [--tasks-folder FOLDER] [--fewshot N] [--limit N] [--chat]
-       distlora eval RUN|MODEL --draft MODEL [--text FILE] [--max-new-tokens N]
 
-The loss and the perplexity of each on the same rows of text, how they differ from the first one named, with the
-standard error of that, and how far their predictions are apart. The base of every run is put beside it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateArguments:
+    """Compare models on the same rows of text: loss and perplexity, the differences from the first model that is named.
 
-{named.ARGUMENTS}
-  MODEL                a model in Hugging Face format, a merged one too: a folder or a name on the hub; as it is stored,
-                       or in NF4 with --quant nf4
-  --text FILE          documents: anything that data.path of `distlora train` takes; without it, what the first RUN held
-                       out of its own, as it was trained on (of chats, the answers)
-  --rows N             rows of it, taken at even distances where there are more (128)
-  --sequence-length N  tokens in a row of --text (that of the run; for models alone {ROW_TOKENS:,}, or what they have
-                       positions for)
-  --dtype DTYPE        what is computed in: bf16 or fp32 (that of the first run; for models alone fp32 without a GPU)
-  --no-base            without the bases of the runs
-  --processes N        share each model among N processes, one a GPU
-  --json               the figures as JSON on stdout, in place of the table
-  --out FILE           the figures as JSON in a new file
+    Each difference has its standard error, and there is a measure of how far the predictions are apart. The base of
+    every run is put beside it. --checkpoint, --adapter and --quant mean every RUN that is named, --model every adapter
+    without a run.
+    """
 
-  --tasks NAME,NAME    tasks of lm-evaluation-harness in place of a text: each model on the same questions, and how it
-                       differs from the first, question by question
-  --tasks-folder DIR   where YAML files describe them (the harness's own); such a file may name Python code, which runs
-  --fewshot N          examples before each question (as the task says)
-  --limit N            the first N questions of each task
-  --chat               questions go through the chat template
-
-  --draft MODEL        speculative decoding: RUN merged (or MODEL as it is) checks what this smaller model of the same
-                       vocabulary proposes; answers beside greedy decoding's, forwards, tokens/s. Of --rows rows (8)
-                       of the text the first {PROMPT_TOKENS} tokens are continued
-  --max-new-tokens N   tokens of each answer ({NEW_TOKENS})
-
---checkpoint, --adapter and --quant mean every RUN that is named, --model every adapter without a run."""
+    places: list[str]
+    """RUN|MODEL: a run's folder; an adapter in PEFT's format, with --model; or a model in Hugging Face format, a
+    merged one too: a folder or a name on the hub."""
+    checkpoint: str | None = None
+    """NAME: of a run: a saved step (step_100), or the best by held-out loss (best)."""
+    adapter: str | None = None
+    """PATH|base: of a run: another LoRA adapter of its base, or the base alone."""
+    model: str | None = None
+    """BASE: of an adapter without a run: its base, a folder or a name on the hub."""
+    quant: Literal["nf4", "none"] | None = None
+    """Of a model: load it in NF4, or as it is stored; of an adapter without a run: how its base was held (nf4)."""
+    text: str | None = None
+    """FILE: documents: anything that data.path of `distlora train` takes; without it, what the first RUN held out of
+    its own, as it was trained on (of chats, the answers)."""
+    rows: int | None = None
+    """N: rows of it, taken at even distances where there are more (128)."""
+    sequence_length: int | None = None
+    """N: tokens in a row of --text (that of the run; for models alone 1,024, or what they have positions for)."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Dtype to compute in (that of the first run; for models alone fp32 without a GPU)."""
+    no_base: bool = False
+    """Leave out the bases of the runs."""
+    processes: int = 1
+    """N: share each model among N processes, one per GPU."""
+    json: bool = False
+    """Print the figures as JSON on stdout, in place of the table."""
+    out: str | None = None
+    """FILE: write the figures as JSON to a new file."""
+    tasks: str | None = None
+    """NAME,NAME: tasks of lm-evaluation-harness in place of a text: each model on the same questions, and how it
+    differs from the first, question by question."""
+    tasks_folder: str | None = None
+    """DIR: folder of the tasks' YAML files (the harness's own); such a file may name Python code, which runs."""
+    fewshot: int | None = None
+    """N: examples before each question (as the task says)."""
+    limit: int | None = None
+    """N: the first N questions of each task."""
+    chat: bool = False
+    """Put questions through the chat template."""
+    draft: str | None = None
+    """MODEL: speculative decoding: RUN merged (or MODEL as it is) checks what this smaller model of the same
+    vocabulary proposes, beside greedy decoding. Of --rows rows (8) of the text the first 64 tokens are continued."""
+    max_new_tokens: int | None = None
+    """N: tokens of each answer to --draft (64)."""
 
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the worker, or run several. Returns the exit code of several."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return DONE
-    options = parse(arguments)
+    options = read(EvaluateArguments, "distlora eval", arguments)
     check_out(options.out)
     check_processes(options.processes)
     request = checked(options)
@@ -103,28 +112,7 @@ def main(arguments: list[str]) -> int:
     become(WORKER, request)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line.
-
-    Raises UserError for an unknown flag, with the nearest, and for values that are not numbers.
-    """
-    parser = Parser("distlora eval")
-    parser.add_argument("places", metavar="RUN|MODEL", nargs="+")
-    for name in ("--text", "--out", "--checkpoint", "--adapter", "--model"):
-        parser.add_argument(name)
-    parser.add_argument("--quant", choices=("nf4", "none"))
-    parser.add_argument("--dtype", choices=("bf16", "fp32"))
-    for name in ("--tasks", "--tasks-folder", "--draft"):
-        parser.add_argument(name)
-    for name in ("--rows", "--sequence-length", "--fewshot", "--limit", "--max-new-tokens"):
-        parser.add_argument(name, type=int)
-    parser.add_argument("--processes", type=int, default=1)
-    for name in ("--no-base", "--json", "--chat"):
-        parser.add_argument(name, action="store_true")
-    return parser.parse_args(arguments)
-
-
-def checked(options: argparse.Namespace) -> EvaluateRequest:
+def checked(options: EvaluateArguments) -> EvaluateRequest:
     """Return the request, with its models on this machine.
 
     Raises UserError for anything that can be checked before the run.
@@ -154,8 +142,12 @@ def checked(options: argparse.Namespace) -> EvaluateRequest:
     tasks, draft = checked_tasks(options), checked_draft(options, subjects)
     text = None
     if tasks is None:
-        text = text_of(options.text, subjects[0], runs, rows=rows_of(options), sequence_length=options.sequence_length)
-        check_positions(subjects, text)
+        usual = ROWS if options.draft is None else DRAFT_ROWS
+        rows = usual if options.rows is None else options.rows
+        text = text_of(options.text, subjects[0], runs, rows=rows, sequence_length=options.sequence_length)
+        for subject in subjects:
+            folder = subject.read().base
+            check_config(read_config(folder), folder / "config.json", sequence_length=text.sequence_length)
     return EvaluateRequest(
         subjects=tuple(subjects),
         text=text,
@@ -167,7 +159,7 @@ def checked(options: argparse.Namespace) -> EvaluateRequest:
     )
 
 
-def checked_tasks(options: argparse.Namespace) -> Tasks | None:
+def checked_tasks(options: EvaluateArguments) -> Tasks | None:
     """Return the tasks. Raises UserError for their options without --tasks, and if the harness is not installed."""
     if options.tasks is None:
         for flag in ("tasks_folder", "fewshot", "limit"):
@@ -198,7 +190,7 @@ def checked_tasks(options: argparse.Namespace) -> Tasks | None:
     )
 
 
-def checked_draft(options: argparse.Namespace, subjects: Sequence[Subject]) -> Draft | None:
+def checked_draft(options: EvaluateArguments, subjects: Sequence[Subject]) -> Draft | None:
     """Return the draft. Raises UserError for its options without --draft, and without exactly one target."""
     new_tokens = options.max_new_tokens
     if options.draft is None:
@@ -226,10 +218,10 @@ def is_trained(place: str) -> bool:
     return (folder / "config.yaml").is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
-def trained_subject(place: str, options: argparse.Namespace) -> tuple[Subject, Trained]:
+def trained_subject(place: str, options: EvaluateArguments) -> tuple[Subject, Trained]:
     """Return the subject of a run or an adapter."""
     is_adapter = (Path(place).expanduser() / ADAPTER_CONFIG).is_file()
-    flags = argparse.Namespace(
+    flags = named.Named(
         run=place,
         checkpoint=None if is_adapter else options.checkpoint,
         adapter=None if is_adapter else options.adapter,
@@ -274,13 +266,6 @@ def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subje
             label = f"{base.label}, of {subject.label}" if base.label in labels else base.label
             found[key] = dataclasses.replace(base, label=label)
     return list(found.values())
-
-
-def check_positions(subjects: Sequence[Subject], text: Text) -> None:
-    """Refuse rows that are longer than a model has positions for."""
-    for subject in subjects:
-        folder = subject.read().base
-        check_config(read_config(folder), folder / "config.json", sequence_length=text.sequence_length)
 
 
 def base_label(trained: Trained) -> str:
@@ -351,12 +336,6 @@ def text_of(
         text = dataclasses.replace(text, template=data.template)
     named.check_text(text.data())
     return text
-
-
-def rows_of(options: argparse.Namespace) -> int:
-    """--rows, or what is usual for what is measured."""
-    usual = ROWS if options.draft is None else DRAFT_ROWS
-    return usual if options.rows is None else int(options.rows)
 
 
 def holds_chats(text: Text) -> bool:

@@ -1,53 +1,55 @@
-"""`distlora export RUN --format FORMAT`: what a run trained, in the formats that others load.
-
-Everything that can be refused is refused here, before torch is imported. Then this process becomes the worker
-(`python -m distlora.post.export`), which has the real client load what it wrote in another process.
-"""
+"""`distlora export RUN --format FORMAT`: what a run trained, in the formats that others load."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from distlora.config import UserError, nearest, require
-from distlora.post.export.formats import DTYPES, FORMATS, ExportRequest, refuse
+from distlora.post.export.formats import FORMATS, ExportRequest, refuse
 from distlora.post.trained import Trained
-from distlora.system.exit_codes import DONE
 from distlora.system.extras import require_package
 from distlora.system.host_memory import available_bytes
-from distlora_launcher.cli.named import ARGUMENTS, add_arguments, default_place, named, num_weights
+from distlora_launcher.cli.named import Named, default_place, named, num_weights
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.launch.workers import become
-from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.arguments import listed, read
 from distlora_launcher.terminal.output import shown
 
 WORKER = "distlora.post.export.worker:main"
 
-USAGE = """usage: distlora export RUN --format {names} [--out PLACE] [--dtype {dtypes}]
-                       [--onto trained|original] [--no-check] [--checkpoint NAME] [--adapter PATH|base]
 
-Write what the run trained in a format that others load:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportArguments(Named):
+    """Write what the run trained in a format that others load.
 
-{formats}
+    It is loaded again with its real client, in another process, on the CPU: what the client computes is compared with
+    the model as it was trained, and nothing is left behind that differs by more than the bound that is printed.
+    """
 
-and load it again with its real client, in another process, on the CPU: what the client computes is compared with the
-model as it was trained, and nothing is left behind that differs by more than the bound that is printed.
-
-{arguments}
-  --out PLACE          a folder or file that does not exist yet (RUN/exports/FORMAT, or ADAPTER-FORMAT)
-  --dtype DTYPE        of the weights that are written, or what the client is to compute in; what the base has
-  --onto BASE          of a merged format: the base as it was trained on (trained), or as it is on disk (original)
-  --no-check           do not load it again; the client's packages are not needed then, nor memory for a whole model"""
+    format: str = ""
+    """FORMAT: one of those below."""
+    out: str | None = None
+    """PLACE: a folder or file that does not exist yet (RUN/exports/FORMAT, or ADAPTER-FORMAT)."""
+    dtype: str | None = None
+    """DTYPE: dtype of the weights, or for the client to compute in: fp32, bf16, fp16, q8_0 (what the base has)."""
+    onto: Literal["trained", "original"] = "trained"
+    """Of a merged format: the base as it was trained on (trained), or as it is on disk (original)."""
+    no_check: bool = False
+    """Do not load it again; the client's packages are not needed then, nor memory for a whole model."""
 
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the worker. Returns for --help alone."""
-    if {"-h", "--help"} & set(arguments):
-        print(usage())
-        return DONE
-    options = parse(arguments)
+    formats = listed({name: form.summary for name, form in FORMATS.items()})
+    options = read(ExportArguments, "distlora export", arguments, epilog=f"formats:\n{formats}")
+    require(options.format != "", f"say which format with --format: {', '.join(FORMATS)}")
+    require(
+        options.format in FORMATS,
+        f"--format={options.format} is not known{nearest(options.format, FORMATS)}; write one of {', '.join(FORMATS)}",
+    )
     request, trained = checked(options)
     require_client(request, trained)
     place = shown(Path(trained.place))
@@ -55,37 +57,7 @@ def main(arguments: list[str]) -> int:
     become(WORKER, request)
 
 
-def usage() -> str:
-    """Return the usage text with the formats filled in."""
-    width = max(map(len, FORMATS)) + 2
-    return USAGE.format(
-        names="|".join(FORMATS),
-        dtypes="|".join(DTYPES),
-        formats="\n".join(f"  {name:{width}}{form.summary}" for name, form in FORMATS.items()),
-        arguments=ARGUMENTS,
-    )
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line. Raises UserError for an unknown flag or format, with the nearest."""
-    parser = Parser("distlora export")
-    add_arguments(parser)
-    for name in ("--format", "--out", "--dtype"):
-        parser.add_argument(name)
-    parser.add_argument("--onto", choices=("trained", "original"), default="trained")
-    parser.add_argument("--no-check", action="store_true")
-    options = parser.parse_args(arguments)
-    if options.format is None:
-        parser.error(f"say which format with --format: {', '.join(FORMATS)}")
-    if options.format not in FORMATS:
-        parser.error(
-            f"--format={options.format} is not known{nearest(options.format, FORMATS)}; write one of "
-            f"{', '.join(FORMATS)}"
-        )
-    return options
-
-
-def checked(options: argparse.Namespace) -> tuple[ExportRequest, Trained]:
+def checked(options: ExportArguments) -> tuple[ExportRequest, Trained]:
     """Return the request. Raises UserError for anything that can be checked before the run."""
     name, trained = named(options)
     suffix = FORMATS[options.format].suffix

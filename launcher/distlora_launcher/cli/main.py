@@ -1,121 +1,49 @@
 """The `distlora` command: call the subcommand; turn a UserError into one message and exit code 2.
 
 Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (start it again), 128 + n killed by signal n.
-A subcommand is one row of COMMANDS; its module is imported when it is called, so `distlora --help` needs none of them.
+A subcommand is a module with `main(arguments: list[str]) -> int`, which also answers --help. It is imported when it is
+called, so `distlora --help` needs none of them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from distlora.system.exit_codes import BAD_INPUT, run_to_exit_code
-from distlora_launcher.terminal.arguments import call_main
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A subcommand: its usage, its summary and the module that does the work."""
-
-    usage: str
-    """Arguments after the name."""
-    summary: str
-    """Description in `distlora --help`."""
-    module: str
-    """Module with `main(arguments: list[str]) -> int`, which also answers --help; imported when it is called."""
-
+from distlora.system.exit_codes import BAD_INPUT, DONE, run_to_exit_code
+from distlora_launcher.terminal.arguments import call_main, listed
 
 COMMANDS = {
-    "train": Command(
-        "model.path=FOLDER data.path=FILE [setting=value ...]",
-        "fine-tune a model (-m for several runs)",
-        "distlora_launcher.cli.train",
-    ),
-    "plan": Command(
-        "model=NAME [gpu=NAME] [setting=value ...] [--json] [--plot FILE.png] | --table",
-        "predict memory, disk, traffic, time and cost of a run, for any model on any GPUs",
-        "distlora_launcher.cli.plan",
-    ),
-    "sweep": Command(
-        "[sweep=grid|random|optuna|rank_search] [setting=a,b ...] | create | agent ID",
-        "compare many runs: a grid, Optuna, a search for the smallest sufficient rank, wandb agents",
-        "distlora_launcher.cli.sweep",
-    ),
-    "report": Command(
-        "RUN|SWEEP [--out FILE.html]",
-        "write an HTML report of a run or a sweep: curves, settings, plan and measurements, samples",
-        "distlora_launcher.cli.report",
-    ),
-    "resume": Command("RUN", "continue a run that was stopped", "distlora_launcher.cli.resume"),
-    "status": Command(
-        "RUN [--json]",
-        "show the state of a run or of each run of a sweep: queued, running, saved, ended",
-        "distlora_launcher.cli.status",
-    ),
-    "cancel": Command("RUN [--now]", "save and stop a run, on this node or in SLURM", "distlora_launcher.cli.cancel"),
-    "verify": Command(
-        "RUN [--json]",
-        "check a run folder: data, checkpoints, results, metrics",
-        "distlora_launcher.cli.verify",
-    ),
-    "data": Command(
-        "preview model.path=FOLDER data.path=FILE [setting=value ...] | row RUN N | prepare RUN",
-        "print documents as the model sees them: what is trained, truncated or left out",
-        "distlora_launcher.cli.data",
-    ),
-    "generate": Command(
-        "RUN [--checkpoint best] [--prompts FILE] [--temperature T]",
-        "chat with a trained model, or answer a file of prompts",
-        "distlora_launcher.cli.generate",
-    ),
-    "combine": Command(
-        "A=0.6 B=-0.4 --out FOLDER [--method METHOD] [--rank R]",
-        "combine adapters of one base: weighted sum, difference, reduction to a rank, TIES, DARE",
-        "distlora_launcher.cli.combine",
-    ),
-    "eval": Command(
-        "RUN|MODEL ... [--text FILE] [--processes N] [--json]",
-        "compute loss and perplexity on a text: adapted, base and merged models side by side",
-        "distlora_launcher.cli.evaluate",
-    ),
-    "push": Command(
-        "RUN ORG/NAME [--private] [--checkpoint best] [--dry-run]",
-        "upload the result to the Hugging Face hub, with a model card",
-        "distlora_launcher.cli.push",
-    ),
-    "merge": Command(
-        "RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16]",
-        "merge base and adapter into one model in Hugging Face format, and report the accuracy",
-        "distlora_launcher.cli.merge",
-    ),
-    "export": Command(
-        "RUN --format hf|peft|bnb|gguf|gguf-lora [--out PLACE] [--dtype DTYPE] [--no-check]",
-        "export a trained model to formats of other tools, and load each export with its tool",
-        "distlora_launcher.cli.export",
-    ),
-    "import": Command(
-        "axolotl FILE.yaml [--out FOLDER/recipe/NAME.yaml]",
-        "turn an Axolotl configuration into a recipe, and list what has no equivalent",
-        "distlora_launcher.importing",
-    ),
-    "analyze": Command(
-        "quantization MODEL | spectrum RUN [--against RUN] | intrinsic MODEL ... --data FILE",
-        "measure quantization error, spectra of trained weights and intrinsic dimension: tables and plots",
-        "distlora_launcher.cli.analyze",
-    ),
-    "bench": Command(
-        "load | checkpoint | step | memory | methods [--quick] | kernels [--offline]",
-        "benchmark this node against the plan and other tools: tables, CSV, plots",
-        "distlora_launcher.cli.bench",
-    ),
-    "cache": Command(
-        "list [--json] | clear [ENTRY ...] [--older-than DAYS] [--all]",
-        "list or remove the quantized bases that are cached for the next start",
-        "distlora_launcher.cli.cache",
-    ),
-    "demo": Command("[--base]", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),
+    "train": "fine-tune a model (-m for several runs)",
+    "plan": "predict memory, disk, traffic, time and cost of a run, for any model on any GPUs",
+    "sweep": "compare many runs: a grid, Optuna, a search for the smallest sufficient rank, wandb agents",
+    "report": "write an HTML report of a run or a sweep: curves, settings, plan and measurements, samples",
+    "resume": "continue a run that was stopped",
+    "status": "show the state of a run or of each run of a sweep: queued, running, saved, ended",
+    "cancel": "save and stop a run, on this node or in SLURM",
+    "verify": "check a run folder: data, checkpoints, results, metrics",
+    "data": "print documents as the model sees them: what is trained, truncated or left out",
+    "generate": "chat with a trained model, or answer a file of prompts",
+    "combine": "combine adapters of one base: weighted sum, difference, reduction to a rank, TIES, DARE",
+    "eval": "compute loss and perplexity on a text: adapted, base and merged models side by side",
+    "push": "upload the result to the Hugging Face hub, with a model card",
+    "merge": "merge base and adapter into one model in Hugging Face format, and report the accuracy",
+    "export": "export a trained model to formats of other tools, and load each export with its tool",
+    "import": "turn an Axolotl configuration into a recipe, and list what has no equivalent",
+    "analyze": "measure quantization error, spectra of trained weights and intrinsic dimension: tables and plots",
+    "bench": "benchmark this node against the plan and other tools: tables, CSV, plots",
+    "cache": "list or remove the quantized bases that are cached for the next start",
+    "demo": "pretrain a tiny model and fine-tune it, on any machine",
 }
+"""Summary in `distlora --help` by command; each is the module of its name in this package, but for MODULES."""
+MODULES = {
+    "eval": "distlora_launcher.cli.evaluate",
+    "import": "distlora_launcher.importing",
+    "demo": "distlora_launcher.demo.run",
+}
+TAKE_SETTINGS = ("train", "plan")
+"""Commands whose arguments are settings, which Hydra completes on Tab."""
 
 HELP = """Multi-GPU QLoRA training on a 4-bit base, restartable bit for bit.
 
@@ -138,19 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_command(words: list[str]) -> int:
     """Call the subcommand that `words` name, or print the help or the version. Returns the exit code."""
     if not words or words[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return 0 if words else BAD_INPUT
+        print(HELP.format(commands=listed(COMMANDS)).rstrip())
+        return DONE if words else BAD_INPUT
     if words[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         print(f"distlora {version('distlora')}")
-        return 0
+        return DONE
     if words[0] in ("-sc", "--shell-completion"):
-        from distlora_launcher.cli.completion import main as complete
-
         return complete(words)
-    command = COMMANDS.get(words[0])
-    if command is None:
+    if words[0] not in COMMANDS:
         from distlora.config import UserError, nearest
 
         if words[0] in ("preview", "row"):
@@ -158,16 +83,24 @@ def run_command(words: list[str]) -> int:
         raise UserError(
             f"there is no command {words[0]!r}{nearest(words[0], COMMANDS)}; the commands are {', '.join(COMMANDS)}"
         )
-    return call_main(command.module, words[1:])
+    return call_main(MODULES.get(words[0], f"distlora_launcher.cli.{words[0]}"), words[1:])
 
 
-def help_text() -> str:
-    """Return the text of `distlora --help`."""
-    rows = [
-        f"  distlora {f'{name} {command.usage}'.rstrip()}\n      {command.summary}"
-        for name, command in COMMANDS.items()
-    ]
-    return HELP.format(commands="\n".join(rows)).rstrip()
+def complete(words: list[str]) -> int:
+    """Answer `distlora -sc install=bash|uninstall=bash|query=bash`, as Hydra's shell functions call it."""
+    line = os.environ.get("COMP_LINE", "")
+    typed = line.split()
+    if any(word.startswith("query=") for word in words):
+        if len(typed) < 2 or (len(typed) == 2 and not line.endswith(" ")):
+            prefix = typed[1] if len(typed) == 2 else ""
+            print(" ".join(name for name in COMMANDS if name.startswith(prefix)))
+            return DONE
+        if typed[1] not in TAKE_SETTINGS:
+            return DONE
+        os.environ["COMP_LINE"] = line.replace(f" {typed[1]}", "", 1)
+    from distlora_launcher.cli.train import run_hydra
+
+    return run_hydra(words, program=sys.argv[0])
 
 
 if __name__ == "__main__":

@@ -1,80 +1,67 @@
-"""`distlora merge RUN`: a base and what was trained on it as one model, in Hugging Face format.
-
-Everything that can be refused is refused here, before torch is imported. Then the worker
-(`python -m distlora.post.merge`) writes the folder, and this process becomes the one that measures it
-(`python -m distlora.post.evaluate`).
-"""
+"""`distlora merge RUN`: a base and what was trained on it as one model, in Hugging Face format."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from distlora.config import require
+from distlora.config import UserError, require
 from distlora.post.evaluate.request import NAMES as evaluation_names
-from distlora.post.evaluate.request import EvaluateRequest
+from distlora.post.evaluate.request import EvaluateRequest, Merged, Subject
 from distlora.post.merge.request import MergeRequest, check_mergeable
+from distlora.post.trained import Name, Trained
 from distlora.system.exit_codes import DONE
-from distlora_launcher.cli import measuring
-from distlora_launcher.cli.named import ARGUMENTS, add_arguments, default_place, named
-from distlora_launcher.compose.checks import check_writable
-from distlora_launcher.launch.workers import become, run_alone, run_several
-from distlora_launcher.terminal.arguments import Parser
+from distlora.system.host_memory import available_bytes
+from distlora_launcher.cli.evaluate import base_of, text_of
+from distlora_launcher.cli.named import Named, default_place, named, num_weights
+from distlora_launcher.compose.checks import check_writable, gpu_count
+from distlora_launcher.launch.workers import become, check_processes, run_alone, run_several
+from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import shown
 
 WORKER, MEASURER = "distlora.post.merge.merge:main", "distlora.post.evaluate.worker:main"
-
 NAMES = evaluation_names | {"model.path": "--model"}
-USAGE = f"""usage: distlora merge RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16]
-                      [--text FILE] [--rows N] [--compare] [--processes N] [--no-measure]
+SPARE_BYTES = 2**30
+"""Beside a model's weights: torch, hidden states, logits."""
+HOST_OPERATIONS = 3e13
+"""Operations of a CPU with 50 GFLOP/s in ten minutes."""
+MOST_ROWS = 128
 
-Write the base with what was trained on it as one model in Hugging Face format, a few rows at a time on the CPU, and
-merge.json: what it was made from, SHA-256 of everything, and how much of the adapter's change was kept, tensor by
-tensor. Then the merged model is measured beside the model as it was trained: loss, divergence and the largest
-difference of a logit go into merge.json and merge.md. Works on an unfinished run too (its newest checkpoint).
 
-{ARGUMENTS}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeArguments(Named):
+    """Write the base with what was trained on it as one model in Hugging Face format, a few rows at a time on the CPU.
 
-  --out FOLDER         where it goes: a new folder (RUN/merged, RUN/merged-CHECKPOINT, or ADAPTER-merged)
-  --onto trained       the base as it was trained on, dequantized: computes what training computed (the default)
-  --onto original      the base as it is on disk: other outputs than in training by what NF4 loses
-  --dtype DTYPE        of the weights: fp32, which loses nothing of what was added, nor of the base as training held it
-                       (NF4's values; what is not in NF4 rounded to train.dtype, of an adapter without a run as it is
-                       on disk); bf16 or fp16, which round (fp32)
-{measuring.ARGUMENTS}"""
+    merge.json has what it was made from, SHA-256 of everything, and how much of the adapter's change was kept, tensor
+    by tensor. Then the merged model is measured beside the model as it was trained: loss, divergence and the largest
+    difference of a logit go into merge.json and merge.md. Works on an unfinished run too (its newest checkpoint).
+    """
+
+    out: str | None = None
+    """FOLDER: a new folder (RUN/merged, RUN/merged-CHECKPOINT, or ADAPTER-merged)."""
+    onto: Literal["trained", "original"] = "trained"
+    """The base as it was trained on, dequantized, which computes what training computed (trained); or as it is on
+    disk, whose outputs differ by what NF4 loses (original)."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Dtype of the weights: fp32 loses nothing of what was added, nor of the base as training held it; bf16 and fp16
+    round."""
+    text: str | None = None
+    """FILE: text to measure on: anything that data.path of `distlora train` takes (what the run held out)."""
+    rows: int | None = None
+    """N: rows of that, at even distances where there are more (128; without a GPU as many as take ten minutes)."""
+    compare: bool = False
+    """Measure the other forms too: bf16, fp16, NF4 again, the sum on the base on disk."""
+    processes: int = 1
+    """N: share each measured model among N processes, one per GPU."""
+    no_measure: bool = False
+    """Write the folder alone, without a model in memory."""
 
 
 def main(arguments: list[str]) -> int:
-    """Check the arguments, then become the worker. Returns for --help alone."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return DONE
-    request, measured, processes = checked(arguments)
-    print(f"merging into {shown(Path(request.out))} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    if measured is None:
-        become(WORKER, request)
-    code = run_alone(WORKER, request)
-    if code != DONE:
-        return code
-    assert measured.text is not None
-    print(f"measuring on {measured.text.name}", file=sys.stderr, flush=True)
-    if processes > 1:
-        return run_several(MEASURER, measured, processes)
-    become(MEASURER, measured)
-
-
-def checked(arguments: list[str]) -> tuple[MergeRequest, EvaluateRequest | None, int]:
-    """Return (the request, the measurement afterwards, its number of processes).
-
-    Raises UserError for anything that can be checked before the run.
-    """
-    parser = Parser("distlora merge")
-    add_arguments(parser)
-    parser.add_argument("--out")
-    parser.add_argument("--onto", choices=("trained", "original"), default="trained")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    measuring.add_arguments(parser)
-    options = parser.parse_args(arguments)
+    """Check the arguments, then merge, then become the process that measures."""
+    options = read(MergeArguments, "distlora merge", arguments)
     name, trained = named(options)
     check_mergeable(trained, options.onto)
     out = (
@@ -82,8 +69,58 @@ def checked(arguments: list[str]) -> tuple[MergeRequest, EvaluateRequest | None,
     )
     require(not out.exists(), f"--out={shown(out)} exists already; name another folder, or remove it")
     check_writable(out, "--out")
-    measured, why_not = measuring.to_measure(options, name, trained, out, options.dtype)
-    if measured is None and not options.no_measure:
-        print(f"not measured: {why_not}", file=sys.stderr, flush=True)
+    measured = to_measure(options, name, trained, out)
     request = MergeRequest(name=name, out=str(out), onto=options.onto, dtype=options.dtype)
-    return request, measured, options.processes
+    print(f"merging into {shown(out)} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
+    if measured is None:
+        become(WORKER, request)
+    code = run_alone(WORKER, request)
+    if code != DONE:
+        return code
+    assert measured.text is not None
+    print(f"measuring on {measured.text.name}", file=sys.stderr, flush=True)
+    if options.processes > 1:
+        return run_several(MEASURER, measured, options.processes)
+    become(MEASURER, measured)
+
+
+def to_measure(options: MergeArguments, name: Name, trained: Trained, out: Path) -> EvaluateRequest | None:
+    """Return the measurement; None with --no-measure, and after printing why it is not possible.
+
+    Raises UserError for a measurement that was requested and is not possible.
+    """
+    requested = [f"--{flag}" for flag in ("text", "rows", "compare") if getattr(options, flag) not in (None, False)]
+    if options.no_measure:
+        requested += ["--processes"] if options.processes != 1 else []
+        require(not requested, f"{' '.join(requested)} says what is measured; leave it out, or --no-measure")
+        return None
+    check_processes(options.processes)
+    try:
+        needed, available = 4 * num_weights(trained) + SPARE_BYTES, available_bytes()
+        require(  # With a GPU the worker checks its memory.
+            gpu_count() > 0 or available is None or needed <= available,
+            f"measuring takes {needed / 2**30:,.1f} GiB of host memory for the model in fp32, and "
+            f"{(available or 0) / 2**30:,.1f} GiB are left; write --no-measure, and measure elsewhere with "
+            "`distlora eval RUN MERGED`",
+        )
+        adapted = Subject(label="as trained", kind="adapted", name=name)
+        base = base_of(trained, adapted)
+        rows = rows_in_time(trained) if options.rows is None else options.rows
+        text = text_of(options.text, adapted, [trained], rows=rows)
+    except UserError as error:
+        if requested:
+            raise
+        print(f"not measured: {error}", file=sys.stderr, flush=True)
+        return None
+    merged = Subject(label=f"merged ({options.dtype})", kind="merged", model=str(out))
+    receipt = Merged(folder=str(out), name=name, compares=options.compare)
+    # In fp32, so that what differs is the weights and no rounding of what is computed with them.
+    return EvaluateRequest(subjects=(adapted, merged, base), text=text, dtype="fp32", merged=receipt)
+
+
+def rows_in_time(trained: Trained) -> int:
+    """Return the rows to measure where none are named, for two models of 2 operations per weight and token."""
+    if gpu_count() > 0:
+        return MOST_ROWS
+    of_row = 2 * 2 * num_weights(trained) * max(0 if trained.data is None else trained.data.sequence_length, 256)
+    return max(1, min(MOST_ROWS, int(HOST_OPERATIONS / of_row)))

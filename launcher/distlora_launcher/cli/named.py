@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import Config, DataConfig, ModelSpec, require
@@ -14,26 +15,26 @@ from distlora.config.places import place_of
 from distlora.post.trained import Name, Trained
 from distlora_launcher.compose.checks import check_data, check_model
 from distlora_launcher.compose.hub import localize, restore
-from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 
-ARGUMENTS = """  RUN                  a run's folder; or an adapter in PEFT's format, with --model
-  --checkpoint NAME    of a run: a saved step (step_100), or the best by held-out loss (best)
-  --adapter PATH|base  of a run: another LoRA adapter of its base, or the base alone
-  --model BASE         of an adapter without a run: its base, a folder or a name on the hub
-  --quant nf4|none     and how that was held when the adapter was trained (nf4, as QLoRA holds it)"""
-"""For a command's usage."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Named:
+    """The arguments that name a trained model."""
+
+    run: str
+    """RUN: a run's folder; or an adapter in PEFT's format, with --model."""
+    checkpoint: str | None = None
+    """NAME: of a run: a saved step (step_100), or the best by held-out loss (best)."""
+    adapter: str | None = None
+    """PATH|base: of a run: another LoRA adapter of its base, or the base alone."""
+    model: str | None = None
+    """BASE: of an adapter without a run: its base, a folder or a name on the hub."""
+    quant: Literal["nf4", "none"] | None = None
+    """How that was held when the adapter was trained (nf4, as QLoRA holds it)."""
 
 
-def add_arguments(parser: Parser) -> None:
-    """RUN, and the flags that say which of it."""
-    parser.add_argument("run", metavar="RUN")
-    for name in ("--checkpoint", "--adapter", "--model"):
-        parser.add_argument(name)
-    parser.add_argument("--quant", choices=("nf4", "none"))
-
-
-def named(options: argparse.Namespace) -> tuple[Name, Trained]:
+def named(options: Named) -> tuple[Name, Trained]:
     """Return the named model, with its base on this machine.
 
     Raises UserError for missing folders and parts that do not belong together.
@@ -79,9 +80,7 @@ def named(options: argparse.Namespace) -> tuple[Name, Trained]:
     return name, trained
 
 
-def default_place(
-    trained: Trained, options: argparse.Namespace, name: str, *, inside: str = ".", suffix: str = ""
-) -> Path:
+def default_place(trained: Trained, options: Named, name: str, *, inside: str = ".", suffix: str = "") -> Path:
     """Return the default place of a result: in the run's folder (`inside` it), or beside an adapter without a run."""
     which = options.checkpoint or (Path(options.adapter).name if options.adapter else None)
     full = "-".join(word for word in (name, which) if word) + suffix

@@ -5,68 +5,97 @@ Nothing is started, and nothing is downloaded but the config.json of a model tha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
+import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from distlora.config import ModelConfig, UserError, require
+from distlora.config import ModelConfig, UserError, nearest, require
+from distlora.config.places import is_hub_name
 from distlora.config.plan import GPUS
-from distlora.planner import Plan
-from distlora.planner.choose import Change, typed
-from distlora.planner.memory import Kind
+from distlora.planner import Plan, suggest
+from distlora.planner.choose import Change, Search, choose, typed
+from distlora.planner.machine import machine_of
 from distlora.planner.model import PlannedModel
 from distlora.planner.report import assumptions, machines_of, page, settings
 from distlora.planner.speed.scaling import FABRICS, Scaling, scaling
-from distlora.planner.suggest import Fitting, Nearest, Packing, Room, nearest, room
+from distlora.planner.suggest import Fitting, Nearest, Packing, Room, room
 from distlora.planner.tables import KINDS, leverage_table, matrix, scaling_tables
 from distlora.system.exit_codes import DONE
 from distlora.training.multi_trial.protocol import check_pack
-from distlora_launcher.cli.plan_table import MACHINES, MODELS, path_named, plans
 from distlora_launcher.compose.checks import check_parallel, check_writable
-from distlora_launcher.compose.compose import expand_home, known_models, names_model
-from distlora_launcher.compose.planning import choices, planned_model
+from distlora_launcher.compose.compose import compose_run, expand_home, known_models, names_model
+from distlora_launcher.compose.planning import check_planned, choices, planned_model
 from distlora_launcher.sweeps.multi_trial import compose_for_plan, plan_together
-from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import shown
 
 PROGRAM = "distlora plan"
 WORTH_SAYING = 20
 """Plans of a table that take long enough to be announced."""
-Value = TypeVar("Value")
+MODELS = (
+    "mistral_7b",
+    "llama3_8b",
+    "phi4_14b",
+    "gemma3_27b",
+    "qwen25_32b",
+    "mixtral_8x7b",
+    "llama_65b",
+    "llama2_70b",
+    "llama3_70b",
+    "gpt_oss_120b",
+    "qwen3_235b_a22b",
+    "llama3_405b",
+)
+MACHINES = ("rtx4090", "rtx3090x2", "rtx5090x2", "a10x4", "l40sx4", "a100_80gbx8", "h100x8", "b200x8")
+"""What is shown where nothing is named."""
+OF_A_MACHINE = 8
+"""GPUs of one machine, where there are more."""
 
-USAGE = """usage: distlora plan model=NAME [gpu=NAME] [setting=value ...] [--assumptions] [--json] [--plot FILE]
-       distlora plan model=NAME gpu=NAME [setting=value ...] --scaling [--strong] [--fabrics] [--json] [--plot FILE]
-       distlora plan --table [--models NAME,...] [--gpus NAMExNUMBER,...] [setting=value ...] [--json] [--plot FILE]
 
-What a run needs before it starts, calculated from the model's sizes alone: memory of a GPU by kind, host memory, disk,
-what travels between GPUs, operations. Where it does not fit, what would. Nothing is downloaded, no GPU is needed.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanArguments:
+    """Calculate what a run needs, from the model's sizes alone.
 
-  model=NAME         a well-known model, below; or model.path=FOLDER, or model.path=ORG/NAME of the hub
-  gpu=NAME           a GPU, below; or what is better known: gpu.memory_gib=80 gpu.tflops=989 ...; without one, this
-                     machine
-  setting=value      any setting of `distlora train`, recipes too; without one what `distlora train` would do.
-                     cluster.gpus_per_node=8: GPUs of a machine; plan=auto: the fastest settings that fit, where you
-                     name none; quant=auto: 16 bits where they fit and are not far slower; sweep.packed=4 or auto:
-                     so many trials of a sweep that share one base, and how many would fit
-  --table            many models on many machines, as Markdown, each with the fastest settings that fit
-  --models, --gpus   for --table: {table_models};
-                     {table_machines}
-  --scaling          the same run on 1 to 1,024 GPUs: tokens/s, of a GPU too, what a step waits for; as many rows on
-                     each GPU, or with --strong in all; with --fabrics over usual links too
-  --assumptions      print what the time rests on too; with --scaling what each of that decides
-  --json             every figure, in bytes, for a program to read
-  --plot FILE.png    a bar of what takes the memory, or one for each model and machine; with --scaling tokens/s
-  --config-dir DIR   your own recipes
+    That is: memory of a GPU by category, host memory, disk, traffic between GPUs, operations; and where a run does not
+    fit, what would. Nothing is downloaded, no GPU is needed.
 
-models: {models}
+      model=NAME         a well-known model, below; or model.path=FOLDER, or model.path=ORG/NAME of the hub
+      gpu=NAME           a GPU, below; or what is better known: gpu.memory_gib=80 gpu.tflops=989 ...; without one, this
+                         machine
+      setting=value      any setting of `distlora train`, recipes too. cluster.gpus_per_node=8: GPUs of a machine;
+                         plan=auto: the fastest settings that fit, where you name none; quant=auto: 16 bits where they
+                         fit and are not far slower; sweep.packed=4 or auto: so many trials of a sweep that share one
+                         base, and how many would fit
+    """
 
-GPUs: {gpus}"""
+    settings: list[str] = field(default_factory=list)
+    """setting=value: settings, as above."""
+    table: bool = False
+    """Plan many models on many machines, as Markdown, each with the fastest settings that fit."""
+    models: tuple[str, ...] | None = None
+    """NAME,...: for --table: models ()."""
+    gpus: tuple[str, ...] | None = None
+    """NAMExNUMBER,...: for --table: machines ()."""
+    scaling: bool = False
+    """Plan the run on 1 to 1,024 GPUs: tokens/s and what a step waits for; as many rows per GPU."""
+    strong: bool = False
+    """With --scaling: as many rows in all."""
+    fabrics: bool = False
+    """With --scaling: over usual links too."""
+    assumptions: bool = False
+    """Print what the time rests on too; with --scaling what each of that decides."""
+    json: bool = False
+    """Print every figure, in bytes, for a program to read."""
+    plot: Path | None = None
+    """FILE.png: draw what takes the memory, for each model and machine; with --scaling tokens/s."""
+    config_dir: str | None = None
+    """DIR: your own recipes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,10 +144,11 @@ def _fitting(each: Fitting) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Print the plan. Returns the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        print(usage())
-        return DONE
-    options = parse(arguments)
+    require("--cards" not in arguments, "--cards is now --gpus; write --gpus NAMExNUMBER,...")
+    names = {"models": [*known_models()], "GPUs": [*GPUS], "models of --table": MODELS, "machines of --table": MACHINES}
+    epilog = "\n\n".join(textwrap.fill(f"{title}: {', '.join(of)}", 112) for title, of in names.items())
+    options = read(PlanArguments, PROGRAM, [expand_home(word) for word in arguments], epilog=epilog)
+    check(options)
     if options.table:
         show_table(options)
     elif options.scaling:
@@ -139,80 +169,41 @@ def main(arguments: list[str]) -> int:
     return DONE
 
 
-def usage() -> str:
-    """Return the text of `distlora plan --help`."""
-    return USAGE.format(
-        models=wrapped(known_models(), 8, 112),
-        gpus=wrapped([*GPUS], 8, 112),
-        table_models=wrapped(MODELS, 21, 98),
-        table_machines=wrapped(MACHINES, 21, 98),
-    )
-
-
-def wrapped(names: Iterable[str], indent: int, width: int) -> str:
-    """Names in lines of so many characters, all but the first indented."""
-    return ("\n" + " " * indent).join(textwrap.wrap(", ".join(names), width))
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options and settings.
-
-    Raises UserError for an unknown flag or word, and for a plot that cannot be written.
-    """
-    parser = Parser(PROGRAM)
-    parser.add_argument("settings", nargs="*")
-    for flag in ("--table", "--scaling", "--strong", "--fabrics", "--assumptions", "--json"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("--models")
-    parser.add_argument("--gpus")
-    require("--cards" not in arguments, "--cards is now --gpus; write --gpus NAMExNUMBER,...")
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--config-dir")
-    options: argparse.Namespace = parser.parse_args([expand_home(word) for word in arguments])
+def check(options: PlanArguments) -> None:
+    """Refuse words that are not settings, options of another table, and a plot that cannot be written."""
     for word in options.settings:
         if "=" not in word:
             known = f"; for a model, model={word}" if word in known_models() else ""
             raise UserError(f"{PROGRAM}: {word!r} is no setting{known}; write setting=value, or --help for the rest")
-    for flag in ("models", "gpus"):
-        value = getattr(options, flag)
-        require(options.table or value is None, f"--{flag} {value} belongs to --table; add --table, or leave it out")
-    for flag in ("strong", "fabrics"):
-        require(options.scaling or not getattr(options, flag), f"--{flag} belongs to --scaling; add --scaling")
+    for name in ("models", "gpus"):
+        is_given = getattr(options, name) is not None
+        require(options.table or not is_given, f"--{name} belongs to --table; add --table, or leave it out")
+    for name in ("strong", "fabrics"):
+        require(options.scaling or not getattr(options, name), f"--{name} belongs to --scaling; add --scaling")
     require(not (options.scaling and options.table), "--table and --scaling are two tables; leave one of them out")
-    options.models = MODELS if options.models is None else listed("--models", options.models)
-    options.machines = MACHINES if options.gpus is None else listed("--gpus", options.gpus)
-    if options.plot is not None:
-        check_picture(options.plot)
+    if (path := options.plot) is not None:
+        require(
+            path.suffix.lower() == ".png", f"--plot {path} is drawn as a PNG; write --plot {path.with_suffix('.png')}"
+        )
+        require(not path.is_dir(), f"--plot {path} is a folder; write --plot {path / 'plan.png'}")
+        check_writable(path.absolute().parent, "--plot")
+        require(
+            path.parent.is_dir(), f"--plot {path}: there is no folder {path.parent}; make it, or name another place"
+        )
     if options.table:
         check_named_elsewhere(options.settings)
-    return options
 
 
-def listed(flag: str, text: str) -> list[str]:
-    """Split `a,b` into names, without repetitions."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    require(all(names), f"{flag} {text!r} names nothing between two commas; write {flag} NAME,NAME")
-    return names
-
-
-def check_named_elsewhere(words: Sequence[str]) -> None:
+def check_named_elsewhere(overrides: Sequence[str]) -> None:
     """Refuse settings that the options of a table say."""
     options = {"model": "--models", "gpu": "--gpus", "cluster": "--gpus"}
-    for word in words:
+    for word in overrides:
         key = word.lstrip("+").partition("=")[0]
         flag = options.get(key.partition(".")[0])
         require(
             flag is None or key in ("gpu.price_per_hour", "model.new_tokens"),
             f"{word} is said by {flag} in a table; write {flag} {'NAME,NAME' if flag == '--models' else 'h100x8,a10'}",
         )
-
-
-def check_picture(path: Path) -> None:
-    """Refuse a file that is no PNG by its name, or in no folder."""
-    require(path.suffix.lower() == ".png", f"--plot {path} is drawn as a PNG; write --plot {path.with_suffix('.png')}")
-    require(not path.is_dir(), f"--plot {path} is a folder; write --plot {path / 'plan.png'}")
-    check_writable(path.absolute().parent, "--plot")
-    require(path.parent.is_dir(), f"--plot {path}: there is no folder {path.parent}; make it, or name another place")
 
 
 def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answer:
@@ -229,7 +220,7 @@ def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answe
     choice = choices(composed.config, composed.fixed)
     plan, changes = choice.plan, choice.changes
     if plan.fits is False:
-        return Answer(plan=plan, changes=changes, near=nearest(plan))
+        return Answer(plan=plan, changes=changes, near=suggest.nearest(plan))
     return Answer(plan=plan, changes=changes, rooms=tuple(room(choice, larger_than(plan))))
 
 
@@ -259,12 +250,13 @@ def require_model(model: ModelConfig) -> None:
         )
 
 
-def show_table(options: argparse.Namespace) -> None:
+def show_table(options: PlanArguments) -> None:
     """Print the table, and draw it where that is asked for."""
-    cells = len(options.models) * len(options.machines)
+    models, machines = options.models or MODELS, options.gpus or MACHINES
+    cells = len(models) * len(machines)
     if cells >= WORTH_SAYING:
         print(f"choosing the settings of {cells} plans (a few seconds)", file=sys.stderr, flush=True)
-    found = plans(options.models, options.machines, options.settings, config_dir=options.config_dir)
+    found = plans(models, machines, options.settings, config_dir=options.config_dir)
     if options.json:
         rows = [
             {"model": model, "gpus": gpus} | ({"fits": False} if plan is None else plan.as_json())
@@ -278,7 +270,73 @@ def show_table(options: argparse.Namespace) -> None:
         draw(bars, "memory of a rank, with the fastest settings that fit", options.plot)
 
 
-def show_scaling(options: argparse.Namespace) -> None:
+def plans(
+    models: Sequence[str], machines: Sequence[str], overrides: Sequence[str], *, config_dir: str | None = None
+) -> dict[tuple[str, str], Plan | None]:
+    """Return plans by (model, machine), with free settings chosen; None where `distlora train` would refuse.
+
+    Raises UserError for an unknown name, and for settings that are possible nowhere.
+    """
+    words_of = {machine: machine_words(machine) for machine in machines}
+    paths = {model: path_named(model) for model in models}
+    named = {word.lstrip("+").partition("=")[0] for word in overrides}
+    auto = [] if named & {"quant", "quant.method", "recipe", "adapter"} else ["quant=auto"]
+    found: dict[tuple[str, str], Plan | None] = {}
+    refused: UserError | None = None
+    for machine in machines:
+        settings = ["plan=auto", *auto, *words_of[machine], *overrides]
+        composed = compose_run(settings, config_dir=config_dir, may_lack_paths=True)
+        for model in models:
+            config = composed.config.with_settings({"model.path": paths[model]})
+            found[model, machine] = None
+            try:
+                check_parallel(config.parallel, config.cluster.ranks)
+                planned = planned_model(config)
+                check_planned(config.spec, config.train, config.parallel, planned)
+                nodes = machine_of(config.gpu, config.cluster)
+                search = Search(config=config, model=planned, machine=nodes, fixed=composed.fixed)
+                found[model, machine] = choose(search).plan
+            except UserError as error:
+                if is_hub_name(model):  # Which may not be there at all.
+                    raise
+                refused = error
+    if refused is not None and not any(found.values()):
+        raise refused
+    return {(model, machine): found[model, machine] for model in models for machine in machines}
+
+
+def machine_words(machine: str) -> list[str]:
+    """Return `h100x8` as overrides; more than eight GPUs are nodes of eight. Raises UserError for an unknown GPU."""
+    match = re.fullmatch(r"(.+)x(\d+)", machine)
+    gpu, number = (match[1], int(match[2])) if match and machine not in GPUS else (machine, 1)
+    if gpu not in GPUS:
+        raise UserError(
+            f"--gpus {machine}: there is no GPU {gpu!r}{nearest(gpu, GPUS)}; write --gpus rtx4090,h100x8 with of "
+            f"{', '.join(GPUS)}"
+        )
+    if number < 1 or (number > OF_A_MACHINE and number % OF_A_MACHINE):
+        raise UserError(
+            f"--gpus {machine}: {number} GPUs are no number of machines of {OF_A_MACHINE}; write "
+            f"{gpu}x{max(1, number // OF_A_MACHINE * OF_A_MACHINE)}"
+        )
+    if number <= OF_A_MACHINE:
+        return [f"gpu={gpu}", f"cluster.gpus_per_node={number}"]
+    nodes = number // OF_A_MACHINE
+    return [f"gpu={gpu}", "cluster=slurm", f"cluster.gpus_per_node={OF_A_MACHINE}", f"cluster.nodes={nodes}"]
+
+
+def path_named(name: str) -> str:
+    """Return a model's name on the hub, by that name or by its name for model=. Raises UserError for neither."""
+    known = known_models()
+    if name not in known and not is_hub_name(name):
+        raise UserError(
+            f"--models {name}: there is no model of that name{nearest(name, known)}; write names for model=, or "
+            "ORG/NAME of the hub"
+        )
+    return known.get(name, name)
+
+
+def show_scaling(options: PlanArguments) -> None:
     """Print how the run scales, over its own links and, where that is asked for, over usual ones."""
     plan = answered(options.settings, config_dir=options.config_dir).plan
     kind: Scaling = "strong" if options.strong else "weak"
@@ -304,12 +362,11 @@ def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:
     from distlora.planner.tables import MemoryBar, plot_memory
 
     bars = [
-        MemoryBar(name=name, kinds=named(plan.device.by_kind), usable=plan.machine.usable_bytes)
+        MemoryBar(
+            name=name,
+            kinds={str(kind): value for kind, value in plan.device.by_kind.items()},
+            usable=plan.machine.usable_bytes,
+        )
         for name, plan in found.items()
     ]
-    plot_memory(bars, named(KINDS), title, path)
-
-
-def named(by_kind: Mapping[Kind, Value]) -> dict[str, Value]:
-    """Return the memory by plain names."""
-    return {str(kind): value for kind, value in by_kind.items()}
+    plot_memory(bars, {str(kind): name for kind, name in KINDS.items()}, title, path)

@@ -7,22 +7,46 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from distlora.config import UserError, nearest
+from distlora.config import UserError
 from distlora.post.export.repository import Files, as_plain_adapter, collect, write_files
 from distlora.run_folder.layout import read_result
-from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.arguments import read
 
-DESCRIPTION = """\
-Upload what the run in the folder RUN trained to the Hugging Face hub as ORG/NAME, with a model card that states base,
-data, settings and metrics. The repository is made if it does not exist."""
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushRequest:
+    """Upload what the run in the folder RUN trained to the Hugging Face hub as ORG/NAME.
+
+    A model card states base, data, settings and metrics. The repository is made if it does not exist.
+    """
+
+    run: str
+    """RUN: folder of a run."""
+    name: str
+    """ORG/NAME: repository on the hub."""
+    private: bool = False
+    """Make a new repository private."""
+    revision: str | None = None
+    """BRANCH: commit to this branch instead of main; it is made if it does not exist."""
+    checkpoint: str | None = None
+    """NAME: upload the best by held-out loss (best) or a saved step (step_100) instead of the final result."""
+    base_model: str | None = None
+    """ORG/NAME: name of the base on the hub, for a run whose model.path was a folder."""
+    dry_run: str | None = None
+    """[FOLDER]: upload nothing: print the card, or write all files into FOLDER."""
 
 
 def main(arguments: list[str]) -> int:
     """Upload, or with --dry-run show, what the arguments name. Returns the exit code."""
-    options = parse(arguments)
-    if options is None:
-        return 0
+    options = read(PushRequest, "distlora push", arguments)
+    _check_name("ORG/NAME", options.name)
+    if options.base_model is not None:
+        _check_name("--base-model", options.base_model)
     run_dir = Path(options.run).expanduser().absolute()
     result = read_result(run_dir, options.checkpoint)
     base = options.base_model or result.config.model.name
@@ -39,53 +63,6 @@ def main(arguments: list[str]) -> int:
         else:
             upload(options, files, f"{run_dir.name}: {result.folder.name}")
     return 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PushRequest:
-    """The arguments of `distlora push`."""
-
-    run: str
-    name: str
-    private: bool
-    revision: str | None
-    checkpoint: str | None
-    base_model: str | None
-    dry_run: str | None
-    """A folder, "" to print the card, None to upload."""
-
-
-def parse(arguments: list[str]) -> PushRequest | None:
-    """Return the request, or None after the help text. Raises UserError for names that are not on the hub."""
-    parser = Parser("distlora push", DESCRIPTION)
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument("name", metavar="ORG/NAME", help="repository on the hub")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument(
-        "--revision", metavar="BRANCH", help="commit to this branch instead of main; it is made if it does not exist"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="NAME",
-        help="upload the best by held-out loss (best) or a saved step (step_100) instead of the final result",
-    )
-    parser.add_argument(
-        "--base-model", metavar="ORG/NAME", help="name of the base on the hub, for a run whose model.path was a folder"
-    )
-    parser.add_argument(
-        "--dry-run",
-        metavar="FOLDER",
-        nargs="?",
-        const="",
-        help="upload nothing: print the card, or write all files into FOLDER",
-    )
-    options = parser.read(PushRequest, arguments)
-    if options is None:
-        return None
-    _check_name("ORG/NAME", options.name)
-    if options.base_model is not None:
-        _check_name("--base-model", options.base_model)
-    return options
 
 
 def dry_run(files: Files, folder: str) -> None:
@@ -144,39 +121,17 @@ def upload(options: PushRequest, files: Files, message: str) -> None:
     print(f"{endpoint()}/{options.name}{branch}")
 
 
-def _explain(error: Exception, name: str) -> str:
-    """Why the hub refused, and what to do."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    from distlora.system.hub_errors import unreachable
-
-    assert isinstance(error, HfHubHTTPError)
+def _explain(error: HfHubHTTPError, name: str) -> str:
+    """Return why the hub refused, and what to do."""
     status = error.response.status_code
     if status == 401:
         where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "`hf auth login`"
         return f"the hub refuses the token of this machine (from {where}); log in again with `hf auth login`"
     reason = (error.server_message or str(error)).strip().splitlines()[0]
     if status == 403:
-        try:
-            user = HfApi().whoami()
-        except Exception as failure:
-            if not isinstance(failure, HfHubHTTPError) and not unreachable(failure):
-                raise
-            return (
-                f"the token of this machine may not write to {name} ({reason}), and the hub does not say whose it is; "
-                "make one with write access and log in again with `hf auth login`"
-            )
-        own = [user["name"], *(organization["name"] for organization in user.get("orgs", ()))]
-        owner, _, last = name.partition("/")
-        if owner not in own:
-            return (
-                f"{user['name']} may not write to {name} ({reason}){nearest(owner, own)}; write to "
-                f"{' or '.join(f'{namespace}/{last}' for namespace in own)}"
-            )
         return (
-            f"the token of {user['name']} may not write to {name} ({reason}); make one with write access and log in "
-            "again with `hf auth login`"
+            f"the token of this machine may not write to {name} ({reason}); name a repository of yours, or log in with "
+            "a token with write access (`hf auth login`)"
         )
     return f"{name}: the hub answered {status} ({reason}); nothing was committed, push again later"
 

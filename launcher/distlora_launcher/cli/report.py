@@ -16,30 +16,27 @@ from distlora_launcher.launch.local import commands_always, commands_when_done
 from distlora_launcher.launch.lock import CONFIG_NAME
 from distlora_launcher.report.records import PageStatus, read_run
 from distlora_launcher.report.run_page import run_report
-from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import say, shown
 
-DESCRIPTION = """\
-Write one HTML file of a run, finished or not, or of a sweep: curves, the plan beside what was measured, settings,
-samples, environment. It contains everything it shows, so it can be kept, sent or printed."""
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReportRequest:
-    """The arguments of `distlora report`."""
+    """Write one HTML file of a run, finished or not, or of a sweep.
+
+    It shows curves, the plan beside what was measured, settings, samples and environment. It contains everything it
+    shows, so it can be kept, sent or printed.
+    """
 
     run: str
-    out: Path | None
+    """RUN: folder of a run or a sweep."""
+    out: Path | None = None
+    """FILE.html: file to write (RUN/report.html)."""
 
 
 def main(arguments: list[str]) -> int:
     """Write the report of a run or a sweep. Returns the exit code."""
-    parser = Parser("distlora report", DESCRIPTION)
-    parser.add_argument("run", metavar="RUN", help="folder of a run or a sweep")
-    parser.add_argument("--out", metavar="FILE.html", type=Path, help="file to write (RUN/report.html)")
-    options = parser.read(ReportRequest, arguments)
-    if options is None:
-        return DONE
+    options = read(ReportRequest, "distlora report", arguments)
     folder = Path(options.run).expanduser().absolute()
     page = page_of(folder)
     out = folder / REPORT_NAME if options.out is None else options.out.expanduser().absolute()

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from distlora.config import UserError
-from distlora_launcher.terminal.arguments import Parser
-
-DESCRIPTION = """\
-Continue the run in the folder RUN from its newest whole checkpoint, with the settings in RUN/config.yaml. On the same
-number of processes the result equals that of a run that was never stopped, bit for bit. A run of cluster=slurm is
-submitted again. A run on several nodes (cluster=torchrun) is continued by the same command on each."""
+from distlora_launcher.terminal.arguments import read
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ResumeRequest:
-    """The arguments of `distlora resume`."""
+    """Continue the run in the folder RUN from its newest whole checkpoint, with the settings in RUN/config.yaml.
 
-    run: list[str]
+    On the same number of processes the result equals that of a run that was never stopped, bit for bit. A run of
+    cluster=slurm is submitted again. A run on several nodes (cluster=torchrun) is continued by the same command on
+    each.
+    """
+
+    run: list[str] = field(default_factory=list)
+    """RUN: folder of a run, or of a sweep: its runs that were stopped or killed continue, and the others follow."""
 
 
 def main(arguments: list[str]) -> int:
     """Continue the run that the only argument names."""
-    parser = Parser("distlora resume", DESCRIPTION)
-    parser.add_argument(
-        "run",
-        metavar="RUN",
-        nargs="*",
-        help="folder of a run, or of a sweep: its runs that were stopped or killed continue, and the others follow",
-    )
-    options = parser.read(ResumeRequest, arguments)
-    if options is None:
-        return 0
+    options = read(ResumeRequest, "distlora resume", arguments)
     if len(options.run) != 1:
         extra = [word for word in options.run if "=" in word]
         reason = f"the settings of a run are fixed, {extra[0]} cannot change them" if extra else "give one run folder"

@@ -31,20 +31,22 @@ from distlora_launcher.launch.run_state import (
     total_steps,
     was_started,
 )
-from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import aligned, shown
 
-DESCRIPTION = """\
-Print the state of the run in the folder RUN: whether and where it runs (this node, others, a SLURM job), its step and
-its losses, the time left, the last save, how it ended, and the command to type next."""
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StatusRequest:
-    """The arguments of `distlora status`."""
+    """Print the state of the run in the folder RUN.
+
+    That is: whether and where it runs (this node, others, a SLURM job), its step and its losses, the time left, the
+    last save, how it ended, and the command to type next.
+    """
 
     run: str
-    json: bool
+    """RUN: a run, a folder of runs as -m makes one, or a sweep: its workers and its trials."""
+    json: bool = False
+    """Print a JSON object; of a folder of runs, a list."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,14 +94,7 @@ class Status:
 
 def main(arguments: list[str]) -> int:
     """Print the state of the run, or the runs, in a folder."""
-    parser = Parser("distlora status", DESCRIPTION)
-    parser.add_argument(
-        "run", metavar="RUN", help="a run, a folder of runs as -m makes one, or a sweep: its workers and its trials"
-    )
-    parser.add_argument("--json", action="store_true", help="print a JSON object; of a folder of runs, a list")
-    options = parser.read(StatusRequest, arguments)
-    if options is None:
-        return 0
+    options = read(StatusRequest, "distlora status", arguments)
     folder = Path(options.run).expanduser().absolute()
     if is_sweep_folder(folder):
         from distlora_launcher.sweeps.results import describe_status, status_as_json, sweep_status

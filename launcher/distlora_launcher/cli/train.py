@@ -57,7 +57,10 @@ DRY_RUN = "--dry-run"
 def main(arguments: list[str]) -> int:
     """Compose, check, and run what the overrides describe. Returns the exit code."""
     arguments = [with_new_keys(expand_home(word)) for word in arguments]
-    refuse_sweep_section(arguments)
+    word = next((word for word in arguments if re.match(r"[+~]*sweep[.=@]", word)), None)
+    require(
+        word is None, f"{word} is of `distlora sweep`, which takes the same settings as `distlora train`; write that"
+    )
     dry_run = DRY_RUN in arguments
     arguments = add_run_dir([word for word in arguments if word != DRY_RUN])
     flags = read_flags(arguments)
@@ -67,7 +70,11 @@ def main(arguments: list[str]) -> int:
         check_agent([run.config for run in runs])
         if find_begun_run(Path(first.run_dir)) is not None:
             return resume(Path(first.run_dir))
-        refuse_multi_node_sweep(first.cluster, flags)
+        require(  # Nothing would keep the nodes in step.
+            not (first.cluster.on_each_node and is_multirun(flags)),
+            f"-m with cluster=torchrun over {first.cluster.nodes} nodes (cluster.nodes): the nodes would not "
+            "run the same job; leave -m out and start one run after the other, or set cluster=slurm",
+        )
         refuse_dry_run(first.cluster, flags, dry_run)
         for run in runs:
             check(run.config, new_run=True)
@@ -101,22 +108,6 @@ def choose_each(runs: Sequence[Composed]) -> list[Choice]:
             job = f"job {number} ({' '.join(run.job_overrides)}): " if run.job_overrides else ""
             raise UserError(f"{job}{error}") from error
     return choices
-
-
-def refuse_multi_node_sweep(cluster: ClusterConfig, flags: argparse.Namespace) -> None:
-    """Refuse a sweep that is started by hand on each of several nodes: nothing keeps the nodes in step."""
-    require(
-        not (cluster.on_each_node and is_multirun(flags)),
-        f"-m with cluster=torchrun over {cluster.nodes} nodes (cluster.nodes): the nodes would not "
-        "run the same job; leave -m out and start one run after the other, or set cluster=slurm",
-    )
-
-
-def refuse_sweep_section(words: Sequence[str]) -> None:
-    """Refuse settings of `distlora sweep`, which have no effect here."""
-    word = next((word for word in words if re.match(r"[+~]*sweep[.=@]", word)), None)
-    if word is not None:
-        raise UserError(f"{word} is of `distlora sweep`, which takes the same settings as `distlora train`; write that")
 
 
 def refuse_dry_run(cluster: ClusterConfig, flags: argparse.Namespace, dry_run: bool) -> None:

@@ -7,38 +7,31 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from distlora_launcher.terminal.arguments import Parser
-
-DESCRIPTION = """\
-Check everything in the run folder RUN: settings, data and packed sequences, every byte of the checkpoints and that they
-belong to this run, headers and values of the results, each line of metrics.jsonl, and left-over temporary files. Prints
-one line per item: ok, note (worth knowing) or damaged, with the reason and the cure. Changes nothing.
-
-Exit codes: 0 nothing is damaged, 1 something is damaged, 2 RUN is not a run folder."""
+from distlora_launcher.terminal.arguments import read
 
 DAMAGED = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyRequest:
-    """The arguments of `distlora verify`."""
+    """Check everything in the run folder RUN.
+
+    That is: settings, data and packed sequences, every byte of the checkpoints and that they belong to this run,
+    headers and values of the results, each line of metrics.jsonl, and left-over temporary files. Prints one line per
+    item: ok, note (worth knowing) or damaged, with the reason and the cure. Changes nothing.
+
+    Exit codes: 0 nothing is damaged, 1 something is damaged, 2 RUN is not a run folder.
+    """
 
     run: Path
-    json: bool
+    """RUN: folder of a run."""
+    json: bool = False
+    """Print one JSON object: {"run", "damaged": count, "items": [{"name", "state", "message"}]}."""
 
 
 def main(arguments: list[str]) -> int:
     """Check the run that the arguments name. Returns the exit code."""
-    parser = Parser("distlora verify", DESCRIPTION)
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help='print one JSON object: {"run", "damaged": count, "items": [{"name", "state", "message"}]}',
-    )
-    options = parser.read(VerifyRequest, arguments)
-    if options is None:
-        return 0
+    options = read(VerifyRequest, "distlora verify", arguments)
     run_dir = options.run.expanduser().absolute()
     from distlora.checkpoint.verify import verify
 

@@ -9,47 +9,50 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from distlora.config import UserError, nearest
+from distlora.config import UserError, nearest, require
 from distlora.config.file import parse_yaml
 from distlora.system.exit_codes import BAD_INPUT, DONE
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.importing.axolotl import convert
 from distlora_launcher.importing.recipe import recipe_text, report
-from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.arguments import read
 
 TOOLS = ("axolotl",)
-USAGE = """usage: distlora import axolotl FILE.yaml [--processes N] [--out FOLDER/recipe/NAME.yaml] [--strict]
 
-Print an Axolotl configuration as a recipe, or write it to --out, and list on stderr every key that has no equal here.
-`distlora train --config-dir FOLDER recipe=NAME` then runs it.
 
-  --processes N   GPUs that it ran on (1); its batch grows with them
-  --out FILE      write FOLDER/recipe/NAME.yaml instead of printing
-  --strict        end with code 2 if anything was not carried"""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportArguments:
+    """Print an Axolotl configuration as a recipe, or write it to --out, and list on stderr every key without an equal.
+
+    `distlora train --config-dir FOLDER recipe=NAME` then runs it.
+    """
+
+    tool: str
+    """axolotl: the tool that the file is of."""
+    file: Path
+    """FILE.yaml: its configuration."""
+    processes: int = 1
+    """N: GPUs that it ran on; its batch grows with them."""
+    out: Path | None = None
+    """FILE: write FOLDER/recipe/NAME.yaml instead of printing."""
+    strict: bool = False
+    """End with code 2 if anything was not carried."""
 
 
 def main(arguments: list[str]) -> int:
     """Import the file; return 0, or with --strict 2 when something was not carried."""
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return DONE
-    parser = Parser("distlora import")
-    parser.add_argument("tool", metavar="axolotl")
-    parser.add_argument("file", metavar="FILE.yaml", type=Path)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--strict", action="store_true")
-    options = parser.parse_args(arguments)
-    if options.tool not in TOOLS:
-        raise UserError(
-            f"cannot import {options.tool!r}{nearest(options.tool, TOOLS)}; write distlora import axolotl FILE.yaml"
-        )
-    if options.processes < 1:
-        raise UserError(f"--processes {options.processes} is not a number of processes; write --processes 1 or more")
+    options = read(ImportArguments, "distlora import", arguments)
+    near = nearest(options.tool, TOOLS)
+    require(options.tool in TOOLS, f"cannot import {options.tool!r}{near}; write distlora import axolotl FILE.yaml")
+    require(
+        options.processes > 0,
+        f"--processes {options.processes} is not a number of processes; write --processes 1 or more",
+    )
     if options.out is not None:
         check_place(options.out)
     imported = convert(read_yaml(options.file), processes=options.processes)

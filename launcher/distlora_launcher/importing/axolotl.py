@@ -2,7 +2,7 @@
 
 Read off Axolotl 067b021 (2026-07): its schema, its builders of training arguments and its prompt strategies. Where a
 default of ours differs from Axolotl's, Axolotl's value is written, so that the recipe means what the file meant. Keys
-without an equal are in axolotl_keys.py, data sets in axolotl_data.py, the length of a run in axolotl_steps.py.
+without an equal are in axolotl_keys.yaml, data sets in axolotl_data.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 from distlora.config import SAVED_MODULES, TARGET_PRESETS, UserError
 from distlora.config.base import check_init
 from distlora_launcher.importing.axolotl_data import convert_data, convert_objective
-from distlora_launcher.importing.axolotl_keys import additional_special_tokens, note_unread
-from distlora_launcher.importing.recipe import Imported, Keys
+from distlora_launcher.importing.recipe import Imported, Keys, additional_special_tokens, note_unread
 
 SCHEDULES = {
     "cosine": "cosine",
@@ -313,21 +312,10 @@ def _new_adapter(keys: Keys, imported: Imported, adapter: dict[str, Any]) -> Non
 
 
 def _start(keys: Keys, imported: Imported) -> str:
-    """adapter.init: peft_init_lora_weights, or LoftQ where `peft` has a loftq_config."""
-    start, loftq = keys.any("peft_init_lora_weights"), keys.mapping("peft").get("loftq_config")
-    if loftq is not None:
-        settings = loftq if isinstance(loftq, dict) else {}
-        bits, iterations = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)
-        if bits != 4:
-            reason = "LoftQ goes with 4 bits; A starts Kaiming-uniform, B is zero"
-            imported.note("unsupported", f"peft.loftq_config.loftq_bits={bits}", reason)
-            return "kaiming"
-        imported.options["quant"] = "nf4"
-        if iterations != 1:
-            imported.note("unsupported", f"peft.loftq_config.loftq_iter={iterations}", "LoftQ takes one iteration")
-        reason = "the base is kept in NF4, and the start does not depend on lora_alpha, with which PEFT scales it"
-        imported.note("differs", "peft.loftq_config", reason)
-        return "loftq"
+    """Return adapter.init."""
+    start = keys.any("peft_init_lora_weights")
+    if keys.mapping("peft").get("loftq_config") is not None:
+        imported.note("unsupported", "peft.loftq_config", "set adapter.init=loftq, which goes with quant=nf4")
     if start in (None, True):
         return "kaiming"
     try:
@@ -443,26 +431,8 @@ def convert_precision(keys: Keys, imported: Imported) -> None:
     for key, value in (("gradient_checkpointing", checkpointing), ("activation_offloading", offloading)):
         if value in ("offload_disk", "disk"):
             imported.note("unsupported", f"{key}={value}", "the blocks' inputs go to host memory, not to a disk")
-    _convert_tiles(keys, imported)
     seed = keys.integer("seed")
     train["seed"] = 42 if seed is None else seed
-
-
-def _convert_tiles(keys: Keys, imported: Imported) -> None:
-    """Tiles of the MLP by their number, as Axolotl has it. They are recomputed there, too."""
-    if not keys.flag("tiled_mlp"):
-        return
-    train, length = imported.section("train"), imported.section("data")["sequence_length"]
-    tiles = keys.integer("tiled_mlp_num_shards")
-    if imported.options["adapter"] == "full":
-        imported.note("unsupported", "tiled_mlp", "the MLPs of a model that is trained whole are not run in tiles")
-    elif tiles is None:
-        reason = "its tiles have as many tokens as the model has hidden columns; set train.mlp_tile to that"
-        imported.note("unsupported", "tiled_mlp", reason)
-    elif tiles > 1:
-        train["mlp_tile"] = -(-length // tiles)
-        if train["checkpointing"] == "none":
-            train["checkpointing"] = "selective"
 
 
 def convert_tracker(keys: Keys, imported: Imported) -> None:
@@ -489,7 +459,6 @@ def convert_tracker(keys: Keys, imported: Imported) -> None:
 def convert_parallel(keys: Keys, imported: Imported, processes: int) -> None:
     """Convert FSDP and DeepSpeed settings."""
     imported.section("cluster")["gpus_per_node"] = processes
-    _convert_copies(keys, imported, processes)
     for name in ("deepspeed", "fsdp", "fsdp_config"):
         value = keys.any(name)
         if not value:
@@ -508,27 +477,6 @@ def convert_parallel(keys: Keys, imported: Imported, processes: int) -> None:
                 f"{name} (CPU offload)",
                 "the base stays on the GPUs, in 4 bits; parallel=zero3 parallel.offload_base=true keeps it on the host",
             )
-
-
-def _convert_copies(keys: Keys, imported: Imported, processes: int) -> None:
-    """dp_replicate_size copies of the base, each cut over dp_shard_size processes."""
-    sizes = {name: keys.integer(name) for name in ("dp_shard_size", "dp_replicate_size")}
-    shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
-    if not shown:
-        return
-    shards, copies = sizes["dp_shard_size"] or 0, sizes["dp_replicate_size"] or 1
-    shards = shards if shards > 0 else processes // copies  # -1: the rest.
-    if shards * copies != processes:
-        imported.note(
-            "unsupported",
-            shown,
-            f"{processes} processes are no {copies} copies of {shards}; set parallel.shard_degree to those that cut "
-            "one copy of the base",
-        )
-    elif copies == 1:
-        imported.note("idle", shown, "the base is cut over all processes (parallel=fsdp2)")
-    else:
-        imported.section("parallel")["shard_degree"] = shards
 
 
 def _offloads(value: Any) -> bool:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distlora.config import UserError
-from distlora_launcher.importing.axolotl_keys import note_entry_key
-from distlora_launcher.importing.recipe import Imported, Keys
+from distlora_launcher.importing.recipe import Imported, Keys, note_entry_key
 
 TEMPLATES = {"llama3": "llama3", "gemma": "gemma", "phi_3": "phi3", "mistral_v2v3": "mistral"}
 """Templates of Axolotl, and those of ours that render user and assistant turns to the same text."""
@@ -72,12 +71,8 @@ def convert_objective(keys: Keys, imported: Imported) -> None:
 def preference_columns(
     entry: Keys, imported: Imported, template: str | None, jinja: str | None
 ) -> tuple[dict[str, Any], bool, str | None]:
-    """(data.columns, whether a chat template renders it, data.template) of a data set of pairs."""
-    kind = entry.any("type")
-    if isinstance(kind, dict):  # A format of the user's own has its fields under type.
-        fields = Keys({str(key): value for key, value in kind.items()}, place=f"{entry.place}type.")
-        return _texts(fields, imported), False, None
-    name = str(kind or "")
+    """Return (data.columns, whether a chat template renders it, data.template) of a data set of pairs."""
+    name = str(entry.any("type") or "")
     base, _, form = name.partition(".")
     if base == "chat_template" and form in ("", "default", "argilla_chat"):
         _check_roles(entry, imported)
@@ -85,33 +80,14 @@ def preference_columns(
         own, own_jinja = entry.text("chat_template"), entry.text("chat_template_jinja")
         columns = _renamed(prompt | _answers(entry))
         return columns, True, template_of(own or template, own_jinja if own else jinja, imported)
-    if base in ("chatml", "llama3") and form in ("ultra", "argilla_chat"):
-        return _renamed(_answers(entry)), True, template_of(base, None, imported)
     if name in AS_THEY_ARE:
-        return _texts(entry, imported), False, None
+        return _renamed({"prompt": entry.text("field_prompt") or "prompt", **_answers(entry)}), False, None
     imported.note(
         "refused",
-        f"{entry.place}type={name}",
-        "strings stay text here, and Axolotl makes turns of them; write prompt, chosen and rejected as lists of "
-        "messages, which data.template renders",
+        f"{entry.place}type",
+        "has no equal; write prompt, chosen and rejected as texts, or as messages, which data.template renders",
     )
     return {}, False, None
-
-
-def _texts(fields: Keys, imported: Imported) -> dict[str, Any]:
-    """Columns of texts; formats that add anything to them have no equal."""
-    columns = {"prompt": fields.text("field_prompt") or "prompt", **_answers(fields)}
-    fields.any("field_system")
-    for key, column in columns.items():
-        layout = fields.text(f"{key}_format")
-        if layout not in (None, f"{{{key}}}", f"{{{column}}}"):
-            imported.note(
-                "refused", f"{fields.place}{key}_format", f"nothing is put around {column}; do so in the data"
-            )
-    if fields.place.endswith("type."):
-        for name, _ in fields.unread():
-            imported.note("unknown", f"{fields.place}{name}", "Axolotl has no such key")
-    return _renamed(columns)
 
 
 def _answers(entry: Keys) -> dict[str, str]:
@@ -225,7 +201,7 @@ def _sources(
     columns = _format(entry, imported, source, template, jinja)
     if columns:
         place["columns"] = columns
-    if inputs_trained and source.format in ("alpaca", "prompt_completion"):
+    if inputs_trained and source.format == "alpaca":
         imported.note(
             "unsupported", "train_on_inputs", f"the prompts of {entry.place}path are not trained, as without it"
         )
@@ -262,7 +238,9 @@ def _format(
         return columns
     kind = entry.any("type")
     if isinstance(kind, dict):
-        return _own_prompt(entry, kind, imported, source)
+        reason = 'prompts are not put together from columns; write lines of {"prompt": ..., "completion": ...}'
+        imported.note("refused", f"{entry.place}type (a format of its own)", reason)
+        return {}
     name = str(kind or "")
     base = re.split(r"[:.]", name)[0]
     if base in ("chat_template", "sharegpt"):
@@ -287,27 +265,6 @@ def _format(
     if base == "input_output":
         advice += '; a segment that is not trained is a prompt, or a message with "train": false'
     imported.note("refused", f"{entry.place}type={name or '(not set)'}", f"has no equal; convert the data to {advice}")
-    return {}
-
-
-def _own_prompt(entry: Keys, kind: dict[str, Any], imported: Imported, source: _Source) -> dict[str, Any]:
-    """Convert a custom prompt format: prompt and completion if the prompt is the instruction alone."""
-    fields = Keys({str(key): value for key, value in kind.items()}, place=f"{entry.place}type.")
-    prompt, output = fields.text("field_instruction") or "instruction", fields.text("field_output") or "output"
-    layout = fields.text("format") or "{instruction} {input} "
-    without_input = fields.text("no_input_format") or "{instruction} "
-    if layout == without_input == "{instruction}" and not any(fields.text("field_system", "system_prompt") or ""):
-        source.format = "prompt_completion"
-        fields.any("field_input", "system_format")
-        for name, _ in fields.unread():
-            imported.note("unknown", f"{fields.place}{name}", "Axolotl has no such key")
-        return {"prompt": prompt, "completion": output}
-    imported.note(
-        "refused",
-        f"{entry.place}type (a format of its own)",
-        f'prompts are not put together from columns; write lines of {{"prompt": ..., "completion": ...}} from '
-        f"{prompt!r} and {output!r}",
-    )
     return {}
 
 
@@ -420,49 +377,31 @@ def _held_out(
         share = 0.05
     data["eval_fraction"] = share
     tests = _entries(keys.any("test_datasets"), "test_datasets")
-    aside = Imported()  # What is said of a test set holds for the one that is evaluated on, and not all of it.
-    found = [
-        (entry.place, source) for entry in tests for source in _sources(entry, aside, inputs_trained, template, jinja)
-    ]
+    aside = Imported()  # What is said of a test set holds for the one that is evaluated on.
+    found = [source for entry in tests for source in _sources(entry, aside, inputs_trained, template, jinja)]
     if not found:
         if tests:
             imported.note("unsupported", "test_datasets", "none of them has a path; nothing named is held out")
         return
-    place, test = found[0]
+    test = found[0]
     data["eval_path"] = test.settings["path"]
     data["eval_split"] = test.settings.get("split", "train")
     if len(found) > 1:
         reason = f"one is evaluated on, {data['eval_path']}; join the others to it"
         imported.note("unsupported", "test_datasets", reason)
-    for note in aside.notes:
-        of_training = note.group == "differs" and note.key.endswith("roles_to_train")
-        if note.key.startswith(place) and not of_training:
-            imported.note(note.group, note.key, note.reason)
+    imported.notes += [note for note in aside.notes if note.group != "differs" and note.key.startswith(tests[0].place)]
     if len(sources) != 1:
         own = {name: test.settings.get(name) for name in ("format", "columns", "name")}
         data |= {name: value for name, value in own.items() if value is not None}
-    _note_differences(place, test, imported)
-
-
-def _note_differences(place: str, test: _Source, imported: Imported) -> None:
-    """Note the settings of the test set that differ from how held-out documents will be read."""
-    data = imported.section("data")
-    if any(test.settings.get(name) != data.get(name) for name in ("format", "columns")):
-        imported.note("unsupported", "test_datasets", "it is read as the training data is: give both the same columns")
-    same_path = data.get("path") == data["eval_path"]
-    used = {
-        "name": data.get("name") if same_path or "path" not in data else None,
-        "revision": data.get("revision") if same_path else None,
-    }
-    for name, value in used.items():
-        if test.settings.get(name) != value:
-            reason = (
-                f"the held-out documents are read with {name}={value or 'null'}, as data.{name} is the training data's"
-            )
-            imported.note("unsupported", f"{place}{name}={test.settings.get(name) or '(not set)'}", reason)
-    if not test.is_chat:
-        return
-    for name, key in (("template", "chat_template"), ("train_on", "roles_to_train")):
-        if getattr(test, name) != data[name]:
-            value = "the tokenizer's own" if data[name] is None else data[name]
-            imported.note("unsupported", f"{place}{key}", f"data.{name} is one for all data sets: {value}")
+    read = {name: data.get(name) for name in ("format", "columns")}
+    is_same = data.get("path") == data["eval_path"]
+    read["name"] = data.get("name") if is_same or "path" not in data else None
+    read["revision"] = data.get("revision") if is_same else None
+    own = {name: test.settings.get(name) for name in read}
+    if test.is_chat:
+        read |= {"template": data["template"], "train_on": data["train_on"]}
+        own |= {"template": test.template, "train_on": test.train_on}
+    for name, value in read.items():
+        if own[name] != value:
+            reason = f"the held-out documents are read with {name}={value or 'null'}, as the training data is"
+            imported.note("unsupported", f"test_datasets: {name}={own[name] or '(not set)'}", reason)

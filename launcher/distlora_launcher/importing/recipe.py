@@ -1,4 +1,8 @@
-"""The result of an import: settings by group, notes on keys that were not carried over, and both as text."""
+"""The result of an import: settings by group, notes on keys that were not carried over, and both as text.
+
+Axolotl's keys that have no setting here are in axolotl_keys.yaml, each with the reason and what to do instead. A key
+that is off (false, empty) asks for nothing and is not mentioned, except where off is what changes the run.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,14 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from distlora.config import Config, UserError
+import yaml
+
+from distlora.config import Config, UserError, nearest
 
 
 class Keys:
@@ -153,8 +161,6 @@ def recipe_text(imported: Imported, *, source: Path, processes: int) -> str:
 
 def _line(value: Any) -> str:
     """Return a value as YAML on one line, or one line an item for a list of mappings."""
-    import yaml
-
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "".join(f"\n    - {_line(item)}" for item in value)
     text = yaml.safe_dump(_escaped(value), default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
@@ -183,3 +189,66 @@ def report(imported: Imported, *, source: Path, out: Path | None) -> str:
         folder = out.parent.parent
         lines.append(f"wrote {out}; run it with `distlora train --config-dir {folder} recipe={out.stem}`")
     return "\n".join(lines)
+
+
+_DATA = yaml.safe_load(resources.files(__package__).joinpath("axolotl_keys.yaml").read_text("utf-8"))
+_UNSUPPORTED: list[dict[str, Any]] = _DATA["config"]
+WHEN_OFF: dict[str, tuple[Group, str]] = _DATA["when_off"]
+SUPPORTED: list[str] = _DATA["supported"]
+_DATA_SET_KEYS = {name: (row["group"], row["reason"]) for row in _DATA["data_set"] for name in row["keys"]}
+
+KNOWN_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin")
+"""Plugins that make the loss and its memory cheaper, and change no result."""
+
+
+_ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")
+
+
+def additional_special_tokens(keys: Keys) -> list[str]:
+    """Return the tokens that special_tokens adds beside the tokens with a role."""
+    special = keys.mapping("special_tokens")
+    return [str(token) for name in _ADDITIONAL for token in special.get(name) or ()]
+
+
+def note_unread(keys: Keys, imported: Imported) -> None:
+    """Note every unread key with its group and reason, or that Axolotl does not know it."""
+    for plugin in keys.words("plugins") or []:
+        name = plugin.rpartition(".")[2]
+        known = name in KNOWN_PLUGINS
+        reason = "logits exist a few at a time only" if known else "plugins of Axolotl are not run"
+        imported.note("idle" if known else "unsupported", f"plugins: {name}", reason)
+    for name, value in keys.mapping("special_tokens").items():
+        if name == "pad_token" and value is not None:
+            imported.note("idle", "special_tokens.pad_token", "padding is never trained nor seen, any token does")
+        elif value and name not in _ADDITIONAL:
+            imported.note(
+                "refused",
+                f"special_tokens.{name}={value}",
+                "the tokenizer decides which token this is; change it in a copy of the model",
+            )
+    rows = {name: (row["group"], row["reason"]) for row in _UNSUPPORTED for name in row["keys"]}
+    patterns = {name: row for name, row in rows.items() if "*" in name}
+    for name, value in keys.unread():
+        row = rows.get(name) or next((row for pattern, row in patterns.items() if fnmatchcase(name, pattern)), None)
+        if name in WHEN_OFF and value is False:
+            imported.note(WHEN_OFF[name][0], f"{name}=false", WHEN_OFF[name][1])
+        elif row is None and name not in WHEN_OFF:
+            near = nearest(name, [*SUPPORTED, *(rows.keys() - patterns.keys())])
+            imported.note("unknown", name, f"no key of Axolotl that is known here{near}; it was ignored")
+        elif row is not None and value not in (None, False, "", [], {}):
+            is_shown = isinstance(value, (int, float, str)) and value is not True
+            imported.note(row[0], f"{name}={value}" if is_shown else name, row[1])
+
+
+def note_entry_key(entry: Keys, name: str, value: Any, imported: Imported) -> None:
+    """Note an unread key of a data set."""
+    if name not in _DATA_SET_KEYS:
+        known = [*_DATA_SET_KEYS, "path", "type", "name", "split", "revision", "data_files", "ds_type"]
+        imported.note("unknown", f"{entry.place}{name}", f"Axolotl has no such key{nearest(name, known)}")
+    elif value not in (None, False, ""):
+        group, reason = _DATA_SET_KEYS[name]
+        if (name, value) not in (
+            ("field_thinking", "reasoning_content"),
+            ("template_thinking_key", "reasoning_content"),
+        ):
+            imported.note(group, f"{entry.place}{name}", reason)

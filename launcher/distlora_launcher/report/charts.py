@@ -92,7 +92,9 @@ def draw(charts: Iterator[Chart] | Sequence[Chart]) -> list[Figure]:
 def _draw(chart: Chart) -> Figure:
     lines = [line for line in chart.lines if len(line.series)]
     values = [value for line in lines for value in line.series.values]
-    levels = _levels_in_reach(chart, values)
+    low, high = min([*values, 0.0] if chart.from_zero else values), max(values)
+    room = 1.5 * (high - low) or abs(high)  # A level far away would flatten the curves.
+    levels = [(name, value) for name, value in chart.levels if low - room <= value <= high + room]
 
     from matplotlib.ticker import MaxNLocator
 
@@ -146,13 +148,6 @@ def _draw(chart: Chart) -> Figure:
 def _is_log(values: Sequence[float]) -> bool:
     """Return whether a few large values would leave the others no room on a linear axis."""
     return min(values) > 1e-100 and max(values) > max(20 * median(values), 30 * min(values))
-
-
-def _levels_in_reach(chart: Chart, values: Sequence[float]) -> list[tuple[str, float]]:
-    """Return the levels near the values; one far away would flatten the curves."""
-    low, high = min([*values, 0.0] if chart.from_zero else values), max(values)
-    room = 1.5 * (high - low) or abs(high)
-    return [(name, value) for name, value in chart.levels if low - room <= value <= high + room]
 
 
 def parallel_coordinates(names: Sequence[str], trials: Sequence[tuple[Sequence[Any], bool]]) -> Figure | None:

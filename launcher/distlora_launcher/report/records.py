@@ -50,39 +50,19 @@ _PLAN: Shape = RECORDED | {
     "fits?": (bool, type(None)),
     "trials?": int,
 }
+_FIGURES = """
+    peak_memory_bytes trainable_parameters active_parameters train_seconds tokens_per_second bits_per_parameter
+    adapter_bytes gathered_bytes_per_step reduced_bytes_per_step scattered_bytes_per_step base_eval_loss
+    initial_eval_loss eval_loss best_eval_loss memory/peak memory/planned
+"""
 _SUMMARY: Shape = {
     "parameters_without_gradient?": [str],
     "best_step?": (int, type(None)),
-    **{
-        f"{name}?": _NUMBER
-        for name in (
-            "peak_memory_bytes",
-            "trainable_parameters",
-            "active_parameters",
-            "train_seconds",
-            "tokens_per_second",
-            "bits_per_parameter",
-            "adapter_bytes",
-            "gathered_bytes_per_step",
-            "reduced_bytes_per_step",
-            "scattered_bytes_per_step",
-            "base_eval_loss",
-            "initial_eval_loss",
-            "eval_loss",
-            "best_eval_loss",
-            "memory/peak",
-            "memory/planned",
-        )
-    },
+    **{f"{name}?": _NUMBER for name in _FIGURES.split()},
 }
-_SOURCE: Shape = {
-    "path?": str,
-    "name?": (str, type(None)),
-    "split?": (str, type(None)),
-    "commit?": (str, type(None)),
-    "documents?": int,
-    "targets?": int,
-    "share?": _NUMBER,
+_TEXT = (str, type(None))
+_SOURCE: Shape = {"path?": str, "documents?": int, "targets?": int, "share?": _NUMBER} | {
+    f"{name}?": _TEXT for name in ("name", "split", "commit")
 }
 _DATA: Shape = {
     "content?": str,
@@ -218,7 +198,8 @@ def read_run(folder: Path) -> RunRecords:
     with recorded(problems):
         found.saved = _saved(folder, problems)
     with recorded(problems):
-        found.state = _newest_state(folder, problems)
+        states = [step / STATE_NAME for step in checkpoint_folders(folder) if (step / STATE_NAME).is_file()]
+        found.state = _record(states[-1], _STATE, problems) if states else {}
     return found
 
 
@@ -258,11 +239,6 @@ def _samples(path: Path, problems: list[str]) -> list[Sample]:
     if damaged:
         problems.append(f"{path.name}: {damaged:,} line{'s are' if damaged > 1 else ' is'} no sample, and left out")
     return found
-
-
-def _newest_state(folder: Path, problems: list[str]) -> dict[str, Any]:
-    states = [step / STATE_NAME for step in checkpoint_folders(folder) if (step / STATE_NAME).is_file()]
-    return _record(states[-1], _STATE, problems) if states else {}
 
 
 def _saved(folder: Path, problems: list[str]) -> list[Saved]:

@@ -1,107 +1,137 @@
-"""The arguments of a subcommand: mistakes are UserErrors, and an unknown flag is named with the nearest that exists."""
+"""Parse a command's arguments into one typed request, and make its help text of that. Mistakes are UserErrors."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
 import importlib
+import inspect
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from dataclasses import MISSING
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from distlora.config import UserError, nearest
 from distlora.config.errors import named_settings
-from distlora.system.exit_codes import BAD_INPUT, DONE
+from distlora.system.exit_codes import DONE
 
 Request = TypeVar("Request")
 
-USAGE = """usage: distlora {command} WHAT ...
 
-{subjects}
-
-`distlora {command} WHAT --help` says more."""
+class HelpShownError(Exception):
+    """The arguments asked for the help text, which has been printed."""
 
 
 def call_main(module: str, arguments: list[str]) -> int:
-    """Import a command's module, call its main and return the exit code.
+    """Import a command's module, call its main and return the exit code; 0 if its help text was printed instead.
 
     A module that has NAMES (setting -> argument of the command) gets its UserErrors in these names.
     """
     command = importlib.import_module(module)
     with named_settings(getattr(command, "NAMES", {})):
-        code: int = command.main(arguments)
+        try:
+            code: int = command.main(arguments)
+        except HelpShownError:
+            return DONE
     return code
 
 
-@dataclass(frozen=True, slots=True)
-class Subjects:
-    """The subjects of a command, each a module of `package`.
+def listed(rows: Mapping[str, str]) -> str:
+    """Return the names and summaries of a help text, one line each."""
+    width = max(map(len, rows))
+    return "\n".join(f"  {name.ljust(width)}  {summary}" for name, summary in rows.items())
 
-    Its main(arguments) -> exit code does the work, --help included. It is imported when it is called.
+
+def subject(command: str, arguments: Sequence[str], summaries: Mapping[str, str]) -> str:
+    """Return the subject that a command's first argument names, one of `summaries`.
+
+    Raises HelpShownError after printing the help text, and UserError for an unknown subject, with the nearest.
     """
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"usage: distlora {command} WHAT ...\n\n{listed(summaries)}")
+        print(f"\n`distlora {command} WHAT --help` says more.")
+        raise HelpShownError
+    name = arguments[0] if arguments else "nothing"
+    if name not in summaries:
+        raise UserError(
+            f"distlora {command}: there is nothing named {name!r}{nearest(name, summaries)}; write one of "
+            f"{', '.join(summaries)}"
+        )
+    return name
 
-    command: str
-    verb: str
-    """Verb for messages."""
-    package: str
-    summaries: Mapping[str, str]
-    """Arguments and a one-line summary by name."""
 
-    def run(self, arguments: list[str]) -> int:
-        """Call the named subject and return its exit code. Raises UserError as `named` does."""
-        name = self.named(arguments)
-        if name is None:
-            return DONE if arguments else BAD_INPUT
-        return call_main(f"{self.package}.{name}", arguments[1:])
+def read(request: type[Request], program: str, arguments: Sequence[str], *, epilog: str | None = None) -> Request:
+    """Return the arguments as a `request`, a dataclass whose docstrings make the help text.
 
-    def named(self, arguments: list[str]) -> str | None:
-        """Return the subject that the first argument names, or None after printing the help text.
+    The docstring under a field is its help, after `METAVAR: ` where it takes any value; `[METAVAR]: ` makes that
+    optional. A field without a default and a list are positional, another is `--like-this` for the field like_this, and
+    one without a docstring is not an argument. A tuple is given as `a,b`. Raises HelpShownError after printing the help
+    text, and UserError as Parser.parse_args does.
+    """
+    parser = Parser(program, inspect.getdoc(request), epilog)
+    hints, texts = get_type_hints(request), _docstrings(request)
+    for item in dataclasses.fields(request):  # type: ignore[arg-type]
+        if item.name not in texts:
+            continue
+        flag, kind = f"--{item.name.replace('_', '-')}", hints[item.name]
+        if get_origin(kind) in (Union, UnionType):
+            (kind,) = (member for member in get_args(kind) if member is not type(None))
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=texts[item.name])
+            continue
+        if get_origin(kind) is Literal:
+            parser.add_argument(flag, choices=get_args(kind), default=item.default, help=texts[item.name])
+            continue
+        metavar, _, text = texts[item.name].partition(": ")
+        options: dict[str, Any] = {"metavar": metavar.strip("[]"), "help": text, "type": kind}
+        if get_origin(kind) is list:
+            options |= {"type": get_args(kind)[0], "nargs": "+" if item.default_factory is MISSING else "*"}
+        elif get_origin(kind) is tuple:
+            options["type"] = _numbers if get_args(kind)[0] is int else _words
+        if get_origin(kind) is list or item.default is MISSING:
+            parser.add_argument(item.name, **options)
+            continue
+        if metavar.startswith("["):
+            options |= {"nargs": "?", "const": ""}
+        parser.add_argument(flag, default=item.default, **options)
+    parser.show_help(arguments)
+    return request(**vars(parser.parse_args(arguments)))
 
-        Raises UserError for an unknown one, with the nearest.
-        """
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(self.usage())
-            return None
-        name = arguments[0]
-        if name not in self.summaries:
-            raise UserError(
-                f"distlora {self.command}: there is nothing named {name!r} to {self.verb}"
-                f"{nearest(name, self.summaries)}; write one of {', '.join(self.summaries)}"
-            )
-        return name
 
-    def usage(self) -> str:
-        """Return the help text."""
-        width = max(map(len, self.summaries))
-        lines = [f"  {name.ljust(width)}  {summary}" for name, summary in self.summaries.items()]
-        return USAGE.format(command=self.command, subjects="\n".join(lines))
+def _docstrings(request: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass and its bases, with the defaults of options."""
+    texts: dict[str, str] = {}
+    for owner in request.__mro__[-2::-1]:
+        (definition,) = ast.parse(inspect.getsource(owner)).body
+        assert isinstance(definition, ast.ClassDef)
+        for item, after in itertools.pairwise(definition.body):
+            if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
+                text = " ".join(ast.literal_eval(after.value).split()).removesuffix(".").replace("%", "%%")
+                default = getattr(item.value, "value", None)
+                texts[ast.unparse(item.target)] = text if default in (None, False) else f"{text} (default: {default})"
+    return texts
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse a command's arguments into its request, and make its help text of their descriptions.
+    """A parser whose mistakes are UserErrors, in place of argparse's usage page and its exit."""
 
-    Mistakes are UserErrors in place of argparse's usage page and its exit. `help` is the command line that shows the
-    usage, where that is not `PROG --help`.
-    """
-
-    def __init__(self, prog: str, description: str | None = None, *, help: str | None = None) -> None:
+    def __init__(self, prog: str, description: str | None = None, epilog: str | None = None) -> None:
         super().__init__(
             prog=prog,
             description=description,
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=False,
             allow_abbrev=False,
         )
-        self.usage_command = help or f"{prog} --help"
 
-    def read(self, request: type[Request], arguments: Sequence[str]) -> Request | None:
-        """Return the arguments as a `request`, a dataclass with one field per argument.
-
-        Prints the help text and returns None where that is asked for. Raises UserError as parse_args does.
-        """
+    def show_help(self, arguments: Sequence[str]) -> None:
+        """Print the help text where it is asked for. Raises HelpShownError then."""
         if {"-h", "--help"} & set(arguments):
             print(self.format_help().rstrip())
-            return None
-        return request(**vars(self.parse_args(arguments)))
+            raise HelpShownError
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         """Return the options. Raises UserError for a word too many, an unknown flag, and a value of another kind."""
@@ -116,12 +146,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with the parser's message."""
-        raise UserError(f"{self.prog}: {message}; `{self.usage_command}` shows the usage")
+        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` shows the usage")
 
 
-def numbers(flag: str, text: str) -> list[int]:
-    """`8,64`, each once and in order."""
+def _numbers(text: str) -> tuple[int, ...]:
+    """Return the positive numbers of `8,64`, each once and in order."""
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise UserError(f"{flag}={text} are no positive numbers; write {flag} 8,64")
-    return sorted({int(word) for word in words})
+        raise argparse.ArgumentTypeError(f"{text} is not a list of positive numbers; write 8,64")
+    return tuple(sorted({int(word) for word in words}))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Return the names of `a,b`, each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing between two commas; write NAME,NAME")
+    return names

@@ -1,16 +1,117 @@
-"""`distlora bench NAME ...`: measure this machine beside the plan and beside other libraries."""
+"""`distlora bench NAME ...`: measure this machine beside the plan and beside other libraries.
+
+`step` and `methods` run in this process, which imports no torch; the others become a worker process with their request.
+"""
 
 from __future__ import annotations
 
-from distlora_launcher.terminal.arguments import Subjects
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distlora.bench.requests import CheckpointBench, LoadBench, MemoryBench
+from distlora.config import nearest, require
+from distlora.system.command_worker import encode_call
+from distlora_kernels.offline import ARCHS
+from distlora_launcher.compose.checks import check_writable, gpu_count
+from distlora_launcher.launch.workers import ENTRY, ON_CPU
+from distlora_launcher.terminal.arguments import Parser, call_main, read, subject
 
 BENCHES = {
-    "step": "a training step beside PEFT + bitsandbytes, Trainer and accelerate FSDP2: speed, memory, traffic, losses",
+    "step": "a training step beside PEFT + bitsandbytes, Trainer and FSDP2: speed, memory, traffic, losses",
     "load": "loading and quantizing a checkpoint, with and without the cache, beside transformers + bitsandbytes",
     "checkpoint": "a save and a resume beside PEFT, Trainer and accelerate: bytes, seconds",
     "memory": "the memory of a training step by category, planned and measured",
     "methods": "adapter methods and full fine-tuning on the demo's base and data: losses, memory, time",
     "kernels": "the GPU kernels; with --offline their compiled code, without a GPU",
 }
+WORKERS: dict[str, tuple[str, type[LoadBench] | type[CheckpointBench] | type[MemoryBench]]] = {
+    "load": ("distlora.bench.load:main", LoadBench),
+    "checkpoint": ("distlora.bench.checkpoint:main", CheckpointBench),
+    "memory": ("distlora.bench.memory:main", MemoryBench),
+}
+OFFLINE_HELP = """\
+Measure the kernels on this machine's GPU, beside the plain bf16 product and other libraries; `python -m
+distlora_kernels.bench --help` shows the options of that. With --offline nothing runs: registers, spills, shared memory,
+instructions and the width of loads and stores are printed. That needs no GPU and takes a minute or two; the exit code
+is 1 if a kernel breaks one of its bounds."""
+MODELS = ("10M", "100M", "0.5B", "1.5B")
+"""Sizes of the random Llamas of `distlora bench memory`."""
 
-main = Subjects("bench", "measure", __name__, BENCHES).run
+
+def main(arguments: list[str]) -> int:
+    """Run the named benchmark. Returns its exit code, or does not return where it becomes a worker."""
+    name, rest = subject("bench", arguments, BENCHES), arguments[1:]
+    if name == "kernels":
+        measure_kernels(rest)
+    if name not in WORKERS:
+        return call_main(f"{__name__}.{name}", rest)
+    worker, kind = WORKERS[name]
+    request = read(kind, f"distlora bench {name}", rest)
+    check_counts(request)
+    if isinstance(request, LoadBench):
+        environment = {name: value for name, value in ON_CPU.items() if name not in os.environ}
+        request = dataclasses.replace(request, environment=environment)
+    elif isinstance(request, MemoryBench):
+        check_gpus(request.ranks)
+        for model in request.models:
+            near = nearest(model, MODELS)
+            require(model in MODELS, f"--models={model} is not a known size{near}; write {', '.join(MODELS)}")
+    exec_worker(ENTRY, [encode_call(worker, dataclasses.replace(request, out=output_folder(request.out)))])
+
+
+def measure_kernels(arguments: list[str]) -> NoReturn:
+    """Become the benchmark of the kernels, or with --offline the process that compiles them and runs nothing."""
+    parser = Parser("distlora bench kernels", OFFLINE_HELP)
+    parser.add_argument("--offline", action="store_true", help="compile every kernel for four generations of GPUs")
+    parser.add_argument("--only", metavar="TEXT", help="kernels with TEXT in their name")
+    archs = ", ".join(f"{arch} ({gpu.gpus})" for arch, gpu in ARCHS.items())
+    parser.add_argument("--arch", metavar="N", type=int, nargs="+", help=f"for these GPUs only: {archs}")
+    parser.add_argument("--json", action="store_true", help="print every figure as JSON")
+    parser.show_help(arguments)
+    if "--offline" in arguments:
+        for arch in parser.parse_args(arguments).arch or ():
+            require(arch in ARCHS, f"--arch {arch} is not known; known are {', '.join(map(str, ARCHS))}")
+        exec_worker("distlora_kernels.offline", [word for word in arguments if word != "--offline"])
+    require(
+        gpu_count() > 0,
+        "this machine has no GPU to measure the kernels on; `distlora bench kernels --offline` shows their compiled "
+        "code without one",
+    )
+    exec_worker("distlora_kernels.bench", arguments)
+
+
+def check_counts(request: Any) -> None:
+    """Raise UserError for a number below 1."""
+    for item in dataclasses.fields(request):
+        value, flag = getattr(request, item.name), item.name.replace("_", "-")
+        is_good = not isinstance(value, int) or isinstance(value, bool) or value > 0
+        require(is_good, f"--{flag}={value} is not a positive number; write --{flag} 1 or more")
+
+
+def output_folder(out: str | None) -> str | None:
+    """Return the absolute folder of --out. UserError if it cannot be written to."""
+    if out is None:
+        return None
+    folder = Path(out).expanduser().absolute()
+    check_writable(folder, "--out")
+    return str(folder)
+
+
+def check_gpus(ranks: Sequence[int]) -> None:
+    """Raise UserError if a number of ranks exceeds this machine's GPUs."""
+    gpus = gpu_count()
+    require(
+        gpus == 0 or max(ranks) <= gpus, f"--ranks={max(ranks)} exceeds the {gpus} GPUs of this machine; write fewer"
+    )
+
+
+def exec_worker(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by `python -m module arguments`, in the user's environment."""
+    sys.stdout.flush()
+    # In Triton's interpreter there is nothing to compile or to measure.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment | {"PYTHONSAFEPATH": "1"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -32,47 +31,58 @@ from distlora.bench.step.compare import (
     prepare,
     reason_against,
 )
-from distlora.config import nearest
+from distlora.config import nearest, require
 from distlora.output.results import Results
 from distlora.system.exit_codes import DONE, FAILED
-from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_counts, check_gpus, output_folder
+from distlora_launcher.cli.bench import check_counts, check_gpus, output_folder
 from distlora_launcher.compose.checks import gpu_count
-from distlora_launcher.demo.base import cache_root
-from distlora_launcher.demo.run import made_base
+from distlora_launcher.demo.run import cache_root, made_base
 from distlora_launcher.launch.workers import ON_CPU, worker_environment
-from distlora_launcher.terminal.arguments import Parser, numbers
+from distlora_launcher.terminal.arguments import listed, read
 
 CURVE_LENGTH, CURVE_ROWS, CURVE_RATE = 256, 8, 1e-3
 """Tokens per sequence, sequences per step and learning rate of a loss curve."""
 
-USAGE = f"""usage: distlora bench step [--sizes 100M] [--ranks 1,2] [--checkpointing none,block] [--steps N] ...
-       distlora bench step --curve 200 [--ranks 1] [--ways NAME,NAME] [--out FOLDER] [--json]
 
-Measure a training step of distlora beside PEFT + bitsandbytes in a plain loop (the documented recipe, and all in bf16),
-transformers' Trainer, and accelerate's FSDP2: the same random model, sequences and adapter, in processes that take
-turns, so that other work on the machine affects all of them. Prints tokens/s and their ratios by round, memory of a
-step, traffic between ranks, losses, and the class that ran: on a CPU accelerate replaces FSDP2 by
-DistributedDataParallel. Peers that are not installed are left out, by name. About twelve minutes on two idle cores,
-half an hour with --sizes 100M,560M; on a GPU, slices of Llama 3 8B and 70B.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepArguments:
+    """Measure a training step of distlora beside other libraries: the same random model, sequences and adapter.
 
-  --sizes N,N        models: {", ".join(SIZES["cpu"])} on a CPU;
-                     {", ".join(SIZES["cuda"])}, four decoder layers of each, on a GPU
-  --ranks N,N        number of processes, which share the cores; one GPU each (1,2)
-  --checkpointing .. none, block, or none,block; default: both for the smaller models and block for the larger
-  --steps N          steps of each turn (1)
-  --rounds N         turns of each (3)
-  --tokens N         tokens per sequence
-  --rows N           sequences per step, over all processes
-  --ways NAME,NAME   compare only these:
-{{ways}}
-  --curve N          compare losses over N steps instead, on the demo's base and its questions and answers, from the
-                     same adapter, and from a second one to measure noise (`distlora demo` makes the base)
-{OUTPUT_HELP}"""
+    These are PEFT + bitsandbytes in a plain loop (the documented recipe, and all in bf16), transformers' Trainer, and
+    accelerate's FSDP2, in processes that take turns, so that other work on the machine affects all of them. Prints
+    tokens/s and their ratios by round, memory of a step, traffic between ranks, losses, and the class that ran: on a
+    CPU accelerate replaces FSDP2 by DistributedDataParallel. Peers that are not installed are left out, by name. About
+    twelve minutes on two idle cores, half an hour with --sizes 100M,560M; on a GPU, slices of Llama 3 8B and 70B.
+    """
+
+    sizes: tuple[str, ...] | None = None
+    """N,N: models, below."""
+    ranks: tuple[int, ...] | None = None
+    """N,N: number of processes, which share the cores; one GPU each (1,2)."""
+    checkpointing: tuple[str, ...] | None = None
+    """none,block: checkpointing modes; by default both for the smaller models and block for the larger."""
+    steps: int | None = None
+    """N: steps of each turn (1)."""
+    rounds: int | None = None
+    """N: turns of each (3)."""
+    tokens: int | None = None
+    """N: tokens per sequence."""
+    rows: int | None = None
+    """N: sequences per step, over all processes."""
+    ways: tuple[str, ...] | None = None
+    """NAME,NAME: compare only these, below."""
+    curve: int | None = None
+    """N: compare losses over N steps instead, on the demo's base and its questions and answers, from the same adapter,
+    and from a second one to measure noise (`distlora demo` makes the base)."""
+    out: str | None = None
+    """FOLDER: write the results there as Markdown, CSV and a plot."""
+    json: bool = False
+    """Print every figure as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBench:
-    """The arguments of `distlora bench step`."""
+    """The measurement of `distlora bench step`."""
 
     device: str
     """cpu or cuda."""
@@ -100,9 +110,6 @@ class StepBench:
 
 def main(arguments: list[str]) -> int:
     """Measure and print. Returns the exit code: 1 if one of ours failed."""
-    if {"-h", "--help"} & set(arguments):
-        print(usage())
-        return DONE
     request = parse(arguments)
     for way, reason in request.reasons.items():
         log(f"left out: {WAYS[way].title}: {reason}")
@@ -121,82 +128,58 @@ def main(arguments: list[str]) -> int:
         return FAILED if failed else DONE
 
 
-def usage() -> str:
-    """Return the text of `distlora bench step --help`."""
-    width = max(map(len, WAYS))
-    lines = (
-        f"    {name.ljust(width)}  {way.title}{'' if way.by_default else ' (only if named)'}"
-        for name, way in WAYS.items()
-    )
-    return USAGE.format(ways="\n".join(lines))
-
-
 def parse(arguments: Sequence[str]) -> StepBench:
     """Return the request. UserError for an unknown option or a combination that cannot be measured."""
-    parser = Parser("distlora bench step")
-    for name in ("sizes", "ranks", "checkpointing", "ways"):
-        parser.add_argument(f"--{name}")
-    for name in ("steps", "rounds", "tokens", "rows", "curve"):
-        parser.add_argument(f"--{name}", type=int)
-    add_output(parser)
-    options: argparse.Namespace = parser.parse_args(arguments)
-    out = output_folder(options)
-    check_counts(parser, options, "steps", "rounds", "tokens", "rows", "curve")
+    sizes = {f"sizes on a {kind}": ", ".join(SIZES[kind]) for kind in ("cpu", "cuda")}
+    ways = {name: f"{way.title}{'' if way.by_default else ' (only if named)'}" for name, way in WAYS.items()}
+    epilog = f"{listed(sizes)}\n\nways:\n{listed(ways)}"
+    options = read(StepArguments, "distlora bench step", arguments, epilog=epilog)
+    check_counts(options)
     for name in ("sizes", "steps", "rounds", "tokens", "rows", "checkpointing"):
-        if options.curve is not None and getattr(options, name) is not None:
-            parser.error(f"--{name} has no effect with --curve, which has the demo's model and sequences; leave it out")
+        require(
+            options.curve is None or getattr(options, name) is None,
+            f"--{name} has no effect with --curve, which has the demo's model and sequences; leave it out",
+        )
     gpus = gpu_count()
     device = "cuda" if gpus else "cpu"
-    default_ways = [name for name, way in WAYS.items() if way.by_default]
-    names = one_of(parser, "sizes", options.sizes, list(SIZES[device])) or list(DEFAULT_SIZES[device])
-    modes = one_of(parser, "checkpointing", options.checkpointing, CHECKPOINTING)
+    for name, known in {"sizes": SIZES[device], "checkpointing": CHECKPOINTING, "ways": WAYS}.items():
+        for word in getattr(options, name) or ():
+            near = nearest(word, known)
+            require(word in known, f"--{name}={word} is not known{near}; write one of {', '.join(known)}")
+    modes, lengths = options.checkpointing, () if options.tokens is None else (options.tokens,)
     request = StepBench(
         device=device,
-        sizes={name: with_options(SIZES[device][name], options) for name in names},
-        ranks=tuple(numbers("--ranks", options.ranks or ("1" if options.curve is not None or gpus == 1 else "1,2"))),
-        ways=tuple(one_of(parser, "ways", options.ways, list(WAYS)) or default_ways),
+        sizes={
+            name: dataclasses.replace(size, rows=options.rows or size.rows, lengths=lengths or size.lengths)
+            for name, size in SIZES[device].items()
+            if name in (options.sizes or DEFAULT_SIZES[device])
+        },
+        ranks=options.ranks or ((1,) if options.curve is not None or gpus == 1 else (1, 2)),
+        ways=options.ways or tuple(name for name, way in WAYS.items() if way.by_default),
         checkpointing=None if modes is None else tuple(mode for mode in CHECKPOINTING if mode in modes),
         steps=options.steps or 1,
         rounds=options.rounds or 3,
         curve=options.curve,
-        out=out,
+        out=output_folder(options.out),
         json=options.json,
     )
-    check_gpus(parser, request.ranks)
-    check_sizes(parser, request)
+    check_gpus(request.ranks)
+    check_sizes(request)
     return request
 
 
-def check_sizes(parser: Parser, request: StepBench) -> None:
+def check_sizes(request: StepBench) -> None:
     """Raise UserError for sequences that do not divide over the ranks, are too long, or for ways that run nowhere."""
     for rows in [CURVE_ROWS] if request.curve is not None else [size.rows for size in request.sizes.values()]:
         for ranks in request.ranks:
-            if rows % ranks:
-                parser.error(f"{rows} sequences per step are not a multiple of --ranks={ranks}; set --rows")
+            require(rows % ranks == 0, f"{rows} sequences per step are not a multiple of --ranks={ranks}; set --rows")
     for name, size in request.sizes.items():
-        most = size.settings["max_position_embeddings"]
-        if max(size.lengths) > most:
-            parser.error(f"--tokens={max(size.lengths)} exceeds the {most} positions of {name}; write fewer")
-    if not any(WAYS[way].runs_on(ranks) for way in request.ways for ranks in request.ranks):
-        ranks_text = ",".join(map(str, request.ranks))
-        parser.error(f"none of --ways={','.join(request.ways)} can be measured on --ranks={ranks_text}")
-
-
-def one_of(parser: Parser, flag: str, text: str | None, known: Sequence[str]) -> list[str] | None:
-    """Split `a,b` and check each name; None if the option is absent."""
-    if text is None:
-        return None
-    words = text.split(",")
-    for word in words:
-        if word not in known:
-            parser.error(f"--{flag}={word} is not known{nearest(word, known)}; write one of {', '.join(known)}")
-    return list(dict.fromkeys(words))
-
-
-def with_options(size: Size, options: argparse.Namespace) -> Size:
-    """Return the size with --rows and --tokens."""
-    lengths = size.lengths if options.tokens is None else (options.tokens,)
-    return dataclasses.replace(size, rows=options.rows or size.rows, lengths=lengths)
+        longest, most = max(size.lengths), size.settings["max_position_embeddings"]
+        require(longest <= most, f"--tokens={longest} exceeds the {most} positions of {name}; write fewer")
+    require(
+        any(WAYS[way].runs_on(ranks) for way in request.ways for ranks in request.ranks),
+        f"none of --ways={','.join(request.ways)} can be measured on --ranks={','.join(map(str, request.ranks))}",
+    )
 
 
 def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Results]:

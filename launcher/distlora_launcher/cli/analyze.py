@@ -1,0 +1,321 @@
+"""`distlora analyze WHAT ...`: what can be learned of a base and of an adapter by looking at them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distlora.analysis.intrinsic import request as intrinsic
+from distlora.analysis.quantization import request as quantization
+from distlora.analysis.spectrum import request as spectrum
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.config import UserError, require
+from distlora.config.errors import named_settings
+from distlora.config.places import place_of
+from distlora.post.trained import BASE_ALONE
+from distlora.system import atomic_io
+from distlora.system.command_worker import to_json
+from distlora.weights.prequantized import read_prequantized_weights
+from distlora_launcher.cli.named import Named, check_base, check_text, named
+from distlora_launcher.compose.checks import ROW_TOKENS, check_writable, row_tokens
+from distlora_launcher.compose.hub import localize, with_small_files
+from distlora_launcher.demo.corpus import build_corpus, write_jsonl
+from distlora_launcher.demo.run import cache_root
+from distlora_launcher.launch.workers import become
+from distlora_launcher.terminal.arguments import read, subject
+from distlora_launcher.terminal.output import name_of, shown
+
+ANALYSES = {
+    "quantization": "MODEL: what NF4 and int4 cost a model: errors by layer, bits, perplexity, with plots",
+    "spectrum": "RUN: singular values of dW, its rank by layer, intruder dimensions; against full fine-tuning",
+    "intrinsic": "MODEL ...: how many dimensions fine-tuning needs, pretrained and random, in subspaces",
+}
+TEXT_NAME = "text.jsonl"
+"""In the result's folder: the documents that perplexity is measured on where the user names none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizationArguments:
+    """Measure what 4 bits cost a base: NF4 with double quantization beside uniform int4 at the same bits, and bf16.
+
+    Errors of every weight, layer and linear, bits per weight by counted bytes, and perplexity on a text: tables on the
+    terminal, a report with plots in FOLDER. Weights are read one after the other and never held together; perplexity is
+    measured on a model of one process, which must fit it.
+    """
+
+    model: str
+    """MODEL: a folder in Hugging Face format with 16- or 32-bit weights, or a model on the hub."""
+    text: str | None = None
+    """FILE: documents to measure perplexity on: anything that data.path of `distlora train` takes. Without it,
+    docstrings of Python's library, which large models have read."""
+    no_perplexity: bool = False
+    """Measure the weights alone."""
+    out: str | None = None
+    """FOLDER: where the results go (analysis/MODEL-quantization); must not hold an earlier one."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Dtype that the model computes in."""
+    rows: int = 128
+    """N: rows of the text, taken at even distances where there are more."""
+    sequence_length: int | None = None
+    """N: tokens in a row (1024, or what the model has positions for)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpectrumArguments(Named):
+    """Show what an adapter, or full fine-tuning, did to the weights of a base.
+
+    That is: singular values of dW, its effective rank, how much of it is in each layer and linear, and intruder
+    dimensions (arXiv 2410.21228): singular vectors among the first K of W + dW that are like none of W's. Tables on the
+    terminal; a report, a plot and JSON in FOLDER. Weights are read one at a time and never held together. With N the
+    smaller side of the largest and T the other, memory is two fp32 copies of it and N^2 x 8 x 4 bytes (512 MiB at
+    4096), or N (T + N) x 8 bytes where that is more; a dense dW, of full fine-tuning and of DoRA, takes as much again.
+    """
+
+    against: str | None = None
+    """RUN: a second run of the same base, as one of full fine-tuning (adapter=full): the same of it, and the angles
+    between what the two changed."""
+    top: int = spectrum.TOP
+    """K: singular vectors of W + dW that are looked at (10)."""
+    threshold: str | None = None
+    """T,...: cosines below which such a vector is an intruder (0.3,0.5,0.7,0.9)."""
+    exact_up_to: int = spectrum.EXACT_UP_TO
+    """N: decompose matrices whole whose smaller side is at most N (4096); of larger ones the first K vectors by a
+    Krylov space, and bounds of each cosine: some counts may stay undecided."""
+    out: str | None = None
+    """FOLDER: where the results go (analysis/RUN-spectrum); must not hold an earlier one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IntrinsicArguments:
+    """Measure how many dimensions fine-tuning needs (arXiv 1804.08838, 2012.13255).
+
+    All parameters move in one random subspace of d dimensions, and d90 is the least d that reaches 90 % of what full
+    fine-tuning gains on held-out text. Dozens of short trainings, in fp32, in one process: for models that a step of
+    full fine-tuning fits. Tables on the terminal, a report with plots in FOLDER. Killed, it goes on where it was by the
+    same command.
+    """
+
+    models: list[str]
+    """MODEL: a folder in Hugging Face format with 16- or 32-bit weights, or a model on the hub; several are compared.
+    """
+    data: str = ""
+    """FILE: documents to train on: anything that data.path of `distlora train` takes. Must be given."""
+    eval_data: str | None = None
+    """FILE: held-out documents; without it a tenth of the data."""
+    random: bool = False
+    """Measure each model from random weights too (what transformers starts one of its config.json with)."""
+    scaling: tuple[str, ...] = ("none", "layers")
+    """WHICH: none (DID), layers (SAID: a trained factor for each layer), or both (none,layers)."""
+    share: float | None = None
+    """S: share of full fine-tuning's gain (0.9)."""
+    steps: int | None = None
+    """N: optimizer steps of a training (100)."""
+    batch: int | None = None
+    """N: rows of a step (8)."""
+    sequence_length: int | None = None
+    """N: tokens in a row (128)."""
+    lr: float | None = None
+    """X: the first learning rate to try; others are powers of 3 from it (1e-3)."""
+    seeds: int | None = None
+    """N: trainings of full fine-tuning and of the dimensions that decide (2)."""
+    start: int | None = None
+    """D: the first dimension to try (1024)."""
+    most: int | None = None
+    """D: the largest dimension to try (100000, or half of the parameters)."""
+    resolution: float | None = None
+    """X: the search ends where d is known to this factor (2)."""
+    also: tuple[int, ...] = ()
+    """D,D: dimensions to try besides, for the curves."""
+    out: str | None = None
+    """FOLDER: where the results go (analysis/MODEL-intrinsic)."""
+
+
+def main(arguments: list[str]) -> int:
+    """Check the arguments of the named analysis, then become its worker. Returns for the help text alone."""
+    name, rest = subject("analyze", arguments, ANALYSES), arguments[1:]
+    program = f"distlora analyze {name}"
+    request: quantization.QuantizationRequest | spectrum.SpectrumRequest | intrinsic.IntrinsicRequest
+    if name == "quantization":
+        with named_settings(quantization.NAMES):
+            request = check_quantization(read(QuantizationArguments, program, rest))
+        what = request.model_name
+    elif name == "spectrum":
+        request = check_spectrum(read(SpectrumArguments, program, rest))
+        what = request.first_name + (f" against {request.against_name}" if request.against else "")
+    else:
+        with named_settings(intrinsic.NAMES):
+            request = check_intrinsic(read(IntrinsicArguments, program, rest))
+        what = ", ".join(model for _, model in request.models)
+    print(f"analysing {what} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
+    become(f"distlora.analysis.{name}.worker:main", request)
+
+
+def check_quantization(options: QuantizationArguments) -> quantization.QuantizationRequest:
+    """Return the request, with its model on this machine and its folder made.
+
+    Raises UserError for anything that can be checked before the run.
+    """
+    require(
+        options.text is None or not options.no_perplexity,
+        f"--text={options.text} is what perplexity is measured on; leave out --no-perplexity, or --text",
+    )
+    model = place_of(options.model)
+    name = name_of(model)
+    out = Path(options.out or f"analysis/{name.replace('/', '-')}-quantization").expanduser().absolute()
+    if any((out / result).exists() for result in (quantization.REPORT_NAME, quantization.RESULT_NAME)):
+        raise UserError(f"{shown(out)} holds an earlier analysis; remove it, or name another folder with --out")
+    check_writable(out, "--out")
+    text = None if options.text is None else place_of(options.text)
+    request = quantization.QuantizationRequest(
+        model=model,
+        model_name=name,
+        # Where nothing is named, a file that is written once everything is checked.
+        text=None if options.no_perplexity else text or str(out / TEXT_NAME),
+        text_name=name_of(text) if text else "docstrings of Python's library",
+        out=str(out),
+        cache_dir=str(cache_root() / "data"),
+        dtype=options.dtype,
+        rows=options.rows,
+        sequence_length=ROW_TOKENS if options.sequence_length is None else options.sequence_length,
+    )
+    with with_small_files(request.spec("nf4").model) as small:
+        folder = Path(small.path)
+        if folder.is_dir() and options.sequence_length is None:
+            request = dataclasses.replace(request, sequence_length=row_tokens(folder))
+        check_base(dataclasses.replace(request.spec("nf4"), model=small), sequence_length=request.sequence_length)
+        packed = read_prequantized_weights(CheckpointFiles(folder))
+        require(
+            not packed,
+            f"{name} is quantized already ({len(packed):,} weights in NF4), so there are no 16-bit weights to compare "
+            "with; name the checkpoint that it was made from",
+        )
+    if text is not None:
+        check_text(request.data())
+    local = localize(request.spec("nf4").model)
+    out.mkdir(parents=True, exist_ok=True)
+    if options.text is None and request.text is not None:
+        write_default_text(Path(request.text))
+    return dataclasses.replace(request, model=local.path)
+
+
+def write_default_text(path: Path) -> None:
+    """Write the docstrings that the demo's base never saw (demo/README.md), one document each."""
+    corpus = build_corpus()
+    answers = [messages[-1]["content"] for messages in (*corpus.pairs, *corpus.held_out)]
+    write_jsonl(path, ({"text": answer} for answer in answers))
+    print(f"the text: {len(answers):,} docstrings of Python's library, {shown(path)}", file=sys.stderr)
+
+
+def check_spectrum(options: SpectrumArguments) -> spectrum.SpectrumRequest:
+    """Return the request, with its base on this machine and its folder made.
+
+    Raises UserError for anything that can be checked before the run.
+    """
+    require(
+        options.adapter != BASE_ALONE,
+        f"--adapter={BASE_ALONE} changed nothing, so there is no dW; leave it out, or name an adapter",
+    )
+    name, trained = named(options)
+    other = None
+    if options.against is not None:
+        other, second = named(Named(run=options.against))
+        bases = [each.base for each in (trained, second)]
+        require(
+            bases[0] == bases[1] or CheckpointFiles(bases[0]).fingerprint == CheckpointFiles(bases[1]).fingerprint,
+            f"--against={options.against} was trained on {shown(bases[1])} and {options.run} on {shown(bases[0])}, "
+            "whose weights differ; name a run of the same base",
+        )
+    out = Path(options.out or f"analysis/{Path(name.place).name}-spectrum").expanduser().absolute()
+    if any((out / result).exists() for result in (spectrum.REPORT_NAME, spectrum.RESULT_NAME)):
+        raise UserError(f"{shown(out)} holds an earlier analysis; remove it, or name another folder with --out")
+    check_writable(out, "--out")
+    request = spectrum.SpectrumRequest(
+        first=name,
+        first_name=Path(name.place).name,
+        against=other,
+        against_name=None if other is None else Path(other.place).name,
+        out=str(out),
+        top=options.top,
+        thresholds=spectrum.THRESHOLDS if options.threshold is None else cosines(options.threshold),
+        exact_up_to=options.exact_up_to,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    return request
+
+
+def cosines(text: str) -> tuple[float, ...]:
+    """`0.5,0.7`, each once and rising."""
+    try:
+        return tuple(sorted({float(word) for word in text.split(",")}))
+    except ValueError:
+        raise UserError(f"--threshold={text} are no numbers; write --threshold 0.5,0.7") from None
+
+
+def check_intrinsic(options: IntrinsicArguments) -> intrinsic.IntrinsicRequest:
+    """Return the request, with its models on this machine and its folder made.
+
+    Raises UserError for anything that can be checked before the run.
+    """
+    require(options.data != "", "--data FILE is missing: the documents to train on")
+    given = ("share", "steps", "batch", "sequence_length", "lr", "seeds", "start", "most", "resolution")
+    models = [place_of(model) for model in options.models]
+    names = [name_of(model) for model in models]
+    for name in names:
+        require(names.count(name) == 1, f"two models are called {name}; give their folders names that differ")
+    name = names[0].replace("/", "-")
+    out = Path(options.out or f"analysis/{name}-intrinsic").expanduser().absolute()
+    request = intrinsic.IntrinsicRequest(
+        models=tuple(zip(models, names, strict=True)),
+        data=place_of(options.data),
+        eval_data=None if options.eval_data is None else place_of(options.eval_data),
+        out=str(out),
+        cache_dir=str(cache_root() / "data"),
+        random=options.random,
+        scalings=options.scaling,
+        also=options.also,
+        **{key: value for key in given if (value := getattr(options, key)) is not None},
+    )
+    check_writable(out, "--out")
+    for model in models:
+        with with_small_files(request.spec(model).model) as small, for_full_fine_tuning():
+            check_base(dataclasses.replace(request.spec(model), model=small), sequence_length=request.sequence_length)
+    check_text(request.data_settings())
+    local = tuple((localize(request.spec(model).model).path, name) for model, name in request.models)
+    request = dataclasses.replace(request, models=local)
+    settle(request, out)
+    return request
+
+
+@contextlib.contextmanager
+def for_full_fine_tuning() -> Iterator[None]:
+    """Rename refusals of adapter=full, as this command has no other way to train."""
+    try:
+        yield
+    except UserError as error:
+        reason = str(error)
+        if not reason.startswith("adapter=full"):
+            raise
+        raise UserError(
+            f"all parameters are trained here, and {reason.partition(';')[0]}; name a dense model of text alone"
+        ) from error
+
+
+def settle(request: intrinsic.IntrinsicRequest, out: Path) -> None:
+    """Make the folder, or go on in it. Raises UserError where it holds what was asked otherwise, or is finished."""
+    asked = out / intrinsic.REQUEST_NAME
+    if (out / intrinsic.RESULT_NAME).exists():
+        raise UserError(f"{shown(out)} holds a finished analysis; remove it, or name another folder with --out")
+    if asked.is_file():
+        if asked.read_text(encoding="utf-8") != to_json(request):
+            raise UserError(
+                f"{shown(out)} holds an analysis that was asked otherwise ({shown(asked)}); go on with that command, "
+                "remove the folder, or name another one with --out"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_io.write_text(asked, to_json(request))

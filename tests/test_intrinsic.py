@@ -312,7 +312,6 @@ def test_what_cannot_be_is_refused_by_name(
         ([model, "--data", data, "--scaling", "said"], "--scaling=said is not known; write none, layers"),
         ([model, "--data", data, "--start", "2000", "--most", "10"], "--start=2,000 is beyond --most=10"),
         ([model, "--data", data, "--sequence-length", "4096"], "--sequence-length 4,096"),
-        ([model, "--data", data, "--scaling", "none,none"], "--scaling=none,none is not known"),
         ([model, "--data", data, "--also", "64,1000000"], "--also=1,000,000 is beyond --most=100,000"),
         (["nowhere", "--data", data], "nowhere does not exist"),
         ([str(folders / "mixtral"), "--data", data], "and adapter=full on a mixture of experts (mixtral) is covered"),

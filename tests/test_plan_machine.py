@@ -268,7 +268,7 @@ def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_l
     nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": nf4}))
     config = config_of(f"model.path={folder}", "quant.method=none")
-    with pytest.raises(UserError, match=r"quant=none keeps weights in 16 bits, but .* \(by its config.json\)"):
+    with pytest.raises(UserError, match=r"quant=none keeps weights in 16 bits, but .* is quantized already"):
         choices(config, ())
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -31,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from distlora.run_folder.checkpoint_manifest import fault
 
 DISTLORA = Path(sys.executable).with_name("distlora")
 STOPPED = 75
@@ -95,7 +96,6 @@ class Life:
     """One command, from its start to its end, and the processes under it."""
 
     def __init__(self, command: Sequence[str], output: Path, scratch: Path) -> None:
-        self.began = time.time()
         self._output, self._scratch = output, scratch
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
         environment |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
@@ -127,10 +127,8 @@ class Life:
     def torchrun(self) -> psutil.Process | None:
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                if (
-                    process.ppid() == self.process.pid
-                    and "distlora_launcher.launch.torchrun_entry" in process.cmdline()
-                ):
+                is_child = process.ppid() == self.process.pid
+                if is_child and "distlora_launcher.launch.torchrun_entry" in process.cmdline():
                     return process
         return None
 
@@ -286,22 +284,9 @@ class Campaign:
             return True
         if kill.kind == "-9 of one rank":
             self._problem(f"{kill}: was not restarted, ended with {code}")
-        elif kill.kind.startswith("SIG"):
-            if code != STOPPED and "run folder" in before:  # Earlier, the signal ends a Python that only imports.
-                self._problem(f"{kill}: ended with {code}, not {STOPPED}")
-            if "reading " in before and not self._is_recorded(kill):
-                self._problem(f"{kill}: stopped.json does not say so")
-        return False
-
-    def _is_recorded(self, kill: Kill) -> bool:
-        """Return True if stopped.json names this signal and the step to continue from."""
-        with contextlib.suppress(FileNotFoundError):
-            record = json.loads((self.run_dir / "stopped.json").read_text())
-            newest = max((folder.name for folder in self.run_dir.glob("checkpoints/step_*")), default=None)
-            return record["signal"] == kill.kind and record["checkpoint"] in (
-                newest,
-                newest and f"checkpoints/{newest}",
-            )
+        # Earlier, a signal ends a Python that only imports.
+        elif kill.kind.startswith("SIG") and code != STOPPED and "run folder" in before:
+            self._problem(f"{kill}: ended with {code}, not {STOPPED}")
         return False
 
     def _account(self) -> None:
@@ -324,36 +309,26 @@ class Campaign:
         if "is damaged" in life.output():
             self._problem("a damaged checkpoint was met")
         for folder in sorted(self.run_dir.glob("checkpoints/step_*")):
-            sums = json.loads((folder / "manifest.json").read_text())["files"]
-            if {path.name for path in folder.iterdir()} - {"manifest.json"} != set(sums):
-                self._problem(f"{folder.name} has other files than its manifest")
-            for name, expected in sums.items():
-                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
-                    self._problem(f"{folder.name}/{name} is not what was saved")
+            if (reason := fault(folder)) is not None:
+                self._problem(f"{folder.name}: {reason}")
 
     def _check_result(self) -> None:
         """Check that the run equals the uninterrupted one."""
         name = Path("adapter") / "adapter_model.safetensors"
         if (self.run_dir / name).read_bytes() != (self.reference / name).read_bytes():
             self._problem("the adapter differs from the uninterrupted run's")
+        names = ("step", "loss", "grad_norm", "lr", "eval_loss")
         own, other = (
-            [
-                (line["step"], {name: line[name] for name in ("loss", "grad_norm", "lr", "eval_loss") if name in line})
-                for line in read_lines(folder / "metrics.jsonl")
-            ]
+            [[line.get(name) for name in names] for line in read_lines(folder / "metrics.jsonl")]
             for folder in (self.run_dir, self.reference)
         )
         if own != other:
-            odd = [pair for pair in zip(own, other, strict=False) if pair[0] != pair[1]]
-            self._problem(
-                f"metrics.jsonl differs from the uninterrupted run's: {len(own)}, {len(other)} lines, {odd[:2]}"
-            )
-        hidden = [str(path.relative_to(self.run_dir)) for path in self.run_dir.rglob("*") if is_temporary(path)]
-        if hidden:
-            self._problem(f"left in the run folder: {hidden}")
-        names = [{path.name for path in folder.iterdir()} for folder in (self.run_dir, self.reference)]
-        if names[0] - names[1] - {"stopped.json"}:
-            self._problem(f"in the run folder, but not in the uninterrupted run's: {names[0] - names[1]}")
+            self._problem(f"metrics.jsonl differs from the uninterrupted run's: {len(own)}, {len(other)} lines")
+        left = [path for path in self.run_dir.rglob("*") if re.search(r"^\.|\.(tmp|old)\b", path.name)]
+        left += {*self.run_dir.iterdir()} - {self.run_dir / path.name for path in self.reference.iterdir()}
+        left = [path for path in left if path.name != "stopped.json"]
+        if left:
+            self._problem(f"left in the run folder: {left}")
 
     def _problem(self, text: str) -> None:
         self.problems.append(f"{self.run_dir.name}: {text}")
@@ -383,10 +358,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     with contextlib.suppress(FileNotFoundError):
         return [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
     return []
-
-
-def is_temporary(path: Path) -> bool:
-    return path.name.startswith(".") or re.search(r"\.(tmp|old)\b", path.name) is not None
 
 
 def train_command(
@@ -424,13 +395,12 @@ def train_command(
     ]
 
 
-def uninterrupted(run_dir: Path, folders: Path, num_kills: int) -> float:
-    """Make the run that all campaigns of so many kills must equal. Returns the seconds to its first step."""
+def uninterrupted(run_dir: Path, folders: Path, num_kills: int) -> None:
+    """Make the run that all campaigns of so many kills must equal."""
     scratch = run_dir.parent / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     life = Life(train_command(run_dir, folders, num_kills), run_dir.with_name(f"{run_dir.name}.txt"), scratch)
     assert life.code() == 0, life.output()
-    return float(next(line["time"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line) - life.began)
 
 
 def table(kills: Sequence[Kill]) -> str:
@@ -464,27 +434,20 @@ def main() -> int:
     write_model_folder(root / "llama", "llama")
     write_text_file(root / "text.jsonl")
     began = time.monotonic()
-    first_step = uninterrupted(root / "whole", root, arguments.per_run)
-    print(f"runs are in {root}; a start takes {first_step:.1f} s to its first step", flush=True)
+    uninterrupted(root / "whole", root, arguments.per_run)
+    print(f"runs are in {root}", flush=True)
     drawn, problems = draw(arguments.kills, random.Random(arguments.seed)), []
-    done: list[Kill] = []
-    while drawn:
-        number = len(list(root.glob("run_*/"))) + 1
-        kills = sorted(drawn[: arguments.per_run], key=lambda kill: kill.phase == "end")
-        campaign = Campaign(root / f"run_{number}", root / "whole", [], kills, lambda text: print(text, flush=True))
-        campaign.command = train_command(campaign.run_dir, root, arguments.per_run)
+    for number, first in enumerate(range(0, len(drawn), arguments.per_run), start=1):
+        kills = sorted(drawn[first : first + arguments.per_run], key=lambda kill: kill.phase == "end")
+        run_dir = root / f"run_{number}"
+        command = train_command(run_dir, root, arguments.per_run)
+        campaign = Campaign(run_dir, root / "whole", command, kills, lambda text: print(text, flush=True))
         print(f"run {number}", flush=True)
         campaign.run()
         problems += campaign.problems
-        struck = [kill for kill in kills if kill.at]
-        done += struck
-        # A run that came to its end leaves the rest to the next one.
-        drawn = [kill for kill in kills if not kill.at] + drawn[arguments.per_run :]
-        print(table(done), flush=True)
-        if not struck:
-            break
-    minutes = (time.monotonic() - began) / 60
-    print(f"{len(done)} kills of seed {arguments.seed} in {minutes:.1f} minutes, {len(problems)} problems")
+        print(table(drawn), flush=True)
+    minutes, done = (time.monotonic() - began) / 60, sum(kill.at > 0 for kill in drawn)
+    print(f"{done} kills of seed {arguments.seed} in {minutes:.1f} minutes, {len(problems)} problems")
     for problem in problems:
         print(problem)
     return 1 if problems else 0

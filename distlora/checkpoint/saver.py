@@ -328,7 +328,12 @@ class Saver:
                 if backend.writes:
                     write_manifest(temporary, sums, state.identity.base_fingerprint)
         except OSError as error:
-            self._failed = SaveError(self._explained(error, state.progress.step))
+            remedy = _REMEDIES.get(error.errno or 0, "check that disk, and that it is writable")
+            newest = "no checkpoint" if self.saved_step is None else f"the newest is of step {self.saved_step}"
+            self._failed = SaveError(
+                f"the state after step {state.progress.step} could not be saved in {self._checkpoints} "
+                f"({error.strerror or error}); {remedy}. The older checkpoints are unchanged: {newest}"
+            )
             # Even for the last save: a full disk takes no error file and no log.
             level, outcome = ("ERROR", "") if last else ("WARNING", ". Training continues; the next save tries again")
             self._say(f"{level}: {self._failed}{outcome}")
@@ -344,15 +349,6 @@ class Saver:
                         self._say(f"WARNING: {line}")
                 except OSError as error:
                     self._say(f"WARNING: old checkpoints could not be removed ({error}); check the disk")
-
-    def _explained(self, error: OSError, step: int) -> str:
-        """Return the message of a failed save: what, where, why, and the cure."""
-        remedy = _REMEDIES.get(error.errno or 0, "check that disk, and that it is writable")
-        newest = "no checkpoint" if self.saved_step is None else f"the newest is of step {self.saved_step}"
-        return (
-            f"the state after step {step} could not be saved in {self._checkpoints} ({error.strerror or error}); "
-            f"{remedy}. The older checkpoints are unchanged: {newest}"
-        )
 
 
 class Keeper:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.families import ExpertLayout
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
@@ -220,16 +219,11 @@ def _check_packed(model: CausalLM, packed: Mapping[str, PrequantizedWeight]) -> 
             assert module.quantized == (name in packed), f"{name} is not kept as the checkpoint has it"
             if not module.quantized:
                 kept_dense.add(module.weight)
+    experts = model.family.experts
+    router = f"inner.{experts.router}." if experts else None
+    biases = tuple(f"{experts.module}.{weight}_bias" for weight in experts.weights) if experts else ()
     for block in model.blocks:
         for path, parameter in block.named_parameters():
             expected = path.rpartition(".")[2] in PACKED_PARTS or ".adapters." in path or parameter in kept_dense
-            expected = expected or _stays_dense(path, model.family.experts)
+            expected = expected or path.endswith(biases) or (router is not None and path.startswith(router))
             assert expected or parameter.dim() < 2, f"{path} stayed {parameter.dtype} under quant=nf4"
-
-
-def _stays_dense(path: str, experts: ExpertLayout | None) -> bool:
-    """Return whether a two-dimensional parameter of a decoder layer is an MoE's router or the biases of its experts."""
-    if experts is None:
-        return False
-    biases = tuple(f"{experts.module}.{weight}_bias" for weight in experts.weights)
-    return path.startswith(f"inner.{experts.router}.") or path.endswith(biases)

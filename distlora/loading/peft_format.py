@@ -18,7 +18,6 @@ from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.peft_folder import (
     WEIGHTS_NAME,
-    PeftAdapter,
     check_fits,
     check_modules,
     check_quantization,
@@ -96,22 +95,17 @@ def load_peft_adapter(
             raise UserError(f"{file}: {from_file.name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
         # Rows of this run's new tokens keep their initial values.
         rows.rows[[rows.ids.index(id) for id in from_file.ids]] = stored[from_file.name].to(rows.rows)
-    _load_modules(model, initial, backend)
-
-
-def _load_modules(model: CausalLM, initial: PeftAdapter, backend: Backend) -> None:
-    """Fill this rank's rows of the modules trained whole. Rows of the run's new tokens keep their initial values."""
-    file, vocabulary = initial.folder / WEIGHTS_NAME, model.vocabulary
-    rows = (vocabulary.stored, vocabulary.rows)
-    check_modules(initial.modules, file, rows=rows, hidden=whole_shape(model.head.weight)[1])
-    by_name = {path.rpartition(".")[2]: weight for path, weight in whole_modules(model).items()}
+    vocabulary, modules = model.vocabulary, whole_modules(model)
+    heights = (vocabulary.stored, vocabulary.rows)
+    check_modules(initial.modules, file, rows=heights, hidden=whole_shape(model.head.weight)[1])
+    by_name = {path.rpartition(".")[2]: weight for path, weight in modules.items()}
     with safetensors.safe_open(file, framework="pt") as tensors:
         for module, of in initial.modules.items():
             local, first = backend.local_rows(by_name[module])
             rank_rows = tensors.get_slice(of.name)[first : min(first + len(local), of.shape[0])]
             if not torch.isfinite(rank_rows).all():
                 raise UserError(f"{file}: {of.name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
-            local[: len(rank_rows)] = rank_rows
+            local[: len(rank_rows)] = rank_rows  # Rows of the run's new tokens keep their initial values.
 
 
 def adaptable_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:

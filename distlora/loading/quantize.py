@@ -3,11 +3,9 @@
 Memory beyond the shard: the read-ahead and the fp32 work of one chunk, and the fp32 absmax of the rank's blocks (1/64
 of its weights), kept until the offset is known.
 
-DoRA's norms start from the sums of squares of each row. A weight is sharded in groups of 16,384 weights (dense ones in
-rows), and a row may lie on two ranks. To make every bit independent of the number of ranks, each sum has one order.
-b = gcd(in_features, 16384) consecutive weights never cross a border of a row or a group. Their squares are added in
-halves (the first half to the second, down to one); the sums of all ranks are concatenated, and those of a row are added
-in halves again. All sums are fp64, one addition after another, and are rounded to fp32 once.
+DoRA's norms start from the sums of squares of each row, which may lie on two ranks. So that no bit depends on the
+number of ranks, the squares of b = gcd(in_features, 16384) consecutive weights, which never cross a border of a row or
+a group, are added in halves (the first half to the second, down to one); then those of a row likewise, all in fp64.
 """
 
 from __future__ import annotations

@@ -102,10 +102,27 @@ class Unit:
     weights: tuple[Weight, ...]
 
 
+Plan = Mapping[str, Sequence[Piece]]
+"""Pieces that may hold groups of this rank, by the weight's Hugging Face name."""
+
+
 def own_groups(weight: Weight, backend: Backend) -> range:
     """Return the groups that this rank owns."""
     rows, first = backend.local_rows(weight.module.codes)
     return range(first, max(first, min(first + len(rows), weight.module.num_groups)))
+
+
+def lacking_groups(unit: Unit, plan: Plan, backend: Backend, *, one: bool = True) -> dict[str, list[range]]:
+    """Return the groups of this rank that no piece of `plan` holds, by weight; empty if it finds all.
+
+    `one`: a rank that owns no group needs one, which has the weight's offset.
+    """
+    lacking = {}
+    for weight in unit.weights:
+        groups = own_groups(weight, backend) or range(int(one))
+        extents = [piece.extents[weight.name] for piece in plan[weight.name] if piece.path.exists()]
+        lacking[weight.name] = holes(groups, [(extent.first, extent.stop) for extent in extents])
+    return {name: ranges for name, ranges in lacking.items() if ranges}
 
 
 def group_checksums(codes: Tensor, scales: Tensor, group_scale: Tensor, first: int) -> Tensor:
@@ -153,8 +170,8 @@ class QuantizedCache:
         self.units, self.bytes_read, self.kept_bytes = units, 0, 0
         self._backend, self._say = backend, say
         self._filled: set[str] = set()
-        self._waiting: dict[str, Unit] = {}
-        """Units to be quantized from their source, by path, until their last weight is."""
+        self._waiting: dict[str, tuple[Unit, Plan]] = {}
+        """Units to be quantized from their source, and the pieces that hold some of their groups, by path."""
         self._left = {unit.block: len(unit.weights) for unit in units}
         self._writer: QuantizedCacheWriter | None = None
 
@@ -177,13 +194,13 @@ class QuantizedCache:
         entry.touch()
         pieces = entry.pieces_of_blocks()
         plans = [self._plan(unit, pieces.get(unit.block, []), entry.key) for unit in self.units]
-        complete = [all(found) for found in zip(*gathered([p is not None for p in plans], self._backend), strict=True)]
+        found = [not lacking_groups(unit, plans[index], self._backend) for index, unit in enumerate(self.units)]
+        complete = [all(by_rank) for by_rank in zip(*gathered(found, self._backend), strict=True)]
         reports: list[tuple[bool, list[list[float]]]] = []
         """Of each unit: True if all was read undamaged, and the offsets of each weight in its pieces."""
         for unit, plan, is_complete in zip(self.units, plans, complete, strict=True):
             report: tuple[bool, list[list[float]]] = (True, [])
             if is_complete:
-                assert plan is not None
                 boundary(None, f"reading layer {unit.block} from the quantized-weights cache", long=True)
                 failures, num_bytes = fill(unit, plan, self._backend)
                 self.bytes_read += num_bytes
@@ -200,11 +217,10 @@ class QuantizedCache:
             if complete[index] and not contradicting and all(undamaged for undamaged, _ in by_rank):
                 self._filled |= {weight.path for weight in unit.weights}
                 continue
-            self._waiting |= {weight.path: unit for weight in unit.weights}
+            self._waiting |= {weight.path: (unit, plan) for weight in unit.weights}
             if complete[index]:
                 again.append(str(unit.block))
             if contradicting:
-                assert plan is not None
                 for path in {piece.path for holding in plan.values() for piece in holding}:
                     self._remove(path, "pieces of one weight have two offsets")
         if again and self._backend.writes:
@@ -243,43 +259,34 @@ class QuantizedCache:
 
         After the last weight of a layer, the layer is written while the next one is quantized.
         """
-        unit = self._waiting.get(path)
-        if unit is None:
+        if path not in self._waiting:
             return
+        unit, plan = self._waiting[path]
         self._left[unit.block] -= 1
         if self._left[unit.block] == 0 and self._writer is not None:
-            self._writer.write(unit)
+            self._writer.write(unit, plan)
 
     @property
     def filled_weights(self) -> int:
         """Weights of the whole model that came from the cache."""
         return sum(w.module.numel for unit in self.units for w in unit.weights if w.path in self._filled)
 
-    def _plan(self, unit: Unit, names: Sequence[PieceName], key: str) -> dict[str, list[Piece]] | None:
-        """Return for each weight the pieces that together hold this rank's groups; None if some groups are missing."""
-        # A rank that owns no group looks for one, which has the weight's offset.
-        wanted = {weight.name: own_groups(weight, self._backend) or range(1) for weight in unit.weights}
+    def _plan(self, unit: Unit, names: Sequence[PieceName], key: str) -> Plan:
+        """Return for each weight the pieces that may hold groups of this rank."""
+        owned = {weight: own_groups(weight, self._backend) or range(1) for weight in unit.weights}
         totals = {weight.name: weight.module.num_groups for weight in unit.weights}
         pieces = []
         for name in names:
-            if any(name.may_hold(totals[weight], groups) for weight, groups in wanted.items()):
+            if any(name.may_hold(weight.module.num_groups, groups) for weight, groups in owned.items()):
                 try:
                     piece, num_bytes = read_piece(name.path, key)
                     self.bytes_read += num_bytes
-                    for weight, extent in piece.extents.items():
-                        if extent.stop > totals.get(weight, 0):
-                            raise DamagedPieceError(
-                                f"it holds groups {extent.first:,} to {extent.stop - 1:,} of {weight}"
-                            )
+                    if any(extent.stop > totals.get(weight, 0) for weight, extent in piece.extents.items()):
+                        raise DamagedPieceError("it holds groups that the layer does not have")
                     pieces.append(piece)
                 except (OSError, DamagedPieceError) as error:
                     self._give_up(name.path, error)
-        plan = {}
-        for weight, groups in wanted.items():
-            plan[weight] = [piece for piece in pieces if weight in piece.extents]
-            if holes(groups, [(p.extents[weight].first, p.extents[weight].stop) for p in plan[weight]]):
-                return None
-        return plan
+        return {name: [piece for piece in pieces if name in piece.extents] for name in totals}
 
     def _give_up(self, path: Path, error: OSError | DamagedPieceError) -> None:
         """Ignore a piece for this start. Only damaged pieces are removed: a disk or a server may recover."""
@@ -401,9 +408,7 @@ class _Chunk(NamedTuple):
 
 
 @torch.no_grad()
-def fill(
-    unit: Unit, plan: Mapping[str, Sequence[Piece]], backend: Backend
-) -> tuple[dict[Path, OSError | DamagedPieceError], int]:
+def fill(unit: Unit, plan: Plan, backend: Backend) -> tuple[dict[Path, OSError | DamagedPieceError], int]:
     """Fill this rank's groups of every weight, and the weights' offsets, from the pieces of `plan`.
 
     Returns (the pieces that are unreadable or damaged, the bytes read). The part of the shard that such a piece was to
@@ -490,14 +495,12 @@ class QuantizedCacheWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-cache")
         self._writes: list[Future[None]] = []
         self._kept_bytes = 0
-        self._pieces: dict[int, list[PieceName]] | None = None
-        """Pieces by decoder layer at the first write. Other ranks write other groups meanwhile, or the same bytes."""
         self.refused: str | None = None
         """Reason why nothing more is written; None while writing works."""
 
-    def write(self, unit: Unit) -> None:
-        """Write this rank's groups that no piece holds. The shard must not change meanwhile."""
-        self._writes.append(self._thread.submit(self._write, unit))
+    def write(self, unit: Unit, plan: Plan) -> None:
+        """Write this rank's groups that no piece of `plan` holds. The shard must not change meanwhile."""
+        self._writes.append(self._thread.submit(self._write, unit, plan))
 
     def close(self, *, abandon: bool) -> int:
         """Wait until all is on the disk and return the bytes written.
@@ -512,11 +515,14 @@ class QuantizedCacheWriter:
         return self._kept_bytes
 
     @torch.no_grad()
-    def _write(self, unit: Unit) -> None:
+    def _write(self, unit: Unit, plan: Plan) -> None:
         if self.refused is not None:
             return
         try:
-            for ranges in self._lacking(unit):
+            lacking = lacking_groups(unit, plan, self._backend, one=False)
+            # One piece at a time, with at most one range per weight.
+            for index in range(max(map(len, lacking.values()), default=0)):
+                ranges = {name: of_weight[index] for name, of_weight in lacking.items() if index < len(of_weight)}
                 self._entry.begin(self.described)
                 disk = shutil.disk_usage(self._entry.path)
                 kept_free = min(FREE_SHARE * disk.total, FREE_BYTES)
@@ -529,22 +535,6 @@ class QuantizedCacheWriter:
                 self._write_piece(unit, ranges)
         except OSError as error:
             self.refused = f"quantized weights cannot be cached in {self._entry.path.parent}: {error.strerror or error}"
-
-    def _lacking(self, unit: Unit) -> Iterator[dict[str, range]]:
-        """Yield this rank's groups that no piece holds, one piece at a time: at most one range per weight."""
-        if self._pieces is None:
-            self._pieces = self._entry.pieces_of_blocks()
-        owned = {weight.name: own_groups(weight, self._backend) for weight in unit.weights}
-        held: dict[str, list[tuple[int, int]]] = {weight.name: [] for weight in unit.weights}
-        for name in self._pieces.get(unit.block, []):
-            if any(name.may_hold(weight.module.num_groups, owned[weight.name]) for weight in unit.weights):
-                with contextlib.suppress(OSError, DamagedPieceError):
-                    for weight, extent in read_piece(name.path, self._entry.key)[0].extents.items():
-                        if weight in held:
-                            held[weight].append((extent.first, extent.stop))
-        runs = {name: holes(groups, held[name]) for name, groups in owned.items()}
-        for index in range(max(map(len, runs.values()))):
-            yield {name: of_weight[index] for name, of_weight in runs.items() if index < len(of_weight)}
 
     def _write_piece(self, unit: Unit, ranges: Mapping[str, range]) -> None:
         shards = self._backend.shards

@@ -68,7 +68,7 @@ def write_tensors(
             try:
                 tensor = tensor.make()
             except OSError as error:  # The others stream the next tensors all the same.
-                file.fail(error)
+                file.error = file.error or error
                 continue
         backend.stream(tensor, write, dtype)
     return file.close() if file is not None else None
@@ -84,24 +84,20 @@ class _HashedFile:
     def __init__(self, path: Path) -> None:
         self._digest = hashlib.sha256()
         self._file: BinaryIO | None = None
-        self._error: OSError | None = None
+        self.error: OSError | None = None
         try:
             self._file = path.open("wb")
         except OSError as error:
-            self._error = error
-
-    def fail(self, error: OSError) -> None:
-        """Record that the next tensor could not be made."""
-        self._error = self._error or error
+            self.error = error
 
     def write(self, content: bytes | memoryview) -> None:
-        if self._error is not None:
+        if self.error is not None:
             return
         assert self._file is not None
         try:
             self._file.write(content)
         except OSError as error:
-            self._error = error
+            self.error = error
         self._digest.update(content)
 
     def write_piece(self, piece: Tensor) -> None:
@@ -114,9 +110,9 @@ class _HashedFile:
             try:
                 self._file.close()
             except OSError as error:  # Of what was buffered.
-                self._error = self._error or error
-        if self._error is not None:
-            raise self._error
+                self.error = self.error or error
+        if self.error is not None:
+            raise self.error
         return self._digest.hexdigest()
 
 

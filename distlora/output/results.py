@@ -119,27 +119,24 @@ def draw_bars(title: str, panels: Sequence[tuple[str, Mapping[str, float]]], pat
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The files of one kind of analysis and the functions that make them."""
+    """The files of one kind of analysis and the module that makes them."""
 
     result_name: str
     report_name: str
     plot_name: str
-    markdown: Callable[[Mapping[str, Any]], str]
-    """Renders the report as Markdown."""
-    terminal: Callable[[Mapping[str, Any]], str]
-    """Renders the tables for the terminal."""
-    draw: Callable[[Mapping[str, Any], Path], None]
+    report: Any
+    """Module with `markdown(figures)`, `terminal(figures)` and `draw(figures, path)`."""
 
     def show(self, out: Path, found: Mapping[str, Any]) -> None:
         """Write the report and the plot of the figures so far into the folder `out`."""
-        self.draw(found, out / self.plot_name)
-        atomic_io.write_text(out / self.report_name, self.markdown(found))
+        self.report.draw(found, out / self.plot_name)
+        atomic_io.write_text(out / self.report_name, self.report.markdown(found))
 
     def write(self, out: Path, found: Mapping[str, Any]) -> None:
         """Write all three files, the figures last as they mark the analysis as done; print the tables."""
         self.show(out, found)
         atomic_io.write_text(out / self.result_name, json.dumps(found, indent=1) + "\n")
-        print(self.terminal(found))
+        print(self.report.terminal(found))
         print(_wrote(out, (self.report_name, self.plot_name, self.result_name)))
 
 

@@ -123,6 +123,7 @@ def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
         step = min(trained, key=trained.__getitem__, default=None)
     else:
         step, folder = _checkpoint(run_dir, checkpoint, config.adapter.method)
+    states = [folder / "state.json" for folder in checkpoint_folders(run_dir) if (folder / "state.json").is_file()]
     is_adapter = config.adapter.method == "lora"
     if is_adapter and not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder} holds no {ADAPTER_CONFIG}; restore a whole copy")
@@ -134,7 +135,7 @@ def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
         evaluations=evaluations,
         data=read_record(run_dir / DATA_NAME, _DATA),
         summary=summary,
-        environment=_environment(run_dir),
+        environment=read_record(states[-1], _STATE).get("environment", {}) if states else {},
     )
 
 
@@ -189,12 +190,6 @@ def _saved(run_dir: Path) -> str:
     names = [path.name for path in checkpoint_folders(run_dir)]
     names = ([BEST_NAME] if (run_dir / BEST_NAME).is_dir() else []) + names
     return f" {', '.join(names)}" if names else ""
-
-
-def _environment(run_dir: Path) -> dict[str, Any]:
-    states = [folder / "state.json" for folder in checkpoint_folders(run_dir) if (folder / "state.json").is_file()]
-    environment: dict[str, Any] = read_record(states[-1], _STATE).get("environment", {}) if states else {}
-    return environment
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -195,9 +195,5 @@ def _word(value: Any) -> str:
     if _PLAIN_WORD.fullmatch(value) and not _OTHER_KIND.fullmatch(value):
         return value
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    return f"'{escaped}{_trailing(value)}'"
-
-
-def _trailing(value: str) -> str:
-    """Return backslashes that keep those at the end of a quoted text from escaping its quote."""
-    return "\\" * (len(value) - len(value.rstrip("\\")))
+    # Backslashes at the end of a quoted text are doubled, or they would escape its quote.
+    return f"'{escaped}" + "\\" * (len(value) - len(value.rstrip("\\"))) + "'"

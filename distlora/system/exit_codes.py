@@ -18,16 +18,10 @@ from distlora.config.errors import in_one_line
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 INTERRUPTED = 128 + signal.SIGINT
 
-_BAD_PATH = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
+_BAD_PATH = (
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
     errno.EROFS,
-}
+)
 """Errors of the system for a mistyped path, rather than for a failing disk."""
 
 

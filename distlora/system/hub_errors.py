@@ -142,13 +142,13 @@ def _explain_refusal(error: Exception, name: str, revision: str | None, kind: Hu
             f"{kind.setting}={name} is neither {kind.instead} nor a {kind.what} on the hub; check the name, and for a "
             f"private {kind.what} log in with `hf auth login` or set HF_TOKEN"
         )
-    if error.response.status_code == 401 and get_token() is None:
+    status = error.response.status_code
+    if status == 401 and get_token() is None:
         return f"{kind.setting}={name}: the hub answers strangers with 401; log in with `hf auth login` or set HF_TOKEN"
-    if error.response.status_code == 401:
+    if status == 401:
         where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "`hf auth login`"
         return f"the hub refuses the token of this machine (from {where}); log in again with `hf auth login`"
     reason = (error.server_message or str(error)).strip().partition("\n")[0]
-    status = error.response.status_code
     advice = f"use a token that may read {page}" if status == 403 else "try again later"
     return f"{kind.setting}={name}: the hub answered {status} ({reason}); {advice}"
 

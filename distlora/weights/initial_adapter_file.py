@@ -97,7 +97,8 @@ def read_initial_adapter_record(
     path = initial_adapter_path(run_dir)
     if not path.is_file():
         return None
-    remedy = _remedy(Path(run_dir))
+    has_trained = any((Path(run_dir) / "checkpoints").glob("step_*"))
+    remedy = "restore a whole copy, or start a new run" if has_trained else "remove it: it is computed again"
     _, metadata = read_header_and_metadata(path, remedy=remedy)
     record = InitialAdapterRecord(
         method=metadata.get(METHOD_KEY, ""), base=metadata.get(BASE_KEY, ""), digest=metadata.get(DIGEST_KEY, "")
@@ -139,11 +140,6 @@ def _digest_of_file(path: Path, state: tuple[int, ...]) -> str:
 def _state_of(path: Path) -> tuple[int, ...]:
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _remedy(run_dir: Path) -> str:
-    trained = any((run_dir / "checkpoints").glob("step_*"))
-    return "restore a whole copy, or start a new run" if trained else "remove it: it is computed again"
 
 
 def check_ranks(adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

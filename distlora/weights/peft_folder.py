@@ -3,10 +3,8 @@
 The launcher turns adapter_config.json into settings of the run and checks the tensors' names and shapes by the file's
 header. The worker checks again and loads (`peft_format.load_peft_adapter`).
 
-PEFT writes the trained rows of a matrix as one tensor in the order of `trainable_token_indices`. If the vocabulary has
-grown it also writes the whole matrices (save_embedding_layers="auto"): the resized base's. They add nothing if every
-row that the base lacks is among the trained ones. Modules in `modules_to_save` are written as <path>.weight; a resized
-matrix has that name too, and the config tells them apart.
+If the vocabulary has grown, PEFT also writes the whole matrices (save_embedding_layers="auto"). They add nothing if
+every row that the base lacks is among the trained ones. A module in `modules_to_save` has the same name, <path>.weight.
 """
 
 from __future__ import annotations
@@ -167,12 +165,6 @@ _TENSOR = re.compile(
     r"(?:(?P<part>[AB])(?:\.default)?\.weight|(?P<magnitude>magnitude)_vector(?:\.default)?(?:\.weight)?)"
 )
 
-_TAKEN = {
-    *("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern"),
-    *("trainable_token_indices", "modules_to_save", "target_parameters"),
-}
-"""Fields that become settings of the run."""
-
 _WITHOUT_MEANING = {
     # Origin and training.
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -200,6 +192,7 @@ _SHAPE: Shape = {
     "modules_to_save?": ([str], type(None)),
     "target_parameters?": ([str], type(None)),
 }
+"""Fields that become settings of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,7 +216,7 @@ class PeftAdapter:
     @property
     def adapter_config(self) -> AdapterConfig:
         """The adapter's rank, scale and targets."""
-        known = {key: value for key, value in self.settings.items() if key in _FIELDS}
+        known = {key: value for key, value in self.settings.items() if key in AdapterConfig.__dataclass_fields__}
         return AdapterConfig(**known | {"init_from": str(self.folder)})
 
     @property
@@ -232,15 +225,12 @@ class PeftAdapter:
         return sorted({path for path, _ in self.tensors})
 
 
-_FIELDS = AdapterConfig.__dataclass_fields__
-
-
 def read_peft_adapter(folder: str | Path) -> PeftAdapter:
     """Read an adapter. Raises UserError for a folder that is missing, damaged or holds an unsupported adapter."""
     folder = Path(folder)
     values = _read_config(folder)
     _refuse_fields(values, folder / CONFIG_NAME)
-    parameters = _parameters_of(values, folder / CONFIG_NAME)
+    parameters = tuple(sorted(values.get("target_parameters") or ()))
     names = _by_weight(_read_names(folder, values), parameters, folder / WEIGHTS_NAME)
     segments, metadata = read_header_and_metadata(folder / WEIGHTS_NAME)
     for name in names.values():
@@ -293,7 +283,7 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, shapes: Mapping[str
     Face path. `adapter`: the run's settings.
     """
     file, trained_on = initial.folder / WEIGHTS_NAME, f" (it was trained on {initial.base})" if initial.base else ""
-    paths = {path for path, _ in initial.tensors}
+    paths = set(initial.paths)
     outside = sorted(paths - shapes.keys())
     if outside:
         raise UserError(
@@ -354,10 +344,17 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
             "published (RUN/adapter, a plain LoRA), or save it with PEFT for the unchanged one (save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
-    for name in sorted(values.keys() - _TAKEN - _WITHOUT_MEANING - {"init_lora_weights"}):
+    known_fields = {key.removesuffix("?") for key in _SHAPE} | _WITHOUT_MEANING | {"init_lora_weights"}
+    for name in sorted(values.keys() - known_fields):
         if values[name] and (name, values[name]) != ("bias", "none"):
             raise UserError(f"{path}: {name}={values[name]!r} is not supported; set another {{adapter.init_from}}")
     check_shape(values, _SHAPE, path, "save the adapter again")
+    known = ExpertLayout().weights
+    if not all(entry.rpartition(".")[2] in known for entry in values.get("target_parameters") or ()):
+        raise UserError(
+            f"{path}: target_parameters={values['target_parameters']!r} are not all weights of experts "
+            f"({', '.join(known)}), the only supported target_parameters; set another {{adapter.init_from}}"
+        )
 
 
 def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str], str]:
@@ -443,18 +440,6 @@ def _more(names: list[str]) -> str:
 
 _WRAPPED = ".base_layer"
 """Suffix that PEFT adds to a module's path for each further adapted weight of it."""
-
-
-def _parameters_of(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Return target_parameters of an adapter_config.json. Raises UserError for other names than experts' weights."""
-    entries = values.get("target_parameters") or []
-    known = ExpertLayout().weights
-    if not all(entry.rpartition(".")[2] in known for entry in entries):
-        raise UserError(
-            f"{path}: target_parameters={entries!r} are not all weights of experts ({', '.join(known)}), the only "
-            "supported target_parameters; set another {adapter.init_from}"
-        )
-    return tuple(sorted(entries))
 
 
 def _by_weight(

@@ -145,13 +145,14 @@ def check_quantization_config(file: Path, quantization: Any) -> None:
         raise UserError(
             f"{where}.quant_method={method!r} cannot be kept as it is: only bitsandbytes NF4 can; {_INSTEAD}"
         )
-    if eight:
-        raise UserError(f"{where}.load_in_8bit=true: 8-bit weights cannot be kept, only NF4; {_INSTEAD}")
-    if not four:
-        raise UserError(f"{where}.load_in_4bit={four!r}: only 4-bit weights can be kept; {_INSTEAD}")
     kind = quantization.get("bnb_4bit_quant_type", "nf4")
-    if kind != "nf4":
-        raise UserError(f"{where}.bnb_4bit_quant_type={kind!r} cannot be kept as it is, only 'nf4'; {_INSTEAD}")
+    for is_wrong, what in (
+        (eight, "load_in_8bit=true: 8-bit weights cannot be kept, only NF4"),
+        (not four, f"load_in_4bit={four!r}: only 4-bit weights can be kept"),
+        (kind != "nf4", f"bnb_4bit_quant_type={kind!r} cannot be kept as it is, only 'nf4'"),
+    ):
+        if is_wrong:
+            raise UserError(f"{where}.{what}; {_INSTEAD}")
 
 
 def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, Segment]) -> PrequantizedWeight:

@@ -2,17 +2,12 @@
 
     FOLDER/<key>/                            an entry: one base, quantized in one way (`quantized_cache.cache_key`)
         entry.json                           base and number of groups; its mtime is the entry's last use
-        00012-3of8-<hash>.safetensors        a piece: groups of the weights of one decoder layer
+        00012-3of8-<hash>.safetensors        a piece: groups of the weights of decoder layer 12, of shard 3 of 8
     FOLDER/sources/                          fingerprints of source files (`base_fingerprint`)
 
-A piece's name states which shard of the groups it holds, so a reader opens no other piece. Its header states which
-groups of which weights it holds. Each weight has `codes`, `scales`, `group_scale` and `checksums` (one number per
-group).
-
-Names that begin with a dot are being written. The folder may be a home or a project, so only plain files
-with exactly these names are removed, only in folders that are not symlinks, and then the folder if it is empty. A piece
-is written beside its name, fsynced and renamed. Pieces with the same name hold the same bytes, so any number of
-processes writes at once without a lock.
+The folder may be a home or a project, so only plain files with exactly these names are removed, only in folders that
+are not symlinks, and then the folder if it is empty. A piece is written beside its name, after a dot, fsynced and
+renamed. Pieces with the same name hold the same bytes, so any number of processes writes at once without a lock.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _described(training: Training) -> str:
     return f"{training.model}, {start}: {kind}, lr {training.lr:g}, seed {training.seed}"
 
 
-WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report.markdown, report.terminal, report.draw)
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report)
 
 
 def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:

@@ -38,7 +38,7 @@ from distlora.training.setup import start_model
 from distlora.weights.reader import Reader
 from distlora_kernels.nf4 import GROUP
 
-WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report.markdown, report.terminal, report.draw)
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report)
 
 
 def run(request: QuantizationRequest) -> None:

@@ -27,7 +27,7 @@ from distlora.system.progress import Progress, quieten
 from distlora.weights.decompose import times, transposed_times
 from distlora.weights.reader import Reader
 
-WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report.markdown, report.terminal, report.draw)
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report)
 MOST_VALUES = 512
 """Singular values of one dW in the JSON."""
 NO_RANK = 1e-6

@@ -31,7 +31,7 @@ from typing import Any
 
 import psutil
 
-from distlora.run_folder.checkpoint_manifest import fault
+from distlora.run_folder.layout import fault
 
 DISTLORA = Path(sys.executable).with_name("distlora")
 STOPPED = 75

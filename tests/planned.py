@@ -12,8 +12,7 @@ from distlora.planner import Plan, plan_of
 from distlora.planner.model import model_in
 from distlora.planner.traffic import StepBytes, ours
 from distlora.planner.workload import Workload
-from distlora.run_folder.checkpoint_manifest import steps
-from distlora.run_folder.layout import BEST_NAME, CHECKPOINTS, PUBLISHED
+from distlora.run_folder.layout import BEST_NAME, CHECKPOINTS, PUBLISHED, steps
 from plan_inputs import cpu_machine
 
 WITHIN = 0.02

@@ -20,7 +20,7 @@ from distlora.checkpoint.state import (
 )
 from distlora.config import Config, UserError
 from distlora.config.file import build
-from distlora.run_folder.checkpoint_manifest import STATE_NAME
+from distlora.run_folder.layout import STATE_NAME
 
 SECTIONS: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": "r"}
 

@@ -17,7 +17,7 @@ from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.loading.tensor_files import write_model
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoint_manifest import steps
+from distlora.run_folder.layout import steps
 from distlora.training import setup, worker
 from distlora.training.publish import trainer_tensors
 from planned import assert_disk_as_planned, traffic_of

@@ -16,8 +16,7 @@ from distlora.checkpoint.state import check_matches, identity_of, load_state
 from distlora.checkpoint.verify import Item, verify
 from distlora.config.file import load_config
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoint_manifest import newest
-from distlora.run_folder.layout import read_record
+from distlora.run_folder.layout import newest, read_record
 from distlora.training import worker
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore

@@ -25,7 +25,7 @@ from distlora.model.frozen_linear import FrozenLinear
 from distlora.model.layer_wrapper import HostInputs
 from distlora.parallel import Backend, Ranks, Shards, fsdp2
 from distlora.parallel.ranks import Traffic
-from distlora.run_folder.checkpoint_manifest import TRAINER_NAME
+from distlora.run_folder.layout import TRAINER_NAME
 from distlora.training import setup, worker
 from distlora.training.optimizers import Optimizer
 from distlora.training.publish import trainer_tensors, weight_files

@@ -27,7 +27,7 @@ from distlora.parallel import Backend, Ranks, Shards
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.stop_and_save import Control
-from distlora.run_folder.checkpoint_manifest import step_of, steps
+from distlora.run_folder.layout import step_of, steps
 from distlora.training import setup, worker
 from distlora.training.open_run import open_data
 from family_models import config_for

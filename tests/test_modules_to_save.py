@@ -19,7 +19,7 @@ from distlora.config import UserError, check_ranks
 from distlora.config.file import load_config
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
-from distlora.run_folder.checkpoint_manifest import steps
+from distlora.run_folder.layout import steps
 from family_models import SINGLE, config_for, dequantized, tokens
 from planned import assert_disk_as_planned, traffic_of
 from small_models import make_run, read_metrics

@@ -17,8 +17,8 @@ from torch import Tensor
 from closeness import assert_adapters_close, assert_losses_close
 from distlora.config import Config, UserError
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoint_manifest import steps
 from distlora.run_folder.eval_documents import check_paired, read_documents
+from distlora.run_folder.layout import steps
 from distlora.system import stop_signals
 from distlora.training import worker as training_worker
 from distlora.training.loop import Trainer

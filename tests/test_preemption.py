@@ -17,7 +17,7 @@ from distlora.checkpoint.saver import Saver
 from distlora.checkpoint.state import Progress
 from distlora.loading import decomposed_adapters, load_base
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoint_manifest import steps
+from distlora.run_folder.layout import steps
 from distlora.system import stop_signals
 from distlora.training import worker
 from distlora.training.objectives import Losses, NextToken

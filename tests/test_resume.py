@@ -19,7 +19,7 @@ from torch import Tensor
 from closeness import assert_adapters_close, assert_losses_close
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoint_manifest import step_of, steps
+from distlora.run_folder.layout import step_of, steps
 from distlora.training import worker
 from distlora.training.trial import Trial
 from small_disks import fill, small_disk

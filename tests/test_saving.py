@@ -26,8 +26,8 @@ from distlora.checkpoint.saver import SaveError, Saver, Snapshot, choose
 from distlora.checkpoint.state import Identity, Progress, TrainState, load_state
 from distlora.config import UserError
 from distlora.parallel import Backend, Ranks, Shards, shards
-from distlora.run_folder import checkpoint_manifest as folders_on_disk
-from distlora.run_folder.checkpoint_manifest import TRAINER_NAME, fault, newest, step_folder, steps
+from distlora.run_folder import layout as folders_on_disk
+from distlora.run_folder.layout import TRAINER_NAME, fault, newest, step_folder, steps
 from distlora.system import atomic_io, host_memory
 from small_disks import fill, small_disk
 from worlds import World

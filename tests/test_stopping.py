@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distlora.checkpoint.state import Progress
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoint_manifest import TRAINER_NAME, newest, steps
+from distlora.run_folder.layout import TRAINER_NAME, newest, steps
 from distlora.training import worker
 from distlora.training.generator import Sampler
 from distlora.training.objectives import Losses, NextToken

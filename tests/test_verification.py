@@ -18,7 +18,7 @@ import torch
 from distlora.checkpoint.verify import verify
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.run_folder.checkpoint_manifest import sha256
+from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
 from distlora.training import worker
 from distlora_launcher.cli.verify import main

@@ -28,7 +28,7 @@ from distlora.config.file import build
 from distlora.data.rows import PackedRows
 from distlora.output.results import Results, Table, draw_bars
 from distlora.parallel import Ranks, join_ranks, leave_ranks
-from distlora.run_folder.checkpoint_manifest import TRAINER_NAME
+from distlora.run_folder.layout import TRAINER_NAME
 from distlora.system.exit_codes import DONE
 from distlora.system.progress import say
 from distlora.training.publish import restore, trainer_tensors, weight_files

@@ -19,7 +19,7 @@ from distlora.config import UserError
 from distlora.loading.tensor_files import DeferredTensor, write_tensors
 from distlora.parallel import Backend
 from distlora.parallel.shards import HostRows
-from distlora.run_folder.checkpoint_manifest import replaced_folder, sha256, temporary_folder
+from distlora.run_folder.layout import replaced_folder, sha256, temporary_folder
 from distlora.system import atomic_io
 
 Files = Mapping[str, Mapping[str, Tensor | HostRows | DeferredTensor] | dict[str, Any]]

@@ -27,7 +27,10 @@ from distlora.checkpoint.state import Progress, TrainState
 from distlora.config import UserError
 from distlora.parallel import Backend, Ranks, from_rank_0, watch
 from distlora.parallel.shards import HostRows
-from distlora.run_folder.checkpoint_manifest import (
+from distlora.run_folder.layout import (
+    BEST_NAME,
+    CHECKPOINT_PATTERN,
+    PUBLISHED,
     STATE_NAME,
     fault,
     newest,
@@ -39,7 +42,6 @@ from distlora.run_folder.checkpoint_manifest import (
     tidy,
     write_manifest,
 )
-from distlora.run_folder.layout import BEST_NAME, CHECKPOINT_PATTERN, PUBLISHED
 from distlora.system import host_memory
 from distlora_kernels import native
 

@@ -13,7 +13,7 @@ from distlora.config import ModelSpec, OptimConfig, TrainConfig, UserError
 from distlora.config.errors import short
 from distlora.config.file import as_plain
 from distlora.config.json_files import Shape, check_shape, read_object
-from distlora.run_folder.checkpoint_manifest import STATE_NAME, steps
+from distlora.run_folder.layout import STATE_NAME, steps
 from distlora.weights.initial_adapter_file import needs_initial_adapter
 from distlora.weights.peft_folder import weights_digest
 

@@ -23,7 +23,6 @@ from distlora.config import AdapterConfig, Config, ModelSpec, UserError, require
 from distlora.config.file import load_config
 from distlora.config.json_files import Shape, check_shape, parse_object, read_object
 from distlora.data.rows import PackedRows, content_digest
-from distlora.run_folder.checkpoint_manifest import STATE_NAME, TRAINER_NAME, fault, step_of, steps
 from distlora.run_folder.layout import (
     BEST_NAME,
     CHECKPOINTS,
@@ -31,8 +30,13 @@ from distlora.run_folder.layout import (
     METRICS_NAME,
     PLAN_NAME,
     PUBLISHED,
+    STATE_NAME,
     SUMMARY_NAME,
+    TRAINER_NAME,
+    fault,
     read_record,
+    step_of,
+    steps,
 )
 from distlora.weights.initial_adapter_file import (
     INITIAL_ADAPTER_NAME,

@@ -22,8 +22,7 @@ from distlora.loading.peft_format import load_peft_adapter, whole_modules
 from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.post.trained import BASE_ALONE, BY_FLAG, Trained
-from distlora.run_folder.checkpoint_manifest import STATE_NAME, newest, steps
-from distlora.run_folder.layout import CHECKPOINTS
+from distlora.run_folder.layout import CHECKPOINTS, STATE_NAME, newest, steps
 from distlora.system.exit_codes import DONE, FAILED, run_to_exit_code
 from distlora.system.progress import say
 from distlora.training.publish import load_weights

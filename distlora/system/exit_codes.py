@@ -1,4 +1,4 @@
-"""Exit codes of every command: an error that a user can fix is one line on stderr, never a traceback.
+"""Exit codes of every command, and refusals: an error that a user can fix is one line on stderr, never a traceback.
 
 Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (EX_TEMPFAIL: try again), 128 + n ended by signal n.
 Imports no torch.
@@ -7,6 +7,7 @@ Imports no torch.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import signal
 import sys
@@ -59,3 +60,15 @@ def run_to_exit_code(
             advice = "name a place that you may read and write, or change its permissions"
         print(in_one_line(f"error: {error.filename}: {error.strerror}; {advice}"), file=sys.stderr)
         return BAD_INPUT if error.errno in _BAD_PATH else FAILED
+
+
+EXTRAS = {"gguf": "gguf", "lm_eval": "eval", "peft": "demo", "bitsandbytes": "bnb", "accelerate": "bnb"}
+"""Optional package, as it is imported, to the extra of distlora that installs it."""
+
+
+def require_package(package: str, argument: str, *, otherwise: str = "") -> None:
+    """Raise UserError if a package that `argument` needs is missing. `otherwise` is another cure, such as a flag."""
+    if importlib.util.find_spec(package) is None:
+        extra = EXTRAS.get(package)
+        install = f"'distlora[{extra}]'" if extra else package.replace("_", "-")
+        raise UserError(f"{argument} needs {package}, which is not installed; `pip install {install}`{otherwise}")

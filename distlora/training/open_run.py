@@ -32,8 +32,7 @@ from distlora.data.rows import PackedRows
 from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
-from distlora.run_folder.checkpoint_manifest import TRAINER_NAME, step_folder
-from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
+from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, PUBLISHED, TRAINER_NAME, read_record, step_folder
 from distlora.system.stop_signals import Stopped
 from distlora.training.memory_meter import MemoryCheck
 from distlora.training.optimizers import Optimizer

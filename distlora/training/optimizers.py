@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.config import OptimConfig
-from distlora.system.extras import require_package
+from distlora.system.exit_codes import require_package
 
 
 class Optimizer(ABC):

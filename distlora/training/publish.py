@@ -22,8 +22,7 @@ from distlora.loading.tensor_files import read_into, read_rows, write_model
 from distlora.model.adapters import DEFAULT_ADAPTER
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, from_rank_0, watch
-from distlora.run_folder.checkpoint_manifest import STATE_NAME, TRAINER_NAME
-from distlora.run_folder.layout import BEST_NAME, BEST_STEP_NAME, PUBLISHED, TEMPLATE_NAME
+from distlora.run_folder.layout import BEST_NAME, BEST_STEP_NAME, PUBLISHED, STATE_NAME, TEMPLATE_NAME, TRAINER_NAME
 from distlora.system import atomic_io
 from distlora.training.optimizers import Optimizer
 from distlora.weights.initial_adapter_file import initial_adapter_path

@@ -26,8 +26,7 @@ from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.parameters import open_adapter
 from distlora.post.trained import BY_PLACE, Trained
 from distlora.post.weights import Base, BaseWeight, Factors, adapted_rows, open_base, read_factors
-from distlora.run_folder.checkpoint_manifest import STATE_NAME, newest, step_of
-from distlora.run_folder.layout import CHECKPOINTS, read_result
+from distlora.run_folder.layout import CHECKPOINTS, STATE_NAME, newest, read_result, step_of
 from distlora.weights.conversion import Source
 from distlora.weights.peft_folder import PeftAdapter
 from distlora.weights.reader import Reader

@@ -28,7 +28,7 @@ from distlora.post.combine.request import RECORD_NAME, CombineRequest, needs_bas
 from distlora.post.merge.merge import DTYPES, merge_to
 from distlora.post.trained import Name, base_spec
 from distlora.post.weights import Base, Factors, open_base, read_factors
-from distlora.run_folder.checkpoint_manifest import sha256
+from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten

@@ -38,7 +38,7 @@ from distlora.post.merge.output_folder import (
 )
 from distlora.post.trained import Trained
 from distlora.post.weights import Base, BaseWeight, open_base
-from distlora.run_folder.checkpoint_manifest import STATE_NAME
+from distlora.run_folder.layout import STATE_NAME
 from distlora.system import atomic_io
 from distlora.training.publish import header_marks
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME

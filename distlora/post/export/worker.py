@@ -23,7 +23,7 @@ from distlora.config import UserError
 from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
 from distlora.post.load_trained import weights_in
 from distlora.post.trained import Trained
-from distlora.run_folder.checkpoint_manifest import sha256
+from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
 from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, run_to_exit_code

@@ -38,7 +38,7 @@ from distlora.post.merge.parameters import Parameter, is_changed, open_adapter, 
 from distlora.post.merge.request import MergeRequest, Onto, Receipt, check_mergeable
 from distlora.post.trained import Trained
 from distlora.post.weights import open_base
-from distlora.run_folder.checkpoint_manifest import sha256
+from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten

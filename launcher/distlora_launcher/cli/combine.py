@@ -26,7 +26,7 @@ from distlora.post.combine.request import (
 )
 from distlora.post.merge.request import Onto, check_mergeable
 from distlora.post.trained import Trained, base_spec, with_adapter
-from distlora.system.extras import require_package
+from distlora.system.exit_codes import require_package
 from distlora.weights.peft_folder import PeftAdapter, check_quantization, read_peft_adapter
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.compose.hub import localize

@@ -26,7 +26,7 @@ from distlora.post.evaluate.request import (
     held_out,
 )
 from distlora.post.trained import BASE_ALONE, Trained, base_spec
-from distlora.system.extras import require_package
+from distlora.system.exit_codes import require_package
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli import named

@@ -10,7 +10,7 @@ from typing import Literal
 from distlora.config import UserError, nearest, require
 from distlora.post.export.formats import FORMATS, ExportRequest, refuse
 from distlora.post.trained import Trained
-from distlora.system.extras import require_package
+from distlora.system.exit_codes import require_package
 from distlora.system.host_memory import available_bytes
 from distlora_launcher.cli.named import Named, default_place, named, num_weights
 from distlora_launcher.compose.checks import check_writable

@@ -46,7 +46,7 @@ from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES, short
 from distlora.config.places import is_hub_name
 from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders
-from distlora.system.extras import require_package
+from distlora.system.exit_codes import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
 from distlora.weights.peft_folder import WEIGHTS_NAME, check_fits, check_modules, check_rows, read_peft_adapter
 from distlora.weights.prequantized import (

@@ -25,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 
 from distlora.config import UserError
-from distlora.system.extras import require_package
+from distlora.system.exit_codes import require_package
 from distlora.system.numbers import size
 from distlora_launcher.compose.checks import check, gpu_count
 from distlora_launcher.compose.compose import compose_config

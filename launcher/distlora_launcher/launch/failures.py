@@ -20,8 +20,7 @@ from typing import Any
 
 from distlora.config import UserError
 from distlora.config.json_files import Shape, check_shape, read_object
-from distlora.run_folder.checkpoint_manifest import step_of
-from distlora.run_folder.layout import checkpoint_folders
+from distlora.run_folder.layout import checkpoint_folders, step_of
 from distlora.system import atomic_io
 from distlora.system.stop_signals import STOPPED_NAME, name_of
 from distlora_launcher.launch.processes import host_name

@@ -16,8 +16,7 @@ from typing import Any
 
 from distlora.config import TrainConfig, UserError
 from distlora.config.json_files import object_or_empty, parse_object
-from distlora.run_folder.checkpoint_manifest import MANIFEST_NAME, step_of, steps
-from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, METRICS_NAME
+from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, MANIFEST_NAME, METRICS_NAME, step_of, steps
 from distlora.system import atomic_io
 from distlora.system.numbers import length
 from distlora.system.stop_signals import STOPPED_NAME

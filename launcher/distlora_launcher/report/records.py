@@ -15,17 +15,19 @@ from distlora.config.errors import in_one_line
 from distlora.config.file import load_config
 from distlora.config.json_files import Shape, check_shape, parse_object, read_object
 from distlora.planner.memory.measured import RECORDED
-from distlora.run_folder.checkpoint_manifest import MANIFEST_NAME, STATE_NAME, step_of
 from distlora.run_folder.layout import (
     BEST_NAME,
     BEST_STEP_NAME,
     DATA_NAME,
     ENVIRONMENT,
+    MANIFEST_NAME,
     METRICS_NAME,
     PLAN_NAME,
+    STATE_NAME,
     SUMMARY_NAME,
     checkpoint_folders,
     find_result,
+    step_of,
 )
 
 SAMPLES_NAME = "samples.jsonl"

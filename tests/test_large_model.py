@@ -53,9 +53,6 @@ class Sampled:
     """Most of all together."""
     workers: dict[int, int] = field(default_factory=dict)
     """Most of each worker by itself, by pid."""
-    seconds: float = 0.0
-    said: str = ""
-    """What the command printed."""
 
     def look(self, root: psutil.Process) -> None:
         total = 0
@@ -122,19 +119,18 @@ def train(model: Path, folder: Path, ranks: int, malloc: dict[str, str]) -> Samp
         *(f"train.max_steps={STEPS}", f"train.global_batch={ROWS}", f"train.micro_batch={ROWS // ranks}"),
     ]
     environment = {name: value for name, value in os.environ.items() if name not in GIVE_BACK} | malloc
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    sampled, began = Sampled(), time.monotonic()
-    with subprocess.Popen(command, **options, cwd=folder, env=environment) as run:
+    sampled, output = Sampled(), folder / "output.txt"
+    with (
+        output.open("wb") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env=environment) as run,
+    ):
         root = psutil.Process(run.pid)
         root.nice(10)
         while run.poll() is None:
             sampled.look(root)
             time.sleep(0.05)
-        assert run.stdout is not None
-        sampled.said = run.stdout.read()
-    assert run.returncode == 0, sampled.said
+    assert run.returncode == 0, output.read_text()
     assert len(sampled.workers) == ranks
-    sampled.seconds = time.monotonic() - began
     return sampled
 
 
@@ -149,13 +145,10 @@ def figures_of(sampled: Sampled, shapes: ModelShapes, ranks: int) -> dict[str, A
     """Return and print the measured and predicted memory."""
     per_worker = predicted_worker_bytes(shapes, ranks)
     figures = {
-        "seconds": round(sampled.seconds),
         "peak_mib": sampled.peak // MIB,
         "predicted_mib": (ranks * per_worker + LAUNCHER) // MIB,
         "worker_mib": sorted(nbytes // MIB for nbytes in sampled.workers.values()),
         "predicted_worker_mib": per_worker // MIB,
-        "loading": next((line for line in sampled.said.splitlines() if "NF4" in line), ""),
-        "shard_mib": traffic.held_bytes(shapes, ranks, quantized=True, itemsize=2) // MIB,
     }
     print(f"\n{ranks} ranks, {os.cpu_count()} cores: {json.dumps(figures)}")
     return figures

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -516,12 +515,3 @@ def test_least_recently_used_entry_is_removed_first(folders: Path, tmp_path: Pat
     assert is_whole(within)
     assert within.said == []
     assert len(entries(cache)) == 2
-
-
-def test_pieces_are_valid_safetensors(folders: Path, tmp_path: Path) -> None:
-    started = start(SINGLE, config=config_for(folders / "llama", tmp_path / "cache"))
-    for path in pieces(tmp_path / "cache"):
-        for name, tensor in safetensors.torch.load_file(path).items():
-            if not name.endswith(".checksums"):
-                part = name.replace(".weight.", ".")
-                assert torch.equal(tensor, started.rows[part][0]), name

@@ -363,24 +363,13 @@ def test_checkpoint_that_cannot_be_removed_is_reported(tmp_path: Path, monkeypat
     assert "could not be removed" in said[0]
 
 
-@pytest.mark.parametrize(
-    ("manifest", "said"),
-    [
-        ("[]", "it lists no files"),
-        ('{"files": {"../secret": "00"}}', "'../secret' is not a file of this folder"),
-        ('{"files": {"state.json": 1}}', "state.json has no SHA-256 but 1"),
-        ('{"files": {}}', "it does not list state.json"),
-        ('{"files"', "Expecting"),
-    ],
-)
-def test_invalid_manifest_is_a_fault(tmp_path: Path, manifest: str, said: str) -> None:
-    state = State()
-    with make_saver(tmp_path, state) as saver:
+def test_manifest_that_names_files_elsewhere_is_a_fault(tmp_path: Path) -> None:
+    with make_saver(tmp_path, state := State()) as saver:
         saver.save_last(state.train(1))
-    (tmp_path / "checkpoints" / "step_00000001" / "manifest.json").write_text(manifest)
+    (tmp_path / "checkpoints" / "step_00000001" / "manifest.json").write_text('{"files": {"../secret": "00"}}')
     found = fault(tmp_path / "checkpoints" / "step_00000001")
     assert found is not None
-    assert said in found
+    assert "'../secret' is not a file of this folder" in found
 
 
 ROWS, COLUMNS = 7, 5000

@@ -97,11 +97,6 @@ def _record(folder: Path, file: Path, state: State) -> Path:
     return folder / f"source-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
-def parts_of(file: Path, size: int) -> list[Part]:
-    """Divide a file into parts of PART_BYTES."""
-    return [Part(file, start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)]
-
-
 def digest_of(part_digests: Sequence[bytes], size: int) -> str:
     """Return the fingerprint of a file from the SHA-256 of its parts, in order."""
     return f"tree:{hashlib.sha256(str(size).encode() + b''.join(part_digests)).hexdigest()}"
@@ -155,7 +150,11 @@ def content_of(
         states_by_rank = gathered(json.dumps(list(states.values())), backend)
         # The ranks that see the same files hash every n-th part each.
         group = [other for other, seen in enumerate(states_by_rank) if seen == states_by_rank[rank]]
-        parts = [part for file in unknown for part in parts_of(file, states[file].size)]
+        parts = [
+            Part(file, start, min(start + PART_BYTES, states[file].size))
+            for file in unknown
+            for start in range(0, states[file].size, PART_BYTES)
+        ]
         mine = parts[group.index(rank) :: len(group)]
         rounds = -(-len(parts) // (min(Counter(states_by_rank).values()) * PARTS_AT_ONCE))
         own_hashes: list[bytes] = []

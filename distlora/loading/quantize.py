@@ -22,7 +22,7 @@ from distlora.architecture.tokens import Vocabulary
 from distlora.config import UserError
 from distlora.model.adapters import AdaptedLinear, TokenRows
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.parallel import Backend, whole_shape
+from distlora.parallel import Backend, Ranks, whole_shape
 from distlora.weights.decompose import Residual
 from distlora.weights.prequantized import PrequantizedWeight
 from distlora.weights.reader import Reader, all_finite
@@ -72,22 +72,17 @@ def quantize_into(
             f"{name} holds NaN or Inf weights, which NF4 cannot represent; the checkpoint is damaged, download it again"
         )
 
-    offset = torch.tensor(_offset(absmax, weight, backend), dtype=torch.float32, device=device)
+    # The mean absmax over all ranks from the sums of all groups, which do not depend on the number of ranks.
+    sums = nf4.absmax_group_sums(absmax)
+    padded = torch.zeros(-(-weight.num_groups // backend.shards.count), dtype=torch.float64, device=sums.device)
+    padded[: len(sums)] = sums
+    mean = nf4.absmax_offset(backend.gather_rows(padded), -(-numel // nf4.BLOCK))
+    offset = torch.tensor(mean, dtype=torch.float32, device=device)
     own_blocks = -(-max(stop - first_group * nf4.GROUP, 0) // nf4.BLOCK)
     scales, group_scale = nf4.quantize_absmax(absmax, offset, own_blocks)
     backend.local_rows(weight.scales)[0].copy_(scales)
     backend.local_rows(weight.group_scale)[0].copy_(group_scale)
     weight.offset.copy_(offset)  # type: ignore[operator]
-
-
-def _offset(absmax: torch.Tensor, weight: FrozenTensor, backend: Backend) -> float:
-    """Return the mean absmax over all ranks from the sums of all groups; they do not depend on the number of ranks."""
-    sums = nf4.absmax_group_sums(absmax)
-    per_rank = -(-weight.num_groups // backend.shards.count)
-    padded = torch.zeros(per_rank, dtype=torch.float64, device=sums.device)
-    padded[: len(sums)] = sums
-    num_blocks = -(-weight.numel // nf4.BLOCK)
-    return nf4.absmax_offset(backend.gather_rows(padded), num_blocks)
 
 
 @torch.no_grad()
@@ -244,35 +239,30 @@ def load_matrix(
             row.copy_(start)
 
 
-def mean_row(segments: Sequence[Segment], num_rows: int, width: int, reader: Reader, backend: Backend) -> Tensor:
-    """Return the mean of the matrix's first `num_rows` rows, (width,) fp64; the ranks divide the rows among them."""
-    world, rank, device = backend.ranks.world, backend.ranks.rank, backend.ranks.device
+def mean_row(
+    segments: Sequence[Segment], num_rows: int, width: int, reader: Reader, backend: Backend | None = None
+) -> Tensor:
+    """Return the mean of the matrix's first `num_rows` rows, (width,) fp64; the ranks divide the rows among them.
+
+    Without a `backend` one process reads all of them; the bits are the same on the CPU.
+    """
+    ranks = Ranks(0, 1, torch.device("cpu"), None) if backend is None else backend.ranks
     starts = range(0, num_rows, ROWS_PER_SUM)
-    sums = torch.zeros(len(starts), width, dtype=torch.float64, device=device)
-    for index in range(rank, len(starts), world):
-        sums[index] = _sum_of(segments, starts[index], num_rows, width, reader).to(device)
-    backend.sum_over_ranks(sums)  # All but one rank's are zeros, so nothing is rounded.
-    return _in_order(sums) / num_rows
-
-
-def mean_row_alone(segments: Sequence[Segment], num_rows: int, width: int, reader: Reader) -> Tensor:
-    """Return `mean_row` for one process without a model; the same bits on the CPU."""
-    sums = [_sum_of(segments, start, num_rows, width, reader) for start in range(0, num_rows, ROWS_PER_SUM)]
-    return _in_order(torch.stack(sums)) / num_rows
+    sums = torch.zeros(len(starts), width, dtype=torch.float64, device=ranks.device)
+    for index in range(ranks.rank, len(starts), ranks.world):
+        sums[index] = _sum_of(segments, starts[index], num_rows, width, reader).to(ranks.device)
+    if backend is not None:
+        backend.sum_over_ranks(sums)  # All but one rank's are zeros, so nothing is rounded.
+    total = torch.zeros_like(sums[0])
+    for part in sums:  # One after another.
+        total += part
+    return total / num_rows
 
 
 def _sum_of(segments: Sequence[Segment], start: int, num_rows: int, width: int, reader: Reader) -> Tensor:
     """Return the sum of ROWS_PER_SUM rows from `start` on, at most up to `num_rows`: (width,) fp64."""
     stop = min(start + ROWS_PER_SUM, num_rows)
     return reader.read(segments, start * width, stop * width).view(-1, width).double().sum(dim=0)
-
-
-def _in_order(sums: Tensor) -> Tensor:
-    """Sum (n, width) -> (width,) one row after another."""
-    total = torch.zeros_like(sums[0])
-    for part in sums:
-        total += part
-    return total
 
 
 NORM_GROUPS = 16

@@ -120,7 +120,7 @@ def lacking_groups(unit: Unit, plan: Plan, backend: Backend, *, one: bool = True
     lacking = {}
     for weight in unit.weights:
         groups = own_groups(weight, backend) or range(int(one))
-        extents = [piece.extents[weight.name] for piece in plan[weight.name] if piece.path.exists()]
+        extents = [piece.extents[weight.name] for piece in plan[weight.name]]
         lacking[weight.name] = holes(groups, [(extent.first, extent.stop) for extent in extents])
     return {name: ranges for name, ranges in lacking.items() if ranges}
 
@@ -519,6 +519,9 @@ class QuantizedCacheWriter:
         if self.refused is not None:
             return
         try:
+            paths = {piece.path for holding in plan.values() for piece in holding}
+            present = {path for path in paths if path.exists()}  # Damaged ones were removed.
+            plan = {name: [piece for piece in holding if piece.path in present] for name, holding in plan.items()}
             lacking = lacking_groups(unit, plan, self._backend, one=False)
             # One piece at a time, with at most one range per weight.
             for index in range(max(map(len, lacking.values()), default=0)):

@@ -103,7 +103,9 @@ def read_initial_adapter_record(
     record = InitialAdapterRecord(
         method=metadata.get(METHOD_KEY, ""), base=metadata.get(BASE_KEY, ""), digest=metadata.get(DIGEST_KEY, "")
     )
-    if record.digest != _digest_of_file(path, _state_of(path)):
+    status = path.stat()
+    state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    if record.digest != _digest_of_file(path, state):
         raise UserError(f"{path} is damaged: its tensors are not those that were saved; {remedy}")
     if record.method != adapter.init:
         raise UserError(f"{path} was made by adapter.init={record.method}, this run's is {adapter.init}; {remedy}")
@@ -135,11 +137,6 @@ def _digest_of_file(path: Path, state: tuple[int, ...]) -> str:
             (name, segment.shape, os.pread(stream.fileno(), segment.num_bytes, segment.offset))
             for name, segment in sorted(read_header(path).items())
         )
-
-
-def _state_of(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def check_ranks(adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

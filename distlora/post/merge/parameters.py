@@ -15,7 +15,7 @@ from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
 from distlora.loading.decomposed_adapters import plain_form
 from distlora.loading.peft_format import adaptable_shapes
-from distlora.loading.quantize import mean_row_alone
+from distlora.loading.quantize import mean_row
 from distlora.model.experts import ExpertWeight
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.request import Onto
@@ -219,7 +219,7 @@ def _matrix_pieces(
     trained: dict[int, Tensor] = {}
     if vocabulary.new:  # Untrained new rows get their initial value of training.
         first_new = min(vocabulary.new.values())
-        start = mean_row_alone(parameter.weight.source.segments, first_new, parameter.weight.shape[1], reader)
+        start = mean_row(parameter.weight.source.segments, first_new, parameter.weight.shape[1], reader)
         trained = dict.fromkeys(vocabulary.new.values(), start.to(base.model.head.weight.dtype).float())
     module = None
     if adapter is not None:

@@ -44,7 +44,7 @@ from distlora.run_folder.layout import read_result
 from distlora.training.model_card import model_card, read_metadata
 from distlora.weights import quantized_cache_folder
 from distlora.weights.initial_adapter_file import InitialAdapterRecord, digest_of, require_initial_adapter
-from distlora.weights.peft_folder import read_peft_adapter
+from distlora.weights.peft_folder import PeftAdapter, read_peft_adapter
 from distlora.weights.quantized_cache_folder import (
     GROUP_BYTES,
     DamagedPieceError,
@@ -193,6 +193,14 @@ def read_single(folder: Path) -> None:
     tensors_that_safetensors_has(folder / "single" / "model.safetensors")
 
 
+def read_packed(folder: Path) -> None:
+    check_model(config_of(folder, model="packed"))
+
+
+def read_adapter(folder: Path) -> PeftAdapter:
+    return read_peft_adapter(folder / "adapter")
+
+
 def read_run(folder: Path) -> str:
     """Read a run as `distlora push` does."""
     result = read_result(folder / "run")
@@ -246,80 +254,38 @@ def read_planned(folder: Path) -> None:
 
 CACHE_KEY, CACHE_PIECE = "5" * 64, "00000-0of1-0123456789abcdef.safetensors"
 STEP = "run/checkpoints/step_00000002"
+SHARDS = f"cache/{CACHE_KEY}/{CACHE_PIECE}"
+PACKED = ("packed", "model.layers.0.mlp.up_proj.weight")
 READERS = {
-    "settings": Reader(
-        file="run/config.yaml",
-        damages=any_yaml,
-        read=lambda folder: load_config(folder / "run"),
-        check=is_config,
-        examples=60,
-    ),
-    "model": Reader(
-        file="model/config.json", damages=any_json, read=read_model, names=("config.json", "model"), examples=50
-    ),
+    "settings": Reader("run/config.yaml", any_yaml, lambda at: load_config(at / "run"), check=is_config, examples=60),
+    "model": Reader("model/config.json", any_json, read_model, ("config.json", "model"), examples=50),
     "index": Reader(
-        file="model/model.safetensors.index.json",
-        damages=any_json,
-        read=read_model,
-        names=("index.json", "model-0", "in its safetensors"),
-        examples=30,
+        "model/model.safetensors.index.json", any_json, read_model, ("index.json", "model-0", "in its safetensors")
     ),
-    "shard": Reader(
-        file="model/model-00002-of-00002.safetensors", damages=any_tensors, read=read_model, names=("model",)
-    ),
-    "weights": Reader(
-        file="single/model.safetensors", damages=any_tensors, read=read_single, names=("single",), examples=50
-    ),
-    "packed weights": Reader(
-        file="packed/model.safetensors",
-        damages=any_tensors,
-        read=lambda folder: check_model(config_of(folder, model="packed")),
-        names=("packed", "model.layers.0.mlp.up_proj.weight"),
-        examples=30,
-    ),
+    "shard": Reader("model/model-00002-of-00002.safetensors", any_tensors, read_model, ("model",)),
+    "weights": Reader("single/model.safetensors", any_tensors, read_single, ("single",), examples=50),
+    "packed weights": Reader("packed/model.safetensors", any_tensors, read_packed, PACKED, examples=30),
     "a planned model's config.json alone": Reader(
-        file="bare/config.json", damages=any_json, read=read_planned, names=("config.json", "bare"), examples=60
+        "bare/config.json", any_json, read_planned, ("config.json", "bare"), examples=60
     ),
     "adapter's settings": Reader(
-        file="adapter/adapter_config.json",
-        damages=any_json,
-        read=lambda folder: read_peft_adapter(folder / "adapter"),
-        names=("adapter",),
-        check=has_settings,
-        examples=50,
+        "adapter/adapter_config.json", any_json, read_adapter, ("adapter",), has_settings, examples=50
     ),
     "adapter": Reader(
-        file="adapter/adapter_model.safetensors",
-        damages=any_tensors,
-        read=lambda folder: read_peft_adapter(folder / "adapter"),
-        names=("adapter",),
-        check=has_settings,
-        examples=40,
+        "adapter/adapter_model.safetensors", any_tensors, read_adapter, ("adapter",), has_settings, examples=40
     ),
-    "start": Reader(file="run/initial_adapter.safetensors", damages=any_tensors, read=read_initial_record, examples=30),
-    "shards": Reader(
-        file=f"cache/{CACHE_KEY}/{CACHE_PIECE}",
-        damages=any_tensors,
-        read=read_shards,
-        check=lambda figures: figures.share in (0.0, 0.5),
-        examples=40,
-    ),
+    "start": Reader("run/initial_adapter.safetensors", any_tensors, read_initial_record, examples=30),
+    "shards": Reader(SHARDS, any_tensors, read_shards, check=lambda found: found.share in (0.0, 0.5), examples=40),
     "signed shards": Reader(
-        file=f"cache/{CACHE_KEY}/{CACHE_PIECE}",
-        damages=any_signed_piece,
-        read=read_shards,
-        check=lambda figures: 0.0 <= figures.share <= 1.0,
-        examples=60,
+        SHARDS, any_signed_piece, read_shards, check=lambda found: 0.0 <= found.share <= 1.0, examples=60
     ),
-    "entry": Reader(file=f"cache/{CACHE_KEY}/entry.json", damages=any_json, read=read_shards),
-    "metrics": Reader(file="run/metrics.jsonl", damages=any_lines, read=read_run),
-    "summary": Reader(file="run/summary.json", damages=any_json, read=read_run),
-    "data": Reader(file="run/data.json", damages=any_json, read=read_run),
-    "state": Reader(file=f"{STEP}/state.json", damages=any_json, read=read_run),
-    "published": Reader(file="run/adapter/adapter_config.json", damages=any_json, read=read_run),
-    "prompts": Reader(
-        file="run/prompts.jsonl", damages=any_lines, read=lambda folder: read_prompts(folder / "run/prompts.jsonl")
-    ),
+    "entry": Reader(f"cache/{CACHE_KEY}/entry.json", any_json, read_shards),
+    "metrics": Reader("run/metrics.jsonl", any_lines, read_run),
+    "summary": Reader("run/summary.json", any_json, read_run),
+    "data": Reader("run/data.json", any_json, read_run),
+    "state": Reader(f"{STEP}/state.json", any_json, read_run),
+    "published": Reader("run/adapter/adapter_config.json", any_json, read_run),
+    "prompts": Reader("run/prompts.jsonl", any_lines, lambda at: read_prompts(at / "run/prompts.jsonl")),
 }
 
 

@@ -197,7 +197,7 @@ class QuantizedCache:
         found = [not lacking_groups(unit, plans[index], self._backend) for index, unit in enumerate(self.units)]
         complete = [all(by_rank) for by_rank in zip(*gathered(found, self._backend), strict=True)]
         reports: list[tuple[bool, list[list[float]]]] = []
-        """Of each unit: True if all was read undamaged, and the offsets of each weight in its pieces."""
+        """For each unit: True if all was read undamaged, and the offsets of each weight in its pieces."""
         for unit, plan, is_complete in zip(self.units, plans, complete, strict=True):
             report: tuple[bool, list[list[float]]] = (True, [])
             if is_complete:

@@ -250,38 +250,26 @@ def test_a_run_with_copies_after_one_without_is_bit_for_bit_that_of_one_copy_and
 # --- units that are trained ---
 
 
-TRAINED = [
-    ("llama", FULL, {"max_steps": 3}),
-    pytest.param("llama-tied", FULL, {"save_in_background": False}, marks=pytest.mark.slow),
-    pytest.param("llama-tied", SAVED, {"save_in_background": False, "micro_batch": 1}, marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("model", "sections", "settings"), TRAINED, ids=["full", "full-tied", "modules_to_save"])
 def test_what_is_trained_in_every_copy_is_the_single_run_saved_once_and_resumed_bit_for_bit(
-    world: World, folders: Path, tmp_path: Path, model: str, sections: dict[str, Any], settings: dict[str, Any]
+    world: World, folders: Path, tmp_path: Path
 ) -> None:
-    settings, others = SETTINGS | settings, [("moved", None)] if "save_in_background" in settings else []
-    make_run(tmp_path / "single", folders, model, train=settings | {"micro_batch": 12}, **sections)
+    settings = SETTINGS | {"max_steps": 3}
+    make_run(tmp_path / "single", folders, train=settings | {"micro_batch": 12}, **FULL)
     expected = world.run(1, run_once, run_dir=tmp_path / "single")[0]
-    prepare(tmp_path / "whole", folders, model, train=settings, **sections)
+    prepare(tmp_path / "whole", folders, train=settings, **FULL)
     metrics = world.run(RANKS, run_once, run_dir=tmp_path / "whole")[0]
     assert_losses_close(losses_of(metrics), losses_of(expected))
     assert_adapters_close(saved(tmp_path / "whole"), saved(tmp_path / "single"))
     norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (metrics, expected)]
     assert_losses_close(*norms, relative=1e-5)
 
-    # From the checkpoint after two steps: the same, and with one copy over all ranks.
-    for name, degree in (("same", DEGREE), *others):
-        shutil.copytree(tmp_path / "whole", tmp_path / name, dirs_exist_ok=True)
-        for folder in steps(tmp_path / name / "checkpoints"):
-            if step_of(folder) > 2:
-                shutil.rmtree(folder)
-        set_degree(tmp_path / name, degree)
-        world.run(RANKS, run_once, run_dir=tmp_path / name)
+    # From the checkpoint after two steps.
+    shutil.copytree(tmp_path / "whole", tmp_path / "same")
+    for folder in steps(tmp_path / "same" / "checkpoints"):
+        if step_of(folder) > 2:
+            shutil.rmtree(folder)
+    world.run(RANKS, run_once, run_dir=tmp_path / "same")
     assert equal(saved(tmp_path / "same"), saved(tmp_path / "whole"))
-    for name, _ in others:
-        assert_adapters_close(saved(tmp_path / name), saved(tmp_path / "whole"))
 
 
 # --- integrity ---

@@ -188,20 +188,6 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("degree", [None, 2])
-def test_four_ranks_that_cut_one_copy_or_two_are_one_rank(
-    folders: Path, tmp_path: Path, references: dict[str, Any], degree: int | None
-) -> None:
-    parallel = ZERO3 | {"shard_degree": degree}
-    train = STEPS | {"micro_batch": 3}
-    make_run(tmp_path / "run", folders, train=train, cluster={"gpus_per_node": 4}, parallel=parallel)
-    with start_world(4, regroups=True) as four:
-        losses, adapter = outcome(four, 4, tmp_path / "run")
-    assert_losses_close(losses, references["llama"][0])
-    assert_adapters_close(adapter, references["llama"][1])
-
-
-@pytest.mark.slow
 def test_a_run_goes_on_with_the_other_backend(
     alone: Alone, folders: Path, tmp_path: Path, references: dict[str, Any]
 ) -> None:

@@ -89,7 +89,8 @@ def to_measure(options: MergeArguments, name: Name, trained: Trained, out: Path)
 
     Raises UserError for a measurement that was requested and is not possible.
     """
-    requested = [f"--{flag}" for flag in ("text", "rows", "compare") if getattr(options, flag) not in (None, False)]
+    given = {"text": options.text is not None, "rows": options.rows is not None, "compare": options.compare}
+    requested = [f"--{name}" for name, is_given in given.items() if is_given]
     if options.no_measure:
         requested += ["--processes"] if options.processes != 1 else []
         require(not requested, f"{' '.join(requested)} says what is measured; leave it out, or --no-measure")

@@ -73,17 +73,6 @@ def test_an_entry_has_its_name_only_when_it_is_whole(tmp_path):
     assert os.listdir(tmp_path) == ["key"]
 
 
-def test_an_exception_leaves_nothing_behind(tmp_path):
-    def interrupted():
-        with new_entry(tmp_path, "key") as folder:
-            write_entry(folder)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_kill_before_the_rename_leaves_nothing_visible_and_the_next_process_succeeds(tmp_path):
     def prepare_and_die():
         with new_entry(tmp_path, "key") as folder:
@@ -121,12 +110,6 @@ def test_of_two_processes_the_loser_uses_the_winners_entry(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert os.listdir(tmp_path) == ["key"]
-
-
-def test_a_folder_that_cannot_be_renamed_is_an_error_not_a_silent_loss(tmp_path):
-    (tmp_path / "key").write_text("a file is in the way")
-    with pytest.raises(OSError, match="key"), new_entry(tmp_path, "key") as folder:
-        write_entry(folder)
 
 
 def test_a_damaged_or_foreign_entry_is_named_with_what_to_do(tmp_path):

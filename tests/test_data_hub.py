@@ -2,11 +2,8 @@
 
 import io
 import json
-import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
@@ -173,45 +170,6 @@ def test_without_a_network_the_message_says_so(hub, home, tmp_path):
     assert "is not in the cache" in message
     (message,) = check(hub, home, [{"path": "org/answers"}], **unreachable, HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set, and the data set org/answers is not in the cache" in message
-
-
-class Failing(BaseHTTPRequestHandler):
-    """A hub that answers with the status that a data set is named after, or with 0 drops the connection."""
-
-    def do_GET(self):
-        if status := int(re.search(r"status-(\d+)", self.path)[1]):
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-        else:
-            self.close_connection = True
-
-    do_HEAD = do_GET
-
-    def log_message(self, format, *args):
-        pass
-
-
-@pytest.mark.ci
-def test_an_answer_that_is_no_data_set_is_one_sentence(hub, tmp_path):
-    expected = {
-        401: "data.path=org/status-401: the hub answers strangers with 401; log in with `hf auth login`",
-        403: "data.path=org/status-403: the hub answered 403",
-        429: "data.path=org/status-429: the hub answered 429",
-        503: "the hub cannot be reached",
-        0: "the hub cannot be reached",
-    }
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
-        messages = check(hub, tmp_path, [{"path": f"org/status-{status}"} for status in expected], **endpoint)
-    finally:
-        server.shutdown()
-        server.server_close()
-    for message, sentence in zip(messages, expected.values(), strict=True):
-        assert sentence in message
-        assert "\n" not in message
 
 
 def test_a_connection_that_breaks_while_rows_are_read_is_one_sentence(monkeypatch):

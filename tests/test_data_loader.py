@@ -75,17 +75,6 @@ def test_an_epoch_visits_every_row_once_and_its_last_step_has_what_is_left(shuff
         assert sorted(row for of_step in seen for row in of_step if row >= 0) == list(range(17))
 
 
-def test_epochs_are_shuffled_differently_and_seeds_too():
-    rows = make_rows(64)
-
-    def order(epoch, seed):
-        return make_loader(rows, global_batch=64, seed=seed).batch(epoch).rows
-
-    orders = [order(epoch, seed) for epoch in range(3) for seed in range(3)]
-    assert len(set(orders)) == len(orders)
-    assert make_loader(rows, global_batch=64, shuffle=False).batch(2).rows == tuple(range(64))
-
-
 def test_the_order_of_a_seed_is_the_same_for_ever():
     """A resumed run must find the order it started with, whatever the versions: published splitmix64, and golden."""
     assert hash64((), 3).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]

@@ -143,12 +143,6 @@ def test_a_streamed_mixture_reads_both_sources_as_far_as_their_shares_need(prepa
     assert counts["sources"][1]["documents"] < 300
 
 
-def test_a_source_without_a_trained_token_is_refused_by_its_own_name(prepared, two_sources, tmp_path):
-    silent = write_lines(tmp_path / "silent.jsonl", [chat("Hi?"), chat("So?")])
-    with pytest.raises(UserError, match=r"silent\.jsonl: none of its 2 documents has a token to train"):
-        prepared(mixed((two_sources[0], silent), 1, 1))
-
-
 def test_a_bounded_reading_gives_up_a_source_in_which_nothing_is_trained(prepared, two_sources, tmp_path, monkeypatch):
     monkeypatch.setattr("distlora.data.encoding.PATIENCE", 100)
     silent = write_lines(tmp_path / "silent.jsonl", [chat("Hi?")] * 1000)

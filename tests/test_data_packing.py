@@ -74,20 +74,6 @@ def test_rows_equal_the_definition_written_out_token_by_token(corpus):
 
 
 @settings(deadline=None, max_examples=200)
-@given(corpora())
-def test_every_document_lies_whole_in_one_row_exactly_once(corpus):
-    length, documents = corpus
-    tokens, flags = packed(length, documents)
-    found = []
-    for row_tokens, row_flags in zip(tokens, flags, strict=True):
-        starts = [*np.flatnonzero(row_flags & STARTS).tolist(), length]
-        found += [row_tokens[a:b].tolist() for a, b in itertools.pairwise(starts)]
-    real = [document for document in found if document[0] != PAD]
-    assert sorted(real) == [[token for token, _ in document] for document in documents]
-    assert all(set(document) == {PAD} for document in found if document[0] == PAD)
-
-
-@settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(1, 16), max_size=60))
 def test_no_two_rows_would_fit_into_one(lengths):
     """Best fit opens a row only for a piece that fits nowhere else."""
@@ -96,11 +82,6 @@ def test_no_two_rows_would_fit_into_one(lengths):
     assert (used <= 16).all()
     if len(used) > 1:
         assert used[0] + used[1] > 16
-
-
-def test_a_piece_goes_where_it_leaves_the_least_room():
-    """Rooms of 3 and 6 are left when the piece of 3 comes."""
-    assert assign_rows(np.array([14, 17, 3]), 20).tolist() == [0, 1, 1]
 
 
 def test_building_rows_a_few_at_a_time_gives_the_same_rows(monkeypatch):

@@ -18,7 +18,6 @@ from distlora.config import Config, DataConfig, ModelConfig, TrainConfig, UserEr
 from distlora.config.file import as_mapping
 from distlora.data import prepare as prepare_module
 from distlora.data.loader import StepLoader
-from distlora.data.packing import held_out
 from distlora.data.prepare import open_split, prepare_and_print, prepare_run
 from distlora.data.rows import STARTS, read_meta
 from distlora.system.exit_codes import run_to_exit_code
@@ -101,13 +100,6 @@ def test_what_becomes_of_a_document_that_is_too_long_can_be_chosen_and_is_counte
     assert counts(texts, "split") == counts(texts, "auto") == [3, 0, 1, 0, 0]
 
 
-def test_held_out_documents_may_come_from_a_file_of_their_own_format(make_config, tmp_path):
-    path = write_lines(tmp_path / "eval.jsonl", [chat("Hi", "Hello"), chat("Hi", "Yes")])
-    entry = prepare(make_config(TEXTS, eval_path=str(path)))
-    splits = read_meta(entry)["splits"]
-    assert (splits["train"]["documents"], splits["eval"]["documents"]) == (60, 2)
-
-
 def test_settings_that_change_nothing_share_an_entry_and_those_that_do_have_their_own(make_config):
     texts = prepare(make_config(TEXTS))
     for setting, value in (("train_on", "last"), ("template", "chatml")):
@@ -168,15 +160,6 @@ def test_a_second_preparation_reuses_the_entry_without_tokenizing(make_config, m
         prepare(make_config(TEXTS[1:]))
 
 
-def test_the_held_out_split_depends_on_seed_and_index_alone():
-    usable = np.ones(10_000, bool)
-    chosen = held_out(usable, 0.05, 0)
-    assert 400 < chosen.sum() < 600
-    assert np.array_equal(held_out(np.ones(20_000, bool), 0.05, 0)[:10_000], chosen)
-    assert (held_out(usable, 0.05, 1) != chosen).any()
-    assert not held_out(usable, 0.0, 0).any()
-
-
 @pytest.mark.parametrize(
     ("documents", "settings", "complaint"),
     [
@@ -198,12 +181,6 @@ def test_bad_data_ends_with_exit_code_2_and_one_message(make_config, capsys, tmp
     assert output.out == ""
     assert not (tmp_path / "run" / "data.json").exists()
     assert not (tmp_path / "cache").exists() or os.listdir(tmp_path / "cache") == []
-
-
-def test_an_eval_file_without_a_target_is_refused_by_its_own_name(make_config, tmp_path):
-    path = write_lines(tmp_path / "eval.jsonl", [chat("Hi?")])
-    with pytest.raises(UserError, match=r"eval\.jsonl: none of its 1 documents has a token to train"):
-        prepare(make_config(TEXTS, eval_path=str(path)))
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(make_config, tmp_path):
@@ -234,11 +211,6 @@ def test_data_that_changes_while_it_is_read_is_not_cached(make_config, monkeypat
     with pytest.raises(UserError, match="changed while it was read"):
         prepare(make_config(TEXTS))
     assert os.listdir(tmp_path / "cache") == []
-
-
-def test_a_run_that_is_not_prepared_says_how_to(tmp_path):
-    with pytest.raises(UserError, match=r"run `distlora data prepare"):
-        open_split(tmp_path, "train")
 
 
 def test_the_command_prepares_a_run_and_sums_it_up_and_says_when_it_reuses(make_config, tmp_path):

@@ -3,16 +3,18 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
 from chat_tokenizers import chat_tokenizer
-from data_folders import chat, show_preview, write_lines
+from data_folders import chat, show_preview, show_row, write_lines
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build
-from distlora.data.prepare import prepare_run
+from distlora.data.prepare import open_split, prepare_run
 from distlora_launcher.cli import data as command
 from launcher_fakes import write_model
+from small_models import make_run, tokenizer
 
 SHORT = chat("Hi", "Hello there.", "Bye", "See you.")
 LONG = chat("Hi", "Hello there. " * 40)
@@ -138,3 +140,29 @@ def test_the_command_takes_the_settings_of_a_run_and_starts_none(model, tmp_path
 def test_a_mistyped_command_is_refused_with_what_was_meant(words, message):
     with pytest.raises(UserError, match=message):
         command.main(words)
+
+
+def test_a_row_is_shown_document_by_document_with_what_is_trained(folders, tmp_path, capsys):
+    make_run(tmp_path / "run", folders)
+    rows = open_split(tmp_path / "run", "train")
+    number = int(np.argmax(rows.flags[:, 1:].sum(axis=1)))  # Of several documents.
+    assert show_row(tmp_path / "run", number) == 0
+    shown = capsys.readouterr().out
+    assert f"row {number}: 64 tokens, {rows.targets[number]} trained" in shown
+    texts = shown.split("--- tokens ")[1:]
+    assert len(texts) > 1
+    marked = "".join(text.partition("[[")[2].partition("]]")[0] for text in texts)
+    trained = np.flatnonzero(rows.flags[number] & 1) + 1
+    assert marked == tokenizer().decode(np.array(rows.tokens[number])[trained].tolist())
+
+    assert show_row(tmp_path / "run", 100_000) == 2
+    assert "there is no row 100,000" in capsys.readouterr().err
+    for words in (["row"], ["row", str(tmp_path / "run")], ["row", str(tmp_path / "run"), "first"]):
+        with pytest.raises(UserError, match="takes a run folder and row numbers"):
+            command.main(words)
+    record = tmp_path / "run" / "data.json"
+    record.write_text(record.read_text()[:100])
+    assert show_row(tmp_path / "run", 0) == 2
+    message = capsys.readouterr().err
+    assert f"{record} is damaged" in message
+    assert f"distlora data prepare {tmp_path / 'run'}" in message

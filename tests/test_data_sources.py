@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from data_folders import chat, write_lines
+from data_folders import write_lines
 from distlora.config import DataConfig, SourceConfig, UserError
 from distlora.data.sources import check_sources, find_source
 
@@ -48,13 +48,6 @@ def test_a_folder_is_all_its_files_in_the_order_of_their_names(tmp_path):
     write_lines(folder / ".hidden" / "x.jsonl", TEXTS[5:])
     assert texts(folder) == ["2 foxes", "3 foxes", "0 foxes", "1 foxes", "packed"]
     assert check(folder) == "text"
-
-
-def test_a_record_of_another_format_later_in_a_folder_is_refused_by_its_place(tmp_path):
-    write_lines(tmp_path / "a.jsonl", TEXTS)
-    path = write_lines(tmp_path / "b.jsonl", [chat("Hi", "Hello")])
-    with pytest.raises(UserError, match=rf"^{path}:1: no 'text' among its keys: 'messages'"):
-        texts(tmp_path)
 
 
 def test_a_folder_of_splits_is_not_trained_on_whole(tmp_path):
@@ -131,24 +124,6 @@ def test_a_split_of_a_saved_data_set_is_not_trained_on_and_held_out(saved):
         check_sources(DataConfig(path=path, eval_path=str(saved / "one" / ".." / "two")), limit=10)
 
 
-def test_settings_of_one_source_have_no_effect_beside_several_and_are_refused(tmp_path):
-    path = str(write_lines(tmp_path / "a.jsonl", TEXTS))
-    sources = (SourceConfig(path=path),)
-    for setting, value in {
-        "name": "x",
-        "split": "test",
-        "revision": "v1",
-        "format": "text",
-        "columns": {"text": "body"},
-        "sample_by": "line",
-    }.items():
-        with pytest.raises(UserError, match=rf"data\.{setting}=.* it belongs into each entry of data\.sources"):
-            DataConfig(sources=sources, **{setting: value})
-    DataConfig(sources=sources, eval_path="b.jsonl", format="text", columns={"text": "body"})
-    with pytest.raises(UserError, match=r"data\.split=test"):
-        DataConfig(sources=sources, eval_path="b.jsonl", split="test")
-
-
 def test_sample_by_needs_a_text_file(tmp_path):
     lines = write_lines(tmp_path / "a.jsonl", TEXTS)
     text = tmp_path / "b.txt"
@@ -158,13 +133,6 @@ def test_sample_by_needs_a_text_file(tmp_path):
             check_sources(DataConfig(**({"sample_by": "line"} if "path" in settings else {}), **settings), limit=10)
     both = DataConfig(path=str(lines), eval_path=str(text), sample_by="line")
     assert check_sources(both, limit=10) == ["text", "text"]
-
-
-def test_the_head_is_checked_up_to_its_limit_and_no_further(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", [*TEXTS, b"{"])
-    assert check(path, limit=20) == "text"
-    with pytest.raises(UserError, match=r"data\.jsonl:21: "):
-        check(path, limit=21)
 
 
 def test_a_fingerprint_changes_with_the_content_and_the_reading_but_not_with_the_place(tmp_path):
@@ -179,3 +147,9 @@ def test_a_fingerprint_changes_with_the_content_and_the_reading_but_not_with_the
     paragraphs = tmp_path / "a.txt"
     paragraphs.write_text("a\n\nb\nc\n")
     assert source(paragraphs).fingerprint() != source(paragraphs, sample_by="line").fingerprint()
+
+
+@pytest.mark.parametrize(("setting", "value"), [("name", "x"), ("split", "test"), ("columns", {"text": "body"})])
+def test_settings_of_one_source_have_no_effect_beside_several_and_are_refused(setting, value):
+    with pytest.raises(UserError, match=rf"data\.{setting}=.* it belongs into each entry of data\.sources"):
+        DataConfig(sources=(SourceConfig(path="a.jsonl"),), **{setting: value})

@@ -238,12 +238,6 @@ def test_a_template_that_leaves_out_what_a_turn_holds_is_refused(load, template)
         encode(load(template), "chat", value)
 
 
-def test_a_template_without_an_end_of_turn_is_refused(load):
-    template = CHATML.replace("m['content'] + '<|im_end|>\n'", "m['content'] + '\n'")
-    with pytest.raises(UserError, match=r"data\.jsonl:1: messages\[1\]: .* without a special token .* learn to stop"):
-        encode(load(template), "chat", CONVERSATION)
-
-
 def test_a_turn_whose_first_token_reaches_into_the_prompt_is_refused(load):
     r"""The tokenizer has a token for the first two newlines of 'assistant\n' + '\n\nHello'."""
     for template in (CHATML, MARKED):
@@ -373,15 +367,6 @@ def test_every_token_of_a_text_is_trained_and_an_end_of_text_is_appended(load, b
     assert tokens.tolist() == [*tokenizer("The lazy dog.").input_ids, tokenizer.eos_token_id]
     assert trained.all()
     assert len(empty) == 1 + bos
-
-
-def test_truncation_and_padding_saved_with_a_tokenizer_have_no_say(load):
-    tokenizer = load(None)
-    tokenizer.backend_tokenizer.enable_truncation(4)
-    tokenizer.backend_tokenizer.enable_padding(length=50)
-    ((tokens, _),) = encode(tokenizer, "text", {"text": "The quick brown fox jumps over the lazy dog. " * 3})
-    assert len(tokens) > 20
-    assert tokenizer.pad_token_id not in tokens
 
 
 ENDED_OUTSIDE = MARKED.replace(

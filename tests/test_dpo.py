@@ -27,7 +27,7 @@ from distlora.parallel import Ranks
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora.training import worker
-from distlora.training.objectives import Preference, most_pairs, pair_sides
+from distlora.training.objectives import Preference
 from distlora.training.open_run import open_data
 from distlora.training.setup import start_run_model
 from distlora.training.trial import count_flops
@@ -162,31 +162,6 @@ def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
     for index, name in enumerate(("rewards/chosen", "rewards/rejected", "logps/chosen")):
         assert means[name] == pytest.approx(sum(r[index] for r in rewards) / len(rewards), rel=1e-4)
     assert means["rewards/accuracies"] == pytest.approx(sum(r[0] > r[1] for r in rewards) / len(rewards))
-
-
-def test_pairs_are_found_before_the_forward_and_nothing_is_read_back_or_sent_after_it(
-    folders: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the meta device, which has no values to read: on a GPU the host would wait for the forward."""
-    config = prepare(tmp_path / "run", folders, preferences, train={"micro_batch": 6})
-    loader = open_data(tmp_path / "run", config.train, SINGLE)[0]
-    for step in range(loader.steps_per_epoch):  # The last step has empty rows.
-        (batch,) = loader.batch(step).micro_batches
-        sides, is_pair = pair_sides(batch.position_ids, batch.labels, most_pairs(batch))
-        found = [batch.input_ids[row][sides[row, pair, side]] for row, pair in is_pair.nonzero() for side in (0, 1)]
-        expected = [ids for ids, _ in documents_of(batch)]
-        assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
-    assert (batch.rows < 0).any()
-
-    class Model:
-        attends_by_documents = False
-
-        def __call__(self, input_ids: Tensor, *arguments: Any, **named: Any) -> Tensor:
-            monkeypatch.setattr(torch.Tensor, "to", lambda *sent, **options: pytest.fail("sent after the forward"))
-            return torch.empty(2, *input_ids.shape, device=input_ids.device)
-
-    losses = Preference(0.1).losses(Model(), batch, torch.device("meta"), 0)  # type: ignore[arg-type]
-    assert losses.rows.device.type == losses.figures.device.type == "meta"
 
 
 @pytest.fixture(scope="module")
@@ -416,12 +391,3 @@ def test_settings_that_mean_nothing_are_refused(sections: dict[str, Any], messag
     base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"objective": "dpo"}}
     with pytest.raises(UserError, match=message):
         config_with(base, sections)
-
-
-def test_a_run_on_other_data_is_refused_when_the_data_is_prepared(
-    folders: Path, preferences: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"text\.jsonl is text, and train\.objective=dpo compares"):
-        make_run(tmp_path / "text", folders, train={"objective": "dpo"})
-    with pytest.raises(UserError, match=r"pairs\.jsonl holds preference data .* set train\.objective=dpo"):
-        make_run(tmp_path / "pairs", folders, data={"path": str(preferences)})

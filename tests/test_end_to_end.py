@@ -46,12 +46,6 @@ KILLS = (
 )
 
 
-MORE_KILLS = (
-    Kill("-9 of all", "saving", delay=0.0, rank=0, manner=""),
-    Kill("SIGTERM", "step", delay=0.05, rank=0, manner="twice"),
-)
-
-
 def killed_command(run_dir: Path, folders: Path, data: Path) -> list[str]:
     """Return the command line of the test; plan=auto may choose only when layers are recomputed and gathered."""
     command = train_command(run_dir, folders, len(KILLS), data=data, global_batch=12, tracker="wandb")
@@ -145,18 +139,6 @@ def test_a_run_stopped_and_killed_ends_as_if_it_had_not_been(
     assert "from the quantized-weights cache in" in campaign.output_of_start(2)
     codes = wandb_exit_codes(run_dir)
     assert (codes[0], codes[-1]) == (75, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes by their command lines in /proc")
-def test_so_does_one_of_which_all_are_killed_or_that_is_asked_twice(
-    whole: tuple[Path, subprocess.CompletedProcess[str]], folders: Path, tmp_path: Path
-) -> None:
-    killed(whole, folders, tmp_path / "killed", MORE_KILLS)
-    assert [kill.ended for kill in MORE_KILLS] == ["-9", "75"]
-    assert MORE_KILLS[1].steps_repeated == 0, "what was trained is saved on request"
-    codes = wandb_exit_codes(tmp_path / "killed")
-    assert codes[-2:] == [75, 0]
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from distlora.run_folder.eval_documents import (
     read_documents,
 )
 from distlora.training import worker
-from distlora.training.objectives import DocumentLosses, pieces_of_rows
+from distlora.training.objectives import DocumentLosses
 from small_models import config_with, make_run, read_metrics, tokenizer
 from test_dpo import preferences  # noqa: F401 - a fixture
 from worlds import World
@@ -76,17 +76,6 @@ def test_document_losses_do_not_depend_on_ranks(prepared: Path) -> None:
     assert added_up(prepared, world=2, micro_batch=5) == alone
 
 
-def test_second_evaluation_starts_from_zero(prepared: Path) -> None:
-    rows = open_split(prepared, "eval")
-    assert rows is not None
-    losses = DocumentLosses(rows)
-    loader = StepLoader(rows, global_batch=8, micro_batch=8, rank=0, world=1, seed=0, shuffle=False)
-    for _ in range(2):
-        losses.begin()
-        losses.add(loader.batch(0).micro_batches[0], torch.ones(8, 64))
-        assert sum(losses.record(0, ALONE).units) == loader.batch(0).global_targets
-
-
 def test_multi_trial_evaluations_are_separate(prepared: Path) -> None:
     """Evaluate trials together of which one has more batches than the other."""
     rows = open_split(prepared, "eval")
@@ -108,15 +97,6 @@ def test_multi_trial_evaluations_are_separate(prepared: Path) -> None:
     assert documents[0].record(3, ALONE) == alone
     twice = dataclasses.replace(alone, losses=[2 * loss for loss in alone.losses if loss is not None])
     assert documents[1].record(3, ALONE) == twice
-
-
-def test_mismatched_sequences_and_documents_are_rejected(prepared: Path) -> None:
-    rows = open_split(prepared, "eval")
-    assert rows is not None
-    assert rows.documents is not None
-    assert pieces_of_rows(rows).sum() == rows.counts["pieces"]
-    with pytest.raises(ValueError, match="pieces in the held-out rows"):
-        pieces_of_rows(dataclasses.replace(rows, documents=rows.documents[:-1]))
 
 
 def run_once(ranks: Ranks, *, run_dir: Path) -> None:
@@ -194,11 +174,6 @@ RECORD = DocumentRecord(step=1, rows="ab", documents=[0, 3], losses=[1.5, None],
 def test_damaged_record_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / EVAL_DOCUMENTS_NAME).write_text(json.dumps(dataclasses.asdict(RECORD) | change))
     with pytest.raises(UserError, match=message):
-        read_documents(tmp_path)
-
-
-def test_missing_record_names_the_setting(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train it with train\.eval_documents=true"):
         read_documents(tmp_path)
 
 

@@ -23,7 +23,6 @@ from distlora.training.publish import trainer_tensors
 from planned import assert_disk_as_planned, traffic_of
 from small_models import make_run, read_metrics
 from test_resume import run_until
-from test_stopping import run_with_bad_step
 from worlds import World
 
 FULL: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
@@ -168,19 +167,3 @@ def test_what_is_saved_has_the_same_bytes_from_any_number_of_ranks_and_loads_in_
     whole = published(tmp_path / "run")
     assert loaded.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in loaded.items())
-
-
-@pytest.mark.parametrize(("where", "value"), [("loss", float("inf")), ("gradient", 0.0)])
-def test_every_rank_learns_of_a_number_that_is_not_finite_on_one(
-    world: World, folders: Path, tmp_path: Path, where: str, value: float
-) -> None:
-    prepare(tmp_path / "bad", folders, max_steps=4, log_every=4, global_batch=6)
-    prepare(tmp_path / "good", folders, max_steps=4, save_every=2, global_batch=6)
-    messages = world.run(2, run_with_bad_step, run_dir=tmp_path / "bad", bad_step=2, value=value, where=where)
-    world.run(2, run_once, run_dir=tmp_path / "good")
-    assert len(set(messages)) == 1, "every rank stops, at the same place"
-    assert messages[0].startswith("step 3: the ")
-    folders_of_2 = [tmp_path / name / "checkpoints" / "step_00000002" for name in ("bad", "good")]
-    for file in ("model.safetensors", "trainer.safetensors"):
-        kept, good = (folder / file for folder in folders_of_2)
-        assert kept.read_bytes() == good.read_bytes()

@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from transformers import GenerationConfig
 
+from distlora.checkpoint.state import Progress
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
@@ -290,7 +291,7 @@ def test_wandb_gets_the_samples_of_a_step_as_a_table(tmp_path: Path, monkeypatch
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
     wandb.teardown(exit_code=0)  # wandb reads the environment once in a process.
-    with Reporter(tmp_path, config_for(tmp_path), rank=0, world=1, total_steps=2, start_step=0) as reporter:
+    with Reporter(tmp_path, config_for(tmp_path), rank=0, world=1, total_steps=2, progress=Progress()) as reporter:
         reporter.log(1, {"loss": 1.0})
         reporter.samples(1, [("Why?", "Because."), ("How?", "So.")])
     (table,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json")

@@ -207,18 +207,18 @@ def test_all_memory_is_free_again_after_whatever_a_forward_ended_in(where: str) 
 def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Return metrics and memory of the inputs: (places reserved, places at the end, bytes of growth)."""
     figures: list[int] = []
-    original = setup.OffloadedInputs.reserve
+    original = setup.reserve_offload_memory
     reserved: list[HostInputs] = []
 
-    def reserve(self: setup.OffloadedInputs, model: CausalLM, device: torch.device) -> None:
-        original(self, model, device)
+    def reserve(model: CausalLM, count: int, nbytes: int, device: torch.device) -> None:
+        original(model, count, nbytes, device)
         inputs = model.blocks[0].host_inputs
         assert inputs is not None
         reserved.append(inputs)
         figures.extend((inputs.num_free, inputs.taken_bytes))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup.OffloadedInputs, "reserve", reserve)
+        patch.setattr(setup, "reserve_offload_memory", reserve)
         worker.run(run_dir, ranks)
     return read_metrics(run_dir), [*figures, reserved[0].num_free, reserved[0].taken_bytes]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from distlora.planner.model import model_in
 from distlora.planner.storage import Tensor, file_bytes, trained_tensors
 from distlora.planner.workload import Workload
 from distlora.system import host_memory
-from distlora.training.setup import OffloadedInputs
+from distlora.training.setup import require_offload_memory
 from plan_inputs import cpu_machine, model_of
 from run_models import build_run_model
 from small_models import config_with
@@ -81,9 +82,11 @@ def test_offloaded_inputs_are_what_a_start_reserves(folders: Path) -> None:
     train = {"checkpointing": "offload", "accumulate": "block", "global_batch": 12, "micro_batch": 3}
     config = config_of(folders / "llama", train=train)
     plan = plan_of(config, model_in(folders / "llama"), cpu_machine(2))
-    kept = OffloadedInputs.of(build_run_model(config), config.spec, config.train, config.data.sequence_length, 2)
-    assert kept.count == 3 * 2
-    assert plan.host.inputs == host_memory.bytes_of([kept.nbytes] * kept.count)
+    backend: Any = SimpleNamespace(ranks=SimpleNamespace(world=2), require_host_memory=lambda *_: None)
+    length = config.data.sequence_length
+    count, nbytes = require_offload_memory(build_run_model(config), config.spec, config.train, length, backend)
+    assert count == 3 * 2
+    assert plan.host.inputs == host_memory.bytes_of([nbytes] * count)
 
 
 @pytest.mark.parametrize("adapter", [ALL | {"r": 8192}, ALL | {"r": 4096, "modules_to_save": ["lm_head"]}])

@@ -11,10 +11,10 @@ import psutil
 import pytest
 import wandb
 
+from distlora.checkpoint.state import Progress
 from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
 from distlora.system.exit_codes import STOPPED
 from distlora.system.stop_signals import Stopped
-from distlora.training import tracker
 from distlora.training.reporter import Reporter
 from small_disks import fill, small_disk
 from wandb_logs import read_wandb_log
@@ -45,7 +45,7 @@ def make_config(run_dir, tracker="none"):
 def make_reporter(run_dir, *, tracker="none", rank=0, start_step=0, total_steps=4, prompts=()):
     config = make_config(run_dir, tracker)
     config = replace(config, train=replace(config.train, sample_prompts=prompts, sample_every=2 if prompts else None))
-    return Reporter(run_dir, config, rank=rank, world=2, total_steps=total_steps, start_step=start_step)
+    return Reporter(run_dir, config, rank=rank, world=2, total_steps=total_steps, progress=Progress(step=start_step))
 
 
 def read_metrics(run_dir):
@@ -106,15 +106,6 @@ def test_a_killed_run_that_resumes_has_each_step_once(tmp_path):
     assert not (tmp_path / "metrics.jsonl.tmp").exists()
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_its_figures_again(tmp_path):
-    killed = make_reporter(tmp_path)
-    killed.evaluation(0, {"eval_loss": 5.0})
-    killed.log(1, {"loss": 1.0})
-    with make_reporter(tmp_path) as again:
-        again.evaluation(0, {"eval_loss": 5.0})
-    assert read_metrics(tmp_path) == [{"step": 0, "eval_loss": 5.0}]
-
-
 def test_figures_wait_for_a_full_disk_and_none_is_lost(tmp_path, capsys):
     with small_disk(tmp_path / "disk", 16) as run_dir, make_reporter(run_dir) as reporter:
         filler = fill(run_dir)
@@ -127,13 +118,6 @@ def test_figures_wait_for_a_full_disk_and_none_is_lost(tmp_path, capsys):
         assert [entry["step"] for entry in read_metrics(run_dir)] == [*range(1, 102)]
         reporter.close(0)
         assert json.loads((run_dir / "samples.jsonl").read_text()) == {"step": 100, "prompt": "a", "text": "b"}
-
-
-def test_a_full_disk_takes_no_record_of_a_stop_and_the_run_stops_all_the_same(tmp_path, capsys):
-    with small_disk(tmp_path / "disk", 16) as run_dir, make_reporter(run_dir) as reporter:
-        fill(run_dir)
-        reporter.stopped(signal.SIGTERM, 2, "checkpoints/step_00000002")
-        assert "stopped.json could not be written" in capsys.readouterr().out
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path):
@@ -284,81 +268,6 @@ def test_runs_of_one_process_each_have_their_own_wandb_run(tmp_path, no_key):
     assert len({run.run_id for run, *_ in found}) == 3
 
 
-@pytest.mark.ci
-def test_a_wandb_that_a_signal_ended_is_started_once_for_all_runs(tmp_path, no_key, capsys):
-    runs = [tmp_path / name for name in "ab"]
-    for run in runs:
-        run.mkdir()
-    reporters = [make_reporter(run, tracker="wandb") for run in runs]
-    for reporter in reporters:
-        reporter.log(1, {"loss": 1.0})
-    (service,) = [child for child in psutil.Process().children() if "wandb" in child.name()]
-    service.kill()
-    service.wait()
-    for reporter in reporters:
-        reporter.log(2, {"loss": 2.0})
-    assert sum("wandb" in child.name() for child in psutil.Process().children()) == 1
-    for reporter in reporters:
-        reporter.close(0)
-    assert capsys.readouterr().out.count("it is started again") == 2
-    assert [logged(run)[2] for run in runs] == [[(1, 1.0), (2, 2.0)]] * 2
-
-
-def services():
-    return [child for child in psutil.Process().children() if "wandb" in child.name()]
-
-
-@pytest.mark.ci
-def test_a_run_that_cannot_go_online_leaves_those_that_are_alone(tmp_path, no_key, monkeypatch, capsys):
-    """A trial that begins while the network is away. Its own id is held by the attempt; so it is uploaded under it."""
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
-    runs = [tmp_path / name for name in "ab"]
-    for run in runs:
-        run.mkdir()
-    (runs[1] / "wandb").mkdir()
-    (runs[1] / "wandb" / "run_id.txt").write_text("its-own\n")
-    init = tracker._init
-    with monkeypatch.context() as patch:  # As if there were a network: an offline run that stands for one online.
-        patch.setattr(tracker, "_init", lambda *values, **options: init(*values[:4], "offline", **options))
-        first = make_reporter(runs[0], tracker="wandb")
-    first.log(1, {"loss": 1.0})
-    (service,) = services()
-    second = make_reporter(runs[1], tracker="wandb")
-    assert services() == [service]
-    for reporter in (first, second):
-        reporter.log(2, {"loss": 2.0})
-        reporter.close(0)
-    said = capsys.readouterr().out
-    assert "cannot log online" in said
-    assert "started again" not in said
-    assert "wandb sync --id its-own " in said
-    assert (runs[1] / "wandb" / "run_id.txt").read_text() == "its-own\n"
-    assert [logged(run)[2] for run in runs] == [[(1, 1.0), (2, 2.0)], [(2, 2.0)]]
-    assert services() == []
-
-
-@pytest.mark.ci
-def test_the_last_close_ends_wandb_also_where_a_run_has_lost_it(tmp_path, no_key, monkeypatch, capsys):
-    runs = [tmp_path / name for name in "ab"]
-    for run in runs:
-        run.mkdir()
-    first, second = (make_reporter(run, tracker="wandb") for run in runs)
-    with monkeypatch.context() as patch:
-        patch.setattr(first._tracker, "log", lambda step, figures: 1 / 0)
-        kept = first._tracker  # Somebody may hold it still.
-        first.log(1, {"loss": 1.0})
-    assert "WARNING: wandb failed (ZeroDivisionError" in capsys.readouterr().out
-    second.log(1, {"loss": 2.0})
-    assert len(services()) == 1
-    second.close(0)
-    assert services() == []
-    first.close(0)
-    assert kept is not None
-    assert logged(runs[1])[2] == [(1, 2.0)]
-
-
 def test_a_run_has_its_plan_and_by_setting_its_result_as_an_artifact(tmp_path, no_key):
     (tmp_path / "plan.json").write_text(json.dumps({"device": {"peak": 7}, "settings": {"name": "named"}}))
     adapter = tmp_path / "adapter"
@@ -367,7 +276,7 @@ def test_a_run_has_its_plan_and_by_setting_its_result_as_an_artifact(tmp_path, n
     for uploads in (False, True):
         config = make_config(tmp_path, "wandb")
         config = replace(config, tracker=replace(config.tracker, artifact=uploads))
-        with Reporter(tmp_path, config, rank=0, world=1, total_steps=1, start_step=0) as reporter:
+        with Reporter(tmp_path, config, rank=0, world=1, total_steps=1, progress=Progress()) as reporter:
             reporter.log(1, {"loss": 1.0})
             reporter.result(adapter)
         run, settings, _, codes, artifacts = logged(tmp_path)
@@ -420,12 +329,3 @@ def test_samples_survive_a_resume_whatever_characters_they_hold(tmp_path):
         pass
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().strip().split("\n")]
     assert [line["step"] for line in lines] == [2]
-
-
-def test_another_prompt_costs_no_earlier_sample(tmp_path):
-    with make_reporter(tmp_path, prompts=("a",)) as reporter:
-        for step in (2, 4, 6):
-            reporter.samples(step, [("a", "b")])
-    with make_reporter(tmp_path, start_step=4, prompts=("a", "c")) as resumed:
-        assert [step for step in (2, 4, 6) if resumed.lacks_samples(step)] == [4, 6]
-    assert json.loads((tmp_path / "samples.jsonl").read_text()) == {"step": 2, "prompt": "a", "text": "b"}

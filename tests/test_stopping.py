@@ -18,7 +18,6 @@ from distlora.checkpoint.state import Progress
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import TRAINER_NAME, newest, steps
 from distlora.training import worker
-from distlora.training.generator import Sampler
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.trial import NonFiniteError, Trial
 from small_models import make_run, read_metrics
@@ -152,21 +151,6 @@ def test_a_held_out_loss_that_is_not_finite_is_never_the_best() -> None:
     assert Progress(evaluations={0: 3.0, 2: math.nan}).best_step is None
 
 
-def test_a_sample_that_fails_costs_no_checkpoint(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    samples = {"sample_every": 2, "sample_prompts": ["What is a list?"]}
-    make_run(tmp_path / "run", folders, train={"max_steps": 4, "save_every": 2, **samples})
-
-    def fails(self: object) -> None:
-        raise torch.OutOfMemoryError("no room for a cache")
-
-    monkeypatch.setattr(Sampler, "__call__", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        worker.run(tmp_path / "run", SINGLE)
-    assert [folder.name for folder in steps(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
-
-
 @pytest.fixture(scope="module")
 def after_three_steps(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Return the adapter of a run of as many steps as PATIENT."""
@@ -209,11 +193,3 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
         worker.run(tmp_path / "run", SINGLE)
         last = saved(tmp_path / "run" / "checkpoints" / "step_00000005")
         assert all(torch.equal(last[name], tensor) for name, tensor in saved(tmp_path / "run" / "adapter").items())
-
-
-def test_nothing_stops_while_the_held_out_loss_falls(folders: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", folders, train=PATIENT)
-    worker.run(tmp_path / "run", SINGLE)
-    losses = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
-    assert max(losses) == 8, "the loss falls in every evaluation, so nothing stops"
-    assert torch.equal(*(next(iter(saved(tmp_path / "run" / name).values())) for name in ("best", "adapter")))

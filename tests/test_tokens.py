@@ -20,7 +20,7 @@ from distlora.architecture.tokens import load_tokenizer, vocabulary_of
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.loading.peft_format import adapter_tensors, load_peft_adapter
-from distlora.model.adapters import TokenRows, sum_by_slot
+from distlora.model.adapters import TokenRows
 from distlora.model.lm_head import LossHead
 from distlora.parallel import Ranks
 from distlora.planner.model import find_model
@@ -107,12 +107,6 @@ def test_a_list_means_the_embedding_and_a_mapping_each_matrix(folders: Path) -> 
         trained("llama", [1002])
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    write_model_folder(tmp_path / "model", "llama", vocab_size=900)
-    with pytest.raises(UserError, match="the token 1000, beyond vocab_size=900"):
-        vocabulary_of(with_new(tmp_path / "model", "<a>").spec, model_config(tmp_path / "model"))
-
-
 def own_rows(ranks: Ranks, *, folder: Path, adapter: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
     """Return this rank's rows of embedding and head and the first one's index; trained rows whole."""
     sections: dict[str, Any] = {"adapter": adapter, "quant": {"method": "none"}, "train": {"dtype": "bf16"}}
@@ -190,13 +184,6 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(
     assert_close(gradient, expected_gradient, ulps=16)  # Sums of 57 tokens in another order.
     with torch.no_grad():
         assert_close((head(mixed(rows.embed(embedding, ids)), labels) * weights).sum(), expected, ulps=8)
-
-
-def test_the_sum_by_slot_is_fp32_of_16_bit_values() -> None:
-    torch.manual_seed(0)
-    values, slots = torch.randn(3000, 8).bfloat16(), torch.randint(-1, 5, (3000,))
-    expected = torch.zeros(6, 8, dtype=torch.float64).index_add_(0, slots + 1, values.double())[1:]
-    assert_close(sum_by_slot(values, slots, 5), expected.float(), ulps=16)
 
 
 @pytest.fixture(scope="module")
@@ -351,19 +338,3 @@ def test_an_adapter_with_new_tokens_asks_for_them_by_name(folders: Path, tmp_pat
     of_peft(tmp_path / "half", folders / "llama-tied", [1001], VOCABULARY + 2)
     with pytest.raises(UserError, match="row 1002 is not among trainable_token_indices"):
         check_model(compose_config([*words, f"adapter.init_from={tmp_path / 'half'}", 'model.new_tokens=["<a>"]']))
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_rows_that_are_not_trained_yet_leave_the_model_as_it_is(folders: Path, dtype: str) -> None:
-    sections: dict[str, Any] = {"adapter": {"target_modules": "qv", "r": 2}, "train": {"dtype": dtype}}
-    plain, _, _ = start_run_model(config_for(folders / "llama", **sections), SINGLE)
-    sections["adapter"]["trainable_token_indices"] = {"embed_tokens": [3, 8, 900], "lm_head": [7, 1000]}
-    with_rows, _, _ = start_run_model(config_for(folders / "llama", **sections), SINGLE)
-    ids = tokens(2, 40)
-    ids[:, ::4] = torch.tensor([3, 8, 900, 7, 1000] * 2)
-    positions = torch.arange(40).expand_as(ids)
-    with torch.no_grad():
-        hidden = with_rows.hidden_states(ids, positions)
-        assert torch.equal(hidden, plain.hidden_states(ids, positions))
-        # A product of 2 columns may add up otherwise than one of 1,001.
-        assert_close(with_rows.head.logits(hidden), plain.head.logits(hidden), ulps=1)

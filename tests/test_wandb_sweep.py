@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +194,6 @@ def test_an_agents_words_are_checked(capsys: pytest.CaptureFixture[str]) -> None
     }.items():
         assert main(["sweep", "agent", *words]) == 2
         assert said in capsys.readouterr().err
-
-
-def test_agents_can_be_started_again_by_their_folder(tmp_path: Path) -> None:
-    words = ["team/p/s1", "--count", "3", "sweep.workers=2", "cluster=slurm", "cluster.nodes=2", "cluster.partition=x"]
-    request, index, cluster = parse_agents([*words, f"run_dir='{tmp_path}/two words'"])
-    assert (request.sweep_id, request.count, request.workers, index) == ("s1", 3, 2, None)
-    assert (cluster.launcher, cluster.nodes, cluster.partition) == ("slurm", 2, "x")
-    assert request.folder == tmp_path / "two words"
-    assert parse_agents(request.overrides())[0] == request
-    assert parse_agents([*request.one(), "--index", "1"])[:2] == (replace(request, workers=1, cluster=()), 1)
 
 
 @pytest.mark.parametrize("by", ["wandb", "the command"])

@@ -210,7 +210,9 @@ class Run(Started):
         steps = self.config.train.max_steps
         assert steps is not None
         # Only rank 0 writes, so this reporter is silent.
-        quiet = Reporter(Path(self.config.run_dir), self.config, rank=1, world=2, total_steps=steps, start_step=0)
+        quiet = Reporter(
+            Path(self.config.run_dir), self.config, rank=1, world=2, total_steps=steps, progress=Progress()
+        )
         hooks = Hooks(save=self.turns, save_last=self.turns, publish_best=ignore)
         trainer, _ = self.trainer(rows, reporter=quiet, hooks=hooks)
         trainer.fit()

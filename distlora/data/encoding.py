@@ -325,12 +325,8 @@ class _Progress:
         if now - self._reported < _PROGRESS_SECONDS:
             return
         self._reported = now
-        of_total = ""
+        done = f"{self._documents:,} documents, {self._bytes / 1e6:,.1f} MB"
         if self._total:
-            of_total = f" of {self._total / 1e6:,.1f} MB ({min(1.0, self._bytes / self._total):.0%})"
-        print(
-            f"tokenizing {self._label}: {self._documents:,} documents, {self._bytes / 1e6:,.1f}"
-            f"{of_total or ' MB'}, {self._bytes / 1e6 / (now - self._started):.1f} MB/s",
-            file=sys.stderr,
-            flush=True,
-        )
+            done += f" of {self._total / 1e6:,.1f} MB"
+        rate = self._bytes / 1e6 / (now - self._started)
+        print(f"tokenizing {self._label}: {done}, {rate:.1f} MB/s", file=sys.stderr, flush=True)

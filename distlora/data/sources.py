@@ -480,19 +480,18 @@ def check_sources(data: DataConfig, *, limit: int, pinned: Mapping[str, str] | N
     Of a hub data set only the name, the configuration and the split are checked, and the format is None: its rows are
     not here yet. One that is pinned was read before and is not asked for again.
     """
-    found = [source for of_split in find_sources(data, pinned).values() for source in of_split]
-    return [_check_head(source, limit, pinned or {}) for source in found]
-
-
-def _check_head(source: Source, limit: int, pinned: Mapping[str, str]) -> str | None:
-    if source.commit is not None:
-        if _pin_name(source.config.path, source.config.revision) not in pinned:
-            _check_hub(source.config, source.commit, streaming=source.streaming)
-        return None
-    format, documents = source.open(has_template=True)
-    for _ in itertools.islice(documents, limit):
-        pass
-    return format
+    formats: list[str | None] = []
+    for source in itertools.chain(*find_sources(data, pinned).values()):
+        if source.commit is not None:
+            if _pin_name(source.config.path, source.config.revision) not in (pinned or {}):
+                _check_hub(source.config, source.commit, streaming=source.streaming)
+            formats.append(None)
+            continue
+        format, documents = source.open(has_template=True)
+        for _ in itertools.islice(documents, limit):
+            pass
+        formats.append(format)
+    return formats
 
 
 def _files(path: Path, field: str, is_saved: bool) -> tuple[Path, ...]:

@@ -133,14 +133,12 @@ def generate(
         stopping_criteria=stopping,
         synced_gpus=False,
     )
-    stops = settings.eos_token_id or []
-    return [_completion(row[longest:], stops) for row in output.tolist()]
-
-
-def _completion(tokens: list[int], stops: list[int]) -> Completion:
-    """Cut a row of generate's result, which is padded after its end."""
-    end = next((index for index, token in enumerate(tokens) if token in stops), None)
-    return Completion(tokens[:end], end is not None)
+    completions = []
+    for row in output.tolist():  # Padded after its end.
+        tokens, stops = row[longest:], settings.eos_token_id or []
+        end = next((index for index, token in enumerate(tokens) if token in stops), None)
+        completions.append(Completion(tokens[:end], end is not None))
+    return completions
 
 
 def generate_all(
@@ -194,7 +192,11 @@ class PromptEncoder:
         Raises UserError for a prompt that the template refuses, and for one that leaves no room for an answer.
         """
         if self.template is not None:
-            ids = self._tokenize(self._render(self.template, prompt, system))
+            messages = list(prompt.messages) if prompt.text is None else [{"role": "user", "content": prompt.text}]
+            if system is not None and messages[0]["role"] not in ("system", "developer"):
+                messages.insert(0, {"role": "system", "content": system})
+            self.template.check_tools(prompt.place, messages, prompt.tools)
+            ids = self._tokenize(self.template.render(prompt.place, messages, prompt.tools, prompt=True))
         else:
             if prompt.text is None:
                 raise UserError(
@@ -211,20 +213,11 @@ class PromptEncoder:
             )
         return ids
 
-    def _render(self, template: ChatTemplate, prompt: Prompt, system: str | None) -> str:
-        messages = list(prompt.messages) if prompt.text is None else [{"role": "user", "content": prompt.text}]
-        if system is not None and messages[0]["role"] not in ("system", "developer"):
-            messages.insert(0, {"role": "system", "content": system})
-        template.check_tools(prompt.place, messages, prompt.tools)
-        return template.render(prompt.place, messages, prompt.tools, prompt=True)
-
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def stop_tokens(self, folder: str | Path) -> list[int]:
-        """Return the tokens that end a completion.
-
-        Ends of text of the tokenizer, config.json and generation_config.json.
+        """Return the tokens that end a completion: ends of text of the tokenizer, config.json, generation_config.json.
 
         The token that the chat template writes after an assistant's turn also counts: a base may be trained on a
         template that its authors did not know.

@@ -72,7 +72,8 @@ class Trainer:
     def _follow(self, trials: Sequence[Trial]) -> None:
         """Log, evaluate, save and sample if it is due for these trials and not done yet."""
         due = {trial: trial.due(self.control) for trial in trials}
-        if any(of_trial.takes_long for of_trial in due.values()):
+        # What does not count as training time.
+        if any(each.evaluating or each.saving or each.sampling or each.is_last for each in due.values()):
             self._log(self.trials)  # So that the steps' time does not include it.
         else:
             self._log([trial for trial in trials if due[trial].logging])
@@ -132,13 +133,16 @@ class Trainer:
         began, step = time.monotonic(), trials[0].done + 1
         assert len(trials) == 1 or not trials[0].objective.figures, "whose figures they are is not known"
         watch.at(step, "reading rows", long=self._is_cold)
-        shares = [trial.next_share() for trial in trials]
+        shares = [Share(trial.loader.batch(trial.done), trial.slot, trial.done) for trial in trials]
         units = [trial.objective.units(share.batch) for trial, share in zip(trials, shares, strict=True)]
         row_losses: list[list[Tensor]] = [[] for _ in trials]
         figures: list[Tensor] = []
         self.backend.traffic.take()  # Drop what was counted between steps.
         self.backend.zero_gradients()
-        parts = self._as_run(shares)
+        whole = self.trials[0].train.accumulate == "block"
+        if whole:  # As one batch, which the layers slice.
+            self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
+        parts = stacks(shares, whole=whole)
         for index, part in enumerate(parts):
             self.control.boundary(step, "forward of micro-batch", index + 1, long=self._is_cold)
             losses = trials[0].objective.losses(self.model, part.batch, self.backend.ranks.device, part.step)
@@ -158,9 +162,8 @@ class Trainer:
             micro_batches = share.batch.micro_batches
             trial.note(
                 StepFigures(
-                    row_losses=torch.cat(own_losses)[
-                        : len(share.batch.rows)
-                    ],  # Without the rows that fill up a layer's slices.
+                    # Without the rows that fill up a layer's slices.
+                    row_losses=torch.cat(own_losses)[: len(share.batch.rows)],
                     figures=torch.stack(figures).sum(dim=0),
                     units=own_units,
                     tokens=share.batch.global_rows * micro_batches[0].labels.shape[1],
@@ -170,13 +173,6 @@ class Trainer:
                     passes=2 * len(parts),
                 )
             )
-
-    def _as_run(self, shares: Sequence[Share]) -> list[Stack]:
-        """Return the step's micro-batches, or one batch of them all that the layers slice (accumulate=block)."""
-        whole = self.trials[0].train.accumulate == "block"
-        if whole:
-            self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
-        return stacks(shares, whole=whole)
 
     def evaluate(self, trials: Sequence[Trial]) -> None:
         """Compute the mean held-out loss and metrics of each trial over all its held-out units."""
@@ -188,9 +184,10 @@ class Trainer:
         for documents in (trial.documents for trial in trials if trial.documents is not None):
             documents.begin()
         with torch.no_grad():
-            for index in range(max(trial.held_out_batches for trial in trials)):
-                running = [number for number, trial in enumerate(trials) if index < trial.held_out_batches]
-                shares = [trials[number].held_out_share(index) for number in running]
+            loaders = [trial.eval_loader for trial in trials if trial.eval_loader is not None]
+            for index in range(max(loader.steps_per_epoch for loader in loaders)):
+                running = [number for number, loader in enumerate(loaders) if index < loader.steps_per_epoch]
+                shares = [Share(loaders[number].batch(index), trials[number].slot, None) for number in running]
                 for number, share in zip(running, shares, strict=True):
                     units[number] += objective.units(share.batch)
                 for part in stacks(shares, whole=False):

@@ -18,7 +18,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -33,8 +32,7 @@ from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
 from distlora.parallel import Backend
 from distlora.parallel.shards import local_rows
 from distlora.planner.memory import KINDS, Kind, measured
-from distlora.planner.memory.measured import RECORDED, MeasuredRank
-from distlora.run_folder.layout import PLAN_NAME, read_record
+from distlora.planner.memory.measured import MeasuredRank
 from distlora.training.optimizers import Optimizer
 from distlora_kernels import scratch
 
@@ -126,9 +124,8 @@ class MemoryMeter:
         self.memory = self.failure = None
         for block in self._model.blocks:
             block.forget_rows()
-        recorder = Recorder(self._device)
         before = self._tried(self._held)
-        self._tried(recorder.start)
+        recorder = self._tried(start_recording)
         try:
             with _marks(self._model, self._optimizers):
                 mark("start")
@@ -136,9 +133,10 @@ class MemoryMeter:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # Errors of the step's kernels surface here, as the step's.
         finally:
-            self._tried(recorder.stop)
-        if before is not None:
-            self.memory = self._tried(lambda: account(recorder.events(), before, self._held()))
+            if recorder is not None:
+                self._tried(lambda: recorder.__exit__(None, None, None))
+        if before is not None and recorder is not None:
+            self.memory = self._tried(lambda: account(recorded_events(recorder, self._device), before, self._held()))
 
     def _tried(self, doing: Callable[[], _Found]) -> _Found | None:
         """Run a part of the measurement, unless it has failed already. A step is never part of it."""
@@ -150,32 +148,11 @@ class MemoryMeter:
         return None
 
 
-class Recorder:
-    """Records a device's allocator and the marks between `start` and `stop`, once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._profile: profile | None = None
-
-    def start(self) -> None:
-        """Start torch's memory profiler."""
-        # Kineto, torch's profiler, prints to stderr when it starts and stops, unless this is set before its first use.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        started = profile(use_kineto=True, profile_memory=True)
-        started.__enter__()
-        self._profile = started
-
-    def stop(self) -> None:
-        """Stop the profiler."""
-        if self._profile is not None:
-            self._profile.__exit__(None, None, None)
-
-    def events(self) -> list[Event]:
-        """Return the events in order, after `stop`. Raises RuntimeError if the profiler has none."""
-        results = None if self._profile is None else self._profile.kineto_results
-        if results is None:
-            raise RuntimeError("torch's profiler has recorded nothing")
-        return _events(results.experimental_event_tree(), self._device)
+def start_recording() -> profile:
+    """Return torch's profiler of memory, started. The caller exits it, and reads `recorded_events`."""
+    # Kineto, torch's profiler, prints to stderr when it starts and stops, unless this is set before its first use.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    return profile(use_kineto=True, profile_memory=True).__enter__()
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
@@ -299,9 +276,10 @@ class Event:
     mark: Part | None = None
 
 
-def _events(tree: list[Any], device: torch.device) -> list[Event]:
-    """Return the profiler's events in order: memory of `device`, and marks."""
+def recorded_events(recorder: profile, device: torch.device) -> list[Event]:
+    """Return the events of a profiler that has been exited, in order: memory of `device`, and marks."""
     entries = []
+    tree = recorder.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
     waiting: list[tuple[Any, Kind | None]] = [(event, None) for event in reversed(tree)]
     while waiting:
         event, kind = waiting.pop()
@@ -400,8 +378,6 @@ def _kind(part: Part, until: Part | None, at: Part) -> Kind:
 
 
 _PARTS: tuple[Part, ...] = get_args(Part)
-_REASON_BYTES = 240
-"""Bytes of the message by which a rank reports a failed measurement to the others."""
 
 
 def measured_step(first_step: int, settings: TrainConfig) -> int | None:
@@ -414,28 +390,6 @@ def measured_step(first_step: int, settings: TrainConfig) -> int | None:
     if 1 in between:
         return None
     return next(step for step in itertools.count(first_step + 1) if all(step % every for every in between))
-
-
-def read_plan(run_dir: Path, *, measure: bool) -> dict[str, Any]:
-    """Return RUN/plan.json; empty if nothing is planned or measured. Raises UserError for a damaged file."""
-    return read_record(run_dir / PLAN_NAME, RECORDED) if measure else {}
-
-
-def memory_check(
-    plan: Mapping[str, Any],
-    train: TrainConfig,
-    model: CausalLM,
-    optimizer: Optimizer,
-    backend: Backend,
-    *,
-    first_step: int,
-    measure: bool,
-) -> MemoryCheck | None:
-    """Return the check for a start at `first_step`; None if nothing is measured."""
-    step = measured_step(first_step, train)
-    if not measure or step is None:
-        return None
-    return MemoryCheck(model, optimizer, backend, plan=plan, step=step)
 
 
 class MemoryCheck:
@@ -460,16 +414,18 @@ class MemoryCheck:
     def around(self) -> Iterator[None]:
         """Measure the step within this context.
 
-        If the measurement fails on a rank, but not the step, there are no metrics, `warning` has the reason, and the
-        run continues.
+        If the measurement fails on a rank, but not the step, there are no metrics, that rank prints the reason, and
+        the run continues.
         """
         # Free what an earlier step left: its size is not known.
         self._backend.zero_gradients()
         with self._meter.step():
             yield
-        if (failed := self._failed(self._meter.failure)) is not None:
-            rank, reason = failed
-            self.warning = f"WARNING: what memory this step took was not measured on rank {rank}: {reason}"
+        if (reason := self._meter.failure) is not None:
+            print(f"the memory of this step was not measured: {reason}", flush=True)
+        failed = [rank for rank, (has_failed,) in enumerate(self._gather([int(reason is not None)])) if has_failed]
+        if failed:
+            self.warning = f"WARNING: the memory of this step was not measured on rank {failed[0]}; its log says why"
             return
         assert self._meter.memory is not None
         of_worst = self._worst(self._meter.memory)
@@ -478,14 +434,6 @@ class MemoryCheck:
     def of_step(self, step: int) -> dict[str, int]:
         """Return the metrics if they belong to this step, counted from 0."""
         return self.figures if step == self._step else {}
-
-    def _failed(self, reason: str | None) -> tuple[int, str] | None:
-        """Return (rank, reason) of the first failed measurement; None if all succeeded."""
-        encoded = (reason or "").encode()[:_REASON_BYTES]
-        for rank, message in enumerate(self._gather(list(encoded.ljust(_REASON_BYTES, b"\0")))):
-            if text := bytes(message).rstrip(b"\0").decode(errors="ignore"):
-                return rank, text
-        return None
 
     def _gather(self, values: list[int]) -> list[list[int]]:
         gathered: list[list[int]] = self._backend.gather_ranks(

@@ -16,7 +16,7 @@ from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
-from distlora.parallel import Backend, Shards, whole_shape
+from distlora.parallel import Backend, whole_shape
 from distlora.training.reporter import Reporter
 from distlora.training.trial import Trial, peak_memory_bytes
 
@@ -50,7 +50,10 @@ def describe(
             f"{loaded.how} in {loaded.seconds:.1f} s"
         )
     if backend.shards.copies > 1:
-        reporter.event(_copies(backend.shards))
+        reporter.event(
+            f"{backend.shards.copies:,} copies of the base, each sharded over {backend.shards.count:,} ranks; only "
+            "gradients travel between copies"
+        )
         split = backend.shards.split_copies(cluster.gpus_per_node)
         if cluster.nodes > 1 and split:
             reporter.event(
@@ -64,17 +67,6 @@ def describe(
         reporter.event(line)
     for note in model.notes:
         reporter.event(note)
-
-
-def _copies(shards: Shards) -> str:
-    if shards.count == 1:
-        return f"each of the {shards.copies:,} ranks has the base whole; only gradients travel between them"
-    ranks = [f"{shards.rank_of(0, copy)}-{shards.rank_of(shards.count - 1, copy)}" for copy in range(shards.copies)]
-    named = f"{', '.join(ranks)}" if shards.copies <= 4 else f"{', '.join(ranks[:3])}, ..., {ranks[-1]}"
-    return (
-        f"{shards.copies:,} copies of the base, each sharded over {shards.count:,} ranks ({named}); only gradients "
-        "travel between copies"
-    )
 
 
 def _vocabulary(model: CausalLM) -> Iterator[str]:

@@ -7,7 +7,7 @@ torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,9 +19,6 @@ from distlora.system.numbers import length
 from distlora.weights.peft_folder import WEIGHTS_NAME
 
 HUB = "https://huggingface.co"
-
-_CPU = re.compile(r"DEFAULT|NO AVX|AVX\d+|NEON|SVE\d*|VSX|Z ?VECTOR")
-"""Answers of torch.backends.cpu.get_cpu_capability(); a GPU has a name."""
 
 
 def model_card(result: Result, *, repository: str, base: str | None, license_of_base: Mapping[str, Any]) -> str:
@@ -177,19 +174,16 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
     if after is not None and result.step:
         yield f"held-out loss after {result.step:,} steps", f"{after:.4f}"
     summary, environment = result.summary, result.environment
-    if "tokens_per_second" in summary:
-        yield "tokens a second", f"{summary['tokens_per_second']:,.0f}"
-    if "train_seconds" in summary:
-        yield "training time", length(summary["train_seconds"])
     if {"ranks", "device"} <= environment.keys():
-        device = str(environment["device"])
-        yield "processes", f"{environment['ranks']} x {f'CPU ({device})' if _CPU.fullmatch(device) else device}"
-    if "peak_memory_bytes" in summary:
-        yield "peak memory of a process", f"{summary['peak_memory_bytes'] / 2**30:,.2f} GiB"
-    if "bits_per_parameter" in summary:
-        yield "bits a quantized weight", f"{summary['bits_per_parameter']:.3f}"
-    if "trainable_parameters" in summary:
-        yield "trained parameters", f"{summary['trainable_parameters']:,}"
+        yield "processes", f"{environment['ranks']} x {environment['device']}"
+    shown: dict[str, tuple[str, Callable[[float], str]]] = {
+        "tokens_per_second": ("tokens a second", "{:,.0f}".format),
+        "train_seconds": ("training time", length),
+        "peak_memory_bytes": ("peak memory of a process", lambda nbytes: f"{nbytes / 2**30:,.2f} GiB"),
+        "bits_per_parameter": ("bits a quantized weight", "{:.3f}".format),
+        "trainable_parameters": ("trained parameters", "{:,}".format),
+    }
+    yield from ((title, form(summary[name])) for name, (title, form) in shown.items() if name in summary)
     if result.adapter is not None:
         yield "adapter", f"{(result.folder / WEIGHTS_NAME).stat().st_size / 1e6:,.1f} MB"
 
@@ -208,8 +202,9 @@ def _use(result: Result, repository: str, base: str | None) -> str:
     needs_nf4 = result.config.adapter.for_nf4
     classes = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if needs_nf4 else "")
     code = f"from peft import PeftModel\nfrom transformers import {classes}\n\n"
-    if needs_nf4:
-        code += f"nf4 = {_nf4(result.config.train.dtype)}\n"
+    if needs_nf4:  # By default bitsandbytes computes in fp32.
+        dtype = _TORCH_NAMES[result.config.train.dtype]
+        code += f'nf4 = BitsAndBytesConfig(\n    {_NF4}, bnb_4bit_compute_dtype="{dtype}"\n)\n'
     how = f'{revision}, dtype="auto"' + (", quantization_config=nf4" if needs_nf4 else "")
     code += f'base = AutoModelForCausalLM.from_pretrained("{tokenizer}"{how})\n'
     load = f'model = PeftModel.from_pretrained(base, "{repository}")\n'
@@ -229,40 +224,24 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             'tokenizer.chat_template = Path(template).read_text(encoding="utf-8")\n'
         )
     text = f"```python\n{code}```"
-    if result.config.quant.is_nf4 and result.config.adapter.pissa:
-        text += (
-            "\n\nLoad the base in 16 bits: training had the base less the adapter's start in 4 bits, which is not what "
+    if not result.config.quant.is_nf4:
+        return text
+    note = "The base can be loaded in the 4-bit form that it was trained on: "
+    note += f"`quantization_config=BitsAndBytesConfig({_NF4})`."
+    if result.config.adapter.pissa:
+        note = (
+            "Load the base in 16 bits: training had the base less the adapter's start in 4 bits, which is not what "
             "quantizing the base gives."
         )
     elif needs_nf4:
-        text += (
-            "\n\nThe base must be in this 4-bit form: by LoftQ the adapter began as a correction of what NF4 loses of "
-            "each weight, which a base in 16 bits does not lack."
-        )
-    elif result.config.quant.is_nf4 and _has_experts(result):
-        text += (
-            "\n\nTraining had the experts in 4 bits; bitsandbytes leaves fused experts in 16, so a base that it loads "
-            "is another one, and larger."
-        )
-    elif result.config.quant.is_nf4:
-        text += (
-            "\n\nThe base can be loaded in the 4-bit form that it was trained on: `quantization_config="
-            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`.'
-        )
-    return text
+        note = "The base must be in this 4-bit form: LoftQ's adapter began as a correction of what NF4 loses."
+    elif "active_parameters" in result.summary or result.adapter.get("target_parameters"):
+        note = "Training had the experts in 4 bits; bitsandbytes leaves fused experts in 16."
+    return f"{text}\n\n{note}"
 
 
-def _nf4(dtype: str) -> str:
-    """Return bitsandbytes' settings for quant=nf4. By default bitsandbytes computes in fp32."""
-    settings = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
-    return f'BitsAndBytesConfig(\n    {settings}, bnb_4bit_compute_dtype="{_TORCH_NAMES[dtype]}"\n)'
-
-
+_NF4 = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
 _TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
-
-
-def _has_experts(result: Result) -> bool:
-    return "active_parameters" in result.summary or bool((result.adapter or {}).get("target_parameters"))
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:

@@ -11,7 +11,7 @@ pieces.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,44 +39,24 @@ class Losses(NamedTuple):
     """In an evaluation, the loss of each token (B, T), 0 without a target, or of each pair of a row (B, P)."""
 
 
-class Objective(Protocol):
-    """A training objective: its losses and the number that divides their sums."""
-
-    figures: tuple[str, ...]
-    """Names of the metrics beside the loss; each is a mean over the units."""
-    has_reference: bool
-    """True if every row runs forward a second time, without gradient."""
-
-    def units(self, batch: StepBatch) -> int:
-        """Return the number that the step's sums are divided by."""
-        ...
-
-    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
-        """Compute the losses.
-
-        `step` is the training step of the rows, or (B,) of each; None: an evaluation, no dropout.
-        """
-        ...
-
-
-def objective_of(config: TrainConfig) -> Objective:
-    """Return the objective of train.objective."""
-    return Preference(config.dpo_beta) if config.objective == "dpo" else NextToken()
-
-
 class NextToken:
     """Next-token loss: -log p of each target token."""
 
     figures: tuple[str, ...] = ()
+    """Names of the metrics beside the loss; each is a mean over the units."""
     has_reference = False
+    """True if every row runs forward a second time, without gradient."""
 
     def units(self, batch: StepBatch) -> int:
         """Return the target tokens of the step, over all ranks."""
         return batch.global_targets
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
-        """Compute the next-token losses."""
-        losses = _run(model, batch, _Sent.of(batch, device), step, by_token=step is None)
+        """Compute the losses.
+
+        `step` is the training step of the rows, or (B,) of each; None: an evaluation, no dropout.
+        """
+        losses = _run(model, batch, _on(device, batch), step, by_token=step is None)
         rows = losses.sum(dim=1) if step is None else losses
         return Losses(rows, rows.new_zeros(0), losses if step is None else None)
 
@@ -107,7 +87,7 @@ class Preference:
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         """Compute the DPO losses of the pairs."""
-        sent = _Sent.of(batch, device)
+        sent = _on(device, batch)
         # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
         sides, is_pair = pair_sides(sent.position_ids, sent.labels, most_pairs(batch))
         policy, reference = _run(model, batch, sent, step, with_reference=True)
@@ -120,6 +100,11 @@ class Preference:
             figures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), logps[..., 0], logps[..., 1])
             sums = torch.stack([torch.where(is_pair, figure, 0.0).sum() for figure in figures])
         return Losses(losses.sum(dim=1), sums, losses if step is None else None)
+
+
+def objective_of(config: TrainConfig) -> NextToken | Preference:
+    """Return the objective of train.objective."""
+    return Preference(config.dpo_beta) if config.objective == "dpo" else NextToken()
 
 
 def most_pairs(batch: MicroBatch) -> int:
@@ -143,27 +128,14 @@ def _sums(values: Tensor, sides: Tensor) -> Tensor:
     return torch.where(sides, values[:, None, None, :], 0.0).sum(dim=-1)
 
 
-class _Sent(NamedTuple):
-    """Tensors of a micro-batch on the device."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    labels: Tensor
-    rows: Tensor
-    slots: Tensor | None
-
-    @classmethod
-    def of(cls, batch: MicroBatch, device: torch.device) -> _Sent:
-        tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.rows)
-        input_ids, position_ids, labels, rows = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        slots = None if batch.slots is None else batch.slots.to(device, non_blocking=True)
-        return cls(input_ids, position_ids, labels, rows, slots)
+def _on(device: torch.device, batch: MicroBatch) -> MicroBatch:
+    return MicroBatch._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in batch)
 
 
 def _run(
     model: CausalLM,
     batch: MicroBatch,
-    sent: _Sent,
+    sent: MicroBatch,
     step: int | Tensor | None,
     *,
     with_reference: bool = False,
@@ -240,8 +212,7 @@ class DocumentLosses:
         by_document, units_of = np.zeros(len(numbers), np.float64), np.zeros(len(numbers), np.int64)
         np.add.at(by_document, document, losses)
         np.add.at(units_of, document, units)
-        if self._digest is None:
-            self._digest = digest_of(self.rows)
+        self._digest = self._digest or digest_of(self.rows)
         return DocumentRecord(
             step=step,
             rows=self._digest,

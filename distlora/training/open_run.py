@@ -5,8 +5,7 @@ Single runs (worker.py) and multi-trial training (multi_trial/) both use it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,14 @@ from distlora.checkpoint.state import (
     identity_of,
     load_state,
 )
-from distlora.config import AdapterConfig, Config, ModelConfig, TrainConfig, UserError
+from distlora.config import Config, ModelConfig, TrainConfig
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.data.rows import PackedRows
 from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
-from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, PUBLISHED, TRAINER_NAME, read_record, step_folder
-from distlora.system.stop_signals import Stopped
+from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, PUBLISHED, TRAINER_NAME, read_record
 from distlora.training.memory_meter import MemoryCheck
 from distlora.training.optimizers import Optimizer
 from distlora.training.publish import finish, header_marks, publish_best, trainer_tensors, weight_files
@@ -63,12 +61,6 @@ class OpenRun:
     notes: list[str]
     """Lines for the log about the checkpoints."""
 
-    @property
-    def chat_template(self) -> str | None:
-        """Return the chat template that the data was rendered with, None without one."""
-        template: str | None = self.data["chat_template"]
-        return template
-
     def reporter(self, ranks: Ranks, *, label: str = "") -> Reporter:
         """Open the reporter. `label`: prefix of terminal lines, if several runs print there."""
         return Reporter(
@@ -77,7 +69,7 @@ class OpenRun:
             rank=ranks.rank,
             world=ranks.world,
             total_steps=self.total_steps,
-            start_step=self.progress.step,
+            progress=self.progress,
             label=label,
         )
 
@@ -88,7 +80,7 @@ class OpenRun:
             model,
             self.config.spec,
             self.progress,
-            self.chat_template,
+            self.data["chat_template"],
             backend,
             adapter,
             load_best=self.config.train.load_best_at_end,
@@ -105,7 +97,14 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
     """
     loader, eval_loader = open_data(run_dir, config.train, ranks)
     data = read_record(run_dir / DATA_NAME)
-    made_on = environment_of(config.train, config.adapter, config.shard_degree(ranks.world), ranks)
+    # What this run's bits depend on, apart from settings that a resume must not change.
+    made_on = environment(ranks.world, ranks.device, compiles=config.train.compile)
+    for name in ("dtype", "micro_batch", "attention", "compile"):
+        made_on[f"train.{name}"] = getattr(config.train, name)
+    degree = config.shard_degree(ranks.world)
+    if config.adapter.trains_base is not None and degree < ranks.world:
+        # Several copies change the order in which sharded gradients are summed, but not that of adapters.
+        made_on["shard_degree"] = degree
 
     def identity() -> Identity:
         base_id = base_identity(base, config.adapter, config.run_dir)
@@ -169,7 +168,8 @@ def trial_of(
     )
 
     def keep_best(progress: Progress) -> None:
-        publish_best(run.folder, model, config.spec, progress, run.chat_template, backend, reporter.event, adapter)
+        template = run.data["chat_template"]
+        publish_best(run.folder, model, config.spec, progress, template, backend, reporter.event, adapter)
 
     trial = Trial(
         model,
@@ -195,45 +195,10 @@ def trial_of(
     return trial, saver
 
 
-def environment_of(train: TrainConfig, adapter: AdapterConfig, degree: int, ranks: Ranks) -> dict[str, Any]:
-    """Return what this run's bits depend on, apart from settings that a resume must not change.
-
-    `degree`: ranks per copy of the base. Several copies change the order in which sharded gradients are summed, but not
-    that of adapters.
-    """
-    is_sharded = adapter.trains_base is not None
-    return (
-        environment(ranks.world, ranks.device, compiles=train.compile)
-        | {f"train.{name}": getattr(train, name) for name in ("dtype", "micro_batch", "attention", "compile")}
-        | ({"shard_degree": degree} if is_sharded and degree < ranks.world else {})
-    )
-
-
-@contextlib.contextmanager
-def recording_a_stop(reporter: Reporter, progress: Progress) -> Iterator[None]:
-    """Record a stop in RUN/stopped.json with the checkpoint that continues the run.
-
-    `progress` is that of the last save.
-    """
-    try:
-        yield
-    except Stopped as stop:
-        record_stop(reporter, progress, stop.signum)
-        raise
-
-
-def record_stop(reporter: Reporter, progress: Progress, signum: int) -> None:
-    """Report a stop by a signal, with the newest checkpoint if there is one."""
-    step = progress.step
-    reporter.stopped(signum, step, str(step_folder(Path(CHECKPOINTS), step)) if step > 0 else None)
-
-
 def open_data(run_dir: Path, train: TrainConfig, ranks: Ranks) -> tuple[StepLoader, StepLoader | None]:
     """Return the loaders of the training rows and of the held-out rows, if there are any."""
-    rows = open_split(run_dir, "train")
-    if rows is None:
-        raise UserError(f"{run_dir} has no prepared training rows; start the run with `distlora train`")
-    held_out = open_split(run_dir, "eval")
+    rows, held_out = open_split(run_dir, "train"), open_split(run_dir, "eval")
+    assert rows is not None, "a preparation without training rows is refused"
     evaluation = None if held_out is None else step_loader(held_out, train, ranks, shuffle=False)
     return step_loader(rows, train, ranks, shuffle=True), evaluation
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from distlora.architecture.tokens import tokenizer_files
 from distlora.checkpoint.files import atomic_folder, write_files
 from distlora.checkpoint.state import Progress
 from distlora.config import AdapterConfig, ModelSpec, UserError
+from distlora.config.json_files import object_or_empty
 from distlora.loading.decomposed_adapters import plain_config, plain_tensors, trained_part
 from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.loading.tensor_files import read_into, read_rows, write_model
@@ -47,17 +47,6 @@ def weight_files(model: CausalLM, spec: ModelSpec, adapter: str = DEFAULT_ADAPTE
 def header_marks(adapter: AdapterConfig) -> dict[str, str]:
     """Return the header metadata of a run's adapter: a mark if it belongs to the NF4 base only."""
     return NF4_MARK if adapter.for_nf4 else {}
-
-
-def adapter_files(
-    model: CausalLM, spec: ModelSpec, run_dir: str | Path, adapter: str = DEFAULT_ADAPTER
-) -> dict[str, Any]:
-    """Return the files of an adapter that PEFT loads onto the unchanged base."""
-    files = weight_files(model, spec, adapter)
-    if not spec.adapter.pissa:
-        return files
-    tensors = plain_tensors(files[WEIGHTS_NAME], initial_adapter_path(run_dir))
-    return {CONFIG_NAME: plain_config(files[CONFIG_NAME]), WEIGHTS_NAME: tensors}
 
 
 def load_weights(
@@ -151,21 +140,18 @@ def _check_states(
     keys_by_name: dict[str, set[str]] = {}
     for path, segment in stored.items():
         key, _, name = path.partition("/")
-        if name not in trained or not _is_state_of(trained[name], key, segment, optimizer):
+        fits = name in trained and segment.dtype in TORCH_DTYPES
+        if fits and key in optimizer.per_element:
+            fits = segment.shape == tuple(trained[name].shape)
+        elif fits:
+            fits = segment.numel <= (1 if key == _STEP else trained[name].numel())
+        if not fits:
             kind = f"{segment.dtype} {list(segment.shape)}"
             raise UserError(f"{file}: {path} of {kind} is no state of what is trained here; {_EARLIER}")
         keys_by_name.setdefault(name, set()).add(key)
     for name, keys in keys_by_name.items():
         if missing := sorted({_STEP, *optimizer.per_element} - keys):
             raise UserError(f"{file} has no {missing[0]} of {name}; {_EARLIER}")
-
-
-def _is_state_of(parameter: nn.Parameter, key: str, segment: Segment, optimizer: Optimizer) -> bool:
-    if segment.dtype not in TORCH_DTYPES:
-        return False
-    if key in optimizer.per_element:
-        return segment.shape == tuple(parameter.shape)
-    return segment.numel == 1 if key == _STEP else segment.numel <= parameter.numel()
 
 
 _STEP = "step"
@@ -194,7 +180,8 @@ def finish(
     target = run_dir / PUBLISHED[spec.adapter.method]
     best = run_dir / BEST_NAME
     wants_best = load_best and progress.best_step not in (None, progress.step)
-    held = from_rank_0(_step_of(best) if backend.writes else -1, backend.ranks)
+    step = object_or_empty(best / BEST_STEP_NAME).get("step") if backend.writes else None
+    held = from_rank_0(step if type(step) is int else -1, backend.ranks)
     if not wants_best or not progress.published_step == progress.best_step == held:
         publish_result(target, model, spec, chat_template, backend, run_dir=run_dir, adapter=adapter)
         missed = f" (the last: the best, of step {progress.best_step}, is not in {best})" if wants_best else ""
@@ -203,14 +190,6 @@ def finish(
         if backend.writes:
             shutil.copytree(best, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(BEST_STEP_NAME))
     return f"{target} (the best, of step {progress.best_step})"
-
-
-def _step_of(best: Path) -> int:
-    try:
-        step = json.loads((best / BEST_STEP_NAME).read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return -1
-    return step if type(step) is int else -1
 
 
 def publish_best(
@@ -267,11 +246,15 @@ def publish_result(
             assert isinstance(dtype, torch.dtype)
             write_model(temporary, model.hf_state_dict(), backend, dtype)
             if backend.writes:
-                _write_companions(temporary, model, spec.path)
+                for path in companions_of(spec.path):
+                    shutil.copy2(path, temporary / path.name)
+                model.hf_config.save_pretrained(temporary)
         else:
-            write_files(
-                temporary, adapter_files(model, spec, run_dir, adapter), backend, metadata=header_marks(spec.adapter)
-            )
+            files = weight_files(model, spec, adapter)
+            if spec.adapter.pissa:  # PEFT loads what is published onto the unchanged base.
+                tensors = plain_tensors(files[WEIGHTS_NAME], initial_adapter_path(run_dir))
+                files = {CONFIG_NAME: plain_config(files[CONFIG_NAME]), WEIGHTS_NAME: tensors}
+            write_files(temporary, files, backend, metadata=header_marks(spec.adapter))
         if backend.writes:
             for name, content in tokenizer_files(spec).items():
                 (temporary / name).write_bytes(content)
@@ -291,10 +274,3 @@ def companions_of(base: Path) -> list[Path]:
 
 
 _RECORDS = ("merge.json", "combine.json", "export.json")
-
-
-def _write_companions(folder: Path, model: CausalLM, base: Path) -> None:
-    """Copy the config, tokenizer and generation config of the base, which make a folder of weights a model."""
-    for path in companions_of(base):
-        shutil.copy2(path, folder / path.name)
-    model.hf_config.save_pretrained(folder)

@@ -15,10 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from distlora.checkpoint.state import Progress
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping
 from distlora.config.json_files import read_object
+from distlora.run_folder.layout import step_folder
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
+from distlora.run_folder.layout import CHECKPOINTS
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.progress import Display
@@ -41,10 +44,14 @@ class Reporter:
         rank: int,
         world: int,
         total_steps: int,
-        start_step: int,
+        progress: Progress,
         label: str = "",
     ) -> None:
-        """Open the files and wandb. `label`: prefix of terminal lines, if several runs print there."""
+        """Open the files and wandb. `progress`: that of the last save, now and at a stop.
+
+        `label`: prefix of terminal lines, if several runs print there.
+        """
+        start_step, self._progress = progress.step, progress
         self._writes = rank == 0
         if not self._writes:
             return
@@ -118,21 +125,6 @@ class Reporter:
         if self._writes:
             self._display.say(text)
 
-    def stopped(self, signum: int, step: int, checkpoint: str | None) -> None:
-        """Write RUN/stopped.json after a request to stop.
-
-        `checkpoint` (relative to RUN, complete on disk) continues the run after `step`; None if nothing was trained.
-        """
-        if not self._writes:
-            return
-        record = {"step": step, "checkpoint": checkpoint, "signal": name_of(signum), "time": round(time.time(), 3)}
-        try:
-            atomic_io.write_json(self._run_dir / STOPPED_NAME, record)
-        except OSError as error:
-            self._display.say(f"WARNING: {STOPPED_NAME} could not be written to {self._run_dir} ({error})")
-        state = "nothing was trained yet" if checkpoint is None else f"step {step} is saved"
-        self._display.say(f"stopping on {name_of(signum)}: {state}")
-
     def summary(self, figures: Mapping[str, float | list[str]]) -> None:
         """Add final metrics and lists of names to RUN/summary.json (replaced atomically) and wandb's summary."""
         if not self._writes:
@@ -167,7 +159,23 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, Stopped):
+            self._stopped(error.signum)
         self.close(_exit_code(error))
+
+    def _stopped(self, signum: int) -> None:
+        """Write RUN/stopped.json with the checkpoint (relative to RUN, complete on disk) that continues the run."""
+        if not self._writes:
+            return
+        step = self._progress.step
+        checkpoint = str(step_folder(Path(CHECKPOINTS), step)) if step > 0 else None
+        record = {"step": step, "checkpoint": checkpoint, "signal": name_of(signum), "time": round(time.time(), 3)}
+        try:
+            atomic_io.write_json(self._run_dir / STOPPED_NAME, record)
+        except OSError as error:
+            self._display.say(f"WARNING: {STOPPED_NAME} could not be written to {self._run_dir} ({error})")
+        state = "nothing was trained yet" if checkpoint is None else f"step {step} is saved"
+        self._display.say(f"stopping on {name_of(signum)}: {state}")
 
     def _append(self, file: atomic_io.AppendedFile, text: str) -> None:
         """Append to a file. If the disk fails, warn once, keep the lines in memory, and continue."""

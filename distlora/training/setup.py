@@ -13,7 +13,6 @@ its initial adapter as the reference (`weights.initial_adapter_file.needs_initia
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -101,13 +100,13 @@ def start_model(
     base = base or CheckpointFiles(spec.path)
     model = build_model(spec, train, base=base, sequence_length=sequence_length, training=training, for_slots=for_slots)
     use_device_kernels(model, spec, train, ranks.device)
-    recompute_mlps(model, train)
+    if train.checkpointing == "selective" or train.mlp_tile is not None:  # Of norms and MLPs that were replaced.
+        place_mlps(model.blocks, model.family, tile=train.mlp_tile)
     backend = parallelize(model, ranks, parallel, shard_degree=shard_degree)
     offloaded = None
     if training and train.checkpointing == "offload":
         assert sequence_length is not None, "activations of an unknown size"
-        offloaded = OffloadedInputs.of(model, spec, train, sequence_length, ranks.world)
-        offloaded.require_host_memory(backend, train)
+        offloaded = require_offload_memory(model, spec, train, sequence_length, backend)
     is_reference = training and train.objective == "dpo"
     if adapter.decomposes and needs_initial_adapter(adapter, is_reference=is_reference, restores=restores):
         decomposed_adapters.initialize_from_base(
@@ -119,7 +118,7 @@ def start_model(
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, DTYPES[spec.dtype], ranks.device, keep=train.keep_dequantized)
     if offloaded is not None:
-        offloaded.reserve(model, ranks.device)
+        reserve_offload_memory(model, *offloaded, ranks.device)
     if not adapter.decomposes:
         reset_adapters(model.adapted_weights(), adapter, seed=spec.seed)
     return model, backend, loaded
@@ -186,58 +185,39 @@ def reserve_scratch(model: CausalLM, dtype: torch.dtype, device: torch.device, *
     )
 
 
-def recompute_mlps(model: CausalLM, train: TrainConfig) -> None:
-    """Make backward recompute each MLP if the settings say so.
+def require_offload_memory(
+    model: CausalLM, spec: ModelSpec, train: TrainConfig, sequence_length: int, backend: Backend
+) -> tuple[int, int]:
+    """Return (number, bytes of one) of the decoder layers' inputs that each rank keeps in host memory.
 
-    Call it after the device's kernels have replaced norms and MLPs, and before the layers are sharded.
+    Raises UserError, on every rank, if the node lacks memory for all of them. Call it before the base is read.
     """
-    if train.checkpointing == "selective" or train.mlp_tile is not None:
-        place_mlps(model.blocks, model.family, tile=train.mlp_tile)
+    slices = train.slices(backend.ranks.world)
+    count = len(model.blocks) * slices
+    nbytes = train.micro_batch * sequence_length * model.hf_config.hidden_size * DTYPES[spec.dtype].itemsize
+    instead = "set train.checkpointing=block, or a smaller train.micro_batch"
+    if slices > 1:
+        instead = f"set train.accumulate=step, which takes 1/{slices} of it, or train.checkpointing=block"
+    backend.require_host_memory(
+        host_memory.bytes_of([nbytes] * count),
+        f"train.checkpointing={train.checkpointing}",
+        "the inputs of the decoder layers on each process "
+        f"({len(model.blocks)} layers x {slices} x {nbytes / 2**20:,.1f} MiB)",
+        instead,
+    )
+    return count, nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class OffloadedInputs:
-    """Inputs of decoder layers that train.checkpointing=offload keeps in host memory on each rank."""
-
-    count: int
-    nbytes: int
-    """Bytes of one input."""
-    slices: int
-    """Micro-batches that a layer keeps at once."""
-    description: str
-
-    @classmethod
-    def of(
-        cls, model: CausalLM, spec: ModelSpec, train: TrainConfig, sequence_length: int, ranks: int
-    ) -> OffloadedInputs:
-        """Compute the inputs to keep on each rank."""
-        slices, tokens = train.slices(ranks), train.micro_batch * sequence_length
-        nbytes = tokens * model.hf_config.hidden_size * DTYPES[spec.dtype].itemsize
-        description = f"{len(model.blocks)} layers x {slices} x {nbytes / 2**20:,.1f} MiB"
-        return cls(len(model.blocks) * slices, nbytes, slices, description)
-
-    def require_host_memory(self, backend: Backend, train: TrainConfig) -> None:
-        """Raise UserError, on every rank, if the node lacks memory for all inputs. Call it before the base is read."""
-        instead = "set train.checkpointing=block, or a smaller train.micro_batch"
-        if self.slices > 1:
-            instead = f"set train.accumulate=step, which takes 1/{self.slices} of it, or train.checkpointing=block"
-        backend.require_host_memory(
-            host_memory.bytes_of([self.nbytes] * self.count),
-            f"train.checkpointing={train.checkpointing}",
-            f"the inputs of the decoder layers on each process ({self.description})",
-            instead,
-        )
-
-    def reserve(self, model: CausalLM, device: torch.device) -> None:
-        """Reserve the host memory before the first step needs it, and note its size in `model.notes`."""
-        inputs = HostInputs(device)
-        inputs.reserve(self.count, self.nbytes)
-        for block in model.blocks:
-            block.host_inputs = inputs
-        model.notes.append(
-            f"{inputs.taken_bytes / 2**30:,.2f} GiB of host memory per rank for the inputs of the decoder layers "
-            f"({self.description})" + ("" if device.type == "cuda" else "; on the CPU that saves nothing")
-        )
+def reserve_offload_memory(model: CausalLM, count: int, nbytes: int, device: torch.device) -> None:
+    """Reserve the host memory before the first step needs it, and note its size in `model.notes`."""
+    inputs = HostInputs(device)
+    inputs.reserve(count, nbytes)
+    for block in model.blocks:
+        block.host_inputs = inputs
+    model.notes.append(
+        f"{inputs.taken_bytes / 2**30:,.2f} GiB of host memory per rank for the inputs of the decoder layers "
+        f"({count} x {nbytes / 2**20:,.1f} MiB)" + ("" if device.type == "cuda" else "; on the CPU that saves nothing")
+    )
 
 
 def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, device: torch.device) -> None:

@@ -45,12 +45,8 @@ class _Service:
         """Incremented with each end of the service: a run with another number used an earlier one."""
         self.is_offline = False
         """True if one run could not go online: the others then do not wait for that either."""
-        self._runs: set[Tracker] = set()
-
-    @property
-    def has_runs(self) -> bool:
-        """True if a run uses it."""
-        return bool(self._runs)
+        self.runs: set[Tracker] = set()
+        """Runs that use it."""
 
     def settings(self) -> Any:
         """Return wandb's settings for this process, without those that an agent sets for one run.
@@ -64,17 +60,10 @@ class _Service:
         settings.run_id = settings.sweep_id = settings.sweep_param_path = None
         return settings
 
-    def join(self, tracker: Tracker) -> None:
-        self._runs.add(tracker)
-
-    def drop(self, tracker: Tracker) -> None:
-        """Forget a run that continues without the service."""
-        self._runs.discard(tracker)
-
     def leave(self, tracker: Tracker, exit_code: int) -> None:
         """Remove a run. The last one ends the service."""
-        self.drop(tracker)
-        if not self._runs:
+        self.runs.discard(tracker)
+        if not self.runs:
             self.end(exit_code)
             self.is_offline = False
 
@@ -108,7 +97,7 @@ class Tracker:
             _service.end_lost()
             self._run = start()
         self._start_number = _service.start_number
-        _service.join(self)
+        _service.runs.add(self)
 
     def place(self, run_id: str | None) -> str:
         """Return the run's URL, or how to upload it as the wandb run `run_id`."""
@@ -151,7 +140,7 @@ class Tracker:
 
     def drop(self) -> None:
         """Continue the run without wandb."""
-        _service.drop(self)
+        _service.runs.discard(self)
 
     def _log_result(self) -> None:
         import wandb
@@ -176,7 +165,7 @@ class Tracker:
         self._say("wandb's process has ended, by a signal perhaps; it is started again")
         self._run = self._start()
         self._start_number = _service.start_number
-        _service.join(self)
+        _service.runs.add(self)
         for step, figures in self._logged():
             self._run.log(figures, step=step)
         self._run.summary.update(self._summary)
@@ -223,7 +212,9 @@ def start_tracker(
     if mode == "disabled":
         say("wandb is turned off by WANDB_MODE: figures go to metrics.jsonl only")
         return None
-    recorded = dict(settings) | {"world": world} | _plan_of(run_dir)
+    plan = object_or_empty(run_dir / "plan.json")
+    plan.pop("settings", None)  # They are the run's.
+    recorded = dict(settings) | {"world": world} | ({"planned": plan} if plan else {})
     started = Tracker(lambda: _open(run_dir, tracker, name, recorded, say), run_dir / "metrics.jsonl", say)
     say(f"wandb: {started.place(_stored_id(run_dir / ID_PATH))}")
     return started
@@ -242,7 +233,7 @@ def _open(
             # A run that waited hours in a queue should not end because a plotting server is down.
             say(f"wandb cannot log online ({' '.join(str(error).split())}); logging offline")
             _service.is_offline = True
-            if _service.has_runs:  # The online runs stay online.
+            if _service.runs:  # The online runs stay online.
                 return _init(run_dir, tracker, name, recorded, "offline", has_id=False)
             _service.end(0)  # The failed attempt still holds the run's id.
     return _init(run_dir, tracker, name, recorded, "offline")
@@ -306,13 +297,6 @@ def _init(
     )
     atomic_io.write_text(id_file, (run_id or run.id) + "\n")
     return run
-
-
-def _plan_of(run_dir: Path) -> dict[str, Any]:
-    """Return RUN/plan.json under `planned`, without the settings, which are the run's."""
-    plan = object_or_empty(run_dir / "plan.json")
-    plan.pop("settings", None)
-    return {"planned": plan} if plan else {}
 
 
 SWEEP_ID, RUN_ID, VALUES_PATH = "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"
@@ -385,17 +369,14 @@ class AgentRun:
         They are the run's values, and never replace a section.
         """
         merged = {}
-        for name, value in self.values.items():
+        for name in self.values:
             has = _setting(settings, name)
             if name not in settings and has is not _ABSENT:
-                merged[name] = value if agrees(value, has) else has
+                merged[name] = has
         return merged
 
-    def disagreements(self, settings: Mapping[str, Any]) -> list[str]:
-        """Return a sentence for each value that the run's settings do not have, with what to do."""
-        return list(self._disagreements(settings))
-
-    def _disagreements(self, settings: Mapping[str, Any]) -> Iterator[str]:
+    def disagreements(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a sentence for each value that the run's settings do not have, with what to do."""
         source = f"the sweep {self.sweep_id}"
         for name, value in self.values.items():
             has = _setting(settings, name)
@@ -416,10 +397,8 @@ class AgentRun:
 
 
 def agrees(requested: Any, has: Any) -> bool:
-    """Return whether a setting has the value that a sweep asks for. Text is parsed as Hydra parses a command line."""
-    if isinstance(requested, str) and not isinstance(has, str):
-        return _text_agrees(requested.strip(), has)
-    if isinstance(requested, str):
+    """Return whether a setting has the value that a sweep asks for, as Hydra has parsed it."""
+    if isinstance(requested, str) and isinstance(has, str):
         if len(requested) > 1 and requested[0] == requested[-1] == "'":
             requested = requested[1:-1].replace("\\'", "'")
         return requested == has or (has.startswith("/") and str(Path(requested).expanduser().absolute()) == has)
@@ -430,20 +409,6 @@ def agrees(requested: Any, has: Any) -> bool:
     if isinstance(requested, Mapping) and isinstance(has, Mapping):
         return requested.keys() == has.keys() and all(agrees(requested[key], has[key]) for key in requested)
     return bool(requested == has)
-
-
-def _text_agrees(text: str, has: Any) -> bool:
-    if has is None or isinstance(has, bool):
-        return text.lower() == ("null" if has is None else str(has).lower())
-    if isinstance(has, (int, float)):
-        try:
-            return float(text) == has
-        except ValueError:
-            return False
-    if isinstance(has, (list, tuple)) and text.startswith("[") and text.endswith("]"):
-        parts = [part.strip().strip("'\"") for part in text[1:-1].split(",") if part.strip()]
-        return agrees(parts, has)
-    return False
 
 
 _ABSENT = object()

@@ -21,7 +21,7 @@ from distlora.checkpoint.saver import SaveError
 from distlora.checkpoint.state import Progress
 from distlora.config import OptimConfig, TrainConfig
 from distlora.config.plan import find_gpu
-from distlora.data.loader import Share, StepLoader
+from distlora.data.loader import StepLoader
 from distlora.model.adapters import AdaptedLinear, LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
@@ -81,11 +81,6 @@ class Due(NamedTuple):
     sampling: bool
     is_last: bool
 
-    @property
-    def takes_long(self) -> bool:
-        """True if something is due that does not count as training time."""
-        return self.evaluating or self.saving or self.sampling or self.is_last
-
 
 @dataclass(slots=True)
 class _Interval:
@@ -99,21 +94,6 @@ class _Interval:
     """(seconds, tokens, FLOPs) of the step whose memory was measured, which takes longer."""
     began: float = 0.0
     """Start time of its first step."""
-
-    @property
-    def tokens(self) -> int:
-        return sum(step.tokens for step in self.steps)
-
-    @property
-    def flops(self) -> int:
-        return sum(step.flops for step in self.steps)
-
-    def traffic(self) -> Traffic:
-        """Return this rank's traffic per step."""
-        total = Traffic()
-        for step in self.steps:
-            total.add(step.traffic)
-        return total.per_step(len(self.steps))
 
 
 class Trial:
@@ -171,20 +151,6 @@ class Trial:
     def done(self) -> int:
         """Number of steps that are done; `progress` counts those that are logged."""
         return self._interval.first_step + len(self._interval.steps)
-
-    def next_share(self) -> Share:
-        """Return this rank's rows of the next step."""
-        return Share(self.loader.batch(self.done), self.slot, self.done)
-
-    @property
-    def held_out_batches(self) -> int:
-        """Batches of an evaluation on each rank."""
-        return 0 if self.eval_loader is None else self.eval_loader.steps_per_epoch
-
-    def held_out_share(self, index: int) -> Share:
-        """Return this rank's rows of one of them."""
-        assert self.eval_loader is not None
-        return Share(self.eval_loader.batch(index), self.slot, None)
 
     def update(self) -> None:
         """Clip the summed gradients and update the trained parameters. `note` follows."""
@@ -297,7 +263,11 @@ class Trial:
         aside, tokens, _ = interval.measured
         self.progress.seconds += seconds - aside
         self.progress.tokens += max(0, sum(step.tokens for step in interval.steps[:updates]) - tokens)
-        self.step_traffic, self.step_passes = interval.traffic(), interval.steps[-1].passes
+        traffic = Traffic()
+        for each in interval.steps:
+            traffic.add(each.traffic)
+        self.step_traffic = traffic.per_step(len(interval.steps))
+        self.step_passes = interval.steps[-1].passes
         shared = dict(self._shared_figures(interval, self.step_traffic, seconds))
         names = ("loss", *self.objective.figures)
         for index in range(min(updates + 1, len(means))):
@@ -319,10 +289,12 @@ class Trial:
         if self.backend.shards.copies > 1:
             yield "between_copies_bytes", traffic.between_copies_bytes
         aside, tokens, flops = interval.measured
-        if interval.tokens > tokens:  # Otherwise the only step was a slower one.
-            yield "tokens_per_second", (interval.tokens - tokens) / (seconds - aside)
+        tokens = sum(step.tokens for step in interval.steps) - tokens
+        if tokens > 0:  # Otherwise the only step was a slower one.
+            yield "tokens_per_second", tokens / (seconds - aside)
             if self._peak_flops is not None:
-                yield "mfu", (interval.flops - flops) / (seconds - aside) / self._peak_flops
+                flops = sum(step.flops for step in interval.steps) - flops
+                yield "mfu", flops / (seconds - aside) / self._peak_flops
 
     def _report_unused(self, *, is_last: bool) -> None:
         """Log once, after the first steps, which trained parameters had no gradient."""
@@ -331,8 +303,11 @@ class Trial:
             return
         self._gradients_seen = None
         self.without_gradient = watched.missing(self.backend)
-        if self.without_gradient:
-            self.reporter.event(describe_unused(self.without_gradient, watched.steps))
+        if missing := self.without_gradient:
+            self.reporter.event(
+                f"no gradient has reached {_listed(missing)} in the first {watched.steps} steps: as long as none "
+                "does, they stay as they started"
+            )
 
     def _stop_non_finite(self, row_losses: Tensor, loss: float, norm: float) -> NoReturn:
         """Save the state before the step after `progress.step`, name that step and its rows, and raise."""
@@ -360,9 +335,9 @@ class Trial:
         )
 
 
-def _listed(rows: list[int], most: int = 8) -> str:
-    shown = ", ".join(map(str, rows[:most]))
-    return shown if len(rows) <= most else f"{shown} and {len(rows) - most} more"
+def _listed(names: Sequence[object], most: int = 8) -> str:
+    shown = ", ".join(map(str, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -419,15 +394,6 @@ class GradientWatch:
         texts = {id: f" ({text})" for text, id in self._model.vocabulary.new.items()}
         assert rows is not None
         return [f"row {id}{texts.get(id, '')} of {self._rows[name]}" for id in rows.ids]
-
-
-def describe_unused(missing: list[str], steps: int) -> str:
-    """Return the log line about unused parameters."""
-    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-    return (
-        f"no gradient has reached {', '.join(missing[:8])}{more} in the first {steps} steps: as long as none "
-        "does, they stay as they started"
-    )
 
 
 def peak_flops(device: torch.device) -> float | None:

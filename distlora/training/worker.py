@@ -18,13 +18,15 @@ from distlora.config.file import load_config
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
 from distlora.parallel.stop_and_save import Control
+from distlora.planner.memory.measured import RECORDED
+from distlora.run_folder.layout import PLAN_NAME, read_record
 from distlora.system.stop_signals import Stopped
 from distlora.training.loop import Trainer
-from distlora.training.memory_meter import memory_check, read_plan
+from distlora.training.memory_meter import MemoryCheck, measured_step
 from distlora.training.metrics import describe, describe_steps, summarize
 from distlora.training.multi_trial.protocol import SETTINGS_NAME
 from distlora.training.multi_trial.trainer import run_group
-from distlora.training.open_run import open_run, recording_a_stop, trial_of
+from distlora.training.open_run import open_run, trial_of
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
 from distlora.training.setup import start_adapters, start_run_model
@@ -44,8 +46,9 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
     """Train from the data to the result. Raises Stopped, on every rank, after everything is saved."""
     base = CheckpointFiles(config.model.path)
     opened = open_run(run_dir, config, ranks, base)
-    plan, restores = read_plan(run_dir, measure=config.plan.measure), opened.newest is not None
-    with opened.reporter(ranks) as reporter, recording_a_stop(reporter, opened.progress):
+    restores = opened.newest is not None
+    plan = read_record(run_dir / PLAN_NAME, RECORDED) if config.plan.measure else {}
+    with opened.reporter(ranks) as reporter:
         control.boundary(None, "reading the run", long=True)
         for line in opened.notes:
             reporter.event(line)
@@ -73,6 +76,8 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         describe_steps(reporter, opened.loader, opened.total_steps)
         if config.train.save_every is None and config.train.save_minutes is None:
             reporter.event("no checkpoint before the end of training, except on a stop signal (set train.save_minutes)")
+        step = measured_step(opened.progress.step, config.train) if config.plan.measure else None
+        memory = None if step is None else MemoryCheck(model, optimizer, backend, plan=plan, step=step)
         trial, saver = trial_of(
             opened,
             model,
@@ -81,15 +86,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
             gradients=gradients,
             optimizer=optimizer,
             trained=trained,
-            memory=memory_check(
-                plan,
-                config.train,
-                model,
-                optimizer,
-                backend,
-                first_step=opened.progress.step,
-                measure=config.plan.measure,
-            ),
+            memory=memory,
         )
         with saver:
             Trainer(model, backend, control, [trial]).fit()

@@ -31,6 +31,7 @@ from distlora.bench.random_inputs import packed, random_rows, write_random_check
 from distlora.bench.step.compare import RANK, StepInputs, StepJob, installed
 from distlora.bench.trial import Started
 from distlora.checkpoint.files import write_files
+from distlora.checkpoint.state import Progress
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.loader import StepLoader
@@ -193,7 +194,7 @@ class Losses(Reporter):
     """A reporter that writes nothing and keeps the newest loss."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(Path(), config, rank=1, world=2, total_steps=STEPS, start_step=0)  # Only rank 0 writes.
+        super().__init__(Path(), config, rank=1, world=2, total_steps=STEPS, progress=Progress())  # Only rank 0 writes.
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keep the loss."""

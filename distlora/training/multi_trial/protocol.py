@@ -23,11 +23,11 @@ the launcher uses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distlora.config import AdapterConfig, Config, ModelConfig, ParallelConfig, TrainConfig, UserError
+from distlora.config import Config, UserError
 from distlora.config.file import settings_by_name
 
 SETTINGS_NAME, CLOSED_NAME, SLOTS_NAME = "pack.json", "closed", "slots.json"
@@ -94,8 +94,21 @@ _ALONE = "leave it out, or set sweep.packed=1, where every trial trains by itsel
 
 def check_trial(config: Config) -> None:
     """Refuse a run that cannot be a trial of multi-trial training, naming the setting."""
-    for setting, reason in _refused(config.model, config.adapter, config.train, config.parallel):
-        raise UserError(f"{setting} {reason}; {_ALONE}")
+    adapter, model, train = config.adapter, config.model, config.train
+    refused = {
+        f"adapter={adapter.method} trains the base, which": adapter.method != "lora",
+        f"adapter.init={adapter.init} starts from a decomposition of the base, which": adapter.decomposes,
+        f"adapter.init_from={adapter.init_from}, which": adapter.init_from is not None,
+        f"adapter.modules_to_save={list(adapter.modules_to_save)}, which": bool(adapter.modules_to_save),
+        "adapter.trainable_token_indices, which": bool(adapter.trainable_token_indices),
+        f"model.new_tokens={list(model.new_tokens)}, which": bool(model.new_tokens),
+        f"train.objective={train.objective}, which": train.objective != "sft",
+        "parallel.resident_blocks=auto (a number of layers is), which": config.parallel.resident_blocks == "auto",
+        f"train.sample_every={train.sample_every}, which": train.sample_every is not None,
+    }
+    for setting, is_refused in refused.items():
+        if is_refused:
+            raise UserError(f"{setting} is not supported where trials train together on one base; {_ALONE}")
 
 
 def check_pack(configs: Sequence[Config]) -> None:
@@ -116,51 +129,3 @@ def check_beside(settings: Mapping[str, Any], *, first: Mapping[str, Any]) -> No
                 "base, and this setting must be the same for all; give it one value, or set sweep.packed=1 to train "
                 "every trial by itself"
             )
-
-
-def _refused(
-    model: ModelConfig, adapter: AdapterConfig, train: TrainConfig, parallel: ParallelConfig
-) -> Iterator[tuple[str, str]]:
-    """Yield (setting, reason why multi-trial training does not support it)."""
-    if adapter.method != "lora":
-        yield f"adapter={adapter.method}", "trains the base, which trials trained together share"
-    if adapter.decomposes:
-        yield (
-            f"adapter.init={adapter.init}",
-            "starts from a decomposition of the base, which trials trained together share",
-        )
-    if adapter.init_from is not None:
-        yield (
-            f"adapter.init_from={adapter.init_from}",
-            "starts from another adapter, which trials trained together cannot",
-        )
-    if adapter.modules_to_save:
-        yield (
-            f"adapter.modules_to_save={list(adapter.modules_to_save)}",
-            "trains embedding or head whole, which trials trained together share",
-        )
-    if adapter.trainable_token_indices:
-        yield (
-            "adapter.trainable_token_indices",
-            "trains rows of the embedding or the head, which trials trained together share",
-        )
-    if model.new_tokens:
-        yield (
-            f"model.new_tokens={list(model.new_tokens)}",
-            "trains rows of the embedding, which trials trained together share",
-        )
-    if train.objective != "sft":
-        yield (
-            f"train.objective={train.objective}",
-            "compares every row with the model as it started, which trials trained together cannot",
-        )
-    if parallel.resident_blocks == "auto":
-        yield (
-            "parallel.resident_blocks=auto",
-            "fills the memory that a first step leaves, which trials that enter later need (name a number of blocks)",
-        )
-    if train.sample_every is not None:
-        yield (
-            f"train.sample_every={train.sample_every}",
-            "generates with one adapter while others train, which trials trained together cannot",
-        )

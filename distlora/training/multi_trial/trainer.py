@@ -6,7 +6,6 @@ GROUP's files (protocol.py) are read and written by rank 0 on behalf of all rank
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +44,7 @@ from distlora.training.multi_trial.protocol import (
     outcome_file,
     verdict_file,
 )
-from distlora.training.open_run import OpenRun, open_data, open_run, record_stop, trial_of
+from distlora.training.open_run import OpenRun, open_data, open_run, trial_of
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
 from distlora.training.setup import start_run_model
@@ -55,45 +54,37 @@ LOOK_SECONDS = 0.2
 """Seconds between reads while nothing trains or a verdict is pending."""
 
 _REMEDY = "the launcher writes it; start the sweep again with `distlora resume`"
-_SETTINGS: Shape = {"slots": int, "verdicts?": bool}
 _ENTRY: Shape = {"number": int, "run_dir": str}
 _VERDICT: Shape = {"prune": bool}
 
 
-@dataclass(frozen=True, slots=True)
-class GroupSettings:
-    """Content of GROUP/pack.json."""
+def read_settings(folder: Path) -> tuple[int, bool]:
+    """Return (trials that train at once, is every evaluation followed by a verdict) of GROUP/pack.json.
 
-    slots: int
-    """Number of trials that train at once."""
-    verdicts: bool
-    """True if every evaluation is followed by a verdict, which the trial waits for."""
-
-
-def read_settings(folder: Path) -> GroupSettings:
-    """Read GROUP/pack.json. Raises UserError if it is missing."""
+    Raises UserError if it is missing.
+    """
     path = folder / SETTINGS_NAME
     values = read_object(path, _REMEDY)
-    check_shape(values, _SETTINGS, path, _REMEDY)
+    check_shape(values, {"slots": int, "verdicts?": bool}, path, _REMEDY)
     if not 1 <= values["slots"] <= MOST_SLOTS:
         raise UserError(
             f"{path}: slots={values['slots']} is not a supported number of trials; set sweep.packed to 1 to "
             f"{MOST_SLOTS}"
         )
-    return GroupSettings(values["slots"], values.get("verdicts", False))
+    return values["slots"], values.get("verdicts", False)
 
 
 class Inbox:
     """Inbox of trials. Every rank makes one and calls it alike; only rank 0 reads and writes."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
-        self._folder, self._ranks = folder, ranks
+        self.folder, self._ranks = folder, ranks
         self._taken: set[int] = set()
 
     def next(self) -> int | None:
         """Return the lowest number without an outcome that was not handed out; None if there is none now."""
         waiting = (
-            sorted(_numbers(self._folder / INBOX) - _numbers(self._folder / OUTCOMES) - self._taken)
+            sorted(_numbers(self.folder / INBOX) - _numbers(self.folder / OUTCOMES) - self._taken)
             if self._reads
             else []
         )
@@ -106,24 +97,22 @@ class Inbox:
     def run_dir(self, number: int) -> Path:
         """Return the run folder of a trial that was handed out."""
 
-        def read() -> Path:
-            if not self._reads:
-                return Path()
-            path = inbox_file(self._folder, number)
+        def read() -> Path:  # On every rank: the file was whole before rank 0 saw it.
+            path = inbox_file(self.folder, number)
             values = read_object(path, _REMEDY)
             check_shape(values, _ENTRY, path, _REMEDY)
             return Path(values["run_dir"])
 
-        return path_of_rank_0(together(read, self._ranks), self._ranks)
+        return together(read, self._ranks)
 
     def is_closed(self) -> bool:
         """Return whether no more trials will come. Call it before `next`, which then sees all earlier trials."""
-        return bool(from_rank_0(int(self._reads and (self._folder / CLOSED_NAME).exists()), self._ranks))
+        return bool(from_rank_0(int(self._reads and (self.folder / CLOSED_NAME).exists()), self._ranks))
 
     def prunes(self, number: int, step: int) -> bool | None:
         """Return the verdict on a trial's evaluation at `step`; None while there is none."""
         verdict = -1
-        if self._reads and (path := verdict_file(self._folder, number, step)).exists():
+        if self._reads and (path := verdict_file(self.folder, number, step)).exists():
             values = read_object(path, _REMEDY)
             check_shape(values, _VERDICT, path, _REMEDY)
             verdict = int(values["prune"])
@@ -133,23 +122,13 @@ class Inbox:
     def end(self, number: int, state: str, *, reason: str | None, step: int, seconds: float) -> None:
         """Write a trial's outcome."""
         if self._reads:
-            path = outcome_file(self._folder, number)
+            path = outcome_file(self.folder, number)
             path.parent.mkdir(exist_ok=True)
             atomic_io.write_json(path, {"state": state, "reason": reason, "step": step, "seconds": round(seconds, 3)})
-
-    def write_slots(self, numbers: Sequence[int]) -> None:
-        """Write the numbers of the trials in slots, in the order of entering."""
-        if self._reads:
-            atomic_io.write_json(self._folder / SLOTS_NAME, {"numbers": list(numbers)})
 
     @property
     def _reads(self) -> bool:
         return self._ranks.rank == 0
-
-
-def pause() -> None:
-    """Wait between two reads."""
-    time.sleep(LOOK_SECONDS)
 
 
 def _numbers(folder: Path) -> set[int]:
@@ -159,19 +138,6 @@ def _numbers(folder: Path) -> set[int]:
 
 
 Made = TypeVar("Made")
-
-_LONGEST_PATH = 4096
-
-
-def path_of_rank_0(path: Path, ranks: Ranks) -> Path:
-    """Return rank 0's path on every rank."""
-    if ranks.control is None:
-        return path
-    encoded = os.fsencode(path)
-    assert len(encoded) <= _LONGEST_PATH, path
-    word = torch.tensor(list(encoded.ljust(_LONGEST_PATH, b"\0")), dtype=torch.uint8)
-    dist.broadcast(word, group=ranks.control, group_src=0)
-    return Path(os.fsdecode(bytes(word.tolist()).rstrip(b"\0")))
 
 
 def together(action: Callable[[], Made], ranks: Ranks) -> Made:
@@ -225,14 +191,15 @@ class MultiTrialTrainer(Trainer):
         control: Control,
         *,
         inbox: Inbox,
-        settings: GroupSettings,
+        slots: int,
+        verdicts: bool,
         shared: Mapping[str, Any],
         loaded: Loaded,
         base: CheckpointFiles,
     ) -> None:
         """Start without trials. `shared`: the shared settings by name. `loaded`: how `base` was read."""
         super().__init__(model, backend, control)
-        self._inbox, self._settings, self._shared, self._loaded = inbox, settings, shared, loaded
+        self._inbox, self._slots, self._verdicts, self._shared, self._loaded = inbox, slots, verdicts, shared, loaded
         self._base = base
         self._in_slots: dict[Trial, SlotTrial] = {}
         self._none_left = False
@@ -251,7 +218,7 @@ class MultiTrialTrainer(Trainer):
                     self._end_trials()
                 else:
                     self.control.boundary(None, "waiting for a trial", long=True)
-                    pause()
+                    time.sleep(LOOK_SECONDS)
         except Stopped as stop:
             self._save_all(stop.signum)
             raise
@@ -263,10 +230,10 @@ class MultiTrialTrainer(Trainer):
 
     def _fill(self) -> bool:
         """Put trials into the free slots. Return whether more may come."""
-        while not self._none_left and len(self._in_slots) < self._settings.slots:
+        while not self._none_left and len(self._in_slots) < self._slots:
             is_closed = self._inbox.is_closed()
             entered: list[Trial] = []
-            while len(self._in_slots) < self._settings.slots:
+            while len(self._in_slots) < self._slots:
                 if (number := self._inbox.next()) is None:
                     self._none_left = is_closed
                     break
@@ -306,7 +273,7 @@ class MultiTrialTrainer(Trainer):
         config = together(lambda: self._read(run_dir), ranks)
         run = together(lambda: open_run(run_dir, config, ranks, self._base), ranks)
         taken = {entry.slot for entry in self._in_slots.values()}
-        slot = next(slot for slot in range(self._settings.slots) if slot not in taken)
+        slot = next(slot for slot in range(self._slots) if slot not in taken)
         adapter, seed = slot_name(slot), config.train.seed
         with contextlib.ExitStack() as closing:
             reporter = together(lambda: run.reporter(ranks, label=f"trial {number}: "), ranks)
@@ -357,7 +324,7 @@ class MultiTrialTrainer(Trainer):
 
     def _judge(self, trials: Sequence[Trial]) -> None:
         """Wait for the verdicts on evaluated trials that would continue."""
-        waiting = [trial for trial in trials if self._settings.verdicts and trial.done > 0 and not trial.has_ended]
+        waiting = [trial for trial in trials if self._verdicts and trial.done > 0 and not trial.has_ended]
         while waiting:
             for trial in list(waiting):
                 entry = self._in_slots[trial]
@@ -367,13 +334,13 @@ class MultiTrialTrainer(Trainer):
                         entry.pruned_at = trial.done
             if waiting:
                 self.control.boundary(waiting[0].done, "waiting for a verdict", long=True)
-                pause()
+                time.sleep(LOOK_SECONDS)
 
     def _recall(self, trials: Sequence[Trial]) -> None:
         """Apply verdicts on the evaluations of resumed trials that an earlier start did not read."""
         for trial in trials:
             entry, is_evaluated = self._in_slots[trial], 0 < trial.first_step in trial.progress.evaluations
-            if self._settings.verdicts and is_evaluated and not trial.has_ended:
+            if self._verdicts and is_evaluated and not trial.has_ended:
                 entry.pruned_at = trial.done if self._inbox.prunes(entry.number, trial.done) else None
 
     def _end_trials(self) -> None:
@@ -423,13 +390,15 @@ class MultiTrialTrainer(Trainer):
                 unsaved = unsaved or error
                 self._leave(entry, error)
             else:
-                record_stop(entry.trial.reporter, entry.trial.progress, signum)
                 self._leave(entry, Stopped(signum))
         if unsaved is not None:
             raise unsaved
 
     def _write_slots(self, *entering: int) -> None:
-        self._inbox.write_slots([*(entry.number for entry in self._in_slots.values()), *entering])
+        """Write the numbers of the trials in slots, in the order of entering."""
+        if self.backend.writes:
+            numbers = [*(entry.number for entry in self._in_slots.values()), *entering]
+            atomic_io.write_json(self._inbox.folder / SLOTS_NAME, {"numbers": numbers})
 
     def _report_failure(self, run_dir: Path, error: BaseException) -> None:
         """Leave the error for the launcher, as a run alone does."""
@@ -448,10 +417,10 @@ def run_group(folder: Path, ranks: Ranks) -> None:
     if ranks.rank == 0:
         stopped.unlink(missing_ok=True)
     try:
-        settings = read_settings(folder)
+        slots, verdicts = read_settings(folder)
         control.boundary(None, "reading the multi-trial settings", long=True)
-        _say(f"training up to {settings.slots:,} trials together; reading {config.model.path}")
-        base, slots = CheckpointFiles(config.model.path), settings.slots
+        _say(f"training up to {slots:,} trials together; reading {config.model.path}")
+        base = CheckpointFiles(config.model.path)
         # Memory that depends on the rows of a micro-batch is reserved for all slots.
         rows = {name: slots * getattr(config.train, name) for name in ("micro_batch", "global_batch")}
         model, backend, loaded = start_run_model(
@@ -469,7 +438,8 @@ def run_group(folder: Path, ranks: Ranks) -> None:
             backend,
             control,
             inbox=Inbox(folder, ranks),
-            settings=settings,
+            slots=slots,
+            verdicts=verdicts,
             shared=settings_by_name(config),
             loaded=loaded,
             base=base,

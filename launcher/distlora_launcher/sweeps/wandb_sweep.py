@@ -474,7 +474,7 @@ def check_agent(configs: Sequence[Config]) -> None:
         "start the agents in SLURM: distlora sweep agent ENTITY/PROJECT/ID cluster=slurm",
     )
     agent = dataclasses.replace(agent, values={name: parse_value(name, value) for name, value in agent.values.items()})
-    refused = agent.disagreements(as_mapping(configs[0]))
+    refused = list(agent.disagreements(as_mapping(configs[0])))
     if refused:
         raise UserError(*refused)
 

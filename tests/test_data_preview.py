@@ -158,7 +158,7 @@ def test_a_row_is_shown_document_by_document_with_what_is_trained(folders, tmp_p
     assert show_row(tmp_path / "run", 100_000) == 2
     assert "there is no row 100,000" in capsys.readouterr().err
     for words in (["row"], ["row", str(tmp_path / "run")], ["row", str(tmp_path / "run"), "first"]):
-        with pytest.raises(UserError, match="takes a run folder and row numbers"):
+        with pytest.raises(UserError, match="argument"):
             command.main(words)
     record = tmp_path / "run" / "data.json"
     record.write_text(record.read_text()[:100])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distlora.checkpoint.state import Progress
 from distlora.parallel import Ranks
-from distlora.run_folder.layout import TRAINER_NAME, newest, steps
+from distlora.run_folder.layout import TRAINER_NAME, newest
 from distlora.training import worker
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.trial import NonFiniteError, Trial

@@ -19,9 +19,8 @@ from distlora.checkpoint.state import Progress
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping
 from distlora.config.json_files import read_object
-from distlora.run_folder.layout import step_folder
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
-from distlora.run_folder.layout import CHECKPOINTS
+from distlora.run_folder.layout import CHECKPOINTS, step_folder
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.progress import Display

@@ -112,7 +112,7 @@ def test_different_environment_is_reported() -> None:
     ("change", "said"),
     [
         ({"progress": None}, "progress is None"),
-        ({"identity": {}}, "it has no identity.base_fingerprint"),
+        ({"identity": {}}, "it has no identity."),
         ({"environment": []}, "environment is"),
         ({"progress": {"step": -1, "evaluations": {}, "seconds": 0, "tokens": 0}}, "step is -1"),
         ({"progress": {"step": True, "evaluations": {}, "seconds": 0, "tokens": 0}}, "step is True"),

@@ -468,7 +468,7 @@ BAD = [
     (["RUN", "--checkpoint", "step_3"], r"step_3"),
     (["RUN", "--checkpoint", "best"], r"no best"),
     (["RUN", "--adapter", "nowhere"], r"--adapter .*nowhere does not exist"),
-    (["RUN", "--adapter", "odd"], r"odd.adapter_config.json: lora_bias=True is not supported .*set another --adapter"),
+    (["RUN", "--adapter", "odd"], r"odd.adapter_config.json: lora_bias=True is not supported.*set another --adapter"),
     (["RUN", "--raw", "--system", "Hi"], r"--system is a message of a chat"),
     (["RUN", "--out", "x.jsonl"], r"--out=x.jsonl is where the answers to --prompts go"),
     (["RUN", "--prompts", "nowhere.txt"], r"--prompts=nowhere.txt is not a file"),

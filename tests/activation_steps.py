@@ -22,12 +22,14 @@ from distlora.model.layer_wrapper import HostInputs
 from distlora.model.mlp import MLP, place_mlps
 from distlora.planner.decoder import AttentionKind
 from distlora.planner.memory import activations
-from distlora.planner.memory.activations import Costs, Device, Mode
+from distlora.planner.memory.activations import Costs, Mode
 from distlora.planner.memory.base import base_of
 from distlora.planner.memory.gathered import Copied, copied_of
 from distlora.planner.memory.layer import Attention
+from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
 from family_models import config_for, load_ours, tokens
+from plan_inputs import cpu_machine
 from small_models import write_model_folder
 
 TOKENS = 512
@@ -97,7 +99,7 @@ def load(
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     settings, config = read_config(folder), config_for(folder, **sections)
     shapes = shapes_of(settings, folder / "config.json")
-    costs = Costs.of(Workload.of(config), shapes, settings, Device(is_gpu=False))
+    costs = Costs.of(Workload.of(config), model_in(folder), cpu_machine(1))
     if attention == "documents":
         costs = replace(costs, attention=Attention())
     assert costs.attention.kind == attention
@@ -163,7 +165,6 @@ def check_steps(loaded: Loaded, modes: Sequence[tuple[Mode, int | None, int]], *
         head = max(step.head_forward, step.head_backward) + copied.head
         peak = step.kept + copied.kept + max(head, step.working + copied.block)
         assert peak == pytest.approx(made.peak, rel=0.05), cell
-        assert step.kept_on_host == sum(place.nbytes for place in host)
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def check_kept(model: CausalLM, folder: Path, kept: Kept, *, remakes: bool) -> N
     ranks = {path: linear.pairs[0].rank for path, linear in model.adapted_linears() if ".layers.0." in path}
     decoder = Decoder.of(read_config(folder), model.family)
     sizes = AdaptedRanks.of(ranks)
-    costs = Costs(decoder=decoder, ranks=sizes, dtype_bytes=4, fused=True, remakes=remakes, is_gpu=not remakes)
+    costs = Costs(decoder=decoder, ranks=sizes, itemsize=4, fused=True, remakes=remakes, is_gpu=not remakes)
     # The rotary tables are the blocks' together.
     assert costs.kept("none") == pytest.approx(kept.nbytes / 16 / 3, rel=0.03)
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from distlora.config import Config
-from distlora.planner.decoder import AdaptedRanks, Decoder, windows_of
+from distlora.planner.decoder import windows_of
 from distlora.planner.flops import StepFlops, active_weights, cut, pairs, step_flops
-from distlora.planner.memory.activations import Costs, Mode
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
 from distlora.training.trial import active_weights as of_model
@@ -113,19 +112,6 @@ def test_what_mfu_counts_of_a_step_is_what_the_trainer_adds_up(name: str, tmp_pa
     on_cpu = steps(tmp_path, is_gpu=False)
     assert on_cpu.counted == steps(tmp_path).counted
     assert on_cpu.by_kind["masked"] > 0, "a dense mask hides pairs that are computed"
-
-
-@pytest.mark.parametrize("mode", ["none", "selective", "block", "offload"])
-def test_what_checkpointing_computes_again_is_the_share_that_activations_say(mode: Mode, tmp_path: Path) -> None:
-    hf_config("llama").save_pretrained(tmp_path)
-    bare = {"adapter": {"target_modules": "qv", "r": 1}}
-    config = run_of(tmp_path, **bare, train={"checkpointing": mode, "dtype": "bf16", "global_batch": 1})
-    model = model_in(tmp_path)
-    step = step_flops(Workload.of(config), model, ranks=1, is_gpu=True)
-    decoder = Decoder.of(model.settings, model.shapes.family)
-    share = Costs(decoder=decoder, ranks=AdaptedRanks()).recomputed(mode, LENGTH)
-    forward = step.by_kind["forward"] + step.by_kind["head"] / 2 + step.by_kind["attention"] / 3
-    assert step.by_kind.get("recomputation", 0) == pytest.approx(share * forward, rel=0.02)
 
 
 def test_a_tile_of_the_mlp_computes_nothing_twice(tmp_path: Path) -> None:

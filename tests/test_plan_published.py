@@ -26,7 +26,7 @@ from plan_inputs import composed
 GB, MIB, GIB = 1e9, 2**20, 2**30
 BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 LLAMA = {"7B": "huggyllama/llama-7b", "13B": "huggyllama/llama-13b", "65B": "huggyllama/llama-65b"}
-LLAMA2_70B, LLAMA3_405B = "NousResearch/Llama-2-70b-hf", "meta-llama/Llama-3.1-405B"
+LLAMA3_405B = "meta-llama/Llama-3.1-405B"
 
 
 @functools.cache
@@ -83,45 +83,6 @@ def steps(name: str, *words: str) -> tuple[Plan, Activations]:
     return plan, alike.activations
 
 
-PEFT_RUN = ("data.sequence_length=2048", "train.micro_batch=2", "train.global_batch=8", "adapter.r=8")
-PEFT_RUN += ("cluster.gpus_per_node=2", "train.dtype=bf16", "train.liger=false")
-
-
-def peft(*, adapter_bytes: int, beside: float) -> float:
-    """Return the bytes of a PEFT rank on two GPUs at a layer's backward, NF4 stored as bf16.
-
-    These are its rows of the base, with the scales on every rank; its half of adapters, gradients and optimizer states,
-    `adapter_bytes` per parameter; the kept inputs and one layer's activations; dropout before each adapter (0.1): its
-    output in bf16 and its mask; a weight dequantized; and `beside`, what its sharding keeps gathered.
-    """
-    plan, step = steps(LLAMA2_70B, *PEFT_RUN)
-    shapes, config = plan.model.shapes, plan.config
-    read = sum(adapter.down[1] for adapter in shapes.adapters(config.adapter)[0])
-    dropout = config.data.sequence_length * config.train.micro_batch * read * 3
-    largest = 2 * max(weight.numel for weight in shapes.block)
-    held = traffic.peer_held_bytes(shapes, "nf4 in bf16", world=2)
-    trained = adapter_bytes * shapes.adapted_numel(config.adapter) / 2
-    return (held + trained + step.kept + step.working + dropout + largest + beside) / GB
-
-
-def peft_fsdp() -> float:
-    """Return the GiB of FSDP1 without mixed precision, adapters, gradients and optimizer states in bf16.
-
-    The root unit (embedding, head) stays whole, one layer is whole, and the next is on its way.
-    """
-    shapes = shapes_of(LLAMA2_70B)
-    block = sum(2 * -(-weight.numel // 4) if weight.packs else 2 * weight.numel for weight in shapes.block)
-    return peft(adapter_bytes=8, beside=2 * 2 * shapes.vocabulary * shapes.hidden + 2 * block)
-
-
-def peft_zero3() -> float:
-    """Return the GiB of DeepSpeed in bf16: fp32 masters, gradients and optimizer states beside bf16 ones.
-
-    Its reduce bucket has 5e8 elements and 1e9 may be live (zero_optimization's defaults).
-    """
-    return peft(adapter_bytes=2 + 2 + 4 + 4 + 8, beside=2 * 5e8 + 2 * 1e9)
-
-
 def torchtune_405b(micro_batch: int, *, least: bool = False) -> float:
     """Return the GiB of one of eight ranks: NF4 all sharded, the trained part in bf16.
 
@@ -162,7 +123,6 @@ class Published:
 
 
 PAPER = "QLoRA, arXiv 2305.14314"
-PEFT_DOCS = "PEFT docs, accelerate"
 FIGURES = (
     Published(
         what="NF4 and double quantization, a parameter",
@@ -215,24 +175,6 @@ FIGURES = (
         calculated=qlora_65b,
         within=0.03,
         left="no double quantization, matrices in fp32; the figure in its appendix says 40.4",
-    ),
-    Published(
-        what="Llama 2 70B QLoRA on 2 GPUs, FSDP",
-        source=f"{PEFT_DOCS}/fsdp.md",
-        said=35.6,
-        unit="GB",
-        calculated=peft_fsdp,
-        within=0.20,
-        left="5.7 GB; the page does not say what was measured",
-    ),
-    Published(
-        what="the same, ZeRO-3",
-        source=f"{PEFT_DOCS}/deepspeed.md",
-        said=36.6,
-        unit="GB",
-        calculated=peft_zero3,
-        within=0.20,
-        left="5.0 GB, likewise",
     ),
     Published(
         what="Llama 3.1 405B QLoRA on 8 GPUs, one row of 2,048",
@@ -298,18 +240,3 @@ def test_a_batch_of_two_is_not_what_torchtune_s_405b_ran_with() -> None:
     """
     assert torchtune_405b(2, least=True) > 1.05 * 44.8
     assert torchtune_405b(1, least=True) < 44.8
-
-
-def test_what_offloading_takes_off_peft_s_fsdp_is_what_is_cut() -> None:
-    """Check that offloading saves exactly the sharded part.
-
-    35.6 GB become 19.6 with the base offloaded. The calculated rows of the base and of the trained part go, so the
-    remainder of the first figure is not sharded.
-    """
-    plan, _ = steps(LLAMA2_70B, *PEFT_RUN)
-    shapes = plan.model.shapes
-    scales = packed(shapes, bits_of_scales=0.127) - packed(shapes, bits_of_scales=0)
-    cut = traffic.peer_held_bytes(shapes, "nf4 in bf16", world=2) - scales
-    cut += 8 * shapes.adapted_numel(plan.config.adapter) / 2
-    assert cut / GB == pytest.approx(18.05, abs=0.01)
-    assert 35.6 - 19.6 < cut / GB < 1.13 * (35.6 - 19.6)

@@ -13,7 +13,7 @@ from accounting import Moved
 from distlora.model.lm_head import LossHead
 from distlora.planner.flops import step_flops
 from distlora.planner.model import model_in
-from distlora.planner.speed.launches import HeadSizes, How, Linear, backward, forward, head_work, norm
+from distlora.planner.speed.launches import How, Linear, head_work, linears, norm
 from distlora.planner.speed.timing import how_of, step_work
 from distlora.planner.workload import Workload
 from family_models import config_for, hf_config, load_ours, positions_of, tokens
@@ -36,9 +36,9 @@ def test_two_linears_of_one_input_move_what_their_launches_move(
     is_dora: bool, quantized: bool, few_rows: int, expected: tuple[int, int, int]
 ) -> None:
     """Bytes, operations and launches of Llama 70B's gate and up, rank 16, as kernels/bench once counted them too."""
-    linears = [Linear(28672, 8192, 16, is_dora=is_dora)] * 2
+    pair = [Linear(28672, 8192, 16, is_dora=is_dora)] * 2
     how, m = How(itemsize=2, quantized=quantized, few_rows=few_rows), few_rows or 8192
-    work = [*forward(linears, m, how), *backward(linears, m, how)]
+    work = [*linears(pair, m, how), *linears(pair, m, how, backward=True)]
     found = sum(w.nbytes for w in work), sum(w.flops for w in work), sum(w.launches for w in work)
     assert found == pytest.approx(expected, rel=1e-9)
 
@@ -112,7 +112,7 @@ def test_what_is_no_product_moves_the_bytes_that_operations_move(name: str, tmp_
         (backwards, [work for block in work.blocks for work in block.backward], True),
     ):
         found = sum(n for op, n in moved.by_name.items() if not re.fullmatch(NOT_COUNTED_HERE, op))
-        last = norm(states.numel(), how, name.startswith("gemma"), backward=is_backward).nbytes
+        last = norm(states.numel(), how, backward=is_backward).nbytes
         counted = last + sum(each.nbytes for each in launches if each.kind == "elementwise")
         assert counted == pytest.approx(found, rel=0.05), moved.by_name
 
@@ -125,8 +125,8 @@ def test_the_heads_logits_move_the_bytes_that_operations_move(dtype: torch.dtype
     states = torch.randn(1, length, hidden, dtype=dtype, requires_grad=True)
     with Moved() as moved:
         LossHead(weight)(states, torch.randint(0, vocabulary, (1, length))).sum().backward()
-    sizes = HeadSizes(vocabulary=vocabulary, hidden=hidden, rows=0, is_trained=trained, capped=False, gemma=False)
-    launches = list(head_work(sizes, How(itemsize=dtype.itemsize, quantized=False), m=length, reference=False))
+    how, rows = How(itemsize=dtype.itemsize, quantized=False), {"trained": trained, "trained_rows": 0}
+    launches = list(head_work(vocabulary, hidden, how, m=length, capped=False, reference=False, **rows))
     beside = sum(work.nbytes for work in launches if work.kind == "elementwise") + 2 * dtype.itemsize * states.numel()
     counted = sum(work.nbytes for work in launches) - beside  # Without the last norm and the embedding.
     assert counted == pytest.approx(sum(moved.by_name.values()), rel=0.05), moved.by_name

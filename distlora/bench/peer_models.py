@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from distlora.planner.traffic import Storage
+Storage = Literal["nf4 in bf16", "nf4 in uint8", "bf16"]
+"""How a peer keeps its base: bnb_4bit_quant_storage=bfloat16, bitsandbytes' default uint8, or not quantized."""
 
 
 def load_base(folder: Path | str, storage: Storage = "nf4 in uint8", *, device: torch.device | None = None) -> Any:

@@ -14,8 +14,8 @@ from distlora.config.file import as_mapping
 from distlora.planner import traffic as wire
 from distlora.planner.flops import StepFlops, step_flops
 from distlora.planner.machine import Machine
+from distlora.planner.memory.activations import Costs
 from distlora.planner.memory.device import DeviceBytes, device_bytes
-from distlora.planner.memory.step import costs_of
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.timing import StepTime, step_time
 from distlora.planner.storage import DiskBytes, HostBytes, disk_bytes, host_bytes, keeps_on_host, trained_tensors
@@ -56,7 +56,7 @@ class Plan:
     @property
     def uncounted(self) -> list[str]:
         """Parts of device memory that the plan leaves out, in words; empty if there are none."""
-        return costs_of(self.work, self.model, self.machine).uncounted
+        return Costs.of(self.work, self.model, self.machine).uncounted
 
     @property
     def time(self) -> StepTime | None:

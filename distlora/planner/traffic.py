@@ -1,4 +1,4 @@
-"""Calculate the bytes that a training step moves between ranks, for distlora and for PEFT with FSDP2. No torch.
+"""Calculate the bytes that a training step moves between ranks, as its backend counts them. No torch.
 
 Two measures, each of one rank and one optimizer step:
 
@@ -18,9 +18,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from distlora.architecture.shapes import Adapter, ModelShapes, Weight
+from distlora.architecture.shapes import ModelShapes, Weight
 from distlora.architecture.tokens import trained_indices
 from distlora.planner.workload import Workload
 
@@ -31,9 +30,6 @@ GROUP_CODES, GROUP_SCALES = 8192, 256
 GROUP_BYTES = GROUP_CODES + GROUP_SCALES + 4
 """With group_scale in fp32."""
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-
-Storage = Literal["nf4 in bf16", "nf4 in uint8", "bf16"]
-"""How a peer keeps its base: bnb_4bit_quant_storage=bfloat16, bitsandbytes' default uint8, or not quantized."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,59 +184,3 @@ def trained_rows(work: Workload, shapes: ModelShapes) -> dict[str, tuple[int, ..
 def token_rows(work: Workload, shapes: ModelShapes) -> int:
     """Return the number of trained token rows."""
     return sum(map(len, trained_rows(work, shapes).values()))
-
-
-def peer(
-    shapes: ModelShapes, adapters: Sequence[Sequence[Adapter]], storage: Storage, *, world: int, accumulation: int
-) -> StepBytes:
-    """Return the traffic of a step of PEFT with accelerate's FSDP2, read in accelerate 1.15 and peft 0.21.
-
-    Settings: mixed_precision=bf16, decoder layers as units, gradients held back until the last micro-batch. For dense
-    Llamas, not for experts.
-
-    Everything is gathered in bf16, adapters too, since they are cut like the base: blocks and the embedding in forward
-    and again in backward, the head (with a tied embedding) and the final norm once. In uint8 storage accelerate leaves
-    4-bit weights out of the sharding: every rank has them all. The scales of 4-bit weights are no parameters and lie on
-    every rank. Adapter gradients are reduce-scattered in bf16.
-    """
-    block = sum(
-        0 if replicated(weight, storage) else 2 * padded(_stored(weight, storage), world) for weight in shapes.block
-    )
-    of_adapters = sum(2 * (padded(each.down, world) + padded(each.up, world)) for blocks in adapters for each in blocks)
-    matrix = 2 * padded((shapes.vocabulary, shapes.hidden), world)
-    a_pass = 2 * (shapes.num_layers * block + of_adapters) + 2 * padded((shapes.hidden,), world)
-    a_pass += matrix if shapes.tied else 3 * matrix
-    return StepBytes(gathered=accumulation * a_pass, scattered=of_adapters, shards=world, world=world)
-
-
-def peer_held_bytes(shapes: ModelShapes, storage: Storage, *, world: int) -> int:
-    """Return the bytes of the base that a rank of the peer keeps: its rows and what is not sharded.
-
-    4-bit weights have an 8-bit scale per 64 weights and an fp32 scale per 256 of these.
-    """
-    matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), world)
-    cut, whole = 2 * (matrices + padded((shapes.hidden,), world)), 0
-    for weight in shapes.block:
-        stored = 2 * padded(_stored(weight, storage), world)
-        if replicated(weight, storage):
-            whole += shapes.num_layers * stored
-        else:
-            cut += shapes.num_layers * stored
-        if _is_packed(weight, storage):
-            whole += shapes.num_layers * (-(-weight.numel // 64) + 4 * -(-weight.numel // GROUP_WEIGHTS))
-    return cut // world + whole
-
-
-def replicated(weight: Weight, storage: Storage) -> bool:
-    """Return True if accelerate leaves a weight out of the sharding: 4-bit weights in uint8."""
-    return _is_packed(weight, storage) and storage == "nf4 in uint8"
-
-
-def _is_packed(weight: Weight, storage: Storage) -> bool:
-    """Return True if bitsandbytes keeps a weight in 4 bits: linears, but not fused experts."""
-    return weight.packs and len(weight.shape) == 2 and storage != "bf16"
-
-
-def _stored(weight: Weight, storage: Storage) -> tuple[int, ...]:
-    """Return the shape of a weight in 2-byte numbers; a 4-bit weight is one column of four weights each."""
-    return (-(-weight.numel // 4),) if _is_packed(weight, storage) else weight.shape

@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
+from distlora.bench.peer_models import Storage, describe, fsdp2_accelerator, load_base, trained
 from distlora.bench.step.compare import StepJob
 from distlora.bench.step.worker import EndedError, Turns
 from distlora.data.loader import IGNORED, MicroBatch, StepLoader
 from distlora.data.rows import PackedRows
 from distlora.parallel import Ranks
-from distlora.planner.traffic import Storage
 
 Inputs = dict[str, Tensor]
 MAX_GRAD_NORM = 1.0

@@ -8,20 +8,18 @@ alive at a step's peak, within 5 %.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from distlora.architecture.shapes import ModelShapes
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
-from distlora.planner.decoder import AdaptedRanks, Decoder, attention_kind, fuses, ranks_of_blocks
+from distlora.planner.decoder import Decoder, attention_kind, fuses, ranks_of_blocks
+from distlora.planner.machine import Machine
 from distlora.planner.memory import layer
 from distlora.planner.memory.layer import (
-    BY_DOCUMENTS,
     INDEX_BYTES,
     Attention,
-    BlockRun,
+    LayerRun,
     Operation,
     Peak,
     attention_half,
@@ -29,10 +27,13 @@ from distlora.planner.memory.layer import (
     flash_accumulators,
     mlp_half,
 )
+from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
 
 Mode = Literal["none", "block", "selective", "offload"]
 
+_H100_PROCESSORS = 132
+"""Streaming multiprocessors."""
 LOGITS_AT_ONCE = 2**24
 """What distlora.model.lm_head has of fp32 logits at a time."""
 LOGITS_AT_ONCE_ON_CPU = 2**20
@@ -57,7 +58,6 @@ class Activations:
 
     kept: float
     """On the device from forward to backward: what the blocks keep, and the rotary tables."""
-    kept_on_host: float
     head_forward: float
     """On the device while the head is at work, after the last norm."""
     head_backward: float
@@ -67,82 +67,35 @@ class Activations:
     dequantized: float
     """Of it, weights in NF4 that are dense tensors then: on the CPU, and of experts that no grouped product runs."""
 
-    @property
-    def peak(self) -> float:
-        """On the device."""
-        return self.kept + max(self.head_forward, self.head_backward, self.working)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Device:
-    """Properties of a device that activation memory depends on."""
+class Costs(LayerRun):
+    """Bytes per token of a decoder layer and the LM head, with what the settings keep."""
 
-    is_gpu: bool = True
-    processors: int = 132
-    """Streaming multiprocessors of a GPU: an H100's unless it is said."""
-    groups_experts: bool = True
-    """Whether it runs experts in bf16 as one grouped product: compute capability 9.x and 10.x."""
-    has_liger: bool = False
-    """Whether liger-kernel is installed there, which takes less than transformers' own norms and MLPs."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Costs:
-    """Bytes a token of one block, with what its settings keep."""
-
-    decoder: Decoder
-    ranks: AdaptedRanks
-    dtype_bytes: int = 2
-    """Of the run's dtype."""
-    fused: bool = False
-    """Whether norms and MLPs are liger-kernel's, or compiled on the CPU, where the head's losses then are too."""
-    remakes: bool = False
-    """Whether what compiled norms and gated products give is made again in backward (blocks.py)."""
-    is_gpu: bool = True
-    attention: Attention = BY_DOCUMENTS
-    dora: bool = False
-    dropout: bool = False
-    """Whether adapters have any. Masks are not kept; on the CPU, and with DoRA, they are made as tensors."""
-    quantized: bool = False
-    """Whether linears are in NF4: dense weights are the scratch's on a GPU, and tensors like others on the CPU."""
-    groups_experts: bool = False
-    """Whether experts are one grouped product."""
-    balances: bool = False
-    """Whether a loss balances the routers."""
-    trains_base: bool = False
-    """Whether everything is trained itself (adapter=full)."""
     trains_head: bool = False
-    """Whether the head is, with it or beside adapters."""
+    """True if the LM head is trained whole."""
     trained_columns: int = 0
-    """Columns of the logits that are trained while the rest of the head is frozen."""
-    adds_up_gradients: bool = False
-    """Whether gradients of what is trained of the base are whole and in the run's dtype until the unit's backward is
-    done: where ranks cut them."""
-    keeps_dense: bool = False
-    """Whether dequantized weights stay from a block's recomputation to its backward; on a GPU in the scratch."""
+    """Trained columns of the logits, if the rest of the LM head is frozen."""
     has_reference: bool = False
-    """Whether every row runs forward a second time, without gradient."""
-    trials: int = 1
-    """Of a pack."""
+    """True if every sequence runs forward a second time, without gradient (DPO)."""
 
     @classmethod
-    def of(
-        cls, work: Workload, shapes: ModelShapes, settings: Mapping[str, Any], device: Device, *, shards: int = 1
-    ) -> Costs:
-        """Return the costs of the first decoder layer of a run whose base is sharded over `shards` ranks.
+    def of(cls, work: Workload, model: PlannedModel, machine: Machine) -> Costs:
+        """Return the costs of the first decoder layer of a run; other layers differ in their adapters only.
 
-        Other layers differ in their adapters only (`ranks_of_blocks`). Attention on a GPU is by documents if the kernel
-        supports the model's heads (`flash_accumulators`).
+        Attention on a GPU is by documents if the kernel supports the model's heads (`flash_accumulators`). An unknown
+        GPU counts as an H100.
         """
+        shapes, settings, gpu = model.shapes, model.settings, machine.gpu
         adapter, family = work.adapter, shapes.family
         decoder = Decoder.of(settings, family)
         sixteen_bits = work.dtype == "bf16"
         full, rows = adapter.method == "full", traffic.trained_rows(work, shapes)
-        attention = Attention(kind=attention_kind(work, family, decoder, is_gpu=device.is_gpu))
+        attention = Attention(kind=attention_kind(work, family, decoder, is_gpu=machine.is_gpu))
         if attention.kind == "documents":
             attention = Attention(
                 accumulators=flash_accumulators(
-                    device.processors,
+                    _H100_PROCESSORS if gpu is None else gpu.processors,
                     decoder.heads,
                     work.tokens_at_once,
                     work.micro_batch,
@@ -153,24 +106,24 @@ class Costs:
         balanced = work.router_aux_loss
         if balanced is None:
             balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
-        fused = fuses(work, family, is_gpu=device.is_gpu, has_liger=device.has_liger)
+        fused = fuses(work, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
         return cls(
             decoder=decoder,
             ranks=ranks_of_blocks(work, shapes)[0],
-            dtype_bytes=2 if sixteen_bits else 4,
+            itemsize=2 if sixteen_bits else 4,
             fused=fused,
-            remakes=fused and not (device.is_gpu or adapter.use_dora) and work.checkpointing == "none",
-            is_gpu=device.is_gpu,
+            remakes=fused and not (machine.is_gpu or adapter.use_dora) and work.checkpointing == "none",
+            is_gpu=machine.is_gpu,
             attention=attention,
             dora=adapter.use_dora,
             dropout=adapter.lora_dropout > 0,
             quantized=work.quantized,
-            groups_experts=device.is_gpu and device.groups_experts and sixteen_bits,
+            groups_experts=machine.is_gpu and sixteen_bits and (gpu is None or gpu.capability[0] in (9, 10)),
             balances=decoder.experts is not None and work.objective == "sft" and bool(balanced),
             trains_base=full,
             trains_head=full or HEAD in adapter.modules_to_save,
             trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
-            adds_up_gradients=shards > 1,
+            adds_up_gradients=work.shard_degree(machine.ranks) > 1,
             keeps_dense=work.keep_dequantized,
             has_reference=work.objective == "dpo",
             trials=len(work.adapters),
@@ -186,47 +139,24 @@ class Costs:
             found.append("which tokens are of which pair: a few bytes a token and pair of a row")
         return found
 
-    def block(self, tokens: int = 1, row: int = 1) -> BlockRun:
-        """Return a decoder layer that runs `tokens` tokens at once in sequences of `row` tokens."""
-        return BlockRun(
-            decoder=self.decoder,
-            ranks=self.ranks,
-            itemsize=self.dtype_bytes,
-            device="cuda" if self.is_gpu else "cpu",
-            attention=self.attention,
-            tokens=tokens,
-            row=row,
-            fused=self.fused,
-            remakes=self.remakes,
-            dora=self.dora,
-            dropout=self.dropout,
-            quantized=self.quantized,
-            groups_experts=self.groups_experts,
-            balances=self.balances,
-            trains_base=self.trains_base,
-            adds_up_gradients=self.adds_up_gradients,
-            keeps_dense=self.keeps_dense,
-            trials=self.trials,
-        )
-
     @property
     def boundary(self) -> int:
         """The input of a block."""
-        return self.dtype_bytes * self.decoder.hidden
+        return self.itemsize * self.decoder.hidden
 
     @property
     def norm_keeps_input(self) -> bool:
         """True if the first norm of a half keeps the input itself and not an fp32 copy."""
-        return self.fused or self.dtype_bytes == 4
+        return self.fused or self.itemsize == 4
 
     def attention_half(self, tokens: int = 1, row: int = 1) -> list[Operation]:
         """Return the operations of the attention half on `tokens` tokens in sequences of `row` tokens."""
-        return attention_half(self.block(tokens, row))
+        return attention_half(replace(self, tokens=tokens, row=row))
 
     def mlp_half(self, tokens: int = 1) -> list[Operation]:
         """Return the operations of the MLP half, dense or experts."""
-        block = self.block(tokens)
-        return mlp_half(block) if self.decoder.experts is None else expert_half(block)
+        run = replace(self, tokens=tokens, row=1)
+        return mlp_half(run) if self.decoder.experts is None else expert_half(run)
 
     def kept(self, mode: Mode, row: int = 1) -> float:
         """Return the bytes per token that a decoder layer keeps for backward, on the device or the host.
@@ -253,7 +183,7 @@ class Costs:
     @property
     def _tables(self) -> int:
         """The rotary tables, cos and sin, of all blocks together."""
-        return 2 * self.dtype_bytes * self.decoder.head_size
+        return 2 * self.itemsize * self.decoder.head_size
 
     def masks(self, row: int) -> int:
         """Return the bytes per token of the attention masks of all layers, each as large as the scores of one head.
@@ -263,7 +193,7 @@ class Costs:
         """
         if self.attention.kind in ("documents", "tiles"):
             return 0
-        return self.decoder.masks * row * (1 if self.attention.kind == "sdpa" else self.dtype_bytes)
+        return self.decoder.masks * row * (1 if self.attention.kind == "sdpa" else self.itemsize)
 
     def _masks(self, mode: Mode, row: int) -> int:
         return self.masks(row) if mode in ("block", "offload") else 0
@@ -275,7 +205,7 @@ class Costs:
         """
         if sliced and self.trains_base:
             # Autograd adds up the weights' gradients of all slices before it hands them on.
-            itemsize = self.dtype_bytes if self.adds_up_gradients else 4
+            itemsize = self.itemsize if self.adds_up_gradients else 4
             once = replace(self, adds_up_gradients=False).working(mode, tokens, tile, row)
             return once.plus(itemsize * self.decoder.linear_numel)
         mlp_tokens = tokens if tile is None else min(tile, tokens)
@@ -299,9 +229,9 @@ class Costs:
         return max(of_mlp.plus(held - known, dense), of_attention.plus(-known))
 
     @property
-    def norm(self) -> int:
+    def norm_keeps(self) -> int:
         """Bytes per token that a norm of the hidden size keeps."""
-        return int(self.block().norm(self.decoder.hidden).keeps)
+        return int(self.norm(self.decoder.hidden).keeps)
 
     @property
     def _norm_steps(self) -> int:
@@ -316,7 +246,7 @@ class Costs:
     def _logit_bytes(self) -> int:
         """A cap keeps its tanh, fp32. Where losses are compiled, a logit in the run's dtype becomes its gradient."""
         if self.fused and not (self.is_gpu or self.trains_head or self.trained_columns or self.decoder.caps_logits):
-            return self.dtype_bytes
+            return self.itemsize
         return _LOGIT_BYTES + (4 if self.decoder.caps_logits else 0)
 
     def head_forward(self, tokens: int) -> float:
@@ -324,7 +254,7 @@ class Costs:
 
         A frozen head computes the gradient of its input in forward.
         """
-        norm = self.norm + (self.boundary if self.has_reference else 0)
+        norm = self.norm_keeps + (self.boundary if self.has_reference else 0)
         if self.trains_head:
             return tokens * (norm + self.boundary) + _LOSS_BYTES * self._chunk(tokens)
         columns = 4 * self.trained_columns
@@ -337,9 +267,9 @@ class Costs:
         its gradient in fp32, which the CPU widens in slices.
         """
         hidden = self.decoder.hidden
-        norm = self.norm
+        norm = self.norm_keeps
         if self.trains_head:
-            b, matrix, chunk = self.dtype_bytes, self.decoder.vocabulary * hidden, self._chunk(tokens)
+            b, matrix, chunk = self.itemsize, self.decoder.vocabulary * hidden, self._chunk(tokens)
             widened = 0 if self.is_gpu or b == 4 else 4 * min(matrix, max(ADDED_AT_ONCE, hidden))
             own = 4 * matrix + max(self._logit_bytes * chunk, b * matrix + max(b * chunk, widened))
             return max(tokens * (norm + 2 * self.boundary) + own, tokens * (norm + self._norm_steps))
@@ -376,23 +306,11 @@ class Costs:
             kept=kept_here * kept
             + layers * (tokens // at_once) * self.stacked(mode)
             + tokens * (self._tables + self._masks(mode, row) + layers * self._indices(mode)),
-            kept_on_host=tokens * layers * kept if offloads else 0,
             head_forward=self.head_forward(tokens) + newest,
             head_backward=self.head_backward(tokens) + newest,
             working=gradients + working.bytes,
             dequantized=working.dense,
         )
-
-    def recomputed(self, mode: Mode, tokens: int) -> float:
-        """Share of the operations of a forward over a row of `tokens` that backward does again."""
-        sizes = self.decoder
-        attention: float = 2 * sizes.hidden * (2 * sizes.queries + 2 * sizes.keys)
-        # A token attends to half of the row, 2 operations for each column of its score and as many of its output.
-        attention += 4 * sizes.queries * tokens / 2
-        mlp = 6 * sizes.hidden * sizes.mlp_columns
-        whole = sizes.layers * (attention + mlp) + 2 * sizes.vocabulary * sizes.hidden
-        again = {"none": 0.0, "selective": mlp}.get(mode, attention + mlp)
-        return sizes.layers * again / whole
 
 
 def tokens_at_once(vocabulary: int, *, is_gpu: bool) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length
 from distlora.planner.decoder import AdaptedRanks, AttentionKind, Decoder
@@ -210,39 +210,41 @@ class Linear(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BlockRun:
-    """Settings of a running decoder layer."""
+class LayerRun:
+    """A running decoder layer: its sizes, settings, and the tokens that it runs."""
 
     decoder: Decoder
     ranks: AdaptedRanks
     itemsize: int = 2
-    """Of the run's dtype, b."""
-    device: Literal["cuda", "cpu"] = "cuda"
+    """b: bytes per element of the run's dtype."""
+    is_gpu: bool = True
     attention: Attention = BY_DOCUMENTS
     tokens: int = 1
-    """That it runs at once: some of what is made has a bound."""
+    """Tokens that it runs at once; some memory has a bound for all of them."""
     row: int = 1
-    """Tokens of a row: what dense masks and scores grow with."""
+    """Tokens per sequence, which dense masks and scores grow with."""
     fused: bool = False
-    """Whether norms are liger-kernel's or compiled (the same is kept); MLPs and rotary embeddings where no DoRA is."""
+    """True if norms are liger-kernel's, or compiled on the CPU; without DoRA also gated MLPs and rotary embeddings."""
     remakes: bool = False
-    """Whether what norms and gated products give is made again in backward, and not kept."""
+    """True if outputs of compiled norms and gated products are made again in backward and not kept."""
     dora: bool = False
     dropout: bool = False
+    """True if adapters have dropout. Masks are not kept; on the CPU, and with DoRA, they are tensors."""
     quantized: bool = False
-    """Whether linears are in NF4."""
+    """True if linears are in NF4: dense weights are in scratch memory on a GPU, and tensors like others on the CPU."""
     groups_experts: bool = False
-    """Whether experts are one grouped product (distlora_kernels.experts.runs_grouped)."""
+    """True if experts are one grouped product (distlora_kernels.experts.runs_grouped)."""
     balances: bool = False
-    """Whether a loss balances the routers."""
+    """True if a loss balances the routers."""
     trains_base: bool = False
-    """Whether norms and linears are trained themselves (adapter=full)."""
+    """True if norms and linears are trained themselves (adapter=full)."""
     adds_up_gradients: bool = False
-    """Whether their gradients are there in the run's dtype until the block's backward is done: where ranks cut them."""
+    """True if gradients of the trained base stay whole, in the run's dtype, until the layer's backward is done, as
+    with sharding."""
     keeps_dense: bool = False
-    """Whether dequantized weights that are tensors like others stay from recomputation to backward."""
+    """True if dequantized weights stay from recomputation to backward; on a GPU in scratch memory."""
     trials: int = 1
-    """Of a pack: their adapters lie side by side, and each row uses one of them."""
+    """Trials trained together: their adapters are side by side, and each row uses one of them."""
 
     @property
     def fused_mlp(self) -> bool:
@@ -274,13 +276,13 @@ class BlockRun:
         b, ranks = self.itemsize, {linear.name: self.ranks.rank(linear.name) for linear in outputs}
         # Of a pack a row has the columns of its own trial's adapter; on a GPU all have as many.
         largest = sum(self.ranks.largest(linear.name) for linear in outputs)
-        columns = sum(ranks.values()) / self.trials if self.device == "cpu" else largest
+        columns = largest if self.is_gpu else sum(ranks.values()) / self.trials
         keeps = b * (inputs + columns) if any(ranks.values()) else 0
         if self.dora:
             # Of v + bias and of v beside x W^T backward reads v, a tensor of its own; else y itself.
             own = [each for each in outputs if ranks[each.name] and not self._keeps_output(each)]
             keeps += b * sum(linear.columns for linear in own)
-        if self.device == "cpu":
+        if not self.is_gpu:
             moments = self._on_cpu(inputs, outputs, ranks)
             if made and self.remakes and keeps:
                 keeps -= b * inputs
@@ -293,11 +295,11 @@ class BlockRun:
         if self.trials > 1:
             stacks = fixed
             # B of each row's own adapter, as it lies in memory alone (lora_torch.py).
-            joins = sum(4 * ranks[linear.name] * linear.columns for linear in outputs) if self.device == "cpu" else 0
+            joins = sum(4 * ranks[linear.name] * linear.columns for linear in outputs) if not self.is_gpu else 0
         backward = tuple(moment._replace(fixed=moment.fixed + fixed + joins) for moment in moments)
         # Forward goes from one weight to the next as backward does, in the other order.
         dense, keeps_dense = max(moment.dense for moment in moments), 0.0
-        if self.keeps_dense and self.quantized and self.device == "cpu":
+        if self.keeps_dense and self.quantized and not self.is_gpu:
             keeps_dense = sum(b * inputs * linear.columns for linear in outputs)
             backward = tuple(moment._replace(dense=0) for moment in backward)
         return Operation(keeps, backward, b * inputs, dense=dense, keeps_dense=keeps_dense, stacks=stacks, joins=joins)
@@ -378,7 +380,7 @@ class BlockRun:
 
     def _counters(self, inputs: int) -> float:
         """Return the bytes that generating a dropout mask takes."""
-        return self._at_most(inputs / 8 * _COUNTER_BYTES, _COUNTERS[self.device] * _COUNTER_BYTES)
+        return self._at_most(inputs / 8 * _COUNTER_BYTES, _COUNTERS["cuda" if self.is_gpu else "cpu"] * _COUNTER_BYTES)
 
     def _at_most(self, of_token: float, bound: float) -> float:
         """Bytes a token of what has a bound for all of them."""
@@ -431,7 +433,7 @@ class BlockRun:
         copy = b * scores if b < 4 else 0
         of_scores = 4 * scores + copy + (b * scores if sizes.caps_scores else 0)
         # The CPU widens scores for its softmax, beside what that makes.
-        widened = 2 * 4 * scores + copy if self.device == "cpu" else 0
+        widened = 2 * 4 * scores + copy if not self.is_gpu else 0
         backward = (Moment(8 * scores - copy), Moment((b + 4) * scores))
         return Operation(keeps + of_scores, backward, leaves, max(0, widened - of_scores))
 
@@ -447,7 +449,7 @@ class BlockRun:
         return Operation(3 * b * inner, (Moment(2 * b * inner),), 2 * b * inner)
 
 
-def attention_half(run: BlockRun) -> list[Operation]:
+def attention_half(run: LayerRun) -> list[Operation]:
     """Return the operations from a layer's input to the output of attention."""
     sizes = run.decoder
     # Values go to attention as the linear gives them, queries and keys rotated.
@@ -471,7 +473,7 @@ def attention_half(run: BlockRun) -> list[Operation]:
     return [*operations, run.norm(sizes.hidden)] if sizes.norms_after else operations
 
 
-def mlp_half(run: BlockRun) -> list[Operation]:
+def mlp_half(run: LayerRun) -> list[Operation]:
     """Return the operations of a dense MLP, from attention's output to the layer's output."""
     sizes = run.decoder
     if sizes.fused_linears:
@@ -492,7 +494,7 @@ INDEX_BYTES = 4 * 8
 """A row's entries in a Routing: tokens, order, inverse, experts, int64."""
 
 
-def expert_half(run: BlockRun) -> list[Operation]:
+def expert_half(run: LayerRun) -> list[Operation]:
     """Return the operations of a mixture of experts, from attention's output to the layer's output."""
     sizes, experts, b = run.decoder, run.decoder.experts, run.itemsize
     assert experts is not None
@@ -510,7 +512,7 @@ def expert_half(run: BlockRun) -> list[Operation]:
     ]
 
 
-def _router(run: BlockRun) -> Operation:
+def _router(run: LayerRun) -> Operation:
     """Return the router: softmax, chosen experts and weights, the Routing, and the balance loss if there is one.
 
     Backward adds the gradient of its input to that of the expert rows (distlora/model/experts.py).
@@ -525,7 +527,7 @@ def _router(run: BlockRun) -> Operation:
     return Operation(keeps + INDEX_BYTES * chosen + balance, (Moment(made),), b * run.decoder.hidden)
 
 
-def _linear(run: BlockRun, name: str, inputs: int, outputs: int) -> Operation:
+def _linear(run: LayerRun, name: str, inputs: int, outputs: int) -> Operation:
     """Return the linear of all experts (experts_torch.py or experts_grouped.py).
 
     It makes dX of all rows, with grouped products also the adapter's part of it, dA and dB of all experts in fp32, and
@@ -537,7 +539,7 @@ def _linear(run: BlockRun, name: str, inputs: int, outputs: int) -> Operation:
     dense = 0
     if run.quantized and not run.groups_experts:
         # The weight of all experts where an expert's begins within a group, on the CPU within a block.
-        is_cut = weight % (GROUP_WEIGHTS if run.device == "cuda" else _BLOCK) == 0
+        is_cut = weight % (GROUP_WEIGHTS if run.is_gpu else _BLOCK) == 0
         dense = b * weight * (1 if is_cut else experts.count)
     if rank == 0:
         return Operation(0, (Moment(b * rows * inputs, dense=dense),), b * rows * inputs, dense=dense)
@@ -554,7 +556,7 @@ def _linear(run: BlockRun, name: str, inputs: int, outputs: int) -> Operation:
     )
 
 
-def _activation(run: BlockRun) -> Operation:
+def _activation(run: LayerRun) -> Operation:
     """Return the activation of gate and up, the halves of one tensor.
 
     It keeps that tensor and act(gate). GPT-OSS keeps the clamped gate, its sigmoid, their product, and up + 1.
@@ -567,7 +569,7 @@ def _activation(run: BlockRun) -> Operation:
     return Operation(3 * one, (Moment(2 * one),), 2 * one)
 
 
-def _weighted_sum(run: BlockRun) -> Operation:
+def _weighted_sum(run: LayerRun) -> Operation:
     """Return the weighted sum of the experts' outputs, which are kept for the gradients of their weights.
 
     Backward makes three tensors of their size: the gradient of the product and of both operands.

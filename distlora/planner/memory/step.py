@@ -15,7 +15,7 @@ from distlora.planner import traffic
 from distlora.planner.decoder import ranks_of_blocks
 from distlora.planner.machine import Machine
 from distlora.planner.memory import Kind, Moment
-from distlora.planner.memory.activations import Activations, Costs, Device, tokens_at_once
+from distlora.planner.memory.activations import Activations, Costs, tokens_at_once
 from distlora.planner.memory.base import Base, Gathered, Stored, Trained, unit_bytes
 from distlora.planner.memory.gathered import Copied, copied_of, gathered_of
 from distlora.planner.memory.layer import Operation, Peak
@@ -97,7 +97,7 @@ class Step:
     def largest(self) -> int:
         """Bytes of the largest tensor that a step makes: the inner columns of an MLP, fp32 logits of a chunk."""
         sizes = self.costs.decoder
-        inner = self.at_once * self.costs.dtype_bytes * sizes.mlp_columns
+        inner = self.at_once * self.costs.itemsize * sizes.mlp_columns
         tokens = min(self.at_once, tokens_at_once(sizes.vocabulary, is_gpu=self.costs.is_gpu))
         return max(inner, 4 * tokens * sizes.vocabulary)
 
@@ -139,7 +139,7 @@ class Step:
         unread = self.work.checkpointing in ("none", "selective") and not self.trained.embeds
         sent = 3 * 8 * self.tokens if self.is_gpu else 0
         alike = int(self.activations.kept) - self._layers * self.blocks[-1].kept
-        return alike + self._kept_from(self._first) + sent - (self.tokens * self.costs.norm if unread else 0)
+        return alike + self._kept_from(self._first) + sent - (self.tokens * self.costs.norm_keeps if unread else 0)
 
     @property
     def _boundary(self) -> int:
@@ -268,7 +268,7 @@ class Step:
         One process casts the gradient of its 16-bit copy to fp32, and adds the LM head's if the matrix is tied
         (distlora.parallel.fsdp2).
         """
-        of_masters = _of_masters(self.base.embedding) if self.shards == 1 and self.costs.dtype_bytes < 4 else 0
+        of_masters = _of_masters(self.base.embedding) if self.shards == 1 and self.costs.itemsize < 4 else 0
         return _gradients(self.base.embedding) + of_masters + (self._tied_gradient if self.shards == 1 else 0)
 
     def _waiting(self, blocks: int, *, with_head: bool = True) -> int:
@@ -329,19 +329,9 @@ def _sent(unit: tuple[Stored, ...], shards: int) -> int:
     return 0 if shards == 1 else shards * _rows_of_masters(unit, shards)
 
 
-def costs_of(work: Workload, model: PlannedModel, machine: Machine) -> Costs:
-    """Return the costs of a decoder layer of this run. An unknown GPU counts as an H100."""
-    gpu = machine.gpu
-    device = Device(is_gpu=machine.is_gpu, has_liger=machine.has_liger)
-    if gpu is not None:
-        device = replace(device, processors=gpu.processors, groups_experts=gpu.capability[0] in (9, 10))
-    shards = work.shard_degree(machine.ranks)
-    return Costs.of(work, model.shapes, model.settings, device, shards=shards)
-
-
 def blocks_of(work: Workload, model: PlannedModel, machine: Machine, *, at_once: int, tokens: int) -> list[Blocks]:
     """Return the decoder layers of a run that keeps `tokens` tokens and runs `at_once` of them together."""
-    row, mode, first = work.sequence_length, work.checkpointing, costs_of(work, model, machine)
+    row, mode, first = work.sequence_length, work.checkpointing, Costs.of(work, model, machine)
     known: dict[int, Blocks] = {}
     found = []
     for same, alike in itertools.groupby(ranks_of_blocks(work, model.shapes), key=id):

@@ -10,11 +10,12 @@ E bytes of an element, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distlora.planner.decoder import AttentionKind
+from distlora.planner.decoder import AttentionKind, Decoder
 from distlora.planner.flops import PAIR_BACKWARD, PAIR_FORWARD, SCORES_AGAIN
 from distlora.planner.memory.activations import tokens_at_once
 from distlora.planner.memory.base import UPDATE_BYTES
@@ -60,13 +61,15 @@ class How:
     """Up to so many rows a packed weight is decoded inside its product; 0: never."""
     keeps_dequantized: bool = False
     trains_base: bool = False
-    """Whether the weights of the blocks have gradients (adapter=full)."""
+    """True if the weights of decoder layers have gradients (adapter=full)."""
+    norms_in_fp32: bool = False
+    """True if norms multiply by their weight in fp32 (Gemma)."""
     fused_norms: bool = False
-    """Whether norms are liger-kernel's, or compiled."""
+    """True if norms are liger-kernel's, or compiled."""
     fused: bool = False
-    """Whether gated MLPs and rotary embeddings are."""
+    """True if gated MLPs and rotary embeddings are too."""
     is_gpu: bool = True
-    """Else the head takes fewer tokens at once."""
+    """False: the LM head takes fewer tokens at once."""
     attention: AttentionKind = "documents"
 
 
@@ -113,7 +116,16 @@ def gemm(kind: MovedKind, m: int, n: int, k: int, how: How, *, accumulates: bool
     return Work(kind, how.itemsize * (m * k + k * n + m * n * (2 if accumulates else 1)), 2.0 * m * n * k)
 
 
-def forward(group: Sequence[Linear], m: int, how: How, *, adapted: bool = True) -> Iterator[Work]:
+def linears(
+    group: Sequence[Linear], m: int, how: How, *, adapted: bool = True, backward: bool = False
+) -> Iterator[Work]:
+    """Yield the launches of linears that read one tensor of M rows. `adapted`: False runs the base alone."""
+    if backward:
+        return _backward(group, m, how)
+    return _forward(group, m, how, adapted=adapted)
+
+
+def _forward(group: Sequence[Linear], m: int, how: How, *, adapted: bool = True) -> Iterator[Work]:
     """Yield the launches of linears that read one tensor of M rows. `adapted`: False runs the base alone."""
     if group[0].experts > 1:
         yield from _experts_forward(group[0], m, how, adapted=adapted)
@@ -137,7 +149,7 @@ def forward(group: Sequence[Linear], m: int, how: How, *, adapted: bool = True) 
             yield from _dora(linear, m, how, backward=False)
 
 
-def backward(group: Sequence[Linear], m: int, how: How) -> Iterator[Work]:
+def _backward(group: Sequence[Linear], m: int, how: How) -> Iterator[Work]:
     """Yield the launches for the gradients of the input, of adapters and of trained weights."""
     if group[0].experts > 1:
         yield from _experts_backward(group[0], m, how)
@@ -265,25 +277,8 @@ def _grouped(kind: MovedKind, linear: Linear, rows: int, n: int, k: int, how: Ho
     return Work(kind, how.itemsize * (rows * k + linear.experts * k * n + rows * n), 2.0 * rows * n * k)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockSizes:
-    """A decoder block, as far as its launches depend on it."""
-
-    hidden: int
-    queries: int
-    keys: int
-    heads: int
-    attention: tuple[tuple[Linear, ...], ...]
-    """Groups that share an input: q, k, v (or qkv); o."""
-    mlp: tuple[tuple[Linear, ...], ...]
-    """gate, up (or gate_up); down."""
-    norms_after: bool
-    """Whether a norm follows attention and another the MLP."""
-    head_norms: bool
-    gemma: bool
-    """Whether a norm multiplies by its weight in fp32."""
-    experts: int
-    """0: none."""
+Groups = Mapping[str, tuple[Linear, ...]]
+"""The linears of a decoder layer that share an input, by the keys of `INPUTS`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -298,95 +293,82 @@ class BlockWork:
 
 
 def block_work(
-    sizes: BlockSizes, how: How, *, m: int, pairs: int, checkpointing: str, tiles: Sequence[int], reference: bool
+    decoder: Decoder,
+    groups: Groups,
+    how: How,
+    *,
+    m: int,
+    pairs: int,
+    checkpointing: str,
+    tiles: Sequence[int],
+    reference: bool,
 ) -> BlockWork:
     """Return the work of one micro-batch in a decoder layer.
 
     `pairs`: query-key pairs that the layer computes for M tokens. `tiles`: tokens that the MLP runs at once, [M] if it
     runs whole.
     """
-    of_attention = tuple(attention_forward(sizes, how, m, pairs))
-    of_mlp = tuple(work for tile in tiles for work in mlp_forward(sizes, how, tile))
-    again: tuple[Work, ...] = ()
-    if checkpointing in ("block", "offload"):
-        again = of_attention + of_mlp
-    elif checkpointing == "selective":
-        again = of_mlp
+
+    def attention_half(*, adapted: bool = True, backward: bool = False) -> tuple[Work, ...]:
+        return tuple(_attention_half(decoder, groups, how, m, pairs, adapted=adapted, backward=backward))
+
+    def mlp_half(*, adapted: bool = True, backward: bool = False) -> tuple[Work, ...]:
+        halves = (_mlp_half(decoder, groups, how, tile, adapted=adapted, backward=backward) for tile in tiles)
+        return tuple(itertools.chain.from_iterable(halves))
+
+    of_attention, of_mlp = attention_half(), mlp_half()
+    again = {"none": (), "selective": of_mlp}.get(checkpointing, of_attention + of_mlp)
     if checkpointing == "offload":  # The input goes to the host and comes back.
-        again += (Work("elementwise", 2 * how.itemsize * m * sizes.hidden, launches=0),)
-    gradients = tuple(work for tile in tiles for work in mlp_backward(sizes, how, tile))
-    gradients += tuple(attention_backward(sizes, how, m, pairs))
-    base: tuple[Work, ...] = ()
-    if reference:
-        base = tuple(attention_forward(sizes, how, m, pairs, adapted=False))
-        base += tuple(work for tile in tiles for work in mlp_forward(sizes, how, tile, adapted=False))
-    return BlockWork(of_attention + of_mlp, again + gradients, base)
+        again += (Work("elementwise", 2 * how.itemsize * m * decoder.hidden, launches=0),)
+    return BlockWork(
+        of_attention + of_mlp,
+        again + mlp_half(backward=True) + attention_half(backward=True),
+        attention_half(adapted=False) + mlp_half(adapted=False) if reference else (),
+    )
 
 
-def attention_forward(sizes: BlockSizes, how: How, m: int, pairs: int, *, adapted: bool = True) -> Iterator[Work]:
-    """Yield the launches of the attention half's forward."""
-    projections, output = sizes.attention
-    yield norm(sizes.hidden * m, how, sizes.gemma)
-    yield from forward(projections, m, how, adapted=adapted)
-    if sizes.head_norms:
-        yield from (norm(columns * m, how, sizes.gemma) for columns in (sizes.queries, sizes.keys))
-    yield rotary((sizes.queries + sizes.keys) * m, how)
-    yield from attention(sizes, how, m, pairs, backward=False)
-    yield from forward(output, m, how, adapted=adapted)
-    yield from after(sizes, how, m)
+def _attention_half(
+    decoder: Decoder, groups: Groups, how: How, m: int, pairs: int, *, adapted: bool, backward: bool
+) -> Iterator[Work]:
+    """Yield the launches of the attention half; in backward their order does not count."""
+    queries, keys = decoder.queries, decoder.keys
+    yield norm(decoder.hidden * m, how, backward=backward)
+    if decoder.head_norms:
+        yield from (norm(columns * m, how, backward=backward) for columns in (queries, keys))
+    yield rotary((queries + keys) * m, how, backward=backward)
+    yield from attention(decoder, how, m, pairs, backward=backward)
+    for name in ("qkv", "o"):
+        yield from linears(groups[name], m, how, adapted=adapted, backward=backward)
+    yield from after(decoder, how, m, backward=backward)
 
 
-def attention_backward(sizes: BlockSizes, how: How, m: int, pairs: int) -> Iterator[Work]:
-    """Yield the launches of the attention half's backward."""
-    projections, output = sizes.attention
-    yield from after(sizes, how, m, backward=True)
-    yield from backward(output, m, how)
-    yield from attention(sizes, how, m, pairs, backward=True)
-    yield rotary((sizes.queries + sizes.keys) * m, how, backward=True)
-    if sizes.head_norms:
-        yield from (norm(columns * m, how, sizes.gemma, backward=True) for columns in (sizes.queries, sizes.keys))
-    yield from backward(projections, m, how)
-    yield norm(sizes.hidden * m, how, sizes.gemma, backward=True)
+def _mlp_half(decoder: Decoder, groups: Groups, how: How, m: int, *, adapted: bool, backward: bool) -> Iterator[Work]:
+    """Yield the launches of the MLP half, dense or experts; in backward their order does not count."""
+    e, hidden, experts = how.itemsize, decoder.hidden, decoder.experts
+    yield norm(hidden * m, how, backward=backward)
+    if experts is not None:
+        rows = experts.chosen * m
+        # The router: its product, which no figure counts as operations, and a softmax over the experts.
+        nbytes = e * (hidden * (m + experts.count)) + 4 * FP32 * experts.count * m
+        yield Work("elementwise", nbytes, launches=8)
+        # Each token's states, once for each expert that it chooses (experts.dispatch).
+        yield Work("elementwise", 2 * e * rows * hidden, launches=2)
+        # Experts' outputs times their weights, back in the tokens' order, and added up (experts.combine).
+        yield Work("elementwise", e * hidden * (5 * rows + m), launches=4)
+    yield gated(decoder.mlp_columns * m, how, backward=backward)
+    for name in ("gate_up", "down"):
+        yield from linears(groups[name], m, how, adapted=adapted, backward=backward)
+    yield from after(decoder, how, m, backward=backward)
 
 
-def mlp_forward(sizes: BlockSizes, how: How, m: int, *, adapted: bool = True) -> Iterator[Work]:
-    """Yield the launches of the MLP half's forward."""
-    inputs, down = sizes.mlp
-    yield norm(sizes.hidden * m, how, sizes.gemma)
-    if sizes.experts:
-        yield _router(sizes, how, m)
-        yield _sorted_rows(sizes, how, m)
-    yield from forward(inputs, m, how, adapted=adapted)
-    yield gated(down[0].chosen * down[0].features * m, how)
-    yield from forward(down, m, how, adapted=adapted)
-    if sizes.experts:
-        yield _weighted_rows(sizes, how, m)
-    yield from after(sizes, how, m)
-
-
-def mlp_backward(sizes: BlockSizes, how: How, m: int) -> Iterator[Work]:
-    """Yield the launches of the MLP half's backward."""
-    inputs, down = sizes.mlp
-    yield from after(sizes, how, m, backward=True)
-    if sizes.experts:
-        yield _weighted_rows(sizes, how, m)
-    yield from backward(down, m, how)
-    yield gated(down[0].chosen * down[0].features * m, how, backward=True)
-    yield from backward(inputs, m, how)
-    if sizes.experts:
-        yield _sorted_rows(sizes, how, m)
-        yield _router(sizes, how, m)
-    yield norm(sizes.hidden * m, how, sizes.gemma, backward=True)
-
-
-def after(sizes: BlockSizes, how: How, m: int, *, backward: bool = False) -> Iterator[Work]:
+def after(decoder: Decoder, how: How, m: int, *, backward: bool = False) -> Iterator[Work]:
     """Yield the norm after a half, if there is one, and the residual sum; in backward the sum of two gradients."""
-    if sizes.norms_after:
-        yield norm(sizes.hidden * m, how, sizes.gemma, backward=backward)
-    yield Work("elementwise", 3 * how.itemsize * sizes.hidden * m)
+    if decoder.norms_after:
+        yield norm(decoder.hidden * m, how, backward=backward)
+    yield Work("elementwise", 3 * how.itemsize * decoder.hidden * m)
 
 
-def norm(numel: int, how: How, gemma: bool, *, backward: bool = False) -> Work:
+def norm(numel: int, how: How, *, backward: bool = False) -> Work:
     """Return an RMSNorm.
 
     transformers' form casts to fp32, squares, averages, scales and casts back, and multiplies by the weight (in fp32
@@ -396,7 +378,7 @@ def norm(numel: int, how: How, gemma: bool, *, backward: bool = False) -> Work:
     if how.fused_norms:
         return Work("elementwise", (3 if backward else 2) * e * numel)
     casts = 0 if e == FP32 else 2 * (e + FP32)
-    own = (17 if backward else 5) * FP32 + casts + 2 * (FP32 if gemma else e)
+    own = (17 if backward else 5) * FP32 + casts + 2 * (FP32 if how.norms_in_fp32 else e)
     return Work("elementwise", own * numel, launches=14 if backward else 8)
 
 
@@ -417,22 +399,22 @@ def rotary(numel: int, how: How, *, backward: bool = False) -> Work:
     return Work("elementwise", (14 if backward else 10) * how.itemsize * numel, launches=14 if backward else 10)
 
 
-def attention(sizes: BlockSizes, how: How, m: int, pairs: int, *, backward: bool) -> Iterator[Work]:
+def attention(decoder: Decoder, how: How, m: int, pairs: int, *, backward: bool) -> Iterator[Work]:
     """Yield the launches of attention.
 
     Flash attention reads queries, keys and values, writes the output and a number per head, and recomputes scores in
     backward. Eager attention passes over the scores in the run's dtype and in fp32; tiles have scores in the run's
     dtype.
     """
-    e, columns, kind = how.itemsize, sizes.queries, how.attention
-    nbytes = (4 if backward else 2) * e * (sizes.queries + sizes.keys) * m + FP32 * sizes.heads * m
+    e, columns, kind = how.itemsize, decoder.queries, how.attention
+    nbytes = (4 if backward else 2) * e * (decoder.queries + decoder.keys) * m + FP32 * decoder.heads * m
     flops = (PAIR_BACKWARD if backward else PAIR_FORWARD) * columns * pairs
     if kind == "tiles":  # Forward makes them twice, backward once.
         again = SCORES_AGAIN * columns * pairs
         yield Work("attention", nbytes, flops + again, launches=5 if backward else 3)
         # Forward: written twice, read for the largest, their powers, the sum, the output. Backward: weights and their
         # gradients, two products of each but the one, the softmax's.
-        yield Work("attention", (9 if backward else 7) * e * sizes.heads * pairs, launches=4)
+        yield Work("attention", (9 if backward else 7) * e * decoder.heads * pairs, launches=4)
         return
     if kind != "eager":
         again = SCORES_AGAIN * columns * pairs if backward else 0
@@ -441,71 +423,44 @@ def attention(sizes: BlockSizes, how: How, m: int, pairs: int, *, backward: bool
     yield Work("attention", nbytes, flops, launches=4 if backward else 2)
     # Forward: scores, scale, mask, softmax in fp32, back, read again. Backward: the gradients of all of them.
     passes = 8 * e + (5 if backward else 2) * FP32
-    yield Work("attention", passes * sizes.heads * pairs, launches=5)
+    yield Work("attention", passes * decoder.heads * pairs, launches=5)
 
 
-def _router(sizes: BlockSizes, how: How, m: int) -> Work:
-    """Its product, which no figure counts as operations, and a softmax over the experts."""
-    e = how.itemsize
-    return Work("elementwise", e * (sizes.hidden * (m + sizes.experts)) + 4 * FP32 * sizes.experts * m, launches=8)
-
-
-def _sorted_rows(sizes: BlockSizes, how: How, m: int) -> Work:
-    """Each token's states, once for each expert that it chooses (experts.dispatch)."""
-    return Work("elementwise", 2 * how.itemsize * sizes.mlp[0][0].chosen * sizes.hidden * m, launches=2)
-
-
-def _weighted_rows(sizes: BlockSizes, how: How, m: int) -> Work:
-    """Experts' outputs times their weights, back in the tokens' order, and added up (experts.combine)."""
-    rows = sizes.mlp[0][0].chosen * m
-    return Work("elementwise", how.itemsize * sizes.hidden * (5 * rows + m), launches=4)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadSizes:
-    """Sizes of embedding and LM head."""
-
-    vocabulary: int
-    hidden: int
-    rows: int
-    """That are trained while the rest is frozen."""
-    is_trained: bool
-    capped: bool
-    """Whether logits are capped (Gemma 2)."""
-    gemma: bool
-
-
-def head_work(sizes: HeadSizes, how: How, *, m: int, reference: bool) -> Iterator[Work]:
+def head_work(
+    vocabulary: int, hidden: int, how: How, *, m: int, trained: bool, trained_rows: int, capped: bool, reference: bool
+) -> Iterator[Work]:
     """Yield the embedding, the last norm, and the LM head chunk by chunk (lm_head.py).
+
+    `trained_rows`: rows that are trained while the rest is frozen. `capped`: True if logits are capped (Gemma 2).
 
     A frozen head computes the gradient of its input in forward; a trained one recomputes its logits in backward. The
     weight is read for each chunk and product.
     """
-    e, hidden, vocabulary = how.itemsize, sizes.hidden, sizes.vocabulary
+    e = how.itemsize
     yield Work("head", 2 * e * hidden * m)
     for back in (False, True):
-        yield norm(hidden * m, how, sizes.gemma, backward=back)
+        yield norm(hidden * m, how, backward=back)
     casts = 0 if e == FP32 else e + FP32
-    cap = 24 if sizes.capped else 0
-    of_loss, of_gradient = casts + 3 * FP32 + cap, casts + 5 * FP32 + (28 if sizes.capped else 0)
+    cap = 24 if capped else 0
+    of_loss, of_gradient = casts + 3 * FP32 + cap, casts + 5 * FP32 + (28 if capped else 0)
     for tokens, times in chunks(m, tokens_at_once(vocabulary, is_gpu=how.is_gpu)):
         logits = vocabulary * tokens
         product = (e * (hidden * (tokens + vocabulary) + logits), 2.0 * logits * hidden)
         weight = (e * (hidden * (tokens + vocabulary) + logits) + 3 * FP32 * hidden * vocabulary, product[1])
-        passes = (2, 1) if sizes.is_trained else (1, 1)
+        passes = (2, 1) if trained else (1, 1)
         for _ in range(passes[0]):
             yield Work("head", times * product[0], times * product[1], launches=times)
             yield Work("head", times * of_loss * logits, launches=4 * times)
         yield Work("head", times * product[0], times * product[1], launches=times)
         yield Work("head", times * of_gradient * logits, launches=4 * times)
-        if sizes.is_trained:
+        if trained:
             yield Work("head", times * weight[0], times * weight[1], launches=2 * times)
         if reference:
             yield Work("head", times * product[0], times * product[1], launches=times)
             yield Work("head", times * of_loss * logits, launches=4 * times)
-    if sizes.rows:
+    if trained_rows:
         yield Work(
-            "head", 3 * (e * hidden * (m + sizes.rows) + 2 * FP32 * sizes.rows * m), 6.0 * m * sizes.rows * hidden
+            "head", 3 * (e * hidden * (m + trained_rows) + 2 * FP32 * trained_rows * m), 6.0 * m * trained_rows * hidden
         )
     yield Work("head", (2 * FP32 if e == FP32 else 2 * (e + FP32)) * hidden * m, launches=2)
 

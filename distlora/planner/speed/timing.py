@@ -31,9 +31,8 @@ from distlora.planner.machine import Machine
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.launches import (
     FP32,
-    BlockSizes,
     BlockWork,
-    HeadSizes,
+    Groups,
     How,
     Linear,
     MovedKind,
@@ -115,21 +114,24 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     how = how_of(work, model, machine)
     active, decoder = active_weights(work, model), Decoder.of(model.settings, model.shapes.family)
     gathers = _gathers(model, how, shards)
-    head = HeadSizes(
-        vocabulary=model.shapes.vocabulary,
-        hidden=model.shapes.hidden,
-        rows=active.head_rows // model.shapes.hidden,
-        is_trained=active.head_is_trained,
-        capped=decoder.caps_logits,
-        gemma=decoder.norms_in_fp32,
-    )
     # A pass of all micro-batches joins a block's slices, and its gradients.
     at_once = work.tokens_at_once * work.slices(ranks)
     return StepWork(
         blocks=_blocks(work, model, machine, decoder, how, document),
         micro_batches=micro_batches,
         passes=passes,
-        head=tuple(head_work(head, how, m=at_once, reference=work.objective == "dpo")),
+        head=tuple(
+            head_work(
+                model.shapes.vocabulary,
+                model.shapes.hidden,
+                how,
+                m=at_once,
+                trained=active.head_is_trained,
+                trained_rows=active.head_rows // model.shapes.hidden,
+                capped=decoder.caps_logits,
+                reference=work.objective == "dpo",
+            )
+        ),
         gathers=gathers,
         moved_blocks=traffic.moved_blocks(work, model.shapes) if gathers else 0,
         update=tuple(
@@ -157,6 +159,7 @@ def _gathers(model: PlannedModel, how: How, shards: int) -> tuple[Work, ...]:
 def how_of(work: Workload, model: PlannedModel, machine: Machine) -> How:
     """Return the options of a workload's computation on a machine."""
     family = model.shapes.family
+    decoder = Decoder.of(model.settings, family)
     fused = fuses(work, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
     decodes = machine.is_gpu and work.dtype == "bf16"
     return How(
@@ -165,10 +168,11 @@ def how_of(work: Workload, model: PlannedModel, machine: Machine) -> How:
         few_rows=max_fused_rows(machine.capability) if decodes else 0,
         keeps_dequantized=work.keep_dequantized,
         trains_base=work.adapter.method == "full",
+        norms_in_fp32=decoder.norms_in_fp32,
         fused_norms=fused,
         fused=fused and not work.adapter.use_dora,
         is_gpu=machine.is_gpu,
-        attention=attention_kind(work, family, Decoder.of(model.settings, family), is_gpu=machine.is_gpu),
+        attention=attention_kind(work, family, decoder, is_gpu=machine.is_gpu),
     )
 
 
@@ -196,7 +200,8 @@ def _blocks(
         if key not in found:
             seen = pairs_computed(how.attention, cut(length, document), window, decoder.heads // decoder.key_heads)
             found[key] = block_work(
-                block_sizes(work, decoder, shapes.block, ranks),
+                decoder,
+                _groups(work, decoder, shapes.block, ranks),
                 how,
                 m=rows * length,
                 pairs=rows * seen,
@@ -208,8 +213,8 @@ def _blocks(
     return tuple(blocks)
 
 
-def block_sizes(work: Workload, decoder: Decoder, block: Sequence[Weight], ranks: AdaptedRanks) -> BlockSizes:
-    """Return the sizes of a decoder layer with these adapter ranks."""
+def _groups(work: Workload, decoder: Decoder, block: Sequence[Weight], ranks: AdaptedRanks) -> Groups:
+    """Return the linears of a decoder layer with these adapter ranks."""
     experts = decoder.experts
 
     def linear(name: str, weight: Weight) -> Linear:
@@ -227,22 +232,10 @@ def block_sizes(work: Workload, decoder: Decoder, block: Sequence[Weight], ranks
         )
 
     packed = {weight.path.removesuffix(".weight").rpartition(".")[2]: weight for weight in block if weight.packs}
-    groups = {
+    return {
         read: tuple(linear(name, weight) for name, weight in packed.items() if name in names)
         for read, names in INPUTS.items()
     }
-    return BlockSizes(
-        hidden=decoder.hidden,
-        queries=decoder.queries,
-        keys=decoder.keys,
-        heads=decoder.heads,
-        attention=(groups["qkv"], groups["o"]),
-        mlp=(groups["gate_up"], groups["down"]),
-        norms_after=decoder.norms_after,
-        head_norms=decoder.head_norms,
-        gemma=decoder.norms_in_fp32,
-        experts=0 if experts is None else experts.count,
-    )
 
 
 Part = Literal["forward", "backward", "head", "first gathers", "last sum", "update"]

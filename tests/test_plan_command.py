@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from distlora.architecture.shapes import ARCHITECTURES
-from distlora.planner import memory, plan_of, report, tables
+from distlora.planner import plan_of, report, tables
 from distlora.planner.machine import Found, machine_of
 from distlora.planner.model import built_in, find_model
 from distlora_launcher.cli import main
@@ -102,11 +102,6 @@ def test_what_is_not_counted_is_said(capsys: pytest.CaptureFixture[str]) -> None
     assert "not counted what a GPU's attention with dense masks makes" in text
     assert "not counted" not in printed(capsys, *words[:2])
     assert len(calculated(capsys, *words)["uncounted"]) == 1
-
-
-def test_every_kind_and_moment_has_words() -> None:
-    assert tuple(tables.KINDS) == memory.KINDS
-    assert tuple(tables.MOMENTS) == memory.MOMENTS
 
 
 def test_parts_of_a_page_add_up() -> None:

@@ -12,9 +12,8 @@ from distlora.config import Config
 from distlora.config.plan import GPUS
 from distlora.planner import Plan, plan_of, report
 from distlora.planner.machine import machine_of
+from distlora.planner.memory import KINDS, MOMENTS
 from distlora.planner.model import find_model
-from distlora.planner.report import MOMENTS
-from distlora.planner.tables import KINDS
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.compose.planning import check_planned
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_s
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from distlora.bench.checkpoint import Clock, Saved, folder_bytes, median
-from distlora.bench.peer_models import Storage, describe, fsdp2_accelerator, load_base, trained
+from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
 from distlora.bench.random_inputs import random_tokens
 from distlora.parallel import Ranks
 

@@ -84,68 +84,50 @@ _ZERO_WITHOUT_EFFECT = _words(
 )
 _OFFLOAD_WITHOUT_EFFECT = frozenset({"buffer_count", "buffer_size", "max_in_cpu", "nvme_path"})
 
-_PRECISION = "what is computed in is train.dtype, and DeepSpeed would round the fp32 scales of packed weights"
-_ELSEWHERE = "which settings of distlora say"
-_REFUSED: dict[str, tuple[str, str]] = {
-    "optimizer": ("the adapters' optimizer is distlora's own", "optim=adamw and optim.lr"),
-    "scheduler": ("the learning rate is distlora's own", "optim.schedule and optim.warmup_ratio"),
-    "fp16": (_PRECISION, "train.dtype"),
-    "bf16": (_PRECISION, "train.dtype=bf16"),
-    "bfloat16": (_PRECISION, "train.dtype=bf16"),
-    "amp": (_PRECISION, "train.dtype"),
-    "torch_autocast": (_PRECISION, "train.dtype"),
-    "data_types": (_PRECISION, "train.dtype"),
-    "communication_data_type": ("weights are gathered as the bytes that they are stored in", "nothing"),
-    "seq_parallel_communication_data_type": ("no row is cut over ranks", "nothing"),
-    "train_batch_size": (_ELSEWHERE, "train.global_batch"),
-    "train_micro_batch_size_per_gpu": (_ELSEWHERE, "train.micro_batch"),
-    "gradient_accumulation_steps": (_ELSEWHERE, "train.global_batch and train.micro_batch"),
-    "gradient_clipping": (_ELSEWHERE, "optim.max_grad_norm"),
-    "activation_checkpointing": (_ELSEWHERE, "train.checkpointing"),
-    "flops_profiler": ("DeepSpeed's engine does not run", "nothing: metrics.jsonl has tokens_per_second and mfu"),
-    "comms_logger": ("DeepSpeed's engine does not run", "nothing: metrics.jsonl has gathered_bytes"),
-    "tensorboard": ("DeepSpeed's engine does not run", "tracker=wandb"),
-    "wandb": ("DeepSpeed's engine does not run", "tracker=wandb"),
-    "csv_monitor": ("DeepSpeed's engine does not run", "nothing: RUN/metrics.jsonl has every step"),
-    "comet": ("DeepSpeed's engine does not run", "tracker=wandb"),
-    "compile": ("DeepSpeed's engine does not run", "nothing"),
-    "pipeline": ("blocks are not spread over ranks", "nothing"),
-    "tensor_parallel": ("blocks are not cut into tensors of their own on each rank", "nothing"),
-    "sequence_parallel_size": ("no row is cut over ranks", "nothing"),
-    "elasticity": ("a run goes on with another number of ranks by itself", "`distlora resume RUN`"),
-    "autotuning": ("it starts runs of its own", "nothing"),
-    "compression_training": ("it changes the base, which is frozen", "nothing"),
-    "quantize_training": ("the base is quantized already", "quant=nf4"),
-    "weight_quantization": ("the base is quantized already", "quant=nf4"),
-    "sparse_attention": ("attention is transformers' own", "nothing"),
-    "curriculum_learning": ("the order of rows is distlora's own", "train.seed"),
-    "data_efficiency": ("the order of rows is distlora's own", "train.seed"),
-    "progressive_layer_drop": ("no layer is left out", "nothing"),
-    "eigenvalue": ("DeepSpeed's engine does not run", "nothing"),
-    "hybrid_engine": ("DeepSpeed's engine does not run", "`distlora generate RUN`"),
-    "nebula": ("checkpoints are distlora's own", "train.save_every"),
-    "datastates_ckpt": ("checkpoints are distlora's own", "train.save_every"),
-    "keep_in_fp32_modules": (_PRECISION, "train.dtype"),
-    "vocabulary_size": ("the vocabulary is the model's", "nothing"),
-}
+_OURS = "distlora has a setting of its own for it"
+_NO_ENGINE = "DeepSpeed's engine does not run"
+
+
+def _by_key(table: Mapping[tuple[str, str], str]) -> dict[str, tuple[str, str]]:
+    """Return (why not, what to write instead) by key of the file."""
+    return {key: why for why, keys in table.items() for key in keys.split()}
+
+
+_REFUSED = _by_key(
+    {
+        ("the adapters' optimizer is distlora's own", "optim=adamw and optim.lr"): "optimizer",
+        (_OURS, "optim.schedule and optim.warmup_ratio"): "scheduler",
+        (
+            "what is computed in is train.dtype, and DeepSpeed would round the fp32 scales of packed weights",
+            "train.dtype=bf16",
+        ): "fp16 bf16 bfloat16 amp torch_autocast data_types communication_data_type keep_in_fp32_modules",
+        (_OURS, "train.global_batch and train.micro_batch"): """train_batch_size train_micro_batch_size_per_gpu
+            gradient_accumulation_steps""",
+        (_OURS, "optim.max_grad_norm"): "gradient_clipping",
+        (_OURS, "train.checkpointing"): "activation_checkpointing",
+        (_OURS, "train.seed"): "curriculum_learning data_efficiency",
+        (_OURS, "train.save_every"): "nebula datastates_ckpt",
+        (_NO_ENGINE, "tracker=wandb"): "tensorboard wandb comet",
+        (_NO_ENGINE, ""): """flops_profiler comms_logger csv_monitor compile pipeline tensor_parallel eigenvalue
+            elasticity autotuning hybrid_engine sequence_parallel_size seq_parallel_communication_data_type
+            progressive_layer_drop sparse_attention vocabulary_size""",
+        ("the base is frozen", "quant=nf4"): "compression_training quantize_training weight_quantization",
+    }
+)
 """Key: (why not, what to write on distlora's command line instead)."""
-_ZERO_REFUSED: dict[str, tuple[str, str]] = {
-    "offload_optimizer": ("the optimizer is distlora's own, over adapters alone", "optim=paged_adamw"),
-    "zenflow": ("the optimizer is distlora's own", "nothing"),
-    "cpu_offload": ("the optimizer is distlora's own, over adapters alone", "optim=paged_adamw"),
-    "cpu_offload_param": ("DeepSpeed has given it up", "parallel.offload_base=true"),
-    "cpu_offload_use_pin_memory": ("DeepSpeed has given it up", "nothing: GPUs get pinned memory"),
-    "module_granularity_threshold": ("what is gathered together is a decoder block", "nothing"),
-    "leaf_module": ("what is gathered together is a decoder block", "nothing"),
-    "use_all_reduce_for_fetch_params": ("a sum over ranks moves twice the bytes of a gather", "nothing"),
-    "zero_hpz_partition_size": ("it keeps a second copy of the base", "parallel=fsdp2"),
-    "zero_quantized_weights": ("the base is in 4 bits already, and its bytes would be rounded as numbers", "quant=nf4"),
-    "zero_quantized_nontrainable_weights": (
-        "the base is in 4 bits already, and its bytes would be rounded as numbers",
-        "quant=nf4",
-    ),
-    "zero_quantized_gradients": ("gradients are the adapters' alone, and summed exactly", "nothing"),
-}
+_ZERO_REFUSED = _by_key(
+    {
+        ("the optimizer is distlora's own, over adapters alone", "optim=paged_adamw"): """offload_optimizer zenflow
+            cpu_offload""",
+        ("DeepSpeed has given it up", "parallel.offload_base=true"): "cpu_offload_param cpu_offload_use_pin_memory",
+        ("what is gathered together is a decoder layer", ""): """module_granularity_threshold leaf_module
+            use_all_reduce_for_fetch_params""",
+        ("it keeps a second copy of the base", "parallel=fsdp2"): "zero_hpz_partition_size",
+        ("the base is in 4 bits already, and its bytes would be rounded as numbers", "quant=nf4"): """
+            zero_quantized_weights zero_quantized_nontrainable_weights""",
+        ("gradients are the adapters' alone, and summed exactly", ""): "zero_quantized_gradients",
+    }
+)
 _DONE = ("stage", _OFFLOAD, *_COUNTS, *_SWITCHES)
 
 
@@ -294,7 +276,7 @@ class _Reader:
             if name in refused:
                 reason, instead = refused[name]
                 if not _is_off(value) and not (name == "zero_hpz_partition_size" and value == 1):
-                    told = "" if instead == "nothing" else f" and write {instead}"
+                    told = f" and write {instead}" if instead else ""
                     raise self.refusal(prefix + key, value, f"{reason}; take it out of the file{told}")
             elif name in without_effect:
                 if not _is_off(value):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from distlora.architecture.shapes import attention_columns, expert_paths, sizes_of
 from distlora.architecture.tokens import EMBEDDING, HEAD
@@ -100,19 +100,20 @@ def queries_by_window(columns: int, windows: Iterable[int | None]) -> tuple[tupl
     return tuple((columns * layers.count(window), window) for window in kinds)
 
 
-FlopsKind = Literal[
-    "forward",  # of the blocks' linears, and of the experts that tokens choose
-    "input_gradients",  # of the same
-    "weight_gradients",  # of what is trained of the base: everything, the head, rows of it
-    "adapters",  # forward and all gradients
-    "attention",  # forward and backward, of the pairs that documents and windows leave
-    "head",  # forward and the gradient of its input
-    "reference",  # DPO's: a forward of the base
-    "recomputation",  # what checkpointing, and a trained head, compute again in backward
-    "scores",  # made again: in attention's backward where they are not kept, and in the forward of tiles
-    "masked",  # pairs that a mask hides, computed all the same
-]
-NOT_IN_MFU: tuple[FlopsKind, ...] = ("recomputation", "scores", "masked")
+FLOPS = {
+    "forward": "forward",  # Of the decoder layers' linears, and of the experts that tokens choose.
+    "input_gradients": "gradients of inputs",
+    "weight_gradients": "gradients of weights",  # Of all weights, the LM head, or rows of it.
+    "adapters": "adapters",
+    "attention": "attention",  # Pairs that documents and windows leave.
+    "head": "head",
+    "reference": "DPO's reference",
+    "recomputation": "recomputation",  # By checkpointing, and by a trained LM head.
+    "scores": "scores again",  # In attention's backward where they are not kept, and in the forward of tiles.
+    "masked": "pairs that a mask hides",
+}
+"""Categories of operations, in words."""
+_NOT_IN_MFU = ("recomputation", "scores", "masked")
 
 SCORES_AGAIN = 2
 """Operations a pair and column by which scores are made again, in place of keeping them."""
@@ -122,15 +123,15 @@ SCORES_AGAIN = 2
 class StepFlops:
     """Operations of one rank in an optimizer step, of all rows that it runs, empty ones among them."""
 
-    by_kind: Mapping[FlopsKind, int]
-    """Kinds of which there is nothing are left out."""
+    by_kind: Mapping[str, int]
+    """Operations by category (FLOPS), without empty ones."""
     tokens: int
     """That the rank runs."""
 
     @property
     def counted(self) -> int:
         """Operations that MFU counts."""
-        return sum(flops for kind, flops in self.by_kind.items() if kind not in NOT_IN_MFU)
+        return sum(flops for kind, flops in self.by_kind.items() if kind not in _NOT_IN_MFU)
 
     @property
     def total(self) -> int:
@@ -164,7 +165,7 @@ def step_flops(
     of_forward, of_backward = scores_again(kind)
     forwards = 1 + again.attention + (1 if reference else 0)
     of_pairs = PAIR_FORWARD * forwards + PAIR_BACKWARD
-    by_kind: dict[FlopsKind, int] = {
+    by_kind: dict[str, int] = {
         "forward": PRODUCT * active.linears * tokens,
         "input_gradients": PRODUCT * active.linears * tokens,
         "weight_gradients": PRODUCT * tokens * weights_with_gradients(active),

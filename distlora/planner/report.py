@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 
 from distlora.planner import Plan
 from distlora.planner.choose import Change, typed
-from distlora.planner.speed.rates import missing_rates
+from distlora.planner.flops import FLOPS
+from distlora.planner.memory import KINDS, MOMENTS
+from distlora.planner.speed.rates import WAITS, missing_rates
 from distlora.planner.storage import trained_tensors
 from distlora.planner.suggest import Nearest, Packing, Room
-from distlora.planner.tables import KINDS, MOMENTS, SOURCES, WAITS, WORK, largest, rounded, shares
+from distlora.planner.tables import SOURCES, largest, rounded, shares
 from distlora.system.numbers import count, size
 
 WIDTH = 100
@@ -288,7 +290,7 @@ def _wire(plan: Plan) -> str:
 
 def _operations(plan: Plan) -> str:
     compute = plan.compute
-    parts = ", ".join(f"{WORK[kind]} {percent}%" for kind, percent in shares(compute.by_kind))
+    parts = ", ".join(f"{FLOPS[kind]} {percent}%" for kind, percent in shares(compute.by_kind))
     return f"{_tera(compute.total)} TFLOP per step on each {_device(plan)}: {parts}"
 
 

@@ -5,72 +5,18 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 from distlora.output.results import COLOURS, new_figure, save
 from distlora.planner import Plan
-from distlora.planner.flops import FlopsKind
-from distlora.planner.memory import Kind, Moment
-from distlora.planner.speed.rates import Term
+from distlora.planner.memory import KINDS, Kind
+from distlora.planner.speed.rates import WAITS
 from distlora.planner.speed.scaling import OWN, ScalingRow
 from distlora.system.numbers import size
 
 Name = TypeVar("Name")
 
-KINDS: Mapping[Kind, str] = {
-    "codes": "4-bit weights of the base",
-    "scales": "quantization scales",
-    "weights": "16-bit weights of the base",
-    "embeddings": "embedding and LM head",
-    "norms": "norms and biases",
-    "resident": "resident decoder layers",
-    "adapters": "trained parameters, fp32",
-    "gradients": "gradients",
-    "optimizer": "optimizer states",
-    "scratch": "dequantized weights",
-    "gathered": "gathered from other ranks",
-    "kept": "activations saved for backward",
-    "working": "activations of what runs",
-    "logits": "logits and their gradients",
-    "communication": "communication buffers",
-    "slack": "allocator slack",
-}
-"""Category of memory in words."""
-MOMENTS: Mapping[Moment, str] = {
-    "loading": "while adapters are initialized from the base",
-    "embedding": "in the embedding's forward",
-    "forward": "in a decoder layer's forward",
-    "head": "in the LM head's forward",
-    "head_backward": "in the LM head's backward",
-    "block": "in a decoder layer's backward",
-    "embedding_backward": "in the embedding's backward",
-    "update": "in the optimizer step",
-}
-WORK: Mapping[FlopsKind, str] = {
-    "forward": "forward",
-    "input_gradients": "gradients of inputs",
-    "weight_gradients": "gradients of weights",
-    "adapters": "adapters",
-    "attention": "attention",
-    "head": "head",
-    "reference": "DPO's reference",
-    "recomputation": "recomputation",
-    "scores": "scores again",
-    "masked": "pairs that a mask hides",
-}
-"""Category of operations in words."""
-WAITS: Mapping[Term, str] = {
-    "compute": "computing",
-    "memory": "the GPU's memory",
-    "launches": "launches",
-    "link": "other GPUs",
-    "network": "other machines",
-    "host_link": "host memory",
-    "latency": "the start of collectives",
-}
-"""Resource that a step's time goes to, in words."""
 SOURCES = {"folder": "its folder", "hub cache": "its config.json", "built in": "the table of known models"}
 """Source of a model's sizes in words."""
 BASES = {"nf4": "NF4", "none": "bf16"}
@@ -248,89 +194,36 @@ def plot_scaling(rows: Sequence[ScalingRow], title: str, path: Path) -> None:
     save(figure, path)
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryBar:
-    """One plan's memory."""
-
-    name: str
-    kinds: Mapping[str, int]
-    """Bytes by kind, in the order in which they are drawn."""
-    usable: int | None
-    """Bytes that there are; None: not known."""
-
-
-KIND_COLOURS = {
-    # The base in blues, what is trained in greens, what comes and goes in oranges, activations in purples.
-    "codes": "#0072B2",
-    "scales": "#4b9ccb",
-    "weights": "#56B4E9",
-    "embeddings": "#93cdee",
-    "norms": "#c7e4f5",
-    "resident": "#003f63",
-    "adapters": "#009E73",
-    "gradients": "#5cc4a5",
-    "optimizer": "#a9dfcf",
-    "scratch": "#f4cd73",
-    "gathered": "#E69F00",
-    "communication": "#b37b00",
-    "kept": "#CC79A7",
-    "working": "#e3b3cc",
-    "logits": "#8f4f74",
-    "slack": "#8c8c8c",
-}
-_DARK = ("codes", "resident", "adapters", "communication", "logits", "slack")
-"""Kinds whose colour takes white words."""
-_FREE = "#efefef"
 _LABELLED = 0.045
 """Share of the panel's width from which a segment has its GB written in it."""
 
 
-def plot_memory(bars: Sequence[MemoryBar], labels: Mapping[str, str], title: str, path: Path) -> None:
-    """Draw a stacked bar per plan in GB (1e9 bytes) on the available memory, with its sum.
+def plot_memory(plans: Mapping[str, Plan], title: str, path: Path) -> None:
+    """Draw a stacked bar per plan in GB (1e9 bytes) on the available memory, with its sum, in red if it is too much."""
+    from matplotlib import colormaps
 
-    `labels` names the categories.
-    """
-    figure, (panel,) = new_figure(1, width=11, height=2.7 + 0.52 * len(bars))
-    widest = max(max(sum(bar.kinds.values()), bar.usable or 0) for bar in bars) / 1e9
-    seen = widest * 1e9 / 1000
-    kinds = [kind for kind in KIND_COLOURS if any(bar.kinds.get(kind, 0) > seen for bar in bars)]
-    for row, bar in enumerate(bars):
-        if bar.usable is not None:
-            panel.barh(row, bar.usable / 1e9, height=0.8, color=_FREE)
+    figure, (panel,) = new_figure(1, width=11, height=2.7 + 0.52 * len(plans))
+    widest = max(max(plan.device.total, plan.machine.usable_bytes or 0) for plan in plans.values()) / 1e9
+    colours = dict(zip(KINDS, colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
+    kinds = [kind for kind in KINDS if any(plan.device.by_kind.get(kind, 0) > widest * 1e6 for plan in plans.values())]
+    for row, plan in enumerate(plans.values()):
+        there = math.inf if plan.machine.usable_bytes is None else plan.machine.usable_bytes / 1e9
+        if there < math.inf:
+            panel.barh(row, there, height=0.8, color="#efefef", edgecolor="black")
         place = 0.0
         for kind in kinds:
-            size = bar.kinds.get(kind, 0) / 1e9
-            panel.barh(row, size, left=place, height=0.62, color=KIND_COLOURS[kind], edgecolor="white", linewidth=0.5)
+            size = plan.device.by_kind.get(kind, 0) / 1e9
+            panel.barh(row, size, left=place, height=0.62, color=colours[kind], label="" if row else KINDS[kind])
             if size > _LABELLED * widest:
-                colour = "white" if kind in _DARK else "black"
-                panel.text(place + size / 2, row, f"{size:.1f}", ha="center", va="center", fontsize=8, color=colour)
+                panel.text(place + size / 2, row, f"{size:.1f}", ha="center", va="center", fontsize=8)
             place += size
-        _end_of_bar(panel, row, place, bar.usable, widest)
-    panel.set_yticks(range(len(bars)), [bar.name for bar in bars])
-    panel.set_ylim(len(bars) - 0.4, -0.6)
+        text = f"{place:.1f}" + (f" of {there:.1f} GB" if there < math.inf else " GB")
+        end = place if math.isinf(there) else max(place, there)
+        panel.text(end + 0.012 * widest, row, text, va="center", color="black" if place <= there else COLOURS[1])
+    panel.set_yticks(range(len(plans)), list(plans))
+    panel.set_ylim(len(plans) - 0.4, -0.6)
     panel.set_xlim(0, 1.17 * widest)
-    panel.set_axisbelow(True)
-    panel.grid(axis="y", visible=False)
     panel.set(xlabel="GB of a rank's device at the peak of a step; grey: what there is")
     panel.set_title("\n".join(textwrap.wrap(title, 110)), fontsize=10)
-    handles: list[Any] = [panel.barh([0], [0], color=KIND_COLOURS[kind]) for kind in kinds]
-    names = [labels[kind] for kind in kinds]
-    if len(bars) == 1:
-        names = [f"{bars[0].kinds[kind] / 1e9:.2f}  {name}" for kind, name in zip(kinds, names, strict=True)]
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     save(figure, path)
-
-
-def _end_of_bar(panel: Axes, row: int, total: float, usable: int | None, widest: float) -> None:
-    """Write the sum of a bar, in red if it is too much, and mark the end of the GPU's memory."""
-    there = math.inf if usable is None else usable / 1e9
-    if usable is not None:
-        panel.plot([there, there], [row - 0.4, row + 0.4], color="black", linewidth=2)
-    end = total if usable is None else max(total, there)
-    text = f"{total:.1f} GB" if usable is None else f"{total:.1f} of {there:.1f} GB"
-    colour, weight = ("black", "normal") if total <= there else (COLOURS[1], "bold")
-    panel.text(end + 0.012 * widest, row, text, va="center", fontsize=9, color=colour, weight=weight)

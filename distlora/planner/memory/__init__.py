@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+Kind = str
+"""A category of memory: a key of KINDS."""
+KINDS = {
+    "codes": "4-bit weights of the base",
+    "scales": "quantization scales",
+    "weights": "16-bit weights of the base",
+    "embeddings": "embedding and LM head",
+    "norms": "norms and biases",  # With routers and the rotary embedding's frequencies.
+    "resident": "resident decoder layers",
+    "adapters": "trained parameters, fp32",  # With DoRA's norms of rows, and the start that DPO compares with.
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "scratch": "dequantized weights",
+    "gathered": "gathered from other ranks",  # With the buffers that units come in.
+    "kept": "activations saved for backward",
+    "working": "activations of what runs",
+    "logits": "logits and their gradients",  # Of a chunk, with the LM head's memory beside it.
+    "communication": "communication buffers",
+    "slack": "allocator slack",
+}
+"""Categories of memory, in words."""
 
-Kind = Literal[
-    "codes",  # of NF4
-    "scales",  # of NF4, both levels
-    "weights",  # of linears that are not quantized
-    "embeddings",  # embedding and head
-    "norms",  # what else of the base: norms, biases, routers, the rotary embedding's frequencies
-    "resident",  # blocks that stay gathered
-    "adapters",  # with trained rows of tokens, DoRA's norms of rows, and the start that DPO compares with
-    "gradients",  # of all that is trained
-    "optimizer",
-    "scratch",  # dequantized weights
-    "gathered",  # blocks, embedding and head while they are whole, and the buffers that they come in
-    "kept",  # activations from forward to backward
-    "working",  # activations of what runs
-    "logits",  # a chunk of them, and what the head has beside it
-    "communication",  # buckets, staging
-    "slack",  # of the allocator
-]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-Moment = Literal["loading", "embedding", "forward", "head", "head_backward", "block", "embedding_backward", "update"]
-"""When a run may be at its peak: while adapters are made from the base, at the embedding, a block in forward, the head
-in its forward, the head in its backward, a block in its backward, the embedding in its backward, the optimizer. A
-forward without backward, an evaluation's, has less in each part than a training step: it keeps nothing. Samples
-(train.sample_every) are in none: how many tokens a prompt has is known when it is encoded. Beside what is held they
-take keys and values of every prompt and of train.sample_tokens (70B: 0.33 MB a token), which may be more than a step of
-short rows takes."""
-MOMENTS: tuple[Moment, ...] = get_args(Moment)
+Moment = str
+"""A moment at which a run may be at its peak: a key of MOMENTS."""
+MOMENTS = {
+    "loading": "while adapters are initialized from the base",
+    "embedding": "in the embedding's forward",
+    "forward": "in a decoder layer's forward",
+    "head": "in the LM head's forward",
+    "head_backward": "in the LM head's backward",
+    "block": "in a decoder layer's backward",
+    "embedding_backward": "in the embedding's backward",
+    "update": "in the optimizer step",
+}
+"""Moments, in words. An evaluation has less in each part than a training step. Samples (train.sample_every) are in
+none: beside what is held they take keys and values of every prompt and of train.sample_tokens (70B: 0.33 MB per
+token)."""

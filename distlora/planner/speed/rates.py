@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from distlora.architecture.shapes import ModelShapes
 from distlora.config.deepspeed_file import offloads_base
@@ -21,16 +20,18 @@ from distlora.planner.model import PlannedModel
 from distlora.planner.storage import keeps_on_host
 from distlora.planner.workload import Workload
 
-Term = Literal[
-    "compute",  # operations
-    "memory",  # the device's memory
-    "launches",  # from one kernel to the next
-    "link",  # other GPUs of the machine
-    "network",  # other machines
-    "host_link",  # the host's memory
-    "latency",  # of collectives, before their first byte
-]
-TERMS: tuple[Term, ...] = get_args(Term)
+Term = str
+"""A resource that a step's time goes to: a key of WAITS."""
+WAITS = {
+    "compute": "computing",
+    "memory": "the GPU's memory",
+    "launches": "launches",  # From one kernel to the next.
+    "link": "other GPUs",  # Of the node.
+    "network": "other machines",
+    "host_link": "host memory",
+    "latency": "the start of collectives",
+}
+"""Resources, in words."""
 Seconds = dict[Term, float]
 
 

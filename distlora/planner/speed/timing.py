@@ -42,7 +42,7 @@ from distlora.planner.speed.launches import (
     update_work,
 )
 from distlora.planner.speed.rates import (
-    TERMS,
+    WAITS,
     Rates,
     Seconds,
     Term,
@@ -269,7 +269,7 @@ class StepTime:
     @property
     def binds(self) -> Term:
         """The resource that a step waits for most."""
-        return max(TERMS, key=lambda term: self.by_term.get(term, 0.0))
+        return max(WAITS, key=lambda term: self.by_term.get(term, 0.0))
 
     @property
     def tokens_per_second(self) -> float:

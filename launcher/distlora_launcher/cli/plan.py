@@ -25,7 +25,7 @@ from distlora.planner.model import PlannedModel
 from distlora.planner.report import assumptions, machines_of, page, settings
 from distlora.planner.speed.scaling import FABRICS, Scaling, scaling
 from distlora.planner.suggest import Fitting, Nearest, Packing, Room, room
-from distlora.planner.tables import KINDS, leverage_table, matrix, scaling_tables
+from distlora.planner.tables import leverage_table, matrix, scaling_tables
 from distlora.system.exit_codes import DONE
 from distlora.training.multi_trial.protocol import check_pack
 from distlora_launcher.compose.checks import check_parallel, check_writable
@@ -359,14 +359,6 @@ def show_scaling(options: PlanArguments) -> None:
 
 def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:
     """Draw a bar per plan."""
-    from distlora.planner.tables import MemoryBar, plot_memory
+    from distlora.planner.tables import plot_memory
 
-    bars = [
-        MemoryBar(
-            name=name,
-            kinds={str(kind): value for kind, value in plan.device.by_kind.items()},
-            usable=plan.machine.usable_bytes,
-        )
-        for name, plan in found.items()
-    ]
-    plot_memory(bars, {str(kind): name for kind, name in KINDS.items()}, title, path)
+    plot_memory(found, title, path)

@@ -8,9 +8,8 @@ from typing import Any, cast, get_type_hints
 
 from distlora.config import Config
 from distlora.config.file import as_plain, settings_by_name
-from distlora.planner.memory import Kind
+from distlora.planner.memory import KINDS, MOMENTS
 from distlora.planner.memory.measured import grouped
-from distlora.planner.tables import KINDS, MOMENTS
 from distlora.system.numbers import count, length, moment, number, size
 from distlora_launcher.report.charts import Chart, Line, draw
 from distlora_launcher.report.records import SMOOTHED_FROM, PageStatus, RunRecords, Sample, Series, smoothed, window_of
@@ -227,8 +226,7 @@ def _memory(run: RunRecords) -> dict[str, Any] | None:
     here, there = (grouped({kind: round(value) for kind, value in each.items()}) for each in (measured, planned))
     kinds = sorted(here | there, key=lambda kind: -max(here.get(kind, 0), there.get(kind, 0)))
     rows = [
-        (_MERGED_CATEGORIES.get(kind) or KINDS.get(cast(Kind, kind), kind), there.get(kind, 0), here.get(kind, 0))
-        for kind in kinds
+        (_MERGED_CATEGORIES.get(kind) or KINDS.get(kind, kind), there.get(kind, 0), here.get(kind, 0)) for kind in kinds
     ]
     note = "Memory of one step at its peak, on the rank with the most."
     if not here:

@@ -52,4 +52,4 @@ def traffic_of(config: Config, *, world: int) -> StepBytes:
     """Return the traffic of a step of a run, from its settings and its model's config.json."""
     folder, work = Path(config.model.path), Workload.of(config)
     shapes = shapes_of(read_config(folder), folder / "config.json")
-    return ours(work, shapes, world=world, accumulation=work.accumulation(world))
+    return ours(work, shapes, world=world, accumulation=work.train.accumulation(world))

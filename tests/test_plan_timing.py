@@ -61,7 +61,7 @@ def test_no_step_is_faster_than_the_machine(name: str, ranks: int, per_machine: 
     config, time = config_of(ranks, **sections), time_of(name, machine, **sections)
     assert machine.flops is not None
     assert machine.bandwidth is not None
-    step = traffic.ours(Workload.of(config), model.shapes, world=ranks, accumulation=config.accumulation(ranks))
+    step = traffic.ours(Workload.of(config), model.shapes, world=ranks, accumulation=config.train.accumulation(ranks))
     flops = step_flops(Workload.of(config), model, ranks=ranks, is_gpu=True)
     assert time.seconds >= flops.total / machine.flops
     assert time.seconds >= sum(time.moved.values()) / machine.bandwidth
@@ -85,7 +85,7 @@ def test_what_is_divided_among_collectives_is_what_a_step_moves(
 ) -> None:
     machine, model = machine_of(ranks=ranks, per_machine=per_machine), model_of(name)
     config = config_of(ranks, **sections)
-    accumulation = config.accumulation(ranks)
+    accumulation = config.train.accumulation(ranks)
     step = traffic.ours(Workload.of(config), model.shapes, world=ranks, accumulation=accumulation)
     wires, passes = wiring_of(Workload.of(config), model, machine), traffic.passes_of(Workload.of(config), accumulation)
     resident = config.parallel.resident_blocks

@@ -88,12 +88,12 @@ class TrainingSteps:
         self._whole = first.train.accumulate == "block"
         self._objective = objective_of(first.train)
         self._ok = torch.ones((), dtype=torch.bool, device=ranks.device)
-        self.model.set_num_micro(first.slices(ranks.world))
+        self.model.set_num_micro(first.train.slices(ranks.world))
 
     def _step_batch(self, trial: Config, vocabulary: int) -> StepBatch:
         """Return this rank's part of a trial's step, in which every token is a target."""
         rows, length, world = trial.train.micro_batch, trial.data.sequence_length, self.ranks.world
-        ids = random_tokens(rows * trial.accumulation(world), length, vocabulary, self.ranks.rank)
+        ids = random_tokens(rows * trial.train.accumulation(world), length, vocabulary, self.ranks.rank)
         positions = (torch.arange(length) % -(-length // DOCUMENTS)).expand_as(ids)
         labels = ids.roll(-1, dims=1)
         places = torch.arange(len(ids)) * world + self.ranks.rank

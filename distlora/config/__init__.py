@@ -211,27 +211,6 @@ class Config:
         except UserError:
             return None
 
-    def accumulation(self, ranks: int) -> int:
-        """Micro-batches that each of `ranks` runs in a step."""
-        return self.train.accumulation(ranks)
-
-    @property
-    def adapters(self) -> tuple[AdapterConfig, ...]:
-        """Return the adapters that a step trains: one per trial (distlora.planner.multi_trial)."""
-        return (self.adapter,)
-
-    @property
-    def tokens_at_once(self) -> int:
-        """Tokens that a rank runs at once: a micro-batch's."""
-        return self.train.micro_batch * self.data.sequence_length
-
-    def slices(self, ranks: int) -> int:
-        """Return the micro-batches that each of `ranks` processes between two steps of backward.
-
-        All micro-batches of a step with train.accumulate=block, which takes them through each layer together, else one.
-        """
-        return self.train.slices(ranks)
-
     def shard_degree(self, ranks: int) -> int:
         """Ranks that cut one copy of the base between them, where there are `ranks` in all."""
         degree = self.parallel.shard_degree

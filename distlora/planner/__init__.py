@@ -78,7 +78,7 @@ class Plan:
         if self.lacks_device(reserve):
             return "device"
         work, shards = self.work, self.work.shard_degree(machine.ranks)
-        offloads = keeps_on_host(work.parallel, work.checkpointing, shards)
+        offloads = keeps_on_host(work.parallel, work.train.checkpointing, shards)
         if machine.host_bytes is None or (machine.is_gpu and not offloads):
             return None
         return "host" if self.host.workers * (1 + reserve) > machine.host_bytes else None
@@ -144,5 +144,5 @@ def plan_of(config: Config, model: PlannedModel, machine: Machine, *, trials: Se
         model=model,
         machine=machine,
         device=device_bytes(work, model, machine),
-        wire=wire.ours(work, model.shapes, world=ranks, accumulation=work.accumulation(ranks)),
+        wire=wire.ours(work, model.shapes, world=ranks, accumulation=work.train.accumulation(ranks)),
     )

@@ -231,7 +231,7 @@ class Search:
             if config is None:
                 continue
             # train.accumulate changes nothing in a step of one micro-batch.
-            if config.accumulation(ranks) > 1 or config.train.accumulate == train.accumulate:
+            if config.train.accumulation(ranks) > 1 or config.train.accumulate == train.accumulate:
                 yield plan_of(config, self.model, self.machine)
 
     def _lacks_device(self, plan: Plan) -> bool:
@@ -418,7 +418,7 @@ def _meanings(plan: Plan, settings: Settings) -> Iterator[str]:
 
 def _meaning(name: str, value: Any, plan: Plan) -> str:
     """Return the effect of a setting in this plan, in words."""
-    blocks, passes = plan.model.shapes.num_layers, plan.config.accumulation(plan.machine.ranks)
+    blocks, passes = plan.model.shapes.num_layers, plan.config.train.accumulation(plan.machine.ranks)
     match name:
         case "train.micro_batch":
             return f"{value:,} row{'s' if value > 1 else ''} at once"

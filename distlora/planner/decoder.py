@@ -287,7 +287,7 @@ def attention_kind(work: Workload, family: Family, decoder: Decoder, *, is_gpu: 
     """Return the attention implementation that distlora.model.attention chooses, on a GPU that has the kernels."""
     if family.attention == "eager":
         return "eager"
-    if work.attention == "sdpa" or work.dtype != "bf16":
+    if work.train.attention == "sdpa" or work.train.dtype != "bf16":
         return "sdpa"
     if not is_gpu:
         return "tiles"
@@ -328,4 +328,4 @@ def fuses(work: Workload, family: Family, *, is_gpu: bool, has_liger: bool) -> b
     """
     if work.adapter.method == "full" or family.experts is not None:
         return False
-    return work.liger and has_liger if is_gpu else work.compile
+    return work.train.liger and has_liger if is_gpu else work.train.compile

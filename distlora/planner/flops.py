@@ -150,7 +150,7 @@ def step_flops(
 
     `document`: tokens of each packed document; None for one document per sequence.
     """
-    rows = work.accumulation(ranks) * work.micro_batch
+    rows = work.train.accumulation(ranks) * work.train.micro_batch
     length = work.sequence_length
     tokens, documents = rows * length, cut(length, document)
     active, mlp = active_weights(work, model), weights_within(work, model, "mlp.")
@@ -160,7 +160,7 @@ def step_flops(
     kind = attention_kind(work, family, decoder, is_gpu=is_gpu)
     groups = decoder.heads // decoder.key_heads
     every = rows * sum(columns * pairs_computed(kind, documents, window, groups) for columns, window in active.queries)
-    reference = work.objective == "dpo"
+    reference = work.train.objective == "dpo"
     again = _recomputed(work, active, mlp)
     of_forward, of_backward = scores_again(kind)
     forwards = 1 + again.attention + (1 if reference else 0)
@@ -202,7 +202,7 @@ def _recomputed(work: Workload, active: ActiveWeights, mlp: tuple[int, int]) -> 
     (layer_wrapper.py). MLP tiles change nothing. A trained LM head recomputes its logits (lm_head.py).
     """
     head = active.head if active.head_is_trained else 0
-    mode = work.checkpointing
+    mode = work.train.checkpointing
     if mode == "none":
         return _Recomputed(head, 0)
     if mode == "selective":

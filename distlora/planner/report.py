@@ -130,7 +130,7 @@ def empty_rows(plan: Plan) -> str | None:
     """Return a note on empty sequences if a step has fewer sequences than its ranks compute, else None."""
     config, ranks = plan.config, plan.machine.ranks
     train = config.train
-    computed = config.accumulation(ranks) * train.micro_batch * ranks
+    computed = config.train.accumulation(ranks) * train.micro_batch * ranks
     if computed == train.global_batch:
         return None
     device = _device(plan)
@@ -178,9 +178,7 @@ def _trained(plan: Plan) -> str:
     targets = config.adapter.target_modules
     method = "DoRA" if config.adapter.use_dora else "LoRA"
     where = targets if isinstance(targets, str) else ", ".join(targets)
-    ranks = ", ".join(map(str, sorted({adapter.r for adapter in config.adapters})))
-    number = f"{len(config.adapters)} trials' " if len(config.adapters) > 1 else ""
-    return f"{number}{method} of rank {ranks} on {where}: {share}; the base stays {base[config.quant.method]}"
+    return f"{method} of rank {config.adapter.r} on {where}: {share}; the base stays {base[config.quant.method]}"
 
 
 def machines_of(plan: Plan) -> str:

@@ -147,7 +147,7 @@ def trained_tensors(work: Workload, shapes: ModelShapes) -> Iterator[Tensor]:
 
 def optimizer_tensors(work: Workload, trained: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the optimizer states by their names in a checkpoint (`exp_avg/decoder...`)."""
-    pages_or_8bit = work.optimizer != "adamw"
+    pages_or_8bit = work.optim.name != "adamw"
     for tensor in trained:
         name = _parameter_name(tensor.name)
         if not pages_or_8bit:
@@ -156,7 +156,7 @@ def optimizer_tensors(work: Workload, trained: Iterable[Tensor]) -> Iterator[Ten
             yield Tensor(f"exp_avg_sq/{name}", tensor.shape)
             continue
         yield Tensor(f"step/{name}", (), "I64")
-        small = not is_in_8_bits(work.optimizer, tensor.numel)
+        small = not is_in_8_bits(work.optim.name, tensor.numel)
         for number in (1, 2):
             yield Tensor(f"state{number}/{name}", tensor.shape, "F32" if small else "U8")
             if not small:
@@ -312,7 +312,7 @@ def host_bytes(work: Workload, model: PlannedModel, machine: Machine, device: De
     return HostBytes(
         process=PROCESS_BYTES,
         base=_base(base, shards) if machine.is_gpu and offloads_base(work.parallel, shards) else 0,
-        inputs=_inputs(work, model, machine) if work.checkpointing == "offload" else 0,
+        inputs=_inputs(work, model, machine) if work.train.checkpointing == "offload" else 0,
         moments=_paged(work, trained, machine),
         copies=copies,
         copies_of_others=of_others,
@@ -332,15 +332,15 @@ def _base(base: Base, shards: int) -> int:
 
 def _paged(work: Workload, trained: Trained, machine: Machine) -> int:
     """Return the bytes of paged optimizer states that move to the host if the GPU is short of memory."""
-    whole, on_gpu = (trained.optimizer_bytes(work.optimizer, is_gpu=is_gpu) for is_gpu in (False, True))
+    whole, on_gpu = (trained.optimizer_bytes(work.optim.name, is_gpu=is_gpu) for is_gpu in (False, True))
     return whole - on_gpu if machine.is_gpu else 0
 
 
 def _inputs(work: Workload, model: PlannedModel, machine: Machine) -> int:
     """Return the bytes that `distlora.training.setup` reserves for offloaded activations."""
     shapes = model.shapes
-    nbytes = work.tokens_at_once * shapes.hidden * traffic.DTYPE_BYTES[work.dtype]
-    return host_memory.bytes_of([nbytes] * shapes.num_layers * work.slices(machine.ranks))
+    nbytes = work.tokens_at_once * shapes.hidden * traffic.DTYPE_BYTES[work.train.dtype]
+    return host_memory.bytes_of([nbytes] * shapes.num_layers * work.train.slices(machine.ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,7 +359,7 @@ class Saved:
             Asked(
                 model.shapes,
                 work.adapter,
-                (work.optimizer, work.new_tokens, work.save_in_background, shards),
+                (work.optim.name, work.new_tokens, work.train.save_in_background, shards),
             ),
             work.adapters,
             work,
@@ -374,7 +374,7 @@ def _copies(saved: Saved) -> tuple[int, int]:
     many settings for which the result is the same.
     """
     work, shards = saved.work, saved.adapters.more[-1]
-    if not work.save_in_background:
+    if not work.train.save_in_background:
         return 0, 0
     trained = list(trained_tensors(work, saved.adapters.shapes))
     tensors = [*trained, *optimizer_tensors(work, trained)]

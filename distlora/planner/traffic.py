@@ -128,7 +128,7 @@ def held_bytes(shapes: ModelShapes, shards: int, *, quantized: bool, itemsize: i
 
 def passes_of(work: Workload, accumulation: int) -> int:
     """Return the forward and backward passes of a step."""
-    return accumulation if work.accumulate == "step" else 1
+    return accumulation if work.train.accumulate == "step" else 1
 
 
 def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
@@ -140,15 +140,13 @@ def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
 def ours(work: Workload, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
     """Return the traffic of a step: layers gathered twice per pass, the ends once, adapters reduced once.
 
-    What is trained of the base itself is gathered in `work.dtype` too, in backward as well where its gradient needs it
-    (an embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more.
-    Blocks that stay gathered are not gathered (`moved_blocks`; the step that gathers them for good moves them once).
-    With several copies of the base this is within each of them, and a rank's rows of those sums are all-reduced between
-    them; where every rank has the base whole, those gradients are all-reduced like an adapter's.
-
-    ZeRO-3 with parallel.prefetch may gather the last block once a pass (parallel/README.md): then this is the most.
+    What is trained of the base is gathered in train.dtype too, in backward as well where its gradient needs it (an
+    embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more. With
+    several copies of the base this is within each of them, and a rank's rows of those sums are all-reduced between
+    copies; where every rank has the whole base, those gradients are all-reduced like an adapter's. Resident layers are
+    not gathered. ZeRO-3 with parallel.prefetch may gather the last layer once a pass: then this is the most.
     """
-    adapter, itemsize, shards = work.adapter, DTYPE_BYTES[work.dtype], work.shard_degree(world)
+    adapter, itemsize, shards = work.adapter, DTYPE_BYTES[work.train.dtype], work.shard_degree(world)
     full, whole = adapter.method == "full", adapter.modules_to_save
     tied = shapes.ties(adapter)
     matrix = padded((shapes.vocabulary, shapes.hidden), shards)

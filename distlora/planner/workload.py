@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from distlora.config import AdapterConfig, Config, ParallelConfig, UserError
+from distlora.config import AdapterConfig, Config, OptimConfig, ParallelConfig, TrainConfig, UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,28 +26,11 @@ class Workload:
     new_tokens: tuple[str, ...]
     sequence_length: int
     """Tokens per packed sequence."""
-    micro_batch: int
-    """Sequences that a rank runs at once, of all trials together."""
-    global_batch: int
-    """Sequences per step, of all trials together."""
-    accumulate: str
-    dtype: str
-    """Compute dtype, `bf16` or `fp32`."""
-    objective: str
-    attention: str
-    deterministic_attention: bool
-    checkpointing: Literal["none", "block", "selective", "offload"]
-    """Activation checkpointing mode."""
-    mlp_tile: int | None
-    keep_dequantized: bool
-    compile: bool
-    liger: bool
-    router_aux_loss: float | None
-    optimizer: str
-    max_grad_norm: float
+    train: TrainConfig
+    """Settings of a step; of trials trained together, `micro_batch` and `global_batch` are those of all."""
+    optim: OptimConfig
     steps: int | None
     """Steps of the whole run; None if unknown."""
-    save_in_background: bool
     checkpoints_kept: int
     """Most checkpoints on disk at once: the newest, the best, and the one being written."""
     results_kept: int
@@ -72,23 +54,9 @@ class Workload:
             keeps_shards=config.quant.keeps_shards,
             new_tokens=tuple(config.model.new_tokens),
             sequence_length=data.sequence_length,
-            micro_batch=train.micro_batch,
-            global_batch=train.global_batch,
-            accumulate=train.accumulate,
-            dtype=train.dtype,
-            objective=train.objective,
-            attention=train.attention,
-            deterministic_attention=train.deterministic_attention,
-            checkpointing=train.checkpointing,
-            mlp_tile=train.mlp_tile,
-            keep_dequantized=train.keep_dequantized,
-            compile=train.compile,
-            liger=train.liger,
-            router_aux_loss=train.router_aux_loss,
-            optimizer=config.optim.name,
-            max_grad_norm=config.optim.max_grad_norm,
+            train=train,
+            optim=config.optim,
             steps=steps,
-            save_in_background=train.save_in_background,
             checkpoints_kept=train.keep + (1 if keeps_best else 0) + 1,
             results_kept=2 if keeps_best else 1,
         )
@@ -96,15 +64,7 @@ class Workload:
     @property
     def tokens_at_once(self) -> int:
         """Tokens that a rank runs at once: those of a micro-batch."""
-        return self.micro_batch * self.sequence_length
-
-    def accumulation(self, ranks: int) -> int:
-        """Return the micro-batches of each of `ranks` in a step."""
-        return -(-self.global_batch // (ranks * self.micro_batch))
-
-    def slices(self, ranks: int) -> int:
-        """Return the micro-batches of each rank that are between forward and backward at once."""
-        return self.accumulation(ranks) if self.accumulate == "block" else 1
+        return self.train.micro_batch * self.sequence_length
 
     def shard_degree(self, ranks: int) -> int:
         """Return the number of ranks, of `ranks` in all, that one copy of the base is sharded over."""
@@ -127,7 +87,7 @@ def trained_together(trials: Sequence[Workload]) -> Workload:
     if len(trials) == 1:
         return trials[0]
     first, number = trials[0], len(trials)
-    if len({trial.micro_batch for trial in trials}) > 1:
+    if len({trial.train.micro_batch for trial in trials}) > 1:
         raise UserError(
             "trials trained together run side by side, so train.micro_batch is the same for all; leave it out of "
             "the sweep, or set sweep.packed=1"
@@ -136,6 +96,9 @@ def trained_together(trials: Sequence[Workload]) -> Workload:
         first,
         adapter=replace(first.adapter, lora_dropout=max(trial.adapter.lora_dropout for trial in trials)),
         adapters=tuple(trial.adapter for trial in trials),
-        micro_batch=number * first.micro_batch,
-        global_batch=number * max(trial.global_batch for trial in trials),
+        train=replace(
+            first.train,
+            micro_batch=number * first.train.micro_batch,
+            global_batch=number * max(trial.train.global_batch for trial in trials),
+        ),
     )

@@ -89,7 +89,7 @@ class Costs(LayerRun):
         shapes, settings, gpu = model.shapes, model.settings, machine.gpu
         adapter, family = work.adapter, shapes.family
         decoder = Decoder.of(settings, family)
-        sixteen_bits = work.dtype == "bf16"
+        sixteen_bits = work.train.dtype == "bf16"
         full, rows = adapter.method == "full", traffic.trained_rows(work, shapes)
         attention = Attention(kind=attention_kind(work, family, decoder, is_gpu=machine.is_gpu))
         if attention.kind == "documents":
@@ -98,12 +98,12 @@ class Costs(LayerRun):
                     _H100_PROCESSORS if gpu is None else gpu.processors,
                     decoder.heads,
                     work.tokens_at_once,
-                    work.micro_batch,
-                    deterministic=work.deterministic_attention,
+                    work.train.micro_batch,
+                    deterministic=work.train.deterministic_attention,
                 ),
                 expands_keys=True,
             )
-        balanced = work.router_aux_loss
+        balanced = work.train.router_aux_loss
         if balanced is None:
             balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
         fused = fuses(work, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
@@ -112,20 +112,20 @@ class Costs(LayerRun):
             ranks=ranks_of_blocks(work, shapes)[0],
             itemsize=2 if sixteen_bits else 4,
             fused=fused,
-            remakes=fused and not (machine.is_gpu or adapter.use_dora) and work.checkpointing == "none",
+            remakes=fused and not (machine.is_gpu or adapter.use_dora) and work.train.checkpointing == "none",
             is_gpu=machine.is_gpu,
             attention=attention,
             dora=adapter.use_dora,
             dropout=adapter.lora_dropout > 0,
             quantized=work.quantized,
             groups_experts=machine.is_gpu and sixteen_bits and (gpu is None or gpu.capability[0] in (9, 10)),
-            balances=decoder.experts is not None and work.objective == "sft" and bool(balanced),
+            balances=decoder.experts is not None and work.train.objective == "sft" and bool(balanced),
             trains_base=full,
             trains_head=full or HEAD in adapter.modules_to_save,
             trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
             adds_up_gradients=work.shard_degree(machine.ranks) > 1,
-            keeps_dense=work.keep_dequantized,
-            has_reference=work.objective == "dpo",
+            keeps_dense=work.train.keep_dequantized,
+            has_reference=work.train.objective == "dpo",
             trials=len(work.adapters),
         )
 

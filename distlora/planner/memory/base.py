@@ -128,7 +128,7 @@ def base_of(
     For a checkpoint quantized before: `plain_absmax` if it has no double quantization; `left_dense` the number of
     layers in which a weight is not quantized.
     """
-    itemsize = traffic.DTYPE_BYTES[work.dtype]
+    itemsize = traffic.DTYPE_BYTES[work.train.dtype]
     adapter, full = work.adapter, work.adapter.method == "full"
     packs = work.quantized
     tied = shapes.ties(adapter)
@@ -228,7 +228,7 @@ class Trained:
             for each, count in shapes.alike(adapter):
                 for numel in each.numels:
                     adapters[numel] += count
-            if work.objective == "dpo" and not adapter.starts_as_base:
+            if work.train.objective == "dpo" and not adapter.starts_as_base:
                 beside += _numbers(adapters)
         if work.adapter.use_dora:  # Of each adapted weight, whichever trials adapt it.
             blocks = (block for adapter in work.adapters for block in shapes.adapters(adapter))

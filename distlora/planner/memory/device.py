@@ -78,26 +78,21 @@ class DeviceBytes:
 
 
 def device_bytes(work: Workload, model: PlannedModel, machine: Machine) -> DeviceBytes:
-    """Return the device memory of a training run."""
-    said = work.parallel.resident_blocks
-    if said != "auto":
-        return _with_resident(work, model, machine, said)
+    """Return the device memory of a training run.
+
+    With parallel.resident_blocks=auto the count is what the first step leaves room for (distlora.parallel.fsdp2).
+    """
+    resident, usable, shards = work.parallel.resident_blocks, machine.usable_bytes, work.shard_degree(machine.ranks)
+    if resident != "auto":
+        return _with_resident(work, model, machine, resident)
     found = _with_resident(work, model, machine, 0)
-    count = _fitting_blocks(work, model, machine, found)
-    return found if count == 0 else _with_resident(work, model, machine, count)
-
-
-def _fitting_blocks(work: Workload, model: PlannedModel, machine: Machine, found: DeviceBytes) -> int:
-    """Blocks that a run keeps gathered by itself, by what its first step leaves (distlora.parallel.fsdp2)."""
-    shards = work.shard_degree(machine.ranks)
-    if shards == 1 or machine.usable_bytes is None:
-        return 0
-    reserve = RESIDENCY_RESERVE["cuda"] * machine.usable_bytes
-    if not machine.is_gpu:
-        reserve = RESIDENCY_RESERVE["cpu"] * (machine.usable_bytes - found.total)
-    left = machine.usable_bytes - found.total - reserve
+    if shards == 1 or usable is None:
+        return found
+    free = usable - found.total
+    reserve = RESIDENCY_RESERVE["cuda"] * usable if machine.is_gpu else RESIDENCY_RESERVE["cpu"] * free
     block = unit_bytes(planned_base(work, model).block, shards)
-    return min(max(int(left // block), 0), model.shapes.num_layers)
+    count = min(max(int((free - reserve) // block), 0), model.shapes.num_layers)
+    return _with_resident(work, model, machine, count) if count else found
 
 
 def _with_resident(work: Workload, model: PlannedModel, machine: Machine, resident: int) -> DeviceBytes:
@@ -113,7 +108,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
         held["resident"] += staying_bytes(base, shards, read_gathering(work.parallel))
     held["adapters"] += trained.adapter_bytes
     held["gradients"] += trained.flat_gradient_bytes
-    held["optimizer"] += trained.optimizer_bytes(work.optimizer, is_gpu=machine.is_gpu)
+    held["optimizer"] += trained.optimizer_bytes(work.optim.name, is_gpu=machine.is_gpu)
     held["scratch"] += arena_bytes(work, model) if machine.is_gpu else 0
     step = Step.of(work, model, machine, base, trained, resident)
     moments = step.moments()
@@ -164,7 +159,7 @@ def buffer_bytes(model: PlannedModel, work: Workload) -> int:
     windows = windows_of(model.settings, family)
     kinds = len({window is None for window in windows}) if family.model_type.startswith("gemma3") else 1
     masters = work.adapter.method == "full"
-    scale = (4 if masters else traffic.DTYPE_BYTES[work.dtype]) if family.model_type.startswith("gemma") else 0
+    scale = (4 if masters else traffic.DTYPE_BYTES[work.train.dtype]) if family.model_type.startswith("gemma") else 0
     return kinds * 2 * 4 * (int(head_size(sizes) * share) // 2) + scale
 
 
@@ -173,18 +168,13 @@ def arena_bytes(work: Workload, model: PlannedModel) -> int:
 
     It holds the largest weight, and with train.keep_dequantized those of a layer, each aligned to 512 bytes.
     """
-    sizes = _dense_sizes(work, model)
-    kept = sum(-(-nbytes // 512) * 512 for nbytes in sizes) if work.keep_dequantized else 0
-    return max(sizes, default=0) + kept
-
-
-def _dense_sizes(work: Workload, model: PlannedModel) -> list[int]:
-    """Bytes of each weight of a block that is packed in one at least, dequantized."""
     if not work.quantized:
-        return []
-    dense = {path for path, count in (model.left_dense or {}).items() if count == model.shapes.num_layers}
+        return 0
+    dense = {path for path, count in model.left_dense.items() if count == model.shapes.num_layers}
     packed = (weight for weight in model.shapes.block if weight.packs and weight.path not in dense)
-    return [traffic.DTYPE_BYTES[work.dtype] * weight.numel for weight in packed]
+    sizes = [traffic.DTYPE_BYTES[work.train.dtype] * weight.numel for weight in packed]
+    kept = sum(-(-nbytes // 512) * 512 for nbytes in sizes) if work.train.keep_dequantized else 0
+    return max(sizes, default=0) + kept
 
 
 _MIB = 2**20
@@ -206,23 +196,33 @@ _CHANNELS = {True: 32, False: 4}
 
 
 def beside_tensors(work: Workload, base: Base, trained: Trained, machine: Machine, *, largest: int) -> dict[Kind, int]:
-    """Return the most bytes by category; empty on a CPU. `largest`: bytes of the largest tensor of a step."""
+    """Return the most bytes by category; empty on a CPU. `largest`: bytes of the largest tensor of a step.
+
+    Freed memory serves only the stream that took it, so each stream has a partly filled segment of each kind. A hole as
+    large as the largest tensor may lie between smaller ones. On the stream of gathers, a layer's output may lie in the
+    memory of the embedding's when the head is gathered.
+    """
     if not machine.is_gpu:
         return {}
     shards = work.shard_degree(machine.ranks)
+    has_small_workspace = machine.gpu is not None and machine.gpu.capability[0] not in (9, 10)
+    # Lost at the ends of tensors that stay.
+    rounding = sum(3 * count * _lost(4 * numel) for numel, count in trained.adapters.items())
+    if not offloads_base(work.parallel, shards):
+        rounding += sum(count * _lost(tensor.kept(shards)) for tensor, count in base.counted())
+    streams, hole, late = 1, 0, 0
+    if shards > 1:
+        streams += 1 if work.adapter.trains_base is None else 2
+        hole = unit_bytes(base.head, shards)
+        if work.parallel.backend == "zero3":
+            # What DeepSpeed freed while the device is still a unit behind: torch counts it as free and gives it to
+            # nobody (CUDACachingAllocator.cpp: free, insert_events).
+            late = unit_bytes(base.block, shards)
     return {
         "communication": _nccl(work, machine, shards),
-        "working": _workspaces(machine),
-        "slack": _rounding(work, base, trained, shards)
-        + _segments(work, base, shards, largest=largest)
-        + _late(work, base, shards),
+        "working": _CALLING_THREADS * (_WORKSPACE if has_small_workspace else _WORKSPACE_OF_HOPPER),
+        "slack": rounding + streams * (_SMALL + _LARGE) + largest + hole + late,
     }
-
-
-def _workspaces(machine: Machine) -> int:
-    """cuBLAS'; the larger ones of a GPU that is not known."""
-    is_small = machine.gpu is not None and machine.gpu.capability[0] not in (9, 10)
-    return _CALLING_THREADS * (_WORKSPACE if is_small else _WORKSPACE_OF_HOPPER)
 
 
 def _nccl(work: Workload, machine: Machine, shards: int) -> int:
@@ -242,35 +242,6 @@ def _nccl(work: Workload, machine: Machine, shards: int) -> int:
     return channels * connections * (_RECEIVING + _SENDING)
 
 
-def _rounding(work: Workload, base: Base, trained: Trained, shards: int) -> int:
-    """Return the bytes lost at the ends of tensors that stay."""
-    offloads = offloads_base(work.parallel, shards)
-    lost = 0 if offloads else sum(count * _lost(tensor.kept(shards)) for tensor, count in base.counted())
-    return lost + sum(3 * count * _lost(4 * numel) for numel, count in trained.adapters.items())
-
-
-def _late(work: Workload, base: Base, shards: int) -> int:
-    """Return the bytes that DeepSpeed freed while the device is still a unit behind.
-
-    torch counts them as free and gives them to nobody (CUDACachingAllocator.cpp: free, insert_events).
-    """
-    return unit_bytes(base.block, shards) if shards > 1 and work.parallel.backend == "zero3" else 0
-
-
 def _lost(nbytes: int) -> int:
     rest = -nbytes % _SMALL
     return rest if nbytes >= _LARGE // 2 and rest <= _MIB else -nbytes % _ROUNDED
-
-
-def _segments(work: Workload, base: Base, shards: int, *, largest: int) -> int:
-    """Return the bytes that are reserved and unused at the peak.
-
-    Freed memory serves only the stream that took it, so each stream has a partly filled segment of each kind. A hole as
-    large as the largest tensor may lie between smaller ones. On the stream of gathers, a block's output may lie in the
-    memory of the embedding's when the head is gathered.
-    """
-    streams, hole = 1, 0
-    if shards > 1:
-        streams += 1 if work.adapter.trains_base is None else 2
-        hole = unit_bytes(base.head, shards)
-    return streams * (_SMALL + _LARGE) + largest + hole

@@ -74,7 +74,7 @@ def copied_of(work: Workload, base: Base, shards: int) -> Copied:
     if shards > 1:
         return Copied()
     embedding, block, head = (_copies(unit) for unit in (base.embedding, base.block, base.head or base.embedding))
-    keeps = work.checkpointing == "none"
+    keeps = work.train.checkpointing == "none"
     return Copied(
         embedding=embedding,
         block=0 if keeps else block,
@@ -94,27 +94,10 @@ class _Tensor:
     numel: int
     nbytes: int
     stays: bool = False
-    """Whether it is never let go."""
+    """True if it stays gathered."""
 
 
 _Unit = tuple[_Tensor, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
-    """The inputs of the coordinator's simulation."""
-
-    rest: _Unit
-    embedding: _Unit
-    blocks: tuple[_Unit, ...]
-    head: _Unit
-    """Empty where it is the embedding's."""
-    bucket: int
-    """Elements that are gathered ahead."""
-    most: int
-    """Elements that may be there at once."""
-    reuse: int
-    one_by_one: bool
 
 
 @dataclass(slots=True)
@@ -133,7 +116,12 @@ class _Coordinator:
 
     units: Sequence[Sequence[int]]
     tensors: Sequence[_Tensor]
-    asked: _Asked
+    bucket: int
+    """Elements that are gathered ahead."""
+    most: int
+    """Elements that may be gathered at once."""
+    reuse: int
+    one_by_one: bool
     place: int = 0
     there: set[int] = field(default_factory=set)
     coming: dict[int, _Group] = field(default_factory=dict)
@@ -158,7 +146,7 @@ class _Coordinator:
         if not tensors:
             return
         self.elements += sum(self.tensors[t].numel for t in tensors)
-        if len(tensors) == 1 or self.asked.one_by_one:  # Comes in place.
+        if len(tensors) == 1 or self.one_by_one:  # Comes in place.
             self.there.update(tensors)
             return
         group = _Group(sum(self.tensors[t].nbytes for t in tensors), set(tensors))
@@ -191,7 +179,7 @@ class _Coordinator:
             tensor, place = self.queue.popleft()
             self.fetched_for[tensor] = place
             new.discard(tensor)
-        most, chosen, numel = min(self.asked.most - self.elements, self.asked.bucket), [], 0
+        most, chosen, numel = min(self.most - self.elements, self.bucket), [], 0
         while self.queue and numel < most:
             tensor, place = self.queue.popleft()
             self.fetched_for[tensor] = max(self.fetched_for.get(tensor, -1), place)
@@ -205,7 +193,7 @@ class _Coordinator:
         kept = {t for t in unit if self.fetched_for.get(t, -1) > self.place}
         passed = 0
         for following in self.units[self.place :]:
-            if passed >= self.asked.reuse:
+            if passed >= self.reuse:
                 break
             kept.update(following)
             passed += sum(self.tensors[t].numel for t in following)
@@ -248,63 +236,51 @@ def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit,
 def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) -> Gathered:
     """In each part of a step but the first, which teaches the coordinator the order; without what stays."""
     rest, embedding, blocks, head = _units(base, shards, gathering)
-    unit = _numel(blocks[0])
-    asked = _Asked(
-        rest=rest,
-        embedding=embedding,
-        blocks=tuple(blocks),
-        head=head,
-        bucket=unit if gathering.prefetch_bucket_size is None else gathering.prefetch_bucket_size,
-        most=unit + max(unit, _numel(embedding), _numel(head))
-        if gathering.max_live_parameters is None
-        else gathering.max_live_parameters,
-        reuse=gathering.max_reuse_distance,
-        one_by_one=gathering.allgather_sequential,
-    )
-    found = _followed(asked)
-    if not (is_gpu and gathering.offload):
-        return found
-    # Rows from the host are copied for the gather that is on its way.
-    rows = unit_bytes(base.block, shards) // shards
-    return Gathered(**{name: getattr(found, name) + rows for name in Gathered.__dataclass_fields__})
-
-
-def _followed(asked: _Asked) -> Gathered:
     tensors: list[_Tensor] = []
 
     def numbered(unit: _Unit) -> list[int]:
         tensors.extend(unit)
         return list(range(len(tensors) - len(unit), len(tensors)))
 
-    embedding = numbered(asked.embedding)
-    head = numbered(asked.head) or embedding
-    blocks = [numbered(block) for block in asked.blocks]
-    rest = numbered(asked.rest)
-    coordinator = _Coordinator([rest, embedding, *blocks, head, *reversed(blocks)], tensors, asked)
+    first = numbered(embedding)
+    last = numbered(head) or first
+    layers = [numbered(block) for block in blocks]
+    norm, unit = numbered(rest), _numel(blocks[0])
+    bucket, most = gathering.prefetch_bucket_size, gathering.max_live_parameters
+    coordinator = _Coordinator(
+        units=[norm, first, *layers, last, *reversed(layers)],
+        tensors=tensors,
+        bucket=unit if bucket is None else bucket,
+        most=unit + max(unit, _numel(embedding), _numel(head)) if most is None else most,
+        reuse=gathering.max_reuse_distance,
+        one_by_one=gathering.allgather_sequential,
+    )
     copied = coordinator.fetch()
 
     def use(unit: Sequence[int]) -> int:
-        """Bytes while it runs."""
+        """Return the bytes while the unit runs."""
         nonlocal copied
         copied = max(copied, coordinator.fetch())
         nbytes = coordinator.nbytes
         coordinator.release(unit)
         return nbytes
 
-    first = use(embedding)
-    *forward, last = [use(block) for block in blocks]
-    at_head = use(head)
+    # Rows from the host are copied for the gather that is on its way.
+    rows = unit_bytes(base.block, shards) // shards if is_gpu and gathering.offload else 0
+    at_embedding = use(first)
+    *forward, at_last = [use(layer) for layer in layers]
+    at_head = use(last)
     behind_head = coordinator.nbytes
-    *backward, end = [use(block) for block in reversed(blocks)]
+    *backward, end = [use(layer) for layer in reversed(layers)]
     return Gathered(
-        embedding=first,
-        copying=copied,
-        forward=max(forward, default=0),
-        last=last,
-        head=at_head,
-        head_backward=behind_head,
-        block=max(backward, default=end),
-        first=end,
+        embedding=rows + at_embedding,
+        copying=rows + copied,
+        forward=rows + max(forward, default=0),
+        last=rows + at_last,
+        head=rows + at_head,
+        head_backward=rows + behind_head,
+        block=rows + max(backward, default=end),
+        first=rows + end,
     )
 
 

@@ -65,7 +65,7 @@ class Step:
     ) -> Step:
         """Build from a workload and what a rank holds."""
         ranks, at_once = machine.ranks, work.tokens_at_once
-        shards, tokens = work.shard_degree(ranks), at_once * work.slices(ranks)
+        shards, tokens = work.shard_degree(ranks), at_once * work.train.slices(ranks)
         return cls(
             work=work,
             base=base,
@@ -76,7 +76,7 @@ class Step:
             copied=copied_of(work, base, shards),
             at_once=at_once,
             tokens=tokens,
-            micro_batches=traffic.passes_of(work, work.accumulation(ranks)),
+            micro_batches=traffic.passes_of(work, work.train.accumulation(ranks)),
             is_gpu=machine.is_gpu,
         )
 
@@ -86,8 +86,8 @@ class Step:
             "embedding": {"gathered": self.gathered.embedding, "working": self._boundary + self.copied.embedding},
             "embedding_backward": self._embedding_backward(),
             "forward": self._forward(),
-            "head": self._head(),
-            "head_backward": self._head_backward(),
+            "head": self._head(self.activations.head_forward, self.gathered.head),
+            "head_backward": self._head(self.activations.head_backward, self.gathered.head_backward),
             "block": self._block(),
             "update": {"gradients": self.trained.cut_gradient_bytes},
         }
@@ -112,10 +112,6 @@ class Step:
         return self.blocks[-1].activations
 
     @property
-    def _layers(self) -> int:
-        return self.base.layers
-
-    @property
     def _first(self) -> int:
         """The place of the first block that a gradient comes to."""
         if self.trained.embeds or self.blocks[0].costs.ranks.by_name or self.blocks[0].costs.trains_base:
@@ -136,9 +132,9 @@ class Step:
 
         The first norm keeps nothing after a frozen embedding, since its input needs no gradient.
         """
-        unread = self.work.checkpointing in ("none", "selective") and not self.trained.embeds
+        unread = self.work.train.checkpointing in ("none", "selective") and not self.trained.embeds
         sent = 3 * 8 * self.tokens if self.is_gpu else 0
-        alike = int(self.activations.kept) - self._layers * self.blocks[-1].kept
+        alike = int(self.activations.kept) - self.base.layers * self.blocks[-1].kept
         return alike + self._kept_from(self._first) + sent - (self.tokens * self.costs.norm_keeps if unread else 0)
 
     @property
@@ -146,30 +142,26 @@ class Step:
         """A boundary input of what runs at once."""
         return self.at_once * self.costs.boundary
 
-    @property
-    def _runs(self) -> Peak:
-        """Memory of a decoder layer in forward beside its kept activations.
+    def _runs_in(self, costs: Costs) -> Peak:
+        """Return the memory of a decoder layer in forward beside its kept activations.
 
         That is the operation that takes most, with the half's input, its inputs and dequantized weights. Experts hold
         their results to the end. Without recomputation the results are kept, except for the weights.
         """
-        return max(self._runs_in(blocks.costs) for blocks in self.blocks)
-
-    def _runs_in(self, costs: Costs) -> Peak:
-        work, row = self.work, self.work.sequence_length
+        work, train, row = self.work, self.work.train, self.work.sequence_length
         # The outputs of slices that were run before this one.
         beside = 2 * self._boundary + (self.tokens - self.at_once) * costs.boundary
-        if work.checkpointing in ("none", "selective"):
+        if work.train.checkpointing in ("none", "selective"):
             beside += self.tokens * costs.masks(row)
-        tile = self.at_once if work.mlp_tile is None else min(work.mlp_tile * work.micro_batch, self.at_once)
+        tile = min((train.mlp_tile or work.sequence_length) * train.micro_batch, self.at_once)
         attention, mlp = costs.attention_half(self.at_once, row), costs.mlp_half(tile)
-        if work.checkpointing == "none":
+        if work.train.checkpointing == "none":
             return _weights([*attention, *mlp], self.at_once).plus(beside)
         of_mlp = max(_running(operation, tile) for operation in mlp)
         if costs.decoder.experts is not None:
             made = tile * sum(operation.keeps + operation.forward for operation in mlp[1:])
             of_mlp = Peak(made).plus(0, max(operation.dense for operation in mlp))
-        if work.checkpointing == "selective":
+        if work.train.checkpointing == "selective":
             of_attention = _weights(attention, self.at_once)
         else:
             of_attention = max(_running(operation, self.at_once) for operation in attention)
@@ -179,55 +171,44 @@ class Step:
         """Return the bytes of a trained embedding's gradient, sent in fp32 after all other gradients."""
         if not any(tensor.trained for tensor in self.base.embedding):
             return {}
-        tied = unit_bytes(self.base.embedding, self.shards) if self.base.tied and self.shards > 1 else 0
+        embedding, gathered, gradient = self.base.embedding, 0, _gradients(self.base.embedding)
+        if self.shards > 1:
+            gathered = unit_bytes((*self.base.rest, *(embedding if self.base.tied else ())), self.shards)
+        else:
+            # One process casts the gradient of its 16-bit copy to fp32, and adds the LM head's if the matrix is tied
+            # (distlora.parallel.mixed_precision).
+            gradient += self._tied_gradient + (_of_masters(embedding) if self.costs.itemsize < 4 else 0)
         return {
-            "gathered": unit_bytes(self.base.rest, self.shards) + tied if self.shards > 1 else 0,
-            "gradients": self.trained.cut_gradient_bytes + self._gradient_of_embedding,
-            "communication": _sent(self.base.embedding, self.shards),
+            "gathered": gathered,
+            "gradients": self.trained.cut_gradient_bytes + gradient,
+            "communication": _sent(embedding, self.shards),
             "working": 2 * self._boundary,
         }
 
     def _forward(self) -> dict[Kind, int]:
         """Return the memory of a layer in forward, of the last one, or of copying out a unit."""
-        runs = self._runs
+        runs = max(self._runs_in(blocks.costs) for blocks in self.blocks)
+        # A checksum of gathered weights in the first forward, and with train.verify after each save (distlora.parallel.integrity).
+        checks = _CHECKED if self.is_gpu and self.shards > 1 else 0
         last: dict[Kind, int] = {
             "kept": self._kept,
-            "working": int(runs.bytes) - int(runs.dense) + self.copied.block + self._checks,
+            "working": int(runs.bytes) - int(runs.dense) + self.copied.block + checks,
             "scratch": int(runs.dense),
             "gathered": self.gathered.last,
-            "gradients": self._waiting(self._layers),
+            "gradients": self._waiting(self.base.layers),
         }
         before = last | {"kept": self._kept - self.blocks[-1].kept, "gathered": self.gathered.forward}
         copying = last | {"working": 0, "scratch": 0, "gathered": self.gathered.copying}
         return _most(last, before, copying)
 
-    @property
-    def _checks(self) -> int:
-        """Bytes of a checksum of gathered weights (distlora.parallel.integrity).
-
-        It runs in the first forward of a start and, with train.verify, in the one after each save.
-        """
-        return _CHECKED if self.is_gpu and self.shards > 1 else 0
-
-    @property
-    def _output(self) -> int:
-        """The last block's output where the last norm keeps it as it is, and no fp32 copy of it."""
-        return self.tokens * self.costs.boundary if self.costs.norm_keeps_input else 0
-
-    def _head(self) -> dict[Kind, int]:
+    def _head(self, logits: float, gathered: int) -> dict[Kind, int]:
+        # The last layer's output where the last norm keeps it as it is, and no fp32 copy of it.
+        output = self.tokens * self.costs.boundary if self.costs.norm_keeps_input else 0
         return {
-            "kept": self._kept + self.copied.kept + self._output,
-            "logits": int(self.activations.head_forward) - self._output + self.copied.head,
-            "gathered": self.gathered.head,
-            "gradients": self._waiting(self._layers),
-        }
-
-    def _head_backward(self) -> dict[Kind, int]:
-        return {
-            "kept": self._kept + self.copied.kept + self._output,
-            "logits": int(self.activations.head_backward) - self._output + self.copied.head,
-            "gathered": self.gathered.head_backward,
-            "gradients": self._waiting(self._layers),
+            "kept": self._kept + self.copied.kept + output,
+            "logits": int(logits) - output + self.copied.head,
+            "gathered": gathered,
+            "gradients": self._waiting(self.base.layers),
         }
 
     def _block(self) -> dict[Kind, int]:
@@ -241,15 +222,21 @@ class Step:
 
     def _block_at(self, place: int, activations: Activations) -> dict[Kind, int]:
         """Return the memory of the layer at `place` in its backward."""
-        done = self._layers - 1 - place
+        head, block = self.base.head, self.base.block
+        # This rank's reduced gradients of the last layers, the LM head and the last norm.
+        done = self.base.layers - 1 - place
+        summed = (
+            0 if self.shards == 1 else _rows_of_masters(head, self.shards) + done * _rows_of_masters(block, self.shards)
+        )
         kept, dequantized = self._kept - self._kept_from(place + 1), int(activations.dequantized)
         return {
             "kept": kept + self.copied.kept,
             "working": int(activations.working) - dequantized + self.copied.block + self._tied_gradient,
             "scratch": dequantized,
             "gathered": self.gathered.block if place > 0 else self.gathered.first,
-            "gradients": self._waiting(place + 1, with_head=False) + self._summed(done),
-            "communication": self._sent_behind(place),
+            "gradients": self._waiting(place + 1, with_head=False) + (summed if self.shards > 1 else 0),
+            # The previous reduce-scatter's input, which FSDP2 keeps until the next one.
+            "communication": _sent(head if done == 0 else block, self.shards),
         }
 
     @property
@@ -261,34 +248,12 @@ class Step:
         found = _gradients(self.base.embedding) if self.shards > 1 else _of_masters(self.base.embedding)
         return found if self.base.tied else 0
 
-    @property
-    def _gradient_of_embedding(self) -> int:
-        """Bytes of the embedding's gradient in the run's dtype.
-
-        One process casts the gradient of its 16-bit copy to fp32, and adds the LM head's if the matrix is tied
-        (distlora.parallel.fsdp2).
-        """
-        of_masters = _of_masters(self.base.embedding) if self.shards == 1 and self.costs.itemsize < 4 else 0
-        return _gradients(self.base.embedding) + of_masters + (self._tied_gradient if self.shards == 1 else 0)
-
     def _waiting(self, blocks: int, *, with_head: bool = True) -> int:
         """Return the bytes of whole fp32 gradients of earlier micro-batches that FSDP2 reduces after the last one."""
         if self.shards == 1 or self.micro_batches == 1:
             return 0
         units = [self.base.embedding, self.base.rest, *([self.base.head] if with_head else [])]
         return sum(map(_of_masters, units)) + blocks * _of_masters(self.base.block)
-
-    def _summed(self, blocks: int) -> int:
-        """Return the bytes of this rank's reduced gradients of the last blocks, the LM head and the last norm."""
-        if self.shards == 1:
-            return 0
-        head, block = (_rows_of_masters(unit, self.shards) for unit in (self.base.head, self.base.block))
-        return head + blocks * block
-
-    def _sent_behind(self, place: int) -> int:
-        """Return the bytes of the previous reduce-scatter's input, which FSDP2 keeps until the next one."""
-        behind = self.base.head if place == self._layers - 1 else self.base.block
-        return _sent(behind, self.shards)
 
 
 def _most(*moments: dict[Kind, int]) -> dict[Kind, int]:
@@ -331,14 +296,14 @@ def _sent(unit: tuple[Stored, ...], shards: int) -> int:
 
 def blocks_of(work: Workload, model: PlannedModel, machine: Machine, *, at_once: int, tokens: int) -> list[Blocks]:
     """Return the decoder layers of a run that keeps `tokens` tokens and runs `at_once` of them together."""
-    row, mode, first = work.sequence_length, work.checkpointing, Costs.of(work, model, machine)
+    row, mode, first = work.sequence_length, work.train.checkpointing, Costs.of(work, model, machine)
     known: dict[int, Blocks] = {}
     found = []
     for same, alike in itertools.groupby(ranks_of_blocks(work, model.shapes), key=id):
         ranks = list(alike)
         if same not in known:
             costs = replace(first, ranks=ranks[0])
-            activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=work.mlp_tile, row=row)
+            activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=work.train.mlp_tile, row=row)
             stacked = tokens // at_once * costs.stacked(mode)
             kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row) + stacked)
             known[same] = Blocks(len(ranks), costs, activations, kept)

@@ -143,14 +143,14 @@ def missing_rates(work: Workload, machine: Machine) -> tuple[str, ...]:
 
     Only links that are used count. No table has a GPU's fp32 rate.
     """
-    in_fp32 = machine.is_gpu and work.dtype == "fp32" and "tflops" not in machine.measured
+    in_fp32 = machine.is_gpu and work.train.dtype == "fp32" and "tflops" not in machine.measured
     needed = {
         "tflops": (True, None if in_fp32 else machine.flops),
         "memory_gb_per_second": (True, machine.bandwidth),
         "link_gb_per_second": (machine.ranks_per_machine > 1, machine.link),
         "network_gb_per_second": (machine.ranks > machine.ranks_per_machine, machine.network),
         "host_gb_per_second": (
-            keeps_on_host(work.parallel, work.checkpointing, work.shard_degree(machine.ranks)),
+            keeps_on_host(work.parallel, work.train.checkpointing, work.shard_degree(machine.ranks)),
             machine.host_link,
         ),
     }
@@ -283,18 +283,18 @@ class Wiring:
 def wiring_of(work: Workload, model: PlannedModel, machine: Machine) -> Wiring:
     """Return the collectives of one rank in a step."""
     world, shapes = machine.ranks, model.shapes
-    micro_batches = work.accumulation(world)
+    micro_batches = work.train.accumulation(world)
     passes = traffic.passes_of(work, micro_batches)
     step = traffic.ours(work, shapes, world=world, accumulation=micro_batches)
-    shards, itemsize = step.shards, traffic.DTYPE_BYTES[work.dtype]
+    shards, itemsize = step.shards, traffic.DTYPE_BYTES[work.train.dtype]
     rings = _Rings(world, shards, machine.ranks_per_machine)
     block = traffic.block_bytes(shapes.block, shards, quantized=work.quantized, itemsize=itemsize)
     ends = step.gathered // passes - 2 * traffic.moved_blocks(work, shapes) * block if shards > 1 else 0
     units = 3 if shapes.ties(work.adapter) else 4
     offloads = machine.is_gpu and offloads_base(work.parallel, shards)
     boundary = 0
-    if work.checkpointing == "offload":
-        boundary = itemsize * shapes.hidden * work.tokens_at_once * work.slices(world)
+    if work.train.checkpointing == "offload":
+        boundary = itemsize * shapes.hidden * work.tokens_at_once * work.train.slices(world)
     sums, last = _sums(work, step, shapes, rings)
     return Wiring(
         gather=replace(rings.gather(block), host=block / shards if offloads else 0.0),

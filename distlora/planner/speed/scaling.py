@@ -112,7 +112,7 @@ def scaling(
                 f"{number:,} GPUs are no number of machines of {per_machine}; ask for a multiple of {per_machine}, or "
                 "set cluster.gpus_per_node to what a machine has"
             )
-    rows = config.accumulation(machine.ranks) * config.train.micro_batch if kind == "weak" else None
+    rows = config.train.accumulation(machine.ranks) * config.train.micro_batch if kind == "weak" else None
     found: list[ScalingRow] = []
     for fabric in fabrics or (None,):
         joined = machine if fabric is None else _joined(machine, fabric)
@@ -182,8 +182,8 @@ def _rows(runs: Iterable[tuple[Layout, Workload, Machine]], model: PlannedModel,
             machines=machine.ranks // machine.ranks_per_machine,
             layout=layout,
             fabric=fabric,
-            rows=work.global_batch,
-            accumulation=work.accumulation(machine.ranks),
+            rows=work.train.global_batch,
+            accumulation=work.train.accumulation(machine.ranks),
             fits=None if usable is None else device_bytes(work, model, machine).total <= usable,
             seconds=time.seconds,
             tokens_per_second=time.tokens_per_second,

@@ -109,13 +109,13 @@ class StepWork:
 def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepWork:
     """Return the work of a step. `document`: tokens of each packed document; None for one document per sequence."""
     ranks, shards = machine.ranks, work.shard_degree(machine.ranks)
-    micro_batches = work.accumulation(ranks)
+    micro_batches = work.train.accumulation(ranks)
     passes = traffic.passes_of(work, micro_batches)
     how = how_of(work, model, machine)
     active, decoder = active_weights(work, model), Decoder.of(model.settings, model.shapes.family)
     gathers = _gathers(model, how, shards)
     # A pass of all micro-batches joins a block's slices, and its gradients.
-    at_once = work.tokens_at_once * work.slices(ranks)
+    at_once = work.tokens_at_once * work.train.slices(ranks)
     return StepWork(
         blocks=_blocks(work, model, machine, decoder, how, document),
         micro_batches=micro_batches,
@@ -129,7 +129,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
                 trained=active.head_is_trained,
                 trained_rows=active.head_rows // model.shapes.hidden,
                 capped=decoder.caps_logits,
-                reference=work.objective == "dpo",
+                reference=work.train.objective == "dpo",
             )
         ),
         gathers=gathers,
@@ -137,8 +137,8 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
         update=tuple(
             update_work(
                 trained_numbers(work, model, ranks),
-                work.optimizer,
-                clips=work.max_grad_norm > 0,
+                work.optim.name,
+                clips=work.optim.max_grad_norm > 0,
                 backwards=passes,
                 trials=len(work.adapters),
             )
@@ -161,12 +161,12 @@ def how_of(work: Workload, model: PlannedModel, machine: Machine) -> How:
     family = model.shapes.family
     decoder = Decoder.of(model.settings, family)
     fused = fuses(work, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
-    decodes = machine.is_gpu and work.dtype == "bf16"
+    decodes = machine.is_gpu and work.train.dtype == "bf16"
     return How(
-        itemsize=traffic.DTYPE_BYTES[work.dtype],
+        itemsize=traffic.DTYPE_BYTES[work.train.dtype],
         quantized=work.quantized,
         few_rows=max_fused_rows(machine.capability) if decodes else 0,
-        keeps_dequantized=work.keep_dequantized,
+        keeps_dequantized=work.train.keep_dequantized,
         trains_base=work.adapter.method == "full",
         norms_in_fp32=decoder.norms_in_fp32,
         fused_norms=fused,
@@ -190,7 +190,7 @@ def _blocks(
     work: Workload, model: PlannedModel, machine: Machine, decoder: Decoder, how: How, document: int | None
 ) -> tuple[BlockWork, ...]:
     length, shapes = work.sequence_length, model.shapes
-    rows, tile = work.micro_batch, work.mlp_tile or length
+    rows, tile = work.train.micro_batch, work.train.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
     adapters, windows = ranks_of_blocks(work, shapes), windows_of(model.settings, shapes.family)
     found: dict[tuple[int, int | None], BlockWork] = {}
@@ -205,9 +205,9 @@ def _blocks(
                 how,
                 m=rows * length,
                 pairs=rows * seen,
-                checkpointing=work.checkpointing,
+                checkpointing=work.train.checkpointing,
                 tiles=tiles,
-                reference=work.objective == "dpo",
+                reference=work.train.objective == "dpo",
             )
         blocks.append(found[key])
     return tuple(blocks)
@@ -340,8 +340,8 @@ def step_time(
     flops = step_flops(work, model, ranks=machine.ranks, is_gpu=machine.is_gpu, document=document)
     seconds = total(by_term)
     # Rows that are missing are run as empty ones, and count for nothing.
-    rows = work.global_batch / (machine.ranks * work.accumulation(machine.ranks) * work.micro_batch)
-    tokens = work.global_batch * work.sequence_length
+    rows = work.train.global_batch / (machine.ranks * work.train.accumulation(machine.ranks) * work.train.micro_batch)
+    tokens = work.train.global_batch * work.sequence_length
     return StepTime(
         by_term=by_term,
         by_part={name: total(part) for name, part in parts.items()},
@@ -439,9 +439,9 @@ def _said(work: Workload, machine: Machine, document: int | None) -> list[str]:
     if document is not None and document < length:
         documents = f"rows of {length:,} tokens hold documents of {document:,}"
     said = [documents]
-    if machine.is_gpu and work.liger and machine.has_liger:
+    if machine.is_gpu and work.train.liger and machine.has_liger:
         said.append("liger-kernel is installed, where the run can use it")
-    if machine.is_gpu and work.deterministic_attention:
+    if machine.is_gpu and work.train.deterministic_attention:
         said.append("attention's gradients in a fixed order take no longer than in any")
     if work.parallel.resident_blocks == "auto" and machine.ranks > 1:
         said.append("no block stays gathered: how many will is found out in the first step")

@@ -19,13 +19,11 @@ from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
 from distlora.config.plan import GpuConfig, PlanConfig
 from distlora.config.sweep import SweepConfig
-from distlora.config.training import OPTIMIZERS, SCHEDULES, OptimConfig, TrackerConfig, TrainConfig
+from distlora.config.training import OptimConfig, TrackerConfig, TrainConfig
 
 __all__ = [
     "DATA_FORMATS",
-    "OPTIMIZERS",
     "SAVED_MODULES",
-    "SCHEDULES",
     "TARGET_PRESETS",
     "AdapterConfig",
     "ClusterConfig",

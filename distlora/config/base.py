@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from distlora.config.errors import nearest, require, require_choice, require_positive
+from distlora.config.errors import nearest, require, require_choice, require_choices, require_positive
 from distlora.config.places import cache_place
 
 PLAIN = ("kaiming", "gaussian")
@@ -140,7 +140,7 @@ class AdapterConfig:
     a parameter, cut over the ranks: 34 GB for both of a 70B model. On a model that ties them they are trained apart."""
 
     def __post_init__(self) -> None:
-        require_choice("adapter.method", self.method, ("lora", "full"))
+        require_choices("adapter", self)
         require(self.r > 0, f"adapter.r={self.r} is not a rank; set adapter.r=1 or more (16 is the usual start)")
         require_positive("adapter", self, "lora_alpha")
         check_init(self.init)
@@ -287,7 +287,7 @@ class QuantConfig:
     """Most gigabytes (1e9 bytes) that they take there: the base that was not used for longest goes first. null: any."""
 
     def __post_init__(self) -> None:
-        require_choice("quant.method", self.method, ("nf4", "none", "auto"))
+        require_choices("quant", self)
         require(
             self.cache_gb is None or 0 < self.cache_gb < math.inf,
             f"quant.cache_gb={self.cache_gb} is no number of gigabytes above 0; set quant.cache_gb=200, null for no "

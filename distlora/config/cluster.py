@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distlora.config.errors import require, require_choice, require_positive
-
-LAUNCHERS = ("local", "torchrun", "slurm")
+from distlora.config.errors import require, require_choices, require_positive
 
 _ENDPOINT = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 _TIME_LIMIT = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})")
@@ -126,7 +124,7 @@ class ClusterConfig:
     """Jobs of a sweep (-m) that run at the same time; null: as many as SLURM gives."""
 
     def __post_init__(self) -> None:
-        require_choice("cluster.launcher", self.launcher, LAUNCHERS)
+        require_choices("cluster", self)
         require_positive("cluster", self, "nodes", "gpus_per_node", "timeout_seconds", "signal_seconds")
         for name in ("cpus_per_task", "max_parallel"):
             require_positive("cluster", self, name)
@@ -263,7 +261,7 @@ class ParallelConfig:
     """MiB of adapter gradients in one all-reduce. Smaller buckets overlap earlier and cost more launches."""
 
     def __post_init__(self) -> None:
-        require_choice("parallel.backend", self.backend, ("fsdp2", "zero3"))
+        require_choices("parallel", self)
         require(
             self.backend == "zero3" or not self.offload_base,
             "parallel.offload_base=true is DeepSpeed's: FSDP2 keeps its shards where they are computed with; add "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distlora.config.errors import require, require_choice
+from distlora.config.errors import require, require_choices
 
 DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference")
 
@@ -38,8 +38,7 @@ class SourceConfig:
     """
 
     def __post_init__(self) -> None:
-        require_choice("data.format", self.format, DATA_FORMATS)
-        require_choice("data.sample_by", self.sample_by, ("auto", "line", "paragraph", "document"))
+        require_choices("data", self)
         require(
             self.weight is None or 0 < self.weight < math.inf,
             f"data.sources: weight={self.weight} of {self.path} is not a share; set it above 0, or remove the source",
@@ -111,11 +110,7 @@ class DataConfig:
     """Folder of tokenized rows, content-addressed: a second run with the same data does not tokenize again."""
 
     def __post_init__(self) -> None:
-        require_choice("data.format", self.format, DATA_FORMATS)
-        require_choice("data.sample_by", self.sample_by, ("auto", "line", "paragraph", "document"))
-        require_choice("data.train_on", self.train_on, ("assistant", "last", "all"))
-        require_choice("data.too_long", self.too_long, ("auto", "truncate", "drop", "split"))
-        require_choice("data.stopping_strategy", self.stopping_strategy, ("first_exhausted", "all_exhausted"))
+        require_choices("data", self)
         require(
             self.sequence_length >= 2,
             f"{{data.sequence_length}}={self.sequence_length} leaves no token to predict; set it to 2 or more",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import math
 import re
 import reprlib
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -132,3 +134,15 @@ def require_choice(setting: str, value: object, choices: Iterable[str]) -> None:
     if value not in words:  # The nearest takes longer to find than all else that a section checks.
         hint = nearest(value, words) if isinstance(value, str) else ""
         raise UserError(f"{setting}={short(value)} is not one of {', '.join(words)}{hint}")
+
+
+def require_choices(section: str, config: Any) -> None:
+    """Raise UserError unless each field whose type is a Literal has one of its values."""
+    for name, choices in _choices_of(config.__class__).items():
+        require_choice(f"{section}.{name}", getattr(config, name), choices)
+
+
+@functools.cache
+def _choices_of(section: type) -> dict[str, tuple[str, ...]]:
+    hints = typing.get_type_hints(section)
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Literal
 
-from distlora.config.errors import require, require_choice
+from distlora.config.errors import require, require_choice, require_choices
 
 CONTEXT_BYTES = int(0.6 * 2**30)
 """Device memory that CUDA's context and libraries take beside torch's allocator."""
@@ -147,7 +147,7 @@ class PlanConfig:
     that is not prepared yet nobody knows."""
 
     def __post_init__(self) -> None:
-        require_choice("plan.mode", self.mode, ("given", "auto"))
+        require_choices("plan", self)
         require(
             self.tokens is None or self.tokens > 0,
             f"plan.tokens={self.tokens} is no number of tokens; set plan.tokens=10000000, or leave it out",

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distlora.config.errors import require, require_choice, require_positive
+from distlora.config.errors import require, require_choices, require_positive
 
 METHODS = ("grid", "random", "optuna", "rank_search")
-SAMPLERS = ("tpe", "gp", "cmaes")
-PRUNERS = ("median", "hyperband", "none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +54,7 @@ class SweepConfig:
     """The learning rate of that run; null: a tenth of optim.lr."""
 
     def __post_init__(self) -> None:
-        require_choice("sweep.method", self.method, METHODS)
-        require_choice("sweep.direction", self.direction, ("minimize", "maximize"))
-        require_choice("sweep.sampler", self.sampler, SAMPLERS)
-        require_choice("sweep.pruner", self.pruner, PRUNERS)
-        require_choice("sweep.full", self.full, ("auto", "always", "never"))
+        require_choices("sweep", self)
         require_positive("sweep", self, "trials", "workers", "rank_start", "rank_most", "bootstrap", "full_lr")
         require(
             self.packed == "auto" or (isinstance(self.packed, int) and self.packed > 0),

@@ -6,12 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from distlora.config.errors import require, require_choice, require_positive, require_share
-
-CHECKPOINTING = ("block", "selective", "offload", "none")
-OBJECTIVES = ("sft", "dpo")
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
-SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
+from distlora.config.errors import require, require_choices, require_positive, require_share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +39,7 @@ class OptimConfig:
     """Final learning rate of a decaying schedule, relative to lr."""
 
     def __post_init__(self) -> None:
-        require_choice("optim.name", self.name, OPTIMIZERS)
+        require_choices("optim", self)
         require_positive("optim", self, "lr", "loraplus_lr_ratio", "eps")
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
@@ -58,7 +53,6 @@ class OptimConfig:
             0 <= self.max_grad_norm < math.inf,
             f"optim.max_grad_norm={self.max_grad_norm} is no norm; set it above 0, or to 0 to turn clipping off",
         )
-        require_choice("optim.schedule", self.schedule, SCHEDULES)
         require_share("optim", self, "warmup_ratio", "decay_ratio", "min_lr_ratio")
         require(
             self.schedule != "constant" or self.min_lr_ratio == 0,
@@ -167,15 +161,13 @@ class TrainConfig:
         require_positive(
             "train", self, *numbers, "save_minutes", "keep", "early_stopping_patience", "sample_every", "sample_tokens"
         )
-        require_choice("train.objective", self.objective, OBJECTIVES)
+        require_choices("train", self)
         require_positive("train", self, "dpo_beta")
         require(
             self.objective == "dpo" or self.dpo_beta == 0.1,
             f"train.dpo_beta={self.dpo_beta} has no effect with train.objective={self.objective}; leave it out, or set "
             "train.objective=dpo",
         )
-        require_choice("train.accumulate", self.accumulate, ("step", "block"))
-        require_choice("train.checkpointing", self.checkpointing, CHECKPOINTING)
         require(
             not self.keep_dequantized or self.checkpointing in ("block", "offload"),
             f"train.keep_dequantized=true has no effect with train.checkpointing={self.checkpointing}, where no block "
@@ -192,7 +184,6 @@ class TrainConfig:
             f"train.mlp_tile={self.mlp_tile} dequantizes an MLP's weights for each tile, where "
             "train.keep_dequantized=true would keep them for one pass; leave one of them out",
         )
-        require_choice("train.dtype", self.dtype, ("bf16", "fp32"))
         require(
             self.router_aux_loss is None or 0 <= self.router_aux_loss < math.inf,
             f"train.router_aux_loss={self.router_aux_loss} is no weight; set it to 0.001, or to 0 for none",
@@ -251,4 +242,4 @@ class TrackerConfig:
     """Upload the result as the artifact adapter-<run id>; offline, `wandb sync` does."""
 
     def __post_init__(self) -> None:
-        require_choice("tracker.name", self.name, ("wandb", "none"))
+        require_choices("tracker", self)

@@ -136,9 +136,10 @@ def check_kept(model: CausalLM, folder: Path, kept: Kept, *, remakes: bool) -> N
     ids, positions = tokens(1, 16).to(RANKS.device), torch.arange(16)[None]
     with kept.within(list(model.blocks)):
         model(ids, positions.to(RANKS.device), ids, documents=Documents.of(positions).to(RANKS.device))
-    ranks = {path: linear.pairs[0].rank for path, linear in model.adapted_linears() if ".layers.0." in path}
+    linears = (each for each in model.adapted_linears() if ".layers.0." in each[0])
+    ranks = {path.rpartition(".")[2]: linear.pairs[0].rank for path, linear in linears}
     decoder = Decoder.of(read_config(folder), model.family)
-    sizes = AdaptedRanks.of(ranks)
+    sizes = AdaptedRanks(by_name=ranks)
     costs = Costs(decoder=decoder, ranks=sizes, itemsize=4, fused=True, remakes=remakes, is_gpu=not remakes)
     # The rotary tables are the blocks' together.
     assert costs.kept("none") == pytest.approx(kept.nbytes / 16 / 3, rel=0.03)

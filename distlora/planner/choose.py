@@ -40,6 +40,10 @@ _GROUPS = {"quant.method": "quant", "gpu.name": "gpu", "cluster.launcher": "clus
 """Settings that have a group in conf/, by whose name they are typed."""
 
 
+def _held_in_any_way(plan: Plan) -> int:
+    return sum(nbytes for kind, nbytes in plan.device.held.items() if kind in _OF_A_BRANCH)
+
+
 def typed(setting: str, value: object) -> str:
     """Return a setting as a command-line override."""
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
@@ -134,19 +138,6 @@ class Search:
             for way in branch._ways():
                 yield from branch._with_micro_batches(way)
 
-    def own_quantization(self) -> tuple[str, str] | None:
-        """Return (quant.method, reason) if the training method or the stored base leaves no choice, else None."""
-        adapter = self.config.adapter
-        if adapter.method == "full":
-            return "none", "adapter=full trains every parameter"
-        if self.model.settings.get("quantization_config") is not None:
-            return "nf4", f"{self.model.name} is in NF4 already"
-        if adapter.for_nf4:
-            return "nf4", "the adapter starts from what NF4 loses of the base"
-        if self.config.train.keep_dequantized:
-            return "nf4", "train.keep_dequantized=true keeps what is dequantized"
-        return None
-
     def _branches(self) -> Iterator[Search]:
         """Yield a search for each storage of the base and each number of ranks that it is sharded over."""
         for storage in self._storages():
@@ -217,7 +208,7 @@ class Search:
                     yield plan
                     if "parallel.resident_blocks" not in self.fixed and (more := self._with_most_resident(plan)):
                         yield more
-                elif self._base_lacks(plan):
+                elif (1 + self.reserve) * _held_in_any_way(plan) > (plan.machine.usable_bytes or 0):
                     return
                 elif not may_shrink:
                     break
@@ -237,11 +228,6 @@ class Search:
     def _lacks_device(self, plan: Plan) -> bool:
         """Return True if the memory in which the model is trained is too small: a GPU's, or a CPU node's."""
         return plan.lacks_device(self.reserve) if plan.machine.is_gpu else not has_room(plan, self.reserve)
-
-    def _base_lacks(self, plan: Plan) -> bool:
-        """Return True if the part of the need that no setting of a step changes is too large."""
-        held = sum(nbytes for kind, nbytes in plan.device.held.items() if kind in _OF_A_BRANCH)
-        return held * (1 + self.reserve) > (plan.machine.usable_bytes or 0)
 
     def _with_most_resident(self, plan: Plan) -> Plan | None:
         """Return the plan with as many resident layers as fit; None if that is not more than `plan` has."""
@@ -313,30 +299,37 @@ class Choice:
         together = [name for name in _TOGETHER if name in new]
         groups = [together] if together else []
         groups += [[name] for name in new if name not in together]
-        changes = tuple(_change(given, self.plan, {name: new[name] for name in group}) for group in groups)
-        return changes if self.search.config.quant.method != "auto" else (self._why_quantized(), *changes)
+        changes = [] if self.search.config.quant.method != "auto" else [self._why_quantized()]
+        for names in groups:
+            without = self.plan.replan({name: given.config.value_of(name) for name in names})
+            effect = "" if without is None else _difference(without, self.plan, given.reserve)
+            # ZeRO-3 is explained by the offload that it is chosen for.
+            meant = [name for name in names if name != "parallel.backend" or len(names) == 1]
+            why = "; ".join(_meaning(name, new[name], self.plan) for name in meant)
+            settings = {name: new[name] for name in names}
+            changes.append(Change(settings=settings, why=f"{_of_usable(self.plan)}, {why}{effect}"))
+        return tuple(changes)
 
     def _why_quantized(self) -> Change:
         """Return the value that quant=auto became, with the reason."""
-        plan, other = self.plan, self.other
-        settings = {"quant.method": plan.config.quant.method}
+        plan, other, method = self.plan, self.other, self.config.quant.method
+        time, slower = plan.time, None if other is None else other.time
         if self.only_reason is not None:
-            return Change(settings=settings, why=self.only_reason)
-        times = plan.time, None if other is None else other.time
-        if plan.config.quant.method == "none":
-            end = ""
-            if times[0] is not None and times[1] is not None:
-                end = f": {times[0].tokens_per_second:,.0f} tokens/s, in NF4 {times[1].tokens_per_second:,.0f}"
-            return Change(settings=settings, why=f"the base fits in 16 bits, {_of_usable(plan)}{end}")
-        if other is not None and times[0] is not None and times[1] is not None:
-            faster = f"{times[1].seconds / times[0].seconds:.2f}x faster"
-            speeds = f"{times[0].tokens_per_second:,.0f} tokens/s, not {times[1].tokens_per_second:,.0f}"
-            why = f"the base would fit in 16 bits, {_of_usable(other)}, but NF4 is {faster}: {speeds}"
-            return Change(settings=settings, why=why)
-        in_16_bits = plan.replan({"quant.method": "none", "train.keep_dequantized": False})
-        assert in_16_bits is not None, "16 bits were tried"
-        needed = in_16_bits.device.total
-        return Change(settings=settings, why=f"in 16 bits it would take {size(needed)}, in NF4 {_of_usable(plan)}")
+            why = self.only_reason
+        elif method == "none":
+            why = f"the base fits in 16 bits, {_of_usable(plan)}"
+            if time is not None and slower is not None:
+                why += f": {time.tokens_per_second:,.0f} tokens/s, in NF4 {slower.tokens_per_second:,.0f}"
+        elif other is not None and time is not None and slower is not None:
+            why = (
+                f"the base would fit in 16 bits, {_of_usable(other)}, but NF4 is {slower.seconds / time.seconds:.2f}x "
+                f"faster: {time.tokens_per_second:,.0f} tokens/s, not {slower.tokens_per_second:,.0f}"
+            )
+        else:
+            in_16_bits = plan.replan({"quant.method": "none", "train.keep_dequantized": False})
+            assert in_16_bits is not None, "16 bits were tried"
+            why = f"in 16 bits it would take {size(in_16_bits.device.total)}, in NF4 {_of_usable(plan)}"
+        return Change(settings={"quant.method": method}, why=why)
 
 
 def choose(search: Search) -> Choice:
@@ -357,7 +350,8 @@ def choose(search: Search) -> Choice:
         plans += [] if plan is None else [plan]
         if plan is not None and plan.time is None:
             break  # The faster method is unknown.
-    if len(plans) > 1 and _is_too_slow(*plans):
+    times = [each.time.seconds for each in plans if each.time is not None]
+    if len(times) > 1 and times[0] > TOO_SLOW * times[1]:
         plans.reverse()
     plan = plans[0] if plans else search.plan({"quant.method": methods[-1]})
     return Choice(plan=plan, search=search, only_reason=only_reason, other=plans[1] if len(plans) > 1 else None)
@@ -370,27 +364,19 @@ def resolve_quantization(search: Search) -> Choice:
 
 def _quantizations(search: Search) -> tuple[list[str], str | None]:
     """Return the values of quant.method to try, in order, and the reason if `auto` leaves only one."""
-    if search.config.quant.method != "auto":
-        return [search.config.quant.method], None
-    only = search.own_quantization()
-    if only is not None:
-        return [only[0]], only[1]
-    if search.machine.usable_bytes is None:
-        return ["nf4"], "how much memory the GPU has is not known"
-    return ["none", "nf4"], None
-
-
-def _is_too_slow(plan: Plan, other: Plan) -> bool:
-    """Return True if `plan` takes more than TOO_SLOW times as long as `other`."""
-    times = plan.time, other.time
-    return times[0] is not None and times[1] is not None and times[0].seconds > TOO_SLOW * times[1].seconds
-
-
-def _change(given: Search, plan: Plan, settings: Settings) -> Change:
-    """Return the reason of a change, from the plans with and without it."""
-    without = plan.replan({name: given.config.value_of(name) for name in settings})
-    end = "" if without is None else _difference(without, plan, given.reserve)
-    return Change(settings=settings, why=f"{_of_usable(plan)}, {'; '.join(_meanings(plan, settings))}{end}")
+    config, model = search.config, search.model
+    if config.quant.method != "auto":
+        return [config.quant.method], None
+    if config.adapter.method == "full":
+        return ["none"], "adapter=full trains every parameter"
+    only_nf4 = {
+        f"{model.name} is in NF4 already": model.settings.get("quantization_config") is not None,
+        "the adapter starts from what NF4 loses of the base": config.adapter.for_nf4,
+        "train.keep_dequantized=true keeps what is dequantized": config.train.keep_dequantized,
+        "how much memory the GPU has is not known": search.machine.usable_bytes is None,
+    }
+    reason = next((reason for reason, holds in only_nf4.items() if holds), None)
+    return (["none", "nf4"], None) if reason is None else (["nf4"], reason)
 
 
 def _of_usable(plan: Plan) -> str:
@@ -408,12 +394,6 @@ def _difference(before: Plan, after: Plan, reserve: float) -> str:
         return f": {ratio:.2f}x faster" if ratio >= 1.005 else ""
     moved = before.wire.received - after.wire.received
     return f": {size(moved)} a step less to receive" if moved > 0 else ""
-
-
-def _meanings(plan: Plan, settings: Settings) -> Iterator[str]:
-    for name, value in settings.items():
-        if name != "parallel.backend" or len(settings) == 1:
-            yield _meaning(name, value, plan)
 
 
 def _meaning(name: str, value: Any, plan: Plan) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,22 +22,16 @@ def ranks_of_blocks(work: Workload, shapes: ModelShapes) -> tuple[AdaptedRanks, 
         return found[0]
     kinds: dict[tuple[int, ...], AdaptedRanks] = {}
     blocks = []
-    for block in zip(*found, strict=True):
-        key = tuple(map(id, block))
+    for trials in zip(*found, strict=True):
+        key = tuple(map(id, trials))
         if key not in kinds:
-            kinds[key] = _side_by_side(block)
+            names = {name for each in trials for name in each.by_name}
+            kinds[key] = AdaptedRanks(
+                by_name={name: sum(each.rank(name) for each in trials) for name in names},
+                of_one={name: max(each.rank(name) for each in trials) for name in names},
+            )
         blocks.append(kinds[key])
     return tuple(blocks)
-
-
-def _side_by_side(trials: Sequence[AdaptedRanks]) -> AdaptedRanks:
-    """Add up the adapter ranks of several trials in one decoder layer."""
-    ranks: Counter[str] = Counter()
-    largest: dict[str, int] = {}
-    for each in trials:
-        ranks.update(each.by_name)
-        largest |= {name: max(rank, largest.get(name, 0)) for name, rank in each.by_name.items()}
-    return AdaptedRanks(by_name=ranks, of_one=largest)
 
 
 @functools.lru_cache(maxsize=16)
@@ -48,8 +41,8 @@ def _ranks_of_blocks(asked: Asked) -> tuple[AdaptedRanks, ...]:
     kinds: dict[object, AdaptedRanks] = {}
     found = []
     for block in shapes.adapters(asked.config):
-        ranks = {each.place: each.down[0] // experts.get(each.place, 1) for each in block}
-        found.append(kinds.setdefault(tuple(ranks.items()), AdaptedRanks.of(ranks)))
+        ranks = {each.place.rpartition(".")[2]: each.down[0] // experts.get(each.place, 1) for each in block}
+        found.append(kinds.setdefault(tuple(ranks.items()), AdaptedRanks(by_name=ranks)))
     return tuple(found)
 
 
@@ -59,14 +52,13 @@ class ExpertSizes:
 
     count: int
     chosen: int
-    """Experts that a token chooses: as many rows as that go through them for each token, however they are spread."""
+    """Experts that a token chooses, and rows per token."""
     inner: int
-    """Columns of one expert's gate, of its up and of their product."""
+    """Columns of one expert's gate, up and their product."""
     clamps: bool
-    """Whether gate and up are clamped and up has 1 added (GPT-OSS)."""
+    """True if gate and up are clamped and up has 1 added (GPT-OSS)."""
     router: Literal["fp32", "fp32 weights", "chosen"]
-    """What the router's softmax is over: of all experts in fp32, with weights that stay in fp32 (Mixtral), or of the
-    chosen alone (GPT-OSS)."""
+    """Softmax over all experts in fp32, also with weights that stay in fp32 (Mixtral), or over the chosen (GPT-OSS)."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], family: Family) -> ExpertSizes | None:
@@ -86,13 +78,17 @@ class ExpertSizes:
         )
 
 
+_ALTERNATING = ("gemma2", "gemma3_text", "gemma3", "gpt_oss")
+"""Families whose layers alternate between a window and none."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoder:
     """The sizes of a decoder whose blocks are all alike."""
 
     hidden: int
     inner: int
-    """Columns of gate, of up and of their product; of a mixture, of one expert's."""
+    """Columns of gate, up and their product; of one expert in a mixture."""
     queries: int
     """Columns of the queries: heads x head size."""
     keys: int
@@ -102,24 +98,24 @@ class Decoder:
     layers: int
     vocabulary: int
     norms_after: bool
-    """Whether a norm follows attention and another the MLP (Gemma)."""
+    """True if a norm follows attention and another the MLP (Gemma)."""
     head_norms: bool
-    """Whether queries and keys have norms."""
+    """True if queries and keys have norms."""
     fused_linears: bool = False
-    """Whether queries, keys and values are one linear, and gate and up another (Phi-3)."""
+    """True if queries, keys and values are one linear, and gate and up another (Phi-3)."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     norms_in_fp32: bool = False
-    """Whether norms multiply with their scale in fp32 (Gemma)."""
+    """True if norms multiply by their scale in fp32 (Gemma)."""
     caps_scores: bool = False
-    """Whether attention caps its scores (Gemma 2)."""
+    """True if attention caps its scores (Gemma 2)."""
     caps_logits: bool = False
-    """Whether the head caps its logits (Gemma)."""
+    """True if the LM head caps its logits (Gemma)."""
     sinks: bool = False
-    """Whether attention has sinks (GPT-OSS)."""
+    """True if attention has sinks (GPT-OSS)."""
     masks: int = 1
-    """Kinds of masks that its layers take where there are any: causal ones, ones with a window."""
+    """Number of attention masks: one per layer type (causal, with a window)."""
     experts: ExpertSizes | None = None
 
     @property
@@ -132,18 +128,17 @@ class Decoder:
         """Inner columns that a token goes through."""
         return self.inner * (1 if self.experts is None else self.experts.chosen)
 
-    @property
-    def linear_numel(self) -> int:
-        """Numbers of the linears of a dense block."""
-        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.inner)
-
     @classmethod
     def of(cls, model: Mapping[str, Any], family: Family) -> Decoder:
         """Read the sizes from the content of config.json."""
         settings = sizes_of(model, family)
         heads, (queries, keys) = settings["num_attention_heads"], attention_columns(settings)
         experts, kind = ExpertSizes.of(settings, family), family.model_type
-        biases = Biases.of(family, settings)
+        biases, softcaps = Biases.of(family, settings), text_settings(model, family)
+        types, masks = settings.get("layer_types"), 1
+        if family.layer_types:
+            # Without a list in config.json, the layers of Gemma and GPT-OSS alternate, and Qwen's have no window.
+            masks = len(set(types)) if types else 2 if kind in _ALTERNATING else 1
         return cls(
             hidden=settings["hidden_size"],
             inner=settings["intermediate_size"] if experts is None else experts.inner,
@@ -161,29 +156,14 @@ class Decoder:
             mlp_bias=biases.mlp,
             norms_in_fp32=kind.startswith("gemma"),
             # 50 where config.json does not say; null: none.
-            caps_scores=kind == "gemma2"
-            and text_settings(model, family).get("attn_logit_softcapping", 50.0) is not None,
+            caps_scores=kind == "gemma2" and softcaps.get("attn_logit_softcapping", 50.0) is not None,
             # 30 or none where config.json does not say.
             caps_logits=family.head_softcap
-            and text_settings(model, family).get("final_logit_softcapping", 30.0 if kind == "gemma2" else None)
-            is not None,
+            and softcaps.get("final_logit_softcapping", 30.0 if kind == "gemma2" else None) is not None,
             sinks=kind == "gpt_oss",
-            masks=_kinds_of_masks(settings, family),
+            masks=masks,
             experts=experts,
         )
-
-
-def _kinds_of_masks(settings: Mapping[str, Any], family: Family) -> int:
-    """Return the number of attention masks: one per layer type, or one for all layers.
-
-    Without a list in config.json, the layers of Gemma and GPT-OSS alternate, and those of Qwen have no window.
-    """
-    if not family.layer_types:
-        return 1
-    types = settings.get("layer_types")
-    if types is None:
-        return 2 if family.model_type in ("gemma2", "gemma3_text", "gemma3", "gpt_oss") else 1
-    return len(set(types))
 
 
 _WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "qwen3_moe": 4096, "gemma2": 4096, "gpt_oss": 128}
@@ -205,21 +185,15 @@ def windows_of(model: Mapping[str, Any], family: Family) -> list[int | None]:
     types = settings.get("layer_types")
     if types is not None:
         return [window if kind == "sliding_attention" else None for kind in types]
-    return [window if slides else None for slides in _slides(family, settings, layers)]
-
-
-def _slides(family: Family, settings: Mapping[str, Any], layers: int) -> Sequence[bool]:
-    """Return for each layer whether it attends to a window, if config.json has no layer_types."""
+    slides: Iterable[bool] = [True] * layers
     match family.model_type:
         case "gemma2" | "gpt_oss":
-            return [layer % 2 == 0 for layer in range(layers)]
+            slides = (layer % 2 == 0 for layer in range(layers))
         case "gemma3" | "gemma3_text":
-            every = settings.get("sliding_window_pattern", 6)
-            return [(layer + 1) % every != 0 for layer in range(layers)]
+            slides = ((layer + 1) % settings.get("sliding_window_pattern", 6) != 0 for layer in range(layers))
         case "qwen2" | "qwen3":
-            return [layer >= settings.get("max_window_layers", 28) for layer in range(layers)]
-        case _:
-            return [True] * layers
+            slides = (layer >= settings.get("max_window_layers", 28) for layer in range(layers))
+    return [window if each else None for each in slides]
 
 
 INPUTS = {
@@ -236,14 +210,9 @@ class AdaptedRanks:
     """Adapter ranks of a decoder layer by the names of linears and fused expert weights (the rank of one expert)."""
 
     by_name: Mapping[str, int] = field(default_factory=dict)
-    """Of a pack, added up over its trials."""
+    """Ranks by name, added up over trials trained together."""
     of_one: Mapping[str, int] | None = None
-    """Of a pack: the largest of one trial."""
-
-    @classmethod
-    def of(cls, ranks: Mapping[str, int]) -> AdaptedRanks:
-        """Build from the rank of each adapted linear of a decoder layer, by its path or name."""
-        return cls(by_name={path.rpartition(".")[2]: rank for path, rank in ranks.items()})
+    """The largest rank of one trial; None for a single trial."""
 
     def rank(self, name: str) -> int:
         """Return the rank of one linear, 0 without an adapter."""
@@ -253,28 +222,9 @@ class AdaptedRanks:
         """Return the largest rank that one trial has on one linear."""
         return (self.by_name if self.of_one is None else self.of_one).get(name, 0)
 
-    @property
-    def qkv(self) -> int:
-        """Sum of the adapter ranks of queries, keys and values, which read one tensor; 0 if none has an adapter."""
-        return self._of("qkv")
-
-    @property
-    def o(self) -> int:
-        """Sum of the adapter ranks of the attention output."""
-        return self._of("o")
-
-    @property
-    def gate_up(self) -> int:
-        """Sum of the adapter ranks of gate and up."""
-        return self._of("gate_up")
-
-    @property
-    def down(self) -> int:
-        """Sum of the adapter ranks of down."""
-        return self._of("down")
-
-    def _of(self, read: str) -> int:
-        return sum(self.rank(name) for name in INPUTS[read])
+    def reading(self, tensor: str) -> int:
+        """Return the sum of the ranks of the linears that read one tensor, a key of INPUTS."""
+        return sum(self.rank(name) for name in INPUTS[tensor])
 
 
 AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]

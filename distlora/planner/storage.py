@@ -6,6 +6,7 @@ memory is anonymous memory, which a job's limit counts; file pages come and go.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from distlora.config.base import PLAIN
 from distlora.config.deepspeed_file import offloads_base
 from distlora.planner import traffic
 from distlora.planner.machine import Machine
-from distlora.planner.memory.base import Base, Trained, absmaxes, is_in_8_bits, planned_base
+from distlora.planner.memory.base import Trained, absmaxes, is_in_8_bits, planned_base
 from distlora.planner.memory.device import DeviceBytes, decomposition_bytes
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
@@ -36,12 +37,12 @@ CONFIG_BYTES = 560
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One in a file."""
+    """A tensor in a file."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "F32"
-    """As safetensors has it."""
+    """Dtype by its name in safetensors."""
 
     @property
     def numel(self) -> int:
@@ -59,37 +60,31 @@ class DiskBytes:
     """Bytes on disks, all ranks together."""
 
     base: int
-    """The model as it is downloaded, or lies in its folder."""
+    """Files of the model."""
     cache: int
-    """Its quantized shards, for the next start (quant.cache_dir); 0: none are kept."""
+    """Cached quantized shards (quant.cache_dir); 0 if none are kept."""
     checkpoint: int
-    """One of them: what is trained, and the optimizer's state. Of a pack, like the result, all trials' together."""
+    """One checkpoint: trained parameters and optimizer states, of all trials."""
     checkpoints_kept: int
-    """At the most: the newest, the best, and the one that is being written."""
+    """Most checkpoints at once: the newest, the best, and the one being written."""
     result: int
-    """RUN/adapter or RUN/model."""
+    """RUN/adapter or RUN/model, of all trials."""
     results_kept: int
-    """2 where RUN/best is kept too."""
-
-    @property
-    def checkpoints(self) -> int:
-        """Bytes of all kept checkpoints."""
-        return self.checkpoints_kept * self.checkpoint
-
-    @property
-    def results(self) -> int:
-        """Bytes of all kept results."""
-        return self.results_kept * self.result
+    """2 if RUN/best is kept too."""
 
     @property
     def run(self) -> int:
-        """RUN, beside a few MB of logs and figures."""
-        return self.checkpoints + self.results
+        """Bytes of RUN, besides a few MB of logs and figures."""
+        return self.checkpoints_kept * self.checkpoint + self.results_kept * self.result
 
     def as_json(self) -> dict[str, int]:
         """Return every figure in bytes, for programs."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return values | {"checkpoints": self.checkpoints, "results": self.results, "run": self.run}
+        kept = {
+            "checkpoints": self.checkpoints_kept * self.checkpoint,
+            "results": self.results_kept * self.result,
+            "run": self.run,
+        }
+        return dataclasses.asdict(self) | kept
 
 
 def disk_bytes(work: Workload, model: PlannedModel, machine: Machine) -> DiskBytes:
@@ -147,10 +142,9 @@ def trained_tensors(work: Workload, shapes: ModelShapes) -> Iterator[Tensor]:
 
 def optimizer_tensors(work: Workload, trained: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the optimizer states by their names in a checkpoint (`exp_avg/decoder...`)."""
-    pages_or_8bit = work.optim.name != "adamw"
     for tensor in trained:
         name = _parameter_name(tensor.name)
-        if not pages_or_8bit:
+        if work.optim.name == "adamw":
             yield Tensor(f"step/{name}", ())
             yield Tensor(f"exp_avg/{name}", tensor.shape)
             yield Tensor(f"exp_avg_sq/{name}", tensor.shape)
@@ -186,16 +180,15 @@ def _result_bytes(work: Workload, model: PlannedModel, trained: Sequence[Tensor]
     if work.adapter.method == "full":  # In the base's own dtype.
         return base_bytes(model) if model.stored_bytes is not None else 2 * sum(each.numel for each in trained)
     if work.adapter.pissa:  # A plain LoRA of rank 2r (distlora/loading/decomposed_adapters.py).
-        trained = [_doubled(each) for each in trained]
+        rank_dims = {"A.weight": 0, "B.weight": 1}
+        found = []
+        for name, shape in ((each.name, list(each.shape)) for each in trained):
+            _, is_adapter, part = name.rpartition(".lora_")
+            if is_adapter and part in rank_dims:
+                shape[rank_dims[part]] *= 2
+            found.append(Tensor(name, tuple(shape)))
+        trained = found
     return file_bytes(trained) + CONFIG_BYTES
-
-
-def _doubled(tensor: Tensor) -> Tensor:
-    if tensor.name.endswith(".lora_A.weight"):
-        return Tensor(tensor.name, (2 * tensor.shape[0], *tensor.shape[1:]))
-    if tensor.name.endswith(".lora_B.weight"):
-        return Tensor(tensor.name, (tensor.shape[0], 2 * tensor.shape[1]))
-    return tensor
 
 
 def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
@@ -203,7 +196,7 @@ def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
 
     A checkpoint that is quantized already needs none.
     """
-    if not work.keeps_shards or _is_packed(model.settings):
+    if not work.keeps_shards or model.settings.get("quantization_config") is not None:
         return 0
     shapes = model.shapes
     packs = {weight.path: -(-weight.numel // traffic.GROUP_WEIGHTS) for weight in shapes.block if weight.packs}
@@ -221,10 +214,6 @@ def _header_bytes(shapes: ModelShapes, packs: Mapping[str, int], index: int, sha
             name = f"{shapes.family.decoder}.layers.{shapes.num_layers - 1}.{path}"
             extents[name] = Extent(own.start, own.stop, 1 / 3, {})
     return len(header_of("0" * 64, extents)) if extents else 0
-
-
-def _is_packed(settings: Mapping[str, object]) -> bool:
-    return settings.get("quantization_config") is not None
 
 
 PROCESS_BYTES = 390_000_000
@@ -246,25 +235,25 @@ class HostBytes:
     process: int
     """Python and its libraries."""
     base: int
-    """The base's rows, where they lie here and not on a GPU."""
+    """This rank's shard of an offloaded base."""
     inputs: int
-    """The blocks' inputs, with train.checkpointing=offload."""
+    """Inputs of decoder layers, with train.checkpointing=offload."""
     moments: int
-    """The optimizer's, where they are paged, at the most."""
+    """Paged optimizer states, at the most."""
     copies: int
-    """Of what a save writes while training goes on; of rank 0, and of every rank where what is trained is sharded."""
+    """Copies for a background save, on rank 0."""
     copies_of_others: int
-    """The same on the other ranks."""
+    """Copies on another rank, of its rows of sharded tensors."""
     loading: int
-    """While it loads: beside what is held then."""
+    """Bytes while it loads, beside what is held then."""
     device_held: int
-    """Where the CPU is the device: what memory.py counts there, from the first step on."""
+    """Device memory from the first step on, if the CPU is the device."""
     device_most: int
-    """The same at a step's peak."""
+    """Device memory at a step's peak, if the CPU is the device."""
     launcher: int
-    """Of each machine, beside its processes."""
+    """Bytes of the launcher on each node."""
     ranks: int
-    """Of a machine."""
+    """Ranks per node."""
 
     @property
     def while_loading(self) -> int:
@@ -293,9 +282,8 @@ class HostBytes:
 
     def as_json(self) -> dict[str, int]:
         """Return every figure in bytes, for programs."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         totals = {name: getattr(self, name) for name in ("while_loading", "while_training", "machine")}
-        return values | totals
+        return dataclasses.asdict(self) | totals
 
 
 def keeps_on_host(parallel: ParallelConfig, checkpointing: str, shards: int) -> bool:
@@ -307,40 +295,30 @@ def host_bytes(work: Workload, model: PlannedModel, machine: Machine, device: De
     """Return the host memory of a training run in which a rank takes `device` on its device."""
     shards = work.shard_degree(machine.ranks)
     copies, of_others = _copies(Saved.of(work, model, shards))
-    base = planned_base(work, model)
-    trained = Trained.of(work, model.shapes, base, shards)
+    base, is_gpu, shapes = planned_base(work, model), machine.is_gpu, model.shapes
+    trained = Trained.of(work, shapes, base, shards)
+    # Rows of the base are counted in chunks, as `zero3.host_bytes` counts them.
+    offloaded: list[int] = []
+    if is_gpu and offloads_base(work.parallel, shards):
+        offloaded = sorted((tensor.kept(shards) for tensor, n in base.counted() for _ in range(n)), reverse=True)
+    inputs: list[int] = []
+    if work.train.checkpointing == "offload":  # As `distlora.training.setup` reserves.
+        nbytes = work.tokens_at_once * shapes.hidden * traffic.DTYPE_BYTES[work.train.dtype]
+        inputs = [nbytes] * shapes.num_layers * work.train.slices(machine.ranks)
+    on_host, on_gpu = (trained.optimizer_bytes(work.optim.name, is_gpu=on_gpu) for on_gpu in (False, True))
     return HostBytes(
         process=PROCESS_BYTES,
-        base=_base(base, shards) if machine.is_gpu and offloads_base(work.parallel, shards) else 0,
-        inputs=_inputs(work, model, machine) if work.train.checkpointing == "offload" else 0,
-        moments=_paged(work, trained, machine),
+        base=host_memory.bytes_of(offloaded),
+        inputs=host_memory.bytes_of(inputs),
+        moments=on_host - on_gpu if is_gpu else 0,
         copies=copies,
         copies_of_others=of_others,
-        loading=_loading(work, model, shards, on_host=not machine.is_gpu),
-        device_held=0 if machine.is_gpu else device.persistent,
-        device_most=0 if machine.is_gpu else device.total,
+        loading=_loading(work, model, shards, on_host=not is_gpu),
+        device_held=0 if is_gpu else device.persistent,
+        device_most=0 if is_gpu else device.total,
         launcher=LAUNCHER_BYTES,
         ranks=machine.ranks_per_machine,
     )
-
-
-def _base(base: Base, shards: int) -> int:
-    """Return the bytes of a rank's rows of the base in chunks, as `zero3.host_bytes` counts them."""
-    rows = [tensor.kept(shards) for tensor, count in base.counted() for _ in range(count)]
-    return host_memory.bytes_of(sorted(rows, reverse=True))
-
-
-def _paged(work: Workload, trained: Trained, machine: Machine) -> int:
-    """Return the bytes of paged optimizer states that move to the host if the GPU is short of memory."""
-    whole, on_gpu = (trained.optimizer_bytes(work.optim.name, is_gpu=is_gpu) for is_gpu in (False, True))
-    return whole - on_gpu if machine.is_gpu else 0
-
-
-def _inputs(work: Workload, model: PlannedModel, machine: Machine) -> int:
-    """Return the bytes that `distlora.training.setup` reserves for offloaded activations."""
-    shapes = model.shapes
-    nbytes = work.tokens_at_once * shapes.hidden * traffic.DTYPE_BYTES[work.train.dtype]
-    return host_memory.bytes_of([nbytes] * shapes.num_layers * work.train.slices(machine.ranks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,11 +67,10 @@ class Fitting:
 class Nearest:
     """The nearest settings that fit; all fields are None if nothing does."""
 
-    same: Fitting | None
+    same: Fitting | None = None
     """The fewest settings to change for the same result."""
-    other: Fitting | None
-    """The change that gives up least of the result (shorter sequences, a smaller rank, NF4), if no settings keep the
-    result or if it takes fewer settings than they do."""
+    other: Fitting | None = None
+    """The change that gives up least of the result (shorter sequences, a smaller rank, NF4), if none keeps it."""
     more: Fitting | None = None
     """The fewest GPUs of the same model that are enough, with their settings."""
     gpu: Fitting | None = None
@@ -98,11 +97,14 @@ def nearest(plan: Plan) -> Nearest:
     of it wins. More GPUs and other GPUs are tried only if neither helps.
     """
     same = _same(plan)
-    least = None if same is not None else _least(plan)
-    other = _with_fewer(plan, same.changes) if same is not None else _giving_up(plan, least)
+    least = None
+    if same is None:
+        plans = _smallest(plan).plans()
+        least = min(plans, key=lambda each: each.device.total if each.machine.is_gpu else each.host.machine)
+    other = None if same is not None else _giving_up(plan, least)
     if same is not None or other is not None:
         return Nearest(same=same, other=other)
-    return Nearest(same=None, other=None, more=_more_gpus(plan), gpu=_other_gpu(plan), least=least)
+    return Nearest(more=_more_gpus(plan), gpu=_other_gpu(plan), least=least)
 
 
 def moves(plan: Plan) -> list[Settings]:
@@ -153,27 +155,13 @@ def _halves(value: int, least: int) -> Iterator[int]:
 
 
 def _same(plan: Plan) -> Fitting | None:
-    """Return the fewest settings that fit with the same result."""
-    return _fewest(plan, moves(plan)) or _chosen(plan)
-
-
-def _fewest(plan: Plan, singles: Sequence[Settings]) -> Fitting | None:
-    """Return the fastest fitting combination of as few of `singles` as possible."""
+    """Return the fewest settings that fit with the same result; the fastest of as many."""
     for count in range(MOST_AT_ONCE + 1):
-        fitting = [each for each in _tried(plan, itertools.combinations(singles, count)) if has_room(each.plan)]
+        combinations = itertools.combinations(moves(plan), count)
+        fitting = [each for each in _tried(plan, combinations) if has_room(each.plan)]
         if fitting:
             return min(fitting, key=lambda each: cost_of(each.plan))
-    return None
-
-
-def _with_fewer(plan: Plan, changes: int) -> Fitting | None:
-    """Return the change of fewer settings than `changes` that gives up least of the result."""
-    singles = [*moves(plan), *sacrifices(plan)]
-    combinations = (
-        each for n in range(1, min(MOST_AT_ONCE, changes - 1) + 1) for each in itertools.combinations(singles, n)
-    )
-    fitting = [each for each in _tried(plan, combinations) if has_room(each.plan)]
-    return min(fitting, key=lambda each: (*_order(plan, each), cost_of(each.plan)), default=None)
+    return _chosen(plan)
 
 
 def _giving_up(plan: Plan, least: Plan | None) -> Fitting | None:
@@ -183,7 +171,7 @@ def _giving_up(plan: Plan, least: Plan | None) -> Fitting | None:
     """
     singles = sacrifices(plan)
     combinations = [each for n in range(1, MOST_AT_ONCE + 1) for each in itertools.combinations(singles, n)]
-    tried = sorted(_tried(plan, combinations), key=lambda each: _order(plan, each))
+    tried = sorted(_tried(plan, combinations), key=lambda each: (given_up(plan, each.plan), each.changes))
     beside = {} if least is None else Search(config=plan.config, model=plan.model, machine=plan.machine).changed(least)
     for fitting in tried:
         settings = {name: value for name, value in beside.items() if name not in fitting.settings}
@@ -195,10 +183,6 @@ def _giving_up(plan: Plan, least: Plan | None) -> Fitting | None:
             changes = fitting.changes + rest.changes
             return Fitting(changes=changes, settings={**fitting.settings, **rest.settings}, plan=rest.plan)
     return None
-
-
-def _order(plan: Plan, fitting: Fitting) -> tuple[float, ...]:
-    return *given_up(plan, fitting.plan), fitting.changes
 
 
 def given_up(plan: Plan, other: Plan) -> tuple[float, ...]:
@@ -213,12 +197,6 @@ def given_up(plan: Plan, other: Plan) -> tuple[float, ...]:
         before.quant.method != after.quant.method,
         before.optim.name != after.optim.name,
     )
-
-
-def _least(plan: Plan) -> Plan:
-    """Return the plan that takes the least memory of all settings that may be chosen."""
-    plans = _smallest(plan).plans()
-    return min(plans, key=lambda each: each.device.total if each.machine.is_gpu else each.host.machine)
 
 
 def _smallest(plan: Plan) -> Search:

@@ -205,9 +205,10 @@ class Costs(LayerRun):
         """
         if sliced and self.trains_base:
             # Autograd adds up the weights' gradients of all slices before it hands them on.
-            itemsize = self.itemsize if self.adds_up_gradients else 4
+            itemsize, sizes = self.itemsize if self.adds_up_gradients else 4, self.decoder
+            numel = sizes.hidden * (2 * sizes.queries + 2 * sizes.keys + 3 * sizes.inner)
             once = replace(self, adds_up_gradients=False).working(mode, tokens, tile, row)
-            return once.plus(itemsize * self.decoder.linear_numel)
+            return once.plus(itemsize * numel)
         mlp_tokens = tokens if tile is None else min(tile, tokens)
         attention, mlp = self.attention_half(tokens, row), self.mlp_half(mlp_tokens)
         of_attention, of_mlp = (

@@ -467,7 +467,7 @@ def attention_half(run: LayerRun) -> list[Operation]:
         operations.append(run.norm(sizes.queries, sizes.heads)._replace(leaves=leaves))
         operations.append(run.norm(sizes.keys, sizes.key_heads)._replace(leaves=leaves))
     output = run.linears(sizes.queries, [Linear("o_proj", sizes.hidden, sizes.o_bias)])
-    if run.ranks.o or run.trains_base:
+    if run.ranks.reading("o") or run.trains_base:
         output = output._replace(keeps=output.keeps - run.itemsize * sizes.queries)  # It is attention's output.
     operations += [run.rotary(), run.attends(), output]
     return [*operations, run.norm(sizes.hidden)] if sizes.norms_after else operations

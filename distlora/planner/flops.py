@@ -161,53 +161,28 @@ def step_flops(
     groups = decoder.heads // decoder.key_heads
     every = rows * sum(columns * pairs_computed(kind, documents, window, groups) for columns, window in active.queries)
     reference = work.train.objective == "dpo"
-    again = _recomputed(work, active, mlp)
+    head = active.head if active.head_is_trained else 0
+    with_gradients = (active.linears if active.linears_are_trained else 0) + head + active.head_rows
+    # Recomputed in backward: the MLP half by `selective`, a whole layer up to its last linear by `block` and `offload`,
+    # logits of a trained LM head. MLP tiles change nothing.
+    again = {"none": 0, "selective": sum(mlp)}.get(work.train.checkpointing, active.linears + active.adapters) + head
+    attends_again = work.train.checkpointing in ("block", "offload")
     of_forward, of_backward = scores_again(kind)
-    forwards = 1 + again.attention + (1 if reference else 0)
+    forwards = 1 + attends_again + (1 if reference else 0)
     of_pairs = PAIR_FORWARD * forwards + PAIR_BACKWARD
     by_kind: dict[str, int] = {
         "forward": PRODUCT * active.linears * tokens,
         "input_gradients": PRODUCT * active.linears * tokens,
-        "weight_gradients": PRODUCT * tokens * weights_with_gradients(active),
+        "weight_gradients": PRODUCT * tokens * with_gradients,
         "adapters": 3 * PRODUCT * active.adapters * tokens,
         "attention": (PAIR_FORWARD + PAIR_BACKWARD) * seen,
         "head": 2 * PRODUCT * (active.head + active.head_rows) * tokens,
         "reference": (PRODUCT * (active.linears + active.head) * tokens + PAIR_FORWARD * seen) if reference else 0,
-        "recomputation": PRODUCT * again.weights * tokens + PAIR_FORWARD * again.attention * seen,
+        "recomputation": PRODUCT * again * tokens + PAIR_FORWARD * attends_again * seen,
         "scores": SCORES_AGAIN * (forwards * of_forward + of_backward) * every,
         "masked": of_pairs * (every - seen),
     }
     return StepFlops(by_kind={kind: flops for kind, flops in by_kind.items() if flops}, tokens=tokens)
-
-
-def weights_with_gradients(active: ActiveWeights) -> int:
-    """Weights of the base whose own gradient is computed."""
-    trained = (active.linears if active.linears_are_trained else 0) + (active.head if active.head_is_trained else 0)
-    return trained + active.head_rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Recomputed:
-    """Parts of a forward that backward computes again."""
-
-    weights: int
-    attention: int
-    """1 where attention is, else 0."""
-
-
-def _recomputed(work: Workload, active: ActiveWeights, mlp: tuple[int, int]) -> _Recomputed:
-    """Return what backward recomputes under train.checkpointing.
-
-    `selective` recomputes the MLP half (mlp.py); `block` and `offload` recompute a whole layer up to its last linear
-    (layer_wrapper.py). MLP tiles change nothing. A trained LM head recomputes its logits (lm_head.py).
-    """
-    head = active.head if active.head_is_trained else 0
-    mode = work.train.checkpointing
-    if mode == "none":
-        return _Recomputed(head, 0)
-    if mode == "selective":
-        return _Recomputed(head + sum(mlp), 0)
-    return _Recomputed(head + active.linears + active.adapters, 1)
 
 
 def active_weights(work: Workload, model: PlannedModel) -> ActiveWeights:

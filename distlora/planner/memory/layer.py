@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length
-from distlora.planner.decoder import AdaptedRanks, AttentionKind, Decoder
+from distlora.planner.decoder import AdaptedRanks, AttentionKind, Decoder, ExpertSizes
 from distlora.planner.traffic import GROUP_WEIGHTS
 
 _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
@@ -38,7 +38,7 @@ class Attention:
     accumulators: float = 0
     """fp32 copies of the queries' gradient that the backward of `documents` has (`flash_accumulators`)."""
     expands_keys: bool = False
-    """Whether that backward makes gradients of keys and values for each head of the queries."""
+    """True if that backward makes gradients of keys and values for each head of the queries."""
 
 
 BY_DOCUMENTS = Attention()
@@ -60,15 +60,8 @@ def flash_accumulators(processors: int, heads: int, tokens: int, rows: int, *, d
     return max(copies(documents) for documents in (fewest, max(fewest, tokens // _DOCUMENT)))
 
 
-class Made(NamedTuple):
-    """Bytes."""
-
-    forward: int
-    backward: int
-
-
-def tiles_make(sizes: Decoder, longest: int) -> Made:
-    """Return the memory of attention by tiles on the CPU (model/attention.py).
+def tiles_make(sizes: Decoder, longest: int) -> tuple[int, int]:
+    """Return the bytes of attention by tiles on the CPU in forward and in backward (attention_cpu.py).
 
     A tile has its scores, in backward twice, and queries and outputs in fp32. A document has keys and values with extra
     columns, and in backward their gradients in fp32.
@@ -80,7 +73,7 @@ def tiles_make(sizes: Decoder, longest: int) -> Made:
     rows, of_keys = 2 * (size + EXTRA) * queries, 2 * sizes.keys * longest
     forward = scores + wide + rows + (2 * size + 4) * queries
     backward = 2 * scores + 2 * wide + 4 * of_keys + 2 * rows + of_keys + 2 * size * queries
-    return Made(forward, backward)
+    return forward, backward
 
 
 _PARTS_BYTES = 2**28
@@ -146,25 +139,24 @@ class Peak(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One of a block, or a few that follow each other."""
+    """An operation of a decoder layer, or a few that follow each other."""
 
     keeps: float
     """Bytes a token from forward to backward."""
     backward: tuple[Moment, ...]
-    """What its backward makes, moment by moment, beside what is kept and the gradient that comes in, and less what of
-    that is gone by then."""
+    """Memory that its backward makes, beside kept activations and the incoming gradient, less what is freed by then."""
     leaves: float
-    """Bytes a token of the gradient that it hands on."""
+    """Bytes per token of the gradient that it hands on."""
     forward: float = 0
-    """Bytes a token that its forward has at the most beside what it and those before it keep."""
+    """Most bytes per token of its forward beside what it and those before it keep."""
     dense: float = 0
-    """Bytes of dequantized weights that its forward has at the most, where they are tensors like others."""
+    """Most bytes of dequantized weights in its forward, where they are tensors like others."""
     keeps_dense: float = 0
     """Bytes of dequantized weights from recomputation to backward."""
     gradients: float = 0
-    """Bytes of what it is trained of itself that its backward leaves to be added up."""
+    """Bytes of gradients of trained weights that its backward leaves to be added up."""
     stacks: float = 0
-    """Bytes from forward to backward of adapters side by side, where a linear has several."""
+    """Bytes from forward to backward of several trials' adapters side by side."""
     joins: float = 0
     """Bytes beside them while it runs."""
 
@@ -203,10 +195,10 @@ class Linear(NamedTuple):
 
     name: str
     columns: int
-    """Of its output."""
+    """Columns of its output."""
     bias: bool
     output_is_kept: bool = False
-    """Whether what follows keeps its output itself."""
+    """True if the next operation keeps its output itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -403,8 +395,8 @@ class LayerRun:
         values = sizes.queries + 2 * sizes.keys if sizes.fused_linears else sizes.keys
         keeps = b * (2 * sizes.queries + sizes.keys + values) + 4 * sizes.heads
         if self.attention.kind == "tiles":
-            of_tiles = tiles_make(sizes, self.attention.document or self.row)
-            return Operation(keeps, (Moment(leaves, of_tiles.backward),), leaves, of_tiles.forward / self.tokens)
+            forward, backward = tiles_make(sizes, self.attention.document or self.row)
+            return Operation(keeps, (Moment(leaves, backward),), leaves, forward / self.tokens)
         if self.attention.kind == "documents":
             rounded = -(-sizes.head_size // 32) * 32
             made = leaves + 4 * self.attention.accumulators * sizes.heads * rounded
@@ -438,10 +430,9 @@ class LayerRun:
         return Operation(keeps + of_scores, backward, leaves, max(0, widened - of_scores))
 
     def gates(self) -> Operation:
-        """Return act(gate) * up, which keeps gate, up and act(gate).
+        """Return act(gate) * up, which keeps gate, up and act(gate), and makes gradients of act(gate) and up.
 
-        liger-kernel keeps no act(gate), and writes gradients over gate and up. Backward makes the gradients of
-        act(gate) and up; with one linear for both they are joined when the kept tensors are gone.
+        liger-kernel keeps no act(gate), and writes gradients over gate and up.
         """
         b, inner = self.itemsize, self.decoder.inner
         if self.fused_mlp:
@@ -495,46 +486,40 @@ INDEX_BYTES = 4 * 8
 
 
 def expert_half(run: LayerRun) -> list[Operation]:
-    """Return the operations of a mixture of experts, from attention's output to the layer's output."""
-    sizes, experts, b = run.decoder, run.decoder.experts, run.itemsize
+    """Return the operations of a mixture of experts, from attention's output to the layer's output.
+
+    Experts' outputs are kept for the gradients of their weights.
+    """
+    experts, b, hidden = run.decoder.experts, run.itemsize, run.decoder.hidden
     assert experts is not None
-    hidden, inner, rows = sizes.hidden, experts.inner, experts.chosen
-    # The rows of a token, each its own; backward turns them into one a choice and adds them up.
-    dispatch = Operation(0, (Moment(b * hidden * (rows + 1)),), b * hidden)
+    rows, one = experts.chosen, b * experts.chosen * experts.inner
+    # The router: softmax, chosen experts and weights, the Routing, and the balance loss. Backward adds the gradient of
+    # its input to that of the expert rows (distlora/model/experts.py).
+    keeps = rows * (8 + b) if experts.router == "chosen" else 4 * experts.count + rows * (8 + 4) + 4
+    keeps += INDEX_BYTES * rows + ((b * experts.count + 8 * rows + 4) if run.balances else 0)
+    made = 2 * b * hidden + (16 * experts.count if run.balances else 0)
+    # The sum makes three tensors of the outputs' size in backward: gradients of the product and of both operands.
+    wide = 4 if experts.router == "fp32 weights" else b
     return [
         run.norm(hidden),
-        _router(run),
-        dispatch,
-        _linear(run, "gate_up_proj", hidden, 2 * inner),
-        _activation(run),
-        _linear(run, "down_proj", inner, hidden),
-        _weighted_sum(run),
+        Operation(keeps, (Moment(made),), b * hidden),
+        # The rows of a token, each its own; backward turns them into one a choice and adds them up.
+        Operation(0, (Moment(b * hidden * (rows + 1)),), b * hidden),
+        _linear(run, experts, "gate_up_proj", hidden, 2 * experts.inner),
+        # The activation keeps gate, up and act(gate); GPT-OSS the clamped gate, its sigmoid, their product, and up + 1.
+        Operation((6 if experts.clamps else 3) * one, (Moment(2 * one),), 2 * one),
+        _linear(run, experts, "down_proj", experts.inner, hidden),
+        Operation(b * rows * hidden + wide * rows, (Moment(3 * wide * rows * hidden),), b * rows * hidden),
     ]
 
 
-def _router(run: LayerRun) -> Operation:
-    """Return the router: softmax, chosen experts and weights, the Routing, and the balance loss if there is one.
-
-    Backward adds the gradient of its input to that of the expert rows (distlora/model/experts.py).
-    """
-    experts, b = run.decoder.experts, run.itemsize
-    assert experts is not None
-    chosen = experts.chosen
-    of_all = 4 * experts.count + chosen * (8 + 4) + 4
-    keeps = chosen * (8 + b) if experts.router == "chosen" else of_all
-    balance = (b * experts.count + 8 * chosen + 4) if run.balances else 0
-    made = 2 * b * run.decoder.hidden + (16 * experts.count if run.balances else 0)
-    return Operation(keeps + INDEX_BYTES * chosen + balance, (Moment(made),), b * run.decoder.hidden)
-
-
-def _linear(run: LayerRun, name: str, inputs: int, outputs: int) -> Operation:
+def _linear(run: LayerRun, experts: ExpertSizes, name: str, inputs: int, outputs: int) -> Operation:
     """Return the linear of all experts (experts_torch.py or experts_grouped.py).
 
     It makes dX of all rows, with grouped products also the adapter's part of it, dA and dB of all experts in fp32, and
     A and B in the run's dtype.
     """
-    experts, b, rank = run.decoder.experts, run.itemsize, run.ranks.rank(name)
-    assert experts is not None
+    b, rank = run.itemsize, run.ranks.rank(name)
     rows, weight = experts.chosen, inputs * outputs
     dense = 0
     if run.quantized and not run.groups_experts:
@@ -554,28 +539,3 @@ def _linear(run: LayerRun, name: str, inputs: int, outputs: int) -> Operation:
         (Moment(b * rows * inputs, fixed + sums), Moment(2 * b * rows * inputs, fixed)),
         b * rows * inputs,
     )
-
-
-def _activation(run: LayerRun) -> Operation:
-    """Return the activation of gate and up, the halves of one tensor.
-
-    It keeps that tensor and act(gate). GPT-OSS keeps the clamped gate, its sigmoid, their product, and up + 1.
-    """
-    experts, b = run.decoder.experts, run.itemsize
-    assert experts is not None
-    one = b * experts.chosen * experts.inner
-    if experts.clamps:
-        return Operation(6 * one, (Moment(2 * one),), 2 * one)
-    return Operation(3 * one, (Moment(2 * one),), 2 * one)
-
-
-def _weighted_sum(run: LayerRun) -> Operation:
-    """Return the weighted sum of the experts' outputs, which are kept for the gradients of their weights.
-
-    Backward makes three tensors of their size: the gradient of the product and of both operands.
-    """
-    experts, b = run.decoder.experts, run.itemsize
-    assert experts is not None
-    rows, hidden = experts.chosen, run.decoder.hidden
-    wide = 4 if experts.router == "fp32 weights" else b
-    return Operation(b * rows * hidden + wide * rows, (Moment(3 * wide * rows * hidden),), b * rows * hidden)

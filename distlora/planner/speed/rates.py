@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from distlora.architecture.shapes import ModelShapes
@@ -97,25 +97,25 @@ class Rates:
     """Operations and bytes a second that one rank gets, and seconds that pass before the first byte."""
 
     peak: float
-    """What MFU divides by: the maker's figure, or the user's."""
+    """Rate that MFU divides by: the maker's figure, or the user's."""
     matrices: float
     attention: float
     decoding: float
     bandwidth: float
     launch: float
     link: float | None
-    """None: not known, or one rank."""
+    """None if unknown, or with one rank."""
     host_link: float | None
     network: float | None
     base: float
-    """Seconds of any collective."""
+    """Seconds of any collective before its first step."""
     ring_step: float
-    """Of each step of a ring within a machine."""
+    """Seconds of each step of a ring within a node."""
     ring_step_across: float
     tree_step: float
     tree_step_across: float
     said: tuple[str, ...]
-    """The assumptions, a sentence each."""
+    """Assumptions, one sentence each."""
 
 
 LEVERS: dict[str, tuple[str, ...]] = {
@@ -127,7 +127,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "the network": ("network",),
     "starts of collectives": ("base", "ring_step", "ring_step_across", "tree_step", "tree_step_across"),
 }
-"""What a step's time rests on, by what one measurement would settle."""
+"""Rates that a step's time depends on, by the measurement that would settle them."""
 _IN_SECONDS = ("launch", *LEVERS["starts of collectives"])
 
 
@@ -165,79 +165,78 @@ def rates_of(work: Workload, machine: Machine) -> Rates | None:
     peak, bandwidth = machine.flops, machine.bandwidth
     if missing_rates(work, machine) or peak is None or bandwidth is None:
         return None
+    is_gpu = machine.is_gpu
     link = machine.link if machine.ranks_per_machine > 1 else None
     network = machine.network if machine.ranks > machine.ranks_per_machine else None
-    given = machine.measured
-    matrices = 1.0 if "tflops" in given else _MATRICES.get(machine.capability, _MATRICES_ELSEWHERE)
-    attention = _ATTENTION.get(machine.capability, _ATTENTION_ELSEWHERE) if machine.is_gpu else 1.0
-    memory = 1.0 if "memory_gb_per_second" in given else _MEMORY
-    own = {
-        "link": 1.0 if "link_gb_per_second" in given else _LINK,
-        "host_link": 1.0 if "host_gb_per_second" in given else _LINK,
-        "network": 1.0 if "network_gb_per_second" in given else _LINK,
-    }
     inside = "nvlink" if machine.has_nvlink else "pcie"
+    attention = _ATTENTION.get(machine.capability, _ATTENTION_ELSEWHERE) if is_gpu else 1.0
+    usual = {
+        "tflops": (_MATRICES.get(machine.capability, _MATRICES_ELSEWHERE), _MATRICES_SOURCE),
+        "memory_gb_per_second": (_MEMORY, _MEMORY_SOURCE),
+        **dict.fromkeys(("link_gb_per_second", "network_gb_per_second", "host_gb_per_second"), (_LINK, _LINK_SOURCE)),
+    }
+    reached = {name: (1.0, f"as gpu.{name} says") if name in machine.measured else usual[name] for name in usual}
+
+    def said_of(what: str, name: str, rate: float, unit: float, unit_name: str) -> str:
+        share, source = reached[name]
+        return f"{what} {share:.0%} of {rate / unit:,.4g} {unit_name}: {source}"
+
     said = [
-        f"products of matrices run at {matrices:.0%} of {peak / 1e12:,.4g} TFLOP/s: "
-        + ("as gpu.tflops says" if "tflops" in given else _MATRICES_SOURCE),
-        f"memory delivers {memory:.0%} of {bandwidth / 1e9:,.4g} GB/s: "
-        + ("as gpu.memory_gb_per_second says" if "memory_gb_per_second" in given else _MEMORY_SOURCE),
+        said_of("products of matrices run at", "tflops", peak, 1e12, "TFLOP/s"),
+        said_of("memory delivers", "memory_gb_per_second", bandwidth, 1e9, "GB/s"),
     ]
-    if machine.is_gpu:
+    if is_gpu:
         said.append(f"attention runs at {attention:.0%} of the GPU's rate: {_ATTENTION_SOURCE}")
         said.append(f"a launch costs {_LAUNCH_SECONDS * 1e6:.0f} us: {_LAUNCH_SOURCE}")
-    if machine.ranks > 1:
-        inner, outer = "a GPU's link to others of its machine", "the network into a machine"
-        for where, name, rate in ((inner, "link", link), (outer, "network", network)):
-            if rate is not None:
-                source = _LINK_SOURCE if own[name] < 1 else f"as gpu.{name}_gb_per_second says"
-                said.append(f"{where} delivers {own[name]:.0%} of {rate / 1e9:,.4g} GB/s: {source}")
-    if machine.is_gpu and machine.ranks > 1:
-        said += _said_of_rings(inside, across=network is not None)
+    if link is not None:
+        what = "a GPU's link to others of its machine delivers"
+        said.append(said_of(what, "link_gb_per_second", link, 1e9, "GB/s"))
+    if network is not None:
+        said.append(said_of("the network into a machine delivers", "network_gb_per_second", network, 1e9, "GB/s"))
+    if is_gpu and machine.ranks > 1:
+        said.append(
+            f"a collective is a ring (a sum may be a tree), whose steps cost {_STEP_SECONDS[inside] * 1e6:.1f} us "
+            f"within a machine, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
+        )
+        if network is not None:
+            across = _STEP_SECONDS["network"] * 1e6
+            said.append(f"a step of a ring between machines costs {across:.0f} us: {_LATENCY_SOURCE}")
+    matrices, host_link = peak * reached["tflops"][0], machine.host_link
     return Rates(
         peak=peak,
-        matrices=peak * matrices,
+        matrices=matrices,
         attention=peak * attention,
-        decoding=peak * matrices * _DECODING,
-        bandwidth=bandwidth * memory,
-        launch=_LAUNCH_SECONDS if machine.is_gpu else 0.0,
-        link=None if link is None else link * own["link"],
-        host_link=None if machine.host_link is None else machine.host_link * own["host_link"],
-        network=None if network is None else network * own["network"],
-        base=_BASE_SECONDS if machine.is_gpu else _GLOO_SECONDS,
-        ring_step=_STEP_SECONDS[inside] if machine.is_gpu else _GLOO_SECONDS,
+        decoding=matrices * _DECODING,
+        bandwidth=bandwidth * reached["memory_gb_per_second"][0],
+        launch=_LAUNCH_SECONDS if is_gpu else 0.0,
+        link=None if link is None else link * reached["link_gb_per_second"][0],
+        host_link=None if host_link is None else host_link * reached["host_gb_per_second"][0],
+        network=None if network is None else network * reached["network_gb_per_second"][0],
+        base=_BASE_SECONDS if is_gpu else _GLOO_SECONDS,
+        ring_step=_STEP_SECONDS[inside] if is_gpu else _GLOO_SECONDS,
         ring_step_across=_STEP_SECONDS["network"],
-        tree_step=_TREE_STEP_SECONDS[inside] if machine.is_gpu else _GLOO_SECONDS,
+        tree_step=_TREE_STEP_SECONDS[inside] if is_gpu else _GLOO_SECONDS,
         tree_step_across=_TREE_STEP_SECONDS["network"],
         said=tuple(said),
     )
 
 
-def _said_of_rings(inside: str, *, across: bool) -> Iterator[str]:
-    yield (
-        f"a collective is a ring (a sum may be a tree), whose steps cost {_STEP_SECONDS[inside] * 1e6:.1f} us within a "
-        f"machine, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
-    )
-    if across:
-        yield f"a step of a ring between machines costs {_STEP_SECONDS['network'] * 1e6:.0f} us: {_LATENCY_SOURCE}"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Crossing:
-    """Bytes, and what passes before the first of them."""
+    """Bytes of collectives, and the steps before the first byte."""
 
     inside: float = 0.0
-    """Into a rank from others of its machine."""
+    """Bytes into a rank from others of its node."""
     across: float = 0.0
-    """Into a machine from others."""
+    """Bytes into a node from others."""
     host: float = 0.0
-    """Between a rank's device and its host."""
+    """Bytes between a rank's device and its host."""
     collectives: int = 0
     steps: float = 0.0
-    """Of rings within a machine, of all collectives."""
+    """Steps of rings within a node, of all collectives."""
     steps_across: float = 0.0
     tree_steps: float | None = None
-    """The same of trees, where sums may be trees; None: rings alone."""
+    """Steps of trees, where sums may be trees; None for rings only."""
     tree_steps_across: float = 0.0
 
     def seconds(self, rates: Rates) -> Seconds:
@@ -260,7 +259,7 @@ class Crossing:
         return found
 
     def scaled(self, share: float) -> Crossing:
-        """So much of its bytes, at as many collectives."""
+        """Return a share of the bytes, at as many collectives."""
         return replace(self, inside=share * self.inside, across=share * self.across, host=share * self.host)
 
 
@@ -269,15 +268,15 @@ class Wiring:
     """Collectives of one rank in a step."""
 
     gather: Crossing
-    """Of one block."""
+    """Gather of one layer."""
     ends: Crossing
-    """Of a pass: embedding, head and last norm."""
+    """Gathers of a pass: embedding, LM head and last norm."""
     boundary: Crossing
-    """Of a block and pass: the inputs that are kept in host memory, one way."""
+    """Offloaded inputs of a layer and pass, one way."""
     sums: tuple[Crossing, ...]
-    """Of a step, beside the last backward: gradients, but for the last."""
+    """Gradient sums beside the last backward."""
     last: tuple[Crossing, ...]
-    """What is summed when backward is over."""
+    """Gradient sums after backward."""
 
 
 def wiring_of(work: Workload, model: PlannedModel, machine: Machine) -> Wiring:
@@ -355,20 +354,19 @@ class _Rings:
 
     @property
     def _crossing(self) -> int:
-        """Rings of copies that have ranks in a machine and outside; of the machine that has most of them."""
-        starts = range(0, self.world, self.per_machine)
-        machines = [range(start, min(start + self.per_machine, self.world)) for start in starts]
+        """Return the number of rings of copies with ranks inside and outside a node, for the node with the most."""
+        size, shards = self.per_machine, self.shards
+        machines = [range(start, min(start + size, self.world)) for start in range(0, self.world, size)]
         if len(machines) == 1:
             return 0
         # Machines repeat after as many as it takes until a copy begins where a machine does.
-        repeat = math.lcm(self.shards, self.per_machine) // self.per_machine
-        return max(len(self._rings_across(machine)) for machine in {*machines[:repeat], machines[-1]})
-
-    def _rings_across(self, machine: range) -> set[int]:
-        copies = {machine[0] // self.shards, machine[-1] // self.shards}
-        return {
-            copy for copy in copies if copy * self.shards < machine.start or (copy + 1) * self.shards > machine.stop
-        }
+        repeat = math.lcm(shards, size) // size
+        most = 0
+        for machine in {*machines[:repeat], machines[-1]}:
+            copies = {machine[0] // shards, machine[-1] // shards}
+            is_cut = [copy * shards < machine.start or (copy + 1) * shards > machine.stop for copy in copies]
+            most = max(most, sum(is_cut))
+        return most
 
     def sum(self, nbytes: int, collectives: int = 1) -> Crossing:
         """Return an all-reduce of a buffer over all ranks."""
@@ -404,5 +402,5 @@ class _Rings:
 
 
 def seconds_of(crossings: tuple[Crossing, ...], rates: Rates) -> Seconds:
-    """One after the other."""
+    """Return the seconds of collectives one after the other."""
     return plus(*(crossing.seconds(rates) for crossing in crossings))

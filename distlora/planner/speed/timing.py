@@ -64,18 +64,17 @@ class StepWork:
     """Kernel launches of one rank in a step."""
 
     blocks: tuple[BlockWork, ...]
-    """Of a micro-batch in each layer; layers that are alike share one object."""
+    """Work of a micro-batch per layer; layers that are alike share one object."""
     micro_batches: int
-    """Of the step."""
+    """Micro-batches per step."""
     passes: int
-    """How often the step runs the model: once for each micro-batch, or once (train.accumulate=block)."""
+    """Runs of the model per step: one per micro-batch, or one (train.accumulate=block)."""
     head: tuple[Work, ...]
-    """Of a pass: the embedding, the last norm and the head, forward and backward."""
+    """Embedding, last norm and LM head in a pass, forward and backward."""
     gathers: tuple[Work, ...]
-    """Of one gather of a block: what was gathered is copied to where it is used, fp32 masters into copies to compute
-    with, which one process makes too."""
+    """Copies after one gather of a layer: to where it is used, and of fp32 masters (one process makes these too)."""
     moved_blocks: int
-    """Blocks of which that is true in each pass, forward and backward."""
+    """Layers that are gathered in each pass, forward and backward."""
     update: tuple[Work, ...]
 
     def __iter__(self) -> Iterator[tuple[Work, int]]:
@@ -111,9 +110,20 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     ranks, shards = machine.ranks, work.shard_degree(machine.ranks)
     micro_batches = work.train.accumulation(ranks)
     passes = traffic.passes_of(work, micro_batches)
-    how = how_of(work, model, machine)
-    active, decoder = active_weights(work, model), Decoder.of(model.settings, model.shapes.family)
-    gathers = _gathers(model, how, shards)
+    how, shapes = how_of(work, model, machine), model.shapes
+    active, decoder = active_weights(work, model), Decoder.of(model.settings, shapes.family)
+    gathered = 0.0
+    if shards > 1:
+        gathered = 2.0 * traffic.block_bytes(shapes.block, shards, quantized=how.quantized, itemsize=how.itemsize)
+    if how.trains_base and how.itemsize < FP32:
+        gathered += (FP32 + how.itemsize) * sum(weight.numel for weight in shapes.block) / shards
+    gathers = (Work("gathered", gathered),) if gathered else ()
+    # Parameters that a rank updates: replicated ones whole, sharded ones by its shard.
+    if work.adapter.method == "full":
+        updated = -(-shapes.numel // shards)
+    else:
+        updated = sum(map(shapes.adapted_numel, work.adapters)) + shapes.hidden * traffic.token_rows(work, shapes)
+        updated += len(work.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
     # A pass of all micro-batches joins a block's slices, and its gradients.
     at_once = work.tokens_at_once * work.train.slices(ranks)
     return StepWork(
@@ -122,21 +132,21 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
         passes=passes,
         head=tuple(
             head_work(
-                model.shapes.vocabulary,
-                model.shapes.hidden,
+                shapes.vocabulary,
+                shapes.hidden,
                 how,
                 m=at_once,
                 trained=active.head_is_trained,
-                trained_rows=active.head_rows // model.shapes.hidden,
+                trained_rows=active.head_rows // shapes.hidden,
                 capped=decoder.caps_logits,
                 reference=work.train.objective == "dpo",
             )
         ),
         gathers=gathers,
-        moved_blocks=traffic.moved_blocks(work, model.shapes) if gathers else 0,
+        moved_blocks=traffic.moved_blocks(work, shapes) if gathers else 0,
         update=tuple(
             update_work(
-                trained_numbers(work, model, ranks),
+                updated,
                 work.optim.name,
                 clips=work.optim.max_grad_norm > 0,
                 backwards=passes,
@@ -144,16 +154,6 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
             )
         ),
     )
-
-
-def _gathers(model: PlannedModel, how: How, shards: int) -> tuple[Work, ...]:
-    block = model.shapes.block
-    nbytes = 0.0
-    if shards > 1:
-        nbytes += 2 * traffic.block_bytes(block, shards, quantized=how.quantized, itemsize=how.itemsize)
-    if how.trains_base and how.itemsize < FP32:
-        nbytes += (FP32 + how.itemsize) * sum(weight.numel for weight in block) / shards
-    return (Work("gathered", nbytes),) if nbytes else ()
 
 
 def how_of(work: Workload, model: PlannedModel, machine: Machine) -> How:
@@ -174,16 +174,6 @@ def how_of(work: Workload, model: PlannedModel, machine: Machine) -> How:
         is_gpu=machine.is_gpu,
         attention=attention_kind(work, family, decoder, is_gpu=machine.is_gpu),
     )
-
-
-def trained_numbers(work: Workload, model: PlannedModel, ranks: int) -> int:
-    """Return the parameters that a rank updates: replicated ones whole, sharded ones by its shard."""
-    shapes, shards = model.shapes, work.shard_degree(ranks)
-    if work.adapter.method == "full":
-        return -(-shapes.numel // shards)
-    adapters = sum(map(shapes.adapted_numel, work.adapters))
-    rows = shapes.hidden * traffic.token_rows(work, shapes)
-    return adapters + rows + len(work.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
 
 
 def _blocks(
@@ -246,20 +236,20 @@ class StepTime:
     """Time of one optimizer step, and of the run."""
 
     by_term: Mapping[Term, float]
-    """By what is waited for."""
+    """Seconds by resource (WAITS)."""
     by_part: Mapping[Part, float]
     moved: Mapping[MovedKind, float]
     """Bytes of a rank's device memory that the step reads and writes, by kind."""
     tokens: int
-    """Of the step, over all ranks: its rows, whether they are full or not."""
+    """Tokens per step of all ranks."""
     ranks: int
     mfu: float
     steps: int | None
-    """Of the run; None: neither train.max_steps nor plan.tokens says how long it is."""
+    """Steps of the run; None if neither train.max_steps nor plan.tokens is set."""
     price_per_hour: float | None
-    """Of one GPU."""
+    """Price of one GPU."""
     assumptions: tuple[str, ...]
-    """A sentence each."""
+    """Assumptions, one sentence each."""
 
     @property
     def seconds(self) -> float:
@@ -302,19 +292,9 @@ class StepTime:
 
     def as_json(self) -> dict[str, Any]:
         """Every figure, with what is derived of it."""
-        derived = (
-            "seconds",
-            "binds",
-            "tokens_per_second",
-            "tokens_per_second_of_a_rank",
-            "mfu",
-            "steps",
-            "hours",
-            "cost",
-            "cost_of_a_million_tokens",
-        )
+        derived = "seconds binds tokens_per_second tokens_per_second_of_a_rank mfu steps hours cost"
         return {
-            **{name: getattr(self, name) for name in derived},
+            **{name: getattr(self, name) for name in (*derived.split(), "cost_of_a_million_tokens")},
             "seconds_by_what_they_wait_for": dict(self.by_term),
             "seconds_by_part": dict(self.by_part),
             "bytes_of_device_memory": {kind: round(nbytes) for kind, nbytes in self.moved.items()},

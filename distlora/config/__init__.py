@@ -164,10 +164,7 @@ class Config:
             )
 
     def _check_full_recomputation(self) -> None:
-        """Refuse selective checkpointing of a fully trained model on one process.
-
-        Its 16-bit copies of a layer's weights exist while the whole layer runs, not while a part of it does.
-        """
+        """Refuse partial recomputation with adapter=full, whose 16-bit weight copies last a whole layer."""
         train = self.train
         set_to = {
             "train.checkpointing=selective": train.checkpointing == "selective",

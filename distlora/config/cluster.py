@@ -214,10 +214,7 @@ class ClusterConfig:
 
 
 def sbatch_seconds(limit: str) -> int:
-    """Return a time limit in sbatch's notation as seconds.
-
-    The notations are `90` (minutes), `90:00`, `1:30:00`, `2-12` (days and hours), `2-12:30` and `2-12:30:00`.
-    """
+    """Return sbatch's time limit in seconds: `90` (minutes), `90:00`, `1:30:00`, `2-12`, `2-12:30`, `2-12:30:00`."""
     days, dash, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:

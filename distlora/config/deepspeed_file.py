@@ -169,10 +169,7 @@ def read_gathering(parallel: ParallelConfig) -> Gathering:
 
 
 def offloads_base(parallel: ParallelConfig, shards: int) -> bool:
-    """Return whether each of the ranks keeps its shard of the base in CPU memory.
-
-    Set by parallel.offload_base or by the DeepSpeed file. Raises UserError as `read_gathering`.
-    """
+    """Return True if ranks keep their shards in CPU memory, by setting or DeepSpeed file. Raises UserError."""
     return shards > 1 and parallel.backend == "zero3" and read_gathering(parallel).offload
 
 

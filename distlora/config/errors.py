@@ -81,10 +81,7 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 
 
 def short(value: object) -> str:
-    """Return a value from a file as a message shows it.
-
-    YAML's references can make a value endless when it is written out.
-    """
+    """Return a value from a file as a message shows it: YAML's references can make it endless."""
     return _SHORT.repr(value)
 
 
@@ -95,10 +92,7 @@ _LONGEST_WORD = 200
 
 
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """` (did you mean 'x'?)` for the choice closest to a mistyped word, or an empty string when none is close.
-
-    `cutoff` is the least difflib ratio, from 0 to 1, that counts as close.
-    """
+    """Return ` (did you mean 'x'?)` for the closest choice by difflib's ratio, from `cutoff`; else an empty string."""
     if len(word) > _LONGEST_WORD:
         return ""
     close = difflib.get_close_matches(word, [choice for choice in choices if len(choice) <= _LONGEST_WORD], 1, cutoff)

@@ -133,10 +133,7 @@ class Plan:
 
 
 def plan_of(config: Config, model: PlannedModel, machine: Machine, *, trials: Sequence[Workload] = ()) -> Plan:
-    """Return the plan of a run, or of trials trained together, on `machine`, whose ranks replace the config's cluster.
-
-    Reads no file of the model and starts nothing.
-    """
+    """Return the plan of a run, or of trials trained together, on `machine`, whose ranks count. Reads no file."""
     work, ranks = trained_together(trials) if trials else Workload.of(config), machine.ranks
     return Plan(
         config=config,

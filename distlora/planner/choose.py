@@ -111,10 +111,7 @@ class Search:
         return {setting: value for setting, value in values.items() if value != self.config.value_of(setting)}
 
     def fastest(self) -> Plan | None:
-        """Return the fastest plan that fits; None if none does.
-
-        Among plans whose costs agree within WORTH, the one with the fewest changes wins.
-        """
+        """Return the fastest plan that fits, None if none does; the fewest changes decide within WORTH."""
         candidates = [(cost_of(plan), plan) for plan in self.on_gpus()]
         good: list[tuple[int, tuple[float, ...], Plan]] = []
         for cost, plan in sorted(candidates, key=lambda each: each[0]):
@@ -125,10 +122,7 @@ class Search:
         return min(good, key=lambda each: each[:2])[2] if good else None
 
     def on_gpus(self) -> Iterator[Plan]:
-        """Yield the plans that fit device memory, whatever the host lacks.
-
-        Of plans that differ only in resident layers, yields the given number and the largest that fits.
-        """
+        """Yield the plans that fit device memory, each with the given number of resident layers and the largest."""
         for branch in self._branches():
             yield from branch._fitting()
 
@@ -147,10 +141,7 @@ class Search:
                     yield dataclasses.replace(self, config=config)
 
     def _storages(self) -> list[Settings]:
-        """Return the backends and places of the base to try.
-
-        They are the given ones and, if several GPUs share the base, FSDP2, ZeRO-3, and ZeRO-3 with offload.
-        """
+        """Return the given backend and place of the base, and the others where several GPUs share it."""
         config = self.config
         given = {name: config.value_of(name) for name in ("parallel.backend", "parallel.offload_base")}
         shards = self.machine.is_gpu and self.machine.ranks > 1 and config.adapter.trains_base is None

@@ -174,10 +174,7 @@ _WINDOW_IS_ASKED_FOR = ("qwen2", "qwen3", "qwen3_moe")
 
 
 def windows_of(model: Mapping[str, Any], family: Family) -> list[int | None]:
-    """Return the attention window of each layer in tokens, itself included, as transformers reads config.json.
-
-    None means the whole sequence.
-    """
+    """Return the attention window of each layer in tokens, as transformers reads config.json; None: no window."""
     settings, layers = text_settings(model, family), sizes_of(model, family)["num_hidden_layers"]
     window = settings.get("sliding_window", _WINDOWS.get(family.model_type))
     if family.model_type in _WINDOW_IS_ASKED_FOR and not settings.get("use_sliding_window"):
@@ -252,10 +249,7 @@ def pairs(length: int, window: int | None) -> int:
 
 
 def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | None, groups: int) -> int:
-    """Return the query-key pairs that one layer computes for a sequence of documents, masked ones included.
-
-    `groups` is the number of query heads per key head.
-    """
+    """Return the query-key pairs that a layer computes, masked ones too. `groups`: query heads per key head."""
     if kind == "documents":
         return sum(pairs(length, window) for length in documents)
     if kind == "tiles":
@@ -264,10 +258,7 @@ def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | 
 
 
 def scores_again(kind: AttentionKind) -> tuple[int, int]:
-    """Return how often forward and backward recompute the scores.
-
-    Flash attention and tiles recompute them in backward; the forward of tiles computes them twice.
-    """
+    """Return how often forward and backward recompute the scores; the forward of tiles computes them twice."""
     return {"documents": (0, 1), "tiles": (1, 1), "sdpa": (0, 1), "eager": (0, 0)}[kind]
 
 

@@ -146,10 +146,7 @@ class StepFlops:
 def step_flops(
     work: Workload, model: PlannedModel, *, ranks: int, is_gpu: bool, document: int | None = None
 ) -> StepFlops:
-    """Return the operations of a step on `ranks` ranks.
-
-    `document`: tokens of each packed document; None for one document per sequence.
-    """
+    """Return the operations of a step. `document`: tokens of each packed document; None: one per sequence."""
     rows = work.train.accumulation(ranks) * work.train.micro_batch
     length = work.sequence_length
     tokens, documents = rows * length, cut(length, document)
@@ -204,10 +201,7 @@ def active_weights(work: Workload, model: PlannedModel) -> ActiveWeights:
 
 
 def weights_within(work: Workload, model: PlannedModel, part: str) -> tuple[int, int]:
-    """Return (weights, R (I + O) of adapters) that a token goes through in linears whose path begins with `part`.
-
-    Of experts, only the chosen ones count.
-    """
+    """Return (weights, R (I + O) of adapters) per token in linears below `part`; of experts, the chosen ones."""
     shapes = model.shapes
     experts = ExpertSizes.of(sizes_of(model.settings, shapes.family), shapes.family)
     fused = expert_paths(shapes.family)

@@ -109,10 +109,7 @@ def is_of(spec: GpuConfig, here: Found) -> bool:
 
 
 def used_device(cluster: ClusterConfig, here: Found) -> tuple[str, int] | None:
-    """Return (name, bytes of memory) of the smallest GPU that processes use; None if there is none or it is unknown.
-
-    Ranks have equal shards, so the smallest GPU decides.
-    """
+    """Return (name, bytes of memory) of the smallest GPU that ranks use, since shards are equal; None if unknown."""
     used = (here.devices or ())[: cluster.gpus_per_node]
     return min(used, key=lambda each: each[1], default=None)
 

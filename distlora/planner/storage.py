@@ -108,10 +108,7 @@ def base_bytes(model: PlannedModel) -> int:
 
 
 def trained_tensors(work: Workload, shapes: ModelShapes) -> Iterator[Tensor]:
-    """Yield the trained tensors as fp32 masters, of all trials, by PEFT's names (distlora/loading/peft_format.py).
-
-    With adapter=full the names are those of transformers.
-    """
+    """Yield the trained tensors of all trials as fp32 masters, by PEFT's names; adapter=full: by transformers'."""
     decoder, matrix = shapes.family.decoder, (shapes.vocabulary, shapes.hidden)
     matrices = {EMBEDDING: f"{decoder}.{EMBEDDING}", HEAD: HEAD}
     if work.adapter.method == "full":
@@ -192,10 +189,7 @@ def _result_bytes(work: Workload, model: PlannedModel, trained: Sequence[Tensor]
 
 
 def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
-    """Return the bytes of cached quantized shards: every group, and a header per decoder layer and rank of a copy.
-
-    A checkpoint that is quantized already needs none.
-    """
+    """Return the bytes of cached quantized shards with headers per layer and rank; 0 for a quantized checkpoint."""
     if not work.keeps_shards or model.settings.get("quantization_config") is not None:
         return 0
     shapes = model.shapes

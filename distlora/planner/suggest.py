@@ -387,10 +387,7 @@ class Packing:
 
 
 def packing(one: Plan, requested: int | Literal["auto"], *, most: int = MOST) -> Packing:
-    """Plan the requested number of trials like the one of a plan, or as many as fit.
-
-    `auto` leaves RESERVE free, and means 1 if the available memory is unknown. `most` bounds the number.
-    """
+    """Plan the requested number of trials like that of a plan, or as many as fit with RESERVE free (`auto`)."""
 
     @functools.cache
     def together(number: int) -> Plan:

@@ -66,10 +66,7 @@ LEGEND = (
 
 
 def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:
-    """Return a table with a row per model and a column per node type.
-
-    `plans` is keyed by (model, machine); None means that the settings are not possible there.
-    """
+    """Return a table of plans by (model, machine), a row per model; None: the settings are not possible there."""
     models, machines = (list(dict.fromkeys(key[place] for key in plans)) for place in (0, 1))
     rows = [[model, *(cell(plans[model, machine]) for machine in machines)] for model in models]
     yield from markdown(["", *machines], rows)

@@ -62,10 +62,7 @@ class StepBytes:
 
     @property
     def across_replicas(self) -> int:
-        """Received bytes that ranks of other replicas sent.
-
-        Only gradients cross replicas, once they are reduced within one: each of its ranks moves 1/shards of them.
-        """
+        """Received bytes of other replicas: of gradients, each rank's 1/shards once reduced within one replica."""
         replicas = self.world // self.shards
         return 2 * (self.reduced // self.shards) * (replicas - 1) // replicas + self._received_rows
 
@@ -116,10 +113,7 @@ def block_bytes(block: Iterable[Weight], ranks: int, *, quantized: bool, itemsiz
 
 
 def held_bytes(shapes: ModelShapes, shards: int, *, quantized: bool, itemsize: int) -> int:
-    """Return the most bytes of the frozen base that a rank keeps: its rows of every tensor.
-
-    Without the offsets of quantized weights, 4 bytes each, which every rank has.
-    """
+    """Return the most bytes of the frozen base per rank, without offsets of quantized weights (4 bytes each)."""
     matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), shards)
     rest = itemsize * (matrices + padded((shapes.hidden,), shards))
     block = block_bytes(shapes.block, shards, quantized=quantized, itemsize=itemsize)

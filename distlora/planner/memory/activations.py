@@ -199,9 +199,9 @@ class Costs(LayerRun):
         return self.masks(row) if mode in ("block", "offload") else 0
 
     def working(self, mode: Mode, tokens: int, tile: int | None = None, row: int = 1, *, sliced: bool = False) -> Peak:
-        """Return the most bytes of one layer in backward on `tokens` tokens, beside its kept activations.
+        """Return the most bytes of a layer in backward, beside kept activations and the incoming gradient.
 
-        The incoming gradient is not included. `sliced`: after other micro-batches of the step.
+        `sliced`: after other micro-batches of the step.
         """
         if sliced and self.trains_base:
             # Autograd adds up the weights' gradients of all slices before it hands them on.
@@ -251,10 +251,7 @@ class Costs(LayerRun):
         return _LOGIT_BYTES + (4 if self.decoder.caps_logits else 0)
 
     def head_forward(self, tokens: int) -> float:
-        """Return the bytes of the LM head's forward on `tokens` tokens, with the states of a reference.
-
-        A frozen head computes the gradient of its input in forward.
-        """
+        """Return the bytes of the LM head's forward; a frozen head computes the gradient of its input there."""
         norm = self.norm_keeps + (self.boundary if self.has_reference else 0)
         if self.trains_head:
             return tokens * (norm + self.boundary) + _LOSS_BYTES * self._chunk(tokens)

@@ -123,10 +123,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
 
 
 def decomposing_bytes(work: Workload, shapes: ModelShapes) -> int:
-    """Return the bytes while adapters are made from the base's weights (PiSSA, LoftQ), before there are gradients.
-
-    That is one whole weight, in fp32 once it is corrected, and its decomposition.
-    """
+    """Return the bytes of one whole weight (fp32 once corrected) and its decomposition, for PiSSA and LoftQ."""
     if not work.adapter.decomposes:
         return 0
     weights = [each for each, _ in shapes.alike(work.adapter)]
@@ -148,10 +145,7 @@ def decomposition_bytes(work: Workload, shape: tuple[int, ...]) -> int:
 
 
 def buffer_bytes(model: PlannedModel, work: Workload) -> int:
-    """Return the bytes of the decoder's buffers: rotary frequencies, twice in fp32, and Gemma's embedding scale.
-
-    Gemma 3 has frequencies for each layer type.
-    """
+    """Return the bytes of rotary frequencies (twice in fp32, in Gemma 3 per layer type) and Gemma's embedding scale."""
     family = model.shapes.family
     sizes = sizes_of(model.settings, family)
     ropes = sizes.get("rope_parameters") or {}

@@ -211,10 +211,7 @@ def staying_bytes(base: Base, shards: int, gathering: Gathering) -> int:
 
 
 def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit, list[_Unit], _Unit]:
-    """Return the units: last norm, embedding, decoder layers, LM head.
-
-    Which tensors stay gathered is decided in this order (DeepSpeedZeRoOffload.mark_persistent_parameters).
-    """
+    """Return last norm, embedding, layers and LM head, in the order that decides which tensors stay gathered."""
     together = 0
 
     def unit(tensors: Sequence[Stored]) -> _Unit:

@@ -61,11 +61,7 @@ def flash_accumulators(processors: int, heads: int, tokens: int, rows: int, *, d
 
 
 def tiles_make(sizes: Decoder, longest: int) -> tuple[int, int]:
-    """Return the bytes of attention by tiles on the CPU in forward and in backward (attention_cpu.py).
-
-    A tile has its scores, in backward twice, and queries and outputs in fp32. A document has keys and values with extra
-    columns, and in backward their gradients in fp32.
-    """
+    """Return the bytes of CPU attention by tiles in forward and backward (attention_cpu.py): scores, wide keys."""
     groups, size = sizes.heads // sizes.key_heads, sizes.head_size
     scores = 2 * scores_at_once(longest, groups, sizes.key_heads)
     wide = 2 * (size + EXTRA) * sizes.key_heads * longest
@@ -84,20 +80,14 @@ _PROGRAMS = 128
 
 
 def parts_of_db(tokens: int, columns: int, rank: int, itemsize: int) -> int | None:
-    """Return the bytes of the parts of dB, one per stripe of tokens; None if dY is read twice instead.
-
-    See skinny_launch.dy and skinny_triton.tile_of.
-    """
+    """Return the bytes of the parts of dB by stripe (skinny_launch.dy); None if dY is read twice instead."""
     rows = 64 if itemsize == 4 else 128 if rank % 16 else 256
     parts = -(-tokens // rows) * 4 * columns * rank
     return None if rank > _RANK_READ_ONCE or parts > _PARTS_BYTES else parts
 
 
 def parts_over_rows(tokens: int, columns: int, rank: int, itemsize: int) -> int:
-    """Return the bytes of the parts of dA or dB, as many as keep each processor busy.
-
-    See skinny_launch._products_over_rows.
-    """
+    """Return the bytes of the parts of dA or dB that keep each processor busy (skinny_launch)."""
     rows, tile, ranks = (32, 64, 32) if itemsize == 4 else (64, 128, 64)
     if itemsize != 4 and rank % 16 and rank <= 16:
         rows = 32
@@ -172,10 +162,7 @@ def stacked(operations: Sequence[Operation]) -> float:
 
 
 def backward_peak(operations: Sequence[Operation], tokens: int) -> Peak:
-    """Return the peak of the backward of these operations, their kept activations and recomputation included.
-
-    The incoming gradient is not included.
-    """
+    """Return the peak of the backward with kept activations and recomputation, without the incoming gradient."""
     peaks, held, dense, incoming, gradients, beside = [], 0.0, 0.0, 0.0, 0.0, 0.0
     for operation in operations:
         held, dense, beside = held + operation.keeps, dense + operation.keeps_dense, beside + operation.stacks
@@ -259,10 +246,7 @@ class LayerRun:
         )
 
     def linears(self, inputs: int, outputs: Sequence[Linear], *, made: bool = False) -> Operation:
-        """Return linears that read one tensor of `inputs` columns, `made` by a norm or a gated product.
-
-        See lora_torch.py and lora_gpu.py.
-        """
+        """Return linears that read one tensor, `made` by a norm or a gated product (lora_torch.py, lora_gpu.py)."""
         if self.trains_base:
             return self._trained(inputs, outputs)
         b, ranks = self.itemsize, {linear.name: self.ranks.rank(linear.name) for linear in outputs}
@@ -297,10 +281,7 @@ class LayerRun:
         return Operation(keeps, backward, b * inputs, dense=dense, keeps_dense=keeps_dense, stacks=stacks, joins=joins)
 
     def _trained(self, inputs: int, outputs: Sequence[Linear]) -> Operation:
-        """Return trained nn.Linears: they keep the input for dW, and make dX and dW in the run's dtype.
-
-        One process then casts dW to fp32, since it computes with 16-bit copies of fp32 masters.
-        """
+        """Return trained linears, which keep their input and make dX and dW; one process casts dW to fp32."""
         b = self.itemsize
         whole = sum(inputs * linear.columns for linear in outputs)
         largest = max(inputs * linear.columns for linear in outputs)
@@ -379,10 +360,7 @@ class LayerRun:
         return min(of_token, bound / self.tokens)
 
     def rotary(self) -> Operation:
-        """Return apply_rotary_pos_emb: gradients of its inputs, and four products of queries with the tables.
-
-        liger-kernel works in place.
-        """
+        """Return apply_rotary_pos_emb: gradients of inputs, four products with the tables; liger-kernel is in place."""
         b, sizes = self.itemsize, self.decoder
         made = 0 if self.fused_mlp else 4 * b * sizes.queries
         return Operation(0, (Moment(made),), b * (sizes.queries + 2 * sizes.keys))
@@ -486,10 +464,7 @@ INDEX_BYTES = 4 * 8
 
 
 def expert_half(run: LayerRun) -> list[Operation]:
-    """Return the operations of a mixture of experts, from attention's output to the layer's output.
-
-    Experts' outputs are kept for the gradients of their weights.
-    """
+    """Return the operations of a mixture of experts; outputs are kept for the gradients of their weights."""
     experts, b, hidden = run.decoder.experts, run.itemsize, run.decoder.hidden
     assert experts is not None
     rows, one = experts.chosen, b * experts.chosen * experts.inner

@@ -80,10 +80,7 @@ def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
 
 
 def planned_kinds(device: Mapping[str, Any], part: str | None) -> dict[str, int]:
-    """Return the planned bytes of tensors by category at the moment `part` of a step.
-
-    None, or a moment that the plan lacks, means the plan's own worst moment of a step.
-    """
+    """Return the planned bytes by category at the moment `part`; the plan's worst moment if it has no such part."""
     moments = {moment: kinds for moment, kinds in device["moments"].items() if moment != "loading"}
     meant = {"forward": ("embedding", "forward"), "block": ("block", "embedding_backward")}.get(part or "", (part,))
     found: dict[str, int] = dict(device["held"])

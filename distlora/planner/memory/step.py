@@ -128,10 +128,7 @@ class Step:
 
     @property
     def _kept(self) -> int:
-        """Kept activations, token ids, positions and labels.
-
-        The first norm keeps nothing after a frozen embedding, since its input needs no gradient.
-        """
+        """Bytes of kept activations, ids and labels. After a frozen embedding the first norm keeps nothing."""
         unread = self.work.train.checkpointing in ("none", "selective") and not self.trained.embeds
         sent = 3 * 8 * self.tokens if self.is_gpu else 0
         alike = int(self.activations.kept) - self.base.layers * self.blocks[-1].kept
@@ -241,10 +238,7 @@ class Step:
 
     @property
     def _tied_gradient(self) -> int:
-        """Bytes of the LM head's gradient of a tied matrix, held until the embedding's is there.
-
-        It is in the run's dtype, and in one process in the dtype of the masters.
-        """
+        """Bytes of a tied LM head's gradient until the embedding's is there: in the run's dtype, alone in fp32."""
         found = _gradients(self.base.embedding) if self.shards > 1 else _of_masters(self.base.embedding)
         return found if self.base.tied else 0
 

@@ -192,10 +192,7 @@ def _casts(adapted: Sequence[Linear], how: How) -> Iterator[Work]:
 
 
 def _other_trials(adapted: Sequence[Linear], products: int, how: How) -> Iterator[Work]:
-    """Yield the launches that adapters of other trials add to `products` products with A and B.
-
-    Their weights are cast and read. Their rows are among the M rows of these products.
-    """
+    """Yield the casts and reads of other trials' adapters for `products` products; their rows are among the M."""
     for linear in adapted:
         if linear.trials > 1:
             weights = linear.others * (linear.out + linear.features)
@@ -390,10 +387,7 @@ def gated(numel: int, how: How, *, backward: bool = False) -> Work:
 
 
 def rotary(numel: int, how: How, *, backward: bool = False) -> Work:
-    """Return the rotary embedding of queries and keys: two products with the tables, a rotation and a sum.
-
-    liger-kernel works in place, in one launch.
-    """
+    """Return the rotary embedding: two products with tables, a rotation, a sum; liger-kernel: one launch in place."""
     if how.fused:
         return Work("elementwise", 2 * how.itemsize * numel)
     return Work("elementwise", (14 if backward else 10) * how.itemsize * numel, launches=14 if backward else 10)
@@ -472,10 +466,7 @@ def chunks(m: int, size: int) -> Iterable[tuple[int, int]]:
 
 
 def update_work(numel: int, optimizer: str, *, clips: bool, backwards: int, trials: int = 1) -> Iterator[Work]:
-    """Yield the update of a rank's trained parameters, trial by trial.
-
-    Gradients are zeroed and added up in each backward, their norm is taken, they are scaled, and the optimizer runs.
-    """
+    """Yield the update, trial by trial: gradients zeroed, added up, their norm, scaling, the optimizer."""
     yield Work("update", FP32 * numel * (1 + 3 * backwards) + FP32 * numel, launches=2 * trials)
     if clips:
         yield Work("update", 2 * FP32 * numel, launches=trials)

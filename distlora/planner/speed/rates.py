@@ -139,10 +139,7 @@ def half_as_fast(rates: Rates, lever: str) -> Rates:
 
 
 def missing_rates(work: Workload, machine: Machine) -> tuple[str, ...]:
-    """Return the settings of `gpu` that a step's time needs and nobody knows.
-
-    Only links that are used count. No table has a GPU's fp32 rate.
-    """
+    """Return the settings of `gpu` that the time needs and that are unknown, such as fp32 rates; unused links aside."""
     in_fp32 = machine.is_gpu and work.train.dtype == "fp32" and "tflops" not in machine.measured
     needed = {
         "tflops": (True, None if in_fp32 else machine.flops),
@@ -158,10 +155,7 @@ def missing_rates(work: Workload, machine: Machine) -> tuple[str, ...]:
 
 
 def rates_of(work: Workload, machine: Machine) -> Rates | None:
-    """Return the rates that a run reaches; None if one that its time depends on is unknown (`missing_rates`).
-
-    Rates that the user gave in `gpu.*` count as measured: the run reaches them.
-    """
+    """Return the rates that a run reaches, in full those given in `gpu.*`; None if a needed rate is unknown."""
     peak, bandwidth = machine.flops, machine.bandwidth
     if missing_rates(work, machine) or peak is None or bandwidth is None:
         return None
@@ -307,11 +301,7 @@ def wiring_of(work: Workload, model: PlannedModel, machine: Machine) -> Wiring:
 def _sums(
     work: Workload, step: traffic.StepBytes, shapes: ModelShapes, rings: _Rings
 ) -> tuple[tuple[Crossing, ...], tuple[Crossing, ...]]:
-    """Return the gradient sums (beside backward, after backward).
-
-    The last bucket of adapter gradients comes after it, for each trial. Of a trained base, all but the decoder layers
-    come after it.
-    """
+    """Return the gradient sums (beside backward, after it); the last bucket, embedding and head come after it."""
     bucket, trials = int(work.parallel.bucket_mb * 2**20), len(work.adapters)
     last = min(step.reduced, bucket * trials)
     after = [rings.sum(last, trials)]

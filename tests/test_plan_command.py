@@ -14,8 +14,8 @@ import pytest
 
 from distlora.architecture.shapes import ARCHITECTURES
 from distlora.planner import plan_of, report, tables
-from distlora.planner.machine import Found, machine_of
-from distlora.planner.model import built_in, find_model
+from distlora.planner.machine import machine_of
+from distlora.planner.model import built_in
 from distlora_launcher.cli import main
 from distlora_launcher.compose.compose import compose_config
 from launcher_fakes import write_model
@@ -126,15 +126,6 @@ def test_rows_that_nobody_fills_are_said(capsys: pytest.CaptureFixture[str]) -> 
     assert calculated(capsys, *run)["time"]["seconds"] == calculated(capsys, *full)["time"]["seconds"], "as long"
 
 
-def test_a_run_s_start_says_what_lacks() -> None:
-    words = ["model=llama3_70b", "cluster.gpus_per_node=2", "parallel=zero3", "parallel.offload_base=true"]
-    config = compose_config(words, may_lack_paths=True)
-    found = Found(devices=(("NVIDIA GeForce RTX 4090", 24_564 * 2**20),) * 2, host_bytes=32 * 10**9)
-    plan = plan_of(config, find_model(config), machine_of(config.gpu, config.cluster, found=found))
-    assert plan.lacks() == "host"
-    assert "does NOT fit: a machine needs" in report.lines(plan)[0]
-
-
 def test_what_a_program_reads_is_what_a_person_does(capsys: pytest.CaptureFixture[str]) -> None:
     plan = calculated(capsys, *SEVENTY_ON_TWO)
     assert plan["model"]["parameters"] == 70_553_706_496
@@ -240,7 +231,6 @@ EIGHT = ("gpu=h100", "cluster.gpus_per_node=8")
         (["llama3_8b"], ["'llama3_8b' is no setting", "model=llama3_8b"]),
         (["model=llama3_8"], ["did you mean 'llama3_8b'?"]),
         (["model=llama3_8b", "gpu=rtx4900"], ["did you mean 'rtx4090'?"]),
-        (["model=llama3_8b", "gpu.memory_gib=0"], ["gpu.memory_gib=0", "above 0"]),
         (["model=llama3_8b", *EIGHT, "parallel.resident_blocks=40"], ["more than the 32 blocks of this model"]),
         (["model=mixtral_8x7b", "train.mlp_tile=512"], ["train.mlp_tile=512", "leave it out"]),
         (["model=llama3_8b", "train.router_aux_loss=0.1"], ["balances routers, and llama has none"]),
@@ -248,7 +238,6 @@ EIGHT = ("gpu=h100", "cluster.gpus_per_node=8")
         (["--table", "--gpus", "a10", "parallel=zero3", "parallel.offload_base=true"], ["no effect with one process"]),
         (["--table", "--models", "llama3_8b,"], ["--models: 'llama3_8b,' names nothing"]),
         (["--table", "--gpus", "h100x12"], ["12 GPUs", "write h100x8"]),
-        (["--table", "--gpus", "h100x0"], ["0 GPUs", "write h100x1"]),
         (["--table", "model=llama3_8b"], ["model=llama3_8b is said by --models"]),
         (["--table", "cluster.nodes=2"], ["cluster.nodes=2 is said by --gpus"]),
         (["model=llama3_8b", "--strong"], ["--strong belongs to --scaling"]),
@@ -256,20 +245,14 @@ EIGHT = ("gpu=h100", "cluster.gpus_per_node=8")
         (["--scaling", "--table"], ["two tables"]),
         (["model=openai/gpt-oss-20b"], ["for a model of the hub write model.path=openai/gpt-oss-20b"]),
         (["model=llama3_8b", "--plot", "nowhere/plan.png"], ["there is no folder nowhere; make it"]),
-        (["model=llama3_8b", "gpu=h100", "plan.tokens=9", "train.max_steps=9"], ["plan.tokens=9 has no effect"]),
-        (["model=llama3_8b", "--gpus", "h100"], ["belongs to --table"]),
-        (["model=llama3_8b", "--plot", "plan.pdf"], ["write --plot plan.png"]),
         (["model=llama3_8b", "--plot", "gpt2.png"], ["gpt2.png is a folder"]),
         (["model=llama3_8b", "--jsno"], ["--jsno", "did you mean '--json'?"]),
-        (["model=llama3_8b", "--config-dir", "nowhere"], ["nowhere is not a folder"]),
-        (["model.path=file.json"], ["file.json"]),
         (["model.path=gpt2"], ["'gpt2' is not supported", "llama, mistral, qwen2"]),
     ],
 )
 def test_what_cannot_be_planned_is_refused(
     capsys: pytest.CaptureFixture[str], place: Path, words: list[str], named: list[str]
 ) -> None:
-    (place / "file.json").write_text("{}")
     (place / "gpt2").mkdir()
     (place / "gpt2.png").mkdir()
     (place / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')

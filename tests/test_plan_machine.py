@@ -270,17 +270,3 @@ def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_l
     config = config_of(f"model.path={folder}", "quant.method=none")
     with pytest.raises(UserError, match=r"quant=none keeps weights in 16 bits, but .* is quantized already"):
         choices(config, ())
-
-
-def test_where_the_hub_s_cache_lies_is_what_its_client_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    assert planning.hub_cache() == Path.home() / ".cache" / "huggingface" / "hub"
-    for name, place in (
-        ("XDG_CACHE_HOME", "/xdg/huggingface/hub"),
-        ("HF_HOME", "/hf/hub"),
-        ("HUGGINGFACE_HUB_CACHE", "/old"),
-        ("HF_HUB_CACHE", "/new"),
-    ):
-        monkeypatch.setenv(name, place.removesuffix("/huggingface/hub").removesuffix("/hub"))
-        assert planning.hub_cache() == Path(place)

@@ -63,7 +63,7 @@ def test_ranks_and_targets_of_trials_that_differ_add_up() -> None:
 def test_rows_of_steps_of_several_sizes_are_those_of_the_largest() -> None:
     trials = [composed(*BASE), composed(*BASE[:-1], "train.global_batch=8")]
     works = [Workload.of(trial) for trial in trials]
-    assert trained_together(works).accumulation(2) == trials[1].accumulation(2) == 4
+    assert trained_together(works).train.accumulation(2) == trials[1].train.accumulation(2) == 4
     with pytest.raises(UserError, match=r"train\.micro_batch is the same for all"):
         trained_together([works[0], Workload.of(composed(*BASE[:3], "train.micro_batch=2", "train.global_batch=4"))])
 
@@ -98,12 +98,6 @@ def test_as_many_fit_as_one_more_does_not(gpu: str, ranks: int, length: int, ran
     )
     few = packing(plan_of(trial, model, machine), 3, most=3)
     assert (few.trials, few.most, few.beyond) == (3, 3, None)
-
-
-def test_where_nothing_says_how_much_there_is_auto_is_one() -> None:
-    where = machine_of("h100", usable_bytes=None, flops=None)
-    found = packing(plan_of(composed(*BASE), model_of("8b"), where), "auto")
-    assert (found.trials, found.most, found.ratio) == (1, None, None)
 
 
 def test_the_page_says_how_many_fit_and_why_not_more(

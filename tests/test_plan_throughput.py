@@ -6,7 +6,7 @@ These are the ratios in docs/benchmarks.md, without a factor that would make the
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,25 @@ QWEN_72B = built_in(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Published:
     row: str
     """Row of the table."""
     published: float
-    """Tokens a second of all GPUs together."""
+    """Tokens per second of all GPUs."""
     ratio: float
-    """Ours over theirs."""
+    """Planned over published speed."""
     model: str
+    _: KW_ONLY
     gpu: str
     ranks: int = 1
     length: int
     rows: int
-    """Of a rank at once."""
+    """Sequences that a rank runs at once."""
     accumulation: int = 1
     nf4: bool = True
     fused: bool
-    """Whether their norms and activations are single kernels, by torch.compile or by hand; else transformers'."""
+    """True if their norms and activations are single kernels; else transformers'."""
     adapter: dict[str, Any]
     train: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
@@ -61,160 +62,49 @@ class Published:
 
 # NeMo AutoModel, docs/performance-summary.mdx of 2025-10-02 and its recipes (examples/llm_benchmark): r=16 on *_proj.
 NEMO: dict[str, Any] = {"gpu": "h100", "length": 4096, "rows": 2, "nf4": False, "adapter": {"r": 16}}
+NEMO_8 = NEMO | {"ranks": 8, "accumulation": 2, "fused": True}
+NEMO_1 = NEMO | {"accumulation": 16, "fused": False, "train": {"checkpointing": "none"}}
 # torchtune's README (batch 2, rows of 2,048, torch.compile) and recipes/configs/llama3_1.
 TUNED = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TUNE: dict[str, Any] = {"length": 2048, "rows": 2, "fused": True}
+TUNE: dict[str, Any] = {"length": 2048, "rows": 2, "fused": True, "adapter": {"r": 8, "target_modules": TUNED}}
+TUNE_8 = TUNE | {"gpu": "a100_80gb", "ranks": 8, "adapter": {"r": 16, "target_modules": TUNED}}
 # Answer.AI, fsdp_qlora/benchmarks_03_2024.md: seconds for 1,024 rows of 2,048; r=64 on all linears (train.py).
 ANSWER: dict[str, Any] = {"length": 2048, "fused": False, "adapter": {"r": 64}}
+OFFLOADED = ANSWER | {"ranks": 2, "rows": 2, "parallel": {"backend": "zero3", "offload_base": True}}
 TOKENS = 1024 * 2048
-OFFLOADED = {"backend": "zero3", "offload_base": True}
 # Qwen's README (github.com/QwenLM/Qwen, Profiling of Memory and Speed): seconds of 8 rows on each GPU; r=64.
-QWEN: dict[str, Any] = {"rows": 1, "accumulation": 8, "nf4": False, "fused": False, "adapter": {"r": 64}}
+QWEN: dict[str, Any] = {"gpu": "a100_80gb", "ranks": 4, "rows": 1, "accumulation": 8, "length": 8192, "nf4": False}
+QWEN |= {"fused": False, "adapter": {"r": 64}, "parallel": {"backend": "zero3"}}
+A100S = "Answer.AI, QLoRA of Llama 2 70B, 8 A100 40 GB"
 
 RUNS = [
+    Published("NeMo, LoRA of Llama 3.1 8B, 1 H100, no recomputation", 12_473, 1.02, "8b", **NEMO_1),
+    Published("NeMo, LoRA of Llama 3.3 70B, 8 H100", 8 * 1091.85, 1.33, "70b", **NEMO_8),
+    Published("NeMo, LoRA of Qwen2.5 32B, 8 H100", 8 * 2250.31, 1.31, "32b", **NEMO_8),
+    Published("torchtune, QLoRA of Llama 3.1 8B, 1 RTX 4090", 2413, 0.97, "8b", gpu="rtx4090", **TUNE),
+    Published("torchtune, LoRA of Llama 3.1 8B, 1 RTX 4090", 3083, 0.79, "8b", gpu="rtx4090", nf4=False, **TUNE),
+    Published("torchtune, LoRA of Llama 3.1 8B, 1 A6000", 4699, 0.47, "8b", gpu="a6000", nf4=False, **TUNE),
+    Published("torchtune, LoRA of Llama 3.1 70B, 8 A100", 3497, 1.28, "70b", nf4=False, **TUNE_8),
+    Published("torchtune, QLoRA of Llama 3.1 405B, 8 A100", 653, 1.23, "405b", **TUNE_8),
     Published(
-        row="NeMo, LoRA of Llama 3.1 8B, 1 H100, no recomputation",
-        published=12_473,
-        ratio=1.02,
-        model="8b",
-        accumulation=16,
-        fused=False,
-        train={"checkpointing": "none"},
-        **NEMO,
+        "Answer.AI, QLoRA of Llama 2 7B, 2 RTX 4090",
+        *(TOKENS / 466, 1.02, "llama2-7b"),
+        **(ANSWER | {"gpu": "rtx4090", "ranks": 2, "rows": 10}),
     ),
+    *(
+        Published(f"Answer.AI, QLoRA of Llama 2 70B, 2 {name}, base on the host", speed, ratio, "llama2-70b", **gpu)
+        for name, speed, ratio, gpu in (
+            ("RTX 4090", TOKENS / 4399, 1.05, OFFLOADED | {"gpu": "rtx4090"}),
+            ("RTX 3090", TOKENS / 11_795, 1.34, OFFLOADED | {"gpu": "rtx3090"}),
+        )
+    ),
+    Published(A100S, TOKENS / 672, 1.29, "llama2-70b", gpu="a100_40gb", ranks=8, rows=4, **ANSWER),
     Published(
-        row="NeMo, LoRA of Llama 3.3 70B, 8 H100",
-        published=8 * 1091.85,
-        ratio=1.33,
-        model="70b",
-        ranks=8,
-        accumulation=2,
-        fused=True,
-        **NEMO,
+        "Answer.AI, QLoRA of Llama 2 70B, 4 H100",
+        *(TOKENS / 667, 1.75, "llama2-70b"),
+        **(ANSWER | {"gpu": "h100", "ranks": 4, "rows": 8}),
     ),
-    Published(
-        row="NeMo, LoRA of Qwen2.5 32B, 8 H100",
-        published=8 * 2250.31,
-        ratio=1.31,
-        model="32b",
-        ranks=8,
-        accumulation=2,
-        fused=True,
-        **NEMO,
-    ),
-    Published(
-        row="torchtune, QLoRA of Llama 3.1 8B, 1 RTX 4090",
-        published=2413,
-        ratio=0.97,
-        model="8b",
-        gpu="rtx4090",
-        adapter={"r": 8, "target_modules": TUNED},
-        **TUNE,
-    ),
-    Published(
-        row="torchtune, LoRA of Llama 3.1 8B, 1 RTX 4090",
-        published=3083,
-        ratio=0.79,
-        model="8b",
-        gpu="rtx4090",
-        nf4=False,
-        adapter={"r": 8, "target_modules": TUNED},
-        **TUNE,
-    ),
-    Published(
-        row="torchtune, LoRA of Llama 3.1 8B, 1 A6000",
-        published=4699,
-        ratio=0.47,
-        model="8b",
-        gpu="a6000",
-        nf4=False,
-        adapter={"r": 8, "target_modules": TUNED},
-        **TUNE,
-    ),
-    Published(
-        row="torchtune, LoRA of Llama 3.1 70B, 8 A100",
-        published=3497,
-        ratio=1.28,
-        model="70b",
-        gpu="a100_80gb",
-        ranks=8,
-        nf4=False,
-        adapter={"r": 16, "target_modules": TUNED},
-        **TUNE,
-    ),
-    Published(
-        row="torchtune, QLoRA of Llama 3.1 405B, 8 A100",
-        published=653,
-        ratio=1.23,
-        model="405b",
-        gpu="a100_80gb",
-        ranks=8,
-        adapter={"r": 16, "target_modules": TUNED},
-        **TUNE,
-    ),
-    Published(
-        row="Answer.AI, QLoRA of Llama 2 7B, 2 RTX 4090",
-        published=TOKENS / 466,
-        ratio=1.02,
-        model="llama2-7b",
-        gpu="rtx4090",
-        ranks=2,
-        rows=10,
-        **ANSWER,
-    ),
-    Published(
-        row="Answer.AI, QLoRA of Llama 2 70B, 2 RTX 4090, base on the host",
-        published=TOKENS / 4399,
-        ratio=1.05,
-        model="llama2-70b",
-        gpu="rtx4090",
-        ranks=2,
-        rows=2,
-        parallel=OFFLOADED,
-        **ANSWER,
-    ),
-    Published(
-        row="Answer.AI, QLoRA of Llama 2 70B, 2 RTX 3090, base on the host",
-        published=TOKENS / 11_795,
-        ratio=1.34,
-        model="llama2-70b",
-        gpu="rtx3090",
-        ranks=2,
-        rows=2,
-        parallel=OFFLOADED,
-        **ANSWER,
-    ),
-    Published(
-        row="Answer.AI, QLoRA of Llama 2 70B, 8 A100 40 GB",
-        published=TOKENS / 672,
-        ratio=1.29,
-        model="llama2-70b",
-        gpu="a100_40gb",
-        ranks=8,
-        rows=4,
-        **ANSWER,
-    ),
-    Published(
-        row="Answer.AI, QLoRA of Llama 2 70B, 4 H100",
-        published=TOKENS / 667,
-        ratio=1.75,
-        model="llama2-70b",
-        gpu="h100",
-        ranks=4,
-        rows=8,
-        **ANSWER,
-    ),
-    Published(
-        row="Qwen, LoRA of Qwen 72B, ZeRO-3, 4 A100, rows of 8,192",
-        published=4 * 8 * 8192 / 161.5,
-        ratio=1.14,
-        model="72b",
-        gpu="a100_80gb",
-        ranks=4,
-        length=8192,
-        parallel={"backend": "zero3"},
-        **QWEN,
-    ),
+    Published("Qwen, LoRA of Qwen 72B, ZeRO-3, 4 A100, rows of 8,192", 4 * 8 * 8192 / 161.5, 1.14, "72b", **QWEN),
 ]
 
 

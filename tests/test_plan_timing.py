@@ -104,15 +104,6 @@ def test_what_is_divided_among_collectives_is_what_a_step_moves(
     assert (across > 0) == (ranks > per_machine)
 
 
-@pytest.mark.parametrize("name", ["8b", "tied"])
-def test_the_gradients_that_wait_for_the_end_are_those_of_no_block(name: str) -> None:
-    model = model_of(name)
-    config = config_of(8, **NONE, adapter={"method": "full"})
-    wires = wiring_of(Workload.of(config), model, machine_of(ranks=8))
-    outside = model.shapes.numel - model.shapes.num_layers * sum(weight.numel for weight in model.shapes.block)
-    assert sum(each.inside for each in wires.last) == pytest.approx(4 * outside * 7 / 8, rel=1e-3)
-
-
 def test_more_work_is_never_faster_and_a_better_machine_never_slower() -> None:
     machine = machine_of(ranks=16)
     base = time_of("70b", machine)

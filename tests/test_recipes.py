@@ -151,16 +151,6 @@ def test_llama3_70b_does_not_fit_two_24_gb_gpus_and_fits_two_of_32() -> None:
     )
 
 
-def test_block_accumulation_is_used_where_it_saves_gathers() -> None:
-    for name in NAMED:
-        config = composed(name)
-        ranks = config.cluster.gpus_per_node
-        assert config.train.global_batch % (ranks * config.train.micro_batch) == 0, name
-        assert ranks > 1 or config.train.accumulate == "step", f"{name} gathers nothing"
-    assert composed("qwen_32b_2x48gb").train.accumulate == "block"
-    assert composed("llama3_70b_8x80gb").train.accumulate == "block"
-
-
 @pytest.mark.parametrize("name", ["guanaco_65b", "guanaco_70b"])
 def test_guanaco_has_the_settings_of_the_qlora_paper(name: str) -> None:
     config = composed(name)
@@ -170,8 +160,3 @@ def test_guanaco_has_the_settings_of_the_qlora_paper(name: str) -> None:
     assert (optim.max_grad_norm, optim.betas, optim.weight_decay) == (0.3, (0.9, 0.999), 0.0)
     assert (train.max_steps, train.global_batch, config.data.sequence_length) == (1875, 16, 512)
     assert (config.quant.method, adapter.target_modules) == ("nf4", "all-linear")
-
-
-def test_what_the_command_line_says_wins_over_a_recipe() -> None:
-    config = composed("guanaco_70b", "adapter.r=16", "optim=adamw", "optim.lr=1e-5")
-    assert (config.adapter.r, config.optim.name, config.optim.lr) == (16, "adamw", 1e-5)

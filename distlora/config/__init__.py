@@ -66,6 +66,10 @@ class ModelSpec:
         return Path(self.model.path)
 
 
+_OF_ANY_METHOD = {"method", "r", "lora_alpha", "use_rslora", "target_modules", "init_from_loftq"}
+"""Fields of `adapter` that recipes set and adapter=full ignores, or that others refuse."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The settings of a run. The sections are Hydra's config groups (conf/)."""
@@ -92,21 +96,25 @@ class Config:
                 self.quant.method != "nf4",
                 f"adapter=full trains every parameter, which quant={self.quant.method} cannot store; add quant=none",
             )
-            lora_only = {
-                "adapter.init": self.adapter.init != "kaiming",
-                "adapter.init_from": self.adapter.init_from is not None,
-                "adapter.use_dora": self.adapter.use_dora,
-                "adapter.lora_dropout": self.adapter.lora_dropout != 0,
-                "optim.loraplus_lr_ratio": self.optim.loraplus_lr_ratio != 1,
-                "adapter.rank_pattern": len(self.adapter.rank_pattern) > 0,
-                "adapter.alpha_pattern": len(self.adapter.alpha_pattern) > 0,
-                "adapter.target_parameters": len(self.adapter.target_parameters) > 0,
-                "adapter.modules_to_save": len(self.adapter.modules_to_save) > 0,
-                "adapter.trainable_token_indices": bool(self.adapter.trainable_token_indices),
-                "train.verify": self.train.verify,
+            partial = {
+                "train.checkpointing=selective": self.train.checkpointing == "selective",
+                f"train.mlp_tile={self.train.mlp_tile}": self.train.mlp_tile is not None,
             }
-            self._check_full_recomputation()
-            for setting, is_set in lora_only.items():
+            for setting, is_set in partial.items():  # One process copies the weights of a layer while all of it runs.
+                require(
+                    not is_set,
+                    f"{setting} recomputes a part of a block, and adapter=full trains weights that are copied for a "
+                    "whole one; set train.checkpointing=block without train.mlp_tile, or adapter=lora",
+                )
+            default, lora_only = AdapterConfig(), {*AdapterConfig.__dataclass_fields__} - _OF_ANY_METHOD
+            without_effect = {
+                f"adapter.{name}": bool(value) and value != getattr(default, name)
+                for name in sorted(lora_only)
+                if (value := getattr(self.adapter, name)) is not None
+            }
+            without_effect["optim.loraplus_lr_ratio"] = self.optim.loraplus_lr_ratio != 1
+            without_effect["train.verify"] = self.train.verify
+            for setting, is_set in without_effect.items():
                 require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")
             require(
                 self.parallel.resident_blocks == 0,
@@ -120,8 +128,11 @@ class Config:
             f"train.mlp_tile={tile} cuts no row of data.sequence_length={length:,} tokens; leave it out, or set "
             f"train.mlp_tile={max(1, length // 4)}",
         )
-        if self.parallel.backend == "zero3":
-            self._check_zero3()
+        trained = self.adapter.trains_base
+        require(
+            self.parallel.backend != "zero3" or trained is None,
+            f"parallel=zero3 gathers what is frozen, and {trained} trains parameters of the base; set parallel=fsdp2",
+        )
         if self.train.objective == "dpo":
             self._check_preference()
         for format in self.data.formats:
@@ -163,20 +174,6 @@ class Config:
                 "data.eval_path",
             )
 
-    def _check_full_recomputation(self) -> None:
-        """Refuse partial recomputation with adapter=full, whose 16-bit weight copies last a whole layer."""
-        train = self.train
-        set_to = {
-            "train.checkpointing=selective": train.checkpointing == "selective",
-            f"train.mlp_tile={train.mlp_tile}": train.mlp_tile is not None,
-        }
-        for setting, is_set in set_to.items():
-            require(
-                not is_set,
-                f"{setting} recomputes a part of a block, and adapter=full trains weights that are copied for a whole "
-                "one; set train.checkpointing=block without train.mlp_tile, or adapter=lora",
-            )
-
     @property
     def spec(self) -> ModelSpec:
         """The model of this run."""
@@ -212,14 +209,6 @@ class Config:
         if degree is None:
             return ranks
         return self.cluster.gpus_per_node if degree == "node" else degree
-
-    def _check_zero3(self) -> None:
-        """Refuse what DeepSpeed would have to train."""
-        trained = self.adapter.trains_base
-        require(
-            trained is None,
-            f"parallel=zero3 gathers what is frozen, and {trained} trains parameters of the base; set parallel=fsdp2",
-        )
 
     def _check_preference(self) -> None:
         """Refuse what DPO cannot train, and settings of the data that have no meaning for pairs."""

@@ -21,16 +21,9 @@ from distlora.planner.memory.activations import tokens_at_once
 from distlora.planner.memory.base import UPDATE_BYTES
 from distlora.planner.traffic import packed_bytes
 
-MovedKind = Literal[
-    "dequantization",  # packed weights read, dense ones written
-    "products",  # operands and results of the linears' products
-    "adapters",  # of the adapters' products, their casts and gradients
-    "elementwise",  # norms, activation functions, rotary embeddings, residuals
-    "attention",  # queries, keys, values, outputs and their gradients; scores where they exist
-    "head",  # its weight, logits, the embedding's rows
-    "gathered",  # what is gathered, copied to where it is used
-    "update",  # gradients added up and scaled, the optimizer
-]
+MovedKind = str
+"""A category of device memory traffic: `dequantization`, `products` of linears, `adapters`, `elementwise`, `attention`,
+`head`, `gathered` (copies after a gather), `update` (gradients and optimizer)."""
 Unit = Literal["matrices", "attention", "decoding"]
 """What operations run at: a library's product, attention's kernel, a product that decodes a packed weight."""
 

@@ -185,7 +185,7 @@ class Step:
     def _forward(self) -> dict[Kind, int]:
         """Return the memory of a layer in forward, of the last one, or of copying out a unit."""
         runs = max(self._runs_in(blocks.costs) for blocks in self.blocks)
-        # A checksum of gathered weights in the first forward, and with train.verify after each save (distlora.parallel.integrity).
+        # A checksum of gathered weights in the first forward, and with train.verify after each save (integrity.py).
         checks = _CHECKED if self.is_gpu and self.shards > 1 else 0
         last: dict[Kind, int] = {
             "kept": self._kept,

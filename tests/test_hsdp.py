@@ -198,8 +198,6 @@ def test_between_copies_travel_gradients_alone_by_what_is_really_issued(
         assert traffic == Traffic(step.gathered, reduced, step.scattered, between_copies_bytes=reduced)
     assert (step.gathered > 0) == (degree > 1)
     assert (step.reduced_rows > 0) == (degree > 1 and "adapter" in sections)
-    assert step.across_replicas > 0
-    assert (step.received > step.across_replicas) == (degree > 1)
 
 
 # --- runs ---

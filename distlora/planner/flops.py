@@ -42,7 +42,7 @@ class ModelFlops:
     """A training step's operations, forward and backward."""
 
     per_token: int
-    """In the linears, the adapters and the head."""
+    """Operations per token in linears, adapters and LM head."""
     per_pair: tuple[tuple[int, int | None], ...]
     """(operations a query-key pair, window) of each kind of attention layer, all its layers together."""
 
@@ -57,13 +57,6 @@ class ModelFlops:
             pairs = position_ids + 1 if window is None else (position_ids + 1).clamp(max=window)
             total += operations * int(pairs.sum())
         return total
-
-    def of_documents(self, lengths: Iterable[int]) -> int:
-        """Return the operations of documents with these numbers of tokens."""
-        return sum(
-            self.per_token * length + sum(each * pairs(length, window) for each, window in self.per_pair)
-            for length in lengths
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +119,7 @@ class StepFlops:
     by_kind: Mapping[str, int]
     """Operations by category (FLOPS), without empty ones."""
     tokens: int
-    """That the rank runs."""
+    """Tokens that the rank runs."""
 
     @property
     def counted(self) -> int:

@@ -29,21 +29,20 @@ class PlannedModel:
     """A model as the planner knows it: its config.json and the shapes that follow."""
 
     name: str
-    """As people call it: its folder's name, or its name on the hub."""
+    """Name of its folder, or its name on the hub."""
     settings: Mapping[str, Any]
     """Its config.json."""
     shapes: ModelShapes
-    """With the rows of new tokens."""
+    """Shapes, with the rows of new tokens."""
     source: Source
     stored_bytes: int | None = None
     """Bytes of its weights on disk, where that is known; of a model that is built in, what they are in 16 bits."""
     plain_absmax: bool = False
-    """Whether its checkpoint is in NF4 without double quantization, whose scales stay as they are: 4 bytes for each
-    64 weights (distlora/model/frozen_linear.py)."""
+    """True if its checkpoint is in NF4 without double quantization: 4 bytes of scale per 64 weights stay."""
     left_dense: Mapping[str, int] = field(default_factory=dict)
-    """Of a checkpoint in NF4: in how many blocks a weight, by its path in one, is not quantized, and stays so."""
+    """Number of layers in which a weight of an NF4 checkpoint is not quantized, by its path in a layer."""
     note: str | None = None
-    """What the plan takes for granted of it, as a sentence."""
+    """Assumption of the plan on the model, as a sentence."""
 
 
 def find_model(

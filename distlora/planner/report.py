@@ -289,7 +289,8 @@ def _wire(plan: Plan) -> str:
 def _operations(plan: Plan) -> str:
     compute = plan.compute
     parts = ", ".join(f"{FLOPS[kind]} {percent}%" for kind, percent in shares(compute.by_kind))
-    return f"{_tera(compute.total)} TFLOP per step on each {_device(plan)}: {parts}"
+    tera = f"{compute.total / 1e12:,.0f}" if compute.total >= 1e14 else f"{compute.total / 1e12:.3g}"
+    return f"{tera} TFLOP per step on each {_device(plan)}: {parts}"
 
 
 def time_of(plan: Plan) -> str:
@@ -322,11 +323,6 @@ def seconds_in_words(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"{seconds / unit:.3g} {name}"
     return f"{seconds:.3g} s"
-
-
-def _tera(flops: float) -> str:
-    """Return 1e12 operations with three digits, or all digits from 1,000 on."""
-    return f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
 
 
 def _device(plan: Plan) -> str:

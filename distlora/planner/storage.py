@@ -321,7 +321,7 @@ class Saved:
 
     adapters: Asked
     beside: tuple[AdapterConfig, ...] = field(hash=False)
-    """Of a pack's other trials."""
+    """Adapters of all trials trained together."""
     work: Workload = field(compare=False)
 
     @classmethod

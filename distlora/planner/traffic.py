@@ -37,13 +37,13 @@ class StepBytes:
     """Bytes of one rank's collectives in a step."""
 
     gathered: int
-    """By all-gathers, over the ranks that cut a copy of the base."""
+    """Bytes of all-gathers, over the ranks that share a copy of the base."""
     scattered: int = 0
-    """By reduce-scatters, over the same ranks."""
+    """Bytes of reduce-scatters, over the same ranks."""
     reduced: int = 0
-    """By all-reduces, over all ranks."""
+    """Bytes of all-reduces, over all ranks."""
     reduced_rows: int = 0
-    """By all-reduces of what was scattered, over the ranks that own the same rows, one of each copy."""
+    """Bytes of all-reduces of scattered gradients, over the ranks that own the same rows."""
     shards: int
     """Ranks that cut one copy of the base between them."""
     world: int
@@ -57,14 +57,10 @@ class StepBytes:
     @property
     def received(self) -> int:
         """Bytes received over this rank's links."""
-        cut = (self.gathered + self.scattered) * (self.shards - 1) // self.shards
-        return cut + 2 * self.reduced * (self.world - 1) // self.world + self._received_rows
-
-    @property
-    def across_replicas(self) -> int:
-        """Received bytes of other replicas: of gradients, each rank's 1/shards once reduced within one replica."""
         replicas = self.world // self.shards
-        return 2 * (self.reduced // self.shards) * (replicas - 1) // replicas + self._received_rows
+        cut = (self.gathered + self.scattered) * (self.shards - 1) // self.shards
+        rows = 2 * self.reduced_rows * (replicas - 1) // replicas
+        return cut + 2 * self.reduced * (self.world - 1) // self.world + rows
 
     def into_machine(self, ranks: int) -> int:
         """Return the least bytes that come into a node of `ranks` ranks from other nodes.
@@ -87,11 +83,6 @@ class StepBytes:
                 among = len({rank // ranks for rank in range(place, self.world, self.shards)})
                 summed += 2 * self.reduced_rows * (among - 1) // among
         return cut + summed
-
-    @property
-    def _received_rows(self) -> int:
-        replicas = self.world // self.shards
-        return 2 * self.reduced_rows * (replicas - 1) // replicas
 
 
 def padded(shape: Sequence[int], ranks: int) -> int:

@@ -65,7 +65,7 @@ class Activations:
     working: float
     """On the device while a block is at work in backward: what it recomputes, and gradients."""
     dequantized: float
-    """Of it, weights in NF4 that are dense tensors then: on the CPU, and of experts that no grouped product runs."""
+    """Part of `working`: NF4 weights as dense tensors, on the CPU and of experts without grouped products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

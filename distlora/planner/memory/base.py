@@ -29,9 +29,9 @@ class Stored:
     kind: Kind
     shape: tuple[int, ...]
     itemsize: int
-    """Of what a rank keeps."""
+    """Bytes per element that a rank keeps."""
     compute_itemsize: int
-    """Of what is gathered: a trained one is kept in fp32 and gathered in the run's dtype."""
+    """Bytes per gathered element: trained ones are kept in fp32 and gathered in the run's dtype."""
     trained: bool = False
 
     @property
@@ -57,7 +57,7 @@ class Base:
     """A decoder's parameters by unit: what is gathered together."""
 
     embedding: tuple[Stored, ...]
-    """Of a tied model, the head's too."""
+    """Embedding; of a tied model, the LM head too."""
     block: tuple[Stored, ...]
     layers: int
     head: tuple[Stored, ...]
@@ -67,8 +67,8 @@ class Base:
     offsets: int
     """Packed weights of a block with an offset, a replicated number in fp32."""
     instead: tuple[tuple[Stored, int], ...] = ()
-    """Of a checkpoint that has left some weights dense in some blocks, where `block` has what the largest has: (a
-    tensor, how many of it there are beside those of `layers` such blocks; below 0, how many of those there are not)."""
+    """(tensor, number beside those of `layers` blocks; negative: fewer) for a checkpoint with dense weights in some
+    layers, where `block` is the largest layer."""
 
     @property
     def tied(self) -> bool:
@@ -96,18 +96,18 @@ class Gathered:
     """Bytes at the most in each part of a step."""
 
     copying: int = 0
-    """While a unit is copied out of what it came in, when no other one runs."""
+    """Bytes while a unit is copied out of its buffer and no other one runs."""
     embedding: int = 0
     forward: int = 0
-    """While a block runs that has another behind it, and"""
+    """Bytes while a layer before the last one runs."""
     last: int = 0
-    """while the last block runs."""
+    """Bytes while the last layer runs."""
     head: int = 0
     head_backward: int = 0
     block: int = 0
-    """While a block is in its backward that has another before it, and"""
+    """Bytes in the backward of a layer after the first one."""
     first: int = 0
-    """while the first one is."""
+    """Bytes in the backward of the first layer."""
 
 
 def unit_bytes(unit: Iterable[Stored], shards: int) -> int:

@@ -31,11 +31,11 @@ class DeviceBytes:
     """Bytes of one rank, the one that has most."""
 
     held: Mapping[Kind, int]
-    """From the first update to the end."""
+    """Bytes held from the first update to the end."""
     moments: Mapping[Moment, Mapping[Kind, int]]
-    """What is there beside it, at the most."""
+    """Most bytes beside held ones, by moment."""
     beside: Mapping[Kind, int]
-    """What libraries and the allocator take beside tensors."""
+    """Bytes of libraries and the allocator beside tensors."""
 
     @property
     def worst(self) -> Moment:

@@ -31,11 +31,11 @@ class Copied:
 
     embedding: int = 0
     block: int = 0
-    """Of one block while it runs, and in its backward."""
+    """Bytes of one layer while it runs, and in its backward."""
     kept: int = 0
-    """Of all blocks from forward to backward, where nothing is recomputed."""
+    """Bytes of all layers from forward to backward without recomputation."""
     head: int = 0
-    """From its forward to its backward."""
+    """Bytes of the LM head from its forward to its backward."""
 
 
 def gathered_of(work: Workload, base: Base, shards: int, resident: int, *, is_gpu: bool) -> Gathered:
@@ -231,7 +231,7 @@ def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit,
 
 @functools.lru_cache(maxsize=64)
 def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) -> Gathered:
-    """In each part of a step but the first, which teaches the coordinator the order; without what stays."""
+    """Return the gathered bytes by part of a step from the second on, without tensors that stay gathered."""
     rest, embedding, blocks, head = _units(base, shards, gathering)
     tensors: list[_Tensor] = []
 

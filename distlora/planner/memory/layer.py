@@ -121,7 +121,7 @@ class Peak(NamedTuple):
 
     bytes: float
     dense: float = 0
-    """Of them, dequantized weights."""
+    """Bytes of dequantized weights among them."""
 
     def plus(self, nbytes: float, dense: float = 0) -> Peak:
         """Return the peak with `nbytes` and dequantized weights added."""

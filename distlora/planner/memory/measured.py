@@ -37,9 +37,9 @@ class MeasuredRank:
     rank: int
     peak: int
     by_kind: Mapping[Kind, int]
-    """At that peak."""
+    """Bytes by category at that peak."""
     part: str
-    """Of the step, in which it was: a moment of the plan, or `forward`."""
+    """Part of the step with the peak: a moment of the plan, or `forward`."""
 
 
 def figures(measured: MeasuredRank, plan: Mapping[str, Any]) -> dict[str, int]:

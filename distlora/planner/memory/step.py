@@ -33,7 +33,7 @@ class Blocks:
     count: int
     costs: Costs
     activations: Activations
-    """Of a step of a model all of whose blocks are such."""
+    """Activations of a step if all layers were like these."""
     kept: int
     """Bytes of one on the device that are gone when its backward is done; with inputs in host memory others come in
     their place."""
@@ -255,7 +255,7 @@ def _most(*moments: dict[Kind, int]) -> dict[Kind, int]:
 
 
 def _running(operation: Operation, tokens: int) -> Peak:
-    """In its forward, of so many tokens, when nothing that operations before it made is kept."""
+    """Return the memory of an operation's forward if no result of earlier operations is kept."""
     beside = operation.stacks + operation.joins
     return Peak(tokens * (operation.keeps + operation.forward) + beside).plus(0, operation.dense)
 

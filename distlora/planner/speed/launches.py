@@ -73,15 +73,15 @@ class Linear:
     out: int
     features: int
     rank: int = 0
-    """Of its adapter; of experts, of one. 0: it has none."""
+    """Rank of its adapter, or of one expert's; 0 without an adapter."""
     experts: int = 1
     chosen: int = 1
     """Experts that a token goes through."""
     is_dora: bool = False
     trials: int = 1
-    """Of a pack: each row goes through the adapter of its own trial, of so many; `rank` is that of one,"""
+    """Trials trained together; each row uses the adapter of its own trial, of rank `rank`."""
     stacked: int = 0
-    """and this of all together."""
+    """Sum of the ranks of all trials."""
 
     @property
     def others(self) -> int:
@@ -277,7 +277,7 @@ class BlockWork:
 
     forward: tuple[Work, ...]
     backward: tuple[Work, ...]
-    """With what is recomputed before it."""
+    """Launches of backward, with recomputation before it."""
     reference: tuple[Work, ...]
     """The rows once more without adapters (DPO)."""
 

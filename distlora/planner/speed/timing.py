@@ -285,7 +285,7 @@ class StepTime:
 
     @property
     def cost_of_a_million_tokens(self) -> float | None:
-        """In the same currency; None: no price is said."""
+        """Cost of 1e6 tokens in the same currency; None without a price."""
         if self.price_per_hour is None:
             return None
         return self.price_per_hour / 3600 / self.tokens_per_second_of_a_rank * 1e6
@@ -372,7 +372,7 @@ class _Stage(NamedTuple):
 
     device: Seconds
     moves: bool
-    """Whether it is gathered for it."""
+    """True if the layer is gathered for this stage."""
 
 
 class _Chain(NamedTuple):

@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from distlora.config import Config
-from distlora.config.places import is_hub_name
+from distlora.config.base import is_hub_name
 from distlora.post.merge.merge import merge_to
 from distlora.post.trained import Name
 from distlora.training import worker

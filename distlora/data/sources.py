@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import DataConfig, SourceConfig, UserError, nearest
+from distlora.config.base import is_hub_name
 from distlora.config.errors import FILES
 from distlora.config.json_files import check_shape, read_object
-from distlora.config.places import is_hub_name
 from distlora.data.files import is_compressed, is_data_file, read_file, without_nulls
 from distlora.data.formats import Document, Record, good, resolve_format, to_document
 from distlora.system.hub_errors import DATASET, causes, explain_gate, explained, unreachable

@@ -16,8 +16,8 @@ from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, r
 from distlora.architecture.shapes import MXFP4_NAMES, ModelShapes, architecture_named, nearest_architecture, shapes_of
 from distlora.architecture.tokens import stored_rows
 from distlora.config import Config, ModelConfig, UserError
+from distlora.config.base import is_hub_name
 from distlora.config.json_files import read_object
-from distlora.config.places import is_hub_name
 from distlora.weights.prequantized import check_quantization_config, read_prequantized_weights
 
 Source = Literal["folder", "hub cache", "built in"]

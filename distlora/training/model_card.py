@@ -12,8 +12,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from distlora.config import SourceConfig, UserError
+from distlora.config.base import is_hub_name
 from distlora.config.file import parse_yaml, settings_by_name
-from distlora.config.places import is_hub_name
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, Result
 from distlora.system.numbers import length
 from distlora.weights.peft_folder import WEIGHTS_NAME

@@ -22,8 +22,8 @@ from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, re
 from distlora.architecture.targets import idle_keys, match_ending, select_among, written
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import SAVED_MODULES, AdapterConfig, UserError, nearest
+from distlora.config.base import is_hub_name
 from distlora.config.json_files import Shape, check_shape, read_object
-from distlora.config.places import is_hub_name
 
 _ROWS = re.compile(
     r"base_model\.model\.(?:.+\.)?(?P<matrix>embed_tokens|lm_head)\.token_adapter\."

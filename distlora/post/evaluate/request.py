@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.config import DataConfig, UserError, require
-from distlora.config.places import cache_place
+from distlora.config.base import cache_place
 from distlora.post.trained import Name, Trained, base_spec
 from distlora.run_folder.layout import DATA_NAME, read_record
 

@@ -15,8 +15,8 @@ from distlora.analysis.quantization import request as quantization
 from distlora.analysis.spectrum import request as spectrum
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import UserError, require
+from distlora.config.base import place_of
 from distlora.config.errors import named_settings
-from distlora.config.places import place_of
 from distlora.post.trained import BASE_ALONE
 from distlora.system import atomic_io
 from distlora.system.command_worker import to_json

@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 
 from distlora.config import UserError, nearest, require
+from distlora.config.base import cache_place
 from distlora.config.errors import in_one_line
-from distlora.config.places import cache_place
 from distlora.system.exit_codes import DONE
 from distlora.system.numbers import size
 from distlora.weights import quantized_cache_folder as cache_folder

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from distlora.config import ModelConfig, UserError, require
-from distlora.config.places import place_of
+from distlora.config.base import place_of
 from distlora.post.combine.request import (
     METHODS,
     CombineRequest,

@@ -12,7 +12,7 @@ from typing import Literal
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.families import check_config, read_config
 from distlora.config import ModelConfig, UserError, require
-from distlora.config.places import is_hub_name, means_hub, place_of
+from distlora.config.base import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
 from distlora.post.evaluate.request import NAMES as NAMES
 from distlora.post.evaluate.request import (

@@ -11,7 +11,7 @@ from typing import Literal
 
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import Config, DataConfig, ModelSpec, require
-from distlora.config.places import place_of
+from distlora.config.base import place_of
 from distlora.post.trained import Name, Trained
 from distlora_launcher.compose.checks import check_data, check_model
 from distlora_launcher.compose.hub import localize, restore

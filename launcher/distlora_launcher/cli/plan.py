@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import ModelConfig, UserError, nearest, require
-from distlora.config.places import is_hub_name
+from distlora.config.base import is_hub_name
 from distlora.config.plan import GPUS
 from distlora.planner import Plan, suggest
 from distlora.planner.choose import Change, Search, choose, typed

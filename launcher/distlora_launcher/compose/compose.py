@@ -34,9 +34,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from distlora.config import TARGET_PRESETS, Config, GpuConfig, ModelConfig, PlanConfig, UserError, nearest, require
+from distlora.config.base import is_hub_name, means_hub
 from distlora.config.cluster import OWN_OPTION
 from distlora.config.file import build, peer_hint
-from distlora.config.places import is_hub_name, means_hub
 from distlora.config.plan import CHOSEN, GPUS
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 

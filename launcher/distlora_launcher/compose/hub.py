@@ -33,7 +33,7 @@ from typing import Any
 
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
 from distlora.config import ModelConfig, UserError, require
-from distlora.config.places import is_hub_name
+from distlora.config.base import is_hub_name
 from distlora.system.hub_errors import explain_absent_weights, explained, unreachable
 
 LOG_SECONDS = 10.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import ClusterConfig, Config, UserError
-from distlora.config.places import is_hub_name
+from distlora.config.base import is_hub_name
 from distlora.system import atomic_io
 from distlora_launcher.launch.run_state import SLURM
 from distlora_launcher.terminal.output import say, shown

@@ -29,7 +29,7 @@ from distlora.config import (
     nearest,
     require,
 )
-from distlora.config.places import is_hub_name
+from distlora.config.base import is_hub_name
 from distlora.config.sweep import SweepConfig
 from distlora.planner.report import packed_trials
 from distlora.run_folder.sweep import COMPLETE, JOURNAL_NAME, TrialRecord, at_rest, is_sweep_folder, words_of

@@ -24,9 +24,9 @@ from typing import Any
 import yaml
 
 from distlora.config import ClusterConfig, Config, DataConfig, QuantConfig, TrackerConfig, UserError, require
+from distlora.config.base import means_hub
 from distlora.config.file import as_mapping, build
 from distlora.config.json_files import read_object
-from distlora.config.places import means_hub
 from distlora.config.sweep import SweepConfig
 from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import words_of

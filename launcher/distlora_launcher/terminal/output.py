@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from distlora.config.places import is_hub_name
+from distlora.config.base import is_hub_name
 
 
 class Output:

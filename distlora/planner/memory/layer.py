@@ -61,7 +61,7 @@ def flash_accumulators(processors: int, heads: int, tokens: int, rows: int, *, d
 
 
 def tiles_make(sizes: Decoder, longest: int) -> tuple[int, int]:
-    """Return the bytes of CPU attention by tiles in forward and backward (attention_cpu.py): scores, wide keys."""
+    """Return the bytes of CPU attention by tiles in forward and backward (model/attention.py): scores, wide keys."""
     groups, size = sizes.heads // sizes.key_heads, sizes.head_size
     scores = 2 * scores_at_once(longest, groups, sizes.key_heads)
     wide = 2 * (size + EXTRA) * sizes.key_heads * longest

@@ -173,7 +173,7 @@ class Step:
             gathered = unit_bytes((*self.base.rest, *(embedding if self.base.tied else ())), self.shards)
         else:
             # One process casts the gradient of its 16-bit copy to fp32, and adds the LM head's if the matrix is tied
-            # (distlora.parallel.mixed_precision).
+            # (distlora.parallel.fsdp2).
             gradient += self._tied_gradient + (_of_masters(embedding) if self.costs.itemsize < 4 else 0)
         return {
             "gathered": gathered,

@@ -92,35 +92,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.adapter.method == "full":
-            require(
-                self.quant.method != "nf4",
-                f"adapter=full trains every parameter, which quant={self.quant.method} cannot store; add quant=none",
-            )
-            partial = {
-                "train.checkpointing=selective": self.train.checkpointing == "selective",
-                f"train.mlp_tile={self.train.mlp_tile}": self.train.mlp_tile is not None,
-            }
-            for setting, is_set in partial.items():  # One process copies the weights of a layer while all of it runs.
-                require(
-                    not is_set,
-                    f"{setting} recomputes a part of a block, and adapter=full trains weights that are copied for a "
-                    "whole one; set train.checkpointing=block without train.mlp_tile, or adapter=lora",
-                )
-            default, lora_only = AdapterConfig(), {*AdapterConfig.__dataclass_fields__} - _OF_ANY_METHOD
-            without_effect = {
-                f"adapter.{name}": bool(value) and value != getattr(default, name)
-                for name in sorted(lora_only)
-                if (value := getattr(self.adapter, name)) is not None
-            }
-            without_effect["optim.loraplus_lr_ratio"] = self.optim.loraplus_lr_ratio != 1
-            without_effect["train.verify"] = self.train.verify
-            for setting, is_set in without_effect.items():
-                require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")
-            require(
-                self.parallel.resident_blocks == 0,
-                f"parallel.resident_blocks={self.parallel.resident_blocks} keeps blocks as they were gathered once, "
-                "and adapter=full changes them in every step; leave it out, or set adapter=lora",
-            )
+            self._check_full()
         check_ranks(self, self.cluster.ranks)
         tile, length = self.train.mlp_tile, self.data.sequence_length
         require(
@@ -173,6 +145,38 @@ class Config:
                 f"train.{name}={getattr(self.train, name)} needs held-out documents; set data.eval_fraction or "
                 "data.eval_path",
             )
+
+    def _check_full(self) -> None:
+        """Refuse settings that adapter=full cannot use."""
+        require(
+            self.quant.method != "nf4",
+            f"adapter=full trains every parameter, which quant={self.quant.method} cannot store; add quant=none",
+        )
+        partial = {
+            "train.checkpointing=selective": self.train.checkpointing == "selective",
+            f"train.mlp_tile={self.train.mlp_tile}": self.train.mlp_tile is not None,
+        }
+        for setting, is_set in partial.items():  # One process copies the weights of a layer while all of it runs.
+            require(
+                not is_set,
+                f"{setting} recomputes a part of a block, and adapter=full trains weights that are copied for a "
+                "whole one; set train.checkpointing=block without train.mlp_tile, or adapter=lora",
+            )
+        default, lora_only = AdapterConfig(), {*AdapterConfig.__dataclass_fields__} - _OF_ANY_METHOD
+        without_effect = {
+            f"adapter.{name}": bool(value) and value != getattr(default, name)
+            for name in sorted(lora_only)
+            if (value := getattr(self.adapter, name)) is not None
+        }
+        without_effect["optim.loraplus_lr_ratio"] = self.optim.loraplus_lr_ratio != 1
+        without_effect["train.verify"] = self.train.verify
+        for setting, is_set in without_effect.items():
+            require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")
+        require(
+            self.parallel.resident_blocks == 0,
+            f"parallel.resident_blocks={self.parallel.resident_blocks} keeps blocks as they were gathered once, "
+            "and adapter=full changes them in every step; leave it out, or set adapter=lora",
+        )
 
     @property
     def spec(self) -> ModelSpec:

@@ -72,8 +72,8 @@ def check_shape(value: Any, shape: Shape, place: Path | str, remedy: str, *, nam
 
 
 def _check_keys(value: dict[str, Any], shape: dict[str, Shape], place: Path | str, remedy: str, name: str) -> None:
-    known = {key.removesuffix("?"): key for key in shape}
-    for key in value.keys() | known.keys() - {"*"}:
+    known = {key.removesuffix("?"): key for key in shape if key != "*"}
+    for key in dict.fromkeys([*value, *known]):
         path = f"{name}.{key}" if name else key
         if key not in value:
             if not known[key].endswith("?"):

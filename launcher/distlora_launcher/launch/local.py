@@ -116,7 +116,6 @@ def resume_run(run_dir: Path) -> int:
 def train(
     run_dir: Path,
     cluster: ClusterConfig,
-    worker_module: str = WORKER,
     *,
     forwarder: Forwarder | None = None,
     rendezvous: Rendezvous | None = None,
@@ -132,7 +131,6 @@ def train(
     code = run_workers(
         run_dir,
         processes=processes,
-        worker_module=worker_module,
         max_restarts=cluster.max_restarts,
         rendezvous=rendezvous,
         forwarder=forwarder,

@@ -34,7 +34,7 @@ from distlora.system.exit_codes import DONE, STOPPED, run_to_exit_code
 from distlora_launcher.compose.checks import check, check_gpu_count, check_machine, check_writable, gpu_count
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.compose.planning import keep, planned
-from distlora_launcher.launch.local import WORKER, create_run, forget_run, is_complete, is_prepared, prepare, train
+from distlora_launcher.launch.local import create_run, forget_run, is_complete, is_prepared, prepare, train
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_node
 from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
 from distlora_launcher.launch.rendezvous import make_rendezvous
@@ -90,16 +90,12 @@ def resume_multi_node(run_dir: Path) -> int:
         return run_node_of(run_dir, config.cluster, forwarder, lead)
 
 
-def run_node_of(
-    run_dir: Path, cluster: ClusterConfig, forwarder: Forwarder, lead: Callable[[], int], worker_module: str = WORKER
-) -> int:
+def run_node_of(run_dir: Path, cluster: ClusterConfig, forwarder: Forwarder, lead: Callable[[], int]) -> int:
     """Call `run_node` for cluster=torchrun: the endpoint is a setting, and each node derives the same id."""
     assert cluster.rdzv_endpoint is not None, "ClusterConfig requires it"
     # From its whole path: two runs may have the same endpoint.
     start_id = f"{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
-    return run_node(
-        run_dir, cluster, cluster.rdzv_endpoint, start_id, forwarder, lead=lead, worker_module=worker_module
-    )
+    return run_node(run_dir, cluster, cluster.rdzv_endpoint, start_id, forwarder, lead=lead)
 
 
 def run_node(
@@ -110,7 +106,6 @@ def run_node(
     forwarder: Forwarder,
     *,
     lead: Callable[[], int],
-    worker_module: str = WORKER,
 ) -> int:
     """Hold the run as one of its nodes and run this node's workers. Returns the exit code.
 
@@ -145,7 +140,7 @@ def run_node(
         if stopped():
             say("stopped before the workers were started")
             return STOPPED
-        return train(run_dir, cluster, worker_module, forwarder=forwarder, rendezvous=rendezvous)
+        return train(run_dir, cluster, forwarder=forwarder, rendezvous=rendezvous)
 
 
 def check_gpus(cluster: ClusterConfig, gpus_elsewhere: Mapping[str, int]) -> None:

@@ -1,12 +1,16 @@
-"""The one way in which tests compare numbers that may differ by rounding."""
+"""Compare numbers that may differ by rounding, and runs that may not."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
+
+from small_models import read_metrics
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -45,3 +49,21 @@ def assert_adapters_close(actual: Mapping[str, Tensor], expected: Mapping[str, T
     assert relative_error(actual[worst], expected[worst]) <= 1e-5 * factor, (
         f"{worst} is {relative_error(actual[worst], expected[worst]):.1e} apart"
     )
+
+
+def adapter_of(run_dir: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def figures_of(run_dir: Path) -> list[tuple[int, str, float]]:
+    """Return (step, name, value) of every figure but those of time and memory."""
+    names = ("loss", "eval_loss", "lr", "grad_norm")
+    return [(line["step"], name, line[name]) for line in read_metrics(run_dir) for name in names if name in line]
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    """Require the same adapter, bit for bit, by the same steps, each reported once with the same figures."""
+    ours, others = adapter_of(run_dir), adapter_of(other)
+    assert ours.keys() == others.keys()
+    assert all(torch.equal(ours[name], others[name]) for name in ours)
+    assert figures_of(run_dir) == figures_of(other)

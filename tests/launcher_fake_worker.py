@@ -32,8 +32,6 @@ def main() -> None:
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
             ):
                 print(f"{name}={os.environ.get(name)}")
-        case "imports":
-            print(", ".join(f"{name}: {name in sys.modules}" for name in ("wave", "no_such_module")))
         case "terminal":
             print(f"is a terminal: {sys.stdout.isatty()}")
         case "success":
@@ -44,7 +42,7 @@ def main() -> None:
             while not (run_dir / "logs" / "rank_1.error.json").exists():  # The others then see its connection close.
                 time.sleep(0.01)
             raise ConnectionError("peer closed")
-        case "rank 1 is killed" | "rank 1 is killed once" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        case "rank 1 is killed once" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             dying = run_dir / "dying"
             if rank == 1:
                 dying.touch()
@@ -70,10 +68,6 @@ def main() -> None:
             while stop_signals.requested() is None:
                 time.sleep(0.01)
             (run_dir / stop_signals.STOPPED_NAME).write_text("{}")
-        case "stops and cannot say so":
-            (run_dir / f"ready_{rank}").touch()
-            while stop_signals.requested() is None:
-                time.sleep(0.01)
 
 
 if __name__ == "__main__":

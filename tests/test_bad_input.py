@@ -13,10 +13,9 @@ import pytest
 
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch import local
-from launcher_fakes import MODEL_CONFIG, every_nth, write_data, write_model, write_safetensors
+from launcher_fakes import MODEL_CONFIG, every_nth, write_data, write_model
 
 DISTLORA = str(Path(sys.executable).parent / "distlora")
-OTHER_RUN = "model: {path: x}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -48,24 +47,6 @@ def edit_model_config(place: Path, **changes: object) -> None:
     (place / "model" / "config.json").write_text(json.dumps(MODEL_CONFIG | changes))
 
 
-def truncate(place: Path) -> None:
-    shard(place).write_bytes(shard(place).read_bytes()[:-10])
-
-
-def damage_header(place: Path) -> None:
-    data = shard(place).read_bytes()
-    shard(place).write_bytes(data[:8] + b"!" * 20 + data[28:])
-
-
-def remove_tensor(place: Path) -> None:
-    index = place / "model" / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"]
-    del weight_map["model.layers.1.mlp.up_proj.weight"]
-    shapes = {"model.embed_tokens.weight": (32, 8)}
-    index.unlink()
-    write_safetensors(place / "model" / "model.safetensors", shapes)
-
-
 def append_broken_line(place: Path) -> None:
     with (place / "data.jsonl").open("a") as file:
         file.write('{"text": "half a li\n')
@@ -73,7 +54,7 @@ def append_broken_line(place: Path) -> None:
 
 def hold_another_run(place: Path) -> None:
     (place / "run").mkdir()
-    (place / "run" / "config.yaml").write_text(OTHER_RUN)
+    (place / "run" / "config.yaml").write_text("model: {path: x}\n")
 
 
 def nothing(place: Path) -> None:
@@ -83,7 +64,6 @@ def nothing(place: Path) -> None:
 CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     # case: (what is broken, the overrides, what the message says)
     "mistyped setting": (nothing, ["adapter.rr=8"], ["adapter.rr", "did you mean 'adapter.r'?"]),
-    "mistyped group": (nothing, ["adaptr=lora"], ["did you mean 'adapter'?"]),
     "mistyped option": (nothing, ["adapter=fulll"], ["full, lora", "did you mean 'full'?"]),
     "dashed setting": (nothing, ["--train.seed=1"], ["settings have no dashes: train.seed=1"]),
     "unknown flag": (nothing, ["--verbos"], ["there is no option --verbos"]),
@@ -95,7 +75,6 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["does not exist", "model.path=org/name"],
     ),
     "no config.json": (lambda p: (p / "model/config.json").unlink(), [], ["holds no config.json"]),
-    "config.json is not JSON": (lambda p: (p / "model/config.json").write_text("{"), [], ["config.json is damaged"]),
     "other family": (
         lambda p: edit_model_config(p, model_type="gpt2"),
         [],
@@ -109,9 +88,6 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     ),
     "no tokenizer": (lambda p: (p / "model/tokenizer.json").unlink(), [], ["no tokenizer"]),
     "missing shard": (lambda p: shard(p).unlink(), [], [shard(Path()).name, "is missing"]),
-    "truncated shard": (truncate, [], [shard(Path()).name, "truncated"]),
-    "damaged header": (damage_header, [], [shard(Path()).name, "damaged"]),
-    "missing tensor": (remove_tensor, [], ["model.norm.weight", "tensors are missing"]),
     "no weights": (lambda p: [f.unlink() for f in (p / "model").glob("*.safetensors*")], [], ["model.safetensors"]),
     "a cache without room": (nothing, ["quant.cache_gb=0"], ["quant.cache_gb=0", "set quant.cache_gb=200, null"]),
     "a cache folder where a file is": (nothing, ["data.cache_dir=data.jsonl/x"], ["data.cache_dir=", "is a file"]),
@@ -121,12 +97,10 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["adapter.target_modules=[q_prj]"],
         ["'q_prj'", "did you mean 'q_proj'?", "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"],
     ),
-    "broken regular expression": (nothing, ['adapter.target_modules="[q"'], ["nor a regular expression"]),
     "too long": (nothing, ["data.sequence_length=65"], ["65", "64 positions", "data.sequence_length=64"]),
     "missing data": (nothing, ["data.path=date.jsonl"], ["date.jsonl does not exist"]),
     "empty data": (lambda p: (p / "data.jsonl").write_text(""), [], ["data.jsonl holds no document"]),
     "broken line": (append_broken_line, [], ["data.jsonl:6"]),
-    "another run": (hold_another_run, ["run_dir=run"], ["already holds a run", "distlora resume"]),
     "run folder under a file": (nothing, ["run_dir=data.jsonl/run"], ["is a file"]),
     "full with quantization": (nothing, ["adapter=full"], ["add quant=none"]),
     "another module whole": (
@@ -139,13 +113,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["adapter.modules_to_save=[embed_tokens]", "adapter.trainable_token_indices=[3]"],
         ["leave it out of one of them"],
     ),
-    "whole modules with 8 bits on several": (
-        nothing,
-        ["adapter.modules_to_save=[lm_head]", "optim=adamw_8bit", "cluster.gpus_per_node=2"],
-        ["blocks of 256", "set optim.name=adamw"],
-    ),
     "paged moments on a CPU": (nothing, ["optim=paged_adamw_8bit"], ["shows no GPU", "optim.name=adamw_8bit"]),
-    "evaluations of nothing": (nothing, ["train.eval_every=2", "data.eval_fraction=0"], ["needs held-out documents"]),
     "more resident blocks than there are": (
         nothing,
         ["parallel.resident_blocks=33", "cluster.gpus_per_node=2"],
@@ -163,7 +131,6 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["data.path=null", "data.sources=[{path: data.jsonl, wieght: 1}]"],
         ["data.sources[0].wieght", "did you mean 'weight'?"],
     ),
-    "an idle pattern": (nothing, ["adapter.rank_pattern={q_prj: 4}"], ["q_prj"]),
     "a new token twice": (nothing, ['model.new_tokens=["<a>","<a>"]'], ["names <a> twice"]),
     "a token's row that is not there": (
         nothing,
@@ -174,11 +141,6 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         nothing,
         ["adapter.trainable_token_indices={embed: [5]}"],
         ["'embed' is not one of embed_tokens, lm_head"],
-    ),
-    "rows of a tied head": (
-        lambda p: edit_model_config(p, tie_word_embeddings=True),
-        ["adapter.trainable_token_indices={lm_head: [5]}"],
-        ["this model's head is its embedding", "write one list for both"],
     ),
     "rows beside everything": (
         nothing,
@@ -199,7 +161,6 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "a sweep's second job": (nothing, ["-m", "adapter.r=4,0"], ["adapter.r=0"]),
     "two modes": (nothing, ["-m", "--cfg", "job"], ["exclude each other"]),
     "other settings": (nothing, ["--config-name", "mine"], ["--config-dir"]),
-    "missing config dir": (nothing, ["--config-dir", "nowhere"], ["is not a folder"]),
 }
 
 
@@ -239,20 +200,12 @@ def test_a_bad_command_is_refused(words: list[str], expected: str, place: Path, 
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ([], "for example: distlora train model.path="),
-        (["model.path=model", "data.path=data.jsonl", "adapter.rr=8"], "did you mean 'adapter.r'?"),
-        (["model.path=model", "data.path=data.jsonl", "data.sequence_length=65"], "64 positions"),
-        (["model.path=model", "data.path=data.jsonl", "-m", "train.seed=0,-1"], "train.seed=-1"),
-    ],
-)
-def test_the_installed_command_refuses_in_seconds(overrides: list[str], expected: str, place: Path):
+def test_the_installed_command_refuses_in_seconds(place: Path):
     started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    ended = subprocess.run([DISTLORA, "train", *overrides], cwd=place, capture_output=True, text=True)
+    command = [DISTLORA, "train", "model.path=model", "data.path=data.jsonl", "adapter.rr=8"]
+    ended = subprocess.run(command, cwd=place, capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr
-    assert expected in ended.stderr
+    assert "did you mean 'adapter.r'?" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
     assert not (place / "runs").exists()

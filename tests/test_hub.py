@@ -122,6 +122,7 @@ restore(load_config(sys.argv[1]).model)
 """
 
 
+@pytest.mark.ci
 def test_a_model_by_name_is_trained_pushed_and_loaded_by_peft(hub: Hub, folders: Path, place: Path, run: Run) -> None:
     hub.requests.clear()
     settings = [
@@ -170,7 +171,6 @@ REFUSALS: dict[str, tuple[str, list[str], dict[str, str], list[str]]] = {
     # case: (model, more words, environment, what the message says)
     "another family": ("org/gpt2", [], {}, ["org/gpt2/config.json: model_type='gpt2' is not supported"]),
     "a missing tensor": ("org/no-norm", [], {}, ["org/no-norm: no tensor model.norm.weight"]),
-    "no such target": ("org/fake", ["adapter.target_modules=[q_prj]"], {}, ["did you mean 'q_proj'?"]),
     "too long": ("org/fake", ["data.sequence_length=65"], {}, ["64 positions", "org/fake/config.json"]),
     "no safetensors": ("org/torch", [], {}, [".bin files alone", "spaces/safetensors/convert"]),
     "an adapter": ("org/adapter", [], {}, ["is an adapter, not a model"]),
@@ -190,9 +190,7 @@ REFUSALS: dict[str, tuple[str, list[str], dict[str, str], list[str]]] = {
 @pytest.mark.parametrize(
     "case",
     [
-        case
-        if case in ("another family", "gated, no token", "a mistyped name")
-        else pytest.param(case, marks=pytest.mark.ci)
+        case if case in ("another family", "gated, no token") else pytest.param(case, marks=pytest.mark.ci)
         for case in REFUSALS
     ],
 )
@@ -211,24 +209,17 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_downloaded(
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ([], "org/plain has no chat template"),
-        pytest.param(["data.template=gemma"], "which the tokenizer in org/plain lacks", marks=pytest.mark.slow),
-    ],
-)
 def test_chats_without_their_template_are_refused_before_the_download(
-    words: list[str], expected: str, folders: Path, hub: Hub, place: Path, run: Run
+    folders: Path, hub: Hub, place: Path, run: Run
 ) -> None:
     files = {path.name: path.read_bytes() for path in (folders / "llama").iterdir()}
     hub.add("org/plain", {name: content for name, content in files.items() if not name.startswith("chat_template")})
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     (place / "data.jsonl").write_text(json.dumps(chat) + "\n")
     hub.requests.clear()
-    ended = run(*train_words("org/plain"), f"data.cache_dir={place / 'home' / 'rows'}", *words)
+    ended = run(*train_words("org/plain"), f"data.cache_dir={place / 'home' / 'rows'}")
     assert ended.returncode == 2, ended.stderr
-    assert expected in ended.stderr
+    assert "org/plain has no chat template" in ended.stderr
     assert hub.downloaded(".safetensors") <= HEADER_BYTES
     assert not (place / "run").exists()
 
@@ -375,16 +366,10 @@ def test_the_card_says_what_the_run_folder_says(place: Path, capsys: pytest.Capt
     assert capsys.readouterr().out == GOLDEN.read_text()
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "expected"),
-    [("best", "held-out loss after 50 steps | 1.2500"), ("step_100", "held-out loss after 100 steps | 1.5000")],
-)
-def test_the_card_of_a_checkpoint_has_its_own_figures(
-    checkpoint: str, expected: str, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_card_of_a_checkpoint_has_its_own_figures(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished_run(place / "run", name="org/base", revision=COMMIT)
-    assert main(["push", "run", "owner/adapter", "--dry-run", "--checkpoint", checkpoint]) == 0
-    assert expected in capsys.readouterr().out
+    assert main(["push", "run", "owner/adapter", "--dry-run", "--checkpoint", "best"]) == 0
+    assert "held-out loss after 50 steps | 1.2500" in capsys.readouterr().out
 
 
 def test_no_path_of_this_machine_is_uploaded(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -474,17 +459,13 @@ def test_an_unfinished_run_is_not_pushed(place: Path, capsys: pytest.CaptureFixt
     finished_run(place / "run", name="org/base", revision=COMMIT)
     (place / "run" / "adapter").rename(place / "elsewhere")
     assert main(["push", "run", "owner/x"]) == 2
-    message = capsys.readouterr().err
-    assert "is not finished" in message
-    assert "distlora resume" in message
-    assert "--checkpoint best, step_00000100" in message
+    assert re.search("is not finished.*distlora resume.*--checkpoint best, step_00000100", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("name", "token", "words", "expected"),
     [
         ("owner/x", None, [], "hf auth login"),
-        ("owner/x", "hf_old", [], "the hub refuses the token of this machine (from HF_TOKEN)"),
         ("ower/x", "hf_owner", [], "may not write to ower/x"),
         ("owner/public", "hf_owner", ["--private"], "exists and is public"),
     ],
@@ -513,10 +494,7 @@ def test_a_push_can_go_to_a_private_repository_and_a_branch(hub: Hub, place: Pat
     assert "README.md" not in repository.commits[repository.refs["main"]]
 
 
-def hub_model(place: Path) -> HubModel:
-    return HubModel(name="org/x", commit="c" * 40, weights={"w": 5}, companions={}, cache=place)
-
-
 def test_a_full_disk_is_named_before_the_download(place: Path) -> None:
+    model = HubModel(name="org/x", commit="c" * 40, weights={"w": 5}, companions={}, cache=place)
     with pytest.raises(UserError, match=r"needs 1,000,000,000.0 GB.*HF_HOME"):
-        launcher_hub._check_space(hub_model(place), 10**18)
+        launcher_hub._check_space(model, 10**18)

@@ -17,6 +17,7 @@ import pytest
 
 from distlora_launcher.launch.failures import first_failure, read_errors
 from distlora_launcher.launch.workers import IMPORTS, run_workers
+from launcher_fakes import wait_until
 from small_disks import small_disk
 
 HERE = Path(__file__).parent
@@ -42,24 +43,25 @@ def test_rank_0_is_shown_and_every_rank_has_a_log(
 ):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (run_dir / "stopped.json").write_text("of an earlier start")  # Which does not count.
-    assert run(run_dir, "success") == 0
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs" / "rank_0.log").write_text("the first start")
+    assert run(run_dir, "environment") == 0
     shown = capsys.readouterr()
-    assert shown.out == "hello from rank 0 of 2\n"
+    assert shown.out.startswith("hello from rank 0 of 2\nOMP_NUM_THREADS=")
+    assert "rank 1" not in shown.out
     assert shown.err == ""
     for rank in (0, 1):
         log = (run_dir / "logs" / f"rank_{rank}.log").read_text()
         assert f"hello from rank {rank} of 2" in log
         assert f"warning from rank {rank}" in log
-    (run_dir / "logs" / "rank_0.log").write_text("the first start")
-    assert run(run_dir, "environment", processes=1) == 0
     assert (run_dir / "logs" / "start_1" / "rank_0.log").read_text() == "the first start"
-    log = (run_dir / "logs" / "rank_0.log").read_text()
-    assert f"OMP_NUM_THREADS={len(os.sched_getaffinity(0))}" in log
+    assert f"OMP_NUM_THREADS={max(len(os.sched_getaffinity(0)) // 2, 1)}" in log
     assert "MALLOC_TRIM_THRESHOLD_=8000000000" in log
     assert "OMP_WAIT_POLICY=PASSIVE" in log
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in log
 
 
+@pytest.mark.ci
 def test_the_first_rank_to_fail_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]):
     assert run(run_dir, "rank 1 raises") == 1
     message = capsys.readouterr().err
@@ -76,11 +78,6 @@ def test_a_user_error_in_a_worker_is_bad_input_and_no_reason_to_start_again(
     assert capsys.readouterr().err == "error: the adapter has no such thing; write another\n"
     # Both ranks raise; of the one that comes second nothing may be left, since the first ends the run.
     assert any("Traceback" in log.read_text() for log in (run_dir / "logs").glob("rank_*.log"))
-
-
-def test_a_module_that_cannot_be_imported_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]):
-    assert run_workers(run_dir, processes=1, worker_module="no_such_worker", max_restarts=3) == 1
-    assert "rank 0 failed first: ImportError: No module named no_such_worker" in capsys.readouterr().err
 
 
 @pytest.mark.ci
@@ -111,13 +108,6 @@ def start_launcher(
     return process
 
 
-def wait_until(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 def assert_no_workers(run_dir: Path) -> None:
     def alive() -> list[int]:
         pids = [int(path.read_text() or 0) for path in run_dir.glob("pid_*")]
@@ -126,6 +116,7 @@ def assert_no_workers(run_dir: Path) -> None:
     wait_until(lambda: not alive(), seconds=10)
 
 
+@pytest.mark.ci
 def test_nohup_and_a_second_ctrl_c(run_dir: Path):
     """Check that a launcher under nohup ignores SIGHUP and that a second Ctrl-C kills."""
     process = start_launcher(run_dir, "waits", "pid", under=["nohup"])
@@ -169,13 +160,6 @@ def test_workers_start_again_after_a_kill_and_a_request_meanwhile_reaches_them(r
 
 
 @pytest.mark.ci
-def test_a_stop_on_a_disk_that_takes_no_marker_is_no_success(run_dir: Path):
-    process = start_launcher(run_dir, "stops and cannot say so", "ready")
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 75
-
-
 def test_killing_the_launcher_leaves_no_workers(run_dir: Path):
     process = start_launcher(run_dir, "waits", "pid")
     process.kill()
@@ -250,7 +234,6 @@ def test_a_reader_that_leaves_does_not_end_the_run(run_dir: Path):
     assert "hello from rank 0 of 1" in (run_dir / "logs" / "rank_0.log").read_text()
 
 
-@pytest.mark.parametrize("name", IMPORTS)
-def test_what_torchrun_imports_for_workers_is_there(name: str):
+def test_all_modules_that_torchrun_imports_for_workers_exist():
     """A name that is gone would only cost each worker its seconds again."""
-    assert importlib.util.find_spec(name) is not None
+    assert all(importlib.util.find_spec(name) is not None for name in IMPORTS)

@@ -11,16 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import safetensors.torch
-import torch
 import yaml
 
+from closeness import assert_same_run
 from distlora.bench.host import free_port
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build, load_config, settings_by_name
@@ -29,8 +27,7 @@ from distlora_launcher.launch import lock, processes, rendezvous
 from distlora_launcher.launch.failures import read_gave_up
 from distlora_launcher.launch.node import check_same_settings, run_node, start_multi_node
 from distlora_launcher.launch.processes import Forwarder, host_name
-from launcher_fakes import write_data, write_model
-from small_models import read_metrics
+from launcher_fakes import wait_until, write_data, write_model
 
 HERE = Path(__file__).parent
 DISTLORA = [sys.executable, "-m", "distlora_launcher.cli.main"]
@@ -82,13 +79,6 @@ def machines(tmp_path: Path) -> Iterator[list[Machine]]:
             machine.process.wait()
 
 
-def wait_until(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
     """Make a prepared run of two nodes whose workers behave as named (launcher_fake_worker.py)."""
     (run_dir / "cache").mkdir(parents=True)
@@ -125,6 +115,7 @@ def part(run_dir: Path, log: Path) -> Machine:
     return Machine([sys.executable, "-c", PART, str(run_dir)], log)
 
 
+@pytest.mark.ci
 def test_two_machines_are_one_run_and_a_third_is_too_many(
     tmp_path: Path, machines: list[Machine], monkeypatch: pytest.MonkeyPatch
 ):
@@ -305,19 +296,6 @@ def two_machines(port: int) -> dict[str, object]:
     return {"cluster.nodes": 2, "cluster.rdzv_endpoint": f"127.0.0.2:{port}", "cluster.timeout_seconds": 120}
 
 
-def result(run_dir: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
-
-
-def assert_same_run(run_dir: Path, other: Path) -> None:
-    first, second = result(run_dir), result(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    names = ("step", "loss", "eval_loss", "lr", "grad_norm")
-    figures = [[[line.get(name) for name in names] for line in read_metrics(folder)] for folder in (run_dir, other)]
-    assert figures[0] == figures[1]
-
-
 def last_step(run_dir: Path) -> int:
     saved = sorted((run_dir / "checkpoints").glob("step_*"))
     return int(saved[-1].name.removeprefix("step_")) if saved else 0
@@ -379,25 +357,21 @@ def test_a_killed_worker_and_a_lost_machine_lose_nothing(folders: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("behaviour", "code", "messages"),
+    ("behaviour", "code", "message"),
     [
-        (
-            "rank 1 exits with 3",
-            1,
-            ("gave up: rank 1 failed first: it exited with code 3\n", "were restarted once (clus"),
-        ),
-        ("bad input", 2, ("error: the adapter has no such thing; write another\n",) * 2),
+        ("rank 1 exits with 3", 1, "gave up: rank 1 failed first: it exited with code 3\n"),
+        ("bad input", 2, "error: the adapter has no such thing; write another\n"),
     ],
 )
 def test_a_machine_that_gives_up_ends_the_others(
-    behaviour: str, code: int, messages: tuple[str, str], tmp_path: Path, machines: list[Machine]
+    behaviour: str, code: int, message: str, tmp_path: Path, machines: list[Machine]
 ):
     """Rank 0 of the first sleeps for a minute, and would then wait for the other for five."""
     fake_run(tmp_path / "run", behaviour, max_restarts=1)
     machines += [part(tmp_path / "run", tmp_path / f"machine_{number}") for number in range(2)]
     assert [machine.wait(50) for machine in machines] == [code, code]
     said = [machine.says() for machine in machines]
-    assert all(any(message in text for text in said) for message in messages)
+    assert any(message in text for text in said)
     assert "Traceback" not in "".join(said)
 
 

@@ -29,6 +29,7 @@ from distlora.training.open_run import OpenRun
 from distlora.training.trial import Trial
 from packs import make_pack, outcomes, say_verdict
 from small_models import config_with, make_run, read_metrics
+from tiers import ci
 from worlds import World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
@@ -105,12 +106,10 @@ def run_pack(ranks: Ranks, *, pack: Path) -> dict[str, Tensor]:
 
 
 CELLS = [
-    # (ranks, slots, train settings, parallel settings)
+    # (ranks, slots, train settings, parallel settings); on two ranks others are beside one that is not finite, below.
     (1, 3, {"checkpointing": "none"}, {}),
-    # On two ranks others are beside one that is not finite, below.
-    pytest.param(2, 3, {"accumulate": "block", "micro_batch": 2}, {"bucket_mb": 0.01}, marks=pytest.mark.slow),
-    (3, 2, {"accumulate": "block", "micro_batch": 2, "checkpointing": "offload"}, {"bucket_mb": 0.01}),
-    pytest.param(4, 3, {"micro_batch": 1, "checkpointing": "selective"}, {"shard_degree": 2}, marks=pytest.mark.ci),
+    ci(3, 2, {"accumulate": "block", "micro_batch": 2, "checkpointing": "offload"}, {"bucket_mb": 0.01}),
+    ci(4, 3, {"micro_batch": 1, "checkpointing": "selective"}, {"shard_degree": 2}),
 ]
 
 
@@ -143,7 +142,7 @@ def train_alone(ranks: Ranks, *, run_dir: Path) -> None:
     training_worker.run(run_dir, ranks)
 
 
-@pytest.mark.parametrize("accumulate", [pytest.param("step", marks=pytest.mark.ci), "block"])
+@pytest.mark.parametrize("accumulate", [ci("step"), "block"])
 def test_a_pack_gathers_what_one_trial_does_and_sums_every_trials_gradients(
     world: World, folders: Path, tmp_path: Path, accumulate: str
 ) -> None:
@@ -178,12 +177,7 @@ def run_spoilt(ranks: Ranks, *, pack: Path, slot: int, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "settings"),
-    [
-        pytest.param(1, {}, marks=pytest.mark.ci),
-        (2, {"accumulate": "block", "log_every": 3, "micro_batch": 2}),
-    ],
-    ids=str,
+    ("size", "settings"), [ci(1, {}), (2, {"accumulate": "block", "log_every": 3, "micro_batch": 2})], ids=str
 )
 def test_a_trial_that_is_not_finite_ends_alone(
     world: World, folders: Path, tmp_path: Path, alone: list[Path], size: int, settings: dict[str, Any]
@@ -227,14 +221,14 @@ def test_ranks_give_a_trial_up_together(world: World, folders: Path, tmp_path: P
 
 
 def weights(runs: list[Path]) -> list[dict[str, bytes]]:
-    names = ("adapter/adapter_model.safetensors", "checkpoints/step_00000006/trainer.safetensors")
+    names = ("adapter/adapter_model.safetensors", "checkpoints/step_00000004/trainer.safetensors")
     return [{name: (run_dir / name).read_bytes() for name in names} for run_dir in runs]
 
 
 def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trials = [{**sections, "train": sections["train"] | {"max_steps": 6}} for sections in TRIALS]
+    trials = [{**sections, "train": sections["train"] | {"max_steps": 4, "global_batch": 6}} for sections in TRIALS]
     whole = make_pack(tmp_path / "whole" / "pack", folders, trials)
     trainer.run_group(tmp_path / "whole" / "pack", SINGLE)
     pack = tmp_path / "stopped" / "pack"

@@ -13,16 +13,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from closeness import figures_of
 from distlora.checkpoint.saver import Saver
 from distlora.checkpoint.state import Progress
-from distlora.loading import decomposed_adapters, load_base
+from distlora.loading import load_base
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import steps
 from distlora.system import stop_signals
 from distlora.training import worker
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.trial import Trial
-from small_models import make_run, read_metrics
+from small_models import make_run
+from tiers import ci
 from worlds import World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
@@ -51,7 +53,7 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
             ask()
 
     losses_of, train_step, evaluate = NextToken.losses, worker.Trainer._train_step, worker.Trainer.evaluate
-    segments_of, start, save = load_base.segments_of, decomposed_adapters._initialize, Saver.save
+    segments_of, save = load_base.segments_of, Saver.save
     micro_batches, evaluating = 0, -1
 
     def losses(self: NextToken, *arguments: Any) -> Losses:
@@ -77,10 +79,6 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
         when(point == "loading")
         return segments_of(*arguments)
 
-    def a_decomposition(*arguments: Any) -> None:
-        when(point == "decomposing")
-        start(*arguments)
-
     def a_save(self: Saver, progress: Progress) -> None:
         when(point == f"save {progress.step}")
         save(self, progress)
@@ -89,7 +87,6 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
     monkeypatch.setattr(worker.Trainer, "_train_step", a_step)
     monkeypatch.setattr(worker.Trainer, "evaluate", an_evaluation)
     monkeypatch.setattr(load_base, "segments_of", a_weight)
-    monkeypatch.setattr(decomposed_adapters, "_initialize", a_decomposition)
     monkeypatch.setattr(Saver, "save", a_save)
 
 
@@ -135,22 +132,14 @@ def assert_same_state(run_dir: Path, other: Path) -> None:
     assert all(torch.equal(part, second[name]) for name, part in first.items())
 
 
-def figures(run_dir: Path) -> list[tuple[int, str, float]]:
-    """(step, name, value) of everything that does not measure time or memory."""
-    names = ("loss", "eval_loss", "lr", "grad_norm", "reduced_bytes")
-    return [(line["step"], name, line[name]) for line in read_metrics(run_dir) for name in names if name in line]
-
-
-def stops(*, at_once: bool, per_step: int, decomposes: bool) -> list[tuple[str, tuple[int, ...], int, int]]:
+def stops(per_step: int) -> list[tuple[str, tuple[int, ...], int, int]]:
     """Return the stop requests of successive starts: where, on which ranks, how often, and the step saved then.
 
-    All act at the boundary after the one at which the first says it, a single process `at_once`; a step has `per_step`
-    boundaries.
+    All ranks act at the boundary after the first request; a step has `per_step` boundaries.
     """
-    lag = 0 if at_once or per_step > 1 else 1
+    lag = 0 if per_step > 1 else 1
     return [
         ("start", (0, 1), 2, 0),
-        *([("decomposing", (1,), 1, 0)] if decomposes else []),
         ("loading", (1,), 1, 0),
         ("evaluation 0", (1,), 1, 0),
         ("step 1", (0,), 1, 1 + lag),
@@ -163,21 +152,26 @@ def stops(*, at_once: bool, per_step: int, decomposes: bool) -> list[tuple[str, 
 
 
 FULL = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
+FEW = ("start", "evaluation 3", "micro-batch 1 of step 6")
 
 
 @pytest.mark.parametrize(
-    ("size", "sections"),
+    ("size", "sections", "points"),
     [
-        (2, {}),
-        pytest.param(1, {}, marks=pytest.mark.slow),
-        pytest.param(3, {"train": {"accumulate": "block"}}, marks=pytest.mark.slow),
-        pytest.param(2, {"adapter": {"init": "pissa"}}, marks=pytest.mark.slow),
-        pytest.param(2, FULL, marks=pytest.mark.slow),
+        (2, {}, FEW),
+        ci(2, {}, None),
+        pytest.param(3, {"train": {"accumulate": "block"}}, None, marks=pytest.mark.slow),
+        pytest.param(2, FULL, None, marks=pytest.mark.slow),
     ],
-    ids=["2 ranks", "1 rank", "3 ranks, by blocks", "2 ranks, pissa", "2 ranks, full"],
+    ids=["three stops", "every stop", "3 ranks, by blocks", "full"],
 )
-def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupted_run(
-    world: World, folders: Path, tmp_path: Path, size: int, sections: dict[str, dict[str, Any]]
+def test_a_run_that_is_stopped_anywhere_equals_the_uninterrupted_run(
+    world: World,
+    folders: Path,
+    tmp_path: Path,
+    size: int,
+    sections: dict[str, dict[str, Any]],
+    points: tuple[str, ...] | None,
 ) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, run_dir):
@@ -185,10 +179,9 @@ def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupt
     world.run(size, run_asked, run_dir=whole, point=None)
     done: list[int] = []
     per_step = 1 if "train" in sections else 6 // size
-    decomposes = "init" in sections.get("adapter", {})
-    for point, asked, times, saved in stops(at_once=size == 1, per_step=per_step, decomposes=decomposes):
-        if size == 1:
-            asked = (0,)
+    for point, asked, times, saved in stops(per_step):
+        if points is not None and point not in points:
+            continue
         ranks_did = world.run(size, run_asked, run_dir=run_dir, point=point, asked=asked, times=times)
         assert ranks_did == [ranks_did[0]] * size, "all ranks stop after the same step"
         done += ranks_did[0]
@@ -201,10 +194,11 @@ def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupt
     assert done == list(range(1, 9)), "no whole step was lost"
     assert not (run_dir / "stopped.json").exists()
     assert_same_state(run_dir, whole)
-    assert figures(run_dir) == figures(whole), "each step once, with the same numbers"
+    assert figures_of(run_dir) == figures_of(whole), "each step once, with the same numbers"
     assert (run_dir / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
+@pytest.mark.ci
 def test_saves_by_the_clock_change_nothing_and_come_after_whole_steps(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
@@ -219,4 +213,4 @@ def test_saves_by_the_clock_change_nothing_and_come_after_whole_steps(
     )
     assert [folder.name for folder in steps(tmp_path / "whole" / "checkpoints")] == ["step_00000005"]
     assert_same_state(tmp_path / "saved", tmp_path / "whole")
-    assert figures(tmp_path / "saved") == figures(tmp_path / "whole")
+    assert figures_of(tmp_path / "saved") == figures_of(tmp_path / "whole")

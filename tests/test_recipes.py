@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from distlora.config import Config
 from distlora.config.plan import GPUS
 from distlora.planner import Plan, plan_of, report
 from distlora.planner.machine import machine_of
@@ -27,13 +26,8 @@ NAMED = [name for name in NAMES if name not in MODEL_FREE]
 
 
 @functools.cache
-def composed(name: str, *overrides: str) -> Config:
-    return compose_config([f"recipe={name}", "data.path=/documents.jsonl", *overrides])
-
-
-@functools.cache
 def planned(name: str, gpu: str, *overrides: str) -> Plan:
-    config = composed(name, f"gpu={gpu}", *overrides)
+    config = compose_config([f"recipe={name}", "data.path=/documents.jsonl", f"gpu={gpu}", *overrides])
     return plan_of(config, find_model(config), machine_of(config.gpu, config.cluster))
 
 
@@ -89,16 +83,11 @@ def test_the_recipes_that_are_promised_exist() -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_recipe_fits_the_architecture_that_it_names(name: str) -> None:
-    config = composed(name)
-    model = find_model(config)  # Which refuses rows that are longer than its positions.
+def test_a_recipe_fits_its_architecture_and_its_gpu_by_the_plan_that_it_states(name: str) -> None:
+    plan = planned(name, gpu_of(name))
+    config, model = plan.config, find_model(plan.config)
     assert model.source == "built in"
     assert [len(of_block) for of_block in model.shapes.adapters(config.adapter)] == [7] * model.shapes.num_layers
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_a_recipe_fits_its_gpu_by_the_plan_that_it_states(name: str) -> None:
-    plan = planned(name, gpu_of(name))
     usable, needed = plan.machine.usable_bytes, plan.device.total
     assert usable is not None
     assert plan.fits
@@ -153,7 +142,7 @@ def test_llama3_70b_does_not_fit_two_24_gb_gpus_and_fits_two_of_32() -> None:
 
 @pytest.mark.parametrize("name", ["guanaco_65b", "guanaco_70b"])
 def test_guanaco_has_the_settings_of_the_qlora_paper(name: str) -> None:
-    config = composed(name)
+    config = planned(name, gpu_of(name)).config
     adapter, optim, train = config.adapter, config.optim, config.train
     assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.scaling_of("q_proj")) == (64, 16.0, 0.05, 0.25)
     assert (optim.name, optim.lr, optim.schedule, optim.warmup_ratio) == ("paged_adamw", 1e-4, "constant", 0.0)

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
-import torch
 import yaml
 
 import slurm_cluster
+from closeness import assert_same_run
 from distlora.config.file import as_mapping, load_config
 from slurm_cluster import SlurmCluster, running_cluster
 from small_models import read_metrics
@@ -46,12 +45,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield running
 
 
-def distlora(cluster: SlurmCluster, *words: str, expect: int = 0) -> str:
-    """Return what a command prints, which must end with code `expect`."""
+def distlora(cluster: SlurmCluster, *words: str, expect: int = 0, **variables: str) -> str:
+    """Return the output of a command, which must exit with `expect`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    environment |= cluster.environment | {"OMP_NUM_THREADS": "1"}
+    environment |= cluster.environment | {"OMP_NUM_THREADS": "1"} | variables
     finished = subprocess.run(
-        [DISTLORA, *words], capture_output=True, text=True, env=environment, cwd=cluster.folder.parent, timeout=120
+        [DISTLORA, *words], capture_output=True, text=True, env=environment, cwd=cluster.folder.parent, timeout=200
     )
     output = finished.stdout + finished.stderr
     assert finished.returncode == expect, output
@@ -100,22 +99,6 @@ def job_of(folder: Path) -> str:
 def steps_done(run: Path) -> int:
     """Return the steps that a run has reported."""
     return sum("loss" in line for line in read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
-
-
-def adapter(run: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors")
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    """Check that two runs have the same adapter bit for bit, the same losses, and each step once."""
-    tensors, others = adapter(run), adapter(other)
-    assert tensors.keys() == others.keys()
-    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
-    losses, other_losses = (
-        [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line] for folder in (run, other)
-    )
-    assert losses == other_losses
-    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
 
 
 @dataclass

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from distlora.training import worker
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.trial import NonFiniteError, Trial
 from small_models import make_run, read_metrics
-from tiers import ci, diagonal
+from tiers import ci
 from worlds import World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
-PATIENT = {"eval_every": 1, "max_steps": 8, "early_stopping_patience": 2}
+PATIENT = {"eval_every": 1, "max_steps": 7, "early_stopping_patience": 2, "global_batch": 6}
+CONSTANT = {"lr": 2e-3, "eps": 1e-4, "schedule": "constant", "warmup_ratio": 0.0}
 
 
 def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: float, where: str) -> str:
@@ -77,50 +77,31 @@ def saved(folder: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(folder / "adapter_model.safetensors")
 
 
-BAD = {"max_steps": 7, "log_every": 4}
-
-
-def good_run(ranks: Ranks, *, run_dir: Path) -> None:
-    worker.run(run_dir, ranks)
-
-
-@pytest.fixture(scope="module")
-def good(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
-    """Return the checkpoint of the second step of a run without a bad one."""
-
-    @functools.cache
-    def make(size: int, accumulate: str) -> Path:
-        run_dir = tmp_path_factory.mktemp("good") / "run"
-        make_run(run_dir, folders, train=BAD | {"accumulate": accumulate, "save_every": 2, "keep": 9})
-        world.run(size, good_run, run_dir=run_dir)
-        return run_dir / "checkpoints" / "step_00000002"
-
-    return make
+BAD = {"max_steps": 5, "log_every": 4}
 
 
 @pytest.mark.parametrize(
-    ("run", "bad"),
-    diagonal(
-        [(1, "step"), (2, "step"), (2, "block")],
-        [("loss", float("inf")), ("loss", float("nan")), ("gradient", 0.0)],
-    ),
-    ids=str,
+    ("size", "accumulate", "where", "value"),
+    [
+        (1, "step", "loss", math.inf),
+        (2, "block", "gradient", 0.0),
+        ci(1, "step", "gradient", 0.0),
+        ci(2, "step", "loss", math.nan),
+        ci(2, "block", "loss", math.inf),
+    ],
 )
-def test_the_last_finite_state_is_saved_and_step_and_rows_are_named(
-    world: World,
-    folders: Path,
-    tmp_path: Path,
-    good: Callable[[int, str], Path],
-    run: tuple[int, str],
-    bad: tuple[str, float],
+def test_the_last_finite_state_is_saved_and_the_step_and_its_rows_are_named(
+    world: World, folders: Path, tmp_path: Path, size: int, accumulate: str, where: str, value: float
 ) -> None:
-    (size, accumulate), (where, value) = run, bad
-    make_run(tmp_path / "bad", folders, train=BAD | {"accumulate": accumulate})
+    settings = BAD | {"accumulate": accumulate}
+    make_run(tmp_path / "good", folders, train=settings | {"save_every": 2, "keep": 9})
+    world.run(size, run_with_bad_step, run_dir=tmp_path / "good", bad_step=-1, value=value, where=where)
+    make_run(tmp_path / "bad", folders, train=settings)
     messages = world.run(size, run_with_bad_step, run_dir=tmp_path / "bad", bad_step=2, value=value, where=where)
     assert len(set(messages)) == 1, "every rank stops, at the same place"
     assert messages[0].startswith("step 3: the ")
     assert ("gradient of rows" if where == "gradient" else "loss of row ") in messages[0]
-    folder, expected = tmp_path / "bad" / "checkpoints" / "step_00000002", good(size, accumulate)
+    folder, expected = (tmp_path / run / "checkpoints" / "step_00000002" for run in ("bad", "good"))
     assert newest(tmp_path / "bad" / "checkpoints") == (folder, [])
     assert all(torch.equal(saved(expected)[name], tensor) for name, tensor in saved(folder).items())
     optimizer = [safetensors.torch.load_file(path / TRAINER_NAME) for path in (folder, expected)]
@@ -142,31 +123,24 @@ def test_early_stopping_counts_evaluations_without_a_fall() -> None:
     assert progress.evaluations_since_best(0.1) == 2
     assert Progress(evaluations={0: 3.0}).best_step is None
     assert Progress(evaluations={0: 3.0}).evaluations_since_best(0.0) == 0
-
-
-def test_a_held_out_loss_that_is_not_finite_is_never_the_best() -> None:
     progress = Progress(evaluations={0: 3.0, 2: math.nan, 4: 2.5, 6: math.inf})
-    assert progress.best_step == 4
+    assert progress.best_step == 4, "a loss that is not finite is never the best"
     assert progress.evaluations_since_best(0.0) == 1
     assert Progress(evaluations={0: 3.0, 2: math.nan}).best_step is None
 
 
 @pytest.fixture(scope="module")
-def after_three_steps(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """Return the adapter of a run of as many steps as PATIENT."""
-    run_dir = tmp_path_factory.mktemp("short") / "run"
-    make_run(run_dir, folders, train={"max_steps": 8, "save_every": 3, "keep": 9})
+def falling(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of three steps in which the held-out loss falls."""
+    run_dir = tmp_path_factory.mktemp("falling") / "run"
+    make_run(run_dir, folders, train=PATIENT | {"max_steps": 3}, optim=CONSTANT)
     worker.run(run_dir, SINGLE)
-    return saved(run_dir / "checkpoints" / "step_00000003")
+    return run_dir
 
 
 @pytest.mark.parametrize("load_best", [ci(False), True])
 def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
-    folders: Path,
-    tmp_path: Path,
-    after_three_steps: dict[str, Tensor],
-    load_best: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    folders: Path, tmp_path: Path, falling: Path, load_best: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluated = Trial.evaluated
 
@@ -175,13 +149,13 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
         self.progress.evaluations[self.progress.step] += max(self.progress.step - 3, 0)
 
     monkeypatch.setattr(Trial, "evaluated", rising_after_step_3)
-    make_run(tmp_path / "run", folders, train=PATIENT | {"load_best_at_end": load_best})
+    make_run(tmp_path / "run", folders, train=PATIENT | {"load_best_at_end": load_best}, optim=CONSTANT)
     worker.run(tmp_path / "run", SINGLE)
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["best_step"] == 3
     kept, final = saved(tmp_path / "run" / "best"), saved(tmp_path / "run" / "adapter")
-    assert all(torch.equal(kept[name], tensor) for name, tensor in after_three_steps.items())
+    assert all(torch.equal(kept[name], tensor) for name, tensor in saved(falling / "adapter").items())
     assert all(torch.equal(kept[name], final[name]) for name in kept) == load_best
     # Started again, it has nothing left to do and ends the same.
     worker.run(tmp_path / "run", SINGLE)
@@ -193,3 +167,10 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
         worker.run(tmp_path / "run", SINGLE)
         last = saved(tmp_path / "run" / "checkpoints" / "step_00000005")
         assert all(torch.equal(last[name], tensor) for name, tensor in saved(tmp_path / "run" / "adapter").items())
+
+
+def test_nothing_stops_while_the_held_out_loss_falls(falling: Path) -> None:
+    losses = [line["eval_loss"] for line in read_metrics(falling) if "eval_loss" in line]
+    assert len(losses) == 4
+    assert losses == sorted(losses, reverse=True)
+    assert torch.equal(*(next(iter(saved(falling / name).values())) for name in ("best", "adapter")))

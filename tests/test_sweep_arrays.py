@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,15 +14,14 @@ import yaml
 import slurm_cluster
 from slurm_cluster import SlurmCluster, running_cluster
 from small_models import read_metrics
+from test_slurm_cluster import ENDED, distlora, job_of, steps_done
 from wandb_server import running_wandb_server
 
-DISTLORA = Path(sys.executable).with_name("distlora")
 MISSING = slurm_cluster.missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no SLURM: {MISSING}")
 
 STEPS = 100
 """Enough that a fast machine has not finished before it is stopped."""
-ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 START_SECONDS = 240.0
 """Time in seconds for imports on a machine with busy cores."""
 
@@ -37,18 +33,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield running
 
 
-def distlora(cluster: SlurmCluster, *words: str, expect: int = 0, **variables: str) -> str:
-    """Return the output of a command, which must exit with `expect`."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    environment |= cluster.environment | {"OMP_NUM_THREADS": "1"} | variables
-    finished = subprocess.run(
-        [DISTLORA, *words], capture_output=True, text=True, env=environment, cwd=cluster.folder.parent, timeout=200
-    )
-    output = finished.stdout + finished.stderr
-    assert finished.returncode == expect, output
-    return output
-
-
 def settings(cluster: SlurmCluster, folders: Path) -> list[str]:
     return [
         *("cluster.gpus_per_node=1", "recipe=qlora", "data.sequence_length=64", "data.eval_fraction=0.1"),
@@ -56,14 +40,6 @@ def settings(cluster: SlurmCluster, folders: Path) -> list[str]:
         *(f"data.cache_dir={cluster.folder.parent / 'cache'}", "plan.measure=false"),
         *(f"train.max_steps={STEPS}", "train.global_batch=2", "train.dtype=fp32"),
     ]
-
-
-def job_of(folder: Path) -> str:
-    return str(json.loads((folder / "slurm.json").read_text())["job_id"])
-
-
-def steps_done(run: Path) -> int:
-    return sum("loss" in line for line in read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
 
 
 def wait_for(what: Callable[[], bool], folder: Path) -> None:
@@ -158,14 +134,3 @@ def test_agents_of_wandb_are_tasks_of_an_array(cluster: SlurmCluster, folders: P
         assert len(handed_out) == 2
         for run in handed_out:
             assert (tmp_path / run / "adapter").is_dir()
-
-
-@pytest.mark.slow
-def test_a_pack_is_trained_in_a_task(cluster: SlurmCluster, folders: Path, tmp_path: Path) -> None:
-    sweep = tmp_path / "sweep"
-    words = ("cluster=slurm", "sweep.packed=2", "optim.lr=1e-3,2e-3", "tracker=none", f"run_dir={sweep}")
-    distlora(cluster, "sweep", *settings(cluster, folders), *words)
-    ended = cluster.wait(f"{job_of(sweep)}_0", *ENDED, seconds=START_SECONDS)
-    assert ended["JobState"] == "COMPLETED", said(sweep)
-    assert [trial["state"] for trial in results(sweep)] == ["complete", "complete"]
-    assert len(list((sweep / "packs").iterdir())) == 1

@@ -12,8 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +41,7 @@ from distlora_launcher.sweeps.start import parse_sweep, pinned
 from distlora_launcher.sweeps.study import Study, check_sampler
 from distlora_launcher.sweeps.sweep import Dimension, Due, Interval, Sweep, Values, load_sweep, make_search, make_sweep
 from distlora_launcher.sweeps.worker import Follower, Worker
+from launcher_fakes import wait_until
 
 HERE = Path(__file__).parent
 RATES = Values("optim.lr", (1e-3, 1e-2))
@@ -124,22 +123,6 @@ def test_draws_are_the_same_for_any_number_of_workers_and_after_a_restart(tmp_pa
     assert asked(study_of(other)).values != drawn[0][0]
 
 
-def test_optuna_comes_to_propose_what_was_good(tmp_path: Path):
-    """Check that proposals come closer to the minimum, at 1e-3, than the first, random ones."""
-    space = (Interval("optim.lr", 1e-6, 1.0, log=True), Values("adapter.target_modules", ("qv", ["q_proj", "k_proj"])))
-    sweep = sweep_at(tmp_path / "s", *space, method="optuna", trials=24, seed=1)
-    study, distances = study_of(sweep), []
-    for _ in range(24):
-        trial = asked(study)
-        distances.append(abs(math.log10(trial.values["optim.lr"]) + 3))
-        complete(study, trial, distances[-1])
-        assert trial.values["adapter.target_modules"] in ("qv", ["q_proj", "k_proj"])
-    assert study.is_over()
-    # The first ten are drawn at random. Seeds 0 to 3 gave ratios of 0.28 to 0.56.
-    assert sum(distances[10:]) / 14 < 0.7 * sum(distances[:10]) / 10
-    assert min(distances) < 0.2
-
-
 def test_optuna_tries_no_combination_of_a_finite_space_twice(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s", RATES, RANKS, Values("train.seed", (0, 1)), method="optuna", trials=20)
     study, seen = study_of(sweep), []
@@ -172,7 +155,7 @@ def test_a_journal_whose_last_line_is_cut_off_is_mended(tmp_path: Path):
     assert asked(study).number == 0
 
 
-@pytest.mark.parametrize("damage", [b"}{", b"[]", b'{"op_code": 5}', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"}{", b'{"op_code": 5}', b"\xff\xfe"])
 def test_a_damaged_journal_is_refused_by_name(tmp_path: Path, damage: bytes):
     sweep = sweep_at(tmp_path / "s")
     study_of(sweep).enqueue()
@@ -186,7 +169,6 @@ def test_a_damaged_journal_is_refused_by_name(tmp_path: Path, damage: bytes):
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
         b"\xff",
         b"{settings: {}, words: [1], space: [], config_dir: null, cwd: x, name: null}",
         b"{settings: {method: x}, words: [], space: [], config_dir: null, cwd: x, name: null}",
@@ -280,14 +262,15 @@ def test_a_machine_on_which_nothing_starts_does_not_use_up_the_trials(tmp_path: 
     assert [trial.state for trial in read_results(sweep.folder)] == [FAILED, FAILED, *[COMPLETE] * 2]
 
 
-@pytest.mark.parametrize("cancels", [True, pytest.param(False, marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("cancels", [True, False])
 def test_a_trial_that_is_cancelled_alone_is_pruned_and_one_whose_machine_is_taken_away_goes_on(
     tmp_path: Path, cancels: bool
 ):
     sweep = sweep_at(tmp_path / "s", Values("name", ("waits", "fine")))
     worker = start_worker(sweep)
     run_dir = sweep.run_dir(0)
-    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() and "2," in (run_dir / "metrics.jsonl").read_text())
+    wait_until(lambda: (run_dir / "metrics.jsonl").is_file() and "2," in (run_dir / "metrics.jsonl").read_text())
     if cancels:
         (run_dir / "cancelled").touch()  # As `distlora cancel` does before its signal.
     (pid,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
@@ -409,13 +392,6 @@ def test_a_trial_that_falls_behind_is_pruned_and_one_that_leads_is_not(tmp_path:
     assert second.state == PRUNED  # Behind the median of one.
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 def start_worker(sweep: Sweep) -> subprocess.Popen[bytes]:
     code = (
         "import sys; from pathlib import Path; from distlora_launcher.sweeps import runner, worker; "
@@ -431,7 +407,7 @@ def test_a_worker_that_ends_leaves_its_trial_to_go_on_with(
     sweep = sweep_at(tmp_path / "s", Values("name", ("waits", "fine")))
     run_dir = sweep.run_dir(0)
     worker = start_worker(sweep)
-    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() and "2," in (run_dir / "metrics.jsonl").read_text())
+    wait_until(lambda: (run_dir / "metrics.jsonl").is_file() and "2," in (run_dir / "metrics.jsonl").read_text())
     assert [process.pid for process in holders(sweep.folder)] == [worker.pid]
     assert main(["status", str(sweep.folder)]) == 0
     assert f"(pid {worker.pid})" in capsys.readouterr().out
@@ -469,17 +445,15 @@ def start_sweep(sweep: Sweep, tmp_path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=environment, start_new_session=True)
 
 
-@pytest.mark.parametrize(
-    "signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(signal.SIGKILL, marks=pytest.mark.ci)]
-)
-def test_workers_of_a_sweep_end_together_and_go_on_with_what_they_had(tmp_path: Path, signum: signal.Signals):
+@pytest.mark.ci
+def test_workers_of_a_sweep_end_together_and_continue_their_trials(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s", RATES, Values("train.seed", (0, 1)), overrides=("name=waits",), workers=2)
     run_dirs = [sweep.run_dir(number) for number in range(4)]
     command = start_sweep(sweep, tmp_path)
-    wait_for(lambda: all((run_dir / "starts").is_file() for run_dir in run_dirs[:2]))
-    command.send_signal(signum)
-    assert command.wait(60) == (75 if signum == signal.SIGTERM else -signal.SIGKILL)
-    wait_for(lambda: not holders(sweep.folder))
+    wait_until(lambda: all((run_dir / "starts").is_file() for run_dir in run_dirs[:2]))
+    command.kill()
+    assert command.wait(60) == -signal.SIGKILL
+    wait_until(lambda: not holders(sweep.folder))
     assert [trial.state for trial in read_results(sweep.folder)] == [RUNNING, RUNNING, WAITING, WAITING]
     let_go(sweep)
     assert start_sweep(sweep, tmp_path).wait(60) == 0
@@ -544,10 +518,7 @@ def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
         ),
         (["sweep.sampler=gp", "optim.lr=1,2"], "sweep.sampler=gp is a setting of sweep=optuna"),
         (["sweep.seed=3", "optim.lr=1,2"], "sweep.seed has no effect with sweep=grid"),
-        (["sweep.pruner_warmup=3", "optim.lr=1,2"], "sweep.pruner_warmup has no effect without a pruner"),
-        (["sweep.space.optim.lr=1e-4"], "sweep.space.optim.lr=0.0001 is one value"),
         (["sweep=grid,random", "optim.lr=1,2"], "a sweep has one value of it"),
-        (["sweep=gird", "optim.lr=1,2"], "did you mean 'grid'?"),
         (["-m", "optim.lr=1,2"], "distlora sweep runs several without it"),
         (["data.sequence_length=64", "adapter.r=8,0"], "adapter.r=0 is not a rank"),
         (["optim.lr=1e-4,2e-4", "data.eval_fraction=0"], "needs held-out documents"),

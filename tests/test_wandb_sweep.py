@@ -101,7 +101,6 @@ def test_kinds_of_values_and_an_early_end_are_said_in_wandbs_words(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["sweep=rank_search"], "without create"),
         (["quant=nf4,none"], "such as quant.method=a,b"),
         (["optim.lr=1e-4,-1"], "trial 1 (optim.lr=-1)"),
     ],
@@ -166,7 +165,6 @@ def start_as_agent(monkeypatch: pytest.MonkeyPatch, place: Path, values: dict[st
         ({"optim.lr": 5.0}, ["optim.lr=1e-3"], "optim.lr is 0.001 by this command, and the sweep s1 asks for 5.0"),
         ({"adapter.r": 4}, [], "adapter.r is 16 by this command, and the sweep s1 asks for 4"),
         ({"quant": "nf4"}, ["quant=nf4"], "in place of the whole section quant"),
-        ({"lr": 1e-3}, [], "lr=0.001 of the sweep s1 is no setting"),
     ],
 )
 def test_values_that_a_run_does_not_have_are_refused_before_anything_starts(

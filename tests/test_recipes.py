@@ -67,21 +67,6 @@ def claims(text: str) -> dict[str, float]:
     return {words: float(size) for size, words in re.findall(r"^# +(\d+\.\d)  (.+)$", text, re.MULTILINE)}
 
 
-def test_the_recipes_that_are_promised_exist() -> None:
-    assert set(NAMES) == {
-        "continued_pretraining",
-        "guanaco_65b",
-        "guanaco_70b",
-        "llama2_70b_2x24gb",
-        "llama3_70b_8x80gb",
-        "llama3_8b_24gb",
-        "dpo",
-        "qlora",
-        "qwen_32b_2x48gb",
-        "tool_calls",
-    }
-
-
 @pytest.mark.parametrize("name", NAMED)
 def test_a_recipe_fits_its_architecture_and_its_gpu_by_the_plan_that_it_states(name: str) -> None:
     plan = planned(name, gpu_of(name))

@@ -84,9 +84,6 @@ def test_what_cannot_be_searched_is_refused(word: str, expected: str):
     with pytest.raises(UserError, match=r".*") as refused:
         split([word], {})
     assert expected in str(refused.value)
-
-
-def test_a_single_value_in_the_space_is_refused():
     with pytest.raises(UserError, match=r"one value for optim\.lr"):
         split([], {"optim.lr": "1e-4"})
 

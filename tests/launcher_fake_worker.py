@@ -49,7 +49,7 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             while not dying.exists():  # On a busy machine it may start seconds after this rank.
                 time.sleep(0.01)
-            time.sleep(0.1)
+            time.sleep(0.5)
             raise ConnectionError("peer closed")
         case "rank 1 exits with 3":
             if rank == 1:

@@ -276,7 +276,7 @@ class TurnFinder:
     def _by_prefixes(
         self, place: str, messages: list[Message], tools: Any, chosen: list[int]
     ) -> tuple[str, list[Turn]]:
-        """Yield each turn from the end of its prompt, as at inference, to the start of the next message."""
+        """Return the text, and each turn from the end of its prompt to the start of the next message (inference)."""
         text = self.template.render(place, messages, tools)
         turns = []
         for index in chosen:

@@ -108,7 +108,7 @@ class MemoryMeter:
         return _sums(self._held())
 
     def _held(self) -> dict[tuple[int, int], Kind]:
-        """Yield (address, bytes) of each storage."""
+        """Return the category of each storage, by (address, bytes)."""
         entries = dict(self._base)
         for parameter in self._model.parameters():
             whole = parameter.data

@@ -233,7 +233,7 @@ class Routing(NamedTuple):
             num_experts: E.
             on_host: Whether to copy the boundaries to the host.
             adapters: ((T,) int64, the adapter of each token or -1; number of adapters). An expert's rows are then
-            sorted     by adapter first.
+                sorted by adapter first.
         """
         flat = choices.T.reshape(-1)
         key = flat

@@ -334,5 +334,5 @@ def _check_whole(members: Sequence[Member], adapters: Sequence[PeftAdapter], *, 
                 shared = ", which are the head's too, as the base ties them," if tied else ""
                 raise UserError(
                     f"{member.place} trained the whole {both[0]} and {other.place} rows of "
-                    f"{min(theirs.token_rows)}{shared} and such a sum is not made here; leave one of them out"
+                    f"{min(theirs.token_rows)}{shared}, which cannot be summed; leave one of them out"
                 )

@@ -62,13 +62,13 @@ def cancel(folder: Path, *, now: bool) -> None:
     if not jobs and not here:
         alone = (folder / CONFIG_NAME).exists()
         raise UserError(describe(found[0]).splitlines()[0] if alone else f"no run in {shown(folder)} runs or waits")
+    for status in here:
+        note_cancelled(status)
+        cancel_processes(status.run_dir, status.holders, now=now)
     try:
         cancel_jobs(jobs, now=now)
     except SchedulerError as error:
         raise UserError(f"SLURM refuses: {error}") from error
-    for status in here:
-        note_cancelled(status)
-        cancel_processes(status.run_dir, status.holders, now=now)
 
 
 def note_cancelled(status: Status) -> None:

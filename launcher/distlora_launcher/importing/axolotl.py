@@ -449,7 +449,7 @@ def convert_tracker(keys: Keys, imported: Imported) -> None:
         if mode not in (None, "online"):
             imported.note("unsupported", f"wandb_mode={mode}", f"set WANDB_MODE={mode} in the environment")
         if entity is not None:
-            imported.note("unsupported", "wandb_entity", f"set WANDB_ENTITY={entity} in the environment")
+            imported.section("tracker")["entity"] = entity
         return
     for given, value in (("wandb_entity", entity), ("wandb_mode", mode), ("wandb_project", project)):
         if value is not None and value != "disabled":

@@ -74,7 +74,8 @@ def _outcome(run: RunRecords) -> str | None:
 def _notes(run: RunRecords, status: PageStatus) -> list[str]:
     notes = list(run.problems)
     if unreached := run.summary.get("parameters_without_gradient"):
-        notes.append(f"no gradient reached {len(unreached):,} trained parameters: {', '.join(unreached[:4])}, ...")
+        more = ", ..." if len(unreached) > 4 else ""
+        notes.append(f"no gradient reached {len(unreached):,} trained parameters: {', '.join(unreached[:4])}{more}")
     if status.error is None and run.metrics.non_finite:
         step, name = run.metrics.non_finite[0]
         notes.append(f"{name} was not finite at step {step:,}")

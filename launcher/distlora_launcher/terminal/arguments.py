@@ -53,7 +53,9 @@ def subject(command: str, arguments: Sequence[str], summaries: Mapping[str, str]
         print(f"usage: distlora {command} WHAT ...\n\n{listed(summaries)}")
         print(f"\n`distlora {command} WHAT --help` says more.")
         raise HelpShownError
-    name = arguments[0] if arguments else "nothing"
+    if not arguments:
+        raise UserError(f"distlora {command} needs a subject; write one of {', '.join(summaries)}")
+    name = arguments[0]
     if name not in summaries:
         raise UserError(
             f"distlora {command}: there is nothing named {name!r}{nearest(name, summaries)}; write one of "
@@ -76,6 +78,8 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
         if item.name not in texts:
             continue
         flag, kind = f"--{item.name.replace('_', '-')}", hints[item.name]
+        if isinstance(item.default, str | int | float) and not isinstance(item.default, bool) and item.default != "":
+            texts[item.name] += f" (default: {item.default})"
         if get_origin(kind) in (Union, UnionType):
             (kind,) = (member for member in get_args(kind) if member is not type(None))
         if kind is bool:
@@ -101,7 +105,7 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
 
 
 def _docstrings(request: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass and its bases, with the defaults of options."""
+    """Return the docstring under each field of a dataclass and its bases."""
     texts: dict[str, str] = {}
     for owner in request.__mro__[-2::-1]:
         (definition,) = ast.parse(inspect.getsource(owner)).body
@@ -109,8 +113,7 @@ def _docstrings(request: type) -> dict[str, str]:
         for item, after in itertools.pairwise(definition.body):
             if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
                 text = " ".join(ast.literal_eval(after.value).split()).removesuffix(".").replace("%", "%%")
-                default = getattr(item.value, "value", None)
-                texts[ast.unparse(item.target)] = text if default in (None, False) else f"{text} (default: {default})"
+                texts[ast.unparse(item.target)] = text
     return texts
 
 

@@ -14,8 +14,10 @@ import pytest
 import activation_steps
 from activation_steps import NARROW, WIDE, check_steps, load, positions, small_chunks
 from distlora.model import experts
-from distlora.planner.memory import layer
+from distlora.parallel import integrity
+from distlora.planner.memory import layer, step
 from distlora.planner.memory.activations import Mode
+from distlora_kernels import dropout, nf4, skinny_launch
 
 __all__ = ["small_chunks"]
 
@@ -58,7 +60,7 @@ CASES: list[tuple[str, str, dict[str, int], dict[str, Any]]] = [
     ("phi3, DoRA", "phi3", NARROW, DORA),
     ("llama with masks, DoRA in NF4", "llama", NARROW, MASKS | DORA | {"quant": "nf4"}),
 ]
-DEFAULT = ("qwen3_moe, narrow", "gpt_oss, scores", "llama, DoRA and dropout")
+DEFAULT = ("gpt_oss, scores", "llama, DoRA and dropout")
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -164,3 +166,11 @@ def test_the_peak_of_a_step_with_a_reference_is_calculated_within_5_percent(tmp_
     loaded = load(tmp_path, "llama", NARROW)
     loaded = loaded._replace(costs=replace(loaded.costs, has_reference=True))
     check_steps(loaded, FEW, with_reference=True)
+
+
+def test_planner_and_kernels_have_the_same_bounds() -> None:
+    assert layer._COUNTERS == {"cpu": dropout._CPU_COUNTERS, "cuda": dropout._GPU_COUNTERS}
+    assert layer._PARTS_BYTES == skinny_launch.MOST_PARTS_BYTES
+    assert layer._RANK_READ_ONCE == skinny_launch._LARGEST_RANK_READ_ONCE
+    assert 8 * integrity._LINES_AT_ONCE["cuda"] * integrity.LINE == step._CHECKED
+    assert layer._BLOCK == nf4.BLOCK

@@ -36,8 +36,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 CPU, CPU_DTYPE = torch.device("cpu"), torch.float32
 SDPA_VARIANTS = [name for name in VARIANTS if not name.startswith(("gemma2", "gpt-oss"))]
 """Those whose scores have no caps and no sinks."""
-BY_DEFAULT = ("llama", "mistral-window", "qwen2-tied-window", "qwen3", "gemma3", "phi3", "mixtral", "qwen3-moe")
-"""One variant of each family, the others in `make test-ci`."""
+BY_DEFAULT = ("llama", "gemma3", "phi3", "mixtral")
+"""The others run in `make test-ci`."""
 LAYOUTS = ([23, 1, 40], [64], [1, 1, 17, 45], [30, 34])
 """Lengths of the documents of each row; 64 is a document alone, or a row of padding."""
 
@@ -127,16 +127,6 @@ def mask_of(make: Any, config: Any, embeds: Tensor, attention_mask: Tensor | Non
     return mask
 
 
-def test_documents_are_felt(tmp_path: Path) -> None:
-    """The equalities above say something: with the documents of other rows the losses are others."""
-    write_family_folder(tmp_path, "llama")
-    model, _ = load_ours(tmp_path)
-    model.attend_by_documents(attention.reference)
-    right, _ = losses_and_gradients(model, Documents.of(POSITIONS), 1)
-    wrong, _ = losses_and_gradients(model, Documents.of(POSITIONS.flip(0)), 1)
-    assert ((right - wrong).abs() > 1e-3 * right).all()
-
-
 def varlen_as_torch_2_11(
     query: Tensor,
     key: Tensor,
@@ -206,8 +196,7 @@ def test_only_the_backward_of_attention_is_run_deterministically() -> None:
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize(("rows", "window"), [(1, None), (4, 16)])
 def test_torchs_own_op_takes_the_call_and_nothing_is_read_by_the_host(rows: int, window: int | None) -> None:
     """On fake tensors, which have shapes and no data: reading one raises. Masks and bounds included."""
     from torch.nn.attention.varlen import varlen_attn
@@ -240,7 +229,7 @@ def test_torchs_own_op_takes_the_call_and_nothing_is_read_by_the_host(rows: int,
         assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in (query, key, value)]
 
 
-def test_what_flash_attention_cannot_compute_keeps_its_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_without_flash_attention_keep_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Sizes:
         head_dim: int | None = None
         hidden_size, num_attention_heads = 4096, 32
@@ -298,9 +287,8 @@ def test_queries_that_autocast_left_in_fp32_meet_values_in_16_bits() -> None:
     assert torch.equal(output, expected)
 
 
-@pytest.mark.parametrize("accumulate", ["step", "block"])
 def test_a_run_that_attends_by_documents_is_the_run_with_masks(
-    accumulate: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trainer and evaluation hand the documents over."""
     calls: list[int] = []
@@ -311,7 +299,7 @@ def test_a_run_that_attends_by_documents_is_the_run_with_masks(
 
     losses = {}
     for kind in ("masks", "documents"):
-        settings = {"max_steps": 2, "micro_batch": 2, "accumulate": accumulate, "eval_every": 1}
+        settings = {"max_steps": 2, "global_batch": 6, "micro_batch": 3, "accumulate": "block"}
         make_run(tmp_path / kind, folders, train=settings)
         if kind == "documents":
             monkeypatch.setattr(setup, "use_device_kernels", lambda model, *_: by_documents(model, op))

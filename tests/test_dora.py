@@ -14,6 +14,7 @@ from distlora_kernels.dora import dora_norms, dy_gradients, initial_magnitude, m
 from distlora_kernels.nf4 import nf4_quantize, quantize_blocks
 from distlora_kernels.operands import FrozenWeight
 from distlora_kernels.skinny import skinny_dy
+from tiers import diagonal
 
 SCALE = 0.7
 
@@ -49,8 +50,7 @@ def dora_output(x: Tensor, w: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -
     return x @ (magnitude / direction.norm(dim=1).detach() * direction.T).T.T
 
 
-@pytest.mark.parametrize("rank", [1, 3, 16, 40, 64])
-@pytest.mark.parametrize("rows", [1, 33, 200])
+@pytest.mark.parametrize(("rows", "rank"), [(1, 1), (33, 3), (200, 16), (33, 64)])
 def test_norms(rows: int, rank: int, device: torch.device) -> None:
     w, a, b = (random(*shape, seed=rank, device=device) for shape in ((rows, 48), (rank, 48), (rows, rank)))
     squares, wa = w.double().square().sum(dim=1).float(), (w.double() @ a.double().T).float()
@@ -85,8 +85,7 @@ def test_norms_of_rows_that_cancel_are_no_nan_and_nan_stays(device: torch.device
     assert dora_norms(squares, wa, a, b, SCALE).isnan().nonzero().tolist() == [[7]]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (37, 33), (300, 130), (515, 16)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "dtype"), diagonal([(1, 1), (515, 16), (37, 33)], [torch.float32, torch.bfloat16]))
 def test_magnitude_gradient(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     rows, out = shape
     x, w, a, b = (
@@ -117,8 +116,8 @@ def test_magnitude_gradient_reads_strided_rows_and_a_magnitude_of_zero(device: t
     assert_close(magnitude_gradient(both[:, 0], both[:, 1], magnitude), expected, ulps=8)
 
 
-@pytest.mark.parametrize("kind", ["nested", "plain"])
-@pytest.mark.parametrize("shape", [(1, 64), (7, 192), (150, 128), (3, 16448)], ids=str)  # One straddles groups.
+# The last shape straddles groups.
+@pytest.mark.parametrize(("shape", "kind"), diagonal([(1, 64), (7, 192), (3, 16448)], ["plain", "nested"]))
 def test_scaled_rows_are_dequantized_to_the_rows_times_their_factors(
     kind: str, shape: tuple[int, int], device: torch.device
 ) -> None:
@@ -133,8 +132,9 @@ def test_scaled_rows_are_dequantized_to_the_rows_times_their_factors(
         assert torch.equal(unchanged.dense(dtype), weight.dense(dtype))
 
 
-@pytest.mark.parametrize("shape", [(5, 33, 3), (300, 130, 16), (515, 16, 24), (40, 64, 40)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), diagonal([(5, 33, 3), (515, 16, 24), (40, 64, 40)], [torch.float32, torch.bfloat16])
+)
 def test_gradients_of_one_reading_are_those_of_several(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -28,6 +28,7 @@ from test_lora_linear import tensors
 from test_parity import outcome
 from test_peft import dequantized_hf_model, our_trained_model
 from test_resume import SINGLE, figures, result, run_until
+from tiers import ci
 from worlds import World
 
 KEY = (0x01234567, 0x89ABCDEF)
@@ -72,15 +73,7 @@ def test_a_gpu_drops_what_the_cpu_drops(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(dropped(on_gpu, 3 * 7, 99).cpu(), on_cpu)
 
 
-def test_seed_name_step_and_row_each_give_another_mask() -> None:
-    first = mask([4], 64, 64)
-    others = [mask([4], 64, 64, step=6), mask([5], 64, 64), mask([4], 64, 64, key=(KEY[0], KEY[1] + 1))]
-    for other in others:
-        # Independent masks of p = 0.3 agree in 0.58 of their elements: sd 0.0077 for 4,096.
-        assert abs(float((first == other).float().mean()) - 0.58) < 4 * 0.0077
-
-
-@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.05, 0.5])
 def test_the_share_that_is_dropped_is_p_everywhere_and_neighbours_are_independent(p: float) -> None:
     draws = mask(list(range(64)), 64, 512, p=p).float()
     deviation = (p * (1 - p) / draws.numel()) ** 0.5
@@ -103,9 +96,9 @@ def test_a_probability_is_a_number_of_65536ths_and_never_none_or_all() -> None:
     assert quarter.scale == 1 / 0.75
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "packed", "per_row"), [(torch.float32, False, True), (torch.bfloat16, True, False)], ids=str
+)
 def test_output_and_gradients_are_those_of_the_formula_with_the_same_mask(
     dtype: torch.dtype, packed: bool, per_row: bool
 ) -> None:
@@ -177,10 +170,9 @@ def test_the_key_is_the_seed_and_the_path() -> None:
 
 
 ADAPTER = {"target_modules": "all-linear", "r": 8, "lora_dropout": 0.3}
-CELLS = [
-    pytest.param(1, {"micro_batch": 2, "accumulate": "block"}, marks=pytest.mark.ci),
-    (2, {"micro_batch": 3, "accumulate": "block", "checkpointing": "none"}),
-    pytest.param(3, {"micro_batch": 2}, marks=pytest.mark.ci),
+CELLS: list[Any] = [
+    (2, {"micro_batch": 3, "accumulate": "block"}),
+    ci(3, {"micro_batch": 2, "checkpointing": "none"}),
 ]
 
 
@@ -202,7 +194,7 @@ def test_a_run_with_dropout_does_not_depend_on_ranks_micro_batches_or_checkpoint
     assert_adapters_close(adapter, reference[1])
 
 
-def test_training_tells_each_step_and_row_and_evaluation_nothing(
+def test_training_passes_each_step_and_row_and_evaluation_passes_none(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[StepRows | None] = []
@@ -224,8 +216,8 @@ def test_training_tells_each_step_and_row_and_evaluation_nothing(
 
 
 def test_a_resumed_run_with_dropout_is_the_uninterrupted_one_bit_for_bit(folders: Path, tmp_path: Path) -> None:
-    settings = {"max_steps": 5, "save_every": 2, "log_every": 1}
-    for name, stops in (("whole", [None]), ("stopped", [3, None])):
+    settings = {"max_steps": 3, "save_every": 1, "log_every": 1, "global_batch": 6}
+    for name, stops in (("whole", [None]), ("stopped", [2, None])):
         make_run(tmp_path / name, folders, adapter=ADAPTER, train=settings)
         for stop in stops:
             run_until(SINGLE, run_dir=tmp_path / name, stop_before=stop)
@@ -248,7 +240,7 @@ class OurDropout(nn.Module):
         return x.masked_fill(lost, 0) / (1 - ours.threshold / 2**16)
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [ci(False), True])
 def test_with_the_same_masks_peft_gives_our_loss_and_our_gradients(folders: Path, tmp_path: Path, dora: bool) -> None:
     adapter = ADAPTER | {"use_dora": dora}
     make_run(tmp_path / "run", folders, adapter=adapter, train={"max_steps": 4}, optim={"lr": 2e-2})

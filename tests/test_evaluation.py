@@ -28,6 +28,7 @@ from distlora_launcher.cli import merge as merging
 from distlora_launcher.cli.main import main as command
 from family_models import SINGLE, write_family_folder
 from small_models import make_run, read_metrics, tokenizer, write_model_folder, write_text_file
+from tiers import ci
 from worlds import World
 
 
@@ -88,12 +89,13 @@ def test_the_figures_are_those_of_whole_logits_and_of_the_runs_own_evaluation(ru
 def evaluate(ranks: Ranks, run_dir: Path, model: Path) -> dict[str, Any]:
     """One that is rounded too, whose weights change after they were loaded."""
     rounded = Subject(label="rounded", kind="model", model=str(model), rounded="fp16")
-    return worker.run(request_for(run_dir, rounded), ranks)
+    request = request_for(run_dir, rounded)
+    return worker.run(replace(request, text=replace(request.text, most_rows=4)), ranks)
 
 
 def test_sharded_ranks_find_what_one_finds(world: World, run_dir: Path, folders: Path) -> None:
     alone = evaluate(SINGLE, run_dir, folders / "llama")["models"]
-    for found in world.run(3, evaluate, run_dir=run_dir, model=folders / "llama"):
+    for found in world.run(2, evaluate, run_dir=run_dir, model=folders / "llama"):
         for ours, theirs in zip(found["models"], alone, strict=True):
             for key in ("loss", "perplexity", "loss_difference", "divergence"):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-9), key
@@ -160,7 +162,7 @@ def test_a_text_is_read_once_for_all_and_written_down(
     assert "6 of" in capsys.readouterr().out
 
 
-def test_what_cannot_be_evaluated_is_refused(
+def test_bad_eval_options_are_refused(
     run_dir: Path, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -175,9 +177,7 @@ def test_what_cannot_be_evaluated_is_refused(
         ([str(run_dir), "--quant", "none"], "was trained with quant=nf4"),
         ([str(run_dir), "--sequence-length", "9"], "is of --text"),
         ([str(run_dir), str(run_dir)], "named twice"),
-        ([str(run_dir), str(run_dir / "adapter" / "..")], "named twice"),
         ([llama, "--text", text, "--sequence-length", "100000"], "--sequence-length 100,000"),
-        ([str(run_dir), "--text", text, "--sequence-length", "100000"], "--sequence-length 100,000"),
         ([llama, "--text", text, "--checkpoint", "best"], "and none is named"),
         ([llama, "--text", "gone.jsonl"], "gone.jsonl"),
         ([llama, "--text", text, "--rows", "0"], "--rows=0"),
@@ -224,7 +224,7 @@ def merge(run: Path, out: Path, **settings: Any) -> EvaluateRequest:
     return request
 
 
-@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("name", ["dora", ci("qwen3-moe"), ci("bf16")])
 def test_no_logit_of_an_exact_merge_is_further_than_1e_4_from_the_adapted_model(name: str, tmp_path: Path) -> None:
     variant, adapter = MERGED[name]
     write_family_folder(tmp_path / "base", variant)
@@ -269,7 +269,7 @@ def test_the_other_forms_are_measured_and_leave_nothing_behind(run_dir: Path, tm
     assert models["sum on the base on disk, fp32"]["divergence"] > divergences[2]
 
 
-def test_what_cannot_be_measured_is_said_or_where_it_was_asked_for_refused(
+def test_a_merge_that_cannot_be_measured_says_so_or_is_refused(
     run_dir: Path, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = str(tmp_path / "merged")
@@ -288,12 +288,13 @@ def test_what_cannot_be_measured_is_said_or_where_it_was_asked_for_refused(
     foreign[3] = f"{folders.name}/llama"  # Here, so it is no name on the hub.
     assert command([*foreign, "--compare"]) == 2
     assert "add --text FILE" in capsys.readouterr().err
-    assert command(["merge", str(run_dir), "--out", out, "--no-measure", "--rows", "3"]) == 2
-    assert "--rows says what is measured" in capsys.readouterr().err
-    assert command(["merge", str(run_dir), "--out", out, "--no-measure", "--processes", "2"]) == 2
-    assert "--processes says" in capsys.readouterr().err
-    assert command(["merge", str(run_dir), "--out", out, "--rows", "0"]) == 2
-    assert "--rows=0" in capsys.readouterr().err
+    for words, reason in (
+        (["--no-measure", "--rows", "3"], "--rows says what is measured"),
+        (["--no-measure", "--processes", "2"], "--processes says"),
+        (["--rows", "0"], "--rows=0"),
+    ):
+        assert command(["merge", str(run_dir), "--out", out, *words]) == 2
+        assert reason in capsys.readouterr().err
     monkeypatch.setattr(merging, "available_bytes", lambda: 2**20)
     monkeypatch.setattr(merging, "gpu_count", lambda: 0)
     assert command(["merge", str(run_dir), "--out", out, "--rows", "3"]) == 2

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli.main import main
 from family_models import hf_config, write_family_folder
 from small_models import make_run, tokenizer, write_model_folder, write_text_file
+from tiers import ci
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 # Rows are whole blocks: for rows of 96 bitsandbytes' own CPU kernel is wrong (tests/test_nf4.py).
@@ -95,20 +95,12 @@ def exported(place: Path, run: str, form: str, out: Path, *how: Any, **name: Any
     return record
 
 
-CELLS = [
-    ("peft", "dora"),
-    ("peft", "loftq-bf16"),
-    ("bnb", "lora"),
-    ("bnb", "dora"),
-    ("hf", "pissa"),
-    ("hf", "loftq-bf16"),
-]
-"""The others are slow; most are a part of a test below."""
-MORE = [(form, name) for form in ("peft", "bnb", "hf") for name in RUNS if (form, name) not in CELLS]
+CELLS = [("peft", "dora"), ("bnb", "lora"), ("hf", "loftq-bf16")]
+IN_CI = [(form, name) for form in ("peft", "bnb", "hf") for name in RUNS if (form, name) not in CELLS]
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize(("form", "name"), [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE)])
+@pytest.mark.parametrize(("form", "name"), [*CELLS, *(ci(*cell) for cell in IN_CI)])
 def test_the_real_client_computes_what_was_trained(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, name: str
 ) -> None:
@@ -131,6 +123,7 @@ def test_the_real_client_computes_what_was_trained(
         assert readings[1]["difference"] > 1e-3
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("in_process")
 def test_pissa_in_bitsandbytes_form_is_the_adapter_of_its_own_rank(place: Path, tmp_path: Path) -> None:
     """Compare a saved step and the published result: W less the start in NF4, and A and B as trained."""
@@ -178,25 +171,7 @@ def test_a_weight_in_bitsandbytes_form_is_ours_byte_for_byte(place: Path, tmp_pa
     assert all(torch.equal(tensors[key], stored[key]) and tensors[key].dtype == stored[key].dtype for key in dense)
 
 
-def test_what_ends_an_export_ends_it_at_the_next_pieces(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C, a full disk: no thread goes on to the last weight, and nothing is left."""
-    begun = []
-
-    def stopped(weight: Any, *_: Any) -> None:
-        begun.append(weight.name)
-        time.sleep(0.3)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bnb_folder, "write_weight", stopped)
-    request = ExportRequest(name=Name(place=str(place / "lora")), format="bnb", out=str(tmp_path / "out"), dtype="bf16")
-    with pytest.raises(KeyboardInterrupt):
-        worker.run(request)
-    assert [*tmp_path.iterdir()] == []
-    assert len(begun) < 21  # Of 21 weights.
-
-
+@pytest.mark.ci
 @pytest.mark.usefixtures("in_process")
 def test_a_base_that_is_packed_already_is_copied(place: Path, tmp_path: Path) -> None:
     """A run on an export is exported again: the base's files are the same bytes, and the client's check holds."""
@@ -233,6 +208,7 @@ def test_gemma_3_keeps_its_vision_tower_dense(tmp_path: Path) -> None:
     assert not any("vision" in name for name in packed)
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("in_process")
 def test_a_merged_folder_in_16_bits_and_one_on_the_base_without_nf4(place: Path, tmp_path: Path) -> None:
     """Without --dtype it is the base's, fp32 here. On the other base it is that model which the client is held to."""
@@ -249,6 +225,7 @@ def test_a_merged_folder_in_16_bits_and_one_on_the_base_without_nf4(place: Path,
         assert record["adapter"]["folder"] == (step if name else "adapter")
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("in_process")
 def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path) -> None:
     """Check that bitsandbytes is refused, as it leaves experts in 16 bits."""
@@ -265,7 +242,7 @@ def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_what_the_client_computes_otherwise_is_not_left_behind(
+def test_a_damaged_export_is_not_left_behind(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Damage a merged model after it was written.
@@ -284,10 +261,9 @@ def test_what_the_client_computes_otherwise_is_not_left_behind(
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(hf_folder, "write", damaged)
+    name = Name(place=str(place / "lora"))
     for dtype in ("fp32", "bf16"):
-        request = ExportRequest(
-            name=Name(place=str(place / "lora")), format="hf", out=str(tmp_path / dtype), dtype=dtype
-        )
+        request = ExportRequest(name=name, format="hf", out=str(tmp_path / dtype), dtype=dtype)
         assert worker.run(request) == 1
         said = capsys.readouterr()
         assert "NOT MET" in said.out
@@ -310,7 +286,7 @@ def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path
     assert "rank 4, and published with that start taken off" in (out / "README.md").read_text()
 
 
-def test_what_cannot_be_exported_is_refused(
+def test_bad_export_options_are_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -371,9 +347,9 @@ def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_not_checked(folders: Pat
     ("run", "form", "dtype", "name"),
     [
         ("dora", "gguf", None, {}),
-        ("dora", "gguf", "q8_0", {}),
-        ("pissa", "gguf", "bf16", {}),
-        ("pissa", "gguf-lora", None, {"checkpoint": "step_2"}),
+        ci("dora", "gguf", "q8_0", {}),
+        ci("pissa", "gguf", "bf16", {}),
+        ci("pissa", "gguf-lora", None, {"checkpoint": "step_2"}),
         ("pissa", "gguf-lora", "fp16", {}),
         ("pissa", "gguf", "fp16", {"adapter": "base"}),
         ("pissa", "gguf", "bf16", {"onto": "original"}),
@@ -403,7 +379,7 @@ def test_what_was_trained_is_in_the_gguf_file(
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("dtype", ["bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["bf16", ci("q8_0")])
 def test_a_file_without_the_adapter_is_not_left_behind(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
@@ -418,7 +394,7 @@ def test_a_file_without_the_adapter_is_not_left_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_an_adapter_of_llama_cpp_cannot_say_is_refused(place: Path, tmp_path: Path) -> None:
+def test_dora_and_full_models_are_refused_as_llama_cpp_adapters(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"use_dora=true, and llama\.cpp adds B A .* write --format gguf"):
         export(place, "dora", "gguf-lora", tmp_path / "out.gguf")
     with pytest.raises(UserError, match="trained the whole model"):

@@ -22,7 +22,9 @@ from distlora.training import setup, worker
 from distlora.training.publish import trainer_tensors
 from planned import assert_disk_as_planned, traffic_of
 from small_models import make_run, read_metrics
+from test_parity import run_once
 from test_resume import run_until
+from tiers import ci
 from worlds import World
 
 FULL: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
@@ -30,11 +32,6 @@ FULL: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none
 
 def prepare(run_dir: Path, folders: Path, model: str = "llama", **train_settings: Any) -> Config:
     return make_run(run_dir, folders, model, **FULL, train=train_settings)
-
-
-def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
-    worker.run(run_dir, ranks)
-    return read_metrics(run_dir)
 
 
 def losses_of(metrics: list[dict[str, Any]]) -> list[float]:
@@ -45,34 +42,22 @@ def published(run_dir: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(run_dir / "model" / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def references(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Metrics and model of one rank that runs every row at once, by model."""
-    results = {}
-    for model in ("llama", "llama-tied"):
-        run_dir = tmp_path_factory.mktemp("reference") / model
-        prepare(run_dir, folders, model, micro_batch=12, checkpointing="none")
-        results[model] = world.run(1, run_once, run_dir=run_dir)[0], published(run_dir)
-    return results
-
-
 CELLS = [
-    ("llama", 1, {"micro_batch": 4, "accumulate": "block"}),
-    ("llama", 3, {"micro_batch": 2, "accumulate": "block"}),
-    ("llama-tied", 2, {"micro_batch": 2, "accumulate": "block", "checkpointing": "none"}),
-    ("llama-tied", 3, {"micro_batch": 2}),
+    ("llama-tied", 3, {"micro_batch": 2, "accumulate": "block"}),
+    ci("llama", 2, {"micro_batch": 2, "checkpointing": "none"}),
 ]
 
 
 @pytest.mark.parametrize(("model", "size", "settings"), CELLS, ids=str)
 def test_the_sharded_run_is_the_single_one_and_each_gradient_is_sent_once_a_step(
-    world: World, folders: Path, tmp_path: Path, references: dict[str, Any], model: str, size: int, settings: dict
+    world: World, folders: Path, tmp_path: Path, model: str, size: int, settings: dict
 ) -> None:
     config = prepare(tmp_path / "run", folders, model, **settings)
     metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
-    expected, expected_model = references[model]
+    prepare(tmp_path / "one", folders, model, micro_batch=12, checkpointing="none")
+    expected = world.run(1, run_once, run_dir=tmp_path / "one")[0]
     assert_losses_close(losses_of(metrics), losses_of(expected))
-    assert_adapters_close(published(tmp_path / "run"), expected_model)
+    assert_adapters_close(published(tmp_path / "run"), published(tmp_path / "one"))
     assert losses_of(metrics)[-1] < losses_of(metrics)[0] - 0.1, "the run learned nothing"
     steps = [[line for line in lines if "loss" in line] for lines in (metrics, expected)]
     assert_losses_close(*([line["grad_norm"] for line in lines] for lines in steps), relative=1e-5)
@@ -83,6 +68,7 @@ def test_the_sharded_run_is_the_single_one_and_each_gradient_is_sent_once_a_step
     assert line["reduced_bytes"] == step.reduced == (4 if size > 1 else 0)
 
 
+@pytest.mark.ci
 def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World, folders: Path, tmp_path: Path) -> None:
     make_run(
         tmp_path / "lora", folders, train={"dtype": "bf16", "max_steps": 1, "micro_batch": 3}, quant={"method": "none"}
@@ -104,7 +90,7 @@ def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World,
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())
 
 
-SETTINGS = {"max_steps": 6, "save_every": 2, "keep": 9, "global_batch": 6, "micro_batch": 2}
+SETTINGS = {"max_steps": 4, "save_every": 2, "keep": 9, "global_batch": 6, "micro_batch": 2}
 
 
 def test_a_sharded_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
@@ -113,8 +99,8 @@ def test_a_sharded_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
     for name in ("whole", "same", "moved"):
         prepare(tmp_path / name, folders, "llama-tied", **SETTINGS)
     world.run(2, run_until, run_dir=tmp_path / "whole", stop_before=None)
-    for run, sizes in (("same", (2, 2)), ("moved", (3, 2, 1))):
-        for size, stop in zip(sizes, (*range(2, 2 * len(sizes), 2), None), strict=True):
+    for run, sizes in (("same", (2, 2)), ("moved", (3, 1))):
+        for size, stop in zip(sizes, (2, None), strict=True):
             world.run(size, run_until, run_dir=tmp_path / run, stop_before=stop)
     whole, same, moved = (published(tmp_path / run) for run in ("whole", "same", "moved"))
     assert all(torch.equal(same[name], tensor) for name, tensor in whole.items())

@@ -50,13 +50,15 @@ from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora_launcher.cli.main import main as command
 from family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder
 from small_models import make_run, tokenizer, write_model_folder
+from test_parity import run_once
+from tiers import ci
 from worlds import World
 
 DISTLORA = Path(sys.executable).parent / "distlora"
 LENGTHS = (23, 5, 40)
+"""Tokens of the prompts of one batch; the windows of the families are 16."""
 CHATS = {"chats": True, "chat_template": None}
-"""What RUN/data.json says of chats that the tokenizer's own template rendered."""
-"""Prompts of one batch; the windows of the families are 16."""
+"""The entries in RUN/data.json for chats that the tokenizer's own template rendered."""
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +90,11 @@ def completions(model: CausalLM, backend: Backend, settings: GenerationConfig) -
     return [completion for batch in batches for completion in batch]
 
 
-FAMILIES = [
-    "llama3-tied",
-    "mistral-window",
-    "qwen2-tied-window",
-    "qwen3",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "mixtral",
-    "gpt-oss",
-]
+FAMILIES = ["llama3-tied", "qwen2-tied-window", "gemma3", "gpt-oss"]
+FAMILIES_IN_CI = ["mistral-window", "qwen3", "gemma2", "phi3", "mixtral"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *map(ci, FAMILIES_IN_CI)])
 def test_greedy_tokens_are_those_of_transformers_with_peft(
     family_folder: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
@@ -242,19 +235,15 @@ def test_sampling_is_what_the_flags_say_then_what_the_model_says(
 # --- samples in training ---
 
 
-SAMPLING = {"sample_every": 3, "sample_prompts": ["What is a list?", "Name a keyword."], "sample_tokens": 6}
-
-
-def finished(ranks: Ranks, *, run_dir: Path) -> None:
-    training_worker.run(run_dir, ranks)
+SAMPLING = {"sample_every": 2, "sample_prompts": ["What is a list?", "Name a keyword."], "sample_tokens": 6}
 
 
 def test_samples_change_nothing_of_a_run(world: World, folders: Path, tmp_path: Path) -> None:
-    settings = {"max_steps": 7, "micro_batch": 2, "accumulate": "block"}
+    settings = {"max_steps": 3, "micro_batch": 3, "accumulate": "block"}
     results, gathered = [], []
     for name, extra in (("with", SAMPLING), ("without", {})):
         make_run(tmp_path / name, folders, "llama-tied", train={**settings, **extra})
-        world.run(2, finished, run_dir=tmp_path / name)
+        world.run(2, run_once, run_dir=tmp_path / name)
         metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         kept = ("step", "loss", "grad_norm", "eval_loss", "reduced_bytes")
         figures = [{key: line[key] for key in kept if key in line} for line in metrics]
@@ -263,12 +252,11 @@ def test_samples_change_nothing_of_a_run(world: World, folders: Path, tmp_path: 
     assert results[0][0] == results[1][0]
     # The step after a sample finds the last norm gathered already, as it does after an evaluation.
     saved = [without - with_ for with_, without in zip(*gathered, strict=True)]
-    assert saved == [0, 0, 0, 4 * 96, 0, 0, 4 * 96]
+    assert saved == [0, 0, 4 * 96]
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
     lines = [json.loads(line) for line in (tmp_path / "with" / "samples.jsonl").read_text().splitlines()]
     assert [(line["step"], line["prompt"]) for line in lines] == [
-        (step, prompt)
-        for step in (3, 6)
+        (2, prompt)
         for prompt in SAMPLING["sample_prompts"]  # type: ignore[attr-defined]
     ]
     assert all(isinstance(line["text"], str) for line in lines)
@@ -283,6 +271,7 @@ def test_a_sample_prompt_that_cannot_be_asked_ends_the_run_before_its_first_step
     assert not (tmp_path / "run" / "samples.jsonl").exists()
 
 
+@pytest.mark.ci
 def test_wandb_gets_the_samples_of_a_step_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
@@ -374,7 +363,7 @@ def test_lines_of_a_pipe_are_answered_as_text(
     assert "prompts are continued as text; the likeliest token each time; up to 12 tokens" in captured.err
 
 
-def test_which_weights_are_meant(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_option_chooses_its_weights(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The result; the base; a step; the newest whole checkpoint of a run that is not finished."""
     from distlora.post.trained import find_weights
 
@@ -410,15 +399,6 @@ def test_a_base_that_changed_since_is_refused(trained: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match="was trained on another base"):
             load_trained(of_run(config, str(tmp_path / "moved" / "run" / weights)), SINGLE)
     load_trained(of_run(config, None), SINGLE)
-
-
-def test_a_run_that_trained_the_whole_model_is_generated_from(folders: Path, tmp_path: Path) -> None:
-    sections = {"adapter": {"method": "full"}, "quant": {"method": "none"}, "optim": {"lr": 1e-2}}
-    make_run(tmp_path / "run", folders, "llama-tied", train={"max_steps": 3}, **sections)  # type: ignore[arg-type]
-    training_worker.run(tmp_path / "run", SINGLE)
-    texts = [ask(tmp_path / "run", "7 is", weights) for weights in (tmp_path / "run" / "model", None)]
-    assert texts[0] != texts[1]
-    assert ask(tmp_path / "run", "7 is", tmp_path / "run" / "checkpoints") == texts[0]
 
 
 def test_an_adapter_of_others_brings_its_own_rank_and_targets(
@@ -460,7 +440,6 @@ def test_an_adapter_of_others_brings_its_own_rank_and_targets(
 BAD = [
     (["RUN", "--temprature", "1"], r"there is no option --temprature \(did you mean '--temperature'\?\)"),
     (["RUN", "--temperature", "hot"], r"--temperature: invalid float value: 'hot'"),
-    (["RUN", "--temperature", "-1"], r"--temperature=-1.0 must be 0"),
     (["RUN", "--temperature", "0", "--top-k", "5"], r"--top-p and --top-k have no effect"),
     (["RUN", "--top-p", "2"], r"--top-p=2.0 is not a share"),
     (["RUN", "--max-new-tokens", "0"], r"--max-new-tokens=0"),
@@ -475,7 +454,6 @@ BAD = [
     (["RUN", "--prompts", "prompts.csv"], r"ends in '.csv'; name a .txt or .jsonl file"),
     (["RUN", "--prompts", "bad.jsonl"], r"bad.jsonl:2 has neither 'prompt' nor 'messages'"),
     (["RUN", "--prompts", "good.txt", "--out", "bad.jsonl"], r"--out=bad.jsonl exists already"),
-    (["RUN", "--prompts", "good.txt", "--out", "no/x.jsonl"], r"there is no folder no"),
     (["RUN", "--processes", "2"], r"several processes cannot share a terminal; add --prompts"),
     (["RUN", "RUN"], r"is one argument too many"),
     (["nowhere"], r"nowhere holds no run"),

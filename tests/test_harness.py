@@ -163,6 +163,7 @@ def on_ranks(ranks: Ranks, *, request: str) -> Any:
     return worker.run(from_json(EvaluateRequest, request), ranks).get("models")
 
 
+@pytest.mark.ci
 def test_two_ranks_score_their_own_batches_and_agree_with_one(
     world: World, folders: Path, adapter: Path, tasks: Path
 ) -> None:
@@ -199,7 +200,7 @@ def test_a_draft_changes_the_number_of_forwards_and_no_token(folders: Path, adap
         worker.run(request_of(*words, "--draft", tmp_path / "other"), SINGLE)
 
 
-def test_what_has_no_meaning_is_refused(folders: Path, adapter: Path, tasks: Path, tmp_path: Path) -> None:
+def test_bad_options_are_refused(folders: Path, adapter: Path, tasks: Path, tmp_path: Path) -> None:
     base = folders / "llama"
     text = ("--text", folders / "text.jsonl")
     (tmp_path / "empty").mkdir()

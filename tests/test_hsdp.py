@@ -23,7 +23,7 @@ from distlora.bench.collectives import Collectives
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import as_mapping, load_config
 from distlora.model.build import CausalLM
-from distlora.parallel import Backend, Ranks, Shards
+from distlora.parallel import Backend, Ranks
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.stop_and_save import Control
@@ -33,6 +33,7 @@ from distlora.training.open_run import open_data
 from family_models import config_for
 from planned import traffic_of
 from small_models import make_run, read_metrics
+from test_full import losses_of
 from test_parity import adapters_after, run_once
 from test_resume import run_until
 from worlds import World
@@ -57,10 +58,6 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-def losses_of(metrics: list[dict[str, Any]]) -> list[float]:
-    return [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics]
-
-
 # --- the frozen base: what a rank owns, and what travels ---
 
 
@@ -77,8 +74,8 @@ def rows_of(model: CausalLM, backend: Backend) -> dict[str, tuple[Tensor, int, b
     return {name: (own.clone(), first, name in frozen) for name, (own, first) in rows.items()}
 
 
-CUTS = [(1, None, 1), (2, None, 2), (4, None, 4), (4, 2, 2), (4, 1, 1)]
-"""(ranks, parallel.shard_degree, ranks of a copy)."""
+CUTS = [(1, None, 1), (4, 2, 2), (4, 1, 1)]
+"""(ranks, parallel.shard_degree, ranks of a replica)."""
 
 
 def load(
@@ -170,14 +167,10 @@ def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tupl
 
 @pytest.mark.parametrize(
     ("sections", "degree"),
-    [
-        ({}, 2),
-        (SAVED, 2),
-        pytest.param(FULL, 2, marks=pytest.mark.slow),
-    ],
+    [(SAVED, 2), pytest.param(FULL, 2, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_between_copies_travel_gradients_alone_by_what_is_really_issued(
+def test_only_gradients_travel_between_replicas(
     world: World, folders: Path, sections: dict[str, Any], degree: int
 ) -> None:
     sections = sections | {"parallel": sections.get("parallel", {}) | {"shard_degree": degree}}
@@ -212,7 +205,7 @@ def one_copy(world: World, folders: Path, tmp_path_factory: pytest.TempPathFacto
     return run_dir
 
 
-SETTINGS: dict[str, Any] = {"max_steps": 4, "save_every": 1, "keep": 9, "micro_batch": 3}
+SETTINGS: dict[str, Any] = {"max_steps": 3, "save_every": 1, "keep": 9, "micro_batch": 3}
 
 
 def set_degree(run_dir: Path, degree: int | None) -> None:
@@ -221,14 +214,12 @@ def set_degree(run_dir: Path, degree: int | None) -> None:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
 
 
-def test_a_run_with_copies_after_one_without_is_bit_for_bit_that_of_one_copy_and_says_what_travels(
+def test_a_run_that_goes_on_with_replicas_is_that_of_one_replica_bit_for_bit(
     world: World, folders: Path, tmp_path: Path, one_copy: Path
 ) -> None:
     run_dir = tmp_path / "run"
     prepare(run_dir, folders, degree=None, train=SETTINGS)
-    for degree, stop in ((None, 1), (1, 2)):
-        set_degree(run_dir, degree)
-        world.run(RANKS, run_until, run_dir=run_dir, stop_before=stop)
+    world.run(RANKS, run_until, run_dir=run_dir, stop_before=1)
     set_degree(run_dir, DEGREE)
     first, *others = world.run(RANKS, adapters_after, run_dir=run_dir)
     assert all(equal(other, first) for other in others)
@@ -248,10 +239,10 @@ def test_a_run_with_copies_after_one_without_is_bit_for_bit_that_of_one_copy_and
 # --- units that are trained ---
 
 
-def test_what_is_trained_in_every_copy_is_the_single_run_saved_once_and_resumed_bit_for_bit(
+def test_full_fine_tuning_in_replicas_is_the_single_run_and_resumes_bit_for_bit(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
-    settings = SETTINGS | {"max_steps": 3}
+    settings = SETTINGS | {"max_steps": 2}
     make_run(tmp_path / "single", folders, train=settings | {"micro_batch": 12}, **FULL)
     expected = world.run(1, run_once, run_dir=tmp_path / "single")[0]
     prepare(tmp_path / "whole", folders, train=settings, **FULL)
@@ -261,10 +252,10 @@ def test_what_is_trained_in_every_copy_is_the_single_run_saved_once_and_resumed_
     norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (metrics, expected)]
     assert_losses_close(*norms, relative=1e-5)
 
-    # From the checkpoint after two steps.
+    # From the checkpoint after one step.
     shutil.copytree(tmp_path / "whole", tmp_path / "same")
     for folder in steps(tmp_path / "same" / "checkpoints"):
-        if step_of(folder) > 2:
+        if step_of(folder) > 1:
             shutil.rmtree(folder)
     world.run(RANKS, run_once, run_dir=tmp_path / "same")
     assert equal(saved(tmp_path / "same"), saved(tmp_path / "whole"))
@@ -341,39 +332,16 @@ def scaled_copy(folder: Path, to: Path, *parts: str) -> Path:
     return to
 
 
-@pytest.mark.parametrize(
-    ("ranks", "degree", "sections", "name"),
-    [
-        (2, 1, FULL, "model.embed_tokens.weight"),
-        (2, None, {"adapter": {"init_from": "adapter"}}, "model.layers.2.self_attn.o_proj.adapters.default.B"),
-    ],
-    ids=str,
-)
-def test_ranks_that_begin_with_other_files_of_what_is_trained_do_not_begin(
-    world: World,
-    folders: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    ranks: int,
-    degree: int | None,
-    sections: dict[str, Any],
-    name: str,
+def test_ranks_that_start_from_different_adapters_do_not_begin(
+    world: World, folders: Path, tmp_path: Path, one_copy: Path
 ) -> None:
-    if "init_from" in sections["adapter"]:
-        here = request.getfixturevalue("one_copy") / "adapter"
-        sections = {"adapter": {"init_from": str(here)}}
-        section, files = (
-            "adapter",
-            {"init_from": str(scaled_copy(here, tmp_path / "other", "2.self_attn.o_proj.lora_B"))},
-        )
-    else:
-        section, files = "model", {"path": str(scaled_copy(folders / "llama", tmp_path / "other", "embed", "lm_head"))}
-    cluster = {"gpus_per_node": ranks}
-    make_run(tmp_path / "run", folders, parallel={"shard_degree": degree}, cluster=cluster, **sections)
-    messages = world.run(ranks, begun_from_other_files, run_dir=tmp_path / "run", section=section, files=files)
+    here = one_copy / "adapter"
+    files = {"init_from": str(scaled_copy(here, tmp_path / "other", "2.self_attn.o_proj.lora_B"))}
+    make_run(tmp_path / "run", folders, adapter={"init_from": str(here)}, cluster={"gpus_per_node": 2})
+    messages = world.run(2, begun_from_other_files, run_dir=tmp_path / "run", section="adapter", files=files)
     assert len(set(messages)) == 1
-    said = f"{name}, which is trained, differs between rank 0 and rank {ranks // 2} before the first step"
-    assert said in messages[0]
+    name = "model.layers.2.self_attn.o_proj.adapters.default.B"
+    assert f"{name}, which is trained, differs between rank 0 and rank 1 before the first step" in messages[0]
     assert "in adapter.init_from where it is set, and in the run's folder the same on every node?" in messages[0]
     assert read_metrics(tmp_path / "run") == []
 
@@ -426,12 +394,3 @@ def test_what_gathers_is_refused_where_every_rank_has_the_base_whole(tmp_path: P
         UserError, match=r"has no effect with parallel.shard_degree=node \(cluster.gpus_per_node=1\), wh"
     ):
         config_for(tmp_path, cluster=machines, parallel=setting | {"shard_degree": "node"})
-
-
-def test_copies_that_lie_across_machines_are_told_from_those_of_whole_machines() -> None:
-    def split(degree: int, copies: int, per_machine: int) -> list[int]:
-        return Shards(0, degree, None, 0, copies).split_copies(per_machine)
-
-    assert split(2, 3, 3) == [1], "ranks 2 and 3"
-    assert split(6, 2, 4) == [0, 1]
-    assert split(2, 4, 4) == split(8, 2, 4) == split(4, 2, 4) == split(1, 8, 4) == []

@@ -13,11 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
 
 from closeness import relative_error
-from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
 from distlora.loading import decomposed_adapters
@@ -30,8 +28,8 @@ from distlora.system import randomness
 from distlora.training import worker
 from distlora.training.setup import start_run_model
 from distlora.weights import decompose, initial_adapter_file
-from distlora.weights.decompose import LowRankFactors, Residual, Sketch, principal_part, quantization_error
-from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME, base_identity, digest_of
+from distlora.weights.decompose import LowRankFactors, Residual, Sketch, principal_part
+from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME, digest_of
 from distlora.weights.peft_folder import read_peft_adapter
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.checks import check, check_model
@@ -43,12 +41,7 @@ from test_resume import figures, result, run_until
 from worlds import World
 
 PROBE = tokens(2, 40)
-SETTINGS = {"max_steps": 4, "save_every": 2, "log_every": 1}
-
-
-def identity_in(run_dir: Path) -> str:
-    config = load_config(run_dir)
-    return base_identity(CheckpointFiles(config.model.path), config.adapter, run_dir)
+SETTINGS = {"max_steps": 4, "save_every": 2, "log_every": 1, "global_batch": 6}
 
 
 def weight_of(out_features: int, in_features: int, *, decay: float = 0.0) -> Tensor:
@@ -64,8 +57,9 @@ def product(start: LowRankFactors, scaling: float) -> Tensor:
     return scaling * start.B.double() @ start.A.double()
 
 
-@pytest.mark.parametrize("shape", [(70, 41), (41, 70), (64, 64), (5, 3)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((70, 41), torch.float32), ((41, 70), torch.bfloat16), ((5, 3), torch.float32)], ids=str
+)
 def test_exact_factors_are_the_best_approximation(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight, scaling, rank = weight_of(*shape).to(dtype), 0.7, 3
     start = principal_part(weight, rank, scaling=scaling)
@@ -108,22 +102,6 @@ def test_subspace_iterations_equal_torch_svd_lowrank(shape: tuple[int, int], mon
     assert relative_error(product(many, 1.0), exact) < 1e-5
 
 
-def test_factors_do_not_depend_on_threads() -> None:
-    weight, threads = weight_of(700, 300), torch.get_num_threads()
-    starts, rests = [], []
-    for number in (1, 2):
-        torch.set_num_threads(number)
-        for sketch in (None, Sketch(0, "x", 2)):
-            starts.append(principal_part(weight, 8, scaling=1.0, sketch=sketch))
-        assert torch.get_num_threads() == number
-        rests.append(Residual(starts[-1], 1.0).of(weight.view(-1), 0))
-    torch.set_num_threads(threads)
-    for one, two in zip(starts[:2], starts[2:], strict=True):
-        assert torch.equal(one.A, two.A)
-        assert torch.equal(one.B, two.B)
-    assert torch.equal(*rests)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_residual_bits_do_not_depend_on_ranges(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decompose, "BLOCK_ELEMENTS", 200)  # Blocks of 5 rows, the last of 3.
@@ -138,17 +116,6 @@ def test_residual_bits_do_not_depend_on_ranges(dtype: torch.dtype, monkeypatch: 
         edges = [0, *cuts, flat.numel()]
         pieces = [residual.of(flat[low:high], low) for low, high in itertools.pairwise(edges)]
         assert torch.equal(torch.cat(pieces), whole)
-
-
-def test_loftq_equals_peft_at_scale_one() -> None:
-    error = quantization_error(weight_of(90, 60), chunk_groups=1)
-    theirs = _low_rank_decomposition(error, reduced_rank=5)
-    ours = principal_part(error, 5, scaling=1.0)
-    # Their SVD is in fp32, and the largest singular values of noise lie close together.
-    assert relative_error(product(ours, 1.0), theirs["L"] @ theirs["R"]) < 1e-4
-    sign = (ours.A * theirs["R"]).sum(dim=1).sign()
-    assert relative_error(sign[:, None] * ours.A, theirs["R"]) < 1e-4
-    assert relative_error(sign * ours.B, theirs["L"]) < 1e-4
 
 
 def started(
@@ -172,8 +139,6 @@ def started(
         ("pissa", "nf4"),
         ("loftq", "nf4"),
         pytest.param("pissa_niter_2", "none", marks=pytest.mark.ci),
-        pytest.param("pissa", "none", marks=pytest.mark.slow),
-        pytest.param("pissa_niter_2", "nf4", marks=pytest.mark.slow),
     ],
 )
 def test_any_world_size_has_the_same_adapters_and_base(
@@ -181,7 +146,7 @@ def test_any_world_size_has_the_same_adapters_and_base(
 ) -> None:
     adapter = {"init": init, "rank_pattern": {"k_proj": 3, "down_proj": 11}, "alpha_pattern": {"o_proj": 5.0}}
     reference: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-    for size in (1, 2, 3):
+    for size in (1, 3):
         run_dir = tmp_path / str(size)
         make_run(run_dir, folders, adapter={"target_modules": "all-linear", **adapter}, quant={"method": method})
         by_rank = world.run(size, started, run_dir=run_dir)
@@ -213,10 +178,9 @@ def peft_model(folder: Path, config: Config, init: str) -> Any:
     return peft.get_peft_model(base, settings)
 
 
-@pytest.mark.parametrize("rslora", [True, False])
-def test_pissa_on_an_unquantized_base_equals_peft(folders: Path, tmp_path: Path, rslora: bool) -> None:
+def test_pissa_on_an_unquantized_base_equals_peft(folders: Path, tmp_path: Path) -> None:
     """Compare the residual base, s B A, the logits and the gradients; signs of singular vectors are arbitrary."""
-    adapter = {"init": "pissa", "use_rslora": rslora, "r": 4, "lora_alpha": 6.0}
+    adapter = {"init": "pissa", "use_rslora": True, "r": 4, "lora_alpha": 6.0}
     config = make_run(tmp_path / "run", folders, adapter=adapter, quant={"method": "none"})
     ours, _, _ = start_run_model(config, SINGLE)
     theirs = peft_model(folders / "llama", config, "pissa")
@@ -249,7 +213,7 @@ def test_pissa_on_an_unquantized_base_equals_peft(folders: Path, tmp_path: Path,
         assert relative_error(sign * pair.B.grad, their_b.grad) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["gemma3-untied", "phi3-longrope-tied", "gpt-oss"])
+@pytest.mark.parametrize("name", ["gemma3-untied", "gpt-oss"])
 def test_initial_adapter_comes_from_the_weight_in_every_family(tmp_path: Path, name: str) -> None:
     """Check renamed tensors, fused linears, biases and attention beside experts, on a bf16 base."""
     write_family_folder(tmp_path / name, name)
@@ -448,19 +412,18 @@ def test_missing_damaged_or_foreign_initial_adapter_is_refused(
     run_dir = tmp_path / "run"
     make_run(run_dir, folders, adapter={"init": "pissa"}, train=SETTINGS)
     run_until(SINGLE, run_dir=run_dir, stop_before=3)
-    identity = identity_in(run_dir)
     no_second_decomposition(monkeypatch)
     path = run_dir / INITIAL_ADAPTER_NAME
     content = path.read_bytes()
 
-    def refuses(match: str, *, by_launcher: bool = True) -> None:
-        with pytest.raises(UserError, match=match):
-            worker.run(run_dir, SINGLE)
-        if by_launcher:
+    def refuses(match: str) -> None:
+        for use in (
+            lambda: worker.run(run_dir, SINGLE),
+            lambda: check(load_config(run_dir), new_run=False),
+            lambda: load_trained(of_run(load_config(run_dir), str(run_dir / "checkpoints")), SINGLE),
+        ):
             with pytest.raises(UserError, match=match):
-                check(load_config(run_dir), new_run=False)
-        with pytest.raises(UserError, match=match):
-            load_trained(of_run(load_config(run_dir), str(run_dir / "checkpoints")), SINGLE)
+                use()
 
     path.unlink()
     refuses(f"{INITIAL_ADAPTER_NAME} is missing")
@@ -473,15 +436,10 @@ def test_missing_damaged_or_foreign_initial_adapter_is_refused(
     monkeypatch.undo()
     make_run(other, folders, adapter={"init": "pissa_niter_1"}, train=SETTINGS)
     started(SINGLE, run_dir=other)
-    assert identity_in(other) != identity
     shutil.copy(other / INITIAL_ADAPTER_NAME, path)
     refuses(f"{INITIAL_ADAPTER_NAME} was made by adapter.init=pissa_niter_1, this run's is pissa")
-    # The start of other weights, by the same method: another run.
-    text = (run_dir / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(text.replace("init: pissa", "init: pissa_niter_1"))
-    theirs = "was trained on another base:"
-    refuses(f"was made with adapter.init=pissa, and config.yaml now has adapter.init=pissa_niter_1|{theirs}")
     path.write_bytes(content)
+    text, theirs = (run_dir / "config.yaml").read_text(), "was trained on another base:"
     (run_dir / "config.yaml").write_text(text.replace("lora_alpha: 16.0", "lora_alpha: 8.0"))
     changed = "was made with adapter.lora_alpha=16.0, and config.yaml now has adapter.lora_alpha=8.0"
     refuses(f"{changed}|{theirs} .* or what PiSSA took .*scaled by adapter.lora_alpha, .*restore them$")
@@ -489,18 +447,13 @@ def test_missing_damaged_or_foreign_initial_adapter_is_refused(
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(UserError, match=f"{INITIAL_ADAPTER_NAME} does not fit the adapter in config.yaml: .* shape"):
         worker.run(run_dir, SINGLE)
-    (run_dir / "config.yaml").write_text(text)
-    worker.run(run_dir, SINGLE)
-    assert identity_in(run_dir) == identity
 
 
 REFUSALS: list[tuple[list[str], str]] = [
     (["adapter.init=pisa"], r"adapter.init='pisa' is not one of kaiming, .*did you mean 'pissa'"),
     (["adapter.init=pissa_niter_0"], "adapter.init='pissa_niter_0' names no number .*pissa_niter_4, or pissa"),
-    (["adapter.init=pissa_niter_x"], "adapter.init='pissa_niter_x' names no number"),
     (["adapter.init=loftq", "quant=none"], "adapter.init=loftq .* quant=none loses nothing; set quant=nf4"),
     (["adapter=full", "quant=none", "+adapter.init=pissa"], "adapter.init has no effect with adapter=full"),
-    (["adapter=full", "quant=none", "+adapter.init=loftq"], "adapter.init has no effect with adapter=full|loftq"),
     (["adapter.init=pissa", "adapter.r=97"], r"needs 97 singular values of .*, which has (48|96) .*; set adapter.r="),
     (["adapter.init=loftq", "+adapter.rank_pattern.k_proj=49"], r"needs 49 .*k_proj, which has 48 .*rank_pattern"),
 ]

@@ -14,6 +14,7 @@ from distlora.config.file import build
 from distlora.planner import plan_of
 from distlora.planner.model import model_in
 from plan_inputs import cpu_machine
+from tiers import ci
 
 RANKS = 2
 MIB = 2**20
@@ -42,7 +43,7 @@ def check_memory(by_rank: list[Figures], folder: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", [ci("fsdp2"), pytest.param("zero3", marks=pytest.mark.slow)])
 def test_loading_peak_is_shard_plus_largest_slice_and_64_mb(tmp_path: Path, backend: str) -> None:
     """Measure while the cache is written: nothing may wait in memory to be written."""
     parameters = write_model(tmp_path / "model")

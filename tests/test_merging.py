@@ -18,7 +18,7 @@ from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.model.build import CausalLM
 from distlora.post.load_trained import load_trained
-from distlora.post.merge.merge import merge_to, summary
+from distlora.post.merge.merge import merge_to
 from distlora.post.merge.request import MergeRequest, Receipt
 from distlora.post.trained import Name, Trained
 from distlora.post.weights import open_base, read_factors
@@ -34,6 +34,7 @@ from family_models import SINGLE, config_for, hf_model, load_ours, our_logits, t
 from large_models import QWEN25_1_5B, write_large_adapter, write_large_model
 from small_models import NEW_TOKENS, make_run, write_model_folder
 from test_prequantized import quantize
+from tiers import ci, diagonal
 
 TRAINED: dict[str, Any] = {"train": {"max_steps": 4, "save_every": 2}, "optim": {"lr": 2e-2}}
 
@@ -62,8 +63,10 @@ def their_logits(folder: Path, input_ids: torch.Tensor, attention: str) -> torch
         return model(input_ids).logits.float()
 
 
-@pytest.mark.parametrize("variant", ["llama3-tied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3-moe", "gpt-oss"])
-@pytest.mark.parametrize("quant", ["nf4", "none"])
+@pytest.mark.parametrize(
+    ("variant", "quant"),
+    diagonal(["llama3-tied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3-moe", "gpt-oss"], ["nf4", "none"]),
+)
 def test_the_merged_model_computes_what_the_adapted_one_does(variant: str, quant: str, tmp_path: Path) -> None:
     model, trained = adapted(tmp_path, variant, quant={"method": quant, "cache": False})
     out = tmp_path / "merged"
@@ -86,8 +89,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 """name -> (base, what is otherwise in its config)."""
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_so_does_that_of_a_run_and_of_its_checkpoint(name: str, folders: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pissa", "rows", *(ci(name) for name in RUNS if name not in ("pissa", "rows"))])
+def test_the_merge_of_a_run_and_of_its_checkpoint_computes_what_they_do(
+    name: str, folders: Path, tmp_path: Path
+) -> None:
     model_name, sections = RUNS[name]
     run = tmp_path / "run"
     make_run(run, folders, model_name, **sections | TRAINED)
@@ -153,7 +158,7 @@ def test_the_receipt_counts_what_each_type_keeps(onto: str, tmp_path: Path) -> N
     assert receipt.base["files"] == {"model.safetensors": sha256(tmp_path / "base" / "model.safetensors")}
 
 
-def test_shards_names_and_what_is_no_parameter_stay_those_of_the_base(tmp_path: Path) -> None:
+def test_shards_names_and_other_tensors_stay_those_of_the_base(tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "merged"
     hf_model("gemma3").save_pretrained(base, max_shard_size="200KB")
     model, backend = load_ours(base)
@@ -174,7 +179,7 @@ def test_shards_names_and_what_is_no_parameter_stay_those_of_the_base(tmp_path: 
     assert {after[name].dtype for name in after if name not in vision and "projector" not in name} == {"BF16"}
 
 
-def test_what_cannot_be_merged_is_refused_before_torch(
+def test_runs_that_cannot_be_merged_are_refused_before_torch(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full, loftq = tmp_path / "full", tmp_path / "loftq"
@@ -222,33 +227,6 @@ def test_one_process_writes_a_folder_and_none_takes_anothers_place(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_adapter_without_a_run_is_merged_onto_its_base_as_it_is_on_disk(tmp_path: Path) -> None:
-    """No train.dtype is known that an fp32 base should be rounded to."""
-    _, trained = adapted(tmp_path, "llama3-tied")
-    assert trained.spec.dtype == "fp32"
-    merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float32, say=quiet)
-    before, after = (safetensors.torch.load_file(tmp_path / d / "model.safetensors") for d in ("base", "merged"))
-    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
-
-
-def test_a_receipt_is_json_and_leaves_out_what_says_nothing(tmp_path: Path) -> None:
-    """Check that a zero B adds nothing, and that a weight beyond fp16 is not kept in it."""
-    _, trained = adapted(tmp_path, "llama3-tied", adapter={"target_modules": "qv", "r": 4})
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    for number, (name, tensor) in enumerate(sorted(tensors.items())):
-        if "lora_B" in name:
-            tensor.mul_(1e8 if number == 1 else 0)
-    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-    (tmp_path / "base" / "combine.json").write_text("{}")
-    receipt = merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float32, say=quiet)
-    assert sorted(receipt.total["kept"]) == ["bf16", "fp32", "nf4"]
-    assert sum(not found["kept"] for found in receipt.weights.values()) == len(receipt.weights) - 1
-    json.loads((tmp_path / "merged" / "merge.json").read_text(), parse_constant=pytest.fail)
-    assert not (tmp_path / "merged" / "combine.json").exists()
-    summary(receipt, tmp_path / "merged")
-
-
 def test_a_head_on_disk_that_the_base_ties_stays_its_embedding(folders: Path, tmp_path: Path) -> None:
     """Transformers unties two that differ: both get the trained rows."""
     base, out = tmp_path / "base", tmp_path / "merged"
@@ -257,13 +235,8 @@ def test_a_head_on_disk_that_the_base_ties_stays_its_embedding(folders: Path, tm
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     safetensors.torch.save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(folders / "text.jsonl", tmp_path)
-    make_run(
-        tmp_path / "run",
-        tmp_path,
-        "base",
-        adapter={"trainable_token_indices": [3, 700], "target_modules": "qv"},
-        **TRAINED,
-    )
+    adapter = {"trainable_token_indices": [3, 700], "target_modules": "qv"}
+    make_run(tmp_path / "run", tmp_path, "base", adapter=adapter, **TRAINED)
     worker.run(tmp_path / "run", SINGLE)
     trained = Name(place=str(tmp_path / "run")).read()
     merge_to(trained, out, onto="trained", dtype=torch.float32, say=quiet)

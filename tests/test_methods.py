@@ -81,11 +81,13 @@ METHODS = {
 }
 BASES = [(name, base) for name, method in METHODS.items() for base in method.bases]
 CELLS = [
-    pytest.param(name, base, size, marks=() if size == 1 + number % 3 else pytest.mark.slow)
+    pytest.param(
+        name, base, size, marks=() if size == 1 else pytest.mark.ci if size == 2 + number % 2 else pytest.mark.slow
+    )
     for number, (name, base) in enumerate(BASES)
-    for size in (1, 2, 3)
+    for size in ((1, 2, 3) if base == METHODS[name].bases[0] else (2, 3))
 ]
-"""Of each method on each base one number of ranks, in turns; the others are slow."""
+"""Each method on one base and one rank in `make test`, on each base and several ranks in `make test-ci`."""
 
 
 def prepare(run_dir: Path, folders: Path, method: Method, base: str) -> Config:

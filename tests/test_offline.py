@@ -57,13 +57,10 @@ CASES = [
          bounds={"elements": 4096, "loads_128": True, "stores_128": True, "max_instructions_per_element": {90: 8}}),
     Case(name="narrow", kernel=scale, signature=SCALE | {"x_ptr": "*bf16"}, constants={"BLOCK": 4096}, num_warps=4,
          archs=(90,), bounds={"elements": 4096, "loads_128": True, "stores_128": True}),
-    Case(name="no fusion", kernel=scale, signature=SCALE, constants={"BLOCK": 4096}, num_warps=4, archs=(90,),
-         bounds={"elements": 4096}, options={"enable_fp_fusion": False}),
-    Case(name="dot", kernel=dot, signature=ALIGNED, constants={"N": 128}, num_warps=4, archs=(80, 90, 100),
+    Case(name="dot", kernel=dot, signature=ALIGNED, constants={"N": 128}, num_warps=4, archs=(80, 90),
          bounds={"hgmma": True, "mma": True}),
     Case(name="dot spills", kernel=dot, signature=ALIGNED, constants={"N": 128}, num_warps=4, archs=(80,),
          options={"maxnreg": 40}),
-    Case(name="no room", kernel=dot, signature=ALIGNED, constants={"N": 256}, num_warps=8, archs=(89,)),
     Case(name="wrong", kernel=dot, signature=ALIGNED, constants={"N": 100}, num_warps=4, archs=(90,)),
 ]
 reports = compile_all(CASES)
@@ -91,15 +88,15 @@ from distlora_kernels import offline, offline_compile
 of_kernel = collections.defaultdict(list)
 for case in offline.all_cases():
     of_kernel[case.kernel].append(case)
-cases = [case for group in of_kernel.values() for case in group[::5]]
+cases = [group[0] for group in of_kernel.values()]
 offline_compile.all_cases = lambda: [
     dataclasses.replace(case, archs=(89, 90)[number % 2 :][:1]) if {89, 90} <= {*case.archs} else case
     for number, case in enumerate(cases)
 ]
 raise SystemExit(offline_compile.main(["--json", "--arch", "89", "90"]))
 """
-"""Every third specialization of each kernel. Of sm_89, which has the least shared memory, and sm_90, which has HGMMA,
-those of both on one each, in turns: a compilation takes 0.7 s of a core."""
+"""The first specialization of each kernel, on sm_89, which has the least shared memory, and sm_90, which has HGMMA, in
+turns: a compilation takes 0.7 s of a core."""
 
 
 @pytest.mark.parametrize(
@@ -137,29 +134,18 @@ def test_what_the_compiler_did_is_reported(tmp_path: Path) -> None:
     found = json.loads(ended.stdout)
     reports, broken = found["reports"], found["broken"]
 
-    assert not any(texts for name, texts in broken.items() if name.startswith(("wide", "no fusion", "dot 1", "dot 9")))
+    assert not any(texts for name, texts in broken.items() if name.startswith(("wide", "dot 9")))
     # 4096 elements, 128 threads: 32 each, whose 64 bytes are 4 loads and 4 stores.
     for arch in (80, 89, 90):
         counts = reports[f"wide {arch}"]["counts"]
         assert (counts["LDG.128"], counts["LDG"], counts["STG.128"], counts["STG"]) == (4, 4, 4, 4)
-    assert 2 < reports["wide 90"]["per_element"] < 8
-    assert reports["no fusion 90"]["instructions"] > reports["wide 90"]["instructions"], "a multiply-add became two"
     assert broken["narrow 90"] == [f"has no 128-bit global load among its {reports['narrow 90']['counts']['LDG']}"]
-
     assert reports["dot 90"]["counts"]["HGMMA"] > 0 == reports["dot 90"]["counts"]["HMMA"]
     assert reports["dot 80"]["counts"]["HMMA"] > 0 == reports["dot 80"]["counts"]["HGMMA"]
-    assert reports["dot 100"]["counts"]["UTCMMA"] > 0
-
-    spilled = reports["dot spills 80"]
-    assert spilled["spill_bytes"] > 0 < spilled["counts"]["STL"]
-    assert broken["dot spills 80"] == [
-        f"spills {spilled['spill_bytes']} bytes per thread to local memory; it must spill none"
-    ]
-    assert reports["no room 89"]["programs_per_sm"] == 0
-    assert any("shared memory; sm_89 has 101,376" in text for text in broken["no room 89"])
+    spilled = reports["dot spills 80"]["spill_bytes"]
+    assert broken["dot spills 80"] == [f"spills {spilled} bytes per thread to local memory; it must spill none"]
     assert broken["wrong 90"][0].startswith("does not compile: ")
     assert f"BROKEN  dot spills on sm_80: {broken['dot spills 80'][0]}" in found["verdict"]
-    assert found["verdict"].endswith("4 of 12 break a bound.")
     assert sum(line.startswith("wide") for line in found["table"].splitlines()) == 1
 
 

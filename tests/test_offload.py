@@ -25,6 +25,7 @@ from distlora.training import setup, worker
 from small_models import make_run, read_metrics
 from test_parity import outcome
 from test_scratch import Layer
+from tiers import ci
 from worlds import World
 
 BLOCKS = 4
@@ -86,17 +87,6 @@ def test_each_input_leaves_once_and_comes_back_one_ahead_of_its_recomputation(nu
         assert recomputed[:kept] == list(range(1, kept + 1))
         assert recomputed[kept:] == [kept + min(index + 1, kept - 1) for index in range(kept)]
         assert (inputs.num_free, inputs.taken_bytes) == (kept, memory)
-
-
-def test_a_smaller_input_takes_a_place_that_is_there() -> None:
-    """A pack's inputs are as large as there are trials in its slots."""
-    inputs = HostInputs(torch.device("cpu"))
-    inputs.reserve(1, 4096)
-    taken = inputs.taken_bytes
-    place = inputs.take(1000)
-    assert (inputs.num_free, inputs.taken_bytes) == (0, taken)
-    inputs.give_back(place)
-    assert inputs.num_free == 1
 
 
 def test_of_the_inputs_the_device_holds_the_newest_and_in_backward_two() -> None:
@@ -224,8 +214,7 @@ def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]]
     ("size", "settings"),
     [
         (1, {"micro_batch": 5, "accumulate": "block", "keep_dequantized": True}),
-        pytest.param(2, {"micro_batch": 2, "accumulate": "step", "eval_every": 1}, marks=pytest.mark.slow),
-        (3, {"micro_batch": 2, "accumulate": "block", "eval_every": 1}),
+        ci(3, {"micro_batch": 2, "accumulate": "block", "eval_every": 1}),
     ],
     ids=str,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from distlora.parallel import Ranks
 from distlora.training import setup, worker
 from distlora_kernels import native
 from small_models import make_run, read_metrics
+from tiers import ci
 from worlds import World
 
 
@@ -38,16 +41,16 @@ def result_of(run_dir: Path) -> tuple[list[float], dict[str, Tensor]]:
 
 CELLS = [
     # (model, ranks, train settings, parallel settings); the reference is one rank with one micro-batch of all rows.
-    ("llama", 1, {"micro_batch": 4, "accumulate": "block"}, {}),
-    ("llama", 2, {"micro_batch": 2, "checkpointing": "none"}, {}),
-    ("llama", 2, {"micro_batch": 2, "accumulate": "block", "keep_dequantized": True}, {}),
-    ("llama", 3, {"micro_batch": 5}, {"bucket_mb": 0.01}),
     ("llama", 3, {"micro_batch": 2, "accumulate": "block", "checkpointing": "offload", "mlp_tile": 24}, {}),
     ("llama", 4, {"micro_batch": 3}, {"prefetch": False}),
-    ("qwen3", 2, {"micro_batch": 2, "accumulate": "block", "checkpointing": "selective", "mlp_tile": 30}, {}),
-    # Two copies of the base, each cut over two ranks; the rest in test_hsdp.py.
-    ("llama-tied", 4, {"micro_batch": 1, "accumulate": "block"}, {"shard_degree": 2}),
-    ("llama-tied", 2, {"micro_batch": 3, "checkpointing": "offload"}, {"resident_blocks": 1}),
+    ci("llama", 1, {"micro_batch": 4, "accumulate": "block"}, {}),
+    ci("llama", 2, {"micro_batch": 2, "checkpointing": "none"}, {}),
+    ci("llama", 2, {"micro_batch": 2, "accumulate": "block", "keep_dequantized": True}, {}),
+    ci("llama", 3, {"micro_batch": 5}, {"bucket_mb": 0.01}),
+    ci("qwen3", 2, {"micro_batch": 2, "accumulate": "block", "checkpointing": "selective", "mlp_tile": 30}, {}),
+    # Two replicas of the base, each sharded over two ranks; the rest in test_hsdp.py.
+    ci("llama-tied", 4, {"micro_batch": 1, "accumulate": "block"}, {"shard_degree": 2}),
+    ci("llama-tied", 2, {"micro_batch": 3, "checkpointing": "offload"}, {"resident_blocks": 1}),
 ]
 MORE_CELLS = [
     ("llama", 1, {"micro_batch": 4, "checkpointing": "none"}, {}),
@@ -56,24 +59,20 @@ MORE_CELLS = [
     ("llama", 4, {"micro_batch": 1, "accumulate": "block"}, {}),
     ("llama-tied", 3, {"micro_batch": 2, "accumulate": "block"}, {}),
     ("llama-tied", 4, {"micro_batch": 3, "checkpointing": "none"}, {}),
-    (
-        "llama",
-        4,
-        {"micro_batch": 1, "accumulate": "block", "checkpointing": "offload"},
-        {"shard_degree": 2, "resident_blocks": 1},
-    ),
 ]
 
 
 @pytest.fixture(scope="module")
-def references(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One rank, one micro-batch of the whole step, no checkpointing, by model."""
-    results = {}
-    for model in ("llama", "llama-tied", "qwen3"):
+def reference(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Train a model on one rank with one micro-batch and no checkpointing, at the first use."""
+
+    @functools.cache
+    def result(model: str) -> Any:
         run_dir = tmp_path_factory.mktemp("reference") / model
         make_run(run_dir, folders, model, train={"micro_batch": 12, "checkpointing": "none"})
-        results[model] = outcome(world, 1, run_dir)
-    return results
+        return outcome(world, 1, run_dir)
+
+    return result
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_losses_and_adapters_do_not_depend_on_ranks_checkpointing_or_accumulatio
     world: World,
     folders: Path,
     tmp_path: Path,
-    references: dict[str, Any],
+    reference: Callable[[str], Any],
     model: str,
     size: int,
     settings: dict,
@@ -96,7 +95,7 @@ def test_losses_and_adapters_do_not_depend_on_ranks_checkpointing_or_accumulatio
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first), "adapters differ between ranks"
     losses, adapter = result_of(tmp_path / "run")
-    expected_losses, expected_adapter = references[model]
+    expected_losses, expected_adapter = reference(model)
     assert_losses_close(losses, expected_losses)
     assert_adapters_close(adapter, expected_adapter)
     assert losses[-1] < losses[0] - 0.05, "the run learned nothing, so the comparison says nothing"
@@ -136,16 +135,17 @@ def compiled_run(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
 @pytest.mark.ci
 @pytest.mark.skipif(native.unavailable_reason() is not None, reason=f"not compiled: {native.unavailable_reason()}")
 def test_compiled_ranks_have_one_adapter_and_the_losses_of_one_rank_that_is_not(
-    world: World, folders: Path, tmp_path: Path, references: dict[str, Any]
+    world: World, folders: Path, tmp_path: Path, reference: Callable[[str], Any]
 ) -> None:
     settings = {"micro_batch": 2, "accumulate": "block", "compile": True}
     make_run(tmp_path / "run", folders, train=settings, cluster={"gpus_per_node": 3})
     first, *others = world.run(3, compiled_run, run_dir=tmp_path / "run")
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
-    assert_losses_close(result_of(tmp_path / "run")[0], references["llama"][0])
+    assert_losses_close(result_of(tmp_path / "run")[0], reference("llama")[0])
 
 
+@pytest.mark.ci
 def test_bf16_runs_on_two_ranks_equal_one_rank_within_bf16_rounding(
     world: World, folders: Path, tmp_path: Path
 ) -> None:

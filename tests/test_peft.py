@@ -26,6 +26,7 @@ from distlora.training import worker
 from run_models import build_run_model, parallelize_run
 from small_models import make_run
 from test_loading import config_for, loaded
+from tiers import ci
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 FIRST_BLOCKS = r"model\.layers\.[01]\..*\.(q_proj|v_proj)"
@@ -65,7 +66,7 @@ def tokens() -> Tensor:
     return torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
-CASES = [("qwen3", "all-linear", True), ("llama-tied", "qv", False)]
+CASES = [("qwen3", "all-linear", True), ci("llama-tied", "qv", False)]
 CASES += [pytest.param("llama", targets, True, marks=pytest.mark.slow) for targets in TARGETS]
 
 
@@ -91,12 +92,11 @@ def test_peft_gives_our_logits(
 
 def test_gradients_equal_peft(folders: Path, tmp_path: Path, tokens: Tensor) -> None:
     run_dir = tmp_path / "run"
-    config = make_run(run_dir, folders, train={"max_steps": 4, "micro_batch": 1}, optim={"lr": 2e-2})
+    make_run(run_dir, folders, train={"max_steps": 2}, optim={"lr": 2e-2})
     worker.run(run_dir, SINGLE)
     ours = our_trained_model(run_dir)
     base = dequantized_hf_model(folders / "llama", ours)
     tuned = peft.PeftModel.from_pretrained(base, run_dir / "adapter", is_trainable=True)
-    assert config.adapter.r == 8
 
     labels = torch.full_like(tokens, -100)
     labels[:, :-1] = tokens[:, 1:]

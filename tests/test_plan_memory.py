@@ -26,7 +26,6 @@ from distlora.planner.machine import Found, machine_of
 from distlora.planner.memory import Moment
 from distlora.planner.memory import measured as beside_plan
 from distlora.planner.memory.device import DeviceBytes, device_bytes
-from distlora.planner.memory.layer import flash_accumulators
 from distlora.planner.model import find_model, model_in
 from distlora.planner.workload import Workload
 from distlora.training.memory_meter import MemoryMeter, StepMemory
@@ -34,6 +33,7 @@ from distlora_launcher.compose.compose import compose_config
 from family_models import write_family_folder
 from plan_inputs import cpu_machine
 from small_models import config_with, write_model_folder
+from tiers import ci
 from worlds import World, start_world
 
 LENGTH, ROWS = 256, 2
@@ -103,25 +103,23 @@ FEW_TOKENS: Settings = {"data": {"sequence_length": 12}}
 FULL: Settings = {"quant": NONE, "adapter": {"method": "full"}}
 WHOLE: Settings = {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}}
 ROWS_OF_TOKENS: Settings = {"adapter": {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [6, 7]}}}
+EIGHT_BIT_DORA: Settings = {
+    "adapter": {"use_dora": True, "r": 64, "rank_pattern": {"down_proj": 3}},
+    "optim": {"name": "adamw_8bit"},
+    "parallel": {"resident_blocks": 2},
+}
 Cell = tuple[str, int, int, Settings]
 CELLS: list[Cell] = [
     # (model, ranks, micro-batches, settings). 1,001 rows and odd shapes are cut unevenly by every number of ranks.
     ("llama", 1, 1, {}),
     ("llama", 1, 1, LAST_BLOCK),
     ("llama", 1, 1, FEW_TOKENS),
+    ("llama", 2, 1, EIGHT_BIT_DORA),
+]
+IN_CI: list[Cell] = [
     ("llama", 2, 1, {"train": {"checkpointing": "none"}}),
     ("llama", 3, 3, {"quant": NONE, "train": {"dtype": "fp32", "accumulate": "block"}}),
     ("llama-tied", 4, 2, {"parallel": {"shard_degree": 2}, "train": {"checkpointing": "selective"}}),
-    (
-        "llama",
-        2,
-        1,
-        {
-            "adapter": {"use_dora": True, "r": 64, "rank_pattern": {"down_proj": 3}},
-            "optim": {"name": "adamw_8bit"},
-            "parallel": {"resident_blocks": 2},
-        },
-    ),
     ("llama-tied", 2, 1, WHOLE),
     ("llama", 3, 1, ROWS_OF_TOKENS),
     ("qwen3", 2, 2, FULL),
@@ -172,10 +170,10 @@ ZERO3: list[Cell] = [
 
 @pytest.mark.parametrize(
     ("model", "size", "accumulation", "settings"),
-    [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE)],
+    [*CELLS, *(ci(*cell) for cell in IN_CI), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE)],
     ids=str,
 )
-def test_a_rank_has_what_is_calculated(
+def test_a_rank_has_the_planned_memory(
     world: World, folders: Path, model: str, size: int, accumulation: int, settings: Settings
 ) -> None:
     check(*both(world, folders / model, size, settings, accumulation))
@@ -195,7 +193,7 @@ def test_one_process_has_trained_matrices_that_outweigh_its_tokens(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_so_it_is_of_every_family(world: World, tmp_path: Path, name: str) -> None:
+def test_a_rank_of_every_family_has_the_planned_memory(world: World, tmp_path: Path, name: str) -> None:
     write_family_folder(tmp_path, name)
     for size, settings in ((1, {}), (3, {"quant": NONE})):
         # Inside of the scatter_ of a maximum's gradient the CPU widens GPT-OSS' scores, which no operation shows.
@@ -241,7 +239,7 @@ TWO = ("cluster.gpus_per_node=2", "gpu=rtx4090", "data.sequence_length=1024")
 ZERO = ("parallel=zero3", "parallel.offload_base=true")
 
 
-def test_a_base_in_host_memory_is_not_on_the_gpu_but_for_what_is_gathered_of_it() -> None:
+def test_a_base_in_host_memory_leaves_only_its_gathered_layers_on_the_gpu() -> None:
     here, there = of_gpus(*TWO, "parallel=zero3"), of_gpus(*TWO, *ZERO)
     base = ("codes", "scales", "embeddings", "norms")
     gone = sum(here.held[kind] for kind in base) - sum(there.held.get(kind, 0) for kind in base)
@@ -302,7 +300,7 @@ def test_blocks_that_stay_by_themselves_are_as_many_as_the_first_step_leaves_roo
     assert fixed == some
 
 
-def test_what_is_decomposed_counts_where_it_is_more_than_what_training_takes() -> None:
+def test_decomposition_counts_where_it_takes_more_than_training() -> None:
     few = (*TWO, "adapter.r=1", "adapter.target_modules=[down_proj]")
     exact, sketched = (of_gpus(*few, f"adapter.init={init}") for init in ("pissa", "pissa_niter_4"))
     # Five matrices of 8,192 columns in fp64, and the weight in 16 bits; bases of one column are nothing to 96 MiB.
@@ -327,14 +325,6 @@ def test_only_gpus_have_libraries_and_an_allocator_of_their_own() -> None:
         assert of_gpus("cluster.gpus_per_node=1", f"gpu={gpu}").beside["working"] == nbytes
     # At least each tensor's end, at most a hole for the head's matrix and the largest of a step, and a segment a pool.
     assert 2.1e9 < together.beside["slack"] < 2.5e9
-
-
-def test_flash_attentions_accumulators_have_128_rows_more_a_document() -> None:
-    # mha_varlen_bwd: (programs, tokens + 128 documents, heads, columns) fp32.
-    alone, many = 3 * (8192 + 128), 8192 + 128 * 32
-    for deterministic, rows in ((True, max(alone, many)), (False, many)):
-        found = flash_accumulators(132, 64, 8192, 1, deterministic=deterministic)
-        assert found * 8192 == pytest.approx(rows)
 
 
 class Counted(MemoryMeter):

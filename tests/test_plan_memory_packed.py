@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from distlora.planner.workload import Workload, trained_together
 from distlora.training.memory_meter import StepMemory
 from plan_inputs import cpu_machine
 from test_plan_memory import Settings, check, config_of
+from tiers import ci
 from worlds import World
 
 NONE = {"method": "none"}
@@ -27,11 +29,11 @@ DIFFERENT: list[Settings] = [
     {"adapter": {"r": 24, "target_modules": "mlp", "lora_dropout": 0.1}, "optim": {"lr": 1e-3}},
     {"adapter": {"r": 9, "target_modules": r".*layers\.[12]\..*_proj"}},
 ]
-CELLS: list[tuple[int, int, list[Settings]]] = [
+CELLS: list[Any] = [
     # (ranks, micro-batches, trials)
     (1, 1, [{}] * 2),
-    (2, 2, [{"quant": NONE, "train": {"accumulate": "block"}}] * 4),
-    (3, 1, DIFFERENT),
+    ci(2, 2, [{"quant": NONE, "train": {"accumulate": "block"}}] * 4),
+    ci(3, 1, DIFFERENT),
     (1, 1, [{"train": {"checkpointing": "none"}, "adapter": {"r": 64}}] * 2),
 ]
 MORE: list[tuple[int, int, list[Settings]]] = [
@@ -50,19 +52,14 @@ def measured(ranks: Ranks, *, trials: Sequence[Config]) -> StepMemory:
     return measure_step(trials, ranks, in_slots=True)
 
 
-def check_pack(world: World, folder: Path, size: int, accumulation: int, settings: list[Settings]) -> None:
-    trials = [config_of(folder, size, own, accumulation) for own in settings]
-    most, *_ = world.run(size, measured, trials=trials)
-    check(
-        device_bytes(trained_together([Workload.of(trial) for trial in trials]), model_in(folder), cpu_machine(size)),
-        most,
-    )
-
-
 @pytest.mark.parametrize(
     ("size", "accumulation", "settings"), [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE)]
 )
-def test_a_rank_of_a_pack_has_what_is_calculated(
+def test_trials_together_have_the_planned_memory(
     world: World, folders: Path, size: int, accumulation: int, settings: list[Settings]
 ) -> None:
-    check_pack(world, folders / "llama", size, accumulation, settings)
+    folder = folders / "llama"
+    trials = [config_of(folder, size, own, accumulation) for own in settings]
+    most, *_ = world.run(size, measured, trials=trials)
+    together = trained_together([Workload.of(trial) for trial in trials])
+    check(device_bytes(together, model_in(folder), cpu_machine(size)), most)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distlora.architecture.families import read_config
@@ -23,7 +24,8 @@ from distlora.training.reporter import Reporter
 from planned import traffic_of
 from small_models import make_run, read_metrics
 from test_integrity import started
-from test_parity import outcome, run_once
+from test_parity import outcome, result_of, run_once
+from tiers import ci
 from worlds import World
 
 
@@ -32,28 +34,22 @@ def gathered(metrics: list[dict[str, Any]]) -> list[int]:
     return [line["gathered_bytes"] for line in metrics if "loss" in line]
 
 
-@pytest.mark.parametrize(("size", "prefetch"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)])
-def test_inside_the_block_eight_micro_batches_gather_what_one_does(
-    world: World, folders: Path, tmp_path: Path, size: int, prefetch: bool
-) -> None:
+def test_inside_the_block_eight_micro_batches_gather_what_one_does(world: World, folders: Path, tmp_path: Path) -> None:
     bytes_of = {}
-    for name, micro_batches, accumulate, prefetches in (
-        ("one", 1, "step", prefetch),
-        ("block", 8, "block", prefetch),
-        ("step", 8, "step", prefetch),
-        *([("block, prefetched", 8, "block", True)] if not prefetch else []),
+    for name, micro_batches, accumulate, prefetch in (
+        ("one", 1, "step", True),
+        ("block", 8, "block", True),
+        ("step", 8, "step", False),
     ):
-        rows = {"global_batch": micro_batches * size, "micro_batch": 1, "accumulate": accumulate}
-        settings = {"max_steps": 3, "eval_every": 2, **rows}
-        config = make_run(tmp_path / name, folders, train=settings, parallel={"prefetch": prefetches})
-        bytes_of[name] = gathered(world.run(size, run_once, run_dir=tmp_path / name)[0])
+        rows = {"global_batch": micro_batches * 2, "micro_batch": 1, "accumulate": accumulate}
+        config = make_run(tmp_path / name, folders, train={"max_steps": 2, **rows}, parallel={"prefetch": prefetch})
+        bytes_of[name] = gathered(world.run(2, run_once, run_dir=tmp_path / name)[0])
         if name == "one":
-            once = traffic_of(config, world=size).gathered
-    # An evaluation, before the first step and after the second, leaves the final norm (96 fp32) gathered.
-    norm = 4 * traffic.padded((96,), size)
-    assert bytes_of["one"] == [once - norm, once, once - norm]
-    assert bytes_of["block"] == bytes_of.get("block, prefetched", bytes_of["block"]) == bytes_of["one"]
-    assert bytes_of["step"] == [8 * once - norm, 8 * once, 8 * once - norm]
+            once = traffic_of(config, world=2).gathered
+    # The evaluation before the first step leaves the final norm (96 fp32) gathered.
+    norm = 4 * traffic.padded((96,), 2)
+    assert bytes_of["one"] == bytes_of["block"] == [once - norm, once]
+    assert bytes_of["step"] == [8 * once - norm, 8 * once]
 
 
 def bytes_of_a_block(config: Config, size: int) -> int:
@@ -62,16 +58,16 @@ def bytes_of_a_block(config: Config, size: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def moving(
-    world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, tuple[list[float], dict[str, Tensor]]]:
-    """Losses and adapter of a run without blocks that stay, by ranks."""
-    results = {}
-    for size in (2, 3):
+def moving(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
+    """Return losses and adapter of a run without resident layers on some ranks, made at the first use."""
+
+    @functools.cache
+    def result(size: int) -> Any:
         run_dir = tmp_path_factory.mktemp("moving") / str(size)
         make_run(run_dir, folders, train=SETTINGS[size])
-        results[size] = outcome(world, size, run_dir)
-    return results
+        return outcome(world, size, run_dir)
+
+    return result
 
 
 SETTINGS: dict[int, dict[str, Any]] = {
@@ -82,13 +78,13 @@ SETTINGS: dict[int, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("size", "resident", "prefetch"),
-    [(2, 1, True), (3, 2, False), pytest.param(3, 3, True, marks=pytest.mark.slow)],
+    [(2, 1, True), ci(3, 2, False)],
 )
 def test_blocks_that_stay_are_gathered_no_more_and_change_no_bit(
     world: World,
     folders: Path,
     tmp_path: Path,
-    moving: dict[int, tuple[list[float], dict[str, Tensor]]],
+    moving: Callable[[int], Any],
     size: int,
     resident: int,
     prefetch: bool,
@@ -99,21 +95,14 @@ def test_blocks_that_stay_are_gathered_no_more_and_change_no_bit(
         tmp_path / "run", folders, train={**SETTINGS[size], "save_every": 2, "verify": True}, parallel=parallel
     )
     metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
-    losses, adapter = result_of(metrics, tmp_path / "run")
-    assert losses == moving[size][0]
-    assert all(torch.equal(adapter[name], tensor) for name, tensor in moving[size][1].items())
+    losses, adapter = result_of(tmp_path / "run")
+    assert losses == moving(size)[0]
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in moving(size)[1].items())
     step, passes = traffic_of(config, world=size).gathered, 2 if size == 2 else 1
     all_move = traffic_of(make_run(tmp_path / "all", folders, train=SETTINGS[size]), world=size).gathered
     assert all_move - step == passes * 2 * resident * bytes_of_a_block(config, size)
     norm = 4 * traffic.padded((96,), size)  # As above: evaluations leave it gathered, as the first leaves the blocks.
     assert gathered(metrics) == [step - norm, step, step - norm, step]
-
-
-def result_of(metrics: list[dict[str, Any]], run_dir: Path) -> tuple[list[float], dict[str, Tensor]]:
-    from safetensors.torch import load_file
-
-    losses = [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics]
-    return losses, load_file(run_dir / "adapter" / "adapter_model.safetensors")
 
 
 def run_with_memory(ranks: Ranks, *, run_dir: Path, free: tuple[float, ...]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -131,7 +120,7 @@ def test_auto_keeps_what_fits_on_the_rank_with_the_least_memory(
     world: World,
     folders: Path,
     tmp_path: Path,
-    moving: dict[int, tuple[list[float], dict[str, Tensor]]],
+    moving: Callable[[int], Any],
     size: int,
 ) -> None:
     config = make_run(tmp_path / "run", folders, train=SETTINGS[size], parallel={"resident_blocks": "auto"})
@@ -145,9 +134,9 @@ def test_auto_keeps_what_fits_on_the_rank_with_the_least_memory(
             f"parallel.resident_blocks=auto: 1 of 3 layers stay gathered, which takes {block / 2**30:,.2f} GiB on each "
             f"rank; rank {rank} has {free[rank] / 2**31:,.2f} GiB for them"
         ]
-    losses, adapter = result_of(metrics, tmp_path / "run")
-    assert losses == moving[size][0]
-    assert all(torch.equal(adapter[name], tensor) for name, tensor in moving[size][1].items())
+    losses, adapter = result_of(tmp_path / "run")
+    assert losses == moving(size)[0]
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in moving(size)[1].items())
     step, passes = traffic_of(config, world=size).gathered, 2 if size == 2 else 1
     saved, norm = passes * 2 * block, 4 * traffic.padded((96,), size)
     # Found out after the first step, gathered for good in the second.

@@ -22,6 +22,7 @@ from distlora_kernels import nf4
 from family_models import VARIANTS, config_for, hf_config
 from run_models import build_run_model
 from small_models import config_with
+from tiers import ci
 from worlds import World
 
 LENGTH, MICRO_BATCH = 16, 2
@@ -81,20 +82,18 @@ def our_traffic(ranks: Ranks, *, config: Config, accumulation: int) -> tuple[Cou
 
 
 NONE = {"quant": {"method": "none"}}
-CELLS: list[tuple[str, int, int, dict[str, Any]]] = [
+CELLS: list[Any] = [
     # (model, ranks, micro-batches, settings)
-    ("llama", 2, 1, {"train": {"dtype": "fp32"}}),
     ("llama", 2, 3, {}),
-    ("llama", 3, 3, {"train": {"accumulate": "block"}, "parallel": {"prefetch": False}}),
-    ("llama-tied", 2, 2, {"train": {"checkpointing": "none"}, "parallel": {"bucket_mb": 0.01}}),
-    ("llama-tied", 3, 2, {"adapter": {"use_dora": True, "rank_pattern": {"down_proj": 3}}}),
-    ("llama-tied", 3, 1, {"model": {"new_tokens": ["<think>", "</think>"]}, "train": {"dtype": "fp32"}}),
     ("llama", 2, 1, {"adapter": {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [6, 7]}}}),
-    ("mixtral", 3, 2, {"train": {"accumulate": "block"}}),
-    ("qwen3", 3, 2, {**NONE, "adapter": {"target_modules": "qv"}}),
-    ("llama-tied", 3, 2, {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}}),
+    ("llama-tied", 3, 1, {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}}),
     ("llama-tied", 2, 2, {**NONE, "adapter": {"method": "full"}}),
-    ("llama", 3, 1, {**NONE, "adapter": {"method": "full"}}),
+    ci("llama", 3, 3, {"train": {"accumulate": "block"}, "parallel": {"prefetch": False}}),
+    ci("llama-tied", 2, 2, {"train": {"checkpointing": "none"}, "parallel": {"bucket_mb": 0.01}}),
+    ci("llama-tied", 3, 2, {"adapter": {"use_dora": True, "rank_pattern": {"down_proj": 3}}}),
+    ci("llama-tied", 3, 1, {"model": {"new_tokens": ["<think>", "</think>"]}, "train": {"dtype": "fp32"}}),
+    ci("mixtral", 3, 2, {"train": {"accumulate": "block"}}),
+    ci("qwen3", 3, 2, {**NONE, "adapter": {"target_modules": "qv"}}),
 ]
 
 
@@ -123,14 +122,14 @@ def base_bytes(ranks: Ranks, *, config: Config) -> int:
     return sum(backend.local_rows(p)[0].nbytes for p in model.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("model", ["llama", "mixtral"])
+@pytest.mark.parametrize("model", ["llama", ci("mixtral")])
 def test_each_ranks_part_of_the_base_falls_as_one_over_the_ranks(world: World, folders: Path, model: str) -> None:
     """To within one row, or group, of each tensor."""
     config, shapes = config_of(folders / model), shapes_in(folders / model)
     packed = sum(weight.packs for weight in shapes.block)
     rows = shapes.num_layers * (packed * wire.GROUP_BYTES + 2 * (len(shapes.block) - packed) * shapes.hidden)
     slack = rows + 2 * (2 * shapes.hidden + 1)
-    held = {size: world.run(size, base_bytes, config=config) for size in (1, 2, 3, 4)}
+    held = {size: world.run(size, base_bytes, config=config) for size in (1, 3)}
     whole = held[1][0]
     assert whole == wire.held_bytes(shapes, 1, quantized=True, itemsize=2)
     for size, by_rank in held.items():
@@ -150,12 +149,8 @@ def test_what_is_received_is_the_rings_share() -> None:
     ("world", "shards", "ranks", "comes_in"),
     [
         (12, 12, 8, 2400 * 8 // 12 + 2 * 120 // 2),  # Into the machine of 4, what the 8 of the other have.
-        (
-            24,
-            6,
-            8,
-            2400 * (2 + 2) // 6 + 2 * 120 * 2 // 3,
-        ),  # Into the second: of two copies, 2 ranks each are elsewhere.
+        # Into the second: of two copies, 2 ranks each are elsewhere.
+        (24, 6, 8, 2400 * (2 + 2) // 6 + 2 * 120 * 2 // 3),
         (8, 2, 3, 2400 // 2 + 2 * 120 * 2 // 3),
         (16, 2, 8, 2 * 120 // 2),
         (16, 16, 16, 0),

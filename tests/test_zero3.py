@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -31,10 +32,11 @@ from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
 from test_loading import check_slices, own_rows
 from test_parity import adapters_after, outcome, result_of
 from test_resume import run_until
+from tiers import ci
 from worlds import World, start_world
 
 ZERO3 = {"backend": "zero3"}
-STEPS = {"max_steps": 6}
+STEPS = {"max_steps": 4}
 
 
 class Alone:
@@ -63,7 +65,7 @@ def alone() -> Iterator[Alone]:
 
 CELLS = [
     # (model, ranks, train settings, parallel settings); the reference is one rank with one micro-batch of all rows.
-    ("llama", 2, {"micro_batch": 2, "accumulate": "step", "checkpointing": "block"}, {}),
+    ci("llama", 2, {"micro_batch": 2, "accumulate": "step", "checkpointing": "block"}, {}),
     ("llama", 3, {"micro_batch": 2, "accumulate": "block", "checkpointing": "none"}, {"offload_base": True}),
 ]
 MORE_CELLS = [
@@ -82,17 +84,16 @@ MORE_CELLS = [
 
 
 @pytest.fixture(scope="module")
-def references(alone: Alone, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One rank, one micro-batch of the whole step, no checkpointing, by model; computed when it is asked for."""
+def reference(alone: Alone, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """One rank, one micro-batch of the whole step, no checkpointing, by model; at the first use."""
 
-    class Lazily(dict[str, Any]):
-        def __missing__(self, model: str) -> Any:
-            run_dir = tmp_path_factory.mktemp("reference") / model
-            make_run(run_dir, folders, model, train=STEPS | {"micro_batch": 12, "checkpointing": "none"})
-            self[model] = outcome(alone, 1, run_dir)
-            return self[model]
+    @functools.cache
+    def result(model: str) -> Any:
+        run_dir = tmp_path_factory.mktemp("reference") / model
+        make_run(run_dir, folders, model, train=STEPS | {"micro_batch": 12, "checkpointing": "none"})
+        return outcome(alone, 1, run_dir)
 
-    return Lazily()
+    return result
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_a_run_is_that_of_one_rank_however_it_is_gathered(
     alone: Alone,
     folders: Path,
     tmp_path: Path,
-    references: dict[str, Any],
+    reference: Callable[[str], Any],
     model: str,
     size: int,
     settings: dict[str, Any],
@@ -115,7 +116,7 @@ def test_a_run_is_that_of_one_rank_however_it_is_gathered(
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first), "adapters differ between ranks"
     losses, adapter = result_of(tmp_path / "run")
-    expected_losses, expected_adapter = references[model]
+    expected_losses, expected_adapter = reference(model)
     assert_losses_close(losses, expected_losses)
     assert_adapters_close(adapter, expected_adapter)
     assert losses[-1] < losses[0] - 0.05, "the run learned nothing, so the comparison says nothing"
@@ -132,10 +133,8 @@ def test_rank_holds_its_slice_of_the_quantization(
     check_slices(alone.run(3, own_rows, folder=folders / model, parallel=ZERO3 | parallel), folders / model)
 
 
-def gathered_in_steps(
-    ranks: Ranks, *, run_dir: Path, evaluations: int, steps: int
-) -> tuple[list[int], list[int], int, bool]:
-    """Run some steps after so many forwards of an evaluation.
+def gathered_in_steps(ranks: Ranks, *, run_dir: Path, steps: int) -> tuple[list[int], list[int], int, bool]:
+    """Run some steps.
 
     Returns (bytes that a step gathered by our count; as torch issues them; bytes of the base that are gathered after
     the last; True if torch's F.linear is still torch's).
@@ -144,10 +143,6 @@ def gathered_in_steps(
     loader, _ = open_data(run_dir, config.train, ranks)
     model, backend, _ = setup.start_run_model(config, ranks)
     backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
-    with torch.no_grad():
-        for _ in range(evaluations):
-            micro = loader.batch(0).micro_batches[0]
-            model(micro.input_ids, micro.position_ids, micro.labels)
     ours, theirs = [], []
     for number in range(steps):
         backend.traffic.take()
@@ -165,23 +160,21 @@ def gathered_in_steps(
     return ours, theirs, left, torch.nn.functional.linear.__module__ == "torch._C._nn"
 
 
-@pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "llama-tied"])
+@pytest.mark.parametrize("model", [ci("llama"), "llama-tied"])
 def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
     alone: Alone, folders: Path, tmp_path: Path, model: str
 ) -> None:
     shapes = shapes_of(read_config(folders / model), folders / model)
     block = traffic.block_bytes(shapes.block, 3, quantized=True, itemsize=4)
     # From the second forward on the last block stays from forward to backward: the head is smaller than a block, so
-    # that gathering a block ahead comes upon it while it is there. Not where DeepSpeed has learned in an evaluation
-    # that it goes.
+    # that gathering a block ahead comes upon it while it is there.
     settings = {"micro_batch": 2, "global_batch": 12}
-    for prefetch, evaluations, stays in ((False, 0, [0, 0]), (True, 0, [1, 2]), (True, 2, [0, 0])):
-        run_dir = tmp_path / f"{prefetch}-{evaluations}"
+    for prefetch, stays in ((False, [0]), (True, [1, 2])):
+        run_dir = tmp_path / f"{prefetch}"
         config = make_run(run_dir, folders, model, train=settings, parallel=ZERO3 | {"prefetch": prefetch})
         whole = traffic.ours(Workload.of(config), shapes, world=3, accumulation=2).gathered
         expected = [whole - count * block for count in stays]
-        passes = {"run_dir": run_dir, "evaluations": evaluations, "steps": len(stays)}
-        for ours, theirs, left, intact in alone.run(3, gathered_in_steps, **passes):
+        for ours, theirs, left, intact in alone.run(3, gathered_in_steps, run_dir=run_dir, steps=len(stays)):
             assert ours == theirs == expected
             assert left == 0, f"{left} bytes of the base stay gathered after backward"
             assert intact, "F.linear was exchanged for the whole process"
@@ -189,7 +182,7 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_other_backend(
-    alone: Alone, folders: Path, tmp_path: Path, references: dict[str, Any]
+    alone: Alone, folders: Path, tmp_path: Path, reference: Callable[[str], Any]
 ) -> None:
     """Half of it with FSDP2 on two ranks and half with ZeRO-3 on three, and the other way round."""
     run_dir = tmp_path / "run"
@@ -200,8 +193,8 @@ def test_a_run_goes_on_with_the_other_backend(
     alone.run(3, run_until, run_dir=run_dir, stop_before=4)
     place.write_text(place.read_text().replace("backend: zero3", "backend: fsdp2"))
     losses, adapter = outcome(alone, 3, run_dir)
-    assert_adapters_close(adapter, references["llama"][1])
-    assert len(losses) == len(references["llama"][0])
+    assert_adapters_close(adapter, reference("llama")[1])
+    assert len(losses) == len(reference("llama")[0])
 
 
 METHODS = {
@@ -266,7 +259,7 @@ def units_ahead(ranks: Ranks, *, run_dir: Path) -> list[int]:
 def test_the_host_never_has_more_than_two_units_before_a_gpu(alone: Alone, folders: Path, tmp_path: Path) -> None:
     """So that what was let go is free for what is gathered."""
     make_run(tmp_path / "run", folders, parallel=ZERO3)
-    for ahead in alone.run(2, units_ahead, run_dir=tmp_path / "run"):
+    for ahead in alone.run(3, units_ahead, run_dir=tmp_path / "run"):
         assert len(ahead) == 3 * (3 + 2) + 2 * 3, "forward: three blocks, embedding, head; backward: three blocks"
         assert ahead[0] == 0
         assert set(ahead[1:]) == {1}, "the one before it alone: not none, which would leave the device without work"

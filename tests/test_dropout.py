@@ -21,12 +21,13 @@ from distlora_kernels import dropout as dropout_module
 from distlora_kernels import nf4
 from distlora_kernels.dropout import Dropout, Stream, dropped, philox, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, RowChoice, lora_linear
+from family_models import dequantized
 from small_models import make_run
 from test_adapters import adapted
 from test_lora_gpu import gate_of
 from test_lora_linear import tensors
 from test_parity import outcome
-from test_peft import dequantized_hf_model, our_trained_model
+from test_peft import our_trained_model
 from test_resume import SINGLE, figures, result, run_until
 from tiers import ci
 from worlds import World
@@ -246,7 +247,7 @@ def test_with_the_same_masks_peft_gives_our_loss_and_our_gradients(folders: Path
     make_run(tmp_path / "run", folders, adapter=adapter, train={"max_steps": 4}, optim={"lr": 2e-2})
     run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
     ours = our_trained_model(tmp_path / "run")
-    base = dequantized_hf_model(folders / "llama", ours)
+    base = dequantized(folders / "llama", ours)
     tuned = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter", is_trainable=True).train()
     at = StepRows(3, torch.tensor([5, 1]))
     replaced = 0

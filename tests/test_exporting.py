@@ -296,7 +296,6 @@ def test_bad_export_options_are_refused(
         ([run_dir], "say which format with --format: hf, peft"),
         ([run_dir, "--format", "gptq"], "--format=gptq is not known (did you mean 'peft'?); write one of hf, peft"),
         ([run_dir, "--format", "peft", "--dtype", "bf16"], "peft keeps the dtypes that there are; leave --dtype out"),
-        ([run_dir, "--format", "hf", "--dtype", "int8"], "hf is written in fp32, bf16, fp16"),
         ([run_dir, "--format", "bnb", "--onto", "original"], "bnb holds no merged weights"),
         ([run_dir, "--format", "bnb", "--out", "there"], "--out=there exists already"),
         ([run_dir, "--format", "peft", "--adapter", "base"], "the base alone has nothing trained"),

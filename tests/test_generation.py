@@ -135,22 +135,6 @@ def test_sharded_ranks_write_what_one_writes(world: World, family_folder: Callab
     assert results[0][2] == (0, 0), "samples are counted as a step's traffic"
 
 
-def drift(ranks: Ranks, *, folder: Path) -> list[Completion]:
-    """Rank 1 has another adapter, as after a fault: alone it would write other text and end elsewhere."""
-    model, backend = load_ours(folder, ranks)
-    if ranks.rank == 1:
-        for parameter in adapter_tensors(model).values():
-            parameter.data.mul_(-1.5)
-    return completions(model, backend, choose())
-
-
-def test_ranks_that_differ_write_what_rank_0_writes_and_never_wait_for_each_other(
-    world: World, family_folder: Callable[[str], Path]
-) -> None:
-    results = world.run(2, drift, folder=family_folder("qwen3"))
-    assert results[0] == results[1]
-
-
 def test_a_completion_ends_at_any_stop_token_and_leaves_it_out(family_folder: Callable[[str], Path]) -> None:
     model, backend = load_ours(family_folder("qwen3"))
     whole = completions(model, backend, choose())

@@ -19,18 +19,16 @@ from torch import Tensor
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
 from distlora.loading.peft_format import adapter_config, adapter_tensors, load_peft_adapter
-from distlora.parallel import Ranks
 from distlora.training import worker
 from distlora.training.setup import start_run_model
 from distlora.weights.peft_folder import read_peft_adapter
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
+from family_models import SINGLE, dequantized, our_logits
 from run_models import build_run_model, parallelize_run
 from small_models import make_run
-from test_peft import dequantized_hf_model, our_logits
 from test_resume import result, run_until
 
-SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -103,7 +101,7 @@ def test_peft_lora_becomes_the_initial_adapter_with_its_logits(folders: Path, tm
     assert config.adapter.use_dora == fields.get("use_dora", False)
     model, backend, _ = start_run_model(config, SINGLE)
     load_peft_adapter(model, config.adapter, config.quant.method, backend)
-    base = dequantized_hf_model(folders / "llama", model)
+    base = dequantized(folders / "llama", model)
     tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         plain = base(tokens).logits
@@ -118,7 +116,7 @@ def test_peft_lora_becomes_the_initial_adapter_with_its_logits(folders: Path, tm
     (saved / "adapter_config.json").write_text(json.dumps(adapter_config(config.spec, model)))
     tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model).items()}
     safetensors.torch.save_file(tensors, saved / WEIGHTS)
-    base = dequantized_hf_model(folders / "llama", model)
+    base = dequantized(folders / "llama", model)
     with torch.no_grad():
         again = peft.PeftModel.from_pretrained(base, saved)(tokens).logits
     assert (again - theirs).abs().max() <= 1e-5

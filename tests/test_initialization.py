@@ -34,9 +34,8 @@ from distlora.weights.peft_folder import read_peft_adapter
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.checks import check, check_model
 from distlora_launcher.compose.compose import compose_config
-from family_models import SINGLE, config_for, tokens, write_family_folder
+from family_models import SINGLE, config_for, dequantized, our_logits, tokens, write_family_folder
 from small_models import make_run, write_model_folder, write_text_file
-from test_peft import dequantized_hf_model, our_logits
 from test_resume import figures, result, run_until
 from worlds import World
 
@@ -297,13 +296,6 @@ def test_loftq_adapter_belongs_to_the_nf4_base(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=r"--adapter .* started by LoftQ"):
             generates()
-    start = {**read_peft_adapter(published).settings, "init_from": published}
-    make_run(tmp_path / "next", folders, adapter=start, train={"max_steps": 1})
-    worker.run(tmp_path / "next", SINGLE)
-    assert read_peft_adapter(tmp_path / "next" / "adapter").settings["init_from_loftq"]
-    make_run(tmp_path / "other", folders, train={"max_steps": 1})
-    worker.run(tmp_path / "other", SINGLE)
-    assert not read_peft_adapter(tmp_path / "other" / "adapter").settings["init_from_loftq"]
 
 
 def with_residual(run_dir: Path, folders: Path) -> tuple[CausalLM, transformers.PreTrainedModel]:
@@ -311,7 +303,7 @@ def with_residual(run_dir: Path, folders: Path) -> tuple[CausalLM, transformers.
     config = load_config(run_dir)
     ours, _ = load_trained(of_run(config, str(run_dir / "adapter")), SINGLE)
     base, start = (
-        dequantized_hf_model(folders / "llama", ours),
+        dequantized(folders / "llama", ours),
         decomposed_adapters.load_initial_factors(config.run_dir),
     )
     with torch.no_grad():

@@ -72,11 +72,6 @@ METHODS = {
         new_tokens=NEW_TOKENS,
         bases=("nf4",),
     ),
-    "new tokens, whole embedding": Method(
-        adapter=_PLAIN | {"modules_to_save": ["embed_tokens"], "trainable_token_indices": {"lm_head": [7]}},
-        new_tokens=NEW_TOKENS,
-        bases=("none",),
-    ),
     "DoRA": Method(adapter={"use_dora": True}),
 }
 BASES = [(name, base) for name, method in METHODS.items() for base in method.bases]

@@ -20,11 +20,10 @@ from distlora.config.file import load_config
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora.run_folder.layout import steps
-from family_models import SINGLE, config_for, dequantized, tokens
+from family_models import SINGLE, config_for, dequantized, our_logits, tokens
 from planned import assert_disk_as_planned
 from small_models import make_run, read_metrics
 from test_full import losses_of, run_once
-from test_peft import our_logits
 from test_resume import run_until
 from worlds import World
 

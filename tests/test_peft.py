@@ -10,7 +10,6 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from torch import Tensor
 
 from closeness import assert_close
@@ -23,6 +22,7 @@ from distlora.model.build import CausalLM, materialize_buffers
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Ranks
 from distlora.training import worker
+from family_models import dequantized, our_logits
 from run_models import build_run_model, parallelize_run
 from small_models import make_run
 from test_loading import config_for, loaded
@@ -31,16 +31,6 @@ from tiers import ci
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 FIRST_BLOCKS = r"model\.layers\.[01]\..*\.(q_proj|v_proj)"
 TARGETS: list[Any] = ["all-linear", "attention", "qv", "mlp", ["o_proj"], FIRST_BLOCKS]
-
-
-@torch.no_grad()
-def dequantized_hf_model(folder: Path, ours: CausalLM) -> transformers.PreTrainedModel:
-    """Return the Hugging Face model whose linears hold the dequantized weights."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for name, module in ours.named_modules():
-        if isinstance(module, FrozenLinear):
-            model.get_parameter(ours.hf_name(f"{name}.weight")).copy_(module.frozen_weight.dense(torch.float32))
-    return model
 
 
 def our_trained_model(run_dir: Path) -> CausalLM:
@@ -54,11 +44,6 @@ def our_trained_model(run_dir: Path) -> CausalLM:
         for name, parameter in adapter_tensors(model).items():
             parameter.copy_(saved[name])
     return model
-
-
-def our_logits(model: CausalLM, tokens: Tensor) -> Tensor:
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return model.head.logits(model.hidden_states(tokens, positions).flatten(0, 1)).view(*tokens.shape, -1)
 
 
 @pytest.fixture
@@ -79,7 +64,7 @@ def test_peft_gives_our_logits(
     make_run(run_dir, folders, model, adapter=adapter, train={"max_steps": 4}, optim={"lr": 2e-2})
     worker.run(run_dir, SINGLE)
     ours = our_trained_model(run_dir)
-    base = dequantized_hf_model(folders / model, ours)
+    base = dequantized(folders / model, ours)
     with torch.no_grad():
         base_logits = base(tokens).logits
         tuned = peft.PeftModel.from_pretrained(base, run_dir / "adapter")
@@ -95,7 +80,7 @@ def test_gradients_equal_peft(folders: Path, tmp_path: Path, tokens: Tensor) -> 
     make_run(run_dir, folders, train={"max_steps": 2}, optim={"lr": 2e-2})
     worker.run(run_dir, SINGLE)
     ours = our_trained_model(run_dir)
-    base = dequantized_hf_model(folders / "llama", ours)
+    base = dequantized(folders / "llama", ours)
     tuned = peft.PeftModel.from_pretrained(base, run_dir / "adapter", is_trainable=True)
 
     labels = torch.full_like(tokens, -100)

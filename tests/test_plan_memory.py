@@ -200,20 +200,6 @@ def test_a_rank_of_every_family_has_the_planned_memory(world: World, tmp_path: P
         check(*both(world, tmp_path, size, settings, 1), short="block" if name == "gpt-oss" else None)
 
 
-def test_a_decoder_has_frequencies_for_the_kinds_of_layers_that_it_has(tmp_path: Path) -> None:
-    write_family_folder(tmp_path, "gemma3-text")
-    file = tmp_path / "config.json"
-    settings = json.loads(file.read_text())
-    held = []
-    for types in (settings["layer_types"], ["sliding_attention"] * settings["num_hidden_layers"]):
-        file.write_text(json.dumps(settings | {"layer_types": types}))
-        held.append(
-            device_bytes(Workload.of(config_of(tmp_path, 1, {})), model_in(tmp_path), cpu_machine(1)).held["norms"]
-        )
-    assert len(set(settings["layer_types"])) == 2
-    assert held[0] - held[1] == 2 * 4 * settings["head_dim"] // 2
-
-
 @pytest.mark.slow
 def test_zero3_has_what_its_coordinators_rules_say(folders: Path, tmp_path: Path) -> None:
     with start_world(2, regroups=True) as alone:

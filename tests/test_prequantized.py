@@ -34,10 +34,11 @@ from distlora.training import worker
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_kernels import nf4, nf4_cpu, reference
 from distlora_launcher.compose.checks import check_model
+from family_models import our_logits
 from run_models import build_run_model, parallelize_run
 from small_models import make_run, tokenizer, write_model_folder, write_text_file
 from test_nf4 import DTYPES, SHAPES, bitsandbytes_dequantize, random_weight
-from test_peft import our_logits, our_trained_model
+from test_peft import our_trained_model
 from worlds import World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)

@@ -175,7 +175,6 @@ def test_memory_of_a_block_that_stays_is_watched(world: World, folders: Path, tm
     ("sections", "message"),
     [
         ({"parallel": {"resident_blocks": -1}}, "resident_blocks=-1 is no number of blocks; set it to 0 or more, or"),
-        ({"parallel": {"resident_blocks": "all"}}, "resident_blocks=all is no number of blocks"),
         ({"parallel": {"backend": "zero3", "resident_blocks": 2}}, "resident_blocks=2 is FSDP2's: DeepSpeed keeps"),
         (
             {"parallel": {"resident_blocks": "auto"}, "adapter": {"method": "full"}, "quant": {"method": "none"}},
@@ -183,6 +182,8 @@ def test_memory_of_a_block_that_stays_is_watched(world: World, folders: Path, tm
         ),
     ],
 )
-def test_what_cannot_stay_is_refused(folders: Path, tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+def test_unsupported_resident_blocks_are_refused(
+    folders: Path, tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         make_run(tmp_path / "run", folders, **sections)

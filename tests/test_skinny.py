@@ -220,21 +220,6 @@ def test_large_ranks_that_rows_choose(device: torch.device) -> None:
     assert not dxa[40:].any()
 
 
-def test_many_rows_read_dy_twice_instead_of_keeping_parts(
-    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from distlora_kernels import skinny_launch
-
-    m, o, r = 300, 100, 16
-    _, _, b, dy, xa, _ = operands((m, 64, o, r), torch.float32, triton_device).values()
-    once = skinny_dy(dy, b, xa, scale=0.5)
-    monkeypatch.setattr(skinny_launch, "MOST_PARTS_BYTES", 2 * o * r * 4 - 1)  # Two stripes have more.
-    monkeypatch.setattr(skinny_launch, "dy_kernel", None)
-    twice = skinny_dy(dy, b, xa, scale=0.5)
-    for actual, expected in zip(twice, once, strict=True):
-        assert_close(actual, expected, ulps=4)
-
-
 def test_operands_may_be_slices(device: torch.device) -> None:
     """A group's xa is split into the columns of each linear; a batch's rows into micro-batches."""
     x, a, b, dy, xa, _ = operands((40, 96, 80, 48), torch.bfloat16, device).values()

@@ -32,13 +32,7 @@ from distlora.training.setup import start_run_model
 from distlora_launcher.cli.push import collect
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
-from family_models import (
-    SINGLE,
-    config_for,
-    edit_config,
-    our_logits,
-    tokens,
-)
+from family_models import SINGLE, config_for, edit_config, our_logits, tokens
 from small_models import NEW_TOKENS, VOCABULARY, make_run, tokenizer, write_model_folder
 from test_parity import run_once
 from worlds import World

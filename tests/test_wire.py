@@ -162,10 +162,3 @@ def test_what_comes_into_a_machine_where_ranks_and_copies_do_not_fit_it(
 ) -> None:
     step = wire.StepBytes(gathered=2400, reduced=120, shards=shards, world=world)
     assert step.into_machine(ranks) == comes_in
-
-
-def test_rows_that_several_ranks_of_a_machine_own_are_summed_in_it_first() -> None:
-    rows = {(16, 2): 2 * (2 * 800 // 2), (32, 16): 8 * (2 * 800 // 2), (12, 2): 2 * (2 * 800 // 2), (8, 2): 0}
-    for (world, shards), comes_in in rows.items():
-        step = wire.StepBytes(gathered=0, reduced_rows=800, shards=shards, world=world)
-        assert step.into_machine(8) == comes_in, (world, shards)

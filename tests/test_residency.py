@@ -182,8 +182,6 @@ def test_memory_of_a_block_that_stays_is_watched(world: World, folders: Path, tm
         ),
     ],
 )
-def test_unsupported_resident_blocks_are_refused(
-    folders: Path, tmp_path: Path, sections: dict[str, Any], message: str
-) -> None:
+def test_bad_resident_blocks_are_refused(folders: Path, tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_run(tmp_path / "run", folders, **sections)

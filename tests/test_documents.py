@@ -6,6 +6,7 @@ the folder in which the commands are typed. `make test-documents` runs the READM
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import typing
@@ -87,3 +88,24 @@ def test_links_of_a_document_lead_to_files_and_headings(document: str) -> None:
         assert place.exists(), f"{document}:{line} links to {target}"
         if anchor:
             assert anchor in anchors(str(place.resolve().relative_to(ROOT))), f"{document}:{line} links to {target}"
+
+
+def test_messages_quoted_in_troubleshooting_exist_in_the_source() -> None:
+    source = source_strings()
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    quotes = re.findall(r"\*\*`([^`]+)`\*\*(?! \((?:torch|SLURM|the system)\))", text)
+    fragments = {fragment.strip(): quote for quote in quotes for fragment in quote.split("...")}
+    missing = [f"{quote}\n    {text}" for text, quote in fragments.items() if len(text) >= 12 and text not in source]
+    assert quotes
+    assert not missing, "\n".join(missing)
+
+
+def source_strings() -> str:
+    """Return the constant strings of the source and SLURM's templates, one per line."""
+    strings = [file.read_text() for file in (ROOT / "slurm").glob("*.jinja")]
+    for file in PYTHON_FILES:
+        if "/tests/" not in file:
+            for node in ast.walk(ast.parse(Path(file).read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    strings.append(node.value)
+    return "\n".join(strings)

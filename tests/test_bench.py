@@ -18,7 +18,7 @@ from distlora.config import UserError
 from distlora.parallel import Ranks
 from distlora.system.command_worker import encode_call
 from distlora_launcher.cli import main
-from distlora_launcher.cli.bench import BENCHES, memory
+from distlora_launcher.cli.bench import BENCHES, MODELS, check_gpus
 from distlora_launcher.launch.workers import ON_CPU
 from small_models import write_model_folder
 
@@ -66,7 +66,7 @@ def test_kernels_need_a_gpu_and_get_their_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = error_of(capsys, "kernels")
-    assert "this machine has no GPU" in message
+    assert "this node has no GPU" in message
     assert "distlora bench kernels --offline" in message
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     worker = started("kernels", "--only", "dequantize")
@@ -95,12 +95,15 @@ def test_a_worker_gets_the_request_of_its_command(monkeypatch: pytest.MonkeyPatc
         (["load", "--layers", "0"], "--layers=0 is not a positive number; write --layers 1 or more"),
         (["checkpoint", "--r", "0"], "--r=0"),
         (["checkpoint", "--tokens", "0"], "--tokens=0 is not a positive number"),
-        (["load", "--ranks", "two"], "--ranks=two"),
+        (["load", "--ranks", "two"], "--ranks: two is not a list of positive numbers"),
         (["load", "--out", "/proc/none"], "--out=/proc/none: cannot write"),
         (["memory", "--models=12M"], "--models=12M is not a known size (did you mean '10M'?); write 10M, "),
         (["kernel"], "did you mean 'kernels'"),
         (["kernels", "--offline", "--onyl", "x"], "--only"),
-        (["kernels", "--offline", "--arch", "70"], "--arch 70 is not known; known are 80, 89, 90, 100"),
+        (
+            ["kernels", "--offline", "--arch", "70"],
+            "--arch 70 is not a known architecture; write one of 80, 89, 90, 100",
+        ),
         (["kernels", "--offline", "--arch", "H100"], "--arch"),
         (["kernels", "--ofline"], "--offline"),
     ],
@@ -123,17 +126,18 @@ def test_every_bench_has_a_usage_that_needs_no_torch(capsys: pytest.CaptureFixtu
     assert "90 (H100, H200)" in capsys.readouterr().out
     assert main.main(["bench"]) == 2
     code = (
-        "import sys, distlora_launcher.cli.bench as b; [b.main([name, '--help']) for name in b.BENCHES]; "
+        "import sys; from distlora_launcher.cli import bench, main; "
+        "[main.main(['bench', name, '--help']) for name in bench.BENCHES]; "
         "print({'torch', 'triton'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tuple(bench.MODELS) == memory.MODELS
+    assert tuple(bench.MODELS) == MODELS
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(UserError, match="--ranks=4 exceeds the 2 GPUs of this machine"):
-        memory.parse(["--ranks=1,4"])
+    with pytest.raises(UserError, match="--ranks=4 exceeds the 2 GPUs of this node"):
+        check_gpus((1, 4))
 
 
 def test_a_row_names_the_category_with_the_largest_difference() -> None:

@@ -81,13 +81,13 @@ def test_clear_removes_what_is_named_and_nothing_else(cache: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["clear"], "nothing is named; write an ENTRY of `distlora cache list`, --older-than DAYS, or --all"),
+        (["clear"], "no entry is named; write an ENTRY of `distlora cache list`, --older-than DAYS, or --all"),
         (["clear", "aaaa"], "aaaa begins the names of 2 entries"),
         (["clear", ""], "'' is too little to tell what to remove"),
         (["clear", "bbb"], "'bbb' is too little to tell what to remove"),
         (["clear", "org/larg"], "did you mean 'org/large'"),
         (["clear", "--all", "aaaa1"], "--all removes every entry"),
-        (["clear", "--older-than", "-1"], "is no number of days"),
+        (["clear", "--older-than", "-1"], "is not a valid number of days"),
         (["clear", "--al"], "did you mean '--all'"),
         (["lst"], "did you mean 'list'"),
         (["list", "aaaa1"], "'aaaa1' is one argument too many"),

@@ -133,7 +133,7 @@ def test_the_command_takes_the_settings_of_a_run_and_starts_none(model, tmp_path
     [
         (["preveiw"], r"nothing named .preveiw. \(did you mean 'preview'\?\)"),
         (["preview", "--row", "3"], r"no option --row \(did you mean '--rows'\?\)"),
-        (["preview", "--rows", "-1"], r"--rows=-1 is not a number of documents"),
+        (["preview", "--rows", "-1"], r"--rows=-1 is not a valid number of documents"),
         (["preview", "data.path=x.jsonl"], r"model\.path is not set"),
     ],
 )

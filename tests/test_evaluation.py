@@ -171,11 +171,11 @@ def test_bad_eval_options_are_refused(
     make_run(tmp_path / "untrained", folders)
     for words, reason in (
         ([llama], "add --text FILE"),
-        (["nowhere", "--text", text], "nowhere is no folder"),
+        (["nowhere", "--text", text], "nowhere does not exist"),
         (["empty", "--text", text], "neither a run, an adapter nor a model"),
         (["untrained"], "nothing trained yet"),
         ([str(run_dir), "--quant", "none"], "was trained with quant=nf4"),
-        ([str(run_dir), "--sequence-length", "9"], "is of --text"),
+        ([str(run_dir), "--sequence-length", "9"], "belongs to --text"),
         ([str(run_dir), str(run_dir)], "named twice"),
         ([llama, "--text", text, "--sequence-length", "100000"], "--sequence-length 100,000"),
         ([llama, "--text", text, "--checkpoint", "best"], "and none is named"),

@@ -293,7 +293,7 @@ def test_bad_export_options_are_refused(
     (tmp_path / "there").mkdir()
     run_dir = str(place / "lora")
     words: list[tuple[list[str], str]] = [
-        ([run_dir], "say which format with --format: hf, peft"),
+        ([run_dir], "--format FORMAT is missing; write one of hf, peft"),
         ([run_dir, "--format", "gptq"], "--format=gptq is not known (did you mean 'peft'?); write one of hf, peft"),
         ([run_dir, "--format", "peft", "--dtype", "bf16"], "peft keeps the dtypes that there are; leave --dtype out"),
         ([run_dir, "--format", "bnb", "--onto", "original"], "bnb holds no merged weights"),

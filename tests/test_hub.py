@@ -430,7 +430,7 @@ def test_a_whole_model_is_pushed_with_its_files(place: Path, capsys: pytest.Capt
     card = (place / "out" / "README.md").read_text()
     assert "library_name: transformers" in card
     assert re.search(r"adapter\.method.*full", card)
-    assert "lora" not in card.lower().replace("distlora", "")
+    assert "lora" not in re.sub("distlora|loraplus_lr_ratio", "", card.lower())
     assert main(["push", "run", "owner/model", "--dry-run", "--checkpoint", "100"]) == 2
     assert "without the model's configuration" in capsys.readouterr().err
 

@@ -14,6 +14,9 @@ import pytest
 import yaml
 
 from distlora.system import host_memory
+from distlora_launcher.cli import cache, data
+from distlora_launcher.cli.analyze import ANALYSES
+from distlora_launcher.cli.bench import BENCHES
 from distlora_launcher.cli.main import COMMANDS, main
 from distlora_launcher.demo.corpus import Corpus
 from distlora_launcher.demo.run import base_folder

@@ -48,7 +48,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts={path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
     numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    require(bool(numbered), f"--prompts={path} holds no prompt; write one a line")
+    require(bool(numbered), f"--prompts={path} holds no prompt; write one per line")
     if path.suffix == ".txt":
         return [Prompt(place=place, text=line) for place, line in numbered]
     return [_from_json(place, line) for place, line in numbered]
@@ -84,40 +84,40 @@ class GenerateRequest:
     weights: str | None = None
     foreign: bool = False  # True if `weights` is an adapter of another run with its own rank, scale and targets.
     prompts: str | None = None
-    """FILE: answer these: a text file with one per line, or jsonl: {"prompt": TEXT} or {"messages": [...]}; the result
-    is a JSON line for each, with "completion", "tokens" and "ended"."""
+    """FILE: answer the prompts of a .txt file (one per line) or of a .jsonl file ({"prompt": TEXT} or {"messages":
+    [...]}) and print one JSON line per prompt, with "completion", "tokens" and "ended"."""
     out: str | None = None
-    """FILE: write that result to this new file instead of to stdout."""
+    """FILE: write the answers to --prompts to this new file instead of stdout."""
     max_new_tokens: int = 256
-    """N: most tokens of an answer."""
+    """N: maximum length of an answer, in tokens."""
     temperature: float | None = None
-    """T: 0: the likeliest token each time; above 0: sample (generation_config.json of the model, else 0)."""
+    """T: sampling temperature; 0 takes the most likely token (default: from the model's generation_config.json, else
+    0)."""
     top_p: float | None = None
-    """P: sample among the likeliest tokens with this share of the probability."""
+    """P: sample among the most likely tokens whose probabilities sum to P (nucleus sampling)."""
     top_k: int | None = None
-    """K: sample among this many of the likeliest tokens."""
+    """K: sample among the K most likely tokens."""
     seed: int = 0
-    """S: seed of the sampling."""
+    """S: sampling seed."""
     system: str | None = None
-    """TEXT: a system message for every conversation that has none."""
+    """TEXT: system message for every conversation without one."""
     # Through the chat template (--chat), as text to continue (--raw), or as the run was trained; a system message and
     # messages ask for the template themselves.
     as_chat: bool | None = None
 
     def __post_init__(self) -> None:
         tokens, temperature, top_p, top_k = self.max_new_tokens, self.temperature, self.top_p, self.top_k
-        require(tokens > 0, f"--max-new-tokens={tokens} is no number of tokens; write 1 or more")
+        require(tokens > 0, f"--max-new-tokens={tokens} is not a valid number of tokens; write 1 or more")
         require(
             temperature is None or 0 <= temperature < math.inf,
-            f"--temperature={temperature} must be 0 (the likeliest token each time) or more; 0.7 is usual",
+            f"--temperature={temperature} must be 0 (the most likely token) or more; 0.7 is usual",
         )
-        require(top_p is None or 0 < top_p <= 1, f"--top-p={top_p} is not a share; write a number above 0, up to 1")
-        require(top_k is None or top_k > 0, f"--top-k={top_k} is no number of tokens; write 1 or more")
+        require(top_p is None or 0 < top_p <= 1, f"--top-p={top_p} must be above 0 and at most 1; 0.9 is usual")
+        require(top_k is None or top_k > 0, f"--top-k={top_k} is not a valid number of tokens; write 1 or more")
         require(0 <= self.seed < 2**63, f"--seed={self.seed} must be from 0 to 2^63 - 1; write --seed 0")
         require(
             temperature != 0 or (top_p is None and top_k is None),
-            "--temperature=0 takes the likeliest token each time, so --top-p and --top-k have no effect; leave them "
-            "out",
+            "--temperature=0 takes the most likely token, so --top-p and --top-k have no effect; leave them out",
         )
         require(
             self.as_chat is not False or self.system is None,

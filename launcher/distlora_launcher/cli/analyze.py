@@ -31,9 +31,9 @@ from distlora_launcher.terminal.arguments import read, subject
 from distlora_launcher.terminal.output import name_of, shown
 
 ANALYSES = {
-    "quantization": "MODEL: what NF4 and int4 cost a model: errors by layer, bits, perplexity, with plots",
-    "spectrum": "RUN: singular values of dW, its rank by layer, intruder dimensions; against full fine-tuning",
-    "intrinsic": "MODEL ...: how many dimensions fine-tuning needs, pretrained and random, in subspaces",
+    "quantization": "MODEL: quantization error of NF4 and int4 by layer, bits per weight, perplexity, with plots",
+    "spectrum": "RUN: singular values of the weight update dW, its rank by layer, intruder dimensions",
+    "intrinsic": "MODEL ...: intrinsic dimension of fine-tuning, for pretrained and random weights",
 }
 TEXT_NAME = "text.jsonl"
 """In the result's folder: the documents that perplexity is measured on where the user names none."""
@@ -41,98 +41,100 @@ TEXT_NAME = "text.jsonl"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizationArguments:
-    """Measure what 4 bits cost a base: NF4 with double quantization beside uniform int4 at the same bits, and bf16.
+    """Measure the quantization error of a base: NF4 with double quantization, uniform int4 at the same bits, and bf16.
 
-    Errors of every weight, layer and linear, bits per weight by counted bytes, and perplexity on a text: tables on the
-    terminal, a report with plots in FOLDER. Weights are read one after the other and never held together; perplexity is
-    measured on a model of one process, which must fit it.
+    Prints the error per weight, layer and linear, bits per weight, and perplexity on a text; FOLDER gets a report with
+    plots. Weights are read one at a time. Perplexity needs the whole model in the memory of one process.
+
+    example: distlora analyze quantization meta-llama/Llama-3.2-1B --no-perplexity
     """
 
     model: str
-    """MODEL: a folder in Hugging Face format with 16- or 32-bit weights, or a model on the hub."""
+    """MODEL: folder in Hugging Face format with 16- or 32-bit weights, or a model on the hub."""
     text: str | None = None
-    """FILE: documents to measure perplexity on: anything that data.path of `distlora train` takes. Without it,
-    docstrings of Python's library, which large models have read."""
+    """FILE: documents to measure perplexity on, in any format of data.path (default: docstrings of Python's library,
+    which large models were trained on)."""
     no_perplexity: bool = False
-    """Measure the weights alone."""
+    """Measure only the weights."""
     out: str | None = None
-    """FOLDER: where the results go (analysis/MODEL-quantization); must not hold an earlier one."""
+    """FOLDER: folder for the results, without earlier ones (default: analysis/MODEL-quantization)."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype that the model computes in."""
+    """Compute dtype of the model."""
     rows: int = 128
-    """N: rows of the text, taken at even distances where there are more."""
+    """N: maximum number of sequences of the text, evenly spaced."""
     sequence_length: int | None = None
-    """N: tokens in a row (1024, or what the model has positions for)."""
+    """N: tokens per sequence (default: 1024, or the model's context length if shorter)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpectrumArguments(Named):
-    """Show what an adapter, or full fine-tuning, did to the weights of a base.
+    """Analyze how an adapter, or full fine-tuning, changed the weights of a base.
 
-    That is: singular values of dW, its effective rank, how much of it is in each layer and linear, and intruder
-    dimensions (arXiv 2410.21228): singular vectors among the first K of W + dW that are like none of W's. Tables on the
-    terminal; a report, a plot and JSON in FOLDER. Weights are read one at a time and never held together. With N the
-    smaller side of the largest and T the other, memory is two fp32 copies of it and N^2 x 8 x 4 bytes (512 MiB at
-    4096), or N (T + N) x 8 bytes where that is more; a dense dW, of full fine-tuning and of DoRA, takes as much again.
+    Prints the singular values of the update dW, its effective rank, its norm per layer and linear, and the intruder
+    dimensions (arXiv 2410.21228): singular vectors among the first K of W + dW that no singular vector of W resembles.
+    FOLDER gets a report, a plot and JSON. Weights are read one at a time. A 4096 x 4096 matrix needs about 0.6 GB of
+    memory; a dense dW (full fine-tuning, DoRA) needs twice as much.
+
+    example: distlora analyze spectrum runs/lora --against runs/full
     """
 
     against: str | None = None
-    """RUN: a second run of the same base, as one of full fine-tuning (adapter=full): the same of it, and the angles
-    between what the two changed."""
+    """RUN: second run of the same base, such as full fine-tuning (adapter=full), to compare with; adds the angles
+    between the two updates."""
     top: int = spectrum.TOP
-    """K: singular vectors of W + dW that are looked at (10)."""
+    """K: number of singular vectors of W + dW to test."""
     threshold: str | None = None
-    """T,...: cosines below which such a vector is an intruder (0.3,0.5,0.7,0.9)."""
+    """T,...: cosine thresholds below which a singular vector is an intruder (default: 0.3,0.5,0.7,0.9)."""
     exact_up_to: int = spectrum.EXACT_UP_TO
-    """N: decompose matrices whole whose smaller side is at most N (4096); of larger ones the first K vectors by a
-    Krylov space, and bounds of each cosine: some counts may stay undecided."""
+    """N: largest smaller side of a matrix that is decomposed exactly; for larger ones the first K vectors come from a
+    Krylov space with bounds, so some counts may stay undecided."""
     out: str | None = None
-    """FOLDER: where the results go (analysis/RUN-spectrum); must not hold an earlier one."""
+    """FOLDER: folder for the results, without earlier ones (default: analysis/RUN-spectrum)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IntrinsicArguments:
     """Measure how many dimensions fine-tuning needs (arXiv 1804.08838, 2012.13255).
 
-    All parameters move in one random subspace of d dimensions, and d90 is the least d that reaches 90 % of what full
-    fine-tuning gains on held-out text. Dozens of short trainings, in fp32, in one process: for models that a step of
-    full fine-tuning fits. Tables on the terminal, a report with plots in FOLDER. Killed, it goes on where it was by the
-    same command.
+    All parameters are trained in one random subspace of d dimensions; d90 is the smallest d that reaches 90 % of full
+    fine-tuning's gain on held-out text. It takes dozens of short fp32 training runs in one process, whose memory must
+    fit full fine-tuning. FOLDER gets a report with plots. The same command continues a stopped analysis.
+
+    example: distlora analyze intrinsic HuggingFaceTB/SmolLM2-135M --data pairs.jsonl
     """
 
     models: list[str]
-    """MODEL: a folder in Hugging Face format with 16- or 32-bit weights, or a model on the hub; several are compared.
-    """
+    """MODEL: folder in Hugging Face format with 16- or 32-bit weights, or a model on the hub; several are compared."""
     data: str = ""
-    """FILE: documents to train on: anything that data.path of `distlora train` takes. Must be given."""
+    """FILE: documents to train on, in any format of data.path (required)."""
     eval_data: str | None = None
-    """FILE: held-out documents; without it a tenth of the data."""
+    """FILE: held-out documents (default: a tenth of the data)."""
     random: bool = False
-    """Measure each model from random weights too (what transformers starts one of its config.json with)."""
+    """Measure each model from randomly initialized weights too."""
     scaling: tuple[str, ...] = ("none", "layers")
-    """WHICH: none (DID), layers (SAID: a trained factor for each layer), or both (none,layers)."""
+    """WHICH: method or methods: none (DID), layers (SAID: one trained factor per layer), or both."""
     share: float | None = None
-    """S: share of full fine-tuning's gain (0.9)."""
+    """S: fraction of full fine-tuning's gain to reach (default: 0.9)."""
     steps: int | None = None
-    """N: optimizer steps of a training (100)."""
+    """N: optimizer steps per training run (default: 100)."""
     batch: int | None = None
-    """N: rows of a step (8)."""
+    """N: sequences per step (default: 8)."""
     sequence_length: int | None = None
-    """N: tokens in a row (128)."""
+    """N: tokens per sequence (default: 128)."""
     lr: float | None = None
-    """X: the first learning rate to try; others are powers of 3 from it (1e-3)."""
+    """X: first learning rate to try; the others differ by powers of 3 (default: 1e-3)."""
     seeds: int | None = None
-    """N: trainings of full fine-tuning and of the dimensions that decide (2)."""
+    """N: seeds of full fine-tuning and of the dimensions around d90 (default: 2)."""
     start: int | None = None
-    """D: the first dimension to try (1024)."""
+    """D: first dimension to try (default: 1024)."""
     most: int | None = None
-    """D: the largest dimension to try (100000, or half of the parameters)."""
+    """D: largest dimension to try (default: 100000, or half of the parameters)."""
     resolution: float | None = None
-    """X: the search ends where d is known to this factor (2)."""
+    """X: end the search when d90 is known up to this factor (default: 2)."""
     also: tuple[int, ...] = ()
-    """D,D: dimensions to try besides, for the curves."""
+    """D,D: additional dimensions to try, for the curves."""
     out: str | None = None
-    """FOLDER: where the results go (analysis/MODEL-intrinsic)."""
+    """FOLDER: folder for the results (default: analysis/MODEL-intrinsic)."""
 
 
 def main(arguments: list[str]) -> int:
@@ -156,13 +158,13 @@ def main(arguments: list[str]) -> int:
 
 
 def check_quantization(options: QuantizationArguments) -> quantization.QuantizationRequest:
-    """Return the request, with its model on this machine and its folder made.
+    """Return the request, with its model on this node and its folder made.
 
     Raises UserError for anything that can be checked before the run.
     """
     require(
         options.text is None or not options.no_perplexity,
-        f"--text={options.text} is what perplexity is measured on; leave out --no-perplexity, or --text",
+        f"--text={options.text} has no effect with --no-perplexity; leave one of them out",
     )
     model = place_of(options.model)
     name = name_of(model)
@@ -212,7 +214,7 @@ def write_default_text(path: Path) -> None:
 
 
 def check_spectrum(options: SpectrumArguments) -> spectrum.SpectrumRequest:
-    """Return the request, with its base on this machine and its folder made.
+    """Return the request, with its base on this node and its folder made.
 
     Raises UserError for anything that can be checked before the run.
     """
@@ -249,15 +251,15 @@ def check_spectrum(options: SpectrumArguments) -> spectrum.SpectrumRequest:
 
 
 def cosines(text: str) -> tuple[float, ...]:
-    """`0.5,0.7`, each once and rising."""
+    """Return the cosines of `0.5,0.7`, each once, in ascending order."""
     try:
         return tuple(sorted({float(word) for word in text.split(",")}))
     except ValueError:
-        raise UserError(f"--threshold={text} are no numbers; write --threshold 0.5,0.7") from None
+        raise UserError(f"--threshold={text} is not a list of numbers; write --threshold 0.5,0.7") from None
 
 
 def check_intrinsic(options: IntrinsicArguments) -> intrinsic.IntrinsicRequest:
-    """Return the request, with its models on this machine and its folder made.
+    """Return the request, with its models on this node and its folder made.
 
     Raises UserError for anything that can be checked before the run.
     """

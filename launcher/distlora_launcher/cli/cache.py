@@ -25,17 +25,20 @@ FEWEST_DIGITS = 4
 DAY_SECONDS = 86_400.0
 
 ACTIONS = {
-    "list": "list the cached quantized bases: name, size, share of the base, last use",
-    "clear": "remove entries, by their names or by the base's, or all",
+    "list": "list the cached quantized bases: name, size, fraction of the base, last use",
+    "clear": "remove entries by their names, by their base, by age, or all",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListRequest:
-    """List the cached quantized bases: name, size, share of the base, last use."""
+    """List the cached quantized bases: name, size, fraction of the base, last use.
+
+    example: distlora cache list
+    """
 
     dir: str | None = None
-    """FOLDER: another cache than that of quant.cache_dir (DISTLORA_CACHE moves it)."""
+    """FOLDER: cache folder (default: that of quant.cache_dir, which DISTLORA_CACHE moves)."""
     json: bool = False
     """Print one JSON object: {"folder", "bytes", "entries": [{"entry", "base", "bytes", "share", "last_use": seconds
     since 1970}]}."""
@@ -43,16 +46,19 @@ class ListRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClearRequest:
-    """Remove entries. A start that reads one at that moment quantizes the base instead."""
+    """Remove entries. A run that is reading a removed entry quantizes the base instead.
+
+    example: distlora cache clear --older-than 30
+    """
 
     entries: list[str] = field(default_factory=list)
-    """ENTRY: first digits of an entry's name, four or more, or its base's name."""
+    """ENTRY: first digits of an entry's name (at least four), or the name of its base."""
     dir: str | None = None
-    """FOLDER: another cache than that of quant.cache_dir (DISTLORA_CACHE moves it)."""
+    """FOLDER: cache folder (default: that of quant.cache_dir, which DISTLORA_CACHE moves)."""
     older_than: float | None = None
-    """DAYS: entries that no start has used for this many days, of those named or of all."""
+    """DAYS: remove only entries that no run has used for this many days."""
     all: bool = False
-    """Every entry, what killed starts left, and the records of source files."""
+    """Remove every entry, incomplete entries and the fingerprints of source files."""
 
 
 def main(arguments: list[str]) -> int:
@@ -64,12 +70,12 @@ def main(arguments: list[str]) -> int:
     else:
         request = read(ClearRequest, "distlora cache clear", arguments[1:])
         days = request.older_than
-        require(days is None or days >= 0, f"--older-than={days} is no number of days; write 0 or more")
+        require(days is None or days >= 0, f"--older-than={days} is not a valid number of days; write 0 or more")
         is_part = bool(request.entries) or days is not None
-        require(not (request.all and is_part), "--all removes every entry; leave out what else is named")
+        require(not (request.all and is_part), "--all removes every entry; leave out ENTRY and --older-than")
         require(
             request.all or is_part,
-            "nothing is named; write an ENTRY of `distlora cache list`, --older-than DAYS, or --all",
+            "no entry is named; write an ENTRY of `distlora cache list`, --older-than DAYS, or --all",
         )
         clear(_folder(request.dir), request.entries, older_than=days, everything=request.all)
     return DONE
@@ -80,7 +86,7 @@ def _folder(place: str | None) -> Path:
 
 
 def show(folder: Path, *, as_json: bool) -> None:
-    """Print what is kept, the newest use first."""
+    """Print the entries, the most recently used first."""
     found = [figures_of(entry) for entry in entries(folder)]
     total = sum(figures.num_bytes for figures in found)
     if as_json:

@@ -26,17 +26,18 @@ _HAS_ENDED = re.compile(r"(?i)already (completing|completed|finished)|invalid jo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CancelRequest:
-    """Request the run in the folder RUN to save and stop.
+    """Save and stop a run: its processes on this node, or its SLURM job.
 
-    That is: its processes on this node, or its SLURM job, which is not queued again. A job that still waits leaves the
-    queue. `distlora resume RUN` continues it.
+    The job is not requeued; a pending job leaves the queue. `distlora resume RUN` continues the run.
+
+    example: distlora cancel runs/first
     """
 
     run: str
-    """RUN: a run; a folder of runs, which all end; or a sweep, whose running trials save and stop while no other
-    starts (SWEEP/trials/N ends one alone)."""
+    """RUN: folder of a run, of several runs (all of them stop) or of a sweep (its running trials stop and no new one
+    starts; SWEEP/trials/N stops one trial)."""
     now: bool = False
-    """End it at once, without a save."""
+    """Kill the run at once, without a save."""
 
 
 def main(arguments: list[str]) -> int:

@@ -39,40 +39,41 @@ WORKER = "distlora.post.combine.worker:main"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CombineArguments:
-    """Make one adapter of several of the same base: their weighted sum, that sum cut to a rank, TIES, DARE.
+    """Combine several adapters of one base into one: weighted sum, sum truncated to a rank, TIES or DARE.
 
-    Ranks, scales and targets may differ. FOLDER holds an adapter in PEFT's format, which `distlora generate RUN
-    --adapter FOLDER` and PEFT load, and combine.json: of what it was made, and what the rank dropped.
+    Ranks, scales and targets may differ. The result is an adapter in PEFT format, which PEFT and `distlora generate RUN
+    --adapter FOLDER` load. combine.json lists its sources and the error of the truncation.
+
+    example: distlora combine runs/code=0.6 runs/math=0.4 --out combined
     """
 
     adapters: list[str]
-    """ADAPTER=WEIGHT: a run (what it published), RUN/best, RUN/checkpoints/step_N, or an adapter in PEFT's format, and
-    its weight, which may be negative. All must have one base: a run's records have its hash, another adapter names
-    its base."""
+    """ADAPTER=WEIGHT: an adapter and its weight, which may be negative. ADAPTER is a run (its result), RUN/best,
+    RUN/checkpoints/step_N, or a folder in PEFT format. All must have the same base."""
     out: str = ""
-    """FOLDER: a new folder for the result."""
+    """FOLDER: new folder for the result (required)."""
     method: str = "cat"
-    """METHOD: one of those below, as PEFT's add_weighted_adapter names it."""
+    """METHOD: one of the methods below, named as in PEFT's add_weighted_adapter."""
     rank: int | None = None
-    """R: the result's rank, of a method that cuts (the largest of the adapters')."""
+    """R: rank of the result, for a method that truncates (default: the largest rank of the adapters)."""
     density: float | None = None
-    """D: the share of elements that are kept, of magnitude_prune, ties and dare."""
+    """D: fraction of elements to keep, for magnitude_prune, ties and dare."""
     majority_sign_method: str | None = None
-    """total|frequency: how TIES elects a sign: by the sum (total), or by counting."""
+    """total|frequency: sign election of TIES, by the sum (total) or by counting (frequency)."""
     seed: int | None = None
-    """S: seed of what DARE draws (0)."""
+    """S: random seed of DARE (default: 0)."""
     model: str | None = None
-    """BASE: the base of adapters that name none on this machine; a folder or a name on the hub."""
+    """BASE: base of adapters whose own base is not on this node: a folder or a name on the hub."""
     quant: Literal["nf4", "none"] | None = None
-    """How the base is held, where DoRA is combined or a model is merged (as the runs' was)."""
+    """Precision of the base, for DoRA and --merged (default: as in the runs)."""
     same_base: bool = False
-    """Take adapters without a known base for adapters of the same one."""
+    """Treat adapters without a known base as adapters of the same base."""
     merged: bool = False
-    """FOLDER is the base with the result in it, as `distlora merge` makes it."""
+    """Write the base merged with the result, as `distlora merge` does."""
     onto: Literal["trained", "original"] | None = None
-    """With --merged, as in `distlora merge`."""
+    """For --merged, as in `distlora merge`."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """With --merged, as in `distlora merge`."""
+    """For --merged, as in `distlora merge`."""
 
 
 def main(arguments: list[str]) -> int:

@@ -16,9 +16,9 @@ from distlora_launcher.compose.hub import with_small_files
 from distlora_launcher.terminal.arguments import read, subject
 
 ACTIONS = {
-    "preview": "print documents as the model sees them, and figures of the data",
+    "preview": "print documents as the model sees them, and statistics of the data",
     "row": "print packed training sequences of a run by their numbers",
-    "prepare": "tokenize the data of a run again, where its cache entry is gone or damaged",
+    "prepare": "tokenize the data of a run again if its cache entry is gone or damaged",
 }
 
 
@@ -26,37 +26,45 @@ ACTIONS = {
 class PreviewArguments:
     """Print documents as the model sees them, with the trained tokens in green.
 
-    In a file or a pipe, with NO_COLOR or --no-color, these stand between [[ and ]]. Then come figures: lengths,
-    documents that are too long, documents left out and why, the shares of a mixture, padding.
+    Without colors (in a pipe, with NO_COLOR or --no-color) the trained tokens stand between [[ and ]]. Statistics
+    follow: lengths, documents that are too long, documents left out with the reason, proportions of a mixture, padding.
+
+    example: distlora data preview model.path=MODEL data.path=chats.jsonl
     """
 
     settings: list[str] = field(default_factory=list)
     """setting=value: settings of `distlora train`: model.path=FOLDER data.path=FILE ..."""
     rows: int = 2
-    """N: documents of each source to print."""
+    """N: number of documents per source to print."""
     all: bool = False
-    """Read everything; without it, the first 1,000 documents of each source."""
+    """Read all documents (default: the first 1,000 per source)."""
     no_color: bool = False
-    """Mark trained tokens with [[ ]] on a terminal too."""
+    """Mark trained tokens with [[ ]] instead of a color."""
     config_dir: str | None = None
-    """FOLDER: a folder with config groups of yours, as for `distlora train`."""
+    """FOLDER: folder with your own recipes and config groups, as for `distlora train`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowArguments:
-    """Print packed training sequences of a run by their numbers, as messages name them."""
+    """Print packed training sequences of a run by their numbers, as log messages name them.
+
+    example: distlora data row runs/first 17 18
+    """
 
     run: str
     """RUN: folder of a run."""
     numbers: list[int]
     """N: number of a sequence."""
     no_color: bool = False
-    """Mark trained tokens with [[ ]] on a terminal too."""
+    """Mark trained tokens with [[ ]] instead of a color."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareArguments:
-    """Tokenize the data of a run again, where its cache entry is gone or damaged."""
+    """Tokenize the data of a run again if its cache entry is gone or damaged.
+
+    example: distlora data prepare runs/first
+    """
 
     run: str
     """RUN: folder of a run."""
@@ -82,7 +90,7 @@ def main(arguments: list[str]) -> int:
 
 def preview_documents(options: PreviewArguments) -> int:
     """Check the settings and print the preview. Returns the exit code."""
-    require(options.rows >= 0, f"--rows={options.rows} is not a number of documents; write 0 or more")
+    require(options.rows >= 0, f"--rows={options.rows} is not a valid number of documents; write 0 or more")
     config = compose_config(options.settings, config_dir=options.config_dir)
     check_model(config)
     check_data(config.data, config.train.objective, config.run_dir)

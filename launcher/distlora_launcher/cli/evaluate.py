@@ -45,57 +45,60 @@ ROWS, DRAFT_ROWS = 128, 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateArguments:
-    """Compare models on the same rows of text: loss and perplexity, the differences from the first model that is named.
+    """Compare models on the same text: loss, perplexity, and differences from the first model.
 
-    Each difference has its standard error, and there is a measure of how far the predictions are apart. The base of
-    every run is put beside it. --checkpoint, --adapter and --quant mean every RUN that is named, --model every adapter
-    without a run.
+    Each difference has a standard error; the KL divergence of the predictions is printed too. The base of each run is
+    added. --checkpoint, --adapter and --quant apply to every RUN, --model to every adapter without a run.
+
+    example: distlora eval runs/first runs/second --text held_out.jsonl
     """
 
     places: list[str]
-    """RUN|MODEL: a run's folder; an adapter in PEFT's format, with --model; or a model in Hugging Face format, a
-    merged one too: a folder or a name on the hub."""
+    """RUN|MODEL: folder of a run, an adapter in PEFT format with --model, or a model in Hugging Face format (a folder
+    or a name on the hub)."""
     checkpoint: str | None = None
-    """NAME: of a run: a saved step (step_100), or the best by held-out loss (best)."""
+    """NAME: checkpoint of the runs: step_100, or best (lowest held-out loss). Default: the result."""
     adapter: str | None = None
-    """PATH|base: of a run: another LoRA adapter of its base, or the base alone."""
+    """PATH|base: another LoRA adapter for the run's base, or the base alone (base)."""
     model: str | None = None
-    """BASE: of an adapter without a run: its base, a folder or a name on the hub."""
+    """BASE: base model of an adapter without a run: a folder or a name on the hub."""
     quant: Literal["nf4", "none"] | None = None
-    """Of a model: load it in NF4, or as it is stored; of an adapter without a run: how its base was held (nf4)."""
+    """Precision: load a model in NF4 or as stored; for an adapter without a run, its base during training (default:
+    nf4)."""
     text: str | None = None
-    """FILE: documents: anything that data.path of `distlora train` takes; without it, what the first RUN held out of
-    its own, as it was trained on (of chats, the answers)."""
+    """FILE: documents in any format of data.path (default: the held-out data of the first RUN; for chats, the
+    answers)."""
     rows: int | None = None
-    """N: rows of it, taken at even distances where there are more (128)."""
+    """N: maximum number of sequences, evenly spaced (default: 128)."""
     sequence_length: int | None = None
-    """N: tokens in a row of --text (that of the run; for models alone 1,024, or what they have positions for)."""
+    """N: tokens per sequence of --text (default: as in the run; without a run 1,024, or the context length if
+    shorter)."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """Dtype to compute in (that of the first run; for models alone fp32 without a GPU)."""
+    """Compute dtype (default: that of the first run; without a run bf16 on a GPU, fp32 on a CPU)."""
     no_base: bool = False
     """Leave out the bases of the runs."""
     processes: int = 1
-    """N: share each model among N processes, one per GPU."""
+    """N: shard each model over N processes, one per GPU."""
     json: bool = False
-    """Print the figures as JSON on stdout, in place of the table."""
+    """Print JSON instead of the table."""
     out: str | None = None
-    """FILE: write the figures as JSON to a new file."""
+    """FILE: write the figures as JSON to this new file."""
     tasks: str | None = None
-    """NAME,NAME: tasks of lm-evaluation-harness in place of a text: each model on the same questions, and how it
-    differs from the first, question by question."""
+    """NAME,NAME: evaluate on tasks of lm-evaluation-harness instead of a text, and compare with the first model per
+    question."""
     tasks_folder: str | None = None
-    """DIR: folder of the tasks' YAML files (the harness's own); such a file may name Python code, which runs."""
+    """DIR: folder of the tasks' YAML files (default: the harness's own); Python code that they name is executed."""
     fewshot: int | None = None
-    """N: examples before each question (as the task says)."""
+    """N: few-shot examples before each question (default: the task's own)."""
     limit: int | None = None
-    """N: the first N questions of each task."""
+    """N: use only the first N questions of each task."""
     chat: bool = False
-    """Put questions through the chat template."""
+    """Apply the chat template to the questions of --tasks."""
     draft: str | None = None
-    """MODEL: speculative decoding: RUN merged (or MODEL as it is) checks what this smaller model of the same
-    vocabulary proposes, beside greedy decoding. Of --rows rows (8) of the text the first 64 tokens are continued."""
+    """MODEL: measure speculative decoding with this smaller draft model of the same vocabulary, beside greedy decoding:
+    the merged RUN continues the first 64 tokens of --rows sequences (default: 8)."""
     max_new_tokens: int | None = None
-    """N: tokens of each answer to --draft (64)."""
+    """N: tokens per answer with --draft (default: 64)."""
 
 
 def main(arguments: list[str]) -> int:
@@ -113,7 +116,7 @@ def main(arguments: list[str]) -> int:
 
 
 def checked(options: EvaluateArguments) -> EvaluateRequest:
-    """Return the request, with its models on this machine.
+    """Return the request, with its models on this node.
 
     Raises UserError for anything that can be checked before the run.
     """
@@ -134,7 +137,7 @@ def checked(options: EvaluateArguments) -> EvaluateRequest:
         value = getattr(options, flag)
         require(
             value is None or any((trained.run_dir is None) == (flag == "model") for trained in runs),
-            f"--{flag}={value} says something of each {named_for}, and none is named; leave it out",
+            f"--{flag}={value} applies to each {named_for}, and none is named; leave it out",
         )
     if not options.no_base and options.adapter != BASE_ALONE and options.draft is None:
         subjects += bases_of(runs, [subject for subject in subjects if subject.name is not None])
@@ -165,9 +168,10 @@ def checked_tasks(options: EvaluateArguments) -> Tasks | None:
         for flag in ("tasks_folder", "fewshot", "limit"):
             value = getattr(options, flag)
             require(
-                value is None, f"--{flag.replace('_', '-')}={value} is of --tasks; add --tasks NAME, or leave it out"
+                value is None,
+                f"--{flag.replace('_', '-')}={value} belongs to --tasks; add --tasks NAME, or leave it out",
             )
-        require(not options.chat, "--chat is of --tasks; add --tasks NAME, or leave it out")
+        require(not options.chat, "--chat belongs to --tasks; add --tasks NAME, or leave it out")
         return None
     for flag in ("text", "rows", "sequence_length", "draft"):
         value = getattr(options, flag)
@@ -196,7 +200,7 @@ def checked_draft(options: EvaluateArguments, subjects: Sequence[Subject]) -> Dr
     if options.draft is None:
         require(
             new_tokens is None,
-            f"--max-new-tokens={new_tokens} is of --draft; add --draft MODEL, or leave it out",
+            f"--max-new-tokens={new_tokens} belongs to --draft; add --draft MODEL, or leave it out",
         )
         return None
     require(len(subjects) == 1, f"--draft={options.draft} helps one model, and {len(subjects)} are named; name one")
@@ -232,7 +236,7 @@ def trained_subject(place: str, options: EvaluateArguments) -> tuple[Subject, Tr
     own = trained.spec.quant.method
     require(
         is_adapter or options.quant in (None, own),
-        f"--quant={options.quant}: {place} was trained with quant={own}, which is what its adapter belongs to; leave "
+        f"--quant={options.quant}: {place} was trained with quant={own}; leave "
         "--quant out, or evaluate what `distlora merge` makes of it",
     )
     label = shown(Path(place).expanduser().absolute())
@@ -280,7 +284,7 @@ def model_subject(place: str, quant: str | None) -> Subject:
     folder = Path(place).expanduser().absolute()
     path = place_of(place)
     if not is_hub_name(path) and not (folder / "config.json").is_file():
-        what = "holds neither a run, an adapter nor a model" if folder.is_dir() else "is no folder"
+        what = "holds neither a run, an adapter nor a model" if folder.is_dir() else "does not exist"
         raise UserError(f"{place} {what}; name a run's folder, or a model's in Hugging Face format")
     model = ModelConfig(path=path)
     with with_small_files(model) as here:
@@ -318,7 +322,8 @@ def text_of(
         assert run.run_dir is not None
         require(
             sequence_length is None,
-            f"--sequence-length={sequence_length} is of --text; held-out rows are as the run cut them: leave it out",
+            f"--sequence-length={sequence_length} belongs to --text; the run's held-out sequences have their length; "
+            "leave it out",
         )
         return held_out(run, shown(run.run_dir), most_rows=rows)
     path, data = place_of(place), None if run is None else run.data

@@ -23,29 +23,31 @@ WORKER = "distlora.post.export.worker:main"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportArguments(Named):
-    """Write what the run trained in a format that others load.
+    """Export a trained model to the format of another tool, and check it with that tool.
 
-    It is loaded again with its real client, in another process, on the CPU: what the client computes is compared with
-    the model as it was trained, and nothing is left behind that differs by more than the bound that is printed.
+    The tool loads the export in another process, on the CPU, and its outputs are compared with the model as trained. An
+    export that differs by more than the printed bound is removed.
+
+    example: distlora export runs/first --format gguf
     """
 
     format: str = ""
-    """FORMAT: one of those below."""
+    """FORMAT: one of the formats below (required)."""
     out: str | None = None
-    """PLACE: a folder or file that does not exist yet (RUN/exports/FORMAT, or ADAPTER-FORMAT)."""
+    """PLACE: new folder or file for the export (default: RUN/exports/FORMAT or ADAPTER-FORMAT)."""
     dtype: str | None = None
-    """DTYPE: dtype of the weights, or for the client to compute in: fp32, bf16, fp16, q8_0 (what the base has)."""
+    """DTYPE: dtype of the weights, or the tool's compute dtype: fp32, bf16, fp16, q8_0 (default: that of the base)."""
     onto: Literal["trained", "original"] = "trained"
-    """Of a merged format: the base as it was trained on (trained), or as it is on disk (original)."""
+    """Base of a merged format: as in training, dequantized (trained), or as on disk (original)."""
     no_check: bool = False
-    """Do not load it again; the client's packages are not needed then, nor memory for a whole model."""
+    """Skip the check; needs neither the other tool nor memory for a whole model."""
 
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the worker. Returns for --help alone."""
     formats = listed({name: form.summary for name, form in FORMATS.items()})
     options = read(ExportArguments, "distlora export", arguments, epilog=f"formats:\n{formats}")
-    require(options.format != "", f"say which format with --format: {', '.join(FORMATS)}")
+    require(options.format != "", f"--format FORMAT is missing; write one of {', '.join(FORMATS)}")
     require(
         options.format in FORMATS,
         f"--format={options.format} is not known{nearest(options.format, FORMATS)}; write one of {', '.join(FORMATS)}",

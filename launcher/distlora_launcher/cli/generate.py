@@ -21,20 +21,22 @@ WORKER = "distlora.post.generate:main"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateArguments(GenerateRequest):
-    """Generate text with what the run in the folder RUN trained, or with its newest checkpoint while it is unfinished.
+    """Generate text with the model that a run trained, or with the newest checkpoint of an unfinished run.
 
     On a terminal this is a chat: /reset starts again, /system TEXT sets the system message, Ctrl-C stops an answer,
     Ctrl-D or /exit leaves. From a pipe, each line is a prompt and is answered as text.
+
+    example: distlora generate runs/first --prompts questions.txt --out answers.jsonl
     """
 
     adapter: str | None = None
-    """PATH|base: the base model alone (base), or another LoRA adapter of the same base, a folder in PEFT format."""
+    """PATH|base: another LoRA adapter for the run's base (PEFT format), or the base alone (base)."""
     checkpoint: str | None = None
-    """NAME: a saved step (step_100), or the best by held-out loss (best)."""
+    """NAME: checkpoint of the run: step_100, or best (lowest held-out loss)."""
     chat: bool = False
-    """Apply the chat template (without --chat and --raw: as the run was trained)."""
+    """Apply the chat template (default: if the run was trained with one)."""
     raw: bool = False
-    """Continue the prompts as they are."""
+    """Continue the prompts without a chat template."""
     processes: int = 1
     """N: shard the model among N processes, one per GPU; with --prompts only."""
 
@@ -44,7 +46,7 @@ def main(arguments: list[str]) -> int:
     options = read(GenerateArguments, "distlora generate", arguments)
     require(
         options.adapter is None or options.checkpoint is None,
-        "--adapter and --checkpoint both say which weights; give one of them",
+        "--adapter and --checkpoint exclude each other; give one of them",
     )
     require(not (options.chat and options.raw), "--chat and --raw exclude each other; give one of them")
     run_dir = Path(options.run).expanduser().absolute()
@@ -71,7 +73,7 @@ def main(arguments: list[str]) -> int:
         restore(config.model)
     require(
         Path(config.model.path).is_dir(),
-        f"the run's base is gone: model.path={config.model.path} in {shown(run_dir)}/config.yaml is no folder; "
+        f"the run's base is gone: model.path={config.model.path} in {shown(run_dir)}/config.yaml does not exist; "
         "put the model back there",
     )
     what = "the base alone" if weights is None else shown(weights)

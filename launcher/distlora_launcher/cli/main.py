@@ -49,9 +49,14 @@ HELP = """Multi-GPU QLoRA training on a 4-bit base, restartable bit for bit.
 
 usage: distlora COMMAND ...
 
+To begin:
+  distlora demo                                              a first run: no model, data or GPU needed
+  distlora plan model=llama3_8b gpu=rtx4090                  what a run needs; downloads no weights
+  distlora train model.path=ORG/NAME data.path=FILE.jsonl    fine-tune a model
+
 {commands}
 
-`distlora COMMAND --help` has the details. For a first run without a model or data: `distlora demo`.
+`distlora COMMAND --help` describes a command.
 Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (`distlora resume RUN`), 128 + n killed by signal n.
 Tab completion: eval "$(distlora --shell-completion install=bash)"
 """

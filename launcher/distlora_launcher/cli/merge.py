@@ -32,31 +32,33 @@ MOST_ROWS = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeArguments(Named):
-    """Write the base with what was trained on it as one model in Hugging Face format, a few rows at a time on the CPU.
+    """Merge a base and the adapter trained on it into one model in Hugging Face format, on the CPU.
 
-    merge.json has what it was made from, SHA-256 of everything, and how much of the adapter's change was kept, tensor
-    by tensor. Then the merged model is measured beside the model as it was trained: loss, divergence and the largest
-    difference of a logit go into merge.json and merge.md. Works on an unfinished run too (its newest checkpoint).
+    An unfinished run is merged from its newest checkpoint. merge.json lists the sources, SHA-256 hashes, and per tensor
+    how much of the adapter's change survived rounding. Then the merged model is compared with the model as trained:
+    loss, KL divergence and the largest logit difference are added to merge.json and merge.md.
+
+    example: distlora merge runs/first --dtype bf16
     """
 
     out: str | None = None
-    """FOLDER: a new folder (RUN/merged, RUN/merged-CHECKPOINT, or ADAPTER-merged)."""
+    """FOLDER: new folder for the model (default: RUN/merged, RUN/merged-CHECKPOINT or ADAPTER-merged)."""
     onto: Literal["trained", "original"] = "trained"
-    """The base as it was trained on, dequantized, which computes what training computed (trained); or as it is on
-    disk, whose outputs differ by what NF4 loses (original)."""
+    """Base to merge into: trained is the dequantized base that training computed with; original is the base on disk,
+    whose outputs differ by the NF4 error."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Dtype of the weights: fp32 loses nothing of what was added, nor of the base as training held it; bf16 and fp16
-    round."""
+    """Dtype of the weights: fp32 is exact; bf16 and fp16 round."""
     text: str | None = None
-    """FILE: text to measure on: anything that data.path of `distlora train` takes (what the run held out)."""
+    """FILE: text to measure on, in any format of data.path (default: the run's held-out data)."""
     rows: int | None = None
-    """N: rows of that, at even distances where there are more (128; without a GPU as many as take ten minutes)."""
+    """N: maximum number of sequences to measure, evenly spaced (default: 128; without a GPU as many as take ten
+    minutes)."""
     compare: bool = False
-    """Measure the other forms too: bf16, fp16, NF4 again, the sum on the base on disk."""
+    """Measure the other options too: bf16, fp16, NF4 again, and --onto original."""
     processes: int = 1
-    """N: share each measured model among N processes, one per GPU."""
+    """N: shard each measured model over N processes, one per GPU."""
     no_measure: bool = False
-    """Write the folder alone, without a model in memory."""
+    """Only write the folder; needs no memory for a whole model."""
 
 
 def main(arguments: list[str]) -> int:
@@ -93,7 +95,7 @@ def to_measure(options: MergeArguments, name: Name, trained: Trained, out: Path)
     requested = [f"--{name}" for name, is_given in given.items() if is_given]
     if options.no_measure:
         requested += ["--processes"] if options.processes != 1 else []
-        require(not requested, f"{' '.join(requested)} says what is measured; leave it out, or --no-measure")
+        require(not requested, f"{' '.join(requested)} has no effect with --no-measure; leave one of them out")
         return None
     check_processes(options.processes)
     try:
@@ -101,7 +103,7 @@ def to_measure(options: MergeArguments, name: Name, trained: Trained, out: Path)
         require(  # With a GPU the worker checks its memory.
             gpu_count() > 0 or available is None or needed <= available,
             f"measuring takes {needed / 2**30:,.1f} GiB of host memory for the model in fp32, and "
-            f"{(available or 0) / 2**30:,.1f} GiB are left; write --no-measure, and measure elsewhere with "
+            f"{(available or 0) / 2**30:,.1f} GiB are available; add --no-measure, and measure on another node with "
             "`distlora eval RUN MERGED`",
         )
         adapted = Subject(label="as trained", kind="adapted", name=name)

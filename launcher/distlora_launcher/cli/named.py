@@ -23,24 +23,24 @@ class Named:
     """The arguments that name a trained model."""
 
     run: str
-    """RUN: a run's folder; or an adapter in PEFT's format, with --model."""
+    """RUN: folder of a run, or an adapter in PEFT format with --model."""
     checkpoint: str | None = None
-    """NAME: of a run: a saved step (step_100), or the best by held-out loss (best)."""
+    """NAME: checkpoint of the run: step_100, or best (lowest held-out loss). Default: the result."""
     adapter: str | None = None
-    """PATH|base: of a run: another LoRA adapter of its base, or the base alone."""
+    """PATH|base: another LoRA adapter for the run's base, or the base alone (base)."""
     model: str | None = None
-    """BASE: of an adapter without a run: its base, a folder or a name on the hub."""
+    """BASE: base model of an adapter without a run: a folder or a name on the hub."""
     quant: Literal["nf4", "none"] | None = None
-    """How that was held when the adapter was trained (nf4, as QLoRA holds it)."""
+    """Base precision during training, for an adapter without a run (default: nf4)."""
 
 
 def named(options: Named) -> tuple[Name, Trained]:
-    """Return the named model, with its base on this machine.
+    """Return the named model, with its base on this node.
 
     Raises UserError for missing folders and parts that do not belong together.
     """
     if options.adapter is not None:
-        require(options.checkpoint is None, "--adapter and --checkpoint both say which weights; give one of them")
+        require(options.checkpoint is None, "--adapter and --checkpoint exclude each other; give one of them")
     name = Name(
         place=str(Path(options.run).expanduser().absolute()),
         adapter=options.adapter,
@@ -53,19 +53,18 @@ def named(options: Named) -> tuple[Name, Trained]:
         unused = [flag for flag in ("checkpoint", "adapter") if getattr(options, flag) is not None]
         require(
             not unused,
-            f"{options.run} is an adapter, and --{unused[0] if unused else ''} says which of a run; leave it out",
+            f"{options.run} is an adapter, and --{unused[0] if unused else ''} applies only to a run; leave it out",
         )
         if options.quant is None and trained.spec.quant.is_nf4:
             print(
-                f"{options.run}: taken as trained on its base in NF4; if the base was in 16 bits, say --quant none",
+                f"{options.run}: assuming a base in NF4 during training; if it was in 16 bits, add --quant none",
                 file=sys.stderr,
                 flush=True,
             )
     own = trained.spec.quant.method
     require(
         options.quant in (None, own),
-        f"--quant={options.quant}: {options.run} was trained with quant={own}, which is what its adapter belongs to; "
-        "leave --quant out",
+        f"--quant={options.quant}: {options.run} was trained with quant={own}; leave --quant out",
     )
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
         if trained.run_dir is None:
@@ -76,7 +75,7 @@ def named(options: Named) -> tuple[Name, Trained]:
             restore(trained.spec.model)
     folder = trained.base
     where = f"model.path in {shown(trained.run_dir)}/config.yaml" if trained.run_dir else "--model"
-    require(folder.is_dir(), f"the base is gone: {where} is {folder}, which is no folder; put the model back there")
+    require(folder.is_dir(), f"the base is gone: {where} is {folder}, which does not exist; put the model back there")
     return name, trained
 
 

@@ -60,42 +60,45 @@ OF_A_MACHINE = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanArguments:
-    """Calculate what a run needs, from the model's sizes alone.
+    """Predict what a run needs, from the sizes of the model.
 
-    That is: memory of a GPU by category, host memory, disk, traffic between GPUs, operations; and where a run does not
-    fit, what would. Nothing is downloaded, no GPU is needed.
+    Prints GPU memory by category, host memory, disk, network traffic, FLOPs and time. If the run does not fit, it
+    prints settings that do. Needs no GPU and downloads no weights.
 
-      model=NAME         a well-known model, below; or model.path=FOLDER, or model.path=ORG/NAME of the hub
-      gpu=NAME           a GPU, below; or what is better known: gpu.memory_gib=80 gpu.tflops=989 ...; without one, this
-                         machine
-      setting=value      any setting of `distlora train`, recipes too. cluster.gpus_per_node=8: GPUs of a machine;
-                         plan=auto: the fastest settings that fit, where you name none; quant=auto: 16 bits where they
-                         fit and are not far slower; sweep.packed=4 or auto: so many trials of a sweep that share one
-                         base, and how many would fit
+    Examples:
+      distlora plan model=llama3_8b gpu=rtx4090
+      distlora plan model=llama3_70b gpu=h100 cluster.gpus_per_node=8 plan=auto
+
+    settings:
+      model=NAME         one of the models below; or model.path=FOLDER, or model.path=ORG/NAME on the hub
+      gpu=NAME           one of the GPUs below, or its data: gpu.memory_gib=80 gpu.tflops=989 (default: this node)
+      setting=value      any setting of `distlora train`, including recipe=NAME. cluster.gpus_per_node=8: GPUs per
+                         node. plan=auto: choose the fastest settings that fit. quant=auto: 16 bits if they fit and
+                         are not much slower. sweep.packed=4 or auto: that many trials trained together on one base
     """
 
     settings: list[str] = field(default_factory=list)
-    """setting=value: settings, as above."""
+    """setting=value: settings of `distlora train`, as above."""
     table: bool = False
-    """Plan many models on many machines, as Markdown, each with the fastest settings that fit."""
+    """Print a Markdown table of many models on many nodes, each with the fastest settings that fit."""
     models: tuple[str, ...] | None = None
-    """NAME,...: for --table: models ()."""
+    """NAME,...: models of --table (default: listed below)."""
     gpus: tuple[str, ...] | None = None
-    """NAMExNUMBER,...: for --table: machines ()."""
+    """NAMExNUMBER,...: nodes of --table, such as h100x8 (default: listed below)."""
     scaling: bool = False
-    """Plan the run on 1 to 1,024 GPUs: tokens/s and what a step waits for; as many rows per GPU."""
+    """Plan the run on 1 to 1,024 GPUs, with a fixed batch per GPU: tokens/s and the bottleneck of a step."""
     strong: bool = False
-    """With --scaling: as many rows in all."""
+    """With --scaling: a fixed global batch (strong scaling)."""
     fabrics: bool = False
-    """With --scaling: over usual links too."""
+    """With --scaling: compare common network links too."""
     assumptions: bool = False
-    """Print what the time rests on too; with --scaling what each of that decides."""
+    """Print the assumptions of the time estimate; with --scaling the effect of each."""
     json: bool = False
-    """Print every figure, in bytes, for a program to read."""
+    """Print every figure as JSON, in bytes."""
     plot: Path | None = None
-    """FILE.png: draw what takes the memory, for each model and machine; with --scaling tokens/s."""
+    """FILE.png: plot the memory by category for each model and node; with --scaling tokens/s."""
     config_dir: str | None = None
-    """DIR: your own recipes."""
+    """DIR: folder with your own recipes and config groups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +148,7 @@ def _fitting(each: Fitting) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Print the plan. Returns the exit code."""
     require("--cards" not in arguments, "--cards is now --gpus; write --gpus NAMExNUMBER,...")
-    names = {"models": [*known_models()], "GPUs": [*GPUS], "models of --table": MODELS, "machines of --table": MACHINES}
+    names = {"models": [*known_models()], "GPUs": [*GPUS], "models of --table": MODELS, "nodes of --table": MACHINES}
     epilog = "\n\n".join(textwrap.fill(f"{title}: {', '.join(of)}", 112) for title, of in names.items())
     options = read(PlanArguments, PROGRAM, [expand_home(word) for word in arguments], epilog=epilog)
     check(options)
@@ -174,7 +177,9 @@ def check(options: PlanArguments) -> None:
     for word in options.settings:
         if "=" not in word:
             known = f"; for a model, model={word}" if word in known_models() else ""
-            raise UserError(f"{PROGRAM}: {word!r} is no setting{known}; write setting=value, or --help for the rest")
+            raise UserError(
+                f"{PROGRAM}: {word!r} is not a setting{known}; write setting=value; --help lists the options"
+            )
     for name in ("models", "gpus"):
         is_given = getattr(options, name) is not None
         require(options.table or not is_given, f"--{name} belongs to --table; add --table, or leave it out")
@@ -202,7 +207,7 @@ def check_named_elsewhere(overrides: Sequence[str]) -> None:
         flag = options.get(key.partition(".")[0])
         require(
             flag is None or key in ("gpu.price_per_hour", "model.new_tokens"),
-            f"{word} is said by {flag} in a table; write {flag} {'NAME,NAME' if flag == '--models' else 'h100x8,a10'}",
+            f"{word} is set by {flag} in a table; write {flag} {'NAME,NAME' if flag == '--models' else 'h100x8,a10'}",
         )
 
 
@@ -244,7 +249,7 @@ def require_model(model: ModelConfig) -> None:
     """Refuse settings that name none, with the names that are known."""
     if not names_model(model):
         raise UserError(
-            f"no model is named, and a plan is of a model; write for example {PROGRAM} model=llama3_8b gpu=rtx4090",
+            f"no model is named; write for example {PROGRAM} model=llama3_8b gpu=rtx4090",
             f"names for model= are {', '.join(known_models())}; or set model.path to a folder, or to ORG/NAME of the "
             "hub",
         )

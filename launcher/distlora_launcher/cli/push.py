@@ -20,25 +20,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PushRequest:
-    """Upload what the run in the folder RUN trained to the Hugging Face hub as ORG/NAME.
+    """Upload the model that a run trained to the Hugging Face hub as ORG/NAME.
 
-    A model card states base, data, settings and metrics. The repository is made if it does not exist.
+    A model card lists base, data, settings and metrics. The repository is created if it does not exist.
+
+    example: distlora push runs/first my-org/my-adapter --private
     """
 
     run: str
-    """RUN: folder of a run."""
+    """RUN: folder of a finished run."""
     name: str
-    """ORG/NAME: repository on the hub."""
+    """ORG/NAME: name of the repository on the hub."""
     private: bool = False
-    """Make a new repository private."""
+    """Create the repository as private."""
     revision: str | None = None
-    """BRANCH: commit to this branch instead of main; it is made if it does not exist."""
+    """BRANCH: branch to commit to; created if it does not exist (default: main)."""
     checkpoint: str | None = None
-    """NAME: upload the best by held-out loss (best) or a saved step (step_100) instead of the final result."""
+    """NAME: checkpoint to upload: step_100, or best (lowest held-out loss). Default: the result."""
     base_model: str | None = None
-    """ORG/NAME: name of the base on the hub, for a run whose model.path was a folder."""
+    """ORG/NAME: name of the base on the hub, for a run whose model.path is a folder."""
     dry_run: str | None = None
-    """[FOLDER]: upload nothing: print the card, or write all files into FOLDER."""
+    """[FOLDER]: upload nothing; print the model card, or write all files into FOLDER."""
 
 
 def main(arguments: list[str]) -> int:

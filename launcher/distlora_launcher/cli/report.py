@@ -22,16 +22,17 @@ from distlora_launcher.terminal.output import say, shown
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportRequest:
-    """Write one HTML file of a run, finished or not, or of a sweep.
+    """Write an HTML report of a run, finished or not, or of a sweep.
 
-    It shows curves, the plan beside what was measured, settings, samples and environment. It contains everything it
-    shows, so it can be kept, sent or printed.
+    It shows curves, the plan beside the measurements, settings, samples and environment, in one self-contained file.
+
+    example: distlora report runs/first --out first.html
     """
 
     run: str
     """RUN: folder of a run or a sweep."""
     out: Path | None = None
-    """FILE.html: file to write (RUN/report.html)."""
+    """FILE.html: file to write (default: RUN/report.html)."""
 
 
 def main(arguments: list[str]) -> int:

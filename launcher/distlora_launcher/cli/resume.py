@@ -11,24 +11,26 @@ from distlora_launcher.terminal.arguments import read
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResumeRequest:
-    """Continue the run in the folder RUN from its newest whole checkpoint, with the settings in RUN/config.yaml.
+    """Continue a run from its newest complete checkpoint, with the settings in RUN/config.yaml.
 
-    On the same number of processes the result equals that of a run that was never stopped, bit for bit. A run of
-    cluster=slurm is submitted again. A run on several nodes (cluster=torchrun) is continued by the same command on
-    each.
+    With the same number of processes the result equals that of an uninterrupted run, bit for bit. A run with
+    cluster=slurm is submitted again. For a run on several nodes (cluster=torchrun), type this command on each node.
+
+    example: distlora resume runs/first
     """
 
     run: list[str] = field(default_factory=list)
-    """RUN: folder of a run, or of a sweep: its runs that were stopped or killed continue, and the others follow."""
+    """RUN: folder of a run, or of a sweep, whose stopped trials continue before new ones start."""
 
 
 def main(arguments: list[str]) -> int:
     """Continue the run that the only argument names."""
     options = read(ResumeRequest, "distlora resume", arguments)
     if len(options.run) != 1:
-        extra = [word for word in options.run if "=" in word]
-        reason = f"the settings of a run are fixed, {extra[0]} cannot change them" if extra else "give one run folder"
-        raise UserError(f"distlora resume takes one run folder and nothing else: {reason}; write `distlora resume RUN`")
+        extra = next(
+            (f": the settings of a run are fixed, {word} cannot change them" for word in options.run if "=" in word), ""
+        )
+        raise UserError(f"distlora resume takes exactly one run folder{extra}; write `distlora resume RUN`")
     return resume(Path(options.run[0]))
 
 

@@ -37,16 +37,18 @@ from distlora_launcher.terminal.output import aligned, shown
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatusRequest:
-    """Print the state of the run in the folder RUN.
+    """Print the state of a run, of each run in a folder, or of a sweep.
 
-    That is: whether and where it runs (this node, others, a SLURM job), its step and its losses, the time left, the
-    last save, how it ended, and the command to type next.
+    The state is: running, and where (this node, other nodes, a SLURM job), or ended, and how; step, losses, time left,
+    last save, and the command to type next.
+
+    example: distlora status runs/first
     """
 
     run: str
-    """RUN: a run, a folder of runs as -m makes one, or a sweep: its workers and its trials."""
+    """RUN: folder of a run, of several runs (`distlora train -m`), or of a sweep."""
     json: bool = False
-    """Print a JSON object; of a folder of runs, a list."""
+    """Print a JSON object; for a folder of runs, a list of objects."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,9 +120,7 @@ def run_folders(folder: Path) -> list[Path]:
         return [folder]
     runs = [path.parent for path in folder.glob(f"*/{CONFIG_NAME}")] if folder.is_dir() else []
     if not runs:
-        reason = (
-            "holds no run (no config.yaml), nor runs in folders of its own" if folder.exists() else "does not exist"
-        )
+        reason = "holds no run (no config.yaml) and no folders of runs" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {reason}; name the folder of a run, as `distlora train` prints it")
     return sorted(runs, key=lambda run: (not run.name.isdigit(), int(run.name) if run.name.isdigit() else 0, run.name))
 

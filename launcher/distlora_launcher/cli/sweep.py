@@ -29,7 +29,7 @@ grammar:
   optim.lr=1e-4,2e-4 adapter.r=8,16                      a grid of four runs
   sweep=random optim.lr='tag(log,interval(1e-5,1e-3))'   values drawn, uniform in the logarithm
   sweep=optuna adapter.r='range(8,65,step=8)' ...        proposed by Optuna; runs that fall behind are pruned
-  sweep=rank_search                                      double adapter.r while that gains more than noise
+  sweep=rank_search                                      double adapter.r while the gain exceeds the noise
 
 All other options are those of `distlora train`. run_dir is the folder of the sweep, SWEEP; the run folders of its
 trials are SWEEP/trials/0000 and so on. sweep.workers=N trains N trials at once, sweep.packed=N trains N trials together
@@ -38,7 +38,9 @@ on one base, sweep.trials=N ends after N trials; conf/README.md lists the other 
 `distlora resume SWEEP` continues a sweep that was stopped or killed; `distlora status SWEEP`, `distlora cancel SWEEP`
 and `distlora report SWEEP` work as for a run. Needs Optuna: pip install 'distlora[sweep]'.
 
---config-dir FOLDER    a folder with config groups beside distlora's, as in `distlora train`"""
+example: distlora sweep model.path=MODEL data.path=chats.jsonl optim.lr=1e-4,2e-4 adapter.r=8,16
+
+--config-dir FOLDER    folder with your own recipes and config groups, as in `distlora train`"""
 
 
 def main(arguments: list[str]) -> int:

@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from distlora.config import ClusterConfig, UserError, require
+from distlora.config import ClusterConfig, UserError, nearest, require
 from distlora.planner.choose import Choice
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED
 from distlora_launcher.cli.resume import resume
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     arguments = [with_new_keys(expand_home(word)) for word in arguments]
     word = next((word for word in arguments if re.match(r"[+~]*sweep[.=@]", word)), None)
     require(
-        word is None, f"{word} is of `distlora sweep`, which takes the same settings as `distlora train`; write that"
+        word is None, f"{word} is a setting of `distlora sweep`; write `distlora sweep` instead of `distlora train`"
     )
     dry_run = DRY_RUN in arguments
     arguments = add_run_dir([word for word in arguments if word != DRY_RUN])
@@ -113,7 +113,9 @@ def choose_each(runs: Sequence[Composed]) -> list[Choice]:
 def refuse_dry_run(cluster: ClusterConfig, flags: argparse.Namespace, dry_run: bool) -> None:
     """Refuse --dry-run of a command that submits nothing, and sweeps that an array cannot hold."""
     if dry_run and not is_run(flags):
-        raise UserError(f"{DRY_RUN} prints a script, and the other options print something else; leave one of them out")
+        raise UserError(
+            f"{DRY_RUN} prints a job script, and another option prints something else; leave one of them out"
+        )
     if dry_run and not is_job(cluster):
         raise UserError(
             f"{DRY_RUN} prints what would be submitted, and cluster={cluster.launcher} submits nothing; add "
@@ -144,7 +146,8 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
         word = unknown[0]
         setting = word.lstrip("-")
         hint = f"settings have no dashes: {setting}" if "=" in setting or "." in setting else "--help lists the options"
-        raise UserError(f"there is no option {word}; {hint}")
+        options = [name for action in parser._actions for name in action.option_strings]
+        raise UserError(f"there is no option {word}{nearest(word, [*options, DRY_RUN])}; {hint}")
     modes = {"--run": flags.run, "--multirun": flags.multirun, "--cfg": flags.cfg, "--info": flags.info}
     given = [name for name, value in modes.items() if value]
     if len(given) > 1:

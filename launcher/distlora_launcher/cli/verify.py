@@ -14,13 +14,15 @@ DAMAGED = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyRequest:
-    """Check everything in the run folder RUN.
+    """Check all files of a run and change nothing.
 
-    That is: settings, data and packed sequences, every byte of the checkpoints and that they belong to this run,
+    It checks settings, data and packed sequences, every byte of the checkpoints and that they belong to this run,
     headers and values of the results, each line of metrics.jsonl, and left-over temporary files. Prints one line per
-    item: ok, note (worth knowing) or damaged, with the reason and the cure. Changes nothing.
+    item: ok, note (information) or damaged, with the reason and what to do.
 
     Exit codes: 0 nothing is damaged, 1 something is damaged, 2 RUN is not a run folder.
+
+    example: distlora verify runs/first
     """
 
     run: Path

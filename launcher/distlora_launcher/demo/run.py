@@ -226,15 +226,17 @@ def next_commands(base: Path, run_dir: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoArguments:
-    """Pretrain a tiny Llama on Python's own documentation, fine-tune it with QLoRA on question/answer pairs.
+    """Pretrain a tiny Llama on Python's documentation, fine-tune it with QLoRA, and print the result.
 
-    Show what came of it. Pretraining takes about two minutes on two cores, once; the base is kept in ~/.cache/distlora
-    or DISTLORA_CACHE. Downloads nothing.
+    Downloads nothing and needs no GPU. Pretraining takes about two minutes on two cores, once; the base is kept in
+    ~/.cache/distlora or DISTLORA_CACHE.
+
+    example: distlora demo
     """
 
     base: bool = False
-    """Print the folder of the base that an earlier demo made, and nothing else, for `distlora train
-    model.path=$(distlora demo --base) data.path=FILE`."""
+    """Print only the folder of the base that an earlier demo made, for `distlora train model.path=$(distlora demo
+    --base) data.path=FILE`."""
 
 
 QLORA = (

@@ -27,21 +27,23 @@ TOOLS = ("axolotl",)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportArguments:
-    """Print an Axolotl configuration as a recipe, or write it to --out, and list on stderr every key without an equal.
+    """Convert an Axolotl configuration into a recipe, and list on stderr every key without an equivalent.
 
-    `distlora train --config-dir FOLDER recipe=NAME` then runs it.
+    The recipe is printed or written to --out. `distlora train --config-dir FOLDER recipe=NAME` runs it.
+
+    example: distlora import axolotl qlora.yml --out mine/recipe/mine.yaml
     """
 
     tool: str
-    """axolotl: the tool that the file is of."""
+    """axolotl: format of the file; only axolotl is supported."""
     file: Path
-    """FILE.yaml: its configuration."""
+    """FILE.yaml: configuration file of that tool."""
     processes: int = 1
-    """N: GPUs that it ran on; its batch grows with them."""
+    """N: number of GPUs it was written for; the global batch is N times the batch per GPU."""
     out: Path | None = None
-    """FILE: write FOLDER/recipe/NAME.yaml instead of printing."""
+    """FILE: write the recipe to FOLDER/recipe/NAME.yaml instead of printing it."""
     strict: bool = False
-    """End with code 2 if anything was not carried."""
+    """Exit with code 2 if a key was not converted."""
 
 
 def main(arguments: list[str]) -> int:
@@ -70,7 +72,7 @@ def main(arguments: list[str]) -> int:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the file's mapping. Raises UserError for one that cannot be read, is no YAML or no mapping."""
     if path.exists() and not path.is_file():
-        raise UserError(f"cannot read {path}: it is no file; give the path of an Axolotl YAML file")
+        raise UserError(f"cannot read {path}: it is not a file; give the path of an Axolotl YAML file")
     try:
         values = parse_yaml(path.read_bytes())
     except OSError as error:

@@ -54,6 +54,7 @@ login`). Settings with several values are searched, as with `distlora sweep`: gr
 of them, optuna stands for wandb's own search (bayes). sweep.pruner=hyperband or median ends trials that fall behind, by
 wandb's hyperband. tracker.project and tracker.entity name its project. The file is RUN_DIR/wandb_sweep.yaml.
 
+examples:
     distlora sweep create optim.lr=1e-4,2e-4 adapter.r=8,16 model.path=... data.path=... tracker.artifact=true
     distlora sweep agent ENTITY/PROJECT/ID          any number of times, on any node
 
@@ -206,15 +207,18 @@ def register(file: Path, tracker: TrackerConfig) -> str:
 AGENT_USAGE = """usage: distlora sweep agent ENTITY/PROJECT/ID [--count N] [run_dir=FOLDER] [sweep.workers=N]
                             [cluster=slurm ...]
 
-Start wandb agents for the sweep that `distlora sweep create` or `wandb sweep` registered: each requests values, trains
-with them, and repeats until the sweep is done. The run folders are FOLDER/<id of the run>, by default runs/<ID>/<id of
-the run>. sweep.workers=N starts N agents: on this node with an equal number of GPUs each; with cluster=slurm as the
-tasks of an array, each with cluster.nodes nodes. The output of one agent is printed, that of several is in FOLDER/logs.
+Start wandb agents for the sweep that `distlora sweep create` or `wandb sweep` registered. Each agent requests
+values and trains with them, until the sweep is done. The run folders are FOLDER/<id of the run>, by default
+runs/<ID>/<id of the run>. sweep.workers=N starts N agents: on this node with an equal number of GPUs each; with
+cluster=slurm as the tasks of an array, each with cluster.nodes nodes. The output of one agent is printed, that of
+several is in FOLDER/logs.
 
 Ctrl-C, SIGTERM and `distlora cancel FOLDER` have the runs save. `distlora resume FOLDER`, or the same command, resumes
 them.
 
---count N    runs of each agent; by default all of the sweep"""
+--count N    runs per agent (default: until the sweep is done)
+
+example: distlora sweep agent my-team/my-project/ab12cd34 --count 5"""
 
 RECORD_NAME = "agents.json"
 """File in the agents' folder with their command line."""
@@ -322,10 +326,13 @@ def parse_agents(arguments: Sequence[str]) -> tuple[AgentsRequest, int | None, A
     sweeps = [word for word in options.words if "=" not in word]
     require(
         len(sweeps) == 1 and re.fullmatch(r"([^/\s]+/){0,2}[\w-]+", sweeps[0]) is not None,
-        f"{' '.join(sweeps) or 'no sweep'}: give one sweep, as `distlora sweep create` prints it: distlora sweep agent "
+        f"{' '.join(sweeps) or 'no sweep'}: name one sweep, as `distlora sweep create` prints it: distlora sweep agent "
         "ENTITY/PROJECT/ID",
     )
-    require(options.count is None or options.count > 0, f"--count {options.count} starts no run; write --count 10")
+    require(
+        options.count is None or options.count > 0,
+        f"--count {options.count} is not a valid number of runs; write --count 1 or more",
+    )
     overrides = [word for word in options.words if "=" in word]
     known = ("run_dir", "sweep.workers", "cluster")
     for word in overrides:

@@ -49,16 +49,17 @@ def subject(command: str, arguments: Sequence[str], summaries: Mapping[str, str]
 
     Raises HelpShownError after printing the help text, and UserError for an unknown subject, with the nearest.
     """
+    example = f"distlora {command} {next(iter(summaries))} --help"
     if arguments[:1] in (["-h"], ["--help"]):
         print(f"usage: distlora {command} WHAT ...\n\n{listed(summaries)}")
-        print(f"\n`distlora {command} WHAT --help` says more.")
+        print(f"\nexample: {example}")
         raise HelpShownError
     if not arguments:
         raise UserError(f"distlora {command} needs a subject; write one of {', '.join(summaries)}")
     name = arguments[0]
     if name not in summaries:
         raise UserError(
-            f"distlora {command}: there is nothing named {name!r}{nearest(name, summaries)}; write one of "
+            f"distlora {command}: {name} is not known{nearest(name, [*summaries, '--help'])}; write one of "
             f"{', '.join(summaries)}"
         )
     return name
@@ -67,9 +68,9 @@ def subject(command: str, arguments: Sequence[str], summaries: Mapping[str, str]
 def read(request: type[Request], program: str, arguments: Sequence[str], *, epilog: str | None = None) -> Request:
     """Return the arguments as a `request`, a dataclass whose docstrings make the help text.
 
-    The docstring under a field is its help, after `METAVAR: ` where it takes any value; `[METAVAR]: ` makes that
-    optional. A field without a default and a list are positional, another is `--like-this` for the field like_this, and
-    one without a docstring is not an argument. A tuple is given as `a,b`. Raises HelpShownError after printing the help
+    The docstring under a field is its help, after `METAVAR: ` where it takes any value; `[METAVAR]: ` makes the value
+    optional. A field without a default and a list are positional; other fields are options named `--like-this`; one
+    without a docstring is not an argument. A tuple is given as `a,b`. Raises HelpShownError after printing the help
     text, and UserError as Parser.parse_args does.
     """
     parser = Parser(program, inspect.getdoc(request), epilog)
@@ -89,7 +90,7 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
             parser.add_argument(flag, choices=get_args(kind), default=item.default, help=texts[item.name])
             continue
         metavar, _, text = texts[item.name].partition(": ")
-        options: dict[str, Any] = {"metavar": metavar.strip("[]"), "help": text, "type": kind}
+        options: dict[str, Any] = {"metavar": metavar.strip("[]"), "help": text[:1].upper() + text[1:], "type": kind}
         if get_origin(kind) is list:
             options |= {"type": get_args(kind)[0], "nargs": "+" if item.default_factory is MISSING else "*"}
         elif get_origin(kind) is tuple:
@@ -107,11 +108,13 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
 def _docstrings(request: type) -> dict[str, str]:
     """Return the docstring under each field of a dataclass and its bases."""
     texts: dict[str, str] = {}
+    defaults = {item.name: item.default for item in dataclasses.fields(request)}
     for owner in request.__mro__[-2::-1]:
         (definition,) = ast.parse(inspect.getsource(owner)).body
         assert isinstance(definition, ast.ClassDef)
         for item, after in itertools.pairwise(definition.body):
             if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
+                name = ast.unparse(item.target)
                 text = " ".join(ast.literal_eval(after.value).split()).removesuffix(".").replace("%", "%%")
                 texts[ast.unparse(item.target)] = text
     return texts
@@ -137,14 +140,17 @@ class Parser(argparse.ArgumentParser):
             raise HelpShownError
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
-        """Return the options. Raises UserError for a word too many, an unknown flag, and a value of another kind."""
+        """Return the options. Raises UserError for an unknown option, a wrong number of arguments and a wrong value."""
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in itertools.takewhile(lambda word: word != "--", args):
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                self.error(f"there is no option {name}{nearest(name, [*known, '--help'])}")
         options, extra = self.parse_known_intermixed_args(list(args), namespace)
+        if extra and extra[0].startswith("-"):
+            self.error(f"there is no option {extra[0]}")
         if extra:
-            word = next((word for word in extra if word.startswith("-")), extra[0]).partition("=")[0]
-            if word.startswith("-"):
-                known = [name for action in self._actions for name in action.option_strings]
-                self.error(f"there is no option {word}{nearest(word, known)}")
-            self.error(f"{word!r} is one argument too many")
+            self.error(f"{extra[0]!r} is one argument too many")
         return options
 
     def error(self, message: str) -> NoReturn:

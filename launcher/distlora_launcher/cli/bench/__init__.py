@@ -1,4 +1,4 @@
-"""`distlora bench NAME ...`: measure this machine beside the plan and beside other libraries.
+"""`distlora bench NAME ...`: measure this node beside the plan and beside other libraries.
 
 `step` and `methods` run in this process, which imports no torch; the others become a worker process with their request.
 """
@@ -34,10 +34,11 @@ WORKERS: dict[str, tuple[str, type[LoadBench] | type[CheckpointBench] | type[Mem
     "memory": ("distlora.bench.memory:main", MemoryBench),
 }
 OFFLINE_HELP = """\
-Measure the kernels on this machine's GPU, beside the plain bf16 product and other libraries; `python -m
-distlora_kernels.bench --help` shows the options of that. With --offline nothing runs: registers, spills, shared memory,
-instructions and the width of loads and stores are printed. That needs no GPU and takes a minute or two; the exit code
-is 1 if a kernel breaks one of its bounds."""
+Benchmark the kernels on this node's GPU, beside the bf16 matmul and other libraries; `python -m distlora_kernels.bench
+--help` lists more options. --offline needs no GPU: it compiles the kernels and prints registers, spills, shared memory,
+instructions and the width of loads and stores, in one or two minutes; the exit code is 1 if a kernel exceeds a bound.
+
+example: distlora bench kernels --offline"""
 MODELS = ("10M", "100M", "0.5B", "1.5B")
 """Sizes of the random Llamas of `distlora bench memory`."""
 
@@ -66,19 +67,21 @@ def main(arguments: list[str]) -> int:
 def measure_kernels(arguments: list[str]) -> NoReturn:
     """Become the benchmark of the kernels, or with --offline the process that compiles them and runs nothing."""
     parser = Parser("distlora bench kernels", OFFLINE_HELP)
-    parser.add_argument("--offline", action="store_true", help="compile every kernel for four generations of GPUs")
-    parser.add_argument("--only", metavar="TEXT", help="kernels with TEXT in their name")
+    parser.add_argument("--offline", action="store_true", help="Compile every kernel for four GPU generations")
+    parser.add_argument("--only", metavar="TEXT", help="Only kernels with TEXT in their name")
     archs = ", ".join(f"{arch} ({gpu.gpus})" for arch, gpu in ARCHS.items())
-    parser.add_argument("--arch", metavar="N", type=int, nargs="+", help=f"for these GPUs only: {archs}")
-    parser.add_argument("--json", action="store_true", help="print every figure as JSON")
+    parser.add_argument("--arch", metavar="N", type=int, nargs="+", help=f"Only these GPU architectures: {archs}")
+    parser.add_argument("--json", action="store_true", help="Print every figure as JSON")
     parser.show_help(arguments)
     if "--offline" in arguments:
         for arch in parser.parse_args(arguments).arch or ():
-            require(arch in ARCHS, f"--arch {arch} is not known; known are {', '.join(map(str, ARCHS))}")
+            require(
+                arch in ARCHS, f"--arch {arch} is not a known architecture; write one of {', '.join(map(str, ARCHS))}"
+            )
         exec_worker("distlora_kernels.offline", [word for word in arguments if word != "--offline"])
     require(
         gpu_count() > 0,
-        "this machine has no GPU to measure the kernels on; `distlora bench kernels --offline` shows their compiled "
+        "this node has no GPU to measure the kernels on; `distlora bench kernels --offline` shows their compiled "
         "code without one",
     )
     exec_worker("distlora_kernels.bench", arguments)
@@ -102,10 +105,11 @@ def output_folder(out: str | None) -> str | None:
 
 
 def check_gpus(ranks: Sequence[int]) -> None:
-    """Raise UserError if a number of ranks exceeds this machine's GPUs."""
+    """Raise UserError if a number of ranks exceeds the GPUs of this node."""
     gpus = gpu_count()
     require(
-        gpus == 0 or max(ranks) <= gpus, f"--ranks={max(ranks)} exceeds the {gpus} GPUs of this machine; write fewer"
+        gpus == 0 or max(ranks) <= gpus,
+        f"--ranks={max(ranks)} exceeds the {gpus} GPUs of this node; write --ranks {gpus} or fewer",
     )
 
 

@@ -385,24 +385,26 @@ LOG_LINES = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodsArguments:
-    """Compare adapter methods and full fine-tuning on the demo's base and data (`distlora demo` makes them).
+    """Compare adapter methods and full fine-tuning on the base and data of `distlora demo`.
 
     Each figure is a real `distlora train` run: held-out loss, trained parameters, memory, network traffic, time.
     Finished runs are skipped, so a stopped comparison continues. About ten minutes on two idle cores.
 
-    Every method has the same sequences in the same order, steps and schedule, and its own learning rate: the best on
-    the held-out documents of a grid by factors of 2, which grows until the best lies inside (5 rates at most); then
-    other seeds at that rate.
+    All methods train on the same sequences in the same order, with the same steps and schedule. The learning rate of
+    each is the best on held-out documents, from a grid by factors of 2 that grows until the best lies inside (at most 5
+    rates). Other seeds are then trained at that rate.
+
+    example: distlora bench methods --quick
     """
 
     out: str = "bench/methods"
-    """FOLDER: folder of all results."""
+    """FOLDER: folder for all results."""
     steps: int | None = None
-    """N: optimizer steps per run (48: about one pass over the data)."""
+    """N: optimizer steps per run (default: 48, about one pass over the data)."""
     ranks: int | None = None
-    """N: worker processes per run (2, or the GPUs of this machine)."""
+    """N: worker processes per run (default: 2, or the number of GPUs on this node)."""
     seeds: int | None = None
-    """N: runs of each method at its best learning rate (3)."""
+    """N: runs of each method at its best learning rate (default: 3)."""
     quick: bool = False
     """Run one learning rate, one seed, 16 steps: a check that everything works."""
 

@@ -48,34 +48,36 @@ CURVE_LENGTH, CURVE_ROWS, CURVE_RATE = 256, 8, 1e-3
 class StepArguments:
     """Measure a training step of distlora beside other libraries: the same random model, sequences and adapter.
 
-    These are PEFT + bitsandbytes in a plain loop (the documented recipe, and all in bf16), transformers' Trainer, and
-    accelerate's FSDP2, in processes that take turns, so that other work on the machine affects all of them. Prints
-    tokens/s and their ratios by round, memory of a step, traffic between ranks, losses, and the class that ran: on a
-    CPU accelerate replaces FSDP2 by DistributedDataParallel. Peers that are not installed are left out, by name. About
-    twelve minutes on two idle cores, half an hour with --sizes 100M,560M; on a GPU, slices of Llama 3 8B and 70B.
+    The others are PEFT + bitsandbytes in a plain loop (the documented recipe, and all in bf16), transformers' Trainer
+    and accelerate's FSDP2, in processes that take turns. Prints tokens/s, their ratios per round, memory, network
+    traffic, losses, and the parallel class that ran: on a CPU accelerate replaces FSDP2 by DistributedDataParallel.
+    Libraries that are not installed are named and skipped. About twelve minutes on two idle cores, half an hour with
+    --sizes 100M,560M; on a GPU, slices of Llama 3 8B and 70B.
+
+    example: distlora bench step --sizes 8M --ways ours,peft-documented
     """
 
     sizes: tuple[str, ...] | None = None
-    """N,N: models, below."""
+    """N,N: model sizes, listed below."""
     ranks: tuple[int, ...] | None = None
-    """N,N: number of processes, which share the cores; one GPU each (1,2)."""
+    """N,N: numbers of processes, one per GPU; on a CPU they share the cores (default: 1,2)."""
     checkpointing: tuple[str, ...] | None = None
-    """none,block: checkpointing modes; by default both for the smaller models and block for the larger."""
+    """none,block: activation checkpointing modes (default: both for smaller models, block for larger ones)."""
     steps: int | None = None
-    """N: steps of each turn (1)."""
+    """N: steps per turn (default: 1)."""
     rounds: int | None = None
-    """N: turns of each (3)."""
+    """N: turns of each library (default: 3)."""
     tokens: int | None = None
     """N: tokens per sequence."""
     rows: int | None = None
     """N: sequences per step, over all processes."""
     ways: tuple[str, ...] | None = None
-    """NAME,NAME: compare only these, below."""
+    """NAME,NAME: compare only these libraries, listed below under ways."""
     curve: int | None = None
-    """N: compare losses over N steps instead, on the demo's base and its questions and answers, from the same adapter,
-    and from a second one to measure noise (`distlora demo` makes the base)."""
+    """N: compare loss curves over N steps instead, on the base and data of `distlora demo`, from the same initial
+    adapter, and from a second one to measure noise."""
     out: str | None = None
-    """FOLDER: write the results there as Markdown, CSV and a plot."""
+    """FOLDER: folder for the results as Markdown, CSV and a plot."""
     json: bool = False
     """Print every figure as JSON."""
 
@@ -103,7 +105,7 @@ class StepBench:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Reason by way that cannot be measured here."""
+        """Return the reason by way that cannot be measured on this node."""
         reasons = {way: reason_against(way, self.device) for way in self.ways}
         return {way: reason for way, reason in reasons.items() if reason is not None}
 
@@ -130,7 +132,7 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> StepBench:
     """Return the request. UserError for an unknown option or a combination that cannot be measured."""
-    sizes = {f"sizes on a {kind}": ", ".join(SIZES[kind]) for kind in ("cpu", "cuda")}
+    sizes = {f"sizes on {'a CPU' if kind == 'cpu' else 'a GPU'}": ", ".join(SIZES[kind]) for kind in ("cpu", "cuda")}
     ways = {name: f"{way.title}{'' if way.by_default else ' (only if named)'}" for name, way in WAYS.items()}
     epilog = f"{listed(sizes)}\n\nways:\n{listed(ways)}"
     options = read(StepArguments, "distlora bench step", arguments, epilog=epilog)

@@ -93,7 +93,7 @@ def test_a_worker_gets_the_request_of_its_command(monkeypatch: pytest.MonkeyPatc
     ("words", "named"),
     [
         (["load", "--layers", "0"], "--layers=0 is not a positive number; write --layers 1 or more"),
-        (["checkpoint", "--r", "0"], "--r=0"),
+        (["checkpoint", "--r", "0"], "--r: 0 is not a list of positive numbers"),
         (["checkpoint", "--tokens", "0"], "--tokens=0 is not a positive number"),
         (["load", "--ranks", "two"], "--ranks: two is not a list of positive numbers"),
         (["load", "--out", "/proc/none"], "--out=/proc/none: cannot write"),

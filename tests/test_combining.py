@@ -351,7 +351,7 @@ def test_what_has_no_meaning_is_refused(
         ([f"{one}=1", f"{two}=1", "--quant", "nf4"], "no effect"),
         ([f"{one}=1", f"{two}=1", "--dtype", "bf16"], "add --merged"),
         ([f"{one}=1", f"{dora}=1"], "--method svd"),
-        ([f"{tmp_path / 'gone'}=1"], "is no folder"),
+        ([f"{tmp_path / 'gone'}=1"], "does not exist"),
     ]
     for words, message in cases:
         with pytest.raises(UserError, match=message):

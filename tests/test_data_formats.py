@@ -217,9 +217,9 @@ def test_columns_rename_the_keys_of_the_data_and_decide_the_format():
         resolve_format(record({"body": "a"}), "auto", {"prompt": "body"})
     with pytest.raises(UserError, match=r"names 'quest' as 'prompt', but the columns there are 'question', .*mean"):
         resolve_format(record(value), "auto", {"prompt": "quest"})
-    with pytest.raises(UserError, match=r"'promt' is no key of data\.format=auto .*did you mean 'prompt'"):
+    with pytest.raises(UserError, match=r"'promt' is not a key of data\.format=auto .*did you mean 'prompt'"):
         resolve_format(record(value), "auto", {"promt": "question"})
-    with pytest.raises(UserError, match=r"'prompt' is no key of data\.format=text"):
+    with pytest.raises(UserError, match=r"'prompt' is not a key of data\.format=text"):
         resolve_format(record(value), "text", columns)
     with pytest.raises(UserError, match="no 'completion' among its keys"):
         canonical({"question": "a"}, "prompt_completion", columns=columns)
@@ -242,5 +242,5 @@ HALF_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arg
     ],
 )
 def test_half_a_surrogate_pair_is_refused_in_json_inside_of_a_string(format, value):
-    with pytest.raises(UserError, match=r"^data\.jsonl:3.*: half a surrogate pair \(\\ud83d\) is no character"):
+    with pytest.raises(UserError, match=r"^data\.jsonl:3.*: half a surrogate pair \(\\ud83d\) is not a character"):
         canonical(value, format)

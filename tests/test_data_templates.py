@@ -302,7 +302,7 @@ def test_a_named_template_without_tools_refuses_them_with_one_that_fits(load, te
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("chatlm", r"data\.template='chatlm' is no template \(did you mean 'chatml'\?\)"),
+        ("chatlm", r"data\.template='chatlm' is not a known template \(did you mean 'chatml'\?\)"),
         ("absent.jinja", r"absent\.jinja is not a file"),
     ],
 )

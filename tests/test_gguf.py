@@ -237,7 +237,7 @@ def test_an_adapter_on_a_tied_head_is_refused(tmp_path: Path) -> None:
     write_family_folder(tmp_path, "llama3-tied")
     base = open_base(config_for(tmp_path).spec)
     check_paths(["model.layers.0.mlp.up_proj"], base)
-    with pytest.raises(UserError, match="lm_head, which is no tensor of the base's GGUF"):
+    with pytest.raises(UserError, match="lm_head, which is not in the base's GGUF"):
         check_paths(["model.layers.0.mlp.up_proj", "lm_head"], base)
 
 

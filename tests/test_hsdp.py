@@ -359,8 +359,8 @@ def test_ranks_that_start_from_different_adapters_do_not_begin(
         ),
         ({"gpus_per_node": 4}, 8, r"shard_degree=8 does not divide the 4 processes .*shard_degree=4 \(of 1, 2, 4\)"),
         ({}, 2, r"shard_degree=2 does not divide the 1 process of this run"),
-        ({"gpus_per_node": 2}, 0, r"shard_degree=0 is no number of ranks"),
-        ({"gpus_per_node": 2}, "nodes", r"shard_degree=nodes is no number of ranks; .* to node"),
+        ({"gpus_per_node": 2}, 0, r"shard_degree=0 is not a valid number of ranks"),
+        ({"gpus_per_node": 2}, "nodes", r"shard_degree=nodes is not a valid number of ranks; .* to node"),
         ({"gpus_per_node": 2}, 1.5, r"shard_degree=1.5 must be of type int"),
     ],
 )

@@ -441,7 +441,7 @@ def test_a_whole_model_is_pushed_with_its_files(place: Path, capsys: pytest.Capt
         (["nowhere", "owner/x"], "holds no run"),
         (["run"], "distlora push: the following arguments are required: ORG/NAME"),
         (["run", "x"], "has no owner; write USER/x or ORG/x"),
-        (["run", "owner/a--b"], "is no name on the hub"),
+        (["run", "owner/a--b"], "is not a valid name on the hub"),
         (["run", "owner/x", "--chekpoint", "best"], "there is no option --chekpoint (did you mean '--checkpoint'?)"),
         (["run", "owner/x", "--checkpoint", "step_90"], "it has best, step_00000100"),
         (["run", "owner/x", "--dry-run", "data.jsonl"], "is not an empty folder"),

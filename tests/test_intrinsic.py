@@ -308,7 +308,7 @@ def test_what_cannot_be_is_refused_by_name(
     for arguments, message in (
         ([model], "--data FILE is missing"),
         ([model, "--data", "no.jsonl"], "no.jsonl does not exist"),
-        ([model, "--data", data, "--share", "1.5"], "--share=1.5 is no share"),
+        ([model, "--data", data, "--share", "1.5"], "--share=1.5 is not a valid fraction"),
         ([model, "--data", data, "--scaling", "said"], "--scaling=said is not known; write none, layers"),
         ([model, "--data", data, "--start", "2000", "--most", "10"], "--start=2,000 is beyond --most=10"),
         ([model, "--data", data, "--sequence-length", "4096"], "--sequence-length 4,096"),

@@ -110,7 +110,7 @@ def test_a_router_loss_without_routers_and_full_fine_tuning_are_refused(folder_o
             check(config_for(folder_of("llama"), train={"router_aux_loss": 0.1}))
         with pytest.raises(UserError, match=r"adapter=full on a mixture of experts \(mixtral\)"):
             check(config_for(folder_of("mixtral"), adapter={"method": "full"}, quant={"method": "none"}))
-    with pytest.raises(UserError, match=r"is no weight; set it to 0\.001"):
+    with pytest.raises(UserError, match=r"is not a valid weight; set it to 0\.001"):
         config_for(folder_of("mixtral"), train={"router_aux_loss": -1.0})
 
 

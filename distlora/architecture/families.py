@@ -230,7 +230,7 @@ def check_config(
     check_shape(settings, _SETTINGS, place, _AGAIN)
     for name in _SIZES:
         if (size := settings.get(name)) is not None and not 0 < size < _LARGEST_SIZE:
-            raise UserError(f"{place} is damaged: {name}={size} is no size; {_AGAIN}")
+            raise UserError(f"{place} is damaged: {name}={size} is not a valid size; {_AGAIN}")
     if full and family.composite:
         raise UserError(
             f"adapter=full would save {family.model_type} without its vision tower; set adapter=lora, "

@@ -205,7 +205,9 @@ class AdapterConfig:
                 try:
                     re.compile(_PATTERN.format(key))
                 except re.error as error:
-                    require(False, f"{where}: {key!r} is no regular expression ({error}); write a module's name")
+                    require(
+                        False, f"{where}: {key!r} is not a valid regular expression ({error}); write a module's name"
+                    )
 
     @property
     def decomposes(self) -> bool:
@@ -320,8 +322,8 @@ class QuantConfig:
         require_choices("quant", self)
         require(
             self.cache_gb is None or 0 < self.cache_gb < math.inf,
-            f"quant.cache_gb={self.cache_gb} is no number of gigabytes above 0; set quant.cache_gb=200, null for no "
-            "limit, or quant.cache=false to keep nothing",
+            f"quant.cache_gb={self.cache_gb} is not a positive number of gigabytes; set quant.cache_gb=200, null for "
+            "no limit, or quant.cache=false to keep nothing",
         )
 
     @property

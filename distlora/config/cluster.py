@@ -130,17 +130,17 @@ class ClusterConfig:
             require_positive("cluster", self, name)
         require(
             self.max_restarts >= 0,
-            f"cluster.max_restarts={self.max_restarts} is no count; set it to 0 for no restart, or more",
+            f"cluster.max_restarts={self.max_restarts} is not a valid count; set it to 0 for no restart, or more",
         )
         self._check_launcher()
         require(
             self.port is None or 1024 <= self.port < 65536,
-            f"cluster.port={self.port} is no port for users; set cluster.port=29500 or leave it out",
+            f"cluster.port={self.port} is not a valid port for users; set cluster.port=29500 or leave it out",
         )
         require(
             self.time_limit is None or _TIME_LIMIT.fullmatch(self.time_limit) is not None,
-            f"cluster.time_limit={self.time_limit} is no time for sbatch; write cluster.time_limit=12:00:00 (hours, "
-            "minutes, seconds) or 2-00:00:00 (days first)",
+            f"cluster.time_limit={self.time_limit} is not a valid time for sbatch; write cluster.time_limit=12:00:00 "
+            "(hours, minutes, seconds) or 2-00:00:00 (days first)",
         )
         if self.time_limit is not None:
             seconds = sbatch_seconds(self.time_limit)
@@ -154,7 +154,8 @@ class ClusterConfig:
         for name in self.environment:
             require(
                 _VARIABLE.fullmatch(name) is not None,
-                f"cluster.environment.{name} is no name of an environment variable; write letters, digits and _",
+                f"cluster.environment.{name} is not a valid name of an environment variable; write letters, digits and "
+                "_",
             )
 
     def _check_options(self) -> None:
@@ -162,7 +163,7 @@ class ClusterConfig:
         for option in self.sbatch:
             require(
                 option.startswith("-") and "\n" not in option,
-                f"cluster.sbatch has {option!r}, which is no option of sbatch; write it as --name=value",
+                f"cluster.sbatch has {option!r}, which is not an option of sbatch; write it as --name=value",
             )
             name = re.split(r"[=\s]", option, maxsplit=1)[0] if option.startswith("--") else option[:2]
             for names, setting in OPTION_SETTINGS.items():
@@ -271,13 +272,13 @@ class ParallelConfig:
         )
         require(
             self.shard_degree in (None, "node") or (isinstance(self.shard_degree, int) and self.shard_degree > 0),
-            f"parallel.shard_degree={self.shard_degree} is no number of ranks; set it to 1 or more, to node (the ranks "
-            "of a machine), or to null (all ranks)",
+            f"parallel.shard_degree={self.shard_degree} is not a valid number of ranks; set it to 1 or more, to node "
+            "(the ranks of a machine), or to null (all ranks)",
         )
         require(
             self.resident_blocks == "auto" or (isinstance(self.resident_blocks, int) and self.resident_blocks >= 0),
-            f"parallel.resident_blocks={self.resident_blocks} is no number of blocks; set it to 0 or more, or to auto "
-            "(as many as fit)",
+            f"parallel.resident_blocks={self.resident_blocks} is not a valid number of blocks; set it to 0 or more, or "
+            "to auto (as many as fit)",
         )
         require(
             self.backend == "fsdp2" or self.resident_blocks == 0,

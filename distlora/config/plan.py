@@ -150,5 +150,5 @@ class PlanConfig:
         require_choices("plan", self)
         require(
             self.tokens is None or self.tokens > 0,
-            f"plan.tokens={self.tokens} is no number of tokens; set plan.tokens=10000000, or leave it out",
+            f"plan.tokens={self.tokens} is not a valid number of tokens; set plan.tokens=10000000, or leave it out",
         )

@@ -58,9 +58,9 @@ class SweepConfig:
         require_positive("sweep", self, "trials", "workers", "rank_start", "rank_most", "bootstrap", "full_lr")
         require(
             self.packed == "auto" or (isinstance(self.packed, int) and self.packed > 0),
-            f"sweep.packed={self.packed} is no number of trials; set sweep.packed=4, or auto",
+            f"sweep.packed={self.packed} is not a valid number of trials; set sweep.packed=4, or auto",
         )
         require(
             0 < self.confidence < 1,
-            f"sweep.confidence={self.confidence} is no probability; set sweep.confidence=0.95",
+            f"sweep.confidence={self.confidence} is not a valid probability; set sweep.confidence=0.95",
         )

@@ -47,11 +47,12 @@ class OptimConfig:
         )
         require(
             0 <= self.weight_decay < math.inf,
-            f"optim.weight_decay={self.weight_decay} is no decay; set optim.weight_decay=0 or more",
+            f"optim.weight_decay={self.weight_decay} is not a valid decay; set optim.weight_decay=0 or more",
         )
         require(
             0 <= self.max_grad_norm < math.inf,
-            f"optim.max_grad_norm={self.max_grad_norm} is no norm; set it above 0, or to 0 to turn clipping off",
+            f"optim.max_grad_norm={self.max_grad_norm} is not a valid norm; set it above 0, or to 0 to turn clipping "
+            "off",
         )
         require_share("optim", self, "warmup_ratio", "decay_ratio", "min_lr_ratio")
         require(
@@ -186,7 +187,7 @@ class TrainConfig:
         )
         require(
             self.router_aux_loss is None or 0 <= self.router_aux_loss < math.inf,
-            f"train.router_aux_loss={self.router_aux_loss} is no weight; set it to 0.001, or to 0 for none",
+            f"train.router_aux_loss={self.router_aux_loss} is not a valid weight; set it to 0.001, or to 0 for none",
         )
         require(
             not self.router_aux_loss or self.objective == "sft",
@@ -196,7 +197,8 @@ class TrainConfig:
         require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")
         require(
             0 <= self.early_stopping_threshold < math.inf,
-            f"train.early_stopping_threshold={self.early_stopping_threshold} is no difference; set it to 0 or more",
+            f"train.early_stopping_threshold={self.early_stopping_threshold} is not a valid difference; set it to 0 or "
+            "more",
         )
         require(
             self.early_stopping_threshold == 0 or self.early_stopping_patience is not None,

@@ -79,8 +79,8 @@ def template_source(template: str) -> str:
         return (resources.files("distlora.data") / "chat_templates" / f"{template}.jinja").read_text("utf-8")
     if not template.endswith(".jinja"):
         raise UserError(
-            f"data.template={template!r} is no template{nearest(template, NAMED)}; choose one of {', '.join(NAMED)}, "
-            "name a .jinja file, or set data.template=null for the tokenizer's own"
+            f"data.template={template!r} is not a known template{nearest(template, NAMED)}; choose one of "
+            f"{', '.join(NAMED)}, name a .jinja file, or set data.template=null for the tokenizer's own"
         )
     path = Path(template).expanduser()
     if not path.is_file():
@@ -103,8 +103,8 @@ def start_tokens(tokenizer: Any) -> list[int]:
 class ChatTemplate:
     """A chat template with a tokenizer: messages to text.
 
-    Raises UserError, when it is built, where there is no template, where it is not valid Jinja, and where a named one
-    needs tokens that the tokenizer lacks.
+    Raises UserError, when it is built, where there is no template, where it is not valid Jinja, and where a
+    named one needs tokens that the tokenizer lacks.
     """
 
     def __init__(

@@ -181,7 +181,7 @@ def resolve_format(record: Record, format: str, columns: Mapping[str, str]) -> s
     for key in columns:
         if key not in known:
             raise UserError(
-                f"data.columns: {key!r} is no key of data.format={format}{nearest(key, known)}; its keys are "
+                f"data.columns: {key!r} is not a key of data.format={format}{nearest(key, known)}; its keys are "
                 f"{', '.join(known)} (write columns={{key: name in the data}})"
             )
     value = _object(record, format)
@@ -560,7 +560,7 @@ def check_unicode(value: Any, place: str) -> None:
                 item.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise UserError(
-                    f"{place}: half a surrogate pair (\\u{ord(item[error.start]):04x}) is no character; "
+                    f"{place}: half a surrogate pair (\\u{ord(item[error.start]):04x}) is not a character; "
                     "write the pair, or the character itself in UTF-8"
                 ) from error
 

@@ -159,7 +159,7 @@ class PackedRows:
 
 def _load(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
     if not path.is_file():
-        raise UserError(f"{path} is no file; {_make_again(path.parent)}")
+        raise UserError(f"{path} does not exist; {_make_again(path.parent)}")
     try:
         # And not np.load, which takes a zip file or a pickle for what they are.
         array = np.lib.format.open_memmap(path, mode="r")

@@ -44,7 +44,7 @@ class Shards:
         degree = ranks.world if degree is None else degree
         if degree == ranks.world:
             return cls(ranks.rank, ranks.world, ranks.group)
-        assert ranks.world % degree == 0, f"{ranks.world} ranks are no copies of {degree} each"
+        assert ranks.world % degree == 0, f"{ranks.world} ranks do not divide into groups of {degree}"
         copy, index = divmod(ranks.rank, degree)
         group, replicas, copies = None, ranks.group, ranks.world // degree
         if degree > 1:

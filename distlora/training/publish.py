@@ -147,7 +147,7 @@ def _check_states(
             fits = segment.numel <= (1 if key == _STEP else trained[name].numel())
         if not fits:
             kind = f"{segment.dtype} {list(segment.shape)}"
-            raise UserError(f"{file}: {path} of {kind} is no state of what is trained here; {_EARLIER}")
+            raise UserError(f"{file}: {path} of {kind} does not belong to a parameter that this run trains; {_EARLIER}")
         keys_by_name.setdefault(name, set()).add(key)
     for name, keys in keys_by_name.items():
         if missing := sorted({_STEP, *optimizer.per_element} - keys):

@@ -383,7 +383,7 @@ class AgentRun:
             if name.partition(".")[0] in UNRECORDED:
                 continue
             if has is _ABSENT:
-                yield f"{name}={value!r} of {source} is no setting; take it out of the sweep's parameters"
+                yield f"{name}={value!r} of {source} is not a setting; remove it from the sweep's parameters"
             elif name in settings and isinstance(has, Mapping):
                 yield (
                     f"{name}={value!r} of {source} would stand in place of the whole section {name} in wandb's record; "
@@ -436,6 +436,6 @@ def _read_values(path: Path) -> dict[str, Any]:
         return {str(name): entry["value"] for name, entry in pairs.items() if name != "wandb_version"}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{VALUES_PATH}={path} is no file of values that a wandb agent writes ({type(error).__name__}: {error}); "
+            f"{VALUES_PATH}={path} is not a values file of a wandb agent ({type(error).__name__}: {error}); "
             f"unset {SWEEP_ID}, {RUN_ID} and {VALUES_PATH} for a run that is of no sweep"
         ) from error

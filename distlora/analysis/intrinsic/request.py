@@ -61,13 +61,15 @@ class IntrinsicRequest:
     """Trainings of each dimension that decides, and of full fine-tuning."""
 
     def __post_init__(self) -> None:
-        require(0 < self.share < 1, f"--share={self.share} is no share of a gain; write a number between 0 and 1")
+        require(0 < self.share < 1, f"--share={self.share} is not a valid fraction; write a number between 0 and 1")
         require(
             1.05 <= self.resolution <= 100,
-            f"--resolution={self.resolution} is no factor to know a dimension to; write 1.05 to 100",
+            f"--resolution={self.resolution} is not a valid factor; write 1.05 to 100",
         )
         for name in ("start", "most", "steps", "batch", "seeds"):
-            require(getattr(self, name) > 0, f"--{name}={getattr(self, name)} is no number; write 1 or more")
+            require(
+                getattr(self, name) > 0, f"--{name}={getattr(self, name)} is not a positive number; write 1 or more"
+            )
         require(
             self.start <= self.most,
             f"--start={self.start:,} is beyond --most={self.most:,}, the largest dimension to try; lower --start",
@@ -77,7 +79,7 @@ class IntrinsicRequest:
                 0 < dimension <= self.most,
                 f"--also={dimension:,} is beyond --most={self.most:,}, the largest dimension to try; leave it out",
             )
-        require(0 < self.lr < 1, f"--lr={self.lr} is no learning rate; write a number between 0 and 1")
+        require(0 < self.lr < 1, f"--lr={self.lr} is not a valid learning rate; write a number between 0 and 1")
         require(
             self.sequence_length >= 2,
             f"--sequence-length={self.sequence_length} leaves no token to predict; write 2 or more",

@@ -42,7 +42,7 @@ class QuantizationRequest:
     """Most rows that are measured; of more, as many are taken at even distances."""
 
     def __post_init__(self) -> None:
-        require(self.rows > 0, f"--rows={self.rows} is no number of rows; write 1 or more")
+        require(self.rows > 0, f"--rows={self.rows} is not a valid number of rows; write 1 or more")
         require(
             self.sequence_length >= 2,
             f"--sequence-length={self.sequence_length} leaves no token to predict; write 2 or more",

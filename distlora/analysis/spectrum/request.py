@@ -33,10 +33,10 @@ class SpectrumRequest:
     """Smaller side of a matrix up to which it is decomposed whole."""
 
     def __post_init__(self) -> None:
-        require(self.top > 0, f"--top={self.top} is no number of singular vectors; write 1 or more")
-        require(self.exact_up_to >= 0, f"--exact-up-to={self.exact_up_to} is no size; write 0 or more")
+        require(self.top > 0, f"--top={self.top} is not a valid number of singular vectors; write 1 or more")
+        require(self.exact_up_to >= 0, f"--exact-up-to={self.exact_up_to} is not a valid size; write 0 or more")
         for value in self.thresholds:
-            require(0 < value < 1, f"--threshold={value:g} is no cosine between 0 and 1; write --threshold 0.5")
+            require(0 < value < 1, f"--threshold={value:g} is not a cosine between 0 and 1; write --threshold 0.5")
         printed = [f"{value:g}" for value in self.thresholds]
         require(
             len(set(printed)) == len(printed),

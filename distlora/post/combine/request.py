@@ -55,7 +55,9 @@ class Method:
 METHODS = {
     "cat": Method("sum", what="the exact sum, as a LoRA of all ranks together"),
     "svd": Method("weights", what="the exact sum, then its best approximation of --rank"),
-    "linear": Method("factors", "task_arithmetic", "A and B summed apart: what PEFT calls linear, which is no sum"),
+    "linear": Method(
+        "factors", "task_arithmetic", "A and B summed separately, as PEFT's linear; not the sum of the updates"
+    ),
     "magnitude_prune": Method("factors", "magnitude_prune", "as linear, the largest of each A and B alone"),
     "ties": Method("factors", "ties", "TIES on A and on B"),
     "dare_linear": Method("factors", "dare_linear", "as linear, a random share of each A and B alone"),
@@ -89,8 +91,8 @@ class Member:
     def __post_init__(self) -> None:
         require(
             math.isfinite(self.weight) and self.weight != 0,
-            f"{self.place}={self.weight:g} is no weight: it is a number other than 0, such as {self.place}=0.5; leave "
-            "an adapter of weight 0 out",
+            f"{self.place}={self.weight:g} is not a valid weight: write a number other than 0, such as "
+            f"{self.place}=0.5; leave an adapter of weight 0 out",
         )
 
 
@@ -130,7 +132,7 @@ class CombineRequest:
             f"--rank={self.rank} has no effect with --method {self.method}, which keeps the ranks that it finds; "
             "leave it out, or write --method svd",
         )
-        require(self.rank is None or self.rank > 0, f"--rank={self.rank} is no rank; write 1 or more")
+        require(self.rank is None or self.rank > 0, f"--rank={self.rank} is not a valid rank; write 1 or more")
         require(
             self.density is None or method.has_density,
             f"--density={self.density} has no effect with --method {self.method}, which keeps every element; leave it "
@@ -161,7 +163,7 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
     these, has nothing trained yet, or holds no plain LoRA or DoRA.
     """
     folder = Path(place).expanduser().absolute()
-    require(folder.is_dir(), f"{place} is no folder; name a run's, or one that holds an adapter in PEFT's format")
+    require(folder.is_dir(), f"{place} does not exist; name the folder of a run or of an adapter in PEFT format")
     run_dir = folder
     if (folder / CONFIG_NAME).is_file():  # RUN/adapter, RUN/best, RUN/checkpoints/step_N, or without a run.
         run_dir = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent
@@ -170,7 +172,7 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
     config = load_config(run_dir)
     require(
         config.adapter.method == "lora",
-        f"{place} trained the whole model (adapter=full), which is no adapter; combine adapters alone",
+        f"{place} trained the whole model (adapter=full), so it has no adapter; name adapters only",
     )
     if folder == run_dir:
         saved = [f"{place}/{CHECKPOINTS}/{step.name}" for step in checkpoint_folders(run_dir)[-1:]]
@@ -240,8 +242,8 @@ def check_one_base(members: tuple[Member, ...], *, same_base: bool) -> str | Non
         says = read_peft_adapter(unknown.folder).base
         raise UserError(
             f"{unknown.place}: nothing here says what its base is"
-            f"{f' (it names {says}, which is no folder here)' if says else ''}; name it with --model FOLDER, or write "
-            "--same-base if you know that all have one"
+            f"{f' (it names {says}, which does not exist on this node)' if says else ''}; name it with --model FOLDER, "
+            "or write --same-base if you know that all have one"
         )
     return known[0].base if known else None
 

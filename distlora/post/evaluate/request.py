@@ -69,7 +69,7 @@ class Text:
     """Most rows; of more, as many are taken at even distances."""
 
     def __post_init__(self) -> None:
-        require(self.most_rows > 0, f"--rows={self.most_rows} is no number of rows; write 1 or more")
+        require(self.most_rows > 0, f"--rows={self.most_rows} is not a valid number of rows; write 1 or more")
         require(
             self.sequence_length >= 2,
             f"--sequence-length={self.sequence_length} leaves no token to predict; write 2 or more",
@@ -134,11 +134,12 @@ class Tasks:
     def __post_init__(self) -> None:
         require(all(self.names), f"--tasks={','.join(self.names)} has an empty name; write --tasks NAME,NAME")
         require(
-            self.limit is None or self.limit > 0, f"--limit={self.limit} is no number of questions; write 1 or more"
+            self.limit is None or self.limit > 0,
+            f"--limit={self.limit} is not a valid number of questions; write 1 or more",
         )
         require(
             self.fewshot is None or self.fewshot >= 0,
-            f"--fewshot={self.fewshot} is no number of examples; write 0 or more",
+            f"--fewshot={self.fewshot} is not a valid number of examples; write 0 or more",
         )
 
 
@@ -153,7 +154,9 @@ class Draft:
     new_tokens: int = NEW_TOKENS
 
     def __post_init__(self) -> None:
-        require(self.new_tokens > 0, f"--max-new-tokens={self.new_tokens} is no number of tokens; write 1 or more")
+        require(
+            self.new_tokens > 0, f"--max-new-tokens={self.new_tokens} is not a valid number of tokens; write 1 or more"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -159,14 +159,14 @@ def split(word: str) -> tuple[str, float]:
     try:
         return place, float(text)
     except ValueError:
-        raise UserError(f"{word!r}: {text!r} is no number; write {place}=1, or another one") from None
+        raise UserError(f"{word!r}: {text!r} is not a number; write for example {place}=1") from None
 
 
 def local_base(model: str) -> str:
     """--model, on this machine."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
         path = Path(localize(ModelConfig(path=place_of(model))).path).expanduser().absolute()
-    require(path.is_dir(), f"--model={model} is no folder; name one in Hugging Face format, or a model on the hub")
+    require(path.is_dir(), f"--model={model} does not exist; name one in Hugging Face format, or a model on the hub")
     return str(path)
 
 

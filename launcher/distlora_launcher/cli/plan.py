@@ -321,7 +321,7 @@ def machine_words(machine: str) -> list[str]:
         )
     if number < 1 or (number > OF_A_MACHINE and number % OF_A_MACHINE):
         raise UserError(
-            f"--gpus {machine}: {number} GPUs are no number of machines of {OF_A_MACHINE}; write "
+            f"--gpus {machine}: {number} GPUs do not fill nodes of {OF_A_MACHINE}; write "
             f"{gpu}x{max(1, number // OF_A_MACHINE * OF_A_MACHINE)}"
         )
     if number <= OF_A_MACHINE:

@@ -146,7 +146,8 @@ def _check_name(option: str, name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(
-            f"{option} {name} is no name on the hub ({str(error).splitlines()[0]}); write USER/NAME or ORG/NAME"
+            f"{option} {name} is not a valid name on the hub ({str(error).splitlines()[0]}); write USER/NAME or "
+            "ORG/NAME"
         ) from error
     if "/" not in name:
         raise UserError(f"{option} {name} has no owner; write USER/{name} or ORG/{name}")

@@ -110,7 +110,7 @@ def convert_schedule(keys: Keys, imported: Imported) -> None:
     optim["schedule"] = SCHEDULES.get(name, "cosine")
     floor = keys.number("cosine_min_lr_ratio")
     if floor is not None and optim["schedule"] != "cosine":
-        imported.note("idle", "cosine_min_lr_ratio", f"lr_scheduler={name} is no cosine")
+        imported.note("idle", "cosine_min_lr_ratio", f"lr_scheduler={name} is not a cosine schedule")
         floor = None
     floor = options.number("min_lr_rate") if floor is None and name == "cosine_with_min_lr" else floor
     optim["min_lr_ratio"] = float(floor or 0.0)
@@ -369,7 +369,7 @@ def convert_batch(keys: Keys, imported: Imported, processes: int) -> None:
             shared *= size
     if processes % shared:
         raise UserError(
-            f"--processes {processes} is no multiple of {shared}, over which the file splits each row "
+            f"--processes {processes} is not a multiple of {shared}, over which the file splits each row "
             "(context_parallel_size, sequence_parallel_degree, tensor_parallel_size); "
             "write --processes with the number of GPUs that it ran on"
         )

@@ -324,7 +324,7 @@ def resume_sweep(folder: Path) -> int:
     other = next((run for run in runs if not is_job(run.cluster)), None)
     if other is not None:
         raise UserError(
-            f"{other.run_dir} is no run of cluster=slurm; resume it alone: `distlora resume {other.run_dir}`"
+            f"{other.run_dir} is not a run of cluster=slurm; resume it alone: `distlora resume {other.run_dir}`"
         )
     for run in runs:
         code = make_ready(Path(run.run_dir))

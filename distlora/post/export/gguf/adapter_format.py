@@ -58,7 +58,7 @@ def check_paths(paths: Sequence[str], base: Base) -> None:
     absent = [path for path in paths if f"{path}.weight" not in base.weights]
     if absent:
         raise UserError(
-            f"--format=gguf-lora: the adapter has {absent[0]}, which is no tensor of the base's GGUF (its head is the "
+            f"--format=gguf-lora: the adapter has {absent[0]}, which is not in the base's GGUF (its head is the "
             "embedding); write --format gguf, which merges it"
         )
 

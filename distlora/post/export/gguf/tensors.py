@@ -174,7 +174,7 @@ class Names:
         """Return GGUF's name. Raises UserError for a tensor that the architecture lacks."""
         found = self.table.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise UserError(f"{name} is no tensor of llama.cpp's {self.arch}; use --format hf")
+            raise UserError(f"{name} is not a tensor of llama.cpp's {self.arch}; use --format hf")
         return found
 
     def in_order(self, name: str, rows: Callable[[], Rows]) -> Callable[[], Rows]:

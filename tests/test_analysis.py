@@ -235,7 +235,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (["quantization", "model", "--txt", "text.txt"], "did you mean '--text'?"),
         (["quantization", "model", "--text", "texts.txt"], "did you mean 'text.txt'?"),
         (["quantization", "model", "--text", "empty.jsonl"], "holds no document"),
-        (["quantization", "model", "--text", "text.txt", "--no-perplexity"], "leave out --no-perplexity"),
+        (["quantization", "model", "--text", "text.txt", "--no-perplexity"], "has no effect with --no-perplexity"),
         (["quantization", "model", "--out", "old"], "holds an earlier analysis"),
         (["quantization", "model", "--dtype", "fp16"], "choose from 'bf16', 'fp32'"),
         (["quantization", "model", "--rows", "0"], "--rows=0"),

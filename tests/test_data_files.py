@@ -172,10 +172,10 @@ def test_compressed_files_are_what_they_hold(tmp_path, suffix, compress):
     assert values(path) == ROWS * 100
     assert records(path)[-1].place == f"{path}:300"
     write(path, compress(content)[:-20])
-    with pytest.raises(UserError, match="damaged or not what its name says"):
+    with pytest.raises(UserError, match="damaged or is not in the format of its name"):
         records(path)
     write(path, content)
-    with pytest.raises(UserError, match="damaged or not what its name says"):
+    with pytest.raises(UserError, match="damaged or is not in the format of its name"):
         records(path)
 
 

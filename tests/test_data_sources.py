@@ -76,7 +76,7 @@ def test_a_saved_data_set_is_read_by_split(saved):
         ({"path": "absnt.jsonl"}, r"absnt\.jsonl does not exist \(did you mean 'absent\.jsonl'\?\)"),
         ({"path": "fold/*.jsonl"}, r"patterns are not expanded; name the folder, fold, whose files"),
         ({"path": "chats.jsonl"}, r"data\.path=.*chats\.jsonl does not exist; name a file"),
-        ({"path": "empty"}, "holds no file of a known kind"),
+        ({"path": "empty"}, "holds no file of a known format"),
         ({"path": "absent.jsonl", "split": "test"}, "is local and has one split, train, not 'test'"),
         ({"path": "absent.jsonl", "name": "x"}, "data.name=x belongs to a data set on the hub"),
         ({"path": "absent.jsonl", "revision": "v1"}, "data.revision=v1 belongs to a data set on the hub"),

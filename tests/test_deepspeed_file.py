@@ -116,7 +116,7 @@ def test_pinning_what_is_not_offloaded_is_named_as_without_effect(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("found", "said"),
-    [(None, "which this machine has not"), ("0.19.7", r"DeepSpeed 0\.19\.8 or later.* has 0\.19\.7; ")],
+    [(None, "which is not installed"), ("0.19.7", r"DeepSpeed 0\.19\.8 or later.* 0\.19\.7 is installed; ")],
 )
 def test_a_machine_without_deepspeed_or_with_an_old_one_is_refused(
     monkeypatch: pytest.MonkeyPatch, found: str | None, said: str

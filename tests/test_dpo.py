@@ -348,7 +348,7 @@ def test_only_what_has_a_start_as_its_reference_needs_it_again(
             {"adapter": {"trainable_token_indices": (3,)}},
             "trainable_token_indices trains rows of the embedding or the head",
         ),
-        ({"train": {"router_aux_loss": 0.1}}, "is part of a loss a token, not of train.objective=dpo"),
+        ({"train": {"router_aux_loss": 0.1}}, "belongs to a per-token loss, not to train.objective=dpo"),
         ({"data": {"format": "chat"}}, "which data.format=chat has not; set data.format=preference"),
         ({"data": {"train_on": "all"}}, "data.train_on=all has no effect"),
         ({"data": {"too_long": "split"}}, "set data.too_long=truncate or drop"),

@@ -420,10 +420,10 @@ def test_missing_damaged_or_foreign_initial_adapter_is_refused(
     path.unlink()
     refuses(f"{INITIAL_ADAPTER_NAME} is missing")
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    refuses(f"{INITIAL_ADAPTER_NAME} is damaged: its tensors .* restore a whole copy")
+    refuses(f"{INITIAL_ADAPTER_NAME} is damaged: its tensors .* restore a complete copy")
     for end in (-100, 4, 0):
         path.write_bytes(content[:end])
-        refuses(f"{INITIAL_ADAPTER_NAME} is truncated.*; restore a whole copy, or start a new run$")
+        refuses(f"{INITIAL_ADAPTER_NAME} is truncated.*; restore a complete copy, or start a new run$")
     other = tmp_path / "other"
     monkeypatch.undo()
     make_run(other, folders, adapter={"init": "pissa_niter_1"}, train=SETTINGS)

@@ -122,7 +122,7 @@ MISTYPED = [
     ("lora_alpha=8", "did you mean 'adapter.lora_alpha'?"),
     (
         "train.batch_size=8",
-        "write train.micro_batch (rows a rank runs at once) or train.global_batch (rows a step)",
+        "write train.micro_batch (sequences per rank and forward) or train.global_batch (sequences per step)",
     ),
     ("train.resume=true", "write `distlora resume RUN`"),
     ("data.packing=true", "documents are always packed"),

@@ -131,7 +131,7 @@ def test_auto_keeps_what_fits_on_the_rank_with_the_least_memory(
     metrics = results[0][0]
     for rank, (_, said) in enumerate(results):
         assert said == [
-            f"parallel.resident_blocks=auto: 1 of 3 layers stay gathered, which takes {block / 2**30:,.2f} GiB on each "
+            f"parallel.resident_blocks=auto: 1 of 3 layers stay gathered, which needs {block / 2**30:,.2f} GiB on each "
             f"rank; rank {rank} has {free[rank] / 2**31:,.2f} GiB for them"
         ]
     losses, adapter = result_of(tmp_path / "run")

@@ -158,7 +158,7 @@ def test_a_dry_run_prints_the_script_and_makes_nothing(
     assert train("--dry-run", "run_dir=runs/one", "cluster.environment={NCCL_DEBUG: INFO}") == 2
     printed = capsys.readouterr()
     assert printed.out == script, "whatever SLURM says of it"
-    assert "there is no cluster behind this machine's sbatch" in printed.err
+    assert "this node's sbatch has no cluster" in printed.err
     assert main(["train", "model.path=model", "data.path=data.jsonl", "data.sequence_length=64", "--dry-run"]) == 2
     assert "cluster=local submits nothing; add cluster=slurm" in capsys.readouterr().err
 
@@ -169,7 +169,7 @@ def test_without_slurm_the_script_is_written_all_the_same(
     monkeypatch.setenv("PATH", str(place / "nothing"))
     assert train("run_dir=runs/one") == 2
     message = capsys.readouterr().err
-    assert "there is no sbatch on this machine" in message
+    assert "sbatch is not installed on this node" in message
     assert "`sbatch runs/one/job.sbatch`" in message
     assert (place / "runs/one/job.sbatch").read_text().startswith("#!/bin/bash\n")
     assert not (place / "runs/one/slurm.json").exists()
@@ -178,7 +178,7 @@ def test_without_slurm_the_script_is_written_all_the_same(
 @pytest.mark.parametrize(
     ("said", "advice"),
     [
-        ("sbatch: error: invalid partition specified: gpus", "the partitions here are gpu, cpu; set cluster.partition"),
+        ("sbatch: error: invalid partition specified: gpus", "the partitions are gpu, cpu; set cluster.partition"),
         ("sbatch: error: Batch job submission failed: Invalid qos specification", "set cluster.qos"),
         ("allocation failure: Requested node configuration is not available", "cluster.gpus_per_node"),
         ("allocation failure: Something new", "SLURM refuses the job: Something new; change the settings"),
@@ -235,7 +235,7 @@ def test_a_sweep_of_which_one_cannot_be_prepared_is_taken_back(
         (['cluster.sbatch=["--nodes=4"]'], "written from cluster.nodes"),
         (['cluster.setup=["source it\'s/activate"]'], "is not valid bash (line"),
         (['cluster.sbatch=["--output=here"]'], "the script must set itself"),
-        (["cluster.environment={a-b: c}"], "no name of an environment variable"),
+        (["cluster.environment={a-b: c}"], "not a valid name of an environment variable"),
         (
             ["cluster=local", "cluster.partition=gpu"],
             "cluster.partition is a setting of cluster=slurm; add that",

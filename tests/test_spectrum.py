@@ -323,7 +323,7 @@ def test_full_fine_tuning_is_read_from_its_fp32_masters(full: Path, folders: Pat
     [
         (["RUN", "--top", "0"], "--top=0"),
         (["RUN", "--threshold", "half"], "--threshold 0.5,0.7"),
-        (["RUN", "--threshold", "1.5"], "no cosine between 0 and 1"),
+        (["RUN", "--threshold", "1.5"], "not a cosine between 0 and 1"),
         (["RUN", "--threshold", "0.5,0.5000001"], "the same in six digits"),
         (["RUN", "--adapter", "base"], "changed nothing"),
         (["RUN", "--agianst", "RUN"], "did you mean '--against'?"),

@@ -176,8 +176,8 @@ def check_tiles(mlp_tile: int | None, family: Family) -> None:
     """Refuse tiles of an MLP that is one of experts."""
     if mlp_tile is not None and family.experts is not None:
         raise UserError(
-            f"train.mlp_tile={mlp_tile} runs an MLP on a part of a row, and {family.model_type} sorts all tokens of a "
-            "row by their experts and balances its routers over them; leave it out (train.checkpointing=selective "
+            f"train.mlp_tile={mlp_tile} runs an MLP on part of a sequence, and {family.model_type} sorts and balances "
+            "all tokens of a sequence over experts; leave it out (train.checkpointing=selective "
             "recomputes experts whole)"
         )
 
@@ -248,8 +248,8 @@ def check_config(
     unknown = [name for name in settings.get("layer_types") or () if name not in known]
     if family.layer_types and unknown:
         raise UserError(
-            f"{place}: layer_types has {unknown[0]!r}, which {family.model_type} does not know; "
-            f"it takes {' and '.join(known)}; {_AGAIN}"
+            f"{place}: layer_types has {unknown[0]!r}, which is not supported for {family.model_type}; supported are"
+            f" {' and '.join(known)}; {_AGAIN}"
         )
     # In either format: rope_scaling, or rope_parameters, whole or by layer type.
     ropes = [rope for rope in (settings.get("rope_scaling"), settings.get("rope_parameters")) if rope]
@@ -273,7 +273,7 @@ def _check_class(model: Mapping[str, Any], place: Path | str, family: Family) ->
     name = remote.get("AutoModelForCausalLM") if isinstance(remote, Mapping) else None
     if isinstance(name, str) and name.rpartition(".")[2] != family.model_class:
         raise UserError(
-            f"{place}: auto_map asks for code that comes with the weights ({name}), which distlora does not run, and "
+            f"{place}: auto_map requires code that comes with the weights ({name}), which distlora does not run, and "
             f"{family.model_class} of transformers may compute something else; use a base without auto_map, or delete "
             "the entry if the two are the same"
         )
@@ -302,7 +302,7 @@ def _check_experts(
     assert family.experts is not None
     for keys in (("hidden_size",), (family.experts.intermediate,), ("num_local_experts", "num_experts")):
         if not any(isinstance(settings.get(key), int) and settings[key] > 0 for key in keys):
-            raise UserError(f"{place} says no {' or '.join(keys)}; download it again")
+            raise UserError(f"{place} has no {' or '.join(keys)}; download it again")
     step, dense = settings.get("decoder_sparse_step", 1), settings.get("mlp_only_layers") or []
     if step != 1 or dense:
         which = f"decoder_sparse_step={step}" if step != 1 else f"mlp_only_layers={dense}"
@@ -325,8 +325,8 @@ def _check_rope(
         kind = "longrope"
     if kind not in family.ropes:
         raise UserError(
-            f"{place}: rope_type={kind!r} is not supported for {family.model_type}; "
-            f"it takes {', '.join(family.ropes)}{nearest(kind, family.ropes)}"
+            f"{place}: rope_type={kind!r} is not supported for {family.model_type}; supported are "
+            f"{', '.join(family.ropes)}{nearest(kind, family.ropes)}"
         )
     if kind != "longrope":
         return

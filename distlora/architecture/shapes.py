@@ -185,7 +185,7 @@ def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | 
     for name, most in _MOST.items():
         size = sizes.get(name)
         if size is None:
-            raise UserError(f"{place} says no {name}, so the model's size cannot be calculated; download it again")
+            raise UserError(f"{place} has no {name}, so the model's size cannot be calculated; download it again")
         if type(size) is not int or not 0 < size < most:
             raise UserError(f"{place} is damaged: {name}={short(size)} is none that a model has; download it again")
     layers, kinds = sizes["num_hidden_layers"], sizes.get("layer_types")
@@ -196,7 +196,7 @@ def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | 
     heads, keys = sizes["num_attention_heads"], sizes.get("num_key_value_heads", sizes["num_attention_heads"])
     if heads % keys or not head_size(sizes):
         raise UserError(
-            f"{place} is damaged: {heads} heads of queries and {keys} of keys cannot share hidden_size="
+            f"{place} is damaged: {heads} query heads and {keys} key heads do not divide hidden_size="
             f"{sizes['hidden_size']}; download it again"
         )
     return ModelShapes(
@@ -276,7 +276,7 @@ def _feed_forward(family: Family, sizes: Mapping[str, Any], place: Path | str) -
     inner = sizes.get("intermediate_size")
     if not isinstance(inner, int):
         raise UserError(
-            f"{place} says no intermediate_size, so the model's size cannot be calculated; download it again"
+            f"{place} has no intermediate_size, so the model's size cannot be calculated; download it again"
         )
     parts = {"gate_up_proj": 2 * inner} if kind == "phi3" else {"gate_proj": inner, "up_proj": inner}
     bias = Biases.of(family, sizes).mlp

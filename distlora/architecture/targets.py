@@ -24,7 +24,7 @@ def select_targets(target_modules: str | tuple[str, ...], names: Iterable[str]) 
     """
     paths = list(names)
     available = sorted({path.rpartition(".")[2] for path in paths})
-    there = f"the model has {', '.join(available)}" if available else "the model has no linear in its blocks"
+    there = f"the model has {', '.join(available)}" if available else "the model has no linear in its decoder layers"
     setting = f"adapter.target_modules={written(target_modules)}"
     if not isinstance(target_modules, str):
         for entry in target_modules:

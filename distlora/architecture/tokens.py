@@ -125,7 +125,7 @@ def _refuse_code(config: Path, *, known: object) -> None:
     for path in classes if isinstance(classes, list) else [classes]:
         if isinstance(path, str) and not hasattr(known, path.rpartition(".")[2]):
             raise UserError(
-                f"{config}: auto_map asks for code that comes with the weights ({path}), which distlora never runs; "
+                f"{config}: auto_map requires code that comes with the weights ({path}), which distlora never runs; "
                 "use a copy of the model whose tokenizer is one of transformers' (a tokenizer.json without auto_map)"
             )
 

@@ -209,7 +209,7 @@ def results(starts: Sequence[Start], parameters: int, largest: int) -> Results:
     names = {f"{NAMES[way]}, {ranks}": loads for (ranks, way), loads in cells.items()}
     panels = [
         ("seconds", {name: _median(loads, "seconds") for name, loads in names.items()}),
-        ("peak anonymous MiB of a process", {name: loads[0].total.peak_bytes / MIB for name, loads in names.items()}),
+        ("peak anonymous MiB per process", {name: loads[0].total.peak_bytes / MIB for name, loads in names.items()}),
     ]
     return Results(
         name="load",

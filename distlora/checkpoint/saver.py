@@ -75,8 +75,8 @@ def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
     if step == _NONE_WHOLE:
         named = "; ".join(damaged) or "rank 0 reports the damage of each"
         raise UserError(
-            f"no checkpoint in {checkpoints} is whole: {named}. Make that folder readable or restore whole copies; "
-            "to start over, move it out of the run folder"
+            f"no checkpoint in {checkpoints} is complete: {named}. Make that folder readable or restore complete "
+            "copies; to start over, move it out of the run folder"
         )
     return (None if step == _NONE else step_folder(checkpoints, step)), damaged
 
@@ -308,7 +308,7 @@ class Saver:
             if waited >= self._worth_saying:
                 self._worth_saying = 2 * waited
                 self._say(
-                    f"waited {waited:.1f} s for the save after step {self._saving}: it takes longer than the steps "
+                    f"waited {waited:.1f} s for the save after step {self._saving}: a save takes longer than the steps "
                     "between two saves; increase train.save_every"
                 )
         if self._failed is not None and not isinstance(self._failed, OSError):

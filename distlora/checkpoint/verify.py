@@ -104,7 +104,7 @@ def verify(run_dir: Path) -> Iterator[Item]:
     for folder in (run_dir, run_dir / CHECKPOINTS):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if _LEFT_OVER.fullmatch(path.name):
-                message = "left by a process that was killed while writing; delete it, or let a resume do it"
+                message = "left by a process that was killed while writing; delete it, or resume the run"
                 yield Item(str(path.relative_to(run_dir)), "note", message)
 
 
@@ -121,7 +121,7 @@ def _data(run_dir: Path) -> Iterator[Item]:
         raise UserError(f"{path} is damaged: it names the splits {', '.join(splits)}; {remedy}")
     cache = Path(record["cache"])
     if not cache.is_dir():
-        message = f"its packed sequences are gone from {cache}; the next start makes them again"
+        message = f"its packed sequences are missing in {cache}; the next start prepares them again"
         yield Item(DATA_NAME, "note", message)
         return
     counts = {split: len(PackedRows.open(cache, split)) for split in splits}
@@ -143,12 +143,12 @@ def _initial_adapter(run_dir: Path, spec: ModelSpec | None) -> Iterator[Item]:
     model, adapter = spec.model, spec.adapter
     if not initial_adapter_path(run_dir).is_file():
         if adapter.decomposes:
-            yield Item(INITIAL_ADAPTER_NAME, "note", "missing: the first start makes it")
+            yield Item(INITIAL_ADAPTER_NAME, "note", "missing: the first start creates it")
         return
     base = CheckpointFiles(model.path) if Path(model.path).is_dir() else None
     record = read_initial_adapter_record(run_dir, adapter, base)
     assert record is not None
-    yield Item(INITIAL_ADAPTER_NAME, "ok", f"{record.method}{'' if base else ', its base is not on this machine'}")
+    yield Item(INITIAL_ADAPTER_NAME, "ok", f"{record.method}{'' if base else ', its base is not on this node'}")
 
 
 def _checkpoints(run_dir: Path, config: Config | None) -> Iterator[Item]:
@@ -159,7 +159,7 @@ def _checkpoints(run_dir: Path, config: Config | None) -> Iterator[Item]:
         return
     base = None
     if config is not None and not Path(config.model.path).is_dir():
-        message = f"model.path={config.model.path} is not on this machine: the base's weights are not checked"
+        message = f"model.path={config.model.path} is not on this node: the base's weights are not checked"
         yield Item("base", "note", message)
     elif config is not None:
         try:
@@ -180,7 +180,7 @@ def _checkpoints(run_dir: Path, config: Config | None) -> Iterator[Item]:
             size = sum(path.stat().st_size for path in folder.iterdir())
             yield Item(name, "ok", f"{size / 2**20:,.1f} MiB as saved")
         else:
-            remedy = "a resume uses the newest whole checkpoint, so delete this folder or restore a copy"
+            remedy = "a resume uses the newest complete checkpoint, so delete this folder or restore a copy"
             yield Item(name, "damaged", f"{reason}; {remedy}")
 
 
@@ -192,7 +192,7 @@ def _check_state(folder: Path, config: Config | None, data: Mapping[str, Any], b
     state = load_state(folder)
     if state.progress.step != step_of(folder):
         raise UserError(f"{STATE_NAME} records step {state.progress.step}")
-    manifest = read_object(folder / "manifest.json", "restore a whole copy")
+    manifest = read_object(folder / "manifest.json", "restore a complete copy")
     if manifest.get("base_fingerprint") != state.identity.base_fingerprint:
         raise UserError(f"manifest.json and {STATE_NAME} name different bases")
     if config is None:
@@ -285,7 +285,7 @@ def _check_lines(path: Path, *, rising: bool) -> Item:
             return Item(path.name, "damaged", message)
         last[is_evaluation] = step
     if cut_off:
-        message = f"its last line was cut off by a kill, {len(lines):,} are whole; a resume removes it"
+        message = f"its last line is truncated by a kill, {len(lines):,} lines are complete; a resume removes it"
         return Item(path.name, "note", message)
     return Item(path.name, "ok", f"{len(lines):,} lines" + (f" to step {max(last.values()):,}" if last else ""))
 
@@ -299,7 +299,7 @@ def _check_adapter(folder: Path, tensors: Mapping[str, Segment], adapter: Adapte
 
     `times`: the published rank divided by the run's rank (2 for PiSSA's plain LoRA).
     """
-    path, remedy = folder / CONFIG_NAME, "restore a whole copy"
+    path, remedy = folder / CONFIG_NAME, "restore a complete copy"
     values = read_object(path, remedy)
     check_shape(values, {"peft_type": str, "r": int, "use_rslora": bool, "use_dora": bool}, path, remedy)
     if adapter is not None:

@@ -115,7 +115,7 @@ class Config:
             )
         require(
             self.adapter.init != "loftq" or self.quant.method != "none",
-            f"adapter.init=loftq starts from what quantization loses, and quant={self.quant.method} loses nothing; set "
+            f"adapter.init=loftq corrects quantization errors, and quant={self.quant.method} has none; set "
             "quant=nf4, or adapter.init=pissa",
         )
         require(
@@ -135,8 +135,8 @@ class Config:
         )
         require(
             self.plan.tokens is None or self.train.max_steps is None,
-            f"plan.tokens={self.plan.tokens} has no effect with train.max_steps={self.train.max_steps}, which says how "
-            "long the run is; leave one of them out",
+            f"plan.tokens={self.plan.tokens} has no effect with train.max_steps={self.train.max_steps}, which sets the "
+            "length of the run; leave one of them out",
         )
         holds_out = self.data.eval_fraction > 0 or self.data.held_out_source is not None
         for name in ("eval_every", "eval_documents"):
@@ -268,13 +268,13 @@ def check_ranks(config: Config, ranks: int) -> None:
     for setting, is_set in gathers.items():
         require(
             degree > 1 or config.parallel.shard_degree is None or not is_set,
-            f"{setting} has no effect with {given}, where every rank has the base whole and gathers nothing; leave it "
+            f"{setting} has no effect with {given}, where every rank holds the full base and gathers nothing; leave it "
             "out, or set another parallel.shard_degree",
         )
     sharded = config.adapter.trains_base
     require(
         degree == 1 or sharded is None or not config.optim.name.endswith("_8bit"),
-        f"optim.name={config.optim.name} keeps moments in blocks of 256, which the rows of {degree} processes would "
-        f"cut ({sharded} is sharded); set optim.name={config.optim.name.removesuffix('_8bit')}, or "
-        "parallel.shard_degree=1 where every process can hold all of it",
+        f"optim.name={config.optim.name} stores optimizer states in blocks of 256, which {degree} shards would split "
+        f"({sharded} is sharded); set optim.name={config.optim.name.removesuffix('_8bit')}, or "
+        "parallel.shard_degree=1 if each process has memory for all of it",
     )

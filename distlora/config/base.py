@@ -124,7 +124,8 @@ class AdapterConfig:
 
     method: Literal["lora", "full"] = "lora"
     """`lora` trains low-rank adapters on a frozen base; `full` trains every parameter (the baseline; needs quant=none):
-    16 bytes a parameter over all ranks (fp32 master, gradient, two moments), and a unit's copy in `train.dtype`."""
+    16 bytes a parameter over all ranks (fp32 master, gradient, two optimizer states), and a unit's copy in
+    `train.dtype`."""
     r: int = 16
     """Rows of A and columns of B. Adapter, gradient and optimizer memory grow linearly with it."""
     lora_alpha: float = 16.0
@@ -163,7 +164,7 @@ class AdapterConfig:
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     """Ids of tokens whose rows are trained beside those of model.new_tokens, while the rest of the matrix is frozen: a
     list for the embedding (and the head that is tied to it), or {embed_tokens: [...], lm_head: [...]}. Each costs a row
-    of fp32, with its gradient and moments, on every rank."""
+    of fp32, with its gradient and optimizer states, on every rank."""
 
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapters, and saved with them: embed_tokens, lm_head or both. They cost 16 bytes
@@ -181,7 +182,7 @@ class AdapterConfig:
         )
         require(
             not self.init_from_loftq or self.init_from is not None,
-            "adapter.init_from_loftq=true has no effect without adapter.init_from, whose file says it; leave it out",
+            "adapter.init_from_loftq=true has no effect without adapter.init_from, whose file records it; leave it out",
         )
         require(
             not (self.decomposes and self.use_dora),
@@ -194,7 +195,7 @@ class AdapterConfig:
         )
         require(
             0 <= self.lora_dropout < 1,
-            f"adapter.lora_dropout={self.lora_dropout} is not a share below 1; set adapter.lora_dropout=0.05 or 0",
+            f"adapter.lora_dropout={self.lora_dropout} is not a fraction below 1; set adapter.lora_dropout=0.05 or 0",
         )
         _check_indices(self.trainable_token_indices)
         _check_saved_modules(self.modules_to_save, self.trainable_token_indices)

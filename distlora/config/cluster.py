@@ -146,9 +146,9 @@ class ClusterConfig:
             seconds = sbatch_seconds(self.time_limit)
             require(
                 seconds > self.signal_seconds + LEAST_RUNNING_SECONDS,
-                f"cluster.time_limit={self.time_limit} is {seconds} s, and the run is told to stop up to "
+                f"cluster.time_limit={self.time_limit} is {seconds} s, and the run gets the signal to stop up to "
                 f"{self.signal_seconds + LEAST_RUNNING_SECONDS} s before (cluster.signal_seconds={self.signal_seconds} "
-                "and SLURM's minute), so it would do nothing but start; set a longer cluster.time_limit",
+                "and SLURM's minute), so no time is left to train; set a longer cluster.time_limit",
             )
         self._check_options()
         for name in self.environment:
@@ -273,7 +273,7 @@ class ParallelConfig:
         require(
             self.shard_degree in (None, "node") or (isinstance(self.shard_degree, int) and self.shard_degree > 0),
             f"parallel.shard_degree={self.shard_degree} is not a valid number of ranks; set it to 1 or more, to node "
-            "(the ranks of a machine), or to null (all ranks)",
+            "(the ranks of one node), or to null (all ranks)",
         )
         require(
             self.resident_blocks == "auto" or (isinstance(self.resident_blocks, int) and self.resident_blocks >= 0),

@@ -137,14 +137,14 @@ def check_deepspeed() -> None:
         found = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            "parallel.backend=zero3 needs DeepSpeed, which this machine has not; `pip install deepspeed`, or set "
+            "parallel.backend=zero3 needs DeepSpeed, which is not installed; `pip install deepspeed`, or set "
             "parallel=fsdp2"
         ) from None
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", found)
     if match is None or tuple(map(int, match.groups())) < FIRST_DEEPSPEED:
         first = ".".join(map(str, FIRST_DEEPSPEED))
         raise UserError(
-            f"parallel.backend=zero3 needs DeepSpeed {first} or later, and this machine has {found}; "
+            f"parallel.backend=zero3 needs DeepSpeed {first} or later, and {found} is installed; "
             "`pip install -U deepspeed`, or set parallel=fsdp2"
         )
 
@@ -181,13 +181,11 @@ def _with_zero(
     written: dict[str, str] = {}
     for key, value in section.items():
         if (other := written.setdefault(key.removeprefix(_STAGE), key)) != key:
-            raise reader.refusal(f"{_ZERO}.{key}", value, f"{other} says it too; take one of them out")
+            raise reader.refusal(f"{_ZERO}.{key}", value, f"{other} sets it too; remove one of them")
     zero = {name: section[key] for name, key in written.items()}
     reader.judge(f"{_ZERO}.", zero, _DONE, _ZERO_REFUSED, _ZERO_WITHOUT_EFFECT, written)
     if zero.get("stage", 0) != 3:
-        raise reader.refusal(
-            f"{_ZERO}.stage", zero.get("stage", 0), "only stage 3 cuts the base over the ranks; set it to 3"
-        )
+        raise reader.refusal(f"{_ZERO}.stage", zero.get("stage", 0), "only stage 3 shards the base; set it to 3")
     changes: dict[str, Any] = {}
     for name in _COUNTS:
         size: Any = zero.get(name)

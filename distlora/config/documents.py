@@ -41,7 +41,8 @@ class SourceConfig:
         require_choices("data", self)
         require(
             self.weight is None or 0 < self.weight < math.inf,
-            f"data.sources: weight={self.weight} of {self.path} is not a share; set it above 0, or remove the source",
+            f"data.sources: weight={self.weight} of {self.path} is not a valid weight; set it above 0, or remove the "
+            "source",
         )
 
 
@@ -117,7 +118,7 @@ class DataConfig:
         )
         require(
             0 <= self.eval_fraction < 1,
-            f"data.eval_fraction={self.eval_fraction} is not a share of the documents; set it from 0 to below 1",
+            f"data.eval_fraction={self.eval_fraction} is not a fraction of the documents; set it from 0 to below 1",
         )
         require(
             (self.path is None) != (not self.sources),

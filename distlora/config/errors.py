@@ -119,7 +119,7 @@ def require_share(section: str, config: Any, *names: str) -> None:
     """Raise UserError unless each of the fields is a number from 0 to 1."""
     for name in names:
         value = getattr(config, name)
-        require(0 <= value <= 1, f"{section}.{name}={value} is not a share; set {section}.{name} from 0 to 1")
+        require(0 <= value <= 1, f"{section}.{name}={value} is not a fraction; set {section}.{name} from 0 to 1")
 
 
 def require_choice(setting: str, value: object, choices: Iterable[str]) -> None:

@@ -81,14 +81,14 @@ def load_config(run_dir: str | Path) -> Config:
     """Return the Config in RUN/config.yaml, with the place where the folder is now. UserError when it holds no run."""
     path = Path(run_dir) / "config.yaml"
     require(path.is_file(), f"{run_dir} holds no run (no config.yaml); start one with `distlora train`")
-    remedy = "put a whole copy in its place, or start the run again in another folder"
+    remedy = "restore a complete copy, or start the run again in another folder"
     try:
         values = parse_yaml(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
     require(isinstance(values, dict), f"{path} is damaged: it holds no settings; {remedy}")
     # What was cut off would silently be the defaults.
-    require("run_dir" in values, f"{path} is cut off: it has no run_dir, which stands last; {remedy}")
+    require("run_dir" in values, f"{path} is truncated: its last setting, run_dir, is missing; {remedy}")
     if "card" in values:  # The name of this section in runs of earlier versions.
         values = {"gpu": values.pop("card"), **values}
     try:
@@ -133,7 +133,7 @@ def settings_by_name(config: Config) -> dict[str, Any]:
     return found
 
 
-_BATCH = "; write train.micro_batch (rows a rank runs at once) or train.global_batch (rows a step)"
+_BATCH = "; write train.micro_batch (sequences per rank and forward) or train.global_batch (sequences per step)"
 _RESUME = "; to continue a run write `distlora resume RUN`"
 _PACKING = "; documents are always packed, so leave it out"
 _BITS = "; write quant=nf4 (4 bits) or quant=none (16 bits)"

@@ -14,14 +14,14 @@ class OptimConfig:
     """AdamW (arXiv 1711.05101) on fp32 masters, and the schedule of its learning rate."""
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """`adamw` is torch's, in one fused pass. The others are bitsandbytes': moments in 8 bits (2 bytes a parameter
-    instead of 8), and paged: moved to host memory while the GPU is short of it."""
+    """`adamw` is torch's, in one fused pass. The others are bitsandbytes': optimizer states in 8 bits (2 bytes per
+    parameter instead of 8), and paged: moved to host memory while the GPU is short of it."""
     lr: float = 2e-4
     """Peak learning rate, reached after the warm-up."""
     loraplus_lr_ratio: float = 1.0
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, advises about 16 with a lower lr); 1: plain LoRA."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments."""
+    """Decay rates of the two optimizer states."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
@@ -171,7 +171,7 @@ class TrainConfig:
         )
         require(
             not self.keep_dequantized or self.checkpointing in ("block", "offload"),
-            f"train.keep_dequantized=true has no effect with train.checkpointing={self.checkpointing}, where no block "
+            f"train.keep_dequantized=true has no effect with train.checkpointing={self.checkpointing}, where no layer "
             "is recomputed; leave it out, or set train.checkpointing=block",
         )
         require_positive("train", self, "mlp_tile")
@@ -191,7 +191,7 @@ class TrainConfig:
         )
         require(
             not self.router_aux_loss or self.objective == "sft",
-            f"train.router_aux_loss={self.router_aux_loss} is part of a loss a token, not of train.objective="
+            f"train.router_aux_loss={self.router_aux_loss} belongs to a per-token loss, not to train.objective="
             f"{self.objective}; leave it out",
         )
         require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")

@@ -47,7 +47,9 @@ def read_file(path: Path, format: str, sample_by: str) -> Iterator[Record]:
         # A decompressor's OSError has no number; the system's have one and are no fault of the content.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{path} is damaged or not what its name says ({error}); compress it again") from error
+        raise UserError(
+            f"{path} is damaged or is not in the format of its name ({error}); compress it again"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: a byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason}); convert it to UTF-8"
@@ -85,7 +87,7 @@ def _kind(path: Path) -> str:
     suffix, known = _suffix(path), _readers("auto")
     if suffix not in known:
         raise UserError(
-            f"{path}: a file's kind is read off its name, and {suffix or 'a name without an ending'} is none of "
+            f"{path}: the file name must give the format, and {suffix or 'a name without an ending'} is none of "
             f"{', '.join(known)} (with {', '.join(COMPRESSIONS)} behind it if compressed); rename or convert it"
         )
     if suffix == ".parquet" and is_compressed(path):

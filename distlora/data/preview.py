@@ -237,7 +237,7 @@ def _split_lines(data: DataConfig, seed: int, split: SplitSample, *, is_train: b
             used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=seed)
         of_piece = corpus.sources[corpus.documents]
         targets = np.bincount(of_piece, weights=corpus.targets * used, minlength=len(samples))
-        yield "share of the trained tokens" + ("" if whole else " in what was read")
+        yield "fraction of the trained tokens" + ("" if whole else " in what was read")
         for number, sample in enumerate(samples):
             note = f" (wanted {wanted[number]:.1%})" if wanted is not None else ""
             yield f"  {targets[number] / targets.sum():6.1%}{note}  {sample.source.label}"

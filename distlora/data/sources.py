@@ -180,7 +180,7 @@ def _cached_commit(source: SourceConfig, why: str) -> str:
     except Exception as error:
         raise UserError(
             f"{why} the data set {source.path} is not in the cache of datasets ({_first_line(error)}); connect to the "
-            "hub once, or download its files and set {data.path} to their folder (there is none of that name here)"
+            "hub once, or download its files and set {data.path} to their folder (no such folder exists on this node)"
         ) from error
     if source.revision is not None and not commit.startswith(source.revision) and len(source.revision) >= 7:
         raise UserError(
@@ -511,7 +511,7 @@ def _files(path: Path, field: str, is_saved: bool) -> tuple[Path, ...]:
         raise UserError(
             field=field,
             value=str(path),
-            reason="holds no file of a known kind (jsonl, json, parquet, csv, tsv or txt)",
+            reason="holds no file of a known format (jsonl, json, parquet, csv, tsv or txt)",
             cure="name the data",
         )
     named = {str(file.relative_to(path)): _SPLIT_NAMES.search(file.relative_to(path).as_posix()) for file in files}

@@ -184,9 +184,7 @@ def _slice(name: str, value: Any, part: slice, batch: int) -> Any:
     if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] in (1, batch):
         return value[part] if value.shape[0] == batch else value
     described = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise TypeError(
-        f"the block wrapper does not know how to slice the layer argument {name!r} ({described}) for {batch} rows"
-    )
+    raise TypeError(f"the block wrapper cannot slice the layer argument {name!r} ({described}) for {batch} rows")
 
 
 class HostInputs:

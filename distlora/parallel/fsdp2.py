@@ -182,7 +182,7 @@ class Residency:
         """Describe the resident layers in a line, for a count above 0."""
         memory = sum(_gathered_bytes(block, self.shards) for block in self.blocks[: self.count])
         return (
-            f"{self.count:,} of {len(self.blocks):,} layers stay gathered, which takes {memory / 2**30:,.2f} GiB on "
+            f"{self.count:,} of {len(self.blocks):,} layers stay gathered, which needs {memory / 2**30:,.2f} GiB on "
             "each rank"
         )
 

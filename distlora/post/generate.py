@@ -242,5 +242,5 @@ def main(request: GenerateRequest) -> int:
     quieten()
     return run_on_ranks(
         lambda ranks: run(request, ranks),
-        when_memory_is_out="share the model among several GPUs with --processes N, or ask for fewer tokens",
+        when_memory_is_out="shard the model over several GPUs with --processes N, or reduce the number of tokens",
     )

@@ -102,7 +102,7 @@ def weights_in(folder: Path) -> Path:
     whole, damaged = newest(folder)
     if whole is None:
         raise UserError(
-            f"{folder} holds no whole checkpoint ({'; '.join(damaged)}); write --adapter {BASE_ALONE} for the base"
+            f"{folder} holds no complete checkpoint ({'; '.join(damaged)}); write --adapter {BASE_ALONE} for the base"
         )
     return whole
 

@@ -128,7 +128,7 @@ def _without_run(folder: Path, place: str, *, base: str | None, quant: Quant) ->
         initial = read_peft_adapter(folder)
         if base is None:
             raise UserError(
-                f"{place} is an adapter without its run, so its base must be named: add --model "
+                f"{place} is an adapter without its run, so its base is not known: add --model "
                 f"{initial.base or 'FOLDER'} (a folder in Hugging Face format"
                 f"{', or a name on the hub' if initial.base is None else ''})"
             )

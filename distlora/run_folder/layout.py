@@ -269,7 +269,7 @@ def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
     states = [folder / "state.json" for folder in checkpoint_folders(run_dir) if (folder / "state.json").is_file()]
     is_adapter = config.adapter.method == "lora"
     if is_adapter and not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{folder} holds no {ADAPTER_CONFIG}; restore a whole copy")
+        raise UserError(f"{folder} holds no {ADAPTER_CONFIG}; restore a complete copy")
     return Result(
         config=config,
         folder=folder,
@@ -307,7 +307,7 @@ def read_record(path: Path, shape: Shape = dict) -> dict[str, Any]:
 def _remedy(path: Path) -> str:
     if path.name == DATA_NAME:
         return f"make it again with `distlora data prepare {path.parent}`"
-    return "restore a whole copy" if path.name == ADAPTER_CONFIG else "move it out of the run folder"
+    return "restore a complete copy" if path.name == ADAPTER_CONFIG else "move it out of the run folder"
 
 
 def _checkpoint(run_dir: Path, name: str, method: str) -> tuple[int, Path]:

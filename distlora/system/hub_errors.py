@@ -147,7 +147,7 @@ def _explain_refusal(error: Exception, name: str, revision: str | None, kind: Hu
         return f"{kind.setting}={name}: the hub answers strangers with 401; log in with `hf auth login` or set HF_TOKEN"
     if status == 401:
         where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "`hf auth login`"
-        return f"the hub refuses the token of this machine (from {where}); log in again with `hf auth login`"
+        return f"the hub refuses the token of this node (from {where}); log in again with `hf auth login`"
     reason = (error.server_message or str(error)).strip().partition("\n")[0]
     advice = f"use a token that may read {page}" if status == 403 else "try again later"
     return f"{kind.setting}={name}: the hub answered {status} ({reason}); {advice}"

@@ -26,7 +26,7 @@ class Stopped(Exception):
     """Raised by every rank at the same step after a requested stop."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"asked to stop by {name_of(signum)}")
+        super().__init__(f"stopping on {name_of(signum)}")
         self.signum = signum
 
 

@@ -38,7 +38,7 @@ def describe(
 ) -> None:
     """Log what was built, on which ranks, and which kernels it runs."""
     total, trainable = count_parameters(model)
-    active = f" ({active_parameters(model):,} active in a token)" if model.family.experts is not None else ""
+    active = f" ({active_parameters(model):,} active per token)" if model.family.experts is not None else ""
     reporter.event(
         f"{model.hf_config.model_type}, {total:,} parameters in the base{active}, {trainable:,} trained "
         f"({trainable / total:.2%}), {spec.dtype}"
@@ -154,7 +154,7 @@ def summarize(
             between = trial.step_traffic.between_copies_bytes
             figures["between_copies_bytes_per_step"] = between
             reporter.event(
-                f"in each step a rank gathered {gathered / 2**20:,.1f} MiB within its copy of the base; between the "
+                f"in each step a rank gathered {gathered / 2**20:,.1f} MiB within its replica of the base; between the "
                 f"{backend.shards.copies:,} copies {between / 2**20:,.1f} MiB of gradients were summed, nothing else"
             )
     if progress.evaluations:

@@ -170,7 +170,7 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
     if before is not None:
         adapter = result.config.adapter
         started = "of the base" if adapter.starts_as_base else "of the adapter that training started from"
-        yield f"held-out loss {started} (nats a token)", f"{before:.4f}"
+        yield f"held-out loss {started} (nats per token)", f"{before:.4f}"
     if after is not None and result.step:
         yield f"held-out loss after {result.step:,} steps", f"{after:.4f}"
     summary, environment = result.summary, result.environment

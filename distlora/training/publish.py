@@ -216,7 +216,7 @@ def publish_best(
     except OSError as error:
         say(
             f"WARNING: the best so far, after step {step}, could not be written to {run_dir / BEST_NAME} "
-            f"({error.strerror or error}); look after that disk. Training goes on"
+            f"({error.strerror or error}); check that disk. Training continues"
         )
     if from_rank_0(int(written), backend.ranks):
         progress.published_step = step

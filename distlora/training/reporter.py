@@ -185,7 +185,7 @@ class Reporter:
             if not self._disk_failed:
                 self._display.say(
                     f"WARNING: figures cannot be written to {self._run_dir} ({error.strerror or error}); they are kept "
-                    "in memory until they can. Training goes on"
+                    "in memory until they can. Training continues"
                 )
             self._disk_failed = True
 
@@ -205,8 +205,8 @@ class Reporter:
             self._tracker.drop()
             self._tracker = None
             self._display.say(
-                f"WARNING: wandb failed ({type(error).__name__}: {' '.join(str(error).split())}); figures go to "
-                "metrics.jsonl only from here on, which has all of them"
+                f"WARNING: wandb failed ({type(error).__name__}: {' '.join(str(error).split())}); from now on figures "
+                "go to metrics.jsonl only, which has all of them"
             )
 
 

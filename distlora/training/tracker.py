@@ -207,7 +207,7 @@ def start_tracker(
     try:
         mode = _service.settings().mode
     except ImportError:
-        say("wandb is not installed: figures go to metrics.jsonl only (tracker=none says the same without this line)")
+        say("wandb is not installed: figures go to metrics.jsonl only (set tracker=none to silence this message)")
         return None
     if mode == "disabled":
         say("wandb is turned off by WANDB_MODE: figures go to metrics.jsonl only")
@@ -391,7 +391,7 @@ class AgentRun:
                 )
             elif not agrees(value, has):
                 yield (
-                    f"{name} is {_shown(has)} by this command, and {source} asks for {_shown(value)}; have the sweep's "
+                    f"{name} is {_shown(has)} by this command, and {source} requests {_shown(value)}; let the sweep's "
                     f"command end in ${{args_no_hyphens}}, and leave {name} out of the rest of it"
                 )
 

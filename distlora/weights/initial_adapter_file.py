@@ -98,7 +98,7 @@ def read_initial_adapter_record(
     if not path.is_file():
         return None
     has_trained = any((Path(run_dir) / "checkpoints").glob("step_*"))
-    remedy = "restore a whole copy, or start a new run" if has_trained else "remove it: it is computed again"
+    remedy = "restore a complete copy, or start a new run" if has_trained else "remove it: it is computed again"
     _, metadata = read_header_and_metadata(path, remedy=remedy)
     record = InitialAdapterRecord(
         method=metadata.get(METHOD_KEY, ""), base=metadata.get(BASE_KEY, ""), digest=metadata.get(DIGEST_KEY, "")

@@ -318,7 +318,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise UserError(f"{place} is a file; point it at the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
         if is_hub_name(str(folder)):
             raise UserError(
-                f"{place} is not a folder on this machine; if it is on the hub, download it first: "
+                f"{place} is not a folder on this node; if it is on the hub, download it first: "
                 f"`hf download {folder} --local-dir FOLDER`, then {{adapter.init_from}}=FOLDER"
             )
         raise UserError(f"{place} does not exist; set it to a PEFT LoRA's folder")

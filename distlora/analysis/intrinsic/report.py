@@ -42,7 +42,7 @@ def _dimensions(found: Mapping[str, Any]) -> Table:
         if not arm["subspaces"]:
             rows.append([*cells, "-", "-", "-", "-"])
     return Table(
-        "Held-out loss in nats a token, and the dimension that reaches the share of full fine-tuning's gain", rows
+        "Held-out loss in nats per token, and the dimension that reaches the fraction of full fine-tuning's gain", rows
     )
 
 
@@ -102,7 +102,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"{settings['batch']} rows of {settings['sequence_length']} tokens; {found['date']}, torch "
         f"{found['versions']['torch']}, {found['device']}.",
         reading(found),
-        ("share of the gain and held-out loss by dimension", PLOT_NAME),
+        ("fraction of the gain and held-out loss by dimension", PLOT_NAME),
         tables(found),
         NOTES,
     )
@@ -136,8 +136,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             if subspace["dimension"] is not None:
                 shares.plot([subspace["dimension"]], [found["settings"]["share"]], "D", color=colour, markersize=6)
     shares.axhline(found["settings"]["share"], color="black", linewidth=0.8)
-    shares.set(xlabel="dimensions trained", ylabel="share of full fine-tuning's gain", ylim=(-0.1, 1.1))
-    losses.set(xlabel="dimensions trained", ylabel="held-out loss, nats a token (dotted: full)")
+    shares.set(xlabel="dimensions trained", ylabel="fraction of full fine-tuning's gain", ylim=(-0.1, 1.1))
+    losses.set(xlabel="dimensions trained", ylabel="held-out loss, nats per token (dotted: full)")
     for panel in (shares, losses):
         panel.set_xscale("log")
     if any(arm["subspaces"] for arm in found["arms"]):

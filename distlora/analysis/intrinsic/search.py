@@ -1,4 +1,4 @@
-"""The least dimension that reaches a share of full fine-tuning's gain: which trainings to do, and what they say.
+"""The least dimension that reaches a fraction of full fine-tuning's gain: which trainings to do, and what they say.
 
 Pure arithmetic over a function that trains; imports no torch.
 """

@@ -232,7 +232,7 @@ class Outcome:
     """The result of one training."""
 
     loss: float | None
-    """Held-out, nats a token; None where it is not finite."""
+    """Held-out, nats per token; None where it is not finite."""
     distance: float
     """||theta - theta_0|| / ||theta_0||."""
     seconds: float

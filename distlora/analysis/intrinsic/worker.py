@@ -169,7 +169,7 @@ class Arm:
         }
 
     def share_of(self, loss: float | None) -> float:
-        """Return the share of full fine-tuning's gain; far below 0 for a failed training."""
+        """Return the fraction of full fine-tuning's gain; far below 0 for a failed training."""
         return LOST if loss is None else max((self.before - loss) / (self.before - self.after), LOST)
 
     def found(self) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:
             if figures["full"] >= figures["untrained"]:
                 say.line(
                     f"{name}, {figures['start']}: full fine-tuning does not lower the held-out loss "
-                    f"({figures['untrained']:.4f} to {figures['full']:.4f}), so there is no gain to reach a share of"
+                    f"({figures['untrained']:.4f} to {figures['full']:.4f}), so there is no gain to compare with"
                 )
                 continue
             for scaling in request.scalings:

@@ -204,7 +204,7 @@ def _check_new(members: Sequence[Weighted], matrix: str, stored: int) -> None:
     if owners and (len(owners) > 1 or owners[0].weight != 1):
         raise UserError(
             f"{' and '.join(member.place for member in owners)} trained new tokens (rows of {matrix} from {stored:,} "
-            "on), which the base has no value of, so a share of them means nothing; one adapter with new tokens can "
+            "on), which the base does not have, so they cannot be scaled; one adapter with new tokens can "
             f"be in a sum, with the weight 1: {owners[0].place}=1"
         )
 

@@ -58,9 +58,9 @@ METHODS = {
     "linear": Method(
         "factors", "task_arithmetic", "A and B summed separately, as PEFT's linear; not the sum of the updates"
     ),
-    "magnitude_prune": Method("factors", "magnitude_prune", "as linear, the largest of each A and B alone"),
+    "magnitude_prune": Method("factors", "magnitude_prune", "as linear, the largest elements of each A and B"),
     "ties": Method("factors", "ties", "TIES on A and on B"),
-    "dare_linear": Method("factors", "dare_linear", "as linear, a random share of each A and B alone"),
+    "dare_linear": Method("factors", "dare_linear", "as linear, a random fraction of each A and B"),
     "dare_ties": Method("factors", "dare_ties", "DARE and TIES on A and on B"),
     "magnitude_prune_svd": Method("weights", "magnitude_prune", "the largest elements of each B A, summed, truncated"),
     "ties_svd": Method("weights", "ties", "TIES on B A, truncated"),
@@ -141,7 +141,7 @@ class CombineRequest:
         if method.has_density:
             require(
                 self.density is not None and 0 < self.density <= 1,
-                f"--method {self.method} keeps a share of the elements: add --density "
+                f"--method {self.method} keeps a fraction of the elements: add --density "
                 f"{0.1 if method.draws else 0.2} (above 0, at most 1)"
                 + ("" if self.density is None else f"; {self.density:g} is none"),
             )
@@ -241,7 +241,7 @@ def check_one_base(members: tuple[Member, ...], *, same_base: bool) -> str | Non
     if unknown is not None and not same_base:
         says = read_peft_adapter(unknown.folder).base
         raise UserError(
-            f"{unknown.place}: nothing here says what its base is"
+            f"{unknown.place}: its base is unknown"
             f"{f' (it names {says}, which does not exist on this node)' if says else ''}; name it with --model FOLDER, "
             "or write --same-base if you know that all have one"
         )

@@ -55,7 +55,7 @@ def run_draft(request: EvaluateRequest, draft: Draft, rows: PackedRows, say: Cal
         if ours != theirs:
             raise UserError(
                 f"--draft={draft.model} has another vocabulary than the model ({len(theirs):,} tokens, and "
-                f"{len(ours):,} here), so its tokens mean something else; name a smaller model of the same family"
+                f"{len(ours):,} in the model), so its tokens differ; name a smaller model of the same family"
             )
         target, helper = (_load(place, DTYPES[request.dtype]) for place in (folder, Path(draft.model)))
     forwards: Counter[str] = Counter()
@@ -173,7 +173,7 @@ def main(request: EvaluateRequest) -> int:
         if ranks.rank == 0:
             deliver(request, found)
 
-    advice = "share the models among several GPUs with --processes N"
+    advice = "shard the models over several GPUs with --processes N"
     return run_on_ranks(work, when_memory_is_out=advice, names=NAMES)
 
 

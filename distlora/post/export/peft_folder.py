@@ -38,7 +38,7 @@ def write(export: Export) -> None:
             settings = json.loads(bytes(files[CONFIG_NAME]))
             settings["base_model_name_or_path"] = result.config.model.path
             files[CONFIG_NAME] = (json.dumps(settings, indent=2) + "\n").encode()
-            export.say(f"adapter_config.json names the base by its folder here, {result.config.model.path}")
+            export.say(f"adapter_config.json names the base by a folder of this node, {result.config.model.path}")
         export.place.mkdir()
         write_files(files, export.place)
 

@@ -54,7 +54,7 @@ def run(request: ExportRequest) -> int:
 
 
 class Differs(Exception):
-    """Raised if the client computes something else or fails."""
+    """Raised if the tool computes other outputs or fails."""
 
 
 def record(request: ExportRequest, trained: Trained, found: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def checked(request: ExportRequest, place: Path) -> dict[str, Any]:
     with still_loading():
         code, stdout = in_own_process(dataclasses.replace(request, place=str(place)))
     if code == BAD_INPUT:
-        raise UserError("the export could not be checked; the line above says why, and --no-check leaves it out")
+        raise UserError("the export could not be checked, for the reason above; --no-check skips the check")
     if code < 0:
         raise Differs(f"the client was killed by signal {-code} (is memory short? `distlora export --help`)")
     if code != DONE:
@@ -90,7 +90,7 @@ def checked(request: ExportRequest, place: Path) -> dict[str, Any]:
     readings = [Reading(**reading) for reading in found["readings"]]
     print("\n".join(table(readings, request, found["moved"], found["tokens"])))
     if not all(reading.within for reading in readings):
-        raise Differs("the client computes something else")
+        raise Differs("the tool computes other outputs")
     return found
 
 
@@ -105,14 +105,14 @@ def in_own_process(request: ExportRequest) -> tuple[int, str]:
 def table(readings: list[Reading], request: ExportRequest, moved: float | None, tokens: int) -> list[str]:
     """Return the lines of readings for the terminal."""
     ours = "the model as it was trained" if request.onto == "trained" else "the base on disk with the adapter"
-    lines = [f"logits of {tokens} tokens beside those of {ours}, in fp32:"]
+    lines = [f"logits of {tokens} tokens compared with those of {ours}, in fp32:"]
     for reading in readings:
         bound = ""
         if reading.bound is not None:
             bound = f" (bound {reading.bound:.1e}: {'met' if reading.within else 'NOT MET'})"
         line = f"  {reading.what}: at most {reading.difference:.1e} apart{bound}"
         if reading.kl is not None and reading.same_top is not None:
-            line += f", KL {reading.kl:.1e} nats a token, {reading.same_top:.0%} the same likeliest token"
+            line += f", KL {reading.kl:.1e} nats per token, {reading.same_top:.0%} the same likeliest token"
         lines.append(line)
     if moved is not None:
         lines.append(f"  (the adapter itself moves them by up to {moved:.2g})")
@@ -120,6 +120,6 @@ def table(readings: list[Reading], request: ExportRequest, moved: float | None, 
 
 
 def main(request: ExportRequest) -> int:
-    """Export; return the exit code: 1 if the client computes something else."""
+    """Export; return the exit code: 1 if the tool computes other outputs."""
     quieten()
     return run_to_exit_code(lambda: run(request))

@@ -231,7 +231,7 @@ def run(request: MergeRequest) -> int:
 def summary(receipt: Receipt, out: Path) -> str:
     """Return the summary for the terminal."""
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    lines = [f"wrote {out}: {size / 1e6:,.1f} MB in {receipt.dtype}, merge.json says what from, with hashes"]
+    lines = [f"wrote {out}: {size / 1e6:,.1f} MB in {receipt.dtype}, merge.json lists its sources and hashes"]
     if receipt.weights:
         kept = receipt.total["kept"]
         rows = [["stored in", "of the adapter's change kept"]]

@@ -160,7 +160,7 @@ def measured_table(figures: Mapping[str, Any]) -> Table:
     of = "" if text["rows"] == text["rows_in_all"] else f" of {text['rows_in_all']:,}"
     heading = (
         f"{text['targets']:,} tokens in {text['rows']:,}{of} rows of {text['name']}, computed in {figures['dtype']}; "
-        f"differences of the loss, nats a token, to {figures['compared_with']}"
+        f"differences of the loss, nats per token, to {figures['compared_with']}"
     )
     return Table(heading, rows)
 
@@ -190,7 +190,7 @@ def _measured_in_words(figures: Mapping[str, Any]) -> Iterator[str]:
         text = (
             f"- {model['label']}: no logit is further than {model['largest_logit_difference']:.2g} from the model as "
         )
-        text += f"it was trained, {model['divergence']:.2g} nats a token of divergence"
+        text += f"it was trained, {model['divergence']:.2g} nats per token of divergence"
         if base is not None and base["divergence"]:
             text += f" ({model['divergence'] / base['divergence']:.2g} of what the adapter itself moves)"
         yield text + f", the loss {signed(model['loss_difference'])}."

@@ -303,7 +303,7 @@ def for_full_fine_tuning() -> Iterator[None]:
         if not reason.startswith("adapter=full"):
             raise
         raise UserError(
-            f"all parameters are trained here, and {reason.partition(';')[0]}; name a dense model of text alone"
+            f"this analysis trains all parameters, and {reason.partition(';')[0]}; name a dense text model"
         ) from error
 
 
@@ -315,7 +315,7 @@ def settle(request: intrinsic.IntrinsicRequest, out: Path) -> None:
     if asked.is_file():
         if asked.read_text(encoding="utf-8") != to_json(request):
             raise UserError(
-                f"{shown(out)} holds an analysis that was asked otherwise ({shown(asked)}); go on with that command, "
+                f"{shown(out)} holds an analysis with other options ({shown(asked)}); continue it with that command, "
                 "remove the folder, or name another one with --out"
             )
         return

@@ -145,7 +145,7 @@ def find(name: str, kept: dict[Entry, EntryFigures], folder: Path) -> list[Entry
         return by_base
     if len(name) < FEWEST_DIGITS:
         raise UserError(
-            f"{name!r} is too little to tell what to remove; write {FEWEST_DIGITS} digits or more of an entry's name, "
+            f"{name!r} is too short; write {FEWEST_DIGITS} digits or more of an entry's name, "
             "or its base's (`distlora cache list`)"
         )
     by_key = [entry for entry in kept if entry.key.startswith(name)]
@@ -154,6 +154,6 @@ def find(name: str, kept: dict[Entry, EntryFigures], folder: Path) -> list[Entry
     if not by_key:
         known = [entry.key[:SHOWN_DIGITS] for entry in kept] + [figures.base for figures in kept.values()]
         raise UserError(
-            f"no entry in {folder} is named {name}{nearest(name, known)}; `distlora cache list` shows what there is"
+            f"no entry in {folder} is named {name}{nearest(name, known)}; `distlora cache list` lists the entries"
         )
     return by_key

@@ -56,7 +56,7 @@ def cancel(folder: Path, *, now: bool) -> None:
     found = statuses(folder)
     unknown = next((status.unknown for status in found if status.unknown is not None), None)
     if unknown is not None:
-        raise UserError(f"SLURM does not answer ({unknown}), so nothing was cancelled; try again where it does")
+        raise UserError(f"SLURM does not answer ({unknown}), so nothing was cancelled; try again later")
     in_jobs = [status for status in found if status.job is not None and status.job.is_live]
     here = [status for status in found if status.holders and status not in in_jobs]
     jobs = [status.job for status in in_jobs if status.job is not None]
@@ -112,7 +112,7 @@ def cancel_jobs(jobs: Sequence[Job], *, now: bool) -> None:
     # By way of the controller: else scancel sends the signal to a task of an array again and again while other tasks
     # wait, for minutes (24.11).
     if running and ask("scancel", "--ctld", "--batch", "--signal=USR1", *running):
-        say(f"asked SLURM job {', '.join(running)} to save and stop; `distlora status` says when it has")
+        say(f"SLURM job {', '.join(running)} is saving and stopping; `distlora status` shows when it has stopped")
     if refused:
         raise SchedulerError("; ".join(refused))
 
@@ -128,7 +128,7 @@ def cancel_sweep(sweep: Path, *, now: bool) -> None:
     if jobs:
         return
     if not workers:
-        raise UserError(f"no worker of {shown(sweep)} lives; `distlora status {shown(sweep)}` says how it stands")
+        raise UserError(f"no worker of {shown(sweep)} is running; `distlora status {shown(sweep)}` shows its state")
     cancel_processes(sweep, workers, now=now)
 
 
@@ -140,7 +140,7 @@ def cancel_processes(folder: Path, holding: Sequence[Process], *, now: bool) -> 
         process = holding[0]
         here_is = host_name() if process.host != host_name() else "another container, or it has started anew"
         raise UserError(
-            f"{run} runs on {process.host}, and this is {here_is}; give the command there, or `ssh {process.host} "
+            f"{run} runs on {process.host}, and this is {here_is}; run the command there, or `ssh {process.host} "
             f"kill -{'KILL' if now else 'TERM'} {process.pid}`"
         )
     for process in here:
@@ -149,9 +149,9 @@ def cancel_processes(folder: Path, holding: Sequence[Process], *, now: bool) -> 
         except ProcessLookupError:
             continue  # It has ended meanwhile.
         except PermissionError as error:
-            raise UserError(f"{run} is another user's: process {process.pid} cannot be ended from here") from error
+            raise UserError(f"{run} belongs to another user: process {process.pid} cannot be ended by you") from error
     if now:
         pids = ", ".join(str(process.pid) for process in here)
         say(f"killed {run} (pid {pids}); distlora resume {run} continues from its last save")
     else:
-        say(f"asked {run} to save and stop; distlora status {run} says when it has")
+        say(f"{run} is saving and stopping; distlora status {run} shows when it has stopped")

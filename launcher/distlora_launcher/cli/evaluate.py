@@ -315,8 +315,8 @@ def text_of(
     if place is None:
         require(
             run is not None,
-            "the text to evaluate on must be named where no run is: add --text FILE (text, jsonl, or anything else "
-            "that data.path takes)",
+            "without a run the text to evaluate on is not known: add --text FILE (text, jsonl, or any other format "
+            "of data.path)",
         )
         assert run is not None
         assert run.run_dir is not None

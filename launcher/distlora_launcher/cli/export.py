@@ -99,5 +99,5 @@ def require_client(request: ExportRequest, trained: Trained) -> None:
     require(
         available is None or needed <= available,
         f"loading it again takes about {needed / 1e9:.1f} GB, the model in fp32, and {(available or 0) / 1e9:.1f} GB "
-        "can be had here; add --no-check, or export on a larger machine",
+        "are available; add --no-check, or export on a node with more memory",
     )

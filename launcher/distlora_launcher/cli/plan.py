@@ -272,7 +272,7 @@ def show_table(options: PlanArguments) -> None:
         print("\n".join(matrix(found)))
     if options.plot is not None:
         bars = {f"{model}, {gpus}": plan for (model, gpus), plan in found.items() if plan is not None}
-        draw(bars, "memory of a rank, with the fastest settings that fit", options.plot)
+        draw(bars, "memory per rank, with the fastest settings that fit", options.plot)
 
 
 def plans(

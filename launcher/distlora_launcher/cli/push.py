@@ -128,11 +128,11 @@ def _explain(error: HfHubHTTPError, name: str) -> str:
     status = error.response.status_code
     if status == 401:
         where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "`hf auth login`"
-        return f"the hub refuses the token of this machine (from {where}); log in again with `hf auth login`"
+        return f"the hub refuses the token of this node (from {where}); log in again with `hf auth login`"
     reason = (error.server_message or str(error)).strip().splitlines()[0]
     if status == 403:
         return (
-            f"the token of this machine may not write to {name} ({reason}); name a repository of yours, or log in with "
+            f"the token of this node may not write to {name} ({reason}); name a repository of yours, or log in with "
             "a token with write access (`hf auth login`)"
         )
     return f"{name}: the hub answered {status} ({reason}); nothing was committed, push again later"

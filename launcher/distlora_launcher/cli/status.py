@@ -203,7 +203,7 @@ def describe(status: Status) -> str:
     run, figures = shown(status.run_dir), status.figures
     lines = [f"{run} {headline(status)}"]
     if status.unknown is not None:
-        lines.append(f"SLURM does not answer ({status.unknown}), so this is what the folder says")
+        lines.append(f"SLURM does not answer ({status.unknown}), so this state comes from the folder")
     if figures.step > 0 or status.total_steps is not None:
         total = f" of {status.total_steps:,} ({figures.step / status.total_steps:.0%})" if status.total_steps else ""
         left = f", {length(status.seconds_left)} left" if status.seconds_left is not None else ""
@@ -242,7 +242,8 @@ def table(folder: Path, found: list[Status]) -> str:
     lines = aligned(rows)
     unknown = next((status.unknown for status in found if status.unknown is not None), None)
     lines += [f"{status.run_dir.name}: {status.damaged}" for status in found if status.damaged is not None]
-    lines += [f"SLURM does not answer ({unknown}), so this is what the folders say"] if unknown is not None else []
+    if unknown is not None:
+        lines.append(f"SLURM does not answer ({unknown}), so these states come from the folders")
     return "\n".join([*lines, f"more of one: distlora status {shown(found[0].run_dir)}"])
 
 
@@ -297,7 +298,7 @@ def headline(status: Status) -> str:
     if status.state == "new":
         return "is prepared and was never started"
     if job is None:
-        return "has ended without a word: its processes were killed, or their machine is gone"
+        return "ended without a message: its processes were killed, or their node failed"
     why = f", {job.reason}" if job.reason is not None else ""
     code = f" with code {job.exit_code}" if job.exit_code else ""
     return f"has ended as SLURM job {job.job_id}, {job.state}{code}{why}"
@@ -307,7 +308,7 @@ def _stop(stopped: Any) -> str:
     """Return stopped.json as a sentence."""
     moment = stopped.get("time")
     since = f", {age(moment)} ago" if isinstance(moment, (int, float)) else ""
-    by = f" (asked to by {stopped['signal']}{since})" if isinstance(stopped.get("signal"), str) else since
+    by = f" (on {stopped['signal']}{since})" if isinstance(stopped.get("signal"), str) else since
     if stopped.get("checkpoint") is None:
         return f"has stopped before anything was trained{by}"
     return f"has stopped after step {stopped.get('step')}, which is saved{by}"

@@ -137,7 +137,7 @@ def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: Optim
         raise UserError(
             field="optim.name",
             value=optim.name,
-            reason="pages optimizer states between a GPU and the host, and this node shows no GPU",
+            reason="pages optimizer states between a GPU and the host, and this node has no GPU",
             cure=f"set {{field}}={same}",
         )
     if optim.name != "adamw":
@@ -157,7 +157,7 @@ def check_gpu_count(cluster: ClusterConfig) -> None:
     available = gpu_count()
     if 0 < available < cluster.gpus_per_node:
         raise UserError(
-            f"cluster.gpus_per_node={cluster.gpus_per_node}, but this node shows {available} "
+            f"cluster.gpus_per_node={cluster.gpus_per_node}, but this node has {available} "
             f"GPU{'s' if available > 1 else ''}; set cluster.gpus_per_node={available}"
         )
 

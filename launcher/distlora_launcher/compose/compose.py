@@ -207,9 +207,9 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
     if config.cluster.on_each_node and not may_lack_paths:
         require(
             "${now" not in str(unresolved["run_dir"]) or Path(values["run_dir"]).name != Path(run_dir).name,
-            f"run_dir is not set, and by default it has the time in its name, which differs between the "
-            f"{config.cluster.nodes} machines (cluster.nodes); add run_dir=runs/{config.name} or another folder that "
-            "they share, the same on each",
+            "run_dir is not set, and by default it has the time in its name, which differs between the "
+            f"{config.cluster.nodes} nodes (cluster.nodes); add run_dir=runs/{config.name} or another folder that all "
+            "nodes share",
         )
     return config
 
@@ -426,7 +426,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> UserError:
         word = first_line.split("'", 1)[1].rstrip("'")
         key, _, value = word.partition("=")
         return UserError(
-            f"{word} holds several values; add -m to run one job a value, or write {key}=[{value}] for a list"
+            f"{word} holds several values; add -m to run one job per value, or write {key}=[{value}] for a list"
         )
     for override in parsed(overrides):
         message = _bad_option(override) or _unknown_key(override, overrides)

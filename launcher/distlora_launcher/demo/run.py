@@ -174,11 +174,11 @@ def table(figures: Mapping[str, float], ranks: int, seconds: float) -> str:
     )
     wire = f"{size(gathered)}; {as_16_bit}" if gathered else "none"
     rows = {
-        "held-out loss, base": f"{figures['base_eval_loss']:.3f} nats a token",
-        "held-out loss, tuned": f"{figures['eval_loss']:.3f} nats a token",
-        "4-bit weights": f"{figures['bits_per_parameter']:.3f} bits a parameter (16 in bf16)",
-        f"base gathered a step ({ranks} ranks)": wire,
-        "adapter gradients reduced a step": size(figures["reduced_bytes_per_step"]),
+        "held-out loss, base": f"{figures['base_eval_loss']:.3f} nats per token",
+        "held-out loss, tuned": f"{figures['eval_loss']:.3f} nats per token",
+        "4-bit weights": f"{figures['bits_per_parameter']:.3f} bits per parameter (16 in bf16)",
+        f"base gathered per step ({ranks} ranks)": wire,
+        "adapter gradients reduced per step": size(figures["reduced_bytes_per_step"]),
         "peak memory of a rank": f"{size(figures['peak_memory_bytes'])} (most of it Python and torch themselves)",
         "adapter": f"{figures['trainable_parameters']:,.0f} parameters, {size(figures['adapter_bytes'])}",
         "fine-tuning": f"{figures['train_seconds']:.0f} s at {figures['tokens_per_second']:,.0f} tokens/s",

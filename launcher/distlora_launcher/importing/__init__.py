@@ -115,4 +115,4 @@ def check_composes(text: str, source: Path, *, starts_from_adapter: bool) -> Non
             aside = ["adapter.init_from=null"] if starts_from_adapter else []
             compose_config(["recipe=imported", *aside], config_dir=folder)
         except UserError as error:
-            raise UserError(f"{source} asks for what distlora refuses: {error}") from error
+            raise UserError(f"{source} has settings that distlora refuses: {error}") from error

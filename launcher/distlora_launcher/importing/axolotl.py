@@ -125,14 +125,14 @@ def _stable_decay(options: Keys, imported: Imported, max_steps: int | None) -> N
     """Convert the WSD schedule of transformers: num_decay_steps, with a cosine decay unless decay_type is linear."""
     decay, shape = options.integer("num_decay_steps"), options.text("decay_type") or "cosine"
     if shape != "linear":
-        imported.note("differs", f"lr_scheduler_kwargs.decay_type={shape}", "the last fall is linear here")
+        imported.note("differs", f"lr_scheduler_kwargs.decay_type={shape}", "the last decay is linear in distlora")
     if decay is not None and max_steps:
         imported.section("optim")["decay_ratio"] = decay / max_steps
     else:
         imported.note(
             "unsupported",
             "lr_scheduler_kwargs.num_decay_steps",
-            "a share of all steps is needed, which max_steps would tell; set optim.decay_ratio (0.1 is the default)",
+            "a fraction of all steps is needed, which requires max_steps; set optim.decay_ratio (0.1 is the default)",
         )
 
 
@@ -149,7 +149,7 @@ def _warmup(keys: Keys, imported: Imported, max_steps: int | None, *, constant: 
         imported.note(
             "unsupported",
             f"warmup_steps={steps:g}",
-            f"a share of all steps is needed, which max_steps would tell; {DEFAULT_WARMUP} is written: "
+            f"a fraction of all steps is needed, which requires max_steps; {DEFAULT_WARMUP} is written: "
             f"set optim.warmup_ratio to {steps:g} / steps once the start of a run has shown them",
         )
         return DEFAULT_WARMUP
@@ -186,8 +186,8 @@ def convert(values: dict[str, Any], *, processes: int) -> Imported:
     for name in OTHER_TRAINING:
         if value := keys.any(name):
             raise UserError(
-                f"{name}={value!r}: Axolotl trains something else than the next token here, which distlora cannot yet; "
-                "remove the key to import the supervised fine-tuning that is left"
+                f"{name}={value!r}: Axolotl trains another objective than the next token, which distlora does not "
+                "support; remove the key to import the supervised fine-tuning"
             )
     convert_objective(keys, imported)
     convert_model(keys, imported)
@@ -238,7 +238,7 @@ def convert_adapter(keys: Keys, imported: Imported) -> None:
     kind, in_4bit, in_8bit = keys.text("adapter"), keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
     if kind not in (None, "lora", "qlora"):
         raise UserError(
-            f"adapter={kind}: only lora, qlora and none are known here; set adapter: qlora to import the rest"
+            f"adapter={kind}: only lora, qlora and none are supported; set adapter: qlora to import the rest"
         )
     imported.options["adapter"] = "full" if kind is None else "lora"
     imported.options["quant"] = "nf4" if kind is not None and (in_4bit or kind == "qlora") else "none"
@@ -380,8 +380,8 @@ def convert_batch(keys: Keys, imported: Imported, processes: int) -> None:
         imported.note(
             "differs",
             "sample_packing=false" if "sample_packing" in keys.values else "sample_packing (not set)",
-            "documents are always packed here, so a row holds several and an epoch has fewer steps; "
-            "lower train.global_batch for as many documents a step",
+            "distlora always packs documents, so a row holds several and an epoch has fewer steps; "
+            "lower train.global_batch for as many documents per step",
         )
     if keys.any("eval_batch_size") not in (None, micro):
         imported.note("idle", "eval_batch_size", "the held-out loss does not depend on it")
@@ -396,7 +396,7 @@ def convert_optimizer(keys: Keys, imported: Imported, processes: int) -> None:
     whole = imported.options["adapter"] == "full" or "modules_to_save" in imported.section("adapter")
     if ours is not None and ours.endswith("_8bit") and whole and processes > 1:
         ours = ours.removesuffix("_8bit")
-        reason = f"{ours} is written: moments in 8 bits cannot be cut over processes, as those of whole modules are"
+        reason = f"{ours} is written: 8-bit optimizer states cannot be sharded"
         imported.note("differs", f"optimizer={name}", reason)
     imported.options["optim"] = ours or "adamw"
     optim = imported.section("optim")

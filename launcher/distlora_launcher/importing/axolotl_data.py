@@ -56,8 +56,8 @@ def convert_objective(keys: Keys, imported: Imported) -> None:
         return
     if kind != "dpo":
         raise UserError(
-            f"rl={kind}: of preference and reinforcement learning distlora has DPO alone; set rl: dpo, or remove the "
-            "key to import the supervised fine-tuning that is left"
+            f"rl={kind}: distlora supports only DPO; set rl: dpo, or remove the "
+            "key to import the supervised fine-tuning"
         )
     if keys.text("adapter") is None:
         raise UserError(
@@ -85,7 +85,7 @@ def preference_columns(
     imported.note(
         "refused",
         f"{entry.place}type",
-        "has no equal; write prompt, chosen and rejected as texts, or as messages, which data.template renders",
+        "has no equivalent; write prompt, chosen and rejected as texts, or as messages, which data.template renders",
     )
     return {}, False, None
 
@@ -171,7 +171,7 @@ def convert_data(keys: Keys, imported: Imported) -> None:
     data["template"] = _one(sources, "template", imported)
     data["train_on"] = _one(sources, "train_on", imported) or "assistant"
     if template not in (None, TOKENIZERS_OWN) and not any(source.is_chat for source in sources):
-        imported.note("idle", f"chat_template={template}", "no data set here is rendered by it")
+        imported.note("idle", f"chat_template={template}", "no data set uses it")
     data["sequence_length"] = keys.integer("sequence_len") or 512
     if any(source.format == "preference" for source in sources):
         data["sequence_length"] *= 2
@@ -264,7 +264,7 @@ def _format(
     advice = 'lines of {"prompt": ..., "completion": ...} or {"messages": [...]}'
     if base == "input_output":
         advice += '; a segment that is not trained is a prompt, or a message with "train": false'
-    imported.note("refused", f"{entry.place}type={name or '(not set)'}", f"has no equal; convert the data to {advice}")
+    imported.note("refused", f"{entry.place}type={name or '(not set)'}", f"no equivalent; convert the data to {advice}")
     return {}
 
 
@@ -372,7 +372,7 @@ def _held_out(
     share = keys.number("val_set_size") or 0.0
     if share >= 1:
         imported.note(
-            "unsupported", f"val_set_size={share:g}", "a share is needed; 0.05 is written to data.eval_fraction"
+            "unsupported", f"val_set_size={share:g}", "a fraction is needed; 0.05 is written to data.eval_fraction"
         )
         share = 0.05
     data["eval_fraction"] = share

@@ -184,7 +184,7 @@ def report(imported: Imported, *, source: Path, out: Path | None) -> str:
         if notes:
             lines += [f"{heading}:", *(f"  {note.key}: {note.reason}" for note in notes)]
     lost = len(imported.not_carried)
-    lines.append(f"imported {source}; " + (f"not carried exactly: {lost}" if lost else "everything was carried"))
+    lines.append(f"imported {source}; " + (f"converted approximately: {lost}" if lost else "everything was carried"))
     if out is not None:
         folder = out.parent.parent
         lines.append(f"wrote {out}; run it with `distlora train --config-dir {folder} recipe={out.stem}`")
@@ -234,7 +234,7 @@ def note_unread(keys: Keys, imported: Imported) -> None:
             imported.note(WHEN_OFF[name][0], f"{name}=false", WHEN_OFF[name][1])
         elif row is None and name not in WHEN_OFF:
             near = nearest(name, [*SUPPORTED, *(rows.keys() - patterns.keys())])
-            imported.note("unknown", name, f"no key of Axolotl that is known here{near}; it was ignored")
+            imported.note("unknown", name, f"not a known key of Axolotl{near}; it was ignored")
         elif row is not None and value not in (None, False, "", [], {}):
             is_shown = isinstance(value, (int, float, str)) and value is not True
             imported.note(row[0], f"{name}={value}" if is_shown else name, row[1])

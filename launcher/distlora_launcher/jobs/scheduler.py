@@ -30,7 +30,7 @@ _CURES = {
     "processors": "set fewer cluster.nodes or cluster.cpus_per_task, or another cluster.partition",
     "memory": "set a lower cluster.memory",
     "generic resource": """set cluster.gpus_per_node, or ask in another way: 'cluster.sbatch=["--gres=gpu:8"]'""",
-    "configuration source": "there is no cluster behind this machine's sbatch; give the command where `sinfo` answers",
+    "configuration source": "this node's sbatch has no cluster; run the command on a node where `sinfo` works",
     "controller": "its controller does not answer; try again where `sinfo` does",
     "option": "correct cluster.sbatch",
 }
@@ -103,7 +103,7 @@ def ask(command: Sequence[str], *, stdin: str | None = None, script: str = "") -
             command, input=stdin, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=environment
         )
     except FileNotFoundError as error:
-        raise SchedulerError(f"there is no {command[0]} on this machine") from error
+        raise SchedulerError(f"{command[0]} is not installed on this node") from error
     except subprocess.TimeoutExpired as error:
         raise SchedulerError(f"{command[0]} has not answered for {ANSWER_SECONDS:.0f} s") from error
     if ended.returncode != 0:
@@ -145,7 +145,7 @@ def refusal(error: SchedulerError) -> UserError:
             names = dict.fromkeys(ask(["sinfo", "--noheader", "--format=%R"]).split())
         except SchedulerError:
             names = {}
-        text += f"; the partitions here are {', '.join(names) or 'unknown'}"
+        text += f"; the partitions are {', '.join(names) or 'unknown'}"
     return UserError(f"SLURM refuses the job: {text}; {cure or 'change the settings of cluster.* that this is about'}")
 
 

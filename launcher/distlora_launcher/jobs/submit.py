@@ -174,8 +174,8 @@ def submit_script(folder: Path, *options: str) -> Submission:
     by_hand = shlex.join(["sbatch", *options, shown(path)])
     if not scheduler.is_here():
         raise UserError(
-            f"there is no sbatch on this machine, so nothing is submitted; everything else is done: where SLURM is, "
-            f"submit the script with `{by_hand}`"
+            "sbatch is not installed on this node, so nothing was submitted; the script is ready: on a node with "
+            f"SLURM, submit it with `{by_hand}`"
         )
     command = ["sbatch", "--parsable", *options, str(path)]
     try:

@@ -358,7 +358,7 @@ def check_processes(processes: int) -> None:
     available = gpu_count()
     require(
         available == 0 or processes <= available,
-        f"--processes={processes}, but this machine shows {available} GPU{'s' if available > 1 else ''}; "
+        f"--processes={processes}, but this node has {available} GPU{'s' if available > 1 else ''}; "
         f"write --processes {available}",
     )
 

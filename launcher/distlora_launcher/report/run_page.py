@@ -25,7 +25,7 @@ _MERGED_CATEGORIES = {
 }
 """Categories that a measurement cannot tell apart."""
 _GATHERED = "gathered per step and rank"
-_HOST_PEAK = "peak memory of a process (the plan leaves out mapped files, the measurement has them)"
+_HOST_PEAK = "peak memory per process (the measurement includes mapped files, the plan does not)"
 _SHARED_BY_TRIALS = (_GATHERED, _HOST_PEAK)
 """Figures that the trials of a multi-trial run share."""
 _CHARTED = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "mfu"}
@@ -260,7 +260,7 @@ def _comparison(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
     is_gpu = plan.get("machine", {}).get("is_gpu")
     saved = {saved.what: saved.nbytes for saved in run.saved}
     reduced = None if "reduced" not in wire else wire["reduced"] + wire.get("reduced_rows", 0)
-    peak = ("peak memory of a GPU (allocator)", plan.get("device", {}).get("total"))
+    peak = ("peak memory per GPU (allocator)", plan.get("device", {}).get("total"))
     if not is_gpu:
         peak = (_HOST_PEAK, host.get("while_training"))
     rows: list[tuple[str, Any, Any]] = [

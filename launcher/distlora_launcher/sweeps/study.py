@@ -418,7 +418,7 @@ def open_journal(sweep: Path) -> JournalStorage:
     # Optuna raises these for a line that is not JSON, lacks a field or names an unknown trial.
     except (ValueError, LookupError, TypeError, AssertionError, AttributeError, optuna.exceptions.OptunaError) as error:
         raise UserError(
-            f"{journal} is damaged ({type(error).__name__}: {error}); put a whole copy in its place, or start the "
+            f"{journal} is damaged ({type(error).__name__}: {error}); restore a complete copy, or start the "
             "sweep again in another folder"
         ) from error
 

@@ -324,7 +324,7 @@ def load_sweep(folder: Path) -> Sweep:
     path = folder / SWEEP_NAME
     if not path.is_file():
         raise UserError(f"{folder} holds no sweep (no {SWEEP_NAME}); start one with `distlora sweep`")
-    remedy = "put a whole copy in its place, or start the sweep again in another folder"
+    remedy = "restore a complete copy, or start the sweep again in another folder"
     try:
         values = parse_yaml(path.read_bytes())
     except ValueError as error:

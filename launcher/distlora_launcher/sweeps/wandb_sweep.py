@@ -102,7 +102,7 @@ def check_settings(settings: SweepConfig, space: Sequence[Dimension], sections: 
     """Refuse what wandb's search cannot do."""
     require(
         settings.method in METHODS,
-        f"sweep={settings.method} chooses trials by their results, which wandb's server does here; write `distlora "
+        f"sweep={settings.method} chooses trials by their results, which wandb's server does; write `distlora "
         f"sweep sweep={settings.method}` without create, or set sweep=grid, random or optuna",
     )
     require(
@@ -339,7 +339,8 @@ def parse_agents(arguments: Sequence[str]) -> tuple[AgentsRequest, int | None, A
         name = word.partition("=")[0]
         require(
             name in known or name.startswith("cluster."),
-            f"{word}: the settings of its runs are in the sweep; an agent takes run_dir=, sweep.workers=, cluster=",
+            f"{word}: the settings of its runs are in the sweep; an agent accepts run_dir=, sweep.workers= and "
+            "cluster=",
         )
     values = {o.get_key_element(): o.value() for o in parse_overrides(overrides)}
     workers = values.get("sweep.workers", 1)

@@ -49,7 +49,7 @@ class Output:
                 file.write(chunk)
         except OSError as error:  # A full disk: the run itself goes on.
             if not self._log_failed:
-                warn(f"{self._log} does not take what rank 0 says ({error.strerror}): it is shown here alone")
+                warn(f"{self._log} cannot be written ({error.strerror}): rank 0 is only shown here")
             self._log_failed = True
         show(self._decoder.decode(chunk))
         return True

@@ -74,7 +74,7 @@ def test_the_figures_are_those_of_the_preparation(settings, tmp_path, capsys):
     assert f"packed in {counts['rows']:,} rows of 64 tokens" in shown
     assert f", {counts['padding'] / (counts['rows'] * 64):.1%} padding" in shown
     assert counts["dropped"] == 3
-    assert "left out         3: 2 without a token to train, 1 cut off before the first trained token\n" in shown
+    assert "left out         3: 2 without a token to train, 1 truncated before the first trained token\n" in shown
     assert "too long         4 (11.1%) have more than 64 tokens: cut off there (data.too_long), " in shown
 
 

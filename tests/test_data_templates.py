@@ -150,7 +150,7 @@ def test_a_turns_ends_are_where_the_text_up_to_them_tokenized_by_itself_ends(kin
         outside = [1] * len(before) + [0] * (len(until) - len(before)) + [1] * (len(whole) - len(until))
         assert trained.tolist() == outside[: len(whole)]
     else:
-        with pytest.raises(UserError, match="the tokenizer joins"):
+        with pytest.raises(UserError, match="the tokenizer merges"):
             list(turns.encode([conversation]))
 
 
@@ -243,7 +243,7 @@ def test_a_turn_whose_first_token_reaches_into_the_prompt_is_refused(load):
     for template in (CHATML, MARKED):
         tokenizer = load(template)
         assert len(tokenizer("\n\n").input_ids) == 1
-        with pytest.raises(UserError, match=r"data\.jsonl:1: messages\[1\]: the tokenizer joins .* white space"):
+        with pytest.raises(UserError, match=r"data\.jsonl:1: messages\[1\]: the tokenizer merges .* white space"):
             encode(tokenizer, "chat", chat("Hi", "\n\nHello"))
 
 

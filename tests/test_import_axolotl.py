@@ -259,7 +259,7 @@ def test_a_data_set(entry: dict[str, Any], expected: dict[str, Any], tmp_path: P
     [
         ({"type": "input_output"}, "refused", "datasets[0].type=input_output"),
         ({"type": "gpteacher"}, "refused", "datasets[0].type=gpteacher"),
-        ({"type": {"format": "Q: {instruction}"}}, "refused", "datasets[0].type (a format of its own)"),
+        ({"type": {"format": "Q: {instruction}"}}, "refused", "datasets[0].type (a custom format)"),
         ({"type": "chat_template", "train_on_eos": "all"}, "unsupported", "datasets[0].train_on_eos"),
         ({"type": "chat_template", "roles": {"assistant": ["bot"]}}, "refused", "datasets[0].roles.assistant"),
         ({"type": "chat_template", "rolse": 1}, "unknown", "datasets[0].rolse"),

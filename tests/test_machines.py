@@ -196,7 +196,7 @@ def test_without_locks_the_node_of_the_endpoint_leads_and_the_others_wait_for_it
         assert names == {"other.json", f"{host_name()}.json"}
     monkeypatch.setattr("distlora_launcher.launch.node.make_rendezvous", lambda *_, **__: other)
     monkeypatch.setattr(processes.Process, "has_ended", True)  # The records above are of this process.
-    with pytest.raises(UserError, match="nobody listened"):
+    with pytest.raises(UserError, match="no process listened"):
         run_node(run_dir, load_config(run_dir).cluster, "127.0.0.3:9", "a", Forwarder(), lead=lambda: 0)
     assert "on a file system without locks" in capsys.readouterr().err
 

@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_shows_how_to_resume(tmp_path: Path) -> None:
         file.write('{"step": 14, "loss"')  # A kill cut it off, which is no damage.
     page = reported(run)
     assert f"distlora resume {run}" in page.text
-    assert "left out" not in page.text
+    assert "skipped" not in page.text
     assert "13 of 40" in re.sub(r"\s+", " ", page.text)
 
 
@@ -134,7 +134,7 @@ def test_a_damaged_record_is_named_and_the_rest_is_shown(name: str, tmp_path: Pa
     (run / "metrics.jsonl").write_text("nonsense\n" + (run / "metrics.jsonl").read_text() + '[1]\n{"step": "x"}\n')
     page = reported(run)
     assert f"{name} is damaged" in page.text
-    assert "metrics.jsonl: 3 lines are no record of a step, and left out" in page.text
+    assert "metrics.jsonl: 3 lines are not a record of a step, and skipped" in page.text
     assert len(page.charts) == 5
 
 

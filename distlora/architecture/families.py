@@ -31,7 +31,7 @@ class ExpertLayout:
     weights: tuple[str, ...] = ("gate_up_proj", "down_proj")
     """The 3-D weights of the module, in the order of its parameters, which is the order in which PEFT wraps them."""
     on_disk: tuple[str, ...] = ("mlp",)
-    """What routers and experts are part of in a layer, by their names on disk."""
+    """Names on disk of the modules of a layer that hold routers and experts."""
     intermediate: str = "intermediate_size"
     """Key of config.json that holds an expert's inner size."""
 
@@ -54,7 +54,7 @@ class Family:
     text_config: str | None = None
     """Key of config.json that holds the decoder's settings; None: the top level."""
     disk_prefixes: tuple[str, ...] = ("model.", "")
-    """What stands before `layers.0...` on disk: as ForCausalLM and as the bare decoder was saved."""
+    """Prefixes of `layers.0...` on disk: of a saved ForCausalLM and of a saved bare decoder."""
     disk_heads: tuple[str, ...] = ("lm_head.weight",)
     """The head's names on disk."""
     tied: bool = False
@@ -169,7 +169,7 @@ _SETTINGS: Shape = {
     "rope_parameters?": (dict, type(None)),
     "mlp_only_layers?": ([int], type(None)),
 }
-"""What is read of a config.json here; transformers checks the rest when it builds the model."""
+"""Keys of config.json that are checked in this module; transformers checks the rest when it builds the model."""
 
 
 def check_tiles(mlp_tile: int | None, family: Family) -> None:

@@ -23,7 +23,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
     "gpt_oss": {"head_dim": 64, "attention_bias": True},
 }
-"""What transformers takes for what a config.json does not say, where hub models leave it out."""
+"""Defaults of transformers for keys that config.json files on the hub leave out."""
 
 
 _MOST = {"vocab_size": 2**31, "hidden_size": 2**31, "num_hidden_layers": 1000, "num_attention_heads": 2**31}
@@ -294,7 +294,7 @@ EXTRA = 2
 _LONGEST, _FEWEST_ROWS = 128, 64
 """Queries of a tile at the most; G n at the least, where there are as many."""
 _SCORES = 2**20
-"""Of one head's tile at the most, and so many of several heads are made at once: 2 MiB, as large as a cache."""
+"""Largest number of scores that are computed at once: 2 MiB, the size of a cache."""
 
 
 def tile_length(length: int, groups: int) -> int:

@@ -213,12 +213,12 @@ def _check_settings(adapter: AdapterConfig) -> None:
     """Refuse what an adapter on a fused weight cannot have."""
     if adapter.lora_dropout > 0:
         raise UserError(
-            f"adapter.lora_dropout={adapter.lora_dropout} has no place in adapters of experts: PEFT adds s B A to the "
-            "weight, which cannot drop inputs; set adapter.lora_dropout=0, or adapter.target_modules=attention"
+            f"adapter.lora_dropout={adapter.lora_dropout} is not supported for adapters of experts: PEFT adds s B A to "
+            "the weight, which cannot drop inputs; set adapter.lora_dropout=0, or adapter.target_modules=attention"
         )
     if adapter.use_dora:
         raise UserError(
-            "adapter.use_dora=true has no place in adapters of experts: PEFT has no DoRA of fused weights; set "
+            "adapter.use_dora=true is not supported for adapters of experts: PEFT has no DoRA for fused weights; set "
             "adapter.use_dora=false, or adapter.target_modules=attention"
         )
     if adapter.decomposes:

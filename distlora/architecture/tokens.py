@@ -30,7 +30,7 @@ _CONTROL = re.compile(r"<\|.+\|>")
 out of text. Others (<think>, a word of a trade) are ordinary added tokens and stay in it."""
 
 _tokenizes_alone = False
-"""Whether this process needs no torch."""
+"""True if this process needs no torch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +145,7 @@ def _add(tokenizer: Any, model_dir: Path, new_tokens: Sequence[str]) -> None:
         token = AddedToken(text, special=is_control, normalized=False)  # Matched as written, wherever it stands.
         added = tokenizer.add_tokens([token], special_tokens=is_control)
         if added != 1 or tokenizer(text, add_special_tokens=False).input_ids != [tokenizer.convert_tokens_to_ids(text)]:
-            raise UserError(f"model.new_tokens: the tokenizer in {model_dir} cannot take {text!r}; leave it out")
+            raise UserError(f"model.new_tokens: the tokenizer in {model_dir} cannot add {text!r}; leave it out")
 
 
 def vocabulary_of(spec: ModelSpec, model: Mapping[str, Any]) -> Vocabulary:
@@ -210,15 +210,15 @@ def trained_indices(adapter: AdapterConfig, *, tied: bool, new: tuple[int, ...])
     chosen = dict(named) if isinstance(named, Mapping) else {EMBEDDING: named or ()}
     if tied and len(whole) == 1 and (new or any(chosen.values())):
         raise UserError(
-            f"adapter.modules_to_save=[{whole[0]}] takes apart the embedding and the head, which this model ties, and "
-            "tokens that are trained would then be trained in one of them alone; "
+            f"adapter.modules_to_save=[{whole[0]}] unties the embedding and the LM head of this model, and the trained "
+            "tokens would be trained in only one of them; "
             f"set adapter.modules_to_save=[{EMBEDDING},{HEAD}]"
         )
     if tied and not whole and HEAD in chosen:
         if tuple(chosen[HEAD]) != tuple(chosen.get(EMBEDDING, ())):  # PEFT asks for the same order, too.
             raise UserError(
-                f"adapter.trainable_token_indices.{HEAD}={list(chosen[HEAD])}: this model's head is its embedding, and "
-                f"its rows cannot be trained apart from {EMBEDDING}'s; write one list for both"
+                f"adapter.trainable_token_indices.{HEAD}={list(chosen[HEAD])}: this model's head is its embedding, so "
+                f"its rows cannot be trained separately from {EMBEDDING}'s; write one list for both"
             )
         del chosen[HEAD]
     matrices = (EMBEDDING,) if tied and not whole else (EMBEDDING, HEAD)

@@ -76,7 +76,7 @@ class Item:
     state: Literal["ok", "note", "damaged"]
     """`note`: worth knowing, but no damage."""
     message: str = ""
-    """What was checked; for damage the reason and what to do."""
+    """Result of the check; for damage the reason and what to do."""
 
 
 def verify(run_dir: Path) -> Iterator[Item]:

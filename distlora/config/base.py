@@ -261,15 +261,15 @@ def _check_saved_modules(
     for index, name in enumerate(names):
         require(
             name in SAVED_MODULES,
-            f"adapter.modules_to_save has {name!r}{nearest(name, SAVED_MODULES)}; beside adapters "
-            f"{' and '.join(SAVED_MODULES)} alone can be trained whole, and adapter=full trains everything",
+            f"adapter.modules_to_save has {name!r}{nearest(name, SAVED_MODULES)}; only {' and '.join(SAVED_MODULES)} "
+            f"can be trained fully beside adapters, and adapter=full trains everything",
         )
         require(name not in names[:index], f"adapter.modules_to_save names {name} twice; leave one out")
     chosen = indices if isinstance(indices, Mapping) else {SAVED_MODULES[0]: indices or ()}
     for name in names:
         require(
             not chosen.get(name),
-            f"adapter.trainable_token_indices trains rows of {name}, which adapter.modules_to_save trains whole; leave "
+            f"adapter.trainable_token_indices trains rows of {name}, which adapter.modules_to_save trains fully; leave "
             "it out of one of them",
         )
 

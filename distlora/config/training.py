@@ -98,7 +98,7 @@ class TrainConfig:
     sequences from about 16,384 tokens; results differ by rounding only. NF4 weights are dequantized per tile, so use
     thousands of tokens, on CUDA a multiple of 256. null: the whole sequence."""
     keep_dequantized: bool = False
-    """With checkpointing=block or offload: keep the weights that a layer's recomputation dequantizes until its backward
+    """Keep the weights that a layer's recomputation dequantizes (checkpointing=block or offload) until its backward
     is done. Each weight is dequantized twice per step instead of three times. Takes one layer's weights in `dtype`."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. Adapters, their gradients and the optimizer stay fp32."""

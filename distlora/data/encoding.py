@@ -113,8 +113,8 @@ class Encoder:
             if whole[: len(before)] == before:
                 return whole[len(before) :]
         raise UserError(
-            f"{document.place}: the tokenizer joins the completion's first characters with any before them, so the "
-            "completion has no tokens of its own; let the prompt end with a line break and the completion begin "
+            f"{document.place}: the tokenizer merges the completion's first characters with the prompt's last ones, so "
+            "they share a token; let the prompt end with a line break and the completion begin "
             "with a letter"
         )
 

@@ -71,8 +71,8 @@ def _asked(prompt: Any, answers: list[list[Any]], place: str, good: str) -> tupl
         asked = [first for first, _ in same]
     if not asked:
         raise UserError(
-            f"{place}: the two conversations have no message in common and there is no 'prompt', so there is nothing "
-            f"that they answer; name its column with data.columns={{prompt: NAME}}. {good}"
+            f"{place}: the two conversations have no message in common and there is no 'prompt', so the prompt is "
+            f"unknown; name its column with data.columns={{prompt: NAME}}. {good}"
         )
     return asked, [answer[len(asked) :] for answer in answers]
 
@@ -88,8 +88,8 @@ def _common_text(chosen: str, rejected: str, place: str, good: str) -> tuple[str
     end = marked + len(HH_ANSWER) if marked >= 0 else max(common.rfind(" "), common.rfind("\n"))
     if end <= 0:
         raise UserError(
-            f"{place}: 'chosen' and 'rejected' do not begin with the same words and there is no 'prompt', so there is "
-            f"nothing that they answer; name its column with data.columns={{prompt: NAME}}. {good}"
+            f"{place}: 'chosen' and 'rejected' do not begin with the same words and there is no 'prompt', so the "
+            f"prompt is unknown; name its column with data.columns={{prompt: NAME}}. {good}"
         )
     return common[:end], chosen[end:], rejected[end:]
 

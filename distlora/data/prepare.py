@@ -301,9 +301,9 @@ def prepare_and_print(run_dir: str) -> int:
 NOTES = {
     "truncated": "truncated",
     "split": "split over rows",
-    "dropped_long": "left out as too long",
-    "dropped": "left out without a trained token",
-    "unused": "left out by the mixture",
+    "dropped_long": "skipped as too long",
+    "dropped": "skipped without a trained token",
+    "unused": "skipped by the mixture",
 }
 """Counts of documents in a split, and how the summary calls them."""
 
@@ -337,7 +337,7 @@ def summary(record: dict[str, Any]) -> str:
         lines.append(
             f"streamed       until {needed:,} rows were full"
             if rows >= needed
-            else f"streamed       to the end: {rows:,} of the {needed:,} rows that the steps take, so they are repeated"
+            else f"streamed       to the end: {rows:,} of the {needed:,} rows that the steps need, so they are repeated"
         )
     lines.append(f"{'reused' if record['reused'] else 'cached'} in     {record['cache']}")
     return "\n".join(lines)

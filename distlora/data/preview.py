@@ -215,8 +215,8 @@ def _source_lines(role: str, sample: SourceSample, split: SplitSample, number: i
     if unused.any():
         nothing = int(np.count_nonzero(unused & (trained == 0)))
         cut = int(np.count_nonzero(unused)) - nothing
-        reasons = [f"{nothing:,} without a token to train"] if nothing else []
-        reasons += [f"{cut:,} cut off before the first trained token"] if cut else []
+        reasons = [f"{nothing:,} without a trained token"] if nothing else []
+        reasons += [f"{cut:,} truncated before the first trained token"] if cut else []
         yield f"  left out         {nothing + cut:,}: {', '.join(reasons)}"
 
 
@@ -224,7 +224,7 @@ def _split_lines(data: DataConfig, seed: int, split: SplitSample, *, is_train: b
     """Figures of a split: the mixture, and what packing leaves empty."""
     corpus, samples, length = split.corpus, split.samples, data.sequence_length
     if corpus.num_pieces == 0:
-        yield "  packed           nothing is left to train on"
+        yield "  packed           no document is left to train on"
         return
     used = np.ones(corpus.num_pieces, np.int64)
     if len(samples) > 1:
@@ -237,7 +237,7 @@ def _split_lines(data: DataConfig, seed: int, split: SplitSample, *, is_train: b
             used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=seed)
         of_piece = corpus.sources[corpus.documents]
         targets = np.bincount(of_piece, weights=corpus.targets * used, minlength=len(samples))
-        yield "fraction of the trained tokens" + ("" if whole else " in what was read")
+        yield "fraction of the trained tokens" + ("" if whole else " in the documents read")
         for number, sample in enumerate(samples):
             note = f" (wanted {wanted[number]:.1%})" if wanted is not None else ""
             yield f"  {targets[number] / targets.sum():6.1%}{note}  {sample.source.label}"

@@ -116,8 +116,8 @@ class TurnTokens:
             tail = self._tails[text]
             if tokens[first : first + len(tail)].tolist() != tail:
                 raise UserError(
-                    f"{conversation.place}: messages[{conversation.turns[number // 2].message}]: the tokenizer joins "
-                    "the turn's first or last characters with those around it, so it has no tokens of its own; strip "
+                    f"{conversation.place}: messages[{conversation.turns[number // 2].message}]: the tokenizer merges "
+                    "the turn's first or last characters with those around it, so they share a token; strip "
                     'the white space around its content, choose another data.template, or mask it with "train": false'
                 )
             ends.append(first + len(tail))

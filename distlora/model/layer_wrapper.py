@@ -72,7 +72,7 @@ class Block(nn.Module):
         """Without activation checkpointing: store how to recompute outputs of compiled norms and gated products, not
         the outputs."""
         self.keep_dequantized = False
-        """With activation checkpointing: keep dequantized weights from recomputation until the slice's backward is
+        """True to keep dequantized weights from recomputation (activation checkpointing) until the slice's backward is
         done."""
 
     def __getattr__(self, name: str) -> Any:

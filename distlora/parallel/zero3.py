@@ -99,11 +99,11 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
     units.hook(model)
     model.notes.append(
         f"DeepSpeed {version('deepspeed')} (ZeRO-3) gathers the base, "
-        + ("which lies in host memory" if gathering.offload else "a share of which each rank keeps")
+        + ("which is offloaded to host memory" if gathering.offload else "which is sharded over the ranks")
     )
     if gathering.without_effect:
         model.notes.append(
-            "of parallel.deepspeed_config, what is not about gathering has no effect: "
+            "settings of parallel.deepspeed_config that do not control gathering have no effect: "
             + ", ".join(gathering.without_effect)
         )
     return units

@@ -21,7 +21,7 @@ class HubKind:
     setting: str
     revision_setting: str
     instead: str
-    """What the setting may hold besides a name."""
+    """Other value that the setting may have."""
 
 
 MODEL = HubKind(

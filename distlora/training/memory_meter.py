@@ -44,7 +44,7 @@ _GATHERS = ("FSDP::", "DeepSpeed::")
 """Names of the backends' gathers in a profile: torch's FSDP2, and distlora/parallel/zero3.py."""
 _REDUCES = ("FSDP::post_backward_reduce", "FSDP::post_backward_rs_wait")
 _ADDS_UP = ("FSDP::post_backward_accumulate", "FSDP::post_backward_reshard")
-"""Where FSDP2 makes whole fp32 gradients of micro-batches before the last one; nothing else is made there."""
+"""Function in which FSDP2 allocates unsharded fp32 gradients of all micro-batches but the last."""
 _STAGES = ("gloo:", "c10d::")
 """Names in torch's ProcessGroupGloo, in its threads, and of a collective during its call."""
 _DEQUANTIZES = "bitsandbytes::dequantize_4bit"

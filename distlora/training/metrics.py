@@ -62,7 +62,9 @@ def describe(
                 "parallel.shard_degree=node keeps it within each"
             )
     if "auto_map" in read_config(spec.path):
-        reporter.event(f"code that comes with the weights is not run: this is transformers' {model.family.model_class}")
+        reporter.event(
+            f"code that comes with the weights is not run; the model is transformers' {model.family.model_class}"
+        )
     for line in (*_vocabulary(model), *describe_experts(model)):
         reporter.event(line)
     for note in model.notes:
@@ -73,17 +75,17 @@ def _vocabulary(model: CausalLM) -> Iterator[str]:
     vocabulary = model.vocabulary
     if vocabulary.new:
         named = [f"{text} = {id}" for text, id in vocabulary.new.items()]
-        grown = "spare rows of embedding and head hold them"
+        grown = "spare rows of the embedding and the LM head hold them"
         if vocabulary.has_grown:
-            grown = f"embedding and head have grown from {vocabulary.stored:,} to {vocabulary.rows:,} rows"
+            grown = f"the embedding and the LM head have grown from {vocabulary.stored:,} to {vocabulary.rows:,} rows"
         yield f"{len(named)} new tokens: {', '.join(named[:8])}{', ...' if len(named) > 8 else ''}; {grown}"
     for matrix, ids in vocabulary.trained.items():
         name = "the head" if matrix == HEAD else "the embedding" + (" and the head tied to it" if model.tied else "")
         yield f"{len(ids):,} rows of {name} are trained"
     if model.modules_to_save:
         yield (
-            f"{' and '.join(model.modules_to_save)} are trained whole"
-            + (", apart from each other: config.json ties them, the adapter does not" if model.tied_in_base else "")
+            f"{' and '.join(model.modules_to_save)} are trained fully"
+            + (", separately: config.json ties them, the adapter does not" if model.tied_in_base else "")
         )
 
 
@@ -93,7 +95,7 @@ def describe_experts(model: CausalLM) -> Iterator[str]:
         return
     names = sorted({name.rpartition(".")[2] for name, _ in model.adapted_experts()})
     adapted = f"the experts' {' and '.join(names)} have adapters" if names else "experts have no adapters"
-    yield f"{adapted}; routers have none and stay as they are, in the run's dtype (PEFT's all-linear adapts them)"
+    yield f"{adapted}; routers have none and are frozen, in the run's dtype (PEFT's all-linear adapts them)"
     if model.router_aux_loss > 0:
         yield (
             f"training losses include {model.router_aux_loss:g} x the routers' load-balancing loss of each row; "
@@ -115,7 +117,7 @@ def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> 
     rows = min(loader.global_batch, len(loader.rows))
     line = f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows:,} row{'s' if rows > 1 else ''}"
     if rows < slots:
-        line += f"; each computes {slots - rows:,} empty rows beside them (global_batch {loader.global_batch:,}, "
+        line += f"; each also computes {slots - rows:,} empty rows (global_batch {loader.global_batch:,}, "
         line += f"{loader.world} ranks x micro_batch {loader.micro_batch} x {loader.accumulation}"
         line += f", {len(loader.rows):,} rows in all)" if len(loader.rows) < loader.global_batch else ")"
     reporter.event(line)
@@ -155,7 +157,7 @@ def summarize(
             figures["between_copies_bytes_per_step"] = between
             reporter.event(
                 f"in each step a rank gathered {gathered / 2**20:,.1f} MiB within its replica of the base; between the "
-                f"{backend.shards.copies:,} copies {between / 2**20:,.1f} MiB of gradients were summed, nothing else"
+                f"{backend.shards.copies:,} copies {between / 2**20:,.1f} MiB of gradients were all-reduced"
             )
     if progress.evaluations:
         first = "base_eval_loss" if adapter.starts_as_base else "initial_eval_loss"

@@ -36,7 +36,7 @@ class Losses(NamedTuple):
     figures: Tensor
     """(F,) fp32 without gradient: sums of the objective's metrics over the rows' units."""
     units: Tensor | None = None
-    """In an evaluation, the loss of each token (B, T), 0 without a target, or of each pair of a row (B, P)."""
+    """Loss per token (B, T), 0 without a target, or per pair of a row (B, P); only in an evaluation."""
 
 
 class NextToken:

@@ -205,8 +205,8 @@ class Reporter:
             self._tracker.drop()
             self._tracker = None
             self._display.say(
-                f"WARNING: wandb failed ({type(error).__name__}: {' '.join(str(error).split())}); from now on figures "
-                "go to metrics.jsonl only, which has all of them"
+                f"WARNING: wandb failed ({type(error).__name__}: {' '.join(str(error).split())}); figures go to "
+                "metrics.jsonl only from now on, which has all of them"
             )
 
 

@@ -232,7 +232,7 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
         # By default torch lets the library round the partial sums of split GEMMs to bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if train.compile:
-            raise UserError("train.compile=true is for the CPU, and this rank has a GPU; set train.compile=false")
+            raise UserError("train.compile=true is for CPUs, and this rank has a GPU; set train.compile=false")
     if train.compile:
         fused_modules.require_compiled()
     choice = attention.choose(

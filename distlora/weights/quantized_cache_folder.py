@@ -70,7 +70,7 @@ class Piece:
 
     path: Path
     extents: Mapping[str, Extent]
-    """By the weight's Hugging Face name."""
+    """Extent by the weight's Hugging Face name."""
 
 
 @dataclass(frozen=True, slots=True)

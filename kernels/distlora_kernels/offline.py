@@ -103,7 +103,7 @@ class Report:
     counts: Mapping[str, int] = field(default_factory=dict)
     """Instructions by class: the keys of offline_compile.CLASSES."""
     wgmma_serialized: bool = False
-    """Whether ptxas reports serialized warpgroup matrix instructions (C7515): a hint, as plain bf16 GEMMs have it."""
+    """True if ptxas reports serialized warpgroup matrix instructions (C7515): a hint, as plain bf16 GEMMs have it."""
     seconds: float = 0.0
 
 

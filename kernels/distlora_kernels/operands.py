@@ -139,7 +139,7 @@ NUM_SAVED = 1 + len(SavedDora._fields)
 
 
 class Needs(NamedTuple):
-    """Which gradients are needed."""
+    """True for each gradient that is needed."""
 
     x: bool
     a: tuple[bool, ...]

@@ -200,7 +200,7 @@ class Similarity:
 
 
 def bounded(before_OI: Tensor, known: Singular, after: Singular, thresholds: Sequence[float]) -> Similarity:
-    """With the first vectors of W at hand: Lanczos goes on until each threshold is decided, or for STEPS."""
+    """Return the cosines, given the first vectors of W: run Lanczos until each threshold is decided, or for STEPS."""
     if not len(known.values):
         return _none_known(after, 0.0)
     good = known.errors <= GOOD

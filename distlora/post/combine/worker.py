@@ -54,7 +54,7 @@ class Combination:
         }
         self.ranks = {path: self._rank(path) for path in self.paths}
         self.energy: dict[str, tuple[float, float]] = {}
-        """By path: ||dW||^2 and the part of it that the rank dropped, for truncated weights."""
+        """||dW||^2 and the part of it that the rank dropped, by path of a truncated weight."""
         self._made: dict[str, tuple[Tensor, Tensor]] = {}
         self._done = 0
 

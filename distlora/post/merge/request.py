@@ -73,7 +73,7 @@ class Receipt:
     adapter: dict[str, Any] | None
     """place as it was typed, folder, `files`; None for the base alone."""
     weights: dict[str, dict[str, Any]]
-    """By changed tensor: `ratio` ||dW||/||W||, `kept` by dtype (merge.py), `base_norm` ||W||."""
+    """`ratio` ||dW||/||W||, `kept` by dtype (merge.py) and `base_norm` ||W||, by changed tensor."""
     total: dict[str, Any]
     """The same over all tensors; `kept.nf4` covers only those that would be quantized."""
     files: dict[str, str]

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
         restore(config.model)
     require(
         Path(config.model.path).is_dir(),
-        f"the run's base is gone: model.path={config.model.path} in {shown(run_dir)}/config.yaml does not exist; "
+        f"the run's base is missing: model.path={config.model.path} in {shown(run_dir)}/config.yaml does not exist; "
         "put the model back there",
     )
     what = "the base alone" if weights is None else shown(weights)

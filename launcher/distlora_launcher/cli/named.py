@@ -75,7 +75,9 @@ def named(options: Named) -> tuple[Name, Trained]:
             restore(trained.spec.model)
     folder = trained.base
     where = f"model.path in {shown(trained.run_dir)}/config.yaml" if trained.run_dir else "--model"
-    require(folder.is_dir(), f"the base is gone: {where} is {folder}, which does not exist; put the model back there")
+    require(
+        folder.is_dir(), f"the base is missing: {where} is {folder}, which does not exist; put the model back there"
+    )
     return name, trained
 
 

@@ -53,9 +53,9 @@ MODELS = (
     "llama3_405b",
 )
 MACHINES = ("rtx4090", "rtx3090x2", "rtx5090x2", "a10x4", "l40sx4", "a100_80gbx8", "h100x8", "b200x8")
-"""What is shown where nothing is named."""
+"""Default nodes of --table."""
 OF_A_MACHINE = 8
-"""GPUs of one machine, where there are more."""
+"""GPUs per node of a plan on more GPUs than that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,13 +107,13 @@ class Answer:
 
     plan: Plan
     changes: tuple[Change, ...] = ()
-    """What was chosen."""
+    """Settings that plan=auto and quant=auto chose."""
     near: Nearest | None = None
-    """What would fit, where this does not."""
+    """Settings that would fit; None if the plan fits."""
     rooms: tuple[Room, ...] = ()
-    """What a larger run would take."""
+    """Larger runs that would fit too."""
     packed: Packing | None = None
-    """Of which pack of trials the plan is, where sweep.packed asks for one."""
+    """Trials trained together that the plan is for; None without sweep.packed."""
 
     def bars(self) -> dict[str, Plan]:
         """Return the plans to draw by name: this one, and what would fit in its place."""

@@ -75,7 +75,7 @@ class Status:
     result: Path | None
     """Folder of the published result."""
     damaged: str | None = None
-    """What is wrong with the settings; then all that depends on them is None."""
+    """Reason why the settings cannot be read; then all that depends on them is None."""
     unknown: str | None = None
     """Why SLURM could not be asked; then the rest comes from the run folder."""
 

@@ -248,7 +248,7 @@ def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, model: Mappi
         require(family.attention == "sdpa", why)
         require(
             train.dtype == "bf16",
-            f"{without} with train.dtype={train.dtype}, which has no other way; leave it out",
+            f"{without} with train.dtype={train.dtype}, which supports no other; leave it out",
         )
     require(
         not train.compile or family.experts is None,

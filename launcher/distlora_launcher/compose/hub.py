@@ -90,7 +90,7 @@ def localize(model: ModelConfig) -> ModelConfig:
 
 
 def restore(model: ModelConfig) -> None:
-    """Download the snapshot that RUN/config.yaml names again if it is gone or incomplete.
+    """Download the snapshot that RUN/config.yaml names again if it is missing or incomplete.
 
     Does nothing for a model that did not come from the hub.
     """
@@ -99,7 +99,7 @@ def restore(model: ModelConfig) -> None:
         return
     if folder.is_dir() and all(path.exists() for path in folder.iterdir()):  # A link into an emptied cache does not.
         return
-    print(f"{folder} is gone or incomplete", flush=True)
+    print(f"{folder} is missing or incomplete", flush=True)
     download(locate(name, commit, cache=folder.parents[2]))
 
 
@@ -259,7 +259,7 @@ def _interruptible() -> Iterator[type[Any]]:
     try:
         yield Bar
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with the files that are not whole yet", file=sys.stderr)
+        print("stopped; the same command continues with the incomplete files", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGINT, previous)

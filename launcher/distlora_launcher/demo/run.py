@@ -192,7 +192,7 @@ def verdict(figures: Mapping[str, float]) -> str:
     """Describe in words what improved."""
     before, after = figures["base_eval_loss"], figures["eval_loss"]
     if after >= before:
-        return "Fine-tuning did not lower the held-out loss here, which it should: please report it."
+        return "Fine-tuning did not lower the held-out loss; please report this."
     return (
         f"The held-out loss fell by {before - after:.2f} nats: the tuned model gives the words of the true answers\n"
         f"{math.exp(before - after):,.1f} times the probability, token by token, on documents it never saw.\n"
@@ -314,7 +314,7 @@ def made_base() -> Path:
         note_maker(base)
     model = base / "model"
     if not model.is_dir():
-        raise UserError(f"the demo's base is not made yet ({model} does not exist); run `distlora demo` first")
+        raise UserError(f"the demo's base does not exist yet ({model} does not exist); run `distlora demo` first")
     return model
 
 

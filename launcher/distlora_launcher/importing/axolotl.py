@@ -34,7 +34,9 @@ def convert_steps(keys: Keys, imported: Imported) -> None:
     train["max_steps"] = max_steps
     train["epochs"] = max(1, math.ceil(epochs))
     if not epochs.is_integer() and max_steps is None:
-        imported.note("unsupported", f"num_epochs={epochs:g}", "epochs are whole; set train.max_steps to end earlier")
+        imported.note(
+            "unsupported", f"num_epochs={epochs:g}", "distlora trains whole epochs; set train.max_steps to end earlier"
+        )
     train["log_every"] = keys.integer("logging_steps") or 1
     train["keep"] = keys.integer("save_total_limit") or 4
     train["save_every"] = _interval(keys, imported, "save", max_steps, epochs)
@@ -74,8 +76,8 @@ def _interval(keys: Keys, imported: Imported, kind: str, max_steps: int | None, 
     imported.note(
         "unsupported",
         key,
-        f"a number of steps is needed, and only the tokenized data tells how many {steps:.3g} of the run are; "
-        f"set {setting} once the start of a run has shown them",
+        f"a number of steps is needed, and only the tokenized data gives how many {steps:.3g} of the run are; "
+        f"set {setting} once the start of a run has printed them",
     )
     return None
 
@@ -150,7 +152,7 @@ def _warmup(keys: Keys, imported: Imported, max_steps: int | None, *, constant: 
             "unsupported",
             f"warmup_steps={steps:g}",
             f"a fraction of all steps is needed, which requires max_steps; {DEFAULT_WARMUP} is written: "
-            f"set optim.warmup_ratio to {steps:g} / steps once the start of a run has shown them",
+            f"set optim.warmup_ratio to {steps:g} / steps once the start of a run has printed them",
         )
         return DEFAULT_WARMUP
     if steps is not None:
@@ -271,7 +273,7 @@ def convert_adapter(keys: Keys, imported: Imported) -> None:
             "peft_use_dora",
         ):
             if keys.any(name):
-                imported.note("idle", name, "the adapter in lora_model_dir brings its own")
+                imported.note("idle", name, "the adapter in lora_model_dir has its own")
     else:
         _new_adapter(keys, imported, adapter)
     adapter["lora_dropout"] = keys.number("lora_dropout") or 0.0
@@ -282,12 +284,12 @@ def convert_adapter(keys: Keys, imported: Imported) -> None:
 def _modules_to_save(keys: Keys, imported: Imported, adapter: dict[str, Any], *, given: bool) -> None:
     saved = keys.words("lora_modules_to_save")
     if saved and given:
-        imported.note("idle", "lora_modules_to_save", "the adapter in lora_model_dir brings its own")
+        imported.note("idle", "lora_modules_to_save", "the adapter in lora_model_dir has its own")
         return
     known = [name for name in (name.rpartition(".")[2] for name in saved or ()) if name in SAVED_MODULES]
     others = [name for name in saved or () if name.rpartition(".")[2] not in SAVED_MODULES]
     if others:
-        reason = f"beside adapters {' and '.join(SAVED_MODULES)} alone are trained whole; remove it"
+        reason = f"only {' and '.join(SAVED_MODULES)} can be trained fully beside adapters; remove it"
         imported.note("refused", f"lora_modules_to_save={_list(others)}", reason)
     if known:
         adapter["modules_to_save"] = known
@@ -342,7 +344,7 @@ def _targets(keys: Keys, imported: Imported) -> str | list[str]:
         extra = [name for name in names if name not in TARGET_PRESETS["all-linear"]]
         if extra:
             imported.note(
-                "idle", f"lora_target_modules={_list(extra)}", "lora_target_linear takes every linear already"
+                "idle", f"lora_target_modules={_list(extra)}", "lora_target_linear already covers every linear"
             )
         return "all-linear"
     if not names and keys.any("lora_target_parameters"):
@@ -365,7 +367,9 @@ def convert_batch(keys: Keys, imported: Imported, processes: int) -> None:
     for name in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"):
         size = keys.integer(name) or 1
         if size > 1:
-            imported.note("unsupported", f"{name}={size}", "each process runs whole rows; the global batch is kept")
+            imported.note(
+                "unsupported", f"{name}={size}", "each process computes whole sequences; the global batch is kept"
+            )
             shared *= size
     if processes % shared:
         raise UserError(

@@ -38,7 +38,7 @@ def template_of(name: str | None, jinja: str | None, imported: Imported) -> str 
         note = (
             "unsupported",
             f"chat_template={name}",
-            "the tokenizer's own is used; data.template takes a .jinja file",
+            "the tokenizer's own is used; set data.template to a .jinja file",
         )
     if all((seen.group, seen.key, seen.reason) != note for seen in imported.notes):
         imported.note(*note)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def convert_data(keys: Keys, imported: Imported) -> None:
     data["sequence_length"] = keys.integer("sequence_len") or 512
     if any(source.format == "preference" for source in sources):
         data["sequence_length"] *= 2
-        imported.note("differs", "sequence_len", "a row holds both answers of a pair, so it is written twice as long")
+        imported.note("differs", "sequence_len", "a sequence holds both answers of a pair, so its length is doubled")
     data["too_long"] = _too_long(keys, imported, {source.format for source in sources})
     _held_out(keys, imported, inputs_trained, sources, template, jinja)
 
@@ -213,7 +213,9 @@ def _sources(
     if reader is not None and not any((path or "").endswith(suffix) for suffix in FILE_TYPES.get(reader, ())):
         imported.note("unsupported", f"{entry.place}ds_type={reader}", "a file is read by the ending of its name")
     if path is not None and re.match(r"\w+://", path):
-        imported.note("unsupported", f"{entry.place}path={path}", "copy it here, and set its path in the recipe")
+        imported.note(
+            "unsupported", f"{entry.place}path={path}", "copy it to this node, and set its path in the recipe"
+        )
     if files and path in FILE_TYPES:
         paths = files
     else:
@@ -239,7 +241,7 @@ def _format(
     kind = entry.any("type")
     if isinstance(kind, dict):
         reason = 'prompts are not put together from columns; write lines of {"prompt": ..., "completion": ...}'
-        imported.note("refused", f"{entry.place}type (a format of its own)", reason)
+        imported.note("refused", f"{entry.place}type (a custom format)", reason)
         return {}
     name = str(kind or "")
     base = re.split(r"[:.]", name)[0]
@@ -381,7 +383,7 @@ def _held_out(
     found = [source for entry in tests for source in _sources(entry, aside, inputs_trained, template, jinja)]
     if not found:
         if tests:
-            imported.note("unsupported", "test_datasets", "none of them has a path; nothing named is held out")
+            imported.note("unsupported", "test_datasets", "none of them has a path; no data set is held out")
         return
     test = found[0]
     data["eval_path"] = test.settings["path"]

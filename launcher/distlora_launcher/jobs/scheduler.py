@@ -105,7 +105,7 @@ def ask(command: Sequence[str], *, stdin: str | None = None, script: str = "") -
     except FileNotFoundError as error:
         raise SchedulerError(f"{command[0]} is not installed on this node") from error
     except subprocess.TimeoutExpired as error:
-        raise SchedulerError(f"{command[0]} has not answered for {ANSWER_SECONDS:.0f} s") from error
+        raise SchedulerError(f"{command[0]} did not answer within {ANSWER_SECONDS:.0f} s") from error
     if ended.returncode != 0:
         lines = [line.removeprefix(f"{command[0]}: ") for line in ended.stderr.splitlines() if line.strip()]
         raise SchedulerError("; ".join(lines) or f"{command[0]} ended with code {ended.returncode}")

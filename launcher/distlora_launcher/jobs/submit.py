@@ -101,7 +101,7 @@ def resubmit_run(run_dir: Path) -> int:
         print_resume_hint(run_dir, code)
         return code
     saved = checkpoint_folders(run_dir)
-    say(f"{shown(run_dir)} goes on from {saved[-1].name if saved else 'its start, as nothing was saved yet'}")
+    say(f"{shown(run_dir)} continues from {saved[-1].name if saved else 'the start, as nothing was saved yet'}")
     submit_prepared(run_dir)
     return DONE
 

@@ -79,15 +79,15 @@ class Failure:
     """The first failure of an attempt."""
 
     reason: str
-    """What happened."""
+    """Description of the failure."""
     see: str
-    """Where to read more; may be empty."""
+    """Reference to the log with details; may be empty."""
     bad_input: bool = False
-    """Whether the input is at fault (exit code 2)."""
+    """True if the input is at fault (exit code 2)."""
     repeats: bool = False
-    """Whether a restart would fail in the same way."""
+    """True if a restart would fail in the same way."""
     stopped: bool = False
-    """Whether the run ended by a request to stop (exit code 75)."""
+    """True if the run ended on a stop request (exit code 75)."""
     killed_rank: int | None = None
     """Rank that was killed by a signal, if that is the failure."""
 
@@ -305,7 +305,7 @@ class WorkerMonitor:
         self._log_size = 0
         self._exits: list[Exit] = []
         self.restarting = False
-        """Whether the failure of the newest attempt is printed and the next workers have not come yet."""
+        """True while the failure of the newest attempt is printed and the next workers have not started yet."""
         self._looked = 0.0
         self._printed_ranks: list[int] = []
         # Files of an earlier start, which a node that joins late finds.

@@ -144,7 +144,7 @@ def train(
     ends_for_good = code == BAD_INPUT or find_result(run_dir) is not None or would_repeat(run_dir / "logs")
     if not ends_for_good and not (code == STOPPED and cluster.launcher == "slurm"):  # SLURM's script requeues it.
         saved = checkpoint_folders(run_dir)
-        source = f"from {saved[-1].name}" if saved else "from its start, as nothing was saved yet (train.save_every)"
+        source = f"from {saved[-1].name}" if saved else "from the start, as nothing was saved yet (train.save_every)"
         on_each = " on each node" if cluster.on_each_node else ""
         say(f"continue {source} with: distlora resume {shown(run_dir)}{on_each}")
     return code

@@ -47,7 +47,7 @@ class NodeLock:
     def __init__(self, config: IO[str], *, leads: bool, gpus_elsewhere: dict[str, int]) -> None:
         self._config = config
         self.leads = leads
-        """Whether this node prepares the run; the others wait for it."""
+        """True if this node prepares the run; the others wait for it."""
         self.gpus_elsewhere = gpus_elsewhere
         """Number of GPUs by node, for the other nodes that hold the run."""
 
@@ -128,8 +128,9 @@ def _lead_or_join(
             waits_for = f"waiting for {rendezvous.endpoint} to listen ({reason})"
             if time.monotonic() > joins_until:
                 raise UserError(
-                    f"nobody listened at {rendezvous.endpoint} for {rendezvous.join_seconds} s ({reason}); `distlora "
-                    "resume` the run on each node, that one too, or correct the endpoint and let the port through"
+                    f"no process listened at {rendezvous.endpoint} for {rendezvous.join_seconds} s ({reason}); "
+                    "`distlora resume` the run on each node, including that one, or correct the endpoint and open the "
+                    "port"
                 )
         if waits_for.partition(" (")[0] != message:
             show(f"{waits_for}\n")
@@ -165,7 +166,7 @@ def worker_place(sweep: Path, name: str) -> Iterator[None]:
                     f"{sweep} already has a running {name}; wait for it, or stop it with `distlora cancel {sweep}`"
                 )
             if not waited:
-                show(f"waiting for {holder.host if holder else 'another process'} to leave {sweep} as its {name}\n")
+                show(f"waiting for {holder.host if holder else 'another process'} to release {sweep} as its {name}\n")
                 waited = True
             time.sleep(0.5)
         _write_record(file, {})
@@ -245,7 +246,7 @@ def _lock_record(
         if time.monotonic() > deadline:
             raise UserError(f"{run_dir} already runs on its {nodes} nodes: {hosts}; end the one that is too many")
         if not waited:
-            show(f"waiting for a node to leave: {run_dir} runs on its {nodes} nodes ({hosts})\n")
+            show(f"waiting for a node to stop: {run_dir} runs on all of its {nodes} nodes ({hosts})\n")
             waited = True
         time.sleep(1)
     return None
@@ -273,7 +274,7 @@ def _lock_alone(config: IO[str], run_dir: Path) -> None:
         if is_running or time.monotonic() > began + (LEASE_SECONDS if held else RELEASE_SECONDS):
             raise UserError(f"{run_dir} is already running in another process; wait for it or stop it first")
         if held and not waited:
-            show(f"waiting for {held[0].host} to leave {run_dir}\n")
+            show(f"waiting for {held[0].host} to release {run_dir}\n")
             waited = True
         time.sleep(0.1)
 

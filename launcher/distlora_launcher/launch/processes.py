@@ -126,7 +126,7 @@ class Forwarder:
         self.received: int | None = None
         """The signal that requested a stop, if any."""
         self.killed = False
-        """Whether a second Ctrl-C killed the process."""
+        """True if a second Ctrl-C killed the process."""
         self._interrupts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._deliver: Callable[[int], None] | None = None

@@ -36,7 +36,7 @@ class Rendezvous:
     join_seconds: int
     """Longest wait until all nodes have joined, at the start and after a restart of the workers."""
     is_host: bool | None
-    """Whether this node serves the store; None if all nodes are this host, and the first process serves it."""
+    """True if this node serves the store; None if all nodes are this host, and the first process serves it."""
     address: str
     """Address by which the other nodes reach this one."""
 

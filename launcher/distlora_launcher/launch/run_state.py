@@ -61,7 +61,7 @@ class Ending:
     error: str | None = None
     """Message of the first failure."""
     bad_input: bool = False
-    """Whether the input is at fault."""
+    """True if the input is at fault."""
 
 
 def read_figures(run_dir: Path) -> Figures:

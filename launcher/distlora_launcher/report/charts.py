@@ -50,7 +50,7 @@ class Line:
     """Index into COLOURS."""
     style: Literal["line", "faint", "muted", "line points", "points"] = "line"
     is_named: bool = True
-    """Whether the legend has it."""
+    """True if the legend shows it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

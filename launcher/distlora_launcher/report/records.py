@@ -154,7 +154,7 @@ class Saved:
     step: int | None
     nbytes: int
     is_whole: bool
-    """Whether the save was completed; `distlora verify` checks its bytes."""
+    """True if the save was completed; `distlora verify` checks its bytes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -191,7 +191,7 @@ def read_run(folder: Path) -> RunRecords:
         found.metrics = read_metrics(folder / METRICS_NAME)
     if found.metrics.damaged:
         lines = "a line is" if found.metrics.damaged == 1 else f"{found.metrics.damaged:,} lines are"
-        problems.append(f"{METRICS_NAME}: {lines} no record of a step, and left out")
+        problems.append(f"{METRICS_NAME}: {lines} not a record of a step, and skipped")
     found.plan = _record(folder / PLAN_NAME, _PLAN, problems)
     found.summary = _record(folder / SUMMARY_NAME, _SUMMARY, problems)
     found.data = _record(folder / DATA_NAME, _DATA, problems)
@@ -239,7 +239,7 @@ def _samples(path: Path, problems: list[str]) -> list[Sample]:
         except UserError:
             damaged += number < len(lines) - 1  # The last may be cut off.
     if damaged:
-        problems.append(f"{path.name}: {damaged:,} line{'s are' if damaged > 1 else ' is'} no sample, and left out")
+        problems.append(f"{path.name}: {damaged:,} line{'s are' if damaged > 1 else ' is'} not a sample, and skipped")
     return found
 
 

@@ -39,7 +39,7 @@ class Trial:
     """Overrides of `distlora train`, including the run folder."""
     run_dir: Path
     begun: bool
-    """Whether another worker had the trial before, so that its run folder may exist."""
+    """True if another worker had the trial before, so that its run folder may exist."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class Outcome:
     reason: str | None = None
     """Why it failed or was pruned."""
     is_refused: bool = False
-    """Whether its settings were refused (bad input) before a step."""
+    """True if its settings were refused (bad input) before a step."""
 
 
 class SingleTrialRunner:

@@ -136,7 +136,7 @@ class Study:
         with locked(self._sweep.folder):
             frozen = self._trial(outcome.number)
             if not self._has_claimed(frozen):
-                warn(f"trial {outcome.number} was taken over by another worker; its result here is dropped")
+                warn(f"trial {outcome.number} was taken over by another worker; the result of this worker is dropped")
                 return
             seconds = frozen.user_attrs.get("seconds", 0.0) + outcome.seconds
             self._set(frozen, seconds=seconds, step=outcome.step, owner=None, **figures)

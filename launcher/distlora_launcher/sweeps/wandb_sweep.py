@@ -478,7 +478,7 @@ def check_agent(configs: Sequence[Config]) -> None:
     )
     require(
         configs[0].cluster.launcher != "slurm" or in_job(),
-        f"cluster=slurm would submit a run of the sweep {agent.sweep_id}, which its agent would take for complete; "
+        f"cluster=slurm would submit a run of the sweep {agent.sweep_id}, which its agent would treat as complete; "
         "start the agents in SLURM: distlora sweep agent ENTITY/PROJECT/ID cluster=slurm",
     )
     agent = dataclasses.replace(agent, values={name: parse_value(name, value) for name, value in agent.values.items()})

@@ -102,7 +102,7 @@ class Setup:
     seeds: int
     """Runs of each method at its best learning rate."""
     search: bool
-    """Whether learning rates are searched; else each method has its first one."""
+    """True if learning rates are searched; else each method has its first one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ def test_multi_trial_evaluations_are_separate(prepared: Path) -> None:
         for part in stacks(shares, whole=False):
             factor = torch.cat([torch.full((count, 1), 1 + running[owner]) for owner, count in part.owners])
             losses = factor * torch.where(part.batch.labels >= 0, part.batch.labels, 0).float()
-            for (owner, batch), (_, own) in zip(part.batches_of_owners(), part.of_owners(losses), strict=True):
+            for (owner, batch), (_, own) in zip(part.batches_of_owners(), part.split_by_owner(losses), strict=True):
                 documents[running[owner]].add(batch, own)
     alone = added_up(prepared)
     assert documents[0].record(3, ALONE) == alone

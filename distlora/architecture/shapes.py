@@ -135,12 +135,12 @@ class Asked:
 
 
 @functools.lru_cache(maxsize=16)
-def _adapters(asked: Asked) -> tuple[tuple[Adapter, ...], ...]:
+def _adapters(request: Asked) -> tuple[tuple[Adapter, ...], ...]:
     """Return the adapters of each decoder layer.
 
     Cached: choosing settings of a 405B model would match 882 paths for each of hundreds of plans.
     """
-    shapes, config = asked.shapes, asked.config
+    shapes, config = request.shapes, request.config
     fused = expert_paths(shapes.family)
     found = {
         f"{shapes.family.decoder}.layers.{layer}.{weight.path.removesuffix('.weight')}": (layer, weight)
@@ -159,9 +159,9 @@ def _adapters(asked: Asked) -> tuple[tuple[Adapter, ...], ...]:
 
 
 @functools.lru_cache(maxsize=16)
-def _alike(asked: Asked) -> tuple[tuple[Adapter, int], ...]:
+def _alike(request: Asked) -> tuple[tuple[Adapter, int], ...]:
     kinds: dict[object, list[Adapter]] = {}
-    for block in _adapters(asked):
+    for block in _adapters(request):
         for each in block:
             kinds.setdefault((each.place, each.down, each.up, each.magnitude), []).append(each)
     return tuple((adapters[0], len(adapters)) for adapters in kinds.values())
@@ -211,8 +211,8 @@ def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | 
 
 def sizes_of(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Return the decoder's sizes in config.json, with the defaults of transformers for those it leaves out."""
-    said = {name: value for name, value in text_settings(model, family).items() if value is not None}
-    return _DEFAULTS.get(family.model_type, {}) | said
+    given = {name: value for name, value in text_settings(model, family).items() if value is not None}
+    return _DEFAULTS.get(family.model_type, {}) | given
 
 
 def head_size(sizes: Mapping[str, Any]) -> int:
@@ -239,8 +239,8 @@ class Biases:
     def of(cls, family: Family, sizes: Mapping[str, Any]) -> Biases:
         """Read from `sizes_of`; some families have no biases whatever config.json states."""
         kind = family.model_type
-        asked = bool(sizes.get("attention_bias")) and kind not in ("mistral", "mixtral", "phi3", "qwen2")
-        return cls(qkv=asked or kind == "qwen2", o=asked, mlp=kind == "llama" and bool(sizes.get("mlp_bias")))
+        has_bias = bool(sizes.get("attention_bias")) and kind not in ("mistral", "mixtral", "phi3", "qwen2")
+        return cls(qkv=has_bias or kind == "qwen2", o=has_bias, mlp=kind == "llama" and bool(sizes.get("mlp_bias")))
 
 
 def _linear(path: str, out: int, inner: int, *, bias: bool) -> list[Weight]:
@@ -311,9 +311,9 @@ def scores_at_once(longest: int, groups: int, key_heads: int) -> int:
 
     Beyond _LONGEST tokens a shorter document can have as many as fit, and the longest has a few less.
     """
-    of_head = groups * tile_length(longest, groups) * longest
+    scores_per_head = groups * tile_length(longest, groups) * longest
     most = min(_SCORES, groups * min(_LONGEST, longest) * longest)
-    return max(of_head, most, min(_SCORES, of_head * key_heads))
+    return max(scores_per_head, most, min(_SCORES, scores_per_head * key_heads))
 
 
 def tiles(length: int, tile: int, left: int | None) -> Iterator[tuple[int, int, int]]:

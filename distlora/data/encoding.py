@@ -257,9 +257,9 @@ def read_enough(corpus: Corpus, sources: list[Source], encoders: Encoders, need:
             continue
         first_piece, first_document = corpus.num_pieces, corpus.num_documents
         corpus.append(encoder.encode(batch), number, too_long)
-        lengths, targets, of_document = corpus.pieces_since(first_piece)
+        lengths, targets, piece_documents = corpus.pieces_since(first_piece)
         hashes = hash64((HELD_OUT, need.seed, number), len(batch), start=int(num_documents[number]))
-        trained = ~below(hashes, need.eval_fraction)[of_document - first_document]
+        trained = ~below(hashes, need.eval_fraction)[piece_documents - first_document]
         sizes[number] += targets[trained].sum()
         tokens[number] += lengths[trained].sum()
         batches[number] += 1

@@ -46,35 +46,37 @@ def preference_pair(value: dict[str, Any], place: str, good: str) -> dict[str, A
         check_chat({"messages": _turns(answer, side, place, good), "tools": tools}, f"{place}, {side}", good)
         for side, answer in zip(_SIDES, (chosen, rejected), strict=True)
     ]
-    asked, answers = _asked(prompt, [chat["messages"] for chat in chats], place, good)
-    # What is asked is not trained, the assistant's earlier turns in it included.
-    asked = [message | {"train": False} if message["role"] == "assistant" else message for message in asked]
+    opening, answers = _split_opening(prompt, [chat["messages"] for chat in chats], place, good)
+    # The common opening is not trained, including the assistant's turns in it.
+    opening = [message | {"train": False} if message["role"] == "assistant" else message for message in opening]
     return {
-        side: chat | {"messages": asked + answer} for side, chat, answer in zip(_SIDES, chats, answers, strict=True)
+        side: chat | {"messages": opening + answer} for side, chat, answer in zip(_SIDES, chats, answers, strict=True)
     }
 
 
-def _asked(prompt: Any, answers: list[list[Any]], place: str, good: str) -> tuple[list[Any], list[list[Any]]]:
+def _split_opening(prompt: Any, answers: list[list[Any]], place: str, good: str) -> tuple[list[Any], list[list[Any]]]:
     """(messages of the prompt, those of each answer behind it).
 
     A prompt beside whole conversations is one that these begin with, or, as a string, only a copy of one's text.
     """
     if isinstance(prompt, (list, dict)) or (prompt and all(answer[0]["role"] == "assistant" for answer in answers)):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        asked = check_chat({"messages": _turns(messages, "prompt", place, good)}, f"{place}, prompt", good)["messages"]
-        if not all(answer[: len(asked)] == asked for answer in answers):
-            return asked, answers
+        opening = check_chat({"messages": _turns(messages, "prompt", place, good)}, f"{place}, prompt", good)[
+            "messages"
+        ]
+        if not all(answer[: len(opening)] == opening for answer in answers):
+            return opening, answers
     elif prompt is not None and not isinstance(prompt, str):
         raise UserError(f"{place}: 'prompt' is {kind_name(prompt)}, neither a string nor a list of messages; {good}")
     else:
         same = itertools.takewhile(lambda both: both[0] == both[1], zip(*answers, strict=False))
-        asked = [first for first, _ in same]
-    if not asked:
+        opening = [first for first, _ in same]
+    if not opening:
         raise UserError(
             f"{place}: the two conversations have no message in common and there is no 'prompt', so the prompt is "
             f"unknown; name its column with data.columns={{prompt: NAME}}. {good}"
         )
-    return asked, [answer[len(asked) :] for answer in answers]
+    return opening, [answer[len(opening) :] for answer in answers]
 
 
 def _common_text(chosen: str, rejected: str, place: str, good: str) -> tuple[str, str, str]:

@@ -36,7 +36,7 @@ class Stack(NamedTuple):
     owners: list[tuple[int, int]]
     """(trial, its rows), from the first row on; a trial may come several times."""
 
-    def of_owners(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def split_by_owner(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(trial, its part) of a number for each row, (B,), or of several, (B, ...)."""
         if len(self.owners) == 1:
             return iter([(self.owners[0][0], rows)])
@@ -45,7 +45,7 @@ class Stack(NamedTuple):
 
     def batches_of_owners(self) -> Iterator[tuple[int, MicroBatch]]:
         """(trial, its rows)."""
-        for parts in zip(*(self.of_owners(column) for column in self.batch[:4]), strict=True):
+        for parts in zip(*(self.split_by_owner(column) for column in self.batch[:4]), strict=True):
             yield parts[0][0], MicroBatch(*(part for _, part in parts))
 
 
@@ -168,21 +168,21 @@ class StepLoader:
     def batch(self, step: int) -> StepBatch:
         """Return this rank's micro-batches of step `step` (from 0; epochs follow each other without end)."""
         assert step >= 0, f"step {step}"
-        of_step = self._rows_of_step(step)
+        step_rows = self._rows_of_step(step)
         own = self.rows_of_ranks(step)[:, self.rank]
         return StepBatch(
             micro_batches=[self._assemble(indices) for indices in own],
-            global_rows=len(of_step),
-            global_targets=int(self.rows.targets[of_step].sum(dtype=np.int64)),
-            global_pairs=int(self.rows.pairs[of_step].sum(dtype=np.int64)),
+            global_rows=len(step_rows),
+            global_targets=int(self.rows.targets[step_rows].sum(dtype=np.int64)),
+            global_pairs=int(self.rows.pairs[step_rows].sum(dtype=np.int64)),
             rows=tuple(own.reshape(-1).tolist()),
         )
 
     def rows_of_ranks(self, step: int) -> np.ndarray:
         """Return the rows of all ranks in a step: (accumulation, world, micro_batch) int64, -1 for an empty row."""
-        of_step = self._rows_of_step(step)
+        step_rows = self._rows_of_step(step)
         slots = np.full((self.accumulation, self.world, self.micro_batch), EMPTY, np.int64)
-        slots.reshape(-1)[: len(of_step)] = of_step
+        slots.reshape(-1)[: len(step_rows)] = step_rows
         return slots
 
     def _rows_of_step(self, step: int) -> np.ndarray:

@@ -300,10 +300,10 @@ def count_sources(
     counts: dict[str, Any], corpus: Corpus, sources: list[Source], used: np.ndarray, wanted: np.ndarray | None
 ) -> None:
     """Add `sources`, one entry for each: where it is, what of it is used, and its share of the trained targets."""
-    of_piece, targets, lengths = corpus.sources[corpus.documents], corpus.targets, corpus.lengths
+    piece_sources, targets, lengths = corpus.sources[corpus.documents], corpus.targets, corpus.lengths
     counts["sources"] = []
     for number, source in enumerate(sources):
-        own = of_piece == number
+        own = piece_sources == number
         ours = int((targets * used)[own].sum())
         counts["sources"].append(
             {

@@ -235,8 +235,8 @@ def _split_lines(data: DataConfig, seed: int, split: SplitSample, *, is_train: b
             until_all = data.stopping_strategy == "all_exhausted"
             everything, ended = np.ones(corpus.num_documents, bool), np.ones(len(samples), bool)
             used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=seed)
-        of_piece = corpus.sources[corpus.documents]
-        targets = np.bincount(of_piece, weights=corpus.targets * used, minlength=len(samples))
+        piece_sources = corpus.sources[corpus.documents]
+        targets = np.bincount(piece_sources, weights=corpus.targets * used, minlength=len(samples))
         yield "fraction of the trained tokens" + ("" if whole else " in the documents read")
         for number, sample in enumerate(samples):
             note = f" (wanted {wanted[number]:.1%})" if wanted is not None else ""

@@ -228,14 +228,14 @@ class TurnFinder:
         messages, place = document.value["messages"], document.place
         tools = document.value.get("tools") or None
         self.template.check_tools(place, messages, tools)
-        of_assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        assistant_messages = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [index for index, message in enumerate(messages) if self._is_wanted(place, index, message)]
         if self._train_on == "all":
-            chosen = [index for index in of_assistant if index not in wanted]
+            chosen = [index for index in assistant_messages if index not in wanted]
         else:
-            chosen = [index for index in of_assistant if index in wanted]
+            chosen = [index for index in assistant_messages if index in wanted]
             if self._train_on == "last":
-                chosen = [index for index in chosen if index == of_assistant[-1]]
+                chosen = [index for index in chosen if index == assistant_messages[-1]]
             if chosen:  # Nothing is learned from what follows, and a template may rewrite the turn because of it.
                 messages = messages[: chosen[-1] + 1]
         marked = self.template.is_marked(tools)
@@ -259,16 +259,16 @@ class TurnFinder:
 
     def _by_marks(self, place: str, messages: list[Message], tools: Any, chosen: list[int]) -> tuple[str, list[Turn]]:
         text, spans = self.template.render_marked(place, messages, tools)
-        of_assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(spans) > len(of_assistant):  # A turn may be marked in parts: its thoughts, its words.
+        assistant_messages = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(spans) > len(assistant_messages):  # A turn may be marked in parts: its thoughts, its words.
             spans = _merged(spans)
-        if len(spans) != len(of_assistant):
+        if len(spans) != len(assistant_messages):
             raise UserError(
                 f"{place}: {self.template.name} marks {len(spans)} parts with {{% generation %}} for "
-                f"{len(of_assistant)} turns of the assistant; mark each turn once, or choose another data.template"
+                f"{len(assistant_messages)} turns of the assistant; mark each turn once, or set another data.template"
             )
         turns = []
-        for index, (start, end) in zip(of_assistant, spans, strict=True):
+        for index, (start, end) in zip(assistant_messages, spans, strict=True):
             if index in chosen:
                 turns.append(Turn(message=index, start=_after_prompt(text, self.template.prompt, start, end), end=end))
         return text, turns

@@ -346,8 +346,8 @@ class _Attend(torch.autograd.Function):
                 total = weights.sum(-1, dtype=torch.float32)
                 attended = torch.bmm(weights, values[heads, tile.keys])
                 torch.div(work.by_group(attended), work.by_group(total[..., None]), out=outputs[heads, :, tile.queries])
-                of_tile = sums[:, :, document][heads, :, tile.queries]
-                torch.add(work.by_group(most), work.by_group(total.log2_()), alpha=1 / scale, out=of_tile)
+                tile_result = sums[:, :, document][heads, :, tile.queries]
+                torch.add(work.by_group(most), work.by_group(total.log2_()), alpha=1 / scale, out=tile_result)
         ctx.save_for_backward(query, key, value, output, sums)
         ctx.bounds, ctx.scale, ctx.left = bounds, scale, left
         return output
@@ -376,8 +376,8 @@ class _Attend(torch.autograd.Function):
                 torch._softmax_backward_data(d_scores, weights, -1, d_scores.dtype, grad_input=d_scores)
                 d_values[heads, tile.keys] += torch.bmm(weights.transpose(1, 2), d_rows[..., :-EXTRA])
                 d_keys[heads, tile.keys] += torch.bmm(d_scores.transpose(1, 2), rows[..., :-EXTRA])
-                of_tile = work.by_group(torch.bmm(d_scores, seen[..., :-EXTRA]))
-                torch.mul(of_tile, plain, out=d_queries[place])
+                tile_result = work.by_group(torch.bmm(d_scores, seen[..., :-EXTRA]))
+                torch.mul(tile_result, plain, out=d_queries[place])
             torch.mul(d_keys.transpose(0, 1), plain, out=d_key[document])
             d_value[document].copy_(d_values.transpose(0, 1))
         return d_query, d_key, d_value, None, None, None

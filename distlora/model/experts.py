@@ -131,8 +131,10 @@ class ExpertWeight(Adapted, FrozenTensor):
             self.check_alone()
             return ExpertAdapter(a, b, pairs[0].scaling)
         numbers = {pair.slot: number for number, pair in enumerate(pairs)}
-        of_users = tuple(numbers.get(slot, -1) for slot in slots)
-        choice = ExpertChoice(of_users, tuple(pair.scaling for pair in pairs), tuple(pair.rank for pair in pairs))
+        numbers_by_user = tuple(numbers.get(slot, -1) for slot in slots)
+        choice = ExpertChoice(
+            numbers_by_user, tuple(pair.scaling for pair in pairs), tuple(pair.rank for pair in pairs)
+        )
         return ExpertAdapter(a, b, choice)
 
 
@@ -166,8 +168,8 @@ class Experts(nn.Module):
         if context.rows.adapters is not None:
             slots = tuple(sorted({pair.slot for weight in weights_of for pair in weight.pairs}))
         if slots:
-            of_rows = context.chosen(slots)
-            adapters = (of_rows.repeat_interleave(hidden_states.shape[0] // of_rows.shape[0]), len(slots))
+            slot_of_row = context.chosen(slots)
+            adapters = (slot_of_row.repeat_interleave(hidden_states.shape[0] // slot_of_row.shape[0]), len(slots))
         sizes = [size for weight in weights_of for size in weight.shape[1:]]
         on_host = not runs_grouped(hidden_states, *sizes, num_groups=num_experts * (len(slots) + 1))
         routing = Routing.of(choices, num_experts, on_host=on_host, adapters=adapters)

@@ -101,8 +101,8 @@ class LossHead(nn.Module):
         if reference is None:
             return losses if by_token else losses.sum(dim=1)
         with torch.no_grad():
-            of_reference = self._losses(reference, labels)
-        return torch.stack([losses, of_reference])
+            reference_losses = self._losses(reference, labels)
+        return torch.stack([losses, reference_losses])
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return (B, T) fp32 losses of each token, 0 without a label."""
@@ -164,7 +164,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, labels: Tensor, rows: Tensor | None, head: LossHead, tokens_per_chunk: int
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
-        losses, of_columns = [], []
+        losses, column_parts = [], []
         fused = head.cross_entropy if head.takes_cross_entropy else None
         for part, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
             if fused is not None:  # One copy of a chunk's logits, in the compute dtype.
@@ -180,20 +180,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
                     loss.sum(), [leaf] if columns is None else [leaf, columns]
                 )
                 out.copy_(leaf_gradient)
-            of_columns += column_gradients
+            column_parts += column_gradients
             losses.append(loss.detach())
-        ctx.save_for_backward(gradient, *(() if rows is None else (hidden, torch.cat(of_columns))))
+        ctx.save_for_backward(gradient, *(() if rows is None else (hidden, torch.cat(column_parts))))
         return torch.cat(losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, *of_rows = ctx.saved_tensors
+        gradient, *row_tensors = ctx.saved_tensors
         weights = grad_losses[:, None]
         rows = None
-        if of_rows:
-            hidden, of_columns = of_rows
-            rows = weighted_sum(of_columns * weights, hidden)
+        if row_tensors:
+            hidden, column_parts = row_tensors
+            rows = weighted_sum(column_parts * weights, hidden)
         return (gradient * weights).to(gradient.dtype), None, rows, None, None
 
 

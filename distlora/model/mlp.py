@@ -188,7 +188,7 @@ class _Tiles(torch.autograd.Function):
         ctx.kept = None  # Autograd runs no backward of _Keep's, which would free it.
         needs_hidden, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         wanted = [parameter for parameter, need in zip(ctx.parameters, needs, strict=True) if need]
-        of_hidden = torch.empty_like(hidden) if needs_hidden else None
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         totals: list[Tensor] = []
         for part in parts_of(hidden.shape[1], ctx.tile):
             tokens = hidden[:, part].detach().requires_grad_(needs_hidden)
@@ -196,12 +196,12 @@ class _Tiles(torch.autograd.Function):
                 output = ctx.run(tokens, part.start)
             leaves = [tokens, *wanted] if needs_hidden else wanted
             gradients = list(torch.autograd.grad(output, leaves, gradient[:, part]))
-            if of_hidden is not None:
-                of_hidden[:, part] = gradients.pop(0)
+            if hidden_gradient is not None:
+                hidden_gradient[:, part] = gradients.pop(0)
             totals = (
                 gradients
                 if not totals
                 else [total.add_(gradient) for total, gradient in zip(totals, gradients, strict=True)]
             )
         remaining = iter(totals)
-        return (of_hidden, None, None, None, *(next(remaining) if need else None for need in needs))
+        return (hidden_gradient, None, None, None, *(next(remaining) if need else None for need in needs))

@@ -115,7 +115,7 @@ class Watch:
         self._store = self._connect()
         self._heard = time.monotonic()
         """Time of the store's last answer."""
-        self._ended, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
+        self._ended, self._requested, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._answer: list[Position | None] = []
         self._raises_alarm = False
         self._alarmed = threading.Event()
@@ -163,10 +163,10 @@ class Watch:
             self._store.set(_ALARM, str(self.rank))
         if self._store.get(_ALARM):
             self._alarmed.set()
-        if self._asked.is_set():
+        if self._requested.is_set():
             texts = [self._store.get(str(rank)) for rank in range(self.world)]
             self._answer = [Position(**json.loads(text)) if text else None for text in texts]
-            self._asked.clear()
+            self._requested.clear()
             self._answered.set()
         self._heard = time.monotonic()
 
@@ -222,7 +222,7 @@ class Watch:
     def _ask(self) -> list[Position | None] | None:
         """Return each rank's last position, None for a rank without one; None if the store does not answer."""
         self._answered.clear()
-        self._asked.set()
+        self._requested.set()
         return self._answer if self._answered.wait(max(5 * self._beat_seconds, 1.0)) else None
 
     def _own_place(self) -> str:

@@ -102,10 +102,10 @@ class Trainer:
         watch.at(next(iter(unread)).done, "reading figures")
         sums = self.backend.sum_over_ranks(torch.cat([losses.flatten() for losses, _ in unread.values()]))
         values = torch.cat([sums, *(norms for _, norms in unread.values())]).tolist()
-        of_sums, of_norms = iter(values[: len(sums)]), iter(values[len(sums) :])
+        all_sums, all_norms = iter(values[: len(sums)]), iter(values[len(sums) :])
         for trial, (losses, norms) in unread.items():
-            rows = [list(itertools.islice(of_sums, losses.shape[1])) for _ in range(losses.shape[0])]
-            self._do(trial, functools.partial(trial.log, rows, list(itertools.islice(of_norms, len(norms)))))
+            rows = [list(itertools.islice(all_sums, losses.shape[1])) for _ in range(losses.shape[0])]
+            self._do(trial, functools.partial(trial.log, rows, list(itertools.islice(all_norms, len(norms)))))
 
     def _do(self, trial: Trial, action: Callable[[], None]) -> None:
         action()
@@ -147,7 +147,7 @@ class Trainer:
             self.control.boundary(step, "forward of micro-batch", index + 1, long=self._is_cold)
             losses = trials[0].objective.losses(self.model, part.batch, self.backend.ranks.device, part.step)
             figures.append(losses.figures)
-            for owner, rows in part.of_owners(losses.rows):
+            for owner, rows in part.split_by_owner(losses.rows):
                 row_losses[owner].append(rows.detach())
             watch.at(step, "backward of micro-batch", index + 1, long=self._is_cold)
             self.backend.backward(*mean_losses(part, losses.rows, units), last=index == len(parts) - 1)
@@ -194,7 +194,7 @@ class Trainer:
                     # The first batch may compile and allocate memory.
                     self.control.boundary(step, "evaluation, batch", index + 1, long=index == 0)
                     losses = objective.losses(self.model, part.batch, device, None)
-                    for owner, rows in part.of_owners(losses.rows):
+                    for owner, rows in part.split_by_owner(losses.rows):
                         totals[running[owner]] += torch.cat([rows.sum()[None], losses.figures])
                     _note_documents([trials[number] for number in running], part, losses)
         sums = self.backend.sum_over_ranks(totals).tolist()
@@ -207,7 +207,7 @@ def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> Non
     if all(trial.documents is None for trial in trials):
         return
     assert losses.units is not None, "an evaluation"
-    for (owner, batch), (_, units) in zip(part.batches_of_owners(), part.of_owners(losses.units), strict=True):
+    for (owner, batch), (_, units) in zip(part.batches_of_owners(), part.split_by_owner(losses.units), strict=True):
         if (documents := trials[owner].documents) is not None:
             documents.add(batch, units)
 
@@ -215,7 +215,7 @@ def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> Non
 def mean_losses(part: Stack, rows: Tensor, units: Sequence[int]) -> list[Tensor]:
     """Return each trial's contribution to its step's loss, from the rows' loss sums (B,); 0 without rows here."""
     sums: list[Tensor | None] = [None] * len(units)
-    for owner, losses in part.of_owners(rows):
+    for owner, losses in part.split_by_owner(rows):
         loss, before = losses.sum() / units[owner], sums[owner]
         sums[owner] = loss if before is None else before + loss
     return [rows.new_zeros(()) if loss is None else loss for loss in sums]

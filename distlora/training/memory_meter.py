@@ -428,10 +428,10 @@ class MemoryCheck:
             self.warning = f"WARNING: the memory of this step was not measured on rank {failed[0]}; its log says why"
             return
         assert self._meter.memory is not None
-        of_worst = self._worst(self._meter.memory)
-        self.figures, self.warning = measured.figures(of_worst, self._plan), measured.warning(of_worst, self._plan)
+        worst = self._worst(self._meter.memory)
+        self.figures, self.warning = measured.figures(worst, self._plan), measured.warning(worst, self._plan)
 
-    def of_step(self, step: int) -> dict[str, int]:
+    def step_figures(self, step: int) -> dict[str, int]:
         """Return the metrics if they belong to this step, counted from 0."""
         return self.figures if step == self._step else {}
 
@@ -445,5 +445,5 @@ class MemoryCheck:
         ranks = self._gather([memory.peak, _PARTS.index(memory.part), *(memory.by_kind.get(kind, 0) for kind in KINDS)])
         rank = max(range(len(ranks)), key=lambda index: ranks[index][0])
         peak, part, *kinds = ranks[rank]
-        of_worst = {kind: nbytes for kind, nbytes in zip(KINDS, kinds, strict=True) if nbytes}
-        return MeasuredRank(rank=rank, peak=peak, by_kind=of_worst, part=_PARTS[part])
+        worst = {kind: nbytes for kind, nbytes in zip(KINDS, kinds, strict=True) if nbytes}
+        return MeasuredRank(rank=rank, peak=peak, by_kind=worst, part=_PARTS[part])

@@ -150,11 +150,11 @@ _SETTINGS = (
 def _settings(result: Result) -> Iterator[tuple[str, str]]:
     values = settings_by_name(result.config)
     for name, value in values.items():
-        of_adapter = name.startswith(("adapter.", "optim.loraplus"))
+        is_adapter_setting = name.startswith(("adapter.", "optim.loraplus"))
         is_unset = value is None or value is False or value in ([], (), {})
         if is_unset or not (name in _SETTINGS or name.startswith(("adapter.", "optim."))):
             continue
-        if of_adapter and result.adapter is None and name != "adapter.method":
+        if is_adapter_setting and result.adapter is None and name != "adapter.method":
             continue
         if isinstance(value, (list, tuple)):
             value = f"{len(value)} entries" if len(value) > 16 else ", ".join(map(str, value))

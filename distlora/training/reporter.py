@@ -246,8 +246,8 @@ def _keep_steps(path: Path, start_step: int, per_step: int = 1) -> list[dict[str
         step = entry.get("step") if isinstance(entry, dict) else None
         if isinstance(step, int) and start_step > 0 and step <= start_step:
             lines.append((line.decode("utf-8") + "\n", entry))
-    of_last = sum(entry["step"] == start_step for _, entry in lines)
+    num_last = sum(entry["step"] == start_step for _, entry in lines)
     # Earlier steps are complete, with as many lines as there were prompts then.
-    kept = [(text, entry) for text, entry in lines if entry["step"] < start_step or of_last >= per_step]
+    kept = [(text, entry) for text, entry in lines if entry["step"] < start_step or num_last >= per_step]
     atomic_io.write_text(path, "".join(text for text, _ in kept))
     return [entry for _, entry in kept]

@@ -271,10 +271,10 @@ class Trial:
         shared = dict(self._shared_figures(interval, self.step_traffic, seconds))
         names = ("loss", *self.objective.figures)
         for index in range(min(updates + 1, len(means))):
-            of_step = dict(zip(names, means[index], strict=True))
-            figures = {**of_step, "lr": interval.rates[index], "grad_norm": norms[index], **shared}
+            step_means = dict(zip(names, means[index], strict=True))
+            figures = {**step_means, "lr": interval.rates[index], "grad_norm": norms[index], **shared}
             if self.memory is not None:
-                figures |= self.memory.of_step(interval.first_step + index)
+                figures |= self.memory.step_figures(interval.first_step + index)
             self.reporter.log(interval.first_step + index + 1, figures)
         if updates < len(means):
             self._stop_non_finite(interval.steps[updates].row_losses, means[updates][0], norms[updates])

@@ -98,7 +98,7 @@ def _padded(adapter: ExpertAdapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]
         return F.pad(a, (0, 0, 0, missing)).contiguous(), F.pad(b, (0, missing)).contiguous()
     rank = _rank(choice)
     groups_a, groups_b = [a.new_zeros(a.shape[0], rank, a.shape[2])], [b.new_zeros(*b.shape[:2], rank)]
-    for number in choice.of_users:
+    for number in choice.numbers_by_user:
         if number < 0:
             groups_a.append(groups_a[0])
             groups_b.append(groups_b[0])
@@ -119,9 +119,11 @@ def _without_padding(sums: Tensor, adapter: ExpertAdapter, rank_dim: int) -> Ten
     choice = adapter.scale
     if not isinstance(choice, ExpertChoice):
         return sums.narrow(rank_dim, 0, adapter.a.shape[1])
-    by_user = sums.unflatten(0, (-1, len(choice.of_users) + 1)).unbind(1)[1:]
+    by_user = sums.unflatten(0, (-1, len(choice.numbers_by_user) + 1)).unbind(1)[1:]
     parts = {
-        n: part.narrow(rank_dim, 0, choice.ranks[n]) for part, n in zip(by_user, choice.of_users, strict=True) if n >= 0
+        n: part.narrow(rank_dim, 0, choice.ranks[n])
+        for part, n in zip(by_user, choice.numbers_by_user, strict=True)
+        if n >= 0
     }
     return torch.cat([parts[number] for number in range(len(choice.ranks))], dim=rank_dim)
 
@@ -132,6 +134,6 @@ def _gated(xa: Tensor, adapter: ExpertAdapter, routing: Routing) -> Tensor:
     if not isinstance(choice, ExpertChoice):
         return (xa * choice).to(xa.dtype)
     assert routing.users is not None
-    scales = tuple(0.0 if number < 0 else choice.scales[number] for number in choice.of_users)
+    scales = tuple(0.0 if number < 0 else choice.scales[number] for number in choice.numbers_by_user)
     by_row = on_device((*scales, 0.0), xa.device)[routing.users.of_rows]  # The last is for no adapter (-1).
     return (xa * by_row[:, None]).to(xa.dtype)

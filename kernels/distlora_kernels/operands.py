@@ -265,7 +265,7 @@ class Routing(NamedTuple):
 class ExpertChoice(NamedTuple):
     """The adapters of an expert weight if tokens choose: side by side in the rows of each a and columns of b."""
 
-    of_users: tuple[int, ...]
+    numbers_by_user: tuple[int, ...]
     """Adapter index at this weight of each adapter number of the tokens; -1 for none."""
     scales: tuple[float, ...]
     ranks: tuple[int, ...]
@@ -290,7 +290,7 @@ class ExpertAdapter(NamedTuple):
             return
         assert routing.users is not None
         for user, run in routing.users.runs(expert):
-            number = choice.of_users[user] if user >= 0 else -1
+            number = choice.numbers_by_user[user] if user >= 0 else -1
             yield (run, None, 0.0) if number < 0 else (run, choice.columns(number), choice.scales[number])
 
 

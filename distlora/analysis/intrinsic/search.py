@@ -89,16 +89,16 @@ def settle(
 
     Returns every dimension whose mean was requested.
     """
-    asked = []
+    candidates = []
     high, low = ends.high, ends.low
     for outwards, limit, dimension in ((factor, most, high), (1 / factor, least, low)):
         while dimension is not None:
-            asked.append(dimension)
+            candidates.append(dimension)
             if (mean_share(dimension) >= share) == (outwards > 1) or dimension == limit:
                 break
             moved = max(round(dimension * outwards), dimension + 1) if outwards > 1 else int(dimension * outwards)
             dimension = min(max(moved, least), most)
-    return asked
+    return candidates
 
 
 def side(shares: Mapping[int, Sequence[float]], share: float) -> str:

@@ -88,24 +88,24 @@ def _weights(found: Mapping[str, Any]) -> Table:
 
 def reading(found: Mapping[str, Any]) -> list[str]:
     """Return the totals of each run, and what limits them."""
-    said = []
+    sentences = []
     for side in (side for side in SIDES if side in found):
         run, values = found["runs"][side], found[side]["overall"]
         counts = [f"{counted(values['counts'][f'{limit:g}'])} below {limit:g}" for limit in found["thresholds"]]
-        said.append(
+        sentences.append(
             f"{run['name']} ({run['method']}): dW is {percent(values['relative_norm'])} of the weights' norm, of "
             f"effective rank {number(values['effective_rank'])} in the mean. Of the first {found['top']} singular "
             f"vectors of each of {values['weights']:,} matrices, {values['vectors']:,} together, the intruders are "
             f"{', '.join(counts)}."
         )
         if run["rounded"]:
-            said.append(
+            sentences.append(
                 f"The weights of {run['name']} are read as {run['rounded']}, so its dW holds their rounding too, which "
                 "has no rank: take effective ranks with care."
             )
     if found["left_out"]:
-        said.append(f"{found['left_out']:,} weights that only the first changed are left out.")
-    return said
+        sentences.append(f"{found['left_out']:,} weights that only the first changed are left out.")
+    return sentences
 
 
 NOTES = """**What is measured.** dW is W' - W; W is the weight as training held it (of a 4-bit base: dequantized).

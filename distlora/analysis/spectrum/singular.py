@@ -218,15 +218,15 @@ def bounded(before_OI: Tensor, known: Singular, after: Singular, thresholds: Seq
     def undecided(columns: Tensor) -> Tensor:
         return torch.stack([(lower < t) & (upper >= t) for t in thresholds]).any(dim=0)[columns]
 
-    asked = torch.arange(len(lower), device=lower.device)
-    asked = asked[undecided(asked)]
-    if len(asked):
-        start_OK, missed = in_range(before_OI, base_OR, rest_OK[:, asked], known.values[0])
+    candidates = torch.arange(len(lower), device=lower.device)
+    candidates = candidates[undecided(candidates)]
+    if len(candidates):
+        start_OK, missed = in_range(before_OI, base_OR, rest_OK[:, candidates], known.values[0])
         spread = Spread(before_OI, base_OR, start_OK, missed, ended=ENDED * float(known.values[0]) ** 2)
-        while spread.steps < STEPS and bool(undecided(asked).any()):
+        while spread.steps < STEPS and bool(undecided(candidates).any()):
             spread.go_on(2 * spread.steps or 8)
-            remaining = torch.maximum(top.values[asked], spread.largest_component())
-            upper[asked] = torch.minimum(upper[asked], remaining + error[asked])
+            remaining = torch.maximum(top.values[candidates], spread.largest_component())
+            upper[candidates] = torch.minimum(upper[candidates], remaining + error[candidates])
     return Similarity(after.values, lower, upper, index[top.indices])
 
 

@@ -104,9 +104,9 @@ def compared(
         delta = largest(change.delta(), rank)
     if len(theirs.values) < rank:
         theirs = largest(other.delta(), rank)
-    of_theirs = entry["against"]["delta"]
-    dense = other.delta() if of_theirs["rank"] is None else None
-    return angles(delta, theirs, rank, of_theirs["norm"], dense)
+    other_delta = entry["against"]["delta"]
+    dense = other.delta() if other_delta["rank"] is None else None
+    return angles(delta, theirs, rank, other_delta["norm"], dense)
 
 
 @torch.no_grad()

@@ -214,7 +214,7 @@ def main(request: CombineRequest) -> int:
 
     def work() -> int:
         found = run(request)
-        print(told(request, found))
+        print(summary_line(request, found))
         what = "an adapter in PEFT's format" if request.onto is None else f"the merged model in {request.dtype}"
         print(f"wrote {request.out}: {what}, and {RECORD_NAME}")
         return DONE
@@ -265,7 +265,7 @@ def _share(energy: float, dropped: float) -> float:
     return math.sqrt(dropped / energy) if energy > 0 else 0.0
 
 
-def told(request: CombineRequest, found: Mapping[str, Any]) -> str:
+def summary_line(request: CombineRequest, found: Mapping[str, Any]) -> str:
     """Return the result for the terminal."""
     rows = [("adapter", "weight", "base held in")]
     rows += [(m.place, f"{m.weight:g}", m.quant or "unknown") for m in request.members]

@@ -180,11 +180,11 @@ def main(request: EvaluateRequest) -> int:
 def shown(figures: Mapping[str, Any]) -> Table:
     """Return the table of the figures."""
     if "harness" in figures:
-        return of_tasks(figures)
-    return of_draft(figures) if "draft" in figures else measured_table(figures)
+        return tasks_table(figures)
+    return draft_table(figures) if "draft" in figures else measured_table(figures)
 
 
-def of_tasks(figures: Mapping[str, Any]) -> Table:
+def tasks_table(figures: Mapping[str, Any]) -> Table:
     """Return one line per task and metric and one column per model.
 
     Paired differences to the first model are in brackets.
@@ -210,7 +210,7 @@ def _of_metric(value: Mapping[str, Any]) -> str:
     return f"{cell} ({value['difference']:+.4f}" + ("" if error is None else f" +- {error:.4f}") + ")"
 
 
-def of_draft(figures: Mapping[str, Any]) -> Table:
+def draft_table(figures: Mapping[str, Any]) -> Table:
     """Return the figures of the target alone and with the draft."""
     rows = [["", "tokens", "seconds", "tokens/s", "forwards of the target", "tokens a forward", "of the draft"]]
     for name in ("alone", "with draft"):

@@ -40,7 +40,7 @@ def check_model(model: Mapping[str, Any], place: object) -> None:
     if activation != "silu":
         raise UserError(
             f"{place}: hidden_act={activation!r}, and llama.cpp computes silu for every {model_type}, whatever is "
-            "asked; write --format hf"
+            "requested; write --format hf"
         )
     for rope in (model.get("rope_scaling"), model.get("rope_parameters")):
         _check_rope(rope if isinstance(rope, Mapping) else {}, model_type, place)
@@ -141,10 +141,10 @@ class Format:
     suffix: str = ""
     """Suffix of a single file; "" for a folder."""
 
-    def dtype_for(self, trained: Trained, asked: str | None) -> str | None:
+    def dtype_for(self, trained: Trained, requested: str | None) -> str | None:
         """Return the dtype to use; None if there is no choice."""
-        if asked is not None or not self.dtypes:
-            return asked
+        if requested is not None or not self.dtypes:
+            return requested
         return self.dtypes[0] if self.default is None else self.default(trained)
 
 

@@ -308,16 +308,16 @@ def for_full_fine_tuning() -> Iterator[None]:
 
 
 def settle(request: intrinsic.IntrinsicRequest, out: Path) -> None:
-    """Make the folder, or go on in it. Raises UserError where it holds what was asked otherwise, or is finished."""
-    asked = out / intrinsic.REQUEST_NAME
+    """Make the folder, or continue in it. Raises UserError for a finished analysis and for one with other options."""
+    request_file = out / intrinsic.REQUEST_NAME
     if (out / intrinsic.RESULT_NAME).exists():
         raise UserError(f"{shown(out)} holds a finished analysis; remove it, or name another folder with --out")
-    if asked.is_file():
-        if asked.read_text(encoding="utf-8") != to_json(request):
+    if request_file.is_file():
+        if request_file.read_text(encoding="utf-8") != to_json(request):
             raise UserError(
-                f"{shown(out)} holds an analysis with other options ({shown(asked)}); continue it with that command, "
+                f"{shown(out)} holds an analysis with other options ({shown(request_file)}); use those, "
                 "remove the folder, or name another one with --out"
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    atomic_io.write_text(asked, to_json(request))
+    atomic_io.write_text(request_file, to_json(request))

@@ -179,12 +179,12 @@ def check_unchanged(folder: str | None, known: str | None) -> None:
         )
 
 
-def quant_of(members: Sequence[Member], asked: Literal["nf4", "none"] | None) -> Literal["nf4", "none"]:
+def quant_of(members: Sequence[Member], requested: Literal["nf4", "none"] | None) -> Literal["nf4", "none"]:
     """Return the quantization of the base, as in training."""
     trained = sorted({member.quant for member in members if member.quant is not None})
-    if asked is None and len(trained) > 1:
+    if requested is None and len(trained) > 1:
         raise UserError(
             f"the runs held their base as {' and as '.join(trained)}, and what these adapters add depends on that; "
             "write --quant nf4 or --quant none for the base of the result"
         )
-    return asked or ("none" if trained == ["none"] else "nf4")
+    return requested or ("none" if trained == ["none"] else "nf4")

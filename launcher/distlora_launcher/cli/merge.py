@@ -125,5 +125,7 @@ def rows_in_time(trained: Trained) -> int:
     """Return the rows to measure where none are named, for two models of 2 operations per weight and token."""
     if gpu_count() > 0:
         return MOST_ROWS
-    of_row = 2 * 2 * num_weights(trained) * max(0 if trained.data is None else trained.data.sequence_length, 256)
-    return max(1, min(MOST_ROWS, int(HOST_OPERATIONS / of_row)))
+    operations_per_row = (
+        2 * 2 * num_weights(trained) * max(0 if trained.data is None else trained.data.sequence_length, 256)
+    )
+    return max(1, min(MOST_ROWS, int(HOST_OPERATIONS / operations_per_row)))

@@ -73,9 +73,9 @@ def write(out: Path, page: str) -> None:
 def standing(status: Status) -> PageStatus:
     """Return the state that the page shows, with the commands to type next."""
     failed = status.ending.error if status.state == "failed" else None
-    said = "has failed" if failed is not None else headline(status)
+    sentence = "has failed" if failed is not None else headline(status)
     error = failed if status.damaged is None else status.damaged
-    return PageStatus(state=status.state, headline=said, error=error, commands=_commands(status))
+    return PageStatus(state=status.state, headline=sentence, error=error, commands=_commands(status))
 
 
 def _commands(status: Status) -> tuple[tuple[str, str], ...]:

@@ -77,7 +77,7 @@ class Status:
     damaged: str | None = None
     """Reason why the settings cannot be read; then all that depends on them is None."""
     unknown: str | None = None
-    """Why SLURM could not be asked; then the rest comes from the run folder."""
+    """Reason why SLURM did not answer; then the rest comes from the run folder."""
 
     @property
     def next(self) -> str | None:
@@ -126,20 +126,20 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def statuses(folder: Path) -> list[Status]:
-    """Return the state of the run in a folder, or of the runs in it. SLURM is asked once per job or array.
+    """Return the state of the run in a folder, or of the runs in it. SLURM is queried once per job or array.
 
     Raises UserError for a folder that holds neither.
     """
     runs = run_folders(folder)
     submissions = {run: read_submission(run) for run in runs}
-    asked = {submission.array for submission in submissions.values() if submission is not None}
+    arrays = {submission.array for submission in submissions.values() if submission is not None}
     # A task is found by its array, which a single run need not ask for as a whole.
     ids = {submission.job_id for submission in submissions.values() if submission is not None}
     jobs: dict[str, Job] = {}
     unknown = None
-    for asked_id in sorted(asked if len(runs) > 1 else ids):
+    for queried_id in sorted(arrays if len(runs) > 1 else ids):
         try:
-            jobs |= scheduler.find_jobs(asked_id)
+            jobs |= scheduler.find_jobs(queried_id)
         except SchedulerError as error:
             unknown = str(error)
     found = []

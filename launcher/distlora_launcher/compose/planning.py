@@ -174,7 +174,7 @@ def devices() -> tuple[tuple[str, int], ...] | None:
     words = None if visible is None else _listed(visible)
     if words == []:
         return ()
-    gpus = _asked()
+    gpus = _query_gpus()
     if not gpus:
         return None if gpu_count() else ()
     used = _visible(gpus, words)
@@ -194,7 +194,7 @@ class _Gpu:
     is_sliced: bool
 
 
-def _asked() -> list[_Gpu] | None:
+def _query_gpus() -> list[_Gpu] | None:
     """Return the GPUs of this node in bus order; None if nvidia-smi is missing or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:

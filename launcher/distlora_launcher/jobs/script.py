@@ -104,7 +104,7 @@ def _fill(
 
     nodes = "one node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
     processes = "one process" if cluster.gpus_per_node == 1 else f"{cluster.gpus_per_node} processes"
-    of_each = " on each" if cluster.nodes > 1 else ""
+    per_node = " on each" if cluster.nodes > 1 else ""
     output = f"{folder}".replace("%", "%%") + f"/{log}"
     files = resources.files("distlora_launcher.slurm")
     environment = jinja2.Environment(
@@ -115,7 +115,7 @@ def _fill(
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template(template).render(
-        title=f"distlora: {_one_line('name', name)}, {what}on {nodes}, {processes}{of_each}.",
+        title=f"distlora: {_one_line('name', name)}, {what}on {nodes}, {processes}{per_node}.",
         script=shlex.quote(str(folder / SCRIPT_NAME)),
         options=[*_options(name, cluster, gpus, tasks, output), *cluster.sbatch],
         port=cluster.port,

@@ -346,11 +346,11 @@ def parse_agents(arguments: Sequence[str]) -> tuple[AgentsRequest, int | None, A
     workers = values.get("sweep.workers", 1)
     if not isinstance(workers, int) or workers < 1:
         raise UserError(f"sweep.workers={workers} is not a number of agents; set sweep.workers=2")
-    of_cluster = [word for word in overrides if word.startswith("cluster")]
-    cluster = build(ClusterConfig, compose_section("cluster", of_cluster), prefix="cluster.")
+    cluster_overrides = [word for word in overrides if word.startswith("cluster")]
+    cluster = build(ClusterConfig, compose_section("cluster", cluster_overrides), prefix="cluster.")
     folder = Path(str(values.get("run_dir", agent_runs_folder(sweeps[0].rpartition("/")[2])))).expanduser().absolute()
     request = AgentsRequest(
-        sweep=sweeps[0], folder=folder, count=options.count, workers=workers, cluster=tuple(of_cluster)
+        sweep=sweeps[0], folder=folder, count=options.count, workers=workers, cluster=tuple(cluster_overrides)
     )
     return request, options.index, cluster
 

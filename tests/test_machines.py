@@ -320,7 +320,7 @@ def test_one_command_on_two_machines_is_one_run(parallel: str, folders: Path, tm
     assert [machine.wait() for machine in machines[1:]] == [0, 0], [machine.says() for machine in machines]
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert sum("preparing the data" in machine.says() for machine in machines[1:]) == 1
-    copies = "2 copies of the base, each sharded over 2 ranks"
+    copies = "2 replicas of the base, each sharded over 2 ranks"
     assert sum(copies in machine.says() for machine in machines[1:]) == (parallel == "hsdp")
     again = Machine(command, tmp_path / "again")
     assert again.wait() == 2

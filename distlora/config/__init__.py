@@ -159,8 +159,8 @@ class Config:
         for setting, is_set in partial.items():  # One process copies the weights of a layer while all of it runs.
             require(
                 not is_set,
-                f"{setting} recomputes a part of a block, and adapter=full trains weights that are copied for a "
-                "whole one; set train.checkpointing=block without train.mlp_tile, or adapter=lora",
+                f"{setting} recomputes part of a layer, and adapter=full gathers the weights of whole layers; set"
+                " train.checkpointing=block without train.mlp_tile, or adapter=lora",
             )
         default, lora_only = AdapterConfig(), {*AdapterConfig.__dataclass_fields__} - _OF_ANY_METHOD
         without_effect = {

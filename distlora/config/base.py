@@ -172,7 +172,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         require_choices("adapter", self)
-        require(self.r > 0, f"adapter.r={self.r} is not a rank; set adapter.r=1 or more (16 is the usual start)")
+        require(self.r > 0, f"adapter.r={self.r} is not a valid rank; set adapter.r=1 or more (16 is a common start)")
         require_positive("adapter", self, "lora_alpha")
         check_init(self.init)
         require(

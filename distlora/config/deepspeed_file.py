@@ -84,7 +84,7 @@ _ZERO_WITHOUT_EFFECT = _words(
 )
 _OFFLOAD_WITHOUT_EFFECT = frozenset({"buffer_count", "buffer_size", "max_in_cpu", "nvme_path"})
 
-_OURS = "distlora has a setting of its own for it"
+_OURS = "distlora has its own setting for it"
 _NO_ENGINE = "DeepSpeed's engine does not run"
 
 
@@ -95,10 +95,10 @@ def _by_key(table: Mapping[tuple[str, str], str]) -> dict[str, tuple[str, str]]:
 
 _REFUSED = _by_key(
     {
-        ("the adapters' optimizer is distlora's own", "optim=adamw and optim.lr"): "optimizer",
+        ("distlora has its own optimizer", "optim=adamw and optim.lr"): "optimizer",
         (_OURS, "optim.schedule and optim.warmup_ratio"): "scheduler",
         (
-            "what is computed in is train.dtype, and DeepSpeed would round the fp32 scales of packed weights",
+            "train.dtype sets the compute dtype, and DeepSpeed would round the fp32 scales of quantized weights",
             "train.dtype=bf16",
         ): "fp16 bf16 bfloat16 amp torch_autocast data_types communication_data_type keep_in_fp32_modules",
         (_OURS, "train.global_batch and train.micro_batch"): """train_batch_size train_micro_batch_size_per_gpu
@@ -117,15 +117,15 @@ _REFUSED = _by_key(
 """Key: (why not, what to write on distlora's command line instead)."""
 _ZERO_REFUSED = _by_key(
     {
-        ("the optimizer is distlora's own, over adapters alone", "optim=paged_adamw"): """offload_optimizer zenflow
+        ("distlora has its own optimizer, for adapters only", "optim=paged_adamw"): """offload_optimizer zenflow
             cpu_offload""",
-        ("DeepSpeed has given it up", "parallel.offload_base=true"): "cpu_offload_param cpu_offload_use_pin_memory",
+        ("DeepSpeed has deprecated it", "parallel.offload_base=true"): "cpu_offload_param cpu_offload_use_pin_memory",
         ("what is gathered together is a decoder layer", ""): """module_granularity_threshold leaf_module
             use_all_reduce_for_fetch_params""",
         ("it keeps a second copy of the base", "parallel=fsdp2"): "zero_hpz_partition_size",
         ("the base is in 4 bits already, and its bytes would be rounded as numbers", "quant=nf4"): """
             zero_quantized_weights zero_quantized_nontrainable_weights""",
-        ("gradients are the adapters' alone, and summed exactly", ""): "zero_quantized_gradients",
+        ("there are only gradients of adapters, and they are summed exactly", ""): "zero_quantized_gradients",
     }
 )
 _DONE = ("stage", _OFFLOAD, *_COUNTS, *_SWITCHES)
@@ -272,7 +272,7 @@ class _Reader:
                 reason, instead = refused[name]
                 if not _is_off(value) and not (name == "zero_hpz_partition_size" and value == 1):
                     told = f" and write {instead}" if instead else ""
-                    raise self.refusal(prefix + key, value, f"{reason}; take it out of the file{told}")
+                    raise self.refusal(prefix + key, value, f"{reason}; remove it from the file{told}")
             elif name in without_effect:
                 if not _is_off(value):
                     self.without_effect.append(prefix + key)

@@ -51,7 +51,7 @@ def describe(
         )
     if backend.shards.copies > 1:
         reporter.event(
-            f"{backend.shards.copies:,} copies of the base, each sharded over {backend.shards.count:,} ranks; only "
+            f"{backend.shards.copies:,} replicas of the base, each sharded over {backend.shards.count:,} ranks; only "
             "gradients travel between copies"
         )
         split = backend.shards.split_copies(cluster.gpus_per_node)

@@ -72,7 +72,7 @@ class SpectrumArguments(Named):
 
     Prints the singular values of the update dW, its effective rank, its norm per layer and linear, and the intruder
     dimensions (arXiv 2410.21228): singular vectors among the first K of W + dW that no singular vector of W resembles.
-    FOLDER gets a report, a plot and JSON. Weights are read one at a time. A 4096 x 4096 matrix needs about 0.6 GB of
+    FOLDER gets a report, a plot and JSON. Weights are read one at a time. A 4096 x 4096 matrix needs about 0.7 GB of
     memory; a dense dW (full fine-tuning, DoRA) needs twice as much.
 
     example: distlora analyze spectrum runs/lora --against runs/full

@@ -30,7 +30,7 @@ def main() -> int:
         settings = dict(word.partition("=")[::2] for word in sys.argv[2:])
         run_dir = Path(settings["run_dir"])
         if settings.get("name") == "refused":
-            print("error: adapter.r=0 is not a rank; set adapter.r=1", file=sys.stderr)
+            print("error: adapter.r=0 is not a valid rank; set adapter.r=1", file=sys.stderr)
             return 2
         (run_dir / "logs").mkdir(parents=True)
         (run_dir / "config.yaml").write_text(json.dumps(settings))

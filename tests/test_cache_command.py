@@ -83,8 +83,8 @@ def test_clear_removes_what_is_named_and_nothing_else(cache: Path, capsys: pytes
     [
         (["clear"], "no entry is named; write an ENTRY of `distlora cache list`, --older-than DAYS, or --all"),
         (["clear", "aaaa"], "aaaa begins the names of 2 entries"),
-        (["clear", ""], "'' is too little to tell what to remove"),
-        (["clear", "bbb"], "'bbb' is too little to tell what to remove"),
+        (["clear", ""], "'' is too short; write 4 digits or more"),
+        (["clear", "bbb"], "'bbb' is too short; write 4 digits or more"),
         (["clear", "org/larg"], "did you mean 'org/large'"),
         (["clear", "--all", "aaaa1"], "--all removes every entry"),
         (["clear", "--older-than", "-1"], "is not a valid number of days"),

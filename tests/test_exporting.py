@@ -307,7 +307,7 @@ def test_bad_export_options_are_refused(
         assert says in capsys.readouterr().err, arguments
     monkeypatch.setattr("distlora_launcher.cli.export.available_bytes", lambda: 10**8)
     assert main(["export", run_dir, "--format", "hf"]) == 2
-    assert "about 1.0 GB, the model in fp32, and 0.1 GB can be had here; add --no-check" in capsys.readouterr().err
+    assert "about 1.0 GB, the model in fp32, and 0.1 GB are available; add --no-check" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["export", run_dir, "--format", "bnb"]) == 2
     cure = "`pip install 'distlora[demo]'`, or add --no-check"

@@ -307,7 +307,7 @@ def test_truncated_settings_are_refused(place: Path) -> None:
     borders = [at for at in range(1, len(whole)) if whole[at - 1 : at] == b"\n"]
     assert len(borders) > 80
     for end in borders:
-        with damaged(path, whole[:end]), pytest.raises(UserError, match=r"is cut off|is damaged|must be|is not set"):
+        with damaged(path, whole[:end]), pytest.raises(UserError, match=r"is truncated|is damaged|must be|is not set"):
             load_config(place / "run")
     assert load_config(place / "run") == config
 

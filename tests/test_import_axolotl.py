@@ -386,7 +386,7 @@ def test_dpo_data_sets_and_losses_that_ours_has_not_are_named(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"rl": "kto"}, "rl=kto: of preference and reinforcement learning distlora has DPO alone"),
+        ({"rl": "kto"}, "rl=kto: distlora supports only DPO"),
         ({"rl": "dpo", "adapter": None, "load_in_4bit": False}, "rl=dpo without an adapter"),
         ({"reward_model": True}, "reward_model=True"),
         ({"adapter": "llama-adapter"}, "adapter=llama-adapter"),
@@ -413,7 +413,7 @@ def test_what_cannot_be_imported_is_refused(given: dict[str, Any], expected: str
         (["axolotl", "absent.yml"], "No such file"),
         (["unsloth", "x.yml"], "cannot import 'unsloth'"),
         (["axolotl", "{file}", "--processes", "0"], "--processes 0"),
-        (["axolotl", "{tools}", "--processes", "3"], "no multiple of 2"),
+        (["axolotl", "{tools}", "--processes", "3"], "not a multiple of 2"),
         (["axolotl", "{file}", "--out", "x.yaml"], "a folder named recipe"),
         (["axolotl", "{file}", "--out", "recipe/x y.yaml"], "cannot follow recipe="),
         (["axolotl", "{file}", "--out", "recipe/qlora.yaml"], "distlora's own recipe"),
@@ -448,7 +448,7 @@ def test_a_file_that_is_no_configuration_is_refused(text: str, expected: str, tm
 def test_settings_that_do_not_go_together_are_refused_by_file(tmp_path: Path) -> None:
     file = tmp_path / "x.yml"
     file.write_text(yaml.safe_dump(LEAST | {"streaming": True}))
-    with pytest.raises(UserError, match=r"x\.yml asks for what distlora refuses: .*train\.max_steps"):
+    with pytest.raises(UserError, match=r"x\.yml has settings that distlora refuses: .*train\.max_steps"):
         main(["axolotl", str(file)])
 
 

@@ -220,7 +220,7 @@ def test_nothing_is_left_of_a_run_whose_data_cannot_be_prepared(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ([], "and by default it has the time in its name, which differs between the 2 machines (cluster.nodes); add "),
+        ([], "and by default it has the time in its name, which differs between the 2 nodes (cluster.nodes); add "),
         (["run_dir=runs/a", "-m"], "-m with cluster=torchrun over 2 nodes (cluster.nodes): the nodes would not run"),
         (["run_dir=runs/a", "cluster.rdzv_endpoint=no.such.host.invalid:29500"], "cannot resolve the host no.such."),
     ],

@@ -128,7 +128,7 @@ def test_a_local_run_is_found_by_who_holds_it_and_asked_to_stop(
     assert text.startswith(f"run is running on {host_name()} (pid {holder.pid})\nstep      4 of 12 (33%), 16 s left")
     assert "loss 2.6000  held-out 2.5000  256 tok/s" in text
     assert main(["cancel", str(run)]) == 0
-    assert "asked run to save and stop" in capsys.readouterr().out
+    assert "run is saving and stopping" in capsys.readouterr().out
     assert holder.wait(timeout=10) == 75
     assert status(run, capsys)["state"] == "ended"
     assert not (run / "machines").exists()
@@ -181,7 +181,7 @@ def test_a_process_that_has_taken_the_pid_of_a_runs_is_not_ended(
 def test_the_later_of_a_stop_and_a_failure_is_how_a_run_ended(run: Path, capsys: pytest.CaptureFixture[str]):
     trained(run, 4)
     stopped(run, 4, ago=60)
-    assert said(run, capsys).startswith("run has stopped after step 4, which is saved (asked to by SIGUSR1, 60 s ago)")
+    assert said(run, capsys).startswith("run has stopped after step 4, which is saved (on SIGUSR1, 60 s ago)")
     failed(run, ago=30)
     found = status(run, capsys)
     assert (found["state"], found["stopped"]) == ("failed", None)

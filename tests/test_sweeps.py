@@ -376,7 +376,7 @@ def test_trials_that_fail_are_recorded_with_their_reason_and_the_others_run(tmp_
     assert (fine.step, fine.trainable_parameters, fine.peak_memory_bytes) == (4, 12, 34)
     assert "the loss is nan in step 2" in str(trials["diverges"].reason)
     assert "CUDA out of memory" in str(trials["takes_too_much"].reason)
-    assert trials["refused"].reason == "adapter.r=0 is not a rank; set adapter.r=1"
+    assert trials["refused"].reason == "adapter.r=0 is not a valid rank; set adapter.r=1"
     assert trials["is_killed"].reason == "its launcher was killed by SIGKILL"
     assert trials["diverges_at_the_end"].reason == "its last eval_loss is not finite"
     assert trials["diverges_at_the_end"].value is None
@@ -515,7 +515,7 @@ def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
         (["sweep.seed=3", "optim.lr=1,2"], "sweep.seed has no effect with sweep=grid"),
         (["sweep=grid,random", "optim.lr=1,2"], "a sweep has one value of it"),
         (["-m", "optim.lr=1,2"], "distlora sweep runs several without it"),
-        (["data.sequence_length=64", "adapter.r=8,0"], "adapter.r=0 is not a rank"),
+        (["data.sequence_length=64", "adapter.r=8,0"], "adapter.r=0 is not a valid rank"),
         (["optim.lr=1e-4,2e-4", "data.eval_fraction=0"], "needs held-out documents"),
     ],
 )

@@ -162,8 +162,8 @@ def start_as_agent(monkeypatch: pytest.MonkeyPatch, place: Path, values: dict[st
 @pytest.mark.parametrize(
     ("values", "words", "said"),
     [
-        ({"optim.lr": 5.0}, ["optim.lr=1e-3"], "optim.lr is 0.001 by this command, and the sweep s1 asks for 5.0"),
-        ({"adapter.r": 4}, [], "adapter.r is 16 by this command, and the sweep s1 asks for 4"),
+        ({"optim.lr": 5.0}, ["optim.lr=1e-3"], "optim.lr is 0.001 by this command, and the sweep s1 requests 5.0"),
+        ({"adapter.r": 4}, [], "adapter.r is 16 by this command, and the sweep s1 requests 4"),
         ({"quant": "nf4"}, ["quant=nf4"], "in place of the whole section quant"),
     ],
 )

@@ -26,7 +26,7 @@ _ARGUMENT: dict[str, tuple[str, int]] = {
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes and calls of this thread's collectives, by kind (gathered, scattered, reduced, broadcast) and by ranks.
+    """Bytes and calls of this thread's collectives, by type (gathered, scattered, reduced, broadcast) and by ranks.
 
     Use it as a context manager. On a CPU backward runs in the calling thread, so its collectives are counted too.
     Raises NotImplementedError for an unknown collective.
@@ -39,7 +39,7 @@ class Collectives(TorchDispatchMode):
         self.calls: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def of(self, kind: str) -> int:
-        """Return the bytes of a kind over all groups of ranks."""
+        """Return the bytes of a type over all groups of ranks."""
         return sum(nbytes for (name, _), nbytes in self.nbytes.items() if name == kind)
 
     def __torch_dispatch__(

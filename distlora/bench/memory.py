@@ -1,4 +1,4 @@
-"""Measure the memory of training steps by category beside the plan: random Llamas on the ranks of this machine.
+"""Measure the memory of training steps by category beside the plan: random Llamas on the ranks of this node.
 
 Each step is real: random weights are written, loaded, sharded and trained with an adapter on every linear; the second
 step is measured (distlora/training/memory_meter.py). The plan must be within 1 % of what persists from step to step,

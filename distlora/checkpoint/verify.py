@@ -187,7 +187,7 @@ def _checkpoints(run_dir: Path, config: Config | None) -> Iterator[Item]:
 def _check_state(folder: Path, config: Config | None, data: Mapping[str, Any], base: str | None) -> None:
     """Raise UserError if a whole checkpoint contradicts its name, the config, data.json (`data`) or the base.
 
-    `base`: the base's identity; None if it is not on this machine.
+    `base`: the base's identity; None if it is not on this node.
     """
     state = load_state(folder)
     if state.progress.step != step_of(folder):

@@ -313,7 +313,7 @@ class QuantConfig:
     already; a disk that is full or cannot be written is said and ends nothing. With quant=none it has no effect, as the
     next two."""
     cache_dir: str = field(default_factory=lambda: cache_place("quantized"))
-    """Folder of the cache: on a disk that all machines share, or one of each machine. `distlora cache list` has it. One
+    """Folder of the cache: on a disk that all nodes share, or node-local. `distlora cache list` has it. One
     for each user: in one of several, what a user reads of another's does not count as used, and what is another's
     stays, whatever cache_gb says."""
     cache_gb: float | None = 200.0

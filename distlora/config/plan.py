@@ -141,7 +141,7 @@ class PlanConfig:
     """Refuse a run that does not fit by calculation; false: say so and start it all the same, as what has run before
     and saved something is."""
     measure: bool = True
-    """Measure the memory of one early step by kind, and say where it is over 5 % from the plan."""
+    """Measure the memory of one early step by category, and log where it differs by over 5 % from the plan."""
     tokens: int | None = None
     """Tokens of the whole run, for its hours and their cost, where train.max_steps does not say how long it is: of data
     that is not prepared yet nobody knows."""

@@ -29,7 +29,7 @@ class SweepConfig:
     seed: int = 0
     """Seed of the search. The trials' seed is train.seed."""
     workers: int = 1
-    """Trials, or packs of them, that run at once: on one machine with an equal share of its GPUs each, with
+    """Trials, or packs of them, that run at once: on one node with an equal number of its GPUs each, with
     cluster=slurm each a task of an array."""
     packed: int | Literal["auto"] = 1
     """Trials that share one copy of the base, each row of a batch with the adapter of its own trial; `auto`: as many as

@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOPPED_NAME = "stopped.json"
 """File in RUN about a requested stop: `{step, checkpoint, signal, time}`."""
 PID_DIR = "DISTLORA_PID_DIR"
-"""Environment variable: a folder of this machine where each worker leaves its pid, as rank_<k>.pid."""
+"""Environment variable: a folder of this node where each worker leaves its pid, as rank_<k>.pid."""
 
 _request: int | None = None
 

@@ -24,7 +24,7 @@ COLUMNS = 16
 
 
 def unsupported_reason(key_heads: int, size: int) -> str | None:
-    """Return why this machine cannot attend with heads of this size; None if it can."""
+    """Return why this node cannot attend with heads of this size; None if it can."""
     if not native.library().attends():
         return "this processor has no AVX512-BF16"
     if size % COLUMNS:

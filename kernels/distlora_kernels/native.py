@@ -1,4 +1,4 @@
-"""Compile elementwise.cpp and attention.cpp for this machine and load them. Imports no torch.
+"""Compile elementwise.cpp and attention.cpp for this node and load them. Imports no torch.
 
 Each process compiles for itself (2.3 CPU seconds) into a folder that is removed once the library is loaded: no
 executable file stays where another user, or a machine with another processor, could have left it.
@@ -44,7 +44,7 @@ def compiler() -> list[str] | None:
 
 
 def unavailable_reason() -> str | None:
-    """Return why this machine cannot compile; None if it can."""
+    """Return why this node cannot compile; None if it can."""
     if sys.platform != "linux":
         return f"compiled CPU kernels need Linux; this is {sys.platform}"
     if compiler() is not None:

@@ -301,7 +301,7 @@ class Turn:
     peak: int
     """Peak anonymous memory of a process; on a GPU the peak that torch allocated."""
     moved: dict[str, int] | None
-    """Bytes of a process' collectives by kind, if they were counted."""
+    """Bytes of a process' collectives by type, if they were counted."""
 
 
 class Processes:
@@ -436,7 +436,7 @@ class Measured:
     peak: int = 0
     """Peak bytes of all turns, warm-up included."""
     moved: dict[str, int] | None = None
-    """Bytes of a process' collectives in one step, by kind."""
+    """Bytes of a process' collectives in one step, by type."""
 
     def add(self, turn: Turn) -> None:
         """Add the losses and the peak of a turn."""

@@ -159,7 +159,7 @@ class CombineRequest:
 def find_member(place: str, weight: float, base: str | None = None) -> Member:
     """Return the adapter at `place`: a run's result, a PEFT folder inside a run, or an adapter without a run.
 
-    `base` is the base of an adapter that names none on this machine. Raises UserError for a folder that is none of
+    `base` is the base of an adapter that names none on this node. Raises UserError for a folder that is none of
     these, has nothing trained yet, or holds no plain LoRA or DoRA.
     """
     folder = Path(place).expanduser().absolute()

@@ -68,7 +68,7 @@ def collect(result: Result, *, repository: str, base: str | None) -> dict[str, b
 
 
 def own_files(files: dict[str, bytes | Path]) -> dict[str, bytes | Path]:
-    """Return `files`. Raises UserError for a link, which could publish any file of this machine."""
+    """Return `files`. Raises UserError for a link, which could publish any file of this node."""
     for path in files.values():
         if isinstance(path, Path) and path.is_symlink():
             raise UserError(

@@ -163,7 +163,7 @@ def split(word: str) -> tuple[str, float]:
 
 
 def local_base(model: str) -> str:
-    """--model, on this machine."""
+    """Return the folder of --model on this node."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
         path = Path(localize(ModelConfig(path=place_of(model))).path).expanduser().absolute()
     require(path.is_dir(), f"--model={model} does not exist; name one in Hugging Face format, or a model on the hub")

@@ -86,7 +86,7 @@ def checked(options: ExportArguments) -> tuple[ExportRequest, Trained]:
 
 
 def require_client(request: ExportRequest, trained: Trained) -> None:
-    """Refuse a check that this machine cannot do. Raises UserError."""
+    """Refuse a check that this node cannot do. Raises UserError."""
     form = FORMATS[request.format]
     for package in form.packages:
         require_package(package, f"--format={request.format}")

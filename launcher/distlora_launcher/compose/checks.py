@@ -72,7 +72,7 @@ def check(config: Config, *, new_run: bool) -> None:
     try:
         if new_run and not config.cluster.on_each_node:
             check_run_dir(Path(config.run_dir))
-        if config.cluster.launcher != "slurm":  # The machine that submits says nothing of those that will run.
+        if config.cluster.launcher != "slurm":  # The node that submits may differ from those that run.
             check_machine(config.cluster, config.parallel, config.optim, config.train)
         check_parallel(config.parallel, config.cluster.ranks)
         check_model(config)

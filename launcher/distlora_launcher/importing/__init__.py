@@ -103,7 +103,7 @@ def check_place(out: Path) -> None:
 def check_composes(text: str, source: Path, *, starts_from_adapter: bool) -> None:
     """Compose the recipe as `distlora train` would. Raises UserError for settings that do not go together.
 
-    The adapter that it may start from is left aside: it need not be on this machine.
+    The adapter that it may start from is left aside: it need not be on this node.
     """
     from distlora_launcher.compose.compose import compose_config
 

@@ -151,7 +151,7 @@ def check_shell(setup: Sequence[str], script: str) -> None:
     try:
         read = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=30)
     except FileNotFoundError:
-        return  # It is for the machines that have SLURM.
+        return  # It is for nodes that have SLURM.
     if read.returncode != 0:
         reason = "; ".join(line.removeprefix("bash: ") for line in read.stderr.splitlines())
         raise UserError(

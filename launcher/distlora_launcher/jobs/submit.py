@@ -234,7 +234,7 @@ def run_step(run_dir: Path) -> int:
     with forwarding() as requests:
         process = subprocess.Popen(["bash", "-c", os.environ[STEP]], env=environment, start_new_session=True)
         time.sleep(LOST_SECONDS)
-        # srun hands USR1 on to every machine; of TERM it would end itself.
+        # srun forwards USR1 to every node; TERM would end srun itself.
         requests.attach(process, lambda _: process.send_signal(signal.SIGUSR1))
         code = process.wait()
         requests.detach()

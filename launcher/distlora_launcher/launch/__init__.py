@@ -1,1 +1,1 @@
-"""The processes of a run: who runs it, its workers, where machines meet, what they died of."""
+"""The processes of a run: the lock, the workers, the rendezvous of nodes, failures."""

@@ -353,7 +353,7 @@ def run_several(worker: str, request: Any, processes: int) -> int:
 
 
 def check_processes(processes: int) -> None:
-    """Refuse a number of processes that this machine has no GPUs for."""
+    """Refuse a number of processes that this node has no GPUs for."""
     require(processes > 0, f"--processes={processes} is not a valid number of processes; write 1 or more")
     available = gpu_count()
     require(

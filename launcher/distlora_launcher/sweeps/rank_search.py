@@ -12,7 +12,7 @@ drawn, not tokens, since a document's tokens are not independent; both runs' los
 since a hard document is hard for both. The bootstrap does not show how runs differ by seed.
 
 SWEEP/rank_search.json keeps what is decided once, when the search is made: memory that is available later, or on
-another machine, changes nothing, and reading a sweep needs no model.
+another node, changes nothing, and reading a sweep needs no model.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_a_file_for_transformers_says_how_to_gather_and_what_has_no_effect_is_na
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"optimizer": {"type": "AdamW"}}, r"ds\.json: optimizer=.*distlora's own.*optim=adamw"),
+        ({"optimizer": {"type": "AdamW"}}, r"ds\.json: optimizer=.*distlora has its own optimizer.*optim=adamw"),
         ({"bf16": {"enabled": True}}, r"bf16=.*fp32 scales.*train\.dtype=bf16"),
         ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps=4: .*train\.micro_batch"),
         ({"zero_optimisation": {}}, r"no such setting \(did you mean 'zero_optimization'\?\)"),
@@ -65,7 +65,7 @@ def test_a_file_for_transformers_says_how_to_gather_and_what_has_no_effect_is_na
         ),
         (
             {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 1, "max_live_parameters": 2}},
-            r"\.max_live_parameters=2: stage3_max_live_parameters says it too; take one of them out",
+            r"\.max_live_parameters=2: stage3_max_live_parameters sets it too; remove one of them",
         ),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "in 4 bits already"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "second copy"),

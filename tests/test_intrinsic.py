@@ -326,7 +326,7 @@ def test_what_cannot_be_is_refused_by_name(
         main(asked)  # The second goes on.
     assert [to_json(request) for request in handed] == [(tmp_path / "out" / REQUEST_NAME).read_text()] * 2
     assert main([*asked, "--steps", "7"]) == 2
-    assert "out holds an analysis that was asked otherwise" in capsys.readouterr().err
+    assert "out holds an analysis with other options" in capsys.readouterr().err
     (tmp_path / "out" / RESULT_NAME).write_text("{}")
     assert main(asked) == 2
     assert "out holds a finished analysis" in capsys.readouterr().err

@@ -387,7 +387,11 @@ def test_a_machines_ranks_are_a_copy_and_a_resume_on_others_is_refused_by_the_wo
     "setting", [{"backend": "zero3"}, {"resident_blocks": 2}, {"resident_blocks": "auto"}], ids=str
 )
 def test_what_gathers_is_refused_where_every_rank_has_the_base_whole(tmp_path: Path, setting: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"has no effect with parallel.shard_degree=1, where every rank holds the full base"):
+    with pytest.raises(
+        UserError,
+        match=r"has no effect with parallel.shard_degree=1, where every rank holds the "
+        r"full base",
+    ):
         config_for(tmp_path, cluster={"gpus_per_node": 2}, parallel=setting | {"shard_degree": 1})
     machines = {"launcher": "torchrun", "nodes": 2, "gpus_per_node": 1, "rdzv_endpoint": "here:29500"}
     with pytest.raises(

@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["adapter.modules_to_save=[embed_tokens]", "adapter.trainable_token_indices=[3]"],
         ["leave it out of one of them"],
     ),
-    "paged moments on a CPU": (nothing, ["optim=paged_adamw_8bit"], ["shows no GPU", "optim.name=adamw_8bit"]),
+    "paged moments on a CPU": (nothing, ["optim=paged_adamw_8bit"], ["has no GPU", "optim.name=adamw_8bit"]),
     "more resident blocks than there are": (
         nothing,
         ["parallel.resident_blocks=33", "cluster.gpus_per_node=2"],

@@ -289,8 +289,8 @@ def test_a_merge_that_cannot_be_measured_says_so_or_is_refused(
     assert command([*foreign, "--compare"]) == 2
     assert "add --text FILE" in capsys.readouterr().err
     for words, reason in (
-        (["--no-measure", "--rows", "3"], "--rows says what is measured"),
-        (["--no-measure", "--processes", "2"], "--processes says"),
+        (["--no-measure", "--rows", "3"], "--rows has no effect"),
+        (["--no-measure", "--processes", "2"], "--processes has no effect"),
         (["--rows", "0"], "--rows=0"),
     ):
         assert command(["merge", str(run_dir), "--out", out, *words]) == 2

@@ -188,7 +188,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"of_a_later_peft": 3}, "of_a_later_peft=3 is not supported"),
     ({"r": "8"}, "r is '8', not an integer"),
     ({"lora_alpha": None}, "lora_alpha is None, not a number"),
-    ({"rank_pattern": {"q_proj(": 2}}, r"q_proj\(.* is no regular expression"),
+    ({"rank_pattern": {"q_proj(": 2}}, r"q_proj\(.* is not a valid regular expression"),
     ({"target_modules": None}, "target_modules=None names nothing"),
     ({"target_modules": ["k_proj"]}, r"target_modules=\['k_proj'\] names nothing"),
 ]

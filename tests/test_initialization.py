@@ -444,7 +444,7 @@ def test_missing_damaged_or_foreign_initial_adapter_is_refused(
 REFUSALS: list[tuple[list[str], str]] = [
     (["adapter.init=pisa"], r"adapter.init='pisa' is not one of kaiming, .*did you mean 'pissa'"),
     (["adapter.init=pissa_niter_0"], "adapter.init='pissa_niter_0' names no number .*pissa_niter_4, or pissa"),
-    (["adapter.init=loftq", "quant=none"], "adapter.init=loftq .* quant=none loses nothing; set quant=nf4"),
+    (["adapter.init=loftq", "quant=none"], "adapter.init=loftq .* quant=none has none; set quant=nf4"),
     (["adapter=full", "quant=none", "+adapter.init=pissa"], "adapter.init has no effect with adapter=full"),
     (["adapter.init=pissa", "adapter.r=97"], r"needs 97 singular values of .*, which has (48|96) .*; set adapter.r="),
     (["adapter.init=loftq", "+adapter.rank_pattern.k_proj=49"], r"needs 49 .*k_proj, which has 48 .*rank_pattern"),

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from distlora.system import host_memory
-from distlora_launcher.cli import cache, data
 from distlora_launcher.cli.analyze import ANALYSES
 from distlora_launcher.cli.bench import BENCHES
+from distlora_launcher.cli.cache import ACTIONS as CACHE_ACTIONS
+from distlora_launcher.cli.data import ACTIONS as DATA_ACTIONS
 from distlora_launcher.cli.main import COMMANDS, main
 from distlora_launcher.demo.corpus import Corpus
 from distlora_launcher.demo.run import base_folder
@@ -72,6 +73,21 @@ def test_help_lists_every_command_and_imports_neither_torch_nor_hydra():
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert text.endswith("set()\n")
     assert all(f"\n  {name} " in text for name in COMMANDS)
+
+
+SUBJECTS = {"analyze": ANALYSES, "bench": BENCHES, "cache": CACHE_ACTIONS, "data": DATA_ACTIONS, "sweep": ["agent"]}
+COMMAND_LINES = [*COMMANDS, *(f"{name} {subject}" for name, subjects in SUBJECTS.items() for subject in subjects)]
+
+
+def test_each_command_shows_an_example_and_names_the_nearest_option(capsys: pytest.CaptureFixture[str]):
+    for line in COMMAND_LINES:
+        assert main([*line.split(), "--help"]) == 0
+        assert re.search(rf"(?i)examples?:\s+distlora {line}\b", capsys.readouterr().out), line
+        offline = ["--offline"] if line == "bench kernels" else []
+        assert main([*line.split(), *offline, "--hepl"]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert re.match(r"error: .*--hepl.* \(did you mean '--help'\?\)", captured.err), line
 
 
 def test_checking_and_planning_import_neither_torch_nor_transformers(place: Path):

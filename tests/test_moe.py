@@ -80,7 +80,7 @@ def test_presets_and_target_parameters_choose_experts_and_never_a_router(
     for adapter, expected in SELECTED:
         model = build_run_model(config_for(folder_of(name), adapter={"r": 4, **adapter}))
         assert {path.rpartition(".")[2] for path, _ in model.adapted_weights()} == expected
-        assert "routers have none and stay as they are" in next(describe_experts(model))
+        assert "routers have none and are frozen" in next(describe_experts(model))
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -88,8 +88,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt-oss", {"target_modules": r".*\.router"}, r"matches nothing .* Routers are not trained"),
     ("mixtral", {"target_parameters": ["experts.gate_proj"]}, r"no weight of the experts is named 'experts.gate_proj'"),
     ("mixtral", {"target_modules": ["q_proj", "w1"]}, r"experts are fused weights: set adapter.target_par"),
-    ("qwen3-moe", {"lora_dropout": 0.1}, r"lora_dropout=0.1 has no place in adapters"),
-    ("qwen3-moe", {"use_dora": True}, r"use_dora=true has no place in adapters of experts"),
+    ("qwen3-moe", {"lora_dropout": 0.1}, r"lora_dropout=0.1 is not supported for adapters"),
+    ("qwen3-moe", {"use_dora": True}, r"use_dora=true is not supported for adapters of experts"),
     ("llama", {"target_parameters": ["mlp.experts.down_proj"]}, r"names weights of experts, and llama has none"),
 ]
 

@@ -174,7 +174,10 @@ def test_memory_of_a_block_that_stays_is_watched(world: World, folders: Path, tm
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"parallel": {"resident_blocks": -1}}, "resident_blocks=-1 is no number of blocks; set it to 0 or more, or"),
+        (
+            {"parallel": {"resident_blocks": -1}},
+            "resident_blocks=-1 is not a valid number of blocks; set it to 0 or more, or",
+        ),
         ({"parallel": {"backend": "zero3", "resident_blocks": 2}}, "resident_blocks=2 is FSDP2's: DeepSpeed keeps"),
         (
             {"parallel": {"resident_blocks": "auto"}, "adapter": {"method": "full"}, "quant": {"method": "none"}},

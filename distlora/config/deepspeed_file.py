@@ -271,8 +271,8 @@ class _Reader:
             if name in refused:
                 reason, instead = refused[name]
                 if not _is_off(value) and not (name == "zero_hpz_partition_size" and value == 1):
-                    told = f" and write {instead}" if instead else ""
-                    raise self.refusal(prefix + key, value, f"{reason}; remove it from the file{told}")
+                    advice = f" and write {instead}" if instead else ""
+                    raise self.refusal(prefix + key, value, f"{reason}; remove it from the file{advice}")
             elif name in without_effect:
                 if not _is_off(value):
                     self.without_effect.append(prefix + key)

@@ -55,7 +55,7 @@ def subject(command: str, arguments: Sequence[str], summaries: Mapping[str, str]
         print(f"\nexample: {example}")
         raise HelpShownError
     if not arguments:
-        raise UserError(f"distlora {command} needs a subject; write one of {', '.join(summaries)}")
+        raise UserError(f"distlora {command} needs one of {', '.join(summaries)}; for example {example}")
     name = arguments[0]
     if name not in summaries:
         raise UserError(
@@ -79,8 +79,9 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
         if item.name not in texts:
             continue
         flag, kind = f"--{item.name.replace('_', '-')}", hints[item.name]
-        if isinstance(item.default, str | int | float) and not isinstance(item.default, bool) and item.default != "":
-            texts[item.name] += f" (default: {item.default})"
+        default = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+        if isinstance(default, str | int | float) and not isinstance(default, bool) and default != "":
+            texts[item.name] += f" (default: {default})"
         if get_origin(kind) in (Union, UnionType):
             (kind,) = (member for member in get_args(kind) if member is not type(None))
         if kind is bool:
@@ -108,13 +109,11 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
 def _docstrings(request: type) -> dict[str, str]:
     """Return the docstring under each field of a dataclass and its bases."""
     texts: dict[str, str] = {}
-    defaults = {item.name: item.default for item in dataclasses.fields(request)}
     for owner in request.__mro__[-2::-1]:
         (definition,) = ast.parse(inspect.getsource(owner)).body
         assert isinstance(definition, ast.ClassDef)
         for item, after in itertools.pairwise(definition.body):
             if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
-                name = ast.unparse(item.target)
                 text = " ".join(ast.literal_eval(after.value).split()).removesuffix(".").replace("%", "%%")
                 texts[ast.unparse(item.target)] = text
     return texts

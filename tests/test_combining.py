@@ -339,7 +339,7 @@ def test_what_has_no_meaning_is_refused(
         ([f"{one}=1", f"{other}=1"], "different bases"),
         ([f"{one}=1", f"{nowhere}=1"], "--same-base"),
         ([f"{one}=0", f"{two}=1"], "other than 0"),
-        ([f"{one}=x"], "no number"),
+        ([f"{one}=x"], "not a number"),
         ([one], "names no weight"),
         ([f"{one}=1", f"{one}=2"], "named twice"),
         ([f"{one}=1", f"{two}=1", "--method", "ties", "--density", "0.5"], "ties_svd"),

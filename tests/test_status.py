@@ -133,7 +133,7 @@ def test_a_local_run_is_found_by_who_holds_it_and_asked_to_stop(
     assert status(run, capsys)["state"] == "ended"
     assert not (run / "machines").exists()
     assert main(["cancel", str(run)]) == 2
-    assert "run has ended without a word" in capsys.readouterr().err
+    assert "run has ended without a message" in capsys.readouterr().err
 
 
 def test_cancel_now_kills_and_a_killed_holder_holds_nothing(

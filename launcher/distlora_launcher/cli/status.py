@@ -298,7 +298,7 @@ def headline(status: Status) -> str:
     if status.state == "new":
         return "is prepared and was never started"
     if job is None:
-        return "ended without a message: its processes were killed, or their node failed"
+        return "has ended without a message: its processes were killed, or their node failed"
     why = f", {job.reason}" if job.reason is not None else ""
     code = f" with code {job.exit_code}" if job.exit_code else ""
     return f"has ended as SLURM job {job.job_id}, {job.state}{code}{why}"

@@ -162,7 +162,7 @@ def test_the_choice_is_the_fastest_of_all_that_fit(where: Machine, fixed: set[st
     [
         (80, {}, "none", r"the base fits in 16 bits, [\d.]+ GB of [\d.]+ GB"),
         (14, {}, "nf4", r"in 16 bits it would take [\d.]+ GB, in NF4 [\d.]+ GB of [\d.]+ GB"),
-        (80, {"adapter": {"init": "loftq"}}, "nf4", "the adapter starts from what NF4 loses of the base"),
+        (80, {"adapter": {"init": "loftq"}}, "nf4", "the adapter starts from the quantization error of NF4"),
         (80, {"adapter": {"method": "full"}}, "none", "adapter=full trains every parameter"),
         (80, {"train": {"keep_dequantized": True}}, "nf4", "keep_dequantized=true keeps what is dequantized"),
     ],
@@ -253,25 +253,25 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
             r"set data\.sequence_length=65536 train\.checkpointing=offload \([\d.]+ GB\)$",
         ),
         ("8b", cpu(4, 18.0), {}, r"set cluster\.gpus_per_node=[123] \([\d.]+ GB\)$"),
-        ("405b", cpu(4, 18.0), {}, r"name the GPUs that it is for, as gpu=h100 "),
+        ("405b", cpu(4, 18.0), {}, r"name the GPU, such as gpu=h100 "),
         (
             "70b",
             dataclasses.replace(machine("rtx4090", 2), host_bytes=30 * GB),
             {},
-            r"take 3 such GPUs with cluster\.gpus_per_node=3 train\.checkpointing=offload \([\d.]+ GB\), or take 2 x ",
+            r"use 3 of these GPUs with cluster\.gpus_per_node=3 train\.checkpointing=offload \([\d.]+ GB\), or use 2 ",
         ),
         (
             "70b",
             machine("rtx4090", 1),
             {},
-            r"take 2 such GPUs with cluster\.gpus_per_node=2 parallel\.backend=zero3 parallel\.offload_base=true "
-            r"\([\d.]+ GB\), or take one A40 48 GB with gpu=a40 train\.checkpointing=offload \([\d.]+ GB\)$",
+            r"use 2 of these GPUs with cluster\.gpus_per_node=2 parallel\.backend=zero3 parallel\.offload_base=true "
+            r"\([\d.]+ GB\), or use one A40 48 GB with gpu=a40 train\.checkpointing=offload \([\d.]+ GB\)$",
         ),
         (
             "405b",
             dataclasses.replace(machine("rtx4090", 2), host_bytes=30 * GB),
             {},
-            r"take 2 x H200 141 GB with gpu=h200 parallel\.backend=zero3 parallel\.prefetch=false \([\d.]+ GB\)$",
+            r"use 2 x H200 141 GB with gpu=h200 parallel\.backend=zero3 parallel\.prefetch=false \([\d.]+ GB\)$",
         ),
     ],
     ids=[
@@ -322,8 +322,10 @@ def test_the_nearest_that_fits_is_the_smallest_change(
     if found.same is found.other is None:
         assert found.least is not None
         assert not has_room(found.least)
-        lacks = "a GPU" if found.least.lacks() == "device" else "host memory" if where.is_gpu else "a machine"
-        assert re.match(rf"[\d.]+ [GT]B (of )?a( machine's)? ?{lacks.removeprefix('a ')} \(", needs(found.least))
+        need = (
+            "per GPU" if found.least.lacks() == "device" else "of host memory per node" if where.is_gpu else "per node"
+        )
+        assert re.match(rf"[\d.]+ [GT]B {need} \(", needs(found.least))
 
 
 def test_what_a_run_has_room_for_is_a_plan_of_each() -> None:

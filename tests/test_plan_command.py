@@ -101,6 +101,7 @@ def test_what_is_not_counted_is_said(capsys: pytest.CaptureFixture[str]) -> None
     text = printed(capsys, *words)
     assert "not counted what a GPU's attention with dense masks makes" in text
     assert "not counted" not in printed(capsys, *words[:2])
+    assert "machine     1 GPU of 24 GiB\n" in printed(capsys, "model=llama3_8b", "gpu.memory_gib=24")
     assert len(calculated(capsys, *words)["uncounted"]) == 1
 
 
@@ -119,10 +120,10 @@ def test_parts_of_a_page_add_up() -> None:
 def test_rows_that_nobody_fills_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     run = ["model=llama3_8b", "gpu=h100", "cluster=slurm", "cluster.nodes=128", "cluster.gpus_per_node=8"]
     page = " ".join(printed(capsys, *run).split())
-    assert "1,016 of 1,024 rows that 1,024 GPUs compute in a step are empty" in page
+    assert "leaves 1,016 of 1,024 sequences per step empty on 1,024 GPUs" in page
     assert "train.global_batch=1024" in page
     full = (*run, "train.global_batch=1024")
-    assert "are empty" not in printed(capsys, *full)
+    assert "sequences per step empty" not in printed(capsys, *full)
     assert calculated(capsys, *run)["time"]["seconds"] == calculated(capsys, *full)["time"]["seconds"], "as long"
 
 
@@ -151,7 +152,7 @@ def test_where_it_does_not_fit_the_page_says_what_would(capsys: pytest.CaptureFi
     assert f"would fit   set {words[0]}" in (page := printed(capsys, *SEVENTY_ON_TWO))
     assert page.count(words[-1]) == 1, "said once"
     whole = ("model=llama3_70b", "adapter=full", "quant=none", "cluster.gpus_per_node=8", "gpu=h100")
-    assert "take 16 such GPUs" in printed(capsys, *whole)
+    assert "use 16 of these GPUs" in printed(capsys, *whole)
 
 
 def test_what_is_chosen_is_said_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +193,7 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
 def test_a_table_says_where_settings_cannot_be(capsys: pytest.CaptureFixture[str], place: Path) -> None:
     words = ["--table", "--models", "llama3_8b,llama3_1b", "--gpus", "a10,h100x2", "parallel.resident_blocks=20"]
     cells = [[cell.strip() for cell in row.split("|")[2:4]] for row in printed(capsys, *words).splitlines()[2:4]]
-    assert [[cell == "cannot be" for cell in row] for row in cells] == [[True, False], [True, True]]
+    assert [[cell == "not possible" for cell in row] for row in cells] == [[True, False], [True, True]]
     found = json.loads(printed(capsys, *words, "--json"))
     assert [row["fits"] for row in found] == [False, True, False, False]
 
@@ -237,12 +238,12 @@ EIGHT = ("gpu=h100", "cluster.gpus_per_node=8")
         (["model=llama3_8b", "adapter.init=pissa", "adapter.r=5000"], ["q_proj, which has 4096", "adapter.r=4096"]),
         (["--table", "--gpus", "a10", "parallel=zero3", "parallel.offload_base=true"], ["no effect with one process"]),
         (["--table", "--models", "llama3_8b,"], ["--models: 'llama3_8b,' names nothing"]),
-        (["--table", "--gpus", "h100x12"], ["12 GPUs", "write h100x8"]),
-        (["--table", "model=llama3_8b"], ["model=llama3_8b is set by --models"]),
-        (["--table", "cluster.nodes=2"], ["cluster.nodes=2 is set by --gpus"]),
+        (["--table", "--gpus", "h100x12"], ["12 GPUs do not fill whole nodes of 8; write h100x8 or h100x16"]),
+        (["--table", "model=llama3_8b"], ["model=llama3_8b cannot be used with --table; write --models"]),
+        (["--table", "cluster.nodes=2"], ["cluster.nodes=2 cannot be used with --table; write --gpus"]),
         (["model=llama3_8b", "--strong"], ["--strong belongs to --scaling"]),
-        (["model=llama3_8b", "--scaling"], ["how CPU scales is not known", "gpu=h100"]),
-        (["--scaling", "--table"], ["two tables"]),
+        (["model=llama3_8b", "--scaling"], ["the scaling of CPU is unknown", "gpu=h100"]),
+        (["--scaling", "--table"], ["--table and --scaling cannot be combined"]),
         (["model=openai/gpt-oss-20b"], ["for a model of the hub write model.path=openai/gpt-oss-20b"]),
         (["model=llama3_8b", "--plot", "nowhere/plan.png"], ["there is no folder nowhere; make it"]),
         (["model=llama3_8b", "--plot", "gpt2.png"], ["gpt2.png is a folder"]),

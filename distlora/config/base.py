@@ -1,4 +1,4 @@
-"""The model: its base, what adapts it, how the base is stored; folders and hub names in settings."""
+"""Settings of the model: base, adapter and storage of the base; folders and hub names in settings."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def cache_place(name: str) -> str:
 def means_hub(path: str) -> bool:
     """Return whether a typed path means org/name on the Hub rather than a local path.
 
-    What exists here is local; so is what ends like a file or whose first part is a folder here: a mistyped path should
-    be looked for where its writer thinks it is. Depends on the working folder: for composing settings alone.
+    A path that exists, that ends like a file, or whose first part is a folder is local, so that a mistyped path is
+    reported as one. Depends on the working folder: for composing settings only.
     """
     return is_hub_name(path) and not Path(path).exists() and not Path(path).parent.is_dir()
 
@@ -42,20 +42,20 @@ def is_hub_name(path: str) -> bool:
 
 
 PLAIN = ("kaiming", "gaussian")
-"""A is random and B zero, whatever the base is."""
+"""Values of adapter.init for which A is random and B zero, independent of the base."""
 
 _NITER = re.compile(r"pissa_niter_([1-9]\d*)")
 _EXAMPLES = (*PLAIN, "pissa", "pissa_niter_4", "loftq")
 
 
 def check_init(init: str) -> None:
-    """Raise UserError for a name that is none of PEFT's that are built here."""
+    """Raise UserError for a name that is not one of the supported names of PEFT."""
     if init in (*PLAIN, "pissa", "loftq") or _NITER.fullmatch(init):
         return
     require(
         not init.startswith("pissa_niter"),
-        f"adapter.init={init!r} names no number of subspace iterations above 0, without which the sketch of a "
-        "weight misses its principal part; set adapter.init=pissa_niter_4, or pissa for the exact decomposition",
+        f"adapter.init={init!r} needs one or more subspace iterations; set adapter.init=pissa_niter_4, or pissa for "
+        "the exact decomposition",
     )
     require(
         False,
@@ -120,7 +120,7 @@ TARGET_PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterConfig:
-    """Names and meanings follow PEFT's LoraConfig."""
+    """Settings of the adapter, with the names and meanings of PEFT's LoraConfig."""
 
     method: Literal["lora", "full"] = "lora"
     """`lora` trains low-rank adapters on a frozen base; `full` trains every parameter (the baseline; needs quant=none):
@@ -133,42 +133,41 @@ class AdapterConfig:
     use_rslora: bool = True
     """Scale by alpha/sqrt(r) (Kalajdzievski 2023), which keeps the update's size independent of r."""
     use_dora: bool = False
-    """Train the norms of the weights' rows apart from their directions (DoRA, arXiv 2402.09353): one more number an
-    output. A step takes some more time and, for each adapted linear of a block, memory for one more output."""
+    """Train the norms of the weights' rows apart from their directions (DoRA, arXiv 2402.09353): one more parameter per
+    output. Takes more time, and memory for one more output per adapted linear of a layer."""
     target_modules: str | tuple[str, ...] = "attention"
     """Linears that get an adapter: a preset (qv, attention, mlp, all-linear), a list of module names (the last parts
     of their paths), or a regular expression that matches whole paths."""
     target_parameters: tuple[str, ...] = ()
     """Fused weights of a mixture of experts that get an adapter per expert, by the last parts of their names:
-    [mlp.experts.gate_up_proj, mlp.experts.down_proj]. Empty: both where target_modules is mlp or all-linear, else none.
-    """
+    [mlp.experts.gate_up_proj, mlp.experts.down_proj]. Empty: both if target_modules is mlp or all-linear, else none."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for some linears, by module name or regular expression: {down_proj: 32}. The first that matches the
     end of a path counts, as in PEFT."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    """Other lora_alpha for some linears, matched as rank_pattern is."""
+    """Other lora_alpha for some linears, matched like rank_pattern."""
     lora_dropout: float = 0.0
-    """Share of the adapter's inputs that is set to 0 in training (the rest is scaled up). The same elements on any
+    """Fraction of the adapter's inputs that is set to 0 in training (the rest is scaled up): the same elements on any
     number of ranks and after a resume."""
     init: str = "kaiming"
     """Initial values of A and B. `kaiming` and `gaussian`: A uniform as in PEFT or normal of std 1/r, and B zero.
     `pissa`: the principal part of the base's weights, which the base then lacks (arXiv 2404.02948); `pissa_niter_<n>`
     finds it by n subspace iterations (n = 4: on large weights in a third of the time or less). `loftq`: the principal
-    part of what NF4 loses of them (arXiv 2310.08659; needs quant=nf4). The last three decompose each weight once; the
-    run keeps the start, as many bytes as the adapter in fp32."""
+    part of their quantization error (arXiv 2310.08659; needs quant=nf4). The last three decompose each weight once; the
+    run keeps the initial values, as many bytes as the adapter in fp32."""
     init_from: str | None = None
     """A PEFT LoRA adapter's folder to start from instead. Its rank, alpha, scaling and targets become this run's."""
     init_from_loftq: bool = False
-    """True if that adapter corrects the error of NF4, by the mark in its file: then so does what
-    this run makes of it, which needs quant=nf4. Set from init_from."""
+    """True if that adapter corrects the error of NF4, as its file says; the result does too, and needs quant=nf4. Set
+    from init_from."""
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     """Ids of tokens whose rows are trained beside those of model.new_tokens, while the rest of the matrix is frozen: a
     list for the embedding (and the head that is tied to it), or {embed_tokens: [...], lm_head: [...]}. Each costs a row
     of fp32, with its gradient and optimizer states, on every rank."""
 
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained whole beside the adapters, and saved with them: embed_tokens, lm_head or both. They cost 16 bytes
-    a parameter, cut over the ranks: 34 GB for both of a 70B model. On a model that ties them they are trained apart."""
+    """Modules trained whole beside the adapters, and saved with them: embed_tokens, lm_head or both. They take 16 bytes
+    per parameter, sharded over the ranks: 34 GB for both of a 70B model. Tied ones are trained separately."""
 
     def __post_init__(self) -> None:
         require_choices("adapter", self)
@@ -186,8 +185,8 @@ class AdapterConfig:
         )
         require(
             not (self.decomposes and self.use_dora),
-            f"adapter.init={self.init} starts at weights that adapter.use_dora would rescale: its magnitudes are the "
-            "norms of the base's rows, without that start; set adapter.use_dora=false or adapter.init=kaiming",
+            f"adapter.init={self.init} cannot be combined with adapter.use_dora=true; set adapter.use_dora=false or "
+            "adapter.init=kaiming",
         )
         require(
             len(self.target_modules) > 0 or len(self.target_parameters) > 0,
@@ -245,11 +244,11 @@ class AdapterConfig:
         return _by_pattern(self.rank_pattern, path, self.r)
 
     def alpha_of(self, path: str) -> float:
-        """lora_alpha of the linear at `path`."""
+        """Return lora_alpha of the linear at `path`."""
         return _by_pattern(self.alpha_pattern, path, self.lora_alpha)
 
     def scaling_of(self, path: str) -> float:
-        """S in y = x W^T + s (x A^T) B^T: alpha/sqrt(r) (rsLoRA, arXiv 2312.03732) or alpha/r (LoRA, 2106.09685)."""
+        """Return s in y = x W^T + s (x A^T) B^T: alpha/sqrt(r) (rsLoRA, arXiv 2312.03732) or alpha/r (LoRA)."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (rank**0.5 if self.use_rslora else rank)
 
@@ -257,7 +256,7 @@ class AdapterConfig:
 def _check_saved_modules(
     names: tuple[str, ...], indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
 ) -> None:
-    """Refuse what cannot be trained whole, and rows that are trained twice."""
+    """Refuse modules that cannot be trained whole, and rows that are trained twice."""
     for index, name in enumerate(names):
         require(
             name in SAVED_MODULES,
@@ -275,7 +274,7 @@ def _check_saved_modules(
 
 
 def _check_indices(named: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None) -> None:
-    """Refuse what cannot be ids of tokens, each once."""
+    """Refuse negative and repeated token ids."""
     setting = "adapter.trainable_token_indices"
     for matrix, ids in named.items() if isinstance(named, Mapping) else ((None, named or ()),):
         where = setting if matrix is None else f"{setting}.{matrix}"
@@ -304,20 +303,18 @@ class QuantConfig:
 
     method: Literal["nf4", "none", "auto"] = "nf4"
     """`nf4` keeps the linears of the decoder blocks in NF4 with double quantization, 4.127 bits a weight; `none` keeps
-    them in the run's dtype. A checkpoint that bitsandbytes has quantized to NF4 already is kept as it is under `nf4`,
-    and refused with `none`. `auto` is `none` where that fits the GPUs by calculation (distlora/planner/), else `nf4`:
-    the launcher decides, so RUN/config.yaml has one of the other two."""
+    them in the run's dtype. A checkpoint that bitsandbytes has already quantized to NF4 is kept as it is with `nf4`,
+    and refused with `none`. `auto` is `none` if that fits the GPUs by calculation (distlora/planner/), else `nf4`: the
+    launcher decides, so RUN/config.yaml has one of the other two."""
     cache: bool = True
     """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the
-    checkpoint, on any number of ranks and bit for bit the same. Nothing is kept of a checkpoint that was quantized
-    already; a disk that is full or cannot be written is said and ends nothing. With quant=none it has no effect, as the
-    next two."""
+    checkpoint, on any number of ranks and bit for bit the same. A checkpoint that is already quantized is not cached. A
+    full or read-only disk only prints a warning. This and the next two have no effect with quant=none."""
     cache_dir: str = field(default_factory=lambda: cache_place("quantized"))
-    """Folder of the cache: on a disk that all nodes share, or node-local. `distlora cache list` has it. One
-    for each user: in one of several, what a user reads of another's does not count as used, and what is another's
-    stays, whatever cache_gb says."""
+    """Folder of the cache, shared by all nodes or local to each; `distlora cache list` shows it. Use one per user: in a
+    shared one, reading another user's entries does not mark them as used, and cache_gb does not remove them."""
     cache_gb: float | None = 200.0
-    """Most gigabytes (1e9 bytes) that they take there: the base that was not used for longest goes first. null: any."""
+    """Largest size of the cache in GB (1e9 bytes); the least recently used base is removed first. null: no limit."""
 
     def __post_init__(self) -> None:
         require_choices("quant", self)
@@ -332,8 +329,8 @@ class QuantConfig:
         """Return whether linears are kept in NF4. Raises UserError for `auto`, which must be resolved first."""
         require(
             self.method != "auto",
-            "quant.method=auto stands for nf4 or none, as `distlora train` and `distlora plan` decide by what fits, "
-            "before anything is built; set quant=nf4 or quant=none here",
+            "quant.method=auto stands for nf4 or none, and only `distlora train` and `distlora plan` choose between "
+            "them; set quant=nf4 or quant=none here",
         )
         return self.method == "nf4"
 

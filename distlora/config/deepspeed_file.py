@@ -1,9 +1,8 @@
-"""parallel.deepspeed_config: the user's own DeepSpeed JSON, read and judged without torch or DeepSpeed.
+"""Read the user's DeepSpeed JSON (parallel.deepspeed_config), without torch or DeepSpeed.
 
-DeepSpeed only keeps and gathers the frozen base here. So each key of its JSON is one of four: what says how the base is
-gathered is done; what is about gradients, optimizer states or DeepSpeed's own checkpoints has no effect, which the run
-says; what contradicts how distlora trains is refused with the reason; what DeepSpeed does not know is refused too.
-"auto" and what is off mean what they mean to Hugging Face: that nothing is set.
+DeepSpeed only stores and gathers the frozen base. Keys about gathering are applied. Keys about gradients, optimizer
+states and DeepSpeed's checkpoints have no effect, which the run reports. Keys that contradict how distlora trains, and
+keys that DeepSpeed does not know, are refused. "auto" and disabled values count as not set, as in Hugging Face.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from distlora.config.errors import short
 from distlora.config.json_files import read_object
 
 FIRST_DEEPSPEED = (0, 19, 8)
-"""The first that was read and run here: parallel/zero3.py uses what DeepSpeed keeps to itself."""
+"""First supported version: parallel/zero3.py uses private parts of DeepSpeed."""
 
 _ZERO = "zero_optimization"
 _OFFLOAD = "offload_param"
@@ -31,28 +30,28 @@ _AS_THEY_ARE: Mapping[str, str] = {}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gathering:
-    """ZeRO-3's storage and gathering of the base. Sizes are numbers of elements, as DeepSpeed's are."""
+    """ZeRO-3's storage and gathering of the base. Sizes are in elements, as in DeepSpeed."""
 
     offload: bool = False
-    """Keep each rank's rows in host memory, and copy them to the GPU for each gather."""
+    """True if each rank's shard is in host memory and copied to the GPU for each gather."""
     pin_memory: bool = True
-    """Use pinned memory."""
+    """True if that host memory is pinned."""
     overlap_comm: bool = True
-    """Gather on a CUDA stream of its own."""
+    """True to gather on a separate CUDA stream."""
     prefetch_bucket_size: int | None = None
     """Elements to gather ahead of the running unit; None: a decoder layer, 0: none."""
     max_live_parameters: int | None = None
-    """Elements that may be gathered at once by gathering ahead; None: no limit."""
+    """Most elements that gathering ahead may hold at once; None: no limit."""
     max_reuse_distance: int = 0
-    """Keep a unit gathered that is needed again before so much else."""
+    """Number of elements: a unit stays gathered if it is needed again before that many others."""
     param_persistence_threshold: int = 0
-    """Never let go of tensors of up to so many elements."""
+    """Largest number of elements of a tensor that always stays gathered."""
     model_persistence_threshold: int | None = None
-    """Elements that these may take together; None: no limit."""
+    """Most elements of all such tensors; None: no limit."""
     allgather_sequential: bool = False
-    """Gather one tensor at a time."""
+    """True to gather one tensor at a time."""
     without_effect: tuple[str, ...] = ()
-    """Keys of the file that mean nothing here."""
+    """Keys of the file without effect."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -89,7 +88,7 @@ _NO_ENGINE = "DeepSpeed's engine does not run"
 
 
 def _by_key(table: Mapping[tuple[str, str], str]) -> dict[str, tuple[str, str]]:
-    """Return (why not, what to write instead) by key of the file."""
+    """Return (reason, replacement) by key of the file."""
     return {key: why for why, keys in table.items() for key in keys.split()}
 
 
@@ -114,7 +113,7 @@ _REFUSED = _by_key(
         ("the base is frozen", "quant=nf4"): "compression_training quantize_training weight_quantization",
     }
 )
-"""Key: (why not, what to write on distlora's command line instead)."""
+"""Key: (reason of the refusal, replacement on the command line)."""
 _ZERO_REFUSED = _by_key(
     {
         ("distlora has its own optimizer, for adapters only", "optim=paged_adamw"): """offload_optimizer zenflow
@@ -132,7 +131,7 @@ _DONE = ("stage", _OFFLOAD, *_COUNTS, *_SWITCHES)
 
 
 def check_deepspeed() -> None:
-    """Raise UserError where DeepSpeed is not installed, or is one that zero3.py was not written for."""
+    """Raise UserError if DeepSpeed is not installed or older than FIRST_DEEPSPEED."""
     try:
         found = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
@@ -150,10 +149,10 @@ def check_deepspeed() -> None:
 
 
 def read_gathering(parallel: ParallelConfig) -> Gathering:
-    """Return how the base is gathered by `parallel` and the DeepSpeed file that it names.
+    """Return the gathering options of `parallel` and of its DeepSpeed file.
 
-    Raises UserError by key for what distlora cannot do or DeepSpeed does not know, for what contradicts `parallel`, and
-    for a file that is not JSON.
+    Raises UserError for keys that distlora does not support, DeepSpeed does not know or `parallel` contradicts, and for
+    a file that is not JSON.
     """
     gathering = Gathering(offload=parallel.offload_base, prefetch_bucket_size=None if parallel.prefetch else 0)
     if parallel.deepspeed_config is None:
@@ -176,8 +175,8 @@ def offloads_base(parallel: ParallelConfig, shards: int) -> bool:
 def _with_zero(
     gathering: Gathering, section: Mapping[str, Any], reader: _Reader, parallel: ParallelConfig
 ) -> Gathering:
-    """`gathering` as the section zero_optimization changes it."""
-    # DeepSpeed takes the names of stage 3 with and without the stage.
+    """Return `gathering` with the changes of the section zero_optimization."""
+    # DeepSpeed accepts names with and without the prefix "stage3_".
     written: dict[str, str] = {}
     for key, value in section.items():
         if (other := written.setdefault(key.removeprefix(_STAGE), key)) != key:
@@ -219,7 +218,7 @@ def _offloading(zero: Mapping[str, Any], reader: _Reader, parallel: ParallelConf
 
 
 class _Reader:
-    """Judges the sections of one file, and remembers what has no effect."""
+    """Check the sections of one file, and collect the keys without effect."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -235,7 +234,7 @@ class _Reader:
         )
 
     def section(self, prefix: str, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-        """Return the mapping under a key of the file; empty where it is unset."""
+        """Return the mapping under a key of the file; empty if it is not set."""
         value = values.get(key)
         if _is_off(value):
             return {}
@@ -246,7 +245,7 @@ class _Reader:
     def switches(
         self, prefix: str, values: Mapping[str, Any], names: Sequence[str], written: Mapping[str, str] = _AS_THEY_ARE
     ) -> dict[str, bool]:
-        """Return the names that are set."""
+        """Return the values of the names that are set."""
         found = {name: value for name in names if (value := values.get(name)) not in ("auto", None)}
         for name, value in found.items():
             if not isinstance(value, bool):
@@ -264,7 +263,7 @@ class _Reader:
     ) -> None:
         """Refuse keys that are unknown or contradict the settings; note keys without effect.
 
-        `written` has the keys as the file writes them, where that differs.
+        `written`: the keys as in the file, where they differ.
         """
         for name, value in values.items():
             key = written.get(name, name)
@@ -283,7 +282,7 @@ class _Reader:
 
 
 def _is_off(value: object) -> bool:
-    """Return whether a setting has no effect: "auto", null, false, 0, an empty section, one that is not enabled."""
+    """Return True for a value without effect: "auto", null, false, 0, an empty section, one that is not enabled."""
     if isinstance(value, dict) and "enabled" in value:
         return _is_off(value["enabled"])
     if isinstance(value, dict) and set(value) & {"device"}:

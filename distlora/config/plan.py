@@ -92,12 +92,12 @@ CHOSEN = (
     "train.keep_dequantized",
     "parallel.resident_blocks",
 )
-"""The settings that plan=auto may choose, in the order in which they are said; quant.method where it is auto."""
+"""The settings that plan=auto may choose, in the order of the report; quant.method only if it is auto."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuConfig:
-    """The GPU that a run is planned for: a known one, what differs from it, or the figures of another."""
+    """The GPU that a run is planned for: a known one, with corrections, or the figures of another."""
 
     name: str = "auto"
     """A known GPU (distlora/config/gpus.toml), or `auto` for the GPU of this node, or its CPU if it has none. Jobs that
@@ -134,17 +134,15 @@ class PlanConfig:
     """Settings of the planner: what it may choose, and whether a run that does not fit is refused."""
 
     mode: Literal["given", "auto"] = "given"
-    """`given`: say what the settings as they are need, and refuse what cannot fit. `auto`: choose the settings that
-    memory and time depend on, wherever the command line and the recipe leave them at their defaults, to be the fastest
-    that fit."""
+    """`given`: plan the settings as they are, and refuse a run that cannot fit. `auto`: choose the fastest settings
+    that fit, among those that neither the command line nor the recipe sets."""
     refuse: bool = True
-    """Refuse a run that does not fit by calculation; false: say so and start it all the same, as what has run before
-    and saved something is."""
+    """Refuse a run that does not fit by calculation; false: warn and start. A resume after a checkpoint only warns."""
     measure: bool = True
     """Measure the memory of one early step by category, and log where it differs by over 5 % from the plan."""
     tokens: int | None = None
-    """Tokens of the whole run, for its hours and their cost, where train.max_steps does not say how long it is: of data
-    that is not prepared yet nobody knows."""
+    """Total training tokens, for planned hours and cost if train.max_steps is not set; data that is not prepared has no
+    known length."""
 
     def __post_init__(self) -> None:
         require_choices("plan", self)

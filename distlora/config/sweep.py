@@ -13,45 +13,45 @@ METHODS = ("grid", "random", "optuna", "rank_search")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepConfig:
-    """The section `sweep` of conf/, which `distlora sweep` has and a run has not: SWEEP/sweep.yaml."""
+    """The section `sweep` of conf/, for `distlora sweep` only: SWEEP/sweep.yaml."""
 
     method: Literal["grid", "random", "optuna", "rank_search"] = "grid"
-    """`grid`: every combination; `random`: drawn; `optuna`: proposed by what came before; `rank_search`: adapter.r
-    doubled while that gains more than noise."""
+    """`grid`: every combination; `random`: random draws; `optuna`: proposed from earlier trials; `rank_search`: double
+    adapter.r while that gains more than noise."""
     space: Mapping[str, str] = field(default_factory=dict)
     """Search space: a setting, and its values in Hydra's grammar for sweeps, as on the command line: `8,16`,
-    `range(1,9)`, `interval(1e-5,1e-3)`, `tag(log,interval(1e-5,1e-3))`. Words of the command line add to it."""
+    `range(1,9)`, `interval(1e-5,1e-3)`, `tag(log,interval(1e-5,1e-3))`. Command-line sweeps are added to it."""
     metric: str = "eval_loss"
-    """Metric to compare: a key of RUN/metrics.jsonl, from the last line that has it."""
+    """Metric to compare: a key of RUN/metrics.jsonl; its last value counts."""
     direction: Literal["minimize", "maximize"] = "minimize"
     trials: int | None = None
-    """Number of runs; null: all of a grid."""
+    """Number of runs; null: the whole grid."""
     seed: int = 0
-    """Seed of the search. The trials' seed is train.seed."""
+    """Seed of the search; train.seed is the seed of the trials."""
     workers: int = 1
-    """Trials, or packs of them, that run at once: on one node with an equal number of its GPUs each, with
-    cluster=slurm each a task of an array."""
+    """Trials, or groups of trials trained together, that run at once: on one node each with an equal number of its
+    GPUs, with cluster=slurm each as a task of an array."""
     packed: int | Literal["auto"] = 1
-    """Trials that share one copy of the base, each row of a batch with the adapter of its own trial; `auto`: as many as
+    """Trials trained together on one base, where each sequence uses the adapter of its own trial; `auto`: as many as
     fit by the plan."""
     sampler: Literal["tpe", "gp", "cmaes"] = "tpe"
-    """Optuna's, with method=optuna."""
+    """Optuna sampler, with method=optuna."""
     pruner: Literal["median", "hyperband", "none"] = "none"
-    """Pruner that ends trials early, by the held-out loss of train.eval_every."""
+    """Optuna pruner that ends trials early, by the held-out loss of train.eval_every."""
     pruner_warmup: int = 0
-    """Evaluations of a trial before it may be ended."""
+    """Evaluations of a trial before it may be pruned."""
     rank_start: int = 16
-    """The first rank that rank_search tries."""
+    """First rank that rank_search tries."""
     rank_most: int = 256
-    """The last one."""
+    """Largest rank that rank_search tries."""
     confidence: float = 0.95
-    """Confidence of the bootstrap interval that must exclude 0 for a doubling's gain."""
+    """Confidence of the bootstrap interval of a doubling's gain, which must exclude 0."""
     bootstrap: int = 10_000
-    """Resamples of the held-out documents."""
+    """Bootstrap resamples of the held-out documents."""
     full: Literal["auto", "always", "never"] = "auto"
-    """Train all weights too in rank_search, for comparison: `auto` if that fits by the plan."""
+    """Full fine-tuning beside rank_search, for comparison; `auto`: if it fits by the plan."""
     full_lr: float | None = None
-    """The learning rate of that run; null: a tenth of optim.lr."""
+    """Learning rate of the full fine-tuning; null: a tenth of optim.lr."""
 
     def __post_init__(self) -> None:
         require_choices("sweep", self)

@@ -1,4 +1,4 @@
-"""The run: optimizer, schedule, steps, and where and how it goes on and is watched."""
+"""Settings of the run: optimizer, schedule, steps, checkpoints, evaluations and the experiment tracker."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the two optimizer states."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Constant added to the root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled decay of the trained parameters."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    """Global norm to which gradients are clipped; 0 turns clipping off."""
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     """Shape of the learning rate after the warm-up: down to min_lr_ratio at the last step (cosine, linear), constant,
     or constant and then linearly down over the last decay_ratio of the steps (warmup_stable_decay)."""
     warmup_ratio: float = 0.03
-    """Share of all steps over which the learning rate rises linearly from 0."""
+    """Fraction of all steps over which the learning rate rises linearly from 0."""
     decay_ratio: float = 0.1
-    """Share of all steps over which warmup_stable_decay goes down."""
+    """Fraction of all steps over which warmup_stable_decay decays."""
     min_lr_ratio: float = 0.0
     """Final learning rate of a decaying schedule, relative to lr."""
 
@@ -72,10 +72,10 @@ class TrainConfig:
 
     objective: Literal["sft", "dpo"] = "sft"
     """Objective: -log p of the trained tokens (`sft`), or DPO's loss of pairs of a chosen and a rejected answer
-    (arXiv 2305.18290), whose reference is the model as the run started: no second model, half as many operations more.
+    (arXiv 2305.18290), whose reference is the model at the start of the run: no second model, 50 % more operations.
     """
     dpo_beta: float = 0.1
-    """Scale of DPO's rewards: the larger, the less the model may move away from the reference."""
+    """Scale of DPO's rewards: a larger value keeps the model closer to the reference."""
     epochs: int = 1
     """Passes over the packed sequences."""
     max_steps: int | None = None
@@ -103,59 +103,58 @@ class TrainConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. Adapters, their gradients and the optimizer stay fp32."""
     attention: Literal["auto", "sdpa"] = "auto"
-    """`auto`: attention goes through each packed document by itself where there is code for that: in bf16, on CUDA with
-    flash attention and on the CPU with products of matrices, or compiled. `sdpa`: as transformers does it, through
-    masks, whose memory and time grow with the square of a row; so does `auto` elsewhere. Gemma 2 and GPT-OSS have their
-    own."""
+    """`auto`: attention within each packed document, without masks, in bf16: flash attention on CUDA, matrix products
+    or compiled code on the CPU. `sdpa`: transformers' attention with masks, whose memory and time grow with the square
+    of the sequence length; `auto` falls back to it. Gemma 2 and GPT-OSS have their own."""
     deterministic_attention: bool = True
-    """On CUDA, add up variable-length attention's gradients in a fixed order, which a resume that is equal bit for bit
-    needs. Its backward then runs fewer programs at once: slow where a row holds one long document and few heads."""
+    """On CUDA, sum attention's gradients in a fixed order, so that a resume is bit-identical. Backward then runs fewer
+    programs at once: slow for sequences of one long document and few heads."""
     liger: bool = True
     """On CUDA, use liger-kernel's RMSNorm, gated MLP and rotary embedding, if it is installed (`distlora[cuda]`)."""
     compile: bool = False
-    """On the CPU, compute norms, gated MLPs, rotary embeddings and losses in one pass over memory each, and attention
-    in bf16 where the processor has AVX512-BF16, by code that every worker compiles when it starts (it needs a C++
-    compiler, and takes 2.3 CPU seconds). Less is kept for backward; results differ by rounding alone."""
+    """On the CPU, run norms, gated MLPs, rotary embeddings and losses as compiled single passes, and attention in bf16
+    if the processor has AVX512-BF16. Each worker compiles at its start (2.3 CPU seconds, needs a C++ compiler). Saves
+    fewer activations; results differ by rounding only."""
     router_aux_loss: float | None = None
-    """Weight of the load-balancing loss of a mixture of experts' routers in the training loss; null: as config.json
-    says (router_aux_loss_coef where output_router_logits is true, else 0). Routers are frozen: it reaches the adapters
-    before them."""
+    """Weight of the routers' load-balancing loss (mixtures of experts) in the training loss; null: the value in
+    config.json (router_aux_loss_coef if output_router_logits is true, else 0). Routers are frozen: it trains the
+    adapters before them."""
     seed: int = 0
-    """Names every random choice of the run: initialization, held-out split, order of the rows, dropout."""
+    """Seed of every random choice: initialization, held-out split, order of the sequences, dropout."""
     log_every: int = 1
     """Steps between reads of the device's counters (a host sync); every step is still logged, a few at a time. A
-    non-finite loss or gradient is noticed then; nothing is updated from the step where it came up."""
+    non-finite loss or gradient is reported then; no parameter is updated from its step on."""
     eval_every: int | None = None
     """Steps between held-out evaluations; null: before the first and after the last step only."""
     eval_documents: bool = False
-    """Keep each held-out document's loss of the last evaluation, in RUN/eval_documents.json: what tells whether one run
-    is better than another by more than the choice of the documents."""
+    """Keep each held-out document's loss of the last evaluation in RUN/eval_documents.json, to test whether two runs
+    differ by more than the choice of documents explains."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations in a row without a better held-out loss; null: never."""
     early_stopping_threshold: float = 0.0
-    """Nats a token by which the held-out loss must fall to count as better."""
+    """Decrease of the held-out loss that counts as better, in nats per token."""
     load_best_at_end: bool = False
     """Publish the adapter with the lowest held-out loss as RUN/adapter instead of the last. RUN/best has it anyway."""
     save_every: int | None = None
-    """Steps between checkpoints; null: by the clock alone (save_minutes), and at the end."""
+    """Steps between checkpoints; null: only by time (save_minutes), and at the end."""
     save_minutes: float | None = 10.0
-    """Minutes after a checkpoint at which the next is saved, once the step under way is done: what a run that is killed
-    can lose. null: only by save_every and at the end."""
+    """Minutes between checkpoints, each after the current step: the most that a killed run loses. null: only by
+    save_every and at the end."""
     save_in_background: bool = True
-    """Copy the state to host memory and write it while training goes on: as much memory as a checkpoint, on rank 0, or
-    on each rank its rows of what the ranks cut between them. false: train no further until it is on the disk."""
+    """Copy the state to host memory and write it while training goes on. This needs host memory for one checkpoint on
+    rank 0, and on each rank for its shard of sharded parameters. false: pause training until it is on disk."""
     keep: int = 2
-    """Newest checkpoints that are kept, beside the one with the lowest held-out loss of those that were saved."""
+    """Number of newest checkpoints to keep, beside the one with the lowest held-out loss."""
     verify: bool = False
-    """Check at every save that the frozen base in memory is still what was loaded, each rank its own rows, and in the
-    next forward what it gathers of the others'. A run whose base has changed ends without that save. Without it, what
-    is gathered is checked once, in the first forward."""
+    """Check at every save that the frozen base in memory is unchanged: each rank checks its shard, and in the next
+    forward the gathered layers. A run whose base has changed ends without that save. false: gathered layers are checked
+    once, in the first forward."""
     sample_every: int | None = None
     """Steps between samples: answers to sample_prompts, written to RUN/samples.jsonl and to the tracker; null: none."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts to sample from; each is a user's turn where the tokenizer has a chat template."""
+    """Prompts to sample from; each is a user turn if the tokenizer has a chat template."""
     sample_tokens: int = 64
-    """Tokens that a sample may have."""
+    """Most tokens per sample."""
 
     def __post_init__(self) -> None:
         numbers = ("epochs", "max_steps", "global_batch", "micro_batch", "log_every", "eval_every", "save_every")
@@ -212,7 +211,7 @@ class TrainConfig:
             )
         require(
             (self.sample_every is None) == (not self.sample_prompts),
-            "train.sample_every and train.sample_prompts belong together; set both, or none of them",
+            "train.sample_every and train.sample_prompts belong together; set both or neither",
         )
 
     def accumulation(self, ranks: int) -> int:

@@ -243,8 +243,8 @@ class Search:
 
 
 TOO_SLOW = 1.5
-"""Ratio of step times from which NF4 is taken although 16 bits fit. Plans are at 0.97 to 1.34 of published speeds
-(README.md), so the faster of two plans less than 1.4 apart is unknown."""
+"""Ratio of step times above which NF4 is taken although 16 bits fit. Plans are at 0.79 to 1.34 times published
+speeds (README.md), so a smaller ratio may be an error of the plan, and 16 bits lose no precision."""
 _TOGETHER = ("parallel.backend", "parallel.offload_base")
 """Settings that are explained together: DeepSpeed alone offloads the base."""
 
@@ -362,9 +362,9 @@ def _quantizations(search: Search) -> tuple[list[str], str | None]:
         return ["none"], "adapter=full trains every parameter"
     only_nf4 = {
         f"{model.name} is in NF4 already": model.settings.get("quantization_config") is not None,
-        "the adapter starts from what NF4 loses of the base": config.adapter.for_nf4,
-        "train.keep_dequantized=true keeps what is dequantized": config.train.keep_dequantized,
-        "how much memory the GPU has is not known": search.machine.usable_bytes is None,
+        "the adapter starts from the quantization error of NF4": config.adapter.for_nf4,
+        "train.keep_dequantized=true needs quantized weights": config.train.keep_dequantized,
+        "the GPU's memory is unknown": search.machine.usable_bytes is None,
     }
     reason = next((reason for reason, holds in only_nf4.items() if holds), None)
     return (["none", "nf4"], None) if reason is None else (["nf4"], reason)
@@ -378,13 +378,13 @@ def _of_usable(plan: Plan) -> str:
 def _difference(before: Plan, after: Plan, reserve: float) -> str:
     """Return the effect of a change alone: the run fits, the time, or the network traffic."""
     if before.lacks(reserve) is not None:
-        return f": else {size(before.device.total)}{', too near to it' if before.lacks() is None else ''}"
+        return f": otherwise {size(before.device.total)}{', too close to the limit' if before.lacks() is None else ''}"
     times = before.time, after.time
     if times[0] is not None and times[1] is not None:
         ratio = times[0].seconds / times[1].seconds
         return f": {ratio:.2f}x faster" if ratio >= 1.005 else ""
     moved = before.wire.received - after.wire.received
-    return f": {size(moved)} a step less to receive" if moved > 0 else ""
+    return f": {size(moved)} less to receive per step" if moved > 0 else ""
 
 
 def _meaning(name: str, value: Any, plan: Plan) -> str:
@@ -392,34 +392,34 @@ def _meaning(name: str, value: Any, plan: Plan) -> str:
     blocks, passes = plan.model.shapes.num_layers, plan.config.train.accumulation(plan.machine.ranks)
     match name:
         case "train.micro_batch":
-            return f"{value:,} row{'s' if value > 1 else ''} at once"
+            return f"{value:,} sequence{'s' if value > 1 else ''} at a time"
         case "train.mlp_tile" if value is not None:
             return f"MLPs run on {value:,} tokens at a time"
         case "parallel.resident_blocks":
-            return f"{value} of {blocks} blocks stay gathered" if value else "no block stays gathered"
+            return f"{value} of {blocks} layers stay gathered" if value else "no layer stays gathered"
         case "train.accumulate" if value == "block":
-            return f"each block is gathered twice a step, not {2 * passes} times"
+            return f"each layer is gathered twice per step, not {2 * passes} times"
         case "parallel.offload_base" if value:
             return f"the base is offloaded to host memory ({size(plan.host.machine)} per node in all)"
         case "parallel.shard_degree" if value is None:
-            return f"one copy of the base is sharded over all {plan.machine.ranks:,} ranks"
+            return f"one replica of the base is sharded over all {plan.machine.ranks:,} ranks"
     return _MEANINGS[name, value]
 
 
 _MEANINGS: dict[tuple[str, Any], str] = {
     ("train.checkpointing", "none"): "nothing is recomputed",
-    ("train.checkpointing", "selective"): "MLPs alone are recomputed",
-    ("train.checkpointing", "block"): "each block is recomputed from its input",
+    ("train.checkpointing", "selective"): "only MLPs are recomputed",
+    ("train.checkpointing", "block"): "each layer is recomputed from its input",
     ("train.checkpointing", "offload"): "the layers' inputs are offloaded to host memory",
-    ("train.accumulate", "step"): "a micro-batch's inputs are kept at a time",
-    ("train.mlp_tile", None): "MLPs run on whole rows",
-    ("train.keep_dequantized", True): "weights are dequantized twice a step, not three times",
-    ("train.keep_dequantized", False): "no weights are kept from a block's recomputation to its backward",
-    ("parallel.prefetch", True): "the next block is gathered while one computes",
-    ("parallel.prefetch", False): "a gathered block less is there",
+    ("train.accumulate", "step"): "saves the inputs of one micro-batch at a time",
+    ("train.mlp_tile", None): "MLPs run on whole sequences",
+    ("train.keep_dequantized", True): "weights are dequantized twice per step, not three times",
+    ("train.keep_dequantized", False): "dequantized weights are not kept from recomputation to backward",
+    ("parallel.prefetch", True): "the next layer is gathered while one computes",
+    ("parallel.prefetch", False): "one fewer layer is gathered at a time",
     ("parallel.offload_base", False): "the base stays on the GPUs",
     ("parallel.backend", "zero3"): "DeepSpeed shards the base",
     ("parallel.backend", "fsdp2"): "FSDP2 shards the base",
     ("parallel.shard_degree", "node"): "each node has a replica, so only gradients travel between nodes",
-    ("parallel.shard_degree", 1): "each rank has the base whole and gathers nothing",
+    ("parallel.shard_degree", 1): "each rank has a whole replica and gathers nothing",
 }

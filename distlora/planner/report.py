@@ -32,12 +32,12 @@ def lines(plan: Plan) -> list[str]:
     fits = {
         True: "",
         False: f": it does NOT fit{verdict(plan).removeprefix('NO')}",
-        None: "; whether it fits is not known: name the GPUs, with gpu=h100 or gpu.memory_gib=80",
+        None: "; unknown whether it fits: name the GPU with gpu=h100 or gpu.memory_gib=80",
     }[plan.fits]
     # The resident memory of a CPU process includes them.
     beside = "" if plan.machine.is_gpu else " (without Python and its libraries)"
     kept = f", {size(disk.cache)} for the quantized base" if disk.cache else ""
-    moved = f"{size(plan.wire.received)} come into each {gpu} from the others" if plan.wire.world > 1 else None
+    moved = f"{size(plan.wire.received)} received per {gpu}" if plan.wire.world > 1 else None
     time = None if plan.time is None else time_of(plan)
     found = [
         f"plan: peak {size(device.total)}{there_is} per {gpu}{beside}, {MOMENTS[device.worst]}{fits}",
@@ -45,7 +45,7 @@ def lines(plan: Plan) -> list[str]:
         f"  host memory: {size(host.machine)} per node; disk: {size(disk.run)} for the run{kept}",
     ]
     if moved or time:
-        found.append("  a step: " + "; ".join(filter(None, (moved, time))))
+        found.append("  per step: " + "; ".join(filter(None, (moved, time))))
     if (empty := empty_rows(plan)) is not None:
         found.append(f"  {empty}")
     return found
@@ -78,10 +78,10 @@ def page(
         "",
         *_row("host memory", _host(plan)),
         *_row("disk", _disk(plan)),
-        *_row("wire", _wire(plan)),
+        *_row("traffic", _traffic(plan)),
         *_row("operations", _operations(plan)),
         *_row("time", time_of(plan)),
-        *(_row("rows", empty) if (empty := empty_rows(plan)) is not None else ()),
+        *(_row("batch", empty) if (empty := empty_rows(plan)) is not None else ()),
         *_row("settings", settings(plan)),
         *(_row("larger", "; ".join(map(str, rooms))) if rooms else ()),
     ]
@@ -93,37 +93,37 @@ def verdict(plan: Plan) -> str:
     needed, usable = plan.device.total, plan.machine.usable_bytes
     what = _device(plan)
     if usable is None:
-        return f"nobody knows: it needs {size(needed)} a {what}, and how much there is was not said (gpu=NAME)"
+        return f"unknown: needs {size(needed)} per {what}; name the GPU with gpu=NAME"
     host, has = plan.host, plan.machine.host_bytes
-    if not plan.machine.is_gpu and has is not None:  # Its processes have the machine's memory together.
-        needed, usable, what = host.workers, has, "machine"
+    if not plan.machine.is_gpu and has is not None:  # Its processes share the node's memory.
+        needed, usable, what = host.workers, has, "node"
     elif plan.lacks() == "host":
-        return f"NO: a machine needs {size(host.machine)} of host memory, and {size(has or 0)} can be had"
+        return f"NO: needs {size(host.machine)} of host memory per node, {size(has or 0)} available"
     if plan.fits:
-        return f"yes: {size(needed)} of {size(usable)} a {what}, {size(usable - needed)} to spare"
-    return f"NO: it needs {size(needed)} a {what}, which has {size(usable)}: {size(needed - usable)} too much"
+        return f"yes: {size(needed)} of {size(usable)} per {what}, {size(usable - needed)} to spare"
+    return f"NO: needs {size(needed)} per {what}, {size(usable)} available ({size(needed - usable)} short)"
 
 
 def packed_trials(packed: Packing) -> str:
     """Return the cost of trials trained together beside one trial, and how many fit, in words."""
     alone, plan, device = packed.alone, packed.plan, _device(packed.plan)
     number = f"{packed.trials} trials share one base" if packed.trials > 1 else "1 trial"
-    text = f"{number}: {size(plan.device.total)} a {device}, one alone {size(alone.device.total)}"
+    text = f"{number}: {size(plan.device.total)} per {device}, one alone {size(alone.device.total)}"
     if packed.ratio is not None:
-        text += f"; a step takes {packed.ratio:.2f} x one trial's, where one after the other {packed.trials} x"
+        text += f"; a step takes {packed.ratio:.2f} x one trial's time, one after the other {packed.trials} x"
     if plan.wire.gathered:
-        text += f"; gathered is {plan.wire.gathered / alone.wire.gathered:.2f} x"
+        text += f"; it gathers {plan.wire.gathered / alone.wire.gathered:.2f} x the bytes"
     if packed.most is None:
-        return f"{text}; how many fit is not known"
+        return f"{text}; how many fit is unknown"
     if packed.beyond is None:
-        return f"{text}; {packed.most} fit, and more were not looked at"
+        return f"{text}; {packed.most} fit; more were not tried"
     text += f"; {packed.most or 'none'} fit{'s' if packed.most == 1 else ''}"
     wanted = packed.beyond.device.total - (packed.beyond.machine.usable_bytes or 0)
-    if wanted <= 0:  # Its GPU has room, its machine's host has not.
+    if wanted <= 0:  # The GPU has room, the host has not.
         return f"{text}, as {packed.most + 1} would take {size(packed.beyond.host.machine)} of host memory"
     binds = packed.binds
     assert binds is not None
-    return f"{text}: {packed.most + 1} lack {size(wanted)}, most of each trial's part being {KINDS[binds]}"
+    return f"{text}; {packed.most + 1} are {size(wanted)} short, and each trial adds {KINDS[binds]} most"
 
 
 def empty_rows(plan: Plan) -> str | None:
@@ -136,23 +136,23 @@ def empty_rows(plan: Plan) -> str | None:
     device = _device(plan)
     devices = f"{ranks:,} {device}{'' if ranks == 1 else 'es' if device == 'process' else 's'}"
     return (
-        f"{computed - train.global_batch:,} of {computed:,} rows that {devices} compute in a step are empty, as "
-        f"train.global_batch is {train.global_batch:,}: train.global_batch={computed} takes as long"
+        f"train.global_batch={train.global_batch} leaves {computed - train.global_batch:,} of {computed:,} sequences "
+        f"per step empty on {devices}; train.global_batch={computed} takes the same time"
     )
 
 
 def needs(plan: Plan) -> str:
-    """Return the need of the memory that decides, with its largest category: `8.75 GB a GPU (...)`."""
+    """Return the need of the memory that decides, with its largest category: `8.75 GB per GPU (...)`."""
     host, by_kind = plan.host, largest(plan.device.by_kind)
     if not plan.machine.is_gpu:
-        return f"{size(host.workers)} a machine (of each process {by_kind})"
+        return f"{size(host.workers)} per node (per process {by_kind})"
     if plan.lacks() == "host":
-        return f"{size(host.machine)} of a machine's host memory ({_waiting(plan)} of a process)"
-    return f"{size(plan.device.total)} a GPU ({by_kind})"
+        return f"{size(host.machine)} of host memory per node ({_waiting(plan)} per process)"
+    return f"{size(plan.device.total)} per GPU ({by_kind})"
 
 
 def _row(label: str, text: str) -> Iterator[str]:
-    """Return a label and its text over as many lines as needed."""
+    """Yield a label and its text over as many lines as needed."""
     whole = re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", "\0", text)  # A number and its unit stay on one line.
     found = textwrap.wrap(whole, WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
     for line in found or [""]:
@@ -163,7 +163,7 @@ def _row(label: str, text: str) -> Iterator[str]:
 def _model(plan: Plan) -> str:
     shapes, model = plan.model.shapes, plan.model
     text = (
-        f"{model.name}: {count(shapes.numel)} parameters, {shapes.num_layers} blocks of {shapes.hidden:,}; sizes from "
+        f"{model.name}: {count(shapes.numel)} parameters, {shapes.num_layers} layers of {shapes.hidden:,}; sizes from "
     )
     return text + SOURCES[model.source] + ("" if model.note is None else f"; {model.note}")
 
@@ -182,21 +182,21 @@ def _trained(plan: Plan) -> str:
 
 
 def machines_of(plan: Plan) -> str:
-    """Return the nodes in words: `2 machines of 8 x H100 SXM 80 GB`."""
+    """Return the nodes in words: `2 nodes of 8 x H100 SXM 80 GB`."""
     machine = plan.machine
     machines, each = -(-machine.ranks // machine.ranks_per_machine), min(machine.ranks, machine.ranks_per_machine)
     if not machine.is_gpu:
         what = f"this CPU, {each} process{'es' if each > 1 else ''}"
-    elif machine.name.startswith("a GPU"):  # That nothing names.
-        what = f"{each} GPU{'s' if each > 1 else ''}{machine.name.removeprefix('a gpu')}"
+    elif machine.name.startswith("a GPU"):  # Of a given size, without a name.
+        what = f"{each} GPU{'s' if each > 1 else ''}{machine.name.removeprefix('a GPU')}"
     else:
         what = f"{each} x {machine.name}"
-    return what if machines == 1 else f"{machines} machines of {what}"
+    return what if machines == 1 else f"{machines} nodes of {what}"
 
 
 def _machine(plan: Plan) -> str:
     machine, shards, text = plan.machine, plan.wire.shards, machines_of(plan)
-    text += "" if machine.is_gpu else " (gpu=NAME: another machine)"
+    text += "" if machine.is_gpu else " (gpu=NAME: another GPU)"
     if machine.ranks == 1:
         return text
     if shards == 1:
@@ -214,12 +214,12 @@ def _near(near: Nearest) -> str:
     if found is not None:
         plan = found.plan
         text += "" if plan.time is None else f"; then {plan.time.tokens_per_second:,.0f} tokens/s"
-        text += f", {size(plan.host.machine)} of host memory on a machine" if plan.host.base or plan.host.inputs else ""
+        text += f", {size(plan.host.machine)} of host memory per node" if plan.host.base or plan.host.inputs else ""
     return text
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    """Return the bytes by category, each with a bar as long as its share of the available memory."""
+    """Yield a line per category: its bytes, and a bar as long as its fraction of the available memory."""
     device, usable = plan.device, plan.machine.usable_bytes
     # A bar shows a share of what there is, or where that would show nothing, of what is needed.
     whole = device.total if usable is None or device.total * _BAR < usable else max(device.total, usable)
@@ -245,9 +245,9 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 def _host(plan: Plan) -> str:
     host, machine = plan.host, plan.machine
-    text = f"{size(host.while_loading)} a process while it loads, {size(host.while_training)} while it trains"
+    text = f"{size(host.while_loading)} per process while loading, {size(host.while_training)} while training"
     text += f" ({kept})" if (kept := _waiting(plan)) else ""
-    text += f"; {size(host.machine)} on a machine"
+    text += f"; {size(host.machine)} per node"
     return text + ("" if machine.host_bytes is None else f" of {size(machine.host_bytes)}")
 
 
@@ -256,9 +256,9 @@ def _waiting(plan: Plan) -> str:
     host = plan.host
     kinds = {
         "the base": host.base,
-        "the blocks' inputs": host.inputs,
+        "layer inputs": host.inputs,
         "paged optimizer states": host.moments,
-        "copies of what is saved": host.copies,
+        "background saves": host.copies,
     }
     return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in kinds.items() if nbytes)
 
@@ -273,16 +273,16 @@ def _disk(plan: Plan) -> str:
     )
 
 
-def _wire(plan: Plan) -> str:
+def _traffic(plan: Plan) -> str:
     step, machine = plan.wire, plan.machine
     if step.world == 1:
-        return "nothing: there is one process"
+        return "none: there is one process"
     text = (
-        f"a step gathers {size(step.gathered)} and sums {size(step.reduced + step.scattered + step.reduced_rows)} on "
-        f"each rank; {size(step.received)} come in"
+        f"per step and rank: {size(step.gathered)} gathered, {size(step.reduced + step.scattered + step.reduced_rows)} "
+        f"reduced, {size(step.received)} received"
     )
     if machine.ranks > machine.ranks_per_machine:
-        text += f", {size(step.into_machine(machine.ranks_per_machine))} into a machine from the others"
+        text += f", {size(step.into_machine(machine.ranks_per_machine))} into a node from the others"
     return text
 
 
@@ -299,9 +299,9 @@ def time_of(plan: Plan) -> str:
     if found is None:
         missing = missing_rates(plan.work, plan.machine)
         named = "" if plan.machine.gpu is not None else "gpu=NAME, or "
-        return f"not known, as rates of this machine are not: set {named}{', '.join(missing)}"
+        return f"unknown without rates of this node: set {named}{', '.join(missing)}"
     waits = ", ".join(f"{percent}% {WAITS[term]}" for term, percent in shares(found.by_term))
-    text = f"{found.tokens_per_second:,.0f} tokens/s, {seconds_in_words(found.seconds)} a step: {waits}"
+    text = f"{found.tokens_per_second:,.0f} tokens/s, {seconds_in_words(found.seconds)} per step: {waits}"
     if found.hours is not None:
         text += f"; {found.steps:,} steps take {seconds_in_words(3600 * found.hours)}"
     if found.cost is not None:

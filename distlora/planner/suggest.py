@@ -80,14 +80,14 @@ class Nearest:
 
     def __str__(self) -> str:
         texts = [f"set {fitting}" for fitting in (self.same, self.other) if fitting is not None]
-        texts += [] if self.more is None else [f"take {self.more.plan.machine.ranks:,} such GPUs with {self.more}"]
+        texts += [] if self.more is None else [f"use {self.more.plan.machine.ranks:,} of these GPUs with {self.more}"]
         if self.gpu is not None:
             machine = self.gpu.plan.machine
             number = "one" if machine.ranks == 1 else f"{machine.ranks:,} x"
-            texts.append(f"take {number} {machine.name} with {self.gpu}")
+            texts.append(f"use {number} {machine.name} with {self.gpu}")
         if self.least is not None and not self.least.machine.is_gpu:
-            return "name the GPUs that it is for, as gpu=h100 (distlora plan --help lists them)"
-        return ", or ".join(texts) or "no number of such GPUs and no known GPU holds it"
+            return "name the GPU, such as gpu=h100 (distlora plan --help lists them)"
+        return ", or ".join(texts) or "does not fit on any number of these GPUs that was tried, nor on any known GPU"
 
 
 def nearest(plan: Plan) -> Nearest:

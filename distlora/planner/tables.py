@@ -24,8 +24,8 @@ BASES = {"nf4": "NF4", "none": "bf16"}
 RECOMPUTED = {
     "none": "recompute none",
     "selective": "recompute MLPs",
-    "block": "recompute blocks",
-    "offload": "recompute blocks",
+    "block": "recompute layers",
+    "offload": "recompute layers",
 }
 """Recomputation in backward by train.checkpointing."""
 
@@ -54,19 +54,19 @@ def shares(parts: Mapping[Name, float]) -> list[tuple[Name, int]]:
 
 LEGEND = (
     "A cell: peak memory per GPU, tokens/s of all GPUs, and the fastest settings that fit:",
-    "- NF4, bf16: what the base is kept in; full: all of it is trained",
-    "- recompute: what backward runs again (train.checkpointing); rows: that run at once (train.micro_batch)",
-    "- slices: a block runs all of a step's rows in turn (train.accumulate=block); tiles: of an MLP (train.mlp_tile)",
-    "- stay: blocks that are gathered once (parallel.resident_blocks); copies: of the base, each over so many GPUs "
-    "(parallel.shard_degree)",
-    "- on the host: what is in a machine's memory in place of a GPU's, which takes so much (parallel.offload_base)",
-    "- no: what it would take with settings as they are; `distlora plan` of one model and machine says what would fit",
+    "- NF4, bf16: format of the base; full: every parameter is trained",
+    "- recompute: parts recomputed in backward (train.checkpointing); x N: sequences at once (train.micro_batch)",
+    "- slices: a layer runs all sequences of a step in turn (train.accumulate=block); tiles: tokens (train.mlp_tile)",
+    "- resident: layers that stay gathered (parallel.resident_blocks); replicas: copies of the base and GPUs per "
+    "replica (parallel.shard_degree)",
+    "- on the host: offloaded to host memory, and the host memory per node (parallel.offload_base)",
+    "- no: memory needed with the current settings; `distlora plan` of one model and GPU says what would fit",
 )
 """Explanation of a cell."""
 
 
 def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:
-    """Return a table of plans by (model, machine), a row per model; None: the settings are not possible there."""
+    """Yield a table of plans by (model, machine), a row per model; None: the settings are not possible there."""
     models, machines = (list(dict.fromkeys(key[place] for key in plans)) for place in (0, 1))
     rows = [[model, *(cell(plans[model, machine]) for machine in machines)] for model in models]
     yield from markdown(["", *machines], rows)
@@ -75,9 +75,9 @@ def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:
 
 
 def cell(plan: Plan | None) -> str:
-    """Return a plan in a cell: `17.4 GB, 1,210 tok/s: NF4, recompute blocks, 1 row`, or its need if it does not fit."""
+    """Return a plan in a cell: `17.4 GB, 1,210 tok/s: NF4, recompute layers, x 1`, or its need if it does not fit."""
     if plan is None:
-        return "cannot be"
+        return "not possible"
     needed, usable = plan.device.total / 1e9, plan.machine.usable_bytes
     if plan.fits is False:
         return f"no: {needed:.1f} GB" + ("" if usable is None else f" of {usable / 1e9:.1f}")
@@ -87,12 +87,12 @@ def cell(plan: Plan | None) -> str:
 
 
 def how(plan: Plan) -> Iterator[str]:
-    """Return the settings that a plan fits with, one word each."""
+    """Yield the settings that a plan fits with, in a few words each."""
     config = plan.config
     train, parallel = config.train, config.parallel
     yield "full" if config.adapter.method == "full" else BASES[config.quant.method]
     yield RECOMPUTED[train.checkpointing]
-    yield f"{train.micro_batch} row{'s' if train.micro_batch > 1 else ''}"
+    yield f"x {train.micro_batch}"
     if train.accumulate == "block":
         yield "slices"
     if train.mlp_tile is not None:
@@ -101,27 +101,27 @@ def how(plan: Plan) -> Iterator[str]:
         what = ["base"] * parallel.offload_base + ["inputs"] * (train.checkpointing == "offload")
         yield f"{' and '.join(what)} on the host ({size(plan.host.machine)})"
     if parallel.resident_blocks:
-        yield f"{parallel.resident_blocks} stay"
+        yield f"{parallel.resident_blocks} resident"
     if plan.wire.shards < plan.machine.ranks:
-        yield f"copies of {plan.wire.shards}"
+        yield f"{plan.machine.ranks // plan.wire.shards} replicas of {plan.wire.shards}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Return a Markdown table with aligned columns, readable in a terminal."""
+    """Yield the lines of a Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for cells in (header, ["-" * width for width in widths], *rows):
         yield f"| {' | '.join(f'{cell:<{width}}' for cell, width in zip(cells, widths, strict=True))} |"
 
 
 def scaling_tables(rows: Sequence[ScalingRow]) -> Iterator[str]:
-    """Return a table per fabric: a row per number of GPUs, the ways to shard the base side by side, the assumptions."""
+    """Yield a table per fabric: a row per number of GPUs, the ways to shard the base side by side, the assumptions."""
     for fabric in dict.fromkeys(row.fabric for row in rows):
         found = [row for row in rows if row.fabric == fabric]
         layouts = list(dict.fromkeys(row.layout for row in found))
         by_place = {(row.ranks, row.layout): row for row in found}
-        header = ["GPUs", "machines", "rows a step"]
+        header = ["GPUs", "nodes", "sequences per step"]
         for layout in layouts:
-            header += [f"{layout}: s a step", "tokens/s", "of a GPU", "MFU", "waits for"]
+            header += [f"{layout}: s per step", "tokens/s", "per GPU", "MFU", "waits for"]
         lines = []
         for ranks in dict.fromkeys(row.ranks for row in found):
             first = next(row for row in found if row.ranks == ranks)
@@ -129,12 +129,12 @@ def scaling_tables(rows: Sequence[ScalingRow]) -> Iterator[str]:
             for layout in layouts:
                 cells += _scaling_cells(by_place.get((ranks, layout)))
             lines.append(cells)
-        yield f"over {'the links of the machine' if fabric == OWN else fabric}:"
+        yield f"over {'the links of the node' if fabric == OWN else fabric}:"
         yield ""
         yield from markdown(header, lines)
         yield ""
-    yield "It rests on this:"
-    yield from (f"- {said}" for said in dict.fromkeys(said for row in rows for said in row.assumptions))
+    yield "Assumptions:"
+    yield from (f"- {each}" for each in dict.fromkeys(each for row in rows for each in row.assumptions))
 
 
 LEVERED = (1, 8, 64, 512)
@@ -142,11 +142,11 @@ LEVERED = (1, 8, 64, 512)
 
 
 def leverage_table(rows: Sequence[ScalingRow]) -> Iterator[str]:
-    """Return the fraction of tokens per second that remains if an assumed rate is halved, largest effect first."""
-    shown = [row for row in rows if row.fabric == OWN and row.layout == "one copy" and row.ranks in LEVERED]
+    """Yield the fraction of tokens/s that remains if an assumed rate is halved, largest effect first."""
+    shown = [row for row in rows if row.fabric == OWN and row.layout == "one replica" and row.ranks in LEVERED]
     levers = sorted(shown[0].if_half, key=lambda lever: min(row.if_half[lever] for row in shown))
-    header = ["half as fast", *(f"{row.ranks:,} GPU{'s' if row.ranks > 1 else ''}" for row in shown)]
-    yield "What is left of the tokens/s of one copy where one of these is half as fast as is assumed:"
+    header = ["half of the rate", *(f"{row.ranks:,} GPU{'s' if row.ranks > 1 else ''}" for row in shown)]
+    yield "Fraction of the tokens/s of one replica that remains if one rate is half of the assumed one:"
     yield ""
     yield from markdown(header, [[lever, *(f"{row.if_half[lever]:.0%}" for row in shown)] for lever in levers])
 
@@ -164,7 +164,7 @@ def _scaling_cells(row: ScalingRow | None) -> list[str]:
     ]
 
 
-_STYLES = {"one copy": "-o", "a copy a machine": "--s"}
+_STYLES = {"one replica": "-o", "replica per node": "--s"}
 
 
 def plot_scaling(rows: Sequence[ScalingRow], title: str, path: Path) -> None:
@@ -185,7 +185,7 @@ def plot_scaling(rows: Sequence[ScalingRow], title: str, path: Path) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks(numbers, [f"{number:,}" for number in numbers])
     panel.set_ylim(bottom=0)
-    panel.set(xlabel="GPUs", ylabel="tokens a second of a GPU")
+    panel.set(xlabel="GPUs", ylabel="tokens/s per GPU")
     panel.legend(frameon=False, fontsize=7)
     figure.suptitle(title, fontsize=10)
     save(figure, path)
@@ -220,7 +220,7 @@ def plot_memory(plans: Mapping[str, Plan], title: str, path: Path) -> None:
     panel.set_yticks(range(len(plans)), list(plans))
     panel.set_ylim(len(plans) - 0.4, -0.6)
     panel.set_xlim(0, 1.17 * widest)
-    panel.set(xlabel="GB of a rank's device at the peak of a step; grey: what there is")
+    panel.set(xlabel="peak memory per rank in GB; grey: available")
     panel.set_title("\n".join(textwrap.wrap(title, 110)), fontsize=10)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     save(figure, path)

@@ -123,7 +123,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "attention": ("attention",),
     "the GPU's memory": ("bandwidth",),
     "launches": ("launch",),
-    "links within a machine": ("link",),
+    "links within a node": ("link",),
     "the network": ("network",),
     "starts of collectives": ("base", "ring_step", "ring_step_across", "tree_step", "tree_step_across"),
 }
@@ -183,18 +183,18 @@ def rates_of(work: Workload, machine: Machine) -> Rates | None:
         said.append(f"attention runs at {attention:.0%} of the GPU's rate: {_ATTENTION_SOURCE}")
         said.append(f"a launch costs {_LAUNCH_SECONDS * 1e6:.0f} us: {_LAUNCH_SOURCE}")
     if link is not None:
-        what = "a GPU's link to others of its machine delivers"
+        what = "a GPU's link to the others of its node delivers"
         said.append(said_of(what, "link_gb_per_second", link, 1e9, "GB/s"))
     if network is not None:
-        said.append(said_of("the network into a machine delivers", "network_gb_per_second", network, 1e9, "GB/s"))
+        said.append(said_of("the network into a node delivers", "network_gb_per_second", network, 1e9, "GB/s"))
     if is_gpu and machine.ranks > 1:
         said.append(
             f"a collective is a ring (a sum may be a tree), whose steps cost {_STEP_SECONDS[inside] * 1e6:.1f} us "
-            f"within a machine, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
+            f"within a node, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
         )
         if network is not None:
             across = _STEP_SECONDS["network"] * 1e6
-            said.append(f"a step of a ring between machines costs {across:.0f} us: {_LATENCY_SOURCE}")
+            said.append(f"a step of a ring between nodes costs {across:.0f} us: {_LATENCY_SOURCE}")
     matrices, host_link = peak * reached["tflops"][0], machine.host_link
     return Rates(
         peak=peak,

@@ -1,7 +1,7 @@
 """Calculate how a run's speed grows with the number of GPUs, by the formula of a plan's time. Imports no torch.
 
-Strong scaling keeps the rows of a step, so that results stay what they are and each rank runs fewer; weak scaling keeps
-the rows that a rank runs. The efficiency of a number is its tokens a second and rank over those of the fewest.
+Strong scaling keeps the global batch, and thus the results; weak scaling keeps the batch per rank. Efficiency is the
+tokens/s per rank over those on the fewest ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distlora.planner.speed.rates import LEVERS, Term, half_as_fast, missing_rat
 from distlora.planner.speed.timing import step_time
 from distlora.planner.workload import Workload
 
-Layout = Literal["one copy", "a copy a machine"]
+Layout = Literal["one replica", "replica per node"]
 """Sharding of the base: over all ranks, or over those of each node (parallel=hsdp)."""
 Scaling = Literal["strong", "weak"]
 
@@ -94,14 +94,14 @@ def scaling(
     *,
     kind: Scaling = "strong",
     numbers: Sequence[int] | None = None,
-    layouts: Sequence[Layout] = ("one copy", "a copy a machine"),
+    layouts: Sequence[Layout] = ("one replica", "replica per node"),
     fabrics: Sequence[Fabric] = (),
 ) -> list[ScalingRow]:
-    """Rows for each fabric (none given: the machine's own links), layout and number of GPUs of this machine's kind.
+    """Return a row per fabric (default: the node's own links), layout and number of GPUs of this model.
 
-    A machine holds as many as this one has, 8 where that is fewer; `numbers` (None: `numbers_of`) above it have to be
-    multiples. With `kind=weak` each rank runs the rows that it runs here. A layout is left out where it is no other
-    than one copy. Raises UserError where the rates of the GPU or of a link are not known.
+    A node holds as many GPUs as in `plan`, at least 8; `numbers` (default: `numbers_of`) above that must be multiples
+    of it. `kind=weak` keeps the sequences per rank. A replica per node is left out on one node. Raises UserError if a
+    rate of the GPU or of a link is unknown.
     """
     config, machine = plan.config, plan.machine
     per_machine = max(machine.ranks_per_machine, MACHINE)
@@ -109,8 +109,8 @@ def scaling(
     for number in numbers:
         if number > per_machine and number % per_machine:
             raise UserError(
-                f"{number:,} GPUs are no number of machines of {per_machine}; ask for a multiple of {per_machine}, or "
-                "set cluster.gpus_per_node to what a machine has"
+                f"{number:,} GPUs do not fill whole nodes of {per_machine}; use a multiple of {per_machine}, or set "
+                "cluster.gpus_per_node to the GPUs of a node"
             )
     rows = config.train.accumulation(machine.ranks) * config.train.micro_batch if kind == "weak" else None
     found: list[ScalingRow] = []
@@ -120,15 +120,15 @@ def scaling(
         for layout in layouts:
             for number in sorted(set(numbers)):
                 here = min(number, per_machine)
-                if layout == "a copy a machine" and number <= here:
+                if layout == "replica per node" and number <= here:
                     continue
                 train = config.train
                 if rows is not None:
                     train = dataclasses.replace(train, global_batch=rows * number)
-                # The machine has the number of GPUs; the config checks that they can share a copy.
+                # `there` has the number of GPUs; the config checks that they can share a replica.
                 run = dataclasses.replace(
                     config,
-                    parallel=_parallel(config.parallel, number, None if layout == "one copy" else here),
+                    parallel=_parallel(config.parallel, number, None if layout == "one replica" else here),
                     train=train,
                     cluster=ClusterConfig(gpus_per_node=number),
                 )
@@ -139,21 +139,21 @@ def scaling(
 
 
 def _parallel(parallel: ParallelConfig, ranks: int, shard_degree: int | None) -> ParallelConfig:
-    """Return the parallel settings of a run on so many ranks. One process gathers and offloads nothing of its base."""
+    """Return the parallel settings of a run on `ranks` ranks. One process neither gathers nor offloads its base."""
     if ranks == 1:
         return ParallelConfig(bucket_mb=parallel.bucket_mb)
     return dataclasses.replace(parallel, shard_degree=shard_degree)
 
 
 def numbers_of(per_machine: int) -> tuple[int, ...]:
-    """1, 2, 4 ... GPUs of a machine, all of them, then twice as many machines each time, up to MOST GPUs."""
+    """Return 1, 2, 4 ... GPUs of a node, all of them, then twice as many nodes each time, up to MOST GPUs."""
     within = [2**n for n in range(per_machine.bit_length()) if 2**n < per_machine]
     machines = [per_machine * 2**n for n in range(MOST.bit_length()) if n == 0 or per_machine * 2**n <= MOST]
     return (*within, *machines)
 
 
 def _joined(machine: Machine, fabric: Fabric) -> Machine:
-    """Return the machine with the links of a fabric, of which the user's measured rates say nothing."""
+    """Return the machine with the links of a fabric, of which the user has measured nothing."""
     return dataclasses.replace(
         machine,
         link=fabric.inside,
@@ -170,7 +170,7 @@ def _rows(runs: Iterable[tuple[Layout, Workload, Machine]], model: PlannedModel,
         if time is None:
             named = "" if machine.gpu is not None else "gpu=NAME (gpu=h100), or "
             raise UserError(
-                f"how {machine.name} scales is not known, as rates of it and its links are not; set {named}"
+                f"the scaling of {machine.name} is unknown without the rates of its GPU and links; set {named}"
                 + ", ".join(missing_rates(work, machine))
             )
         fewest = fewest or time.tokens_per_second_of_a_rank

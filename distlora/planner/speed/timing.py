@@ -415,17 +415,17 @@ def _seconds(launches: Iterable[Work], rates: Rates) -> Seconds:
 def _said(work: Workload, machine: Machine, document: int | None) -> list[str]:
     """Return the assumptions on the run, beside the rates."""
     length = work.sequence_length
-    documents = f"each row is one document of {length:,} tokens"
+    documents = f"each sequence is one document of {length:,} tokens"
     if document is not None and document < length:
-        documents = f"rows of {length:,} tokens hold documents of {document:,}"
+        documents = f"sequences of {length:,} tokens hold documents of {document:,}"
     said = [documents]
     if machine.is_gpu and work.train.liger and machine.has_liger:
-        said.append("liger-kernel is installed, where the run can use it")
+        said.append("liger-kernel is installed if the run can use it")
     if machine.is_gpu and work.train.deterministic_attention:
-        said.append("attention's gradients in a fixed order take no longer than in any")
+        said.append("deterministic attention gradients cost no extra time")
     if work.parallel.resident_blocks == "auto" and machine.ranks > 1:
-        said.append("no block stays gathered: how many will is found out in the first step")
+        said.append("no layer is resident: the number is chosen after the first step")
     if work.adapter.use_dora and not machine.is_gpu:
         said.append("DoRA's magnitudes are folded into packed weights, as on a GPU")
-    said.append("neither loading nor evaluations, samples or saves are counted, and the host keeps ahead of the device")
+    said.append("loading, evaluations, samples and saves are not counted, and the CPU never delays the GPU")
     return said

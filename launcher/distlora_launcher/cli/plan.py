@@ -185,7 +185,7 @@ def check(options: PlanArguments) -> None:
         require(options.table or not is_given, f"--{name} belongs to --table; add --table, or leave it out")
     for name in ("strong", "fabrics"):
         require(options.scaling or not getattr(options, name), f"--{name} belongs to --scaling; add --scaling")
-    require(not (options.scaling and options.table), "--table and --scaling are two tables; leave one of them out")
+    require(not (options.scaling and options.table), "--table and --scaling cannot be combined; leave one of them out")
     if (path := options.plot) is not None:
         require(
             path.suffix.lower() == ".png", f"--plot {path} is drawn as a PNG; write --plot {path.with_suffix('.png')}"
@@ -200,14 +200,14 @@ def check(options: PlanArguments) -> None:
 
 
 def check_named_elsewhere(overrides: Sequence[str]) -> None:
-    """Refuse settings that the options of a table say."""
+    """Refuse settings that --table has options for."""
     options = {"model": "--models", "gpu": "--gpus", "cluster": "--gpus"}
     for word in overrides:
         key = word.lstrip("+").partition("=")[0]
         flag = options.get(key.partition(".")[0])
         require(
             flag is None or key in ("gpu.price_per_hour", "model.new_tokens"),
-            f"{word} is set by {flag} in a table; write {flag} {'NAME,NAME' if flag == '--models' else 'h100x8,a10'}",
+            f"{word} cannot be used with --table; write {flag} {'NAME,NAME' if flag == '--models' else 'h100x8,a10'}",
         )
 
 
@@ -320,10 +320,9 @@ def machine_words(machine: str) -> list[str]:
             f"{', '.join(GPUS)}"
         )
     if number < 1 or (number > OF_A_MACHINE and number % OF_A_MACHINE):
-        raise UserError(
-            f"--gpus {machine}: {number} GPUs do not fill nodes of {OF_A_MACHINE}; write "
-            f"{gpu}x{max(1, number // OF_A_MACHINE * OF_A_MACHINE)}"
-        )
+        full = number // OF_A_MACHINE * OF_A_MACHINE
+        sizes = f"{gpu}x{full} or {gpu}x{full + OF_A_MACHINE}" if full else f"{gpu}x1"
+        raise UserError(f"--gpus {machine}: {number} GPUs do not fill whole nodes of {OF_A_MACHINE}; write {sizes}")
     if number <= OF_A_MACHINE:
         return [f"gpu={gpu}", f"cluster.gpus_per_node={number}"]
     nodes = number // OF_A_MACHINE
@@ -351,7 +350,7 @@ def show_scaling(options: PlanArguments) -> None:
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
-        what = "as many rows in all" if options.strong else "as many rows on each GPU"
+        what = "same global batch" if options.strong else "same batch per GPU"
         print(f"{plan.model.name} on {plan.machine.name}, {what}; {settings(plan)}\n")
         print("\n".join(scaling_tables(rows)))
         if options.assumptions:

@@ -14,17 +14,15 @@ from torch import Tensor
 from accounting import Kept, Made, flash_like
 from distlora.architecture.families import read_config
 from distlora.architecture.shapes import shapes_of
-from distlora.model import lm_head
 from distlora.model.adapters import StepRows
 from distlora.model.attention import Documents, attend_on_cpu
 from distlora.model.build import CausalLM
 from distlora.model.layer_wrapper import HostInputs
 from distlora.model.mlp import MLP, place_mlps
-from distlora.planner.decoder import AttentionKind
-from distlora.planner.memory import activations
+from distlora.planner.decoder_sizes import AttentionKind
 from distlora.planner.memory.activations import Costs, Mode
 from distlora.planner.memory.base import base_of
-from distlora.planner.memory.gathered import Copied, copied_of
+from distlora.planner.memory.gathered import CastCopies, copied_of
 from distlora.planner.memory.layer import Attention
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
@@ -52,7 +50,7 @@ class Loaded(NamedTuple):
 
     model: CausalLM
     costs: Costs
-    copied: Copied
+    copied: CastCopies
     """Of trained weights, in 16 bits."""
 
 
@@ -170,6 +168,4 @@ def check_steps(loaded: Loaded, modes: Sequence[tuple[Mode, int | None, int]], *
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few logits at once that a block can be a step's peak."""
-    assert activations.LOGITS_AT_ONCE == lm_head.LOGITS_PER_CHUNK
-    monkeypatch.setattr(lm_head, "LOGITS_PER_CHUNK", 2**14)
-    monkeypatch.setattr(activations, "LOGITS_AT_ONCE", 2**14)
+    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", 2**14)

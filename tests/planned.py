@@ -10,7 +10,7 @@ from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.planner import Plan, plan_of
 from distlora.planner.model import model_in
-from distlora.planner.traffic import StepBytes, ours
+from distlora.planner.traffic import StepBytes, step_traffic
 from distlora.planner.workload import Workload
 from distlora.run_folder.layout import BEST_NAME, CHECKPOINTS, PUBLISHED, steps
 from plan_inputs import cpu_machine
@@ -52,4 +52,4 @@ def traffic_of(config: Config, *, world: int) -> StepBytes:
     """Return the traffic of a step of a run, from its settings and its model's config.json."""
     folder, work = Path(config.model.path), Workload.of(config)
     shapes = shapes_of(read_config(folder), folder / "config.json")
-    return ours(work, shapes, world=world, accumulation=work.train.accumulation(world))
+    return step_traffic(work, shapes, world=world, accumulation=work.train.accumulation(world))

@@ -11,11 +11,9 @@ import torch
 from accounting import Made
 from activation_steps import NARROW, POSITIONS, WIDE, check_steps, kept_by_a_block, load, set_mode, small_chunks
 from distlora.architecture.families import FAMILIES
-from distlora.model import lm_head
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
-from distlora.planner.decoder import INPUTS, Decoder
-from distlora.planner.memory import activations
+from distlora.planner.decoder_sizes import INPUTS, Decoder
 from distlora.planner.memory.activations import Mode
 from family_models import tokens
 
@@ -95,14 +93,6 @@ def test_input_of_a_linear_without_an_adapter_is_not_saved(tmp_path: Path) -> No
     assert [costs.ranks.reading(tensor) for tensor in INPUTS] == [4, 0, 0, 4]
     set_mode(model, "none", None)
     assert costs.kept("none") == pytest.approx(kept_by_a_block(model), rel=0.03)
-
-
-def test_the_head_has_as_many_logits_at_once_as_is_calculated() -> None:
-    for vocabulary in (37, 4096, 128_256, 2**21):
-        for on_cpu in (False, True):
-            planned = activations.tokens_at_once(vocabulary, is_gpu=not on_cpu)
-            assert planned == lm_head.tokens_per_chunk(vocabulary, on_cpu=on_cpu)
-    assert activations.ADDED_AT_ONCE == lm_head.ADDED_AT_ONCE
 
 
 @pytest.mark.parametrize(("family", "has"), [("mistral", False), ("qwen2", True), ("llama", True)])

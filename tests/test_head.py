@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from closeness import assert_close
-from distlora.model import lm_head
 from distlora.model.lm_head import LossHead
 
 VOCABULARY, HIDDEN = 1001, 24
@@ -37,7 +36,7 @@ def plain_loss(hidden: Tensor, labels: Tensor, weight: Tensor, softcap: float | 
 def test_row_sums_and_gradients_equal_the_plain_loss(
     monkeypatch: pytest.MonkeyPatch, frozen: bool, softcap: float | None, scale: float, tokens_per_chunk: int
 ) -> None:
-    monkeypatch.setattr(lm_head, "LOGITS_PER_CHUNK", tokens_per_chunk * VOCABULARY)
+    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", tokens_per_chunk * VOCABULARY)
     hidden, labels, weight = inputs()
     module = LossHead(nn.Parameter(weight, requires_grad=not frozen), logit_softcap=softcap, logit_scale=scale)
     row_weights = torch.tensor([0.5, -2.0, 3.0])  # Any combination of rows, as DPO takes.
@@ -61,7 +60,7 @@ def test_no_gradient_mode_gives_the_same_sums() -> None:
 
 
 def test_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "LOGITS_PER_CHUNK", 16 * VOCABULARY)
+    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", 16 * VOCABULARY)
     hidden, labels, weight = inputs()
     module = LossHead(nn.Parameter(weight, requires_grad=False))
     largest = 0

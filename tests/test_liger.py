@@ -24,7 +24,7 @@ from distlora.model.build import CausalLM
 from distlora.model.fused_modules import use_liger, why_not_liger
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
-from distlora.planner.decoder import AdaptedRanks, Decoder
+from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
 from distlora.planner.memory.activations import Costs
 from distlora.training import setup
 from family_models import load_ours, tokens, write_family_folder

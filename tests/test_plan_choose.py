@@ -30,7 +30,14 @@ from distlora.planner.choose import (
 )
 from distlora.planner.machine import machine_of as machine_asked_for
 from distlora.planner.report import needs
-from distlora.planner.suggest import given_up, moves, nearest, room, sacrifices, with_ranks
+from distlora.planner.suggest import (
+    given_up,
+    larger_runs,
+    memory_saving_changes,
+    nearest,
+    result_changing_savings,
+    with_ranks,
+)
 from distlora.system.numbers import size
 from plan_inputs import cpu_machine, machine_of, model_of
 from small_models import config_with
@@ -164,7 +171,7 @@ def test_the_choice_is_the_fastest_of_all_that_fit(where: Machine, fixed: set[st
         (14, {}, "nf4", r"in 16 bits it would take [\d.]+ GB, in NF4 [\d.]+ GB of [\d.]+ GB"),
         (80, {"adapter": {"init": "loftq"}}, "nf4", "the adapter starts from the quantization error of NF4"),
         (80, {"adapter": {"method": "full"}}, "none", "adapter=full trains every parameter"),
-        (80, {"train": {"keep_dequantized": True}}, "nf4", "keep_dequantized=true keeps what is dequantized"),
+        (80, {"train": {"keep_dequantized": True}}, "nf4", "keep_dequantized=true needs quantized weights"),
     ],
     ids=["it fits", "it does not fit", "loftq", "full", "kept"],
 )
@@ -308,13 +315,13 @@ def test_the_nearest_that_fits_is_the_smallest_change(
         named = found.gpu.plan.config
         there = dataclasses.replace(machine_asked_for(named.gpu, named.cluster), host_bytes=where.host_bytes)
         assert found.gpu.plan.machine == there, "what is planned for by its words"
-    alone = [config for move in moves(plan) if (config := said.if_valid(move)) is not None]
+    alone = [config for move in memory_saving_changes(plan) if (config := said.if_valid(move)) is not None]
     fitting = [each for config in alone if has_room(each := plan_of(config, model, with_ranks(where, config.cluster)))]
     if fitting:
         assert found.same is not None
         assert cost_of(found.same.plan) == min(map(cost_of, fitting)), "the fastest of as many settings"
     if found.same is None and found.other is not None:
-        for each in sacrifices(plan):
+        for each in result_changing_savings(plan):
             config = said.with_settings(each)
             if given_up(plan, plan_of(config, model, where)) < given_up(plan, found.other.plan):
                 again = Search(config=config, model=model, machine=where, fixed={"quant.method"}, reserve=0.0)
@@ -332,7 +339,9 @@ def test_what_a_run_has_room_for_is_a_plan_of_each() -> None:
     model, where, larger = model_of("8b"), machine("h100", 8), ("model=larger", model_of("70b"))
     said = config_of(8)
     plan = plan_of(said, model, where)
-    found = {each.what: each for each in room(Choice(plan=plan, search=search(said, model, where, CHOSEN)), larger)}
+    found = {
+        each.what: each for each in larger_runs(Choice(plan=plan, search=search(said, model, where, CHOSEN)), larger)
+    }
     assert list(found) == ["train.micro_batch=2", "data.sequence_length=8192", "adapter.r=32", "model=larger"]
     longer = plan_of(said.with_settings({"data.sequence_length": 8192}), model, where)
     assert found["data.sequence_length=8192"].total == longer.device.total
@@ -343,7 +352,7 @@ def test_a_larger_model_is_planned_with_what_is_chosen_for_it() -> None:
     said = config_of(8, plan={"mode": "auto"})
     choice = choose(search(said, model_of("8b"), machine("h100", 8)))
     larger = model_of("70b")
-    found = room(choice, ("model=larger", larger))[-1]
+    found = larger_runs(choice, ("model=larger", larger))[-1]
     assert plan_of(choice.config, larger, choice.plan.machine).fits is False
     assert found.fits
     assert found.chosen_again

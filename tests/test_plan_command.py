@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from distlora.architecture.shapes import ARCHITECTURES
-from distlora.planner import plan_of, report, tables
+from distlora.planner import plan_of, plan_tables, report
 from distlora.planner.machine import machine_of
 from distlora.planner.model import built_in
 from distlora_launcher.cli import main
@@ -110,10 +110,10 @@ def test_parts_of_a_page_add_up() -> None:
     numbers = random.Random(0)
     for _ in range(1000):
         parts = {name: numbers.random() * 10 ** numbers.randrange(4) for name in "abcdefgh"}
-        percents = dict(tables.shares(parts))
+        percents = dict(plan_tables.shares(parts))
         assert sum(percents.values()) == 100
         assert all(abs(percents.get(name, 0) - 100 * value / sum(parts.values())) < 1 for name, value in parts.items())
-        hundredths = tables.rounded(parts, 0.01)
+        hundredths = plan_tables.rounded(parts, 0.01)
         assert sum(hundredths.values()) == round(sum(parts.values()) / 0.01)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distlora.config import Config
-from distlora.planner.decoder import windows_of
+from distlora.planner.decoder_sizes import windows_of
 from distlora.planner.flops import StepFlops, active_weights, cut, pairs, step_flops
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload

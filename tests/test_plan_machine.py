@@ -13,7 +13,7 @@ import pytest
 from distlora.architecture.shapes import ARCHITECTURES, shapes_of
 from distlora.config import Config, UserError
 from distlora.config.plan import CONTEXT_BYTES, GPUS
-from distlora.planner.machine import Found, Machine, machine_of
+from distlora.planner.machine import LocalHardware, Machine, machine_of
 from distlora.planner.model import built_in, cached_snapshot, find_model
 from distlora.system import host_memory
 from distlora_launcher.compose import planning
@@ -22,20 +22,20 @@ from launcher_fakes import write_model
 from plan_inputs import composed
 
 MIB, GIB = 2**20, 2**30
-TWO_4090S = Found(devices=(("NVIDIA GeForce RTX 4090", 24_564 * MIB),) * 2, host_bytes=64 * GIB)
+TWO_4090S = LocalHardware(devices=(("NVIDIA GeForce RTX 4090", 24_564 * MIB),) * 2, host_bytes=64 * GIB)
 
 
 def config_of(*words: str) -> Config:
     return composed(*words, model={"path": "/model"}, data={"path": "/data.jsonl"})
 
 
-def machine(found: Found | None, *words: str) -> Machine:
+def machine(found: LocalHardware | None, *words: str) -> Machine:
     config = config_of(*words)
     return machine_of(config.gpu, config.cluster, found=found)
 
 
 def test_a_named_gpu_is_planned_for_wherever_one_is() -> None:
-    named = machine(Found(host_bytes=8 * GIB), "gpu.name=h100", "cluster.gpus_per_node=8", "cluster.nodes=1")
+    named = machine(LocalHardware(host_bytes=8 * GIB), "gpu.name=h100", "cluster.gpus_per_node=8", "cluster.nodes=1")
     gpu = GPUS["h100"]
     assert (named.name, named.gpu, named.is_gpu) == ("H100 SXM 80 GB", gpu, True)
     assert named.usable_bytes == gpu.memory_bytes - CONTEXT_BYTES
@@ -50,29 +50,29 @@ def test_what_the_user_knows_better_wins_over_the_table() -> None:
     words = ("gpu.memory_gib=48", "gpu.tflops=100", "gpu.memory_gb_per_second=900", "gpu.link_gb_per_second=56")
     rest = ("gpu.host_gb_per_second=12", "gpu.network_gb_per_second=3", "gpu.price_per_hour=0.4")
     for gpu in ((), ("gpu.name=rtx4090",)):
-        found = machine(Found(), *gpu, *words, *rest)
+        found = machine(LocalHardware(), *gpu, *words, *rest)
         assert found.usable_bytes == 48 * GIB - CONTEXT_BYTES
         assert (found.flops, found.bandwidth, found.link) == (100e12, 900e9, 56e9)
         assert (found.host_link, found.network, found.price_per_hour) == (12e9, 3e9, 0.4)
         assert found.is_gpu
-    assert machine(Found(), "gpu.memory_gib=48").name == "a GPU of 48 GiB"
-    assert machine(Found(), "gpu.name=h100", "gpu.memory_gib=40").name == "H100 SXM, 40 GiB"
-    assert machine(Found(), "gpu.name=h100", "gpu.memory_gib=79").name == "H100 SXM 80 GB"
+    assert machine(LocalHardware(), "gpu.memory_gib=48").name == "a GPU of 48 GiB"
+    assert machine(LocalHardware(), "gpu.name=h100", "gpu.memory_gib=40").name == "H100 SXM, 40 GiB"
+    assert machine(LocalHardware(), "gpu.name=h100", "gpu.memory_gib=79").name == "H100 SXM 80 GB"
 
 
 def test_an_unnamed_gpu_is_what_this_machine_has() -> None:
     found = machine(TWO_4090S, "cluster.gpus_per_node=2")
     assert (found.gpu, found.name, found.host_bytes) == (GPUS["rtx4090"], "RTX 4090 24 GB", 64 * GIB)
     assert found.usable_bytes == GPUS["rtx4090"].usable_bytes
-    mixed = Found(devices=(("NVIDIA L40S", 46_068 * MIB), ("NVIDIA RTX 4000 SFF Ada", 20_475 * MIB)))
+    mixed = LocalHardware(devices=(("NVIDIA L40S", 46_068 * MIB), ("NVIDIA RTX 4000 SFF Ada", 20_475 * MIB)))
     unknown = machine(mixed, "cluster.gpus_per_node=2")
     assert (unknown.gpu, unknown.name) == (None, "NVIDIA RTX 4000 SFF Ada, 20 GiB")
     assert (unknown.usable_bytes, unknown.flops) == (20_475 * MIB - CONTEXT_BYTES, None)
     assert machine(mixed).gpu == GPUS["l40s"], "one process uses the first"
-    slice_of_one = machine(Found(devices=None, host_bytes=GIB))
+    slice_of_one = machine(LocalHardware(devices=None, host_bytes=GIB))
     assert (slice_of_one.is_gpu, slice_of_one.usable_bytes, slice_of_one.name) == (True, None, "a GPU")
     # Half of one that its driver shows is not a whole one.
-    part = machine(Found(devices=(("NVIDIA A100-SXM4-80GB", 40_000 * MIB),)))
+    part = machine(LocalHardware(devices=(("NVIDIA A100-SXM4-80GB", 40_000 * MIB),)))
     assert (part.usable_bytes, part.name) == (40_000 * MIB - CONTEXT_BYTES, "A100 SXM, 39.1 GiB")
 
 
@@ -85,17 +85,17 @@ def test_an_unnamed_gpu_is_what_this_machine_has() -> None:
     ],
 )
 def test_a_gpu_of_more_memory_than_others_of_its_name_has_it(device: str, mib: int, usable: int, name: str) -> None:
-    found = machine(Found(devices=((device, mib * MIB),)))
+    found = machine(LocalHardware(devices=((device, mib * MIB),)))
     assert (found.usable_bytes, found.name) == (usable, name)
     assert found.flops is not None
 
 
 def test_a_machine_without_a_gpu_has_its_memory_for_its_processes() -> None:
-    cpu = machine(Found(host_bytes=12 * GIB), "cluster.gpus_per_node=3")
+    cpu = machine(LocalHardware(host_bytes=12 * GIB), "cluster.gpus_per_node=3")
     assert (cpu.name, cpu.is_gpu, cpu.usable_bytes, cpu.host_bytes) == ("CPU", False, 4 * GIB, 12 * GIB)
     assert cpu.flops is None
     assert machine(None).usable_bytes is None
-    assert machine(Found(host_bytes=1), "gpu.tflops=0.5").flops == 0.5e12
+    assert machine(LocalHardware(host_bytes=1), "gpu.tflops=0.5").flops == 0.5e12
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "torchrun"])

@@ -22,8 +22,8 @@ from distlora.config import Config
 from distlora.config.plan import GPUS
 from distlora.parallel import Ranks
 from distlora.planner import plan_of
-from distlora.planner.machine import Found, machine_of
-from distlora.planner.memory import Moment
+from distlora.planner.machine import LocalHardware, machine_of
+from distlora.planner.memory import Phase
 from distlora.planner.memory import measured as beside_plan
 from distlora.planner.memory.device import DeviceBytes, device_bytes
 from distlora.planner.model import find_model, model_in
@@ -66,7 +66,7 @@ def both(world: Any, folder: Path, ranks: int, settings: Settings, accumulation:
     return device_bytes(Workload.of(config), model_in(folder), cpu_machine(ranks)), most
 
 
-MOMENTS: dict[str, tuple[Moment, ...]] = {
+MOMENTS: dict[str, tuple[Phase, ...]] = {
     "forward": ("embedding", "forward"),
     "head": ("head",),
     "head_backward": ("head_backward",),
@@ -268,7 +268,7 @@ def test_deepspeeds_own_file_says_what_lies_on_the_host_and_what_stays_gathered(
 def test_a_base_in_host_memory_is_there_once_where_the_cpu_is_the_device() -> None:
     two = ["data.path=/none.jsonl", "model=llama3_8b", "cluster.gpus_per_node=2", "parallel=zero3"]
     configs = [compose_config(words) for words in (two, [*two, ZERO[1]])]
-    found = Found(host_bytes=64 * 10**9)
+    found = LocalHardware(host_bytes=64 * 10**9)
     here, there = (
         plan_of(config, find_model(config), machine_of(config.gpu, config.cluster, found=found)).host
         for config in configs

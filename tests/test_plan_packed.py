@@ -11,7 +11,7 @@ import pytest
 
 from distlora.config import Config, UserError
 from distlora.planner import Machine, Plan, PlannedModel, plan_of
-from distlora.planner.suggest import packing
+from distlora.planner.suggest import multi_trial_plan
 from distlora.planner.workload import Workload, trained_together
 from distlora_launcher.cli import main
 from plan_inputs import composed, cpu_machine, machine_of, model_of
@@ -36,8 +36,8 @@ def test_one_trial_is_a_run_alone_and_each_of_several_has_its_own_of_what_is_tra
         assert pack.device.held[kind] == alone.device.held[kind]
     assert pack.device.moments["block"]["kept"] == 4 * alone.device.moments["block"]["kept"]
     assert pack.device.moments["block"]["gathered"] == alone.device.moments["block"]["gathered"]
-    assert pack.wire.gathered == alone.wire.gathered > 0
-    assert pack.wire.reduced == 4 * alone.wire.reduced
+    assert pack.traffic.gathered == alone.traffic.gathered > 0
+    assert pack.traffic.reduced == 4 * alone.traffic.reduced
     assert (pack.disk.run, pack.disk.cache) == (4 * alone.disk.run, alone.disk.cache)
     # As one token goes through one adapter, as many operations a token are counted.
     assert pack.compute.counted == 4 * alone.compute.counted
@@ -84,7 +84,7 @@ def test_as_many_fit_as_one_more_does_not(gpu: str, ranks: int, length: int, ran
     words = (f"data.sequence_length={length}", f"adapter.r={rank}", "adapter.target_modules=all-linear")
     trial = composed(*BASE[:2], *words)
     machine, model = machine_of(gpu, ranks=ranks), model_of("8b")
-    found = packing(plan_of(trial, model, machine), "auto")
+    found = multi_trial_plan(plan_of(trial, model, machine), "auto")
     brute = [n for n in range(1, 40) if together([trial] * n, model, machine).fits]
     assert brute == list(range(1, len(brute) + 1)), "what fits is followed by nothing that does not"
     assert found.most == len(brute) > 1
@@ -96,7 +96,7 @@ def test_as_many_fit_as_one_more_does_not(gpu: str, ranks: int, length: int, ran
         <= usable
         < together([trial] * (found.trials + 1), model, machine).device.total * 1.05
     )
-    few = packing(plan_of(trial, model, machine), 3, most=3)
+    few = multi_trial_plan(plan_of(trial, model, machine), 3, most=3)
     assert (few.trials, few.most, few.beyond) == (3, 3, None)
 
 

@@ -10,7 +10,7 @@ import pytest
 from distlora.config import Config, UserError
 from distlora.planner import Machine, plan_of, traffic
 from distlora.planner.flops import step_flops
-from distlora.planner.speed.rates import missing_rates, rates_of, wiring_of
+from distlora.planner.speed.rates import missing_rates, rates_of, step_collectives
 from distlora.planner.speed.timing import StepTime, step_time
 from distlora.planner.workload import Workload
 from plan_inputs import machine_of, model_of
@@ -61,7 +61,9 @@ def test_no_step_is_faster_than_the_machine(name: str, ranks: int, per_machine: 
     config, time = config_of(ranks, **sections), time_of(name, machine, **sections)
     assert machine.flops is not None
     assert machine.bandwidth is not None
-    step = traffic.ours(Workload.of(config), model.shapes, world=ranks, accumulation=config.train.accumulation(ranks))
+    step = traffic.step_traffic(
+        Workload.of(config), model.shapes, world=ranks, accumulation=config.train.accumulation(ranks)
+    )
     flops = step_flops(Workload.of(config), model, ranks=ranks, is_gpu=True)
     assert time.seconds >= flops.total / machine.flops
     assert time.seconds >= sum(time.moved.values()) / machine.bandwidth
@@ -86,14 +88,17 @@ def test_what_is_divided_among_collectives_is_what_a_step_moves(
     machine, model = machine_of(ranks=ranks, per_machine=per_machine), model_of(name)
     config = config_of(ranks, **sections)
     accumulation = config.train.accumulation(ranks)
-    step = traffic.ours(Workload.of(config), model.shapes, world=ranks, accumulation=accumulation)
-    wires, passes = wiring_of(Workload.of(config), model, machine), traffic.passes_of(Workload.of(config), accumulation)
+    step = traffic.step_traffic(Workload.of(config), model.shapes, world=ranks, accumulation=accumulation)
+    collectives, passes = (
+        step_collectives(Workload.of(config), model, machine),
+        traffic.passes_of(Workload.of(config), accumulation),
+    )
     resident = config.parallel.resident_blocks
     assert isinstance(resident, int)
     moved = model.shapes.num_layers - resident
-    once = (*wires.sums, *wires.last)
+    once = (*collectives.sums, *collectives.last)
     inside, across = (
-        passes * (2 * moved * getattr(wires.gather, kind) + getattr(wires.ends, kind))
+        passes * (2 * moved * getattr(collectives.gather, kind) + getattr(collectives.ends, kind))
         + sum(getattr(each, kind) for each in once)
         for kind in ("inside", "across")
     )

@@ -13,8 +13,8 @@ from accounting import Moved
 from distlora.model.lm_head import LossHead
 from distlora.planner.flops import step_flops
 from distlora.planner.model import model_in
-from distlora.planner.speed.launches import How, Linear, head_work, linears, norm
-from distlora.planner.speed.timing import how_of, step_work
+from distlora.planner.speed.launches import KernelOptions, Linear, head_work, linears, norm
+from distlora.planner.speed.timing import kernel_options, step_work
 from distlora.planner.workload import Workload
 from family_models import config_for, hf_config, load_ours, positions_of, tokens
 from plan_inputs import machine_of
@@ -37,7 +37,7 @@ def test_two_linears_of_one_input_move_what_their_launches_move(
 ) -> None:
     """Bytes, operations and launches of Llama 70B's gate and up, rank 16, as kernels/bench once counted them too."""
     pair = [Linear(28672, 8192, 16, is_dora=is_dora)] * 2
-    how, m = How(itemsize=2, quantized=quantized, few_rows=few_rows), few_rows or 8192
+    how, m = KernelOptions(itemsize=2, quantized=quantized, few_rows=few_rows), few_rows or 8192
     work = [*linears(pair, m, how), *linears(pair, m, how, backward=True)]
     found = sum(w.nbytes for w in work), sum(w.flops for w in work), sum(w.launches for w in work)
     assert found == pytest.approx(expected, rel=1e-9)
@@ -105,7 +105,7 @@ def test_what_is_no_product_moves_the_bytes_that_operations_move(name: str, tmp_
     config, machine = config_for(tmp_path, **sections), machine_of(is_gpu=False)
     work, how = (
         step_work(Workload.of(config), model_in(tmp_path), machine),
-        how_of(Workload.of(config), model_in(tmp_path), machine),
+        kernel_options(Workload.of(config), model_in(tmp_path), machine),
     )
     for moved, launches, is_backward in (
         (forwards, [work for block in work.blocks for work in block.forward], False),
@@ -125,7 +125,7 @@ def test_the_heads_logits_move_the_bytes_that_operations_move(dtype: torch.dtype
     states = torch.randn(1, length, hidden, dtype=dtype, requires_grad=True)
     with Moved() as moved:
         LossHead(weight)(states, torch.randint(0, vocabulary, (1, length))).sum().backward()
-    how, rows = How(itemsize=dtype.itemsize, quantized=False), {"trained": trained, "trained_rows": 0}
+    how, rows = KernelOptions(itemsize=dtype.itemsize, quantized=False), {"trained": trained, "trained_rows": 0}
     launches = list(head_work(vocabulary, hidden, how, m=length, capped=False, reference=False, **rows))
     beside = sum(work.nbytes for work in launches if work.kind == "elementwise") + 2 * dtype.itemsize * states.numel()
     counted = sum(work.nbytes for work in launches) - beside  # Without the last norm and the embedding.

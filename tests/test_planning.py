@@ -10,7 +10,7 @@ import pytest
 
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.planner.machine import Found
+from distlora.planner.machine import LocalHardware
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose import planning
 from distlora_launcher.compose.compose import compose_run
@@ -19,9 +19,9 @@ from distlora_launcher.launch import local
 from launcher_fakes import write_data, write_model
 
 GIB = 2**30
-GEFORCE = Found(devices=(("NVIDIA GeForce RTX 4090", 24_564 * 2**20),), host_bytes=64 * GIB)
-UNKNOWN, SMALL_HOST = Found(devices=None, host_bytes=GIB), Found(host_bytes=1 << 20)
-Shows = Callable[[Found], None]
+GEFORCE = LocalHardware(devices=(("NVIDIA GeForce RTX 4090", 24_564 * 2**20),), host_bytes=64 * GIB)
+UNKNOWN, SMALL_HOST = LocalHardware(devices=None, host_bytes=GIB), LocalHardware(host_bytes=1 << 20)
+Shows = Callable[[LocalHardware], None]
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def shows(monkeypatch: pytest.MonkeyPatch) -> Shows:
     """Have this machine show what a test says."""
 
-    def show(found: Found) -> None:
+    def show(found: LocalHardware) -> None:
         monkeypatch.setattr(planning, "found_here", lambda **_: found)
         planning._decided.clear()
 

@@ -11,7 +11,7 @@ import pytest
 from distlora.config.plan import GPUS
 from distlora.planner import Plan, plan_of, report
 from distlora.planner.machine import machine_of
-from distlora.planner.memory import KINDS, MOMENTS
+from distlora.planner.memory import KINDS, PHASES
 from distlora.planner.model import find_model
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.compose.planning import check_planned
@@ -51,7 +51,7 @@ def header(name: str, plan: Plan) -> str:
     lines = [
         f"#   distlora plan recipe={name} gpu={plan.config.gpu.name}",
         "#",
-        f"# Peak memory per rank, {MOMENTS[plan.device.worst]}, calculated and not measured (GB = 1e9 B):",
+        f"# Peak memory per rank, {PHASES[plan.device.worst]}, calculated and not measured (GB = 1e9 B):",
         *(
             f"# {by_kind[kind] / GB:7.1f}  {words}"
             for kind, words in KINDS.items()

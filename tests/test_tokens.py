@@ -145,7 +145,7 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(
 ) -> None:
     """Against autograd through index_copy, token losses weighted unevenly; tied, so that both uses add up."""
     monkeypatch.setattr(
-        "distlora.model.lm_head.LOGITS_PER_CHUNK", 37 * 20
+        "distlora.architecture.shapes.LOGITS_PER_CHUNK", 37 * 20
     )  # Chunks of 20 tokens, the last one shorter.
     monkeypatch.setattr("distlora.model.adapters.TOKENS_PER_PRODUCT", 16)
     torch.manual_seed(0)

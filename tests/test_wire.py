@@ -105,7 +105,7 @@ def test_a_step_carries_what_is_calculated_and_the_backend_counts_it(
     shapes = shapes_of(
         read_config(folders / model), folders / model, vocabulary=build_run_model(config).vocabulary.rows
     )
-    step = wire.ours(Workload.of(config), shapes, world=size, accumulation=accumulation)
+    step = wire.step_traffic(Workload.of(config), shapes, world=size, accumulation=accumulation)
     for counts, traffic in world.run(size, our_traffic, config=config, accumulation=accumulation):
         assert (counts.gathered, counts.scattered, counts.reduced) == (step.gathered, step.scattered, step.reduced)
         assert traffic == Traffic(counts.gathered, counts.reduced, counts.scattered)

@@ -172,7 +172,7 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
     for prefetch, stays in ((False, [0]), (True, [1, 2])):
         run_dir = tmp_path / f"{prefetch}"
         config = make_run(run_dir, folders, model, train=settings, parallel=ZERO3 | {"prefetch": prefetch})
-        whole = traffic.ours(Workload.of(config), shapes, world=3, accumulation=2).gathered
+        whole = traffic.step_traffic(Workload.of(config), shapes, world=3, accumulation=2).gathered
         expected = [whole - count * block for count in stays]
         for ours, theirs, left, intact in alone.run(3, gathered_in_steps, run_dir=run_dir, steps=len(stays)):
             assert ours == theirs == expected

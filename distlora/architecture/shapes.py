@@ -350,3 +350,22 @@ def architecture_named(name: str) -> Mapping[str, Any] | None:
 def nearest_architecture(name: str) -> str:
     """Return ` (did you mean ...?)` for a name that may be a mistyped known model."""
     return nearest(name, ARCHITECTURES, cutoff=0.87)
+
+
+LOGITS_PER_CHUNK = 2**24
+"""fp32 logits that exist at once (64 MiB). A chunk has this many over the vocabulary size in tokens, 16 or more."""
+LOGITS_PER_CHUNK_ON_CPU = 2**20
+"""The same on a CPU, where a chunk's memory, five times its logits, stays in the caches. A chunk has at least
+FEWEST_ON_CPU tokens, because each reads the whole weight."""
+FEWEST_ON_CPU = 128
+
+ADDED_AT_ONCE = 2**22
+"""Elements of a trained head's bf16 gradient that are added to the fp32 sum at once: a CPU widens them first."""
+
+
+def tokens_per_chunk(vocabulary: int, *, on_cpu: bool) -> int:
+    """Return the number of tokens whose logits exist at once."""
+    tokens = LOGITS_PER_CHUNK // vocabulary
+    if on_cpu:
+        tokens = min(tokens, max(FEWEST_ON_CPU, LOGITS_PER_CHUNK_ON_CPU // vocabulary))
+    return max(16, tokens)

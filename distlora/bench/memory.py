@@ -29,7 +29,7 @@ from distlora.data.loader import MicroBatch, Share, StepBatch, stacks
 from distlora.model.build import put_trial
 from distlora.output.results import Results, Table, draw_bars
 from distlora.parallel import Ranks, join_ranks, leave_ranks, whole_shape
-from distlora.planner.machine import Found, machine_of
+from distlora.planner.machine import LocalHardware, machine_of
 from distlora.planner.memory import KINDS
 from distlora.planner.memory.device import device_bytes
 from distlora.planner.model import model_in
@@ -224,7 +224,7 @@ def rank_main(
     devices: tuple[tuple[str, int], ...] = ()
     if ranks.device.type == "cuda":
         devices = ((torch.cuda.get_device_name(), torch.cuda.mem_get_info(ranks.device)[1]),) * world
-    here = Found(devices=devices, has_liger=importlib.util.find_spec("liger_kernel") is not None)
+    here = LocalHardware(devices=devices, has_liger=importlib.util.find_spec("liger_kernel") is not None)
     for cell in rank_cells:
         if rank == 0:
             say(f"{cell.model} on {world} ranks: {cell.backend}, {cell.checkpointing}")

@@ -17,27 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distlora.architecture.shapes import ADDED_AT_ONCE, tokens_per_chunk
 from distlora.model.adapters import TokenRows, weighted_sum
 
-LOGITS_PER_CHUNK = 2**24
-"""fp32 logits that exist at once (64 MiB). A chunk has this many over the vocabulary size in tokens, 16 or more."""
-LOGITS_PER_CHUNK_ON_CPU = 2**20
-"""The same on a CPU, where a chunk's memory, five times its logits, stays in the caches. A chunk has at least
-FEWEST_ON_CPU tokens, because each reads the whole weight."""
-FEWEST_ON_CPU = 128
-
-ADDED_AT_ONCE = 2**22
-"""Elements of a trained head's bf16 gradient that are added to the fp32 sum at once: a CPU widens them first."""
-
 IGNORED_LABEL = -100
-
-
-def tokens_per_chunk(vocabulary: int, *, on_cpu: bool) -> int:
-    """Return the number of tokens whose logits exist at once."""
-    tokens = LOGITS_PER_CHUNK // vocabulary
-    if on_cpu:
-        tokens = min(tokens, max(FEWEST_ON_CPU, LOGITS_PER_CHUNK_ON_CPU // vocabulary))
-    return max(16, tokens)
 
 
 class LossHead(nn.Module):

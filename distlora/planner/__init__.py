@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from distlora.config import Config
 from distlora.config.file import as_mapping
-from distlora.planner import traffic as wire
 from distlora.planner.flops import StepFlops, step_flops
 from distlora.planner.machine import Machine
 from distlora.planner.memory.activations import Costs
@@ -19,7 +18,7 @@ from distlora.planner.memory.device import DeviceBytes, device_bytes
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.timing import StepTime, step_time
 from distlora.planner.storage import DiskBytes, HostBytes, disk_bytes, host_bytes, keeps_on_host, trained_tensors
-from distlora.planner.traffic import StepBytes
+from distlora.planner.traffic import StepBytes, step_traffic
 from distlora.planner.workload import Workload, trained_together
 
 __all__ = ["Machine", "Plan", "PlannedModel", "plan_of"]
@@ -35,7 +34,7 @@ class Plan:
     model: PlannedModel
     machine: Machine
     device: DeviceBytes
-    wire: StepBytes
+    traffic: StepBytes
 
     # Calculated where they are asked for: a search over settings makes hundreds of plans, and asks few of them.
     @property
@@ -98,7 +97,7 @@ class Plan:
         machine = {
             name: getattr(self.machine, name) for name in self.machine.__dataclass_fields__ if name != "measured"
         }
-        step = {name: getattr(self.wire, name) for name in self.wire.__dataclass_fields__}
+        step = {name: getattr(self.traffic, name) for name in self.traffic.__dataclass_fields__}
         shapes = self.model.shapes
         return {
             "model": {
@@ -123,9 +122,9 @@ class Plan:
             "disk": self.disk.as_json(),
             "wire": step
             | {
-                "carried": self.wire.carried,
-                "received": self.wire.received,
-                "into_machine": self.wire.into_machine(self.machine.ranks_per_machine),
+                "carried": self.traffic.carried,
+                "received": self.traffic.received,
+                "into_machine": self.traffic.into_machine(self.machine.ranks_per_machine),
             },
             "compute": self.compute.as_json(),
             "time": None if (time := self.time) is None else time.as_json(),
@@ -141,5 +140,5 @@ def plan_of(config: Config, model: PlannedModel, machine: Machine, *, trials: Se
         model=model,
         machine=machine,
         device=device_bytes(work, model, machine),
-        wire=wire.ours(work, model.shapes, world=ranks, accumulation=work.train.accumulation(ranks)),
+        traffic=step_traffic(work, model.shapes, world=ranks, accumulation=work.train.accumulation(ranks)),
     )

@@ -70,7 +70,7 @@ def cost_of(plan: Plan) -> tuple[float, ...]:
     return (
         int(config.parallel.offload_base),
         plan.compute.total,
-        plan.wire.received,
+        plan.traffic.received,
         RECOMPUTES.index(train.checkpointing),
         int(config.quant.method == "nf4" and not train.keep_dequantized),
         int(train.mlp_tile is not None),
@@ -383,7 +383,7 @@ def _difference(before: Plan, after: Plan, reserve: float) -> str:
     if times[0] is not None and times[1] is not None:
         ratio = times[0].seconds / times[1].seconds
         return f": {ratio:.2f}x faster" if ratio >= 1.005 else ""
-    moved = before.wire.received - after.wire.received
+    moved = before.traffic.received - after.traffic.received
     return f": {size(moved)} less to receive per step" if moved > 0 else ""
 
 

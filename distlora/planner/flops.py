@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from distlora.architecture.shapes import attention_columns, expert_paths, sizes_of
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
-from distlora.planner.decoder import (
+from distlora.planner.decoder_sizes import (
     Decoder,
     ExpertSizes,
     attention_kind,

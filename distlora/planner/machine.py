@@ -18,7 +18,7 @@ ANOTHER_SIZE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class LocalHardware:
     """The hardware of this node."""
 
     devices: tuple[tuple[str, int], ...] | None = ()
@@ -69,13 +69,13 @@ class Machine:
         return (0, 0) if self.gpu is None else self.gpu.capability
 
 
-def machine_of(spec: GpuConfig, cluster: ClusterConfig, *, found: Found | None = None) -> Machine:
+def machine_of(spec: GpuConfig, cluster: ClusterConfig, *, found: LocalHardware | None = None) -> Machine:
     """Return the nodes of a run: with the GPU that `gpu=` names, else with the hardware of this node (`found`).
 
     Without `found`, nothing is assumed of nodes that SLURM or torchrun starts, except that their ranks have GPUs.
     Settings in `gpu` override the table, or describe a GPU that is not in it.
     """
-    here = found or Found()
+    here = found or LocalHardware()
     gpu, name, memory = _gpu(spec, cluster, here)
     is_gpu = memory is not None or here.devices is None or (found is None and cluster.launcher != "local")
     usable = None if memory is None else memory - CONTEXT_BYTES
@@ -102,19 +102,19 @@ def machine_of(spec: GpuConfig, cluster: ClusterConfig, *, found: Found | None =
     )
 
 
-def is_of(spec: GpuConfig, here: Found) -> bool:
+def is_of(spec: GpuConfig, here: LocalHardware) -> bool:
     """Return True if a run is for this node: `gpu=` names no GPU, or one that is here."""
     named = GPUS.get(spec.name)
     return named is None or any(find_gpu(device) == named for device, _ in here.devices or ())
 
 
-def used_device(cluster: ClusterConfig, here: Found) -> tuple[str, int] | None:
+def used_device(cluster: ClusterConfig, here: LocalHardware) -> tuple[str, int] | None:
     """Return (name, bytes of memory) of the smallest GPU that ranks use, since shards are equal; None if unknown."""
     used = (here.devices or ())[: cluster.gpus_per_node]
     return min(used, key=lambda each: each[1], default=None)
 
 
-def _gpu(spec: GpuConfig, cluster: ClusterConfig, here: Found) -> tuple[Gpu | None, str, int | None]:
+def _gpu(spec: GpuConfig, cluster: ClusterConfig, here: LocalHardware) -> tuple[Gpu | None, str, int | None]:
     """Return (known GPU, name, bytes of memory) of the named GPU, else of the one here; no name for a CPU."""
     named, given = GPUS.get(spec.name), spec.memory_gib
     device = used_device(cluster, here) if named is None else None

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from distlora.planner import Plan
 from distlora.planner.choose import Change, typed
 from distlora.planner.flops import FLOPS
-from distlora.planner.memory import KINDS, MOMENTS
+from distlora.planner.memory import KINDS, PHASES
+from distlora.planner.plan_tables import SOURCES, largest, rounded, shares
 from distlora.planner.speed.rates import WAITS, missing_rates
 from distlora.planner.storage import trained_tensors
-from distlora.planner.suggest import Nearest, Packing, Room
-from distlora.planner.tables import SOURCES, largest, rounded, shares
+from distlora.planner.suggest import LargerRun, MultiTrialPlan, Nearest
 from distlora.system.numbers import count, size
 
 WIDTH = 100
@@ -37,10 +37,10 @@ def lines(plan: Plan) -> list[str]:
     # The resident memory of a CPU process includes them.
     beside = "" if plan.machine.is_gpu else " (without Python and its libraries)"
     kept = f", {size(disk.cache)} for the quantized base" if disk.cache else ""
-    moved = f"{size(plan.wire.received)} received per {gpu}" if plan.wire.world > 1 else None
+    moved = f"{size(plan.traffic.received)} received per {gpu}" if plan.traffic.world > 1 else None
     time = None if plan.time is None else time_of(plan)
     found = [
-        f"plan: peak {size(device.total)}{there_is} per {gpu}{beside}, {MOMENTS[device.worst]}{fits}",
+        f"plan: peak {size(device.total)}{there_is} per {gpu}{beside}, {PHASES[device.worst]}{fits}",
         f"  largest: {largest(device.by_kind)}",
         f"  host memory: {size(host.machine)} per node; disk: {size(disk.run)} for the run{kept}",
     ]
@@ -56,12 +56,12 @@ def page(
     *,
     changes: Sequence[Change] = (),
     near: Nearest | None = None,
-    rooms: Sequence[Room] = (),
-    packed: Packing | None = None,
+    larger: Sequence[LargerRun] = (),
+    packed: MultiTrialPlan | None = None,
 ) -> str:
     """Return the plan on one screen.
 
-    `changes`: chosen settings with reasons. `near`: what would fit if this does not. `rooms`: larger runs. `packed`:
+    `changes`: chosen settings with reasons. `near`: what would fit if this does not. `larger`: larger runs. `packed`:
     the trials trained together, if the plan is of such.
     """
     rows = [
@@ -83,7 +83,7 @@ def page(
         *_row("time", time_of(plan)),
         *(_row("batch", empty) if (empty := empty_rows(plan)) is not None else ()),
         *_row("settings", settings(plan)),
-        *(_row("larger", "; ".join(map(str, rooms))) if rooms else ()),
+        *(_row("larger", "; ".join(map(str, larger))) if larger else ()),
     ]
     return "\n".join(rows)
 
@@ -104,22 +104,22 @@ def verdict(plan: Plan) -> str:
     return f"NO: needs {size(needed)} per {what}, {size(usable)} available ({size(needed - usable)} short)"
 
 
-def packed_trials(packed: Packing) -> str:
+def packed_trials(packed: MultiTrialPlan) -> str:
     """Return the cost of trials trained together beside one trial, and how many fit, in words."""
     alone, plan, device = packed.alone, packed.plan, _device(packed.plan)
     number = f"{packed.trials} trials share one base" if packed.trials > 1 else "1 trial"
     text = f"{number}: {size(plan.device.total)} per {device}, one alone {size(alone.device.total)}"
     if packed.ratio is not None:
         text += f"; a step takes {packed.ratio:.2f} x one trial's time, one after the other {packed.trials} x"
-    if plan.wire.gathered:
-        text += f"; it gathers {plan.wire.gathered / alone.wire.gathered:.2f} x the bytes"
+    if plan.traffic.gathered:
+        text += f"; it gathers {plan.traffic.gathered / alone.traffic.gathered:.2f} x the bytes"
     if packed.most is None:
         return f"{text}; how many fit is unknown"
     if packed.beyond is None:
         return f"{text}; {packed.most} fit; more were not tried"
     text += f"; {packed.most or 'none'} fit{'s' if packed.most == 1 else ''}"
     wanted = packed.beyond.device.total - (packed.beyond.machine.usable_bytes or 0)
-    if wanted <= 0:  # The GPU has room, the host has not.
+    if wanted <= 0:  # The GPU has enough memory, the host has not.
         return f"{text}, as {packed.most + 1} would take {size(packed.beyond.host.machine)} of host memory"
     binds = packed.binds
     assert binds is not None
@@ -195,7 +195,7 @@ def machines_of(plan: Plan) -> str:
 
 
 def _machine(plan: Plan) -> str:
-    machine, shards, text = plan.machine, plan.wire.shards, machines_of(plan)
+    machine, shards, text = plan.machine, plan.traffic.shards, machines_of(plan)
     text += "" if machine.is_gpu else " (gpu=NAME: another GPU)"
     if machine.ranks == 1:
         return text
@@ -225,7 +225,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     whole = device.total if usable is None or device.total * _BAR < usable else max(device.total, usable)
     unit, scale = ("GB", 1e9) if device.total >= 1e9 else ("MB", 1e6)
     what = "peak memory per GPU" if plan.machine.is_gpu else "peak training memory per process"
-    yield f"{what}, {MOMENTS[device.worst]} ({unit}):"
+    yield f"{what}, {PHASES[device.worst]} ({unit}):"
     place = 0
     width = max(len(KINDS[kind]) for kind in device.by_kind)
     hundredths = rounded(device.by_kind, scale / 100)
@@ -274,7 +274,7 @@ def _disk(plan: Plan) -> str:
 
 
 def _traffic(plan: Plan) -> str:
-    step, machine = plan.wire, plan.machine
+    step, machine = plan.traffic, plan.machine
     if step.world == 1:
         return "none: there is one process"
     text = (

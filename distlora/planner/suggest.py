@@ -107,7 +107,7 @@ def nearest(plan: Plan) -> Nearest:
     return Nearest(more=_more_gpus(plan), gpu=_other_gpu(plan), least=least)
 
 
-def moves(plan: Plan) -> list[Settings]:
+def memory_saving_changes(plan: Plan) -> list[Settings]:
     """Return the single settings that take less memory and keep the result."""
     config, model, machine = plan.config, plan.model, plan.machine
     train, parallel, ranks = config.train, config.parallel, machine.ranks
@@ -131,7 +131,7 @@ def moves(plan: Plan) -> list[Settings]:
     return singles
 
 
-def sacrifices(plan: Plan) -> list[Settings]:
+def result_changing_savings(plan: Plan) -> list[Settings]:
     """Return the single settings that take less memory and change the result."""
     config = plan.config
     singles: list[Settings] = []
@@ -157,7 +157,7 @@ def _halves(value: int, least: int) -> Iterator[int]:
 def _same(plan: Plan) -> Fitting | None:
     """Return the fewest settings that fit with the same result; the fastest of as many."""
     for count in range(MOST_AT_ONCE + 1):
-        combinations = itertools.combinations(moves(plan), count)
+        combinations = itertools.combinations(memory_saving_changes(plan), count)
         fitting = [each for each in _tried(plan, combinations) if has_room(each.plan)]
         if fitting:
             return min(fitting, key=lambda each: cost_of(each.plan))
@@ -169,7 +169,7 @@ def _giving_up(plan: Plan, least: Plan | None) -> Fitting | None:
 
     `least` is the plan that takes least memory with the same result; each change is first tried with its settings.
     """
-    singles = sacrifices(plan)
+    singles = result_changing_savings(plan)
     combinations = [each for n in range(1, MOST_AT_ONCE + 1) for each in itertools.combinations(singles, n)]
     tried = sorted(_tried(plan, combinations), key=lambda each: (given_up(plan, each.plan), each.changes))
     beside = {} if least is None else Search(config=plan.config, model=plan.model, machine=plan.machine).changed(least)
@@ -285,7 +285,7 @@ def _elsewhere(settings: Settings, plan: Plan) -> Fitting | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
+class LargerRun:
     """A larger run and its memory."""
 
     what: str
@@ -301,7 +301,7 @@ class Room:
         return f"{self.what}: {size(self.total)}, {verdict}{' with other settings' if self.chosen_again else ''}"
 
 
-def room(choice: Choice, larger: tuple[str, PlannedModel] | None = None) -> list[Room]:
+def larger_runs(choice: Choice, larger: tuple[str, PlannedModel] | None = None) -> list[LargerRun]:
     """Return the needs of the next larger micro-batch, sequence length, adapter rank and model.
 
     `larger` is the model's command-line override and the model. Chosen settings that do not fit are chosen again.
@@ -313,15 +313,17 @@ def room(choice: Choice, larger: tuple[str, PlannedModel] | None = None) -> list
     tries: list[Settings] = [] if micro is None else [{"train.micro_batch": micro}]
     tries += [{"data.sequence_length": length}] if not isinstance(limit, int) or length <= limit else []
     tries += [{"adapter.r": 2 * config.adapter.r}] if config.adapter.method == "lora" else []
-    rooms = [
-        _room(choice, " ".join(typed(*each) for each in settings.items()), larger_run, settings)
+    runs = [
+        _larger_run(choice, " ".join(typed(*each) for each in settings.items()), larger_run, settings)
         for settings in tries
         if (larger_run := plan.replan(settings)) is not None
     ]
-    return rooms if larger is None else [*rooms, _room(choice, larger[0], plan_of(config, larger[1], plan.machine), {})]
+    if larger is not None:
+        runs.append(_larger_run(choice, larger[0], plan_of(config, larger[1], plan.machine), {}))
+    return runs
 
 
-def _room(choice: Choice, what: str, plan: Plan, settings: Settings) -> Room:
+def _larger_run(choice: Choice, what: str, plan: Plan, settings: Settings) -> LargerRun:
     if plan.fits is False and plan.config.plan.mode == "auto":
         search = dataclasses.replace(
             choice.search, config=plan.config, model=plan.model, fixed={*choice.search.fixed, *settings}
@@ -330,16 +332,16 @@ def _room(choice: Choice, what: str, plan: Plan, settings: Settings) -> Room:
             search = search.with_settings({"quant.method": choice.search.config.quant.method})
         again = choose(search).plan
         if again.fits:
-            return Room(what=what, total=again.device.total, fits=True, chosen_again=True)
-    return Room(what=what, total=plan.device.total, fits=plan.fits)
+            return LargerRun(what=what, total=again.device.total, fits=True, chosen_again=True)
+    return LargerRun(what=what, total=plan.device.total, fits=plan.fits)
 
 
-MOST = 64
+MAX_TRIALS = 64
 """Most trials that are planned together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Packing:
+class MultiTrialPlan:
     """Plans of equal trials that are trained together."""
 
     alone: Plan
@@ -349,7 +351,7 @@ class Packing:
     requested: int | Literal["auto"]
     """Value of sweep.packed."""
     most: int | None
-    """Most trials that fit, up to MOST; None if the available memory is unknown."""
+    """Most trials that fit, up to MAX_TRIALS; None if the available memory is unknown."""
     beyond: Plan | None
     """Plan of one trial more than fit."""
 
@@ -379,14 +381,14 @@ class Packing:
             "of_one_trial": {
                 "total": alone.device.total,
                 "seconds": None if alone.time is None else alone.time.seconds,
-                "gathered": alone.wire.gathered,
+                "gathered": alone.traffic.gathered,
             },
             "steps_of_one_trial": self.ratio,
             "one_more": None if beyond is None else {"total": beyond.device.total, "takes_most_of": self.binds},
         }
 
 
-def packing(one: Plan, requested: int | Literal["auto"], *, most: int = MOST) -> Packing:
+def multi_trial_plan(one: Plan, requested: int | Literal["auto"], *, most: int = MAX_TRIALS) -> MultiTrialPlan:
     """Plan the requested number of trials like that of a plan, or as many as fit with RESERVE free (`auto`)."""
 
     @functools.cache
@@ -399,7 +401,7 @@ def packing(one: Plan, requested: int | Literal["auto"], *, most: int = MOST) ->
     else:
         trials = 1 if fit is None else max(1, _most(lambda number: has_room(together(number), RESERVE), most))
     beyond = together(fit + 1) if fit is not None and fit < most else None
-    return Packing(
+    return MultiTrialPlan(
         alone=together(1), plan=together(trials), trials=trials, requested=requested, most=fit, beyond=beyond
     )
 

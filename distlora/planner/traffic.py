@@ -122,7 +122,7 @@ def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
     return shapes.num_layers - (0 if resident == "auto" else resident)
 
 
-def ours(work: Workload, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
+def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
     """Return the traffic of a step: layers gathered twice per pass, the ends once, adapters reduced once.
 
     What is trained of the base is gathered in train.dtype too, in backward as well where its gradient needs it (an

@@ -1,4 +1,4 @@
-"""Memory of a rank on its device, by category and by moment of the peak. Imports no torch."""
+"""Memory of a rank on its device, by category and by phase of the peak. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ KINDS = {
 }
 """Categories of memory, in words."""
 
-Moment = str
-"""A moment at which a run may be at its peak: a key of MOMENTS."""
-MOMENTS = {
+Phase = str
+"""A phase of a run at which memory may peak: a key of PHASES."""
+PHASES = {
     "loading": "while adapters are initialized from the base",
     "embedding": "in the embedding's forward",
     "forward": "in a decoder layer's forward",
@@ -36,6 +36,6 @@ MOMENTS = {
     "embedding_backward": "in the embedding's backward",
     "update": "in the optimizer step",
 }
-"""Moments, in words. An evaluation has less in each part than a training step. Samples (train.sample_every) are in
+"""Phases, in words. An evaluation has less in each part than a training step. Samples (train.sample_every) are in
 none: beside what is held they take keys and values of every prompt and of train.sample_tokens (70B: 0.33 MB per
 token)."""

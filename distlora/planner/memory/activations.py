@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from distlora.architecture.shapes import ADDED_AT_ONCE, tokens_per_chunk
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
-from distlora.planner.decoder import Decoder, attention_kind, fuses, ranks_of_blocks
+from distlora.planner.decoder_sizes import Decoder, attention_kind, fuses, ranks_of_blocks
 from distlora.planner.machine import Machine
 from distlora.planner.memory import layer
 from distlora.planner.memory.layer import (
@@ -34,13 +35,6 @@ Mode = Literal["none", "block", "selective", "offload"]
 
 _H100_PROCESSORS = 132
 """Streaming multiprocessors."""
-LOGITS_AT_ONCE = 2**24
-"""What distlora.model.lm_head has of fp32 logits at a time."""
-LOGITS_AT_ONCE_ON_CPU = 2**20
-FEWEST_ON_CPU = 128
-"""Tokens for which it has more."""
-ADDED_AT_ONCE = 2**22
-"""Numbers of a chunk's gradient of a trained head that it adds at a time to those of the chunks before."""
 _LOGIT_BYTES = 12
 """A logit of a chunk in fp32 thrice, in its backward: the output of log_softmax, the gradient of that, its own. The one
 in the run's dtype is gone by then, and has its gradient when the second is gone."""
@@ -241,7 +235,7 @@ class Costs(LayerRun):
 
     def _chunk(self, tokens: int) -> int:
         """Logits at once."""
-        return min(tokens, tokens_at_once(self.decoder.vocabulary, is_gpu=self.is_gpu)) * self.decoder.vocabulary
+        return min(tokens, tokens_per_chunk(self.decoder.vocabulary, on_cpu=not self.is_gpu)) * self.decoder.vocabulary
 
     @property
     def _logit_bytes(self) -> int:
@@ -309,11 +303,3 @@ class Costs(LayerRun):
             working=gradients + working.bytes,
             dequantized=working.dense,
         )
-
-
-def tokens_at_once(vocabulary: int, *, is_gpu: bool) -> int:
-    """Tokens of a chunk of the head's (distlora.model.lm_head)."""
-    tokens = LOGITS_AT_ONCE // vocabulary
-    if not is_gpu:
-        tokens = min(tokens, max(FEWEST_ON_CPU, LOGITS_AT_ONCE_ON_CPU // vocabulary))
-    return max(16, tokens)

@@ -23,7 +23,7 @@ from distlora.planner.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class BaseTensor:
     """One parameter of the base."""
 
     kind: Kind
@@ -39,13 +39,13 @@ class Stored:
         """Number of elements."""
         return math.prod(self.shape)
 
-    def own(self, shards: int) -> int:
+    def shard_numel(self, shards: int) -> int:
         """Numbers in a rank's rows."""
         return traffic.padded(self.shape, shards) // shards
 
     def kept(self, shards: int) -> int:
         """Bytes of a rank's rows."""
-        return self.itemsize * self.own(shards)
+        return self.itemsize * self.shard_numel(shards)
 
     def whole(self, shards: int) -> int:
         """Bytes while it is gathered, filled up to a multiple of the ranks."""
@@ -56,17 +56,17 @@ class Stored:
 class Base:
     """A decoder's parameters by unit: what is gathered together."""
 
-    embedding: tuple[Stored, ...]
+    embedding: tuple[BaseTensor, ...]
     """Embedding; of a tied model, the LM head too."""
-    block: tuple[Stored, ...]
+    block: tuple[BaseTensor, ...]
     layers: int
-    head: tuple[Stored, ...]
+    head: tuple[BaseTensor, ...]
     """Empty where it is the embedding's."""
-    rest: tuple[Stored, ...]
+    rest: tuple[BaseTensor, ...]
     """The last norm."""
     offsets: int
     """Packed weights of a block with an offset, a replicated number in fp32."""
-    instead: tuple[tuple[Stored, int], ...] = ()
+    instead: tuple[tuple[BaseTensor, int], ...] = ()
     """(tensor, number beside those of `layers` blocks; negative: fewer) for a checkpoint with dense weights in some
     layers, where `block` is the largest layer."""
 
@@ -75,7 +75,7 @@ class Base:
         """True if embedding and LM head are one matrix."""
         return not self.head
 
-    def counted(self) -> Iterator[tuple[Stored, int]]:
+    def counted(self) -> Iterator[tuple[BaseTensor, int]]:
         """Yield (tensor, number of tensors like it)."""
         for unit, count in ((self.embedding, 1), (self.block, self.layers), (self.head, 1), (self.rest, 1)):
             for tensor in unit:
@@ -110,7 +110,7 @@ class Gathered:
     """Bytes in the backward of the first layer."""
 
 
-def unit_bytes(unit: Iterable[Stored], shards: int) -> int:
+def unit_bytes(unit: Iterable[BaseTensor], shards: int) -> int:
     """Return the bytes of a unit while it is gathered."""
     return sum(tensor.whole(shards) for tensor in unit)
 
@@ -133,14 +133,14 @@ def base_of(
     packs = work.quantized
     tied = shapes.ties(adapter)
 
-    def dense(kind: Kind, shape: Sequence[int], *, trained: bool) -> Stored:
-        return Stored(kind, tuple(shape), 4 if trained else itemsize, itemsize, trained)
+    def dense(kind: Kind, shape: Sequence[int], *, trained: bool) -> BaseTensor:
+        return BaseTensor(kind, tuple(shape), 4 if trained else itemsize, itemsize, trained)
 
-    def matrix(name: str) -> Stored:
+    def matrix(name: str) -> BaseTensor:
         shape = (shapes.vocabulary, shapes.hidden)
         return dense("embeddings", shape, trained=full or name in adapter.modules_to_save)
 
-    def of_block(weight: Weight) -> list[Stored]:
+    def of_block(weight: Weight) -> list[BaseTensor]:
         if not weight.packs:
             return [dense("norms", weight.shape, trained=full)]
         if not packs:
@@ -149,19 +149,23 @@ def base_of(
             return [dense("weights", weight.shape, trained=False)]
         return of_packed(weight)
 
-    def of_packed(weight: Weight) -> list[Stored]:
+    def of_packed(weight: Weight) -> list[BaseTensor]:
         groups = -(-weight.numel // traffic.GROUP_WEIGHTS)
-        codes = Stored("codes", (groups, traffic.GROUP_CODES), 1, 1)
+        codes = BaseTensor("codes", (groups, traffic.GROUP_CODES), 1, 1)
         if plain_absmax:
-            return [codes, Stored("scales", (groups, traffic.GROUP_SCALES), 4, 4)]
-        return [codes, Stored("scales", (groups, traffic.GROUP_SCALES), 1, 1), Stored("scales", (groups,), 4, 4)]
+            return [codes, BaseTensor("scales", (groups, traffic.GROUP_SCALES), 4, 4)]
+        return [
+            codes,
+            BaseTensor("scales", (groups, traffic.GROUP_SCALES), 1, 1),
+            BaseTensor("scales", (groups,), 4, 4),
+        ]
 
     unpacked = (left_dense or {}) if packs else {}
-    instead: list[tuple[Stored, int]] = []
+    instead: list[tuple[BaseTensor, int]] = []
     for weight in shapes.block:
         count = shapes.num_layers - unpacked.get(weight.path, shapes.num_layers)
         if count:
-            offset = [] if plain_absmax else [Stored("scales", (1,), 4, 4)]
+            offset = [] if plain_absmax else [BaseTensor("scales", (1,), 4, 4)]
             instead += [(tensor, -count) for tensor in of_block(weight)]
             instead += [(tensor, count) for tensor in (*of_packed(weight), *offset)]
     offsets = [weight for weight in shapes.block if weight.packs and weight.path not in unpacked]
@@ -209,7 +213,7 @@ class Trained:
     """A, B and magnitudes, and trained rows of tokens."""
     of_base: Mapping[int, int]
     """Trained parameters of the base: this rank's rows."""
-    is_cut: bool
+    is_sharded: bool
     """True if the trained parameters of the base are sharded."""
     embeds: bool
     """True if the embedding, or rows of it, is trained."""
@@ -238,12 +242,12 @@ class Trained:
         of_base: Counter[int] = Counter()
         for tensor, count in base.counted():
             if tensor.trained:
-                of_base[tensor.own(shards)] += count
+                of_base[tensor.shard_numel(shards)] += count
         embeds = EMBEDDING in rows or any(tensor.trained for tensor in base.embedding)
         return cls(
             adapters=adapters,
             of_base=of_base,
-            is_cut=shards > 1,
+            is_sharded=shards > 1,
             embeds=embeds,
             beside=beside,
             optimizers=len(work.adapters),
@@ -257,12 +261,12 @@ class Trained:
     @property
     def flat_gradient_bytes(self) -> int:
         """Bytes of gradient buffers that exist from start to end."""
-        return 4 * (_numbers(self.adapters) + (0 if self.is_cut else _numbers(self.of_base)))
+        return 4 * (_numbers(self.adapters) + (0 if self.is_sharded else _numbers(self.of_base)))
 
     @property
-    def cut_gradient_bytes(self) -> int:
+    def sharded_gradient_bytes(self) -> int:
         """Bytes of this rank's rows of sharded gradients after all reductions."""
-        return 4 * _numbers(self.of_base) if self.is_cut else 0
+        return 4 * _numbers(self.of_base) if self.is_sharded else 0
 
     def optimizer_bytes(self, name: str, *, is_gpu: bool) -> int:
         """Return the bytes of optimizer states that stay on the device; paged ones do not."""

@@ -16,9 +16,9 @@ from distlora.config.base import subspace_iterations
 from distlora.config.cluster import RESIDENCY_RESERVE
 from distlora.config.deepspeed_file import offloads_base, read_gathering
 from distlora.planner import traffic
-from distlora.planner.decoder import windows_of
+from distlora.planner.decoder_sizes import windows_of
 from distlora.planner.machine import Machine
-from distlora.planner.memory import KINDS, Kind, Moment
+from distlora.planner.memory import KINDS, Kind, Phase
 from distlora.planner.memory.base import Base, Trained, planned_base, unit_bytes
 from distlora.planner.memory.gathered import staying_bytes
 from distlora.planner.memory.step import Step
@@ -32,13 +32,13 @@ class DeviceBytes:
 
     held: Mapping[Kind, int]
     """Bytes held from the first update to the end."""
-    moments: Mapping[Moment, Mapping[Kind, int]]
+    moments: Mapping[Phase, Mapping[Kind, int]]
     """Most bytes beside held ones, by moment."""
     beside: Mapping[Kind, int]
     """Bytes of libraries and the allocator beside tensors."""
 
     @property
-    def worst(self) -> Moment:
+    def worst(self) -> Phase:
         """The moment of the peak."""
         return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
 

@@ -21,12 +21,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from distlora.config.deepspeed_file import Gathering, read_gathering
-from distlora.planner.memory.base import Base, Gathered, Stored, unit_bytes
+from distlora.planner.memory.base import Base, BaseTensor, Gathered, unit_bytes
 from distlora.planner.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Copied:
+class CastCopies:
     """Bytes of 16-bit copies of trained masters in one process."""
 
     embedding: int = 0
@@ -69,13 +69,13 @@ def gathered_of(work: Workload, base: Base, shards: int, resident: int, *, is_gp
     )
 
 
-def copied_of(work: Workload, base: Base, shards: int) -> Copied:
+def copied_of(work: Workload, base: Base, shards: int) -> CastCopies:
     """Return the bytes of 16-bit copies of trained masters; only one process has any."""
     if shards > 1:
-        return Copied()
+        return CastCopies()
     embedding, block, head = (_copies(unit) for unit in (base.embedding, base.block, base.head or base.embedding))
     keeps = work.train.checkpointing == "none"
-    return Copied(
+    return CastCopies(
         embedding=embedding,
         block=0 if keeps else block,
         kept=base.layers * block if keeps else 0,
@@ -83,7 +83,7 @@ def copied_of(work: Workload, base: Base, shards: int) -> Copied:
     )
 
 
-def _copies(unit: Iterable[Stored]) -> int:
+def _copies(unit: Iterable[BaseTensor]) -> int:
     return sum(tensor.compute_itemsize * tensor.numel for tensor in unit if tensor.itemsize != tensor.compute_itemsize)
 
 
@@ -214,7 +214,7 @@ def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit,
     """Return last norm, embedding, layers and LM head, in the order that decides which tensors stay gathered."""
     together = 0
 
-    def unit(tensors: Sequence[Stored]) -> _Unit:
+    def unit(tensors: Sequence[BaseTensor]) -> _Unit:
         nonlocal together
         found = []
         for tensor in tensors:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length
-from distlora.planner.decoder import AdaptedRanks, AttentionKind, Decoder, ExpertSizes
+from distlora.planner.decoder_sizes import AdaptedRanks, AttentionKind, Decoder, ExpertSizes
 from distlora.planner.traffic import GROUP_WEIGHTS
 
 _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
@@ -105,7 +105,7 @@ STRIPE_BYTES = 3 * 4 * 2**20
 """Two operands and their product, fp32, of the rows that dora_reference takes at once for a magnitude's gradient."""
 
 
-class Moment(NamedTuple):
+class TransientMemory(NamedTuple):
     """Memory that is alive for a while."""
 
     bytes: float
@@ -133,7 +133,7 @@ class Operation(NamedTuple):
 
     keeps: float
     """Bytes a token from forward to backward."""
-    backward: tuple[Moment, ...]
+    backward: tuple[TransientMemory, ...]
     """Memory that its backward makes, beside kept activations and the incoming gradient, less what is freed by then."""
     leaves: float
     """Bytes per token of the gradient that it hands on."""
@@ -238,11 +238,13 @@ class LayerRun:
         """
         b = self.itemsize
         if self.fused:
-            return Operation(b * columns + 4 * rows, (Moment(2 * b * columns),), b * columns)
+            return Operation(b * columns + 4 * rows, (TransientMemory(2 * b * columns),), b * columns)
         # What a trained scale is multiplied with.
         normalized = (4 if self.decoder.norms_in_fp32 else b) * columns if self.trains_base else 0
         return Operation(
-            4 * columns + 4 * rows + normalized, (Moment(20 * columns - b * columns - normalized),), b * columns
+            4 * columns + 4 * rows + normalized,
+            (TransientMemory(20 * columns - b * columns - normalized),),
+            b * columns,
         )
 
     def linears(self, inputs: int, outputs: Sequence[Linear], *, made: bool = False) -> Operation:
@@ -286,16 +288,16 @@ class LayerRun:
         whole = sum(inputs * linear.columns for linear in outputs)
         largest = max(inputs * linear.columns for linear in outputs)
         if self.adds_up_gradients:
-            return Operation(b * inputs, (Moment(2 * b * inputs, b * whole),), b * inputs, gradients=b * whole)
+            return Operation(b * inputs, (TransientMemory(2 * b * inputs, b * whole),), b * inputs, gradients=b * whole)
         fixed = largest * (b if b == 4 else b + 4)
         made = b * inputs * (1 if len(outputs) == 1 else 2)
-        return Operation(b * inputs, (Moment(made, fixed),), b * inputs)
+        return Operation(b * inputs, (TransientMemory(made, fixed),), b * inputs)
 
     def _keeps_output(self, linear: Linear) -> bool:
         """Return True if the next operation keeps the tensor that DoRA's backward reads."""
         return linear.output_is_kept and not linear.bias and not self.dropout
 
-    def _on_cpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[Moment]:
+    def _on_cpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[TransientMemory]:
         """Return the backward on the CPU, from the last linear to the first: one dX each, added to the others.
 
         A dequantized weight lives until the next linear has its own, made of its fp32 absmax (nf4_cpu.py). Dropout of
@@ -308,15 +310,15 @@ class LayerRun:
             if ranks[linear.name]:
                 if self.dora:  # k dY, and with dropout (k - 1) dY.
                     own = b * linear.columns * (2 if self.dropout else 1)
-                    moments.append(Moment(total + own + self._stripe(linear.columns), dense=before))
+                    moments.append(TransientMemory(total + own + self._stripe(linear.columns), dense=before))
                 if self.dropout:  # Random words, the mask made of them, what it leaves of x.
                     words = (3 * inputs + self._counters(inputs)) / self.trials
-                    moments.append(Moment(total + own + inputs * (1 - 1 / self.trials) + words, dense=before))
+                    moments.append(TransientMemory(total + own + inputs * (1 - 1 / self.trials) + words, dense=before))
                     own += inputs
-                    moments.append(Moment(total + own + b * inputs / self.trials, dense=before))
-            moments.append(Moment(total + own, dense=before + weight * (1 + 4 / 64 / b)))
+                    moments.append(TransientMemory(total + own + b * inputs / self.trials, dense=before))
+            moments.append(TransientMemory(total + own, dense=before + weight * (1 + 4 / 64 / b)))
             dropped = self.dropout and ranks[linear.name] and self.trials == 1
-            moments.append(Moment(total + own + b * inputs * (2 if dropped else 1), dense=weight))
+            moments.append(TransientMemory(total + own + b * inputs * (2 if dropped else 1), dense=weight))
             before = weight
         return moments
 
@@ -326,7 +328,7 @@ class LayerRun:
             return self._at_most(12 * columns, STRIPE_BYTES)
         return min(12 * columns * self.row, STRIPE_BYTES) / self.tokens
 
-    def _on_gpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[Moment]:
+    def _on_gpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[TransientMemory]:
         """Return the backward on a GPU: adapter gradients linear by linear, then one dX for all."""
         b, adapted = self.itemsize, [linear for linear in outputs if ranks[linear.name]]
         folds = self.quantized and not self.dropout and b == 2
@@ -337,19 +339,21 @@ class LayerRun:
             if self.dora and not folds:
                 # k dY: of all linears in the place of dY without dropout; with it, (k - 1) dY of all of them.
                 scaled += b * linear.columns
-                moments.append(Moment(scaled + (b * linear.columns if self.dropout else 0)))
+                moments.append(TransientMemory(scaled + (b * linear.columns if self.dropout else 0)))
             once = parts_of_db(self.tokens, linear.columns, rank, b)
             moments.append(
-                Moment(scaled, parts_over_rows(self.tokens, linear.columns, rank, b) if once is None else once)
+                TransientMemory(scaled, parts_over_rows(self.tokens, linear.columns, rank, b) if once is None else once)
             )
         if adapted:  # dA: of those that see the same input together.
             groups = [ranks[each.name] for each in adapted] if self.dropout else [sum(ranks.values())]
-            moments.append(Moment(scaled, max(parts_over_rows(self.tokens, inputs, rank, b) for rank in groups)))
+            moments.append(
+                TransientMemory(scaled, max(parts_over_rows(self.tokens, inputs, rank, b) for rank in groups))
+            )
         if self.dropout and len(adapted) > 1:
-            moments.append(Moment(scaled + 2 * b * inputs))
+            moments.append(TransientMemory(scaled + 2 * b * inputs))
         if self.dropout and self.dora:
-            moments.append(Moment(scaled + 2 * b * inputs + 3 * inputs + self._counters(inputs)))
-        return [*moments, Moment(scaled + b * inputs)]
+            moments.append(TransientMemory(scaled + 2 * b * inputs + 3 * inputs + self._counters(inputs)))
+        return [*moments, TransientMemory(scaled + b * inputs)]
 
     def _counters(self, inputs: int) -> float:
         """Return the bytes that generating a dropout mask takes."""
@@ -363,7 +367,7 @@ class LayerRun:
         """Return apply_rotary_pos_emb: gradients of inputs, four products with the tables; liger-kernel is in place."""
         b, sizes = self.itemsize, self.decoder
         made = 0 if self.fused_mlp else 4 * b * sizes.queries
-        return Operation(0, (Moment(made),), b * (sizes.queries + 2 * sizes.keys))
+        return Operation(0, (TransientMemory(made),), b * (sizes.queries + 2 * sizes.keys))
 
     def attends(self) -> Operation:
         """Return attention proper: it keeps queries, keys, values, the output, and a log-sum-exp per head."""
@@ -374,17 +378,17 @@ class LayerRun:
         keeps = b * (2 * sizes.queries + sizes.keys + values) + 4 * sizes.heads
         if self.attention.kind == "tiles":
             forward, backward = tiles_make(sizes, self.attention.document or self.row)
-            return Operation(keeps, (Moment(leaves, backward),), leaves, forward / self.tokens)
+            return Operation(keeps, (TransientMemory(leaves, backward),), leaves, forward / self.tokens)
         if self.attention.kind == "documents":
             rounded = -(-sizes.head_size // 32) * 32
             made = leaves + 4 * self.attention.accumulators * sizes.heads * rounded
             if self.attention.expands_keys and sizes.keys < sizes.queries:
                 made += 2 * b * sizes.queries
-            return Operation(keeps, (Moment(made),), leaves)
+            return Operation(keeps, (TransientMemory(made),), leaves)
         # Keys and values are repeated for each head of the queries.
         if self.attention.kind == "sdpa":
             keeps = 4 * b * sizes.queries + 4 * sizes.heads + b * self.row
-            return Operation(keeps, (Moment(3 * b * sizes.queries),), leaves)
+            return Operation(keeps, (TransientMemory(3 * b * sizes.queries),), leaves)
         return self._eager(leaves)
 
     def _eager(self, leaves: float) -> Operation:
@@ -399,12 +403,12 @@ class LayerRun:
         if sizes.sinks:
             keeps += b * (scores + sizes.heads) + 8 * sizes.heads
             # In forward with the masked scores, those with the sinks, and those less their maximum.
-            return Operation(keeps, (Moment(2 * b * scores),), leaves, 2 * b * scores)
+            return Operation(keeps, (TransientMemory(2 * b * scores),), leaves, 2 * b * scores)
         copy = b * scores if b < 4 else 0
         of_scores = 4 * scores + copy + (b * scores if sizes.caps_scores else 0)
         # The CPU widens scores for its softmax, beside what that makes.
         widened = 2 * 4 * scores + copy if not self.is_gpu else 0
-        backward = (Moment(8 * scores - copy), Moment((b + 4) * scores))
+        backward = (TransientMemory(8 * scores - copy), TransientMemory((b + 4) * scores))
         return Operation(keeps + of_scores, backward, leaves, max(0, widened - of_scores))
 
     def gates(self) -> Operation:
@@ -414,8 +418,8 @@ class LayerRun:
         """
         b, inner = self.itemsize, self.decoder.inner
         if self.fused_mlp:
-            return Operation(2 * b * inner, (Moment(0),), 2 * b * inner)
-        return Operation(3 * b * inner, (Moment(2 * b * inner),), 2 * b * inner)
+            return Operation(2 * b * inner, (TransientMemory(0),), 2 * b * inner)
+        return Operation(3 * b * inner, (TransientMemory(2 * b * inner),), 2 * b * inner)
 
 
 def attention_half(run: LayerRun) -> list[Operation]:
@@ -477,14 +481,14 @@ def expert_half(run: LayerRun) -> list[Operation]:
     wide = 4 if experts.router == "fp32 weights" else b
     return [
         run.norm(hidden),
-        Operation(keeps, (Moment(made),), b * hidden),
+        Operation(keeps, (TransientMemory(made),), b * hidden),
         # The rows of a token, each its own; backward turns them into one a choice and adds them up.
-        Operation(0, (Moment(b * hidden * (rows + 1)),), b * hidden),
+        Operation(0, (TransientMemory(b * hidden * (rows + 1)),), b * hidden),
         _linear(run, experts, "gate_up_proj", hidden, 2 * experts.inner),
         # The activation keeps gate, up and act(gate); GPT-OSS the clamped gate, its sigmoid, their product, and up + 1.
-        Operation((6 if experts.clamps else 3) * one, (Moment(2 * one),), 2 * one),
+        Operation((6 if experts.clamps else 3) * one, (TransientMemory(2 * one),), 2 * one),
         _linear(run, experts, "down_proj", experts.inner, hidden),
-        Operation(b * rows * hidden + wide * rows, (Moment(3 * wide * rows * hidden),), b * rows * hidden),
+        Operation(b * rows * hidden + wide * rows, (TransientMemory(3 * wide * rows * hidden),), b * rows * hidden),
     ]
 
 
@@ -502,15 +506,15 @@ def _linear(run: LayerRun, experts: ExpertSizes, name: str, inputs: int, outputs
         is_cut = weight % (GROUP_WEIGHTS if run.is_gpu else _BLOCK) == 0
         dense = b * weight * (1 if is_cut else experts.count)
     if rank == 0:
-        return Operation(0, (Moment(b * rows * inputs, dense=dense),), b * rows * inputs, dense=dense)
+        return Operation(0, (TransientMemory(b * rows * inputs, dense=dense),), b * rows * inputs, dense=dense)
     fixed = experts.count * rank * (inputs + outputs) * (4 + b)
     if not run.groups_experts:
-        made = Moment(b * rows * inputs, fixed, dense)
+        made = TransientMemory(b * rows * inputs, fixed, dense)
         return Operation(b * rows * (inputs + rank), (made,), b * rows * inputs, dense=dense)
     padded = -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
     sums = b * experts.count * padded * max(inputs, outputs)
     return Operation(
         b * rows * (inputs + padded),
-        (Moment(b * rows * inputs, fixed + sums), Moment(2 * b * rows * inputs, fixed)),
+        (TransientMemory(b * rows * inputs, fixed + sums), TransientMemory(2 * b * rows * inputs, fixed)),
         b * rows * inputs,
     )

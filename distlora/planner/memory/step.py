@@ -11,13 +11,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from distlora.architecture.shapes import tokens_per_chunk
 from distlora.planner import traffic
-from distlora.planner.decoder import ranks_of_blocks
+from distlora.planner.decoder_sizes import ranks_of_blocks
 from distlora.planner.machine import Machine
-from distlora.planner.memory import Kind, Moment
-from distlora.planner.memory.activations import Activations, Costs, tokens_at_once
-from distlora.planner.memory.base import Base, Gathered, Stored, Trained, unit_bytes
-from distlora.planner.memory.gathered import Copied, copied_of, gathered_of
+from distlora.planner.memory import Kind, Phase
+from distlora.planner.memory.activations import Activations, Costs
+from distlora.planner.memory.base import Base, BaseTensor, Gathered, Trained, unit_bytes
+from distlora.planner.memory.gathered import CastCopies, copied_of, gathered_of
 from distlora.planner.memory.layer import Operation, Peak
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
@@ -50,7 +51,7 @@ class Step:
     blocks: Sequence[Blocks]
     """All of them, from the first to the last."""
     gathered: Gathered
-    copied: Copied
+    copied: CastCopies
     at_once: int
     """Tokens that a rank runs at once, and"""
     tokens: int
@@ -80,16 +81,16 @@ class Step:
             is_gpu=machine.is_gpu,
         )
 
-    def moments(self) -> dict[Moment, dict[Kind, int]]:
+    def moments(self) -> dict[Phase, dict[Kind, int]]:
         """Return the bytes at each moment by category."""
-        found: dict[Moment, dict[Kind, int]] = {
+        found: dict[Phase, dict[Kind, int]] = {
             "embedding": {"gathered": self.gathered.embedding, "working": self._boundary + self.copied.embedding},
             "embedding_backward": self._embedding_backward(),
             "forward": self._forward(),
             "head": self._head(self.activations.head_forward, self.gathered.head),
             "head_backward": self._head(self.activations.head_backward, self.gathered.head_backward),
             "block": self._block(),
-            "update": {"gradients": self.trained.cut_gradient_bytes},
+            "update": {"gradients": self.trained.sharded_gradient_bytes},
         }
         return {moment: {kind: n for kind, n in kinds.items() if n} for moment, kinds in found.items()}
 
@@ -98,7 +99,7 @@ class Step:
         """Bytes of the largest tensor that a step makes: the inner columns of an MLP, fp32 logits of a chunk."""
         sizes = self.costs.decoder
         inner = self.at_once * self.costs.itemsize * sizes.mlp_columns
-        tokens = min(self.at_once, tokens_at_once(sizes.vocabulary, is_gpu=self.costs.is_gpu))
+        tokens = min(self.at_once, tokens_per_chunk(sizes.vocabulary, on_cpu=not self.costs.is_gpu))
         return max(inner, 4 * tokens * sizes.vocabulary)
 
     @property
@@ -177,7 +178,7 @@ class Step:
             gradient += self._tied_gradient + (_of_masters(embedding) if self.costs.itemsize < 4 else 0)
         return {
             "gathered": gathered,
-            "gradients": self.trained.cut_gradient_bytes + gradient,
+            "gradients": self.trained.sharded_gradient_bytes + gradient,
             "communication": _sent(embedding, self.shards),
             "working": 2 * self._boundary,
         }
@@ -268,22 +269,22 @@ def _weights(operations: Sequence[Operation], tokens: int) -> Peak:
     return Peak(most, most)
 
 
-def _gradients(unit: tuple[Stored, ...]) -> int:
+def _gradients(unit: tuple[BaseTensor, ...]) -> int:
     """Whole, in the dtype in which the unit is gathered."""
     return sum(tensor.compute_itemsize * tensor.numel for tensor in unit if tensor.trained)
 
 
-def _of_masters(unit: tuple[Stored, ...]) -> int:
+def _of_masters(unit: tuple[BaseTensor, ...]) -> int:
     """Whole, in fp32."""
     return sum(4 * tensor.numel for tensor in unit if tensor.trained)
 
 
-def _rows_of_masters(unit: tuple[Stored, ...], shards: int) -> int:
+def _rows_of_masters(unit: tuple[BaseTensor, ...], shards: int) -> int:
     """Return the bytes of a rank's rows in fp32."""
-    return sum(4 * tensor.own(shards) for tensor in unit if tensor.trained)
+    return sum(4 * tensor.shard_numel(shards) for tensor in unit if tensor.trained)
 
 
-def _sent(unit: tuple[Stored, ...], shards: int) -> int:
+def _sent(unit: tuple[BaseTensor, ...], shards: int) -> int:
     """Return the bytes that a reduce-scatter of the unit's gradients reads, in fp32."""
     return 0 if shards == 1 else shards * _rows_of_masters(unit, shards)
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distlora.planner.decoder import AttentionKind, Decoder
+from distlora.architecture.shapes import tokens_per_chunk
+from distlora.planner.decoder_sizes import AttentionKind, Decoder
 from distlora.planner.flops import PAIR_BACKWARD, PAIR_FORWARD, SCORES_AGAIN
-from distlora.planner.memory.activations import tokens_at_once
 from distlora.planner.memory.base import UPDATE_BYTES
 from distlora.planner.traffic import packed_bytes
 
@@ -33,7 +33,7 @@ _PART_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class KernelLaunch:
     """One launch, or several alike."""
 
     kind: MovedKind
@@ -44,7 +44,7 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class How:
+class KernelOptions:
     """Options of a run's computation."""
 
     itemsize: int
@@ -104,21 +104,21 @@ class Linear:
         return self.experts * self.rank * (self.out + self.features)
 
 
-def gemm(kind: MovedKind, m: int, n: int, k: int, how: How, *, accumulates: bool = False) -> Work:
+def gemm(kind: MovedKind, m: int, n: int, k: int, how: KernelOptions, *, accumulates: bool = False) -> KernelLaunch:
     """Return a product (M, K) x (K, N) that reads both and writes the result; reads it too if it accumulates."""
-    return Work(kind, how.itemsize * (m * k + k * n + m * n * (2 if accumulates else 1)), 2.0 * m * n * k)
+    return KernelLaunch(kind, how.itemsize * (m * k + k * n + m * n * (2 if accumulates else 1)), 2.0 * m * n * k)
 
 
 def linears(
-    group: Sequence[Linear], m: int, how: How, *, adapted: bool = True, backward: bool = False
-) -> Iterator[Work]:
+    group: Sequence[Linear], m: int, how: KernelOptions, *, adapted: bool = True, backward: bool = False
+) -> Iterator[KernelLaunch]:
     """Yield the launches of linears that read one tensor of M rows. `adapted`: False runs the base alone."""
     if backward:
         return _backward(group, m, how)
     return _forward(group, m, how, adapted=adapted)
 
 
-def _forward(group: Sequence[Linear], m: int, how: How, *, adapted: bool = True) -> Iterator[Work]:
+def _forward(group: Sequence[Linear], m: int, how: KernelOptions, *, adapted: bool = True) -> Iterator[KernelLaunch]:
     """Yield the launches of linears that read one tensor of M rows. `adapted`: False runs the base alone."""
     if group[0].experts > 1:
         yield from _experts_forward(group[0], m, how, adapted=adapted)
@@ -142,7 +142,7 @@ def _forward(group: Sequence[Linear], m: int, how: How, *, adapted: bool = True)
             yield from _dora(linear, m, how, backward=False)
 
 
-def _backward(group: Sequence[Linear], m: int, how: How) -> Iterator[Work]:
+def _backward(group: Sequence[Linear], m: int, how: KernelOptions) -> Iterator[KernelLaunch]:
     """Yield the launches for the gradients of the input, of adapters and of trained weights."""
     if group[0].experts > 1:
         yield from _experts_backward(group[0], m, how)
@@ -158,7 +158,7 @@ def _backward(group: Sequence[Linear], m: int, how: How) -> Iterator[Work]:
         if decodes:
             yield _decoded(linear, m, linear.rank * features, how)
             if index > 0:
-                yield Work("products", 3 * how.itemsize * m * features)
+                yield KernelLaunch("products", 3 * how.itemsize * m * features)
         else:
             if how.quantized and not how.keeps_dequantized:
                 yield _dequantize(linear, how)
@@ -166,105 +166,105 @@ def _backward(group: Sequence[Linear], m: int, how: How) -> Iterator[Work]:
         if how.trains_base:
             yield gemm("products", linear.out, features, m, how)
             # Added to what earlier micro-batches left, in fp32.
-            yield Work("update", (how.itemsize + 2 * FP32) * linear.numel)
+            yield KernelLaunch("update", (how.itemsize + 2 * FP32) * linear.numel)
         if linear.is_dora and linear.rank:
             yield from _dora(linear, m, how, backward=True)
     if ranks:
         if not decodes:
             yield gemm("adapters", m, features, ranks, how)
         yield gemm("adapters", ranks, features, m, how)
-        yield Work("adapters", 0.0)  # The second launch of a sum that is split.
+        yield KernelLaunch("adapters", 0.0)  # The second launch of a sum that is split.
 
 
-def _casts(adapted: Sequence[Linear], how: How) -> Iterator[Work]:
+def _casts(adapted: Sequence[Linear], how: KernelOptions) -> Iterator[KernelLaunch]:
     """Yield the casts of A and B from fp32 masters, s into B, and in backward of their gradients."""
     for linear in adapted:
-        yield Work("adapters", (FP32 + how.itemsize) * linear.rank * linear.features)
-        yield Work("adapters", (FP32 + how.itemsize) * linear.rank * linear.out)
-        yield Work("adapters", 2 * FP32 * linear.rank * linear.out)
+        yield KernelLaunch("adapters", (FP32 + how.itemsize) * linear.rank * linear.features)
+        yield KernelLaunch("adapters", (FP32 + how.itemsize) * linear.rank * linear.out)
+        yield KernelLaunch("adapters", 2 * FP32 * linear.rank * linear.out)
 
 
-def _other_trials(adapted: Sequence[Linear], products: int, how: How) -> Iterator[Work]:
+def _other_trials(adapted: Sequence[Linear], products: int, how: KernelOptions) -> Iterator[KernelLaunch]:
     """Yield the casts and reads of other trials' adapters for `products` products; their rows are among the M."""
     for linear in adapted:
         if linear.trials > 1:
             weights = linear.others * (linear.out + linear.features)
-            yield Work(
+            yield KernelLaunch(
                 "adapters",
                 (FP32 + (1 + products) * how.itemsize) * weights,
                 launches=2 * products * (linear.trials - 1),
             )
 
 
-def _dequantize(linear: Linear, how: How) -> Work:
-    return Work("dequantization", linear.packed_bytes + how.itemsize * linear.numel)
+def _dequantize(linear: Linear, how: KernelOptions) -> KernelLaunch:
+    return KernelLaunch("dequantization", linear.packed_bytes + how.itemsize * linear.numel)
 
 
-def _decoded(linear: Linear, m: int, adapter: int, how: How) -> Work:
+def _decoded(linear: Linear, m: int, adapter: int, how: KernelOptions) -> KernelLaunch:
     """One product whose weight is decoded in it, with the adapter's term, of so many weights."""
     nbytes = linear.packed_bytes + how.itemsize * m * (linear.out + linear.features)
-    return Work("products", nbytes, 2.0 * m * (linear.numel + adapter), "decoding")
+    return KernelLaunch("products", nbytes, 2.0 * m * (linear.numel + adapter), "decoding")
 
 
-def _parts(linear: Linear, m: int) -> Work:
+def _parts(linear: Linear, m: int) -> KernelLaunch:
     """B's gradient, in the pass over dY: one fp32 part for 256 rows, written and read again."""
     nbytes = 2.0 * FP32 * -(-m // _PART_ROWS) * linear.out * linear.rank
-    return Work("adapters", nbytes, 2.0 * m * linear.rank * linear.out)
+    return KernelLaunch("adapters", nbytes, 2.0 * m * linear.rank * linear.out)
 
 
-def _dora(linear: Linear, m: int, how: How, *, backward: bool) -> Iterator[Work]:
+def _dora(linear: Linear, m: int, how: KernelOptions, *, backward: bool) -> Iterator[KernelLaunch]:
     """Norms, and magnitudes: folded into a packed weight, passes over y and dY for a dense one (kernels/README.md)."""
     out, features, rank = linear.out, linear.features, linear.rank
     if not backward:
         if how.quantized:
             nbytes = linear.packed_bytes + how.itemsize * rank * (out + features)
-            yield Work("adapters", nbytes, 2.0 * rank * out * features, "decoding")
+            yield KernelLaunch("adapters", nbytes, 2.0 * rank * out * features, "decoding")
         else:
             yield gemm("adapters", out, rank, features, how)
-        yield Work("adapters", FP32 * rank * (features + out) + 2 * FP32 * out)
+        yield KernelLaunch("adapters", FP32 * rank * (features + out) + 2 * FP32 * out)
     if not how.quantized:
-        yield from [Work("adapters", 2 * how.itemsize * m * out)] * (2 if backward else 1)
+        yield from [KernelLaunch("adapters", 2 * how.itemsize * m * out)] * (2 if backward else 1)
         return
     blocks = out * features / 64
-    yield Work("adapters", 5 * blocks)
-    yield Work("adapters", 2 * FP32 * rank * out)
-    yield Work("adapters", 3 * blocks, launches=0)
+    yield KernelLaunch("adapters", 5 * blocks)
+    yield KernelLaunch("adapters", 2 * FP32 * rank * out)
+    yield KernelLaunch("adapters", 3 * blocks, launches=0)
     if backward:
-        yield Work("adapters", how.itemsize * m * out + 2 * FP32 * -(-m // _PART_ROWS) * out, launches=0)
-        yield Work("adapters", 2 * FP32 * rank * out)
+        yield KernelLaunch("adapters", how.itemsize * m * out + 2 * FP32 * -(-m // _PART_ROWS) * out, launches=0)
+        yield KernelLaunch("adapters", 2 * FP32 * rank * out)
 
 
-def _experts_forward(linear: Linear, m: int, how: How, *, adapted: bool) -> Iterator[Work]:
+def _experts_forward(linear: Linear, m: int, how: KernelOptions, *, adapted: bool) -> Iterator[KernelLaunch]:
     """Yield the forward of a fused weight whose experts are one grouped product (experts_grouped.py)."""
     rows, e = linear.chosen * m, how.itemsize
     if how.quantized:
         yield _dequantize(linear, how)
     yield _grouped("products", linear, rows, linear.out, linear.features, how)
     if linear.rank and adapted:
-        yield Work("adapters", (FP32 + e) * linear.adapter_numel, launches=2)
+        yield KernelLaunch("adapters", (FP32 + e) * linear.adapter_numel, launches=2)
         yield _grouped("adapters", linear, rows, linear.rank, linear.features, how)
         yield _grouped("adapters", linear, rows, linear.out, linear.rank, how)
-        yield Work("adapters", 3 * e * rows * linear.out)  # Added to the base's product.
+        yield KernelLaunch("adapters", 3 * e * rows * linear.out)  # Added to the base's product.
 
 
-def _experts_backward(linear: Linear, m: int, how: How) -> Iterator[Work]:
+def _experts_backward(linear: Linear, m: int, how: KernelOptions) -> Iterator[KernelLaunch]:
     rows, e = linear.chosen * m, how.itemsize
     if how.quantized and not how.keeps_dequantized:
         yield _dequantize(linear, how)
     yield _grouped("products", linear, rows, linear.features, linear.out, how)
     if linear.rank:
-        yield Work("adapters", 2 * (FP32 + e) * linear.adapter_numel, launches=4)
+        yield KernelLaunch("adapters", 2 * (FP32 + e) * linear.adapter_numel, launches=4)
         yield _grouped("adapters", linear, rows, linear.rank, linear.out, how)
         for size in (linear.features, linear.out):  # Gradients of A and of B.
             nbytes = e * (rows * (size + linear.rank) + linear.experts * linear.rank * size)
-            yield Work("adapters", nbytes, 2.0 * rows * linear.rank * size)
+            yield KernelLaunch("adapters", nbytes, 2.0 * rows * linear.rank * size)
         yield _grouped("adapters", linear, rows, linear.features, linear.rank, how)
-        yield Work("adapters", 3 * e * rows * linear.features)
+        yield KernelLaunch("adapters", 3 * e * rows * linear.features)
 
 
-def _grouped(kind: MovedKind, linear: Linear, rows: int, n: int, k: int, how: How) -> Work:
+def _grouped(kind: MovedKind, linear: Linear, rows: int, n: int, k: int, how: KernelOptions) -> KernelLaunch:
     """Return a grouped product of (S, K) rows by the (K, N) matrices of all experts."""
-    return Work(kind, how.itemsize * (rows * k + linear.experts * k * n + rows * n), 2.0 * rows * n * k)
+    return KernelLaunch(kind, how.itemsize * (rows * k + linear.experts * k * n + rows * n), 2.0 * rows * n * k)
 
 
 Groups = Mapping[str, tuple[Linear, ...]]
@@ -275,17 +275,17 @@ Groups = Mapping[str, tuple[Linear, ...]]
 class BlockWork:
     """A micro-batch in a block. Blocks that are alike have the same object: none is compared with another."""
 
-    forward: tuple[Work, ...]
-    backward: tuple[Work, ...]
+    forward: tuple[KernelLaunch, ...]
+    backward: tuple[KernelLaunch, ...]
     """Launches of backward, with recomputation before it."""
-    reference: tuple[Work, ...]
+    reference: tuple[KernelLaunch, ...]
     """The rows once more without adapters (DPO)."""
 
 
 def block_work(
     decoder: Decoder,
     groups: Groups,
-    how: How,
+    how: KernelOptions,
     *,
     m: int,
     pairs: int,
@@ -299,17 +299,17 @@ def block_work(
     runs whole.
     """
 
-    def attention_half(*, adapted: bool = True, backward: bool = False) -> tuple[Work, ...]:
+    def attention_half(*, adapted: bool = True, backward: bool = False) -> tuple[KernelLaunch, ...]:
         return tuple(_attention_half(decoder, groups, how, m, pairs, adapted=adapted, backward=backward))
 
-    def mlp_half(*, adapted: bool = True, backward: bool = False) -> tuple[Work, ...]:
+    def mlp_half(*, adapted: bool = True, backward: bool = False) -> tuple[KernelLaunch, ...]:
         halves = (_mlp_half(decoder, groups, how, tile, adapted=adapted, backward=backward) for tile in tiles)
         return tuple(itertools.chain.from_iterable(halves))
 
     of_attention, of_mlp = attention_half(), mlp_half()
     again = {"none": (), "selective": of_mlp}.get(checkpointing, of_attention + of_mlp)
     if checkpointing == "offload":  # The input goes to the host and comes back.
-        again += (Work("elementwise", 2 * how.itemsize * m * decoder.hidden, launches=0),)
+        again += (KernelLaunch("elementwise", 2 * how.itemsize * m * decoder.hidden, launches=0),)
     return BlockWork(
         of_attention + of_mlp,
         again + mlp_half(backward=True) + attention_half(backward=True),
@@ -318,8 +318,8 @@ def block_work(
 
 
 def _attention_half(
-    decoder: Decoder, groups: Groups, how: How, m: int, pairs: int, *, adapted: bool, backward: bool
-) -> Iterator[Work]:
+    decoder: Decoder, groups: Groups, how: KernelOptions, m: int, pairs: int, *, adapted: bool, backward: bool
+) -> Iterator[KernelLaunch]:
     """Yield the launches of the attention half; in backward their order does not count."""
     queries, keys = decoder.queries, decoder.keys
     yield norm(decoder.hidden * m, how, backward=backward)
@@ -332,7 +332,9 @@ def _attention_half(
     yield from after(decoder, how, m, backward=backward)
 
 
-def _mlp_half(decoder: Decoder, groups: Groups, how: How, m: int, *, adapted: bool, backward: bool) -> Iterator[Work]:
+def _mlp_half(
+    decoder: Decoder, groups: Groups, how: KernelOptions, m: int, *, adapted: bool, backward: bool
+) -> Iterator[KernelLaunch]:
     """Yield the launches of the MLP half, dense or experts; in backward their order does not count."""
     e, hidden, experts = how.itemsize, decoder.hidden, decoder.experts
     yield norm(hidden * m, how, backward=backward)
@@ -340,25 +342,25 @@ def _mlp_half(decoder: Decoder, groups: Groups, how: How, m: int, *, adapted: bo
         rows = experts.chosen * m
         # The router: its product, which no figure counts as operations, and a softmax over the experts.
         nbytes = e * (hidden * (m + experts.count)) + 4 * FP32 * experts.count * m
-        yield Work("elementwise", nbytes, launches=8)
+        yield KernelLaunch("elementwise", nbytes, launches=8)
         # Each token's states, once for each expert that it chooses (experts.dispatch).
-        yield Work("elementwise", 2 * e * rows * hidden, launches=2)
+        yield KernelLaunch("elementwise", 2 * e * rows * hidden, launches=2)
         # Experts' outputs times their weights, back in the tokens' order, and added up (experts.combine).
-        yield Work("elementwise", e * hidden * (5 * rows + m), launches=4)
+        yield KernelLaunch("elementwise", e * hidden * (5 * rows + m), launches=4)
     yield gated(decoder.mlp_columns * m, how, backward=backward)
     for name in ("gate_up", "down"):
         yield from linears(groups[name], m, how, adapted=adapted, backward=backward)
     yield from after(decoder, how, m, backward=backward)
 
 
-def after(decoder: Decoder, how: How, m: int, *, backward: bool = False) -> Iterator[Work]:
+def after(decoder: Decoder, how: KernelOptions, m: int, *, backward: bool = False) -> Iterator[KernelLaunch]:
     """Yield the norm after a half, if there is one, and the residual sum; in backward the sum of two gradients."""
     if decoder.norms_after:
         yield norm(decoder.hidden * m, how, backward=backward)
-    yield Work("elementwise", 3 * how.itemsize * decoder.hidden * m)
+    yield KernelLaunch("elementwise", 3 * how.itemsize * decoder.hidden * m)
 
 
-def norm(numel: int, how: How, *, backward: bool = False) -> Work:
+def norm(numel: int, how: KernelOptions, *, backward: bool = False) -> KernelLaunch:
     """Return an RMSNorm.
 
     transformers' form casts to fp32, squares, averages, scales and casts back, and multiplies by the weight (in fp32
@@ -366,27 +368,27 @@ def norm(numel: int, how: How, *, backward: bool = False) -> Work:
     """
     e = how.itemsize
     if how.fused_norms:
-        return Work("elementwise", (3 if backward else 2) * e * numel)
+        return KernelLaunch("elementwise", (3 if backward else 2) * e * numel)
     casts = 0 if e == FP32 else 2 * (e + FP32)
     own = (17 if backward else 5) * FP32 + casts + 2 * (FP32 if how.norms_in_fp32 else e)
-    return Work("elementwise", own * numel, launches=14 if backward else 8)
+    return KernelLaunch("elementwise", own * numel, launches=14 if backward else 8)
 
 
-def gated(numel: int, how: How, *, backward: bool = False) -> Work:
+def gated(numel: int, how: KernelOptions, *, backward: bool = False) -> KernelLaunch:
     """act(gate) * up of so many inner elements."""
     if how.fused:
-        return Work("elementwise", (5 if backward else 3) * how.itemsize * numel)
-    return Work("elementwise", (9 if backward else 5) * how.itemsize * numel, launches=3 if backward else 2)
+        return KernelLaunch("elementwise", (5 if backward else 3) * how.itemsize * numel)
+    return KernelLaunch("elementwise", (9 if backward else 5) * how.itemsize * numel, launches=3 if backward else 2)
 
 
-def rotary(numel: int, how: How, *, backward: bool = False) -> Work:
+def rotary(numel: int, how: KernelOptions, *, backward: bool = False) -> KernelLaunch:
     """Return the rotary embedding: two products with tables, a rotation, a sum; liger-kernel: one launch in place."""
     if how.fused:
-        return Work("elementwise", 2 * how.itemsize * numel)
-    return Work("elementwise", (14 if backward else 10) * how.itemsize * numel, launches=14 if backward else 10)
+        return KernelLaunch("elementwise", 2 * how.itemsize * numel)
+    return KernelLaunch("elementwise", (14 if backward else 10) * how.itemsize * numel, launches=14 if backward else 10)
 
 
-def attention(decoder: Decoder, how: How, m: int, pairs: int, *, backward: bool) -> Iterator[Work]:
+def attention(decoder: Decoder, how: KernelOptions, m: int, pairs: int, *, backward: bool) -> Iterator[KernelLaunch]:
     """Yield the launches of attention.
 
     Flash attention reads queries, keys and values, writes the output and a number per head, and recomputes scores in
@@ -398,24 +400,32 @@ def attention(decoder: Decoder, how: How, m: int, pairs: int, *, backward: bool)
     flops = (PAIR_BACKWARD if backward else PAIR_FORWARD) * columns * pairs
     if kind == "tiles":  # Forward makes them twice, backward once.
         again = SCORES_AGAIN * columns * pairs
-        yield Work("attention", nbytes, flops + again, launches=5 if backward else 3)
+        yield KernelLaunch("attention", nbytes, flops + again, launches=5 if backward else 3)
         # Forward: written twice, read for the largest, their powers, the sum, the output. Backward: weights and their
         # gradients, two products of each but the one, the softmax's.
-        yield Work("attention", (9 if backward else 7) * e * decoder.heads * pairs, launches=4)
+        yield KernelLaunch("attention", (9 if backward else 7) * e * decoder.heads * pairs, launches=4)
         return
     if kind != "eager":
         again = SCORES_AGAIN * columns * pairs if backward else 0
-        yield Work("attention", nbytes, flops + again, "attention", launches=3 if backward else 1)
+        yield KernelLaunch("attention", nbytes, flops + again, "attention", launches=3 if backward else 1)
         return
-    yield Work("attention", nbytes, flops, launches=4 if backward else 2)
+    yield KernelLaunch("attention", nbytes, flops, launches=4 if backward else 2)
     # Forward: scores, scale, mask, softmax in fp32, back, read again. Backward: the gradients of all of them.
     passes = 8 * e + (5 if backward else 2) * FP32
-    yield Work("attention", passes * decoder.heads * pairs, launches=5)
+    yield KernelLaunch("attention", passes * decoder.heads * pairs, launches=5)
 
 
 def head_work(
-    vocabulary: int, hidden: int, how: How, *, m: int, trained: bool, trained_rows: int, capped: bool, reference: bool
-) -> Iterator[Work]:
+    vocabulary: int,
+    hidden: int,
+    how: KernelOptions,
+    *,
+    m: int,
+    trained: bool,
+    trained_rows: int,
+    capped: bool,
+    reference: bool,
+) -> Iterator[KernelLaunch]:
     """Yield the embedding, the last norm, and the LM head chunk by chunk (lm_head.py).
 
     `trained_rows`: rows that are trained while the rest is frozen. `capped`: True if logits are capped (Gemma 2).
@@ -424,32 +434,32 @@ def head_work(
     weight is read for each chunk and product.
     """
     e = how.itemsize
-    yield Work("head", 2 * e * hidden * m)
+    yield KernelLaunch("head", 2 * e * hidden * m)
     for back in (False, True):
         yield norm(hidden * m, how, backward=back)
     casts = 0 if e == FP32 else e + FP32
     cap = 24 if capped else 0
     of_loss, of_gradient = casts + 3 * FP32 + cap, casts + 5 * FP32 + (28 if capped else 0)
-    for tokens, times in chunks(m, tokens_at_once(vocabulary, is_gpu=how.is_gpu)):
+    for tokens, times in chunks(m, tokens_per_chunk(vocabulary, on_cpu=not how.is_gpu)):
         logits = vocabulary * tokens
         product = (e * (hidden * (tokens + vocabulary) + logits), 2.0 * logits * hidden)
         weight = (e * (hidden * (tokens + vocabulary) + logits) + 3 * FP32 * hidden * vocabulary, product[1])
         passes = (2, 1) if trained else (1, 1)
         for _ in range(passes[0]):
-            yield Work("head", times * product[0], times * product[1], launches=times)
-            yield Work("head", times * of_loss * logits, launches=4 * times)
-        yield Work("head", times * product[0], times * product[1], launches=times)
-        yield Work("head", times * of_gradient * logits, launches=4 * times)
+            yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
+            yield KernelLaunch("head", times * of_loss * logits, launches=4 * times)
+        yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
+        yield KernelLaunch("head", times * of_gradient * logits, launches=4 * times)
         if trained:
-            yield Work("head", times * weight[0], times * weight[1], launches=2 * times)
+            yield KernelLaunch("head", times * weight[0], times * weight[1], launches=2 * times)
         if reference:
-            yield Work("head", times * product[0], times * product[1], launches=times)
-            yield Work("head", times * of_loss * logits, launches=4 * times)
+            yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
+            yield KernelLaunch("head", times * of_loss * logits, launches=4 * times)
     if trained_rows:
-        yield Work(
+        yield KernelLaunch(
             "head", 3 * (e * hidden * (m + trained_rows) + 2 * FP32 * trained_rows * m), 6.0 * m * trained_rows * hidden
         )
-    yield Work("head", (2 * FP32 if e == FP32 else 2 * (e + FP32)) * hidden * m, launches=2)
+    yield KernelLaunch("head", (2 * FP32 if e == FP32 else 2 * (e + FP32)) * hidden * m, launches=2)
 
 
 def chunks(m: int, size: int) -> Iterable[tuple[int, int]]:
@@ -458,9 +468,9 @@ def chunks(m: int, size: int) -> Iterable[tuple[int, int]]:
     return [(tokens, times) for tokens, times in ((size, whole), (rest, 1)) if tokens and times]
 
 
-def update_work(numel: int, optimizer: str, *, clips: bool, backwards: int, trials: int = 1) -> Iterator[Work]:
+def update_work(numel: int, optimizer: str, *, clips: bool, backwards: int, trials: int = 1) -> Iterator[KernelLaunch]:
     """Yield the update, trial by trial: gradients zeroed, added up, their norm, scaling, the optimizer."""
-    yield Work("update", FP32 * numel * (1 + 3 * backwards) + FP32 * numel, launches=2 * trials)
+    yield KernelLaunch("update", FP32 * numel * (1 + 3 * backwards) + FP32 * numel, launches=2 * trials)
     if clips:
-        yield Work("update", 2 * FP32 * numel, launches=trials)
-    yield Work("update", UPDATE_BYTES[optimizer] * numel, launches=trials)
+        yield KernelLaunch("update", 2 * FP32 * numel, launches=trials)
+    yield KernelLaunch("update", UPDATE_BYTES[optimizer] * numel, launches=trials)

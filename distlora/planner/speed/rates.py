@@ -114,7 +114,7 @@ class Rates:
     ring_step_across: float
     tree_step: float
     tree_step_across: float
-    said: tuple[str, ...]
+    assumptions: tuple[str, ...]
     """Assumptions, one sentence each."""
 
 
@@ -171,30 +171,32 @@ def rates_of(work: Workload, machine: Machine) -> Rates | None:
     }
     reached = {name: (1.0, f"as gpu.{name} says") if name in machine.measured else usual[name] for name in usual}
 
-    def said_of(what: str, name: str, rate: float, unit: float, unit_name: str) -> str:
+    def describe_rate(what: str, name: str, rate: float, unit: float, unit_name: str) -> str:
         share, source = reached[name]
         return f"{what} {share:.0%} of {rate / unit:,.4g} {unit_name}: {source}"
 
-    said = [
-        said_of("products of matrices run at", "tflops", peak, 1e12, "TFLOP/s"),
-        said_of("memory delivers", "memory_gb_per_second", bandwidth, 1e9, "GB/s"),
+    assumptions = [
+        describe_rate("products of matrices run at", "tflops", peak, 1e12, "TFLOP/s"),
+        describe_rate("memory delivers", "memory_gb_per_second", bandwidth, 1e9, "GB/s"),
     ]
     if is_gpu:
-        said.append(f"attention runs at {attention:.0%} of the GPU's rate: {_ATTENTION_SOURCE}")
-        said.append(f"a launch costs {_LAUNCH_SECONDS * 1e6:.0f} us: {_LAUNCH_SOURCE}")
+        assumptions.append(f"attention runs at {attention:.0%} of the GPU's rate: {_ATTENTION_SOURCE}")
+        assumptions.append(f"a launch costs {_LAUNCH_SECONDS * 1e6:.0f} us: {_LAUNCH_SOURCE}")
     if link is not None:
         what = "a GPU's link to the others of its node delivers"
-        said.append(said_of(what, "link_gb_per_second", link, 1e9, "GB/s"))
+        assumptions.append(describe_rate(what, "link_gb_per_second", link, 1e9, "GB/s"))
     if network is not None:
-        said.append(said_of("the network into a node delivers", "network_gb_per_second", network, 1e9, "GB/s"))
+        assumptions.append(
+            describe_rate("the network into a node delivers", "network_gb_per_second", network, 1e9, "GB/s")
+        )
     if is_gpu and machine.ranks > 1:
-        said.append(
+        assumptions.append(
             f"a collective is a ring (a sum may be a tree), whose steps cost {_STEP_SECONDS[inside] * 1e6:.1f} us "
             f"within a node, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
         )
         if network is not None:
             across = _STEP_SECONDS["network"] * 1e6
-            said.append(f"a step of a ring between nodes costs {across:.0f} us: {_LATENCY_SOURCE}")
+            assumptions.append(f"a step of a ring between nodes costs {across:.0f} us: {_LATENCY_SOURCE}")
     matrices, host_link = peak * reached["tflops"][0], machine.host_link
     return Rates(
         peak=peak,
@@ -211,12 +213,12 @@ def rates_of(work: Workload, machine: Machine) -> Rates | None:
         ring_step_across=_STEP_SECONDS["network"],
         tree_step=_TREE_STEP_SECONDS[inside] if is_gpu else _GLOO_SECONDS,
         tree_step_across=_TREE_STEP_SECONDS["network"],
-        said=tuple(said),
+        assumptions=tuple(assumptions),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Crossing:
+class CollectiveCost:
     """Bytes of collectives, and the steps before the first byte."""
 
     inside: float = 0.0
@@ -252,33 +254,33 @@ class Crossing:
             found["latency"] = latency
         return found
 
-    def scaled(self, share: float) -> Crossing:
+    def scaled(self, share: float) -> CollectiveCost:
         """Return a share of the bytes, at as many collectives."""
         return replace(self, inside=share * self.inside, across=share * self.across, host=share * self.host)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wiring:
+class StepCollectives:
     """Collectives of one rank in a step."""
 
-    gather: Crossing
+    gather: CollectiveCost
     """Gather of one layer."""
-    ends: Crossing
+    ends: CollectiveCost
     """Gathers of a pass: embedding, LM head and last norm."""
-    boundary: Crossing
+    boundary: CollectiveCost
     """Offloaded inputs of a layer and pass, one way."""
-    sums: tuple[Crossing, ...]
+    sums: tuple[CollectiveCost, ...]
     """Gradient sums beside the last backward."""
-    last: tuple[Crossing, ...]
+    last: tuple[CollectiveCost, ...]
     """Gradient sums after backward."""
 
 
-def wiring_of(work: Workload, model: PlannedModel, machine: Machine) -> Wiring:
+def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> StepCollectives:
     """Return the collectives of one rank in a step."""
     world, shapes = machine.ranks, model.shapes
     micro_batches = work.train.accumulation(world)
     passes = traffic.passes_of(work, micro_batches)
-    step = traffic.ours(work, shapes, world=world, accumulation=micro_batches)
+    step = traffic.step_traffic(work, shapes, world=world, accumulation=micro_batches)
     shards, itemsize = step.shards, traffic.DTYPE_BYTES[work.train.dtype]
     rings = _Rings(world, shards, machine.ranks_per_machine)
     block = traffic.block_bytes(shapes.block, shards, quantized=work.quantized, itemsize=itemsize)
@@ -289,10 +291,10 @@ def wiring_of(work: Workload, model: PlannedModel, machine: Machine) -> Wiring:
     if work.train.checkpointing == "offload":
         boundary = itemsize * shapes.hidden * work.tokens_at_once * work.train.slices(world)
     sums, last = _sums(work, step, shapes, rings)
-    return Wiring(
+    return StepCollectives(
         gather=replace(rings.gather(block), host=block / shards if offloads else 0.0),
         ends=replace(rings.gather(ends, units), host=ends / shards if offloads else 0.0),
-        boundary=Crossing(host=boundary),
+        boundary=CollectiveCost(host=boundary),
         sums=sums,
         last=last,
     )
@@ -300,7 +302,7 @@ def wiring_of(work: Workload, model: PlannedModel, machine: Machine) -> Wiring:
 
 def _sums(
     work: Workload, step: traffic.StepBytes, shapes: ModelShapes, rings: _Rings
-) -> tuple[tuple[Crossing, ...], tuple[Crossing, ...]]:
+) -> tuple[tuple[CollectiveCost, ...], tuple[CollectiveCost, ...]]:
     """Return the gradient sums (beside backward, after it); the last bucket, embedding and head come after it."""
     bucket, trials = int(work.parallel.bucket_mb * 2**20), len(work.adapters)
     last = min(step.reduced, bucket * trials)
@@ -327,14 +329,14 @@ class _Rings:
     shards: int
     per_machine: int
 
-    def gather(self, nbytes: int, collectives: int = 1) -> Crossing:
+    def gather(self, nbytes: int, collectives: int = 1) -> CollectiveCost:
         """Return a gather, or a reduce-scatter, of a buffer over the ranks of a copy."""
         n = self.shards
         if n == 1 or nbytes == 0:
-            return Crossing()
+            return CollectiveCost()
         received = nbytes * (n - 1) / n
         machines = -(-n // self.per_machine)
-        return Crossing(
+        return CollectiveCost(
             inside=received if self.per_machine > 1 else 0.0,
             across=received * self._crossing,
             collectives=collectives,
@@ -358,13 +360,13 @@ class _Rings:
             most = max(most, sum(is_cut))
         return most
 
-    def sum(self, nbytes: int, collectives: int = 1) -> Crossing:
+    def sum(self, nbytes: int, collectives: int = 1) -> CollectiveCost:
         """Return an all-reduce of a buffer over all ranks."""
         n = self.world
         if n == 1 or nbytes <= 0:
-            return Crossing()
+            return CollectiveCost()
         received, machines = 2 * nbytes * (n - 1) / n, -(-n // self.per_machine)
-        return Crossing(
+        return CollectiveCost(
             inside=received if self.per_machine > 1 else 0.0,
             across=received if machines > 1 else 0.0,
             collectives=collectives,
@@ -374,15 +376,15 @@ class _Rings:
             tree_steps_across=2 * collectives * math.log2(machines),
         )
 
-    def sum_of_copies(self, nbytes: int, collectives: int) -> Crossing:
+    def sum_of_copies(self, nbytes: int, collectives: int) -> CollectiveCost:
         """Return an all-reduce of a rank's rows over the ranks with the same rows."""
         copies = self.world // self.shards
         if copies == 1 or nbytes == 0:
-            return Crossing()
+            return CollectiveCost()
         received = 2 * nbytes * (copies - 1) / copies
         within = max(1, self.per_machine // self.shards)
         machines = -(-copies // within)
-        return Crossing(
+        return CollectiveCost(
             inside=received if within > 1 else 0.0,
             across=received * min(self.shards, self.per_machine) if machines > 1 else 0.0,
             collectives=collectives,
@@ -391,6 +393,6 @@ class _Rings:
         )
 
 
-def seconds_of(crossings: tuple[Crossing, ...], rates: Rates) -> Seconds:
+def seconds_of(costs: tuple[CollectiveCost, ...], rates: Rates) -> Seconds:
     """Return the seconds of collectives one after the other."""
-    return plus(*(crossing.seconds(rates) for crossing in crossings))
+    return plus(*(cost.seconds(rates) for cost in costs))

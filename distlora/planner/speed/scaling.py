@@ -24,9 +24,9 @@ Layout = Literal["one replica", "replica per node"]
 """Sharding of the base: over all ranks, or over those of each node (parallel=hsdp)."""
 Scaling = Literal["strong", "weak"]
 
-MOST = 1024
+MAX_GPUS = 1024
 """Most GPUs of a table."""
-MACHINE = 8
+GPUS_PER_NODE = 8
 """GPUs per node, if the nodes of the run have fewer."""
 
 
@@ -104,7 +104,7 @@ def scaling(
     rate of the GPU or of a link is unknown.
     """
     config, machine = plan.config, plan.machine
-    per_machine = max(machine.ranks_per_machine, MACHINE)
+    per_machine = max(machine.ranks_per_machine, GPUS_PER_NODE)
     numbers = numbers_of(per_machine) if numbers is None else numbers
     for number in numbers:
         if number > per_machine and number % per_machine:
@@ -146,9 +146,9 @@ def _parallel(parallel: ParallelConfig, ranks: int, shard_degree: int | None) ->
 
 
 def numbers_of(per_machine: int) -> tuple[int, ...]:
-    """Return 1, 2, 4 ... GPUs of a node, all of them, then twice as many nodes each time, up to MOST GPUs."""
+    """Return 1, 2, 4 ... GPUs of a node, all of them, then twice as many nodes each time, up to MAX_GPUS GPUs."""
     within = [2**n for n in range(per_machine.bit_length()) if 2**n < per_machine]
-    machines = [per_machine * 2**n for n in range(MOST.bit_length()) if n == 0 or per_machine * 2**n <= MOST]
+    machines = [per_machine * 2**n for n in range(MAX_GPUS.bit_length()) if n == 0 or per_machine * 2**n <= MAX_GPUS]
     return (*within, *machines)
 
 

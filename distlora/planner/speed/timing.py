@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from distlora.architecture.shapes import Weight
 from distlora.planner import traffic
-from distlora.planner.decoder import (
+from distlora.planner.decoder_sizes import (
     INPUTS,
     AdaptedRanks,
     Decoder,
@@ -33,10 +33,10 @@ from distlora.planner.speed.launches import (
     FP32,
     BlockWork,
     Groups,
-    How,
+    KernelLaunch,
+    KernelOptions,
     Linear,
     MovedKind,
-    Work,
     block_work,
     head_work,
     update_work,
@@ -45,15 +45,15 @@ from distlora.planner.speed.rates import (
     WAITS,
     Rates,
     Seconds,
+    StepCollectives,
     Term,
-    Wiring,
     longest,
     plus,
     rates_of,
     seconds_of,
+    step_collectives,
     times,
     total,
-    wiring_of,
 )
 from distlora.planner.workload import Workload
 from distlora_kernels.fused_threshold import max_fused_rows
@@ -64,20 +64,20 @@ class StepWork:
     """Kernel launches of one rank in a step."""
 
     blocks: tuple[BlockWork, ...]
-    """Work of a micro-batch per layer; layers that are alike share one object."""
+    """Launches of a micro-batch per layer; layers that are alike share one object."""
     micro_batches: int
     """Micro-batches per step."""
     passes: int
     """Runs of the model per step: one per micro-batch, or one (train.accumulate=block)."""
-    head: tuple[Work, ...]
+    head: tuple[KernelLaunch, ...]
     """Embedding, last norm and LM head in a pass, forward and backward."""
-    gathers: tuple[Work, ...]
+    gathers: tuple[KernelLaunch, ...]
     """Copies after one gather of a layer: to where it is used, and of fp32 masters (one process makes these too)."""
     moved_blocks: int
     """Layers that are gathered in each pass, forward and backward."""
-    update: tuple[Work, ...]
+    update: tuple[KernelLaunch, ...]
 
-    def __iter__(self) -> Iterator[tuple[Work, int]]:
+    def __iter__(self) -> Iterator[tuple[KernelLaunch, int]]:
         """Yield (launch, number of times) of a whole step."""
         layers_of = Counter(map(id, self.blocks))  # By what they are, each would be hashed to its last launch.
         for key, block in {id(block): block for block in self.blocks}.items():
@@ -110,14 +110,14 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     ranks, shards = machine.ranks, work.shard_degree(machine.ranks)
     micro_batches = work.train.accumulation(ranks)
     passes = traffic.passes_of(work, micro_batches)
-    how, shapes = how_of(work, model, machine), model.shapes
+    how, shapes = kernel_options(work, model, machine), model.shapes
     active, decoder = active_weights(work, model), Decoder.of(model.settings, shapes.family)
     gathered = 0.0
     if shards > 1:
         gathered = 2.0 * traffic.block_bytes(shapes.block, shards, quantized=how.quantized, itemsize=how.itemsize)
     if how.trains_base and how.itemsize < FP32:
         gathered += (FP32 + how.itemsize) * sum(weight.numel for weight in shapes.block) / shards
-    gathers = (Work("gathered", gathered),) if gathered else ()
+    gathers = (KernelLaunch("gathered", gathered),) if gathered else ()
     # Parameters that a rank updates: replicated ones whole, sharded ones by its shard.
     if work.adapter.method == "full":
         updated = -(-shapes.numel // shards)
@@ -156,13 +156,13 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     )
 
 
-def how_of(work: Workload, model: PlannedModel, machine: Machine) -> How:
+def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> KernelOptions:
     """Return the options of a workload's computation on a machine."""
     family = model.shapes.family
     decoder = Decoder.of(model.settings, family)
     fused = fuses(work, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
     decodes = machine.is_gpu and work.train.dtype == "bf16"
-    return How(
+    return KernelOptions(
         itemsize=traffic.DTYPE_BYTES[work.train.dtype],
         quantized=work.quantized,
         few_rows=max_fused_rows(machine.capability) if decodes else 0,
@@ -177,7 +177,7 @@ def how_of(work: Workload, model: PlannedModel, machine: Machine) -> How:
 
 
 def _blocks(
-    work: Workload, model: PlannedModel, machine: Machine, decoder: Decoder, how: How, document: int | None
+    work: Workload, model: PlannedModel, machine: Machine, decoder: Decoder, how: KernelOptions, document: int | None
 ) -> tuple[BlockWork, ...]:
     length, shapes = work.sequence_length, model.shapes
     rows, tile = work.train.micro_batch, work.train.mlp_tile or length
@@ -314,8 +314,8 @@ def step_time(
     if rates is None:
         return None
     done = step_work(work, model, machine, document=document)
-    wires = wiring_of(work, model, machine)
-    parts = _parts(done, wires, rates, prefetch=work.parallel.prefetch)
+    collectives = step_collectives(work, model, machine)
+    parts = _parts(done, collectives, rates, prefetch=work.parallel.prefetch)
     by_term = plus(*parts.values())
     flops = step_flops(work, model, ranks=machine.ranks, is_gpu=machine.is_gpu, document=document)
     seconds = total(by_term)
@@ -331,11 +331,11 @@ def step_time(
         mfu=flops.counted * rows / seconds / rates.peak,
         steps=work.steps,
         price_per_hour=machine.price_per_hour,
-        assumptions=(*rates.said, *_said(work, machine, document)),
+        assumptions=(*rates.assumptions, *_assumptions(work, machine, document)),
     )
 
 
-def _parts(work: StepWork, wires: Wiring, rates: Rates, *, prefetch: bool) -> dict[Part, Seconds]:
+def _parts(work: StepWork, collectives: StepCollectives, rates: Rates, *, prefetch: bool) -> dict[Part, Seconds]:
     """Return the seconds of a step by part."""
     together, resident = work.micro_batches // work.passes, len(work.blocks) - work.moved_blocks
     copies = _seconds(work.gathers, rates)
@@ -352,17 +352,17 @@ def _parts(work: StepWork, wires: Wiring, rates: Rates, *, prefetch: bool) -> di
         forward.append(known[key][0])
         backward.append(known[key][1])
     backward.reverse()
-    chain = _Chain(wires.gather.seconds(rates), wires.boundary.seconds(rates), prefetch)
+    chain = _Chain(collectives.gather.seconds(rates), collectives.boundary.seconds(rates), prefetch)
     # Gradients are summed while the last backward goes on, on the wire that gathers take.
-    summed = times(seconds_of(wires.sums, rates), 1 / len(backward))
+    summed = times(seconds_of(collectives.sums, rates), 1 / len(backward))
     backwards = (times(chain.seconds(backward), work.passes - 1), chain.seconds(backward, beside=summed))
-    first = (chain.first(forward), chain.first(backward), wires.ends.seconds(rates))
+    first = (chain.first(forward), chain.first(backward), collectives.ends.seconds(rates))
     return {
         "forward": times(chain.seconds(forward), work.passes),
         "backward": plus(*backwards),
         "head": times(_seconds(work.head, rates), work.passes),
         "first gathers": times(plus(*first), work.passes),
-        "last sum": seconds_of(wires.last, rates),
+        "last sum": seconds_of(collectives.last, rates),
         "update": _seconds(work.update, rates),
     }
 
@@ -401,7 +401,7 @@ class _Chain(NamedTuple):
         return self.gather if self.prefetch and stages[0].moves else {}
 
 
-def _seconds(launches: Iterable[Work], rates: Rates) -> Seconds:
+def _seconds(launches: Iterable[KernelLaunch], rates: Rates) -> Seconds:
     """One after the other; each by what it waits for."""
     found: Seconds = {"compute": 0.0, "memory": 0.0, "launches": 0.0}
     units = {"matrices": rates.matrices, "attention": rates.attention, "decoding": rates.decoding}
@@ -412,20 +412,20 @@ def _seconds(launches: Iterable[Work], rates: Rates) -> Seconds:
     return found
 
 
-def _said(work: Workload, machine: Machine, document: int | None) -> list[str]:
+def _assumptions(work: Workload, machine: Machine, document: int | None) -> list[str]:
     """Return the assumptions on the run, beside the rates."""
     length = work.sequence_length
     documents = f"each sequence is one document of {length:,} tokens"
     if document is not None and document < length:
         documents = f"sequences of {length:,} tokens hold documents of {document:,}"
-    said = [documents]
+    assumptions = [documents]
     if machine.is_gpu and work.train.liger and machine.has_liger:
-        said.append("liger-kernel is installed if the run can use it")
+        assumptions.append("liger-kernel is installed if the run can use it")
     if machine.is_gpu and work.train.deterministic_attention:
-        said.append("deterministic attention gradients cost no extra time")
+        assumptions.append("deterministic attention gradients cost no extra time")
     if work.parallel.resident_blocks == "auto" and machine.ranks > 1:
-        said.append("no layer is resident: the number is chosen after the first step")
+        assumptions.append("no layer is resident: the number is chosen after the first step")
     if work.adapter.use_dora and not machine.is_gpu:
-        said.append("DoRA's magnitudes are folded into packed weights, as on a GPU")
-    said.append("loading, evaluations, samples and saves are not counted, and the CPU never delays the GPU")
-    return said
+        assumptions.append("DoRA's magnitudes are folded into packed weights, as on a GPU")
+    assumptions.append("loading, evaluations, samples and saves are not counted, and the CPU never delays the GPU")
+    return assumptions

@@ -22,10 +22,10 @@ from distlora.planner import Plan, suggest
 from distlora.planner.choose import Change, Search, choose, typed
 from distlora.planner.machine import machine_of
 from distlora.planner.model import PlannedModel
+from distlora.planner.plan_tables import leverage_table, matrix, scaling_tables
 from distlora.planner.report import assumptions, machines_of, page, settings
 from distlora.planner.speed.scaling import FABRICS, Scaling, scaling
-from distlora.planner.suggest import Fitting, Nearest, Packing, Room, room
-from distlora.planner.tables import leverage_table, matrix, scaling_tables
+from distlora.planner.suggest import Fitting, LargerRun, MultiTrialPlan, Nearest, larger_runs
 from distlora.system.exit_codes import DONE
 from distlora.training.multi_trial.protocol import check_pack
 from distlora_launcher.compose.checks import check_parallel, check_writable
@@ -36,8 +36,8 @@ from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import shown
 
 PROGRAM = "distlora plan"
-WORTH_SAYING = 20
-"""Plans of a table that take long enough to be announced."""
+REPORT_FROM = 20
+"""Number of plans in a table from which progress is reported."""
 MODELS = (
     "mistral_7b",
     "llama3_8b",
@@ -54,7 +54,7 @@ MODELS = (
 )
 MACHINES = ("rtx4090", "rtx3090x2", "rtx5090x2", "a10x4", "l40sx4", "a100_80gbx8", "h100x8", "b200x8")
 """Default nodes of --table."""
-OF_A_MACHINE = 8
+GPUS_PER_NODE = 8
 """GPUs per node of a plan on more GPUs than that."""
 
 
@@ -102,17 +102,17 @@ class PlanArguments:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """The answer to `distlora plan`: a choice of settings, with what would fit."""
+class PlanResult:
+    """The plan of a run: the chosen settings, and settings that would fit."""
 
     plan: Plan
     changes: tuple[Change, ...] = ()
     """Settings that plan=auto and quant=auto chose."""
     near: Nearest | None = None
     """Settings that would fit; None if the plan fits."""
-    rooms: tuple[Room, ...] = ()
+    larger: tuple[LargerRun, ...] = ()
     """Larger runs that would fit too."""
-    packed: Packing | None = None
+    packed: MultiTrialPlan | None = None
     """Trials trained together that the plan is for; None without sweep.packed."""
 
     def bars(self) -> dict[str, Plan]:
@@ -128,7 +128,7 @@ class Answer:
         """Every figure, for a program to read."""
         values = self.plan.as_json() | {"chosen": [dict(c.settings) | {"why": c.why} for c in self.changes]}
         values |= {"packed": None if self.packed is None else self.packed.as_json()}
-        return values | {"larger": [dataclasses.asdict(each) for each in self.rooms], "nearest": _nearest(self.near)}
+        return values | {"larger": [dataclasses.asdict(each) for each in self.larger], "nearest": _nearest(self.near)}
 
 
 def _nearest(near: Nearest | None) -> dict[str, Any] | None:
@@ -157,23 +157,23 @@ def main(arguments: list[str]) -> int:
     elif options.scaling:
         show_scaling(options)
     else:
-        answer = answered(options.settings, config_dir=options.config_dir)
+        result = plan_run(options.settings, config_dir=options.config_dir)
         if options.json:
-            print(json.dumps(answer.as_json(), indent=1))
+            print(json.dumps(result.as_json(), indent=1))
         else:
-            near, rooms, packed = answer.near, answer.rooms, answer.packed
-            print(page(answer.plan, changes=answer.changes, near=near, rooms=rooms, packed=packed))
+            near, larger, packed = result.near, result.larger, result.packed
+            print(page(result.plan, changes=result.changes, near=near, larger=larger, packed=packed))
             if options.assumptions:
-                print("\n".join(["", *assumptions(answer.plan)]))
+                print("\n".join(["", *assumptions(result.plan)]))
         if options.plot is not None:
-            draw(answer.bars(), settings(answer.plan), options.plot)
+            draw(result.bars(), settings(result.plan), options.plot)
     if options.plot is not None:
         print(f"drawn in {shown(options.plot)}", file=sys.stderr)
     return DONE
 
 
 def check(options: PlanArguments) -> None:
-    """Refuse words that are not settings, options of another table, and a plot that cannot be written."""
+    """Refuse arguments that are not settings, options of another table, and a plot that cannot be written."""
     for word in options.settings:
         if "=" not in word:
             known = f"; for a model, model={word}" if word in known_models() else ""
@@ -211,7 +211,7 @@ def check_named_elsewhere(overrides: Sequence[str]) -> None:
         )
 
 
-def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answer:
+def plan_run(settings: Sequence[str], *, config_dir: str | None = None) -> PlanResult:
     """Return the plan of a run. Raises UserError for settings that `distlora train` refuses."""
     sweep, trials = compose_for_plan(settings, config_dir=config_dir)
     composed = trials[0]
@@ -221,12 +221,12 @@ def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answe
         check_pack([trial.config for trial in trials])
         packed = plan_together(sweep, [choices(trial.config, trial.fixed).plan for trial in trials])
         if packed.most != 0:
-            return Answer(plan=packed.plan, packed=packed)
+            return PlanResult(plan=packed.plan, packed=packed)
     choice = choices(composed.config, composed.fixed)
     plan, changes = choice.plan, choice.changes
     if plan.fits is False:
-        return Answer(plan=plan, changes=changes, near=suggest.nearest(plan))
-    return Answer(plan=plan, changes=changes, rooms=tuple(room(choice, larger_than(plan))))
+        return PlanResult(plan=plan, changes=changes, near=suggest.nearest(plan))
+    return PlanResult(plan=plan, changes=changes, larger=tuple(larger_runs(choice, larger_than(plan))))
 
 
 def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
@@ -246,7 +246,7 @@ def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
 
 
 def require_model(model: ModelConfig) -> None:
-    """Refuse settings that name none, with the names that are known."""
+    """Refuse settings that name no model, and list the known names."""
     if not names_model(model):
         raise UserError(
             f"no model is named; write for example {PROGRAM} model=llama3_8b gpu=rtx4090",
@@ -256,10 +256,10 @@ def require_model(model: ModelConfig) -> None:
 
 
 def show_table(options: PlanArguments) -> None:
-    """Print the table, and draw it where that is asked for."""
+    """Print the table, and draw it for --plot."""
     models, machines = options.models or MODELS, options.gpus or MACHINES
     cells = len(models) * len(machines)
-    if cells >= WORTH_SAYING:
+    if cells >= REPORT_FROM:
         print(f"choosing the settings of {cells} plans (a few seconds)", file=sys.stderr, flush=True)
     found = plans(models, machines, options.settings, config_dir=options.config_dir)
     if options.json:
@@ -278,9 +278,9 @@ def show_table(options: PlanArguments) -> None:
 def plans(
     models: Sequence[str], machines: Sequence[str], overrides: Sequence[str], *, config_dir: str | None = None
 ) -> dict[tuple[str, str], Plan | None]:
-    """Return plans by (model, machine), with free settings chosen; None where `distlora train` would refuse.
+    """Return plans by (model, GPUs), with free settings chosen; None if `distlora train` would refuse them.
 
-    Raises UserError for an unknown name, and for settings that are possible nowhere.
+    Raises UserError for an unknown name, and for settings that are possible on none.
     """
     words_of = {machine: machine_words(machine) for machine in machines}
     paths = {model: path_named(model) for model in models}
@@ -319,18 +319,18 @@ def machine_words(machine: str) -> list[str]:
             f"--gpus {machine}: there is no GPU {gpu!r}{nearest(gpu, GPUS)}; write --gpus rtx4090,h100x8 with of "
             f"{', '.join(GPUS)}"
         )
-    if number < 1 or (number > OF_A_MACHINE and number % OF_A_MACHINE):
-        full = number // OF_A_MACHINE * OF_A_MACHINE
-        sizes = f"{gpu}x{full} or {gpu}x{full + OF_A_MACHINE}" if full else f"{gpu}x1"
-        raise UserError(f"--gpus {machine}: {number} GPUs do not fill whole nodes of {OF_A_MACHINE}; write {sizes}")
-    if number <= OF_A_MACHINE:
+    if number < 1 or (number > GPUS_PER_NODE and number % GPUS_PER_NODE):
+        full = number // GPUS_PER_NODE * GPUS_PER_NODE
+        sizes = f"{gpu}x{full} or {gpu}x{full + GPUS_PER_NODE}" if full else f"{gpu}x1"
+        raise UserError(f"--gpus {machine}: {number} GPUs do not fill whole nodes of {GPUS_PER_NODE}; write {sizes}")
+    if number <= GPUS_PER_NODE:
         return [f"gpu={gpu}", f"cluster.gpus_per_node={number}"]
-    nodes = number // OF_A_MACHINE
-    return [f"gpu={gpu}", "cluster=slurm", f"cluster.gpus_per_node={OF_A_MACHINE}", f"cluster.nodes={nodes}"]
+    nodes = number // GPUS_PER_NODE
+    return [f"gpu={gpu}", "cluster=slurm", f"cluster.gpus_per_node={GPUS_PER_NODE}", f"cluster.nodes={nodes}"]
 
 
 def path_named(name: str) -> str:
-    """Return a model's name on the hub, by that name or by its name for model=. Raises UserError for neither."""
+    """Return a model's name on the hub, from that name or its name for model=. Raises UserError for an unknown one."""
     known = known_models()
     if name not in known and not is_hub_name(name):
         raise UserError(
@@ -341,8 +341,8 @@ def path_named(name: str) -> str:
 
 
 def show_scaling(options: PlanArguments) -> None:
-    """Print how the run scales, over its own links and, where that is asked for, over usual ones."""
-    plan = answered(options.settings, config_dir=options.config_dir).plan
+    """Print the scaling of the run over its own links, and with --fabrics over common ones."""
+    plan = plan_run(options.settings, config_dir=options.config_dir).plan
     kind: Scaling = "strong" if options.strong else "weak"
     rows = scaling(plan, kind=kind)
     if options.fabrics:
@@ -356,13 +356,13 @@ def show_scaling(options: PlanArguments) -> None:
         if options.assumptions:
             print("\n".join(["", *leverage_table(rows)]))
     if options.plot is not None:
-        from distlora.planner.tables import plot_scaling
+        from distlora.planner.plan_tables import plot_scaling
 
         plot_scaling(rows, f"{plan.model.name} on {plan.machine.name}, calculated", options.plot)
 
 
 def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:
     """Draw a bar per plan."""
-    from distlora.planner.tables import plot_memory
+    from distlora.planner.plan_tables import plot_memory
 
     plot_memory(found, title, path)

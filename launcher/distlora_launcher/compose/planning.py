@@ -20,12 +20,12 @@ from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.plan import CHOSEN, GPUS, find_gpu
 from distlora.planner import Plan, plan_of
 from distlora.planner.choose import Choice, Search, choose, resolve_quantization
-from distlora.planner.machine import Found, Machine, machine_of, used_device
+from distlora.planner.machine import LocalHardware, Machine, machine_of, used_device
 from distlora.planner.model import PlannedModel, find_model
+from distlora.planner.plan_tables import largest
 from distlora.planner.report import lines, needs, verdict
 from distlora.planner.storage import keeps_on_host
 from distlora.planner.suggest import nearest
-from distlora.planner.tables import largest
 from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders
 from distlora.system import atomic_io, host_memory
 from distlora.weights.initial_adapter_file import check_ranks
@@ -151,12 +151,12 @@ SECONDS = 20.0
 """nvidia-smi is waited for so long: it wakes GPUs, which takes several where no process keeps them awake."""
 
 
-def found_here(*, asks_driver: bool = True) -> Found:
+def found_here(*, asks_driver: bool = True) -> LocalHardware:
     """Return the GPUs that processes of this shell may use, and host memory.
 
     GPUs are left out if `asks_driver` is false.
     """
-    return Found(
+    return LocalHardware(
         devices=devices() if asks_driver else (),
         host_bytes=host_memory.available_bytes(),
         has_liger=importlib.util.find_spec("liger_kernel") is not None,

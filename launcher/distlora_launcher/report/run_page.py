@@ -8,7 +8,7 @@ from typing import Any, cast, get_type_hints
 
 from distlora.config import Config
 from distlora.config.file import as_plain, settings_by_name
-from distlora.planner.memory import KINDS, MOMENTS
+from distlora.planner.memory import KINDS, PHASES
 from distlora.planner.memory.measured import grouped
 from distlora.system.numbers import count, length, moment, number, size
 from distlora_launcher.report.charts import Chart, Line, draw
@@ -207,7 +207,7 @@ def _plan_note(run: RunRecords) -> str | None:
     fits = {True: "The plan fits.", False: "By the plan the run does not fit.", None: "Whether it fits was not known."}
     words = [fits[run.plan.get("fits")]]
     if "total" in device:
-        where = MOMENTS.get(device.get("worst"), "")
+        where = PHASES.get(device.get("worst"), "")
         unit = "GPU" if machine.get("is_gpu") else "process"
         words.append(f"Planned peak: {size(device['total'])} per {unit}{f', {where}' if where else ''}.")
     if (trials := _trials(run)) > 1:

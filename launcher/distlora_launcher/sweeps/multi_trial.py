@@ -30,7 +30,7 @@ from distlora.config.plan import CHOSEN
 from distlora.config.sweep import SweepConfig
 from distlora.planner import Plan, plan_of
 from distlora.planner.report import packed_trials
-from distlora.planner.suggest import MOST, Packing, largest, packing
+from distlora.planner.suggest import MAX_TRIALS, MultiTrialPlan, largest, multi_trial_plan
 from distlora.run_folder.layout import DATA_NAME, PLAN_NAME, find_result
 from distlora.run_folder.sweep import COMPLETE, FAILED, PACKS, PRUNED, SAVED, words_of
 from distlora.system import atomic_io
@@ -395,11 +395,11 @@ def largest_values(space: Sequence[Dimension], settings: SweepConfig) -> Iterato
         yield dict(zip(names, combination, strict=True))
 
 
-def plan_together(settings: SweepConfig, plans: Iterable[Plan], *, most: int = MOST) -> Packing:
+def plan_together(settings: SweepConfig, plans: Iterable[Plan], *, most: int = MAX_TRIALS) -> MultiTrialPlan:
     """Return the plan for trials that run together, sized by the largest of `plans`; `most` trials at most."""
-    most = min(MOST, most, settings.trials or MOST)
+    most = min(MAX_TRIALS, most, settings.trials or MAX_TRIALS)
     requested = settings.packed if settings.packed == "auto" else min(settings.packed, most)
-    return packing(largest(plans), requested, most=most)
+    return multi_trial_plan(largest(plans), requested, most=most)
 
 
 def largest_trials(sweep: Sweep) -> list[Composed]:
@@ -424,10 +424,10 @@ def count_trials(sweep: Sweep) -> int:
     """Return the most trials that can run together."""
     if sweep.settings.method == "rank_search":
         return AT_ONCE
-    return count_cells(sweep.space) if is_finite(sweep.space) else MOST
+    return count_cells(sweep.space) if is_finite(sweep.space) else MAX_TRIALS
 
 
-def plan_first_run(sweep: Sweep) -> Packing:
+def plan_first_run(sweep: Sweep) -> MultiTrialPlan:
     """Return the plan of the first trials that run together. Raises UserError if none can, or if so many do not fit."""
     plans = [choices(trial.config, trial.fixed).plan for trial in largest_trials(sweep)]
     found = plan_together(sweep.settings, plans, most=count_trials(sweep))

@@ -102,8 +102,8 @@ def how(plan: Plan) -> Iterator[str]:
         yield f"{' and '.join(what)} on the host ({size(plan.host.machine)})"
     if parallel.resident_blocks:
         yield f"{parallel.resident_blocks} resident"
-    if plan.wire.shards < plan.machine.ranks:
-        yield f"{plan.machine.ranks // plan.wire.shards} replicas of {plan.wire.shards}"
+    if plan.traffic.shards < plan.machine.ranks:
+        yield f"{plan.machine.ranks // plan.traffic.shards} replicas of {plan.traffic.shards}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

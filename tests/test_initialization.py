@@ -443,7 +443,7 @@ def test_missing_damaged_or_foreign_initial_adapter_is_refused(
 
 REFUSALS: list[tuple[list[str], str]] = [
     (["adapter.init=pisa"], r"adapter.init='pisa' is not one of kaiming, .*did you mean 'pissa'"),
-    (["adapter.init=pissa_niter_0"], "adapter.init='pissa_niter_0' names no number .*pissa_niter_4, or pissa"),
+    (["adapter.init=pissa_niter_0"], "adapter.init='pissa_niter_0' needs one or more .*pissa_niter_4, or pissa"),
     (["adapter.init=loftq", "quant=none"], "adapter.init=loftq .* quant=none has none; set quant=nf4"),
     (["adapter=full", "quant=none", "+adapter.init=pissa"], "adapter.init has no effect with adapter=full"),
     (["adapter.init=pissa", "adapter.r=97"], r"needs 97 singular values of .*, which has (48|96) .*; set adapter.r="),
@@ -469,5 +469,5 @@ def test_init_from_and_dora_refuse_other_init() -> None:
     for init in ("pissa", "pissa_niter_4", "loftq"):
         with pytest.raises(UserError, match=f"adapter.init={init} has no effect with adapter.init_from=x"):
             AdapterConfig(init=init, init_from="x")
-        with pytest.raises(UserError, match=f"adapter.init={init} starts at weights that adapter.use_dora"):
+        with pytest.raises(UserError, match=f"adapter.init={init} cannot be combined with adapter.use_dora"):
             AdapterConfig(init=init, use_dora=True)

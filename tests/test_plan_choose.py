@@ -214,7 +214,7 @@ def test_quant_auto_keeps_what_is_in_nf4_already_and_asks_for_no_gpu_that_it_doe
     unknown = dataclasses.replace(machine("h100", 1), usable_bytes=None)
     found = choose(search(said, model, unknown))
     assert found.config == said.with_settings({"quant.method": "nf4"})
-    assert str(found.changes[0]) == "quant=nf4: how much memory the GPU has is not known"
+    assert str(found.changes[0]) == "quant=nf4: the GPU's memory is unknown"
 
 
 def test_auto_is_read_by_nobody_before_it_is_decided() -> None:

@@ -67,7 +67,7 @@ def test_what_cannot_be_said_is_refused() -> None:
     config, model, machine = config_of(8), model_of("8b"), machine_of(ranks=8)
     with pytest.raises(UserError, match=r"20 GPUs do not fill whole nodes of 8; use a multiple of 8"):
         scaling(plan_of(config, model, machine), numbers=(8, 20))
-    with pytest.raises(UserError, match=r"how H100 SXM 80 GB scales is not known.*; set gpu\.tflops$"):
+    with pytest.raises(UserError, match=r"the scaling of H100 SXM 80 GB is unknown.*; set gpu\.tflops$"):
         scaling(plan_of(config, model, dataclasses.replace(machine, flops=None)))
 
 

@@ -91,7 +91,7 @@ def test_of_gpus_that_nothing_describes_nothing_is_refused_and_nothing_chosen(
 ) -> None:
     shows(UNKNOWN)
     assert train() == 0
-    assert "whether it fits is not known" in capsys.readouterr().out
+    assert "unknown whether it fits" in capsys.readouterr().out
     for where, said in (((), "this node"), (("cluster=slurm",), "cluster=slurm")):
         assert train("plan=auto", "run_dir=other", *where) == 2
         assert f"which is unknown for {said}; add gpu=h100" in capsys.readouterr().err

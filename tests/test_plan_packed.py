@@ -110,7 +110,7 @@ def test_the_page_says_how_many_fit_and_why_not_more(
     assert main.main(words) == 0
     page = " ".join(capsys.readouterr().out.split())
     assert "packed 4 trials share one base: 8.47 GB per GPU, one alone 6.64 GB; a step takes 3." in page
-    assert "28 fit: 29 lack" in page
+    assert "28 fit; 29 are " in page
     assert "train.micro_batch=1 train.global_batch=4" in page, "as a trial has them"
     assert main.main([*words, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)

@@ -123,7 +123,7 @@ def packed_trials(packed: MultiTrialPlan) -> str:
         return f"{text}, as {packed.most + 1} would take {size(packed.beyond.host.machine)} of host memory"
     binds = packed.binds
     assert binds is not None
-    return f"{text}; {packed.most + 1} are {size(wanted)} short, and each trial adds {KINDS[binds]} most"
+    return f"{text}; {packed.most + 1} are {size(wanted)} short, mostly of {KINDS[binds]}"
 
 
 def empty_rows(plan: Plan) -> str | None:

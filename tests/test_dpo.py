@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from closeness import assert_adapters_close, assert_close, assert_losses_close
+from closeness import adapter_of, assert_adapters_close, assert_close, assert_losses_close, figures_of
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
 from distlora.data.loader import MicroBatch
@@ -35,7 +35,7 @@ from family_models import SINGLE, config_for, dequantized, load_ours, tokens, wr
 from planned import traffic_of
 from small_models import config_with, make_run, read_metrics
 from test_parity import run_once
-from test_resume import figures, result, run_until
+from test_resume import run_until
 from tiers import ci
 from worlds import World
 
@@ -166,7 +166,7 @@ def alone(
     """Return metrics and adapter of one rank with all rows of a step at once and nothing recomputed."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     prepare(run_dir, folders, preferences, train={"micro_batch": 6, "checkpointing": "none"})
-    return world.run(1, run_once, run_dir=run_dir)[0], result(run_dir)
+    return world.run(1, run_once, run_dir=run_dir)[0], adapter_of(run_dir)
 
 
 def test_a_run_starts_at_ln_2_and_raises_the_held_out_margin(alone: Any) -> None:
@@ -198,7 +198,7 @@ def test_ranks_and_micro_batches_change_nothing_and_gather_the_base_as_often_as_
     expected, adapter = alone
     for name in ("loss", "eval_loss"):
         assert_losses_close(*([line[name] for line in lines if name in line] for lines in (metrics, expected)))
-    assert_adapters_close(result(tmp_path / "run"), adapter)
+    assert_adapters_close(adapter_of(tmp_path / "run"), adapter)
     assert metrics[-1]["eval_rewards/margins"] == pytest.approx(expected[-1]["eval_rewards/margins"], rel=1e-4)
     gathered = traffic_of(config, world=size).gathered
     assert metrics[-2]["gathered_bytes"] == gathered, "what SFT gathers (test_wire.py)"
@@ -295,9 +295,9 @@ def test_a_run_that_starts_from_an_adapter_has_it_as_its_reference_after_a_resum
     run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
     for stop_before in (3, None):
         run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=stop_before)
-    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
+    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "stopped")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+    assert figures_of(tmp_path / "stopped") == figures_of(tmp_path / "whole")
     assert read_metrics(tmp_path / "whole")[0]["eval_rewards/margins"] == 0
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert summary["eval_rewards/margins"] == read_metrics(tmp_path / "whole")[-1]["eval_rewards/margins"]
@@ -318,7 +318,7 @@ def test_a_run_that_starts_from_an_adapter_has_it_as_its_reference_after_a_resum
             refuse()
     weights.write_bytes(original)
     run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
-    assert all(torch.equal(result(tmp_path / "stopped")[name], whole[name]) for name in whole)
+    assert all(torch.equal(adapter_of(tmp_path / "stopped")[name], whole[name]) for name in whole)
 
 
 def test_only_what_has_a_start_as_its_reference_needs_it_again(

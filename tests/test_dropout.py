@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from closeness import assert_adapters_close, assert_close, assert_losses_close
+from closeness import adapter_of, assert_adapters_close, assert_close, assert_losses_close, figures_of
 from distlora.config import AdapterConfig
 from distlora.model.adapters import AdaptedLinear, BlockContext, Rows, StepRows
 from distlora.model.build import CausalLM
@@ -28,7 +28,7 @@ from test_lora_gpu import gate_of
 from test_lora_linear import tensors
 from test_parity import outcome
 from test_peft import our_trained_model
-from test_resume import SINGLE, figures, result, run_until
+from test_resume import SINGLE, run_until
 from tiers import ci
 from worlds import World
 
@@ -222,9 +222,9 @@ def test_a_resumed_run_with_dropout_is_the_uninterrupted_one_bit_for_bit(folders
         make_run(tmp_path / name, folders, adapter=ADAPTER, train=settings)
         for stop in stops:
             run_until(SINGLE, run_dir=tmp_path / name, stop_before=stop)
-    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
+    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "stopped")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+    assert figures_of(tmp_path / "stopped") == figures_of(tmp_path / "whole")
 
 
 class OurDropout(nn.Module):

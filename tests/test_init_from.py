@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from closeness import adapter_of
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
 from distlora.loading.peft_format import adapter_config, adapter_tensors, load_peft_adapter
@@ -27,7 +28,7 @@ from distlora_launcher.compose.compose import compose_config
 from family_models import SINGLE, dequantized, our_logits
 from run_models import build_run_model, parallelize_run
 from small_models import make_run
-from test_resume import result, run_until
+from test_resume import run_until
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -140,7 +141,7 @@ def test_resume_needs_init_from_until_the_first_checkpoint(folders: Path, tmp_pa
     copy.rename(tmp_path / "away")
     check_model(load_config(tmp_path / "stopped"))
     run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
-    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
+    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "stopped")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from closeness import relative_error
+from closeness import adapter_of, figures_of, relative_error
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
 from distlora.loading import decomposed_adapters
@@ -36,7 +36,7 @@ from distlora_launcher.compose.checks import check, check_model
 from distlora_launcher.compose.compose import compose_config
 from family_models import SINGLE, config_for, dequantized, our_logits, tokens, write_family_folder
 from small_models import make_run, write_model_folder, write_text_file
-from test_resume import figures, result, run_until
+from test_resume import run_until
 from worlds import World
 
 PROBE = tokens(2, 40)
@@ -392,9 +392,9 @@ def test_resume_rebuilds_the_base_from_the_initial_adapter_file(
     )
     run_until(SINGLE, run_dir=moved, stop_before=None)
     assert len(hashed) == (init == "pissa"), "a resume reads the start's bytes for their hash once, where it needs it"
-    whole, resumed = result(tmp_path / "whole"), result(moved)
+    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(moved)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert figures(moved) == figures(tmp_path / "whole")
+    assert figures_of(moved) == figures_of(tmp_path / "whole")
 
 
 @pytest.mark.ci

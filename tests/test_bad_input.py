@@ -149,7 +149,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "a GPU that is too small": (
         nothing,
         ["gpu.memory_gib=0.6001"],
-        ["does not fit a GPU of 0.6001 GiB by calculation: it needs", "; plan.refuse=false starts it all the same"],
+        ["does not fit a GPU of 0.6001 GiB by calculation: needs", "; plan.refuse=false starts it all the same"],
     ),
     "a GPU that is too small for what is chosen": (
         nothing,

@@ -74,7 +74,7 @@ def test_the_figures_are_those_of_the_preparation(settings, tmp_path, capsys):
     assert f"packed in {counts['rows']:,} rows of 64 tokens" in shown
     assert f", {counts['padding'] / (counts['rows'] * 64):.1%} padding" in shown
     assert counts["dropped"] == 3
-    assert "left out         3: 2 without a token to train, 1 truncated before the first trained token\n" in shown
+    assert "left out         3: 2 without a trained token, 1 truncated before the first trained token\n" in shown
     assert "too long         4 (11.1%) have more than 64 tokens: cut off there (data.too_long), " in shown
 
 
@@ -131,7 +131,7 @@ def test_the_command_takes_the_settings_of_a_run_and_starts_none(model, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["preveiw"], r"nothing named .preveiw. \(did you mean 'preview'\?\)"),
+        (["preveiw"], r"preveiw is not known \(did you mean 'preview'\?\)"),
         (["preview", "--row", "3"], r"no option --row \(did you mean '--rows'\?\)"),
         (["preview", "--rows", "-1"], r"--rows=-1 is not a valid number of documents"),
         (["preview", "data.path=x.jsonl"], r"model\.path is not set"),

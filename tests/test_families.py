@@ -251,7 +251,7 @@ REFUSED = [
         {"rope_scaling": {"type": "mrope", "mrope_section": [2]}},
         r"rope_type='mrope' is not supported for llama",
     ),
-    ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"'linear'.*phi3; it takes default, longrope"),
+    ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"'linear' is not supported for phi3"),
     ("phi3-longrope-tied", {"original_max_position_embeddings": 32}, r"beyond 32 tokens.*set data.sequence_length=32"),
     ("gemma3-text", {"use_bidirectional_attention": True}, r"use_bidirectional_attention lets tokens see"),
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, r"'chunked_attention'"),

@@ -224,7 +224,7 @@ def test_a_run_that_no_longer_fits_is_resumed_only_when_its_settings_allow_it(
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 100_000_000)
     assert main(["resume", "run"]) == 2
     message = capsys.readouterr().err
-    assert re.search(r"this run does not fit CPU by calculation: it needs \d+ MB a machine, which has 100 MB", message)
+    assert re.search(r"this run does not fit CPU by calculation: needs \d+ MB per node, 100 MB available", message)
     assert f"refuse: false under plan in {run_dir / 'config.yaml'} starts it all the same" in message
     settings = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(settings.replace("refuse: true", "refuse: false"))

@@ -100,7 +100,7 @@ def test_a_run_of_a_machine_that_is_gone_is_taken_once_its_locks_are_lost(
             impatient.setattr(lock, "LEASE_SECONDS", 0.2)
             with pytest.raises(UserError, match="is already running in another process"), lock.lock_run(run):
                 pass
-        assert "waiting for node7 to leave" in capsys.readouterr().out
+        assert "waiting for node7 to release" in capsys.readouterr().out
         lease = threading.Timer(0.5, let_go, (config, place))
         lease.start()
         with lock.lock_run(run):

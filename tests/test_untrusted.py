@@ -111,7 +111,7 @@ def test_tokenizer_code_is_not_run(folders: Path, tmp_path: Path) -> None:
     )
     for entry in (["tokenization_odd.OddTokenizer", None], "org/code--tokenization_odd.OddTokenizer"):
         place.write_text(json.dumps({**values, "auto_map": {"AutoTokenizer": entry}}))
-        with pytest.raises(UserError, match=r"tokenizer_config.json: auto_map asks for code .*OddTokenizer\), which"):
+        with pytest.raises(UserError, match=r"tokenizer_config.json: auto_map requires code .*OddTokenizer\), which"):
             load_tokenizer(folder)
     # transformers has this one itself.
     place.write_text(json.dumps({**values, "auto_map": {"AutoTokenizer": ["odd.PreTrainedTokenizerFast", None]}}))

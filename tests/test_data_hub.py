@@ -269,4 +269,4 @@ def test_streaming_downloads_and_tokenizes_no_more_than_the_steps_need(hub, prep
     assert (again["reused"], again["cache"]) == (True, record["cache"])
 
     assert ended["ended"] == [True]
-    assert f"to the end: {ended['splits']['train']['rows']} of the 200 rows that the steps take" in printed
+    assert f"to the end: {ended['splits']['train']['rows']} of the 200 rows that the steps need" in printed

@@ -269,7 +269,7 @@ def test_loftq_adapter_belongs_to_the_nf4_base(tmp_path: Path) -> None:
         assert main([*words, *more, "--dry-run", str(place)]) == 0
         assert read_peft_adapter(place).settings["init_from_loftq"]
     card = (out / "result" / "README.md").read_text()
-    assert "by LoftQ the adapter began as a correction" in card
+    assert "LoftQ's adapter began as a correction" in card
     code = card.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
     exec(code.replace("org/base", str(folders / "llama")).replace("org/name", str(out / "result")), names)

@@ -98,13 +98,14 @@ def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
 
 
 PART = (
-    "import sys; from pathlib import Path; from distlora.system.exit_codes import run_to_exit_code; "
+    "import functools, sys; from pathlib import Path; from distlora.system.exit_codes import run_to_exit_code; "
     "from distlora.config.file import load_config; from distlora_launcher.launch.node import run_node_of; "
-    "from distlora_launcher.launch import workers; from distlora_launcher.launch.processes import forwarding\n"
+    "from distlora_launcher.launch import local, workers; from distlora_launcher.launch.processes import forwarding\n"
+    "local.run_workers = functools.partial(local.run_workers, worker_module='launcher_fake_worker')\n"
     "workers.IDLE_SECONDS = 1\n"
     "run = Path(sys.argv[1])\n"
     "with forwarding() as forwarder:\n"
-    "    part = lambda: run_node_of(run, load_config(run).cluster, forwarder, lambda: 0, 'launcher_fake_worker')\n"
+    "    part = lambda: run_node_of(run, load_config(run).cluster, forwarder, lambda: 0)\n"
     "    code = run_to_exit_code(part)\n"
     "sys.exit(code)\n"
 )

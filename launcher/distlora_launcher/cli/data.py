@@ -6,11 +6,12 @@ behind the commands import transformers, so each is imported when it is called.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from distlora.config import require
 from distlora.config.file import load_config
-from distlora_launcher.compose.checks import check_data, check_model
+from distlora_launcher.compose.checks import check_data, check_model_folder
 from distlora_launcher.compose.compose import compose_config, expand_home
 from distlora_launcher.compose.hub import with_small_files
 from distlora_launcher.terminal.arguments import read, subject
@@ -92,11 +93,11 @@ def preview_documents(options: PreviewArguments) -> int:
     """Check the settings and print the preview. Returns the exit code."""
     require(options.rows >= 0, f"--rows={options.rows} is not a valid number of documents; write 0 or more")
     config = compose_config(options.settings, config_dir=options.config_dir)
-    check_model(config)
-    check_data(config.data, config.train.objective, config.run_dir)
     from distlora.data.preview import preview
 
     with with_small_files(config.model) as model:
+        check_model_folder(dataclasses.replace(config, model=model))  # Weights are not needed.
+        check_data(config.data, config.train.objective, config.run_dir)
         return preview(
             model,
             config.data,

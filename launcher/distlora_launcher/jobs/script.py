@@ -65,9 +65,10 @@ def render_workers(
     """Return the script of an array of workers of the sweep in a folder.
 
     Each runs `python -m` with the arguments `worker` and its number. trials: a bash pattern of the trials' folders.
-    mounts: folders that a container needs beside the sweep's.
+    mounts: folders that a container needs beside the sweep's. Raises UserError for a text that #SBATCH cannot hold, and
+    if bash cannot parse the script.
     """
-    return _fill(
+    script = _fill(
         _SWEEP_TEMPLATE,
         folder,
         name,
@@ -84,6 +85,8 @@ def render_workers(
         time_limit_in=f"#SBATCH --time in {SCRIPT_NAME}",
         again="distlora resume $SWEEP",
     )
+    check_shell(cluster.setup, script)
+    return script
 
 
 def _fill(

@@ -38,8 +38,6 @@ from distlora_launcher.report.records import PageStatus, read_run
 from distlora_launcher.report.run_page import run_report
 from distlora_launcher.terminal.output import say, shown, warn
 
-WORKER = "distlora.training.worker"
-
 
 def start_run(plan: Plan) -> int:
     """Make the folder of a planned run, prepare the data, run the workers to the end. Returns the exit code."""
@@ -59,7 +57,6 @@ def start_torchrun_early(run_dir: Path, config: Config) -> Torchrun:
     return prepare_torchrun(
         run_dir,
         processes=config.cluster.gpus_per_node,
-        worker_module=WORKER,
         max_restarts=config.cluster.max_restarts,
         imports=[
             *([QUANTIZED_IMPORT] if config.quant.is_nf4 else []),

@@ -67,6 +67,9 @@ LOOK_SECONDS = 0.2
 """Interval between looks at the workers' state. Rank 0's output is shown at once."""
 
 
+WORKER = "distlora.training.worker"
+"""Module of the workers that train."""
+
 START = "start_"
 """Prefix of the folders with logs of earlier starts."""
 WRITTEN = ("rank_*", "torchrun*.log", "gave_up.json", f"{ATTEMPT}*")
@@ -77,7 +80,7 @@ def run_workers(
     run_dir: Path,
     *,
     processes: int,
-    worker_module: str = "distlora.training.worker",
+    worker_module: str = WORKER,
     max_restarts: int = 0,
     rendezvous: Rendezvous | None = None,
     forwarder: Forwarder | None = None,
@@ -193,7 +196,7 @@ def prepare_torchrun(
     run_dir: Path,
     *,
     processes: int,
-    worker_module: str,
+    worker_module: str = WORKER,
     max_restarts: int,
     rendezvous: Rendezvous | None = None,
     imports: Sequence[str] = (),

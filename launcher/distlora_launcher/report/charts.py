@@ -96,6 +96,9 @@ def _draw(chart: Chart) -> Figure:
     room = 1.5 * (high - low) or abs(high)  # A level far away would flatten the curves.
     levels = [(name, value) for name, value in chart.levels if low - room <= value <= high + room]
 
+    # A few large values would leave the others no room on a linear axis.
+    is_log = min(values) > 1e-100 and max(values) > max(20 * median(values), 30 * min(values))
+
     from matplotlib.ticker import MaxNLocator
 
     def plot(axes: Axes) -> None:
@@ -116,7 +119,7 @@ def _draw(chart: Chart) -> Figure:
                 alpha=0.6,
                 label=f"{name} {_figure(value, chart)}",
             )
-        if _is_log(values):
+        if is_log:
             axes.set_yscale("log")
         elif chart.from_zero and min(values) >= 0:
             axes.set_ylim(bottom=0)
@@ -137,17 +140,12 @@ def _draw(chart: Chart) -> Figure:
     width, height = (11.0, 3.0) if chart.is_wide else (5.4, 2.3)
     return Figure(
         title=chart.title,
-        unit=", ".join(filter(None, [chart.unit, "log scale" if _is_log(values) else ""])),
+        unit=", ".join(filter(None, [chart.unit, "log scale" if is_log else ""])),
         svg=_svg(plot, width, height),
         summary="; ".join(_summary(line, chart) for line in lines[:4]),
         note=chart.note,
         is_wide=chart.is_wide,
     )
-
-
-def _is_log(values: Sequence[float]) -> bool:
-    """Return whether a few large values would leave the others no room on a linear axis."""
-    return min(values) > 1e-100 and max(values) > max(20 * median(values), 30 * min(values))
 
 
 def parallel_coordinates(names: Sequence[str], trials: Sequence[tuple[Sequence[Any], bool]]) -> Figure | None:

@@ -41,7 +41,7 @@ from distlora_launcher.compose.hub import localize, locate
 from distlora_launcher.compose.planning import decide
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import SchedulerError
-from distlora_launcher.jobs.script import check_shell, mounts, render_workers, write_script
+from distlora_launcher.jobs.script import mounts, render_workers, write_script
 from distlora_launcher.jobs.submit import live_jobs, make_cache, submit_script
 from distlora_launcher.launch.local import create_run, prepare
 from distlora_launcher.launch.processes import Forwarder, forwarding
@@ -174,7 +174,7 @@ def render_script(sweep: Sweep, config: Config) -> str:
         f"sweep.packed={settings.packed} with cluster.nodes={cluster.nodes}: trials are trained together on one "
         "node; set cluster.nodes=1, or sweep.packed=1",
     )
-    script = render_workers(
+    return render_workers(
         sweep.folder,
         config.name,
         cluster,
@@ -184,8 +184,6 @@ def render_script(sweep: Sweep, config: Config) -> str:
         trials="trials/*",
         mounts=mounts([config]),
     )
-    check_shell(cluster.setup, script)
-    return script
 
 
 def submit(sweep: Sweep, config: Config) -> int:

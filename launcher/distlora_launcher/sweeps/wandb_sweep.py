@@ -395,7 +395,7 @@ def run_agent(request: AgentsRequest, index: int, forwarder: Forwarder) -> int:
 def submit_agents(request: AgentsRequest, cluster: ClusterConfig) -> None:
     """Submit agents as the tasks of a SLURM array."""
     from distlora_launcher.jobs import scheduler
-    from distlora_launcher.jobs.script import check_shell, render_workers
+    from distlora_launcher.jobs.script import render_workers
     from distlora_launcher.jobs.submit import check_with_slurm
     from distlora_launcher.sweeps.start import refuse_live, submit_workers
 
@@ -410,7 +410,6 @@ def submit_agents(request: AgentsRequest, cluster: ClusterConfig) -> None:
         trials="*",
         mounts=[str(request.folder), DataConfig(path=".").cache_dir, QuantConfig().cache_dir],
     )
-    check_shell(cluster.setup, script)
     check_with_slurm(script)
     request.folder.mkdir(parents=True, exist_ok=True)
     request.keep()

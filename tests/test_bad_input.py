@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,11 +201,13 @@ def test_a_bad_command_is_refused(words: list[str], expected: str, place: Path, 
 
 
 def test_the_installed_command_refuses_and_leaves_nothing(place: Path):
-    command = [DISTLORA, "train", "model.path=model", "data.path=data.jsonl", "adapter.rr=8"]
+    command = [sys.executable, "-X", "importtime", DISTLORA, "train", "model.path=model", "data.path=data.jsonl"]
+    command.append("adapter.rr=8")
     ended = subprocess.run(command, cwd=place, capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr
     assert "did you mean 'adapter.r'?" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
+    assert not re.search(r"\| +torch$", ended.stderr, re.MULTILINE), "a second of CPU time for a mistyped setting"
     assert not (place / "runs").exists()
     assert not (place / "outputs").exists()

@@ -102,8 +102,8 @@ def parse_yaml(content: bytes) -> Any:
     import yaml
 
     try:
-        # PyYAML's own parser takes seconds for a thousand open brackets; libyaml refuses them at once.
-        return yaml.load(content.decode("utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        # PyYAML's own parser takes seconds for a few thousand open brackets; libyaml refuses them at once.
+        return getattr(yaml, "CSafeLoader", yaml.SafeLoader)(content.decode("utf-8")).get_single_data()
     # No YAML, no UTF-8; a date that is none, an integer of thousands of digits; brackets nested without end; and values
     # with a tag that they do not fit (`!!timestamp x`, `!!bool x`), which PyYAML does not expect.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distlora.config import Config, DataConfig, ModelConfig, UserError, file
+from distlora.config import Config, DataConfig, ModelConfig, QuantConfig, UserError, file
+from distlora.config.base import cache_root
 from distlora.config.cluster import ParallelConfig
 from distlora.config.file import as_mapping
 from distlora.config.plan import CHOSEN
+from distlora.post.evaluate.request import Text
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import compose_config, compose_run, compose_sweep, expand_home
 from launcher_fakes import every_nth
@@ -66,6 +68,22 @@ def test_overrides_reach_the_config(monkeypatch: pytest.MonkeyPatch):
     assert (config.adapter.r, config.optim.lr, config.optim.betas, config.train.max_steps) == (8, 1.0, (0.8, 0.95), 3)
     assert config.run_dir == str(Path("x-trial").absolute())
     assert config.data.cache_dir == "/fast/data"
+
+
+@pytest.mark.parametrize(
+    ("own", "xdg", "root"),
+    [("/fast", "/xdg", "/fast"), ("", "/xdg", "/xdg/distlora"), ("", "", str(Path.home() / ".cache" / "distlora"))],
+)
+def test_every_cache_follows_the_environment(own: str, xdg: str, root: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DISTLORA_CACHE", own)  # An empty variable counts as unset.
+    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+    expected = (f"{root}/data", f"{root}/quantized")
+    config = compose_config([*PATHS, "quant=nf4"])
+    assert (config.data.cache_dir, config.quant.cache_dir) == expected
+    assert (Text(name="text").cache_dir, QuantConfig().cache_dir) == expected
+    assert str(cache_root()) == root
+    named = compose_config([*PATHS, "quant=nf4", "data.cache_dir=/rows", "quant.cache_dir=/shards"])
+    assert (named.data.cache_dir, named.quant.cache_dir) == ("/rows", "/shards")
 
 
 def test_overrides_win_over_a_recipe_and_paths_become_absolute():

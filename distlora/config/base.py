@@ -17,9 +17,10 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".xz", ".bz2", ".zip", ".jinja")
 
 
-def cache_place(name: str) -> str:
-    """Return the default folder of a cache; DISTLORA_CACHE moves all of them."""
-    return f"{os.environ.get('DISTLORA_CACHE') or '~/.cache/distlora'}/{name}"
+def cache_root() -> Path:
+    """Return the folder of all caches: DISTLORA_CACHE, else distlora/ in XDG_CACHE_HOME, else ~/.cache/distlora."""
+    own, base = os.environ.get("DISTLORA_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(own) if own else Path(base) / "distlora").expanduser().absolute()
 
 
 def means_hub(path: str) -> bool:
@@ -310,7 +311,7 @@ class QuantConfig:
     """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the
     checkpoint, on any number of ranks and bit for bit the same. A checkpoint that is already quantized is not cached. A
     full or read-only disk only prints a warning. This and the next two have no effect with quant=none."""
-    cache_dir: str = field(default_factory=lambda: cache_place("quantized"))
+    cache_dir: str = field(default_factory=lambda: str(cache_root() / "quantized"))
     """Folder of the cache, shared by all nodes or local to each; `distlora cache list` shows it. Use one per user: in a
     shared one, reading another user's entries does not mark them as used, and cache_gb does not remove them."""
     cache_gb: float | None = 200.0

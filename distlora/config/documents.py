@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from distlora.config.base import cache_root
 from distlora.config.errors import require, require_choices
 
 DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference")
@@ -107,7 +108,7 @@ class DataConfig:
     """Held-out documents instead of a fraction: a file, a folder or a hub data set, read as `path` is."""
     eval_split: str | None = None
     """Split of the hub data set at eval_path, or at `path`, that is held out instead of a fraction."""
-    cache_dir: str = "~/.cache/distlora/data"
+    cache_dir: str = field(default_factory=lambda: str(cache_root() / "data"))
     """Folder of tokenized rows, content-addressed: a second run with the same data does not tokenize again."""
 
     def __post_init__(self) -> None:

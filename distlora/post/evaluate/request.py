@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.config import DataConfig, UserError, require
-from distlora.config.base import cache_place
+from distlora.config.base import cache_root
 from distlora.post.trained import Name, Trained, base_spec
 from distlora.run_folder.layout import DATA_NAME, read_record
 
@@ -63,7 +63,7 @@ class Text:
     """Tokens per row; held-out rows have the run's."""
     template: str | None = None
     """Chat template in place of the tokenizer's."""
-    cache_dir: str = dataclasses.field(default_factory=lambda: str(Path(cache_place("data")).expanduser().absolute()))
+    cache_dir: str = dataclasses.field(default_factory=lambda: str(cache_root() / "data"))
     """Cache of tokenized rows."""
     most_rows: int = 128
     """Most rows; of more, as many are taken at even distances."""

@@ -15,7 +15,7 @@ from distlora.analysis.quantization import request as quantization
 from distlora.analysis.spectrum import request as spectrum
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import UserError, require
-from distlora.config.base import place_of
+from distlora.config.base import cache_root, place_of
 from distlora.config.errors import named_settings
 from distlora.post.trained import BASE_ALONE
 from distlora.system import atomic_io
@@ -25,7 +25,6 @@ from distlora_launcher.cli.named import Named, check_base, check_text, named
 from distlora_launcher.compose.checks import ROW_TOKENS, check_writable, row_tokens
 from distlora_launcher.compose.hub import localize, with_small_files
 from distlora_launcher.demo.corpus import build_corpus, write_jsonl
-from distlora_launcher.demo.run import cache_root
 from distlora_launcher.launch.workers import become
 from distlora_launcher.terminal.arguments import read, subject
 from distlora_launcher.terminal.output import name_of, shown

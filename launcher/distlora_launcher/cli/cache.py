@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from distlora.config import UserError, nearest, require
-from distlora.config.base import cache_place
+from distlora.config.base import cache_root
 from distlora.config.errors import in_one_line
 from distlora.system.exit_codes import DONE
 from distlora.system.numbers import size
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _folder(place: str | None) -> Path:
-    return Path(place or cache_place("quantized")).expanduser().absolute()
+    return Path(place or cache_root() / "quantized").expanduser().absolute()
 
 
 def show(folder: Path, *, as_json: bool) -> None:

@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from distlora.config import TARGET_PRESETS, Config, GpuConfig, ModelConfig, PlanConfig, UserError, nearest, require
-from distlora.config.base import is_hub_name, means_hub
+from distlora.config.base import cache_root, is_hub_name, means_hub
 from distlora.config.cluster import OWN_OPTION
 from distlora.config.file import build, peer_hint
 from distlora.config.plan import CHOSEN, GPUS
@@ -80,6 +80,8 @@ MAPPINGS = (
 # The group `gpu` is the table of GPUs, so that `gpu=h100` picks one by its name.
 for _name in ("auto", *GPUS):
     ConfigStore.instance().store(group="gpu", name=_name, node=dataclasses.asdict(GpuConfig(name=_name)))
+# `${cache_root:}` in conf/.
+OmegaConf.register_new_resolver("cache_root", lambda: str(cache_root()), replace=True)
 
 
 def with_new_keys(word: str) -> str:

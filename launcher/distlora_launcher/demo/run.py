@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import shlex
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 
 from distlora.config import UserError
+from distlora.config.base import cache_root
 from distlora.system.exit_codes import require_package
 from distlora.system.numbers import size
 from distlora_launcher.compose.checks import check, gpu_count
@@ -81,13 +81,6 @@ PRETRAINING = (
 """Settings that learn most in two minutes on two cores (README.md)."""
 MAKER = "made_by"
 """File in a base's folder: the hash of its recipe."""
-
-
-def cache_root() -> Path:
-    """DISTLORA_CACHE, or distlora/ in XDG_CACHE_HOME or ~/.cache."""
-    if os.environ.get("DISTLORA_CACHE"):
-        return Path(os.environ["DISTLORA_CACHE"]).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "distlora"
 
 
 def base_folder(corpus: Corpus) -> Path:

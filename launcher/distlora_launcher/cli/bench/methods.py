@@ -23,13 +23,14 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.families import family_of, read_config
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError, require
+from distlora.config.base import cache_root
 from distlora.output.results import COLOURS, Table, new_figure, save
 from distlora.run_folder.layout import SUMMARY_NAME, read_record
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, STOPPED
 from distlora_launcher.cli.bench import check_counts
 from distlora_launcher.compose.checks import check_writable, gpu_count, linear_names
-from distlora_launcher.demo.run import cache_root, made_base
+from distlora_launcher.demo.run import made_base
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import CONFIG_NAME
 from distlora_launcher.launch.processes import forwarding

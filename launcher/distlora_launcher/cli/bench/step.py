@@ -32,11 +32,12 @@ from distlora.bench.step.compare import (
     reason_against,
 )
 from distlora.config import nearest, require
+from distlora.config.base import cache_root
 from distlora.output.results import Results
 from distlora.system.exit_codes import DONE, FAILED
 from distlora_launcher.cli.bench import check_counts, check_gpus, output_folder
 from distlora_launcher.compose.checks import gpu_count
-from distlora_launcher.demo.run import cache_root, made_base
+from distlora_launcher.demo.run import made_base
 from distlora_launcher.launch.workers import ON_CPU, worker_environment
 from distlora_launcher.terminal.arguments import listed, read
 

@@ -47,6 +47,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 # Damaged inputs with new seeds, ten times as many as in `make test` (ten minutes).
 fuzz: $(READY)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from distlora.config import Config, DataConfig, ModelConfig, QuantConfig, UserError, file
 from distlora.config.base import cache_root
 from distlora.config.cluster import ParallelConfig
+from distlora.config.field_docs import sections
 from distlora.config.file import as_mapping
 from distlora.config.plan import CHOSEN
 from distlora.post.evaluate.request import Text
@@ -165,6 +166,16 @@ def test_what_stands_for_a_setting_of_another_trainer_exists():
     for setting in file._SETTINGS:
         section, name = setting.split(".")
         assert name in values[section]
+
+
+def test_every_setting_documents_itself():
+    found = {item.name: item for _, _, settings in sections() for item in settings}
+    assert all(item.doc for item in found.values())
+    assert (found["run_dir"].default, found["optim.betas"].default) == ("", "[0.9,0.999]")
+    optimizer = found["optim.name"]
+    assert optimizer.values.startswith("adamw | ") and optimizer.default == optimizer.choices[0] == "adamw"
+    assert found["train.objective"].summary.endswith("no second model, 50 % more operations.")
+    assert found["train.save_minutes"].summary.endswith("null: only by save_every and at the end.")
 
 
 _KEYS = st.sampled_from(["adapter", "adapter.r", "quant", "name", "run_dir", "recipe", "hydra", "hydra.run.dir", "x/y"])

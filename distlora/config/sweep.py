@@ -24,6 +24,7 @@ class SweepConfig:
     metric: str = "eval_loss"
     """Metric to compare: a key of RUN/metrics.jsonl; its last value counts."""
     direction: Literal["minimize", "maximize"] = "minimize"
+    """Direction in which the metric improves."""
     trials: int | None = None
     """Number of runs; null: the whole grid."""
     seed: int = 0

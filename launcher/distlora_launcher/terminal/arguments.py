@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import importlib
 import inspect
@@ -15,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 from distlora.config import UserError, nearest
 from distlora.config.errors import named_settings
+from distlora.config.field_docs import field_docs
 from distlora.system.exit_codes import DONE
 
 Request = TypeVar("Request")
@@ -74,7 +74,8 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
     text, and UserError as Parser.parse_args does.
     """
     parser = Parser(program, inspect.getdoc(request), epilog)
-    hints, texts = get_type_hints(request), _docstrings(request)
+    hints = get_type_hints(request)
+    texts = {name: text.removesuffix(".").replace("%", "%%") for name, text in field_docs(request).items()}
     for item in dataclasses.fields(request):  # type: ignore[arg-type]
         if item.name not in texts:
             continue
@@ -104,19 +105,6 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
         parser.add_argument(flag, default=item.default, **options)
     parser.show_help(arguments)
     return request(**vars(parser.parse_args(arguments)))
-
-
-def _docstrings(request: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass and its bases."""
-    texts: dict[str, str] = {}
-    for owner in request.__mro__[-2::-1]:
-        (definition,) = ast.parse(inspect.getsource(owner)).body
-        assert isinstance(definition, ast.ClassDef)
-        for item, after in itertools.pairwise(definition.body):
-            if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
-                text = " ".join(ast.literal_eval(after.value).split()).removesuffix(".").replace("%", "%%")
-                texts[ast.unparse(item.target)] = text
-    return texts
 
 
 class Parser(argparse.ArgumentParser):

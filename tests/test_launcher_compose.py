@@ -173,7 +173,8 @@ def test_every_setting_documents_itself():
     assert all(item.doc for item in found.values())
     assert (found["run_dir"].default, found["optim.betas"].default) == ("", "[0.9,0.999]")
     optimizer = found["optim.name"]
-    assert optimizer.values.startswith("adamw | ") and optimizer.default == optimizer.choices[0] == "adamw"
+    assert optimizer.values.startswith("adamw | ")
+    assert optimizer.default == optimizer.choices[0] == "adamw"
     assert found["train.objective"].summary.endswith("no second model, 50 % more operations.")
     assert found["train.save_minutes"].summary.endswith("null: only by save_every and at the end.")
 

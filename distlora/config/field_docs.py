@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import inspect
 import itertools
 import re
@@ -24,7 +23,6 @@ _SENTENCE = re.compile(r".*?[^.]\.(?= [A-Z`0-9]|$)")
 _WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false"}
 
 
-@functools.cache
 def field_docs(section: type) -> dict[str, str]:
     """Return the docstring under each field of a dataclass and its bases, in one line; fields may have none."""
     texts: dict[str, str] = {}
@@ -70,7 +68,7 @@ def settings_of(section: type, prefix: str = "") -> list[Setting]:
             default=_default(item),
             doc=docs.get(item.name, ""),
         )
-        for item in dataclasses.fields(section)  # type: ignore[arg-type]
+        for item in dataclasses.fields(section)
         if not dataclasses.is_dataclass(hints[item.name])
     ]
 

@@ -172,6 +172,8 @@ def test_the_end_of_a_turn_comes_from_the_template_the_tokenizer_and_the_model(
     names = tokenizer().convert_tokens_to_ids(["<eos>", "<|system|>"])
     encoder = PromptEncoder(model, config.model, trained)
     assert encoder.stop_tokens(folder) == sorted({*names, 17})
+    more = PromptEncoder(model, config.model, trained | {"settings": {"eot_tokens": ["<|user|>"]}})
+    assert more.stop_tokens(folder) == sorted({*names, 17, tokenizer().convert_tokens_to_ids("<|user|>")})
     assert PromptEncoder(model, config.model, trained, as_chat=False).stop_tokens(folder) == sorted({names[0], 17})
     shown = encoder.tokenizer.decode(encoder.encode(Prompt(place="p", text="Hi"), system="Be brief."))
     assert shown == "<|system|>Be brief.<|system|>\n<|user|>Hi<|system|>\n<|assistant|>"

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from chat_tokenizers import chat_tokenizer
 from closeness import assert_adapters_close, assert_close
-from distlora.architecture.tokens import load_tokenizer, vocabulary_of
+from distlora.architecture.tokens import load_tokenizer, tokenizer_files, vocabulary_of
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.loading.peft_format import adapter_tensors, load_peft_adapter
@@ -61,6 +62,30 @@ def test_new_tokens_are_one_token_each_and_control_tokens_are_special(folders: P
 def test_a_token_that_exists_is_refused_with_its_id(folders: Path) -> None:
     with pytest.raises(UserError, match=r"<\|user\|> is token 3 .*trainable_token_indices=\[3\]"):
         load_tokenizer(folders / "llama", ["<new>", "<|user|>"])
+
+
+def test_special_tokens_are_set_saved_and_never_added(folders: Path, tmp_path: Path) -> None:
+    folder, special = folders / "llama", {"eos_token": "<end>", "pad_token": "<|user|>"}
+    ours = load_tokenizer(folder, ["<end>"], special)
+    assert (ours.eos_token_id, ours.pad_token_id, len(ours)) == (1001, 3, 1002)
+    assert ours.decode([3, 1001], skip_special_tokens=True) == ""
+    assert ours("an expression").input_ids == load_tokenizer(folder)("an expression").input_ids
+    config = config_for(folder, model={"path": str(folder), "new_tokens": ["<end>"], "special_tokens": special})
+    for name, content in tokenizer_files(config.spec).items():
+        (tmp_path / name).write_bytes(content)
+    assert load_tokenizer(tmp_path).special_tokens_map == ours.special_tokens_map
+    with pytest.raises(UserError, match=r"special_tokens\.eos_token=<\|usr\|> is no token .*did you mean '<\|user\|>'"):
+        load_tokenizer(folder, (), {"eos_token": "<|usr|>"})
+    with pytest.raises(UserError, match=r"special_tokens has no 'end_token'.*model\.new_tokens"):
+        config_for(folder, model={"path": str(folder), "special_tokens": {"end_token": "<|user|>"}})
+    with pytest.raises(UserError, match=r"puts <s> before every text"):
+        load_tokenizer(Path(starts_with_bos(tmp_path)), (), {"bos_token": "<|user|>"})
+
+
+def starts_with_bos(folder: Path) -> Path:
+    """Save a tokenizer that puts its beginning-of-text token in front of every text."""
+    chat_tokenizer("llama3").save_pretrained(folder / "bos")
+    return folder / "bos"
 
 
 def test_the_vocabulary_grows_by_what_spare_rows_lack(folders: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """New tokens, the vocabulary that they make, and which of its rows are trained. Imports no torch.
 
 The one place where a tokenizer is made: preparation, preview, generation and whatever is published read text through
-the same one, the base's with the texts of `model.new_tokens` added.
+the same one, the base's with the texts of `model.new_tokens` added and those of `model.special_tokens` set.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from distlora.architecture.families import Family, family_of, is_tied, names_on_disk, text_settings
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.config import AdapterConfig, ModelSpec, UserError
+from distlora.config import AdapterConfig, ModelSpec, UserError, nearest
 from distlora.config.errors import short
 from distlora.config.json_files import read_object
 
@@ -53,11 +54,13 @@ class Vocabulary:
         return self.rows > self.stored
 
 
-def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
-    """Load the tokenizer in a model's folder and add new tokens.
+def load_tokenizer(
+    model_dir: Path, new_tokens: Sequence[str] = (), special_tokens: Mapping[str, str] = MappingProxyType({})
+) -> Any:
+    """Load the tokenizer in a model's folder, add new tokens and set special ones.
 
-    Raises UserError where there is none that can be loaded, for one that is code of its own, and for a new token that
-    it has already.
+    Raises UserError where there is none that can be loaded, for one that is code of its own, for a new token that it
+    has already, and for a special one that it has not.
     """
     transformers = _import_transformers()
     _refuse_code(model_dir / "tokenizer_config.json", known=transformers)
@@ -85,6 +88,8 @@ def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
         )
     if new_tokens:
         _add(tokenizer, model_dir, new_tokens)
+    if special_tokens:
+        _set_special(tokenizer, model_dir, special_tokens)
     return tokenizer
 
 
@@ -146,6 +151,28 @@ def _add(tokenizer: Any, model_dir: Path, new_tokens: Sequence[str]) -> None:
         added = tokenizer.add_tokens([token], special_tokens=is_control)
         if added != 1 or tokenizer(text, add_special_tokens=False).input_ids != [tokenizer.convert_tokens_to_ids(text)]:
             raise UserError(f"model.new_tokens: the tokenizer in {model_dir} cannot add {text!r}; leave it out")
+
+
+def _set_special(tokenizer: Any, model_dir: Path, special_tokens: Mapping[str, str]) -> None:
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    for name, text in special_tokens.items():
+        if text not in known:
+            raise UserError(
+                f"model.special_tokens.{name}={text} is no token of the tokenizer in {model_dir}"
+                f"{nearest(text, known)}; add it with 'model.new_tokens=[{json.dumps(text)}]', or name one that it has"
+            )
+    before, start = len(tokenizer), tokenizer("a").input_ids[:1]
+    old_start = tokenizer.bos_token_id
+    tokens = {name: AddedToken(text, special=True, normalized=False) for name, text in special_tokens.items()}
+    tokenizer.add_special_tokens(tokens)
+    assert len(tokenizer) == before, "special tokens of the vocabulary add no rows"
+    if start == [old_start] and old_start != tokenizer.bos_token_id:
+        raise UserError(
+            f"model.special_tokens.bos_token={special_tokens['bos_token']}: the tokenizer in {model_dir} puts "
+            f"{tokenizer.convert_ids_to_tokens(old_start)} before every text, which this would not change; leave it out"
+        )
 
 
 def vocabulary_of(spec: ModelSpec, model: Mapping[str, Any]) -> Vocabulary:
@@ -267,9 +294,10 @@ def _new_tokens_hint(folder: Path, stored: int) -> str:
 
 
 def tokenizer_files(spec: ModelSpec) -> dict[str, bytes]:
-    """Return the files of a tokenizer with new tokens by name; empty if the base's tokenizer serves."""
-    if not spec.model.new_tokens:
+    """Return the files of a tokenizer with new or other special tokens; empty if the base's tokenizer serves."""
+    model = spec.model
+    if not model.changes_tokenizer:
         return {}
     with tempfile.TemporaryDirectory(prefix="distlora-tokenizer-") as folder:
-        load_tokenizer(Path(spec.model.path), spec.model.new_tokens).save_pretrained(folder)
+        load_tokenizer(Path(model.path), model.new_tokens, model.special_tokens).save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

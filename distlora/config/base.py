@@ -76,6 +76,9 @@ def subspace_iterations(init: str) -> int | None:
     return int(match[1]) if match else None
 
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+"""Keys of model.special_tokens."""
+
 Number = TypeVar("Number", int, float)
 
 _PATTERN = r"(.*\.)?({})$"
@@ -97,8 +100,18 @@ class ModelConfig:
     """Texts that become tokens of their own: [<|im_start|>, <|im_end|>]. Those written <|...|> are special, so decoders
     leave them out of text. Their rows start as the mean of all others and are trained; embedding and head grow where
     they have no spare rows."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """The tokenizer's bos_token, eos_token, pad_token or unk_token by other texts of its vocabulary or of `new_tokens`:
+    {eos_token: <|im_end|>}. The end of text is what ends texts, answers and generation."""
 
     def __post_init__(self) -> None:
+        for key, text in self.special_tokens.items():
+            require(
+                key in SPECIAL_TOKENS,
+                f"model.special_tokens has no {key!r}{nearest(key, SPECIAL_TOKENS)}; set {', '.join(SPECIAL_TOKENS)} "
+                "there, and write texts that the vocabulary lacks in model.new_tokens",
+            )
+            require(text.strip() != "", f"model.special_tokens.{key} is empty; write the token's text, or leave it out")
         for text in self.new_tokens:
             require(
                 text.strip() == text != "",
@@ -106,6 +119,11 @@ class ModelConfig:
             )
         twice = [text for index, text in enumerate(self.new_tokens) if text in self.new_tokens[:index]]
         require(not twice, f"model.new_tokens names {twice[0]} twice; leave one out" if twice else "")
+
+    @property
+    def changes_tokenizer(self) -> bool:
+        """Return whether the run's tokenizer differs from the base's, and so is saved beside the adapter."""
+        return bool(self.new_tokens or self.special_tokens)
 
 
 SAVED_MODULES = ("embed_tokens", "lm_head")

@@ -32,6 +32,12 @@ class SourceConfig:
     """Format of a document; `auto` decides by the keys of the first one."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Other names for a format's keys: {prompt: question, completion: answer}."""
+    ignore_columns: tuple[str, ...] = ()
+    """Keys of a record, or of its messages, that are not read: [label, images]. Records with a key that means other
+    training than data.format are refused otherwise."""
+    reasoning_key: str | None = None
+    """Key of a message that holds the assistant's reasoning, beside reasoning_content and thinking, which are read
+    anyway."""
     sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
     """Unit of a document in a plain text file. `auto`: a paragraph where the file has blank lines, else a line."""
     weight: float | None = None
@@ -53,6 +59,8 @@ _OF_ONE_SOURCE: Mapping[str, Any] = {
     "revision": None,
     "format": "auto",
     "columns": {},
+    "ignore_columns": (),
+    "reasoning_key": None,
     "sample_by": "auto",
 }
 """Settings of data.path, and their defaults."""
@@ -80,6 +88,12 @@ class DataConfig:
     reads it off the keys of the first one."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Other names for a format's keys: {prompt: question, completion: answer}."""
+    ignore_columns: tuple[str, ...] = ()
+    """Keys of a record, or of its messages, that are not read: [label, images]. Records with a key that means other
+    training than data.format are refused otherwise."""
+    reasoning_key: str | None = None
+    """Key of a message that holds the assistant's reasoning, beside reasoning_content and thinking, which are read
+    anyway."""
     sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
     """Unit of a document in a plain text file. `auto`: a paragraph where the file has blank lines, else a line."""
     sources: tuple[SourceConfig, ...] = ()
@@ -94,6 +108,12 @@ class DataConfig:
     """Chat template: null is the tokenizer's own; a name (chatml, llama3, ...) or a .jinja file replaces it."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Trained tokens of a chat: every assistant turn, the last one, or all tokens."""
+    eot_tokens: tuple[str, ...] = ()
+    """Tokens that the template writes at the end of a turn, beside its special tokens: [<|eot|>]. They are trained with
+    the assistant's turns, and generation stops at them."""
+    deduplicate: bool = False
+    """Leave out of training every document that an earlier one, of any source, or a held-out one equals, token for
+    token."""
     sequence_length: int = 1024
     """Tokens in a row; documents are packed into rows. Activation memory grows linearly with it, attention
     quadratically.
@@ -127,6 +147,11 @@ class DataConfig:
             if self.sources
             else "data.path is not set; add data.path=FILE (or a folder, or a hub data set), or data.sources=[...]",
         )
+        require(
+            not (self.deduplicate and self.streaming),
+            "data.deduplicate=true compares all documents, and data.streaming=true reads only some of them; set one of "
+            "them to false",
+        )
         self._check_without_effect()
         weighted = [source.weight is not None for source in self.sources]
         require(
@@ -146,7 +171,11 @@ class DataConfig:
         """Refuse settings of a single source beside data.sources; a held-out source may use some of them."""
         if not self.sources:
             return
-        of_held_out = () if self.eval_path is None else ("name", "format", "columns", "sample_by")
+        of_held_out = (
+            ()
+            if self.eval_path is None
+            else (*("name", "format", "columns", "ignore_columns", "reasoning_key", "sample_by"),)
+        )
         for name, default in _OF_ONE_SOURCE.items():
             value = getattr(self, name)
             require(
@@ -181,5 +210,7 @@ class DataConfig:
             revision=self.revision if path == self.path else None,
             format=self.format,
             columns=self.columns,
+            ignore_columns=self.ignore_columns,
+            reasoning_key=self.reasoning_key,
             sample_by=self.sample_by,
         )

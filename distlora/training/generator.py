@@ -176,11 +176,12 @@ class PromptEncoder:
         self, model: CausalLM, base: ModelConfig, data: Mapping[str, Any], *, as_chat: bool | None = None
     ) -> None:
         folder = base.path
-        self.tokenizer = load_tokenizer(Path(folder), base.new_tokens)
+        self.tokenizer = load_tokenizer(Path(folder), base.new_tokens, base.special_tokens)
         self.template: ChatTemplate | None = None
         """None: prompts are continued as they are."""
         if data["chats"] if as_chat is None else as_chat:
             self.template = ChatTemplate(self.tokenizer, folder, source=data["chat_template"])
+        self._eot_tokens = data.get("settings", {}).get("eot_tokens", [])
         self._limit = context_limit(model)
         self._stops = _as_set(model.decoder.config.eos_token_id)  # type: ignore[union-attr, arg-type]
         # The tokens that training puts in front of a text, without others that the tokenizer would add (an end token).
@@ -225,6 +226,7 @@ class PromptEncoder:
         stops = self._stops | {self.tokenizer.eos_token_id} | _as_set(_model_defaults(folder).eos_token_id)
         if self.template is not None:
             stops.update(self.template.end_of_turn())
+            stops.update(self.tokenizer.convert_tokens_to_ids(token) for token in self._eot_tokens)
         return sorted(stops - {None})
 
     def decode(self, completion: Completion) -> str:

@@ -138,6 +138,7 @@ _TRAIN_ON = {"assistant": "every assistant turn", "last": "the last assistant tu
 
 _SETTINGS = (
     "model.new_tokens",
+    "model.special_tokens",
     "quant.method",
     "data.sequence_length",
     "train.dtype",
@@ -208,6 +209,7 @@ def _use(result: Result, repository: str, base: str | None) -> str:
     how = f'{revision}, dtype="auto"' + (", quantization_config=nf4" if needs_nf4 else "")
     code += f'base = AutoModelForCausalLM.from_pretrained("{tokenizer}"{how})\n'
     load = f'model = PeftModel.from_pretrained(base, "{repository}")\n'
+    own_tokenizer = result.config.model.changes_tokenizer
     if result.config.model.new_tokens:
         code += (
             f'tokenizer = AutoTokenizer.from_pretrained("{repository}")  # It has the new tokens.\n'
@@ -215,8 +217,9 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             f"base.resize_token_embeddings(rows, mean_resizing=False)  # The adapter holds the new rows.\n{load}"
         )
     else:
-        code += f'{load}tokenizer = AutoTokenizer.from_pretrained("{tokenizer}"{revision})\n'
-    if result.chat_template is not None and not result.config.model.new_tokens:  # The tokenizer reads it from here.
+        place = f'{repository}"' if own_tokenizer else f'{tokenizer}"{revision}'
+        code += f'{load}tokenizer = AutoTokenizer.from_pretrained("{place})\n'
+    if result.chat_template is not None and not own_tokenizer:  # The tokenizer reads it from here.
         code = "from pathlib import Path\n\nfrom huggingface_hub import hf_hub_download\n" + code
         code += (
             f"# The chats were rendered with {TEMPLATE_NAME} of this repository, not with the base's own template.\n"

@@ -257,7 +257,7 @@ def run_tasks(request: EvaluateRequest, tasks: Tasks, ranks: Ranks, say: Callabl
         with still_loading() if ranks.rank == 0 else contextlib.nullcontext():
             model, backend = load(subject, request.dtype, ranks)
         trained, template = subject.read(), None
-        tokenizer = load_tokenizer(trained.base, trained.spec.model.new_tokens)
+        tokenizer = load_tokenizer(trained.base, trained.spec.model.new_tokens, trained.spec.model.special_tokens)
         if tasks.as_chat:
             data = read_record((trained.run_dir or trained.base) / DATA_NAME)
             template = ChatTemplate(tokenizer, trained.spec.model.path, source=data.get("chat_template"))

@@ -100,9 +100,9 @@ def check_same_tokens(rows: PackedRows, first: ModelConfig, other: ModelConfig, 
     """Raise UserError if a model's tokenizer differs on this text, as losses per token would not be comparable."""
     folder = Path(other.path)
     check_vocabulary(other, int(np.max(rows.tokens, initial=0)))
-    if (folder, other.new_tokens) == (Path(first.path), first.new_tokens):
+    if (folder, other.new_tokens, other.special_tokens) == (Path(first.path), first.new_tokens, first.special_tokens):
         return
-    ours, theirs = (load_tokenizer(Path(m.path), m.new_tokens) for m in (first, other))
+    ours, theirs = (load_tokenizer(Path(m.path), m.new_tokens, m.special_tokens) for m in (first, other))
     for row in range(min(64, len(rows))):
         for piece in pieces(rows, row):
             # Retokenize the decoded text with both.

@@ -201,7 +201,7 @@ def taken_back(trained: Trained, place: Path) -> Reading:
     """Compare the weights that a run on the export would train on with this run's."""
     spec = trained.spec
     # The export's tokenizer already has the new tokens.
-    model = replace(spec.model, path=str(place), new_tokens=())
+    model = replace(spec.model, path=str(place), new_tokens=(), special_tokens={})
     again = replace(spec, model=model, adapter=replace(spec.adapter, init="kaiming"))
     base, back = open_base(spec, trained.initial_adapter_dir).weights, open_base(again).weights
     difference = 0.0 if base.keys() == back.keys() else float("inf")

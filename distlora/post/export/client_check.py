@@ -138,7 +138,7 @@ def probe_tokens(spec: ModelSpec, model: CausalLM) -> Tensor:
         {id for ids in model.vocabulary.trained.values() for id in ids} | set(model.vocabulary.new.values())
     )
     try:
-        ids = load_tokenizer(spec.path, spec.model.new_tokens)(TEXT)["input_ids"]
+        ids = load_tokenizer(spec.path, spec.model.new_tokens, spec.model.special_tokens)(TEXT)["input_ids"]
     except UserError:
         ids = [(7919 * place + 13) % rows for place in range(128)]
     limit: int = model.decoder.config.max_position_embeddings  # type: ignore[assignment, union-attr]

@@ -59,7 +59,7 @@ def collect(result: Result, *, repository: str, base: str | None) -> dict[str, b
     }
     files[CONFIG_NAME] = (json.dumps(adapter, indent=2) + "\n").encode()
     files[WEIGHTS_NAME] = result.folder / WEIGHTS_NAME
-    if result.config.model.new_tokens:
+    if result.config.model.changes_tokenizer:
         published = {path.name: path for pattern in TOKENIZER_FILES for path in result.folder.glob(pattern)}
         files |= published or tokenizer_files(result.config.spec)  # A saved step has no tokenizer.
     if result.chat_template is not None:  # From the run's record, as a saved step has no template file.

@@ -206,7 +206,7 @@ def _as_base(trained: Trained) -> Trained:
             f"{folder} is a saved step of the whole model, without its config.json; leave --checkpoint out, or finish "
             "the run (distlora resume)"
         )
-    model = replace(trained.spec.model, path=str(folder), new_tokens=())
+    model = replace(trained.spec.model, path=str(folder), new_tokens=(), special_tokens={})
     spec = replace(trained.spec, model=model, adapter=AdapterConfig(r=1), quant=QuantConfig(method="none"))
     return replace(trained, spec=spec, weights=None)
 
@@ -214,7 +214,7 @@ def _as_base(trained: Trained) -> Trained:
 def tokenizer_of(trained: Trained) -> Any:
     """Load the tokenizer of the base, with the run's new tokens."""
     model = trained.spec.model
-    return load_tokenizer(Path(model.path), model.new_tokens)
+    return load_tokenizer(Path(model.path), model.new_tokens, model.special_tokens)
 
 
 def name_of(trained: Trained) -> str:

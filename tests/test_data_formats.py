@@ -11,6 +11,7 @@ from distlora.data.formats import (
     ALPACA_WITHOUT_INPUT,
     EXAMPLES,
     REQUIRED_KEYS,
+    Reading,
     Record,
     kind_of,
     resolve_format,
@@ -27,7 +28,7 @@ def record(value):
 
 def canonical(value, format, *, columns=None, has_template=True):
     """Return the document's value."""
-    document = to_document(record(value), format, columns or {}, has_template)
+    document = to_document(record(value), format, has_template, Reading(columns or {}))
     assert (document.place, document.num_bytes) == ("data.jsonl:3", 10)
     return document.value
 
@@ -94,7 +95,7 @@ def test_a_broken_record_is_named_with_the_reason(format, value, complaint):
 @pytest.mark.parametrize("format", EXAMPLES)
 def test_the_example_in_every_message_is_a_good_record_of_its_format(format):
     value = json.loads(EXAMPLES[format])
-    assert resolve_format(record(value), "auto", {}) == format
+    assert resolve_format(record(value), "auto") == format
     assert canonical(value, format)
 
 
@@ -200,9 +201,9 @@ def test_alpaca_is_its_own_prompt_where_there_is_none():
 
 def test_auto_refuses_what_fits_two_formats_or_none():
     with pytest.raises(UserError, match=r"fits the formats chat and text; choose one with data\.format=chat"):
-        resolve_format(record(chat("Hi", "a") | {"text": "a"}), "auto", {})
+        resolve_format(record(chat("Hi", "a") | {"text": "a"}), "auto")
     with pytest.raises(UserError, match="it has 'question', 'answer', which fits no format; name the columns") as error:
-        resolve_format(record({"question": "a", "answer": "b"}), "auto", {})
+        resolve_format(record({"question": "a", "answer": "b"}), "auto")
     assert "data.columns={prompt: question, completion: answer}" in str(error.value)
     assert all(f'"{key}"' in str(error.value) for keys in REQUIRED_KEYS.values() for key in keys)
 
@@ -210,17 +211,17 @@ def test_auto_refuses_what_fits_two_formats_or_none():
 def test_columns_rename_the_keys_of_the_data_and_decide_the_format():
     value = {"question": "a", "answer": "b", "text": "not this", "prompt": "nor this"}
     columns = {"prompt": "question", "completion": "answer"}
-    assert resolve_format(record(value), "auto", columns) == "prompt_completion"
+    assert resolve_format(record(value), "auto", Reading(columns)) == "prompt_completion"
     assert canonical(value, "prompt_completion", columns=columns) == {"prompt": "a", "completion": "b"}
-    assert resolve_format(record({"body": "a"}), "auto", {"text": "body"}) == "text"
+    assert resolve_format(record({"body": "a"}), "auto", Reading({"text": "body"})) == "text"
     with pytest.raises(UserError, match=r"it has 'prompt', which fits no format; name the columns of all keys"):
-        resolve_format(record({"body": "a"}), "auto", {"prompt": "body"})
+        resolve_format(record({"body": "a"}), "auto", Reading({"prompt": "body"}))
     with pytest.raises(UserError, match=r"names 'quest' as 'prompt', but the columns there are 'question', .*mean"):
-        resolve_format(record(value), "auto", {"prompt": "quest"})
+        resolve_format(record(value), "auto", Reading({"prompt": "quest"}))
     with pytest.raises(UserError, match=r"'promt' is not a key of data\.format=auto .*did you mean 'prompt'"):
-        resolve_format(record(value), "auto", {"promt": "question"})
+        resolve_format(record(value), "auto", Reading({"promt": "question"}))
     with pytest.raises(UserError, match=r"'prompt' is not a key of data\.format=text"):
-        resolve_format(record(value), "text", columns)
+        resolve_format(record(value), "text", Reading(columns))
     with pytest.raises(UserError, match="no 'completion' among its keys"):
         canonical({"question": "a"}, "prompt_completion", columns=columns)
 
@@ -244,3 +245,54 @@ HALF_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arg
 def test_half_a_surrogate_pair_is_refused_in_json_inside_of_a_string(format, value):
     with pytest.raises(UserError, match=r"^data\.jsonl:3.*: half a surrogate pair \(\\ud83d\) is not a character"):
         canonical(value, format)
+
+
+OTHER_TRAINING = [
+    ("chat", chat("Hi", "Hello"), {"label": False}, "KTO"),
+    ("prompt_completion", {"prompt": "a", "completion": "b"}, {"label": 0}, "KTO"),
+    ("alpaca", {"instruction": "a", "output": "b"}, {"kto_tag": True}, "KTO"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "<image>Hi"}]}, {"images": ["a.png"]}, "vision models"),
+    ("chat", chat("Hi", "Hello"), {"audios": ["a.wav"]}, "no text model reads"),
+    ("text", {"text": "a"}, {"score": 0.0}, "reward models"),
+]
+
+
+@pytest.mark.parametrize(("format", "value", "more", "reason"), OTHER_TRAINING)
+def test_a_key_that_means_other_training_is_refused_until_it_is_ignored(format, value, more, reason):
+    (key,) = more
+    with pytest.raises(UserError, match=rf"^data\.jsonl:3: '{key}' .*{reason}.*data\.ignore_columns=\[{key}\]"):
+        canonical(value | more, format)
+    ignoring = Reading(ignore_columns=(key,))
+    assert to_document(record(value | more), format, True, ignoring).value == canonical(value, format)
+    for nothing in (None, "", [], {}):
+        assert canonical(value | {key: nothing}, format) == canonical(value, format)
+
+
+def test_keys_of_messages_and_tools_where_none_are_written_are_refused_too():
+    with pytest.raises(UserError, match=r"messages\[0\]: 'images' holds pictures"):
+        canonical(message(images=["a.png"]), "chat")
+    with pytest.raises(UserError, match=r"'tools' belongs to a chat, and data.format=alpaca has none"):
+        canonical({"instruction": "a", "output": "b", "tools": [TOOL]}, "alpaca")
+    with pytest.raises(UserError, match="tokenized data is not supported"):
+        resolve_format(record({"input_ids": [1], "labels": [1]}), "auto")
+
+
+def test_content_may_be_parts_of_text():
+    parts = [{"type": "text", "text": "a"}, "b", {"text": "c"}, {"type": "input_text", "text": "d", "image": None}]
+    assert canonical(message(content=parts), "chat") == message(content="abcd")
+    turns = {"conversations": [{"from": "human", "value": parts}]}
+    assert canonical(turns, "sharegpt") == message(content="abcd")
+
+
+def test_reasoning_under_another_key_is_reasoning_content_and_can_be_ignored():
+    value = chat("Hi", "Hello")
+    value["messages"][1]["thoughts"] = "Hm."
+    read = to_document(record(value), "chat", True, Reading(reasoning_key="thoughts")).value["messages"][1]
+    assert read == {"role": "assistant", "content": "Hello", "reasoning_content": "Hm."}
+    ignoring = Reading(ignore_columns=("thoughts",))
+    assert to_document(record(value), "chat", True, ignoring).value == chat("Hi", "Hello")
+
+
+def test_a_system_column_opens_the_chat():
+    opened = canonical(chat("Hi", "Hello") | {"system": "Be brief."}, "chat")["messages"]
+    assert [item["role"] for item in opened] == ["system", "user", "assistant"]

@@ -11,7 +11,7 @@ import yaml
 from data_folders import CHATML, chat, write_model
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from distlora.config.file import as_mapping
-from distlora.data.sources import hub_records
+from distlora.data.sources import find_source, hub_records
 from hub_server import start_hub
 
 ANSWERS = [chat(f"What is {number}?", f"{number} is a number.") for number in range(40)]
@@ -187,6 +187,19 @@ def test_a_connection_that_breaks_while_rows_are_read_is_one_sentence(monkeypatc
     monkeypatch.setattr("distlora.data.sources._check_hub", lambda *_, **__: None)
     with pytest.raises(UserError, match=r"data\.path=org/x .* cannot be reached \(peer closed"):
         list(hub_records(SourceConfig(path="org/x"), "0" * 40, streaming=True))
+
+
+def test_columns_of_media_are_refused_until_they_are_ignored(tmp_path):
+    import datasets
+
+    features = {"text": datasets.Value("string"), "image": datasets.Image(), "pages": datasets.List(datasets.Image())}
+    rows = {"text": ["a"], "image": [None], "pages": [[]]}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"the column 'image' holds media.*data\.ignore_columns=\[image,pages\]"):
+        find_source(SourceConfig(path=str(tmp_path / "saved"))).open(has_template=True)
+    ignoring = SourceConfig(path=str(tmp_path / "saved"), ignore_columns=("image", "pages"))
+    _, documents = find_source(ignoring).open(has_template=True)
+    assert [document.value for document in documents] == [{"text": "a"}]
 
 
 @pytest.mark.ci

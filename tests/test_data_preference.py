@@ -14,7 +14,7 @@ from data_folders import MARKED, prepare, show_preview, show_row, write_lines, w
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, UserError
 from distlora.config.file import build
-from distlora.data.formats import Record, check_objective, resolve_format, to_document
+from distlora.data.formats import Reading, Record, check_objective, resolve_format, to_document
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows, read_meta
@@ -40,14 +40,25 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
         "chosen": {"from": "gpt", "value": "Me."},
         "rejected": {"from": "gpt", "value": "You."},
     },
+    "a conversation beside it, as LLaMA-Factory": {
+        "conversations": [{"from": "human", "value": "Who?"}],
+        "chosen": {"from": "gpt", "value": "Me."},
+        "rejected": {"from": "gpt", "value": "You."},
+    },
+    "messages beside it, as Axolotl": {"messages": [ASKED], "chosen": GOOD, "rejected": BAD},
+    "messages and texts, as Axolotl": {"messages": [ASKED], "chosen": "Me.", "rejected": "You."},
+    "other names": {"chosen_messages": [ASKED, GOOD], "rejected_messages": [ASKED, BAD]},
+    "a question, as Intel's pairs": {"question": "Who?", "chosen": "Me.", "rejected": "You."},
+    "an instruction, as LLaMA-Factory": {"instruction": "Who?", "input": "", "chosen": "Me.", "rejected": "You."},
+    "an input, as distilabel": {"input": "Who?", "chosen_response": "Me.", "rejected_response": "You."},
 }
 
 
 def pair_of(value: dict[str, Any], **columns: str) -> dict[str, Any]:
     record = Record("pairs.jsonl:1", 10, value)
-    format = resolve_format(record, "auto", columns)
+    format = resolve_format(record, "auto", Reading(columns))
     assert format == "preference"
-    return to_document(record, format, columns, has_template=True).value
+    return to_document(record, format, True, Reading(columns)).value
 
 
 @pytest.mark.parametrize("form", CONVERSATIONS)
@@ -62,6 +73,21 @@ def test_the_assistants_turns_in_the_common_prompt_are_not_trained() -> None:
     for side in ("chosen", "rejected"):
         flags = [message.get("train") for message in pair[side]["messages"]]
         assert flags == [None, None, False, None, None]
+
+
+def test_what_comes_before_the_question_is_kept_and_not_trained() -> None:
+    value = {"system": "Be brief.", "history": [["Hi", "Yes?"]], "instruction": "Who", "input": "is it?"}
+    opening = [said("system", "Be brief."), said("user", "Hi"), said("assistant", "Yes?") | {"train": False}]
+    asked = said("user", "Who\nis it?")
+    pair = pair_of(value | {"chosen": "Me.", "rejected": "You."})
+    assert pair["rejected"] == {"messages": [*opening, asked, BAD]}
+    assert pair_of({"system": "S", "prompt": [ASKED], "chosen": GOOD, "rejected": BAD})["chosen"] == {
+        "messages": [said("system", "S"), ASKED, GOOD]
+    }
+    record = Record("pairs.jsonl:1", 10, {"instruction": "Who?", "chosen": "Me.", "rejected": "You."})
+    without = to_document(record, "preference", has_template=False).value
+    assert without["chosen"]["completion"] == "Me."
+    assert "### Instruction:\nWho?\n" in without["chosen"]["prompt"], "in Alpaca's words, without a chat template"
 
 
 def test_texts_keep_their_prompt_or_get_what_both_begin_with() -> None:
@@ -93,7 +119,7 @@ def test_texts_keep_their_prompt_or_get_what_both_begin_with() -> None:
 )
 def test_what_is_no_pair_is_refused_by_its_place(value: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        to_document(Record("pairs.jsonl:1", 10, value), "preference", {}, has_template=True)
+        to_document(Record("pairs.jsonl:1", 10, value), "preference", has_template=True)
 
 
 def test_data_that_does_not_fit_the_objective_is_refused_with_what_to_type() -> None:
@@ -103,8 +129,10 @@ def test_data_that_does_not_fit_the_objective_is_refused_with_what_to_type() -> 
         check_objective("chat", "dpo", "a.jsonl")
     both = {"messages": [ASKED, GOOD], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
     with pytest.raises(UserError, match="fits the formats chat and preference; choose one"):
-        resolve_format(Record("a.jsonl:1", 10, both), "auto", {})
-    advised = resolve_format(Record("a.jsonl:1", 10, CONVERSATIONS["implicit"]), "auto", {"messages": "chosen"})
+        resolve_format(Record("a.jsonl:1", 10, both), "auto")
+    advised = resolve_format(
+        Record("a.jsonl:1", 10, CONVERSATIONS["implicit"]), "auto", Reading({"messages": "chosen"})
+    )
     assert advised == "chat"
 
 

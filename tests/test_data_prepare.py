@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from data_folders import CHATML, chat, prepare, write_lines, write_model
-from distlora.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from distlora.config.file import as_mapping
 from distlora.data import prepare as prepare_module
 from distlora.data.loader import StepLoader
-from distlora.data.prepare import open_split, prepare_and_print, prepare_run
+from distlora.data.prepare import open_split, prepare_and_print, prepare_run, summary
 from distlora.data.rows import STARTS, read_meta
 from distlora.system.exit_codes import run_to_exit_code
 
@@ -105,10 +105,44 @@ def test_settings_that_change_nothing_share_an_entry_and_those_that_do_have_thei
     for setting, value in (("train_on", "last"), ("template", "chatml")):
         with pytest.raises(UserError, match=rf"data\.{setting}={value} has no effect: no source holds chats"):
             prepare(make_config(TEXTS, **{setting: value}))
+    with pytest.raises(UserError, match=r"data\.eot_tokens=.* has no effect: no source holds chats"):
+        prepare(make_config(TEXTS, eot_tokens=["<|im_end|>"]))
     assert prepare(make_config(TEXTS, too_long="drop")) != texts
     chats = [chat("Hi", f"Hello {n}", "So?", "Yes") for n in range(6)]
     entries = {prepare(make_config(chats, **settings)) for settings in ({}, {"train_on": "last"}, {"train_on": "all"})}
     assert len(entries) == 3
+
+
+def test_duplicates_are_left_out_of_training_and_counted(make_config, tmp_path):
+    texts = [{"text": f"The dog {n} sleeps."} for n in range(6)]
+    write_lines(tmp_path / "held.jsonl", [texts[0], texts[0], {"text": "A cat."}])
+    write_lines(tmp_path / "more.jsonl", [texts[2], {"text": "A bird."}])
+    sources = [SourceConfig(path=str(tmp_path / name)) for name in ("data.jsonl", "more.jsonl")]
+    mixed = {"path": None, "sources": sources, "eval_path": str(tmp_path / "held.jsonl"), "eval_fraction": 0}
+    config = make_config([*texts, texts[1]], deduplicate=True, **mixed)
+    splits = read_meta(prepare(config))["splits"]
+    assert [splits["train"][key] for key in ("documents", "duplicates", "dropped")] == [6, 3, 0]
+    assert (splits["eval"]["documents"], splits["eval"]["duplicates"]) == (3, 0), "held-out documents stay as they are"
+    plain = read_meta(prepare(make_config([*texts, texts[1]], **mixed)))["splits"]["train"]
+    assert plain["documents"] == 9
+    assert "duplicates" not in plain
+    # A fraction is chosen by the index of the documents, so no duplicate of a held-out one is trained.
+    config = make_config([*texts, *texts, *texts], deduplicate=True, eval_fraction=0.4)
+    assert "12 skipped as duplicates" in summary_of(prepare_run(config.run_dir))
+    train, held = (documents_in(open_split(config.run_dir, split)) for split in ("train", "eval"))
+    assert not {*map(tuple, train)} & {*map(tuple, held)}
+    assert len(train) + len(held) == 6
+    with pytest.raises(UserError, match="every document equals an earlier or a held-out one"):
+        prepare(make_config([texts[0]], deduplicate=True, **mixed))
+    with pytest.raises(UserError, match=r"data\.deduplicate=true compares all documents"):
+        make_config(texts, deduplicate=True, streaming=True)
+
+
+def summary_of(record) -> str:
+    """Return the summary, with the duplicates of both splits in one number."""
+    counts = [split.pop("duplicates") for split in record["splits"].values()]
+    record["splits"]["train"]["duplicates"] = sum(counts)
+    return summary(record)
 
 
 def test_a_template_that_writes_the_date_has_an_entry_a_day_and_a_resume_keeps_its_own(
@@ -147,7 +181,7 @@ def test_a_second_preparation_reuses_the_entry_without_tokenizing(make_config, m
     config = make_config(TEXTS)
     first = prepare_run(config.run_dir)
 
-    def refuse(model_dir, new_tokens):
+    def refuse(*_):
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr(prepare_module, "load_tokenizer", refuse)

@@ -318,6 +318,26 @@ def test_a_template_file_that_is_no_template_is_refused_by_its_line(load, tmp_pa
         encode(load(None), "chat", CONVERSATION, template=str(path))
 
 
+def test_eot_tokens_end_a_trained_turn_although_they_are_not_special(load):
+    from tokenizers import AddedToken
+
+    template = CHATML.replace("<|im_end|>", "</turn>")
+    tokenizer = load(template)
+    tokenizer.add_tokens([AddedToken("</turn>", special=False, normalized=False), "</other>"])
+    encoder = Encoder(tokenizer, "chat", "MODEL", eot_tokens=["</turn>"])
+    (encoded,) = encoder.encode([Document("data.jsonl:1", 0, CONVERSATION)])
+    assert trained_text(tokenizer, encoded.tokens, encoded.trained) == [
+        "It is Paris.</turn>",
+        "There are seven.</turn>",
+    ]
+    with pytest.raises(
+        UserError, match=r"eot_tokens: the chat template in MODEL never writes </other>, and ends .*turn>"
+    ):
+        Encoder(tokenizer, "chat", "MODEL", eot_tokens=["</other>"])
+    with pytest.raises(UserError, match=r"eot_tokens: <eot> is not one token .*model\.new_tokens=\["):
+        Encoder(tokenizer, "chat", "MODEL", eot_tokens=["<eot>"])
+
+
 @pytest.mark.parametrize("kind", ["text", "prompt_completion"])
 def test_a_tokenizer_without_an_end_of_text_is_refused_where_one_is_appended(load, kind):
     tokenizer = load(CHATML, eos=False)

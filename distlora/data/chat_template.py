@@ -214,6 +214,29 @@ class ChatTemplate:
             return ""
         return after[len(before) :] if after.startswith(before) else ""
 
+    def token_ids(self, eot_tokens: Sequence[str]) -> list[int]:
+        """Return the ids of data.eot_tokens. Raises UserError for one that is no single token or that is not written.
+
+        The end-of-text token may be in the template by its name alone.
+        """
+        ids = []
+        for token in eot_tokens:
+            if not self._is_one_token(token):
+                raise UserError(
+                    f"data.eot_tokens: {token} is not one token of the tokenizer in {self._model_path}; correct it, or "
+                    f"add it with 'model.new_tokens=[\"{token}\"]'"
+                )
+            is_named = token == self._tokenizer.eos_token and "eos_token" in self._text(None)
+            if token not in self._text(None) and not is_named:
+                ends = [self._tokenizer.convert_ids_to_tokens(id) for id in self.end_of_turn()]
+                raise UserError(
+                    f"data.eot_tokens: {self.name} never writes {token}"
+                    + (f", and ends a turn with {ends[0]}" if ends else "")
+                    + "; leave it out, or choose another data.template"
+                )
+            ids.append(self._tokenizer.convert_tokens_to_ids(token))
+        return ids
+
     def end_of_turn(self) -> list[int]:
         """Return [the first added token that the template writes behind a final answer], or [] without one."""
         answer = "ANSWER"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ _ANCHORS = ("\n", ".", "0")
 class Encoder:
     """Encodes batches of documents of one kind with one tokenizer.
 
-    `template` and `train_on` are data.template and data.train_on, for chats. Raises UserError, when it is built, for a
+    `template`, `train_on` and `eot_tokens` are settings of data, for chats. Raises UserError, when it is built, for a
     tokenizer that cannot do the kind: no chat template or not its tokens, no end-of-text token.
     """
 
@@ -41,6 +41,7 @@ class Encoder:
         model_path: str,
         template: str | None = None,
         train_on: str = "assistant",
+        eot_tokens: Sequence[str] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.template: ChatTemplate | None = None
@@ -53,7 +54,7 @@ class Encoder:
         if kind == "chat":
             self.template = ChatTemplate(tokenizer, model_path, template)
             self._finder = TurnFinder(tokenizer, self.template, train_on)
-            self._turns = TurnTokens(tokenizer, self.template)
+            self._turns = TurnTokens(tokenizer, self.template, eot_tokens)
         elif tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer in {model_path} has no end-of-text token, so the model would never learn to stop; set "
@@ -201,8 +202,9 @@ class Encoders:
 
     def _encoder(self, kind: Literal["chat", "prompt_completion", "text"]) -> Encoder:
         if kind not in self._of_kind:
+            data = self.data
             self._of_kind[kind] = Encoder(
-                self.tokenizer, kind, self.model_path, template=self.data.template, train_on=self.data.train_on
+                self.tokenizer, kind, self.model_path, data.template, data.train_on, data.eot_tokens
             )
         return self._of_kind[kind]
 
@@ -274,6 +276,11 @@ def read_enough(corpus: Corpus, sources: list[Source], encoders: Encoders, need:
 def nothing_to_train(corpus: Corpus, source: Source, number: int, data: DataConfig) -> UserError:
     """Why source `number`, of which no document in the corpus has a token to train, is no use, and what to change."""
     own = corpus.sources == number
+    if int(np.count_nonzero(corpus.duplicates & own)) == int(np.count_nonzero(own)):
+        return UserError(
+            f"{source.config.path}: every document equals an earlier or a held-out one; leave the source out, or set "
+            "data.deduplicate=false"
+        )
     advice = "every chat needs an assistant turn, every completion and text some content"
     long = int(np.count_nonzero((corpus.truncated | corpus.dropped_long) & own))
     if long:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from distlora.config import DATA_FORMATS, UserError, nearest
@@ -27,31 +28,63 @@ HH_ANSWER = "\n\nAssistant:"
 _SIDES = ("chosen", "rejected")
 
 
-def preference_pair(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
+_PAIR_NAMES = (("chosen_messages", "rejected_messages"), ("chosen_response", "rejected_response"))
+"""Other names for the two answers (Axolotl, Argilla)."""
+_QUESTIONS = ("instruction", "question", "input")
+"""Keys of a preference record that hold its prompt as a question to an assistant (Axolotl, LLaMA-Factory)."""
+_KEY_OF = {"sharegpt": "conversations", "chat": "messages"}
+"""Keys of conversations, by format."""
+
+
+def preference_pair(value: dict[str, Any], place: str, good: str, *, has_template: bool) -> dict[str, Any]:
     """Return {"chosen": document, "rejected": document} of a preference record.
 
     Both are {"prompt", "completion"}, or both {"messages"} and perhaps "tools", with "train": false in the turns of the
-    common prompt. Texts stay texts, conversations are chats. Raises UserError for answers of two kinds, and for two
-    without a prompt.
+    common prompt. Texts stay texts, conversations are chats; a question to an assistant is what `alpaca_document` makes
+    of it. Raises UserError for answers of two kinds, and for two without a prompt.
     """
-    prompt, chosen, rejected = value.get("prompt"), value["chosen"], value["rejected"]
-    if all(isinstance(text, str) for text in ("" if prompt is None else prompt, chosen, rejected)):
+    prompt, answers = value.get("prompt"), [value[side] for side in _SIDES]
+    question = next((value[key] for key in _QUESTIONS if value.get(key)), None) if prompt is None else prompt
+    system, history = value.get("system"), value.get("history")
+    more = value.get("input") if prompt is None and value.get("instruction") else None
+    is_text = all(isinstance(text, str) for text in answers)
+    before = next((value[key] for key in _KEY_OF.values() if prompt is None and is_prompt(value.get(key))), None)
+    if is_text and before is None and (question is None or isinstance(question, str)):
+        if question is not None and (prompt is None or system or history):
+            asked = {"instruction": question, "input": more, "system": system, "history": history}
+            sides = [alpaca_document(asked | {"output": text}, place, good, as_chat=has_template) for text in answers]
+            for message in itertools.chain(*(side["messages"][:-1] for side in sides if has_template)):
+                if message["role"] == "assistant":
+                    message["train"] = False
+            return dict(zip(_SIDES, sides, strict=True))
         if prompt is None:
-            prompt, chosen, rejected = _common_text(chosen, rejected, place, good)
-        return {
-            side: {"prompt": prompt, "completion": text} for side, text in zip(_SIDES, (chosen, rejected), strict=True)
-        }
-    tools = value.get("tools")
+            prompt, *answers = _common_text(*answers, place, good)
+        return {side: {"prompt": prompt, "completion": text} for side, text in zip(_SIDES, answers, strict=True)}
     chats = [
-        check_chat({"messages": _turns(answer, side, place, good), "tools": tools}, f"{place}, {side}", good)
-        for side, answer in zip(_SIDES, (chosen, rejected), strict=True)
+        check_chat(
+            {"messages": _turns(answer, side, place, good), "tools": value.get("tools")}, f"{place}, {side}", good
+        )
+        for side, answer in zip(_SIDES, answers, strict=True)
     ]
-    opening, answers = _split_opening(prompt, [chat["messages"] for chat in chats], place, good)
+    if isinstance(question, str) and isinstance(more, str):
+        question += "\n" + more
+    asked = before if before is not None else question
+    opening, replies = _split_opening(asked, [chat["messages"] for chat in chats], place, good)
+    if system and opening[0]["role"] != "system":
+        opening = [{"role": "system", "content": _expect(system, str, f"{place}: 'system'", good)}, *opening]
     # The common opening is not trained, including the assistant's turns in it.
     opening = [message | {"train": False} if message["role"] == "assistant" else message for message in opening]
     return {
-        side: chat | {"messages": opening + answer} for side, chat, answer in zip(_SIDES, chats, answers, strict=True)
+        side: chat | {"messages": opening + reply} for side, chat, reply in zip(_SIDES, chats, replies, strict=True)
     }
+
+
+def is_prompt(conversation: Any) -> bool:
+    """Return whether a conversation waits for an answer: its last turn is not the assistant's."""
+    if not isinstance(conversation, list) or not conversation or not isinstance(conversation[-1], dict):
+        return isinstance(conversation, str) and conversation != ""
+    role = conversation[-1].get("role", conversation[-1].get("from"))
+    return not isinstance(role, str) or SHAREGPT_ROLES.get(role) != "assistant"
 
 
 def _split_opening(prompt: Any, answers: list[list[Any]], place: str, good: str) -> tuple[list[Any], list[list[Any]]]:
@@ -134,10 +167,10 @@ REQUIRED_KEYS = {
     "preference": ("chosen", "rejected"),
 }
 OPTIONAL_KEYS = {
-    "chat": ("tools",),
+    "chat": ("system", "tools"),
     "sharegpt": ("system", "tools"),
     "alpaca": ("input", "system", "history"),
-    "preference": ("prompt", "tools"),
+    "preference": ("prompt", "system", "tools"),
 }
 """Keys that a record may have besides. Any other key is ignored."""
 
@@ -171,13 +204,25 @@ def format_keys(format: str) -> tuple[str, ...]:
     return REQUIRED_KEYS[format] + OPTIONAL_KEYS.get(format, ())
 
 
-def resolve_format(record: Record, format: str, columns: Mapping[str, str]) -> str:
+class Reading(NamedTuple):
+    """How a source's records are read: its settings of these names."""
+
+    columns: Mapping[str, str] = MappingProxyType({})
+    ignore_columns: Sequence[str] = ()
+    reasoning_key: str | None = None
+
+
+AS_WRITTEN = Reading()
+
+
+def resolve_format(record: Record, format: str, reading: Reading = AS_WRITTEN) -> str:
     """`format`, or with `auto` the one whose keys this record has, after `columns` renamed them.
 
     Only formats that know every key of `columns` come into question. Raises UserError for a column that the record
     lacks, a key that no format reads, and a record that fits no format or several.
     """
     assert format in DATA_FORMATS
+    columns = reading.columns
     candidates = [format] if format != "auto" else list(REQUIRED_KEYS)
     known = list(dict.fromkeys(key for name in candidates for key in format_keys(name)))
     for key in columns:
@@ -195,12 +240,14 @@ def resolve_format(record: Record, format: str, columns: Mapping[str, str]) -> s
             )
     if format != "auto":
         return format
-    renamed = _renamed(value, columns)
+    renamed = _read(value, reading)
     fitting = [
         name
         for name, keys in REQUIRED_KEYS.items()
         if all(renamed.get(key) is not None for key in keys) and set(columns) <= set(format_keys(name))
     ]
+    if fitting in (["chat", "preference"], ["sharegpt", "preference"]) and is_prompt(renamed[_KEY_OF[fitting[0]]]):
+        return "preference"  # The conversation of LLaMA-Factory's and Axolotl's pairs is their prompt.
     if len(fitting) == 1:
         return fitting[0]
     found = f"it has {listed(renamed)}"
@@ -209,6 +256,8 @@ def resolve_format(record: Record, format: str, columns: Mapping[str, str]) -> s
             f"{record.place}: {found}, which fits the formats {' and '.join(fitting)}; "
             f"choose one with data.format={fitting[0]}"
         )
+    if "input_ids" in renamed:
+        raise UserError(f"{record.place}: {found}: tokenized data is not supported; give the texts that it was made of")
     raise UserError(
         f"{record.place}: {found}, which fits no format; name the columns of all keys of a format, as in "
         f"data.columns={{prompt: question, completion: answer}}. {good('auto')}"
@@ -244,9 +293,35 @@ def check_objective(format: str, objective: str, label: str) -> None:
         )
 
 
-def to_document(record: Record, format: str, columns: Mapping[str, str], has_template: bool) -> Document:
+_NOT_TRAINED = {
+    **dict.fromkeys(("label", "kto_tag"), "says whether its answer is good, which only KTO trains on"),
+    **dict.fromkeys(("score", "scores", "reward", "rewards"), "rates it, which only reward models are trained on"),
+    **dict.fromkeys(("image", "images"), "holds pictures, which only vision models read"),
+    **dict.fromkeys(("video", "videos", "audio", "audios"), "holds media that no text model reads"),
+}
+"""Keys of a record that mean other training than of its text, and the reason."""
+_MEDIA_KEYS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+
+
+def check_meaning(value: dict[str, Any], place: str, names: Set[str]) -> None:
+    """Raise UserError if one of `names`, which would change what a record means, has a value in it."""
+    for key in names & value.keys():
+        if value[key] is not None and value[key] not in ("", [], {}):
+            raise UserError(
+                f"{place}: {key!r} {_NOT_TRAINED[key]}; that is not supported yet. To train on the text alone, every "
+                f"record alike, set data.ignore_columns=[{key}]"
+            )
+
+
+def to_document(record: Record, format: str, has_template: bool, reading: Reading = AS_WRITTEN) -> Document:
     """Return a record in canonical form. Raises UserError, by place, for one that is not of this (resolved) format."""
-    value, place = _renamed(_object(record, format), columns), record.place
+    value, place = _read(_object(record, format), reading), record.place
+    check_meaning(value, place, _NOT_TRAINED.keys())
+    if value.get("tools") and "tools" not in format_keys(format):
+        raise UserError(
+            f"{place}: 'tools' belongs to a chat, and data.format={format} has none; write the record as "
+            '{"messages": [...], "tools": [...]}, or leave the key unread with data.ignore_columns=[tools]'
+        )
     for key in REQUIRED_KEYS[format]:
         if key not in value:
             raise UserError(f"{place}: no {key!r} among its keys: {listed(value)}; {good(format)}")
@@ -254,10 +329,14 @@ def to_document(record: Record, format: str, columns: Mapping[str, str], has_tem
         if format == "sharegpt":
             value = sharegpt_messages(value, place, good(format))
         canonical = check_chat(value, place, good(format))
+        system, messages = value.get("system"), canonical["messages"]
+        _expect("" if system is None else system, str, f"{place}: 'system'", good(format))
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
     elif format == "alpaca":
         canonical = alpaca_document(value, place, good(format), as_chat=has_template)
     elif format == "preference":
-        canonical = preference_pair(value, place, good(format))
+        canonical = preference_pair(value, place, good(format), has_template=has_template)
     else:
         canonical = {key: _string(value, key, place, format) for key in REQUIRED_KEYS[format]}
     return Document(place, record.num_bytes, canonical)
@@ -297,13 +376,32 @@ def _object(record: Record, format: str) -> dict[str, Any]:
     return record.value
 
 
-def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """`value` with the keys of the format in place of the columns of the data."""
-    if not columns:
-        return value
-    taken = set(columns.values())
-    rest = {key: item for key, item in value.items() if key not in taken}
-    return rest | {key: value[column] for key, column in columns.items() if column in value}
+def _read(value: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """Return a record with the keys of the format in place of the data's, and without those that are not read."""
+    columns = reading.columns
+    if reading.ignore_columns or reading.reasoning_key:
+        value = {key: _messages_read(item, reading) for key, item in value.items() if key not in reading.ignore_columns}
+    if columns:
+        taken = set(columns.values())
+        rest = {key: item for key, item in value.items() if key not in taken}
+        value = rest | {key: value[column] for key, column in columns.items() if column in value}
+    if "chosen" not in value:
+        for names in _PAIR_NAMES:
+            if value.keys() >= {*names}:
+                return value | {side: value[name] for side, name in zip(_SIDES, names, strict=True)}
+    return value
+
+
+def _messages_read(item: Any, reading: Reading) -> Any:
+    """Return messages without the keys that are not read, and their reasoning under reasoning_content."""
+    if isinstance(item, list):
+        return [_messages_read(message, reading) for message in item]
+    if not isinstance(item, dict) or not {"content", "value"} & item.keys():
+        return item
+    kept = {key: part for key, part in item.items() if key not in reading.ignore_columns}
+    if reading.reasoning_key in kept:
+        kept["reasoning_content"] = kept.pop(reading.reasoning_key)
+    return kept
 
 
 def _string(value: dict[str, Any], key: str, place: str, format: str) -> str:
@@ -362,19 +460,14 @@ def check_chat(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
 def sharegpt_messages(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
     """Return a ShareGPT record as {"messages", "tools"}, still to be checked.
 
-    A turn is {"from", "value"}, or {"role", "content"} as in a chat. "system" becomes the first message unless the
-    conversation has a system turn of its own there.
+    A turn is {"from", "value"}, or {"role", "content"} as in a chat.
     """
     messages = []
     for index, turn in enumerate(_items(value, "conversations", place, good)):
         where = f"{place}: conversations[{index}]"
         _expect(turn, dict, where, good)
         messages.append(turn if "role" in turn and "from" not in turn else _sharegpt_turn(turn, where, good))
-    system = value.get("system")
-    _expect("" if system is None else system, str, f"{place}: 'system'", good)
-    if system and messages[0].get("role") != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return {"messages": messages, "tools": value.get("tools")}
+    return {"messages": messages, "tools": value.get("tools"), "system": value.get("system")}
 
 
 def alpaca_document(value: dict[str, Any], place: str, good: str, *, as_chat: bool) -> dict[str, Any]:
@@ -449,6 +542,7 @@ def _message(message: Any, where: str, good: str) -> dict[str, Any]:
     if role not in ROLES:
         raise UserError(f"{where} has the role {role!a}{nearest(role, ROLES)}; use one of {', '.join(ROLES)}. {good}")
     kept = {key: item for key, item in message.items() if item is not None}
+    check_meaning(kept, where, _MEDIA_KEYS)
     calls = kept.pop("tool_calls", None)
     if calls:
         if role != "assistant":
@@ -474,19 +568,27 @@ def _content(message: dict[str, Any], where: str, good: str, *, required: bool) 
             raise UserError(f"{where} has no 'content' among its keys: {listed(message)}; {good}")
         raise UserError(f"{where}: 'content' is null, not a string, and there are no 'tool_calls'; {good}")
     if isinstance(content, list):
-        texts = []
-        for part in content:
-            if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-                texts.append(part["text"])
-                continue
-            found = f"of the type {part.get('type')!r}" if isinstance(part, dict) else kind_name(part)
-            raise UserError(
-                f"{where}: a part of 'content' is {found}; only text can be trained on: "
-                '{"type": "text", "text": "..."}, or a string'
-            )
-        return "".join(texts)
+        return "".join(_part(part, where) for part in content)
     text: str = _expect(content, str, f"{where}: 'content'", good)
     return text
+
+
+def _part(part: Any, where: str) -> str:
+    """Return the text of a part of a message's content."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXT_PARTS:
+        text: str = part["text"]
+        return text
+    found = f"of the type {part.get('type')!r}" if isinstance(part, dict) else kind_name(part)
+    raise UserError(
+        f"{where}: a part of 'content' is {found}; only text can be trained on: "
+        '{"type": "text", "text": "..."}, or a string'
+    )
+
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of a content's parts that are text, in the words of OpenAI's APIs."""
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
@@ -534,7 +636,10 @@ def _sharegpt_turn(turn: dict[str, Any], where: str, good: str) -> dict[str, Any
     for key in ("from", "value"):
         if key not in turn:
             raise UserError(f"{where} has no {key!r} among its keys: {listed(turn)}; {good}")
-    speaker, value = turn["from"], _expect(turn["value"], str, f"{where}: 'value'", good)
+    speaker, value = turn["from"], turn["value"]
+    if isinstance(value, list):
+        value = "".join(_part(part, where) for part in value)
+    _expect(value, str, f"{where}: 'value'", good)
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         words = ", ".join(SHAREGPT_ROLES)
         raise UserError(

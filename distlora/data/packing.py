@@ -7,6 +7,7 @@ pair. What a flag and a label mean is in README.md. Letters: P pieces, D documen
 from __future__ import annotations
 
 import array
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
 
 TooLong = Literal["truncate", "drop", "split"]
 
-_TRUNCATED, _DROPPED = 1, 2
+_TRUNCATED, _DROPPED, _DUPLICATE = 1, 2, 3
 
 
 @dataclass
@@ -56,6 +57,10 @@ class Corpus:
     stem: Path
     """Two files `<stem>.tokens` (int32) and `<stem>.marks` (uint8) hold the pieces, one after the other."""
     sequence_length: int
+    seen: set[bytes] | None = None
+    """Digests of the documents so far, and of those of corpora that share the set; None: none are kept."""
+    drops_seen: bool = True
+    """Leave out documents that are in `seen`."""
     _lengths: array.array[int] = field(default_factory=lambda: array.array("q"))
     _targets: array.array[int] = field(default_factory=lambda: array.array("q"))
     _documents: array.array[int] = field(default_factory=lambda: array.array("q"))
@@ -72,7 +77,9 @@ class Corpus:
         with self._file("tokens").open("ab") as tokens_file, self._file("marks").open("ab") as marks_file:
             for document in encoded:
                 pieces, fate = [document], 0
-                if len(document.tokens) > length:
+                if self.seen is not None and self._is_seen(document) and self.drops_seen:
+                    pieces, fate = [], _DUPLICATE
+                elif len(document.tokens) > length:
                     if too_long == "truncate":
                         pieces, fate = [document.cut(length)], _TRUNCATED
                     elif too_long == "drop":
@@ -94,6 +101,15 @@ class Corpus:
                         self._documents.append(len(self._fates))
                 self._sources.append(source)
                 self._fates.append(fate)
+
+    def _is_seen(self, document: Encoded) -> bool:
+        """Return whether an equal document came before; remember this one."""
+        assert self.seen is not None
+        parts = (document.tokens.tobytes(), document.trained.tobytes(), str(document.rejected).encode())
+        digest = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+        known = digest in self.seen
+        self.seen.add(digest)
+        return known
 
     @property
     def num_documents(self) -> int:
@@ -139,6 +155,11 @@ class Corpus:
     def dropped_long(self) -> np.ndarray:
         """Return a mask of the documents that were left out for their length, (D,) bool."""
         return np.array(self._fates, np.int8) == _DROPPED
+
+    @property
+    def duplicates(self) -> np.ndarray:
+        """Return a mask of the documents that were left out because an equal one came before, (D,) bool."""
+        return np.array(self._fates, np.int8) == _DUPLICATE
 
     def pieces_since(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(lengths, targets, documents) of the pieces from number `piece` on, each int64."""
@@ -279,7 +300,8 @@ def write_split(
     def count(documents: np.ndarray) -> int:
         return int(np.count_nonzero(documents & in_split))
 
-    return {
+    duplicates = {} if corpus.seen is None else {"duplicates": count(corpus.duplicates)}
+    return duplicates | {
         "documents": count(used_of > 0),
         "rows": packing.num_rows,
         "pairs": int(pairs.sum(dtype=np.int64)),
@@ -288,7 +310,7 @@ def write_split(
         "padding": packing.num_rows * corpus.sequence_length - num_tokens,
         "truncated": count(corpus.truncated & (used_of > 0)),
         "split": count((pieces_of > 1) & (used_of > 0)),
-        "dropped": count((pieces_of == 0) & ~corpus.dropped_long),
+        "dropped": count((pieces_of == 0) & ~corpus.dropped_long & ~corpus.duplicates),
         "dropped_long": count(corpus.dropped_long),
         "unused": count((pieces_of > 0) & (used_of == 0)),
         "pieces": int(used.sum()),

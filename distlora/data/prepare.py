@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +126,23 @@ def _settings(
     }
     if model.new_tokens:
         settings["new_tokens"] = list(model.new_tokens)
+    if model.special_tokens:
+        settings["special_tokens"] = dict(model.special_tokens)
+    if data.deduplicate:
+        settings["deduplicate"] = True
     if all(found["format"] in ("text", "prompt_completion") for found in fingerprints):
         for name, value, default in (
             ("template", data.template, None),
             ("train_on", data.train_on, "assistant"),
+            ("eot_tokens", data.eot_tokens, ()),
         ):
             require(
                 value == default, f"data.{name}={value} has no effect: no source holds chats; leave data.{name} out"
             )
     else:
         settings["train_on"] = data.train_on
+        if data.eot_tokens:
+            settings["eot_tokens"] = list(data.eot_tokens)
         if data.template is not None:
             settings["template"] = hashlib.sha256(template_source(data.template).encode()).hexdigest()
     holds_out = "eval" not in sources and data.eval_fraction > 0
@@ -185,28 +192,29 @@ def _build(
 ) -> None:
     """Write a whole cache entry into `folder`."""
     model_dir, seed = Path(model.path).expanduser(), train.seed
-    tokenizer = load_tokenizer(model_dir, model.new_tokens)
+    tokenizer = load_tokenizer(model_dir, model.new_tokens, model.special_tokens)
     encoders = Encoders(tokenizer, model.name or str(model_dir), data, train.objective)
-    corpora = {split: Corpus(folder / f"{split}_documents", data.sequence_length) for split in sources}
+    corpora = corpora_of(folder, data, sources)
     weights = [source.config.weight for source in sources["train"] if source.config.weight is not None]
     wanted = shares(weights) if weights else None
     until_all = data.stopping_strategy == "all_exhausted"
     fraction = 0.0 if "eval" in sources else data.eval_fraction
     ended = np.ones(len(sources["train"]), bool)
+    if "eval" in sources:  # First, since training leaves out what is held out.
+        read_whole(corpora["eval"], sources["eval"], encoders)
     if data.streaming:
         tokens = _needed_rows(train) * data.sequence_length
         need = Need(tokens=tokens, wanted=wanted, until_all=until_all, eval_fraction=fraction, seed=seed)
         ended = read_enough(corpora["train"], sources["train"], encoders, need)
     else:
         read_whole(corpora["train"], sources["train"], encoders)
-    if "eval" in sources:
-        read_whole(corpora["eval"], sources["eval"], encoders)
     for split, corpus in corpora.items():
         check_trainable(corpus, sources[split], data)
-    require(
-        data.template is None or encoders.has_chats,
-        f"data.template={data.template} has no effect: no source holds chats; leave data.template out",
-    )
+    for name in ("template", "eot_tokens"):
+        require(
+            not getattr(data, name) or encoders.has_chats,
+            f"data.{name}={getattr(data, name)} has no effect: no source holds chats; leave data.{name} out",
+        )
 
     pad = next(
         (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
@@ -248,6 +256,15 @@ def _build(
         "splits": splits,
     }
     write_json(folder / "meta.json", meta)
+
+
+def corpora_of(folder: Path, data: DataConfig, splits: Collection[str]) -> dict[str, Corpus]:
+    """Return an empty corpus for each split; with data.deduplicate, training leaves out what the others have."""
+    seen: set[bytes] | None = set() if data.deduplicate else None
+    return {
+        split: Corpus(folder / f"{split}_documents", data.sequence_length, seen, drops_seen=split == "train")
+        for split in splits
+    }
 
 
 def check_vocabulary(model: ModelConfig, largest_token: int) -> None:
@@ -304,6 +321,7 @@ NOTES = {
     "dropped_long": "skipped as too long",
     "dropped": "skipped without a trained token",
     "unused": "skipped by the mixture",
+    "duplicates": "skipped as duplicates",
 }
 """Counts of documents in a split, and how the summary calls them."""
 
@@ -318,7 +336,7 @@ def summary(record: dict[str, Any]) -> str:
         counts = record["splits"][split]
         what = "pairs" if counts["pairs"] else "documents"
         share = counts["padding"] / (counts["rows"] * record["sequence_length"])
-        notes = [f"{counts[key]:,} {words}" for key, words in NOTES.items() if counts[key]]
+        notes = [f"{counts[key]:,} {words}" for key, words in NOTES.items() if counts.get(key)]
         lines.append(
             f"{name}  {counts['documents']:,} {what} in {counts['rows']:,} rows of {record['sequence_length']:,} "
             f"tokens, {counts['targets']:,} of {counts['tokens']:,} tokens trained, padding {share:.1%}"

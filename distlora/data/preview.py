@@ -24,7 +24,7 @@ from distlora.config.file import load_config
 from distlora.data.encoding import Encoder, Encoders, PairEncoder
 from distlora.data.formats import Document
 from distlora.data.packing import Corpus, TooLong, pack, shares, use_pieces
-from distlora.data.prepare import check_trainable, check_vocabulary, open_split
+from distlora.data.prepare import check_trainable, check_vocabulary, corpora_of, open_split
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows
 from distlora.data.sources import Source, find_sources
 from distlora.data.turns import Encoded
@@ -96,11 +96,12 @@ def _read(
 ) -> dict[str, SplitSample]:
     """Encode and cut the documents of every source as a run does, by split."""
     model_dir = Path(model.path).expanduser()
-    tokenizer = load_tokenizer(model_dir, model.new_tokens)
+    tokenizer = load_tokenizer(model_dir, model.new_tokens, model.special_tokens)
     encoders = Encoders(tokenizer, model.name or str(model_dir), data, train.objective)
-    splits = {}
-    for split, sources in find_sources(data).items():
-        corpus = Corpus(scratch / split, data.sequence_length)
+    splits, found = {}, find_sources(data)
+    corpora = corpora_of(scratch, data, found)
+    for split in sorted(found):  # Held-out documents first, as a run reads them.
+        sources, corpus = found[split], corpora[split]
         samples = []
         for number, source in enumerate(sources):
             head = source if limit is None else source.head()
@@ -115,7 +116,7 @@ def _read(
         if corpus.num_pieces:
             check_vocabulary(model, int(corpus.read()[0].max()))
         splits[split] = SplitSample(samples=samples, corpus=corpus)
-    return splits
+    return {split: splits[split] for split in found}
 
 
 def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterator[Encoded]:
@@ -211,13 +212,16 @@ def _source_lines(role: str, sample: SourceSample, split: SplitSample, number: i
             f"{_FATES[sample.too_long]} (data.too_long){lost}"
         )
     own = split.corpus.sources == number
-    unused = (split.corpus.pieces_of[own] == 0) & ~split.corpus.dropped_long[own]
+    duplicates = split.corpus.duplicates[own]
+    unused = (split.corpus.pieces_of[own] == 0) & ~split.corpus.dropped_long[own] & ~duplicates
     if unused.any():
         nothing = int(np.count_nonzero(unused & (trained == 0)))
         cut = int(np.count_nonzero(unused)) - nothing
         reasons = [f"{nothing:,} without a trained token"] if nothing else []
         reasons += [f"{cut:,} truncated before the first trained token"] if cut else []
         yield f"  left out         {nothing + cut:,}: {', '.join(reasons)}"
+    if duplicates.any():
+        yield f"  duplicates       {np.count_nonzero(duplicates):,} equal an earlier or a held-out document: left out"
 
 
 def _split_lines(data: DataConfig, seed: int, split: SplitSample, *, is_train: bool) -> Iterator[str]:
@@ -313,7 +317,7 @@ def show_rows(run_dir: str, numbers: Sequence[int], *, no_color: bool = False) -
     wrong = [number for number in numbers if not 0 <= number < len(rows)]
     if wrong:
         raise UserError(f"there is no row {wrong[0]:,}: {run_dir} has {len(rows):,}, numbered from 0")
-    tokenizer = load_tokenizer(Path(model.path), model.new_tokens)
+    tokenizer = load_tokenizer(Path(model.path), model.new_tokens, model.special_tokens)
     for number in numbers:
         for line in _row_lines(rows, number, tokenizer, paint):
             print(line)

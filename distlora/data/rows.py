@@ -25,7 +25,7 @@ from distlora.config import UserError
 from distlora.config.json_files import Shape, check_shape, read_object
 from distlora.system.atomic_io import sync
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Grows when the layout or the meaning of a row changes; part of the cache key."""
 ARRAYS = ("tokens", "flags", "targets", "pairs")
 """Arrays of a split, a file each."""

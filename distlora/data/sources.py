@@ -25,11 +25,11 @@ from distlora.config.base import is_hub_name
 from distlora.config.errors import FILES
 from distlora.config.json_files import check_shape, read_object
 from distlora.data.files import is_compressed, is_data_file, read_file, without_nulls
-from distlora.data.formats import Document, Record, good, resolve_format, to_document
+from distlora.data.formats import Document, Reading, Record, good, resolve_format, to_document
 from distlora.system.hub_errors import DATASET, causes, explain_gate, explained, unreachable
 
 _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
-"""Features that datasets would decode with libraries of their own; no format has them."""
+"""Features that datasets would decode with libraries of their own."""
 
 
 def _resolve_commit(source: SourceConfig) -> str:
@@ -153,7 +153,13 @@ def _check_within(folder: Path) -> None:
 
 def _records(rows: Any, label: str, source: SourceConfig) -> Iterator[Record]:
     features = rows.features or {}
-    media = [name for name, feature in features.items() if type(feature).__name__ in _MEDIA]
+    media = [name for name, feature in features.items() if any(f"{kind}(" in repr(feature) for kind in _MEDIA)]
+    for name in media:
+        if name not in source.ignore_columns:
+            raise UserError(
+                f"{label}: the column {name!r} holds media, which only vision and audio models read; that is not "
+                f"supported yet. To train on the text alone, set data.ignore_columns=[{','.join(media)}]"
+            )
     if media:
         rows = rows.remove_columns(media)
     with _explained(source):
@@ -280,10 +286,11 @@ class Source:
             raise UserError(
                 f"{self.config.path} holds no document (an empty file or blank lines only); {good(self.config.format)}"
             )
-        format = resolve_format(first, self.config.format, self.config.columns)
-        columns = self.config.columns
+        config = self.config
+        reading = Reading(config.columns, config.ignore_columns, config.reasoning_key)
+        format = resolve_format(first, config.format, reading)
         return format, (
-            to_document(record, format, columns, has_template) for record in itertools.chain([first], records)
+            to_document(record, format, has_template, reading) for record in itertools.chain([first], records)
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -293,6 +300,10 @@ class Source:
         large to read twice. A Hub data set counts with its commit.
         """
         settings: dict[str, Any] = {"columns": dict(self.config.columns), "split": self.config.split}
+        if self.config.ignore_columns:
+            settings["ignore_columns"] = list(self.config.ignore_columns)
+        if self.config.reasoning_key is not None:
+            settings["reasoning_key"] = self.config.reasoning_key
         if self.commit is not None:
             return settings | {
                 "hub": self.config.path,

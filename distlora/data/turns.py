@@ -7,7 +7,7 @@ cannot be had so is refused by the document's place and the message.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,14 +69,17 @@ class TurnTokens:
     where in the text a token lies; with these the whole text up to the end is tokenized again.
     """
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer: Any, template: ChatTemplate, eot_tokens: Sequence[str] = ()) -> None:
+        """`eot_tokens` may end a turn beside the special tokens. Raises UserError for one that the template lacks."""
         self._tokenizer = tokenizer
         self._template = template
         added = tokenizer.added_tokens_decoder
         self._added = np.array(sorted(added), np.int64)
         # Some tokenizers hold <|im_end|> as an added token that is not special, as they hold </tool_call>.
         special = {id for id, token in added.items() if token.special} | {tokenizer.eos_token_id}
-        self._ends = np.array(sorted({*special, *template.end_of_turn()} - {None}), np.int64)
+        self._ends = np.array(
+            sorted({*special, *template.end_of_turn(), *template.token_ids(eot_tokens)} - {None}), np.int64
+        )
         cuts = [id for id, token in added.items() if not (token.normalized or token.single_word)]
         self._cuts = np.array(sorted(cuts) if tokenizer.is_fast else [], np.int64)
         self._tails: dict[str, list[int]] = {}

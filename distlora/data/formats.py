@@ -58,7 +58,7 @@ def preference_pair(value: dict[str, Any], place: str, good: str, *, has_templat
                     message["train"] = False
             return dict(zip(_SIDES, sides, strict=True))
         if prompt is None:
-            prompt, *answers = _common_text(*answers, place, good)
+            prompt, *answers = _common_text(answers[0], answers[1], place, good)
         return {side: {"prompt": prompt, "completion": text} for side, text in zip(_SIDES, answers, strict=True)}
     chats = [
         check_chat(
@@ -68,8 +68,8 @@ def preference_pair(value: dict[str, Any], place: str, good: str, *, has_templat
     ]
     if isinstance(question, str) and isinstance(more, str):
         question += "\n" + more
-    asked = before if before is not None else question
-    opening, replies = _split_opening(asked, [chat["messages"] for chat in chats], place, good)
+    opening_turns = before if before is not None else question
+    opening, replies = _split_opening(opening_turns, [chat["messages"] for chat in chats], place, good)
     if system and opening[0]["role"] != "system":
         opening = [{"role": "system", "content": _expect(system, str, f"{place}: 'system'", good)}, *opening]
     # The common opening is not trained, including the assistant's turns in it.

@@ -6,9 +6,8 @@ import pytest
 
 from data_folders import chat
 from distlora.config import UserError
+from distlora.data.conversations import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from distlora.data.formats import (
-    ALPACA_WITH_INPUT,
-    ALPACA_WITHOUT_INPUT,
     EXAMPLES,
     REQUIRED_KEYS,
     Reading,

@@ -21,7 +21,7 @@ from data_folders import write_model as write_model_with_tokenizer
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, DataConfig
 from distlora.config.file import build
-from distlora.data.formats import ROLES
+from distlora.data.conversations import ROLES
 from distlora.data.loader import StepLoader
 from distlora.data.rows import PackedRows
 from distlora.data.sources import find_sources

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distlora.config import UserError
-from distlora.data.formats import Record, check_unicode, good, kind_name, parse_json, shown
+from distlora.data.conversations import check_unicode, kind_name
+from distlora.data.formats import Record, good, parse_json, shown
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 20

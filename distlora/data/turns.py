@@ -15,7 +15,8 @@ import numpy as np
 
 from distlora.config import UserError
 from distlora.data.chat_template import TOOLS_ADVICE, ChatTemplate, Message
-from distlora.data.formats import Document, common_prefix
+from distlora.data.conversations import common_prefix
+from distlora.data.formats import Document
 
 
 class Encoded(NamedTuple):

@@ -23,6 +23,7 @@ distlora.weights distlora.run_folder distlora.planner distlora.model distlora.pa
 distlora.checkpoint distlora.training distlora.post distlora.analysis distlora.bench
 distlora_launcher.terminal distlora_launcher.report distlora_launcher.compose distlora_launcher.launch
 distlora_launcher.jobs distlora_launcher.sweeps distlora_launcher.importing distlora_launcher.demo distlora_launcher.cli
+distlora_launcher.api
 """.split()  # noqa: SIM905
 
 HOMES = {
@@ -73,7 +74,7 @@ def test_packages_import_only_the_packages_before_them() -> None:
     for module in MODULES:
         assert "." not in module or inside(module, PACKAGES), f"add the package of {module} to PACKAGES"
         own = max(inside(module, PACKAGES), default=0)
-        for name in imports(module):
+        for name in imports(module) if module != "distlora" else ():  # Its __getattr__ is the one lazy way up.
             assert max(inside(name, PACKAGES), default=0) <= own, f"{module} imports {name}"
 
 

@@ -176,6 +176,13 @@ class CausalLM(nn.Module):
             return output
         return output + self.router_aux_loss * balance_sums(self.blocks, labels, balanced)
 
+    def logits(self, input_ids: Tensor, adapter_rows: Tensor | None = None) -> Tensor:
+        """Return the logits (B, T, vocabulary) fp32 at every position of one document per row, (B, T) int64."""
+        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        documents = Documents.of(positions).to(input_ids.device) if self.attends_by_documents else None
+        hidden = self.hidden_states(input_ids, positions.to(input_ids.device), adapter_rows, documents=documents)
+        return self.head.logits(hidden.flatten(0, 1)).view(*input_ids.shape, -1)
+
     def hidden_states(
         self,
         input_ids: Tensor,

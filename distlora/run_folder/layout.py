@@ -243,7 +243,7 @@ def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
     Raises UserError for a folder without a run, an unfinished run, a missing checkpoint, and a damaged record.
     """
     config = load_config(run_dir)
-    lines = _read_lines(run_dir / METRICS_NAME)
+    lines = metric_records(run_dir)
     evaluations = {line["step"]: line["eval_loss"] for line in lines if line.get("eval_loss") is not None}
     summary = read_record(run_dir / SUMMARY_NAME, _SUMMARY)
     last = max((line["step"] for line in lines), default=None)
@@ -335,8 +335,9 @@ def _saved(run_dir: Path) -> str:
     return f" {', '.join(names)}" if names else ""
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of metrics.jsonl; a kill may have cut off the last."""
+def metric_records(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of metrics.jsonl; a kill may have cut off the last. Raises UserError for a damaged one."""
+    path = run_dir / METRICS_NAME
     lines = path.read_bytes().splitlines() if path.is_file() else []
     entries = []
     for number, line in enumerate(lines, start=1):

@@ -106,10 +106,10 @@ def our_logits(trained: Trained) -> Ours:
     """Return the trained model's logits in fp32 on the CPU; free the model."""
     model, _ = load_in_fp32(trained, Ranks(0, 1, torch.device("cpu"), None))
     tokens = probe_tokens(trained.spec, model)
-    logits = _logits(model, tokens)
+    logits = model.logits(tokens)
     moved = None
     if not model.token_rows:
-        without = _logits(model, tokens, adapter_rows=torch.full((1,), -1))
+        without = model.logits(tokens, adapter_rows=torch.full((1,), -1))
         moved = float((logits - without).abs().max())
     del model
     gc.collect()
@@ -123,12 +123,6 @@ def onto_original(trained: Trained) -> Iterator[Trained]:
     with plain_form(weights_in(trained.weights), trained.spec.adapter, trained.initial_adapter_dir) as folder:
         dense = replace(trained.spec, quant=QuantConfig(method="none"), dtype="fp32")
         yield replace(trained, spec=with_adapter(dense, folder), weights=folder, foreign=True)
-
-
-def _logits(model: CausalLM, tokens: Tensor, adapter_rows: Tensor | None = None) -> Tensor:
-    positions = torch.arange(tokens.shape[1])[None]
-    hidden = model.hidden_states(tokens, positions, adapter_rows)
-    return model.head.logits(hidden.flatten(0, 1)).view(1, tokens.shape[1], -1)
 
 
 def probe_tokens(spec: ModelSpec, model: CausalLM) -> Tensor:

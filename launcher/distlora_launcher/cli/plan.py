@@ -101,9 +101,9 @@ class PlanArguments:
     """DIR: folder with your own recipes and config groups."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class PlanResult:
-    """The plan of a run: the chosen settings, and settings that would fit."""
+    """The plan of a run: the chosen settings, and settings that would fit. Printed as `distlora plan` prints it."""
 
     plan: Plan
     changes: tuple[Change, ...] = ()
@@ -114,6 +114,14 @@ class PlanResult:
     """Larger runs that would fit too."""
     packed: MultiTrialPlan | None = None
     """Trials trained together that the plan is for; None without sweep.packed."""
+
+    def __repr__(self) -> str:
+        return page(self.plan, changes=self.changes, near=self.near, larger=self.larger, packed=self.packed)
+
+    @property
+    def fits(self) -> bool | None:
+        """True if the run fits the GPUs, or host memory without GPUs; None if their memory is unknown."""
+        return self.plan.fits
 
     def bars(self) -> dict[str, Plan]:
         """Return the plans to draw by name: this one, and what would fit in its place."""
@@ -161,8 +169,7 @@ def main(arguments: list[str]) -> int:
         if options.json:
             print(json.dumps(result.as_json(), indent=1))
         else:
-            near, larger, packed = result.near, result.larger, result.packed
-            print(page(result.plan, changes=result.changes, near=near, larger=larger, packed=packed))
+            print(result)
             if options.assumptions:
                 print("\n".join(["", *assumptions(result.plan)]))
         if options.plot is not None:

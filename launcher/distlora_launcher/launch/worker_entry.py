@@ -36,11 +36,11 @@ LONGEST_LOOK_SECONDS = 60.0
 """Longest wait for the launcher to kill torchrun."""
 
 
-def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies: no worker outlives a killed launcher."""
+def end_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Have the kernel signal this process when its parent dies: no worker outlives a killed launcher."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signum)
     if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
         os._exit(128 + signal.SIGKILL)  # The parent died while Python was starting.
 

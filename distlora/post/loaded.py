@@ -1,0 +1,195 @@
+"""Hold a trained model in the calling process, for Python: text and logits."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from distlora.config import UserError, require
+from distlora.config.file import load_config
+from distlora.data.formats import check_chat
+from distlora.data.prompts import GenerateRequest, Prompt
+from distlora.parallel import Ranks
+from distlora.post.load_trained import load_in_fp32, load_trained
+from distlora.post.trained import BASE_ALONE, Trained, find_weights, of_run
+from distlora.run_folder.layout import DATA_NAME, read_record
+from distlora.training.generator import Generator, PromptEncoder, generate_all, sampling
+
+Message = dict[str, Any]
+"""A message of a conversation: {"role": "user", "content": "..."}."""
+
+
+class Options(TypedDict, total=False):
+    """The options of `LoadedModel.generate`."""
+
+    max_new_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int
+    system: str | None
+    chat: bool | None
+
+
+_GOOD = '{"role": "user", "content": "What is a list?"}'
+
+
+def find_trained(run_dir: Path, *, adapter: str | None = None, checkpoint: str | None = None) -> Trained:
+    """Return the trained model of a run, or with `adapter` another one on its base. Raises UserError for none."""
+    config = load_config(run_dir)
+    weights = find_weights(run_dir, config.spec, adapter, checkpoint)
+    return replace(of_run(config, weights, foreign=adapter not in (None, BASE_ALONE)), run_dir=run_dir)
+
+
+class LoadedModel:
+    """A trained model on one device, with its base as in training."""
+
+    def __init__(self, trained: Trained, *, device: str | None, dtype: Literal["bf16", "fp32"] | None) -> None:
+        """Load the model. device: None for the first GPU, else the CPU. dtype: None as in training."""
+        base = trained.base
+        require(base.is_dir(), f"the run's base is missing: model.path={base} does not exist; put the model back there")
+        self.device = _device(device)
+        ranks = Ranks(0, 1, self.device, None)
+        with self._current_device():
+            if dtype == "fp32" and trained.spec.dtype != "fp32":
+                self.model, backend = load_in_fp32(trained, ranks)
+            else:
+                spec = replace(trained.spec, dtype=dtype or trained.spec.dtype)
+                self.model, backend = load_trained(replace(trained, spec=spec), ranks)
+        self._generator = Generator(self.model, backend)
+        self._base = trained.spec.model
+        assert trained.run_dir is not None, "a run's data say how prompts are written"
+        self._data = read_record(trained.run_dir / DATA_NAME)
+        self._encoders: dict[bool | None, PromptEncoder] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers, with the run's new tokens."""
+        return self._encoder(None).tokenizer
+
+    @overload
+    def generate(self, prompt: str | list[Message], **options: Unpack[Options]) -> str: ...
+    @overload
+    def generate(self, prompt: list[str] | list[list[Message]], **options: Unpack[Options]) -> list[str]: ...
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+        system: str | None = None,
+        chat: bool | None = None,
+    ) -> str | list[str]:
+        """Return the answer to a prompt (a text or a list of messages), or the answers to a list of prompts.
+
+        Answers equal those of `distlora generate` with the same options. temperature, top_p, top_k: None for those of
+        the model's generation_config.json, else the likeliest token each time. seed: of the sampling; torch's own
+        random state is left alone. system: the system message of conversations without one. chat: True to apply the
+        chat template, False to continue texts as they are, None as in training.
+
+        Raises UserError for options out of range, and for a prompt that the template refuses or that is too long.
+        """
+        with in_python():
+            request = GenerateRequest(
+                run="",
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                system=system,
+                as_chat=chat,
+            )
+            is_one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
+            prompts = [_prompt(each, index) for index, each in enumerate([prompt] if is_one else prompt)]
+            speaks = system is not None or (chat is None and any(each.text is None for each in prompts))
+            encoder = self._encoder(True if speaks else chat)
+            encoded = [encoder.encode(each, system=system) for each in prompts]
+        settings = sampling(
+            encoder,
+            self._base.path,
+            request.max_new_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+        )
+        devices = [self.device] if self.device.type == "cuda" else []
+        with self._current_device(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(request.seed)
+            batches = generate_all(self._generator, encoded, settings)
+            answers = [encoder.decode(completion) for batch in batches for completion in batch]
+        return answers[0] if is_one else answers
+
+    @torch.no_grad()
+    def logits(self, text: str | Sequence[int]) -> Tensor:
+        """Return the logits (T, vocabulary) fp32 after each token of a text, or of token ids.
+
+        A text is encoded as in training, without a chat template.
+        """
+        if isinstance(text, str):
+            text = self._encoder(False).encode(Prompt(place="the text", text=text))
+        require(len(text) > 0, "logits: the text has no tokens; give a text or a list of token ids")
+        with self._current_device():
+            return self.model.logits(torch.tensor([list(text)], device=self.device))[0]
+
+    def _encoder(self, as_chat: bool | None) -> PromptEncoder:
+        if as_chat not in self._encoders:
+            self._encoders[as_chat] = PromptEncoder(self.model, self._base, self._data, as_chat=as_chat)
+        return self._encoders[as_chat]
+
+    def _current_device(self) -> AbstractContextManager[Any]:
+        """Make the model's GPU the current one, on which Triton starts its kernels."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _device(name: str | None) -> torch.device:
+    """Return a device with its index. Raises UserError for one that this node does not have."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name} is not a device; write cpu, cuda or cuda:1") from error
+    require(device.type in ("cpu", "cuda"), f"device={name} is not supported; write cpu, cuda or cuda:1")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    index = device.index or 0
+    require(index < count, f"device={name}: this process may use {count} GPUs; write cpu, or cuda:N with N below that")
+    return torch.device("cuda", index)
+
+
+def _prompt(prompt: Any, index: int) -> Prompt:
+    """Return a text or a list of messages as a prompt. Raises UserError for anything else."""
+    place = f"prompt {index + 1}"
+    if isinstance(prompt, str):
+        return Prompt(place=place, text=prompt)
+    if not isinstance(prompt, Sequence):
+        raise UserError(
+            f"{place} is of type {type(prompt).__name__}; give a text or a list of messages such as {_GOOD}"
+        )
+    chat = check_chat({"messages": [dict(message) for message in prompt]}, place, f"a good message: {_GOOD}")
+    last = chat["messages"][-1]["role"]
+    require(last != "assistant", f"{place}: the last message is the assistant's own; end with what it is to answer")
+    return Prompt(place=place, messages=tuple(chat["messages"]))
+
+
+@contextlib.contextmanager
+def in_python() -> Iterator[None]:
+    """Raise UserErrors of the block with arguments of Python in place of flags: max_new_tokens for --max-new-tokens."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), str(error))
+        raise UserError(*text.splitlines()) from error

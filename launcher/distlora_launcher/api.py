@@ -1,0 +1,276 @@
+"""Train, plan and load a model from Python (`import distlora`; docs/python.md).
+
+`train` starts `distlora train` in a process of its own, so a run from Python is a run from the shell: the same checks,
+plan, workers and run folder. The calling process imports no torch and initializes neither CUDA nor a process group.
+Only `load` does, to hold a model in the calling process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from distlora.config import Config, UserError, require
+from distlora.config.file import load_config
+from distlora.run_folder.layout import PLAN_NAME, REPORT_NAME, SUMMARY_NAME, find_result, metric_records, read_record
+from distlora.system.exit_codes import BAD_INPUT, DONE, STOPPED
+from distlora_launcher.cli import report as report_command
+from distlora_launcher.cli.plan import PlanResult, plan_run
+from distlora_launcher.cli.status import Status, statuses
+from distlora_launcher.compose.checks import check_run_dir
+from distlora_launcher.compose.compose import compose_config
+from distlora_launcher.compose.python_settings import as_overrides
+from distlora_launcher.launch.follow import Command, Follower
+
+if TYPE_CHECKING:
+    from distlora.post.loaded import LoadedModel
+
+DOCUMENTS_NAME = "documents.jsonl"
+"""File in RUN with documents that were given as Python objects."""
+
+Answer = Literal["stop"] | None
+"""Answer of a callback: "stop" requests a save and a stop, as SIGTERM does."""
+
+
+class RunFailedError(RuntimeError):
+    """Report a run that failed, with the launcher's explanation."""
+
+    def __init__(self, message: str, folder: Path, exit_code: int) -> None:
+        super().__init__(message)
+        self.folder = folder
+        """The run folder, with logs/; a run that failed before its first step may have none."""
+        self.exit_code = exit_code
+        """Exit code of the command; negative: the signal that killed it."""
+
+
+class Callback:
+    """Base class of callbacks: override the methods that you need, or pass functions to the constructor.
+
+    They are called in your process, in order, after rank 0 has written the step, so they cannot slow or break training.
+    Return "stop" to save and stop the run.
+    """
+
+    def __init__(self, **functions: Any) -> None:
+        """Use functions in place of methods: `Callback(on_step=lambda step, metrics: print(step, metrics["loss"]))`."""
+        for name, function in functions.items():
+            if name not in CALLBACKS or not callable(function):
+                raise TypeError(f"Callback({name}=...): give functions for {', '.join(CALLBACKS)}")
+            setattr(self, name, function)
+
+    def on_step(self, step: int, metrics: Mapping[str, Any]) -> Answer:
+        """Receive the metrics of a training step: loss, lr, grad_norm, tokens_per_second and others."""
+
+    def on_eval(self, step: int, metrics: Mapping[str, Any]) -> Answer:
+        """Receive the metrics of an evaluation after `step` steps: eval_loss and others."""
+
+    def on_save(self, step: int, folder: Path) -> Answer:
+        """Receive the folder of a complete checkpoint; older ones are removed by train.keep_checkpoints."""
+
+
+CALLBACKS = ("on_step", "on_eval", "on_save")
+
+
+class Run:
+    """A run folder: its settings, plan, metrics and results, at any time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a run. Raises UserError for a folder without one."""
+        self.folder = Path(folder).expanduser().absolute()
+        load_config(self.folder)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self.status.state})"
+
+    @property
+    def config(self) -> Config:
+        """The settings."""
+        return load_config(self.folder)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The plan that the run started with, in bytes and seconds (plan.json)."""
+        return read_record(self.folder / PLAN_NAME)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record per training step and per evaluation (`eval_loss`), as `pandas.DataFrame` takes them."""
+        return metric_records(self.folder)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The final metrics (summary.json); empty before the end."""
+        return read_record(self.folder / SUMMARY_NAME)
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the result: an adapter in PEFT's format, or a model with adapter=full. None before the end."""
+        return find_result(self.folder)
+
+    @property
+    def status(self) -> Status:
+        """The state (`status.state`: running, done, stopped, failed ...), step, losses, time left and last save."""
+        return statuses(self.folder)[0]
+
+    def resume(self, *, callbacks: Sequence[Callback] = ()) -> Run:
+        """Continue the run from its newest checkpoint, as `distlora resume` does. Errors are those of `train`."""
+        check_callbacks(callbacks, self.config)
+        return _follow(["resume", str(self.folder)], self.folder, callbacks)
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the HTML report of the run to `out`, by default report.html in its folder. Returns its path."""
+        place = self.folder / REPORT_NAME if out is None else Path(out).expanduser().absolute()
+        report_command.write(place, report_command.page_of(self.folder))
+        return place
+
+
+def train(
+    *,
+    model: str | Path | None = None,
+    data: str | Path | Iterable[Mapping[str, Any]] | None = None,
+    recipe: str | None = None,
+    run_dir: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Fine-tune a model and return its run once it has ended.
+
+    Args:
+        model: a name for model= (`llama3_8b`), a folder in Hugging Face format, or a name on the hub.
+        data: a file, a folder or a data set on the hub; or documents as a list of dictionaries, which are written to
+            RUN/documents.jsonl.
+        recipe: a recipe of conf/recipe, such as `qlora`.
+        run_dir: the run folder (default: runs/ and the time).
+        settings: all other settings, by dotted names or nested: `{"optim.lr": 1e-4, "adapter": {"r": 32}}`.
+        callbacks: see `Callback`.
+
+    Prints what `distlora train` prints. A run that a callback, `distlora cancel` or a signal has stopped is returned
+    too, with `run.status.state == "stopped"`; Ctrl-C saves, stops and raises KeyboardInterrupt. With cluster=slurm the
+    job is submitted, and the run is returned at once.
+
+    Raises UserError for wrong input and RunFailedError for a run that failed.
+    """
+    is_path = data is None or isinstance(data, str | Path)
+    path: Any = data if is_path else DOCUMENTS_NAME
+    words = as_overrides(model=model, data=path, recipe=recipe, run_dir=run_dir, settings=settings)
+    with _own_hydra():
+        config = compose_config(words)
+    check_callbacks(callbacks, config)
+    folder = Path(config.run_dir)
+    words = [word for word in words if not word.startswith("run_dir=")] + as_overrides(run_dir=folder)
+    if is_path:
+        return _follow(["train", *words], folder, callbacks)
+    check_run_dir(folder)
+    documents: Any = data
+    place = _write_documents(documents, folder / DOCUMENTS_NAME)
+    words = [word for word in words if not word.startswith("data.path=")] + as_overrides(data=place)
+    return _follow(["train", *words], folder, callbacks)
+
+
+def plan(
+    *,
+    model: str | Path,
+    gpu: str | None = None,
+    data: str | Path | None = None,
+    recipe: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> PlanResult:
+    """Predict what a run needs: memory by category, disk, network traffic, time. Downloads no weights.
+
+    gpu: a name of `distlora plan --help`, such as `h100` (default: this node). The other arguments are those of
+    `train`. `print` shows the result as `distlora plan` does; `result.fits` and `result.as_json()` are for programs.
+
+    Raises UserError for settings that `train` refuses.
+    """
+    with _own_hydra():
+        return plan_run(as_overrides(model=model, data=data, recipe=recipe, gpu=gpu, settings=settings))
+
+
+def load(
+    run: Run | str | Path,
+    *,
+    checkpoint: str | None = None,
+    adapter: str | Path | None = None,
+    device: str | None = None,
+    dtype: Literal["bf16", "fp32"] | None = None,
+) -> LoadedModel:
+    """Load what a run trained into this process, to generate text and to compute logits.
+
+    Args:
+        run: a run or its folder; of an unfinished run, the newest checkpoint is loaded.
+        checkpoint: `best` (lowest held-out loss) or a saved step, such as `step_100`.
+        adapter: another adapter of the run's base, or `base` for the base alone.
+        device: `cpu`, `cuda` or `cuda:1` (default: the first GPU, else the CPU).
+        dtype: compute dtype (default: as trained).
+
+    Raises UserError for a run without anything trained, and for a missing base.
+    """
+    folder = run.folder if isinstance(run, Run) else Path(run).expanduser().absolute()
+    require(checkpoint is None or adapter is None, "checkpoint and adapter exclude each other; give one of them")
+    from distlora.post.loaded import LoadedModel, find_trained, in_python
+    from distlora_launcher.compose.hub import restore
+
+    with in_python():
+        trained = find_trained(folder, adapter=None if adapter is None else str(adapter), checkpoint=checkpoint)
+        restore(trained.spec.model)
+        return LoadedModel(trained, device=device, dtype=dtype)
+
+
+def check_callbacks(callbacks: Sequence[Callback], config: Config) -> None:
+    """Refuse what is not a callback, and callbacks of a run that this process does not wait for."""
+    for callback in callbacks:
+        if not any(callable(getattr(callback, name, None)) for name in CALLBACKS) or isinstance(callback, type):
+            raise UserError(
+                f"callbacks: {callback!r} has none of {', '.join(CALLBACKS)}; give objects of distlora.Callback, such "
+                "as Callback(on_step=function)"
+            )
+    require(
+        not callbacks or config.cluster.launcher == "local",
+        f"callbacks are called for runs on this node, and cluster={config.cluster.launcher} runs elsewhere; leave them "
+        "out, and look at distlora.Run(folder).metrics",
+    )
+
+
+def _follow(arguments: Sequence[str], folder: Path, callbacks: Sequence[Callback]) -> Run:
+    """Run a command to its end, and return its run. Raises UserError and RunFailedError with its explanation."""
+    follower = Follower(folder, callbacks)
+    command = Command(*arguments)
+    code = command.wait(follower.look)
+    if code in (DONE, STOPPED):
+        return Run(folder)
+    killed = f"the launcher was killed by {signal.Signals(-code).name}" if code < 0 else ""
+    message = "\n".join(line for line in (killed, command.explanation) if line)
+    if code == BAD_INPUT:
+        raise UserError(*message.splitlines())
+    raise RunFailedError(message, folder, code)
+
+
+def _write_documents(documents: Iterable[Mapping[str, Any]], path: Path) -> Path:
+    """Write documents as JSON lines. Raises UserError for one that JSON cannot hold."""
+    lines = []
+    for index, document in enumerate(documents):
+        require(isinstance(document, Mapping), f"data[{index}] is not a dictionary; give a list of dictionaries")
+        try:
+            lines.append(json.dumps(dict(document), ensure_ascii=False, allow_nan=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"data[{index}] is not JSON ({error}); give texts, numbers, lists and dicts") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Compose settings even within another Hydra application, whose state is put back afterwards."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra, settings = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra, settings

@@ -27,7 +27,6 @@ from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.compose.python_settings import as_overrides
 from distlora_launcher.launch.follow import Command, Follower
 from family_models import SINGLE
-from launcher_fakes import write_data, write_model
 
 ROOT = Path(__file__).parents[1]
 CHATS = [
@@ -48,7 +47,7 @@ def test_importing_is_light_and_planning_imports_no_torch() -> None:
         "import sys, distlora; assert not {'torch', 'hydra', 'distlora_launcher'} & set(sys.modules); "
         "assert {'train', 'plan', 'load', 'Run'} <= set(dir(distlora)) and distlora.__version__; "
         "result = distlora.plan(model='llama3_8b', gpu='rtx4090', recipe='qlora', settings={'adapter': {'r': 64}}); "
-        "assert result.fits and result.as_json()['trainable_parameters'] > 0; assert 'torch' not in sys.modules"
+        "assert result.fits and result.as_json()['fits']; assert 'torch' not in sys.modules"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert (finished.returncode, finished.stderr) == (0, "")
@@ -116,7 +115,7 @@ def test_it_composes_within_another_hydra_application(tmp_path: Path) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     with initialize_config_module("distlora_launcher.conf", version_base="1.3"):
-        with pytest.raises(UserError, match="there is no setting optim.x"):
+        with pytest.raises(UserError, match=r"there is no setting optim\.x"):
             distlora.train(model="m", data="d", settings={"optim.x": 1})
         assert not HydraConfig.initialized()
         assert compose("config", overrides=["name=mine"]).name == "mine"
@@ -293,11 +292,11 @@ def test_a_loaded_model_answers_as_the_command_and_has_the_logits_of_training(
     for wrong, message in {"temperature": r"temperature=-1", "max_new_tokens": r"max_new_tokens=-1"}.items():
         with pytest.raises(UserError, match=f"^{message}"):
             model.generate("a", **{wrong: -1})  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="the last message is the assistant's own"):
+    with pytest.raises(UserError, match=r"the last message is the assistant's own"):
         model.generate([{"role": "assistant", "content": "a"}])
-    with pytest.raises(UserError, match="^device=tpu is not a device"):
+    with pytest.raises(UserError, match=r"^device=tpu is not a device"):
         distlora.load(run, device="tpu")
-    with pytest.raises(UserError, match="^checkpoint step_7: .* has no such checkpoint"):
+    with pytest.raises(UserError, match=r"^checkpoint step_7: .* has no such checkpoint"):
         distlora.load(run, checkpoint="step_7")
 
 

@@ -69,7 +69,11 @@ def test_settings_of_python_are_those_of_the_command_line(tmp_path: Path) -> Non
         settings={
             "optim.lr": 1e-5,
             "adapter": {"r": 32, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.0": 8, "q_proj": 4}},
-            "train": {"max_steps": None, "sample_prompts": ["What, then? {x: 'y'}", "", 'a "b" \\', "null", "7"]},
+            "train": {
+                "max_steps": None,
+                "sample_every": 5,
+                "sample_prompts": ["What, then? {x: 'y'}", "", 'a "b" \\', "null", "7"],
+            },
             "data.columns": {"messages": "conversation"},
             "tracker": "none",
             "quant.cache": False,

@@ -94,7 +94,7 @@ def test_settings_of_python_are_those_of_the_command_line(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         ({"settings": {"optim": {"lrr": 1}}}, r"there is no setting optim.lrr \(did you mean 'optim.lr'\?\)"),
-        ({"settings": {"train.max_steps": "ten"}}, "train.max_steps=ten must be of type int"),
+        ({"settings": {"train.max_steps": "ten"}}, "train.max_steps='ten' must be of type int"),
         ({"settings": {"optim.lr": object()}}, "optim.lr=<object .* is of type object; give a text, a number"),
         ({"run_dir": "a", "settings": {"run_dir": "b"}}, "run_dir is set twice"),
         ({"data": [{"text": "a"}, "b"]}, r"data\[1\] is not a dictionary"),

@@ -101,7 +101,7 @@ def test_settings_of_python_are_those_of_the_command_line(tmp_path: Path) -> Non
         ({"data": [{"text": {1, 2}}]}, r"data\[0\] is not JSON"),
         ({"callbacks": [print]}, r"callbacks: <built-in function print> has none of on_step, on_eval, on_save"),
         ({"callbacks": [distlora.Callback()], "settings": {"cluster": "slurm"}}, "cluster=slurm runs elsewhere"),
-        ({"model": "nowhere"}, "model.path=.*nowhere.* does not exist"),
+        ({"model": "nowhere", "data": CHATS[:1], "run_dir": "run"}, "model.path=.*nowhere.* does not exist"),
     ],
 )
 def test_wrong_arguments_are_user_errors(
@@ -111,7 +111,7 @@ def test_wrong_arguments_are_user_errors(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         distlora.train(**{"model": "model", "data": "data.jsonl", **arguments})
-    assert not list(tmp_path.glob("**/config.yaml"))
+    assert not list(tmp_path.iterdir()), "no run folder is left"
 
 
 def test_it_composes_within_another_hydra_application(tmp_path: Path) -> None:
@@ -119,9 +119,10 @@ def test_it_composes_within_another_hydra_application(tmp_path: Path) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     with initialize_config_module("distlora_launcher.conf", version_base="1.3"):
+        settings = HydraConfig.instance().cfg
         with pytest.raises(UserError, match=r"there is no setting optim\.x"):
             distlora.train(model="m", data="d", settings={"optim.x": 1})
-        assert not HydraConfig.initialized()
+        assert HydraConfig.instance().cfg is settings
         assert compose("config", overrides=["name=mine"]).name == "mine"
 
 
@@ -392,3 +393,24 @@ def test_the_wheel_trains_from_python_and_the_shell_in_an_empty_folder(folders: 
     runs = [distlora.Run(empty / name) for name in ("first", "second")]
     assert [run.status.state for run in runs] == ["done", "done"]
     assert [run.metrics[-1]["step"] for run in runs] == [3, 3]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the demo's model where `distlora demo` has left it, else on a small random one."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    demo = Path.home() / ".cache" / "distlora" / "demo" / "SmolLM2-135M-Instruct"
+    monkeypatch.setenv("DISTLORA_NOTEBOOK_MODEL", str(demo if demo.is_dir() else folders / "llama"))
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "it is committed without outputs"
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert "fits        yes" in text
+    assert "image/png" in text
+    assert "trained: Who are you? -> " in text
+    run = distlora.Run(tmp_path / "runs" / "notebook")
+    losses = [record["loss"] for record in run.metrics if "loss" in record]
+    assert len(losses) == 24
+    assert losses[-1] < losses[0]

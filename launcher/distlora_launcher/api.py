@@ -25,6 +25,8 @@ from distlora_launcher.compose.checks import check_run_dir
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.compose.python_settings import as_overrides
 from distlora_launcher.launch.follow import Command, Follower
+from distlora_launcher.launch.local import remove_if_empty
+from distlora_launcher.launch.lock import CONFIG_NAME
 
 if TYPE_CHECKING:
     from distlora.post.loaded import LoadedModel
@@ -68,7 +70,7 @@ class Callback:
         """Receive the metrics of an evaluation after `step` steps: eval_loss and others."""
 
     def on_save(self, step: int, folder: Path) -> Answer:
-        """Receive the folder of a complete checkpoint; older ones are removed by train.keep_checkpoints."""
+        """Receive the folder of a complete checkpoint; train.keep sets how many stay."""
 
 
 CALLBACKS = ("on_step", "on_eval", "on_save")
@@ -167,7 +169,13 @@ def train(
     documents: Any = data
     place = _write_documents(documents, folder / DOCUMENTS_NAME)
     words = [word for word in words if not word.startswith("data.path=")] + as_overrides(data=place)
-    return _follow(["train", *words], folder, callbacks)
+    try:
+        return _follow(["train", *words], folder, callbacks)
+    except UserError:
+        if not (folder / CONFIG_NAME).exists():  # The launcher has left no run.
+            place.unlink()
+            remove_if_empty(folder)
+        raise
 
 
 def plan(

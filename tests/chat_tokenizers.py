@@ -18,7 +18,7 @@ KINDS = ("llama3", "gpt2", "llama2", "metaspace", "phi3")
 
 @functools.cache
 def chat_tokenizer(kind: str = "llama3") -> Any:
-    """Return a tokenizer of 1,300 entries, trained on CPython's language reference.
+    """Return a tokenizer of 1,330 entries, trained on CPython's language reference.
 
     llama3: bytes, puts <s> in front. gpt2: bytes, a line break before a letter is a token of its own; has <s>, and puts
     it nowhere. llama2: a space in front of every stretch between special tokens. metaspace: only in front of the text.
@@ -50,7 +50,7 @@ def chat_tokenizer(kind: str = "llama3") -> Any:
         alphabet = ["\u2581"]
         markers += [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=1300,
+        vocab_size=1330,
         special_tokens=markers,
         initial_alphabet=alphabet,
         show_progress=False,

@@ -78,6 +78,20 @@ def test_the_figures_are_those_of_the_preparation(settings, tmp_path, capsys):
     assert "too long         4 (11.1%) have more than 64 tokens: cut off there (data.too_long), " in shown
 
 
+def test_the_template_what_it_does_not_render_and_duplicates_are_named(settings, tmp_path, capsys):
+    thinking = chat("Hi", "Hello there.", "Bye", "See you.")
+    thinking["messages"][1] |= {"thoughts": "Be polite.", "train": False}
+    path = write_lines(tmp_path / "chats.jsonl", [thinking, thinking, SHORT])
+    asked = {"path": str(path), "template": "gemma3", "reasoning_key": "thoughts", "deduplicate": True}
+    assert show_preview(settings(**asked), documents=0) == 0
+    shown = capsys.readouterr().out
+    assert "  rendered by      data.template=gemma3 (gemma)\n" in shown
+    assert "  not rendered     reasoning of 2 turns, 20 characters\n" in shown
+    assert "  duplicates       1 equal an earlier or a held-out document: left out\n" in shown
+    assert "left out         " not in shown
+    assert show_preview(settings(**asked | {"train_on": "all"}), documents=0) == 0
+
+
 def test_documents_that_a_run_refuses_are_counted_and_the_first_is_named(settings, tmp_path, capsys):
     path = write_lines(tmp_path / "chats.jsonl", [SHORT, WITH_THOUGHTS, SHORT, WITH_THOUGHTS])
     folder = settings(path=str(path), template="zephyr")

@@ -105,6 +105,53 @@ def test_a_named_template_writes_turns_as_its_family_does(name, kind):
     assert text == expected
 
 
+PEERS = json.loads((GOLDEN / "peer_layouts.json").read_text())
+
+
+@pytest.mark.parametrize("name", [f"{peer}: {name}" for peer in PEERS for name in PEERS[peer] if " " in peer])
+def test_a_name_of_a_peer_writes_what_the_peer_writes_or_differs_for_a_reason(name):
+    """The peers' own text, but for the beginning of text and the line break after the last turn."""
+    peer, own_name = name.split(": ")
+    text = ChatTemplate(chat_tokenizer(), "MODEL", own_name).render("data.jsonl:1", PEERS["messages"])
+    is_same = text.removeprefix("<s>").rstrip("\n") == PEERS[peer][own_name].removeprefix("<s>").rstrip("\n")
+    assert is_same != (name in PEERS["differs"])
+
+
+def test_every_name_of_axolotls_chat_templates_has_a_meaning():
+    names = (
+        "alpaca chatml mistral_v1 mistral_v2v3 mistral_v3_tekken mistral_v7_tekken gemma cohere llama3 llama3_2_vision "
+        "llama4 phi_3 phi_35 deepseek_v2 deepseek_v3 jamba qwen_25 qwen3 qwen3_5 falcon_h1 nemotron_h "
+        "tokenizer_default exaone exaone4 pixtral llava qwen2_vl gemma3 gemma3n gemma4 gemma4_unified command_a "
+        "command_a_tool_use command_a_rag aya tokenizer_default_fallback_chatml"
+    )
+    for name in names.split():  # All of its enum but jinja, which is a file here, and metharme.
+        assert template_source(name) is None or "generation" in template_source(name)
+
+
+def test_a_name_of_the_tokenizers_own_template_is_checked_against_it(load):
+    own = ChatTemplate(load(CHATML), "MODEL", "qwen3_5")
+    assert own.source is None
+    assert own.name == "the chat template in MODEL (data.template=qwen3_5)"
+    with pytest.raises(UserError, match=r"template=gemma4 means .*never writes <\|turn>; set data.template=null"):
+        ChatTemplate(load(CHATML), "MODEL", "gemma4")
+    with pytest.raises(UserError, match=r"MODEL has no chat template"):
+        ChatTemplate(load(None), "MODEL", "tokenizer_default")
+    assert ChatTemplate(load(CHATML), "MODEL", "tokenizer_default_fallback_alpaca").source is None
+    fallback = ChatTemplate(load(None), "MODEL", "tokenizer_default_fallback_qwen_25")
+    assert fallback.source == ChatTemplate(load(None), "MODEL", "qwen25").source
+    assert fallback.name.endswith("(qwen25)")
+
+
+def test_qwen3_writes_reasoning_once_wherever_it_stands(load):
+    thought = {"role": "assistant", "content": "Hello", "reasoning_content": "Hm."}
+    inside = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHello"}
+    for answer in (thought, inside):
+        tokenizer = load(None)
+        value = {"messages": [{"role": "user", "content": "Hi"}, answer]}
+        (encoded,) = encode(tokenizer, "chat", value, template="qwen3")
+        assert trained_text(tokenizer, *encoded) == ["<think>\nHm.\n</think>\n\nHello<|im_end|>"]
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_a_named_template_trains_the_same_tokens_by_its_marks_and_by_its_prefixes(name, tmp_path):
     """Without its marks the template is judged by what it writes: so the marks are where the prompts end."""
@@ -264,7 +311,7 @@ def test_an_assistant_that_speaks_first_needs_a_template_that_marks_it(load):
 
 def test_chat_without_a_template_is_refused_with_the_named_ones_that_fit(load):
     with pytest.raises(
-        UserError, match=r"MODEL has no chat template.*set data.template to chatml, zephyr, vicuna, alpaca"
+        UserError, match=r"MODEL has no chat template.*set data.template to chatml, zephyr, vicuna, alpaca, qwen25"
     ):
         encode(load(None), "chat", CONVERSATION)
 
@@ -273,7 +320,7 @@ def test_a_named_template_whose_tokens_are_missing_is_refused_with_those_that_fi
     with pytest.raises(
         UserError,
         match=r"template=llama3 needs <\|start_header_id\|>, .*<\|eot_id\|>, which the tokenizer in MODEL lacks; set "
-        r"data.template to chatml, zephyr, vicuna, alpaca or null",
+        r"data.template to chatml, zephyr, vicuna, alpaca, .* or null",
     ):
         encode(load(CHATML), "chat", CONVERSATION, template="llama3")
     with pytest.raises(UserError, match=r"data\.template=llama2 needs a beginning-of-text token"):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distlora.config import UserError, nearest
 
@@ -40,8 +40,11 @@ class NamedTemplate:
     """True if it writes tools, their calls and results."""
 
 
+_CHATML = ("<|im_start|>", "<|im_end|>")
+_DEEPSEEK = ("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>")
+
 NAMED = {
-    "chatml": NamedTemplate(tokens=("<|im_start|>", "<|im_end|>"), knows_tools=True),
+    "chatml": NamedTemplate(tokens=_CHATML, knows_tools=True),
     "llama3": NamedTemplate(tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), knows_tools=True),
     "llama2": NamedTemplate(attributes=("bos_token", "eos_token")),
     "mistral": NamedTemplate(
@@ -62,34 +65,112 @@ NAMED = {
     "zephyr": NamedTemplate(attributes=("eos_token",)),
     "vicuna": NamedTemplate(attributes=("eos_token",)),
     "alpaca": NamedTemplate(attributes=("eos_token",)),
+    "qwen25": NamedTemplate(tokens=_CHATML, knows_tools=True),
+    "qwen3": NamedTemplate(tokens=_CHATML, knows_tools=True),
+    "falcon_h1": NamedTemplate(tokens=_CHATML),
+    "llama4": NamedTemplate(tokens=("<|header_start|>", "<|header_end|>", "<|eot|>")),
+    "phi4_mini": NamedTemplate(tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+    "mistral_v1": NamedTemplate(attributes=("eos_token",)),
+    "mistral_tekken": NamedTemplate(tokens=("[INST]", "[/INST]"), attributes=("eos_token",)),
+    "mistral_v7": NamedTemplate(
+        tokens=("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"), attributes=("eos_token",)
+    ),
+    "command_r": NamedTemplate(
+        tokens=(
+            *("<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+            "<|END_OF_TURN_TOKEN|>",
+        )
+    ),
+    "granite": NamedTemplate(tokens=("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>")),
+    "deepseek": NamedTemplate(attributes=("eos_token",)),
+    "deepseek3": NamedTemplate(tokens=_DEEPSEEK, attributes=("eos_token",)),
+    "deepseek_v2": NamedTemplate(tokens=_DEEPSEEK, attributes=("eos_token",)),
 }
-"""`data.template` by name. The last three and llama2 write their roles in plain text."""
+"""`data.template` by name. Those without tokens write their roles in plain text."""
+ALIASES = {
+    **dict.fromkeys(("mistral_v2v3",), "mistral"),
+    **dict.fromkeys(("mistral_v3_tekken", "ministral", "ministral3", "pixtral"), "mistral_tekken"),
+    **dict.fromkeys(("mistral_v7_tekken", "mistral_small"), "mistral_v7"),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3n"), "gemma"),
+    **dict.fromkeys(("phi_3", "phi_35", "phi"), "phi3"),
+    **dict.fromkeys(("qwen_25", "qwen"), "qwen25"),
+    **dict.fromkeys(("qwen3_nothink", "yi", "smollm"), "chatml"),
+    **dict.fromkeys(("cohere", "aya"), "command_r"),
+    "phi_4": "phi4",
+    "granite3": "granite",
+    "deepseek_v3": "deepseek3",
+}
+"""Names of Axolotl and LLaMA-Factory for the templates above."""
+OF_TOKENIZER = {
+    "tokenizer_default": "",
+    **dict.fromkeys(("qwen3_5", "qwen3_6", "qwen2_vl", "qwen3_vl", "nemotron_h", "smollm2", "lfm2"), "<|im_start|>"),
+    **dict.fromkeys(("gemma4", "gemma4_unified", "gemma4n"), "<|turn>"),
+    **dict.fromkeys(("exaone", "exaone4"), "[|endofturn|]"),
+    **dict.fromkeys(("command_a", "command_a_tool_use", "command_a_rag"), "<|START_OF_TURN_TOKEN|>"),
+    **dict.fromkeys(("llama3_2_vision", "mllama"), "<|start_header_id|>"),
+    **dict.fromkeys(("glm4", "glm4_moe", "glm4_7", "glmz1"), "[gMASK]"),
+    "deepseekr1": "<\uff5cAssistant\uff5c>",
+    "gpt_oss": "<|channel|>",
+    "granite4": "<|start_of_role|>",
+    "jamba": "<|bom|>",
+    "llava": "USER:",
+}
+"""Names that mean the tokenizer's own template, and what that of the family always writes."""
+_FALLBACK = "tokenizer_default_fallback_"
 TOOLS_ADVICE = (
     f"set data.template to one that knows tools ({', '.join(name for name in NAMED if NAMED[name].knows_tools)}, or a "
     ".jinja file of your own)"
 )
 
 
-def template_source(template: str) -> str:
-    """Return the Jinja text of `data.template`: a name of NAMED or the path of a file.
+class Choice(NamedTuple):
+    """Meaning of data.template."""
 
-    Raises UserError for an unknown name and for a file that is absent or not UTF-8. Part of the cache key.
-    """
-    if template in NAMED:
-        return (resources.files("distlora.data") / "chat_templates" / f"{template}.jinja").read_text("utf-8")
+    written: str | None
+    """Name in NAMED, or path of a .jinja file; None: the tokenizer's own template."""
+    marker: str = ""
+    """Text of the family that the tokenizer's own template must have."""
+    is_fallback: bool = False
+    """True if `written` is used only for a tokenizer without a template."""
+
+
+def template_choice(template: str | None) -> Choice:
+    """Return the meaning of `data.template`. Raises UserError for an unknown name and for a file that is absent."""
+    if template is None:
+        return Choice(None)
+    if template in OF_TOKENIZER:
+        return Choice(None, OF_TOKENIZER[template])
+    if template.startswith(_FALLBACK):
+        return template_choice(template.removeprefix(_FALLBACK))._replace(is_fallback=True)
+    if template in NAMED or template in ALIASES:
+        return Choice(ALIASES.get(template, template))
+    known = (*NAMED, *ALIASES, *OF_TOKENIZER)
     if not template.endswith(".jinja"):
         raise UserError(
-            f"data.template={template!r} is not a known template{nearest(template, NAMED)}; choose one of "
-            f"{', '.join(NAMED)}, name a .jinja file, or set data.template=null for the tokenizer's own"
+            f"data.template={template!r} is not a known template{nearest(template, known)}; choose one of "
+            f"{', '.join(NAMED)} (or its name in Axolotl or LLaMA-Factory), name a .jinja file, or set "
+            "data.template=null for the tokenizer's own"
         )
-    path = Path(template).expanduser()
-    if not path.is_file():
-        near = nearest(template.removesuffix(".jinja"), NAMED)
+    if not Path(template).expanduser().is_file():
+        near = nearest(template.removesuffix(".jinja"), known)
         raise UserError(
             f"data.template={template} is not a file; name a .jinja file, or one of {', '.join(NAMED)}{near}"
         )
+    return Choice(template)
+
+
+def template_source(template: str | None) -> str | None:
+    """Return the Jinja text of `data.template`, a part of the cache key; None: it means the tokenizer's own.
+
+    Raises UserError as `template_choice`, and for a file that is not UTF-8.
+    """
+    written = template_choice(template).written
+    if written is None:
+        return None
+    if written in NAMED:
+        return (resources.files("distlora.data") / "chat_templates" / f"{written}.jinja").read_text("utf-8")
     try:
-        return path.read_text("utf-8")
+        return Path(written).expanduser().read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"data.template={template} is not UTF-8 ({error.reason}); save it as UTF-8") from error
 
@@ -111,25 +192,38 @@ class ChatTemplate:
         self, tokenizer: Any, model_path: str, template: str | None = None, *, source: str | None = None
     ) -> None:
         """`template` is data.template; `source` is the Jinja text that an earlier `ChatTemplate` had, used as it is."""
-        self.name = f"the chat template in {model_path}" if template is None else f"data.template={template}"
+        choice = template_choice(template)
+        is_own = choice.written is None or (choice.is_fallback and tokenizer.chat_template is not None)
+        self.name = f"the chat template in {model_path}" if is_own else f"data.template={template}"
+        if template is not None and template != choice.written:
+            self.name += f" (data.template={template})" if is_own else f" ({choice.written})"
         self._tokenizer = tokenizer
         self._model_path = model_path
         self._special = tokenizer.special_tokens_map
+        self.unwritten = (0, 0)
+        """(messages, characters) of reasoning that the template did not write, as `TurnFinder` counted them."""
         self._no_tools: str | None = None
         """Why a named template cannot write tools; None where it can, and for every other template."""
         self.source: str | None = None
         """The Jinja text that replaces the tokenizer's own, as it must be used at inference too; None: its own."""
         if source is not None:
             self.source = source
-        elif template is not None:
+        elif not is_own:
             self.source = template_source(template)
-            if template in NAMED:
-                self.source = self._fitted(template, self.source)
+            assert self.source is not None
+            if choice.written in NAMED:
+                self.source = self._fitted(str(template), choice.written, self.source)
         elif tokenizer.chat_template is None:
             raise UserError(
                 f"the tokenizer in {model_path} has no chat template, which chats need; set data.template to "
                 f"{', '.join(self._usable()) or 'a .jinja file'}, use the model's instruct variant, or write the data "
                 "as prompt/completion"
+            )
+        elif choice.marker not in self._text(None):
+            raise UserError(
+                f"data.template={template} means the chat template of a tokenizer of that family, and the one in "
+                f"{model_path} never writes {choice.marker}; set data.template=null to use it all the same, or name "
+                f"another one ({', '.join(self._usable())})"
             )
         self.prompt = self._generation_prompt()
         """The template's generation prompt; empty if unknown."""
@@ -250,21 +344,22 @@ class ChatTemplate:
         ids = self._tokenizer(behind, add_special_tokens=False, verbose=False).input_ids
         return [token for token in ids if token in self._tokenizer.added_tokens_decoder][:1]
 
-    def _fitted(self, template: str, source: str) -> str:
-        """Return a named template's text for this tokenizer. Raises UserError where the tokenizer lacks its tokens."""
-        missing = self._missing(NAMED[template])
+    def _fitted(self, template: str, name: str, source: str) -> str:
+        """Return the text of the template `name` for this tokenizer. Raises UserError where it lacks its tokens."""
+        named = NAMED[name]
+        missing = self._missing(named)
         if missing:
-            tokens = ",".join(f'"{token}"' for token in NAMED[template].tokens if not self._is_one_token(token))
+            tokens = ",".join(f'"{token}"' for token in named.tokens if not self._is_one_token(token))
             add = f", or add them with 'model.new_tokens=[{tokens}]'" if tokens else ""
             raise UserError(
                 f"data.template={template} needs {', '.join(missing)}, which the tokenizer in {self._model_path} "
                 f"lacks; set data.template to {', '.join(self._usable() or ['a .jinja file'])} or null{add}"
             )
-        no_tools = [token for token in NAMED[template].tool_tokens if not self._is_one_token(token)]
+        no_tools = [token for token in named.tool_tokens if not self._is_one_token(token)]
         if no_tools:
             lacking = ", ".join(no_tools)
             self._no_tools = f"writes tools with {lacking}, which the tokenizer in {self._model_path} lacks"
-        elif not NAMED[template].knows_tools:
+        elif not named.knows_tools:
             self._no_tools = "knows no tools"
         return source if start_tokens(self._tokenizer) else source.replace(_BOS_LINE, "", 1)
 

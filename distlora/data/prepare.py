@@ -21,7 +21,7 @@ from distlora.architecture.families import family_of, read_config
 from distlora.architecture.tokens import load_tokenizer, new_token_ids, stored_rows, tokenize_alone
 from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError, require
 from distlora.config.file import load_config
-from distlora.data.chat_template import template_source
+from distlora.data.chat_template import template_choice, template_source
 from distlora.data.encoding import Encoders, Need, nothing_to_train, read_enough, read_whole
 from distlora.data.packing import Corpus, count_sources, held_out_documents, shares, use_pieces, write_split
 from distlora.data.rows import (
@@ -143,8 +143,10 @@ def _settings(
         settings["train_on"] = data.train_on
         if data.eot_tokens:
             settings["eot_tokens"] = list(data.eot_tokens)
-        if data.template is not None:
-            settings["template"] = hashlib.sha256(template_source(data.template).encode()).hexdigest()
+        if (source := template_source(data.template)) is not None:
+            settings["template"] = hashlib.sha256(source.encode()).hexdigest()
+            if template_choice(data.template).is_fallback:
+                settings["template_is_fallback"] = True
     holds_out = "eval" not in sources and data.eval_fraction > 0
     weights = [source.config.weight for source in sources["train"]]
     if holds_out:
@@ -162,8 +164,9 @@ def _settings(
 
 def _writes_date(data: DataConfig, model_dir: Path) -> bool:
     """Return whether the chat template writes the date, as Llama 3.2's does: its tokens change every day."""
-    if data.template is not None:
-        return "strftime_now" in template_source(data.template)
+    source = template_source(data.template)
+    if source is not None and ("strftime_now" in source or not template_choice(data.template).is_fallback):
+        return "strftime_now" in source
     files = [path for pattern in TEMPLATE_FILES for path in model_dir.glob(pattern) if path.is_file()]
     return any(b"strftime_now" in path.read_bytes() for path in files)
 

@@ -52,6 +52,8 @@ class SourceSample:
     """(D,) tokens."""
     trained: list[int] = field(default_factory=list)
     """(D,) targets, before anything is cut off."""
+    unwritten: tuple[int, int] = (0, 0)
+    """(messages, characters) of reasoning that the template does not write."""
     refused: list[str] = field(default_factory=list)
     shown: list[tuple[Document, Encoded]] = field(default_factory=list)
 
@@ -112,6 +114,8 @@ def _read(
             while batch := list(itertools.islice(wanted, _BATCH)):
                 corpus.append(_encoded(sample, batch, shown), number, too_long)
             sample.ended = next(documents, None) is None
+            if encoder.template is not None:  # One for all sources.
+                sample.unwritten, encoder.template.unwritten = encoder.template.unwritten, (0, 0)
             samples.append(sample)
         if corpus.num_pieces:
             check_vocabulary(model, int(corpus.read()[0].max()))
@@ -193,6 +197,9 @@ def _source_lines(role: str, sample: SourceSample, split: SplitSample, number: i
     )
     if sample.encoder.template is not None:
         yield f"  rendered by      {sample.encoder.template.name}"
+    if sample.unwritten[0]:
+        count, characters = sample.unwritten
+        yield f"  not rendered     reasoning of {count:,} turns, {characters:,} characters"
     if sample.refused:
         yield f"  refused          {len(sample.refused):,}, which would stop a run. The first: {sample.refused[0]}"
     if not count:

@@ -250,6 +250,10 @@ class TurnFinder:
             text, turns = self._by_marks(place, messages, tools, chosen)
         else:
             text, turns = self._by_prefixes(place, messages, tools, chosen)
+        for thoughts in filter(None, (self._thoughts(message)[1] for message in messages)):
+            if "".join(thoughts.split()) not in "".join(text.split()):
+                count, characters = self.template.unwritten
+                self.template.unwritten = (count + 1, characters + len(thoughts))
         inverse = self._train_on == "all"
         if not inverse:
             for turn in turns:
@@ -334,17 +338,23 @@ class TurnFinder:
     def _check_written(self, place: str, index: int, message: Message, written: str) -> None:
         """Refuse a turn whose text, thoughts or calls the template does not write."""
         calls = [call["function"]["name"] for call in message.get("tool_calls") or ()]
-        thoughts = next((message[key] for key in _REASONING if message.get(key)), None)
+        key, thoughts = self._thoughts(message)
         for what, text in [("content", message.get("content")), ("reasoning", thoughts)] + [
             ("call of " + name, name) for name in calls
         ]:
             # White space apart: templates trim it, and put thoughts inside of the content on lines of their own.
             if text and text.strip() not in written and "".join(text.split()) not in "".join(written.split()):
                 advice = TOOLS_ADVICE if what.startswith("call of ") else "choose a data.template that does"
+                remove = f"leave it unread with data.ignore_columns=[{key}]" if what == "reasoning" else "remove it"
                 raise UserError(
                     f"{place}: messages[{index}]: {self.template.name} does not write its {what} as the data has it, "
-                    f"so the model would not learn it; remove it from the data, or {advice}"
+                    f"so the model would not learn it; {remove}, or {advice}"
                 )
+
+    @staticmethod
+    def _thoughts(message: Message) -> tuple[str, str | None]:
+        """(key, text) of a message's reasoning."""
+        return next(((key, message[key]) for key in _REASONING if message.get(key)), ("", None))
 
     def _rewritten(self, place: str, index: int) -> UserError:
         others = ["keep one assistant turn a document", "choose a named data.template"]

@@ -117,7 +117,7 @@ def _data(result: Result) -> Iterator[str]:
     data = result.config.data
     if "train_on" not in result.data.get("settings", {}):  # The documents hold no chats.
         return
-    if data.template is not None:
+    if data.template is not None and result.chat_template is not None:
         yield f"- chat template: {_shown(data.template)} (not the base's own)"
     yield f"- trained tokens of a chat: {_TRAIN_ON[data.train_on]}"
 

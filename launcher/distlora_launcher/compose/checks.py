@@ -360,8 +360,7 @@ def check_data(data: DataConfig, objective: str, run_dir: str) -> None:
     from distlora.data.formats import check_objective
     from distlora.data.sources import check_sources, pinned_commits
 
-    if data.template is not None:
-        template_source(data.template)
+    template_source(data.template)
     formats = check_sources(data, limit=HEAD_LINES, pinned=pinned_commits(Path(run_dir)))
     held_out = data.held_out_source
     sources = [*data.training_sources, *([held_out] if held_out is not None else [])]

@@ -146,7 +146,7 @@ MISTYPED = [
     ("train.resume=true", "write `distlora resume RUN`"),
     ("data.packing=true", "documents are always packed"),
     ("quant.bits=4", "write quant=nf4 (4 bits) or quant=none"),
-    ("train.epochs=0.5", "write a whole number, such as 1, or set train.max_steps for part of an epoch"),
+    ("train.epochs=two", "write a number, such as 0.1"),
     ("optim.lr=high", "must be of type float; write a number, such as 0.1"),
     ("name=5", "must be of type str; write name='\"5\"'"),
     ("train.load_best_at_end=3", "must be of type bool; write true or false"),

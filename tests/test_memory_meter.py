@@ -18,7 +18,8 @@ from torch.autograd.profiler import record_function
 from distlora.architecture.families import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.bench.memory import measure_step
-from distlora.config import Config, TrainConfig, UserError
+from distlora.config import Config, UserError
+from distlora.config.training import Cadence
 from distlora.parallel import Ranks
 from distlora.planner import traffic
 from distlora.planner.memory import measured
@@ -231,20 +232,21 @@ def test_without_a_plan_there_are_the_measured_figures_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "first", "step"),
+    ("between", "first", "step"),
     [
-        ({}, 0, 1),
-        ({"eval_every": 2}, 0, 1),
-        ({"eval_every": 2}, 1, 3),
-        ({"eval_every": 2, "sample_every": 3, "sample_prompts": ("a",)}, 1, 5),
-        ({"eval_every": 1}, 0, None),
-        ({"sample_every": 1, "sample_prompts": ("a",)}, 0, None),
+        ([], 0, 1),
+        ([(1, 2)], 0, 1),
+        ([(1, 2)], 1, 3),
+        ([(1, 2), (1, 3)], 1, 5),
+        ([(2, 3), (1, 2)], 2, 7),
+        ([(1, 1)], 0, None),
+        ([(5, 3)], 0, None),
     ],
 )
 def test_the_first_step_from_the_second_on_that_follows_a_step_is_measured(
-    settings: dict[str, Any], first: int, step: int | None
+    between: list[tuple[int, int]], first: int, step: int | None
 ) -> None:
-    assert measured_step(first, TrainConfig(**settings)) == step
+    assert measured_step(first, [Cadence(*each) for each in between]) == step
 
 
 def test_a_damaged_plan_is_refused_before_a_model_is_loaded(folders: Path, tmp_path: Path) -> None:

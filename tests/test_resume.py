@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from distlora.run_folder.layout import step_of, steps
 from distlora.training import worker
 from distlora.training.trial import Trial
 from small_disks import fill, small_disk
-from small_models import make_run, write_model_folder
+from small_models import make_run, read_metrics, write_model_folder
 from worlds import World
 
 SETTINGS = {"max_steps": 9, "save_every": 2, "eval_every": 3, "log_every": 1, "keep": 3, "global_batch": 6}
@@ -115,6 +116,28 @@ def test_three_ranks_then_two_then_four_see_the_rows_of_one_in_its_order(
     losses = [[v for _, name, v in figures_of(run) if "loss" in name] for run in (moved, whole(1).folder)]
     assert_losses_close(*losses)
     assert_adapters_close(adapter_of(moved), adapter_of(whole(1).folder))
+
+
+def test_part_of_an_epoch_with_a_warm_up_in_steps_resumes_bit_for_bit(folders: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": None, "epochs": 1.4, "global_batch": 8, "eval_every": "auto", "evals_per_epoch": 2}
+    settings |= {"saves_per_epoch": 2, "keep": 9, "log_every": 1}
+    runs = [tmp_path / "whole", tmp_path / "stopped"]
+    for run in runs:
+        make_run(run, folders, train=settings, optim={"warmup_steps": 3})
+    rows = json.loads((runs[0] / "data.json").read_text())["splits"]["train"]["rows"]
+    epoch = -(-rows // 8)
+    total = math.ceil(epoch * 7 / 5)
+    order = run_until(SINGLE, run_dir=runs[0], stop_before=None)
+    assert list(order) == list(range(total))
+    assert sorted(row for step in range(epoch) for row in order[step]) == list(range(rows))
+    due = sorted({math.ceil(number * epoch / 2) for number in (1, 2, 3)} & {*range(total + 1)} | {total})
+    assert [step_of(folder) for folder in steps(runs[0] / "checkpoints")] == due
+    lines = read_metrics(runs[0])
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, *due]
+    assert [line["lr"] for line in lines if "lr" in line][:3] == pytest.approx([2e-3 / 3, 4e-3 / 3, 2e-3])
+    run_until(SINGLE, run_dir=runs[1], stop_before=epoch + 1)
+    run_until(SINGLE, run_dir=runs[1], stop_before=None)
+    assert_same_run(runs[1], runs[0])
 
 
 @pytest.mark.ci

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from distlora.checkpoint.state import Progress
 from distlora.parallel import Ranks
-from distlora.run_folder.layout import TRAINER_NAME, newest
+from distlora.run_folder.layout import TRAINER_NAME, newest, step_of, steps
 from distlora.training import worker
 from distlora.training.objectives import Losses, NextToken
-from distlora.training.trial import NonFiniteError, Trial
+from distlora.training.trial import LossWatchdogError, NonFiniteError, Trial
 from small_models import make_run, read_metrics
 from tiers import ci
 from worlds import World
@@ -114,6 +114,30 @@ def test_a_first_step_that_is_not_finite_saves_nothing(folders: Path, tmp_path: 
     message = run_with_bad_step(SINGLE, run_dir=tmp_path / "run", bad_step=0, value=float("nan"), where="loss")
     assert "nothing was trained before it" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_loss_that_stays_high_ends_the_run_and_keeps_the_checkpoint_before(folders: Path, tmp_path: Path) -> None:
+    watched = {"max_steps": 6, "save_every": 1, "log_every": 2, "loss_watchdog_patience": 2}
+    make_run(tmp_path / "run", folders, train=watched | {"loss_watchdog_threshold": 0.1})
+    with pytest.raises(LossWatchdogError, match=r"^step 2: .*threshold=0\.1 for 2 steps in a row"):
+        worker.run(tmp_path / "run", SINGLE)
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [1, 2]
+    assert not (tmp_path / "run" / "checkpoints").exists(), "a state of high loss was saved"
+
+
+def test_the_watchdog_counts_steps_in_a_row(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Trial.log
+
+    def spiky(self: Trial, sums: Sequence[Sequence[float]], norms: Sequence[float]) -> None:
+        (step,), is_high = self._interval.steps, self.done in (3, 5, 6)
+        log(self, [[9.0 * step.units]] if is_high else sums, norms)
+
+    monkeypatch.setattr(Trial, "log", spiky)
+    watched = {"max_steps": 6, "save_every": 1, "keep": 9, "loss_watchdog_threshold": 8.0, "loss_watchdog_patience": 2}
+    make_run(tmp_path / "run", folders, train=watched)
+    with pytest.raises(LossWatchdogError, match=r"^step 6: "):
+        worker.run(tmp_path / "run", SINGLE)
+    assert [step_of(folder) for folder in steps(tmp_path / "run" / "checkpoints")] == [1, 2, 4]
 
 
 def test_early_stopping_counts_evaluations_without_a_fall() -> None:

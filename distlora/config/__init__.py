@@ -8,6 +8,7 @@ is checked by the launcher (`distlora_launcher/compose/checks.py`), before any w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,10 +139,15 @@ class Config:
             f"plan.tokens={self.plan.tokens} has no effect with train.max_steps={self.train.max_steps}, which sets the "
             "length of the run; leave one of them out",
         )
+        require(
+            (self.optim.warmup_steps or 0) <= (self.train.max_steps or math.inf),
+            f"optim.warmup_steps={self.optim.warmup_steps} is more than train.max_steps={self.train.max_steps}; set "
+            "fewer warm-up steps",
+        )
         holds_out = self.data.eval_fraction > 0 or self.data.held_out_source is not None
-        for name in ("eval_every", "eval_documents"):
+        for name in ("eval_every", "evals_per_epoch", "eval_documents", "early_stopping_patience", "load_best_at_end"):
             require(
-                holds_out or not getattr(self.train, name),
+                holds_out or getattr(self.train, name) in (None, False, "auto"),
                 f"train.{name}={getattr(self.train, name)} needs held-out documents; set data.eval_fraction or "
                 "data.eval_path",
             )

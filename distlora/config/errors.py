@@ -116,10 +116,13 @@ def require_positive(section: str, config: Any, *names: str) -> None:
 
 
 def require_share(section: str, config: Any, *names: str) -> None:
-    """Raise UserError unless each of the fields is a number from 0 to 1."""
+    """Raise UserError unless each of the fields is None or a number from 0 to 1."""
     for name in names:
         value = getattr(config, name)
-        require(0 <= value <= 1, f"{section}.{name}={value} is not a fraction; set {section}.{name} from 0 to 1")
+        require(
+            value is None or 0 <= value <= 1,
+            f"{section}.{name}={value} is not a fraction; set {section}.{name} from 0 to 1",
+        )
 
 
 def require_choice(setting: str, value: object, choices: Iterable[str]) -> None:

@@ -68,8 +68,7 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     example = _EXAMPLES.get(hint) or f"{name}='\"{_plain(value)}\"'"
-    part = ", or set train.max_steps for part of an epoch" if name == "train.epochs" else ""
-    require(matches, f"{name}={short(value)} must be of type {hint.__name__}; write {example}{part}")
+    require(matches, f"{name}={short(value)} must be of type {hint.__name__}; write {example}")
     return value
 
 
@@ -141,7 +140,7 @@ _BITS = "; write quant=nf4 (4 bits) or quant=none (16 bits)"
 
 _SETTINGS = {
     "optim.lr": ("learning_rate", "lr"),
-    "optim.warmup_ratio": ("warmup_steps", "num_warmup_steps"),
+    "optim.warmup_steps": ("warmup_steps", "num_warmup_steps"),
     "adapter.r": ("lora_r", "lora_rank", "rank"),
     "adapter.lora_alpha": ("lora_alpha",),
     "model.new_tokens": ("tokens", "additional_special_tokens", "extra_special_tokens"),

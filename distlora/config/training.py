@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from typing import Literal, NamedTuple
 
-from distlora.config.errors import require, require_choices, require_positive, require_share
+from distlora.config.errors import require, require_choice, require_choices, require_positive, require_share
+
+DEFAULT_WARMUP = 0.03
+"""Fraction of the steps that are warm-up if nothing is set."""
+
+AUTO_EVALUATIONS = 5
+"""Evaluations of a run with train.eval_every=auto, the last included and the first (before training) not."""
+AUTO_SPACING = 5
+"""Fewest steps between them."""
+AUTO_SHARE = 5
+"""The held-out sequences that are run between the first and the last evaluation are at most one for so many training
+sequences. A forward takes a third of the time of a training step, so they take at most 7 % of the training time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +43,10 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     """Shape of the learning rate after the warm-up: down to min_lr_ratio at the last step (cosine, linear), constant,
     or constant and then linearly down over the last decay_ratio of the steps (warmup_stable_decay)."""
-    warmup_ratio: float = 0.03
-    """Fraction of all steps over which the learning rate rises linearly from 0."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises linearly from 0; null: warmup_ratio decides."""
+    warmup_ratio: float | None = None
+    """The same as a fraction of all steps; null: 0.03, unless warmup_steps is set."""
     decay_ratio: float = 0.1
     """Fraction of all steps over which warmup_stable_decay decays."""
     min_lr_ratio: float = 0.0
@@ -60,10 +74,36 @@ class OptimConfig:
             f"optim.min_lr_ratio={self.min_lr_ratio} has no effect with optim.schedule=constant; leave it out",
         )
         require(
-            self.schedule != "warmup_stable_decay" or self.warmup_ratio + self.decay_ratio <= 1,
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"optim.warmup_steps={self.warmup_steps} is not a number of steps; set it to 0 or more",
+        )
+        require(
+            self.warmup_steps is None or self.warmup_ratio is None,
+            f"optim.warmup_steps={self.warmup_steps} and optim.warmup_ratio={self.warmup_ratio} both set the length of "
+            "the warm-up; leave one of them out, or set it to null",
+        )
+        require(
+            self.schedule != "warmup_stable_decay" or (self.warmup_ratio or 0) + self.decay_ratio <= 1,
             f"optim.warmup_ratio={self.warmup_ratio} and optim.decay_ratio={self.decay_ratio} together are more than "
             "all steps; lower one of them",
         )
+
+    def warmup(self, total_steps: int) -> int:
+        """Return the steps of the warm-up in a run of `total_steps`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((DEFAULT_WARMUP if self.warmup_ratio is None else self.warmup_ratio) * total_steps)
+
+
+class Cadence(NamedTuple):
+    """Something that happens `times` times, evenly spaced, in each span of `steps` optimizer steps."""
+
+    times: int
+    steps: int
+
+    def is_due(self, done: int) -> bool:
+        """Return whether it follows the step after which `done` steps are done."""
+        return done > 0 and done * self.times // self.steps > (done - 1) * self.times // self.steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +116,8 @@ class TrainConfig:
     """
     dpo_beta: float = 0.1
     """Scale of DPO's rewards: a larger value keeps the model closer to the reference."""
-    epochs: int = 1
-    """Passes over the packed sequences."""
+    epochs: float = 1.0
+    """Passes over the packed sequences; 0.5 is half of one, rounded up to whole steps."""
     max_steps: int | None = None
     """Number of optimizer steps instead of `epochs`; sequences are repeated, reshuffled, as often as needed."""
     global_batch: int = 8
@@ -124,8 +164,12 @@ class TrainConfig:
     log_every: int = 1
     """Steps between reads of the device's counters (a host sync); every step is still logged, a few at a time. A
     non-finite loss or gradient is reported then; no parameter is updated from its step on."""
-    eval_every: int | None = None
-    """Steps between held-out evaluations; null: before the first and after the last step only."""
+    eval_every: int | Literal["auto"] | None = "auto"
+    """Steps between held-out evaluations; null: before the first and after the last step only. `auto`: five evenly
+    spaced ones beside the first. Without early stopping and load_best_at_end there are fewer if they would take more
+    than 7 % of the training time, or come less than five steps apart."""
+    evals_per_epoch: int | None = None
+    """Evenly spaced evaluations per epoch, instead of eval_every."""
     eval_documents: bool = False
     """Keep each held-out document's loss of the last evaluation in RUN/eval_documents.json, to test whether two runs
     differ by more than the choice of documents explains."""
@@ -137,12 +181,19 @@ class TrainConfig:
     """Publish the adapter with the lowest held-out loss as RUN/adapter instead of the last. RUN/best has it anyway."""
     save_every: int | None = None
     """Steps between checkpoints; null: only by time (save_minutes), and at the end."""
+    saves_per_epoch: int | None = None
+    """Evenly spaced checkpoints per epoch, instead of save_every."""
     save_minutes: float | None = 10.0
     """Minutes between checkpoints, each after the current step: the most that a killed run loses. null: only by
     save_every and at the end."""
     save_in_background: bool = True
     """Copy the state to host memory and write it while training goes on. This needs host memory for one checkpoint on
     rank 0, and on each rank for its shard of sharded parameters. false: pause training until it is on disk."""
+    loss_watchdog_threshold: float | None = None
+    """Training loss above which a step counts as diverged: the run fails after loss_watchdog_patience of them in a row,
+    and no checkpoint is written meanwhile. Checked whenever losses are read (log_every). null: never."""
+    loss_watchdog_patience: int = 3
+    """Steps in a row above loss_watchdog_threshold after which the run fails."""
     keep: int = 2
     """Number of newest checkpoints to keep, beside the one with the lowest held-out loss."""
     verify: bool = False
@@ -157,11 +208,31 @@ class TrainConfig:
     """Most tokens per sample."""
 
     def __post_init__(self) -> None:
-        numbers = ("epochs", "max_steps", "global_batch", "micro_batch", "log_every", "eval_every", "save_every")
+        if isinstance(self.eval_every, str):
+            require_choice("train.eval_every", self.eval_every, ("auto", "null", "a number of steps"))
+        else:
+            require_positive("train", self, "eval_every")
+        numbers = ("epochs", "max_steps", "global_batch", "micro_batch", "log_every", "save_every", "evals_per_epoch")
+        require_positive("train", self, *numbers, "saves_per_epoch", "save_minutes", "keep", "early_stopping_patience")
         require_positive(
-            "train", self, *numbers, "save_minutes", "keep", "early_stopping_patience", "sample_every", "sample_tokens"
+            "train", self, "sample_every", "sample_tokens", "loss_watchdog_threshold", "loss_watchdog_patience"
         )
         require_choices("train", self)
+        require(
+            self.evals_per_epoch is None or self.eval_every in ("auto", None),
+            f"train.evals_per_epoch={self.evals_per_epoch} and train.eval_every={self.eval_every} both set the steps "
+            "between evaluations; leave one of them out",
+        )
+        require(
+            self.saves_per_epoch is None or self.save_every is None,
+            f"train.saves_per_epoch={self.saves_per_epoch} and train.save_every={self.save_every} both set the steps "
+            "between checkpoints; leave one of them out",
+        )
+        require(
+            self.loss_watchdog_threshold is not None or self.loss_watchdog_patience == 3,
+            f"train.loss_watchdog_patience={self.loss_watchdog_patience} has no effect without "
+            "train.loss_watchdog_threshold; set both",
+        )
         require_positive("train", self, "dpo_beta")
         require(
             self.objective == "dpo" or self.dpo_beta == 0.1,
@@ -206,13 +277,46 @@ class TrainConfig:
         )
         for name in ("early_stopping_patience", "load_best_at_end"):
             require(
-                not getattr(self, name) or self.eval_every is not None,
+                not getattr(self, name) or self.evaluates,
                 f"train.{name}={getattr(self, name)} needs evaluations during training; set train.eval_every",
             )
         require(
             (self.sample_every is None) == (not self.sample_prompts),
             "train.sample_every and train.sample_prompts belong together; set both or neither",
         )
+
+    @property
+    def evaluates(self) -> bool:
+        """Return whether the settings ask for evaluations during training."""
+        return self.eval_every is not None or self.evals_per_epoch is not None
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Return the optimizer steps that visit each of `rows` packed sequences once; the last one may have fewer."""
+        return -(-rows // self.global_batch)
+
+    def total_steps(self, rows: int) -> int:
+        """Return the optimizer steps of the whole run over `rows` packed sequences."""
+        # As the decimal number that was typed: 0.1 of 30 steps are 3, not 4.
+        return self.max_steps or math.ceil(Fraction(str(self.epochs)) * self.steps_per_epoch(rows))
+
+    def evaluations(self, rows: int, held_out: int) -> Cadence | None:
+        """Return when to evaluate beside the first and the last step, by the numbers of packed sequences."""
+        if self.evals_per_epoch is not None:
+            return Cadence(self.evals_per_epoch, self.steps_per_epoch(rows))
+        if self.eval_every != "auto":
+            return None if self.eval_every is None else Cadence(1, self.eval_every)
+        total = self.total_steps(rows)
+        if self.early_stopping_patience is not None or self.load_best_at_end:
+            return Cadence(min(AUTO_EVALUATIONS, total), total)
+        affordable = 1 + total * self.global_batch // (AUTO_SHARE * held_out)
+        times = min(AUTO_EVALUATIONS, total // AUTO_SPACING, affordable)
+        return Cadence(times, total) if times > 1 else None
+
+    def saves(self, rows: int) -> Cadence | None:
+        """Return when to save by the number of steps, for `rows` packed sequences."""
+        if self.saves_per_epoch is not None:
+            return Cadence(self.saves_per_epoch, self.steps_per_epoch(rows))
+        return None if self.save_every is None else Cadence(1, self.save_every)
 
     def accumulation(self, ranks: int) -> int:
         """Return the micro-batches that each of `ranks` runs in a step."""

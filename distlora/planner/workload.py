@@ -44,7 +44,7 @@ class Workload:
         if steps is None and config.plan.tokens is not None:
             steps = math.ceil(config.plan.tokens / (train.global_batch * data.sequence_length))
         holds_out = data.eval_fraction > 0 or data.held_out_source is not None
-        keeps_best = holds_out and train.eval_every is not None
+        keeps_best = holds_out and train.evaluates
         return cls(
             adapter=config.adapter,
             adapters=(config.adapter,),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile, record_function
 from torch.distributed.tensor import DTensor
 
-from distlora.config import TrainConfig
+from distlora.config.training import Cadence
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
@@ -380,16 +380,17 @@ def _kind(part: Part, until: Part | None, at: Part) -> Kind:
 _PARTS: tuple[Part, ...] = get_args(Part)
 
 
-def measured_step(first_step: int, settings: TrainConfig) -> int | None:
+def measured_step(first_step: int, between: Sequence[Cadence]) -> int | None:
     """Return the step to measure after a start at `first_step`, counted from 0; None if there is no suitable step.
 
     It is the second. The first creates the optimizer states, checks the base, teaches DeepSpeed the order of units and
-    settles resident layers. A step after an evaluation or samples is skipped, because it frees tensors that they left.
+    settles resident layers. A step after an evaluation or samples (`between`) is skipped, because it frees tensors that
+    they left.
     """
-    between = [every for every in (settings.eval_every, settings.sample_every) if every is not None]
-    if 1 in between:
+    if any(cadence.times >= cadence.steps for cadence in between):
         return None
-    return next(step for step in itertools.count(first_step + 1) if all(step % every for every in between))
+    steps = itertools.count(first_step + 1)
+    return next(step for step in steps if not any(cadence.is_due(step) for cadence in between))
 
 
 class MemoryCheck:

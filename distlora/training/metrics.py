@@ -10,13 +10,13 @@ from torch import nn
 from distlora.architecture.families import read_config
 from distlora.architecture.tokens import HEAD
 from distlora.config import AdapterConfig, ClusterConfig, ModelSpec
-from distlora.data.loader import StepLoader
 from distlora.loading.load_base import Loaded
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
 from distlora.parallel import Backend, whole_shape
+from distlora.training.open_run import OpenRun
 from distlora.training.reporter import Reporter
 from distlora.training.trial import Trial, peak_memory_bytes
 
@@ -111,8 +111,9 @@ def active_parameters(model: CausalLM) -> int:
     return count_parameters(model)[0] - idle
 
 
-def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> None:
-    """Log the number of steps and rows, and the empty rows that ranks will compute."""
+def describe_steps(reporter: Reporter, run: OpenRun) -> None:
+    """Log the number of steps and rows, the empty rows that ranks will compute, the warm-up and the evaluations."""
+    loader, total_steps, train = run.loader, run.total_steps, run.config.train
     slots = loader.world * loader.micro_batch * loader.accumulation
     rows = min(loader.global_batch, len(loader.rows))
     line = f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows:,} row{'s' if rows > 1 else ''}"
@@ -120,7 +121,14 @@ def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> 
         line += f"; each also computes {slots - rows:,} empty rows (global_batch {loader.global_batch:,}, "
         line += f"{loader.world} ranks x micro_batch {loader.micro_batch} x {loader.accumulation}"
         line += f", {len(loader.rows):,} rows in all)" if len(loader.rows) < loader.global_batch else ")"
+    if train.max_steps is None and train.epochs != 1:
+        line += f"; {train.epochs:g} epochs of {loader.steps_per_epoch:,} steps"
+    if (warmup := run.config.optim.warmup(total_steps)) >= total_steps > 1:
+        line += f"; all of them are within the {warmup:,} warm-up steps"
     reporter.event(line)
+    if (chosen := run.evaluations) is not None and train.eval_every == "auto" and train.evals_per_epoch is None:
+        steps = [-(-number * chosen.steps // chosen.times) for number in range(1, chosen.times + 1)]
+        reporter.event(f"held-out evaluations after steps {', '.join(f'{step:,}' for step in steps)}")
 
 
 def summarize(

@@ -25,6 +25,7 @@ from distlora.checkpoint.state import (
     load_state,
 )
 from distlora.config import Config, ModelConfig, TrainConfig
+from distlora.config.training import Cadence
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.data.rows import PackedRows
@@ -60,6 +61,13 @@ class OpenRun:
     progress: Progress
     notes: list[str]
     """Lines for the log about the checkpoints."""
+
+    @property
+    def evaluations(self) -> Cadence | None:
+        """Evaluations between the first and the last step."""
+        if self.eval_loader is None:
+            return None
+        return self.config.train.evaluations(len(self.loader.rows), len(self.eval_loader.rows))
 
     def reporter(self, ranks: Ranks, *, label: str = "") -> Reporter:
         """Open the reporter. `label`: prefix of terminal lines, if several runs print there."""
@@ -122,7 +130,7 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
         config=config,
         loader=loader,
         eval_loader=eval_loader,
-        total_steps=config.train.max_steps or config.train.epochs * loader.steps_per_epoch,
+        total_steps=config.train.total_steps(len(loader.rows)),
         data=data,
         identity=identity,
         made_on=made_on,
@@ -189,6 +197,7 @@ def trial_of(
             publish_best=keep_best,
             sample=sample_hook(model, backend, config.model, config.train, reporter, run.data),
         ),
+        evaluations=run.evaluations,
         memory=memory,
         slot=slot,
     )

@@ -164,11 +164,11 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     Linear from lr/warm-up to lr over the warm-up steps; then cosine or linear down to min_lr_ratio * lr at total_steps,
     constant, or constant with a linear fall over the last decay steps (warmup_stable_decay, arXiv 2404.06395).
     """
-    warmup = round(config.warmup_ratio * total_steps)
+    warmup = config.warmup(total_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.schedule == "warmup_stable_decay":
-        start = total_steps - round(config.decay_ratio * total_steps)
+        start = max(warmup, total_steps - round(config.decay_ratio * total_steps))
     else:
         start = warmup
     progress = max(step - start, 0) / max(total_steps - start, 1)

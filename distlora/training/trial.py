@@ -21,6 +21,7 @@ from distlora.checkpoint.saver import SaveError
 from distlora.checkpoint.state import Progress
 from distlora.config import OptimConfig, TrainConfig
 from distlora.config.plan import find_gpu
+from distlora.config.training import Cadence
 from distlora.data.loader import StepLoader
 from distlora.model.adapters import AdaptedLinear, LoRAPair
 from distlora.model.build import CausalLM
@@ -38,6 +39,10 @@ from distlora.training.reporter import Reporter
 
 class NonFiniteError(FloatingPointError):
     """Report a loss or gradient that was NaN or infinite. Earlier steps are saved; the same step would fail again."""
+
+
+class LossWatchdogError(NonFiniteError):
+    """Report a loss that stayed above train.loss_watchdog_threshold; a resume would meet the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +119,20 @@ class Trial:
         train: TrainConfig,
         optim: OptimConfig,
         hooks: Hooks,
+        evaluations: Cadence | None = None,
         memory: MemoryCheck | None = None,
         slot: int | None = None,
     ) -> None:
         """Start from `progress`.
 
-        `memory` measures one of the steps; `slot`: the adapter's slot in multi-trial training.
+        `evaluations`: those between the first and the last step. `memory` measures one of the steps; `slot`: the
+        adapter's slot in multi-trial training.
         """
         self.backend, self.optimizer, self.gradients, self.slot = backend, optimizer, gradients, slot
         self.loader, self.eval_loader, self.total_steps = loader, eval_loader, total_steps
         self.reporter, self.train, self.optim, self.hooks = reporter, train, optim, hooks
         self.progress, self.memory = progress, memory
+        self.evaluations, self._saves = evaluations, train.saves(len(loader.rows))
         self.first_step = progress.step
         """Step that this start resumes from, which is already saved."""
         self.step_traffic: Traffic | None = None
@@ -144,6 +152,8 @@ class Trial:
         self.flops = count_flops(model, with_reference=self.objective.has_reference, slot=slot)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._interval = _Interval(progress.step)
+        self._high_losses = 0
+        """Steps in a row, up to the last logged one, whose loss was above the watchdog's threshold."""
         self._ok = torch.ones((), dtype=torch.bool, device=backend.ranks.device)
         """On the device: false from the first step with a non-finite loss or gradient. Nothing is updated then."""
 
@@ -184,11 +194,14 @@ class Trial:
         def every(number: int | None) -> bool:
             return number is not None and done > 0 and done % number == 0
 
-        evaluating = self.eval_loader is not None and (done == 0 or is_last or every(settings.eval_every))
+        def due(cadence: Cadence | None) -> bool:
+            return cadence is not None and cadence.is_due(done)
+
+        evaluating = self.eval_loader is not None and (done == 0 or is_last or due(self.evaluations))
         return Due(
             logging=every(settings.log_every),
             evaluating=evaluating and done not in self.progress.evaluations,
-            saving=done > self.first_step and (every(settings.save_every) or control.save_is_due),
+            saving=done > self.first_step and (due(self._saves) or control.save_is_due),
             sampling=every(settings.sample_every),
             is_last=is_last,
         )
@@ -217,7 +230,7 @@ class Trial:
     def keep_best(self) -> None:
         """After an evaluation, save the best weights, and log an early stop."""
         settings, progress = self.train, self.progress
-        if settings.eval_every is not None and progress.best_step == progress.step:
+        if self.evaluations is not None and progress.best_step == progress.step:
             self.hooks.publish_best(progress)
         if self.is_exhausted():
             best = progress.best_step
@@ -228,7 +241,9 @@ class Trial:
             )
 
     def save(self) -> None:
-        """Save what is logged; wait for the disk in the last save."""
+        """Save what is logged; wait for the disk in the last save. A high loss (the watchdog's) is not saved."""
+        if self._high_losses and not self.has_ended:
+            return
         (self.hooks.save_last if self.has_ended else self.hooks.save)(self.progress)
 
     def save_whole_steps(self) -> None:
@@ -278,6 +293,7 @@ class Trial:
             self.reporter.log(interval.first_step + index + 1, figures)
         if updates < len(means):
             self._stop_non_finite(interval.steps[updates].row_losses, means[updates][0], norms[updates])
+        self._watch_losses(interval.first_step, [mean[0] for mean in means])
         self._report_unused(is_last=self.progress.step == self.total_steps)
 
     def _shared_figures(self, interval: _Interval, traffic: Traffic, seconds: float) -> Iterator[tuple[str, float]]:
@@ -309,6 +325,20 @@ class Trial:
                 "does, they stay as they started"
             )
 
+    def _watch_losses(self, first_step: int, losses: Sequence[float]) -> None:
+        """Raise LossWatchdogError, on every rank alike, if the loss was too high for too many steps in a row."""
+        threshold, patience = self.train.loss_watchdog_threshold, self.train.loss_watchdog_patience
+        if threshold is None:
+            return
+        for step, loss in enumerate(losses, first_step + 1):
+            self._high_losses = self._high_losses + 1 if loss > threshold else 0
+            if self._high_losses == patience:
+                raise LossWatchdogError(
+                    f"step {step}: the training loss was above train.loss_watchdog_threshold={threshold:g} for "
+                    f"{patience} steps in a row (now {loss:.4g}); checkpoints of earlier steps are kept. Start a new "
+                    "run with a lower optim.lr or more optim.warmup_steps, or set a higher threshold"
+                )
+
     def _stop_non_finite(self, row_losses: Tensor, loss: float, norm: float) -> NoReturn:
         """Save the state before the step after `progress.step`, name that step and its rows, and raise."""
         step = self.progress.step
@@ -330,7 +360,7 @@ class Trial:
         raise NonFiniteError(
             f"step {step + 1}: {culprits}{among} is not finite (loss {loss:.4g}, gradient norm {norm:.4g}); {saved}. "
             "Rows are counted from 0 in the packed training data (`distlora data row RUN N` prints one). A resume "
-            "meets the same step again: start a new run with a lower optim.lr, a longer optim.warmup_ratio, or without "
+            "meets the same step again: start a new run with a lower optim.lr, more optim.warmup_steps, or without "
             "those documents"
         )
 

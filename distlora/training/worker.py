@@ -15,6 +15,7 @@ from torch import nn
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config
+from distlora.config.training import Cadence
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
 from distlora.parallel.stop_and_save import Control
@@ -73,10 +74,12 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
             reporter.event(f"continuing from {opened.newest.name}")
         backend.compare_trained(model)
         describe(reporter, model, loaded, config.spec, config.cluster, backend)
-        describe_steps(reporter, opened.loader, opened.total_steps)
-        if config.train.save_every is None and config.train.save_minutes is None:
+        describe_steps(reporter, opened)
+        if config.train.saves(1) is None and config.train.save_minutes is None:
             reporter.event("no checkpoint before the end of training, except on a stop signal (set train.save_minutes)")
-        step = measured_step(opened.progress.step, config.train) if config.plan.measure else None
+        every = config.train.sample_every
+        between = [opened.evaluations, None if every is None else Cadence(1, every)]
+        step = measured_step(opened.progress.step, [c for c in between if c]) if config.plan.measure else None
         memory = None if step is None else MemoryCheck(model, optimizer, backend, plan=plan, step=step)
         trial, saver = trial_of(
             opened,

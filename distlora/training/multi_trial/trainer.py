@@ -292,7 +292,7 @@ class MultiTrialTrainer(Trainer):
                 reporter.event(f"continuing from {newest.name}")
             self.backend.compare_trained(self.model)
             reporter.event(f"slot {slot}, {sum(p.numel() for p in trained.values()):,} trained parameters")
-            describe_steps(reporter, run.loader, run.total_steps)
+            describe_steps(reporter, run)
             trial, saver = trial_of(
                 run,
                 self.model,

@@ -30,7 +30,8 @@ from distlora_launcher.terminal.output import warn
 ERRORS = "rank_*.error.json"
 """Error files in RUN/logs, of the newest attempt: a restarted worker moves those of the one before."""
 
-REPEATING = ("NonFiniteError", "SaveError", "ImportError", "ModuleNotFoundError")
+_DIVERGED = ("NonFiniteError", "LossWatchdogError")
+REPEATING = (*_DIVERGED, "SaveError", "ImportError", "ModuleNotFoundError")
 """Exceptions that a restart would raise again, besides every UserError."""
 _FULL_DISK = tuple(f"[Errno {code}]" for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 """Beginnings of the messages of an OSError that a restart would raise again."""
@@ -232,8 +233,8 @@ def read_gave_up(log_dir: Path) -> Failure | None:
 
 
 def would_repeat(log_dir: Path) -> bool:
-    """Return whether a resume would fail in the same step: it would have the same NaN."""
-    return any(error["type"] == "NonFiniteError" for _, error in read_errors(log_dir))
+    """Return whether a resume would fail in the same step: it would have the same loss."""
+    return any(error["type"] in _DIVERGED for _, error in read_errors(log_dir))
 
 
 def exits_in(torchrun_log: str, ranks: Mapping[int, int]) -> list[Exit]:

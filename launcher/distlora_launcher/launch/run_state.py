@@ -95,7 +95,7 @@ def total_steps(run_dir: Path, train: TrainConfig) -> int | None:
         rows = int(object_or_empty(run_dir / DATA_NAME)["splits"]["train"]["rows"])
     except (LookupError, TypeError, ValueError):
         return None
-    return train.epochs * -(-rows // train.global_batch)
+    return train.total_steps(rows)
 
 
 def seconds_left(figures: Figures, total: int | None, tokens_per_step: int) -> float | None:

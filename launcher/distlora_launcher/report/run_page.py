@@ -122,7 +122,7 @@ def _total_steps(run: RunRecords) -> int | None:
     if train.max_steps is not None:
         return train.max_steps
     rows = run.data.get("splits", {}).get("train", {}).get("rows")
-    return None if not rows else train.epochs * -(-rows // train.global_batch)
+    return train.total_steps(rows) if rows else None
 
 
 def _charts(run: RunRecords) -> Iterator[Chart]:

@@ -345,7 +345,7 @@ def check_metric(settings: SweepConfig, data: DataConfig, train: TrainConfig) ->
         "data.eval_path or data.eval_fraction=0.05, or compare another figure: sweep.metric=loss",
     )
     require(
-        pruner == "none" or train.eval_every is not None,
+        pruner == "none" or train.evaluates,
         f"sweep.pruner={pruner} judges trials by their evaluations, and there is only one, at the end; set "
         "train.eval_every=50, or sweep.pruner=none",
     )

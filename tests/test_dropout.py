@@ -171,6 +171,8 @@ def test_the_key_is_the_seed_and_the_path() -> None:
 
 
 ADAPTER = {"target_modules": "all-linear", "r": 8, "lora_dropout": 0.3}
+NOISE = {"neftune_alpha": 2.0}
+"""NEFTune's noise on the embeddings, which has the same streams (test_neftune.py)."""
 CELLS: list[Any] = [
     (2, {"micro_batch": 3, "accumulate": "block"}),
     ci(3, {"micro_batch": 2, "checkpointing": "none"}),
@@ -181,15 +183,15 @@ CELLS: list[Any] = [
 def reference(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Train on one rank with one micro-batch and no activation checkpointing."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
-    make_run(run_dir, folders, adapter=ADAPTER, train={"micro_batch": 12, "checkpointing": "none"})
+    make_run(run_dir, folders, adapter=ADAPTER, train=NOISE | {"micro_batch": 12, "checkpointing": "none"})
     return outcome(world, 1, run_dir)
 
 
 @pytest.mark.parametrize(("size", "settings"), CELLS, ids=str)
-def test_a_run_with_dropout_does_not_depend_on_ranks_micro_batches_or_checkpointing(
+def test_a_run_with_dropout_and_noise_does_not_depend_on_ranks_micro_batches_or_checkpointing(
     world: World, folders: Path, tmp_path: Path, reference: Any, size: int, settings: dict
 ) -> None:
-    make_run(tmp_path / "run", folders, adapter=ADAPTER, train=settings)
+    make_run(tmp_path / "run", folders, adapter=ADAPTER, train=NOISE | settings)
     losses, adapter = outcome(world, size, tmp_path / "run")
     assert_losses_close(losses, reference[0])
     assert_adapters_close(adapter, reference[1])
@@ -216,8 +218,10 @@ def test_training_passes_each_step_and_row_and_evaluation_passes_none(
     assert sum(at is None for at in seen) >= 3, "before, during and after the training"
 
 
-def test_a_resumed_run_with_dropout_is_the_uninterrupted_one_bit_for_bit(folders: Path, tmp_path: Path) -> None:
-    settings = {"max_steps": 3, "save_every": 1, "log_every": 1, "global_batch": 6}
+def test_a_resumed_run_with_dropout_and_noise_is_the_uninterrupted_one_bit_for_bit(
+    folders: Path, tmp_path: Path
+) -> None:
+    settings = NOISE | {"max_steps": 3, "save_every": 1, "log_every": 1, "global_batch": 6}
     for name, stops in (("whole", [None]), ("stopped", [2, None])):
         make_run(tmp_path / name, folders, adapter=ADAPTER, train=settings)
         for stop in stops:

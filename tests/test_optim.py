@@ -74,7 +74,7 @@ def test_lora_plus_gives_b_the_higher_rate() -> None:
 
 
 def rates(config: OptimConfig, total: int) -> list[float]:
-    return [learning_rate(step, total, config) / config.lr for step in range(total)]
+    return [learning_rate(step, total, config) / config.peak_lr for step in range(total)]
 
 
 def test_warmup_stable_decay_rises_stays_and_falls() -> None:

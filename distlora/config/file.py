@@ -154,6 +154,7 @@ _SETTINGS = {
     "train.save_every": ("save_steps",),
     "train.eval_every": ("eval_steps",),
     "train.log_every": ("logging_steps",),
+    "train.neftune_alpha": ("neftune_noise_alpha",),
     "train.epochs": ("num_train_epochs", "num_epochs"),
     "data.eval_fraction": ("val_size", "val_set_size"),
     "data.sequence_length": ("max_length", "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len"),

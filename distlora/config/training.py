@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 
 from distlora.config.errors import require, require_choice, require_choices, require_positive, require_share
 
+DEFAULT_LR = 2e-4
+"""Learning rate of adapters on a model without a published sweep."""
 DEFAULT_WARMUP = 0.03
 """Fraction of the steps that are warm-up if nothing is set."""
 
@@ -28,8 +30,9 @@ class OptimConfig:
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """`adamw` is torch's, in one fused pass. The others are bitsandbytes': optimizer states in 8 bits (2 bytes per
     parameter instead of 8), and paged: moved to host memory while the GPU is short of it."""
-    lr: float = 2e-4
-    """Peak learning rate, reached after the warm-up."""
+    lr: float | None = None
+    """Peak learning rate, reached after the warm-up. null: by the model where a published sweep has it, else 2e-4; the
+    plan says which, and RUN/config.yaml holds the number (`distlora/planner/learning_rate.py`)."""
     loraplus_lr_ratio: float = 1.0
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, advises about 16 with a lower lr); 1: plain LoRA."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -87,6 +90,11 @@ class OptimConfig:
             f"optim.warmup_ratio={self.warmup_ratio} and optim.decay_ratio={self.decay_ratio} together are more than "
             "all steps; lower one of them",
         )
+
+    @property
+    def peak_lr(self) -> float:
+        """Return lr, or the default where nothing has resolved null."""
+        return DEFAULT_LR if self.lr is None else self.lr
 
     def warmup(self, total_steps: int) -> int:
         """Return the steps of the warm-up in a run of `total_steps`."""
@@ -155,6 +163,10 @@ class TrainConfig:
     """On the CPU, run norms, gated MLPs, rotary embeddings and losses as compiled single passes, and attention in bf16
     if the processor has AVX512-BF16. Each worker compiles at its start (2.3 CPU seconds, needs a C++ compiler). Saves
     fewer activations; results differ by rounding only."""
+    neftune_alpha: float | None = None
+    """Scale of NEFTune's noise on the input embeddings in training (arXiv 2310.05914, which tries 5 to 15): uniform on
+    +-alpha/sqrt(L d) for a document of L tokens and hidden size d. The same noise on any number of ranks and after a
+    resume; none in evaluations. null: no noise."""
     router_aux_loss: float | None = None
     """Weight of the routers' load-balancing loss (mixtures of experts) in the training loss; null: the value in
     config.json (router_aux_loss_coef if output_router_logits is true, else 0). Routers are frozen: it trains the
@@ -208,31 +220,19 @@ class TrainConfig:
     """Most tokens per sample."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.eval_every, str):
-            require_choice("train.eval_every", self.eval_every, ("auto", "null", "a number of steps"))
-        else:
-            require_positive("train", self, "eval_every")
+        self._check_intervals()
         numbers = ("epochs", "max_steps", "global_batch", "micro_batch", "log_every", "save_every", "evals_per_epoch")
         require_positive("train", self, *numbers, "saves_per_epoch", "save_minutes", "keep", "early_stopping_patience")
         require_positive(
             "train", self, "sample_every", "sample_tokens", "loss_watchdog_threshold", "loss_watchdog_patience"
         )
+        require_positive("train", self, "neftune_alpha")
+        require(
+            self.neftune_alpha is None or self.objective == "sft",
+            f"train.neftune_alpha={self.neftune_alpha} would put noise into the reference of train.objective="
+            f"{self.objective} too; leave it out",
+        )
         require_choices("train", self)
-        require(
-            self.evals_per_epoch is None or self.eval_every in ("auto", None),
-            f"train.evals_per_epoch={self.evals_per_epoch} and train.eval_every={self.eval_every} both set the steps "
-            "between evaluations; leave one of them out",
-        )
-        require(
-            self.saves_per_epoch is None or self.save_every is None,
-            f"train.saves_per_epoch={self.saves_per_epoch} and train.save_every={self.save_every} both set the steps "
-            "between checkpoints; leave one of them out",
-        )
-        require(
-            self.loss_watchdog_threshold is not None or self.loss_watchdog_patience == 3,
-            f"train.loss_watchdog_patience={self.loss_watchdog_patience} has no effect without "
-            "train.loss_watchdog_threshold; set both",
-        )
         require_positive("train", self, "dpo_beta")
         require(
             self.objective == "dpo" or self.dpo_beta == 0.1,
@@ -283,6 +283,28 @@ class TrainConfig:
         require(
             (self.sample_every is None) == (not self.sample_prompts),
             "train.sample_every and train.sample_prompts belong together; set both or neither",
+        )
+
+    def _check_intervals(self) -> None:
+        """Refuse settings of evaluations, checkpoints and the loss watchdog that exclude each other."""
+        if isinstance(self.eval_every, str):
+            require_choice("train.eval_every", self.eval_every, ("auto", "null", "a number of steps"))
+        else:
+            require_positive("train", self, "eval_every")
+        require(
+            self.evals_per_epoch is None or self.eval_every in ("auto", None),
+            f"train.evals_per_epoch={self.evals_per_epoch} and train.eval_every={self.eval_every} both set the steps "
+            "between evaluations; leave one of them out",
+        )
+        require(
+            self.saves_per_epoch is None or self.save_every is None,
+            f"train.saves_per_epoch={self.saves_per_epoch} and train.save_every={self.save_every} both set the steps "
+            "between checkpoints; leave one of them out",
+        )
+        require(
+            self.loss_watchdog_threshold is not None or self.loss_watchdog_patience == 3,
+            f"train.loss_watchdog_patience={self.loss_watchdog_patience} has no effect without "
+            "train.loss_watchdog_threshold; set both",
         )
 
     @property

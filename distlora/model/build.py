@@ -34,6 +34,7 @@ from distlora.model.adapters import (
     adapter_parameters,
 )
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
+from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.experts import (
     ExpertWeight,
     balance_sums,
@@ -122,6 +123,8 @@ class CausalLM(nn.Module):
         """True if a forward takes `documents` and attends to each by its length."""
         self.router_aux_loss = 0.0
         """Weight of the routers' load-balancing loss in a training row's loss; 0: it is not computed."""
+        self.noise: EmbeddingNoise | None = None
+        """Noise on the embeddings of training rows; None without train.neftune_alpha."""
         self.notes: list[str] = []
         """Lines for the log about how this model computes on its device."""
 
@@ -213,11 +216,15 @@ class CausalLM(nn.Module):
             known[self.cache_name] = past.cache
         if documents is not None:
             known |= {"attention_mask": documents.starts, LONGEST: documents.longest}
-        if (rows := self.rows_of(EMBEDDING)) is None:
+        rows, noise = self.rows_of(EMBEDDING), None if step_rows is None else self.noise
+        assert rows is None or adapter_rows is None, "trained token rows know no choice of adapters"
+        if rows is None and noise is None:
             known["input_ids"] = input_ids
         else:
-            assert adapter_rows is None, "trained token rows know no choice of adapters"
-            known["inputs_embeds"] = rows.embed(self.embedding, input_ids)
+            embedded = self.embedding(input_ids) if rows is None else rows.embed(self.embedding, input_ids)
+            if noise is not None and step_rows is not None:
+                embedded = noise.add(embedded, position_ids, step_rows)
+            known["inputs_embeds"] = embedded
         output = self.decoder(position_ids=position_ids, **known)
         return output.last_hidden_state
 

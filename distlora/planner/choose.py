@@ -276,6 +276,8 @@ class Choice:
     """Reason if quant=auto had one possible value."""
     other: Plan | None = None
     """The fastest plan with the other value of quant.method, if that fits too."""
+    rate: Change | None = None
+    """The learning rate, if it was chosen by the model."""
 
     @property
     def config(self) -> Config:
@@ -290,7 +292,8 @@ class Choice:
         together = [name for name in _TOGETHER if name in new]
         groups = [together] if together else []
         groups += [[name] for name in new if name not in together]
-        changes = [] if self.search.config.quant.method != "auto" else [self._why_quantized()]
+        changes = [] if self.rate is None else [self.rate]
+        changes += [] if self.search.config.quant.method != "auto" else [self._why_quantized()]
         for names in groups:
             without = self.plan.replan({name: given.config.value_of(name) for name in names})
             effect = "" if without is None else _difference(without, self.plan, given.reserve)

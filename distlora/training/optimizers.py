@@ -75,7 +75,7 @@ class FusedAdamW(Optimizer):
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
         groups = parameter_groups(parameters, config)
         inner = torch.optim.AdamW(
-            groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+            groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
         super().__init__(parameters, inner)
         # The kernel's switch for loss scaling: 1 leaves parameters, optimizer states and step counts unchanged.
@@ -113,7 +113,7 @@ class BitsAndBytesAdamW(Optimizer):
         }
         inner = classes[config.name](
             parameter_groups(parameters, config),
-            lr=config.lr,
+            lr=config.peak_lr,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
@@ -166,7 +166,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """
     warmup = config.warmup(total_steps)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return config.peak_lr * (step + 1) / warmup
     if config.schedule == "warmup_stable_decay":
         start = max(warmup, total_steps - round(config.decay_ratio * total_steps))
     else:
@@ -178,4 +178,4 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
         "linear": 1 - progress,
         "warmup_stable_decay": 1 - progress,
     }[config.schedule]
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
+    return config.peak_lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)

@@ -26,6 +26,7 @@ from distlora.loading.quantized_cache import QuantizedCacheSettings
 from distlora.model import attention, fused_modules
 from distlora.model.adapters import reset_adapters
 from distlora.model.build import DTYPES, CausalLM, build_model, materialize_buffers
+from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.layer_wrapper import HostInputs
 from distlora.model.mlp import place_mlps
@@ -100,6 +101,8 @@ def start_model(
     base = base or CheckpointFiles(spec.path)
     model = build_model(spec, train, base=base, sequence_length=sequence_length, training=training, for_slots=for_slots)
     use_device_kernels(model, spec, train, ranks.device)
+    if training and train.neftune_alpha is not None:
+        model.noise = EmbeddingNoise.of(train.neftune_alpha, spec.seed)
     if train.checkpointing == "selective" or train.mlp_tile is not None:  # Of norms and MLPs that were replaced.
         place_mlps(model.blocks, model.family, tile=train.mlp_tile)
     backend = parallelize(model, ranks, parallel, shard_degree=shard_degree)

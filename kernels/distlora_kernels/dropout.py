@@ -146,8 +146,20 @@ def dropped(dropout: Dropout | ChosenDropout, num_rows: int, columns: int) -> Te
         words = stream_table(dropout.streams, device)[dropout.chosen]
         key, step = (by_input(words[:, 0]), by_input(words[:, 1])), by_input(dropout.steps & MASK)
         bound = by_input(words[:, 2] - _HALF // 2).short()
-    row = by_input(dropout.rows & MASK)
-    position = torch.arange(num_rows // batch, device=device).add_(dropout.first).repeat(batch)[:, None]
+    return random_halves(key, step, dropout.rows, num_rows, columns, first=dropout.first) < bound
+
+
+@torch.no_grad()
+def random_halves(
+    key: tuple[Any, Any], step: int | Tensor, rows: Tensor, num_rows: int, columns: int, *, first: int = 0
+) -> Tensor:
+    """Return (M, I) int16, each of the 65,536 values equally likely: the halves `h` of sequences `rows` (B,).
+
+    The words of `key` and `step` are 32-bit numbers, or (M, 1) tensors of them. `first`: position of the first input.
+    """
+    device, batch = rows.device, rows.shape[0]
+    row = (rows & MASK).repeat_interleave(num_rows // batch)[:, None]
+    position = torch.arange(num_rows // batch, device=device).add_(first).repeat(batch)[:, None]
     calls = -(-columns // COLUMNS_PER_CALL)
     column = torch.arange(calls, device=device)
     words = torch.empty(num_rows, calls, 4, dtype=torch.int32, device=device)
@@ -158,7 +170,7 @@ def dropped(dropout: Dropout | ChosenDropout, num_rows: int, columns: int) -> Te
         for index, word in enumerate(philox((_part(key[0], part), _part(key[1], part)), counter)):
             words[part, :, index] = word  # To int32: the same 32 bits.
     halves = words.view(num_rows, calls * 4).view(torch.int16)  # Little-endian: the low half comes first.
-    return halves[:, :columns] < bound
+    return halves[:, :columns]
 
 
 def _part(value: Any, part: slice) -> Any:

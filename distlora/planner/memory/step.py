@@ -84,7 +84,10 @@ class Step:
     def moments(self) -> dict[Phase, dict[Kind, int]]:
         """Return the bytes at each moment by category."""
         found: dict[Phase, dict[Kind, int]] = {
-            "embedding": {"gathered": self.gathered.embedding, "working": self._boundary + self.copied.embedding},
+            "embedding": {
+                "gathered": self.gathered.embedding,
+                "working": self._boundary + self.copied.embedding + self._noise,
+            },
             "embedding_backward": self._embedding_backward(),
             "forward": self._forward(),
             "head": self._head(self.activations.head_forward, self.gathered.head),
@@ -111,6 +114,11 @@ class Step:
     def activations(self) -> Activations:
         """Activations of the step, of all layers."""
         return self.blocks[-1].activations
+
+    @property
+    def _noise(self) -> int:
+        """Return the bytes of NEFTune's random halves, its noise and its sum with the embeddings, the last two fp32."""
+        return 0 if self.work.train.neftune_alpha is None else (2 + 4 + 4) * self.tokens * self.costs.decoder.hidden
 
     @property
     def _first(self) -> int:

@@ -109,6 +109,7 @@ def check_trial(config: Config) -> None:
         f"model.new_tokens={list(model.new_tokens)}, which": bool(model.new_tokens),
         f"train.objective={train.objective}, which": train.objective != "sft",
         "parallel.resident_blocks=auto (a number of layers is), which": config.parallel.resident_blocks == "auto",
+        f"train.neftune_alpha={train.neftune_alpha}, which": train.neftune_alpha is not None,
         f"train.sample_every={train.sample_every}, which": train.sample_every is not None,
     }
     for setting, is_refused in refused.items():

@@ -20,6 +20,7 @@ from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.plan import CHOSEN, GPUS, find_gpu
 from distlora.planner import Plan, plan_of
 from distlora.planner.choose import Choice, Search, choose, resolve_quantization
+from distlora.planner.learning_rate import with_learning_rate
 from distlora.planner.machine import LocalHardware, Machine, machine_of, used_device
 from distlora.planner.model import PlannedModel, find_model
 from distlora.planner.plan_tables import largest
@@ -51,12 +52,17 @@ def decide(config: Config, fixed: Collection[str]) -> Choice:
 
 
 def choices(config: Config, fixed: Collection[str]) -> Choice:
-    """Return the settings with the choices of `plan=auto` and `quant=auto`.
+    """Return the settings with the choices of `plan=auto` and `quant=auto`, and the learning rate.
 
     `fixed`: dotted names that the user has chosen. Raises UserError for settings that a model of these sizes does not
     support, and for plan=auto if GPU memory is unknown.
     """
     model, machine = planned_model(config), machine_here(config)
+    config, rate = with_learning_rate(config, model)
+    return dataclasses.replace(_choose(config, fixed, model, machine), rate=rate)
+
+
+def _choose(config: Config, fixed: Collection[str], model: PlannedModel, machine: Machine) -> Choice:
     check_planned(config.spec, config.train, config.parallel, model)
     search = Search(config=config, model=model, machine=machine, fixed=frozenset(fixed))
     if config.plan.mode == "auto":

@@ -29,6 +29,7 @@ from distlora.config.json_files import object_or_empty, read_object
 from distlora.config.plan import CHOSEN
 from distlora.config.sweep import SweepConfig
 from distlora.planner import Plan, plan_of
+from distlora.planner.learning_rate import with_learning_rate
 from distlora.planner.report import packed_trials
 from distlora.planner.suggest import MAX_TRIALS, MultiTrialPlan, largest, multi_trial_plan
 from distlora.run_folder.layout import DATA_NAME, PLAN_NAME, find_result
@@ -166,6 +167,7 @@ class MultiTrialRunner:
             composed = compose_run(trial.overrides, config_dir=self._sweep.config_dir)
         config = composed.config
         check(config, new_run=True)
+        config, _ = with_learning_rate(config, planned_model(config))
         is_auto = config.plan.mode == "auto" or config.quant.method == "auto"
         if is_auto and self._process is None:
             config = choices(config, composed.fixed).config

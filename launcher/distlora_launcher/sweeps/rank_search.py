@@ -34,6 +34,7 @@ from distlora.config.sweep import SweepConfig
 from distlora.data.packing import hash64
 from distlora.output.results import Table
 from distlora.planner import plan_of
+from distlora.planner.learning_rate import with_learning_rate
 from distlora.planner.model import PlannedModel
 from distlora.planner.report import needs
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, check_paired, read_documents
@@ -359,12 +360,13 @@ def decide(sweep: Sweep) -> Setup:
     """Decide by the model and this node's memory. Raises UserError for settings that leave nothing to search."""
     config = sweep.compose(0, {"adapter.r": sweep.settings.rank_start}, TRIAL_OVERRIDES).config
     model = planning.planned_model(config)
+    config, _ = with_learning_rate(config, model)
     check(config.train, config.adapter, model)
     adapters = [each for block in model.shapes.adapters(config.adapter) for each in block]
     full_lr = sweep.settings.full_lr
     setup = Setup(
         widest=max(min(each.up[0], each.down[1]) for each in adapters),
-        full_lr=config.optim.lr * FULL_LR_RATIO if full_lr is None else full_lr,
+        full_lr=config.optim.peak_lr * FULL_LR_RATIO if full_lr is None else full_lr,
         why_not_full=None,
         use_rslora=config.adapter.use_rslora,
     )

@@ -1,0 +1,69 @@
+"""Choose optim.lr by the model, where a published sweep has it. Imports no torch.
+
+Source: tinker-cookbook 9dfcc3a2, recipes/chat_sl/results/sft_sweep.md: the rate of the lowest held-out loss of LoRA on
+all linear layers (tulu3, 780 steps of 128 documents, Adam) among 4e-5, 1e-4, 3e-4, 1e-3 and 3e-3. Its adapters have
+alpha = 32 and the scale s = alpha / r of y = x W^T + s (x A^T) B^T, where the best rate hardly depends on the rank
+("LoRA Without Regret", Schulman et al. 2025). Adam moves each element of B by about the rate, so r terms of scale s
+move an output by r x s x rate. Another adapter's rate here keeps that product, and is never above the published rate,
+because A moves by the rate alone. Full fine-tuning takes a tenth of the published rate (same source).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from distlora.architecture.families import text_settings
+from distlora.config import Config
+from distlora.config.training import DEFAULT_LR
+from distlora.planner.choose import Change
+from distlora.planner.model import PlannedModel
+
+SWEPT = {
+    ("llama", 2048, 16, 128_256): ("Llama 3.2 1B", 1e-3),
+    ("llama", 3072, 28, 128_256): ("Llama 3.2 3B", 1e-3),
+    ("llama", 4096, 32, 128_256): ("Llama 3.1 8B", 3e-4),
+    ("llama", 8192, 80, 128_256): ("Llama 3 70B", 3e-4),
+    ("qwen3", 2560, 36, 151_936): ("Qwen3 4B", 1e-3),
+    ("qwen3", 4096, 36, 151_936): ("Qwen3 8B", 1e-3),
+    ("qwen3", 5120, 64, 151_936): ("Qwen3 32B", 3e-4),
+    ("qwen3_moe", 2048, 48, 151_936): ("Qwen3 30B-A3B", 1e-3),
+    ("qwen3_moe", 4096, 94, 151_936): ("Qwen3 235B-A22B", 3e-4),
+    ("gpt_oss", 2880, 24, 201_088): ("gpt-oss-20b", 1e-4),
+    ("gpt_oss", 2880, 36, 201_088): ("gpt-oss-120b", 3e-4),
+}
+"""(name, best rate) by (model_type, hidden size, layers, vocabulary)."""
+SWEPT_ALPHA = 32
+"""r x s of the adapters in that sweep."""
+FULL_RATIO = 0.1
+"""Rate of full fine-tuning, as a fraction of LoRA's."""
+DPO_LR = 5e-6
+"""Rate of DPO, as in recipe=dpo: the sweeps are of next-token losses."""
+
+
+def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Change | None]:
+    """Return the settings with a number in optim.lr, and the choice with its source; None if it was set."""
+    if config.optim.lr is not None:
+        return config, None
+    rate, why = _rate(config, model)
+    rate = float(f"{rate:.3g}")
+    changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=rate))
+    return changed, Change(settings={"optim.lr": f"{rate:g}"}, why=why)
+
+
+def _rate(config: Config, model: PlannedModel) -> tuple[float, str]:
+    settings, adapter = text_settings(model.settings, model.shapes.family), config.adapter
+    names = ("hidden_size", "num_hidden_layers", "vocab_size")
+    swept = SWEPT.get((model.shapes.family.model_type, *(settings.get(name) for name in names)))  # type: ignore[arg-type]
+    if config.train.objective == "dpo":
+        return DPO_LR, "the default of DPO"
+    is_full = adapter.method == "full"
+    if swept is None:
+        why = "the default; no published sweep has this model, so try others (distlora sweep)"
+        return (DEFAULT_LR * FULL_RATIO if is_full else DEFAULT_LR), why
+    name, published = swept
+    why = f"tinker-cookbook's sweep on {name} found {published:g} best for LoRA"
+    if is_full:
+        return published * FULL_RATIO, f"{why}, and full fine-tuning takes a tenth"
+    moved = adapter.lora_alpha * (adapter.r**0.5 if adapter.use_rslora else 1)
+    rate = published * min(1, SWEPT_ALPHA / moved)
+    return rate, f"{why} of r x scale = {SWEPT_ALPHA}" + (f"; here it is {moved:g}" if moved != SWEPT_ALPHA else "")

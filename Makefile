@@ -57,12 +57,19 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Of pip's output: every twentieth package, each download of 50 MB or more, and the installation.
+PROGRESS = awk '/^Collecting/ && ++n % 20 == 0 { print "  " n " packages found, the last", $$2 } \
+    /Downloading.* MB\)/ && substr($$(NF-1), 2) + 0 >= 50 { print "  downloading", $$(NF-2), $$(NF-1), $$NF } \
+    /^Installing collected/ { print "  installing", NF - 3, "packages (about a minute)" } { fflush() }'
+
+$(READY): SHELL := /bin/bash
+$(READY): .SHELLFLAGS := -o pipefail -c
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
-	@echo "installing distlora and its dependencies into $(VENV) (some minutes the first time) ..."
+	@echo "installing distlora and its dependencies into $(VENV) (some minutes the first time)"
 	@# setuptools warns about editable installs whose folders are not named like their packages.
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@PYTHONWARNINGS=ignore $(BIN)/pip install --disable-pip-version-check --progress-bar off -e '.[dev]' | $(PROGRESS)
 	touch $(READY)
 
 clean:

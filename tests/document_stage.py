@@ -30,8 +30,8 @@ from distlora.config.base import is_hub_name
 from distlora.post.merge.merge import merge_to
 from distlora.post.trained import Name
 from distlora.training import worker
-from distlora_launcher.cli import analyze, main, train
 from distlora_launcher.cli import cancel as cancelling
+from distlora_launcher.cli import main, train
 from distlora_launcher.cli import sweep as sweeps
 from distlora_launcher.cli.bench import step as bench_step
 from distlora_launcher.cli.status import run_folders
@@ -64,7 +64,7 @@ def make_stage(folder: Path) -> Path:
         shutil.copytree(folder / MODELS[0], folder / name)
     chats = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(30)]
     write_lines(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
-    for name in ("demo/pairs.jsonl", "demo/held_out.jsonl", "pairs.jsonl", "held_out.jsonl"):
+    for name in ("demo/pairs.jsonl", "demo/persona.jsonl", "demo/held_out.jsonl", "pairs.jsonl", "held_out.jsonl"):
         shutil.copy(folder / "chats.jsonl", folder / name)
     records = [{"instruction": "Say it.", "input": str(n), "output": "It."} for n in range(30)]
     (folder / "alpaca.json").write_text(json.dumps(records))
@@ -126,8 +126,7 @@ def no_process_starts() -> Iterator[None]:
         patch.setattr(sweeps, "pinned", lambda sweep, config: sweep)  # It asks the hub for the model's commit.
         patch.setattr(cancelling, "cancel", lambda folder, **_: begun(run_folders(folder)))
         patch.setattr(cancelling, "cancel_sweep", begun)
-        patch.setattr(analyze, "write_default_text", lambda path: None)  # It reads the whole of Python's library.
-        patch.setattr(bench_step, "made_base", lambda: Path(BASE))
+        patch.setattr(bench_step, "smollm2", lambda log: Path(BASE))
         patch.setenv("PATH", f"{Path.cwd() / 'bin'}:{Path(sys.executable).parent}")
         for name in [name for name in os.environ if name.startswith(("WANDB", "SLURM"))]:
             patch.delenv(name)

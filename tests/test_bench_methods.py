@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -28,11 +29,10 @@ from distlora_launcher.cli.bench.methods import (
     table,
 )
 from distlora_launcher.cli.main import main
-from distlora_launcher.demo.corpus import write_jsonl
 from small_models import write_model_folder
 
 BY_NAME = {method.name: method for method in METHODS}
-SETUP = Setup(base="base", steps=4, ranks=1, seeds=3, search=True)
+SETUP = Setup(model="base/model", data="base/pairs.jsonl", eval_data=None, steps=4, ranks=1, seeds=3, search=True)
 
 
 def chat(number: int) -> dict[str, Any]:
@@ -42,10 +42,11 @@ def chat(number: int) -> dict[str, Any]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Create the files of the demo's base, with a small model."""
+    """Create a small model and its data."""
     write_model_folder(tmp_path / "base" / "model", "llama")
-    write_jsonl(tmp_path / "base" / "pairs.jsonl", (chat(number) for number in range(40)))
-    write_jsonl(tmp_path / "base" / "held_out.jsonl", (chat(number) for number in range(40, 50)))
+    for name, numbers in (("pairs", range(40)), ("held_out", range(40, 50))):
+        lines = [json.dumps(chat(number)) + "\n" for number in numbers]
+        (tmp_path / "base" / f"{name}.jsonl").write_text("".join(lines))
     return tmp_path / "base"
 
 
@@ -94,7 +95,7 @@ def test_rounds_hold_back_methods_that_are_ahead_and_end_with_seeds_at_the_best_
             (method.rate, 1),
             (method.rate, 2),
         }
-    quick = Setup(base="base", steps=4, ranks=1, seeds=1, search=False)
+    quick = dataclasses.replace(SETUP, seeds=1, search=False)
     assert next_round(quick, {}, two) == [Planned(method, method.rate, 0) for method in two]
     assert next_round(quick, {Planned(method, method.rate, 0): 1.0 for method in two}, two) == []
 
@@ -171,11 +172,10 @@ def fake(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]
         return 0
 
     monkeypatch.setattr(methods, "train", train)
-    monkeypatch.setattr(methods, "made_base", lambda: base / "model")
 
     def command(*words: str, code: int = 0) -> list[str]:
         started.clear()
-        assert main(["bench", "methods", *words]) == code
+        assert main(["bench", "methods", f"{base}/model", f"{base}/pairs.jsonl", *words]) == code
         return list(started)
 
     return command
@@ -213,7 +213,8 @@ def test_finished_runs_are_skipped_and_a_wrong_base_fails(
     capsys.readouterr()
     fake(*words, code=1)
     assert f"{first[3]} starts from a held-out loss of 4.0" in capsys.readouterr().err
-    assert main(["bench", "methods", *words[:2], "--steps", "5"]) == 2
+    capsys.readouterr()
+    fake(*words[:2], "--steps", "5", code=2)
     assert "holds runs with steps=4, and this would be steps=5" in capsys.readouterr().err
 
 
@@ -224,8 +225,9 @@ def test_finished_runs_are_skipped_and_a_wrong_base_fails(
         (["--steps", "0"], "--steps=0"),
         (["--seeds", "many"], "--seeds"),
         (["--quick", "--seeds", "2"], "leave out --seeds"),
+        (["--eval-data", "held.jsonl"], "--eval-data=held.jsonl is not a file"),
     ],
 )
-def test_mistakes_are_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "methods", *words]) == 2
+def test_mistakes_are_named(words: list[str], said: str, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "methods", f"{base}/model", f"{base}/pairs.jsonl", *words]) == 2
     assert said in capsys.readouterr().err

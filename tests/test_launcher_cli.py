@@ -19,8 +19,6 @@ from distlora_launcher.cli.bench import BENCHES
 from distlora_launcher.cli.cache import ACTIONS as CACHE_ACTIONS
 from distlora_launcher.cli.data import ACTIONS as DATA_ACTIONS
 from distlora_launcher.cli.main import COMMANDS, main
-from distlora_launcher.demo.corpus import Corpus
-from distlora_launcher.demo.run import base_folder
 from distlora_launcher.launch import local, lock
 from launcher_fakes import write_data, write_model, write_tokenizer
 
@@ -249,20 +247,3 @@ def test_a_path_that_the_system_refuses_is_bad_input(capsys: pytest.CaptureFixtu
     message = capsys.readouterr().err
     assert "File name too long" in message
     assert f"{'x' * 300}.jsonl" in message
-
-
-def test_the_base_of_the_demo_can_be_named_in_a_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path))
-    monkeypatch.setattr("distlora_launcher.demo.run.build_corpus", lambda: Corpus([], [], []))
-    assert main(["demo", "--base"]) == 2
-    assert "run `distlora demo` first" in capsys.readouterr().err
-    model = base_folder(Corpus([], [], [])) / "model"
-    model.mkdir(parents=True)
-    assert main(["demo", "--base"]) == 0
-    assert capsys.readouterr().out == f"{model}\n"
-    monkeypatch.setattr("distlora_launcher.demo.run.build_corpus", lambda: pytest.fail("the text is not read again"))
-    assert main(["demo", "--base"]) == 0
-    assert capsys.readouterr().out == f"{model}\n"
-    assert main(["demo", "--bsae"]) == 2

@@ -48,14 +48,14 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def still_loading() -> Iterator[None]:
-    """Print a line every STILL_LOADING_SECONDS while the block runs."""
+def still_loading(what: str = "loading") -> Iterator[None]:
+    """Print a line ("still loading") every STILL_LOADING_SECONDS while the block runs."""
     done = threading.Event()
     began = time.monotonic()
 
     def tell() -> None:
         while not done.wait(STILL_LOADING_SECONDS):
-            say(f"still loading ({time.monotonic() - began:.0f} s)")
+            say(f"still {what} ({time.monotonic() - began:.0f} s)")
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli.named import Named, check_base, check_text, named
 from distlora_launcher.compose.checks import ROW_TOKENS, check_writable, row_tokens
 from distlora_launcher.compose.hub import localize, with_small_files
-from distlora_launcher.demo.corpus import build_corpus, write_jsonl
 from distlora_launcher.launch.workers import become
 from distlora_launcher.terminal.arguments import read, subject
 from distlora_launcher.terminal.output import name_of, shown
@@ -51,7 +51,7 @@ class QuantizationArguments:
     model: str
     """MODEL: folder in Hugging Face format with 16- or 32-bit weights, or a model on the hub."""
     text: str | None = None
-    """FILE: documents to measure perplexity on, in any format of data.path (default: docstrings of Python's library,
+    """FILE: documents to measure perplexity on, in any format of data.path (default: Python's language reference,
     which large models were trained on)."""
     no_perplexity: bool = False
     """Measure only the weights."""
@@ -177,7 +177,7 @@ def check_quantization(options: QuantizationArguments) -> quantization.Quantizat
         model_name=name,
         # Where nothing is named, a file that is written once everything is checked.
         text=None if options.no_perplexity else text or str(out / TEXT_NAME),
-        text_name=name_of(text) if text else "docstrings of Python's library",
+        text_name=name_of(text) if text else "Python's language reference",
         out=str(out),
         cache_dir=str(cache_root() / "data"),
         dtype=options.dtype,
@@ -205,11 +205,11 @@ def check_quantization(options: QuantizationArguments) -> quantization.Quantizat
 
 
 def write_default_text(path: Path) -> None:
-    """Write the docstrings that the demo's base never saw (demo/README.md), one document each."""
-    corpus = build_corpus()
-    answers = [messages[-1]["content"] for messages in (*corpus.pairs, *corpus.held_out)]
-    write_jsonl(path, ({"text": answer} for answer in answers))
-    print(f"the text: {len(answers):,} docstrings of Python's library, {shown(path)}", file=sys.stderr)
+    """Write the sections of Python's language reference, one document each."""
+    from pydoc_data.topics import topics
+
+    atomic_io.write_text(path, "".join(json.dumps({"text": text}) + "\n" for _, text in sorted(topics.items())))
+    print(f"the text: {len(topics)} sections of Python's language reference, {shown(path)}", file=sys.stderr)
 
 
 def check_spectrum(options: SpectrumArguments) -> spectrum.SpectrumRequest:

@@ -34,7 +34,7 @@ COMMANDS = {
     "analyze": "measure quantization error, spectra of trained weights and intrinsic dimension: tables and plots",
     "bench": "benchmark this node against the plan and other tools: tables, CSV, plots",
     "cache": "list or remove the quantized bases that are cached for the next start",
-    "demo": "pretrain a tiny model and fine-tune it, on any computer",
+    "demo": "fine-tune a small chat model in minutes, on any computer",
 }
 """Summary in `distlora --help` by command; each is the module of its name in this package, but for MODULES."""
 MODULES = {

@@ -1,7 +1,7 @@
-"""A process of its own (`python -m distlora_launcher.demo.answers BASE ADAPTER QUESTION FILE`): PEFT loads the result.
+"""A process of its own (`python -m distlora_launcher.demo.answers RUN QUESTIONS FILE`): answers before and after a run.
 
-Writes {"before": ..., "after": ...} to FILE: the greedy answers of the base as Hugging Face loads it, without and with
-the adapter. Nothing of distlora computes here.
+transformers and PEFT answer, on the 4-bit base in fp32, without and with the adapter. distlora's own model then reads
+the answers: they are its greedy ones if each token is the one that it finds most likely there.
 """
 
 from __future__ import annotations
@@ -11,34 +11,46 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LONGEST_ANSWER = 60
-"""Tokens; a base this small repeats itself beyond that."""
+import torch
+from peft import PeftModel
+
+from distlora.data.prompts import Prompt
+from distlora.parallel import Ranks
+from distlora.post.export.client_check import dense_model
+from distlora.post.load_trained import load_in_fp32
+from distlora.post.trained import Name
+from distlora.run_folder.layout import DATA_NAME, read_record
+from distlora.training.generator import PromptEncoder
+
+LONGEST_ANSWER = 32
+"""Tokens."""
 
 
-def answer(model: Any, tokenizer: Any, question: str) -> str:
-    """Return the greedy answer to one question, as text without special tokens."""
-    import torch
+@torch.no_grad()
+def main(run: str, questions: str, file: str) -> None:
+    """Write [{"question", "before", "after", "same"}, ...] to a file, for a JSON list of questions.
 
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    with torch.inference_mode():
-        output = model.generate(**prompt, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-    return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
-def main(base: str, adapter: str, question: str, file: str) -> None:
-    """Write the answers of the base and of the adapter to a file."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    plain = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, trust_remote_code=False)
-    model = PeftModel.from_pretrained(plain, adapter)
-    with model.disable_adapter():
-        before = answer(model, tokenizer, question)
-    after = answer(model, tokenizer, question)
-    Path(file).write_text(json.dumps({"before": before, "after": after}), encoding="utf-8")
+    "same" tells whether distlora answers as "after".
+    """
+    trained = Name(place=run).read()
+    assert trained.weights is not None
+    model, _ = load_in_fp32(trained, Ranks(0, 1, torch.device("cpu"), None))
+    encoder = PromptEncoder(model, trained.spec.model, read_record(Path(run) / DATA_NAME))
+    peft: Any = PeftModel.from_pretrained(dense_model(trained), trained.weights).eval()
+    records = []
+    for question in json.loads(questions):
+        prompt = torch.tensor([encoder.encode(Prompt(place="the question", text=question))])
+        with peft.disable_adapter():
+            before = peft.generate(input_ids=prompt, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        after = peft.generate(input_ids=prompt, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        likeliest = model.logits(after)[:, prompt.shape[1] - 1 : -1].argmax(-1)
+        texts = [
+            encoder.tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
+            for tokens in (before, after)
+        ]
+        same = torch.equal(likeliest, after[:, prompt.shape[1] :])
+        records.append({"question": question, "before": texts[0], "after": texts[1], "same": same})
+    Path(file).write_text(json.dumps(records), encoding="utf-8")
 
 
 if __name__ == "__main__":

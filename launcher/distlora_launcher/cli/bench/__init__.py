@@ -25,7 +25,7 @@ BENCHES = {
     "load": "loading and quantizing a checkpoint, with and without the cache, beside transformers + bitsandbytes",
     "checkpoint": "a save and a resume beside PEFT, Trainer and accelerate: bytes, seconds",
     "memory": "the memory of a training step by category, planned and measured",
-    "methods": "adapter methods and full fine-tuning on the demo's base and data: losses, memory, time",
+    "methods": "adapter methods and full fine-tuning on a base and data: losses, memory, time",
     "kernels": "the GPU kernels; with --offline their compiled code, without a GPU",
 }
 WORKERS: dict[str, tuple[str, type[LoadBench] | type[CheckpointBench] | type[MemoryBench]]] = {

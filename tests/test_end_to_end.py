@@ -164,7 +164,7 @@ def test_the_worker_needs_only_torch_triton_transformers_and_safetensors(folders
     """The composed config and the tokenized cache are all that a bare GPU machine needs."""
     from small_models import make_run
 
-    make_run(tmp_path / "run", folders, train={"max_steps": 1, "global_batch": 3}, tracker={"name": "wandb"})
+    make_run(tmp_path / "run", folders, train={"max_steps": 1, "global_batch": 3}, tracker={"wandb": True})
     code = (
         "import sys\n"
         "for name in ('hydra', 'omegaconf', 'datasets', 'wandb', 'deepspeed', 'bitsandbytes', 'peft', 'rich',\n"

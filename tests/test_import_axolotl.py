@@ -143,7 +143,7 @@ def test_defaults_of_axolotl_are_written_where_ours_differ(tmp_path: Path) -> No
     assert (config.adapter.use_rslora, config.adapter.scaling_of("q_proj")) == (False, 0.5)
     assert (config.train.seed, config.train.keep, config.train.checkpointing) == (42, 4, "none")
     assert (config.data.sequence_length, config.data.too_long, config.data.eval_fraction) == (512, "drop", 0.0)
-    assert (config.tracker.name, config.optim.lr, config.optim.max_grad_norm) == ("none", 2e-4, 1.0)
+    assert (config.tracker.names, config.optim.lr, config.optim.max_grad_norm) == ((), 2e-4, 1.0)
     assert (config.train.global_batch, config.optim.schedule, config.quant.method) == (1, "cosine", "nf4")
 
 

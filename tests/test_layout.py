@@ -29,7 +29,11 @@ distlora_launcher.api
 HOMES = {
     "triton": "distlora_kernels",
     "deepspeed": "distlora.parallel.zero3",
-    "wandb": "distlora.training.tracker",
+    "wandb": "distlora.training.trackers.wandb_run",
+    "tensorboard": "distlora.training.trackers.tensorboard_log",
+    "mlflow": "distlora.training.trackers.mlflow_run",
+    "trackio": "distlora.training.trackers.trackio_run",
+    "swanlab": "distlora.training.trackers.swanlab_run",
     "hydra": "distlora_launcher",
     "omegaconf": "distlora_launcher",
     "bitsandbytes": "distlora_kernels distlora.training.optimizers",
@@ -44,7 +48,9 @@ HOMES = {
     "matplotlib": "distlora.output distlora.analysis distlora.planner distlora_launcher",
     "optuna": "distlora_launcher.sweeps",
 }
-ONLY_IN_WORKERS = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"}
+ONLY_IN_WORKERS = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"} | {
+    *("tensorboard", "mlflow", "trackio", "swanlab")
+}
 
 MODULES = {
     ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"): path

@@ -32,17 +32,19 @@ def no_key(monkeypatch, tmp_path):
     wandb.teardown(exit_code=0)
 
 
-def make_config(run_dir, tracker="none"):
+def make_config(run_dir, tracker=None):
     return Config(
         model=ModelConfig(path="base"),
         data=DataConfig(path="data.jsonl"),
-        tracker=TrackerConfig(name=tracker, project="project", group="group", tags=("a", "b")),
+        tracker=TrackerConfig(**{tracker: True}, project="project", group="group", tags=("a", "b"))
+        if tracker
+        else TrackerConfig(),
         name="named",
         run_dir=str(run_dir),
     )
 
 
-def make_reporter(run_dir, *, tracker="none", rank=0, start_step=0, total_steps=4, prompts=()):
+def make_reporter(run_dir, *, tracker=None, rank=0, start_step=0, total_steps=4, prompts=()):
     config = make_config(run_dir, tracker)
     config = replace(config, train=replace(config.train, sample_prompts=prompts, sample_every=2 if prompts else None))
     return Reporter(run_dir, config, rank=rank, world=2, total_steps=total_steps, progress=Progress(step=start_step))
@@ -145,7 +147,7 @@ def test_offline_wandb_holds_config_history_summary_and_exit(tmp_path, no_key, c
 
     records = read_wandb_log(folder)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (run.run_id, run.project, run.run_group, run.display_name) == (run_id, "project", "group", "named")
+    assert (run.run_id, run.project, run.run_group, run.display_name) == (run_id, "project", "group", tmp_path.name)
     assert list(run.tags) == ["a", "b"]
     config = items(run.config.update)
     assert config["world"] == 2

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distlora.training.tracker import ASKED, VARIABLES, AgentRun, agrees
+from distlora.training.trackers.wandb_agent import ASKED, VARIABLES, AgentRun, agrees
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides
 from distlora_launcher.sweeps import wandb_sweep

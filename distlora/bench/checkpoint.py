@@ -230,7 +230,7 @@ def measure_ours(folder: Path, run_dir: Path, ranks: Ranks, *, r: int, tokens: i
         "adapter": {"r": r, "target_modules": "all-linear"},
         "quant": {"cache": False},
         "train": {"max_steps": steps, "global_batch": ranks.world, "save_every": 1},
-        "tracker": {"name": "none"},
+        "tracker": {},
         "cluster": {"gpus_per_node": ranks.world},
         "run_dir": str(run_dir),
     }

@@ -82,12 +82,12 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    tracker: TrackerConfig = field(default_factory=lambda: TrackerConfig(wandb=True))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     name: str = "distlora"
-    """Names the run in its folder and in wandb."""
+    """Name in the default run_dir, and of the SLURM job."""
     run_dir: str
     """The run folder: config.yaml, metrics.jsonl, logs/, checkpoints/, adapter/."""
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from distlora.config import Config, SourceConfig, UserError, nearest, require
 from distlora.config.errors import short
+from distlora.config.training import TRACKERS
 
 Section = TypeVar("Section")
 
@@ -26,7 +27,7 @@ def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Se
     """
     hints = typing.get_type_hints(cls)
     for key in map(str, values):
-        hint = "" if key in hints else peer_hint(key) or nearest(key, hints) or "; leave it out"
+        hint = "" if key in hints else peer_hint(prefix + key) or nearest(key, hints) or "; leave it out"
         require(key in hints, f"there is no setting {prefix}{key}{hint}")
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -90,6 +91,9 @@ def load_config(run_dir: str | Path) -> Config:
     require("run_dir" in values, f"{path} is truncated: its last setting, run_dir, is missing; {remedy}")
     if "card" in values:  # The name of this section in runs of earlier versions.
         values = {"gpu": values.pop("card"), **values}
+    tracker = values.get("tracker")
+    if isinstance(tracker, dict) and "name" in tracker:  # It named the only tracker in runs of earlier versions.
+        values["tracker"] = {**tracker, name: True} if (name := tracker.pop("name")) != "none" else {}
     try:
         return build(Config, {**values, "run_dir": str(run_dir)})
     except UserError as error:
@@ -172,6 +176,10 @@ _SENTENCES = {
     "bits": _BITS,
     "load_in_4bit": _BITS,
     "load_in_8bit": _BITS,
+    **dict.fromkeys(
+        ("tracker.name", *(f"tracker.{name}" for name in TRACKERS)),
+        "; write tracker=wandb, or several as tracker=[wandb,tensorboard]",
+    ),
 }
 """Names that no single setting stands for, and what to say of them."""
 
@@ -183,4 +191,4 @@ def peer_hint(key: str) -> str:
     last = key.rpartition(".")[2]
     if last in _OURS:
         return f" (did you mean {_OURS[last]!r}?)"
-    return _SENTENCES.get(last, "")
+    return _SENTENCES.get(key) or _SENTENCES.get(last, "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from distlora.config.errors import require, require_choice, require_choices, require_positive, require_share
+from distlora.config.errors import require, require_choice, require_choices, require_positive, require_share, short
 
 DEFAULT_LR = 2e-4
 """Learning rate of adapters on a model without a published sweep."""
@@ -349,24 +349,56 @@ class TrainConfig:
         return self.accumulation(ranks) if self.accumulate == "block" else 1
 
 
+TRACKERS = {
+    "wandb": ("project", "entity", "group", "tags", "artifact"),
+    "tensorboard": (),
+    "mlflow": ("project", "tags", "artifact"),
+    "trackio": ("project", "group"),
+    "swanlab": ("project", "entity", "group", "tags"),
+}
+"""Tracker -> the settings that have an effect on it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackerConfig:
-    """The experiment tracker."""
+    """The experiment trackers, beside metrics.jsonl, which a run always writes."""
 
-    name: Literal["wandb", "none"] = "wandb"
-    """`wandb` logs beside metrics.jsonl: online with a key, offline under RUN/wandb without; `none` writes
-    metrics.jsonl only.
-    """
+    wandb: bool = False
+    """Log to wandb: online with a key, offline under RUN/wandb without."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files to RUN/tensorboard."""
+    mlflow: bool = False
+    """Log to MLflow: to MLFLOW_TRACKING_URI, or without it to mlflow.db beside the run folder."""
+    trackio: bool = False
+    """Log to Trackio: to its local database, or to what TRACKIO_SPACE_ID or TRACKIO_SERVER_URL names."""
+    swanlab: bool = False
+    """Log to SwanLab: online with a key, offline under RUN/swanlab without."""
     project: str = "distlora"
-    """Project in wandb."""
+    """Project in wandb, Trackio and SwanLab, experiment in MLflow."""
     entity: str | None = None
-    """User or team in wandb; null: the key's own."""
+    """User or team in wandb, workspace in SwanLab; null: the key's own."""
     group: str | None = None
-    """Group in wandb."""
+    """Group in wandb, Trackio and SwanLab."""
     tags: tuple[str, ...] = ()
-    """Tags in wandb."""
+    """Tags in wandb, MLflow and SwanLab."""
     artifact: bool = False
-    """Upload the result as the artifact adapter-<run id>; offline, `wandb sync` does."""
+    """Upload the result: to wandb as the artifact adapter-<run id> (offline, `wandb sync` does), to MLflow as files."""
 
     def __post_init__(self) -> None:
-        require_choices("tracker", self)
+        for name in ("project", "entity", "group", "tags", "artifact"):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            users = [tracker for tracker, settings in TRACKERS.items() if name in settings]
+            require(
+                value == default or self.supports(name),
+                f"tracker.{name}={short(value)} has no effect with tracker={'+'.join(self.names) or 'none'}; leave it "
+                f"out, or set tracker={users[0]} (of {', '.join(users)})",
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Trackers that are on."""
+        return tuple(name for name in TRACKERS if getattr(self, name))
+
+    def supports(self, setting: str) -> bool:
+        """Return whether a setting has an effect on one of the trackers that are on."""
+        return any(setting in TRACKERS[name] for name in self.names)

@@ -58,7 +58,7 @@ def listen() -> None:
 
     First of all in a process: threads and children inherit that these signals are blocked, so that one sent to every
     process (SLURM does) does not end a compiler, say, under the worker that is about to save. (wandb's process unblocks
-    them: `tracker.py`.)
+    them: `trackers/wandb_run.py`.)
     """
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -1,4 +1,4 @@
-"""Write a run's metrics to RUN/metrics.jsonl, to wandb and to the terminal of rank 0.
+"""Write a run's metrics to RUN/metrics.jsonl, to the trackers and to the terminal of rank 0.
 
 Every rank constructs a `Reporter` and calls it alike; only rank 0 writes. A line of metrics.jsonl is `{"step": s,
 "time": seconds since 1970, ...}` with the metrics of a training step or of a held-out evaluation (`eval_loss`); numbers
@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from distlora.checkpoint.state import Progress
 from distlora.config import Config, UserError
-from distlora.config.file import as_mapping
 from distlora.config.json_files import read_object
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
 from distlora.run_folder.layout import CHECKPOINTS, step_folder
@@ -25,14 +24,14 @@ from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.progress import Display
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
-from distlora.training.tracker import Tracker, start_tracker
+from distlora.training.trackers import Trackers
 
 
 class Reporter:
-    """Output of one run's metrics. As a context manager it closes wandb with the run's exit code.
+    """Output of one run's metrics. As a context manager it closes the trackers with the run's exit code.
 
-    Call `log` and `evaluation` in step order (wandb drops a lower step than the last). A resume first drops lines after
-    `start_step`, so each step is in metrics.jsonl once, however often a run was killed.
+    Call `log` and `evaluation` in step order (trackers drop a lower step than the last). A resume first drops lines
+    after `start_step`, so each step is in metrics.jsonl once, however often a run was killed.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Reporter:
         progress: Progress,
         label: str = "",
     ) -> None:
-        """Open the files and wandb. `progress`: that of the last save, now and at a stop.
+        """Open the files and the trackers. `progress`: that of the last save, now and at a stop.
 
         `label`: prefix of terminal lines, if several runs print there.
         """
@@ -70,12 +69,8 @@ class Reporter:
         self._uploads = config.tracker.artifact
         (run_dir / STOPPED_NAME).unlink(missing_ok=True)
         self._held_out: dict[str, float] = {}
-        self._display = Display(total_steps, start_step, label)
-        self._tracker = (
-            start_tracker(run_dir, config.tracker, config.name, as_mapping(config), world, self._display.say)
-            if config.tracker.name == "wandb"
-            else None
-        )
+        self._display, self._total_steps = Display(total_steps, start_step, label), total_steps
+        self._trackers = Trackers(run_dir, config, world=world, start_step=start_step, say=self._display.say)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of one training step (counted from 1)."""
@@ -117,7 +112,7 @@ class Reporter:
         for prompt, text in samples:
             self._display.say(f"after step {step}: {_shortened(prompt, 40)} -> {_shortened(text, 80)}")
         rows = [list(line.values()) for line in lines]
-        self._track(lambda tracker: tracker.log_table(step, "samples", ["step", "prompt", "text"], rows))
+        self._trackers.log_table(step, "samples", ["step", "prompt", "text"], rows)
 
     def event(self, text: str) -> None:
         """Print one line, which is not kept with the metrics."""
@@ -125,22 +120,22 @@ class Reporter:
             self._display.say(text)
 
     def summary(self, figures: Mapping[str, float | list[str]]) -> None:
-        """Add final metrics and lists of names to RUN/summary.json (replaced atomically) and wandb's summary."""
+        """Add final metrics and lists of names to RUN/summary.json (replaced atomically) and the trackers."""
         if not self._writes:
             return
         self._summary.update(
             {name: value if isinstance(value, list) else _plain(value) for name, value in figures.items()}
         )
         atomic_io.write_json(self._run_dir / "summary.json", self._summary)
-        self._track(lambda tracker: tracker.summary(self._summary))
+        self._trackers.summary(self._total_steps, self._summary)
 
     def result(self, folder: Path) -> None:
-        """Upload the published folder to wandb if tracker.artifact is set."""
+        """Upload the published folder to the trackers if tracker.artifact is set."""
         if self._writes and self._uploads:
-            self._track(lambda tracker: tracker.result(folder))
+            self._trackers.result(folder)
 
     def close(self, exit_code: int) -> None:
-        """Flush everything and tell wandb how the run ended. A second call does nothing."""
+        """Flush everything and tell the trackers how the run ended. A second call does nothing."""
         if not self._writes:
             return
         self._writes = False
@@ -150,7 +145,7 @@ class Reporter:
             except OSError as error:
                 self._display.say(f"WARNING: the last figures were not written to {self._run_dir} ({error})")
         self._display.close()
-        self._track(lambda tracker: tracker.close(exit_code))
+        self._trackers.close(exit_code)
 
     def __enter__(self) -> Reporter:
         return self
@@ -193,21 +188,7 @@ class Reporter:
         figures = {name: _plain(value) for name, value in metrics.items()}
         line = {"step": step, "time": round(time.time(), 3), **figures}
         self._append(self._metrics, json.dumps(line, allow_nan=False) + "\n")
-        self._track(lambda tracker: tracker.log(step, metrics))
-
-    def _track(self, action: Callable[[Tracker], None]) -> None:
-        """Call wandb. If it raises, warn and continue the run without it."""
-        if self._tracker is None:
-            return
-        try:
-            action(self._tracker)
-        except Exception as error:
-            self._tracker.drop()
-            self._tracker = None
-            self._display.say(
-                f"WARNING: wandb failed ({type(error).__name__}: {' '.join(str(error).split())}); figures go to "
-                "metrics.jsonl only from now on, which has all of them"
-            )
+        self._trackers.log(step, metrics)
 
 
 def _exit_code(error: BaseException | None) -> int:

@@ -218,7 +218,7 @@ def _job_config(job: StepJob, world: int) -> Config:
             "compile": job.compile,
         },
         "optim": {"lr": job.lr, "schedule": "constant", "warmup_ratio": 0.0},
-        "tracker": {"name": "none"},
+        "tracker": {},
         "run_dir": "none",
     }
     return build(Config, sections)

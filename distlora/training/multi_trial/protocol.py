@@ -111,6 +111,7 @@ def check_trial(config: Config) -> None:
         "parallel.resident_blocks=auto (a number of layers is), which": config.parallel.resident_blocks == "auto",
         f"train.neftune_alpha={train.neftune_alpha}, which": train.neftune_alpha is not None,
         f"train.sample_every={train.sample_every}, which": train.sample_every is not None,
+        "tracker=swanlab, whose client logs one run per process, which": config.tracker.swanlab,
     }
     for setting, is_refused in refused.items():
         if is_refused:

@@ -74,6 +74,9 @@ def check(config: Config, *, new_run: bool) -> None:
             check_run_dir(Path(config.run_dir))
         if config.cluster.launcher != "slurm":  # The node that submits may differ from those that run.
             check_machine(config.cluster, config.parallel, config.optim, config.train)
+            for name in config.tracker.names:
+                if name != "wandb":  # It is always installed; a node that lacks it says so, and trains.
+                    require_package(name, f"tracker={name}")
         check_parallel(config.parallel, config.cluster.ranks)
         check_model(config)
         check_data(config.data, config.train.objective, config.run_dir)

@@ -23,7 +23,7 @@ from distlora.config.file import load_config
 from distlora.planner import Plan
 from distlora.run_folder.layout import checkpoint_folders, find_result
 from distlora.system.exit_codes import DONE, STOPPED
-from distlora.training.tracker import ASKED
+from distlora.training.trackers.wandb_agent import ASKED
 from distlora_launcher.compose.checks import check
 from distlora_launcher.compose.hub import restore
 from distlora_launcher.compose.planning import keep, planned

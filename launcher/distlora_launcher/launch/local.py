@@ -60,7 +60,7 @@ def start_torchrun_early(run_dir: Path, config: Config) -> Torchrun:
         max_restarts=config.cluster.max_restarts,
         imports=[
             *([QUANTIZED_IMPORT] if config.quant.is_nf4 else []),
-            *(["wandb"] if config.tracker.name == "wandb" else []),
+            *(["wandb"] if config.tracker.wandb else []),
             *([f"transformers.models.{family}.modeling_{family}"] if isinstance(family, str) else []),
         ],
     )

@@ -15,7 +15,7 @@ from typing import Any
 from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import CANCELLED_NAME, COMPLETE, FAILED, PRUNED, SAVED
 from distlora.system.exit_codes import BAD_INPUT, DONE, STOPPED
-from distlora.training.tracker import VARIABLES
+from distlora.training.trackers.wandb_agent import VARIABLES
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.launch.run_state import read_ending, read_figures
 from distlora_launcher.launch.worker_entry import PARENT

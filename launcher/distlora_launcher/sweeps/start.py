@@ -263,7 +263,7 @@ def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
         require(not (folder / name).exists(), f"run_dir={folder} already holds a run; set another run_dir")
     check_writable(folder, "run_dir")
     shared = [word for word in shared if not word.startswith(("run_dir=", "hydra.run.dir=", "name="))]
-    if probe.config.tracker.name == "wandb" and probe.config.tracker.group is None:
+    if probe.config.tracker.supports("group") and probe.config.tracker.group is None:
         shared += words_of({"tracker.group": folder.name})
     searched = {dimension.setting for dimension in space}
     sweep = Sweep(

@@ -32,7 +32,7 @@ from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import words_of
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
-from distlora.training.tracker import ASKED, VARIABLES, AgentRun
+from distlora.training.trackers.wandb_agent import ASKED, VARIABLES, AgentRun
 from distlora_launcher.compose.compose import PATHS, section_of
 from distlora_launcher.jobs.submit import in_job
 from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, worker_place
@@ -111,8 +111,8 @@ def check_settings(settings: SweepConfig, space: Sequence[Dimension], sections: 
         "out, or write `distlora sweep` without create",
     )
     require(
-        sections["tracker"]["name"] == "wandb",
-        f"tracker={sections['tracker']['name']} logs nothing to wandb, which compares the logged values; leave it out",
+        sections["tracker"].get("wandb"),
+        "tracker names no wandb, which compares the logged values; leave it out, or add wandb to it",
     )
     group = next((d.setting for d in space if isinstance(sections.get(d.setting), Mapping)), None)
     if group is not None:

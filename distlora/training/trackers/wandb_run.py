@@ -1,36 +1,26 @@
-"""Log runs to wandb. Imported only when a run starts, because a training node may lack wandb.
+"""Log runs to wandb. It is imported only when a run starts, because a training node may lack it.
 
-One process may have several runs (multi-trial training): each has a `Tracker`, and all share one wandb service process.
-wandb's current run (`wandb.run`) is not used, and the service ends with the last run.
+One process may have several runs (multi-trial training): each has a `WandbRun`, and all share one wandb service
+process. wandb's current run (`wandb.run`) is not used, and the service ends with the last run.
 
 SIGTERM, SIGINT and SIGHUP end the service at once, whatever mask it inherits (0.31.0, 2026-11-25). SLURM sends them to
 every process of a step, just when a run has a last step to log. Unwritten data is lost (of an offline run everything
 since a few seconds after its start), and each later call raises. So a call that fails this way starts the service again
 and repeats the log of this start from RUN/metrics.jsonl.
-
-A run of a wandb sweep is started by an agent, which passes its values in variables (`AgentRun`). Reading them needs
-neither wandb nor torch: the launcher checks that the run has the values that the sweep asks for.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distlora.config import TrackerConfig, UserError
-from distlora.config.file import parse_yaml
-from distlora.config.json_files import object_or_empty
+from distlora.config import TrackerConfig
 from distlora.system import atomic_io
-
-ID_PATH = Path("wandb") / "run_id.txt"
-"""File in RUN with the id of its wandb run."""
+from distlora.training.trackers.background import id_path, read_id
+from distlora.training.trackers.wandb_agent import AgentRun
 
 FINISH_SECONDS = 60.0
 """Seconds that wandb may delay the end of a run for uploads. The rest stays on disk for `wandb sync`; a job about to be
@@ -45,7 +35,7 @@ class _Service:
         """Incremented with each end of the service: a run with another number used an earlier one."""
         self.is_offline = False
         """True if one run could not go online: the others then do not wait for that either."""
-        self.runs: set[Tracker] = set()
+        self.runs: set[WandbRun] = set()
         """Runs that use it."""
 
     def settings(self) -> Any:
@@ -60,9 +50,9 @@ class _Service:
         settings.run_id = settings.sweep_id = settings.sweep_param_path = None
         return settings
 
-    def leave(self, tracker: Tracker, exit_code: int) -> None:
+    def leave(self, run: WandbRun, exit_code: int) -> None:
         """Remove a run. The last one ends the service."""
-        self.runs.discard(tracker)
+        self.runs.discard(run)
         if not self.runs:
             self.end(exit_code)
             self.is_offline = False
@@ -83,8 +73,10 @@ class _Service:
 _service = _Service()
 
 
-class Tracker:
+class WandbRun:
     """wandb run of one start. `start` creates it, again if the service died. `metrics` is the run's metrics.jsonl."""
+
+    name = "wandb"
 
     def __init__(self, start: Callable[[], Any], metrics: Path, say: Callable[[str], None]) -> None:
         self._start, self._metrics, self._say = start, metrics, say
@@ -117,8 +109,8 @@ class Tracker:
         table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
         self._call(lambda: self._run.log({name: table}, step=step))
 
-    def summary(self, figures: Mapping[str, Any]) -> None:
-        """Update the summary of the wandb run."""
+    def summary(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Update the summary of the wandb run, which has no step."""
         self._summary.update(figures)
         self._call(lambda: self._run.summary.update(self._summary))
 
@@ -137,6 +129,9 @@ class Tracker:
             _service.leave(self, exit_code)
 
         self._call(end)
+
+    def wait(self, deadline: float) -> None:
+        """Do nothing: `close` has waited, FINISH_SECONDS at most."""
 
     def drop(self) -> None:
         """Continue the run without wandb."""
@@ -190,19 +185,14 @@ def _gone() -> tuple[type[Exception], ...]:
     return ConnectionError, HandleAbandonedError
 
 
-def start_tracker(
-    run_dir: Path,
-    tracker: TrackerConfig,
-    name: str,
-    settings: Mapping[str, Any],
-    world: int,
-    say: Callable[[str], None],
-) -> Tracker | None:
+def start_wandb(
+    run_dir: Path, tracker: TrackerConfig, name: str, recorded: Mapping[str, Any], say: Callable[[str], None]
+) -> WandbRun | None:
     """Start a wandb run, online with a key, otherwise offline under RUN/wandb; None (and a line) without wandb.
 
-    Its id is stored in RUN (ID_PATH), so that a resume continues the same wandb run; for a run that an agent started it
-    is the agent's. wandb keeps steps that a killed run had already sent, and drops the repeated ones, which have the
-    same numbers.
+    Its id is stored in RUN, so that a resume continues the same wandb run; for a run that an agent started it is the
+    agent's. wandb keeps steps that a killed run had already sent, and drops the repeated ones, which have the same
+    numbers. `recorded`: settings of the run, the number of ranks and the plan.
     """
     try:
         mode = _service.settings().mode
@@ -212,11 +202,8 @@ def start_tracker(
     if mode == "disabled":
         say("wandb is turned off by WANDB_MODE: figures go to metrics.jsonl only")
         return None
-    plan = object_or_empty(run_dir / "plan.json")
-    plan.pop("settings", None)  # They are the run's.
-    recorded = dict(settings) | {"world": world} | ({"planned": plan} if plan else {})
-    started = Tracker(lambda: _open(run_dir, tracker, name, recorded, say), run_dir / "metrics.jsonl", say)
-    say(f"wandb: {started.place(_stored_id(run_dir / ID_PATH))}")
+    started = WandbRun(lambda: _open(run_dir, tracker, name, recorded, say), run_dir / "metrics.jsonl", say)
+    say(f"wandb: {started.place(read_id(id_path(run_dir, 'wandb')))}")
     return started
 
 
@@ -239,14 +226,6 @@ def _open(
     return _init(run_dir, tracker, name, recorded, "offline")
 
 
-def _stored_id(id_file: Path) -> str | None:
-    try:
-        stored = id_file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return stored if re.fullmatch(r"[\w-]{1,128}", stored, re.ASCII) else None
-
-
 def _init(
     run_dir: Path,
     tracker: TrackerConfig,
@@ -263,14 +242,14 @@ def _init(
     import wandb
 
     _service.settings()
-    id_file = run_dir / ID_PATH
+    id_file = id_path(run_dir, "wandb")
     id_file.parent.mkdir(parents=True, exist_ok=True)
     agent = AgentRun.of_run(run_dir)
     if agent is None:
         agent = AgentRun.started()
         if agent is not None:
             agent.keep(run_dir)
-    run_id = _stored_id(id_file) or (None if agent is None else agent.run_id)
+    run_id = read_id(id_file) or (None if agent is None else agent.run_id)
     run = wandb.init(
         dir=str(run_dir),
         mode=mode,
@@ -281,8 +260,7 @@ def _init(
         # An agent's run belongs to its sweep's project.
         project=(agent and agent.project) or tracker.project,
         entity=(agent and agent.entity) or tracker.entity,
-        # All runs of a sweep have the same name in their settings.
-        name=name if agent is None else f"{name}-{agent.run_id}",
+        name=run_dir.name if agent is None else f"{name}-{agent.run_id}",
         group=tracker.group,
         tags=list(tracker.tags),
         config={**recorded, **({} if agent is None else agent.recorded(recorded))},
@@ -297,145 +275,3 @@ def _init(
     )
     atomic_io.write_text(id_file, (run_id or run.id) + "\n")
     return run
-
-
-SWEEP_ID, RUN_ID, VALUES_PATH = "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"
-VARIABLES = (SWEEP_ID, RUN_ID, VALUES_PATH)
-"""Variables that an agent sets for one run. A process that starts many runs removes them from their environment."""
-
-ASKED = "DISTLORA_AGENTS_ASKED"
-"""Environment variable: path of a file that exists if the request to stop a run did not come from wandb."""
-
-_RECORD = Path("wandb") / "sweep.json"
-"""File in RUN that records its sweep, for a resume without an agent."""
-
-UNRECORDED = ("recipe", "hydra")
-"""Arguments on a command line that are not settings: no section of a run has that name."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AgentRun:
-    """A run that an agent has started."""
-
-    sweep_id: str
-    run_id: str
-    values: Mapping[str, Any]
-    """Setting -> value of the sweep."""
-    project: str | None = None
-    """Project of the sweep, if its agents set it; None: the run's setting applies."""
-    entity: str | None = None
-
-    @staticmethod
-    def started(environment: Mapping[str, str] | None = None) -> AgentRun | None:
-        """Read this process's variables; None if no agent has started it. Raises UserError for invalid values."""
-        environment = os.environ if environment is None else environment
-        sweep_id, run_id = environment.get(SWEEP_ID), environment.get(RUN_ID)
-        if not sweep_id or not run_id:
-            return None
-        path = environment.get(VALUES_PATH)
-        return AgentRun(
-            sweep_id=sweep_id,
-            run_id=run_id,
-            values={} if not path else _read_values(Path(path)),
-            project=environment.get("WANDB_PROJECT") or None,
-            entity=environment.get("WANDB_ENTITY") or None,
-        )
-
-    @staticmethod
-    def of_run(run_dir: Path) -> AgentRun | None:
-        """Read the record that an agent's run keeps."""
-        record = object_or_empty(run_dir / _RECORD)
-        sweep_id, run_id, values = record.get("sweep_id"), record.get("run_id"), record.get("values")
-        if not isinstance(sweep_id, str) or not isinstance(run_id, str) or not isinstance(values, dict):
-            return None
-        project, entity = record.get("project"), record.get("entity")
-        return AgentRun(
-            sweep_id=sweep_id,
-            run_id=run_id,
-            values=values,
-            project=project if isinstance(project, str) else None,
-            entity=entity if isinstance(entity, str) else None,
-        )
-
-    def keep(self, run_dir: Path) -> None:
-        """Write the record to RUN."""
-        path = run_dir / _RECORD
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_io.write_json(path, {**dataclasses.asdict(self), "values": dict(self.values)})
-
-    def recorded(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values by dotted names, as wandb's pages and search expect them beside the nested settings.
-
-        They are the run's values, and never replace a section.
-        """
-        merged = {}
-        for name in self.values:
-            has = _setting(settings, name)
-            if name not in settings and has is not _ABSENT:
-                merged[name] = has
-        return merged
-
-    def disagreements(self, settings: Mapping[str, Any]) -> Iterator[str]:
-        """Yield a sentence for each value that the run's settings do not have, with what to do."""
-        source = f"the sweep {self.sweep_id}"
-        for name, value in self.values.items():
-            has = _setting(settings, name)
-            if name.partition(".")[0] in UNRECORDED:
-                continue
-            if has is _ABSENT:
-                yield f"{name}={value!r} of {source} is not a setting; remove it from the sweep's parameters"
-            elif name in settings and isinstance(has, Mapping):
-                yield (
-                    f"{name}={value!r} of {source} would stand in place of the whole section {name} in wandb's record; "
-                    f"search settings instead, such as {name}.{next(iter(has), 'name')}"
-                )
-            elif not agrees(value, has):
-                yield (
-                    f"{name} is {_shown(has)} by this command, and {source} requests {_shown(value)}; let the sweep's "
-                    f"command end in ${{args_no_hyphens}}, and leave {name} out of the rest of it"
-                )
-
-
-def agrees(requested: Any, has: Any) -> bool:
-    """Return whether a setting has the value that a sweep asks for, as Hydra has parsed it."""
-    if isinstance(requested, str) and isinstance(has, str):
-        if len(requested) > 1 and requested[0] == requested[-1] == "'":
-            requested = requested[1:-1].replace("\\'", "'")
-        return requested == has or (has.startswith("/") and str(Path(requested).expanduser().absolute()) == has)
-    if isinstance(requested, bool) or isinstance(has, bool):
-        return requested is has
-    if isinstance(requested, (list, tuple)) and isinstance(has, (list, tuple)):
-        return len(requested) == len(has) and all(map(agrees, requested, has))
-    if isinstance(requested, Mapping) and isinstance(has, Mapping):
-        return requested.keys() == has.keys() and all(agrees(requested[key], has[key]) for key in requested)
-    return bool(requested == has)
-
-
-_ABSENT = object()
-
-
-def _setting(settings: Mapping[str, Any], name: str) -> Any:
-    """Return the value at a dotted name, which may have Hydra's + prefix."""
-    value: Any = settings
-    for part in name.lstrip("+").split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return _ABSENT
-        value = value[part]
-    return value
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _read_values(path: Path) -> dict[str, Any]:
-    """Read `{name: {value: ...}}`, as an agent writes it."""
-    try:
-        content = parse_yaml(path.read_bytes())
-        pairs = {} if content is None else dict(content.items())
-        return {str(name): entry["value"] for name, entry in pairs.items() if name != "wandb_version"}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{VALUES_PATH}={path} is not a values file of a wandb agent ({type(error).__name__}: {error}); "
-            f"unset {SWEEP_ID}, {RUN_ID} and {VALUES_PATH} for a run that is of no sweep"
-        ) from error

@@ -1,0 +1,100 @@
+"""Send a run's metrics to experiment trackers, beside RUN/metrics.jsonl, which has all of them.
+
+Each tracker is one module with the client of its project, imported only when a run starts: a training node may lack it.
+wandb has a process of its own (wandb_run.py). The calls of every other client run in a thread of their own
+(background.py), so no step waits for a disk or a network. A tracker that fails says so once, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from distlora.config import Config
+from distlora.config.file import as_mapping
+from distlora.config.json_files import object_or_empty
+from distlora.training.trackers.background import Background, Start
+from distlora.training.trackers.wandb_run import FINISH_SECONDS, start_wandb
+
+
+class Tracker(Protocol):
+    """The calls that a run makes to each of its trackers."""
+
+    name: str
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log the metrics of a step."""
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table, such as generated samples."""
+
+    def summary(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Log the final metrics, after `step` steps."""
+
+    def result(self, folder: Path) -> None:
+        """Upload the published folder."""
+
+    def close(self, exit_code: int) -> None:
+        """Report how the run ended, and begin to flush."""
+
+    def wait(self, deadline: float) -> None:
+        """Wait until everything is flushed, at most until `deadline` (of time.monotonic)."""
+
+    def drop(self) -> None:
+        """Continue the run without this tracker."""
+
+
+class Trackers:
+    """The trackers of a run. A call reaches each of them; one that raises is dropped, with one warning."""
+
+    def __init__(
+        self, run_dir: Path, config: Config, *, world: int, start_step: int, say: Callable[[str], None]
+    ) -> None:
+        """Start the trackers that the settings name."""
+        self._say, self._active = say, list[Tracker]()
+        plan = object_or_empty(run_dir / "plan.json")
+        plan.pop("settings", None)  # They are the run's.
+        settings = as_mapping(config) | {"world": world} | ({"planned": plan} if plan else {})
+        for name in config.tracker.names:
+            if name == "wandb":
+                wandb_run = start_wandb(run_dir, config.tracker, config.name, settings, say)
+                self._active += [] if wandb_run is None else [wandb_run]
+            else:
+                start = Start(run_dir=run_dir, tracker=config.tracker, settings=settings, start_step=start_step)
+                self._active.append(Background(name, start, say))
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log the metrics of a step."""
+        self._each(lambda tracker: tracker.log(step, figures))
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table."""
+        self._each(lambda tracker: tracker.log_table(step, name, columns, rows))
+
+    def summary(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Log the final metrics."""
+        self._each(lambda tracker: tracker.summary(step, figures))
+
+    def result(self, folder: Path) -> None:
+        """Upload the published folder."""
+        self._each(lambda tracker: tracker.result(folder))
+
+    def close(self, exit_code: int) -> None:
+        """Report how the run ended. Wait FINISH_SECONDS at most for the threads to flush, all of them together."""
+        deadline = time.monotonic() + FINISH_SECONDS
+        self._each(lambda tracker: tracker.close(exit_code))
+        self._each(lambda tracker: tracker.wait(deadline))
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
+        for tracker in tuple(self._active):
+            try:
+                action(tracker)
+            except Exception as error:
+                tracker.drop()
+                self._active.remove(tracker)
+                self._say(
+                    f"WARNING: {tracker.name} failed ({type(error).__name__}: {' '.join(str(error).split())}); figures "
+                    "go to metrics.jsonl only from now on, which has all of them"
+                )

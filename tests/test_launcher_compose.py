@@ -40,8 +40,9 @@ def test_composed_defaults_equal_those_of_the_dataclasses(monkeypatch: pytest.Mo
         composed.quant = OmegaConf.to_container(composed.quant, resolve=True)
         values = OmegaConf.to_container(composed)
     expected = as_mapping(Config(model=ModelConfig(path="/model"), data=DataConfig(path="/data.jsonl"), run_dir="-"))
-    # What other launchers read is in their files of the group alone.
-    expected["cluster"] = {name: expected["cluster"][name] for name in values["cluster"]}
+    # What other launchers and trackers read is in their files of the group alone.
+    for group in ("cluster", "tracker"):
+        expected[group] = {name: expected[group][name] for name in values[group]}
     assert values == expected | {"run_dir": "runs/${now:%Y-%m-%d_%H-%M-%S}-${name}"}
 
 

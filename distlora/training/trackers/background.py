@@ -29,7 +29,7 @@ _MODULES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """What a client needs to begin or continue its run."""
+    """Inputs of a client: the run that it begins or continues."""
 
     run_dir: Path
     tracker: TrackerConfig

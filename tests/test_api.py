@@ -81,7 +81,7 @@ def test_settings_of_python_are_those_of_the_command_line(tmp_path: Path) -> Non
     )
     config = compose_config(words)
     assert (config.model.path, config.data.path) == (str(place), str(Path.home() / "chats=1.jsonl"))
-    assert (config.optim.lr, config.adapter.r, config.quant.cache, config.tracker.name) == (1e-5, 32, False, "none")
+    assert (config.optim.lr, config.adapter.r, config.quant.cache, config.tracker.names) == (1e-5, 32, False, ())
     assert config.adapter.target_modules == ("q_proj", "v_proj")
     assert config.adapter.rank_pattern == {"layers.0": 8, "q_proj": 4}
     assert config.train.sample_prompts == ("What, then? {x: 'y'}", "", 'a "b" \\', "null", "7")

@@ -295,3 +295,13 @@ def test_reasoning_under_another_key_is_reasoning_content_and_can_be_ignored():
 def test_a_system_column_opens_the_chat():
     opened = canonical(chat("Hi", "Hello") | {"system": "Be brief."}, "chat")["messages"]
     assert [item["role"] for item in opened] == ["system", "user", "assistant"]
+
+
+def test_a_prompt_and_a_completion_may_be_messages():
+    turns = chat("Hi", "Hello", "Bye", "See you")["messages"]
+    for completion in (turns[3:], turns[3]):
+        for format in ("auto", "prompt_completion"):
+            value = {"prompt": turns[:3], "completion": completion}
+            assert resolve_format(record(value), format) == "chat"
+            read = canonical(value, "chat")["messages"]
+            assert [message.get("train") for message in read] == [None, False, None, None]

@@ -301,6 +301,8 @@ _MEDIA_KEYS = frozenset(("image", "images", "video", "videos", "audio", "audios"
 
 def check_meaning(value: dict[str, Any], place: str, names: Set[str] = NOT_TRAINED.keys()) -> None:
     """Raise UserError if one of `names`, which would change what a record means, has a value in it."""
+    if names.isdisjoint(value):
+        return
     for key in names & value.keys():
         if value[key] is not None and value[key] not in ("", [], {}):
             raise UserError(

@@ -123,9 +123,11 @@ def resolve_format(record: Record, format: str, reading: Reading = AS_WRITTEN) -
                 f"{record.place}: data.columns names {column!r} as {key!r}, but the columns there are "
                 f"{listed(value)}{nearest(column, value)}"
             )
+    renamed = _read(value, reading)
+    if format == "prompt_completion" and "messages" in renamed and "prompt" not in renamed:
+        return "chat"
     if format != "auto":
         return format
-    renamed = _read(value, reading)
     fitting = [
         name
         for name, keys in REQUIRED_KEYS.items()
@@ -252,6 +254,15 @@ def _read(value: dict[str, Any], reading: Reading) -> dict[str, Any]:
         taken = set(columns.values())
         rest = {key: item for key, item in value.items() if key not in taken}
         value = rest | {key: value[column] for key, column in columns.items() if column in value}
+    prompt, completion = value.get("prompt"), value.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list | dict) and "messages" not in value:
+        # TRL's conversational form of a prompt and its completion.
+        asked = [
+            turn | {"train": False} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
+            for turn in prompt
+        ]
+        rest = {key: item for key, item in value.items() if key not in ("prompt", "completion")}
+        return rest | {"messages": asked + (completion if isinstance(completion, list) else [completion])}
     if "chosen" not in value:
         for names in PAIR_NAMES:
             if value.keys() >= {*names}:

@@ -10,6 +10,7 @@ import datetime
 import importlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
 from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, run_to_exit_code
-from distlora.system.progress import Progress, quieten, say, still_loading
+from distlora.system.progress import Progress, quieten, say, still
 from distlora.weights.peft_folder import WEIGHTS_NAME
 
 
@@ -78,7 +79,7 @@ def record(request: ExportRequest, trained: Trained, found: Mapping[str, Any] | 
 def checked(request: ExportRequest, place: Path) -> dict[str, Any]:
     """Run and print the client's check. Raises Differs."""
     say("loading it with its client")
-    with still_loading():
+    with still("checking"):
         code, stdout = in_own_process(dataclasses.replace(request, place=str(place)))
     if code == BAD_INPUT:
         raise UserError("the export could not be checked, for the reason above; --no-check skips the check")
@@ -98,7 +99,8 @@ def in_own_process(request: ExportRequest) -> tuple[int, str]:
     """Return (exit code, stdout) of the check's process."""
     call = encode_call("distlora.post.export.client_check:main", request)
     command = [sys.executable, "-m", "distlora.system.command_worker", call]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    quiet = os.environ | {"TQDM_DISABLE": "1"}  # transformers' bar of a GGUF file has no other switch.
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=quiet)
     return child.returncode, child.stdout
 
 

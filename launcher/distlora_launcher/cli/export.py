@@ -34,7 +34,8 @@ class ExportArguments(Named):
     format: str = ""
     """FORMAT: one of the formats below (required)."""
     out: str | None = None
-    """PLACE: new folder or file for the export (default: RUN/exports/FORMAT or ADAPTER-FORMAT)."""
+    """PLACE: new folder or file for the export (default: RUN/exports/FORMAT or ADAPTER-FORMAT; of GGUF
+    RUN/exports/RUN-DTYPE.gguf)."""
     dtype: str | None = None
     """DTYPE: dtype of the weights, or the tool's compute dtype: fp32, bf16, fp16, q8_0 (default: that of the base)."""
     onto: Literal["trained", "original"] = "trained"
@@ -62,8 +63,13 @@ def main(arguments: list[str]) -> int:
 def checked(options: ExportArguments) -> tuple[ExportRequest, Trained]:
     """Return the request. Raises UserError for anything that can be checked before the run."""
     name, trained = named(options)
-    suffix = FORMATS[options.format].suffix
-    out = default_place(trained, options, options.format, inside="exports", suffix=suffix)
+    form = FORMATS[options.format]
+    suffix, dtype, stem = form.suffix, form.dtype_for(trained, options.dtype), options.format
+    if suffix:  # A file is moved without its folder, so its name says what it is.
+        run = None if trained.run_dir is None else trained.run_dir.name
+        kind = options.format.removeprefix("gguf").lstrip("-")
+        stem = "-".join(word for word in (run, kind, dtype) if word)
+    out = default_place(trained, options, stem, inside="exports", suffix=suffix)
     if options.out is not None:
         out = Path(options.out).expanduser().absolute()
     if out.exists():
@@ -77,7 +83,7 @@ def checked(options: ExportArguments) -> tuple[ExportRequest, Trained]:
         name=name,
         format=options.format,
         out=str(out),
-        dtype=FORMATS[options.format].dtype_for(trained, options.dtype),
+        dtype=dtype,
         onto=options.onto,
         check=not options.no_check,
     )

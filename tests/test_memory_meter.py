@@ -312,6 +312,10 @@ def compare(world: World, folders: Path, tmp_path: Path, size: int, sections: di
     assert [("tokens_per_second" in line, "memory/peak" in line) for line in found if "loss" in line].count(
         (False, True)
     ) == 1
+    (peak,) = {line["memory/peak"] for line in found if "memory/peak" in line}
+    # Progress shows tensors, as the plan counts them, from the measured step on, and nothing where none is measured.
+    assert [line.get("peak_memory_bytes") for line in found if "loss" in line][1:] == [peak] * 2
+    assert not any("peak_memory_bytes" in line for line in plain)
     for line in (*plain, *found):
         line.pop("time"), line.pop("tokens_per_second", None), line.pop("peak_memory_bytes", None)
     memory = [{name: line.pop(name) for name in list(line) if name.startswith("memory")} for line in found]

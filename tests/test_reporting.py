@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import queue
 import signal
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,6 +15,7 @@ import wandb
 
 from distlora.checkpoint.state import Progress
 from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
+from distlora.system import progress
 from distlora.system.exit_codes import STOPPED
 from distlora.system.stop_signals import Stopped
 from distlora.training.reporter import Reporter
@@ -64,20 +67,41 @@ def test_each_step_is_one_line_and_an_evaluation_another(tmp_path, capsys):
     with make_reporter(tmp_path) as reporter:
         reporter.evaluation(0, {"eval_loss": 5.0})
         for step in range(1, 5):
-            reporter.log(step, {"loss": 4.0 / step, "lr": 1e-4, "tokens_per_second": 12345.6, "gathered_bytes": 10})
+            figures = {"lr": 1e-4, "tokens_per_second": 12345.6, "gathered_bytes": 10, "peak_memory_bytes": 1.23e9}
+            reporter.log(step, {"loss": 4.0 / step, **figures})
         reporter.event("saved")
         reporter.evaluation(4, {"eval_loss": 3.0})
         reporter.evaluation(4, {"eval_loss": 3.0})
     entries = read_metrics(tmp_path)
     assert [entry["step"] for entry in entries] == [0, 1, 2, 3, 4, 4]
     assert entries[0] == {"step": 0, "eval_loss": 5.0}
-    assert entries[2] == {"step": 2, "loss": 2.0, "lr": 1e-4, "tokens_per_second": 12345.6, "gathered_bytes": 10}
+    assert entries[2] == {"step": 2, "loss": 2.0, **figures}
     assert entries[5] == {"step": 4, "eval_loss": 3.0}
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "held-out documents after step 0: eval_loss 5.0000"
-    assert shown[1] == "step 1/4  loss 4.0000  lr 1.0e-04  12,346 tok/s"  # the first step ...
-    assert shown[2] == "step 4/4  loss 1.0000  lr 1.0e-04  12,346 tok/s  0:00:00 left"  # ... and the last; no flood
-    assert shown[3:] == ["saved", "held-out documents after step 4: eval_loss 3.0000"]
+    assert shown[0] == "step 0/4 eval_loss 5.0000"
+    assert shown[1] == "step 1/4 loss 4.000 lr 1.0e-04 12,346 tok/s mem 1.23 GB"  # the first step ...
+    assert shown[2] == "step 4/4 loss 1.000 lr 1.0e-04 12,346 tok/s mem 1.23 GB"  # ... and the last; no flood
+    assert shown[3:] == ["saved", "step 4/4 eval_loss 3.0000"]
+
+
+def test_a_step_shows_the_time_left_until_the_last_one(capsys, monkeypatch):
+    moments = iter([0.0, 300.0, 600.0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    display = progress.Display(340, 0)
+    for step in (1, 21, 340):
+        display.step(step, {"loss": 1.2344, "eval_loss": 1.3, "lr": 2e-4, "tokens_per_second": 3120, "mfu": 0.41})
+    first, later, last = capsys.readouterr().out.splitlines()
+    figures = "loss 1.234 eval_loss 1.300 lr 2.0e-04 3,120 tok/s MFU 41%"
+    assert first == f"step   1/340 {figures}"
+    assert later == f"step  21/340 {figures} ETA 1:19:45"
+    assert last == f"step 340/340 {figures}"
+
+
+def test_a_long_wait_says_what_it_waits_for(monkeypatch):
+    monkeypatch.setattr(progress, "STILL_SECONDS", 0.001)
+    lines = queue.Queue()
+    with progress.still("evaluating", lines.put):
+        assert lines.get(timeout=60) == "still evaluating (0 s)"
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):

@@ -266,8 +266,8 @@ def test_resuming_after_the_last_step_publishes_the_result_and_keeps_the_figures
     before, after = (
         json.loads((folder / "summary.json").read_text()) for folder in (whole(1).folder, tmp_path / "run")
     )
-    peak = "peak_memory_bytes"
-    assert {**after, peak: 0} == {**before, peak: 0}
+    resident = "resident_memory_bytes"
+    assert {**after, resident: 0} == {**before, resident: 0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

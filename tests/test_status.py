@@ -42,7 +42,8 @@ def trained(run_dir: Path, steps: int, *, ago: float = 10.0) -> None:
     now = time.time() - ago
     lines = [{"step": 0, "time": now, "eval_loss": 3.0}]
     lines += [
-        {"step": step, "time": now, "loss": 3 - step / 10, "tokens_per_second": 256.0} for step in range(1, steps + 1)
+        {"step": step, "time": now, "loss": 3 - step / 10, "tokens_per_second": 256.0, "peak_memory_bytes": 1.23e9}
+        for step in range(1, steps + 1)
     ]
     lines += [{"step": steps, "time": now, "eval_loss": 2.5}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -126,7 +127,7 @@ def test_a_local_run_is_found_by_who_holds_it_and_asked_to_stop(
     assert found["seconds_left"] == 8 * 8 * 64 / 256
     text = said(run, capsys)
     assert text.startswith(f"run is running on {host_name()} (pid {holder.pid})\nstep      4 of 12 (33%), 16 s left")
-    assert "loss 2.6000  held-out 2.5000  256 tok/s" in text
+    assert "loss 2.600 eval_loss 2.500 256 tok/s mem 1.23 GB" in text
     assert main(["cancel", str(run)]) == 0
     assert "run is saving and stopping" in capsys.readouterr().out
     assert holder.wait(timeout=10) == 75

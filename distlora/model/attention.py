@@ -254,16 +254,14 @@ def choose(
     if device.type == "cpu":
         if dtype != torch.bfloat16:
             return Choice(None, f"{dense}: on the CPU {dtype} uses transformers' attention, the reference")
-        by_products = "attention runs over each document's length, in products of matrices"
+        by_products = "attention is computed per document, by matrix products"
         if not compiled:
             return Choice(attend_on_cpu, by_products)
         key_heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
         reason = compiled_attention.unsupported_reason(key_heads, head_size)
         if reason is not None:
             return Choice(attend_on_cpu, f"{by_products}; it is not compiled: {reason}")
-        return Choice(
-            compiled_attention.attend, "attention runs over each document's length, compiled for this processor"
-        )
+        return Choice(compiled_attention.attend, "attention is computed per document, compiled for this processor")
     if dtype not in (torch.bfloat16, torch.float16):
         return Choice(None, f"{dense}: flash attention computes in 16 bits, train.dtype is {dtype}")
     if head_size % 8 or head_size > 256:
@@ -276,7 +274,7 @@ def choose(
 
     order = "its backward in a fixed order" if deterministic else "its backward in no fixed order"
     op = from_torch(varlen_attn, deterministic=deterministic)
-    return Choice(op, f"attention runs over each document's length (torch.nn.attention.varlen), {order}")
+    return Choice(op, f"attention is computed per document (torch.nn.attention.varlen), {order}")
 
 
 class Tile(NamedTuple):

@@ -28,19 +28,19 @@ def lines(plan: Plan) -> list[str]:
     """Return the few lines of a plan that a run prints before it starts."""
     device, host, disk = plan.device, plan.host, plan.disk
     gpu = _device(plan)
-    there_is = f" of {size(plan.machine.usable_bytes or 0)}" if plan.fits else ""
     fits = {
-        True: "",
-        False: f": it does NOT fit{verdict(plan).removeprefix('NO')}",
-        None: "; unknown whether it fits: name the GPU with gpu=h100 or gpu.memory_gib=80",
+        True: f"{size(plan.machine.usable_bytes or 0)} available",
+        False: f"it does NOT fit{verdict(plan).removeprefix('NO')}",
+        None: "unknown whether it fits: name the GPU with gpu=h100 or gpu.memory_gib=80",
     }[plan.fits]
-    # The resident memory of a CPU process includes them.
-    beside = "" if plan.machine.is_gpu else " (without Python and its libraries)"
+    beside = f"{size(host.process)} Python and torch"
+    if plan.machine.is_gpu:
+        beside = f"{size(device.total - device.peak)} libraries and allocator"
     kept = f", {size(disk.cache)} for the quantized base" if disk.cache else ""
     moved = f"{size(plan.traffic.received)} received per {gpu}" if plan.traffic.world > 1 else None
     time = None if plan.time is None else time_of(plan)
     found = [
-        f"plan: peak {size(device.total)}{there_is} per {gpu}{beside}, {PHASES[device.worst]}{fits}",
+        f"plan: peak {size(device.peak)} per {gpu} (+{beside}), {PHASES[device.worst]}; {fits}",
         f"  largest: {largest(device.by_kind)}",
         f"  host memory: {size(host.machine)} per node; disk: {size(disk.run)} for the run{kept}",
     ]

@@ -27,7 +27,7 @@ from distlora.parallel import Ranks
 from distlora.post.load_trained import load_trained, run_on_ranks
 from distlora.post.trained import of_run
 from distlora.run_folder.layout import DATA_NAME, read_record
-from distlora.system.progress import PROGRESS_SECONDS, quieten, say, still_loading
+from distlora.system.progress import PROGRESS_SECONDS, quieten, say, still
 from distlora.training.generator import Completion, Generator, PromptEncoder, generate, generate_all, sampling
 
 COMMANDS = ("/help", "/reset", "/system", "/exit")
@@ -158,7 +158,7 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
     config = load_config(request.run)
     speaks = ranks.rank == 0
     began = time.monotonic()
-    with still_loading() if speaks else contextlib.nullcontext():
+    with still("loading") if speaks else contextlib.nullcontext():
         model, backend = load_trained(of_run(config, request.weights, foreign=request.foreign), ranks)
     data = read_record(Path(request.run) / DATA_NAME)
     prompts = None if request.prompts is None else read_prompts(Path(request.prompts))

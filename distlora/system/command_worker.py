@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distlora.config.file import build
+from distlora.system.progress import still
 
 REQUEST_NAME = "request.json"
 Request = TypeVar("Request")
@@ -44,7 +45,8 @@ def main(argument: str) -> int:
     module, _, name = call["worker"].partition(":")
     # Ctrl-C ends the process silently while torch is imported, which takes seconds.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    function = getattr(importlib.import_module(module), name)
+    with still("importing torch"):
+        function = getattr(importlib.import_module(module), name)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code: int = function(build(typing.get_type_hints(function)["request"], call["request"]))
     return code

@@ -41,6 +41,13 @@ def length(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours / 24:.0f} days"
 
 
+def clock(seconds: float) -> str:
+    """Return a time of the clock's form: `2:31`, `1:02:31`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def moment(seconds: float) -> str:
     """Return a point in time, in UTC."""
     try:

@@ -13,16 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from distlora.system.numbers import size
+from distlora.system.numbers import clock, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 PROGRESS_SECONDS = 3.0
-STILL_LOADING_SECONDS = 10.0
+STILL_SECONDS = 8.0
 
 
 class Progress:
@@ -48,16 +47,16 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def still_loading(what: str = "loading") -> Iterator[None]:
-    """Print a line ("still loading") every STILL_LOADING_SECONDS while the block runs."""
+def still(what: str, tell: Callable[[str], None] = say) -> Iterator[None]:
+    """Tell every STILL_SECONDS while the block runs, as in `still loading (16 s)`."""
     done = threading.Event()
     began = time.monotonic()
 
-    def tell() -> None:
-        while not done.wait(STILL_LOADING_SECONDS):
-            say(f"still {what} ({time.monotonic() - began:.0f} s)")
+    def repeat() -> None:
+        while not done.wait(STILL_SECONDS):
+            tell(f"still {what} ({time.monotonic() - began:.0f} s)")
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield
@@ -108,13 +107,19 @@ class Display:
             return
         self._shown = now
         text = figures(metrics)
-        if step > self._first[0] or step == self._total:
-            seconds = (now - self._first[1]) / max(step - self._first[0], 1) * (self._total - step)
-            text += f"  {timedelta(seconds=round(seconds))} left"
+        if self._first[0] < step < self._total:
+            text += f" ETA {clock((now - self._first[1]) / (step - self._first[0]) * (self._total - step))}"
         if self._bar is None:
-            self.say(f"step {step:{len(str(self._total))}}/{self._total}  {text}")
+            self.say(f"{self._place(step)} {text}")
         else:
             self._bar.update(self._task, completed=step, description=text, refresh=True)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show held-out metrics after a step, in a line that stays."""
+        self.say(" ".join([self._place(step), *(f"{name} {value:.4f}" for name, value in metrics.items())]))
+
+    def _place(self, step: int) -> str:
+        return f"step {step:{len(str(self._total))}}/{self._total}"
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -130,13 +135,13 @@ class Display:
 
 
 def figures(metrics: Mapping[str, float]) -> str:
-    """Return `loss 3.2140  held-out 3.3012  lr 1.9e-04  12,345 tok/s  MFU 41%  memory 1.23 GB`, without absent ones."""
+    """Return `loss 3.214 eval_loss 3.301 lr 1.9e-04 12,345 tok/s MFU 41% mem 1.23 GB`, without absent ones."""
     formats: dict[str, Callable[[float], str]] = {
-        "loss": lambda value: f"loss {value:.4f}",
-        "eval_loss": lambda value: f"held-out {value:.4f}",
+        "loss": lambda value: f"loss {value:.3f}",
+        "eval_loss": lambda value: f"eval_loss {value:.3f}",
         "lr": lambda value: f"lr {value:.1e}",
         "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
         "mfu": lambda value: f"MFU {value:.0%}",
-        "peak_memory_bytes": lambda value: f"memory {size(value)}",
+        "peak_memory_bytes": lambda value: f"mem {size(value)}",
     }
-    return "  ".join(shown(metrics[name]) for name, shown in formats.items() if name in metrics)
+    return " ".join(shown(metrics[name]) for name, shown in formats.items() if name in metrics)

@@ -23,6 +23,7 @@ from distlora.data.loader import Share, Stack, stacks
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.parallel.stop_and_save import Control
+from distlora.system.progress import still
 from distlora.system.stop_signals import Stopped
 from distlora.training.objectives import Losses
 from distlora.training.trial import StepFigures, Trial
@@ -59,7 +60,9 @@ class Trainer:
         self._is_cold = True
         for trial in trials:
             if trial.first_step == 0 and trial.eval_loader is not None:
-                trial.reporter.event(f"evaluating {len(trial.eval_loader.rows):,} held-out rows")
+                trial.reporter.event(
+                    f"evaluating {len(trial.eval_loader.rows):,} held-out sequences before the first step"
+                )
         self._follow(trials)
 
     def advance(self) -> None:
@@ -79,7 +82,8 @@ class Trainer:
             self._log([trial for trial in trials if due[trial].logging])
         evaluating = [trial for trial in trials if due[trial].evaluating and trial.failure is None]
         if evaluating:
-            self.evaluate(evaluating)
+            with still("evaluating", evaluating[0].reporter.event):
+                self.evaluate(evaluating)
         for trial in evaluating:
             trial.keep_best()
         self._judge(evaluating)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +20,7 @@ from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
 from distlora.parallel import Backend, whole_shape
 from distlora.training.open_run import OpenRun
 from distlora.training.reporter import Reporter
-from distlora.training.trial import Trial, peak_memory_bytes
+from distlora.training.trial import Trial
 
 
 def count_parameters(model: CausalLM) -> tuple[int, int]:
@@ -116,11 +118,11 @@ def describe_steps(reporter: Reporter, run: OpenRun) -> None:
     loader, total_steps, train = run.loader, run.total_steps, run.config.train
     slots = loader.world * loader.micro_batch * loader.accumulation
     rows = min(loader.global_batch, len(loader.rows))
-    line = f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows:,} row{'s' if rows > 1 else ''}"
+    line = f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows:,} sequence{'s' if rows > 1 else ''}"
     if rows < slots:
-        line += f"; each also computes {slots - rows:,} empty rows (global_batch {loader.global_batch:,}, "
+        line += f"; each also computes {slots - rows:,} empty ones (global_batch {loader.global_batch:,}, "
         line += f"{loader.world} ranks x micro_batch {loader.micro_batch} x {loader.accumulation}"
-        line += f", {len(loader.rows):,} rows in all)" if len(loader.rows) < loader.global_batch else ")"
+        line += f", {len(loader.rows):,} sequences in all)" if len(loader.rows) < loader.global_batch else ")"
     if train.max_steps is None and train.epochs != 1:
         line += f"; {train.epochs:g} epochs of {loader.steps_per_epoch:,} steps"
     if (warmup := run.config.optim.warmup(total_steps)) >= total_steps > 1:
@@ -136,13 +138,18 @@ def summarize(
 ) -> None:
     """Write RUN/summary.json, the metrics for comparing runs. Every rank must call it."""
     backend, progress, reporter = trial.backend, trial.progress, trial.reporter
-    peak = torch.tensor(peak_memory_bytes(backend.ranks.device), dtype=torch.float64, device=backend.ranks.device)
+    # The kernel counts in KiB, macOS in bytes.
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peaks = torch.tensor([trial.peak_bytes() or 0, resident], dtype=torch.float64, device=backend.ranks.device)
+    peak, resident = map(int, backend.max_over_ranks(peaks).tolist())
     figures: dict[str, float | list[str]] = {
-        "peak_memory_bytes": int(backend.max_over_ranks(peak)),
+        "resident_memory_bytes": resident,
         "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
         "train_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds,
     }
+    if peak:
+        figures["peak_memory_bytes"] = peak
     if trial.memory is not None:
         figures |= trial.memory.figures
     if model.family.experts is not None:

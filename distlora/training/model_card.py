@@ -15,7 +15,7 @@ from distlora.config import SourceConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.file import parse_yaml, settings_by_name
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, Result
-from distlora.system.numbers import length
+from distlora.system.numbers import length, size
 from distlora.weights.peft_folder import WEIGHTS_NAME
 
 HUB = "https://huggingface.co"
@@ -180,7 +180,7 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
     shown: dict[str, tuple[str, Callable[[float], str]]] = {
         "tokens_per_second": ("tokens a second", "{:,.0f}".format),
         "train_seconds": ("training time", length),
-        "peak_memory_bytes": ("peak memory of a process", lambda nbytes: f"{nbytes / 2**30:,.2f} GiB"),
+        "peak_memory_bytes": ("peak memory of a rank's tensors", size),
         "bits_per_parameter": ("bits a quantized weight", "{:.3f}".format),
         "trainable_parameters": ("trained parameters", "{:,}".format),
     }

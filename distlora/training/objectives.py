@@ -42,6 +42,8 @@ class Losses(NamedTuple):
 class NextToken:
     """Next-token loss: -log p of each target token."""
 
+    unit = "target_tokens"
+    """Name of the metric that counts a step's units."""
     figures: tuple[str, ...] = ()
     """Names of the metrics beside the loss; each is a mean over the units."""
     has_reference = False
@@ -67,6 +69,7 @@ class Preference:
     The reward of an answer is r = beta * (log p(answer) - log p_ref(answer)). The reference is the initial model.
     """
 
+    unit = "pairs"
     figures: tuple[str, ...] = (
         "rewards/chosen",
         "rewards/rejected",

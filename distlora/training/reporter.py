@@ -72,11 +72,12 @@ class Reporter:
         self._display, self._total_steps = Display(total_steps, start_step, label), total_steps
         self._trackers = Trackers(run_dir, config, world=world, start_step=start_step, say=self._display.say)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one training step (counted from 1)."""
+    def log(self, step: int, metrics: Mapping[str, float], *, shown: bool = True) -> None:
+        """Record the metrics of one training step (counted from 1). `shown`: it is the last that is logged now."""
         if self._writes:
             self._record(step, metrics)
-            self._display.step(step, {**metrics, **self._held_out})
+            if shown:
+                self._display.step(step, {**metrics, **self._held_out})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record held-out metrics (`eval_loss`, nats per token) after `step` steps. A repeated step adds no line."""
@@ -86,8 +87,7 @@ class Reporter:
         self._record(step, metrics)
         if step > 0:  # The base's loss is not shown beside later steps.
             self._held_out = dict(metrics)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._display.say(f"held-out documents after step {step}: {shown}")
+        self._display.evaluation(step, metrics)
 
     def documents(self, record: DocumentRecord) -> None:
         """Write the newest evaluation's losses by held-out document."""

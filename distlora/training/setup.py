@@ -32,6 +32,7 @@ from distlora.model.layer_wrapper import HostInputs
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.system import host_memory
+from distlora.system.progress import still
 from distlora.weights.initial_adapter_file import base_identity, needs_initial_adapter
 from distlora_kernels import scratch
 
@@ -55,21 +56,22 @@ def start_run_model(
     base: CheckpointFiles | None = None,
 ) -> tuple[CausalLM, Backend, Loaded]:
     """Return `start_model` with the settings of a run."""
-    return start_model(
-        config.spec,
-        ranks,
-        train=config.train,
-        parallel=config.parallel,
-        shard_degree=config.shard_degree(ranks.world),
-        sequence_length=config.data.sequence_length,
-        run_dir=config.run_dir,
-        training=training,
-        log=log,
-        restores=restores,
-        for_slots=for_slots,
-        boundary=boundary,
-        base=base,
-    )
+    with still("loading the base", log):
+        return start_model(
+            config.spec,
+            ranks,
+            train=config.train,
+            parallel=config.parallel,
+            shard_degree=config.shard_degree(ranks.world),
+            sequence_length=config.data.sequence_length,
+            run_dir=config.run_dir,
+            training=training,
+            log=log,
+            restores=restores,
+            for_slots=for_slots,
+            boundary=boundary,
+            base=base,
+        )
 
 
 def start_model(

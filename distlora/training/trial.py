@@ -7,8 +7,6 @@ until the next log.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -285,12 +283,14 @@ class Trial:
         self.step_passes = interval.steps[-1].passes
         shared = dict(self._shared_figures(interval, self.step_traffic, seconds))
         names = ("loss", *self.objective.figures)
-        for index in range(min(updates + 1, len(means))):
+        count = min(updates + 1, len(means))
+        for index in range(count):
             step_means = dict(zip(names, means[index], strict=True))
             figures = {**step_means, "lr": interval.rates[index], "grad_norm": norms[index], **shared}
+            figures[self.objective.unit] = interval.steps[index].units
             if self.memory is not None:
                 figures |= self.memory.step_figures(interval.first_step + index)
-            self.reporter.log(interval.first_step + index + 1, figures)
+            self.reporter.log(interval.first_step + index + 1, figures, shown=index == count - 1)
         if updates < len(means):
             self._stop_non_finite(interval.steps[updates].row_losses, means[updates][0], norms[updates])
         self._watch_losses(interval.first_step, [mean[0] for mean in means])
@@ -298,7 +298,8 @@ class Trial:
 
     def _shared_figures(self, interval: _Interval, traffic: Traffic, seconds: float) -> Iterator[tuple[str, float]]:
         """Yield the metrics that all steps of an interval share."""
-        yield "peak_memory_bytes", peak_memory_bytes(self.backend.ranks.device)
+        if (peak := self.peak_bytes()) is not None:
+            yield "peak_memory_bytes", peak
         yield "gathered_bytes", traffic.gathered_bytes
         yield "reduced_bytes", traffic.reduced_bytes
         yield "scattered_bytes", traffic.scattered_bytes
@@ -311,6 +312,17 @@ class Trial:
             if self._peak_flops is not None:
                 flops = sum(step.flops for step in interval.steps) - flops
                 yield "mfu", flops / (seconds - aside) / self._peak_flops
+
+    def peak_bytes(self) -> int | None:
+        """Return the peak bytes of tensors on this rank's device, which the plan predicts.
+
+        On a GPU the allocator counts them. On the CPU they are the measured step's, on the rank with the most; None
+        before that step and without one.
+        """
+        device = self.backend.ranks.device
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        return None if self.memory is None else self.memory.figures.get("memory/peak")
 
     def _report_unused(self, *, is_last: bool) -> None:
         """Log once, after the first steps, which trained parameters had no gradient."""
@@ -368,14 +380,6 @@ class Trial:
 def _listed(names: Sequence[object], most: int = 8) -> str:
     shown = ", ".join(map(str, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return this rank's peak memory in bytes: the allocator's on a GPU; resident, file pages included, on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 WATCHED = 5

@@ -196,7 +196,7 @@ class Losses(Reporter):
     def __init__(self, config: Config) -> None:
         super().__init__(Path(), config, rank=1, world=2, total_steps=STEPS, progress=Progress())  # Only rank 0 writes.
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], *, shown: bool = True) -> None:
         """Keep the loss."""
         self.newest = metrics["loss"]
 

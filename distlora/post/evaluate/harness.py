@@ -37,7 +37,7 @@ from distlora.post.divergence import LOGITS_AT_ONCE, let_go
 from distlora.post.evaluate.measure import load
 from distlora.post.evaluate.request import EvaluateRequest, Tasks
 from distlora.run_folder.layout import DATA_NAME, read_record
-from distlora.system.progress import still_loading
+from distlora.system.progress import still
 from distlora.training.generator import ROWS_AT_ONCE, Generator, context_limit, generate
 
 TOKENS_AT_ONCE = 4096
@@ -254,7 +254,7 @@ def run_tasks(request: EvaluateRequest, tasks: Tasks, ranks: Ranks, say: Callabl
     questions: dict[str, int] = {}
     for number, subject in enumerate(request.subjects, start=1):
         say(f"loading {subject.label} ({number} of {len(request.subjects)})")
-        with still_loading() if ranks.rank == 0 else contextlib.nullcontext():
+        with still("loading") if ranks.rank == 0 else contextlib.nullcontext():
             model, backend = load(subject, request.dtype, ranks)
         trained, template = subject.read(), None
         tokenizer = load_tokenizer(trained.base, trained.spec.model.new_tokens, trained.spec.model.special_tokens)

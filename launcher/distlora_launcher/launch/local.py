@@ -25,6 +25,7 @@ from distlora.planner import Plan
 from distlora.run_folder.layout import DATA_NAME, METRICS_NAME, PLAN_NAME, REPORT_NAME, checkpoint_folders, find_result
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
+from distlora.system.numbers import clock
 from distlora_launcher.compose.checks import check, check_run_dir
 from distlora_launcher.compose.hub import is_to_download, localize, restore, with_small_files
 from distlora_launcher.compose.planning import keep, planned
@@ -134,8 +135,7 @@ def train(
         torchrun=torchrun,
     )
     if code == DONE:
-        minutes, seconds = divmod(round(time.monotonic() - started), 60)
-        say(f"done in {minutes}:{seconds:02}: {shown(find_result(run_dir) or run_dir)}")
+        say(f"done in {clock(time.monotonic() - started)}: {shown(find_result(run_dir) or run_dir)}")
         write_final_report(run_dir)
         return code
     ends_for_good = code == BAD_INPUT or find_result(run_dir) is not None or would_repeat(run_dir / "logs")
@@ -268,12 +268,22 @@ def write_report(run_dir: Path) -> None:
 
 def commands_when_done(run_dir: Path, result: Path | None) -> list[tuple[str, str]]:
     """Return (command, what it does) for a run with a result."""
-    run = shlex.quote(str(run_dir))
+    from distlora.post.export.formats import ARCHITECTURES  # Later than a refusal of settings.
+
+    run, is_adapter = shlex.quote(str(run_dir)), result is not None and result.name == "adapter"
+    splits = object_or_empty(run_dir / DATA_NAME).get("splits")
+    text = "" if isinstance(splits, dict) and "eval" in splits else " --text FILE"
+    model = object_or_empty(run_dir / PLAN_NAME).get("model")
     commands = [
         (f"distlora generate {run}", "chat with the result"),
-        (f"distlora push {run} ORG/NAME", "upload it to the Hugging Face hub, with a model card"),
+        (f"distlora eval {run}{text}", f"compare it with the base on {'documents' if text else 'the held-out data'}"),
     ]
-    if result is not None and result.name == "adapter":
+    if is_adapter:
+        commands.append((f"distlora merge {run}", "merge the adapter into the base: a Hugging Face model folder"))
+    if isinstance(model, dict) and model.get("model_type") in ARCHITECTURES:
+        commands.append((f"distlora export {run} --format gguf", "make a GGUF file for llama.cpp or Ollama"))
+    commands.append((f"distlora push {run} ORG/NAME", "upload it to the Hugging Face hub, with a model card"))
+    if is_adapter:
         train = f"distlora train ... adapter.init_from={shlex.quote(str(result))}"
         commands.append((train, "train it further, on other data or for longer"))
     return commands

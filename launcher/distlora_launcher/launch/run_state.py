@@ -38,6 +38,8 @@ class Figures:
     """Newest held-out loss after a step."""
     tokens_per_second: float | None = None
     """Mean over the last PACE_STEPS steps."""
+    peak_memory_bytes: float | None = None
+    """Peak bytes of tensors per rank so far, which the plan predicts."""
     time: float | None = None
     """Time of the newest line, in seconds since 1970."""
 
@@ -66,7 +68,7 @@ class Ending:
 
 def read_figures(run_dir: Path) -> Figures:
     """Read the newest metrics of a run from the end of metrics.jsonl."""
-    step, loss, eval_loss, written = 0, None, None, None
+    step, loss, eval_loss, peak, written = 0, None, None, None, None
     rates: list[float] = []
     for line in _tail(run_dir / METRICS_NAME):
         try:
@@ -82,9 +84,12 @@ def read_figures(run_dir: Path) -> Figures:
         else:
             loss, rate = _number(values.get("loss")), _number(values.get("tokens_per_second"))
             rates += [rate] if rate else []
+            peak = _number(values.get("peak_memory_bytes")) or peak
     rates = rates[-PACE_STEPS:]
     pace = len(rates) / sum(1 / rate for rate in rates) if rates else None
-    return Figures(step=step, loss=loss, eval_loss=eval_loss, tokens_per_second=pace, time=written)
+    return Figures(
+        step=step, loss=loss, eval_loss=eval_loss, tokens_per_second=pace, peak_memory_bytes=peak, time=written
+    )
 
 
 def total_steps(run_dir: Path, train: TrainConfig) -> int | None:

@@ -23,6 +23,7 @@ from distlora.config import require
 from distlora.run_folder.layout import find_result
 from distlora.system.command_worker import REQUEST_NAME, encode_call
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
+from distlora.system.progress import STILL_SECONDS
 from distlora.system.stop_signals import PID_DIR, STOPPED_NAME
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch import worker_entry
@@ -176,8 +177,13 @@ def watch(process: subprocess.Popen[bytes], output: Output, monitor: WorkerMonit
     torchrun is killed if a restart would fail in the same way, and on a request to stop that no worker can answer.
     """
     final, idle_since = None, math.inf
+    began = told = time.monotonic()
     while process.poll() is None:
-        output.pump(LOOK_SECONDS)
+        if output.pump(LOOK_SECONDS):
+            told = math.inf
+        elif time.monotonic() - told > STILL_SECONDS:
+            told = time.monotonic()
+            warn(f"still starting the workers ({told - began:.0f} s)")
         failure = monitor.look()
         idle_since = min(idle_since, time.monotonic()) if monitor.cannot_answer() else math.inf
         if failure is None and time.monotonic() - idle_since > IDLE_SECONDS:

@@ -275,7 +275,7 @@ def _row(
         "rates": {f"{tried:g}": loss if loss < math.inf else None for tried, loss in sorted(rates.items())},
         "rate_is_inside": min(rates) < rate < max(rates),
         "state_bytes": state_bytes(method, first, base_weights, quantizable),
-        "peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in chosen),
+        "peak_memory_bytes": max(summary.get("peak_memory_bytes", 0) for summary in chosen),
         "gathered_bytes_per_step": first.get("gathered_bytes_per_step", 0),
         # Whole gradients if all-reduced, shards if reduce-scattered.
         "gradient_bytes_per_step": first.get("reduced_bytes_per_step", 0) + first.get("scattered_bytes_per_step", 0),

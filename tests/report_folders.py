@@ -167,7 +167,9 @@ class Page(HTMLParser):
     def charts(self) -> list[str]:
         """The descriptions of the drawn charts."""
         return [
-            str(keys["aria-label"]) for name, keys in self.elements if name == "div" and keys.get("class") == "plot"
+            str(keys["aria-label"])
+            for name, keys in self.elements
+            if name == "div" and str(keys.get("class")).startswith("plot")
         ]
 
     def row(self, first: str) -> list[str]:

@@ -19,7 +19,7 @@ from distlora_launcher.launch.local import write_final_report
 from distlora_launcher.report.charts import Chart, Line, draw
 from distlora_launcher.report.records import PageStatus, Series, read_run, smoothed, thinned, window_of
 from distlora_launcher.report.run_page import run_report
-from report_folders import PLAN, STATE, Page, make_folder, metrics, write, write_lines
+from report_folders import PLAN, STATE, SUMMARY, Page, make_folder, metrics, write, write_lines
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)> $x^2$"
 DONE = PageStatus(state="done", headline="is done")
@@ -35,7 +35,7 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     page = reported(make_folder(tmp_path / "run"))
     assert re.search(r"report \S+report.html \(\d+ kB\)", capsys.readouterr().out)
     assert "went from 3.0000 before training to 2.1000 after step 40" in page.text
-    assert len(page.charts) == 5
+    assert len(page.charts) == 4
     assert "training, each step: 2.975 at step 1, 2 at step 40, lowest 2 at step 40" in page.charts[0]
     assert "held out: 3 at step 0, 2.1 at step 40" in page.charts[0]
     # The plan has 6.8 MB of logits; the measurement has 7.0 MB of logits and other working memory together.
@@ -53,6 +53,56 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [row[0] for row in changed[1:4]] == ["model.path", "data.path", "optim.lr"]
     first_cells = {row[0] for table in page.tables for row in table if row}
     assert {"adapter.r", "quant.method", "sweep.method"} & first_cells == {"adapter.r", "quant.method"}
+
+
+def test_the_page_of_a_run_has_its_folder_as_title_and_all_that_can_be_typed(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "first", name="distlora")
+    page = reported(run)
+    assert "first - Training run" in page.text
+    for command in ("generate", "merge", "verify"):
+        assert f"distlora {command} {run}" in page.text, command
+    assert f"distlora eval {run} --text FILE" in page.text, "this run holds nothing out"
+    assert f"distlora export {run} --format gguf" in page.text
+    assert f"distlora push {run} ORG/NAME" in page.text
+    assert f"adapter.init_from={run}/adapter" in page.text
+    write(run / "data.json", {"splits": {"train": {}, "eval": {}}})
+    write(run / "plan.json", PLAN | {"model": {"model_type": "gpt_oss"}})
+    page = reported(run)
+    assert f"distlora eval {run} " in page.text
+    assert "--text" not in page.text
+    assert "gguf" not in page.text, "no GGUF is written of this model"
+    stopped = reported(make_folder(tmp_path / "second", steps=13, done=False)).text
+    assert f"distlora resume {tmp_path / 'second'}" in stopped
+    assert "chat with the newest checkpoint" in stopped
+    assert "distlora merge" not in stopped
+
+
+def test_a_small_last_batch_bends_neither_the_curve_nor_the_tile(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    lines = [{"step": step, "time": 1.0, "loss": 2.0, "target_tokens": 99.0} for step in range(1, 40)]
+    write_lines(run / "metrics.jsonl", [*lines, {"step": 40, "time": 1.0, "loss": 9.0, "target_tokens": 1.0}])
+    page = reported(run)
+    mean = (4 * 99 * 2.0 + 9.0) / (4 * 99 + 1)
+    assert f"training loss {mean:.4f} mean over the tokens of the last 5 steps" in re.sub(r"\s+", " ", page.text)
+    assert "training, mean over the tokens of 5 steps: 2 at step 2, 2.0" in page.charts[0]
+    assert "training, each step: 2 at step 1, 9 at step 40" in page.charts[0]
+
+
+def test_planned_and_measured_memory_count_the_same(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    lines = [line | {"peak_memory_bytes": 7_200_000} if "loss" in line else line for line in metrics(40)]
+    write_lines(run / "metrics.jsonl", lines)
+    write(run / "summary.json", SUMMARY | {"peak_memory_bytes": 7_200_000, "resident_memory_bytes": 573_000_000})
+    page = reported(run)
+    assert "peak memory 7.2 MB per rank, planned 7 MB" in re.sub(r"\s+", " ", page.text)
+    assert page.row("total")[1:4] == ["7 MB", "7.2 MB", "+2.9 %"]
+    resident = "resident host memory per process, with Python, torch and its compiled kernels"
+    assert page.row(resident)[1:] == ["not planned", "573 MB", ""]
+    assert not any("Peak memory" in chart for chart in page.charts), "one value is no curve"
+    lines[-2] |= {"peak_memory_bytes": 7_300_000}
+    write_lines(run / "metrics.jsonl", lines)
+    (chart,) = (chart for chart in reported(run).charts if "Peak memory" in chart)
+    assert "7.2 MB at step 1" in chart
 
 
 def test_a_trial_is_not_compared_with_the_plan_of_all_trials(tmp_path: Path) -> None:
@@ -135,7 +185,7 @@ def test_a_damaged_record_is_named_and_the_rest_is_shown(name: str, tmp_path: Pa
     page = reported(run)
     assert f"{name} is damaged" in page.text
     assert "metrics.jsonl: 3 lines are not a record of a step, and skipped" in page.text
-    assert len(page.charts) == 5
+    assert len(page.charts) == 4
 
 
 def test_a_long_run_makes_a_small_page_with_its_spike(tmp_path: Path) -> None:
@@ -213,7 +263,7 @@ def test_the_end_of_a_run_writes_its_report_and_a_failure_costs_nothing(
     run = make_folder(tmp_path / "run")
     write_final_report(run)
     assert "report.html" in capsys.readouterr().out
-    assert "is done" in Page((run / REPORT_NAME).read_text()).text
+    assert "chat with the result" in Page((run / REPORT_NAME).read_text()).text
     (run / REPORT_NAME).unlink()
     (run / REPORT_NAME).mkdir()
     write_final_report(run)

@@ -28,14 +28,18 @@ COLOURS = ("#2f7ed8", "#d9631e", "#17917d", "#a05ad0", "#c4317f", "#7a9a1c", "#9
 _INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
 _STYLES: dict[str, dict[str, Any]] = {
-    "line": {"linewidth": 1.7},
-    "faint": {"linewidth": 0.9, "alpha": 0.4},
+    "line": {"linewidth": 2.0},
+    "faint": {"linewidth": 0.9, "alpha": 0.45},
     "muted": {"linewidth": 1.0, "alpha": 0.35, "color": "#888888"},
     "line points": {"linewidth": 1.7, "marker": "o", "markersize": 4},
-    "points": {"linestyle": "none", "marker": "o", "markersize": 5},
+    "dotted points": {"linewidth": 1.2, "linestyle": (0, (1, 2)), "marker": "o", "markersize": 5},
+    "points": {"linestyle": "none", "marker": "o", "markersize": 6},
 }
 _MARGINS = (0.75, 0.5, 0.15, 0.1)
 """Room at the left, bottom, right and top of the axes, in inches."""
+_WIDE, _HALF, _THIRD = (11.0, 3.1), (5.4, 2.4), (4.3, 2.3)
+"""Width and height of a chart by its share of the page's width, in inches. A row has three where that leaves no gap
+(templates/base.html.jinja)."""
 _MAX_AXIS_VALUES = 7
 _numbers = itertools.count(1)
 
@@ -48,7 +52,7 @@ class Line:
     series: Series
     colour: int = 0
     """Index into COLOURS."""
-    style: Literal["line", "faint", "muted", "line points", "points"] = "line"
+    style: Literal["line", "faint", "muted", "line points", "dotted points", "points"] = "line"
     is_named: bool = True
     """True if the legend shows it."""
 
@@ -82,14 +86,18 @@ class Figure:
     """First, last and lowest value of the curves, for a reader who cannot see them."""
     note: str | None = None
     is_wide: bool = False
+    narrow: Markup | None = None
+    """A wide chart again for a narrow screen, on which its text would be too small."""
 
 
 def draw(charts: Iterator[Chart] | Sequence[Chart]) -> list[Figure]:
     """Draw the charts that have a point."""
-    return [_draw(chart) for chart in charts if any(len(line.series) for line in chart.lines)]
+    drawn = [chart for chart in charts if any(len(line.series) for line in chart.lines)]
+    small = sum(not chart.is_wide for chart in drawn)
+    return [_draw(chart, _HALF if small % 3 else _THIRD) for chart in drawn]
 
 
-def _draw(chart: Chart) -> Figure:
+def _draw(chart: Chart, small: tuple[float, float]) -> Figure:
     lines = [line for line in chart.lines if len(line.series)]
     values = [value for line in lines for value in line.series.values]
     low, high = min([*values, 0.0] if chart.from_zero else values), max(values)
@@ -137,11 +145,11 @@ def _draw(chart: Chart) -> Figure:
                 handles, [visible(name) for name in names], loc="best", frameon=False, fontsize=8, labelcolor=_INK
             )
 
-    width, height = (11.0, 3.0) if chart.is_wide else (5.4, 2.3)
     return Figure(
         title=chart.title,
         unit=", ".join(filter(None, [chart.unit, "log scale" if is_log else ""])),
-        svg=_svg(plot, width, height),
+        svg=_svg(plot, *(_WIDE if chart.is_wide else small)),
+        narrow=_svg(plot, *_THIRD) if chart.is_wide else None,
         summary="; ".join(_summary(line, chart) for line in lines[:4]),
         note=chart.note,
         is_wide=chart.is_wide,
@@ -174,7 +182,7 @@ def parallel_coordinates(names: Sequence[str], trials: Sequence[tuple[Sequence[A
         axes.set_xlim(-0.1, len(names) - 0.75)
 
     summary = f"Parallel coordinates of {len(trials)} trials over {', '.join(names)}"
-    svg = _svg(plot, max(8.0, 1.9 * len(names)), 3.4)
+    svg = _svg(plot, max(11.0, 1.9 * len(names)), 3.4)
     return Figure(title="", unit="", svg=svg, summary=summary, is_wide=True)
 
 
@@ -232,7 +240,7 @@ def _svg(plot: Any, width: float, height: float) -> Markup:
         axes = canvas.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
         axes.set_facecolor("none")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
+        axes.grid(color=_INK, alpha=0.09)
         plot(axes)
         FigureCanvasSVG(canvas).print_svg(file, metadata={"Date": None})
     text = file.getvalue()

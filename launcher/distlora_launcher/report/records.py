@@ -53,9 +53,9 @@ _PLAN: Shape = RECORDED | {
     "trials?": int,
 }
 _FIGURES = """
-    peak_memory_bytes trainable_parameters active_parameters train_seconds tokens_per_second bits_per_parameter
-    adapter_bytes gathered_bytes_per_step reduced_bytes_per_step scattered_bytes_per_step base_eval_loss
-    initial_eval_loss eval_loss best_eval_loss memory/peak memory/planned
+    peak_memory_bytes resident_memory_bytes trainable_parameters active_parameters train_seconds tokens_per_second
+    bits_per_parameter adapter_bytes gathered_bytes_per_step reduced_bytes_per_step scattered_bytes_per_step
+    base_eval_loss initial_eval_loss eval_loss best_eval_loss memory/peak memory/planned
 """
 _SUMMARY: Shape = {
     "parameters_without_gradient?": [str],
@@ -121,6 +121,17 @@ class Metrics:
     ended: float | None = None
     """Times of the first and the last line, in seconds since 1970."""
 
+    def weights(self, series: Series) -> list[float] | None:
+        """Return the weight of each value in a mean over steps: its step's target tokens, or pairs.
+
+        They are relative to the largest. None if they were not recorded.
+        """
+        units = self.training.get("target_tokens") or self.training.get("pairs")
+        if units is None or (most := max(units.values)) <= 0:
+            return None
+        # Small and damaged counts are raised to a share that sums do not lose.
+        return [max((units.at(step) or 0) / most, 1e-6) for step in series.steps]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PageStatus:
@@ -177,8 +188,8 @@ class RunRecords:
 
     @property
     def name(self) -> str:
-        """Return the run's name, or the folder's without a config."""
-        return self.folder.name if self.config is None else self.config.name
+        """Return the name of the run's folder."""
+        return self.folder.name
 
 
 def read_run(folder: Path) -> RunRecords:
@@ -296,15 +307,19 @@ def series_of(values: Mapping[int, float]) -> Series:
     return Series(steps, [values[step] for step in steps])
 
 
-def smoothed(series: Series, window: int) -> Series:
-    """Return the centred mean of `window` values; near the ends of fewer, down to a quarter of them."""
-    sums = [0.0, *accumulate(series.values)]
+def smoothed(series: Series, window: int, weights: Sequence[float] | None = None) -> Series:
+    """Return the centred mean of `window` values, weighted; near the ends of fewer, down to half of them."""
+    weights = [1.0] * len(series) if weights is None else weights
+    sums = [0.0, *accumulate(value * weight for value, weight in zip(series.values, weights, strict=True))]
+    totals = [0.0, *accumulate(weights)]
     half, count = window // 2, len(series)
-    inside = range(half // 4, count - half // 4)
+    nearest = max(half // 2, min(1, half))
+    inside = range(nearest, count - nearest)
     means = []
     for index in inside:
         reach = min(half, index, count - 1 - index)
-        means.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+        first, end = index - reach, index + reach + 1
+        means.append((sums[end] - sums[first]) / (totals[end] - totals[first]))
     return Series([series.steps[index] for index in inside], means)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any, cast, get_type_hints
 
 from distlora.config import Config
@@ -25,10 +27,10 @@ _MERGED_CATEGORIES = {
 }
 """Categories that a measurement cannot tell apart."""
 _GATHERED = "gathered per step and rank"
-_HOST_PEAK = "peak memory per process (the measurement includes mapped files, the plan does not)"
-_SHARED_BY_TRIALS = (_GATHERED, _HOST_PEAK)
+_RESIDENT = "resident host memory per process, with Python, torch and its compiled kernels"
+_SHARED_BY_TRIALS = (_GATHERED, _RESIDENT)
 """Figures that the trials of a multi-trial run share."""
-_CHARTED = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "mfu"}
+_CHARTED = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "mfu", "target_tokens", "pairs"}
 _TRAFFIC = {"gathered_bytes", "reduced_bytes", "scattered_bytes", "between_copies_bytes"}
 _TITLES = {
     "rewards/chosen": "Reward of the chosen answers",
@@ -46,6 +48,7 @@ def run_report(run: RunRecords, status: PageStatus) -> str:
         "run.html.jinja",
         run=run,
         status=status,
+        subtitle=" \u00b7 ".join(_subtitle(run)),
         outcome=_outcome(run),
         notes=_notes(run, status),
         figures=list(_figures(run)),
@@ -60,13 +63,33 @@ def run_report(run: RunRecords, status: PageStatus) -> str:
     )
 
 
+def _subtitle(run: RunRecords) -> Iterator[str]:
+    """Yield what was trained, on which base and on what, in a few words each."""
+    if run.config is None:
+        return
+    adapter, quant, model = run.config.adapter, run.config.quant, run.config.model
+    if adapter.method == "full":
+        yield "full fine-tuning"
+    else:
+        name = ("Q" if quant.method == "nf4" else "") + ("DoRA" if adapter.use_dora else "LoRA")
+        yield f"{name}, rank {adapter.r}"
+    yield model.name or Path(model.path).name
+    environment = run.state.get("environment", {})
+    if {"ranks", "device"} <= environment.keys():
+        ranks, is_gpu = environment["ranks"], run.plan.get("machine", {}).get("is_gpu")
+        yield f"{ranks} x {environment['device']}" if is_gpu else f"{ranks} CPU process{'' if ranks == 1 else 'es'}"
+    if run.metrics.ended is not None:
+        yield moment(run.metrics.ended)
+
+
 def _outcome(run: RunRecords) -> str | None:
     """Return what training did to the held-out loss, in a sentence."""
     held_out = run.metrics.held_out.get("eval_loss")
     if held_out is None or len(held_out) < 2 or held_out.steps[0] != 0:
         return None
     step, lowest = held_out.lowest()
-    last = f"{loss(held_out.values[-1])} after step {held_out.steps[-1]:,.0f}"
+    change = difference(held_out.values[0], held_out.values[-1])
+    last = f"{loss(held_out.values[-1])} after step {held_out.steps[-1]:,.0f} ({change})"
     best = "" if step == held_out.steps[-1] else f" (lowest: {loss(lowest)} after step {step:,.0f})"
     return f"The held-out loss went from {loss(held_out.values[0])} before training to {last}{best}."
 
@@ -90,29 +113,30 @@ def _figures(run: RunRecords) -> Iterator[tuple[str, str, str | None]]:
         first = f"before training {loss(held_out.values[0])}" if held_out.steps[0] == 0 else None
         yield "held-out loss", loss(held_out.values[-1]), first if len(held_out) > 1 else None
         step, lowest = held_out.lowest()
-        if len(held_out) > 2:
+        if step != held_out.steps[-1]:
             yield "lowest held-out loss", loss(lowest), f"after step {step:,.0f}"
-    if "loss" in training:
-        yield "training loss", loss(training["loss"].values[-1]), f"at step {training['loss'].steps[-1]:,.0f}"
+    if (series := training.get("loss")) is not None:
+        weights, window = run.metrics.weights(series), min(window_of(series), len(series))
+        mean = fmean(series.values[-window:], None if weights is None else weights[-window:])
+        yield "training loss", loss(mean), f"mean{_over(run)} of the last {window:,} steps" if window > 1 else None
     if training:
         total = _total_steps(run)
         yield "steps", f"{run.metrics.step:,}", None if total is None else f"of {total:,}"
     if (seconds := summary.get("train_seconds")) is not None:
-        yield "training time", length(seconds), "without evaluation and saving"
+        yield "training time", length(seconds), "of the steps alone"
     elif run.metrics.began is not None and run.metrics.ended is not None and training:
         elapsed = max(0.0, run.metrics.ended - run.metrics.began)
         yield "time so far", length(elapsed), f"until {moment(run.metrics.ended)}"
     if (speed := summary.get("tokens_per_second")) is not None:
         yield "tokens/s", number(speed), None
-    if (peak := summary.get("memory/peak")) is not None:
-        gap = difference(summary.get("memory/planned") or 0, peak)
-        yield "memory of a step", size(peak), f"{gap} to the plan" if gap else None
+    peaks = training.get("peak_memory_bytes")
+    if (peak := summary.get("peak_memory_bytes", peaks and peaks.values[-1])) is not None:
+        planned = run.plan.get("device", {}).get("peak")
+        yield "peak memory", size(peak), f"per rank, planned {size(planned)}" if planned else "per rank"
     if (trained := summary.get("trainable_parameters")) is not None:
         total_parameters = run.plan.get("model", {}).get("parameters")
         share = f"{trained / total_parameters:.2%} of the base" if total_parameters else None
         yield "trained parameters", count(trained), share
-    if (bits := summary.get("bits_per_parameter")) is not None:
-        yield "bits per 4-bit weight", f"{bits:.3f}", "with quantization scales"
 
 
 def _total_steps(run: RunRecords) -> int | None:
@@ -132,28 +156,24 @@ def _charts(run: RunRecords) -> Iterator[Chart]:
         yield Chart(title="Learning rate", lines=[Line(name="lr", series=training["lr"])], from_zero=True)
     if "grad_norm" in training:
         clip = None if config is None else config.optim.max_grad_norm
-        lines = _with_mean("norm", training["grad_norm"])
+        lines = _with_mean("", training["grad_norm"], run)
         levels = [("clipped at", clip)] if clip else []
         yield Chart(title="Gradient norm", unit="before clipping", lines=lines, levels=levels)
     if "tokens_per_second" in training:
         planned = (plan.get("time") or {}).get("tokens_per_second")
         levels = [] if planned is None else [("planned", planned)]
-        lines = _with_mean("measured", training["tokens_per_second"])
+        lines = _with_mean("", training["tokens_per_second"])
         yield Chart(title="Speed", unit="tokens/s", lines=lines, levels=levels, from_zero=True)
-    if "peak_memory_bytes" in training:
-        is_gpu = plan.get("machine", {}).get("is_gpu")
-        planned = plan.get("device", {}).get("total") if is_gpu else plan.get("host", {}).get("while_training")
-        name = "planned" if is_gpu else "planned, without mapped files"
+    peaks = training.get("peak_memory_bytes")
+    if peaks is not None and not peaks.is_constant:  # The table has a single value.
+        planned = plan.get("device", {}).get("peak")
+        levels = [] if planned is None else [("planned", planned)]
+        lines = [Line(name="measured", series=peaks)]
         yield Chart(
-            title="Peak memory",
-            unit="per rank so far" if is_gpu else "per process so far, with mapped files",
-            lines=[Line(name="measured", series=training["peak_memory_bytes"])],
-            levels=[] if planned is None else [(name, planned)],
-            kind="bytes",
-            from_zero=True,
+            title="Peak memory", unit="per rank so far", lines=lines, levels=levels, kind="bytes", from_zero=True
         )
     if "mfu" in training:
-        lines = _with_mean("MFU", training["mfu"])
+        lines = _with_mean("", training["mfu"])
         yield Chart(title="MFU", unit="of the GPU's peak", lines=lines, kind="share", from_zero=True)
     for name, series in training.items():
         if name not in _CHARTED | _TRAFFIC and not name.startswith("memory") and not series.is_constant:
@@ -166,7 +186,7 @@ def _charts(run: RunRecords) -> Iterator[Chart]:
 
 def _loss_chart(run: RunRecords) -> Chart:
     training, held_out, note = run.metrics.training.get("loss"), run.metrics.held_out.get("eval_loss"), None
-    lines = [] if training is None else _with_mean("training", training)
+    lines = [] if training is None else _with_mean("training", training, run)
     if held_out is not None:
         lines.append(_held_out(held_out))
     if run.metrics.non_finite:
@@ -181,17 +201,26 @@ def _loss_chart(run: RunRecords) -> Chart:
 
 def _held_out(series: Series) -> Line:
     # A line through two points would read as a trend.
-    return Line(name="held out", series=series, colour=1, style="line points" if len(series) > 2 else "points")
+    return Line(name="held out", series=series, colour=1, style="dotted points" if len(series) > 2 else "points")
 
 
-def _with_mean(name: str, series: Series) -> list[Line]:
-    """Return a curve, and if it has many values also its running mean."""
+def _over(run: RunRecords) -> str:
+    """Return what means of training steps are weighted by, in words."""
+    names = {"target_tokens": " over the tokens", "pairs": " over the pairs"}
+    return next((words for name, words in names.items() if name in run.metrics.training), "")
+
+
+def _with_mean(name: str, series: Series, weighted: RunRecords | None = None) -> list[Line]:
+    """Return a curve, and if it has many values also its running mean, weighted by the steps' tokens of a run."""
     if len(series) < SMOOTHED_FROM or series.is_constant:
-        return [Line(name=name, series=series)]
-    window = window_of(series)
+        return [Line(name=name or "each step", series=series)]
+    name = f"{name}, " if name else ""
+    window, weights, over = window_of(series), None, ""
+    if weighted is not None:
+        weights, over = weighted.metrics.weights(series), _over(weighted)
     return [
-        Line(name=f"{name}, each step", series=series, style="faint"),
-        Line(name=f"{name}, mean of {window:,} steps", series=smoothed(series, window)),
+        Line(name=f"{name}each step", series=series, style="faint"),
+        Line(name=f"{name}mean{over} of {window:,} steps", series=smoothed(series, window, weights)),
     ]
 
 
@@ -204,12 +233,13 @@ def _plan_note(run: RunRecords) -> str | None:
     if not run.plan:
         return None
     machine, device = run.plan.get("machine", {}), run.plan.get("device", {})
-    fits = {True: "The plan fits.", False: "By the plan the run does not fit.", None: "Whether it fits was not known."}
-    words = [fits[run.plan.get("fits")]]
-    if "total" in device:
+    words = []
+    if "peak" in device:
         where = PHASES.get(device.get("worst"), "")
         unit = "GPU" if machine.get("is_gpu") else "process"
-        words.append(f"Planned peak: {size(device['total'])} per {unit}{f', {where}' if where else ''}.")
+        words.append(f"Planned peak: {size(device['peak'])} per {unit}{f', {where}' if where else ''}.")
+    fits = {False: "By the plan the run does not fit.", None: "Whether the run fits was not known."}
+    words += filter(None, [fits.get(run.plan.get("fits"))])
     if (trials := _trials(run)) > 1:
         words.append(f"The plan is of the multi-trial run with {trials:,} trials on one base.")
     return " ".join(words)
@@ -229,7 +259,7 @@ def _memory(run: RunRecords) -> dict[str, Any] | None:
     rows = [
         (_MERGED_CATEGORIES.get(kind) or KINDS.get(kind, kind), there.get(kind, 0), here.get(kind, 0)) for kind in kinds
     ]
-    note = "Memory of one step at its peak, on the rank with the most."
+    note = "Memory is that of tensors on the device, at the peak of one step, on the rank with the most."
     if not here:
         note = "The memory of a step was not measured." if run.summary else "No step has been measured yet."
     return {
@@ -256,16 +286,12 @@ def _comparison(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
     plan, summary = run.plan, run.summary
     if not plan:
         return
-    wire, host, disk = plan.get("wire", {}), plan.get("host", {}), plan.get("disk", {})
-    is_gpu = plan.get("machine", {}).get("is_gpu")
+    wire, disk = plan.get("wire", {}), plan.get("disk", {})
     saved = {saved.what: saved.nbytes for saved in run.saved}
     reduced = None if "reduced" not in wire else wire["reduced"] + wire.get("reduced_rows", 0)
-    peak = ("peak memory per GPU (allocator)", plan.get("device", {}).get("total"))
-    if not is_gpu:
-        peak = (_HOST_PEAK, host.get("while_training"))
     rows: list[tuple[str, Any, Any]] = [
         ("tokens/s", (plan.get("time") or {}).get("tokens_per_second"), summary.get("tokens_per_second")),
-        (*peak, summary.get("peak_memory_bytes")),
+        (_RESIDENT, None, summary.get("resident_memory_bytes")),
         (_GATHERED, wire.get("gathered"), summary.get("gathered_bytes_per_step")),
         ("gradients all-reduced per step and rank", reduced, summary.get("reduced_bytes_per_step")),
         ("gradients scattered per step and rank", wire.get("scattered"), summary.get("scattered_bytes_per_step")),
@@ -277,8 +303,8 @@ def _comparison(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
             continue
         write = number if name == "tokens/s" else size
         shown = ["" if value is None else write(value) for value in (planned, measured)]
-        both = planned is not None and measured is not None and name != _HOST_PEAK
-        yield name, shown[0] or "not known", shown[1], difference(planned, measured) if both else ""
+        both = planned is not None and measured is not None
+        yield name, shown[0] or "not planned", shown[1], difference(planned, measured) if both else ""
 
 
 def _samples(samples: Sequence[Sample]) -> list[tuple[str, list[Sample], int]]:
@@ -359,7 +385,9 @@ def _environment(run: RunRecords) -> list[tuple[str, Any]]:
     if "parameters" in model:
         rows.append(("model type", f"{model.get('model_type', '')}, {count(model['parameters'])} parameters"))
         if quantized := model.get("parameters_in_4_bit"):
-            rows.append(("in 4 bits", f"{count(quantized)} parameters"))
+            bits = run.summary.get("bits_per_parameter")
+            each = f", {bits:.3f} bits each with their scales" if bits is not None else ""
+            rows.append(("in 4 bits", f"{count(quantized)} parameters{each}"))
     if "base_fingerprint" in run.state.get("identity", {}):
         rows.append(("fingerprint of the base", run.state["identity"]["base_fingerprint"]))
     if "name" in machine and "ranks" in machine:

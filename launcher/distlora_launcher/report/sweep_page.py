@@ -87,9 +87,11 @@ def training_losses(sweep: Path, trials: Sequence[TrialRecord], problems: list[s
     losses = {}
     for trial, path in paths.items():
         with recorded(problems):
-            series = read_metrics(path).training.get("loss")
+            metrics = read_metrics(path)
+            series = metrics.training.get("loss")
             if series is not None:
-                curve = smoothed(series, window_of(series)) if len(series) >= SMOOTHED_FROM else series
+                weights, is_long = metrics.weights(series), len(series) >= SMOOTHED_FROM
+                curve = smoothed(series, window_of(series), weights) if is_long else series
                 losses[trial] = thinned(curve, MAX_CURVE_POINTS)
     return losses
 
@@ -201,12 +203,17 @@ def _lines(sweep: SweepRecords, series: Mapping[int, Series], style: Any) -> lis
             name=_name(trial, is_best=trial == best),
             series=series[trial.number],
             colour=place if are_few else 0,
-            style=style if are_few or trial == best else "muted",
+            style="muted" if not are_few and trial != best else _style(style, series[trial.number]),
             is_named=are_few or trial == best,
         )
         for place, trial in enumerate(trials)
     ]
     return lines if are_few else lines[::-1]  # The last one is drawn over the others.
+
+
+def _style(style: Any, series: Series) -> Any:
+    # A line through two evaluations would read as a trend.
+    return "points" if style == "line points" and len(series) <= 2 else style
 
 
 def _name(trial: TrialRecord, *, is_best: bool) -> str:

@@ -196,7 +196,7 @@ def test_the_end_of_a_sweep_writes_it_and_cannot_fail_of_it(tmp_path: Path, caps
     (trial_folder(folder, 1) / REPORT_NAME).write_text("its own")
     write_at_end(folder)
     assert REPORT_NAME in capsys.readouterr().out
-    assert "is done" in Page((trial_folder(folder, 0) / REPORT_NAME).read_text()).text
+    assert "sweep/0000 - Training run" in Page((trial_folder(folder, 0) / REPORT_NAME).read_text()).text
     assert (trial_folder(folder, 1) / REPORT_NAME).read_text() == "its own"
     assert not (trial_folder(folder, 2) / REPORT_NAME).exists(), "it failed"
     assert "is done" in Page((folder / REPORT_NAME).read_text()).text

@@ -188,8 +188,9 @@ class RunRecords:
 
     @property
     def name(self) -> str:
-        """Return the name of the run's folder."""
-        return self.folder.name
+        """Return the name of the run's folder; of a trial, whose folder has a number, with its sweep's."""
+        parts = [part for part in self.folder.parts if part != "trials"]
+        return "/".join(parts[-2:] if self.folder.name.isdecimal() else parts[-1:])
 
 
 def read_run(folder: Path) -> RunRecords:

@@ -26,6 +26,7 @@ from distlora.post.trained import Name
 from distlora.post.weights import open_base
 from distlora.training import worker as training_worker
 from distlora.weights.prequantized import read_prequantized_weights
+from distlora_launcher.cli.export import ExportArguments, checked
 from distlora_launcher.cli.main import main
 from family_models import hf_config, write_family_folder
 from small_models import make_run, tokenizer, write_model_folder, write_text_file
@@ -283,6 +284,30 @@ def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path
     out = tmp_path / "run" / "exports" / "peft"
     assert ended.stdout.endswith(f"wrote {out}\n")
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_a_gguf_file_is_named_after_its_run_and_dtype(place: Path) -> None:
+    def name(run: Path, form: str, **options: Any) -> str:
+        return Path(checked(ExportArguments(run=str(run), format=form, **options))[0].out).relative_to(place).as_posix()
+
+    assert name(place / "lora", "gguf", dtype="q8_0") == "lora/exports/lora-q8_0.gguf"
+    assert name(place / "lora", "gguf-lora") == "lora/exports/lora-lora-fp32.gguf"
+    assert name(place / "lora", "hf") == "lora/exports/hf"
+    with pytest.raises(UserError, match=r"gguf is a file that ends in \.gguf; name it x\.gguf"):
+        name(place / "lora", "gguf", out="x")
+
+
+def test_the_checking_process_prints_no_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from tqdm.auto import tqdm; print(sum(tqdm([1, 2])))"
+    monkeypatch.setattr(worker, "encode_call", lambda *_: "")
+    popen = subprocess.run
+    monkeypatch.setattr(
+        worker.subprocess,
+        "run",
+        lambda _, **options: popen([sys.executable, "-c", code], **options | {"stderr": subprocess.STDOUT}),
+    )
+    request = ExportRequest(name=Name(place="run"), format="gguf", out="out", dtype="fp32")
+    assert worker.in_own_process(request) == (0, "3\n")
 
 
 def test_bad_export_options_are_refused(

@@ -344,7 +344,7 @@ def test_a_terminal_shows_progress_with_and_without_rich(tmp_path, monkeypatch, 
     shown = capsys.readouterr().out
     assert "an [event] with brackets" in shown
     assert "4/4" in shown
-    assert "loss 1.2500" in shown
+    assert "loss 1.250" in shown
 
 
 def test_samples_survive_a_resume_whatever_characters_they_hold(tmp_path):

@@ -25,6 +25,12 @@ HERE = Path(__file__).parent
 WORKER = "launcher_fake_worker"
 
 
+@pytest.fixture(autouse=True)
+def no_lines_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print no line about a slow start, which depends on the machine's load."""
+    monkeypatch.setattr(workers, "STILL_SECONDS", 600)
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(HERE))
@@ -102,8 +108,9 @@ def start_launcher(
     """Start a launcher process and wait until both ranks have started. under: a command to run it with."""
     (run_dir / "behaviour").write_text(behaviour)
     code = (
-        "import sys; from pathlib import Path; from distlora_launcher.launch.workers import run_workers; "
-        f"sys.exit(run_workers(Path({str(run_dir)!r}), processes=2, worker_module={WORKER!r}, "
+        "import sys; from pathlib import Path; from distlora_launcher.launch import workers; "
+        "workers.STILL_SECONDS = 600; "
+        f"sys.exit(workers.run_workers(Path({str(run_dir)!r}), processes=2, worker_module={WORKER!r}, "
         f"max_restarts={max_restarts}))"
     )
     command = [*under, sys.executable, "-c", code]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 
 from damage import Reader, any_json, any_yaml, holds, holds_without
 from distlora.config import SweepConfig, UserError
@@ -226,7 +227,8 @@ def read_page(folder: Path) -> Page:
     ("file", "damages"),
     [("sweep/sweep.yaml", any_yaml), ("sweep/results.json", any_json), ("sweep/importance.json", any_json)],
 )
-def test_no_damage_stops_it(file: str, damages: Any, place: Path) -> None:
+def test_no_damage_stops_it(file: str, damages: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distlora_launcher.report.charts._svg", lambda *_: Markup(""))  # 0.1 to 2 s for each page.
     reader = Reader(file=file, damages=damages, read=read_page, examples=8)
     holds(reader, place)
     holds_without(reader, place)

@@ -53,7 +53,7 @@ def whole_state() -> dict[str, Any]:
     ("section", "value", "said"),
     [
         ("adapter", {"r": 8}, "adapter.r=16, and config.yaml now has adapter.r=8"),
-        ("adapter", {"target_modules": "qv"}, "adapter.target_modules=attention"),
+        ("adapter", {"target_modules": "qv"}, "adapter.target_modules=all-linear"),
         ("adapter", {"use_dora": True}, "adapter.use_dora=False, and config.yaml now has adapter.use_dora=True"),
         ("adapter", {"rank_pattern": {"q_proj": 4}}, "now has adapter.rank_pattern={'q_proj': 4}"),
         ("adapter", {"modules_to_save": ["lm_head"]}, "adapter.modules_to_save=['lm_head']"),

@@ -100,7 +100,7 @@ def test_another_run_starts_from_them_and_generation_has_pefts_logits(
         assert (theirs - our_logits(ours, ids)).abs().max() <= 1e-4
 
 
-def test_8_bit_moments_are_refused_on_several_ranks_by_the_config_and_by_the_worker(tmp_path: Path) -> None:
+def test_8_bit_moments_and_muon_are_refused_on_several_ranks_by_the_config_and_by_the_worker(tmp_path: Path) -> None:
     refusal = r"adamw_8bit .*blocks of 256.*\(adapter.modules_to_save=\[embed_tokens,lm_head\] is sharded\)"
     sections: dict[str, Any] = {"adapter": BOTH, "optim": {"name": "adamw_8bit"}}
     with pytest.raises(UserError, match=refusal):
@@ -108,4 +108,9 @@ def test_8_bit_moments_are_refused_on_several_ranks_by_the_config_and_by_the_wor
     config = config_for(tmp_path, **sections)
     check_ranks(config, 1)
     with pytest.raises(UserError, match=refusal):
+        check_ranks(config, 2)
+    full: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}, "optim": {"name": "muon"}}
+    config = config_for(tmp_path, **full)
+    check_ranks(config, 1)
+    with pytest.raises(UserError, match=r"muon orthogonalizes whole matrices, which 2 shards split"):
         check_ranks(config, 2)

@@ -21,6 +21,19 @@ def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
+def parameters_for(name: str) -> dict[str, nn.Parameter]:
+    """Return those parameters, for Muon in a decoder layer and beside some that it leaves to AdamW."""
+    if name != "muon":
+        return parameters()
+    beside = {
+        "token_rows.embed_tokens.rows": (3, 8),
+        "layers.0.x.magnitude": (8,),
+        "layers.0.mlp.experts.down.A": (4, 8),
+    }
+    found = {f"decoder.layers.0.{name}": parameter for name, parameter in parameters().items()}
+    return found | {name: nn.Parameter(torch.ones(shape)) for name, shape in beside.items()}
+
+
 def steps(optimizer: Optimizer, seeds: range, ok: Tensor = OK) -> None:
     for seed in seeds:
         generator = torch.Generator().manual_seed(100 + seed)
@@ -29,13 +42,13 @@ def steps(optimizer: Optimizer, seeds: range, ok: Tensor = OK) -> None:
         optimizer.step(1e-2, ok)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
 def test_a_restored_optimizer_goes_on_bit_for_bit(name: str) -> None:
     config = OptimConfig(name=name, weight_decay=0.1)  # type: ignore[arg-type]
-    whole = build_optimizer(parameters(), config)
+    whole = build_optimizer(parameters_for(name), config)
     steps(whole, range(6))
 
-    first = build_optimizer(parameters(), config)
+    first = build_optimizer(parameters_for(name), config)
     steps(first, range(3))
     saved = {key: value.clone() for key, value in first.state_tensors().items()}
     second = build_optimizer({k: nn.Parameter(p.detach().clone()) for k, p in first.parameters.items()}, config)
@@ -47,9 +60,9 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(name: str) -> None:
         assert torch.equal(value, second.state_tensors()[key]), key
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
 def test_a_step_that_is_not_ok_changes_neither_parameters_nor_state(name: str) -> None:
-    optimizer = build_optimizer(parameters(), OptimConfig(name=name))  # type: ignore[arg-type]
+    optimizer = build_optimizer(parameters_for(name), OptimConfig(name=name))  # type: ignore[arg-type]
     steps(optimizer, range(2))
     before = {key: value.clone() for key, value in optimizer.state_tensors().items()}
     weights = {key: value.detach().clone() for key, value in optimizer.parameters.items()}
@@ -58,6 +71,30 @@ def test_a_step_that_is_not_ok_changes_neither_parameters_nor_state(name: str) -
     optimizer.step(1e-2, NOT_OK)
     assert all(torch.equal(before[key], value) for key, value in optimizer.state_tensors().items())
     assert all(torch.equal(weights[key], value) for key, value in optimizer.parameters.items())
+
+
+def test_muon_updates_matrices_of_layers_and_adamw_the_rest() -> None:
+    config = OptimConfig(name="muon", weight_decay=0.1)
+    ours, alone = build_optimizer(parameters_for("muon"), config), parameters_for("muon")
+    matrices = [name for name in alone if name.startswith("decoder.layers.")]
+    muon = torch.optim.Muon(
+        [alone[name] for name in matrices], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW([alone[n] for n in alone if n not in matrices], lr=1e-2, weight_decay=0.1, fused=True)
+    steps(ours, range(3))
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(100 + seed)
+        for parameter in alone.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        muon.step()
+        adamw.step()
+    assert all(torch.equal(ours.parameters[name], parameter) for name, parameter in alone.items())
+    keys = [path.partition("/") for path in ours.state_tensors()]
+    states = {name: {key for key, _, owner in keys if owner == name} for name in alone}
+    assert all(states[name] == ours.states_of(name) == {"momentum_buffer"} for name in matrices)
+    assert all(states[name] == ours.states_of(name) for name in alone)
+    moved = (ours.parameters[matrices[1]] - parameters()["x.B"]).pow(2).mean().sqrt()
+    assert 0.1 < float(moved) / 3e-2 < 0.5, "of the size of AdamW's updates: 0.2 per step, less where signs change"
 
 
 def test_lora_plus_gives_b_the_higher_rate() -> None:

@@ -158,7 +158,7 @@ def test_where_it_does_not_fit_the_page_says_what_would(capsys: pytest.CaptureFi
 def test_what_is_chosen_is_said_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model=llama3_8b", "gpu=rtx4090"]
     given, chosen = calculated(capsys, *words), calculated(capsys, *words, "plan=auto", "quant=auto")
-    assert given["chosen"] == []
+    assert [each["optim.lr"] for each in given["chosen"]] == [1.5e-4], "the learning rate, by the model"
     assert chosen["settings"]["quant"]["method"] == "none", "16 bits fit"
     assert chosen["time"]["seconds"] < given["time"]["seconds"]
     page = printed(capsys, *words, "plan=auto", "quant=auto")

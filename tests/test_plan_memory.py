@@ -115,6 +115,7 @@ CELLS: list[Cell] = [
     ("llama", 1, 1, LAST_BLOCK),
     ("llama", 1, 1, FEW_TOKENS),
     ("llama", 2, 1, EIGHT_BIT_DORA),
+    ("llama", 1, 1, {"optim": {"name": "muon"}, "adapter": {"use_dora": True}, "train": {"neftune_alpha": 5.0}}),
 ]
 IN_CI: list[Cell] = [
     ("llama", 2, 1, {"train": {"checkpointing": "none"}}),
@@ -123,6 +124,7 @@ IN_CI: list[Cell] = [
     ("llama-tied", 2, 1, WHOLE),
     ("llama", 3, 1, ROWS_OF_TOKENS),
     ("qwen3", 2, 2, FULL),
+    ("qwen3", 1, 1, FULL | {"optim": {"name": "muon"}}),
 ]
 MORE: list[Cell] = [
     *(

@@ -43,7 +43,7 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert page.row("total")[1:4] == ["7 MB", "7.2 MB", "+2.9 %"]
     assert page.row("gradients all-reduced per step and rank")[1:4] == ["300 kB", "330 kB", "+10.0 %"]
     assert page.row("the result")[1:4] == ["300 kB", "330 kB", "+10.0 %"]
-    assert page.row("optim.lr") == ["optim.lr", "0.00123", "0.0002"]
+    assert page.row("optim.lr") == ["optim.lr", "0.00123", "null"]
     assert page.row("model.path") == ["model.path", "/models/base", "no default"]
     assert page.row("fingerprint of the base")[1] == STATE["identity"]["base_fingerprint"]
     assert page.row("checkpoints/step_00000040")[1:4] == ["checkpoint", "40", "2.1000"]

@@ -315,7 +315,7 @@ def test_a_run_has_its_plan_and_by_setting_its_result_as_an_artifact(tmp_path, n
 def test_a_run_of_an_agent_is_the_sweeps_and_is_recorded_as_it_is(tmp_path, no_key, monkeypatch):
     """Wandb itself would put the sweep's values over those of the run: `quant: nf4` in place of the section."""
     values = tmp_path / "values.yaml"
-    values.write_text("wandb_version: 1\nadapter.r:\n  value: 16\nquant:\n  value: nf4\noptim.lr:\n  value: 5.0\n")
+    values.write_text("wandb_version: 1\nadapter.r:\n  value: 16\nquant:\n  value: nf4\noptim.eps:\n  value: 5.0\n")
     for name, value in {"SWEEP_ID": "sweep1", "RUN_ID": "run1", "SWEEP_PARAM_PATH": str(values)}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setenv("WANDB_PROJECT", "the-agents")
@@ -324,7 +324,7 @@ def test_a_run_of_an_agent_is_the_sweeps_and_is_recorded_as_it_is(tmp_path, no_k
     run, config, *_ = logged(tmp_path)
     assert (run.run_id, run.sweep_id, run.project) == ("run1", "sweep1", "the-agents")
     assert (config["quant"]["method"], config["adapter"]["r"], config["adapter.r"]) == ("nf4", 16, 16)
-    assert config["optim.lr"] == config["optim"]["lr"] == 2e-4
+    assert config["optim.eps"] == config["optim"]["eps"] == 1e-8
     for name in ("SWEEP_ID", "RUN_ID", "SWEEP_PARAM_PATH", "PROJECT"):
         monkeypatch.delenv(f"WANDB_{name}")
     with make_reporter(tmp_path, tracker="wandb", start_step=1) as reporter:  # `distlora resume`, by hand

@@ -279,6 +279,11 @@ def check_ranks(config: Config, ranks: int) -> None:
         )
     sharded = config.adapter.trains_base
     require(
+        degree == 1 or config.adapter.method != "full" or config.optim.name != "muon",
+        f"optim.name=muon orthogonalizes whole matrices, which {degree} shards split (adapter=full is sharded); set "
+        "optim.name=adamw, or parallel.shard_degree=1 if each process has memory for all of it",
+    )
+    require(
         degree == 1 or sharded is None or not config.optim.name.endswith("_8bit"),
         f"optim.name={config.optim.name} stores optimizer states in blocks of 256, which {degree} shards would split "
         f"({sharded} is sharded); set optim.name={config.optim.name.removesuffix('_8bit')}, or "

@@ -154,7 +154,7 @@ class AdapterConfig:
     use_dora: bool = False
     """Train the norms of the weights' rows apart from their directions (DoRA, arXiv 2402.09353): one more parameter per
     output. Takes more time, and memory for one more output per adapted linear of a layer."""
-    target_modules: str | tuple[str, ...] = "attention"
+    target_modules: str | tuple[str, ...] = "all-linear"
     """Linears that get an adapter: a preset (qv, attention, mlp, all-linear), a list of module names (the last parts
     of their paths), or a regular expression that matches whole paths."""
     target_parameters: tuple[str, ...] = ()
@@ -209,7 +209,7 @@ class AdapterConfig:
         )
         require(
             len(self.target_modules) > 0 or len(self.target_parameters) > 0,
-            "adapter.target_modules is empty; set adapter.target_modules=attention",
+            "adapter.target_modules is empty; set adapter.target_modules=all-linear",
         )
         require(
             0 <= self.lora_dropout < 1,

@@ -25,11 +25,13 @@ sequences. A forward takes a third of the time of a training step, so they take 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW (arXiv 1711.05101) on fp32 masters, and the schedule of its learning rate."""
+    """AdamW (arXiv 1711.05101) or Muon on fp32 masters, and the schedule of the learning rate."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """`adamw` is torch's, in one fused pass. The others are bitsandbytes': optimizer states in 8 bits (2 bytes per
-    parameter instead of 8), and paged: moved to host memory while the GPU is short of it."""
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"] = "adamw"
+    """`adamw` is torch's, in one fused pass. `adamw_8bit` and the paged ones are bitsandbytes': optimizer states in 8
+    bits (2 bytes per parameter instead of 8), and moved to host memory while the GPU is short of it. `muon` is torch's
+    (arXiv 2502.16982) for matrices, such as A and B, with momentum 0.95 and AdamW's size of an update, so that the same
+    lr serves both; AdamW updates everything else: embeddings, LM head, vectors, adapters of fused experts."""
     lr: float | None = None
     """Peak learning rate, reached after the warm-up. null: by the model where a published sweep has it, else 2e-4; the
     plan says which, and RUN/config.yaml holds the number (`distlora/planner/learning_rate.py`)."""

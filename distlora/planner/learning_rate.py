@@ -47,7 +47,7 @@ def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Cha
     rate, why = _rate(config, model)
     rate = float(f"{rate:.3g}")
     changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=rate))
-    return changed, Change(settings={"optim.lr": f"{rate:g}"}, why=why)
+    return changed, Change(settings={"optim.lr": rate}, why=why)
 
 
 def _rate(config: Config, model: PlannedModel) -> tuple[float, str]:

@@ -141,7 +141,10 @@ def optimizer_tensors(work: Workload, trained: Iterable[Tensor]) -> Iterator[Ten
     """Yield the optimizer states by their names in a checkpoint (`exp_avg/decoder...`)."""
     for tensor in trained:
         name = _parameter_name(tensor.name)
-        if work.optim.name == "adamw":
+        if work.optim.name == "muon" and is_matrix(tensor):
+            yield Tensor(f"momentum_buffer/{name}", tensor.shape)
+            continue
+        if work.optim.name in ("adamw", "muon"):
             yield Tensor(f"step/{name}", ())
             yield Tensor(f"exp_avg/{name}", tensor.shape)
             yield Tensor(f"exp_avg_sq/{name}", tensor.shape)
@@ -152,6 +155,11 @@ def optimizer_tensors(work: Workload, trained: Iterable[Tensor]) -> Iterator[Ten
             yield Tensor(f"state{number}/{name}", tensor.shape, "F32" if small else "U8")
             if not small:
                 yield Tensor(f"absmax{number}/{name}", (absmaxes(tensor.numel),))
+
+
+def is_matrix(tensor: Tensor) -> bool:
+    """Return whether Muon updates a tensor (as `distlora.training.optimizers.is_matrix`)."""
+    return len(tensor.shape) == 2 and ".layers." in tensor.name and ".experts." not in tensor.name
 
 
 def _parameter_name(name: str) -> str:

@@ -1,7 +1,8 @@
 """Run the training loop, without knowledge of the backend and without host syncs within a step.
 
-Exceptions that read from the device in a step: 8-bit optimizers (optimizers.py), DeepSpeed (parallel/README.md), and
-the first forward, with train.verify also the one after each save, which checks the base (parallel/integrity.py).
+Exceptions that read from the device in a step: 8-bit optimizers and Muon (optimizers.py), DeepSpeed
+(parallel/README.md), and the first forward, with train.verify also the one after each save, which checks the base
+(parallel/integrity.py).
 
 A step: loss = sum over the units (target tokens, or pairs of answers) of all ranks and micro-batches / their number,
 which the loader knows in advance; backward; one sum over ranks; clip; update. Trials that share a base take the step

@@ -1,7 +1,7 @@
 """Optimizers of the trained parameters, and the learning-rate schedule.
 
-Two implementations share an interface: torch's fused AdamW, and bitsandbytes' 8-bit and paged AdamW. Both skip a step
-that is not `ok`, a flag on the device: an update with NaN would destroy the state that is saved afterwards.
+Three implementations share an interface: torch's fused AdamW, torch's Muon, and bitsandbytes' 8-bit and paged AdamW.
+All skip a step that is not `ok`, a flag on the device: an update with NaN would destroy the state that is saved later.
 """
 
 from __future__ import annotations
@@ -56,15 +56,23 @@ class Optimizer(ABC):
                 prepared.add(name)
             self._load(self.inner.state[parameter], key, tensor, parameter.device)
 
+    @property
+    def inners(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizers that hold the state, in the order of their updates."""
+        return [self.inner]
+
+    def states_of(self, name: str) -> set[str]:
+        """Return the states that a checkpoint must have of a parameter."""
+        return {"step", *self.per_element}
+
     @abstractmethod
     def _update(self, ok: Tensor) -> None: ...
 
-    @abstractmethod
-    def _prepare(self, parameter: nn.Parameter) -> None:
-        """Create the state of a parameter that `_load` fills."""
+    def _prepare(self, parameter: nn.Parameter) -> None:  # noqa: B027
+        """Create the state of a parameter that `_load` fills, if it must exist before."""
 
-    @abstractmethod
-    def _load(self, state: dict[str, Any], key: str, tensor: Tensor, device: torch.device) -> None: ...
+    def _load(self, state: dict[str, Any], key: str, tensor: Tensor, device: torch.device) -> None:
+        state[key] = tensor.to(device)
 
 
 class FusedAdamW(Optimizer):
@@ -85,12 +93,6 @@ class FusedAdamW(Optimizer):
     def _update(self, ok: Tensor) -> None:
         self._skips.copy_(~ok)
         self.inner.step()
-
-    def _prepare(self, parameter: nn.Parameter) -> None:
-        pass
-
-    def _load(self, state: dict[str, Any], key: str, tensor: Tensor, device: torch.device) -> None:
-        state[key] = tensor.to(device)
 
 
 class BitsAndBytesAdamW(Optimizer):
@@ -138,9 +140,69 @@ class BitsAndBytesAdamW(Optimizer):
             state[key] = int(tensor)
 
 
+class Muon(Optimizer):
+    """torch.optim.Muon for matrices (arXiv 2502.16982), and fused AdamW for all other parameters.
+
+    The size of an update is matched to AdamW's (0.2 sqrt(max(rows, columns)) x lr). The host reads `ok` in every step,
+    because torch's Muon has no switch for it.
+    """
+
+    per_element = ("momentum_buffer", *FusedAdamW.per_element)
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
+        self._matrices = {name: each for name, each in parameters.items() if is_matrix(name, each)}
+        others = {name: each for name, each in parameters.items() if name not in self._matrices}
+        self._others = FusedAdamW(others, config) if others else None
+        inner = torch.optim.Muon(
+            parameter_groups(self._matrices, config),
+            lr=config.peak_lr,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        super().__init__(parameters, inner)
+
+    @property
+    def inners(self) -> list[torch.optim.Optimizer]:
+        """Return Muon and, if it has parameters, AdamW."""
+        return [self.inner, *(self._others.inners if self._others is not None else ())]
+
+    def states_of(self, name: str) -> set[str]:
+        """Return Muon's one state of a matrix, or AdamW's."""
+        return {"momentum_buffer"} if name in self._matrices else {"step", *FusedAdamW.per_element}
+
+    def step(self, lr: float, ok: Tensor) -> None:
+        """Update the matrices, then the other parameters."""
+        super().step(lr, ok)
+        if self._others is not None:
+            self._others.step(lr, ok)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the states of both."""
+        return super().state_tensors() | ({} if self._others is None else self._others.state_tensors())
+
+    def load_state_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Load the states of both, one tensor at a time."""
+        for path, tensor in tensors:
+            if path.partition("/")[2] in self._matrices:
+                super().load_state_tensors([(path, tensor)])
+            else:
+                assert self._others is not None
+                self._others.load_state_tensors([(path, tensor)])
+
+    def _update(self, ok: Tensor) -> None:
+        if bool(ok):
+            self.inner.step()
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether Muon updates a parameter: a matrix in a decoder layer. Adapters of experts are several in one."""
+    return parameter.ndim == 2 and ".layers." in name and ".experts." not in name
+
+
 def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) -> Optimizer:
     """Build the optimizer named by `config.name` over parameters by name."""
-    return FusedAdamW(parameters, config) if config.name == "adamw" else BitsAndBytesAdamW(parameters, config)
+    classes = {"adamw": FusedAdamW, "muon": Muon}
+    return classes.get(config.name, BitsAndBytesAdamW)(parameters, config)
 
 
 def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:

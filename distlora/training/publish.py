@@ -150,7 +150,7 @@ def _check_states(
             raise UserError(f"{file}: {path} of {kind} does not belong to a parameter that this run trains; {_EARLIER}")
         keys_by_name.setdefault(name, set()).add(key)
     for name, keys in keys_by_name.items():
-        if missing := sorted({_STEP, *optimizer.per_element} - keys):
+        if missing := sorted(optimizer.states_of(name) - keys):
             raise UserError(f"{file} has no {missing[0]} of {name}; {_EARLIER}")
 
 

@@ -190,9 +190,11 @@ PAGED_FROM = 100_000
 """Elements from which a paged state is in CUDA's managed memory, which is on the GPU while there is room for it
 (Optimizer8bit.get_state_buffer). Nothing is paged on the CPU."""
 
-UPDATE_BYTES: Mapping[str, int] = {"adamw": 28, "paged_adamw": 28, "adamw_8bit": 16, "paged_adamw_8bit": 16}
+UPDATE_BYTES: Mapping[str, int] = {"adamw": 28, "paged_adamw": 28, "adamw_8bit": 16, "paged_adamw_8bit": 16, "muon": 64}
 """Bytes that an update moves per trained element: it and two states (4 bytes or 1 each) are read and written, its
-gradient is read."""
+gradient is read. Muon: one state, and five products of the update in 16 bits, which are read twice and written."""
+MUON_BYTES = 4 + 3 * 2
+"""Bytes per element of a matrix that Muon updates: the update in fp32, and in 16 bits its copy, a product and a sum."""
 
 
 def is_in_8_bits(optimizer: str, numel: int) -> bool:
@@ -220,6 +222,8 @@ class Trained:
     beside: int
     """Elements beside the trained parameters: DoRA's squared row norms of frozen weights, and DPO's copy of the initial
     adapters."""
+    matrices: Mapping[int, int]
+    """Those of the parameters that Muon updates: matrices inside the decoder layers."""
     optimizers: int = 1
     """Number of optimizers: one per trial."""
 
@@ -228,10 +232,14 @@ class Trained:
         """Build from the adapters and the base of a workload."""
         beside = 0
         adapters: Counter[int] = Counter()
+        matrices: Counter[int] = Counter()
         for adapter in work.adapters if work.adapter.method != "full" else ():
             for each, count in shapes.alike(adapter):
                 for numel in each.numels:
                     adapters[numel] += count
+                if ".experts." not in each.path:
+                    matrices.update({math.prod(each.down): count})
+                    matrices.update({math.prod(each.up): count})
             if work.train.objective == "dpo" and not adapter.starts_as_base:
                 beside += _numbers(adapters)
         if work.adapter.use_dora:  # Of each adapted weight, whichever trials adapt it.
@@ -243,6 +251,8 @@ class Trained:
         for tensor, count in base.counted():
             if tensor.trained:
                 of_base[tensor.shard_numel(shards)] += count
+                if len(tensor.shape) == 2 and tensor.kind != "embeddings":
+                    matrices[tensor.shard_numel(shards)] += count
         embeds = EMBEDDING in rows or any(tensor.trained for tensor in base.embedding)
         return cls(
             adapters=adapters,
@@ -250,6 +260,7 @@ class Trained:
             is_sharded=shards > 1,
             embeds=embeds,
             beside=beside,
+            matrices=matrices,
             optimizers=len(work.adapters),
         )
 
@@ -271,8 +282,9 @@ class Trained:
     def optimizer_bytes(self, name: str, *, is_gpu: bool) -> int:
         """Return the bytes of optimizer states that stay on the device; paged ones do not."""
         sizes = Counter(self.adapters) + Counter(self.of_base)
-        if name == "adamw":  # Two moments, and a step count in fp32.
-            return sum((8 * numel + 4) * count for numel, count in sizes.items())
+        if name in ("adamw", "muon"):  # Two moments and a step count in fp32, or one moment of a matrix.
+            saved = 0 if name == "adamw" else sum((4 * numel + 4) * n for numel, n in self.matrices.items())
+            return sum((8 * numel + 4) * count for numel, count in sizes.items()) - saved
         pages = name.startswith("paged") and is_gpu
         levels = self.optimizers * LEVELS_BYTES if any(is_in_8_bits(name, numel) for numel in sizes) else 0
         moments = (_moments(name, numel, pages=pages) * count for numel, count in sizes.items())

@@ -17,7 +17,7 @@ from distlora.planner.decoder_sizes import ranks_of_blocks
 from distlora.planner.machine import Machine
 from distlora.planner.memory import Kind, Phase
 from distlora.planner.memory.activations import Activations, Costs
-from distlora.planner.memory.base import Base, BaseTensor, Gathered, Trained, unit_bytes
+from distlora.planner.memory.base import MUON_BYTES, Base, BaseTensor, Gathered, Trained, unit_bytes
 from distlora.planner.memory.gathered import CastCopies, copied_of, gathered_of
 from distlora.planner.memory.layer import Operation, Peak
 from distlora.planner.model import PlannedModel
@@ -93,7 +93,10 @@ class Step:
             "head": self._head(self.activations.head_forward, self.gathered.head),
             "head_backward": self._head(self.activations.head_backward, self.gathered.head_backward),
             "block": self._block(),
-            "update": {"gradients": self.trained.sharded_gradient_bytes},
+            "update": {
+                "gradients": self.trained.sharded_gradient_bytes,
+                "working": MUON_BYTES * max(self.trained.matrices, default=0) * (self.work.optim.name == "muon"),
+            },
         }
         return {moment: {kind: n for kind, n in kinds.items() if n} for moment, kinds in found.items()}
 

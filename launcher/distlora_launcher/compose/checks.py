@@ -143,7 +143,7 @@ def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: Optim
             reason="pages optimizer states between a GPU and the host, and this node has no GPU",
             cure=f"set {{field}}={same}",
         )
-    if optim.name != "adamw":
+    if optim.name not in ("adamw", "muon"):
         require_package("bitsandbytes", f"optim.name={optim.name}", otherwise=", or set optim.name=adamw")
     if train.compile:
         reason = native.unavailable_reason()

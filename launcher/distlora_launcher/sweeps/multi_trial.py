@@ -167,7 +167,8 @@ class MultiTrialRunner:
             composed = compose_run(trial.overrides, config_dir=self._sweep.config_dir)
         config = composed.config
         check(config, new_run=True)
-        config, _ = with_learning_rate(config, planned_model(config))
+        if config.optim.lr is None:
+            config, _ = with_learning_rate(config, planned_model(config))
         is_auto = config.plan.mode == "auto" or config.quant.method == "auto"
         if is_auto and self._process is None:
             config = choices(config, composed.fixed).config

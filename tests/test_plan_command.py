@@ -161,7 +161,7 @@ def test_what_is_chosen_is_said_with_its_reason(capsys: pytest.CaptureFixture[st
     assert [each["optim.lr"] for each in given["chosen"]] == [1.5e-4], "the learning rate, by the model"
     assert chosen["settings"]["quant"]["method"] == "none", "16 bits fit"
     assert chosen["time"]["seconds"] < given["time"]["seconds"]
-    page = printed(capsys, *words, "plan=auto", "quant=auto")
+    page = " ".join(printed(capsys, *words, "plan=auto", "quant=auto").split())
     for change in chosen["chosen"]:
         why = change.pop("why")
         assert all(f"{name.removesuffix('.method')}=" in page for name in change)

@@ -107,6 +107,7 @@ def test_the_page_says_how_many_fit_and_why_not_more(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     words = ["plan", "model=llama3_8b", "gpu=rtx4090", "train.global_batch=4", "sweep.packed=4"]
+    words.append("adapter.target_modules=attention")
     assert main.main(words) == 0
     page = " ".join(capsys.readouterr().out.split())
     assert "packed 4 trials share one base: 8.47 GB per GPU, one alone 6.64 GB; a step takes 3." in page

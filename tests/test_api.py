@@ -22,9 +22,9 @@ from distlora.post import generate as generate_worker
 from distlora.post.export.client_check import our_logits
 from distlora.post.loaded import find_trained
 from distlora_launcher import api
+from distlora_launcher.api import as_overrides
 from distlora_launcher.cli.plan import main as plan_command
 from distlora_launcher.compose.compose import compose_config
-from distlora_launcher.compose.python_settings import as_overrides
 from distlora_launcher.launch.follow import Command, Follower
 from family_models import SINGLE
 

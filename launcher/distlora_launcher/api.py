@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distlora.config import Config, UserError, require
+from distlora.config.errors import short
 from distlora.config.file import load_config
 from distlora.run_folder.layout import PLAN_NAME, REPORT_NAME, SUMMARY_NAME, find_result, metric_records, read_record
+from distlora.run_folder.sweep import words_of
 from distlora.system.exit_codes import BAD_INPUT, DONE, STOPPED
 from distlora_launcher.cli import report as report_command
 from distlora_launcher.cli.plan import PlanResult, plan_run
 from distlora_launcher.cli.status import Status, statuses
 from distlora_launcher.compose.checks import check_run_dir
-from distlora_launcher.compose.compose import compose_config
-from distlora_launcher.compose.python_settings import as_overrides
+from distlora_launcher.compose.compose import MAPPINGS, compose_config, known_models
 from distlora_launcher.launch.follow import Command, Follower
 from distlora_launcher.launch.local import remove_if_empty
 from distlora_launcher.launch.lock import CONFIG_NAME
@@ -225,6 +226,55 @@ def load(
         trained = find_trained(folder, adapter=None if adapter is None else str(adapter), checkpoint=checkpoint)
         restore(trained.spec.model)
         return LoadedModel(trained, device=device, dtype=dtype)
+
+
+def as_overrides(
+    *,
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    recipe: str | None = None,
+    gpu: str | None = None,
+    run_dir: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Return the arguments of `distlora train` for these settings; None is left out. Raises UserError for two values.
+
+    model: a name for model=, a folder or a name on the hub. settings: dotted names, or nested mappings of them.
+    """
+    named = {"recipe": recipe, "gpu": gpu, "data.path": data, "run_dir": run_dir}
+    if model is not None:
+        named["model" if str(model) in known_models() else "model.path"] = model
+    values = {name: _plain(name, value) for name, value in named.items() if value is not None}
+    for name, value in _leaves(settings or {}):
+        require(name not in values, f"{name} is set twice; leave one of them out")
+        values[name] = _plain(name, value)
+    return words_of(values)
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value); the mappings of MAPPINGS are values."""
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name not in MAPPINGS:
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a value as YAML has it. Raises UserError for an object that is not the value of a setting."""
+    if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~/")):
+        return str(Path(value).expanduser())
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(name, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    raise UserError(
+        f"{name}={short(value)} is of type {type(value).__name__}; give a text, a number, True, False, None, a list or "
+        "a mapping"
+    )
 
 
 def check_callbacks(callbacks: Sequence[Callback], config: Config) -> None:

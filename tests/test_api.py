@@ -20,7 +20,7 @@ from distlora.config import UserError
 from distlora.data.prompts import GenerateRequest
 from distlora.post import generate as generate_worker
 from distlora.post.export.client_check import our_logits
-from distlora.post.loaded import find_trained
+from distlora.post.trained import Name
 from distlora_launcher import api
 from distlora_launcher.api import as_overrides
 from distlora_launcher.cli.plan import main as plan_command
@@ -277,30 +277,27 @@ def test_a_loaded_model_answers_as_the_command_and_has_the_logits_of_training(
 ) -> None:
     run, _ = done
     prompts: list[Any] = ["What is 3?", [{"role": "user", "content": "What is 4?"}], "5"]
-    lines = [{"prompt": each} if isinstance(each, str) else {"messages": each} for each in prompts]
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = distlora.load(run, device="cpu")
     state = torch.get_rng_state()
-    for options in ({"temperature": 1.5, "seed": 3}, {}):
-        out = tmp_path / f"{len(options)}.jsonl"
-        files = {"prompts": str(tmp_path / "asked.jsonl"), "out": str(out), "max_new_tokens": 9}
-        weights = str(run.folder / "adapter")
-        generate_worker.run(GenerateRequest(run=str(run.folder), weights=weights, **files, **options), SINGLE)  # type: ignore[arg-type]
+    for number, options in enumerate(({"temperature": 1.5, "seed": 3}, {}, {})):
+        key = "prompt" if isinstance(prompts[number], str) else "messages"
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps({key: prompts[number]}) + "\n")
+        files = {"prompts": str(tmp_path / f"{number}.jsonl"), "out": str(tmp_path / f"out_{number}.jsonl")}
+        weights, words = str(run.folder / "adapter"), {**files, **options, "max_new_tokens": 9}
+        generate_worker.run(GenerateRequest(run=str(run.folder), weights=weights, **words), SINGLE)  # type: ignore[arg-type]
+        expected_text = json.loads((tmp_path / f"out_{number}.jsonl").read_text())["completion"]
         torch.set_rng_state(state)
-        answers = model.generate(prompts, max_new_tokens=9, **options)  # type: ignore[arg-type]
-        assert answers == [json.loads(line)["completion"] for line in out.read_text().splitlines()]
+        assert model.generate(prompts[number], max_new_tokens=9, **options) == expected_text
         assert torch.equal(torch.get_rng_state(), state)
-    assert model.generate(prompts[0], max_new_tokens=9) == model.generate(prompts[:1], max_new_tokens=9)[0]
-    expected = our_logits(find_trained(run.folder))
+    expected = our_logits(Name(place=str(run.folder)).read())
     assert torch.equal(model.logits(expected.tokens[0].tolist()), expected.logits[0])
     assert model.logits("5").shape == (1, len(model.tokenizer))
+    assert not torch.equal(distlora.load(run.folder, adapter="base").logits("5"), model.logits("5"))
     for wrong, message in {"temperature": r"temperature=-1", "max_new_tokens": r"max_new_tokens=-1"}.items():
         with pytest.raises(UserError, match=f"^{message}"):
             model.generate("a", **{wrong: -1})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"the last message is the assistant's own"):
         model.generate([{"role": "assistant", "content": "a"}])
-    with pytest.raises(UserError, match=r"^device=tpu is not a device"):
-        distlora.load(run, device="tpu")
     with pytest.raises(UserError, match=r"^checkpoint step_7: .* has no such checkpoint"):
         distlora.load(run, checkpoint="step_7")
 

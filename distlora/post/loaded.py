@@ -4,49 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from distlora.config import UserError, require
-from distlora.config.file import load_config
 from distlora.data.formats import check_chat
 from distlora.data.prompts import GenerateRequest, Prompt
 from distlora.parallel import Ranks
 from distlora.post.load_trained import load_in_fp32, load_trained
-from distlora.post.trained import BASE_ALONE, Trained, find_weights, of_run
+from distlora.post.trained import Trained
 from distlora.run_folder.layout import DATA_NAME, read_record
-from distlora.training.generator import Generator, PromptEncoder, generate_all, sampling
+from distlora.training.generator import Generator, PromptEncoder, generate, sampling
 
 Message = dict[str, Any]
 """A message of a conversation: {"role": "user", "content": "..."}."""
 
-
-class Options(TypedDict, total=False):
-    """The options of `LoadedModel.generate`."""
-
-    max_new_tokens: int
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    seed: int
-    system: str | None
-    chat: bool | None
-
-
 _GOOD = '{"role": "user", "content": "What is a list?"}'
-
-
-def find_trained(run_dir: Path, *, adapter: str | None = None, checkpoint: str | None = None) -> Trained:
-    """Return the trained model of a run, or with `adapter` another one on its base. Raises UserError for none."""
-    config = load_config(run_dir)
-    weights = find_weights(run_dir, config.spec, adapter, checkpoint)
-    return replace(of_run(config, weights, foreign=adapter not in (None, BASE_ALONE)), run_dir=run_dir)
 
 
 class LoadedModel:
@@ -56,7 +34,7 @@ class LoadedModel:
         """Load the model. device: None for the first GPU, else the CPU. dtype: None as in training."""
         base = trained.base
         require(base.is_dir(), f"the run's base is missing: model.path={base} does not exist; put the model back there")
-        self.device = _device(device)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         ranks = Ranks(0, 1, self.device, None)
         with self._current_device():
             if dtype == "fp32" and trained.spec.dtype != "fp32":
@@ -75,14 +53,10 @@ class LoadedModel:
         """The tokenizer of transformers, with the run's new tokens."""
         return self._encoder(None).tokenizer
 
-    @overload
-    def generate(self, prompt: str | list[Message], **options: Unpack[Options]) -> str: ...
-    @overload
-    def generate(self, prompt: list[str] | list[list[Message]], **options: Unpack[Options]) -> list[str]: ...
     @torch.no_grad()
     def generate(
         self,
-        prompt: Any,
+        prompt: str | list[Message],
         *,
         max_new_tokens: int = 256,
         temperature: float | None = None,
@@ -91,10 +65,10 @@ class LoadedModel:
         seed: int = 0,
         system: str | None = None,
         chat: bool | None = None,
-    ) -> str | list[str]:
-        """Return the answer to a prompt (a text or a list of messages), or the answers to a list of prompts.
+    ) -> str:
+        """Return the answer to a prompt: a text, or the messages of a conversation.
 
-        Answers equal those of `distlora generate` with the same options. temperature, top_p, top_k: None for those of
+        It equals that of `distlora generate` with the same options. temperature, top_p, top_k: None for those of
         the model's generation_config.json, else the likeliest token each time. seed: of the sampling; torch's own
         random state is left alone. system: the system message of conversations without one. chat: True to apply the
         chat template, False to continue texts as they are, None as in training.
@@ -112,11 +86,10 @@ class LoadedModel:
                 system=system,
                 as_chat=chat,
             )
-            is_one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
-            prompts = [_prompt(each, index) for index, each in enumerate([prompt] if is_one else prompt)]
-            speaks = system is not None or (chat is None and any(each.text is None for each in prompts))
+            asked = _prompt(prompt)
+            speaks = system is not None or (chat is None and asked.text is None)
             encoder = self._encoder(True if speaks else chat)
-            encoded = [encoder.encode(each, system=system) for each in prompts]
+            tokens = encoder.encode(asked, system=system)
         settings = sampling(
             encoder,
             self._base.path,
@@ -128,9 +101,8 @@ class LoadedModel:
         devices = [self.device] if self.device.type == "cuda" else []
         with self._current_device(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(request.seed)
-            batches = generate_all(self._generator, encoded, settings)
-            answers = [encoder.decode(completion) for batch in batches for completion in batch]
-        return answers[0] if is_one else answers
+            (completion,) = generate(self._generator, [tokens], settings)
+        return encoder.decode(completion)
 
     @torch.no_grad()
     def logits(self, text: str | Sequence[int]) -> Tensor:
@@ -154,32 +126,12 @@ class LoadedModel:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
 
-def _device(name: str | None) -> torch.device:
-    """Return a device with its index. Raises UserError for one that this node does not have."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device={name} is not a device; write cpu, cuda or cuda:1") from error
-    require(device.type in ("cpu", "cuda"), f"device={name} is not supported; write cpu, cuda or cuda:1")
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count()
-    index = device.index or 0
-    require(index < count, f"device={name}: this process may use {count} GPUs; write cpu, or cuda:N with N below that")
-    return torch.device("cuda", index)
-
-
-def _prompt(prompt: Any, index: int) -> Prompt:
+def _prompt(prompt: str | list[Message]) -> Prompt:
     """Return a text or a list of messages as a prompt. Raises UserError for anything else."""
-    place = f"prompt {index + 1}"
+    place = "the prompt"
     if isinstance(prompt, str):
         return Prompt(place=place, text=prompt)
-    if not isinstance(prompt, Sequence):
-        raise UserError(
-            f"{place} is of type {type(prompt).__name__}; give a text or a list of messages such as {_GOOD}"
-        )
-    chat = check_chat({"messages": [dict(message) for message in prompt]}, place, f"a good message: {_GOOD}")
+    chat = check_chat({"messages": prompt}, place, f"a good message: {_GOOD}")
     last = chat["messages"][-1]["role"]
     require(last != "assistant", f"{place}: the last message is the assistant's own; end with what it is to answer")
     return Prompt(place=place, messages=tuple(chat["messages"]))

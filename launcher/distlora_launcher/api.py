@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from distlora.config import Config, UserError, require
 from distlora.config.errors import short
 from distlora.config.file import load_config
+from distlora.post.trained import Name
 from distlora.run_folder.layout import PLAN_NAME, REPORT_NAME, SUMMARY_NAME, find_result, metric_records, read_record
 from distlora.run_folder.sweep import words_of
 from distlora.system.exit_codes import BAD_INPUT, DONE, STOPPED
@@ -217,13 +218,14 @@ def load(
 
     Raises UserError for a run without anything trained, and for a missing base.
     """
-    folder = run.folder if isinstance(run, Run) else Path(run).expanduser().absolute()
+    folder = run.folder if isinstance(run, Run) else Run(run).folder
     require(checkpoint is None or adapter is None, "checkpoint and adapter exclude each other; give one of them")
-    from distlora.post.loaded import LoadedModel, find_trained, in_python
+    from distlora.post.loaded import LoadedModel, in_python
     from distlora_launcher.compose.hub import restore
 
     with in_python():
-        trained = find_trained(folder, adapter=None if adapter is None else str(adapter), checkpoint=checkpoint)
+        weights = None if adapter is None else str(adapter)
+        trained = Name(place=str(folder), adapter=weights, checkpoint=checkpoint).read()
         restore(trained.spec.model)
         return LoadedModel(trained, device=device, dtype=dtype)
 

@@ -42,6 +42,11 @@ SETTINGS = {
 }
 
 
+def settings(**train: int) -> dict[str, Any]:
+    """Return SETTINGS with other values in train."""
+    return SETTINGS | {"train": {**SETTINGS["train"], **train}}  # type: ignore[dict-item]
+
+
 def test_importing_is_light_and_planning_imports_no_torch() -> None:
     code = (
         "import sys, distlora; assert not {'torch', 'hydra', 'distlora_launcher'} & set(sys.modules); "
@@ -236,7 +241,7 @@ def stopped(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[di
         data=CHATS,
         recipe="qlora",
         run_dir=tmp_path_factory.mktemp("api") / "run",
-        settings=SETTINGS | {"train": SETTINGS["train"] | {"max_steps": 400, "save_every": 200}},
+        settings=settings(max_steps=400, save_every=200),
         callbacks=[recorder],
     )
     return run, recorder
@@ -247,9 +252,8 @@ def done(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[distl
     """Return a whole run, and its callback."""
     recorder = Recorder()
     run_dir = tmp_path_factory.mktemp("api") / "run"
-    settings = {**SETTINGS, "plan.measure": False}
     run = distlora.train(
-        model=folders / "llama", data=CHATS, run_dir=run_dir, settings=settings, callbacks=[recorder], recipe="qlora"
+        model=folders / "llama", data=CHATS, run_dir=run_dir, settings=SETTINGS, callbacks=[recorder], recipe="qlora"
     )
     return run, recorder
 
@@ -330,7 +334,7 @@ def test_a_run_saves_and_stops_when_the_calling_process_is_killed(folders: Path,
     code = (
         "import distlora, os; callback = distlora.Callback(on_step=lambda step, metrics: os.kill(os.getpid(), 9)); "
         f"distlora.train(model={str(folders / 'llama')!r}, data={CHATS!r}, run_dir='run', callbacks=[callback], "
-        f"settings={SETTINGS | {'train.max_steps': 4000, 'train.save_every': 1000}!r})"
+        f"settings={settings(max_steps=4000, save_every=1000)!r})"
     )
     killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -344,10 +348,14 @@ def test_a_run_saves_and_stops_when_the_calling_process_is_killed(folders: Path,
 
 
 @pytest.mark.ci
-def test_type_checkers_see_the_names() -> None:
+def test_type_checkers_see_the_names(tmp_path: Path) -> None:
     code = "import distlora; reveal_type(distlora.load(distlora.train(model='m')).generate('Hi', seed=1))"
-    finished = subprocess.run([sys.executable, "-m", "mypy", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert 'Revealed type is "str"' in finished.stdout.replace("builtins.", ""), finished.stdout
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent", "--ignore-missing-imports"]
+    path = os.pathsep.join(str(ROOT / name) for name in ("", "kernels", "launcher"))
+    finished = subprocess.run(
+        [*command, "-c", code], cwd=tmp_path, env=os.environ | {"MYPYPATH": path}, capture_output=True, text=True
+    )
+    assert 'Revealed type is "str"' in finished.stdout.replace("builtins.", ""), finished.stdout + finished.stderr
 
 
 @pytest.mark.ci
@@ -381,7 +389,7 @@ def test_the_wheel_trains_from_python_and_the_shell_in_an_empty_folder(folders: 
         "import distlora; assert distlora.__file__.startswith({site!r}); run = distlora.train(model={model!r}, "
         "data='chats.jsonl', recipe='qlora', run_dir='first', settings={settings!r}); "
         "print(repr(distlora.load(run).generate('What is 3?', max_new_tokens=5)))"
-    ).format(site=str(site), model=str(folders / "llama"), settings=SETTINGS | {"train.max_steps": 3})
+    ).format(site=str(site), model=str(folders / "llama"), settings=settings(max_steps=3))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([python, "-c", code], check=True, cwd=empty, env=environment)
     words = ["recipe=qlora", f"model.path={folders / 'llama'}", "data.path=chats.jsonl", "train.max_steps=3"]

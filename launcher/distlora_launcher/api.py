@@ -164,13 +164,13 @@ def train(
         config = compose_config(words)
     check_callbacks(callbacks, config)
     folder = Path(config.run_dir)
-    words = [word for word in words if not word.startswith("run_dir=")] + as_overrides(run_dir=folder)
+    words += as_overrides(run_dir=folder)  # Of two values the last one counts.
     if is_path:
         return _follow(["train", *words], folder, callbacks)
     check_run_dir(folder)
     documents: Any = data
     place = _write_documents(documents, folder / DOCUMENTS_NAME)
-    words = [word for word in words if not word.startswith("data.path=")] + as_overrides(data=place)
+    words += as_overrides(data=place)
     try:
         return _follow(["train", *words], folder, callbacks)
     except UserError:

@@ -53,7 +53,6 @@ class LoadedModel:
         """The tokenizer of transformers, with the run's new tokens."""
         return self._encoder(None).tokenizer
 
-    @torch.no_grad()
     def generate(
         self,
         prompt: str | list[Message],
@@ -104,7 +103,6 @@ class LoadedModel:
             (completion,) = generate(self._generator, [tokens], settings)
         return encoder.decode(completion)
 
-    @torch.no_grad()
     def logits(self, text: str | Sequence[int]) -> Tensor:
         """Return the logits (T, vocabulary) fp32 after each token of a text, or of token ids.
 
@@ -113,7 +111,7 @@ class LoadedModel:
         if isinstance(text, str):
             text = self._encoder(False).encode(Prompt(place="the text", text=text))
         require(len(text) > 0, "logits: the text has no tokens; give a text or a list of token ids")
-        with self._current_device():
+        with self._current_device(), torch.no_grad():
             return self.model.logits(torch.tensor([list(text)], device=self.device))[0]
 
     def _encoder(self, as_chat: bool | None) -> PromptEncoder:

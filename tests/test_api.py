@@ -347,7 +347,7 @@ def test_a_run_saves_and_stops_when_the_calling_process_is_killed(folders: Path,
     assert run.status.ending.stopped is not None
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_type_checkers_see_the_names(tmp_path: Path) -> None:
     code = "import distlora; reveal_type(distlora.load(distlora.train(model='m')).generate('Hi', seed=1))"
     command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent", "--ignore-missing-imports"]

@@ -85,7 +85,7 @@ def test_tensorboard_reads_each_step_once_and_the_settings(run_dir):
     assert b"| 3 | a\\|b | c d |" in samples.tensor_proto.string_val[0]
     parts = read.summary_metadata
     begun = metadata.parse_session_start_info_plugin_data(parts[metadata.SESSION_START_INFO_TAG].plugin_data.content)
-    assert begun.hparams["optim.lr"].number_value == 2e-4
+    assert begun.hparams["adapter.r"].number_value == 16
     assert begun.hparams["world"].number_value == 2
     ended = metadata.parse_session_end_info_plugin_data(parts[metadata.SESSION_END_INFO_TAG].plugin_data.content)
     assert ended.status == api_pb2.STATUS_FAILURE
@@ -105,7 +105,7 @@ def test_mlflow_reads_each_step_once_the_settings_samples_and_result(run_dir):
     client, run, history = mlflow_run(os.environ["MLFLOW_TRACKING_URI"])
     assert history == EXPECTED
     assert (run.info.run_name, run.info.status, run.data.tags["exit_code"]) == ("my run", "FAILED", "1")
-    assert (run.data.params["optim.lr"], run.data.params["world"], run.data.tags["a"]) == ("0.0002", "2", "true")
+    assert (run.data.params["adapter.r"], run.data.params["world"], run.data.tags["a"]) == ("16", "2", "true")
     folder = client.download_artifacts(run.info.run_id, "")
     with open(f"{folder}/samples/step_3.json") as file:
         assert json.load(file) == {"columns": ["step", "prompt", "text"], "data": [[3, "a|b", "c\nd"]]}
@@ -118,7 +118,7 @@ def test_trackio_reads_each_step_once_the_settings_and_a_failure(run_dir):
     from trackio.sqlite_storage import SQLiteStorage
 
     (run,) = trackio.Api().runs("a-project")
-    assert (run.name, run.config["optim.lr"], run.config["world"]) == ("my run", 2e-4, 2)
+    assert (run.name, run.config["adapter.r"], run.config["world"]) == ("my run", 16, 2)
     lines = SQLiteStorage.get_logs("a-project", run_id=run.id)
     assert {name: [(line["step"], line[name]) for line in lines if name in line] for name in EXPECTED} == EXPECTED
     (table,) = [line["samples"]["_value"] for line in lines if "samples" in line]
@@ -147,7 +147,7 @@ def test_swanlab_reads_the_steps_of_both_starts_under_one_id(run_dir):
                 points.add((record.scalar.key, record.scalar.step, record.scalar.value.number))
         reader.close()
         settings = yaml.safe_load((path.parent / "files" / "config.yaml").read_text())
-        assert (settings["optim"]["value"]["lr"], settings["world"]["value"]) == (2e-4, 2)
+        assert (settings["adapter"]["value"]["r"], settings["world"]["value"]) == (16, 2)
     assert ids == {((run_dir / "swanlab" / "run_id.txt").read_text().strip(), "my run", "a-project", "a", "b")}
     assert states == ["RUN_STATE_ABORTED", "RUN_STATE_CRASHED"]
     assert points == {(name, step, value) for name, pairs in EXPECTED.items() for step, value in pairs}

@@ -68,6 +68,7 @@ PATHS = (
 """Settings that are paths, beside data.sources and data.template."""
 
 MAPPINGS = (
+    "model.special_tokens",
     "adapter.rank_pattern",
     "adapter.alpha_pattern",
     "data.columns",

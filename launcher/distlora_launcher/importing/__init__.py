@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,7 +20,7 @@ from distlora.config.file import parse_yaml
 from distlora.system.exit_codes import BAD_INPUT, DONE
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.importing.axolotl import convert
-from distlora_launcher.importing.recipe import recipe_text, report
+from distlora_launcher.importing.recipe import Imported, recipe_text, report
 from distlora_launcher.terminal.arguments import read
 
 TOOLS = ("axolotl",)
@@ -27,9 +28,11 @@ TOOLS = ("axolotl",)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportArguments:
-    """Convert an Axolotl configuration into a recipe, and list on stderr every key without an equivalent.
+    """Convert an Axolotl configuration into a recipe, and list on stderr every key that has no exact equal.
 
-    The recipe is printed or written to --out. `distlora train --config-dir FOLDER recipe=NAME` runs it.
+    Keys are listed as changed (something close to it happens), without effect here, not supported, refused or unknown,
+    each with the reason. The recipe is printed or written to --out.
+    `distlora train --config-dir FOLDER recipe=NAME` runs it.
 
     example: distlora import axolotl qlora.yml --out mine/recipe/mine.yaml
     """
@@ -38,27 +41,27 @@ class ImportArguments:
     """axolotl: format of the file; only axolotl is supported."""
     file: Path
     """FILE.yaml: configuration file of that tool."""
-    processes: int = 1
-    """N: number of GPUs it was written for; the global batch is N times the batch per GPU."""
+    processes: int | None = None
+    """N: number of GPUs to run on; the global batch is N times the batch per GPU (default: as the file says, or 1)."""
     out: Path | None = None
     """FILE: write the recipe to FOLDER/recipe/NAME.yaml instead of printing it."""
     strict: bool = False
-    """Exit with code 2 if a key was not converted."""
+    """Exit with code 2 if a key was not imported exactly."""
 
 
 def main(arguments: list[str]) -> int:
-    """Import the file; return 0, or with --strict 2 when something was not carried."""
+    """Import the file; return 0, or with --strict 2 when a key was not imported exactly."""
     options = read(ImportArguments, "distlora import", arguments)
     near = nearest(options.tool, TOOLS)
     require(options.tool in TOOLS, f"cannot import {options.tool!r}{near}; write distlora import axolotl FILE.yaml")
     require(
-        options.processes > 0,
+        options.processes is None or options.processes > 0,
         f"--processes {options.processes} is not a number of processes; write --processes 1 or more",
     )
     if options.out is not None:
         check_place(options.out)
-    imported = convert(read_yaml(options.file), processes=options.processes)
-    text = recipe_text(imported, source=options.file, processes=options.processes)
+    imported = import_settings(options.file, processes=options.processes)
+    text = recipe_text(imported, source=options.file)
     check_composes(text, options.file, starts_from_adapter="init_from" in imported.section("adapter"))
     if options.out is None:
         sys.stdout.write(text)
@@ -67,6 +70,15 @@ def main(arguments: list[str]) -> int:
         options.out.write_text(text, encoding="utf-8")
     print(report(imported, source=options.file, out=options.out), file=sys.stderr)
     return BAD_INPUT if options.strict and imported.not_carried else DONE
+
+
+def import_settings(source: Path | Mapping[str, Any], *, processes: int | None = None) -> Imported:
+    """Return an Axolotl file, or its parsed content, as `options` and `settings` with their differences (`notes`).
+
+    processes: the number of GPUs to run on; None: as many as the file names. `lost` has the differences that would make
+    it another run. Raises UserError for what is no Axolotl configuration, and for objectives that distlora has not.
+    """
+    return convert(read_yaml(source) if isinstance(source, Path) else dict(source), processes=processes)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -2,189 +2,61 @@
 
 Read off Axolotl 067b021 (2026-07): its schema, its builders of training arguments and its prompt strategies. Where a
 default of ours differs from Axolotl's, Axolotl's value is written, so that the recipe means what the file meant. Keys
-without an equal are in axolotl_keys.yaml, data sets in axolotl_data.py.
+without an equal are in axolotl_keys.yaml, data sets in axolotl_data.py, steps and schedules in axolotl_steps.py.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from distlora.config import SAVED_MODULES, TARGET_PRESETS, UserError
 from distlora.config.base import check_init
 from distlora_launcher.importing.axolotl_data import convert_data, convert_objective
-from distlora_launcher.importing.recipe import Imported, Keys, additional_special_tokens, note_unread
-
-SCHEDULES = {
-    "cosine": "cosine",
-    "cosine_with_min_lr": "cosine",
-    "linear": "linear",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "warmup_stable_decay": "warmup_stable_decay",
-}
-DEFAULT_WARMUP, MOST_DEFAULT_WARMUP = 0.03, 100
-"""Axolotl's warm-up where none is set: a share of the steps, and at most so many."""
-
-
-def convert_steps(keys: Keys, imported: Imported) -> None:
-    """Convert steps, saves, evaluations and early stopping."""
-    train, max_steps, epochs = imported.section("train"), keys.integer("max_steps"), keys.number("num_epochs")
-    epochs = 1.0 if epochs is None else epochs
-    train["max_steps"] = max_steps
-    train["epochs"] = max(1, math.ceil(epochs))
-    if not epochs.is_integer() and max_steps is None:
-        imported.note(
-            "unsupported", f"num_epochs={epochs:g}", "distlora trains whole epochs; set train.max_steps to end earlier"
-        )
-    train["log_every"] = keys.integer("logging_steps") or 1
-    train["keep"] = keys.integer("save_total_limit") or 4
-    train["save_every"] = _interval(keys, imported, "save", max_steps, epochs)
-    evaluates = imported.section("data").get("eval_path") is not None or imported.section("data")["eval_fraction"] > 0
-    train["eval_every"] = _interval(keys, imported, "eval", max_steps, epochs) if evaluates else None
-    if not evaluates:
-        for name in ("evals_per_epoch", "eval_steps", "eval_strategy", "evaluation_strategy"):
-            if keys.any(name):
-                imported.note("idle", name, "nothing is held out")
-    _early_stopping(keys, imported)
-
-
-def _interval(keys: Keys, imported: Imported, kind: str, max_steps: int | None, epochs: float) -> int | None:
-    """Return the steps between saves or evaluations (`kind`); None for the end only."""
-    per_epoch, steps = keys.number(f"{kind}s_per_epoch"), keys.number(f"{kind}_steps")
-    aliases = ("eval_strategy", "evaluation_strategy") if kind == "eval" else ("save_strategy",)
-    chosen = keys.any(*aliases)
-    strategy = "no" if chosen is False else chosen  # YAML reads a bare no as false.
-    setting = f"train.{kind}_every"
-    if steps is None and per_epoch:
-        steps, key = 1 / (per_epoch * epochs), f"{kind}s_per_epoch={per_epoch:g}"
-    elif steps is None:
-        by_epoch = strategy == "epoch" or (strategy is None and kind == "save")
-        if strategy == "best":
-            imported.note("idle", "save_strategy=best", "the best adapter is kept in RUN/best beside the checkpoints")
-        if strategy not in (None, "no", "epoch", "best"):
-            imported.note("unsupported", f"{aliases[0]}={strategy}", f"needs {kind}_steps, or set {setting}")
-        if not by_epoch or epochs <= 1:
-            return None
-        steps, key = 1 / epochs, f"{aliases[0]}=epoch" if strategy else f"{kind}_steps (not set: every epoch)"
-    else:
-        key = f"{kind}_steps={steps:g}"
-    if steps >= 1:  # Once an epoch or less often, and the run ends there.
-        return None if key.startswith(f"{kind}s_per_epoch") else int(steps)
-    if max_steps is not None:
-        return math.ceil(steps * max_steps)
-    imported.note(
-        "unsupported",
-        key,
-        f"a number of steps is needed, and only the tokenized data gives how many {steps:.3g} of the run are; "
-        f"set {setting} once the start of a run has printed them",
-    )
-    return None
-
-
-def _early_stopping(keys: Keys, imported: Imported) -> None:
-    train = imported.section("train")
-    patience, best = keys.integer("early_stopping_patience"), keys.flag("load_best_model_at_end")
-    metric, greater = keys.text("metric_for_best_model"), keys.flag("greater_is_better")
-    if metric not in (None, "loss", "eval_loss") or greater:
-        imported.note("unsupported", f"metric_for_best_model={metric}", "the held-out loss decides, lower is better")
-    given = {"early_stopping_patience": patience, "load_best_model_at_end": best}
-    if train["eval_every"] is None:
-        for name, value in given.items():
-            if value:
-                imported.note("unsupported", name, "needs evaluations while training; set train.eval_every with it")
-        return
-    train["early_stopping_patience"] = patience or None
-    train["load_best_at_end"] = best
-
-
-def convert_schedule(keys: Keys, imported: Imported) -> None:
-    """Convert the learning-rate schedule.
-
-    distlora's warm-up starts one step higher: at lr / steps instead of 0.
-    """
-    optim, max_steps = imported.section("optim"), imported.section("train")["max_steps"]
-    name = keys.text("lr_scheduler") or "cosine"
-    options = Keys(keys.mapping("lr_scheduler_kwargs"), place="lr_scheduler_kwargs.")
-    if name not in SCHEDULES:
-        known = ", ".join(dict.fromkeys(SCHEDULES.values()))
-        imported.note("unsupported", f"lr_scheduler={name}", f"cosine is written; choose among {known}")
-    optim["schedule"] = SCHEDULES.get(name, "cosine")
-    floor = keys.number("cosine_min_lr_ratio")
-    if floor is not None and optim["schedule"] != "cosine":
-        imported.note("idle", "cosine_min_lr_ratio", f"lr_scheduler={name} is not a cosine schedule")
-        floor = None
-    floor = options.number("min_lr_rate") if floor is None and name == "cosine_with_min_lr" else floor
-    optim["min_lr_ratio"] = float(floor or 0.0)
-    if name == "warmup_stable_decay":
-        _stable_decay(options, imported, max_steps)
-    for option, _ in options.unread():
-        imported.note("unsupported", f"lr_scheduler_kwargs.{option}", "this shape of the learning rate is not built")
-    optim["warmup_ratio"] = _warmup(keys, imported, max_steps, constant=name == "constant")
-
-
-def _stable_decay(options: Keys, imported: Imported, max_steps: int | None) -> None:
-    """Convert the WSD schedule of transformers: num_decay_steps, with a cosine decay unless decay_type is linear."""
-    decay, shape = options.integer("num_decay_steps"), options.text("decay_type") or "cosine"
-    if shape != "linear":
-        imported.note("differs", f"lr_scheduler_kwargs.decay_type={shape}", "the last decay is linear in distlora")
-    if decay is not None and max_steps:
-        imported.section("optim")["decay_ratio"] = decay / max_steps
-    else:
-        imported.note(
-            "unsupported",
-            "lr_scheduler_kwargs.num_decay_steps",
-            "a fraction of all steps is needed, which requires max_steps; set optim.decay_ratio (0.1 is the default)",
-        )
-
-
-def _warmup(keys: Keys, imported: Imported, max_steps: int | None, *, constant: bool) -> float:
-    steps, ratio = keys.number("warmup_steps"), keys.number("warmup_ratio")
-    if constant:
-        if steps or ratio:
-            given = f"warmup_steps={steps:g}" if steps else f"warmup_ratio={ratio:g}"
-            imported.note("idle", given, "lr_scheduler=constant has no warm-up")
-        return 0.0
-    if steps is not None and not steps:
-        return 0.0
-    if steps is not None and max_steps is None:
-        imported.note(
-            "unsupported",
-            f"warmup_steps={steps:g}",
-            f"a fraction of all steps is needed, which requires max_steps; {DEFAULT_WARMUP} is written: "
-            f"set optim.warmup_ratio to {steps:g} / steps once the start of a run has printed them",
-        )
-        return DEFAULT_WARMUP
-    if steps is not None:
-        assert max_steps is not None
-        return min(1.0, steps / max_steps)
-    if ratio is not None:
-        return ratio
-    if max_steps is not None:
-        return min(DEFAULT_WARMUP, MOST_DEFAULT_WARMUP / max_steps)
-    imported.note(
-        "differs",
-        "warmup_ratio (not set)",
-        f"{DEFAULT_WARMUP} of the steps, which Axolotl caps at {MOST_DEFAULT_WARMUP} steps in runs of more than 3,333",
-    )
-    return DEFAULT_WARMUP
-
+from distlora_launcher.importing.axolotl_steps import convert_schedule, convert_steps
+from distlora_launcher.importing.recipe import Imported, Keys, note_unread
 
 OPTIMIZERS = {
-    "adamw": ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_hf", "adamw_apex_fused", "adamw"),
+    "adamw": (
+        *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"),
+        *("adamw_hf", "adamw_apex_fused", "adamw"),
+    ),
     "adamw_8bit": ("adamw_bnb_8bit", "adamw_8bit"),
     "paged_adamw": ("paged_adamw", "paged_adamw_32bit"),
     "paged_adamw_8bit": ("paged_adamw_8bit",),
 }
 """distlora's optimizers, and the names in Axolotl (mostly transformers') that mean the same update."""
+NEAR_OPTIMIZERS = {
+    "adamw_8bit": ("adamw_torch_8bit", "adamw_torch_4bit", "ao_adamw_8bit", "ao_adamw_4bit", "ao_adamw_fp8"),
+    "adamw": ("adamw_anyprecision", "optimi_adamw", "flash_adamw"),
+}
+"""AdamW whose states are stored in another form there."""
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
+ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")
+"""Lists of special_tokens beside the tokens with a role."""
 OTHER_TRAINING = ("reward_model", "process_reward_model", "kd_trainer", "diffusion", "ebft")
 
 
-def convert(values: dict[str, Any], *, processes: int) -> Imported:
-    """Return a parsed Axolotl file as our settings. Raises UserError where nothing sensible can be made of it."""
+SPLIT_SEQUENCES = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
+"""Numbers of GPUs that share one sequence in Axolotl."""
+
+
+def processes_of(keys: Keys) -> int:
+    """Return the number of GPUs that the file itself asks for; 1 if it names none."""
+    names = (*SPLIT_SEQUENCES, "dp_shard_size", "dp_replicate_size", "expert_parallel_size")
+    return max(math.prod(max(1, keys.integer(name) or 1) for name in names), keys.integer("ray_num_workers") or 1)
+
+
+def convert(values: dict[str, Any], *, processes: int | None = None) -> Imported:
+    """Return a parsed Axolotl file as our settings. Raises UserError where nothing sensible can be made of it.
+
+    processes: the number of GPUs that it was written for; None: as many as the file itself asks for.
+    """
     keys, imported = Keys(values), Imported()
+    processes = processes or processes_of(keys)
+    imported.processes = processes
     for name in OTHER_TRAINING:
         if value := keys.any(name):
             raise UserError(
@@ -220,19 +92,63 @@ def convert_model(keys: Keys, imported: Imported) -> None:
         other = keys.text(name)
         if other is not None and other != base:
             imported.note("refused", f"{name}={other}", f"a model is one folder; put that {what} into a copy of {base}")
-    tokens = [*(keys.words("tokens") or []), *additional_special_tokens(keys)]
+    special_tokens = keys.mapping("special_tokens")
+    tokens = [*(keys.words("tokens") or [])]
+    tokens += [str(token) for name in ADDITIONAL for token in special_tokens.get(name) or ()]
     if tokens:
         model["new_tokens"] = list(dict.fromkeys(tokens))
         reason = "those that the tokenizer has already must be left out (the run names them), which Axolotl ignores"
-        imported.note("differs", f"tokens={_list(tokens)}", reason)
+        imported.note("changed", f"tokens={_list(tokens)}", reason)
+    special = Keys(special_tokens, place="special_tokens.")
+    named = {name: special.text(name) for name in ("bos_token", "eos_token", "unk_token")}
+    if named := {name: text for name, text in named.items() if text is not None}:
+        model["special_tokens"] = named
+    if special.text("pad_token") is not None:
+        imported.note("idle", "special_tokens.pad_token", "padding is neither trained nor attended to")
+    special.any(*ADDITIONAL)
+    for name, value in special.unread():
+        if value:
+            imported.note("idle", f"special_tokens.{name}={value}", "a causal language model has no use for it")
     output = keys.text("output_dir")
     if output is not None:
         imported.settings["run_dir"] = output
     target = keys.text("hub_model_id")
     if target is not None:
-        imported.note(
-            "unsupported", "hub_model_id", f"nothing is uploaded while training; `distlora push RUN {target}`"
-        )
+        imported.note("changed", "hub_model_id", f"uploaded after training by `distlora push RUN {target}`, not during")
+    _model_settings(keys, imported)
+    _unfrozen(keys, imported)
+
+
+def _model_settings(keys: Keys, imported: Imported) -> None:
+    """Convert settings that replace those in config.json: the routers' loss, and nothing else."""
+    name = "overrides_of_model_config" if keys.values.get("overrides_of_model_config") else "model_config"
+    settings = Keys(keys.mapping("overrides_of_model_config", "model_config"), place=f"{name}.")
+    weight = settings.number("router_aux_loss_coef")
+    if settings.flag("output_router_logits"):
+        imported.section("train")["router_aux_loss"] = 0.001 if weight is None else weight
+        if weight is None:
+            reason = (
+                "train.router_aux_loss=0.001, transformers' default; set it to router_aux_loss_coef of config.json "
+                "if that differs"
+            )
+            imported.note("changed", f"{name}.output_router_logits", reason)
+    for key, value in settings.unread():
+        reason = "a model is used as its config.json says; change that file in a copy"
+        imported.note("refused", f"{name}.{key}={value}", reason)
+
+
+def _unfrozen(keys: Keys, imported: Imported) -> None:
+    """Convert unfrozen_parameters: the whole language model is what is trained here, or what the adapter is on."""
+    patterns = keys.words("unfrozen_parameters") or []
+    names = {re.sub(r"[.*$]+$", "", pattern.removeprefix("^")).removesuffix(".weight") for pattern in patterns}
+    if not names:
+        return
+    shown = f"unfrozen_parameters={_list(patterns)}"
+    text = {"model", "model.language_model", "language_model"}
+    if names & text and names <= text | {"lm_head", "embed_tokens", "model.embed_tokens"}:
+        imported.note("idle", shown, "only the language model is loaded: all of it is trained, or the adapters on it")
+    else:
+        imported.note("unsupported", shown, "adapter=lora trains adapters, adapter=full trains every parameter")
 
 
 def convert_adapter(keys: Keys, imported: Imported) -> None:
@@ -244,11 +160,14 @@ def convert_adapter(keys: Keys, imported: Imported) -> None:
         )
     imported.options["adapter"] = "full" if kind is None else "lora"
     imported.options["quant"] = "nf4" if kind is not None and (in_4bit or kind == "qlora") else "none"
+    if in_8bit and kind == "lora" and not in_4bit:
+        imported.options["quant"] = "auto"
+        reason = "quant=auto: the base is kept in 16 bits where the plan says that it fits, else in NF4 (4 bits)"
+        imported.note("changed", "load_in_8bit=true", reason)
+    elif in_8bit:
+        imported.note("idle", "load_in_8bit=true", f"quant={imported.options['quant']} decides")
     if kind == "qlora" and not in_4bit:
-        imported.note("differs", "load_in_4bit (not set)", "Axolotl refuses qlora without it; the base is kept in NF4")
-    if in_8bit:
-        where = "the base is kept in 16 bits; quant=nf4 takes less than 8 bits would"
-        imported.note("unsupported", "load_in_8bit=true", where)
+        imported.note("changed", "load_in_4bit (not set)", "Axolotl refuses qlora without it; the base is kept in NF4")
     bnb = keys.mapping("bnb_config_kwargs")
     for name, value in bnb.items():
         ours = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "load_in_4bit": True}.get(name)
@@ -291,7 +210,10 @@ def _modules_to_save(keys: Keys, imported: Imported, adapter: dict[str, Any], *,
     if others:
         reason = f"only {' and '.join(SAVED_MODULES)} can be trained fully beside adapters; remove it"
         imported.note("refused", f"lora_modules_to_save={_list(others)}", reason)
-    if known:
+    if known and imported.section("train").get("objective") == "dpo":
+        reason = "rl=dpo trains adapters only: the base under them is its reference"
+        imported.note("refused", f"lora_modules_to_save={_list(known)}", reason)
+    elif known:
         adapter["modules_to_save"] = known
 
 
@@ -316,8 +238,17 @@ def _new_adapter(keys: Keys, imported: Imported, adapter: dict[str, Any]) -> Non
 def _start(keys: Keys, imported: Imported) -> str:
     """Return adapter.init."""
     start = keys.any("peft_init_lora_weights")
-    if keys.mapping("peft").get("loftq_config") is not None:
-        imported.note("unsupported", "peft.loftq_config", "set adapter.init=loftq, which goes with quant=nf4")
+    loftq = Keys(dict(keys.mapping("peft").get("loftq_config") or {}), place="peft.loftq_config.")
+    if "loftq_config" in keys.mapping("peft") or start == "loftq":
+        bits, iterations = loftq.integer("loftq_bits") or 4, loftq.integer("loftq_iter") or 1
+        if bits != 4:
+            imported.note("unsupported", f"peft.loftq_config.loftq_bits={bits}", "LoftQ is supported with 4 bits only")
+            return "kaiming"
+        imported.options["quant"] = "nf4"
+        count = "" if iterations == 1 else f", in one iteration instead of {iterations}"
+        reason = f"adapter.init=loftq: the base is kept in NF4, and the start does not depend on lora_alpha{count}"
+        imported.note("changed", "peft.loftq_config", reason)
+        return "loftq"
     if start in (None, True):
         return "kaiming"
     try:
@@ -364,12 +295,11 @@ def convert_batch(keys: Keys, imported: Imported, processes: int) -> None:
     if accumulation is None:
         accumulation = max(1, total // micro) if total else 1
     shared = 1
-    for name in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"):
+    for name in SPLIT_SEQUENCES:
         size = keys.integer(name) or 1
         if size > 1:
-            imported.note(
-                "unsupported", f"{name}={size}", "each process computes whole sequences; the global batch is kept"
-            )
+            reason = "each GPU computes whole sequences, which takes more memory; the global batch is the same"
+            imported.note("changed", f"{name}={size}", reason)
             shared *= size
     if processes % shared:
         raise UserError(
@@ -382,9 +312,9 @@ def convert_batch(keys: Keys, imported: Imported, processes: int) -> None:
     train["micro_batch"] = micro
     if not keys.flag("sample_packing") and "pretraining_dataset" not in keys.values:
         imported.note(
-            "differs",
+            "changed",
             "sample_packing=false" if "sample_packing" in keys.values else "sample_packing (not set)",
-            "distlora always packs documents, so a row holds several and an epoch has fewer steps; "
+            "documents are always packed, so a sequence holds several and an epoch has fewer steps; "
             "lower train.global_batch for as many documents per step",
         )
     if keys.any("eval_batch_size") not in (None, micro):
@@ -395,14 +325,20 @@ def convert_optimizer(keys: Keys, imported: Imported, processes: int) -> None:
     """Convert the optimizer and batch sizes."""
     name = keys.text("optimizer") or "adamw_torch_fused"
     ours = next((ours for ours, names in OPTIMIZERS.items() if name in names), None)
-    if ours is None:
-        imported.note("unsupported", f"optimizer={name}", f"adamw is written; choose among {', '.join(OPTIMIZERS)}")
+    near = next((ours for ours, names in NEAR_OPTIMIZERS.items() if name in names), None)
+    if ours is None and near is None:
+        imported.note("unsupported", f"optimizer={name}", f"choose among {', '.join(OPTIMIZERS)}; adamw is written")
     whole = imported.options["adapter"] == "full" or "modules_to_save" in imported.section("adapter")
-    if ours is not None and ours.endswith("_8bit") and whole and processes > 1:
-        ours = ours.removesuffix("_8bit")
-        reason = f"{ours} is written: 8-bit optimizer states cannot be sharded"
-        imported.note("differs", f"optimizer={name}", reason)
-    imported.options["optim"] = ours or "adamw"
+    chosen = ours or near or "adamw"
+    if chosen.endswith("_8bit") and whole and processes > 1:
+        chosen = chosen.removesuffix("_8bit")
+        imported.note("changed", f"optimizer={name}", f"optim={chosen}: 8-bit optimizer states cannot be sharded")
+    elif near == "adamw_8bit":
+        reason = "optim=adamw_8bit: bitsandbytes keeps the optimizer states in 8 bits (pip install 'distlora[bnb]')"
+        imported.note("changed", f"optimizer={name}", reason)
+    elif near is not None:
+        imported.note("changed", f"optimizer={name}", f"optim={near}: the optimizer states are kept in fp32")
+    imported.options["optim"] = chosen
     optim = imported.section("optim")
     rate = keys.number("learning_rate")
     if rate is None:
@@ -425,7 +361,7 @@ def convert_precision(keys: Keys, imported: Imported) -> None:
         raise UserError(f"bf16={bf16!r} is not auto, true, false or full; correct it in the Axolotl file")
     whole_bf16, fp32 = keys.flag("bfloat16"), keys.flag("float32")
     if fp16:
-        imported.note("unsupported", "fp16", "bf16 is written: it has fp32's range and needs no loss scaling")
+        imported.note("changed", "fp16", "bf16: it has the range of fp32 and needs no loss scaling")
     off = fp32 or (bf16 is False and not fp16 and not whole_bf16)
     train = imported.section("train")
     train["dtype"] = "fp32" if off else "bf16"
@@ -434,53 +370,123 @@ def convert_precision(keys: Keys, imported: Imported) -> None:
     train["checkpointing"] = "offload" if offloads else "block" if checkpointing else "none"
     for key, value in (("gradient_checkpointing", checkpointing), ("activation_offloading", offloading)):
         if value in ("offload_disk", "disk"):
-            imported.note("unsupported", f"{key}={value}", "the blocks' inputs go to host memory, not to a disk")
+            imported.note("changed", f"{key}={value}", "layer inputs are offloaded to CPU memory, not to a disk")
+    _tiles(keys, imported)
+    noise = keys.number("neftune_noise_alpha", "noisy_embedding_alpha")
+    if noise:
+        train["neftune_alpha"] = noise
     seed = keys.integer("seed")
     train["seed"] = 42 if seed is None else seed
 
 
-def convert_tracker(keys: Keys, imported: Imported) -> None:
-    """Convert wandb's settings."""
-    project, mode, name = keys.text("wandb_project"), keys.text("wandb_mode"), keys.text("wandb_name")
-    entity = keys.text("wandb_entity")
-    used = (keys.flag("use_wandb") or project is not None) and mode != "disabled"
-    imported.options["tracker"] = "wandb" if used else "none"
-    if name is not None:
-        imported.settings["name"] = name
-    if used:
-        if project is not None:
-            imported.section("tracker")["project"] = project
-        if mode not in (None, "online"):
-            imported.note("unsupported", f"wandb_mode={mode}", f"set WANDB_MODE={mode} in the environment")
-        if entity is not None:
-            imported.section("tracker")["entity"] = entity
+MLP_TILE = 4096
+
+
+def _tiles(keys: Keys, imported: Imported) -> None:
+    """Convert tiles of the MLP, whose number Axolotl has and whose tokens we have. Results differ by rounding only."""
+    if not keys.flag("tiled_mlp"):
         return
-    for given, value in (("wandb_entity", entity), ("wandb_mode", mode), ("wandb_project", project)):
-        if value is not None and value != "disabled":
-            imported.note("idle", f"{given}={value}", "nothing is sent to wandb")
+    train, length = imported.section("train"), imported.section("data")["sequence_length"]
+    count = keys.integer("tiled_mlp_num_shards")
+    tile = MLP_TILE if count is None else -(-length // max(1, count))
+    if imported.options["adapter"] == "full":
+        imported.note(
+            "changed", "tiled_mlp", "adapter=full runs whole MLPs, which takes more memory; the plan shows it"
+        )
+    elif tile < length:
+        train["mlp_tile"] = tile
+        if train["checkpointing"] == "none":
+            train["checkpointing"] = "selective"
+        if count is None:
+            imported.note("changed", "tiled_mlp", f"a tile has {tile:,} tokens, not as many as the model's hidden size")
+
+
+PROJECTS = {
+    "wandb": "wandb_project",
+    "mlflow": "mlflow_experiment_name",
+    "trackio": "trackio_project_name",
+    "swanlab": "swanlab_project",
+}
+"""Trackers that have a project, and its key."""
+
+
+def convert_tracker(keys: Keys, imported: Imported) -> None:
+    """Convert the experiment trackers. They share a project, an entity and the run's name."""
+    projects = {name: keys.text(key) for name, key in PROJECTS.items()}
+    modes = {name: keys.text(f"{name}_mode") for name in ("wandb", "swanlab")}
+    names = [name for name in ("wandb", "tensorboard", "mlflow", "trackio", "swanlab") if keys.flag(f"use_{name}")]
+    names += [name for name in ("wandb", "mlflow", "trackio") if projects[name] is not None and name not in names]
+    names = [name for name in names if modes.get(name) != "disabled"]
+    imported.options["tracker"] = "none" if not names else names[0] if len(names) == 1 else f"[{','.join(names)}]"
+    for mode_of in names:
+        if modes.get(mode_of) not in (None, "online", "cloud"):
+            variable = f"{mode_of.upper()}_MODE={modes[mode_of]}"
+            imported.note("changed", f"{mode_of}_mode={modes[mode_of]}", f"set {variable} in the environment")
+    tracker = imported.section("tracker")
+    used = list(dict.fromkeys(projects[name] for name in names if projects.get(name) is not None))
+    if used:
+        tracker["project"] = used[0]
+        if len(used) > 1:
+            imported.note("changed", _list([PROJECTS[n] for n in names if n in PROJECTS]), f"all log to {used[0]}")
+    entities = {"wandb": keys.text("wandb_entity"), "swanlab": keys.text("swanlab_workspace")}
+    if entity := next((entities[name] for name in entities if name in names and entities[name]), None):
+        tracker["entity"] = entity
+    runs = [keys.text(key) for key in ("wandb_name", "mlflow_run_name", "trackio_run_name", "swanlab_experiment_name")]
+    if name := next((run for run in runs if run is not None), None):
+        imported.settings["name"] = name
+    for owner, value in (("wandb_entity", entities["wandb"]), ("wandb_mode", modes["wandb"])):
+        if value not in (None, "disabled") and "wandb" not in names:
+            imported.note("idle", f"{owner}={value}", "nothing is sent to wandb")
+    if projects["wandb"] is not None and "wandb" not in names:
+        imported.note("idle", f"wandb_project={projects['wandb']}", "nothing is sent to wandb")
 
 
 def convert_parallel(keys: Keys, imported: Imported, processes: int) -> None:
-    """Convert FSDP and DeepSpeed settings."""
+    """Convert FSDP and DeepSpeed settings, replicas and expert parallelism."""
     imported.section("cluster")["gpus_per_node"] = processes
+    _replicas(keys, imported, processes)
+    experts = keys.integer("expert_parallel_size") or 1
+    if experts > 1:
+        reason = "experts are sharded over all GPUs like the rest of the base and gathered to compute"
+        imported.note("changed", f"expert_parallel_size={experts}", reason)
     for name in ("deepspeed", "fsdp", "fsdp_config"):
         value = keys.any(name)
         if not value:
             continue
         shown = f"{name}={value}" if isinstance(value, str) else name
-        if name == "deepspeed":
-            reason = (
-                "the base is sharded over all processes, adapters are replicated; parallel=zero3 is DeepSpeed's way"
-            )
-        else:
-            reason = "the base is sharded over all processes, adapters are replicated (parallel=fsdp2)"
-        imported.note("idle", shown, reason)
+        imported.note("idle", shown, "the base is sharded over all GPUs anyway, adapters are replicated")
         if _offloads(value):
-            imported.note(
-                "unsupported",
-                f"{name} (CPU offload)",
-                "the base stays on the GPUs, in 4 bits; parallel=zero3 parallel.offload_base=true keeps it on the host",
-            )
+            _offload(imported, f"{name} (CPU offload)", processes)
+
+
+def _offload(imported: Imported, key: str, processes: int) -> None:
+    """Keep the base in CPU memory where that is supported; results are the same anyway."""
+    whole = imported.options["adapter"] == "full" or "modules_to_save" in imported.section("adapter")
+    if processes == 1 or whole or "shard_degree" in imported.section("parallel"):
+        reason = "parameters that are trained stay on the GPUs" if whole else "one process keeps the base on its GPU"
+        if not whole and processes > 1:
+            reason = "replicas of the base stay on the GPUs"
+        imported.note("changed", key, f"{reason}; results are the same, and the plan shows the memory")
+        return
+    imported.options["parallel"] = "zero3"
+    imported.section("parallel")["offload_base"] = True
+    imported.note("changed", key, "parallel=zero3 parallel.offload_base=true: the base is offloaded, adapters are not")
+
+
+def _replicas(keys: Keys, imported: Imported, processes: int) -> None:
+    """Convert dp_replicate_size replicas of the base, each sharded over dp_shard_size processes."""
+    shards, replicas = keys.integer("dp_shard_size"), keys.integer("dp_replicate_size") or 1
+    per_replica = shards if shards and shards > 0 else processes // replicas  # -1: the rest
+    if replicas == 1:
+        return
+    if per_replica * replicas == processes:
+        imported.section("parallel")["shard_degree"] = per_replica
+    else:
+        reason = (
+            f"{processes} processes are not {replicas} replicas of {per_replica}: one replica is sharded over all; set "
+            "parallel.shard_degree"
+        )
+        imported.note("changed", f"dp_replicate_size={replicas}", reason)
 
 
 def _offloads(value: Any) -> bool:

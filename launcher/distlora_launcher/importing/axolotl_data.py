@@ -7,15 +7,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distlora.config import UserError
+from distlora.data.chat_template import template_choice
 from distlora_launcher.importing.recipe import Imported, Keys, note_entry_key
 
-TEMPLATES = {"llama3": "llama3", "gemma": "gemma", "phi_3": "phi3", "mistral_v2v3": "mistral"}
-"""Templates of Axolotl, and those of ours that render user and assistant turns to the same text."""
+_BEGINNING = "begins with the beginning-of-text token where the tokenizer adds one to every text"
+_SYSTEM = "writes the system message in the first user turn"
 NEAR_TEMPLATES = {
-    "chatml": ("chatml", "begins with the beginning-of-text token where the tokenizer adds one to every text"),
-    "phi_35": ("phi3", "begins with the beginning-of-text token where the tokenizer adds one to every text"),
-    "alpaca": ("alpaca", "opens with Alpaca's sentence where there is no system message"),
+    "chatml": _BEGINNING,
+    "phi_35": _BEGINNING,
+    "alpaca": "opens with Alpaca's sentence where there is no system message",
+    "deepseek_v3": "ends turns with the tokenizer's own end of text",
+    "mistral_v2v3": _SYSTEM,
+    "mistral_v3_tekken": _SYSTEM,
+    "pixtral": _SYSTEM,
+    "qwen3": "leaves the reasoning of earlier turns out, as Qwen's own template",
 }
+"""Templates of Axolotl of which ours renders another text (tests/golden/peer_layouts.json has both)."""
 TOKENIZERS_OWN = "tokenizer_default"
 
 
@@ -28,21 +35,25 @@ def template_of(name: str | None, jinja: str | None, imported: Imported) -> str 
         return None
     if name is None or name == TOKENIZERS_OWN:
         return None
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if name in NEAR_TEMPLATES:
-        ours, difference = NEAR_TEMPLATES[name]
-        note = ("differs", f"chat_template={name}", f"data.template={ours} {difference}")
+    try:
+        written = template_choice(name).written
+    except UserError:
+        reason = "the tokenizer's own template is used; set data.template to a .jinja file"
+        note, name = ("unsupported", f"chat_template={name}", reason), None
     else:
-        ours = None
-        note = (
-            "unsupported",
-            f"chat_template={name}",
-            "the tokenizer's own is used; set data.template to a .jinja file",
-        )
+        if written is None:
+            note = (
+                "changed",
+                f"chat_template={name}",
+                "the tokenizer's own template is used, not Axolotl's copy of it",
+            )
+        elif name in NEAR_TEMPLATES:
+            note = ("changed", f"chat_template={name}", f"ours {NEAR_TEMPLATES[name]}")
+        else:
+            return name
     if all((seen.group, seen.key, seen.reason) != note for seen in imported.notes):
         imported.note(*note)  # type: ignore[arg-type]
-    return ours
+    return name
 
 
 AS_THEY_ARE = ("", "passthrough", "user_defined.default")
@@ -80,6 +91,8 @@ def preference_columns(
         own, own_jinja = entry.text("chat_template"), entry.text("chat_template_jinja")
         columns = _renamed(prompt | _answers(entry))
         return columns, True, template_of(own or template, own_jinja if own else jinja, imported)
+    if base in ("chatml", "llama3") and form in ("ultra", "argilla_chat"):  # Both answers are lists of messages.
+        return _renamed(_answers(entry)), True, template_of(base, None, imported)
     if name in AS_THEY_ARE:
         return _renamed({"prompt": entry.text("field_prompt") or "prompt", **_answers(entry)}), False, None
     imported.note(
@@ -170,12 +183,20 @@ def convert_data(keys: Keys, imported: Imported) -> None:
         data["streaming"] = True
     data["template"] = _one(sources, "template", imported)
     data["train_on"] = _one(sources, "train_on", imported) or "assistant"
-    if template not in (None, TOKENIZERS_OWN) and not any(source.is_chat for source in sources):
+    is_chat = any(source.is_chat for source in sources)
+    if template not in (None, TOKENIZERS_OWN) and not is_chat:
         imported.note("idle", f"chat_template={template}", "no data set uses it")
+    if turns := keys.words("eot_tokens"):
+        if is_chat and not keys.flag("tokenizer_use_mistral_common"):
+            data["eot_tokens"] = turns
+        else:
+            imported.note("idle", f"eot_tokens=[{', '.join(turns)}]", "no chat template writes them")
+    if keys.flag("dataset_exact_deduplication"):
+        data["deduplicate"] = True
     data["sequence_length"] = keys.integer("sequence_len") or 512
     if any(source.format == "preference" for source in sources):
         data["sequence_length"] *= 2
-        imported.note("differs", "sequence_len", "a sequence holds both answers of a pair, so its length is doubled")
+        imported.note("changed", "sequence_len", "a sequence holds both answers of a pair, so its length is doubled")
     data["too_long"] = _too_long(keys, imported, {source.format for source in sources})
     _held_out(keys, imported, inputs_trained, sources, template, jinja)
 
@@ -199,6 +220,8 @@ def _sources(
     place: dict[str, Any] = {name: entry.text(name) for name in ("name", "split", "revision")}
     place = {name: value for name, value in place.items() if value is not None}
     columns = _format(entry, imported, source, template, jinja)
+    if reasoning := _reasoning(entry, imported):
+        place["reasoning_key"] = reasoning
     if columns:
         place["columns"] = columns
     if inputs_trained and source.format == "alpaca":
@@ -207,7 +230,7 @@ def _sources(
         )
     elif inputs_trained and source.is_chat and source.format != "preference":
         source.train_on = "all"
-        imported.note("differs", "train_on_inputs", f"data.train_on=all {EVERY_TOKEN}")
+        imported.note("changed", "train_on_inputs", f"data.train_on=all {EVERY_TOKEN}")
     path, files = entry.text("path"), entry.words("data_files")
     reader = entry.text("ds_type")
     if reader is not None and not any((path or "").endswith(suffix) for suffix in FILE_TYPES.get(reader, ())):
@@ -256,9 +279,9 @@ def _format(
         source.format = "alpaca"
         if name not in OWN_WORDING:
             reason = "the prompt has Stanford Alpaca's words, not those of this type"
-            imported.note("differs", f"{entry.place}type={name}", reason)
+            imported.note("changed", f"{entry.place}type={name}", reason)
         imported.note(
-            "differs",
+            "changed",
             f"{entry.place}type={name}",
             "where the tokenizer has a chat template, it renders the turns in place of Alpaca's text",
         )
@@ -268,6 +291,19 @@ def _format(
         advice += '; a segment that is not trained is a prompt, or a message with "train": false'
     imported.note("refused", f"{entry.place}type={name or '(not set)'}", f"no equivalent; convert the data to {advice}")
     return {}
+
+
+def _reasoning(entry: Keys, imported: Imported) -> str | None:
+    """Return reasoning_key: the key of a message that templates are given as reasoning_content."""
+    theirs = entry.text("field_thinking") or "reasoning_content"
+    given = entry.text("template_thinking_key") or "reasoning_content"
+    if theirs == given and given in ("reasoning_content", "thinking"):  # Templates are given both as they are.
+        return None
+    if given != "reasoning_content":
+        reason = f"templates are given reasoning_content and thinking; rename {theirs} to what the template reads"
+        imported.note("unsupported", f"{entry.place}template_thinking_key={given}", reason)
+        return None
+    return theirs
 
 
 def _chat(
@@ -313,7 +349,7 @@ def _trained(entry: Keys, imported: Imported, source: _Source) -> None:
     trained = {_role(word) for word in (entry.words("roles_to_train") or ["assistant"])}
     if {"user", "assistant"} <= trained:
         source.train_on = "all"
-        imported.note("differs", f"{entry.place}roles_to_train", f"data.train_on=all {EVERY_TOKEN}")
+        imported.note("changed", f"{entry.place}roles_to_train", f"data.train_on=all {EVERY_TOKEN}")
     elif trained != {"assistant"}:
         imported.note("unsupported", f"{entry.place}roles_to_train", "the assistant's turns are trained, or all tokens")
     for name in ("train_on_eos", "train_on_eot"):
@@ -356,7 +392,7 @@ def _too_long(keys: Keys, imported: Imported, formats: set[str]) -> str:
     if "text" in formats:
         if strategy == "drop":
             imported.note(
-                "differs", "excess_length_strategy", "one rule for all data: text is split, the rest truncated"
+                "changed", "excess_length_strategy", "one rule for all data: text is split, the rest truncated"
             )
         return "auto"
     return strategy
@@ -391,11 +427,11 @@ def _held_out(
     if len(found) > 1:
         reason = f"one is evaluated on, {data['eval_path']}; join the others to it"
         imported.note("unsupported", "test_datasets", reason)
-    imported.notes += [note for note in aside.notes if note.group != "differs" and note.key.startswith(tests[0].place)]
+    imported.notes += [note for note in aside.notes if note.group != "changed" and note.key.startswith(tests[0].place)]
     if len(sources) != 1:
-        own = {name: test.settings.get(name) for name in ("format", "columns", "name")}
+        own = {name: test.settings.get(name) for name in ("format", "columns", "name", "reasoning_key")}
         data |= {name: value for name, value in own.items() if value is not None}
-    read = {name: data.get(name) for name in ("format", "columns")}
+    read = {name: data.get(name) for name in ("format", "columns", "reasoning_key")}
     is_same = data.get("path") == data["eval_path"]
     read["name"] = data.get("name") if is_same or "path" not in data else None
     read["revision"] = data.get("revision") if is_same else None

@@ -45,7 +45,7 @@ class Keys:
     def number(self, *names: str) -> float | None:
         """Return a number, also from text: YAML reads 2e-5 as text."""
         value = self.any(*names)
-        if value is None or value == "":
+        if value is None or value is False or value == "":
             return None
         try:
             if isinstance(value, bool):
@@ -95,17 +95,19 @@ class Keys:
         return UserError(f"{self.place}{name}={value!r} is not {kind}; correct it in the Axolotl file")
 
 
-Group = Literal["differs", "idle", "unsupported", "refused", "unknown"]
+Group = Literal["changed", "idle", "unsupported", "refused", "unknown"]
 
 HEADINGS: dict[Group, str] = {
-    "differs": "carried with a difference",
+    "changed": "changed",
     "idle": "no effect here",
-    "unsupported": "not supported yet",
+    "unsupported": "not supported",
     "refused": "refused",
     "unknown": "unknown",
 }
 CARRIED: tuple[Group, ...] = ("idle",)
 """Groups that lose nothing of the run."""
+LOST: tuple[Group, ...] = ("unsupported", "refused")
+"""Groups without which the run would be another one than the file describes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,8 @@ class Imported:
     settings: dict[str, Any] = field(default_factory=dict)
     """Sections and single settings, as in a recipe."""
     notes: list[Note] = field(default_factory=list)
+    processes: int = 1
+    """Number of GPUs that the global batch is for."""
 
     def section(self, name: str) -> dict[str, Any]:
         """Return the settings of a section, to be filled."""
@@ -142,10 +146,15 @@ class Imported:
         """Return the notes of keys that were not carried over exactly."""
         return [note for note in self.notes if note.group not in CARRIED]
 
+    @property
+    def lost(self) -> list[Note]:
+        """Return the notes of keys that change what is trained, and that distlora cannot follow."""
+        return [note for note in self.notes if note.group in LOST]
 
-def recipe_text(imported: Imported, *, source: Path, processes: int) -> str:
+
+def recipe_text(imported: Imported, *, source: Path) -> str:
     """Return the recipe as a YAML file that Hydra composes over the defaults; settings in the order of `Config`."""
-    many = f"{processes} processes" if processes > 1 else "one process"
+    many = f"{imported.processes} processes" if imported.processes > 1 else "one process"
     lines = ["# @package _global_", f"# Imported from {ascii(source.name)[1:-1]} (Axolotl), for {many}."]
     lines += ["defaults:", *(f"  - override /{group}: {option}" for group, option in imported.options.items()), ""]
     sections = typing.get_type_hints(Config)
@@ -178,13 +187,16 @@ def _escaped(value: Any) -> Any:
 
 def report(imported: Imported, *, source: Path, out: Path | None) -> str:
     """Return the report: the place of the recipe, and by group the keys that were not carried over exactly."""
-    lines = []
+    lines, counts = [], []
     for group, heading in HEADINGS.items():
-        notes = [note for note in imported.notes if note.group == group]
-        if notes:
-            lines += [f"{heading}:", *(f"  {note.key}: {note.reason}" for note in notes)]
-    lost = len(imported.not_carried)
-    lines.append(f"imported {source}; " + (f"converted approximately: {lost}" if lost else "everything was carried"))
+        by_reason: dict[str, list[str]] = {}
+        for note in imported.notes:
+            if note.group == group:
+                by_reason.setdefault(note.reason, []).append(note.key)
+        if by_reason:
+            lines += [f"{heading}:", *(f"  {', '.join(keys)}: {reason}" for reason, keys in by_reason.items())]
+            counts.append(f"{sum(map(len, by_reason.values()))} {heading}")
+    lines.append(f"imported {source}: {', '.join([*counts, 'all other keys exactly'])}")
     if out is not None:
         folder = out.parent.parent
         lines.append(f"wrote {out}; run it with `distlora train --config-dir {folder} recipe={out.stem}`")
@@ -197,35 +209,20 @@ WHEN_OFF: dict[str, tuple[Group, str]] = _DATA["when_off"]
 SUPPORTED: list[str] = _DATA["supported"]
 _DATA_SET_KEYS = {name: (row["group"], row["reason"]) for row in _DATA["data_set"] for name in row["keys"]}
 
-KNOWN_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin")
-"""Plugins that make the loss and its memory cheaper, and change no result."""
+SECRETS = ("_key", "_secret", "_url")
+"""Endings of keys whose values are not printed."""
 
-
-_ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")
-
-
-def additional_special_tokens(keys: Keys) -> list[str]:
-    """Return the tokens that special_tokens adds beside the tokens with a role."""
-    special = keys.mapping("special_tokens")
-    return [str(token) for name in _ADDITIONAL for token in special.get(name) or ()]
+PLUGINS: dict[str, tuple[Group, str]] = {
+    name: (group, reason) for group, rows in _DATA["plugins"].items() for name, reason in rows.items()
+}
 
 
 def note_unread(keys: Keys, imported: Imported) -> None:
     """Note every unread key with its group and reason, or that Axolotl does not know it."""
     for plugin in keys.words("plugins") or []:
         name = plugin.rpartition(".")[2]
-        known = name in KNOWN_PLUGINS
-        reason = "logits exist a few at a time only" if known else "plugins of Axolotl are not run"
-        imported.note("idle" if known else "unsupported", f"plugins: {name}", reason)
-    for name, value in keys.mapping("special_tokens").items():
-        if name == "pad_token" and value is not None:
-            imported.note("idle", "special_tokens.pad_token", "padding is never trained nor seen, any token does")
-        elif value and name not in _ADDITIONAL:
-            imported.note(
-                "refused",
-                f"special_tokens.{name}={value}",
-                "the tokenizer decides which token this is; change it in a copy of the model",
-            )
+        group, reason = PLUGINS.get(name, ("unsupported", "plugins of Axolotl are not run"))
+        imported.note(group, f"plugins: {name}", reason)
     rows = {name: (row["group"], row["reason"]) for row in _UNSUPPORTED for name in row["keys"]}
     patterns = {name: row for name, row in rows.items() if "*" in name}
     for name, value in keys.unread():
@@ -236,7 +233,7 @@ def note_unread(keys: Keys, imported: Imported) -> None:
             near = nearest(name, [*SUPPORTED, *(rows.keys() - patterns.keys())])
             imported.note("unknown", name, f"not a known key of Axolotl{near}; it was ignored")
         elif row is not None and value not in (None, False, "", [], {}):
-            is_shown = isinstance(value, (int, float, str)) and value is not True
+            is_shown = isinstance(value, (int, float, str)) and value is not True and not name.endswith(SECRETS)
             imported.note(row[0], f"{name}={value}" if is_shown else name, row[1])
 
 
@@ -247,8 +244,4 @@ def note_entry_key(entry: Keys, name: str, value: Any, imported: Imported) -> No
         imported.note("unknown", f"{entry.place}{name}", f"Axolotl has no such key{nearest(name, known)}")
     elif value not in (None, False, ""):
         group, reason = _DATA_SET_KEYS[name]
-        if (name, value) not in (
-            ("field_thinking", "reasoning_content"),
-            ("template_thinking_key", "reasoning_content"),
-        ):
-            imported.note(group, f"{entry.place}{name}", reason)
+        imported.note(group, f"{entry.place}{name}", reason)

@@ -134,7 +134,7 @@ def test_a_name_of_the_tokenizers_own_template_is_checked_against_it(load):
     assert own.name == "the chat template in MODEL (data.template=qwen3_5)"
     with pytest.raises(UserError, match=r"template=gemma4 means .*never writes <\|turn>; set data.template=null"):
         ChatTemplate(load(CHATML), "MODEL", "gemma4")
-    with pytest.raises(UserError, match=r"MODEL has no chat template"):
+    with pytest.raises(UserError, match=r"no chat template, which data.template=tokenizer_default means; set"):
         ChatTemplate(load(None), "MODEL", "tokenizer_default")
     assert ChatTemplate(load(CHATML), "MODEL", "tokenizer_default_fallback_alpaca").source is None
     fallback = ChatTemplate(load(None), "MODEL", "tokenizer_default_fallback_qwen_25")

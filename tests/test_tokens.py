@@ -70,7 +70,10 @@ def test_special_tokens_are_set_saved_and_never_added(folders: Path, tmp_path: P
     assert (ours.eos_token_id, ours.pad_token_id, len(ours)) == (1001, 3, 1002)
     assert ours.decode([3, 1001], skip_special_tokens=True) == ""
     assert ours("an expression").input_ids == load_tokenizer(folder)("an expression").input_ids
-    config = config_for(folder, model={"path": str(folder), "new_tokens": ["<end>"], "special_tokens": special})
+    words = [f"model.path={folder}", f"data.path={folders / 'text.jsonl'}", 'model.new_tokens=["<end>"]']
+    words += ['model.special_tokens={eos_token: "<end>"}', 'model.special_tokens.pad_token="<|user|>"']
+    config = compose_config(words)
+    assert config.model.special_tokens == special
     for name, content in tokenizer_files(config.spec).items():
         (tmp_path / name).write_bytes(content)
     assert load_tokenizer(tmp_path).special_tokens_map == ours.special_tokens_map

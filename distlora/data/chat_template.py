@@ -214,8 +214,9 @@ class ChatTemplate:
             if choice.written in NAMED:
                 self.source = self._fitted(str(template), choice.written, self.source)
         elif tokenizer.chat_template is None:
+            needed = "chats need" if template is None else f"data.template={template} means"
             raise UserError(
-                f"the tokenizer in {model_path} has no chat template, which chats need; set data.template to "
+                f"the tokenizer in {model_path} has no chat template, which {needed}; set data.template to "
                 f"{', '.join(self._usable()) or 'a .jinja file'}, use the model's instruct variant, or write the data "
                 "as prompt/completion"
             )

@@ -72,6 +72,7 @@ MAPPINGS = (
     "adapter.rank_pattern",
     "adapter.alpha_pattern",
     "data.columns",
+    "model.special_tokens",
     "cluster.environment",
     "sweep.space",
 )

@@ -14,7 +14,7 @@ import pytest
 import wandb
 
 from distlora.checkpoint.state import Progress
-from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
+from distlora.config import Config, DataConfig, ModelConfig, OptimConfig, TrackerConfig, UserError
 from distlora.system import progress
 from distlora.system.exit_codes import STOPPED
 from distlora.system.stop_signals import Stopped
@@ -39,6 +39,7 @@ def make_config(run_dir, tracker=None):
     return Config(
         model=ModelConfig(path="base"),
         data=DataConfig(path="data.jsonl"),
+        optim=OptimConfig(lr=2e-4),
         tracker=TrackerConfig(**{tracker: True}, project="project", group="group", tags=("a", "b"))
         if tracker
         else TrackerConfig(),

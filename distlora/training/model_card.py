@@ -14,6 +14,7 @@ from typing import Any
 from distlora.config import SourceConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.file import parse_yaml, settings_by_name
+from distlora.config.training import DEFAULT_WARMUP
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, Result
 from distlora.system.numbers import length, size
 from distlora.weights.peft_folder import WEIGHTS_NAME
@@ -142,6 +143,7 @@ _SETTINGS = (
     "quant.method",
     "data.sequence_length",
     "train.dtype",
+    "train.neftune_alpha",
     "train.global_batch",
     "train.seed",
 )
@@ -149,7 +151,9 @@ _SETTINGS = (
 
 
 def _settings(result: Result) -> Iterator[tuple[str, str]]:
-    values = settings_by_name(result.config)
+    values, optim = settings_by_name(result.config), result.config.optim
+    if optim.warmup_steps is None and optim.warmup_ratio is None:
+        values["optim.warmup_ratio"] = DEFAULT_WARMUP
     for name, value in values.items():
         is_adapter_setting = name.startswith(("adapter.", "optim.loraplus"))
         is_unset = value is None or value is False or value in ([], (), {})

@@ -417,5 +417,5 @@ def test_the_notebook_runs(folders: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "trained: Who are you? -> " in text
     run = distlora.Run(tmp_path / "runs" / "notebook")
     losses = [record["loss"] for record in run.metrics if "loss" in record]
-    assert len(losses) == 24
+    assert len(losses) == 10
     assert losses[-1] < losses[0]

@@ -494,6 +494,7 @@ def test_text_that_looks_like_a_reference_stays_text(tmp_path: Path) -> None:
         ({"fsdp_config": {"offload_params": True}}, 1, "fsdp_config (CPU offload)", {}),
         ({"dp_shard_size": 2, "dp_replicate_size": 2}, None, None, {"parallel.shard_degree": 2}),
         ({"dp_shard_size": -1, "dp_replicate_size": 2}, 8, None, {"parallel.shard_degree": 4}),
+        ({"dp_replicate_size": 2, "tensor_parallel_size": 2}, 8, None, {"parallel.shard_degree": 4}),
         ({"dp_replicate_size": 3}, 8, "dp_replicate_size=3", {"parallel.shard_degree": None}),
         ({"tiled_mlp": True, "tiled_mlp_num_shards": 4, "sequence_len": 4096}, 1, None, {"train.mlp_tile": 1024}),
         ({"tiled_mlp": True, "sequence_len": 16384}, 1, "tiled_mlp", {"train.mlp_tile": 4096}),

@@ -327,7 +327,10 @@ def convert_optimizer(keys: Keys, imported: Imported, processes: int) -> None:
     ours = next((ours for ours, names in OPTIMIZERS.items() if name in names), None)
     near = next((ours for ours, names in NEAR_OPTIMIZERS.items() if name in names), None)
     if ours is None and near is None:
-        imported.note("unsupported", f"optimizer={name}", f"choose among {', '.join(OPTIMIZERS)}; adamw is written")
+        reason = f"choose among {', '.join(OPTIMIZERS)}; adamw is written"
+        if name == "muon":
+            reason = "optim=muon needs another learning rate than Axolotl's (of AdamW's size); set both"
+        imported.note("unsupported", f"optimizer={name}", reason)
     whole = imported.options["adapter"] == "full" or "modules_to_save" in imported.section("adapter")
     chosen = ours or near or "adamw"
     if chosen.endswith("_8bit") and whole and processes > 1:
@@ -474,19 +477,14 @@ def _offload(imported: Imported, key: str, processes: int) -> None:
 
 
 def _replicas(keys: Keys, imported: Imported, processes: int) -> None:
-    """Convert dp_replicate_size replicas of the base, each sharded over dp_shard_size processes."""
-    shards, replicas = keys.integer("dp_shard_size"), keys.integer("dp_replicate_size") or 1
-    per_replica = shards if shards and shards > 0 else processes // replicas  # -1: the rest
-    if replicas == 1:
-        return
-    if per_replica * replicas == processes:
-        imported.section("parallel")["shard_degree"] = per_replica
-    else:
-        reason = (
-            f"{processes} processes are not {replicas} replicas of {per_replica}: one replica is sharded over all; set "
-            "parallel.shard_degree"
-        )
-        imported.note("changed", f"dp_replicate_size={replicas}", reason)
+    """Convert dp_replicate_size replicas of the base, each sharded over all processes of its own."""
+    keys.any("dp_shard_size")
+    replicas = keys.integer("dp_replicate_size") or 1
+    if replicas > 1 and processes % replicas == 0:
+        imported.section("parallel")["shard_degree"] = processes // replicas
+    elif replicas > 1:
+        reason = f"{processes} processes are not {replicas} equal replicas: one is sharded over all"
+        imported.note("changed", f"dp_replicate_size={replicas}", f"{reason}; set parallel.shard_degree")
 
 
 def _offloads(value: Any) -> bool:

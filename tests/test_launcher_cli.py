@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 
+from distlora.config.field_docs import sections
 from distlora.system import host_memory
 from distlora_launcher.cli.analyze import ANALYSES
 from distlora_launcher.cli.bench import BENCHES
 from distlora_launcher.cli.cache import ACTIONS as CACHE_ACTIONS
 from distlora_launcher.cli.data import ACTIONS as DATA_ACTIONS
-from distlora_launcher.cli.main import COMMANDS, main
+from distlora_launcher.cli.main import COMMANDS, EXAMPLES, GROUPS, main
 from distlora_launcher.launch import local, lock
 from launcher_fakes import write_data, write_model, write_tokenizer
 
@@ -71,6 +74,77 @@ def test_help_lists_every_command_and_imports_neither_torch_nor_hydra():
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert text.endswith("set()\n")
     assert all(f"\n  {name} " in text for name in COMMANDS)
+    for title, commands in GROUPS.items():  # Each group with an example of its own.
+        block = text.partition(f"\n{title}\n")[2].partition("\n\n")[0]
+        assert [line.split()[0] for line in block.splitlines()] == [*commands, "example:"]
+        assert EXAMPLES[title].split()[1] in commands
+
+
+def test_help_of_train_has_the_meaning_of_every_setting(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for _, _, settings in sections():
+        for setting in settings:
+            assert f"\n  {setting.name}" in text
+            assert " ".join(setting.summary.split()[:3]) in text
+    assert "usage: distlora train [FILE.yaml]" in text
+    assert "[adamw, adamw_8bit" in text  # Choices.
+    assert main(["help", "train"]) == 0
+    assert capsys.readouterr().out == text
+    assert main(["train", "--help", "optim.lr"]) == 0
+    assert capsys.readouterr().out.startswith("optim.lr=")
+    assert main(["train", "--help", "optim"]) == 0
+    section = capsys.readouterr().out
+    assert "optim.betas=" in section
+    assert "train.epochs" not in section
+    assert main(["train", "--help", "optin"]) == 2
+    assert "did you mean 'optim'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("chat", "write distlora generate RUN;"),
+        ("inference", "write distlora generate RUN;"),
+        ("finetune", "write distlora train;"),
+        ("mine.yaml", "write distlora train mine.yaml;"),
+        ("trian", "did you mean 'train'?"),
+        ("generate RUN --temp 1", "did you mean '--temperature'?"),
+        ("generate RUN --prompt Hi", "write echo 'Hello' | distlora generate RUN, or --prompts FILE"),
+        ("train lora.yml", "there is no file lora.yml; `distlora init lora.yml` writes one to start from"),
+        ("train a.yaml b.yaml", "two settings files"),
+        ("train --config mine.yaml", "a settings file needs none: distlora train mine.yaml"),
+        ("train -c mine.yaml", "`distlora train mine.yaml` reads a settings file"),
+        ("train --config-name mine.yaml", "write distlora train FILE.yaml"),
+        ("train --learning_rate 1e-4", "did you mean 'optim.lr'?); settings have no dashes"),
+    ],
+)
+def test_a_wrong_command_or_option_is_answered_with_the_right_one(
+    line: str, expected: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(line.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert expected in captured.err
+    assert "usage:" not in captured.err
+
+
+def test_version_is_ours_behind_every_command(capsys: pytest.CaptureFixture[str]):
+    for line in ("--version", "-V", "train --version", "plan --version"):
+        assert main(line.split()) == 0
+        assert capsys.readouterr().out == f"distlora {version('distlora')}\n"
+
+
+def test_a_reader_that_leaves_ends_no_command_with_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    for line in ("--help", "train --help", "train --cfg job", "plan model=llama3_8b gpu=h100", "sweep --help"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with monkeypatch.context() as patch, os.fdopen(writer, "w") as stream:
+            patch.setattr(sys, "stdout", stream)
+            assert main(line.split()) == 1
+    assert capfd.readouterr().err == ""
 
 
 SUBJECTS = {"analyze": ANALYSES, "bench": BENCHES, "cache": CACHE_ACTIONS, "data": DATA_ACTIONS, "sweep": ["agent"]}
@@ -102,8 +176,6 @@ def test_checking_and_planning_import_neither_torch_nor_transformers(place: Path
 def test_train_is_a_hydra_application(capsys: pytest.CaptureFixture[str], place: Path):
     assert main(["train", "--cfg", "job", "adapter.r=5"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["adapter"]["r"] == 5
-    assert main(["train", "--help"]) == 0
-    assert "distlora train model.path=FOLDER" in capsys.readouterr().out
     assert sorted(path.name for path in place.iterdir()) == ["data.jsonl", "model"]
 
 

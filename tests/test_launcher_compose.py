@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distlora.config import Config, DataConfig, ModelConfig, QuantConfig, UserError, file
+from distlora.config import Config, DataConfig, ModelConfig, QuantConfig, UserError, peer_names
 from distlora.config.base import cache_root
 from distlora.config.cluster import ParallelConfig
 from distlora.config.field_docs import sections
@@ -129,7 +129,29 @@ MISTYPED = [
     ("~adapter.rr", "did you mean 'adapter.r'?"),
     ("hydra.run.dirr=x", "did you mean 'hydra.run.dir'?"),
     ("model=/models/Llama", "write model.path=/models/Llama"),
-    ("train.seed=0,1", "add -m"),
+    ("train.seed=0,1", "write distlora sweep ... train.seed=0,1; `distlora train -m` runs one job per value"),
+    ("adapter.target_modules=q_proj,v_proj", "write adapter.target_modules=[q_proj,v_proj] for a list"),
+    ("model=llama3", "did you mean 'llama3_1b', 'llama3_3b', 'llama3_8b', 'llama3_70b' or 'llama3_405b'?"),
+    ("model=Llama-3.1-8B", "did you mean 'llama3_8b'?"),
+    ("model=qwen2.5-7b", "did you mean 'qwen25_7b'?"),
+    ("adapter=qlora", "write recipe=qlora"),
+    ("quant=4bit", "write quant=nf4"),
+    ("quant=int4", "write quant=nf4"),
+    ("quant=bnb", "write quant=nf4"),
+    ("quant=8bit", "write quant=nf4 (4 bits) or quant=none (16 bits)"),
+    ("optim=adamw_bnb_8bit", "write optim=adamw_8bit"),
+    ("recipe=./mine.yaml", "write distlora train ./mine.yaml"),
+    ("llama3_8b", "write model=llama3_8b"),
+    ("gradient_accumulation_steps=4", "write train.global_batch=4 (micro-batch 1 x 1 GPU x 4 steps of accumulation)"),
+    ("learning_rate=1e-4", "did you mean 'optim.lr'?"),
+    ("per_device_train_batch_size=2", "write train.micro_batch"),
+    ("lora_r=8", "did you mean 'adapter.r'?"),
+    ("num_train_epochs=3", "did you mean 'train.epochs'?"),
+    ("max_seq_length=2048", "did you mean 'data.sequence_length'?"),
+    ("lora_target_modules=all-linear", "did you mean 'adapter.target_modules'?"),
+    ("report_to=wandb", "did you mean 'tracker'?"),
+    ("learning_rat=1e-4", "did you mean 'optim.lr'?"),
+    ("tf32=true", "tf32, which is a key of Axolotl: bf16 GEMMs do not use it"),
     ("train.seed", "setting=value"),
     ("=3", "names no setting"),
     ("data.path=a=b", "must be quoted"),
@@ -162,11 +184,24 @@ def test_a_wrong_word_is_named_with_what_to_type(override: str, expected: str):
     assert expected in str(raised.value)
 
 
+def test_accumulation_is_a_global_batch_by_the_other_sizes():
+    words = ["gradient_accumulation_steps=4", "per_device_train_batch_size=2", "cluster.gpus_per_node=8"]
+    with pytest.raises(UserError, match=r"train.global_batch=64 \(micro-batch 2 x 8 GPUs x 4 steps"):
+        compose_config([*PATHS, *words])
+
+
+def test_a_recipe_without_its_first_line_is_named(tmp_path: Path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("model:\n  path: org/model\n")
+    with pytest.raises(UserError, match=r"lacks its first line, `# @package _global_`"):
+        compose_config(["recipe=mine", "data.path=x.jsonl"], config_dir=str(tmp_path))
+
+
 def test_what_stands_for_a_setting_of_another_trainer_exists():
-    values = as_mapping(Config(model=ModelConfig(path="/model"), data=DataConfig(path="/data.jsonl"), run_dir="-"))
-    for setting in file._SETTINGS:
-        section, name = setting.split(".")
-        assert name in values[section]
+    known = {"tracker", *(item.name for _, _, settings in sections() for item in settings)}
+    assert not {*peer_names._SETTINGS, *peer_names._SAME_VALUE} - known
+    names = [name for names in (*peer_names._SETTINGS.values(), *peer_names._SENTENCES) for name in names.split()]
+    assert len(names) == len(set(names))
 
 
 def test_every_setting_documents_itself():

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from distlora.config import Config, SourceConfig, UserError, nearest, require
 from distlora.config.errors import short
-from distlora.config.training import TRACKERS
+from distlora.config.peer_names import peer_hint
 
 Section = TypeVar("Section")
 
@@ -32,14 +32,17 @@ def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Se
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         if item.name in values:
-            arguments[item.name] = _coerce(hints[item.name], values[item.name], prefix + item.name)
+            arguments[item.name] = coerce(hints[item.name], values[item.name], prefix + item.name)
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{item.name} is not set; add {prefix}{item.name}=...")
     return cls(**arguments)
 
 
-def _coerce(hint: Any, value: Any, name: str) -> Any:
-    """`value` as a field's type: sections are built, lists become tuples, ints stand for floats; else UserError."""
+def coerce(hint: Any, value: Any, name: str) -> Any:
+    """Return a value as a field's type: sections are built, lists become tuples, ints stand for floats.
+
+    Raises UserError for a value of another type.
+    """
     if dataclasses.is_dataclass(hint):
         advice = f"set one of its fields, {name}.<field>=..."
         if hint is SourceConfig:
@@ -57,14 +60,14 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
             return value  # A word in a number's place, as above.
         is_list = isinstance(value, (list, tuple))
         kind = next((k for k in kinds if (typing.get_origin(k) is tuple) == is_list), kinds[0])
-        return _coerce(kind, value, name)
+        return coerce(kind, value, name)
     if origin is tuple:
         example = f"{{path: {_plain(value)}}}" if options[0] is SourceConfig else "a,b"
         require(isinstance(value, (list, tuple)), f"{name}={short(value)} must be a list; write {name}=[{example}]")
-        return tuple(_coerce(options[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+        return tuple(coerce(options[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if origin is Mapping:
         require(isinstance(value, Mapping), f"{name}={short(value)} must be a mapping; write {name}={{key: value}}")
-        return {str(key): _coerce(options[1], item, f"{name}.{key}") for key, item in value.items()}
+        return {str(key): coerce(options[1], item, f"{name}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
@@ -135,60 +138,3 @@ def settings_by_name(config: Config) -> dict[str, Any]:
         else:
             found[section] = values
     return found
-
-
-_BATCH = "; write train.micro_batch (sequences per rank and forward) or train.global_batch (sequences per step)"
-_RESUME = "; to continue a run write `distlora resume RUN`"
-_PACKING = "; documents are always packed, so leave it out"
-_BITS = "; write quant=nf4 (4 bits) or quant=none (16 bits)"
-
-_SETTINGS = {
-    "optim.lr": ("learning_rate", "lr"),
-    "optim.warmup_steps": ("warmup_steps", "num_warmup_steps"),
-    "adapter.r": ("lora_r", "lora_rank", "rank"),
-    "adapter.lora_alpha": ("lora_alpha",),
-    "model.new_tokens": ("tokens", "additional_special_tokens", "extra_special_tokens"),
-    "model.special_tokens": ("special_tokens",),
-    "data.deduplicate": ("dataset_exact_deduplication",),
-    "data.reasoning_key": ("field_thinking",),
-    "adapter.trainable_token_indices": ("peft_trainable_token_indices", "token_indices"),
-    "adapter.init": ("init_lora_weights", "peft_init_lora_weights"),
-    "adapter.use_dora": ("use_dora", "peft_use_dora"),
-    "train.global_batch": ("gradient_accumulation_steps", "grad_accum"),
-    "train.save_every": ("save_steps",),
-    "train.eval_every": ("eval_steps",),
-    "train.log_every": ("logging_steps",),
-    "train.neftune_alpha": ("neftune_noise_alpha",),
-    "train.epochs": ("num_train_epochs", "num_epochs"),
-    "data.eval_fraction": ("val_size", "val_set_size"),
-    "data.sequence_length": ("max_length", "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len"),
-}
-"""Our setting: the last parts of the names that stand for it elsewhere (Transformers, TRL, Axolotl, LLaMA-Factory)."""
-
-_SENTENCES = {
-    "batch_size": _BATCH,
-    "micro_batch_size": _BATCH,
-    "per_device_train_batch_size": _BATCH,
-    "resume": _RESUME,
-    "resume_from_checkpoint": _RESUME,
-    "packing": _PACKING,
-    "sample_packing": _PACKING,
-    "bits": _BITS,
-    "load_in_4bit": _BITS,
-    "load_in_8bit": _BITS,
-    **dict.fromkeys(
-        ("tracker.name", *(f"tracker.{name}" for name in TRACKERS)),
-        "; write tracker=wandb, or several as tracker=[wandb,tensorboard]",
-    ),
-}
-"""Names that no single setting stands for, and what to say of them."""
-
-_OURS = {name: ours for ours, names in _SETTINGS.items() for name in names}
-
-
-def peer_hint(key: str) -> str:
-    """Return a hint for a setting's name of another trainer, in any section; empty for other names."""
-    last = key.rpartition(".")[2]
-    if last in _OURS:
-        return f" (did you mean {_OURS[last]!r}?)"
-    return _SENTENCES.get(key) or _SENTENCES.get(last, "")

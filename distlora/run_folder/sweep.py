@@ -189,7 +189,8 @@ def _word(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_word, value))}]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_word(item)}" for key, item in value.items()) + "}"
+        pairs = {re.sub(r"[\\()\[\]{}:=, \t]", r"\\\g<0>", str(key)): _word(item) for key, item in value.items()}
+        return "{" + ",".join(f"{key}:{item}" for key, item in pairs.items()) + "}"
     if not isinstance(value, str):
         return repr(value)
     if _PLAIN_WORD.fullmatch(value) and not _OTHER_KIND.fullmatch(value):

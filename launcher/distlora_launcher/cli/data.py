@@ -14,6 +14,7 @@ from distlora.config.file import load_config
 from distlora_launcher.compose.checks import check_data, check_model_folder
 from distlora_launcher.compose.compose import compose_config, expand_home
 from distlora_launcher.compose.hub import with_small_files
+from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.terminal.arguments import read, subject
 
 ACTIONS = {
@@ -34,7 +35,7 @@ class PreviewArguments:
     """
 
     settings: list[str] = field(default_factory=list)
-    """setting=value: settings of `distlora train`: model.path=FOLDER data.path=FILE ..."""
+    """FILE.yaml|setting=value: settings of `distlora train`: model.path=FOLDER data.path=FILE ..."""
     rows: int = 2
     """N: number of documents per source to print."""
     all: bool = False
@@ -92,7 +93,8 @@ def main(arguments: list[str]) -> int:
 def preview_documents(options: PreviewArguments) -> int:
     """Check the settings and print the preview. Returns the exit code."""
     require(options.rows >= 0, f"--rows={options.rows} is not a valid number of documents; write 0 or more")
-    config = compose_config(options.settings, config_dir=options.config_dir)
+    settings = with_file(options.settings, "distlora data preview", config_dir=options.config_dir)
+    config = compose_config(settings, config_dir=options.config_dir)
     from distlora.data.preview import preview
 
     with with_small_files(config.model) as model:

@@ -43,6 +43,11 @@ class GenerateArguments(GenerateRequest):
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the worker, or run several. Returns the exit code of several."""
+    require(
+        not any(word.partition("=")[0] == "--prompt" for word in arguments),
+        "there is no option --prompt; write echo 'Hello' | distlora generate RUN, or --prompts FILE for a file with a "
+        "prompt per line",
+    )
     options = read(GenerateArguments, "distlora generate", arguments)
     require(
         options.adapter is None or options.checkpoint is None,

@@ -11,32 +11,50 @@ import os
 import sys
 from collections.abc import Sequence
 
+from distlora.config import UserError, nearest
 from distlora.system.exit_codes import BAD_INPUT, DONE, run_to_exit_code
 from distlora_launcher.terminal.arguments import call_main, listed
 
-COMMANDS = {
-    "train": "fine-tune a model (-m for several runs)",
-    "plan": "predict memory, disk, traffic, time and cost of a run, for any model on any GPUs",
-    "sweep": "compare many runs: a grid, Optuna, a search for the smallest sufficient rank, wandb agents",
-    "report": "write an HTML report of a run or a sweep: curves, settings, plan and measurements, samples",
-    "resume": "continue a run that was stopped",
-    "status": "show the state of a run or of each run of a sweep: queued, running, saved, ended",
-    "cancel": "save and stop a run, on this node or in SLURM",
-    "verify": "check a run folder: data, checkpoints, results, metrics",
-    "data": "print documents as the model sees them: what is trained, truncated or left out",
-    "generate": "chat with a trained model, or answer a file of prompts",
-    "combine": "combine adapters of one base: weighted sum, difference, reduction to a rank, TIES, DARE",
-    "eval": "compute loss and perplexity on a text: adapted, base and merged models side by side",
-    "push": "upload the result to the Hugging Face hub, with a model card",
-    "merge": "merge base and adapter into one model in Hugging Face format, and report the accuracy",
-    "export": "export a trained model to formats of other tools, and load each export with its tool",
-    "import": "turn an Axolotl configuration into a recipe, and list what has no equivalent",
-    "analyze": "measure quantization error, spectra of trained weights and intrinsic dimension: tables and plots",
-    "bench": "benchmark this node against the plan and other tools: tables, CSV, plots",
-    "cache": "list or remove the quantized bases that are cached for the next start",
-    "demo": "fine-tune a small chat model in minutes, on any computer",
+GROUPS = {
+    "Train": {
+        "init": "write a settings file to start from",
+        "train": "fine-tune a model (-m for several runs)",
+        "sweep": "compare many runs: a grid, Optuna, a search for the smallest sufficient rank, wandb agents",
+        "resume": "continue a run that was stopped",
+        "cancel": "save and stop a run, on this node or in SLURM",
+        "import": "turn an Axolotl configuration into a recipe, and list what has no equivalent",
+        "demo": "fine-tune a small chat model in minutes, on any computer",
+    },
+    "Inspect": {
+        "plan": "predict memory, disk, traffic, time and cost of a run, for any model on any GPUs",
+        "data": "print documents as the model sees them: what is trained, truncated or left out",
+        "status": "show the state of a run or of each run of a sweep: queued, running, saved, ended",
+        "report": "write an HTML report of a run or a sweep: curves, settings, plan and measurements, samples",
+        "verify": "check a run folder: data, checkpoints, results, metrics",
+        "cache": "list or remove the quantized bases that are cached for the next start",
+    },
+    "After": {
+        "generate": "chat with a trained model, or answer a file of prompts",
+        "eval": "compute loss and perplexity on a text: adapted, base and merged models side by side",
+        "merge": "merge base and adapter into one model in Hugging Face format, and report the accuracy",
+        "combine": "combine adapters of one base: weighted sum, difference, reduction to a rank, TIES, DARE",
+        "export": "export a trained model to formats of other tools, and load each export with its tool",
+        "push": "upload the result to the Hugging Face hub, with a model card",
+    },
+    "Bench": {
+        "bench": "benchmark this node against the plan and other tools: tables, CSV, plots",
+        "analyze": "measure quantization error, spectra of trained weights and intrinsic dimension: tables and plots",
+    },
 }
-"""Summary in `distlora --help` by command; each is the module of its name in this package, but for MODULES."""
+"""Commands by group with their summaries, as `distlora --help` lists them. Each is the module of its name in this
+package, but for MODULES."""
+EXAMPLES = {
+    "Train": "distlora train model.path=Qwen/Qwen3-0.6B data.path=chats.jsonl run_dir=runs/first",
+    "Inspect": "distlora plan model=llama3_8b gpu=rtx4090",
+    "After": "distlora generate runs/first",
+    "Bench": "distlora bench quant",
+}
+COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 MODULES = {
     "eval": "distlora_launcher.cli.evaluate",
     "import": "distlora_launcher.importing",
@@ -45,21 +63,36 @@ MODULES = {
 TAKE_SETTINGS = ("train", "plan")
 """Commands whose arguments are settings, which Hydra completes on Tab."""
 
-HELP = """Multi-GPU QLoRA training on a 4-bit base, restartable bit for bit.
+HELP = """Fine-tune language models with QLoRA on one or many GPUs; a run that stops continues bit for bit.
 
 usage: distlora COMMAND ...
 
-To begin:
-  distlora demo                                              a first run: no model, data or GPU needed
-  distlora plan model=llama3_8b gpu=rtx4090                  what a run needs; downloads no weights
-  distlora train model.path=ORG/NAME data.path=FILE.jsonl    fine-tune a model
-
 {commands}
-
 `distlora COMMAND --help` describes a command.
 Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (`distlora resume RUN`), 128 + n killed by signal n.
 Tab completion: eval "$(distlora --shell-completion install=bash)"
 """
+
+MEANT = {
+    "generate RUN": "chat inference infer predict ask complete sample serve talk",
+    "train": "finetune fine-tune tune fit sft run start launch lora qlora",
+    "train recipe=dpo": "dpo",
+    "train recipe=continued_pretraining": "pretrain cpt",
+    "data preview": "preview preprocess tokenize inspect dataset",
+    "data row": "row",
+    "eval RUN": "evaluate test perplexity",
+    "sweep": "hpo search optimize",
+    "export": "gguf convert",
+    "merge RUN": "merge-lora merge_lora fuse",
+    "push": "upload publish",
+    "resume RUN": "continue restart",
+    "cancel RUN": "stop kill",
+    "status RUN": "ls ps list logs watch",
+    "init": "new create config configure setup",
+    "plan": "estimate memory dry-run fit-check",
+    "bench": "benchmark",
+}
+"""Names of other tools' commands by what they are here."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,10 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(words: list[str]) -> int:
     """Call the subcommand that `words` name, or print the help or the version. Returns the exit code."""
+    if words[:1] == ["help"] and len(words) > 1:
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
-        print(HELP.format(commands=listed(COMMANDS)).rstrip())
+        print(HELP.format(commands="".join(map(_listed_group, GROUPS))).rstrip())
         return DONE if words else BAD_INPUT
-    if words[0] in ("-V", "--version"):
+    if words[0] == "-V" or "--version" in words[: words.index("--") if "--" in words else None]:
         from importlib.metadata import version
 
         print(f"distlora {version('distlora')}")
@@ -81,14 +116,21 @@ def run_command(words: list[str]) -> int:
     if words[0] in ("-sc", "--shell-completion"):
         return complete(words)
     if words[0] not in COMMANDS:
-        from distlora.config import UserError, nearest
-
-        if words[0] in ("preview", "row"):
-            raise UserError(f"there is no command {words[0]!r}; write distlora data {words[0]}")
-        raise UserError(
-            f"there is no command {words[0]!r}{nearest(words[0], COMMANDS)}; the commands are {', '.join(COMMANDS)}"
-        )
+        raise unknown_command(words[0])
     return call_main(MODULES.get(words[0], f"distlora_launcher.cli.{words[0]}"), words[1:])
+
+
+def _listed_group(title: str) -> str:
+    return f"{title}\n{listed(GROUPS[title], width=max(map(len, COMMANDS)))}\n  example: {EXAMPLES[title]}\n\n"
+
+
+def unknown_command(word: str) -> UserError:
+    """Return the error for a word that is no command, with what was meant."""
+    meant = next((ours for ours, names in MEANT.items() if word.lower() in names.split()), None)
+    if meant is None and (word.endswith((".yaml", ".yml")) or "=" in word):
+        meant = f"train {word}"
+    hint = f"; write distlora {meant}" if meant else nearest(word, COMMANDS)
+    return UserError(f"there is no command {word!r}{hint}; `distlora --help` lists the commands")
 
 
 def complete(words: list[str]) -> int:

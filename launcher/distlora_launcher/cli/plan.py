@@ -31,6 +31,7 @@ from distlora.training.multi_trial.protocol import check_pack
 from distlora_launcher.compose.checks import check_parallel, check_writable
 from distlora_launcher.compose.compose import compose_run, expand_home, known_models, names_model
 from distlora_launcher.compose.planning import check_planned, choices, planned_model
+from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.sweeps.multi_trial import compose_for_plan, plan_together
 from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import shown
@@ -68,17 +69,19 @@ class PlanArguments:
     Examples:
       distlora plan model=llama3_8b gpu=rtx4090
       distlora plan model=llama3_70b gpu=h100 cluster.gpus_per_node=8 plan=auto
+      distlora plan mine.yaml gpu=l40s
 
     settings:
       model=NAME         one of the models below; or model.path=FOLDER, or model.path=ORG/NAME on the hub
       gpu=NAME           one of the GPUs below, or its data: gpu.memory_gib=80 gpu.tflops=989 (default: this node)
+      FILE.yaml          settings from a file, as `distlora train` reads it
       setting=value      any setting of `distlora train`, including recipe=NAME. cluster.gpus_per_node=8: GPUs per
                          node. plan=auto: choose the fastest settings that fit. quant=auto: 16 bits if they fit and
                          are not much slower. sweep.packed=4 or auto: that many trials trained together on one base
     """
 
     settings: list[str] = field(default_factory=list)
-    """setting=value: settings of `distlora train`, as above."""
+    """FILE.yaml|setting=value: settings of `distlora train`, as above."""
     table: bool = False
     """Print a Markdown table of many models on many nodes, each with the fastest settings that fit."""
     models: tuple[str, ...] | None = None
@@ -159,6 +162,7 @@ def main(arguments: list[str]) -> int:
     names = {"models": [*known_models()], "GPUs": [*GPUS], "models of --table": MODELS, "nodes of --table": MACHINES}
     epilog = "\n\n".join(textwrap.fill(f"{title}: {', '.join(of)}", 112) for title, of in names.items())
     options = read(PlanArguments, PROGRAM, [expand_home(word) for word in arguments], epilog=epilog)
+    options = dataclasses.replace(options, settings=with_file(options.settings, PROGRAM, config_dir=options.config_dir))
     check(options)
     if options.table:
         show_table(options)

@@ -20,11 +20,11 @@ from distlora_launcher.sweeps.start import (
 from distlora_launcher.sweeps.sweep import Sweep, check_optuna, first_cell, load_sweep, make_search, make_sweep
 from distlora_launcher.terminal.output import say, shown
 
-USAGE = """usage: distlora sweep [sweep=grid|random|optuna|rank_search] [setting=a,b ...] [setting=value ...]
+USAGE = """usage: distlora sweep [FILE.yaml] [sweep=METHOD] [setting=a,b ...] [setting=value ...]
        distlora sweep create [...] | agent ENTITY/PROJECT/ID      (wandb sweeps; `distlora sweep create --help`)
 
-Train several runs and compare them by their held-out loss. Settings with several values are searched, in Hydra's
-grammar:
+Train several runs and compare them by their held-out loss. METHOD is grid, random, optuna or rank_search. Settings
+with several values are searched, in Hydra's grammar:
 
   optim.lr=1e-4,2e-4 adapter.r=8,16                      a grid of four runs
   sweep=random optim.lr='tag(log,interval(1e-5,1e-3))'   values drawn, uniform in the logarithm
@@ -38,7 +38,9 @@ on one base, sweep.trials=N ends after N trials; conf/README.md lists the other 
 `distlora resume SWEEP` continues a sweep that was stopped or killed; `distlora status SWEEP`, `distlora cancel SWEEP`
 and `distlora report SWEEP` work as for a run. Needs Optuna: pip install 'distlora[sweep]'.
 
-example: distlora sweep model.path=MODEL data.path=chats.jsonl optim.lr=1e-4,2e-4 adapter.r=8,16
+examples:
+  distlora sweep model.path=MODEL data.path=chats.jsonl optim.lr=1e-4,2e-4 adapter.r=8,16
+  distlora sweep mine.yaml optim.lr=1e-4,2e-4
 
 --config-dir FOLDER    folder with your own recipes and config groups, as in `distlora train`"""
 

@@ -1,12 +1,14 @@
 """`distlora train`: compose, check, then start, submit or print.
 
 Settings are composed here, since Hydra itself ends with code 1 and pages of text for a mistyped word. Hydra's own
-application runs for its flags (-m, --cfg, --info, --help), so that they and the grammar are the real ones.
+application runs for its flags (-m, --cfg, --info, --hydra-help), so that they and the grammar are the real ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import re
 import sys
 from collections.abc import Sequence
@@ -17,10 +19,12 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from distlora.config import ClusterConfig, UserError, nearest, require
+from distlora.config import ClusterConfig, UserError, require
+from distlora.config.peer_names import peer_hint
 from distlora.planner.choose import Choice
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED
 from distlora_launcher.cli.resume import resume
+from distlora_launcher.cli.train_help import help_text
 from distlora_launcher.compose.checks import check
 from distlora_launcher.compose.compose import (
     CONF_MODULE,
@@ -30,11 +34,13 @@ from distlora_launcher.compose.compose import (
     compose_sweep,
     config_from_hydra,
     expand_home,
-    user_settings,
     with_initial_adapter,
     with_new_keys,
+    with_typed_options,
 )
+from distlora_launcher.compose.options import restore_options, user_settings
 from distlora_launcher.compose.planning import decide, say_choice
+from distlora_launcher.importing.settings_file import SUFFIXES, with_file
 from distlora_launcher.jobs.submit import (
     ArrayRuns,
     check_with_slurm,
@@ -47,6 +53,7 @@ from distlora_launcher.jobs.submit import (
 from distlora_launcher.launch.local import remove_if_empty, start_run
 from distlora_launcher.launch.node import start_multi_node
 from distlora_launcher.sweeps.wandb_sweep import add_run_dir, check_agent, find_begun_run, note_end
+from distlora_launcher.terminal.arguments import nearest_option
 from distlora_launcher.terminal.output import say, shown
 
 PROGRAM = "distlora train"
@@ -56,14 +63,20 @@ DRY_RUN = "--dry-run"
 
 def main(arguments: list[str]) -> int:
     """Compose, check, and run what the overrides describe. Returns the exit code."""
-    arguments = [with_new_keys(expand_home(word)) for word in arguments]
-    word = next((word for word in arguments if re.match(r"[+~]*sweep[.=@]", word)), None)
-    require(
-        word is None, f"{word} is a setting of `distlora sweep`; write `distlora sweep` instead of `distlora train`"
-    )
+    if {"-h", "--help"} & set(arguments):
+        topics = [word for word in arguments if not word.startswith("-") and "=" not in word]
+        print(help_text([word for word in topics if not word.endswith(SUFFIXES)]), end="")
+        return DONE
+    arguments = [expand_home(word) for word in arguments]
     dry_run = DRY_RUN in arguments
     arguments = add_run_dir([word for word in arguments if word != DRY_RUN])
     flags = read_flags(arguments)
+    options = [word for word in arguments if word not in (*flags.overrides, "--")]
+    flags.overrides = list(map(with_new_keys, with_file(flags.overrides, PROGRAM, config_dir=flags.config_dir)))
+    word = next((word for word in flags.overrides if re.match(r"[+~]*sweep[.=@]", word)), None)
+    require(
+        word is None, f"{word} is a setting of `distlora sweep`; write `distlora sweep` instead of `distlora train`"
+    )
     if dry_run or is_run(flags):
         runs = composed(flags)
         first = runs[0].config
@@ -89,13 +102,19 @@ def main(arguments: list[str]) -> int:
                 return DONE
         if not is_multirun(flags):
             return start_composed(choices[0])
-        return run_hydra(ordered(arguments, flags.overrides))
+        return run_hydra([*options, "--", *flags.overrides])
     if not flags.shell_completion:
         composed(flags, may_lack_paths=True)
+    overrides = flags.overrides
+    if not is_multirun(flags):
+        overrides = with_typed_options(overrides, config_dir=flags.config_dir)
     try:
-        return run_hydra(ordered(arguments, flags.overrides))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:  # Hydra prints a traceback if its reader leaves.
+            run_hydra([*options, "--", *overrides])
     except SystemExit as stop:  # Hydra refused what it should print (--package), and has said why.
         return BAD_INPUT if stop.code else DONE
+    print(printed.getvalue(), end="")
+    return DONE
 
 
 def choose_each(runs: Sequence[Composed]) -> list[Choice]:
@@ -128,26 +147,20 @@ def refuse_dry_run(cluster: ClusterConfig, flags: argparse.Namespace, dry_run: b
         )
 
 
-def ordered(arguments: list[str], overrides: list[str]) -> list[str]:
-    """Return the flags, then the overrides: Hydra refuses a setting after a flag that follows a setting."""
-    return [*(word for word in arguments if word not in overrides and word != "--"), "--", *overrides]
-
-
 def read_flags(arguments: list[str]) -> argparse.Namespace:
     """Return Hydra's flags and the overrides. Raises UserError for an unknown flag."""
     parser = get_args_parser()
     parser.prog = PROGRAM
     parser.exit_on_error = False  # A page of usage would hide the reason.
+    parser.allow_abbrev = False
+    file = next((word for word in arguments if word.endswith(SUFFIXES)), None)
     try:
         flags, unknown = parser.parse_known_intermixed_args(arguments)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error}; `{PROGRAM} --help` lists the options") from error
+        cure = f"`{PROGRAM} {file}` reads a settings file" if file else f"`{PROGRAM} --help` lists the options"
+        raise UserError(f"{error}; {cure}") from error
     if unknown:
-        word = unknown[0]
-        setting = word.lstrip("-")
-        hint = f"settings have no dashes: {setting}" if "=" in setting or "." in setting else "--help lists the options"
-        options = [name for action in parser._actions for name in action.option_strings]
-        raise UserError(f"there is no option {word}{nearest(word, [*options, DRY_RUN])}; {hint}")
+        raise unknown_option(unknown[0], [name for action in parser._actions for name in action.option_strings], file)
     modes = {"--run": flags.run, "--multirun": flags.multirun, "--cfg": flags.cfg, "--info": flags.info}
     given = [name for name, value in modes.items() if value]
     if len(given) > 1:
@@ -158,9 +171,21 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
         if getattr(flags, name) is not None:
             option = "--" + name.replace("_", "-")
             raise UserError(
-                f"{option} would replace distlora's settings; add your own groups to them with --config-dir FOLDER"
+                f"{option} would replace distlora's settings; write {PROGRAM} FILE.yaml for a settings file, or "
+                "--config-dir FOLDER for your own groups"
             )
     return flags
+
+
+def unknown_option(word: str, options: Sequence[str], file: str | None) -> UserError:
+    """Return the error for an option that does not exist. `file`: a settings file among the arguments."""
+    setting = word.lstrip("-").partition("=")[0].replace("-", "_")
+    if "config" in setting and file is not None:
+        return UserError(f"there is no option {word}; a settings file needs none: {PROGRAM} {file}")
+    if peer := peer_hint(setting):
+        return UserError(f"there is no option {word}{peer}; settings have no dashes: setting=value")
+    hint = f"settings have no dashes: {word.lstrip('-')}" if "=" in word or "." in word else "--help lists the options"
+    return UserError(f"there is no option {word}{nearest_option(word, [*options, DRY_RUN])}; {hint}")
 
 
 def is_run(flags: argparse.Namespace) -> bool:
@@ -216,6 +241,7 @@ def run_job(settings: DictConfig, number: int, runs: ArrayRuns) -> int:
     overrides = hydra_settings.overrides.task
     print(f"\njob {number}: {' '.join(overrides)}", flush=True)
     try:
+        restore_options(settings, overrides)
         config = config_from_hydra(settings, run_dir=str(hydra_settings.runtime.output_dir))
         config = with_initial_adapter(config, overrides)
         return start_composed(decide(config, user_settings(config.plan, overrides)), number, runs)

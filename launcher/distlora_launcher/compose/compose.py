@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -23,22 +24,30 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from distlora.config import TARGET_PRESETS, Config, GpuConfig, ModelConfig, PlanConfig, UserError, nearest, require
+from distlora.config import TARGET_PRESETS, Config, GpuConfig, ModelConfig, UserError, nearest, require
 from distlora.config.base import cache_root, is_hub_name, means_hub
 from distlora.config.cluster import OWN_OPTION
-from distlora.config.file import build, peer_hint
-from distlora.config.plan import CHOSEN, GPUS
+from distlora.config.file import build, parse_yaml
+from distlora.config.peer_names import ACCUMULATION, nearest_peer, peer_hint
+from distlora.config.plan import GPUS
+from distlora.run_folder.sweep import words_of
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
+from distlora_launcher.compose.options import (
+    leaves,
+    over_recipes,
+    parsed,
+    restore_options,
+    user_settings,
+    without_replaced,
+)
 
 CONF_MODULE = "distlora_launcher.conf"
 VERSION_BASE = "1.3"
@@ -163,6 +172,27 @@ def compose_sweep(
         ]
 
 
+def merge_file(settings: Mapping[str, Any], overrides: Sequence[str], *, config_dir: str | None = None) -> list[str]:
+    """Return the settings of a file as overrides, followed by those of the command line, which win.
+
+    `settings`: by dotted name, and options by group. An option or a recipe on the command line replaces what the file
+    has for the same settings.
+    """
+    refuse_unusable(overrides)
+    with _initialized(config_dir):
+        try:
+            words = [with_new_keys(word) for word in words_of(settings)]
+            return [*without_replaced(words, overrides), *overrides]
+        except EXPLAINED as error:
+            raise explain(error, overrides) from error
+
+
+def with_typed_options(overrides: Sequence[str], *, config_dir: str | None = None) -> list[str]:
+    """Return overrides with which Hydra's own application composes what `compose_run` does (`over_recipes`)."""
+    with _initialized(config_dir):
+        return [*words_of(over_recipes(overrides)), *overrides]
+
+
 def parse_overrides(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Override]:
     """Return the overrides of a command line, parsed. Raises UserError for one that cannot be parsed."""
     refuse_unusable(overrides)
@@ -195,6 +225,11 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
     """Return the settings of a run in the folder `run_dir`, from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
     values.pop("sweep", None)  # What makes many runs of it (sweeps/).
+    require(
+        not isinstance(values.get("recipe"), dict),
+        "the file of recipe= lacks its first line, `# @package _global_`; add it, or write distlora train "
+        "FOLDER/recipe/NAME.yaml, where a file needs no such line",
+    )
     missing = [name for name, value in leaves(values) if value == MISSING]
     if isinstance(values["data"], dict) and values["data"].get("path") is None and not values["data"].get("sources"):
         missing.append("data.path")
@@ -227,6 +262,7 @@ def _compose_one(overrides: list[str], may_lack_paths: bool) -> Composed:
             # Not composed.run_dir: an override of hydra.run.dir (wandb agents write one) names the folder too.
             run_dir = composed.hydra.run.dir
             del composed["hydra"]
+        restore_options(composed, overrides)
         config = config_from_hydra(composed, run_dir=run_dir, may_lack_paths=may_lack_paths)
         config = with_initial_adapter(config, overrides)
         return Composed(config=config, fixed=user_settings(config.plan, overrides))
@@ -298,81 +334,6 @@ def _folder(group: str) -> Traversable:
     return resources.files(CONF_MODULE) / group
 
 
-_RECIPE = "recipe"
-_SECTIONS = {name.partition(".")[0] for name in CHOSEN}
-"""Groups whose options can fix a setting; the files of other groups are not read."""
-
-
-def user_settings(plan: PlanConfig, overrides: Sequence[str]) -> frozenset[str]:
-    """Return the dotted names, of the settings that a plan may choose, that the command line fixes.
-
-    All of them unless plan=auto. Hydra must be initialized.
-    """
-    if plan.mode != "auto":
-        return frozenset(CHOSEN)
-    loader = GlobalHydra.instance().config_loader()
-    found: set[str] = set()
-    for override in parsed(overrides):
-        key = override.key_or_group
-        if override.package is None and loader.get_group_options(key):
-            found.update(_set_by_options(key, override.value()))
-        else:
-            found.add(key)
-    return frozenset(found & set(CHOSEN))
-
-
-def _set_by_options(group: str, chosen: Any) -> Iterator[str]:
-    """Yield what the selected options of a group fix."""
-    for option in chosen if isinstance(chosen, list) else [chosen]:
-        if group == _RECIPE and option is not None:
-            yield from _set_by_recipe(option)
-        elif option is not None and group in _SECTIONS:
-            yield from _distinct(group, option)
-
-
-def _set_by_recipe(name: str) -> Iterator[str]:
-    """Yield what a recipe's file sets, its options and the recipes that it builds on."""
-    file = _load(f"{_RECIPE}/{name}")
-    values: Any = OmegaConf.to_container(file.config)
-    yield from (setting for setting, _ in leaves(values))
-    for group, option in _defaults(file):
-        yield from _set_by_options(group or _RECIPE, option)
-
-
-def _distinct(group: str, option: str) -> Iterator[str]:
-    """Yield settings of an option for which another option of its group has another value."""
-    others = [_values(group, other) for other in GlobalHydra.instance().config_loader().get_group_options(group)]
-    for name, value in _values(group, option).items():
-        if any(other.get(name, value) != value for other in others):
-            yield f"{group}.{name}"
-
-
-def _values(group: str, option: str) -> dict[str, Any]:
-    """Return the values that an option sets, with those that it builds on."""
-    file = _load(f"{group}/{option}")
-    found: dict[str, Any] = {}
-    own_values: Any = OmegaConf.to_container(file.config)
-    for _, other in _defaults(file):
-        found |= _values(group, other)
-    return found | own_values
-
-
-def _defaults(file: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (group, option) of each entry of a file's defaults list but itself; the group is empty for its own."""
-    for default in file.defaults_list or ():
-        if isinstance(default, GroupDefault):
-            assert default.group is not None
-            yield default.group.lstrip("/"), default.value
-        elif not default.is_self():
-            yield "", default.path
-
-
-def _load(path: str) -> Any:
-    """Return a file of conf/ or of --config-dir."""
-    loader: Any = GlobalHydra.instance().config_loader()
-    return loader.repository.load_config(path)
-
-
 def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
     """Return the settings with those of the adapter at init_from; unchanged if there is none.
 
@@ -429,11 +390,13 @@ def explain(error: Exception, overrides: Sequence[str]) -> UserError:
     if first_line.startswith("Ambiguous value for argument"):
         word = first_line.split("'", 1)[1].rstrip("'")
         key, _, value = word.partition("=")
-        return UserError(
-            f"{word} holds several values; add -m to run one job per value, or write {key}=[{value}] for a list"
-        )
+        advice = f"to compare them write distlora sweep ... {word}; `distlora train -m` runs one job per value"
+        if _takes_list(key):
+            advice = f"write {key}=[{value}] for a list; {advice}"
+        return UserError(f"{word} holds several values; {advice}")
+    compose = functools.cache(lambda *words: _composed(list(words)))
     for override in parsed(overrides):
-        message = _bad_option(override) or _unknown_key(override, overrides)
+        message = _bad_option(override, compose) or _unknown_key(override, overrides, compose)
         if message:
             return UserError(message)
     missing = (
@@ -455,17 +418,14 @@ def _unreadable(error: OverrideParseException) -> UserError:
     word = str(error.override)
     key, _, value = word.partition("=")
     if "=" not in word or not re.fullmatch(r"[+~]*[A-Za-z_][\w./@:-]*", key):
-        return UserError(f"{word!r} is not a setting; write it as setting=value")
+        named = [f"{group}={word}" for group in ("model", "recipe") if word in options_of(group)]
+        named += [f"{name}={word}" for name in REQUIRED] if Path(word).exists() else []
+        meant = f"write {' or '.join(named)}" if named else "write it as setting=value"
+        return UserError(f"{word!r} is not a setting; {meant}")
     return UserError(
         f"cannot read {word!r}: a value with any of = , : ~ # [ ] {{ }} ( ) or quotes in it must be quoted, twice for "
         f"the shell: '{key}=\"{value}\"'"
     )
-
-
-def parsed(overrides: Sequence[str]) -> list[Override]:
-    """Return overrides as Hydra parses them. Hydra must be initialized."""
-    loader = GlobalHydra.instance().config_loader()
-    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)) if overrides else []
 
 
 def _groups() -> list[str]:
@@ -473,10 +433,12 @@ def _groups() -> list[str]:
 
 
 def _options(group: str) -> list[str]:
+    if "." in group:  # A setting, for which Hydra would look through all folders.
+        return []
     return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
-def _bad_option(override: Override) -> str | None:
+def _bad_option(override: Override, compose: Callable[..., Any]) -> str | None:
     """Return the message for `group=option` if the group exists and the option does not."""
     group, value = override.key_or_group, override.value()
     options = _options(group) if override.package is None else []
@@ -487,8 +449,20 @@ def _bad_option(override: Override) -> str | None:
     written = override.get_value_element_as_str()
     if group == "model" and is_hub_name(str(value)):
         return f"model={written}: names for model= have no '/'; for a model of the hub write model.path={written}"
-    message = f"{group}={written}: the options of {group} are {', '.join(options)}{nearest(str(absent[0]), options)}"
-    defaults = _composed([])
+    if group == "recipe" and written.endswith((".yaml", ".yml")):
+        return (
+            f"recipe={written}: a recipe is named without a folder and .yaml; for a file write distlora train {written}"
+        )
+    for names, hint in OPTION_HINTS.get(group, {}).items():
+        if str(absent[0]).lower() in names.split():
+            return f"{group}={written} is not an option of {group}; {hint}"
+    meant = _family(str(absent[0]), options_of(group) if group == "model" else options)
+    message = f"{group}={written} is not an option of {group} (did you mean {meant}?)"
+    if not meant:
+        message = (
+            f"{group}={written}: the options of {group} are {', '.join(options)}{nearest(str(absent[0]), options)}"
+        )
+    defaults = compose()
     if value is None and group not in defaults:
         message += f"; ~{group} chooses none"
     elif f"{group}.path" in dict(leaves(defaults)):
@@ -496,16 +470,61 @@ def _bad_option(override: Override) -> str | None:
     return message
 
 
-def _unknown_key(override: Override, overrides: Sequence[str]) -> str | None:
+OPTION_HINTS = {
+    "adapter": {
+        "qlora": "QLoRA is a LoRA adapter on a 4-bit base: write recipe=qlora",
+        "none null": "write adapter=full to train every parameter, or adapter=lora",
+    },
+    "quant": {
+        "4bit 4 int4 bnb bitsandbytes 4-bit fp4 nf4_double": "4 bits are NF4: write quant=nf4 (or recipe=qlora)",
+        "8bit 8 int8 8-bit fp8": "write quant=nf4 (4 bits) or quant=none (16 bits)",
+        "bf16 fp16 16bit 16 false": "write quant=none (16 bits)",
+        "gptq awq": "write quant=nf4, which quantizes a 16-bit checkpoint as it is loaded",
+    },
+    "parallel": {
+        "deepspeed ds zero": "write parallel=zero3 for DeepSpeed",
+        "ddp dp": "write parallel.shard_degree=1 for a whole base on every GPU",
+        "tp pp": "write parallel=fsdp2, which shards the base over all GPUs",
+    },
+    "optim": {
+        "adamw_torch adamw_torch_fused adamw_hf adam": "write optim=adamw",
+        "adamw_bnb_8bit adamw8bit": "write optim=adamw_8bit",
+        "paged_adamw_32bit": "write optim=paged_adamw",
+    },
+    "tracker": {"null false off disabled": "write tracker=none"},
+    "recipe": {"lora": "write recipe=qlora, with quant=none for an unquantized base", "sft": "write recipe=qlora"},
+}
+"""Names of other tools by group, and what to write."""
+
+
+def _family(word: str, options: Sequence[str]) -> str:
+    """Return the options that `word` is another spelling of, or else those that begin with it: llama3, Llama-3.1-8B."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    names = {plain(word), plain(re.sub(r"(\d)\.\d", r"\1", word))} - {""}
+    same = [option for option in options if plain(option) in names]
+    kin = [o for o in options if o.partition("_")[0] in names or (len(word) > 2 and o.startswith(word.lower()))]
+    return " or ".join(", ".join(map(repr, same or kin)).rsplit(", ", 1))
+
+
+def _takes_list(key: str) -> bool:
+    section, _, name = key.partition(".")
+    hints = typing.get_type_hints(typing.get_type_hints(Config).get(section, object))
+    return "tuple" in str(hints.get(name))
+
+
+def _unknown_key(override: Override, overrides: Sequence[str], compose: Callable[..., Any]) -> str | None:
     """Return the message for a key that is neither a setting nor a group, with the nearest one."""
     key = override.key_or_group
     if override.is_add() or override.is_force_add() or (override.package is None and _options(key)):
         return None
-    defaults = _composed([])
+    defaults = compose()
     pairs = zip(overrides, parsed(overrides), strict=True)
     chosen = [word for word, item in pairs if item.package is None and _options(item.key_or_group)]
     try:
-        composed = _composed(chosen)
+        composed = compose(*chosen)
     except EXPLAINED:  # A chosen group is wrong too, and gets its own complaint once this one is corrected.
         composed = defaults
     if key in set(_nodes(composed)):
@@ -518,8 +537,30 @@ def _unknown_key(override: Override, overrides: Sequence[str]) -> str | None:
         return f"{key} is a setting of cluster={OWN_OPTION[name.partition('.')[0]]}; add that, or leave it out"
     is_hydras = section == "hydra"
     settings = [name for name, _ in leaves(composed) if name.startswith("hydra.") == is_hydras]
-    peer = "" if is_hydras else peer_hint(key)
-    return f"there is no setting {key}{peer or _nearest_setting(key, settings, _groups())}"
+    peer = "" if is_hydras else _accumulation(override, overrides) or peer_hint(key)
+    return f"there is no setting {key}{peer or _axolotl_reason(key) or nearest_setting(key, settings, _groups())}"
+
+
+def _accumulation(override: Override, overrides: Sequence[str]) -> str:
+    """Return what to write for a number of accumulation steps, by the other sizes on the command line."""
+    if override.key_or_group.rpartition(".")[2] not in ACCUMULATION or not isinstance(override.value(), int):
+        return ""
+    typed = {each.key_or_group: each.value() for each in parsed(overrides)}
+    names = ("train.micro_batch", "per_device_train_batch_size"), ("cluster.gpus_per_node",), ("cluster.nodes",)
+    micro, gpus, nodes = (next((typed[n] for n in each if isinstance(typed.get(n), int)), 1) for each in names)
+    total = micro * gpus * nodes * override.value()
+    return (
+        f"; write train.global_batch={total} (micro-batch {micro} x {gpus * nodes} GPU{'s' * (gpus * nodes > 1)} x "
+        f"{override.value()} steps of accumulation)"
+    )
+
+
+def _axolotl_reason(key: str) -> str:
+    """Return why a key of Axolotl has no setting, from the importer's table."""
+    table = Path(__file__).parents[1] / "importing" / "axolotl_keys.yaml"
+    rows = parse_yaml(table.read_bytes())["config"]
+    reason = next((row["reason"] for row in rows if key in row["keys"]), None)
+    return f", which is a key of Axolotl: {reason}" if reason else ""
 
 
 def _composed(overrides: list[str]) -> Any:
@@ -527,7 +568,7 @@ def _composed(overrides: list[str]) -> Any:
     return OmegaConf.to_container(composed, resolve=False)
 
 
-def _nearest_setting(key: str, settings: list[str], groups: list[str]) -> str:
+def nearest_setting(key: str, settings: list[str], groups: list[str]) -> str:
     """Return the closest dotted name; a last part in the wrong place (lr=...), or half of one, counts as close."""
     last = key.rpartition(".")[2]
     same_last = [name for name in settings if name.rpartition(".")[2] == last]
@@ -535,16 +576,9 @@ def _nearest_setting(key: str, settings: list[str], groups: list[str]) -> str:
     close = close or [name for name in settings if last in name.rpartition(".")[2].split("_")]
     if close:
         return f" (did you mean {close[0]!r}?)"
-    return nearest(key, [*settings, *groups]) or "; `distlora train --cfg job` prints all that there are"
-
-
-def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of nested settings; an empty mapping is a value."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return (
+        nearest_peer(last) or nearest(key, [*settings, *groups]) or "; `distlora train --help` lists all that there are"
+    )
 
 
 def _nodes(tree: dict[str, Any], prefix: str = "") -> Iterable[str]:

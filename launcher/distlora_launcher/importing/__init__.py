@@ -13,15 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distlora.config import UserError, nearest, require
 from distlora.config.file import parse_yaml
 from distlora.system.exit_codes import BAD_INPUT, DONE
 from distlora_launcher.compose.checks import check_writable
-from distlora_launcher.importing.axolotl import convert
-from distlora_launcher.importing.recipe import Imported, recipe_text, report
 from distlora_launcher.terminal.arguments import read
+
+if TYPE_CHECKING:
+    from distlora_launcher.importing.recipe import Imported
 
 TOOLS = ("axolotl",)
 
@@ -60,6 +61,8 @@ def main(arguments: list[str]) -> int:
     )
     if options.out is not None:
         check_place(options.out)
+    from distlora_launcher.importing.recipe import recipe_text, report  # settings_file.py can do without the table.
+
     imported = import_settings(options.file, processes=options.processes)
     text = recipe_text(imported, source=options.file)
     check_composes(text, options.file, starts_from_adapter="init_from" in imported.section("adapter"))
@@ -78,6 +81,8 @@ def import_settings(source: Path | Mapping[str, Any], *, processes: int | None =
     processes: the number of GPUs to run on; None: as many as the file names. `lost` has the differences that would make
     it another run. Raises UserError for what is no Axolotl configuration, and for objectives that distlora has not.
     """
+    from distlora_launcher.importing.axolotl import convert
+
     return convert(read_yaml(source) if isinstance(source, Path) else dict(source), processes=processes)
 
 

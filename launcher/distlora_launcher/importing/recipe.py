@@ -172,16 +172,16 @@ def _line(value: Any) -> str:
     """Return a value as YAML on one line, or one line an item for a list of mappings."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "".join(f"\n    - {_line(item)}" for item in value)
-    text = yaml.safe_dump(_escaped(value), default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
+    text = yaml.safe_dump(escaped(value), default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _escaped(value: Any) -> Any:
+def escaped(value: Any) -> Any:
     """OmegaConf reads ${...} as a reference; what another tool wrote is plain text."""
     if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
+        return {key: escaped(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_escaped(item) for item in value]
+        return [escaped(item) for item in value]
     return value.replace("${", r"\${") if isinstance(value, str) else value
 
 

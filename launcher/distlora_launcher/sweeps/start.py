@@ -39,6 +39,7 @@ from distlora_launcher.compose.checks import check, check_writable, gpu_count
 from distlora_launcher.compose.compose import MOST_JOBS_CHECKED, Composed, compose_run, expand_home, section_of
 from distlora_launcher.compose.hub import localize, locate
 from distlora_launcher.compose.planning import decide
+from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import SchedulerError
 from distlora_launcher.jobs.script import mounts, render_workers, write_script
@@ -252,7 +253,8 @@ def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     parser.add_argument("--config-dir")
     options = parser.parse_args([expand_home(word) for word in arguments])
     config_dir = None if options.config_dir is None else str(Path(options.config_dir).absolute())
-    settings, space, shared = read_section(options.words, config_dir=config_dir)
+    words = with_file(options.words, "distlora sweep", config_dir=config_dir)
+    settings, space, shared = read_section(words, config_dir=config_dir)
     probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
     folder = Path(probe.config.run_dir)
     require(

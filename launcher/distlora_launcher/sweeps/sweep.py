@@ -33,10 +33,10 @@ from distlora_launcher.compose.compose import (
     Composed,
     compose_run,
     compose_section,
-    leaves,
     parse_overrides,
     section_of,
 )
+from distlora_launcher.compose.options import leaves
 from distlora_launcher.launch.local import write_new
 
 

@@ -38,10 +38,16 @@ def call_main(module: str, arguments: list[str]) -> int:
     return code
 
 
-def listed(rows: Mapping[str, str]) -> str:
-    """Return the names and summaries of a help text, one line each."""
-    width = max(map(len, rows))
+def listed(rows: Mapping[str, str], *, width: int = 0) -> str:
+    """Return the names and summaries of a help text, one line each; names have `width` characters or more."""
+    width = max(width, *map(len, rows))
     return "\n".join(f"  {name.ljust(width)}  {summary}" for name, summary in rows.items())
+
+
+def nearest_option(name: str, known: Sequence[str]) -> str:
+    """Return ` (did you mean --x?)` for the option that starts with `name`, or else is most like it."""
+    longer = [option for option in known if len(name) > 3 and option.startswith(name)]
+    return f" (did you mean {longer[0]!r}?)" if longer else nearest(name, known)
 
 
 def subject(command: str, arguments: Sequence[str], summaries: Mapping[str, str]) -> str:
@@ -132,7 +138,7 @@ class Parser(argparse.ArgumentParser):
         for word in itertools.takewhile(lambda word: word != "--", args):
             name = word.partition("=")[0]
             if name.startswith("--") and name not in known:
-                self.error(f"there is no option {name}{nearest(name, [*known, '--help'])}")
+                self.error(f"there is no option {name}{nearest_option(name, [*known, '--help'])}")
         options, extra = self.parse_known_intermixed_args(list(args), namespace)
         if extra and extra[0].startswith("-"):
             self.error(f"there is no option {extra[0]}")

@@ -543,15 +543,16 @@ def _unknown_key(override: Override, overrides: Sequence[str], compose: Callable
 
 def _accumulation(override: Override, overrides: Sequence[str]) -> str:
     """Return what to write for a number of accumulation steps, by the other sizes on the command line."""
-    if override.key_or_group.rpartition(".")[2] not in ACCUMULATION or not isinstance(override.value(), int):
+    steps: Any = override.value()
+    if override.key_or_group.rpartition(".")[2] not in ACCUMULATION or not isinstance(steps, int):
         return ""
-    typed = {each.key_or_group: each.value() for each in parsed(overrides)}
+    typed: dict[str, Any] = {each.key_or_group: each.value() for each in parsed(overrides)}
     names = ("train.micro_batch", "per_device_train_batch_size"), ("cluster.gpus_per_node",), ("cluster.nodes",)
     micro, gpus, nodes = (next((typed[n] for n in each if isinstance(typed.get(n), int)), 1) for each in names)
-    total = micro * gpus * nodes * override.value()
+    ranks = gpus * nodes
     return (
-        f"; write train.global_batch={total} (micro-batch {micro} x {gpus * nodes} GPU{'s' * (gpus * nodes > 1)} x "
-        f"{override.value()} steps of accumulation)"
+        f"; write train.global_batch={micro * ranks * steps} (micro-batch {micro} x {ranks} GPU{'s' * (ranks > 1)} x "
+        f"{steps} steps of accumulation)"
     )
 
 

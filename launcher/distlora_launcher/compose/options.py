@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,8 @@ def without_replaced(words: Sequence[str], overrides: Sequence[str]) -> list[str
 
     Those have the same name, are set by a typed option or recipe, or have no effect with a typed option.
     """
-    replaced, known = {override.key_or_group for override in parsed(overrides)}, {}
+    replaced = {override.key_or_group for override in parsed(overrides)}
+    known: dict[str, set[str]] = {}  # Settings that the typed options of a group have.
     for group, option in _chosen(overrides):
         replaced.update(_set_by_recipe(option) if group == _RECIPE else _distinct(group, option))
         known[group] = {*known.get(group, ()), *_values(group, option)} if group != _RECIPE else set()
@@ -81,7 +83,7 @@ def _chosen(overrides: Sequence[str]) -> list[tuple[str, str]]:
     loader = GlobalHydra.instance().config_loader()
     found = []
     for override in parsed(overrides):
-        group, value = override.key_or_group, override.value()
+        group, value = override.key_or_group, typing.cast("Any", override.value())
         is_option = "." not in group and override.package is None and not override.is_delete()
         options = loader.get_group_options(group) if is_option else []
         if options and override.is_sweep_override():

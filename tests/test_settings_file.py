@@ -13,7 +13,8 @@ from distlora.config.file import as_mapping
 from distlora_launcher.cli.init import FIRST, PLACES, starter_text
 from distlora_launcher.cli.main import main
 from distlora_launcher.cli.plan import plan_run
-from distlora_launcher.compose.compose import compose_config, compose_sweep, known_models
+from distlora_launcher.compose.compose import compose_config, compose_sweep
+from distlora_launcher.compose.options import known_models
 from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.sweeps.start import parse_sweep
 

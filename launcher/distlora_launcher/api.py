@@ -25,7 +25,8 @@ from distlora_launcher.cli import report as report_command
 from distlora_launcher.cli.plan import PlanResult, plan_run
 from distlora_launcher.cli.status import Status, statuses
 from distlora_launcher.compose.checks import check_run_dir
-from distlora_launcher.compose.compose import MAPPINGS, compose_config, known_models
+from distlora_launcher.compose.compose import MAPPINGS, compose_config
+from distlora_launcher.compose.options import known_models
 from distlora_launcher.launch.follow import Command, Follower
 from distlora_launcher.launch.local import remove_if_empty
 from distlora_launcher.launch.lock import CONFIG_NAME

@@ -29,7 +29,8 @@ from distlora.planner.suggest import Fitting, LargerRun, MultiTrialPlan, Nearest
 from distlora.system.exit_codes import DONE
 from distlora.training.multi_trial.protocol import check_pack
 from distlora_launcher.compose.checks import check_parallel, check_writable
-from distlora_launcher.compose.compose import compose_run, expand_home, known_models, names_model
+from distlora_launcher.compose.compose import compose_run, expand_home, names_model
+from distlora_launcher.compose.options import known_models
 from distlora_launcher.compose.planning import check_planned, choices, planned_model
 from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.sweeps.multi_trial import compose_for_plan, plan_together

@@ -27,7 +27,6 @@ from distlora_launcher.cli.resume import resume
 from distlora_launcher.cli.train_help import help_text
 from distlora_launcher.compose.checks import check
 from distlora_launcher.compose.compose import (
-    CONF_MODULE,
     VERSION_BASE,
     Composed,
     compose_run,
@@ -38,7 +37,7 @@ from distlora_launcher.compose.compose import (
     with_new_keys,
     with_typed_options,
 )
-from distlora_launcher.compose.options import restore_options, user_settings
+from distlora_launcher.compose.options import CONF_MODULE, restore_options, user_settings
 from distlora_launcher.compose.planning import decide, say_choice
 from distlora_launcher.importing.settings_file import SUFFIXES, with_file
 from distlora_launcher.jobs.submit import (

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from distlora.config import UserError, nearest
 from distlora.config.field_docs import Setting, sections
 from distlora.config.plan import GPUS
-from distlora_launcher.compose.compose import options_of
+from distlora_launcher.compose.options import options_of
 
 USAGE = """usage: distlora train [FILE.yaml] [setting=value ...] [option ...]
 

@@ -1,11 +1,16 @@
-"""What the options of conf/'s groups and its recipes set, and which of them wins. Hydra must be initialized."""
+"""What the options and recipes of conf/ set, and which of them wins. Most functions need Hydra initialized."""
 
 from __future__ import annotations
 
+import functools
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
 
+import yaml
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,9 +20,31 @@ from omegaconf import DictConfig, OmegaConf
 from distlora.config import PlanConfig
 from distlora.config.plan import CHOSEN
 
+CONF_MODULE = "distlora_launcher.conf"
 _RECIPE = "recipe"
 _SECTIONS = {name.partition(".")[0] for name in CHOSEN}
 """Groups whose options can fix a setting; the files of other groups are not read."""
+
+
+def options_of(group: str) -> list[str]:
+    """Return the options of a group sorted by name, with numbers in numeric order: llama3_8b before llama3_70b."""
+    names = [entry.name.removesuffix(".yaml") for entry in _folder(group).iterdir() if entry.name.endswith(".yaml")]
+    return sorted(names, key=lambda name: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", name)])
+
+
+@functools.cache
+def known_models() -> dict[str, str]:
+    """Return the names for model=, each with its name on the hub."""
+    folder = _folder("model")
+    return {
+        name: yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))["path"]
+        for name in options_of("model")
+        if name != "local"
+    }
+
+
+def _folder(group: str) -> Traversable:
+    return resources.files(CONF_MODULE) / group
 
 
 def parsed(overrides: Sequence[str]) -> list[Override]:

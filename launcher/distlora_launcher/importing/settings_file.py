@@ -7,6 +7,7 @@ in front of those of the command line, which win; so a sweep or a job in a queue
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,10 @@ from distlora.config import Config, SweepConfig, UserError, nearest, require
 from distlora.config.errors import FILES
 from distlora.config.file import coerce, parse_yaml
 from distlora.config.peer_names import peer_hint, same_setting
-from distlora_launcher.compose.compose import merge_file, nearest_setting, options_of
+from distlora_launcher.compose.compose import merge_file
+from distlora_launcher.compose.explain import nearest_setting
+from distlora_launcher.compose.options import options_of
+from distlora_launcher.importing import import_settings
 
 SUFFIXES = (".yaml", ".yml")
 SECTIONS: dict[str, Any] = {
@@ -171,21 +175,20 @@ def refuse_peers(path: Path, values: Mapping[str, Any]) -> None:
 def import_axolotl(path: Path, values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return an Axolotl file as settings, and print what differs. Raises UserError for keys that are not supported.
 
-    The global batch is for as many GPUs as the command line sets.
+    The global batch is for as many GPUs as the command line sets, or else the file.
     """
-    from distlora_launcher.importing.axolotl import convert  # Reads a table, which other files do not need.
-    from distlora_launcher.importing.recipe import escaped
+    from distlora_launcher.importing.recipe import escaped  # Reads a table, which other files do not need.
 
     typed = dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word)
-    sizes = [typed.get(f"cluster.{name}", "1") for name in ("gpus_per_node", "nodes")]
-    processes = int(sizes[0]) * int(sizes[1]) if all(map(str.isdecimal, sizes)) else 1
-    imported = convert(values, processes=processes)
+    sizes = [typed[name] for name in ("cluster.gpus_per_node", "cluster.nodes") if name in typed]
+    processes = math.prod(map(int, sizes)) if sizes and all(map(str.isdecimal, sizes)) else None
+    imported = import_settings(values, processes=processes)
     notes = imported.not_carried
-    refused = [f"  {note.key}: {note.reason}" for note in notes if note.group not in ("differs", "changed")]
+    refused = [f"  {note.key}: {note.reason}" for note in notes if note.group != "changed"]
     if refused:
         cure = f"remove them, or convert the rest: distlora import axolotl {path} --out mine/recipe/NAME.yaml"
         raise UserError(f"{path} asks for what distlora does not do:", *refused, cure)
-    gpus = "1 GPU" if processes == 1 else f"{processes} GPUs"
+    gpus = f"{imported.processes} GPU{'s' if imported.processes > 1 else ''}"
     lines = [f"{path} (Axolotl), for {gpus}: {len(notes) or 'no'} difference{'s' if len(notes) != 1 else ''}"]
     print("\n".join([*lines, *(f"  {note.key}: {note.reason}" for note in notes)]), file=sys.stderr)
     settings = dict(_flat(imported.settings))

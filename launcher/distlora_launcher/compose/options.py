@@ -1,4 +1,4 @@
-"""What the options and recipes of conf/ set, and which of them wins. Most functions need Hydra initialized."""
+"""Find what options and recipes of conf/ set, and which of them wins. Most functions need Hydra initialized."""
 
 from __future__ import annotations
 

@@ -183,6 +183,8 @@ def import_axolotl(path: Path, values: dict[str, Any], overrides: Sequence[str])
     sizes = [typed[name] for name in ("cluster.gpus_per_node", "cluster.nodes") if name in typed]
     processes = math.prod(map(int, sizes)) if sizes and all(map(str.isdecimal, sizes)) else None
     imported = import_settings(values, processes=processes)
+    if typed.get("cluster.nodes", "").isdecimal():
+        imported.section("cluster")["gpus_per_node"] = max(1, imported.processes // int(typed["cluster.nodes"]))
     notes = imported.not_carried
     refused = [f"  {note.key}: {note.reason}" for note in notes if note.group != "changed"]
     if refused:

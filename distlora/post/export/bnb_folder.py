@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from distlora.architecture.families import read_config
 from distlora.config import UserError
 from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, trained_config, trained_part
-from distlora.post.export.client_check import EXACT, Ours
+from distlora.post.export.client_check import Ours
 from distlora.post.export.formats import Export, Reading
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.merge import DTYPES
@@ -190,7 +190,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     grown = vocabulary.rows if vocabulary.has_grown else None
     dense = _logits(place, ours, torch.float32, grown, dense=True)
     what = "transformers, bitsandbytes and PEFT, dequantized in fp32"
-    readings = [taken_back(trained, place), ours.reading(what, dense, EXACT)]
+    readings = [taken_back(trained, place), ours.reading(what, dense, ours.exact)]
     gc.collect()
     as_loaded = _logits(place, ours, "auto", grown, dense=False)
     readings.append(ours.reading(f"the same as they load it, computing in {dtype} on this CPU", as_loaded))

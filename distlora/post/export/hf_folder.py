@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from distlora.architecture.families import family_of, read_config
-from distlora.post.export.client_check import EXACT, Ours, fill
+from distlora.post.export.client_check import Ours, fill
 from distlora.post.export.formats import Export, Reading
 from distlora.post.merge.merge import DTYPES, merge_to
 from distlora.post.merge.parameters import open_adapter, parameters_of, pieces
@@ -51,7 +51,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     model.eval()
     exact = request.dtype == "fp32"
     logits = model(input_ids=ours.tokens).logits
-    readings = [ours.reading(f"transformers, weights in {request.dtype}", logits, EXACT if exact else None)]
+    readings = [ours.reading(f"transformers, weights in {request.dtype}", logits, ours.exact if exact else None)]
     if not exact:
         trained, original, apart = export.trained, request.onto == "original", 0.0
         base = open_base(trained.spec, trained.initial_adapter_dir)
@@ -62,5 +62,5 @@ def check(export: Export, ours: Ours) -> list[Reading]:
                 apart = max(apart, fill(places[parameter.weight.name], rows, DTYPES[request.dtype]))
         readings.append(Reading(what="its weights and the merged ones, rounded", difference=apart, bound=0.0))
         logits = model(input_ids=ours.tokens).logits
-        readings.append(ours.reading("transformers with the merged ones before rounding", logits, EXACT))
+        readings.append(ours.reading("transformers with the merged ones before rounding", logits, ours.exact))
     return readings

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from distlora.post.export.client_check import EXACT, Ours, dense_model
+from distlora.post.export.client_check import Ours, dense_model
 from distlora.post.export.formats import Export, Reading, is_packed
 from distlora.post.export.repository import as_plain_adapter, collect, write_files
 from distlora.post.load_trained import weights_in
@@ -45,7 +45,7 @@ def write(export: Export) -> None:
 
 def check(export: Export, ours: Ours) -> list[Reading]:
     """Return readings of PEFT on the trained-on base, and on the stored base if that differs."""
-    readings = [ours.reading("PEFT on the base as it was trained on, fp32", _logits(export, ours), EXACT)]
+    readings = [ours.reading("PEFT on the base as it was trained on, fp32", _logits(export, ours), ours.exact)]
     spec = export.trained.spec
     if spec.quant.is_nf4 and not spec.adapter.for_nf4 and not is_packed(export.trained):
         gc.collect()

@@ -24,7 +24,7 @@ from gguf import GGUFWriter
 from torch import Tensor
 
 from distlora.config import UserError
-from distlora.post.export.client_check import EXACT, Ours, dense_model
+from distlora.post.export.client_check import Ours, dense_model
 from distlora.post.export.formats import Export, Reading
 from distlora.post.export.gguf.model_format import (
     HOW_TO_GET_IT,
@@ -71,7 +71,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     trained, dtype = export.trained, export.request.dtype
     assert dtype is not None
     base = open_base(trained.spec, trained.initial_adapter_dir)
-    bound = EXACT if dtype == "fp32" else None
+    bound = ours.exact if dtype == "fp32" else None
     read = _read(export.place, base)
     readings = []
     if dtype != "fp32":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import AdapterConfig, QuantConfig, UserError
-from distlora.post.export.client_check import EXACT, TEXT, Ours, fill
+from distlora.post.export.client_check import TEXT, Ours, fill
 from distlora.post.export.formats import Export, Reading
 from distlora.post.export.gguf.tensors import (
     Names,
@@ -137,7 +137,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     """
     request = export.request
     assert request.dtype is not None
-    place, bound = export.place, EXACT if request.dtype == "fp32" else None
+    place, bound = export.place, ours.exact if request.dtype == "fp32" else None
     readings = []
     with opened(export.trained, request.onto) as (config, weights):
         model = transformers_model(place, config)
@@ -149,7 +149,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
             for name, weight in weights.items():
                 fill(model.get_parameter(name), weight.rows())
             what = f"transformers, before weights are {request.dtype}"
-            readings.insert(0, ours.reading(what, logits_of(model, ours.tokens), EXACT))
+            readings.insert(0, ours.reading(what, logits_of(model, ours.tokens), ours.exact))
     del model
     if not has_llama_cpp():
         export.say(f"llama.cpp has not loaded it: it is not installed; {HOW_TO_GET_IT}")

@@ -115,11 +115,11 @@ class DataConfig:
     """Leave out of training every document that an earlier one, of any source, or a held-out one equals, token for
     token."""
     sequence_length: int = 1024
-    """Tokens in a row; documents are packed into rows. Activation memory grows linearly with it, attention
-    quadratically.
+    """Tokens per packed sequence; documents are packed into sequences. Activation memory grows linearly with it,
+    attention quadratically.
     """
     too_long: Literal["auto", "truncate", "drop", "split"] = "auto"
-    """Handling of a document longer than a row: cut off, left out, or continued as another document. `auto` splits
+    """Handling of a document longer than a sequence: cut off, left out, or continued as another document. `auto` splits
     plain text and truncates the rest. The numbers are reported."""
     eval_fraction: float = 0.05
     """Share of the documents that is held out, chosen by a hash of (seed, index); 0 with no eval_path: no evaluation.

@@ -52,7 +52,7 @@ EXAMPLES = {
     "Train": "distlora train model.path=Qwen/Qwen3-0.6B data.path=chats.jsonl run_dir=runs/first",
     "Inspect": "distlora plan model=llama3_8b gpu=rtx4090",
     "After": "distlora generate runs/first",
-    "Bench": "distlora bench quant",
+    "Bench": "distlora bench step",
 }
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 MODULES = {
@@ -67,8 +67,7 @@ HELP = """Fine-tune language models with QLoRA on one or many GPUs; a run that s
 
 usage: distlora COMMAND ...
 
-{commands}
-`distlora COMMAND --help` describes a command.
+{commands}`distlora COMMAND --help` describes a command.
 Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (`distlora resume RUN`), 128 + n killed by signal n.
 Tab completion: eval "$(distlora --shell-completion install=bash)"
 """

@@ -25,10 +25,10 @@ test-ci: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
-# Every command of the README's first hour, with its output: 15 minutes, half of that with DISTLORA_CACHE=~/.cache/distlora after a
-# demo. Not in CI.
+# Every command of docs/tutorial.md, with its output: about ten minutes. Set DISTLORA_CACHE=~/.cache/distlora after a demo to use its
+# model. Not in CI.
 test-documents: $(READY)
-	$(BIN)/python -m pytest -m slow tests/test_first_hour.py
+	$(BIN)/python -m pytest -m slow tests/test_tutorial.py
 
 # GGUF files loaded by llama.cpp, which is built from source (three minutes the first time). Not in CI.
 test-llama-cpp: $(READY)

@@ -80,7 +80,7 @@ def make_stage(folder: Path) -> Path:
     trained = Name(place=str(folder / "RUN")).read()
     merge_to(trained, folder / "MERGED", onto="trained", dtype=torch.bfloat16, say=lambda *_: None)
     (folder / "bin").mkdir()
-    for program in ("bash", "env"):
+    for program in ("bash", "env", "c++"):
         (folder / "bin" / program).symlink_to(shutil.which(program) or "/bin/bash")
     return folder
 

@@ -1,7 +1,7 @@
 """The commands, links, settings and files in the documents exist, and the commands run as far as their workers.
 
 A command that needs a GPU, the Hub, SLURM or wandb says so in its comment (`documents.py`). `document_stage.py` makes
-the folder in which the commands are typed. `make test-documents` runs the README's first hour in real processes.
+the folder in which the commands are typed. `make test-documents` runs the tutorial in real processes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import settings_page
 from distlora.config import Config
 from distlora.config.sweep import SweepConfig
 from distlora_launcher.cli.main import COMMANDS
@@ -88,6 +89,10 @@ def test_links_of_a_document_lead_to_files_and_headings(document: str) -> None:
         assert place.exists(), f"{document}:{line} links to {target}"
         if anchor:
             assert anchor in anchors(str(place.resolve().relative_to(ROOT))), f"{document}:{line} links to {target}"
+
+
+def test_the_settings_reference_is_of_the_dataclasses() -> None:
+    assert (ROOT / "docs/settings_reference.md").read_text() == settings_page.page(), settings_page.__doc__
 
 
 def test_messages_quoted_in_troubleshooting_exist_in_the_source() -> None:

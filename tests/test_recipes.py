@@ -134,3 +134,29 @@ def test_guanaco_has_the_settings_of_the_qlora_paper(name: str) -> None:
     assert (optim.max_grad_norm, optim.betas, optim.weight_decay) == (0.3, (0.9, 0.999), 0.0)
     assert (train.max_steps, train.global_batch, config.data.sequence_length) == (1875, 16, 512)
     assert (config.quant.method, adapter.target_modules) == ("nf4", "all-linear")
+
+
+NODES = {"24 GB": "rtx4090", "48 GB": "l40s", "80 GB": "h100"}
+"""GPU of each kind in the README's table."""
+OFFLOADED = ("parallel=zero3", "parallel.offload_base=true")
+
+
+def test_the_readmes_table_of_what_fits_is_the_plan() -> None:
+    section = (CONF.parent / "README.md").read_text().partition("## Does 70B fit?")[2].partition("\n## ")[0]
+    head, _, *rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    wrong = []
+    for base, *cells in rows:
+        model = re.search(r"`model=(\w+)`", base)
+        assert model is not None
+        for node, cell in zip(head[1:], cells, strict=True):
+            count, _, kind = node.strip().partition(" x ")
+            settings = (f"model={model[1]}", f"cluster.gpus_per_node={count}")
+            plan = planned("qlora", NODES[kind], *settings)
+            mark = "" if plan.fits else "*"
+            if not plan.fits:
+                plan = planned("qlora", NODES[kind], *settings, *OFFLOADED)
+            expected = f"{plan.device.total / GB:.1f}{mark}" if plan.fits else "no"
+            if cell.strip() != expected:
+                wrong.append(f"{model[1]}, {node.strip()}: {cell.strip()}, by the plan {expected}")
+    assert rows
+    assert not wrong, "\n".join(wrong)

@@ -1,4 +1,4 @@
-"""The README from its first command to the last of its first hour, as a stranger types it, in an empty folder.
+"""The tutorial from its first command to its last, as a stranger types it, in an empty folder.
 
 What it promises in a block of text stands in the output of the commands before it, line by line and in order. Figures
 stand for any of their form, since machines and Pythons differ; `...` stands for anything.
@@ -15,22 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from documents import Block, blocks, commands_of, text_of
+from documents import Block, blocks, commands_of
 
 CACHE = os.environ.get("DISTLORA_CACHE")
 """DISTLORA_CACHE of the tests' caller, whose demo base is used again."""
-SECTIONS = ("## Two commands", "## The first hour")
-INSTALLED = {"make demo": "distlora demo", "make test": None, "source .venv/bin/activate": None}
-"""Commands that are done before (the environment) or elsewhere."""
+TUTORIAL = "docs/tutorial.md"
+INSTALLED = "source .venv/bin/activate"
+"""Command that is done before."""
 SECONDS = 900
 _FIGURE = r"\d[\d,.:]*"
-
-
-def first_hour() -> list[Block]:
-    lines = text_of("README.md").splitlines()
-    starts = [lines.index(section) + 1 for section in SECTIONS]
-    end = next(number for number, line in enumerate(lines, start=1) if number > starts[-1] and line.startswith("## "))
-    return [block for block in blocks("README.md") if starts[0] < block.line < end]
 
 
 def pattern(promised: str) -> str:
@@ -48,20 +41,20 @@ def pattern(promised: str) -> str:
 
 
 @pytest.mark.slow
-def test_every_line_of_the_first_hour_is_as_promised(tmp_path: Path) -> None:
+def test_every_line_of_the_tutorial_is_as_promised(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment["DISTLORA_CACHE"] = CACHE or str(tmp_path / "cache")
     (tmp_path / "hour").mkdir()
     output: list[str] = []
-    for block in first_hour():
+    for block in blocks(TUTORIAL):
         if block.info == "text":
             assert_promised(block, output)
             continue
         output = []
         for command in commands_of(block):
-            text = INSTALLED.get(command.text, command.text)
-            if text is None:
+            text = command.text
+            if text == INSTALLED:
                 continue
             name, _, value = text.partition("=")
             if re.fullmatch(r"[a-z]+", name):
@@ -89,4 +82,4 @@ def assert_promised(block: Block, output: list[str]) -> None:
     for number, promised in enumerate(block.lines, start=block.line):
         wanted = re.compile(pattern(promised))
         said = "\n".join(output)
-        assert any(wanted.fullmatch(line.strip()) for line in rest), f"README.md:{number}: {promised}\nnot in\n{said}"
+        assert any(wanted.fullmatch(line.strip()) for line in rest), f"{TUTORIAL}:{number}: {promised}\nnot in\n{said}"

@@ -64,6 +64,15 @@ def test_a_plan_prints_as_the_command_does(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == f"{result}\n"
 
 
+def test_a_settings_file_is_read_and_the_arguments_win_over_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: qlora\nmodel: llama3_70b\nadapter: {r: 32}\n")
+    from_file = distlora.plan(file, model="llama3_8b", gpu="h100")
+    assert str(from_file) == str(
+        distlora.plan(model="llama3_8b", gpu="h100", recipe="qlora", settings={"adapter.r": 32})
+    )
+
+
 def test_settings_of_python_are_those_of_the_command_line(tmp_path: Path) -> None:
     place = tmp_path / "it's a [folder], 100%"
     words = as_overrides(

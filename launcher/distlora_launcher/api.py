@@ -27,6 +27,7 @@ from distlora_launcher.cli.status import Status, statuses
 from distlora_launcher.compose.checks import check_run_dir
 from distlora_launcher.compose.compose import MAPPINGS, compose_config
 from distlora_launcher.compose.options import known_models
+from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.launch.follow import Command, Follower
 from distlora_launcher.launch.local import remove_if_empty
 from distlora_launcher.launch.lock import CONFIG_NAME
@@ -122,7 +123,7 @@ class Run:
 
     def resume(self, *, callbacks: Sequence[Callback] = ()) -> Run:
         """Continue the run from its newest checkpoint, as `distlora resume` does. Errors are those of `train`."""
-        check_callbacks(callbacks, self.config)
+        check_callbacks(callbacks, self.config.cluster.launcher)
         return _follow(["resume", str(self.folder)], self.folder, callbacks)
 
     def report(self, out: str | Path | None = None) -> Path:
@@ -133,6 +134,7 @@ class Run:
 
 
 def train(
+    config: str | Path | None = None,
     *,
     model: str | Path | None = None,
     data: str | Path | Iterable[Mapping[str, Any]] | None = None,
@@ -144,6 +146,7 @@ def train(
     """Fine-tune a model and return its run once it has ended.
 
     Args:
+        config: a settings file (mine.yaml) or an Axolotl file; the other arguments win over it.
         model: a name for model= (`llama3_8b`), a folder in Hugging Face format, or a name on the hub.
         data: a file, a folder or a data set on the hub; or documents as a list of dictionaries, which are written to
             RUN/documents.jsonl.
@@ -162,9 +165,10 @@ def train(
     path: Any = data if is_path else DOCUMENTS_NAME
     words = as_overrides(model=model, data=path, recipe=recipe, run_dir=run_dir, settings=settings)
     with _own_hydra():
-        config = compose_config(words)
-    check_callbacks(callbacks, config)
-    folder = Path(config.run_dir)
+        words = _with_config(config, words)
+        composed = compose_config(words)
+    check_callbacks(callbacks, composed.cluster.launcher)
+    folder = Path(composed.run_dir)
     words += as_overrides(run_dir=folder)  # Of two values the last one counts.
     if is_path:
         return _follow(["train", *words], folder, callbacks)
@@ -182,8 +186,9 @@ def train(
 
 
 def plan(
+    config: str | Path | None = None,
     *,
-    model: str | Path,
+    model: str | Path | None = None,
     gpu: str | None = None,
     data: str | Path | None = None,
     recipe: str | None = None,
@@ -196,8 +201,9 @@ def plan(
 
     Raises UserError for settings that `train` refuses.
     """
+    words = as_overrides(model=model, data=data, recipe=recipe, gpu=gpu, settings=settings)
     with _own_hydra():
-        return plan_run(as_overrides(model=model, data=data, recipe=recipe, gpu=gpu, settings=settings))
+        return plan_run(_with_config(config, words))
 
 
 def load(
@@ -254,6 +260,11 @@ def as_overrides(
     return words_of(values)
 
 
+def _with_config(config: str | Path | None, words: list[str]) -> list[str]:
+    """Return overrides in which a settings file has become its settings."""
+    return words if config is None else with_file([str(config), *words], "distlora")
+
+
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value); the mappings of MAPPINGS are values."""
     for key, value in settings.items():
@@ -280,7 +291,7 @@ def _plain(name: str, value: Any) -> Any:
     )
 
 
-def check_callbacks(callbacks: Sequence[Callback], config: Config) -> None:
+def check_callbacks(callbacks: Sequence[Callback], launcher: str) -> None:
     """Refuse what is not a callback, and callbacks of a run that this process does not wait for."""
     for callback in callbacks:
         if not any(callable(getattr(callback, name, None)) for name in CALLBACKS) or isinstance(callback, type):
@@ -289,8 +300,8 @@ def check_callbacks(callbacks: Sequence[Callback], config: Config) -> None:
                 "as Callback(on_step=function)"
             )
     require(
-        not callbacks or config.cluster.launcher == "local",
-        f"callbacks are called for runs on this node, and cluster={config.cluster.launcher} runs elsewhere; leave them "
+        not callbacks or launcher == "local",
+        f"callbacks are called for runs on this node, and cluster={launcher} runs elsewhere; leave them "
         "out, and look at distlora.Run(folder).metrics",
     )
 

@@ -69,7 +69,7 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
 	@echo "installing distlora and its dependencies into $(VENV) (some minutes the first time)"
 	@# setuptools warns about editable installs whose folders are not named like their packages.
-	@PYTHONWARNINGS=ignore $(BIN)/pip install --disable-pip-version-check --progress-bar off -e '.[dev]' | $(PROGRESS)
+	@PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore $(BIN)/pip install --disable-pip-version-check --progress-bar off -e '.[dev]' | $(PROGRESS)
 	touch $(READY)
 
 clean:

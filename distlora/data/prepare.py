@@ -341,7 +341,7 @@ def summary(record: dict[str, Any]) -> str:
         share = counts["padding"] / (counts["rows"] * record["sequence_length"])
         notes = [f"{counts[key]:,} {words}" for key, words in NOTES.items() if counts.get(key)]
         lines.append(
-            f"{name}  {counts['documents']:,} {what} in {counts['rows']:,} rows of {record['sequence_length']:,} "
+            f"{name}  {counts['documents']:,} {what} in {counts['rows']:,} sequences of {record['sequence_length']:,} "
             f"tokens, {counts['targets']:,} of {counts['tokens']:,} tokens trained, padding {share:.1%}"
             + (f" ({', '.join(notes)})" if notes else "")
         )

@@ -255,8 +255,8 @@ def _split_lines(data: DataConfig, seed: int, split: SplitSample, *, is_train: b
     lengths = np.repeat(corpus.lengths, used)
     rows = pack(np.cumsum(lengths) - lengths, lengths, length).num_rows
     yield (
-        f"packed in {rows:,} rows of {length:,} tokens, {1 - lengths.sum() / (rows * length):.1%} padding"
-        + (" (the last rows of a small sample are half empty)" if rows < 20 else "")
+        f"packed in {rows:,} sequences of {length:,} tokens, {1 - lengths.sum() / (rows * length):.1%} padding"
+        + (" (the last sequences of a small sample are half empty)" if rows < 20 else "")
     )
 
 

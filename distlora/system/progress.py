@@ -106,7 +106,8 @@ class Display:
         if now - self._shown < (LINE_SECONDS if self._bar is None else BAR_SECONDS) and step != self._total:
             return
         self._shown = now
-        text = figures(metrics)
+        # Lines of evaluations stay in a log; a bar has no other place for the last one.
+        text = figures({name: value for name, value in metrics.items() if self._bar or name != "eval_loss"})
         if self._first[0] < step < self._total:
             text += f" ETA {clock((now - self._first[1]) / (step - self._first[0]) * (self._total - step))}"
         if self._bar is None:

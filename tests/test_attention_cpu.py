@@ -204,7 +204,7 @@ def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pyt
     monkeypatch.setattr(native, "library", Library)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert chosen().op is compiled_attention.attend
-    assert "in products of matrices; it is not compiled: a head size of 24" in chosen(head_dim=24).note
+    assert "by matrix products; it is not compiled: a head size of 24" in chosen(head_dim=24).note
     assert "1 key heads are fewer than 2 threads" in chosen(num_key_value_heads=1).note
     Library.attends = staticmethod(lambda: False)
     assert "no AVX512-BF16" in chosen().note

@@ -184,7 +184,7 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
     shown: dict[str, tuple[str, Callable[[float], str]]] = {
         "tokens_per_second": ("tokens a second", "{:,.0f}".format),
         "train_seconds": ("training time", length),
-        "peak_memory_bytes": ("peak memory of a rank's tensors", size),
+        "peak_memory_bytes": ("peak memory per rank", size),
         "bits_per_parameter": ("bits a quantized weight", "{:.3f}".format),
         "trainable_parameters": ("trained parameters", "{:,}".format),
     }

@@ -36,7 +36,8 @@ def main(run: str, questions: str, file: str) -> None:
     assert trained.weights is not None
     model, _ = load_in_fp32(trained, Ranks(0, 1, torch.device("cpu"), None))
     encoder = PromptEncoder(model, trained.spec.model, read_record(Path(run) / DATA_NAME))
-    peft: Any = PeftModel.from_pretrained(dense_model(trained), trained.weights).eval()
+    peft: Any = PeftModel.from_pretrained(dense_model(trained), trained.weights)
+    peft.eval()
     records = []
     for question in json.loads(questions):
         prompt = torch.tensor([encoder.encode(Prompt(place="the question", text=question))])

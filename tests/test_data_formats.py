@@ -12,6 +12,7 @@ from distlora.data.formats import (
     REQUIRED_KEYS,
     Reading,
     Record,
+    head_with_key,
     kind_of,
     resolve_format,
     to_document,
@@ -263,7 +264,7 @@ def test_a_key_that_means_other_training_is_refused_until_it_is_ignored(format, 
         canonical(value | more, format)
     ignoring = Reading(ignore_columns=(key,))
     assert to_document(record(value | more), format, True, ignoring).value == canonical(value, format)
-    for nothing in (None, "", [], {}):
+    for nothing in (None, "", [], {}, {"bytes": None, "path": None}):
         assert canonical(value | {key: nothing}, format) == canonical(value, format)
 
 
@@ -288,6 +289,10 @@ def test_reasoning_under_another_key_is_reasoning_content_and_can_be_ignored():
     value["messages"][1]["thoughts"] = "Hm."
     read = to_document(record(value), "chat", True, Reading(reasoning_key="thoughts")).value["messages"][1]
     assert read == {"role": "assistant", "content": "Hello", "reasoning_content": "Hm."}
+    assert head_with_key(iter([record(chat("Hi", "Hello")), record(value)]), "thoughts")[1].value is value
+    for other in (value, {"text": "a"}):
+        with pytest.raises(UserError, match=r"data\.reasoning_key=thought is a key of no message in 2 records"):
+            head_with_key(iter([record({"text": "a"}), record(other)]), "thought")
     ignoring = Reading(ignore_columns=("thoughts",))
     assert to_document(record(value), "chat", True, ignoring).value == chat("Hi", "Hello")
 
@@ -299,6 +304,8 @@ def test_a_system_column_opens_the_chat():
 
 def test_a_prompt_and_a_completion_may_be_messages():
     turns = chat("Hi", "Hello", "Bye", "See you")["messages"]
+    both = record({"messages": turns, "completion": "See you"})
+    assert resolve_format(both, "prompt_completion") == "prompt_completion", "no chat that ignores the completion"
     for completion in (turns[3:], turns[3]):
         for format in ("auto", "prompt_completion"):
             value = {"prompt": turns[:3], "completion": completion}

@@ -110,6 +110,12 @@ def test_texts_keep_their_prompt_or_get_what_both_begin_with() -> None:
     [
         ({"chosen": "Yes.", "rejected": "No."}, "do not begin with the same words and there is no 'prompt'"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "no message in common and there is no 'prompt'"),
+        ({"messages": [ASKED, GOOD], "chosen": "It is I.", "rejected": "It is you."}, "'messages' ends with an answer"),
+        (
+            {"history": [["a", "b"]], "instruction": "Who?", "chosen": [GOOD], "rejected": [BAD]},
+            "'history' needs a",
+        ),
+        ({"history": [["a", "b"]], "chosen": "It is I.", "rejected": "It is you."}, "'history' needs a"),
         ({"prompt": 3, "chosen": [GOOD], "rejected": [BAD]}, "'prompt' is a number"),
         ({"prompt": [ASKED], "chosen": 3, "rejected": [BAD]}, "'chosen' is a number, neither a string nor a list"),
         ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [said("bot", "x")]}, r"1, rejected: messages\[0\] has the"),
@@ -128,7 +134,7 @@ def test_data_that_does_not_fit_the_objective_is_refused_with_what_to_type() -> 
     with pytest.raises(UserError, match=r"a\.jsonl is chat, and train\.objective=dpo compares"):
         check_objective("chat", "dpo", "a.jsonl")
     both = {"messages": [ASKED, GOOD], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
-    with pytest.raises(UserError, match="fits the formats chat and preference; choose one"):
+    with pytest.raises(UserError, match=r"fits the formats chat and preference; .*=chat or data\.format=preference"):
         resolve_format(Record("a.jsonl:1", 10, both), "auto")
     advised = resolve_format(
         Record("a.jsonl:1", 10, CONVERSATIONS["implicit"]), "auto", Reading({"messages": "chosen"})

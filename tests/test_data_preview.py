@@ -11,7 +11,7 @@ from chat_tokenizers import chat_tokenizer
 from data_folders import chat, show_preview, show_row, write_lines
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build
-from distlora.data.prepare import open_split, prepare_run
+from distlora.data.prepare import open_split, prepare_run, summary
 from distlora_launcher.cli import data as command
 from launcher_fakes import write_model
 from small_models import make_run, tokenizer
@@ -89,7 +89,9 @@ def test_the_template_what_it_does_not_render_and_duplicates_are_named(settings,
     assert "  not rendered     reasoning of 2 turns, 20 characters\n" in shown
     assert "  duplicates       1 equal an earlier or a held-out document: left out\n" in shown
     assert "left out         " not in shown
-    assert show_preview(settings(**asked | {"train_on": "all"}), documents=0) == 0
+    folder = settings(**asked | {"train_on": "all"})
+    assert show_preview(folder, documents=0) == 0
+    assert "not rendered   reasoning of 2 turns, 20 characters" in summary(prepare_run(folder)), "a run names it too"
 
 
 def test_documents_that_a_run_refuses_are_counted_and_the_first_is_named(settings, tmp_path, capsys):

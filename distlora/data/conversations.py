@@ -204,22 +204,21 @@ _GOOD_CALL = 'a good call: {"type": "function", "function": {"name": "weather", 
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    example = _GOOD_CALL
-    expect(call, dict, where, example)
+    expect(call, dict, where, _GOOD_CALL)
     function = call["function"] if call.get("function") is not None else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UserError(f"{where} has no function with a 'name'; {example}")
+        raise UserError(f"{where} has no function with a 'name'; {_GOOD_CALL}")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         what = "'arguments' is a string that"
-        arguments = parse_string(arguments, where, what, example) if arguments.strip() else {}
-    arguments = expect({} if arguments is None else arguments, dict, f"{where}: 'arguments'", example)
+        arguments = parse_string(arguments, where, what, _GOOD_CALL) if arguments.strip() else {}
+    arguments = expect({} if arguments is None else arguments, dict, f"{where}: 'arguments'", _GOOD_CALL)
     canonical: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return canonical | ({"id": call["id"]} if call.get("id") is not None else {})
 
 
 def _tools(tools: Any, place: str) -> list[dict[str, Any]]:
-    """Definitions of tools as {"type": "function", "function": {...}}; a string holds them as JSON."""
+    """Return definitions of tools as {"type": "function", "function": {...}}; a string holds them as JSON."""
     example = 'a good one: {"type": "function", "function": {"name": "weather", "parameters": {...}}}'
     if isinstance(tools, str):
         tools = parse_string(tools, place, "'tools' is a string that", example) if tools.strip() else None
@@ -276,7 +275,7 @@ def check_unicode(value: Any, place: str) -> None:
 
 
 def parse_string(text: str, place: str, what: str, advice: str) -> Any:
-    """JSON that a record holds in a string, as OpenAI's API writes arguments. `what` is the string's role in a message.
+    """Parse JSON in a string, as OpenAI's API writes arguments. `what` is the string's role in a message.
 
     Raises UserError for what is not JSON, which ends with `advice`, and for half a surrogate pair.
     """
@@ -304,7 +303,10 @@ def check_meaning(value: dict[str, Any], place: str, names: Set[str] = NOT_TRAIN
     if names.isdisjoint(value):
         return
     for key in names & value.keys():
-        if value[key] is not None and value[key] not in ("", [], {}):
+        item = value[key]
+        if isinstance(item, dict):  # Arrow writes an absent image as {"bytes": null, "path": null}.
+            item = [part for part in item.values() if part is not None]
+        if item is not None and item not in ("", []):
             raise UserError(
                 f"{place}: {key!r} {NOT_TRAINED[key]}; that is not supported yet. To train on the text alone, every "
                 f"record alike, set data.ignore_columns=[{key}]"
@@ -335,18 +337,26 @@ def preference_pair(value: dict[str, Any], place: str, good: str, *, has_templat
     question = next((value[key] for key in _QUESTIONS if value.get(key)), None) if prompt is None else prompt
     system, history = value.get("system"), value.get("history")
     more = value.get("input") if prompt is None and value.get("instruction") else None
-    is_text = all(isinstance(text, str) for text in answers)
     before = next(
         (value[key] for key in CONVERSATION_KEYS.values() if prompt is None and is_prompt(value.get(key))), None
     )
-    if is_text and before is None and (question is None or isinstance(question, str)):
+    is_text = before is None and all(isinstance(text, str) for text in answers) and isinstance(question, str | None)
+    if history and (question is None or not is_text):
+        raise UserError(f"{place}: 'history' needs a question and answers that are texts; write messages alone. {good}")
+    if is_text:
         if question is not None and (prompt is None or system or history):
-            asked = {"instruction": question, "input": more, "system": system, "history": history}
-            sides = [alpaca_document(asked | {"output": text}, place, good, as_chat=has_template) for text in answers]
+            record = {"instruction": question, "input": more, "system": system, "history": history}
+            sides = [alpaca_document(record | {"output": text}, place, good, as_chat=has_template) for text in answers]
             for message in itertools.chain(*(side["messages"][:-1] for side in sides if has_template)):
                 if message["role"] == "assistant":
                     message["train"] = False
             return dict(zip(SIDES, sides, strict=True))
+        key = next((key for key in CONVERSATION_KEYS.values() if value.get(key)), None)
+        if prompt is None and key is not None:
+            raise UserError(
+                f"{place}: {key!r} ends with an answer, so it is not the prompt of 'chosen' and 'rejected'; remove its "
+                f"last turn, or leave the key unread with data.ignore_columns=[{key}]"
+            )
         if prompt is None:
             prompt, *answers = _common_text(answers[0], answers[1], place, good)
         return {side: {"prompt": prompt, "completion": text} for side, text in zip(SIDES, answers, strict=True)}
@@ -376,7 +386,7 @@ def is_prompt(conversation: Any) -> bool:
 
 
 def _split_opening(prompt: Any, answers: list[list[Any]], place: str, good: str) -> tuple[list[Any], list[list[Any]]]:
-    """(messages of the prompt, those of each answer behind it).
+    """Return the messages of the prompt, and those of each answer behind it.
 
     A prompt beside whole conversations is one that these begin with, or, as a string, only a copy of one's text.
     """
@@ -401,7 +411,7 @@ def _split_opening(prompt: Any, answers: list[list[Any]], place: str, good: str)
 
 
 def _common_text(chosen: str, rejected: str, place: str, good: str) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of two texts that begin alike.
+    """Return (prompt, chosen, rejected) of two texts that begin alike.
 
     The prompt ends behind the last answer mark of hh-rlhf that both have, else with the last word that both have. Where
     it ends is no matter for the loss: what is alike in both has the same probability in both, and cancels.

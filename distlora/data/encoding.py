@@ -171,15 +171,9 @@ class Encoders:
     _of_kind: dict[Kind, Encoder] = field(default_factory=dict)
 
     @property
-    def chat_template(self) -> str | None:
-        """The Jinja text that chats were rendered with instead of the tokenizer's own; None where that was used."""
-        templates = [encoder.template for encoder in self._of_kind.values() if encoder.template is not None]
-        return templates[0].source if templates else None
-
-    @property
-    def has_chats(self) -> bool:
-        """Return whether a document was read that the chat template renders."""
-        return "chat" in self._of_kind
+    def template(self) -> ChatTemplate | None:
+        """The template that chats were rendered with; None without chats."""
+        return self._of_kind["chat"].template if "chat" in self._of_kind else None
 
     @property
     def has_template(self) -> bool:

@@ -9,8 +9,9 @@ Canonical chats and pairs are conversations.py's.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -124,8 +125,8 @@ def resolve_format(record: Record, format: str, reading: Reading = AS_WRITTEN) -
                 f"{listed(value)}{nearest(column, value)}"
             )
     renamed = _read(value, reading)
-    if format == "prompt_completion" and "messages" in renamed and "prompt" not in renamed:
-        return "chat"
+    if format == "prompt_completion" and isinstance(value.get(columns.get("prompt", "prompt")), list):
+        return "chat" if "messages" in renamed else format  # _read has joined the messages of both.
     if format != "auto":
         return format
     fitting = [
@@ -143,7 +144,7 @@ def resolve_format(record: Record, format: str, reading: Reading = AS_WRITTEN) -
     if fitting:
         raise UserError(
             f"{record.place}: {found}, which fits the formats {' and '.join(fitting)}; "
-            f"choose one with data.format={fitting[0]}"
+            f"choose one with {' or '.join(f'data.format={name}' for name in fitting)}"
         )
     if "input_ids" in renamed:
         raise UserError(f"{record.place}: {found}: tokenized data is not supported; give the texts that it was made of")
@@ -257,12 +258,12 @@ def _read(value: dict[str, Any], reading: Reading) -> dict[str, Any]:
     prompt, completion = value.get("prompt"), value.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list | dict) and "messages" not in value:
         # TRL's conversational form of a prompt and its completion.
-        asked = [
+        prompt_turns = [
             turn | {"train": False} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
             for turn in prompt
         ]
         rest = {key: item for key, item in value.items() if key not in ("prompt", "completion")}
-        return rest | {"messages": asked + (completion if isinstance(completion, list) else [completion])}
+        return rest | {"messages": prompt_turns + (completion if isinstance(completion, list) else [completion])}
     if "chosen" not in value:
         for names in PAIR_NAMES:
             if value.keys() >= {*names}:
@@ -280,6 +281,27 @@ def _messages_read(item: Any, reading: Reading) -> Any:
     if reading.reasoning_key in kept:
         kept["reasoning_content"] = kept.pop(reading.reasoning_key)
     return kept
+
+
+def head_with_key(records: Iterator[Record], key: str) -> list[Record]:
+    """Return the records up to the first of which a message has `key`. Raises UserError if 1,000 have none."""
+    head, keys = list[Record](), set[str]()
+    for record in itertools.islice(records, 1000):
+        head.append(record)
+        keys |= _message_keys(list(record.value.values()) if isinstance(record.value, dict) else None)
+        if key in keys:
+            return head
+    place = head[0].place
+    raise UserError(
+        f"{place}: data.reasoning_key={key} is a key of no message in {len(head):,} records{nearest(key, keys)}; the "
+        f"keys there are {listed(dict.fromkeys(sorted(keys)))}; correct it, or leave it out"
+    )
+
+
+def _message_keys(item: Any) -> set[str]:
+    if isinstance(item, list):
+        return set().union(*map(_message_keys, item))
+    return set(item) if isinstance(item, dict) and {"content", "value"} & item.keys() else set()
 
 
 def _string(value: dict[str, Any], key: str, place: str, format: str) -> str:

@@ -213,9 +213,10 @@ def _build(
         read_whole(corpora["train"], sources["train"], encoders)
     for split, corpus in corpora.items():
         check_trainable(corpus, sources[split], data)
+    template = encoders.template
     for name in ("template", "eot_tokens"):
         require(
-            not getattr(data, name) or encoders.has_chats,
+            not getattr(data, name) or template is not None,
             f"data.{name}={getattr(data, name)} has no effect: no source holds chats; leave data.{name} out",
         )
 
@@ -250,8 +251,9 @@ def _build(
         "sequence_length": data.sequence_length,
         "pad_token_id": pad,
         "objective": train.objective,
-        "chats": encoders.has_chats,
-        "chat_template": encoders.chat_template,
+        "chats": template is not None,
+        "chat_template": template and template.source,
+        "unwritten_reasoning": template.unwritten if template else (0, 0),
         "settings": settings,
         "content": content_digest(folder, list(splits)),
         "model": str(model_dir.absolute()),
@@ -360,6 +362,9 @@ def summary(record: dict[str, Any]) -> str:
             if rows >= needed
             else f"streamed       to the end: {rows:,} of the {needed:,} rows that the steps need, so they are repeated"
         )
+    count, characters = record.get("unwritten_reasoning", (0, 0))
+    if count:
+        lines.append(f"not rendered   reasoning of {count:,} turns, {characters:,} characters, by the chat template")
     lines.append(f"{'reused' if record['reused'] else 'cached'} in     {record['cache']}")
     return "\n".join(lines)
 

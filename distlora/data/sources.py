@@ -25,7 +25,7 @@ from distlora.config.base import is_hub_name
 from distlora.config.errors import FILES
 from distlora.config.json_files import check_shape, read_object
 from distlora.data.files import is_compressed, is_data_file, read_file, without_nulls
-from distlora.data.formats import Document, Reading, Record, good, resolve_format, to_document
+from distlora.data.formats import Document, Reading, Record, good, head_with_key, resolve_format, to_document
 from distlora.system.hub_errors import DATASET, causes, explain_gate, explained, unreachable
 
 _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
@@ -286,12 +286,12 @@ class Source:
             raise UserError(
                 f"{self.config.path} holds no document (an empty file or blank lines only); {good(self.config.format)}"
             )
-        config = self.config
+        config, head = self.config, [first]
+        if config.reasoning_key is not None:
+            head = head_with_key(itertools.chain(head, records), config.reasoning_key)
         reading = Reading(config.columns, config.ignore_columns, config.reasoning_key)
         format = resolve_format(first, config.format, reading)
-        return format, (
-            to_document(record, format, has_template, reading) for record in itertools.chain([first], records)
-        )
+        return format, (to_document(record, format, has_template, reading) for record in itertools.chain(head, records))
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides the documents, as plain JSON for the cache key, without the place of local files.

@@ -250,10 +250,11 @@ class TurnFinder:
             text, turns = self._by_marks(place, messages, tools, chosen)
         else:
             text, turns = self._by_prefixes(place, messages, tools, chosen)
-        for thoughts in filter(None, (self._thoughts(message)[1] for message in messages)):
-            if "".join(thoughts.split()) not in "".join(text.split()):
-                count, characters = self.template.unwritten
-                self.template.unwritten = (count + 1, characters + len(thoughts))
+        if reasoning := [thoughts for message in messages if (thoughts := self._thoughts(message)[1])]:
+            written = "".join(text.split())
+            missing = [len(thoughts) for thoughts in reasoning if "".join(thoughts.split()) not in written]
+            count, characters = self.template.unwritten
+            self.template.unwritten = (count + len(missing), characters + sum(missing))
         inverse = self._train_on == "all"
         if not inverse:
             for turn in turns:
@@ -345,7 +346,9 @@ class TurnFinder:
             # White space apart: templates trim it, and put thoughts inside of the content on lines of their own.
             if text and text.strip() not in written and "".join(text.split()) not in "".join(written.split()):
                 advice = TOOLS_ADVICE if what.startswith("call of ") else "choose a data.template that does"
-                remove = f"leave it unread with data.ignore_columns=[{key}]" if what == "reasoning" else "remove it"
+                remove = "remove it"
+                if what == "reasoning":
+                    remove = f"leave it unread (no data.reasoning_key, and data.ignore_columns=[{key}])"
                 raise UserError(
                     f"{place}: messages[{index}]: {self.template.name} does not write its {what} as the data has it, "
                     f"so the model would not learn it; {remove}, or {advice}"
@@ -353,7 +356,7 @@ class TurnFinder:
 
     @staticmethod
     def _thoughts(message: Message) -> tuple[str, str | None]:
-        """(key, text) of a message's reasoning."""
+        """Return (key, text) of a message's reasoning."""
         return next(((key, message[key]) for key in _REASONING if message.get(key)), ("", None))
 
     def _rewritten(self, place: str, index: int) -> UserError:

@@ -25,6 +25,8 @@ from distlora.model.adapters import TokenRows
 from distlora.model.lm_head import LossHead
 from distlora.parallel import Ranks
 from distlora.planner.model import find_model
+from distlora.post.merge.output_folder import write_stops
+from distlora.post.trained import of_run
 from distlora.run_folder.layout import read_record, read_result
 from distlora.training import worker
 from distlora.training.generator import PromptEncoder
@@ -77,6 +79,11 @@ def test_special_tokens_are_set_saved_and_never_added(folders: Path, tmp_path: P
     for name, content in tokenizer_files(config.spec).items():
         (tmp_path / name).write_bytes(content)
     assert load_tokenizer(tmp_path).special_tokens_map == ours.special_tokens_map
+    for before, after in ((None, [2, 1001]), ([7], [7, 1001])):  # transformers' generate stops at the run's own token.
+        if before:
+            (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": before}))
+        write_stops(tmp_path, of_run(config, None))
+        assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == after
     with pytest.raises(UserError, match=r"special_tokens\.eos_token=<\|usr\|> is no token .*did you mean '<\|user\|>'"):
         load_tokenizer(folder, (), {"eos_token": "<|usr|>"})
     with pytest.raises(UserError, match=r"special_tokens has no 'end_token'.*model\.new_tokens"):

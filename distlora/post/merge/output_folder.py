@@ -23,8 +23,10 @@ from torch import Tensor
 
 from distlora.architecture.families import read_config
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, INDEX_NAME, Segment, header_bytes, lay_out
-from distlora.architecture.tokens import tokenizer_files
+from distlora.architecture.tokens import load_tokenizer, tokenizer_files
 from distlora.config import UserError
+from distlora.config.json_files import object_or_empty, read_object
+from distlora.data.chat_template import ChatTemplate
 from distlora.post.merge.parameters import Parameter
 from distlora.post.trained import Trained
 from distlora.post.weights import Base
@@ -273,6 +275,27 @@ def copy_companions(folder: Path, trained: Trained) -> None:
         template = read_record(trained.run_dir / DATA_NAME).get("chat_template")
     if template is not None:
         atomic_io.write_text(folder / TEMPLATE_NAME, template)
+    write_stops(folder, trained)
+
+
+def write_stops(folder: Path, trained: Trained) -> None:
+    """Add the tokens that end the run's answers to generation_config.json, which transformers' generate reads."""
+    model, data, place = trained.spec.model, trained.data, folder / "generation_config.json"
+    if data is None or trained.foreign or not (model.changes_tokenizer or data.eot_tokens or data.template):
+        return
+    tokenizer = load_tokenizer(Path(model.path), model.new_tokens, model.special_tokens)
+    stops = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, data.eot_tokens)} - {None}
+    record = object_or_empty(trained.run_dir / DATA_NAME) if trained.run_dir is not None else {}
+    if record.get("chats"):
+        stops.update(ChatTemplate(tokenizer, model.path, source=record["chat_template"]).end_of_turn())
+    config = read_config(trained.base)
+    settings = read_object(place, "mend the base's file, or remove it") if place.is_file() else dict[str, Any]()
+    if not settings:
+        settings |= {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    before = settings.get("eos_token_id")
+    known = before if isinstance(before, list) else [] if before is None else [before]
+    if not stops <= set(known):
+        atomic_io.write_json(place, settings | {"eos_token_id": [*known, *sorted(stops - set(known))]})
 
 
 def merged_config(folder: Path, base: Base, dtype: str) -> dict[str, Any]:

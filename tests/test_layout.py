@@ -30,7 +30,7 @@ HOMES = {
     "triton": "distlora_kernels",
     "deepspeed": "distlora.parallel.zero3",
     "wandb": "distlora.training.trackers.wandb_run",
-    "tensorboard": "distlora.training.trackers.tensorboard_log",
+    "tensorboard": "distlora.training.trackers.tensorboard_run",
     "mlflow": "distlora.training.trackers.mlflow_run",
     "trackio": "distlora.training.trackers.trackio_run",
     "swanlab": "distlora.training.trackers.swanlab_run",

@@ -190,10 +190,20 @@ def test_a_server_that_is_not_there_is_reported_once_and_the_run_goes_on(tmp_pat
     assert (tmp_path / "metrics.jsonl").read_text().count("loss") == 3
 
 
+def test_a_tracker_that_exits_or_cannot_start_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "distlora.training.trackers.tensorboard_run", SimpleNamespace(Run=sys.exit))
+    monkeypatch.setattr(trackers, "start_wandb", lambda *arguments: 1 / 0)
+    with make_reporter(tmp_path, TrackerConfig(wandb=True, tensorboard=True)) as reporter:
+        reporter.log(1, {"loss": 1.0})
+    shown = capsys.readouterr().out
+    assert shown.count("WARNING: wandb failed (ZeroDivisionError: ") == 1
+    assert shown.count("WARNING: tensorboard failed (RuntimeError: SystemExit(") == 1
+
+
 def test_no_step_waits_for_a_tracker_that_hangs(tmp_path, monkeypatch, capsys):
     hangs = threading.Event()
-    monkeypatch.setitem(background._MODULES, "tensorboard", "hanging_tracker")
-    monkeypatch.setitem(sys.modules, "hanging_tracker", SimpleNamespace(Run=lambda start: hangs.wait()))
+    client = SimpleNamespace(Run=lambda start: hangs.wait())
+    monkeypatch.setitem(sys.modules, "distlora.training.trackers.tensorboard_run", client)
     monkeypatch.setattr(background, "MOST_PENDING", 3)
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.2)
     began = time.monotonic()

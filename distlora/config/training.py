@@ -372,7 +372,8 @@ class TrackerConfig:
     mlflow: bool = False
     """Log to MLflow: to MLFLOW_TRACKING_URI, or without it to mlflow.db beside the run folder."""
     trackio: bool = False
-    """Log to Trackio: to its local database, or to what TRACKIO_SPACE_ID or TRACKIO_SERVER_URL names."""
+    """Log to Trackio: to its local database, or to what TRACKIO_SPACE_ID or TRACKIO_SERVER_URL names, where the steps
+    that a resume repeats appear twice."""
     swanlab: bool = False
     """Log to SwanLab: online with a key, offline under RUN/swanlab without."""
     project: str = "distlora"

@@ -112,7 +112,7 @@ class Reporter:
         for prompt, text in samples:
             self._display.say(f"after step {step}: {_shortened(prompt, 40)} -> {_shortened(text, 80)}")
         rows = [list(line.values()) for line in lines]
-        self._trackers.log_table(step, "samples", ["step", "prompt", "text"], rows)
+        self._trackers.each(lambda tracker: tracker.log_table(step, "samples", ["step", "prompt", "text"], rows))
 
     def event(self, text: str) -> None:
         """Print one line, which is not kept with the metrics."""
@@ -127,12 +127,12 @@ class Reporter:
             {name: value if isinstance(value, list) else _plain(value) for name, value in figures.items()}
         )
         atomic_io.write_json(self._run_dir / "summary.json", self._summary)
-        self._trackers.summary(self._total_steps, self._summary)
+        self._trackers.each(lambda tracker: tracker.summary(self._total_steps, self._summary))
 
     def result(self, folder: Path) -> None:
         """Upload the published folder to the trackers if tracker.artifact is set."""
         if self._writes and self._uploads:
-            self._trackers.result(folder)
+            self._trackers.each(lambda tracker: tracker.result(folder))
 
     def close(self, exit_code: int) -> None:
         """Flush everything and tell the trackers how the run ended. A second call does nothing."""
@@ -188,7 +188,7 @@ class Reporter:
         figures = {name: _plain(value) for name, value in metrics.items()}
         line = {"step": step, "time": round(time.time(), 3), **figures}
         self._append(self._metrics, json.dumps(line, allow_nan=False) + "\n")
-        self._trackers.log(step, metrics)
+        self._trackers.each(lambda tracker: tracker.log(step, metrics))
 
 
 def _exit_code(error: BaseException | None) -> int:

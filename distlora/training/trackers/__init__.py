@@ -47,7 +47,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """The trackers of a run. A call reaches each of them; one that raises is dropped, with one warning."""
+    """The trackers of a run."""
 
     def __init__(
         self, run_dir: Path, config: Config, *, world: int, start_step: int, say: Callable[[str], None]
@@ -57,44 +57,33 @@ class Trackers:
         plan = object_or_empty(run_dir / "plan.json")
         plan.pop("settings", None)  # They are the run's.
         settings = as_mapping(config) | {"world": world} | ({"planned": plan} if plan else {})
-        for name in config.tracker.names:
-            if name == "wandb":
+        start = Start(run_dir=run_dir, tracker=config.tracker, settings=settings, start_step=start_step)
+        self._active += [Background(name, start, say) for name in config.tracker.names if name != "wandb"]
+        if "wandb" in config.tracker.names:  # Last: the others flush while its `close` waits.
+            try:
                 wandb_run = start_wandb(run_dir, config.tracker, config.name, settings, say)
                 self._active += [] if wandb_run is None else [wandb_run]
-            else:
-                start = Start(run_dir=run_dir, tracker=config.tracker, settings=settings, start_step=start_step)
-                self._active.append(Background(name, start, say))
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log the metrics of a step."""
-        self._each(lambda tracker: tracker.log(step, figures))
-
-    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table."""
-        self._each(lambda tracker: tracker.log_table(step, name, columns, rows))
-
-    def summary(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Log the final metrics."""
-        self._each(lambda tracker: tracker.summary(step, figures))
-
-    def result(self, folder: Path) -> None:
-        """Upload the published folder."""
-        self._each(lambda tracker: tracker.result(folder))
+            except Exception as error:
+                self._warn("wandb", error)
 
     def close(self, exit_code: int) -> None:
         """Report how the run ended. Wait FINISH_SECONDS at most for the threads to flush, all of them together."""
         deadline = time.monotonic() + FINISH_SECONDS
-        self._each(lambda tracker: tracker.close(exit_code))
-        self._each(lambda tracker: tracker.wait(deadline))
+        self.each(lambda tracker: tracker.close(exit_code))
+        self.each(lambda tracker: tracker.wait(deadline))
 
-    def _each(self, action: Callable[[Tracker], None]) -> None:
+    def each(self, action: Callable[[Tracker], None]) -> None:
+        """Call each tracker. One that raises is dropped, with one warning."""
         for tracker in tuple(self._active):
             try:
                 action(tracker)
             except Exception as error:
                 tracker.drop()
                 self._active.remove(tracker)
-                self._say(
-                    f"WARNING: {tracker.name} failed ({type(error).__name__}: {' '.join(str(error).split())}); figures "
-                    "go to metrics.jsonl only from now on, which has all of them"
-                )
+                self._warn(tracker.name, error)
+
+    def _warn(self, name: str, error: Exception) -> None:
+        self._say(
+            f"WARNING: {name} failed ({type(error).__name__}: {' '.join(str(error).split())}); figures go to "
+            "metrics.jsonl only from now on, which has all of them"
+        )

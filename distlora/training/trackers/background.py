@@ -10,21 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 from distlora.config import TrackerConfig
 from distlora.system import atomic_io
 
 MOST_PENDING = 100_000
 """Calls that may wait for a client. A network that hangs for days must not fill the memory."""
-
-_MODULES = {
-    "tensorboard": "distlora.training.trackers.tensorboard_log",
-    "mlflow": "distlora.training.trackers.mlflow_run",
-    "trackio": "distlora.training.trackers.trackio_run",
-    "swanlab": "distlora.training.trackers.swanlab_run",
-}
-"""Tracker -> module with its `Run`, a `Client`, which is built from a `Start`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +46,12 @@ class Start:
         atomic_io.write_text(path, run_id + "\n")
 
 
-class Client(Protocol):
+class Client:
     """The client of one tracker, used by one thread."""
 
-    place: str
+    place = ""
     """Where the run is logged, and the command that shows it; empty if the client prints it itself."""
-    last_steps: Mapping[str, int]
+    last_steps: Mapping[str, int] = MappingProxyType({})
     """Metric -> its last step in an earlier start, for clients that would show a repeated step twice; else empty."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -68,14 +61,14 @@ class Client(Protocol):
         """Log a table."""
 
     def result(self, folder: Path) -> None:
-        """Upload the published folder."""
+        """Upload the published folder, if the tracker keeps files; tracker.artifact is refused for the others."""
 
     def close(self, exit_code: int) -> None:
         """Report how the run ended, and flush."""
 
 
 class Background:
-    """A tracker whose client runs in a thread. What the thread has to say is printed with the run's next call."""
+    """A tracker whose client runs in a thread. Messages of the thread are printed at the run's next call."""
 
     def __init__(self, name: str, start: Start, say: Callable[[str], None]) -> None:
         self.name, self._say = name, say
@@ -139,13 +132,14 @@ class Background:
 
     def _work(self, start: Start) -> None:
         try:
-            client: Client = importlib.import_module(_MODULES[self.name]).Run(start)
+            module = importlib.import_module(f"distlora.training.trackers.{self.name}_run")
+            client: Client = module.Run(start)
             if client.place:
                 self._started.put(client.place)
             while (call := self._calls.get()) is not None:
                 call(client)
-        except Exception as error:
-            self._error.put(error)
+        except BaseException as error:  # A client may raise SystemExit, which would end the thread in silence.
+            self._error.put(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
 
 def id_path(run_dir: Path, name: str) -> Path:

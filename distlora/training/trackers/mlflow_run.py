@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from distlora.system.exit_codes import DONE, STOPPED
-from distlora.training.trackers.background import Start
+from distlora.training.trackers.background import Client, Start
 
 _MOST_PARAMETERS, _MOST_CHARACTERS = 100, 6000
 """MLflow's limits: parameters in a call, and characters of a value."""
 
 
-class Run:
+class Run(Client):
     """Run of MLflow, in the experiment tracker.project."""
 
     def __init__(self, start: Start) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # Not for a trainer to decide.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # Telemetry is the user's choice.
         from mlflow import MlflowClient
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException

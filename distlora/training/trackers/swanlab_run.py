@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from distlora.system.exit_codes import DONE, STOPPED
-from distlora.training.trackers.background import Start
+from distlora.training.trackers.background import Client, Start
 
 
-class Run:
+class Run(Client):
     """Run of SwanLab, in the project tracker.project."""
 
     def __init__(self, start: Start) -> None:
         import swanlab
 
-        self.last_steps: dict[str, int] = {}
         settings = swanlab.Settings(
             interactive=False,
             terminal=swanlab.Settings.Terminal(proxy_type="none"),
@@ -39,7 +37,6 @@ class Run:
             "config": dict(start.settings),
             "settings": settings,
         }
-        self.place = ""
         try:
             self._run = swanlab.init(mode=mode, **options)
         except Exception as error:
@@ -59,9 +56,6 @@ class Run:
 
         texts = ["\n".join(f"{column}: {cell}" for column, cell in zip(columns, row, strict=True)) for row in rows]
         self._run.log({name: [swanlab.Text(text) for text in texts]}, step=step)
-
-    def result(self, folder: Path) -> None:
-        """Do nothing: tracker.artifact is refused."""
 
     def close(self, exit_code: int) -> None:
         """Report how the run ended: `aborted` if it can be resumed."""

@@ -6,14 +6,13 @@ Trackio's current run is a context variable, so each thread has one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from distlora.system.exit_codes import DONE, STOPPED
-from distlora.training.trackers.background import Start
+from distlora.training.trackers.background import Client, Start
 
 
-class Run:
+class Run(Client):
     """Run of Trackio, in the project tracker.project. Trackio has no status of a run."""
 
     def __init__(self, start: Start) -> None:
@@ -38,7 +37,6 @@ class Run:
             self._run.id = stored
             for line in SQLiteStorage.get_logs(project, run_id=stored):
                 self.last_steps.update(dict.fromkeys(line, line["step"]))
-        self.place = ""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Log the metrics of a step."""
@@ -51,9 +49,6 @@ class Run:
 
         if step > self.last_steps.get(name, -1):
             self._run.log({name: trackio.Table(dataframe=pandas.DataFrame(rows, columns=list(columns)))}, step=step)
-
-    def result(self, folder: Path) -> None:
-        """Do nothing: tracker.artifact is refused."""
 
     def close(self, exit_code: int) -> None:
         """Report a failure as an alert, and flush."""

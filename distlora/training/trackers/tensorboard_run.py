@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from distlora.system.exit_codes import DONE, STOPPED
-from distlora.training.trackers.background import Start
+from distlora.training.trackers.background import Client, Start
 
 
-class Run:
+class Run(Client):
     """Event files of one start. TensorBoard drops the steps that a resume repeats (purge_step)."""
 
     def __init__(self, start: Start) -> None:
@@ -19,7 +18,6 @@ class Run:
 
         folder = start.run_dir / "tensorboard"
         self.place = f"{folder}; show it with `tensorboard --logdir {start.run_dir.parent}`"
-        self.last_steps: dict[str, int] = {}
         repeated_from = start.start_step + 1 if start.start_step > 0 else 0
         self._writer = cast(Any, SummaryWriter(str(folder), purge_step=repeated_from))
         parameters = {name: "null" if value is None else value for name, value in start.parameters().items()}
@@ -35,9 +33,6 @@ class Run:
         cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
         lines = [f"| {' | '.join(row)} |" for row in (list(columns), ["---"] * len(columns), *cells)]
         self._writer.add_text(name, "\n".join(lines), step)
-
-    def result(self, folder: Path) -> None:
-        """Do nothing: event files hold no folders (tracker.artifact is refused)."""
 
     def close(self, exit_code: int) -> None:
         """Write the status of a run that will not be resumed, and close the file."""

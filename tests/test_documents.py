@@ -51,6 +51,7 @@ def test_every_command_of_a_document_runs(
     document: str, stage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(stage)
+    (stage / "mine.yaml").unlink(missing_ok=True)  # Of another document; `distlora init` never overwrites.
     wrong = []
     with no_process_starts(), closing(Shell()) as shell:
         for command in commands(document):

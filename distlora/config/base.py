@@ -143,10 +143,10 @@ class AdapterConfig:
 
     method: Literal["lora", "full"] = "lora"
     """`lora` trains low-rank adapters on a frozen base; `full` trains every parameter (the baseline; needs quant=none):
-    16 bytes a parameter over all ranks (fp32 master, gradient, two optimizer states), and a unit's copy in
+    16 bytes per parameter over all ranks (fp32 master, gradient, two optimizer states), and a unit's copy in
     `train.dtype`."""
     r: int = 16
-    """Rows of A and columns of B. Adapter, gradient and optimizer memory grow linearly with it."""
+    """Rank of the adapters: rows of A and columns of B. A larger one can learn more; memory grows linearly with it."""
     lora_alpha: float = 16.0
     """Numerator of the scale s: alpha/sqrt(r) with use_rslora, else alpha/r."""
     use_rslora: bool = True
@@ -169,11 +169,12 @@ class AdapterConfig:
     """Fraction of the adapter's inputs that is set to 0 in training (the rest is scaled up): the same elements on any
     number of ranks and after a resume."""
     init: str = "kaiming"
-    """Initial values of A and B. `kaiming` and `gaussian`: A uniform as in PEFT or normal of std 1/r, and B zero.
-    `pissa`: the principal part of the base's weights, which the base then lacks (arXiv 2404.02948); `pissa_niter_<n>`
-    finds it by n subspace iterations (n = 4: on large weights in a third of the time or less). `loftq`: the principal
-    part of their quantization error (arXiv 2310.08659; needs quant=nf4). The last three decompose each weight once; the
-    run keeps the initial values, as many bytes as the adapter in fp32."""
+    """Initial values of A and B: kaiming, gaussian, pissa, pissa_niter_<n> or loftq. `kaiming` and `gaussian`: A
+    uniform as in PEFT or normal of std 1/r, and B zero. `pissa`: the principal part of the base's weights, which the
+    base then lacks (arXiv 2404.02948); `pissa_niter_<n>` finds it by n subspace iterations (n = 4: on large weights in
+    a third of the time or less). `loftq`: the principal part of their quantization error (arXiv 2310.08659; needs
+    quant=nf4). The last three decompose each weight once; the run keeps the initial values, as many bytes as the
+    adapter in fp32."""
     init_from: str | None = None
     """A PEFT LoRA adapter's folder to start from instead. Its rank, alpha, scaling and targets become this run's."""
     init_from_loftq: bool = False
@@ -321,10 +322,10 @@ class QuantConfig:
     """The low-bit format of the base weights."""
 
     method: Literal["nf4", "none", "auto"] = "nf4"
-    """`nf4` keeps the linears of the decoder blocks in NF4 with double quantization, 4.127 bits a weight; `none` keeps
-    them in the run's dtype. A checkpoint that bitsandbytes has already quantized to NF4 is kept as it is with `nf4`,
-    and refused with `none`. `auto` is `none` if that fits the GPUs by calculation (distlora/planner/), else `nf4`: the
-    launcher decides, so RUN/config.yaml has one of the other two."""
+    """`nf4` keeps the linears of the decoder layers in NF4 with double quantization, 4.127 bits per weight; `none`
+    keeps them in the run's dtype. A checkpoint that bitsandbytes has already quantized to NF4 is kept as it is with
+    `nf4`, and refused with `none`. `auto` is `none` if that fits the GPUs by calculation (distlora/planner/), else
+    `nf4`: the launcher decides, so RUN/config.yaml has one of the other two."""
     cache: bool = True
     """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the
     checkpoint, on any number of ranks and bit for bit the same. A checkpoint that is already quantized is not cached. A

@@ -135,18 +135,21 @@ class TrainConfig:
     micro_batch: int = 1
     """Sequences per rank and forward pass. Activation memory grows linearly with it."""
     accumulate: Literal["step", "block"] = "step"
-    """Loop over a rank's micro-batches. `step` runs the model once per micro-batch and gathers every layer each time.
-    `block` gathers a layer once, runs all micro-batches through it, and keeps all activations between layers."""
+    """Order of a rank's micro-batches: one after the other through the model, or through each layer. `step` runs the
+    model once per micro-batch and gathers every layer each time. `block` gathers a layer once, runs all micro-batches
+    through it, and keeps all activations between layers."""
     checkpointing: Literal["block", "selective", "offload", "none"] = "block"
-    """Activation checkpointing. `block` keeps only the input of each decoder layer and recomputes the layer: about 1/3
-    more compute. `selective` recomputes the MLP and the norm before it and keeps attention, whose cost grows with the
-    square of the length: about 10 bytes per element of the hidden state more than `block`. `offload` is `block` with
-    the inputs in host memory: layers x hidden x 2 bytes per token kept (`accumulate`); the device holds two inputs, and
-    with accumulate=block those of a whole step for the layer that runs. `none` keeps all activations."""
+    """Activations to save for backward: fewer take less memory and more time. `block` keeps only the input of each
+    decoder layer and recomputes the layer: about 1/3 more compute. `selective` recomputes the MLP and the norm before
+    it and keeps attention, whose cost grows with the square of the length: about 10 bytes per element of the hidden
+    state more than `block`. `offload` is `block` with the inputs in host memory: layers x hidden x 2 bytes per token
+    kept (`accumulate`); the device holds two inputs, and with accumulate=block those of a whole step for the layer that
+    runs. `none` keeps all activations."""
     mlp_tile: int | None = None
-    """Tokens per MLP tile. Only one tile's intermediate activations exist at a time; backward recomputes each tile. For
-    sequences from about 16,384 tokens; results differ by rounding only. NF4 weights are dequantized per tile, so use
-    thousands of tokens, on CUDA a multiple of 256. null: the whole sequence."""
+    """Tokens per MLP tile, for long sequences: less memory, more time. Only one tile's intermediate activations exist
+    at a time; backward recomputes each tile. For sequences from about 16,384 tokens; results differ by rounding only.
+    NF4 weights are dequantized per tile, so use thousands of tokens, on CUDA a multiple of 256. null: the whole
+    sequence."""
     keep_dequantized: bool = False
     """Keep the weights that a layer's recomputation dequantizes (checkpointing=block or offload) until its backward
     is done. Each weight is dequantized twice per step instead of three times. Takes one layer's weights in `dtype`."""

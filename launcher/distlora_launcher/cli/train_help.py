@@ -48,6 +48,7 @@ def help_text(topics: Sequence[str] = ()) -> str:
         return "\n".join(line for topic in topics for line in _about(topic, found)) + "\n"
     width = max(80, min(120, shutil.get_terminal_size((112, 24)).columns))
     lines = [USAGE.rstrip()]
+    found = [section for section in found if section[0] != "sweep"]  # `distlora sweep` takes those.
     for group in ("recipe", *(name for name, _, _ in found if name)):
         options = ["auto", *GPUS] if group == "gpu" else options_of(group)
         if len(options) > 1:

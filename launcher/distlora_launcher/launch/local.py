@@ -26,7 +26,7 @@ from distlora.run_folder.layout import DATA_NAME, METRICS_NAME, PLAN_NAME, REPOR
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.numbers import clock
-from distlora_launcher.compose.checks import check, check_run_dir
+from distlora_launcher.compose.checks import check, check_run_dir, gpu_count
 from distlora_launcher.compose.hub import is_to_download, localize, restore, with_small_files
 from distlora_launcher.compose.planning import keep, planned
 from distlora_launcher.launch.failures import would_repeat
@@ -43,6 +43,9 @@ from distlora_launcher.terminal.output import say, shown, warn
 def start_run(plan: Plan) -> int:
     """Make the folder of a planned run, prepare the data, run the workers to the end. Returns the exit code."""
     run_dir = Path(plan.config.run_dir)
+    used, present = plan.config.cluster.gpus_per_node, gpu_count()
+    if used < present:
+        say(f"uses {used} of this node's {present} GPUs; cluster.gpus_per_node={present} uses all")
     with start_torchrun_early(run_dir, plan.config) as torchrun:
         code, config = make_run(plan)
         if code != DONE:

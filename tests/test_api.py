@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,7 +115,10 @@ def test_settings_of_python_are_those_of_the_command_line(tmp_path: Path) -> Non
         ({"data": [{"text": "a"}, "b"]}, r"data\[1\] is not a dictionary"),
         ({"data": [{"text": {1, 2}}]}, r"data\[0\] is not JSON"),
         ({"callbacks": [print]}, r"callbacks: <built-in function print> has none of on_step, on_eval, on_save"),
-        ({"callbacks": [distlora.Callback()], "settings": {"cluster": "slurm"}}, "cluster=slurm runs elsewhere"),
+        (
+            {"callbacks": [distlora.Callback()], "settings": {"cluster": "slurm"}},
+            "cluster=local only, not with cluster=slurm",
+        ),
         ({"model": "nowhere", "data": CHATS[:1], "run_dir": "run"}, "model.path=.*nowhere.* does not exist"),
     ],
 )
@@ -181,13 +185,16 @@ def test_callbacks_get_each_step_once_and_in_order(tmp_path: Path) -> None:
     write_metrics(tmp_path, 1, 2, at=time.time() - 60)  # Of an earlier start, which saved step 2.
     write_checkpoint(tmp_path, 2)
     recorder = Recorder(stop_after=5)
-    follower = Follower(tmp_path, [recorder])
+    later = tmp_path / "checkpoints" / "step_00000004"
+    keep = distlora.Callback(on_save=lambda step, folder: later.is_dir() and shutil.rmtree(later))  # As train.keep.
+    follower = Follower(tmp_path, [recorder, keep])
     assert not follower.look()
     assert recorder.calls == []
     write_metrics(tmp_path, 3, 4, evaluated=3)
     write_checkpoint(tmp_path, 3)
+    write_checkpoint(tmp_path, 4)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "ti')  # Half a line.
+        file.write('{"step": 9, "time": null}\n{"step": 5, "ti')  # Half a line.
     assert not follower.look()
     assert recorder.calls == [("step", 3), ("eval", 3), ("save", 3), ("step", 4)]
     (tmp_path / "new").mkdir()

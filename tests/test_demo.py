@@ -14,7 +14,7 @@ import pytest
 
 from distlora.config import UserError
 from distlora_launcher.cli.main import main
-from distlora_launcher.demo import model
+from distlora_launcher.demo import model, run
 from distlora_launcher.demo.run import QUESTIONS, result
 
 
@@ -59,6 +59,14 @@ def test_a_converted_model_is_found_and_named(cache: Path, capsys: pytest.Captur
 def test_mistakes_are_named(cache: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_its_learning_rate_is_for_its_own_model_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: list[list[str]] = []
+    monkeypatch.setattr(run, "run_settings", lambda words: settings.append(words) or 1)
+    monkeypatch.setattr(run, "choose_model", lambda folder: Path(folder or "model"))
+    assert [main(["demo"]), main(["demo", "--model", "mine"])] == [1, 1]
+    assert [run.LR in words for words in settings] == [True, False]
 
 
 def test_without_pip_or_network_it_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,8 +301,8 @@ def check_callbacks(callbacks: Sequence[Callback], launcher: str) -> None:
             )
     require(
         not callbacks or launcher == "local",
-        f"callbacks are called for runs on this node, and cluster={launcher} runs elsewhere; leave them "
-        "out, and look at distlora.Run(folder).metrics",
+        f"callbacks are called with cluster=local only, not with cluster={launcher}; leave them out, and look at "
+        "distlora.Run(folder).metrics",
     )
 
 

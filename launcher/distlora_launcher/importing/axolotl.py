@@ -268,7 +268,9 @@ def _targets(keys: Keys, imported: Imported) -> str | list[str]:
     embeddings = [name for name in names if name in EMBEDDINGS]
     if embeddings:
         imported.note(
-            "refused", f"lora_target_modules={_list(embeddings)}", "only linears of the blocks are adapted; remove them"
+            "refused",
+            f"lora_target_modules={_list(embeddings)}",
+            "only linears of the decoder layers are adapted; remove them",
         )
     names = [name for name in names if name not in EMBEDDINGS]
     if linear:
@@ -303,9 +305,8 @@ def convert_batch(keys: Keys, imported: Imported, processes: int) -> None:
             shared *= size
     if processes % shared:
         raise UserError(
-            f"--processes {processes} is not a multiple of {shared}, over which the file splits each row "
-            "(context_parallel_size, sequence_parallel_degree, tensor_parallel_size); "
-            "write --processes with the number of GPUs that it ran on"
+            f"{processes} GPUs: the file shares each sequence among {shared} GPUs ({', '.join(SPLIT_SEQUENCES)}); set "
+            f"their number to a multiple of {shared}: `import --processes N` or `train cluster.gpus_per_node=N`"
         )
     train = imported.section("train")
     train["global_batch"] = micro * accumulation * (processes // shared)
@@ -369,8 +370,10 @@ def convert_precision(keys: Keys, imported: Imported) -> None:
     train = imported.section("train")
     train["dtype"] = "fp32" if off else "bf16"
     checkpointing, offloading = keys.any("gradient_checkpointing"), keys.any("activation_offloading")
+    fsdp = Keys(keys.mapping("fsdp_config"), place="fsdp_config.")
+    by_fsdp = fsdp.flag("activation_checkpointing", "fsdp_activation_checkpointing")
     offloads = bool(offloading) or checkpointing in ("offload", "offload_disk", "unsloth")
-    train["checkpointing"] = "offload" if offloads else "block" if checkpointing else "none"
+    train["checkpointing"] = "offload" if offloads else "block" if checkpointing or by_fsdp else "none"
     for key, value in (("gradient_checkpointing", checkpointing), ("activation_offloading", offloading)):
         if value in ("offload_disk", "disk"):
             imported.note("changed", f"{key}={value}", "layer inputs are offloaded to CPU memory, not to a disk")
@@ -447,6 +450,8 @@ def convert_tracker(keys: Keys, imported: Imported) -> None:
 def convert_parallel(keys: Keys, imported: Imported, processes: int) -> None:
     """Convert FSDP and DeepSpeed settings, replicas and expert parallelism."""
     imported.section("cluster")["gpus_per_node"] = processes
+    if timeout := keys.number("ddp_timeout"):
+        imported.section("cluster")["timeout_seconds"] = timeout
     _replicas(keys, imported, processes)
     experts = keys.integer("expert_parallel_size") or 1
     if experts > 1:
@@ -483,7 +488,7 @@ def _replicas(keys: Keys, imported: Imported, processes: int) -> None:
     if replicas > 1 and processes % replicas == 0:
         imported.section("parallel")["shard_degree"] = processes // replicas
     elif replicas > 1:
-        reason = f"{processes} processes are not {replicas} equal replicas: one is sharded over all"
+        reason = f"{processes} GPUs are not {replicas} equal replicas: one is sharded over all"
         imported.note("changed", f"dp_replicate_size={replicas}", f"{reason}; set parallel.shard_degree")
 
 

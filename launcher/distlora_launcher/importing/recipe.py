@@ -154,7 +154,7 @@ class Imported:
 
 def recipe_text(imported: Imported, *, source: Path) -> str:
     """Return the recipe as a YAML file that Hydra composes over the defaults; settings in the order of `Config`."""
-    many = f"{imported.processes} processes" if imported.processes > 1 else "one process"
+    many = f"{imported.processes} GPU{'s' if imported.processes > 1 else ''}"
     lines = ["# @package _global_", f"# Imported from {ascii(source.name)[1:-1]} (Axolotl), for {many}."]
     lines += ["defaults:", *(f"  - override /{group}: {option}" for group, option in imported.options.items()), ""]
     sections = typing.get_type_hints(Config)

@@ -146,7 +146,8 @@ class Follower:
                     self._seen.add((step, is_eval))
                     events.append((step, int(is_eval), "on_eval" if is_eval else "on_step", record))
             for step, _, name, value in sorted(events, key=lambda event: event[:2]):
-                self._call(name, step, value)
+                if name != "on_save" or value.is_dir():  # train.keep may have deleted it by now.
+                    self._call(name, step, value)
         return self._stops
 
     def _call(self, name: str, step: int, value: Path | Mapping[str, Any]) -> None:
@@ -181,7 +182,8 @@ class Follower:
                 record = parse_object(line, METRICS_NAME, "")
             except UserError:  # A damaged line of an earlier start.
                 continue
+            step, written = record.get("step"), record.get("time")
             # To a millisecond, as rank 0 rounds its times. Earlier lines are those of earlier starts.
-            if isinstance(record.get("step"), int) and record.get("time", 0.0) >= self._began - 0.001:
+            if isinstance(step, int) and isinstance(written, (int, float)) and written >= self._began - 0.001:
                 records.append(record)
         return records

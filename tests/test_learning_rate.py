@@ -16,8 +16,10 @@ BASE = {"model": {"path": "/m"}, "data": {"path": "/d"}}
 @pytest.mark.parametrize(
     ("model", "words", "rate", "said"),
     [
-        ("Qwen/Qwen3-8B", [], 5e-4, "Qwen3 8B found 0.001 best for LoRA of r x scale = 32; here it is 64"),
-        ("Qwen/Qwen3-8B", ["adapter.r=32", "adapter.lora_alpha=32", "adapter.use_rslora=false"], 1e-3, "found 0.001"),
+        ("Qwen/Qwen3-8B", [], 5e-4, "on Qwen3 8B at r x scale = 32 (tinker-cookbook); here it is 64"),
+        ("Qwen/Qwen3-8B", ["adapter.r=32", "adapter.lora_alpha=32", "adapter.use_rslora=false"], 1e-3, "0.001 is best"),
+        ("Qwen/Qwen3-8B", ["adapter.rank_pattern={down_proj: 64}"], 2.5e-4, "here it is 128"),
+        ("Qwen/Qwen3-8B", ["optim.loraplus_lr_ratio=10"], 5e-5, "A 1/10 of it (optim.loraplus_lr_ratio)"),
         ("Qwen/Qwen3-8B", ["adapter.r=8", "adapter.lora_alpha=8", "adapter.use_rslora=false"], 1e-3, "here it is 8"),
         ("Qwen/Qwen3-30B-A3B", ["adapter.r=64", "adapter.lora_alpha=64"], 6.25e-5, "here it is 512"),
         ("unsloth/Llama-3.3-70B-Instruct", [], 1.5e-4, "Llama 3 70B"),

@@ -478,6 +478,10 @@ def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
     assert (config.name, config.tracker.group) == ("b", "mine")
     sweep, _ = parse_sweep([*paths, "optim.lr=1e-4,2e-4", "tracker=none"])
     assert sweep.compose(0, {}).config.tracker.group is None
+    sweep, _ = parse_sweep([*paths, "adapter.r=4,64", "sweep=optuna", "sweep.trials=2", "train.epochs=2"])
+    assert {"optim.lr=0.0002", "train.evals_per_epoch=3"} <= set(sweep.overrides), "alike for every rank; not auto"
+    sweep, _ = parse_sweep([*paths, "adapter=lora,dora", "sweep.pruner=median", "train.max_steps=20"])
+    assert [word for word in sweep.overrides if "optim" in word or "eval" in word] == ["train.eval_every=4"]
     monkeypatch.setenv("WANDB_RUN_ID", "of-the-agent")
     assert "WANDB_RUN_ID" not in runner.environment()
 

@@ -4,8 +4,9 @@ Source: tinker-cookbook 9dfcc3a2, recipes/chat_sl/results/sft_sweep.md: the rate
 all linear layers (tulu3, 780 steps of 128 documents, Adam) among 4e-5, 1e-4, 3e-4, 1e-3 and 3e-3. Its adapters have
 alpha = 32 and the scale s = alpha / r of y = x W^T + s (x A^T) B^T, where the best rate hardly depends on the rank
 ("LoRA Without Regret", Schulman et al. 2025). Adam moves each element of B by about the rate, so r terms of scale s
-move an output by r x s x rate. Another adapter's rate here keeps that product, and is never above the published rate,
-because A moves by the rate alone. Full fine-tuning takes a tenth of the published rate (same source).
+move an output by r x s x rate. Another adapter's rate here keeps that product (the largest of its linears), and is
+never above the published rate, because A moves by the rate alone. With LoRA+ (optim.loraplus_lr_ratio) the rate of B
+keeps it. Full fine-tuning takes a tenth of the published rate (same source).
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Cha
     """Return the settings with a number in optim.lr, and the choice with its source; None if it was set."""
     if config.optim.lr is not None:
         return config, None
-    rate, why = _rate(config, model)
-    rate = float(f"{rate:.3g}")
-    changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=rate))
-    return changed, Change(settings={"optim.lr": rate}, why=why)
+    lr, source = _rate(config, model)
+    if config.adapter.method == "lora" and (ratio := config.optim.loraplus_lr_ratio) > 1:
+        lr, source = lr / ratio, f"{source}; B has it, and A 1/{ratio:g} of it (optim.loraplus_lr_ratio)"
+    lr = float(f"{lr:.3g}")
+    changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
+    return changed, Change(settings={"optim.lr": lr}, why=source)
 
 
 def _rate(config: Config, model: PlannedModel) -> tuple[float, str]:
@@ -58,12 +61,13 @@ def _rate(config: Config, model: PlannedModel) -> tuple[float, str]:
         return DPO_LR, "the default of DPO"
     is_full = adapter.method == "full"
     if swept is None:
-        why = "the default; no published sweep has this model, so try others (distlora sweep)"
-        return (DEFAULT_LR * FULL_RATIO if is_full else DEFAULT_LR), why
+        source = "the default; no published sweep has this model, so try others (distlora sweep)"
+        return (DEFAULT_LR * FULL_RATIO if is_full else DEFAULT_LR), source
     name, published = swept
-    why = f"tinker-cookbook's sweep on {name} found {published:g} best for LoRA"
+    source = f"{published:g} is best for LoRA on {name} at r x scale = {SWEPT_ALPHA} (tinker-cookbook)"
     if is_full:
-        return published * FULL_RATIO, f"{why}, and full fine-tuning takes a tenth"
-    moved = adapter.lora_alpha * (adapter.r**0.5 if adapter.use_rslora else 1)
-    rate = published * min(1, SWEPT_ALPHA / moved)
-    return rate, f"{why} of r x scale = {SWEPT_ALPHA}" + (f"; here it is {moved:g}" if moved != SWEPT_ALPHA else "")
+        return published * FULL_RATIO, f"{source}; full fine-tuning takes a tenth"
+    paths = {each.path for block in model.shapes.adapters(adapter) for each in block}
+    r_times_scale = max(adapter.rank_of(path) * adapter.scaling_of(path) for path in paths)
+    lr = published * min(1, SWEPT_ALPHA / r_times_scale)
+    return lr, source + (f"; here it is {r_times_scale:g}" if r_times_scale != SWEPT_ALPHA else "")

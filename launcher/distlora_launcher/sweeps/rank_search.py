@@ -34,7 +34,7 @@ from distlora.config.sweep import SweepConfig
 from distlora.data.packing import hash64
 from distlora.output.results import Table
 from distlora.planner import plan_of
-from distlora.planner.learning_rate import with_learning_rate
+from distlora.planner.learning_rate import FULL_RATIO
 from distlora.planner.model import PlannedModel
 from distlora.planner.report import needs
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, check_paired, read_documents
@@ -47,8 +47,6 @@ from distlora_launcher.sweeps.sweep import Due, Search, Sweep
 RANK_SEARCH_NAME = "rank_search.json"
 TRIAL_OVERRIDES = ("train.eval_documents=true",)
 """Settings of every trial."""
-FULL_LR_RATIO = 0.1
-"""Learning rate of full fine-tuning, as a fraction of optim.lr: adapters train at about ten times its rate."""
 
 FULL = "full"
 """Stands for full fine-tuning in place of a rank."""
@@ -360,13 +358,12 @@ def decide(sweep: Sweep) -> Setup:
     """Decide by the model and this node's memory. Raises UserError for settings that leave nothing to search."""
     config = sweep.compose(0, {"adapter.r": sweep.settings.rank_start}, TRIAL_OVERRIDES).config
     model = planning.planned_model(config)
-    config, _ = with_learning_rate(config, model)
     check(config.train, config.adapter, model)
     adapters = [each for block in model.shapes.adapters(config.adapter) for each in block]
     full_lr = sweep.settings.full_lr
     setup = Setup(
         widest=max(min(each.up[0], each.down[1]) for each in adapters),
-        full_lr=config.optim.peak_lr * FULL_LR_RATIO if full_lr is None else full_lr,
+        full_lr=config.optim.peak_lr * FULL_RATIO if full_lr is None else full_lr,
         why_not_full=None,
         use_rslora=config.adapter.use_rslora,
     )
@@ -409,7 +406,7 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
     try:
         config = sweep.compose(0, setup.values_of_full, TRIAL_OVERRIDES).config
         model = planning.planned_model(config)
-        planning.check_planned(config.spec, config.train, config.parallel, model)
+        planning.check_planned(config, model)
         plan = plan_of(config, model, planning.machine_here(config))
     except UserError as error:
         return str(error)
@@ -563,6 +560,6 @@ def read(trial: TrialRecord, folder: Path) -> Tried:
         "peak_bytes": summary.get("memory/peak", trial.peak_memory_bytes),
         "planned_bytes": summary.get("memory/planned"),
         "seconds": summary.get("train_seconds"),
-        "lr": trial.values.get("optim.lr"),
+        "lr": plan.get("settings", {}).get("optim", {}).get("lr"),
     }
     return Tried(documents=documents, figures=figures)

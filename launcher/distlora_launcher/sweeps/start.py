@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from distlora.config import (
@@ -31,6 +32,8 @@ from distlora.config import (
 )
 from distlora.config.base import is_hub_name
 from distlora.config.sweep import SweepConfig
+from distlora.config.training import AUTO_EVALUATIONS
+from distlora.planner.learning_rate import with_learning_rate
 from distlora.planner.report import packed_trials
 from distlora.run_folder.sweep import COMPLETE, JOURNAL_NAME, TrialRecord, at_rest, is_sweep_folder, words_of
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
@@ -38,7 +41,7 @@ from distlora.training.multi_trial.protocol import check_trial
 from distlora_launcher.compose.checks import check, check_writable, gpu_count
 from distlora_launcher.compose.compose import MOST_JOBS_CHECKED, Composed, compose_run, expand_home, section_of
 from distlora_launcher.compose.hub import localize, locate
-from distlora_launcher.compose.planning import decide
+from distlora_launcher.compose.planning import decide, planned_model
 from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import SchedulerError
@@ -268,6 +271,8 @@ def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     if probe.config.tracker.supports("group") and probe.config.tracker.group is None:
         shared += words_of({"tracker.group": folder.name})
     searched = {dimension.setting for dimension in space}
+    shared += words_of(evaluations_for(settings, probe.config.train))
+    shared += words_of(lr_for(searched, shared, config_dir))
     sweep = Sweep(
         folder=folder,
         settings=settings,
@@ -278,6 +283,26 @@ def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
         name=None if "name" in searched else probe.config.name,
     )
     return sweep, probe
+
+
+def evaluations_for(settings: SweepConfig, train: TrainConfig) -> dict[str, int]:
+    """Return settings of five evaluations for a pruner: train.eval_every=auto leaves them out of short runs."""
+    if settings.pruner == "none" or train.eval_every != "auto" or train.evals_per_epoch is not None:
+        return {}
+    if train.max_steps is not None:
+        return {"train.eval_every": max(1, train.max_steps // AUTO_EVALUATIONS)}
+    return {"train.evals_per_epoch": math.ceil(AUTO_EVALUATIONS / train.epochs)}
+
+
+def lr_for(searched: Collection[str], shared: Sequence[str], config_dir: str | None) -> dict[str, float | None]:
+    """Return optim.lr of all trials where null would make it follow a searched setting, such as adapter.r."""
+    decides = {"optim.lr", "recipe", "adapter", "adapter.method", "train.objective"}
+    if decides.intersection(searched) or "model" in map(section_of, searched):
+        return {}
+    config = compose_run(shared, config_dir=config_dir, may_lack_paths=True).config
+    if config.optim.lr is not None:
+        return {}
+    return {"optim.lr": with_learning_rate(config, planned_model(config, any_length=True))[0].optim.lr}
 
 
 def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:

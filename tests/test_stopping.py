@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from distlora.checkpoint.state import Progress
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import TRAINER_NAME, newest, step_of, steps
+from distlora.system.stop_signals import Stopped
 from distlora.training import worker
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.trial import LossWatchdogError, NonFiniteError, Trial
@@ -125,19 +128,27 @@ def test_a_loss_that_stays_high_ends_the_run_and_keeps_the_checkpoint_before(fol
     assert not (tmp_path / "run" / "checkpoints").exists(), "a state of high loss was saved"
 
 
-def test_the_watchdog_counts_steps_in_a_row(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_watchdog_counts_steps_in_a_row(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
     log = Trial.log
 
     def spiky(self: Trial, sums: Sequence[Sequence[float]], norms: Sequence[float]) -> None:
         (step,), is_high = self._interval.steps, self.done in (3, 5, 6)
         log(self, [[9.0 * step.units]] if is_high else sums, norms)
+        if stops and self.done == 5:
+            raise Stopped(signal.SIGTERM)
 
     monkeypatch.setattr(Trial, "log", spiky)
     watched = {"max_steps": 6, "save_every": 1, "keep": 9, "loss_watchdog_threshold": 8.0, "loss_watchdog_patience": 2}
     make_run(tmp_path / "run", folders, train=watched)
-    with pytest.raises(LossWatchdogError, match=r"^step 6: "):
+    ends = contextlib.nullcontext() if stops else pytest.raises(LossWatchdogError, match=r"^step 6: ")
+    with ends:
         worker.run(tmp_path / "run", SINGLE)
     assert [step_of(folder) for folder in steps(tmp_path / "run" / "checkpoints")] == [1, 2, 4]
+    if stops:
+        assert json.loads((tmp_path / "run" / "stopped.json").read_text())["checkpoint"] == "checkpoints/step_00000004"
 
 
 def test_early_stopping_counts_evaluations_without_a_fall() -> None:

@@ -88,7 +88,11 @@ class Trainer:
         for trial in evaluating:
             trial.keep_best()
         self._judge(evaluating)
-        saving = [trial for trial in trials if (due[trial].saving or trial.has_ended) and trial.failure is None]
+        saving = [
+            trial
+            for trial in trials
+            if trial.failure is None and (trial.has_ended or (due[trial].saving and trial.may_save()))
+        ]
         for trial in saving:
             self._do(trial, trial.save)
         if len(saving) == len(self.trials):

@@ -19,7 +19,7 @@ from distlora.checkpoint.state import Progress
 from distlora.config import Config, UserError
 from distlora.config.json_files import read_object
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
-from distlora.run_folder.layout import CHECKPOINTS, step_folder
+from distlora.run_folder.layout import CHECKPOINTS, step_of, steps
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.progress import Display
@@ -161,8 +161,9 @@ class Reporter:
         """Write RUN/stopped.json with the checkpoint (relative to RUN, complete on disk) that continues the run."""
         if not self._writes:
             return
-        step = self._progress.step
-        checkpoint = str(step_folder(Path(CHECKPOINTS), step)) if step > 0 else None
+        saved = steps(self._run_dir / CHECKPOINTS)  # The loss watchdog may have left the last step out.
+        step = step_of(saved[-1]) if saved else 0
+        checkpoint = f"{CHECKPOINTS}/{saved[-1].name}" if saved else None
         record = {"step": step, "checkpoint": checkpoint, "signal": name_of(signum), "time": round(time.time(), 3)}
         try:
             atomic_io.write_json(self._run_dir / STOPPED_NAME, record)

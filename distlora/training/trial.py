@@ -39,6 +39,9 @@ class NonFiniteError(FloatingPointError):
     """Report a loss or gradient that was NaN or infinite. Earlier steps are saved; the same step would fail again."""
 
 
+HIGH_LOSS = "its loss is above train.loss_watchdog_threshold"
+
+
 class LossWatchdogError(NonFiniteError):
     """Report a loss that stayed above train.loss_watchdog_threshold; a resume would meet the same one."""
 
@@ -239,14 +242,18 @@ class Trial:
             )
 
     def save(self) -> None:
-        """Save what is logged; wait for the disk in the last save. A high loss (the watchdog's) is not saved."""
-        if self._high_losses and not self.has_ended:
-            return
+        """Save what is logged; wait for the disk in the last save."""
         (self.hooks.save_last if self.has_ended else self.hooks.save)(self.progress)
+
+    def may_save(self) -> bool:
+        """Return whether the last loss is below the watchdog's threshold; log that a save is left out."""
+        if self._high_losses:
+            self.reporter.event(f"step {self.progress.step} is not saved: {HIGH_LOSS}")
+        return not self._high_losses
 
     def save_whole_steps(self) -> None:
         """Save before a stop, when everything is logged. A resume repeats the step that was begun."""
-        if self.progress.step > 0:
+        if self.progress.step > 0 and self.may_save():
             self.hooks.save_last(self.progress)
 
     def unread(self) -> tuple[Tensor, Tensor] | None:
@@ -291,9 +298,9 @@ class Trial:
             if self.memory is not None:
                 figures |= self.memory.step_figures(interval.first_step + index)
             self.reporter.log(interval.first_step + index + 1, figures, shown=index == count - 1)
+        self._watch_losses(interval.first_step, [mean[0] for mean in means[:updates]])
         if updates < len(means):
             self._stop_non_finite(interval.steps[updates].row_losses, means[updates][0], norms[updates])
-        self._watch_losses(interval.first_step, [mean[0] for mean in means])
         self._report_unused(is_last=self.progress.step == self.total_steps)
 
     def _shared_figures(self, interval: _Interval, traffic: Traffic, seconds: float) -> Iterator[tuple[str, float]]:
@@ -362,8 +369,8 @@ class Trial:
         rows = sorted(places[bad & (places >= 0)].tolist())
         culprits = f"the loss of row{'s' if len(rows) > 1 else ''} {_listed(rows)}" if rows else "the gradient"
         among = "" if rows else f" of rows {_listed(sorted(places[places >= 0].tolist()))}"
-        saved = "nothing was trained before it"
-        if step > 0:
+        saved = f"step {step} is not saved: {HIGH_LOSS}" if self._high_losses else "nothing was trained before it"
+        if step > 0 and not self._high_losses:
             try:
                 self.hooks.save_last(self.progress)
                 saved = f"the state after step {step} is saved"

@@ -58,6 +58,7 @@ def whole_state() -> dict[str, Any]:
         ("adapter", {"rank_pattern": {"q_proj": 4}}, "now has adapter.rank_pattern={'q_proj': 4}"),
         ("adapter", {"modules_to_save": ["lm_head"]}, "adapter.modules_to_save=['lm_head']"),
         ("adapter", {"lora_alpha": 8.0}, "adapter.lora_alpha=16.0"),
+        ("model", {"path": "m", "special_tokens": {"eos_token": "x"}}, "model.special_tokens={}"),
         ("quant", {"method": "none"}, "quant.method=nf4"),
         ("optim", {"name": "adamw_8bit"}, "optim.name=adamw,"),
         ("train", {"global_batch": 4}, "train.global_batch=8"),

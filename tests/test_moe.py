@@ -25,11 +25,13 @@ from distlora.loading.peft_format import adapter_tensors, load_peft_adapter
 from distlora.model.adapters import adapter_parameters
 from distlora.model.experts import ExpertPair, ExpertWeight
 from distlora.model.frozen_linear import FrozenTensor
+from distlora.planner.model import find_model
 from distlora.training.metrics import describe_experts
 from distlora.training.setup import start_run_model
 from distlora_kernels import nf4
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
+from distlora_launcher.compose.planning import check_planned
 from family_models import (
     SINGLE,
     config_for,
@@ -112,6 +114,10 @@ def test_a_router_loss_without_routers_and_full_fine_tuning_are_refused(folder_o
             check(config_for(folder_of("mixtral"), adapter={"method": "full"}, quant={"method": "none"}))
     with pytest.raises(UserError, match=r"is not a valid weight; set it to 0\.001"):
         config_for(folder_of("mixtral"), train={"router_aux_loss": -1.0})
+    experts = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    config = config_for(folder_of("mixtral"), adapter=experts, optim={"name": "muon"})
+    with pytest.raises(UserError, match=r"^optim=muon updates the adapters of linears, and only experts"):
+        check_planned(config, find_model(config))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -106,7 +106,7 @@ def test_the_command_in_a_recipe_composes_suits_its_model_and_plans(name: str) -
         words = [word if word != "model.path=FOLDER" else "model=llama3_8b" for word in words]
     config = compose_config([*words, gpu])
     model = find_model(config)
-    check_planned(config.spec, config.train, config.parallel, model)
+    check_planned(config, model)
     plan = plan_of(config, model, machine_of(config.gpu, config.cluster))
     assert plan.fits
     assert report.page(plan)

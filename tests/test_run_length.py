@@ -44,13 +44,16 @@ def test_five_evaluations_by_default_unless_they_cost_too_much() -> None:
     asks = TrainConfig(early_stopping_patience=2)
     assert due(asks.evaluations(rows=800, held_out=900), 100) == [20, 40, 60, 80, 100]
     assert due(TrainConfig(load_best_at_end=True).evaluations(rows=24, held_out=1), 3) == [1, 2, 3]
+    kept = [train.keeps_best("full") for train in (TrainConfig(), TrainConfig(eval_every=5), asks)]
+    assert kept == [False, True, True], "auto alone writes no whole model"
+    assert TrainConfig().keeps_best("lora")
     assert TrainConfig(eval_every=None).evaluations(rows=800, held_out=1) is None
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"eval_every": 5, "evals_per_epoch": 2}, "evals_per_epoch=2 and train.eval_every=5 both set"),
+        ({"eval_every": 5, "evals_per_epoch": 2}, "train.eval_every=5 both set .*recipe sets it.*eval_every=null"),
         ({"save_every": 5, "saves_per_epoch": 2}, "saves_per_epoch=2 and train.save_every=5 both set"),
         ({"eval_every": "atuo"}, "train.eval_every='atuo' is not one of auto, .*did you mean 'auto'"),
         ({"eval_every": None, "load_best_at_end": True}, "needs evaluations during training"),

@@ -89,6 +89,7 @@ def fixed_settings(spec: ModelSpec, optim: OptimConfig, train: TrainConfig) -> d
     adapter = {f"adapter.{name}": value for name, value in as_plain(dataclasses.asdict(spec.adapter)).items()}
     return {name: value for name, value in adapter.items() if name not in _FREE} | {
         "model.new_tokens": list(spec.model.new_tokens),
+        "model.special_tokens": dict(spec.model.special_tokens),
         "quant.method": spec.quant.method,
         "optim.name": optim.name,
         "train.objective": train.objective,

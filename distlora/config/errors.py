@@ -115,6 +115,16 @@ def require_positive(section: str, config: Any, *names: str) -> None:
         )
 
 
+def refuse_both(section: str, config: Any, first: str, second: str, what: str) -> None:
+    """Raise UserError if both of two fields that set `what` have a value; a recipe may have set one of them."""
+    one, other = getattr(config, first), getattr(config, second)
+    require(
+        one is None or other in (None, "auto"),
+        f"{section}.{first}={one} and {section}.{second}={other} both set {what}; leave one of them out, or where a "
+        f"recipe sets it, set it to null ({section}.{second}=null)",
+    )
+
+
 def require_share(section: str, config: Any, *names: str) -> None:
     """Raise UserError unless each of the fields is None or a number from 0 to 1."""
     for name in names:

@@ -57,15 +57,18 @@ class Setting:
         return match[0] if match else self.doc
 
 
-def settings_of(section: type, prefix: str = "") -> list[Setting]:
-    """Return the settings of a config dataclass in its order, without its nested sections."""
+def settings_of(section: type, prefix: str = "", defaults: object = None) -> list[Setting]:
+    """Return the settings of a config dataclass in its order, without its nested sections.
+
+    `defaults`: an instance whose values are the defaults, if they differ from those of the class.
+    """
     hints, docs = typing.get_type_hints(section), field_docs(section)
     return [
         Setting(
             name=prefix + item.name,
             values=_values(hints[item.name]),
             choices=_choices(hints[item.name]),
-            default=_default(item),
+            default=_default(item) if defaults is None else _typed(getattr(defaults, item.name)),
             doc=docs.get(item.name, ""),
         )
         for item in dataclasses.fields(section)
@@ -76,10 +79,13 @@ def settings_of(section: type, prefix: str = "") -> list[Setting]:
 def sections() -> Iterator[tuple[str, str, list[Setting]]]:
     """Yield (name, summary, settings) of each section of a run; first those without a section, under an empty name."""
     yield "", "The run", settings_of(Config)
+    factories = {item.name: item.default_factory for item in dataclasses.fields(Config)}
     for name, section in {**typing.get_type_hints(Config), "sweep": SweepConfig}.items():
         if dataclasses.is_dataclass(section):
             summary = " ".join(str(inspect.getdoc(section)).partition("\n\n")[0].split())
-            yield name, summary, settings_of(section, f"{name}.")  # type: ignore[arg-type]
+            factory = factories.get(name, MISSING)
+            defaults = None if factory is MISSING else factory()
+            yield name, summary, settings_of(section, f"{name}.", defaults)  # type: ignore[arg-type]
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -109,8 +115,11 @@ def _values(hint: Any) -> str:
 
 def _default(item: dataclasses.Field[Any]) -> str:
     default = item.default if item.default_factory is MISSING else item.default_factory()
-    if default is MISSING:
-        return ""
+    return "" if default is MISSING else _typed(default)
+
+
+def _typed(default: Any) -> str:
+    """Return a default as typed on the command line."""
     if default is None or isinstance(default, bool):
         return "null" if default is None else str(default).lower()
     if isinstance(default, (tuple, list)):

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from distlora.config.errors import require, require_choice, require_choices, require_positive, require_share, short
+from distlora.config.errors import (
+    refuse_both,
+    require,
+    require_choice,
+    require_choices,
+    require_positive,
+    require_share,
+    short,
+)
 
 DEFAULT_LR = 2e-4
 """Learning rate of adapters on a model without a published sweep."""
@@ -19,8 +27,8 @@ AUTO_EVALUATIONS = 5
 AUTO_SPACING = 5
 """Fewest steps between them."""
 AUTO_SHARE = 5
-"""The held-out sequences that are run between the first and the last evaluation are at most one for so many training
-sequences. A forward takes a third of the time of a training step, so they take at most 7 % of the training time."""
+"""Training sequences per held-out sequence that the evaluations between the first and the last run, at least. A forward
+costs a third of a step, so they take at most 7 % of the time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +46,9 @@ class OptimConfig:
     loraplus_lr_ratio: float = 1.0
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, advises about 16 with a lower lr); 1: plain LoRA."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the two optimizer states."""
+    """Decay rates of AdamW's two optimizer states; with `muon` only of what AdamW updates."""
     eps: float = 1e-8
-    """Constant added to the root of the second moment."""
+    """Constant that AdamW adds to the root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled decay of the trained parameters."""
     max_grad_norm: float = 1.0
@@ -82,11 +90,7 @@ class OptimConfig:
             self.warmup_steps is None or self.warmup_steps >= 0,
             f"optim.warmup_steps={self.warmup_steps} is not a number of steps; set it to 0 or more",
         )
-        require(
-            self.warmup_steps is None or self.warmup_ratio is None,
-            f"optim.warmup_steps={self.warmup_steps} and optim.warmup_ratio={self.warmup_ratio} both set the length of "
-            "the warm-up; leave one of them out, or set it to null",
-        )
+        refuse_both("optim", self, "warmup_steps", "warmup_ratio", "the length of the warm-up")
         require(
             self.schedule != "warmup_stable_decay" or (self.warmup_ratio or 0) + self.decay_ratio <= 1,
             f"optim.warmup_ratio={self.warmup_ratio} and optim.decay_ratio={self.decay_ratio} together are more than "
@@ -195,7 +199,8 @@ class TrainConfig:
     early_stopping_threshold: float = 0.0
     """Decrease of the held-out loss that counts as better, in nats per token."""
     load_best_at_end: bool = False
-    """Publish the adapter with the lowest held-out loss as RUN/adapter instead of the last. RUN/best has it anyway."""
+    """Publish the adapter with the lowest held-out loss as RUN/adapter instead of the last. RUN/best has it anyway,
+    except with adapter=full where eval_every is auto."""
     save_every: int | None = None
     """Steps between checkpoints; null: only by time (save_minutes), and at the end."""
     saves_per_epoch: int | None = None
@@ -226,19 +231,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_intervals()
-        numbers = ("epochs", "max_steps", "global_batch", "micro_batch", "log_every", "save_every", "evals_per_epoch")
-        require_positive("train", self, *numbers, "saves_per_epoch", "save_minutes", "keep", "early_stopping_patience")
-        require_positive(
-            "train", self, "sample_every", "sample_tokens", "loss_watchdog_threshold", "loss_watchdog_patience"
+        numbers = (
+            "epochs max_steps global_batch micro_batch log_every save_every evals_per_epoch saves_per_epoch "
+            "save_minutes keep early_stopping_patience sample_every sample_tokens loss_watchdog_threshold "
+            "loss_watchdog_patience neftune_alpha dpo_beta mlp_tile"
         )
-        require_positive("train", self, "neftune_alpha")
+        require_positive("train", self, *numbers.split())
         require(
             self.neftune_alpha is None or self.objective == "sft",
             f"train.neftune_alpha={self.neftune_alpha} would put noise into the reference of train.objective="
             f"{self.objective} too; leave it out",
         )
         require_choices("train", self)
-        require_positive("train", self, "dpo_beta")
         require(
             self.objective == "dpo" or self.dpo_beta == 0.1,
             f"train.dpo_beta={self.dpo_beta} has no effect with train.objective={self.objective}; leave it out, or set "
@@ -249,7 +253,6 @@ class TrainConfig:
             f"train.keep_dequantized=true has no effect with train.checkpointing={self.checkpointing}, where no layer "
             "is recomputed; leave it out, or set train.checkpointing=block",
         )
-        require_positive("train", self, "mlp_tile")
         require(
             self.mlp_tile is None or self.checkpointing != "none",
             f"train.mlp_tile={self.mlp_tile} recomputes each tile of an MLP, and train.checkpointing=none nothing; set "
@@ -296,16 +299,8 @@ class TrainConfig:
             require_choice("train.eval_every", self.eval_every, ("auto", "null", "a number of steps"))
         else:
             require_positive("train", self, "eval_every")
-        require(
-            self.evals_per_epoch is None or self.eval_every in ("auto", None),
-            f"train.evals_per_epoch={self.evals_per_epoch} and train.eval_every={self.eval_every} both set the steps "
-            "between evaluations; leave one of them out",
-        )
-        require(
-            self.saves_per_epoch is None or self.save_every is None,
-            f"train.saves_per_epoch={self.saves_per_epoch} and train.save_every={self.save_every} both set the steps "
-            "between checkpoints; leave one of them out",
-        )
+        refuse_both("train", self, "evals_per_epoch", "eval_every", "the steps between evaluations")
+        refuse_both("train", self, "saves_per_epoch", "save_every", "the steps between checkpoints")
         require(
             self.loss_watchdog_threshold is not None or self.loss_watchdog_patience == 3,
             f"train.loss_watchdog_patience={self.loss_watchdog_patience} has no effect without "
@@ -316,6 +311,16 @@ class TrainConfig:
     def evaluates(self) -> bool:
         """Return whether the settings ask for evaluations during training."""
         return self.eval_every is not None or self.evals_per_epoch is not None
+
+    def keeps_best(self, method: str) -> bool:
+        """Return whether RUN/best is kept of an adapter.method: eval_every=auto alone writes no whole models."""
+        is_default = self.eval_every == "auto" and self.evals_per_epoch is None and not self.compares_evaluations
+        return self.evaluates and not (method == "full" and is_default)
+
+    @property
+    def compares_evaluations(self) -> bool:
+        """Return whether early stopping or load_best_at_end depends on the evaluations."""
+        return self.early_stopping_patience is not None or self.load_best_at_end
 
     def steps_per_epoch(self, rows: int) -> int:
         """Return the optimizer steps that visit each of `rows` packed sequences once; the last one may have fewer."""
@@ -333,7 +338,7 @@ class TrainConfig:
         if self.eval_every != "auto":
             return None if self.eval_every is None else Cadence(1, self.eval_every)
         total = self.total_steps(rows)
-        if self.early_stopping_patience is not None or self.load_best_at_end:
+        if self.compares_evaluations:
             return Cadence(min(AUTO_EVALUATIONS, total), total)
         affordable = 1 + total * self.global_batch // (AUTO_SHARE * held_out)
         times = min(AUTO_EVALUATIONS, total // AUTO_SPACING, affordable)

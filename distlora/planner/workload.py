@@ -44,7 +44,6 @@ class Workload:
         if steps is None and config.plan.tokens is not None:
             steps = math.ceil(config.plan.tokens / (train.global_batch * data.sequence_length))
         holds_out = data.eval_fraction > 0 or data.held_out_source is not None
-        keeps_best = holds_out and train.evaluates
         return cls(
             adapter=config.adapter,
             adapters=(config.adapter,),
@@ -57,8 +56,8 @@ class Workload:
             train=train,
             optim=config.optim,
             steps=steps,
-            checkpoints_kept=train.keep + (1 if keeps_best else 0) + 1,
-            results_kept=2 if keeps_best else 1,
+            checkpoints_kept=train.keep + (1 if holds_out and train.evaluates else 0) + 1,
+            results_kept=2 if holds_out and train.keeps_best(config.adapter.method) else 1,
         )
 
     @property

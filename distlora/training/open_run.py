@@ -176,6 +176,8 @@ def trial_of(
     )
 
     def keep_best(progress: Progress) -> None:
+        if not settings.keeps_best(config.adapter.method):
+            return
         template = run.data["chat_template"]
         publish_best(run.folder, model, config.spec, progress, template, backend, reporter.event, adapter)
 

@@ -309,7 +309,7 @@ def plans(
             try:
                 check_parallel(config.parallel, config.cluster.ranks)
                 planned = planned_model(config)
-                check_planned(config.spec, config.train, config.parallel, planned)
+                check_planned(config, planned)
                 nodes = machine_of(config.gpu, config.cluster)
                 search = Search(config=config, model=planned, machine=nodes, fixed=composed.fixed)
                 found[model, machine] = choose(search).plan

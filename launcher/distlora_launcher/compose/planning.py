@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distlora.config import Config, ModelSpec, ParallelConfig, TrainConfig, UserError, require
+from distlora.config import Config, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.plan import CHOSEN, GPUS, find_gpu
 from distlora.planner import Plan, plan_of
@@ -63,7 +63,7 @@ def choices(config: Config, fixed: Collection[str]) -> Choice:
 
 
 def _choose(config: Config, fixed: Collection[str], model: PlannedModel, machine: Machine) -> Choice:
-    check_planned(config.spec, config.train, config.parallel, model)
+    check_planned(config, model)
     search = Search(config=config, model=model, machine=machine, fixed=frozenset(fixed))
     if config.plan.mode == "auto":
         launcher = config.cluster.launcher
@@ -84,13 +84,21 @@ def _choose(config: Config, fixed: Collection[str], model: PlannedModel, machine
     return Choice(plan=search.plan(), search=dataclasses.replace(search, fixed=frozenset(CHOSEN)))
 
 
-def check_planned(spec: ModelSpec, train: TrainConfig, parallel: ParallelConfig, model: PlannedModel) -> None:
+def check_planned(config: Config, model: PlannedModel) -> None:
     """Raise UserError for settings that `check_model` refuses, of a model whose config.json alone is present."""
-    check_model_sizes(parallel, train, model.settings, model.shapes.family)
+    spec = config.spec
+    check_model_sizes(config.parallel, config.train, model.settings, model.shapes.family)
     if model.settings.get("quantization_config") is not None:
         refuse_dense_settings(spec)
+    if spec.adapter.method == "full":
+        return
+    adapters = [each for block in model.shapes.adapters(spec.adapter) for each in block]
+    require(
+        config.optim.name != "muon" or any(".experts." not in each.path for each in adapters),
+        "optim=muon updates the adapters of linears, and only experts have adapters, which AdamW updates; set "
+        "optim=adamw",
+    )
     if spec.adapter.decomposes:
-        adapters = (each for block in model.shapes.adapters(spec.adapter) for each in block)
         check_ranks(spec.adapter, {each.path: (each.up[0], each.down[1]) for each in adapters})
 
 

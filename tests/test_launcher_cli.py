@@ -91,6 +91,8 @@ def test_help_of_train_has_the_meaning_of_every_setting(capsys: pytest.CaptureFi
     assert "[adamw, adamw_8bit" in text  # Choices.
     assert main(["help", "train"]) == 0
     assert capsys.readouterr().out == text
+    assert main(["train", "--cfg", "job", "--help"]) == 0
+    assert capsys.readouterr().out == text
     assert main(["train", "--help", "optim.lr"]) == 0
     assert capsys.readouterr().out.startswith("optim.lr=")
     assert main(["train", "--help", "optim"]) == 0
@@ -114,6 +116,7 @@ def test_help_of_train_has_the_meaning_of_every_setting(capsys: pytest.CaptureFi
         ("train lora.yml", "there is no file lora.yml; `distlora init lora.yml` writes one to start from"),
         ("train a.yaml b.yaml", "two settings files"),
         ("train --config mine.yaml", "a settings file needs none: distlora train mine.yaml"),
+        ("train --config_file=mine.yaml", "a settings file needs none: distlora train mine.yaml"),
         ("train -c mine.yaml", "`distlora train mine.yaml` reads a settings file"),
         ("train --config-name mine.yaml", "write distlora train FILE.yaml"),
         ("train --learning_rate 1e-4", "did you mean 'optim.lr'?); settings have no dashes"),

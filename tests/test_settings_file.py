@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, QuantConfig, UserError
+from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, QuantConfig, TrackerConfig, UserError
 from distlora.config.file import as_mapping
 from distlora_launcher.cli.init import FIRST, PLACES, starter_text
 from distlora_launcher.cli.main import main
@@ -82,6 +82,28 @@ def test_the_command_line_wins_over_the_file():
     # A recipe on the command line, over what the file has for the same settings; the rest of the file stays.
     config = composed("model: {path: a/b}\ndata: {path: c.jsonl}\nadapter: {r: 8, lora_dropout: 0.1}\n", "recipe=qlora")
     assert (config.adapter.r, config.adapter.lora_dropout) == (16, 0.1)
+    # A revision belongs to its model.
+    text = "model: {path: a/b, revision: abc, special_tokens.eos_token: x}\ndata: {path: c.jsonl, columns.prompt: q}\n"
+    model = composed(text, "model.path=org/name").model
+    assert (model.path, model.revision, model.special_tokens) == ("org/name", None, {"eos_token": "x"})
+    assert composed(text, "data.split=test").data.columns == {"prompt": "q"}
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    ("ours", "word"),
+    [
+        ("optim: {warmup_ratio: 0.1}", "optim.warmup_steps=10"),
+        ("optim: {warmup_steps: 5}", "recipe=dpo"),
+        ("train: {saves_per_epoch: 1}", "train.save_every=100"),
+        ("train: {evals_per_epoch: 1}", "train.eval_every=100"),
+        ("data.sources: [{path: a.jsonl}]", "data.path=b.jsonl"),
+    ],
+)
+def test_a_typed_setting_replaces_what_excludes_it_in_the_file(ours: str, word: str):
+    name, _, value = word.partition("=")
+    config = composed(f"model: {{path: a/b}}\ndata: {{eval_fraction: 0.1}}\n{ours}\n", word, "data.path=b.jsonl")
+    assert name == "recipe" or str(config.value_of(name)).endswith(value)
 
 
 def test_a_typed_option_wins_over_the_recipe(capsys: pytest.CaptureFixture[str]):
@@ -99,10 +121,12 @@ def test_a_typed_option_wins_over_the_recipe(capsys: pytest.CaptureFixture[str])
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_settings_of_a_run_are_a_file_to_run(method: str):
+    tracker = TrackerConfig(tensorboard=method == "lora", mlflow=method == "full")
     adapter, quant = AdapterConfig(method=method), QuantConfig(method="nf4" if method == "lora" else "none")
     paths = {"model": ModelConfig(path="/model"), "data": DataConfig(path="/data.jsonl"), "run_dir": "/run"}
-    config = Config(adapter=adapter, quant=quant, **paths)
+    config = Config(adapter=adapter, quant=quant, tracker=tracker, **paths)
     assert composed(yaml.safe_dump(as_mapping(config))) == config
+    assert composed(yaml.safe_dump(as_mapping(config)), "tracker=none").tracker.names == ()
 
 
 @pytest.mark.usefixtures("place")
@@ -118,6 +142,13 @@ def test_an_axolotl_file_is_imported_for_the_gpus_of_the_command_line(place: Pat
     assert (config.quant.method, config.adapter.lora_alpha, config.optim.lr) == ("nf4", 32.0, 2e-4)
     assert "mine.yaml (Axolotl), for 4 GPUs: " in capsys.readouterr().err
     assert composed(AXOLOTL, "optim.lr=1").optim.lr == 1
+    own = AXOLOTL + "dp_shard_size: 8\n"
+    config = composed(own, "cluster=slurm", "cluster.nodes=2", "run_dir=run", "optim.warmup_steps=9")
+    assert (config.cluster.gpus_per_node, config.train.global_batch, config.optim.warmup_ratio) == (4, 32, None)
+    with pytest.raises(
+        UserError, match=r"cluster.nodes=3: mine.yaml is for 8 GPUs in all; add cluster.gpus_per_node=N"
+    ):
+        composed(own, "cluster=slurm", "cluster.nodes=3")
 
 
 @pytest.mark.usefixtures("place")
@@ -165,7 +196,13 @@ def test_every_command_with_settings_reads_a_file(place: Path, capsys: pytest.Ca
     assert (first.config.adapter.r, first.config.optim.lr) == (5, 1e-4)
     assert "adapter.r=5" in sweep.overrides  # A trial does not need the file any more.
     assert main(["train", "mine.yaml", "sweep.trials=3"]) == 2
-    assert "`distlora sweep`" in capsys.readouterr().err
+    assert "error: sweep.trials=3 is a setting of `distlora sweep`" in capsys.readouterr().err
+    assert main(["train", "mine.yaml", "adapter.r=["]) == 2
+    assert "mine.yaml" not in capsys.readouterr().err  # The file is not at fault.
+    (place / "space.yaml").write_text((place / "mine.yaml").read_text() + "sweep: {space: {optim.lr: [1e-4, 2e-4]}}\n")
+    assert parse_sweep(["space.yaml"])[0].space == sweep.space
+    assert main(["train", "space.yaml"]) == 2
+    assert " in the settings file is a setting of `distlora sweep`" in capsys.readouterr().err
     assert main(["data", "preview", "mine.yaml", "model.path=missing"]) == 2
     assert "missing" in capsys.readouterr().err
 

@@ -230,6 +230,7 @@ PATHS = ("model.path=base", "data.path=data.jsonl")
         (["tracker=none"], ()),
         (["tracker=mlflow", "tracker.project=x", "tracker.artifact=true"], ("mlflow",)),
         (["tracker=[wandb,tensorboard]", "tracker.entity=x"], ("wandb", "tensorboard")),
+        (["tracker=tensorboard", "tracker.mlflow=true"], ("tensorboard", "mlflow")),
         (["tracker=[swanlab,trackio,mlflow]", "tracker.group=g"], ("mlflow", "trackio", "swanlab")),
     ],
 )
@@ -241,7 +242,6 @@ def test_trackers_are_chosen_by_name_one_or_several(words, names):
     ("words", "message"),
     [
         (["tracker.name=wandb"], "there is no setting tracker.name; write tracker=wandb, or several as tracker="),
-        (["tracker.mlflow=true"], "there is no setting tracker.mlflow; write tracker=wandb, or several as tracker="),
         (["tracker=tensorboard", "tracker.project=x"], "tracker.project has no effect with tracker=tensorboard"),
         (["tracker=[wandb,tensor]"], "did you mean 'tensorboard'?"),
     ],

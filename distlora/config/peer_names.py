@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 
-from distlora.config.training import TRACKERS
-
 _SETTINGS = {
     "name": "run_name wandb_name",
     "run_dir": "output_dir",
@@ -81,8 +79,6 @@ _SHARDING = "; the base is sharded over all GPUs: set cluster.gpus_per_node, and
 
 ACCUMULATION = ("gradient_accumulation_steps", "gradient_accumulation", "grad_accum", "accumulation_steps")
 
-_TRACKERS = "; write tracker=wandb, or several as tracker=[wandb,tensorboard]"
-
 _SENTENCES = {
     "batch_size micro_batch_size per_device_train_batch_size train_batch_size": _BATCH,
     " ".join(ACCUMULATION): "; write train.global_batch: the micro-batch x GPUs x steps of accumulation",
@@ -92,10 +88,21 @@ _SENTENCES = {
     "push_to_hub hub_model_id": _PUSH,
     "deepspeed fsdp fsdp_config": _SHARDING,
     "trust_remote_code": "; code that comes with a model is never run",
-    " ".join(("tracker.name", *(f"tracker.{name}" for name in TRACKERS))): _TRACKERS,
+    "tracker.name": "; write tracker=wandb, or several as tracker=[wandb,tensorboard]",
     "do_train do_eval": "; leave it out: `distlora train` trains, and evaluates on data.eval_fraction",
 }
 """Names that no single setting stands for, and what to say of them."""
+
+OPTIMIZERS = {
+    "adamw": (
+        *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"),
+        *("adamw_hf", "adamw_apex_fused", "adamw"),
+    ),
+    "adamw_8bit": ("adamw_bnb_8bit", "adamw_8bit"),
+    "paged_adamw": ("paged_adamw", "paged_adamw_32bit"),
+    "paged_adamw_8bit": ("paged_adamw_8bit",),
+}
+"""distlora's optimizers, and the names in Axolotl (mostly transformers') that mean the same update."""
 
 _OURS = {name: ours for ours, names in _SETTINGS.items() for name in names.split()}
 _SAID = {name: text for names, text in _SENTENCES.items() for name in names.split()}

@@ -29,7 +29,7 @@ from distlora.planner.suggest import Fitting, LargerRun, MultiTrialPlan, Nearest
 from distlora.system.exit_codes import DONE
 from distlora.training.multi_trial.protocol import check_pack
 from distlora_launcher.compose.checks import check_parallel, check_writable
-from distlora_launcher.compose.compose import compose_run, expand_home, names_model
+from distlora_launcher.compose.compose import UNSET, compose_run, expand_home
 from distlora_launcher.compose.options import known_models
 from distlora_launcher.compose.planning import check_planned, choices, planned_model
 from distlora_launcher.importing.settings_file import with_file
@@ -259,7 +259,7 @@ def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
 
 def require_model(model: ModelConfig) -> None:
     """Refuse settings that name no model, and list the known names."""
-    if not names_model(model):
+    if model.path == UNSET:
         raise UserError(
             f"no model is named; write for example {PROGRAM} model=llama3_8b gpu=rtx4090",
             f"names for model= are {', '.join(known_models())}; or set model.path to a folder, or to ORG/NAME of the "

@@ -62,8 +62,10 @@ DRY_RUN = "--dry-run"
 
 def main(arguments: list[str]) -> int:
     """Compose, check, and run what the overrides describe. Returns the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        topics = [word for word in arguments if not word.startswith("-") and "=" not in word]
+    if {"-h", "--help"} & set(arguments):  # A word after another option is that option's value.
+        pairs = zip(["", *arguments], arguments, strict=False)
+        words = [word for before, word in pairs if not re.match(r"-(?!h$|-help$)", before)]
+        topics = [word for word in words if not word.startswith("-") and "=" not in word]
         print(help_text([word for word in topics if not word.endswith(SUFFIXES)]), end="")
         return DONE
     arguments = [expand_home(word) for word in arguments]
@@ -71,11 +73,12 @@ def main(arguments: list[str]) -> int:
     arguments = add_run_dir([word for word in arguments if word != DRY_RUN])
     flags = read_flags(arguments)
     options = [word for word in arguments if word not in (*flags.overrides, "--")]
-    flags.overrides = list(map(with_new_keys, with_file(flags.overrides, PROGRAM, config_dir=flags.config_dir)))
-    word = next((word for word in flags.overrides if re.match(r"[+~]*sweep[.=@]", word)), None)
-    require(
-        word is None, f"{word} is a setting of `distlora sweep`; write `distlora sweep` instead of `distlora train`"
-    )
+    typed, is_sweep = flags.overrides, re.compile(r"[+~]*sweep[.=@]").match
+    flags.overrides = list(map(with_new_keys, with_file(typed, PROGRAM, config_dir=flags.config_dir)))
+    word = next(filter(is_sweep, flags.overrides), None)
+    where = "" if any(map(is_sweep, typed)) else " in the settings file"
+    cure = "write `distlora sweep` instead of `distlora train`"
+    require(word is None, f"{word}{where} is a setting of `distlora sweep`; {cure}")
     if dry_run or is_run(flags):
         runs = composed(flags)
         first = runs[0].config
@@ -152,7 +155,8 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
     parser.prog = PROGRAM
     parser.exit_on_error = False  # A page of usage would hide the reason.
     parser.allow_abbrev = False
-    file = next((word for word in arguments if word.endswith(SUFFIXES)), None)
+    names = [word.rpartition("=")[2] for word in arguments if word.endswith(SUFFIXES)]
+    file = next((name for name in names if not name.startswith("-")), None)
     try:
         flags, unknown = parser.parse_known_intermixed_args(arguments)
     except argparse.ArgumentError as error:

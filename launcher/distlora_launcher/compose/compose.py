@@ -21,10 +21,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distlora.config import TARGET_PRESETS, Config, GpuConfig, ModelConfig, UserError, require
+from distlora.config import TARGET_PRESETS, Config, GpuConfig, UserError, require
 from distlora.config.base import cache_root, means_hub
 from distlora.config.file import build
 from distlora.config.plan import GPUS
+from distlora.config.training import TRACKERS
 from distlora.run_folder.sweep import words_of
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 from distlora_launcher.compose.explain import EXAMPLE, EXPLAINED, REQUIRED, explain, refuse_unusable
@@ -67,6 +68,8 @@ MAPPINGS = (
     "sweep.space",
 )
 """Settings whose keys the user chooses."""
+OF_ONE_OPTION = tuple(f"tracker.{name}" for name in TRACKERS)
+"""Settings that only one option of their group has."""
 
 
 # The group `gpu` is the table of GPUs, so that `gpu=h100` picks one by its name.
@@ -77,9 +80,11 @@ OmegaConf.register_new_resolver("cache_root", lambda: str(cache_root()), replace
 
 
 def with_new_keys(word: str) -> str:
-    """Return an override with Hydra's mark for new keys if its setting takes the user's own keys."""
+    """Return an override with Hydra's mark for new keys if the chosen options may lack its key."""
     key = word.partition("=")[0]
-    return f"++{word}" if any(key == name or key.startswith(name + ".") for name in MAPPINGS) else word
+    return (
+        f"++{word}" if any(key == name or key.startswith(name + ".") for name in (*MAPPINGS, *OF_ONE_OPTION)) else word
+    )
 
 
 def expand_home(word: str) -> str:
@@ -162,8 +167,7 @@ def merge_file(settings: Mapping[str, Any], overrides: Sequence[str], *, config_
     refuse_unusable(overrides)
     with _initialized(config_dir):
         try:
-            words = [with_new_keys(word) for word in words_of(settings)]
-            return [*without_replaced(words, overrides), *overrides]
+            return [*without_replaced(words_of(settings), overrides), *overrides]
         except EXPLAINED as error:
             raise explain(error, overrides) from error
 
@@ -195,11 +199,6 @@ def compose_section(section: str, overrides: Sequence[str], *, config_dir: str |
         except EXPLAINED as error:
             raise explain(error, overrides) from error
     return _string_keys(values)
-
-
-def names_model(model: ModelConfig) -> bool:
-    """Return whether settings that may lack paths name a model."""
-    return model.path != UNSET
 
 
 def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: bool = False) -> Config:

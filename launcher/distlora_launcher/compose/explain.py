@@ -22,7 +22,7 @@ from distlora.config import Config, UserError, nearest
 from distlora.config.base import is_hub_name
 from distlora.config.cluster import OWN_OPTION
 from distlora.config.file import parse_yaml
-from distlora.config.peer_names import ACCUMULATION, nearest_peer, peer_hint
+from distlora.config.peer_names import ACCUMULATION, OPTIMIZERS, nearest_peer, peer_hint
 from distlora_launcher.compose.options import leaves, options_of, parsed
 
 REQUIRED = {
@@ -142,11 +142,7 @@ OPTION_HINTS = {
         "ddp dp": "write parallel.shard_degree=1 for a whole base on every GPU",
         "tp pp": "write parallel=fsdp2, which shards the base over all GPUs",
     },
-    "optim": {
-        "adamw_torch adamw_torch_fused adamw_hf adam": "write optim=adamw",
-        "adamw_bnb_8bit adamw8bit": "write optim=adamw_8bit",
-        "paged_adamw_32bit": "write optim=paged_adamw",
-    },
+    "optim": {" ".join(names): f"write optim={ours}" for ours, names in OPTIMIZERS.items()},
     "tracker": {"null false off disabled": "write tracker=none"},
     "recipe": {"lora": "write recipe=qlora, with quant=none for an unquantized base", "sft": "write recipe=qlora"},
 }

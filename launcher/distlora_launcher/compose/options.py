@@ -24,6 +24,13 @@ CONF_MODULE = "distlora_launcher.conf"
 _RECIPE = "recipe"
 _SECTIONS = {name.partition(".")[0] for name in CHOSEN}
 """Groups whose options can fix a setting; the files of other groups are not read."""
+_RIVALS = (
+    ("optim.warmup_steps", "optim.warmup_ratio"),
+    ("train.save_every", "train.saves_per_epoch"),
+    ("train.eval_every", "train.evals_per_epoch"),
+    ("data.path", "data.sources"),
+)
+"""Settings that exclude each other."""
 
 
 def options_of(group: str) -> list[str]:
@@ -90,17 +97,22 @@ def over_recipes(overrides: Sequence[str]) -> dict[str, Any]:
 def without_replaced(words: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a file without those that the command line's `overrides` replace.
 
-    Those have the same name, are set by a typed option or recipe, or have no effect with a typed option.
+    Those have the same name, exclude a typed setting, belong to another model than the typed one, are set by a typed
+    option or recipe, or have no effect with a typed option.
     """
     replaced = {override.key_or_group for override in parsed(overrides)}
     known: dict[str, set[str]] = {}  # Settings that the typed options of a group have.
     for group, option in _chosen(overrides):
         replaced.update(_set_by_recipe(option) if group == _RECIPE else _distinct(group, option))
         known[group] = {*known.get(group, ()), *_values(group, option)} if group != _RECIPE else set()
+    unset = {override.key_or_group for override in parsed(overrides) if override.value() is None}
+    replaced.update(name for rivals in _RIVALS if (replaced - unset).intersection(rivals) for name in rivals)
+    if "model.path" in replaced:
+        replaced |= {"model.revision", "model.name"}
     kept = []
     for word, override in zip(words, parsed(words), strict=True):
-        group, _, name = override.key_or_group.partition(".")
-        if override.key_or_group not in replaced and (not name or name.partition(".")[0] in known.get(group, {name})):
+        group, *names = override.key_or_group.split(".")
+        if override.key_or_group not in replaced and (not names or names[0] in known.get(group, names)):
             kept.append(word)
     return kept
 

@@ -13,20 +13,11 @@ from typing import Any
 
 from distlora.config import SAVED_MODULES, TARGET_PRESETS, UserError
 from distlora.config.base import check_init
+from distlora.config.peer_names import OPTIMIZERS
 from distlora_launcher.importing.axolotl_data import convert_data, convert_objective
 from distlora_launcher.importing.axolotl_steps import convert_schedule, convert_steps
 from distlora_launcher.importing.recipe import Imported, Keys, note_unread
 
-OPTIMIZERS = {
-    "adamw": (
-        *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"),
-        *("adamw_hf", "adamw_apex_fused", "adamw"),
-    ),
-    "adamw_8bit": ("adamw_bnb_8bit", "adamw_8bit"),
-    "paged_adamw": ("paged_adamw", "paged_adamw_32bit"),
-    "paged_adamw_8bit": ("paged_adamw_8bit",),
-}
-"""distlora's optimizers, and the names in Axolotl (mostly transformers') that mean the same update."""
 NEAR_OPTIMIZERS = {
     "adamw_8bit": ("adamw_torch_8bit", "adamw_torch_4bit", "ao_adamw_8bit", "ao_adamw_4bit", "ao_adamw_fp8"),
     "adamw": ("adamw_anyprecision", "optimi_adamw", "flash_adamw"),

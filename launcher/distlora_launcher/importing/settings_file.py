@@ -7,7 +7,6 @@ in front of those of the command line, which win; so a sweep or a job in a queue
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from distlora.config import Config, SweepConfig, UserError, nearest, require
 from distlora.config.errors import FILES
 from distlora.config.file import coerce, parse_yaml
 from distlora.config.peer_names import peer_hint, same_setting
+from distlora.run_folder.sweep import words_of
 from distlora_launcher.compose.compose import merge_file
 from distlora_launcher.compose.explain import nearest_setting
 from distlora_launcher.compose.options import options_of
@@ -46,13 +46,13 @@ OPTION_FIELDS = {
 """The setting that names a group's option, which has settings of its own: `cluster: {launcher: slurm, qos: high}`."""
 
 PEERS = {
-    "torchtune": lambda keys, values: any("_component_" in item for item in values if isinstance(item, dict)),
-    "LLaMA-Factory": lambda keys, values: keys & {"finetuning_type", "stage", "cutoff_len", "dataset_dir", "template"},
-    "TRL": lambda keys, values: keys & {"model_name_or_path", "dataset_name", "per_device_train_batch_size"},
-    "Accelerate": lambda keys, values: keys & {"compute_environment", "distributed_type"},
-    "DeepSpeed": lambda keys, values: keys & {"zero_optimization"},
+    "torchtune": {"_component_"},
+    "LLaMA-Factory": {"finetuning_type", "stage", "cutoff_len", "dataset_dir", "template"},
+    "TRL": {"model_name_or_path", "dataset_name", "per_device_train_batch_size"},
+    "Accelerate": {"compute_environment", "distributed_type"},
+    "DeepSpeed": {"zero_optimization"},
 }
-"""Other tools, and how a file of each is known."""
+"""Other tools, and keys by which a file of each is known."""
 
 
 def with_file(words: Sequence[str], program: str, *, config_dir: str | None = None) -> list[str]:
@@ -73,16 +73,17 @@ def with_file(words: Sequence[str], program: str, *, config_dir: str | None = No
     refuse_peers(path, values)
     text = path.read_text(encoding="utf-8")
     try:  # OmegaConf reads 2e-4 as a number, and refuses a key that stands there twice.
-        values = typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(text)))
-        return merge_file(own_settings(values), overrides, config_dir=config_dir)
+        settings = own_settings(typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(text))))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}); correct it") from error
     except (UserError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {error}") from error
+    return merge_file(settings, overrides, config_dir=config_dir)
 
 
 def read_values(path: Path, program: str) -> dict[str, Any]:
     """Return the mapping in a YAML file."""
+    require(not path.is_dir(), f"{program}: {path} is a folder; name a settings file")
     if not path.is_file():
         others = [each.name for each in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = nearest(path.name, others, cutoff=FILES) or f"; `distlora init {path}` writes one to start from"
@@ -103,6 +104,8 @@ def own_settings(values: Mapping[Any, Any]) -> dict[str, Any]:
     for name, value in _flat(values):
         section, _, field = name.partition(".")
         require(name not in found and f"++{name}" not in found, f"{name} is set twice; leave one of them out")
+        if name == "sweep.space" and isinstance(value, dict):  # A list is written as on the command line: 8,16.
+            value = {k: words_of({"": v})[0][2:-1] if isinstance(v, list) else v for k, v in value.items()}
         if field:
             name = _checked(name, value)
         elif section not in (*SECTIONS, *WITHOUT_SECTION, "recipe"):
@@ -157,8 +160,8 @@ def _hint(name: str) -> str:
 
 def refuse_peers(path: Path, values: Mapping[str, Any]) -> None:
     """Refuse a file of another tool than Axolotl, with the settings that have an equal here."""
-    keys, items = set(values), list(values.values())
-    tool = next((name for name, is_file_of in PEERS.items() if is_file_of(keys, items)), None)
+    keys = {*values, *("_component_" for item in values.values() if isinstance(item, dict) and "_component_" in item)}
+    tool = next((name for name, known in PEERS.items() if keys & known), None)
     if tool is None:
         return
     advice = {
@@ -180,11 +183,15 @@ def import_axolotl(path: Path, values: dict[str, Any], overrides: Sequence[str])
     from distlora_launcher.importing.recipe import escaped  # Reads a table, which other files do not need.
 
     typed = dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word)
-    sizes = [typed[name] for name in ("cluster.gpus_per_node", "cluster.nodes") if name in typed]
-    processes = math.prod(map(int, sizes)) if sizes and all(map(str.isdecimal, sizes)) else None
-    imported = import_settings(values, processes=processes)
-    if typed.get("cluster.nodes", "").isdecimal():
-        imported.section("cluster")["gpus_per_node"] = max(1, imported.processes // int(typed["cluster.nodes"]))
+    sizes = (typed.get(name, "") for name in ("cluster.gpus_per_node", "cluster.nodes"))
+    gpus_per_node, nodes = (max(1, int(size)) if size.isdecimal() else None for size in sizes)
+    nodes = nodes or 1
+    imported = import_settings(values, processes=gpus_per_node and gpus_per_node * nodes)
+    require(
+        imported.processes % nodes == 0,
+        f"cluster.nodes={nodes}: {path} is for {imported.processes} GPUs in all; add cluster.gpus_per_node=N",
+    )
+    imported.section("cluster")["gpus_per_node"] = imported.processes // nodes
     notes = imported.not_carried
     refused = [f"  {note.key}: {note.reason}" for note in notes if note.group != "changed"]
     if refused:

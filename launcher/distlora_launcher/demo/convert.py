@@ -18,7 +18,9 @@ def main(file: str, folder: str) -> None:
 
     place, name = Path(file).parent, Path(file).name
     # transformers keeps the weights packed by default since it can, and cannot save those.
-    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _packs(transformers) else {}
+    dense = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         place, gguf_file=name, dtype=torch.bfloat16, trust_remote_code=False, **dense
     )
@@ -33,10 +35,6 @@ def main(file: str, folder: str) -> None:
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
-
-
-def _packs(transformers: object) -> bool:
-    return hasattr(transformers, "GgufConfig")
 
 
 if __name__ == "__main__":

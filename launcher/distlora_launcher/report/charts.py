@@ -112,7 +112,9 @@ def _draw(chart: Chart, small: tuple[float, float]) -> Figure:
     def plot(axes: Axes) -> None:
         for line in lines:
             series = thinned(line.series)
-            style = {"color": COLOURS[line.colour % len(COLOURS)], "label": line.name} | _STYLES[line.style]
+            # A line through two points would read as a trend.
+            style_name = "points" if line.style.endswith(" points") and len(series) <= 2 else line.style
+            style = {"color": COLOURS[line.colour % len(COLOURS)], "label": line.name} | _STYLES[style_name]
             if len(series) == 1:
                 style |= {"marker": "o", "markersize": 5}
             (curve,) = axes.plot(series.steps, series.values, **style)

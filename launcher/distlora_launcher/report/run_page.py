@@ -200,8 +200,7 @@ def _loss_chart(run: RunRecords) -> Chart:
 
 
 def _held_out(series: Series) -> Line:
-    # A line through two points would read as a trend.
-    return Line(name="held out", series=series, colour=1, style="dotted points" if len(series) > 2 else "points")
+    return Line(name="held out", series=series, colour=1, style="dotted points")
 
 
 def _over(run: RunRecords) -> str:

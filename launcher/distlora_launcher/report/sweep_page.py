@@ -203,17 +203,12 @@ def _lines(sweep: SweepRecords, series: Mapping[int, Series], style: Any) -> lis
             name=_name(trial, is_best=trial == best),
             series=series[trial.number],
             colour=place if are_few else 0,
-            style="muted" if not are_few and trial != best else _style(style, series[trial.number]),
+            style="muted" if not are_few and trial != best else style,
             is_named=are_few or trial == best,
         )
         for place, trial in enumerate(trials)
     ]
     return lines if are_few else lines[::-1]  # The last one is drawn over the others.
-
-
-def _style(style: Any, series: Series) -> Any:
-    # A line through two evaluations would read as a trend.
-    return "points" if style == "line points" and len(series) <= 2 else style
 
 
 def _name(trial: TrialRecord, *, is_best: bool) -> str:

@@ -84,7 +84,9 @@ def test_special_tokens_are_set_saved_and_never_added(folders: Path, tmp_path: P
             (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": before}))
         write_stops(tmp_path, of_run(config, None))
         assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == after
-    with pytest.raises(UserError, match=r"special_tokens\.eos_token=<\|usr\|> is no token .*did you mean '<\|user\|>'"):
+    with pytest.raises(
+        UserError, match=r"special_tokens\.eos_token=<\|usr\|> is not in the .*did you mean '<\|user\|>'"
+    ):
         load_tokenizer(folder, (), {"eos_token": "<|usr|>"})
     with pytest.raises(UserError, match=r"special_tokens has no 'end_token'.*model\.new_tokens"):
         config_for(folder, model={"path": str(folder), "special_tokens": {"end_token": "<|user|>"}})

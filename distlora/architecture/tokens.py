@@ -160,7 +160,7 @@ def _set_special(tokenizer: Any, model_dir: Path, special_tokens: Mapping[str, s
     for name, text in special_tokens.items():
         if text not in known:
             raise UserError(
-                f"model.special_tokens.{name}={text} is no token of the tokenizer in {model_dir}"
+                f"model.special_tokens.{name}={text} is not in the vocabulary of the tokenizer in {model_dir}"
                 f"{nearest(text, known)}; add it with 'model.new_tokens=[{json.dumps(text)}]', or name one that it has"
             )
     before, start = len(tokenizer), tokenizer("a").input_ids[:1]

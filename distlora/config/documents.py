@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from distlora.config.base import cache_root
@@ -16,70 +16,15 @@ Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "tex
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SourceConfig:
-    """A source of documents."""
-
-    path: str
-    """A file (jsonl, json, parquet, csv, tsv, txt; compressed ones too), a folder of such files, or the name of a data
-    set on the Hugging Face hub (org/name)."""
-    name: str | None = None
-    """Configuration (subset) of a hub data set that has several."""
-    split: str = "train"
-    """Split of a hub data set. Datasets' slices work: train[:10%]. A file or folder has one split, train."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub data set; null: its main branch."""
-    format: Format = "auto"
-    """Format of a document; `auto` decides by the keys of the first one."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Other names for a format's keys: {prompt: question, completion: answer}."""
-    ignore_columns: tuple[str, ...] = ()
-    """Keys of a record, or of its messages, that are not read: [label, images]. Records with a key that means other
-    training than data.format are refused otherwise."""
-    reasoning_key: str | None = None
-    """Key of a message that holds the assistant's reasoning, beside reasoning_content and thinking, which are read
-    anyway."""
-    sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
-    """Unit of a document in a plain text file. `auto`: a paragraph where the file has blank lines, else a line."""
-    weight: float | None = None
-    """Share of the trained tokens in a mixture, relative to the other sources' weights; null in all: everything once.
-    """
-
-    def __post_init__(self) -> None:
-        require_choices("data", self)
-        require(
-            self.weight is None or 0 < self.weight < math.inf,
-            f"data.sources: weight={self.weight} of {self.path} is not a valid weight; set it above 0, or remove the "
-            "source",
-        )
-
-
-_OF_ONE_SOURCE: Mapping[str, Any] = {
-    "name": None,
-    "split": "train",
-    "revision": None,
-    "format": "auto",
-    "columns": {},
-    "ignore_columns": (),
-    "reasoning_key": None,
-    "sample_by": "auto",
-}
-"""Settings of data.path, and their defaults."""
-
-
-def _written(value: Any) -> str:
-    return "null" if value is None else str(value)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """The documents to train on and how they become packed sequences."""
+class ReadingConfig:
+    """The place of documents and how to read them."""
 
     path: str | None = None
     """The one source of documents: a file, a folder, or a data set's name on the hub. `sources` mixes several."""
     name: str | None = None
     """Configuration (subset) of a hub data set that has several."""
     split: str = "train"
-    """Split of a hub data set that is trained on."""
+    """Split of a hub data set. Datasets' slices work: train[:10%]. A file or folder has one split, train."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set; null: its main branch."""
     format: Format = "auto"
@@ -96,6 +41,36 @@ class DataConfig:
     anyway."""
     sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
     """Unit of a document in a plain text file. `auto`: a paragraph where the file has blank lines, else a line."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig(ReadingConfig):
+    """A source of documents."""
+
+    path: str
+    """A file (jsonl, json, parquet, csv, tsv, txt; compressed ones too), a folder of such files, or the name of a data
+    set on the Hugging Face hub (org/name)."""
+    weight: float | None = None
+    """Share of the trained tokens in a mixture, relative to the other sources' weights; null in all: everything once.
+    """
+
+    def __post_init__(self) -> None:
+        require_choices("data", self)
+        require(
+            self.weight is None or 0 < self.weight < math.inf,
+            f"data.sources: weight={self.weight} of {self.path} is not a valid weight; set it above 0, or remove the "
+            "source",
+        )
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(ReadingConfig):
+    """The documents to train on and how they become packed sequences."""
+
     sources: tuple[SourceConfig, ...] = ()
     """A mixture instead of `path`: [{path: a.json, weight: 0.7}, {path: b.txt, weight: 0.3}]. Weights are shares of the
     trained tokens; without any, every source is taken whole."""
@@ -112,8 +87,7 @@ class DataConfig:
     """Tokens that the template writes at the end of a turn, beside its special tokens: [<|eot|>]. They are trained with
     the assistant's turns, and generation stops at them."""
     deduplicate: bool = False
-    """Leave out of training every document that an earlier one, of any source, or a held-out one equals, token for
-    token."""
+    """Drop training documents whose tokens equal those of an earlier or a held-out document."""
     sequence_length: int = 1024
     """Tokens per packed sequence; documents are packed into sequences. Activation memory grows linearly with it,
     attention quadratically.
@@ -171,15 +145,10 @@ class DataConfig:
         """Refuse settings of a single source beside data.sources; a held-out source may use some of them."""
         if not self.sources:
             return
-        of_held_out = (
-            ()
-            if self.eval_path is None
-            else (*("name", "format", "columns", "ignore_columns", "reasoning_key", "sample_by"),)
-        )
-        for name, default in _OF_ONE_SOURCE.items():
-            value = getattr(self, name)
+        for name in (item.name for item in fields(ReadingConfig) if item.name != "path"):
+            value, default = getattr(self, name), getattr(ReadingConfig(), name)
             require(
-                value == default or name in of_held_out,
+                value == default or (self.eval_path is not None and name not in ("split", "revision")),
                 f"data.{name}={value} has no effect beside data.sources; it belongs into each entry of data.sources "
                 f"(leave it out, or set data.{name}={_written(default)} where a recipe sets it)",
             )
@@ -203,14 +172,7 @@ class DataConfig:
 
     def _source(self, path: str | None, split: str) -> SourceConfig:
         assert path is not None
-        return SourceConfig(
-            path=path,
-            name=self.name if path == self.path or self.path is None else None,
-            split=split,
-            revision=self.revision if path == self.path else None,
-            format=self.format,
-            columns=self.columns,
-            ignore_columns=self.ignore_columns,
-            reasoning_key=self.reasoning_key,
-            sample_by=self.sample_by,
-        )
+        settings = {item.name: getattr(self, item.name) for item in fields(ReadingConfig)} | {"split": split}
+        if path != self.path:
+            settings |= {"name": self.name if self.path is None else None, "revision": None}
+        return SourceConfig(**settings | {"path": path})

@@ -104,22 +104,24 @@ OPTIMIZERS = {
 }
 """distlora's optimizers, and the names in Axolotl (mostly transformers') that mean the same update."""
 
-_OURS = {name: ours for ours, names in _SETTINGS.items() for name in names.split()}
-_SAID = {name: text for names, text in _SENTENCES.items() for name in names.split()}
+SETTING_BY_NAME = {name: ours for ours, names in _SETTINGS.items() for name in names.split()}
+HINTS = {name: text for names, text in _SENTENCES.items() for name in names.split()}
 
 
 def peer_hint(key: str) -> str:
     """Return a hint for a setting's name of another trainer, in any section; empty for other names."""
     last = key.rpartition(".")[2]
-    return f" (did you mean {_OURS[last]!r}?)" if last in _OURS else _SAID.get(key) or _SAID.get(last, "")
+    if last in SETTING_BY_NAME:
+        return f" (did you mean {SETTING_BY_NAME[last]!r}?)"
+    return HINTS.get(key) or HINTS.get(last, "")
 
 
 def nearest_peer(name: str) -> str:
     """Return the hint for a misspelled name of another trainer; empty for one that is like none."""
-    close = difflib.get_close_matches(name[:100], [*_OURS, *_SAID], 1, cutoff=0.8)
+    close = difflib.get_close_matches(name[:100], [*SETTING_BY_NAME, *HINTS], 1, cutoff=0.8)
     return peer_hint(close[0]) if close else ""
 
 
 def same_setting(key: str) -> str | None:
     """Return the setting that takes the same values as another trainer's, or None."""
-    return ours if (ours := _OURS.get(key)) in _SAME_VALUE else None
+    return ours if (ours := SETTING_BY_NAME.get(key)) in _SAME_VALUE else None

@@ -115,8 +115,8 @@ OF_TOKENIZER = {
     "jamba": "<|bom|>",
     "llava": "USER:",
 }
-"""Names that mean the tokenizer's own template, and what that of the family always writes."""
-_FALLBACK = "tokenizer_default_fallback_"
+"""Names that mean the tokenizer's own template -> text that the family's own template always contains."""
+FALLBACK_PREFIX = "tokenizer_default_fallback_"
 TOOLS_ADVICE = (
     f"set data.template to one that knows tools ({', '.join(name for name in NAMED if NAMED[name].knows_tools)}, or a "
     ".jinja file of your own)"
@@ -126,12 +126,12 @@ TOOLS_ADVICE = (
 class Choice(NamedTuple):
     """Meaning of data.template."""
 
-    written: str | None
+    replacement: str | None
     """Name in NAMED, or path of a .jinja file; None: the tokenizer's own template."""
     marker: str = ""
     """Text of the family that the tokenizer's own template must have."""
     is_fallback: bool = False
-    """True if `written` is used only for a tokenizer without a template."""
+    """True if `replacement` is used only for a tokenizer without a template."""
 
 
 def template_choice(template: str | None) -> Choice:
@@ -140,8 +140,8 @@ def template_choice(template: str | None) -> Choice:
         return Choice(None)
     if template in OF_TOKENIZER:
         return Choice(None, OF_TOKENIZER[template])
-    if template.startswith(_FALLBACK):
-        return template_choice(template.removeprefix(_FALLBACK))._replace(is_fallback=True)
+    if template.startswith(FALLBACK_PREFIX):
+        return template_choice(template.removeprefix(FALLBACK_PREFIX))._replace(is_fallback=True)
     if template in NAMED or template in ALIASES:
         return Choice(ALIASES.get(template, template))
     known = (*NAMED, *ALIASES, *OF_TOKENIZER)
@@ -164,13 +164,13 @@ def template_source(template: str | None) -> str | None:
 
     Raises UserError as `template_choice`, and for a file that is not UTF-8.
     """
-    written = template_choice(template).written
-    if written is None:
+    replacement = template_choice(template).replacement
+    if replacement is None:
         return None
-    if written in NAMED:
-        return (resources.files("distlora.data") / "chat_templates" / f"{written}.jinja").read_text("utf-8")
+    if replacement in NAMED:
+        return (resources.files("distlora.data") / "chat_templates" / f"{replacement}.jinja").read_text("utf-8")
     try:
-        return Path(written).expanduser().read_text("utf-8")
+        return Path(replacement).expanduser().read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"data.template={template} is not UTF-8 ({error.reason}); save it as UTF-8") from error
 
@@ -193,10 +193,10 @@ class ChatTemplate:
     ) -> None:
         """`template` is data.template; `source` is the Jinja text that an earlier `ChatTemplate` had, used as it is."""
         choice = template_choice(template)
-        is_own = choice.written is None or (choice.is_fallback and tokenizer.chat_template is not None)
+        is_own = choice.replacement is None or (choice.is_fallback and tokenizer.chat_template is not None)
         self.name = f"the chat template in {model_path}" if is_own else f"data.template={template}"
-        if template is not None and template != choice.written:
-            self.name += f" (data.template={template})" if is_own else f" ({choice.written})"
+        if template is not None and template != choice.replacement:
+            self.name += f" (data.template={template})" if is_own else f" ({choice.replacement})"
         self._tokenizer = tokenizer
         self._model_path = model_path
         self._special = tokenizer.special_tokens_map
@@ -211,8 +211,8 @@ class ChatTemplate:
         elif not is_own:
             self.source = template_source(template)
             assert self.source is not None
-            if choice.written in NAMED:
-                self.source = self._fitted(str(template), choice.written, self.source)
+            if choice.replacement in NAMED:
+                self.source = self._fitted(str(template), choice.replacement, self.source)
         elif tokenizer.chat_template is None:
             needed = "chats need" if template is None else f"data.template={template} means"
             raise UserError(

@@ -85,10 +85,10 @@ class LoadedModel:
                 system=system,
                 as_chat=chat,
             )
-            asked = _prompt(prompt)
-            speaks = system is not None or (chat is None and asked.text is None)
-            encoder = self._encoder(True if speaks else chat)
-            tokens = encoder.encode(asked, system=system)
+            checked = _prompt(prompt)
+            is_chat = system is not None or (chat is None and checked.text is None)
+            encoder = self._encoder(True if is_chat else chat)
+            tokens = encoder.encode(checked, system=system)
         settings = sampling(
             encoder,
             self._base.path,
@@ -126,13 +126,12 @@ class LoadedModel:
 
 def _prompt(prompt: str | list[Message]) -> Prompt:
     """Return a text or a list of messages as a prompt. Raises UserError for anything else."""
-    place = "the prompt"
     if isinstance(prompt, str):
-        return Prompt(place=place, text=prompt)
-    chat = check_chat({"messages": prompt}, place, f"a good message: {_GOOD}")
-    last = chat["messages"][-1]["role"]
-    require(last != "assistant", f"{place}: the last message is the assistant's own; end with what it is to answer")
-    return Prompt(place=place, messages=tuple(chat["messages"]))
+        return Prompt(place="the prompt", text=prompt)
+    messages = check_chat({"messages": prompt}, "the prompt", f"a good message: {_GOOD}")["messages"]
+    is_open = messages[-1]["role"] != "assistant"
+    require(is_open, "the prompt: the last message is the assistant's own; end with what it is to answer")
+    return Prompt(place="the prompt", messages=tuple(messages))
 
 
 @contextlib.contextmanager

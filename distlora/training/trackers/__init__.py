@@ -8,42 +8,14 @@ wandb has a process of its own (wandb_run.py). The calls of every other client r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 from distlora.config import Config
 from distlora.config.file import as_mapping
 from distlora.config.json_files import object_or_empty
-from distlora.training.trackers.background import Background, Start
+from distlora.training.trackers.background import Background, Start, Tracker
 from distlora.training.trackers.wandb_run import FINISH_SECONDS, start_wandb
-
-
-class Tracker(Protocol):
-    """The calls that a run makes to each of its trackers."""
-
-    name: str
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log the metrics of a step."""
-
-    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table, such as generated samples."""
-
-    def summary(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Log the final metrics, after `step` steps."""
-
-    def result(self, folder: Path) -> None:
-        """Upload the published folder."""
-
-    def close(self, exit_code: int) -> None:
-        """Report how the run ended, and begin to flush."""
-
-    def wait(self, deadline: float) -> None:
-        """Wait until everything is flushed, at most until `deadline` (of time.monotonic)."""
-
-    def drop(self) -> None:
-        """Continue the run without this tracker."""
 
 
 class Trackers:

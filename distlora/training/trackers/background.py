@@ -67,7 +67,34 @@ class Client:
         """Report how the run ended, and flush."""
 
 
-class Background:
+class Tracker:
+    """The calls that a run makes to each of its trackers."""
+
+    name: str
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log the metrics of a step."""
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table, such as generated samples."""
+
+    def summary(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Log the final metrics, after `step` steps."""
+
+    def result(self, folder: Path) -> None:
+        """Upload the published folder."""
+
+    def close(self, exit_code: int) -> None:
+        """Report how the run ended, and begin to flush."""
+
+    def wait(self, deadline: float) -> None:
+        """Wait until everything is flushed, at most until `deadline` (of time.monotonic)."""
+
+    def drop(self) -> None:
+        """Continue the run without this tracker."""
+
+
+class Background(Tracker):
     """A tracker whose client runs in a thread. Messages of the thread are printed at the run's next call."""
 
     def __init__(self, name: str, start: Start, say: Callable[[str], None]) -> None:
@@ -113,9 +140,6 @@ class Background:
         if self._thread.is_alive():
             self._say(f"WARNING: {self.name} did not finish in time; metrics.jsonl has all figures")
         self._tell()
-
-    def drop(self) -> None:
-        """Leave the thread, which has ended or will end with the process."""
 
     def _put(self, call: Callable[[Client], None] | None) -> None:
         self._tell()

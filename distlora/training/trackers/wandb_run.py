@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from distlora.config import TrackerConfig
 from distlora.system import atomic_io
-from distlora.training.trackers.background import id_path, read_id
+from distlora.training.trackers.background import Tracker, id_path, read_id
 from distlora.training.trackers.wandb_agent import AgentRun
 
 FINISH_SECONDS = 60.0
@@ -73,7 +73,7 @@ class _Service:
 _service = _Service()
 
 
-class WandbRun:
+class WandbRun(Tracker):
     """wandb run of one start. `start` creates it, again if the service died. `metrics` is the run's metrics.jsonl."""
 
     name = "wandb"
@@ -129,9 +129,6 @@ class WandbRun:
             _service.leave(self, exit_code)
 
         self._call(end)
-
-    def wait(self, deadline: float) -> None:
-        """Do nothing: `close` has waited, FINISH_SECONDS at most."""
 
     def drop(self) -> None:
         """Continue the run without wandb."""

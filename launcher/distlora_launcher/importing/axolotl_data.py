@@ -36,7 +36,7 @@ def template_of(name: str | None, jinja: str | None, imported: Imported) -> str 
     if name is None or name == TOKENIZERS_OWN:
         return None
     try:
-        written = template_choice(name).written
+        written = template_choice(name).replacement
     except UserError:
         reason = "the tokenizer's own template is used; set data.template to a .jinja file"
         imported.note("unsupported", f"chat_template={name}", reason)

@@ -19,8 +19,8 @@ FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", "
 
 def cache_root() -> Path:
     """Return the folder of all caches: DISTLORA_CACHE, else distlora/ in XDG_CACHE_HOME, else ~/.cache/distlora."""
-    own, base = os.environ.get("DISTLORA_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(own) if own else Path(base) / "distlora").expanduser().absolute()
+    override, base = os.environ.get("DISTLORA_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(override) if override else Path(base) / "distlora").expanduser().absolute()
 
 
 def means_hub(path: str) -> bool:
@@ -101,8 +101,8 @@ class ModelConfig:
     leave them out of text. Their rows start as the mean of all others and are trained; embedding and head grow where
     they have no spare rows."""
     special_tokens: Mapping[str, str] = field(default_factory=dict)
-    """The tokenizer's bos_token, eos_token, pad_token or unk_token by other texts of its vocabulary or of `new_tokens`:
-    {eos_token: <|im_end|>}. The end of text is what ends texts, answers and generation."""
+    """Special tokens to replace: bos_token, eos_token, pad_token or unk_token, by texts of the vocabulary or of
+    `new_tokens`: {eos_token: <|im_end|>}. eos_token ends documents, answers and generation."""
 
     def __post_init__(self) -> None:
         for key, text in self.special_tokens.items():

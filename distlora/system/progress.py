@@ -47,14 +47,14 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def still(what: str, tell: Callable[[str], None] = say) -> Iterator[None]:
-    """Tell every STILL_SECONDS while the block runs, as in `still loading (16 s)`."""
+def still(what: str, log: Callable[[str], None] = say) -> Iterator[None]:
+    """Log a line every STILL_SECONDS while the block runs, as in `still loading (16 s)`."""
     done = threading.Event()
     began = time.monotonic()
 
     def repeat() -> None:
         while not done.wait(STILL_SECONDS):
-            tell(f"still {what} ({time.monotonic() - began:.0f} s)")
+            log(f"still {what} ({time.monotonic() - began:.0f} s)")
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

@@ -26,13 +26,14 @@ class Optimizer(ABC):
     per_element: tuple[str, ...]
     """Entries of a parameter's state that have its shape: its optimizer states."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], inner: torch.optim.Optimizer) -> None:
-        self.parameters = parameters
-        self.inner = inner
+    def __init__(self, parameters: dict[str, nn.Parameter], *inners: torch.optim.Optimizer) -> None:
+        """Take the optimizers that hold the state, in the order of their updates."""
+        self.parameters, self.inners, self.inner = parameters, inners, inners[0]
+        self._inner_of = {each: inner for inner in inners for group in inner.param_groups for each in group["params"]}
 
     def step(self, lr: float, ok: Tensor) -> None:
         """Update at learning rate `lr` (times each group's ratio), unless `ok` (() bool) is false."""
-        for group in self.inner.param_groups:
+        for group in (group for inner in self.inners for group in inner.param_groups):
             group["lr"] = lr * group["lr_ratio"]
         self._update(ok)
 
@@ -41,7 +42,7 @@ class Optimizer(ABC):
         return {
             f"{key}/{name}": torch.as_tensor(value)
             for name, parameter in self.parameters.items()
-            for key, value in self.inner.state.get(parameter, {}).items()
+            for key, value in self._inner_of[parameter].state.get(parameter, {}).items()
             if key not in self.constants
         }
 
@@ -54,12 +55,7 @@ class Optimizer(ABC):
             if name not in prepared:
                 self._prepare(parameter)
                 prepared.add(name)
-            self._load(self.inner.state[parameter], key, tensor, parameter.device)
-
-    @property
-    def inners(self) -> list[torch.optim.Optimizer]:
-        """Return the optimizers that hold the state, in the order of their updates."""
-        return [self.inner]
+            self._load(self._inner_of[parameter].state[parameter], key, tensor, parameter.device)
 
     def states_of(self, name: str) -> set[str]:
         """Return the states that a checkpoint must have of a parameter."""
@@ -159,39 +155,17 @@ class Muon(Optimizer):
             weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-        super().__init__(parameters, inner)
-
-    @property
-    def inners(self) -> list[torch.optim.Optimizer]:
-        """Return Muon and, if it has parameters, AdamW."""
-        return [self.inner, *(self._others.inners if self._others is not None else ())]
+        super().__init__(parameters, inner, *(self._others.inners if self._others is not None else ()))
 
     def states_of(self, name: str) -> set[str]:
         """Return Muon's one state of a matrix, or AdamW's."""
         return {"momentum_buffer"} if name in self._matrices else {"step", *FusedAdamW.per_element}
 
-    def step(self, lr: float, ok: Tensor) -> None:
-        """Update the matrices, then the other parameters."""
-        super().step(lr, ok)
-        if self._others is not None:
-            self._others.step(lr, ok)
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return the states of both."""
-        return super().state_tensors() | ({} if self._others is None else self._others.state_tensors())
-
-    def load_state_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Load the states of both, one tensor at a time."""
-        for path, tensor in tensors:
-            if path.partition("/")[2] in self._matrices:
-                super().load_state_tensors([(path, tensor)])
-            else:
-                assert self._others is not None
-                self._others.load_state_tensors([(path, tensor)])
-
     def _update(self, ok: Tensor) -> None:
         if bool(ok):
             self.inner.step()
+        if self._others is not None:
+            self._others._update(ok)
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -49,48 +49,21 @@ def outcome_file(folder: Path, number: int) -> Path:
     return folder / OUTCOMES / f"{number:04d}.json"
 
 
-MAY_DIFFER = (
+_MAY_DIFFER = {
+    "optim": "lr betas eps weight_decay warmup_steps warmup_ratio schedule decay_ratio min_lr_ratio max_grad_norm "
+    "loraplus_lr_ratio",
+    "adapter": "r lora_alpha use_rslora lora_dropout target_modules rank_pattern alpha_pattern init",
+    "data": "path sources eval_path eval_fraction",
+    "train": "seed max_steps epochs global_batch eval_every evals_per_epoch save_every saves_per_epoch "
+    "loss_watchdog_threshold loss_watchdog_patience early_stopping_patience early_stopping_threshold "
+    "load_best_at_end",
+    "tracker": "group tags",
+}
+MAY_DIFFER = {
     "name",
     "run_dir",
-    "optim.lr",
-    "optim.betas",
-    "optim.eps",
-    "optim.weight_decay",
-    "optim.warmup_steps",
-    "optim.warmup_ratio",
-    "optim.schedule",
-    "optim.decay_ratio",
-    "optim.min_lr_ratio",
-    "optim.max_grad_norm",
-    "optim.loraplus_lr_ratio",
-    "adapter.r",
-    "adapter.lora_alpha",
-    "adapter.use_rslora",
-    "adapter.lora_dropout",
-    "adapter.target_modules",
-    "adapter.rank_pattern",
-    "adapter.alpha_pattern",
-    "adapter.init",
-    "data.path",
-    "data.sources",
-    "data.eval_path",
-    "data.eval_fraction",
-    "train.seed",
-    "train.max_steps",
-    "train.epochs",
-    "train.global_batch",
-    "train.eval_every",
-    "train.evals_per_epoch",
-    "train.save_every",
-    "train.saves_per_epoch",
-    "train.loss_watchdog_threshold",
-    "train.loss_watchdog_patience",
-    "train.early_stopping_patience",
-    "train.early_stopping_threshold",
-    "train.load_best_at_end",
-    "tracker.group",
-    "tracker.tags",
-)
+    *(f"{section}.{name}" for section, names in _MAY_DIFFER.items() for name in names.split()),
+}
 """Settings that may differ between trials. Any other difference needs another computation for the base's part of a
 step."""
 

@@ -138,7 +138,9 @@ def test_a_model_by_name_is_trained_pushed_and_loaded_by_peft(hub: Hub, folders:
     trained = run(*train_words("org/tiny"), data, *settings)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "downloading org/tiny" in trained.stdout
-    assert trained.stderr == "", "no bars of other libraries in a log"
+    waits = re.compile(r"still starting the workers \(\d+ s\)")
+    noise = [line for line in trained.stderr.splitlines() if not waits.fullmatch(line)]
+    assert not noise, "no bars of other libraries in a log"
     commit = hub.repos["models", "org/tiny"].refs["main"]
     model = yaml.safe_load((place / "run" / "config.yaml").read_text())["model"]
     snapshot = Path(model["path"])

@@ -151,7 +151,7 @@ MISTYPED = [
     ("lora_target_modules=all-linear", "did you mean 'adapter.target_modules'?"),
     ("report_to=wandb", "did you mean 'tracker'?"),
     ("learning_rat=1e-4", "did you mean 'optim.lr'?"),
-    ("tf32=true", "tf32, which is a key of Axolotl: bf16 GEMMs do not use it"),
+    ("tf32=true", "tf32, which is a key of Axolotl: bf16 matrix products do not use it"),
     ("train.seed", "setting=value"),
     ("=3", "names no setting"),
     ("data.path=a=b", "must be quoted"),

@@ -308,8 +308,8 @@ class Saver:
             if waited >= self._worth_saying:
                 self._worth_saying = 2 * waited
                 self._say(
-                    f"waited {waited:.1f} s for the save after step {self._saving}: a save takes longer than the steps "
-                    "between two saves; increase train.save_every"
+                    f"waited {waited:.1f} s for the save after step {self._saving}: it took longer than the "
+                    "steps since then"
                 )
         if self._failed is not None and not isinstance(self._failed, OSError):
             raise self._failed

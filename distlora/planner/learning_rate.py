@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 from distlora.architecture.families import text_settings
-from distlora.config import Config
+from distlora.config import AdapterConfig, Config
 from distlora.config.training import DEFAULT_LR
 from distlora.planner.choose import Change
 from distlora.planner.model import PlannedModel
@@ -45,7 +45,7 @@ def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Cha
     """Return the settings with a number in optim.lr, and the choice with its source; None if it was set."""
     if config.optim.lr is not None:
         return config, None
-    lr, source = _rate(config, model)
+    lr, source = _rate(config.adapter, config.train.objective, model)
     if config.adapter.method == "lora" and (ratio := config.optim.loraplus_lr_ratio) > 1:
         lr, source = lr / ratio, f"{source}; B has it, and A 1/{ratio:g} of it (optim.loraplus_lr_ratio)"
     lr = float(f"{lr:.3g}")
@@ -53,11 +53,11 @@ def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Cha
     return changed, Change(settings={"optim.lr": lr}, why=source)
 
 
-def _rate(config: Config, model: PlannedModel) -> tuple[float, str]:
-    settings, adapter = text_settings(model.settings, model.shapes.family), config.adapter
+def _rate(adapter: AdapterConfig, objective: str, model: PlannedModel) -> tuple[float, str]:
+    settings = text_settings(model.settings, model.shapes.family)
     names = ("hidden_size", "num_hidden_layers", "vocab_size")
     swept = SWEPT.get((model.shapes.family.model_type, *(settings.get(name) for name in names)))  # type: ignore[arg-type]
-    if config.train.objective == "dpo":
+    if objective == "dpo":
         return DPO_LR, "the default of DPO"
     is_full = adapter.method == "full"
     if swept is None:

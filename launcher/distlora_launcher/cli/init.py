@@ -28,6 +28,7 @@ FIRST = (
     "data.eval_fraction",
     "adapter.r",
     "adapter.lora_alpha",
+    "adapter.use_rslora",
     "optim.lr",
     "train.epochs",
     "train.global_batch",

@@ -225,7 +225,7 @@ def note_unread(keys: Keys, imported: Imported) -> None:
             imported.note(WHEN_OFF[name][0], f"{name}=false", WHEN_OFF[name][1])
         elif row is None and name not in WHEN_OFF:
             near = nearest(name, sorted(keys.read | rows.keys() - patterns.keys()))
-            imported.note("unknown", name, f"not a known key of Axolotl{near}; it was ignored")
+            imported.note("unknown", name, f"not a known key of Axolotl{near}")
         elif row is not None and value not in (None, False, "", [], {}):
             is_shown = isinstance(value, (int, float, str)) and value is not True and not name.endswith(SECRETS)
             imported.note(row[0], f"{name}={value}" if is_shown else name, row[1])

@@ -196,7 +196,7 @@ def import_axolotl(path: Path, values: dict[str, Any], overrides: Sequence[str])
     refused = [f"  {note.key}: {note.reason}" for note in notes if note.group != "changed"]
     if refused:
         cure = f"remove them, or convert the rest: distlora import axolotl {path} --out mine/recipe/NAME.yaml"
-        raise UserError(f"{path} asks for what distlora does not do:", *refused, cure)
+        raise UserError(f"{path} has keys that distlora does not follow:", *refused, cure)
     gpus = f"{imported.processes} GPU{'s' if imported.processes > 1 else ''}"
     lines = [f"{path} (Axolotl), for {gpus}: {len(notes) or 'no'} difference{'s' if len(notes) != 1 else ''}"]
     print("\n".join([*lines, *(f"  {note.key}: {note.reason}" for note in notes)]), file=sys.stderr)

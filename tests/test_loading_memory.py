@@ -50,8 +50,8 @@ def test_loading_peak_is_shard_plus_largest_slice_and_64_mb(tmp_path: Path, back
     by_rank = measure(tmp_path / "model", world=RANKS, backend=backend, cache=tmp_path / "cache")
     check_memory(by_rank, tmp_path / "model")
     for figures in by_rank:
-        # Half of 131M bf16 weights of embedding and head, half of 270M at 4.127 bits, and 5 MB of fp32 adapters.
-        assert figures.kept_bytes < 0.525 * parameters
+        # Half of 131M bf16 weights of embedding and head, half of 270M at 4.127 bits, and 14 MB of fp32 adapters.
+        assert figures.kept_bytes < 0.54 * parameters
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def test_the_figures_are_those_of_the_preparation(settings, tmp_path, capsys):
     assert "(chat), all 36 documents\n" in shown
     assert f"packed in {counts['rows']:,} sequences of 64 tokens" in shown
     assert f", {counts['padding'] / (counts['rows'] * 64):.1%} padding" in shown
+    assert f"\noptimizer steps of a run: {-(-counts['rows'] // 8)} (" in shown
     assert counts["dropped"] == 3
     assert "left out         3: 2 without a trained token, 1 truncated before the first trained token\n" in shown
     assert "too long         4 (11.1%) have more than 64 tokens: cut off there (data.too_long), " in shown

@@ -83,7 +83,7 @@ def preview(
     paint = _paint_for_stdout(no_color=no_color)
     with tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
         splits = _read(model, data, train, None if read_all else SAMPLE, documents, Path(scratch))
-        for line in _report(data, train.seed, splits, paint):
+        for line in _report(data, train, splits, paint):
             print(line)
     if any(sample.refused for split in splits.values() for sample in split.samples):
         return BAD_INPUT
@@ -143,7 +143,7 @@ def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterato
         yield encoded
 
 
-def _report(data: DataConfig, seed: int, splits: dict[str, SplitSample], paint: Paint) -> Iterator[str]:
+def _report(data: DataConfig, train: TrainConfig, splits: dict[str, SplitSample], paint: Paint) -> Iterator[str]:
     """Yield the lines of the preview: documents, then figures."""
     length = data.sequence_length
     for split in splits.values():
@@ -155,7 +155,7 @@ def _report(data: DataConfig, seed: int, splits: dict[str, SplitSample], paint: 
     for name, split in splits.items():
         for number, sample in enumerate(split.samples):
             yield from _source_lines("training" if name == "train" else "held out", sample, split, number, length)
-        yield from _split_lines(data, seed, split, is_train=name == "train")
+        yield from _split_lines(data, train, split, is_train=name == "train")
 
 
 def _document_lines(
@@ -231,7 +231,7 @@ def _source_lines(role: str, sample: SourceSample, split: SplitSample, number: i
         yield f"  duplicates       {np.count_nonzero(duplicates):,} equal an earlier or a held-out document: left out"
 
 
-def _split_lines(data: DataConfig, seed: int, split: SplitSample, *, is_train: bool) -> Iterator[str]:
+def _split_lines(data: DataConfig, train: TrainConfig, split: SplitSample, *, is_train: bool) -> Iterator[str]:
     """Figures of a split: the mixture, and what packing leaves empty."""
     corpus, samples, length = split.corpus, split.samples, data.sequence_length
     if corpus.num_pieces == 0:
@@ -245,7 +245,7 @@ def _split_lines(data: DataConfig, seed: int, split: SplitSample, *, is_train: b
         if wanted is not None and whole:
             until_all = data.stopping_strategy == "all_exhausted"
             everything, ended = np.ones(corpus.num_documents, bool), np.ones(len(samples), bool)
-            used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=seed)
+            used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=train.seed)
         piece_sources = corpus.sources[corpus.documents]
         targets = np.bincount(piece_sources, weights=corpus.targets * used, minlength=len(samples))
         yield "fraction of the trained tokens" + ("" if whole else " in the documents read")
@@ -258,6 +258,9 @@ def _split_lines(data: DataConfig, seed: int, split: SplitSample, *, is_train: b
         f"packed in {rows:,} sequences of {length:,} tokens, {1 - lengths.sum() / (rows * length):.1%} padding"
         + (" (the last sequences of a small sample are half empty)" if rows < 20 else "")
     )
+    if is_train and all(sample.ended for sample in samples):
+        steps = f"{train.total_steps(rows):,}"
+        yield f"optimizer steps of a run: {steps} (train.epochs, train.max_steps, train.global_batch)"
 
 
 _UNPRINTABLE = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}

@@ -141,7 +141,7 @@ def optimizer_tensors(work: Workload, trained: Iterable[Tensor]) -> Iterator[Ten
     """Yield the optimizer states by their names in a checkpoint (`exp_avg/decoder...`)."""
     for tensor in trained:
         name = _parameter_name(tensor.name)
-        if work.optim.name == "muon" and is_matrix(tensor):
+        if work.optim.name == "muon" and is_matrix(tensor.name, len(tensor.shape)):
             yield Tensor(f"momentum_buffer/{name}", tensor.shape)
             continue
         if work.optim.name in ("adamw", "muon"):
@@ -157,9 +157,9 @@ def optimizer_tensors(work: Workload, trained: Iterable[Tensor]) -> Iterator[Ten
                 yield Tensor(f"absmax{number}/{name}", (absmaxes(tensor.numel),))
 
 
-def is_matrix(tensor: Tensor) -> bool:
-    """Return whether Muon updates a tensor (as `distlora.training.optimizers.is_matrix`)."""
-    return len(tensor.shape) == 2 and ".layers." in tensor.name and ".experts." not in tensor.name
+def is_matrix(name: str, ndim: int) -> bool:
+    """Return whether Muon updates a tensor: a matrix in a decoder layer. Adapters of experts are several in one."""
+    return ndim == 2 and ".layers." in name and ".experts." not in name
 
 
 def _parameter_name(name: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.config import OptimConfig
+from distlora.planner.storage import is_matrix
 from distlora.system.exit_codes import require_package
 
 
@@ -146,7 +147,7 @@ class Muon(Optimizer):
     per_element = ("momentum_buffer", *FusedAdamW.per_element)
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
-        self._matrices = {name: each for name, each in parameters.items() if is_matrix(name, each)}
+        self._matrices = {name: each for name, each in parameters.items() if is_matrix(name, each.ndim)}
         others = {name: each for name, each in parameters.items() if name not in self._matrices}
         self._others = FusedAdamW(others, config) if others else None
         inner = torch.optim.Muon(
@@ -166,11 +167,6 @@ class Muon(Optimizer):
             self.inner.step()
         if self._others is not None:
             self._others._update(ok)
-
-
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether Muon updates a parameter: a matrix in a decoder layer. Adapters of experts are several in one."""
-    return parameter.ndim == 2 and ".layers." in name and ".experts." not in name
 
 
 def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) -> Optimizer:

@@ -78,8 +78,8 @@ def main(arguments: list[str]) -> int:
 def import_settings(source: Path | Mapping[str, Any], *, processes: int | None = None) -> Imported:
     """Return an Axolotl file, or its parsed content, as `options` and `settings` with their differences (`notes`).
 
-    processes: the number of GPUs to run on; None: as many as the file names. `lost` has the differences that would make
-    it another run. Raises UserError for what is no Axolotl configuration, and for objectives that distlora has not.
+    processes: the number of GPUs to run on; None: as many as the file names. Raises UserError for what is no Axolotl
+    configuration, and for objectives that distlora has not.
     """
     from distlora_launcher.importing.axolotl import convert
 

@@ -1,0 +1,292 @@
+"""Shrink a user's config.json to a model that a CPU builds and runs at once, with one layer of each kind.
+
+Sizes are chosen by the names of settings (`SIZES`). Layers are chosen by kind: `layer_kinds` compares the layers of the
+full-size model on the meta device, so no rule has to know which settings make a layer what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from distlora.config import UserError, nearest
+from distlora.config.errors import short
+
+LayerKind = frozenset[tuple[str, str, object]]
+"""The modules, the weights and the settings of a decoder layer, without its sizes and its place."""
+
+VOCABULARY = 160
+MOST_LAYERS = 8
+"""Layers of a small model whose kinds follow from a period."""
+
+SIZES = tuple(
+    (re.compile(names), size)
+    for size, names in (
+        (VOCABULARY, r"(unpadded_)?vocab_size(_per_layer_input)?"),
+        (
+            64,
+            r"(out_|adapter_input_|text_|projection_|adapter_output_)?(hidden_)?size|n_embd|(d|dim)_model|embedding_dim",
+        ),
+        (64, r"word_embed_proj_dim|lru_width|adapter_(in|out)_dim|output_proj_dims|ple_embed_dim|dim_model_base"),
+        (96, r"(dense_)?intermediate_size(_mlp)?|ffn_(dim|hidden_size)|dim_ff|dff|projection_intermediate_size"),
+        (32, r"moe_\w*intermediate_size|shared_\w*intermediate_size|expert_ffn_hidden_size|moe_latent_size"),
+        (4, r"((swa_)?num_)?(attention_)?heads(_per_layer)?|n_heads?|num_attention_heads_per_layer|num_query_groups"),
+        (4, r"linear_num_(value_)?heads|num_(local_)?experts|n_routed_experts|moe_num_experts|zero_expert_num"),
+        (2, r"(swa_)?num_(global_)?(key_value|kv)_heads|kv_n_heads|linear_num_key_heads|indexer_kv_heads"),
+        (2, r"num_experts_per_tok(en)?|moe_(topk|k|top_k)|top_k_experts|n_group|num_expert_group|o_groups"),
+        (2, r"(mamba_)?n_?groups|index_topk_blocks|index_kpool|split_ngram_parts|heads_per_ngram"),
+        (1, r"(n|num|moe_num)_shared_experts|topk_group|spatial_merge_size"),
+        (16, r"((swa|global|index|indexer|linear|linear_key|linear_value)_)?head_dim|dim_head|kv_channels"),
+        (16, r"attention_head_dim|(kv|o)_lora_rank|qk_nope_head_dim|(swa_)?v_head_dim|mamba_(d_head|head_?dim)"),
+        (16, r"index_n_heads|indexer_n_heads|linear_head_dim|rel_extent|router_hidden_size"),
+        (24, r"q_lora_rank|qk_head_dim"),
+        (8, r"qk_rope_head_dim|rotary_dim|hidden_size_per_layer_input|laurel_rank|hc_lowrank|adapter_rank|d_rel"),
+        (
+            8,
+            r"sliding_window(_size)?|(attention_|keep_)?window_size|local_attention|attention_chunk_size|floor_scale|log_scaling_n_floor",
+        ),
+        (8, r"mamba_d_state|(ssm_)?state_size|(mamba_)?chunk_size|(mamba_n|mamba_num|n_mamba)_heads|heavily_\w+"),
+        (8, r"mamba_dt_rank|time_step_rank|indexer_budget|gated_norm_rank|loop_gate_rank|make_ngram_\w+"),
+        (4, r"indexer_compress_ratio|index_block_size"),
+        (6, r"index_topk"),
+        (128, r"mamba_d_ssm|attention_hidden_size"),
+        (512, r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length|block_size"),
+        (64, r"original_max_position_embeddings|prompt_length|max_inference_chunksize"),
+        (200, r"ngram_vocab_size_base"),
+        (0, r"(\w+_)?(dropout|pdrop|layerdrop|jitter_noise)(_prob|_p)?|attention_probs_dropout_prob"),
+        (0, r"pad_token_id"),
+        (1, r"eos_token_id"),
+        (2, r"bos_token_id"),
+        (3, r"\w+_(token_id|token_index)"),
+    )
+)
+"""Small values by the names of settings; the first row that matches a whole name counts."""
+
+COUNTS = r"num_hidden_layers|n_layers?|num_layers(_per_stack)?|num_blocks|depth"
+"""Settings that count layers."""
+FIRST = (
+    r"first_k_dense_replace|num_dense_layers|max_window_layers|moe_layer_start_index|loop_layer_index_\w+|"
+    r"n_layers_per_\w+"
+)
+"""Settings that say how many of the first layers differ."""
+LAST = r"num_kv_shared_layers"
+"""Settings that say how many of the last layers differ."""
+INDEXES = r"(?!no_rope_layers)\w*(layer|idx|indices|indexes|_ids)\w*"
+"""Lists of the numbers of layers."""
+FORGOTTEN = {
+    *("architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config", "auto_map"),
+    *("id2label", "label2id", "_name_or_path"),
+}
+"""Settings that say how a checkpoint was saved."""
+UNCHANGED = ("mlp_multipliers", "ssm_multipliers", "time_step_limit", "L_bp_cycles")
+_PLACE = re.compile(r"training|_.*|\w*(idx|index|layer_id|layer_num\w*|drop|jitter|eps)\w*|p|name")
+"""Attributes of modules that are no part of a layer's kind: its place in the model and what training alone uses."""
+
+
+def read_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings of a config.json, with transformers' defaults and its lists by layer."""
+    kept = {name: value for name, value in config.items() if name not in FORGOTTEN}
+    name = kept.pop("model_type", None)
+    if name not in CONFIG_MAPPING:
+        raise UserError(
+            f"model_type={short(name)} is not a model of the installed transformers"
+            f"{nearest(str(name), CONFIG_MAPPING)}; set model_type in config.json to one of them, or install the "
+            "release of transformers that has it"
+        )
+    with _refused(name):
+        return CONFIG_MAPPING[name].from_dict(copy.deepcopy(kept)).to_dict() | {"model_type": name}
+
+
+def build_on_meta(settings: Mapping[str, Any]) -> PreTrainedModel:
+    """Build the language model of a config on the meta device: it has shapes and no numbers."""
+    with torch.device("meta"):
+        return build(settings)
+
+
+def build(settings: Mapping[str, Any]) -> PreTrainedModel:
+    """Build the language model of a config with random weights, by the class that `transformers` has for text."""
+    name = settings["model_type"]
+    auto = AutoModelForCausalLM
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        auto = AutoModelForImageTextToText
+    with _refused(name):
+        return auto.from_config(CONFIG_MAPPING[name].from_dict(copy.deepcopy(dict(settings))))
+
+
+@contextlib.contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Raise UserError with the reason where transformers does not take the settings of a model type."""
+    try:
+        yield
+    except Exception as error:  # Anything: each model type has code of its own for its settings.
+        raise UserError(f"transformers cannot build the {name} of this config.json: {short(str(error))}") from error
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the layers of the text decoder: its outermost ModuleList with most parameters."""
+    text = model.config.get_text_config().model_type
+    root = next((m for m in model.modules() if getattr(getattr(m, "config", None), "model_type", "") == text), model)
+    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList)]
+    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
+    outermost = [m for m in lists if id(m) not in inner]
+    if not outermost:
+        raise UserError(f"{model.__class__.__name__} keeps its decoder layers in no ModuleList; it cannot be trained")
+    return max(outermost, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+
+
+def layer_kinds(model: PreTrainedModel) -> list[LayerKind]:
+    """Return the kind of each decoder layer. Equal kinds compute the same, up to sizes, scales and weights."""
+    return [_kind(layer) for layer in decoder_layers(model)]
+
+
+def _kind(layer: nn.Module) -> LayerKind:
+    found: set[tuple[str, str, object]] = set()
+    for path, module in layer.named_modules(remove_duplicate=False):
+        place = re.sub(r"\b\d+\b", "*", path)
+        found.add((place, "class", module.__class__.__qualname__))
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        found |= {(place, name, tensor.dim()) for name, tensor in tensors}
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, str, int, float, NoneType)) and not _PLACE.fullmatch(name):
+                # A size or a scale: a small model has another, but has it too.
+                found.add((place, name, value > 0 if type(value) in (int, float) else value))
+    return frozenset(found)
+
+
+def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json of a small model with the same kinds of layers, two layers at least.
+
+    Scales, caps, epsilons, rope types and activations stay. Raises UserError if a kind cannot be kept.
+    """
+    settings = read_settings(config)
+    kinds = layer_kinds(build_on_meta(settings))
+    count = len(kinds)
+    twice = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < 2]
+    once = [i for i in twice if kinds[i] not in kinds[:i]] if len(set(kinds)) > 1 else twice
+    prefixes = [range(end) for end in range(max(2, len(set(kinds))), min(count, MOST_LAYERS) + 1)]
+    reason, missing = "", set(kinds)
+    for kept in sorted((once, twice, *prefixes), key=len):
+        small = _Smaller(kept, count).settings(settings)
+        try:
+            small_kinds = set(layer_kinds(build_on_meta(small)))
+        except UserError as error:
+            reason = reason or str(error)
+            continue
+        if small_kinds == set(kinds):
+            return small
+        missing = min(missing, set(kinds) - small_kinds, key=len)
+    layers = ", ".join(str(kinds.index(kind)) for kind in missing)
+    raise UserError(
+        f"the first {MOST_LAYERS} layers of a small {settings['model_type']} have no layer like layer {layers} of this "
+        f"config.json{reason and '; ' + reason}; it cannot be checked before training"
+    )
+
+
+@dataclass(frozen=True)
+class _Smaller:
+    """Settings of a small model that keeps some of the layers of a full-size one."""
+
+    kept: Sequence[int]
+    count: int
+    """Layers of the full-size model."""
+
+    def settings(self, full: Mapping[str, Any]) -> dict[str, Any]:
+        """Return small settings with the same names."""
+        small = {name: self.value(name, value, full) for name, value in full.items() if name not in FORGOTTEN}
+        if "qk_nope_head_dim" in full and full["qk_nope_head_dim"] == full.get("qk_rope_head_dim"):
+            small["qk_nope_head_dim"] = small["qk_rope_head_dim"]
+        rope, nope = small.get("qk_rope_head_dim"), small.get("qk_nope_head_dim")
+        if small.get("head_dim") and rope and nope:
+            small["head_dim"] = rope if full["head_dim"] == full["qk_rope_head_dim"] else nope + rope
+        if small.get("qk_head_dim"):
+            small["qk_head_dim"] = nope + rope
+        if full.get("num_key_value_heads") and full["num_key_value_heads"] == full.get("num_attention_heads"):
+            small["num_key_value_heads"] = small["num_attention_heads"]
+        if full.get("index_n_heads") and full["index_n_heads"] == full.get("num_key_value_heads"):
+            small["index_n_heads"] = small["num_key_value_heads"]
+        if "expand" in full and "num_heads" in full:
+            small["num_heads"] = full["expand"] * small["hidden_size"] // small["head_dim"]
+        if "attention_hidden_size" in full and "attention_head_dim" in full:
+            small["attention_head_dim"] = 2 * small["hidden_size"] // small["num_attention_heads"]
+        if "attention_types" in full:
+            small["attention_types"] = [[small["attention_layers"], 1]]
+        return small
+
+    def value(self, name: str, value: Any, full: Mapping[str, Any]) -> Any:
+        """Return the small value of one of the settings `full`."""
+        if name in UNCHANGED or value is None or isinstance(value, (bool, str)):
+            return copy.deepcopy(value)
+        if name == "per_layer_config":
+            layers = {int(layer): changes for layer, changes in value.items()}
+            return {str(j): self.overrides(layers[i], full) for j, i in enumerate(self.kept) if i in layers} or None
+        if isinstance(value, Mapping):
+            return self.section(name, value, full)
+        if isinstance(value, (list, tuple)):
+            return self.entries(name, list(value), full)
+        if re.fullmatch(FIRST, name):
+            return sum(i < value for i in self.kept)
+        if re.fullmatch(LAST, name):
+            return sum(i >= self.count - value for i in self.kept)
+        if re.fullmatch(COUNTS, name) and value % self.count == 0:
+            return value // self.count * len(self.kept)
+        return _size(name, value)
+
+    def section(self, name: str, value: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
+        """Return small settings of a part: another model, such as a vision tower, has its own layers."""
+        if name.endswith("_config") and name != "text_config":
+            layers = next((value[key] for key in ("num_hidden_layers", "num_layers", "depth") if value.get(key)), 0)
+            return _Smaller(range(min(2, layers)), layers).settings(value) if layers else self.settings(value)
+        rows = self.settings(value)
+        head = full.get("qk_rope_head_dim") or full.get("head_dim")
+        head = head or full.get("hidden_size", 1) // full.get("num_attention_heads", 1) or 1
+        small_head = 8 if full.get("qk_rope_head_dim") else 16
+        for key in {"short_factor", "long_factor", "mrope_section"} & set(value):
+            entries = value[key]
+            if key == "mrope_section":
+                rows[key] = [part * small_head // head for part in entries]
+                rows[key][0] += sum(entries) * small_head // head - sum(rows[key])
+            else:
+                rows[key] = entries[: len(entries) * small_head // head]
+        return rows
+
+    def entries(self, name: str, value: list[Any], full: Mapping[str, Any]) -> list[Any]:
+        """Return the entries of a list that belong to the kept layers."""
+        numbers = all(type(entry) is int for entry in value)
+        if name.endswith("token_id"):
+            return [_size(name, entry) for entry in value]
+        if numbers and re.fullmatch(INDEXES, name) and len(set(value)) == len(value):
+            return [j for j, i in enumerate(self.kept) if i in value]
+        if numbers and name.endswith("source_layers") and len(value) == self.count:
+            return [max(j for j, i in enumerate(self.kept) if i <= value[layer]) for layer in self.kept]
+        if len(value) == self.count:
+            value = [value[i] for i in self.kept]
+        return [_size(name, entry) if type(entry) is int else copy.deepcopy(entry) for entry in value]
+
+    def overrides(self, changes: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the small settings of one layer, in the same proportion to those of the others."""
+        small = self.settings(changes)
+        for name in {"head_dim", "intermediate_size"} & set(changes):
+            if full.get(name):
+                small[name] *= max(1, changes[name] // full[name])
+        return small
+
+
+def _size(name: str, value: float) -> float:
+    """Return the small value of a size; 0, 1 and 2 stay, so that one head of keys or the best expert alone stay."""
+    for names, size in SIZES:
+        if names.fullmatch(name):
+            return type(value)(size) if value > 2 or size == 0 else value
+    return value

@@ -17,10 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from distlora.config import UserError, nearest
 from distlora.config.errors import short
@@ -119,9 +116,8 @@ def build_on_meta(settings: Mapping[str, Any]) -> PreTrainedModel:
 def build(settings: Mapping[str, Any]) -> PreTrainedModel:
     """Build the language model of a config with random weights, by the class that `transformers` has for text."""
     name = settings["model_type"]
-    auto = AutoModelForCausalLM
-    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        auto = AutoModelForImageTextToText
+    text = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
     with _refused(name):
         return auto.from_config(CONFIG_MAPPING[name].from_dict(copy.deepcopy(dict(settings))))
 
@@ -162,7 +158,7 @@ def _kind(layer: nn.Module) -> LayerKind:
         for name, value in vars(module).items():
             if isinstance(value, (bool, str, int, float, NoneType)) and not _PLACE.fullmatch(name):
                 # A size or a scale: a small model has another, but has it too.
-                found.add((place, name, value > 0 if type(value) in (int, float) else value))
+                found.add((place, name, value if isinstance(value, (bool, str, NoneType)) else value > 0))
     return frozenset(found)
 
 
@@ -211,7 +207,7 @@ class _Smaller:
         rope, nope = small.get("qk_rope_head_dim"), small.get("qk_nope_head_dim")
         if small.get("head_dim") and rope and nope:
             small["head_dim"] = rope if full["head_dim"] == full["qk_rope_head_dim"] else nope + rope
-        if small.get("qk_head_dim"):
+        if small.get("qk_head_dim") and rope is not None and nope is not None:
             small["qk_head_dim"] = nope + rope
         if full.get("num_key_value_heads") and full["num_key_value_heads"] == full.get("num_attention_heads"):
             small["num_key_value_heads"] = small["num_attention_heads"]

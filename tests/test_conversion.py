@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,33 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose, WeightConverter
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    GroupWeightRename,
+    Interleave,
+    MergeModulelist,
+    Split,
+    Transpose,
+    WeightConverter,
+    dot_natural_key,
+    revert_weight_conversion,
+)
 
 from closeness import relative_error
+from distlora.architecture.disk_names import DiskNames, model_names, natural_order
 from distlora.architecture.families import names_on_disk
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
-from distlora.weights.conversion import CheckpointLayout, Source, find_sources, layout_of
+from distlora.weights import conversion
+from distlora.weights.conversion import (
+    MAX_PIECES,
+    CheckpointLayout,
+    Source,
+    disk_names_of,
+    find_sources,
+    layout_of,
+)
 from distlora.weights.reader import Reader
 from family_models import edit_config, hf_model, load_ours, our_logits, tokens, write_family_folder
 
@@ -31,42 +54,118 @@ EXPERTS = 12
 """More than ten: by plain sorting, expert 10 would come before expert 2."""
 
 
-@pytest.mark.parametrize(
-    ("config_class", "settings"),
-    [
-        ("MixtralConfig", {"num_local_experts": EXPERTS, "head_dim": 8}),
-        ("Qwen3MoeConfig", {"num_experts": EXPERTS, "moe_intermediate_size": 24, "head_dim": 8}),
-    ],
-)
-def test_merged_experts_are_disk_tensors_in_flat_order(
-    tmp_path: Path, config_class: str, settings: dict[str, Any]
-) -> None:
-    """Check Mixtral and Qwen-MoE, which store each expert's projections separately."""
-    config = getattr(transformers, config_class)(
-        vocab_size=101,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        **settings,
-    )
+_TINY = {
+    "vocab_size": 101, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 5,
+}
+_LINEAR_ATTENTION = {
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}
+TYPES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": EXPERTS},
+    "qwen3_moe": {"num_experts": EXPERTS},
+    "lara_mini": {
+        "num_experts": 4, "shared_expert_intermediate_size": 24, **_LINEAR_ATTENTION,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "sarvam_moe": {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "hrm_text": {"num_layers_per_stack": 1},
+    "inkling2_text": {
+        "n_routed_experts": 4, "unpadded_vocab_size": 99, "d_rel": 8, "rel_extent": 32,
+        "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_head_dim": 8,
+        "layer_types": ["hybrid_sliding", "hybrid"],
+    },
+    "zamba": {
+        "attention_hidden_size": 32, "attention_head_dim": 16, "n_mamba_heads": 2, "mamba_dt_rank": 4,
+        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "youtu": {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
+}
+"""Settings of a model type that transformers merges, cuts, interleaves, shares or zeroes something of on load."""
+
+
+def tiny_model(model_type: str) -> Any:
+    config = transformers.AutoConfig.for_model(model_type, **(_TINY | TYPES[model_type]))
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_sources_are_what_transformers_loads(tmp_path: Path, model_type: str) -> None:
+    """Check every parameter, bit for bit, and that the names alone say where it comes from."""
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    made = tiny_model(model_type)
+    with torch.no_grad():
+        for parameter in made.parameters():  # No two alike, and no zeros.
+            parameter.add_(torch.rand_like(parameter) + 0.1)
+    made.save_pretrained(tmp_path)
     headers = read_headers(tmp_path)
-    assert len(headers) > 2 * 3 * EXPERTS, "the experts are not apart on disk, so this says nothing"
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    state = model.state_dict()
-    sources = find_sources(layout_of(model), headers, list(state))
+    with torch.device("meta"):
+        layout = layout_of(tiny_model(model_type))
+    state = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    sources = find_sources(layout, headers, list(state))
     assert sources.keys() == state.keys()
+    assert (layout.zeroed_row is not None) == (model_type == "youtu")
     for name, tensor in state.items():
-        assert torch.equal(read(sources[name]), tensor), name
-    gate_up = next(name for name in state if name.endswith("experts.gate_up_proj"))
-    assert len(sources[gate_up].segments) == 2 * EXPERTS
+        loaded = read(sources[name])
+        if layout.zeroed_row is not None and layout.tied.get(name, name) == layout.embedding:
+            assert loaded[layout.zeroed_row].all()
+            loaded[layout.zeroed_row] = 0
+        assert torch.equal(loaded, tensor), name
+    by_name = model_names(rules_of(layout), headers, layout.names)
+    for name, source in sources.items():
+        assert sorted(by_name.get(name) or by_name[layout.tied[name]]) == sorted(source.names), name
+    if model_type in ("mixtral", "qwen3_moe"):
+        gate_up = next(name for name in state if name.endswith("experts.gate_up_proj"))
+        assert len(sources[gate_up].segments) == 2 * EXPERTS
+        assert all(source.whole for source in sources.values())
+    elif model_type == "zamba":
+        shared = [name for name in layout.tied if name.startswith("model.layers.3.shared_transf.")]
+        assert shared, "nothing is shared"
+        assert all(sources[name] == sources[layout.tied[name]] for name in shared)
+    elif model_type != "youtu":
+        assert not all(source.whole for source in sources.values()), "nothing was cut"
 
 
-def layout(*transforms: WeightConverter, names: tuple[str, ...]) -> CheckpointLayout:
-    return CheckpointLayout(names=names, transforms=transforms, base_model_prefix="model")
+def rules_of(layout: CheckpointLayout) -> DiskNames:
+    """Return the rules for names as they come back from a file."""
+    return DiskNames.from_json(json.loads(json.dumps(dataclasses.asdict(disk_names_of(layout)))))
+
+
+ROOTS = ("", "model.", "language_model.", "language_model.model.", "model.language_model.", "backbone.", "transformer.")
+DORY = [f"backbone.layers.{i}.{name}" for i in (0, 1, 3) for name in ("mixer.q_proj.weight", "attn_alpha", "mlp_alpha")]
+
+
+def check_names(model: Any) -> None:
+    """Compare the names with transformers' own for a checkpoint as saved, and for names with other prefixes."""
+    layout = layout_of(model)
+    rules, theirs = rules_of(layout), conversion._renamer(layout)
+    names = {*revert_weight_conversion(model, model.state_dict()), *layout.names, *DORY}
+    names |= {name.partition(".")[2] for name in names}
+    for name in sorted({root + name for name in names for root in ROOTS}, key=dot_natural_key):
+        target, pattern = theirs(name)
+        ours, converter = rules.rename(name, layout.names)
+        assert (ours, converter is None) == (target, pattern is None), name
+    assert sorted(names, key=natural_order) == sorted(names, key=dot_natural_key)
+
+
+@pytest.mark.parametrize("model_type", ["inkling2_text", "sarvam_moe"])
+def test_names_equal_those_of_transformers(model_type: str) -> None:
+    with torch.device("meta"):
+        check_names(tiny_model(model_type))
+
+
+def test_renamings_that_depend_on_other_names_are_applied_like_transformers() -> None:
+    """Check Kimi-K2.5's vision tower, whose norm0 and norm1 become norm1 and norm2 if there is a norm0."""
+    renaming = GroupWeightRename([r"v.(\d+).norm0", r"v.(\d+).norm1"], [r"v.\1.norm1", r"v.\1.norm2"])
+    rules = rules_of(layout(renaming, names=(known := [f"v.{i}.norm{j}" for i in (0, 1) for j in (1, 2)])))
+    raw = {f"v.{i}.norm{j}": f"v.{i}.norm{j + 1}" for i in (0, 1) for j in (0, 1)}
+    assert model_names(rules, raw, known) == {new: (old,) for old, new in raw.items()}
+    assert model_names(rules, known, known) == {name: (name,) for name in known}
+
+
+def layout(*transforms: Any, names: Sequence[str], shape: tuple[int, ...] = (2, 3)) -> CheckpointLayout:
+    return CheckpointLayout(shapes=dict.fromkeys(names, shape), transforms=transforms, base_model_prefix="model")
 
 
 def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
@@ -74,49 +173,112 @@ def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
     return read_headers(folder)
 
 
-CONVERTERS = [
-    (
-        WeightConverter("x.qkv", ["x.q", "x.k"], operations=[Chunk(dim=0)]),
-        {"x.qkv": (4, 3)},
-        "x.k",
-        r"Chunk\(dim=0\), and fills several parameters from one",
-    ),
-    (
-        WeightConverter("x.w", "x.weight", operations=[Transpose(0, 1)]),
-        {"x.w": (4, 3)},
-        "x.weight",
-        r"Transpose is more than renaming and merging",
-    ),
+class _Reversed(Chunk):
+    """A conversion of which transformers may make anything."""
+
+
+REFUSED = [
+    (WeightConverter("x.w", "x.weight", operations=[Transpose(0, 1)]), {"x.w": (4, 3)}, r"Transpose does more than"),
+    (WeightConverter("x.w", ["x.weight", "x.b"], operations=[_Reversed(0)]), {"x.w": (4, 3)}, r"_Reversed.* does more"),
     (
         WeightConverter(["x.a", "x.b"], "x.weight", operations=[Concatenate(dim=1)]),
         {"x.a": (4, 3), "x.b": (4, 3)},
-        "x.weight",
-        r"Concatenate\(dim=1\) cuts through tensors",
+        r"Concatenate\(dim=1\), and that cuts through rows",
     ),
     (
-        WeightConverter("x.*.w", "x.weight", operations=[MergeModulelist(dim=1)]),
-        {"x.0.w": (4, 3), "x.1.w": (4, 3)},
-        "x.weight",
-        r"MergeModulelist\(dim=1\) is more than",
+        WeightConverter("x.w", ["x.weight", "x.b"], operations=[Chunk(1)]),
+        {"x.w": (4, 6)},
+        r"\[4, 6\], which do not fit",
     ),
     (
         WeightConverter("x.*.w", "x.weight", operations=[MergeModulelist(dim=0)]),
         {"x.0.w": (4, 3), "x.1.w": (3, 4)},
-        "x.weight",
-        r"stacked from tensors of shapes \[3, 4\] and \[4, 3\]",
+        r"shapes \[3, 4\] and \[4, 3\], which do not fit together",
+    ),
+    (
+        WeightConverter("x.*.w", "x.weight", operations=[MergeModulelist(dim=0)]),
+        {"x.0.w": (4, 3), "x.1.w": (5, 3)},
+        r"shapes \[4, 3\] and \[5, 3\], which do not fit together",
+    ),
+    (
+        WeightConverter("x.w", "x.weight", operations=[Interleave(0)]),
+        {"x.w": (2 * MAX_PIECES, 2)},
+        r"x\.weight lies in 32,768 pieces, more than 16,384",
     ),
 ]
 
 
-@pytest.mark.parametrize(("converter", "tensors", "wanted", "reason"), CONVERTERS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("converter", "tensors", "reason"), REFUSED, ids=lambda value: str(value)[:40])
 def test_unsupported_conversions_are_refused(
-    tmp_path: Path, converter: WeightConverter, tensors: dict[str, tuple[int, ...]], wanted: str, reason: str
+    tmp_path: Path, converter: WeightConverter, tensors: dict[str, tuple[int, ...]], reason: str
 ) -> None:
     headers = stored(tmp_path, {name: torch.randn(shape) for name, shape in tensors.items()})
-    names = (wanted, *(["x.q"] if wanted == "x.k" else []))
     with pytest.raises(UserError, match=reason):
-        find_sources(layout(converter, names=names), headers, [wanted])
-    assert find_sources(layout(converter, names=(*names, "other")), headers, ["other"]) == {}, "nobody asked for it"
+        find_sources(layout(converter, names=["x.weight", "x.b"]), headers, ["x.weight"])
+    assert find_sources(layout(converter, names=["x.weight", "other"]), headers, ["other"]) == {}, "nobody asked for it"
+
+
+MOVED = [
+    (WeightConverter("x.w", ["x.weight", "x.b"], operations=[Chunk(0)]), {"x.w": (6, 3)}),
+    (WeightConverter("x.w", ["x.weight", "x.b"], operations=[Chunk(0)]), {"x.w": (6,)}),
+    (WeightConverter("x.w", ["x.weight", "x.b"], operations=[Split(0)]), {"x.w": (4, 3)}),
+    (WeightConverter("x.w", ["x.weight", "x.b"], operations=[Interleave(1), Chunk(1)]), {"x.w": (2, 8, 3)}),
+    (WeightConverter("x.w", "x.weight", operations=[Interleave(1)]), {"x.w": (3, 8, 5)}),
+    (WeightConverter("x.*.w", "x.weight", operations=[MergeModulelist(1)]), {"x.0.w": (4, 3), "x.1.w": (4, 3)}),
+    (
+        WeightConverter(["x.*.a", "x.*.b"], "x.weight", operations=[MergeModulelist(0), Concatenate(1)]),
+        {"x.0.a": (4, 3), "x.1.a": (4, 3), "x.0.b": (6, 3), "x.1.b": (6, 3)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("converter", "tensors"), MOVED, ids=lambda value: str(value)[:60])
+def test_moved_rows_are_those_of_transformers(
+    tmp_path: Path, converter: WeightConverter, tensors: dict[str, tuple[int, ...]]
+) -> None:
+    values = {name: torch.randn(shape) for name, shape in tensors.items()}
+    headers, known = stored(tmp_path, values), layout(converter, names=["x.weight", "x.b"])
+    theirs = copy.deepcopy(converter)
+    for name, value in values.items():
+        pattern = theirs.rename_source_key(name)[1]
+        assert pattern is not None
+        theirs.add_tensor("x.weight", name, pattern, value)
+    expected = theirs.convert("x.weight", model=conversion._Shapes(known.shapes))
+    sources = find_sources(known, headers, list(expected))
+    assert sources.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(read(sources[name]), value), name
+
+
+def test_first_of_two_names_is_taken(tmp_path: Path) -> None:
+    """Check a parameter that is on disk with and without the base model's prefix."""
+    write_family_folder(tmp_path, "llama3-tied")
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    (source,) = find_sources(layout_of(theirs), read_headers(tmp_path), ["model.norm.weight"]).values()
+    assert torch.equal(read(source), theirs.model.norm.weight)
+    assert source.names == ("model.norm.weight",)
+
+
+def test_weights_that_transformers_drops_on_purpose_are_left_alone(tmp_path: Path) -> None:
+    """Check layers that predict further tokens, which GLM and DeepSeek store behind the others."""
+    headers = stored(tmp_path, {f"model.layers.{index}.w.weight": torch.ones(2) for index in (0, 1, 46)})
+    known = dataclasses.replace(layout(names=["model.layers.0.w.weight"]), dropped=r"(model\.layers\.46.*)")
+    assert conversion.names_without_a_place(known, headers, "model") == ["model.layers.1.w.weight"]
+
+
+def test_row_that_transformers_zeroes_is_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the embedding and the head tied to it, as youtu's padding row."""
+    write_family_folder(tmp_path, "llama3-tied")
+    before, _ = load_ours(tmp_path)
+    monkeypatch.setattr(conversion, "_zeroed_row", lambda *_: 3)
+    model, _ = load_ours(tmp_path)
+    expected = before.head.weight.clone()
+    expected[3] = 0
+    assert torch.equal(model.head.weight, expected)
+    assert before.head.weight[3].any()
 
 
 def rename_on_disk(folder: Path, rename: Callable[[str], str | None]) -> None:
@@ -180,5 +342,7 @@ def test_tied_head_that_differs_on_disk_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
-    with pytest.raises(UserError, match=r"ties the head.*lm_head.weight and model.embed_tokens.weight differ"):
+    with pytest.raises(
+        UserError, match=r"ties lm_head.weight to .*lm_head.weight and model.embed_tokens.weight differ.*set tie_word"
+    ):
         load_ours(tmp_path)

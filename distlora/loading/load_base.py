@@ -123,7 +123,17 @@ def load_base(
                     continue
                 segments = segments_of(sources, name, (model.vocabulary.stored, whole_shape(parameter)[1]))
                 rows = model.rows_of(matrix)
-                load_matrix(parameter, segments, reader, backend, name, vocabulary=model.vocabulary, token_rows=rows)
+                zeroed = model.layout.zeroed_row if matrix == EMBEDDING or model.tied_in_base else None
+                load_matrix(
+                    parameter,
+                    segments,
+                    reader,
+                    backend,
+                    name,
+                    vocabulary=model.vocabulary,
+                    token_rows=rows,
+                    zeroed_row=zeroed,
+                )
             if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:
                 fill_row_norms(module, backend)
         bytes_read = reader.bytes_read + shards.bytes_read
@@ -144,8 +154,8 @@ def load_base(
 def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Source]:
     """Return the tensors on disk of each parameter of the base, by its Hugging Face name.
 
-    Raises UserError if the checkpoint and config.json describe different models: weights without a place, or an LM head
-    that differs from the embedding it is tied to.
+    Tensors outside of the decoder and its LM head (a vision tower's) are left alone. Raises UserError if the checkpoint
+    and config.json describe different models: weights without a place, or tied weights that differ.
     """
     layout, scope = model.layout, model.family.decoder
     strays = names_without_a_place(layout, headers, scope)
@@ -154,27 +164,22 @@ def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Sour
             f"the checkpoint holds {strays[0]} ({len(strays)} such tensors), which config.json does not "
             "describe, so the model would run without it; download the folder again"
         )
-    head, embedding = "lm_head.weight", f"{scope}.embed_tokens.weight"
-    wanted = {name for name in layout.names if name.startswith(f"{scope}.")} | {head}
+    wanted = {name for name in layout.names if name.startswith((f"{scope}.", f"{layout.head}."))}
     sources = find_sources(layout, headers, wanted)
-    # transformers leaves them untied then, despite config.json.
-    if (
-        model.tied_in_base
-        and {head, embedding} <= sources.keys()
-        and _sample(sources[head]) != _sample(sources[embedding])
-    ):
-        raise UserError(
-            f"config.json ties the head to the embedding, but {sources[head].names[0]} and "
-            f"{sources[embedding].names[0]} differ on disk; set tie_word_embeddings to false in config.json"
-        )
-    if model.tied_in_base and embedding in sources:  # What adapter.modules_to_save takes apart starts alike.
-        sources.setdefault(head, sources[embedding])
+    for name, other in layout.tied.items():
+        # transformers leaves them untied then, despite config.json.
+        if {name, other} <= sources.keys() and _sample(sources[name]) != _sample(sources[other]):
+            cure = "set tie_word_embeddings to false in config.json"
+            raise UserError(
+                f"transformers ties {name} to {other}, but {sources[name].names[0]} and {sources[other].names[0]} "
+                f"differ on disk; {cure if other == layout.embedding else 'download the folder again'}"
+            )
     return sources
 
 
 def _sample(source: Source) -> bytes:
     """Read 64 KiB from the middle of a matrix: matrices that were trained apart differ everywhere."""
-    (segment,) = source.segments
+    segment = source.segments[len(source.segments) // 2]
     with segment.file.open("rb") as stream:
         stream.seek(segment.offset + max(segment.num_bytes // 2 - 2**15, 0))
         return stream.read(min(2**16, segment.num_bytes))

@@ -208,6 +208,20 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
     return Base(model=model, weights=weights, files=files)
 
 
+def require_whole_tensors(base: Base) -> None:
+    """Raise UserError if a parameter is a part of a tensor on disk, or shares it: what is written are whole tensors."""
+    parameters: dict[str, str] = {}
+    for weight in base.weights.values():
+        for stored in weight.source.names:
+            other = parameters.setdefault(stored, weight.name)
+            if other != weight.name or not weight.source.whole:
+                raise UserError(
+                    f"{weight.name} and others are parts of {stored} on disk or share it, and only parameters with "
+                    "tensors of their own can be written; save the base with transformers' "
+                    "save_pretrained(save_original_format=False) and train on that folder"
+                )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Factors:
     """The LoRA factors of one weight, and with DoRA the norm that each row gets."""

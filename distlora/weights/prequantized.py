@@ -120,10 +120,10 @@ def prequantized_parameters(
     by_parameter = {}
     for parameter, source in sources.items():
         stored = [name for name in source.names if name in packed]
-        if stored and len(source.names) > 1:
+        if stored and (len(source.names) > 1 or not source.whole):
             raise UserError(
-                f"{parameter} is merged from {len(source.names)} tensors, of which {stored[0]} is quantized; NF4 "
-                f"weights cannot be merged as they are: {_INSTEAD}"
+                f"{parameter} is made from {len(source.names)} tensors, of which {stored[0]} is quantized; NF4 "
+                f"weights cannot be merged or cut as they are: {_INSTEAD}"
             )
         if stored:
             by_parameter[parameter] = packed[stored[0]]

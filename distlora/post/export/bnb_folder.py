@@ -37,7 +37,7 @@ from distlora.post.merge.output_folder import (
     write_index,
 )
 from distlora.post.trained import Trained
-from distlora.post.weights import Base, BaseWeight, open_base
+from distlora.post.weights import Base, BaseWeight, open_base, require_whole_tensors
 from distlora.run_folder.layout import STATE_NAME
 from distlora.system import atomic_io
 from distlora.training.publish import header_marks
@@ -101,6 +101,7 @@ def write_rounded(base: Base, files: Files) -> set[str]:
 
 def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
     """Lay out the base's files with the parts of each quantized weight in its place."""
+    require_whole_tensors(base)
     replaced = {name_of(weight): parts_of(weight) for weight in quantized}
     copied = {name: segment for name, segment in base.files.headers.items() if name not in replaced}
     tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in base.files.headers.values()}

@@ -29,6 +29,7 @@ from distlora.post.weights import (
     adapted_rows,
     read_factors,
     read_token_rows,
+    require_whole_tensors,
 )
 from distlora.weights.conversion import Source, find_sources
 from distlora.weights.decompose import LowRankFactors
@@ -127,6 +128,7 @@ def parameters_of(base: Base, adapter: Adapter | None) -> list[Parameter]:
 
     Prequantized weights outside the decoder (a vision tower's) come last.
     """
+    require_whole_tensors(base)
     model = base.model
     adapted = set() if adapter is None else set(adapter.file.paths)
     experts = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, ExpertWeight)}

@@ -55,30 +55,53 @@ EXPERTS = 12
 
 
 _TINY = {
-    "vocab_size": 101, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 5,
+    "vocab_size": 101,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 5,
 }
 _LINEAR_ATTENTION = {
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
 TYPES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": EXPERTS},
     "qwen3_moe": {"num_experts": EXPERTS},
     "lara_mini": {
-        "num_experts": 4, "shared_expert_intermediate_size": 24, **_LINEAR_ATTENTION,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 24,
+        **_LINEAR_ATTENTION,
         "layer_types": ["linear_attention", "full_attention"],
     },
     "sarvam_moe": {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
     "hrm_text": {"num_layers_per_stack": 1},
     "inkling2_text": {
-        "n_routed_experts": 4, "unpadded_vocab_size": 99, "d_rel": 8, "rel_extent": 32,
-        "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_head_dim": 8,
+        "n_routed_experts": 4,
+        "unpadded_vocab_size": 99,
+        "d_rel": 8,
+        "rel_extent": 32,
+        "swa_num_attention_heads": 2,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
         "layer_types": ["hybrid_sliding", "hybrid"],
     },
     "zamba": {
-        "attention_hidden_size": 32, "attention_head_dim": 16, "n_mamba_heads": 2, "mamba_dt_rank": 4,
-        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 32,
+        "attention_head_dim": 16,
+        "n_mamba_heads": 2,
+        "mamba_dt_rank": 4,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
     },
     "youtu": {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
 }

@@ -122,17 +122,10 @@ def load_base(
                     copy_into(parameter, segments, reader, backend, name, residual=taken)
                     continue
                 segments = segments_of(sources, name, (model.vocabulary.stored, whole_shape(parameter)[1]))
-                rows = model.rows_of(matrix)
+                rows, tokens = model.rows_of(matrix), model.vocabulary
                 zeroed = model.layout.zeroed_row if matrix == EMBEDDING or model.tied_in_base else None
                 load_matrix(
-                    parameter,
-                    segments,
-                    reader,
-                    backend,
-                    name,
-                    vocabulary=model.vocabulary,
-                    token_rows=rows,
-                    zeroed_row=zeroed,
+                    parameter, segments, reader, backend, name, vocabulary=tokens, token_rows=rows, zeroed=zeroed
                 )
             if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:
                 fill_row_norms(module, backend)

@@ -213,18 +213,18 @@ def load_matrix(
     *,
     vocabulary: Vocabulary,
     token_rows: TokenRows | None,
-    zeroed_row: int | None = None,
+    zeroed: int | None = None,
 ) -> None:
     """Fill the rank's rows of an embedding or LM head, and initialize its trained rows, which all ranks have.
 
-    `zeroed_row` is set to zero, whatever the checkpoint has (padding, as transformers does it for some models).
+    Row `zeroed` is set to zero, whatever the checkpoint has (padding, as transformers does it for some models).
     Every rank must call it for every matrix in the same order. Raises UserError for NaN or Inf.
     """
     copy_into(parameter, segments, reader, backend, name, padding=0 if vocabulary.has_grown else None)
     width = whole_shape(parameter)[1]
     local, first = backend.local_rows(parameter)
-    if zeroed_row is not None and first <= zeroed_row < first + len(local):
-        local[zeroed_row - first] = 0
+    if zeroed is not None and first <= zeroed < first + len(local):
+        local[zeroed - first] = 0
     new_row = None
     if vocabulary.new:
         new_row = mean_row(segments, min(vocabulary.new.values()), width, reader, backend).to(parameter.dtype)
@@ -238,7 +238,7 @@ def load_matrix(
             stored = None if id in new_ids else reader.read(segments, id * width, (id + 1) * width)
             start = new_row if stored is None else stored.to(parameter.dtype)
             assert start is not None
-            if id == zeroed_row:
+            if id == zeroed:
                 start = torch.zeros_like(start)
             if not bool(torch.isfinite(start).all()):  # Another rank's shard may hold the row.
                 raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")

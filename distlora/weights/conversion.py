@@ -16,14 +16,12 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from distlora.architecture.disk_names import DiskNames, Rename
 from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 MAX_PIECES = 2**14
@@ -99,6 +97,7 @@ def layout_of(hf_model: PreTrainedModel) -> CheckpointLayout:
 
 def _zeroed_row(hf_model: PreTrainedModel, embedding: nn.Module, path: str) -> int | None:
     """Return the row that the model's initialization zeroes even in a loaded weight, tried on a small embedding."""
+    import torch
     from transformers import PreTrainedModel as Model
 
     row = getattr(embedding, "padding_idx", None)
@@ -107,7 +106,7 @@ def _zeroed_row(hf_model: PreTrainedModel, embedding: nn.Module, path: str) -> i
     parents = [path.rsplit(".", level)[0] for level in range(1, path.count(".") + 1)]
     owner = next((m for m in map(hf_model.get_submodule, parents) if isinstance(m, Model)), hf_model)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
-        probe = nn.Embedding(1, 1, padding_idx=0)
+        probe = torch.nn.Embedding(1, 1, padding_idx=0)
         probe.weight.fill_(1.0)
         probe.weight._is_hf_initialized = True  # type: ignore[assignment]
         owner._init_weights(probe)
@@ -241,6 +240,8 @@ def _convert(
 
     `tensors`: (pattern, name on disk) in order.
     """
+    import torch
+
     for operation in converter.operations:
         # Exact classes: a subclass may do something else.
         if type(operation).__module__ != type(converter).__module__ or type(operation).__name__ not in _ROW_MOVERS:
@@ -326,6 +327,8 @@ class _Shapes:
 
     def get_parameter(self, name: str) -> Tensor:
         """Return a parameter of that shape whose dtype is that of row positions."""
+        import torch
+
         return torch.empty(self.shapes[name], dtype=torch.int64, device="meta")
 
 

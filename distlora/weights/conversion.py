@@ -108,7 +108,7 @@ def _zeroed_row(hf_model: PreTrainedModel, embedding: nn.Module, path: str) -> i
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         probe = torch.nn.Embedding(1, 1, padding_idx=0)
         probe.weight.fill_(1.0)
-        probe.weight._is_hf_initialized = True  # type: ignore[assignment]
+        probe.weight._is_hf_initialized = True  # type: ignore[attr-defined]
         owner._init_weights(probe)
     return None if bool(probe.weight.all()) else row
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import weakref
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distlora.model.adapters import BlockContext, Rows, StepRows
-from distlora.model.layer_wrapper import Block
+from distlora.model.by_document import ByDocument, PackedRows
+from distlora.model.layer_wrapper import Block, LayerCall, Reference, argument_names, batch_dims
 
 
 class Layer(nn.Module):
@@ -96,3 +99,318 @@ def test_plain_attributes_of_the_layer_are_reachable_through_the_wrapper() -> No
     assert block.attention_type == "full_attention"
     with pytest.raises(AttributeError):
         _ = block.no_such_thing
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "num_hidden_layers": 4,
+        "vocab_size_per_layer_input": 96,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+    },
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "num_hidden_layers": 4,
+        "vocab_size_per_layer_input": 96,
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 16,
+    },
+    "bloom": {"n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4},
+    "zaya": {"num_experts": 4, "num_experts_per_tok": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+"""Settings of small models: what layers hand on, calls by position, batch dimensions other than 0, tuples, mixers."""
+BY_DOCUMENT = {"lfm2": "conv", "falcon_h1": "mamba", "qwen3_next": "linear_attn", "zaya": "self_attn.qkv_proj"}
+"""Modules that carry state along a row."""
+LENGTH = 24
+DOCUMENTS = ((0, 5), (5, 6), (6, 17), (17, LENGTH))
+
+
+def tiny_model(model_type: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, **{**sizes, **heads, **TINY[model_type]})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():  # Off their start, where gates are closed and scales are 1.
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    decoder = model.base_model
+    return decoder.h if hasattr(decoder, "h") else decoder.layers
+
+
+def wrapped(model: Any, dims: list[dict[str, int | None]], *, num_micro: int, by_document: str = "") -> list[Block]:
+    layers, blocks = layers_of(model), []
+    for index, layer in enumerate(list(layers)):
+        context = BlockContext()
+        if by_document and any(name == by_document for name, _ in layer.named_modules()):
+            layer.set_submodule(by_document, ByDocument(layer.get_submodule(by_document), context))
+        block = Block(layer, context, dims[index])
+        block.num_micro, block.checkpointing = num_micro, num_micro > 1
+        layers[index] = block
+        blocks.append(block)
+    return blocks
+
+
+def probed(model: Any) -> list[dict[str, int | None]]:
+    """Return Block.batch_dims of each layer, from calls of the model."""
+    layers = list(layers_of(model))
+    calls: list[list[LayerCall]] = [[] for _ in layers]
+    for rows, length in ((2, 11), (3, 11), (2, 13)):
+
+        def record(layer: Any, args: Any, kwargs: Any, rows: int = rows, length: int = length) -> None:
+            arguments = dict(zip(argument_names(layer), args, strict=False)) | kwargs
+            calls[layers.index(layer)].append(LayerCall(rows, length, arguments))
+
+        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+        model(torch.randint(1, 90, (rows, length)), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    return [batch_dims(of_layer) for of_layer in calls]
+
+
+def outcome(model: Any, ids: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return logits and gradients by the names of an unwrapped model."""
+    model.zero_grad()
+    logits = model(ids, use_cache=False, **kwargs).logits
+    logits.mul(torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), {re.sub(r"(\.inner)+\.", ".", name): gradient for name, gradient in gradients.items()}
+
+
+def assert_same(
+    actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]], gradients: float
+) -> None:
+    assert (actual[0] - expected[0]).abs().max() <= 2e-5
+    assert actual[1].keys() == expected[1].keys()
+    for name, one in expected[1].items():
+        difference = (actual[1][name] - one).norm()
+        assert difference <= gradients * one.norm() + 1e-6, f"{name}: {float(difference)} of {float(one.norm())}"
+
+
+@pytest.mark.parametrize("model_type", list(TINY))
+def test_slices_of_any_decoder_give_the_whole_batch_and_its_gradients(model_type: str) -> None:
+    model, ids = tiny_model(model_type), torch.randint(1, 90, (4, LENGTH))
+    expected, dims = outcome(model, ids), probed(model)
+    assert dims[0] == {"bloom": {"alibi": 0}, "gemma3n_text": {"hidden_states": 1}}.get(model_type, {})
+    wrapped(model, dims, num_micro=2)
+    # The sums over rows that make a weight's gradient are made in another order; qwen3_next's router divides by little.
+    assert_same(outcome(model, ids), expected, 1e-5 if model_type == "qwen3_next" else 1e-6)
+
+
+@pytest.mark.parametrize("model_type", list(BY_DOCUMENT))
+def test_packed_documents_are_as_alone_where_a_mixer_carries_state(model_type: str) -> None:
+    model, ids = tiny_model(model_type), torch.randint(1, 90, (2, LENGTH))
+    # One row of four documents, one of a single document.
+    positions = torch.stack([torch.cat([torch.arange(end - start) for start, end in DOCUMENTS]), torch.arange(LENGTH)])
+    scale, outputs = torch.randn(2, LENGTH, 96), []
+    for row, documents in enumerate((DOCUMENTS, ((0, LENGTH),))):
+        for start, end in documents:
+            logits = model(ids[row : row + 1, start:end], use_cache=False).logits
+            (logits * scale[row, start:end]).sum().backward()
+            outputs.append(logits[0].detach())
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    leaking = model(ids, position_ids=positions, use_cache=False).logits.detach()
+    assert (leaking.flatten(0, 1) - torch.cat(outputs)).abs().max() > 1e-3, "nothing leaks without the wrapper"
+    blocks = wrapped(model, [{}] * 9, num_micro=2, by_document=BY_DOCUMENT[model_type])
+    for block in blocks:
+        block.rows = Rows(packed=PackedRows.of(positions))
+    model.zero_grad()
+    logits = model(ids, position_ids=positions, use_cache=False).logits
+    (logits * scale).sum().backward()
+    assert (logits.detach().flatten(0, 1) - torch.cat(outputs)).abs().max() <= 2e-5
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            one = expected[re.sub(r"(\.inner)+\.", ".", name)]
+            limit = 1e-5 if model_type == "qwen3_next" else 2e-6
+            assert (parameter.grad - one).norm() <= limit * one.norm() + 1e-6, name
+
+
+class Sharing(nn.Module):
+    """A layer that hands a tensor on, or multiplies by what an earlier one handed on."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+
+    def forward(self, hidden_states: Tensor, shared: Any, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        if self.writes:  # Every writer under the same name: recomputation must not see a later one.
+            shared["key"] = hidden_states.sin() * scale
+        return hidden_states * shared["key"], hidden_states[:, :, 0]
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_slice_reads_what_the_same_slice_handed_on(reference: bool) -> None:
+    from transformers.cache_utils import KVSharingDict
+
+    def run(num_micro: int) -> tuple[Tensor, Tensor, Any]:
+        x = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        mapping, hidden = KVSharingDict(), x
+        for writes in (True, False, True, False):
+            block = Block(Sharing(writes), BlockContext())
+            block.num_micro, block.checkpointing = num_micro, num_micro > 1
+            hidden, first = block(hidden, mapping, scale=2.0)
+            assert first.shape == (4, 3)
+        return hidden, torch.autograd.grad(hidden.square().sum(), x)[0], mapping
+
+    expected, actual = run(1), run(2)
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])
+    if reference:
+        block = Block(Sharing(True), BlockContext())
+        block.reference = Reference(None)
+        with pytest.raises(TypeError, match="no reference pass"):
+            block(torch.randn(4, 3, 2), KVSharingDict())
+
+
+def test_what_layers_hand_on_is_freed_after_the_forward() -> None:
+    from transformers.cache_utils import KVSharingDict
+
+    block, mapping = Block(Sharing(True), BlockContext()), KVSharingDict()
+    block.num_micro = 2
+    with torch.no_grad():
+        block(torch.randn(4, 3, 2), mapping)
+    (first, second) = vars(mapping)["_slices_of_the_batch"].values()
+    assert [entry.shape for entry in (first["key"], second["key"])] == [(2, 3, 2)] * 2
+    kept = weakref.ref(first["key"])
+    del first, second, mapping
+    assert kept() is None
+
+
+def test_batch_dimensions_are_found_from_the_sizes_of_calls() -> None:
+    def call(rows: int, length: int) -> LayerCall:
+        arguments = {
+            "hidden_states": torch.zeros(4, rows, length, 8),
+            "alibi": torch.zeros(rows * 4, 1, length),
+            "positions": (torch.zeros(rows, length), torch.zeros(1, length), None),
+            "distance": torch.zeros(length, length),
+            "empty": torch.zeros(rows, length, 0),
+            "cache": None,
+        }
+        return LayerCall(rows, length, arguments)
+
+    calls = [call(2, 5), call(3, 5), call(2, 7)]
+    assert batch_dims(calls) == {"hidden_states": 1, "alibi": 0, "distance": None}
+    square = [LayerCall(rows, 5, {"x": torch.zeros(rows, rows)}) for rows in (2, 3)]
+    with pytest.raises(TypeError, match=r"'x'.*batch dimensions"):
+        batch_dims(square)
+    differing = [LayerCall(rows, 5, {"x": (torch.zeros(rows, 5), torch.zeros(5, rows))}) for rows in (2, 3)]
+    with pytest.raises(TypeError, match="'x' differ"):
+        batch_dims(differing)
+
+
+def test_written_copies_and_outputs_without_rows_are_refused() -> None:
+    class Writes(nn.Module):
+        def forward(self, hidden_states: Tensor, states: dict[str, Tensor]) -> Tensor:
+            states["more"] = hidden_states
+            return hidden_states
+
+    block = Block(Writes(), BlockContext())
+    block.num_micro = 2
+    with pytest.raises(TypeError, match="mappingproxy"):
+        block(torch.zeros(4, 3, 2), states={"one": torch.zeros(4, 3)})
+
+    class Pair(nn.Module):
+        def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+            return hidden_states, torch.zeros(7)
+
+    block = Block(Pair(), BlockContext())
+    block.num_micro = 2
+    with pytest.raises(TypeError, match=r"second output of shape \(7,\)"):
+        block(torch.zeros(4, 3, 2))
+
+
+class Mixer(nn.Module):
+    """A module that sums along the row, and shows what it was given."""
+
+    size = 3
+
+    def __init__(self, context: BlockContext) -> None:
+        super().__init__()
+        self.context = context
+        self.seen: list[dict[str, Any]] = []
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        context = self.context
+        self.seen.append({"mask": attention_mask, "rows": context.rows, "first": context.first_token, **kwargs})
+        if context.rows.balanced is not None:
+            context.leave_balance(context.rows.balanced.sum(dim=1)[:, None, None].expand(1, 2, 3).float())
+        return hidden_states.cumsum(dim=1), None, (hidden_states[..., 0],)
+
+
+def test_a_mixer_runs_each_document_with_its_arguments_and_its_rows() -> None:
+    context = BlockContext()
+    module = ByDocument(Mixer(context), context)
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])
+    x = torch.arange(20.0).view(2, 5, 2)
+    expected = torch.cat([torch.cat([x[:1, :3].cumsum(1), x[:1, 3:].cumsum(1)], dim=1), x[1:].cumsum(1)])
+    balanced = torch.tensor([[True, True, False, True, True], [True] * 5])
+    rows = Rows(torch.tensor([7, 8]), StepRows(3, torch.tensor([10, 11])), balanced, PackedRows.of(positions))
+    context.rows = rows
+    mask = torch.arange(25.0).view(1, 1, 5, 5).expand(2, 1, 5, 5)
+    output, none, (plain,) = module(x, attention_mask=mask, position_embeddings=(positions, positions[:1]))
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(plain, x[..., 0])
+    assert none is None
+    assert context.rows is rows
+    assert context.first_token == 0
+    balance = context.take_balance()
+    assert balance is not None
+    assert balance[:, 0, 0].tolist() == [4, 5]
+    seen = module.inner.seen  # type: ignore[union-attr]
+    assert [one["first"] for one in seen] == [0, 3, 0]  # type: ignore[union-attr, index]
+    second = seen[1]  # type: ignore[index]
+    assert second["mask"].flatten().tolist() == [18, 19, 23, 24]
+    assert (second["rows"].adapters.tolist(), second["rows"].places.rows.tolist()) == ([7], [10])
+    assert [tensor.tolist() for tensor in second["position_embeddings"]] == [[[0, 1]]] * 2
+    assert module.size == 3, "plain attributes of the module are reachable"
+    context.rows = Rows(packed=PackedRows.of(positions[1:].expand(2, 5)))
+    module(x)
+    assert len(seen) == 4, "rows of one document each take one call"  # type: ignore[arg-type]
+    context.rows = rows
+    with pytest.raises(TypeError, match="no known token dimension"):
+        module(x, attention_mask=torch.zeros(2, 3, 5))
+
+
+def test_kernels_get_the_documents_of_all_rows_joined_to_one() -> None:
+    context = BlockContext()
+    module = ByDocument(Mixer(context), context, by_kernel=True)
+    packed = PackedRows.of(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]))
+    context.rows = Rows(packed=packed)
+    x = torch.randn(3, 5, 2)
+    output, none, (plain,) = module(x, position_embeddings=(x[:1], x))
+    torch.testing.assert_close(output, x.view(1, 15, 2).cumsum(dim=1).view(3, 5, 2))
+    assert none is None
+    torch.testing.assert_close(plain, x[..., 0])
+    (seen,) = module.inner.seen  # type: ignore[union-attr, misc]
+    assert seen["cu_seq_lens_q"].tolist() == [0, 3, 5, 10, 11, 15]
+    assert seen["seq_idx"].tolist() == [[0] * 3 + [1] * 2 + [2] * 5 + [3] + [4] * 4]
+    assert (seen["cu_seq_lens_q"].dtype, seen["seq_idx"].dtype) == (torch.int32, torch.int32)
+    torch.testing.assert_close(seen["position_embeddings"][0], x[:1].expand(3, 5, 2).reshape(1, 15, 2))
+    assert packed.part(slice(0, 2)) is packed.part(slice(0, 2)), "the layers share what is made for a slice"
+    with pytest.raises(TypeError, match="a kernel that keeps documents apart"):
+        module(x, attention_mask=torch.zeros(3, 1, 5, 5))

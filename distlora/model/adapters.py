@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distlora.config import AdapterConfig
+from distlora.model.by_document import PackedRows
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.system import randomness
 from distlora_kernels.dora import initial_magnitude
@@ -55,6 +56,8 @@ class Rows(NamedTuple):
     """Positions in training; None: no dropout (evaluation, generation)."""
     balanced: Tensor | None = None
     """(B, T) bool: positions that count in the router's load-balancing loss; None: no such loss."""
+    packed: PackedRows | None = None
+    """Documents of the rows, for modules that run each alone (ByDocument); None: none does."""
 
     def part(self, part: slice) -> Rows:
         """Return the rows of a slice of the micro-batch."""
@@ -62,6 +65,7 @@ class Rows(NamedTuple):
             None if self.adapters is None else self.adapters[part],
             None if self.places is None else self.places.part(part),
             None if self.balanced is None else self.balanced[part],
+            None if self.packed is None else self.packed.part(part),
         )
 
 

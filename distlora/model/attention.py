@@ -55,24 +55,21 @@ class Documents(NamedTuple):
         return Documents(self.starts.to(device, non_blocking=True), self.longest)
 
 
-def masks_by_layer_type(decoder: nn.Module, position_ids: Tensor) -> dict[str, Tensor | None]:
-    """Build masks by layer type that separate documents, for decoders that ignore positions (B, T) in their masks.
+def masks_of_documents(decoder: nn.Module, position_ids: Tensor) -> Tensor | dict[str, Tensor | None] | None:
+    """Build masks that separate documents, for decoders that ignore positions (B, T) in their own masks.
 
-    It calls transformers' functions.
+    One mask for each layer type if the config names them, otherwise one for all layers: transformers' function decides.
     """
-    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+    from transformers.masking_utils import create_masks_for_generate
 
     config: Any = decoder.config
     weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
     # Only its dtype, device and first two dimensions are read.
     embeds = torch.empty((*position_ids.shape, 0), dtype=weight.dtype, device=position_ids.device)
-    makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-    return {
-        kind: makers[kind](
-            config=config, inputs_embeds=embeds, attention_mask=None, cache=None, position_ids=position_ids
-        )
-        for kind in sorted(set(config.layer_types))
-    }
+    masks: Tensor | dict[str, Tensor | None] | None = create_masks_for_generate(
+        config=config, inputs_embeds=embeds, attention_mask=None, cache=None, position_ids=position_ids
+    )
+    return masks
 
 
 VarlenOp = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]

@@ -33,7 +33,8 @@ from distlora.model.adapters import (
     TokenRows,
     adapter_parameters,
 )
-from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
+from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
+from distlora.model.by_document import ByDocument, PackedRows
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.experts import (
     ExpertWeight,
@@ -121,6 +122,8 @@ class CausalLM(nn.Module):
         """Compute dtype of trained base parameters if they are fp32 masters; otherwise None."""
         self.attends_by_documents = False
         """True if a forward takes `documents` and attends to each by its length."""
+        self.runs_documents_apart = any(isinstance(module, ByDocument) for module in decoder.modules())
+        """True if a module of the layers runs each packed document alone."""
         self.router_aux_loss = 0.0
         """Weight of the routers' load-balancing loss in a training row's loss; 0: it is not computed."""
         self.noise: EmbeddingNoise | None = None
@@ -203,13 +206,14 @@ class CausalLM(nn.Module):
         routers collect statistics for `balance_sums`.
         """
         assert documents is None or (self.attends_by_documents and past is None), "no use for documents"
+        packed = PackedRows.of(position_ids) if self.runs_documents_apart and past is None else None
         for block in self.blocks:
-            block.rows, block.reference = Rows(adapter_rows, step_rows, balanced), reference
+            block.rows, block.reference = Rows(adapter_rows, step_rows, balanced, packed), reference
         if past is None:
             # With a cache transformers does not look for packed documents in the positions, and they leak into each
             # other.
             blind = self.family.blind_masks and documents is None
-            masks = masks_by_layer_type(self.decoder, position_ids) if blind else None
+            masks = masks_of_documents(self.decoder, position_ids) if blind else None
             known: dict[str, Any] = {"attention_mask": masks, "use_cache": False}
         else:
             known = {"attention_mask": past.attention_mask, "use_cache": past.cache is not None}
@@ -290,7 +294,7 @@ class CausalLM(nn.Module):
         """
         if name == "head.weight":
             return "lm_head.weight"
-        name = re.sub(r"^decoder\.", f"{self.family.decoder}.", name).replace(".inner.", ".")
+        name = re.sub(r"(\.inner)+\.", ".", re.sub(r"^decoder\.", f"{self.family.decoder}.", name))
         return name if self.family.experts is None else re.sub(r"(\.experts\.\w+_proj)\.weight$", r"\1", name)
 
 

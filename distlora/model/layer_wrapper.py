@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import itertools
 import weakref
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +23,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from distlora.model.adapters import BlockContext, Rows
+from distlora.model.by_document import ByDocument, join, map_leaves
 from distlora.system.host_memory import bytes_of, take_chunk, take_places
 from distlora_kernels import elementwise, scratch
 
-_CACHES = ("cache", "past_key_values")
+_CACHES = ("cache", "past_key_values", "layer_past")
 """Names by which transformers passes a layer the keys and values of earlier tokens, one object for all rows."""
 
 
@@ -49,9 +53,18 @@ class Reference:
 class Block(nn.Module):
     """Decoder layer that runs its batch in slices, with optional activation checkpointing."""
 
-    def __init__(self, inner: nn.Module, context: BlockContext) -> None:
+    def __init__(
+        self, inner: nn.Module, context: BlockContext, batch_dims: Mapping[str, int | None] | None = None
+    ) -> None:
         super().__init__()
         self.inner = inner
+        self.batch_dims = batch_dims or {}
+        """Batch dimensions of the arguments that differ from the default (`batch_dims`); None: no batch dimension.
+
+        The size there may be a multiple of the batch (batch x heads). Default: dim 0, shared if its size is 1.
+        """
+        self._names = argument_names(inner)
+        self._hidden_dim = self.batch_dims.get(self._names[0]) or 0
         self.context = context
         """Context of the layer's linears; holds the slice that is running."""
         self.rows = Rows()
@@ -82,15 +95,28 @@ class Block(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """Run the layer on hidden_states (B, T, H). Kwargs with dim 0 = B are sliced too, with dim 0 = 1 shared."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer on hidden_states (B, T, H), its first argument; other tensors are sliced by `batch_dims`.
+
+        A tuple that it returns has the hidden states first, and dim 0 = B in the others. A UserDict, by which layers
+        hand tensors to later layers, becomes one for each slice.
+        """
+        hidden_states, *others = args or (kwargs.pop(self._names[0]),)
+        if others:
+            kwargs |= zip(self._names[1 : len(args)], others, strict=True)
         output, balance = self._run_slices(hidden_states, self.rows, kwargs)
+        more = output[1:] if isinstance(output, tuple) else None
         if balance is not None:
-            output, self.balance = _Together.apply(output, balance)
+            hidden, self.balance = _Together.apply(output if more is None else output[0], balance)
+            output = hidden if more is None else (hidden, *more)
         if self.reference is not None:
+            if any(item is not None for item in more or ()):
+                raise TypeError("a layer that hands more than hidden states to the next has no reference pass")
             before = hidden_states if self.reference.hidden is None else self.reference.hidden
+            rows = Rows(self.reference.rows, packed=self.rows.packed)
             with torch.no_grad(), self._as_started():
-                self.reference.hidden, _ = self._run_slices(before, Rows(self.reference.rows), kwargs)
+                states, _ = self._run_slices(before, rows, kwargs, reference=True)
+            self.reference.hidden = states if more is None else states[0]
         return output
 
     @contextlib.contextmanager
@@ -110,34 +136,77 @@ class Block(nn.Module):
         self.rows = self.context.rows = Rows()
         self.reference = None
 
-    def _run_slices(self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Return (B, T, H), and the routers' statistics if requested."""
-        batch = hidden_states.shape[0]
+    def _run_slices(
+        self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any], *, reference: bool = False
+    ) -> tuple[Any, Tensor | None]:
+        """Return the layer's output for all rows, and the routers' statistics if requested."""
+        dim = self._hidden_dim
+        batch = hidden_states.shape[dim]
         if batch % self.num_micro:
             raise ValueError(f"a batch of {batch} rows cannot be run in {self.num_micro} equal slices")
         size = batch // self.num_micro
         # One call: its backward joins the slices' gradients once. That of an index makes one as large as all slices for
         # each of them, and sums them.
-        inputs = hidden_states.split(size) if self.num_micro > 1 else (hidden_states,)
+        inputs = hidden_states.split(size, dim) if self.num_micro > 1 else (hidden_states,)
         outputs, balances = [], []
         for index, hidden in enumerate(inputs):
             part = slice(index * size, (index + 1) * size)
-            sliced = {name: _slice(name, value, part, batch) for name, value in kwargs.items()}
+            sliced = {name: self._slice(name, value, part, batch, reference) for name, value in kwargs.items()}
             output, balance = self._run(hidden, rows.part(part), sliced)
             outputs.append(output)
             balances += [] if balance is None else [balance]
-        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        output = outputs[0]
+        if len(outputs) > 1 and isinstance(output, tuple):
+            hiddens, more = [output[0] for output in outputs], [output[1:] for output in outputs]
+            map_leaves(functools.partial(_check_rows, size), more[0])
+            output = (torch.cat(hiddens, dim), *join(more, dim=0))
+        elif len(outputs) > 1:
+            output = torch.cat(outputs, dim)
         return output, torch.cat(balances) if balances else None
 
-    def _run(self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        def layer(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _slice(self, name: str, value: Any, part: slice, batch: int, reference: bool) -> Any:
+        """Return the rows `part` of an argument. Refuses one that may hide a batch dimension."""
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, Tensor):
+            return self._cut(name, part, batch, value)
+        if type(value) is tuple and all(isinstance(item, Tensor) for item in value):
+            return tuple([self._cut(name, part, batch, item) for item in value])
+        cut = functools.partial(self._cut, name, part, batch)
+        if isinstance(value, UserDict):
+            return _HandedOn(value, (part.start, part.stop, reference), cut)
+        return map_leaves(cut, value)
+
+    def _cut(self, name: str, part: slice, batch: int, value: Any) -> Any:
+        num_rows = part.stop - part.start
+        if isinstance(value, Tensor):
+            if name not in self.batch_dims:
+                if value.dim() > 0 and value.shape[0] in (1, batch):
+                    return value[part] if num_rows < batch == value.shape[0] else value
+            elif (dim := self.batch_dims[name]) is None:
+                return value
+            elif dim < value.dim() and value.shape[dim] % batch == 0:
+                each = value.shape[dim] // batch
+                return value.narrow(dim, part.start * each, num_rows * each)
+        elif name in _CACHES and num_rows == batch:  # Generation runs the batch whole: a cache cannot be sliced.
+            return value
+        described = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"the block wrapper cannot slice the layer argument {name!r} ({described}) for {batch} rows")
+
+    def _run(self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+        handed_on = {name: value for name, value in kwargs.items() if type(value) is _HandedOn}
+
+        def layer(hidden: Tensor) -> tuple[Any, Tensor | None]:
             # In recomputation too, when another slice's rows may be set.
             self.context.rows = rows
+            given = kwargs | {name: value.as_before() for name, value in handed_on.items()} if handed_on else kwargs
             try:
-                output = self.inner(hidden, **kwargs)
+                output = self.inner(hidden, **given)
             finally:  # Recomputation leaves by an exception, and the router's statistics would keep its graph alive.
                 balance = self.context.take_balance()
-            return output[0] if isinstance(output, tuple) else output, balance
+            for name, value in handed_on.items():
+                value.hand_on(given[name])
+            return output, balance
 
         if self.checkpointing and torch.is_grad_enabled():
             # No layer draws from torch's generators, so their state need not be kept.
@@ -173,18 +242,93 @@ def _keeping(device: torch.device) -> tuple[AbstractContextManager[None], Abstra
     return scratch.keeping("forward", device), scratch.keeping("recomputation", device)
 
 
-def _slice(name: str, value: Any, part: slice, batch: int) -> Any:
-    """Return the rows `part` of a layer's keyword argument. Refuses one that may hide a batch dimension."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if name in _CACHES and part == slice(0, batch):  # Generation runs the batch whole: a cache cannot be sliced.
-        return value
-    if isinstance(value, tuple):
-        return tuple(_slice(name, item, part, batch) for item in value)
-    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] in (1, batch):
-        return value[part] if value.shape[0] == batch else value
-    described = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise TypeError(f"the block wrapper cannot slice the layer argument {name!r} ({described}) for {batch} rows")
+class _HandedOn:
+    """Mapping by which layers hand tensors to later layers (keys and values that they share), for one slice.
+
+    Each layer gets its own, with the entries of earlier layers, and the same ones in recomputation. What it adds in its
+    first run goes to later layers through the decoder's mapping, which lives as long as the decoder's forward.
+    """
+
+    def __init__(self, mapping: UserDict[Any, Any], key: tuple[Any, ...], cut: Callable[[Any], Any]) -> None:
+        slices = vars(mapping).setdefault("_slices_of_the_batch", {})
+        self._kind = type(mapping)
+        self._entries: dict[Any, Any] | None = slices.setdefault(key, {})
+        self._before = {entry: map_leaves(cut, value) for entry, value in mapping.items()} | self._entries
+
+    def as_before(self) -> UserDict[Any, Any]:
+        """Return the mapping as the layer finds it."""
+        mapping = self._kind()
+        mapping.update(self._before)
+        return mapping
+
+    def hand_on(self, mapping: UserDict[Any, Any]) -> None:
+        """Store what the layer left in the mapping, unless this is a recomputation."""
+        if self._entries is not None:
+            self._entries.update(mapping)
+            self._entries = None  # Backward must not keep what it does not read.
+
+
+def _check_rows(size: int, output: Any) -> None:
+    if not isinstance(output, Tensor) or output.shape[:1] != (size,):
+        described = f"of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(f"a layer's second output {described} has no dim 0 of {size} rows, by which slices are joined")
+
+
+class LayerCall(NamedTuple):
+    """Record of one call of a layer, from which `batch_dims` finds batch dimensions."""
+
+    num_rows: int
+    length: int
+    """Tokens per row."""
+    arguments: Mapping[str, Any]
+    """Arguments by name (`argument_names` of those by position), the hidden states among them."""
+
+
+def batch_dims(calls: Sequence[LayerCall]) -> dict[str, int | None]:
+    """Return Block.batch_dims of a layer: the arguments that the default would slice wrongly or refuse.
+
+    `calls`: one call for two numbers of rows at one length, and at other lengths. Raises TypeError for an argument with
+    several batch dimensions, or with tensors that differ in theirs.
+    """
+    pairs = [(a, b) for a, b in itertools.combinations(range(len(calls)), 2) if calls[a].length == calls[b].length]
+    rows = [call.num_rows for call in calls]
+    assert any(rows[a] != rows[b] for a, b in pairs), "calls of two numbers of rows at one length are needed"
+    found: dict[str, int | None] = {}
+    for name in calls[0].arguments:
+        shapes: list[list[tuple[int, ...]]] = [[] for _ in calls]
+        for call, known in zip(calls, shapes, strict=True):
+            map_leaves(functools.partial(_add_shape, known), call.arguments[name])
+        dims: list[int | None] = []
+        by_default = True
+        for sizes in zip(*shapes, strict=True):
+            ratios = [
+                [0 < sizes[a][dim] * rows[b] == sizes[b][dim] * rows[a] for a, b in pairs]
+                for dim in range(len(sizes[0]))
+            ]
+            moving = [dim for dim, equal in enumerate(ratios) if all(equal)]
+            if len(moving) > 1:
+                raise TypeError(f"the layer argument {name!r} of shape {sizes[0]} has batch dimensions {moving}")
+            dims += moving or [None]
+            by_default &= [size[:1] for size in sizes] == [(num if moving == [0] else 1,) for num in rows]
+            by_default &= moving in ([], [0])
+        if not by_default and len(set(dims)) > 1:
+            raise TypeError(f"tensors of the layer argument {name!r} differ in their batch dimensions {dims}")
+        if not by_default:
+            found[name] = dims[0]
+    return found
+
+
+def _add_shape(shapes: list[tuple[int, ...]], leaf: Any) -> None:
+    if isinstance(leaf, Tensor):
+        shapes.append(tuple(leaf.shape))
+
+
+def argument_names(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments that a layer takes by position."""
+    while isinstance(layer, ByDocument):
+        layer = layer.inner
+    parameters = inspect.signature(layer.forward).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class HostInputs:

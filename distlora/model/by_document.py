@@ -1,0 +1,169 @@
+"""Run modules that carry state along a row (Mamba, gated delta rule, short convolutions) on each packed document alone.
+
+Such a module reads earlier tokens without a mask, so a packed document would leak into the next one.
+
+Letters: B rows, T tokens per row, L tokens of one document.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from distlora.model.adapters import BlockContext
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype)
+
+
+class PackedRows:
+    """Documents of the rows that run. The layers share the slices of a batch, which are made once."""
+
+    def __init__(self, starts: Sequence[Sequence[int]], length: int, device: torch.device) -> None:
+        self.starts, self.length = starts, length
+        self.is_packed = any(len(row) > 1 for row in starts)
+        """True if a row has more than one document."""
+        self._device = device
+        self._parts: dict[tuple[int, int], PackedRows] = {}
+
+    @classmethod
+    def of(cls, position_ids: Tensor) -> PackedRows:
+        """Find the documents from positions (B, T) that restart at 0 with each; the host waits for them."""
+        starts = [[at for at, position in enumerate(row) if position == 0] for row in position_ids.tolist()]
+        assert all(row[:1] == [0] for row in starts), "a row begins within a document"
+        return cls(starts, position_ids.shape[1], position_ids.device)
+
+    def part(self, part: slice) -> PackedRows:
+        """Return the rows of a slice of the batch."""
+        key = (part.start, part.stop)
+        if key not in self._parts:
+            self._parts[key] = PackedRows(self.starts[part], self.length, self._device)
+        return self._parts[key]
+
+    @functools.cached_property
+    def kernel_arguments(self) -> dict[str, Tensor]:
+        """Return transformers' arguments for kernels that keep documents apart, for all rows joined to one.
+
+        cu_seq_lens_q (documents + 1,) int32: bounds, for flash-linear-attention. seq_idx (1, B T) int32: number of each
+        token's document, for causal-conv1d and mamba-ssm.
+        """
+        firsts = [row * self.length + start for row, starts in enumerate(self.starts) for start in starts]
+        bounds = torch.tensor([*firsts, len(self.starts) * self.length], dtype=torch.int32)
+        numbers = torch.arange(len(firsts), dtype=torch.int32).repeat_interleave(bounds.diff())
+        return {"cu_seq_lens_q": bounds.to(self._device), "seq_idx": numbers[None].to(self._device)}
+
+
+class ByDocument(nn.Module):
+    """Module that runs on each packed document alone. Rows of one document each run as without it."""
+
+    def __init__(self, inner: nn.Module, context: BlockContext, *, by_kernel: bool = False) -> None:
+        super().__init__()
+        self.inner = inner
+        self.context = context
+        """Context of the layer, with the documents of the rows that run."""
+        self.by_kernel = by_kernel
+        """True to run all documents at once, kept apart by the kernels that read PackedRows.kernel_arguments."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Layers read plain attributes of their mixers.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, and return its outputs with each document's in the place of its tokens."""
+        rows, packed = self.context.rows, self.context.rows.packed
+        if packed is None or not packed.is_packed:
+            return self.inner(*args, **kwargs)
+        if self.by_kernel:
+            given, named = map_leaves(functools.partial(_flatten, packed), (args, kwargs))
+            output = self.inner(*given, **named, **packed.kernel_arguments)
+            return map_leaves(lambda one: one.unflatten(1, (-1, packed.length)).flatten(0, 1), output)
+        assert self.context.first_token == 0, "a tile of an MLP begins within a document"
+        outputs, balances = [], []
+        try:
+            for row, starts in enumerate(packed.starts):
+                alone, parts, sums = rows.part(slice(row, row + 1)), [], []
+                for start, end in itertools.pairwise([*starts, packed.length]):
+                    balanced = None if alone.balanced is None else alone.balanced[:, start:end]
+                    self.context.rows = alone._replace(packed=None, balanced=balanced)
+                    self.context.first_token = start
+                    given, named = map_leaves(functools.partial(_cut, packed, row, start, end), (args, kwargs))
+                    parts.append(map_leaves(functools.partial(_check, end - start), self.inner(*given, **named)))
+                    sums.append(self.context.take_balance())
+                outputs.append(join(parts, dim=1))
+                balances += [] if sums[0] is None else [torch.stack(sums).sum(dim=0)]  # type: ignore[arg-type]
+        finally:
+            self.context.rows, self.context.first_token = rows, 0
+        if balances:
+            self.context.leave_balance(torch.cat(balances))
+        return join(outputs, dim=0)
+
+
+def _token_dims(packed: PackedRows, leaf: Any) -> tuple[int, ...]:
+    """Return the dimensions of an argument that count tokens; refuse it where they are not known."""
+    if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] in (1, len(packed.starts)):
+        if leaf.dim() == 4 and leaf.shape[2:] == (packed.length, packed.length):
+            return (2, 3)
+        if leaf.dim() > 1 and leaf.shape[1] == packed.length:
+            return (1,)
+        if packed.length not in leaf.shape[1:]:
+            return ()
+    described = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+    raise TypeError(
+        f"{described}, the argument of a module that runs each document alone, has no known token dimension"
+    )
+
+
+def _cut(packed: PackedRows, row: int, start: int, end: int, leaf: Any) -> Tensor:
+    dims = _token_dims(packed, leaf)
+    cut: Tensor = leaf[row : row + 1] if leaf.shape[0] == len(packed.starts) else leaf
+    for dim in dims:
+        cut = cut.narrow(dim, start, end - start)
+    return cut
+
+
+def _flatten(packed: PackedRows, leaf: Any) -> Tensor:
+    """Join all rows to one: (B, T, ...) to (1, B T, ...)."""
+    if _token_dims(packed, leaf) != (1,):
+        raise TypeError(f"a kernel that keeps documents apart cannot take an argument of shape {tuple(leaf.shape)}")
+    return leaf.expand(len(packed.starts), *leaf.shape[1:]).flatten(0, 1)[None]
+
+
+def _check(length: int, leaf: Any) -> Tensor | None:
+    """Return an output of one document, (1, L, ...). Attention's weights (1, heads, L, L) become None."""
+    if isinstance(leaf, Tensor) and leaf.shape[:2] == (1, length):
+        return leaf
+    if isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.shape[2:] == (length, length):
+        return None
+    described = f"of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+    raise TypeError(f"an output {described} cannot be joined with those of other documents")
+
+
+def join(outputs: Sequence[Any], dim: int) -> Any:
+    """Join the outputs of calls: tensors along `dim`, tuples item by item, None stays None."""
+    if isinstance(outputs[0], tuple):
+        return tuple(join(items, dim) for items in zip(*outputs, strict=True))
+    return outputs[0] if len(outputs) == 1 or outputs[0] is None else torch.cat(list(outputs), dim)
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to what an argument holds, in tuples, lists and dicts too, but not to plain values.
+
+    Copies of lists and dicts cannot be written: a layer that hands something on in them fails.
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (tuple, list)):
+        items = [map_leaves(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if type(value) in (dict, MappingProxyType):
+        return MappingProxyType({name: map_leaves(function, item) for name, item in value.items()})
+    return function(value)

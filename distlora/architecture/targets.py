@@ -108,6 +108,10 @@ def match_ending(endings: Iterable[str], paths: list[str]) -> list[str]:
     return [path for path in paths if path in wanted or path.endswith(dotted)]
 
 
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+"""Names of the fused weights of transformers' experts, in the order of a module's parameters, in which PEFT wraps them.
+Experts without a gate have the last two."""
+
 EXPERT_PRESETS = ("mlp", "all-linear")
 """Presets of target_modules that mean the experts too."""
 
@@ -184,10 +188,10 @@ def peft_paths(adapted: Collection[str]) -> dict[str, str]:
     PEFT wraps the experts module once for each of its weights, in their order; what is wrapped first is the
     `base_layer` of what is wrapped next, and the last has the module's own path.
     """
-    paths, weights = {}, ExpertLayout().weights
+    paths = {}
     for name in adapted:
         module, _, weight = name.rpartition(".")
-        later = weights[weights.index(weight) + 1 :]
+        later = EXPERT_WEIGHTS[EXPERT_WEIGHTS.index(weight) + 1 :]
         paths[name] = module + ".base_layer" * sum(f"{module}.{other}" in adapted for other in later)
     return paths
 

@@ -205,23 +205,9 @@ def _check_shape(name: str, on_disk: tuple[int, ...], shape: tuple[int, ...]) ->
 
 
 def _check_packed(model: CausalLM, packed: Mapping[str, PrequantizedWeight]) -> None:
-    """Assert that no weight of a decoder layer with two or more dimensions stayed 16-bit or was quantized twice.
-
-    Weights that a quantized checkpoint (`packed`) keeps dense stay dense. So do an MoE's routers, which decide by small
-    differences, and its experts' biases.
-    """
-    kept_dense = set()
+    """Assert that no frozen weight stayed 16-bit or was quantized twice, but linears that `packed` keeps dense."""
     for path, module in model.named_modules():
-        if packed and isinstance(module, FrozenLinear):
+        if isinstance(module, FrozenTensor):
             name = model.hf_name(f"{path}.weight")
-            assert module.quantized == (name in packed), f"{name} is not kept as the checkpoint has it"
-            if not module.quantized:
-                kept_dense.add(module.weight)
-    experts = model.family.experts
-    router = f"inner.{experts.router}." if experts else None
-    biases = tuple(f"{experts.module}.{weight}_bias" for weight in experts.weights) if experts else ()
-    for block in model.blocks:
-        for path, parameter in block.named_parameters():
-            expected = path.rpartition(".")[2] in PACKED_PARTS or ".adapters." in path or parameter in kept_dense
-            expected = expected or path.endswith(biases) or (router is not None and path.startswith(router))
-            assert expected or parameter.dim() < 2, f"{path} stayed {parameter.dtype} under quant=nf4"
+            expected = not packed or not isinstance(module, FrozenLinear) or name in packed
+            assert module.quantized == expected, f"{name} is not in 4 bits, or not kept as the checkpoint has it"

@@ -8,7 +8,7 @@ import safetensors
 import torch
 from torch import nn
 
-from distlora.architecture.targets import expert_names, match_ending, peft_paths, select_targets
+from distlora.architecture.targets import match_ending, peft_paths, select_targets
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import AdapterConfig, ModelSpec, UserError
 from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair, TokenRows
@@ -165,8 +165,6 @@ def _target_parameters(model: CausalLM, adapter: str) -> dict[str, list[str]]:
     adapted = sorted(name for name, _ in model.adapted_experts(adapter))
     if not adapted:
         return {}
-    assert model.family.experts is not None
-    module = model.family.experts.module
-    short = sorted({f"{module}.{name.rpartition('.')[2]}" for name in adapted})
-    every = expert_names(model.family, len(model.blocks))
+    short = sorted({".".join(name.split(".")[-3:]) for name in adapted})  # mlp.experts.down_proj
+    every = [model.hf_name(name) for name, module in model.named_modules() if isinstance(module, ExpertWeight)]
     return {"target_parameters": short if sorted(match_ending(short, every)) == adapted else adapted}

@@ -44,7 +44,7 @@ from distlora.model.experts import (
     replace_experts,
     weight_of,
 )
-from distlora.model.frozen_linear import FrozenLinear, link_shared_inputs
+from distlora.model.frozen_linear import FrozenLinear, fused_paths, link_shared_inputs
 from distlora.model.layer_wrapper import Block, Reference
 from distlora.model.lm_head import LossHead
 from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
@@ -111,6 +111,7 @@ class CausalLM(nn.Module):
             head.train_rows(rows)
         self.blocks = blocks
         """Wrapped decoder layers, in order. The decoder owns them."""
+        self.fused = fused_paths(self)
         self.hf_config = hf_config
         """The decoder's settings as transformers reads them: config.json, or its text_config."""
         self.family = family
@@ -294,8 +295,9 @@ class CausalLM(nn.Module):
         """
         if name == "head.weight":
             return "lm_head.weight"
-        name = re.sub(r"(\.inner)+\.", ".", re.sub(r"^decoder\.", f"{self.family.decoder}.", name))
-        return name if self.family.experts is None else re.sub(r"(\.experts\.\w+_proj)\.weight$", r"\1", name)
+        if name.removesuffix(".weight") in self.fused:
+            name = name.removesuffix(".weight")
+        return re.sub(r"(\.inner)+\.", ".", re.sub(r"^decoder\.", f"{self.family.decoder}.", name))
 
 
 def build_model(
@@ -374,7 +376,7 @@ def build_model(
     if family.experts is not None:
         model.router_aux_loss = weight_of(train, model.hf_config)
         if model.router_aux_loss > 0:
-            place_routers(blocks, family.experts, top_k=model.hf_config.num_experts_per_tok)
+            place_routers(blocks, [family.experts.router] * len(blocks), model.hf_config.num_experts_per_tok)
     if training and (full or whole) and spec.dtype != "fp32":
         model.compute_dtype = DTYPES[spec.dtype]
     return model
@@ -444,7 +446,7 @@ def _replace_weights(
         if family.experts is not None:
             # bitsandbytes leaves fused experts in 16 bits, also in a checkpoint that it has quantized.
             quantized = spec.quant.is_nf4
-            fused = replace_experts(layer, family.experts, quantized=quantized, dtype=dtype, context=context)
+            fused = replace_experts(layer, quantized=quantized, dtype=dtype, context=context)
             for path, weight in fused.items():
                 if (path := f"{prefix}{index}.{path}") in targets:
                     weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path, seed=spec.seed)

@@ -1,22 +1,24 @@
 """Mixtures of experts: frozen fused weights, and adapters per expert.
 
-transformers keeps the experts of a layer as two 3-D parameters, gate_up_proj and down_proj, and calls them with the
-router's choice. `Experts` replaces them with the same arguments; the router and the rest of the layer stay the
-family's. Adapters have PEFT's layout (`target_parameters`): A (E * r, in) with an expert's r rows next to each other, B
-(out, E * r) with the experts innermost, delta W_e = s B_e A_e.
+transformers keeps the experts of a layer as two 3-D parameters, gate_up_proj (up_proj where there is no gate) and
+down_proj, and calls them with the router's choice. `Experts` replaces them with the same arguments; the router and the
+rest of the layer stay the family's. Adapters have PEFT's layout (`target_parameters`): A (E * r, in) with an expert's r
+rows next to each other, B (out, E * r) with the experts innermost, delta W_e = s B_e A_e.
 
 Letters: B rows of the batch, T tokens of all of them, K experts per token, S = K T, E experts, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from distlora.architecture.families import ExpertLayout
+from distlora.architecture.targets import EXPERT_WEIGHTS
 from distlora.config import AdapterConfig, TrainConfig
 from distlora.model.adapters import Adapted, BlockContext, LoRAPair
 from distlora.model.frozen_linear import FrozenTensor
@@ -146,23 +148,30 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        gate_up_proj: ExpertWeight,
-        down_proj: ExpertWeight,
+        weights: Mapping[str, ExpertWeight],
         *,
         biases: Sequence[nn.Parameter] | None,
         activation: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
-        self.gate_up_proj_bias = None if biases is None else biases[0]
-        self.down_proj_bias = None if biases is None else biases[1]
+        self.names = tuple(weights)
+        """Names of the two weights: gate_up_proj or, without gate, up_proj, and down_proj."""
+        for index, (name, weight) in enumerate(weights.items()):
+            self.add_module(name, weight)
+            self.register_parameter(f"{name}_bias", None if biases is None else biases[index])
         self.activation = activation
-        """The family's activation of gate and up: (S, 2 * intermediate) -> (S, intermediate)."""
+        """The family's activation of gate and up, (S, 2 * intermediate) -> (S, intermediate), or of up alone."""
+
+    @property
+    def weights(self) -> list[ExpertWeight]:
+        """Return the two weights in the order of their use."""
+        return [weight for weight in self.children() if isinstance(weight, ExpertWeight)]
 
     def forward(self, hidden_states: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """Return (T, H) from hidden_states (T, H), choices (T, K) int64 and their weights (T, K)."""
-        weights_of = (self.gate_up_proj, self.down_proj)
-        context, num_experts = self.gate_up_proj.context, self.gate_up_proj.num_experts
+        up, down = weights_of = self.weights
+        up_bias, down_bias = (getattr(self, f"{name}_bias") for name in self.names)
+        context, num_experts = up.context, up.num_experts
         slots: tuple[int, ...] = ()
         adapters = None
         if context.rows.adapters is not None:
@@ -173,34 +182,52 @@ class Experts(nn.Module):
         sizes = [size for weight in weights_of for size in weight.shape[1:]]
         on_host = not runs_grouped(hidden_states, *sizes, num_groups=num_experts * (len(slots) + 1))
         routing = Routing.of(choices, num_experts, on_host=on_host, adapters=adapters)
-        gate_up = self.gate_up_proj(dispatch(hidden_states, routing), routing, self.gate_up_proj_bias, slots)
-        output = self.down_proj(self.activation(gate_up), routing, self.down_proj_bias, slots)
+        gate_up = up(dispatch(hidden_states, routing), routing, up_bias, slots)
+        output = down(self.activation(gate_up), routing, down_bias, slots)
         weighted = output * weights.T.reshape(-1)[routing.order, None]
         return combine(weighted.to(hidden_states.dtype), routing)
 
 
+def find_experts(layer: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the names of the fused weights of each module of experts that `Experts` can replace, by its path.
+
+    Such a module has the attributes of transformers' use_experts_implementation and two weights of EXPERT_WEIGHTS with
+    or without biases, and nothing else. Other experts keep their code (quantized_parameters.py).
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for path, module in layer.named_modules():
+        marked: Any = module
+        if not hasattr(module, "has_gate") or getattr(module, "has_post_expert_norm", False):
+            continue
+        names = EXPERT_WEIGHTS[:1] + EXPERT_WEIGHTS[2:] if marked.has_gate else EXPERT_WEIGHTS[1:]
+        biases = [f"{name}_bias" for name in names] if marked.has_bias else []
+        tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+        if sorted(tensors) == sorted([*names, *biases]):
+            found[path] = names
+    return found
+
+
 def replace_experts(
-    layer: nn.Module, layout: ExpertLayout, *, quantized: bool, dtype: torch.dtype, context: BlockContext
+    layer: nn.Module, *, quantized: bool, dtype: torch.dtype, context: BlockContext
 ) -> dict[str, ExpertWeight]:
     """Replace the experts of a decoder layer by `Experts`, on meta. Return the fused weights by their names in it.
 
-    The activation stays the family's method. transformers marks the module with the rest (a bias, a transposed weight).
+    The activation stays the family's. Shapes, biases and a transposed weight are read from the module.
     """
-    module = layer.get_submodule(layout.module)
-    weights = {
-        name: ExpertWeight(
-            tuple(module.get_parameter(name).shape),
-            transposed=bool(module.is_transposed),
-            quantized=quantized,
-            dtype=dtype,
-            context=context,
-        )
-        for name in layout.weights
-    }
-    biases = [module.get_parameter(f"{name}_bias") for name in layout.weights] if module.has_bias else None
-    activation: Any = module._apply_gate
-    layer.set_submodule(layout.module, Experts(*weights.values(), biases=biases, activation=activation))
-    return {f"{layout.module}.{name}": weight for name, weight in weights.items()}
+    replaced: dict[str, ExpertWeight] = {}
+    for path, names in find_experts(layer).items():
+        module: Any = layer.get_submodule(path)
+        shape_of = {name: tuple(module.get_parameter(name).shape) for name in names}
+        stored = bool(module.is_transposed)
+        weights = {
+            name: ExpertWeight(shape, transposed=stored, quantized=quantized, dtype=dtype, context=context)
+            for name, shape in shape_of.items()
+        }
+        biases = [module.get_parameter(f"{name}_bias") for name in names] if module.has_bias else None
+        activation = module._apply_gate if module.has_gate else module.act_fn
+        layer.set_submodule(path, Experts(weights, biases=biases, activation=activation))
+        replaced |= {f"{path}.{name}": weight for name, weight in weights.items()}
+    return replaced
 
 
 class Router(nn.Module):
@@ -211,12 +238,13 @@ class Router(nn.Module):
         self.inner = inner
         self.context, self.top_k = context, top_k
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """Return the family's router's output for (T, H): router logits (T, E) first."""
-        output: tuple[Tensor, ...] = self.inner(hidden_states)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the family's router's output for (T, H): router logits (T, E), alone or first."""
+        output: Any = self.inner(*args, **kwargs)
         balanced = self.context.rows.balanced
         if balanced is not None:
-            self.context.leave_balance(balance_of(output[0], balanced, self.top_k))
+            logits = output if isinstance(output, Tensor) else output[0]
+            self.context.leave_balance(balance_of(logits, balanced, self.top_k))
         return output
 
 
@@ -229,14 +257,32 @@ def weight_of(train: TrainConfig, hf_config: PretrainedConfig) -> float:
         return 0.0
     if train.router_aux_loss is not None:
         return train.router_aux_loss
-    return float(hf_config.router_aux_loss_coef) if hf_config.output_router_logits else 0.0
+    wanted = getattr(hf_config, "output_router_logits", False)
+    return float(getattr(hf_config, "router_aux_loss_coef", None) or 0.0) if wanted else 0.0
 
 
-def place_routers(blocks: Sequence[Block], layout: ExpertLayout, *, top_k: int) -> None:
-    """Put a `Router` around each layer's router."""
-    for block in blocks:
-        router = block.inner.get_submodule(layout.router)
-        block.inner.set_submodule(layout.router, Router(router, block.context, top_k=top_k))
+def find_routers(hf_model: nn.Module, layer: nn.Module) -> list[str]:
+    """Return the paths in `layer` of routers whose logits transformers' load-balancing loss takes; often none.
+
+    They are the modules that the model records as `router_logits`, if its class adds the loss of Mixtral's, which
+    `balance_sums` is, to that of the targets.
+    """
+    from transformers.models.mixtral import modeling_mixtral
+
+    loss = getattr(sys.modules[type(hf_model).__module__], "load_balancing_loss_func", None)
+    if loss is None or inspect.getsource(loss) != inspect.getsource(modeling_mixtral.load_balancing_loss_func):
+        return []
+    recorders = [getattr(module, "_can_record_outputs", None) or {} for module in hf_model.modules()]
+    routers = [found["router_logits"] for found in recorders if "router_logits" in found]
+    classes = tuple({router.target_class for router in routers if router.index == 0 and router.layer_name is None})
+    return [path for path, module in layer.named_modules() if isinstance(module, classes)]
+
+
+def place_routers(blocks: Sequence[Block], paths: Sequence[str], top_k: int) -> None:
+    """Put a `Router` around each layer's router; `paths` has "" for a layer without one."""
+    for block, path in zip(blocks, paths, strict=True):
+        if path:
+            block.inner.set_submodule(path, Router(block.inner.get_submodule(path), block.context, top_k=top_k))
 
 
 def balance_of(logits: Tensor, balanced: Tensor, top_k: int) -> Tensor:

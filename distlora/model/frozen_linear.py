@@ -112,6 +112,12 @@ class FrozenLinear(FrozenTensor):
         return lora_linears(x, (self.operand(),))[0]
 
 
+def fused_paths(model: nn.Module) -> set[str]:
+    """Return the paths of frozen weights that are Parameters in transformers, not modules with a weight."""
+    frozen = {path: module for path, module in model.named_modules() if isinstance(module, FrozenTensor)}
+    return {path for path, module in frozen.items() if not isinstance(module, FrozenLinear)}
+
+
 class SharedInput:
     """Linears that are called with the same tensor: the first call computes the outputs of all.
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.families import ExpertLayout
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
-from distlora.architecture.targets import idle_keys, match_ending, select_among, written
+from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_ending, select_among, written
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import SAVED_MODULES, AdapterConfig, UserError, nearest
 from distlora.config.base import is_hub_name
@@ -349,11 +348,10 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
         if values[name] and (name, values[name]) != ("bias", "none"):
             raise UserError(f"{path}: {name}={values[name]!r} is not supported; set another {{adapter.init_from}}")
     check_shape(values, _SHAPE, path, "save the adapter again")
-    known = ExpertLayout().weights
-    if not all(entry.rpartition(".")[2] in known for entry in values.get("target_parameters") or ()):
+    if not all(entry.rpartition(".")[2] in EXPERT_WEIGHTS for entry in values.get("target_parameters") or ()):
         raise UserError(
             f"{path}: target_parameters={values['target_parameters']!r} are not all weights of experts "
-            f"({', '.join(known)}), the only supported target_parameters; set another {{adapter.init_from}}"
+            f"({', '.join(EXPERT_WEIGHTS)}), the only supported target_parameters; set another {{adapter.init_from}}"
         )
 
 
@@ -455,12 +453,12 @@ def _by_weight(
     depths: dict[str, set[int]] = {}
     for path, _ in names:
         module = path.removesuffix(_WRAPPED)
-        weights = [f"{module}.{weight}" for weight in ExpertLayout().weights]
+        weights = [f"{module}.{weight}" for weight in EXPERT_WEIGHTS]
         if match_ending(parameters, weights):
             depths.setdefault(module, set()).add(path.count(_WRAPPED))
     places = {}
     for module, wrapped in depths.items():
-        adapted = match_ending(parameters, [f"{module}.{weight}" for weight in ExpertLayout().weights])
+        adapted = match_ending(parameters, [f"{module}.{weight}" for weight in EXPERT_WEIGHTS])
         if wrapped != set(range(len(adapted))):
             raise UserError(
                 f"{file} holds {len(wrapped)} adapters of {module}, and target_parameters={list(parameters)} means "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, QuantConfig, UserError
 from distlora.model.adapters import AdaptedLinear, BlockContext, StepRows, reset_adapters
-from distlora.model.build import materialize_buffers
+from distlora.model.buffers import materialize_buffers
 from distlora.parallel import Ranks
 from distlora.training.optimizers import parameter_groups
 from small_models import write_model_folder

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distlora.config import AdapterConfig, Config
 from distlora.config.file import build
-from distlora.model.build import CausalLM, materialize_buffers, put_trial
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM, put_trial
 from distlora.planner.flops import ModelFlops
 from distlora.training.trial import count_flops, peak_flops
 from run_models import build_run_model

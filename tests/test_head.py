@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from closeness import assert_close
-from distlora.model.lm_head import LossHead
+from distlora.config import UserError
+from distlora.model.adapters import TokenRows
+from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
+from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
 
 VOCABULARY, HIDDEN = 1001, 24
 
@@ -77,3 +84,149 @@ def test_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     with Watch():
         module(hidden.requires_grad_(), labels).sum().backward()
     assert largest <= max(16 * VOCABULARY, weight.numel())
+
+
+_SIZES = {"vocab_size": 300, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+_LAYERS = {"num_hidden_layers": 1, "intermediate_size": 32, "head_dim": 12, "pad_token_id": 0, "eos_token_id": 1}
+_GPT = {"vocab_size": 300, "n_embd": 24, "n_head": 2, "n_layer": 1, "rotary_dim": 4}
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+FORMS: dict[str, tuple[dict[str, Any], str, HeadForm]] = {
+    "Llama": ({}, "norm", HeadForm("plain")),
+    "Gemma2": ({"final_logit_softcapping": 30.0}, "norm", HeadForm("softcap", 30.0)),
+    "Granite": ({"logits_scaling": 8.0}, "norm", HeadForm("scale", 0.125)),
+    "Cohere": ({"logit_scale": 0.0625}, "norm", HeadForm("scale", 0.0625)),
+    "Phi": ({}, "final_layernorm", HeadForm("plain")),
+    "GPTJ": (_GPT, "ln_f", HeadForm("plain")),
+    "MiniCPM3": (_LATENT | {"dim_model_base": 8}, "norm", HeadForm("own")),
+    "ModernBertDecoder": (
+        {"decoder_bias": True, "classifier_bias": True, "norm_bias": True},
+        "final_norm",
+        HeadForm("own", beside=("lm_head",)),
+    ),
+}
+"""transformers' class name without its ending, settings, final norm and form of the head."""
+
+
+@functools.cache
+def hf_model(name: str) -> Any:
+    """Build a small fp32 model on the CPU, with weights and biases away from their start."""
+    settings = FORMS[name][0]
+    config = getattr(transformers, f"{name}Config")(**(_SIZES | _LAYERS if "n_embd" not in settings else {}) | settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def decoder_of(model: Any) -> str:
+    return str(model.base_model_prefix)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_form_and_final_norm_are_found_and_logits_in_chunks_equal_the_models_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, norm, form = FORMS[name]
+    model = hf_model(name)
+    decoder = model.get_submodule(decoder_of(model))
+    input_ids = torch.randint(5, 290, (2, 19), generator=torch.Generator().manual_seed(1))
+    layers = "h" if "n_embd" in FORMS[name][0] else "layers"
+    assert tail_of(decoder, layers, {"input_ids": input_ids}) == norm
+    assert head_form(model, decoder_of(model)) == form
+    head = loss_head(model, decoder_of(model), form)
+    hidden = decoder(input_ids).last_hidden_state
+    expected = model(input_ids).logits
+    torch.testing.assert_close(head(hidden, None), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(head.copied()(hidden, None), expected, atol=1e-5, rtol=1e-5)
+    # Gradients of a loss, in chunks of 8 tokens, against autograd through the model itself.
+    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", 8 * 300)
+    labels = torch.where(input_ids % 3 == 0, IGNORED_LABEL, input_ids)
+    own = OwnForward(model, decoder_of(model), [name for name, _ in model.named_children()])
+    output: Any = model.get_output_embeddings()
+
+    def theirs(states: Tensor, targets: Tensor) -> Tensor:
+        logits = own(states, lambda inputs: F.linear(inputs, output.weight, output.bias))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).sum(1)
+
+    results = []
+    for loss in (head, theirs):
+        leaf = hidden.clone().requires_grad_()
+        sums = loss(leaf, labels)
+        results.append((sums, *torch.autograd.grad((sums * torch.tensor([0.5, -2.0])).sum(), leaf)))
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Phi", "MiniCPM3", "ModernBertDecoder"])
+def test_trained_token_rows_get_their_gradient_through_the_models_own_forward(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", 8 * 300)
+    model, form = hf_model(name), FORMS[name][2]
+    head, output = loss_head(model, decoder_of(model), form), model.get_output_embeddings()
+    own = OwnForward(model, decoder_of(model), [name for name, _ in model.named_children()])
+    ids = (3, 40, 250)
+    token_rows = TokenRows(ids, 24)
+    token_rows.rows = nn.Parameter(torch.randn(3, 24, generator=torch.Generator().manual_seed(2)))
+    head.train_rows(token_rows)
+    hidden = torch.randn(2, 19, 24, generator=torch.Generator().manual_seed(3))
+    labels = torch.randint(0, 300, (2, 19), generator=torch.Generator().manual_seed(4))
+
+    def theirs(states: Tensor, targets: Tensor) -> Tensor:
+        weight = output.weight.index_copy(0, torch.tensor(ids), token_rows.rows)
+        logits = own(states, lambda inputs: F.linear(inputs, weight, output.bias))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).sum(1)
+
+    results = []
+    for loss in (head, theirs):
+        leaf = hidden.clone().requires_grad_()
+        sums = loss(leaf, labels)
+        gradients = torch.autograd.grad((sums * torch.tensor([0.5, -2.0])).sum(), [leaf, token_rows.rows])
+        results.append((sums, *gradients))
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_a_trained_weight_works_through_the_models_own_forward_and_more_than_a_weight_is_refused() -> None:
+    model = hf_model("MiniCPM3")
+    head = loss_head(model, "model", FORMS["MiniCPM3"][2], trained=True)
+    head.weight = nn.Parameter(head.weight.clone())
+    hidden = torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(7)[None]
+    (actual,) = torch.autograd.grad(head(hidden, labels).sum(), head.weight)
+    logits = (hidden / model.config.logits_scaling) @ head.weight.T
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits[0], labels[0], reduction="sum"), head.weight)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    for name, more in (("Phi", "a bias"), ("ModernBertDecoder", "bias")):
+        with pytest.raises(UserError, match=f"more than a weight .*{more}.*training it whole"):
+            loss_head(hf_model(name), "model", FORMS[name][2], trained=True)
+
+
+def test_only_modules_that_run_beside_the_head_stay_in_it() -> None:
+    model = hf_model("ModernBertDecoder")
+    names = {name for name, _ in loss_head(model, "model", FORMS["ModernBertDecoder"][2]).named_parameters()}
+    beside = ("dense.weight", "dense.bias", "norm.weight", "norm.bias")
+    assert names == {"weight", "bias", *(f"own.model.lm_head.{name}" for name in beside)}
+    assert isinstance(model.decoder, nn.Linear), "the model itself is unchanged"
+
+
+class _MixingHead(transformers.LlamaForCausalLM):
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        output = super().forward(*arguments, **keywords)
+        output.logits = output.logits.cumsum(dim=1)
+        return output
+
+
+class _LongTail(transformers.LlamaModel):
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        output = super().forward(*arguments, **keywords)
+        output.last_hidden_state = 2 * output.last_hidden_state
+        return output
+
+
+def test_a_head_that_mixes_tokens_is_refused_and_a_longer_tail_is_no_norm() -> None:
+    config = hf_model("Llama").config
+    with pytest.raises(UserError, match="logits of a token from several tokens"):
+        head_form(_MixingHead(config).eval(), "model")
+    assert tail_of(_LongTail(config).eval(), "layers", {"input_ids": torch.ones(1, 5, dtype=torch.int64)}) is None

@@ -18,7 +18,8 @@ from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import build
 from distlora.loading.load_base import load_base
 from distlora.model.adapters import reset_adapters
-from distlora.model.build import CausalLM, materialize_buffers
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, Ranks
 from distlora.training import worker

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
@@ -24,7 +24,7 @@ from distlora.weights.prequantized import (
     prequantized_parameters,
     read_prequantized_weights,
 )
-from distlora.weights.reader import Reader
+from distlora.weights.reader import DTYPE_NAMES, Reader
 
 _TOKEN_MATRICES = {f"decoder.{EMBEDDING}.weight": EMBEDDING, "head.weight": HEAD}
 """Parameters with one row per token."""
@@ -74,7 +74,7 @@ def load_base(
     cache: QuantizedCacheSettings | None = None,
     boundary: watch.Marker = watch.at,
 ) -> Loaded:
-    """Fill every parameter of the base from its checkpoint.
+    """Fill every parameter of the base, and every buffer that a checkpoint holds, from the checkpoint.
 
     `subtract_initial_adapter`: load adapted weights minus what their adapter computes now (PiSSA). `cache`: the
     quantized-weights cache; None disables it. `boundary` marks each weight, on every rank alike. Raises UserError for a
@@ -127,6 +127,11 @@ def load_base(
                 load_matrix(
                     parameter, segments, reader, backend, name, vocabulary=tokens, token_rows=rows, zeroed=zeroed
                 )
+            for local_name, buffer in module.named_buffers(recurse=False):
+                if (name := model.hf_name(f"{path}.{local_name}")) in model.layout.names:
+                    dtypes = SOURCE_DTYPES if buffer.is_floating_point() else (DTYPE_NAMES[buffer.dtype],)
+                    segments = segments_of(sources, name, tuple(buffer.shape), dtypes)
+                    copy_into(buffer, segments, reader, backend, name)
             if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:
                 fill_row_norms(module, backend)
         bytes_read = reader.bytes_read + shards.bytes_read
@@ -158,6 +163,7 @@ def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Sour
             "describe, so the model would run without it; download the folder again"
         )
     wanted = {name for name in layout.names if name.startswith((f"{scope}.", f"{layout.head}."))}
+    wanted |= {model.hf_name(f"head.{name}") for name, _ in model.head.named_parameters()}
     sources = find_sources(layout, headers, wanted)
     for name, other in layout.tied.items():
         # transformers leaves them untied then, despite config.json.
@@ -178,7 +184,9 @@ def _sample(source: Source) -> bytes:
         return stream.read(min(2**16, segment.num_bytes))
 
 
-def segments_of(sources: Mapping[str, Source], name: str, shape: tuple[int, ...]) -> Sequence[Segment]:
+def segments_of(
+    sources: Mapping[str, Source], name: str, shape: tuple[int, ...], dtypes: Collection[str] = SOURCE_DTYPES
+) -> Sequence[Segment]:
     """Return a parameter's segments by its Hugging Face name.
 
     Raises UserError if it is absent or contradicts config.json.
@@ -188,10 +196,9 @@ def segments_of(sources: Mapping[str, Source], name: str, shape: tuple[int, ...]
         raise UserError(f"the checkpoint has no tensor {name}, which config.json describes; download the folder again")
     _check_shape(name, source.shape, shape)
     dtype = source.segments[0].dtype
-    if dtype not in SOURCE_DTYPES:
+    if dtype not in dtypes:
         raise UserError(
-            f"{name} is stored as {dtype}; weights are read from {', '.join(SOURCE_DTYPES)}: set "
-            "{model.path} to such a copy"
+            f"{name} is stored as {dtype}; it is read from {', '.join(dtypes)}: set {{model.path}} to such a copy"
         )
     return source.segments
 

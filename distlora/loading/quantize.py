@@ -126,7 +126,7 @@ def _check_maps(packed: PrequantizedWeight, reader: Reader) -> None:
 
 @torch.no_grad()
 def copy_into(
-    parameter: nn.Parameter,
+    parameter: Tensor,
     segments: Sequence[Segment],
     reader: Reader,
     backend: Backend,
@@ -135,7 +135,7 @@ def copy_into(
     padding: int | None = None,
     residual: Residual | None = None,
 ) -> None:
-    """Fill the rank's rows of a dense parameter, cast to its dtype. Raises UserError for NaN or Inf.
+    """Fill the rank's rows of a dense parameter or buffer, cast to its dtype. Raises UserError for NaN or Inf.
 
     With `padding` the segments may be shorter than the parameter, and the rest is filled with that value. With
     `residual` the initial adapter is subtracted before the cast.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, header_bytes, lay_out
 from distlora.parallel import Backend
@@ -49,12 +49,14 @@ def write_tensors(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> str | None:
-    """Write one safetensors file, with all tensors cast to `dtype` if it is given. Every rank must call it alike.
+    """Write one safetensors file, with all parameters cast to `dtype` if it is given. Every rank must call it alike.
 
     Returns the SHA-256 of its bytes in hexadecimal on the writing rank. An OSError there is raised after every tensor
     was streamed.
     """
-    kinds = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
+    kinds = {
+        name: (dtype if isinstance(tensor, nn.Parameter) else None) or tensor.dtype for name, tensor in tensors.items()
+    }
     table = lay_out({name: (DTYPE_NAMES[kinds[name]], tensor.shape) for name, tensor in tensors.items()})
     file = _HashedFile(path) if backend.writes else None
     if file is not None:
@@ -70,7 +72,7 @@ def write_tensors(
             except OSError as error:  # The others stream the next tensors all the same.
                 file.error = file.error or error
                 continue
-        backend.stream(tensor, write, dtype)
+        backend.stream(tensor, write, kinds[name])
     return file.close() if file is not None else None
 
 
@@ -124,7 +126,10 @@ def write_model(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a model's tensors as transformers does: one file, or several and an index. Every rank must call it."""
+    """Write a model's tensors as transformers does: one file, or several and an index. Every rank must call it.
+
+    Parameters are cast to `dtype`, buffers keep theirs.
+    """
     shards: list[dict[str, Tensor]] = []
     filled = shard_bytes
     for name, tensor in tensors.items():

@@ -23,7 +23,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_conf
 from distlora.architecture.families import Family, check_config, check_tiles
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
-from distlora.config import ModelSpec, TrainConfig, UserError
+from distlora.config import ModelSpec, TrainConfig
 from distlora.model.adapters import (
     DEFAULT_ADAPTER,
     AdaptedLinear,
@@ -35,6 +35,7 @@ from distlora.model.adapters import (
 )
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
 from distlora.model.by_document import ByDocument, PackedRows
+from distlora.model.buffers import keep_in_fp32, made_buffers, stored_buffers
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.experts import (
     ExpertWeight,
@@ -121,6 +122,8 @@ class CausalLM(nn.Module):
         """Paths of linears of the Hugging Face model that are not in this one: the vision tower's."""
         self.compute_dtype: torch.dtype | None = None
         """Compute dtype of trained base parameters if they are fp32 masters; otherwise None."""
+        self.made_buffers: dict[str, Tensor] = {}
+        """Buffers on the CPU that no checkpoint holds, by Hugging Face name."""
         self.attends_by_documents = False
         """True if a forward takes `documents` and attends to each by its length."""
         self.runs_documents_apart = any(isinstance(module, ByDocument) for module in decoder.modules())
@@ -256,9 +259,10 @@ class CausalLM(nn.Module):
         if self.tied:
             self.head.weight = self.embedding.get_parameter("weight")
 
-    def hf_state_dict(self) -> dict[str, nn.Parameter]:
-        """Return every parameter of an unquantized, unadapted model by its Hugging Face name, a tied one once."""
-        return {self.hf_name(name): parameter for name, parameter in self.named_parameters()}
+    def hf_state_dict(self) -> dict[str, Tensor]:
+        """Return every tensor of an unquantized, unadapted model's checkpoint by its name there, a tied one once."""
+        parameters = {self.hf_name(name): parameter for name, parameter in self.named_parameters()}
+        return parameters | stored_buffers(self)
 
     def keep_start(self) -> None:
         """Copy the adapters as they are now. The reference of a forward uses this copy."""
@@ -293,8 +297,9 @@ class CausalLM(nn.Module):
         decoder.layers.0.inner.x becomes model.layers.0.x, or model.language_model.layers.0.x for gemma3. A fused weight
         of experts is a parameter there, not a module with a weight.
         """
-        if name == "head.weight":
-            return "lm_head.weight"
+        if name.startswith("head."):
+            own = name.removeprefix("head.own.model.")
+            return own if own != name else f"{self.layout.head}.{name.removeprefix('head.')}"
         if name.removesuffix(".weight") in self.fused:
             name = name.removesuffix(".weight")
         return re.sub(r"(\.inner)+\.", ".", re.sub(r"^decoder\.", f"{self.family.decoder}.", name))
@@ -331,7 +336,7 @@ def build_model(
     # Masters are fp32, and distlora.parallel makes copies in the compute dtype. Frozen weights are in spec.dtype.
     dtype = torch.float32 if full and training else DTYPES[spec.dtype]
     hf_model = _transformers_model(base.folder, hf_config, family, dtype)
-    decoder, layout = hf_model.get_submodule(family.decoder), layout_of(hf_model)
+    decoder, layout, buffers = hf_model.get_submodule(family.decoder), layout_of(hf_model), made_buffers(hf_model)
     hf_model.requires_grad_(full and training)
     cap = decoder.config.final_logit_softcapping if family.head_softcap else None
     head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=None if cap is None else float(cap))
@@ -373,6 +378,7 @@ def build_model(
         modules_to_save=whole,
         outside_linears=outside,
     )
+    model.made_buffers = buffers
     if family.experts is not None:
         model.router_aux_loss = weight_of(train, model.hf_config)
         if model.router_aux_loss > 0:
@@ -396,6 +402,7 @@ def _transformers_model(folder: Path, hf_config: PretrainedConfig, family: Famil
             trust_remote_code=False,
         )
     assert type(hf_model).__name__ == family.model_class, f"{family.model_type} became a {type(hf_model).__name__}"
+    keep_in_fp32(hf_model, dtype)
     # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw differently.
     hf_model.eval()
     return hf_model
@@ -463,26 +470,6 @@ def _train_whole(embedding: Any, head: LossHead, names: Collection[str], *, dtyp
         if name in names:
             weight = torch.empty_like(module.weight, dtype=torch.float32 if training else dtype)
             module.weight = nn.Parameter(weight, requires_grad=training)
-
-
-def materialize_buffers(model: CausalLM, device: torch.device) -> None:
-    """Compute the buffers that no checkpoint holds: rotary frequencies and Gemma's embedding scale, from the config.
-
-    Raises UserError for any other such buffer: it would hold uninitialized memory.
-    """
-    for name, _ in model.named_buffers():
-        if not (name.endswith((".offset", ".embed_scale", ".row_norms_squared")) or ".rotary_emb." in name):
-            raise UserError(
-                f"{model.hf_config.model_type} has a buffer {name}, which distlora does not know how to fill; "
-                "set {model.path} to another model, and report this one"
-            )
-    config = model.decoder.config
-    for name, module in list(model.decoder.named_modules()):
-        if name.rpartition(".")[2] == "rotary_emb":
-            model.decoder.set_submodule(name, type(module)(config=config).to(device))
-        if isinstance(scale := getattr(module, "embed_scale", None), Tensor):
-            # In the buffer's dtype: transformers rounds the scale to bf16 in a bf16 model too.
-            scale.fill_(module.scalar_embed_scale)
 
 
 def put_trial(

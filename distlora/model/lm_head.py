@@ -9,8 +9,9 @@ kept. A trained head recomputes its logits in backward, chunk by chunk, and accu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import copy
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,80 @@ from torch.autograd.function import once_differentiable
 from distlora.architecture.shapes import ADDED_AT_ONCE, tokens_per_chunk
 from distlora.model.adapters import TokenRows, weighted_sum
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 IGNORED_LABEL = -100
+
+Product = Callable[[Tensor], Tensor]
+"""(..., H) -> (..., vocabulary): the product with the LM head's weight."""
+
+
+class OwnForward(nn.Module):
+    """Compute logits from hidden states (B, T, H) by the forward of transformers' own model, without its decoder.
+
+    The model here is a copy without decoder and LM head: calls of the decoder return the hidden states, calls of the
+    head go to `product`. Of the other modules those in `beside` stay, with their parameters.
+    """
+
+    def __init__(self, hf_model: PreTrainedModel, decoder: str, beside: Collection[str]) -> None:
+        super().__init__()
+        head = hf_model.get_output_embeddings()
+        first, *inner = decoder.split(".")
+        path = next(path for path, module in hf_model.named_modules() if module is head)
+        self._decoder, self._head = _Stub(hf_model.get_submodule(first), inner), _Stub(head)
+        self.model: Any = _replaced(_replaced(hf_model, first, self._decoder), path, self._head)
+        for name in self.model._modules.keys() - {*beside, path.partition(".")[0]}:
+            del self.model._modules[name]
+
+    def forward(self, hidden: Tensor, product: Product) -> Tensor:
+        """Return the logits (B, T, vocabulary)."""
+        self._decoder.call, self._head.call = (lambda *_, **__: _DecoderOutput((hidden,))), product
+        try:
+            logits: Tensor = self.model(inputs_embeds=hidden).logits
+        finally:
+            self._decoder.call = self._head.call = None
+        return logits
+
+
+class _Stub:
+    """Stands in a model for a module that it calls, whose other attributes it reads.
+
+    No nn.Module: the parameters of the module belong to others. `inner`: names in the module that lead to what may be
+    called instead.
+    """
+
+    def __init__(self, module: nn.Module, inner: Collection[str] = ()) -> None:
+        self._module, self._inner = module, inner
+        self.call: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        assert self.call is not None, "called outside of OwnForward.forward"
+        return self.call(*arguments, **keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        return self if name in self._inner else getattr(self._module, name)
+
+    def __deepcopy__(self, _: Any) -> _Stub:
+        return self  # It holds nothing between calls.
+
+
+class _DecoderOutput(tuple[Tensor]):
+    """What a decoder returns, with None for all but its hidden states."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
+
+
+def _replaced(module: nn.Module, path: str, stub: _Stub) -> nn.Module:
+    """Return a copy of a module, sharing its parameters, with a stub at `path`."""
+    first, _, rest = path.partition(".")
+    copied: Any = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    copied._modules = dict(module._modules)
+    child = copied._modules.pop(first)
+    setattr(copied, first, _replaced(child, rest, stub) if rest else stub)
+    return copied
 
 
 class LossHead(nn.Module):
@@ -31,10 +105,22 @@ class LossHead(nn.Module):
     forward. `by_token`: return each token's loss, (B, T). Without labels: return the logits (B, T, vocabulary) fp32.
     """
 
-    def __init__(self, weight: nn.Parameter, *, logit_softcap: float | None = None, logit_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        *,
+        bias: nn.Parameter | None = None,
+        logit_softcap: float | None = None,
+        logit_scale: float = 1.0,
+        own: OwnForward | None = None,
+    ) -> None:
         super().__init__()
         self.weight = weight
         """(vocabulary, H); the embedding's Parameter if the two are tied."""
+        self.bias = bias
+        """(vocabulary,), frozen."""
+        self.own = own
+        """The model's own forward, where logits are more than a product, a scale and a cap."""
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
         # In a tuple, which hides them from nn.Module: the model owns them, and the embedding may share them.
@@ -48,7 +134,7 @@ class LossHead(nn.Module):
     def takes_cross_entropy(self) -> bool:
         """True if the logits are the product with the frozen weight and nothing else."""
         plain = self.logit_softcap is None and self.logit_scale == 1.0 and not self._token_rows
-        return plain and not self.weight.requires_grad
+        return plain and self.bias is None and self.own is None and not self.weight.requires_grad
 
     @contextlib.contextmanager
     def read_by(self, reader: Callable[[Tensor], None]) -> Iterator[None]:
@@ -102,32 +188,56 @@ class LossHead(nn.Module):
         return losses.view(labels.shape)
 
     def token_losses(
-        self, hidden: Tensor, labels: Tensor, columns: Tensor | None = None, weight: Tensor | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        weight: Tensor | None = None,
+        products: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Return (N,) fp32 losses, 0 without a label, from hidden (N, H) and labels (N,). The rest as in `logits`."""
-        logits = self.logits(hidden, columns, weight)
+        logits = self.logits(hidden, weight, products)
         return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
 
     def copied(self) -> LossHead:
         """Return an unsharded copy of this head. If the weight is sharded, call it within forward only."""
         weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
-        head = LossHead(weight, logit_softcap=self.logit_softcap, logit_scale=self.logit_scale)
+        head = LossHead(
+            weight,
+            bias=copy.deepcopy(self.bias),
+            logit_softcap=self.logit_softcap,
+            logit_scale=self.logit_scale,
+            own=copy.deepcopy(self.own),
+        )
         if (rows := self.token_rows) is not None:
             token_rows = TokenRows(rows.ids, weight.shape[1])
             token_rows.rows = nn.Parameter(rows.rows.detach().clone(), requires_grad=False)
             head.train_rows(token_rows)
         return head
 
-    def logits(self, hidden: Tensor, columns: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-        """Return (..., vocabulary) fp32 from (..., H), scaled and capped by the model's config.
+    def logits(
+        self, hidden: Tensor, weight: Tensor | None = None, products: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """Return (..., vocabulary) fp32 from (..., H), with what the model does before and after the product.
 
-        `columns`: logits of the trained rows, if known. `weight` (vocabulary, H): used instead of the head's.
+        `weight` (vocabulary, H): used instead of the head's. `products` receives, with trained rows, the input of the
+        product (..., H) and its columns of the trained rows (..., N).
         """
-        logits = F.linear(hidden, self.weight if weight is None else weight).float()
-        if self.token_rows is not None:
-            logits = self.token_rows.replace_columns(
-                logits, self.token_rows.columns(hidden) if columns is None else columns
-            )
+
+        def product(inputs: Tensor) -> Tensor:
+            logits = F.linear(inputs, self.weight if weight is None else weight, self.bias).float()
+            if (rows := self.token_rows) is None:
+                return logits
+            columns = rows.columns(inputs)
+            if products is not None:
+                products.append((inputs, columns))
+            if self.bias is not None:
+                columns = columns + self.bias[list(rows.ids)].float()
+            return rows.replace_columns(logits, columns)
+
+        if self.own is not None:
+            own: Tensor = self.own(hidden if hidden.dim() > 2 else hidden[None], product).float()
+            return own if hidden.dim() > 2 else own[0]
+        logits = product(hidden)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_softcap is not None:
@@ -147,7 +257,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, labels: Tensor, rows: Tensor | None, head: LossHead, tokens_per_chunk: int
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
-        losses, column_parts = [], []
+        losses, inputs, column_parts = [], [], []
         fused = head.cross_entropy if head.takes_cross_entropy else None
         for part, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
             if fused is not None:  # One copy of a chunk's logits, in the compute dtype.
@@ -157,15 +267,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 continue
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                columns = None if head.token_rows is None else head.token_rows.columns(leaf)
-                loss = head.token_losses(leaf, target, columns)
+                products: list[tuple[Tensor, Tensor]] = []
+                loss = head.token_losses(leaf, target, products=products)
                 leaf_gradient, *column_gradients = torch.autograd.grad(
-                    loss.sum(), [leaf] if columns is None else [leaf, columns]
+                    loss.sum(), [leaf, *(columns for _, columns in products)]
                 )
                 out.copy_(leaf_gradient)
-            column_parts += column_gradients
+            if head.own is not None:
+                inputs += [of_product.detach().flatten(0, -2) for of_product, _ in products]
+            column_parts += [each.flatten(0, -2) for each in column_gradients]
             losses.append(loss.detach())
-        ctx.save_for_backward(gradient, *(() if rows is None else (hidden, torch.cat(column_parts))))
+        if rows is None:
+            ctx.save_for_backward(gradient)
+        else:
+            ctx.save_for_backward(gradient, torch.cat(inputs) if inputs else hidden, torch.cat(column_parts))
         return torch.cat(losses)
 
     @staticmethod
@@ -175,8 +290,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         weights = grad_losses[:, None]
         rows = None
         if row_tensors:
-            hidden, column_parts = row_tensors
-            rows = weighted_sum(column_parts * weights, hidden)
+            inputs, column_parts = row_tensors
+            rows = weighted_sum(column_parts * weights, inputs)
         return (gradient * weights).to(gradient.dtype), None, rows, None, None
 
 

@@ -92,7 +92,7 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
                 tensors.append(taken[parameter])
         return tensors
 
-    embedding, head = _Unit(take(model.embedding.modules())), _Unit(take([model.head]))
+    embedding, head = _Unit(take(model.embedding.modules())), _Unit(take(model.head.modules()))
     blocks = [_Unit(take(block.modules())) for block in model.blocks]
     rest = _Unit(take(model.modules()))
     units = Units(rest, embedding, blocks, head, gathering, device)

@@ -26,6 +26,7 @@ from distlora.loading.decomposed_adapters import load_initial_factors
 from distlora.loading.load_base import find_base
 from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.model.adapters import AdaptedLinear
+from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM, build_model
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.weights.conversion import Source
@@ -191,9 +192,9 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
             a, b = (start[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
             residuals[f"{path}.weight"] = Residual(LowRankFactors(a, b), linear.pairs[0].scaling)
     held = {model.hf_name(name): parameter.dtype for name, parameter in model.named_parameters()}
-    weights = {}
+    weights, buffers = {}, stored_buffers(model)  # Never trained: whatever is written copies their bytes.
     for name, source in sources.items():
-        if name == HEAD_NAME and model.tied_in_base:
+        if name in buffers or (name == HEAD_NAME and model.tied_in_base):
             continue
         module = frozen.get(name)
         weights[name] = BaseWeight(

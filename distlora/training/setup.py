@@ -25,7 +25,8 @@ from distlora.loading.peft_format import load_peft_adapter
 from distlora.loading.quantized_cache import QuantizedCacheSettings
 from distlora.model import attention, fused_modules
 from distlora.model.adapters import reset_adapters
-from distlora.model.build import DTYPES, CausalLM, build_model, materialize_buffers
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import DTYPES, CausalLM, build_model
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.layer_wrapper import HostInputs

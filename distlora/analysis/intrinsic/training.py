@@ -337,7 +337,7 @@ def random_weights(model: CausalLM, folder: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    theirs = dict(fresh.named_parameters())
+    theirs = fresh.state_dict()
     with torch.no_grad():
-        for name, parameter in model.hf_state_dict().items():
-            parameter.copy_(theirs[name])
+        for name, tensor in model.hf_state_dict().items():
+            tensor.copy_(theirs[name])

@@ -1,0 +1,145 @@
+"""Find out what a model does after its last layer: the form of its LM head, and its final norm.
+
+Both run the model itself, small and in fp32 on the CPU, with weights away from their start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distlora.config import UserError
+from distlora.model.lm_head import LossHead, OwnForward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TOLERANCE = 1e-5
+"""Largest difference of two logits, relative to the largest product."""
+_LARGEST_PRODUCTS = torch.tensor([1.0, 50.0])[:, None, None]
+"""Largest products of two probes, so that a cap is seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadForm:
+    """The computation of logits from the decoder's hidden states."""
+
+    kind: Literal["plain", "softcap", "scale", "own"]
+    """plain: the product with the head's weight, plus its bias. softcap, scale: the same, then value * tanh(. / value)
+    or value times it. own: whatever the model's forward does."""
+    value: float = 1.0
+    """The cap, or the scale."""
+    beside: tuple[str, ...] = ()
+    """Names of the model's modules that an `own` forward runs beside decoder and head (modernbert-decoder's MLP)."""
+
+
+@torch.no_grad()
+def head_form(hf_model: PreTrainedModel, decoder: str) -> HeadForm:
+    """Return the form of the head of a small fp32 model on the CPU, whose decoder is at the path `decoder`.
+
+    Raises UserError if the logits of a token depend on other tokens' hidden states.
+    """
+    head: Any = hf_model.get_output_embeddings()
+    own = OwnForward(hf_model, decoder, [name for name, _ in hf_model.named_children()])
+    ran: set[str] = set()
+    inputs: list[Tensor] = []
+
+    def product(hidden: Tensor) -> Tensor:
+        inputs.append(hidden)
+        return F.linear(hidden, head.weight, head.bias)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
+        for name, module in own.model.named_children()
+    ]
+    hidden = torch.randn(2, 5, head.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden *= _LARGEST_PRODUCTS / F.linear(hidden, head.weight).abs().amax(dim=(1, 2), keepdim=True)
+    logits = own(hidden, product).clone()
+    in_parts = torch.cat([own(part, product) for part in hidden.split(2, dim=1)], dim=1)
+    for hook in hooks:
+        hook.remove()
+    if not _close(in_parts, logits):
+        raise UserError(
+            f"{hf_model.config.model_type} computes the logits of a token from several tokens' hidden states, and "
+            "distlora computes them token by token; set {model.path} to another model"
+        )
+    products = F.linear(hidden, head.weight, head.bias)
+    if torch.equal(inputs[0], hidden) and products.shape == logits.shape and not ran:
+        if _close(products, logits):
+            return HeadForm("plain")
+        numbers = sorted(set(_numbers(hf_model.config.to_dict())))
+        for number in numbers:
+            if _close(number * torch.tanh(products / number), logits):
+                return HeadForm("softcap", number)
+        for number in (*numbers, *(1 / number for number in numbers)):
+            if _close(number * products, logits):
+                return HeadForm("scale", number)
+    return HeadForm("own", beside=tuple(sorted(ran)))
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    """Return whether two logits (2, T, V) differ by less than the tolerance in both probes."""
+    error, largest = (actual - expected).abs().amax(dim=(1, 2)), expected.abs().amax(dim=(1, 2))
+    return bool((error <= _TOLERANCE * largest).all())
+
+
+def _numbers(settings: Any) -> Iterator[float]:
+    """Yield the positive numbers of a config."""
+    if isinstance(settings, Mapping):
+        for value in settings.values():
+            yield from _numbers(value)
+    elif isinstance(settings, int | float) and not isinstance(settings, bool) and settings > 0:
+        yield float(settings)
+
+
+def loss_head(
+    hf_model: PreTrainedModel, decoder: str, form: HeadForm, *, trained: bool = False, grown: bool = False
+) -> LossHead:
+    """Return the loss head of a model with this form.
+
+    `trained`: the whole head is trained. `grown`: it gets rows for new tokens. Raises UserError where that is not
+    supported.
+    """
+    head: Any = hf_model.get_output_embeddings()
+    more = "a bias" if head.bias is not None else ", ".join(form.beside)
+    if (trained and more) or (grown and head.bias is not None):
+        what, cure = "adding tokens", "leave model.new_tokens out"
+        if trained:
+            what, cure = "training it whole", "use an adapter that is not adapter=full, without lm_head whole"
+        raise UserError(f"{hf_model.config.model_type}'s LM head is more than a weight ({more}): no {what}; {cure}")
+    return LossHead(
+        head.weight,
+        bias=head.bias,
+        logit_softcap=form.value if form.kind == "softcap" else None,
+        logit_scale=form.value if form.kind == "scale" else 1.0,
+        own=OwnForward(hf_model, decoder, form.beside) if form.kind == "own" else None,
+    )
+
+
+@torch.no_grad()
+def tail_of(decoder: Any, layers: str, inputs: Mapping[str, Any]) -> str | None:
+    """Return the path of the one module that a decoder runs after its last layer, its final norm; None if it runs more.
+
+    `layers`: path of its list of layers. `inputs`: arguments of its forward.
+    """
+    *_, last = decoder.get_submodule(layers)
+    calls: list[tuple[str, Any, Any]] = []
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output, path=path: calls.append((path, inputs, output)))
+        for path, module in decoder.named_modules()
+        if path and (module is last or not f"{path}.".startswith(f"{layers}."))
+    ]
+    result = decoder(**inputs).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    place = next(i for i, (path, _, _) in enumerate(calls) if decoder.get_submodule(path) is last)
+    output = calls[place][2]
+    states = output if isinstance(output, Tensor) else output[0]
+    tails = [path for path, given, output in calls[place:] if given and given[0] is states and output is not states]
+    outputs = {path: output for path, _, output in calls[place:]}
+    return next((path for path in tails if torch.equal(outputs[path], result)), None)

@@ -13,6 +13,7 @@ from distlora.config import UserError
 from distlora.loading.quantize import copy_into, fill_row_norms, keep_packed_into, load_matrix, quantize_into
 from distlora.loading.quantized_cache import QuantizedCacheSettings, open_quantized_cache
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
+from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import PACKED_PARTS, FrozenLinear, FrozenTensor
 from distlora.parallel import Backend, watch, whole_shape
@@ -127,13 +128,9 @@ def load_base(
                 load_matrix(
                     parameter, segments, reader, backend, name, vocabulary=tokens, token_rows=rows, zeroed=zeroed
                 )
-            for local_name, buffer in module.named_buffers(recurse=False):
-                if (name := model.hf_name(f"{path}.{local_name}")) in model.layout.names:
-                    dtypes = SOURCE_DTYPES if buffer.is_floating_point() else (DTYPE_NAMES[buffer.dtype],)
-                    segments = segments_of(sources, name, tuple(buffer.shape), dtypes)
-                    copy_into(buffer, segments, reader, backend, name)
             if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:
                 fill_row_norms(module, backend)
+        _load_buffers(model, sources, reader, backend)
         bytes_read = reader.bytes_read + shards.bytes_read
         boundary(None, "writing the quantized-weights cache", long=True)
     if quantized_weights:
@@ -147,6 +144,12 @@ def load_base(
         cached_weights=shards.filled_weights,
         kept_bytes=shards.kept_bytes,
     )
+
+
+def _load_buffers(model: CausalLM, sources: Mapping[str, Source], reader: Reader, backend: Backend) -> None:
+    for name, buffer in stored_buffers(model).items():
+        dtypes = SOURCE_DTYPES if buffer.is_floating_point() else (DTYPE_NAMES[buffer.dtype],)
+        copy_into(buffer, segments_of(sources, name, tuple(buffer.shape), dtypes), reader, backend, name)
 
 
 def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Source]:

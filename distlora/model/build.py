@@ -34,8 +34,8 @@ from distlora.model.adapters import (
     adapter_parameters,
 )
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
-from distlora.model.by_document import ByDocument, PackedRows
 from distlora.model.buffers import keep_in_fp32, made_buffers, stored_buffers
+from distlora.model.by_document import ByDocument, PackedRows
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.experts import (
     ExpertWeight,
@@ -323,8 +323,7 @@ def build_model(
 
     Raises UserError for a model that cannot be trained with these settings, and if target_modules match nothing.
     """
-    train = train or TrainConfig()
-    base = base or CheckpointFiles(spec.path)
+    train, base = train or TrainConfig(), base or CheckpointFiles(spec.path)
     full = spec.adapter.method == "full"
     family = check_config(base.config, base.folder / "config.json", sequence_length=sequence_length, full=full)
     check_router_loss(train.router_aux_loss, family)

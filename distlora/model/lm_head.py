@@ -80,7 +80,7 @@ class _Stub:
 
 
 class _DecoderOutput(tuple[Tensor]):
-    """What a decoder returns, with None for all but its hidden states."""
+    """Output of a decoder: its hidden states, and None for anything else."""
 
     def __getattr__(self, name: str) -> Tensor | None:
         return self[0] if name == "last_hidden_state" else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distlora.model.adapters import BlockContext, Rows, StepRows
 from distlora.model.by_document import ByDocument, PackedRows
-from distlora.model.layer_wrapper import Block, LayerCall, Reference, argument_names, batch_dims
+from distlora.model.layer_wrapper import Block, Reference, argument_names, batch_dims
 
 
 class Layer(nn.Module):
@@ -179,15 +179,15 @@ def wrapped(model: Any, dims: list[dict[str, int | None]], *, num_micro: int, by
 def probed(model: Any) -> list[dict[str, int | None]]:
     """Return Block.batch_dims of each layer, from calls of the model."""
     layers = list(layers_of(model))
-    calls: list[list[LayerCall]] = [[] for _ in layers]
-    for rows, length in ((2, 11), (3, 11), (2, 13)):
+    calls: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in layers]
+    for rows in (2, 3):
 
-        def record(layer: Any, args: Any, kwargs: Any, rows: int = rows, length: int = length) -> None:
+        def record(layer: Any, args: Any, kwargs: Any, rows: int = rows) -> None:
             arguments = dict(zip(argument_names(layer), args, strict=False)) | kwargs
-            calls[layers.index(layer)].append(LayerCall(rows, length, arguments))
+            calls[layers.index(layer)].append((rows, arguments))
 
         hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
-        model(torch.randint(1, 90, (rows, length)), use_cache=False)
+        model(torch.randint(1, 90, (rows, 11)), use_cache=False)
         for hook in hooks:
             hook.remove()
     return [batch_dims(of_layer) for of_layer in calls]
@@ -287,6 +287,32 @@ def test_a_slice_reads_what_the_same_slice_handed_on(reference: bool) -> None:
             block(torch.randn(4, 3, 2), KVSharingDict())
 
 
+def test_a_reference_reads_what_its_own_pass_handed_on() -> None:
+    from transformers.cache_utils import KVSharingDict
+
+    class Scaled(Sharing):
+        def __init__(self, writes: bool) -> None:
+            super().__init__(writes)
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, hidden_states: Tensor, shared: Any) -> Tensor:  # type: ignore[override]
+            return super().forward(hidden_states, shared, self.scale)[0]
+
+    def run(scale: float, start: float | None) -> Tensor:
+        x, mapping = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0)), KVSharingDict()
+        reference = None if start is None else Reference(None)
+        for writes in (True, False):
+            block = Block(Scaled(writes), BlockContext())
+            block.num_micro, block.reference = 2, reference
+            parameter = block.inner.scale
+            parameter.data.fill_(scale)  # type: ignore[union-attr, operator]
+            block.started = {} if start is None else {parameter: torch.tensor(start)}  # type: ignore[dict-item]
+            x = block(x, mapping)
+        return x if reference is None else reference.take()  # type: ignore[return-value]
+
+    torch.testing.assert_close(run(3.0, start=2.0), run(2.0, start=None), rtol=0, atol=0)
+
+
 def test_what_layers_hand_on_is_freed_after_the_forward() -> None:
     from transformers.cache_utils import KVSharingDict
 
@@ -302,25 +328,21 @@ def test_what_layers_hand_on_is_freed_after_the_forward() -> None:
 
 
 def test_batch_dimensions_are_found_from_the_sizes_of_calls() -> None:
-    def call(rows: int, length: int) -> LayerCall:
-        arguments = {
-            "hidden_states": torch.zeros(4, rows, length, 8),
-            "alibi": torch.zeros(rows * 4, 1, length),
-            "positions": (torch.zeros(rows, length), torch.zeros(1, length), None),
-            "distance": torch.zeros(length, length),
-            "empty": torch.zeros(rows, length, 0),
+    def call(rows: int) -> tuple[int, dict[str, Any]]:
+        return rows, {
+            "hidden_states": torch.zeros(4, rows, 5, 8),
+            "alibi": torch.zeros(rows * 4, 1, 5),
+            "positions": (torch.zeros(rows, 5), torch.zeros(1, 5), None),
+            "distance": torch.zeros(5, 5),
+            "empty": torch.zeros(rows, 5, 0),
             "cache": None,
         }
-        return LayerCall(rows, length, arguments)
 
-    calls = [call(2, 5), call(3, 5), call(2, 7)]
-    assert batch_dims(calls) == {"hidden_states": 1, "alibi": 0, "distance": None}
-    square = [LayerCall(rows, 5, {"x": torch.zeros(rows, rows)}) for rows in (2, 3)]
+    assert batch_dims([call(2), call(3)]) == {"hidden_states": 1, "alibi": 0, "distance": None}
     with pytest.raises(TypeError, match=r"'x'.*batch dimensions"):
-        batch_dims(square)
-    differing = [LayerCall(rows, 5, {"x": (torch.zeros(rows, 5), torch.zeros(5, rows))}) for rows in (2, 3)]
+        batch_dims([(rows, {"x": torch.zeros(rows, rows)}) for rows in (2, 3)])
     with pytest.raises(TypeError, match="'x' differ"):
-        batch_dims(differing)
+        batch_dims([(rows, {"x": (torch.zeros(rows, 5), torch.zeros(5, rows))}) for rows in (2, 3)])
 
 
 def test_written_copies_and_outputs_without_rows_are_refused() -> None:
@@ -340,7 +362,7 @@ def test_written_copies_and_outputs_without_rows_are_refused() -> None:
 
     block = Block(Pair(), BlockContext())
     block.num_micro = 2
-    with pytest.raises(TypeError, match=r"second output of shape \(7,\)"):
+    with pytest.raises(TypeError, match=r"an output, a tensor of shape \(7,\)"):
         block(torch.zeros(4, 3, 2))
 
 

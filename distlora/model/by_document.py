@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from distlora.model.adapters import BlockContext
+    from distlora.model.adapters import BlockContext, Rows
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
@@ -85,26 +85,31 @@ class ByDocument(nn.Module):
         if self.by_kernel:
             given, named = map_leaves(functools.partial(_flatten, packed), (args, kwargs))
             output = self.inner(*given, **named, **packed.kernel_arguments)
-            return map_leaves(lambda one: one.unflatten(1, (-1, packed.length)).flatten(0, 1), output)
+        else:
+            output = self._run_each(rows, packed, args, kwargs)
+        return map_leaves(lambda one: one.unflatten(1, (-1, packed.length)).flatten(0, 1), output)
+
+    def _run_each(self, rows: Rows, packed: PackedRows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the outputs of all documents in one row: (1, B T, ...)."""
         assert self.context.first_token == 0, "a tile of an MLP begins within a document"
-        outputs, balances = [], []
+        outputs, leading, balances = [], [], []
         try:
             for row, starts in enumerate(packed.starts):
-                alone, parts, sums = rows.part(slice(row, row + 1)), [], []
+                alone, sums = rows.part(slice(row, row + 1)), []
                 for start, end in itertools.pairwise([*starts, packed.length]):
                     balanced = None if alone.balanced is None else alone.balanced[:, start:end]
                     self.context.rows = alone._replace(packed=None, balanced=balanced)
                     self.context.first_token = start
                     given, named = map_leaves(functools.partial(_cut, packed, row, start, end), (args, kwargs))
-                    parts.append(map_leaves(functools.partial(_check, end - start), self.inner(*given, **named)))
+                    outputs.append(self.inner(*given, **named))
+                    leading.append((1, end - start))
                     sums.append(self.context.take_balance())
-                outputs.append(join(parts, dim=1))
                 balances += [] if sums[0] is None else [torch.stack(sums).sum(dim=0)]  # type: ignore[arg-type]
         finally:
             self.context.rows, self.context.first_token = rows, 0
         if balances:
             self.context.leave_balance(torch.cat(balances))
-        return join(outputs, dim=0)
+        return join(outputs, leading, dim=1, drop_weights=True)
 
 
 def _token_dims(packed: PackedRows, leaf: Any) -> tuple[int, ...]:
@@ -116,10 +121,7 @@ def _token_dims(packed: PackedRows, leaf: Any) -> tuple[int, ...]:
             return (1,)
         if packed.length not in leaf.shape[1:]:
             return ()
-    described = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-    raise TypeError(
-        f"{described}, the argument of a module that runs each document alone, has no known token dimension"
-    )
+    raise TypeError(f"{describe(leaf)}, given to a module that runs each document alone, has no known token dimension")
 
 
 def _cut(packed: PackedRows, row: int, start: int, end: int, leaf: Any) -> Tensor:
@@ -133,25 +135,31 @@ def _cut(packed: PackedRows, row: int, start: int, end: int, leaf: Any) -> Tenso
 def _flatten(packed: PackedRows, leaf: Any) -> Tensor:
     """Join all rows to one: (B, T, ...) to (1, B T, ...)."""
     if _token_dims(packed, leaf) != (1,):
-        raise TypeError(f"a kernel that keeps documents apart cannot take an argument of shape {tuple(leaf.shape)}")
+        raise TypeError(f"a kernel that keeps documents apart cannot take {describe(leaf)}")
     return leaf.expand(len(packed.starts), *leaf.shape[1:]).flatten(0, 1)[None]
 
 
-def _check(length: int, leaf: Any) -> Tensor | None:
-    """Return an output of one document, (1, L, ...). Attention's weights (1, heads, L, L) become None."""
-    if isinstance(leaf, Tensor) and leaf.shape[:2] == (1, length):
-        return leaf
-    if isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.shape[2:] == (length, length):
+def join(outputs: Sequence[Any], leading: Sequence[tuple[int, ...]], dim: int, *, drop_weights: bool = False) -> Any:
+    """Join the outputs of calls along `dim`: tensors whose shapes begin with `leading`, in tuples item by item.
+
+    `drop_weights`: attention's weights and states, 4-D of other shapes, become None. Other outputs are refused.
+    """
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return tuple(join(items, leading, dim, drop_weights=drop_weights) for items in zip(*outputs, strict=True))
+    if first is None or (len(outputs) == 1 and not drop_weights):
+        return first
+    calls = zip(outputs, leading, strict=True)
+    if all(isinstance(one, Tensor) and one.shape[: len(sizes)] == sizes for one, sizes in calls):
+        return torch.cat(list(outputs), dim)
+    if drop_weights and isinstance(first, Tensor) and first.dim() == 4:
         return None
-    described = f"of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-    raise TypeError(f"an output {described} cannot be joined with those of other documents")
+    raise TypeError(f"an output, {describe(first)}, cannot be joined along dim {dim} of {leading[0][dim]}")
 
 
-def join(outputs: Sequence[Any], dim: int) -> Any:
-    """Join the outputs of calls: tensors along `dim`, tuples item by item, None stays None."""
-    if isinstance(outputs[0], tuple):
-        return tuple(join(items, dim) for items in zip(*outputs, strict=True))
-    return outputs[0] if len(outputs) == 1 or outputs[0] is None else torch.cat(list(outputs), dim)
+def describe(leaf: Any) -> str:
+    """Return what an error says about an argument or output."""
+    return f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:

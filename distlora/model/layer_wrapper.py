@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import weakref
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from distlora.model.adapters import BlockContext, Rows
-from distlora.model.by_document import ByDocument, join, map_leaves
+from distlora.model.by_document import ByDocument, describe, join, map_leaves
 from distlora.system.host_memory import bytes_of, take_chunk, take_places
 from distlora_kernels import elementwise, scratch
 
@@ -158,8 +157,7 @@ class Block(nn.Module):
         output = outputs[0]
         if len(outputs) > 1 and isinstance(output, tuple):
             hiddens, more = [output[0] for output in outputs], [output[1:] for output in outputs]
-            map_leaves(functools.partial(_check_rows, size), more[0])
-            output = (torch.cat(hiddens, dim), *join(more, dim=0))
+            output = (torch.cat(hiddens, dim), *join(more, [(size,)] * len(more), dim=0))
         elif len(outputs) > 1:
             output = torch.cat(outputs, dim)
         return output, torch.cat(balances) if balances else None
@@ -190,8 +188,8 @@ class Block(nn.Module):
                 return value.narrow(dim, part.start * each, num_rows * each)
         elif name in _CACHES and num_rows == batch:  # Generation runs the batch whole: a cache cannot be sliced.
             return value
-        described = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"the block wrapper cannot slice the layer argument {name!r} ({described}) for {batch} rows")
+        described = f"the layer argument {name!r} ({describe(value)})"
+        raise TypeError(f"the block wrapper cannot slice {described} for {batch} rows")
 
     def _run(self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
         handed_on = {name: value for name, value in kwargs.items() if type(value) is _HandedOn}
@@ -268,59 +266,36 @@ class _HandedOn:
             self._entries = None  # Backward must not keep what it does not read.
 
 
-def _check_rows(size: int, output: Any) -> None:
-    if not isinstance(output, Tensor) or output.shape[:1] != (size,):
-        described = f"of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise TypeError(f"a layer's second output {described} has no dim 0 of {size} rows, by which slices are joined")
-
-
-class LayerCall(NamedTuple):
-    """Record of one call of a layer, from which `batch_dims` finds batch dimensions."""
-
-    num_rows: int
-    length: int
-    """Tokens per row."""
-    arguments: Mapping[str, Any]
-    """Arguments by name (`argument_names` of those by position), the hidden states among them."""
-
-
-def batch_dims(calls: Sequence[LayerCall]) -> dict[str, int | None]:
+def batch_dims(calls: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, int | None]:
     """Return Block.batch_dims of a layer: the arguments that the default would slice wrongly or refuse.
 
-    `calls`: one call for two numbers of rows at one length, and at other lengths. Raises TypeError for an argument with
-    several batch dimensions, or with tensors that differ in theirs.
+    `calls`: (rows, arguments by name) of the same call for several numbers of rows, at one length; `argument_names` has
+    the names of those by position. Raises TypeError for an argument with several batch dimensions, or with tensors that
+    differ in theirs.
     """
-    pairs = [(a, b) for a, b in itertools.combinations(range(len(calls)), 2) if calls[a].length == calls[b].length]
-    rows = [call.num_rows for call in calls]
-    assert any(rows[a] != rows[b] for a, b in pairs), "calls of two numbers of rows at one length are needed"
+    rows = [num_rows for num_rows, _ in calls]
+    assert len(set(rows)) > 1, "calls for two numbers of rows are needed"
     found: dict[str, int | None] = {}
-    for name in calls[0].arguments:
-        shapes: list[list[tuple[int, ...]]] = [[] for _ in calls]
-        for call, known in zip(calls, shapes, strict=True):
-            map_leaves(functools.partial(_add_shape, known), call.arguments[name])
+    for name in calls[0][1]:
+        leaves: list[list[Any]] = [[] for _ in calls]
+        for (_, arguments), known in zip(calls, leaves, strict=True):
+            map_leaves(known.append, arguments[name])
         dims: list[int | None] = []
         by_default = True
-        for sizes in zip(*shapes, strict=True):
-            ratios = [
-                [0 < sizes[a][dim] * rows[b] == sizes[b][dim] * rows[a] for a, b in pairs]
-                for dim in range(len(sizes[0]))
-            ]
-            moving = [dim for dim, equal in enumerate(ratios) if all(equal)]
+        for same in zip(*leaves, strict=True):
+            shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else (1,) for leaf in same]
+            each = [{size / num for size, num in zip(sizes, rows, strict=True)} for sizes in zip(*shapes, strict=True)]
+            moving = [dim for dim, sizes in enumerate(each) if len(sizes) == 1 and sizes != {0}]
             if len(moving) > 1:
-                raise TypeError(f"the layer argument {name!r} of shape {sizes[0]} has batch dimensions {moving}")
+                raise TypeError(f"the layer argument {name!r} of shape {shapes[0]} has batch dimensions {moving}")
             dims += moving or [None]
-            by_default &= [size[:1] for size in sizes] == [(num if moving == [0] else 1,) for num in rows]
-            by_default &= moving in ([], [0])
+            firsts = [(num,) if moving == [0] else (1,) for num in rows]
+            by_default &= moving in ([], [0]) and [shape[:1] for shape in shapes] == firsts
         if not by_default and len(set(dims)) > 1:
             raise TypeError(f"tensors of the layer argument {name!r} differ in their batch dimensions {dims}")
         if not by_default:
             found[name] = dims[0]
     return found
-
-
-def _add_shape(shapes: list[tuple[int, ...]], leaf: Any) -> None:
-    if isinstance(leaf, Tensor):
-        shapes.append(tuple(leaf.shape))
 
 
 def argument_names(layer: nn.Module) -> tuple[str, ...]:

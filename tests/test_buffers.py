@@ -16,6 +16,7 @@ import distlora.architecture.families as families
 from distlora.architecture.families import Family
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
+from distlora.loading.tensor_files import write_model
 from distlora.model.buffers import keep_in_fp32, made_buffers, materialize_buffers, stored_buffers
 from distlora.parallel import Ranks
 from distlora.post.merge.parameters import parameters_of
@@ -143,14 +144,24 @@ def test_a_missing_stored_buffer_is_refused(apertus: Path, tmp_path: Path) -> No
         _load(tmp_path, SINGLE)
 
 
-def test_merging_copies_stored_buffers_and_full_fine_tuning_saves_them(
-    apertus: Path, monkeypatch: pytest.MonkeyPatch
+def test_merging_copies_stored_buffers_byte_for_byte(apertus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.FAMILIES, "apertus", APERTUS)
+    names = {name for name in read_headers(apertus) if name.endswith((".beta", ".eps"))}
+    assert len(names) == 2 * SHAPES["num_hidden_layers"]  # type: ignore[operator]
+    base = open_base(config_for(apertus).spec)
+    written = {name for parameter in parameters_of(base, None) for name in parameter.outputs}
+    assert base.files.headers.keys() - written == names, "what is not written is copied"
+
+
+def test_full_fine_tuning_exports_stored_buffers_in_their_dtype(
+    apertus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(families.FAMILIES, "apertus", APERTUS)
-    spec = config_for(apertus).spec
-    names = {name for name in read_headers(apertus) if name.endswith((".beta", ".eps"))}
-    base = open_base(spec)
-    written = {name for parameter in parameters_of(base, None) for name in parameter.outputs}
-    assert base.files.headers.keys() - written == names, "what is not written is copied byte for byte"
-    full = config_for(apertus, adapter={"method": "full"}, quant={"method": "none"}).spec
-    assert open_base(full).model.hf_state_dict().keys() == base.files.headers.keys()
+    model, backend = load_ours(apertus, quant={"method": "none"}, adapter={"method": "full"})
+    write_model(tmp_path, model.hf_state_dict(), backend, torch.bfloat16)
+    written = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    stored = safetensors.torch.load_file(apertus / "model.safetensors")
+    assert written.keys() == stored.keys()
+    for name, tensor in stored.items():
+        is_buffer = name.endswith((".beta", ".eps"))
+        assert torch.equal(written[name], tensor if is_buffer else tensor.bfloat16()), name

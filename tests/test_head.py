@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from closeness import assert_close
 from distlora.config import UserError
 from distlora.model.adapters import TokenRows
 from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
 from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
+from distlora.parallel import Ranks, Shards
+from worlds import World
 
 VOCABULARY, HIDDEN = 1001, 24
 
@@ -230,3 +234,28 @@ def test_a_head_that_mixes_tokens_is_refused_and_a_longer_tail_is_no_norm() -> N
     with pytest.raises(UserError, match="logits of a token from several tokens"):
         head_form(_MixingHead(config).eval(), "model")
     assert tail_of(_LongTail(config).eval(), "layers", {"input_ids": torch.ones(1, 5, dtype=torch.int64)}) is None
+
+
+def _sharded_head(ranks: Ranks) -> tuple[list[Tensor], list[Tensor]]:
+    """Return (losses, gradients of the hidden states and of trained rows) of a head that is whole, and sharded."""
+    name = "ModernBertDecoder"
+    head = loss_head(hf_model(name), "model", FORMS[name][2])
+    rows = TokenRows((3, 250), 24)
+    rows.rows = nn.Parameter(torch.randn(2, 24, generator=torch.Generator().manual_seed(2)))
+    head.train_rows(rows)
+    hidden = torch.randn(2, 19, 24, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    labels = torch.randint(0, 300, (2, 19), generator=torch.Generator().manual_seed(4))
+    results = []
+    for sharded in (False, True):
+        if sharded:
+            fully_shard(head, mesh=Shards.over(ranks, ranks.world).mesh("cpu"))
+            assert all(isinstance(parameter, DTensor) for parameter in head.parameters())
+        sums = head(hidden, labels)
+        results.append([sums.detach(), *torch.autograd.grad(sums.sum(), [hidden, rows.rows])])
+    return results[0], results[1]
+
+
+def test_the_models_own_forward_is_the_same_when_the_head_is_sharded(world: World) -> None:
+    for whole, sharded in world.run(2, _sharded_head):
+        for expected, actual in zip(whole, sharded, strict=True):
+            assert torch.equal(actual, expected)

@@ -25,52 +25,43 @@ from distlora.config.errors import short
 LayerKind = frozenset[tuple[str, str, object]]
 """The modules, the weights and the settings of a decoder layer, without its sizes and its place."""
 
-VOCABULARY = 160
 MOST_LAYERS = 8
 """Layers of a small model whose kinds follow from a period."""
 
-SIZES = tuple(
-    (re.compile(names), size)
-    for size, names in (
-        (VOCABULARY, r"(unpadded_)?vocab_size(_per_layer_input)?"),
-        (
-            64,
-            r"(out_|adapter_input_|text_|projection_|adapter_output_)?(hidden_)?size|n_embd|(d|dim)_model|embedding_dim",
-        ),
-        (64, r"word_embed_proj_dim|lru_width|adapter_(in|out)_dim|output_proj_dims|ple_embed_dim|dim_model_base"),
-        (96, r"(dense_)?intermediate_size(_mlp)?|ffn_(dim|hidden_size)|dim_ff|dff|projection_intermediate_size"),
-        (32, r"moe_\w*intermediate_size|shared_\w*intermediate_size|expert_ffn_hidden_size|moe_latent_size"),
-        (4, r"((swa_)?num_)?(attention_)?heads(_per_layer)?|n_heads?|num_attention_heads_per_layer|num_query_groups"),
-        (4, r"linear_num_(value_)?heads|num_(local_)?experts|n_routed_experts|moe_num_experts|zero_expert_num"),
-        (2, r"(swa_)?num_(global_)?(key_value|kv)_heads|kv_n_heads|linear_num_key_heads|indexer_kv_heads"),
-        (2, r"num_experts_per_tok(en)?|moe_(topk|k|top_k)|top_k_experts|n_group|num_expert_group|o_groups"),
-        (2, r"(mamba_)?n_?groups|index_topk_blocks|index_kpool|split_ngram_parts|heads_per_ngram"),
-        (1, r"(n|num|moe_num)_shared_experts|topk_group|spatial_merge_size"),
-        (16, r"((swa|global|index|indexer|linear|linear_key|linear_value)_)?head_dim|dim_head|kv_channels"),
-        (16, r"attention_head_dim|(kv|o)_lora_rank|qk_nope_head_dim|(swa_)?v_head_dim|mamba_(d_head|head_?dim)"),
-        (16, r"index_n_heads|indexer_n_heads|linear_head_dim|rel_extent|router_hidden_size"),
-        (24, r"q_lora_rank|qk_head_dim"),
-        (8, r"qk_rope_head_dim|rotary_dim|hidden_size_per_layer_input|laurel_rank|hc_lowrank|adapter_rank|d_rel"),
-        (
-            8,
-            r"sliding_window(_size)?|(attention_|keep_)?window_size|local_attention|attention_chunk_size|floor_scale|log_scaling_n_floor",
-        ),
-        (8, r"mamba_d_state|(ssm_)?state_size|(mamba_)?chunk_size|(mamba_n|mamba_num|n_mamba)_heads|heavily_\w+"),
-        (8, r"mamba_dt_rank|time_step_rank|indexer_budget|gated_norm_rank|loop_gate_rank|make_ngram_\w+"),
-        (4, r"indexer_compress_ratio|index_block_size"),
-        (6, r"index_topk"),
-        (128, r"mamba_d_ssm|attention_hidden_size"),
-        (512, r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length|block_size"),
-        (64, r"original_max_position_embeddings|prompt_length|max_inference_chunksize"),
-        (200, r"ngram_vocab_size_base"),
-        (0, r"(\w+_)?(dropout|pdrop|layerdrop|jitter_noise)(_prob|_p)?|attention_probs_dropout_prob"),
-        (0, r"pad_token_id"),
-        (1, r"eos_token_id"),
-        (2, r"bos_token_id"),
-        (3, r"\w+_(token_id|token_index)"),
-    )
+_SIZES = {
+    160: r"(unpadded_)?vocab_size(_per_layer_input)?",
+    64: r"(out_|projection_)?hidden_size adapter_input_size n_embd d_model embedding_dim word_embed_proj_dim lru_width "
+    r"adapter_(in|out)_dim ple_embed_dim original_max_position_embeddings prompt_length max_inference_chunksize",
+    96: r"(dense_|projection_)?intermediate_size(_mlp)? ffn_(dim|hidden_size) dim_ff dff",
+    32: r"(moe|shared|shared_experts?|moe_shared_expert)_intermediate_size expert_ffn_hidden_size moe_latent_size",
+    4: r"((swa_)?num_)?(attention_)?heads(_per_layer)? n_heads? num_query_groups linear_num_(value_)?heads "
+    r"num_(local_)?experts n_routed_experts moe_num_experts zero_expert_num indexer_compress_ratio index_block_size",
+    6: r"index_topk",
+    16: r"((swa|global|index|indexer|linear|linear_key|linear_value|attention)_)?head_dim dim_head kv_channels "
+    r"(kv|o)_lora_rank qk_nope_head_dim v_head_dim mamba_(d_head|head_?dim) index(er)?_n_heads rel_extent "
+    r"router_hidden_size dim_model_base",
+    24: r"q_lora_rank qk_head_dim",
+    8: r"qk_rope_head_dim rotary_dim hidden_size_per_layer_input laurel_rank hc_lowrank adapter_rank d_rel "
+    r"sliding_window(_size)? (attention_|keep_)?window_size local_attention attention_chunk_size floor_scale "
+    r"log_scaling_n_floor mamba_d_state (ssm_)?state_size (mamba_)?chunk_size (mamba_n|mamba_num|n_mamba)_heads "
+    r"heavily_\w+ mamba_dt_rank time_step_rank indexer_budget gated_norm_rank loop_gate_rank make_ngram_\w+",
+    128: r"mamba_d_ssm attention_hidden_size",
+    512: r"max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length block_size",
+    200: r"ngram_vocab_size_base",
+    0: r"(\w+_)?(dropout|pdrop|layerdrop|jitter_noise)(_prob|_p)? pad_token_id",
+    1: r"(n|num|moe_num)_shared_experts topk_group spatial_merge_size eos_token_id",
+    2: r"(swa_)?num_(global_)?(key_value|kv)_heads kv_n_heads linear_num_key_heads indexer_kv_heads "
+    r"num_experts_per_tok(en)? moe_(topk|k|top_k) top_k_experts n_group num_expert_group o_groups (mamba_)?n_?groups "
+    r"index_topk_blocks index_kpool split_ngram_parts heads_per_ngram bos_token_id",
+    3: r"\w+_(token_id|token_index)",
+}
+SIZES = [(re.compile(names.replace(" ", "|")), size) for size, names in _SIZES.items()]
+"""Small values by the names of settings; the first pattern that matches a whole name counts."""
+EQUAL = (
+    *(("qk_nope_head_dim", "qk_rope_head_dim"), ("num_key_value_heads", "num_attention_heads")),
+    *(("head_dim", "qk_rope_head_dim"), ("index_n_heads", "num_key_value_heads")),
 )
-"""Small values by the names of settings; the first row that matches a whole name counts."""
+"""Settings that a small model has equal where the full-size one has."""
 
 COUNTS = r"num_hidden_layers|n_layers?|num_layers(_per_stack)?|num_blocks|depth"
 """Settings that count layers."""
@@ -114,7 +105,7 @@ def build_on_meta(settings: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def build(settings: Mapping[str, Any]) -> PreTrainedModel:
-    """Build the language model of a config with random weights, by the class that `transformers` has for text."""
+    """Build the language model of a config with random weights, by the class that transformers has for text."""
     name = settings["model_type"]
     text = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
@@ -128,7 +119,8 @@ def _refused(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Anything: each model type has code of its own for its settings.
-        raise UserError(f"transformers cannot build the {name} of this config.json: {short(str(error))}") from error
+        reason = " ".join(f"{error.__class__.__name__}: {error}".split())
+        raise UserError(f"transformers cannot build the {name} of this config.json: {reason}") from error
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -170,9 +162,10 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = read_settings(config)
     kinds = layer_kinds(build_on_meta(settings))
     count = len(kinds)
-    twice = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < 2]
-    once = [i for i in twice if kinds[i] not in kinds[:i]] if len(set(kinds)) > 1 else twice
-    prefixes = [range(end) for end in range(max(2, len(set(kinds))), min(count, MOST_LAYERS) + 1)]
+    first = [kinds.index(kind) for kind in kinds]
+    twice = [i for i in range(count) if first[:i].count(first[i]) < 2]
+    once = sorted(set(first)) if len(set(first)) > 1 else twice
+    prefixes = [range(end) for end in range(max(2, len(once)), min(count, MOST_LAYERS) + 1)]
     reason, missing = "", set(kinds)
     for kept in sorted((once, twice, *prefixes), key=len):
         small = _Smaller(kept, count).settings(settings)
@@ -202,17 +195,12 @@ class _Smaller:
     def settings(self, full: Mapping[str, Any]) -> dict[str, Any]:
         """Return small settings with the same names."""
         small = {name: self.value(name, value, full) for name, value in full.items() if name not in FORGOTTEN}
-        if "qk_nope_head_dim" in full and full["qk_nope_head_dim"] == full.get("qk_rope_head_dim"):
-            small["qk_nope_head_dim"] = small["qk_rope_head_dim"]
+        small |= {name: small[other] for name, other in EQUAL if full.get(name) and full[name] == full.get(other)}
         rope, nope = small.get("qk_rope_head_dim"), small.get("qk_nope_head_dim")
-        if small.get("head_dim") and rope and nope:
-            small["head_dim"] = rope if full["head_dim"] == full["qk_rope_head_dim"] else nope + rope
+        if rope and nope and full.get("head_dim", rope) != full["qk_rope_head_dim"]:
+            small["head_dim"] = nope + rope
         if small.get("qk_head_dim") and rope is not None and nope is not None:
             small["qk_head_dim"] = nope + rope
-        if full.get("num_key_value_heads") and full["num_key_value_heads"] == full.get("num_attention_heads"):
-            small["num_key_value_heads"] = small["num_attention_heads"]
-        if full.get("index_n_heads") and full["index_n_heads"] == full.get("num_key_value_heads"):
-            small["index_n_heads"] = small["num_key_value_heads"]
         if "expand" in full and "num_heads" in full:
             small["num_heads"] = full["expand"] * small["hidden_size"] // small["head_dim"]
         if "attention_hidden_size" in full and "attention_head_dim" in full:
@@ -227,7 +215,11 @@ class _Smaller:
             return copy.deepcopy(value)
         if name == "per_layer_config":
             layers = {int(layer): changes for layer, changes in value.items()}
-            return {str(j): self.overrides(layers[i], full) for j, i in enumerate(self.kept) if i in layers} or None
+            small = {str(j): self.settings(layers[i]) for j, i in enumerate(self.kept) if i in layers}
+            for j, i in enumerate(self.kept):  # Larger heads stay larger.
+                if full.get("head_dim") and layers.get(i, {}).get("head_dim"):
+                    small[str(j)]["head_dim"] *= max(1, layers[i]["head_dim"] // full["head_dim"])
+            return small or None
         if isinstance(value, Mapping):
             return self.section(name, value, full)
         if isinstance(value, (list, tuple)):
@@ -245,39 +237,25 @@ class _Smaller:
         if name.endswith("_config") and name != "text_config":
             layers = next((value[key] for key in ("num_hidden_layers", "num_layers", "depth") if value.get(key)), 0)
             return _Smaller(range(min(2, layers)), layers).settings(value) if layers else self.settings(value)
-        rows = self.settings(value)
-        head = full.get("qk_rope_head_dim") or full.get("head_dim")
-        head = head or full.get("hidden_size", 1) // full.get("num_attention_heads", 1) or 1
-        small_head = 8 if full.get("qk_rope_head_dim") else 16
-        for key in {"short_factor", "long_factor", "mrope_section"} & set(value):
-            entries = value[key]
-            if key == "mrope_section":
-                rows[key] = [part * small_head // head for part in entries]
-                rows[key][0] += sum(entries) * small_head // head - sum(rows[key])
-            else:
-                rows[key] = entries[: len(entries) * small_head // head]
-        return rows
+        small = self.settings(value)
+        head = full.get("head_dim") or full.get("hidden_size", 1) // full.get("num_attention_heads", 1) or 1
+        for key in {"short_factor", "long_factor", "mrope_section"} & set(value):  # They share the pairs of a head.
+            kept = len(value[key]) * 16 // head
+            small[key] = [part * 16 // head for part in value[key]] if key == "mrope_section" else value[key][:kept]
+        if "mrope_section" in value:
+            small["mrope_section"][0] += sum(value["mrope_section"]) * 16 // head - sum(small["mrope_section"])
+        return small
 
     def entries(self, name: str, value: list[Any], full: Mapping[str, Any]) -> list[Any]:
         """Return the entries of a list that belong to the kept layers."""
-        numbers = all(type(entry) is int for entry in value)
-        if name.endswith("token_id"):
-            return [_size(name, entry) for entry in value]
+        numbers = all(type(entry) is int for entry in value) and not name.endswith("token_id")
         if numbers and re.fullmatch(INDEXES, name) and len(set(value)) == len(value):
             return [j for j, i in enumerate(self.kept) if i in value]
         if numbers and name.endswith("source_layers") and len(value) == self.count:
             return [max(j for j, i in enumerate(self.kept) if i <= value[layer]) for layer in self.kept]
-        if len(value) == self.count:
+        if len(value) == self.count and not name.endswith("token_id"):
             value = [value[i] for i in self.kept]
         return [_size(name, entry) if type(entry) is int else copy.deepcopy(entry) for entry in value]
-
-    def overrides(self, changes: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the small settings of one layer, in the same proportion to those of the others."""
-        small = self.settings(changes)
-        for name in {"head_dim", "intermediate_size"} & set(changes):
-            if full.get(name):
-                small[name] *= max(1, changes[name] // full[name])
-        return small
 
 
 def _size(name: str, value: float) -> float:

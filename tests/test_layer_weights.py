@@ -25,7 +25,7 @@ from closeness import relative_error
 from distlora.architecture.peft_names import EXPERT_NAMES, MAMBA_TYPES, peft_refusal
 from distlora.architecture.targets import peft_paths
 from distlora.config import AdapterConfig
-from distlora.derive.linears import conversion_of, linear_calls, peft_reasons, router_linears, token_mixers
+from distlora.derive.linears import conversion_of, linear_calls, peft_reasons, role_of, router_linears, token_mixers
 from distlora.model.adapters import BlockContext
 from distlora.model.experts import ExpertWeight, find_experts, find_routers, replace_experts
 from distlora.model.frozen_linear import FrozenTensor
@@ -228,6 +228,19 @@ class _Checkpointed(nn.Module):
         return checkpoint(self.inner, *args, use_reentrant=False, **kwargs)
 
 
+def test_targets_that_peft_turns_into_experts_are_read_from_its_folder(tmp_path: Path) -> None:
+    """PEFT writes last names alone then, and twice the rank for gate_up_proj, which holds two of the targets."""
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    tuned = peft.get_peft_model(model_of("qwen3_next"), peft.LoraConfig(r=4, target_modules=targets))
+    tuned.save_pretrained(str(tmp_path))
+    adapter = read_peft_adapter(tmp_path)
+    experts = [path for path in adapter.paths if ".experts." in path]
+    assert [path.rpartition(".")[2] for path in experts] == 2 * ["down_proj", "gate_up_proj"]
+    assert [path for path in adapter.paths if path not in experts] == ["model.layers.1.self_attn.q_proj"]
+    for path in experts:
+        assert adapter.tensors[path, "A"].shape[0] == 4 * adapter.adapter_config.rank_of(path), path
+
+
 @pytest.mark.parametrize("name", READ)
 def test_the_familys_own_code_reads_quantized_weights(name: str) -> None:
     """Checkpointed, so that the code reads them again, and with the gradient of what comes before them."""
@@ -322,6 +335,7 @@ def test_a_hand_made_layer_is_seen_through() -> None:
     }
     assert not uses["index"].stays, "it can be quantized"
     assert token_mixers([layer], lambda: layer(x), TOKENS) == [{"mean": "mixer"}]
+    assert [role_of(path, {"mean": "mixer"}) for path in ("mean.in_proj", "meaning.in_proj")] == ["mixer", "mlp"]
 
 
 MIXERS = {

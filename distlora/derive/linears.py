@@ -193,6 +193,11 @@ def router_linears(model: nn.Module) -> set[str]:
     return found
 
 
+def role_of(path: str, mixers: Mapping[str, Mixing]) -> str:
+    """Return the role of the linear at `path` in a layer: its mixer's (`token_mixers`), or mlp."""
+    return next((role for name, role in mixers.items() if f"{path}.".startswith(f"{name}.")), "mlp")
+
+
 def conversion_of(model_type: str) -> str | None:
     """Return the type whose conversion of checkpoints transformers uses for `model_type`, as PEFT asks for it."""
     from transformers import conversion_mapping

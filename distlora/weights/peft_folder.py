@@ -454,7 +454,8 @@ def _by_weight(
     for path, _ in names:
         module = path.removesuffix(_WRAPPED)
         weights = [f"{module}.{weight}" for weight in EXPERT_WEIGHTS]
-        if match_ending(parameters, weights):
+        # PEFT's own target_parameters may be last names alone, which any path ends in with one of these.
+        if module.endswith(".experts") and match_ending(parameters, weights):
             depths.setdefault(module, set()).add(path.count(_WRAPPED))
     places = {}
     for module, wrapped in depths.items():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,8 +14,12 @@ import yaml
 from distlora.architecture.families import check_config
 from distlora.architecture.shapes import ARCHITECTURES, MXFP4_NAMES, architecture_named, nearest_architecture, shapes_of
 from distlora_launcher.compose.compose import compose_config
+from tiers import ci
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
+SHIPPED: list[dict[str, Any]] = json.loads(
+    resources.files("distlora.architecture").joinpath("known_models.json").read_text("utf-8")
+)
 
 COUNTED = {
     "huggyllama/llama-7b": 6_738_415_616,
@@ -65,6 +73,41 @@ UNPACKED = {"openai/gpt-oss-20b": 20_914_757_184, "openai/gpt-oss-120b": 116_829
 """What is in MXFP4 on disk, where the hub counts bytes, by the index's total_parameters; 20.91e9 and 116.83e9 in the
 model card (arXiv 2508.10925, table 1)."""
 
+PUBLISHED: dict[str, tuple[float, float | None]] = {
+    "Qwen/Qwen3.5-4B": (4_659_865_088, None),
+    "Qwen/Qwen3.5-9B": (9_653_104_368, None),
+    "Qwen/Qwen3.5-27B": (27_781_427_952, None),
+    "Qwen/Qwen3.5-35B-A3B": (35_951_822_704, 3),
+    "Qwen/Qwen3.5-122B-A10B": (125_086_497_008, 10),
+    "google/gemma-4-E2B-it": (5_123_178_051, None),
+    "google/gemma-4-E4B-it": (7_996_156_490, None),
+    "google/gemma-4-26B-A4B-it": (25_805_936_206, 3.8),
+    "google/gemma-4-31B-it": (31_273_088_876, None),
+    "zai-org/GLM-4.7-Flash": (31_221_488_576, 3),
+    "zai-org/GLM-4.5-Air": (110_468_824_832, 12),
+    "mistralai/Ministral-3-3B-Instruct-2512-BF16": (3_849_090_048, None),
+    "mistralai/Ministral-3-8B-Instruct-2512-BF16": (8_918_026_716, None),
+    "mistralai/Ministral-3-14B-Instruct-2512-BF16": (13_945_032_240, None),
+    "mistralai/Mistral-Small-4-119B-2603": (119.4e9, 6.5),
+    "allenai/Olmo-3-7B-Instruct": (7_298_011_136, None),
+    "allenai/Olmo-3.1-32B-Instruct": (32_233_522_176, None),
+    "ibm-granite/granite-4.0-h-tiny": (6_939_037_248, 1),
+    "ibm-granite/granite-4.0-h-small": (32_207_337_984, 9),
+    "LiquidAI/LFM2-1.2B": (1_170_340_608, None),
+    "LiquidAI/LFM2-2.6B": (2_569_272_320, None),
+    "LiquidAI/LFM2-8B-A1B": (8_339_930_560, 1.5),
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": (31_577_937_344, 3.2),
+    "nvidia/NVIDIA-Nemotron-Nano-9B-v2": (8_888_227_328, None),
+    "nvidia/Nemotron-H-56B-Base-8K": (56e9, None),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": (81_324_862_720, 3),
+    "unsloth/Llama-4-Scout-17B-16E-Instruct": (108_641_793_536, 17),
+    "HuggingFaceTB/SmolLM3-3B": (3_075_098_624, None),
+    "unsloth/DeepSeek-V3-bf16": (671e9, 37),
+}
+"""Elements in the safetensors of each, as the hub's API counts them, and billions of active parameters by its card.
+Cards alone have the round numbers. Of Ministral 8B and 14B the FP8 files are counted, with 476 and 560 scales."""
+BY_DEFAULT = ("Qwen/Qwen3.5-4B", "google/gemma-4-E4B-it", "ibm-granite/granite-4.0-h-tiny", "zai-org/GLM-4.7-Flash")
+
 
 def numel(name: str) -> int:
     settings = architecture_named(name)
@@ -95,6 +138,62 @@ def test_all_of_them_are_of_a_family_that_can_be_trained() -> None:
         check_config(settings, name, sequence_length=2048)
     counted = {id(architecture_named(name)) for name in (*COUNTED, *UNTIED_ON_DISK, *WITH_VISION, *UNPACKED)}
     assert counted == {id(settings) for settings in ARCHITECTURES.values()}, "no sizes without a count"
+
+
+def stored(module: Any) -> int:
+    """Return the elements of a module's file, tied weights once, scalars not, as the hub counts them."""
+    return sum(
+        tensor.numel()
+        for tensor in {id(t): t for t in module.state_dict(keep_vars=True).values()}.values()
+        if tensor.dim()
+    )
+
+
+def not_built(decoder: Any, text: dict[str, Any]) -> int:
+    """Return the elements of a checkpoint that transformers does not build: multi-token prediction, unused keys."""
+    hidden, kind = text["hidden_size"], text["model_type"]
+    if kind in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "glm4_moe", "glm4_moe_lite"):
+        own = 2 * text["vocab_size"] * hidden if kind.startswith("glm") else 0
+        return stored(decoder.layers[-1]) + 2 * hidden * hidden + 3 * hidden + own
+    if not (shared := text.get("num_kv_shared_layers")):
+        return 0
+    kinds = decoder.config.layer_types[-shared:]
+    sizes = [text["global_head_dim" if each == "full_attention" else "head_dim"] for each in kinds]
+    return sum((2 * hidden * text["num_key_value_heads"] + 1) * size for size in sizes)
+
+
+@pytest.mark.parametrize("name", [name if name in BY_DEFAULT else ci(name) for name in PUBLISHED])
+def test_a_config_that_ships_builds_as_many_parameters_as_are_published(name: str) -> None:
+    """Compare totals to 1e-6, or to 1 % of a round number, and active parameters to the card's last digit.
+
+    Cards count the embedding and the LM head among the active parameters, or do not.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    settings = next(entry["config"] for entry in SHIPPED if entry["names"][0] == name)
+    auto = AutoModelForImageTextToText if "text_config" in settings else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(AutoConfig.for_model(**settings))
+    text, (total, active) = settings.get("text_config", settings), PUBLISHED[name]
+    found = stored(model) + (not_built(model.get_decoder(), text) if isinstance(total, int) else 0)
+    assert found == pytest.approx(total, rel=1e-6 if isinstance(total, int) else 0.01)
+    if active is not None:
+        head, embedding = (m.weight for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+        parameters = {p: p.numel() for p in (*model.get_decoder().parameters(), head)}
+        count = next(text[key] for key in ("num_experts", "n_routed_experts", "num_local_experts") if key in text)
+        chosen = text["top_k_experts" if "top_k_experts" in text else "num_experts_per_tok"]
+        experts = sum(numel for p, numel in parameters.items() if p.dim() == 3 and len(p) == count)
+        most = sum(parameters.values()) - experts * (count - chosen) / count
+        least = most - sum(parameters[each] for each in {head, embedding})
+        unit = 1e9 if isinstance(active, int) else 1e8
+        assert math.floor(least / unit) * unit <= active * 1e9 <= math.ceil(most / unit) * unit
+
+
+def test_all_that_ships_is_counted_and_says_where_it_was_seen() -> None:
+    assert {entry["names"][0] for entry in SHIPPED if "source" in entry} == PUBLISHED.keys()
+    names = [name.lower() for entry in SHIPPED for name in entry["names"]]
+    assert len(names) == len(set(names))
 
 
 def test_names_know_no_upper_case_and_mistyped_ones_have_a_nearest() -> None:

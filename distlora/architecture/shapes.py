@@ -338,6 +338,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     name: model["config"]
     for model in json.loads(resources.files("distlora.architecture").joinpath("known_models.json").read_text("utf-8"))
     for name in model["names"]
+    if "source" not in model  # Those with one are of types that families.py does not list yet.
 }
 """Settings of config.json by a model's name on the hub; of a gated original an open copy comes first."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accounting import Kept, Made, flash_like
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.model.adapters import StepRows
 from distlora.model.attention import Documents, attend_on_cpu
@@ -117,7 +117,7 @@ class Host(HostInputs):
 def set_mode(model: CausalLM, mode: Mode, tile: int | None, num_micro: int = 1) -> list[Tensor]:
     """Return the host memory in which the mode keeps inputs."""
     if (mode == "selective" or tile is not None) and not isinstance(model.blocks[0].inner.mlp, MLP):
-        place_mlps(model.blocks, model.family, tile=tile)
+        place_mlps(model.blocks, model.architecture, tile=tile)
     model.set_num_micro(num_micro)
     weight = model.embedding.get_parameter("weight")
     itemsize = (model.compute_dtype or weight.dtype).itemsize

@@ -15,10 +15,14 @@ import torch
 if not torch.cuda.is_available():
     import triton_interpreter  # noqa: F401  (before anything imports triton)
 
+from distlora import derive
+from distlora.architecture import spec
 from distlora.model import fused_modules
 from distlora_kernels import dispatch
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
+
+ROOT = Path(__file__).parents[1]
 
 LONGEST = (
     "test_slurm_cluster",
@@ -88,7 +92,12 @@ def triton_device() -> Iterator[torch.device]:
 @pytest.fixture(scope="session", autouse=True)
 def _use_a_cache_of_this_test_run(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep caches out of the user's home; worlds and commands inherit the variable."""
-    os.environ["DISTLORA_CACHE"] = str(tmp_path_factory.mktemp("caches"))
+    folder, shared = tmp_path_factory.mktemp("caches"), ROOT / ".pytest_cache" / "architectures"
+    os.environ["DISTLORA_CACHE"] = str(folder)
+    # All test processes share what is derived, and derive it themselves: a process of its own takes seconds.
+    shared.mkdir(parents=True, exist_ok=True)
+    (folder / "architectures").symlink_to(shared)
+    spec.derive = derive.derive
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distlora.architecture.spec import Architecture, architecture_of
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.model.adapters import LoRAPair
@@ -117,6 +118,11 @@ def hf_config(name: str) -> Any:
     return getattr(transformers, f"{stem}TextConfig" if stem == "Gemma3" else f"{stem}Config")(**values)
 
 
+def architecture(name: str) -> Architecture:
+    """Return the architecture of a variant."""
+    return architecture_of(hf_config(name).to_dict(), name)
+
+
 def hf_model(name: str) -> Any:
     """Build a random transformers model of a variant, in fp32, every 1-D parameter moved off its start."""
     import transformers
@@ -168,7 +174,7 @@ def dequantized(folder: Path, ours: CausalLM, dtype: torch.dtype = torch.float32
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=ours.family.attention, experts_implementation="eager"
+        folder, dtype=dtype, attn_implementation=ours.architecture.attention, experts_implementation="eager"
     )
     for name, module in ours.named_modules():
         if isinstance(module, FrozenTensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.config import Config
 from distlora.config.file import load_config

@@ -10,7 +10,7 @@ import torch
 
 from accounting import Made
 from activation_steps import NARROW, POSITIONS, WIDE, check_steps, kept_by_a_block, load, set_mode, small_chunks
-from distlora.architecture.families import FAMILIES
+from distlora.architecture.spec import architecture_of
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.planner.decoder_sizes import INPUTS, Decoder
@@ -99,5 +99,7 @@ def test_input_of_a_linear_without_an_adapter_is_not_saved(tmp_path: Path) -> No
 def test_queries_have_a_bias_where_transformers_gives_them_one(family: str, has: bool) -> None:
     """Mistral's never have, Qwen2's always; of its output's linear Qwen2 has none either way."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1001}
-    decoder = Decoder.of(sizes | {"num_attention_heads": 4, "attention_bias": True}, FAMILIES[family])
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "attention_bias": True}
+    settings = sizes | heads | {"model_type": family}
+    decoder = Decoder.of(architecture_of(settings, family))
     assert (decoder.qkv_bias, decoder.o_bias) == (has, family == "llama")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distlora.architecture.families import check_config
+from distlora.architecture.config_checks import check_config
 from distlora.architecture.shapes import ARCHITECTURES, MXFP4_NAMES, architecture_named, nearest_architecture, shapes_of
 from distlora_launcher.compose.compose import compose_config
 from tiers import ci

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from closeness import assert_close, assert_losses_close, relative_error
-from distlora.architecture.families import FAMILIES
 from distlora.config import ParallelConfig, TrainConfig, UserError
 from distlora.config.file import build
 from distlora.model import attention, fused_modules
@@ -27,7 +26,7 @@ from distlora.parallel import Ranks
 from distlora.training import setup
 from distlora.training import worker as train
 from distlora_launcher.compose.checks import check_model_sizes
-from family_models import VARIANTS, config_for, load_ours, tokens, write_family_folder
+from family_models import VARIANTS, architecture, config_for, load_ours, tokens, write_family_folder
 from run_models import build_run_model
 from small_models import make_run, read_metrics
 
@@ -242,13 +241,13 @@ def test_models_without_flash_attention_keep_their_masks(monkeypatch: pytest.Mon
         sizes = Sizes()
         sizes.head_dim = head_dim
         return attention.choose(
-            FAMILIES[family], sizes, wanted="auto", device=torch.device("cuda"), dtype=dtype, deterministic=True
+            architecture(family), sizes, wanted="auto", device=torch.device("cuda"), dtype=dtype, deterministic=True
         )
 
     assert choice().op is not None
     assert "torch.nn.attention.varlen" in choice().note
     for refused, reason in (
-        (choice("gemma2"), "scores"),
+        (choice("gemma2"), "caps"),
         (choice(dtype=torch.float32), "16 bits"),
         (choice(head_dim=264), "have 264"),
         (choice(head_dim=100), "have 100"),
@@ -273,7 +272,7 @@ def test_asking_for_sdpa_where_nothing_else_is_done_is_refused(
     settings = build(TrainConfig, {"attention": "sdpa", **train})
     refused = contextlib.nullcontext() if note is None else pytest.raises(UserError, match=f"has no effect .*{note}")
     with refused:
-        check_model_sizes(ParallelConfig(), settings, {"num_hidden_layers": 2}, FAMILIES[name])
+        check_model_sizes(ParallelConfig(), settings, architecture(name))
 
 
 def test_queries_that_autocast_left_in_fp32_meet_values_in_16_bits() -> None:

@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from closeness import assert_close, relative_error
 from distlora.architecture import shapes
-from distlora.architecture.families import FAMILIES
 from distlora.model import attention
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import native
+from family_models import architecture
 from tiers import diagonal
 
 LENGTHS = [[300], [0, 1, 1, 37, 0, 261, 0], [128, 129, 43], [2, 298]]
@@ -189,7 +189,7 @@ def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pyt
 
     def chosen(**changed: Any) -> attention.Choice:
         return attention.choose(
-            FAMILIES["llama"],
+            architecture("llama"),
             SimpleNamespace(**{**vars(sizes), **changed}),
             wanted="auto",
             device=torch.device("cpu"),

@@ -12,8 +12,6 @@ import torch
 import transformers
 from torch import nn
 
-import distlora.architecture.families as families
-from distlora.architecture.families import Family
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
 from distlora.loading.tensor_files import write_model
@@ -36,7 +34,6 @@ _STORED: dict[str, dict[str, Any]] = {
     "FalconH1": {"num_hidden_layers": 1, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
 }
 """transformers' class name without its ending, and settings, of models whose checkpoints hold buffers, or fp32."""
-APERTUS = Family(model_type="apertus", model_class="ApertusForCausalLM")
 
 
 class _Model(nn.Module):
@@ -111,9 +108,7 @@ def apertus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _load(folder: Path, ranks: Ranks) -> tuple[Any, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(families.FAMILIES, "apertus", APERTUS)
-        return load_ours(folder, ranks, quant={"method": "none"}, adapter={"target_modules": ["q_proj"], "r": 2})
+    return load_ours(folder, ranks, quant={"method": "none"}, adapter={"target_modules": ["q_proj"], "r": 2})
 
 
 def _logits(ranks: Ranks, *, folder: Path) -> torch.Tensor:
@@ -144,8 +139,7 @@ def test_a_missing_stored_buffer_is_refused(apertus: Path, tmp_path: Path) -> No
         _load(tmp_path, SINGLE)
 
 
-def test_merging_copies_stored_buffers_byte_for_byte(apertus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(families.FAMILIES, "apertus", APERTUS)
+def test_merging_copies_stored_buffers_byte_for_byte(apertus: Path) -> None:
     names = {name for name in read_headers(apertus) if name.endswith((".beta", ".eps"))}
     assert len(names) == 2 * SHAPES["num_hidden_layers"]  # type: ignore[operator]
     base = open_base(config_for(apertus).spec)
@@ -153,10 +147,7 @@ def test_merging_copies_stored_buffers_byte_for_byte(apertus: Path, monkeypatch:
     assert base.files.headers.keys() - written == names, "what is not written is copied"
 
 
-def test_full_fine_tuning_exports_stored_buffers_in_their_dtype(
-    apertus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(families.FAMILIES, "apertus", APERTUS)
+def test_full_fine_tuning_exports_stored_buffers_in_their_dtype(apertus: Path, tmp_path: Path) -> None:
     model, backend = load_ours(apertus, quant={"method": "none"}, adapter={"method": "full"})
     write_model(tmp_path, model.hf_state_dict(), backend, torch.bfloat16)
     written = safetensors.torch.load_file(tmp_path / "model.safetensors")

@@ -13,7 +13,8 @@ from transformers.models.llama import modeling_llama
 import family_models
 from accounting import Kept
 from closeness import relative_error
-from distlora.architecture.families import family_of, read_config
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import architecture_of
 from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora.model import fused_modules
@@ -55,7 +56,7 @@ def test_a_decoder_that_is_compiled_computes_what_it_did(name: str, tmp_path: Pa
     model, _ = load_ours(tmp_path, ALONE, train=train)
     expected_losses, expected = run(model, input_ids)
     before = dict(model.named_parameters())
-    said = fused_modules.use_compiled(model.decoder, model.family, model.head)
+    said = fused_modules.use_compiled(model.decoder, model.architecture, model.head)
     for block in model.blocks:
         block.remakes = not block.checkpointing
     gated = "GEGLU" if name.startswith("gemma") else "SwiGLU"
@@ -65,7 +66,7 @@ def test_a_decoder_that_is_compiled_computes_what_it_did(name: str, tmp_path: Pa
     assert all(before[path] is parameter for path, parameter in model.named_parameters())
     check(model, input_ids, expected_losses, expected)
     if name in ("gemma2", "phi3"):
-        place_mlps(model.blocks, model.family, tile=7)
+        place_mlps(model.blocks, model.architecture, tile=7)
         check(model, input_ids, expected_losses, expected)
 
 
@@ -174,6 +175,6 @@ def test_unsupported_compilation_is_refused_with_the_reason(monkeypatch: pytest.
     with pytest.raises(UserError, match="is for the CPU, and this node has a GPU"):
         check_machine(config.cluster, config.parallel, config.optim, config.train)
     write_family_folder(tmp_path, "mixtral")
-    model = read_config(tmp_path)
-    with pytest.raises(UserError, match="mixtures of experts"):
-        check_model_sizes(config.parallel, config.train, model, family_of(model, tmp_path / "config.json"))
+    architecture = architecture_of(read_config(tmp_path), tmp_path)
+    with pytest.raises(UserError, match="is not what mixtral computes"):
+        check_model_sizes(config.parallel, config.train, architecture)

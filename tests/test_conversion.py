@@ -28,7 +28,6 @@ from transformers.core_model_loading import (
 
 from closeness import relative_error
 from distlora.architecture.disk_names import DiskNames, model_names, natural_order
-from distlora.architecture.families import names_on_disk
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
 from distlora.derive.shrink import build, build_on_meta, decoder_layers, shrink
@@ -287,8 +286,8 @@ def test_every_layout_of_transformers_is_read(tmp_path: Path, name: str, kind: s
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     expected = hf_model(name)
     ours, _ = load_ours(tmp_path / "model", quant={"method": "none"})
-    early = names_on_disk(read_headers(tmp_path / "model"), ours.family)
-    needed = {known for known in ours.layout.names if known.startswith(f"{ours.family.decoder}.")}
+    early = ours.architecture.on_disk(read_headers(tmp_path / "model"))
+    needed = {known for known in ours.layout.names if known.startswith(f"{ours.architecture.decoder}.")}
     assert needed <= early.keys(), "the launcher would miss what is there"
     for _, linear in ours.adapted_linears():
         for pair in linear.adapters.values():

@@ -20,8 +20,7 @@ import transformers
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
-from distlora.architecture.families import check_config, names_on_disk, read_config
-from distlora.architecture.safetensors_headers import read_headers
+from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.targets import select_adapted
 from distlora.config import UserError
 from distlora.loading.peft_format import adapter_config, adapter_tensors
@@ -29,7 +28,7 @@ from distlora.model.adapters import adapter_parameters
 from distlora.model.build import DTYPES, CausalLM
 from distlora.parallel import Ranks
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
-from distlora_launcher.compose.checks import check_model, linear_names
+from distlora_launcher.compose.checks import check_model
 from family_models import (
     SINGLE,
     VARIANTS,
@@ -83,7 +82,7 @@ def test_forward_is_transformers_own_on_the_dequantized_weights(
     none = torch.full((2,), -1)
     with torch.no_grad():
         expected = theirs(input_ids=input_ids, labels=input_ids)
-        decoder = theirs.get_submodule(ours.family.decoder)
+        decoder = theirs.get_submodule(ours.architecture.decoder)
         hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         loss = ours(input_ids, positions_of(input_ids), shifted(input_ids), none).sum() / (2 * 47)
         own = ours.hidden_states(input_ids, positions_of(input_ids), none)
@@ -240,24 +239,15 @@ def test_sharded_ranks_train_like_one(world: World, family_folder: Callable[[str
 
 
 REFUSED = [
-    ("llama", {"model_type": "qwen2_moe"}, r"supported families are llama, mistral.*did you mean 'qwen3_moe'"),
-    ("qwen3-moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] makes some layers dense"),
     ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, r"experts in MXFP4.*a copy in bf16"),
-    ("llama", {"model_type": "lama"}, r"'lama' is not supported; .*did you mean 'llama'"),
+    ("llama", {"model_type": "lama"}, r"'lama' is not a model of transformers .*did you mean 'llama'"),
     ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}}, r"code that comes with the weights"),
-    ("llama", {"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, r"'yarm'.*did you mean 'yarn'"),
-    (
-        "llama",
-        {"rope_scaling": {"type": "mrope", "mrope_section": [2]}},
-        r"rope_type='mrope' is not supported for llama",
-    ),
-    ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"'linear' is not supported for phi3"),
+    ("llama", {"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, r"transformers refuses .*yarm"),
     ("phi3-longrope-tied", {"original_max_position_embeddings": 32}, r"beyond 32 tokens.*set data.sequence_length=32"),
-    ("gemma3-text", {"use_bidirectional_attention": True}, r"use_bidirectional_attention lets tokens see"),
-    ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, r"'chunked_attention'"),
-    ("gemma3", {"text_config": None}, r"no text_config, where gemma3 keeps its text model"),
+    ("gemma3-text", {"use_bidirectional_attention": True}, r"is not causal with this config.json"),
+    ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, r"chunked_attention"),
     ("qwen3", {"max_position_embeddings": 63}, r"beyond the model's 63 positions"),
-    ("qwen3", {"num_attention_heads": "four"}, r"num_attention_heads is 'four', not an integer"),
+    ("qwen3", {"num_attention_heads": "four"}, r"num_attention_heads.*four"),
 ]
 
 
@@ -293,13 +283,11 @@ def test_the_launcher_finds_what_the_worker_finds(
     shutil.copytree(family_folder(name), folder)
     (folder / "tokenizer.json").write_text("{}")  # Its presence is all that is asked.
     check_model(config_for(folder))
-    family = check_config(read_config(folder), folder / "config.json", sequence_length=64)
-    headers = read_headers(folder)
-    paths = linear_names({path: headers[stored] for path, stored in names_on_disk(headers, family).items()}, family)
+    architecture = check_config(read_config(folder), folder / "config.json", sequence_length=64)
     model = build_run_model(config_for(folder))
-    adapted = select_adapted(config_for(folder).adapter, paths, family, len(model.blocks))
+    adapted = select_adapted(config_for(folder).adapter, architecture)
     assert sorted(adapted) == sorted(path for path, _ in model.adapted_weights())
-    assert type(transformers.AutoModelForCausalLM.from_pretrained(folder)).__name__ == family.model_class
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(folder)).__name__ == architecture.model_class
 
 
 def test_the_launcher_names_a_missing_tensor_as_transformers_does(

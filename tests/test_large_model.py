@@ -17,7 +17,7 @@ import psutil
 import pytest
 import safetensors.torch
 
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.bench.random_inputs import LLAMA_1B5, write_random_checkpoint
 from distlora.config import AdapterConfig

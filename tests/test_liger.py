@@ -17,7 +17,6 @@ from torch import Tensor
 
 from accounting import Kept, flash_like
 from closeness import relative_error
-from distlora.architecture.families import read_config
 from distlora.model import fused_modules
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
@@ -99,7 +98,7 @@ def test_a_decoder_with_liger_computes_what_it_did(name: str, tmp_path: Path, in
     before = dict(model.named_parameters())
     module = sys.modules[type(model.decoder).__module__]
 
-    said = use_liger(model.decoder, model.family)
+    said = use_liger(model.decoder, model.architecture)
 
     assert module.apply_rotary_pos_emb.__module__.startswith("liger_kernel")
     gated = "GEGLU" if name.startswith("gemma") else "SwiGLU"
@@ -115,7 +114,7 @@ def test_a_decoder_with_liger_computes_what_it_did(name: str, tmp_path: Path, in
     if name in ("gemma2", "phi3"):
         # Norms and MLPs are liger-kernel's where their half of a block is run in tiles: its backward writes over what
         # the tile made anew.
-        place_mlps(model.blocks, model.family, tile=3)
+        place_mlps(model.blocks, model.architecture, tile=3)
         losses, gradients = run(model, input_ids)
         assert relative_error(losses, expected_losses) <= 1e-6
         for actual, gradient in zip(gradients, expected, strict=True):
@@ -127,7 +126,7 @@ def test_a_decoder_with_liger_computes_what_it_did(name: str, tmp_path: Path, in
 def test_saved_bytes_of_a_layer_with_liger_are_those_planned(tmp_path: Path, interpretable: None) -> None:
     write_family_folder(tmp_path, "qwen3")
     model, _ = load_ours(tmp_path, RANKS, train={"dtype": "fp32", "checkpointing": "none", "liger": False})
-    use_liger(model.decoder, model.family)
+    use_liger(model.decoder, model.architecture)
     check_kept(model, tmp_path, Kept(), remakes=False)
 
 
@@ -139,7 +138,7 @@ def check_kept(model: CausalLM, folder: Path, kept: Kept, *, remakes: bool) -> N
         model(ids, positions.to(RANKS.device), ids, documents=Documents.of(positions).to(RANKS.device))
     linears = (each for each in model.adapted_linears() if ".layers.0." in each[0])
     ranks = {path.rpartition(".")[2]: linear.pairs[0].rank for path, linear in linears}
-    decoder = Decoder.of(read_config(folder), model.family)
+    decoder = Decoder.of(model.architecture)
     sizes = AdaptedRanks(by_name=ranks)
     costs = Costs(decoder=decoder, ranks=sizes, itemsize=4, fused=True, remakes=remakes, is_gpu=not remakes)
     # The rotary tables are the blocks' together.
@@ -156,7 +155,7 @@ def test_a_model_is_built_sharded_and_loaded_with_it(
     input_ids = tokens(2, 4).to(RANKS.device)
     model, _ = load_ours(tmp_path, RANKS, train=train)
     expected, _ = run(model, input_ids)
-    monkeypatch.setattr(setup, "use_device_kernels", lambda model, *_: use_liger(model.decoder, model.family))
+    monkeypatch.setattr(setup, "use_device_kernels", lambda model, *_: use_liger(model.decoder, model.architecture))
     model, _ = load_ours(tmp_path, RANKS, train=train)
     assert type(model.decoder.norm).__name__ == "LigerRMSNorm"
     losses, _ = run(model, input_ids)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.bench.memory import measure_step
 from distlora.config import Config, UserError

@@ -73,7 +73,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(variant: str, quant
     receipt = merge_to(trained, out, onto="trained", dtype=torch.float32, say=quiet)
     ids = tokens(2, 24)
     ours = our_logits(model, ids)
-    theirs = their_logits(out, ids, model.family.attention)
+    theirs = their_logits(out, ids, model.architecture.attention)
     assert (ours - theirs).abs().max() <= 1e-4
     assert Receipt.read(out) == receipt
 
@@ -109,7 +109,7 @@ def test_the_merge_of_a_run_and_of_its_checkpoint_computes_what_they_do(
                 continue
             out = tmp_path / f"{checkpoint}-{onto}"
             merge_to(trained, out, onto=onto, dtype=torch.float32, say=quiet)
-            difference = float((ours - their_logits(out, ids, model.family.attention)).abs().max())
+            difference = float((ours - their_logits(out, ids, model.architecture.attention)).abs().max())
             assert difference <= 1e-4 if onto == "trained" else difference > 1e-3, (checkpoint, onto)
 
 

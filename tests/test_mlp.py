@@ -66,13 +66,13 @@ def test_selective_and_block_and_none_are_equal_bit_for_bit_and_tiles_within_rou
     run = functools.partial(losses_and_gradients, model)
     if name in ("phi3", "gpt-oss"):
         run = functools.partial(run, choice=torch.tensor([0, -1, 0, 0]))
-    if (experts := model.family.experts) is not None:
+    if (experts := model.architecture.kinds[0].experts) is not None:
         model.router_aux_loss = 0.5
-        place_routers(model.blocks, [experts.router] * len(model.blocks), model.hf_config.num_experts_per_tok)
+        place_routers(model.blocks, [experts.router] * len(model.blocks), experts.chosen)
     names = [model.hf_name(path) for path, _ in model.named_parameters()]
     expected = run()
     assert_equal(run(checkpointing=True), expected)
-    place_mlps(model.blocks, model.family, tile=None)
+    place_mlps(model.blocks, model.architecture, tile=None)
     assert sorted(model.hf_name(path) for path, _ in model.named_parameters()) == sorted(names)
     assert_equal(run(), expected)
     assert all(block.context._balance is None for block in model.blocks), "a router's word stands for the next layer's"
@@ -96,7 +96,7 @@ def test_selective_and_block_and_none_are_equal_bit_for_bit_and_tiles_within_rou
 def test_a_tile_runs_once_forward_and_once_backward_whatever_is_around_it(tmp_path: Path) -> None:
     """Check that no linear of an MLP sees more than a tile, nor anything between them."""
     model = load(tmp_path, "gemma2")
-    place_mlps(model.blocks, model.family, tile=TILE)
+    place_mlps(model.blocks, model.architecture, tile=TILE)
     seen: list[int] = []
     for block in model.blocks:
         inner = block.inner.mlp.inner  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from counted_step import Counts, measure_ours
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.config import Config
 from distlora.model.adapters import adapter_parameters

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.bench.collectives import Collectives
 from distlora.parallel import Ranks, zero3

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.safetensors_headers import Segment, read_headers
-from distlora.config import UserError
+from distlora.config import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,12 +60,28 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     """Read a model's config.json through transformers. Raises UserError for values that transformers refuses."""
     from transformers import AutoConfig
 
-    with refused_by_transformers(Path(folder)):
+    with refused_by_transformers(Path(folder) / "config.json"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def hf_config_of(model: Mapping[str, Any], place: Path | str) -> PretrainedConfig:
+    """Return transformers' config of the content of a config.json. Raises UserError if transformers refuses it."""
+    from transformers import CONFIG_MAPPING
+
+    settings = {name: value for name, value in model.items() if name != "quantization_config"}
+    model_type = str(settings.pop("model_type", None))
+    if model_type not in CONFIG_MAPPING:
+        version = importlib.metadata.version("transformers")
+        raise UserError(
+            f"{place}: model_type={model_type!r} is not a model of transformers {version}"
+            f"{nearest(model_type, CONFIG_MAPPING)}; upgrade transformers, or set {{model.path}} to another model"
+        )
+    with refused_by_transformers(place):
+        return CONFIG_MAPPING[model_type].from_dict(settings)
+
+
 @contextlib.contextmanager
-def refused_by_transformers(folder: Path) -> Iterator[None]:
+def refused_by_transformers(place: Path | str) -> Iterator[None]:
     """Report any exception of transformers and torch as a UserError that names config.json.
 
     They check a value where they first compute with it, so the exception may be of any type.
@@ -76,4 +93,4 @@ def refused_by_transformers(folder: Path) -> Iterator[None]:
         yield
     except kinds as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"transformers refuses {folder / 'config.json'}: {reason}; download it again") from error
+        raise UserError(f"transformers refuses {place}: {reason}; download it again") from error

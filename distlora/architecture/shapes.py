@@ -5,44 +5,18 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.families import Family, family_of, is_tied, text_settings
-from distlora.architecture.targets import expert_shapes, select_adapted
-from distlora.config import AdapterConfig, UserError, nearest
-from distlora.config.errors import short
+from distlora.architecture.spec import Architecture, Weight, architecture_of
+from distlora.architecture.targets import select_adapted
+from distlora.config import AdapterConfig, nearest
 
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma2": {"vocab_size": 256_000, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
-    "gemma3_text": {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
-    "gemma3": {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
-    "qwen3": {"head_dim": 128},
-    "gpt_oss": {"head_dim": 64, "attention_bias": True},
-}
-"""Defaults of transformers for keys that config.json files on the hub leave out."""
-
-
-_MOST = {"vocab_size": 2**31, "hidden_size": 2**31, "num_hidden_layers": 1000, "num_attention_heads": 2**31}
-"""Sizes that every config.json has to say, and what they are below: a plan goes through all layers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One parameter of a decoder block, by its path in it."""
-
-    path: str
-    shape: tuple[int, ...]
-    packs: bool = False
-    """True if quant=nf4 keeps it in 4 bits: linears and the fused weights of experts."""
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+_LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +31,20 @@ class Adapter:
     """Shape of B."""
     magnitude: int = 0
     """Numbers of DoRA's magnitude."""
+    experts: int = 1
+    """Experts of a fused weight; 1 for a linear."""
+    chosen: int = 1
+    """Experts among them that a token chooses."""
+
+    @property
+    def active(self) -> int:
+        """Rows of A that a token goes through."""
+        return self.down[0] // self.experts * self.chosen
 
     @property
     def place(self) -> str:
         """The path in its block."""
-        return self.path.partition(".layers.")[2].partition(".")[2]
+        return _LAYER.split(self.path, maxsplit=1)[1]
 
     @property
     def numels(self) -> tuple[int, ...]:
@@ -77,27 +60,45 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class ModelShapes:
-    """A decoder whose blocks are all alike, as those of every supported family are."""
+    """The shapes of a model's weights, with the rows of its new tokens."""
 
-    family: Family
+    architecture: Architecture
     vocabulary: int
     """Rows of the embedding and of the head."""
-    hidden: int
-    num_layers: int
-    tied: bool
-    """True if the head's weight is the embedding's."""
-    block: tuple[Weight, ...]
+
+    @property
+    def hidden(self) -> int:
+        """Columns of the embedding."""
+        return self.architecture.hidden
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.architecture.num_layers
+
+    @property
+    def tied(self) -> bool:
+        """True if the head's weight is the embedding's."""
+        return self.architecture.tied
+
+    @property
+    def block(self) -> tuple[Weight, ...]:
+        """Weights of the largest kind of decoder layer."""
+        return self.architecture.largest.weights
 
     @property
     def numel(self) -> int:
         """Parameters, a tied matrix once."""
-        matrices = (1 if self.tied else 2) * self.vocabulary * self.hidden
-        return matrices + self.hidden + self.num_layers * sum(weight.numel for weight in self.block)
+        return self.architecture.numel + (self.vocabulary - self.architecture.vocabulary) * self.hidden * (
+            1 if self.tied else 2
+        )
 
     @property
     def packed_numel(self) -> int:
         """Parameters that quant=nf4 keeps in 4 bits."""
-        return self.num_layers * sum(weight.numel for weight in self.block if weight.packs)
+        kinds = self.architecture.kinds
+        packed = [sum(weight.numel for weight in kind.weights if weight.packs) for kind in kinds]
+        return sum(packed[kind] for kind in self.architecture.kind_of_layer)
 
     def ties(self, config: AdapterConfig) -> bool:
         """Return True if a run has one matrix for embedding and LM head; a trained whole one is untied."""
@@ -140,21 +141,17 @@ def _adapters(request: Asked) -> tuple[tuple[Adapter, ...], ...]:
 
     Cached: choosing settings of a 405B model would match 882 paths for each of hundreds of plans.
     """
-    shapes, config = request.shapes, request.config
-    fused = expert_paths(shapes.family)
-    found = {
-        f"{shapes.family.decoder}.layers.{layer}.{weight.path.removesuffix('.weight')}": (layer, weight)
-        for layer in range(shapes.num_layers)
-        for weight in shapes.block
-        if weight.packs
-    }
-    linears = [path for path, (_, weight) in found.items() if weight.path not in fused]
-    blocks: list[list[Adapter]] = [[] for _ in range(shapes.num_layers)]
-    for path in select_adapted(config, linears, shapes.family, shapes.num_layers):
-        layer, weight = found[path]
-        *experts, out, inner = weight.shape
+    architecture, config = request.shapes.architecture, request.config
+    adaptable = dict(architecture.adaptable())
+    prefix = architecture.layer_prefix
+    blocks: list[list[Adapter]] = [[] for _ in range(architecture.num_layers)]
+    for path in select_adapted(config, architecture):
+        *experts, out, inner = adaptable[path].shape
         rows = math.prod(experts) * config.rank_of(path)
-        blocks[layer].append(Adapter(path, (rows, inner), (out, rows), out if config.use_dora else 0))
+        layer = int(path.removeprefix(prefix).partition(".")[0])
+        layout = architecture.layer(layer).experts
+        numbers = (layout.num_experts, layout.chosen) if experts and layout is not None else (1, 1)
+        blocks[layer].append(Adapter(path, (rows, inner), (out, rows), out if config.use_dora else 0, *numbers))
     return tuple(map(tuple, blocks))
 
 
@@ -167,126 +164,14 @@ def _alike(request: Asked) -> tuple[tuple[Adapter, int], ...]:
     return tuple((adapters[0], len(adapters)) for adapters in kinds.values())
 
 
-def expert_paths(family: Family) -> tuple[str, ...]:
-    """Return the paths in a block of the fused weights of its experts."""
-    layout = family.experts
-    return () if layout is None else tuple(f"{layout.module}.{weight}" for weight in layout.weights)
-
-
 def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | None = None) -> ModelShapes:
     """Return the shapes of a model from its config.json (`read_config`).
 
-    `place` is the file, for messages; `vocabulary` the rows of embedding and LM head if tokens are added.
-
-    Raises UserError for a family that is not supported, and for a config.json that lacks a size.
+    `place` is the file, for messages; `vocabulary` the rows of embedding and LM head if tokens are added. Raises
+    UserError as `architecture_of`.
     """
-    family = family_of(model, place)
-    sizes = sizes_of(model, family)
-    for name, most in _MOST.items():
-        size = sizes.get(name)
-        if size is None:
-            raise UserError(f"{place} has no {name}, so the model's size cannot be calculated; download it again")
-        if type(size) is not int or not 0 < size < most:
-            raise UserError(f"{place} is damaged: {name}={short(size)} is none that a model has; download it again")
-    layers, kinds = sizes["num_hidden_layers"], sizes.get("layer_types")
-    if kinds is not None and len(kinds) != layers:
-        raise UserError(
-            f"{place} is damaged: layer_types has {len(kinds)} layers, num_hidden_layers={layers}; download it again"
-        )
-    heads, keys = sizes["num_attention_heads"], sizes.get("num_key_value_heads", sizes["num_attention_heads"])
-    if heads % keys or not head_size(sizes):
-        raise UserError(
-            f"{place} is damaged: {heads} query heads and {keys} key heads do not divide hidden_size="
-            f"{sizes['hidden_size']}; download it again"
-        )
-    return ModelShapes(
-        family=family,
-        vocabulary=sizes["vocab_size"] if vocabulary is None else vocabulary,
-        hidden=sizes["hidden_size"],
-        num_layers=sizes["num_hidden_layers"],
-        tied=is_tied(model, family),
-        block=(*_attention(family, sizes), *_feed_forward(family, sizes, place), *_norms(family, sizes["hidden_size"])),
-    )
-
-
-def sizes_of(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Return the decoder's sizes in config.json, with the defaults of transformers for those it leaves out."""
-    given = {name: value for name, value in text_settings(model, family).items() if value is not None}
-    return _DEFAULTS.get(family.model_type, {}) | given
-
-
-def head_size(sizes: Mapping[str, Any]) -> int:
-    """Return the columns of one head of attention, by `sizes_of`."""
-    size: int = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
-    return size
-
-
-def attention_columns(sizes: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the columns of (queries, keys or values), by `sizes_of`."""
-    heads, size = sizes["num_attention_heads"], head_size(sizes)
-    return heads * size, sizes.get("num_key_value_heads", heads) * size
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Biases:
-    """Linears of a block that have a bias, experts' aside."""
-
-    qkv: bool
-    o: bool
-    mlp: bool
-
-    @classmethod
-    def of(cls, family: Family, sizes: Mapping[str, Any]) -> Biases:
-        """Read from `sizes_of`; some families have no biases whatever config.json states."""
-        kind = family.model_type
-        has_bias = bool(sizes.get("attention_bias")) and kind not in ("mistral", "mixtral", "phi3", "qwen2")
-        return cls(qkv=has_bias or kind == "qwen2", o=has_bias, mlp=kind == "llama" and bool(sizes.get("mlp_bias")))
-
-
-def _linear(path: str, out: int, inner: int, *, bias: bool) -> list[Weight]:
-    weights = [Weight(f"{path}.weight", (out, inner), packs=True)]
-    return [*weights, Weight(f"{path}.bias", (out,))] if bias else weights
-
-
-def _attention(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
-    kind, hidden = family.model_type, sizes["hidden_size"]
-    (queries, keys), biases = attention_columns(sizes), Biases.of(family, sizes)
-    parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-    if kind == "phi3":
-        parts = {"qkv_proj": queries + 2 * keys}
-    found = [each for name, out in parts.items() for each in _linear(f"self_attn.{name}", out, hidden, bias=biases.qkv)]
-    found += _linear("self_attn.o_proj", hidden, queries, bias=biases.o)
-    if family.head_norms:
-        found += [Weight(f"self_attn.{name}.weight", (head_size(sizes),)) for name in ("q_norm", "k_norm")]
-    if kind == "gpt_oss":
-        found.append(Weight("self_attn.sinks", (sizes["num_attention_heads"],)))
-    return found
-
-
-def _feed_forward(family: Family, sizes: Mapping[str, Any], place: Path | str) -> list[Weight]:
-    kind, hidden, layout = family.model_type, sizes["hidden_size"], family.experts
-    if layout is not None:
-        count, has_biases = layout.num_experts(sizes), kind == "gpt_oss"
-        found = [Weight(f"{layout.router}.weight", (count, hidden))]
-        found += [Weight(f"{layout.router}.bias", (count,))] if has_biases else []
-        for path, shape in zip(expert_paths(family), expert_shapes(family, 1, sizes).values(), strict=True):
-            found.append(Weight(path, shape, packs=True))
-            found += [Weight(f"{path}_bias", shape[:2])] if has_biases else []
-        return found
-    inner = sizes.get("intermediate_size")
-    if not isinstance(inner, int):
-        raise UserError(
-            f"{place} has no intermediate_size, so the model's size cannot be calculated; download it again"
-        )
-    parts = {"gate_up_proj": 2 * inner} if kind == "phi3" else {"gate_proj": inner, "up_proj": inner}
-    bias = Biases.of(family, sizes).mlp
-    found = [each for name, out in parts.items() for each in _linear(f"mlp.{name}", out, hidden, bias=bias)]
-    return [*found, *_linear("mlp.down_proj", hidden, inner, bias=bias)]
-
-
-def _norms(family: Family, hidden: int) -> list[Weight]:
-    names = ("input_layernorm", "post_attention_layernorm", *filter(None, family.mlp_norms))
-    return [Weight(f"{name}.weight", (hidden,)) for name in dict.fromkeys(names)]
+    architecture = architecture_of(model, place)
+    return ModelShapes(architecture, architecture.vocabulary if vocabulary is None else vocabulary)
 
 
 EXTRA = 2

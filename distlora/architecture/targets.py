@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
-from distlora.architecture.families import FUSED_LINEARS, ExpertLayout, Family
+from distlora.architecture.spec import Architecture, Weight
 from distlora.config import TARGET_PRESETS, AdapterConfig, UserError, nearest
 from distlora.config.base import matches
+
+FUSED_LINEARS: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Linears that hold several projections in one weight (phi3), which the preset qv names apart."""
 
 
 def select_targets(target_modules: str | tuple[str, ...], names: Iterable[str]) -> list[str]:
@@ -108,78 +113,89 @@ def match_ending(endings: Iterable[str], paths: list[str]) -> list[str]:
     return [path for path in paths if path in wanted or path.endswith(dotted)]
 
 
-EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-"""Names of the fused weights of transformers' experts, in the order of a module's parameters, in which PEFT wraps them.
-Experts without a gate have the last two."""
+def select_adapted(adapter: AdapterConfig, architecture: Architecture) -> list[str]:
+    """Return the Hugging Face paths of the weights that `adapter` gives an adapter to.
 
-EXPERT_PRESETS = ("mlp", "all-linear")
-"""Presets of target_modules that mean the experts too."""
-
-
-def expert_names(family: Family, num_layers: int) -> list[str]:
-    """Return the Hugging Face names of all layers' fused expert weights; empty for a family without experts."""
-    if family.experts is None:
-        return []
-    module = family.experts.module
-    layers = (f"{family.decoder}.layers.{layer}.{module}." for layer in range(num_layers))
-    return [layer + weight for layer in layers for weight in family.experts.weights]
-
-
-def expert_shapes(family: Family, num_layers: int, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return (experts, out, in) of the fused expert weights by name, from the decoder's part of config.json."""
-    if family.experts is None:
-        return {}
-    count, hidden = family.experts.num_experts(settings), settings["hidden_size"]
-    inner = settings[family.experts.intermediate]
-    sizes = {"gate_up_proj": (count, 2 * inner, hidden), "down_proj": (count, hidden, inner)}
-    return {name: sizes[name.rpartition(".")[2]] for name in expert_names(family, num_layers)}
-
-
-def select_adapted(adapter: AdapterConfig, linears: Sequence[str], family: Family, num_layers: int) -> list[str]:
-    """Return the paths that `adapter` gives an adapter to, among the decoder's `linears` and fused expert weights.
-
-    Experts are meant by adapter.target_parameters (a list's entry means what equals it or ends in "." + it, as in
-    PEFT); where that is empty, by the presets mlp and all-linear. Routers never are. Raises UserError, with what to
-    type, for entries that match nothing, name a router or are no names of linears, and for settings that per-expert
-    adapters cannot have.
+    A preset means all linears of its roles, and the fused weights of experts if `mlp` or `all-linear`;
+    adapter.target_parameters means experts by name (a list's entry means what equals it or ends in "." + it, as in
+    PEFT). Routers never have one. Raises UserError, with what to type, for entries that match nothing, name a router or
+    a weight that can have no adapter, and for settings that adapters of experts cannot have.
     """
-    if family.experts is None:
-        if adapter.target_parameters:
-            raise UserError(
-                f"adapter.target_parameters={written(adapter.target_parameters)} names weights of experts, and "
-                f"{family.model_type} has none; leave it out, and name linears in adapter.target_modules"
-            )
-        return select_targets(adapter.target_modules, linears)
-    experts = expert_names(family, num_layers)
-    _check_parameters(adapter, family.experts, experts)
+    every = dict(architecture.adaptable())
+    experts = [path for path, weight in every.items() if weight.kind == "experts"]
+    if not experts and adapter.target_parameters:
+        raise UserError(
+            f"adapter.target_parameters={written(adapter.target_parameters)} names weights of experts, and "
+            f"{architecture.model_type} has none that can have an adapter; leave it out, and name linears in "
+            "adapter.target_modules"
+        )
+    _check_parameters(adapter, experts)
     if _meant(adapter, experts):
         _check_settings(adapter)
     try:
-        return select_among(adapter, linears, experts)
+        selected = select_among(adapter, every)
     except UserError as error:
-        short = written(f"{family.experts.module}.{weight}" for weight in family.experts.weights)
+        if not experts:
+            raise
+        short = written(_short(experts))
         raise UserError(
             f"{error}. Routers are not trained, and experts are fused weights: set adapter.target_parameters={short}, "
             "or adapter.target_modules=mlp"
         ) from error
+    refused = [path for path in selected if every[path].no_adapter]
+    if refused:
+        raise UserError(
+            f"adapter.target_modules={written(adapter.target_modules)} names {refused[0]}, which can have no adapter: "
+            f"{every[refused[0]].no_adapter}; leave it out"
+        )
+    return selected
 
 
-def select_among(adapter: AdapterConfig, linears: Sequence[str], experts: Sequence[str]) -> list[str]:
-    """Select by the names alone, as `select_adapted`. Raises UserError if no linear matches."""
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+"""Names of the fused weights of experts, in the order of their modules' parameters."""
+EXPERT_PRESETS = ("mlp", "experts", "all-linear")
+"""Presets of target_modules that mean the experts too."""
+_ROLES = {
+    "attention": ("attention",),
+    "mlp": ("mlp",),
+    "mixer": ("mixer",),
+    "experts": (),
+    "all-linear": ("attention", "mlp", "mixer"),
+}
+"""Roles of linears by preset."""
+
+
+def select_among(adapter: AdapterConfig, every: Mapping[str, Weight]) -> list[str]:
+    """Select by names and roles alone, as `select_adapted`. Raises UserError if no linear matches."""
+    linears = [path for path, weight in every.items() if weight.kind == "linear"]
+    experts = [path for path, weight in every.items() if weight.kind == "experts" and not weight.no_adapter]
     chosen, wanted = _meant(adapter, experts), adapter.target_modules
-    if chosen and isinstance(wanted, str) and wanted in EXPERT_PRESETS:
-        return [*match_ending(TARGET_PRESETS[wanted], list(linears)), *chosen]
+    if isinstance(wanted, str) and wanted in _ROLES:
+        selected = [path for path in linears if every[path].role in _ROLES[wanted] and not every[path].no_adapter]
+        if not selected and not chosen:
+            roles = sorted({weight.role for weight in every.values() if not weight.no_adapter})
+            raise UserError(
+                f"adapter.target_modules={wanted} matches nothing; the model has weights of {', '.join(roles)}"
+            )
+        return [*selected, *chosen]
     if chosen and not wanted:
         return chosen
     return [*select_targets(wanted, linears), *chosen]
 
 
-def check_router_loss(weight: float | None, family: Family) -> None:
-    """Refuse train.router_aux_loss where there are no routers."""
-    if weight is not None and family.experts is None:
-        raise UserError(
-            f"train.router_aux_loss={weight} balances routers, and {family.model_type} has none; leave it out"
-        )
+def _short(experts: Iterable[str]) -> list[str]:
+    """Return the names of fused weights from their module on, as one types them."""
+    return sorted({re.sub(r"^.*?\.\d+\.", "", path) for path in experts})
+
+
+def check_router_loss(weight: float | None, architecture: Architecture) -> None:
+    """Refuse train.router_aux_loss where there are no routers, or none whose output says what to balance."""
+    if weight is None or any(kind.experts is not None and kind.experts.router for kind in architecture.kinds):
+        return
+    why = "gives no logits that a loss could balance" if architecture.has_experts else "has none"
+    raise UserError(
+        f"train.router_aux_loss={weight} balances routers, and {architecture.model_type} {why}; leave it out"
+    )
 
 
 def peft_paths(adapted: Collection[str]) -> dict[str, str]:
@@ -202,11 +218,11 @@ def _meant(adapter: AdapterConfig, experts: Sequence[str]) -> list[str]:
     return list(experts) if adapter.target_modules in EXPERT_PRESETS else []
 
 
-def _check_parameters(adapter: AdapterConfig, layout: ExpertLayout, names: list[str]) -> None:
+def _check_parameters(adapter: AdapterConfig, names: list[str]) -> None:
     """Refuse an entry of target_parameters that means nothing, such as a router."""
     for entry in adapter.target_parameters:
         if not match_ending([entry], names):
-            short = [f"{layout.module}.{weight}" for weight in layout.weights]
+            short = _short(names)
             raise UserError(
                 f"adapter.target_parameters={written(adapter.target_parameters)}: no weight of the experts is named "
                 f"{entry!r}{nearest(entry, short)}; set adapter.target_parameters={written(short)}"

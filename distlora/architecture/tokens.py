@@ -17,8 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from distlora.architecture.families import Family, family_of, is_tied, names_on_disk, text_settings
-from distlora.architecture.safetensors_headers import read_headers
+from distlora.architecture.spec import architecture_of
 from distlora.config import AdapterConfig, ModelSpec, UserError, nearest
 from distlora.config.errors import short
 from distlora.config.json_files import read_object
@@ -181,11 +180,11 @@ def vocabulary_of(spec: ModelSpec, model: Mapping[str, Any]) -> Vocabulary:
     Raises UserError for a new token that exists, a tokenizer of another model, and indices that are no rows.
     """
     path = Path(spec.model.path) / "config.json"
-    family = family_of(model, path)
-    stored = stored_rows(path.parent, model, family)
+    architecture = architecture_of(model, path)
+    stored = architecture.vocabulary
     new = new_token_ids(path.parent, spec.model.new_tokens, stored)
     rows = max(stored, *(id + 1 for id in new.values())) if new else stored
-    trained = trained_indices(spec.adapter, tied=is_tied(model, family), new=tuple(new.values()))
+    trained = trained_indices(spec.adapter, tied=architecture.tied, new=tuple(new.values()))
     check_indices(spec, trained, rows, path)
     return Vocabulary(stored=stored, rows=rows, new=new, trained=trained)
 
@@ -206,23 +205,6 @@ def new_token_ids(folder: Path, new_tokens: Sequence[str], stored: int) -> dict[
             "and new tokens would follow it; put the tokenizer of this model into the folder"
         )
     return new
-
-
-def stored_rows(folder: Path, model: Mapping[str, Any], family: Family) -> int:
-    """Return the rows of the embedding: vocab_size in config.json (`model`), else the rows of the stored weight.
-
-    Raises UserError for a vocab_size that is none, and where the weights have no embedding either.
-    """
-    rows = text_settings(model, family).get("vocab_size")
-    if rows is None:
-        on_disk = read_headers(folder)
-        name = names_on_disk(on_disk, family).get(f"{family.decoder}.{EMBEDDING}.weight")
-        if name is None:
-            raise UserError(f"{folder}: no embedding in its safetensors; download the checkpoint again")
-        rows = on_disk[name].shape[0]
-    if not isinstance(rows, int) or rows < 1:
-        raise UserError(f"{folder / 'config.json'}: vocab_size={rows!r} is not a number of tokens; download it again")
-    return rows
 
 
 def trained_indices(adapter: AdapterConfig, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -256,10 +238,9 @@ def trained_indices(adapter: AdapterConfig, *, tied: bool, new: tuple[int, ...])
 def check_before_tokenizer(spec: ModelSpec, model: Mapping[str, Any]) -> None:
     """Refuse what `vocabulary_of` would, as far as config.json (`model`) tells alone."""
     path = Path(spec.model.path) / "config.json"
-    family = family_of(model, path)
-    rows = stored_rows(path.parent, model, family)
-    trained = trained_indices(spec.adapter, tied=is_tied(model, family), new=())
-    check_indices(spec, trained, rows + len(spec.model.new_tokens), path)
+    architecture = architecture_of(model, path)
+    trained = trained_indices(spec.adapter, tied=architecture.tied, new=())
+    check_indices(spec, trained, architecture.vocabulary + len(spec.model.new_tokens), path)
 
 
 def check_indices(spec: ModelSpec, trained: Mapping[str, tuple[int, ...]], rows: int, place: Path) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from distlora.architecture.families import family_of, read_config
-from distlora.architecture.tokens import load_tokenizer, new_token_ids, stored_rows, tokenize_alone
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import architecture_of
+from distlora.architecture.tokens import load_tokenizer, new_token_ids, tokenize_alone
 from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError, require
 from distlora.config.file import load_config
 from distlora.data.chat_template import template_choice, template_source
@@ -280,7 +281,7 @@ def check_vocabulary(model: ModelConfig, largest_token: int) -> None:
         return
     settings = read_config(model_dir)
     if model.new_tokens:  # The vocabulary grows by as many rows as are missing.
-        new_token_ids(model_dir, model.new_tokens, stored_rows(model_dir, settings, family_of(settings, path)))
+        new_token_ids(model_dir, model.new_tokens, architecture_of(settings, path).vocabulary)
         return
     text = settings.get("text_config")
     vocab_size = settings.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)

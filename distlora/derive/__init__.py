@@ -1,1 +1,46 @@
-"""Derive what a model type is from the module that transformers builds: small models of one layer of each kind."""
+"""Derive the architecture of any model from the module that transformers builds, and prove it on a shrunk one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import torch
+
+from distlora.architecture.checkpoint_files import hf_config_of
+from distlora.architecture.spec import Architecture, cached_path
+from distlora.derive.probes import probe
+from distlora.derive.shrink import shrink
+from distlora.derive.structure import structure
+from distlora.model.hf_model import auto_class_of, transformers_model
+from distlora.system.atomic_io import write_text
+
+
+def derive(content: str, place: str) -> str:
+    """Return the JSON of a model's architecture from the content of its config.json.
+
+    What only running a model tells comes from a shrunk one on the CPU, whose own architecture is kept in the cache, so
+    that the sizes of one model share it. Raises UserError if the model is not supported.
+    """
+    began = time.monotonic()
+    config = json.loads(content)
+    hf_config = hf_config_of(config, place)
+    auto_class = auto_class_of(hf_config, place)
+    hf_model = transformers_model(hf_config, place, auto_class=auto_class, attention="eager", dtype=torch.bfloat16)
+    small_config = json.dumps(shrink(config), sort_keys=True)
+    path = cached_path(f"small {small_config}")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, probe(json.loads(small_config), place).to_json())
+    small = Architecture.from_json(path.read_text(encoding="utf-8"))
+    full = structure(hf_model, auto_class=auto_class, kinds={kind.key: kind for kind in small.kinds})
+    known = {name: getattr(small, name) for name in _FROM_SHRUNK}
+    return dataclasses.replace(full, **known, seconds=time.monotonic() - began).to_json()
+
+
+_FROM_SHRUNK = (
+    *("attention", "varlen", "documents", "head_form", "norm", "norm_form", "fusible"),
+    "checks",
+)
+"""What running the shrunk model has told of the model."""

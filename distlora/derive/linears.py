@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlora.architecture.peft_names import peft_refusal
+from distlora.architecture.spec import Role
 
 Mixing = Literal["attention", "mixer"]
 
@@ -193,9 +194,10 @@ def router_linears(model: nn.Module) -> set[str]:
     return found
 
 
-def role_of(path: str, mixers: Mapping[str, Mixing]) -> str:
+def role_of(path: str, mixers: Mapping[str, Mixing]) -> Role:
     """Return the role of the linear at `path` in a layer: its mixer's (`token_mixers`), or mlp."""
-    return next((role for name, role in mixers.items() if f"{path}.".startswith(f"{name}.")), "mlp")
+    roles: Mapping[str, Role] = dict(mixers)
+    return next((role for name, role in roles.items() if f"{path}.".startswith(f"{name}.")), "mlp")
 
 
 def conversion_of(model_type: str) -> str | None:

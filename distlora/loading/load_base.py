@@ -27,9 +27,6 @@ from distlora.weights.prequantized import (
 )
 from distlora.weights.reader import DTYPE_NAMES, Reader
 
-_TOKEN_MATRICES = {f"decoder.{EMBEDDING}.weight": EMBEDDING, "head.weight": HEAD}
-"""Parameters with one row per token."""
-
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -86,6 +83,7 @@ def load_base(
     stored = read_prequantized_weights(base)
     packed = prequantized_parameters(stored, sources)
     adapters = set(adapter_parameters(model))
+    token_matrices = {f"decoder.{model.architecture.embedding}.weight": EMBEDDING, "head.weight": HEAD}
     quantized_weights = quantized_bytes = 0
     shards = open_quantized_cache(None if packed else cache, model, base.headers, sources, backend, boundary)
     with Reader() as reader, shards:
@@ -116,7 +114,7 @@ def load_base(
                 name = model.hf_name(full)
                 if name in packed:
                     raise packed_outside_blocks(name)
-                matrix = _TOKEN_MATRICES.get(full)
+                matrix = token_matrices.get(full)
                 if matrix is None:
                     segments = segments_of(sources, name, tuple(whole_shape(parameter)))
                     taken = residual if local_name == "weight" else None
@@ -158,7 +156,7 @@ def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Sour
     Tensors outside of the decoder and its LM head (a vision tower's) are left alone. Raises UserError if the checkpoint
     and config.json describe different models: weights without a place, or tied weights that differ.
     """
-    layout, scope = model.layout, model.family.decoder
+    layout, scope = model.layout, model.architecture.decoder
     strays = names_without_a_place(layout, headers, scope)
     if strays:
         raise UserError(

@@ -13,7 +13,6 @@ from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import AdapterConfig, ModelSpec, UserError
 from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair, TokenRows
 from distlora.model.build import CausalLM
-from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.peft_folder import (
@@ -48,7 +47,7 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
             tensors[f"{_PREFIX}{place}.lora_magnitude_vector"] = pair.magnitude
     for matrix, rows in model.token_rows.items():
         assert isinstance(rows, TokenRows)
-        path = f"{model.family.decoder}.{EMBEDDING}" if matrix == EMBEDDING else matrix
+        path = f"{model.architecture.decoder}.{EMBEDDING}" if matrix == EMBEDDING else matrix
         tensors[f"{_PREFIX}{path}.token_adapter.trainable_tokens_delta"] = rows.rows
     for path, parameter in whole_modules(model).items():
         tensors[f"{_PREFIX}{path}.weight"] = parameter
@@ -58,7 +57,7 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
 def whole_modules(model: CausalLM) -> dict[str, nn.Parameter]:
     """Return the weights that are trained whole, by the Hugging Face paths of their modules."""
     weights = {EMBEDDING: model.embedding.get_parameter("weight"), HEAD: model.head.weight}
-    paths = {EMBEDDING: f"{model.family.decoder}.{EMBEDDING}", HEAD: HEAD}
+    paths = {EMBEDDING: f"{model.architecture.decoder}.{EMBEDDING}", HEAD: HEAD}
     return {paths[name]: weight for name, weight in weights.items() if name in model.modules_to_save}
 
 
@@ -73,7 +72,7 @@ def load_peft_adapter(
     assert settings.init_from is not None
     initial = read_peft_adapter(settings.init_from)
     check_quantization(initial, quant_method)
-    check_fits(initial, settings, adaptable_shapes(model))
+    check_fits(initial, settings, model.architecture)
     file = initial.folder / WEIGHTS_NAME
     with safetensors.safe_open(file, framework="pt") as tensors:
         whole = {of.name for of in initial.modules.values()}
@@ -106,20 +105,6 @@ def load_peft_adapter(
             if not torch.isfinite(rank_rows).all():
                 raise UserError(f"{file}: {of.name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
             local[: len(rank_rows)] = rank_rows  # Rows of the run's new tokens keep their initial values.
-
-
-def adaptable_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what can be adapted in the decoder layers, by Hugging Face name.
-
-    They are (out, in) for linears and (experts, out, in) for experts.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, FrozenLinear):
-            shapes[model.hf_name(name)] = (module.out_features, module.in_features)
-        elif isinstance(module, ExpertWeight):
-            shapes[model.hf_name(name)] = (module.num_experts, module.out_features, module.in_features)
-    return shapes
 
 
 def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
@@ -165,6 +150,6 @@ def _target_parameters(model: CausalLM, adapter: str) -> dict[str, list[str]]:
     adapted = sorted(name for name, _ in model.adapted_experts(adapter))
     if not adapted:
         return {}
-    short = sorted({".".join(name.split(".")[-3:]) for name in adapted})  # mlp.experts.down_proj
-    every = [model.hf_name(name) for name, module in model.named_modules() if isinstance(module, ExpertWeight)]
-    return {"target_parameters": short if sorted(match_ending(short, every)) == adapted else adapted}
+    prefix, every = model.architecture.layer_prefix, dict(model.architecture.adaptable())
+    short = sorted({name.removeprefix(prefix).partition(".")[2] for name in adapted})
+    return {"target_parameters": short if sorted(match_ending(short, list(every))) == adapted else adapted}

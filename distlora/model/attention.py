@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distlora.architecture.families import Family
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length, tiles
+from distlora.architecture.spec import Architecture
 from distlora_kernels import attention as compiled_attention
 
 NAME = "distlora_varlen"
@@ -227,7 +227,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    family: Family,
+    architecture: Architecture,
     hf_config: Any,
     *,
     wanted: Literal["auto", "sdpa"],
@@ -242,9 +242,11 @@ def choose(
     """
     dense = "attention goes through dense masks, whose memory grows with rows x length squared"
     head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    if family.attention != "sdpa":
+    if architecture.attention != "sdpa" or not architecture.varlen:
         return Choice(
-            None, f"{dense}: {family.model_type} caps its scores or has attention sinks, which no such kernel here does"
+            None,
+            f"{dense}: attention of {architecture.model_type} is more than a softmax over a causal window (caps, "
+            "sinks, selected keys), which no such kernel here computes",
         )
     if wanted == "sdpa":
         return Choice(None, f"{dense}: train.attention=sdpa")

@@ -7,20 +7,19 @@ that.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config, refused_by_transformers
-from distlora.architecture.families import Family, check_config, check_tiles
+from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config
+from distlora.architecture.config_checks import check_config, check_tiles
+from distlora.architecture.spec import Architecture
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 from distlora.config import ModelSpec, TrainConfig
@@ -34,7 +33,7 @@ from distlora.model.adapters import (
     adapter_parameters,
 )
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
-from distlora.model.buffers import keep_in_fp32, made_buffers, stored_buffers
+from distlora.model.buffers import made_buffers, stored_buffers
 from distlora.model.by_document import ByDocument, PackedRows
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.experts import (
@@ -46,8 +45,11 @@ from distlora.model.experts import (
     weight_of,
 )
 from distlora.model.frozen_linear import FrozenLinear, fused_paths, link_shared_inputs
+from distlora.model.head_form import loss_head
+from distlora.model.hf_model import transformers_model
 from distlora.model.layer_wrapper import Block, Reference
 from distlora.model.lm_head import LossHead
+from distlora.model.quantized_parameters import freeze_parameters
 from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.weights.prequantized import (
     PrequantizedWeight,
@@ -62,6 +64,9 @@ from distlora.config import AdapterConfig
 from distlora.model.adapters import LoRAPair, slot_name, start_pair
 
 Weight = TypeVar("Weight", AdaptedLinear, ExpertWeight)
+
+INNER = re.compile(r"(\.inner)+\.")
+"""What wrappers of modules add to a path."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -86,7 +91,7 @@ class CausalLM(nn.Module):
         blocks: list[Block],
         *,
         hf_config: PretrainedConfig,
-        family: Family,
+        architecture: Architecture,
         layout: CheckpointLayout,
         vocabulary: Vocabulary,
         tied: bool,
@@ -112,14 +117,14 @@ class CausalLM(nn.Module):
             head.train_rows(rows)
         self.blocks = blocks
         """Wrapped decoder layers, in order. The decoder owns them."""
-        self.fused = fused_paths(self)
+        self._fused = {INNER.sub(".", path) for path in fused_paths(self)}
         self.hf_config = hf_config
         """The decoder's settings as transformers reads them: config.json, or its text_config."""
-        self.family = family
+        self.architecture = architecture
         self.layout = layout
         """Names and layout of the parameters in a checkpoint."""
         self.outside_linears = outside_linears
-        """Paths of linears of the Hugging Face model that are not in this one: the vision tower's."""
+        """Paths of linears of the Hugging Face model that are not frozen linears here: a vision tower's, routers."""
         self.compute_dtype: torch.dtype | None = None
         """Compute dtype of trained base parameters if they are fp32 masters; otherwise None."""
         self.made_buffers: dict[str, Tensor] = {}
@@ -143,7 +148,9 @@ class CausalLM(nn.Module):
     @property
     def final_norm(self) -> nn.Module:
         """Return the norm after the last decoder layer."""
-        return self.decoder.get_submodule("norm")
+        norm = self.architecture.norm
+        assert norm is not None, f"{self.architecture.model_type} has more than a norm after its last layer"
+        return self.decoder.get_submodule(norm)
 
     def forward(
         self,
@@ -216,7 +223,7 @@ class CausalLM(nn.Module):
         if past is None:
             # With a cache transformers does not look for packed documents in the positions, and they leak into each
             # other.
-            blind = self.family.blind_masks and documents is None
+            blind = self.architecture.documents == "masks" and documents is None
             masks = masks_of_documents(self.decoder, position_ids) if blind else None
             known: dict[str, Any] = {"attention_mask": masks, "use_cache": False}
         else:
@@ -261,7 +268,7 @@ class CausalLM(nn.Module):
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         """Return every tensor of an unquantized, unadapted model's checkpoint by its name there, a tied one once."""
-        parameters = {self.hf_name(name): parameter for name, parameter in self.named_parameters()}
+        parameters: dict[str, Tensor] = {self.hf_name(name): tensor for name, tensor in self.named_parameters()}
         return parameters | stored_buffers(self)
 
     def keep_start(self) -> None:
@@ -299,10 +306,11 @@ class CausalLM(nn.Module):
         """
         if name.startswith("head."):
             own = name.removeprefix("head.own.model.")
-            return own if own != name else f"{self.layout.head}.{name.removeprefix('head.')}"
-        if name.removesuffix(".weight") in self.fused:
+            return own if own != name else f"{self.architecture.head}.{name.removeprefix('head.')}"
+        name = INNER.sub(".", name)
+        if name.removesuffix(".weight") in self._fused:
             name = name.removesuffix(".weight")
-        return re.sub(r"(\.inner)+\.", ".", re.sub(r"^decoder\.", f"{self.family.decoder}.", name))
+        return re.sub(r"^decoder\.", f"{self.architecture.decoder}.", name)
 
 
 def build_model(
@@ -325,52 +333,50 @@ def build_model(
     """
     train, base = train or TrainConfig(), base or CheckpointFiles(spec.path)
     full = spec.adapter.method == "full"
-    family = check_config(base.config, base.folder / "config.json", sequence_length=sequence_length, full=full)
-    check_router_loss(train.router_aux_loss, family)
-    check_tiles(train.mlp_tile, family)
+    place = base.folder / "config.json"
+    architecture = check_config(base.config, place, sequence_length=sequence_length, full=full)
+    check_router_loss(train.router_aux_loss, architecture)
+    check_tiles(train, architecture)
     hf_config = read_hf_config(base.folder)
-    text_config = hf_config if family.text_config is None else getattr(hf_config, family.text_config)
+    text_key = architecture.text_config
+    text_config = hf_config if text_key is None else getattr(hf_config, text_key)
     vocabulary = vocabulary_of(spec, base.config)
     text_config.vocab_size = vocabulary.rows
     # Masters are fp32, and distlora.parallel makes copies in the compute dtype. Frozen weights are in spec.dtype.
     dtype = torch.float32 if full and training else DTYPES[spec.dtype]
-    hf_model = _transformers_model(base.folder, hf_config, family, dtype)
-    decoder, layout, buffers = hf_model.get_submodule(family.decoder), layout_of(hf_model), made_buffers(hf_model)
+    hf_model = transformers_model(
+        hf_config, place, auto_class=architecture.auto_class, attention=architecture.attention, dtype=dtype
+    )
+    decoder, layout, buffers = hf_model.get_submodule(architecture.decoder), layout_of(hf_model), made_buffers(hf_model)
+    layers = decoder.get_submodule(architecture.layers)
     hf_model.requires_grad_(full and training)
-    cap = decoder.config.final_logit_softcapping if family.head_softcap else None
-    head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=None if cap is None else float(cap))
+    whole = spec.adapter.modules_to_save
+    trained = full or HEAD in whole
+    head = loss_head(
+        hf_model, architecture.decoder, architecture.head_form, trained=trained, grown=vocabulary.has_grown
+    )
     # Follow the module, not the config: a composite model's config and its text_config may disagree.
     tied = head.weight is decoder.get_input_embeddings().weight
-    if whole := spec.adapter.modules_to_save:
+    if whole:
         _train_whole(decoder.get_input_embeddings(), head, whole, dtype=dtype, training=training)
-    inside = family.decoder + ".layers."
+    inside = architecture.layer_prefix
+    linears = {path for path, _ in architecture.adaptable()}
     outside = tuple(
         name
         for name, module in hf_model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(inside) and name != "lm_head"
+        if isinstance(module, nn.Linear) and name not in linears and name != architecture.head
     )
-    contexts = [BlockContext() for _ in decoder.layers]
-    packed: dict[str, PrequantizedWeight] = {}
-    """The layers' linears that the checkpoint stores in NF4, by Hugging Face name."""
-    if "quantization_config" in base.config:
-        stored = read_prequantized_weights(base)
-        if stored:
-            refuse_dense_settings(spec)
-        weights = {name for name in layout.names if name.startswith(inside) and name.endswith(".weight")}
-        packed = prequantized_parameters(stored, find_sources(layout, base.headers, weights))
+    contexts = [BlockContext() for _ in layers]
     if not full:
-        _replace_weights(decoder.layers, contexts, spec, dtype, inside, packed, family, for_slots=for_slots)
-    blocks = [Block(layer, context) for layer, context in zip(decoder.layers, contexts, strict=True)]
-    for block in blocks:
-        block.checkpointing = train.checkpointing in ("block", "offload")
-        block.keep_dequantized = train.keep_dequantized
-    decoder.layers = nn.ModuleList(blocks)
+        packed = _prequantized(spec, base, layout, inside)
+        _replace_weights(layers, contexts, spec, dtype, packed, architecture, for_slots=for_slots)
+    blocks = _wrap_layers(layers, contexts, train, architecture)
     model = CausalLM(
         decoder,
         head,
         blocks,
         hf_config=text_config,
-        family=family,
+        architecture=architecture,
         layout=layout,
         vocabulary=vocabulary,
         tied=tied,
@@ -378,33 +384,45 @@ def build_model(
         outside_linears=outside,
     )
     model.made_buffers = buffers
-    if family.experts is not None:
+    if architecture.has_experts:
         model.router_aux_loss = weight_of(train, model.hf_config)
         if model.router_aux_loss > 0:
-            place_routers(blocks, [family.experts.router] * len(blocks), model.hf_config.num_experts_per_tok)
+            layouts = [architecture.layer(index).experts for index in range(len(blocks))]
+            routers = ["" if layout is None else layout.router for layout in layouts]
+            place_routers(blocks, routers, next(layout.chosen for layout in layouts if layout is not None))
     if training and (full or whole) and spec.dtype != "fp32":
         model.compute_dtype = DTYPES[spec.dtype]
     return model
 
 
-def _transformers_model(folder: Path, hf_config: PretrainedConfig, family: Family, dtype: torch.dtype) -> Any:
-    """Return transformers' own model on the meta device, in eval mode."""
-    from transformers import AutoModelForCausalLM
+def _prequantized(
+    spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, inside: str
+) -> Mapping[str, PrequantizedWeight]:
+    """Return the layers' linears that the checkpoint stores in NF4, by Hugging Face name."""
+    if "quantization_config" not in base.config:
+        return {}
+    stored = read_prequantized_weights(base)
+    if stored:
+        refuse_dense_settings(spec)
+    weights = {name for name in layout.names if name.startswith(inside) and name.endswith(".weight")}
+    return prequantized_parameters(stored, find_sources(layout, base.headers, weights))
 
-    with torch.device("meta"), refused_by_transformers(folder):
-        # A copy, because from_config writes the dtype into the config that it is given.
-        hf_model: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(hf_config),
-            dtype=dtype,
-            attn_implementation=family.attention,
-            experts_implementation="eager",  # Replaced by `Experts`.
-            trust_remote_code=False,
-        )
-    assert type(hf_model).__name__ == family.model_class, f"{family.model_type} became a {type(hf_model).__name__}"
-    keep_in_fp32(hf_model, dtype)
-    # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw differently.
-    hf_model.eval()
-    return hf_model
+
+def _wrap_layers(
+    layers: nn.ModuleList, contexts: list[BlockContext], train: TrainConfig, architecture: Architecture
+) -> list[Block]:
+    """Put a `Block` around each layer, and a `ByDocument` around its modules that would mix packed documents."""
+    blocks = []
+    for index, (layer, context) in enumerate(zip(list(layers), contexts, strict=True)):
+        kind = architecture.layer(index)
+        for path in kind.apart:
+            layer.set_submodule(path, ByDocument(layer.get_submodule(path), context))
+        block = Block(layer, context, dict(kind.batch_dims))
+        block.checkpointing = train.checkpointing in ("block", "offload")
+        block.keep_dequantized = train.keep_dequantized
+        layers[index] = block
+        blocks.append(block)
+    return blocks
 
 
 def _replace_weights(
@@ -412,31 +430,34 @@ def _replace_weights(
     contexts: list[BlockContext],
     spec: ModelSpec,
     dtype: torch.dtype,
-    prefix: str,
     packed: Mapping[str, PrequantizedWeight],
-    family: Family,
+    architecture: Architecture,
     *,
     for_slots: bool,
 ) -> None:
-    """Replace every nn.Linear of the layers, and their experts, by frozen or adapted ones.
+    """Replace the linears of the layers, and their experts, by frozen or adapted ones.
 
-    `prefix` precedes the layer's index in Hugging Face's paths. A quantized checkpoint's weights keep their storage.
-    `for_slots`: all linears can have adapters, and none has one yet.
+    A quantized checkpoint's weights keep their storage. `for_slots`: all linears can have adapters, and none has one
+    yet.
     """
-    paths = [f"{prefix}{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     targets: set[str] = set()
     if not for_slots:
-        targets = set(select_adapted(spec.adapter, paths, family, len(layers)))
+        targets = set(select_adapted(spec.adapter, architecture))
         check_patterns(spec.adapter, targets)
     for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
+        kind = architecture.layer(index)
         replaced: dict[str, FrozenLinear] = {}
-        for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
-            name, sizes = f"{prefix}{index}.{path}", (linear.in_features, linear.out_features)
+        for weight in kind.weights:
+            if weight.kind != "linear":
+                continue
+            path = weight.path.removesuffix(".weight")
+            linear: Any = layer.get_submodule(path)
+            name, sizes = f"{architecture.layer_prefix}{index}.{path}", (linear.in_features, linear.out_features)
             stored = packed.get(f"{name}.weight")
             bias = linear.bias is not None
             quantized = spec.quant.is_nf4 and (not packed or stored is not None)
             new: FrozenLinear
-            if for_slots or name in targets:
+            if name in targets or (for_slots and not weight.no_adapter):
                 new = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, context=context)
                 if not for_slots:
                     new.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=name, seed=spec.seed)
@@ -449,13 +470,15 @@ def _replace_weights(
             layer.set_submodule(path, new)
             replaced[path] = new
         link_shared_inputs(replaced)
-        if family.experts is not None:
+        if kind.experts is not None:
             # bitsandbytes leaves fused experts in 16 bits, also in a checkpoint that it has quantized.
             quantized = spec.quant.is_nf4
             fused = replace_experts(layer, quantized=quantized, dtype=dtype, context=context)
-            for path, weight in fused.items():
-                if (path := f"{prefix}{index}.{path}") in targets:
-                    weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path, seed=spec.seed)
+            for path, expert_weight in fused.items():
+                if (path := f"{architecture.layer_prefix}{index}.{path}") in targets:
+                    expert_weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path, seed=spec.seed)
+        large = [weight.path for weight in kind.weights if weight.kind == "fused"]
+        freeze_parameters(layer, large, quantized=spec.quant.is_nf4, dtype=dtype)
 
 
 def _train_whole(embedding: Any, head: LossHead, names: Collection[str], *, dtype: torch.dtype, training: bool) -> None:
@@ -503,13 +526,11 @@ def trial_parameters(model: CausalLM, slot: int) -> dict[str, nn.Parameter]:
 
 def _targets(model: CausalLM, config: AdapterConfig) -> list[tuple[str, AdaptedLinear | ExpertWeight]]:
     """Return (Hugging Face path, weight) of the targets, with the checks of build_model."""
-    prefix = f"{model.family.decoder}.layers."
-    weights = {
-        model.hf_name(name): module
+    targets = set(select_adapted(config, model.architecture))
+    check_patterns(config, targets)
+    weights = (
+        (model.hf_name(name), module)
         for name, module in model.named_modules()
         if isinstance(module, (AdaptedLinear, ExpertWeight))
-    }
-    linears = [path for path, weight in weights.items() if isinstance(weight, FrozenLinear) and path.startswith(prefix)]
-    targets = set(select_adapted(config, linears, model.family, len(model.blocks)))
-    check_patterns(config, targets)
-    return [(path, weight) for path, weight in weights.items() if path in targets]
+    )
+    return [(path, weight) for path, weight in weights if path in targets]

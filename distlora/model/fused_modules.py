@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distlora.architecture.families import Family
+from distlora.architecture.spec import Architecture
 from distlora.config import UserError
 from distlora.model.lm_head import LossHead
 from distlora_kernels import native
@@ -72,7 +72,7 @@ class GatedMLP(nn.Module):
         return self.get_submodule("down_proj")(self.multiply(gate, up))
 
 
-def exchange(decoder: Any, family: Family, fused: _Fused, *, outputs_are_kept: bool) -> str:
+def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs_are_kept: bool) -> str:
     """Replace modules of a decoder (on meta or with memory) by `fused`. Return a line about what is used.
 
     - llama, mistral, qwen2, qwen3 (its query and key norms too), phi3: RMSNorm with the scale applied after rounding to
@@ -84,7 +84,7 @@ def exchange(decoder: Any, family: Family, fused: _Fused, *, outputs_are_kept: b
     are replaced: the rotary embedding overwrites queries and keys, the MLP's backward gate and up, and autograd sees
     neither.
     """
-    gemma = family.model_type.startswith("gemma")
+    gemma = architecture.norm_form == "gemma"
     norms = [(path, norm) for path, norm in decoder.named_modules() if type(norm).__name__.endswith("RMSNorm")]
     for path, norm in norms:
         new = fused.norm(norm, gemma)
@@ -145,7 +145,7 @@ def require_compiled() -> None:
         raise UserError(f"train.compile=true: {error}, or set train.compile=false") from error
 
 
-def use_compiled(decoder: Any, family: Family, head: LossHead, *, outputs_are_kept: bool = False) -> str:
+def use_compiled(decoder: Any, architecture: Architecture, head: LossHead, *, outputs_are_kept: bool = False) -> str:
     """Replace what is compiled, after `require_compiled`. Return a line about what is used."""
     fused = _Fused(
         name="compiled for this processor",
@@ -154,7 +154,7 @@ def use_compiled(decoder: Any, family: Family, head: LossHead, *, outputs_are_ke
         gelu=lambda gate, up: gated(gate, up, "gelu_tanh"),
         rotate=rotate,
     )
-    used = exchange(decoder, family, fused, outputs_are_kept=outputs_are_kept)
+    used = exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept)
     if not head.takes_cross_entropy:
         return used
     head.cross_entropy = cross_entropy_
@@ -178,7 +178,7 @@ def why_not_liger(*, device: torch.device, full: bool, experts: bool = False) ->
     return None
 
 
-def use_liger(decoder: Any, family: Family, *, outputs_are_kept: bool = False) -> str:
+def use_liger(decoder: Any, architecture: Architecture, *, outputs_are_kept: bool = False) -> str:
     """Replace what liger-kernel has a kernel for ("llama" or "gemma" casting). Return a line about what is used."""
     from liger_kernel.transformers import LigerRMSNorm, liger_rotary_pos_emb
     from liger_kernel.transformers.functional import liger_geglu, liger_swiglu
@@ -202,4 +202,4 @@ def use_liger(decoder: Any, family: Family, *, outputs_are_kept: bool = False) -
         gelu=liger_geglu,
         rotate=liger_rotary_pos_emb,
     )
-    return exchange(decoder, family, fused, outputs_are_kept=outputs_are_kept)
+    return exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept)

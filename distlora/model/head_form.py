@@ -6,13 +6,13 @@ Both run the model itself, small and in fp32 on the CPU, with weights away from 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distlora.architecture.spec import HeadForm
 from distlora.config import UserError
 from distlora.model.lm_head import LossHead, OwnForward
 
@@ -23,19 +23,6 @@ _TOLERANCE = 1e-5
 """Largest difference of two logits, relative to the largest product."""
 _LARGEST_PRODUCTS = torch.tensor([1.0, 50.0])[:, None, None]
 """Largest products of two probes, so that a cap is seen."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeadForm:
-    """The computation of logits from the decoder's hidden states."""
-
-    kind: Literal["plain", "softcap", "scale", "own"]
-    """plain: the product with the head's weight, plus its bias. softcap, scale: the same, then value * tanh(. / value)
-    or value times it. own: whatever the model's forward does."""
-    value: float = 1.0
-    """The cap, or the scale."""
-    beside: tuple[str, ...] = ()
-    """Names of the model's modules that an `own` forward runs beside decoder and head (modernbert-decoder's MLP)."""
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from distlora.architecture.families import Family
+from distlora.architecture.spec import Architecture
 from distlora.model.adapters import BlockContext
 from distlora.model.layer_wrapper import Block
 
@@ -117,16 +117,18 @@ class MLP(nn.Module):
         return output
 
 
-def place_mlps(blocks: Sequence[Block], family: Family, *, tile: int | None) -> None:
+def place_mlps(blocks: Sequence[Block], architecture: Architecture, *, tile: int | None) -> None:
     """Put an `MLP` in each layer, after other replacements of its modules (fused_modules.py).
 
-    Tiles are for dense MLPs; `distlora.architecture.families` refuses experts.
+    Tiles are for dense MLPs, and layers need such a half; `distlora.architecture.config_checks` refuses others.
     """
-    for block in blocks:
-        layer = block.inner
-        norms = [None if name is None else layer.get_submodule(name) for name in family.mlp_norms]
-        layer.set_submodule("mlp", MLP(layer.get_submodule("mlp"), block.context, norms, tile=tile))
-        for name, norm in zip(family.mlp_norms, norms, strict=True):
+    for index, block in enumerate(blocks):
+        layer, half = block.inner, architecture.layer(index).mlp
+        assert half is not None, f"layer {index} has no MLP that runs by itself"
+        path, *names = half
+        norms = [None if name is None else layer.get_submodule(name) for name in names]
+        layer.set_submodule(path, MLP(layer.get_submodule(path), block.context, norms, tile=tile))
+        for name, norm in zip(names, norms, strict=True):
             if name is not None and norm is not None:
                 layer.set_submodule(name, HandsOn(norm))
 

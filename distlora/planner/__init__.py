@@ -103,7 +103,7 @@ class Plan:
             "model": {
                 "name": self.model.name,
                 "source": self.model.source,
-                "model_type": shapes.family.model_type,
+                "model_type": shapes.architecture.model_type,
                 "parameters": shapes.numel,
                 "parameters_in_4_bit": shapes.packed_numel if self.config.quant.is_nf4 else 0,
                 "parameters_trained": sum(tensor.numel for tensor in trained_tensors(self.work, shapes)),

@@ -174,7 +174,7 @@ class Search:
         """
         config = self.config
         shards = config.shard_degree(self.machine.ranks) > 1
-        is_tiled = config.data.sequence_length >= TILED_FROM and self.model.shapes.family.experts is None
+        is_tiled = config.data.sequence_length >= TILED_FROM and not self.model.shapes.architecture.has_experts
         values = {
             "train.accumulate": self._free("train.accumulate", *(("step", "block") if shards else ())),
             "train.checkpointing": self._free("train.checkpointing", *RECOMPUTES),

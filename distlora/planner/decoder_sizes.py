@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from distlora.architecture.families import Family, text_settings
-from distlora.architecture.shapes import Asked, Biases, ModelShapes, attention_columns, computed_pairs, sizes_of
+from distlora.architecture.shapes import Asked, ModelShapes, computed_pairs
+from distlora.architecture.spec import Architecture, LayerKind
 from distlora.planner.workload import Workload
 
 
@@ -61,25 +61,22 @@ class ExpertSizes:
     """Softmax over all experts in fp32, also with weights that stay in fp32 (Mixtral), or over the chosen (GPT-OSS)."""
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], family: Family) -> ExpertSizes | None:
-        """Read the sizes of experts from the content of config.json; None without experts."""
-        layout = family.experts
-        if layout is None:
+    def of(cls, architecture: Architecture, kind: LayerKind) -> ExpertSizes | None:
+        """Return the sizes of the experts in a kind of layer; None without experts."""
+        if kind.experts is None:
             return None
-        is_gpt_oss = family.model_type == "gpt_oss"
-        softmax: Literal["fp32", "fp32 weights"] = "fp32 weights" if family.model_type == "mixtral" else "fp32"
+        down = next(weight for weight in kind.weights if weight.path == kind.experts.paths[-1])
+        has_biases = any(weight.path == f"{down.path}_bias" for weight in kind.weights)
+        softmax: Literal["fp32", "fp32 weights"] = "fp32"
+        if architecture.model_type == "mixtral":  # Its router gives weights in fp32; no module's attribute says so.
+            softmax = "fp32 weights"
         return cls(
-            count=layout.num_experts(settings),
-            # What MixtralConfig, Qwen3MoeConfig and GptOssConfig take where config.json does not say.
-            chosen=settings.get("num_experts_per_tok", {"mixtral": 2, "gpt_oss": 4}.get(family.model_type, 8)),
-            inner=settings[layout.intermediate],
-            clamps=is_gpt_oss,
-            router="chosen" if is_gpt_oss else softmax,
+            count=kind.experts.num_experts,
+            chosen=kind.experts.chosen,
+            inner=down.shape[-1],
+            clamps=has_biases,
+            router="chosen" if has_biases else softmax,
         )
-
-
-_ALTERNATING = ("gemma2", "gemma3_text", "gemma3", "gpt_oss")
-"""Families whose layers alternate between a window and none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,68 +126,41 @@ class Decoder:
         return self.inner * (1 if self.experts is None else self.experts.chosen)
 
     @classmethod
-    def of(cls, model: Mapping[str, Any], family: Family) -> Decoder:
-        """Read the sizes from the content of config.json."""
-        settings = sizes_of(model, family)
-        heads, (queries, keys) = settings["num_attention_heads"], attention_columns(settings)
-        experts, kind = ExpertSizes.of(settings, family), family.model_type
-        biases, softcaps = Biases.of(family, settings), text_settings(model, family)
-        types, masks = settings.get("layer_types"), 1
-        if family.layer_types:
-            # Without a list in config.json, the layers of Gemma and GPT-OSS alternate, and Qwen's have no window.
-            masks = len(set(types)) if types else 2 if kind in _ALTERNATING else 1
+    def of(cls, architecture: Architecture) -> Decoder:
+        """Return the sizes of the largest kind of layer."""
+        kind = architecture.largest
+        experts = ExpertSizes.of(architecture, kind)
+        heads, key_heads, head_size = kind.heads or (1, 1, architecture.hidden)
+        shapes = {weight.path.removesuffix(".weight").rpartition(".")[2]: weight.shape for weight in kind.weights}
+        biases = {path.removesuffix(".bias").rpartition(".")[2] for path in kind.paths if path.endswith(".bias")}
+        sinks = "sinks" in shapes
         return cls(
-            hidden=settings["hidden_size"],
-            inner=settings["intermediate_size"] if experts is None else experts.inner,
-            queries=queries,
-            keys=keys,
+            hidden=architecture.hidden,
+            inner=shapes["down_proj"][-1] if experts is None else experts.inner,
+            queries=heads * head_size,
+            keys=key_heads * head_size,
             heads=heads,
-            key_heads=keys // (queries // heads),
-            layers=settings["num_hidden_layers"],
-            vocabulary=settings["vocab_size"],
-            norms_after=family.mlp_norms[1] is not None,
-            head_norms=family.head_norms,
-            fused_linears=kind == "phi3",
-            qkv_bias=biases.qkv,
-            o_bias=biases.o,
-            mlp_bias=biases.mlp,
-            norms_in_fp32=kind.startswith("gemma"),
-            # 50 where config.json does not say; null: none.
-            caps_scores=kind == "gemma2" and softcaps.get("attn_logit_softcapping", 50.0) is not None,
-            # 30 or none where config.json does not say.
-            caps_logits=family.head_softcap
-            and softcaps.get("final_logit_softcapping", 30.0 if kind == "gemma2" else None) is not None,
-            sinks=kind == "gpt_oss",
-            masks=masks,
+            key_heads=key_heads,
+            layers=architecture.num_layers,
+            vocabulary=architecture.vocabulary,
+            norms_after=kind.mlp is not None and kind.mlp[2] is not None,
+            head_norms="q_norm" in shapes,
+            fused_linears="qkv_proj" in shapes,
+            qkv_bias=bool(biases & {"q_proj", "qkv_proj"}),
+            o_bias="o_proj" in biases,
+            mlp_bias="down_proj" in biases,
+            norms_in_fp32=architecture.norm_form == "gemma",
+            caps_scores=architecture.attention == "eager" and not sinks,
+            caps_logits=architecture.head_form.kind == "softcap",
+            sinks=sinks,
+            masks=len({each.window is None for each in architecture.kinds}),
             experts=experts,
         )
 
 
-_WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "qwen3_moe": 4096, "gemma2": 4096, "gpt_oss": 128}
-_WINDOWS |= {"gemma3": 4096, "gemma3_text": 4096}
-"""What transformers takes where a config.json says no sliding_window."""
-_WINDOW_IS_ASKED_FOR = ("qwen2", "qwen3", "qwen3_moe")
-"""Families whose sliding_window counts with use_sliding_window=true alone."""
-
-
-def windows_of(model: Mapping[str, Any], family: Family) -> list[int | None]:
-    """Return the attention window of each layer in tokens, as transformers reads config.json; None: no window."""
-    settings, layers = text_settings(model, family), sizes_of(model, family)["num_hidden_layers"]
-    window = settings.get("sliding_window", _WINDOWS.get(family.model_type))
-    if family.model_type in _WINDOW_IS_ASKED_FOR and not settings.get("use_sliding_window"):
-        window = None
-    types = settings.get("layer_types")
-    if types is not None:
-        return [window if kind == "sliding_attention" else None for kind in types]
-    slides: Iterable[bool] = [True] * layers
-    match family.model_type:
-        case "gemma2" | "gpt_oss":
-            slides = (layer % 2 == 0 for layer in range(layers))
-        case "gemma3" | "gemma3_text":
-            slides = ((layer + 1) % settings.get("sliding_window_pattern", 6) != 0 for layer in range(layers))
-        case "qwen2" | "qwen3":
-            slides = (layer >= settings.get("max_window_layers", 28) for layer in range(layers))
-    return [window if each else None for each in slides]
+def windows_of(architecture: Architecture) -> list[int | None]:
+    """Return the attention window of each layer in tokens; None: no window."""
+    return [architecture.layer(index).window for index in range(architecture.num_layers)]
 
 
 INPUTS = {
@@ -230,9 +200,9 @@ attention.cpp is counted as that). `sdpa`: torch's with a dense mask, all pairs 
 scores of a row are tensors."""
 
 
-def attention_kind(work: Workload, family: Family, decoder: Decoder, *, is_gpu: bool) -> AttentionKind:
+def attention_kind(work: Workload, architecture: Architecture, decoder: Decoder, *, is_gpu: bool) -> AttentionKind:
     """Return the attention implementation that distlora.model.attention chooses, on a GPU that has the kernels."""
-    if family.attention == "eager":
+    if architecture.attention == "eager":
         return "eager"
     if work.train.attention == "sdpa" or work.train.dtype != "bf16":
         return "sdpa"
@@ -262,11 +232,11 @@ def scores_again(kind: AttentionKind) -> tuple[int, int]:
     return {"documents": (0, 1), "tiles": (1, 1), "sdpa": (0, 1), "eager": (0, 0)}[kind]
 
 
-def fuses(work: Workload, family: Family, *, is_gpu: bool, has_liger: bool) -> bool:
+def fuses(work: Workload, architecture: Architecture, *, is_gpu: bool, has_liger: bool) -> bool:
     """Return True if norms are fused, by liger-kernel on a GPU or by torch.compile on a CPU.
 
     MLPs and rotary embeddings are fused too if there is no DoRA.
     """
-    if work.adapter.method == "full" or family.experts is not None:
+    if work.adapter.method == "full" or architecture.has_experts:
         return False
     return work.train.liger and has_liger if is_gpu else work.train.compile

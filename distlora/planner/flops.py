@@ -9,21 +9,20 @@ functions and DoRA (below 1 % of a linear) are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distlora.architecture.shapes import attention_columns, expert_paths, sizes_of
+from distlora.architecture.spec import Architecture, LayerKind
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
 from distlora.planner.decoder_sizes import (
     Decoder,
-    ExpertSizes,
     attention_kind,
     pairs,
     pairs_computed,
     scores_again,
-    windows_of,
 )
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
@@ -86,11 +85,15 @@ class ActiveWeights:
         return ModelFlops(per_token, tuple((per_pair * columns, window) for columns, window in self.queries))
 
 
-def queries_by_window(columns: int, windows: Iterable[int | None]) -> tuple[tuple[int, int | None], ...]:
-    """Return `ActiveWeights.queries` of layers with `columns` columns each and these windows, full attention first."""
-    layers = list(windows)
-    kinds = sorted(set(layers), key=lambda window: (window is not None, window))
-    return tuple((columns * layers.count(window), window) for window in kinds)
+def queries_by_window(architecture: Architecture) -> tuple[tuple[int, int | None], ...]:
+    """Return `ActiveWeights.queries` of a model's layers with softmax attention, full attention first."""
+    columns: Counter[int | None] = Counter()
+    for index in range(architecture.num_layers):
+        kind = architecture.layer(index)
+        if kind.heads is not None:
+            heads, _, size = kind.heads
+            columns[kind.window] += heads * size
+    return tuple((columns[window], window) for window in sorted(columns, key=lambda each: (each is not None, each)))
 
 
 FLOPS = {
@@ -145,9 +148,9 @@ def step_flops(
     tokens, documents = rows * length, cut(length, document)
     active, mlp = active_weights(work, model), weights_within(work, model, "mlp.")
     seen = rows * sum(columns * pairs(part, window) for columns, window in active.queries for part in documents)
-    family = model.shapes.family
-    decoder = Decoder.of(model.settings, family)
-    kind = attention_kind(work, family, decoder, is_gpu=is_gpu)
+    architecture = model.shapes.architecture
+    decoder = Decoder.of(architecture)
+    kind = attention_kind(work, architecture, decoder, is_gpu=is_gpu)
     groups = decoder.heads // decoder.key_heads
     every = rows * sum(columns * pairs_computed(kind, documents, window, groups) for columns, window in active.queries)
     reference = work.train.objective == "dpo"
@@ -181,7 +184,6 @@ def active_weights(work: Workload, model: PlannedModel) -> ActiveWeights:
     full = adapter.method == "full"
     linears, adapters = weights_within(work, model, "")
     rows_of = traffic.trained_rows(work, shapes)
-    columns, _ = attention_columns(sizes_of(model.settings, shapes.family))
     return ActiveWeights(
         linears=linears,
         linears_are_trained=full,
@@ -189,25 +191,29 @@ def active_weights(work: Workload, model: PlannedModel) -> ActiveWeights:
         head=shapes.vocabulary * shapes.hidden,
         head_is_trained=full or HEAD in adapter.modules_to_save,
         head_rows=shapes.hidden * len(rows_of.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
-        queries=queries_by_window(columns, windows_of(model.settings, shapes.family)),
+        queries=queries_by_window(shapes.architecture),
     )
 
 
 def weights_within(work: Workload, model: PlannedModel, part: str) -> tuple[int, int]:
     """Return (weights, R (I + O) of adapters) per token in linears below `part`; of experts, the chosen ones."""
     shapes = model.shapes
-    experts = ExpertSizes.of(sizes_of(model.settings, shapes.family), shapes.family)
-    fused = expert_paths(shapes.family)
+    architecture = shapes.architecture
 
-    def chosen(number: int, path: str) -> int:
-        return number if experts is None or path not in fused else number // experts.count * experts.chosen
+    def chosen(number: int, path: str, kind: LayerKind) -> int:
+        experts = kind.experts
+        return (
+            number if experts is None or path not in experts.paths else number // experts.num_experts * experts.chosen
+        )
 
-    linears = [weight for weight in shapes.block if weight.packs and weight.path.startswith(part)]
-    weights = shapes.num_layers * sum(chosen(weight.numel, weight.path) for weight in linears)
+    weights = sum(
+        count * sum(chosen(w.numel, w.path, kind) for w in kind.weights if w.packs and w.path.startswith(part))
+        for kind, count in architecture.counted()
+    )
     if work.adapter.method == "full":
         return weights, 0
     adapters = sum(
-        blocks * chosen(each.down[0], each.place) * (each.down[1] + each.up[0])
+        blocks * each.active * (each.down[1] + each.up[0])
         for adapter in work.adapters
         for each, blocks in shapes.alike(adapter)
         if each.place.startswith(part)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from distlora.architecture.families import text_settings
 from distlora.config import AdapterConfig, Config
 from distlora.config.training import DEFAULT_LR
 from distlora.planner.choose import Change
@@ -54,9 +53,10 @@ def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Cha
 
 
 def _rate(adapter: AdapterConfig, objective: str, model: PlannedModel) -> tuple[float, str]:
-    settings = text_settings(model.settings, model.shapes.family)
+    architecture = model.shapes.architecture
+    settings = architecture.text(model.settings)
     names = ("hidden_size", "num_hidden_layers", "vocab_size")
-    swept = SWEPT.get((model.shapes.family.model_type, *(settings.get(name) for name in names)))  # type: ignore[arg-type]
+    swept = SWEPT.get((architecture.model_type, *(settings.get(name) for name in names)))  # type: ignore[arg-type]
     if objective == "dpo":
         return DPO_LR, "the default of DPO"
     is_full = adapter.method == "full"

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.families import check_config, is_mxfp4, names_on_disk, read_config
+from distlora.architecture.config_checks import check_config, is_mxfp4, read_config
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
 from distlora.architecture.shapes import MXFP4_NAMES, ModelShapes, architecture_named, nearest_architecture, shapes_of
-from distlora.architecture.tokens import stored_rows
 from distlora.config import Config, ModelConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.json_files import read_object
@@ -87,7 +86,7 @@ def find_model(
 
 
 def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> PlannedModel:
-    """Return a model by the sizes in distlora.architecture.families.
+    """Return a model by its config.json in known_models.json.
 
     The number of spare embedding rows is unknown there, so each new token counts as one more row.
     """
@@ -120,13 +119,9 @@ def model_in(
 ) -> PlannedModel:
     """Return the model in a folder in Hugging Face format; its weights may be absent. Raises UserError."""
     settings, place = read_config(folder), folder / "config.json"
-    family = check_config(settings, place, full=full, sequence_length=sequence_length)
+    check_config(settings, place, full=full, sequence_length=sequence_length)
     size = weights_size(folder)
-    shapes = (
-        shapes_of(settings, place)
-        if size is None
-        else shapes_of(settings, place, vocabulary=stored_rows(folder, settings, family))
-    )
+    shapes = shapes_of(settings, place)
     plain, left_dense = False, dict[str, int]()
     quantization = settings.get("quantization_config")
     if quantization is not None:
@@ -149,15 +144,13 @@ def _packed_already(folder: Path, settings: Mapping[str, Any], shapes: ModelShap
     """Return (plain_absmax, left_dense) of a quantized checkpoint. Raises UserError if it cannot be kept quantized."""
     base = CheckpointFiles(folder)
     on_disk, packed = base.headers, read_prequantized_weights(base)
-    stored_as = names_on_disk(on_disk, shapes.family)
+    architecture = shapes.architecture
+    stored_as = architecture.on_disk(on_disk)
     found: Counter[str] = Counter()
-    for layer in range(shapes.num_layers):
-        names = {
-            weight.path: f"{shapes.family.decoder}.layers.{layer}.{weight.path}"
-            for weight in shapes.block
-            if weight.packs
-        }
-        found.update(path for path, name in names.items() if stored_as.get(name) not in packed)
+    for path, weight in architecture.adaptable():
+        name = f"{path}.weight" if weight.kind == "linear" else path
+        if not set(stored_as.get(name, ())) & packed.keys():
+            found[weight.path] += 1
     return any(weight.nested_absmax is None for weight in packed.values()), dict(found)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, header_bytes, lay_out
-from distlora.architecture.shapes import Asked, ModelShapes, expert_paths
+from distlora.architecture.shapes import Asked, ModelShapes
 from distlora.architecture.targets import peft_paths
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import AdapterConfig, ParallelConfig
@@ -109,20 +109,21 @@ def base_bytes(model: PlannedModel) -> int:
 
 def trained_tensors(work: Workload, shapes: ModelShapes) -> Iterator[Tensor]:
     """Yield the trained tensors of all trials as fp32 masters, by PEFT's names; adapter=full: by transformers'."""
-    decoder, matrix = shapes.family.decoder, (shapes.vocabulary, shapes.hidden)
-    matrices = {EMBEDDING: f"{decoder}.{EMBEDDING}", HEAD: HEAD}
+    architecture, matrix = shapes.architecture, (shapes.vocabulary, shapes.hidden)
+    matrices = {EMBEDDING: architecture.embedding_path, HEAD: architecture.head}
     if work.adapter.method == "full":
         for name, path in matrices.items():
             if name == EMBEDDING or not shapes.tied:
                 yield Tensor(f"{path}.weight", matrix)
-        yield Tensor(f"{decoder}.norm.weight", (shapes.hidden,))
-        for layer in range(shapes.num_layers):
-            yield from (Tensor(f"{decoder}.layers.{layer}.{w.path}", w.shape) for w in shapes.block)
+        yield from (Tensor(weight.path, weight.shape) for weight in architecture.outside)
+        for index in range(architecture.num_layers):
+            layer = f"{architecture.layer_prefix}{index}"
+            yield from (Tensor(f"{layer}.{w.path}", w.shape) for w in architecture.layer(index).weights)
         return
-    prefix, fused = "base_model.model.", expert_paths(shapes.family)
+    prefix = "base_model.model."
     blocks = (block for adapter in work.adapters for block in shapes.adapters(adapter))
     adapters = [each for block in blocks for each in block]
-    of_experts = [each.path for each in adapters if each.path.endswith(fused)] if fused else []
+    of_experts = [each.path for each in adapters if each.experts > 1]
     places = peft_paths(of_experts)
     for each in adapters:
         path = prefix + places.get(each.path, each.path)
@@ -213,7 +214,7 @@ def _header_bytes(shapes: ModelShapes, packs: Mapping[str, int], index: int, sha
     extents = {}
     for path, groups in packs.items():
         if own := cut(groups, index, shards):
-            name = f"{shapes.family.decoder}.layers.{shapes.num_layers - 1}.{path}"
+            name = f"{shapes.architecture.layer_prefix}{shapes.num_layers - 1}.{path}"
             extents[name] = Extent(own.start, own.stop, 1 / 3, {})
     return len(header_of("0" * 64, extents)) if extents else 0
 

@@ -117,7 +117,7 @@ def memory_saving_changes(plan: Plan) -> list[Settings]:
     singles += [{"train.micro_batch": n} for n in reversed(micro_batches(train, ranks)) if n < train.micro_batch]
     singles += [{"train.accumulate": "step"}] if train.accumulate == "block" else []
     singles += [{"train.keep_dequantized": False}] if train.keep_dequantized else []
-    if train.mlp_tile is None and config.data.sequence_length >= 2 * TILE and model.shapes.family.experts is None:
+    if train.mlp_tile is None and config.data.sequence_length >= 2 * TILE and not model.shapes.architecture.has_experts:
         singles.append({"train.mlp_tile": TILE})
     if ranks > 1:
         singles += [{"parallel.resident_blocks": 0}] if parallel.resident_blocks != 0 else []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import Segment, read_header
-from distlora.architecture.tokens import EMBEDDING, HEAD
+from distlora.architecture.tokens import HEAD
 from distlora.config import ModelSpec, UserError
 from distlora.loading.decomposed_adapters import load_initial_factors
 from distlora.loading.load_base import find_base
@@ -161,7 +161,7 @@ class Base:
     """All parameters of a base and the rest of its checkpoint."""
 
     model: CausalLM
-    """The model on the meta device: family, names, config."""
+    """The model on the meta device: architecture, names, config."""
     weights: Mapping[str, BaseWeight]
     """Weights by Hugging Face name, in the model's order. A tied head is the embedding alone."""
     files: CheckpointFiles
@@ -170,7 +170,7 @@ class Base:
     @property
     def embedding_name(self) -> str:
         """Return the embedding's name in the checkpoint."""
-        return f"{self.model.family.decoder}.{EMBEDDING}.weight"
+        return f"{self.model.architecture.embedding_path}.weight"
 
 
 def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.tokens import HEAD
 from distlora.config import AdapterConfig, ClusterConfig, ModelSpec
 from distlora.loading.load_base import Loaded
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
-from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
 from distlora.parallel import Backend, whole_shape
 from distlora.training.open_run import OpenRun
@@ -40,7 +39,7 @@ def describe(
 ) -> None:
     """Log what was built, on which ranks, and which kernels it runs."""
     total, trainable = count_parameters(model)
-    active = f" ({active_parameters(model):,} active per token)" if model.family.experts is not None else ""
+    active = f" ({active_parameters(model):,} active per token)" if model.architecture.has_experts else ""
     reporter.event(
         f"{model.hf_config.model_type}, {total:,} parameters in the base{active}, {trainable:,} trained "
         f"({trainable / total:.2%}), {spec.dtype}"
@@ -65,7 +64,7 @@ def describe(
             )
     if "auto_map" in read_config(spec.path):
         reporter.event(
-            f"code that comes with the weights is not run; the model is transformers' {model.family.model_class}"
+            f"code that comes with the weights is not run; the model is transformers' {model.architecture.model_class}"
         )
     for line in (*_vocabulary(model), *describe_experts(model)):
         reporter.event(line)
@@ -93,7 +92,7 @@ def _vocabulary(model: CausalLM) -> Iterator[str]:
 
 def describe_experts(model: CausalLM) -> Iterator[str]:
     """Describe which parts of a mixture of experts are trained, and its router loss."""
-    if model.family.experts is None:
+    if not model.architecture.has_experts:
         return
     names = sorted({name.rpartition(".")[2] for name, _ in model.adapted_experts()})
     adapted = f"the experts' {' and '.join(names)} have adapters" if names else "experts have no adapters"
@@ -107,9 +106,12 @@ def describe_experts(model: CausalLM) -> Iterator[str]:
 
 def active_parameters(model: CausalLM) -> int:
     """Return the base weights that a token uses; of experts, those that it chooses."""
-    chosen = getattr(model.hf_config, "num_experts_per_tok", 0)
-    experts = [module for module in model.modules() if isinstance(module, ExpertWeight)]
-    idle = sum(weight.numel // weight.num_experts * (weight.num_experts - chosen) for weight in experts)
+    architecture, idle = model.architecture, 0
+    for index in range(architecture.num_layers):
+        kind = architecture.layer(index)
+        if kind.experts is not None:
+            experts = sum(weight.numel for weight in kind.weights if weight.kind == "experts")
+            idle += experts // kind.experts.num_experts * (kind.experts.num_experts - kind.experts.chosen)
     return count_parameters(model)[0] - idle
 
 
@@ -152,7 +154,7 @@ def summarize(
         figures["peak_memory_bytes"] = peak
     if trial.memory is not None:
         figures |= trial.memory.figures
-    if model.family.experts is not None:
+    if model.architecture.has_experts:
         figures["active_parameters"] = active_parameters(model)
     if adapter.method == "lora":
         figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())

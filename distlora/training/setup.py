@@ -107,7 +107,7 @@ def start_model(
     if training and train.neftune_alpha is not None:
         model.noise = EmbeddingNoise.of(train.neftune_alpha, spec.seed)
     if train.checkpointing == "selective" or train.mlp_tile is not None:  # Of norms and MLPs that were replaced.
-        place_mlps(model.blocks, model.family, tile=train.mlp_tile)
+        place_mlps(model.blocks, model.architecture, tile=train.mlp_tile)
     backend = parallelize(model, ranks, parallel, shard_degree=shard_degree)
     offloaded = None
     if training and train.checkpointing == "offload":
@@ -242,7 +242,7 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
     if train.compile:
         fused_modules.require_compiled()
     choice = attention.choose(
-        model.family,
+        model.architecture,
         model.decoder.config,
         wanted=train.attention,
         device=device,
@@ -257,15 +257,15 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
     outputs_are_kept = spec.adapter.use_dora
     if train.compile:
         model.notes.append(
-            fused_modules.use_compiled(model.decoder, model.family, model.head, outputs_are_kept=outputs_are_kept)
+            fused_modules.use_compiled(model.decoder, model.architecture, model.head, outputs_are_kept=outputs_are_kept)
         )
         for block in model.blocks:
             block.remakes = train.checkpointing == "none" and not outputs_are_kept
     if is_gpu and train.liger:
-        experts = model.family.experts is not None
+        experts = model.architecture.has_experts
         reason = fused_modules.why_not_liger(device=device, full=spec.adapter.method == "full", experts=experts)
         model.notes.append(
-            fused_modules.use_liger(model.decoder, model.family, outputs_are_kept=outputs_are_kept)
+            fused_modules.use_liger(model.decoder, model.architecture, outputs_are_kept=outputs_are_kept)
             if reason is None
             else f"liger-kernel is not used: {reason}"
         )

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
-from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_ending, select_among, written
+from distlora.architecture.spec import Architecture
+from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_ending, select_adapted, written
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import SAVED_MODULES, AdapterConfig, UserError, nearest
 from distlora.config.base import is_hub_name
@@ -275,12 +276,12 @@ def check_quantization(initial: PeftAdapter, method: str) -> None:
         )
 
 
-def check_fits(initial: PeftAdapter, adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_fits(initial: PeftAdapter, adapter: AdapterConfig, architecture: Architecture) -> None:
     """Raise UserError if an adapter has other linears or other shapes than the run.
 
-    `shapes`: (out, in) of the linears in the decoder layers, and (experts, out, in) of their fused weights, by Hugging
-    Face path. `adapter`: the run's settings.
+    `adapter`: the run's settings.
     """
+    shapes = {path: weight.shape for path, weight in architecture.adaptable()}
     file, trained_on = initial.folder / WEIGHTS_NAME, f" (it was trained on {initial.base})" if initial.base else ""
     paths = set(initial.paths)
     outside = sorted(paths - shapes.keys())
@@ -289,8 +290,7 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, shapes: Mapping[str
             f"{file} adapts {outside[0]}{_more(outside)}, which is not a linear in this model's decoder layers"
             f"{nearest(outside[0], shapes)}{trained_on}; set another {{adapter.init_from}} or model.path"
         )
-    linears, experts = ([path for path, shape in shapes.items() if len(shape) == dims] for dims in (2, 3))
-    targets = set(select_among(adapter, linears, experts))
+    targets = set(select_adapted(adapter, architecture))
     for strays, what in ((sorted(targets - paths), "holds no tensors for"), (sorted(paths - targets), "also adapts")):
         if strays:
             raise UserError(

@@ -81,11 +81,11 @@ class Costs(LayerRun):
         GPU counts as an H100.
         """
         shapes, settings, gpu = model.shapes, model.settings, machine.gpu
-        adapter, family = work.adapter, shapes.family
-        decoder = Decoder.of(settings, family)
+        adapter, architecture = work.adapter, shapes.architecture
+        decoder = Decoder.of(architecture)
         sixteen_bits = work.train.dtype == "bf16"
         full, rows = adapter.method == "full", traffic.trained_rows(work, shapes)
-        attention = Attention(kind=attention_kind(work, family, decoder, is_gpu=machine.is_gpu))
+        attention = Attention(kind=attention_kind(work, architecture, decoder, is_gpu=machine.is_gpu))
         if attention.kind == "documents":
             attention = Attention(
                 accumulators=flash_accumulators(
@@ -100,7 +100,7 @@ class Costs(LayerRun):
         balanced = work.train.router_aux_loss
         if balanced is None:
             balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
-        fused = fuses(work, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
+        fused = fuses(work, architecture, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
         return cls(
             decoder=decoder,
             ranks=ranks_of_blocks(work, shapes)[0],

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distlora.architecture.shapes import ModelShapes, head_size, sizes_of
+from distlora.architecture.shapes import ModelShapes
 from distlora.config.base import subspace_iterations
 from distlora.config.cluster import RESIDENCY_RESERVE
 from distlora.config.deepspeed_file import offloads_base, read_gathering
 from distlora.planner import traffic
-from distlora.planner.decoder_sizes import windows_of
 from distlora.planner.machine import Machine
 from distlora.planner.memory import KINDS, Kind, Phase
 from distlora.planner.memory.base import Base, Trained, planned_base, unit_bytes
@@ -145,16 +144,10 @@ def decomposition_bytes(work: Workload, shape: tuple[int, ...]) -> int:
 
 
 def buffer_bytes(model: PlannedModel, work: Workload) -> int:
-    """Return the bytes of rotary frequencies (twice in fp32, in Gemma 3 per layer type) and Gemma's embedding scale."""
-    family = model.shapes.family
-    sizes = sizes_of(model.settings, family)
-    ropes = sizes.get("rope_parameters") or {}
-    share = ropes.get("partial_rotary_factor", sizes.get("partial_rotary_factor", 1.0))
-    windows = windows_of(model.settings, family)
-    kinds = len({window is None for window in windows}) if family.model_type.startswith("gemma3") else 1
+    """Return the bytes of the decoder's buffers: rotary frequencies and the like; those that training makes fp32."""
     masters = work.adapter.method == "full"
-    scale = (4 if masters else traffic.DTYPE_BYTES[work.train.dtype]) if family.model_type.startswith("gemma") else 0
-    return kinds * 2 * 4 * (int(head_size(sizes) * share) // 2) + scale
+    sizes = {"fp32": 4, "dtype": 4 if masters else traffic.DTYPE_BYTES[work.train.dtype]}
+    return sum(count * sizes[dtype] for dtype, count in model.shapes.architecture.buffers)
 
 
 def arena_bytes(work: Workload, model: PlannedModel) -> int:

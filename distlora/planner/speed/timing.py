@@ -111,7 +111,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     micro_batches = work.train.accumulation(ranks)
     passes = traffic.passes_of(work, micro_batches)
     how, shapes = kernel_options(work, model, machine), model.shapes
-    active, decoder = active_weights(work, model), Decoder.of(model.settings, shapes.family)
+    active, decoder = active_weights(work, model), Decoder.of(shapes.architecture)
     gathered = 0.0
     if shards > 1:
         gathered = 2.0 * traffic.block_bytes(shapes.block, shards, quantized=how.quantized, itemsize=how.itemsize)
@@ -158,9 +158,9 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
 
 def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> KernelOptions:
     """Return the options of a workload's computation on a machine."""
-    family = model.shapes.family
-    decoder = Decoder.of(model.settings, family)
-    fused = fuses(work, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
+    architecture = model.shapes.architecture
+    decoder = Decoder.of(architecture)
+    fused = fuses(work, architecture, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
     decodes = machine.is_gpu and work.train.dtype == "bf16"
     return KernelOptions(
         itemsize=traffic.DTYPE_BYTES[work.train.dtype],
@@ -172,7 +172,7 @@ def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> Ker
         fused_norms=fused,
         fused=fused and not work.adapter.use_dora,
         is_gpu=machine.is_gpu,
-        attention=attention_kind(work, family, decoder, is_gpu=machine.is_gpu),
+        attention=attention_kind(work, architecture, decoder, is_gpu=machine.is_gpu),
     )
 
 
@@ -182,7 +182,7 @@ def _blocks(
     length, shapes = work.sequence_length, model.shapes
     rows, tile = work.train.micro_batch, work.train.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
-    adapters, windows = ranks_of_blocks(work, shapes), windows_of(model.settings, shapes.family)
+    adapters, windows = ranks_of_blocks(work, shapes), windows_of(shapes.architecture)
     found: dict[tuple[int, int | None], BlockWork] = {}
     blocks = []
     for ranks, window in zip(adapters, windows, strict=True):

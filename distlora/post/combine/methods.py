@@ -164,7 +164,7 @@ def matrix_of(base: Base, matrix: str) -> BaseWeight:
 
 def _peft_name(base: Base, matrix: str) -> str:
     return (
-        f"base_model.model.{base.model.family.decoder}.{EMBEDDING}"
+        f"base_model.model.{base.model.architecture.decoder}.{EMBEDDING}"
         if matrix == EMBEDDING
         else f"base_model.model.{HEAD}"
     )

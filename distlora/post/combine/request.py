@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.families import family_of, is_tied, read_config
-from distlora.architecture.tokens import stored_rows
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import architecture_of
 from distlora.checkpoint.state import load_state
 from distlora.config import UserError, nearest, require
 from distlora.config.errors import named_settings
@@ -271,7 +271,7 @@ def check(request: CombineRequest, adapters: Sequence[PeftAdapter]) -> None:
     tied = False
     if request.base_folder is not None:
         config = read_config(Path(request.base_folder))
-        tied = is_tied(config, family_of(config, Path(request.base_folder) / "config.json"))
+        tied = architecture_of(config, Path(request.base_folder) / "config.json").tied
     _check_whole(members, adapters, tied=tied)
 
 
@@ -318,7 +318,7 @@ def check_merged(request: CombineRequest, adapters: Sequence[PeftAdapter], onto:
         )
     base = Path(request.base_folder)
     model = read_config(base)
-    stored = stored_rows(base, model, family_of(model, base / "config.json"))
+    stored = architecture_of(model, base / "config.json").vocabulary
     for member, adapter in zip(request.members, adapters, strict=True):
         if any(max(rows.ids) >= stored for rows in adapter.token_rows.values()):
             raise UserError(

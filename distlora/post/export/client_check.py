@@ -155,14 +155,17 @@ def dense_model(trained: Trained, *, original: bool = False) -> Any:
     import transformers
 
     base = open_base(trained.spec, trained.initial_adapter_dir)
-    family, folder = base.model.family, trained.spec.model.path
+    architecture, folder = base.model.architecture, trained.spec.model.path
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):  # The weights are filled in dense.
         del config.quantization_config
-    how: dict[str, Any] = {"attn_implementation": family.attention}
-    if family.experts is not None:
-        how["experts_implementation"] = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False, **how)
+    model = getattr(transformers, architecture.auto_class).from_config(
+        config,
+        dtype=torch.float32,
+        attn_implementation=architecture.attention,
+        experts_implementation="eager",
+        trust_remote_code=False,
+    )
     model.eval()
     places = dict(model.named_parameters()) | dict(model.named_buffers())
     with Reader() as reader:

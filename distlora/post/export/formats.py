@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distlora.architecture.families import FAMILIES, family_of, read_config, text_settings
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import architecture_of
 from distlora.config import UserError, require
 from distlora.post.merge.request import check_mergeable
 from distlora.post.trained import Name, Trained
@@ -31,10 +32,9 @@ def check_model(model: Mapping[str, Any], place: object) -> None:
     """Raise UserError for a config.json that GGUF cannot express. `place` names it in the message."""
     model_type = str(model.get("model_type"))
     if model_type not in ARCHITECTURES:
-        why = "experts" if getattr(FAMILIES.get(model_type), "experts", None) else "its layers"
         raise UserError(
-            f"{place}: model_type={model_type!r} is not written as GGUF here, as no test compares {why} with "
-            f"llama.cpp's; the families are {', '.join(ARCHITECTURES)}. {CONVERTER}"
+            f"{place}: model_type={model_type!r} is not written as GGUF here, as no test compares its layers "
+            f"with llama.cpp's; the families are {', '.join(ARCHITECTURES)}. {CONVERTER}"
         )
     activation = model.get("hidden_act", "silu")
     if activation != "silu":
@@ -152,7 +152,7 @@ def dtype_of_base(trained: Trained) -> str:
     """Return the dtype in the base's config.json; fp32 if it is missing or another."""
     folder = trained.base
     model = read_config(folder)
-    settings = text_settings(model, family_of(model, folder / "config.json"))
+    settings = architecture_of(model, folder / "config.json").text(model)
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     names = (of.get(key) for of in (model, settings) for key in ("dtype", "torch_dtype"))
     return next((short[name] for name in names if name in short), "fp32")
@@ -223,10 +223,10 @@ def _refuse_bnb(trained: Trained, request: ExportRequest) -> None:
         f"--format=bnb: {trained.place} was trained on a base of quant={spec.quant.method}, and in NF4 that is "
         "another; write --format peft, and let whoever loads it quantize",
     )
-    family = family_of(read_config(spec.path), spec.path / "config.json")
+    architecture = architecture_of(read_config(spec.path), spec.path / "config.json")
     require(
-        family.experts is None,
-        f"--format=bnb: {family.model_type} has fused experts, which bitsandbytes leaves in 16 bits, and the run "
+        not architecture.has_experts,
+        f"--format=bnb: {architecture.model_type} has fused experts, which bitsandbytes leaves in 16 bits, and the run "
         "trained on theirs in NF4; write --format hf or peft",
     )
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from distlora.architecture.families import family_of, read_config
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import architecture_of
 from distlora.post.export.client_check import Ours, fill
 from distlora.post.export.formats import Export, Reading
 from distlora.post.merge.merge import DTYPES, merge_to
@@ -38,15 +39,14 @@ def check(export: Export, ours: Ours) -> list[Reading]:
 
     request = export.request
     assert request.dtype is not None
-    family = family_of(read_config(export.place), export.place / "config.json")
-    how: dict[str, Any] = {"experts_implementation": "eager"} if family.experts is not None else {}
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    architecture = architecture_of(read_config(export.place), export.place / "config.json")
+    model: Any = getattr(transformers, architecture.auto_class).from_pretrained(
         export.place,
         dtype=torch.float32,
-        attn_implementation=family.attention,
+        attn_implementation=architecture.attention,
         local_files_only=True,
         trust_remote_code=False,
-        **how,
+        experts_implementation="eager",
     )
     model.eval()
     exact = request.dtype == "fp32"

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, INDEX_NAME, Segment, header_bytes, lay_out
 from distlora.architecture.tokens import load_tokenizer, tokenizer_files
 from distlora.config import UserError
@@ -306,8 +306,8 @@ def merged_config(folder: Path, base: Base, dtype: str) -> dict[str, Any]:
     model = base.model
     config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
     text = config
-    if model.family.text_config is not None:
-        text = config[model.family.text_config] = dict(config[model.family.text_config])
+    if (key := model.architecture.text_config) is not None:
+        text = config[key] = dict(config[key])
     for settings in (config, text):
         keys = [key for key in ("dtype", "torch_dtype") if key in settings]  # transformers reads both.
         for key in keys or (["dtype"] if settings is config else []):

@@ -14,7 +14,6 @@ from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
 from distlora.loading.decomposed_adapters import plain_form
-from distlora.loading.peft_format import adaptable_shapes
 from distlora.loading.quantize import mean_row
 from distlora.model.experts import ExpertWeight
 from distlora.post.load_trained import check_base, weights_in
@@ -85,7 +84,7 @@ def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter |
         check_base(folder, trained)
     with plain_form(folder, spec.adapter, trained.initial_adapter_dir) as plain:
         file, model = read_peft_adapter(plain), base.model
-        check_fits(file, file.adapter_config, adaptable_shapes(model))
+        check_fits(file, file.adapter_config, model.architecture)
         hidden, stored = int(model.hf_config.hidden_size), model.vocabulary.stored
         check_rows(file.token_rows, plain / WEIGHTS_NAME, stored=stored, hidden=hidden)
         check_modules(file.modules, plain / WEIGHTS_NAME, rows=(stored, model.vocabulary.rows), hidden=hidden)
@@ -164,8 +163,9 @@ def _tied_head(base: Base) -> list[Parameter]:
     if copy is None and model.tied:
         return []
     (embedding,) = weight.source.names
-    beside = next((name for name in model.family.disk_heads if name.split(".")[0] == embedding.split(".")[0]), None)
-    (name,) = copy.names if copy is not None else (beside or HEAD_NAME,)
+    # Beside the embedding: a composite checkpoint has a prefix for its text model.
+    beside = embedding.partition("model.")[0] + HEAD_NAME
+    (name,) = copy.names if copy is not None else (beside,)
     shape = (model.vocabulary.rows, weight.shape[1])
     matrix = EMBEDDING if model.tied else HEAD
     return [Parameter(weight=replace(weight, name=HEAD_NAME), outputs={name: shape}, matrix=matrix)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.config import require
 from distlora.config.json_files import check_shape, read_object
 from distlora.output.results import Table

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.families import check_config, read_config
+from distlora.architecture.config_checks import check_config, read_config
 from distlora.config import ModelConfig, UserError, require
 from distlora.config.base import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS

@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.families import (
-    Family,
-    check_config,
-    check_tiles,
-    family_of,
-    is_tied,
-    names_on_disk,
-    read_config,
-    text_settings,
-)
-from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
-from distlora.architecture.targets import check_patterns, check_router_loss, expert_shapes, select_adapted
+from distlora.architecture.config_checks import check_config, check_tiles, read_config
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES
+from distlora.architecture.spec import Architecture, architecture_of
+from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import check_before_tokenizer
 from distlora.checkpoint.state import check_newest_settings, fixed_settings
 from distlora.config import (
@@ -44,7 +34,7 @@ from distlora.config import (
 )
 from distlora.config.base import is_hub_name
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
-from distlora.config.errors import FILES, short
+from distlora.config.errors import FILES
 from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders
 from distlora.system.exit_codes import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
@@ -63,7 +53,6 @@ HEAD_LINES = 1000
 ROW_TOKENS = 1024
 """Default sequence length of commands that read a text without a run."""
 
-_BLOCK_WEIGHT = re.compile(r"((?:\w+\.)+layers\.(\d+)\..+)\.weight")
 """Name of a weight of a decoder layer, by transformers' names."""
 
 
@@ -190,33 +179,26 @@ def check_model(config: Config) -> None:
         with with_small_files(config.model) as local:
             check_model(dataclasses.replace(config, model=local))
         return
-    model, family = check_model_folder(config)
-    folder = Path(config.model.path)
-    base = CheckpointFiles(folder)
-    on_disk, packed = base.headers, read_prequantized_weights(base)
+    architecture = check_model_folder(config)
+    base = CheckpointFiles(Path(config.model.path))
+    packed = read_prequantized_weights(base)
     if packed:
         refuse_dense_settings(config.spec)
-    stored_as = names_on_disk(on_disk, family)
-    tensors = {name: on_disk[stored] for name, stored in stored_as.items()}
-    packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}
-    check_tensors(folder, model, tensors, packed, family)
-    check_model_sizes(config.parallel, config.train, model, family)
+    check_tensors(base, packed, architecture)
+    check_model_sizes(config.parallel, config.train, architecture)
     if config.adapter.method == "lora":
-        names = linear_names(tensors, family)
-        num_layers = text_settings(model, family)["num_hidden_layers"]
-        targets = select_adapted(config.adapter, names, family, num_layers)
+        targets = select_adapted(config.adapter, architecture)
         check_patterns(config.adapter, targets)
-        shapes = {name: packed[w].shape if (w := f"{name}.weight") in packed else tensors[w].shape for name in names}
-        shapes |= expert_shapes(family, num_layers, text_settings(model, family))
         goes_on = bool(checkpoint_folders(Path(config.run_dir)))
         is_reference = config.train.objective == "dpo"
         if needs_initial_adapter(config.adapter, is_reference=is_reference, restores=goes_on):
-            check_initial_adapter(config.spec, shapes, tensors[f"{family.decoder}.embed_tokens.weight"].shape)
-        check_ranks(config.adapter, {name: shapes[name] for name in targets if name in shapes})
+            check_initial_adapter(config.spec, architecture)
+        shapes = {path: weight.shape for path, weight in architecture.adaptable() if weight.kind == "linear"}
+        check_ranks(config.adapter, {path: shapes[path] for path in targets if path in shapes})
 
 
-def check_model_folder(config: Config) -> tuple[dict[str, Any], Family]:
-    """Return config.json of the model's folder, and its family. Refuse a folder without a supported one or a tokenizer.
+def check_model_folder(config: Config) -> Architecture:
+    """Return the architecture of the model's folder. Refuse a folder without config.json or a tokenizer.
 
     Weights are not needed. Raises UserError also for settings that config.json rules out.
     """
@@ -227,9 +209,9 @@ def check_model_folder(config: Config) -> tuple[dict[str, Any], Family]:
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise _no_folder(folder)
-    model = read_model_config(folder)
+    model = read_config(folder)
     full = config.adapter.method == "full"
-    family = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
+    architecture = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
     check_before_tokenizer(config.spec, model)
     alternatives = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
     if not any(all((folder / name).is_file() for name in names) for names in alternatives):
@@ -237,26 +219,26 @@ def check_model_folder(config: Config) -> tuple[dict[str, Any], Family]:
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "
             "copy the tokenizer's files into it (tokenizer.save_pretrained writes them)"
         )
-    return model, family
+    return architecture
 
 
-def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, model: Mapping[str, Any], family: Family) -> None:
-    """Refuse settings that a model with this config.json (`model`) does not support."""
-    parallel.check_blocks(text_settings(model, family)["num_hidden_layers"])
-    check_router_loss(train.router_aux_loss, family)
-    check_tiles(train.mlp_tile, family)
+def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, architecture: Architecture) -> None:
+    """Refuse settings that a model does not support."""
+    parallel.check_blocks(architecture.num_layers)
+    check_router_loss(train.router_aux_loss, architecture)
+    check_tiles(train, architecture)
     if train.attention == "sdpa":
         without = "train.attention=sdpa has no effect"
-        why = f"{without} on {family.model_type}, whose attention goes through dense masks anyway; leave it out"
-        require(family.attention == "sdpa", why)
+        why = f"{without} on {architecture.model_type}, whose attention goes through dense masks anyway; leave it out"
+        require(architecture.attention == "sdpa", why)
         require(
             train.dtype == "bf16",
             f"{without} with train.dtype={train.dtype}, which supports no other; leave it out",
         )
     require(
-        not train.compile or family.experts is None,
-        f"train.compile=true: what it compiles is not tested on mixtures of experts ({family.model_type}); set "
-        "train.compile=false",
+        not train.compile or architecture.fusible,
+        f"train.compile=true: what it compiles is not what {architecture.model_type} computes in all of its layers; "
+        "set train.compile=false",
     )
 
 
@@ -276,68 +258,44 @@ def _no_folder(folder: Path) -> UserError:
     return UserError(field="model.path", value=str(folder), reason=f"does not exist{hint}")
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """Return config.json of a supported model. Raises UserError for any other."""
-    model = read_config(folder)
-    family_of(model, folder / "config.json")
-    return model
-
-
 def row_tokens(folder: Path) -> int:
     """Return ROW_TOKENS, or the model's context length if that is shorter."""
-    model = read_model_config(folder)
-    limit = text_settings(model, family_of(model, folder / "config.json")).get("max_position_embeddings")
+    model = read_config(folder)
+    limit = architecture_of(model, folder / "config.json").text(model).get("max_position_embeddings")
     return min(ROW_TOKENS, limit) if isinstance(limit, int) and limit > 1 else ROW_TOKENS
 
 
-def check_tensors(
-    folder: Path,
-    model: dict[str, Any],
-    tensors: dict[str, Segment],
-    packed: Mapping[str, PrequantizedWeight],
-    family: Family,
-) -> None:
-    """Refuse a checkpoint that lacks a layer, the embedding, the last norm or the LM head, or has other dtypes.
-
-    `tensors` are by transformers' names; `packed` are those already in NF4.
-    """
-    num_layers, place = text_settings(model, family).get("num_hidden_layers"), folder / "config.json"
-    if type(num_layers) is not int or num_layers < 1:
-        raise UserError(f"{place}: num_hidden_layers={short(num_layers)} is not a number of layers; download it again")
-    layers = f"{family.decoder}.layers."
-    needed = [f"{family.decoder}.embed_tokens.weight", f"{family.decoder}.norm.weight"]
-    needed += [] if is_tied(model, family) else ["lm_head.weight"]
-    in_blocks = (name.removeprefix(layers) for name in tensors if _BLOCK_WEIGHT.fullmatch(name))
-    suffixes = {name.partition(".")[2] for name in in_blocks}
-    # Of a number of layers that is no model's, one more than there are tensors is enough to find one that is missing.
-    some = range(min(num_layers, len(tensors) + 1))
-    needed += [f"{layers}{layer}.{suffix}" for layer in some for suffix in sorted(suffixes)]
-    absent = [name for name in needed if name not in tensors]
-    if absent or not suffixes:
-        first = absent[0] if absent else f"{layers}0"
+def check_tensors(base: CheckpointFiles, packed: Mapping[str, PrequantizedWeight], architecture: Architecture) -> None:
+    """Refuse a checkpoint that lacks a weight or has one of another dtype. `packed` are those on disk in NF4."""
+    on_disk = base.headers
+    stored_as = architecture.on_disk({*on_disk, *packed})
+    head = f"{architecture.head}.weight"
+    needed = [name for name in architecture.parameter_names() if name != head or not architecture.tied]
+    absent = [name for name in needed if name not in stored_as]
+    if absent:
         count = f" ({len(absent)} tensors are missing in all)" if len(absent) > 1 else ""
-        raise UserError(f"{folder}: no tensor {first} in its safetensors{count}; download the checkpoint again")
+        raise UserError(
+            f"{base.folder}: no tensor {absent[0]} in its safetensors{count}; download the checkpoint again"
+        )
     for name in needed:
-        if name in packed:
-            if not _BLOCK_WEIGHT.fullmatch(name):
-                raise packed_outside_blocks(name)
-        elif tensors[name].dtype not in SOURCE_DTYPES:
-            raise UserError(
-                f"{tensors[name].file}: {name} is stored as {tensors[name].dtype}; a base must be "
-                f"{', '.join(SOURCE_DTYPES)}, so set {{model.path}} to such a checkpoint"
-            )
+        for stored in stored_as[name]:
+            if stored in packed:
+                if not name.startswith(architecture.layer_prefix):
+                    raise packed_outside_blocks(name)
+            elif on_disk[stored].dtype not in SOURCE_DTYPES:
+                raise UserError(
+                    f"{on_disk[stored].file}: {stored} is stored as {on_disk[stored].dtype}; a base must be "
+                    f"{', '.join(SOURCE_DTYPES)}, so set {{model.path}} to such a checkpoint"
+                )
 
 
-def check_initial_adapter(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], embedding: tuple[int, ...]) -> None:
-    """Refuse an adapter at init_from that does not fit the model's linears and embedding.
-
-    shapes: (out, in) by path. embedding: shape of the embedding's weight.
-    """
+def check_initial_adapter(spec: ModelSpec, architecture: Architecture) -> None:
+    """Refuse an adapter at init_from that does not fit the model's linears and embedding."""
     if spec.adapter.init_from is None:
         return
     initial = read_peft_adapter(spec.adapter.init_from)
-    check_fits(initial, spec.adapter, shapes)
-    file, (stored, hidden) = initial.folder / WEIGHTS_NAME, embedding
+    check_fits(initial, spec.adapter, architecture)
+    file, stored, hidden = initial.folder / WEIGHTS_NAME, architecture.vocabulary, architecture.hidden
     check_rows(initial.token_rows, file, stored=stored, hidden=hidden)
     rows = range(stored, stored + len(spec.model.new_tokens) + 1)  # The worker knows how many fit into spare rows.
     check_modules(initial.modules, file, rows=rows, hidden=hidden)
@@ -345,13 +303,6 @@ def check_initial_adapter(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]
     if initial.base is not None and Path(initial.base).name not in {Path(name).name for name in names if name}:
         base = spec.model.name or spec.model.path
         print(f"note: the adapter at init_from says that its base is {initial.base}; this run's is {base}", flush=True)
-
-
-def linear_names(tensors: dict[str, Segment], family: Family) -> list[str]:
-    """Return the paths of the linears in the decoder layers: 2-D weights, without routers and experts."""
-    matches = ((_BLOCK_WEIGHT.fullmatch(name), segment) for name, segment in tensors.items())
-    names = [match[1] for match, segment in matches if match and len(segment.shape) == 2]
-    return [name for name in names if family.experts is None or not set(family.experts.on_disk) & set(name.split("."))]
 
 
 def check_data(data: DataConfig, objective: str, run_dir: str) -> None:

@@ -87,7 +87,7 @@ def _choose(config: Config, fixed: Collection[str], model: PlannedModel, machine
 def check_planned(config: Config, model: PlannedModel) -> None:
     """Raise UserError for settings that `check_model` refuses, of a model whose config.json alone is present."""
     spec = config.spec
-    check_model_sizes(config.parallel, config.train, model.settings, model.shapes.family)
+    check_model_sizes(config.parallel, config.train, model.shapes.architecture)
     if model.settings.get("quantization_config") is not None:
         refuse_dense_settings(spec)
     if spec.adapter.method == "full":

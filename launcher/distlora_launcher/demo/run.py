@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.families import read_config
+from distlora.architecture.config_checks import read_config
 from distlora.config import require
 from distlora.run_folder.layout import REPORT_NAME, SUMMARY_NAME, read_record
 from distlora.system.exit_codes import require_package

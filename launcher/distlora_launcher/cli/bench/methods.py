@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.families import family_of, read_config
-from distlora.architecture.safetensors_headers import read_headers
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import architecture_of
 from distlora.config import UserError, require
 from distlora.config.base import cache_root
 from distlora.output.results import COLOURS, Table, new_figure, save
@@ -29,7 +29,7 @@ from distlora.run_folder.layout import SUMMARY_NAME, read_record
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, STOPPED
 from distlora_launcher.cli.bench import check_counts
-from distlora_launcher.compose.checks import check_writable, gpu_count, linear_names
+from distlora_launcher.compose.checks import check_writable, gpu_count
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import CONFIG_NAME
 from distlora_launcher.launch.processes import forwarding
@@ -566,12 +566,10 @@ def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) ->
 
 
 def count_weights(model: Path) -> tuple[int, int]:
-    """Return (parameters of the base, those in linears of its decoder layers), from the safetensors headers."""
-    tensors = read_headers(model)
-    family = family_of(read_config(model), model / "config.json")
-    linears = {f"{name}.weight" for name in linear_names(tensors, family)}
-    sizes = {name: math.prod(segment.shape) for name, segment in tensors.items()}
-    return sum(sizes.values()), sum(size for name, size in sizes.items() if name in linears)
+    """Return (parameters of the base, those in linears of its decoder layers), from config.json."""
+    architecture = architecture_of(read_config(model), model / "config.json")
+    linears = sum(weight.numel for _, weight in architecture.adaptable() if weight.kind == "linear")
+    return architecture.numel, linears
 
 
 def log(text: str) -> None:

@@ -1,0 +1,131 @@
+"""Check a model's config.json against what distlora supports, before any process starts. Imports no torch.
+
+transformers refuses a damaged one when it builds the model (`architecture_of`); what is refused here would train, and
+wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distlora.architecture.spec import Architecture, architecture_of
+from distlora.config import TrainConfig, UserError
+from distlora.config.json_files import read_object
+
+_AGAIN = "download it again"
+
+
+def check_tiles(train: TrainConfig, architecture: Architecture) -> None:
+    """Refuse train.mlp_tile and train.checkpointing=selective for layers whose MLP does not run by itself."""
+    tile = train.mlp_tile
+    if tile is not None and architecture.has_experts:
+        raise UserError(
+            f"train.mlp_tile={tile} runs an MLP on part of a sequence, and {architecture.model_type} sorts and "
+            "balances all tokens of a sequence over experts; leave it out (train.checkpointing=selective "
+            "recomputes experts whole)"
+        )
+    if (tile is not None or train.checkpointing == "selective") and any(
+        kind.mlp is None for kind in architecture.kinds
+    ):
+        setting = "train.checkpointing=selective" if tile is None else f"train.mlp_tile={tile}"
+        raise UserError(
+            f"{setting} runs the MLP of a layer with its norms by itself, and {architecture.model_type} has layers "
+            "that compute it otherwise; set train.checkpointing=block and leave train.mlp_tile out"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a model's folder. Raises UserError without one, or if it is not a JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no config.json; point {{model.path}} at a model's folder in Hugging Face format"
+        )
+    return read_object(path, _AGAIN)
+
+
+def check_config(
+    model: Mapping[str, Any], place: Path | str, *, sequence_length: int | None = None, full: bool = False
+) -> Architecture:
+    """Return the architecture of a config.json. Raises UserError with the reason if the model cannot be trained.
+
+    `place` is the config.json for messages, sequence_length the tokens of a row, `full` full fine-tuning.
+    """
+    if is_mxfp4(model):
+        raise UserError(
+            f"{place}: quantization_config.quant_method='mxfp4': experts in MXFP4 are neither kept nor read; set "
+            "{model.path} to a copy in bf16 (transformers writes one: from_pretrained(..., "
+            "quantization_config=Mxfp4Config(dequantize=True), dtype='bfloat16'), then save_pretrained)"
+        )
+    architecture = architecture_of(model, place)
+    settings = architecture.text(model)
+    if full and architecture.composite:
+        raise UserError(
+            f"adapter=full would save {architecture.model_type} without its vision tower; set adapter=lora, "
+            "or convert the folder to its text model first"
+        )
+    if full and architecture.has_experts:
+        raise UserError(
+            f"adapter=full on a mixture of experts ({architecture.model_type}) is covered by no test; set adapter=lora "
+            "(adapter.target_modules=all-linear adapts the experts too)"
+        )
+    _check_class(model, place, architecture)
+    # In either format: rope_scaling, or rope_parameters, whole or by layer type.
+    ropes = [rope for rope in (settings.get("rope_scaling"), settings.get("rope_parameters")) if rope]
+    for rope in (*ropes, *(value for both in ropes for value in both.values())):
+        if isinstance(rope, Mapping) and ("rope_type" in rope or "type" in rope):
+            _check_rope(rope, settings, place, architecture, sequence_length)
+    limit = settings.get("max_position_embeddings")
+    if isinstance(limit, int) and sequence_length is not None and sequence_length > limit:
+        raise UserError(
+            field="data.sequence_length",
+            value=f"{sequence_length:,}",
+            reason=f"is beyond the model's {limit:,} positions (max_position_embeddings in {place})",
+            cure=f"set {{field}}={limit} or less",
+        )
+    return architecture
+
+
+def _check_class(model: Mapping[str, Any], place: Path | str, architecture: Architecture) -> None:
+    """Refuse code that comes with the weights, unless transformers has the very class (Phi-3 on the hub names both)."""
+    remote = model.get("auto_map")
+    name = remote.get("AutoModelForCausalLM") if isinstance(remote, Mapping) else None
+    if isinstance(name, str) and name.rpartition(".")[2] != architecture.model_class:
+        raise UserError(
+            f"{place}: auto_map requires code that comes with the weights ({name}), which distlora does not run, and "
+            f"{architecture.model_class} of transformers may compute something else; use a base without auto_map, or "
+            "delete the entry if the two are the same"
+        )
+
+
+def is_mxfp4(model: Mapping[str, Any]) -> bool:
+    """Return True if a checkpoint has experts in MXFP4, by its config.json."""
+    quantization = model.get("quantization_config")
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") == "mxfp4"
+
+
+def _check_rope(
+    rope: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    place: Path | str,
+    architecture: Architecture,
+    sequence_length: int | None,
+) -> None:
+    kind = str(rope.get("rope_type", rope.get("type")))
+    if architecture.model_type == "phi3" and kind in ("su", "yarn"):  # As Phi3Config reads them.
+        kind = "longrope"
+    if kind != "longrope":
+        return
+    original = settings.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+    if original is None:
+        original = 4096 if architecture.model_type == "phi3" else settings.get("max_position_embeddings")
+    if isinstance(original, int) and sequence_length is not None and sequence_length > original:
+        raise UserError(
+            field="data.sequence_length",
+            value=f"{sequence_length:,}",
+            reason=f"is beyond {original:,} tokens (original_max_position_embeddings in {place}), where longrope picks "
+            "its factors by the longest document of the batch and packed documents differ from single ones",
+            cure=f"set {{field}}={original} or less",
+        )

@@ -1,0 +1,335 @@
+"""The architecture of a model: paths, kinds of layers, weights, and how it is run. Imports no torch.
+
+`distlora.derive` makes it from the module that transformers builds for a config.json, in a process of its own, and this
+module keeps it as JSON in the cache. The launcher, the planner and the worker read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distlora.architecture.disk_names import DiskNames, model_names
+from distlora.config import UserError
+from distlora.config.base import cache_root
+from distlora.system.atomic_io import write_text
+from distlora.system.exit_codes import BAD_INPUT
+from distlora.system.progress import still
+
+WeightKind = Literal["linear", "experts", "fused", "dense"]
+"""`linear`: of an nn.Linear that is called as one. `experts`: all experts of a layer, which transformers calls through
+its interface. `fused`: any other large weight, which the module's own code reads. `dense`: stays in 16 bits."""
+
+Role = Literal["", "attention", "mlp", "experts", "mixer"]
+"""What a linear or the weight of experts belongs to. `mixer`: mixes tokens by other means than softmax attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One parameter of a decoder layer, or of the decoder outside of its layers."""
+
+    path: str
+    """Its path in the layer, or in the model."""
+    shape: tuple[int, ...]
+    kind: WeightKind = "dense"
+    role: Role = ""
+    no_adapter: str = ""
+    """Reason why a linear or the weight of experts has no adapter; empty if it can have one."""
+
+    @property
+    def packs(self) -> bool:
+        """True if quant=nf4 keeps it in 4 bits."""
+        return self.kind != "dense"
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLayout:
+    """Names of a mixture of experts in a decoder layer."""
+
+    module: str
+    """Path of the experts in the layer."""
+    weights: tuple[str, ...]
+    """The 3-D weights of the module, in the order of its parameters, which is the order in which PEFT wraps them."""
+    router: str = ""
+    """Path of the router in the layer; empty if its output is not router logits first, so that no loss can balance it.
+    """
+    num_experts: int = 0
+    chosen: int = 0
+    """Experts that a token chooses."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths in the layer of the fused weights."""
+        return tuple(f"{self.module}.{weight}" for weight in self.weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerKind:
+    """Decoder layers that are alike but for their weights' values."""
+
+    weights: tuple[Weight, ...]
+    experts: ExpertLayout | None = None
+    key: str = ""
+    """What layers of this kind have in common, also in a shrunk model."""
+    mlp: tuple[str, str | None, str | None] | None = None
+    """Paths of the MLP, the norm before it and the norm after it, if a half of the layer is x + norm(mlp(norm(x)));
+    None otherwise."""
+    window: int | None = None
+    """Tokens that attention sees, itself included; None: all before it."""
+    apart: tuple[str, ...] = ()
+    """Modules that mix packed documents, and therefore run each by itself."""
+    batch_dims: tuple[tuple[str, int | None], ...] = ()
+    """Batch dimension of each argument of the layer where it is not dim 0; None: it has none."""
+    heads: tuple[int, int, int] | None = None
+    """Query heads, key heads and columns of a head of softmax attention; None without it."""
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return sum(weight.numel for weight in self.weights)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the weights in the layer."""
+        return [weight.path for weight in self.weights]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadForm:
+    """The computation of logits from the decoder's hidden states."""
+
+    kind: Literal["plain", "softcap", "scale", "own"] = "plain"
+    """plain: the product with the head's weight, plus its bias. softcap, scale: the same, then value * tanh(. / value)
+    or value times it. own: whatever the model's forward does."""
+    value: float = 1.0
+    """The cap, or the scale."""
+    beside: tuple[str, ...] = ()
+    """Names of the model's modules that an `own` forward runs beside decoder and head (modernbert-decoder's MLP)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """Everything about a model that config.json decides, as far as building, naming and planning need it."""
+
+    model_type: str
+    model_class: str
+    """The transformers class of the whole model, which PEFT loads an adapter onto."""
+    auto_class: str = "AutoModelForCausalLM"
+    """The Auto class of transformers that makes it."""
+    text_config: str | None = None
+    """Key of config.json that holds the decoder's settings; None: the top level."""
+    decoder: str
+    """Path of the decoder."""
+    layers: str
+    """Path in the decoder of the list of its layers."""
+    embedding: str
+    """Path in the decoder of the input embedding."""
+    norm: str | None
+    """Path in the decoder of the norm that alone follows the last layer; None if something else does."""
+    head: str
+    """Path of the LM head."""
+    vocabulary: int
+    """Rows of the embedding."""
+    hidden: int
+    tied: bool
+    """True if the LM head's weight is the embedding's."""
+    kinds: tuple[LayerKind, ...]
+    kind_of_layer: tuple[int, ...]
+    """Index in `kinds` of each layer."""
+    outside: tuple[Weight, ...] = ()
+    """The decoder's weights outside of its layers and embedding: the last norm, by paths in the model."""
+    buffers: tuple[tuple[str, int], ...] = ()
+    """(`fp32` or `dtype`, the dtype of the run; number of elements) of the decoder's buffers."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation; `eager` where SDPA computes something else (caps of scores, sinks)."""
+    varlen: bool = True
+    """True if variable-length attention gives the same result for packed documents."""
+    documents: Literal["positions", "masks", "single"] = "positions"
+    """How packed documents are kept apart besides `LayerKind.apart`: by position_ids alone, by masks that are made from
+    them, or by one document per sequence."""
+    head_form: HeadForm = HeadForm()
+    norm_form: Literal["llama", "gemma", ""] = ""
+    """RMSNorm of the decoder: times the scale after rounding (llama), times 1 + scale in fp32 (gemma), or others."""
+    fusible: bool = False
+    """True if norms, MLPs and rotary embeddings can be replaced by fused ones."""
+    disk: DiskNames
+    """How transformers names the tensors of a checkpoint."""
+    checks: tuple[tuple[str, float], ...] = ()
+    """Name and largest difference of each check on a shrunk model with random weights."""
+    seconds: float = 0.0
+    """Time that deriving and checking took."""
+
+    @property
+    def composite(self) -> bool:
+        """True if the folder holds more than the text model (a vision tower), which stays unchanged."""
+        return self.text_config is not None
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.kind_of_layer)
+
+    @property
+    def layer_prefix(self) -> str:
+        """Hugging Face path of the layers, before the index of one."""
+        return f"{self.decoder}.{self.layers}."
+
+    @property
+    def embedding_path(self) -> str:
+        """Hugging Face path of the embedding."""
+        return f"{self.decoder}.{self.embedding}"
+
+    @property
+    def has_experts(self) -> bool:
+        """True if a layer has a mixture of experts that transformers calls through its interface."""
+        return any(kind.experts is not None for kind in self.kinds)
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters of the text model, a tied matrix once."""
+        matrices = (1 if self.tied else 2) * self.vocabulary * self.hidden
+        layers = sum(self.kinds[kind].numel for kind in self.kind_of_layer)
+        return matrices + layers + sum(weight.numel for weight in self.outside)
+
+    @property
+    def largest(self) -> LayerKind:
+        """The kind of layer with most parameters."""
+        return max(self.kinds, key=lambda kind: kind.numel)
+
+    def counted(self) -> Iterator[tuple[LayerKind, int]]:
+        """Yield each kind of layer and the number of layers of it."""
+        for number, kind in enumerate(self.kinds):
+            yield kind, self.kind_of_layer.count(number)
+
+    def on_disk(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Return the names on disk of each parameter of the text model, by transformers' name.
+
+        `names`: all tensors of a checkpoint. A parameter that is merged from several has several.
+        """
+        return model_names(self.disk, names, frozenset(self.parameter_names()))
+
+    def parameter_names(self) -> list[str]:
+        """Return transformers' names of the text model's parameters."""
+        names = [f"{self.embedding_path}.weight", f"{self.head}.weight", *(weight.path for weight in self.outside)]
+        for index in range(self.num_layers):
+            names += [f"{self.layer_prefix}{index}.{weight.path}" for weight in self.layer(index).weights]
+        return names
+
+    def layer(self, index: int) -> LayerKind:
+        """Return the kind of one layer."""
+        return self.kinds[self.kind_of_layer[index]]
+
+    def adaptable(self) -> Iterator[tuple[str, Weight]]:
+        """Yield (Hugging Face path, weight) of each linear and fused weight of experts, layer by layer.
+
+        The path of a linear is its module's. Weights that no adapter can have (`Weight.no_adapter`) are included.
+        """
+        for index in range(self.num_layers):
+            for weight in self.layer(index).weights:
+                if weight.kind in ("linear", "experts"):
+                    yield f"{self.layer_prefix}{index}.{weight.path.removesuffix('.weight')}", weight
+
+    def text(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the decoder's part of the content of config.json."""
+        return model if self.text_config is None else model.get(self.text_config) or {}
+
+    @classmethod
+    def from_json(cls, text: str) -> Architecture:
+        """Return the architecture in a text of `to_json`."""
+        values = json.loads(text, object_pairs_hook=_with_tuples)
+        values["kinds"] = tuple(map(_kind_from, values["kinds"]))
+        values["outside"] = tuple(Weight(**weight) for weight in values["outside"])
+        values["head_form"] = HeadForm(**values["head_form"])
+        values["disk"] = DiskNames.from_json(values["disk"])
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def _with_tuples(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: _as_tuple(value) for name, value in pairs}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def _kind_from(values: dict[str, Any]) -> LayerKind:
+    experts = values.pop("experts")
+    weights = tuple(Weight(**weight) for weight in values.pop("weights"))
+    return LayerKind(**values, weights=weights, experts=None if experts is None else ExpertLayout(**experts))
+
+
+_IRRELEVANT = ("_name_or_path", "dtype", "quantization_config", "torch_dtype", "transformers_version", "use_cache")
+"""Keys of config.json that change no structure."""
+
+
+def architecture_of(model: Mapping[str, Any], place: Path | str) -> Architecture:
+    """Return the architecture of a model from the content of its config.json. `place` is the file, for messages.
+
+    The first call for a config starts a process that builds, shrinks and checks the model without weights
+    (`distlora.derive`); its result is kept in the cache. Raises UserError with the reason for a model that is not
+    supported.
+    """
+    content = json.dumps({k: v for k, v in model.items() if k not in _IRRELEVANT}, sort_keys=True)
+    return _architecture_of(content, str(place))
+
+
+@functools.lru_cache(maxsize=64)
+def _architecture_of(content: str, place: str) -> Architecture:
+    path = cached_path(content)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, derive(content, place))
+    return Architecture.from_json(path.read_text(encoding="utf-8"))
+
+
+def cached_path(content: str) -> Path:
+    """Return the place in the cache of the architecture of a config.json's content.
+
+    It depends on the versions of transformers and torch and on the code that derives it.
+    """
+    digest = hashlib.sha256(f"{content} {versions()}".encode()).hexdigest()
+    return cache_root() / "architectures" / f"{digest[:32]}.json"
+
+
+@functools.cache
+def versions() -> str:
+    """Return the versions of transformers and torch, and a digest of the code that derives and builds models."""
+    sources = sorted(path for folder in ("derive", "model") for path in (_PACKAGE / folder).glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    packages = (f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
+    return f"{' '.join(packages)} {digest}"
+
+
+def derive(content: str, place: str) -> str:
+    """Return the JSON of the architecture that a process with torch derives. Raises UserError with its reason."""
+    with still("checking how transformers builds the model"):
+        finished = subprocess.run(
+            [sys.executable, "-m", "distlora.derive", place], input=content, capture_output=True, text=True, check=False
+        )
+    if finished.returncode == BAD_INPUT:
+        raise UserError(finished.stdout.strip())
+    if finished.returncode:
+        raise RuntimeError(f"deriving the architecture of {place} failed:\n{finished.stderr}")
+    return finished.stdout
+
+
+_PACKAGE = Path(__file__).parents[1]

@@ -1,0 +1,16 @@
+"""Print the architecture of a config.json on standard input: `python -m distlora.derive PLACE < config.json`."""
+
+from __future__ import annotations
+
+import sys
+
+from distlora.config import UserError
+from distlora.derive import derive
+from distlora.system.exit_codes import BAD_INPUT
+
+if __name__ == "__main__":
+    try:
+        print(derive(sys.stdin.read(), sys.argv[1]))
+    except UserError as error:
+        print(error)
+        sys.exit(BAD_INPUT)

@@ -1,0 +1,426 @@
+"""Run a shrunk model on the CPU to learn what its modules do not tell: what is called, what mixes tokens, what leaks.
+
+Letters: T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from distlora.architecture.checkpoint_files import hf_config_of, refused_by_transformers
+from distlora.architecture.spec import Architecture, LayerKind, Weight
+from distlora.config import UserError
+from distlora.derive.linears import LinearUse, Mixing, linear_calls, peft_reasons, role_of, router_linears, token_mixers
+from distlora.derive.structure import structure
+from distlora.model.adapters import BlockContext, Rows
+from distlora.model.attention import LONGEST, Documents, masks_of_documents, reference, use
+from distlora.model.by_document import ByDocument, PackedRows
+from distlora.model.experts import find_routers
+from distlora.model.head_form import head_form, tail_of
+from distlora.model.hf_model import auto_class_of, transformers_model
+from distlora.model.layer_wrapper import argument_names, batch_dims
+
+LENGTHS = (11, 1, 19)
+"""Documents of a packed sequence. Two are longer than the windows of a shrunk model."""
+_TOKENS = 53
+"""Tokens of a sequence: more than any window of a shrunk model, and no other size of it."""
+_CLOSE = 1e-5
+"""Largest difference of two results that a different order of sums explains, relative to the largest value in fp32."""
+
+
+def probe(config: Mapping[str, Any], place: str) -> Architecture:
+    """Return the architecture of a shrunk model from the content of its config.json, with what running it tells.
+
+    Raises UserError if the model is not causal, or a property of it is not supported.
+    """
+    hf_config = hf_config_of(config, place)
+    auto_class = auto_class_of(hf_config, place)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers_model(
+            hf_config, place, auto_class=auto_class, attention="eager", dtype=torch.float32, device="cpu"
+        )
+        move_off_start(model)
+    found = structure(model, auto_class=auto_class, kinds={})
+    decoder = model.get_submodule(found.decoder)
+    layers = decoder.get_submodule(found.layers)
+    input_ids = random_tokens(_TOKENS, found.vocabulary)
+    with refused_by_transformers(place):
+        _check_causal(decoder, input_ids, found.model_type)
+    uses = linear_calls(model, lambda: model(input_ids=input_ids, use_cache=False).logits.float().square().mean())
+    with torch.no_grad():
+        mixers = token_mixers(layers, lambda: decoder(input_ids=input_ids, use_cache=False), _TOKENS)
+        attention = _attention(decoder, input_ids)
+        kinds = [
+            _with_uses(kind, found, model, found.kind_of_layer.index(number), uses, mixers)
+            for number, kind in enumerate(found.kinds)
+        ]
+        kinds = _with_mlp_halves(kinds, found, decoder, input_ids)
+        kinds = _with_batch_dims(kinds, found, decoder)
+        documents, apart = _documents(found, decoder)
+        kinds = [dataclasses.replace(kind, apart=apart[number]) for number, kind in enumerate(kinds)]
+        norm_form = _norm_form(decoder)
+        return dataclasses.replace(
+            found,
+            kinds=tuple(kinds),
+            norm=tail_of(decoder, found.layers, {"input_ids": input_ids, "use_cache": False}),
+            attention=attention,
+            documents=documents,
+            varlen=attention == "sdpa" and _takes_varlen(found, decoder),
+            head_form=head_form(model, found.decoder),
+            norm_form=norm_form,
+            fusible=bool(norm_form) and _is_fusible(decoder),
+        )
+
+
+@torch.no_grad()
+def move_off_start(model: nn.Module) -> None:
+    """Change every parameter and stored buffer, so that a missing one is seen."""
+    names = set(model.state_dict())
+    tensors = {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if name in names}
+    for tensor in tensors.values():
+        if tensor.is_floating_point() and tensor.dim() < 2:
+            tensor.copy_(tensor * (1 + 0.2 * torch.randn_like(tensor)) + 0.1 * torch.randn_like(tensor))
+
+
+def random_tokens(length: int, vocabulary: int, *, rows: int = 1, seed: int = 1) -> Tensor:
+    """Return (rows, length) int64 random tokens, without the special ones."""
+    return torch.randint(5, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _differ(actual: Tensor, expected: Tensor, tolerance: float = _CLOSE) -> bool:
+    return bool((actual - expected).abs().max() > tolerance * expected.abs().max())
+
+
+@torch.no_grad()
+def _check_causal(decoder: Any, input_ids: Tensor, model_type: str) -> None:
+    whole = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    changed = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1).clamp(max=int(input_ids.max()))], dim=1)
+    other = decoder(input_ids=changed, use_cache=False).last_hidden_state
+    if _differ(other[:, :-1], whole[:, :-1]):
+        raise UserError(
+            f"{model_type} is not causal with this config.json: a token's output changes with the tokens after it; set "
+            "{model.path} to a causal model"
+        )
+
+
+def _attention(decoder: Any, input_ids: Tensor) -> Literal["sdpa", "eager"]:
+    """Return the fastest of transformers' attention implementations that computes what the eager one does."""
+    expected = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    try:
+        decoder.set_attn_implementation("sdpa")
+        same = not _differ(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, expected)
+    except (ValueError, ImportError):  # transformers' word for a model without it.
+        same = False
+    if not same:
+        decoder.set_attn_implementation("eager")
+    return "sdpa" if same else "eager"
+
+
+def _with_uses(
+    kind: LayerKind,
+    found: Architecture,
+    model: Any,
+    index: int,
+    uses: Mapping[str, LinearUse],
+    mixers: Sequence[Mapping[str, Mixing]],
+) -> LayerKind:
+    """Return a kind of layer with the use and the role of each weight. `index` is that of the first such layer."""
+    prefix = f"{found.layer_prefix}{index}."
+    linears = [weight.path.removesuffix(".weight") for weight in kind.weights if weight.kind == "linear"]
+    peft = peft_reasons(model, [prefix + path for path in linears])
+    routers = router_linears(model)
+
+    def with_use(weight: Weight) -> Weight:
+        if weight.kind == "experts":
+            return dataclasses.replace(weight, role="experts")
+        if weight.kind != "linear":
+            return weight
+        path = prefix + weight.path.removesuffix(".weight")
+        if uses[path].stays or path in routers:
+            return dataclasses.replace(weight, kind="dense")
+        return dataclasses.replace(
+            weight, role=role_of(weight.path, mixers[index]), no_adapter=uses[path].no_adapter or peft.get(path, "")
+        )
+
+    experts = kind.experts
+    if experts is not None:
+        router = next(iter(find_routers(model, model.get_submodule(prefix.removesuffix(".")))), "")
+        experts = dataclasses.replace(experts, router=router)
+    return dataclasses.replace(kind, weights=tuple(map(with_use, kind.weights)), experts=experts)
+
+
+def _with_mlp_halves(
+    kinds: Sequence[LayerKind], found: Architecture, decoder: Any, input_ids: Tensor
+) -> list[LayerKind]:
+    """Return the kinds with the paths of their MLPs and the norms around them.
+
+    A half qualifies if the layer calls a norm, the MLP on the norm's output, possibly a norm on the MLP's output, and
+    adds the result to the first norm's input.
+    """
+    layers = decoder.get_submodule(found.layers)
+    calls: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    def keep(key: tuple[int, str], arguments: Any, output: Any) -> None:
+        calls.setdefault(key, (arguments[:1], output))
+
+    hooks = [
+        module.register_forward_hook(lambda _, arguments, output, key=(index, name): keep(key, arguments, output))
+        for index, layer in enumerate(layers)
+        for name, module in (("", layer), *layer.named_children())
+        if not isinstance(module, nn.Dropout)  # It returns its input, as no gradient is computed.
+    ]
+    try:
+        decoder(input_ids=input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    result = []
+    for number, kind in enumerate(kinds):
+        index = found.kind_of_layer.index(number)
+        called = {name: call for (at, name), call in calls.items() if at == index}
+        _, output = called.pop("", (None, None))
+        result.append(dataclasses.replace(kind, mlp=_mlp_half(called, output, kind)))
+    return result
+
+
+def _with_batch_dims(kinds: Sequence[LayerKind], found: Architecture, decoder: Any) -> list[LayerKind]:
+    """Return the kinds with the arguments of a layer whose batch is not their first dimension."""
+    layers = decoder.get_submodule(found.layers)
+    calls: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in layers]
+    for rows in (2, 3):
+
+        def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
+            arguments = dict(zip(argument_names(layer), args, strict=False)) | kwargs
+            calls[index].append((rows, arguments))  # noqa: B023  (called within this iteration)
+
+        hooks = [
+            layer.register_forward_pre_hook(
+                lambda layer, args, kwargs, index=index: keep(layer, args, kwargs, index), with_kwargs=True
+            )
+            for index, layer in enumerate(layers)
+        ]
+        try:
+            decoder(input_ids=random_tokens(_TOKENS, found.vocabulary, rows=rows), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    try:
+        dims = [batch_dims(calls[found.kind_of_layer.index(number)]) for number in range(len(kinds))]
+    except TypeError as error:
+        raise UserError(f"{found.model_type} has layers whose batch cannot be sliced: {error}") from error
+    return [dataclasses.replace(kind, batch_dims=tuple(own.items())) for kind, own in zip(kinds, dims, strict=True)]
+
+
+def _mlp_half(
+    calls: Mapping[str, tuple[Any, Any]], output: Any, kind: LayerKind
+) -> tuple[str, str | None, str | None] | None:
+    roles = {weight.path.partition(".")[0]: weight.role for weight in kind.weights if weight.role}
+    output = output[0] if isinstance(output, tuple) else output
+    for name, (arguments, product) in calls.items():
+        if roles.get(name) not in ("mlp", "experts") or not arguments:
+            continue
+        product = product[0] if isinstance(product, tuple) else product
+        before = [n for n, (_, made) in calls.items() if made is arguments[0]]
+        after = [n for n, (given, _) in calls.items() if given and given[0] is product]
+        if len(before) != 1 or len(after) > 1:
+            continue
+        (states,) = calls[before[0]][0]
+        half = calls[after[0]][1] if after else product
+        if isinstance(output, Tensor) and torch.equal(states + half, output):
+            return name, before[0], after[0] if after else None
+    return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Packed:
+    """A packed sequence, and its documents alone."""
+
+    input_ids: Tensor
+    """(1, T)."""
+    position_ids: Tensor
+
+    @classmethod
+    def of(cls, vocabulary: int) -> _Packed:
+        """Return random documents of LENGTHS."""
+        positions = torch.cat([torch.arange(length) for length in LENGTHS])
+        return cls(random_tokens(sum(LENGTHS), vocabulary, seed=2), positions[None])
+
+    def alone(self) -> Iterator[tuple[slice, dict[str, Any]]]:
+        """Yield (place in the sequence, arguments of a decoder) of each document."""
+        for start, end in itertools.pairwise(itertools.accumulate(LENGTHS, initial=0)):
+            part = slice(start, end)
+            yield part, {"input_ids": self.input_ids[:, part], "position_ids": self.position_ids[:, part]}
+
+
+def _documents(
+    found: Architecture, decoder: Any
+) -> tuple[Literal["positions", "masks", "single"], list[tuple[str, ...]]]:
+    """Return how packed documents are kept apart, and by kind of layer the modules that must run each by itself."""
+    packed = _Packed.of(found.vocabulary)
+    inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
+    layers = decoder.get_submodule(found.layers)
+    alone = [decoder(**one, use_cache=False).last_hidden_state for _, one in packed.alone()]
+    expected = torch.cat(alone, dim=1)
+
+    def leaks(**masks: Any) -> bool:
+        return _differ(decoder(**inputs, **masks).last_hidden_state, expected)
+
+    nothing: list[tuple[str, ...]] = [()] * len(found.kinds)
+    if not leaks():
+        return "positions", nothing
+    masks = masks_of_documents(decoder, packed.position_ids)
+    if masks is not None and not leaks(attention_mask=masks):
+        return "masks", nothing
+    chosen: Literal["positions", "masks"] = "positions"
+    context = BlockContext()
+    context.rows = Rows(packed=PackedRows.of(packed.position_ids))
+    apart: dict[str, None] = {}
+    originals: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        while leaks():
+            leaking = _first_leak(layers, decoder, inputs, packed)
+            if leaking is None:
+                return "single", nothing
+            kind = found.kind_of_layer[leaking[0]]
+            apart[f"{kind} {leaking[1]}"] = None
+            for index, layer in enumerate(layers):
+                if found.kind_of_layer[index] == kind:
+                    module = layer.get_submodule(leaking[1])
+                    originals.append((layer, leaking[1], module))
+                    layer.set_submodule(leaking[1], ByDocument(module, context))
+    finally:
+        for layer, path, module in originals:
+            layer.set_submodule(path, module)
+    paths = [
+        tuple(each.split(" ", 1)[1] for each in apart if each.split(" ", 1)[0] == str(n))
+        for n in range(len(found.kinds))
+    ]
+    return chosen, paths
+
+
+def _first_leak(layers: nn.ModuleList, decoder: Any, inputs: Any, packed: _Packed) -> tuple[int, str] | None:
+    """Return (layer, path in it) of the innermost module that first makes documents differ from themselves alone.
+
+    Its input is that of each document alone, and its output is not.
+    """
+    names = [
+        (index, path, module)
+        for index, layer in enumerate(layers)
+        for path, module in layer.named_modules()
+        if path and not isinstance(module, ByDocument)
+    ]
+
+    def record(arguments: Mapping[str, Any]) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = next(
+                (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None
+            )
+            made = output[0] if isinstance(output, tuple) else output
+            if given is not None and isinstance(made, Tensor):
+                seen.setdefault(module, (given, made))
+
+        hooks = [module.register_forward_hook(keep, with_kwargs=True) for _, _, module in names]
+        try:
+            decoder(**arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+    together = record(inputs)
+    singles = [(part, record({**one, "use_cache": False})) for part, one in packed.alone()]
+
+    def same(module: nn.Module, which: int) -> bool | None:
+        if module not in together:
+            return None
+        whole = together[module][which]
+        for part, single in singles:
+            one = single[module][which]
+            at = next((d for d in range(whole.dim()) if whole.shape[d] == packed.input_ids.shape[1]), None)
+            if at is None or one.shape[at] != part.stop - part.start:
+                return None
+            if _differ(whole.narrow(at, part.start, part.stop - part.start), one):
+                return False
+        return True
+
+    leaking = [(index, path) for index, path, module in names if same(module, 0) and same(module, 1) is False]
+    innermost = [
+        (index, path)
+        for index, path in leaking
+        if not any(other == index and inner.startswith(f"{path}.") for other, inner in leaking)
+    ]
+    return min(innermost, default=None)
+
+
+def _takes_varlen(found: Architecture, decoder: Any) -> bool:
+    """Return whether variable-length attention computes what the decoder's own does on packed documents."""
+    if found.documents != "positions":
+        return False
+    packed = _Packed.of(found.vocabulary)
+    inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
+    expected = decoder(**inputs).last_hidden_state
+    documents = Documents.of(packed.position_ids)
+    try:
+        use(decoder, reference, name="distlora_probe")
+        output = decoder(**inputs, attention_mask=documents.starts, **{LONGEST: documents.longest}).last_hidden_state
+        return not _differ(output, expected)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError):
+        return False  # Its masks are more than what attention passes on.
+    finally:
+        decoder.set_attn_implementation("sdpa")
+
+
+def _norm_form(decoder: nn.Module) -> Literal["llama", "gemma", ""]:
+    """Return which RMSNorm all norms of the decoder compute in bf16; empty if they differ or are others."""
+    norms = [module for module in decoder.modules() if type(module).__name__.endswith("RMSNorm")]
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    forms: set[Literal["llama", "gemma", ""]] = set()
+    for norm in norms:
+        weight = getattr(norm, "weight", None)
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if not isinstance(weight, Tensor) or eps is None:
+            return ""
+        given = x[..., : weight.shape[0]]
+        scale, wide = weight.bfloat16(), given.float()
+        rms = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        made = functional_call(norm, {"weight": scale}, (given,))
+        llama, gemma = scale * rms.bfloat16(), (rms * (1 + scale.float())).bfloat16()
+        forms.add("llama" if torch.equal(made, llama) else "gemma" if torch.equal(made, gemma) else "")
+    return forms.pop() if len(forms) == 1 else ""
+
+
+def _is_fusible(decoder: Any) -> bool:
+    """Return whether the code of its MLPs and rotary embedding is that which fused modules replace."""
+    from transformers.models.gemma3 import modeling_gemma3
+    from transformers.models.llama import modeling_llama
+    from transformers.models.phi3 import modeling_phi3
+
+    known = (modeling_llama, modeling_gemma3, modeling_phi3)
+    rotary = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
+    mlps = (modeling_llama.LlamaMLP, modeling_gemma3.Gemma3MLP, modeling_phi3.Phi3MLP)
+    found = {type(module) for path, module in decoder.named_modules() if path.rpartition(".")[2] == "mlp"}
+    forwards = {_code(mlp.forward) for mlp in mlps}
+    return (
+        rotary is not None
+        and _code(rotary) in {_code(module.apply_rotary_pos_emb) for module in known}
+        and bool(found)
+        and all(_code(mlp.forward) in forwards for mlp in found)
+    )
+
+
+def _code(function: Any) -> str:
+    """Return the code of a function without its docstring."""
+    source = inspect.getsource(function)
+    return source.replace(function.__doc__ or "", "")

@@ -1,0 +1,169 @@
+"""Read the structure of a model from transformers' module: paths, kinds of layers, and the shapes of their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from distlora.architecture.spec import Architecture, ExpertLayout, LayerKind, Weight
+from distlora.config import UserError
+from distlora.derive.shrink import layer_kinds
+from distlora.model.experts import find_experts
+from distlora.model.hf_model import decoder_path, layers_path, path_in
+from distlora.model.quantized_parameters import find_large_parameters
+from distlora.weights.conversion import disk_names_of, layout_of
+
+
+def structure(hf_model: Any, *, auto_class: str, kinds: Mapping[str, LayerKind]) -> Architecture:
+    """Return the architecture of a transformers model, on meta or with weights, but for what only running it tells.
+
+    `kinds`: what is known of each kind of layer by its key; shapes, windows, heads and numbers of experts are read from
+    this model. Of an unknown kind weights are linears, experts or dense, by their modules.
+    """
+    decoder_at = decoder_path(hf_model)
+    decoder = hf_model.get_submodule(decoder_at)
+    layers_at = layers_path(decoder)
+    layers = decoder.get_submodule(layers_at)
+    embedding, head = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
+    config = hf_model.config
+    keys = [_key(kind) for kind in layer_kinds(hf_model)]
+    order = list(dict.fromkeys(keys))
+    found = []
+    for key in order:
+        index = keys.index(key)
+        found.append(_kind_of(layers[index], decoder.config, index, kinds.get(key, LayerKind(weights=(), key=key))))
+    named = {id(parameter) for module in (layers, embedding) for parameter in module.parameters()}
+    return Architecture(
+        model_type=config.model_type,
+        model_class=type(hf_model).__name__,
+        auto_class=auto_class,
+        text_config=next((k for k in config.sub_configs if getattr(config, k, None) is decoder.config), None),
+        decoder=decoder_at,
+        layers=layers_at,
+        embedding=path_in(decoder, embedding),
+        norm=None,
+        head=path_in(hf_model, head),
+        vocabulary=embedding.weight.shape[0],
+        hidden=embedding.weight.shape[1],
+        tied=head.weight is embedding.weight,
+        kinds=tuple(found),
+        kind_of_layer=tuple(order.index(key) for key in keys),
+        outside=tuple(
+            Weight(f"{decoder_at}.{path}", tuple(parameter.shape))
+            for path, parameter in decoder.named_parameters()
+            if id(parameter) not in named
+        ),
+        buffers=tuple(_buffers(decoder)),
+        disk=disk_names_of(layout_of(hf_model)),
+    )
+
+
+def _key(kind: frozenset[tuple[str, str, object]]) -> str:
+    return hashlib.sha256("\n".join(sorted(map(repr, kind))).encode()).hexdigest()[:16]
+
+
+def _kind_of(layer: nn.Module, config: Any, index: int, known: LayerKind) -> LayerKind:
+    shapes = {path: tuple(parameter.shape) for path, parameter in layer.named_parameters()}
+    experts = expert_layout(layer, config)
+    if not known.weights:
+        modules = {f"{path}.weight" for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        fused = () if experts is None else experts.paths
+        known = dataclasses.replace(
+            known,
+            experts=experts,
+            weights=tuple(
+                Weight(path, shape, "linear" if path in modules else "experts" if path in fused else "dense")
+                for path, shape in shapes.items()
+            ),
+        )
+    if known.experts is not None and experts is not None:
+        experts = dataclasses.replace(experts, router=known.experts.router)
+    linears = [weight.path.removesuffix(".weight") for weight in known.weights if weight.kind == "linear"]
+    large = set(find_large_parameters(layer, linears))
+    return dataclasses.replace(
+        known,
+        weights=tuple(
+            dataclasses.replace(
+                weight,
+                shape=_matrix_of(layer, weight, shapes[weight.path]),
+                kind="fused" if weight.path in large else weight.kind,
+            )
+            for weight in known.weights
+        ),
+        experts=experts,
+        window=_window(layer, config, index),
+        heads=_heads(layer),
+    )
+
+
+def _matrix_of(layer: nn.Module, weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a weight, that of experts as (experts, out, in)."""
+    if weight.kind != "experts":
+        return shape
+    module: Any = layer.get_submodule(weight.path.rpartition(".")[0])
+    return (shape[0], shape[2], shape[1]) if module.is_transposed else shape
+
+
+def _buffers(decoder: nn.Module) -> Iterator[tuple[Literal["fp32", "dtype"], int]]:
+    """Yield (dtype, number of elements) of the buffers of a decoder that was built in bf16."""
+    sizes: Counter[Literal["fp32", "dtype"]] = Counter()
+    for _, buffer in decoder.named_buffers():
+        sizes["fp32" if buffer.dtype == torch.float32 else "dtype"] += buffer.numel()
+    yield from sizes.items()
+
+
+def expert_layout(layer: nn.Module, config: Any) -> ExpertLayout | None:
+    """Return the names of the experts that transformers calls by its interface; None if the layer has none.
+
+    Raises UserError for a layer with several such modules.
+    """
+    found = find_experts(layer)
+    if len(found) > 1:
+        raise UserError(
+            f"{config.model_type} has layers with several mixtures of experts ({', '.join(found)}), and distlora runs "
+            "one; set {model.path} to another model"
+        )
+    for path, names in found.items():
+        chosen = next((n for name in _CHOSEN if isinstance(n := getattr(config, name, None), int)), 0)
+        count = layer.get_parameter(f"{path}.{names[0]}").shape[0]
+        return ExpertLayout(module=path, weights=names, num_experts=count, chosen=chosen)
+    return None
+
+
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+"""Names that the configs of transformers have for the number of experts that a token chooses."""
+
+
+def _window(layer: nn.Module, config: Any, index: int) -> int | None:
+    """Return the tokens that softmax attention sees in a layer; None: all before it.
+
+    Attention modules keep their window as `sliding_window`; others read it from the config, by the type of the layer.
+    """
+    for module in layer.modules():
+        if "sliding_window" in vars(module):
+            return module.sliding_window  # type: ignore[return-value]
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[index] == "chunked_attention":
+        return getattr(config, "attention_chunk_size", None)
+    if types is not None and types[index] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _heads(layer: nn.Module) -> tuple[int, int, int] | None:
+    """Return query heads, key heads and columns of a head of a layer's softmax attention; None for unusual ones."""
+    for module in layer.modules():
+        size, query = getattr(module, "head_dim", None), getattr(module, "q_proj", getattr(module, "qkv_proj", None))
+        if not isinstance(size, int) or query is None:
+            continue
+        groups = getattr(module, "num_key_value_groups", 1)
+        columns = query.weight.shape[0]
+        heads = columns // size if hasattr(module, "q_proj") else columns * groups // (groups + 2) // size
+        return heads, heads // groups, size
+    return None

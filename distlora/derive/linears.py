@@ -5,11 +5,14 @@ The model is a small one with random weights on the CPU, moved off values at whi
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Literal
 
 import torch
@@ -58,8 +61,7 @@ def linear_calls(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Linea
     try:
         for path, linear in linears.items():
             owner, _, name = path.rpartition(".")
-            read = bool(re.search(rf"\bself\.{re.escape(name)}\.weight\b", _source(owners[owner])))
-            uses[path] = LinearUse(read=read)
+            uses[path] = LinearUse(read=name in _read_weights(owners[owner]))
             linear.__class__ = _spy(type(linear), uses[path])
             linear.requires_grad_()
         with torch.enable_grad():
@@ -74,10 +76,18 @@ def linear_calls(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Linea
 
 
 @functools.cache
-def _source(module: Any) -> str:
-    """Return the code of a module's class and of those it inherits from, without torch's own."""
+def _read_weights(module: Any) -> set[str]:
+    """Return the names of which a line of a module's class, or of one it inherits from, reads `self.NAME.weight`."""
     classes = [of for of in module.__mro__ if not of.__module__.startswith(("torch.", "builtins"))]
-    return "\n".join(inspect.getsource(of) for of in classes)
+    functions = [inspect.unwrap(getattr(each, "fget", each)) for of in classes for each in vars(of).values()]
+    left, found = [function.__code__ for function in functions if hasattr(function, "__code__")], set[str]()
+    while left:
+        code = left.pop()
+        left += [each for each in code.co_consts if isinstance(each, CodeType)]
+        if "weight" in code.co_names:
+            loaded = [each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_ATTR"]
+            found |= {name for name, attribute in itertools.pairwise(loaded) if attribute == "weight"}
+    return found
 
 
 def _spy(of: type[nn.Linear], use: LinearUse) -> type[nn.Linear]:

@@ -6,6 +6,8 @@ Letters: T tokens, H hidden size.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import inspect
 import itertools
 import sys
@@ -403,23 +405,23 @@ def _norm_form(decoder: nn.Module) -> Literal["llama", "gemma", ""]:
 
 def _is_fusible(decoder: Any) -> bool:
     """Return whether the code of its MLPs and rotary embedding is that which fused modules replace."""
-    from transformers.models.gemma3 import modeling_gemma3
-    from transformers.models.llama import modeling_llama
-    from transformers.models.phi3 import modeling_phi3
-
-    known = (modeling_llama, modeling_gemma3, modeling_phi3)
     rotary = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
-    mlps = (modeling_llama.LlamaMLP, modeling_gemma3.Gemma3MLP, modeling_phi3.Phi3MLP)
-    found = {type(module) for path, module in decoder.named_modules() if path.rpartition(".")[2] == "mlp"}
-    forwards = {_code(mlp.forward) for mlp in mlps}
+    mlps = {type(module) for path, module in decoder.named_modules() if path.rpartition(".")[2] == "mlp"}
+
+    def known() -> Iterator[tuple[Any, Any]]:
+        for name in ("llama", "phi3", "gemma3"):
+            module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+            yield module.apply_rotary_pos_emb, getattr(module, f"{name.capitalize()}MLP").forward
+
     return (
         rotary is not None
-        and _code(rotary) in {_code(module.apply_rotary_pos_emb) for module in known}
-        and bool(found)
-        and all(_code(mlp.forward) in forwards for mlp in found)
+        and bool(mlps)
+        and any(_code(rotary) == _code(function) for function, _ in known())
+        and all(any(_code(mlp.forward) == _code(forward) for _, forward in known()) for mlp in mlps)
     )
 
 
+@functools.cache
 def _code(function: Any) -> str:
     """Return the code of a function without its docstring."""
     source = inspect.getsource(function)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ LONGEST = (
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Caches stay out of the user's home; ranks and commands inherit the variable. All test processes share what is derived,
+# and derive it themselves: a process of its own takes seconds.
+CALLERS_CACHE = os.environ.get("DISTLORA_CACHE")
+_CACHES = tempfile.TemporaryDirectory(prefix="distlora-tests-")
+os.environ["DISTLORA_CACHE"] = _CACHES.name
+SHARED = ROOT / ".pytest_cache" / "architectures"
+SHARED.mkdir(parents=True, exist_ok=True)
+Path(_CACHES.name, "architectures").symlink_to(SHARED)
+spec.derive = derive.derive
+
 # A shell starts background jobs (`make test &`) with SIGINT ignored, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -87,17 +98,6 @@ def triton_device() -> Iterator[torch.device]:
     else:
         with dispatch.interpreted():
             yield torch.device("cpu")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _use_a_cache_of_this_test_run(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep caches out of the user's home; worlds and commands inherit the variable."""
-    folder, shared = tmp_path_factory.mktemp("caches"), ROOT / ".pytest_cache" / "architectures"
-    os.environ["DISTLORA_CACHE"] = str(folder)
-    # All test processes share what is derived, and derive it themselves: a process of its own takes seconds.
-    shared.mkdir(parents=True, exist_ok=True)
-    (folder / "architectures").symlink_to(shared)
-    spec.derive = derive.derive
 
 
 @pytest.fixture(scope="session")

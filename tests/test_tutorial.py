@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from conftest import CALLERS_CACHE
 from documents import Block, blocks, commands_of
 
-CACHE = os.environ.get("DISTLORA_CACHE")
-"""DISTLORA_CACHE of the tests' caller, whose demo base is used again."""
 TUTORIAL = "docs/tutorial.md"
 INSTALLED = "source .venv/bin/activate"
 """Command that is done before."""
@@ -44,7 +43,7 @@ def pattern(promised: str) -> str:
 def test_every_line_of_the_tutorial_is_as_promised(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    environment["DISTLORA_CACHE"] = CACHE or str(tmp_path / "cache")
+    environment["DISTLORA_CACHE"] = CALLERS_CACHE or str(tmp_path / "cache")
     (tmp_path / "hour").mkdir()
     output: list[str] = []
     for block in blocks(TUTORIAL):

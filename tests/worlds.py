@@ -93,7 +93,11 @@ def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connect
     )
     import torch
 
+    from distlora import derive
+    from distlora.architecture import spec
+
     torch.set_num_threads(1)
+    spec.derive = derive.derive  # As conftest.py does.
     store = TCPStore("127.0.0.1", port)
     make = _regrouped(rank, store) if regroups else _grouped(rank, world, store)
     while True:

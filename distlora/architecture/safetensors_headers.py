@@ -198,3 +198,12 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
     """Return a list of 64-bit sizes as a tuple; None for anything else."""
     is_list = isinstance(value, list) and all(type(size) is int and 0 <= size < 2**64 for size in value)
     return tuple(value) if is_list else None
+
+
+def check_stored_shape(name: str, on_disk: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape than config.json describes."""
+    if on_disk != shape:
+        raise UserError(
+            f"{name} has shape {list(on_disk)} on disk and {list(shape)} by config.json; "
+            "they belong to different models: download the folder again"
+        )

@@ -221,14 +221,16 @@ class Architecture:
 
         `names`: all tensors of a checkpoint. A parameter that is merged from several has several.
         """
-        return model_names(self.disk, names, frozenset(self.parameter_names()))
+        return model_names(self.disk, names, frozenset(self.parameters()))
 
-    def parameter_names(self) -> list[str]:
-        """Return transformers' names of the text model's parameters."""
-        names = [f"{self.embedding_path}.weight", f"{self.head}.weight", *(weight.path for weight in self.outside)]
+    def parameters(self) -> dict[str, Weight]:
+        """Return the text model's parameters by transformers' names."""
+        matrix = Weight("", (self.vocabulary, self.hidden))
+        found = dict.fromkeys((f"{self.embedding_path}.weight", f"{self.head}.weight"), matrix)
+        found |= {weight.path: weight for weight in self.outside}
         for index in range(self.num_layers):
-            names += [f"{self.layer_prefix}{index}.{weight.path}" for weight in self.layer(index).weights]
-        return names
+            found |= {f"{self.layer_prefix}{index}.{weight.path}": weight for weight in self.layer(index).weights}
+        return found
 
     def layer(self, index: int) -> LayerKind:
         """Return the kind of one layer."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, check_stored_shape
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
 from distlora.loading.quantize import copy_into, fill_row_norms, keep_packed_into, load_matrix, quantize_into
@@ -98,7 +98,7 @@ def load_base(
                 if shards.has(path):
                     pass
                 elif name in packed:
-                    _check_shape(name, packed[name].shape, module.shape)
+                    check_stored_shape(name, packed[name].shape, module.shape)
                     keep_packed_into(module, packed[name], reader, backend)
                 else:
                     segments = segments_of(sources, name, module.shape)
@@ -195,21 +195,13 @@ def segments_of(
     source = sources.get(name)
     if source is None:
         raise UserError(f"the checkpoint has no tensor {name}, which config.json describes; download the folder again")
-    _check_shape(name, source.shape, shape)
+    check_stored_shape(name, source.shape, shape)
     dtype = source.segments[0].dtype
     if dtype not in dtypes:
         raise UserError(
             f"{name} is stored as {dtype}; it is read from {', '.join(dtypes)}: set {{model.path}} to such a copy"
         )
     return source.segments
-
-
-def _check_shape(name: str, on_disk: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    if on_disk != shape:
-        raise UserError(
-            f"{name} has shape {list(on_disk)} on disk and {list(shape)} by config.json; "
-            "they belong to different models: download the folder again"
-        )
 
 
 def _check_packed(model: CausalLM, packed: Mapping[str, PrequantizedWeight]) -> None:

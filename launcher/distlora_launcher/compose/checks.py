@@ -15,7 +15,7 @@ from pathlib import Path
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_tiles, read_config
-from distlora.architecture.safetensors_headers import SOURCE_DTYPES
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
 from distlora.architecture.spec import Architecture, architecture_of
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import check_before_tokenizer
@@ -52,8 +52,6 @@ HEAD_LINES = 1000
 
 ROW_TOKENS = 1024
 """Default sequence length of commands that read a text without a run."""
-
-"""Name of a weight of a decoder layer, by transformers' names."""
 
 
 def check(config: Config, *, new_run: bool) -> None:
@@ -266,11 +264,11 @@ def row_tokens(folder: Path) -> int:
 
 
 def check_tensors(base: CheckpointFiles, packed: Mapping[str, PrequantizedWeight], architecture: Architecture) -> None:
-    """Refuse a checkpoint that lacks a weight or has one of another dtype. `packed` are those on disk in NF4."""
-    on_disk = base.headers
+    """Refuse a checkpoint that lacks a weight, or has one of another shape or dtype. `packed`: those on disk in NF4."""
+    on_disk, parameters = base.headers, architecture.parameters()
     stored_as = architecture.on_disk({*on_disk, *packed})
     head = f"{architecture.head}.weight"
-    needed = [name for name in architecture.parameter_names() if name != head or not architecture.tied]
+    needed = [name for name in parameters if name != head or not architecture.tied]
     absent = [name for name in needed if name not in stored_as]
     if absent:
         count = f" ({len(absent)} tensors are missing in all)" if len(absent) > 1 else ""
@@ -278,6 +276,9 @@ def check_tensors(base: CheckpointFiles, packed: Mapping[str, PrequantizedWeight
             f"{base.folder}: no tensor {absent[0]} in its safetensors{count}; download the checkpoint again"
         )
     for name in needed:
+        first, *others = stored_as[name]
+        if not others and parameters[name].kind != "experts" and architecture.disk.rename(first, parameters)[1] is None:
+            check_stored_shape(name, (packed.get(first) or on_disk[first]).shape, parameters[name].shape)
         for stored in stored_as[name]:
             if stored in packed:
                 if not name.startswith(architecture.layer_prefix):

@@ -85,8 +85,8 @@ def _read_weights(module: Any) -> set[str]:
         code = left.pop()
         left += [each for each in code.co_consts if isinstance(each, CodeType)]
         if "weight" in code.co_names:
-            loaded = [each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_ATTR"]
-            found |= {name for name, attribute in itertools.pairwise(loaded) if attribute == "weight"}
+            loads = [each.argval if each.opname == "LOAD_ATTR" else "" for each in dis.get_instructions(code)]
+            found |= {name for name, attribute in itertools.pairwise(loads) if attribute == "weight"}
     return found
 
 

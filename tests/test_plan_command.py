@@ -88,9 +88,8 @@ def figures_of(page: str) -> list[tuple[float, str]]:
 def test_a_page_of_any_model_is_one_screen() -> None:
     config = compose_config(["gpu=h200", "cluster.gpus_per_node=8"], may_lack_paths=True)
     for settings, name in {id(settings): (settings, name) for name, settings in ARCHITECTURES.items()}.values():
-        lines = report.page(
-            plan_of(config, built_in(name, settings), machine_of(config.gpu, config.cluster))
-        ).splitlines()
+        plan = plan_of(config, built_in(name, settings), machine_of(config.gpu, config.cluster))
+        lines = report.page(plan).splitlines()
         assert any(line.startswith("fits        yes: ") for line in lines), name
         assert len(lines) <= 40
         assert max(map(len, lines)) <= 100

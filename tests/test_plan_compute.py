@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from distlora.config import Config
-from distlora.planner.decoder_sizes import windows_of
 from distlora.planner.flops import StepFlops, active_weights, cut, pairs, step_flops
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
@@ -83,10 +82,10 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(
 
 def test_a_window_of_null_is_none(tmp_path: Path) -> None:
     hf_config("mistral-window").save_pretrained(tmp_path)
-    assert windows_of(model_in(tmp_path).shapes.architecture) == [16] * 3
+    assert [kind.window for kind in model_in(tmp_path).shapes.architecture.kinds] == [16]
     settings = json.loads((tmp_path / "config.json").read_text()) | {"sliding_window": None}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert windows_of(model_in(tmp_path).shapes.architecture) == [None] * 3
+    assert [kind.window for kind in model_in(tmp_path).shapes.architecture.kinds] == [None]
 
 
 def steps(folder: Path, *, document: int | None = None, is_gpu: bool = True, **train: Any) -> StepFlops:

@@ -79,6 +79,25 @@ class ExpertLayout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HalfMemory:
+    """Activation memory of a half of a layer of a shrunk model, in bytes per token of a bf16 run with frozen linears.
+
+    Pairs are (bytes, further bytes for each token of the sequence), by which scores grow.
+    """
+
+    columns: int
+    """Input and output columns of its matrices, of experts the chosen ones (`LayerKind.columns`)."""
+    keeps: tuple[float, float]
+    """Kept from forward to backward."""
+    inputs: float
+    """Share of the inputs of its linears that nothing else keeps, which their adapters keep."""
+    forward: tuple[float, float]
+    """Most beside it in forward."""
+    backward: tuple[float, float]
+    """Most beside it and the incoming gradient in backward."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerKind:
     """Decoder layers that are alike but for their weights' values."""
 
@@ -97,6 +116,18 @@ class LayerKind:
     """Batch dimension of each argument of the layer where it is not dim 0; None: it has none."""
     heads: tuple[int, int, int] | None = None
     """Query heads, key heads and columns of a head of softmax attention; None without it."""
+    memory: tuple[HalfMemory | None, HalfMemory | None] = (None, None)
+    """Measured memory of (attention or mixer and all else, the half `mlp`); None: the planner's formulas hold."""
+
+    def half_of(self, path: str) -> int:
+        """Return which half of the layer a weight is in: 1 for the one of `mlp`, 0 otherwise."""
+        return int(any(path.startswith(f"{module}.") for module in self.mlp or () if module))
+
+    def columns(self, half: int) -> int:
+        """Return the input and output columns of the matrices of a half, of experts the chosen ones."""
+        own = [weight for weight in self.weights if self.half_of(weight.path) == half and len(weight.shape) > 1]
+        chosen = self.experts.chosen if self.experts else 1
+        return sum(sum(w.shape[-2:]) * (chosen if w.kind == "experts" else 1) for w in own)
 
     @property
     def numel(self) -> int:
@@ -276,7 +307,9 @@ def _as_tuple(value: Any) -> Any:
 def _kind_from(values: dict[str, Any]) -> LayerKind:
     experts = values.pop("experts")
     weights = tuple(Weight(**weight) for weight in values.pop("weights"))
-    return LayerKind(**values, weights=weights, experts=None if experts is None else ExpertLayout(**experts))
+    memory = tuple(None if half is None else HalfMemory(**half) for half in values.pop("memory"))
+    experts = None if experts is None else ExpertLayout(**experts)
+    return LayerKind(**values, weights=weights, experts=experts, memory=memory)
 
 
 _IRRELEVANT = ("_name_or_path", "dtype", "quantization_config", "torch_dtype", "transformers_version", "use_cache")

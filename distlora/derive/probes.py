@@ -22,6 +22,7 @@ from distlora.architecture.checkpoint_files import hf_config_of, refused_by_tran
 from distlora.architecture.spec import Architecture, LayerKind, Weight
 from distlora.config import UserError
 from distlora.derive.linears import LinearUse, Mixing, linear_calls, peft_reasons, role_of, router_linears, token_mixers
+from distlora.derive.memory import with_memory
 from distlora.derive.structure import structure
 from distlora.model.adapters import BlockContext, Rows
 from distlora.model.attention import LONGEST, Documents, masks_of_documents, reference, use
@@ -71,7 +72,7 @@ def probe(config: Mapping[str, Any], place: str) -> Architecture:
         documents, apart = _documents(found, decoder)
         kinds = [dataclasses.replace(kind, apart=apart[number]) for number, kind in enumerate(kinds)]
         norm_form = _norm_form(decoder)
-        return dataclasses.replace(
+        found = dataclasses.replace(
             found,
             kinds=tuple(kinds),
             norm=tail_of(decoder, found.layers, {"input_ids": input_ids, "use_cache": False}),
@@ -82,6 +83,10 @@ def probe(config: Mapping[str, Any], place: str) -> Architecture:
             norm_form=norm_form,
             fusible=bool(norm_form) and _is_fusible(decoder),
         )
+        model = transformers_model(
+            hf_config, place, auto_class=auto_class, attention=attention, dtype=torch.bfloat16, device="cpu"
+        )
+    return dataclasses.replace(found, kinds=with_memory(found, model.get_submodule(found.decoder)))
 
 
 @torch.no_grad()
@@ -158,7 +163,9 @@ def _with_uses(
     if experts is not None:
         router = next(iter(find_routers(model, model.get_submodule(prefix.removesuffix(".")))), "")
         experts = dataclasses.replace(experts, router=router)
-    return dataclasses.replace(kind, weights=tuple(map(with_use, kind.weights)), experts=experts)
+    weights = tuple(map(with_use, kind.weights))
+    attends = not any(weight.role == "mixer" for weight in weights) or any(w.role == "attention" for w in weights)
+    return dataclasses.replace(kind, weights=weights, experts=experts, heads=kind.heads if attends else None)
 
 
 def _with_mlp_halves(

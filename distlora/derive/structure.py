@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -98,7 +98,7 @@ def _kind_of(layer: nn.Module, config: Any, index: int, known: LayerKind) -> Lay
         ),
         experts=experts,
         window=_window(layer, config, index),
-        heads=_heads(layer),
+        heads=_heads(layer, config, known.weights),
     )
 
 
@@ -156,14 +156,37 @@ def _window(layer: nn.Module, config: Any, index: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _heads(layer: nn.Module) -> tuple[int, int, int] | None:
-    """Return query heads, key heads and columns of a head of a layer's softmax attention; None for unusual ones."""
-    for module in layer.modules():
-        size, query = getattr(module, "head_dim", None), getattr(module, "q_proj", getattr(module, "qkv_proj", None))
-        if not isinstance(size, int) or query is None:
+def _heads(layer: nn.Module, config: Any, weights: Sequence[Weight]) -> tuple[int, int, int] | None:
+    """Return query heads, key heads and columns of a head of a layer's softmax attention; None for unusual ones.
+
+    With latent attention, whose keys and values differ in size, the columns are their mean. A linear reads the columns
+    of all heads: attention's output. `weights`: those of the layer, whose roles tell other mixers from attention.
+    """
+    for path, module in layer.named_modules():
+        mixes = any(weight.role == "mixer" and weight.path.startswith(f"{path}.") for weight in weights)
+        heads, size = (_number(names, module, config) for names in (_NUM_HEADS, _HEAD_SIZE))
+        if mixes or heads is None or not any(hasattr(module, name) for name in _QUERIES):
             continue
-        groups = getattr(module, "num_key_value_groups", 1)
-        columns = query.weight.shape[0]
-        heads = columns // size if hasattr(module, "q_proj") else columns * groups // (groups + 2) // size
-        return heads, heads // groups, size
+        values = _number(("v_head_dim",), module)
+        keys = _number(("qk_head_dim",), module) if values else size
+        size = values or size
+        read = {child.weight.shape[1] for child in module.children() if isinstance(child, nn.Linear)}
+        if size is None or keys is None or heads * size not in read:
+            continue
+        groups = _number(("num_key_value_groups",), module)
+        few = heads // groups if groups else _number(_NUM_KEY_HEADS, module, config)
+        return heads, few or heads, (keys + size) // 2
     return None
+
+
+def _number(names: Sequence[str], *owners: Any) -> int | None:
+    """Return the first of some attributes that is a number."""
+    values = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((value for value in values if isinstance(value, int) and value), None)
+
+
+_QUERIES = ("q_proj", "qkv_proj", "q_b_proj", "query_key_value", "Wqkv", "c_attn", "attn", "W_pack", "query")
+"""Names that transformers' softmax attention has for the linear of its queries."""
+_NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_NUM_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+_HEAD_SIZE = ("head_dim", "head_size", "attention_head_size")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -37,11 +36,12 @@ def ranks_of_blocks(work: Workload, shapes: ModelShapes) -> tuple[AdaptedRanks, 
 @functools.lru_cache(maxsize=16)
 def _ranks_of_blocks(asked: Asked) -> tuple[AdaptedRanks, ...]:
     shapes = asked.shapes
-    experts = {weight.path: math.prod(weight.shape[:-2]) for weight in shapes.block}
     kinds: dict[object, AdaptedRanks] = {}
     found = []
     for block in shapes.adapters(asked.config):
-        ranks = {each.place.rpartition(".")[2]: each.down[0] // experts.get(each.place, 1) for each in block}
+        by_kind = sorted(block, key=lambda each: each.experts)  # Of names alike those of experts count.
+        ranks = {each.place.rpartition(".")[2]: each.down[0] // each.experts for each in by_kind}
+        ranks |= {each.place: each.down[0] // each.experts for each in block}
         found.append(kinds.setdefault(tuple(ranks.items()), AdaptedRanks(by_name=ranks)))
     return tuple(found)
 
@@ -80,8 +80,38 @@ class ExpertSizes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScaledHalf:
+    """A half of a layer, estimated from a shrunk model's by the columns of its matrices (`HalfMemory`)."""
+
+    keeps: tuple[float, float]
+    """Bytes per token of a bf16 run, and further bytes for each token of the sequence."""
+    inputs: float
+    forward: tuple[float, float]
+    backward: tuple[float, float]
+    linears: tuple[tuple[str, int, int, int, int], ...]
+    """(path, input columns, output columns, rows per token, experts) of each linear or weight of experts."""
+
+    @classmethod
+    def of(cls, kind: LayerKind, half: int) -> ScaledHalf | None:
+        """Return the estimate of a half; None if formulas hold."""
+        memory, experts = kind.memory[half], kind.experts
+        if memory is None:
+            return None
+        scale = kind.columns(half) / max(1, memory.columns)
+        keeps, forward, backward = (
+            (scale * pair[0], scale * pair[1]) for pair in (memory.keeps, memory.forward, memory.backward)
+        )
+        linears = []
+        for weight in kind.weights:
+            if weight.packs and kind.half_of(weight.path) == half:
+                rows = (experts.chosen, experts.num_experts) if weight.kind == "experts" and experts else (1, 1)
+                linears.append((weight.path.removesuffix(".weight"), *weight.shape[:-3:-1], *rows))
+        return cls(keeps=keeps, inputs=memory.inputs, forward=forward, backward=backward, linears=tuple(linears))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Decoder:
-    """The sizes of a decoder whose blocks are all alike."""
+    """The sizes of a kind of decoder layer."""
 
     hidden: int
     inner: int
@@ -114,6 +144,13 @@ class Decoder:
     masks: int = 1
     """Number of attention masks: one per layer type (causal, with a window)."""
     experts: ExpertSizes | None = None
+    shared: tuple[str, int] | None = None
+    """Path and inner columns of the gated MLP that all tokens go through beside the experts."""
+    halves: tuple[ScaledHalf | None, ScaledHalf | None] = (None, None)
+    """Estimates of (attention or mixer, MLP) for which there are no formulas."""
+
+    attends: bool = True
+    """True if the layer has softmax attention."""
 
     @property
     def head_size(self) -> int:
@@ -126,17 +163,19 @@ class Decoder:
         return self.inner * (1 if self.experts is None else self.experts.chosen)
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Decoder:
-        """Return the sizes of the largest kind of layer."""
-        kind = architecture.largest
+    def of(cls, architecture: Architecture, kind: LayerKind | None = None) -> Decoder:
+        """Return the sizes of a kind of layer, by default the largest. Without heads it has those of another kind."""
+        kind = kind or architecture.largest
         experts = ExpertSizes.of(architecture, kind)
-        heads, key_heads, head_size = kind.heads or (1, 1, architecture.hidden)
+        heads, key_heads, head_size = next(
+            (each.heads for each in (kind, *architecture.kinds) if each.heads), (1, 1, architecture.hidden)
+        )
         shapes = {weight.path.removesuffix(".weight").rpartition(".")[2]: weight.shape for weight in kind.weights}
         biases = {path.removesuffix(".bias").rpartition(".")[2] for path in kind.paths if path.endswith(".bias")}
         sinks = "sinks" in shapes
         return cls(
             hidden=architecture.hidden,
-            inner=shapes["down_proj"][-1] if experts is None else experts.inner,
+            inner=shapes.get("down_proj", (0,))[-1] if experts is None else experts.inner,
             queries=heads * head_size,
             keys=key_heads * head_size,
             heads=heads,
@@ -153,14 +192,20 @@ class Decoder:
             caps_scores=architecture.attention == "eager" and not sinks,
             caps_logits=architecture.head_form.kind == "softcap",
             sinks=sinks,
-            masks=len({each.window is None for each in architecture.kinds}),
+            masks=len({each.window is None for each in architecture.kinds if each.heads}),
             experts=experts,
+            attends=kind.heads is not None,
+            shared=shared_expert(kind),
+            halves=(ScaledHalf.of(kind, 0), ScaledHalf.of(kind, 1)),
         )
 
 
-def windows_of(architecture: Architecture) -> list[int | None]:
-    """Return the attention window of each layer in tokens; None: no window."""
-    return [architecture.layer(index).window for index in range(architecture.num_layers)]
+def shared_expert(kind: LayerKind) -> tuple[str, int] | None:
+    """Return the path and inner columns of a gated MLP beside the experts of a layer; None without one."""
+    for weight in kind.weights if kind.experts else ():
+        if weight.kind == "linear" and weight.path.endswith(".down_proj.weight") and kind.half_of(weight.path) == 1:
+            return weight.path.removesuffix(".down_proj.weight"), weight.shape[-1]
+    return None
 
 
 INPUTS = {
@@ -177,7 +222,7 @@ class AdaptedRanks:
     """Adapter ranks of a decoder layer by the names of linears and fused expert weights (the rank of one expert)."""
 
     by_name: Mapping[str, int] = field(default_factory=dict)
-    """Ranks by name, added up over trials trained together."""
+    """Ranks by name and by path in the layer, added up over trials trained together."""
     of_one: Mapping[str, int] | None = None
     """The largest rank of one trial; None for a single trial."""
 
@@ -204,7 +249,7 @@ def attention_kind(work: Workload, architecture: Architecture, decoder: Decoder,
     """Return the attention implementation that distlora.model.attention chooses, on a GPU that has the kernels."""
     if architecture.attention == "eager":
         return "eager"
-    if work.train.attention == "sdpa" or work.train.dtype != "bf16":
+    if not architecture.varlen or work.train.attention == "sdpa" or work.train.dtype != "bf16":
         return "sdpa"
     if not is_gpu:
         return "tiles"
@@ -237,6 +282,6 @@ def fuses(work: Workload, architecture: Architecture, *, is_gpu: bool, has_liger
 
     MLPs and rotary embeddings are fused too if there is no DoRA.
     """
-    if work.adapter.method == "full" or architecture.has_experts:
+    if work.adapter.method == "full" or architecture.has_experts or not architecture.fusible:
         return False
     return work.train.liger and has_liger if is_gpu else work.train.compile

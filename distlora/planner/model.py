@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -38,8 +37,8 @@ class PlannedModel:
     """Bytes of its weights on disk, where that is known; of a model that is built in, what they are in 16 bits."""
     plain_absmax: bool = False
     """True if its checkpoint is in NF4 without double quantization: 4 bytes of scale per 64 weights stay."""
-    left_dense: Mapping[str, int] = field(default_factory=dict)
-    """Number of layers in which a weight of an NF4 checkpoint is not quantized, by its path in a layer."""
+    left_dense: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    """Paths in the layer of the weights of an NF4 checkpoint that are not quantized, by the number of the layer."""
     note: str | None = None
     """Assumption of the plan on the model, as a sentence."""
 
@@ -98,10 +97,20 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
         shapes=dataclasses.replace(stored, vocabulary=stored.vocabulary + new_tokens),
         source="built in",
         stored_bytes=2 * stored.numel,
-        note=None
+        note=note_on(stored)
         if copy is None
         else f"{name} is stored in MXFP4, which is not read: planned as a copy in bf16, {copy}",
     )
+
+
+def note_on(shapes: ModelShapes) -> str | None:
+    """Return what a plan assumes of layers that it has no formulas for; None if it has."""
+    number = sum(count for kind, count in shapes.architecture.counted() if any(kind.memory))
+    if not number:
+        return None
+    assumed = f"activations of {number} of {shapes.num_layers} layers are scaled from a small model's"
+    mixes = any(weight.role == "mixer" for kind in shapes.architecture.kinds for weight in kind.weights)
+    return f"{assumed}; mixers count as their linears in operations and time" if mixes else assumed
 
 
 def _copy_of(name: str) -> str | None:
@@ -122,12 +131,12 @@ def model_in(
     check_config(settings, place, full=full, sequence_length=sequence_length)
     size = weights_size(folder)
     shapes = shapes_of(settings, place)
-    plain, left_dense = False, dict[str, int]()
+    plain, left_dense = False, dict[int, frozenset[str]]()
     quantization = settings.get("quantization_config")
     if quantization is not None:
         check_quantization_config(place, quantization)
     if quantization is not None and size is not None:
-        plain, left_dense = _packed_already(folder, settings, shapes)
+        plain, left_dense = _packed_already(folder, shapes)
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
     return PlannedModel(
         name=name or folder.name,
@@ -137,21 +146,24 @@ def model_in(
         stored_bytes=size,
         plain_absmax=plain,
         left_dense=left_dense,
+        note=note_on(shapes),
     )
 
 
-def _packed_already(folder: Path, settings: Mapping[str, Any], shapes: ModelShapes) -> tuple[bool, dict[str, int]]:
+def _packed_already(folder: Path, shapes: ModelShapes) -> tuple[bool, dict[int, frozenset[str]]]:
     """Return (plain_absmax, left_dense) of a quantized checkpoint. Raises UserError if it cannot be kept quantized."""
     base = CheckpointFiles(folder)
     on_disk, packed = base.headers, read_prequantized_weights(base)
     architecture = shapes.architecture
     stored_as = architecture.on_disk(on_disk)
-    found: Counter[str] = Counter()
-    for path, weight in architecture.adaptable():
-        name = f"{path}.weight" if weight.kind == "linear" else path
-        if not set(stored_as.get(name, ())) & packed.keys():
-            found[weight.path] += 1
-    return any(weight.nested_absmax is None for weight in packed.values()), dict(found)
+    found: dict[int, frozenset[str]] = {}
+    for index in range(architecture.num_layers):
+        prefix, weights = f"{architecture.layer_prefix}{index}.", architecture.layer(index).weights
+        paths = [weight.path for weight in weights if weight.packs]
+        dense = frozenset(path for path in paths if not packed.keys() & stored_as.get(prefix + path, ()))
+        if dense:
+            found[index] = dense
+    return any(weight.nested_absmax is None for weight in packed.values()), found
 
 
 def weights_size(folder: Path) -> int | None:

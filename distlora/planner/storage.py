@@ -202,11 +202,13 @@ def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
     if not work.keeps_shards or model.settings.get("quantization_config") is not None:
         return 0
     shapes = model.shapes
-    packs = {weight.path: -(-weight.numel // traffic.GROUP_WEIGHTS) for weight in shapes.block if weight.packs}
-    shards = work.shard_degree(machine.ranks)
-    headers = sum(_header_bytes(shapes, packs, index, shards) for index in {0, shards - 1}) / len({0, shards - 1})
-    pieces = sum(any(cut(groups, index, shards) for groups in packs.values()) for index in range(shards))
-    return shapes.num_layers * (GROUP_BYTES * sum(packs.values()) + round(pieces * headers))
+    shards, total = work.shard_degree(machine.ranks), 0
+    for kind, count in shapes.architecture.counted():
+        packs = {weight.path: -(-weight.numel // traffic.GROUP_WEIGHTS) for weight in kind.weights if weight.packs}
+        headers = sum(_header_bytes(shapes, packs, index, shards) for index in {0, shards - 1}) / len({0, shards - 1})
+        pieces = sum(any(cut(groups, index, shards) for groups in packs.values()) for index in range(shards))
+        total += count * (GROUP_BYTES * sum(packs.values()) + round(pieces * headers))
+    return total
 
 
 def _header_bytes(shapes: ModelShapes, packs: Mapping[str, int], index: int, shards: int) -> int:
@@ -376,8 +378,10 @@ def _loading(work: Workload, model: PlannedModel, shards: int, *, on_host: bool)
     """
     shapes, stored = model.shapes, model.stored_bytes
     itemsize = 4 if stored is not None and stored > 3 * shapes.numel else 2
-    packed = [weight for weight in shapes.block if weight.packs]
-    largest = max(shapes.vocabulary * shapes.hidden, *(math.prod(weight.shape[-2:]) for weight in packed))
+    architecture = shapes.architecture
+    packed = [weight for kind in architecture.kinds for weight in kind.weights if weight.packs]
+    slices = [math.prod(weight.shape[-2:]) for weight in (*packed, *architecture.outside)]
+    largest = max(shapes.vocabulary * shapes.hidden, *slices)
     slice_bytes = -(-itemsize * largest // shards) + LOADING_BYTES
     if work.adapter.init in PLAIN:
         return slice_bytes

@@ -103,12 +103,23 @@ def block_bytes(block: Iterable[Weight], ranks: int, *, quantized: bool, itemsiz
     )
 
 
+def layers_bytes(shapes: ModelShapes, ranks: int, *, quantized: bool, itemsize: int, first: int = 0) -> int:
+    """Return the bytes of gathering each decoder layer from the layer `first` on."""
+    kinds, order = shapes.architecture.kinds, shapes.architecture.kind_of_layer[first:]
+    each = [block_bytes(kind.weights, ranks, quantized=quantized, itemsize=itemsize) for kind in kinds]
+    return sum(each[kind] for kind in order)
+
+
+def outside_numel(shapes: ModelShapes, ranks: int) -> int:
+    """Return the numbers of the decoder's weights outside of its layers, as they are gathered: the last norm."""
+    return sum(padded(weight.shape, ranks) for weight in shapes.architecture.outside)
+
+
 def held_bytes(shapes: ModelShapes, shards: int, *, quantized: bool, itemsize: int) -> int:
     """Return the most bytes of the frozen base per rank, without offsets of quantized weights (4 bytes each)."""
     matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), shards)
-    rest = itemsize * (matrices + padded((shapes.hidden,), shards))
-    block = block_bytes(shapes.block, shards, quantized=quantized, itemsize=itemsize)
-    return (shapes.num_layers * block + rest) // shards
+    rest = itemsize * (matrices + outside_numel(shapes, shards))
+    return (layers_bytes(shapes, shards, quantized=quantized, itemsize=itemsize) + rest) // shards
 
 
 def passes_of(work: Workload, accumulation: int) -> int:
@@ -120,6 +131,12 @@ def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
     """Return the number of blocks that are gathered in each pass: all but the resident ones (auto counts as none)."""
     resident = work.parallel.resident_blocks
     return shapes.num_layers - (0 if resident == "auto" else resident)
+
+
+def moved_bytes(work: Workload, shapes: ModelShapes, shards: int) -> int:
+    """Return the bytes of the layers that are gathered in each pass."""
+    itemsize, first = DTYPE_BYTES[work.train.dtype], shapes.num_layers - moved_blocks(work, shapes)
+    return layers_bytes(shapes, shards, quantized=work.quantized, itemsize=itemsize, first=first)
 
 
 def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
@@ -135,17 +152,16 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     full, whole = adapter.method == "full", adapter.modules_to_save
     tied = shapes.ties(adapter)
     matrix = padded((shapes.vocabulary, shapes.hidden), shards)
-    norm = padded((shapes.hidden,), shards)
-    block = block_bytes(shapes.block, shards, quantized=work.quantized, itemsize=itemsize)
+    norm = outside_numel(shapes, shards)
     head_is_trained = full or "lm_head" in whole
     # FSDP2 keeps a tied matrix from the embedding to the head; ZeRO-3 gathers it for each.
     together = tied and work.parallel.backend == "fsdp2"
     elements = norm * (2 if full else 1) + matrix * (2 if head_is_trained else 1) + (0 if together else matrix)
-    gathered = passes_of(work, accumulation) * (2 * moved_blocks(work, shapes) * block + itemsize * elements)
+    gathered = passes_of(work, accumulation) * (2 * moved_bytes(work, shapes, shards) + itemsize * elements)
     scattered = 4 * matrix * len(whole)
     if full:
-        of_blocks = sum(padded(weight.shape, shards) for weight in shapes.block)
-        scattered = 4 * (shapes.num_layers * of_blocks + norm + (1 if tied else 2) * matrix)
+        of_blocks = layers_bytes(shapes, shards, quantized=False, itemsize=1)
+        scattered = 4 * (of_blocks + norm + (1 if tied else 2) * matrix)
     reduced = 0 if full else 4 * sum(map(shapes.adapted_numel, work.adapters))
     reduced += 4 * shapes.hidden * token_rows(work, shapes) + (4 if scattered and shards > 1 else 0)
     rows = scattered // shards if shards < world else 0

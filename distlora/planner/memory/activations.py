@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from distlora.architecture.shapes import ADDED_AT_ONCE, tokens_per_chunk
+from distlora.architecture.spec import Architecture, LayerKind
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
-from distlora.planner.decoder_sizes import Decoder, attention_kind, fuses, ranks_of_blocks
+from distlora.planner.decoder_sizes import INPUTS, AdaptedRanks, Decoder, attention_kind, fuses, ranks_of_blocks
 from distlora.planner.machine import Machine
 from distlora.planner.memory import layer
 from distlora.planner.memory.layer import (
@@ -27,6 +28,7 @@ from distlora.planner.memory.layer import (
     expert_half,
     flash_accumulators,
     mlp_half,
+    scaled_half,
 )
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
@@ -74,15 +76,15 @@ class Costs(LayerRun):
     """True if every sequence runs forward a second time, without gradient (DPO)."""
 
     @classmethod
-    def of(cls, work: Workload, model: PlannedModel, machine: Machine) -> Costs:
-        """Return the costs of the first decoder layer of a run; other layers differ in their adapters only.
+    def of(cls, work: Workload, model: PlannedModel, machine: Machine, kind: LayerKind | None = None) -> Costs:
+        """Return the costs of a kind of decoder layer, by default the largest, with the adapters of the first layer.
 
         Attention on a GPU is by documents if the kernel supports the model's heads (`flash_accumulators`). An unknown
         GPU counts as an H100.
         """
         shapes, settings, gpu = model.shapes, model.settings, machine.gpu
         adapter, architecture = work.adapter, shapes.architecture
-        decoder = Decoder.of(architecture)
+        decoder = Decoder.of(architecture, kind)
         sixteen_bits = work.train.dtype == "bf16"
         full, rows = adapter.method == "full", traffic.trained_rows(work, shapes)
         attention = Attention(kind=attention_kind(work, architecture, decoder, is_gpu=machine.is_gpu))
@@ -145,17 +147,20 @@ class Costs(LayerRun):
 
     def attention_half(self, tokens: int = 1, row: int = 1) -> list[Operation]:
         """Return the operations of the attention half on `tokens` tokens in sequences of `row` tokens."""
-        return attention_half(replace(self, tokens=tokens, row=row))
+        run, half = replace(self, tokens=tokens, row=row), self.decoder.halves[0]
+        return attention_half(run) if half is None else scaled_half(run, half)
 
     def mlp_half(self, tokens: int = 1) -> list[Operation]:
         """Return the operations of the MLP half, dense or experts."""
-        run = replace(self, tokens=tokens, row=1)
+        run, half = replace(self, tokens=tokens, row=1), self.decoder.halves[1]
+        if half is not None:
+            return scaled_half(run, half)
         return mlp_half(run) if self.decoder.experts is None else expert_half(run)
 
     def kept(self, mode: Mode, row: int = 1) -> float:
         """Return the bytes per token that a decoder layer keeps for backward, on the device or the host.
 
-        Dense masks and scores grow with `row`, the tokens per sequence. `_indices` stay on the device in any case and
+        Dense masks and scores grow with `row`, the tokens per sequence. `indices` stay on the device in any case and
         are not included if the layer or its MLP is recomputed.
         """
         attention, mlp = layer.kept(self.attention_half(row=row)), layer.kept(self.mlp_half())
@@ -169,7 +174,7 @@ class Costs(LayerRun):
             return 0
         return layer.stacked(self.attention_half()) + (layer.stacked(self.mlp_half()) if mode == "none" else 0)
 
-    def _indices(self, mode: Mode) -> int:
+    def indices(self, mode: Mode) -> int:
         """Return the bytes per token of expert row indices, which a layer's graph holds under any checkpointing."""
         experts = self.decoder.experts
         return 0 if experts is None or mode == "none" else INDEX_BYTES * experts.chosen
@@ -297,9 +302,43 @@ class Costs(LayerRun):
         return Activations(
             kept=kept_here * kept
             + layers * (tokens // at_once) * self.stacked(mode)
-            + tokens * (self._tables + self._masks(mode, row) + layers * self._indices(mode)),
+            + tokens * (self._tables + self._masks(mode, row) + layers * self.indices(mode)),
             head_forward=self.head_forward(tokens) + newest,
             head_backward=self.head_backward(tokens) + newest,
             working=gradients + working.bytes,
             dequantized=working.dense,
         )
+
+
+_CLOSE = 0.05
+"""Largest relative difference from a measurement at which a formula holds."""
+
+
+def has_formula(architecture: Architecture, kind: LayerKind, half: int, *, keeps: float, row: int) -> bool:
+    """Return True if the formulas hold for a half that was measured to keep so many bytes per token.
+
+    The measurement is in bf16 on a CPU with frozen linears, `row` tokens in a sequence, and attention by documents or
+    transformers' SDPA. A half with other linears than those of `INPUTS` has no formula. One with gated
+    experts has, however transformers runs them.
+    """
+    names = [INPUTS["qkv"] + INPUTS["o"], INPUTS["gate_up"] + INPUTS["down"]][half]
+    weights = [w for w in kind.weights if kind.half_of(w.path) == half and w.packs]
+    known = all(
+        w.kind != "fused" and (w.path.removesuffix(".weight").rpartition(".")[2] in names or w.shape[0] == 1)
+        for w in weights
+    )
+    if not known or not weights or kind.mlp is None or (half == 0 and kind.heads is None):
+        return False
+    if half == 1 and kind.experts is not None:
+        return "gate_up_proj" in kind.experts.weights
+    run = LayerRun(decoder=Decoder.of(architecture, kind), ranks=AdaptedRanks(), is_gpu=False, tokens=row, row=row)
+    if half == 1:
+        formulas = [layer.kept(mlp_half(run))]
+    elif architecture.attention == "eager":
+        # It keeps its output for the adapter of the linear after it alone.
+        with_output = layer.kept(attention_half(replace(run, attention=Attention(kind="eager"))))
+        formulas = [with_output - run.itemsize * run.decoder.queries]
+    else:
+        with_mask = layer.kept(attention_half(replace(run, attention=Attention(kind="sdpa"))))
+        formulas = [layer.kept(attention_half(run)), with_mask, with_mask - run.itemsize * row]
+    return any(abs(formula - keeps) <= _CLOSE * keeps for formula in formulas)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.shapes import ModelShapes, Weight
@@ -58,17 +58,30 @@ class Base:
 
     embedding: tuple[BaseTensor, ...]
     """Embedding; of a tied model, the LM head too."""
-    block: tuple[BaseTensor, ...]
-    layers: int
+    kinds: tuple[tuple[BaseTensor, ...], ...]
+    """Tensors of each kind of decoder layer."""
+    kind_of_layer: tuple[int, ...]
     head: tuple[BaseTensor, ...]
     """Empty where it is the embedding's."""
     rest: tuple[BaseTensor, ...]
-    """The last norm."""
+    """The decoder's tensors outside of its layers: the last norm."""
     offsets: int
-    """Packed weights of a block with an offset, a replicated number in fp32."""
-    instead: tuple[tuple[BaseTensor, int], ...] = ()
-    """(tensor, number beside those of `layers` blocks; negative: fewer) for a checkpoint with dense weights in some
-    layers, where `block` is the largest layer."""
+    """Packed weights with an offset, a replicated number in fp32."""
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.kind_of_layer)
+
+    @property
+    def block(self) -> tuple[BaseTensor, ...]:
+        """The largest decoder layer while it is gathered."""
+        return max(self.kinds, key=lambda kind: unit_bytes(kind, 1))
+
+    def total(self, measure: Callable[[tuple[BaseTensor, ...]], int], begin: int = 0, end: int | None = None) -> int:
+        """Return the sum of a measure of the layers from `begin` to before `end`."""
+        each = [measure(kind) for kind in self.kinds]
+        return sum(each[kind] for kind in self.kind_of_layer[begin:end])
 
     @property
     def tied(self) -> bool:
@@ -77,17 +90,17 @@ class Base:
 
     def counted(self) -> Iterator[tuple[BaseTensor, int]]:
         """Yield (tensor, number of tensors like it)."""
-        for unit, count in ((self.embedding, 1), (self.block, self.layers), (self.head, 1), (self.rest, 1)):
+        layers = ((kind, self.kind_of_layer.count(number)) for number, kind in enumerate(self.kinds))
+        for unit, count in ((self.embedding, 1), *layers, (self.head, 1), (self.rest, 1)):
             for tensor in unit:
                 yield tensor, count
-        yield from self.instead
 
     def kept(self, shards: int) -> Counter[Kind]:
         """Bytes of a rank by kind, offsets among the scales."""
         found: Counter[Kind] = Counter()
         for tensor, count in self.counted():
             found[tensor.kind] += tensor.kept(shards) * count
-        found["scales"] += 4 * self.offsets * self.layers
+        found["scales"] += 4 * self.offsets
         return found
 
 
@@ -121,12 +134,16 @@ def planned_base(work: Workload, model: PlannedModel) -> Base:
 
 
 def base_of(
-    work: Workload, shapes: ModelShapes, *, plain_absmax: bool = False, left_dense: Mapping[str, int] | None = None
+    work: Workload,
+    shapes: ModelShapes,
+    *,
+    plain_absmax: bool = False,
+    left_dense: Mapping[int, frozenset[str]] | None = None,
 ) -> Base:
     """Return the base as a run keeps it.
 
-    For a checkpoint quantized before: `plain_absmax` if it has no double quantization; `left_dense` the number of
-    layers in which a weight is not quantized.
+    For a checkpoint quantized before: `plain_absmax` if it has no double quantization; `left_dense` the weights of
+    each layer that are not quantized.
     """
     itemsize = traffic.DTYPE_BYTES[work.train.dtype]
     adapter, full = work.adapter, work.adapter.method == "full"
@@ -140,16 +157,11 @@ def base_of(
         shape = (shapes.vocabulary, shapes.hidden)
         return dense("embeddings", shape, trained=full or name in adapter.modules_to_save)
 
-    def of_block(weight: Weight) -> list[BaseTensor]:
+    def of_block(weight: Weight, unpacked: frozenset[str]) -> list[BaseTensor]:
         if not weight.packs:
             return [dense("norms", weight.shape, trained=full)]
-        if not packs:
+        if not packs or weight.path in unpacked:
             return [dense("weights", weight.shape, trained=full)]
-        if weight.path in unpacked:
-            return [dense("weights", weight.shape, trained=False)]
-        return of_packed(weight)
-
-    def of_packed(weight: Weight) -> list[BaseTensor]:
         groups = -(-weight.numel // traffic.GROUP_WEIGHTS)
         codes = BaseTensor("codes", (groups, traffic.GROUP_CODES), 1, 1)
         if plain_absmax:
@@ -160,23 +172,26 @@ def base_of(
             BaseTensor("scales", (groups,), 4, 4),
         ]
 
-    unpacked = (left_dense or {}) if packs else {}
-    instead: list[tuple[BaseTensor, int]] = []
-    for weight in shapes.block:
-        count = shapes.num_layers - unpacked.get(weight.path, shapes.num_layers)
-        if count:
-            offset = [] if plain_absmax else [BaseTensor("scales", (1,), 4, 4)]
-            instead += [(tensor, -count) for tensor in of_block(weight)]
-            instead += [(tensor, count) for tensor in (*of_packed(weight), *offset)]
-    offsets = [weight for weight in shapes.block if weight.packs and weight.path not in unpacked]
+    architecture = shapes.architecture
+    layers = [
+        (kind, (left_dense or {}).get(index, frozenset())) for index, kind in enumerate(architecture.kind_of_layer)
+    ]
+    kinds = list(dict.fromkeys(layers))
+    tensors = tuple(
+        tuple(tensor for weight in architecture.kinds[kind].weights for tensor in of_block(weight, unpacked))
+        for kind, unpacked in kinds
+    )
+    numbers = tuple(map(kinds.index, layers))
+    outside = (
+        dense("embeddings" if len(w.shape) > 1 else "norms", w.shape, trained=full) for w in architecture.outside
+    )
     return Base(
         embedding=(matrix(EMBEDDING),),
-        block=tuple(tensor for weight in shapes.block for tensor in of_block(weight)),
-        layers=shapes.num_layers,
+        kinds=tensors,
+        kind_of_layer=numbers,
         head=() if tied else (matrix(HEAD),),
-        rest=(dense("norms", (shapes.hidden,), trained=full),),
-        offsets=len(offsets) if packs and not plain_absmax else 0,
-        instead=tuple(instead),
+        rest=tuple(outside),
+        offsets=0 if plain_absmax else sum(tensor.kind == "codes" for number in numbers for tensor in tensors[number]),
     )
 
 

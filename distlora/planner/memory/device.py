@@ -102,7 +102,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     if not (machine.is_gpu and offloads_base(work.parallel, shards)):
         held.update(base.kept(shards))
     held["norms"] += buffer_bytes(model, work)
-    held["resident"] += resident * unit_bytes(base.block, shards) if shards > 1 else 0
+    held["resident"] += base.total(lambda unit: unit_bytes(unit, shards), 0, resident) if shards > 1 else 0
     if shards > 1 and work.parallel.backend == "zero3":
         held["resident"] += staying_bytes(base, shards, read_gathering(work.parallel))
     held["adapters"] += trained.adapter_bytes
@@ -157,11 +157,13 @@ def arena_bytes(work: Workload, model: PlannedModel) -> int:
     """
     if not work.quantized:
         return 0
-    dense = {path for path, count in model.left_dense.items() if count == model.shapes.num_layers}
-    packed = (weight for weight in model.shapes.block if weight.packs and weight.path not in dense)
-    sizes = [traffic.DTYPE_BYTES[work.train.dtype] * weight.numel for weight in packed]
-    kept = sum(-(-nbytes // 512) * 512 for nbytes in sizes) if work.train.keep_dequantized else 0
-    return max(sizes, default=0) + kept
+    architecture, itemsize, largest, layer = model.shapes.architecture, traffic.DTYPE_BYTES[work.train.dtype], 0, 0
+    for kind, unpacked in {(kind, model.left_dense.get(i)) for i, kind in enumerate(architecture.kind_of_layer)}:
+        packed = (w for w in architecture.kinds[kind].weights if w.packs and w.path not in (unpacked or ()))
+        sizes = [itemsize * weight.numel for weight in packed]
+        largest = max(largest, *sizes, 0)
+        layer = max(layer, sum(-(-nbytes // 512) * 512 for nbytes in sizes))
+    return largest + (layer if work.train.keep_dequantized else 0)
 
 
 _MIB = 2**20

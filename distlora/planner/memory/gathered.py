@@ -78,7 +78,7 @@ def copied_of(work: Workload, base: Base, shards: int) -> CastCopies:
     return CastCopies(
         embedding=embedding,
         block=0 if keeps else block,
-        kept=base.layers * block if keeps else 0,
+        kept=base.total(_copies) if keeps else 0,
         head=head,
     )
 
@@ -226,7 +226,7 @@ def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit,
         return tuple(found)
 
     rest, embedding = unit(base.rest), unit(base.embedding)
-    return rest, embedding, [unit(base.block) for _ in range(base.layers)], unit(base.head)
+    return rest, embedding, [unit(base.kinds[kind]) for kind in base.kind_of_layer], unit(base.head)
 
 
 @functools.lru_cache(maxsize=64)
@@ -242,7 +242,7 @@ def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) 
     first = numbered(embedding)
     last = numbered(head) or first
     layers = [numbered(block) for block in blocks]
-    norm, unit = numbered(rest), _numel(blocks[0])
+    norm, unit = numbered(rest), max(map(_numel, blocks))
     bucket, most = gathering.prefetch_bucket_size, gathering.max_live_parameters
     coordinator = _Coordinator(
         units=[norm, first, *layers, last, *reversed(layers)],

@@ -17,11 +17,11 @@ expert that it chooses, so nothing depends on balanced routing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length
-from distlora.planner.decoder_sizes import AdaptedRanks, AttentionKind, Decoder, ExpertSizes
+from distlora.planner.decoder_sizes import AdaptedRanks, AttentionKind, Decoder, ExpertSizes, ScaledHalf
 from distlora.planner.traffic import GROUP_WEIGHTS
 
 _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
@@ -459,6 +459,26 @@ def mlp_half(run: LayerRun) -> list[Operation]:
     return [*operations, run.norm(sizes.hidden)] if sizes.norms_after else operations
 
 
+def scaled_half(run: LayerRun, half: ScaledHalf) -> list[Operation]:
+    """Return a half that is estimated from a shrunk model's as one operation, with the adapters of its linears."""
+    # Measured in bf16, with attention that keeps scores if query and value heads differ in size.
+    of_run, row = run.itemsize / 2, 0 if run.attention.kind in ("documents", "tiles") else run.row
+
+    def nbytes(pair: tuple[float, float]) -> float:
+        return of_run * (pair[0] + pair[1] * row)
+
+    keeps, fixed, dense, gradients, stacks, joins = nbytes(half.keeps), 0.0, 0.0, 0.0, 0.0, 0.0
+    for path, inputs, columns, rows, count in half.linears:
+        linear = run.linears(inputs, [Linear(path, columns, bias=False)])
+        keeps += half.inputs * rows * linear.keeps
+        fixed = max(fixed, *(count * moment.fixed for moment in linear.backward))
+        dense = max(dense, linear.dense)
+        gradients, stacks, joins = gradients + linear.gradients, stacks + linear.stacks, max(joins, linear.joins)
+    backward = (TransientMemory(nbytes(half.backward), fixed, dense),)
+    boundary = run.itemsize * run.decoder.hidden
+    return [Operation(keeps, backward, boundary, nbytes(half.forward), dense, 0, gradients, stacks, joins)]
+
+
 _BLOCK = 64
 """Weights of an NF4 block (kernels/distlora_kernels/reference.py)."""
 _RANK_MULTIPLE = 8
@@ -489,7 +509,19 @@ def expert_half(run: LayerRun) -> list[Operation]:
         Operation((6 if experts.clamps else 3) * one, (TransientMemory(2 * one),), 2 * one),
         _linear(run, experts, "down_proj", experts.inner, hidden),
         Operation(b * rows * hidden + wide * rows, (TransientMemory(3 * wide * rows * hidden),), b * rows * hidden),
+        *_shared_expert(run),
     ]
+
+
+def _shared_expert(run: LayerRun) -> list[Operation]:
+    """Return the operations of the gated MLP beside the experts, whose input is theirs."""
+    if run.decoder.shared is None:
+        return []
+    path, inner = run.decoder.shared
+    read = [Linear(f"{path}.{name}", inner, bias=False, output_is_kept=True) for name in ("gate_proj", "up_proj")]
+    down = Linear(f"{path}.down_proj", run.decoder.hidden, bias=False)
+    gates = replace(run, decoder=replace(run.decoder, inner=inner)).gates()
+    return [run.linears(run.decoder.hidden, read), gates, run.linears(inner, [down])]
 
 
 def _linear(run: LayerRun, experts: ExpertSizes, name: str, inputs: int, outputs: int) -> Operation:

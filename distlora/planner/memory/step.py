@@ -103,10 +103,10 @@ class Step:
     @property
     def largest(self) -> int:
         """Bytes of the largest tensor that a step makes: the inner columns of an MLP, fp32 logits of a chunk."""
-        sizes = self.costs.decoder
-        inner = self.at_once * self.costs.itemsize * sizes.mlp_columns
-        tokens = min(self.at_once, tokens_per_chunk(sizes.vocabulary, on_cpu=not self.costs.is_gpu))
-        return max(inner, 4 * tokens * sizes.vocabulary)
+        vocabulary = self.costs.decoder.vocabulary
+        columns = max(blocks.costs.decoder.mlp_columns for blocks in self.blocks)
+        tokens = min(self.at_once, tokens_per_chunk(vocabulary, on_cpu=not self.costs.is_gpu))
+        return max(self.at_once * self.costs.itemsize * columns, 4 * tokens * vocabulary)
 
     @property
     def costs(self) -> Costs:
@@ -126,9 +126,10 @@ class Step:
     @property
     def _first(self) -> int:
         """The place of the first block that a gradient comes to."""
-        if self.trained.embeds or self.blocks[0].costs.ranks.by_name or self.blocks[0].costs.trains_base:
+        if self.trained.embeds or self.costs.trains_base:
             return 0
-        return self.blocks[0].count
+        frozen = itertools.takewhile(lambda blocks: not blocks.costs.ranks.by_name, self.blocks)
+        return sum(blocks.count for blocks in frozen)
 
     def _kept_from(self, place: int) -> int:
         """Return the kept bytes of the blocks from `place` on, which are freed after their backward."""
@@ -141,10 +142,13 @@ class Step:
     @property
     def _kept(self) -> int:
         """Bytes of kept activations, ids and labels. After a frozen embedding the first norm keeps nothing."""
-        unread = self.work.train.checkpointing in ("none", "selective") and not self.trained.embeds
+        mode, last = self.work.train.checkpointing, self.blocks[-1]
+        unread = mode in ("none", "selective") and not self.trained.embeds
         sent = 3 * 8 * self.tokens if self.is_gpu else 0
-        alike = int(self.activations.kept) - self.base.layers * self.blocks[-1].kept
-        return alike + self._kept_from(self._first) + sent - (self.tokens * self.costs.norm_keeps if unread else 0)
+        alike = int(self.activations.kept) - self.base.layers * last.kept
+        differ = sum(each.count * (each.costs.indices(mode) - last.costs.indices(mode)) for each in self.blocks)
+        alike += self.tokens * differ + self._kept_from(self._first) + sent
+        return alike - (self.tokens * self.costs.norm_keeps if unread else 0)
 
     @property
     def _boundary(self) -> int:
@@ -231,12 +235,11 @@ class Step:
 
     def _block_at(self, place: int, activations: Activations) -> dict[Kind, int]:
         """Return the memory of the layer at `place` in its backward."""
-        head, block = self.base.head, self.base.block
+        head, base, shards = self.base.head, self.base, self.shards
         # This rank's reduced gradients of the last layers, the LM head and the last norm.
-        done = self.base.layers - 1 - place
-        summed = (
-            0 if self.shards == 1 else _rows_of_masters(head, self.shards) + done * _rows_of_masters(block, self.shards)
-        )
+        last = place == base.layers - 1
+        done = base.total(lambda unit: _rows_of_masters(unit, shards), place + 1)
+        summed = 0 if shards == 1 else _rows_of_masters(head, shards) + done
         kept, dequantized = self._kept - self._kept_from(place + 1), int(activations.dequantized)
         return {
             "kept": kept + self.copied.kept,
@@ -245,7 +248,7 @@ class Step:
             "gathered": self.gathered.block if place > 0 else self.gathered.first,
             "gradients": self._waiting(place + 1, with_head=False) + (summed if self.shards > 1 else 0),
             # The previous reduce-scatter's input, which FSDP2 keeps until the next one.
-            "communication": _sent(head if done == 0 else block, self.shards),
+            "communication": _sent(head if last else base.kinds[base.kind_of_layer[place + 1]], shards),
         }
 
     @property
@@ -259,7 +262,7 @@ class Step:
         if self.shards == 1 or self.micro_batches == 1:
             return 0
         units = [self.base.embedding, self.base.rest, *([self.base.head] if with_head else [])]
-        return sum(map(_of_masters, units)) + blocks * _of_masters(self.base.block)
+        return sum(map(_of_masters, units)) + self.base.total(_of_masters, 0, blocks)
 
 
 def _most(*moments: dict[Kind, int]) -> dict[Kind, int]:
@@ -302,13 +305,16 @@ def _sent(unit: tuple[BaseTensor, ...], shards: int) -> int:
 
 def blocks_of(work: Workload, model: PlannedModel, machine: Machine, *, at_once: int, tokens: int) -> list[Blocks]:
     """Return the decoder layers of a run that keeps `tokens` tokens and runs `at_once` of them together."""
-    row, mode, first = work.sequence_length, work.train.checkpointing, Costs.of(work, model, machine)
-    known: dict[int, Blocks] = {}
+    row, mode, architecture = work.sequence_length, work.train.checkpointing, model.shapes.architecture
+    costs_of = [Costs.of(work, model, machine, kind) for kind in architecture.kinds]
+    kinds = [costs_of.index(costs_of[kind]) for kind in architecture.kind_of_layer]
+    known: dict[tuple[int, int], Blocks] = {}
     found = []
-    for same, alike in itertools.groupby(ranks_of_blocks(work, model.shapes), key=id):
-        ranks = list(alike)
+    layers = zip(kinds, ranks_of_blocks(work, model.shapes), strict=True)
+    for same, alike in itertools.groupby(layers, key=lambda layer: (layer[0], id(layer[1]))):
+        ranks = [each for _, each in alike]
         if same not in known:
-            costs = replace(first, ranks=ranks[0])
+            costs = replace(costs_of[same[0]], ranks=ranks[0])
             activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=work.train.mlp_tile, row=row)
             stacked = tokens // at_once * costs.stacked(mode)
             kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row) + stacked)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distlora.architecture.shapes import tokens_per_chunk
-from distlora.planner.decoder_sizes import AttentionKind, Decoder
+from distlora.planner.decoder_sizes import AttentionKind, Decoder, ScaledHalf
 from distlora.planner.flops import PAIR_BACKWARD, PAIR_FORWARD, SCORES_AGAIN
 from distlora.planner.memory.base import UPDATE_BYTES
 from distlora.planner.traffic import packed_bytes
@@ -113,6 +113,8 @@ def linears(
     group: Sequence[Linear], m: int, how: KernelOptions, *, adapted: bool = True, backward: bool = False
 ) -> Iterator[KernelLaunch]:
     """Yield the launches of linears that read one tensor of M rows. `adapted`: False runs the base alone."""
+    if not group:
+        return iter(())
     if backward:
         return _backward(group, m, how)
     return _forward(group, m, how, adapted=adapted)
@@ -268,7 +270,7 @@ def _grouped(kind: MovedKind, linear: Linear, rows: int, n: int, k: int, how: Ke
 
 
 Groups = Mapping[str, tuple[Linear, ...]]
-"""The linears of a decoder layer that share an input, by the keys of `INPUTS`."""
+"""The linears of a decoder layer that share an input, by the keys of `INPUTS`; each linear alone by its path."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -322,6 +324,11 @@ def _attention_half(
 ) -> Iterator[KernelLaunch]:
     """Yield the launches of the attention half; in backward their order does not count."""
     queries, keys = decoder.queries, decoder.keys
+    if decoder.halves[0] is not None:
+        yield from _scaled_half(decoder.halves[0], groups, how, m, adapted=adapted, backward=backward)
+        if decoder.attends:
+            yield from attention(decoder, how, m, pairs, backward=backward)
+        return
     yield norm(decoder.hidden * m, how, backward=backward)
     if decoder.head_norms:
         yield from (norm(columns * m, how, backward=backward) for columns in (queries, keys))
@@ -337,6 +344,9 @@ def _mlp_half(
 ) -> Iterator[KernelLaunch]:
     """Yield the launches of the MLP half, dense or experts; in backward their order does not count."""
     e, hidden, experts = how.itemsize, decoder.hidden, decoder.experts
+    if decoder.halves[1] is not None:
+        yield from _scaled_half(decoder.halves[1], groups, how, m, adapted=adapted, backward=backward)
+        return
     yield norm(hidden * m, how, backward=backward)
     if experts is not None:
         rows = experts.chosen * m
@@ -350,7 +360,21 @@ def _mlp_half(
     yield gated(decoder.mlp_columns * m, how, backward=backward)
     for name in ("gate_up", "down"):
         yield from linears(groups[name], m, how, adapted=adapted, backward=backward)
+    if decoder.shared is not None:
+        path, inner = decoder.shared
+        yield gated(inner * m, how, backward=backward)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            yield from linears(groups[f"{path}.{name}"], m, how, adapted=adapted, backward=backward)
     yield from after(decoder, how, m, backward=backward)
+
+
+def _scaled_half(
+    half: ScaledHalf, groups: Groups, how: KernelOptions, m: int, *, adapted: bool, backward: bool
+) -> Iterator[KernelLaunch]:
+    """Yield the launches of a half without formulas: its linears one by one, and passes over what it keeps."""
+    yield KernelLaunch("elementwise", (4 if backward else 2) * half.keeps[0] * how.itemsize / 2 * m)
+    for path, *_ in half.linears:
+        yield from linears(groups[path], m, how, adapted=adapted, backward=backward)
 
 
 def after(decoder: Decoder, how: KernelOptions, m: int, *, backward: bool = False) -> Iterator[KernelLaunch]:

@@ -264,7 +264,7 @@ class StepCollectives:
     """Collectives of one rank in a step."""
 
     gather: CollectiveCost
-    """Gather of one layer."""
+    """Gather of one layer, the mean of all."""
     ends: CollectiveCost
     """Gathers of a pass: embedding, LM head and last norm."""
     boundary: CollectiveCost
@@ -283,8 +283,9 @@ def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> S
     step = traffic.step_traffic(work, shapes, world=world, accumulation=micro_batches)
     shards, itemsize = step.shards, traffic.DTYPE_BYTES[work.train.dtype]
     rings = _Rings(world, shards, machine.ranks_per_machine)
-    block = traffic.block_bytes(shapes.block, shards, quantized=work.quantized, itemsize=itemsize)
-    ends = step.gathered // passes - 2 * traffic.moved_blocks(work, shapes) * block if shards > 1 else 0
+    moved = traffic.moved_bytes(work, shapes, shards)
+    block = moved // max(1, traffic.moved_blocks(work, shapes))
+    ends = step.gathered // passes - 2 * moved if shards > 1 else 0
     units = 3 if shapes.ties(work.adapter) else 4
     offloads = machine.is_gpu and offloads_base(work.parallel, shards)
     boundary = 0
@@ -312,7 +313,7 @@ def _sums(
         # Of adapter=full the blocks' gradients are scattered while backward goes on.
         layers, share = shapes.num_layers, 0.0
         if work.adapter.method == "full":
-            share = layers * sum(weight.numel for weight in shapes.block) / shapes.numel
+            share = sum(count * kind.numel for kind, count in shapes.architecture.counted()) / shapes.numel
         scatter, rows = rings.gather(step.scattered, 3), rings.sum_of_copies(step.reduced_rows, 3)
         after += [scatter.scaled(1 - share), rows.scaled(1 - share)]
         if share:

@@ -9,6 +9,7 @@ optimizer. Each second counts for one resource, so that the terms add up to the 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from distlora.planner.decoder_sizes import (
     fuses,
     pairs_computed,
     ranks_of_blocks,
-    windows_of,
 )
 from distlora.planner.flops import active_weights, cut, step_flops
 from distlora.planner.machine import Machine
@@ -111,12 +111,13 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     micro_batches = work.train.accumulation(ranks)
     passes = traffic.passes_of(work, micro_batches)
     how, shapes = kernel_options(work, model, machine), model.shapes
-    active, decoder = active_weights(work, model), Decoder.of(shapes.architecture)
+    active = active_weights(work, model)
     gathered = 0.0
     if shards > 1:
-        gathered = 2.0 * traffic.block_bytes(shapes.block, shards, quantized=how.quantized, itemsize=how.itemsize)
+        gathered = 2.0 * traffic.moved_bytes(work, shapes, shards) / max(1, traffic.moved_blocks(work, shapes))
     if how.trains_base and how.itemsize < FP32:
-        gathered += (FP32 + how.itemsize) * sum(weight.numel for weight in shapes.block) / shards
+        layers = sum(count * kind.numel for kind, count in shapes.architecture.counted())
+        gathered += (FP32 + how.itemsize) * layers / shapes.num_layers / shards
     gathers = (KernelLaunch("gathered", gathered),) if gathered else ()
     # Parameters that a rank updates: replicated ones whole, sharded ones by its shard.
     if work.adapter.method == "full":
@@ -127,7 +128,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     # A pass of all micro-batches joins a block's slices, and its gradients.
     at_once = work.tokens_at_once * work.train.slices(ranks)
     return StepWork(
-        blocks=_blocks(work, model, machine, decoder, how, document),
+        blocks=_blocks(work, model, how, document),
         micro_batches=micro_batches,
         passes=passes,
         head=tuple(
@@ -138,7 +139,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
                 m=at_once,
                 trained=active.head_is_trained,
                 trained_rows=active.head_rows // shapes.hidden,
-                capped=decoder.caps_logits,
+                capped=shapes.architecture.head_form.kind == "softcap",
                 reference=work.train.objective == "dpo",
             )
         ),
@@ -176,22 +177,21 @@ def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> Ker
     )
 
 
-def _blocks(
-    work: Workload, model: PlannedModel, machine: Machine, decoder: Decoder, how: KernelOptions, document: int | None
-) -> tuple[BlockWork, ...]:
-    length, shapes = work.sequence_length, model.shapes
+def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: int | None) -> tuple[BlockWork, ...]:
+    length, architecture = work.sequence_length, model.shapes.architecture
     rows, tile = work.train.micro_batch, work.train.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
-    adapters, windows = ranks_of_blocks(work, shapes), windows_of(shapes.architecture)
-    found: dict[tuple[int, int | None], BlockWork] = {}
+    found: dict[tuple[int, int], BlockWork] = {}
     blocks = []
-    for ranks, window in zip(adapters, windows, strict=True):
-        key = (id(ranks), window)
+    for number, ranks in zip(architecture.kind_of_layer, ranks_of_blocks(work, model.shapes), strict=True):
+        key = (id(ranks), number)
         if key not in found:
-            seen = pairs_computed(how.attention, cut(length, document), window, decoder.heads // decoder.key_heads)
+            kind = architecture.kinds[number]
+            decoder, documents = Decoder.of(architecture, kind), cut(length, document)
+            seen = pairs_computed(how.attention, documents, kind.window, decoder.heads // decoder.key_heads)
             found[key] = block_work(
                 decoder,
-                _groups(work, decoder, shapes.block, ranks),
+                _groups(work, decoder, kind.weights, ranks),
                 how,
                 m=rows * length,
                 pairs=rows * seen,
@@ -209,11 +209,10 @@ def _groups(work: Workload, decoder: Decoder, block: Sequence[Weight], ranks: Ad
 
     def linear(name: str, weight: Weight) -> Linear:
         *count, out, features = weight.shape
-        if count:
-            assert experts is not None
+        if weight.kind == "experts" and experts is not None:
             return Linear(out, features, ranks.rank(name), experts.count, experts.chosen)
         return Linear(
-            out,
+            out * math.prod(count),
             features,
             ranks.largest(name),
             is_dora=work.adapter.use_dora,
@@ -221,11 +220,11 @@ def _groups(work: Workload, decoder: Decoder, block: Sequence[Weight], ranks: Ad
             stacked=ranks.rank(name),
         )
 
-    packed = {weight.path.removesuffix(".weight").rpartition(".")[2]: weight for weight in block if weight.packs}
-    return {
-        read: tuple(linear(name, weight) for name, weight in packed.items() if name in names)
-        for read, names in INPUTS.items()
-    }
+    shared = "-" if decoder.shared is None else decoder.shared[0]
+    packed = {weight.path.removesuffix(".weight"): weight for weight in block if weight.packs}
+    groups = {path: (linear(path, weight),) for path, weight in packed.items()}
+    own = {path.rpartition(".")[2]: each for path, (each,) in groups.items() if not path.startswith(f"{shared}.")}
+    return groups | {read: tuple(each for name, each in own.items() if name in names) for read, names in INPUTS.items()}
 
 
 Part = Literal["forward", "backward", "head", "first gathers", "last sum", "update"]

@@ -348,7 +348,7 @@ def cached_path(content: str) -> Path:
 @functools.cache
 def versions() -> str:
     """Return the versions of transformers and torch, and a digest of the code that derives and builds models."""
-    sources = sorted(path for folder in ("derive", "model") for path in (_PACKAGE / folder).glob("*.py"))
+    sources = sorted(path for folder in _SOURCES for path in (_PACKAGE / folder).glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     packages = (f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
     return f"{' '.join(packages)} {digest}"
@@ -368,3 +368,5 @@ def derive(content: str, place: str) -> str:
 
 
 _PACKAGE = Path(__file__).parents[1]
+_SOURCES = ("derive", "model", "planner", "planner/memory")
+"""Folders of the code that derives an architecture."""

@@ -307,9 +307,9 @@ def _as_tuple(value: Any) -> Any:
 def _kind_from(values: dict[str, Any]) -> LayerKind:
     experts = values.pop("experts")
     weights = tuple(Weight(**weight) for weight in values.pop("weights"))
-    memory = tuple(None if half is None else HalfMemory(**half) for half in values.pop("memory"))
+    first, second = (None if half is None else HalfMemory(**half) for half in values.pop("memory"))
     experts = None if experts is None else ExpertLayout(**experts)
-    return LayerKind(**values, weights=weights, experts=experts, memory=memory)
+    return LayerKind(**values, weights=weights, experts=experts, memory=(first, second))
 
 
 _IRRELEVANT = ("_name_or_path", "dtype", "quantization_config", "torch_dtype", "transformers_version", "use_cache")

@@ -101,11 +101,12 @@ class ScaledHalf:
         keeps, forward, backward = (
             (scale * pair[0], scale * pair[1]) for pair in (memory.keeps, memory.forward, memory.backward)
         )
-        linears = []
+        linears: list[tuple[str, int, int, int, int]] = []
         for weight in kind.weights:
             if weight.packs and kind.half_of(weight.path) == half:
                 rows = (experts.chosen, experts.num_experts) if weight.kind == "experts" and experts else (1, 1)
-                linears.append((weight.path.removesuffix(".weight"), *weight.shape[:-3:-1], *rows))
+                *_, columns, inputs = weight.shape
+                linears.append((weight.path.removesuffix(".weight"), inputs, columns, *rows))
         return cls(keeps=keeps, inputs=memory.inputs, forward=forward, backward=backward, linears=tuple(linears))
 
 

@@ -6,6 +6,7 @@ The operation on the CPU is the reference of the contract, in the place of the o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -229,19 +230,19 @@ def test_torchs_own_op_takes_the_call_and_nothing_is_read_by_the_host(rows: int,
 
 
 def test_models_without_flash_attention_keep_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Sizes:
-        head_dim: int | None = None
-        hidden_size, num_attention_heads = 4096, 32
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: available)
     capability, available = (9, 0), True
 
-    def choice(family: str = "llama", dtype: torch.dtype = torch.bfloat16, head_dim: int | None = None) -> Any:
-        sizes = Sizes()
-        sizes.head_dim = head_dim
+    def choice(family: str = "llama", dtype: torch.dtype = torch.bfloat16, size: int = 128) -> Any:
+        known = architecture(family)
+        kinds = tuple(dataclasses.replace(kind, heads=(32, 32, size)) for kind in known.kinds)
         return attention.choose(
-            architecture(family), sizes, wanted="auto", device=torch.device("cuda"), dtype=dtype, deterministic=True
+            dataclasses.replace(known, kinds=kinds),
+            wanted="auto",
+            device=torch.device("cuda"),
+            dtype=dtype,
+            deterministic=True,
         )
 
     assert choice().op is not None
@@ -249,8 +250,8 @@ def test_models_without_flash_attention_keep_their_masks(monkeypatch: pytest.Mon
     for refused, reason in (
         (choice("gemma2"), "caps"),
         (choice(dtype=torch.float32), "16 bits"),
-        (choice(head_dim=264), "have 264"),
-        (choice(head_dim=100), "have 100"),
+        (choice(size=264), "have 264"),
+        (choice(size=100), "have 100"),
     ):
         assert refused.op is None
         assert reason in refused.note

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,12 +185,12 @@ def test_no_memory_for_scores_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = SimpleNamespace(hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
+    llama = architecture("llama")
 
-    def chosen(**changed: Any) -> attention.Choice:
+    def chosen(heads: tuple[int, int, int] = (4, 2, 32)) -> attention.Choice:
+        (kind,) = llama.kinds
         return attention.choose(
-            architecture("llama"),
-            SimpleNamespace(**{**vars(sizes), **changed}),
+            dataclasses.replace(llama, kinds=(dataclasses.replace(kind, heads=heads),)),
             wanted="auto",
             device=torch.device("cpu"),
             dtype=torch.bfloat16,
@@ -204,8 +204,8 @@ def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pyt
     monkeypatch.setattr(native, "library", Library)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert chosen().op is compiled_attention.attend
-    assert "by matrix products; it is not compiled: a head size of 24" in chosen(head_dim=24).note
-    assert "1 key heads are fewer than 2 threads" in chosen(num_key_value_heads=1).note
+    assert "by matrix products; it is not compiled: a head size of 24" in chosen((4, 2, 24)).note
+    assert "1 key heads are fewer than 2 threads" in chosen((4, 1, 32)).note
     Library.attends = staticmethod(lambda: False)
     assert "no AVX512-BF16" in chosen().note
     assert chosen().op is attention.attend_on_cpu

@@ -276,101 +276,107 @@ def _documents(
 ) -> tuple[Literal["positions", "masks", "single"], list[tuple[str, ...]]]:
     """Return how packed documents are kept apart, and by kind of layer the modules that must run each by itself."""
     packed = _Packed.of(found.vocabulary)
-    inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
+    inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
     layers = decoder.get_submodule(found.layers)
     alone = [decoder(**one, use_cache=False).last_hidden_state for _, one in packed.alone()]
     expected = torch.cat(alone, dim=1)
 
-    def leaks(**masks: Any) -> bool:
-        return _differ(decoder(**inputs, **masks).last_hidden_state, expected)
+    def leaks(**masks: Any) -> bool | None:
+        try:
+            return _differ(decoder(**inputs, **masks, use_cache=False).last_hidden_state, expected)
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return None  # It takes no such mask, or a module's arguments or outputs cannot be cut.
 
     nothing: list[tuple[str, ...]] = [()] * len(found.kinds)
-    if not leaks():
+    if leaks() is False:
         return "positions", nothing
     masks = masks_of_documents(decoder, packed.position_ids)
-    if masks is not None and not leaks(attention_mask=masks):
+    if masks is not None and leaks(attention_mask=masks) is False:
         return "masks", nothing
-    chosen: Literal["positions", "masks"] = "positions"
     context = BlockContext()
     context.rows = Rows(packed=PackedRows.of(packed.position_ids))
-    apart: dict[str, None] = {}
+    singles = [(part, _record(decoder, layers, one)) for part, one in packed.alone()]
+    apart: list[list[str]] = [[] for _ in found.kinds]
+    whole: set[tuple[int, str]] = set()
+    """(Kind, path) of modules that cannot run on a part of a sequence."""
     originals: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         while leaks():
-            leaking = _first_leak(layers, decoder, inputs, packed)
-            if leaking is None:
+            leaking = _leaking(layers, _record(decoder, layers, inputs), singles)
+            chosen = next((at for i, path in leaking if (at := (found.kind_of_layer[i], path)) not in whole), None)
+            if chosen is None:
                 return "single", nothing
-            kind = found.kind_of_layer[leaking[0]]
-            apart[f"{kind} {leaking[1]}"] = None
-            for index, layer in enumerate(layers):
-                if found.kind_of_layer[index] == kind:
-                    module = layer.get_submodule(leaking[1])
-                    originals.append((layer, leaking[1], module))
-                    layer.set_submodule(leaking[1], ByDocument(module, context))
+            kind, path = chosen
+            replaced = [
+                (layer, path, layer.get_submodule(path))
+                for index, layer in enumerate(layers)
+                if found.kind_of_layer[index] == kind
+            ]
+            for layer, _, module in replaced:
+                layer.set_submodule(path, ByDocument(module, context))
+            if leaks() is None:  # The module around it may do.
+                for layer, _, module in replaced:
+                    layer.set_submodule(path, module)
+                whole.add(chosen)
+            else:
+                apart[kind].append(path)
+                originals += replaced
     finally:
-        for layer, path, module in originals:
+        for layer, path, module in reversed(originals):
             layer.set_submodule(path, module)
-    paths = [
-        tuple(each.split(" ", 1)[1] for each in apart if each.split(" ", 1)[0] == str(n))
-        for n in range(len(found.kinds))
-    ]
-    return chosen, paths
+    return "positions", [tuple(paths) for paths in apart]
 
 
-def _first_leak(layers: nn.ModuleList, decoder: Any, inputs: Any, packed: _Packed) -> tuple[int, str] | None:
-    """Return (layer, path in it) of the innermost module that first makes documents differ from themselves alone.
+_Calls = dict[nn.Module, tuple[Tensor, Tensor]]
+"""First input and output of each module that takes and returns states."""
 
-    Its input is that of each document alone, and its output is not.
+
+def _record(decoder: Any, layers: nn.Module, arguments: Mapping[str, Any]) -> _Calls:
+    seen: _Calls = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+        made = output[0] if isinstance(output, tuple) else output
+        if given is not None and isinstance(made, Tensor):
+            seen.setdefault(module, (given, made))
+
+    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in layers.modules()]
+    try:
+        decoder(**arguments, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _leaking(layers: nn.ModuleList, together: _Calls, alone: Sequence[tuple[slice, _Calls]]) -> list[tuple[int, str]]:
+    """Return (layer, path in it) of the modules that first make documents differ from them alone, inner ones first.
+
+    Their input is that of each document alone, and their output is not.
     """
-    names = [
-        (index, path, module)
-        for index, layer in enumerate(layers)
-        for path, module in layer.named_modules()
-        if path and not isinstance(module, ByDocument)
-    ]
-
-    def record(arguments: Mapping[str, Any]) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = next(
-                (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None
-            )
-            made = output[0] if isinstance(output, tuple) else output
-            if given is not None and isinstance(made, Tensor):
-                seen.setdefault(module, (given, made))
-
-        hooks = [module.register_forward_hook(keep, with_kwargs=True) for _, _, module in names]
-        try:
-            decoder(**arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
-
-    together = record(inputs)
-    singles = [(part, record({**one, "use_cache": False})) for part, one in packed.alone()]
 
     def same(module: nn.Module, which: int) -> bool | None:
         if module not in together:
             return None
         whole = together[module][which]
-        for part, single in singles:
-            one = single[module][which]
-            at = next((d for d in range(whole.dim()) if whole.shape[d] == packed.input_ids.shape[1]), None)
-            if at is None or one.shape[at] != part.stop - part.start:
+        at = next((d for d in range(whole.dim()) if whole.shape[d] == sum(LENGTHS)), None)
+        for part, single in alone:
+            if at is None or module not in single:
                 return None
-            if _differ(whole.narrow(at, part.start, part.stop - part.start), one):
+            one, place = single[module][which], whole.narrow(at, part.start, part.stop - part.start)
+            if one.shape != place.shape:
+                return None
+            if _differ(place, one):
                 return False
         return True
 
-    leaking = [(index, path) for index, path, module in names if same(module, 0) and same(module, 1) is False]
-    innermost = [
+    found = [
         (index, path)
-        for index, path in leaking
-        if not any(other == index and inner.startswith(f"{path}.") for other, inner in leaking)
+        for index, layer in enumerate(layers)
+        for path, module in layer.named_modules()
+        if path and not isinstance(module, ByDocument) and same(module, 0) and same(module, 1) is False
     ]
-    return min(innermost, default=None)
+    return sorted(found, key=lambda one: (one[0], -one[1].count("."), one[1]))
 
 
 def _takes_varlen(found: Architecture, decoder: Any) -> bool:

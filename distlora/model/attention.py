@@ -195,13 +195,20 @@ def _attention_function(op: VarlenOp) -> Callable[..., tuple[Tensor, Tensor | No
         # Full fine-tuning computes under autocast, which leaves normalized and rotated queries and keys in fp32 and
         # does not know this op. SDPA gets all of them in the dtype of the values.
         tensors = (query.to(value.dtype), key.to(value.dtype), value)
-        flat_query, flat_key, flat_value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors)
+        # Latent attention has narrower values. More columns of zeros change no score and no other column.
+        columns = max(query.shape[-1], value.shape[-1])
+        flat_query, flat_key, flat_value = (
+            nn.functional.pad(tensor, (0, columns - tensor.shape[-1])).transpose(1, 2).flatten(0, 1)
+            if tensor.shape[-1] < columns
+            else tensor.transpose(1, 2).flatten(0, 1)
+            for tensor in tensors
+        )
         # Flash attention takes 1 for decoding, where it expects as many tokens as documents.
         longest = max(2, kwargs.get(LONGEST, length))
         # If no document exceeds the window, plain causal attention has the faster kernel.
         left = None if sliding_window is None or sliding_window >= longest else sliding_window - 1
         bounds = cu_seqlens(attention_mask, length)
-        output = op(flat_query, flat_key, flat_value, bounds, longest, scaling, left)
+        output = op(flat_query, flat_key, flat_value, bounds, longest, scaling, left)[..., : value.shape[-1]]
         return output.view(num_rows, length, *output.shape[1:]), None
 
     return attend
@@ -228,7 +235,6 @@ class Choice(NamedTuple):
 
 def choose(
     architecture: Architecture,
-    hf_config: Any,
     *,
     wanted: Literal["auto", "sdpa"],
     device: torch.device,
@@ -238,10 +244,11 @@ def choose(
 ) -> Choice:
     """Choose variable-length attention if device, dtype and model allow it; otherwise give the reason.
 
-    `hf_config` is the decoder's, `dtype` the compute dtype, `wanted` train.attention, `compiled` train.compile.
+    `dtype` is the compute dtype, `wanted` train.attention, `compiled` train.compile.
     """
     dense = "attention goes through dense masks, whose memory grows with rows x length squared"
-    head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    heads = sorted({kind.heads for kind in architecture.kinds if kind.heads is not None})
+    unfit = [size for _, _, size in heads if size % 8 or size > 256]
     if architecture.attention != "sdpa" or not architecture.varlen:
         return Choice(
             None,
@@ -256,15 +263,16 @@ def choose(
         by_products = "attention is computed per document, by matrix products"
         if not compiled:
             return Choice(attend_on_cpu, by_products)
-        key_heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
-        reason = compiled_attention.unsupported_reason(key_heads, head_size)
-        if reason is not None:
-            return Choice(attend_on_cpu, f"{by_products}; it is not compiled: {reason}")
+        for _, key_heads, size in heads:
+            reason = compiled_attention.unsupported_reason(key_heads, size)
+            if reason is not None:
+                return Choice(attend_on_cpu, f"{by_products}; it is not compiled: {reason}")
         return Choice(compiled_attention.attend, "attention is computed per document, compiled for this processor")
     if dtype not in (torch.bfloat16, torch.float16):
         return Choice(None, f"{dense}: flash attention computes in 16 bits, train.dtype is {dtype}")
-    if head_size % 8 or head_size > 256:
-        return Choice(None, f"{dense}: flash attention takes heads of 8, 16, ... 256 columns, these have {head_size}")
+    if unfit or not heads:
+        these = f"these have {unfit[0]}" if unfit else "these are unusual"
+        return Choice(None, f"{dense}: flash attention takes heads of 8, 16, ... 256 columns, {these}")
     if torch.cuda.get_device_capability(device) < (8, 0):
         return Choice(None, f"{dense}: flash attention needs compute capability 8.0, {device} is older")
     if not torch.backends.cuda.is_flash_attention_available():

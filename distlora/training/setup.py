@@ -243,7 +243,6 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
         fused_modules.require_compiled()
     choice = attention.choose(
         model.architecture,
-        model.decoder.config,
         wanted=train.attention,
         device=device,
         dtype=DTYPES[spec.dtype],

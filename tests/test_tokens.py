@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from chat_tokenizers import chat_tokenizer
 from closeness import assert_adapters_close, assert_close
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import Architecture, architecture_of
 from distlora.architecture.tokens import load_tokenizer, tokenizer_files, vocabulary_of
 from distlora.config import UserError
 from distlora.config.file import load_config
@@ -43,8 +45,8 @@ from worlds import World
 NEW_IDS = tuple(range(VOCABULARY, VOCABULARY + len(NEW_TOKENS)))
 
 
-def model_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
+def architecture_in(folder: Path) -> Architecture:
+    return architecture_of(read_config(folder), folder / "config.json")
 
 
 def with_new(folder: Path, *new: str, **sections: Any) -> Any:
@@ -104,12 +106,12 @@ def test_the_vocabulary_grows_by_what_spare_rows_lack(folders: Path, tmp_path: P
     write_model_folder(tmp_path / "spare", "llama", vocab_size=VOCABULARY + 2)
     for folder, stored, rows in ((folders / "llama", 1001, 1004), (tmp_path / "spare", 1003, 1004)):
         config = with_new(folder, "<a>", "<b>", "<c>")
-        vocabulary = vocabulary_of(config.spec, model_config(folder))
+        vocabulary = vocabulary_of(config.spec, architecture_in(folder))
         assert (vocabulary.stored, vocabulary.rows) == (stored, rows)
         assert find_model(config).shapes.vocabulary == rows, "planned for without the tokenizer"
         assert vocabulary.new == {"<a>": 1001, "<b>": 1002, "<c>": 1003}
         assert vocabulary.trained == {"embed_tokens": (1001, 1002, 1003), "lm_head": (1001, 1002, 1003)}
-    assert not vocabulary_of(with_new(tmp_path / "spare", "<a>").spec, model_config(tmp_path / "spare")).has_grown
+    assert not vocabulary_of(with_new(tmp_path / "spare", "<a>").spec, architecture_in(tmp_path / "spare")).has_grown
 
 
 def test_a_config_of_another_vocabulary_is_refused(folders: Path, tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def test_a_config_of_another_vocabulary_is_refused(folders: Path, tmp_path: Path
 def test_a_list_means_the_embedding_and_a_mapping_each_matrix(folders: Path) -> None:
     def trained(model: str, indices: Any) -> Any:
         config = with_new(folders / model, "<a>", adapter={"trainable_token_indices": indices})
-        return vocabulary_of(config.spec, model_config(folders / model)).trained
+        return vocabulary_of(config.spec, architecture_in(folders / model)).trained
 
     assert trained("llama", [9, 4]) == {"embed_tokens": (4, 9, 1001), "lm_head": (1001,)}
     assert trained("llama", {"lm_head": [9]}) == {"embed_tokens": (1001,), "lm_head": (9, 1001)}

@@ -7,6 +7,7 @@ module keeps it as JSON in the cache. The launcher, the planner and the worker r
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -14,7 +15,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -329,11 +330,18 @@ def architecture_of(model: Mapping[str, Any], place: Path | str) -> Architecture
 
 @functools.lru_cache(maxsize=64)
 def _architecture_of(content: str, place: str) -> Architecture:
-    path = cached_path(content)
+    return Architecture.from_json(kept_text(cached_path(content), lambda: derive(content, place)))
+
+
+def kept_text(path: Path, make: Callable[[], str]) -> str:
+    """Return the text of a file of the cache, made if it does not exist, while other processes that need it wait."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, derive(content, place))
-    return Architecture.from_json(path.read_text(encoding="utf-8"))
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.is_file():
+                write_text(path, make())
+    return path.read_text(encoding="utf-8")
 
 
 def cached_path(content: str) -> Path:
@@ -368,5 +376,5 @@ def derive(content: str, place: str) -> str:
 
 
 _PACKAGE = Path(__file__).parents[1]
-_SOURCES = ("derive", "model", "planner", "planner/memory")
-"""Folders of the code that derives an architecture."""
+_SOURCES = ("derive", "model", "planner", "planner/memory", "loading", "weights")
+"""Folders of the code that derives and proves an architecture."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from distlora.architecture.spec import architecture_of
+from distlora.architecture.spec import Architecture, architecture_of
 from distlora.config import AdapterConfig, ModelSpec, UserError, nearest
 from distlora.config.errors import short
 from distlora.config.json_files import read_object
@@ -174,13 +174,12 @@ def _set_special(tokenizer: Any, model_dir: Path, special_tokens: Mapping[str, s
         )
 
 
-def vocabulary_of(spec: ModelSpec, model: Mapping[str, Any]) -> Vocabulary:
-    """Return the vocabulary of a run, given the content of config.json (`model`). Load the tokenizer for new tokens.
+def vocabulary_of(spec: ModelSpec, architecture: Architecture) -> Vocabulary:
+    """Return the vocabulary of a run. Load the tokenizer for new tokens.
 
     Raises UserError for a new token that exists, a tokenizer of another model, and indices that are no rows.
     """
     path = Path(spec.model.path) / "config.json"
-    architecture = architecture_of(model, path)
     stored = architecture.vocabulary
     new = new_token_ids(path.parent, spec.model.new_tokens, stored)
     rows = max(stored, *(id + 1 for id in new.values())) if new else stored

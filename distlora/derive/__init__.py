@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from distlora.architecture.checkpoint_files import hf_config_of
-from distlora.architecture.spec import Architecture, cached_path
+from distlora.architecture.spec import Architecture, cached_path, kept_text
 from distlora.derive.probes import probe
+from distlora.derive.prove import proved
 from distlora.derive.shrink import shrink
 from distlora.derive.structure import structure
 from distlora.model.hf_model import auto_class_of, transformers_model
-from distlora.system.atomic_io import write_text
 
 
 def derive(content: str, place: str) -> str:
@@ -29,14 +31,16 @@ def derive(content: str, place: str) -> str:
     auto_class = auto_class_of(hf_config, place)
     hf_model = transformers_model(hf_config, place, auto_class=auto_class, attention="eager", dtype=torch.bfloat16)
     small_config = json.dumps(shrink(config), sort_keys=True)
-    path = cached_path(f"small {small_config}")
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, probe(json.loads(small_config), place).to_json())
-    small = Architecture.from_json(path.read_text(encoding="utf-8"))
+    small = Architecture.from_json(
+        kept_text(cached_path(f"small {small_config}"), lambda: _proved(json.loads(small_config), place).to_json())
+    )
     full = structure(hf_model, auto_class=auto_class, kinds={kind.key: kind for kind in small.kinds})
     known = {name: getattr(small, name) for name in _FROM_SHRUNK}
     return dataclasses.replace(full, **known, seconds=time.monotonic() - began).to_json()
+
+
+def _proved(small_config: Mapping[str, Any], place: str) -> Architecture:
+    return proved(probe(small_config, place), small_config, place)
 
 
 _FROM_SHRUNK = (

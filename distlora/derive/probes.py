@@ -40,15 +40,17 @@ _CLOSE = 1e-5
 """Largest difference of two results that a different order of sums explains, relative to the largest value in fp32."""
 
 
-def probe(config: Mapping[str, Any], place: str) -> Architecture:
+def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architecture:
     """Return the architecture of a shrunk model from the content of its config.json, with what running it tells.
+
+    `seed`: of its random weights.
 
     Raises UserError if the model is not causal, or a property of it is not supported.
     """
     hf_config = hf_config_of(config, place)
     auto_class = auto_class_of(hf_config, place)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = transformers_model(
             hf_config, place, auto_class=auto_class, attention="eager", dtype=torch.float32, device="cpu"
         )

@@ -321,26 +321,27 @@ def build_model(
     sequence_length: int | None = None,
     training: bool = True,
     for_slots: bool = False,
+    architecture: Architecture | None = None,
 ) -> CausalLM:
     """Build the whole model on the meta device, adapters included.
 
     `train`: activation checkpointing and the router loss; TrainConfig's defaults without it. `base`: the files at
     spec.path, if the caller has read them. `sequence_length`: tokens that the model must have positions for.
     `training`: trained parameters of the base are fp32, otherwise spec.dtype. `for_slots`: no weight has an adapter,
-    every linear can have some (put_trial).
+    every linear can have some (put_trial). `architecture`: that of the config.json, if it is not to be looked up.
 
     Raises UserError for a model that cannot be trained with these settings, and if target_modules match nothing.
     """
     train, base = train or TrainConfig(), base or CheckpointFiles(spec.path)
     full = spec.adapter.method == "full"
     place = base.folder / "config.json"
-    architecture = check_config(base.config, place, sequence_length=sequence_length, full=full)
+    architecture = architecture or check_config(base.config, place, sequence_length=sequence_length, full=full)
     check_router_loss(train.router_aux_loss, architecture)
     check_tiles(train, architecture)
     hf_config = read_hf_config(base.folder)
     text_key = architecture.text_config
     text_config = hf_config if text_key is None else getattr(hf_config, text_key)
-    vocabulary = vocabulary_of(spec, base.config)
+    vocabulary = vocabulary_of(spec, architecture)
     text_config.vocab_size = vocabulary.rows
     # Masters are fp32, and distlora.parallel makes copies in the compute dtype. Frozen weights are in spec.dtype.
     dtype = torch.float32 if full and training else DTYPES[spec.dtype]
@@ -359,7 +360,6 @@ def build_model(
     tied = head.weight is decoder.get_input_embeddings().weight
     if whole:
         _train_whole(decoder.get_input_embeddings(), head, whole, dtype=dtype, training=training)
-    inside = architecture.layer_prefix
     linears = {path for path, _ in architecture.adaptable()}
     outside = tuple(
         name
@@ -368,7 +368,7 @@ def build_model(
     )
     contexts = [BlockContext() for _ in layers]
     if not full:
-        packed = _prequantized(spec, base, layout, inside)
+        packed = _prequantized(spec, base, layout, architecture.layer_prefix)
         _replace_weights(layers, contexts, spec, dtype, packed, architecture, for_slots=for_slots)
     blocks = _wrap_layers(layers, contexts, train, architecture)
     model = CausalLM(

@@ -1,0 +1,357 @@
+"""Prove on a shrunk model with random weights that distlora computes what transformers does. Runs on the CPU in fp32.
+
+transformers' model has the weights of ours, dequantized. Every check compares two ways to the same numbers, and
+`BOUNDS` holds the largest difference that rounding explains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from distlora.architecture.checkpoint_files import CheckpointFiles, hf_config_of
+from distlora.architecture.spec import Architecture
+from distlora.config import AdapterConfig, ModelConfig, ModelSpec, QuantConfig, UserError
+from distlora.derive.probes import move_off_start, probe, random_tokens
+from distlora.loading.load_base import load_base
+from distlora.model.adapters import LoRAPair, adapter_parameters, reset_adapters
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM, build_model
+from distlora.model.experts import ExpertPair
+from distlora.model.frozen_linear import FrozenTensor
+from distlora.model.hf_model import transformers_model
+from distlora.model.lm_head import IGNORED_LABEL
+from distlora.parallel import Backend, Ranks, parallelize
+
+DRAWS = (1, 2)
+"""Seeds of the random weights. One draw may hide a leak (a gate that it closes)."""
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+_LENGTHS = (23, 1, 40)
+"""Tokens of the documents. Two are longer than the windows of a shrunk model."""
+_EPS = torch.finfo(torch.float32).eps
+_TINY = 1e-30
+
+BOUNDS = {
+    "weights": (0.0, "a tensor is copied from the checkpoint"),
+    "forward": (0.0, "the base runs the same operations in the same order"),
+    "forward of experts or mixers": (4 * _EPS, "experts and mixers sum in another order, and torch's vectors differ"),
+    "repeated forward": (0.0, "a layer keeps nothing from one batch to the next"),
+    "logits": (2e-5, "the product with the vocabulary is summed in other blocks"),
+    "head": (1e-5, "the loss of a chunk is summed in another order"),
+    "causality": (1e-5, "a token's output does not depend on later tokens"),
+    "rows alone": (2e-5, "a batch of another size is multiplied in other blocks"),
+    "slices": (2e-5, "a layer that runs its batch in slices multiplies other blocks"),
+    "sliced gradients": (1e-6, "slices and recomputation change the order of a gradient's sum alone"),
+    "adapters": (2e-5, "W x + B A x is summed in another order than (W + B A) x"),
+    "gradients": (1e-5, "so are the gradients of A and B"),
+    "gradients of mixers": (2e-5, "so are the gradients of A and B, carried along the sequence"),
+    "adapters without a gradient": (0.0, "training would leave them as they are"),
+    "packed documents": (2e-5, "a document is multiplied in other blocks than alone"),
+    "packed loss": (1e-6, "the losses of documents are added in another order"),
+    "packed gradients": (2e-6, "so are their gradients"),
+    "one document per sequence": (2e-5, "a padded document is multiplied in other blocks than alone"),
+    "three steps": (-1e-4, "the loss of a batch falls when it is trained on"),
+}
+"""Largest difference of each check and its reason, relative to the norm of what is expected, in fp32."""
+
+
+def proved(small: Architecture, config: Mapping[str, Any], place: str) -> Architecture:
+    """Return the architecture of a shrunk model with the results of all checks (`Architecture.checks`).
+
+    `config` is the content of its config.json. If packed documents leak with the weights of one draw, they are kept
+    apart as probing that draw finds, and if they leak then too, the result has documents="single". Raises UserError
+    with the first check that fails.
+    """
+    worst: dict[str, float] = {}
+    tried: set[int] = set()
+    seeds = list(DRAWS)
+    while seeds:
+        seed = seeds.pop(0)
+        for name, difference in measure(small, config, place, seed):
+            if difference <= BOUNDS[name][0]:
+                worst[name] = max(worst.get(name, difference), difference)
+            elif name.startswith("packed") and small.documents != "single":
+                kinds = tuple(dataclasses.replace(kind, apart=()) for kind in small.kinds)
+                small = dataclasses.replace(small, documents="single", kinds=kinds, varlen=False)
+                small = probe(config, place, seed=seed) if seed not in tried else small
+                tried, seeds, worst = {*tried, seed}, list(DRAWS), {}
+                break
+            else:
+                raise _failed(small.model_type, name, difference)
+    return dataclasses.replace(small, checks=tuple(worst.items()))
+
+
+def measure(small: Architecture, config: Mapping[str, Any], place: str, seed: int) -> Iterator[tuple[str, float]]:
+    """Yield the results of all checks on one draw of weights. A check that a model cannot run is refused."""
+    with tempfile.TemporaryDirectory(prefix="distlora-prove-") as folder:
+        name = "weights"
+        try:
+            save_random(small, hf_config_of(config, place), place, Path(folder), seed)
+            for name, difference in differences(small, Path(folder)):
+                yield name, difference
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{small.model_type} cannot run the checks on a small model with random weights after {name!r} "
+                f"({type(error).__name__}: {error}); set {{model.path}} to another model"
+            ) from error
+
+
+def _failed(model_type: str, name: str, difference: float) -> UserError:
+    bound, reason = BOUNDS[name]
+    return UserError(
+        f"{model_type} fails the check {name!r} on a small model with random weights: the difference is "
+        f"{difference:.1e}, and at most {bound:.1e} is allowed, because {reason}; set {{model.path}} to another model, "
+        "or run `distlora check MODEL` for the results of all checks"
+    )
+
+
+def save_random(small: Architecture, hf_config: Any, place: str, folder: Path, seed: int) -> None:
+    """Save a model with random weights, away from their start, as save_pretrained does.
+
+    That itself imports DeepSpeed where it is installed, which takes seconds.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers_model(
+            hf_config, place, auto_class=small.auto_class, attention="eager", dtype=torch.float32, device="cpu"
+        )
+        move_off_start(model)
+    state = {name: t for name, t in model.state_dict().items() if name not in (model._keys_to_ignore_on_save or ())}
+    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+
+
+def load_theirs(small: Architecture, folder: Path) -> Any:
+    """Return transformers' model of a folder."""
+    import transformers
+
+    auto: Any = getattr(transformers, small.auto_class)
+    return auto.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=small.attention, experts_implementation="eager"
+    )
+
+
+def load_ours(
+    small: Architecture, folder: Path, *, method: Any = "nf4", ranks: Ranks = SINGLE
+) -> tuple[CausalLM, Backend]:
+    """Return distlora's model of a folder, with adapters whose B is not zero."""
+    spec = ModelSpec(
+        model=ModelConfig(path=str(folder)),
+        quant=QuantConfig(method=method, cache=False),
+        adapter=AdapterConfig(target_modules="all-linear", r=4),
+        dtype="fp32",
+    )
+    base = CheckpointFiles(folder)
+    model = build_model(spec, base=base, architecture=small)
+    backend = parallelize(model, ranks)
+    load_base(model, base, backend)
+    materialize_buffers(model, ranks.device)
+    reset_adapters(model.adapted_weights(), spec.adapter, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for _, weight in model.adapted_weights():
+        for pair in weight.adapters.values():
+            assert isinstance(pair, LoRAPair)
+            pair.B.data.normal_(0, 0.05, generator=generator)
+    return model, backend
+
+
+def differences(small: Architecture, folder: Path) -> Iterator[tuple[str, float]]:
+    """Yield (name, difference) of every check of a saved model, in the order of `BOUNDS`."""
+    theirs = load_theirs(small, folder)
+    yield "weights", _weights(load_ours(small, folder, method="none")[0], theirs)
+    ours, _ = load_ours(small, folder)
+    weights = dict(dense_weights(ours, adapted=False))
+    with torch.no_grad():
+        for name, weight in weights.items():
+            theirs.get_parameter(name).copy_(weight)
+        yield from _forward_checks(ours, theirs)
+    yield from _gradient_checks(ours, theirs)
+    yield from _packing_checks(ours)
+    yield "three steps", _three_steps(ours)
+
+
+def _weights(ours: CausalLM, theirs: Any) -> float:
+    """Return the largest difference of a parameter or buffer of the text model; inf if one is missing."""
+    adapters = adapter_parameters(ours)
+    tensors = (*ours.named_parameters(), *ours.named_buffers())
+    own = {ours.hf_name(name): tensor for name, tensor in tensors if name not in adapters}
+    at, head = ours.architecture.decoder, ours.architecture.head
+    inside = (f"{at}.", f"{head}.", *(f"{name}." for name in ours.architecture.head_form.beside))
+    pairs = [
+        (own.get(name), tensor)
+        for name, tensor in (*theirs.named_parameters(), *theirs.named_buffers())
+        if name.startswith(inside)
+    ]
+    if any(one is None or one.shape != tensor.shape for one, tensor in pairs):
+        return float("inf")
+    return max(
+        float((one.detach().double() - tensor.detach().double()).abs().max())
+        for one, tensor in pairs
+        if one is not None
+    )
+
+
+def dense_weights(ours: CausalLM, *, adapted: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield the dequantized weights of the layers by transformers' names, with adapters' products if `adapted`."""
+    for path, module in ours.named_modules():
+        if not isinstance(module, FrozenTensor):
+            continue
+        weight = module.frozen_weight.dense(torch.float32)
+        for pair in getattr(module, "pairs", ()) if adapted else ():
+            if isinstance(pair, ExpertPair):
+                product = torch.bmm(pair.up(), pair.down())
+                product = product.mT if module.transposed else product
+            else:
+                product = pair.B @ pair.A
+            weight = weight + pair.scaling * product
+        yield ours.hf_name(f"{path}.weight"), weight
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """Return ||actual - expected|| / ||expected||."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(_TINY))
+
+
+def _positions(input_ids: Tensor) -> Tensor:
+    return torch.arange(input_ids.shape[1]).expand_as(input_ids)
+
+
+def _logits(ours: CausalLM, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    positions = _positions(input_ids) if position_ids is None else position_ids
+    return ours.head.logits(ours.hidden_states(input_ids, positions).flatten(0, 1)).view(*input_ids.shape, -1)
+
+
+def _mixes(small: Architecture) -> bool:
+    return any(weight.role == "mixer" for kind in small.kinds for weight in kind.weights)
+
+
+def _forward_checks(ours: CausalLM, theirs: Any) -> Iterator[tuple[str, float]]:
+    """Compare the base alone with transformers' model, and ours with itself."""
+    small = ours.architecture
+    tokens = functools.partial(random_tokens, 48, small.vocabulary)
+    input_ids, none = tokens(rows=2), torch.full((2,), -1)
+    decoder = theirs.get_submodule(small.decoder)
+    hidden = ours.hidden_states(input_ids, _positions(input_ids), none)
+    expected = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    if small.has_experts or _mixes(small):
+        yield "forward of experts or mixers", _error(hidden, expected)
+    else:
+        yield "forward", float((hidden - expected).abs().max())
+    ours.hidden_states(tokens(rows=2, seed=5), _positions(input_ids), none)
+    again = ours.hidden_states(input_ids, _positions(input_ids), none)
+    yield "repeated forward", float((hidden - again).abs().max())
+    logits = theirs(input_ids=input_ids, use_cache=False).logits
+    yield "logits", _error(ours.logits(input_ids, none), logits)
+    labels = _next_tokens(input_ids)
+    chunks = zip(hidden.flatten(0, 1).split(7), labels.flatten().split(7), strict=True)
+    losses = torch.cat([ours.head.token_losses(part, of_part) for part, of_part in chunks])
+    yield "head", _error(losses, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none"))
+    changed = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1) % small.vocabulary], dim=1)
+    other = ours.hidden_states(changed, _positions(input_ids), none)
+    yield "causality", _error(other[:, :-1], again[:, :-1])
+    alone = torch.cat([_logits(ours, row[None]) for row in input_ids])
+    yield "rows alone", _error(_logits(ours, input_ids), alone)
+
+
+def _next_tokens(input_ids: Tensor) -> Tensor:
+    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED_LABEL)], dim=1)
+
+
+def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    together = zip(parameters.items(), found, strict=True)
+    return {name: torch.zeros_like(parameter) if g is None else g for (name, parameter), g in together}
+
+
+def _all(gradients: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+def _gradient_checks(ours: CausalLM, theirs: Any) -> Iterator[tuple[str, float]]:
+    """Compare slices with the whole batch, and adapters with transformers' model whose weights contain them."""
+    small, input_ids = ours.architecture, random_tokens(48, ours.architecture.vocabulary, rows=4, seed=3)
+    labels, parameters = _next_tokens(input_ids), adapter_parameters(ours)
+
+    def train(*, slices: int) -> tuple[Tensor, dict[str, Tensor]]:
+        ours.set_num_micro(slices)
+        for block in ours.blocks:
+            block.checkpointing = slices > 1
+        with torch.no_grad():
+            logits = _logits(ours, input_ids)
+        gradients = _gradients(ours(input_ids, _positions(input_ids), labels).sum(), parameters)
+        ours.set_num_micro(1)
+        return logits, gradients
+
+    sliced_logits, sliced = train(slices=2)
+    logits, gradients = train(slices=1)
+    yield "slices", _error(sliced_logits, logits)
+    yield "sliced gradients", _error(_all(sliced), _all(gradients))
+    merged = dict(dense_weights(ours, adapted=True))
+    output = functional_call(theirs, merged, kwargs={"input_ids": input_ids, "use_cache": False}).logits.float()
+    yield "adapters", _error(logits, output)
+    expected = _gradients(F.cross_entropy(output.flatten(0, 1), labels.flatten(), reduction="sum"), parameters)
+    name = "gradients of mixers" if _mixes(small) else "gradients"
+    yield name, max(_error(gradients[path], expected[path]) for path in parameters)
+    yield "adapters without a gradient", float(sum(not gradient.any() for gradient in gradients.values()))
+
+
+def _packing_checks(ours: CausalLM) -> Iterator[tuple[str, float]]:
+    """Compare documents in one sequence, or each padded in a sequence of its own, with documents alone."""
+    parameters, vocabulary = adapter_parameters(ours), ours.architecture.vocabulary
+    documents = [random_tokens(length, vocabulary, seed=seed) for seed, length in enumerate(_LENGTHS, start=10)]
+    labels = [document.flip(1) for document in documents]
+
+    def loss(input_ids: Tensor, position_ids: Tensor, of: Tensor) -> Tensor:
+        return ours(input_ids, position_ids, of).sum()
+
+    if ours.architecture.documents == "single":
+        rows = [F.pad(document, (0, 48 - document.shape[1]), value=7) for document in documents]
+        places = [torch.cat([torch.arange(n), torch.arange(48 - n)])[None] for n in _LENGTHS]
+        with torch.no_grad():
+            padded = _logits(ours, torch.cat(rows), torch.cat(places))
+            each = [_logits(ours, document)[0] for document in documents]
+        parts = [row[:length] for row, length in zip(padded, _LENGTHS, strict=True)]
+        yield "one document per sequence", _error(torch.cat(parts), torch.cat(each))
+        return
+    positions = torch.cat([_positions(document) for document in documents], dim=1)
+    together = torch.cat(documents, dim=1)
+    with torch.no_grad():
+        each = [_logits(ours, document) for document in documents]
+        yield "packed documents", _error(_logits(ours, together, positions), torch.cat(each, dim=1))
+    packed = loss(together, positions, torch.cat(labels, dim=1))
+    alone = torch.stack([loss(d, _positions(d), of) for d, of in zip(documents, labels, strict=True)]).sum()
+    yield "packed loss", _error(packed, alone)
+    yield "packed gradients", _error(_all(_gradients(packed, parameters)), _all(_gradients(alone, parameters)))
+
+
+def _three_steps(ours: CausalLM) -> float:
+    """Return the change of a batch's loss, relative to it, by three steps of AdamW."""
+    input_ids = random_tokens(48, ours.architecture.vocabulary, rows=4, seed=4)
+    optimizer = torch.optim.AdamW(adapter_parameters(ours).values(), lr=2e-3, eps=1e-5, weight_decay=0.0)
+    losses = []
+    for _ in range(4):
+        loss = ours(input_ids, _positions(input_ids), _next_tokens(input_ids)).sum() / input_ids.numel()
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses[-1] / losses[0] - 1

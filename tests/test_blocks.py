@@ -416,23 +416,3 @@ def test_a_mixer_runs_each_document_with_its_arguments_and_its_rows() -> None:
     context.rows = rows
     with pytest.raises(TypeError, match="no known token dimension"):
         module(x, attention_mask=torch.zeros(2, 3, 5))
-
-
-def test_kernels_get_the_documents_of_all_rows_joined_to_one() -> None:
-    context = BlockContext()
-    module = ByDocument(Mixer(context), context, by_kernel=True)
-    packed = PackedRows.of(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]))
-    context.rows = Rows(packed=packed)
-    x = torch.randn(3, 5, 2)
-    output, none, (plain,) = module(x, position_embeddings=(x[:1], x))
-    torch.testing.assert_close(output, x.view(1, 15, 2).cumsum(dim=1).view(3, 5, 2))
-    assert none is None
-    torch.testing.assert_close(plain, x[..., 0])
-    (seen,) = module.inner.seen  # type: ignore[union-attr, misc]
-    assert seen["cu_seq_lens_q"].tolist() == [0, 3, 5, 10, 11, 15]
-    assert seen["seq_idx"].tolist() == [[0] * 3 + [1] * 2 + [2] * 5 + [3] + [4] * 4]
-    assert (seen["cu_seq_lens_q"].dtype, seen["seq_idx"].dtype) == (torch.int32, torch.int32)
-    torch.testing.assert_close(seen["position_embeddings"][0], x[:1].expand(3, 5, 2).reshape(1, 15, 2))
-    assert packed.part(slice(0, 2)) is packed.part(slice(0, 2)), "the layers share what is made for a slice"
-    with pytest.raises(TypeError, match="a kernel that keeps documents apart"):
-        module(x, attention_mask=torch.zeros(3, 1, 5, 5))

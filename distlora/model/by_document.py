@@ -25,11 +25,10 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 class PackedRows:
     """Documents of the rows that run. The layers share the slices of a batch, which are made once."""
 
-    def __init__(self, starts: Sequence[Sequence[int]], length: int, device: torch.device) -> None:
+    def __init__(self, starts: Sequence[Sequence[int]], length: int) -> None:
         self.starts, self.length = starts, length
         self.is_packed = any(len(row) > 1 for row in starts)
         """True if a row has more than one document."""
-        self._device = device
         self._parts: dict[tuple[int, int], PackedRows] = {}
 
     @classmethod
@@ -37,38 +36,24 @@ class PackedRows:
         """Find the documents from positions (B, T) that restart at 0 with each; the host waits for them."""
         starts = [[at for at, position in enumerate(row) if position == 0] for row in position_ids.tolist()]
         assert all(row[:1] == [0] for row in starts), "a row begins within a document"
-        return cls(starts, position_ids.shape[1], position_ids.device)
+        return cls(starts, position_ids.shape[1])
 
     def part(self, part: slice) -> PackedRows:
         """Return the rows of a slice of the batch."""
         key = (part.start, part.stop)
         if key not in self._parts:
-            self._parts[key] = PackedRows(self.starts[part], self.length, self._device)
+            self._parts[key] = PackedRows(self.starts[part], self.length)
         return self._parts[key]
-
-    @functools.cached_property
-    def kernel_arguments(self) -> dict[str, Tensor]:
-        """Return transformers' arguments for kernels that keep documents apart, for all rows joined to one.
-
-        cu_seq_lens_q (documents + 1,) int32: bounds, for flash-linear-attention. seq_idx (1, B T) int32: number of each
-        token's document, for causal-conv1d and mamba-ssm.
-        """
-        firsts = [row * self.length + start for row, starts in enumerate(self.starts) for start in starts]
-        bounds = torch.tensor([*firsts, len(self.starts) * self.length], dtype=torch.int32)
-        numbers = torch.arange(len(firsts), dtype=torch.int32).repeat_interleave(bounds.diff())
-        return {"cu_seq_lens_q": bounds.to(self._device), "seq_idx": numbers[None].to(self._device)}
 
 
 class ByDocument(nn.Module):
     """Module that runs on each packed document alone. Rows of one document each run as without it."""
 
-    def __init__(self, inner: nn.Module, context: BlockContext, *, by_kernel: bool = False) -> None:
+    def __init__(self, inner: nn.Module, context: BlockContext) -> None:
         super().__init__()
         self.inner = inner
         self.context = context
         """Context of the layer, with the documents of the rows that run."""
-        self.by_kernel = by_kernel
-        """True to run all documents at once, kept apart by the kernels that read PackedRows.kernel_arguments."""
 
     def __getattr__(self, name: str) -> Any:
         # Layers read plain attributes of their mixers.
@@ -82,11 +67,7 @@ class ByDocument(nn.Module):
         rows, packed = self.context.rows, self.context.rows.packed
         if packed is None or not packed.is_packed:
             return self.inner(*args, **kwargs)
-        if self.by_kernel:
-            given, named = map_leaves(functools.partial(_flatten, packed), (args, kwargs))
-            output = self.inner(*given, **named, **packed.kernel_arguments)
-        else:
-            output = self._run_each(rows, packed, args, kwargs)
+        output = self._run_each(rows, packed, args, kwargs)
         return map_leaves(lambda one: one.unflatten(1, (-1, packed.length)).flatten(0, 1), output)
 
     def _run_each(self, rows: Rows, packed: PackedRows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,13 +111,6 @@ def _cut(packed: PackedRows, row: int, start: int, end: int, leaf: Any) -> Tenso
     for dim in dims:
         cut = cut.narrow(dim, start, end - start)
     return cut
-
-
-def _flatten(packed: PackedRows, leaf: Any) -> Tensor:
-    """Join all rows to one: (B, T, ...) to (1, B T, ...)."""
-    if _token_dims(packed, leaf) != (1,):
-        raise TypeError(f"a kernel that keeps documents apart cannot take {describe(leaf)}")
-    return leaf.expand(len(packed.starts), *leaf.shape[1:]).flatten(0, 1)[None]
 
 
 def join(outputs: Sequence[Any], leading: Sequence[tuple[int, ...]], dim: int, *, drop_weights: bool = False) -> Any:

@@ -91,6 +91,10 @@ def refused_by_transformers(place: Path | str) -> Iterator[None]:
     kinds = (StrictDataclassError, ValueError, TypeError, ArithmeticError, RuntimeError, AttributeError, LookupError)
     try:
         yield
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"transformers cannot build {place}: {' '.join(str(error).split())}") from error
     except kinds as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"transformers refuses {place}: {reason}; download it again") from error

@@ -7,6 +7,7 @@ lengths, so that what grows with the sequence is known apart.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
@@ -67,10 +68,10 @@ class _Layer:
 
     def inputs(self) -> tuple[Tensor, list[Any], list[Tensor]]:
         """Return the hidden states, as a leaf, the arguments with them, and all other tensors."""
-        values = [*self.args, *self.kwargs.values()]
+        values = [_detached(value) for value in (*self.args, *self.kwargs.values())]
         names = [*argument_names(self.module)[: len(self.args)], *self.kwargs]
         at = names.index("hidden_states") if "hidden_states" in names else 0
-        hidden = values[at].detach().clone().requires_grad_()
+        hidden = values[at].clone().requires_grad_()
         values[at] = hidden
         others = [leaf for i, value in enumerate(values) if i != at for leaf in tree_leaves(_plain(value))]
         tensors = [leaf for leaf in others if isinstance(leaf, Tensor)]
@@ -98,6 +99,19 @@ class _Layer:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _detached(value: Any) -> Any:
+    """Copy an argument without its graph: layers write what they share into a mapping."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        return tuple(map(_detached, value))
+    if hasattr(value, "keys"):
+        own = copy.copy(value)
+        own.update({name: _detached(each) for name, each in value.items()})
+        return own
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -181,7 +181,8 @@ def _heads(layer: nn.Module, config: Any, weights: Sequence[Weight]) -> tuple[in
 
 def _number(names: Sequence[str], *owners: Any) -> int | None:
     """Return the first of some attributes that is a number."""
-    values = (getattr(owner, name, None) for owner in owners for name in names)
+    # Not by getattr: where layers differ, a config raises (Gemma 4's head_dim). The modules have their own.
+    values = (vars(owner).get(name) for owner in owners for name in names)
     return next((value for value in values if isinstance(value, int) and value), None)
 
 

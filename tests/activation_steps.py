@@ -72,7 +72,8 @@ def load(
     Attention by documents keeps what the CUDA kernel keeps, without that kernel's work space, or what the CPU's keeps,
     in `tiles` with documents of so many tokens.
     """
-    write_model_folder(folder, family, **sizes)
+    if not (folder / "config.json").exists():
+        write_model_folder(folder, family, **sizes)
     sections = {
         "data": {"path": "none.jsonl", "sequence_length": TOKENS},
         "adapter": adapter if "method" in adapter else {"target_modules": "all-linear", "r": 4, **adapter},
@@ -131,12 +132,12 @@ def set_mode(model: CausalLM, mode: Mode, tile: int | None, num_micro: int = 1) 
     return [] if host is None else host.memory
 
 
-def loss(model: CausalLM, rows: int = 1, *, with_reference: bool = False) -> torch.Tensor:
-    ids, positions = tokens(rows, TOKENS), POSITIONS.expand(rows, -1)
-    documents = Documents.of(positions) if model.attends_by_documents else None
+def loss(model: CausalLM, rows: int = 1, *, with_reference: bool = False, document: int | None = None) -> torch.Tensor:
+    ids, places = tokens(rows, TOKENS), (positions(document) if document else POSITIONS).expand(rows, -1)
+    documents = Documents.of(places) if model.attends_by_documents else None
     place = StepRows(0, torch.arange(rows))
     labels = ids.roll(-1, 1)
-    losses = model(ids, positions, labels, step_rows=place, documents=documents, with_reference=with_reference)
+    losses = model(ids, places, labels, step_rows=place, documents=documents, with_reference=with_reference)
     return (losses[0] if with_reference else losses).sum()
 
 

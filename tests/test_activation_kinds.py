@@ -12,12 +12,22 @@ from typing import Any
 import pytest
 
 import activation_steps
-from activation_steps import NARROW, WIDE, check_steps, load, positions, small_chunks
+from accounting import Kept, Made
+from activation_steps import NARROW, TOKENS, WIDE, check_steps, load, loss, positions, small_chunks
+from distlora.derive.shrink import build, shrink
 from distlora.model import experts
 from distlora.parallel import integrity
 from distlora.planner.memory import layer, step
 from distlora.planner.memory.activations import Mode
+from distlora.planner.memory.device import device_bytes
+from distlora.planner.memory.step import blocks_of
+from distlora.planner.model import model_in
+from distlora.planner.workload import Workload
 from distlora_kernels import dropout, nf4, skinny_launch
+from family_models import config_for
+from model_types import config_of
+from plan_inputs import cpu_machine
+from tiers import ci
 
 __all__ = ["small_chunks"]
 
@@ -174,3 +184,50 @@ def test_planner_and_kernels_have_the_same_bounds() -> None:
     assert layer._RANK_READ_ONCE == skinny_launch._LARGEST_RANK_READ_ONCE
     assert 8 * integrity._LINES_AT_ONCE["cuda"] * integrity.LINE == step._CHECKED
     assert layer._BLOCK == nf4.BLOCK
+
+
+MIXERS: dict[str, dict[str, int]] = {
+    "lfm2": {"intermediate_size": 768, "block_ff_dim": 768},
+    "qwen3_next": {
+        "intermediate_size": 512,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 96,
+        "linear_num_value_heads": 8,
+        "linear_num_key_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
+}
+"""Settings of a model with hidden size 256, where the measured one has 64."""
+
+
+@pytest.mark.parametrize(("name", "within"), [("lfm2", 0.1), ci("qwen3_next", 0.3)])
+def test_layers_without_formulas_are_scaled_from_a_measured_small_model(
+    name: str, within: float, tmp_path: Path
+) -> None:
+    """Compare what layers keep, and a step's peak, with a model of four times the columns and one document."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32} | MIXERS[name]
+    settings = shrink(config_of(name)) | sizes | {"vocab_size": 1001}
+    build(settings).save_pretrained(tmp_path)
+    model, _, _ = load(tmp_path, name, {}, attention="tiles", document=TOKENS)
+    config = config_for(
+        tmp_path,
+        data={"path": "none.jsonl", "sequence_length": TOKENS},
+        quant={"method": "none"},
+        train={"dtype": "bf16"},
+    )
+    work, planned = Workload.of(config), model_in(tmp_path)
+    groups = blocks_of(work, planned, cpu_machine(1), at_once=TOKENS, tokens=TOKENS)
+    kept = sum(blocks.count * blocks.costs.kept("none", TOKENS) for blocks in groups)
+    saved = Kept()
+    for block in model.blocks:
+        block.checkpointing = False
+    with saved.within(list(model.blocks)):
+        loss(model, document=TOKENS)
+    assert kept == pytest.approx(saved.nbytes / TOKENS, rel=within)
+    for block in model.blocks:
+        block.checkpointing = True
+    with Made(model) as made:
+        loss(model, document=TOKENS).backward()
+    moments = device_bytes(work, planned, cpu_machine(1)).moments
+    assert max(sum(kinds.values()) for kinds in moments.values()) == pytest.approx(made.peak, rel=within)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,19 @@ import pytest
 import torch
 
 from distlora.config import Config
+from distlora.derive.shrink import shrink
+from distlora.planner import plan_of
 from distlora.planner.flops import StepFlops, active_weights, cut, pairs, step_flops
 from distlora.planner.model import model_in
+from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
 from distlora.training.trial import active_weights as of_model
 from distlora.training.trial import count_flops
 from family_models import VARIANTS, config_for, edit_config, hf_config
+from model_types import config_of
+from plan_inputs import cpu_machine
 from run_models import build_run_model
+from tiers import ci
 
 LENGTH, GLOBAL_BATCH = 40, 6
 
@@ -45,6 +52,27 @@ def test_a_token_goes_through_what_a_model_of_each_family_has(name: str, tmp_pat
             for each in (True, False)
         ]
         assert reference == [count_flops(build_run_model(config), with_reference=each) for each in (True, False)]
+
+
+HYBRIDS = ("qwen3_next", "gemma4_text", ci("nemotron_h"), ci("lfm2"), ci("glm4_moe"), ci("llama4_text"))
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_layers_of_several_kinds_have_what_is_planned(name: str, tmp_path: Path) -> None:
+    """Compare weights in use, frozen bytes and trained elements of a built model with the plan."""
+    (tmp_path / "config.json").write_text(json.dumps(shrink(config_of(name))))
+    config = run_of(tmp_path, adapter={"target_modules": "all-linear", "r": 4}, quant={"method": "nf4"})
+    built, model = build_run_model(config), model_in(tmp_path)
+    assert active_weights(Workload.of(config), model) == of_model(built)
+    plan = plan_of(config, model, cpu_machine(1))
+    trained = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+    assert sum(tensor.numel for tensor in trained_tensors(plan.work, model.shapes)) == trained
+    frozen = [tensor for tensor in (*built.parameters(), *built.buffers()) if not tensor.requires_grad]
+    kinds = ("codes", "scales", "weights", "embeddings", "norms")
+    assert sum(plan.device.held.get(kind, 0) for kind in kinds) == sum(tensor.nbytes for tensor in frozen)
+    timed = replace(cpu_machine(1), flops=1e12, bandwidth=1e11)
+    assert plan_of(config, model, timed).time is not None
+    assert (model.note is None) == (name == "glm4_moe")
 
 
 @pytest.mark.parametrize("name", ["llama3-tied", "qwen2"])

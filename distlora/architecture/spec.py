@@ -127,8 +127,10 @@ class LayerKind:
     def columns(self, half: int) -> int:
         """Return the input and output columns of the matrices of a half, of experts the chosen ones."""
         own = [weight for weight in self.weights if self.half_of(weight.path) == half and len(weight.shape) > 1]
-        chosen = self.experts.chosen if self.experts else 1
-        return sum(sum(w.shape[-2:]) * (chosen if w.kind == "experts" else 1) for w in own)
+        counts = {"experts": self.experts.chosen if self.experts else 1}
+        return sum(
+            sum(w.shape[-2:]) * (math.prod(w.shape[:-2]) if w.kind == "fused" else counts.get(w.kind, 1)) for w in own
+        )
 
     @property
     def numel(self) -> int:

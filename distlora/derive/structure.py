@@ -164,8 +164,11 @@ def _heads(layer: nn.Module, config: Any, weights: Sequence[Weight]) -> tuple[in
     """
     for path, module in layer.named_modules():
         mixes = any(weight.role == "mixer" and weight.path.startswith(f"{path}.") for weight in weights)
-        heads, size = (_number(names, module, config) for names in (_NUM_HEADS, _HEAD_SIZE))
-        if mixes or heads is None or not any(hasattr(module, name) for name in _QUERIES):
+        if mixes or not any(hasattr(module, name) for name in _QUERIES):
+            continue
+        own = getattr(module, "config", config)  # Of a config whose layers differ, that of the layer.
+        heads, size = _number(_NUM_HEADS, module, own), _number(_HEAD_SIZE, module)
+        if heads is None:
             continue
         values = _number(("v_head_dim",), module)
         keys = _number(("qk_head_dim",), module) if values else size
@@ -174,7 +177,7 @@ def _heads(layer: nn.Module, config: Any, weights: Sequence[Weight]) -> tuple[in
         if size is None or keys is None or heads * size not in read:
             continue
         groups = _number(("num_key_value_groups",), module)
-        few = heads // groups if groups else _number(_NUM_KEY_HEADS, module, config)
+        few = heads // groups if groups else _number(_NUM_KEY_HEADS, module, own)
         return heads, few or heads, (keys + size) // 2
     return None
 

@@ -467,8 +467,9 @@ def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:
                 assert experts is not None, f"experts in layer {index}, which has none by its architecture"
                 linears += experts.chosen * module.in_features * module.out_features
                 adapters += experts.chosen * _ranks(module.pairs, slot) * (module.in_features + module.out_features)
-            elif isinstance(module, torch.nn.Linear):
+            elif isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
                 trained += module.in_features * module.out_features
+        linears += sum(weight.numel for weight in architecture.layer(index).weights if weight.kind == "fused")
     assert linears == 0 or trained == 0, "linears are frozen, or all of them are trained"
     rows = model.head.token_rows
     return ActiveWeights(

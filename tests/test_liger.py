@@ -67,7 +67,7 @@ def interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unsupported_cases_of_liger_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "need CUDA" in str(why_not_liger(device=torch.device("cpu"), full=False))
     assert "trains the norms" in str(why_not_liger(device=torch.device("cuda"), full=True))
-    assert "mixtures of experts" in str(why_not_liger(device=torch.device("cuda"), full=False, experts=True))
+    assert "do not compute" in str(why_not_liger(device=torch.device("cuda"), full=False, fusible=False))
     monkeypatch.setattr(fused_modules.importlib.util, "find_spec", lambda name: None)
     assert "not installed" in str(why_not_liger(device=torch.device("cuda"), full=False))
     monkeypatch.setattr(fused_modules.importlib.util, "find_spec", lambda name: object())

@@ -161,14 +161,14 @@ def use_compiled(decoder: Any, architecture: Architecture, head: LossHead, *, ou
     return f"{used}, cross-entropy"
 
 
-def why_not_liger(*, device: torch.device, full: bool, experts: bool = False) -> str | None:
+def why_not_liger(*, device: torch.device, full: bool, fusible: bool = True) -> str | None:
     """Return why liger-kernel cannot be used; None if it can."""
     if device.type != "cuda":
         return f"its kernels need CUDA, this is {device.type}"
     if full:
         return "adapter=full trains the norms, and no test covers its kernels' gradients of them"
-    if experts:
-        return "no test shows yet that its norms and rotary embeddings are those of mixtures of experts"
+    if not fusible:
+        return "the model has norms, MLPs or rotary embeddings that its kernels do not compute"
     if importlib.util.find_spec("liger_kernel") is None:
         return "it is not installed; pip install 'distlora[cuda]' does that, train.liger=false silences this"
     version = importlib.metadata.version("liger_kernel")

@@ -261,8 +261,8 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
         for block in model.blocks:
             block.remakes = train.checkpointing == "none" and not outputs_are_kept
     if is_gpu and train.liger:
-        experts = model.architecture.has_experts
-        reason = fused_modules.why_not_liger(device=device, full=spec.adapter.method == "full", experts=experts)
+        full = spec.adapter.method == "full"
+        reason = fused_modules.why_not_liger(device=device, full=full, fusible=model.architecture.fusible)
         model.notes.append(
             fused_modules.use_liger(model.decoder, model.architecture, outputs_are_kept=outputs_are_kept)
             if reason is None

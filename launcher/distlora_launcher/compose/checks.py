@@ -228,7 +228,7 @@ def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, architecture
     if train.attention == "sdpa":
         without = "train.attention=sdpa has no effect"
         why = f"{without} on {architecture.model_type}, whose attention goes through dense masks anyway; leave it out"
-        require(architecture.attention == "sdpa", why)
+        require(architecture.varlen, why)
         require(
             train.dtype == "bf16",
             f"{without} with train.dtype={train.dtype}, which supports no other; leave it out",

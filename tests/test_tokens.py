@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from chat_tokenizers import chat_tokenizer
 from closeness import assert_adapters_close, assert_close
-from distlora.architecture.config_checks import read_config
+from distlora.architecture.config_checks import check_tiles, read_config
 from distlora.architecture.spec import Architecture, architecture_of
-from distlora.architecture.tokens import load_tokenizer, tokenizer_files, vocabulary_of
-from distlora.config import UserError
-from distlora.config.file import load_config
+from distlora.architecture.tokens import check_rows_of_tokens, load_tokenizer, tokenizer_files, vocabulary_of
+from distlora.config import Config, UserError
+from distlora.config.file import build, load_config
 from distlora.loading.peft_format import adapter_tensors, load_peft_adapter
 from distlora.model.adapters import TokenRows
 from distlora.model.lm_head import LossHead
@@ -37,7 +38,7 @@ from distlora.training.setup import start_run_model
 from distlora_launcher.cli.push import collect
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
-from family_models import SINGLE, config_for, edit_config, our_logits, tokens
+from family_models import SINGLE, architecture, config_for, edit_config, our_logits, tokens
 from small_models import NEW_TOKENS, VOCABULARY, make_run, tokenizer, write_model_folder
 from test_parity import run_once
 from worlds import World
@@ -66,6 +67,45 @@ def test_new_tokens_are_one_token_each_and_control_tokens_are_special(folders: P
 def test_a_token_that_exists_is_refused_with_its_id(folders: Path) -> None:
     with pytest.raises(UserError, match=r"<\|user\|> is token 3 .*trainable_token_indices=\[3\]"):
         load_tokenizer(folders / "llama", ["<new>", "<|user|>"])
+
+
+def test_the_template_of_a_processor_is_the_tokenizers(folders: Path, tmp_path: Path) -> None:
+    """A folder of a model of images and text may keep it in chat_template.json alone."""
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").rename(tmp_path / "template")
+    assert load_tokenizer(tmp_path).chat_template is None
+    template = (tmp_path / "template").read_text()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokenizer(tmp_path).chat_template == template == tokenizer().chat_template
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "reason"),
+    [
+        (
+            "gpt_neox",
+            {"adapter": {"modules_to_save": ["lm_head"]}},
+            r"modules_to_save .* names them embed_in and embed_",
+        ),
+        ("gpt_neox", {"adapter": {"trainable_token_indices": [3]}}, r"token_indices trains embed_tokens and lm_head"),
+        ("gemma4_text@shared", {"model": {"new_tokens": ["kettle"]}}, r"model\.new_tokens .* second table that reads"),
+        (
+            "gemma4_text@shared",
+            {"train": {"neftune_alpha": 5.0}},
+            r"train\.neftune_alpha=5\.0 .* second table that reads",
+        ),
+        ("qwen3_5", {"model": {"new_tokens": ["kettle"]}, "train": {"neftune_alpha": 5.0}}, None),
+    ],
+)
+def test_rows_of_matrices_with_other_names_or_beside_a_second_table_are_refused(
+    name: str, sections: dict[str, Any], reason: str | None
+) -> None:
+    settings = {"model": {"path": "none"}, "data": {"path": "none"}, "run_dir": "none", **sections}
+    settings["model"] = {"path": "none", **sections.get("model", {})}
+    config = build(Config, settings)
+    with contextlib.nullcontext() if reason is None else pytest.raises(UserError, match=reason):
+        check_rows_of_tokens(config.spec, architecture(name))
+        check_tiles(config.train, architecture(name))
 
 
 def test_special_tokens_are_set_saved_and_never_added(folders: Path, tmp_path: Path) -> None:

@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from distlora.architecture.spec import Architecture, architecture_of
-from distlora.config import TrainConfig, UserError
+from distlora.config import TrainConfig, UserError, require
 from distlora.config.json_files import read_object
 
 _AGAIN = "download it again"
 
 
 def check_tiles(train: TrainConfig, architecture: Architecture) -> None:
-    """Refuse train.mlp_tile and train.checkpointing=selective for layers whose MLP does not run by itself."""
+    """Refuse train.mlp_tile and train.checkpointing=selective for layers whose MLP does not run by itself.
+
+    Also train.neftune_alpha for a decoder that needs token ids beside embeddings.
+    """
+    require(
+        train.neftune_alpha is None or architecture.takes_embeddings,
+        f"train.neftune_alpha={train.neftune_alpha} changes embeddings, and {architecture.model_type} has a second "
+        "table that reads token ids; leave it out",
+    )
     tile = train.mlp_tile
     if tile is not None and architecture.has_experts:
         raise UserError(

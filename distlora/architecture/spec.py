@@ -196,6 +196,8 @@ class Architecture:
     documents: Literal["positions", "masks", "single"] = "positions"
     """How packed documents are kept apart besides `LayerKind.apart`: by position_ids alone, by masks that are made from
     them, or by one document per sequence."""
+    takes_embeddings: bool = True
+    """True if the decoder computes the same from embeddings as from token ids, which it then reads nowhere else."""
     head_form: HeadForm = HeadForm()
     norm_form: Literal["llama", "gemma", ""] = ""
     """RMSNorm of the decoder: times the scale after rounding (llama), times 1 + scale in fp32 (gemma), or others."""

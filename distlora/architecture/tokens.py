@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from distlora.architecture.spec import Architecture, architecture_of
-from distlora.config import AdapterConfig, ModelSpec, UserError, nearest
+from distlora.config import AdapterConfig, ModelSpec, UserError, nearest, require
 from distlora.config.errors import short
 from distlora.config.json_files import read_object
 
@@ -85,6 +85,9 @@ def load_tokenizer(
             "not a number of tokens",
             cure="copy the tokenizer's files into it again",
         )
+    beside = model_dir / "chat_template.json"  # Of the processor of a model of images and text.
+    if tokenizer.chat_template is None and beside.is_file():
+        tokenizer.chat_template = read_object(beside, "download it again").get("chat_template")
     if new_tokens:
         _add(tokenizer, model_dir, new_tokens)
     if special_tokens:
@@ -180,12 +183,31 @@ def vocabulary_of(spec: ModelSpec, architecture: Architecture) -> Vocabulary:
     Raises UserError for a new token that exists, a tokenizer of another model, and indices that are no rows.
     """
     path = Path(spec.model.path) / "config.json"
+    check_rows_of_tokens(spec, architecture)
     stored = architecture.vocabulary
     new = new_token_ids(path.parent, spec.model.new_tokens, stored)
     rows = max(stored, *(id + 1 for id in new.values())) if new else stored
     trained = trained_indices(spec.adapter, tied=architecture.tied, new=tuple(new.values()))
     check_indices(spec, trained, rows, path)
     return Vocabulary(stored=stored, rows=rows, new=new, trained=trained)
+
+
+def check_rows_of_tokens(spec: ModelSpec, architecture: Architecture) -> None:
+    """Refuse trained rows of tokens, and matrices trained whole, for a model whose matrices do not allow it."""
+    adapter, kind = spec.adapter, architecture.model_type
+    names = [path.rpartition(".")[2] for path in (architecture.embedding, architecture.head)]
+    settings = {
+        "model.new_tokens": spec.model.new_tokens,
+        "adapter.trainable_token_indices": adapter.trainable_token_indices,
+        "adapter.modules_to_save": adapter.modules_to_save,
+    }
+    for setting in (setting for setting, value in settings.items() if value):
+        reason = ""
+        if names != [EMBEDDING, HEAD]:
+            reason = f"trains {EMBEDDING} and {HEAD}, and {kind} names them {' and '.join(names)}"
+        elif not architecture.takes_embeddings and setting != "adapter.modules_to_save":
+            reason = f"trains rows of the embedding alone, and {kind} has a second table that reads token ids"
+        require(not reason, f"{setting} {reason}; leave it out")
 
 
 def new_token_ids(folder: Path, new_tokens: Sequence[str], stored: int) -> dict[str, int]:
@@ -238,6 +260,7 @@ def check_before_tokenizer(spec: ModelSpec, model: Mapping[str, Any]) -> None:
     """Refuse what `vocabulary_of` would, as far as config.json (`model`) tells alone."""
     path = Path(spec.model.path) / "config.json"
     architecture = architecture_of(model, path)
+    check_rows_of_tokens(spec, architecture)
     trained = trained_indices(spec.adapter, tied=architecture.tied, new=())
     check_indices(spec, trained, architecture.vocabulary + len(spec.model.new_tokens), path)
 

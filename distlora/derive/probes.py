@@ -81,6 +81,7 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             attention=attention,
             documents=documents,
             varlen=attention == "sdpa" and _takes_varlen(found, decoder),
+            takes_embeddings=_takes_embeddings(decoder, input_ids),
             head_form=head_form(model, found.decoder),
             norm_form=norm_form,
             fusible=bool(norm_form) and _is_fusible(decoder),
@@ -397,6 +398,20 @@ def _takes_varlen(found: Architecture, decoder: Any) -> bool:
         return False  # Its masks are more than what attention passes on.
     finally:
         decoder.set_attn_implementation("sdpa")
+
+
+def _takes_embeddings(decoder: Any, input_ids: Tensor) -> bool:
+    """Return whether changed embeddings give what they give if the decoder makes them from token ids itself."""
+    embedding = decoder.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, arguments, output: 1.5 * output)
+    try:
+        expected = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        output = decoder(inputs_embeds=embedding(input_ids), use_cache=False).last_hidden_state
+        return not _differ(output, expected)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False  # It looks for the tokens of the embeddings, or takes none.
+    finally:
+        hook.remove()
 
 
 def _norm_form(decoder: nn.Module) -> Literal["llama", "gemma", ""]:

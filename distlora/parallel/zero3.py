@@ -176,8 +176,9 @@ class Units:
     def _before(self, unit: _Unit, module: nn.Module, arguments: Any) -> None:
         self._fetch(unit, forward=True)
 
-    def _after(self, unit: _Unit, module: nn.Module, arguments: Any, output: Tensor) -> None:
+    def _after(self, unit: _Unit, module: nn.Module, arguments: Any, output: Any) -> None:
         self._release(unit, forward=True)
+        output = output[0] if isinstance(output, tuple) else output
         if unit in self._blocks and output.requires_grad:
             output.register_hook(functools.partial(self._before_backward, unit))
 

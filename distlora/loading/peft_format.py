@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distlora.architecture.targets import match_ending, peft_paths, select_targets
-from distlora.architecture.tokens import EMBEDDING, HEAD
+from distlora.architecture.tokens import EMBEDDING
 from distlora.config import AdapterConfig, ModelSpec, UserError
 from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair, TokenRows
 from distlora.model.build import CausalLM
@@ -47,7 +47,7 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
             tensors[f"{_PREFIX}{place}.lora_magnitude_vector"] = pair.magnitude
     for matrix, rows in model.token_rows.items():
         assert isinstance(rows, TokenRows)
-        path = f"{model.architecture.decoder}.{EMBEDDING}" if matrix == EMBEDDING else matrix
+        path = model.architecture.embedding_path if matrix == EMBEDDING else model.architecture.head
         tensors[f"{_PREFIX}{path}.token_adapter.trainable_tokens_delta"] = rows.rows
     for path, parameter in whole_modules(model).items():
         tensors[f"{_PREFIX}{path}.weight"] = parameter
@@ -56,9 +56,11 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
 
 def whole_modules(model: CausalLM) -> dict[str, nn.Parameter]:
     """Return the weights that are trained whole, by the Hugging Face paths of their modules."""
-    weights = {EMBEDDING: model.embedding.get_parameter("weight"), HEAD: model.head.weight}
-    paths = {EMBEDDING: f"{model.architecture.decoder}.{EMBEDDING}", HEAD: HEAD}
-    return {paths[name]: weight for name, weight in weights.items() if name in model.modules_to_save}
+    weights = {
+        model.architecture.embedding_path: model.embedding.get_parameter("weight"),
+        model.architecture.head: model.head.weight,
+    }
+    return {path: weight for path, weight in weights.items() if path.rpartition(".")[2] in model.modules_to_save}
 
 
 @torch.no_grad()

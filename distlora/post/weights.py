@@ -20,7 +20,6 @@ from torch import Tensor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import Segment, read_header
-from distlora.architecture.tokens import HEAD
 from distlora.config import ModelSpec, UserError
 from distlora.loading.decomposed_adapters import load_initial_factors
 from distlora.loading.load_base import find_base
@@ -36,7 +35,6 @@ from distlora.weights.prequantized import PrequantizedWeight, prequantized_param
 from distlora.weights.reader import Reader, all_finite
 from distlora_kernels import nf4, reference
 
-HEAD_NAME = f"{HEAD}.weight"
 CHUNK = 64 * nf4.GROUP
 """Weights per read: whole groups, 4 MiB in fp32."""
 
@@ -172,6 +170,11 @@ class Base:
         """Return the embedding's name in the checkpoint."""
         return f"{self.model.architecture.embedding_path}.weight"
 
+    @property
+    def head_name(self) -> str:
+        """Return the LM head's name in the checkpoint."""
+        return f"{self.model.architecture.head}.weight"
+
 
 def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
     """Open the base of a model from its headers.
@@ -194,7 +197,7 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
     held = {model.hf_name(name): parameter.dtype for name, parameter in model.named_parameters()}
     weights, buffers = {}, stored_buffers(model)  # Never trained: whatever is written copies their bytes.
     for name, source in sources.items():
-        if name in buffers or (name == HEAD_NAME and model.tied_in_base):
+        if name in buffers or (model.tied_in_base and name == f"{model.architecture.head}.weight"):
             continue
         module = frozen.get(name)
         weights[name] = BaseWeight(

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from distlora.architecture.spec import architecture_of
 from distlora.config import SourceConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.file import parse_yaml, settings_by_name
+from distlora.config.json_files import read_object
 from distlora.config.training import DEFAULT_WARMUP
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, Result
 from distlora.system.numbers import length, size
@@ -195,23 +197,26 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
 
 def _use(result: Result, repository: str, base: str | None) -> str:
     tokenizer = base or "PATH_OF_THE_BASE"
+    place, auto = Path(result.config.model.path) / "config.json", "AutoModelForCausalLM"
+    if place.is_file():
+        auto = architecture_of(read_object(place, "download it again"), place).auto_class
     if result.adapter is None:
         code = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{repository}", dtype="auto")\n'
+            f"from transformers import {auto}, AutoTokenizer\n\n"
+            f'model = {auto}.from_pretrained("{repository}", dtype="auto")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{repository}")\n'
         )
         return f"```python\n{code}```"
     commit = result.config.model.revision if base and base == result.config.model.name else None
     revision = f', revision="{commit}"' if commit else ""
     needs_nf4 = result.config.adapter.for_nf4
-    classes = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if needs_nf4 else "")
+    classes = f"{auto}, AutoTokenizer" + (", BitsAndBytesConfig" if needs_nf4 else "")
     code = f"from peft import PeftModel\nfrom transformers import {classes}\n\n"
     if needs_nf4:  # By default bitsandbytes computes in fp32.
         dtype = _TORCH_NAMES[result.config.train.dtype]
         code += f'nf4 = BitsAndBytesConfig(\n    {_NF4}, bnb_4bit_compute_dtype="{dtype}"\n)\n'
     how = f'{revision}, dtype="auto"' + (", quantization_config=nf4" if needs_nf4 else "")
-    code += f'base = AutoModelForCausalLM.from_pretrained("{tokenizer}"{how})\n'
+    code += f'base = {auto}.from_pretrained("{tokenizer}"{how})\n'
     load = f'model = PeftModel.from_pretrained(base, "{repository}")\n'
     own_tokenizer = result.config.model.changes_tokenizer
     if result.config.model.new_tokens:

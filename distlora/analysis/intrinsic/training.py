@@ -330,13 +330,14 @@ class Bench:
 
 def random_weights(model: CausalLM, folder: str, seed: int) -> None:
     """Fill the model with what transformers starts a new one of this config.json with."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     # A copy, because from_config writes into it.
     config = copy.deepcopy(read_hf_config(Path(folder)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        auto = getattr(transformers, model.architecture.auto_class)
+        fresh = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     theirs = fresh.state_dict()
     with torch.no_grad():
         for name, tensor in model.hf_state_dict().items():

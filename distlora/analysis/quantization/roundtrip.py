@@ -258,6 +258,6 @@ def find_weights(spec: ModelSpec) -> tuple[list[Weight], int]:
                 f"{name} is stored as {source.segments[0].dtype}, not as {', '.join(SOURCE_DTYPES)}; name such a copy"
             )
         weights.append(Weight(name, source))
-    tied = {"lm_head.weight"} if model.tied else set()
+    tied = {f"{model.architecture.head}.weight"} if model.tied else set()
     total = sum(segment.numel for name, s in sources.items() if name not in tied for segment in s.segments)
     return weights, total

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.safetensors_headers import read_header
-from distlora.architecture.tokens import EMBEDDING, HEAD
+from distlora.architecture.tokens import EMBEDDING
 from distlora.config import UserError
 from distlora.loading.tensor_files import READ_ELEMENTS, DeferredTensor
 from distlora.post.combine.request import CombineRequest
-from distlora.post.weights import HEAD_NAME, Base, BaseWeight, Factors, adapted_rows, read_token_rows
+from distlora.post.weights import Base, BaseWeight, Factors, adapted_rows, read_token_rows
 from distlora.system.randomness import key_of
 from distlora.weights.peft_folder import WEIGHTS_NAME, PeftAdapter
 from distlora.weights.reader import Reader, all_finite
@@ -159,15 +159,12 @@ class Weighted:
 def matrix_of(base: Base, matrix: str) -> BaseWeight:
     """Return the base's embedding or head; a tied head is the embedding."""
     embedding = base.weights[base.embedding_name]
-    return embedding if matrix == EMBEDDING else base.weights.get(HEAD_NAME, embedding)
+    return embedding if matrix == EMBEDDING else base.weights.get(base.head_name, embedding)
 
 
 def _peft_name(base: Base, matrix: str) -> str:
-    return (
-        f"base_model.model.{base.model.architecture.decoder}.{EMBEDDING}"
-        if matrix == EMBEDDING
-        else f"base_model.model.{HEAD}"
-    )
+    architecture = base.model.architecture
+    return f"base_model.model.{architecture.embedding_path if matrix == EMBEDDING else architecture.head}"
 
 
 def row_ids(members: Sequence[Weighted]) -> dict[str, list[int]]:

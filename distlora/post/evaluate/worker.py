@@ -19,6 +19,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import architecture_of
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import UserError
 from distlora.data.rows import PackedRows
@@ -96,7 +98,8 @@ def run_draft(request: EvaluateRequest, draft: Draft, rows: PackedRows, say: Cal
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     """Load a model on the GPU if there is one."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    auto = getattr(transformers, architecture_of(read_config(folder), folder / "config.json").auto_class)
+    model: Any = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     model.generation_config.eos_token_id = None  # No token ends an answer, so all have the same length.
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 

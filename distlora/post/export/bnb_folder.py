@@ -135,7 +135,7 @@ def skipped(base: Base, quantized: Sequence[BaseWeight]) -> list[str]:
     These are the head, and the shortest paths outside the decoder without a quantized weight.
     """
     held = {".".join(weight.name.split(".")[:size]) for weight in quantized for size in range(weight.name.count("."))}
-    found = {"lm_head"}
+    found = {base.model.architecture.head}
     for path in base.model.outside_linears:
         words = path.split(".")
         prefixes = (".".join(words[: size + 1]) for size in range(len(words)))
@@ -168,7 +168,7 @@ def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
 
 def card(export: Export, base: Base) -> str:
     """Return README.md: what the export is and how to load it."""
-    name, vocabulary = Path(export.request.out).name, base.model.vocabulary
+    name, vocabulary, auto = Path(export.request.out).name, base.model.vocabulary, base.model.architecture.auto_class
     grows = ""
     if vocabulary.has_grown:
         call = f"model.resize_token_embeddings({vocabulary.rows}, mean_resizing=False)"
@@ -176,8 +176,8 @@ def card(export: Export, base: Base) -> str:
     return (
         f"# {name}\n\nA base in NF4 with double quantization as bitsandbytes stores it, the one that the adapter in "
         f"`{ADAPTER}/` was trained on.\n\n```python\n"
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")\n{grows}'
+        "from peft import PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("{name}", dtype="auto", device_map="auto")\n{grows}'
         f'model = PeftModel.from_pretrained(model, "{name}/{ADAPTER}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n'
     )
@@ -187,13 +187,14 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     """Return readings of our own loader, of bitsandbytes dequantized in fp32, and of the folder as users load it."""
     trained, place = export.trained, export.place
     dtype = json.loads((place / "config.json").read_text("utf-8"))["quantization_config"].get("bnb_4bit_compute_dtype")
-    vocabulary = open_base(trained.spec, trained.initial_adapter_dir).model.vocabulary
+    model = open_base(trained.spec, trained.initial_adapter_dir).model
+    vocabulary, auto = model.vocabulary, model.architecture.auto_class
     grown = vocabulary.rows if vocabulary.has_grown else None
-    dense = _logits(place, ours, torch.float32, grown, dense=True)
+    dense = _logits(place, ours, torch.float32, grown, auto, dense=True)
     what = "transformers, bitsandbytes and PEFT, dequantized in fp32"
     readings = [taken_back(trained, place), ours.reading(what, dense, ours.exact)]
     gc.collect()
-    as_loaded = _logits(place, ours, "auto", grown, dense=False)
+    as_loaded = _logits(place, ours, "auto", grown, auto, dense=False)
     readings.append(ours.reading(f"the same as they load it, computing in {dtype} on this CPU", as_loaded))
     return readings
 
@@ -215,11 +216,11 @@ def taken_back(trained: Trained, place: Path) -> Reading:
 
 
 @torch.no_grad()
-def _logits(place: Path, ours: Ours, dtype: Any, rows: int | None, *, dense: bool) -> torch.Tensor:
+def _logits(place: Path, ours: Ours, dtype: Any, rows: int | None, auto: str, *, dense: bool) -> torch.Tensor:
     import transformers
     from peft import PeftModel
 
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = getattr(transformers, auto).from_pretrained(
         place, dtype=dtype, device_map="cpu", local_files_only=True, trust_remote_code=False
     )
     if dense:

@@ -224,10 +224,13 @@ def _refuse_bnb(trained: Trained, request: ExportRequest) -> None:
         "another; write --format peft, and let whoever loads it quantize",
     )
     architecture = architecture_of(read_config(spec.path), spec.path / "config.json")
+    fused = {
+        weight.path for kind in architecture.kinds for weight in kind.weights if weight.kind in ("experts", "fused")
+    }
     require(
-        not architecture.has_experts,
-        f"--format=bnb: {architecture.model_type} has fused experts, which bitsandbytes leaves in 16 bits, and the run "
-        "trained on theirs in NF4; write --format hf or peft",
+        not fused,
+        f"--format=bnb: {architecture.model_type} has {min(fused, default='')}, no linear, which bitsandbytes "
+        "leaves in 16 bits, and the run trained on it in NF4; write --format hf or peft",
     )
 
 

@@ -20,7 +20,6 @@ from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.request import Onto
 from distlora.post.trained import Trained
 from distlora.post.weights import (
-    HEAD_NAME,
     Base,
     BaseWeight,
     Factors,
@@ -135,7 +134,7 @@ def parameters_of(base: Base, adapter: Adapter | None) -> list[Parameter]:
     for name, weight in base.weights.items():
         shapes = [s.shape for s in weight.source.segments] if weight.packed is None else [weight.shape]
         outputs = dict(zip(weight.source.names, shapes, strict=True))
-        matrix = {base.embedding_name: EMBEDDING, HEAD_NAME: HEAD}.get(name)
+        matrix = {base.embedding_name: EMBEDDING, base.head_name: HEAD}.get(name)
         if matrix is not None:
             outputs = dict.fromkeys(outputs, (model.vocabulary.rows, weight.shape[1]))
         fused = experts.get(name)
@@ -159,16 +158,13 @@ def _tied_head(base: Base) -> list[Parameter]:
     """Return the head of a tied base if it is written separately: trained whole, or stored as a copy."""
     model = base.model
     weight = base.weights[base.embedding_name]
-    copy = find_sources(model.layout, base.files.headers, {HEAD_NAME}).get(HEAD_NAME)
+    copy = find_sources(model.layout, base.files.headers, {base.head_name}).get(base.head_name)
     if copy is None and model.tied:
         return []
-    (embedding,) = weight.source.names
-    # Beside the embedding: a composite checkpoint has a prefix for its text model.
-    beside = embedding.partition("model.")[0] + HEAD_NAME
-    (name,) = copy.names if copy is not None else (beside,)
+    (name,) = copy.names if copy is not None else (base.head_name,)
     shape = (model.vocabulary.rows, weight.shape[1])
     matrix = EMBEDDING if model.tied else HEAD
-    return [Parameter(weight=replace(weight, name=HEAD_NAME), outputs={name: shape}, matrix=matrix)]
+    return [Parameter(weight=replace(weight, name=base.head_name), outputs={name: shape}, matrix=matrix)]
 
 
 def _packed_beside(base: Base, found: list[Parameter]) -> list[Parameter]:

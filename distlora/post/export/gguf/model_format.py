@@ -37,7 +37,7 @@ from distlora.post.export.gguf.vocabulary import add_vocabulary
 from distlora.post.load_trained import weights_in
 from distlora.post.merge.parameters import Onto, Parameter, open_adapter, parameters_of, pieces
 from distlora.post.trained import Trained
-from distlora.post.weights import HEAD_NAME, open_base
+from distlora.post.weights import open_base
 from distlora.weights.reader import Reader
 
 HOW_TO_GET_IT = "`pip install llama-cpp-python` builds it, in some minutes, with a C++ compiler"
@@ -190,7 +190,7 @@ def opened(trained: Trained, onto: Onto) -> Iterator[tuple[Any, dict[str, Weight
         for parameter in parameters_of(base, adapter):
             name = parameter.weight.name
             # GGUF has no tied head, even if the checkpoint stores a copy, and no vision tower.
-            if name not in base.weights and not (name == HEAD_NAME and not base.model.tied):
+            if name not in base.weights and not (name == base.head_name and not base.model.tied):
                 continue
             shape = next(iter(parameter.outputs.values())) if parameter.matrix else parameter.weight.shape
             weights[name] = Weight(name=name, shape=shape, rows=rows_of(parameter))

@@ -7,6 +7,7 @@ missing one is seen.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from torch import Tensor
 from distlora.architecture.spec import Architecture, architecture_of
 from distlora.config import Config
 from distlora.config.file import build
+from distlora.derive.shrink import shrink
 from distlora.model.adapters import LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
+from distlora.model.hf_model import auto_class_of
 from distlora.parallel import Backend, Ranks
 from distlora.training.setup import start_run_model
-from small_models import SHAPES
+from model_types import config_of
+from small_models import SHAPES, VOCABULARY
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 WINDOW = 16
@@ -106,9 +110,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def hf_config(name: str) -> Any:
-    """Return the transformers config of a variant."""
+    """Return the transformers config of a variant, or of a small model of any type in model_types.py."""
     import transformers
 
+    if name not in VARIANTS:
+        values = shrink(config_of(name))
+        text = values.get("text_config", values)
+        text |= {key: VOCABULARY for key in text if re.fullmatch("vocab_size(_per_layer_input)?", key)}
+        return transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)
     stem, settings = VARIANTS[name]
     values = SHAPES | settings
     if stem == "Gemma3" and "text" not in name:
@@ -128,11 +137,8 @@ def hf_model(name: str) -> Any:
     import transformers
 
     config = hf_config(name)
-    whole = isinstance(config, transformers.Gemma3Config)
     torch.manual_seed(0)
-    model: Any = getattr(transformers, f"{VARIANTS[name][0]}For{'ConditionalGeneration' if whole else 'CausalLM'}")(
-        config
-    )
+    model: Any = getattr(transformers, auto_class_of(config, name)).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -173,7 +179,7 @@ def dequantized(folder: Path, ours: CausalLM, dtype: torch.dtype = torch.float32
     """Build the Hugging Face model of the folder with our weights, dequantized, in its decoder's linears."""
     import transformers
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    theirs = getattr(transformers, ours.architecture.auto_class).from_pretrained(
         folder, dtype=dtype, attn_implementation=ours.architecture.attention, experts_implementation="eager"
     )
     for name, module in ours.named_modules():

@@ -14,6 +14,8 @@ import yaml
 from distlora.config import Config
 from distlora.config.file import as_mapping, build
 
+TYPES = ("qwen3_next", "glm4_moe", "gemma4_text", "lfm2", "granite", "qwen3_5", "mistral3")
+"""Model types whose models tests of whole runs train: one for each kind of seam."""
 VOCABULARY = 1001
 """Prime to every number of ranks, so that the embedding is cut unevenly."""
 
@@ -119,9 +121,17 @@ def config_with(
 def make_run(
     run_dir: Path, folders: Path, model: str = "llama", new_tokens: Sequence[str] = (), **sections: dict[str, Any]
 ) -> Config:
-    """Prepare a run folder (config.yaml, data.json) over `folders`: by default fp32, all-linear, six steps."""
+    """Prepare a run folder (config.yaml, data.json) over `folders`: by default fp32, all-linear, six steps.
+
+    A small model of any type in model_types.py is written there at its first use.
+    """
     from distlora.data.prepare import prepare_run
 
+    if not (folders / model).exists() and model.partition("@")[0] in TYPES:
+        from family_models import write_family_folder
+
+        write_family_folder(folders / model, model)
+        tokenizer().save_pretrained(folders / model)
     base: dict[str, dict[str, Any]] = {
         "model": {"path": str(folders / model), "new_tokens": list(new_tokens)},
         "data": {

@@ -20,7 +20,7 @@ from closeness import adapter_of, assert_adapters_close, assert_close, assert_lo
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
 from distlora.data.loader import MicroBatch
-from distlora.loading.peft_format import adapter_tensors
+from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.adapters import StepRows, adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.post.load_trained import load_trained
@@ -103,14 +103,20 @@ def fill(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-@pytest.mark.parametrize(("checkpointing", "starts_moved"), [ci("block", False), ("none", False), ("block", True)])
+@pytest.mark.parametrize(
+    ("model", "checkpointing", "starts_moved"),
+    [
+        *(ci("llama", "block", False), ("llama", "none", False), ("llama", "block", True)),
+        *(ci(name, "block", False) for name in ("gemma4_text@shared", "qwen3_5", "granite@scaled")),
+    ],
+)
 def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
-    folders: Path, preferences: Path, tmp_path: Path, checkpointing: str, starts_moved: bool
+    folders: Path, preferences: Path, tmp_path: Path, model: str, checkpointing: str, starts_moved: bool
 ) -> None:
     """The second model is the base, or has the adapter that training started from."""
     beta = 0.3
     settings = {"dpo_beta": beta, "checkpointing": checkpointing, "micro_batch": 3, "accumulate": "block"}
-    config = prepare(tmp_path / "run", folders, preferences, train=settings)
+    config = prepare(tmp_path / "run", folders, preferences, model, train=settings)
     ours, _, _ = start_run_model(config, SINGLE)
     if starts_moved:
         move_adapters(ours, seed=1)
@@ -126,9 +132,10 @@ def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
     loss.backward()
 
     weights = {name: parameter.detach().clone() for name, parameter in adapter_tensors(ours).items()}
-    base = dequantized(folders / "llama", ours)
+    base = dequantized(folders / model, ours)
+    targets = adapter_config(config.spec, ours)["target_modules"]
     tuned = peft.get_peft_model(
-        base, peft.LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", lora_dropout=0.0)
+        base, peft.LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules=targets, lora_dropout=0.0)
     )
     parameters = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
     assert parameters.keys() == weights.keys()

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from distlora.architecture.safetensors_headers import read_headers
+from distlora.architecture.spec import Architecture
 from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.model.build import CausalLM
@@ -53,11 +54,12 @@ def adapted(tmp_path: Path, variant: str, **sections: dict[str, Any]) -> tuple[C
     return model, Name(place=str(adapter), base=str(base), quant=config.quant.method).read()
 
 
-def their_logits(folder: Path, input_ids: torch.Tensor, attention: str) -> torch.Tensor:
+def their_logits(folder: Path, input_ids: torch.Tensor, architecture: Architecture) -> torch.Tensor:
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation=attention, experts_implementation="eager"
+    auto = getattr(transformers, architecture.auto_class)
+    model = auto.from_pretrained(
+        folder, dtype="auto", attn_implementation=architecture.attention, experts_implementation="eager"
     )
     with torch.no_grad():
         return model(input_ids).logits.float()
@@ -65,7 +67,11 @@ def their_logits(folder: Path, input_ids: torch.Tensor, attention: str) -> torch
 
 @pytest.mark.parametrize(
     ("variant", "quant"),
-    diagonal(["llama3-tied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3-moe", "gpt-oss"], ["nf4", "none"]),
+    [
+        *diagonal(["llama3-tied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3-moe", "gpt-oss"], ["nf4", "none"]),
+        *(("qwen3_5", "nf4"), ("glm4_moe", "nf4")),
+        *(ci(name, "nf4") for name in ("qwen3_next", "gemma4_text@shared", "lfm2", "granite@scaled", "mistral3")),
+    ],
 )
 def test_the_merged_model_computes_what_the_adapted_one_does(variant: str, quant: str, tmp_path: Path) -> None:
     model, trained = adapted(tmp_path, variant, quant={"method": quant, "cache": False})
@@ -73,9 +79,19 @@ def test_the_merged_model_computes_what_the_adapted_one_does(variant: str, quant
     receipt = merge_to(trained, out, onto="trained", dtype=torch.float32, say=quiet)
     ids = tokens(2, 24)
     ours = our_logits(model, ids)
-    theirs = their_logits(out, ids, model.architecture.attention)
+    theirs = their_logits(out, ids, model.architecture)
     assert (ours - theirs).abs().max() <= 1e-4
     assert Receipt.read(out) == receipt
+    before, after = read_headers(tmp_path / "base"), read_headers(out)
+    assert {name: segment.shape for name, segment in before.items()} == {
+        name: segment.shape for name, segment in after.items()
+    }
+    trained_names = {name for names in model.architecture.on_disk(before).values() for name in names}
+    with Reader() as reader:
+        for name in before.keys() - trained_names:  # Stored buffers, and all of a vision tower.
+            was, now = (reader.read([where[name]], 0, where[name].numel) for where in (before, after))
+            assert torch.equal(was, now), name
+    assert before.keys() - trained_names or not model.architecture.composite
 
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -109,7 +125,7 @@ def test_the_merge_of_a_run_and_of_its_checkpoint_computes_what_they_do(
                 continue
             out = tmp_path / f"{checkpoint}-{onto}"
             merge_to(trained, out, onto=onto, dtype=torch.float32, say=quiet)
-            difference = float((ours - their_logits(out, ids, model.architecture.attention)).abs().max())
+            difference = float((ours - their_logits(out, ids, model.architecture)).abs().max())
             assert difference <= 1e-4 if onto == "trained" else difference > 1e-3, (checkpoint, onto)
 
 
@@ -123,7 +139,7 @@ def test_a_base_in_nf4_on_disk_becomes_dense(folders: Path, tmp_path: Path) -> N
     merge_to(trained, merged, onto="trained", dtype=torch.float32, say=quiet)
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     ids = tokens(2, 24)
-    assert (our_logits(model, ids) - their_logits(merged, ids, "sdpa")).abs().max() <= 1e-4
+    assert (our_logits(model, ids) - their_logits(merged, ids, model.architecture)).abs().max() <= 1e-4
     with pytest.raises(UserError, match=r"--onto=original: .* is quantized on disk"):
         merge_to(trained, tmp_path / "never", onto="original", dtype=torch.float32, say=quiet)
     assert not (tmp_path / "never").exists()
@@ -247,7 +263,7 @@ def test_a_head_on_disk_that_the_base_ties_stays_its_embedding(folders: Path, tm
     ids = tokens(2, 24)
     ids[0, :2] = torch.tensor([3, 700])
     model, _ = load_trained(trained, SINGLE)
-    assert (our_logits(model, ids) - their_logits(out, ids, "sdpa")).abs().max() <= 1e-4
+    assert (our_logits(model, ids) - their_logits(out, ids, model.architecture)).abs().max() <= 1e-4
 
 
 SMALL = QWEN25_1_5B | {

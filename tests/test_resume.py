@@ -102,6 +102,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.ci
+def test_a_hybrid_mixture_of_experts_resumes_bit_for_bit(world: World, folders: Path, tmp_path: Path) -> None:
+    for name, stops in (("whole", [None]), ("stopped", [3, None])):
+        make_run(tmp_path / name, folders, "qwen3_next", train=SETTINGS | {"max_steps": 5})
+        for stop in stops:
+            world.run(2, run_until, run_dir=tmp_path / name, stop_before=stop)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.ci
 def test_muon_on_two_ranks_resumes_bit_for_bit(world: World, folders: Path, tmp_path: Path) -> None:
     sections: dict[str, dict] = {"train": SETTINGS | {"max_steps": 5}, "optim": {"name": "muon"}}
     sections["adapter"] = {"r": 8, "use_dora": True}

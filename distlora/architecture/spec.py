@@ -198,6 +198,8 @@ class Architecture:
     them, or by one document per sequence."""
     takes_embeddings: bool = True
     """True if the decoder computes the same from embeddings as from token ids, which it then reads nowhere else."""
+    takes_cache: bool = True
+    """True if transformers' cache continues left-padded prompts as if each was computed whole."""
     head_form: HeadForm = HeadForm()
     norm_form: Literal["llama", "gemma", ""] = ""
     """RMSNorm of the decoder: times the scale after rounding (llama), times 1 + scale in fp32 (gemma), or others."""

@@ -46,13 +46,18 @@ def object_or_empty(path: Path) -> dict[str, Any]:
 def parse_object(content: bytes, place: Path | str, remedy: str) -> dict[str, Any]:
     """Return the JSON object in bytes read at `place`. Raises UserError if they hold none."""
     try:
-        value = json.loads(content)
+        value = json.loads(content, object_hook=_with_infinity)
     except (ValueError, RecursionError) as error:
         # Invalid JSON or UTF-8, an integer with thousands of digits, or endlessly nested brackets.
         raise UserError(f"{place} is damaged: it is not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{place} is damaged: it is not a JSON object; {remedy}")
     return value
+
+
+def _with_infinity(value: dict[str, Any]) -> Any:
+    """Return the number that transformers writes as an object, as JSON has no infinity; any other object as it is."""
+    return float(str(value["__float__"])) if value.keys() == {"__float__"} else value
 
 
 def check_shape(value: Any, shape: Shape, place: Path | str, remedy: str, *, name: str = "") -> None:

@@ -44,7 +44,17 @@ def _proved(small_config: Mapping[str, Any], place: str) -> Architecture:
 
 
 _FROM_SHRUNK = (
-    *("attention", "varlen", "documents", "takes_embeddings", "head_form", "norm", "norm_form", "fusible"),
+    *(
+        "attention",
+        "varlen",
+        "documents",
+        "takes_embeddings",
+        "takes_cache",
+        "head_form",
+        "norm",
+        "norm_form",
+        "fusible",
+    ),
     "checks",
 )
 """What running the shrunk model has told of the model."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import DynamicCache
 
 from distlora.architecture.checkpoint_files import hf_config_of, refused_by_transformers
 from distlora.architecture.spec import Architecture, LayerKind, Weight
@@ -82,6 +83,7 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             documents=documents,
             varlen=attention == "sdpa" and _takes_varlen(found, decoder),
             takes_embeddings=_takes_embeddings(decoder, input_ids),
+            takes_cache=_takes_cache(decoder, found.vocabulary),
             head_form=head_form(model, found.decoder),
             norm_form=norm_form,
             fusible=bool(norm_form) and _is_fusible(decoder),
@@ -412,6 +414,24 @@ def _takes_embeddings(decoder: Any, input_ids: Tensor) -> bool:
         return False  # It looks for the tokens of the embeddings, or takes none.
     finally:
         hook.remove()
+
+
+def _takes_cache(decoder: Any, vocabulary: int) -> bool:
+    """Return whether tokens that follow a left-padded batch in transformers' cache equal those of whole sequences."""
+    rows, padding = random_tokens(_TOKENS, vocabulary, rows=2), 7
+    mask = torch.ones_like(rows)
+    mask[1, :padding] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = [decoder(input_ids=row, use_cache=False).last_hidden_state for row in (rows[:1], rows[1:, padding:])]
+    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    cached = {name: DynamicCache(config=decoder.config), "use_cache": True}
+    try:
+        for start, end in itertools.pairwise((0, *range(_TOKENS - 3, _TOKENS + 1))):
+            known = {"position_ids": positions[:, start:end], "attention_mask": mask[:, :end], **cached}
+            output = decoder(input_ids=rows[:, start:end], **known).last_hidden_state
+        return not _differ(output[:, -1], torch.cat([row[:, -1] for row in whole]))
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+        return False  # It has a cache of its own, or none.
 
 
 def _norm_form(decoder: nn.Module) -> Literal["llama", "gemma", ""]:

@@ -124,6 +124,8 @@ def generate(
     input_ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     settings = copy.deepcopy(settings)
+    if not generator.causal_lm.architecture.takes_cache:  # Every token is computed again.
+        settings.use_cache = False
     settings.max_new_tokens = min(settings.max_new_tokens, context_limit(generator.causal_lm) - longest)
     output = generator.generate(
         input_ids.to(device),
@@ -152,7 +154,7 @@ def generate_all(
     start = 0
     while start < len(prompts):
         end = start + 1
-        if len(prompts[start]) <= roomy:
+        if len(prompts[start]) <= roomy and generator.causal_lm.architecture.takes_cache:
             while end < min(start + ROWS_AT_ONCE, len(prompts)) and len(prompts[end]) <= roomy:
                 end += 1
         yield generate(generator, prompts[start:end], settings)

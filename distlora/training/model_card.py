@@ -197,9 +197,9 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
 
 def _use(result: Result, repository: str, base: str | None) -> str:
     tokenizer = base or "PATH_OF_THE_BASE"
-    place, auto = Path(result.config.model.path) / "config.json", "AutoModelForCausalLM"
-    if place.is_file():
-        auto = architecture_of(read_object(place, "download it again"), place).auto_class
+    config, auto = Path(result.config.model.path) / "config.json", "AutoModelForCausalLM"
+    if config.is_file():
+        auto = architecture_of(read_object(config, "download it again"), config).auto_class
     if result.adapter is None:
         code = (
             f"from transformers import {auto}, AutoTokenizer\n\n"

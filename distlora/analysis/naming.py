@@ -1,7 +1,5 @@
 """Locate a weight in its model by its Hugging Face name. Imports no torch."""
 
-from __future__ import annotations
-
 import re
 
 _PLACE = re.compile(r"layers\.(\d+)\.(.+?)(?:\.weight)?$")

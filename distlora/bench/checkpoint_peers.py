@@ -3,8 +3,6 @@
 All train PEFT's adapters on bitsandbytes' NF4 with AdamW, in fp32 as PEFT keeps them.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from functools import partial

@@ -4,8 +4,6 @@ Each way loads the same folder on the CPU with two threads in all, in fresh proc
 warm for all. Each rank of the peer holds the whole model, as its users have it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import tempfile

@@ -5,8 +5,6 @@ step is measured (distlora/training/memory_meter.py). The plan must be within 1 
 and within 5 % of the peak.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import importlib.util

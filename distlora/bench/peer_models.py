@@ -1,7 +1,5 @@
 """Load the peers' models as their users do, and run accelerate's FSDP2 on a CPU."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

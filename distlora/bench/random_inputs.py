@@ -1,7 +1,5 @@
 """Write random checkpoints and make random sequences, so that a benchmark needs no downloads."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

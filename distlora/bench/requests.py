@@ -1,7 +1,5 @@
 """Define the requests of the benchmarks, from the command to its worker process. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

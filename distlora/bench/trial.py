@@ -1,7 +1,5 @@
 """Build a run without a folder: the trainer over given sequences, advanced step by step or run to its end."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Self
 

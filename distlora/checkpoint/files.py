@@ -3,8 +3,6 @@
 Tensors are whole in the files, however they are sharded, so any number of ranks can resume from them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

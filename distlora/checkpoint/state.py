@@ -1,7 +1,5 @@
 """state.json: the progress of a run, what its checkpoint belongs to, and the environment. Needs no torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping

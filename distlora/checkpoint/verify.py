@@ -4,8 +4,6 @@
 of the checkpoints, results and packed sequences.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import re

@@ -1,7 +1,5 @@
 """Settings of the model: base, adapter and storage of the base; folders and hub names in settings."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Settings of a run's processes: nodes, launcher, scheduler, timeouts, and the sharding of the base over ranks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The data: where documents come from, what in them is trained, how they fill rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields

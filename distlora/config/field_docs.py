@@ -3,8 +3,6 @@
 `distlora train --help`, `distlora init` and the settings reference in docs/ are made from this.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import inspect

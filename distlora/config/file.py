@@ -1,7 +1,5 @@
 """Build a Config from plain values and back: RUN/config.yaml, a composed mapping, wandb. No torch, no hydra."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 import typing

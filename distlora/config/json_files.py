@@ -1,7 +1,5 @@
 """Read JSON files that may be damaged as the object that they should hold. Needs no torch."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

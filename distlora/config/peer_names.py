@@ -1,7 +1,5 @@
 """Names of other trainers' settings, in distlora's terms: for hints at what to type instead."""
 
-from __future__ import annotations
-
 import difflib
 
 _SETTINGS = {

@@ -1,7 +1,5 @@
 """Known GPUs (gpus.toml, by data sheets), and the settings of the planner and its GPU."""
 
-from __future__ import annotations
-
 import math
 import re
 import tomllib

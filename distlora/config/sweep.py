@@ -1,7 +1,5 @@
 """Settings of a sweep: the search, the number of parallel trials, the metric."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,7 +1,5 @@
 """Settings of the run: optimizer, schedule, steps, checkpoints, evaluations and the experiment tracker."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from fractions import Fraction

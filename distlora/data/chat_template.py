@@ -5,8 +5,6 @@ The named templates are the files of chat_templates/, written for this project; 
 a name; rendering imports transformers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator, Sequence

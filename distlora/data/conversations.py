@@ -7,8 +7,6 @@ or "weight" (0 or 1), and whatever else a template reads. A key whose value is n
 those. Imports neither torch nor transformers nor numpy.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -5,8 +5,6 @@ end-of-text token. Plain text: every token, with end-of-text. A preference pair:
 tokens of a row.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 import time

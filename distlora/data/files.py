@@ -6,8 +6,6 @@ cannot hold that), and nothing is copied into another cache first. Memory holds 
 and the text of a .json file. Imports the standard library alone until a file needs pyarrow.
 """
 
-from __future__ import annotations
-
 import bz2
 import codecs
 import csv

@@ -7,8 +7,6 @@ checks the head of the data before anything starts.
 Canonical chats and pairs are conversations.py's.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence

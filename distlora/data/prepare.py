@@ -3,8 +3,6 @@
 The launcher starts it: `python -m distlora.data.prepare RUN`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

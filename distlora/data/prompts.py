@@ -3,8 +3,6 @@
 Imports no torch: the command refuses a broken file, or a flag out of range, before anything is loaded.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

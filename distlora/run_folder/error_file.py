@@ -1,7 +1,5 @@
 """RUN/logs/rank_<k>.error.json: the error that a failed worker leaves for the launcher. Needs no torch."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -4,8 +4,6 @@ Two runs evaluated on the same sequences differ much less than either varies bet
 comparison separates their difference from noise. Letters: D held-out documents.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

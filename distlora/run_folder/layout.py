@@ -9,8 +9,6 @@ A checkpoint is written to a temporary folder, synced and renamed, so a name `st
 The manifest reveals later damage.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -10,8 +10,6 @@ SWEEP/logs/            output of workers and trials
 SWEEP/report.html      `distlora report SWEEP`
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

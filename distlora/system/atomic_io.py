@@ -1,7 +1,5 @@
 """Write files atomically and durably: readers see the old content or the new, and a power cut loses neither."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

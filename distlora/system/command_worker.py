@@ -5,8 +5,6 @@ torchrun's ranks get it. The function's parameter `request` is annotated with a 
 are checked against. It returns the exit code.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import json

@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (EX_TEMPFAIL
 Imports no torch.
 """
 
-from __future__ import annotations
-
 import errno
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """Turn errors of huggingface_hub into UserErrors: the name, the reason, and the cure."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Numbers as people read them. Imports no torch."""
 
-from __future__ import annotations
-
 import time
 
 

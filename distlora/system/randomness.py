@@ -4,8 +4,6 @@ The key of Philox-4x32-10 is made from the run's seed and the tensor or module n
 So an adapter has the same initial values on any number of ranks.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 

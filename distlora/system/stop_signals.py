@@ -4,8 +4,6 @@ Imports no torch: a worker listens from its first moment, long before torch is i
 save, so nothing happens within the signal itself; asking again changes nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

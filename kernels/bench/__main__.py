@@ -8,8 +8,6 @@ All shapes and M take some minutes. For the bounds: --shapes llama-70b/o,llama-7
 Exit status: 0; 1 if a variant gives a wrong result; 2 if it cannot run.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

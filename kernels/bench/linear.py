@@ -5,8 +5,6 @@ over bitsandbytes' MatMul4Bit, and unsloth/kernels/fast_lora.py. Our dequantizat
 which takes three, so the sequences are faster than theirs by two launches and 0.3 bytes per weight.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Letters: M rows, I in features, O out features, R rank.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

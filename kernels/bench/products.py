@@ -3,8 +3,6 @@
 Letters: M rows, I in features, O out features, R rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch

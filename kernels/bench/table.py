@@ -1,7 +1,5 @@
 """Check candidates, time them in turns, and print the rows as Markdown."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import traceback

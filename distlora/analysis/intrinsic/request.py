@@ -1,7 +1,5 @@
 """Define the request of `distlora analyze intrinsic`. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from distlora.config import AdapterConfig, DataConfig, ModelConfig, ModelSpec, QuantConfig, TrainConfig, require

@@ -3,8 +3,6 @@
 Pure arithmetic over a function that trains; imports no torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ function of what is trained, and only a loss remains. Data, loss, optimizer and 
 Letters: D parameters, d dimensions, M layers.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

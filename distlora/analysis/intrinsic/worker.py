@@ -1,7 +1,5 @@
 """The worker of `distlora analyze intrinsic`: trainings, each kept as it ends, then the files and the tables."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

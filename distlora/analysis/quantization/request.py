@@ -1,7 +1,5 @@
 """Define the request of `distlora analyze quantization`. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The worker of `distlora analyze quantization`: weights, then perplexity, then the files and the tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any

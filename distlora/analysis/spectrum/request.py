@@ -1,7 +1,5 @@
 """Define the request of `distlora analyze spectrum`. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from distlora.config import require

@@ -3,8 +3,6 @@
 With p_i = s_i / sum s: effective rank exp(-sum p_i ln p_i) (Roy and Vetterli 2007), stable rank ||dW||_F^2 / s_1^2.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

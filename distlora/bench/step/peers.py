@@ -3,8 +3,6 @@
 All use the same sequences and initial adapter as ours.
 """
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator

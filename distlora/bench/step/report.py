@@ -1,7 +1,5 @@
 """Make the tables, sentences and plots of `distlora bench step`, of steps and of loss curves. Imports no torch."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ figures of each turn; or {"failed": reason}. All other output goes to stderr. A 
 {"steps": n, "count": true to count collectives}. End of file ends the cell.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

@@ -21,8 +21,6 @@ waits for one after each evaluation after which a trial would continue, except t
 the launcher uses it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

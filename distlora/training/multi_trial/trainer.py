@@ -3,8 +3,6 @@
 GROUP's files (protocol.py) are read and written by rank 0 on behalf of all ranks, and all get the same.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ wandb has a process of its own (wandb_run.py). The calls of every other client r
 (background.py), so no step waits for a disk or a network. A tracker that fails says so once, and the run goes on.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

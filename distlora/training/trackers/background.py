@@ -1,7 +1,5 @@
 """Run a tracker's client in a thread of its own, so that no step waits for it."""
 
-from __future__ import annotations
-
 import importlib
 import queue
 import re

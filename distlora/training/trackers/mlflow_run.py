@@ -1,7 +1,5 @@
 """Log a run to MLflow: to MLFLOW_TRACKING_URI, else to mlflow.db beside the run folder. Imported by its thread."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -3,8 +3,6 @@
 SwanLab has one run per process. It drops repeated steps of a continued run itself.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any

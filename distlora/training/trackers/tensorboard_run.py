@@ -1,7 +1,5 @@
 """Log a run to TensorBoard: event files in RUN/tensorboard. Imported by the tracker's thread."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 

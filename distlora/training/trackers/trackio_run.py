@@ -3,8 +3,6 @@
 Trackio's current run is a context variable, so each thread has one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`distlora analyze WHAT ...`: what can be learned of a base and of an adapter by looking at them."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

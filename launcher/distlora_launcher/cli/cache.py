@@ -1,7 +1,5 @@
 """`distlora cache list|clear`: the quantized weights that are kept for the next start."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

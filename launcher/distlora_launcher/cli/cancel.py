@@ -1,7 +1,5 @@
 """`distlora cancel RUN`: request a run to save and stop, on this node or in SLURM; --now kills it."""
 
-from __future__ import annotations
-
 import re
 import signal
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`distlora combine A=0.6 B=-0.4 --out FOLDER`: one adapter of several of the same base."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import shlex

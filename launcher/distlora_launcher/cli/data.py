@@ -4,8 +4,6 @@ The settings of the preview are composed, and the model and the data checked, as
 behind the commands import transformers, so each is imported when it is called.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 

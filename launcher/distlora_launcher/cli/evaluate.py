@@ -1,7 +1,5 @@
 """`distlora eval RUN|MODEL ...`: what models make of a text, base, adapted and merged side by side."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`distlora export RUN --format FORMAT`: what a run trained, in the formats that others load."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`distlora generate RUN`: talk to what a run trained, or have it answer the prompts of a file."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """Write a settings file to start from (`distlora init`): the settings that matter first, with their meanings."""
 
-from __future__ import annotations
-
 import dataclasses
 import textwrap
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ A subcommand is a module with `main(arguments: list[str]) -> int`, which also an
 called, so `distlora --help` needs none of them.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

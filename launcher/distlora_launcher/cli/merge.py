@@ -1,7 +1,5 @@
 """`distlora merge RUN`: a base and what was trained on it as one model, in Hugging Face format."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

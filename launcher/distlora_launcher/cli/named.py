@@ -1,7 +1,5 @@
 """Parse the arguments that name a run, or an adapter and its base."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import sys

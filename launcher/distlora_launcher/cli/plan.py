@@ -3,8 +3,6 @@
 Nothing is started, and nothing is downloaded but the config.json of a model that is neither local nor known.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """`distlora report`: write one HTML file of a run or a sweep."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass
 from pathlib import Path

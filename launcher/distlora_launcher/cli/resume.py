@@ -1,7 +1,5 @@
 """`distlora resume RUN`: continue a run from its folder, which has all of its settings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

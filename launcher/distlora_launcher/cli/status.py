@@ -1,7 +1,5 @@
 """`distlora status RUN`: print the state of a run, wherever it runs; of a folder of runs, one line each."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run `distlora sweep`: check the sweep, make its folder, start its workers, print the results."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from distlora.config import Config, require

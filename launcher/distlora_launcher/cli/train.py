@@ -4,8 +4,6 @@ Settings are composed here, since Hydra itself ends with code 1 and pages of tex
 application runs for its flags (-m, --cfg, --info, --hydra-help), so that they and the grammar are the real ones.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

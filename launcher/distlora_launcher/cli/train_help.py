@@ -1,7 +1,5 @@
 """The help text of `distlora train`: usage, examples, options, and every setting with its meaning."""
 
-from __future__ import annotations
-
 import shutil
 import textwrap
 from collections.abc import Sequence

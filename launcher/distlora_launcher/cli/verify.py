@@ -1,7 +1,5 @@
 """`distlora verify RUN`: check everything in a run folder and print what is damaged."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass

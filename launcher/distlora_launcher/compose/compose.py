@@ -3,8 +3,6 @@
 Hydra raises a dozen kinds of exceptions for a mistyped override, which explain.py turns into UserErrors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

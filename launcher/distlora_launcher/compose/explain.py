@@ -1,7 +1,5 @@
 """Explain what Hydra raises for wrong overrides: one UserError that names the override and what to type."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import re

@@ -5,8 +5,6 @@ cache of huggingface_hub, whose locks make that once per node; RUN/config.yaml n
 is requested while settings are composed or shown. Needs no torch.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import dataclasses

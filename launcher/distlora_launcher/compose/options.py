@@ -1,7 +1,5 @@
 """Find what options and recipes of conf/ set, and which of them wins. Most functions need Hydra initialized."""
 
-from __future__ import annotations
-
 import functools
 import re
 import typing

@@ -3,8 +3,6 @@
 The plan is calculated (distlora/planner/) from the sizes in config.json and the devices of this node.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.util

@@ -4,8 +4,6 @@ transformers and PEFT answer, on the 4-bit base in fp32, without and with the ad
 the answers: they are its greedy ones if each token is the one that it finds most likely there.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ Writes an ordinary Hugging Face folder with the dequantized weights in bf16. The
 not happen in it.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

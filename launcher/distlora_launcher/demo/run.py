@@ -1,7 +1,5 @@
 """`distlora demo`: fine-tune a small chat model with QLoRA on two ranks, and show what it says before and after."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import textwrap

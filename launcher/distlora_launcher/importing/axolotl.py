@@ -5,8 +5,6 @@ default of ours differs from Axolotl's, Axolotl's value is written, so that the 
 without an equal are in axolotl_keys.yaml, data sets in axolotl_data.py, steps and schedules in axolotl_steps.py.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """Axolotl's data sets as ours: where the documents are, what they are, what in them is trained."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any

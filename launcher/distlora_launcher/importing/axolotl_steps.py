@@ -1,7 +1,5 @@
 """Axolotl's steps as ours: epochs, saves, evaluations, early stopping, and the schedule of the learning rate."""
 
-from __future__ import annotations
-
 import math
 
 from distlora_launcher.importing.recipe import Imported, Keys

@@ -4,8 +4,6 @@ Axolotl's keys that have no setting here are in axolotl_keys.yaml, each with the
 that is off (false, empty) asks for nothing and is not mentioned, except where off is what changes the run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import typing

@@ -4,8 +4,6 @@ The file holds distlora's settings, nested by section, or is an Axolotl file, wh
 in front of those of the command line, which win; so a sweep or a job in a queue does not depend on the file.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 import typing

@@ -1,7 +1,5 @@
 """SLURM's commands: run them, parse their output, and explain what sbatch refuses in terms of our settings."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Render sbatch scripts: of a run or an array (slurm/job.sbatch.jinja), of a sweep (slurm/sweep.sbatch.jinja)."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shlex

@@ -4,8 +4,6 @@ The submitting node makes the run folder, downloads the model and tokenizes the 
 GPUs does not fail because of a mistyped path.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

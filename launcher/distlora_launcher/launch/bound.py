@@ -3,8 +3,6 @@
 python -m distlora_launcher.launch.bound [--stop] MODULE [ARGUMENTS]
 """
 
-from __future__ import annotations
-
 import runpy
 import signal
 import sys

@@ -4,8 +4,6 @@ torchrun restarts the whole group silently when a worker dies. `WorkerMonitor` r
 workers, prints what happened, and finds the failures that a restart would meet again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

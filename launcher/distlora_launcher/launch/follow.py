@@ -4,8 +4,6 @@ Callbacks run in the calling process, from the records that rank 0 has written. 
 neither slow nor break training.
 """
 
-from __future__ import annotations
-
 import os
 import queue
 import signal

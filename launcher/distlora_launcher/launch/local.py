@@ -1,7 +1,5 @@
 """A run on this node: its folder, the preparation of its data, its workers, and its resume."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

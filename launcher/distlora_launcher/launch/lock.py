@@ -6,8 +6,6 @@ prepares the run, and shares it from then on; the others share it once torchrun'
 also locks one of the records RUN/machines/<n>.json, which name it to `distlora status` and `cancel`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

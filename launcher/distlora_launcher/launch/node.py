@@ -10,8 +10,6 @@ settings and prepared data; ID tells this start from others. JOB is written to R
 a job that is refused does not replace the job that has the run. Exit codes: 0, 1, 2 and 75.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -4,8 +4,6 @@ A pid alone is reused, and containers have equal ones. The first SIGTERM, SIGUSR
 a stop. Further ones change nothing (SLURM and users send them twice), but a second Ctrl-C kills.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -5,8 +5,6 @@ that is, but it ends with a traceback if a host's own name does not resolve, and
 for another node's. So the launcher answers both questions, by binding to the address.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import ipaddress

@@ -3,8 +3,6 @@
 Any file may be half-written, missing or damaged; then its values are None. Imports no torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -10,8 +10,6 @@ With --import it imports the modules that its forked workers need (torchrun's --
 --log it is started early: it waits for a line on stdin, returns if stdin ends without one, and then writes to FILE.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import importlib

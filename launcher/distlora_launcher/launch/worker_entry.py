@@ -7,8 +7,6 @@ LOG_DIR/rank_<k>.log. An exception also goes to LOG_DIR/rank_<k>.error.json (`di
 Files of the attempt before this one move to LOG_DIR/attempt_<n>/.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import multiprocessing

@@ -1,7 +1,5 @@
 """Read what a run folder holds for its report, in whatever state it is; what cannot be read is listed as a problem."""
 
-from __future__ import annotations
-
 import contextlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Build the report of a run from its records (`run_report`)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

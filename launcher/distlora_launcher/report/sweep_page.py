@@ -1,7 +1,5 @@
 """Build the report of a sweep from its records (`sweep_report`)."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

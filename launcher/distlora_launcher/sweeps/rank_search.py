@@ -15,8 +15,6 @@ SWEEP/rank_search.json keeps what is decided once, when the search is made: memo
 another node, changes nothing, and reading a sweep needs no model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Show a sweep: its status, the table of results (terminal and SWEEP/results.md), main effects of settings."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shlex

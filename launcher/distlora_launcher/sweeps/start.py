@@ -5,8 +5,6 @@ of an array: each has `cluster.nodes` nodes and trains one trial after the other
 it is preempted, its trial saves, and the task is requeued and resumes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

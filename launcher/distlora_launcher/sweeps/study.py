@@ -5,8 +5,6 @@ released with its process), so no two workers take the same trial. Each draw is 
 number, so a resumed sweep draws the same values.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fcntl

@@ -4,8 +4,6 @@ A search is a function of the trial records and keeps no state: each worker has 
 one.
 """
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import dataclasses

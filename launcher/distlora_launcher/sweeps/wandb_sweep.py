@@ -5,8 +5,6 @@ runs are, and pass the signal on to their run. Runs that saved are resumed when 
 new values are requested.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import itertools

@@ -1,7 +1,5 @@
 """Parse a command's arguments into one typed request, and make its help text of that. Mistakes are UserErrors."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib

@@ -1,7 +1,5 @@
 """Output of the launcher, and of rank 0, which is shown as it comes and copied into its log."""
 
-from __future__ import annotations
-
 import codecs
 import errno
 import fcntl

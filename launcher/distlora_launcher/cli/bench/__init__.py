@@ -3,8 +3,6 @@
 `step` and `methods` run in this process, which imports no torch; the others become a worker process with their request.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import sys

@@ -4,8 +4,6 @@ Each method is one change away from rsLoRA of rank 16. `distlora train` runs for
 runs are skipped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import math

@@ -1,7 +1,5 @@
 """`distlora bench step`: a training step of ours beside other libraries, on the same model, sequences and adapter."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,11 +16,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from closeness import assert_close
-from distlora.config import UserError
+from distlora.architecture.config_checks import check_train
+from distlora.config import TrainConfig, UserError
 from distlora.model.adapters import TokenRows
 from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
 from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
 from distlora.parallel import Ranks, Shards
+from family_models import architecture
 from worlds import World
 
 VOCABULARY, HIDDEN = 1001, 24
@@ -233,7 +237,32 @@ def test_a_head_that_mixes_tokens_is_refused_and_a_longer_tail_is_no_norm() -> N
     config = hf_model("Llama").config
     with pytest.raises(UserError, match="logits of a token from several tokens"):
         head_form(_MixingHead(config).eval(), "model")
-    assert tail_of(_LongTail(config).eval(), "layers", {"input_ids": torch.ones(1, 5, dtype=torch.int64)}) is None
+    inputs = {"input_ids": torch.ones(1, 5, dtype=torch.int64)}
+    assert tail_of(_LongTail(config).eval(), "layers", inputs) is None
+
+
+def test_a_decoder_that_changes_states_between_layers_has_no_norm_alone_and_no_dpo() -> None:
+    config = copy.deepcopy(hf_model("Llama").config)
+    config.num_hidden_layers = 2
+    decoder, inputs = transformers.LlamaModel(config).eval(), {"input_ids": torch.ones(1, 5, dtype=torch.int64)}
+    assert tail_of(decoder, "layers", inputs) == "norm"
+    decoder.layers[1].register_forward_pre_hook(lambda layer, given: (2 * given[0], *given[1:]))
+    assert tail_of(decoder, "layers", inputs) is None
+    changed = dataclasses.replace(architecture("llama"), norm=None)
+    check_train(TrainConfig(), changed)
+    with pytest.raises(UserError, match=r"train.objective=dpo: llama changes the hidden states between its layers"):
+        check_train(TrainConfig(objective="dpo"), changed)
+
+
+def test_a_head_in_fp32_multiplies_states_in_16_bits_as_transformers_does() -> None:
+    weight = nn.Parameter(torch.randn(40, 24, generator=torch.Generator().manual_seed(1)), requires_grad=False)
+    hidden = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
+    head = LossHead(weight)
+    assert torch.equal(head(hidden, None), F.linear(hidden.float(), weight))
+    labels = torch.arange(5)[None]
+    (gradient,) = torch.autograd.grad(head(hidden, labels).sum(), hidden)
+    expected = F.cross_entropy(F.linear(hidden.float(), weight)[0], labels[0], reduction="sum")
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected, hidden))
 
 
 def _sharded_head(ranks: Ranks) -> tuple[list[Tensor], list[Tensor]]:

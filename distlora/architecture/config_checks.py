@@ -17,8 +17,8 @@ from distlora.config.json_files import read_object
 _AGAIN = "download it again"
 
 
-def check_tiles(train: TrainConfig, architecture: Architecture) -> None:
-    """Refuse train.mlp_tile and train.checkpointing=selective for layers whose MLP does not run by itself.
+def check_train(train: TrainConfig, architecture: Architecture) -> None:
+    """Refuse DPO, train.mlp_tile and train.checkpointing=selective for layers that cannot run as they need.
 
     Also train.neftune_alpha for a decoder that needs token ids beside embeddings.
     """
@@ -26,6 +26,11 @@ def check_tiles(train: TrainConfig, architecture: Architecture) -> None:
         train.neftune_alpha is None or architecture.takes_embeddings,
         f"train.neftune_alpha={train.neftune_alpha} changes embeddings, and {architecture.model_type} has a second "
         "table that reads token ids; leave it out",
+    )
+    require(
+        train.objective != "dpo" or architecture.norm is not None,
+        f"train.objective=dpo: {architecture.model_type} changes the hidden states between its layers, or with more "
+        "than a norm after the last; set train.objective=sft, or {model.path} to another model",
     )
     tile = train.mlp_tile
     if tile is not None and architecture.has_experts:

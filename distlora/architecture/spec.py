@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import subprocess
@@ -216,6 +217,17 @@ class Architecture:
     def composite(self) -> bool:
         """True if the folder holds more than the text model (a vision tower), which stays unchanged."""
         return self.text_config is not None
+
+    @property
+    def causal(self) -> str:
+        """Path of the innermost model with the decoder and the LM head; empty for the whole model."""
+        names = zip(self.decoder.split("."), self.head.split("."), strict=False)
+        return ".".join(name for name, other in itertools.takewhile(lambda both: both[0] == both[1], names))
+
+    @property
+    def decoder_in_causal(self) -> str:
+        """Path of the decoder in the model at `causal`."""
+        return self.decoder.removeprefix(f"{self.causal}.")
 
     @property
     def num_layers(self) -> int:

@@ -174,9 +174,8 @@ def select_among(adapter: AdapterConfig, every: Mapping[str, Weight]) -> list[st
         selected = [path for path in linears if every[path].role in _ROLES[wanted] and not every[path].no_adapter]
         if not selected and not chosen:
             roles = sorted({weight.role for weight in every.values() if not weight.no_adapter})
-            raise UserError(
-                f"adapter.target_modules={wanted} matches nothing; the model has weights of {', '.join(roles)}"
-            )
+            has = f"has weights of {', '.join(roles)}" if roles else "has no nn.Linear that can have an adapter"
+            raise UserError(f"adapter.target_modules={wanted} matches nothing; the model {has}")
         return [*selected, *chosen]
     if chosen and not wanted:
         return chosen

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from distlora.architecture.checkpoint_files import hf_config_of
 from distlora.architecture.spec import Architecture, cached_path, kept_text
@@ -26,7 +27,7 @@ def derive(content: str, place: str) -> str:
     that the sizes of one model share it. Raises UserError if the model is not supported.
     """
     began = time.monotonic()
-    config = json.loads(content)
+    config = PreTrainedConfig._decode_special_floats(json.loads(content))  # Infinity, as transformers writes it.
     hf_config = hf_config_of(config, place)
     auto_class = auto_class_of(hf_config, place)
     hf_model = transformers_model(hf_config, place, auto_class=auto_class, attention="eager", dtype=torch.bfloat16)

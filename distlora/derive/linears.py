@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlora.architecture.peft_names import peft_refusal
 from distlora.architecture.spec import Role
+from distlora.model.hf_model import Call, calls_of
 
 Mixing = Literal["attention", "mixer"]
 
@@ -120,21 +121,12 @@ def token_mixers(layers: Sequence[nn.Module], run: Callable[[], Any], tokens: in
     A child mixes if the output of a token changes with the input of another. `run` runs the model on one row of
     `tokens` tokens, a number that is no other size of the model.
     """
-    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     children = {child: None for layer in layers for _, child in _children(layer)}
-
-    def keep(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(child, (args, kwargs))
-
-    hooks = [child.register_forward_pre_hook(keep, with_kwargs=True) for child in children]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     with torch.no_grad():
-        found = {child: _mixing(child, *call, tokens) for child, call in calls.items()}
+        calls: dict[nn.Module, Call] = {}
+        for call in calls_of(children, run):
+            calls.setdefault(call.module, call)
+        found = {child: _mixing(child, call.args, call.kwargs, tokens) for child, call in calls.items()}
     return [{n: kind for n, child in _children(layer) if (kind := found.get(child))} for layer in layers]
 
 

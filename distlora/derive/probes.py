@@ -30,7 +30,7 @@ from distlora.model.attention import LONGEST, Documents, masks_of_documents, ref
 from distlora.model.by_document import ByDocument, PackedRows
 from distlora.model.experts import find_routers
 from distlora.model.head_form import head_form, tail_of
-from distlora.model.hf_model import auto_class_of, transformers_model
+from distlora.model.hf_model import auto_class_of, calls_of, transformers_model
 from distlora.model.layer_wrapper import argument_names, batch_dims
 
 LENGTHS = (11, 1, 19)
@@ -39,6 +39,9 @@ _TOKENS = 53
 """Tokens of a sequence: more than any window of a shrunk model, and no other size of it."""
 _CLOSE = 1e-5
 """Largest difference of two results that a different order of sums explains, relative to the largest value in fp32."""
+
+_UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
+"""Exceptions by which a model's code shows that it cannot run in the way that was tried."""
 
 
 def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architecture:
@@ -57,12 +60,12 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
         )
         move_off_start(model)
     found = structure(model, auto_class=auto_class, kinds={})
-    decoder = model.get_submodule(found.decoder)
+    decoder, causal = model.get_submodule(found.decoder), model.get_submodule(found.causal)
     layers = decoder.get_submodule(found.layers)
     input_ids = random_tokens(_TOKENS, found.vocabulary)
-    with refused_by_transformers(place):
+    with refused_by_transformers(place):  # What a model does at its first call counts.
+        uses = linear_calls(model, lambda: causal(input_ids=input_ids, use_cache=False).logits.float().square().mean())
         _check_causal(decoder, input_ids, found.model_type)
-    uses = linear_calls(model, lambda: model(input_ids=input_ids, use_cache=False).logits.float().square().mean())
     with torch.no_grad():
         mixers = token_mixers(layers, lambda: decoder(input_ids=input_ids, use_cache=False), _TOKENS)
         attention = _attention(decoder, input_ids)
@@ -84,14 +87,20 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             varlen=attention == "sdpa" and _takes_varlen(found, decoder),
             takes_embeddings=_takes_embeddings(decoder, input_ids),
             takes_cache=_takes_cache(decoder, found.vocabulary),
-            head_form=head_form(model, found.decoder),
+            head_form=head_form(causal, found.decoder_in_causal),
             norm_form=norm_form,
             fusible=bool(norm_form) and _is_fusible(decoder),
         )
         model = transformers_model(
             hf_config, place, auto_class=auto_class, attention=attention, dtype=torch.bfloat16, device="cpu"
         )
-    return dataclasses.replace(found, kinds=with_memory(found, model.get_submodule(found.decoder)))
+    try:
+        return dataclasses.replace(found, kinds=with_memory(found, model.get_submodule(found.decoder)))
+    except _UNFIT as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{found.model_type} has layers that cannot run in bf16 ({reason}); set {{model.path}} to another model"
+        ) from error
 
 
 @torch.no_grad()
@@ -130,7 +139,8 @@ def _attention(decoder: Any, input_ids: Tensor) -> Literal["sdpa", "eager"]:
     expected = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
     try:
         decoder.set_attn_implementation("sdpa")
-        same = not _differ(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, expected)
+        same = decoder.config._attn_implementation == "sdpa"  # Otherwise transformers has only warned.
+        same = same and not _differ(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, expected)
     except (ValueError, ImportError):  # transformers' word for a model without it.
         same = False
     if not same:
@@ -148,16 +158,16 @@ def _with_uses(
 ) -> LayerKind:
     """Return a kind of layer with the use and the role of each weight. `index` is that of the first such layer."""
     prefix = f"{found.layer_prefix}{index}."
-    linears = [weight.path.removesuffix(".weight") for weight in kind.weights if weight.kind == "linear"]
-    peft = peft_reasons(model, [prefix + path for path in linears])
+    modules = [weight.path.rpartition(".")[0] for weight in kind.weights if weight.kind in ("linear", "experts")]
+    peft = peft_reasons(model, [prefix + path for path in modules])
     routers = router_linears(model)
 
     def with_use(weight: Weight) -> Weight:
+        path = prefix + weight.path.rpartition(".")[0]
         if weight.kind == "experts":
-            return dataclasses.replace(weight, role="experts")
+            return dataclasses.replace(weight, role="experts", no_adapter=peft.get(path, ""))
         if weight.kind != "linear":
             return weight
-        path = prefix + weight.path.removesuffix(".weight")
         if uses[path].stays or path in routers:
             return dataclasses.replace(weight, kind="dense")
         return dataclasses.replace(
@@ -182,22 +192,15 @@ def _with_mlp_halves(
     adds the result to the first norm's input.
     """
     layers = decoder.get_submodule(found.layers)
-    calls: dict[tuple[int, str], tuple[Any, Any]] = {}
-
-    def keep(key: tuple[int, str], arguments: Any, output: Any) -> None:
-        calls.setdefault(key, (arguments[:1], output))
-
-    hooks = [
-        module.register_forward_hook(lambda _, arguments, output, key=(index, name): keep(key, arguments, output))
+    names = {
+        module: (index, name)
         for index, layer in enumerate(layers)
         for name, module in (("", layer), *layer.named_children())
         if not isinstance(module, nn.Dropout)  # It returns its input, as no gradient is computed.
-    ]
-    try:
-        decoder(input_ids=input_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    }
+    calls: dict[tuple[int, str], tuple[Any, Any]] = {}
+    for call in calls_of(names, lambda: decoder(input_ids=input_ids, use_cache=False)):
+        calls.setdefault(names[call.module], (call.args[:1], call.output))
     result = []
     for number, kind in enumerate(kinds):
         index = found.kind_of_layer.index(number)
@@ -210,26 +213,14 @@ def _with_mlp_halves(
 def _with_batch_dims(kinds: Sequence[LayerKind], found: Architecture, decoder: Any) -> list[LayerKind]:
     """Return the kinds with the arguments of a layer whose batch is not their first dimension."""
     layers = decoder.get_submodule(found.layers)
-    calls: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in layers]
+    calls: dict[nn.Module, list[tuple[int, dict[str, Any]]]] = {layer: [] for layer in layers}
     for rows in (2, 3):
-
-        def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
-            arguments = dict(zip(argument_names(layer), args, strict=False)) | kwargs
-            calls[index].append((rows, arguments))  # noqa: B023  (called within this iteration)
-
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda layer, args, kwargs, index=index: keep(layer, args, kwargs, index), with_kwargs=True
-            )
-            for index, layer in enumerate(layers)
-        ]
-        try:
-            decoder(input_ids=random_tokens(_TOKENS, found.vocabulary, rows=rows), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        input_ids = random_tokens(_TOKENS, found.vocabulary, rows=rows)
+        for call in calls_of(layers, functools.partial(decoder, input_ids=input_ids, use_cache=False)):
+            arguments = dict(zip(argument_names(call.module), call.args, strict=False)) | call.kwargs
+            calls[call.module].append((rows, arguments))
     try:
-        dims = [batch_dims(calls[found.kind_of_layer.index(number)]) for number in range(len(kinds))]
+        dims = [batch_dims(calls[layers[found.kind_of_layer.index(number)]]) for number in range(len(kinds))]
     except TypeError as error:
         raise UserError(f"{found.model_type} has layers whose batch cannot be sliced: {error}") from error
     return [dataclasses.replace(kind, batch_dims=tuple(own.items())) for kind, own in zip(kinds, dims, strict=True)]
@@ -250,7 +241,7 @@ def _mlp_half(
             continue
         (states,) = calls[before[0]][0]
         half = calls[after[0]][1] if after else product
-        if isinstance(output, Tensor) and torch.equal(states + half, output):
+        if isinstance(output, Tensor) and half.shape == states.shape and torch.equal(states + half, output):
             return name, before[0], after[0] if after else None
     return None
 
@@ -289,15 +280,18 @@ def _documents(
     def leaks(**masks: Any) -> bool | None:
         try:
             return _differ(decoder(**inputs, **masks, use_cache=False).last_hidden_state, expected)
-        except (TypeError, ValueError, RuntimeError, IndexError):
+        except _UNFIT:
             return None  # It takes no such mask, or a module's arguments or outputs cannot be cut.
 
     nothing: list[tuple[str, ...]] = [()] * len(found.kinds)
-    if leaks() is False:
+    by_positions = leaks()
+    if by_positions is False:
         return "positions", nothing
     masks = masks_of_documents(decoder, packed.position_ids)
     if masks is not None and leaks(attention_mask=masks) is False:
         return "masks", nothing
+    if by_positions is None:
+        return "single", nothing
     context = BlockContext()
     context.rows = Rows(packed=PackedRows.of(packed.position_ids))
     singles = [(part, _record(decoder, layers, one)) for part, one in packed.alone()]
@@ -324,7 +318,7 @@ def _documents(
                     layer.set_submodule(path, module)
                 whole.add(chosen)
             else:
-                apart[kind].append(path)
+                apart[kind] = [*(inner for inner in apart[kind] if not inner.startswith(f"{path}.")), path]
                 originals += replaced
     finally:
         for layer, path, module in reversed(originals):
@@ -338,19 +332,12 @@ _Calls = dict[nn.Module, tuple[Tensor, Tensor]]
 
 def _record(decoder: Any, layers: nn.Module, arguments: Mapping[str, Any]) -> _Calls:
     seen: _Calls = {}
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
-        made = output[0] if isinstance(output, tuple) else output
+    for call in calls_of(layers.modules(), functools.partial(decoder, **arguments, use_cache=False)):
+        values = (*call.args, *call.kwargs.values())
+        given = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+        made = call.output[0] if isinstance(call.output, tuple) else call.output
         if given is not None and isinstance(made, Tensor):
-            seen.setdefault(module, (given, made))
-
-    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in layers.modules()]
-    try:
-        decoder(**arguments, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            seen.setdefault(call.module, (given, made))
     return seen
 
 
@@ -396,7 +383,7 @@ def _takes_varlen(found: Architecture, decoder: Any) -> bool:
         use(decoder, reference, name="distlora_probe")
         output = decoder(**inputs, attention_mask=documents.starts, **{LONGEST: documents.longest}).last_hidden_state
         return not _differ(output, expected)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError):
+    except _UNFIT:
         return False  # Its masks are more than what attention passes on.
     finally:
         decoder.set_attn_implementation("sdpa")
@@ -437,14 +424,14 @@ def _takes_cache(decoder: Any, vocabulary: int) -> bool:
 def _norm_form(decoder: nn.Module) -> Literal["llama", "gemma", ""]:
     """Return which RMSNorm all norms of the decoder compute in bf16; empty if they differ or are others."""
     norms = [module for module in decoder.modules() if type(module).__name__.endswith("RMSNorm")]
-    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    generator = torch.Generator().manual_seed(3)
     forms: set[Literal["llama", "gemma", ""]] = set()
     for norm in norms:
         weight = getattr(norm, "weight", None)
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if not isinstance(weight, Tensor) or eps is None:
+        if not isinstance(weight, Tensor) or weight.dim() != 1 or eps is None:
             return ""
-        given = x[..., : weight.shape[0]]
+        given = torch.randn(3, 5, len(weight), generator=generator).bfloat16()
         scale, wide = weight.bfloat16(), given.float()
         rms = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         made = functional_call(norm, {"weight": scale}, (given,))

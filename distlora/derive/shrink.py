@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from distlora.config import UserError, nearest
 from distlora.config.errors import short
+from distlora.model.hf_model import decoder_path, layers_path
 
 LayerKind = frozenset[tuple[str, str, object]]
 """The modules, the weights and the settings of a decoder layer, without its sizes and its place."""
@@ -60,6 +61,7 @@ SIZES = [(re.compile(names.replace(" ", "|")), size) for size, names in _SIZES.i
 EQUAL = (
     *(("qk_nope_head_dim", "qk_rope_head_dim"), ("num_key_value_heads", "num_attention_heads")),
     *(("head_dim", "qk_rope_head_dim"), ("index_n_heads", "num_key_value_heads")),
+    ("attention_hidden_size", "hidden_size"),
 )
 """Settings that a small model has equal where the full-size one has."""
 
@@ -124,15 +126,9 @@ def _refused(name: str) -> Iterator[None]:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the layers of the text decoder: its outermost ModuleList with most parameters."""
-    text = model.config.get_text_config().model_type
-    root = next((m for m in model.modules() if getattr(getattr(m, "config", None), "model_type", "") == text), model)
-    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList)]
-    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
-    outermost = [m for m in lists if id(m) not in inner]
-    if not outermost:
-        raise UserError(f"{model.__class__.__name__} keeps its decoder layers in no ModuleList; it cannot be trained")
-    return max(outermost, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+    """Return the layers of the text decoder."""
+    decoder: Any = model.get_submodule(decoder_path(model))
+    return decoder.get_submodule(layers_path(decoder))
 
 
 def layer_kinds(model: PreTrainedModel) -> list[LayerKind]:

@@ -30,6 +30,20 @@ def structure(hf_model: Any, *, auto_class: str, kinds: Mapping[str, LayerKind])
     decoder = hf_model.get_submodule(decoder_at)
     layers_at = layers_path(decoder)
     layers = decoder.get_submodule(layers_at)
+    same = (path for path, module in decoder.named_modules() if type(module) is type(layers[0]))
+    if other := next((path for path in same if not path.startswith(f"{layers_at}.")), ""):
+        raise UserError(
+            f"{hf_model.config.model_type} has decoder layers in several lists ({layers_at}, {other}), and distlora "
+            "shards and runs one list; set {model.path} to another model"
+        )
+    owners: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            if (owner := owners.setdefault(id(parameter), index)) != index:
+                raise UserError(
+                    f"{hf_model.config.model_type} has layers that share parameters (layers {owner} and {index}: "
+                    f"{name}), and distlora shards and adapts each layer's own; set {{model.path}} to another model"
+                )
     embedding, head = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
     config = hf_model.config
     keys = [_key(kind) for kind in layer_kinds(hf_model)]

@@ -144,7 +144,8 @@ def _target_modules(model: CausalLM, adapter: str) -> list[str]:
     short = sorted({path.rpartition(".")[2] for path in adapted})
     if not short:  # Experts alone.
         return []
-    return short if sorted(select_targets(tuple(short), linears)) == adapted else adapted
+    is_number = any(name.isdigit() for name in short)  # Of a linear in a list; PEFT would take layer 0 for it.
+    return short if not is_number and sorted(select_targets(tuple(short), linears)) == adapted else adapted
 
 
 def _target_parameters(model: CausalLM, adapter: str) -> dict[str, list[str]]:

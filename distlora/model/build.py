@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config
-from distlora.architecture.config_checks import check_config, check_tiles
+from distlora.architecture.config_checks import check_config, check_train
 from distlora.architecture.spec import Architecture
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
@@ -146,11 +146,15 @@ class CausalLM(nn.Module):
         return self.decoder.get_input_embeddings()  # type: ignore[operator]
 
     @property
-    def final_norm(self) -> nn.Module:
-        """Return the norm after the last decoder layer."""
+    def final_norm(self) -> nn.Module | None:
+        """Return the norm that alone follows the last decoder layer; None if something else does."""
         norm = self.architecture.norm
-        assert norm is not None, f"{self.architecture.model_type} has more than a norm after its last layer"
-        return self.decoder.get_submodule(norm)
+        return None if norm is None else self.decoder.get_submodule(norm)
+
+    def rest(self) -> list[nn.Parameter]:
+        """Return the base's parameters outside of layers, embedding and head: mostly the final norm."""
+        inside = {p for module in (self.embedding, *self.blocks, self.head) for p in module.parameters()}
+        return [p for p in self.decoder.parameters() if p not in inside]
 
     def forward(
         self,
@@ -186,6 +190,7 @@ class CausalLM(nn.Module):
         )
         if reference is not None:
             with torch.no_grad():
+                assert self.final_norm is not None, "check_train refuses DPO"
                 states = self.final_norm(reference.take())
             return self.head(hidden, labels, states)
         output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels, by_token=by_token)
@@ -306,7 +311,9 @@ class CausalLM(nn.Module):
         """
         if name.startswith("head."):
             own = name.removeprefix("head.own.model.")
-            return own if own != name else f"{self.architecture.head}.{name.removeprefix('head.')}"
+            if own != name:
+                return f"{self.architecture.causal}.{own}".removeprefix(".")
+            return f"{self.architecture.head}.{name.removeprefix('head.')}"
         name = INNER.sub(".", name)
         if name.removesuffix(".weight") in self._fused:
             name = name.removesuffix(".weight")
@@ -337,7 +344,7 @@ def build_model(
     place = base.folder / "config.json"
     architecture = architecture or check_config(base.config, place, sequence_length=sequence_length, full=full)
     check_router_loss(train.router_aux_loss, architecture)
-    check_tiles(train, architecture)
+    check_train(train, architecture)
     hf_config = read_hf_config(base.folder)
     text_key = architecture.text_config
     text_config = hf_config if text_key is None else getattr(hf_config, text_key)
@@ -353,9 +360,8 @@ def build_model(
     hf_model.requires_grad_(full and training)
     whole = spec.adapter.modules_to_save
     trained = full or HEAD in whole
-    head = loss_head(
-        hf_model, architecture.decoder, architecture.head_form, trained=trained, grown=vocabulary.has_grown
-    )
+    causal, form = hf_model.get_submodule(architecture.causal), architecture.head_form
+    head = loss_head(causal, architecture.decoder_in_causal, form, trained=trained, grown=vocabulary.has_grown)
     # Follow the module, not the config: a composite model's config and its text_config may disagree.
     tied = head.weight is decoder.get_input_embeddings().weight
     if whole:

@@ -90,7 +90,7 @@ class ByDocument(nn.Module):
             self.context.rows, self.context.first_token = rows, 0
         if balances:
             self.context.leave_balance(torch.cat(balances))
-        return join(outputs, leading, dim=1, drop_weights=True)
+        return join(outputs, leading, dim=1, drop_weights=isinstance(outputs[0], tuple))
 
 
 def _token_dims(packed: PackedRows, leaf: Any) -> tuple[int, ...]:

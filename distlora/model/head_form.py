@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distlora.architecture.spec import HeadForm
 from distlora.config import UserError
+from distlora.model.hf_model import calls_of
 from distlora.model.lm_head import LossHead, OwnForward
 
 if TYPE_CHECKING:
@@ -112,21 +113,22 @@ def loss_head(
 def tail_of(decoder: Any, layers: str, inputs: Mapping[str, Any]) -> str | None:
     """Return the path of the one module that a decoder runs after its last layer, its final norm; None if it runs more.
 
+    None also if a layer gets more than the hidden states that the layer before it returns, or runs more than once.
     `layers`: path of its list of layers. `inputs`: arguments of its forward.
     """
-    *_, last = decoder.get_submodule(layers)
-    calls: list[tuple[str, Any, Any]] = []
-    hooks = [
-        module.register_forward_hook(lambda _, inputs, output, path=path: calls.append((path, inputs, output)))
-        for path, module in decoder.named_modules()
-        if path and (module is last or not f"{path}.".startswith(f"{layers}."))
-    ]
-    result = decoder(**inputs).last_hidden_state
-    for hook in hooks:
-        hook.remove()
-    place = next(i for i, (path, _, _) in enumerate(calls) if decoder.get_submodule(path) is last)
-    output = calls[place][2]
-    states = output if isinstance(output, Tensor) else output[0]
-    tails = [path for path, given, output in calls[place:] if given and given[0] is states and output is not states]
-    outputs = {path: output for path, _, output in calls[place:]}
-    return next((path for path in tails if torch.equal(outputs[path], result)), None)
+    chain = list(decoder.get_submodule(layers))
+    paths = {module: path for path, module in decoder.named_modules() if not f"{path}.".startswith(f"{layers}.")}
+    *calls, whole = calls_of([*chain, *paths], lambda: decoder(**inputs))
+    result = whole.output.last_hidden_state
+    states, expected = None, iter(chain)
+    for module, args, kwargs, output in calls:
+        given = next(iter((*args, *kwargs.values())), None)
+        if module in chain:
+            if module is not next(expected, None) or (states is not None and given is not states):
+                return None
+            states, *more = output if isinstance(output, tuple) else (output,)
+            if any(item is not None for item in more):
+                return None
+        elif given is states and isinstance(output, Tensor) and output is not states and torch.equal(output, result):
+            return paths[module]
+    return None

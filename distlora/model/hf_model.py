@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -89,19 +90,38 @@ def path_in(parent: nn.Module, module: nn.Module) -> str:
 
 
 def layers_path(decoder: Any) -> str:
-    """Return the path in a decoder of the list of its layers: of those with as many as the config says, the largest.
+    """Return the path in a decoder of the list of its layers: its outermost list with most parameters.
 
     Raises UserError if there is none.
     """
-    count = decoder.config.num_hidden_layers
-    lists = {
-        path: sum(parameter.numel() for parameter in module.parameters())
-        for path, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    }
-    if not lists:
+    lists = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = [path for path in lists if not any(path.startswith(f"{outer}.") for outer in lists)]
+    if not outermost:
         raise UserError(
-            f"{decoder.config.model_type} has no list of {count} decoder layers, so its layers cannot be sharded one "
-            "by one; set {model.path} to another model"
+            f"{decoder.config.model_type} has no list of decoder layers, so they cannot be sharded one by one; set "
+            "{model.path} to another model"
         )
-    return max(lists, key=lambda path: lists[path])
+    return max(outermost, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
+
+
+class Call(NamedTuple):
+    """One call of a module."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+def calls_of(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[Call]:
+    """Return the calls of modules within `run()`, in the order in which they end."""
+    calls: list[Call] = []
+    hooks = [
+        module.register_forward_hook(lambda *call: calls.append(Call(*call)), with_kwargs=True) for module in modules
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls

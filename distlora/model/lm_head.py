@@ -224,7 +224,8 @@ class LossHead(nn.Module):
         """
 
         def product(inputs: Tensor) -> Tensor:
-            logits = F.linear(inputs, self.weight if weight is None else weight, self.bias).float()
+            matrix = self.weight if weight is None else weight  # In fp32 where the model keeps it so.
+            logits = F.linear(inputs.to(matrix.dtype), matrix, self.bias).float()
             if (rows := self.token_rows) is None:
                 return logits
             columns = rows.columns(inputs)

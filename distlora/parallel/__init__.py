@@ -71,8 +71,9 @@ def parallelize(
         # Recomputation runs a layer's inner module alone, one slice at a time. Without recomputation, backward keeps
         # the copies: one for all slices.
         blocks = (block.inner if block.checkpointing else block for block in model.blocks)
-        for module in (model.embedding, *blocks, model.final_norm, model.head):
+        for module in (model.embedding, *blocks, model.head):
             ComputeCopies(module, model.compute_dtype, ignored=adapters)
+        ComputeCopies(model.decoder, model.compute_dtype, ignored={*model.parameters()} - {*model.rest()})
     model.to_empty(device=ranks.device)
     model.tie()
     return backend

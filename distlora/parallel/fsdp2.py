@@ -113,7 +113,7 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
         unit(model.head, trained=is_trained(model.head))
     # A frozen root stays gathered from forward to backward, and after a forward without one. A trained root must not:
     # its copy in the compute dtype would be saved.
-    rest_is_trained = is_trained(model.final_norm)
+    rest_is_trained = any(parameter.requires_grad for parameter in model.rest())
     unit(model, trained=rest_is_trained, reshard=rest_is_trained)
 
     def count_replicas(reduced: Tensor) -> None:

@@ -237,7 +237,7 @@ def _marks(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[None]:
 
     handles: list[Any] = [
         model.register_forward_pre_hook(begin("forward"), prepend=True),
-        model.final_norm.register_forward_pre_hook(begin("head"), prepend=True),
+        (model.final_norm or model.head).register_forward_pre_hook(begin("head"), prepend=True),
         model.head.register_forward_hook(at_gradient("head_backward"), prepend=True),
         model.blocks[-1].register_forward_hook(at_gradient("block"), prepend=True),
         *(each.register_step_pre_hook(begin("update")) for optimizer in optimizers for each in optimizer.inners),

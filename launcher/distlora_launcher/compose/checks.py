@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.config_checks import check_config, check_tiles, read_config
+from distlora.architecture.config_checks import check_config, check_train, read_config
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
 from distlora.architecture.spec import Architecture, architecture_of
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
@@ -224,7 +224,7 @@ def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, architecture
     """Refuse settings that a model does not support."""
     parallel.check_blocks(architecture.num_layers)
     check_router_loss(train.router_aux_loss, architecture)
-    check_tiles(train, architecture)
+    check_train(train, architecture)
     if train.attention == "sdpa":
         without = "train.attention=sdpa has no effect"
         why = f"{without} on {architecture.model_type}, whose attention goes through dense masks anyway; leave it out"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from chat_tokenizers import chat_tokenizer
 from closeness import assert_adapters_close, assert_close
-from distlora.architecture.config_checks import check_tiles, read_config
+from distlora.architecture.config_checks import check_train, read_config
 from distlora.architecture.spec import Architecture, architecture_of
 from distlora.architecture.tokens import check_rows_of_tokens, load_tokenizer, tokenizer_files, vocabulary_of
 from distlora.config import Config, UserError
@@ -105,7 +105,7 @@ def test_rows_of_matrices_with_other_names_or_beside_a_second_table_are_refused(
     config = build(Config, settings)
     with contextlib.nullcontext() if reason is None else pytest.raises(UserError, match=reason):
         check_rows_of_tokens(config.spec, architecture(name))
-        check_tiles(config.train, architecture(name))
+        check_train(config.train, architecture(name))
 
 
 def test_special_tokens_are_set_saved_and_never_added(folders: Path, tmp_path: Path) -> None:

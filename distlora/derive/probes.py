@@ -397,7 +397,7 @@ def _takes_embeddings(decoder: Any, input_ids: Tensor) -> bool:
         expected = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         output = decoder(inputs_embeds=embedding(input_ids), use_cache=False).last_hidden_state
         return not _differ(output, expected)
-    except (TypeError, ValueError, RuntimeError, AttributeError):
+    except _UNFIT:
         return False  # It looks for the tokens of the embeddings, or takes none.
     finally:
         hook.remove()
@@ -417,7 +417,7 @@ def _takes_cache(decoder: Any, vocabulary: int) -> bool:
             known = {"position_ids": positions[:, start:end], "attention_mask": mask[:, :end], **cached}
             output = decoder(input_ids=rows[:, start:end], **known).last_hidden_state
         return not _differ(output[:, -1], torch.cat([row[:, -1] for row in whole]))
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+    except _UNFIT:
         return False  # It has a cache of its own, or none.
 
 

@@ -249,7 +249,7 @@ _seen: list[str] | None = None
 
 def _note(event: str, arguments: tuple[Any, ...]) -> None:
     """Record every write, process, connection and unpickling from Python's audit events, while `_seen` is a list."""
-    if _seen is None:
+    if _seen is None or (arguments and f"{os.sep}architectures" in str(arguments[0])):  # The cache of `derive`.
         return
     if event == "open":
         if isinstance(arguments[2], int) and arguments[2] & _WRITES and arguments[0] != os.devnull:

@@ -75,10 +75,10 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["does not exist", "model.path=org/name"],
     ),
     "no config.json": (lambda p: (p / "model/config.json").unlink(), [], ["holds no config.json"]),
-    "other family": (
-        lambda p: edit_model_config(p, model_type="gpt2"),
+    "unknown type": (
+        lambda p: edit_model_config(p, model_type="lama"),
         [],
-        ["'gpt2' is not supported", "llama, mistral, qwen2"],
+        ["'lama' is not a model of transformers", "did you mean 'llama'?"],
     ),
     "quantized": (lambda p: edit_model_config(p, quantization_config={}), [], ["quantization_config", "16-bit"]),
     "more layers than tensors": (

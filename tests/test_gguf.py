@@ -263,7 +263,7 @@ def test_a_scale_for_each_weight_becomes_one_for_the_file(tmp_path: Path) -> Non
     ("model", "why"),
     [
         ({"model_type": "gemma3_text"}, r"'gemma3_text' is not written as GGUF.*convert_hf_to_gguf\.py"),
-        ({"model_type": "mixtral"}, "no test compares experts"),
+        ({"model_type": "mixtral"}, "no test compares its layers"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "computes silu"),
         ({"model_type": "llama", "rope_scaling": {"rope_type": "longrope"}}, "'longrope', which GGUF has no word for"),
         ({"model_type": "qwen3", "rope_parameters": {"rope_type": "yarn", "truncate": False}}, "always truncates"),

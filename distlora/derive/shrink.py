@@ -112,7 +112,8 @@ def build(settings: Mapping[str, Any]) -> PreTrainedModel:
     text = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
     with _refused(name):
-        return auto.from_config(CONFIG_MAPPING[name].from_dict(copy.deepcopy(dict(settings))))
+        config = CONFIG_MAPPING[name].from_dict(copy.deepcopy(dict(settings)))
+        return auto.from_config(config, trust_remote_code=False)
 
 
 @contextlib.contextmanager

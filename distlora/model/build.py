@@ -373,8 +373,8 @@ def build_model(
         if isinstance(module, nn.Linear) and name not in linears and name != architecture.head
     )
     contexts = [BlockContext() for _ in layers]
+    packed = _prequantized(spec, base, layout, architecture.layer_prefix)
     if not full:
-        packed = _prequantized(spec, base, layout, architecture.layer_prefix)
         _replace_weights(layers, contexts, spec, dtype, packed, architecture, for_slots=for_slots)
     blocks = _wrap_layers(layers, contexts, train, architecture)
     model = CausalLM(

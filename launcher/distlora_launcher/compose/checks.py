@@ -65,8 +65,8 @@ def check(config: Config, *, new_run: bool) -> None:
                 if name != "wandb":  # It is always installed; a node that lacks it says so, and trains.
                     require_package(name, f"tracker={name}")
         check_parallel(config.parallel, config.cluster.ranks)
-        check_model(config)
         check_data(config.data, config.train.objective, config.run_dir)
+        check_model(config)  # Last, as it takes seconds for a model that is new here.
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
         if goes_on:
             settings = fixed_settings(config.spec, config.optim, config.train)
@@ -208,15 +208,15 @@ def check_model_folder(config: Config) -> Architecture:
     if not folder.is_dir():
         raise _no_folder(folder)
     model = read_config(folder)
-    full = config.adapter.method == "full"
-    architecture = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
-    check_before_tokenizer(config.spec, model)
     alternatives = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
     if not any(all((folder / name).is_file() for name in names) for names in alternatives):
         raise UserError(
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "
             "copy the tokenizer's files into it (tokenizer.save_pretrained writes them)"
         )
+    full = config.adapter.method == "full"
+    architecture = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
+    check_before_tokenizer(config.spec, model)
     return architecture
 
 

@@ -110,7 +110,7 @@ def source_strings() -> str:
     """Return the constant strings of the source and SLURM's templates, one per line."""
     strings = [file.read_text() for file in (ROOT / "slurm").glob("*.jinja")]
     for file in PYTHON_FILES:
-        if "/tests/" not in file:
+        if not file.startswith(f"{ROOT}/tests/"):
             for node in ast.walk(ast.parse(Path(file).read_text())):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     strings.append(node.value)

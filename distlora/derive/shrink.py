@@ -208,6 +208,8 @@ class _Smaller:
 
     def value(self, name: str, value: Any, full: Mapping[str, Any]) -> Any:
         """Return the small value of one of the settings `full`."""
+        if name in ("bos_token_id", "eos_token_id"):  # Tokenizers alone read them: models share a small one.
+            return 1
         if name in UNCHANGED or value is None or isinstance(value, (bool, str)):
             return copy.deepcopy(value)
         if name == "per_layer_config":

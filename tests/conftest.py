@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 if not torch.cuda.is_available():
     import triton_interpreter  # noqa: F401  (before anything imports triton)
@@ -66,6 +67,7 @@ SHARED = ROOT / ".pytest_cache" / "architectures"
 SHARED.mkdir(parents=True, exist_ok=True)
 Path(_CACHES.name, "architectures").symlink_to(SHARED)
 spec.derive = derive.derive
+transformers.utils.logging.disable_progress_bar()  # Such as that of a small model that it loads.
 
 # A shell starts background jobs (`make test &`) with SIGINT ignored, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

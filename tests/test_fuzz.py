@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from damage import (
     state_of,
     with_header,
 )
+from distlora import derive
 from distlora.architecture.safetensors_headers import read_header
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import as_mapping, build, load_config
@@ -73,9 +74,15 @@ def config_of(folder: Path, *, model: str = "model", **adapter: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder with an undamaged file of each type: models, an adapter, data, a run."""
-    return make_place(tmp_path_factory.mktemp("fuzz"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Make a folder with an undamaged file of each type: models, an adapter, data, a run.
+
+    Models are derived without their proof, which takes a second each and is not for damaged ones.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(derive, "_proved", derive.probe)
+        yield make_place(tmp_path_factory.mktemp("fuzz"))
 
 
 def make_place(folder: Path) -> Path:

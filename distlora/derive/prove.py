@@ -150,7 +150,11 @@ def load_theirs(small: Architecture, folder: Path) -> Any:
 
     auto: Any = getattr(transformers, small.auto_class)
     return auto.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=small.attention, experts_implementation="eager"
+        folder,
+        dtype=torch.float32,
+        attn_implementation=small.attention,
+        experts_implementation="eager",
+        trust_remote_code=False,
     )
 
 

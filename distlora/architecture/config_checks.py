@@ -32,6 +32,11 @@ def check_train(train: TrainConfig, architecture: Architecture) -> None:
         f"train.objective=dpo: {architecture.model_type} changes the hidden states between its layers, or with more "
         "than a norm after the last; set train.objective=sft, or {model.path} to another model",
     )
+    require(
+        train.objective != "dpo" or architecture.documents != "single",
+        f"train.objective=dpo puts the two answers of a pair into one sequence, and {architecture.model_type} would "
+        "mix them; set train.objective=sft, or {model.path} to another model",
+    )
     tile = train.mlp_tile
     if tile is not None and architecture.has_experts:
         raise UserError(

@@ -272,12 +272,15 @@ def use_pieces(
 
 
 def write_split(
-    folder: Path, split: str, corpus: Corpus, in_split: np.ndarray, used: np.ndarray, pad: int
+    folder: Path, split: str, corpus: Corpus, in_split: np.ndarray, used: np.ndarray, pad: int, *, single: bool
 ) -> dict[str, Any]:
-    """Pack the pieces of a split, each as often as `used` ((P,) int64) says, into its files; its counts."""
+    """Pack the pieces of a split, each as often as `used` ((P,) int64) says, into its files; its counts.
+
+    `single`: each in a sequence of its own.
+    """
     lengths = corpus.lengths
     chosen = np.repeat(np.arange(len(lengths)), used)
-    packing = pack((np.cumsum(lengths) - lengths)[chosen], lengths[chosen], corpus.sequence_length)
+    packing = pack((np.cumsum(lengths) - lengths)[chosen], lengths[chosen], corpus.sequence_length, single=single)
     shape = (packing.num_rows, corpus.sequence_length)
 
     def new_file(name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
@@ -405,9 +408,9 @@ class Packing:
         return len(self.row_bounds) - 1
 
 
-def pack(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Packing:
-    """Pack pieces, given by their place in a flat array of tokens (both (P,) int64), into rows."""
-    row_of = assign_rows(lengths, sequence_length)
+def pack(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int, *, single: bool = False) -> Packing:
+    """Pack pieces, given by their place in a flat array of tokens (both (P,) int64), into rows; `single`: one each."""
+    row_of = np.arange(len(lengths)) if single else assign_rows(lengths, sequence_length)
     order = np.argsort(row_of, kind="stable")
     row_of, lengths = row_of[order], lengths[order]
     num_rows = int(row_of[-1]) + 1 if len(row_of) else 0

@@ -127,6 +127,9 @@ def _settings(
         settings["new_tokens"] = list(model.new_tokens)
     if model.special_tokens:
         settings["special_tokens"] = dict(model.special_tokens)
+    if (path := Path(model.path).expanduser() / "config.json").is_file():
+        documents = architecture_of(read_config(path.parent), path).documents
+        settings |= {"documents": documents} if documents == "single" else {}
     if data.deduplicate:
         settings["deduplicate"] = True
     if all(found["format"] in ("text", "prompt_completion") for found in fingerprints):
@@ -239,7 +242,7 @@ def _build(
         used = use_pieces(corpus, chosen, mix, all_ended, until_all=until_all and is_train, seed=seed)
         if not used.any():
             raise _nothing_left(split, data, corpus)
-        splits[split] = write_split(folder, split, corpus, chosen, used, pad)
+        splits[split] = write_split(folder, split, corpus, chosen, used, pad, single="documents" in settings)
         count_sources(splits[split], corpus, sources.get(split, sources["train"]), used, mix)
     check_vocabulary(model, max(counts["largest_token"] for counts in splits.values()))
     for corpus in corpora.values():
@@ -354,6 +357,8 @@ def summary(record: dict[str, Any]) -> str:
                     f"  {source['share']:6.1%}{wanted} of the trained tokens: {source['documents']:,} documents"
                     f"{copies}, {source['targets']:,} tokens trained, {source['path']}"
                 )
+    if "documents" in record["settings"]:
+        lines.append("packing        none: this model would mix documents of one sequence")
     if "stream_rows" in record["settings"]:
         needed, rows = record["settings"]["stream_rows"], record["splits"]["train"]["rows"]
         lines.append(

@@ -361,7 +361,7 @@ def _three_steps(ours: CausalLM) -> float:
     losses = []
     for _ in range(4):
         loss = ours(input_ids, _positions(input_ids), _next_tokens(input_ids)).sum() / input_ids.numel()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

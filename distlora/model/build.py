@@ -389,7 +389,7 @@ def build_model(
         modules_to_save=whole,
         outside_linears=outside,
     )
-    model.made_buffers = buffers
+    model.made_buffers, model.notes = buffers, architecture.notes
     if architecture.has_experts:
         model.router_aux_loss = weight_of(train, model.hf_config)
         if model.router_aux_loss > 0:

@@ -104,13 +104,13 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
 
 
 def note_on(shapes: ModelShapes) -> str | None:
-    """Return what a plan assumes of layers that it has no formulas for; None if it has."""
-    number = sum(count for kind, count in shapes.architecture.counted() if any(kind.memory))
-    if not number:
-        return None
-    assumed = f"activations of {number} of {shapes.num_layers} layers are scaled from a small model's"
-    mixes = any(weight.role == "mixer" for kind in shapes.architecture.kinds for weight in kind.weights)
-    return f"{assumed}; mixers count as their linears in operations and time" if mixes else assumed
+    """Return the model's notes, and what a plan assumes of layers that it has no formulas for; None without any."""
+    notes = shapes.architecture.notes
+    if number := sum(count for kind, count in shapes.architecture.counted() if any(kind.memory)):
+        notes.append(f"activations of {number} of {shapes.num_layers} layers are scaled from a small model's")
+        if any(weight.role == "mixer" for kind in shapes.architecture.kinds for weight in kind.weights):
+            notes.append("mixers count as their linears in operations and time")
+    return "; ".join(notes) or None
 
 
 def _copy_of(name: str) -> str | None:

@@ -129,6 +129,11 @@ def _check_causal(decoder: Any, input_ids: Tensor, model_type: str) -> None:
     whole = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
     changed = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1).clamp(max=int(input_ids.max()))], dim=1)
     other = decoder(input_ids=changed, use_cache=False).last_hidden_state
+    if _differ(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, whole):
+        raise UserError(
+            f"{model_type} keeps something from one batch to the next, so its results depend on the batches before; "
+            "set {model.path} to another model"
+        )
     if _differ(other[:, :-1], whole[:, :-1]):
         raise UserError(
             f"{model_type} is not causal with this config.json: a token's output changes with the tokens after it; set "
@@ -171,7 +176,7 @@ def _with_uses(
         if weight.kind != "linear":
             return weight
         if uses[path].stays or path in routers:
-            return dataclasses.replace(weight, kind="dense")
+            return dataclasses.replace(weight, kind="dense", no_adapter=uses[path].stays)
         return dataclasses.replace(
             weight, role=role_of(weight.path, mixers[index]), no_adapter=uses[path].no_adapter or peft.get(path, "")
         )

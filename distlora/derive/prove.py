@@ -96,7 +96,7 @@ def measure(small: Architecture, config: Mapping[str, Any], place: str, seed: in
     with tempfile.TemporaryDirectory(prefix="distlora-prove-") as folder:
         name = "weights"
         try:
-            save_random(small, hf_config_of(config, place), place, Path(folder), seed)
+            save_random(small, config, place, Path(folder), seed)
             for name, difference in differences(small, Path(folder)):
                 yield name, difference
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
@@ -117,7 +117,7 @@ def _failed(model_type: str, name: str, difference: float) -> UserError:
     )
 
 
-def save_random(small: Architecture, hf_config: Any, place: str, folder: Path, seed: int) -> None:
+def save_random(small: Architecture, config: Mapping[str, Any], place: str, folder: Path, seed: int) -> None:
     """Save a model with random weights, away from their start, as save_pretrained does.
 
     That itself imports DeepSpeed where it is installed, which takes seconds.
@@ -127,8 +127,9 @@ def save_random(small: Architecture, hf_config: Any, place: str, folder: Path, s
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        hf_config, auto = hf_config_of(config, place), small.auto_class
         model = transformers_model(
-            hf_config, place, auto_class=small.auto_class, attention="eager", dtype=torch.float32, device="cpu"
+            hf_config, place, auto_class=auto, attention="eager", dtype=torch.float32, device="cpu"
         )
         move_off_start(model)
     for tensor in model.state_dict(keep_vars=True).values():
@@ -185,7 +186,7 @@ def load_ours(
 def differences(small: Architecture, folder: Path) -> Iterator[tuple[str, float]]:
     """Yield (name, difference) of every check of a saved model, in the order of `BOUNDS`."""
     theirs = load_theirs(small, folder)
-    yield "weights", _weights(load_ours(small, folder, method="none")[0], theirs)
+    yield "weights", weights_difference(load_ours(small, folder, method="none")[0], theirs)
     ours, _ = load_ours(small, folder)
     weights = dict(dense_weights(ours, adapted=False))
     with torch.no_grad():
@@ -197,7 +198,7 @@ def differences(small: Architecture, folder: Path) -> Iterator[tuple[str, float]
     yield "three steps", _three_steps(ours)
 
 
-def _weights(ours: CausalLM, theirs: Any) -> float:
+def weights_difference(ours: CausalLM, theirs: Any) -> float:
     """Return the largest difference of a parameter or buffer of the text model; inf if one is missing."""
     adapters = adapter_parameters(ours)
     tensors = (*ours.named_parameters(), *ours.named_buffers())

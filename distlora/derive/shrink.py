@@ -15,13 +15,13 @@ from types import NoneType
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from distlora.config import UserError, nearest
 from distlora.config.errors import short
-from distlora.model.hf_model import decoder_path, layers_path
+from distlora.model.hf_model import auto_class_of, decoder_path, layers_path
 
 LayerKind = frozenset[tuple[str, str, object]]
 """The modules, the weights and the settings of a decoder layer, without its sizes and its place."""
@@ -109,11 +109,10 @@ def build_on_meta(settings: Mapping[str, Any]) -> PreTrainedModel:
 def build(settings: Mapping[str, Any]) -> PreTrainedModel:
     """Build the language model of a config with random weights, by the class that transformers has for text."""
     name = settings["model_type"]
-    text = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    auto: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
     with _refused(name):
-        config = CONFIG_MAPPING[name].from_dict(copy.deepcopy(dict(settings)))
-        return auto.from_config(config, trust_remote_code=False)
+        hf_config = CONFIG_MAPPING[name].from_dict(copy.deepcopy(dict(settings)))
+        auto: Any = getattr(transformers, auto_class_of(hf_config, name))
+        return auto.from_config(hf_config, trust_remote_code=False)
 
 
 @contextlib.contextmanager

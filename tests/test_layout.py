@@ -39,7 +39,7 @@ HOMES = {
     "bitsandbytes": "distlora_kernels distlora.training.optimizers",
     "datasets": "distlora.data",
     "huggingface_hub": "distlora_launcher distlora.system distlora.data distlora.architecture.checkpoint_files",
-    "peft": "distlora.bench distlora.post distlora_launcher.demo",
+    "peft": "distlora.bench distlora.derive.check distlora.post distlora_launcher.demo",
     "accelerate": "distlora.bench",
     "lm_eval": "distlora.post.evaluate",
     "liger_kernel": "distlora.model.fused_modules",

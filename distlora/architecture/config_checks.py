@@ -7,6 +7,7 @@ wrongly.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from distlora.config import TrainConfig, UserError, require
 from distlora.config.json_files import read_object
 
 _AGAIN = "download it again"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckRequest:
+    """The checks of a model on a small one of random weights (`distlora check`)."""
+
+    config: str
+    """Content of its config.json."""
+    place: str
+    """The model, for messages."""
+    ranks: int = 1
+    """Processes that also train three steps."""
 
 
 def check_train(train: TrainConfig, architecture: Architecture) -> None:

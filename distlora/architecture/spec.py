@@ -215,7 +215,7 @@ class Architecture:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about training it: linears without adapters, how documents are kept apart."""
+        """Lines for the user: which linears have no adapter, and how packed documents are kept apart."""
         without: dict[str, dict[str, None]] = {}
         for weight in (weight for kind in self.kinds for weight in kind.weights if weight.no_adapter):
             path = weight.path.removesuffix(".weight")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -61,8 +62,19 @@ BOUNDS = {
     "packed gradients": (2e-6, "so are their gradients"),
     "one document per sequence": (2e-5, "a padded document is multiplied in other blocks than alone"),
     "three steps": (-1e-4, "the loss of a batch falls when it is trained on"),
+    "PEFT adapter": (0.0, "PEFT finds each tensor of a saved adapter, and no other"),
+    "PEFT logits": (2e-5, "PEFT sums in another order"),
+    "PEFT gradients": (1e-5, "PEFT sums in another order"),
+    "PEFT gradients of mixers": (2e-5, "PEFT sums in another order, carried along the sequence"),
+    "losses of each rank": (1e-6, "ranks add the same losses in another order"),
+    "adapter of each rank": (2e-6, "three steps carry the rounding of gradients"),
 }
 """Largest difference of each check and its reason, relative to the norm of what is expected, in fp32."""
+
+
+def bound_of(name: str) -> float:
+    """Return the largest difference that a check allows."""
+    return BOUNDS[re.sub(r"rank \d+", "each rank", name)][0]
 
 
 def proved(small: Architecture, config: Mapping[str, Any], place: str) -> Architecture:
@@ -78,7 +90,7 @@ def proved(small: Architecture, config: Mapping[str, Any], place: str) -> Archit
     while seeds:
         seed = seeds.pop(0)
         for name, difference in measure(small, config, place, seed):
-            if difference <= BOUNDS[name][0]:
+            if difference <= bound_of(name):
                 worst[name] = max(worst.get(name, difference), difference)
             elif name.startswith("packed") and small.documents != "single":
                 kinds = tuple(dataclasses.replace(kind, apart=()) for kind in small.kinds)
@@ -87,7 +99,7 @@ def proved(small: Architecture, config: Mapping[str, Any], place: str) -> Archit
                 tried, seeds, worst = {*tried, seed}, list(DRAWS), {}
                 break
             else:
-                raise _failed(small.model_type, name, difference)
+                raise failed(small.model_type, name, difference)
     return dataclasses.replace(small, checks=tuple(worst.items()))
 
 
@@ -108,8 +120,9 @@ def measure(small: Architecture, config: Mapping[str, Any], place: str, seed: in
             ) from error
 
 
-def _failed(model_type: str, name: str, difference: float) -> UserError:
-    bound, reason = BOUNDS[name]
+def failed(model_type: str, name: str, difference: float) -> UserError:
+    """Return the error for a check that fails."""
+    bound, reason = BOUNDS[re.sub(r"rank \d+", "each rank", name)]
     return UserError(
         f"{model_type} fails the check {name!r} on a small model with random weights: the difference is "
         f"{difference:.1e}, and at most {bound:.1e} is allowed, because {reason}; set {{model.path}} to another model, "
@@ -159,16 +172,21 @@ def load_theirs(small: Architecture, folder: Path) -> Any:
     )
 
 
-def load_ours(
-    small: Architecture, folder: Path, *, method: Any = "nf4", ranks: Ranks = SINGLE
-) -> tuple[CausalLM, Backend]:
-    """Return distlora's model of a folder, with adapters whose B is not zero."""
-    spec = ModelSpec(
+def spec_of(folder: Path, method: Any = "nf4") -> ModelSpec:
+    """Return the settings of distlora's model of a folder."""
+    return ModelSpec(
         model=ModelConfig(path=str(folder)),
         quant=QuantConfig(method=method, cache=False),
         adapter=AdapterConfig(target_modules="all-linear", r=4),
         dtype="fp32",
     )
+
+
+def load_ours(
+    small: Architecture, folder: Path, *, method: Any = "nf4", ranks: Ranks = SINGLE
+) -> tuple[CausalLM, Backend]:
+    """Return distlora's model of a folder, with adapters whose B is not zero."""
+    spec = spec_of(folder, method)
     base = CheckpointFiles(folder)
     model = build_model(spec, base=base, architecture=small)
     backend = parallelize(model, ranks)
@@ -235,22 +253,25 @@ def dense_weights(ours: CausalLM, *, adapted: bool) -> Iterator[tuple[str, Tenso
         yield ours.hf_name(f"{path}.weight"), weight
 
 
-def _error(actual: Tensor, expected: Tensor, least: float = _TINY) -> float:
+def relative_error(actual: Tensor, expected: Tensor, least: float = _TINY) -> float:
     """Return ||actual - expected|| / ||expected||, or over `least` where that is more."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm().clamp_min(least))
 
 
-def _positions(input_ids: Tensor) -> Tensor:
+def positions_of(input_ids: Tensor) -> Tensor:
+    """Return the positions of rows of one document each."""
     return torch.arange(input_ids.shape[1]).expand_as(input_ids)
 
 
-def _logits(ours: CausalLM, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    positions = _positions(input_ids) if position_ids is None else position_ids
+def logits_of(ours: CausalLM, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Return the logits (B, T, vocabulary) of rows with their adapters."""
+    positions = positions_of(input_ids) if position_ids is None else position_ids
     return ours.head.logits(ours.hidden_states(input_ids, positions).flatten(0, 1)).view(*input_ids.shape, -1)
 
 
-def _mixes(small: Architecture) -> bool:
+def mixes_tokens(small: Architecture) -> bool:
+    """Return whether a layer mixes tokens by other means than softmax attention."""
     return any(weight.role == "mixer" for kind in small.kinds for weight in kind.weights)
 
 
@@ -260,33 +281,38 @@ def _forward_checks(ours: CausalLM, theirs: Any) -> Iterator[tuple[str, float]]:
     tokens = functools.partial(random_tokens, 48, small.vocabulary)
     input_ids, none = tokens(rows=2), torch.full((2,), -1)
     decoder = theirs.get_submodule(small.decoder)
-    hidden = ours.hidden_states(input_ids, _positions(input_ids), none)
+    hidden = ours.hidden_states(input_ids, positions_of(input_ids), none)
     expected = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-    if small.has_experts or _mixes(small):
-        yield "forward of experts or mixers", _error(hidden, expected)
+    if small.has_experts or mixes_tokens(small):
+        yield "forward of experts or mixers", relative_error(hidden, expected)
     else:
         yield "forward", float((hidden - expected).abs().max())
-    ours.hidden_states(tokens(rows=2, seed=5), _positions(input_ids), none)
-    again = ours.hidden_states(input_ids, _positions(input_ids), none)
+    ours.hidden_states(tokens(rows=2, seed=5), positions_of(input_ids), none)
+    again = ours.hidden_states(input_ids, positions_of(input_ids), none)
     yield "repeated forward", float((hidden - again).abs().max())
     logits = theirs.get_submodule(small.causal)(input_ids=input_ids, use_cache=False).logits
-    yield "logits", _error(ours.logits(input_ids, none), logits)
-    labels = _next_tokens(input_ids)
+    yield "logits", relative_error(ours.logits(input_ids, none), logits)
+    labels = next_tokens(input_ids)
     chunks = zip(hidden.flatten(0, 1).split(7), labels.flatten().split(7), strict=True)
     losses = torch.cat([ours.head.token_losses(part, of_part) for part, of_part in chunks])
-    yield "head", _error(losses, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none"))
+    yield (
+        "head",
+        relative_error(losses, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")),
+    )
     changed = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1) % small.vocabulary], dim=1)
-    other = ours.hidden_states(changed, _positions(input_ids), none)
-    yield "causality", _error(other[:, :-1], again[:, :-1])
-    alone = torch.cat([_logits(ours, row[None]) for row in input_ids])
-    yield "rows alone", _error(_logits(ours, input_ids), alone)
+    other = ours.hidden_states(changed, positions_of(input_ids), none)
+    yield "causality", relative_error(other[:, :-1], again[:, :-1])
+    alone = torch.cat([logits_of(ours, row[None]) for row in input_ids])
+    yield "rows alone", relative_error(logits_of(ours, input_ids), alone)
 
 
-def _next_tokens(input_ids: Tensor) -> Tensor:
+def next_tokens(input_ids: Tensor) -> Tensor:
+    """Return the labels of plain text."""
     return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED_LABEL)], dim=1)
 
 
-def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of each parameter, 0 where there is none."""
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     together = zip(parameters.items(), found, strict=True)
     return {name: torch.zeros_like(parameter) if g is None else g for (name, parameter), g in together}
@@ -299,30 +325,30 @@ def _all(gradients: Mapping[str, Tensor]) -> Tensor:
 def _gradient_checks(ours: CausalLM, theirs: Any) -> Iterator[tuple[str, float]]:
     """Compare slices with the whole batch, and adapters with transformers' model whose weights contain them."""
     small, input_ids = ours.architecture, random_tokens(48, ours.architecture.vocabulary, rows=4, seed=3)
-    labels, parameters = _next_tokens(input_ids), adapter_parameters(ours)
+    labels, parameters = next_tokens(input_ids), adapter_parameters(ours)
 
     def train(*, slices: int) -> tuple[Tensor, dict[str, Tensor]]:
         ours.set_num_micro(slices)
         for block in ours.blocks:
             block.checkpointing = slices > 1
         with torch.no_grad():
-            logits = _logits(ours, input_ids)
-        gradients = _gradients(ours(input_ids, _positions(input_ids), labels).sum(), parameters)
+            logits = logits_of(ours, input_ids)
+        gradients = gradients_of(ours(input_ids, positions_of(input_ids), labels).sum(), parameters)
         ours.set_num_micro(1)
         return logits, gradients
 
     sliced_logits, sliced = train(slices=2)
     logits, gradients = train(slices=1)
-    yield "slices", _error(sliced_logits, logits)
-    yield "sliced gradients", _error(_all(sliced), _all(gradients))
+    yield "slices", relative_error(sliced_logits, logits)
+    yield "sliced gradients", relative_error(_all(sliced), _all(gradients))
     causal, inputs = theirs.get_submodule(small.causal), {"input_ids": input_ids, "use_cache": False}
     merged = {name.removeprefix(f"{small.causal}."): w for name, w in dense_weights(ours, adapted=True)}
     output = functional_call(causal, merged, kwargs=inputs).logits.float()
-    yield "adapters", _error(logits, output)
-    expected = _gradients(F.cross_entropy(output.flatten(0, 1), labels.flatten(), reduction="sum"), parameters)
-    name = "gradients of mixers" if _mixes(small) else "gradients"
+    yield "adapters", relative_error(logits, output)
+    expected = gradients_of(F.cross_entropy(output.flatten(0, 1), labels.flatten(), reduction="sum"), parameters)
+    name = "gradients of mixers" if mixes_tokens(small) else "gradients"
     least = 1e-2 * max(float(gradient.norm()) for gradient in expected.values())  # Smaller ones are mostly rounding.
-    yield name, max(_error(gradients[path], expected[path], least) for path in parameters)
+    yield name, max(relative_error(gradients[path], expected[path], least) for path in parameters)
     yield "adapters without a gradient", float(sum(not gradient.any() for gradient in gradients.values()))
 
 
@@ -339,20 +365,23 @@ def _packing_checks(ours: CausalLM) -> Iterator[tuple[str, float]]:
         rows = [F.pad(document, (0, 48 - document.shape[1]), value=7) for document in documents]
         places = [torch.cat([torch.arange(n), torch.arange(48 - n)])[None] for n in _LENGTHS]
         with torch.no_grad():
-            padded = _logits(ours, torch.cat(rows), torch.cat(places))
-            each = [_logits(ours, document)[0] for document in documents]
+            padded = logits_of(ours, torch.cat(rows), torch.cat(places))
+            each = [logits_of(ours, document)[0] for document in documents]
         parts = [row[:length] for row, length in zip(padded, _LENGTHS, strict=True)]
-        yield "one document per sequence", _error(torch.cat(parts), torch.cat(each))
+        yield "one document per sequence", relative_error(torch.cat(parts), torch.cat(each))
         return
-    positions = torch.cat([_positions(document) for document in documents], dim=1)
+    positions = torch.cat([positions_of(document) for document in documents], dim=1)
     together = torch.cat(documents, dim=1)
     with torch.no_grad():
-        each = [_logits(ours, document) for document in documents]
-        yield "packed documents", _error(_logits(ours, together, positions), torch.cat(each, dim=1))
+        each = [logits_of(ours, document) for document in documents]
+        yield "packed documents", relative_error(logits_of(ours, together, positions), torch.cat(each, dim=1))
     packed = loss(together, positions, torch.cat(labels, dim=1))
-    alone = torch.stack([loss(d, _positions(d), of) for d, of in zip(documents, labels, strict=True)]).sum()
-    yield "packed loss", _error(packed, alone)
-    yield "packed gradients", _error(_all(_gradients(packed, parameters)), _all(_gradients(alone, parameters)))
+    alone = torch.stack([loss(d, positions_of(d), of) for d, of in zip(documents, labels, strict=True)]).sum()
+    yield "packed loss", relative_error(packed, alone)
+    yield (
+        "packed gradients",
+        relative_error(_all(gradients_of(packed, parameters)), _all(gradients_of(alone, parameters))),
+    )
 
 
 def _three_steps(ours: CausalLM) -> float:
@@ -361,7 +390,7 @@ def _three_steps(ours: CausalLM) -> float:
     optimizer = torch.optim.AdamW(adapter_parameters(ours).values(), lr=2e-3, eps=1e-5, weight_decay=0.0)
     losses = []
     for _ in range(4):
-        loss = ours(input_ids, _positions(input_ids), _next_tokens(input_ids)).sum() / input_ids.numel()
+        loss = ours(input_ids, positions_of(input_ids), next_tokens(input_ids)).sum() / input_ids.numel()
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()

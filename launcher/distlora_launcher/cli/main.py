@@ -25,6 +25,7 @@ GROUPS = {
     },
     "Inspect": {
         "plan": "predict memory, disk, traffic, time and cost of a run, for any model on any GPUs",
+        "check": "compare a model's computation with transformers and PEFT, on a small one of the same layers",
         "data": "print documents as the model sees them: what is trained, truncated or left out",
         "status": "show the state of a run or of each run of a sweep: queued, running, saved, ended",
         "report": "write an HTML report of a run or a sweep: curves, settings, plan and measurements, samples",

@@ -153,6 +153,7 @@ def save_random(small: Architecture, config: Mapping[str, Any], place: str, fold
     state = {name: t for name, t in model.state_dict().items() if name not in (model._keys_to_ignore_on_save or ())}
     state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    folder.mkdir(exist_ok=True)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

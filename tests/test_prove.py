@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from distlora.architecture.config_checks import check_train
+from distlora.architecture.config_checks import CheckRequest, check_train
 from distlora.architecture.spec import Architecture, kept_text
 from distlora.config import TrainConfig, UserError
+from distlora.derive import check
 from distlora.derive.probes import probe
 from distlora.derive.prove import BOUNDS, load_ours, load_theirs, measure, proved, save_random, weights_difference
 from distlora.derive.shrink import shrink
@@ -21,6 +22,7 @@ from distlora.training import worker
 from family_models import SINGLE
 from own_model import TandemConfig, TandemForCausalLM
 from small_models import make_run, read_metrics, tokenizer, write_text_file
+from tiers import ci
 
 
 def settings(**values: Any) -> dict[str, Any]:
@@ -35,11 +37,23 @@ def sound() -> Architecture:
 def test_a_sound_model_passes_every_check(sound: Architecture) -> None:
     checks = dict(proved(sound, settings(), "config.json").checks)
     skipped = {"forward", "gradients", "one document per sequence"}  # Of models without experts, mixers and packing.
-    assert checks.keys() == BOUNDS.keys() - skipped
+    assert checks.keys() == {n for n in BOUNDS if "PEFT" not in n and "each rank" not in n} - skipped
     assert all(difference <= BOUNDS[name][0] for name, difference in checks.items())
     assert sound.head_form.kind == "scale"
     assert [kind.apart for kind in sound.kinds] == [(), ("mixer",)]
     assert sound.notes == ["packed documents run one by one in mixer, which would mix them"]
+
+
+@pytest.mark.parametrize(("model_type", "ranks"), [("tandem", 1), ci("llama", 2)])
+def test_the_command_checks_with_peft_and_on_ranks(
+    capsys: pytest.CaptureFixture[str], model_type: str, ranks: int
+) -> None:
+    request = CheckRequest(config=json.dumps({"model_type": model_type}), place=model_type, ranks=ranks)
+    assert check.run(request) == 0
+    rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines() if "e-" in line or "e+" in line]
+    expected = ["PEFT logits", *(f"adapter of rank {rank}" for rank in range(ranks) if ranks > 1)]
+    assert {name.strip() for name, _, _ in rows} >= set(expected)
+    assert all(float(difference) <= float(allowed) for _, difference, allowed in rows)
 
 
 CAUGHT = {"leak": "packed documents", "head": "logits", "state": "repeated forward"}

@@ -111,9 +111,7 @@ def _on_ranks(small: Architecture, folder: Path, world: int) -> Iterator[tuple[s
     """Train three steps on `world` processes that share the base, and compare with one."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    spawn(_rank, (small.to_json(), folder, world), nprocs=world)
+    spawn(_rank, (small.to_json(), folder, world, port), nprocs=world)
     losses, adapter = _three_steps(small, folder / "model", SINGLE, rows=2 * world)
     for rank in range(world):
         result = torch.load(folder / f"rank_{rank}.pt")
@@ -121,8 +119,9 @@ def _on_ranks(small: Architecture, folder: Path, world: int) -> Iterator[tuple[s
         yield f"adapter of rank {rank}", relative_error(result["adapter"], adapter)
 
 
-def _rank(rank: int, small: str, folder: Path, world: int) -> None:
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+def _rank(rank: int, small: str, folder: Path, world: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     ranks = join_ranks()
     losses, adapter = _three_steps(Architecture.from_json(small), folder / "model", ranks, rows=2 * world)

@@ -51,11 +51,9 @@ CELLS = [
     # Two replicas of the base, each sharded over two ranks; the rest in test_hsdp.py.
     ci("llama-tied", 4, {"micro_batch": 1, "accumulate": "block"}, {"shard_degree": 2}),
     ci("llama-tied", 2, {"micro_batch": 3, "checkpointing": "offload"}, {"resident_blocks": 1}),
-    # Recurrent states and experts; stored buffers; keys that layers share and a second table of tokens; convolutions; a
-    # scaled head; text decoders of models of images.
+    # Recurrent states and experts; stored buffers; convolutions; a scaled head; text decoders of models of images.
     ci("qwen3_next", 3, {"micro_batch": 2, "accumulate": "block", "checkpointing": "offload"}, {}),
     ci("glm4_moe", 4, {"micro_batch": 1, "accumulate": "block"}, {"shard_degree": 2}),
-    ci("gemma4_text@shared", 4, {"micro_batch": 1, "accumulate": "block"}, {"shard_degree": 2}),
     ci("lfm2", 2, {"micro_batch": 3}, {"resident_blocks": 1}),
     ci("granite@scaled", 3, {"micro_batch": 2, "accumulate": "block"}, {}),
     ci("qwen3_5", 2, {"micro_batch": 2, "accumulate": "block"}, {"resident_blocks": 1}),

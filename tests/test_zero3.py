@@ -69,7 +69,6 @@ CELLS = [
     ("llama", 3, {"micro_batch": 2, "accumulate": "block", "checkpointing": "none"}, {"offload_base": True}),
     ci("qwen3_next", 2, {"micro_batch": 2, "accumulate": "block"}, {}),
     ci("glm4_moe", 3, {"micro_batch": 2, "checkpointing": "none"}, {"offload_base": True}),
-    ci("gemma4_text@shared", 2, {"micro_batch": 2, "accumulate": "block"}, {}),
     ci("qwen3_5", 3, {"micro_batch": 2}, {}),
 ]
 MORE_CELLS = [

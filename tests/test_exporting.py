@@ -189,7 +189,7 @@ def test_a_base_that_is_packed_already_is_copied(place: Path, tmp_path: Path) ->
 
 @pytest.mark.ci
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
 def test_a_model_of_images_keeps_its_vision_tower_dense(name: str, tmp_path: Path) -> None:
     config = hf_config(name)
     for key, value in EVEN.items() if name == "gemma3" else [("intermediate_size", 320)]:

@@ -158,7 +158,7 @@ def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
     assert abs(loss - LN2) > 1e-2, "the policy is the reference, so this says little"
     assert_losses_close([loss.item()], [expected.item()])
     for name, parameter in adapter_tensors(ours).items():
-        # Sums over documents and pairs in another order: some tens of ulps (1e-5 is 84), three times as many in recurrences.
+        # Sums over documents and pairs in another order: some tens of ulps (1e-5 is 84); thrice that in recurrences.
         assert_close(parameter.grad, parameters[name].grad, ulps=84 if model == "llama" else 252)  # type: ignore[arg-type]
     means = dict(zip(Preference.figures, (losses.figures / step.global_pairs).tolist(), strict=True))
     for index, name in enumerate(("rewards/chosen", "rewards/rejected", "logps/chosen")):

@@ -6,7 +6,7 @@ Letters: B rows of a micro-batch, L tokens of a row. Needs numpy and torch alone
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -124,6 +124,7 @@ class StepBatch:
     """This rank's rows in order of the micro-batches; -1 = an empty row."""
 
 
+@dataclass(eq=False)
 class StepLoader:
     """A pure function from the step to a rank's rows; holds no position.
 
@@ -132,28 +133,22 @@ class StepLoader:
     step are the same set for every `world` and `micro_batch`; what is missing at the end is empty rows.
     """
 
-    def __init__(
-        self,
-        rows: PackedRows,
-        *,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world: int,
-        seed: int,
-        shuffle: bool,
-    ) -> None:
-        assert len(rows) > 0, "a split without rows is refused when it is prepared"
-        assert 0 <= rank < world, f"rank {rank} of {world}"
-        assert min(global_batch, micro_batch) > 0, f"batches of {global_batch} and {micro_batch} rows"
-        self.rows = rows
-        self.global_batch = global_batch
-        self.micro_batch = micro_batch
-        self.rank = rank
-        self.world = world
-        self.seed = seed
-        self.shuffle = shuffle
-        self._order: tuple[int, np.ndarray] | None = None  # (epoch, order): computed once an epoch, not once a step.
+    rows: PackedRows
+    _: KW_ONLY
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world: int
+    seed: int
+    shuffle: bool
+    _order: tuple[int, np.ndarray] | None = field(default=None, init=False)
+    """(epoch, order of its rows): computed once an epoch, not once a step."""
+
+    def __post_init__(self) -> None:
+        assert len(self.rows) > 0, "a split without rows is refused when it is prepared"
+        assert 0 <= self.rank < self.world, f"rank {self.rank} of {self.world}"
+        batches = self.global_batch, self.micro_batch
+        assert min(batches) > 0, f"batches of {batches} rows"
 
     @property
     def steps_per_epoch(self) -> int:

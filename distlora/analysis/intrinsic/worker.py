@@ -204,8 +204,8 @@ def _described(training: Training) -> str:
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report)
 
 
-def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:
-    """Everything that the request asks for; tables on stdout, progress on stderr."""
+def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> int:
+    """Analyze all that the request asks for, tables to stdout and progress to stderr; return the exit code."""
     ranks = ranks or join_ranks()
     say = Progress()
     out = Path(request.out)
@@ -232,6 +232,7 @@ def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:
         del bench, arm
         let_go(ranks.device)
     WRITTEN.write(out, found)
+    return DONE
 
 
 def describe(request: IntrinsicRequest, ranks: Ranks) -> dict[str, Any]:
@@ -248,9 +249,4 @@ def describe(request: IntrinsicRequest, ranks: Ranks) -> dict[str, Any]:
 def main(request: IntrinsicRequest) -> int:
     """Analyze; return the exit code."""
     transformers_logging.set_verbosity_error()
-
-    def work() -> int:
-        run(request)
-        return DONE
-
-    return run_to_exit_code(work, names=NAMES)
+    return run_to_exit_code(lambda: run(request), names=NAMES)

@@ -39,8 +39,8 @@ from distlora_kernels.nf4 import GROUP
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report)
 
 
-def run(request: QuantizationRequest) -> None:
-    """Everything that the request asks for; tables on stdout, progress on stderr."""
+def run(request: QuantizationRequest) -> int:
+    """Analyze all that the request asks for, tables to stdout and progress to stderr; return the exit code."""
     ranks = join_ranks()
     say = Progress()
     # The text first: what is wrong with it is said before minutes are spent on the weights.
@@ -63,6 +63,7 @@ def run(request: QuantizationRequest) -> None:
             "formats": _of_losses(losses),
         }
     WRITTEN.write(Path(request.out), found)
+    return DONE
 
 
 def read_rows(request: QuantizationRequest) -> PackedRows:
@@ -212,9 +213,4 @@ def put_through(weight: Weight, format: FourBit, into: Tensor, reader: Reader) -
 def main(request: QuantizationRequest) -> int:
     """Analyze; return the exit code."""
     transformers_logging.set_verbosity_error()
-
-    def work() -> int:
-        run(request)
-        return DONE
-
-    return run_to_exit_code(work, names=NAMES)
+    return run_to_exit_code(lambda: run(request), names=NAMES)

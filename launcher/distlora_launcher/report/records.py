@@ -39,7 +39,6 @@ _MAX_NUMBER = 1e200
 
 
 _NUMBER = (float, type(None))
-_BYTES: Shape = {"*": int}
 _PLAN: Shape = RECORDED | {
     "model?": {"name?": str, "model_type?": str, "parameters?": int, "parameters_in_4_bit?": int},
     "machine?": RECORDED["machine?"] | {"name?": str, "ranks?": int, "ranks_per_machine?": int, "host_bytes?": _NUMBER},

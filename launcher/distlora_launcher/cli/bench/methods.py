@@ -32,7 +32,7 @@ from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import CONFIG_NAME
 from distlora_launcher.launch.processes import forwarding
 from distlora_launcher.terminal.arguments import read
-from distlora_launcher.terminal.output import shown
+from distlora_launcher.terminal.output import say, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,15 +468,15 @@ def run_all(setup: Setup, out: Path) -> int:
         for run in due:
             number += 1
             minutes = (time.monotonic() - began) / 60
-            log(f"run {number} ({minutes:.0f} min): {run.method.name}, lr {run.rate:g}, seed {run.seed}")
+            say(f"run {number} ({minutes:.0f} min): {run.method.name}, lr {run.rate:g}, seed {run.seed}")
             code = train(run, setup, out)
             if has_diverged(run, out):
-                log("  diverged: its loss or gradient is not finite; counted as an infinite held-out loss")
+                say("  diverged: its loss or gradient is not finite; counted as an infinite held-out loss")
                 continue
             if code != DONE:
                 return code
             summary = read_record(out / "runs" / run.folder / SUMMARY_NAME)
-            log(f"  held-out loss {summary['base_eval_loss']:.4f} -> {summary['eval_loss']:.4f}")
+            say(f"  held-out loss {summary['base_eval_loss']:.4f} -> {summary['eval_loss']:.4f}")
     return DONE
 
 
@@ -497,11 +497,11 @@ def train(run: Planned, setup: Setup, out: Path) -> int:
             forwarder.attach(process)
             code = process.wait()
     if forwarder.received is not None:
-        log(f"stopped by {signal.Signals(forwarder.received).name}; run the same command to continue")
+        say(f"stopped by {signal.Signals(forwarder.received).name}; run the same command to continue")
         return STOPPED
     if code != DONE and not has_diverged(run, out):
         tail = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        log(f"{run.folder} ended with code {code}; {shown(log_file)} ends with\n" + "\n".join(tail))
+        say(f"{run.folder} ended with code {code}; {shown(log_file)} ends with\n" + "\n".join(tail))
     return code
 
 
@@ -568,8 +568,3 @@ def count_weights(model: Path) -> tuple[int, int]:
     architecture = architecture_of(read_config(model), model / "config.json")
     linears = sum(weight.numel for _, weight in architecture.adaptable() if weight.kind == "linear")
     return architecture.numel, linears
-
-
-def log(text: str) -> None:
-    """Print a progress line."""
-    print(text, flush=True)

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from distlora.config import nearest, require
 from distlora.config.base import cache_root
 from distlora.output.results import Results
 from distlora.system.exit_codes import DONE, FAILED
+from distlora.system.progress import say
 from distlora_launcher.cli.bench import check_counts, check_gpus, output_folder
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.demo.model import DATA, smollm2
@@ -113,19 +113,19 @@ def main(arguments: list[str]) -> int:
     """Measure and print. Returns the exit code: 1 if one of ours failed."""
     request = parse(arguments)
     for way, reason in request.reasons.items():
-        log(f"left out: {WAYS[way].title}: {reason}")
+        say(f"left out: {WAYS[way].title}: {reason}")
     with tempfile.TemporaryDirectory(prefix="distlora-bench-") as temporary:
         try:
             measure = measure_steps if request.curve is None else measure_curves
             cells, results = measure(request, Path(temporary))
         except CellFailedError as error:
-            log(f"error: {error}")
+            say(f"error: {error}")
             return FAILED
         results.show(out=None if request.out is None else Path(request.out), as_json=request.json)
         failed = [each for each in cells if each.failed is not None and each.cell.way.startswith(OURS)]
         if failed:
             lines = (Path(temporary) / "log").read_text(errors="replace").strip().splitlines()
-            log("\n".join([*lines[-30:], f"error: {failed[0].cell.title} failed: {failed[0].failed}"]))
+            say("\n".join([*lines[-30:], f"error: {failed[0].cell.title} failed: {failed[0].failed}"]))
         return FAILED if failed else DONE
 
 
@@ -187,7 +187,7 @@ def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Res
     """Measure all cells in turns, on random models."""
     ways = [way for way in request.ways if way not in request.reasons]
     cells = list(cells_of(request.sizes, ways, processes=request.ranks, checkpointing=request.checkpointing))
-    runner = Runner(environment=environment_of, log=folder / "log", log_line=log)
+    runner = Runner(environment=environment_of, log=folder / "log", log_line=say)
     by_group = [list(members) for _, members in itertools.groupby(cells, key=lambda cell: cell.group)]
     problems: dict[tuple[str, int], StepInputs] = {}
     groups, machine = [], ""
@@ -195,7 +195,7 @@ def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Res
         cell = members[0]
         key, place = (cell.size, cell.length), folder / cell.size.replace("/", "_")
         if key not in problems:
-            log(f"writing a random model of {cell.size}")
+            say(f"writing a random model of {cell.size}")
             problems[key] = StepInputs(
                 folder=str(place),
                 model=str(place / "model"),
@@ -205,7 +205,7 @@ def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Res
                 steps=2 + request.steps * request.rounds,
             )
             machine = prepare(problems[key], worker_environment(1))
-        log(f"{cell.problem} ({number} of {len(by_group)})")
+        say(f"{cell.problem} ({number} of {len(by_group)})")
         groups.append(runner.compare(members, problems[key], rounds=request.rounds, steps=request.steps))
     method = f"{request.rounds} rounds of {request.steps} steps; {report.HOW}"
     results = Results(
@@ -224,8 +224,8 @@ def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Re
     """Train each cell alone on the demo's model and data."""
     assert request.curve is not None
     ways = [way for way in request.ways if way not in request.reasons]
-    model = smollm2(log)
-    log("packing the demo's chats")
+    model = smollm2(say)
+    say("packing the demo's chats")
     inputs = StepInputs(
         folder=str(folder),
         model=str(model),
@@ -252,7 +252,7 @@ def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Re
         if WAYS[way].runs_on(ranks)
         for seed in ((0, 1) if way in report.SEED_WAYS else (0,))
     ]
-    runner = Runner(environment=environment_of, log=folder / "log", log_line=log)
+    runner = Runner(environment=environment_of, log=folder / "log", log_line=say)
     curves = runner.train_alone(cells, inputs, steps=request.curve, lr=CURVE_RATE)
     method = f"the demo's model and chats, {CURVE_ROWS} x {CURVE_LENGTH} tokens per step"
     results = Results(
@@ -285,8 +285,3 @@ def notes(machine: str, request: StepBench, method: str) -> str:
     """Return the line below the tables: machine, method, ways left out."""
     left_out = "; ".join(f"{WAYS[way].title}: {why}" for way, why in request.reasons.items())
     return f"{machine}. {method}." + (f" Left out: {left_out}." if left_out else "")
-
-
-def log(line: str) -> None:
-    """Print a progress line to stderr."""
-    print(line, file=sys.stderr, flush=True)

@@ -44,19 +44,14 @@ class Start:
         atomic_io.write_text(path, run_id + "\n")
 
 
-class Client:
-    """The client of one tracker, used by one thread."""
-
-    place = ""
-    """Where the run is logged, and the command that shows it; empty if the client prints it itself."""
-    last_steps: Mapping[str, int] = MappingProxyType({})
-    """Metric -> its last step in an earlier start, for clients that would show a repeated step twice; else empty."""
+class Receiver:
+    """The calls that both a tracker and its client take."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Log the metrics of a step."""
 
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table."""
+        """Log a table, such as generated samples."""
 
     def result(self, folder: Path) -> None:
         """Upload the published folder, if the tracker keeps files; tracker.artifact is refused for the others."""
@@ -65,25 +60,22 @@ class Client:
         """Report how the run ended, and flush."""
 
 
-class Tracker:
-    """The calls that a run makes to each of its trackers."""
+class Client(Receiver):
+    """The client of one tracker, used by one thread."""
+
+    place = ""
+    """Where the run is logged, and the command that shows it; empty if the client prints it itself."""
+    last_steps: Mapping[str, int] = MappingProxyType({})
+    """Metric -> its last step in an earlier start, for clients that would show a repeated step twice; else empty."""
+
+
+class Tracker(Receiver):
+    """The calls that a run makes to each of its trackers; `close` only begins to flush."""
 
     name: str
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log the metrics of a step."""
-
-    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table, such as generated samples."""
-
     def summary(self, step: int, figures: Mapping[str, Any]) -> None:
         """Log the final metrics, after `step` steps."""
-
-    def result(self, folder: Path) -> None:
-        """Upload the published folder."""
-
-    def close(self, exit_code: int) -> None:
-        """Report how the run ended, and begin to flush."""
 
     def wait(self, deadline: float) -> None:
         """Wait until everything is flushed, at most until `deadline` (of time.monotonic)."""

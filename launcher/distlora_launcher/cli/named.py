@@ -11,6 +11,7 @@ from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import Config, DataConfig, ModelSpec, require
 from distlora.config.base import place_of
 from distlora.post.trained import Name, Trained
+from distlora.system.progress import say
 from distlora_launcher.compose.checks import check_data, check_model
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.terminal.output import shown
@@ -54,11 +55,7 @@ def named(options: Named) -> tuple[Name, Trained]:
             f"{options.run} is an adapter, and --{unused[0] if unused else ''} applies only to a run; leave it out",
         )
         if options.quant is None and trained.spec.quant.is_nf4:
-            print(
-                f"{options.run}: assuming a base in NF4 during training; if it was in 16 bits, add --quant none",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"{options.run}: assuming a base in NF4 during training; if it was in 16 bits, add --quant none")
     own = trained.spec.quant.method
     require(
         options.quant in (None, own),

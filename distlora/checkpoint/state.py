@@ -10,7 +10,7 @@ from typing import Any
 from distlora.config import ModelSpec, OptimConfig, TrainConfig, UserError
 from distlora.config.errors import short
 from distlora.config.file import as_plain
-from distlora.config.json_files import Shape, check_shape, read_object
+from distlora.config.json_files import Shape, read_object
 from distlora.run_folder.layout import STATE_NAME, steps
 from distlora.weights.initial_adapter_file import needs_initial_adapter
 from distlora.weights.peft_folder import weights_digest
@@ -107,8 +107,7 @@ _SHAPE: Shape = {
 def load_state(folder: Path) -> TrainState:
     """Read a checkpoint's state.json. Raises UserError if it is missing or has another format."""
     path, remedy = folder / STATE_NAME, f"move {folder} out of the run folder, and the previous checkpoint is used"
-    values = read_object(path, remedy)
-    check_shape(values, _SHAPE, path, remedy)
+    values = read_object(path, remedy, _SHAPE)
     progress, identity = values["progress"], values["identity"]
     for step, loss in progress["evaluations"].items():
         is_number = isinstance(loss, float) or (type(loss) is int and abs(loss) < 2**63)  # NaN and Inf are numbers.

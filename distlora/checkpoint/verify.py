@@ -297,9 +297,8 @@ def _check_adapter(folder: Path, tensors: Mapping[str, Segment], adapter: Adapte
 
     `times`: the published rank divided by the run's rank (2 for PiSSA's plain LoRA).
     """
-    path, remedy = folder / CONFIG_NAME, "restore a complete copy"
-    values = read_object(path, remedy)
-    check_shape(values, {"peft_type": str, "r": int, "use_rslora": bool, "use_dora": bool}, path, remedy)
+    path, shape = folder / CONFIG_NAME, {"peft_type": str, "r": int, "use_rslora": bool, "use_dora": bool}
+    values = read_object(path, "restore a complete copy", shape)
     if adapter is not None:
         wanted = {"r": adapter.r * times, "use_rslora": adapter.use_rslora, "use_dora": adapter.use_dora}
         for name, value in wanted.items():

@@ -26,11 +26,13 @@ _WORDS = {
 }
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises UserError, ending with `remedy`, if it holds none."""
+def read_object(path: Path, remedy: str, shape: Shape = dict) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises UserError, ending with `remedy`, if it holds none of this shape."""
     if not path.is_file():  # Reading a pipe would wait for a writer.
         raise UserError(f"{path} is missing or not a file; {remedy}")
-    return parse_object(path.read_bytes(), path, remedy)
+    value = parse_object(path.read_bytes(), path, remedy)
+    check_shape(value, shape, path, remedy)
+    return value
 
 
 def object_or_empty(path: Path) -> dict[str, Any]:

@@ -71,8 +71,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} holds no tokenized data (no meta.json); run `distlora data prepare RUN`")
     remedy = _make_again(folder)
-    meta = read_object(path, remedy)
-    check_shape(meta, {"version": int}, path, remedy)
+    meta = read_object(path, remedy, {"version": int})
     if meta["version"] != FORMAT_VERSION:
         raise UserError(
             f"{folder} was written in version {meta['version']} of the layout, this distlora reads "

@@ -23,7 +23,7 @@ from typing import Any
 from distlora.config import DataConfig, SourceConfig, UserError, nearest
 from distlora.config.base import is_hub_name
 from distlora.config.errors import FILES
-from distlora.config.json_files import check_shape, read_object
+from distlora.config.json_files import read_object
 from distlora.data.files import is_compressed, is_data_file, read_file, without_nulls
 from distlora.data.formats import Document, Reading, Record, good, head_with_key, resolve_format, to_document
 from distlora.system.hub_errors import DATASET, causes, explain_gate, explained, unreachable
@@ -140,14 +140,12 @@ def _check_within(folder: Path) -> None:
 
     folders, place = [folder], folder / "dataset_dict.json"
     if place.is_file():
-        values = read_object(place, remedy)
-        check_shape(values, {"splits": [str]}, place, remedy)
+        values = read_object(place, remedy, {"splits": [str]})
         check_names(values["splits"], place)
         folders = [folder / name for name in values["splits"]]
     for place in (inner / "state.json" for inner in folders):
         if place.is_file():
-            values = read_object(place, remedy)
-            check_shape(values, {"_data_files": [{"filename": str}]}, place, remedy)
+            values = read_object(place, remedy, {"_data_files": [{"filename": str}]})
             check_names([file["filename"] for file in values["_data_files"]], place)
 
 

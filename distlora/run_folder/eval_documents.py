@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distlora.config import UserError, require
-from distlora.config.json_files import Shape, check_shape, read_object
+from distlora.config.json_files import Shape, read_object
 from distlora.system import atomic_io
 
 EVAL_DOCUMENTS_NAME = "eval_documents.json"
@@ -51,8 +51,7 @@ def read_documents(run_dir: Path) -> DocumentRecord:
     if not path.is_file():
         raise UserError(f"{run_dir} has no held-out losses by document; train it with train.eval_documents=true")
     remedy = "train the run again in another folder"
-    values = read_object(path, remedy)
-    check_shape(values, _SHAPE, path, remedy)
+    values = read_object(path, remedy, _SHAPE)
     record = DocumentRecord(**{name: values[name] for name in _SHAPE})
     lengths = {len(record.documents), len(record.losses), len(record.units)}
     require(

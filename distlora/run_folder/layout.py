@@ -295,11 +295,7 @@ def read_record(path: Path, shape: Shape = dict) -> dict[str, Any]:
 
     Raises UserError if it is damaged.
     """
-    if not path.is_file():
-        return {}
-    values = read_object(path, _remedy(path))
-    check_shape(values, shape, path, _remedy(path))
-    return values
+    return read_object(path, _remedy(path), shape) if path.is_file() else {}
 
 
 def _remedy(path: Path) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError
-from distlora.config.json_files import Shape, check_shape, read_object
+from distlora.config.json_files import Shape, read_object
 from distlora.system import atomic_io
 
 SWEEP_NAME, JOURNAL_NAME, RESULTS_NAME = "sweep.yaml", "journal.log", "results.json"
@@ -112,8 +112,7 @@ def read_results(sweep: Path) -> list[TrialRecord]:
     if not path.is_file():
         raise UserError(f"{sweep} holds no results of a sweep ({RESULTS_NAME}); start one with `distlora sweep`")
     remedy = "delete it and `distlora resume` the sweep, which makes it again"
-    values = read_object(path, remedy)
-    check_shape(values, {"trials": [_TRIAL]}, path, remedy)
+    values = read_object(path, remedy, {"trials": [_TRIAL]})
     known = {item.name for item in dataclasses.fields(TrialRecord)}
     records = []
     for entry in values["trials"]:
@@ -136,8 +135,7 @@ def read_importance(sweep: Path) -> tuple[dict[str, float], str]:
     path = sweep / IMPORTANCE_RECORD
     if not path.is_file():
         return {}, ""
-    values = read_object(path, "delete it")
-    check_shape(values, {"shares": {"*": float}, "how": str}, path, "delete it")
+    values = read_object(path, "delete it", {"shares": {"*": float}, "how": str})
     return values["shares"], values["how"]
 
 

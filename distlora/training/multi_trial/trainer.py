@@ -18,7 +18,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.saver import SaveError
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config, settings_by_name
-from distlora.config.json_files import Shape, check_shape, read_object
+from distlora.config.json_files import Shape, read_object
 from distlora.loading.load_base import Loaded
 from distlora.model.adapters import MOST_SLOTS, slot_name
 from distlora.model.build import CausalLM, put_trial, remove_trial
@@ -62,8 +62,7 @@ def read_settings(folder: Path) -> tuple[int, bool]:
     Raises UserError if it is missing.
     """
     path = folder / SETTINGS_NAME
-    values = read_object(path, _REMEDY)
-    check_shape(values, {"slots": int, "verdicts?": bool}, path, _REMEDY)
+    values = read_object(path, _REMEDY, {"slots": int, "verdicts?": bool})
     if not 1 <= values["slots"] <= MOST_SLOTS:
         raise UserError(
             f"{path}: slots={values['slots']} is not a supported number of trials; set sweep.packed to 1 to "
@@ -96,10 +95,7 @@ class Inbox:
         """Return the run folder of a trial that was handed out."""
 
         def read() -> Path:  # On every rank: the file was whole before rank 0 saw it.
-            path = inbox_file(self.folder, number)
-            values = read_object(path, _REMEDY)
-            check_shape(values, _ENTRY, path, _REMEDY)
-            return Path(values["run_dir"])
+            return Path(read_object(inbox_file(self.folder, number), _REMEDY, _ENTRY)["run_dir"])
 
         return together(read, self._ranks)
 
@@ -111,9 +107,7 @@ class Inbox:
         """Return the verdict on a trial's evaluation at `step`; None while there is none."""
         verdict = -1
         if self._reads and (path := verdict_file(self.folder, number, step)).exists():
-            values = read_object(path, _REMEDY)
-            check_shape(values, _VERDICT, path, _REMEDY)
-            verdict = int(values["prune"])
+            verdict = int(read_object(path, _REMEDY, _VERDICT)["prune"])
         verdict = from_rank_0(verdict, self._ranks)
         return None if verdict < 0 else bool(verdict)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError
-from distlora.config.json_files import Shape, check_shape, read_object
+from distlora.config.json_files import Shape, read_object
 from distlora.run_folder.layout import checkpoint_folders, step_of
 from distlora.system import atomic_io
 from distlora.system.stop_signals import STOPPED_NAME, name_of
@@ -185,8 +185,7 @@ def read_errors(log_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """
     for path in sorted(log_dir.glob(ERRORS)):
         with contextlib.suppress(UserError, OSError):
-            error = read_object(path, "remove it")
-            check_shape(error, _ERROR, path, "remove it")
+            error = read_object(path, "remove it", _ERROR)
             yield path, error | {"rank": int(path.name.removeprefix("rank_").partition(".")[0])}
 
 
@@ -214,11 +213,9 @@ def write_gave_up(log_dir: Path, host: str, failure: Failure) -> None:
 
 def read_gave_up(log_dir: Path) -> Failure | None:
     """Return why another node ended for good; None if none did."""
-    path = log_dir / GAVE_UP
+    shape = {"host": str, "message": str, "see": str, "bad_input": bool, "stopped": bool}
     try:
-        record = read_object(path, "remove it")
-        shape = {"host": str, "message": str, "see": str, "bad_input": bool, "stopped": bool}
-        check_shape(record, shape, path, "remove it")
+        record = read_object(log_dir / GAVE_UP, "remove it", shape)
     except (UserError, OSError):
         return None
     return Failure(

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from distlora.config import AdapterConfig, TrainConfig, UserError, require
-from distlora.config.json_files import Shape, check_shape, object_or_empty, read_object
+from distlora.config.json_files import Shape, object_or_empty, read_object
 from distlora.config.sweep import SweepConfig
 from distlora.data.packing import hash64
 from distlora.output.results import Table
@@ -346,9 +346,7 @@ def read_setup(folder: Path) -> Setup | None:
     path = folder / RANK_SEARCH_NAME
     if not path.is_file():
         return None
-    remedy = "delete it, and it is made again"
-    values = read_object(path, remedy)
-    check_shape(values, _SHAPE, path, remedy)
+    values = read_object(path, "delete it, and it is made again", _SHAPE)
     return Setup(**{name: values[name] for name in _SHAPE})
 
 

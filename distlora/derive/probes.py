@@ -92,10 +92,9 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             fusible=bool(norm_form) and _is_fusible(decoder),
         )
         model = transformers_model(
-            hf_config, place, auto_class=auto_class, attention="eager", dtype=torch.bfloat16, device="cpu"
+            hf_config, place, auto_class=auto_class, attention=attention, dtype=torch.bfloat16, device="cpu"
         )
         decoder = model.get_submodule(found.decoder)
-        decoder.set_attn_implementation(attention)  # Of the decoder alone: a tower beside it may have no other.
     try:
         return dataclasses.replace(found, kinds=with_memory(found, decoder))
     except _UNFIT as error:

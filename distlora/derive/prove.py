@@ -164,13 +164,15 @@ def load_theirs(small: Architecture, folder: Path) -> Any:
     import transformers
 
     auto: Any = getattr(transformers, small.auto_class)
-    return auto.from_pretrained(
+    model = auto.from_pretrained(
         folder,
         dtype=torch.float32,
-        attn_implementation=small.attention,
+        attn_implementation="eager",
         experts_implementation="eager",
         trust_remote_code=False,
     )
+    model.get_submodule(small.decoder).set_attn_implementation(small.attention)
+    return model
 
 
 def spec_of(folder: Path, method: Any = "nf4") -> ModelSpec:

@@ -61,10 +61,12 @@ def transformers_model(
         hf_model: Any = auto.from_config(
             copy.deepcopy(hf_config),
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation="eager" if hf_config.sub_configs else attention,
             experts_implementation="eager",  # Replaced by `Experts`.
             trust_remote_code=False,
         )
+    if hf_config.sub_configs:  # The decoder's alone: a tower beside it may have no other.
+        hf_model.get_submodule(decoder_path(hf_model)).set_attn_implementation(attention)
     keep_in_fp32(hf_model, dtype)
     # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw differently.
     hf_model.eval()

@@ -367,12 +367,18 @@ def _architecture_of(content: str, place: str) -> Architecture:
 
 def kept_text(path: Path, make: Callable[[], str]) -> str:
     """Return the text of a file of the cache, made if it does not exist, while other processes that need it wait."""
-    if not path.is_file():
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.is_file():
-                write_text(path, make())
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        print(f"{path.parent} cannot be written ({error.strerror}), so the model is checked anew", file=sys.stderr)
+        return make()
+    with lock, still("waiting for another process that checks the model"):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            write_text(path, make())
     return path.read_text(encoding="utf-8")
 
 
@@ -403,7 +409,7 @@ def derive(content: str, place: str) -> str:
     if finished.returncode == BAD_INPUT:
         raise UserError(finished.stdout.strip())
     if finished.returncode:
-        raise RuntimeError(f"deriving the architecture of {place} failed:\n{finished.stderr}")
+        raise RuntimeError(f"deriving the architecture of {place} ended with {finished.returncode}:\n{finished.stderr}")
     found = Architecture.from_json(finished.stdout)
     print(
         f"{found.model_type}: checked in {found.seconds:.0f} s on a small model: forward, gradients, packing and "
@@ -414,5 +420,5 @@ def derive(content: str, place: str) -> str:
 
 
 _PACKAGE = Path(__file__).parents[1]
-_SOURCES = ("derive", "model", "planner", "planner/memory", "loading", "weights")
+_SOURCES = ("architecture", "derive", "model", "planner", "planner/memory", "loading", "weights")
 """Folders of the code that derives and proves an architecture."""

@@ -189,7 +189,8 @@ def _short(experts: Iterable[str]) -> list[str]:
 
 def check_router_loss(weight: float | None, architecture: Architecture) -> None:
     """Refuse train.router_aux_loss where there are no routers, or none whose output says what to balance."""
-    if weight is None or any(kind.experts is not None and kind.experts.router for kind in architecture.kinds):
+    layouts = [kind.experts for kind in architecture.kinds if kind.experts is not None]
+    if weight is None or any(layout.router and layout.chosen for layout in layouts):
         return
     why = "gives no logits that a loss could balance" if architecture.has_experts else "has none"
     raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import torch
 
@@ -12,8 +13,17 @@ from distlora.system.exit_codes import BAD_INPUT
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # Small tensors gain nothing from threads, which spin while they wait.
+    answers, sys.stdout = sys.stdout, sys.stderr  # Libraries print too.
     try:
-        print(derive(sys.stdin.read(), sys.argv[1]))
+        print(derive(sys.stdin.read(), sys.argv[1]), file=answers)
     except UserError as error:
-        print(error)
+        print(error, file=answers)
+        sys.exit(BAD_INPUT)
+    except Exception as error:  # Of a model's own code, which may fail in any way.
+        traceback.print_exc()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"{sys.argv[1]}: a small model of it cannot be checked ({reason}); set {{model.path}} to another model",
+            file=answers,
+        )
         sys.exit(BAD_INPUT)

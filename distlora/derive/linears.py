@@ -86,7 +86,8 @@ def _read_weights(module: Any) -> set[str]:
         code = left.pop()
         left += [each for each in code.co_consts if isinstance(each, CodeType)]
         if "weight" in code.co_names:
-            loads = [each.argval if each.opname == "LOAD_ATTR" else "" for each in dis.get_instructions(code)]
+            codes = [each for each in dis.get_instructions(code) if each.opname != "EXTENDED_ARG"]
+            loads = [each.argval if each.opname == "LOAD_ATTR" else "" for each in codes]
             found |= {name for name, attribute in itertools.pairwise(loads) if attribute == "weight"}
     return found
 

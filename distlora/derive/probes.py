@@ -24,6 +24,7 @@ from distlora.architecture.spec import Architecture, LayerKind, Weight
 from distlora.config import UserError
 from distlora.derive.linears import LinearUse, Mixing, linear_calls, peft_reasons, role_of, router_linears, token_mixers
 from distlora.derive.memory import with_memory
+from distlora.derive.shrink import is_size
 from distlora.derive.structure import structure
 from distlora.model.adapters import BlockContext, Rows
 from distlora.model.attention import LONGEST, Documents, masks_of_documents, reference, use
@@ -65,7 +66,7 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
     input_ids = random_tokens(_TOKENS, found.vocabulary)
     with refused_by_transformers(place):  # What a model does at its first call counts.
         uses = linear_calls(model, lambda: causal(input_ids=input_ids, use_cache=False).logits.float().square().mean())
-        _check_causal(decoder, input_ids, found.model_type)
+        _check_causal(decoder, input_ids, found)
     with torch.no_grad():
         mixers = token_mixers(layers, lambda: decoder(input_ids=input_ids, use_cache=False), _TOKENS)
         attention = _attention(decoder, input_ids)
@@ -73,7 +74,7 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             _with_uses(kind, found, model, found.kind_of_layer.index(number), uses, mixers)
             for number, kind in enumerate(found.kinds)
         ]
-        kinds = _with_mlp_halves(kinds, found, decoder, input_ids)
+        kinds = _with_mlp_halves(kinds, found, decoder, input_ids, mixers)
         kinds = _with_batch_dims(kinds, found, decoder)
         documents, apart = _documents(found, decoder)
         kinds = [dataclasses.replace(kind, apart=apart[number]) for number, kind in enumerate(kinds)]
@@ -84,10 +85,10 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             norm=tail_of(decoder, found.layers, {"input_ids": input_ids, "use_cache": False}),
             attention=attention,
             documents=documents,
-            varlen=attention == "sdpa" and _takes_varlen(found, decoder),
+            varlen=attention == "sdpa" and not _attends_apart(kinds) and _takes_varlen(found, decoder),
             takes_embeddings=_takes_embeddings(decoder, input_ids),
             takes_cache=_takes_cache(decoder, found.vocabulary),
-            head_form=head_form(causal, found.decoder_in_causal),
+            head_form=head_form(causal, found.decoder_in_causal, is_size),
             norm_form=norm_form,
             fusible=bool(norm_form) and _is_fusible(decoder),
         )
@@ -95,6 +96,7 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             hf_config, place, auto_class=auto_class, attention=attention, dtype=torch.bfloat16, device="cpu"
         )
         decoder = model.get_submodule(found.decoder)
+        found = _without_fp32_linears(found, model)
     try:
         return dataclasses.replace(found, kinds=with_memory(found, decoder))
     except _UNFIT as error:
@@ -102,6 +104,33 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
         raise UserError(
             f"{found.model_type} has layers that cannot run in bf16 ({reason}); set {{model.path}} to another model"
         ) from error
+
+
+def _without_fp32_linears(found: Architecture, model: Any) -> Architecture:
+    """Return the architecture with linears dense that transformers keeps in fp32 in a bf16 model."""
+
+    def in_its_dtype(number: int, weight: Weight) -> Weight:
+        path = f"{found.layer_prefix}{found.kind_of_layer.index(number)}.{weight.path}"
+        keeps = weight.kind == "linear" and model.get_parameter(path).dtype == torch.float32
+        return dataclasses.replace(weight, kind="dense", role="") if keeps else weight
+
+    return dataclasses.replace(
+        found,
+        kinds=tuple(
+            dataclasses.replace(kind, weights=tuple(in_its_dtype(number, weight) for weight in kind.weights))
+            for number, kind in enumerate(found.kinds)
+        ),
+    )
+
+
+def _attends_apart(kinds: Sequence[LayerKind]) -> bool:
+    """Return whether a module that runs documents apart has softmax attention, to which whole rows mean nothing."""
+    return any(
+        weight.role == "attention" and f"{weight.path}.".startswith(tuple(f"{path}." for path in kind.apart))
+        for kind in kinds
+        for weight in kind.weights
+        if kind.apart
+    )
 
 
 @torch.no_grad()
@@ -124,9 +153,10 @@ def _differ(actual: Tensor, expected: Tensor, tolerance: float = _CLOSE) -> bool
 
 
 @torch.no_grad()
-def _check_causal(decoder: Any, input_ids: Tensor, model_type: str) -> None:
+def _check_causal(decoder: Any, input_ids: Tensor, found: Architecture) -> None:
+    model_type = found.model_type
     whole = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-    changed = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1).clamp(max=int(input_ids.max()))], dim=1)
+    changed = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1) % found.vocabulary], dim=1)
     other = decoder(input_ids=changed, use_cache=False).last_hidden_state
     if _differ(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, whole):
         raise UserError(
@@ -190,7 +220,11 @@ def _with_uses(
 
 
 def _with_mlp_halves(
-    kinds: Sequence[LayerKind], found: Architecture, decoder: Any, input_ids: Tensor
+    kinds: Sequence[LayerKind],
+    found: Architecture,
+    decoder: Any,
+    input_ids: Tensor,
+    mixers: Sequence[Mapping[str, Mixing]],
 ) -> list[LayerKind]:
     """Return the kinds with the paths of their MLPs and the norms around them.
 
@@ -212,7 +246,7 @@ def _with_mlp_halves(
         index = found.kind_of_layer.index(number)
         called = {name: call for (at, name), call in calls.items() if at == index}
         _, output = called.pop("", (None, None))
-        result.append(dataclasses.replace(kind, mlp=_mlp_half(called, output, kind)))
+        result.append(dataclasses.replace(kind, mlp=_mlp_half(called, output, kind, mixers[index])))
     return result
 
 
@@ -233,7 +267,7 @@ def _with_batch_dims(kinds: Sequence[LayerKind], found: Architecture, decoder: A
 
 
 def _mlp_half(
-    calls: Mapping[str, tuple[Any, Any]], output: Any, kind: LayerKind
+    calls: Mapping[str, tuple[Any, Any]], output: Any, kind: LayerKind, mixers: Mapping[str, Mixing]
 ) -> tuple[str, str | None, str | None] | None:
     roles = {weight.path.partition(".")[0]: weight.role for weight in kind.weights if weight.role}
     output = output[0] if isinstance(output, tuple) else output
@@ -243,7 +277,7 @@ def _mlp_half(
         product = product[0] if isinstance(product, tuple) else product
         before = [n for n, (_, made) in calls.items() if made is arguments[0]]
         after = [n for n, (given, _) in calls.items() if given and given[0] is product]
-        if len(before) != 1 or len(after) > 1:
+        if len(before) != 1 or len(after) > 1 or {*before, *after} & {*roles, *mixers}:  # More than norms.
             continue
         (states,) = calls[before[0]][0]
         half = calls[after[0]][1] if after else product

@@ -158,6 +158,10 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = read_settings(config)
     kinds = layer_kinds(build_on_meta(settings))
     count = len(kinds)
+    if not kinds:
+        raise UserError(
+            f"this config.json describes a {settings['model_type']} without decoder layers; download it again"
+        )
     first = [kinds.index(kind) for kind in kinds]
     twice = [i for i in range(count) if first[:i].count(first[i]) < 2]
     once = sorted(set(first)) if len(set(first)) > 1 else twice
@@ -254,6 +258,11 @@ class _Smaller:
         if len(value) == self.count and not name.endswith("token_id"):
             value = [value[i] for i in self.kept]
         return [_size(name, entry) if type(entry) is int else copy.deepcopy(entry) for entry in value]
+
+
+def is_size(name: str) -> bool:
+    """Return whether a setting of this name is made small."""
+    return any(names.fullmatch(name) for names, _ in SIZES)
 
 
 def _size(name: str, value: float) -> float:

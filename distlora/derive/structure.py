@@ -46,11 +46,13 @@ def structure(hf_model: Any, *, auto_class: str, kinds: Mapping[str, LayerKind])
                 )
     embedding, head = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
     config = hf_model.config
-    keys = [_key(kind) for kind in layer_kinds(hf_model)]
+    # Layers of one kind may still differ in sizes (Gemma 3n's MLPs).
+    sizes = [tuple((path, tuple(each.shape)) for path, each in layer.named_parameters()) for layer in layers]
+    keys = list(zip(map(_key, layer_kinds(hf_model)), sizes, strict=True))
     order = list(dict.fromkeys(keys))
     found = []
-    for key in order:
-        index = keys.index(key)
+    for each in order:
+        index, key = keys.index(each), each[0]
         found.append(_kind_of(layers[index], decoder.config, index, kinds.get(key, LayerKind(weights=(), key=key))))
     named = {id(parameter) for module in (layers, embedding) for parameter in module.parameters()}
     return Architecture(
@@ -95,6 +97,11 @@ def _kind_of(layer: nn.Module, config: Any, index: int, known: LayerKind) -> Lay
                 Weight(path, shape, "linear" if path in modules else "experts" if path in fused else "dense")
                 for path, shape in shapes.items()
             ),
+        )
+    if other := next(iter({weight.path for weight in known.weights} ^ shapes.keys()), ""):
+        raise UserError(
+            f"{config.model_type} has the weight {other} in a layer and not in the small model that is checked for it "
+            "(experts in a list?), so that the check says nothing about it; set {model.path} to another model"
         )
     if known.experts is not None and experts is not None:
         experts = dataclasses.replace(experts, router=known.experts.router)

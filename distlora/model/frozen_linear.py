@@ -150,7 +150,7 @@ def link_shared_inputs(linears: Mapping[str, FrozenLinear]) -> None:
     for parent, names in itertools.product(sorted(parents), SHARED_INPUTS):
         paths = [f"{parent}.{name}" if parent else name for name in names]
         members = tuple(linears[path] for path in paths if path in linears)
-        if len(members) > 1:
+        if len(members) > 1 and len({member.in_features for member in members}) == 1:
             shared = SharedInput(members)
             for member in members:
                 member.shared_input = shared

@@ -5,7 +5,7 @@ Both run the model itself, small and in fp32 on the CPU, with weights away from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +27,10 @@ _LARGEST_PRODUCTS = torch.tensor([1.0, 50.0])[:, None, None]
 
 
 @torch.no_grad()
-def head_form(hf_model: PreTrainedModel, decoder: str) -> HeadForm:
+def head_form(hf_model: PreTrainedModel, decoder: str, is_size: Callable[[str], bool] = lambda name: False) -> HeadForm:
     """Return the form of the head of a small fp32 model on the CPU, whose decoder is at the path `decoder`.
+
+    `is_size`: whether a setting is a size, which a model of another size has not: no cap and no scale is read from it.
 
     Raises UserError if the logits of a token depend on other tokens' hidden states.
     """
@@ -60,7 +62,7 @@ def head_form(hf_model: PreTrainedModel, decoder: str) -> HeadForm:
     if torch.equal(inputs[0], hidden) and products.shape == logits.shape and not ran:
         if _close(products, logits):
             return HeadForm("plain")
-        numbers = sorted(set(_numbers(hf_model.config.to_dict())))
+        numbers = sorted(set(_numbers(hf_model.config.to_dict(), is_size)))
         for number in numbers:
             if _close(number * torch.tanh(products / number), logits):
                 return HeadForm("softcap", number)
@@ -76,13 +78,13 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
     return bool((error <= _TOLERANCE * largest).all())
 
 
-def _numbers(settings: Any) -> Iterator[float]:
-    """Yield the positive numbers of a config."""
-    if isinstance(settings, Mapping):
-        for value in settings.values():
-            yield from _numbers(value)
-    elif isinstance(settings, int | float) and not isinstance(settings, bool) and settings > 0:
-        yield float(settings)
+def _numbers(settings: Any, is_size: Callable[[str], bool]) -> Iterator[float]:
+    """Yield the positive numbers of a config that are no sizes."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, is_size)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and not is_size(name):
+            yield float(value)
 
 
 def loss_head(

@@ -259,7 +259,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
         losses, inputs, column_parts = [], [], []
-        fused = head.cross_entropy if head.takes_cross_entropy else None
+        fused = head.cross_entropy if head.takes_cross_entropy and head.weight.dtype == hidden.dtype else None
         for part, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
             if fused is not None:  # One copy of a chunk's logits, in the compute dtype.
                 logits = F.linear(part, head.weight)

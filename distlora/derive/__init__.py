@@ -41,7 +41,8 @@ def derive(content: str, place: str) -> str:
 
 
 def _proved(small_config: Mapping[str, Any], place: str) -> Architecture:
-    return proved(probe(small_config, place), small_config, place)
+    with torch.enable_grad():  # A caller may have switched gradients off.
+        return proved(probe(small_config, place), small_config, place)
 
 
 _FROM_SHRUNK = (

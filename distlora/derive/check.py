@@ -21,10 +21,12 @@ from distlora.architecture.spec import Architecture
 from distlora.derive.probes import probe, random_tokens
 from distlora.derive.prove import (
     SINGLE,
+    amplifications,
     bound_of,
     dense_weights,
     failed,
     gradients_of,
+    largest_error,
     load_ours,
     load_theirs,
     logits_of,
@@ -90,21 +92,21 @@ def _with_peft(small: Architecture, folder: Path) -> Iterator[tuple[str, float]]
     with torch.no_grad():
         for name, weight in dense_weights(ours, adapted=False):
             theirs.get_parameter(name).copy_(weight)
+    input_ids = random_tokens(48, small.vocabulary, rows=2, seed=6)
+    of_logits, of_gradients = amplifications(ours, theirs, input_ids)
     tuned = peft.PeftModel.from_pretrained(theirs, place, is_trainable=True)
     found = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
     same = found.keys() == own.keys() and all(torch.equal(found[name], own[name]) for name in own)
     yield "PEFT adapter", 0.0 if same else float("inf")
     if not same:
         return
-    input_ids = random_tokens(48, small.vocabulary, rows=2, seed=6)
     causal = tuned.get_base_model().get_submodule(small.causal)
     labels, logits = next_tokens(input_ids), causal(input_ids=input_ids, use_cache=False).logits.float()
-    yield "PEFT logits", relative_error(logits_of(ours, input_ids), logits)
+    yield "PEFT logits", relative_error(logits_of(ours, input_ids), logits) / of_logits
     expected = gradients_of(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"), found)
     gradients = gradients_of(ours(input_ids, positions_of(input_ids), labels).sum(), own)
     name = "PEFT gradients of mixers" if mixes_tokens(small) else "PEFT gradients"
-    least = 1e-2 * max(float(gradient.norm()) for gradient in expected.values())  # As in prove.py.
-    yield name, max(relative_error(gradients[path], expected[path], least) for path in own)
+    yield name, largest_error(gradients, expected) / of_gradients
 
 
 def _on_ranks(small: Architecture, folder: Path, world: int) -> Iterator[tuple[str, float]]:

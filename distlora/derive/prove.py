@@ -350,13 +350,10 @@ def _gradient_checks(ours: CausalLM, theirs: Any) -> Iterator[tuple[str, float]]
     logits, gradients = train(slices=1)
     yield "slices", relative_error(sliced_logits, logits)
     yield "sliced gradients", relative_error(_all(sliced), _all(gradients))
-    moved_output, moved = _of_theirs(ours, theirs, input_ids, noise=_EPS)
-    yield "adapters", relative_error(logits, output) / _amplification("adapters", relative_error(moved_output, output))
     name = "gradients of mixers" if mixes_tokens(small) else "gradients"
-    least = 1e-2 * max(float(gradient.norm()) for gradient in expected.values())  # Smaller ones are mostly rounding.
-    rounding = max(relative_error(moved[path], expected[path], least) for path in parameters)
-    difference = max(relative_error(gradients[path], expected[path], least) for path in parameters)
-    yield name, difference / _amplification(name, rounding)
+    of_logits, of_gradients = amplifications(ours, theirs, input_ids)
+    yield "adapters", relative_error(logits, output) / of_logits
+    yield name, largest_error(gradients, expected) / of_gradients
     yield "adapters without a gradient", float(sum(not gradient.any() for gradient in gradients.values()))
 
 
@@ -373,6 +370,22 @@ def _of_theirs(
     output = functional_call(causal, weights, kwargs=inputs).logits.float()
     loss = F.cross_entropy(output.flatten(0, 1), next_tokens(input_ids).flatten(), reduction="sum")
     return output, gradients_of(loss, adapter_parameters(ours))
+
+
+def amplifications(ours: CausalLM, theirs: Any, input_ids: Tensor) -> tuple[float, float]:
+    """Return the `_amplification` of logits and of gradients in transformers' model with our weights."""
+    name = "gradients of mixers" if mixes_tokens(ours.architecture) else "gradients"
+    (logits, gradients), (moved, of_moved) = (_of_theirs(ours, theirs, input_ids, noise=n) for n in (0.0, _EPS))
+    return (
+        _amplification("adapters", relative_error(moved, logits)),
+        _amplification(name, largest_error(of_moved, gradients)),
+    )
+
+
+def largest_error(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Return the largest relative error of a gradient; small ones, which are mostly rounding, count by the largest."""
+    least = 1e-2 * max(float(gradient.norm()) for gradient in expected.values())
+    return max(relative_error(gradients[name], expected[name], least) for name in expected)
 
 
 def _amplification(name: str, rounding: float) -> float:

@@ -1,0 +1,149 @@
+"""Write docs/models.md: `python tests/conformance_page.py > docs/models.md` (20 minutes the first time).
+
+After an upgrade of transformers, its difference says which models changed, came or are refused now.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+
+from distlora.architecture import spec
+from distlora.architecture.spec import Architecture, LayerKind, architecture_of
+from distlora.config import UserError
+from distlora.post.export.formats import ARCHITECTURES
+from model_types import CAUSAL, COMPOSITES, VARIANTS, config_of
+
+HEAD = """# Supported models
+
+`model.path` is a folder in Hugging Face format or a name on the hub. `model=NAME` is a short name for a well-known one.
+Any text decoder that transformers builds is taken: `distlora` derives its structure from transformers' module, shrinks
+it, and compares the small model with transformers' before the first training (some seconds, then cached). A model
+that fails a check is refused before anything is started, with the name of the check and the difference (`distlora check MODEL` prints all of them).
+
+## Formats of the base
+| format | supported |
+|---|---|
+| safetensors in bf16, fp16 or fp32 | yes: quantized to NF4 shard by shard while it is read, or used as it is (`quant=none`) |
+| bitsandbytes NF4, with or without double quantization | yes: loaded byte for byte |
+| MXFP4, FP8, GPTQ, AWQ, GGUF, .bin files | not yet: refused by name |
+
+## Short names
+`model=` takes these; the planner knows their sizes without a download.
+
+| | |
+|---|---|
+| Llama | `llama3_1b`, `llama3_3b`, `llama3_8b`, `llama3_70b`, `llama3_405b`, `llama2_7b`, `llama2_13b`, `llama2_70b`, `llama_7b`, `llama_13b`, `llama_33b`, `llama_65b` |
+| Qwen 3 | `qwen3_0b6`, `qwen3_1b7`, `qwen3_4b`, `qwen3_8b`, `qwen3_14b`, `qwen3_32b`, `qwen3_30b_a3b`, `qwen3_235b_a22b` |
+| Qwen 2.5 | `qwen25_0b5`, `qwen25_1b5`, `qwen25_3b`, `qwen25_7b`, `qwen25_14b`, `qwen25_32b`, `qwen25_72b` |
+| Gemma 3 | `gemma3_1b`, `gemma3_4b`, `gemma3_12b`, `gemma3_27b` |
+| Mistral | `mistral_7b`, `mistral_nemo_12b`, `mistral_small_24b`, `mixtral_8x7b`, `mixtral_8x22b` |
+| Phi, gpt-oss | `phi4_mini`, `phi4_14b`, `gpt_oss_20b`, `gpt_oss_120b` |
+
+Several names load an open copy where the original is gated; `conf/model/` has each one's hub name. For a gated model,
+run `hf auth login` once and set `model.path=org/name`.
+
+## Model types
+The `model_type` of a config.json, at the settings of its class, or with those of a variant (`type@variant`).
+
+- layers: softmax attention, attention in windows, other mixers (Mamba, gated delta rule, short convolutions).
+- packed documents: kept apart by positions, by masks, or by running a module on each alone; otherwise each sequence
+  has one document. `+ varlen`: variable-length attention, without masks.
+- experts: fused weights in 4 bits with adapters; or the model's own code, in 4 bits without adapters.
+- adapters: number of linears and fused weights of a layer that `all-linear` adapts, and those that have none.
+- formats: what `distlora export` and `distlora merge` write.
+- full: adapter=full is supported.
+- plan: memory by formulas, or measured on the shrunk model.
+
+"""  # noqa: E501
+COLUMNS = ("type", "layers", "packed documents", "LM head", "experts", "adapters", "formats", "full", "plan")
+NAMES = [*CAUSAL, *COMPOSITES, *VARIANTS]
+"""All rows of the page."""
+
+
+def page() -> str:
+    """Return the page: a table of the types that train, and one of those that are refused."""
+    rows = {name: row(name) for name in sorted(NAMES)}
+    trained = [text for text in rows.values() if text.count("|") > 3]
+    refused = [text for text in rows.values() if text.count("|") == 3]
+    table = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *trained]
+    return HEAD + "\n".join([*table, "", "## Refused", "| type | reason |", "|---|---|", *refused]) + "\n"
+
+
+def row(name: str) -> str:
+    """Return the line of a type or variant."""
+    print(f"\r{name:40}", end="", file=sys.stderr)
+    try:
+        architecture = architecture_of(config_of(name), name)
+    except UserError as error:
+        cells = [reason_of(error)]
+    else:
+        cells = cells_of(architecture)
+    return f"| {' | '.join([f'`{name}`', *(cell.replace('|', chr(92) + '|') for cell in cells)])} |"
+
+
+def reason_of(error: UserError) -> str:
+    """Return a refusal without what to type and numbers of one machine."""
+    return re.sub(r"\d\.\de[+-]\d\d", "more", str(error).partition("; ")[0])
+
+
+def cells_of(architecture: Architecture) -> list[str]:
+    """Return the cells of a type that trains, after its name."""
+    kinds = architecture.kinds
+    weights = [weight for kind in kinds for weight in kind.weights]
+    own = any(weight.kind == "fused" for weight in weights)
+    formats = ["hf", "peft", *([] if architecture.has_experts else ["bnb"])]
+    formats += ["gguf"] if architecture.model_type in ARCHITECTURES else []
+    full = not architecture.composite and not architecture.has_experts
+    measured = any(half is not None for kind in kinds for half in kind.memory)
+    return [
+        listed(map(layer_of, kinds)),
+        packed(architecture),
+        architecture.head_form.kind,
+        "adapters" if architecture.has_experts else "own code" if own else "",
+        adapters(kinds),
+        listed(formats),
+        "yes" if full else "",
+        "measured" if measured else "formulas",
+    ]
+
+
+def listed(words: Iterable[str]) -> str:
+    """Return different words, in order."""
+    return ", ".join(dict.fromkeys(words))
+
+
+def layer_of(kind: LayerKind) -> str:
+    """Return how a layer mixes tokens."""
+    roles = {weight.role for weight in kind.weights}
+    windowed = "windows" if kind.window is not None else "attention"
+    return " + ".join([windowed] * ("attention" in roles) + ["mixer"] * ("mixer" in roles)) or "no linear mixes"
+
+
+def packed(architecture: Architecture) -> str:
+    """Return how packed documents are kept apart."""
+    if architecture.documents == "single":
+        return "one per sequence"
+    apart = listed(path for kind in architecture.kinds for path in kind.apart)
+    return architecture.documents + (f" + each alone in {apart}" if apart else "") + " + varlen" * architecture.varlen
+
+
+def adapters(kinds: Iterable[LayerKind]) -> str:
+    """Return how many weights of a layer have adapters, and the reasons why others have none."""
+    adapted: set[str] = set()
+    reasons: dict[str, set[str]] = {}
+    for weight in (weight for kind in kinds for weight in kind.weights):
+        if weight.no_adapter:
+            reason = re.sub(r"PEFT takes .*", "PEFT takes their names for experts", weight.no_adapter)
+            reasons.setdefault(reason, set()).add(weight.path.removesuffix(".weight"))
+        elif weight.kind in ("linear", "experts"):
+            adapted.add(weight.path)
+    return "; ".join([str(len(adapted)), *(f"none on {listed(sorted(p))} ({why})" for why, p in reasons.items())])
+
+
+if __name__ == "__main__":
+    from distlora import derive
+
+    spec.derive = derive.derive  # In this process: one for each type would import torch each time.
+    print(page(), end="")

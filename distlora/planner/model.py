@@ -12,7 +12,7 @@ from typing import Any, Literal
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, is_mxfp4, read_config
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
-from distlora.architecture.shapes import MXFP4_NAMES, ModelShapes, architecture_named, nearest_architecture, shapes_of
+from distlora.architecture.shapes import BF16_COPIES, ModelShapes, architecture_named, nearest_architecture, shapes_of
 from distlora.config import Config, ModelConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.json_files import read_object
@@ -99,7 +99,7 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
         stored_bytes=2 * stored.numel,
         note=note_on(stored)
         if copy is None
-        else f"{name} is stored in MXFP4, which is not read: planned as a copy in bf16, {copy}",
+        else f"{name} is stored in MXFP4 or FP8, which is not read: planned as a copy in bf16, {copy}",
     )
 
 
@@ -114,8 +114,8 @@ def note_on(shapes: ModelShapes) -> str | None:
 
 
 def _copy_of(name: str) -> str | None:
-    """Return the name of a bf16 copy of a model that the hub has in MXFP4, or None."""
-    return {known.lower(): copy for known, copy in MXFP4_NAMES.items()}.get(name.lower())
+    """Return the name of a bf16 copy of a model that the hub has in MXFP4 or FP8, or None."""
+    return {known.lower(): copy for known, copy in BF16_COPIES.items()}.get(name.lower())
 
 
 def model_in(

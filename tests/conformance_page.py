@@ -39,6 +39,12 @@ that fails a check is refused before anything is started, with the name of the c
 | Qwen 2.5 | `qwen25_0b5`, `qwen25_1b5`, `qwen25_3b`, `qwen25_7b`, `qwen25_14b`, `qwen25_32b`, `qwen25_72b` |
 | Gemma 3 | `gemma3_1b`, `gemma3_4b`, `gemma3_12b`, `gemma3_27b` |
 | Mistral | `mistral_7b`, `mistral_nemo_12b`, `mistral_small_24b`, `mixtral_8x7b`, `mixtral_8x22b` |
+| Qwen 3.5, Qwen3-Next | `qwen35_4b`, `qwen35_9b`, `qwen35_27b`, `qwen35_35b_a3b`, `qwen35_122b_a10b`, `qwen3_next_80b_a3b` |
+| Gemma 4 | `gemma4_e2b`, `gemma4_e4b`, `gemma4_26b_a4b`, `gemma4_31b` |
+| GLM, DeepSeek | `glm47_flash`, `glm45_air`, `deepseek_v3` |
+| Ministral 3, Llama 4 | `ministral3_3b`, `ministral3_8b`, `ministral3_14b`, `llama4_scout` |
+| OLMo 3, SmolLM3 | `olmo3_7b`, `olmo3_32b`, `smollm3_3b` |
+| Granite 4, Nemotron, LFM2 | `granite4_h_tiny`, `granite4_h_small`, `nemotron_nano_9b`, `nemotron3_nano_30b_a3b`, `nemotron_h_56b`, `lfm2_1b2`, `lfm2_2b6`, `lfm2_8b_a1b` |
 | Phi, gpt-oss | `phi4_mini`, `phi4_14b`, `gpt_oss_20b`, `gpt_oss_120b` |
 
 Several names load an open copy where the original is gated; `conf/model/` has each one's hub name. For a gated model,

@@ -375,8 +375,9 @@ def kept_text(path: Path, make: Callable[[], str]) -> str:
     except OSError as error:
         print(f"{path.parent} cannot be written ({error.strerror}), so the model is checked anew", file=sys.stderr)
         return make()
-    with lock, still("waiting for another process that checks the model"):
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock:
+        with still("waiting for another process that checks the model"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.is_file():
             write_text(path, make())
     return path.read_text(encoding="utf-8")

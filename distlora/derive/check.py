@@ -116,8 +116,8 @@ def _on_ranks(small: Architecture, folder: Path, world: int) -> Iterator[tuple[s
     spawn(_rank, (small.to_json(), folder, world, port), nprocs=world)
     losses, adapter = _three_steps(small, folder / "model", SINGLE, rows=2 * world)
     for rank in range(world):
-        result = torch.load(folder / f"rank_{rank}.pt")
-        yield f"losses of rank {rank}", relative_error(torch.tensor(result["losses"]), torch.tensor(losses))
+        result = safetensors.torch.load_file(folder / f"rank_{rank}.safetensors")
+        yield f"losses of rank {rank}", relative_error(result["losses"], torch.tensor(losses))
         yield f"adapter of rank {rank}", relative_error(result["adapter"], adapter)
 
 
@@ -127,7 +127,8 @@ def _rank(rank: int, small: str, folder: Path, world: int, port: int) -> None:
     torch.set_num_threads(1)
     ranks = join_ranks()
     losses, adapter = _three_steps(Architecture.from_json(small), folder / "model", ranks, rows=2 * world)
-    torch.save({"losses": losses, "adapter": adapter}, folder / f"rank_{rank}.pt")
+    result = {"losses": torch.tensor(losses), "adapter": adapter.detach().clone()}
+    safetensors.torch.save_file(result, folder / f"rank_{rank}.safetensors")
     leave_ranks(ranks)
 
 

@@ -192,6 +192,7 @@ def load_ours(
     spec = spec_of(folder, method)
     base = CheckpointFiles(folder)
     model = build_model(spec, base=base, architecture=small)
+    model.router_aux_loss = 0.0  # transformers' loss of the targets is what is compared.
     backend = parallelize(model, ranks)
     load_base(model, base, backend)
     materialize_buffers(model, ranks.device)

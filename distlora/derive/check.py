@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def run(request: CheckRequest) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT's calls of transformers.
     torch.set_num_threads(1)
     config = shrink(json.loads(request.config))
     small = proved(probe(config, request.place), config, request.place)

@@ -245,14 +245,18 @@ def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
     own = next((name for name, path in known.items() if path == plan.config.model.path), None)
     if own is None:
         return None
-    kin = own.partition("_")[0]
-    found = [
-        (f"model={name}", planned_model(plan.config.with_settings({"model.path": path_named(name)})))
-        for name in known
-        if name.partition("_")[0] == kin and name != own
-    ]
-    larger = [each for each in found if each[1].shapes.numel > plan.model.shapes.numel]
-    return min(larger, key=lambda each: each[1].shapes.numel, default=None)
+    kin = [name for name in known if name.partition("_")[0] == own.partition("_")[0]]
+    larger = [name for name in kin if _billions(name) > _billions(own)]
+    if not larger:
+        return None
+    name = min(larger, key=_billions)
+    return f"model={name}", planned_model(plan.config.with_settings({"model.path": path_named(name)}))
+
+
+def _billions(name: str) -> float:
+    """Return the size in a short name, as in qwen3_0b6 and qwen3_30b_a3b; 0 without one. Others need a derivation."""
+    match = re.search(r"(\d+)b(\d*)", name)
+    return float(f"{match[1]}.{match[2] or 0}") if match else 0.0
 
 
 def require_model(model: ModelConfig) -> None:

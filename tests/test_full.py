@@ -45,7 +45,6 @@ def published(run_dir: Path) -> dict[str, Tensor]:
 CELLS = [
     ("llama-tied", 3, {"micro_batch": 2, "accumulate": "block"}),
     ci("llama", 2, {"micro_batch": 2, "checkpointing": "none"}),
-    ci("gemma4_text@shared", 2, {"micro_batch": 2, "accumulate": "block"}),
     ci("lfm2", 3, {"micro_batch": 2}),
 ]
 

@@ -38,8 +38,9 @@ def test_a_small_model_has_every_kind_of_layer_and_runs(name: str) -> None:
     assert sum(parameter.numel() for parameter in decoder_layers(model).parameters()) < 600_000
     text = model.config.get_text_config()
     assert small.get("logits_scaling") == full.get("logits_scaling"), "scales stay"
+    text_model = model.language_model if name == "llama4" else model  # Its own forward fails without images.
     with torch.no_grad():
-        logits = model(input_ids=torch.randint(8, 150, (2, 24)), use_cache=False).logits
+        logits = text_model(input_ids=torch.randint(8, 150, (2, 24)), use_cache=False).logits
     assert logits.shape == (2, 24, text.vocab_size)
     assert logits.isfinite().all()
     assert logits.std() > 0

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distlora.model.wrapper import Wrapper
+
 if TYPE_CHECKING:
     from distlora.model.adapters import BlockContext, Rows
 
@@ -46,21 +48,13 @@ class PackedRows:
         return self._parts[key]
 
 
-class ByDocument(nn.Module):
+class ByDocument(Wrapper):
     """Module that runs on each packed document alone. Rows of one document each run as without it."""
 
     def __init__(self, inner: nn.Module, context: BlockContext) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner)
         self.context = context
         """Context of the layer, with the documents of the rows that run."""
-
-    def __getattr__(self, name: str) -> Any:
-        # Layers read plain attributes of their mixers.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, and return its outputs with each document's in the place of its tokens."""

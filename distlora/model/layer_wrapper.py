@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from distlora.model.adapters import BlockContext, Rows
 from distlora.model.by_document import ByDocument, describe, join, map_leaves
+from distlora.model.wrapper import Wrapper
 from distlora.system.host_memory import bytes_of, take_chunk, take_places
 from distlora_kernels import elementwise, scratch
 
@@ -49,14 +50,13 @@ class Reference:
         return taken
 
 
-class Block(nn.Module):
+class Block(Wrapper):
     """Decoder layer that runs its batch in slices, with optional activation checkpointing."""
 
     def __init__(
         self, inner: nn.Module, context: BlockContext, batch_dims: Mapping[str, int | None] | None = None
     ) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner)
         self.batch_dims = batch_dims or {}
         """Batch dimensions of the arguments that differ from the default (`batch_dims`); None: no batch dimension.
 
@@ -86,13 +86,6 @@ class Block(nn.Module):
         self.keep_dequantized = False
         """True to keep dequantized weights from recomputation (activation checkpointing) until the slice's backward is
         done."""
-
-    def __getattr__(self, name: str) -> Any:
-        # Some families' models read plain attributes of their layers (attention_type).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer on hidden_states (B, T, H), its first argument; other tensors are sliced by `batch_dims`.

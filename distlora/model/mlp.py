@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from distlora.architecture.spec import Architecture
 from distlora.model.adapters import BlockContext
 from distlora.model.layer_wrapper import Block
+from distlora.model.wrapper import Wrapper
 
 
 class HandsOn(nn.Module):
@@ -37,7 +38,7 @@ class HandsOn(nn.Module):
         return hidden_states
 
 
-class MLP(nn.Module):
+class MLP(Wrapper):
     """MLP of a decoder layer between its norms: hidden_states (B, T, H) -> the output of the last of them.
 
     With gradients, backward recomputes it from hidden_states, whole without a `tile`.
@@ -46,20 +47,12 @@ class MLP(nn.Module):
     def __init__(
         self, inner: nn.Module, context: BlockContext, norms: Sequence[nn.Module | None], *, tile: int | None
     ) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner)
         self.context = context
         # In a tuple, which hides them from nn.Module: the layer owns them, under their names.
         self._norms = tuple(norms)
         self.tile = tile
         """Tokens of each row that run at once; None: all of them."""
-
-    def __getattr__(self, name: str) -> Any:
-        # As in Block: some code reads plain attributes of the module that it wraps.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
 
     def forward(self, hidden_states: Tensor) -> Any:
         """Return the output for (B, T, H), in tiles of tokens where a tile is set."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distlora.derive.memory import LiveTensors
 from distlora.model import attention
 
 
@@ -88,41 +88,22 @@ class Kept:
                 handle.remove()
 
 
-class Made(TorchDispatchMode):
+class Made(LiveTensors):
     """Record tensors that operations make while it is on: their sizes, and the bytes of those that are alive.
 
     Views of a model's parameters and buffers do not count, nor do those of `host`, which stands for host memory.
     """
 
     def __init__(self, model: nn.Module, host: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self._model = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *host)}
+        super().__init__([*model.parameters(), *model.buffers(), *host])
         self.largest = 0
         """Elements of the largest tensor that was made."""
-        self.alive = self.peak = 0
-        """Bytes of storages that were made and not freed yet, and the most there were."""
-        self._known: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._note(tensor)
-        return result
-
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known or key in self._model:
-            return
-        self._known[key] = storage.nbytes()
-        self.alive += storage.nbytes()
-        self.peak = max(self.peak, self.alive)
-        self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
-        weakref.finalize(storage, self._freed, key)
-
-    def _freed(self, key: int) -> None:
-        self.alive -= self._known.pop(key)
+    def note(self, tensor: Tensor) -> bool:
+        is_new = super().note(tensor)
+        if is_new:
+            self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return is_new
 
 
 class Moved(TorchDispatchMode):

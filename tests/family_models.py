@@ -17,8 +17,8 @@ from torch import Tensor
 from distlora.architecture.spec import Architecture, architecture_of
 from distlora.config import Config
 from distlora.config.file import build
+from distlora.derive.prove import move_adapters_off_start
 from distlora.derive.shrink import shrink
-from distlora.model.adapters import LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.hf_model import auto_class_of
@@ -166,11 +166,7 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
 def load_ours(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend]:
     """Our model from a folder, with adapters whose B is not zero."""
     model, backend, _ = start_run_model(config_for(folder, **sections), ranks)
-    generator = torch.Generator().manual_seed(0)
-    for _, weight in model.adapted_weights():
-        for pair in weight.adapters.values():
-            assert isinstance(pair, LoRAPair)
-            pair.B.data.normal_(0, 0.05, generator=generator)
+    move_adapters_off_start(model)
     return model, backend
 
 

@@ -41,17 +41,20 @@ class LiveTensors(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._note(tensor)
+                self.note(tensor)
         return result
 
-    def _note(self, tensor: Tensor) -> None:
+    def note(self, tensor: Tensor) -> bool:
+        """Count a tensor's storage. Return whether it is a new one."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._sizes and key not in self._known:
-            self._sizes[key] = storage.nbytes()
-            self.alive += storage.nbytes()
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._freed, key)
+        if key in self._sizes or key in self._known:
+            return False
+        self._sizes[key] = storage.nbytes()
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, key)
+        return True
 
     def _freed(self, key: int) -> None:
         self.alive -= self._sizes.pop(key)

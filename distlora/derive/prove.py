@@ -197,12 +197,17 @@ def load_ours(
     load_base(model, base, backend)
     materialize_buffers(model, ranks.device)
     reset_adapters(model.adapted_weights(), spec.adapter, seed=0)
+    move_adapters_off_start(model)
+    return model, backend
+
+
+def move_adapters_off_start(model: CausalLM) -> None:
+    """Give every B random values, so that the adapters are felt."""
     generator = torch.Generator().manual_seed(0)
     for _, weight in model.adapted_weights():
         for pair in weight.adapters.values():
             assert isinstance(pair, LoRAPair)
             pair.B.data.normal_(0, 0.05, generator=generator)
-    return model, backend
 
 
 def differences(small: Architecture, folder: Path) -> Iterator[tuple[str, float]]:

@@ -31,7 +31,7 @@ def derive(content: str, place: str) -> str:
     hf_config = hf_config_of(config, place)
     auto_class = auto_class_of(hf_config, place)
     hf_model = transformers_model(hf_config, place, auto_class=auto_class, attention="eager", dtype=torch.bfloat16)
-    small_config = json.dumps(shrink(config), sort_keys=True)
+    small_config = json.dumps(shrink(config, hf_model), sort_keys=True)
     small = Architecture.from_json(
         kept_text(cached_path(f"small {small_config}"), lambda: _proved(json.loads(small_config), place).to_json())
     )

@@ -150,13 +150,15 @@ def _kind(layer: nn.Module) -> LayerKind:
     return frozenset(found)
 
 
-def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
+def shrink(config: Mapping[str, Any], full: PreTrainedModel | None = None) -> dict[str, Any]:
     """Return a config.json of a small model with the same kinds of layers, two layers at least.
+
+    `full`: the model of `config` on the meta device, if the caller has built it.
 
     Scales, caps, epsilons, rope types and activations stay. Raises UserError if a kind cannot be kept.
     """
     settings = read_settings(config)
-    kinds = layer_kinds(build_on_meta(settings))
+    kinds = layer_kinds(build_on_meta(settings) if full is None else full)
     count = len(kinds)
     if not kinds:
         raise UserError(

@@ -21,7 +21,9 @@ if __name__ == "__main__":
         sys.exit(BAD_INPUT)
     except Exception as error:  # Of a model's own code, which may fail in any way.
         traceback.print_exc()
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__} in {place.name}, line {place.lineno} of {place.filename}: {error}"
+        reason = " ".join(reason.split())
         print(
             f"{sys.argv[1]}: a small model of it cannot be checked ({reason}); set {{model.path}} to another model",
             file=answers,

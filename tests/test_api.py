@@ -49,6 +49,8 @@ def settings(**train: int) -> dict[str, Any]:
 
 
 def test_importing_is_light_and_planning_imports_no_torch() -> None:
+    # A model's first plan on a machine says on stderr that it was checked; a later one says nothing.
+    distlora.plan(model="llama3_8b", gpu="rtx4090", recipe="qlora", settings={"adapter": {"r": 64}})
     code = (
         "import sys, distlora; assert not {'torch', 'hydra', 'distlora_launcher'} & set(sys.modules); "
         "assert {'train', 'plan', 'load', 'Run'} <= set(dir(distlora)) and distlora.__version__; "

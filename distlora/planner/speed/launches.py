@@ -41,6 +41,8 @@ class KernelLaunch:
     flops: float = 0.0
     unit: Unit = "matrices"
     launches: int = 1
+    rereads: float = 0.0
+    """Bytes of a product's result that it reads first, because it accumulates (beta = 1); part of `nbytes`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +108,8 @@ class Linear:
 
 def gemm(kind: MovedKind, m: int, n: int, k: int, how: KernelOptions, *, accumulates: bool = False) -> KernelLaunch:
     """Return a product (M, K) x (K, N) that reads both and writes the result; reads it too if it accumulates."""
-    return KernelLaunch(kind, how.itemsize * (m * k + k * n + m * n * (2 if accumulates else 1)), 2.0 * m * n * k)
+    rereads = how.itemsize * m * n if accumulates else 0
+    return KernelLaunch(kind, how.itemsize * (m * k + k * n + m * n) + rereads, 2.0 * m * n * k, rereads=rereads)
 
 
 def linears(

@@ -1,6 +1,7 @@
 """`distlora bench NAME ...`: measure this node beside the plan and beside other libraries.
 
-`step` and `methods` run in this process, which imports no torch; the others become a worker process with their request.
+`step`, `methods` and `layer` run in this process, which imports no torch; the others become a worker process with their
+request.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ BENCHES = {
     "load": "loading and quantizing a checkpoint, with and without the cache, beside transformers + bitsandbytes",
     "checkpoint": "a save and a resume beside PEFT, Trainer and accelerate: bytes, seconds",
     "memory": "the memory of a training step by category, planned and measured",
+    "layer": "the products, bytes and launches of a decoder layer on a GPU, counted, and its time over bare matmuls",
     "methods": "adapter methods and full fine-tuning on a base and data: losses, memory, time",
     "kernels": "the GPU kernels; with --offline their compiled code, without a GPU",
 }

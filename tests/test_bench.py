@@ -206,3 +206,14 @@ def test_every_way_saves_and_resumes() -> None:
     rows, _ = measure(CheckpointBench(r=(4,), layers=1, tokens=16, rounds=1))
     assert len({row.way for row in rows}) == 6
     assert all(row.nbytes > 0 for row in rows)
+
+
+def test_a_layer_is_counted_as_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["bench", "layer", "--models", "llama3_8b", "--tokens", "8192"]) == 0
+    rows = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
+    numel = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)  # q, k and v, o, gate and up and down.
+    assert float(rows["linears: base products, TFLOP"]) == pytest.approx(4 * 8192 * numel / 1e12, abs=0.005)
+    assert float(rows["linears: dequantization, GB"]) == pytest.approx(2 * numel * (2 + 4.127 / 8) / 1e9, abs=0.005)
+    hidden, after = (float(each) for each in rows["linears: ms, reads hidden / after"].split(" / "))
+    reread = float(rows["linears: results read again (beta = 1), GB"])
+    assert after - hidden == pytest.approx(reread / 3.0, abs=0.02)

@@ -43,14 +43,16 @@ def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sizes=100B"], r"--sizes=100B is not known.*; write one of 8M, 100M, 560M"),
+        (["--sizes=100B"], r"--sizes=100B is not known.*; write one of 8M, 100M, 560M, SmolLM2"),
         (["--ways=peft-bf61"], r"--ways=peft-bf61 is not known \(did you mean 'peft-bf16'\?\)"),
         (["--checkpointing=selective"], "--checkpointing=selective is not known.*; write one of none, block"),
         (["--rounds=0"], "--rounds=0 is not a positive number"),
         (["--ranks=3"], "4 sequences per step are not a multiple of --ranks=3; set --rows"),
         (["--tokens=8192"], "--tokens=8192 exceeds the 4096 positions of 100M"),
+        (["--model=nowhere"], r"nowhere holds no config.json; point model.path at a model's folder"),
         (["--ways=fsdp2", "--ranks=1"], "none of --ways=fsdp2 can be measured on --ranks=1"),
         (["--curve=200", "--sizes=100M"], "--sizes has no effect with --curve"),
+        (["--curve=200", "--model=m"], "--model has no effect with --curve"),
     ],
 )
 def test_wrong_arguments_are_refused(words: list[str], message: str) -> None:
@@ -65,10 +67,30 @@ def test_default_cells_have_both_modes_of_the_smaller_model_on_one_and_two_proce
     small = [("100M", mode, processes) for mode in CHECKPOINTING for processes in (1, 2)]
     assert problems == [*small, ("560M", "block", 1), ("560M", "block", 2)]
     assert {c.way for c in cells if c.processes == 2} == {
-        *("ours", "ours-compiled", "peft-documented", "peft-bf16", "fsdp2"),
+        *("ours", "ours-compiled", "peft-documented", "peft-bf16", "peft-bf16-compiled", "fsdp2"),
     }
     for cell in cells:
         compare.job_of(cell, INPUTS)
+
+
+def test_a_real_model_takes_the_place_of_the_default_sizes(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folders / "llama-tied"
+    assert list(step.parse(["--ranks=1"]).sizes) == ["100M", "SmolLM2"]
+    request = step.parse([f"--model={folder}", "--tokens=32"])
+    assert {name: size.model for name, size in request.sizes.items()} == {"llama-tied": str(folder)}
+    assert list(step.parse([f"--model={folder}", "--tokens=32", "--sizes=8M"]).sizes) == ["llama-tied", "8M"]
+    with pytest.raises(UserError, match=r"data.sequence_length=1,024 is beyond the model's 512 positions"):
+        step.parse([f"--model={folder}", "--tokens=1024"])
+
+    def offline(say: object) -> Path:
+        raise UserError("the demo's model could not be downloaded")
+
+    monkeypatch.setattr(step, "smollm2", offline)
+    assert list(step.with_demo(step.parse(["--ranks=1"]).sizes)) == ["100M"]
+    with pytest.raises(UserError, match="could not be downloaded"):
+        step.with_demo(step.parse(["--sizes=SmolLM2"]).sizes)
+    monkeypatch.setattr(step, "smollm2", lambda say: folder)
+    assert step.with_demo(step.parse(["--sizes=SmolLM2"]).sizes)["SmolLM2"].model == str(folder)
 
 
 def test_only_ours_has_the_environment_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:

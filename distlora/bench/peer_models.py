@@ -4,14 +4,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 Storage = Literal["nf4 in bf16", "nf4 in uint8", "bf16"]
 """How a peer keeps its base: bnb_4bit_quant_storage=bfloat16, bitsandbytes' default uint8, or not quantized."""
 
 
-def load_base(folder: Path | str, storage: Storage = "nf4 in uint8", *, device: torch.device | None = None) -> Any:
+def load_base(
+    folder: Path | str,
+    storage: Storage = "nf4 in uint8",
+    *,
+    device: torch.device | None = None,
+    auto_class: str = "AutoModelForCausalLM",
+) -> Any:
     """Load transformers' model of a folder in NF4 with double quantization, onto `device` if it is given."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -20,7 +27,7 @@ def load_base(folder: Path | str, storage: Storage = "nf4 in uint8", *, device: 
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.bfloat16 if storage == "nf4 in bf16" else torch.uint8,
     )
-    return AutoModelForCausalLM.from_pretrained(
+    return getattr(transformers, auto_class).from_pretrained(
         folder,
         quantization_config=config,
         device_map=None if device is None else {"": device},

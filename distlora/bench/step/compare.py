@@ -30,18 +30,24 @@ Checkpointing = Literal["none", "block"]
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "block")
 RANK, LEARNING_RATE = 16, 2e-4
 """Rank and learning rate of the adapters, which are on every linear."""
+DEMO = "SmolLM2"
+"""Size and folder that stand for the model of `distlora demo`."""
 OURS = "ours"
 """The way that the others are compared with."""
+COMPILED_PEER = "peft-bf16-compiled"
+"""The fastest peer under torch.compile."""
 KEPT_PAGES = "peft-bf16-kept-pages"
 """A peer with the environment variables of our workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A random Llama and the step that is measured."""
+    """A model and the step that is measured."""
 
-    settings: dict[str, Any]
-    """config.json of the model."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """config.json of a random Llama."""
+    model: str | None = None
+    """Folder of a real model, or DEMO; None for the random one."""
     rows: int
     """Sequences per step, over all processes."""
     lengths: tuple[int, ...]
@@ -73,6 +79,7 @@ SIZES: dict[str, dict[str, Size]] = {
         "8M": Size(settings=_small(256, 704, 8), rows=4, lengths=(512,), checkpointing=CHECKPOINTING),
         "100M": Size(settings=_small(1024, 2816, 8), rows=4, lengths=(512,), checkpointing=CHECKPOINTING),
         "560M": Size(settings=_small(2048, 5632, 12), rows=2, lengths=(512,)),
+        DEMO: Size(model=DEMO, rows=4, lengths=(512,), checkpointing=CHECKPOINTING),
     },
     "cuda": {
         "8B/4": Size(settings=_slice("meta-llama/Llama-3.1-8B"), rows=2, lengths=(2048, 8192)),
@@ -80,7 +87,7 @@ SIZES: dict[str, dict[str, Size]] = {
     },
 }
 """Sizes by device type. On a GPU: four decoder layers of the named models."""
-DEFAULT_SIZES = {"cpu": ("100M",), "cuda": ("8B/4", "70B/4")}
+DEFAULT_SIZES = {"cpu": ("100M", DEMO), "cuda": ("8B/4", "70B/4")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,7 @@ WAYS: dict[str, Way] = {
     "peft-documented": Way(RECIPE, {"runs": "loop", "recipe": "documented"}, PEFT),
     "peft-bf16": Way(IN_BF16, {"runs": "loop", "recipe": "bf16"}, PEFT),
     KEPT_PAGES: Way(f"{IN_BF16}, the environment of ours", {"runs": "loop", "recipe": "bf16"}, PEFT, by_default=False),
+    COMPILED_PEER: Way(f"{IN_BF16}, torch.compile", {"runs": "loop", "recipe": "compiled"}, PEFT),
     "trainer": Way(f"Trainer + {RECIPE}", {"runs": "trainer"}, ACCELERATE, processes=(1,)),
     "fsdp2": Way(f"accelerate FSDP2 + {RECIPE}", {"runs": "fsdp2", "recipe": "plain"}, ACCELERATE, processes=(2,)),
     "fsdp2-forced": Way(
@@ -224,7 +232,7 @@ class StepInputs:
     model: str
     """Folder of the model."""
     settings: str | None = None
-    """config.json of a random model, as JSON, which is written if it is missing; None for a real one."""
+    """config.json of a random model, as JSON, which is written if it is missing; None for a real one's folder."""
     length: int
     """Tokens per sequence."""
     rows: int
@@ -258,7 +266,7 @@ class StepJob:
     """quant.method of ours."""
     compile: bool = False
     """train.compile of ours."""
-    recipe: Literal["documented", "bf16", "plain", "forced"] = "documented"
+    recipe: Literal["documented", "bf16", "compiled", "plain", "forced"] = "documented"
     """Variant of a peer's loop."""
 
 

@@ -5,7 +5,9 @@ All use the same sequences and initial adapter as ours.
 
 import itertools
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import architecture_of
 from distlora.bench.peer_models import Storage, describe, fsdp2_accelerator, load_base, trained
 from distlora.bench.step.compare import StepJob
 from distlora.bench.step.worker import EndedError, Turns
@@ -69,7 +73,8 @@ def as_inputs(batch: MicroBatch) -> Inputs:
 
 def start(job: StepJob, device: torch.device, *, documented: bool, storage: Storage = "nf4 in uint8") -> Any:
     """Return PEFT's model as its users build it, with the given adapter."""
-    model = load_base(job.model, storage, device=device)
+    auto_class = architecture_of(read_config(Path(job.model)), job.model).auto_class
+    model = load_base(job.model, storage, device=device, auto_class=auto_class)
     recomputes = job.checkpointing == "block"
     if documented:
         model = prepare_model_for_kbit_training(
@@ -77,7 +82,10 @@ def start(job: StepJob, device: torch.device, *, documented: bool, storage: Stor
         )
     elif recomputes:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=RECOMPUTES)
-        model.enable_input_require_grads()
+        if (
+            job.recipe != "compiled"
+        ):  # With use_reentrant=False it changes nothing, and it breaks torch.compile's graph.
+            model.enable_input_require_grads()
     model.config.use_cache = False
     model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True)
     if not documented:
@@ -96,20 +104,35 @@ def loop(job: StepJob, rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
     """Train in a plain loop with fused AdamW, as ours and Trainer use; DistributedDataParallel on several ranks."""
     documented = job.recipe == "documented"
     model = start(job, ranks.device, documented=documented)
+    ran = type(model).__name__
+    if job.recipe == "compiled":
+        model = torch.compile(model)
     if ranks.group is not None:
-        model = DistributedDataParallel(model)
+        model = DistributedDataParallel(model)  # Around the compiled model: the other way round breaks its graph.
+        ran = type(model).__name__
     optimizer = adamw(model, job, fused=True)
 
-    def step(inputs: Inputs) -> Tensor:
+    def backward(inputs: Inputs) -> Tensor:
         with torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=documented):
             loss: Tensor = model(**inputs).loss
         loss.backward()
+        return loss
+
+    def step(inputs: Inputs) -> Tensor:
+        loss = backward(inputs)
         torch.nn.utils.clip_grad_norm_(trained(model), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         return loss
 
-    turns.answer(ran=type(model).__name__)
+    if job.recipe == "compiled":  # Before the turns, so that they do not measure the compiler.
+        began = time.perf_counter()
+        backward(next(batches(rows, job.rows, ranks)))
+        optimizer.zero_grad()
+        seconds, counted = time.perf_counter() - began, torch._dynamo.utils.counters
+        graphs, breaks = counted["stats"]["unique_graphs"], sum(counted["graph_break"].values())
+        ran += f", torch.compile(model): graphs {graphs}, graph breaks {breaks}, {seconds:.0f} s with the first pass"
+    turns.answer(ran=ran)
     run(step, rows, job, ranks, turns)
 
 

@@ -118,7 +118,10 @@ def reading(groups: Sequence[Sequence[Measured]]) -> Iterator[str]:
             f"{_range(memories)} of the memory ({len(pairs)} problem{'s' if len(pairs) > 1 else ''})."
         )
     for group in groups:
-        first = {each.cell.title: each.losses[0] for each in group if each.losses}
+        # A bf16 base of real weights has other losses than their 4-bit copies.
+        first = {
+            each.cell.title: each.losses[0] for each in group if each.losses and "base" not in WAYS[each.cell.way].job
+        }
         # bf16 models that start equal differ by less than 0.02 nats.
         if first and max(first.values()) - min(first.values()) > 0.02:
             by_title = ", ".join(f"{title} {loss:.4f}" for title, loss in first.items())

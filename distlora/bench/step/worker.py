@@ -6,7 +6,6 @@ figures of each turn; or {"failed": reason}. All other output goes to stderr. A 
 """
 
 import contextlib
-import importlib
 import json
 import os
 import sys
@@ -20,8 +19,11 @@ from typing import Any, TextIO
 import numpy as np
 import safetensors.torch
 import torch
+import transformers
 from torch import Tensor
 
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import architecture_of
 from distlora.bench.collectives import Collectives
 from distlora.bench.host import anonymous_bytes, libraries_print_to_stderr, measurement_notes
 from distlora.bench.peer_models import describe
@@ -81,10 +83,11 @@ def make_inputs(request: StepInputs) -> int:
         settings = None if request.settings is None else json.loads(request.settings)
         if settings is not None and not model.exists():
             write_random_checkpoint(model, settings, num_shards=1)
-        if settings is None:
+        if request.data is not None:
             rows = _real_rows(request)
         else:
-            rows = random_rows(request.rows * request.steps, request.length, settings["vocab_size"])
+            vocabulary = architecture_of(read_config(model), model).vocabulary
+            rows = random_rows(request.rows * request.steps, request.length, vocabulary)
         tensors = {name: torch.from_numpy(np.array(getattr(rows, name))) for name in ("tokens", "flags")}
         safetensors.torch.save_file(tensors, folder / f"rows_{request.length}.safetensors")
         for seed in request.seeds:
@@ -242,7 +245,7 @@ def work(job: StepJob, ranks: Ranks, turns: Turns) -> None:
 
         run = getattr(peers, job.runs)
     # Libraries import these when they build the model; they are not part of a step's memory.
-    importlib.import_module("transformers.models.llama.modeling_llama")
+    getattr(transformers, architecture_of(read_config(Path(job.model)), job.model).model_class)
     has_bitsandbytes()
     on_host = ranks.device.type == "cpu" and Path("/proc/self/status").exists()
     turns.answer(imported=anonymous_bytes() if on_host else 0)

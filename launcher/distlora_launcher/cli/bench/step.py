@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distlora.architecture.config_checks import check_config, read_config
 from distlora.bench.step import report
 from distlora.bench.step.compare import (
     CHECKPOINTING,
     DEFAULT_SIZES,
+    DEMO,
     KEPT_PAGES,
     OURS,
     SIZES,
@@ -28,7 +30,7 @@ from distlora.bench.step.compare import (
     prepare,
     reason_against,
 )
-from distlora.config import nearest, require
+from distlora.config import UserError, nearest, require
 from distlora.config.base import cache_root
 from distlora.output.results import Results
 from distlora.system.exit_codes import DONE, FAILED
@@ -39,6 +41,8 @@ from distlora_launcher.demo.model import DATA, smollm2
 from distlora_launcher.launch.workers import ON_CPU, worker_environment
 from distlora_launcher.terminal.arguments import listed, read
 
+NAMES = {"model.path": "--model", "data.sequence_length": "--tokens"}
+"""Arguments for the settings that messages name."""
 CURVE_LENGTH, CURVE_ROWS, CURVE_RATE = 256, 8, 1e-3
 """Tokens per sequence, sequences per step and learning rate of a loss curve."""
 
@@ -50,14 +54,16 @@ class StepArguments:
     The others are PEFT + bitsandbytes in a plain loop (the documented recipe, and all in bf16), transformers' Trainer
     and accelerate's FSDP2, in processes that take turns. Prints tokens/s, their ratios per round, memory, network
     traffic, losses, and the parallel class that ran: on a CPU accelerate replaces FSDP2 by DistributedDataParallel.
-    Libraries that are not installed are named and skipped. About twelve minutes on two idle cores, half an hour with
-    --sizes 100M,560M; on a GPU, slices of Llama 3 8B and 70B.
+    Libraries that are not installed are named and skipped. About forty minutes on two idle cores, two thirds of it for
+    the model of `distlora demo` with its real weights; on a GPU, slices of Llama 3 8B and 70B.
 
     example: distlora bench step --sizes 8M --ways ours,peft-documented
     """
 
     sizes: tuple[str, ...] | None = None
     """N,N: model sizes, listed below."""
+    model: str | None = None
+    """FOLDER: a model in Hugging Face format, instead of the default sizes."""
     ranks: tuple[int, ...] | None = None
     """N,N: numbers of processes, one per GPU; on a CPU they share the cores (default: 1,2)."""
     checkpointing: tuple[str, ...] | None = None
@@ -131,29 +137,33 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> StepBench:
     """Return the request. UserError for an unknown option or a combination that cannot be measured."""
-    sizes = {f"sizes on {'a CPU' if kind == 'cpu' else 'a GPU'}": ", ".join(SIZES[kind]) for kind in ("cpu", "cuda")}
+    known = {f"sizes on {'a CPU' if kind == 'cpu' else 'a GPU'}": ", ".join(SIZES[kind]) for kind in ("cpu", "cuda")}
     ways = {name: f"{way.title}{'' if way.by_default else ' (only if named)'}" for name, way in WAYS.items()}
-    epilog = f"{listed(sizes)}\n\nways:\n{listed(ways)}"
+    epilog = f"{listed(known)}\n\nways:\n{listed(ways)}"
     options = read(StepArguments, "distlora bench step", arguments, epilog=epilog)
     check_counts(options)
-    for name in ("sizes", "steps", "rounds", "tokens", "rows", "checkpointing"):
+    for name in ("sizes", "model", "steps", "rounds", "tokens", "rows", "checkpointing"):
         require(
             options.curve is None or getattr(options, name) is None,
             f"--{name} has no effect with --curve, which has the demo's model and sequences; leave it out",
         )
     gpus = gpu_count()
     device = "cuda" if gpus else "cpu"
-    for name, known in {"sizes": SIZES[device], "checkpointing": CHECKPOINTING, "ways": WAYS}.items():
+    for name, words in {"sizes": SIZES[device], "checkpointing": CHECKPOINTING, "ways": WAYS}.items():
         for word in getattr(options, name) or ():
-            near = nearest(word, known)
-            require(word in known, f"--{name}={word} is not known{near}; write one of {', '.join(known)}")
+            near = nearest(word, words)
+            require(word in words, f"--{name}={word} is not known{near}; write one of {', '.join(words)}")
     modes, lengths = options.checkpointing, () if options.tokens is None else (options.tokens,)
+    sizes = {name: size for name, size in SIZES[device].items() if name in (options.sizes or DEFAULT_SIZES[device])}
+    if options.model is not None:
+        folder = Path(options.model).expanduser().absolute()
+        real = Size(model=str(folder), rows=4, lengths=(512,), checkpointing=CHECKPOINTING)
+        sizes = {folder.name: real} | (sizes if options.sizes else {})
     request = StepBench(
         device=device,
         sizes={
             name: dataclasses.replace(size, rows=options.rows or size.rows, lengths=lengths or size.lengths)
-            for name, size in SIZES[device].items()
-            if name in (options.sizes or DEFAULT_SIZES[device])
+            for name, size in sizes.items()
         },
         ranks=options.ranks or ((1,) if options.curve is not None or gpus == 1 else (1, 2)),
         ways=options.ways or tuple(name for name, way in WAYS.items() if way.by_default),
@@ -175,8 +185,13 @@ def check_sizes(request: StepBench) -> None:
         for ranks in request.ranks:
             require(rows % ranks == 0, f"{rows} sequences per step are not a multiple of --ranks={ranks}; set --rows")
     for name, size in request.sizes.items():
-        longest, most = max(size.lengths), size.settings["max_position_embeddings"]
-        require(longest <= most, f"--tokens={longest} exceeds the {most} positions of {name}; write fewer")
+        longest, most = max(size.lengths), size.settings.get("max_position_embeddings")
+        require(
+            most is None or longest <= most, f"--tokens={longest} exceeds the {most} positions of {name}; write fewer"
+        )
+        if size.model not in (None, DEMO):
+            folder = Path(size.model)
+            check_config(read_config(folder), folder / "config.json", sequence_length=longest)
     require(
         any(WAYS[way].runs_on(ranks) for way in request.ways for ranks in request.ranks),
         f"none of --ways={','.join(request.ways)} can be measured on --ranks={','.join(map(str, request.ranks))}",
@@ -184,9 +199,10 @@ def check_sizes(request: StepBench) -> None:
 
 
 def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Results]:
-    """Measure all cells in turns, on random models."""
+    """Measure all cells in turns, on random tokens."""
     ways = [way for way in request.ways if way not in request.reasons]
-    cells = list(cells_of(request.sizes, ways, processes=request.ranks, checkpointing=request.checkpointing))
+    sizes = with_demo(request.sizes)
+    cells = list(cells_of(sizes, ways, processes=request.ranks, checkpointing=request.checkpointing))
     runner = Runner(environment=environment_of, log=folder / "log", log_line=say)
     by_group = [list(members) for _, members in itertools.groupby(cells, key=lambda cell: cell.group)]
     problems: dict[tuple[str, int], StepInputs] = {}
@@ -195,11 +211,13 @@ def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Res
         cell = members[0]
         key, place = (cell.size, cell.length), folder / cell.size.replace("/", "_")
         if key not in problems:
-            say(f"writing a random model of {cell.size}")
+            size = sizes[cell.size]
+            if size.model is None:
+                say(f"writing a random model of {cell.size}")
             problems[key] = StepInputs(
                 folder=str(place),
-                model=str(place / "model"),
-                settings=json.dumps(request.sizes[cell.size].settings),
+                model=size.model or str(place / "model"),
+                settings=None if size.model else json.dumps(size.settings),
                 length=cell.length,
                 rows=cell.rows,
                 steps=2 + request.steps * request.rounds,
@@ -218,6 +236,20 @@ def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Res
         draw=lambda path: report.draw(groups, path),
     )
     return [each for group in groups for each in group], results
+
+
+def with_demo(sizes: Mapping[str, Size]) -> dict[str, Size]:
+    """Return the sizes with the folder of the demo's model, which is left out if it cannot be had and others can."""
+    there = dict(sizes)
+    if DEMO in there:
+        try:
+            there[DEMO] = dataclasses.replace(there[DEMO], model=str(smollm2(say)))
+        except UserError as error:
+            if len(sizes) == 1:
+                raise
+            say(f"left out: {DEMO}: {error}")
+            del there[DEMO]
+    return there
 
 
 def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Results]:

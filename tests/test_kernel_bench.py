@@ -71,6 +71,8 @@ def test_every_row_is_there_and_right(tmp_path: Path) -> None:
         assert {(shape, "NF4 to bf16", name) for name in ("ours", "ours, plain absmax")} <= found
         for task in ("x A^T", "(x A^T) B^T", "dY B, dB", "dA"):
             assert {name for where, what, name in found if (where, what) == (shape, task)} == {"library GEMM", "ours"}
+    for task in ("RMSNorm", "SwiGLU", "rotary embedding", "cross-entropy"):
+        assert {name for where, what, name in found if (where, what) == ("64", task)} >= {"transformers", "ours"}
     figures = [row[4] for row in cells if len(row) == 9 and row[2] not in ("task", "--")]
     if on_gpu:
         assert all(float(figure) > 0 for figure in figures)

@@ -1,6 +1,6 @@
 """Check the kernels beside library GEMMs and other libraries' sequences, time them, and print Markdown.
 
-    PYTHONPATH=kernels:. python -m bench [dequantize|linear|skinny ...] [--shapes ..] [--m ..] [--markdown FILE]
+    PYTHONPATH=kernels:. python -m bench [dequantize|linear|skinny|elementwise ...] [--shapes ..] [--m ..]
     python -m distlora_kernels.bench ...             the same, where distlora is installed
 
 All shapes and M take some minutes. For the bounds: --shapes llama-70b/o,llama-70b/down --m 16,8192
@@ -25,10 +25,10 @@ import torch
 
 from distlora_kernels.dispatch import interpreted
 
-from . import linear, problem, products
+from . import elementwise, linear, problem, products
 from .table import FORWARD, TRAINING, Rates, Row, legend, markdown, measure_rates
 
-SECTIONS = ("dequantize", "linear", "skinny")
+SECTIONS = ("dequantize", "linear", "skinny", "elementwise")
 _PACKAGES = ("torch", "triton", "bitsandbytes")
 
 
@@ -127,6 +127,8 @@ def _rows(options: argparse.Namespace, device: torch.device, rates: Rates | None
         yield from linear.rows(options.shapes, options.m, options.r, device, rates)
     if "skinny" in options.sections:
         yield from products.skinny_rows(options.shapes, options.m, options.r, device, rates)
+    if "elementwise" in options.sections:
+        yield from elementwise.rows(options.shapes, options.m, device, rates)
 
 
 def _report(rows: Sequence[Row], device: torch.device, rates: Rates | None) -> str:

@@ -118,7 +118,7 @@ def _floor(candidate: Candidate, rates: Rates, seconds: float) -> tuple[float | 
     return (least / seconds if least else None), kind
 
 
-_HEADINGS = ("shape (O x I)", "M", "task", "variant", "us", "x plain", "of the GPU", "peak MiB", "ulps")
+_HEADINGS = ("shape (O x I, N)", "M", "task", "variant", "us", "x plain", "of the GPU", "peak MiB", "ulps")
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -138,10 +138,10 @@ def legend(device: torch.device) -> str:
         runs = "Triton's interpreter" if uses_triton(torch.empty(0, device=device)) else "torch implementations"
         timed = f"No figures: {runs} on the CPU. Outputs and gradients are checked; nothing is timed."
     return (
-        f"{timed} `x plain`: time over that of the first row of the same task, the library's bf16 GEMMs. "
-        "`of the GPU`: fraction of the measured copy bandwidth or GEMM rate, whichever binds, for the task's least "
-        "work. `peak MiB`: beyond the operands, with scratch. `ulps`: the worst 64 x 64 tile of any output, in bf16 "
-        "epsilons."
+        f"{timed} `x plain`: time over that of the first row of the same task: the library's bf16 GEMMs, or "
+        "transformers' operation. `of the GPU`: fraction of the measured copy bandwidth or GEMM rate, whichever binds, "
+        "for the task's least work. `peak MiB`: beyond the operands, with scratch. `ulps`: the worst 64 x 64 tile of "
+        "any output, in bf16 epsilons."
     )
 
 
@@ -171,7 +171,7 @@ def worst_tile_error(actual: Tensor, expected: Tensor) -> float:
     """
     if actual.shape != expected.shape:
         raise ValueError(f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
-    error = (actual.detach().float() - expected.float()).square_()
+    error = (actual.detach().float() - expected.float()).square_().flatten(0, -2)
     rows, columns = min(_TILE, error.shape[0]), min(_TILE, error.shape[1])
     padding = (0, -error.shape[1] % columns, 0, -error.shape[0] % rows)
     if any(padding):

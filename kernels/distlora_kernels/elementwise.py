@@ -1,4 +1,6 @@
-"""Run a decoder layer's elementwise operations on the CPU in one pass over memory each, by elementwise.cpp.
+"""Run a decoder layer's elementwise operations in one pass over memory each.
+
+On the CPU elementwise.cpp runs them, on a GPU elementwise_triton.py.
 
 The operations are RMSNorm, act(gate) * up, the rotary embedding, and a frozen LM head's cross-entropy with its
 gradient. Saved for backward: a norm's input and one fp32 number per row; gate and up of the product; nothing of the
@@ -25,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distlora_kernels import native
+from distlora_kernels.dispatch import on_device_of, uses_triton
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -45,6 +48,17 @@ def _as_c(argument: Any) -> Any:
     if isinstance(argument, float):
         return ctypes.c_float(argument)
     return ctypes.c_int(argument) if isinstance(argument, bool) else ctypes.c_int64(argument)
+
+
+def _run(name: str, first: Tensor, *arguments: Any) -> None:
+    """Run an operation, whose compiled function and Triton wrapper have one name and the same arguments."""
+    if not uses_triton(first):
+        call(name, first.dtype, first, *arguments)
+        return
+    from distlora_kernels import elementwise_triton
+
+    with on_device_of(first):
+        getattr(elementwise_triton, name)(first, *arguments)
 
 
 _makers: dict[int, tuple[weakref.ref[Tensor], Callable[[], Tensor]]] | None = None
@@ -97,29 +111,42 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool)
     return (normal * (1.0 + weight.float())).type_as(x) if plus_one else weight * normal.to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
-    """Return reference_rms_norm; only x gets a gradient, the weight is frozen."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool, out: Tensor | None = None) -> Tensor:
+    """Return reference_rms_norm; only x gets a gradient, the weight is frozen.
+
+    `out`, on a GPU: where to write it, with x's shape and dtype; its rows may be further apart than N.
+    """
     assert not weight.requires_grad, "the gradient of a norm's weight is not computed"
     if weight.dtype != x.dtype:
         return reference_rms_norm(x, weight, eps, plus_one=plus_one)
-    output: Tensor = _RMSNorm.apply(x, weight, eps, plus_one)
+    output: Tensor = _RMSNorm.apply(x, weight, eps, plus_one, () if out is None else (out,))
     x, frozen = x.detach(), weight.detach()
     _register(output, lambda: _normalized(x.contiguous(), frozen, eps, plus_one)[0])
     return output
 
 
-def _normalized(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
+def _output_like(x: Tensor, out: tuple[Tensor, ...]) -> Tensor:
+    """Return the tensor in `out`, a tuple so that autograd takes it for no input, or a new one like x, contiguous."""
+    if not out:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    assert (out[0].shape, out[0].dtype) == (x.shape, x.dtype), f"out {out[0].dtype} {out[0].shape}"
+    assert uses_triton(x), "out is for GPUs"
+    assert _rows_alike(out[0], out[0]), f"out has strides {out[0].stride()}"
+    return out[0].detach()
+
+
+def _normalized(x: Tensor, weight: Tensor, eps: float, plus_one: bool, *out: Tensor) -> tuple[Tensor, Tensor]:
     """Return y and 1 / rms(x) in fp32."""
-    y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-    call("norm_forward", x.dtype, x, weight, y, inverse, inverse.numel(), x.shape[-1], eps, plus_one)
+    y, inverse = _output_like(x, out), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    _run("norm_forward", x, weight, y, inverse, inverse.numel(), x.shape[-1], eps, plus_one)
     return y, inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool, out: tuple[Tensor, ...]) -> Tensor:
         x = x.contiguous()
-        y, inverse = _normalized(x, weight, eps, plus_one)
+        y, inverse = _normalized(x, weight, eps, plus_one, *out)
         ctx.save_for_backward(x, weight, inverse)
         ctx.plus_one = plus_one
         return y
@@ -130,8 +157,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
         rows, columns = inverse.numel(), x.shape[-1]
-        call("norm_backward", x.dtype, dy, x, weight, inverse, dx, rows, columns, ctx.plus_one)
-        return dx, None, None, None
+        _run("norm_backward", dy, x, weight, inverse, dx, rows, columns, ctx.plus_one)
+        return dx, None, None, None, None
 
 
 def reference_gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -139,27 +166,27 @@ def reference_gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """Return reference_gated. Both operands may be halves of one tensor."""
+def gated(gate: Tensor, up: Tensor, activation: Activation, *, out: Tensor | None = None) -> Tensor:
+    """Return reference_gated. Both operands may be halves of one tensor; `out` as in rms_norm."""
     gelu = activation == "gelu_tanh"
     if not _rows_alike(gate, up):
         gate, up = gate.contiguous(), up.contiguous()
-    output: Tensor = _Gated.apply(gate, up, gelu)
+    output: Tensor = _Gated.apply(gate, up, gelu, () if out is None else (out,))
     gate, up = gate.detach(), up.detach()
     _register(output, lambda: _product(gate, up, gelu))
     return output
 
 
-def _product(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
-    y, columns = torch.empty(gate.shape, dtype=gate.dtype), gate.shape[-1]
-    call("gate_forward", y.dtype, gate, up, y, y.numel() // columns, columns, _stride(gate), gelu)
+def _product(gate: Tensor, up: Tensor, gelu: bool, *out: Tensor) -> Tensor:
+    y, columns = _output_like(gate, out), gate.shape[-1]
+    _run("gate_forward", gate, up, y, y.numel() // columns, columns, _stride(gate), gelu)
     return y
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
-        y = _product(gate, up, gelu)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool, out: tuple[Tensor, ...]) -> Tensor:
+        y = _product(gate, up, gelu, *out)
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
         return y
@@ -169,8 +196,8 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         dy, columns = dy.contiguous(), gate.shape[-1]
-        call("gate_backward", dy.dtype, dy, gate, up, dy.numel() // columns, columns, _stride(gate), ctx.gelu)
-        return gate, up, None
+        _run("gate_backward", dy, gate, up, dy.numel() // columns, columns, _stride(gate), ctx.gelu)
+        return gate, up, None, None
 
 
 def _stride(matrix: Tensor) -> int:
@@ -202,33 +229,40 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     """Rotate q and k in place as reference_rotated does, with transformers' signature."""
     assert unsqueeze_dim == 1, "tables are for (B, K, T, E)"
     cos, sin = cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous()
-    return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)
+    rotated: tuple[Tensor, Tensor] = _Rotated.apply(q, k, cos, sin)
+    return rotated
 
 
 class _Rotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, back=False)
+        return _turn(q, k, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return _turn(dx, cos, sin, back=True), None, None
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_turn(dq, dk, *ctx.saved_tensors, back=True), None, None)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
-    """Rotate in place if columns are contiguous and heads do not overlap, else a copy."""
-    if x.stride(-1) != 1 or 0 in x.stride():
-        x = x.contiguous()
+def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
+    """Rotate each in place if columns are contiguous and heads do not overlap, else a copy."""
+    q, k = (x.contiguous() if x.stride(-1) != 1 or 0 in x.stride() else x for x in (q, k))
     if _makers is not None:  # An overwritten output cannot be recomputed.
-        _makers.pop(x.data_ptr(), None)
-    batch, heads, tokens, _ = x.shape
+        _makers.pop(q.data_ptr(), None)
+        _makers.pop(k.data_ptr(), None)
+    if uses_triton(q):
+        from distlora_kernels import elementwise_triton
+
+        with on_device_of(q):
+            elementwise_triton.rotate(q, k, cos, sin, back=back)
+        return q.view_as(q), k.view_as(k)
     batch_stride = 0 if cos.shape[0] == 1 else cos.stride(0)
-    sizes = (batch, heads, tokens, cos.shape[-1])
-    call("rotate", x.dtype, x, cos, sin, *sizes, x.stride(0), x.stride(1), x.stride(2), batch_stride, back)
-    return x.view_as(x)
+    for x in (q, k):
+        batch, heads, tokens, _ = x.shape
+        sizes = (batch, heads, tokens, cos.shape[-1])
+        call("rotate", x.dtype, x, cos, sin, *sizes, x.stride(0), x.stride(1), x.stride(2), batch_stride, back)
+    return q.view_as(q), k.view_as(k)
 
 
 def reference_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,6 +285,6 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     assert (labels.dtype, labels.shape) == (torch.int64, logits.shape[:1]), f"labels {labels.dtype} {labels.shape}"
     contiguous = logits.is_contiguous() and labels.is_contiguous()
     assert contiguous, "logits and labels must be contiguous"
-    losses = torch.empty(labels.shape, dtype=torch.float32)
-    call("cross_entropy", logits.dtype, logits, labels, losses, *logits.shape)
+    losses = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
+    _run("cross_entropy", logits, labels, losses, *logits.shape)
     return losses

@@ -49,7 +49,7 @@ optim.weight_decay=0 optim.max_grad_norm=1 optim.schedule=cosine optim.warmup_ra
 optim.min_lr_ratio=0
 train.objective=sft train.epochs=1 train.max_steps=6 train.global_batch=6 train.micro_batch=1 train.accumulate=step
 train.checkpointing=block train.mlp_tile=null train.keep_dequantized=false train.dtype=bf16 train.attention=auto
-train.deterministic_attention=true train.liger=false train.compile=false train.router_aux_loss=null train.seed=7
+train.deterministic_attention=true train.fused_kernels=none train.compile=false train.router_aux_loss=null train.seed=7
 train.log_every=1 train.eval_every=3 train.eval_documents=false train.early_stopping_patience=null
 train.early_stopping_threshold=0 train.load_best_at_end=false train.save_every=4 train.save_minutes=null
 train.save_in_background=true train.keep=2 train.verify=false train.sample_every=null train.sample_prompts=[]

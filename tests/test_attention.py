@@ -327,7 +327,7 @@ def test_a_start_chooses_by_device_and_says_so(tmp_path: Path, monkeypatch: pyte
         ("cpu", "fp32", "auto", None),
         ("cpu", "bf16", "sdpa", None),
     ):
-        settings = {"dtype": dtype, "liger": False, "deterministic_attention": False, "attention": wanted}
+        settings = {"dtype": dtype, "fused_kernels": "none", "deterministic_attention": False, "attention": wanted}
         config = config_for(tmp_path, train=settings)
         model = build_run_model(config)
         setup.use_device_kernels(model, config.spec, config.train, torch.device(device))
@@ -336,9 +336,9 @@ def test_a_start_chooses_by_device_and_says_so(tmp_path: Path, monkeypatch: pyte
         assert len(model.notes) == (device == "cuda" or note is not None)
         assert all((note or "dense masks") in note for note in model.notes)
     config = config_for(tmp_path)
-    monkeypatch.setattr(fused_modules, "why_not_liger", lambda **_: "it is not installed")
+    monkeypatch.setattr(fused_modules, "why_not_fused", lambda **_: "the norms are trained")
     setup.use_device_kernels(model, config.spec, config.train, torch.device("cuda"))
-    assert model.notes[-1] == "liger-kernel is not used: it is not installed"
+    assert model.notes[-1] == "fused kernels are not used: the norms are trained"
 
 
 @pytest.mark.gpu

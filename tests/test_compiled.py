@@ -20,7 +20,7 @@ from distlora.config.file import build
 from distlora.model import fused_modules
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
-from distlora.model.fused_modules import CompiledRMSNorm
+from distlora.model.fused_modules import FusedRMSNorm
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
 from distlora.post.load_trained import load_trained
@@ -29,7 +29,7 @@ from distlora_kernels import attention as compiled_attention
 from distlora_kernels import elementwise, native
 from distlora_launcher.compose.checks import check_machine, check_model_sizes
 from family_models import load_ours, tokens, write_family_folder
-from test_liger import ONE_EACH, PARTIAL_ROTARY, check_kept, run
+from test_fused_modules import ONE_EACH, PARTIAL_ROTARY, check_kept, run
 from tiers import ci
 
 needs_compiler = pytest.mark.skipif(
@@ -56,7 +56,7 @@ def test_a_decoder_that_is_compiled_computes_what_it_did(name: str, tmp_path: Pa
     model, _ = load_ours(tmp_path, ALONE, train=train)
     expected_losses, expected = run(model, input_ids)
     before = dict(model.named_parameters())
-    said = fused_modules.use_compiled(model.decoder, model.architecture, model.head)
+    said = fused_modules.use_own(model.decoder, model.architecture, model.head, is_gpu=False)
     for block in model.blocks:
         block.remakes = not block.checkpointing
     gated = "GEGLU" if name.startswith("gemma") else "SwiGLU"
@@ -71,7 +71,7 @@ def test_a_decoder_that_is_compiled_computes_what_it_did(name: str, tmp_path: Pa
 
 
 def check(model: CausalLM, input_ids: Tensor, expected_losses: Tensor, expected: list[Tensor]) -> None:
-    """Compare within the bounds of test_liger.py: the order of sums and the last bit of exp."""
+    """Compare within the bounds of test_fused_modules.py: the order of sums and the last bit of exp."""
     losses, gradients = run(model, input_ids)
     assert relative_error(losses, expected_losses) <= 1e-6
     for actual, gradient in zip(gradients, expected, strict=True):
@@ -156,7 +156,7 @@ def test_a_compiled_run_loads_without_a_compiler_and_with_transformers_modules(
         ALONE,
     )
     assert modeling_llama.apply_rotary_pos_emb is own
-    assert not any(isinstance(module, CompiledRMSNorm) for module in again.modules())
+    assert not any(isinstance(module, FusedRMSNorm) for module in again.modules())
 
 
 def config_of(**settings: object) -> Config:

@@ -90,7 +90,7 @@ def torchtune_405b(micro_batch: int) -> float:
     its way; a weight dequantized.
     """
     words = (f"train.micro_batch={micro_batch}", f"train.global_batch={8 * micro_batch}", "data.sequence_length=2048")
-    plan, step = steps(LLAMA3_405B, *words, "adapter.r=16", "cluster.gpus_per_node=8", "train.liger=false")
+    plan, step = steps(LLAMA3_405B, *words, "adapter.r=16", "cluster.gpus_per_node=8", "train.fused_kernels=none")
     shapes = plan.model.shapes
     held = traffic.held_bytes(shapes, 8, quantized=True, itemsize=2) + shapes.adapted_numel(plan.config.adapter)
     root = 2 * 2 * shapes.vocabulary * shapes.hidden

@@ -115,7 +115,12 @@ def planned(run: Published) -> tuple[StepTime, float]:
     config = config_of(
         run.ranks,
         data={"path": "none.jsonl", "sequence_length": run.length},
-        train={"micro_batch": run.rows, "global_batch": batch, "liger": run.fused, **run.train},
+        train={
+            "micro_batch": run.rows,
+            "global_batch": batch,
+            "fused_kernels": "own" if run.fused else "none",
+            **run.train,
+        },
         adapter={"target_modules": "all-linear", **run.adapter},
         quant={} if run.nf4 else {"method": "none"},
         parallel=run.parallel,

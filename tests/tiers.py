@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 
-def ci(*values: Any) -> Any:
-    """Return a case that only `make test-ci` runs."""
-    return pytest.param(*values, marks=pytest.mark.ci)
+def ci(*values: Any, marks: Sequence[pytest.MarkDecorator] = ()) -> Any:
+    """Return a case that only `make test-ci` runs, with further `marks`."""
+    return pytest.param(*values, marks=[pytest.mark.ci, *marks])
 
 
 def diagonal(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:

@@ -222,7 +222,7 @@ def rank_main(
     devices: tuple[tuple[str, int], ...] = ()
     if ranks.device.type == "cuda":
         devices = ((torch.cuda.get_device_name(), torch.cuda.mem_get_info(ranks.device)[1]),) * world
-    here = LocalHardware(devices=devices, has_liger=importlib.util.find_spec("liger_kernel") is not None)
+    here = LocalHardware(devices=devices)
     for cell in rank_cells:
         if rank == 0:
             say(f"{cell.model} on {world} ranks: {cell.backend}, {cell.checkpointing}")

@@ -92,6 +92,9 @@ def load_config(run_dir: str | Path) -> Config:
     require("run_dir" in values, f"{path} is truncated: its last setting, run_dir, is missing; {remedy}")
     if "card" in values:  # The name of this section in runs of earlier versions.
         values = {"gpu": values.pop("card"), **values}
+    train = values.get("train")
+    if isinstance(train, dict) and "liger" in train:
+        values["train"] = {"fused_kernels": "own" if train.pop("liger") else "none", **train}
     tracker = values.get("tracker")
     if isinstance(tracker, dict) and "name" in tracker:  # It named the only tracker in runs of earlier versions.
         values["tracker"] = {**tracker, name: True} if (name := tracker.pop("name")) != "none" else {}

@@ -52,7 +52,7 @@ _SETTINGS = {
     "train.checkpointing": "gradient_checkpointing activation_checkpointing",
     "train.dtype": "bf16 fp16 torch_dtype precision pure_bf16",
     "train.attention": "attn_implementation flash_attention flash_attn xformers_attention sdp_attention",
-    "train.liger": "use_liger_kernel use_liger enable_liger_kernel",
+    "train.fused_kernels": "liger use_liger_kernel use_liger enable_liger_kernel",
     "train.compile": "torch_compile",
     "tracker": "report_to",
     "tracker.project": "wandb_project",

@@ -1,9 +1,10 @@
 """Replace norms, gated MLPs and the rotary embedding of a transformers decoder by ones that pass over memory once.
 
-On CUDA they are liger-kernel's, on the CPU those of elementwise.cpp (train.compile). Norms and MLPs are replaced module
-by module, with the same Parameters and linears under the same names, so loading, sharding and checkpoints are not
-affected. Attention modules look up the rotary embedding, a function, in their Python module, so it is replaced there,
-for the whole process, as liger-kernel's apply_liger_kernel_to_* does. Each start first restores transformers' function.
+On CUDA they are Triton kernels or liger-kernel's (train.fused_kernels), on the CPU those of elementwise.cpp
+(train.compile). Norms and MLPs are replaced module by module, with the same Parameters and linears under the same
+names, so loading, sharding and checkpoints are not affected. Attention modules look up the rotary embedding, a
+function, in their Python module, so it is replaced there, for the whole process, as liger-kernel's
+apply_liger_kernel_to_* does. Each start first restores transformers' function.
 
 liger-kernel's linear cross-entropy is not used: it reads the number of targets on the host (README.md).
 """
@@ -123,7 +124,7 @@ def _eps_of(norm: Any, gemma: bool) -> float:
     return float(norm.eps if gemma else norm.variance_epsilon)
 
 
-class CompiledRMSNorm(nn.Module):
+class FusedRMSNorm(nn.Module):
     """RMSNorm with a frozen weight (N,)."""
 
     weight: nn.Parameter
@@ -145,11 +146,13 @@ def require_compiled() -> None:
         raise UserError(f"train.compile=true: {error}, or set train.compile=false") from error
 
 
-def use_compiled(decoder: Any, architecture: Architecture, head: LossHead, *, outputs_are_kept: bool = False) -> str:
-    """Replace what is compiled, after `require_compiled`. Return a line about what is used."""
+def use_own(
+    decoder: Any, architecture: Architecture, head: LossHead, *, is_gpu: bool, outputs_are_kept: bool = False
+) -> str:
+    """Use distlora_kernels' functions, on the CPU after `require_compiled`. Return a line about what is used."""
     fused = _Fused(
-        name="compiled for this processor",
-        norm=lambda norm, gemma: CompiledRMSNorm(eps=_eps_of(norm, gemma), plus_one=gemma),
+        name="fused kernels" if is_gpu else "compiled for this processor",
+        norm=lambda norm, gemma: FusedRMSNorm(eps=_eps_of(norm, gemma), plus_one=gemma),
         silu=lambda gate, up: gated(gate, up, "silu"),
         gelu=lambda gate, up: gated(gate, up, "gelu_tanh"),
         rotate=rotate,
@@ -161,25 +164,26 @@ def use_compiled(decoder: Any, architecture: Architecture, head: LossHead, *, ou
     return f"{used}, cross-entropy"
 
 
-def why_not_liger(*, device: torch.device, full: bool, fusible: bool = True) -> str | None:
-    """Return why liger-kernel cannot be used; None if it can."""
-    if device.type != "cuda":
-        return f"its kernels need CUDA, this is {device.type}"
+def why_not_fused(*, full: bool, fusible: bool) -> str | None:
+    """Return why no module of a model can be replaced; None if some can."""
     if full:
-        return "adapter=full trains the norms, and no test covers its kernels' gradients of them"
-    if not fusible:
-        return "the model has norms, MLPs or rotary embeddings that its kernels do not compute"
+        return "adapter=full trains the norms, and the kernels compute no gradient of their weights"
+    return None if fusible else "the model has norms, MLPs or rotary embeddings that they do not compute"
+
+
+def require_liger() -> None:
+    """Raise UserError if liger-kernel is missing or too old."""
+    cure = "pip install -U 'distlora[cuda]' brings one, train.fused_kernels=own needs none"
     if importlib.util.find_spec("liger_kernel") is None:
-        return "it is not installed; pip install 'distlora[cuda]' does that, train.liger=false silences this"
+        raise UserError(f"train.fused_kernels=liger, and liger-kernel is not installed; {cure}")
     version = importlib.metadata.version("liger_kernel")
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < FIRST_LIGER:
         oldest = ".".join(map(str, FIRST_LIGER))
-        return f"it is {version}, older than {oldest}; pip install -U liger-kernel brings a newer one"
-    return None
+        raise UserError(f"train.fused_kernels=liger, and liger-kernel is {version}, older than {oldest}; {cure}")
 
 
 def use_liger(decoder: Any, architecture: Architecture, *, outputs_are_kept: bool = False) -> str:
-    """Replace what liger-kernel has a kernel for ("llama" or "gemma" casting). Return a line about what is used."""
+    """Use liger-kernel's modules, after `require_liger`. Return a line about what is used."""
     from liger_kernel.transformers import LigerRMSNorm, liger_rotary_pos_emb
     from liger_kernel.transformers.functional import liger_geglu, liger_swiglu
 

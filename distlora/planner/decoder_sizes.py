@@ -278,11 +278,11 @@ def scores_again(kind: AttentionKind) -> tuple[int, int]:
     return {"documents": (0, 1), "tiles": (1, 1), "sdpa": (0, 1), "eager": (0, 0)}[kind]
 
 
-def fuses(work: Workload, architecture: Architecture, *, is_gpu: bool, has_liger: bool) -> bool:
-    """Return True if norms are fused, by liger-kernel on a GPU or by torch.compile on a CPU.
+def fuses(work: Workload, architecture: Architecture, *, is_gpu: bool) -> bool:
+    """Return True if norms are fused, by train.fused_kernels on a GPU or by train.compile on a CPU.
 
     MLPs and rotary embeddings are fused too if there is no DoRA.
     """
     if work.adapter.method == "full" or architecture.has_experts or not architecture.fusible:
         return False
-    return work.train.liger and has_liger if is_gpu else work.train.compile
+    return work.train.fused_kernels != "none" if is_gpu else work.train.compile

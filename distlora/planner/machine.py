@@ -26,8 +26,6 @@ class LocalHardware:
     unknown. None if there are GPUs that the driver does not describe."""
     host_bytes: int | None = None
     """Available host memory in bytes (`distlora.system.host_memory.available_bytes`); None if unknown."""
-    has_liger: bool = True
-    """True if liger-kernel is installed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +58,6 @@ class Machine:
     """Rates that the user gave, by their settings in `gpu`; plans assume that a run reaches them."""
     price_per_hour: float | None = None
     """Price of one GPU per hour."""
-    has_liger: bool = True
-    """True if liger-kernel is installed; other nodes are assumed to have it, as distlora[cuda] installs it."""
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -98,7 +94,6 @@ def machine_of(spec: GpuConfig, cluster: ClusterConfig, *, found: LocalHardware 
         has_nvlink=None if gpu is None else gpu.has_nvlink,
         measured=frozenset(name for name in RATES if getattr(spec, name) is not None),
         price_per_hour=spec.price_per_hour,
-        has_liger=here.has_liger or not is_here,
     )
 
 

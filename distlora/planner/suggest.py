@@ -265,9 +265,7 @@ def _other_gpu(plan: Plan) -> Fitting | None:
         named |= {} if plan.config.gpu.memory_gib is None else {"gpu.memory_gib": None}
         config = plan.config.if_valid(named)
         if config is not None and gpu.usable_bytes > (plan.machine.usable_bytes or 0):
-            host_bytes, has_liger = plan.machine.host_bytes, plan.machine.has_liger
-            machine = machine_of(config.gpu, config.cluster)
-            machine = dataclasses.replace(machine, host_bytes=host_bytes, has_liger=has_liger)
+            machine = dataclasses.replace(machine_of(config.gpu, config.cluster), host_bytes=plan.machine.host_bytes)
             fitting = _elsewhere(named, plan_of(config, plan.model, machine))
             if fitting is not None:
                 return fitting

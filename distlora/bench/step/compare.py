@@ -177,7 +177,7 @@ def reason_against(way: str, device: str) -> str | None:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     if way == "ours-compiled":
         return (
-            "train.compile is for CPUs; on a GPU liger-kernel does the same"
+            "train.compile is for CPUs; on a GPU train.fused_kernels does the same"
             if device == "cuda"
             else native.unavailable_reason()
         )

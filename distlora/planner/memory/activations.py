@@ -102,7 +102,7 @@ class Costs(LayerRun):
         balanced = work.train.router_aux_loss
         if balanced is None:
             balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
-        fused = fuses(work, architecture, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
+        fused = fuses(work, architecture, is_gpu=machine.is_gpu)
         return cls(
             decoder=decoder,
             ranks=ranks_of_blocks(work, shapes)[0],

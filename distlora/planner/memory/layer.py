@@ -8,7 +8,7 @@ tests/test_activations.py measures them. In the dtype of the run, of b bytes:
     MLP         norm, linears (X, X A^T), act(gate) up, linear (P, P A^T), [norm after it]
     experts     norm, router, rows of the chosen experts, linear, act(gate) up, linear, weighted sum
 
-A norm of transformers keeps an fp32 copy of its input, liger-kernel's (`fused`) the input itself; its gated MLP keeps
+A norm of transformers keeps an fp32 copy of its input, a fused one (`fused`) the input itself; a fused gated MLP keeps
 no act(gate). What an adapter's linear reads is kept for dA; a linear without one keeps nothing. With DoRA a linear
 keeps its output for the magnitude's gradient, unless something else keeps that very tensor. A token has one row per
 expert that it chooses, so nothing depends on balanced routing.
@@ -203,7 +203,7 @@ class LayerRun:
     row: int = 1
     """Tokens per sequence, which dense masks and scores grow with."""
     fused: bool = False
-    """True if norms are liger-kernel's, or compiled on the CPU; without DoRA also gated MLPs and rotary embeddings."""
+    """True if norms are fused; without DoRA also gated MLPs and rotary embeddings."""
     remakes: bool = False
     """True if outputs of compiled norms and gated products are made again in backward and not kept."""
     dora: bool = False
@@ -227,14 +227,14 @@ class LayerRun:
 
     @property
     def fused_mlp(self) -> bool:
-        """True if the MLP is fused; with DoRA, liger-kernel would overwrite outputs that gradients read."""
+        """True if the MLP is fused; with DoRA, it would overwrite outputs that gradients read."""
         return self.fused and not self.dora
 
     def norm(self, columns: int, rows: int = 1) -> Operation:
         """Return a norm of `rows` vectors per token with `columns` columns together.
 
         LlamaRMSNorm and similar keep x in fp32 and its inverse root mean square; backward takes five fp32 tensors. The
-        residual stream is fp32 in an fp32 run. liger-kernel keeps x, and makes the gradient of x.
+        residual stream is fp32 in an fp32 run. A fused norm keeps x, and makes the gradient of x.
         """
         b = self.itemsize
         if self.fused:
@@ -364,7 +364,7 @@ class LayerRun:
         return min(of_token, bound / self.tokens)
 
     def rotary(self) -> Operation:
-        """Return apply_rotary_pos_emb: gradients of inputs, four products with the tables; liger-kernel is in place."""
+        """Return apply_rotary_pos_emb: gradients of inputs, four products with the tables; fused, in place."""
         b, sizes = self.itemsize, self.decoder
         made = 0 if self.fused_mlp else 4 * b * sizes.queries
         return Operation(0, (TransientMemory(made),), b * (sizes.queries + 2 * sizes.keys))
@@ -414,7 +414,7 @@ class LayerRun:
     def gates(self) -> Operation:
         """Return act(gate) * up, which keeps gate, up and act(gate), and makes gradients of act(gate) and up.
 
-        liger-kernel keeps no act(gate), and writes gradients over gate and up.
+        A fused product keeps no act(gate), and writes gradients over gate and up.
         """
         b, inner = self.itemsize, self.decoder.inner
         if self.fused_mlp:

@@ -2,7 +2,7 @@
 
 Each launch reads its operands and writes its result once. The launches of linears are those of
 kernels/distlora_kernels/lora_gpu.py; other operations are those that transformers' code calls (a norm: eight in fp32),
-or liger-kernel's (one). tests/test_plan_work.py compares both.
+or a fused kernel (one). tests/test_plan_work.py compares both.
 
 Letters: M rows (tokens), S rows of experts (M x experts that a token chooses), I in features, O out features, R rank,
 E bytes of an element, V vocabulary, H hidden size.
@@ -60,7 +60,7 @@ class KernelOptions:
     norms_in_fp32: bool = False
     """True if norms multiply by their weight in fp32 (Gemma)."""
     fused_norms: bool = False
-    """True if norms are liger-kernel's, or compiled."""
+    """True if norms are fused."""
     fused: bool = False
     """True if gated MLPs and rotary embeddings are too."""
     is_gpu: bool = True
@@ -391,7 +391,7 @@ def norm(numel: int, how: KernelOptions, *, backward: bool = False) -> KernelLau
     """Return an RMSNorm.
 
     transformers' form casts to fp32, squares, averages, scales and casts back, and multiplies by the weight (in fp32
-    for Gemma); backward takes 17 fp32 passes. liger-kernel reads x (and dy) and writes y (dx).
+    for Gemma); backward takes 17 fp32 passes. A fused one reads x (and dy) and writes y (dx).
     """
     e = how.itemsize
     if how.fused_norms:
@@ -409,7 +409,7 @@ def gated(numel: int, how: KernelOptions, *, backward: bool = False) -> KernelLa
 
 
 def rotary(numel: int, how: KernelOptions, *, backward: bool = False) -> KernelLaunch:
-    """Return the rotary embedding: two products with tables, a rotation, a sum; liger-kernel: one launch in place."""
+    """Return the rotary embedding: two products with tables, a rotation, a sum; fused: one launch in place."""
     if how.fused:
         return KernelLaunch("elementwise", 2 * how.itemsize * numel)
     return KernelLaunch("elementwise", (14 if backward else 10) * how.itemsize * numel, launches=14 if backward else 10)

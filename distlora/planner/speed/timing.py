@@ -161,7 +161,7 @@ def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> Ker
     """Return the options of a workload's computation on a machine."""
     architecture = model.shapes.architecture
     decoder = Decoder.of(architecture)
-    fused = fuses(work, architecture, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
+    fused = fuses(work, architecture, is_gpu=machine.is_gpu)
     decodes = machine.is_gpu and work.train.dtype == "bf16"
     return KernelOptions(
         itemsize=traffic.DTYPE_BYTES[work.train.dtype],
@@ -418,8 +418,6 @@ def _assumptions(work: Workload, machine: Machine, document: int | None) -> list
     if document is not None and document < length:
         documents = f"sequences of {length:,} tokens hold documents of {document:,}"
     assumptions = [documents]
-    if machine.is_gpu and work.train.liger and machine.has_liger:
-        assumptions.append("liger-kernel is installed if the run can use it")
     if machine.is_gpu and work.train.deterministic_attention:
         assumptions.append("deterministic attention gradients cost no extra time")
     if work.parallel.resident_blocks == "auto" and machine.ranks > 1:

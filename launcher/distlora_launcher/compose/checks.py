@@ -132,10 +132,19 @@ def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: Optim
         )
     if optim.name not in ("adamw", "muon"):
         require_package("bitsandbytes", f"optim.name={optim.name}", otherwise=", or set optim.name=adamw")
+    if train.fused_kernels == "liger":
+        if gpu_count() == 0:
+            raise UserError(
+                field="train.fused_kernels",
+                value="liger",
+                reason="is for GPUs, and this node has none",
+                cure="leave it out",
+            )
+        require_package("liger_kernel", "train.fused_kernels=liger", otherwise=", or set train.fused_kernels=own")
     if train.compile:
         reason = native.unavailable_reason()
         if gpu_count() > 0:
-            reason = "is for the CPU, and this node has a GPU, where train.liger=true does the same"
+            reason = "is for the CPU, and this node has a GPU, where train.fused_kernels does the same"
         elif reason is not None:
             reason = f"needs a C++ compiler: {reason}"
         if reason is not None:

@@ -5,7 +5,6 @@ The plan is calculated (distlora/planner/) from the sizes in config.json and the
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -171,7 +170,6 @@ def found_here(*, asks_driver: bool = True) -> LocalHardware:
     return LocalHardware(
         devices=devices() if asks_driver else (),
         host_bytes=host_memory.available_bytes(),
-        has_liger=importlib.util.find_spec("liger_kernel") is not None,
     )
 
 

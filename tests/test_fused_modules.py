@@ -1,10 +1,12 @@
-"""liger-kernel's modules in our decoders: the numbers of transformers' own, the same parameters under the same names.
+"""Fused modules of a GPU in our decoders: the numbers of transformers' own, the same parameters under the same names.
 
-liger-kernel comes with the extra `cuda`; without a GPU its kernels run in Triton's interpreter (conftest.py), ours not.
+liger-kernel comes with the extra `cuda`. Without a GPU its kernels and the elementwise ones of distlora run in Triton's
+interpreter (conftest.py), the adapted linears on the CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -17,22 +19,26 @@ from torch import Tensor
 
 from accounting import Kept, flash_like
 from closeness import relative_error
+from distlora.config import UserError
 from distlora.model import fused_modules
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
-from distlora.model.fused_modules import use_liger, why_not_liger
+from distlora.model.fused_modules import require_liger, use_liger, use_own, why_not_fused
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
 from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
 from distlora.planner.memory.activations import Costs
 from distlora.training import setup
+from distlora_kernels import elementwise
 from family_models import load_ours, tokens, write_family_folder
+from tiers import ci
 
 needs_liger = pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed (the extra `cuda`)"
 )
 ONE_EACH = ("llama-biases", "mistral-window", "qwen2-tied-window", "qwen3", "gemma2", "gemma3-text", "gemma3", "phi3")
 PARTIAL_ROTARY = "phi3-longrope-tied"
+LIGER = pytest.param("liger", marks=needs_liger)
 RANKS = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
 
 
@@ -64,17 +70,25 @@ def interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("liger_kernel.ops.geglu.tanh", elementwise(np.tanh))
 
 
-def test_unsupported_cases_of_liger_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "need CUDA" in str(why_not_liger(device=torch.device("cpu"), full=False))
-    assert "trains the norms" in str(why_not_liger(device=torch.device("cuda"), full=True))
-    assert "do not compute" in str(why_not_liger(device=torch.device("cuda"), full=False, fusible=False))
+def fuse(kernels: str, model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> str:
+    if kernels == "liger":
+        return use_liger(model.decoder, model.architecture)
+    monkeypatch.setattr(elementwise, "uses_triton", lambda tensor: True)
+    return use_own(model.decoder, model.architecture, model.head, is_gpu=True)
+
+
+def test_unsupported_cases_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "trains the norms" in str(why_not_fused(full=True, fusible=True))
+    assert "do not compute" in str(why_not_fused(full=False, fusible=False))
+    assert why_not_fused(full=False, fusible=True) is None
     monkeypatch.setattr(fused_modules.importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in str(why_not_liger(device=torch.device("cuda"), full=False))
+    with pytest.raises(UserError, match=r"not installed; .*train.fused_kernels=own"):
+        require_liger()
     monkeypatch.setattr(fused_modules.importlib.util, "find_spec", lambda name: object())
-    for version, reason in (("0.8.0", "it is 0.8.0, older than 0.8.5"), ("0.8.5", None), ("0.10.0.dev1", None)):
+    for version, old in (("0.8.0", True), ("0.8.5", False), ("0.10.0.dev1", False)):
         monkeypatch.setattr(fused_modules.importlib.metadata, "version", lambda name, version=version: version)
-        said = why_not_liger(device=torch.device("cuda"), full=False)
-        assert said is None if reason is None else reason in str(said)
+        with pytest.raises(UserError, match=r"0\.8\.0, older than 0\.8\.5") if old else contextlib.nullcontext():
+            require_liger()
 
 
 def run(model: CausalLM, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -84,23 +98,32 @@ def run(model: CausalLM, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
     return losses.detach(), list(torch.autograd.grad(losses.sum() / input_ids.numel(), parameters))
 
 
-@pytest.mark.ci
-@needs_liger
-@pytest.mark.parametrize("name", [*ONE_EACH, PARTIAL_ROTARY])
-def test_a_decoder_with_liger_computes_what_it_did(name: str, tmp_path: Path, interpretable: None) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "name"),
+    [
+        ("own", "llama-biases"),
+        ("own", "gemma2"),
+        *(ci("own", name) for name in (*ONE_EACH, PARTIAL_ROTARY) if name not in ("llama-biases", "gemma2")),
+        *(ci("liger", name, marks=[needs_liger]) for name in (*ONE_EACH, PARTIAL_ROTARY)),
+    ],
+)
+def test_a_decoder_with_fused_kernels_computes_what_it_did(
+    kernels: str, name: str, tmp_path: Path, interpretable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_family_folder(tmp_path, name)
     # With and without recomputation: the rotary embedding and the MLP's backward overwrite what they are given.
     checkpointing = "block" if name in ("llama-biases", "gemma2") else "none"
-    train = {"dtype": "fp32", "checkpointing": checkpointing, "liger": False}
+    train = {"dtype": "fp32", "checkpointing": checkpointing, "fused_kernels": "none"}
     model, _ = load_ours(tmp_path, RANKS, train=train)
     input_ids = tokens(2, 4).to(RANKS.device)
     expected_losses, expected = run(model, input_ids)
     before = dict(model.named_parameters())
     module = sys.modules[type(model.decoder).__module__]
 
-    said = use_liger(model.decoder, model.architecture)
+    said = fuse(kernels, model, monkeypatch)
 
-    assert module.apply_rotary_pos_emb.__module__.startswith("liger_kernel")
+    home = "liger_kernel" if kernels == "liger" else "distlora_kernels"
+    assert module.apply_rotary_pos_emb.__module__.startswith(home)
     gated = "GEGLU" if name.startswith("gemma") else "SwiGLU"
     norms = {"gemma2": 13, "gemma3": 19, "gemma3-text": 19, "qwen3": 13}.get(name, 7)
     assert f"RMSNorm ({norms}), {gated} (3), rotary embedding" in said
@@ -112,8 +135,8 @@ def test_a_decoder_with_liger_computes_what_it_did(name: str, tmp_path: Path, in
     for actual, gradient in zip(gradients, expected, strict=True):
         assert relative_error(actual, gradient) <= 3e-6
     if name in ("gemma2", "phi3"):
-        # Norms and MLPs are liger-kernel's where their half of a block is run in tiles: its backward writes over what
-        # the tile made anew.
+        # Norms and MLPs are fused where their half of a block is run in tiles: backward writes over what the tile made
+        # anew.
         place_mlps(model.blocks, model.architecture, tile=3)
         losses, gradients = run(model, input_ids)
         assert relative_error(losses, expected_losses) <= 1e-6
@@ -121,12 +144,13 @@ def test_a_decoder_with_liger_computes_what_it_did(name: str, tmp_path: Path, in
             assert relative_error(actual, gradient) <= 3e-6
 
 
-@pytest.mark.ci
-@needs_liger
-def test_saved_bytes_of_a_layer_with_liger_are_those_planned(tmp_path: Path, interpretable: None) -> None:
+@pytest.mark.parametrize("kernels", ["own", ci("liger", marks=[needs_liger])])
+def test_saved_bytes_of_a_fused_layer_are_those_planned(
+    kernels: str, tmp_path: Path, interpretable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_family_folder(tmp_path, "qwen3")
-    model, _ = load_ours(tmp_path, RANKS, train={"dtype": "fp32", "checkpointing": "none", "liger": False})
-    use_liger(model.decoder, model.architecture)
+    model, _ = load_ours(tmp_path, RANKS, train={"dtype": "fp32", "checkpointing": "none", "fused_kernels": "none"})
+    fuse(kernels, model, monkeypatch)
     check_kept(model, tmp_path, Kept(), remakes=False)
 
 
@@ -145,18 +169,18 @@ def check_kept(model: CausalLM, folder: Path, kept: Kept, *, remakes: bool) -> N
     assert costs.kept("none") == pytest.approx(kept.nbytes / 16 / 3, rel=0.03)
 
 
-@needs_liger
+@pytest.mark.parametrize("kernels", ["own", LIGER])
 def test_a_model_is_built_sharded_and_loaded_with_it(
-    tmp_path: Path, interpretable: None, monkeypatch: pytest.MonkeyPatch
+    kernels: str, tmp_path: Path, interpretable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a start does it: exchanged on meta, before the weights are there."""
     write_family_folder(tmp_path, "gemma3")
-    train = {"dtype": "fp32", "liger": False}
+    train = {"dtype": "fp32", "fused_kernels": "none"}
     input_ids = tokens(2, 4).to(RANKS.device)
     model, _ = load_ours(tmp_path, RANKS, train=train)
     expected, _ = run(model, input_ids)
-    monkeypatch.setattr(setup, "use_device_kernels", lambda model, *_: use_liger(model.decoder, model.architecture))
+    monkeypatch.setattr(setup, "use_device_kernels", lambda model, *_: fuse(kernels, model, monkeypatch))
     model, _ = load_ours(tmp_path, RANKS, train=train)
-    assert type(model.decoder.norm).__name__ == "LigerRMSNorm"
+    assert type(model.decoder.norm).__name__ == ("LigerRMSNorm" if kernels == "liger" else "FusedRMSNorm")
     losses, _ = run(model, input_ids)
     assert relative_error(losses, expected) <= 1e-6

@@ -133,7 +133,7 @@ def test_a_decoder_with_fused_kernels_computes_what_it_did(
     losses, gradients = run(model, input_ids)
     assert relative_error(losses, expected_losses) <= 1e-6
     for actual, gradient in zip(gradients, expected, strict=True):
-        assert relative_error(actual, gradient) <= 3e-6
+        assert relative_error(actual, gradient) <= 5e-6  # Of all together it is below 1e-6.
     if name in ("gemma2", "phi3"):
         # Norms and MLPs are fused where their half of a block is run in tiles: backward writes over what the tile made
         # anew.
@@ -141,7 +141,7 @@ def test_a_decoder_with_fused_kernels_computes_what_it_did(
         losses, gradients = run(model, input_ids)
         assert relative_error(losses, expected_losses) <= 1e-6
         for actual, gradient in zip(gradients, expected, strict=True):
-            assert relative_error(actual, gradient) <= 3e-6
+            assert relative_error(actual, gradient) <= 5e-6
 
 
 @pytest.mark.parametrize("kernels", ["own", ci("liger", marks=[needs_liger])])

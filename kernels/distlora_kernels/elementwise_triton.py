@@ -40,12 +40,6 @@ def _rounded(x, pointer):
 
 
 @triton.jit
-def _normalized(x, inverse, weight, y_ptr, PLUS_ONE: tl.constexpr):
-    normal = x * inverse[:, None]
-    return normal * (1.0 + weight) if PLUS_ONE else weight * _rounded(normal, y_ptr)
-
-
-@triton.jit
 def _norm_forward_kernel(
     x_ptr,
     weight_ptr,
@@ -63,32 +57,34 @@ def _norm_forward_kernel(
     """Compute y and inverse[row] = 1 / rms(x[row]). `WHOLE`: COLUMNS hold a row, which is then read once."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     held = (row < rows)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    x_row, y_row = x_ptr + row[:, None] * columns, y_ptr + row[:, None] * y_stride
-    mask = held & (column < columns)
-    x = tl.load(x_row + column, mask=mask, other=0.0).to(tl.float32)
-    squares = x * x
-    if not WHOLE:
-        for start in range(COLUMNS, columns, COLUMNS):
-            more = tl.load(x_row + start + column, mask=held & (start + column < columns), other=0.0).to(tl.float32)
-            squares += more * more
+    end = COLUMNS if WHOLE else columns
+    x = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        x = tl.load(x_ptr + row[:, None] * columns + column, mask=held & (column < columns), other=0.0).to(tl.float32)
+        squares += x * x
     inverse = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / columns + eps)
     tl.store(inverse_ptr + row, inverse, mask=row < rows)
-    weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    tl.store(y_row + column, _normalized(x, inverse, weight, y_ptr, PLUS_ONE).to(y_ptr.dtype.element_ty), mask=mask)
-    if not WHOLE:
-        for start in range(COLUMNS, columns, COLUMNS):
-            mask = held & (start + column < columns)
-            x = tl.load(x_row + start + column, mask=mask, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + start + column, mask=start + column < columns, other=0.0).to(tl.float32)
-            y = _normalized(x, inverse, weight, y_ptr, PLUS_ONE)
-            tl.store(y_row + start + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+    for start in range(0, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        mask = held & (column < columns)
+        weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+        if not WHOLE:
+            x = tl.load(x_ptr + row[:, None] * columns + column, mask=mask, other=0.0).to(tl.float32)
+        normal = x * inverse[:, None]
+        y = normal * (1.0 + weight) if PLUS_ONE else weight * _rounded(normal, y_ptr)
+        tl.store(y_ptr + row[:, None] * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _weighted(dy, weight, dx_ptr, PLUS_ONE: tl.constexpr):
-    """Return the gradient of x / rms(x)."""
-    return dy * (1.0 + weight) if PLUS_ONE else _rounded(dy * weight, dx_ptr)
+def _norm_gradient(dy_ptr, x_ptr, weight_ptr, at, column, held, columns, PLUS_ONE: tl.constexpr):
+    """Return the gradient of x / rms(x), and x."""
+    mask = held & (column < columns)
+    dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return dy * (1.0 + weight) if PLUS_ONE else _rounded(dy * weight, dy_ptr), x
 
 
 @triton.jit
@@ -108,38 +104,29 @@ def _norm_backward_kernel(
     """Compute dx = g inverse - x inverse^3 <g, x> / N, where g is the gradient of x / rms(x)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     held = (row < rows)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    at = row[:, None] * columns + column
-    mask = held & (column < columns)
-    dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    g = _weighted(dy, weight, dx_ptr, PLUS_ONE)
-    products = g * x
-    if not WHOLE:
-        for start in range(COLUMNS, columns, COLUMNS):
-            more = held & (start + column < columns)
-            dy = tl.load(dy_ptr + at + start, mask=more, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + start + column, mask=start + column < columns, other=0.0).to(tl.float32)
-            more_x = tl.load(x_ptr + at + start, mask=more, other=0.0).to(tl.float32)
-            products += _weighted(dy, weight, dx_ptr, PLUS_ONE) * more_x
+    end = COLUMNS if WHOLE else columns
+    g, x = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+    products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        at = row[:, None] * columns + column
+        g, x = _norm_gradient(dy_ptr, x_ptr, weight_ptr, at, column, held, columns, PLUS_ONE)
+        products += g * x
     inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)
     shift = tl.sum(products, axis=1) * inverse * inverse * inverse / columns
-    tl.store(dx_ptr + at, (g * inverse[:, None] - x * shift[:, None]).to(dx_ptr.dtype.element_ty), mask=mask)
-    if not WHOLE:
-        for start in range(COLUMNS, columns, COLUMNS):
-            mask = held & (start + column < columns)
-            dy = tl.load(dy_ptr + at + start, mask=mask, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + start + column, mask=start + column < columns, other=0.0).to(tl.float32)
-            x = tl.load(x_ptr + at + start, mask=mask, other=0.0).to(tl.float32)
-            dx = _weighted(dy, weight, dx_ptr, PLUS_ONE) * inverse[:, None] - x * shift[:, None]
-            tl.store(dx_ptr + at + start, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    for start in range(0, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        at = row[:, None] * columns + column
+        if not WHOLE:
+            g, x = _norm_gradient(dy_ptr, x_ptr, weight_ptr, at, column, held, columns, PLUS_ONE)
+        dx = g * inverse[:, None] - x * shift[:, None]
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=held & (column < columns))
 
 
 def _norm_tile(columns: int) -> dict[str, int | bool]:
     """Return the tile and the number of warps: 8 or 16 elements per thread, 32 in the longest rows that stay whole."""
     if columns > NORM_COLUMNS:
-        return {"ROWS": 1, "COLUMNS": LONG_ROW_COLUMNS, "WHOLE": False, "num_warps": 16}
+        return {"ROWS": 1, "COLUMNS": LONG_ROW_COLUMNS, "WHOLE": False, "num_warps": 8}
     padded = triton.next_power_of_2(columns)
     rows = max(1, NORM_TILE // padded)
     num_warps = min(16, max(NUM_WARPS, padded // 512))

@@ -42,7 +42,7 @@ HOMES = {
     "peft": "distlora.bench distlora.derive.check distlora.post distlora_launcher.demo",
     "accelerate": "distlora.bench",
     "lm_eval": "distlora.post.evaluate",
-    "liger_kernel": "distlora.model.fused_modules",
+    "liger_kernel": "distlora.model.fused_modules distlora_kernels.bench",
     "gguf": "distlora.post.export",
     "llama_cpp": "distlora.post.export",
     "matplotlib": "distlora.output distlora.analysis distlora.planner distlora_launcher",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,18 @@ transformers.utils.logging.disable_progress_bar()  # Such as that of a small mod
 # A shell starts background jobs (`make test &`) with SIGINT ignored, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """With `-m gpu`, skip the files that import what a bare GPU machine lacks; in any other run they are errors."""
+    report = yield
+    missing = re.search(r"(?:ModuleNotFound|Import)Error: (.*)", str(report.longrepr))
+    if report.failed and missing is not None and collector.config.getoption("markexpr") == "gpu":
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {missing[1]}")
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ from distlora.config.plan import CONTEXT_BYTES, GPUS
 from distlora.planner.machine import LocalHardware, Machine, machine_of
 from distlora.planner.model import built_in, cached_snapshot, find_model
 from distlora.system import host_memory
-from distlora_launcher.compose import planning
+from distlora_launcher.compose import checks, planning
 from distlora_launcher.compose.planning import choices
 from launcher_fakes import write_model
 from plan_inputs import composed
@@ -114,6 +114,19 @@ QUERY = "--query-gpu=name,memory.total,uuid,mig.mode.current --format=csv,nohead
 H100 = "NVIDIA H100 80GB HBM3, 81559, GPU-1c, Disabled"
 GEFORCE = "NVIDIA GeForce RTX 4090, 24564, GPU-8f, [N/A]"
 SMALL = "NVIDIA T400 4GB, 4096, GPU-8e, [N/A]"
+
+
+def test_gpus_are_counted_that_this_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(checks, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert checks.gpu_count() == 2
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name == "nvidia1")  # As in a container of one GPU.
+    assert checks.gpu_count() == 1
+    for variable, count in {"": 0, "-1": 0, "0": 1, "GPU-8f,1": 2, "0,-1,1": 1}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+        assert checks.gpu_count() == count
 
 
 class Driver:

@@ -163,6 +163,12 @@ def test_gpu_copies_hold_the_state_when_queued() -> None:
             assert torch.equal(copied, torch.full_like(copied, value))
 
 
+def test_ranks_name_the_gpu_that_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert Ranks(0, 1, torch.device("cuda"), None).device == torch.device("cuda", 3)  # As cuda.set_device needs it.
+    assert Ranks(0, 1, torch.device("cuda", 1), None).device == torch.device("cuda", 1)
+
+
 @pytest.mark.parametrize("damage", FAULTS, ids=lambda damage: damage.__name__)
 def test_failing_disk_costs_no_checkpoint_and_no_run(damage: Break, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from distlora import __version__
 from distlora.checkpoint.files import Files, atomic_folder, write_files
 from distlora.checkpoint.state import Progress, TrainState
 from distlora.config import UserError
@@ -94,7 +95,7 @@ def environment(world: int, device: torch.device, *, compiles: bool = False) -> 
         "ranks": world,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if is_cuda else torch.backends.cpu.get_cpu_capability(),
-        "distlora": importlib.metadata.version("distlora"),
+        "distlora": __version__,
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),

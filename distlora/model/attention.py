@@ -66,8 +66,9 @@ def masks_of_documents(decoder: nn.Module, position_ids: Tensor) -> Tensor | dic
     weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
     # Only its dtype, device and first two dimensions are read.
     embeds = torch.empty((*position_ids.shape, 0), dtype=weight.dtype, device=position_ids.device)
+    # The fourth argument is a cache, named past_key_values by older versions.
     masks: Tensor | dict[str, Tensor | None] | None = create_masks_for_generate(
-        config=config, inputs_embeds=embeds, attention_mask=None, cache=None, position_ids=position_ids
+        config, embeds, None, None, position_ids=position_ids
     )
     return masks
 

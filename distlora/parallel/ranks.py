@@ -35,6 +35,11 @@ class Ranks:
     timeout: timedelta | None = None
     """Seconds after which torch ends a collective; None: torch's default."""
 
+    def __post_init__(self) -> None:
+        # torch.cuda.set_device, for one, refuses a device without an index.
+        if self.device.type == "cuda" and self.device.index is None:
+            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
+
     @property
     def leads_machine(self) -> bool:
         """True on the rank that does what a node needs once."""

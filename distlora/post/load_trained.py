@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ from distlora.loading.decomposed_adapters import load_initial_factors
 from distlora.loading.peft_format import load_peft_adapter, whole_modules
 from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
-from distlora.post.trained import BASE_ALONE, BY_FLAG, Trained
+from distlora.post.trained import BASE_ALONE, BY_FLAG, Trained, versions
 from distlora.run_folder.layout import CHECKPOINTS, STATE_NAME, newest, steps
 from distlora.system.exit_codes import DONE, FAILED, run_to_exit_code
 from distlora.system.progress import say
@@ -139,5 +138,5 @@ def made_on(device: torch.device, *packages: str) -> dict[str, Any]:
     return {
         "date": f"{datetime.date.today():%Y-%m-%d}",
         "device": f"{device.type} ({name})",
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "versions": versions(*packages),
     }

@@ -7,11 +7,13 @@ beside it.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from distlora import __version__
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import (
     AdapterConfig,
@@ -187,3 +189,8 @@ def find_weights(run_dir: Path, spec: ModelSpec, adapter: str | None, checkpoint
         f"write --adapter {BASE_ALONE} for the base alone",
     )
     return run_dir / CHECKPOINTS
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of packages, to report with a result. distlora's is known where it is not installed."""
+    return {name: __version__ if name == "distlora" else importlib.metadata.version(name) for name in packages}

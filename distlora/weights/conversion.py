@@ -133,21 +133,21 @@ def _rules(transform: Any) -> list[Rename]:
 
     scope = {"scope": transform.scope_prefix, "base_prefix": transform.base_model_prefix or ""}
     pattern, targets = transform.compiled_sources.pattern, tuple(transform.target_patterns)
-    match type(transform):
-        case loading.LayerPairCollapse:  # Two entries on disk are one layer.
+    match type(transform).__name__:  # A class, which older versions of transformers lack.
+        case "LayerPairCollapse":  # Two entries on disk are one layer.
             names = [(r"\d*[02468]", "mixer", "self_attn"), (r"\d*[13579]", "mixer", "mlp")]
             names += [(r"\d+", "attn_alpha", "lambda_1"), (r"\d+", "mlp_alpha", "lambda_2")]
             patterns = [rf"(?P<g0>layers\.({index})\.{old}(?=\.|$))" for index, old, _ in names]
             targets = tuple(rf"layers.\1.{new}" for _, _, new in names)
             return [Rename(pattern=p, targets=(t,), divisor=2, **scope) for p, t in zip(patterns, targets, strict=True)]
-        case loading.GroupWeightRename:  # The last pair first: a pair's target may be the next one's source.
+        case "GroupWeightRename":  # The last pair first: a pair's target may be the next one's source.
             pairs = zip(transform.source_patterns, targets, strict=True)
             patterns = [loading.WeightRenaming(*pair).compiled_sources.pattern for pair in pairs]
             return [
                 Rename(pattern=p, targets=(t,), guard=patterns[0], **scope)
                 for p, t in reversed([*zip(patterns, targets, strict=True)])
             ]
-        case loading.Inkling2IndexOffsetWeightRename:
+        case "Inkling2IndexOffsetWeightRename":
             return [Rename(pattern=pattern, targets=targets, offset=transform.offset, **scope)]
     if type(transform).rename_source_key is not loading.WeightTransform.rename_source_key:
         raise UserError(

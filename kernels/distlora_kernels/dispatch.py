@@ -38,6 +38,20 @@ def interpreted() -> Iterator[None]:
         _interpreting = False
 
 
+_TRACES_RIGHT = torch.__version__ >= "2.13"
+
+
+def check_compilation() -> None:
+    """Raise RuntimeError while a torch before 2.13 traces an adapted linear, which changes tensors in place.
+
+    torch 2.11 would return wrong gradients. Without fullgraph=True, torch.compile then runs the linear eagerly.
+    """
+    if torch.compiler.is_compiling() and not _TRACES_RIGHT:
+        raise RuntimeError(
+            "torch before 2.13 compiles adapted linears to wrong gradients; upgrade torch, or do not compile them"
+        )
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU the current one: Triton launches there, whatever its arguments' device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distlora_kernels import experts_grouped, experts_torch
+from distlora_kernels.dispatch import check_compilation
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertLinear, FrozenWeight, Routing
 from distlora_kernels.scratch import DenseWeights
 
@@ -85,6 +86,7 @@ def expert_linear(
         bias: (E, O), without gradient.
     """
     a, b, scale = (None, None, None) if adapter is None else adapter
+    check_compilation()
     y: Tensor = _ExpertLinear.apply(x, a, b, bias, _Form(weight.shape, transposed, scale, routing), *weight.parts)
     return y
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distlora_kernels import lora_torch
-from distlora_kernels.dispatch import uses_triton
+from distlora_kernels.dispatch import check_compilation, uses_triton
 from distlora_kernels.dropout import ChosenDropout, Dropout
 from distlora_kernels.operands import NUM_SAVED, Adapter, FrozenWeight, Linear, Magnitude, Needs, RowChoice, SavedLinear
 from distlora_kernels.scratch import DenseWeights
@@ -50,6 +50,7 @@ def lora_linears(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
     x is read once for all their A, unless dropout gives them different inputs, and their gradients of x are summed in
     place. The base GEMMs stay separate.
     """
+    check_compilation()
     forms = tuple(_Form.of(linear) for linear in linears)
     tensors = [tensor for linear in linears for tensor in _tensors(linear)]
     # Inside forward the mode is off.

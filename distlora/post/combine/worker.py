@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import math
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distlora import __version__
 from distlora.architecture.targets import match_ending, peft_paths
 from distlora.architecture.tokens import EMBEDDING
 from distlora.checkpoint.files import new_folder, write_files
@@ -229,7 +229,7 @@ def record(request: CombineRequest, made: Combination, folder: Path) -> dict[str
     return {
         "command": request.command,
         "date": f"{datetime.date.today():%Y-%m-%d}",
-        "version": importlib.metadata.version("distlora"),
+        "version": __version__,
         "method": request.method,
         "rank": request.rank,
         "density": request.density,

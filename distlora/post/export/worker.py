@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
 from distlora.post.load_trained import weights_in
-from distlora.post.trained import Trained
+from distlora.post.trained import Trained, versions
 from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
 from distlora.system.command_worker import encode_call
@@ -71,7 +70,7 @@ def record(request: ExportRequest, trained: Trained, found: Mapping[str, Any] | 
         "onto": request.onto if FORMATS[request.format].merged else None,
         "dtype": request.dtype,
         "date": f"{datetime.date.today():%Y-%m-%d}",
-        "versions": {name: importlib.metadata.version(name) for name in dict.fromkeys(packages)},
+        "versions": versions(*packages),
         "check": found,
     }
 

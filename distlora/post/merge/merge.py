@@ -8,7 +8,6 @@ The folder appears completely or not at all. With the base W, the sum M = W + dW
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from distlora.post.merge.output_folder import (
 )
 from distlora.post.merge.parameters import Parameter, is_changed, open_adapter, parameters_of, pieces
 from distlora.post.merge.request import MergeRequest, Onto, Receipt, check_mergeable
-from distlora.post.trained import Trained
+from distlora.post.trained import Trained, versions
 from distlora.post.weights import open_base
 from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
@@ -197,7 +196,7 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
                 onto=onto,
                 dtype=next(name for name, known in DTYPES.items() if known is dtype),
                 date=f"{datetime.date.today():%Y-%m-%d}",
-                versions={name: importlib.metadata.version(name) for name in ("distlora", "torch", "transformers")},
+                versions=versions("distlora", "torch", "transformers"),
                 base={"path": str(folder), "fingerprint": base.files.fingerprint, "files": of_base_files},
                 adapter=None if adapter is None else {"place": trained.place, **_described(adapter.folder)},
                 weights={name: change.as_json() for name, change in found.items()},

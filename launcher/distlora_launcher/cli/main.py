@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from distlora import __version__
 from distlora.config import UserError, nearest
 from distlora.system.exit_codes import BAD_INPUT, DONE, run_to_exit_code
 from distlora_launcher.terminal.arguments import call_main, listed
@@ -107,9 +108,7 @@ def run_command(words: list[str]) -> int:
         print(HELP.format(commands="".join(map(_listed_group, GROUPS))).rstrip())
         return DONE if words else BAD_INPUT
     if words[0] == "-V" or "--version" in words[: words.index("--") if "--" in words else None]:
-        from importlib.metadata import version
-
-        print(f"distlora {version('distlora')}")
+        print(f"distlora {__version__}")
         return DONE
     if words[0] in ("-sc", "--shell-completion"):
         return complete(words)

@@ -7,6 +7,7 @@ checked in distlora.config.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import socket
 import tempfile
@@ -105,11 +106,25 @@ def check_writable(place: Path, setting: str) -> None:
 
 
 def gpu_count() -> int:
-    """Return the number of NVIDIA GPUs this process may use: by CUDA_VISIBLE_DEVICES, else by the device files."""
+    """Return the number of NVIDIA GPUs this process may use: by CUDA_VISIBLE_DEVICES, else by the device files.
+
+    A container may see the files of all GPUs of its node and be refused those of the others.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
-    return len([path for path in Path("/dev").glob("nvidia*") if path.name[len("nvidia") :].isdigit()])
+        return len(visible_gpus(visible))
+    files = [path for path in DEVICES.glob("nvidia*") if path.name[len("nvidia") :].isdigit()]
+    return len([path for path in files if os.access(path, os.R_OK | os.W_OK)])
+
+
+DEVICES = Path("/dev")
+"""Folder of the device files."""
+
+
+def visible_gpus(variable: str) -> list[str]:
+    """Return the entries of CUDA_VISIBLE_DEVICES up to the first invalid one, where CUDA stops too."""
+    entries = (entry.strip() for entry in variable.split(","))
+    return list(itertools.takewhile(lambda entry: entry not in ("", "-1"), entries))
 
 
 def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: OptimConfig, train: TrainConfig) -> None:

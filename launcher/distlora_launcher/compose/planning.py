@@ -28,7 +28,7 @@ from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders
 from distlora.system import atomic_io, host_memory
 from distlora.weights.initial_adapter_file import check_ranks
 from distlora.weights.prequantized import refuse_dense_settings
-from distlora_launcher.compose.checks import check_model_sizes, gpu_count
+from distlora_launcher.compose.checks import check_model_sizes, gpu_count, visible_gpus
 from distlora_launcher.compose.hub import with_small_files
 from distlora_launcher.terminal.output import say, warn
 
@@ -181,7 +181,7 @@ def devices() -> tuple[tuple[str, int], ...] | None:
     if there are GPUs that nvidia-smi does not describe, and for MIG slices.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    words = None if visible is None else _listed(visible)
+    words = None if visible is None else visible_gpus(visible)
     if words == []:
         return ()
     gpus = _query_gpus()
@@ -255,13 +255,3 @@ def hub_cache() -> Path:
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
     return Path(os.path.expandvars(named)).expanduser()
-
-
-def _listed(visible: str) -> list[str]:
-    """Return the entries of CUDA_VISIBLE_DEVICES up to the first invalid one."""
-    gpus: list[str] = []
-    for word in visible.split(","):
-        if word.strip() in ("", "-1"):
-            break
-        gpus.append(word.strip())
-    return gpus

@@ -6,10 +6,10 @@ import json
 import re
 import time
 from functools import cache
-from importlib.metadata import version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from distlora import __version__
 from distlora.system.numbers import count, length, moment, number, size
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _INVISIBLE = re.compile(
 
 def render(template: str, **values: Any) -> str:
     """Render templates/`template` as a whole page."""
-    written = f"distlora {version('distlora')}, written {moment(time.time())}"
+    written = f"distlora {__version__}, written {moment(time.time())}"
     return _environment().get_template(template).render(written=written, **values)
 
 

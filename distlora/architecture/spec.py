@@ -120,6 +120,9 @@ class LayerKind:
     """Query heads, key heads and columns of a head of softmax attention; None without it."""
     memory: tuple[HalfMemory | None, HalfMemory | None] = (None, None)
     """Measured memory of (attention or mixer and all else, the half `mlp`); None: the planner's formulas hold."""
+    unread: tuple[str, ...] = ()
+    """Paths of linears whose output backward does not need: only sums take it, or nothing after it in the layer saves a
+    tensor. Recomputation leaves their products out."""
 
     def half_of(self, path: str) -> int:
         """Return which half of the layer a weight is in: 1 for the one of `mlp`, 0 otherwise."""

@@ -128,6 +128,7 @@ def with_memory(found: Architecture, decoder: Any) -> tuple[LayerKind, ...]:
     decoder.requires_grad_(False)
     figures: dict[int, list[dict[str, list[float]]]] = {number: [] for number in range(len(kinds))}
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    unread: list[tuple[str, ...]] = [()] * len(kinds)
     for length in _LENGTHS:
         hooks = [
             layer.register_forward_pre_hook(
@@ -146,8 +147,58 @@ def with_memory(found: Architecture, decoder: Any) -> tuple[LayerKind, ...]:
             layer = _Layer(layers[index], kind, *calls[index])
             with torch.enable_grad():
                 figures[number].append(_kept(layer, length) | _peaks(layer, length))
+                unread[number] = _unread(layer)
     halves = [(_half(found, kind, 0, figures[n]), _half(found, kind, 1, figures[n])) for n, kind in enumerate(kinds)]
-    return tuple(dataclasses.replace(kind, memory=own) for kind, own in zip(kinds, halves, strict=True))
+    return tuple(
+        dataclasses.replace(kind, memory=own, unread=reads)
+        for kind, own, reads in zip(kinds, halves, unread, strict=True)
+    )
+
+
+_SUMS = {f"{name}Backward0" for name in ("Add", "Sub", "View", "UnsafeView", "ReshapeAlias", "Transpose", "ToCopy")}
+"""Autograd's names of the operations whose backward reads no value."""
+
+
+def _unread(layer: _Layer) -> tuple[str, ...]:
+    """Return the layer's `LayerKind.unread`."""
+    _, values, _ = layer.inputs()
+    outputs: dict[str, list[Any]] = {}
+    last = ""
+
+    def left(path: str, output: Tensor) -> None:
+        nonlocal last
+        last = path
+        outputs.setdefault(path, []).append(output.grad_fn)
+
+    def save(tensor: Tensor) -> Tensor:
+        nonlocal last
+        last = ""
+        return tensor
+
+    paths = [weight.path.removesuffix(".weight") for weight in layer.kind.weights if weight.kind == "linear"]
+    hooks = [
+        layer.module.get_submodule(path).register_forward_hook(lambda _, args, output, path=path: left(path, output))
+        for path in paths
+    ]
+    try:
+        with saved_tensors_hooks(save, lambda tensor: tensor):
+            end = layer.run(values).grad_fn
+    finally:
+        for hook in hooks:
+            hook.remove()
+    users: dict[Any, set[Any]] = {end: set()}
+    ahead = [end]
+    while ahead:
+        node = ahead.pop()
+        for below, _ in node.next_functions:
+            if below is not None and below not in users:
+                ahead.append(below)
+            users.setdefault(below, set()).add(node)
+
+    def only_sums(node: Any) -> bool:
+        return node in users and all(user.name() in _SUMS and only_sums(user) for user in users[node])
+
+    return tuple(path for path, nodes in outputs.items() if path == last or all(map(only_sums, nodes)))
 
 
 def _half(found: Architecture, kind: LayerKind, half: int, figures: list[dict[str, list[float]]]) -> HalfMemory | None:

@@ -275,6 +275,8 @@ def _mlp_half(
         if roles.get(name) not in ("mlp", "experts") or not arguments:
             continue
         product = product[0] if isinstance(product, tuple) else product
+        if sum(bool(given) and given[0] is arguments[0] for given, _ in calls.values()) > 1:
+            continue  # Attention reads the same norm, and its output may be added to the MLP's in place (Falcon).
         before = [n for n, (_, made) in calls.items() if made is arguments[0]]
         after = [n for n, (given, _) in calls.items() if given and given[0] is product]
         if len(before) != 1 or len(after) > 1 or {*before, *after} & {*roles, *mixers}:  # More than norms.

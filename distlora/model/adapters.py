@@ -77,8 +77,14 @@ class BlockContext:
         """The rows of the slice that runs."""
         self.first_token = 0
         """Index within its row of the first token that the linears get: above 0 in a tile of an MLP."""
+        self.recomputes = False
+        """True while backward runs the layer, or its MLP, again."""
         self._balance: Tensor | None = None
         self._chosen: tuple[Tensor, dict[tuple[int, ...], Tensor]] | None = None
+
+    def is_recomputing(self) -> bool:
+        """Return True while backward runs the layer, or its MLP, again."""
+        return self.recomputes
 
     def chosen(self, slots: tuple[int, ...]) -> Tensor:
         """Return (B,) int64: index into `slots` of each row's adapter, -1 for none of them.

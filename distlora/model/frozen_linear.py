@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,8 @@ class FrozenLinear(FrozenTensor):
         super().__init__((out_features, in_features), quantized=quantized, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
         self.shared_input: SharedInput | None = None
+        self.unread: Callable[[], bool] | None = None
+        """True while only the graph of its output is needed (`LayerKind.unread`); None: never."""
         self.bias = _frozen((out_features,), dtype) if bias else None
 
     def operand(self) -> Linear:
@@ -109,7 +111,7 @@ class FrozenLinear(FrozenTensor):
         """Return x W^T with the adapter of each row added, (..., O)."""
         if self.shared_input is not None:
             return self.shared_input.output(self, x)
-        return lora_linears(x, (self.operand(),))[0]
+        return lora_linears(x, (self.operand(),), unread=self.unread is not None and self.unread())[0]
 
 
 def fused_paths(model: nn.Module) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import weakref
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -186,14 +187,18 @@ class Block(Wrapper):
 
     def _run(self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
         handed_on = {name: value for name, value in kwargs.items() if type(value) is _HandedOn}
+        runs = itertools.count()
 
         def layer(hidden: Tensor) -> tuple[Any, Tensor | None]:
             # In recomputation too, when another slice's rows may be set.
             self.context.rows = rows
+            # A kept weight is dequantized for its product.
+            self.context.recomputes = next(runs) > 0 and not self.keep_dequantized
             given = kwargs | {name: value.as_before() for name, value in handed_on.items()} if handed_on else kwargs
             try:
                 output = self.inner(hidden, **given)
             finally:  # Recomputation leaves by an exception, and the router's statistics would keep its graph alive.
+                self.context.recomputes = False
                 balance = self.context.take_balance()
             for name, value in handed_on.items():
                 value.hand_on(given[name])

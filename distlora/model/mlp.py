@@ -12,6 +12,7 @@ Letters: B rows of the batch, T tokens of a row, H hidden size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from distlora.architecture.spec import Architecture
 from distlora.model.adapters import BlockContext
 from distlora.model.layer_wrapper import Block
 from distlora.model.wrapper import Wrapper
+from distlora_kernels.kept import keep, kept
 
 
 class HandsOn(nn.Module):
@@ -60,14 +62,13 @@ class MLP(Wrapper):
         if tile is None or tile >= hidden_states.shape[1]:
             # Without gradients, and for generation's few tokens, as without a wrapper.
             return self._recomputed(hidden_states) if torch.is_grad_enabled() else self._run(hidden_states)
-        if not torch.is_grad_enabled():
-            return in_tiles(self._run_tile, hidden_states, tile)
         modules = (module for module in (self.inner, *self._norms) if module is not None)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        # Kept before the tiles run: a checkpoint around the layer ends its recomputation with the last kept tensor, so
-        # no tile runs for nothing.
-        kept = _Keep.apply(torch.empty(0, device=hidden_states.device, requires_grad=True), hidden_states)
-        return _Tiles.apply(hidden_states, kept.grad_fn, self._with_rows(self._run_tile), tile, *parameters)
+        if not torch.is_grad_enabled() or not (parameters or hidden_states.requires_grad):
+            return in_tiles(self._run_tile, hidden_states, tile)
+        # Saved before the tiles run: a recomputation of the layer runs none.
+        keeper = keep((hidden_states,), hidden_states.device)
+        return _Tiles.apply(keeper, hidden_states, self._with_rows(self._run_tile), tile, *parameters)
 
     def _run(self, hidden_states: Tensor) -> Any:
         before, after = self._norms
@@ -76,10 +77,11 @@ class MLP(Wrapper):
 
     def _run_tile(self, hidden_states: Tensor, first: int) -> Tensor:
         self.context.first_token = first
+        self.context.recomputes = torch.is_grad_enabled()  # Forward runs tiles without, backward with gradients.
         try:
             output: Tensor = self._run(hidden_states)
         finally:
-            self.context.first_token = 0
+            self.context.first_token, self.context.recomputes = 0, False
         return output
 
     def _with_rows(self, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,12 +96,14 @@ class MLP(Wrapper):
 
     def _recomputed(self, hidden_states: Tensor) -> Any:
         """Recompute as a checkpoint does, so that the graph, and every sum in it, equals that of a run without one."""
-        run = self._with_rows(self._run)
+        run, runs = self._with_rows(self._run), itertools.count()
 
         def half(hidden: Tensor) -> tuple[Any, Tensor | None]:
+            self.context.recomputes = next(runs) > 0
             try:
                 output = run(hidden)
             finally:  # Recomputation leaves by an exception. Clear its router's statistics.
+                self.context.recomputes = False
                 balance = self.context.take_balance()
             return output, balance
 
@@ -139,49 +143,33 @@ def in_tiles(run: Callable[[Tensor, int], Tensor], hidden_states: Tensor, tile: 
     return output
 
 
-class _Keep(torch.autograd.Function):
-    """Save `tensor` as autograd saves what a node needs, so that a checkpoint around it drops and recomputes it.
-
-    The grad_fn of the result, which is empty and in no graph, has the tensor.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, trigger: Tensor, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
-        return trigger.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        raise AssertionError("nothing is computed from what _Keep gives")
-
-
 class _Tiles(torch.autograd.Function):
     """run(tokens, first) for each tile of hidden (B, T, H).
 
     Backward runs each tile again and differentiates it at once.
 
-    `kept` has hidden, by _Keep. `parameters` are the trained parameters that run's result depends on: their gradients
-    are summed in fp32, in tile order, and given to autograd once.
+    `parameters` are the trained parameters that run's result depends on: their gradients are summed in fp32, in tile
+    order, and given to autograd once.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        keeper: Tensor,
         hidden: Tensor,
-        kept: Any,
         run: Callable[[Tensor, int], Tensor],
         tile: int,
         *parameters: nn.Parameter,
     ) -> Tensor:
-        ctx.kept, ctx.run, ctx.tile, ctx.parameters = kept, run, tile, parameters
+        ctx.run, ctx.tile, ctx.parameters = run, tile, parameters
         return in_tiles(run, hidden, tile)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,) = ctx.kept.saved_tensors
-        ctx.kept = None  # Autograd runs no backward of _Keep's, which would free it.
-        needs_hidden, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        (hidden,) = kept(ctx)
+        assert hidden is not None
+        needs_hidden, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[4:]
         wanted = [parameter for parameter, need in zip(ctx.parameters, needs, strict=True) if need]
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         totals: list[Tensor] = []
@@ -199,4 +187,4 @@ class _Tiles(torch.autograd.Function):
                 else [total.add_(gradient) for total, gradient in zip(totals, gradients, strict=True)]
             )
         remaining = iter(totals)
-        return (hidden_gradient, None, None, None, *(next(remaining) if need else None for need in needs))
+        return (None, hidden_gradient, None, None, *(next(remaining) if need else None for need in needs))

@@ -22,6 +22,7 @@ from distlora.planner.decoder_sizes import (
     attention_kind,
     pairs,
     pairs_computed,
+    ranks_of_blocks,
     scores_again,
 )
 from distlora.planner.model import PlannedModel
@@ -156,9 +157,11 @@ def step_flops(
     reference = work.train.objective == "dpo"
     head = active.head if active.head_is_trained else 0
     with_gradients = (active.linears if active.linears_are_trained else 0) + head + active.head_rows
-    # Recomputed in backward: the MLP half by `selective`, a whole layer up to its last linear by `block` and `offload`,
-    # logits of a trained LM head. MLP tiles change nothing.
+    # Recomputed in backward: the MLP half by `selective`, a whole layer by `block` and `offload`, but for products that
+    # nothing reads, and logits of a trained LM head. MLP tiles change nothing.
     again = {"none": 0, "selective": sum(mlp)}.get(work.train.checkpointing, active.linears + active.adapters) + head
+    if work.train.checkpointing != "none":
+        again -= _unread(work, model, "mlp." if work.train.checkpointing == "selective" else "")
     attends_again = work.train.checkpointing in ("block", "offload")
     of_forward, of_backward = scores_again(kind)
     forwards = 1 + attends_again + (1 if reference else 0)
@@ -220,6 +223,28 @@ def weights_within(work: Workload, model: PlannedModel, part: str) -> tuple[int,
     )
     # Of a pack's tokens each goes through its own trial's, as many through one as through another.
     return weights, adapters // len(work.adapters)
+
+
+def skips(work: Workload, *, adapted: bool) -> bool:
+    """Return True if recomputation leaves out the product of a linear whose output nothing reads.
+
+    DoRA's magnitude reads it, and train.keep_dequantized keeps the weight that the product dequantizes.
+    """
+    return not (work.adapter.use_dora and adapted) and not (work.train.keep_dequantized and work.quantized)
+
+
+def _unread(work: Workload, model: PlannedModel, part: str) -> int:
+    """Return the weights, and R O of adapters, per token of the products below `part` that recomputation leaves out."""
+    shapes, total = model.shapes, 0
+    for kind, ranks in zip(
+        map(shapes.architecture.layer, range(shapes.num_layers)), ranks_of_blocks(work, shapes), strict=True
+    ):
+        for path in (path for path in kind.unread if path.startswith(part)):
+            out, features = next(weight.shape for weight in kind.weights if weight.path == f"{path}.weight")
+            rank = ranks.rank(path)
+            if skips(work, adapted=rank > 0):
+                total += out * (features * len(work.adapters) + rank) // len(work.adapters)
+    return total
 
 
 def cut(length: int, document: int | None) -> list[int]:

@@ -33,19 +33,26 @@ from distlora_kernels.scratch import DenseWeights
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 
 
+def project(x: Tensor, linears: Sequence[Linear]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Return x A^T (M, R) of each linear, for forward and for backward; None without an adapter."""
+    xas = _project_down(_row_major(x), linears)
+    return xas, xas
+
+
 def forward(
-    x: Tensor, linears: Sequence[Linear], weights: DenseWeights, *, with_backward: bool
-) -> tuple[list[Tensor], list[SavedLinear]]:
-    """Return each linear's y (M, O) of x (M, I), and the tensors for its backward: x A^T (M, R)."""
+    x: Tensor, linears: Sequence[Linear], inputs: list[Tensor | None], weights: DenseWeights, *, with_backward: bool
+) -> tuple[list[Tensor], list[SavedDora | None]]:
+    """Return each linear's y (M, O) of x (M, I), and what a magnitude's backward needs; `project` gives `inputs`."""
     x = _row_major(x)
-    ys, saved = [], []
-    for index, (linear, xa) in enumerate(zip(linears, _project_down(x, linears), strict=True)):
+    ys: list[Tensor] = []
+    magnitudes: list[SavedDora | None] = []
+    for index, (linear, xa) in enumerate(zip(linears, inputs, strict=True)):
         weight, adapter, bias = linear
+        saved_dora = None
         if adapter is None or xa is None:
-            y, linear_saved = _Base(index, weight, weights, x).output(x, bias), SavedLinear()
+            y = _Base(index, weight, weights, x).output(x, bias)
         elif adapter.magnitude is None:
             y = _adapted(_Base(index, weight, weights, x), x, xa, adapter, bias)
-            linear_saved = SavedLinear(xa)
         elif dora.can_fold(adapter, weight, x.dtype):
             wa = fused_linear(adapter.a.to(x.dtype), weight).T
             factors = dora.factors(adapter, wa, torch.float32)
@@ -53,15 +60,12 @@ def forward(
             weight, lora, _ = dora.folded(linear, factor)
             assert lora is not None
             y = _adapted(_Base(index, weight, weights, x), x, xa, lora, bias)
-            linear_saved = SavedLinear(
-                xa, dora.saved_for_folded(linear, factors, factor, y, with_backward=with_backward)
-            )
+            saved_dora = dora.saved_for_folded(linear, factors, factor, y, with_backward=with_backward)
         else:
             y, saved_dora = _with_magnitude(_Base(index, weight, weights, x), x, xa, adapter, bias)
-            linear_saved = SavedLinear(xa, saved_dora)
         ys.append(y)
-        saved.append(linear_saved)
-    return ys, saved
+        magnitudes.append(saved_dora)
+    return ys, magnitudes
 
 
 class _Base:

@@ -16,6 +16,7 @@ Letters: M rows, I in features, O out features, R rank (all adapters of the line
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -27,7 +28,17 @@ from torch.autograd.function import once_differentiable
 from distlora_kernels import lora_torch
 from distlora_kernels.dispatch import check_compilation, uses_triton
 from distlora_kernels.dropout import ChosenDropout, Dropout
-from distlora_kernels.operands import NUM_SAVED, Adapter, FrozenWeight, Linear, Magnitude, Needs, RowChoice, SavedLinear
+from distlora_kernels.kept import keep, kept
+from distlora_kernels.operands import (
+    Adapter,
+    FrozenWeight,
+    Linear,
+    Magnitude,
+    Needs,
+    RowChoice,
+    SavedDora,
+    SavedLinear,
+)
 from distlora_kernels.scratch import DenseWeights
 
 __all__ = ["Adapter", "FrozenWeight", "Linear", "Magnitude", "RowChoice", "lora_linear", "lora_linears"]
@@ -44,17 +55,27 @@ def lora_linear(
     return lora_linears(x, (Linear(weight, adapter, bias),))[0]
 
 
-def lora_linears(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+def lora_linears(x: Tensor, linears: Sequence[Linear], *, unread: bool = False) -> tuple[Tensor, ...]:
     """Return lora_linear of several linears of one input x (..., I).
 
     x is read once for all their A, unless dropout gives them different inputs, and their gradients of x are summed in
-    place. The base GEMMs stay separate.
+    place. The base GEMMs stay separate. `unread`: only the graph is needed; the outputs are NaN, unless a gradient of
+    DoRA reads them.
     """
     check_compilation()
     forms = tuple(_Form.of(linear) for linear in linears)
     tensors = [tensor for linear in linears for tensor in _tensors(linear)]
-    # Inside forward the mode is off.
-    ys = _LoRALinears.apply(x.flatten(0, -2), forms, torch.is_grad_enabled(), *tensors)
+    rows = x.flatten(0, -2)
+    with torch.no_grad():
+        inputs, xas = _path(rows).project(rows, linears)
+    keeper = None
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (rows, *tensors)):
+        adapted = any(form.scale is not None for form in forms)
+        # x for dA, x A^T for dB.
+        keeper = keep((rows if adapted else None, *xas, *tensors), rows.device)
+    if unread and not any(linear.adapter is not None and linear.adapter.magnitude is not None for linear in linears):
+        inputs = None
+    ys = _LoRALinears.apply(keeper, rows, forms, inputs, *tensors)
     return tuple(y.unflatten(0, x.shape[:-1]) for y in ys)
 
 
@@ -76,6 +97,8 @@ class _Form(NamedTuple):
 _NUM_TENSORS = 5
 """Number of tensors of a linear, besides its weight's parts."""
 
+_NO_MAGNITUDE = (None,) * len(SavedDora._fields)
+
 
 def _tensors(linear: Linear) -> tuple[Tensor | None, ...]:
     """Return the tensors of a linear for autograd: a, b, magnitudes, row norms, bias and the weight's parts."""
@@ -90,44 +113,44 @@ def _tensors(linear: Linear) -> tuple[Tensor | None, ...]:
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, forms: tuple[_Form, ...], with_backward: bool, *tensors: Tensor | None
+        ctx: Any, keeper: Tensor | None, x: Tensor, forms: tuple[_Form, ...], inputs: Any, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        weights = DenseWeights(len(forms))
-        ys, saved_linears = _path(x).forward(x, _joined(forms, tensors), weights, with_backward=with_backward)
-        adapted = any(form.scale is not None for form in forms)
+        weights, linears = DenseWeights(len(forms)), _joined(forms, tensors)
+        if inputs is None:
+            ys = [x.new_full((), math.nan).expand(len(x), form.shape[0]) for form in forms]
+            magnitudes = [None] * len(forms)
+        else:
+            ys, magnitudes = _path(x).forward(x, linears, inputs, weights, with_backward=keeper is not None)
         ctx.forms = forms
         ctx.set_materialize_grads(False)
-        # x for dA, x A^T for dB, y for the gradient of the magnitude.
-        ctx.save_for_backward(
-            x if adapted else None,
-            *(tensor for each in saved_linears for tensor in each.tensors()),
-            *weights.saved,
-            *tensors,
-        )
+        # y for the gradient of the magnitude.
+        ctx.save_for_backward(*(tensor for each in magnitudes for tensor in each or _NO_MAGNITUDE), *weights.saved)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         forms, count = ctx.forms, len(ctx.forms)
-        x, *saved = ctx.saved_tensors
-        saved_linears = [SavedLinear.of(saved[NUM_SAVED * index : NUM_SAVED * (index + 1)]) for index in range(count)]
-        dense, tensors = saved[NUM_SAVED * count : (NUM_SAVED + 1) * count], saved[(NUM_SAVED + 1) * count :]
-        weights = DenseWeights(count)
-        weights.saved = dense
+        x, *rest = kept(ctx)
+        xas, tensors = rest[:count], rest[count:]
+        after, size, weights = ctx.saved_tensors, len(_NO_MAGNITUDE), DenseWeights(count)
+        weights.saved = list(after[size * count :])
+        saved = [
+            SavedLinear(xa, SavedDora.of(after[size * index : size * (index + 1)])) for index, xa in enumerate(xas)
+        ]
         places = list(_places(forms))
-        wanted = ctx.needs_input_grad[3:]
+        wanted = ctx.needs_input_grad[4:]
         needs = Needs(
-            ctx.needs_input_grad[0], *(tuple(wanted[place + offset] for place in places) for offset in range(3))
+            ctx.needs_input_grad[1], *(tuple(wanted[place + offset] for place in places) for offset in range(3))
         )
         first = next((dy for dy in dys if dy is not None), None)
         if first is None:
-            return (None,) * (3 + len(tensors))
-        gradients = _path(first).backward(x, _joined(forms, tensors), weights, saved_linears, dys, needs)
+            return (None,) * (4 + len(tensors))
+        gradients = _path(first).backward(x, _joined(forms, tensors), weights, saved, dys, needs)
         results: list[Tensor | None] = [None] * len(tensors)
         for place, *by_kind in zip(places, gradients.a, gradients.b, gradients.magnitude, strict=True):
             results[place : place + len(by_kind)] = by_kind
-        return (gradients.x, None, None, *results)
+        return (None, gradients.x, None, None, *results)
 
 
 def _path(tensor: Tensor) -> ModuleType:

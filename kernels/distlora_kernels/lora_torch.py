@@ -51,8 +51,8 @@ class _Projected(NamedTuple):
 
     rows: slice
     adapter: _PartAdapter | None
-    seen: Tensor
-    """The adapter's input: x after dropout, without rescaling."""
+    seen: Tensor | None
+    """The adapter's input: x after dropout, without rescaling; None where only `gated` is needed."""
     gated: Tensor
     """s k x A^T, (M, R); R = 0 without an adapter."""
 
@@ -98,39 +98,55 @@ def _part_adapter(adapter: Adapter | None, number: int | None, batch_rows: slice
     return _PartAdapter(adapter.a[columns], adapter.b[:, columns].contiguous(), choice.scales[number], dropout, columns)
 
 
-def forward(
-    x: Tensor, linears: Sequence[Linear], weights: DenseWeights, *, with_backward: bool
-) -> tuple[list[Tensor], list[SavedLinear]]:
-    """Return each linear's y (M, O) of x (M, I), and the tensors that its backward needs.
+def project(x: Tensor, linears: Sequence[Linear]) -> tuple[list[list[_Projected]], list[Tensor | None]]:
+    """Return each linear's parts of the inputs x (M, I), projected, and the tensor for its backward.
 
-    With an adapter that is s k x A^T (M, R); those of several parts are flat, one after the other.
+    That is s k x A^T (M, R) with an adapter; those of several parts are flat, one after the other.
     """
     parts = _parts(linears, x.shape[0])
     projections = [_project_down(x[part.rows], part.adapters) for part in parts]
+    projected: list[list[_Projected]] = []
+    saved: list[Tensor | None] = []
+    for index, (linear, *by_part) in enumerate(zip(linears, *projections, strict=True)):
+        is_dora = linear.adapter is not None and linear.adapter.magnitude is not None
+        projected.append(
+            [
+                _projected(part, index, seen if is_dora else None, xa)
+                for part, (seen, xa) in zip(parts, by_part, strict=True)
+            ]
+        )
+        gated = [part.gated for part in projected[-1]]
+        joined = gated[0] if len(gated) == 1 else torch.cat([each.flatten() for each in gated])
+        saved.append(None if linear.adapter is None else joined)
+    return projected, saved
+
+
+def forward(
+    x: Tensor, linears: Sequence[Linear], inputs: list[list[_Projected]], weights: DenseWeights, *, with_backward: bool
+) -> tuple[list[Tensor], list[SavedDora | None]]:
+    """Return each linear's y (M, O) of x (M, I), and what a magnitude's backward needs; `project` gives `inputs`."""
     ys: list[Tensor] = []
-    saved: list[SavedLinear] = []
-    for index, (linear, *seen_by_part) in enumerate(zip(linears, *projections, strict=True)):
-        weight, bias, adapter = weights.take(index, linear.weight, x.dtype), linear.bias, linear.adapter
-        if adapter is None or (adapter.magnitude is None and all(part.adapters[index] is None for part in parts)):
-            ys.append(x @ weight.T if bias is None else torch.addmm(bias, x, weight.T))
-            saved.append(SavedLinear(None if adapter is None else x.new_empty(0)))
-            continue
-        projected = [_projected(part, index, seen, xa) for part, (seen, xa) in zip(parts, seen_by_part, strict=True)]
-        saved_dora = None
-        if adapter.magnitude is None:
+    magnitudes: list[SavedDora | None] = []
+    for index, (linear, projected) in enumerate(zip(linears, inputs, strict=True)):
+        weight, bias, adapter, saved_dora = (
+            weights.take(index, linear.weight, x.dtype),
+            linear.bias,
+            linear.adapter,
+            None,
+        )
+        if adapter is None or (adapter.magnitude is None and all(part.adapter is None for part in projected)):
+            y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+        elif adapter.magnitude is None:
             delta = _delta(projected, weight, bias)
             y = torch.addmm(delta, x, weight.T, out=delta)
         else:
             y, saved_dora = _with_magnitude(x, projected, weight, adapter, bias)
         ys.append(y)
-        gated = [part.gated for part in projected]
-        saved.append(
-            SavedLinear(gated[0] if len(gated) == 1 else torch.cat([each.flatten() for each in gated]), saved_dora)
-        )
-    return ys, saved
+        magnitudes.append(saved_dora)
+    return ys, magnitudes
 
 
-def _projected(part: _Part, index: int, seen: Tensor, xa: Tensor) -> _Projected:
+def _projected(part: _Part, index: int, seen: Tensor | None, xa: Tensor) -> _Projected:
     adapter = part.adapters[index]
     gated = xa if adapter is None else (xa * (adapter.scale * adapter.kept_scale)).to(xa.dtype)
     return _Projected(part.rows, adapter, seen, gated)
@@ -165,6 +181,7 @@ def _with_magnitude(
         if part_adapter is None:  # k is 1 and v is not read.
             output[rows].zero_()
         else:
+            assert seen is not None
             torch.addmm(delta[rows], seen, weight.T, alpha=part_adapter.kept_scale, out=output[rows])
     rest, saved_dora = dora.scaled_with_dropout(factors, delta, output, bias)
     return torch.addmm(rest, x, weight.T, out=rest), saved_dora

@@ -116,6 +116,11 @@ class SavedDora(NamedTuple):
     factor: Tensor | None = None
     """k as (O,) fp32 if it is folded into the quantized weight and B; then `excess` is None."""
 
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> SavedDora | None:
+        """Rebuild from the saved tensors; None if there is no magnitude."""
+        return None if tensors[1] is None else cls(*tensors)
+
 
 class SavedLinear(NamedTuple):
     """Tensors that a linear's backward needs."""
@@ -123,19 +128,6 @@ class SavedLinear(NamedTuple):
     xa: Tensor | None = None
     """x A^T; None without an adapter."""
     magnitude: SavedDora | None = None
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Return the NUM_SAVED tensors for autograd to save."""
-        return (self.xa, *((None,) * (NUM_SAVED - 1) if self.magnitude is None else self.magnitude))
-
-    @staticmethod
-    def of(tensors: Sequence[Any]) -> SavedLinear:
-        """Rebuild from the saved tensors."""
-        xa, output, divisor, excess, factor = tensors
-        return SavedLinear(xa, None if divisor is None else SavedDora(output, divisor, excess, factor))
-
-
-NUM_SAVED = 1 + len(SavedDora._fields)
 
 
 class Needs(NamedTuple):

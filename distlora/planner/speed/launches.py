@@ -84,6 +84,8 @@ class Linear:
     """Trials trained together; each row uses the adapter of its own trial, of rank `rank`."""
     stacked: int = 0
     """Sum of the ranks of all trials."""
+    skips: bool = False
+    """True if recomputation leaves out its product, whose output nothing reads."""
 
     @property
     def others(self) -> int:
@@ -112,29 +114,35 @@ def gemm(kind: MovedKind, m: int, n: int, k: int, how: KernelOptions, *, accumul
     return KernelLaunch(kind, how.itemsize * (m * k + k * n + m * n) + rereads, 2.0 * m * n * k, rereads=rereads)
 
 
-def linears(
-    group: Sequence[Linear], m: int, how: KernelOptions, *, adapted: bool = True, backward: bool = False
-) -> Iterator[KernelLaunch]:
-    """Yield the launches of linears that read one tensor of M rows. `adapted`: False runs the base alone."""
+Pass = Literal["forward", "base alone", "recomputation", "backward"]
+"""`base alone`: forward without adapters."""
+
+
+def linears(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass = "forward") -> Iterator[KernelLaunch]:
+    """Yield the launches of linears that read one tensor of M rows."""
     if not group:
         return iter(())
-    if backward:
+    if which == "backward":
         return _backward(group, m, how)
-    return _forward(group, m, how, adapted=adapted)
+    return _forward(group, m, how, which)
 
 
-def _forward(group: Sequence[Linear], m: int, how: KernelOptions, *, adapted: bool = True) -> Iterator[KernelLaunch]:
-    """Yield the launches of linears that read one tensor of M rows. `adapted`: False runs the base alone."""
+def _forward(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass) -> Iterator[KernelLaunch]:
+    adapted = which != "base alone"
     if group[0].experts > 1:
         yield from _experts_forward(group[0], m, how, adapted=adapted)
         return
     with_adapter = [linear for linear in group if linear.rank and adapted]
-    yield from _casts(with_adapter, how)
+    skipped = [linear for linear in group if which == "recomputation" and linear.skips]
+    yield from _casts([linear for linear in with_adapter if linear not in skipped], how)
+    yield from (KernelLaunch("adapters", (FP32 + how.itemsize) * linear.rank * linear.features) for linear in skipped)
     yield from _other_trials(with_adapter, 1, how)
     if with_adapter:
         yield gemm("adapters", m, sum(linear.rank for linear in with_adapter), group[0].features, how)
     for linear in group:
         has_adapter = linear in with_adapter
+        if linear in skipped:
+            continue
         if how.quantized and m <= how.few_rows:
             yield _decoded(linear, m, linear.rank * linear.out if has_adapter else 0, how)
             continue
@@ -304,31 +312,33 @@ def block_work(
     runs whole.
     """
 
-    def attention_half(*, adapted: bool = True, backward: bool = False) -> tuple[KernelLaunch, ...]:
-        return tuple(_attention_half(decoder, groups, how, m, pairs, adapted=adapted, backward=backward))
+    def attention_half(which: Pass) -> tuple[KernelLaunch, ...]:
+        return tuple(_attention_half(decoder, groups, how, m, pairs, which))
 
-    def mlp_half(*, adapted: bool = True, backward: bool = False) -> tuple[KernelLaunch, ...]:
-        halves = (_mlp_half(decoder, groups, how, tile, adapted=adapted, backward=backward) for tile in tiles)
+    def mlp_half(which: Pass) -> tuple[KernelLaunch, ...]:
+        halves = (_mlp_half(decoder, groups, how, tile, which) for tile in tiles)
         return tuple(itertools.chain.from_iterable(halves))
 
-    of_attention, of_mlp = attention_half(), mlp_half()
-    again = {"none": (), "selective": of_mlp}.get(checkpointing, of_attention + of_mlp)
+    again = () if checkpointing == "none" else mlp_half("recomputation")
+    if checkpointing in ("block", "offload"):
+        again = attention_half("recomputation") + again
     if checkpointing == "offload":  # The input goes to the host and comes back.
         again += (KernelLaunch("elementwise", 2 * how.itemsize * m * decoder.hidden, launches=0),)
     return BlockWork(
-        of_attention + of_mlp,
-        again + mlp_half(backward=True) + attention_half(backward=True),
-        attention_half(adapted=False) + mlp_half(adapted=False) if reference else (),
+        attention_half("forward") + mlp_half("forward"),
+        again + mlp_half("backward") + attention_half("backward"),
+        attention_half("base alone") + mlp_half("base alone") if reference else (),
     )
 
 
 def _attention_half(
-    decoder: Decoder, groups: Groups, how: KernelOptions, m: int, pairs: int, *, adapted: bool, backward: bool
+    decoder: Decoder, groups: Groups, how: KernelOptions, m: int, pairs: int, which: Pass
 ) -> Iterator[KernelLaunch]:
     """Yield the launches of the attention half; in backward their order does not count."""
+    backward = which == "backward"
     queries, keys = decoder.queries, decoder.keys
     if decoder.halves[0] is not None:
-        yield from _scaled_half(decoder.halves[0], groups, how, m, adapted=adapted, backward=backward)
+        yield from _scaled_half(decoder.halves[0], groups, how, m, which)
         if decoder.attends:
             yield from attention(decoder, how, m, pairs, backward=backward)
         return
@@ -338,17 +348,16 @@ def _attention_half(
     yield rotary((queries + keys) * m, how, backward=backward)
     yield from attention(decoder, how, m, pairs, backward=backward)
     for name in ("qkv", "o"):
-        yield from linears(groups[name], m, how, adapted=adapted, backward=backward)
+        yield from linears(groups[name], m, how, which)
     yield from after(decoder, how, m, backward=backward)
 
 
-def _mlp_half(
-    decoder: Decoder, groups: Groups, how: KernelOptions, m: int, *, adapted: bool, backward: bool
-) -> Iterator[KernelLaunch]:
+def _mlp_half(decoder: Decoder, groups: Groups, how: KernelOptions, m: int, which: Pass) -> Iterator[KernelLaunch]:
     """Yield the launches of the MLP half, dense or experts; in backward their order does not count."""
+    backward = which == "backward"
     e, hidden, experts = how.itemsize, decoder.hidden, decoder.experts
     if decoder.halves[1] is not None:
-        yield from _scaled_half(decoder.halves[1], groups, how, m, adapted=adapted, backward=backward)
+        yield from _scaled_half(decoder.halves[1], groups, how, m, which)
         return
     yield norm(hidden * m, how, backward=backward)
     if experts is not None:
@@ -362,22 +371,20 @@ def _mlp_half(
         yield KernelLaunch("elementwise", e * hidden * (5 * rows + m), launches=4)
     yield gated(decoder.mlp_columns * m, how, backward=backward)
     for name in ("gate_up", "down"):
-        yield from linears(groups[name], m, how, adapted=adapted, backward=backward)
+        yield from linears(groups[name], m, how, which)
     if decoder.shared is not None:
         path, inner = decoder.shared
         yield gated(inner * m, how, backward=backward)
         for name in ("gate_proj", "up_proj", "down_proj"):
-            yield from linears(groups[f"{path}.{name}"], m, how, adapted=adapted, backward=backward)
+            yield from linears(groups[f"{path}.{name}"], m, how, which)
     yield from after(decoder, how, m, backward=backward)
 
 
-def _scaled_half(
-    half: ScaledHalf, groups: Groups, how: KernelOptions, m: int, *, adapted: bool, backward: bool
-) -> Iterator[KernelLaunch]:
+def _scaled_half(half: ScaledHalf, groups: Groups, how: KernelOptions, m: int, which: Pass) -> Iterator[KernelLaunch]:
     """Yield the launches of a half without formulas: its linears one by one, and passes over what it keeps."""
-    yield KernelLaunch("elementwise", (4 if backward else 2) * half.keeps[0] * how.itemsize / 2 * m)
+    yield KernelLaunch("elementwise", (4 if which == "backward" else 2) * half.keeps[0] * how.itemsize / 2 * m)
     for path, *_ in half.linears:
-        yield from linears(groups[path], m, how, adapted=adapted, backward=backward)
+        yield from linears(groups[path], m, how, which)
 
 
 def after(decoder: Decoder, how: KernelOptions, m: int, *, backward: bool = False) -> Iterator[KernelLaunch]:

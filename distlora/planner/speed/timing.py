@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from distlora.architecture.shapes import Weight
+from distlora.architecture.spec import LayerKind, Weight
 from distlora.planner import traffic
 from distlora.planner.decoder_sizes import (
     INPUTS,
@@ -26,7 +26,7 @@ from distlora.planner.decoder_sizes import (
     pairs_computed,
     ranks_of_blocks,
 )
-from distlora.planner.flops import active_weights, cut, step_flops
+from distlora.planner.flops import active_weights, cut, skips, step_flops
 from distlora.planner.machine import Machine
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.launches import (
@@ -191,7 +191,7 @@ def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: i
             seen = pairs_computed(how.attention, documents, kind.window, decoder.heads // decoder.key_heads)
             found[key] = block_work(
                 decoder,
-                _groups(work, decoder, kind.weights, ranks),
+                _groups(work, decoder, kind, ranks),
                 how,
                 m=rows * length,
                 pairs=rows * seen,
@@ -203,7 +203,7 @@ def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: i
     return tuple(blocks)
 
 
-def _groups(work: Workload, decoder: Decoder, block: Sequence[Weight], ranks: AdaptedRanks) -> Groups:
+def _groups(work: Workload, decoder: Decoder, kind: LayerKind, ranks: AdaptedRanks) -> Groups:
     """Return the linears of a decoder layer with these adapter ranks."""
     experts = decoder.experts
 
@@ -218,10 +218,11 @@ def _groups(work: Workload, decoder: Decoder, block: Sequence[Weight], ranks: Ad
             is_dora=work.adapter.use_dora,
             trials=len(work.adapters),
             stacked=ranks.rank(name),
+            skips=name in kind.unread and skips(work, adapted=ranks.rank(name) > 0),
         )
 
     shared = "-" if decoder.shared is None else decoder.shared[0]
-    packed = {weight.path.removesuffix(".weight"): weight for weight in block if weight.packs}
+    packed = {weight.path.removesuffix(".weight"): weight for weight in kind.weights if weight.packs}
     groups = {path: (linear(path, weight),) for path, weight in packed.items()}
     own = {path.rpartition(".")[2]: each for path, (each,) in groups.items() if not path.startswith(f"{shared}.")}
     return groups | {read: tuple(each for name, each in own.items() if name in names) for read, names in INPUTS.items()}

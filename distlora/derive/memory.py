@@ -187,7 +187,7 @@ def _unread(layer: _Layer) -> tuple[str, ...]:
         for hook in hooks:
             hook.remove()
     users: dict[Any, set[Any]] = {end: set()}
-    ahead = [end]
+    ahead: list[Any] = [end]
     while ahead:
         node = ahead.pop()
         for below, _ in node.next_functions:

@@ -38,7 +38,7 @@ def test_two_linears_of_one_input_move_what_their_launches_move(
     """Bytes, operations and launches of Llama 70B's gate and up, rank 16, as kernels/bench once counted them too."""
     pair = [Linear(28672, 8192, 16, is_dora=is_dora)] * 2
     how, m = KernelOptions(itemsize=2, quantized=quantized, few_rows=few_rows), few_rows or 8192
-    work = [*linears(pair, m, how), *linears(pair, m, how, backward=True)]
+    work = [*linears(pair, m, how), *linears(pair, m, how, "backward")]
     found = sum(w.nbytes for w in work), sum(w.flops for w in work), sum(w.launches for w in work)
     assert found == pytest.approx(expected, rel=1e-9)
 

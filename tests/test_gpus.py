@@ -84,9 +84,11 @@ def test_the_old_setting_card_is_answered_with_gpu() -> None:
             compose_config([word], may_lack_paths=True)
 
 
-def test_a_run_folder_with_the_old_section_card_still_loads(tmp_path: Path) -> None:
-    config = compose_config(["gpu=h100", "gpu.tflops=800"], may_lack_paths=True)
+def test_a_run_folder_with_old_names_still_loads(tmp_path: Path) -> None:
+    config = compose_config(["gpu=h100", "gpu.tflops=800", "train.fused_kernels=none"], may_lack_paths=True)
     text = yaml.safe_dump(as_mapping(config))
     assert "\ngpu:\n" in text
-    (tmp_path / "config.yaml").write_text(text.replace("\ngpu:\n", "\ncard:\n"))
-    assert load_config(tmp_path).gpu == config.gpu
+    text = text.replace("\ngpu:\n", "\ncard:\n").replace("fused_kernels: none", "liger: false")
+    (tmp_path / "config.yaml").write_text(text)
+    loaded = load_config(tmp_path)
+    assert (loaded.gpu, loaded.train) == (config.gpu, config.train)

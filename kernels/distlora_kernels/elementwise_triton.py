@@ -41,19 +41,9 @@ def _rounded(x, pointer):
 
 @triton.jit
 def _norm_forward_kernel(
-    x_ptr,
-    weight_ptr,
-    y_ptr,
-    inverse_ptr,
-    rows,
-    columns,
-    y_stride,
-    eps,
-    PLUS_ONE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    x_ptr, weight_ptr, y_ptr, inverse_ptr, rows, columns, y_stride, eps, PLUS_ONE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
     """Compute y and inverse[row] = 1 / rms(x[row]). `WHOLE`: COLUMNS hold a row, which is then read once."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     held = (row < rows)[:, None]
@@ -89,18 +79,9 @@ def _norm_gradient(dy_ptr, x_ptr, weight_ptr, at, column, held, columns, PLUS_ON
 
 @triton.jit
 def _norm_backward_kernel(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    inverse_ptr,
-    dx_ptr,
-    rows,
-    columns,
-    PLUS_ONE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    dy_ptr, x_ptr, weight_ptr, inverse_ptr, dx_ptr, rows, columns, PLUS_ONE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
     """Compute dx = g inverse - x inverse^3 <g, x> / N, where g is the gradient of x / rms(x)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     held = (row < rows)[:, None]
@@ -233,18 +214,9 @@ def gate_backward(dy: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int,
 
 @triton.jit
 def _rotate_heads(
-    token_ptr,
-    heads,
-    head_stride,
-    cos_low,
-    cos_high,
-    sin_low,
-    sin_high,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BACK: tl.constexpr,
-):
+    token_ptr, heads, head_stride, cos_low, cos_high, sin_low, sin_high, HALF: tl.constexpr,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, BACK: tl.constexpr
+):  # fmt: skip
     """Rotate the heads of one token in place."""
     column = tl.arange(0, PADDED)[None, :]
     for first in range(0, heads, HEADS):
@@ -262,24 +234,10 @@ def _rotate_heads(
 
 @triton.jit
 def _rotate_kernel(
-    q_ptr,
-    k_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_heads,
-    k_heads,
-    q_batch_stride,
-    q_head_stride,
-    q_token_stride,
-    k_batch_stride,
-    k_head_stride,
-    k_token_stride,
-    table_batch_stride,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BACK: tl.constexpr,
-):
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_heads, k_heads, q_batch_stride, q_head_stride, q_token_stride,
+    k_batch_stride, k_head_stride, k_token_stride, table_batch_stride, HALF: tl.constexpr, HEADS: tl.constexpr,
+    PADDED: tl.constexpr, BACK: tl.constexpr
+):  # fmt: skip
     """Rotate all heads of one token; HALF = R / 2 columns are rotated with the HALF after them."""
     token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, PADDED)[None, :]

@@ -71,9 +71,9 @@ def interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fuse(kernels: str, model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> str:
-    if kernels == "liger":
-        return use_liger(model.decoder, model.architecture)
     monkeypatch.setattr(elementwise, "uses_triton", lambda tensor: True)
+    if kernels == "liger":
+        return use_liger(model.decoder, model.architecture, model.head)
     return use_own(model.decoder, model.architecture, model.head, is_gpu=True)
 
 

@@ -165,9 +165,9 @@ class TrainConfig:
     """On CUDA, sum attention's gradients in a fixed order, so that a resume is bit-identical. Backward then runs fewer
     programs at once: slow for sequences of one long document and few heads."""
     fused_kernels: Literal["own", "liger", "none"] = "own"
-    """On CUDA, run norms, gated MLPs, rotary embeddings and the LM head's loss as single passes over memory, by Triton
-    kernels of distlora (`own`) or, but for the loss, of liger-kernel (`liger`, needs `distlora[cuda]`). `none`:
-    transformers' own modules."""
+    """On CUDA, run norms, gated MLPs, rotary embeddings and the LM head's loss as single passes over memory. `own`:
+    Triton kernels of distlora; `liger`: the first three of liger-kernel (needs `distlora[cuda]`); `none`: transformers'
+    own modules."""
     compile: bool = False
     """On the CPU, run norms, gated MLPs, rotary embeddings and losses as compiled single passes, and attention in bf16
     if the processor has AVX512-BF16. Each worker compiles at its start (2.3 CPU seconds, needs a C++ compiler). Saves

@@ -157,7 +157,10 @@ def use_own(
         gelu=lambda gate, up: gated(gate, up, "gelu_tanh"),
         rotate=rotate,
     )
-    used = exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept)
+    return _use_loss(head, exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept))
+
+
+def _use_loss(head: LossHead, used: str) -> str:
     if not head.takes_cross_entropy:
         return used
     head.cross_entropy = cross_entropy_
@@ -182,8 +185,8 @@ def require_liger() -> None:
         raise UserError(f"train.fused_kernels=liger, and liger-kernel is {version}, older than {oldest}; {cure}")
 
 
-def use_liger(decoder: Any, architecture: Architecture, *, outputs_are_kept: bool = False) -> str:
-    """Use liger-kernel's modules, after `require_liger`. Return a line about what is used."""
+def use_liger(decoder: Any, architecture: Architecture, head: LossHead, *, outputs_are_kept: bool = False) -> str:
+    """Use liger-kernel's modules and our loss, after `require_liger`. Return a line about what is used."""
     from liger_kernel.transformers import LigerRMSNorm, liger_rotary_pos_emb
     from liger_kernel.transformers.functional import liger_geglu, liger_swiglu
 
@@ -206,4 +209,4 @@ def use_liger(decoder: Any, architecture: Architecture, *, outputs_are_kept: boo
         gelu=liger_geglu,
         rotate=liger_rotary_pos_emb,
     )
-    return exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept)
+    return _use_loss(head, exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept))

@@ -12,7 +12,6 @@ its initial adapter as the reference (`weights.initial_adapter_file.needs_initia
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -255,25 +254,18 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
     if is_gpu or choice.op is not None:
         model.notes.append(choice.note)
     outputs_are_kept = spec.adapter.use_dora
-    architecture = model.architecture
-    use_own = functools.partial(
-        fused_modules.use_own,
-        model.decoder,
-        architecture,
-        model.head,
-        is_gpu=is_gpu,
-        outputs_are_kept=outputs_are_kept,
-    )
+    parts = (model.decoder, model.architecture, model.head)
     if train.compile:
-        model.notes.append(use_own())
+        model.notes.append(fused_modules.use_own(*parts, is_gpu=False, outputs_are_kept=outputs_are_kept))
         for block in model.blocks:
             block.remakes = train.checkpointing == "none" and not outputs_are_kept
     if is_gpu and train.fused_kernels != "none":
-        reason = fused_modules.why_not_fused(full=spec.adapter.method == "full", fusible=architecture.fusible)
+        full = spec.adapter.method == "full"
+        reason = fused_modules.why_not_fused(full=full, fusible=model.architecture.fusible)
         if reason is not None:
             model.notes.append(f"fused kernels are not used: {reason}")
         elif train.fused_kernels == "own":
-            model.notes.append(use_own())
+            model.notes.append(fused_modules.use_own(*parts, is_gpu=True, outputs_are_kept=outputs_are_kept))
         else:
             fused_modules.require_liger()
-            model.notes.append(fused_modules.use_liger(model.decoder, architecture, outputs_are_kept=outputs_are_kept))
+            model.notes.append(fused_modules.use_liger(*parts, outputs_are_kept=outputs_are_kept))

@@ -109,7 +109,8 @@ class Made(LiveTensors):
 class Moved(TorchDispatchMode):
     """Record the bytes that operations read and write while it is on, by the operation's name.
 
-    Each argument and result counts once. Views, and memory that is allocated and not written, do not count.
+    Each argument that is not overwritten and each result counts once. Views, and memory that is allocated and not
+    written, do not count.
     """
 
     def __init__(self) -> None:
@@ -118,12 +119,12 @@ class Moved(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        read, written = (
-            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
-        )
+        name = func.overloadpacket.__name__
+        inputs = args[1:] if name in ("copy_", "zero_") else args
+        inputs = (inputs, {key: value for key, value in (kwargs or {}).items() if key != "out"})
+        read, written = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (inputs, result))
         storages = {tensor.untyped_storage()._cdata for tensor in read}
         is_view = all(tensor.untyped_storage()._cdata in storages for tensor in written)
-        name = func.overloadpacket.__name__
         if (func._schema.is_mutable or not is_view) and "empty" not in name:
             self.by_name[name] += sum(map(_bytes_of, (*read, *written)))
         return result

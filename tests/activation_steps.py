@@ -28,7 +28,7 @@ from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
 from family_models import config_for, load_ours, tokens
 from plan_inputs import cpu_machine
-from small_models import write_model_folder
+from small_models import use_chunks_of, write_model_folder
 
 TOKENS = 512
 
@@ -169,4 +169,4 @@ def check_steps(loaded: Loaded, modes: Sequence[tuple[Mode, int | None, int]], *
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few logits at once that a block can be a step's peak."""
-    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", 2**14)
+    use_chunks_of(monkeypatch, 16)

@@ -7,16 +7,20 @@ import json
 import pydoc_data.topics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from distlora.config import Config
 from distlora.config.file import as_mapping, build
 
+if TYPE_CHECKING:
+    import pytest
+
 TYPES = ("qwen3_next", "glm4_moe", "gemma4_text", "lfm2", "granite", "qwen3_5", "mistral3")
 """Model types whose models tests of whole runs train: one for each kind of seam."""
 VOCABULARY = 1001
+
 """Prime to every number of ranks, so that the embedding is cut unevenly."""
 
 NEW_TOKENS = ("statement", "of the", "method")
@@ -37,6 +41,13 @@ SHAPES = {
     "initializer_range": 0.08,
 }
 """What the configs of the tiny models have in common."""
+
+
+def use_chunks_of(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Make the LM head compute the logits of so many tokens at once."""
+    monkeypatch.setattr("distlora.architecture.shapes.CHUNK_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr("distlora.architecture.shapes.CHUNK_MULTIPLE", tokens)
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"

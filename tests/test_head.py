@@ -17,12 +17,14 @@ from torch.distributed.tensor import DTensor
 
 from closeness import assert_close
 from distlora.architecture.config_checks import check_train
+from distlora.architecture.shapes import logit_bytes, tokens_per_chunk
 from distlora.config import TrainConfig, UserError
 from distlora.model.adapters import TokenRows
 from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
 from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
 from distlora.parallel import Ranks, Shards
 from family_models import architecture
+from small_models import use_chunks_of
 from worlds import World
 
 VOCABULARY, HIDDEN = 1001, 24
@@ -51,7 +53,7 @@ def plain_loss(hidden: Tensor, labels: Tensor, weight: Tensor, softcap: float | 
 def test_row_sums_and_gradients_equal_the_plain_loss(
     monkeypatch: pytest.MonkeyPatch, frozen: bool, softcap: float | None, scale: float, tokens_per_chunk: int
 ) -> None:
-    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", tokens_per_chunk * VOCABULARY)
+    use_chunks_of(monkeypatch, tokens_per_chunk)
     hidden, labels, weight = inputs()
     module = LossHead(nn.Parameter(weight, requires_grad=not frozen), logit_softcap=softcap, logit_scale=scale)
     row_weights = torch.tensor([0.5, -2.0, 3.0])  # Any combination of rows, as DPO takes.
@@ -74,8 +76,48 @@ def test_no_gradient_mode_gives_the_same_sums() -> None:
     assert torch.equal(sums, module(hidden.requires_grad_(), labels).detach())
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses_and_gradients_in_place_are_those_of_autograd_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, biased: bool
+) -> None:
+    use_chunks_of(monkeypatch, 24)
+    hidden, labels, weight = inputs()
+    head = LossHead(nn.Parameter(weight.to(dtype), requires_grad=False))
+    if biased:
+        head.bias = nn.Parameter(weight[:, 0].to(dtype), requires_grad=False)
+    leaf = hidden.to(dtype).requires_grad_()
+    losses = head(leaf, labels, by_token=True)
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    parts = zip(leaf.flatten(0, 1).split(24), labels.flatten().split(24), strict=True)
+    expected = torch.cat([head.token_losses(part, targets) for part, targets in parts])
+    assert torch.equal(losses.flatten(), expected)
+    assert torch.equal(gradient, *torch.autograd.grad(expected.sum(), leaf))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "on_cpu", "kind", "tokens"),
+    [
+        (128_256, False, {"plain": True}, 1024),
+        (128_256, False, {"plain": False}, 640),
+        (256_000, False, {"plain": False, "capped": True}, 256),
+        (4096, False, {"plain": True}, 4096),
+        (49_152, True, {"plain": True, "compiled": True}, 512),
+        (49_152, True, {"plain": True}, 256),
+        (128_256, True, {"plain": True, "compiled": True}, 384),
+        (256_000, True, {"plain": False, "capped": True}, 128),
+        (1001, True, {"plain": True}, 1024),
+    ],
+)
+def test_a_chunk_is_as_large_as_products_need_and_memory_allows(
+    vocabulary: int, on_cpu: bool, kind: dict[str, bool], tokens: int
+) -> None:
+    nbytes = logit_bytes(2, **({"compiled": False, "capped": False} | kind))
+    assert tokens_per_chunk(vocabulary, nbytes, on_cpu=on_cpu) == tokens
+
+
 def test_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", 16 * VOCABULARY)
+    use_chunks_of(monkeypatch, 16)
     hidden, labels, weight = inputs()
     module = LossHead(nn.Parameter(weight, requires_grad=False))
     largest = 0
@@ -148,7 +190,7 @@ def test_form_and_final_norm_are_found_and_logits_in_chunks_equal_the_models_own
     torch.testing.assert_close(head(hidden, None), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(head.copied()(hidden, None), expected, atol=1e-5, rtol=1e-5)
     # Gradients of a loss, in chunks of 8 tokens, against autograd through the model itself.
-    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", 8 * 300)
+    use_chunks_of(monkeypatch, 8)
     labels = torch.where(input_ids % 3 == 0, IGNORED_LABEL, input_ids)
     own = OwnForward(model, decoder_of(model), [name for name, _ in model.named_children()])
     output: Any = model.get_output_embeddings()
@@ -170,7 +212,7 @@ def test_form_and_final_norm_are_found_and_logits_in_chunks_equal_the_models_own
 def test_trained_token_rows_get_their_gradient_through_the_models_own_forward(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", 8 * 300)
+    use_chunks_of(monkeypatch, 8)
     model, form = hf_model(name), FORMS[name][2]
     head, output = loss_head(model, decoder_of(model), form), model.get_output_embeddings()
     own = OwnForward(model, decoder_of(model), [name for name, _ in model.named_children()])

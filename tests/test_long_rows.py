@@ -12,7 +12,7 @@ from accounting import Made, flash_like
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from family_models import edit_config, load_ours, tokens, write_family_folder
-from small_models import VOCABULARY
+from small_models import VOCABULARY, use_chunks_of
 
 LONGEST = 4096
 DOCUMENT = 128
@@ -44,7 +44,7 @@ def test_memory_grows_with_the_row_and_no_faster(
     name: str, settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gemma3 has two masks and windows, and makes none where it has documents."""
-    monkeypatch.setattr("distlora.architecture.shapes.LOGITS_PER_CHUNK", 2**17)
+    use_chunks_of(monkeypatch, 128)
     write_family_folder(tmp_path, name)
     edit_config(tmp_path, max_position_embeddings=LONGEST)
     data = {"path": "none.jsonl", "sequence_length": LONGEST}

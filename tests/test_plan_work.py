@@ -126,7 +126,7 @@ def test_the_heads_logits_move_the_bytes_that_operations_move(dtype: torch.dtype
     with Moved() as moved:
         LossHead(weight)(states, torch.randint(0, vocabulary, (1, length))).sum().backward()
     how, rows = KernelOptions(itemsize=dtype.itemsize, quantized=False), {"trained": trained, "trained_rows": 0}
-    launches = list(head_work(vocabulary, hidden, how, m=length, capped=False, reference=False, **rows))
+    launches = list(head_work(vocabulary, hidden, how, m=length, form="plain", reference=False, **rows))
     beside = sum(work.nbytes for work in launches if work.kind == "elementwise") + 2 * dtype.itemsize * states.numel()
     counted = sum(work.nbytes for work in launches) - beside  # Without the last norm and the embedding.
     assert counted == pytest.approx(sum(moved.by_name.values()), rel=0.05), moved.by_name

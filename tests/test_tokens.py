@@ -40,7 +40,7 @@ from distlora_launcher.cli.push import collect
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
 from family_models import SINGLE, architecture, config_for, edit_config, our_logits, tokens
-from small_models import NEW_TOKENS, VOCABULARY, make_run, tokenizer, write_model_folder
+from small_models import NEW_TOKENS, VOCABULARY, make_run, tokenizer, use_chunks_of, write_model_folder
 from test_parity import run_once
 from worlds import World
 
@@ -224,9 +224,7 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(
     softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against autograd through index_copy, token losses weighted unevenly; tied, so that both uses add up."""
-    monkeypatch.setattr(
-        "distlora.architecture.shapes.LOGITS_PER_CHUNK", 37 * 20
-    )  # Chunks of 20 tokens, the last one shorter.
+    use_chunks_of(monkeypatch, 20)  # The last one is shorter.
     monkeypatch.setattr("distlora.model.adapters.TOKENS_PER_PRODUCT", 16)
     torch.manual_seed(0)
     embedding = nn.Embedding(37, 12, padding_idx=4)

@@ -245,20 +245,35 @@ def nearest_architecture(name: str) -> str:
     return nearest(name, ARCHITECTURES, cutoff=0.87)
 
 
-LOGITS_PER_CHUNK = 2**24
-"""fp32 logits that exist at once (64 MiB). A chunk has this many over the vocabulary size in tokens, 16 or more."""
-LOGITS_PER_CHUNK_ON_CPU = 2**20
-"""The same on a CPU, where a chunk's memory, five times its logits, stays in the caches. A chunk has at least
-FEWEST_ON_CPU tokens, because each reads the whole weight."""
-FEWEST_ON_CPU = 128
+CHUNK_BYTES = {"cuda": 2**30, "cpu": 96 * 2**20}
+"""Most bytes of the logits that exist at once, unless CHUNK_MULTIPLE tokens take more."""
+CHUNK_TOKENS = {"cuda": 1024, "cpu": 512}
+"""Tokens from which a product with the LM head's weight, read once a chunk, is limited by arithmetic. A small
+vocabulary takes more tokens at once, SMALL_CHUNK logits, because each chunk has its launches."""
+SMALL_CHUNK = {"cuda": 2**24, "cpu": 2**20}
+CHUNK_MULTIPLE = 128
+"""Divisor of a chunk's tokens, and their least number."""
+GRADIENT_PARTS = 8
+"""Parts of a chunk whose gradients are taken one after the other, where torch computes the losses."""
 
 ADDED_AT_ONCE = 2**22
 """Elements of a trained head's bf16 gradient that are added to the fp32 sum at once: a CPU widens them first."""
 
 
-def tokens_per_chunk(vocabulary: int, *, on_cpu: bool) -> int:
-    """Return the number of tokens whose logits exist at once."""
-    tokens = LOGITS_PER_CHUNK // vocabulary
-    if on_cpu:
-        tokens = min(tokens, max(FEWEST_ON_CPU, LOGITS_PER_CHUNK_ON_CPU // vocabulary))
-    return max(16, tokens)
+def logit_bytes(itemsize: int, *, plain: bool, compiled: bool, capped: bool) -> float:
+    """Return the bytes that a logit takes in the LM head's forward and backward, beside what is kept of a token.
+
+    `plain`: the logits are a frozen weight's product alone, whose loss is computed in place: in fp32 by torch, or
+    `compiled` in the run's dtype. Otherwise autograd has three fp32 copies, and the tanh of a cap.
+    """
+    if not plain:
+        return 16 if capped else 12
+    return itemsize if compiled else (itemsize % 4) + 4 + 4 / GRADIENT_PARTS
+
+
+def tokens_per_chunk(vocabulary: int, logit_bytes: float, *, on_cpu: bool) -> int:
+    """Return the number of tokens whose logits, of so many bytes each, exist at once."""
+    device = "cpu" if on_cpu else "cuda"
+    most = max(CHUNK_TOKENS[device], SMALL_CHUNK[device] // vocabulary)
+    tokens = min(most, int(CHUNK_BYTES[device] / logit_bytes) // vocabulary)
+    return max(CHUNK_MULTIPLE, tokens // CHUNK_MULTIPLE * CHUNK_MULTIPLE)

@@ -4,6 +4,9 @@ Whole logits never exist. Token losses are independent of each other, so with a 
 states is computed in forward, chunk by chunk, and only scaled in backward: the head's weight is read (and, when
 sharded, gathered) once. Trained token rows, columns of the logits, get their gradient in backward, from what forward
 kept. A trained head recomputes its logits in backward, chunk by chunk, and accumulates its gradient in fp32.
+
+Where the logits are a frozen weight's product alone, their loss and gradient are computed in place, in memory that all
+chunks of a call share. It is free between calls: the peak of a step is often in a decoder layer's backward.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distlora.architecture.shapes import ADDED_AT_ONCE, tokens_per_chunk
+from distlora.architecture.shapes import ADDED_AT_ONCE, GRADIENT_PARTS, logit_bytes, tokens_per_chunk
 from distlora.model.adapters import TokenRows, weighted_sum
 
 if TYPE_CHECKING:
@@ -132,9 +135,9 @@ class LossHead(nn.Module):
 
     @property
     def takes_cross_entropy(self) -> bool:
-        """True if the logits are the product with the frozen weight and nothing else."""
+        """True if the logits are the product with the frozen weight, and a bias, and nothing else."""
         plain = self.logit_softcap is None and self.logit_scale == 1.0 and not self._token_rows
-        return plain and self.bias is None and self.own is None and not self.weight.requires_grad
+        return plain and self.own is None and not self.weight.requires_grad
 
     @contextlib.contextmanager
     def read_by(self, reader: Callable[[Tensor], None]) -> Iterator[None]:
@@ -176,8 +179,20 @@ class LossHead(nn.Module):
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return (B, T) fp32 losses of each token, 0 without a label."""
         flat, targets = hidden.flatten(0, 1), labels.flatten()
-        tokens = tokens_per_chunk(self.weight.shape[0], on_cpu=flat.device.type == "cpu")
-        if not torch.is_grad_enabled():
+        plain = self.takes_cross_entropy and self.weight.dtype == flat.dtype
+        tokens = tokens_per_chunk(
+            self.weight.shape[0],
+            logit_bytes(
+                flat.dtype.itemsize,
+                plain=plain,
+                compiled=self.cross_entropy is not None,
+                capped=self.logit_softcap is not None,
+            ),
+            on_cpu=flat.device.type == "cpu",
+        )
+        if plain:
+            losses = _PlainLoss.apply(flat, targets, self, tokens, torch.is_grad_enabled())
+        elif not torch.is_grad_enabled():
             chunks = zip(flat.split(tokens), targets.split(tokens), strict=True)
             losses = torch.cat([self.token_losses(part, target) for part, target in chunks])
         elif self.weight.requires_grad:
@@ -246,6 +261,72 @@ class LossHead(nn.Module):
         return logits
 
 
+class _PlainLoss(torch.autograd.Function):
+    """Token losses (N,) fp32 of a head that takes_cross_entropy, one chunk after the other in the same memory.
+
+    The hidden states' gradient is computed in forward, if it is `wanted`, and scaled in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, head: LossHead, tokens_per_chunk: int, wanted: bool
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden) if wanted else None
+        losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+        weight, shape = head.weight, (min(len(hidden), tokens_per_chunk), head.weight.shape[0])
+        all_logits = hidden.new_empty(shape)
+        widens = head.cross_entropy is None and hidden.dtype != torch.float32
+        wide = torch.empty(shape if widens else 0, dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), tokens_per_chunk):
+            part = slice(start, start + tokens_per_chunk)
+            states, targets = hidden[part], labels[part]
+            logits = all_logits[: len(states)]
+            if head.bias is None:
+                torch.mm(states, weight.T, out=logits)
+            else:
+                torch.addmm(head.bias, states, weight.T, out=logits)
+            if head.cross_entropy is not None:
+                losses[part] = head.cross_entropy(logits, targets)
+            else:
+                in_fp32 = wide[: len(states)].copy_(logits) if widens else logits
+                losses[part] = _log_softmax_(in_fp32, targets)
+                if gradient is not None:
+                    _gradient_of_logits(in_fp32, targets, out=logits)
+            if gradient is not None:
+                torch.mm(logits, weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_losses[:, None]).to(gradient.dtype), None, None, None, None
+
+
+def _log_softmax_(logits: Tensor, labels: Tensor) -> Tensor:
+    """Turn fp32 logits (N, vocabulary) into log probabilities. Return their losses (N,), as F.cross_entropy does."""
+    torch._log_softmax(logits, 1, False, out=logits)
+    return F.nll_loss(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
+
+
+def _gradient_of_logits(log_probabilities: Tensor, labels: Tensor, *, out: Tensor) -> None:
+    """Write the gradient of the sum of losses, in the dtype of `out`, which may be the log probabilities (N, V).
+
+    The gradient of the log probabilities, zeros but for the labels, exists for a part of the tokens at a time.
+    """
+    rows = -(-len(labels) // GRADIENT_PARTS)
+    gradient = torch.empty_like(log_probabilities[:rows])
+    ones = (labels >= 0).to(gradient.dtype)[:, None]
+    for part, places, values, into in zip(
+        *(each.split(rows) for each in (log_probabilities, labels.clamp(min=0)[:, None], ones, out)), strict=True
+    ):
+        of_part = gradient[: len(part)].zero_().scatter_(1, places, -values)
+        torch.ops.aten._log_softmax_backward_data.out(of_part, part, 1, torch.float32, out=part)
+        if out is not log_probabilities:
+            into.copy_(part)
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     """Token losses (N,) of a frozen head. The hidden states' gradient is computed in forward and scaled in backward.
 
@@ -259,13 +340,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
         losses, inputs, column_parts = [], [], []
-        fused = head.cross_entropy if head.takes_cross_entropy and head.weight.dtype == hidden.dtype else None
         for part, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
-            if fused is not None:  # One copy of a chunk's logits, in the compute dtype.
-                logits = F.linear(part, head.weight)
-                losses.append(fused(logits, target))
-                torch.mm(logits, head.weight, out=out)
-                continue
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 products: list[tuple[Tensor, Tensor]] = []

@@ -138,8 +138,8 @@ class Decoder:
     """True if norms multiply by their scale in fp32 (Gemma)."""
     caps_scores: bool = False
     """True if attention caps its scores (Gemma 2)."""
-    caps_logits: bool = False
-    """True if the LM head caps its logits (Gemma)."""
+    head_form: Literal["plain", "softcap", "scale", "own"] = "plain"
+    """What makes logits of the product with the LM head (distlora.architecture.spec.HeadForm)."""
     sinks: bool = False
     """True if attention has sinks (GPT-OSS)."""
     masks: int = 1
@@ -191,7 +191,7 @@ class Decoder:
             mlp_bias="down_proj" in biases,
             norms_in_fp32=architecture.norm_form == "gemma",
             caps_scores=architecture.attention == "eager" and not sinks,
-            caps_logits=architecture.head_form.kind == "softcap",
+            head_form=architecture.head_form.kind,
             sinks=sinks,
             masks=len({each.window is None for each in architecture.kinds if each.heads}),
             experts=experts,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from distlora.architecture.shapes import ADDED_AT_ONCE, tokens_per_chunk
+from distlora.architecture.shapes import ADDED_AT_ONCE, logit_bytes, tokens_per_chunk
 from distlora.architecture.spec import Architecture, LayerKind
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
@@ -37,9 +37,6 @@ Mode = Literal["none", "block", "selective", "offload"]
 
 _H100_PROCESSORS = 132
 """Streaming multiprocessors."""
-_LOGIT_BYTES = 12
-"""A logit of a chunk in fp32 thrice, in its backward: the output of log_softmax, the gradient of that, its own. The one
-in the run's dtype is gone by then, and has its gradient when the second is gone."""
 _LOSS_BYTES = 8
 """A logit of a chunk where no gradient is taken, in fp32, and log p."""
 _NORM_STEPS = 20
@@ -238,24 +235,29 @@ class Costs(LayerRun):
         """Bytes per token that a norm of the hidden size takes in backward, the incoming gradient included."""
         return 3 * self.boundary if self.fused else _NORM_STEPS * self.decoder.hidden
 
-    def _chunk(self, tokens: int) -> int:
+    def chunk(self, tokens: int) -> int:
         """Logits at once."""
-        return min(tokens, tokens_per_chunk(self.decoder.vocabulary, on_cpu=not self.is_gpu)) * self.decoder.vocabulary
+        size = tokens_per_chunk(self.decoder.vocabulary, self._logit_bytes, on_cpu=not self.is_gpu)
+        return min(tokens, size) * self.decoder.vocabulary
 
     @property
-    def _logit_bytes(self) -> int:
-        """A cap keeps its tanh, fp32. Where losses are compiled, a logit in the run's dtype becomes its gradient."""
-        if self.fused and not (self.is_gpu or self.trains_head or self.trained_columns or self.decoder.caps_logits):
-            return self.itemsize
-        return _LOGIT_BYTES + (4 if self.decoder.caps_logits else 0)
+    def _logit_bytes(self) -> float:
+        """A logit of a chunk at its peak."""
+        form = self.decoder.head_form
+        return logit_bytes(
+            self.itemsize,
+            plain=form == "plain" and not (self.trains_head or self.trained_columns),
+            compiled=self.fused and not self.is_gpu,
+            capped=form == "softcap",
+        )
 
     def head_forward(self, tokens: int) -> float:
         """Return the bytes of the LM head's forward; a frozen head computes the gradient of its input there."""
         norm = self.norm_keeps + (self.boundary if self.has_reference else 0)
         if self.trains_head:
-            return tokens * (norm + self.boundary) + _LOSS_BYTES * self._chunk(tokens)
+            return tokens * (norm + self.boundary) + _LOSS_BYTES * self.chunk(tokens)
         columns = 4 * self.trained_columns
-        return tokens * (norm + 2 * self.boundary + columns) + self._logit_bytes * self._chunk(tokens)
+        return tokens * (norm + 2 * self.boundary + columns) + self._logit_bytes * self.chunk(tokens)
 
     def head_backward(self, tokens: int) -> float:
         """Return the bytes of the LM head's backward, or of the backward of the norm before it.
@@ -266,7 +268,7 @@ class Costs(LayerRun):
         hidden = self.decoder.hidden
         norm = self.norm_keeps
         if self.trains_head:
-            b, matrix, chunk = self.itemsize, self.decoder.vocabulary * hidden, self._chunk(tokens)
+            b, matrix, chunk = self.itemsize, self.decoder.vocabulary * hidden, self.chunk(tokens)
             widened = 0 if self.is_gpu or b == 4 else 4 * min(matrix, max(ADDED_AT_ONCE, hidden))
             own = 4 * matrix + max(self._logit_bytes * chunk, b * matrix + max(b * chunk, widened))
             return max(tokens * (norm + 2 * self.boundary) + own, tokens * (norm + self._norm_steps))

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distlora.architecture.shapes import tokens_per_chunk
 from distlora.planner import traffic
 from distlora.planner.decoder_sizes import ranks_of_blocks
 from distlora.planner.machine import Machine
@@ -103,10 +102,8 @@ class Step:
     @property
     def largest(self) -> int:
         """Bytes of the largest tensor that a step makes: the inner columns of an MLP, fp32 logits of a chunk."""
-        vocabulary = self.costs.decoder.vocabulary
         columns = max(blocks.costs.decoder.mlp_columns for blocks in self.blocks)
-        tokens = min(self.at_once, tokens_per_chunk(vocabulary, on_cpu=not self.costs.is_gpu))
-        return max(self.at_once * self.costs.itemsize * columns, 4 * tokens * vocabulary)
+        return max(self.at_once * self.costs.itemsize * columns, 4 * self.costs.chunk(self.at_once))
 
     @property
     def costs(self) -> Costs:

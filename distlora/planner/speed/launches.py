@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distlora.architecture.shapes import tokens_per_chunk
+from distlora.architecture.shapes import GRADIENT_PARTS, logit_bytes, tokens_per_chunk
 from distlora.planner.decoder_sizes import AttentionKind, Decoder, ScaledHalf
 from distlora.planner.flops import PAIR_BACKWARD, PAIR_FORWARD, SCORES_AGAIN
 from distlora.planner.memory.base import UPDATE_BYTES
@@ -457,12 +457,12 @@ def head_work(
     m: int,
     trained: bool,
     trained_rows: int,
-    capped: bool,
+    form: str,
     reference: bool,
 ) -> Iterator[KernelLaunch]:
     """Yield the embedding, the last norm, and the LM head chunk by chunk (lm_head.py).
 
-    `trained_rows`: rows that are trained while the rest is frozen. `capped`: True if logits are capped (Gemma 2).
+    `trained_rows`: rows that are trained while the rest is frozen. `form`: of the head (HeadForm).
 
     A frozen head computes the gradient of its input in forward; a trained one recomputes its logits in backward. The
     weight is read for each chunk and product.
@@ -472,23 +472,29 @@ def head_work(
     for back in (False, True):
         yield norm(hidden * m, how, backward=back)
     casts = 0 if e == FP32 else e + FP32
-    cap = 24 if capped else 0
-    of_loss, of_gradient = casts + 3 * FP32 + cap, casts + 5 * FP32 + (28 if capped else 0)
-    for tokens, times in chunks(m, tokens_per_chunk(vocabulary, on_cpu=not how.is_gpu)):
+    plain, compiled = form == "plain" and not (trained or trained_rows), how.fused_norms and not how.is_gpu
+    cap = (24, 28) if form == "softcap" else (0, 0)
+    of_loss, of_gradient, launches = casts + 3 * FP32 + cap[0], casts + 5 * FP32 + cap[1], (4, 4)
+    if plain and compiled:  # Read twice, and overwritten.
+        of_loss, of_gradient, launches = 3 * e, 0, (1, 0)
+    elif plain:  # The labels' places in zeros, and the gradient.
+        of_gradient, launches = casts + 6 * FP32, (3, 4 * GRADIENT_PARTS)
+    at_peak = logit_bytes(e, plain=plain, compiled=compiled, capped=form == "softcap")
+    for tokens, times in chunks(m, tokens_per_chunk(vocabulary, at_peak, on_cpu=not how.is_gpu)):
         logits = vocabulary * tokens
         product = (e * (hidden * (tokens + vocabulary) + logits), 2.0 * logits * hidden)
         weight = (e * (hidden * (tokens + vocabulary) + logits) + 3 * FP32 * hidden * vocabulary, product[1])
         passes = (2, 1) if trained else (1, 1)
         for _ in range(passes[0]):
             yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
-            yield KernelLaunch("head", times * of_loss * logits, launches=4 * times)
+            yield KernelLaunch("head", times * of_loss * logits, launches=launches[0] * times)
         yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
-        yield KernelLaunch("head", times * of_gradient * logits, launches=4 * times)
+        yield KernelLaunch("head", times * of_gradient * logits, launches=launches[1] * times)
         if trained:
             yield KernelLaunch("head", times * weight[0], times * weight[1], launches=2 * times)
         if reference:
             yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
-            yield KernelLaunch("head", times * of_loss * logits, launches=4 * times)
+            yield KernelLaunch("head", times * of_loss * logits, launches=launches[0] * times)
     if trained_rows:
         yield KernelLaunch(
             "head", 3 * (e * hidden * (m + trained_rows) + 2 * FP32 * trained_rows * m), 6.0 * m * trained_rows * hidden

@@ -139,7 +139,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
                 m=at_once,
                 trained=active.head_is_trained,
                 trained_rows=active.head_rows // shapes.hidden,
-                capped=shapes.architecture.head_form.kind == "softcap",
+                form=shapes.architecture.head_form.kind,
                 reference=work.train.objective == "dpo",
             )
         ),

@@ -292,6 +292,9 @@ class _PlainLoss(torch.autograd.Function):
                 losses[part] = _log_softmax_(in_fp32, targets)
                 if gradient is not None:
                     _gradient_of_logits(in_fp32, targets, out=logits)
+                del in_fp32
+            if part.stop >= len(hidden):
+                del wide  # On a CPU, oneDNN's product has a workspace.
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)

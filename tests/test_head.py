@@ -98,9 +98,10 @@ def test_losses_and_gradients_in_place_are_those_of_autograd_bit_for_bit(
 @pytest.mark.parametrize(
     ("vocabulary", "on_cpu", "kind", "tokens"),
     [
-        (128_256, False, {"plain": True}, 1024),
-        (128_256, False, {"plain": False}, 640),
-        (256_000, False, {"plain": False, "capped": True}, 256),
+        (128_256, False, {"plain": True}, 512),
+        (128_256, False, {"plain": True, "compiled": True}, 1024),
+        (128_256, False, {"plain": False}, 256),
+        (256_000, False, {"plain": False, "capped": True}, 128),
         (4096, False, {"plain": True}, 4096),
         (49_152, True, {"plain": True, "compiled": True}, 512),
         (49_152, True, {"plain": True}, 256),

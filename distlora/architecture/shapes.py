@@ -245,8 +245,9 @@ def nearest_architecture(name: str) -> str:
     return nearest(name, ARCHITECTURES, cutoff=0.87)
 
 
-CHUNK_BYTES = {"cuda": 2**30, "cpu": 96 * 2**20}
-"""Most bytes of the logits that exist at once, unless CHUNK_MULTIPLE tokens take more."""
+CHUNK_BYTES = {"cuda": 448 * 2**20, "cpu": 96 * 2**20}
+"""Most bytes of the logits that exist at once, unless CHUNK_MULTIPLE tokens take more. At a vocabulary of 128k a GPU's
+are 512 tokens with fp32 copies, whose products take twice as long as reading the weight, and 1,024 in 16 bits alone."""
 CHUNK_TOKENS = {"cuda": 1024, "cpu": 512}
 """Tokens from which a product with the LM head's weight, read once a chunk, is limited by arithmetic. A small
 vocabulary takes more tokens at once, SMALL_CHUNK logits, because each chunk has its launches."""

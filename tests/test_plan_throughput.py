@@ -78,12 +78,12 @@ QWEN |= {"fused": False, "adapter": {"r": 64}, "parallel": {"backend": "zero3"}}
 A100S = "Answer.AI, QLoRA of Llama 2 70B, 8 A100 40 GB"
 
 RUNS = [
-    Published("NeMo, LoRA of Llama 3.1 8B, 1 H100, no recomputation", 12_473, 1.02, "8b", **NEMO_1),
-    Published("NeMo, LoRA of Llama 3.3 70B, 8 H100", 8 * 1091.85, 1.33, "70b", **NEMO_8),
-    Published("NeMo, LoRA of Qwen2.5 32B, 8 H100", 8 * 2250.31, 1.31, "32b", **NEMO_8),
-    Published("torchtune, QLoRA of Llama 3.1 8B, 1 RTX 4090", 2413, 0.97, "8b", gpu="rtx4090", **TUNE),
+    Published("NeMo, LoRA of Llama 3.1 8B, 1 H100, no recomputation", 12_473, 1.06, "8b", **NEMO_1),
+    Published("NeMo, LoRA of Llama 3.3 70B, 8 H100", 8 * 1091.85, 1.34, "70b", **NEMO_8),
+    Published("NeMo, LoRA of Qwen2.5 32B, 8 H100", 8 * 2250.31, 1.34, "32b", **NEMO_8),
+    Published("torchtune, QLoRA of Llama 3.1 8B, 1 RTX 4090", 2413, 0.98, "8b", gpu="rtx4090", **TUNE),
     Published("torchtune, LoRA of Llama 3.1 8B, 1 RTX 4090", 3083, 0.79, "8b", gpu="rtx4090", nf4=False, **TUNE),
-    Published("torchtune, LoRA of Llama 3.1 8B, 1 A6000", 4699, 0.47, "8b", gpu="a6000", nf4=False, **TUNE),
+    Published("torchtune, LoRA of Llama 3.1 8B, 1 A6000", 4699, 0.48, "8b", gpu="a6000", nf4=False, **TUNE),
     Published("torchtune, LoRA of Llama 3.1 70B, 8 A100", 3497, 1.28, "70b", nf4=False, **TUNE_8),
     Published("torchtune, QLoRA of Llama 3.1 405B, 8 A100", 653, 1.23, "405b", **TUNE_8),
     Published(
@@ -146,6 +146,6 @@ def test_one_published_speed_is_more_than_its_gpu_can() -> None:
     (run,) = (run for run in RUNS if run.gpu == "a6000")
     assert planned(run)[1] == pytest.approx(1.41, abs=0.005)
     time, share = planned(dataclasses.replace(run, gpu="rtx6000_ada"))
-    assert time.tokens_per_second / run.published == pytest.approx(0.94, abs=0.005)
+    assert time.tokens_per_second / run.published == pytest.approx(0.99, abs=0.005)
     assert share < 0.65
     assert all(planned(other)[1] < 0.9 for other in RUNS if other is not run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ from distlora.parallel import Ranks
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora_kernels import attention as compiled_attention
-from distlora_kernels import elementwise, native
+from distlora_kernels import elementwise, lora_native, native, nf4
+from distlora_kernels.dropout import Dropout
+from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, lora_linears
+from distlora_kernels.operands import Needs, SavedLinear
+from distlora_kernels.scratch import DenseWeights
 from distlora_launcher.compose.checks import check_machine, check_model_sizes
 from family_models import load_ours, tokens, write_family_folder
 from test_fused_modules import ONE_EACH, PARTIAL_ROTARY, check_kept, run
@@ -178,3 +183,89 @@ def test_unsupported_compilation_is_refused_with_the_reason(monkeypatch: pytest.
     architecture = architecture_of(read_config(tmp_path), tmp_path)
     with pytest.raises(UserError, match="is not what mixtral computes"):
         check_model_sizes(config.parallel, config.train, architecture)
+
+
+@pytest.fixture
+def native_linears() -> Iterator[None]:
+    """Turn on the compiled products of adapted linears, where the processor has them."""
+    if native.unavailable_reason() is not None or not lora_native.use(True):
+        pytest.skip("this processor has no AVX512-BF16, or it has AMX, or there is no compiler")
+    yield
+    lora_native.use(False)
+
+
+def frozen(kind: str, out: int, features: int) -> FrozenWeight:
+    """Return a random weight: dense, NF4, or NF4 with plain absmax."""
+    weight = torch.randn(out, features) * 0.02
+    if kind == "dense":
+        return FrozenWeight((weight.bfloat16(),), (out, features))
+    codes, absmax = nf4.quantize_blocks(weight.flatten())
+    return FrozenWeight((codes, absmax) if kind == "absmax" else tuple(nf4.nf4_quantize(weight)), (out, features))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "absmax", "dense"])
+@pytest.mark.parametrize(("out", "features"), [(192, 128), (64, 2112)])
+def test_compiled_products_use_the_bits_of_the_weight(native_linears: None, kind: str, out: int, features: int) -> None:
+    linear = Linear(frozen(kind, out, features))
+    expected = linear.weight.dense(torch.bfloat16)
+    ones = [torch.eye(size, dtype=torch.bfloat16) for size in (features, out)]
+    (y,), _ = lora_native.forward(ones[0], [linear], [None], DenseWeights(1), with_backward=False)
+    assert torch.equal(y.T, expected)
+    needs = Needs(True, (False,), (False,), (False,))
+    gradients = lora_native.backward(None, [linear], DenseWeights(1), [SavedLinear()], [ones[1]], needs)
+    assert gradients.x is not None
+    assert torch.equal(gradients.x, expected)
+
+
+def test_compiled_linears_round_once(native_linears: None) -> None:
+    """Outputs and the gradient of the input are as near to fp64 as one rounding; a row's bits are its own."""
+    torch.manual_seed(0)
+    shapes = [(192, True), (64, False), (128, False)]
+    masters = [(torch.randn(6, 128).bfloat16().float(), torch.randn(out, 6).bfloat16().float()) for out, _ in shapes]
+    linears = [
+        Linear(frozen("nf4", out, 128), Adapter(a, b, 0.5), torch.randn(out).bfloat16() if bias else None)
+        for (out, bias), (a, b) in zip(shapes, masters, strict=True)
+    ]
+    x = torch.randn(133, 128, dtype=torch.bfloat16, requires_grad=True)
+    for a, b in masters:
+        a.requires_grad_(), b.requires_grad_()
+    assert lora_native.covers(x, linears)
+    ys = lora_linears(x, linears)
+    dys = [torch.randn_like(y) for y in ys]
+    torch.autograd.backward(ys, dys)
+    assert x.grad is not None
+    total = torch.zeros(133, 128, dtype=torch.float64)
+    for (weight, adapter, bias), y, dy in zip(linears, ys, dys, strict=True):
+        assert adapter is not None
+        dense, a, b = weight.dense(torch.bfloat16).double(), adapter.a.detach(), adapter.b.detach()
+        gated = (x.detach() @ a.bfloat16().T) * 0.5
+        expected = (
+            x.detach().double() @ dense.T + gated.double() @ b.double().T + (0 if bias is None else bias.double())
+        )
+        assert relative_error(y.detach(), expected) <= 0.5 * 2**-8
+        dxa = (dy @ b.bfloat16()) * 0.5
+        total += dy.double() @ dense + dxa.double() @ a.double()
+        assert adapter.a.grad is not None
+        assert adapter.b.grad is not None
+        assert relative_error(adapter.a.grad, dxa.double().T @ x.detach().double()) <= 0.5 * 2**-8
+        assert relative_error(adapter.b.grad, dy.double().T @ gated.double()) <= 0.5 * 2**-8
+    assert relative_error(x.grad, total) <= 0.5 * 2**-8
+    for part, y in zip(lora_linears(x[5:12].detach(), linears), ys, strict=True):
+        assert torch.equal(part, y[5:12])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"shape": (192, 96)},
+        {"r": 5},
+        {"dropout": Dropout((1, 2), 2**15, 1, torch.arange(1))},
+        {"dtype": torch.float32},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_other_linears_stay_with_torch(native_linears: None, changed: dict[str, Any]) -> None:
+    out, features = changed.get("shape", (192, 128))
+    adapter = Adapter(torch.randn(changed.get("r", 4), features), torch.randn(out, changed.get("r", 4)), 1.0)
+    linear = Linear(frozen("nf4", out, features), adapter._replace(dropout=changed.get("dropout")))
+    assert not lora_native.covers(torch.randn(4, features, dtype=changed.get("dtype", torch.bfloat16)), [linear])

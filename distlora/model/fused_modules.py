@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from distlora.architecture.spec import Architecture
 from distlora.config import UserError
 from distlora.model.lm_head import LossHead
-from distlora_kernels import native
+from distlora_kernels import lora_native, native
 from distlora_kernels.elementwise import cross_entropy_, gated, rms_norm, rotate
 
 FIRST_LIGER = (0, 8, 5)
@@ -114,6 +114,7 @@ def give_back(decoder: nn.Module) -> None:
 
     With DoRA, or without kernels, queries and keys must not be overwritten.
     """
+    lora_native.use(False)
     name = type(decoder).__module__
     if name in _own:
         file: Any = sys.modules[name]
@@ -157,7 +158,10 @@ def use_own(
         gelu=lambda gate, up: gated(gate, up, "gelu_tanh"),
         rotate=rotate,
     )
-    return _use_loss(head, exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept))
+    used = exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept)
+    if not is_gpu and lora_native.use(True):
+        used = f"{used}, linears"
+    return _use_loss(head, used)
 
 
 def _use_loss(head: LossHead, used: str) -> str:

@@ -42,12 +42,17 @@ def call(name: str, dtype: torch.dtype, *arguments: Any) -> int:
 
 
 def _as_c(argument: Any) -> Any:
-    """Return an argument for C: a tensor as a pointer, floats and bools as float and int, other numbers as 64 bits."""
+    """Return an argument for C: a tensor as a pointer, floats and bools as float and int, other numbers as 64 bits.
+
+    None is a null pointer, and ctypes' own values stay.
+    """
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_float(argument)
-    return ctypes.c_int(argument) if isinstance(argument, bool) else ctypes.c_int64(argument)
+    if isinstance(argument, int):
+        return ctypes.c_int(argument) if isinstance(argument, bool) else ctypes.c_int64(argument)
+    return argument
 
 
 def _run(name: str, first: Tensor, *arguments: Any) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distlora_kernels import lora_torch
+from distlora_kernels import lora_native, lora_torch
 from distlora_kernels.dispatch import check_compilation, uses_triton
 from distlora_kernels.dropout import ChosenDropout, Dropout
 from distlora_kernels.kept import keep, kept
@@ -67,7 +67,7 @@ def lora_linears(x: Tensor, linears: Sequence[Linear], *, unread: bool = False) 
     tensors = [tensor for linear in linears for tensor in _tensors(linear)]
     rows = x.flatten(0, -2)
     with torch.no_grad():
-        inputs, xas = _path(rows).project(rows, linears)
+        inputs, xas = _path(rows, linears).project(rows, linears)
     keeper = None
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (rows, *tensors)):
         adapted = any(form.scale is not None for form in forms)
@@ -120,7 +120,7 @@ class _LoRALinears(torch.autograd.Function):
             ys = [x.new_full((), math.nan).expand(len(x), form.shape[0]) for form in forms]
             magnitudes = [None] * len(forms)
         else:
-            ys, magnitudes = _path(x).forward(x, linears, inputs, weights, with_backward=keeper is not None)
+            ys, magnitudes = _path(x, linears).forward(x, linears, inputs, weights, with_backward=keeper is not None)
         ctx.forms = forms
         ctx.set_materialize_grads(False)
         # y for the gradient of the magnitude.
@@ -146,17 +146,18 @@ class _LoRALinears(torch.autograd.Function):
         first = next((dy for dy in dys if dy is not None), None)
         if first is None:
             return (None,) * (4 + len(tensors))
-        gradients = _path(first).backward(x, _joined(forms, tensors), weights, saved, dys, needs)
+        linears = _joined(forms, tensors)
+        gradients = _path(first, linears).backward(x, linears, weights, saved, dys, needs)
         results: list[Tensor | None] = [None] * len(tensors)
         for place, *by_kind in zip(places, gradients.a, gradients.b, gradients.magnitude, strict=True):
             results[place : place + len(by_kind)] = by_kind
         return (None, gradients.x, None, None, *results)
 
 
-def _path(tensor: Tensor) -> ModuleType:
+def _path(tensor: Tensor, linears: Sequence[Linear]) -> ModuleType:
     """Return the module that computes forward and backward on this tensor's device; torch's if there are no rows."""
     if not uses_triton(tensor) or tensor.shape[0] == 0:
-        return lora_torch
+        return lora_native if lora_native.covers(tensor, linears) else lora_torch
     from distlora_kernels import lora_gpu
 
     return lora_gpu

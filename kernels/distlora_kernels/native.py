@@ -1,4 +1,4 @@
-"""Compile elementwise.cpp and attention.cpp for this node and load them. Imports no torch.
+"""Compile elementwise.cpp, attention.cpp and products.cpp for this node and load them. Imports no torch.
 
 Each process compiles for itself (2.3 CPU seconds) into a folder that is removed once the library is loaded: no
 executable file stays where another user, or a machine with another processor, could have left it.
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("elementwise", "attention"))
+SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("elementwise", "attention", "products"))
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),

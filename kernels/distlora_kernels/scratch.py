@@ -89,6 +89,11 @@ def block_bytes(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
     return sum(_aligned(_nbytes(shape, dtype)) for shape in shapes)
 
 
+def keeps() -> bool:
+    """Return whether dequantized weights are kept now."""
+    return _keeping != "off"
+
+
 @contextlib.contextmanager
 def keeping(part: Literal["forward", "recomputation"], device: torch.device) -> Iterator[None]:
     """Keep the weights that a layer's recomputation dequantizes for its backward; enter around both parts.

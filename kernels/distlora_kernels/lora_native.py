@@ -1,0 +1,168 @@
+"""Run the adapted linears of one input by products.cpp: the path of compiled runs in bf16 on a CPU.
+
+A linear's base and adapter are terms of one sum, rounded once, and so are the gradients of an input that several
+linears share. A quantized weight is decoded into the product's own operand: no dense copy is made. `lora_torch` runs
+what is not covered: DoRA, dropout, rows that choose, and sizes that are not multiples of 64.
+
+Letters: M rows, I in features, O out features, R rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distlora_kernels import native, nf4_cpu, scratch
+from distlora_kernels.elementwise import call
+from distlora_kernels.operands import FrozenWeight, Gradients, Linear, Needs, RowChoice, SavedLinear
+from distlora_kernels.reference import NF4_LEVELS
+from distlora_kernels.scratch import DenseWeights
+
+COLUMNS = 64
+"""In and out features must be a multiple of this."""
+
+_enabled = False
+
+
+def use(enabled: bool) -> bool:
+    """Turn this path on for the process's linears, where the processor has it, or off. Returns whether it is on."""
+    global _enabled
+    _enabled = enabled and bool(native.library().multiplies())
+    return _enabled
+
+
+def covers(x: Tensor, linears: Sequence[Linear]) -> bool:
+    """Return whether this path is on and computes these linears of x, or of their gradient."""
+    return _enabled and x.dtype == torch.bfloat16 and x.device.type == "cpu" and all(map(_covered, linears))
+
+
+def _covered(linear: Linear) -> bool:
+    adapter, shape = linear.adapter, linear.weight.shape
+    parts = linear.weight.parts
+    if len(shape) != 2 or shape[0] % COLUMNS or shape[1] % COLUMNS:
+        return False
+    if len(parts) == 1 and (parts[0].dtype != torch.bfloat16 or not parts[0].is_contiguous()):
+        return False
+    if linear.bias is not None and linear.bias.dtype != torch.bfloat16:
+        return False
+    return adapter is None or not (
+        adapter.dropout or adapter.magnitude or isinstance(adapter.scale, RowChoice) or adapter.a.shape[0] % 2
+    )
+
+
+class _Term(ctypes.Structure):
+    """products.cpp's Term."""
+
+    _fields_ = (
+        *(("left", ctypes.c_void_p), ("left_stride", ctypes.c_size_t), ("summed", ctypes.c_size_t)),
+        *((name, ctypes.c_void_p) for name in ("dense", "codes", "scales", "group_scale", "offset", "absmax")),
+        *(("levels", ctypes.c_void_p), ("map", ctypes.c_void_p)),
+    )
+
+
+class _Factor(NamedTuple):
+    """left (M, K) and a weight (N, K), or (K, N) if the product is transposed."""
+
+    left: Tensor
+    weight: FrozenWeight
+
+    def term(self) -> _Term:
+        term = _Term(self.left.data_ptr(), self.left.stride(0), self.left.shape[1])
+        parts = [part.data_ptr() for part in self.weight.parts]
+        if len(parts) == 1:
+            term.dense = parts[0]
+            return term
+        term.levels, term.map = _levels().data_ptr(), nf4_cpu.dynamic_map().data_ptr()
+        if len(parts) == 2:
+            term.codes, term.absmax = parts
+        else:
+            term.codes, term.scales, term.group_scale, term.offset = parts
+        return term
+
+
+@functools.cache
+def _levels() -> Tensor:
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32)
+
+
+def _sum(factors: Sequence[_Factor], columns: int, *, transposed: bool, bias: Tensor | None = None) -> Tensor:
+    """Return the sum of the factors' products, (M, N), + bias (N,)."""
+    rows = factors[0].left.shape[0]
+    out = factors[0].left.new_empty(rows, columns)
+    terms = (_Term * len(factors))(*(factor.term() for factor in factors))
+    if not call("weighted_sum", out.dtype, terms, len(factors), transposed, bias, out, rows, columns):
+        raise MemoryError(f"no memory for products of {columns:,} columns")
+    return out
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 and x.stride(0) % 2 == 0 else x.contiguous()
+
+
+def project(x: Tensor, linears: Sequence[Linear]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Return s x A^T (M, R) of each linear's adapter, for forward and for backward."""
+    downs = [linear.adapter.a.to(x.dtype) for linear in linears if linear.adapter is not None]
+    projected = iter((x @ torch.cat(downs).T).split([len(down) for down in downs], dim=1) if downs else ())
+    gated = [None if adapter is None else next(projected) * adapter.scale for _, adapter, _ in linears]
+    return gated, gated
+
+
+def forward(
+    x: Tensor, linears: Sequence[Linear], inputs: list[Tensor | None], weights: DenseWeights, *, with_backward: bool
+) -> tuple[list[Tensor], list[None]]:
+    """Return each linear's y (M, O) of x (M, I), and no magnitudes; `project` gives `inputs`."""
+    x, ys = _in_rows(x), []
+    for index, ((weight, adapter, bias), gated) in enumerate(zip(linears, inputs, strict=True)):
+        factors = [_Factor(x, _operand(weights, index, weight))]
+        if adapter is not None and gated is not None:
+            factors.append(_Factor(gated, _dense(adapter.b.to(x.dtype))))
+        ys.append(_sum(factors, weight.shape[0], transposed=False, bias=bias))
+    return ys, [None] * len(ys)
+
+
+def _operand(weights: DenseWeights, index: int, weight: FrozenWeight) -> FrozenWeight:
+    """Return the weight, or its dense copy where one is kept."""
+    if weights.saved[index] is None and not scratch.keeps():
+        return weight
+    return _dense(weights.take(index, weight, torch.bfloat16))
+
+
+def _dense(tensor: Tensor) -> FrozenWeight:
+    return FrozenWeight((tensor.contiguous(),), tuple(tensor.shape))
+
+
+def backward(
+    x: Tensor | None,
+    linears: Sequence[Linear],
+    weights: DenseWeights,
+    saved: Sequence[SavedLinear],
+    dys: Sequence[Tensor | None],
+    needs: Needs,
+) -> Gradients:
+    """Return what lora_torch.backward does."""
+    gradients, factors = Gradients(len(linears)), []
+    for index, ((weight, adapter, _), dy) in enumerate(zip(linears, dys, strict=True)):
+        if dy is None:
+            continue
+        dy = _in_rows(dy)
+        factors.append(_Factor(dy, _operand(weights, index, weight)))
+        if adapter is None:
+            continue
+        gated = saved[index].xa
+        assert x is not None
+        assert gated is not None
+        assert not isinstance(adapter.scale, RowChoice)
+        dxa = (dy @ adapter.b.to(dy.dtype)) * adapter.scale
+        factors.append(_Factor(dxa, _dense(adapter.a.to(dy.dtype))))
+        if needs.b[index]:
+            gradients.b[index] = (dy.T @ gated).to(adapter.b.dtype)
+        if needs.a[index]:
+            gradients.a[index] = (dxa.T @ x).to(adapter.a.dtype)
+    if needs.x and factors:
+        gradients.x = _sum(factors, linears[0].weight.shape[1], transposed=True)
+    return gradients

@@ -1,0 +1,42 @@
+// Products of pairs of bf16, summed in fp32, by AVX512-BF16: what attention.cpp and products.cpp share. The letters are
+// attention.cpp's: a panel is LANES columns of a right-hand side, row after row.
+#pragma once
+
+#include <immintrin.h>
+
+#include "numbers.h"
+
+constexpr size_t LANES = 64, VECTOR = 16;
+
+// Two bf16 as they lie in memory, wherever that is.
+typedef uint32_t Pair __attribute__((may_alias, aligned(2)));
+
+static inline size_t up(size_t count, size_t to) { return (count + to - 1) / to * to; }
+
+// C (R, 16 V) = A (R, P) B (P, 16 V), or += it: of pairs, so the sum is over 2 P. B lies in a panel.
+template <size_t R, size_t V>
+static inline void product_of(const Pair *A, size_t lda, const uint32_t *B, float *C, size_t ldc, size_t P, bool add) {
+    __m512 sums[R][V];
+    for (size_t r = 0; r < R; r++)
+        for (size_t v = 0; v < V; v++)
+            sums[r][v] = add ? _mm512_loadu_ps(C + r * ldc + v * VECTOR) : _mm512_setzero_ps();
+    for (size_t p = 0; p < P; p++) {
+        __m512bh b[V];
+        for (size_t v = 0; v < V; v++) b[v] = (__m512bh)_mm512_loadu_si512(B + p * LANES + v * VECTOR);
+        for (size_t r = 0; r < R; r++) {
+            __m512bh a = (__m512bh)_mm512_set1_epi32((int)A[r * lda + p]);
+            for (size_t v = 0; v < V; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, b[v]);
+        }
+    }
+    for (size_t r = 0; r < R; r++)
+        for (size_t v = 0; v < V; v++) _mm512_storeu_ps(C + r * ldc + v * VECTOR, sums[r][v]);
+}
+
+template <size_t V>
+static void product_of_rows(const Pair *A, size_t lda, const uint32_t *B, float *C, size_t ldc, size_t M, size_t P,
+                            bool add) {
+    size_t r = 0;
+    for (; r + 6 <= M; r += 6) product_of<6, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
+    for (; r + 2 <= M; r += 2) product_of<2, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
+    if (r < M) product_of<1, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
+}

@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # A test run starts hundreds of Python processes; without .pyc files each compiles our modules for 0.3 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ci test-all test-documents test-llama-cpp chaos fuzz lint format slurm-shell clean
+.PHONY: demo test test-ci test-all test-documents test-llama-cpp chaos fuzz lint format slurm-shell gpu-wheels gpu-dry-run clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -48,6 +48,22 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+
+# The packages that a GPU machine without a network lacks, into .gpu (tests/first_gpu.py says what to run there).
+gpu-wheels: $(READY)
+	$(BIN)/python tests/gpu_packages.py .gpu
+
+# tests/first_gpu.py with tiny shapes on the CPU, in an environment with the oldest supported versions and no optional package.
+BARE ?= .bare
+gpu-dry-run: $(BARE)/.ready
+	for command in check train compare; do \
+	    $(BARE)/bin/python tests/first_gpu.py $$command --dry --work $(BARE)/work --seconds 3600 || exit; done
+
+$(BARE)/.ready:
+	$(PYTHON) -m venv $(BARE)
+	$(BARE)/bin/pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0 transformers==5.17.0 'numpy==2.3.*' \
+	    safetensors peft accelerate rich markdown-it-py pyyaml jinja2 matplotlib psutil setuptools pytest pytest-xdist hypothesis
+	touch $@
 
 # Damaged inputs with new seeds, ten times as many as in `make test` (ten minutes).
 fuzz: $(READY)

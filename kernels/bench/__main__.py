@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # As in distlora's workers: sums of split GEMMs in fp32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     with interpreted() if _interprets(device) else contextlib.nullcontext():
-        rates = measure_rates(device) if device.type == "cuda" else None
+        rates = measure_rates(device) if device.type == "cuda" and not options.check else None
         rows: list[Row] = []
         began = time.monotonic()
         for row in _rows(options, device, rates):
@@ -89,6 +89,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=16, help="adapter rank (%(default)s)")
     parser.add_argument("--markdown", type=Path, help="also write the report to this file, after each row")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu checks without timing")
+    parser.add_argument("--check", action="store_true", help="check on the GPU too without timing, as for a sanitizer")
     options = parser.parse_args(arguments)
     for section in options.sections:
         if section not in SECTIONS:

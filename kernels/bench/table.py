@@ -64,11 +64,11 @@ class Place:
     num_rows: int
     device: torch.device
     rates: Rates | None
-    """Measured rates; None on a CPU."""
+    """Measured rates; None where nothing is timed, such as on a CPU."""
 
 
 def judge(place: Place, candidates: Iterable[Candidate], *, baseline: str = "") -> list[Row]:
-    """Return each candidate's row: check all, then time the right ones in turns (on a GPU only).
+    """Return each candidate's row: check all, then time the right ones in turns (where rates are measured).
 
     `baseline` is the candidate that the others of its task are compared with.
     """
@@ -80,7 +80,7 @@ def judge(place: Place, candidates: Iterable[Candidate], *, baseline: str = "") 
             traceback.print_exc()
             worst, fault = math.nan, f"raised {type(error).__name__} (its traceback is on stderr)"
         checked.append((candidate, worst, fault))
-    right = [candidate for candidate, _, fault in checked if not fault] if place.device.type == "cuda" else []
+    right = [candidate for candidate, _, fault in checked if not fault] if place.rates is not None else []
     peaks = {_key(candidate): peak_bytes(candidate.run, place.device) for candidate in right}
     times = median_seconds({_key(candidate): candidate.run for candidate in right}, place.device) if right else {}
     rows = []

@@ -1,0 +1,90 @@
+"""tests/first_gpu.py: dry runs without the packages that a GPU machine lacks; parts fail, wait and go on alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import first_gpu
+import first_gpu_workers
+from first_gpu import DONE, FAILED, LEFT, Figures, Part, Session, TimeUpError
+
+SCRIPT = Path(first_gpu.__file__)
+MISSING = (
+    *("bitsandbytes", "datasets", "deepspeed", "gguf", "liger_kernel", "lm_eval", "mlflow", "optuna", "tensorboard"),
+    *("trackio", "wandb"),
+)
+BLOCKER = f"""
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {MISSING} else find(name, *rest)
+"""
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("command", ["train", "check", "compare"])
+def test_every_part_of_a_dry_run_is_done_without_optional_packages(command: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    words = [sys.executable, SCRIPT, command, "--dry", "--out", tmp_path / "out", "--seconds", "1500"]
+    words += ["--work", tmp_path / "work", "--packages", tmp_path / "none"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert finished.returncode == DONE, finished.stdout + finished.stderr
+    records = json.loads((tmp_path / "out" / f"{command}.json").read_text())
+    parts = [part.name for part in first_gpu.COMMANDS[command](True)]
+    assert {name: record["status"] for name, record in records.items()} == dict.fromkeys(parts, "done")
+    report = (tmp_path / "out" / f"{command}.md").read_text()
+    expected = {"train": "| peak |", "check": "ours, fused", "compare": "distlora, NF4"}
+    assert expected[command] in report
+    again = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert again.stdout.count("done before") == len(parts)
+
+
+def test_a_part_that_fails_or_has_no_time_does_not_end_the_command(tmp_path: Path) -> None:
+    heals = iter([ValueError("its weight is wrong"), TimeUpError("stopped after 9 s"), None])
+
+    def mends(_: Session) -> Figures:
+        if (fault := next(heals)) is not None:
+            raise fault
+        return {"row": {"tokens": 64}}
+
+    parts = [Part(name="mends", run=mends), Part(name="good", run=lambda _: {"losses": [1.0]}, least=60)]
+
+    def call(seconds: float) -> int:
+        session = Session(
+            command="check", out=tmp_path, work=tmp_path, dry=False, until=time.monotonic() + seconds, environment={}
+        )
+        path = tmp_path / "check.json"
+        return first_gpu.run_parts(session, parts, json.loads(path.read_text()) if path.exists() else {})
+
+    assert call(100) == FAILED
+    records = json.loads((tmp_path / "check.json").read_text())
+    assert [records[part.name]["status"] for part in parts] == ["failed", "done"]
+    assert "its weight is wrong" in (tmp_path / "check.md").read_text()
+    assert call(30) == LEFT  # The time is up within the first part; the second is done.
+    assert call(10) == LEFT  # Too little time to begin.
+    assert call(100) == DONE
+    assert "| tokens |" in (tmp_path / "check.md").read_text()
+
+
+def test_gaps_and_the_busy_share_are_those_of_overlapping_kernels() -> None:
+    found = first_gpu_workers.busy([("a", 0.0, 2.0), ("b", 1.0, 3.0), ("a", 5.0, 6.0)], wall=10.0)
+    assert (found["busy"], found["gap_ms"], found["longest_ms"], found["launches"]) == (0.4, 6.0, 2.0, 3)
+    assert found["top"] == [("a", 2, 3.0), ("b", 1, 2.0)]
+
+
+def test_a_program_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    session = Session(
+        command="check", out=tmp_path, work=tmp_path, dry=False, until=time.monotonic() + 60, environment=os.environ
+    )
+    with pytest.raises(TimeUpError, match="stopped after 1 s"):
+        session.run("-c", "import time; time.sleep(60)", seconds=1.0)
+    with pytest.raises(first_gpu.PartFailedError, match=r"exit code 3: .*no such kernel"):
+        session.run("-c", "import sys; print('no such kernel'); sys.exit(3)")

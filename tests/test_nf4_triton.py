@@ -51,6 +51,24 @@ def test_dequantizing_equals_the_reference(
         assert torch.equal(ours(*operands, shape=shape, dtype=dtype), expected)
 
 
+@pytest.mark.parametrize(
+    ("shape", "ranks", "first_rank", "gap"), [((100, 128), 16, 8, 64), ((37, 192), 70, 3, 128), ((300, 64), 3, 0, 64)]
+)
+def test_a_weight_is_dequantized_beside_columns(
+    triton_device: torch.device, shape: tuple[int, int], ranks: int, first_rank: int, gap: int
+) -> None:
+    parts = random_parts(nf4.num_groups(math.prod(shape)), triton_device)
+    absmax = torch.rand(parts[1].shape, generator=torch.Generator().manual_seed(1)).to(triton_device)
+    b = torch.randn(shape[0], ranks, generator=torch.Generator().manual_seed(2)).to(triton_device, torch.bfloat16)
+    columns = torch.zeros(shape[0], gap, dtype=torch.bfloat16, device=triton_device)
+    columns[:, first_rank : first_rank + ranks] = b
+    for operands, definition in ((parts, reference.nf4_dequantize), ((parts[0], absmax), reference.dequantize_blocks)):
+        expected = torch.cat((definition(*operands, shape=shape, dtype=torch.bfloat16), columns), dim=1)
+        out = poisoned((shape[0], shape[1] + gap), torch.bfloat16, triton_device)
+        nf4.dequantize_beside(operands, shape, b, first_rank=first_rank, out=out)
+        assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("first", [0, 1, 3])
 def test_a_slice_of_groups_is_dequantized_into_a_slice_of_the_weight(triton_device: torch.device, first: int) -> None:
     codes, scales, group_scale, offset = random_parts(5, triton_device)

@@ -91,6 +91,28 @@ def assert_sum_close(actual: Tensor, expected: Tensor) -> None:
     assert torch.isfinite(actual).all()
 
 
+@pytest.mark.parametrize("shape", [(37, 100, 66, 16), (300, 256, 256, 48), (20, 2100, 2100, 3)], ids=str)
+def test_a_product_and_a_copy_of_its_rows_fill_columns_of_a_wider_matrix(
+    shape: tuple[int, int, int, int], device: torch.device
+) -> None:
+    """Both have the bits of products into memory of their own; the columns around them stay as they are."""
+    x, a, b, dy, xa, _ = operands(shape, torch.bfloat16, device).values()
+    for rows, run in (
+        (x, lambda **places: skinny_down(x, a, **places)),
+        (dy, lambda **places: skinny_dy(dy, b, xa, scale=0.3, **places)),
+    ):
+        columns, rank = rows.shape[1], a.shape[0]
+        wide = torch.full((rows.shape[0], columns + 2 * rank + 5), 7.0, dtype=rows.dtype, device=device)
+        places = {"copy": wide[:, :columns], "out": wide[:, columns + rank : columns + 2 * rank]}
+        alone, beside = run(), run(**places)
+        pairs = [(alone, beside)] if isinstance(alone, Tensor) else zip(alone, beside, strict=True)
+        assert all(torch.equal(expected, actual) for expected, actual in pairs)
+        assert torch.equal(places["copy"], rows)
+        assert torch.equal(places["out"], alone if isinstance(alone, Tensor) else alone[0])
+        assert (wide[:, columns : columns + rank] == 7).all()
+        assert (wide[:, columns + 2 * rank :] == 7).all()
+
+
 @pytest.mark.parametrize(("shape", "dtype"), diagonal(SHAPES, DTYPES), ids=str)
 def test_products_equal_fp64(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     t = operands(shape, dtype, device)

@@ -140,6 +140,25 @@ def dequantize_blocks(
     return weight
 
 
+def dequantize_beside(
+    parts: tuple[Tensor, ...], shape: tuple[int, ...], b: Tensor, *, first_rank: int, out: Tensor
+) -> None:
+    """Dequantize a weight of `shape` (O, I) beside b (O, R) into `out` (O, I + 64 n), on a GPU.
+
+    The columns behind the weight are zeros, and b from column I + `first_rank` on. I is a multiple of 64; `parts` are a
+    FrozenWeight's.
+    """
+    from distlora_kernels import nf4_triton
+
+    codes, scales, group_scale, offset = parts if len(parts) == 4 else (*parts, None, None)
+    _check_parts((codes, scales) if group_scale is None else (codes, scales, group_scale), shape)
+    assert (out.shape[0], out.dtype, out.is_contiguous()) == (shape[0], b.dtype, True), (
+        f"{tuple(out.shape)} {out.dtype}"
+    )
+    with on_device_of(codes):
+        nf4_triton.dequantize(codes, scales, group_scale, offset, out[:, : shape[1]], b=b, first_rank=first_rank)
+
+
 def dequantize_slice(
     codes: Tensor,
     scales: Tensor,

@@ -57,19 +57,18 @@ def dynamic_midpoints(device: torch.device) -> Tensor:
     return torch.cat((down, torch.tensor([math.inf]))).to(device)
 
 
-@triton.jit(do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"])
-def _dequantize_kernel(
-    codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel, BLOCKS: tl.constexpr
-):
-    """Compute out[block, i] = round(level[code] * absmax); without group_scale_ptr `scales` holds the absmax."""
-    program = tl.program_id(0)
-    first = program.to(tl.int64) * BLOCKS  # int64: a weight may exceed 2^31 elements.
+@triton.jit
+def _dequantize_tile(
+    tile, codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel, gap,
+    ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    first = tile.to(tl.int64) * BLOCKS  # int64: a weight may exceed 2^31 elements.
     block = tl.arange(0, BLOCKS)
     scale = tl.load(scales_ptr + first + block)
     if group_scale_ptr is None:
         absmax = scale
     else:
-        group_scale = tl.load(group_scale_ptr + program // (256 // BLOCKS))
+        group_scale = tl.load(group_scale_ptr + tile // (256 // BLOCKS))
         absmax = tl.load(map_ptr + scale.to(tl.int32)) * group_scale + tl.load(offset_ptr)
 
     # 8 codes per word; the first of two is the high nibble of its byte. The parts hold whole groups: no mask.
@@ -84,17 +83,77 @@ def _dequantize_kernel(
 
     element = block[:, None] * 64 + tl.arange(0, 64)[None, :]
     left = tl.minimum(numel - first * 64, BLOCKS * 64).to(tl.int32)
-    tl.store(out_ptr + first * 64 + element, weights.to(out_ptr.dtype.element_ty), mask=element < left)
+    to = out_ptr + first * 64 + element
+    if gap is not None:
+        # A block lies in one row. Block numbers fit 32 bits up to 2^37 elements.
+        to += ((tile * BLOCKS + block) // ROW_BLOCKS).to(tl.int64)[:, None] * gap
+    tl.store(to, weights.to(out_ptr.dtype.element_ty), mask=element < left)
 
 
-def dequantize(codes: Tensor, scales: Tensor, group_scale: Tensor | None, offset: Tensor | None, out: Tensor) -> None:
-    """Run reference.nf4_dequantize into `out`, bit for bit; without a group_scale `scales` holds the absmax."""
+@triton.jit(do_not_specialize=["first_rank"], do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"])
+def _dequantize_kernel(
+    codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel,
+    gap, b_ptr, num_rows, num_ranks, first_rank, tiles,
+    ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Compute out[block, i] = round(level[code] * absmax); without group_scale_ptr `scales` holds the absmax.
+
+    With a gap, rows of ROW_BLOCKS blocks are followed by `gap` elements: zeros, and b[row] from `first_rank` on. Their
+    tiles, BLOCKS rows of 64 columns, come after the `tiles` of the weight.
+    """
+    program = tl.program_id(0)
+    if gap is None:  # noqa: SIM114 (decided when it is compiled)
+        _dequantize_tile(
+            program, codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel, gap,
+            ROW_BLOCKS, BLOCKS,
+        )  # fmt: skip
+    elif program < tiles:
+        _dequantize_tile(
+            program, codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel, gap,
+            ROW_BLOCKS, BLOCKS,
+        )  # fmt: skip
+    else:
+        number = program - tiles
+        row = number // (gap // 64) * BLOCKS + tl.arange(0, BLOCKS)
+        column = number % (gap // 64) * 64 + tl.arange(0, 64)
+        rank = column - first_rank
+        held = (row < num_rows)[:, None] & ((rank >= 0) & (rank < num_ranks))[None, :]
+        row = row.to(tl.int64)
+        b = tl.load(b_ptr + row[:, None] * num_ranks + rank[None, :], mask=held, other=0.0)
+        to = out_ptr + row[:, None] * (ROW_BLOCKS * 64 + gap) + (ROW_BLOCKS * 64 + column)[None, :]
+        tl.store(to, b.to(out_ptr.dtype.element_ty), mask=(row < num_rows)[:, None])
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    group_scale: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor,
+    *,
+    b: Tensor | None = None,
+    first_rank: int = 0,
+) -> None:
+    """Run reference.nf4_dequantize into `out`, bit for bit; without a group_scale `scales` holds the absmax.
+
+    With b (O, R), out (O, I) has a row stride I + 64 n. The columns behind I become zeros, and b from `first_rank` on.
+    """
     parts = (codes, scales) if group_scale is None else (codes, scales, group_scale)
     assert all(part.is_contiguous() for part in parts), [part.stride() for part in parts]
     assert codes.data_ptr() % 4 == 0, "8 codes are read at once: they must start at a multiple of 4 bytes"
     numel, device = out.numel(), codes.device
     map_ = None if group_scale is None else dynamic_map(device)
-    _dequantize_kernel[(triton.cdiv(numel, DEQUANTIZE_BLOCKS * BLOCK),)](
+    tiles = programs = triton.cdiv(numel, DEQUANTIZE_BLOCKS * BLOCK)
+    beside: tuple[int | Tensor | None, ...] = (None, None, 0, 0, 0, 0)
+    row_blocks = 1
+    if b is not None:
+        (num_rows, features), gap = out.shape, out.stride(0) - out.shape[1]
+        assert (b.is_contiguous(), b.shape[0]) == (True, num_rows), f"b {tuple(b.shape)}, a weight {tuple(out.shape)}"
+        assert features % BLOCK == gap % BLOCK == 0, f"rows of {features} weights and {gap} columns behind them"
+        assert first_rank + b.shape[1] <= gap, f"{b.shape[1]} columns from {first_rank} on, of {gap}"
+        beside, row_blocks = (gap, b, num_rows, b.shape[1], first_rank, tiles), features // BLOCK
+        programs += triton.cdiv(num_rows, DEQUANTIZE_BLOCKS) * (gap // BLOCK)
+    _dequantize_kernel[(programs,)](
         codes,
         scales,
         group_scale,
@@ -103,6 +162,8 @@ def dequantize(codes: Tensor, scales: Tensor, group_scale: Tensor | None, offset
         levels(device),
         out,
         numel,
+        *beside,
+        ROW_BLOCKS=row_blocks,
         BLOCKS=DEQUANTIZE_BLOCKS,
         **_OPTIONS,
     )
@@ -186,7 +247,8 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Te
     return scales, group_scale
 
 
-def _dequantize_case(name: str, dtype: str, *, nested: bool = True) -> Case:
+def _dequantize_case(name: str, dtype: str, *, nested: bool = True, row_blocks: int = 0) -> Case:
+    """Return a case; with `row_blocks` rows have a gap of 64 columns with b."""
     scales = (
         {"scales_ptr": "*u8:16", "group_scale_ptr": "*fp32", "offset_ptr": "*fp32", "map_ptr": "*fp32:16"}
         if nested
@@ -201,13 +263,20 @@ def _dequantize_case(name: str, dtype: str, *, nested: bool = True) -> Case:
             "levels_ptr": "*fp32:16",
             "out_ptr": f"*{dtype}:16",
             "numel": "i32:16",
+            "num_rows": "i32:16",
+            "num_ranks": "i32:16",
+            "first_rank": "i32",
+            "tiles": "i32:16",
+            **({"gap": "i32:16", "b_ptr": f"*{dtype}:16"} if row_blocks else {}),
         },
-        constants={"BLOCKS": DEQUANTIZE_BLOCKS}
+        constants={"ROW_BLOCKS": row_blocks or 1, "BLOCKS": DEQUANTIZE_BLOCKS}
+        | ({} if row_blocks else {"gap": None, "b_ptr": None})
         | ({} if nested else {"group_scale_ptr": None, "offset_ptr": None, "map_ptr": None}),
         num_warps=NUM_WARPS,
         options={"enable_fp_fusion": False},
         bounds={
-            "elements": DEQUANTIZE_BLOCKS * BLOCK,
+            # With b the kernel has two branches of as many outputs.
+            "elements": DEQUANTIZE_BLOCKS * BLOCK * (2 if row_blocks else 1),
             "max_instructions_per_element": {90: 8},
             "loads_128": True,
             "stores_128": True,
@@ -237,6 +306,8 @@ OFFLINE = (
     _dequantize_case("nf4 dequantize fp16", "fp16"),
     _dequantize_case("nf4 dequantize fp32", "fp32"),
     _dequantize_case("nf4 dequantize plain bf16", "bf16", nested=False),
+    _dequantize_case("nf4 dequantize bf16 beside b, I=4096", "bf16", row_blocks=64),
+    _dequantize_case("nf4 dequantize bf16 beside b, I=14336", "bf16", row_blocks=224),
     _quantize_case("fp32"),
     _quantize_case("bf16"),
     _quantize_case("fp16"),

@@ -32,19 +32,28 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def skinny_down(
-    x: Tensor, a: Tensor, *, choice: RowChoice | None = None, dropout: Dropout | ChosenDropout | None = None
+    x: Tensor,
+    a: Tensor,
+    *,
+    choice: RowChoice | None = None,
+    dropout: Dropout | ChosenDropout | None = None,
+    out: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> Tensor:
-    """Return xa = d(x) a^T, (M, R) in x's dtype, of x (M, I) and a (R, I); (M, max(ranks)) with a choice."""
+    """Return xa = d(x) a^T, (M, R) in x's dtype, of x (M, I) and a (R, I); (M, max(ranks)) with a choice.
+
+    Without choice and dropout xa is written to `out` and x to `copy`, if they are given: columns of a wider matrix.
+    """
     _check(x, a, rank=a.shape[0], choice=choice, dropout=dropout)
     assert x.shape[1] == a.shape[1], f"x {tuple(x.shape)}, a {tuple(a.shape)}"
     if _in_triton(x):
         from distlora_kernels import skinny_launch
 
         with on_device_of(x):
-            return skinny_launch.down(x, a, choice, dropout)
+            return skinny_launch.down(x, a, choice, dropout, out, copy)
     seen = _zeroed(x, dropout)
     if choice is None:
-        return seen @ a.T
+        return _placed(seen @ a.T, x, out, copy)
     xa = x.new_zeros(x.shape[0], max(choice.ranks))
     for part, columns, rank in _adapter_parts(choice, x.shape[0]):
         xa[part, :rank] = seen[part] @ a[columns].T
@@ -84,12 +93,20 @@ def skinny_up(
 
 
 def skinny_dy(
-    dy: Tensor, b: Tensor, xa: Tensor, *, scale: float, choice: RowChoice | None = None
+    dy: Tensor,
+    b: Tensor,
+    xa: Tensor,
+    *,
+    scale: float,
+    choice: RowChoice | None = None,
+    out: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return dxa = dy b, (M, R) in dy's dtype, and db = scale * dy^T xa, (O, R) fp32.
 
     Shapes: dy (M, O), b (O, R), xa (M, R). b includes the adapter's scale; `scale` (times choice.scales with a choice)
-    is for the master's gradient. With a choice xa and dxa are (M, max(ranks)).
+    is for the master's gradient. With a choice xa and dxa are (M, max(ranks)). Without one dxa is written to `out` and
+    dy to `copy`, if they are given: columns of a wider matrix.
     """
     _check(dy, b, xa, rank=b.shape[1], choice=choice)
     _check_columns(xa, b.shape[1], choice)
@@ -98,10 +115,10 @@ def skinny_dy(
         from distlora_kernels import skinny_launch
 
         with on_device_of(dy):
-            return skinny_launch.dy(dy, b, xa, scale, choice)[:2]
+            return skinny_launch.dy(dy, b, xa, scale, choice, out=out, copy=copy)[:2]
     wide = _wide(dy)
     if choice is None:
-        return dy @ b, (dy.T.to(wide) @ xa.to(wide)).mul_(scale)
+        return _placed(dy @ b, dy, out, copy), (dy.T.to(wide) @ xa.to(wide)).mul_(scale)
     dxa = dy.new_zeros(dy.shape[0], max(choice.ranks))
     db = torch.zeros(b.shape, dtype=wide, device=b.device)
     for part, columns, rank in _adapter_parts(choice, dy.shape[0]):
@@ -153,6 +170,12 @@ def _check(
     if isinstance(dropout, ChosenDropout):
         assert choice is not None, "a ChosenDropout needs a RowChoice"
         assert len(dropout.streams) == len(choice.ranks), f"{len(dropout.streams)} of {len(choice.ranks)} adapters"
+
+
+def _placed(product: Tensor, rows: Tensor, out: Tensor | None, copy: Tensor | None) -> Tensor:
+    if copy is not None:
+        copy.copy_(rows)
+    return product if out is None else out.copy_(product)
 
 
 def _check_columns(compact: Tensor, rank: int, choice: RowChoice | None) -> None:

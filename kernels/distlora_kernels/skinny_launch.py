@@ -95,7 +95,14 @@ def _row_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def down(x: Tensor, a: Tensor, choice: RowChoice | None, dropout: Dropout | ChosenDropout | None) -> Tensor:
+def down(
+    x: Tensor,
+    a: Tensor,
+    choice: RowChoice | None,
+    dropout: Dropout | ChosenDropout | None,
+    out: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> Tensor:
     """Return skinny.skinny_down; a may have any strides."""
     x = _row_contiguous(x)
     (num_rows, num_columns), by = x.shape, _rows_of(x.shape[0], a.shape[0], choice)
@@ -103,11 +110,12 @@ def down(x: Tensor, a: Tensor, choice: RowChoice | None, dropout: Dropout | Chos
     tiles_of_a_row, pieces = triton.cdiv(by.tokens, tile.rows), triton.cdiv(by.rank, tile.ranks)
     programs = by.batch * tiles_of_a_row * pieces
     split = _split(num_columns, tile.columns, programs)
-    out = x.new_empty(num_rows, by.rank)
+    out = x.new_empty(num_rows, by.rank) if out is None else out
     sums = out if split.parts == 1 else out.new_empty(split.parts, *out.shape, dtype=torch.float32)
     down_kernel[(programs, split.parts)](
-        x, a, sums, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
-        stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_split=out.numel(),
+        x, a, sums, copy, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_out=sums.stride(-2),
+        stride_copy=None if copy is None else copy.stride(0), stride_split=out.numel(),
         split_columns=split.size, tiles_of_a_row=tiles_of_a_row, **_dropout_words(dropout, num_rows),
         BM=tile.rows, BK=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=by.alignment,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
@@ -149,6 +157,8 @@ def dy(
     choice: RowChoice | None,
     *,
     y: Tensor | None = None,
+    out: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return skinny.skinny_dy, and with y (M, O) the sums of dy * y by stripe of rows, (stripes, O) fp32.
 
@@ -162,19 +172,20 @@ def dy(
     if by.rank > _LARGEST_RANK_READ_ONCE or stripes * num_columns * by.rank * 4 > MOST_PARTS_BYTES:
         db = b.new_empty(b.shape, dtype=torch.float32)
         _products_over_rows(xa, dy, db.T, choice, None, scale)
-        return down(dy, b.T, choice, None), db, None
+        return down(dy, b.T, choice, None, out, copy), db, None
     # Two programs per multiprocessor: one waits for its tile while the other multiplies.
     split = _split(num_columns, tile.columns, stripes, wanted=2 * _PROGRAMS)
-    dxa = dy.new_empty(num_rows, by.rank)
+    dxa = dy.new_empty(num_rows, by.rank) if out is None else out
     sums = dxa if split.parts == 1 else dxa.new_empty(split.parts, *dxa.shape, dtype=torch.float32)
     parts = b.new_empty(stripes, num_columns, by.rank, dtype=torch.float32)
     # At 32 ranks a tile of y does not fit the registers of sm_80.
     y = None if y is None or tile.ranks > 16 else _row_contiguous(y)
     products = None if y is None else b.new_empty(stripes, num_columns, dtype=torch.float32)
     dy_kernel[(stripes, split.parts)](
-        dy, b, xa, sums, parts, y, products, by.rows, by.spans,
+        dy, b, xa, sums, parts, copy, y, products, by.rows, by.spans,
         tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank, stride_dy=dy.stride(0), stride_b=b.stride(0),
-        stride_xa=xa.stride(0), stride_y=0 if y is None else y.stride(0), stride_split=dxa.numel(),
+        stride_xa=xa.stride(0), stride_out=sums.stride(-2), stride_copy=None if copy is None else copy.stride(0),
+        stride_y=0 if y is None else y.stride(0), stride_split=dxa.numel(),
         split_columns=split.size, stripes_of_a_row=stripes_of_a_row,
         BM=tile.rows, BK=tile.columns, BR=tile.ranks, SPAN_ALIGNMENT=by.alignment,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
@@ -231,11 +242,11 @@ def _add(
     choice: RowChoice | None = None,
     rank_is_last: bool = False,
 ) -> None:
-    """Sum partials (S, ...) over dim 0 into `out`, times `scale`.
+    """Sum partials (S, ...) over dim 0 into `out`, times `scale`; the rows of `out` may be apart.
 
     With a choice, sum the rows of each adapter into its columns; with a scale also times choice.scales.
     """
-    count, size = partials.shape[0], out.numel()
+    count, size, stride_out = partials.shape[0], out.numel(), None if out.is_contiguous() else out.stride(0)
     width, rank = (0, 2) if rank_is_last else (1, 1)
     add_partials[(triton.cdiv(size, 512),)](
         partials, out, None if choice is None else choice.rows,
@@ -244,5 +255,5 @@ def _add(
         size=size, num_partials=count, partial_size=partials.stride(0),
         partials_of_a_row=1 if choice is None else count // choice.rows.shape[0], scale=1.0 if scale is None else scale,
         width=out.shape[width], all_ranks=0 if choice is None else sum(choice.ranks), max_rank=partials.shape[rank],
-        RANK_IS_LAST=rank_is_last, BLOCK=512, num_warps=4, enable_fp_fusion=True,
+        stride_out=stride_out, RANK_IS_LAST=rank_is_last, BLOCK=512, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

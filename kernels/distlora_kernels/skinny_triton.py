@@ -102,12 +102,12 @@ def _stream_of(batch_rows, streams, steps, row, key0, key1, threshold, step):
 
 @triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
 def down_kernel(
-    x, a, out, batch_rows, spans, dropped_rows, streams, steps,
-    tokens, num_columns, num_ranks, stride_x, stride_ar, stride_ai, stride_split,
+    x, a, out, copy, batch_rows, spans, dropped_rows, streams, steps,
+    tokens, num_columns, num_ranks, stride_x, stride_ar, stride_ai, stride_out, stride_copy, stride_split,
     split_columns, tiles_of_a_row, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute out[split, m, r] = sum of d(x)[m, i] a[first + r, i] over the split's columns.
+    """Compute out[split, m, r] = sum of d(x)[m, i] a[first + r, i] over the split's columns; copy x if there is a copy.
 
     Grid (tiles x PIECES, splits).
     """
@@ -142,8 +142,11 @@ def down_kernel(
         if dropped_rows is not None:
             drop = dropped_tile(key0, key1, threshold, step, counter[0], counter[1], column, BK)
             x_tile = tl.where(drop, 0.0, x_tile)
+        if copy is not None:
+            to = copy + m[:, None] * stride_copy + i[None, :]
+            tl.store(to, x_tile, mask=valid[:, None] & (i < tl.where(piece == 0, num_columns, 0))[None, :])
         total = tl.dot(x_tile, a_tile, total, input_precision="ieee")
-    to = out + split.to(tl.int64) * stride_split + m[:, None] * num_ranks + r[None, :]
+    to = out + split.to(tl.int64) * stride_split + m[:, None] * stride_out + r[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=valid[:, None] & (r < num_ranks)[None, :])
 
 
@@ -189,8 +192,8 @@ def up_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=_SLICES[:1])
 def dy_kernel(
-    dy, b, xa, dxa, db, y, products, batch_rows, spans,
-    tokens, num_columns, num_ranks, stride_dy, stride_b, stride_xa, stride_y, stride_split,
+    dy, b, xa, dxa, db, copy, y, products, batch_rows, spans,
+    tokens, num_columns, num_ranks, stride_dy, stride_b, stride_xa, stride_out, stride_copy, stride_y, stride_split,
     split_columns, stripes_of_a_row,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
@@ -198,7 +201,7 @@ def dy_kernel(
 
     dxa[split, m, r] = sum of dy[m, o] b[o, first + r] over the split's columns o, and db[stripe, o, r] = sum of
     dy[m, o] xa[m, r] over the stripe's BM rows m. With y also products[stripe, o] = sum of dy[m, o] y[m, o] over the
-    stripe, for DoRA's magnitudes.
+    stripe, for DoRA's magnitudes. With a copy it copies dy.
     """
     stripe = tl.program_id(0)
     r = tl.arange(0, BR)
@@ -222,6 +225,8 @@ def dy_kernel(
         o = column + tl.arange(0, BK)
         inside = o < num_columns
         dy_tile = tl.load(dy_rows + o[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+        if copy is not None:
+            tl.store(copy + m[:, None] * stride_copy + o[None, :], dy_tile, mask=valid[:, None] & inside[None, :])
         if y is not None:
             at = y + m[:, None] * stride_y + o[None, :]
             y_tile = tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0)
@@ -233,7 +238,7 @@ def dy_kernel(
         db_tile = tl.dot(tl.trans(dy_tile), xa_tile, input_precision="ieee")
         to = db_stripe + o.to(tl.int64)[:, None] * num_ranks + r[None, :]
         tl.store(to, db_tile, mask=inside[:, None] & (r < num_ranks)[None, :])
-    to = dxa + split.to(tl.int64) * stride_split + m[:, None] * num_ranks + r[None, :]
+    to = dxa + split.to(tl.int64) * stride_split + m[:, None] * stride_out + r[None, :]
     tl.store(to, total.to(dxa.dtype.element_ty), mask=valid[:, None] & (r < num_ranks)[None, :])
 
 
@@ -283,13 +288,14 @@ def grad_kernel(
 def add_partials(
     partials, out, batch_rows, owners, scales,
     size, num_partials, partial_size, partials_of_a_row, scale,
-    width, all_ranks, max_rank,
+    width, all_ranks, max_rank, stride_out,
     RANK_IS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute out[e] = scale * (partials[0, e] + partials[1, e] + ...), in this order, e < size.
 
     If rows choose, out is (width, all_ranks) or (all_ranks, width), a partial (width, max_rank) or (max_rank, width),
     and an adapter's column sums the partials of the rows that use it, times the adapter's scale if there are scales.
+    With a stride_out, out has rows of `width` elements, `stride_out` apart.
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < size
@@ -317,6 +323,8 @@ def add_partials(
         total *= scale * tl.load(scales + owner, mask=inside, other=0.0)
     else:
         total *= scale
+    if stride_out is not None:
+        e = e // width * stride_out + e % width
     tl.store(out + e, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -365,7 +373,10 @@ def _case(name: str, kernel: Any, tile: Tile, dtype: str = "bf16", **changes: An
     operands = dict.fromkeys(("x", "a", "b", "xa", "dy", "dxa", "bias"), f"*{dtype}:16")
     numbers = dict.fromkeys(_WORDS, "i32")
     absent = dict.fromkeys(
-        ("batch_rows", "spans", "dropped_rows", "streams", "steps", "owners", "scales", "bias", "y", "products")
+        (
+            *("batch_rows", "spans", "dropped_rows", "streams", "steps", "owners", "scales", "bias", "y", "products"),
+            *("copy", "stride_copy"),
+        )
     )
     sums = {"partials": "*fp32:16", "scale": "fp32", "num_partials": "i32", "partials_of_a_row": "i32"}
     types = {**operands, "out": f"*{dtype}:16", "db": "*fp32:16", **numbers, **sums, **absent, **changes}
@@ -393,11 +404,14 @@ def _cases() -> tuple[Case, ...]:
     choice = {"batch_rows": "*i64", "spans": "*i32:16"}
     own = {**choice, **dropout, "streams": "*i64:16", "steps": "*i64"}
     with_y = {"y": "*bf16:16", "products": "*fp32:16"}
-    of_8 = dict.fromkeys(("num_ranks", "stride_b", "stride_xa", "stride_dxa"), "i32")
+    of_8 = dict.fromkeys(("num_ranks", "stride_b", "stride_xa", "stride_dxa", "stride_out"), "i32")
+    copied = {"copy": "*bf16:16", "stride_copy": "i32:16"}
     tile = {op: {rank: tile_of(op, rank, many, bf16) for rank in (16, 48)} for op in ("down", "up", "dy", "grad")}
     return (
         _case("down R=16", down_kernel, tile["down"][16], stride_ai="i32:1"),
         _case("down R=48", down_kernel, tile["down"][48], stride_ai="i32:1"),
+        _case("down R=16 copy", down_kernel, tile["down"][16], stride_ai="i32:1", **copied),
+        _case("down R=48 copy", down_kernel, tile["down"][48], stride_ai="i32:1", **copied),
         _case("down M=16", down_kernel, tile_of("down", 16, 16, bf16), stride_ai="i32:1", out="*fp32:16"),
         _case("down dropout", down_kernel, tile_of("down", 16, many, bf16, True), stride_ai="i32:1", **dropout),
         _case("down choice", down_kernel, tile["down"][16], stride_ai="i32:1", **choice),
@@ -410,6 +424,8 @@ def _cases() -> tuple[Case, ...]:
         _case("up fp32", up_kernel, tile_of("up", 16, many, torch.float32), "fp32", stride_br="i32:1"),
         _case("dy R=16", dy_kernel, tile["dy"][16], dxa="*fp32:16"),
         _case("dy R=32", dy_kernel, tile_of("dy", 32, many, bf16), dxa="*fp32:16"),
+        _case("dy R=16 copy", dy_kernel, tile["dy"][16], dxa="*fp32:16", **copied),
+        _case("dy R=32 copy", dy_kernel, tile_of("dy", 32, many, bf16), dxa="*fp32:16", **copied),
         _case("dy R=16 with y", dy_kernel, tile["dy"][16], dxa="*fp32:16", **with_y),
         _case("dy R=8 with y", dy_kernel, tile_of("dy", 8, many, bf16), dxa="*fp32:16", **of_8, **with_y),
         _case("dxa R=48", down_kernel, tile["down"][48], stride_ar="i32:1"),
@@ -441,7 +457,8 @@ def _cases() -> tuple[Case, ...]:
         ),
         _case("grad choice", grad_kernel, tile["grad"][16], stride_oi="i32:1", out="*fp32:16", **choice),
         _case("grad fp32", grad_kernel, tile_of("grad", 16, many, torch.float32), "fp32", stride_oi="i32:1"),
-        _case("sum", add_partials, Tile(0, 0, 0, 4, 3), out="*fp32:16"),
+        _case("sum", add_partials, Tile(0, 0, 0, 4, 3), out="*fp32:16", stride_out=None),
+        _case("sum of rows", add_partials, Tile(0, 0, 0, 4, 3)),
     )
 
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close, relative_error
-from distlora_kernels import fused, nf4
+from distlora_kernels import extension, fused, lora_gpu, nf4
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, apply_dropout, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, RowChoice, lora_linear, lora_linears
+from distlora_kernels.skinny import skinny_up
 from tiers import ci, diagonal
 
 BATCH, TOKENS, FEATURES = 3, 12, 128
 OUTPUTS = (100, 48, 64)
-RANKS = (16, 3, 8)
+RANKS = (16, 3)
 ROWS = torch.tensor([8, 2, 5])
 
 
@@ -25,21 +26,27 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def problem(
-    dtype: torch.dtype, device: torch.device, *, packed: bool, dropout: bool, choice: bool
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    packed: bool,
+    dropout: bool,
+    choice: bool,
+    ranks: tuple[int, ...] = RANKS,
 ) -> tuple[Tensor, list[Linear], list[Tensor]]:
     """Return x (B, T, I), three linears of it (the last without adapter), and the outputs' gradients."""
     x = randn(BATCH, TOKENS, FEATURES, seed=0).to(device, dtype)
     linears, dys = [], []
-    for index, (out, rank) in enumerate(zip(OUTPUTS, RANKS, strict=True)):
+    for index, (out, rank) in enumerate(zip(OUTPUTS, (*ranks, 1), strict=True)):
         weight = (randn(out, FEATURES, seed=1 + index) / FEATURES**0.5).to(dtype)
         parts = nf4.nf4_quantize(weight) if packed else (weight,)
         frozen = FrozenWeight(tuple(part.to(device) for part in parts), (out, FEATURES))
-        ranks = (rank, 5) if choice else (rank,)
+        columns = (rank, 5) if choice else (rank,)
         scale: float | RowChoice = 1.5
         if choice:
-            scale = RowChoice(torch.tensor([1, -1, 0], device=device), (2.0, 0.5), ranks)
-        a = (randn(sum(ranks), FEATURES, seed=11 + index) / FEATURES**0.5).to(device).requires_grad_()
-        b = randn(out, sum(ranks), seed=21 + index).to(device).requires_grad_()
+            scale = RowChoice(torch.tensor([1, -1, 0], device=device), (2.0, 0.5), columns)
+        a = (randn(sum(columns), FEATURES, seed=11 + index) / FEATURES**0.5).to(device).requires_grad_()
+        b = randn(out, sum(columns), seed=21 + index).to(device).requires_grad_()
         mask = Dropout((5, index), threshold_of(0.25), 3, ROWS.to(device)) if dropout else None
         bias = randn(out, seed=31).to(device, dtype) if index == 1 else None
         linears.append(Linear(frozen, None if index == 2 else Adapter(a, b, scale, mask), bias))
@@ -108,6 +115,51 @@ def test_outputs_and_gradients_of_linears_that_share_an_input(
         # fp32: sums of up to 128 products, rounded at random. bf16: the operands of the second product and the result
         # are rounded (2^-8 each at most), a and b before they are used.
         assert_close(actual.to(dtype), reference.float(), ulps=8 if dtype == torch.float32 else 2)
+
+
+@pytest.mark.parametrize(("ranks", "terms"), [((16, 3), 0), ((40, 30), 0), ((16, 3), 3)])
+def test_a_product_takes_the_adapters_term_as_further_columns(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, int], terms: int
+) -> None:
+    """It agrees with fp64 to the same bound, writes no term to memory, and keeps no copy of the input for backward."""
+    if terms:
+        monkeypatch.setattr(extension, "_LAUNCH_BYTES", -1e9)  # For so few rows only saved launches pay.
+    x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False, ranks=ranks)
+    expected, calls, saved = in_fp64(x, linears, dys), [], []
+
+    def up(*operands: Any, **options: Any) -> Tensor:
+        calls.append(operands)
+        return skinny_up(*operands, **options)
+
+    monkeypatch.setattr(lora_gpu, "skinny_up", up)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda each: each):
+        results = run("scratch", x, linears, dys)
+    assert len(calls) == terms
+    for actual, reference in zip(results, expected, strict=True):
+        assert_close(actual.to(torch.bfloat16), reference.float(), ulps=2)
+    assert max(each.untyped_storage().nbytes() for each in saved if each.dtype == x.dtype) <= x.nbytes
+
+
+@pytest.mark.parametrize(
+    ("m", "features", "outs", "forward", "copied"),
+    [
+        (8192, 4096, (4096, 1024, 1024), True, 1),  # Llama 8B: q, k and v; o; gate and up; down.
+        (8192, 4096, (4096,), False, None),
+        (8192, 4096, (14336, 14336), True, None),
+        (8192, 14336, (4096,), False, 0),
+        (2048, 4096, (4096,), True, 0),
+        (8192, 8192, (8192, 1024, 1024), True, 1),  # Llama 70B.
+        (8192, 28672, (8192,), False, 0),
+    ],
+)
+def test_products_are_extended_where_bytes_are_saved(
+    m: int, features: int, outs: tuple[int, ...], forward: bool, copied: int | None
+) -> None:
+    rank = 16 * len(outs)
+    choose = {"m": m, "written": sum(outs), "copied": features, "rank": rank, "products": len(outs)}
+    assert extension.extends(**choose, itemsize=2) == forward
+    assert not extension.extends(**choose, itemsize=4)
+    assert extension.carrier(m, features, dict(enumerate(outs)), rank, 2) == copied
 
 
 def with_own_dropout(linears: list[Linear]) -> list[Linear]:

@@ -5,19 +5,24 @@ or fused with the dequantization for few rows (fused.py).
 
 Large tensors are moved as seldom as possible: x is read once for all A (and by each base GEMM) and once for all dA,
 each dY once for dxa and dB if the rank is small; dX is written once and the library's GEMMs accumulate into it. The
-scale s (and dropout's) is multiplied into B before B is rounded to x's dtype, so x A^T needs no scaling.
+scale s (and dropout's) is multiplied into B before B is rounded to x's dtype, so x A^T needs no scaling. Where it pays
+the adapter's term is further columns of the base product's operands (extension.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distlora_kernels import dora
 from distlora_kernels.dropout import ChosenDropout, Dropout, apply_dropout
+from distlora_kernels.extension import carrier, extends, padded
 from distlora_kernels.fused import choose_variant, fused_linear, fused_linear_dx
+from distlora_kernels.nf4 import BLOCK
 from distlora_kernels.operands import (
     Adapter,
     FrozenWeight,
@@ -33,14 +38,21 @@ from distlora_kernels.scratch import DenseWeights
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 
 
-def project(x: Tensor, linears: Sequence[Linear]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Return x A^T (M, R) of each linear, for forward and for backward; None without an adapter."""
-    xas = _project_down(_row_major(x), linears)
-    return xas, xas
+class _Extended(NamedTuple):
+    """The input of linears with their projections behind its rows."""
+
+    rows: Tensor
+    """[x | x A^T of the linears], (M, I + R), within longer rows."""
+    first_rank: int
+    """First column behind I of the linear's own x A^T."""
+
+
+_Input = Tensor | _Extended | None
+"""x A^T (M, R) of a linear, alone or behind x; None without an adapter."""
 
 
 def forward(
-    x: Tensor, linears: Sequence[Linear], inputs: list[Tensor | None], weights: DenseWeights, *, with_backward: bool
+    x: Tensor, linears: Sequence[Linear], inputs: list[_Input], weights: DenseWeights, *, with_backward: bool
 ) -> tuple[list[Tensor], list[SavedDora | None]]:
     """Return each linear's y (M, O) of x (M, I), and what a magnitude's backward needs; `project` gives `inputs`."""
     x = _row_major(x)
@@ -49,7 +61,9 @@ def forward(
     for index, (linear, xa) in enumerate(zip(linears, inputs, strict=True)):
         weight, adapter, bias = linear
         saved_dora = None
-        if adapter is None or xa is None:
+        if isinstance(xa, _Extended):
+            y = _extended(linear, weights, xa)
+        elif adapter is None or xa is None:
             y = _Base(index, weight, weights, x).output(x, bias)
         elif adapter.magnitude is None:
             y = _adapted(_Base(index, weight, weights, x), x, xa, adapter, bias)
@@ -97,6 +111,15 @@ def _adapted(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor 
     return base.plus(skinny_up(xa, up, bias=bias, choice=choice), x)
 
 
+def _extended(linear: Linear, weights: DenseWeights, wide: _Extended) -> Tensor:
+    """Return x W^T + s (x A^T) B^T + bias, (M, O), by one product."""
+    adapter, columns = linear.adapter, wide.rows.shape[1]
+    assert adapter is not None
+    up, room = _scaled_up(adapter, wide.rows.dtype), wide.rows.stride(0) - linear.weight.shape[1]
+    dense = weights.take_beside(linear.weight, up, first_rank=wide.first_rank, columns=room)[:, :columns]
+    return wide.rows @ dense.T if linear.bias is None else torch.addmm(linear.bias, wide.rows, dense.T)
+
+
 def _with_magnitude(
     base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, SavedDora]:
@@ -128,6 +151,7 @@ def backward(
         for linear, each in zip(linears, saved, strict=True)
     ]
     rows = {index: _row_major(dy) for index, dy in enumerate(dys) if dy is not None}
+    carried = _carried(linears, weights, saved, rows) if needs.x else None
     dxas: dict[int, Tensor] = {}
     through_dropout: dict[int, Tensor] = {}
     for index, dy in rows.items():
@@ -151,15 +175,70 @@ def backward(
             )
             gradients.magnitude[index] = dm[None]
         else:
-            dxas[index], db = skinny_dy(scaled, up, xa, scale=_factor(adapter), choice=_choice(adapter))
+            places = {} if carried is None else carried.places(index)
+            dxas[index], db = skinny_dy(scaled, up, xa, scale=_factor(adapter), choice=_choice(adapter), **places)
         if factor is not None:
             db = db.mul_(factor[:, None])
         gradients.b[index] = db.to(adapter.b.dtype) if needs.b[index] else None
     if x is not None:
         _add_down_gradients(gradients, _row_major(x), linears, dxas, needs)
     if needs.x:
-        gradients.x = _input_gradient(linears, weights, rows, dxas, through_dropout)
+        gradients.x = _input_gradient(linears, weights, rows, dxas, through_dropout, carried)
     return gradients
+
+
+class _Carried(NamedTuple):
+    """A dY whose product for dX takes the terms of a group's adapters, with their dxa behind its rows."""
+
+    linear: int
+    """Index of its linear."""
+    rows: Tensor
+    """[dY | dxa of the group], (M, O + R), within longer rows."""
+    columns: dict[int, slice]
+    """Columns of each linear's dxa behind O."""
+
+    @property
+    def out(self) -> int:
+        """O of its linear."""
+        return self.rows.shape[1] - max(columns.stop for columns in self.columns.values())
+
+    def places(self, index: int) -> dict[str, Tensor]:
+        """Return where skinny_dy writes for a linear."""
+        if index not in self.columns:
+            return {}
+        places = {"out": self.rows[:, self.out :][:, self.columns[index]]}
+        return places | {"copy": self.rows[:, : self.out]} if index == self.linear else places
+
+    def input_gradient(self, linears: Sequence[Linear], weights: DenseWeights) -> Tensor:
+        """Return its dY W and the adapters' terms, (M, I)."""
+        rank = self.rows.shape[1] - self.out
+        dense = weights.take_above(linears[self.linear].weight, self.rows.dtype, rows=rank)
+        for index, columns in self.columns.items():
+            dense[self.out :][columns].copy_(_adapter(linears, index).a)
+        return self.rows @ dense
+
+
+def _carried(
+    linears: Sequence[Linear], weights: DenseWeights, saved: Sequence[SavedLinear], dys: dict[int, Tensor]
+) -> _Carried | None:
+    """Return the dY to extend, before it is filled; None if none pays."""
+    ranks, outs = {}, {}
+    for index, dy in dys.items():
+        weight, adapter, _ = linears[index]
+        is_plain = adapter is not None and saved[index].magnitude is None and _is_plain(adapter)
+        if adapter is not None and is_plain and choose_variant(dy, weight) == "scratch":
+            ranks[index] = _width(adapter)
+            if weights.extends(index, weight):
+                outs[index] = dy.shape[1]
+    rank = sum(ranks.values())
+    first = next(iter(dys.values()))
+    copied = carrier(first.shape[0], linears[0].weight.shape[1], outs, rank, first.itemsize)
+    if copied is None:
+        return None
+    stops = list(itertools.accumulate(ranks.values()))
+    columns = {each: slice(stop - ranks[each], stop) for each, stop in zip(ranks, stops, strict=True)}
+    wide = first.new_empty(first.shape[0], outs[copied] + padded(rank))
+    return _Carried(copied, wide[:, : outs[copied] + rank], columns)
 
 
 def _input_gradient(
@@ -168,12 +247,14 @@ def _input_gradient(
     dys: dict[int, Tensor],
     dxas: dict[int, Tensor],
     through_dropout: dict[int, Tensor],
+    carried: _Carried | None,
 ) -> Tensor | None:
     """Return dX (M, I): the adapters' terms come first and the base GEMMs accumulate into them.
 
-    A fused product adds its adapter's term itself. `through_dropout` has (k - 1) dY of DoRA linears with dropout.
+    A fused product adds its adapter's term itself, as that of `carried` does for its group. `through_dropout` has
+    (k - 1) dY of DoRA linears with dropout.
     """
-    total: Tensor | None = None
+    total = None if carried is None else carried.input_gradient(linears, weights)
     fused = {index for index, dy in dys.items() if choose_variant(dy, linears[index].weight) == "fused"}
     inside: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -184,6 +265,8 @@ def _input_gradient(
     separate = []
     for index, dxa in dxas.items():
         adapter = _adapter(linears, index)
+        if carried is not None and index in carried.columns:
+            continue
         if index in fused and _is_plain(adapter):
             inside[index] = (dxa, adapter.a.to(dxa.dtype))
         else:
@@ -199,6 +282,8 @@ def _input_gradient(
         add(apply_dropout(dx, dropout))
     for index, dy in dys.items():
         weight = linears[index].weight
+        if carried is not None and index == carried.linear:
+            continue
         if index in fused:
             dxa_and_a = inside.get(index, (None, None))
             add(fused_linear_dx(dy, weight, dxa=dxa_and_a[0], a=dxa_and_a[1]))
@@ -226,17 +311,40 @@ def _add_down_gradients(
             gradients.a[index] = part.to(adapter.a.dtype)
 
 
-def _project_down(x: Tensor, linears: Sequence[Linear]) -> list[Tensor | None]:
-    """Return x A^T of each linear (M, R); x is read once per group."""
-    projections: list[Tensor | None] = [None] * len(linears)
+def project(x: Tensor, linears: Sequence[Linear]) -> tuple[list[_Input], list[Tensor | None]]:
+    """Return x A^T (M, R) of each linear, for forward and for backward; x is read once per group."""
+    x = _row_major(x)
+    inputs: list[_Input] = [None] * len(linears)
+    xas: list[Tensor | None] = [None] * len(linears)
     for group in _groups(linears, [index for index, linear in enumerate(linears) if linear.adapter is not None]):
         adapters = [_adapter(linears, index) for index in group]
         down, choice = _joined_down(adapters, x.dtype), _joined_choice(adapters)
-        together = skinny_down(x, down, choice=choice, dropout=adapters[0].dropout)
-        widths = [_width(adapter) for adapter in adapters]
-        for index, xa in zip(group, together.split(widths, dim=1), strict=True):
-            projections[index] = xa
-    return projections
+        widths, rows = [_width(adapter) for adapter in adapters], None
+        if _pays(x, [linears[index] for index in group], sum(widths)):
+            features, rank = x.shape[1], down.shape[0]
+            rows = x.new_empty(x.shape[0], features + padded(rank))[:, : features + rank]
+            # Copied once more for backward, which must not keep the copy of x.
+            together = skinny_down(x, down, out=rows[:, features:], copy=rows[:, :features]).contiguous()
+        else:
+            together = skinny_down(x, down, choice=choice, dropout=adapters[0].dropout)
+        firsts = itertools.accumulate(widths, initial=0)
+        for index, xa, first in zip(group, together.split(widths, dim=1), firsts, strict=False):
+            xas[index], inputs[index] = xa, xa if rows is None else _Extended(rows, first)
+    return inputs, xas
+
+
+def _pays(x: Tensor, group: Sequence[Linear], rank: int) -> bool:
+    """Return whether the products of a group of linears are extended."""
+    for weight, adapter, _ in group:
+        assert adapter is not None
+        if adapter.magnitude is not None or not _is_plain(adapter) or choose_variant(x, weight) == "fused":
+            return False
+        if not DenseWeights(1).extends(0, weight):
+            return False
+    (m, features), written = x.shape, sum(linear.weight.shape[0] for linear in group)
+    return features % BLOCK == 0 and extends(
+        m, written=written, copied=features, rank=rank, products=len(group), itemsize=x.itemsize
+    )
 
 
 def _adapter(linears: Sequence[Linear], index: int) -> Adapter:

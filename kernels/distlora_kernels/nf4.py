@@ -12,6 +12,7 @@ a shard boundary in dim 0 is a group boundary in each part. README.md says how t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ def dequantize_blocks(
 
 
 def dequantize_beside(
-    parts: tuple[Tensor, ...], shape: tuple[int, ...], b: Tensor, *, first_rank: int, out: Tensor
+    parts: Sequence[Tensor], shape: tuple[int, ...], b: Tensor, *, first_rank: int, out: Tensor
 ) -> None:
     """Dequantize a weight of `shape` (O, I) beside b (O, R) into `out` (O, I + 64 n), on a GPU.
 
@@ -150,8 +151,9 @@ def dequantize_beside(
     """
     from distlora_kernels import nf4_triton
 
-    codes, scales, group_scale, offset = parts if len(parts) == 4 else (*parts, None, None)
-    _check_parts((codes, scales) if group_scale is None else (codes, scales, group_scale), shape)
+    codes, scales, *rest = parts
+    group_scale, offset = rest or (None, None)
+    _check_parts(tuple(parts[:3]), shape)
     assert (out.shape[0], out.dtype, out.is_contiguous()) == (shape[0], b.dtype, True), (
         f"{tuple(out.shape)} {out.dtype}"
     )

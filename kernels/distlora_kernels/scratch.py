@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels.dispatch import uses_triton
+from distlora_kernels.nf4 import dequantize_beside
 from distlora_kernels.operands import FrozenWeight
 
 _ALIGNMENT = 512
@@ -133,6 +134,24 @@ class DenseWeights:
         dense = weight.dense(dtype, place)
         if _keeping != "off":
             self.saved[index] = dense
+        return dense
+
+    def extends(self, index: int, weight: FrozenWeight) -> bool:
+        """Return whether the weight is dequantized for one product, into scratch that can have room for an adapter."""
+        return weight.quantized and self.saved[index] is None and _keeping == "off" and uses_triton(weight.parts[0])
+
+    def take_beside(self, weight: FrozenWeight, b: Tensor, *, first_rank: int, columns: int) -> Tensor:
+        """Return [W | 0 b 0] (O, I + `columns`), b (O, R) from column I + `first_rank` on, valid as `take`'s."""
+        out, features = weight.shape
+        dense = arena(b.device).take_one((out, features + columns), b.dtype)
+        dequantize_beside(weight.parts, weight.shape, b, first_rank=first_rank, out=dense)
+        return dense
+
+    def take_above(self, weight: FrozenWeight, dtype: torch.dtype, *, rows: int) -> Tensor:
+        """Return (O + `rows`, I): W, and uninitialized rows below, valid as `take`'s."""
+        out, features = weight.shape
+        dense = arena(weight.parts[0].device).take_one((out + rows, features), dtype)
+        weight.dense(dtype, dense[:out])
         return dense
 
 

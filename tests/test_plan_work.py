@@ -43,6 +43,25 @@ def test_two_linears_of_one_input_move_what_their_launches_move(
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+def test_extended_products_write_no_term_and_read_it_never_again() -> None:
+    """Llama 70B's gate and up: x is copied for their outputs; for dX neither gradient, which is larger than x."""
+    pair, m, e = [Linear(28672, 8192, 16)] * 2, 8192, 2
+    plain, extended = (KernelOptions(itemsize=2, quantized=True, extends=extends) for extends in (False, True))
+    before, after = ([*linears(pair, m, how)] for how in (plain, extended))
+    assert sum(each.flops for each in after) == sum(each.flops for each in before)
+    assert sum(each.launches for each in before) - sum(each.launches for each in after) == 2 - 1  # x A^T, copied.
+    written, copied = 2 * e * m * 28672, e * m * 8192
+    saved = sum(each.nbytes for each in before) - sum(each.nbytes for each in after)
+    assert saved == pytest.approx(2 * written - copied, rel=1e-2)
+    assert sum(each.rereads for each in after) == 0
+    assert sum(each.padding for each in after) == 2 * 2 * m * 28672 * (64 - 16)
+    assert [*linears(pair, m, plain, "backward")] == [*linears(pair, m, extended, "backward")]
+    down = [Linear(8192, 28672, 16)]
+    before, after = ([*linears(down, m, how, "backward")] for how in (plain, extended))
+    saved = sum(each.nbytes for each in before) - sum(each.nbytes for each in after)
+    assert saved == pytest.approx(2 * e * m * 28672 - copied, rel=1e-2)
+
+
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"train": {"checkpointing": "none", "objective": "dpo"}},

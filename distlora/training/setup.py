@@ -36,6 +36,7 @@ from distlora.system import host_memory
 from distlora.system.progress import still
 from distlora.weights.initial_adapter_file import base_identity, needs_initial_adapter
 from distlora_kernels import scratch
+from distlora_kernels.extension import scratch_numel
 
 Log = Callable[[str], None]
 """Function that writes one line for the user."""
@@ -180,7 +181,7 @@ def reserve_scratch(model: CausalLM, dtype: torch.dtype, device: torch.device, *
     blocks = [
         [m.shape for m in block.modules() if isinstance(m, FrozenTensor) and m.quantized] for block in model.blocks
     ]
-    largest = max((scratch.block_bytes([shape], dtype) for shapes in blocks for shape in shapes), default=0)
+    largest = max((dtype.itemsize * scratch_numel(shape) for shapes in blocks for shape in shapes), default=0)
     if largest == 0:
         return
     block = max(scratch.block_bytes(shapes, dtype) for shapes in blocks) if keep else 0

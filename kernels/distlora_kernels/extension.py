@@ -10,6 +10,8 @@ product's inner loop. lora_gpu.py chooses by this file, and the planner counts b
 
 from __future__ import annotations
 
+import math
+
 COLUMNS = 64
 """Columns that a product sums at a time; rows with room for projections are padded to a multiple: 128 bytes."""
 _FLOPS_PER_BYTE = 250
@@ -50,6 +52,6 @@ def carrier(m: int, features: int, outs: dict[int, int], rank: int, itemsize: in
     return key
 
 
-def scratch_numel(out: int, features: int) -> int:
-    """Return the elements of scratch memory for a weight (O, I) with room for projections of up to 64 columns."""
-    return out * features + COLUMNS * max(out, features)
+def scratch_numel(shape: tuple[int, ...]) -> int:
+    """Return the elements of scratch memory for a weight; one (O, I) has room for projections of up to 64 columns."""
+    return math.prod(shape) + (COLUMNS * max(shape) if len(shape) == 2 else 0)

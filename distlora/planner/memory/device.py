@@ -23,6 +23,7 @@ from distlora.planner.memory.gathered import staying_bytes
 from distlora.planner.memory.step import Step
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
+from distlora_kernels.extension import scratch_numel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,9 +160,9 @@ def arena_bytes(work: Workload, model: PlannedModel) -> int:
         return 0
     architecture, itemsize, largest, layer = model.shapes.architecture, traffic.DTYPE_BYTES[work.train.dtype], 0, 0
     for kind, unpacked in {(kind, model.left_dense.get(i)) for i, kind in enumerate(architecture.kind_of_layer)}:
-        packed = (w for w in architecture.kinds[kind].weights if w.packs and w.path not in (unpacked or ()))
+        packed = [w for w in architecture.kinds[kind].weights if w.packs and w.path not in (unpacked or ())]
         sizes = [itemsize * weight.numel for weight in packed]
-        largest = max(largest, *sizes, 0)
+        largest = max(largest, *(itemsize * scratch_numel(weight.shape) for weight in packed), 0)
         layer = max(layer, sum(-(-nbytes // 512) * 512 for nbytes in sizes))
     return largest + (layer if work.train.keep_dequantized else 0)
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length
 from distlora.planner.decoder_sizes import AdaptedRanks, AttentionKind, Decoder, ExpertSizes, ScaledHalf
 from distlora.planner.traffic import GROUP_WEIGHTS
+from distlora_kernels import extension
 
 _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
 """Of flash attention's accumulators beside the tokens; tokens of a document, where nothing says."""
@@ -332,7 +333,7 @@ class LayerRun:
         """Return the backward on a GPU: adapter gradients linear by linear, then one dX for all."""
         b, adapted = self.itemsize, [linear for linear in outputs if ranks[linear.name]]
         folds = self.quantized and not self.dropout and b == 2
-        scaled = 0.0
+        scaled = self._copied(inputs, [linear.columns for linear in adapted], sum(ranks.values()))
         moments = []
         for linear in adapted:
             rank = ranks[linear.name]
@@ -354,6 +355,13 @@ class LayerRun:
         if self.dropout and self.dora:
             moments.append(TransientMemory(scaled + 2 * b * inputs + 3 * inputs + self._counters(inputs)))
         return [*moments, TransientMemory(scaled + b * inputs)]
+
+    def _copied(self, inputs: int, outs: Sequence[int], rank: int) -> float:
+        """Return the bytes per token of a dY that is copied for dX (distlora_kernels.extension)."""
+        if self.dora or self.dropout or self.keeps_dense or self.trials > 1 or not self.quantized:
+            return 0.0
+        carrier = extension.carrier(self.tokens, inputs, dict(enumerate(outs)), rank, self.itemsize)
+        return 0.0 if carrier is None else self.itemsize * (outs[carrier] + extension.padded(rank))
 
     def _counters(self, inputs: int) -> float:
         """Return the bytes that generating a dropout mask takes."""

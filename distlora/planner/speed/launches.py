@@ -20,6 +20,7 @@ from distlora.planner.decoder_sizes import AttentionKind, Decoder, ScaledHalf
 from distlora.planner.flops import PAIR_BACKWARD, PAIR_FORWARD, SCORES_AGAIN
 from distlora.planner.memory.base import UPDATE_BYTES
 from distlora.planner.traffic import packed_bytes
+from distlora_kernels import extension
 
 MovedKind = str
 """A category of device memory traffic: `dequantization`, `products` of linears, `adapters`, `elementwise`, `attention`,
@@ -41,6 +42,8 @@ class KernelLaunch:
     flops: float = 0.0
     unit: Unit = "matrices"
     launches: int = 1
+    padding: float = 0.0
+    """Operations of a product that only fill up its last step, not among `flops`."""
     rereads: float = 0.0
     """Bytes of a product's result that it reads first, because it accumulates (beta = 1); part of `nbytes`."""
 
@@ -55,6 +58,8 @@ class KernelOptions:
     few_rows: int = 0
     """Up to so many rows a packed weight is decoded inside its product; 0: never."""
     keeps_dequantized: bool = False
+    extends: bool = False
+    """True if base products may take the adapter's term as further columns (distlora_kernels.extension)."""
     trains_base: bool = False
     """True if the weights of decoder layers have gradients (adapter=full)."""
     norms_in_fp32: bool = False
@@ -137,8 +142,24 @@ def _forward(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass) -
     yield from _casts([linear for linear in with_adapter if linear not in skipped], how)
     yield from (KernelLaunch("adapters", (FP32 + how.itemsize) * linear.rank * linear.features) for linear in skipped)
     yield from _other_trials(with_adapter, 1, how)
+    ranks, features = sum(linear.rank for linear in with_adapter), group[0].features
+    extends = (
+        _extends(how, m)
+        and features % 64 == 0
+        and extension.extends(
+            m,
+            written=sum(linear.out for linear in with_adapter),
+            copied=features,
+            rank=ranks,
+            products=len(with_adapter),
+            itemsize=how.itemsize,
+        )
+    )
     if with_adapter:
-        yield gemm("adapters", m, sum(linear.rank for linear in with_adapter), group[0].features, how)
+        yield gemm("adapters", m, ranks, features, how)
+    if extends:  # The copy of the input, and x A^T once more for backward.
+        yield KernelLaunch("adapters", how.itemsize * m * features, launches=0)
+        yield KernelLaunch("adapters", 2 * how.itemsize * m * ranks)
     for linear in group:
         has_adapter = linear in with_adapter
         if linear in skipped:
@@ -149,8 +170,12 @@ def _forward(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass) -
         if how.quantized:
             yield _dequantize(linear, how)
         if has_adapter:
-            yield gemm("adapters", m, linear.out, linear.rank, how)
-        yield gemm("products", m, linear.out, linear.features, how, accumulates=has_adapter)
+            yield (
+                _term(m, linear.out, linear.rank, ranks, how)
+                if extends
+                else gemm("adapters", m, linear.out, linear.rank, how)
+            )
+        yield gemm("products", m, linear.out, linear.features, how, accumulates=has_adapter and not extends)
         if linear.is_dora and has_adapter:
             yield from _dora(linear, m, how, backward=False)
 
@@ -162,12 +187,16 @@ def _backward(group: Sequence[Linear], m: int, how: KernelOptions) -> Iterator[K
         return
     features, ranks = group[0].features, sum(linear.rank for linear in group)
     decodes = how.quantized and m <= how.few_rows
+    outs = {index: linear.out for index, linear in enumerate(group) if linear.rank and _extends(how, m)}
+    carrier = extension.carrier(m, features, outs, ranks, how.itemsize)
     yield from _casts([linear for linear in group if linear.rank], how)
     yield from _other_trials([linear for linear in group if linear.rank], 2, how)
     for index, linear in enumerate(group):
         if linear.rank:
             yield gemm("adapters", m, linear.rank, linear.out, how)
             yield _parts(linear, m)
+        if index == carrier:  # The copy of dY.
+            yield KernelLaunch("adapters", how.itemsize * m * linear.out, launches=0)
         if decodes:
             yield _decoded(linear, m, linear.rank * features, how)
             if index > 0:
@@ -175,7 +204,9 @@ def _backward(group: Sequence[Linear], m: int, how: KernelOptions) -> Iterator[K
         else:
             if how.quantized and not how.keeps_dequantized:
                 yield _dequantize(linear, how)
-            yield gemm("products", m, features, linear.out, how, accumulates=ranks > 0 or index > 0)
+            first = index == 0 if carrier is None else index == carrier
+            accumulates = not first or (ranks > 0 and carrier is None)
+            yield gemm("products", m, features, linear.out, how, accumulates=accumulates)
         if how.trains_base:
             yield gemm("products", linear.out, features, m, how)
             # Added to what earlier micro-batches left, in fp32.
@@ -183,10 +214,24 @@ def _backward(group: Sequence[Linear], m: int, how: KernelOptions) -> Iterator[K
         if linear.is_dora and linear.rank:
             yield from _dora(linear, m, how, backward=True)
     if ranks:
-        if not decodes:
+        if carrier is not None:
+            yield _term(m, features, ranks, ranks, how)
+        elif not decodes:
             yield gemm("adapters", m, features, ranks, how)
         yield gemm("adapters", ranks, features, m, how)
         yield KernelLaunch("adapters", 0.0)  # The second launch of a sum that is split.
+
+
+def _extends(how: KernelOptions, m: int) -> bool:
+    return how.extends and how.quantized and m > how.few_rows
+
+
+def _term(m: int, n: int, rank: int, side_by_side: int, how: KernelOptions) -> KernelLaunch:
+    """Return an adapter's term as further columns of a base product: of `rank`, with others' `side_by_side`."""
+    padding = extension.padded(side_by_side) - rank
+    return KernelLaunch(
+        "adapters", how.itemsize * (m + n) * rank, 2.0 * m * n * rank, launches=0, padding=2.0 * m * n * padding
+    )
 
 
 def _casts(adapted: Sequence[Linear], how: KernelOptions) -> Iterator[KernelLaunch]:

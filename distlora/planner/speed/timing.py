@@ -168,6 +168,9 @@ def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> Ker
         quantized=work.quantized,
         few_rows=max_fused_rows(machine.capability) if decodes else 0,
         keeps_dequantized=work.train.keep_dequantized,
+        extends=decodes
+        and len(work.adapters) == 1
+        and not (work.adapter.use_dora or work.adapter.lora_dropout or work.train.keep_dequantized),
         trains_base=work.adapter.method == "full",
         norms_in_fp32=decoder.norms_in_fp32,
         fused_norms=fused,
@@ -406,7 +409,7 @@ def _seconds(launches: Iterable[KernelLaunch], rates: Rates) -> Seconds:
     found: Seconds = {"compute": 0.0, "memory": 0.0, "launches": 0.0}
     units = {"matrices": rates.matrices, "attention": rates.attention, "decoding": rates.decoding}
     for work in launches:
-        moving, computing = work.nbytes / rates.bandwidth, work.flops / units[work.unit]
+        moving, computing = work.nbytes / rates.bandwidth, (work.flops + work.padding) / units[work.unit]
         found["compute" if computing > moving else "memory"] += max(computing, moving)
         found["launches"] += work.launches * rates.launch
     return found

@@ -92,4 +92,4 @@ def _launches(launches: Sequence[KernelLaunch]) -> int:
 
 def _seconds(launch: KernelLaunch) -> float:
     moving = 0.0 if launch.kind == "products" else launch.nbytes / BANDWIDTH
-    return max(launch.flops / MATRICES, moving) + launch.launches * LAUNCH
+    return max((launch.flops + launch.padding) / MATRICES, moving) + launch.launches * LAUNCH

@@ -79,32 +79,32 @@ A100S = "Answer.AI, QLoRA of Llama 2 70B, 8 A100 40 GB"
 
 RUNS = [
     Published("NeMo, LoRA of Llama 3.1 8B, 1 H100, no recomputation", 12_473, 1.06, "8b", **NEMO_1),
-    Published("NeMo, LoRA of Llama 3.3 70B, 8 H100", 8 * 1091.85, 1.34, "70b", **NEMO_8),
-    Published("NeMo, LoRA of Qwen2.5 32B, 8 H100", 8 * 2250.31, 1.34, "32b", **NEMO_8),
-    Published("torchtune, QLoRA of Llama 3.1 8B, 1 RTX 4090", 2413, 0.98, "8b", gpu="rtx4090", **TUNE),
-    Published("torchtune, LoRA of Llama 3.1 8B, 1 RTX 4090", 3083, 0.79, "8b", gpu="rtx4090", nf4=False, **TUNE),
-    Published("torchtune, LoRA of Llama 3.1 8B, 1 A6000", 4699, 0.48, "8b", gpu="a6000", nf4=False, **TUNE),
-    Published("torchtune, LoRA of Llama 3.1 70B, 8 A100", 3497, 1.28, "70b", nf4=False, **TUNE_8),
-    Published("torchtune, QLoRA of Llama 3.1 405B, 8 A100", 653, 1.23, "405b", **TUNE_8),
+    Published("NeMo, LoRA of Llama 3.3 70B, 8 H100", 8 * 1091.85, 1.44, "70b", **NEMO_8),
+    Published("NeMo, LoRA of Qwen2.5 32B, 8 H100", 8 * 2250.31, 1.44, "32b", **NEMO_8),
+    Published("torchtune, QLoRA of Llama 3.1 8B, 1 RTX 4090", 2413, 1.05, "8b", gpu="rtx4090", **TUNE),
+    Published("torchtune, LoRA of Llama 3.1 8B, 1 RTX 4090", 3083, 0.85, "8b", gpu="rtx4090", nf4=False, **TUNE),
+    Published("torchtune, LoRA of Llama 3.1 8B, 1 A6000", 4699, 0.51, "8b", gpu="a6000", nf4=False, **TUNE),
+    Published("torchtune, LoRA of Llama 3.1 70B, 8 A100", 3497, 1.39, "70b", nf4=False, **TUNE_8),
+    Published("torchtune, QLoRA of Llama 3.1 405B, 8 A100", 653, 1.34, "405b", **TUNE_8),
     Published(
         "Answer.AI, QLoRA of Llama 2 7B, 2 RTX 4090",
-        *(TOKENS / 466, 1.02, "llama2-7b"),
+        *(TOKENS / 466, 1.07, "llama2-7b"),
         **(ANSWER | {"gpu": "rtx4090", "ranks": 2, "rows": 10}),
     ),
     *(
         Published(f"Answer.AI, QLoRA of Llama 2 70B, 2 {name}, base on the host", speed, ratio, "llama2-70b", **gpu)
         for name, speed, ratio, gpu in (
-            ("RTX 4090", TOKENS / 4399, 1.05, OFFLOADED | {"gpu": "rtx4090"}),
-            ("RTX 3090", TOKENS / 11_795, 1.34, OFFLOADED | {"gpu": "rtx3090"}),
+            ("RTX 4090", TOKENS / 4399, 1.14, OFFLOADED | {"gpu": "rtx4090"}),
+            ("RTX 3090", TOKENS / 11_795, 1.46, OFFLOADED | {"gpu": "rtx3090"}),
         )
     ),
-    Published(A100S, TOKENS / 672, 1.29, "llama2-70b", gpu="a100_40gb", ranks=8, rows=4, **ANSWER),
+    Published(A100S, TOKENS / 672, 1.39, "llama2-70b", gpu="a100_40gb", ranks=8, rows=4, **ANSWER),
     Published(
         "Answer.AI, QLoRA of Llama 2 70B, 4 H100",
-        *(TOKENS / 667, 1.75, "llama2-70b"),
+        *(TOKENS / 667, 1.89, "llama2-70b"),
         **(ANSWER | {"gpu": "h100", "ranks": 4, "rows": 8}),
     ),
-    Published("Qwen, LoRA of Qwen 72B, ZeRO-3, 4 A100, rows of 8,192", 4 * 8 * 8192 / 161.5, 1.14, "72b", **QWEN),
+    Published("Qwen, LoRA of Qwen 72B, ZeRO-3, 4 A100, rows of 8,192", 4 * 8 * 8192 / 161.5, 1.21, "72b", **QWEN),
 ]
 
 

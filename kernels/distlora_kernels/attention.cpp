@@ -18,7 +18,7 @@
 
 #include "products.h"
 
-constexpr size_t ROWS = 64;
+constexpr size_t ROWS = 48;  // Whole sixes of `product_of_rows`.
 
 // C (M, N) = A (M, P) B (P, N) of pairs, or += it; N a multiple of VECTOR. From one panel of B to the next: `panel`.
 static void product(const Pair *A, size_t lda, const uint32_t *B, size_t panel, float *C, size_t ldc, size_t M, size_t N,
@@ -60,13 +60,30 @@ static void pack_rows(Head x, size_t n, size_t E, uint32_t *out) {
     }
 }
 
+// Two vectors of bf16 as pairs.
+static inline __m512i pairs_of(__m256i first, __m256i second) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+
+static inline __m256i sixteen(const bf16 *values) { return _mm256_loadu_si256((const __m256i *)values); }
+
+static inline __mmask16 lanes_before(size_t end) { return (__mmask16)(end < VECTOR ? (1u << end) - 1 : 0xffff); }
+
 // m rows from `start` -> their transpose as a left-hand side, pairs along the rows: (E, ROWS / 2), of which (m + 1) / 2
 // are written, with a zero beside an odd last row.
 static void transpose(Head x, size_t start, size_t m, size_t E, uint32_t *out) {
-    for (size_t j = 0; 2 * j < m; j++) {
-        const bf16 *first = x.row(start + 2 * j), *second = first + x.stride;
-        for (size_t e = 0; e < E; e++) out[e * (ROWS / 2) + j] = pair(first[e], 2 * j + 1 < m ? second[e] : 0);
-    }
+    for (size_t j = 0; 2 * j < m; j += VECTOR)
+        for (size_t e = 0; e < E; e += VECTOR) {
+            __m512i square[VECTOR];
+            for (size_t i = 0; i < VECTOR; i++) {
+                size_t row = 2 * (j + i);
+                __m256i first = row < m ? sixteen(x.row(start + row) + e) : _mm256_setzero_si256();
+                square[i] = pairs_of(first, row + 1 < m ? sixteen(x.row(start + row + 1) + e) : _mm256_setzero_si256());
+            }
+            transpose(square);
+            for (size_t i = 0; i < VECTOR; i++)
+                _mm512_mask_storeu_epi32(out + (e + i) * (ROWS / 2) + j, lanes_before(ROWS / 2 - j), square[i]);
+        }
 }
 
 // Queries of a document and the keys that they may see.
@@ -135,27 +152,41 @@ struct Problem {
     Head values(size_t token, size_t h) const { return {value + token * value_token + h * value_head, value_token}; }
 };
 
+// 2^x as in numbers.h, of 16 numbers; from 2^128 on infinite.
+static inline __m512 powers_of_2(__m512 x) {
+    constexpr float COEFFICIENTS[] = {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
+                                      2.402264791363012e-1f, 6.931472028550421e-1f, 1.f};
+    x = _mm512_max_ps(_mm512_set1_ps(-126.f), x);  // In this order a NaN stays.
+    __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n), p = _mm512_set1_ps(1.535336188319500e-4f);
+    for (float coefficient : COEFFICIENTS) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+    return _mm512_scalef_ps(p, n);
+}
+
 // Scores (m, width) -> weights in bf16, 0 where nothing is seen, and their `sums`, by which the output is divided; `logs`:
 // log2 of the sum of 2^(scale score), from which backward makes the weights again.
 static void softmax(const Block &block, const float *scores, size_t ld, float scale, bf16 *weights, float *logs, float *sums) {
+    __m512 factor = _mm512_set1_ps(scale);
     for (size_t r = 0; r < block.m; r++) {
         const float *row = scores + r * ld;
         bf16 *out = weights + r * ld;
         size_t start = block.from(r, block.first), end = block.to(r);
-        float most = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : most)
-        for (size_t k = start; k < end; k++) most = row[k] > most ? row[k] : most;
-        float shift = -most * scale;
+        __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        for (size_t k = start; k < end; k += VECTOR) {
+            __mmask16 seen = lanes_before(end - k);
+            most = _mm512_mask_max_ps(most, seen, _mm512_maskz_loadu_ps(seen, row + k), most);  // A NaN is passed over.
+        }
+        float shift = -_mm512_reduce_max_ps(most) * scale;
         memset(out, 0, start * sizeof(bf16));
-#pragma omp simd reduction(+ : sum)
-        for (size_t k = start; k < end; k++) {
-            bf16 weight = narrow<bf16>(power_of_2(std::fma(row[k], scale, shift)));
-            out[k] = weight;
-            sum += widen(weight);
+        for (size_t k = start; k < end; k += VECTOR) {
+            __mmask16 seen = lanes_before(end - k);
+            __m512 power = powers_of_2(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(seen, row + k), factor, _mm512_set1_ps(shift)));
+            __m256bh weight = _mm512_cvtneps_pbh(power);
+            _mm256_mask_storeu_epi16(out + k, seen, (__m256i)weight);
+            sum = _mm512_mask_add_ps(sum, seen, sum, _mm512_cvtpbh_ps(weight));
         }
         memset(out + end, 0, (block.width - end) * sizeof(bf16));
-        sums[r] = sum;
-        logs[r] = std::log2(sum) - shift;
+        sums[r] = _mm512_reduce_add_ps(sum);
+        logs[r] = std::log2(sums[r]) - shift;
     }
 }
 
@@ -177,7 +208,8 @@ static void forward(const Problem &x, Scratch &own, size_t document, size_t h, b
                     block.m, E, block.width / 2);
             for (size_t r = 0; r < block.m; r++) {
                 bf16 *row = output + ((start + q + r) * x.H + g) * E;
-                for (size_t e = 0; e < E; e++) row[e] = narrow<bf16>(own.product[r * E + e] / sums[r]);
+                float inverse = 1.f / sums[r];
+                for (size_t e = 0; e < E; e++) row[e] = narrow<bf16>(own.product[r * E + e] * inverse);
             }
         }
     }
@@ -189,26 +221,36 @@ static void forward(const Problem &x, Scratch &own, size_t document, size_t h, b
 static void softmax_backward(const Block &block, float *scores, float *d, size_t ld, float scale, const float *logs,
                              bf16 *out) {
     for (size_t r = 0; r < block.m; r++) {
-        float *w = scores + r * ld, *dr = d + r * ld, shift = -logs[r], sum = 0, total = 0, rest = 0;
+        float *w = scores + r * ld, *dr = d + r * ld;
         bf16 *of_row = out + r * ld;
         size_t start = block.from(r, block.first), end = block.to(r);
+        __m512 shift = _mm512_set1_ps(-logs[r]), factor = _mm512_set1_ps(scale);
+        __m512 sums = _mm512_setzero_ps(), totals = _mm512_setzero_ps(), rests = _mm512_setzero_ps();
         memset(w, 0, start * sizeof(float));
         memset(of_row, 0, start * sizeof(bf16));
-#pragma omp simd reduction(+ : sum, total)
-        for (size_t k = start; k < end; k++) {
-            w[k] = rounded<bf16>(power_of_2(std::fma(w[k], scale, shift)));
-            sum += w[k] * dr[k];
-            total += w[k];
+        for (size_t k = start; k < end; k += VECTOR) {
+            __mmask16 seen = lanes_before(end - k);
+            __m512 power = powers_of_2(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(seen, w + k), factor, shift));
+            __m512 weight = _mm512_maskz_mov_ps(seen, _mm512_cvtpbh_ps(_mm512_cvtneps_pbh(power)));
+            _mm512_mask_storeu_ps(w + k, seen, weight);
+            sums = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(seen, dr + k), sums);
+            totals = _mm512_add_ps(totals, weight);
         }
-        float mean = sum / total;
-#pragma omp simd reduction(+ : rest)
-        for (size_t k = start; k < end; k++) {
-            dr[k] -= mean;
-            rest += w[k] * dr[k];
+        float total = _mm512_reduce_add_ps(totals);
+        __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sums) / total);
+        for (size_t k = start; k < end; k += VECTOR) {
+            __mmask16 seen = lanes_before(end - k);
+            __m512 less = _mm512_sub_ps(_mm512_maskz_loadu_ps(seen, dr + k), mean);
+            _mm512_mask_storeu_ps(dr + k, seen, less);
+            rests = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(seen, w + k), less, rests);
         }
-        rest /= total;
-#pragma omp simd
-        for (size_t k = start; k < end; k++) of_row[k] = narrow<bf16>(w[k] * (dr[k] - rest));
+        __m512 rest = _mm512_set1_ps(_mm512_reduce_add_ps(rests) / total);
+        for (size_t k = start; k < end; k += VECTOR) {
+            __mmask16 seen = lanes_before(end - k);
+            __m512 less = _mm512_sub_ps(_mm512_maskz_loadu_ps(seen, dr + k), rest);
+            __m256bh gradient = _mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_maskz_loadu_ps(seen, w + k), less));
+            _mm256_mask_storeu_epi16(of_row + k, seen, (__m256i)gradient);
+        }
         memset(w + end, 0, (block.width - end) * sizeof(float));
         memset(of_row + end, 0, (block.width - end) * sizeof(bf16));
     }
@@ -221,14 +263,13 @@ static void pack_by_query(const Block &block, const float *weights, const bf16 *
         bool whole = 2 * j + 1 < block.m;
         const float *w = weights + 2 * j * ld, *w2 = w + ld;
         const bf16 *d = gradients + 2 * j * ld, *d2 = d + ld;
-        for (size_t panel = 0; panel < block.width; panel += LANES) {
-            size_t to = (panel / LANES * (ROWS / 2) + j) * LANES, lanes = block.width - panel < LANES ? block.width - panel : LANES;
-            for (size_t k = 0; k < lanes; k++) {
-                uint32_t low = __builtin_bit_cast(uint32_t, w[panel + k]) >> 16;
-                uint32_t high = whole ? __builtin_bit_cast(uint32_t, w2[panel + k]) & 0xffff0000 : 0;
-                of_weights[to + k] = low | high;
-                of_gradients[to + k] = pair(d[panel + k], whole ? d2[panel + k] : 0);
-            }
+        for (size_t k = 0; k < block.width; k += VECTOR) {
+            size_t to = (k / LANES * (ROWS / 2) + j) * LANES + k % LANES;
+            __m512i low = _mm512_srli_epi32(_mm512_loadu_si512(w + k), 16), high = _mm512_setzero_si512();
+            if (whole) high = _mm512_and_si512(_mm512_loadu_si512(w2 + k), _mm512_set1_epi32((int)0xffff0000));
+            _mm512_storeu_si512(of_weights + to, _mm512_or_si512(low, high));
+            __m256i second = whole ? sixteen(d2 + k) : _mm256_setzero_si256();
+            _mm512_storeu_si512(of_gradients + to, pairs_of(sixteen(d + k), second));
         }
     }
 }

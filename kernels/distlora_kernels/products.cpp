@@ -58,29 +58,6 @@ static inline void load(const Term &term, size_t row, size_t block, size_t width
     }
 }
 
-static inline void transpose(__m512i x[16]) {
-    __m512i y[16];
-    for (size_t i = 0; i < 16; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    for (size_t i = 0; i < 16; i += 4)
-        for (size_t j = 0; j < 2; j++) {
-            x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + 2 + j]);
-            x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + 2 + j]);
-        }
-    for (size_t c = 0; c < 4; c++) {  // Quarter q of x[4 i + c] has column 4 q + c of rows 4 i to 4 i + 3.
-        __m512i even = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88), odd = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
-        __m512i even2 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
-        __m512i odd2 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
-        y[c] = _mm512_shuffle_i32x4(even, even2, 0x88);
-        y[8 + c] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-        y[4 + c] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-        y[12 + c] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-    }
-    for (size_t i = 0; i < 16; i++) x[i] = y[i];
-}
-
 // Rows n to n + 63 of a weight (N, K) as columns: (P, 64).
 static void pack_rows_as_columns(const Term &term, size_t n, uint32_t *out) {
     size_t P = term.pairs();

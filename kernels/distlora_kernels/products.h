@@ -37,6 +37,30 @@ static void product_of_rows(const Pair *A, size_t lda, const uint32_t *B, float 
                             bool add) {
     size_t r = 0;
     for (; r + 6 <= M; r += 6) product_of<6, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
+    for (; r + 4 <= M; r += 4) product_of<4, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
     for (; r + 2 <= M; r += 2) product_of<2, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
     if (r < M) product_of<1, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
+}
+
+static inline void transpose(__m512i x[16]) {
+    __m512i y[16];
+    for (size_t i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (size_t i = 0; i < 16; i += 4)
+        for (size_t j = 0; j < 2; j++) {
+            x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + 2 + j]);
+            x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + 2 + j]);
+        }
+    for (size_t c = 0; c < 4; c++) {  // Quarter q of x[4 i + c] has column 4 q + c of rows 4 i to 4 i + 3.
+        __m512i even = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88), odd = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
+        __m512i even2 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
+        __m512i odd2 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
+        y[c] = _mm512_shuffle_i32x4(even, even2, 0x88);
+        y[8 + c] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+        y[4 + c] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+        y[12 + c] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+    }
+    for (size_t i = 0; i < 16; i++) x[i] = y[i];
 }

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from distlora.checkpoint.files import write_files
 from distlora.config import Config
+from distlora.config.cluster import FIRST_TORCH
 from distlora.model.adapters import adapter_parameters
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
@@ -158,7 +159,7 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
     for prefetch in (False, True):
         with monkeypatch.context() as patch:
             model = started(config, device)
-            if tuple(map(int, torch.__version__.split(".")[:2])) < fsdp2.FIRST_TORCH:
+            if tuple(map(int, torch.__version__.split(".")[:2])) < FIRST_TORCH:
                 hold_bytes_as_bf16(model, patch)
                 patch.setattr(fsdp2, "check_torch", lambda version: None)
             fsdp2.shard(model, Shards(0, 1, group), device, prefetch=prefetch, traffic=Traffic())

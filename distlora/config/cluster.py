@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distlora.config.errors import require, require_choices, require_positive
+from distlora.config.errors import UserError, require, require_choices, require_positive
 
 _ENDPOINT = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 _TIME_LIMIT = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})")
@@ -293,4 +293,19 @@ class ParallelConfig:
             isinstance(count, str) or count <= num_blocks,
             f"parallel.resident_blocks={count} is more than the {num_blocks:,} blocks of this model; set "
             f"parallel.resident_blocks={num_blocks}, or auto (as many as fit)",
+        )
+
+
+FIRST_TORCH = (2, 12)
+"""First torch whose FSDP2 shards frozen uint8 parameters; torch 2.11 makes every sharded parameter require a gradient.
+"""
+
+
+def check_torch(version: str) -> None:
+    """Raise UserError for a torch whose FSDP2 cannot hold frozen uint8 parameters."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None or tuple(map(int, match.groups())) < FIRST_TORCH:
+        raise UserError(
+            f"torch {version} cannot shard 4-bit weights (its FSDP2 refuses frozen uint8 parameters); "
+            "install torch >= 2.12, or keep it whole on every process with parallel.shard_degree=1"
         )

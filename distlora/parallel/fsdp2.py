@@ -8,7 +8,6 @@ fp32 masters, and its gradients are summed in fp32. This folder's README.md has 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from distlora.config import UserError
-from distlora.config.cluster import RESIDENCY_RESERVE
+from distlora.config.cluster import RESIDENCY_RESERVE, check_torch
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.layer_wrapper import Block
@@ -27,11 +25,6 @@ from distlora.parallel.ranks import Traffic
 from distlora.parallel.shards import Shards
 from distlora.planner.traffic import padded
 from distlora.system import host_memory
-
-FIRST_TORCH = (2, 12)
-"""First supported torch: before 2.11 FSDP2 set requires_grad=True on every sharded parameter, which uint8 cannot have.
-"""
-
 
 # TODO: call dist.all_gather_single and reduce_scatter_single once torch >= 2.13, which gave them these names, is
 # required.
@@ -75,16 +68,6 @@ class _CountedReduceScatter(_Counted):
         self.traffic.scattered_bytes += input_tensor.nbytes
         self.traffic.between_copies_bytes += self.crosses(group) * input_tensor.nbytes
         return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
-
-
-def check_torch(version: str) -> None:
-    """Raise UserError for a torch whose FSDP2 cannot hold frozen uint8 parameters."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None or tuple(map(int, match.groups())) < FIRST_TORCH:
-        raise UserError(
-            f"torch {version} cannot shard 4-bit weights (its FSDP2 refuses frozen uint8 parameters); "
-            "install torch >= 2.12, or keep it whole on every process with parallel.shard_degree=1"
-        )
 
 
 def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bool, traffic: Traffic) -> None:

@@ -7,6 +7,7 @@ checked in distlora.config.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import itertools
 import os
 import socket
@@ -34,6 +35,7 @@ from distlora.config import (
     require,
 )
 from distlora.config.base import is_hub_name
+from distlora.config.cluster import check_torch
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES
 from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders
@@ -136,6 +138,8 @@ def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: Optim
         resolve_endpoint(cluster.rdzv_endpoint)
     if parallel.backend == "zero3" and cluster.ranks > 1:
         check_deepspeed()
+    if parallel.backend == "fsdp2" and cluster.ranks > 1 and parallel.shard_degree != 1:
+        check_torch(importlib.metadata.version("torch"))
     check_gpu_count(cluster)
     if gpu_count() == 0 and optim.name.startswith("paged_"):
         same = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}[optim.name]

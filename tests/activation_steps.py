@@ -62,7 +62,7 @@ def load(
     dtype: str = "bf16",
     quant: str = "none",
     checkpointing: str = "block",
-    keep_dequantized: bool = False,
+    dense_layers: int | str = 0,
     attention: AttentionKind = "documents",
     document: int = 16,
     **adapter: Any,
@@ -77,11 +77,10 @@ def load(
     sections = {
         "data": {"path": "none.jsonl", "sequence_length": TOKENS},
         "adapter": adapter if "method" in adapter else {"target_modules": "all-linear", "r": 4, **adapter},
-        "quant": {"method": quant, "cache": False},
+        "quant": {"method": quant, "cache": False, "dense_layers": dense_layers},
         "train": {
             "dtype": dtype,
             "checkpointing": checkpointing,
-            "keep_dequantized": keep_dequantized,
             "attention": "sdpa" if attention == "sdpa" else "auto",
         },
     }

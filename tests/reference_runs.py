@@ -41,14 +41,14 @@ adapter=lora adapter.method=lora adapter.r=5 adapter.lora_alpha=16 adapter.use_r
 adapter.target_modules=all-linear adapter.target_parameters=[] adapter.rank_pattern={} adapter.alpha_pattern={}
 adapter.lora_dropout=0 adapter.init=kaiming adapter.init_from=null adapter.trainable_token_indices=null
 adapter.modules_to_save=[]
-quant=nf4 quant.method=nf4 quant.cache=false
+quant=nf4 quant.method=nf4 quant.dense_layers=0 quant.cache=false
 parallel=fsdp2 parallel.backend=fsdp2 parallel.shard_degree=null parallel.offload_base=false
 parallel.deepspeed_config=null parallel.prefetch=true parallel.resident_blocks=0 parallel.bucket_mb=4
 optim=adamw optim.name=adamw optim.lr=2e-3 optim.loraplus_lr_ratio=1 optim.betas=[0.9,0.999] optim.eps=1e-8
 optim.weight_decay=0 optim.max_grad_norm=1 optim.schedule=cosine optim.warmup_ratio=0.2 optim.decay_ratio=0.3
 optim.min_lr_ratio=0
 train.objective=sft train.epochs=1 train.max_steps=6 train.global_batch=6 train.micro_batch=1 train.accumulate=step
-train.checkpointing=block train.mlp_tile=null train.keep_dequantized=false train.dtype=bf16 train.attention=auto
+train.checkpointing=block train.mlp_tile=null train.dtype=bf16 train.attention=auto
 train.deterministic_attention=true train.fused_kernels=none train.compile=false train.router_aux_loss=null train.seed=7
 train.log_every=1 train.eval_every=3 train.eval_documents=false train.early_stopping_patience=null
 train.early_stopping_threshold=0 train.load_best_at_end=false train.save_every=4 train.save_minutes=null
@@ -65,21 +65,22 @@ RUNS = {
         train.checkpointing=none train.log_every=5 train.eval_every=null train.save_every=null train.save_minutes=10
         train.seed=0 optim.lr=4e-3 optim.warmup_ratio=0.03 quant.cache=true plan.measure=true""",
     "lora_nf4": """model.path=llama data.path=text.jsonl model.new_tokens=[zu,tansu] train.compile=true
-        train.keep_dequantized=true train.verify=true adapter.rank_pattern={down_proj:3} optim.loraplus_lr_ratio=4""",
+        quant.dense_layers=recomputed train.verify=true adapter.rank_pattern={down_proj:3} optim.loraplus_lr_ratio=4""",
     "lora_unquantized": """model.path=llama cluster.gpus_per_node=2 quant.method=none train.dtype=fp32
         data.sources=[{path:text.jsonl,weight:0.7},{path:chats.jsonl,weight:0.3}] train.accumulate=block
         train.checkpointing=offload train.mlp_tile=24 parallel.resident_blocks=1 adapter.lora_dropout=0.1
         adapter.modules_to_save=[lm_head]""",
     "dora": """model.path=llama data.path=text.jsonl cluster.gpus_per_node=2 adapter.use_dora=true
-        train.checkpointing=selective parallel.prefetch=false optim.schedule=linear optim.min_lr_ratio=0.1""",
+        quant.dense_layers=2 train.checkpointing=selective parallel.prefetch=false optim.schedule=linear
+        optim.min_lr_ratio=0.1""",
     "pissa": """model.path=llama data.path=chats.jsonl adapter.init=pissa train.dtype=fp32 train.micro_batch=3
         optim.schedule=constant""",
     "full": """model.path=llama data.path=text.jsonl cluster.gpus_per_node=2 adapter.method=full quant.method=none
         train.micro_batch=3 optim.weight_decay=0.1 optim.schedule=warmup_stable_decay""",
     "zero3": """model.path=llama data.path=text.jsonl cluster.gpus_per_node=2 parallel.backend=zero3
         train.attention=sdpa train.accumulate=block""",
-    "experts": """model.path=experts data.path=text.jsonl cluster.gpus_per_node=2 train.accumulate=block
-        train.router_aux_loss=0.01""",
+    "experts": """model.path=experts data.path=text.jsonl cluster.gpus_per_node=2 quant.dense_layers=1
+        train.accumulate=block train.router_aux_loss=0.01""",
     "dpo": """model.path=llama data.path=pairs.jsonl data.format=preference data.sequence_length=160
         train.objective=dpo train.dpo_beta=0.3 train.micro_batch=2 adapter.target_modules=attention""",
 }

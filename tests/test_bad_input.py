@@ -119,6 +119,11 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["parallel.resident_blocks=33", "cluster.gpus_per_node=2"],
         ["is more than the", "blocks of this model; set parallel.resident_blocks="],
     ),
+    "more dense layers than there are": (
+        nothing,
+        ["quant.dense_layers=33"],
+        ["is more than the", "layers of this model; set quant.dense_layers="],
+    ),
     "resident blocks where nothing is gathered": (
         nothing,
         ["parallel.resident_blocks=auto"],

@@ -161,7 +161,7 @@ def test_tokens_go_to_their_experts_and_come_back() -> None:
 
 
 def test_a_kept_weight_is_not_dequantized_again() -> None:
-    """With train.keep_dequantized, backward uses the weights that recomputation dequantized."""
+    """With quant.dense_layers=recomputed, backward uses the weights that recomputation dequantized."""
     routing, weight = routing_of(23), packed(random(EXPERTS, 40, 24, seed=2))
     linear, weights = ExpertLinear(weight, False, None, None), DenseWeights(1)
     x, dy = (random(46, size, seed=4).bfloat16() for size in (24, 40))

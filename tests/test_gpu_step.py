@@ -125,7 +125,8 @@ def late_copy(inputs: HostInputs, to: Tensor, source: Tensor) -> torch.cuda.Even
     "settings",
     [
         {},
-        {"keep_dequantized": True},
+        {"dense_layers": "recomputed"},
+        {"dense_layers": 2},
         {"checkpointing": "none"},
         {"checkpointing": "offload"},
         {"checkpointing": "selective"},
@@ -142,14 +143,16 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
 ) -> None:
+    settings = dict(settings)
     # With its index, as tensors and the workers have it: the scratch is kept by device.
     device = torch.device("cuda", torch.cuda.current_device())
     monkeypatch.setattr(scratch, "_arenas", {})
-    config = make_run(tmp_path / "run", folders, train={"dtype": "bf16", **settings})
+    quant = {"dense_layers": settings.pop("dense_layers", 0)}
+    config = make_run(tmp_path / "run", folders, train={"dtype": "bf16", **settings}, quant=quant)
     offloads = settings.get("checkpointing") == "offload"
     # What inputs on the host must not change is compared with inputs on the device.
     here = {"dtype": "bf16", **settings} | ({"checkpointing": "block"} if offloads else {})
-    whole = started(make_run(tmp_path / "whole", folders, train=here), device)
+    whole = started(make_run(tmp_path / "whole", folders, train=here, quant=quant), device)
     before = packed_bytes(whole)
     assert before
     expected = train_steps(whole, device)

@@ -114,7 +114,7 @@ def test_a_tile_runs_once_forward_and_once_backward_whatever_is_around_it(tmp_pa
         ("llama", {"train": {"mlp_tile": 0}}, "mlp_tile=0"),
         ("llama", {"train": {"mlp_tile": 64}}, r"mlp_tile=64 cuts no row of .*64 tokens; .* set train.mlp_tile=16"),
         ("llama", {"train": {"mlp_tile": 8, "checkpointing": "none"}}, "set train.checkpointing=selective"),
-        ("llama", {"train": {"mlp_tile": 8, "keep_dequantized": True}}, "leave one of them out"),
+        ("llama", {"train": {"mlp_tile": 8}, "quant": {"dense_layers": "recomputed"}}, "leave one of them out"),
         ("llama", {"train": {"mlp_tile": 8}, "adapter": {"method": "full"}}, "mlp_tile=8 recomputes part"),
         ("llama", {"train": {"checkpointing": "selective"}, "adapter": {"method": "full"}}, "selective recomputes"),
         ("mixtral", {"train": {"mlp_tile": 8}}, "mlp_tile=8 .* mixtral sorts"),
@@ -124,4 +124,4 @@ def test_settings_that_mean_nothing_are_refused(
     name: str, sections: dict[str, dict], message: str, folders: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        build_run_model(config_for(folders / name, quant={"method": "none"}, **sections))
+        build_run_model(config_for(folders / name, **{"quant": {"method": "none"}, **sections}))

@@ -213,7 +213,7 @@ def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]]
 @pytest.mark.parametrize(
     ("size", "settings"),
     [
-        (1, {"micro_batch": 5, "accumulate": "block", "keep_dequantized": True}),
+        (1, {"micro_batch": 5, "accumulate": "block"}),
         ci(3, {"micro_batch": 2, "accumulate": "block", "eval_every": 1}),
     ],
     ids=str,

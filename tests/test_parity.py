@@ -45,7 +45,6 @@ CELLS = [
     ("llama", 4, {"micro_batch": 3}, {"prefetch": False}),
     ci("llama", 1, {"micro_batch": 4, "accumulate": "block"}, {}),
     ci("llama", 2, {"micro_batch": 2, "checkpointing": "none"}, {}),
-    ci("llama", 2, {"micro_batch": 2, "accumulate": "block", "keep_dequantized": True}, {}),
     ci("llama", 3, {"micro_batch": 5}, {"bucket_mb": 0.01}),
     ci("qwen3", 2, {"micro_batch": 2, "accumulate": "block", "checkpointing": "selective", "mlp_tile": 30}, {}),
     # Two replicas of the base, each sharded over two ranks; the rest in test_hsdp.py.

@@ -88,13 +88,16 @@ def every(said: Config, fixed: set[str], model: PlannedModel, where: Machine) ->
         "train.micro_batch": [n for n in range(1, rows + 1) if rows % n == 0],
         "train.checkpointing": ["none", "selective", "block", "offload"],
         "train.mlp_tile": [None, *([4096] if said.data.sequence_length >= 16_384 else [])],
-        "train.keep_dequantized": [False, True],
+        "quant.dense_layers": [*range(model.shapes.num_layers + 1), "recomputed"],
         "parallel.resident_blocks": list(range(model.shapes.num_layers + 1)),
     }
     values |= {name: [said.value_of(name)] for name in values if name in fixed}
     for combination in itertools.product(*values.values()):
+        chosen = dict(zip(values, combination, strict=True))
+        if 0 not in (chosen["quant.dense_layers"], chosen["parallel.resident_blocks"]):
+            continue  # Dense layers are resident.
         try:
-            config = said.with_settings(dict(zip(values, combination, strict=True)))
+            config = said.with_settings(chosen)
         except UserError:
             continue
         yield plan_of(config, model, where)
@@ -107,7 +110,7 @@ CUTS = {"parallel.shard_degree", "parallel.backend"}
     ("where", "fixed", "sections"),
     [
         (machine("rtx4090", 1, usable=6.0), set(), {}),
-        (machine("rtx4090", 4, each=4, usable=3.5), set(), {}),
+        (machine("rtx4090", 4, each=4, usable=3.8), set(), {}),
         (machine("rtx4090", 4, each=2, usable=5.5), CUTS, {}),
         (
             machine("rtx4090", 4, each=2, usable=4.0),
@@ -130,9 +133,9 @@ CUTS = {"parallel.shard_degree", "parallel.backend"}
                 "train": {"global_batch": 32, "accumulate": "step"},
             },
         ),
-        (dataclasses.replace(machine("rtx4090", 2, usable=4.8), host_bytes=4 * GB), {"parallel.shard_degree"}, {}),
+        (dataclasses.replace(machine("rtx4090", 2, usable=5.1), host_bytes=4 * GB), {"parallel.shard_degree"}, {}),
         (without_rates(machine("rtx4090", 4, each=4, usable=6.5)), {"parallel.backend"}, {}),
-        (cpu(2, 14.2), {*CUTS, "train.keep_dequantized"}, {"train": {"global_batch": 8}}),
+        (cpu(2, 14.2), {*CUTS}, {"train": {"global_batch": 8}}),
     ],
     ids=[
         "one GPU",
@@ -171,16 +174,37 @@ def test_the_choice_is_the_fastest_of_all_that_fit(where: Machine, fixed: set[st
         (14, {}, "nf4", r"in 16 bits it would take [\d.]+ GB, in NF4 [\d.]+ GB of [\d.]+ GB"),
         (80, {"adapter": {"init": "loftq"}}, "nf4", "the adapter starts from the quantization error of NF4"),
         (80, {"adapter": {"method": "full"}}, "none", "adapter=full trains every parameter"),
-        (80, {"train": {"keep_dequantized": True}}, "nf4", "keep_dequantized=true needs quantized weights"),
+        (
+            80,
+            {"quant": {"method": "auto", "dense_layers": "recomputed"}},
+            "nf4",
+            "dense_layers=recomputed needs quantized",
+        ),
     ],
     ids=["it fits", "it does not fit", "loftq", "full", "kept"],
 )
 def test_quant_auto_is_16_bits_where_they_fit(usable: float, sections: dict[str, Any], method: str, why: str) -> None:
-    said, model = config_of(1, quant={"method": "auto"}, **sections), model_of("8b")
+    said, model = config_of(1, **{"quant": {"method": "auto"}, **sections}), model_of("8b")
     found = resolve_quantization(search(said, model, machine("h100", 1, usable=usable)))
     assert found.config == said.with_settings({"quant.method": method})
     assert [change.typed for change in found.changes] == [f"quant={method}"]
     assert re.search(why, found.changes[0].why)
+
+
+@pytest.mark.parametrize(
+    "where", [machine("h100", 1, usable=16), machine("h100", 2, usable=16), cpu(1, 20)], ids=["one GPU", "two", "a CPU"]
+)
+def test_dense_layers_auto_is_as_many_as_fit(where: Machine) -> None:
+    said, model = config_of(where.ranks, quant={"dense_layers": "auto"}), model_of("8b")
+    found = resolve_quantization(search(said, model, where))
+    count = found.config.quant.dense_layers
+    assert isinstance(count, int)
+    assert 0 < count < 32
+    assert has_room(found.plan, RESERVE)
+    assert not has_room(plan_of(said.with_settings({"quant.dense_layers": count + 1}), model, where), RESERVE)
+    assert [change.typed for change in found.changes] == [f"quant.dense_layers={count}"]
+    unknown = resolve_quantization(search(said, model, dataclasses.replace(where, usable_bytes=None)))
+    assert unknown.config.quant.dense_layers == 0
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_more_work_is_never_faster_and_a_better_machine_never_slower() -> None:
     less: list[dict[str, Any]] = [
         {"train": {"global_batch": 64, "checkpointing": "none"}},
         {"train": {"global_batch": 64, "checkpointing": "selective"}},
-        {"train": {"global_batch": 64, "keep_dequantized": True}},
+        {"train": {"global_batch": 64}, "quant": {"dense_layers": 10}},
         {"train": {"global_batch": 64, "accumulate": "block"}},
         {"parallel": {"resident_blocks": 10}},
         {"adapter": {"target_modules": "qv"}},

@@ -77,8 +77,8 @@ SETTINGS: dict[int, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("size", "resident", "prefetch"),
-    [(2, 1, True), ci(3, 2, False)],
+    ("size", "dense", "resident", "prefetch"),
+    [(2, 0, 1, True), (2, 2, 0, True), ci(3, 0, 2, False)],
 )
 def test_blocks_that_stay_are_gathered_no_more_and_change_no_bit(
     world: World,
@@ -86,13 +86,19 @@ def test_blocks_that_stay_are_gathered_no_more_and_change_no_bit(
     tmp_path: Path,
     moving: Callable[[int], Any],
     size: int,
+    dense: int,
     resident: int,
     prefetch: bool,
 ) -> None:
+    """Layers with dense copies (quant.dense_layers) stay too."""
     parallel = {"resident_blocks": resident, "prefetch": prefetch}
     # Their memory is checked at every save like what is gathered.
     config = make_run(
-        tmp_path / "run", folders, train={**SETTINGS[size], "save_every": 2, "verify": True}, parallel=parallel
+        tmp_path / "run",
+        folders,
+        train={**SETTINGS[size], "save_every": 2, "verify": True},
+        parallel=parallel,
+        quant={"dense_layers": dense},
     )
     metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
     losses, adapter = result_of(tmp_path / "run")
@@ -100,7 +106,7 @@ def test_blocks_that_stay_are_gathered_no_more_and_change_no_bit(
     assert all(torch.equal(adapter[name], tensor) for name, tensor in moving(size)[1].items())
     step, passes = traffic_of(config, world=size).gathered, 2 if size == 2 else 1
     all_move = traffic_of(make_run(tmp_path / "all", folders, train=SETTINGS[size]), world=size).gathered
-    assert all_move - step == passes * 2 * resident * bytes_of_a_block(config, size)
+    assert all_move - step == passes * 2 * max(dense, resident) * bytes_of_a_block(config, size)
     norm = 4 * traffic.padded((96,), size)  # As above: evaluations leave it gathered, as the first leaves the blocks.
     assert gathered(metrics) == [step - norm, step, step - norm, step]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
-from distlora.config import AdapterConfig, UserError
+from distlora.config import AdapterConfig, QuantConfig, UserError
+from distlora.config.file import as_mapping, load_config
 from distlora.model.adapters import AdaptedLinear, BlockContext
 from distlora.model.frozen_linear import FrozenLinear, link_shared_inputs
 from distlora.model.layer_wrapper import Block
@@ -59,7 +62,8 @@ def gradients_and_dequantizations(monkeypatch: pytest.MonkeyPatch, model: nn.Mod
     dense = FrozenWeight.dense
 
     def counted(self: FrozenWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        calls.append(self.shape)
+        if self.quantized:
+            calls.append(self.shape)
         return dense(self, dtype, out)
 
     x = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(7), requires_grad=True)
@@ -86,6 +90,24 @@ def test_kept_weights_are_dequantized_twice_a_step_instead_of_three_times(
     assert (without, kept) == (3 * weights - 2 * num_micro, 2 * weights)
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_dense_layer_is_dequantized_once_and_computes_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """One of two layers is dense, in two steps of two micro-batches."""
+    plain, model = (two_blocks(checkpointing=checkpointing, keep=False, num_micro=2) for _ in range(2))
+    first = model.get_submodule("0")
+    assert isinstance(first, Block)
+    first.dense_dtype = torch.float32
+    for once in (len(SHAPES), 0):
+        expected, all_weights = gradients_and_dequantizations(monkeypatch, plain)
+        actual, count = gradients_and_dequantizations(monkeypatch, model)
+        assert all_weights >= 2 * 2 * 2 * len(SHAPES)
+        assert count == all_weights // 2 + once
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("reserved", [pytest.param(False, marks=pytest.mark.ci), True])
@@ -134,7 +156,25 @@ def test_an_arena_reuses_one_place_and_keeps_a_blocks_weights_apart() -> None:
 
 
 def test_settings_without_an_effect_are_refused(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"keep_dequantized=true has no effect with train.checkpointing=none"):
-        make_run(tmp_path / "a", folders, train={"keep_dequantized": True, "checkpointing": "none"})
-    with pytest.raises(UserError, match=r"keep_dequantized=true has no effect with quant=none"):
-        make_run(tmp_path / "b", folders, train={"keep_dequantized": True}, quant={"method": "none"})
+    def refused(match: str, *, quant: dict[str, Any], **sections: dict[str, Any]) -> None:
+        with pytest.raises(UserError, match=match):
+            make_run(tmp_path / match[:8], folders, quant=quant, **sections)
+
+    refused(
+        "recomputed has no effect with train.checkpointing=none",
+        quant={"dense_layers": "recomputed"},
+        train={"checkpointing": "none"},
+    )
+    refused("dense_layers=2 has no effect with quant=none", quant={"dense_layers": 2, "method": "none"})
+    refused("dense_layers=-1 is not a valid number", quant={"dense_layers": -1})
+    sharded = {"cluster": {"gpus_per_node": 2}, "parallel": {"backend": "zero3"}}
+    refused("dense_layers=2 keeps layers as FSDP2 .* parallel=fsdp2", quant={"dense_layers": 2}, **sharded)
+    with pytest.raises(UserError, match=r"keep_dequantized; write quant.dense_layers=recomputed"):
+        make_run(tmp_path / "old", folders, train={"keep_dequantized": True})
+    path = tmp_path / "earlier" / "config.yaml"
+    config = as_mapping(make_run(path.parent, folders))
+    for kept, value in ((True, "recomputed"), (False, 0)):
+        path.write_text(yaml.safe_dump({**config, "train": {**config["train"], "keep_dequantized": kept}}))
+        assert load_config(path.parent).quant.dense_layers == value
+    with pytest.raises(UserError, match="dense_layers=4 is more than the 3 layers"):
+        QuantConfig(dense_layers=4).check_layers(3)

@@ -119,11 +119,18 @@ class Config:
             f"adapter.init=loftq corrects quantization errors, and quant={self.quant.method} has none; set "
             "quant=nf4, or adapter.init=pissa",
         )
-        require(
-            not self.train.keep_dequantized or self.quant.method != "none",
-            f"train.keep_dequantized=true has no effect with quant={self.quant.method}, which dequantizes nothing; "
-            "leave it out, or set quant=nf4",
-        )
+        if self.quant.dense_layers == "recomputed":
+            setting, train = "quant.dense_layers=recomputed", self.train
+            require(
+                train.checkpointing in ("block", "offload"),
+                f"{setting} has no effect with train.checkpointing={train.checkpointing}, where no layer is "
+                "recomputed; leave it out, or set train.checkpointing=block",
+            )
+            require(
+                train.mlp_tile is None,
+                f"train.mlp_tile={train.mlp_tile} dequantizes an MLP's weights for each tile, where {setting} would "
+                "keep them for one pass; leave one of them out",
+            )
         require(
             not self.train.compile or self.adapter.method != "full",
             "train.compile=true leaves out the gradients of the norms' scales, which adapter=full trains; leave it "
@@ -271,6 +278,11 @@ def check_ranks(config: Config, ranks: int) -> None:
         "parallel=zero3": config.parallel.backend == "zero3",
         f"parallel.resident_blocks={config.parallel.resident_blocks}": config.parallel.resident_blocks != 0,
     }
+    require(
+        degree == 1 or config.parallel.backend == "fsdp2" or config.quant.num_dense == 0,
+        f"quant.dense_layers={config.quant.dense_layers} keeps layers as FSDP2 gathered them once, and parallel=zero3 "
+        "gathers them in every pass; leave it out, or set parallel=fsdp2",
+    )
     for setting, is_set in gathers.items():
         require(
             degree > 1 or config.parallel.shard_degree is None or not is_set,

@@ -324,6 +324,14 @@ class QuantConfig:
     keeps them in the run's dtype. A checkpoint that bitsandbytes has already quantized to NF4 is kept as it is with
     `nf4`, and refused with `none`. `auto` is `none` if that fits the GPUs by calculation (distlora/planner/), else
     `nf4`: the launcher decides, so RUN/config.yaml has one of the other two."""
+    dense_layers: int | Literal["auto", "recomputed"] = 0
+    """Number of first decoder layers that keep a copy of their weights in train.dtype beside the quantized ones, for
+    the whole run: they are dequantized once, and gathered once if the base is sharded (FSDP2 only). Each takes 2 bytes
+    per weight in bf16 on every rank, with its gathered weights. `auto`: as many as fit, by the launcher's calculation.
+    `recomputed`: none, but the weights that a layer's recomputation dequantizes (checkpointing=block or offload) are
+    kept until its backward is done: two dequantizations per step instead of three, for one layer's memory and one
+    product more; it pays below about 800 tokens per forward. Results do not depend on it; where products of few rows
+    on a GPU decode weights inside, they differ by rounding."""
     cache: bool = True
     """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the
     checkpoint, on any number of ranks and bit for bit the same. A checkpoint that is already quantized is not cached. A
@@ -335,7 +343,18 @@ class QuantConfig:
     """Largest size of the cache in GB (1e9 bytes); the least recently used base is removed first. null: no limit."""
 
     def __post_init__(self) -> None:
-        require_choices("quant", self)
+        require_choice("quant.method", self.method, ("nf4", "none", "auto"))
+        dense = self.dense_layers
+        require(
+            dense in ("auto", "recomputed") or (isinstance(dense, int) and dense >= 0),
+            f"quant.dense_layers={dense} is not a valid number of layers; set it to 0 or more, to auto (as many as "
+            "fit), or to recomputed",
+        )
+        require(
+            dense == 0 or self.method != "none",
+            f"quant.dense_layers={dense} has no effect with quant=none, which dequantizes nothing; leave it out, or "
+            "set quant=nf4",
+        )
         require(
             self.cache_gb is None or 0 < self.cache_gb < math.inf,
             f"quant.cache_gb={self.cache_gb} is not a positive number of gigabytes; set quant.cache_gb=200, null for "
@@ -351,6 +370,19 @@ class QuantConfig:
             "them; set quant=nf4 or quant=none here",
         )
         return self.method == "nf4"
+
+    @property
+    def num_dense(self) -> int:
+        """Number of dense layers; 0 for `auto`, before it is resolved."""
+        return self.dense_layers if isinstance(self.dense_layers, int) else 0
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse more dense layers than a model has."""
+        require(
+            self.num_dense <= num_layers,
+            f"quant.dense_layers={self.dense_layers} is more than the {num_layers:,} layers of this model; set "
+            f"quant.dense_layers={num_layers}, or auto (as many as fit)",
+        )
 
     @property
     def keeps_shards(self) -> bool:

@@ -98,6 +98,11 @@ def load_config(run_dir: str | Path) -> Config:
     tracker = values.get("tracker")
     if isinstance(tracker, dict) and "name" in tracker:  # It named the only tracker in runs of earlier versions.
         values["tracker"] = {**tracker, name: True} if (name := tracker.pop("name")) != "none" else {}
+    train = values.get("train")
+    if isinstance(train, dict) and "keep_dequantized" in train:  # A setting of runs of earlier versions.
+        quant = values.get("quant") or {}
+        kept = {"dense_layers": "recomputed"} if train.pop("keep_dequantized") else {}
+        values["quant"] = {**quant, **kept} if isinstance(quant, dict) else quant
     try:
         return build(Config, {**values, "run_dir": str(run_dir)})
     except UserError as error:

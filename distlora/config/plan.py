@@ -87,7 +87,7 @@ CHOSEN = (
     "train.micro_batch",
     "train.checkpointing",
     "train.mlp_tile",
-    "train.keep_dequantized",
+    "quant.dense_layers",
     "parallel.resident_blocks",
 )
 """The settings that plan=auto may choose, in the order of the report; quant.method only if it is auto."""

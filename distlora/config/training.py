@@ -152,9 +152,6 @@ class TrainConfig:
     at a time; backward recomputes each tile. For sequences from about 16,384 tokens; results differ by rounding only.
     NF4 weights are dequantized per tile, so use thousands of tokens, on CUDA a multiple of 256. null: the whole
     sequence."""
-    keep_dequantized: bool = False
-    """Keep the weights that a layer's recomputation dequantizes (checkpointing=block or offload) until its backward
-    is done. Each weight is dequantized twice per step instead of three times. Takes one layer's weights in `dtype`."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. Adapters, their gradients and the optimizer stay fp32."""
     attention: Literal["auto", "sdpa"] = "auto"
@@ -249,19 +246,9 @@ class TrainConfig:
             "train.objective=dpo",
         )
         require(
-            not self.keep_dequantized or self.checkpointing in ("block", "offload"),
-            f"train.keep_dequantized=true has no effect with train.checkpointing={self.checkpointing}, where no layer "
-            "is recomputed; leave it out, or set train.checkpointing=block",
-        )
-        require(
             self.mlp_tile is None or self.checkpointing != "none",
             f"train.mlp_tile={self.mlp_tile} recomputes each tile of an MLP, and train.checkpointing=none nothing; set "
             "train.checkpointing=selective, which recomputes MLPs alone",
-        )
-        require(
-            self.mlp_tile is None or not self.keep_dequantized,
-            f"train.mlp_tile={self.mlp_tile} dequantizes an MLP's weights for each tile, where "
-            "train.keep_dequantized=true would keep them for one pass; leave one of them out",
         )
         require(
             self.router_aux_loss is None or 0 <= self.router_aux_loss < math.inf,

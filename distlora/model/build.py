@@ -22,7 +22,7 @@ from distlora.architecture.config_checks import check_config, check_train
 from distlora.architecture.spec import Architecture
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
-from distlora.config import ModelSpec, TrainConfig
+from distlora.config import ModelSpec, QuantConfig, TrainConfig, require
 from distlora.model.adapters import (
     DEFAULT_ADAPTER,
     AdaptedLinear,
@@ -376,7 +376,7 @@ def build_model(
     packed = _prequantized(spec, base, layout, architecture.layer_prefix)
     if not full:
         _replace_weights(layers, contexts, spec, dtype, packed, architecture, for_slots=for_slots)
-    blocks = _wrap_layers(layers, contexts, train, architecture)
+    blocks = _wrap_layers(layers, contexts, train, spec.quant, dtype, architecture)
     model = CausalLM(
         decoder,
         head,
@@ -415,9 +415,19 @@ def _prequantized(
 
 
 def _wrap_layers(
-    layers: nn.ModuleList, contexts: list[BlockContext], train: TrainConfig, architecture: Architecture
+    layers: nn.ModuleList,
+    contexts: list[BlockContext],
+    train: TrainConfig,
+    quant: QuantConfig,
+    dtype: torch.dtype,
+    architecture: Architecture,
 ) -> list[Block]:
     """Put a `Block` around each layer, and a `ByDocument` around its modules that would mix packed documents."""
+    require(
+        quant.dense_layers != "auto",
+        "quant.dense_layers=auto stands for a number, which only `distlora train` and `distlora plan` choose; set "
+        "quant.dense_layers=0 here",
+    )
     blocks = []
     for index, (layer, context) in enumerate(zip(list(layers), contexts, strict=True)):
         kind = architecture.layer(index)
@@ -425,7 +435,8 @@ def _wrap_layers(
             layer.set_submodule(path, ByDocument(layer.get_submodule(path), context))
         block = Block(layer, context, dict(kind.batch_dims))
         block.checkpointing = train.checkpointing in ("block", "offload")
-        block.keep_dequantized = train.keep_dequantized
+        block.keep_dequantized = quant.dense_layers == "recomputed"
+        block.dense_dtype = dtype if index < quant.num_dense else None
         layers[index] = block
         blocks.append(block)
     return blocks

@@ -38,6 +38,8 @@ class FrozenTensor(nn.Module):
     def __init__(self, shape: tuple[int, ...], *, quantized: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.quantized = shape, quantized
+        self.dense_copy: Tensor | None = None
+        """The dequantized weight in the run's dtype, for the whole run (quant.dense_layers)."""
         self.plain_absmax = False
         """True if absmax is kept in fp32, without double quantization."""
         if quantized:
@@ -83,7 +85,9 @@ class FrozenTensor(nn.Module):
 
     @property
     def frozen_weight(self) -> FrozenWeight:
-        """The weight in the kernels' form: the Parameters themselves, with their present storage."""
+        """The weight in the kernels' form: the Parameters themselves with their present storage, or the dense copy."""
+        if self.dense_copy is not None:
+            return FrozenWeight((self.dense_copy,), self.shape)
         if self.plain_absmax:
             return FrozenWeight((self.codes, self.absmax), self.shape)
         if self.quantized:

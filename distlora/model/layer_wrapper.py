@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from distlora.model.adapters import BlockContext, Rows
 from distlora.model.by_document import ByDocument, describe, join, map_leaves
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.wrapper import Wrapper
 from distlora.system.host_memory import bytes_of, take_chunk, take_places
 from distlora_kernels import elementwise, scratch
@@ -87,6 +88,9 @@ class Block(Wrapper):
         self.keep_dequantized = False
         """True to keep dequantized weights from recomputation (activation checkpointing) until the slice's backward is
         done."""
+        self.dense_dtype: torch.dtype | None = None
+        """The dtype of copies of the quantized weights that the next forward makes, for the whole run; None: none. If
+        the layer is sharded, it stays gathered."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer on hidden_states (B, T, H), its first argument; other tensors are sliced by `batch_dims`.
@@ -94,6 +98,11 @@ class Block(Wrapper):
         A tuple that it returns has the hidden states first, and dim 0 = B in the others. A UserDict, by which layers
         hand tensors to later layers, becomes one for each slice.
         """
+        if self.dense_dtype is not None:
+            for weight in self.modules():
+                if isinstance(weight, FrozenTensor) and weight.quantized:
+                    weight.dense_copy = weight.frozen_weight.dense(self.dense_dtype)
+            self.dense_dtype = None
         hidden_states, *others = args or (kwargs.pop(self._names[0]),)
         if others:
             kwargs |= zip(self._names[1 : len(args)], others, strict=True)

@@ -61,10 +61,11 @@ def parallelize(
         fsdp2.shard(model, backend.shards, ranks.device, prefetch=prefetch, traffic=traffic)
         parallel.check_blocks(len(model.blocks))
         count, backend.residency = parallel.resident_blocks, Residency(model.blocks, backend.shards, ranks.device)
-        if isinstance(count, str):
-            backend.residency.waits = True
-        elif count > 0:
-            backend.residency.keep(count)
+        # A layer with a dense copy of its weights is not gathered again.
+        dense = sum(block.dense_dtype is not None for block in model.blocks)
+        backend.residency.keep(dense if isinstance(count, str) else max(count, dense))
+        backend.residency.waits = isinstance(count, str)
+        if backend.residency.count > 0:
             model.notes.append(backend.residency.describe())
     elif model.compute_dtype is not None:
         adapters = set(adapter_parameters(model).values())

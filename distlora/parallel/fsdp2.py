@@ -155,8 +155,8 @@ class Residency:
 
     def fitting(self) -> tuple[Tensor, float]:
         """Return (layers that this rank has memory for, () int64 on the device; bytes available for them)."""
-        usable, fitting, total = _free_bytes(self.device), 0, 0
-        for block in self.blocks:
+        usable, fitting, total = _free_bytes(self.device), self.count, 0
+        for block in self.blocks[self.count :]:
             total += _gathered_bytes(block, self.shards)
             fitting += total <= usable
         return torch.tensor(fitting, device=self.device), usable

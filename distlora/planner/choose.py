@@ -72,11 +72,18 @@ def cost_of(plan: Plan) -> tuple[float, ...]:
         plan.compute.total,
         plan.traffic.received,
         RECOMPUTES.index(train.checkpointing),
-        int(config.quant.method == "nf4" and not train.keep_dequantized),
+        _dequantized_layers(plan),
         int(train.mlp_tile is not None),
         int(not config.parallel.prefetch),
         -train.micro_batch,
     )
+
+
+def _dequantized_layers(plan: Plan) -> float:
+    """Return how many layers a step dequantizes: each in forward, in its recomputation and in backward."""
+    quant, recomputes = plan.config.quant, plan.config.train.checkpointing in ("block", "offload")
+    layers = plan.model.shapes.num_layers - quant.num_dense if quant.method == "nf4" else 0
+    return layers * (3 if recomputes and quant.dense_layers != "recomputed" else 2)
 
 
 def is_as_good(cost: tuple[float, ...], best: tuple[float, ...]) -> bool:
@@ -167,7 +174,7 @@ class Search:
         return [{}, *({setting: value} for value in values if value != given)]
 
     def _ways(self) -> Iterator[Settings]:
-        """Yield each combination of free values of accumulation, checkpointing, MLP tiles, kept weights and prefetch.
+        """Yield each combination of free values of accumulation, checkpointing, MLP tiles, dense layers and prefetch.
 
         Leaves out combinations that cannot be better: block accumulation without sharding, and tiles for short
         sequences or experts.
@@ -175,11 +182,12 @@ class Search:
         config = self.config
         shards = config.shard_degree(self.machine.ranks) > 1
         is_tiled = config.data.sequence_length >= TILED_FROM and not self.model.shapes.architecture.has_experts
+        is_packed = config.quant.method == "nf4"
         values = {
             "train.accumulate": self._free("train.accumulate", *(("step", "block") if shards else ())),
             "train.checkpointing": self._free("train.checkpointing", *RECOMPUTES),
             "train.mlp_tile": self._free("train.mlp_tile", *((None, TILE) if is_tiled else ())),
-            "train.keep_dequantized": self._free("train.keep_dequantized", False, True),
+            "quant.dense_layers": self._free("quant.dense_layers", *((0, "recomputed") if is_packed else ())),
             "parallel.prefetch": self._free("parallel.prefetch", *((True, False) if shards else ())),
         }
         for combination in itertools.product(*values.values()):
@@ -197,8 +205,9 @@ class Search:
             for plan in self._with_micro_batches(way):
                 if not self._lacks_device(plan):
                     yield plan
-                    if "parallel.resident_blocks" not in self.fixed and (more := self._with_most_resident(plan)):
-                        yield more
+                    for setting in ("parallel.resident_blocks", "quant.dense_layers"):
+                        if setting not in self.fixed and (more := self.with_most(plan, setting)):
+                            yield more
                 elif (1 + self.reserve) * _held_in_any_way(plan) > (plan.machine.usable_bytes or 0):
                     return
                 elif not may_shrink:
@@ -220,14 +229,14 @@ class Search:
         """Return True if the memory in which the model is trained is too small: a GPU's, or a CPU node's."""
         return plan.lacks_device(self.reserve) if plan.machine.is_gpu else not has_room(plan, self.reserve)
 
-    def _with_most_resident(self, plan: Plan) -> Plan | None:
-        """Return the plan with as many resident layers as fit; None if that is not more than `plan` has."""
-        given, best = plan.config.parallel.resident_blocks, None
-        if given == "auto":
+    def with_most(self, plan: Plan, setting: str) -> Plan | None:
+        """Return the plan with as many layers as fit in this setting; None if that is not more than `plan` has."""
+        given, best = plan.config.value_of(setting), None
+        if not isinstance(given, int):
             return None
         low, high, guess = given, plan.model.shapes.num_layers, given + 1
         while low < high:
-            tried = plan.replan({"parallel.resident_blocks": guess})
+            tried = plan.replan({setting: guess})
             if tried is None:
                 return None
             if self._lacks_device(tried):
@@ -243,7 +252,7 @@ class Search:
 
 
 TOO_SLOW = 1.5
-"""Ratio of step times above which NF4 is taken although 16 bits fit. Plans are at 0.79 to 1.34 times published
+"""Ratio of step times above which NF4 is taken although 16 bits fit. Plans are at 0.86 to 1.46 times published
 speeds (README.md), so a smaller ratio may be an error of the plan, and 16 bits lose no precision."""
 _TOGETHER = ("parallel.backend", "parallel.offload_base")
 """Settings that are explained together: DeepSpeed alone offloads the base."""
@@ -320,7 +329,7 @@ class Choice:
                 f"faster: {time.tokens_per_second:,.0f} tokens/s, not {slower.tokens_per_second:,.0f}"
             )
         else:
-            in_16_bits = plan.replan({"quant.method": "none", "train.keep_dequantized": False})
+            in_16_bits = plan.replan({"quant.method": "none", "quant.dense_layers": 0})
             assert in_16_bits is not None, "16 bits were tried"
             why = f"in 16 bits it would take {size(in_16_bits.device.total)}, in NF4 {_of_usable(plan)}"
         return Change(settings={"quant.method": method}, why=why)
@@ -335,11 +344,13 @@ def choose(search: Search) -> Choice:
     """
     methods, only_reason = _quantizations(search)
     plans: list[Plan] = []
+    zero = {"quant.dense_layers": 0} if search.config.quant.dense_layers == "auto" else {}
     for method in methods if search.machine.usable_bytes is not None else ():
-        given = search.with_settings({"quant.method": method})
+        given = search.with_settings({"quant.method": method, **zero})
+        given = dataclasses.replace(given, fixed={*search.fixed} - {*zero})
         # 16 bits are worth it if they lie on the GPUs; offloaded, NF4 is a quarter of the traffic.
         if method == "none" and len(methods) > 1:
-            given = dataclasses.replace(given, fixed={*search.fixed, "parallel.offload_base"})
+            given = dataclasses.replace(given, fixed={*given.fixed, "parallel.offload_base"})
         plan = given.fastest()
         plans += [] if plan is None else [plan]
         if plan is not None and plan.time is None:
@@ -347,13 +358,20 @@ def choose(search: Search) -> Choice:
     times = [each.time.seconds for each in plans if each.time is not None]
     if len(times) > 1 and times[0] > TOO_SLOW * times[1]:
         plans.reverse()
-    plan = plans[0] if plans else search.plan({"quant.method": methods[-1]})
+    plan = plans[0] if plans else search.plan({"quant.method": methods[-1], **zero})
     return Choice(plan=plan, search=search, only_reason=only_reason, other=plans[1] if len(plans) > 1 else None)
 
 
 def resolve_quantization(search: Search) -> Choice:
-    """Choose quant.method only, as `choose` does."""
-    return choose(dataclasses.replace(search, fixed=frozenset(CHOSEN)))
+    """Choose only what is `auto`: quant.method as `choose` does, and as many of quant.dense_layers as fit."""
+    search = dataclasses.replace(search, fixed=frozenset(CHOSEN))
+    if search.config.quant.dense_layers != "auto":
+        return choose(search) if search.config.quant.method == "auto" else Choice(plan=search.plan(), search=search)
+    # Dense layers need quantized weights, and the memory of some is unknown.
+    method = {"quant.method": _quantizations(search)[0][-1], "quant.dense_layers": 0}
+    plan = search.plan(method)
+    most = None if search.machine.usable_bytes is None else search.with_most(plan, "quant.dense_layers")
+    return Choice(plan=most or plan, search=search, only_reason=_quantizations(search)[1])
 
 
 def _quantizations(search: Search) -> tuple[list[str], str | None]:
@@ -366,7 +384,7 @@ def _quantizations(search: Search) -> tuple[list[str], str | None]:
     only_nf4 = {
         f"{model.name} is in NF4 already": model.settings.get("quantization_config") is not None,
         "the adapter starts from the quantization error of NF4": config.adapter.for_nf4,
-        "train.keep_dequantized=true needs quantized weights": config.train.keep_dequantized,
+        f"quant.dense_layers={config.quant.dense_layers} needs quantized weights": config.quant.dense_layers != 0,
         "the GPU's memory is unknown": search.machine.usable_bytes is None,
     }
     reason = next((reason for reason, holds in only_nf4.items() if holds), None)
@@ -402,6 +420,8 @@ def _meaning(name: str, value: Any, plan: Plan) -> str:
             return f"{value} of {blocks} layers stay gathered" if value else "no layer stays gathered"
         case "train.accumulate" if value == "block":
             return f"each layer is gathered twice per step, not {2 * passes} times"
+        case "quant.dense_layers" if isinstance(value, int):
+            return f"{value} of {blocks} layers have a dense copy of their weights, and dequantize nothing"
         case "parallel.offload_base" if value:
             return f"the base is offloaded to host memory ({size(plan.host.machine)} per node in all)"
         case "parallel.shard_degree" if value is None:
@@ -416,8 +436,7 @@ _MEANINGS: dict[tuple[str, Any], str] = {
     ("train.checkpointing", "offload"): "the layers' inputs are offloaded to host memory",
     ("train.accumulate", "step"): "saves the inputs of one micro-batch at a time",
     ("train.mlp_tile", None): "MLPs run on whole sequences",
-    ("train.keep_dequantized", True): "weights are dequantized twice per step, not three times",
-    ("train.keep_dequantized", False): "dequantized weights are not kept from recomputation to backward",
+    ("quant.dense_layers", "recomputed"): "weights are dequantized twice per step, not three times",
     ("parallel.prefetch", True): "the next layer is gathered while one computes",
     ("parallel.prefetch", False): "one fewer layer is gathered at a time",
     ("parallel.offload_base", False): "the base stays on the GPUs",

@@ -228,9 +228,9 @@ def weights_within(work: Workload, model: PlannedModel, part: str) -> tuple[int,
 def skips(work: Workload, *, adapted: bool) -> bool:
     """Return True if recomputation leaves out the product of a linear whose output nothing reads.
 
-    DoRA's magnitude reads it, and train.keep_dequantized keeps the weight that the product dequantizes.
+    DoRA's magnitude reads it, and quant.dense_layers=recomputed keeps the weight that the product dequantizes.
     """
-    return not (work.adapter.use_dora and adapted) and not (work.train.keep_dequantized and work.quantized)
+    return not (work.adapter.use_dora and adapted) and not work.keeps_recomputed
 
 
 def _unread(work: Workload, model: PlannedModel, part: str) -> int:

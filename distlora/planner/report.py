@@ -345,7 +345,7 @@ def settings(plan: Plan) -> str:
     rare: dict[str, tuple[object, object]] = {
         # (value, what it is unless it is set)
         "train.mlp_tile": (train.mlp_tile, None),
-        "train.keep_dequantized": (train.keep_dequantized, False),
+        "quant.dense_layers": (config.quant.dense_layers, 0),
     }
     if plan.machine.ranks > 1:
         values["parallel"] = parallel.backend

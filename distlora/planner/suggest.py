@@ -40,7 +40,7 @@ MOST_RANKS = 1024
 _FIXED = frozenset({"quant.method"})
 """Settings that change the result."""
 _LEAST: Settings = {
-    "train.keep_dequantized": False,
+    "quant.dense_layers": 0,
     "parallel.prefetch": False,
     "parallel.shard_degree": None,
     "parallel.resident_blocks": 0,
@@ -116,7 +116,7 @@ def memory_saving_changes(plan: Plan) -> list[Settings]:
         singles.append({"train.checkpointing": mode})
     singles += [{"train.micro_batch": n} for n in reversed(micro_batches(train, ranks)) if n < train.micro_batch]
     singles += [{"train.accumulate": "step"}] if train.accumulate == "block" else []
-    singles += [{"train.keep_dequantized": False}] if train.keep_dequantized else []
+    singles += [{"quant.dense_layers": 0}] if config.quant.dense_layers != 0 else []
     if train.mlp_tile is None and config.data.sequence_length >= 2 * TILE and not model.shapes.architecture.has_experts:
         singles.append({"train.mlp_tile": TILE})
     if ranks > 1:
@@ -327,7 +327,8 @@ def _larger_run(choice: Choice, what: str, plan: Plan, settings: Settings) -> La
             choice.search, config=plan.config, model=plan.model, fixed={*choice.search.fixed, *settings}
         )
         if not settings:  # For another model quant=auto may become another method.
-            search = search.with_settings({"quant.method": choice.search.config.quant.method})
+            quant = choice.search.config.quant
+            search = search.with_settings({"quant.method": quant.method, "quant.dense_layers": quant.dense_layers})
         again = choose(search).plan
         if again.fits:
             return LargerRun(what=what, total=again.device.total, fits=True, chosen_again=True)

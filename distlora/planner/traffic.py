@@ -129,8 +129,7 @@ def passes_of(work: Workload, accumulation: int) -> int:
 
 def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
     """Return the number of blocks that are gathered in each pass: all but the resident ones (auto counts as none)."""
-    resident = work.parallel.resident_blocks
-    return shapes.num_layers - (0 if resident == "auto" else resident)
+    return shapes.num_layers - work.resident_layers
 
 
 def moved_bytes(work: Workload, shapes: ModelShapes, shards: int) -> int:

@@ -21,6 +21,10 @@ class Workload:
     gpus_per_node: int
     quantized: bool
     """True if the linears of the decoder layers are stored in NF4."""
+    dense_layers: int
+    """Number of first decoder layers with a dense copy of them."""
+    keeps_recomputed: bool
+    """True if a layer's dequantized weights are kept from recomputation to backward."""
     keeps_shards: bool
     """True if the quantized shards are cached on disk."""
     new_tokens: tuple[str, ...]
@@ -50,6 +54,8 @@ class Workload:
             parallel=config.parallel,
             gpus_per_node=config.cluster.gpus_per_node,
             quantized=config.quant.is_nf4,
+            dense_layers=config.quant.num_dense,
+            keeps_recomputed=config.quant.dense_layers == "recomputed",
             keeps_shards=config.quant.keeps_shards,
             new_tokens=tuple(config.model.new_tokens),
             sequence_length=data.sequence_length,
@@ -64,6 +70,12 @@ class Workload:
     def tokens_at_once(self) -> int:
         """Tokens that a rank runs at once: those of a micro-batch."""
         return self.train.micro_batch * self.sequence_length
+
+    @property
+    def resident_layers(self) -> int:
+        """Number of first decoder layers that are gathered once, if the base is sharded; `auto` counts as none."""
+        resident = self.parallel.resident_blocks
+        return max(self.dense_layers, 0 if resident == "auto" else resident)
 
     def shard_degree(self, ranks: int) -> int:
         """Return the number of ranks, of `ranks` in all, that one copy of the base is sharded over."""

@@ -38,9 +38,9 @@ def load_trained(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
     spec, place = trained.spec, trained.weights
     # There is no backward, all ranks share one copy of the base, and the node may have no compiler.
     model, backend, _ = start_model(
-        spec,
+        replace(spec, quant=replace(spec.quant, dense_layers=0)),
         ranks,
-        train=replace(trained.train, keep_dequantized=False, compile=False, dtype=spec.dtype),
+        train=replace(trained.train, compile=False, dtype=spec.dtype),
         parallel=replace(trained.parallel, shard_degree=None),
         shard_degree=ranks.world,
         sequence_length=None if trained.data is None else trained.data.sequence_length,

@@ -198,6 +198,9 @@ def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
 
 def _of_training(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[tuple[Tensor, Kind]]:
     updated = (parameter for optimizer in optimizers for parameter in optimizer.parameters.values())
+    for module in model.modules():  # Made in the first forward.
+        if isinstance(module, FrozenTensor) and module.dense_copy is not None:
+            yield module.dense_copy, "dense"
     for parameter in (*model.parameters(), *updated):
         if parameter.grad is not None:
             yield local_rows(parameter.grad)[0], "gradients"

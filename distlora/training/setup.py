@@ -123,7 +123,7 @@ def start_model(
     loaded = load_base(model, base, backend, subtract_initial_adapter=adapter.pissa, cache=cache, boundary=boundary)
     backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
-    reserve_scratch(model, DTYPES[spec.dtype], ranks.device, keep=train.keep_dequantized)
+    reserve_scratch(model, DTYPES[spec.dtype], ranks.device, keep=spec.quant.dense_layers == "recomputed")
     if offloaded is not None:
         reserve_offload_memory(model, *offloaded, ranks.device)
     if not adapter.decomposes:
@@ -179,7 +179,9 @@ def reserve_scratch(model: CausalLM, dtype: torch.dtype, device: torch.device, *
     if device.type != "cuda":
         return
     blocks = [
-        [m.shape for m in block.modules() if isinstance(m, FrozenTensor) and m.quantized] for block in model.blocks
+        [m.shape for m in block.modules() if isinstance(m, FrozenTensor) and m.quantized]
+        for block in model.blocks
+        if block.dense_dtype is None
     ]
     largest = max((dtype.itemsize * scratch_numel(shape) for shapes in blocks for shape in shapes), default=0)
     if largest == 0:

@@ -10,6 +10,7 @@ KINDS = {
     "weights": "16-bit weights of the base",
     "embeddings": "embedding and LM head",
     "norms": "norms and biases",  # With routers and the rotary embedding's frequencies.
+    "dense": "dense copies of 4-bit weights",
     "resident": "resident decoder layers",
     "adapters": "trained parameters, fp32",  # With DoRA's norms of rows, and the start that DPO compares with.
     "gradients": "gradients",

@@ -117,7 +117,7 @@ class Costs(LayerRun):
             trains_head=full or HEAD in adapter.modules_to_save,
             trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
             adds_up_gradients=work.shard_degree(machine.ranks) > 1,
-            keeps_dense=work.train.keep_dequantized,
+            keeps_dense=work.keeps_recomputed,
             has_reference=work.train.objective == "dpo",
             trials=len(work.adapters),
         )
@@ -237,17 +237,17 @@ class Costs(LayerRun):
 
     def chunk(self, tokens: int) -> int:
         """Logits at once."""
-        size = tokens_per_chunk(self.decoder.vocabulary, self._logit_bytes, on_cpu=not self.is_gpu)
+        size = tokens_per_chunk(self.decoder.vocabulary, self.logit_bytes_at_peak, on_cpu=not self.is_gpu)
         return min(tokens, size) * self.decoder.vocabulary
 
     @property
-    def _logit_bytes(self) -> float:
+    def logit_bytes_at_peak(self) -> float:
         """A logit of a chunk at its peak."""
         form = self.decoder.head_form
         return logit_bytes(
             self.itemsize,
             plain=form == "plain" and not (self.trains_head or self.trained_columns),
-            compiled=self.fused and not self.is_gpu,
+            compiled=self.fused,
             capped=form == "softcap",
         )
 
@@ -257,7 +257,7 @@ class Costs(LayerRun):
         if self.trains_head:
             return tokens * (norm + self.boundary) + _LOSS_BYTES * self.chunk(tokens)
         columns = 4 * self.trained_columns
-        return tokens * (norm + 2 * self.boundary + columns) + self._logit_bytes * self.chunk(tokens)
+        return tokens * (norm + 2 * self.boundary + columns) + self.logit_bytes_at_peak * self.chunk(tokens)
 
     def head_backward(self, tokens: int) -> float:
         """Return the bytes of the LM head's backward, or of the backward of the norm before it.
@@ -270,7 +270,7 @@ class Costs(LayerRun):
         if self.trains_head:
             b, matrix, chunk = self.itemsize, self.decoder.vocabulary * hidden, self.chunk(tokens)
             widened = 0 if self.is_gpu or b == 4 else 4 * min(matrix, max(ADDED_AT_ONCE, hidden))
-            own = 4 * matrix + max(self._logit_bytes * chunk, b * matrix + max(b * chunk, widened))
+            own = 4 * matrix + max(self.logit_bytes_at_peak * chunk, b * matrix + max(b * chunk, widened))
             return max(tokens * (norm + 2 * self.boundary) + own, tokens * (norm + self._norm_steps))
         scaled = 2 * self.boundary + 4 * hidden
         if self.trained_columns:

@@ -6,6 +6,7 @@ a GPU's usable bytes are without it. Constants of libraries are their own, not y
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,17 +83,17 @@ def device_bytes(work: Workload, model: PlannedModel, machine: Machine) -> Devic
 
     With parallel.resident_blocks=auto the count is what the first step leaves room for (distlora.parallel.fsdp2).
     """
-    resident, usable, shards = work.parallel.resident_blocks, machine.usable_bytes, work.shard_degree(machine.ranks)
-    if resident != "auto":
-        return _with_resident(work, model, machine, resident)
-    found = _with_resident(work, model, machine, 0)
+    least, usable, shards = work.resident_layers, machine.usable_bytes, work.shard_degree(machine.ranks)
+    found = _with_resident(work, model, machine, least)
+    if work.parallel.resident_blocks != "auto":
+        return found
     if shards == 1 or usable is None:
         return found
     free = usable - found.total
     reserve = RESIDENCY_RESERVE["cuda"] * usable if machine.is_gpu else RESIDENCY_RESERVE["cpu"] * free
     block = unit_bytes(planned_base(work, model).block, shards)
-    count = min(max(int((free - reserve) // block), 0), model.shapes.num_layers)
-    return _with_resident(work, model, machine, count) if count else found
+    count = min(least + max(int((free - reserve) // block), 0), model.shapes.num_layers)
+    return _with_resident(work, model, machine, count) if count > least else found
 
 
 def _with_resident(work: Workload, model: PlannedModel, machine: Machine, resident: int) -> DeviceBytes:
@@ -103,6 +104,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     if not (machine.is_gpu and offloads_base(work.parallel, shards)):
         held.update(base.kept(shards))
     held["norms"] += buffer_bytes(model, work)
+    held["dense"] += dense_bytes(work, model)
     held["resident"] += base.total(lambda unit: unit_bytes(unit, shards), 0, resident) if shards > 1 else 0
     if shards > 1 and work.parallel.backend == "zero3":
         held["resident"] += staying_bytes(base, shards, read_gathering(work.parallel))
@@ -151,20 +153,37 @@ def buffer_bytes(model: PlannedModel, work: Workload) -> int:
     return sum(count * sizes[dtype] for dtype, count in model.shapes.architecture.buffers)
 
 
+def _packed_shapes(work: Workload, model: PlannedModel) -> list[tuple[tuple[int, ...], ...]]:
+    """Return the shapes of each decoder layer's quantized weights."""
+    architecture = model.shapes.architecture
+    return [
+        tuple(
+            weight.shape
+            for weight in architecture.kinds[kind].weights
+            if work.quantized and weight.packs and weight.path not in model.left_dense.get(index, ())
+        )
+        for index, kind in enumerate(architecture.kind_of_layer)
+    ]
+
+
+def dense_bytes(work: Workload, model: PlannedModel) -> int:
+    """Return the bytes of the dense copies of quant.dense_layers, which every rank has whole."""
+    layers = _packed_shapes(work, model)[: work.dense_layers] if work.dense_layers else []
+    return traffic.DTYPE_BYTES[work.train.dtype] * sum(math.prod(shape) for shapes in layers for shape in shapes)
+
+
 def arena_bytes(work: Workload, model: PlannedModel) -> int:
     """Return the bytes of the scratch arena on a GPU (distlora.training.setup.reserve_scratch).
 
-    It holds the largest weight, and with train.keep_dequantized those of a layer, each aligned to 512 bytes.
+    It holds the largest weight of layers that are not dense, and with quant.dense_layers=recomputed those of a layer,
+    each aligned to 512 bytes.
     """
-    if not work.quantized:
-        return 0
-    architecture, itemsize, largest, layer = model.shapes.architecture, traffic.DTYPE_BYTES[work.train.dtype], 0, 0
-    for kind, unpacked in {(kind, model.left_dense.get(i)) for i, kind in enumerate(architecture.kind_of_layer)}:
-        packed = [w for w in architecture.kinds[kind].weights if w.packs and w.path not in (unpacked or ())]
-        sizes = [itemsize * weight.numel for weight in packed]
-        largest = max(largest, *(itemsize * scratch_numel(weight.shape) for weight in packed), 0)
+    itemsize, largest, layer = traffic.DTYPE_BYTES[work.train.dtype], 0, 0
+    for shapes in dict.fromkeys(_packed_shapes(work, model)[work.dense_layers :]):
+        sizes = [itemsize * math.prod(shape) for shape in shapes]
+        largest = max(largest, *(itemsize * scratch_numel(shape) for shape in shapes), 0)
         layer = max(layer, sum(-(-nbytes // 512) * 512 for nbytes in sizes))
-    return largest + (layer if work.train.keep_dequantized else 0)
+    return largest + (layer if work.keeps_recomputed else 0)
 
 
 _MIB = 2**20

@@ -101,9 +101,10 @@ class Step:
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest tensor that a step makes: the inner columns of an MLP, fp32 logits of a chunk."""
+        """Bytes of the largest tensor that a step makes: the inner columns of an MLP, a chunk's logits."""
         columns = max(blocks.costs.decoder.mlp_columns for blocks in self.blocks)
-        return max(self.at_once * self.costs.itemsize * columns, 4 * self.costs.chunk(self.at_once))
+        logits = min(4, self.costs.logit_bytes_at_peak) * self.costs.chunk(self.at_once)
+        return max(self.at_once * self.costs.itemsize * columns, int(logits))
 
     @property
     def costs(self) -> Costs:
@@ -305,13 +306,14 @@ def blocks_of(work: Workload, model: PlannedModel, machine: Machine, *, at_once:
     row, mode, architecture = work.sequence_length, work.train.checkpointing, model.shapes.architecture
     costs_of = [Costs.of(work, model, machine, kind) for kind in architecture.kinds]
     kinds = [costs_of.index(costs_of[kind]) for kind in architecture.kind_of_layer]
-    known: dict[tuple[int, int], Blocks] = {}
+    known: dict[tuple[int, int, bool], Blocks] = {}
     found = []
-    layers = zip(kinds, ranks_of_blocks(work, model.shapes), strict=True)
-    for same, alike in itertools.groupby(layers, key=lambda layer: (layer[0], id(layer[1]))):
-        ranks = [each for _, each in alike]
+    packed = [work.quantized and index >= work.dense_layers for index in range(len(kinds))]
+    layers = zip(kinds, ranks_of_blocks(work, model.shapes), packed, strict=True)
+    for same, alike in itertools.groupby(layers, key=lambda layer: (layer[0], id(layer[1]), layer[2])):
+        ranks = [each for _, each, _ in alike]
         if same not in known:
-            costs = replace(costs_of[same[0]], ranks=ranks[0])
+            costs = replace(costs_of[same[0]], ranks=ranks[0], quantized=same[2])
             activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=work.train.mlp_tile, row=row)
             stacked = tokens // at_once * costs.stacked(mode)
             kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row) + stacked)

@@ -517,7 +517,7 @@ def head_work(
     for back in (False, True):
         yield norm(hidden * m, how, backward=back)
     casts = 0 if e == FP32 else e + FP32
-    plain, compiled = form == "plain" and not (trained or trained_rows), how.fused_norms and not how.is_gpu
+    plain, compiled = form == "plain" and not (trained or trained_rows), how.fused_norms
     cap = (24, 28) if form == "softcap" else (0, 0)
     of_loss, of_gradient, launches = casts + 3 * FP32 + cap[0], casts + 5 * FP32 + cap[1], (4, 4)
     if plain and compiled:  # Read twice, and overwritten.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from distlora.architecture.spec import LayerKind, Weight
@@ -167,10 +167,10 @@ def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> Ker
         itemsize=traffic.DTYPE_BYTES[work.train.dtype],
         quantized=work.quantized,
         few_rows=max_fused_rows(machine.capability) if decodes else 0,
-        keeps_dequantized=work.train.keep_dequantized,
+        keeps_dequantized=work.keeps_recomputed,
         extends=decodes
         and len(work.adapters) == 1
-        and not (work.adapter.use_dora or work.adapter.lora_dropout or work.train.keep_dequantized),
+        and not (work.adapter.use_dora or work.adapter.lora_dropout or work.keeps_recomputed),
         trains_base=work.adapter.method == "full",
         norms_in_fp32=decoder.norms_in_fp32,
         fused_norms=fused,
@@ -184,10 +184,11 @@ def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: i
     length, architecture = work.sequence_length, model.shapes.architecture
     rows, tile = work.train.micro_batch, work.train.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
-    found: dict[tuple[int, int], BlockWork] = {}
+    found: dict[tuple[int, int, bool], BlockWork] = {}
     blocks = []
-    for number, ranks in zip(architecture.kind_of_layer, ranks_of_blocks(work, model.shapes), strict=True):
-        key = (id(ranks), number)
+    layers = zip(architecture.kind_of_layer, ranks_of_blocks(work, model.shapes), strict=True)
+    for index, (number, ranks) in enumerate(layers):
+        key = (id(ranks), number, how.quantized and index >= work.dense_layers)
         if key not in found:
             kind = architecture.kinds[number]
             decoder, documents = Decoder.of(architecture, kind), cut(length, document)
@@ -195,7 +196,7 @@ def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: i
             found[key] = block_work(
                 decoder,
                 _groups(work, decoder, kind, ranks),
-                how,
+                replace(how, quantized=key[2]),
                 m=rows * length,
                 pairs=rows * seen,
                 checkpointing=work.train.checkpointing,

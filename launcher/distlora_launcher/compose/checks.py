@@ -212,6 +212,7 @@ def check_model(config: Config) -> None:
         refuse_dense_settings(config.spec)
     check_tensors(base, packed, architecture)
     check_model_sizes(config.parallel, config.train, architecture)
+    config.quant.check_layers(architecture.num_layers)
     if config.adapter.method == "lora":
         targets = select_adapted(config.adapter, architecture)
         check_patterns(config.adapter, targets)

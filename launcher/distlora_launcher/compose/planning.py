@@ -14,7 +14,7 @@ from pathlib import Path
 
 from distlora.config import Config, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
-from distlora.config.plan import CHOSEN, GPUS, find_gpu
+from distlora.config.plan import GPUS, find_gpu
 from distlora.planner import Plan, plan_of
 from distlora.planner.choose import Choice, Search, choose, resolve_quantization
 from distlora.planner.learning_rate import with_learning_rate
@@ -76,15 +76,14 @@ def _choose(config: Config, fixed: Collection[str], model: PlannedModel, machine
             except UserError:
                 unavailable = ("parallel.backend", "parallel.offload_base")
         return choose(dataclasses.replace(search, fixed=frozenset({*fixed, *unavailable})))
-    if config.quant.method == "auto":
-        return resolve_quantization(search)
-    return Choice(plan=search.plan(), search=dataclasses.replace(search, fixed=frozenset(CHOSEN)))
+    return resolve_quantization(search)
 
 
 def check_planned(config: Config, model: PlannedModel) -> None:
     """Raise UserError for settings that `check_model` refuses, of a model whose config.json alone is present."""
     spec = config.spec
     check_model_sizes(config.parallel, config.train, model.shapes.architecture)
+    config.quant.check_layers(model.shapes.num_layers)
     if model.settings.get("quantization_config") is not None:
         refuse_dense_settings(spec)
     if spec.adapter.method == "full":
@@ -118,6 +117,7 @@ def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
         return machine_of(config.gpu, config.cluster)
     shards = config.shard_degree(config.cluster.ranks)
     waits = keeps_on_host(config.parallel, config.train.checkpointing, shards) or config.plan.mode == "auto"
+    waits |= config.quant.dense_layers == "auto"
     found = found_here(asks_driver=config.gpu.name == "auto" or waits)
     return machine_of(config.gpu, config.cluster, found=found)
 

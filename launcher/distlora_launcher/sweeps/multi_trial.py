@@ -169,11 +169,11 @@ class MultiTrialRunner:
         check(config, new_run=True)
         if config.optim.lr is None:
             config, _ = with_learning_rate(config, planned_model(config))
-        is_auto = config.plan.mode == "auto" or config.quant.method == "auto"
+        is_auto = config.plan.mode == "auto" or "auto" in (config.quant.method, config.quant.dense_layers)
         if is_auto and self._process is None:
             config = choices(config, composed.fixed).config
         elif is_auto and self._process is not None:
-            names = [*(CHOSEN if config.plan.mode == "auto" else ()), "quant.method"]
+            names = [*(CHOSEN if config.plan.mode == "auto" else ()), "quant.method", "quant.dense_layers"]
             free = [name for name in names if name not in composed.fixed or config.value_of(name) == "auto"]
             config = config.with_settings({name: self._process.config.value_of(name) for name in free})
         config = dataclasses.replace(config, model=localize(config.model))

@@ -106,7 +106,7 @@ def down(
     """Return skinny.skinny_down; a may have any strides."""
     x = _row_contiguous(x)
     (num_rows, num_columns), by = x.shape, _rows_of(x.shape[0], a.shape[0], choice)
-    tile = tile_of("down", by.rank, by.tokens, x.dtype, dropout is not None)
+    tile = tile_of("down", by.rank, by.tokens, x.dtype, dropout is not None, copies=copy is not None)
     tiles_of_a_row, pieces = triton.cdiv(by.tokens, tile.rows), triton.cdiv(by.rank, tile.ranks)
     programs = by.batch * tiles_of_a_row * pieces
     split = _split(num_columns, tile.columns, programs)

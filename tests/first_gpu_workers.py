@@ -41,7 +41,8 @@ def versions() -> Figures:
 
 def checkpoint(folder: str, dry: bool, layers: int) -> Figures:
 
-    settings = SHAPES if dry else ARCHITECTURES["meta-llama/Llama-3.1-8B"]
+    # As for the real shapes, the vocabulary is larger than the tokenizer's.
+    settings = SHAPES | {"vocab_size": 1024} if dry else ARCHITECTURES["meta-llama/Llama-3.1-8B"]
     settings = {key: value for key, value in settings.items() if key != "model_type"} | {"num_hidden_layers": layers}
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
@@ -58,7 +59,6 @@ def checkpoint(folder: str, dry: bool, layers: int) -> Figures:
 
 
 def profile(folder: str, length: int, cache: str) -> Figures:
-
     sections: dict[str, Any] = {
         "model": {"path": folder},
         "data": {"path": "none", "sequence_length": length},

@@ -407,6 +407,7 @@ def bench_step(session: Session, size: str, tokens: int) -> Figures:
     """Run `distlora bench step`."""
     out = session.work / f"step-{size.replace('/', '-')}"
     words: list[object] = ["--ways", "ours,peft-documented,peft-bf16,trainer", "--out", out, "--json", "--ranks", 1]
+    words += ["--checkpointing", "block"]
     words += ["--sizes", "8M" if session.dry else size, "--tokens", 64 if session.dry else tokens, "--rows", 1]
     rows = json.loads(session.distlora("bench", "step", *words, "--rounds", 1 if session.dry else 3))["rows"]
     return {"rows": rows, "markdown": (out / "step.md").read_text()}

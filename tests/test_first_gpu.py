@@ -24,8 +24,8 @@ BLOCKER = f"""
 from importlib.machinery import PathFinder
 
 find = PathFinder.find_spec
-PathFinder.find_spec = staticmethod(
-    lambda name, *rest: None if name.partition(".")[0] in {MISSING} else find(name, *rest)
+PathFinder.find_spec = classmethod(
+    lambda _, name, *rest, **named: None if name.partition(".")[0] in {MISSING} else find(name, *rest, **named)
 )
 """
 

@@ -59,6 +59,8 @@ LONGEST = (
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+CALLERS_COMPILER, NO_COMPILER = os.environ.get("CXX"), "none-in-tests"
+
 # Caches stay out of the user's home; ranks and commands inherit the variable. All test processes share what is derived,
 # and derive it themselves: a process of its own takes seconds.
 CALLERS_CACHE = os.environ.get("DISTLORA_CACHE")
@@ -90,6 +92,23 @@ def pytest_make_collect_report(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _train_compile_auto_is_off() -> Iterator[None]:
+    """Leave train.compile=auto without a compiler: tests compare bits with other paths. `compiler` brings it back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", NO_COMPILER)
+        yield
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this test compile, with the compiler that the tests were started with."""
+    if CALLERS_COMPILER is None:
+        monkeypatch.delenv("CXX")
+    else:
+        monkeypatch.setenv("CXX", CALLERS_COMPILER)
 
 
 @pytest.fixture(autouse=True)

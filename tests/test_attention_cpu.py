@@ -28,7 +28,7 @@ Attend = Callable[..., Tensor]
 
 
 @pytest.fixture(params=[attention.attend_on_cpu, compiled_attention.attend], ids=["products", "compiled"])
-def attend(request: pytest.FixtureRequest) -> Attend:
+def attend(request: pytest.FixtureRequest, compiler: None) -> Attend:
     chosen: Attend = request.param
     if chosen is compiled_attention.attend:
         reason = native.unavailable_reason() or compiled_attention.unsupported_reason(1, 16)

@@ -16,6 +16,7 @@ from accounting import Kept
 from closeness import relative_error
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.spec import architecture_of
+from distlora.checkpoint.saver import environment
 from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora.model import fused_modules
@@ -24,22 +25,27 @@ from distlora.model.build import CausalLM
 from distlora.model.fused_modules import FusedRMSNorm
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
+from distlora.planner.decoder_sizes import fuses
+from distlora.planner.workload import Workload
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
+from distlora.training.compile_choice import decided
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import elementwise, lora_native, native, nf4
 from distlora_kernels.dropout import Dropout
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, lora_linears
 from distlora_kernels.operands import Needs, SavedLinear
 from distlora_kernels.scratch import DenseWeights
-from distlora_launcher.compose.checks import check_machine, check_model_sizes
+from distlora_launcher.compose.checks import check_compiled_before, check_machine, check_model_sizes
 from family_models import load_ours, tokens, write_family_folder
 from test_fused_modules import ONE_EACH, PARTIAL_ROTARY, check_kept, run
 from tiers import ci
+from worlds import World
 
 needs_compiler = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=f"not compiled: {native.unavailable_reason()}"
 )
+pytestmark = pytest.mark.usefixtures("compiler")
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 DORA = {"r": 4, "use_dora": True, "target_modules": "all-linear"}
 
@@ -269,3 +275,68 @@ def test_other_linears_stay_with_torch(native_linears: None, changed: dict[str, 
     adapter = Adapter(torch.randn(changed.get("r", 4), features), torch.randn(out, changed.get("r", 4)), 1.0)
     linear = Linear(frozen("nf4", out, features), adapter._replace(dropout=changed.get("dropout")))
     assert not lora_native.covers(torch.randn(4, features, dtype=changed.get("dtype", torch.bfloat16)), [linear])
+
+
+def one_cannot(ranks: Ranks, *, folder: Path) -> tuple[object, list[str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_modules, "why_not_compiled", lambda: "it broke" if ranks.rank == 1 else None)
+        config, lines = decided(config_of(model={"path": str(folder)}), ranks, folder=folder)
+    return config.train.compile, lines
+
+
+@needs_compiler
+def test_auto_is_decided_once_and_a_resume_keeps_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on, off, mixed, experts = (tmp_path / name for name in ("on", "off", "mixed", "experts"))
+    for folder in (on, off, mixed):
+        write_family_folder(folder, "llama")
+    write_family_folder(experts, "mixtral")
+
+    def outcome(folder: Path, device: str = "cpu", **settings: object) -> tuple[object, str]:
+        config = config_of(model={"path": str(folder)}, **settings)
+        assert config.train.compile == "auto"
+        config, lines = decided(config, Ranks(0, 1, torch.device(device), None), folder=folder)
+        return config.train.compile, "".join(lines)
+
+    assert outcome(on) == outcome(on) == (True, "")
+    assert environment(1, ALONE.device, compiles=True).keys() > {"compiler", "processor"}
+    assert outcome(experts) == (
+        False,
+        "train.compile=auto is off: mixtral computes other norms, MLPs or rotary embeddings than what is compiled",
+    )
+    full = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
+    assert "adapter=full trains the scales" in outcome(tmp_path, **full)[1]
+    (tmp_path / "gpu").mkdir()
+    assert outcome(tmp_path / "gpu", device="meta") == (False, "")
+    (first, lines), (second, _) = world.run(2, one_cannot, folder=mixed)
+    assert (first, second) == (False, False)
+    assert lines == ["train.compile=auto is off: rank 1 cannot compile (logs/rank_1.log)"]
+
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "missing")
+        patch.setattr(native, "library", native.library.__wrapped__)
+        compiles, line = outcome(off)
+        assert (compiles, "CXX=missing is not a program; set CXX to a C++ compiler" in line) == (False, True)
+        with pytest.raises(UserError, match=r"compiled since its first start .*CXX=missing.* set compile: false"):
+            outcome(on)
+        with pytest.raises(UserError, match=r"compiled since its first start.*CXX=missing.* set compile: false"):
+            check_compiled_before(on)
+        check_compiled_before(off)
+    assert outcome(off) == (False, "train.compile=auto is off: as since the first start of this run")
+    check_compiled_before(on)
+    with pytest.raises(UserError, match=r"train.compile='yes' is not one of auto, true, false"):
+        config_of(train={"compile": "yes"})
+
+
+def test_the_plan_has_the_compiler_of_this_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_family_folder(tmp_path, "llama")
+    architecture = architecture_of(read_config(tmp_path), tmp_path)
+
+    def plans(compile: object) -> bool:
+        return fuses(Workload.of(config_of(train={"compile": compile})), architecture, is_gpu=False)
+
+    with_one = native.unavailable_reason() is None
+    assert (plans("auto"), plans(True), plans(False)) == (with_one, True, False)
+    monkeypatch.setenv("CXX", "missing")
+    assert not plans("auto")

@@ -5,6 +5,7 @@ The kernels run on a GPU, or in Triton's interpreter.
 
 from __future__ import annotations
 
+import _ctypes
 import contextlib
 import errno
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from distlora_kernels.elementwise import (
 needs_compiler = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=f"not compiled: {native.unavailable_reason()}"
 )
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 @pytest.fixture(params=[pytest.param("compiled", marks=needs_compiler), "triton"])
@@ -195,6 +197,7 @@ def no_room(**options: object) -> None:
 
 @needs_compiler
 def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "kept_in", None)
     for wrong in ("no-such-compiler", "'g++"):
         monkeypatch.setenv("CXX", wrong)
         assert f"CXX={wrong} is not a program" in str(native.unavailable_reason())
@@ -226,6 +229,34 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "apt-get install g++" in str(native.unavailable_reason())
+
+
+@needs_compiler
+def test_a_compiled_library_is_kept_where_only_the_user_can_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls, script, folder = tmp_path / "calls", tmp_path / "cxx", tmp_path / "cache" / "compiled"
+
+    def compiles(version: str) -> int:
+        """Return how often a start calls the compiler, a script that copies some library."""
+        script.write_text(
+            f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\necho x >> {calls}\n'
+            f'for last; do :; done\ncp {_ctypes.__file__} "$last"\n'
+        )
+        script.chmod(0o755)
+        calls.write_text("")
+        native.library.__wrapped__()
+        return len(calls.read_text().split())
+
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(native, "kept_in", folder)
+    once = len(native.SOURCES) + 1
+    assert [compiles("one"), compiles("one")] == [once, 0]
+    assert [compiles("two"), compiles("two"), compiles("one")] == [once, 0, 0]
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert sorted(path.suffix for path in folder.iterdir()) == ["", ".so", ".so"], "nothing temporary is left"
+    folder.chmod(0o777)
+    assert [compiles("one"), compiles("one")] == [once, once], "another user could have left a library there"
 
 
 def test_a_label_that_is_no_column_is_nan_and_writes_nowhere_else(device: str) -> None:

@@ -82,6 +82,7 @@ def test_the_readme_line_trains_on_chats_and_says_what_it_does(folders: Path, tm
     expected = {
         "config.yaml",
         "plan.json",
+        "compiled.json",
         "data.json",
         "metrics.jsonl",
         "summary.json",

@@ -132,7 +132,9 @@ def compiled_run(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
 
     own = modeling_llama.apply_rotary_pos_emb
     try:
-        adapters = adapters_after(ranks, run_dir=run_dir)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("CXX", raising=False)  # The tests' is none.
+            adapters = adapters_after(ranks, run_dir=run_dir)
         assert modeling_llama.apply_rotary_pos_emb is not own, "nothing was exchanged"
         return adapters
     finally:

@@ -40,6 +40,7 @@ def pattern(promised: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_every_line_of_the_tutorial_is_as_promised(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"

@@ -59,7 +59,7 @@ def test_undamaged_run_is_ok_line_by_line(finished: Path, capsys: pytest.Capture
     named = [line.split()[1].rstrip(":") for line in lines]
     assert named == [
         *("config.yaml", "data.json", "checkpoints/step_00000002", CHECKPOINT),
-        *("best", "adapter", "metrics.jsonl", "summary.json"),
+        *("best", "adapter", "metrics.jsonl", "summary.json", "compiled.json"),
     ]
 
 

@@ -24,6 +24,7 @@ from distlora.data.rows import PackedRows, content_digest
 from distlora.run_folder.layout import (
     BEST_NAME,
     CHECKPOINTS,
+    COMPILED_NAME,
     DATA_NAME,
     METRICS_NAME,
     PLAN_NAME,
@@ -49,7 +50,7 @@ READ_BYTES = 16 * 2**20
 
 _DATA: Shape = {"cache": str, "content": str, "splits": {"*": dict}}
 _LINE: Shape = {"step": int}
-_RECORDS = (SUMMARY_NAME, PLAN_NAME, "stopped.json", "slurm.json")
+_RECORDS = (SUMMARY_NAME, PLAN_NAME, COMPILED_NAME, "stopped.json", "slurm.json")
 _LEFT_OVER = re.compile(r"\..+\.(tmp|old)|\..+-[0-9a-f]{16}|\.config\.yaml\.\d+")
 """Temporary names of atomic_io.py, checkpoint/files.py and the launcher."""
 _EXPONENTS = {

@@ -132,7 +132,7 @@ class Config:
                 "keep them for one pass; leave one of them out",
             )
         require(
-            not self.train.compile or self.adapter.method != "full",
+            self.train.compile is not True or self.adapter.method != "full",
             "train.compile=true leaves out the gradients of the norms' scales, which adapter=full trains; leave it "
             "out, or set adapter=lora",
         )

@@ -165,10 +165,12 @@ class TrainConfig:
     """On CUDA, run norms, gated MLPs, rotary embeddings and the LM head's loss as single passes over memory. `own`:
     Triton kernels of distlora; `liger`: the first three of liger-kernel (needs `distlora[cuda]`); `none`: transformers'
     own modules."""
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     """On the CPU, run norms, gated MLPs, rotary embeddings and losses as compiled single passes, and attention in bf16
-    if the processor has AVX512-BF16. Each worker compiles at its start (2.3 CPU seconds, needs a C++ compiler). Saves
-    fewer activations; results differ by rounding only."""
+    if the processor has AVX512-BF16. The first start compiles them with the node's C++ compiler (2.3 CPU seconds) and
+    keeps them in the cache folder. Faster, and saves fewer activations; results differ by rounding only. `auto`: true
+    on the CPU if there is a compiler and the model has such layers, but not with adapter=full; a log line says why not.
+    A run keeps what its first start decided (RUN/compiled.json)."""
     neftune_alpha: float | None = None
     """Scale of NEFTune's noise on the input embeddings in training (arXiv 2310.05914, which tries 5 to 15): uniform on
     +-alpha/sqrt(L d) for a document of L tokens and hidden size d. The same noise on any number of ranks and after a
@@ -240,6 +242,8 @@ class TrainConfig:
             f"{self.objective} too; leave it out",
         )
         require_choices("train", self)
+        if not isinstance(self.compile, bool):
+            require_choice("train.compile", self.compile, ("auto", "true", "false"))
         require(
             self.objective == "dpo" or self.dpo_beta == 0.1,
             f"train.dpo_beta={self.dpo_beta} has no effect with train.objective={self.objective}; leave it out, or set "

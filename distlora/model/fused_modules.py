@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from distlora.architecture.spec import Architecture
-from distlora.config import UserError
+from distlora.config import UserError, require
+from distlora.config.base import cache_root
 from distlora.model.lm_head import LossHead
 from distlora_kernels import lora_native, native
 from distlora_kernels.elementwise import cross_entropy_, gated, rms_norm, rotate
@@ -139,12 +140,20 @@ class FusedRMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, plus_one=self.plus_one)
 
 
-def require_compiled() -> None:
-    """Compile the extension. Raises UserError if that fails."""
+def why_not_compiled() -> str | None:
+    """Compile the extension, or take it from the cache. Return why that is not possible; None if it is there."""
+    native.kept_in = cache_root() / "compiled"
     try:
         native.library()
     except native.NotCompiledError as error:
-        raise UserError(f"train.compile=true: {error}, or set train.compile=false") from error
+        return str(error)
+    return None
+
+
+def require_compiled() -> None:
+    """Compile the extension. Raises UserError if that fails."""
+    reason = why_not_compiled()
+    require(reason is None, f"train.compile=true: {reason}, or set train.compile=false")
 
 
 def use_own(

@@ -10,6 +10,7 @@ from typing import Literal
 from distlora.architecture.shapes import Asked, ModelShapes, computed_pairs
 from distlora.architecture.spec import Architecture, LayerKind
 from distlora.planner.workload import Workload
+from distlora_kernels import native
 
 
 def ranks_of_blocks(work: Workload, shapes: ModelShapes) -> tuple[AdaptedRanks, ...]:
@@ -279,10 +280,13 @@ def scores_again(kind: AttentionKind) -> tuple[int, int]:
 
 
 def fuses(work: Workload, architecture: Architecture, *, is_gpu: bool) -> bool:
-    """Return True if norms are fused, by train.fused_kernels on a GPU or by train.compile on a CPU.
+    """Return True if norms are fused, by train.fused_kernels on a GPU or compiled on a CPU.
 
-    MLPs and rotary embeddings are fused too if there is no DoRA.
+    MLPs and rotary embeddings are fused too if there is no DoRA. For train.compile=auto, this node's compiler stands
+    for that of the nodes that run it.
     """
     if work.adapter.method == "full" or architecture.has_experts or not architecture.fusible:
         return False
-    return work.train.fused_kernels != "none" if is_gpu else work.train.compile
+    if is_gpu:
+        return work.train.fused_kernels != "none"
+    return work.train.compile is True or (work.train.compile == "auto" and native.unavailable_reason() is None)

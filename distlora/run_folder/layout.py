@@ -170,6 +170,8 @@ best.
 CHECKPOINTS, CHECKPOINT_PATTERN = "checkpoints", "step_*"
 DATA_NAME, SUMMARY_NAME, METRICS_NAME = "data.json", "summary.json", "metrics.jsonl"
 PLAN_NAME = "plan.json"
+COMPILED_NAME = "compiled.json"
+"""What train.compile=auto was at the run's first start."""
 REPORT_NAME = "report.html"
 """Report page in RUN and in SWEEP (distlora_launcher.report)."""
 TEMPLATE_NAME = "chat_template.jinja"
@@ -296,6 +298,12 @@ def read_record(path: Path, shape: Shape = dict) -> dict[str, Any]:
     Raises UserError if it is damaged.
     """
     return read_object(path, _remedy(path), shape) if path.is_file() else {}
+
+
+def compiled_before(run_dir: Path) -> bool | None:
+    """Return what train.compile=auto was at the first start of a run; None before it."""
+    value: bool | None = read_record(run_dir / COMPILED_NAME, {"train.compile": bool}).get("train.compile")
+    return value
 
 
 def _remedy(path: Path) -> str:

@@ -106,7 +106,7 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
     loader, eval_loader = open_data(run_dir, config.train, ranks)
     data = read_record(run_dir / DATA_NAME)
     # What this run's bits depend on, apart from settings that a resume must not change.
-    made_on = environment(ranks.world, ranks.device, compiles=config.train.compile)
+    made_on = environment(ranks.world, ranks.device, compiles=config.train.compile is True)
     for name in ("dtype", "micro_batch", "attention", "compile"):
         made_on[f"train.{name}"] = getattr(config.train, name)
     degree = config.shard_degree(ranks.world)

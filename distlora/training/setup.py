@@ -232,17 +232,19 @@ def reserve_offload_memory(model: CausalLM, count: int, nbytes: int, device: tor
 def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, device: torch.device) -> None:
     """Replace modules of the decoder by the device's faster kernels, and let split GEMMs accumulate in fp32.
 
-    On the CPU that is attention in bf16, and the compiled functions with train.compile. `model.notes` lists what was
-    replaced, and on a GPU what was not and why. Raises UserError for train.compile on a GPU.
+    On the CPU that is attention in bf16, and the compiled functions with train.compile=true (`auto`, which a run
+    decides before, is false here). `model.notes` lists what was replaced, and on a GPU what was not and why. Raises
+    UserError for train.compile=true on a GPU.
     """
+    compiles = train.compile is True
     is_gpu = device.type == "cuda"
     fused_modules.give_back(model.decoder)
     if is_gpu:
         # By default torch lets the library round the partial sums of split GEMMs to bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        if train.compile:
+        if compiles:
             raise UserError("train.compile=true is for CPUs, and this rank has a GPU; set train.compile=false")
-    if train.compile:
+    if compiles:
         fused_modules.require_compiled()
     choice = attention.choose(
         model.architecture,
@@ -250,7 +252,7 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
         device=device,
         dtype=DTYPES[spec.dtype],
         deterministic=train.deterministic_attention,
-        compiled=train.compile,
+        compiled=compiles,
     )
     if choice.op is not None:
         model.attend_by_documents(choice.op)
@@ -258,7 +260,7 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
         model.notes.append(choice.note)
     outputs_are_kept = spec.adapter.use_dora
     parts = (model.decoder, model.architecture, model.head)
-    if train.compile:
+    if compiles:
         model.notes.append(fused_modules.use_own(*parts, is_gpu=False, outputs_are_kept=outputs_are_kept))
         for block in model.blocks:
             block.remakes = train.checkpointing == "none" and not outputs_are_kept

@@ -1,14 +1,17 @@
 """Compile elementwise.cpp, attention.cpp and products.cpp for this node and load them. Imports no torch.
 
-Each process compiles for itself (2.3 CPU seconds) into a folder that is removed once the library is loaded: no
-executable file stays where another user, or a machine with another processor, could have left it.
+The library is kept in the folder `kept_in`, by what it was made from and the processor it was made for; other processes
+that need it wait for the one that compiles (2.3 CPU seconds). Where there is no such folder that only this user can
+write to, each process compiles into a temporary one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
+import hashlib
 import os
 import platform
 import shlex
@@ -26,6 +29,10 @@ FLAGS = (
 )
 WIDE = ("x86_64", "AMD64")
 """Machines on which gcc needs a flag to use 512-bit vectors."""
+
+
+kept_in: Path | None = None
+"""Folder of compiled libraries; None to compile in every process."""
 
 
 class NotCompiledError(Exception):
@@ -71,20 +78,60 @@ def library() -> ctypes.CDLL:
     words = compiler()
     if words is None:
         raise NotCompiledError(str(unavailable_reason()))
-    wide = ["-mprefer-vector-width=512"] if platform.machine() in WIDE else []
+    if (kept := _kept(words)) is not None:
+        return kept
     with _folder() as folder:
-        made, linked = [str(Path(folder, f"{source.stem}.o")) for source in SOURCES], Path(folder, "compiled.so")
-        for source, to in zip(SOURCES, made, strict=True):
-            _run([*words, *FLAGS, *wide, "-c", str(source), "-o", to])
-        # Without -fopenmp, which would load a second OpenMP runtime beside torch's.
-        _run([*words, "-shared", *made, "-o", str(linked)])
+        linked = _linked(words, folder)
         try:
-            return ctypes.CDLL(str(linked))
+            return ctypes.CDLL(linked)
         except OSError as error:
             raise NotCompiledError(
                 f"the library made by {shlex.join(words)} cannot be loaded: {error}; set TMPDIR to a "
                 "folder whose files may be executed, or CXX=g++"
             ) from None
+
+
+def _kept(words: Sequence[str]) -> ctypes.CDLL | None:
+    """Return the library of `kept_in`, made if it is missing; None if it cannot be there, or not be compiled."""
+    if kept_in is None:
+        return None
+    try:
+        kept_in.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = kept_in.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:  # Others could have left a library there.
+            return None
+        file = kept_in / f"{_key(words)}.so"
+        with (kept_in / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.is_file():
+                with tempfile.TemporaryDirectory(prefix=".compiling-", dir=kept_in) as folder:
+                    os.replace(_linked(words, folder), file)
+        return ctypes.CDLL(str(file))
+    except (OSError, NotCompiledError):  # It is compiled again elsewhere, where an error is reported.
+        return None
+
+
+def _key(words: Sequence[str]) -> str:
+    """Return a digest of the sources, the compiler with its flags and version, and the processor with its features."""
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
+    cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0].splitlines()
+    processor = sorted(line for line in cpuinfo if line.startswith(("model name", "flags", "Features", "CPU part")))
+    digest.update(repr([words, FLAGS, _wide(), compiler_version(), platform.machine(), processor]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _wide() -> list[str]:
+    return ["-mprefer-vector-width=512"] if platform.machine() in WIDE else []
+
+
+def _linked(words: Sequence[str], folder: str) -> str:
+    """Compile the library into a folder. Return its path."""
+    objects, linked = [str(Path(folder, f"{source.stem}.o")) for source in SOURCES], str(Path(folder, "compiled.so"))
+    for source, to in zip(SOURCES, objects, strict=True):
+        _run([*words, *FLAGS, *_wide(), "-c", str(source), "-o", to])
+    # Without -fopenmp, which would load a second OpenMP runtime beside torch's.
+    _run([*words, "-shared", *objects, "-o", linked])
+    return linked
 
 
 def _folder() -> tempfile.TemporaryDirectory[str]:

@@ -34,6 +34,8 @@ DEMO = "SmolLM2"
 """Size and folder that stand for the model of `distlora demo`."""
 OURS = "ours"
 """The way that the others are compared with."""
+UNCOMPILED = "ours-uncompiled"
+"""Ours without train.compile=auto."""
 COMPILED_PEER = "peft-bf16-compiled"
 """The fastest peer under torch.compile."""
 KEPT_PAGES = "peft-bf16-kept-pages"
@@ -116,7 +118,7 @@ IN_BF16 = "PEFT + bitsandbytes, all in bf16"
 """bf16 adapters, no autocast."""
 WAYS: dict[str, Way] = {
     OURS: Way("distlora, NF4", {"runs": "ours"}),
-    "ours-compiled": Way("distlora, NF4, train.compile=true", {"runs": "ours", "compile": True}),
+    UNCOMPILED: Way("distlora, NF4, train.compile=false", {"runs": "ours", "compile": False}),
     "ours-bf16": Way("distlora, bf16 base", {"runs": "ours", "base": "none"}, processes=(1,)),
     "peft-documented": Way(RECIPE, {"runs": "loop", "recipe": "documented"}, PEFT),
     "peft-bf16": Way(IN_BF16, {"runs": "loop", "recipe": "bf16"}, PEFT),
@@ -175,13 +177,9 @@ def reason_against(way: str, device: str) -> str | None:
     missing = [package for package in WAYS[way].needs if not installed(package)]
     if missing:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
-    if way == "ours-compiled":
-        return (
-            "train.compile is for CPUs; on a GPU train.fused_kernels does the same"
-            if device == "cuda"
-            else native.unavailable_reason()
-        )
-    return None
+    if way == UNCOMPILED and device == "cuda":
+        return "train.compile=auto is false on a GPU"
+    return native.unavailable_reason() if device == "cpu" and way == COMPILED_PEER else None
 
 
 def installed(package: str) -> bool:
@@ -264,7 +262,7 @@ class StepJob:
     """The training loop that runs."""
     base: Literal["nf4", "none"] = "nf4"
     """quant.method of ours."""
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     """train.compile of ours."""
     recipe: Literal["documented", "bf16", "compiled", "plain", "forced"] = "documented"
     """Variant of a peer's loop."""

@@ -82,10 +82,9 @@ def start(job: StepJob, device: torch.device, *, documented: bool, storage: Stor
         )
     elif recomputes:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=RECOMPUTES)
-        if (
-            job.recipe != "compiled"
-        ):  # With use_reentrant=False it changes nothing, and it breaks torch.compile's graph.
-            model.enable_input_require_grads()
+        model.enable_input_require_grads()
+        if job.recipe == "compiled":  # use_reentrant=False does not need it, and it breaks torch.compile's graph.
+            model.disable_input_require_grads()
     model.config.use_cache = False
     model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True)
     if not documented:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.bench.step.compare import OURS, WAYS, Measured
+from distlora.bench.step.compare import OURS, UNCOMPILED, WAYS, Measured
 from distlora.output.results import COLOURS, Table, draw_bars, new_figure, save, spread
 
 MIB = 2**20
-REFERENCES = (OURS, "ours-compiled")
+REFERENCES = (OURS, UNCOMPILED)
 """Ways of ours that the peers are compared with."""
 HOW = (
     "ratios compare turns of the same round; memory is the peak anonymous memory of a process in its steps over that "

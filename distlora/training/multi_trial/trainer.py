@@ -28,6 +28,7 @@ from distlora.run_folder import error_file
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
 from distlora.system import atomic_io
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
+from distlora.training.compile_choice import decided, record
 from distlora.training.loop import Trainer
 from distlora.training.metrics import describe_steps, summarize
 from distlora.training.multi_trial.protocol import (
@@ -188,11 +189,15 @@ class MultiTrialTrainer(Trainer):
         shared: Mapping[str, Any],
         loaded: Loaded,
         base: CheckpointFiles,
+        compiles: bool,
     ) -> None:
-        """Start without trials. `shared`: the shared settings by name. `loaded`: how `base` was read."""
+        """Start without trials. `shared`: the shared settings by name. `loaded`: how `base` was read.
+
+        `compiles`: the decided train.compile.
+        """
         super().__init__(model, backend, control)
         self._inbox, self._slots, self._verdicts, self._shared, self._loaded = inbox, slots, verdicts, shared, loaded
-        self._base = base
+        self._base, self._compiles = base, compiles
         self._in_slots: dict[Trial, SlotTrial] = {}
         self._none_left = False
         """True if the inbox is closed and all its trials were handed out."""
@@ -263,6 +268,9 @@ class MultiTrialTrainer(Trainer):
         """Start a trial. Raises UserError, on every rank, if some rank cannot read what it needs."""
         ranks = self.backend.ranks
         config = together(lambda: self._read(run_dir), ranks)
+        if config.train.compile == "auto":
+            config = config.with_settings({"train.compile": self._compiles})
+            record(run_dir, ranks, compiles=self._compiles)
         run = together(lambda: open_run(run_dir, config, ranks, self._base), ranks)
         taken = {entry.slot for entry in self._in_slots.values()}
         slot = next(slot for slot in range(self._slots) if slot not in taken)
@@ -413,6 +421,8 @@ def run_group(folder: Path, ranks: Ranks) -> None:
         control.boundary(None, "reading the multi-trial settings", long=True)
         _say(f"training up to {slots:,} trials together; reading {config.model.path}")
         base = CheckpointFiles(config.model.path)
+        shared = settings_by_name(config)
+        config, why_not_compiled = decided(config, ranks, base=base, folder=folder)
         # Memory that depends on the rows of a micro-batch is reserved for all slots.
         rows = {name: slots * getattr(config.train, name) for name in ("micro_batch", "global_batch")}
         model, backend, loaded = start_run_model(
@@ -423,7 +433,7 @@ def run_group(folder: Path, ranks: Ranks) -> None:
             for_slots=True,
             base=base,
         )
-        for note in model.notes:
+        for note in [*model.notes, *why_not_compiled]:
             _say(note)
         MultiTrialTrainer(
             model,
@@ -432,9 +442,10 @@ def run_group(folder: Path, ranks: Ranks) -> None:
             inbox=Inbox(folder, ranks),
             slots=slots,
             verdicts=verdicts,
-            shared=settings_by_name(config),
+            shared=shared,
             loaded=loaded,
             base=base,
+            compiles=config.train.compile is True,
         ).run()
         backend.barrier()
     except Stopped as stop:

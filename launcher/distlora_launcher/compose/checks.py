@@ -38,7 +38,7 @@ from distlora.config.base import is_hub_name
 from distlora.config.cluster import check_torch
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES
-from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders
+from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
 from distlora.weights.peft_folder import WEIGHTS_NAME, check_fits, check_modules, check_rows, read_peft_adapter
@@ -64,6 +64,8 @@ def check(config: Config, *, new_run: bool) -> None:
             check_run_dir(Path(config.run_dir))
         if config.cluster.launcher != "slurm":  # The node that submits may differ from those that run.
             check_machine(config.cluster, config.parallel, config.optim, config.train)
+            if not new_run and config.train.compile == "auto":
+                check_compiled_before(Path(config.run_dir))
             for name in config.tracker.names:
                 if name != "wandb":  # It is always installed; a node that lacks it says so, and trains.
                     require_package(name, f"tracker={name}")
@@ -160,14 +162,25 @@ def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: Optim
                 cure="leave it out",
             )
         require_package("liger_kernel", "train.fused_kernels=liger", otherwise=", or set train.fused_kernels=own")
-    if train.compile:
-        reason = native.unavailable_reason()
-        if gpu_count() > 0:
-            reason = "is for the CPU, and this node has a GPU, where train.fused_kernels does the same"
-        elif reason is not None:
-            reason = f"needs a C++ compiler: {reason}"
-        if reason is not None:
-            raise UserError(field="train.compile", value="true", reason=reason, cure="set {field}=false")
+    if train.compile is True and (reason := _reason_against_compiling()) is not None:
+        raise UserError(field="train.compile", value="true", reason=reason, cure="set {field}=false")
+
+
+def _reason_against_compiling() -> str | None:
+    if gpu_count() > 0:
+        return "is for the CPU, and this node has a GPU, where train.fused_kernels does the same"
+    reason = native.unavailable_reason()
+    return None if reason is None else f"needs a C++ compiler: {reason}"
+
+
+def check_compiled_before(run_dir: Path) -> None:
+    """Refuse to continue a run that train.compile=auto compiled where this node cannot compile it."""
+    reason = _reason_against_compiling() if compiled_before(run_dir) else None
+    require(
+        reason is None,
+        f"{run_dir} is compiled since its first start, where train.compile=auto was true, which {reason}; or set "
+        f"compile: false under train in {run_dir / 'config.yaml'}, which changes the last bits of the results",
+    )
 
 
 def check_gpu_count(cluster: ClusterConfig) -> None:
@@ -263,7 +276,7 @@ def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, architecture
             f"{without} with train.dtype={train.dtype}, which supports no other; leave it out",
         )
     require(
-        not train.compile or architecture.fusible,
+        train.compile is not True or architecture.fusible,
         f"train.compile=true: what it compiles is not what {architecture.model_type} computes in all of its layers; "
         "set train.compile=false",
     )

@@ -24,7 +24,7 @@ from distlora.planner.plan_tables import largest
 from distlora.planner.report import lines, needs, verdict
 from distlora.planner.storage import keeps_on_host
 from distlora.planner.suggest import nearest
-from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders
+from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders, compiled_before
 from distlora.system import atomic_io, host_memory
 from distlora.weights.initial_adapter_file import check_ranks
 from distlora.weights.prequantized import refuse_dense_settings
@@ -103,6 +103,9 @@ def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = Fa
 
     `runs_here`: True if this node runs it, whatever starts it. `run_dir`: the run folder, if it exists.
     """
+    compiles = None if run_dir is None else compiled_before(run_dir)
+    if config.train.compile == "auto" and compiles is not None:
+        config = config.with_settings({"train.compile": compiles})
     plan = plan_of(config, planned_model(config), machine_here(config, runs_here=runs_here))
     require_fit(plan, run_dir=run_dir)
     return plan

@@ -15,7 +15,6 @@ from distlora.config import require
 from distlora.run_folder.layout import REPORT_NAME, SUMMARY_NAME, read_record
 from distlora.system.exit_codes import require_package
 from distlora.system.numbers import size
-from distlora_kernels import native
 from distlora_launcher.compose.checks import check, gpu_count
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.compose.planning import planned
@@ -85,8 +84,6 @@ def main(arguments: list[str]) -> int:
         settings.append(f"train.max_steps={options.steps}")
     if options.model is None:
         settings.append(LR)
-        if gpu_count() == 0 and native.unavailable_reason() is None:
-            settings.append("train.compile=true")
     code = run_settings(settings)
     if code != 0:
         return code

@@ -20,7 +20,15 @@ from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.file import as_mapping, load_config
 from distlora.config.json_files import object_or_empty
 from distlora.planner import Plan
-from distlora.run_folder.layout import DATA_NAME, METRICS_NAME, PLAN_NAME, REPORT_NAME, checkpoint_folders, find_result
+from distlora.run_folder.layout import (
+    COMPILED_NAME,
+    DATA_NAME,
+    METRICS_NAME,
+    PLAN_NAME,
+    REPORT_NAME,
+    checkpoint_folders,
+    find_result,
+)
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.numbers import clock
@@ -186,7 +194,7 @@ def write_new(path: Path, values: Mapping[str, Any], what: str) -> None:
 def forget_run(run_dir: Path) -> None:
     """Remove what `create_run` and the preparation made, so that the corrected command can use the same folder."""
     (run_dir / CONFIG_NAME).unlink()
-    for name in (DATA_NAME, PLAN_NAME):
+    for name in (DATA_NAME, PLAN_NAME, COMPILED_NAME):
         (run_dir / name).unlink(missing_ok=True)
     remove_records(run_dir)
     remove_if_empty(run_dir)

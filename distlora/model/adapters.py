@@ -24,7 +24,7 @@ from distlora.model.frozen_linear import FrozenLinear
 from distlora.system import randomness
 from distlora_kernels.dora import initial_magnitude
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, threshold_of
-from distlora_kernels.lora_linear import Adapter, Linear, Magnitude, RowChoice
+from distlora_kernels.lora_linear import Adapter, Copies, Linear, Magnitude, RowChoice
 
 DEFAULT_ADAPTER = "default"
 
@@ -79,6 +79,8 @@ class BlockContext:
         """Index within its row of the first token that the linears get: above 0 in a tile of an MLP."""
         self.recomputes = False
         """True while backward runs the layer, or its MLP, again."""
+        self.uses_start = False
+        """True while the adapters have their initial values, for DPO's reference."""
         self._balance: Tensor | None = None
         self._chosen: tuple[Tensor, dict[tuple[int, ...], Tensor]] | None = None
 
@@ -143,6 +145,8 @@ class LoRAPair(nn.Module):
         self.B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32, device=device))
         magnitude = torch.empty(out_features, dtype=torch.float32, device=device)
         self.register_parameter("magnitude", nn.Parameter(magnitude) if dora else None)
+        self.copies: Copies | None = None
+        """Copies of A and B for this step's products (AdapterCopies)."""
 
     @torch.no_grad()
     def reset(self, config: AdapterConfig, *, seed: int, name: str) -> None:
@@ -270,7 +274,8 @@ class AdaptedLinear(Adapted, FrozenLinear):
         if self.row_norms_squared is not None:
             magnitudes = torch.stack([pair.get_parameter("magnitude") for pair in pairs])
             magnitude = Magnitude(magnitudes, self.row_norms_squared)
-        adapter = Adapter(self.stacked_down(), up, scale, self._dropout(pairs, scale), magnitude)
+        copies = pairs[0].copies if isinstance(scale, float) and not self.context.uses_start else None
+        adapter = Adapter(self.stacked_down(), up, scale, self._dropout(pairs, scale), magnitude, copies)
         return Linear(self.frozen_weight, adapter, self.bias)
 
     def _dropout(self, pairs: list[LoRAPair], scale: float | RowChoice) -> Dropout | ChosenDropout | None:
@@ -283,6 +288,41 @@ class AdaptedLinear(Adapted, FrozenLinear):
             return ChosenDropout(tuple(pair.dropout for pair in pairs), scale.rows, steps, at.rows, first)
         assert isinstance(at.step, int), "rows of several steps have a choice of adapters"
         return Dropout(*pairs[0].dropout, at.step, at.rows, first)
+
+
+class AdapterCopies:
+    """Adapters in the dtype of products, copied once per step: else forward, recomputation and backward cast them.
+
+    For one trial on a GPU, whose kernels take B times the scale.
+    """
+
+    def __init__(self, linears: Iterable[AdaptedLinear]) -> None:
+        """Allocate the copies: all A first, so that those of linears with one input are neighbours."""
+        found = [(pair, each.compute_dtype) for each in linears for pair in each.pairs]
+        self._pairs = [pair for pair, dtype in found if pair.A.dtype != dtype]
+        masters = [pair.A for pair in self._pairs] + [pair.B for pair in self._pairs]
+        if not masters:
+            return
+        sizes = [-(-master.numel() // 8) * 8 for master in masters]  # Kernels load 16 bytes at once.
+        flat = torch.empty(sum(sizes), dtype=found[0][1], device=masters[0].device)
+        copies = [part[: each.numel()].view_as(each) for part, each in zip(flat.split(sizes), masters, strict=True)]
+        self._downs, self._ups = copies[: len(self._pairs)], copies[len(self._pairs) :]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the adapters, which must not change until `drop`."""
+        if not self._pairs:
+            return
+        torch._foreach_copy_(self._downs, [pair.A.data for pair in self._pairs])
+        for pair, down, up in zip(self._pairs, self._downs, self._ups, strict=True):
+            factor = pair.scaling * pair.dropout.scale if pair.dropout.threshold else pair.scaling
+            torch.mul(pair.B.data, factor, out=up)
+            pair.copies = Copies(down, up, factor)
+
+    def drop(self) -> None:
+        """Have products cast the adapters themselves: they change."""
+        for pair in self._pairs:
+            pair.copies = None
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -125,11 +125,13 @@ class Block(Wrapper):
     def _as_started(self) -> Iterator[None]:
         """Use the adapters' initial values within this context. Autograd's saved Parameters stay in place."""
         now = {parameter: parameter.data for parameter in self.started}
+        self.context.uses_start = True
         try:
             for parameter, start in self.started.items():
                 parameter.data = start
             yield
         finally:
+            self.context.uses_start = False
             for parameter, value in now.items():
                 parameter.data = value
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from distlora.data.loader import Share, Stack, stacks
+from distlora.model.adapters import AdaptedLinear, AdapterCopies
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.parallel.stop_and_save import Control
@@ -39,6 +40,8 @@ class Trainer:
         """Trials that train, in the order of their gradients in the backend."""
         self._is_cold = True
         """True until a step is done: kernels are compiled, memory is allocated, connections are made."""
+        copied = trials and backend.ranks.device.type == "cuda"
+        self._copies = AdapterCopies([m for m in model.modules() if copied and isinstance(m, AdaptedLinear)])
 
     def fit(self) -> None:
         """Train the only trial to its end or until early stopping, with evaluations, samples and saves.
@@ -148,6 +151,7 @@ class Trainer:
         figures: list[Tensor] = []
         self.backend.traffic.take()  # Drop what was counted between steps.
         self.backend.zero_gradients()
+        self._copies.refresh()
         whole = self.trials[0].train.accumulate == "block"
         if whole:  # As one batch, which the layers slice.
             self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
@@ -163,6 +167,7 @@ class Trainer:
         watch.at(step, "sum of gradients", long=self._is_cold)
         self.backend.finish_gradients()
         watch.at(step, "update", long=self._is_cold)
+        self._copies.drop()
         for trial in trials:
             trial.update()
         self._is_cold = False

@@ -175,7 +175,7 @@ def folded(linear: Linear, factor: Tensor) -> Linear:
     """Return the LoRA that computes the linear's output with k = factor (O,) fp32."""
     adapter = linear.adapter
     assert adapter is not None
-    adapter = adapter._replace(b=adapter.b * factor[:, None], magnitude=None)
+    adapter = adapter._replace(b=adapter.b * factor[:, None], magnitude=None, copies=None)
     return linear._replace(weight=scaled_rows(linear.weight, factor), adapter=adapter)
 
 

@@ -68,7 +68,7 @@ def forward(
         elif adapter.magnitude is None:
             y = _adapted(_Base(index, weight, weights, x), x, xa, adapter, bias)
         elif dora.can_fold(adapter, weight, x.dtype):
-            wa = fused_linear(adapter.a.to(x.dtype), weight).T
+            wa = fused_linear(adapter.down(x.dtype), weight).T
             factors = dora.factors(adapter, wa, torch.float32)
             factor = factors.excess + 1
             weight, lora, _ = dora.folded(linear, factor)
@@ -124,7 +124,7 @@ def _with_magnitude(
     base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, SavedDora]:
     """Return DoRA's y (M, O) and the tensors for backward."""
-    down = adapter.a.to(x.dtype)
+    down = adapter.down(x.dtype)
     wa = fused_linear(down, base.weight).T if base.dense is None else base.dense @ down.T
     factors = dora.factors(adapter, wa, x.dtype)
     if adapter.dropout is None:
@@ -268,7 +268,7 @@ def _input_gradient(
         if carried is not None and index in carried.columns:
             continue
         if index in fused and _is_plain(adapter):
-            inside[index] = (dxa, adapter.a.to(dxa.dtype))
+            inside[index] = (dxa, adapter.down(dxa.dtype))
         else:
             separate.append(index)
     for group in _groups(linears, separate):
@@ -378,10 +378,16 @@ def _groups(linears: Sequence[Linear], indices: Sequence[int]) -> list[list[int]
 
 def _joined_down(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
     """Return the A of a group in `dtype` as one matrix; the linears' ranks of one chosen adapter are neighbours."""
-    downs, scale = [adapter.a.to(dtype) for adapter in adapters], adapters[0].scale
+    downs, scale = [adapter.down(dtype) for adapter in adapters], adapters[0].scale
     if len(downs) == 1:
         return downs[0]
     if not isinstance(scale, RowChoice):
+        neighbours = all(
+            one.is_contiguous() and one.data_ptr() + one.nbytes == other.data_ptr()
+            for one, other in itertools.pairwise(downs)
+        )
+        if neighbours and all(adapter.copies is not None for adapter in adapters):  # As AdapterCopies lays them out.
+            return downs[0].as_strided((sum(map(len, downs)), downs[0].shape[1]), downs[0].stride())
         return torch.cat(downs)
     return torch.cat([down.unflatten(0, (len(scale.ranks), -1)) for down in downs], dim=1).flatten(0, 1)
 
@@ -417,6 +423,8 @@ def _factor(adapter: Adapter) -> float:
 def _scaled_up(adapter: Adapter, dtype: torch.dtype) -> Tensor:
     """Return s b (O, R) in `dtype`, multiplied in fp32 and rounded once, by one kernel."""
     scale: float | Tensor = _factor(adapter)
+    if (copies := adapter.copies) is not None and copies.factor == scale and copies.b.dtype == dtype:
+        return copies.b
     if (choice := _choice(adapter)) is not None:
         scale = per_column(
             tuple(scale * each for each in choice.scales), choice.ranks, adapter.b.dtype, adapter.b.device

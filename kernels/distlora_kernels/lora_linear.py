@@ -31,6 +31,7 @@ from distlora_kernels.dropout import ChosenDropout, Dropout
 from distlora_kernels.kept import keep, kept
 from distlora_kernels.operands import (
     Adapter,
+    Copies,
     FrozenWeight,
     Linear,
     Magnitude,
@@ -41,7 +42,7 @@ from distlora_kernels.operands import (
 )
 from distlora_kernels.scratch import DenseWeights
 
-__all__ = ["Adapter", "FrozenWeight", "Linear", "Magnitude", "RowChoice", "lora_linear", "lora_linears"]
+__all__ = ["Adapter", "Copies", "FrozenWeight", "Linear", "Magnitude", "RowChoice", "lora_linear", "lora_linears"]
 
 
 def lora_linear(
@@ -87,11 +88,15 @@ class _Form(NamedTuple):
     scale: float | RowChoice | None
     """None without an adapter."""
     dropout: Dropout | ChosenDropout | None
+    copies: Copies | None
+    """Not saved: they outlive the step's backward."""
 
     @staticmethod
     def of(linear: Linear) -> _Form:
-        scale, dropout = (None, None) if linear.adapter is None else linear.adapter[2:4]
-        return _Form(linear.weight.shape, len(linear.weight.parts), scale, dropout)
+        adapter, shape, num_parts = linear.adapter, linear.weight.shape, len(linear.weight.parts)
+        if adapter is None:
+            return _Form(shape, num_parts, None, None, None)
+        return _Form(shape, num_parts, adapter.scale, adapter.dropout, adapter.copies)
 
 
 _NUM_TENSORS = 5
@@ -177,6 +182,6 @@ def _joined(forms: Sequence[_Form], tensors: Sequence[Any]) -> tuple[Linear, ...
     for form, start in zip(forms, _places(forms), strict=True):
         a, b, masters, norms, bias, *parts = tensors[start : start + _NUM_TENSORS + form.num_parts]
         magnitude = None if masters is None else Magnitude(masters, norms)
-        adapter = None if form.scale is None else Adapter(a, b, form.scale, form.dropout, magnitude)
+        adapter = None if form.scale is None else Adapter(a, b, form.scale, form.dropout, magnitude, form.copies)
         linears.append(Linear(FrozenWeight(tuple(parts), form.shape), adapter, bias))
     return tuple(linears)

@@ -80,6 +80,15 @@ class Magnitude(NamedTuple):
     """||W_o||^2 of the rows of the frozen weight, (O,) fp32."""
 
 
+class Copies(NamedTuple):
+    """An adapter's a (R, I), and b (O, R) times `factor`, in the dtype of products: valid while the masters stay."""
+
+    a: Tensor
+    b: Tensor
+    factor: float
+    """s, times the scale of the dropout."""
+
+
 class Adapter(NamedTuple):
     """A linear's adapter: fp32 masters a (R, I) and b (O, R), scale s, dropout and DoRA's magnitude."""
 
@@ -89,6 +98,12 @@ class Adapter(NamedTuple):
     dropout: Dropout | ChosenDropout | None = None
     """Dropout of the adapter's input; a ChosenDropout if rows choose."""
     magnitude: Magnitude | None = None
+    copies: Copies | None = None
+    """Copies that replace casts of the masters; None: each product casts them."""
+
+    def down(self, dtype: torch.dtype) -> Tensor:
+        """Return a in `dtype`."""
+        return self.a.to(dtype) if self.copies is None or self.copies.a.dtype != dtype else self.copies.a
 
 
 class Linear(NamedTuple):

@@ -108,7 +108,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     held["resident"] += base.total(lambda unit: unit_bytes(unit, shards), 0, resident) if shards > 1 else 0
     if shards > 1 and work.parallel.backend == "zero3":
         held["resident"] += staying_bytes(base, shards, read_gathering(work.parallel))
-    held["adapters"] += trained.adapter_bytes
+    held["adapters"] += trained.adapter_bytes + copied_adapters(work, model, machine)[1]
     held["gradients"] += trained.flat_gradient_bytes
     held["optimizer"] += trained.optimizer_bytes(work.optim.name, is_gpu=machine.is_gpu)
     held["scratch"] += arena_bytes(work, model) if machine.is_gpu else 0
@@ -122,6 +122,19 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
         moments=moments,
         beside=beside_tensors(work, base, trained, machine, largest=step.largest),
     )
+
+
+def copied_adapters(work: Workload, model: PlannedModel, machine: Machine) -> tuple[int, int]:
+    """Return the number of linears whose adapters are copied once per step, and the bytes of the copies.
+
+    distlora.model.adapters.AdapterCopies has them: on a GPU, for one trial, in 16 bits.
+    """
+    itemsize = traffic.DTYPE_BYTES[work.train.dtype]
+    if not machine.is_gpu or itemsize == 4 or len(work.adapters) > 1 or work.adapter.method == "full":
+        return 0, 0
+    found = [(each, count) for each, count in model.shapes.alike(work.adapter) if each.experts == 1]
+    nbytes = sum(count * sum(itemsize * -(-n // 8) * 8 for n in each.numels[:2]) for each, count in found)
+    return sum(count for _, count in found), nbytes
 
 
 def decomposing_bytes(work: Workload, shapes: ModelShapes) -> int:

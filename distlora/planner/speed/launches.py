@@ -60,6 +60,8 @@ class KernelOptions:
     keeps_dequantized: bool = False
     extends: bool = False
     """True if base products may take the adapter's term as further columns (distlora_kernels.extension)."""
+    copies: bool = False
+    """True if products read copies of the adapters of this step (AdapterCopies)."""
     trains_base: bool = False
     """True if the weights of decoder layers have gradients (adapter=full)."""
     norms_in_fp32: bool = False
@@ -140,7 +142,8 @@ def _forward(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass) -
     with_adapter = [linear for linear in group if linear.rank and adapted]
     skipped = [linear for linear in group if which == "recomputation" and linear.skips]
     yield from _casts([linear for linear in with_adapter if linear not in skipped], how)
-    yield from (KernelLaunch("adapters", (FP32 + how.itemsize) * linear.rank * linear.features) for linear in skipped)
+    if not how.copies:
+        yield from (KernelLaunch("adapters", (FP32 + how.itemsize) * each.rank * each.features) for each in skipped)
     yield from _other_trials(with_adapter, 1, how)
     ranks, features = sum(linear.rank for linear in with_adapter), group[0].features
     extends = (
@@ -235,11 +238,12 @@ def _term(m: int, n: int, rank: int, side_by_side: int, how: KernelOptions) -> K
 
 
 def _casts(adapted: Sequence[Linear], how: KernelOptions) -> Iterator[KernelLaunch]:
-    """Yield the casts of A and B from fp32 masters, s into B, and in backward of their gradients."""
+    """Yield the casts of A, and of B times s, from fp32 masters. DoRA scales B in each pass."""
     for linear in adapted:
+        if how.copies and not linear.is_dora:
+            continue
         yield KernelLaunch("adapters", (FP32 + how.itemsize) * linear.rank * linear.features)
         yield KernelLaunch("adapters", (FP32 + how.itemsize) * linear.rank * linear.out)
-        yield KernelLaunch("adapters", 2 * FP32 * linear.rank * linear.out)
 
 
 def _other_trials(adapted: Sequence[Linear], products: int, how: KernelOptions) -> Iterator[KernelLaunch]:

@@ -28,6 +28,7 @@ from distlora.planner.decoder_sizes import (
 )
 from distlora.planner.flops import active_weights, cut, skips, step_flops
 from distlora.planner.machine import Machine
+from distlora.planner.memory.device import copied_adapters
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.launches import (
     FP32,
@@ -127,6 +128,8 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
         updated += len(work.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
     # A pass of all micro-batches joins a block's slices, and its gradients.
     at_once = work.tokens_at_once * work.train.slices(ranks)
+    copied, nbytes = copied_adapters(work, model, machine)
+    copies = [KernelLaunch("update", (1 + FP32 / how.itemsize) * nbytes, launches=1 + copied)] if copied else []
     return StepWork(
         blocks=_blocks(work, model, how, document),
         micro_batches=micro_batches,
@@ -145,14 +148,15 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
         ),
         gathers=gathers,
         moved_blocks=traffic.moved_blocks(work, shapes) if gathers else 0,
-        update=tuple(
-            update_work(
+        update=(
+            *update_work(
                 updated,
                 work.optim.name,
                 clips=work.optim.max_grad_norm > 0,
                 backwards=passes,
                 trials=len(work.adapters),
-            )
+            ),
+            *copies,
         ),
     )
 
@@ -171,6 +175,7 @@ def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> Ker
         extends=decodes
         and len(work.adapters) == 1
         and not (work.adapter.use_dora or work.adapter.lora_dropout or work.keeps_recomputed),
+        copies=copied_adapters(work, model, machine)[0] > 0,
         trains_base=work.adapter.method == "full",
         norms_in_fp32=decoder.norms_in_fp32,
         fused_norms=fused,

@@ -20,6 +20,7 @@ from distlora.model.build import CausalLM
 from distlora.planner.memory.device import copied_adapters
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
+from distlora.training import objectives
 from distlora_kernels import fused, nf4_triton
 from family_models import config_for, load_ours, positions_of, tokens
 from plan_inputs import machine_of
@@ -117,6 +118,17 @@ def test_copies_are_rounded_once_and_neighbours_and_as_large_as_planned(tmp_path
     assert linears[1].operand().adapter.copies is None
 
 
+def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)
+    monkeypatch.setattr(Tensor, "to", lambda tensor, *args, **kwargs: calls.append((args, kwargs)) or tensor)
+    gpu = torch.device("cuda")
+    objectives._sent(torch.ones(2), gpu)
+    assert calls == ["pinned", ((gpu,), {"non_blocking": True})]
+    objectives._sent(torch.ones(2), torch.device("cpu"))
+    assert calls[2:] == [((torch.device("cpu"),), {"non_blocking": True})]
+
+
 @pytest.mark.ci
 def test_copies_of_the_adapters_save_the_casts_of_each_pass(
     triton_device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -132,7 +144,7 @@ def test_copies_of_the_adapters_save_the_casts_of_each_pass(
         copies.refresh()
         after, gradients = layer_launches(model, monkeypatch)
     assert all(map(torch.equal, gradients, expected))
-    # A of 7 linears in three passes, B in all but the last product's, and in each pass the A of two groups that are put
-    # side by side. Autograd's sums into .grad, 14 more, are not counted here.
-    assert before - after == {"_to_copy": 21, "mul": 20, "cat": 6}
-    assert (sum(before.values()), sum(after.values())) == (159, 112), after
+    # A of 7 linears in forward and recomputation (dX takes them as rows of the weights), B in all but the last product's,
+    # and the A of two groups that are put side by side. Autograd's sums into .grad, 14 more, are not counted here.
+    assert before - after == {"_to_copy": 14, "mul": 20, "cat": 4}
+    assert (sum(before.values()), sum(after.values())) == (146, 108), after

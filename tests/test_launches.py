@@ -144,7 +144,7 @@ def test_copies_of_the_adapters_save_the_casts_of_each_pass(
         copies.refresh()
         after, gradients = layer_launches(model, monkeypatch)
     assert all(map(torch.equal, gradients, expected))
-    # A of 7 linears in forward and recomputation (dX takes them as rows of the weights), B in all but the last product's,
+    # A of 7 linears in forward and recomputation (dX takes them as rows of the weights), B in all but the last product,
     # and the A of two groups that are put side by side. Autograd's sums into .grad, 14 more, are not counted here.
     assert before - after == {"_to_copy": 14, "mul": 20, "cat": 4}
     assert (sum(before.values()), sum(after.values())) == (146, 108), after

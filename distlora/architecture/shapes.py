@@ -265,7 +265,7 @@ def logit_bytes(itemsize: int, *, plain: bool, compiled: bool, capped: bool) -> 
     """Return the bytes that a logit takes in the LM head's forward and backward, beside what is kept of a token.
 
     `plain`: the logits are a frozen weight's product alone, whose loss is computed in place: in fp32 by torch, or
-    `compiled` in the run's dtype. Otherwise autograd has three fp32 copies, and the tanh of a cap.
+    `compiled` or fused in the run's dtype. Otherwise autograd has three fp32 copies, and the tanh of a cap.
     """
     if not plain:
         return 16 if capped else 12

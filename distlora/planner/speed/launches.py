@@ -67,7 +67,7 @@ class KernelOptions:
     norms_in_fp32: bool = False
     """True if norms multiply by their weight in fp32 (Gemma)."""
     fused_norms: bool = False
-    """True if norms are fused."""
+    """True if norms are fused, and the loss of plain logits."""
     fused: bool = False
     """True if gated MLPs and rotary embeddings are too."""
     is_gpu: bool = True

@@ -1,7 +1,7 @@
 """Compile elementwise.cpp, attention.cpp and products.cpp for this node and load them. Imports no torch.
 
 The library is kept in the folder `kept_in`, by what it was made from and the processor it was made for; other processes
-that need it wait for the one that compiles (2.3 CPU seconds). Where there is no such folder that only this user can
+that need it wait for the one that compiles (2.7 CPU seconds). Where there is no such folder that only this user can
 write to, each process compiles into a temporary one.
 """
 
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("elementwise", "attention", "products"))
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("numbers", "products"))
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
@@ -113,7 +114,7 @@ def _kept(words: Sequence[str]) -> ctypes.CDLL | None:
 
 def _key(words: Sequence[str]) -> str:
     """Return a digest of the sources, the compiler with its flags and version, and the processor with its features."""
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in (*SOURCES, *HEADERS)))
     cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0].splitlines()
     processor = sorted(line for line in cpuinfo if line.startswith(("model name", "flags", "Features", "CPU part")))
     digest.update(repr([words, FLAGS, _wide(), compiler_version(), platform.machine(), processor]).encode())

@@ -65,7 +65,7 @@ RUNS = {
         train.checkpointing=none train.log_every=5 train.eval_every=null train.save_every=null train.save_minutes=10
         train.seed=0 optim.lr=4e-3 optim.warmup_ratio=0.03 quant.cache=true plan.measure=true""",
     "lora_nf4": """model.path=llama data.path=text.jsonl model.new_tokens=[zu,tansu] train.compile=true
-        quant.dense_layers=recomputed train.verify=true adapter.rank_pattern={down_proj:3} optim.loraplus_lr_ratio=4""",
+        train.verify=true adapter.rank_pattern={down_proj:3} optim.loraplus_lr_ratio=4""",
     "lora_unquantized": """model.path=llama cluster.gpus_per_node=2 quant.method=none train.dtype=fp32
         data.sources=[{path:text.jsonl,weight:0.7},{path:chats.jsonl,weight:0.3}] train.accumulate=block
         train.checkpointing=offload train.mlp_tile=24 parallel.resident_blocks=1 adapter.lora_dropout=0.1

@@ -136,7 +136,6 @@ BASE_CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], list[tuple[Mode
     ("embedding whole", "llama", NARROW, {"modules_to_save": ["embed_tokens"]}, FEW),
     ("rows of the embedding", "llama", NARROW, ROWS, FEW),
     ("rows of both", "llama", NARROW | TIED, ROWS, FEW),
-    ("weights kept", "llama", NARROW, {"quant": "nf4", "dense_layers": "recomputed"}, BLOCKS),
 ]
 
 

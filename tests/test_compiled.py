@@ -35,7 +35,6 @@ from distlora_kernels import elementwise, lora_native, native, nf4
 from distlora_kernels.dropout import Dropout
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, lora_linears
 from distlora_kernels.operands import Needs, SavedLinear
-from distlora_kernels.scratch import DenseWeights
 from distlora_launcher.compose.checks import check_compiled_before, check_machine, check_model_sizes
 from family_models import load_ours, tokens, write_family_folder
 from test_fused_modules import ONE_EACH, PARTIAL_ROTARY, check_kept, run
@@ -215,10 +214,10 @@ def test_compiled_products_use_the_bits_of_the_weight(native_linears: None, kind
     linear = Linear(frozen(kind, out, features))
     expected = linear.weight.dense(torch.bfloat16)
     ones = [torch.eye(size, dtype=torch.bfloat16) for size in (features, out)]
-    (y,), _ = lora_native.forward(ones[0], [linear], [None], DenseWeights(1), with_backward=False)
+    (y,), _ = lora_native.forward(ones[0], [linear], [None], with_backward=False)
     assert torch.equal(y.T, expected)
     needs = Needs(True, (False,), (False,), (False,))
-    gradients = lora_native.backward(None, [linear], DenseWeights(1), [SavedLinear()], [ones[1]], needs)
+    gradients = lora_native.backward(None, [linear], [SavedLinear()], [ones[1]], needs)
     assert gradients.x is not None
     assert torch.equal(gradients.x, expected)
 

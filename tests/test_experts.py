@@ -13,7 +13,6 @@ from closeness import assert_close
 from distlora_kernels import experts_grouped, experts_torch, nf4, reference
 from distlora_kernels.experts import combine, dispatch, expert_linear
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertLinear, FrozenWeight, Routing
-from distlora_kernels.scratch import DenseWeights, keeping
 
 EXPERTS, CHOICES = 5, 2
 
@@ -94,9 +93,8 @@ def test_forward_and_gradients_are_the_references(path: Any, quantized: bool, tr
 
     adapter = None if gated == "none" else ExpertAdapter(a, b, scale)
     linear = ExpertLinear(weight, transposed, adapter, bias)
-    weights = DenseWeights(1)
-    y, kept = path.forward(x, linear, routing, weights)
-    gradients = path.backward(x, linear, routing, weights, kept, dy, (True, True, True))
+    y, kept = path.forward(x, linear, routing)
+    gradients = path.backward(x, linear, routing, kept, dy, (True, True, True))
     assert_close(y, expected, ulps=ulps)
     assert_close(gradients.x, dx, ulps=ulps)
     if adapter is None:
@@ -122,9 +120,8 @@ def test_what_is_not_finite_in_one_trials_rows_reaches_no_other(path: Any) -> No
     for spoiled in (1.0, float("nan"), float("inf")):
         x[own], dy[own] = spoiled, spoiled
         a[:, 2:5], b[:, :, 2:5] = spoiled, spoiled
-        weights = DenseWeights(1)
-        y, kept = path.forward(x, linear, routing, weights)
-        gradients = path.backward(x, linear, routing, weights, kept, dy, (True, True, True))
+        y, kept = path.forward(x, linear, routing)
+        gradients = path.backward(x, linear, routing, kept, dy, (True, True, True))
         others = [0, 1, 5, 6, 7]
         results.append([y[~own], gradients.x[~own], gradients.a[:, others], gradients.b[:, :, others]])
     for other in results[1:]:
@@ -158,16 +155,3 @@ def test_tokens_go_to_their_experts_and_come_back() -> None:
     dy = random(13, 6, seed=9)
     (dx,) = torch.autograd.grad(back, x, dy)
     assert_close(dx, CHOICES * dy, ulps=1)
-
-
-def test_a_kept_weight_is_not_dequantized_again() -> None:
-    """With quant.dense_layers=recomputed, backward uses the weights that recomputation dequantized."""
-    routing, weight = routing_of(23), packed(random(EXPERTS, 40, 24, seed=2))
-    linear, weights = ExpertLinear(weight, False, None, None), DenseWeights(1)
-    x, dy = (random(46, size, seed=4).bfloat16() for size in (24, 40))
-    with keeping("recomputation", torch.device("cpu")):
-        experts_grouped.forward(x, linear, routing, weights)
-    dx = experts_grouped.backward(None, linear, routing, DenseWeights(1), None, dy, (True, False, False)).x
-    lost = linear._replace(weight=FrozenWeight(tuple(torch.zeros_like(part) for part in weight.parts), weight.shape))
-    kept = experts_grouped.backward(None, lost, routing, weights, None, dy, (True, False, False)).x
-    assert torch.equal(kept, dx)

@@ -125,7 +125,6 @@ def late_copy(inputs: HostInputs, to: Tensor, source: Tensor) -> torch.cuda.Even
     "settings",
     [
         {},
-        {"dense_layers": "recomputed"},
         {"dense_layers": 2},
         {"checkpointing": "none"},
         {"checkpointing": "offload"},
@@ -146,7 +145,7 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
     settings = dict(settings)
     # With its index, as tensors and the workers have it: the scratch is kept by device.
     device = torch.device("cuda", torch.cuda.current_device())
-    monkeypatch.setattr(scratch, "_arenas", {})
+    monkeypatch.setattr(scratch, "_buffers", {})
     quant = {"dense_layers": settings.pop("dense_layers", 0)}
     config = make_run(tmp_path / "run", folders, train={"dtype": "bf16", **settings}, quant=quant)
     offloads = settings.get("checkpointing") == "offload"
@@ -173,7 +172,7 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
             assert after.keys() == before.keys()
             for name, packed in before.items():
                 assert torch.equal(after[name], packed), f"{name} has other bytes after {STEPS} steps"
-            assert len(scratch._arenas) == 1, "weights are dequantized on a stream beside the one that computes"
+            assert len(scratch._buffers) == 1, "weights are dequantized on a stream beside the one that computes"
             del model
     assert torch.cuda.memory_stats()["num_alloc_retries"] == 0
 

@@ -114,7 +114,6 @@ def test_a_tile_runs_once_forward_and_once_backward_whatever_is_around_it(tmp_pa
         ("llama", {"train": {"mlp_tile": 0}}, "mlp_tile=0"),
         ("llama", {"train": {"mlp_tile": 64}}, r"mlp_tile=64 cuts no row of .*64 tokens; .* set train.mlp_tile=16"),
         ("llama", {"train": {"mlp_tile": 8, "checkpointing": "none"}}, "set train.checkpointing=selective"),
-        ("llama", {"train": {"mlp_tile": 8}, "quant": {"dense_layers": "recomputed"}}, "leave one of them out"),
         ("llama", {"train": {"mlp_tile": 8}, "adapter": {"method": "full"}}, "mlp_tile=8 recomputes part"),
         ("llama", {"train": {"checkpointing": "selective"}, "adapter": {"method": "full"}}, "selective recomputes"),
         ("mixtral", {"train": {"mlp_tile": 8}}, "mlp_tile=8 .* mixtral sorts"),

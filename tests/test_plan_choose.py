@@ -88,7 +88,7 @@ def every(said: Config, fixed: set[str], model: PlannedModel, where: Machine) ->
         "train.micro_batch": [n for n in range(1, rows + 1) if rows % n == 0],
         "train.checkpointing": ["none", "selective", "block", "offload"],
         "train.mlp_tile": [None, *([4096] if said.data.sequence_length >= 16_384 else [])],
-        "quant.dense_layers": [*range(model.shapes.num_layers + 1), "recomputed"],
+        "quant.dense_layers": list(range(model.shapes.num_layers + 1)),
         "parallel.resident_blocks": list(range(model.shapes.num_layers + 1)),
     }
     values |= {name: [said.value_of(name)] for name in values if name in fixed}
@@ -176,9 +176,9 @@ def test_the_choice_is_the_fastest_of_all_that_fit(where: Machine, fixed: set[st
         (80, {"adapter": {"method": "full"}}, "none", "adapter=full trains every parameter"),
         (
             80,
-            {"quant": {"method": "auto", "dense_layers": "recomputed"}},
+            {"quant": {"method": "auto", "dense_layers": 1}},
             "nf4",
-            "dense_layers=recomputed needs quantized",
+            "dense_layers=1 needs quantized",
         ),
     ],
     ids=["it fits", "it does not fit", "loftq", "full", "kept"],

@@ -141,7 +141,6 @@ MORE: list[Cell] = [
     ("llama", 4, 1, {"parallel": {"shard_degree": 1}, "quant": NONE}),
     ("llama", 2, 1, {"parallel": {"prefetch": False}, "quant": NONE}),
     ("llama", 2, 1, {"parallel": {"resident_blocks": 3}, "quant": NONE}),
-    ("llama", 2, 1, {"quant": {"dense_layers": "recomputed"}}),
     ("llama", 1, 1, {"quant": {"dense_layers": 2}}),
     ("llama", 2, 1, {"quant": {"dense_layers": 3}}),
     ("llama", 2, 1, {"train": {"mlp_tile": 64}, "quant": NONE}),

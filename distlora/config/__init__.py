@@ -119,18 +119,6 @@ class Config:
             f"adapter.init=loftq corrects quantization errors, and quant={self.quant.method} has none; set "
             "quant=nf4, or adapter.init=pissa",
         )
-        if self.quant.dense_layers == "recomputed":
-            setting, train = "quant.dense_layers=recomputed", self.train
-            require(
-                train.checkpointing in ("block", "offload"),
-                f"{setting} has no effect with train.checkpointing={train.checkpointing}, where no layer is "
-                "recomputed; leave it out, or set train.checkpointing=block",
-            )
-            require(
-                train.mlp_tile is None,
-                f"train.mlp_tile={train.mlp_tile} dequantizes an MLP's weights for each tile, where {setting} would "
-                "keep them for one pass; leave one of them out",
-            )
         require(
             self.train.compile is not True or self.adapter.method != "full",
             "train.compile=true leaves out the gradients of the norms' scales, which adapter=full trains; leave it "

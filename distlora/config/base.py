@@ -324,14 +324,11 @@ class QuantConfig:
     keeps them in the run's dtype. A checkpoint that bitsandbytes has already quantized to NF4 is kept as it is with
     `nf4`, and refused with `none`. `auto` is `none` if that fits the GPUs by calculation (distlora/planner/), else
     `nf4`: the launcher decides, so RUN/config.yaml has one of the other two."""
-    dense_layers: int | Literal["auto", "recomputed"] = 0
+    dense_layers: int | Literal["auto"] = 0
     """Number of first decoder layers that keep a copy of their weights in train.dtype beside the quantized ones, for
     the whole run: they are dequantized once, and gathered once if the base is sharded (FSDP2 only). Each takes 2 bytes
     per weight in bf16 on every rank, with its gathered weights. `auto`: as many as fit, by the launcher's calculation.
-    `recomputed`: none, but the weights that a layer's recomputation dequantizes (checkpointing=block or offload) are
-    kept until its backward is done: two dequantizations per step instead of three, for one layer's memory and one
-    product more; it pays below about 800 tokens per forward. Results do not depend on it; where products of few rows
-    on a GPU decode weights inside, they differ by rounding."""
+    Results do not depend on it; where products of few rows on a GPU decode weights inside, they differ by rounding."""
     cache: bool = True
     """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the
     checkpoint, on any number of ranks and bit for bit the same. A checkpoint that is already quantized is not cached. A
@@ -346,9 +343,9 @@ class QuantConfig:
         require_choice("quant.method", self.method, ("nf4", "none", "auto"))
         dense = self.dense_layers
         require(
-            dense in ("auto", "recomputed") or (isinstance(dense, int) and dense >= 0),
-            f"quant.dense_layers={dense} is not a valid number of layers; set it to 0 or more, to auto (as many as "
-            "fit), or to recomputed",
+            dense == "auto" or (isinstance(dense, int) and dense >= 0),
+            f"quant.dense_layers={dense} is not a valid number of layers; set it to 0 or more, or to auto (as many "
+            "as fit)",
         )
         require(
             dense == 0 or self.method != "none",

@@ -93,16 +93,13 @@ def load_config(run_dir: str | Path) -> Config:
     if "card" in values:  # The name of this section in runs of earlier versions.
         values = {"gpu": values.pop("card"), **values}
     train = values.get("train")
-    if isinstance(train, dict) and "liger" in train:
-        values["train"] = {"fused_kernels": "own" if train.pop("liger") else "none", **train}
+    if isinstance(train, dict):
+        train.pop("keep_dequantized", None)  # It changed no result.
+        if "liger" in train:
+            values["train"] = {"fused_kernels": "own" if train.pop("liger") else "none", **train}
     tracker = values.get("tracker")
     if isinstance(tracker, dict) and "name" in tracker:  # It named the only tracker in runs of earlier versions.
         values["tracker"] = {**tracker, name: True} if (name := tracker.pop("name")) != "none" else {}
-    train = values.get("train")
-    if isinstance(train, dict) and "keep_dequantized" in train:  # A setting of runs of earlier versions.
-        quant = values.get("quant") or {}
-        kept = {"dense_layers": "recomputed"} if train.pop("keep_dequantized") else {}
-        values["quant"] = {**quant, **kept} if isinstance(quant, dict) else quant
     try:
         return build(Config, {**values, "run_dir": str(run_dir)})
     except UserError as error:

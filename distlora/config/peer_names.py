@@ -85,7 +85,7 @@ _SENTENCES = {
     "bits load_in_4bit load_in_8bit quantization_bit": _BITS,
     "push_to_hub hub_model_id": _PUSH,
     "deepspeed fsdp fsdp_config": _SHARDING,
-    "keep_dequantized": "; write quant.dense_layers=recomputed for keep_dequantized=true, and nothing for false",
+    "keep_dequantized": "; quant.dense_layers keeps dequantized weights, of a number of layers and for the whole run",
     "trust_remote_code": "; code that comes with a model is never run",
     "tracker.name": "; write tracker=wandb, or several as tracker=[wandb,tensorboard]",
     "do_train do_eval": "; leave it out: `distlora train` trains, and evaluates on data.eval_fraction",

@@ -435,7 +435,6 @@ def _wrap_layers(
             layer.set_submodule(path, ByDocument(layer.get_submodule(path), context))
         block = Block(layer, context, dict(kind.batch_dims))
         block.checkpointing = train.checkpointing in ("block", "offload")
-        block.keep_dequantized = quant.dense_layers == "recomputed"
         block.dense_dtype = dtype if index < quant.num_dense else None
         layers[index] = block
         blocks.append(block)

@@ -14,20 +14,19 @@ import itertools
 import weakref
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from distlora.model.adapters import BlockContext, Rows
 from distlora.model.by_document import ByDocument, describe, join, map_leaves
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.wrapper import Wrapper
 from distlora.system.host_memory import bytes_of, take_chunk, take_places
-from distlora_kernels import elementwise, scratch
+from distlora_kernels import elementwise
 
 _CACHES = ("cache", "past_key_values", "layer_past")
 """Names by which transformers passes a layer the keys and values of earlier tokens, one object for all rows."""
@@ -85,9 +84,6 @@ class Block(Wrapper):
         self.remakes = False
         """Without activation checkpointing: store how to recompute outputs of compiled norms and gated products, not
         the outputs."""
-        self.keep_dequantized = False
-        """True to keep dequantized weights from recomputation (activation checkpointing) until the slice's backward is
-        done."""
         self.dense_dtype: torch.dtype | None = None
         """The dtype of copies of the quantized weights that the next forward makes, for the whole run; None: none. If
         the layer is sharded, it stays gathered."""
@@ -203,8 +199,7 @@ class Block(Wrapper):
         def layer(hidden: Tensor) -> tuple[Any, Tensor | None]:
             # In recomputation too, when another slice's rows may be set.
             self.context.rows = rows
-            # A kept weight is dequantized for its product.
-            self.context.recomputes = next(runs) > 0 and not self.keep_dequantized
+            self.context.recomputes = next(runs) > 0
             given = kwargs | {name: value.as_before() for name, value in handed_on.items()} if handed_on else kwargs
             try:
                 output = self.inner(hidden, **given)
@@ -217,11 +212,8 @@ class Block(Wrapper):
 
         if self.checkpointing and torch.is_grad_enabled():
             # No layer draws from torch's generators, so their state need not be kept.
-            context = functools.partial(_keeping, hidden_states.device) if self.keep_dequantized else noop_context_fn
             with contextlib.nullcontext() if self.host_inputs is None else self.host_inputs.keeping():
-                return checkpoint(
-                    layer, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=context
-                )
+                return checkpoint(layer, hidden_states, use_reentrant=False, preserve_rng_state=False)
         if self.remakes and torch.is_grad_enabled():
             with elementwise.recomputing():
                 return layer(hidden_states)
@@ -243,10 +235,6 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_balance: Tensor | None) -> tuple[Tensor | None, ...]:
         return grad_output, grad_balance
-
-
-def _keeping(device: torch.device) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return scratch.keeping("forward", device), scratch.keeping("recomputation", device)
 
 
 class _HandedOn:

@@ -83,7 +83,7 @@ def _dequantized_layers(plan: Plan) -> float:
     """Return how many layers a step dequantizes: each in forward, in its recomputation and in backward."""
     quant, recomputes = plan.config.quant, plan.config.train.checkpointing in ("block", "offload")
     layers = plan.model.shapes.num_layers - quant.num_dense if quant.method == "nf4" else 0
-    return layers * (3 if recomputes and quant.dense_layers != "recomputed" else 2)
+    return layers * (3 if recomputes else 2)
 
 
 def is_as_good(cost: tuple[float, ...], best: tuple[float, ...]) -> bool:
@@ -174,7 +174,7 @@ class Search:
         return [{}, *({setting: value} for value in values if value != given)]
 
     def _ways(self) -> Iterator[Settings]:
-        """Yield each combination of free values of accumulation, checkpointing, MLP tiles, dense layers and prefetch.
+        """Yield each combination of free values of accumulation, checkpointing, MLP tiles and prefetch.
 
         Leaves out combinations that cannot be better: block accumulation without sharding, and tiles for short
         sequences or experts.
@@ -182,12 +182,10 @@ class Search:
         config = self.config
         shards = config.shard_degree(self.machine.ranks) > 1
         is_tiled = config.data.sequence_length >= TILED_FROM and not self.model.shapes.architecture.has_experts
-        is_packed = config.quant.method == "nf4"
         values = {
             "train.accumulate": self._free("train.accumulate", *(("step", "block") if shards else ())),
             "train.checkpointing": self._free("train.checkpointing", *RECOMPUTES),
             "train.mlp_tile": self._free("train.mlp_tile", *((None, TILE) if is_tiled else ())),
-            "quant.dense_layers": self._free("quant.dense_layers", *((0, "recomputed") if is_packed else ())),
             "parallel.prefetch": self._free("parallel.prefetch", *((True, False) if shards else ())),
         }
         for combination in itertools.product(*values.values()):
@@ -436,7 +434,6 @@ _MEANINGS: dict[tuple[str, Any], str] = {
     ("train.checkpointing", "offload"): "the layers' inputs are offloaded to host memory",
     ("train.accumulate", "step"): "saves the inputs of one micro-batch at a time",
     ("train.mlp_tile", None): "MLPs run on whole sequences",
-    ("quant.dense_layers", "recomputed"): "weights are dequantized twice per step, not three times",
     ("parallel.prefetch", True): "the next layer is gathered while one computes",
     ("parallel.prefetch", False): "one fewer layer is gathered at a time",
     ("parallel.offload_base", False): "the base stays on the GPUs",

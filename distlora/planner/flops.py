@@ -226,11 +226,8 @@ def weights_within(work: Workload, model: PlannedModel, part: str) -> tuple[int,
 
 
 def skips(work: Workload, *, adapted: bool) -> bool:
-    """Return True if recomputation leaves out the product of a linear whose output nothing reads.
-
-    DoRA's magnitude reads it, and quant.dense_layers=recomputed keeps the weight that the product dequantizes.
-    """
-    return not (work.adapter.use_dora and adapted) and not work.keeps_recomputed
+    """Return True if recomputation leaves out a linear's product that nothing reads but DoRA's magnitude."""
+    return not (work.adapter.use_dora and adapted)
 
 
 def _unread(work: Workload, model: PlannedModel, part: str) -> int:

@@ -23,8 +23,6 @@ class Workload:
     """True if the linears of the decoder layers are stored in NF4."""
     dense_layers: int
     """Number of first decoder layers with a dense copy of them."""
-    keeps_recomputed: bool
-    """True if a layer's dequantized weights are kept from recomputation to backward."""
     keeps_shards: bool
     """True if the quantized shards are cached on disk."""
     new_tokens: tuple[str, ...]
@@ -55,7 +53,6 @@ class Workload:
             gpus_per_node=config.cluster.gpus_per_node,
             quantized=config.quant.is_nf4,
             dense_layers=config.quant.num_dense,
-            keeps_recomputed=config.quant.dense_layers == "recomputed",
             keeps_shards=config.quant.keeps_shards,
             new_tokens=tuple(config.model.new_tokens),
             sequence_length=data.sequence_length,

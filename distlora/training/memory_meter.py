@@ -210,9 +210,7 @@ def _of_training(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[t
                 yield value, "optimizer"
     device = model.head.weight.device
     if device.type == "cuda":
-        arena = scratch.arena(device)
-        yield arena.one, "scratch"
-        yield arena.kept, "scratch"
+        yield scratch.buffer(device), "scratch"
 
 
 def mark(part: Part) -> None:

@@ -123,7 +123,7 @@ def start_model(
     loaded = load_base(model, base, backend, subtract_initial_adapter=adapter.pissa, cache=cache, boundary=boundary)
     backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
-    reserve_scratch(model, DTYPES[spec.dtype], ranks.device, keep=spec.quant.dense_layers == "recomputed")
+    reserve_scratch(model, DTYPES[spec.dtype], ranks.device)
     if offloaded is not None:
         reserve_offload_memory(model, *offloaded, ranks.device)
     if not adapter.decomposes:
@@ -171,27 +171,19 @@ def start_adapters(
         model.keep_start()
 
 
-def reserve_scratch(model: CausalLM, dtype: torch.dtype, device: torch.device, *, keep: bool) -> None:
-    """Reserve GPU memory for dequantized weights before the first step needs it, and note the size in `model.notes`.
+def reserve_scratch(model: CausalLM, dtype: torch.dtype, device: torch.device) -> None:
+    """Reserve GPU memory for a dequantized weight before the first step needs it, and note the size in `model.notes`.
 
-    `keep`: a layer's dequantized weights stay from recomputation to backward. On the CPU nothing is reserved.
+    On the CPU nothing is reserved.
     """
     if device.type != "cuda":
         return
-    blocks = [
-        [m.shape for m in block.modules() if isinstance(m, FrozenTensor) and m.quantized]
-        for block in model.blocks
-        if block.dense_dtype is None
-    ]
-    largest = max((dtype.itemsize * scratch_numel(shape) for shapes in blocks for shape in shapes), default=0)
-    if largest == 0:
-        return
-    block = max(scratch.block_bytes(shapes, dtype) for shapes in blocks) if keep else 0
-    reserved = scratch.reserve(device, largest=largest, block=block)
-    model.notes.append(
-        f"{reserved / 2**20:,.0f} MiB of scratch memory for dequantized weights: one at a time"
-        + (", and one layer's from recomputation to backward" if keep else "")
-    )
+    blocks = (block for block in model.blocks if block.dense_dtype is None)
+    weights = (m for block in blocks for m in block.modules() if isinstance(m, FrozenTensor) and m.quantized)
+    largest = max((dtype.itemsize * scratch_numel(weight.shape) for weight in weights), default=0)
+    if largest > 0:
+        scratch.reserve(device, largest)
+        model.notes.append(f"{largest / 2**20:,.0f} MiB of scratch memory for dequantized weights: one at a time")
 
 
 def require_offload_memory(

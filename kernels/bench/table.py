@@ -236,7 +236,7 @@ def _timed(run: Callable[[], object], flush: torch.Tensor) -> float:
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Return the peak bytes of one run over the memory before it: outputs, temporaries and our scratch."""
-    scratch.reserve(device, largest=0)
+    scratch.reserve(device, 0)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -26,7 +26,6 @@ from torch.autograd.function import once_differentiable
 from distlora_kernels import experts_grouped, experts_torch
 from distlora_kernels.dispatch import check_compilation
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertLinear, FrozenWeight, Routing
-from distlora_kernels.scratch import DenseWeights
 
 __all__ = ["ExpertAdapter", "ExpertChoice", "Routing", "combine", "dispatch", "expert_linear", "runs_grouped"]
 
@@ -113,22 +112,19 @@ class _ExpertLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, form: _Form, *parts: Tensor
     ) -> Tensor:
-        weights = DenseWeights(1)
-        y, gated = _path(form.routing).forward(x, form.joined(a, b, bias, parts), form.routing, weights)
+        y, gated = _path(form.routing).forward(x, form.joined(a, b, bias, parts), form.routing)
         ctx.form = form
         # x for dA, s x A^T for dB.
-        ctx.save_for_backward(None if a is None else x, gated, *weights.saved, a, b, bias, *parts)
+        ctx.save_for_backward(None if a is None else x, gated, a, b, bias, *parts)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gated, dense, a, b, bias, *parts = ctx.saved_tensors
-        weights = DenseWeights(1)
-        weights.saved = [dense]
+        x, gated, a, b, bias, *parts = ctx.saved_tensors
         linear = ctx.form.joined(a, b, bias, parts)
         dy, needs = dy.contiguous(), ctx.needs_input_grad[:3]
-        gradients = _path(ctx.form.routing).backward(x, linear, ctx.form.routing, weights, gated, dy, needs)
+        gradients = _path(ctx.form.routing).backward(x, linear, ctx.form.routing, gated, dy, needs)
         return (*gradients, None, None, *(None for _ in parts))
 
 

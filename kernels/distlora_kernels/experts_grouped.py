@@ -16,14 +16,14 @@ from torch import Tensor
 
 from distlora_kernels.dispatch import on_device
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertGradients, ExpertLinear, Routing
-from distlora_kernels.scratch import DenseWeights
+from distlora_kernels.scratch import take
 
 _RANK_MULTIPLE = 8
 
 
-def forward(x: Tensor, linear: ExpertLinear, routing: Routing, weights: DenseWeights) -> tuple[Tensor, Tensor | None]:
+def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, Tensor | None]:
     """Return y (S, O) of x (S, I), and s x A^T (S, padded R) for backward; None without an adapter."""
-    y = _product(x, _dense(linear, x.dtype, weights).transpose(-2, -1), routing.ends)
+    y = _product(x, _dense(linear, x.dtype).transpose(-2, -1), routing.ends)
     gated = None
     if linear.adapter is not None:
         a, b = _padded(linear.adapter, x.dtype)
@@ -39,13 +39,12 @@ def backward(
     x: Tensor | None,
     linear: ExpertLinear,
     routing: Routing,
-    weights: DenseWeights,
     gated: Tensor | None,
     dy: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> ExpertGradients:
     """Return the gradients of <y, dy> for x (S, I), a (E, R, I) and b (E, O, R) that are needed."""
-    dx = _product(dy, _dense(linear, dy.dtype, weights), routing.ends) if needs[0] else None
+    dx = _product(dy, _dense(linear, dy.dtype), routing.ends) if needs[0] else None
     if linear.adapter is None:
         return ExpertGradients(dx, None, None)
     assert x is not None
@@ -84,9 +83,9 @@ def _sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return sums.masked_fill_(idle[:, None, None], 0.0)
 
 
-def _dense(linear: ExpertLinear, dtype: torch.dtype, weights: DenseWeights) -> Tensor:
+def _dense(linear: ExpertLinear, dtype: torch.dtype) -> Tensor:
     """Return the weight (E, O, I) in `dtype`; on a GPU it is valid until the next weight is taken."""
-    weight = weights.take(0, linear.weight, dtype)
+    weight = take(linear.weight, dtype)
     return weight.transpose(-2, -1) if linear.transposed else weight
 
 

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from distlora_kernels import nf4
 from distlora_kernels.operands import ExpertChoice, ExpertGradients, ExpertLinear, FrozenWeight, Routing
-from distlora_kernels.scratch import DenseWeights
 
 
-def forward(x: Tensor, linear: ExpertLinear, routing: Routing, weights: DenseWeights) -> tuple[Tensor, Tensor | None]:
+def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, Tensor | None]:
     """Return y (S, O) of x (S, I), and s x A^T (S, R) for backward; None without an adapter.
 
-    R is the largest rank if tokens choose. No dense weight is left in `weights`: an expert's is freed before the next.
+    R is the largest rank if tokens choose. An expert's dense weight is freed before the next.
     """
     weight_of = dense_experts(linear, x.dtype)
     y, adapter = x.new_empty(x.shape[0], linear.out_features), linear.adapter
@@ -51,7 +50,6 @@ def backward(
     x: Tensor | None,
     linear: ExpertLinear,
     routing: Routing,
-    weights: DenseWeights,
     gated: Tensor | None,
     dy: Tensor,
     needs: tuple[bool, bool, bool],

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora_kernels import dora
+from distlora_kernels import dora, scratch
 from distlora_kernels.dropout import ChosenDropout, Dropout, apply_dropout
 from distlora_kernels.extension import carrier, extends, padded
 from distlora_kernels.fused import choose_variant, fused_linear, fused_linear_dx
@@ -34,7 +34,6 @@ from distlora_kernels.operands import (
     SavedLinear,
     per_column,
 )
-from distlora_kernels.scratch import DenseWeights
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 
 
@@ -52,31 +51,31 @@ _Input = Tensor | _Extended | None
 
 
 def forward(
-    x: Tensor, linears: Sequence[Linear], inputs: list[_Input], weights: DenseWeights, *, with_backward: bool
+    x: Tensor, linears: Sequence[Linear], inputs: list[_Input], *, with_backward: bool
 ) -> tuple[list[Tensor], list[SavedDora | None]]:
     """Return each linear's y (M, O) of x (M, I), and what a magnitude's backward needs; `project` gives `inputs`."""
     x = _row_major(x)
     ys: list[Tensor] = []
     magnitudes: list[SavedDora | None] = []
-    for index, (linear, xa) in enumerate(zip(linears, inputs, strict=True)):
+    for linear, xa in zip(linears, inputs, strict=True):
         weight, adapter, bias = linear
         saved_dora = None
         if isinstance(xa, _Extended):
-            y = _extended(linear, weights, xa)
+            y = _extended(linear, xa)
         elif adapter is None or xa is None:
-            y = _Base(index, weight, weights, x).output(x, bias)
+            y = _Base(weight, x).output(x, bias)
         elif adapter.magnitude is None:
-            y = _adapted(_Base(index, weight, weights, x), x, xa, adapter, bias)
+            y = _adapted(_Base(weight, x), x, xa, adapter, bias)
         elif dora.can_fold(adapter, weight, x.dtype):
             wa = fused_linear(adapter.down(x.dtype), weight).T
             factors = dora.factors(adapter, wa, torch.float32)
             factor = factors.excess + 1
             weight, lora, _ = dora.folded(linear, factor)
             assert lora is not None
-            y = _adapted(_Base(index, weight, weights, x), x, xa, lora, bias)
+            y = _adapted(_Base(weight, x), x, xa, lora, bias)
             saved_dora = dora.saved_for_folded(linear, factors, factor, y, with_backward=with_backward)
         else:
-            y, saved_dora = _with_magnitude(_Base(index, weight, weights, x), x, xa, adapter, bias)
+            y, saved_dora = _with_magnitude(_Base(weight, x), x, xa, adapter, bias)
         ys.append(y)
         magnitudes.append(saved_dora)
     return ys, magnitudes
@@ -85,9 +84,9 @@ def forward(
 class _Base:
     """The product with one frozen weight W (O, I), in the variant chosen for the rows of x."""
 
-    def __init__(self, index: int, weight: FrozenWeight, weights: DenseWeights, x: Tensor) -> None:
+    def __init__(self, weight: FrozenWeight, x: Tensor) -> None:
         self.weight = weight
-        self.dense = None if choose_variant(x, weight) == "fused" else weights.take(index, weight, x.dtype)
+        self.dense = None if choose_variant(x, weight) == "fused" else scratch.take(weight, x.dtype)
         """The dense weight in x's dtype, valid until the next is taken; None if it is decoded inside the product."""
 
     def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -111,12 +110,12 @@ def _adapted(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor 
     return base.plus(skinny_up(xa, up, bias=bias, choice=choice), x)
 
 
-def _extended(linear: Linear, weights: DenseWeights, wide: _Extended) -> Tensor:
+def _extended(linear: Linear, wide: _Extended) -> Tensor:
     """Return x W^T + s (x A^T) B^T + bias, (M, O), by one product."""
     adapter, columns = linear.adapter, wide.rows.shape[1]
     assert adapter is not None
     up, room = _scaled_up(adapter, wide.rows.dtype), wide.rows.stride(0) - linear.weight.shape[1]
-    dense = weights.take_beside(linear.weight, up, first_rank=wide.first_rank, columns=room)[:, :columns]
+    dense = scratch.take_beside(linear.weight, up, first_rank=wide.first_rank, columns=room)[:, :columns]
     return wide.rows @ dense.T if linear.bias is None else torch.addmm(linear.bias, wide.rows, dense.T)
 
 
@@ -138,7 +137,6 @@ def _with_magnitude(
 def backward(
     x: Tensor | None,
     linears: Sequence[Linear],
-    weights: DenseWeights,
     saved: Sequence[SavedLinear],
     dys: Sequence[Tensor | None],
     needs: Needs,
@@ -151,7 +149,7 @@ def backward(
         for linear, each in zip(linears, saved, strict=True)
     ]
     rows = {index: _row_major(dy) for index, dy in enumerate(dys) if dy is not None}
-    carried = _carried(linears, weights, saved, rows) if needs.x else None
+    carried = _carried(linears, saved, rows) if needs.x else None
     dxas: dict[int, Tensor] = {}
     through_dropout: dict[int, Tensor] = {}
     for index, dy in rows.items():
@@ -183,7 +181,7 @@ def backward(
     if x is not None:
         _add_down_gradients(gradients, _row_major(x), linears, dxas, needs)
     if needs.x:
-        gradients.x = _input_gradient(linears, weights, rows, dxas, through_dropout, carried)
+        gradients.x = _input_gradient(linears, rows, dxas, through_dropout, carried)
     return gradients
 
 
@@ -209,18 +207,16 @@ class _Carried(NamedTuple):
         places = {"out": self.rows[:, self.out :][:, self.columns[index]]}
         return places | {"copy": self.rows[:, : self.out]} if index == self.linear else places
 
-    def input_gradient(self, linears: Sequence[Linear], weights: DenseWeights) -> Tensor:
+    def input_gradient(self, linears: Sequence[Linear]) -> Tensor:
         """Return its dY W and the adapters' terms, (M, I)."""
         rank = self.rows.shape[1] - self.out
-        dense = weights.take_above(linears[self.linear].weight, self.rows.dtype, rows=rank)
+        dense = scratch.take_above(linears[self.linear].weight, self.rows.dtype, rows=rank)
         for index, columns in self.columns.items():
             dense[self.out :][columns].copy_(_adapter(linears, index).a)
         return self.rows @ dense
 
 
-def _carried(
-    linears: Sequence[Linear], weights: DenseWeights, saved: Sequence[SavedLinear], dys: dict[int, Tensor]
-) -> _Carried | None:
+def _carried(linears: Sequence[Linear], saved: Sequence[SavedLinear], dys: dict[int, Tensor]) -> _Carried | None:
     """Return the dY to extend, before it is filled; None if none pays."""
     ranks, outs = {}, {}
     for index, dy in dys.items():
@@ -228,7 +224,7 @@ def _carried(
         is_plain = adapter is not None and saved[index].magnitude is None and _is_plain(adapter)
         if adapter is not None and is_plain and choose_variant(dy, weight) == "scratch":
             ranks[index] = _width(adapter)
-            if weights.extends(index, weight):
+            if scratch.extends(weight):
                 outs[index] = dy.shape[1]
     rank = sum(ranks.values())
     first = next(iter(dys.values()))
@@ -243,7 +239,6 @@ def _carried(
 
 def _input_gradient(
     linears: Sequence[Linear],
-    weights: DenseWeights,
     dys: dict[int, Tensor],
     dxas: dict[int, Tensor],
     through_dropout: dict[int, Tensor],
@@ -254,7 +249,7 @@ def _input_gradient(
     A fused product adds its adapter's term itself, as that of `carried` does for its group. `through_dropout` has
     (k - 1) dY of DoRA linears with dropout.
     """
-    total = None if carried is None else carried.input_gradient(linears, weights)
+    total = None if carried is None else carried.input_gradient(linears)
     fused = {index for index, dy in dys.items() if choose_variant(dy, linears[index].weight) == "fused"}
     inside: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -278,7 +273,7 @@ def _input_gradient(
     for index, dy in through_dropout.items():
         weight, dropout = linears[index].weight, _adapter(linears, index).dropout
         assert dropout is not None
-        dx = fused_linear_dx(dy, weight) if index in fused else dy @ weights.take(index, weight, dy.dtype)
+        dx = fused_linear_dx(dy, weight) if index in fused else dy @ scratch.take(weight, dy.dtype)
         add(apply_dropout(dx, dropout))
     for index, dy in dys.items():
         weight = linears[index].weight
@@ -288,9 +283,9 @@ def _input_gradient(
             dxa_and_a = inside.get(index, (None, None))
             add(fused_linear_dx(dy, weight, dxa=dxa_and_a[0], a=dxa_and_a[1]))
         elif total is None:
-            total = dy @ weights.take(index, weight, dy.dtype)
+            total = dy @ scratch.take(weight, dy.dtype)
         else:
-            torch.addmm(total, dy, weights.take(index, weight, dy.dtype), out=total)
+            torch.addmm(total, dy, scratch.take(weight, dy.dtype), out=total)
     return total
 
 
@@ -339,7 +334,7 @@ def _pays(x: Tensor, group: Sequence[Linear], rank: int) -> bool:
         assert adapter is not None
         if adapter.magnitude is not None or not _is_plain(adapter) or choose_variant(x, weight) == "fused":
             return False
-        if not DenseWeights(1).extends(0, weight):
+        if not scratch.extends(weight):
             return False
     (m, features), written = x.shape, sum(linear.weight.shape[0] for linear in group)
     return features % BLOCK == 0 and extends(

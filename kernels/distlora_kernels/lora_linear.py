@@ -3,8 +3,7 @@
 One autograd function runs all linears that are applied to an input. Two rules make it work under FSDP2, ZeRO-3 and no
 sharding (README.md):
 - it saves the weights' Parameters themselves, never a view or a dequantized copy, and dequantizes again in backward, so
-  their storage may be freed after forward and refilled before backward (scratch.keeping is the exception, under
-  activation checkpointing);
+  their storage may be freed after forward and refilled before backward;
 - the adapter's term is written first and the base GEMM accumulates into it (beta = 1). Added to an output that is
   already rounded to bf16, an update below half an ulp would vanish.
 
@@ -40,7 +39,6 @@ from distlora_kernels.operands import (
     SavedDora,
     SavedLinear,
 )
-from distlora_kernels.scratch import DenseWeights
 
 __all__ = ["Adapter", "Copies", "FrozenWeight", "Linear", "Magnitude", "RowChoice", "lora_linear", "lora_linears"]
 
@@ -120,16 +118,16 @@ class _LoRALinears(torch.autograd.Function):
     def forward(
         ctx: Any, keeper: Tensor | None, x: Tensor, forms: tuple[_Form, ...], inputs: Any, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        weights, linears = DenseWeights(len(forms)), _joined(forms, tensors)
+        linears = _joined(forms, tensors)
         if inputs is None:
             ys = [x.new_full((), math.nan).expand(len(x), form.shape[0]) for form in forms]
             magnitudes = [None] * len(forms)
         else:
-            ys, magnitudes = _path(x, linears).forward(x, linears, inputs, weights, with_backward=keeper is not None)
+            ys, magnitudes = _path(x, linears).forward(x, linears, inputs, with_backward=keeper is not None)
         ctx.forms = forms
         ctx.set_materialize_grads(False)
         # y for the gradient of the magnitude.
-        ctx.save_for_backward(*(tensor for each in magnitudes for tensor in each or _NO_MAGNITUDE), *weights.saved)
+        ctx.save_for_backward(*(tensor for each in magnitudes for tensor in each or _NO_MAGNITUDE))
         return tuple(ys)
 
     @staticmethod
@@ -138,8 +136,7 @@ class _LoRALinears(torch.autograd.Function):
         forms, count = ctx.forms, len(ctx.forms)
         x, *rest = kept(ctx)
         xas, tensors = rest[:count], rest[count:]
-        after, size, weights = ctx.saved_tensors, len(_NO_MAGNITUDE), DenseWeights(count)
-        weights.saved = list(after[size * count :])
+        after, size = ctx.saved_tensors, len(_NO_MAGNITUDE)
         saved = [
             SavedLinear(xa, SavedDora.of(after[size * index : size * (index + 1)])) for index, xa in enumerate(xas)
         ]
@@ -152,7 +149,7 @@ class _LoRALinears(torch.autograd.Function):
         if first is None:
             return (None,) * (4 + len(tensors))
         linears = _joined(forms, tensors)
-        gradients = _path(first, linears).backward(x, linears, weights, saved, dys, needs)
+        gradients = _path(first, linears).backward(x, linears, saved, dys, needs)
         results: list[Tensor | None] = [None] * len(tensors)
         for place, *by_kind in zip(places, gradients.a, gradients.b, gradients.magnitude, strict=True):
             results[place : place + len(by_kind)] = by_kind

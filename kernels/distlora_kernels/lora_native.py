@@ -17,11 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora_kernels import native, nf4_cpu, scratch
+from distlora_kernels import native, nf4_cpu
 from distlora_kernels.elementwise import call
 from distlora_kernels.operands import FrozenWeight, Gradients, Linear, Needs, RowChoice, SavedLinear
 from distlora_kernels.reference import NF4_LEVELS
-from distlora_kernels.scratch import DenseWeights
 
 COLUMNS = 64
 """In and out features must be a multiple of this."""
@@ -113,23 +112,16 @@ def project(x: Tensor, linears: Sequence[Linear]) -> tuple[list[Tensor | None], 
 
 
 def forward(
-    x: Tensor, linears: Sequence[Linear], inputs: list[Tensor | None], weights: DenseWeights, *, with_backward: bool
+    x: Tensor, linears: Sequence[Linear], inputs: list[Tensor | None], *, with_backward: bool
 ) -> tuple[list[Tensor], list[None]]:
     """Return each linear's y (M, O) of x (M, I), and no magnitudes; `project` gives `inputs`."""
     x, ys = _in_rows(x), []
-    for index, ((weight, adapter, bias), gated) in enumerate(zip(linears, inputs, strict=True)):
-        factors = [_Factor(x, _operand(weights, index, weight))]
+    for (weight, adapter, bias), gated in zip(linears, inputs, strict=True):
+        factors = [_Factor(x, weight)]
         if adapter is not None and gated is not None:
             factors.append(_Factor(gated, _dense(adapter.b.to(x.dtype))))
         ys.append(_sum(factors, weight.shape[0], transposed=False, bias=bias))
     return ys, [None] * len(ys)
-
-
-def _operand(weights: DenseWeights, index: int, weight: FrozenWeight) -> FrozenWeight:
-    """Return the weight, or its dense copy where one is kept."""
-    if weights.saved[index] is None and not scratch.keeps():
-        return weight
-    return _dense(weights.take(index, weight, torch.bfloat16))
 
 
 def _dense(tensor: Tensor) -> FrozenWeight:
@@ -139,7 +131,6 @@ def _dense(tensor: Tensor) -> FrozenWeight:
 def backward(
     x: Tensor | None,
     linears: Sequence[Linear],
-    weights: DenseWeights,
     saved: Sequence[SavedLinear],
     dys: Sequence[Tensor | None],
     needs: Needs,
@@ -150,7 +141,7 @@ def backward(
         if dy is None:
             continue
         dy = _in_rows(dy)
-        factors.append(_Factor(dy, _operand(weights, index, weight)))
+        factors.append(_Factor(dy, weight))
         if adapter is None:
             continue
         gated = saved[index].xa

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora_kernels import dora
+from distlora_kernels import dora, scratch
 from distlora_kernels.dropout import ChosenDropout, Dropout, dropped
 from distlora_kernels.operands import Adapter, Gradients, Linear, Needs, RowChoice, SavedDora, SavedLinear
-from distlora_kernels.scratch import DenseWeights
 
 
 class _PartAdapter(NamedTuple):
@@ -122,18 +121,13 @@ def project(x: Tensor, linears: Sequence[Linear]) -> tuple[list[list[_Projected]
 
 
 def forward(
-    x: Tensor, linears: Sequence[Linear], inputs: list[list[_Projected]], weights: DenseWeights, *, with_backward: bool
+    x: Tensor, linears: Sequence[Linear], inputs: list[list[_Projected]], *, with_backward: bool
 ) -> tuple[list[Tensor], list[SavedDora | None]]:
     """Return each linear's y (M, O) of x (M, I), and what a magnitude's backward needs; `project` gives `inputs`."""
     ys: list[Tensor] = []
     magnitudes: list[SavedDora | None] = []
-    for index, (linear, projected) in enumerate(zip(linears, inputs, strict=True)):
-        weight, bias, adapter, saved_dora = (
-            weights.take(index, linear.weight, x.dtype),
-            linear.bias,
-            linear.adapter,
-            None,
-        )
+    for (frozen, adapter, bias), projected in zip(linears, inputs, strict=True):
+        weight, saved_dora = scratch.take(frozen, x.dtype), None
         if adapter is None or (adapter.magnitude is None and all(part.adapter is None for part in projected)):
             y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
         elif adapter.magnitude is None:
@@ -190,7 +184,6 @@ def _with_magnitude(
 def backward(
     x: Tensor | None,
     linears: Sequence[Linear],
-    weights: DenseWeights,
     saved: Sequence[SavedLinear],
     dys: Sequence[Tensor | None],
     needs: Needs,
@@ -218,7 +211,7 @@ def backward(
             assert x is not None
             dxas = _adapter_gradients(gradients, index, adapter, x, parts, linear_saved, scaled, needs)
         if needs.x:
-            weight = weights.take(index, linear.weight, dy.dtype)
+            weight = scratch.take(linear.weight, dy.dtype)
             dx = _input_gradient(dxas, dy, dropped_dy, weight)
             gradients.x = dx if gradients.x is None else gradients.x.add_(dx)
     return gradients

@@ -117,7 +117,6 @@ class Costs(LayerRun):
             trains_head=full or HEAD in adapter.modules_to_save,
             trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
             adds_up_gradients=work.shard_degree(machine.ranks) > 1,
-            keeps_dense=work.keeps_recomputed,
             has_reference=work.train.objective == "dpo",
             trials=len(work.adapters),
         )
@@ -222,8 +221,7 @@ class Costs(LayerRun):
             of_mlp = of_mlp.plus((1 if mode == "selective" else 2) * tokens * self.boundary)
         if mode == "selective":
             return max(of_mlp.plus(-known if tile is None else 0), of_attention.plus(-held))
-        dense = sum(operation.keeps_dense for operation in attention)
-        return max(of_mlp.plus(held - known, dense), of_attention.plus(-known))
+        return max(of_mlp.plus(held - known), of_attention.plus(-known))
 
     @property
     def norm_keeps(self) -> int:

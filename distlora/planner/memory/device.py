@@ -111,7 +111,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     held["adapters"] += trained.adapter_bytes + copied_adapters(work, model, machine)[1]
     held["gradients"] += trained.flat_gradient_bytes
     held["optimizer"] += trained.optimizer_bytes(work.optim.name, is_gpu=machine.is_gpu)
-    held["scratch"] += arena_bytes(work, model) if machine.is_gpu else 0
+    held["scratch"] += scratch_bytes(work, model) if machine.is_gpu else 0
     step = Step.of(work, model, machine, base, trained, resident)
     moments = step.moments()
     later = held["gradients"] + held["optimizer"]
@@ -185,18 +185,14 @@ def dense_bytes(work: Workload, model: PlannedModel) -> int:
     return traffic.DTYPE_BYTES[work.train.dtype] * sum(math.prod(shape) for shapes in layers for shape in shapes)
 
 
-def arena_bytes(work: Workload, model: PlannedModel) -> int:
-    """Return the bytes of the scratch arena on a GPU (distlora.training.setup.reserve_scratch).
+def scratch_bytes(work: Workload, model: PlannedModel) -> int:
+    """Return the bytes of the scratch buffer on a GPU (distlora.training.setup.reserve_scratch).
 
-    It holds the largest weight of layers that are not dense, and with quant.dense_layers=recomputed those of a layer,
-    each aligned to 512 bytes.
+    It holds the largest weight of layers that are not dense.
     """
-    itemsize, largest, layer = traffic.DTYPE_BYTES[work.train.dtype], 0, 0
-    for shapes in dict.fromkeys(_packed_shapes(work, model)[work.dense_layers :]):
-        sizes = [itemsize * math.prod(shape) for shape in shapes]
-        largest = max(largest, *(itemsize * scratch_numel(shape) for shape in shapes), 0)
-        layer = max(layer, sum(-(-nbytes // 512) * 512 for nbytes in sizes))
-    return largest + (layer if work.keeps_recomputed else 0)
+    layers = dict.fromkeys(_packed_shapes(work, model)[work.dense_layers :])
+    largest = max((scratch_numel(shape) for shapes in layers for shape in shapes), default=0)
+    return traffic.DTYPE_BYTES[work.train.dtype] * largest
 
 
 _MIB = 2**20

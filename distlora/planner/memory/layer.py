@@ -142,8 +142,6 @@ class Operation(NamedTuple):
     """Most bytes per token of its forward beside what it and those before it keep."""
     dense: float = 0
     """Most bytes of dequantized weights in its forward, where they are tensors like others."""
-    keeps_dense: float = 0
-    """Bytes of dequantized weights from recomputation to backward."""
     gradients: float = 0
     """Bytes of gradients of trained weights that its backward leaves to be added up."""
     stacks: float = 0
@@ -164,17 +162,16 @@ def stacked(operations: Sequence[Operation]) -> float:
 
 def backward_peak(operations: Sequence[Operation], tokens: int) -> Peak:
     """Return the peak of the backward with kept activations and recomputation, without the incoming gradient."""
-    peaks, held, dense, incoming, gradients, beside = [], 0.0, 0.0, 0.0, 0.0, 0.0
+    peaks, held, incoming, gradients, beside = [], 0.0, 0.0, 0.0, 0.0
     for operation in operations:
-        held, dense, beside = held + operation.keeps, dense + operation.keeps_dense, beside + operation.stacks
-        peaks.append(Peak(tokens * (held + operation.forward) + beside + operation.joins + dense, dense))
+        held, beside = held + operation.keeps, beside + operation.stacks
+        peaks.append(Peak(tokens * (held + operation.forward) + beside + operation.joins))
     for operation in reversed(operations):
         for moment in operation.backward:
-            weights = dense + moment.dense
-            alive = tokens * (held + incoming + moment.bytes) + gradients + beside + moment.fixed + weights
-            peaks.append(Peak(alive, weights))
+            alive = tokens * (held + incoming + moment.bytes) + gradients + beside + moment.fixed + moment.dense
+            peaks.append(Peak(alive, moment.dense))
         held, incoming, beside = held - operation.keeps, operation.leaves, beside - operation.stacks
-        dense, gradients = dense - operation.keeps_dense, gradients + operation.gradients
+        gradients += operation.gradients
     return max(peaks)
 
 
@@ -221,8 +218,6 @@ class LayerRun:
     adds_up_gradients: bool = False
     """True if gradients of the trained base stay whole, in the run's dtype, until the layer's backward is done, as
     with sharding."""
-    keeps_dense: bool = False
-    """True if dequantized weights stay from recomputation to backward; on a GPU in scratch memory."""
     trials: int = 1
     """Trials trained together: their adapters are side by side, and each row uses one of them."""
 
@@ -277,11 +272,8 @@ class LayerRun:
             joins = sum(4 * ranks[linear.name] * linear.columns for linear in outputs) if not self.is_gpu else 0
         backward = tuple(moment._replace(fixed=moment.fixed + fixed + joins) for moment in moments)
         # Forward goes from one weight to the next as backward does, in the other order.
-        dense, keeps_dense = max(moment.dense for moment in moments), 0.0
-        if self.keeps_dense and self.quantized and not self.is_gpu:
-            keeps_dense = sum(b * inputs * linear.columns for linear in outputs)
-            backward = tuple(moment._replace(dense=0) for moment in backward)
-        return Operation(keeps, backward, b * inputs, dense=dense, keeps_dense=keeps_dense, stacks=stacks, joins=joins)
+        dense = max(moment.dense for moment in moments)
+        return Operation(keeps, backward, b * inputs, dense=dense, stacks=stacks, joins=joins)
 
     def _trained(self, inputs: int, outputs: Sequence[Linear]) -> Operation:
         """Return trained linears, which keep their input and make dX and dW; one process casts dW to fp32."""
@@ -358,7 +350,7 @@ class LayerRun:
 
     def _copied(self, inputs: int, outs: Sequence[int], rank: int) -> float:
         """Return the bytes per token of a dY that is copied for dX (distlora_kernels.extension)."""
-        if self.dora or self.dropout or self.keeps_dense or self.trials > 1 or not self.quantized:
+        if self.dora or self.dropout or self.trials > 1 or not self.quantized:
             return 0.0
         carrier = extension.carrier(self.tokens, inputs, dict(enumerate(outs)), rank, self.itemsize)
         return 0.0 if carrier is None else self.itemsize * (outs[carrier] + extension.padded(rank))
@@ -484,7 +476,7 @@ def scaled_half(run: LayerRun, half: ScaledHalf) -> list[Operation]:
         gradients, stacks, joins = gradients + linear.gradients, stacks + linear.stacks, max(joins, linear.joins)
     backward = (TransientMemory(nbytes(half.backward), fixed, dense),)
     boundary = run.itemsize * run.decoder.hidden
-    return [Operation(keeps, backward, boundary, nbytes(half.forward), dense, 0, gradients, stacks, joins)]
+    return [Operation(keeps, backward, boundary, nbytes(half.forward), dense, gradients, stacks, joins)]
 
 
 _BLOCK = 64

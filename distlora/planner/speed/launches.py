@@ -57,7 +57,6 @@ class KernelOptions:
     quantized: bool
     few_rows: int = 0
     """Up to so many rows a packed weight is decoded inside its product; 0: never."""
-    keeps_dequantized: bool = False
     extends: bool = False
     """True if base products may take the adapter's term as further columns (distlora_kernels.extension)."""
     copies: bool = False
@@ -205,7 +204,7 @@ def _backward(group: Sequence[Linear], m: int, how: KernelOptions) -> Iterator[K
             if index > 0:
                 yield KernelLaunch("products", 3 * how.itemsize * m * features)
         else:
-            if how.quantized and not how.keeps_dequantized:
+            if how.quantized:
                 yield _dequantize(linear, how)
             first = index == 0 if carrier is None else index == carrier
             accumulates = not first or (ranks > 0 and carrier is None)
@@ -311,7 +310,7 @@ def _experts_forward(linear: Linear, m: int, how: KernelOptions, *, adapted: boo
 
 def _experts_backward(linear: Linear, m: int, how: KernelOptions) -> Iterator[KernelLaunch]:
     rows, e = linear.chosen * m, how.itemsize
-    if how.quantized and not how.keeps_dequantized:
+    if how.quantized:
         yield _dequantize(linear, how)
     yield _grouped("products", linear, rows, linear.features, linear.out, how)
     if linear.rank:

@@ -171,10 +171,7 @@ def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> Ker
         itemsize=traffic.DTYPE_BYTES[work.train.dtype],
         quantized=work.quantized,
         few_rows=max_fused_rows(machine.capability) if decodes else 0,
-        keeps_dequantized=work.keeps_recomputed,
-        extends=decodes
-        and len(work.adapters) == 1
-        and not (work.adapter.use_dora or work.adapter.lora_dropout or work.keeps_recomputed),
+        extends=decodes and len(work.adapters) == 1 and not (work.adapter.use_dora or work.adapter.lora_dropout),
         copies=copied_adapters(work, model, machine)[0] > 0,
         trains_base=work.adapter.method == "full",
         norms_in_fp32=decoder.norms_in_fp32,

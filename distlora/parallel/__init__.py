@@ -14,7 +14,7 @@ from distlora.parallel import fsdp2
 from distlora.parallel.backend import Backend
 from distlora.parallel.fsdp2 import ComputeCopies, Residency
 from distlora.parallel.gradients import Gradients
-from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks, sum_over_ranks
+from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks, max_over_ranks, sum_over_ranks
 from distlora.parallel.shards import Shards, whole_shape
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "from_rank_0",
     "join_ranks",
     "leave_ranks",
+    "max_over_ranks",
     "parallelize",
     "sum_over_ranks",
     "whole_shape",

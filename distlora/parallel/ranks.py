@@ -102,6 +102,14 @@ def from_rank_0(number: int, ranks: Ranks) -> int:
     return int(shared)
 
 
+def max_over_ranks(number: int, ranks: Ranks) -> int:
+    """Return the largest of all ranks' numbers. Like `from_rank_0`, not for a step."""
+    shared = torch.tensor(number, dtype=torch.int64)
+    if ranks.control is not None:
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=ranks.control)
+    return int(shared)
+
+
 def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:
     """Sum a tensor in host memory elementwise over all ranks, in place. Like `from_rank_0`, not for a step."""
     if ranks.control is not None:

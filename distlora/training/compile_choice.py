@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.spec import architecture_of
 from distlora.config import Config, UserError
 from distlora.model import fused_modules
-from distlora.parallel import Ranks, from_rank_0
+from distlora.parallel import Ranks, from_rank_0, max_over_ranks
 from distlora.run_folder.layout import COMPILED_NAME, compiled_before
 from distlora.system import atomic_io
 
@@ -34,11 +33,11 @@ def decided(
             f"this run is compiled since its first start (train.compile=auto), which is not possible now: {reason}; "
             f"or set compile: false under train in {folder}/config.yaml, which changes the last bits of the results"
         )
-    failed = _last_rank(reason is not None, ranks)
-    compiles = known != 0 and failed is None
+    failed = max_over_ranks(-1 if reason is None else ranks.rank, ranks)
+    compiles = known != 0 and failed < 0
     if known == 0:
         reason = "as since the first start of this run"
-    elif failed is not None and reason is None:
+    elif failed >= 0 and reason is None:
         reason = f"rank {failed} cannot compile (logs/rank_{failed}.log)"
     if known < 0 and folder is not None:
         record(folder, ranks, compiles=compiles)
@@ -65,12 +64,3 @@ def why_not(config: Config, device: torch.device, base: CheckpointFiles) -> str 
     if not architecture.fusible:
         return f"{architecture.model_type} computes other norms, MLPs or rotary embeddings than what is compiled"
     return fused_modules.why_not_compiled()
-
-
-def _last_rank(fails: bool, ranks: Ranks) -> int | None:
-    """Return the highest rank on which something fails; None if it does on none."""
-    if ranks.control is None:
-        return ranks.rank if fails else None
-    highest = torch.tensor(ranks.rank if fails else -1, dtype=torch.int64)
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group=ranks.control)
-    return None if highest < 0 else int(highest)

@@ -265,21 +265,11 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Non
     Their last dimension and the tables are contiguous.
     """
     batch, heads, tokens, _ = q.shape
+    table_stride, tile = 0 if cos.shape[0] == 1 else cos.stride(0), _rotary_tile(cos.shape[-1], heads)
     _rotate_kernel[(tokens, batch)](
-        q,
-        k,
-        cos,
-        sin,
-        heads,
-        k.shape[1],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        0 if cos.shape[0] == 1 else cos.stride(0),
-        **_rotary_tile(cos.shape[-1], heads),
-        BACK=back,
-        num_warps=NUM_WARPS,
-        **_EXACT,
-    )
+        q, k, cos, sin, heads, k.shape[1], *q.stride()[:3], *k.stride()[:3], table_stride, **tile, BACK=back,
+        num_warps=NUM_WARPS, **_EXACT,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from torch import nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
@@ -22,7 +20,7 @@ from distlora.config.json_files import Shape, read_object
 from distlora.loading.load_base import Loaded
 from distlora.model.adapters import MOST_SLOTS, slot_name
 from distlora.model.build import CausalLM, put_trial, remove_trial
-from distlora.parallel import Backend, Ranks, from_rank_0, watch
+from distlora.parallel import Backend, Ranks, from_rank_0, max_over_ranks, watch
 from distlora.parallel.stop_and_save import Control
 from distlora.run_folder import error_file
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
@@ -144,11 +142,9 @@ def together(action: Callable[[], Made], ranks: Ranks) -> Made:
         made.append(action())
     except UserError as failure:
         error = failure
-    if ranks.control is not None:
-        word = torch.tensor(-1 if error is None else ranks.rank, dtype=torch.int64)
-        dist.all_reduce(word, dist.ReduceOp.MAX, group=ranks.control)
-        if error is None and word >= 0:
-            error = UserError(f"rank {int(word)} failed; see its logs/rank_{int(word)}.log")
+    failed = max_over_ranks(-1 if error is None else ranks.rank, ranks)
+    if error is None and failed >= 0:
+        error = UserError(f"rank {failed} failed; see its logs/rank_{failed}.log")
     if error is not None:
         raise error
     return made[0]

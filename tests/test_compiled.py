@@ -29,7 +29,7 @@ from distlora.planner.decoder_sizes import fuses
 from distlora.planner.workload import Workload
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
-from distlora.training.compile_choice import decided
+from distlora.training.compile_choice import decide_compile, record
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import elementwise, lora_native, native, nf4
 from distlora_kernels.dropout import Dropout
@@ -276,10 +276,18 @@ def test_other_linears_stay_with_torch(native_linears: None, changed: dict[str, 
     assert not lora_native.covers(torch.randn(4, features, dtype=changed.get("dtype", torch.bfloat16)), [linear])
 
 
+def out_of_memory() -> None:
+    raise MemoryError("`g++` was killed")
+
+
 def one_cannot(ranks: Ranks, *, folder: Path) -> tuple[object, list[str]]:
+    """Decide where rank 1 cannot compile. Return (train.compile, lines), or (None, [error])."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_modules, "why_not_compiled", lambda: "it broke" if ranks.rank == 1 else None)
-        config, lines = decided(config_of(model={"path": str(folder)}), ranks, folder=folder)
+        try:
+            config, lines = decide_compile(config_of(model={"path": str(folder)}), ranks, folder=folder)
+        except UserError as error:
+            return None, [str(error)]
     return config.train.compile, lines
 
 
@@ -295,7 +303,7 @@ def test_auto_is_decided_once_and_a_resume_keeps_it(
     def outcome(folder: Path, device: str = "cpu", **settings: object) -> tuple[object, str]:
         config = config_of(model={"path": str(folder)}, **settings)
         assert config.train.compile == "auto"
-        config, lines = decided(config, Ranks(0, 1, torch.device(device), None), folder=folder)
+        config, lines = decide_compile(config, Ranks(0, 1, torch.device(device), None), folder=folder)
         return config.train.compile, "".join(lines)
 
     assert outcome(on) == outcome(on) == (True, "")
@@ -311,18 +319,30 @@ def test_auto_is_decided_once_and_a_resume_keeps_it(
     (first, lines), (second, _) = world.run(2, one_cannot, folder=mixed)
     assert (first, second) == (False, False)
     assert lines == ["train.compile=auto is off: rank 1 cannot compile (logs/rank_1.log)"]
+    (_, [first]), (_, [second]) = world.run(2, one_cannot, folder=on)
+    assert "was compiled at its first start (train.compile=auto), and this node cannot: rank 1 cannot" in first
+    assert "this node cannot: it broke. Continue it on a node that can" in second
+    with pytest.raises(UserError, match=r"auto is false for this group of trials, but was not .*distlora resume"):
+        record(on, ALONE, compiles=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", out_of_memory)
+        (tmp_path / "small").mkdir()
+        write_family_folder(tmp_path / "small", "llama")
+        assert outcome(tmp_path / "small") == (False, "train.compile=auto is off: `g++` was killed")
 
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "missing")
         patch.setattr(native, "library", native.library.__wrapped__)
         compiles, line = outcome(off)
         assert (compiles, "CXX=missing is not a program; set CXX to a C++ compiler" in line) == (False, True)
-        with pytest.raises(UserError, match=r"compiled since its first start .*CXX=missing.* set compile: false"):
+        with pytest.raises(
+            UserError, match=r"compiled at its first start .*this node cannot: CXX=missing.* set train.compile to"
+        ):
             outcome(on)
-        with pytest.raises(UserError, match=r"compiled since its first start.*CXX=missing.* set compile: false"):
+        with pytest.raises(UserError, match=r"compiled at its first start.*CXX=missing.* set train.compile to false"):
             check_compiled_before(on)
         check_compiled_before(off)
-    assert outcome(off) == (False, "train.compile=auto is off: as since the first start of this run")
+    assert outcome(off) == (False, "train.compile=auto is off, as at this run's first start")
     check_compiled_before(on)
     with pytest.raises(UserError, match=r"train.compile='yes' is not one of auto, true, false"):
         config_of(train={"compile": "yes"})

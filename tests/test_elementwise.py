@@ -255,6 +255,14 @@ def test_a_compiled_library_is_kept_where_only_the_user_can_write(
     assert [compiles("two"), compiles("two"), compiles("one")] == [once, 0, 0]
     assert folder.stat().st_mode & 0o777 == 0o700
     assert sorted(path.suffix for path in folder.iterdir()) == ["", ".so", ".so"], "nothing temporary is left"
+    header = tmp_path / "products.h"
+    header.write_bytes(native.HEADERS[1].read_bytes() + b"//")
+    monkeypatch.setattr(native, "HEADERS", (native.HEADERS[0], header))
+    damaged = folder / f"{native._key([str(script)])}.so"
+    assert not damaged.exists(), "another header is another library"
+    damaged.touch()
+    assert [compiles("one"), compiles("one")] == [once, 0], "an empty file was replaced"
+    assert damaged.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)
     assert [compiles("one"), compiles("one")] == [once, once], "another user could have left a library there"
 

@@ -18,7 +18,7 @@ from closeness import assert_adapters_close, assert_losses_close
 from distlora.config import Config, UserError
 from distlora.parallel import Ranks
 from distlora.run_folder.eval_documents import check_paired, read_documents
-from distlora.run_folder.layout import steps
+from distlora.run_folder.layout import COMPILED_NAME, steps
 from distlora.system import stop_signals
 from distlora.training import worker as training_worker
 from distlora.training.loop import Trainer
@@ -214,8 +214,10 @@ def run_with_a_reporter_that_fails(ranks: Ranks, *, pack: Path, run_dir: Path) -
 
 def test_ranks_give_a_trial_up_together(world: World, folders: Path, tmp_path: Path) -> None:
     short = {"train": STEPS | {"max_steps": 2}}
-    runs = make_pack(tmp_path / "pack", folders, [short, short])
+    runs = make_pack(tmp_path / "pack", folders, [short] * 3)
+    (runs[2] / COMPILED_NAME).write_text('{"train.compile": true}')
     world.run(2, run_with_a_reporter_that_fails, pack=tmp_path / "pack", run_dir=runs[0])
+    assert "train.compile=auto is false for this group of trials" in outcomes(tmp_path / "pack", 2)["reason"]
     assert outcomes(tmp_path / "pack", 0)["reason"] == "summary.json is damaged"
     assert outcomes(tmp_path / "pack", 1)["state"] == "complete"
 

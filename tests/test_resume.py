@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch
 from closeness import adapter_of, assert_adapters_close, assert_losses_close, assert_same_run, figures_of
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.run_folder.layout import step_of, steps
+from distlora.run_folder.layout import compiled_before, step_of, steps
 from distlora.training import worker
 from distlora.training.trial import Trial
+from distlora_kernels import native
 from small_disks import fill, small_disk
 from small_models import make_run, read_metrics, write_model_folder
 from worlds import World
@@ -30,6 +32,12 @@ SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 
 class Stopped(Exception):
     pass
+
+
+def run_compiled_until(ranks: Ranks, *, cxx: str, run_dir: Path, stop_before: int | None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", cxx)
+        run_until(ranks, run_dir=run_dir, stop_before=stop_before)
 
 
 def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[int, list[int]]:
@@ -108,6 +116,28 @@ def test_a_hybrid_mixture_of_experts_resumes_bit_for_bit(world: World, folders: 
         for stop in stops:
             world.run(2, run_until, run_dir=tmp_path / name, stop_before=stop)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.ci
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler")
+def test_a_compiled_run_on_two_ranks_resumes_bit_for_bit(world: World, folders: Path, tmp_path: Path) -> None:
+    """On ranks that lose their compiler, it goes on with train.compile=false, as the error says."""
+    cxx = shlex.join(native.compiler() or [])
+    for name, stops in (("whole", [None]), ("stopped", [3, None])):
+        make_run(tmp_path / name, folders, train=SETTINGS | {"max_steps": 5})
+        for stop in stops:
+            world.run(2, run_compiled_until, cxx=cxx, run_dir=tmp_path / name, stop_before=stop)
+            if stop is not None:
+                shutil.copytree(tmp_path / name, tmp_path / "moved")
+    assert compiled_before(tmp_path / "stopped") is compiled_before(tmp_path / "whole") is True
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    moved, config = tmp_path / "moved", tmp_path / "moved" / "config.yaml"
+    text = config.read_text()
+    assert text.count("compile: auto\n") == 1
+    config.write_text(text.replace("compile: auto\n", "compile: false\n").replace("/stopped", "/moved"))
+    run_until(SINGLE, run_dir=moved, stop_before=None)
+    assert [line["step"] for line in read_metrics(moved) if "loss" in line] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.ci

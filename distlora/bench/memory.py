@@ -34,7 +34,7 @@ from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
 from distlora.system.exit_codes import DONE
 from distlora.system.progress import say
-from distlora.training.compile_choice import decided
+from distlora.training.compile_choice import decide_compile
 from distlora.training.loop import mean_losses
 from distlora.training.memory_meter import MemoryMeter, StepMemory
 from distlora.training.objectives import objective_of
@@ -72,7 +72,7 @@ class TrainingSteps:
         self.trials, self.ranks = trials, ranks
         first = trials[0]
         if in_slots:
-            self.model, self.backend, _ = start_run_model(decided(first, ranks)[0], ranks, for_slots=True)
+            self.model, self.backend, _ = start_run_model(decide_compile(first, ranks)[0], ranks, for_slots=True)
             self.optimizers: list[Optimizer] = []
             for slot, trial in enumerate(trials):
                 trained = put_trial(self.model, slot, trial.adapter, seed=trial.train.seed, device=ranks.device)

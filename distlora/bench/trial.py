@@ -11,7 +11,7 @@ from distlora.data.rows import PackedRows
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
 from distlora.parallel.stop_and_save import Control
-from distlora.training.compile_choice import decided
+from distlora.training.compile_choice import decide_compile
 from distlora.training.loop import Trainer
 from distlora.training.open_run import step_loader
 from distlora.training.optimizers import Optimizer, build_optimizer
@@ -43,7 +43,7 @@ class Started:
     @classmethod
     def of(cls, config: Config, ranks: Ranks) -> Self:
         """Build the model, load its weights and start its adapters and optimizer."""
-        config, _ = decided(config, ranks)
+        config, _ = decide_compile(config, ranks)
         model, backend, _ = start_run_model(config, ranks)
         trained = trained_parameters(model)
         gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)

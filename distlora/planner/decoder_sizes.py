@@ -282,8 +282,8 @@ def scores_again(kind: AttentionKind) -> tuple[int, int]:
 def fuses(work: Workload, architecture: Architecture, *, is_gpu: bool) -> bool:
     """Return True if norms are fused, by train.fused_kernels on a GPU or compiled on a CPU.
 
-    MLPs and rotary embeddings are fused too if there is no DoRA. For train.compile=auto, this node's compiler stands
-    for that of the nodes that run it.
+    MLPs and rotary embeddings are fused too if there is no DoRA. train.compile=auto counts the compiler of this node:
+    runs on CPUs are planned on a node that runs them.
     """
     if work.adapter.method == "full" or architecture.has_experts or not architecture.fusible:
         return False

@@ -306,6 +306,14 @@ def compiled_before(run_dir: Path) -> bool | None:
     return value
 
 
+def cannot_continue(run_dir: Path, reason: str) -> str:
+    """Return the error for a run that train.compile=auto compiled, where that is not possible."""
+    return (
+        f"{run_dir} was compiled at its first start (train.compile=auto), and {reason}. Continue it on a node that "
+        f"can, or set train.compile to false in {run_dir / 'config.yaml'} (changes results by rounding)"
+    )
+
+
 def _remedy(path: Path) -> str:
     if path.name == DATA_NAME:
         return f"make it again with `distlora data prepare {path.parent}`"

@@ -8,49 +8,56 @@ import torch
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.spec import architecture_of
-from distlora.config import Config, UserError
+from distlora.config import Config, UserError, require
 from distlora.model import fused_modules
 from distlora.parallel import Ranks, from_rank_0, max_over_ranks
-from distlora.run_folder.layout import COMPILED_NAME, compiled_before
+from distlora.run_folder.layout import COMPILED_NAME, cannot_continue, compiled_before
 from distlora.system import atomic_io
 
 
-def decided(
+def decide_compile(
     config: Config, ranks: Ranks, *, base: CheckpointFiles | None = None, folder: Path | None = None
 ) -> tuple[Config, list[str]]:
     """Return the settings with train.compile=true or false, and a line for the log if `auto` is off on a CPU.
 
-    Every rank must call it alike. The decision is recorded in `folder`, of a run or of a group of trials, and kept by
-    later starts. Raises UserError if it was true and a rank cannot compile now.
+    Every rank must call it alike. The first start records the decision in `folder`, of a run or of a group of trials,
+    and later starts keep it. Raises UserError, on every rank, if it was true and a rank cannot compile now.
     """
     if config.train.compile != "auto":
         return config, []
-    before = None if folder is None or ranks.rank > 0 else compiled_before(folder)
-    known = from_rank_0(-1 if before is None else int(before), ranks)
-    reason = None if known == 0 else why_not(config, ranks.device, base or CheckpointFiles(config.model.path))
-    if known == 1 and reason is not None:
-        raise UserError(
-            f"this run is compiled since its first start (train.compile=auto), which is not possible now: {reason}; "
-            f"or set compile: false under train in {folder}/config.yaml, which changes the last bits of the results"
-        )
-    failed = max_over_ranks(-1 if reason is None else ranks.rank, ranks)
-    compiles = known != 0 and failed < 0
-    if known == 0:
-        reason = "as since the first start of this run"
-    elif failed >= 0 and reason is None:
-        reason = f"rank {failed} cannot compile (logs/rank_{failed}.log)"
-    if known < 0 and folder is not None:
+    at_first_start, reason = _recorded(folder, ranks), None
+    if at_first_start is not False:
+        reason = why_not(config, ranks.device, base or CheckpointFiles(config.model.path))
+        failed = max_over_ranks(-1 if reason is None else ranks.rank, ranks)
+        if reason is None and failed >= 0:
+            reason = f"rank {failed} cannot compile (logs/rank_{failed}.log)"
+    if at_first_start and folder is not None:
+        require(reason is None, cannot_continue(folder, f"this node cannot: {reason}"))
+    compiles = at_first_start is not False and reason is None
+    if at_first_start is None and folder is not None:
         record(folder, ranks, compiles=compiles)
-    line = f"train.compile=auto is off: {reason}"
+    line = "train.compile=auto is off" + (f": {reason}" if reason else ", as at this run's first start")
     if ranks.rank > 0 and not compiles:
         print(line, flush=True)
-    says = not compiles and ranks.device.type == "cpu"
-    return config.with_settings({"train.compile": compiles}), [line] if says else []
+    lines = [line] if ranks.device.type == "cpu" and not compiles else []
+    return config.with_settings({"train.compile": compiles}), lines
+
+
+def _recorded(folder: Path | None, ranks: Ranks) -> bool | None:
+    """Return the decision of the first start on every rank, as rank 0 reads it; None before it."""
+    recorded = compiled_before(folder) if folder is not None and ranks.rank == 0 else None
+    number = from_rank_0(-1 if recorded is None else int(recorded), ranks)
+    return None if number < 0 else number == 1
 
 
 def record(folder: Path, ranks: Ranks, *, compiles: bool) -> None:
-    """Record the decision of a run's first start, on rank 0."""
+    """Record the decision of the first start, on rank 0. Raises UserError there if the opposite is recorded."""
     if ranks.rank == 0:
+        if compiled_before(folder) is (not compiles):
+            raise UserError(
+                f"train.compile=auto is {str(compiles).lower()} for this group of trials, but was not at the first "
+                f"start of {folder}; continue it alone with `distlora resume {folder}`"
+            )
         atomic_io.write_json(folder / COMPILED_NAME, {"train.compile": compiles})
 
 
@@ -63,4 +70,7 @@ def why_not(config: Config, device: torch.device, base: CheckpointFiles) -> str 
     architecture = architecture_of(base.config, base.folder / "config.json")
     if not architecture.fusible:
         return f"{architecture.model_type} computes other norms, MLPs or rotary embeddings than what is compiled"
-    return fused_modules.why_not_compiled()
+    try:
+        return fused_modules.why_not_compiled()
+    except MemoryError as error:
+        return str(error)

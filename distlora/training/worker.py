@@ -22,7 +22,7 @@ from distlora.parallel.stop_and_save import Control
 from distlora.planner.memory.measured import RECORDED
 from distlora.run_folder.layout import PLAN_NAME, read_record
 from distlora.system.stop_signals import Stopped
-from distlora.training.compile_choice import decided
+from distlora.training.compile_choice import decide_compile
 from distlora.training.loop import Trainer
 from distlora.training.memory_meter import MemoryCheck, measured_step
 from distlora.training.metrics import describe, describe_steps, summarize
@@ -47,7 +47,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
 def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None:
     """Train from the data to the result. Raises Stopped, on every rank, after everything is saved."""
     base = CheckpointFiles(config.model.path)
-    config, why_not_compiled = decided(config, ranks, base=base, folder=run_dir)
+    config, why_not_compiled = decide_compile(config, ranks, base=base, folder=run_dir)
     opened = open_run(run_dir, config, ranks, base)
     restores = opened.newest is not None
     plan = read_record(run_dir / PLAN_NAME, RECORDED) if config.plan.measure else {}

@@ -68,15 +68,15 @@ def compiler_version() -> str | None:
     if words is None:
         return None
     with contextlib.suppress(OSError):
-        output = subprocess.run([*words, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        return next(iter(output.stdout.splitlines()), None)
+        output = subprocess.run([*words, "--version"], stdin=subprocess.DEVNULL, capture_output=True)
+        return next(iter(output.stdout.decode(errors="replace").splitlines()), None)
     return None
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """Return the library, compiled at the first call. Raises NotCompiledError, or MemoryError if memory ran out."""
-    words = compiler()
+    words = compiler() if sys.platform == "linux" else None
     if words is None:
         raise NotCompiledError(str(unavailable_reason()))
     if (kept := _kept(words)) is not None:
@@ -101,13 +101,18 @@ def _kept(words: Sequence[str]) -> ctypes.CDLL | None:
         status = kept_in.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o022:  # Others could have left a library there.
             return None
+        if os.statvfs(kept_in).f_flag & os.ST_NOEXEC:  # Every process would compile it again, and not load it.
+            return None
         file = kept_in / f"{_key(words)}.so"
         with (kept_in / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not file.is_file():
-                with tempfile.TemporaryDirectory(prefix=".compiling-", dir=kept_in) as folder:
-                    os.replace(_linked(words, folder), file)
-        return ctypes.CDLL(str(file))
+            with contextlib.suppress(OSError):  # It is missing, or was damaged by a crash, and is made again.
+                return ctypes.CDLL(str(file))
+            with tempfile.TemporaryDirectory(prefix=".compiling-", dir=kept_in) as folder:
+                linked = _linked(words, folder)
+                os.chmod(linked, 0o700)
+                os.replace(linked, file)
+            return ctypes.CDLL(str(file))
     except (OSError, NotCompiledError):  # It is compiled again elsewhere, where an error is reported.
         return None
 

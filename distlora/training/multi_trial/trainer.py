@@ -26,7 +26,7 @@ from distlora.run_folder import error_file
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
 from distlora.system import atomic_io
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
-from distlora.training.compile_choice import decided, record
+from distlora.training.compile_choice import decide_compile, record
 from distlora.training.loop import Trainer
 from distlora.training.metrics import describe_steps, summarize
 from distlora.training.multi_trial.protocol import (
@@ -266,7 +266,7 @@ class MultiTrialTrainer(Trainer):
         config = together(lambda: self._read(run_dir), ranks)
         if config.train.compile == "auto":
             config = config.with_settings({"train.compile": self._compiles})
-            record(run_dir, ranks, compiles=self._compiles)
+            together(lambda: record(run_dir, ranks, compiles=self._compiles), ranks)
         run = together(lambda: open_run(run_dir, config, ranks, self._base), ranks)
         taken = {entry.slot for entry in self._in_slots.values()}
         slot = next(slot for slot in range(self._slots) if slot not in taken)
@@ -418,7 +418,7 @@ def run_group(folder: Path, ranks: Ranks) -> None:
         _say(f"training up to {slots:,} trials together; reading {config.model.path}")
         base = CheckpointFiles(config.model.path)
         shared = settings_by_name(config)
-        config, why_not_compiled = decided(config, ranks, base=base, folder=folder)
+        config, why_not_compiled = decide_compile(config, ranks, base=base, folder=folder)
         # Memory that depends on the rows of a micro-batch is reserved for all slots.
         rows = {name: slots * getattr(config.train, name) for name in ("micro_batch", "global_batch")}
         model, backend, loaded = start_run_model(

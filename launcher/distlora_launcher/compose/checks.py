@@ -38,7 +38,7 @@ from distlora.config.base import is_hub_name
 from distlora.config.cluster import check_torch
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES
-from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders, compiled_before
+from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
 from distlora.weights.peft_folder import WEIGHTS_NAME, check_fits, check_modules, check_rows, read_peft_adapter
@@ -176,11 +176,7 @@ def _reason_against_compiling() -> str | None:
 def check_compiled_before(run_dir: Path) -> None:
     """Refuse to continue a run that train.compile=auto compiled where this node cannot compile it."""
     reason = _reason_against_compiling() if compiled_before(run_dir) else None
-    require(
-        reason is None,
-        f"{run_dir} is compiled since its first start, where train.compile=auto was true, which {reason}; or set "
-        f"compile: false under train in {run_dir / 'config.yaml'}, which changes the last bits of the results",
-    )
+    require(reason is None, cannot_continue(run_dir, f"compiling {reason}"))
 
 
 def check_gpu_count(cluster: ClusterConfig) -> None:

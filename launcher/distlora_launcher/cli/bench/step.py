@@ -49,7 +49,7 @@ CURVE_LENGTH, CURVE_ROWS, CURVE_RATE = 256, 8, 1e-3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepArguments:
-    """Measure a training step of distlora beside other libraries: the same random model, sequences and adapter.
+    """Measure a training step of distlora beside other libraries: the same model, sequences and adapter.
 
     The others are PEFT + bitsandbytes in a plain loop (the documented recipe, and all in bf16), transformers' Trainer
     and accelerate's FSDP2, in processes that take turns. Prints tokens/s, their ratios per round, memory, network

@@ -39,8 +39,8 @@ def decide_compile(
     line = "train.compile=auto is off" + (f": {reason}" if reason else ", as at this run's first start")
     if ranks.rank > 0 and not compiles:
         print(line, flush=True)
-    lines = [line] if ranks.device.type == "cpu" and not compiles else []
-    return config.with_settings({"train.compile": compiles}), lines
+    is_logged = ranks.device.type == "cpu" and not compiles
+    return config.with_settings({"train.compile": compiles}), [line] if is_logged else []
 
 
 def _recorded(folder: Path | None, ranks: Ranks) -> bool | None:

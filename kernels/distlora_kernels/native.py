@@ -68,8 +68,8 @@ def compiler_version() -> str | None:
     if words is None:
         return None
     with contextlib.suppress(OSError):
-        output = subprocess.run([*words, "--version"], stdin=subprocess.DEVNULL, capture_output=True)
-        return next(iter(output.stdout.decode(errors="replace").splitlines()), None)
+        output = subprocess.run([*words, "--version"], stdin=subprocess.DEVNULL, capture_output=True, errors="replace")
+        return next(iter(output.stdout.splitlines()), None)
     return None
 
 
@@ -99,9 +99,8 @@ def _kept(words: Sequence[str]) -> ctypes.CDLL | None:
     try:
         kept_in.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = kept_in.stat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:  # Others could have left a library there.
-            return None
-        if os.statvfs(kept_in).f_flag & os.ST_NOEXEC:  # Every process would compile it again, and not load it.
+        # Others could have left a library there, or it could not be loaded, and each process would compile it again.
+        if status.st_uid != os.getuid() or status.st_mode & 0o022 or os.statvfs(kept_in).f_flag & os.ST_NOEXEC:
             return None
         file = kept_in / f"{_key(words)}.so"
         with (kept_in / "lock").open("w") as lock:

@@ -108,6 +108,17 @@ def test_a_tile_runs_once_forward_and_once_backward_whatever_is_around_it(tmp_pa
         assert sorted(seen) == sorted([24, 24, 16] * 3 * 2)
 
 
+def test_tiles_without_gradients_compute_every_product(tmp_path: Path) -> None:
+    """Check layers before the only adapters, whose MLPs have no graph."""
+    model = load(tmp_path, "phi3", target_modules=r".*layers\.1\..*o_proj")
+    expected = losses_and_gradients(model)
+    place_mlps(model.blocks, model.architecture, tile=TILE)
+    assert "mlp.down_proj" in model.architecture.kinds[0].unread
+    for checkpointing in (False, True):
+        for actual, one in zip(losses_and_gradients(model, checkpointing=checkpointing), expected, strict=True):
+            assert relative_error(actual, one) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "sections", "message"),
     [

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from closeness import relative_error
 from distlora import derive
+from distlora.architecture.spec import LayerKind, Weight
+from distlora.derive.memory import _Layer, _unread
 from distlora.derive.shrink import shrink
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.build import CausalLM
@@ -126,6 +130,7 @@ def test_recomputation_runs_no_product_whose_output_nobody_reads(
         _, with_recomputation, gradients = counted(model)
         if mode != "tiles":
             assert all(map(torch.equal, gradients, expected))
+        assert max(map(relative_error, gradients, expected)) <= 1e-5
         again, flops = with_recomputation - of_backward, step_flops(work, planned, ranks=1, is_gpu=False).by_kind
         # A third of attention's operations is its forward, which a whole layer's recomputation runs too.
         of_linears = flops["recomputation"] - (flops["attention"] // 3 if mode != "selective" else 0)
@@ -139,3 +144,25 @@ def test_recomputation_runs_no_product_whose_output_nobody_reads(
             weights = sum(each.numel + rank * each.out_features for each, rank in zip(linears, ranks, strict=True))
             assert of_forward - again == 2 * ROWS * LENGTH * weights
             assert again - of_linears == of_forward - flops["forward"] - flops["adapters"] // 3
+
+
+class Sums(nn.Module):
+    """Layer that adds its input to the output of one linear, and then runs others."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.dense, self.up, self.down = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        attended = self.dense(hidden_states)
+        if self.in_place:
+            attended += hidden_states
+        return attended + hidden_states + self.down(F.silu(self.up(hidden_states)))
+
+
+@pytest.mark.parametrize(("in_place", "expected"), [(False, ("dense", "down")), (True, ("down",))])
+def test_a_product_that_a_layer_writes_to_is_not_left_out(in_place: bool, expected: tuple[str, ...]) -> None:
+    weights = tuple(Weight(f"{path}.weight", (8, 8), "linear") for path in ("dense", "up", "down"))
+    layer = Sums(in_place=in_place).requires_grad_(False)
+    assert _unread(_Layer(layer, LayerKind(weights=weights), (torch.randn(2, 3, 8),), {})) == expected

@@ -162,13 +162,13 @@ _SUMS = {f"{name}Backward0" for name in ("Add", "Sub", "View", "UnsafeView", "Re
 def _unread(layer: _Layer) -> tuple[str, ...]:
     """Return the layer's `LayerKind.unread`."""
     _, values, _ = layer.inputs()
-    outputs: dict[str, list[Any]] = {}
+    outputs: dict[str, list[tuple[Tensor, Any]]] = {}
     last = ""
 
     def left(path: str, output: Tensor) -> None:
         nonlocal last
         last = path
-        outputs.setdefault(path, []).append(output.grad_fn)
+        outputs.setdefault(path, []).append((output, output.grad_fn))
 
     def save(tensor: Tensor) -> Tensor:
         nonlocal last
@@ -198,7 +198,11 @@ def _unread(layer: _Layer) -> tuple[str, ...]:
     def only_sums(node: Any) -> bool:
         return node in users and all(user.name() in _SUMS and only_sums(user) for user in users[node])
 
-    return tuple(path for path, nodes in outputs.items() if path == last or all(map(only_sums, nodes)))
+    def is_unread(path: str, output: Tensor, node: Any) -> bool:
+        # What stands in for the product is no memory that an operation could write to.
+        return output._version == 0 and (path == last or only_sums(node))
+
+    return tuple(path for path, calls in outputs.items() if all(is_unread(path, *call) for call in calls))
 
 
 def _half(found: Architecture, kind: LayerKind, half: int, figures: list[dict[str, list[float]]]) -> HalfMemory | None:

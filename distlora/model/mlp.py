@@ -65,7 +65,8 @@ class MLP(Wrapper):
         modules = (module for module in (self.inner, *self._norms) if module is not None)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         if not torch.is_grad_enabled() or not (parameters or hidden_states.requires_grad):
-            return in_tiles(self._run_tile, hidden_states, tile)
+            with torch.no_grad():
+                return in_tiles(self._run_tile, hidden_states, tile)
         # Saved before the tiles run: a recomputation of the layer runs none.
         keeper = keep((hidden_states,), hidden_states.device)
         return _Tiles.apply(keeper, hidden_states, self._with_rows(self._run_tile), tile, *parameters)

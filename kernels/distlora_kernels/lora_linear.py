@@ -58,8 +58,8 @@ def lora_linears(x: Tensor, linears: Sequence[Linear], *, unread: bool = False) 
     """Return lora_linear of several linears of one input x (..., I).
 
     x is read once for all their A, unless dropout gives them different inputs, and their gradients of x are summed in
-    place. The base GEMMs stay separate. `unread`: only the graph is needed; the outputs are NaN, unless a gradient of
-    DoRA reads them.
+    place. The base GEMMs stay separate. `unread`: only the graph is needed, and with one the outputs are NaN, unless a
+    gradient of DoRA reads them.
     """
     check_compilation()
     forms = tuple(_Form.of(linear) for linear in linears)
@@ -72,7 +72,8 @@ def lora_linears(x: Tensor, linears: Sequence[Linear], *, unread: bool = False) 
         adapted = any(form.scale is not None for form in forms)
         # x for dA, x A^T for dB.
         keeper = keep((rows if adapted else None, *xas, *tensors), rows.device)
-    if unread and not any(linear.adapter is not None and linear.adapter.magnitude is not None for linear in linears):
+    has_magnitude = any(linear.adapter is not None and linear.adapter.magnitude is not None for linear in linears)
+    if unread and keeper is not None and not has_magnitude:
         inputs = None
     ys = _LoRALinears.apply(keeper, rows, forms, inputs, *tensors)
     return tuple(y.unflatten(0, x.shape[:-1]) for y in ys)

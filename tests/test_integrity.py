@@ -235,11 +235,21 @@ def test_verifying_what_is_trained_is_refused(folders: Path, tmp_path: Path) -> 
 
 
 def test_one_process_checks_what_it_loaded_at_every_save(folders: Path, tmp_path: Path) -> None:
-    config = make_run(tmp_path / "run", folders, "qwen3", train={"max_steps": 2, "verify": True})
+    make_run(tmp_path / "run", folders, "qwen3", train={"max_steps": 2, "verify": True}, quant={"dense_layers": 1})
     single = Ranks(0, 1, torch.device("cpu"), None)
     worker.run(tmp_path / "run", single)
     assert (tmp_path / "run" / "adapter").is_dir()
-    model, backend, _ = setup.start_run_model(config, single)
+    model, backend, batch = started(single, tmp_path / "run")
+    model(*batch)
+    backend.check_weights()
+    copy = model.blocks[0].get_submodule("inner.mlp.gate_proj").dense_copy
+    assert isinstance(copy, Tensor)
+    copy[3, 5] += 1
+    with pytest.raises(
+        DamagedWeightsError, match=r"dense copy of model\.layers\.0\.mlp\.gate_proj .* of rank 0 is not"
+    ):
+        backend.check_weights()
+    copy[3, 5] -= 1
     model.blocks[1].get_parameter("inner.mlp.down_proj.codes").data[0, 77] ^= 16
     with pytest.raises(DamagedWeightsError, match=r"layers\.1\.mlp\.down_proj\.codes, rows 0 to 1, those of rank 0"):
         backend.check_weights()

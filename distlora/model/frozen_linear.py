@@ -85,9 +85,12 @@ class FrozenTensor(nn.Module):
 
     @property
     def frozen_weight(self) -> FrozenWeight:
-        """The weight in the kernels' form: the Parameters themselves with their present storage, or the dense copy."""
-        if self.dense_copy is not None:
-            return FrozenWeight((self.dense_copy,), self.shape)
+        """The weight in the kernels' form: `stored`, or the dense copy."""
+        return self.stored if self.dense_copy is None else FrozenWeight((self.dense_copy,), self.shape)
+
+    @property
+    def stored(self) -> FrozenWeight:
+        """The Parameters themselves with their present storage."""
         if self.plain_absmax:
             return FrozenWeight((self.codes, self.absmax), self.shape)
         if self.quantized:

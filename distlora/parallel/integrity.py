@@ -144,7 +144,22 @@ class FrozenWeights:
         differs = torch.zeros_like(self._differs)
         sums = torch.cat([_of(frozen.rows).to(differs.device) for frozen in self._tensors])
         differs[:, index] = sums != self._sums[:, index]
-        self._end_if_damaged(differs, "what was trained since the last save may be wrong and is not saved")
+        self._end_if_damaged(differs, _NOT_SAVED)
+        self._check_dense_copies()
+
+    def _check_dense_copies(self) -> None:
+        weights = {path: module for path, module in self._model.named_modules() if isinstance(module, FrozenTensor)}
+        copies = {path: (copy, of.stored) for path, of in weights.items() if (copy := of.dense_copy) is not None}
+        if not copies:
+            return
+        differs = torch.stack([(copy != stored.dense(copy.dtype)).any() for copy, stored in copies.values()])
+        odd = self._backend.gather_ranks(differs.int()).nonzero()
+        if len(odd):
+            rank, index = odd[0].tolist()
+            raise DamagedWeightsError(
+                f"the frozen base is damaged: the dense copy of {self._model.hf_name(list(copies)[index])} "
+                f"(quant.dense_layers) in the memory of rank {rank} is not what the weight gives; {_NOT_SAVED}. {_NEXT}"
+            )
 
     def _end_if_damaged(self, differs: Tensor, consequence: str) -> None:
         """Raise DamagedWeightsError on all ranks if any rank has a difference in `differs` (T, W)."""
@@ -207,6 +222,7 @@ def _trained(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"the start of {names[parameter]}", start) for parameter, start in block.started.items())
 
 
+_NOT_SAVED = "what was trained since the last save may be wrong and is not saved"
 _NEXT = (
     "Continue with `distlora resume RUN`, which loads the weights again; where this comes back, exclude that node "
     "and test its memory (`nvidia-smi -q -d ECC`, memtester) and its network"

@@ -98,23 +98,22 @@ def test_copies_are_rounded_once_and_neighbours_and_as_large_as_planned(tmp_path
     linears = linears_of(model)
     copies = AdapterCopies(linears)
     assert linears[0].operand().adapter.copies is None
-    copies.refresh()
-    ends = []
-    for linear in linears:
-        (pair,), made = linear.pairs, linear.operand().adapter.copies
-        assert made.factor == pair.scaling * pair.dropout.scale != pair.scaling
-        assert torch.equal(made.a, pair.A.bfloat16())
-        assert torch.equal(made.b, (pair.B * made.factor).bfloat16())
-        ends.append((made.a.data_ptr(), made.a.data_ptr() + made.a.nbytes))
-    assert all(end == start for (_, end), (start, _) in itertools.pairwise(ends))
-    linears[0].context.uses_start = True
-    assert linears[0].operand().adapter.copies is None, "DPO's reference has other adapters"
-    linears[0].context.uses_start = False
-    storage = linears[1].operand().adapter.copies.a.untyped_storage()
+    with copies.fresh():
+        ends = []
+        for linear in linears:
+            (pair,), made = linear.pairs, linear.operand().adapter.copies
+            assert made.factor == pair.scaling * pair.dropout.scale != pair.scaling
+            assert torch.equal(made.a, pair.A.bfloat16())
+            assert torch.equal(made.b, (pair.B * made.factor).bfloat16())
+            ends.append((made.a.data_ptr(), made.a.data_ptr() + made.a.nbytes))
+        assert all(end == start for (_, end), (start, _) in itertools.pairwise(ends))
+        linears[0].context.uses_start = True
+        assert linears[0].operand().adapter.copies is None, "DPO's reference has other adapters"
+        linears[0].context.uses_start = False
+        storage = linears[1].operand().adapter.copies.a.untyped_storage()
     work = Workload.of(config_for(tmp_path, **SECTIONS))
     assert copied_adapters(work, model_in(tmp_path), machine_of()) == (len(linears), storage.nbytes())
     assert copied_adapters(work, model_in(tmp_path), machine_of(is_gpu=False)) == (0, 0)
-    copies.drop()
     assert linears[1].operand().adapter.copies is None
 
 
@@ -123,9 +122,9 @@ def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)
     monkeypatch.setattr(Tensor, "to", lambda tensor, *args, **kwargs: calls.append((args, kwargs)) or tensor)
     gpu = torch.device("cuda")
-    objectives._sent(torch.ones(2), gpu)
+    objectives._to_device(torch.ones(2), gpu)
     assert calls == ["pinned", ((gpu,), {"non_blocking": True})]
-    objectives._sent(torch.ones(2), torch.device("cpu"))
+    objectives._to_device(torch.ones(2), torch.device("cpu"))
     assert calls[2:] == [((torch.device("cpu"),), {"non_blocking": True})]
 
 
@@ -140,9 +139,8 @@ def test_copies_of_the_adapters_save_the_casts_of_each_pass(
     nf4_triton.dynamic_map(triton_device)  # Made once per device.
     with fused.force_variant("scratch"):
         before, expected = layer_launches(model, monkeypatch)
-        copies = AdapterCopies(linears_of(model))
-        copies.refresh()
-        after, gradients = layer_launches(model, monkeypatch)
+        with AdapterCopies(linears_of(model)).fresh():
+            after, gradients = layer_launches(model, monkeypatch)
     assert all(map(torch.equal, gradients, expected))
     # A of 7 linears in forward and recomputation (dX takes them as rows of the weights), B in all but the last product,
     # and the A of two groups that are put side by side. Autograd's sums into .grad, 14 more, are not counted here.

@@ -9,8 +9,9 @@ Letters: N adapters of a linear, R sum of their ranks, M rows of the flattened i
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -308,21 +309,20 @@ class AdapterCopies:
         copies = [part[: each.numel()].view_as(each) for part, each in zip(flat.split(sizes), masters, strict=True)]
         self._downs, self._ups = copies[: len(self._pairs)], copies[len(self._pairs) :]
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the adapters, which must not change until `drop`."""
-        if not self._pairs:
-            return
-        torch._foreach_copy_(self._downs, [pair.A.data for pair in self._pairs])
-        for pair, down, up in zip(self._pairs, self._downs, self._ups, strict=True):
-            factor = pair.scaling * pair.dropout.scale if pair.dropout.threshold else pair.scaling
-            torch.mul(pair.B.data, factor, out=up)
-            pair.copies = Copies(down, up, factor)
-
-    def drop(self) -> None:
-        """Have products cast the adapters themselves: they change."""
-        for pair in self._pairs:
-            pair.copies = None
+    @contextlib.contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Have products read new copies of the adapters, which must not change within this context."""
+        if self._pairs:
+            torch._foreach_copy_(self._downs, [pair.A.data for pair in self._pairs])
+            for pair, down, up in zip(self._pairs, self._downs, self._ups, strict=True):
+                factor = pair.scaling * pair.dropout.scale if pair.dropout.threshold else pair.scaling
+                torch.mul(pair.B.data, factor, out=up)
+                pair.copies = Copies(down, up, factor)
+        try:
+            yield
+        finally:
+            for pair in self._pairs:
+                pair.copies = None
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -151,23 +151,22 @@ class Trainer:
         figures: list[Tensor] = []
         self.backend.traffic.take()  # Drop what was counted between steps.
         self.backend.zero_gradients()
-        self._copies.refresh()
         whole = self.trials[0].train.accumulate == "block"
         if whole:  # As one batch, which the layers slice.
             self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
         parts = stacks(shares, whole=whole)
-        for index, part in enumerate(parts):
-            self.control.boundary(step, "forward of micro-batch", index + 1, long=self._is_cold)
-            losses = trials[0].objective.losses(self.model, part.batch, self.backend.ranks.device, part.step)
-            figures.append(losses.figures)
-            for owner, rows in part.split_by_owner(losses.rows):
-                row_losses[owner].append(rows.detach())
-            watch.at(step, "backward of micro-batch", index + 1, long=self._is_cold)
-            self.backend.backward(*mean_losses(part, losses.rows, units), last=index == len(parts) - 1)
-        watch.at(step, "sum of gradients", long=self._is_cold)
-        self.backend.finish_gradients()
+        with self._copies.fresh():
+            for index, part in enumerate(parts):
+                self.control.boundary(step, "forward of micro-batch", index + 1, long=self._is_cold)
+                losses = trials[0].objective.losses(self.model, part.batch, self.backend.ranks.device, part.step)
+                figures.append(losses.figures)
+                for owner, rows in part.split_by_owner(losses.rows):
+                    row_losses[owner].append(rows.detach())
+                watch.at(step, "backward of micro-batch", index + 1, long=self._is_cold)
+                self.backend.backward(*mean_losses(part, losses.rows, units), last=index == len(parts) - 1)
+            watch.at(step, "sum of gradients", long=self._is_cold)
+            self.backend.finish_gradients()
         watch.at(step, "update", long=self._is_cold)
-        self._copies.drop()
         for trial in trials:
             trial.update()
         self._is_cold = False

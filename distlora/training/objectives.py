@@ -132,10 +132,10 @@ def _sums(values: Tensor, sides: Tensor) -> Tensor:
 
 
 def _on(device: torch.device, batch: MicroBatch) -> MicroBatch:
-    return MicroBatch._make(None if tensor is None else _sent(tensor, device) for tensor in batch)
+    return MicroBatch._make(None if tensor is None else _to_device(tensor, device) for tensor in batch)
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on the device. The host does not wait for the copy.
 
     It would from memory that is not pinned. torch keeps pinned memory, and takes it again once its copy is done.
@@ -154,7 +154,7 @@ def _run(
 ) -> Tensor:
     """Run the model: loss sums (B,); `by_token`: (B, T); `with_reference`: of it and the initial model, (2, B, T)."""
     device = sent.input_ids.device
-    steps = _sent(step, device) if isinstance(step, Tensor) else step
+    steps = _to_device(step, device) if isinstance(step, Tensor) else step
     return model(
         sent.input_ids,
         sent.position_ids,

@@ -209,7 +209,7 @@ def frozen(kind: str, out: int, features: int) -> FrozenWeight:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "absmax", "dense"])
-@pytest.mark.parametrize(("out", "features"), [(192, 128), (64, 2112)])
+@pytest.mark.parametrize(("out", "features"), [(192, 128), (64, 2112), (64, 4160)])
 def test_compiled_products_use_the_bits_of_the_weight(native_linears: None, kind: str, out: int, features: int) -> None:
     linear = Linear(frozen(kind, out, features))
     expected = linear.weight.dense(torch.bfloat16)
@@ -257,6 +257,15 @@ def test_compiled_linears_round_once(native_linears: None) -> None:
     assert relative_error(x.grad, total) <= 0.5 * 2**-8
     for part, y in zip(lora_linears(x[5:12].detach(), linears), ys, strict=True):
         assert torch.equal(part, y[5:12])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            again = lora_linears(x, linears)
+            gradients = torch.autograd.grad(again, x, dys)
+            assert all(map(torch.equal, (*again, *gradients), (*ys, x.grad)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

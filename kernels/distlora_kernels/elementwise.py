@@ -116,42 +116,29 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool)
     return (normal * (1.0 + weight.float())).type_as(x) if plus_one else weight * normal.to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool, out: Tensor | None = None) -> Tensor:
-    """Return reference_rms_norm; only x gets a gradient, the weight is frozen.
-
-    `out`, on a GPU: where to write it, with x's shape and dtype; its rows may be further apart than N.
-    """
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """Return reference_rms_norm; only x gets a gradient, the weight is frozen."""
     assert not weight.requires_grad, "the gradient of a norm's weight is not computed"
     if weight.dtype != x.dtype:
         return reference_rms_norm(x, weight, eps, plus_one=plus_one)
-    output: Tensor = _RMSNorm.apply(x, weight, eps, plus_one, () if out is None else (out,))
+    output: Tensor = _RMSNorm.apply(x, weight, eps, plus_one)
     x, frozen = x.detach(), weight.detach()
     _register(output, lambda: _normalized(x.contiguous(), frozen, eps, plus_one)[0])
     return output
 
 
-def _output_like(x: Tensor, out: tuple[Tensor, ...]) -> Tensor:
-    """Return the tensor in `out`, a tuple so that autograd takes it for no input, or a new one like x, contiguous."""
-    if not out:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    assert (out[0].shape, out[0].dtype) == (x.shape, x.dtype), f"out {out[0].dtype} {out[0].shape}"
-    assert uses_triton(x), "out is for GPUs"
-    assert _rows_alike(out[0], out[0]), f"out has strides {out[0].stride()}"
-    return out[0].detach()
-
-
-def _normalized(x: Tensor, weight: Tensor, eps: float, plus_one: bool, *out: Tensor) -> tuple[Tensor, Tensor]:
+def _normalized(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
     """Return y and 1 / rms(x) in fp32."""
-    y, inverse = _output_like(x, out), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     _run("norm_forward", x, weight, y, inverse, inverse.numel(), x.shape[-1], eps, plus_one)
     return y, inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool, out: tuple[Tensor, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
         x = x.contiguous()
-        y, inverse = _normalized(x, weight, eps, plus_one, *out)
+        y, inverse = _normalized(x, weight, eps, plus_one)
         ctx.save_for_backward(x, weight, inverse)
         ctx.plus_one = plus_one
         return y
@@ -163,7 +150,7 @@ class _RMSNorm(torch.autograd.Function):
         dy, dx = dy.contiguous(), torch.empty_like(x)
         rows, columns = inverse.numel(), x.shape[-1]
         _run("norm_backward", dy, x, weight, inverse, dx, rows, columns, ctx.plus_one)
-        return dx, None, None, None, None
+        return dx, None, None, None
 
 
 def reference_gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -171,27 +158,27 @@ def reference_gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation, *, out: Tensor | None = None) -> Tensor:
-    """Return reference_gated. Both operands may be halves of one tensor; `out` as in rms_norm."""
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """Return reference_gated. Both operands may be halves of one tensor."""
     gelu = activation == "gelu_tanh"
     if not _rows_alike(gate, up):
         gate, up = gate.contiguous(), up.contiguous()
-    output: Tensor = _Gated.apply(gate, up, gelu, () if out is None else (out,))
+    output: Tensor = _Gated.apply(gate, up, gelu)
     gate, up = gate.detach(), up.detach()
     _register(output, lambda: _product(gate, up, gelu))
     return output
 
 
-def _product(gate: Tensor, up: Tensor, gelu: bool, *out: Tensor) -> Tensor:
-    y, columns = _output_like(gate, out), gate.shape[-1]
+def _product(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    y, columns = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), gate.shape[-1]
     _run("gate_forward", gate, up, y, y.numel() // columns, columns, _stride(gate), gelu)
     return y
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool, out: tuple[Tensor, ...]) -> Tensor:
-        y = _product(gate, up, gelu, *out)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+        y = _product(gate, up, gelu)
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
         return y
@@ -202,7 +189,7 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         dy, columns = dy.contiguous(), gate.shape[-1]
         _run("gate_backward", dy, gate, up, dy.numel() // columns, columns, _stride(gate), ctx.gelu)
-        return gate, up, None, None
+        return gate, up, None
 
 
 def _stride(matrix: Tensor) -> int:

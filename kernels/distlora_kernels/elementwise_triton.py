@@ -1,7 +1,7 @@
 """Run elementwise.py's operations on a GPU: each reads its operands and writes its result once.
 
 Numbers are widened to fp32 as they are loaded and rounded to the dtype where the definitions round them. No atomics: a
-row's sum has one order, given by its length. Rows may be longer than 2^31 bytes apart in sum: row offsets are int64.
+row's sum has one order, given by its length. A tensor may exceed 2^31 elements: row offsets are int64.
 
 Letters as in elementwise.py: M rows, N columns, B rows of the batch, K heads, T tokens, E size of a head, R rotated
 columns of it.
@@ -41,7 +41,7 @@ def _rounded(x, pointer):
 
 @triton.jit
 def _norm_forward_kernel(
-    x_ptr, weight_ptr, y_ptr, inverse_ptr, rows, columns, y_stride, eps, PLUS_ONE: tl.constexpr,
+    x_ptr, weight_ptr, y_ptr, inverse_ptr, rows, columns, eps, PLUS_ONE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
     """Compute y and inverse[row] = 1 / rms(x[row]). `WHOLE`: COLUMNS hold a row, which is then read once."""
@@ -64,7 +64,7 @@ def _norm_forward_kernel(
             x = tl.load(x_ptr + row[:, None] * columns + column, mask=mask, other=0.0).to(tl.float32)
         normal = x * inverse[:, None]
         y = normal * (1.0 + weight) if PLUS_ONE else weight * _rounded(normal, y_ptr)
-        tl.store(y_ptr + row[:, None] * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + row[:, None] * columns + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -117,10 +117,10 @@ def _norm_tile(columns: int) -> dict[str, int | bool]:
 def norm_forward(
     x: Tensor, weight: Tensor, y: Tensor, inverse: Tensor, rows: int, columns: int, eps: float, plus_one: bool
 ) -> None:
-    """Write reference_rms_norm of x, contiguous, to y, whose rows may be further apart, and 1 / rms(x) to inverse."""
+    """Write reference_rms_norm of x to y, and 1 / rms(x) to inverse. All are contiguous."""
     tile = _norm_tile(columns)
     _norm_forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        x, weight, y, inverse, rows, columns, _stride(y), eps, PLUS_ONE=plus_one, **tile
+        x, weight, y, inverse, rows, columns, eps, PLUS_ONE=plus_one, **tile
     )
 
 
@@ -132,10 +132,6 @@ def norm_backward(
     _norm_backward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         dy, x, weight, inverse, dx, rows, columns, PLUS_ONE=plus_one, **tile
     )
-
-
-def _stride(matrix: Tensor) -> int:
-    return matrix.stride(-2) if matrix.dim() > 1 else matrix.shape[-1]
 
 
 @triton.jit
@@ -167,7 +163,7 @@ def _slope(x, GELU: tl.constexpr):
 
 @triton.jit
 def _gate_forward_kernel(
-    gate_ptr, up_ptr, y_ptr, columns, stride, y_stride, programs_of_a_row, GELU: tl.constexpr, COLUMNS: tl.constexpr
+    gate_ptr, up_ptr, y_ptr, columns, stride, programs_of_a_row, GELU: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Compute y = round(act(gate)) * up."""
     row = (tl.program_id(0) // programs_of_a_row).to(tl.int64)
@@ -176,7 +172,7 @@ def _gate_forward_kernel(
     gate = tl.load(gate_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     y = _rounded(_activated(gate, GELU), y_ptr) * up
-    tl.store(y_ptr + row * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -197,10 +193,10 @@ def _gate_backward_kernel(
 
 
 def gate_forward(gate: Tensor, up: Tensor, y: Tensor, rows: int, columns: int, stride: int, gelu: bool) -> None:
-    """Write reference_gated to y, whose rows may be further apart; rows of gate and up are `stride` apart."""
+    """Write reference_gated to y, contiguous; rows of gate and up are `stride` apart."""
     blocks = triton.cdiv(columns, GATE_COLUMNS)
     _gate_forward_kernel[(rows * blocks,)](
-        gate, up, y, columns, stride, _stride(y), blocks, GELU=gelu, COLUMNS=GATE_COLUMNS, num_warps=NUM_WARPS
+        gate, up, y, columns, stride, blocks, GELU=gelu, COLUMNS=GATE_COLUMNS, num_warps=NUM_WARPS
     )
 
 

@@ -1,8 +1,9 @@
 """Run the adapted linears of one input by products.cpp: the path of compiled runs in bf16 on a CPU.
 
 A linear's base and adapter are terms of one sum, rounded once, and so are the gradients of an input that several
-linears share. A quantized weight is decoded into the product's own operand: no dense copy is made. `lora_torch` runs
-what is not covered: DoRA, dropout, rows that choose, and sizes that are not multiples of 64.
+linears share. A quantized weight is decoded into the product's own operand: no dense copy is made, and each calling
+thread keeps a few megabytes. `lora_torch` runs what is not covered: DoRA, dropout, rows that choose, and sizes that are
+not multiples of 64.
 
 Letters: M rows, I in features, O out features, R rank.
 """

@@ -93,10 +93,10 @@ static void pack_columns_of(const Term &term, size_t n, size_t N, uint32_t *out)
     }
 }
 
-// Memory of panels: that of the largest product so far.
+// Memory of panels: that of the calling thread's largest product so far.
 static uint32_t *panels_of(size_t bytes) {
-    static std::unique_ptr<uint32_t, void (*)(void *)> memory(nullptr, std::free);
-    static size_t size = 0;
+    static thread_local std::unique_ptr<uint32_t, void (*)(void *)> memory(nullptr, std::free);
+    static thread_local size_t size = 0;
     if (size < bytes) {
         memory.reset();
         memory.reset((uint32_t *)std::aligned_alloc(64, bytes));

@@ -85,10 +85,6 @@ class BlockContext:
         self._balance: Tensor | None = None
         self._chosen: tuple[Tensor, dict[tuple[int, ...], Tensor]] | None = None
 
-    def is_recomputing(self) -> bool:
-        """Return True while backward runs the layer, or its MLP, again."""
-        return self.recomputes
-
     def chosen(self, slots: tuple[int, ...]) -> Tensor:
         """Return (B,) int64: index into `slots` of each row's adapter, -1 for none of them.
 

@@ -483,7 +483,7 @@ def _replace_weights(
                 new = FrozenLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype)
             if stored is not None and not stored.nested:
                 new.keep_absmax()
-            new.unread = context.is_recomputing if path in kind.unread else None
+            new.unread = (lambda context=context: context.recomputes) if path in kind.unread else None
             layer.set_submodule(path, new)
             replaced[path] = new
         link_shared_inputs(replaced)

@@ -107,7 +107,7 @@ class FrozenLinear(FrozenTensor):
         self.in_features, self.out_features = in_features, out_features
         self.shared_input: SharedInput | None = None
         self.unread: Callable[[], bool] | None = None
-        """True while only the graph of its output is needed (`LayerKind.unread`); None: never."""
+        """Returns True while only the graph of its output is needed (`LayerKind.unread`); None: never."""
         self.bias = _frozen((out_features,), dtype) if bias else None
 
     def operand(self) -> Linear:

@@ -377,7 +377,7 @@ def _joined_down(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
     if len(downs) == 1:
         return downs[0]
     if not isinstance(scale, RowChoice):
-        neighbours = all(
+        neighbours = len({down.untyped_storage().data_ptr() for down in downs}) == 1 and all(
             one.is_contiguous() and one.data_ptr() + one.nbytes == other.data_ptr()
             for one, other in itertools.pairwise(downs)
         )

@@ -58,7 +58,7 @@ def lora_linears(x: Tensor, linears: Sequence[Linear], *, unread: bool = False) 
     """Return lora_linear of several linears of one input x (..., I).
 
     x is read once for all their A, unless dropout gives them different inputs, and their gradients of x are summed in
-    place. The base GEMMs stay separate. `unread`: only the graph is needed, and with one the outputs are NaN, unless a
+    place. The base GEMMs stay separate. `unread`: only the graph is needed; in grad mode the outputs are NaN, unless a
     gradient of DoRA reads them.
     """
     check_compilation()
@@ -73,7 +73,7 @@ def lora_linears(x: Tensor, linears: Sequence[Linear], *, unread: bool = False) 
         # x for dA, x A^T for dB.
         keeper = keep((rows if adapted else None, *xas, *tensors), rows.device)
     has_magnitude = any(linear.adapter is not None and linear.adapter.magnitude is not None for linear in linears)
-    if unread and keeper is not None and not has_magnitude:
+    if unread and torch.is_grad_enabled() and not has_magnitude:
         inputs = None
     ys = _LoRALinears.apply(keeper, rows, forms, inputs, *tensors)
     return tuple(y.unflatten(0, x.shape[:-1]) for y in ys)

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 from distlora import derive
 from distlora.architecture import spec
 from distlora.model import fused_modules
-from distlora_kernels import dispatch
+from distlora_kernels import dispatch, native
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
 
@@ -103,12 +103,15 @@ def _train_compile_auto_is_off() -> Iterator[None]:
 
 
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def compiler() -> Iterator[None]:
     """Let this test compile, with the compiler that the tests were started with."""
-    if CALLERS_COMPILER is None:
-        monkeypatch.delenv("CXX")
-    else:
-        monkeypatch.setenv("CXX", CALLERS_COMPILER)
+    with pytest.MonkeyPatch.context() as patch:
+        if CALLERS_COMPILER is None:
+            patch.delenv("CXX")
+        else:
+            patch.setenv("CXX", CALLERS_COMPILER)
+        yield
+    native.library.cache_clear()  # Else train.compile=auto would be on in later tests of this process.
 
 
 @pytest.fixture(autouse=True)

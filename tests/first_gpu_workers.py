@@ -29,7 +29,7 @@ Figures = dict[str, Any]
 
 
 def versions() -> Figures:
-
+    """Return the versions of the packages, and the GPU."""
     names = ("torch", "triton", "transformers", "numpy", "peft", "bitsandbytes", "liger_kernel", "hydra-core")
     installed = {}
     for name in names:
@@ -40,25 +40,28 @@ def versions() -> Figures:
 
 
 def checkpoint(folder: str, dry: bool, layers: int) -> Figures:
-
+    """Write a random checkpoint and text to train on; the folder appears when it is complete."""
     # As for the real shapes, the vocabulary is larger than the tokenizer's.
     settings = SHAPES | {"vocab_size": 1024} if dry else ARCHITECTURES["meta-llama/Llama-3.1-8B"]
     settings = {key: value for key, value in settings.items() if key != "model_type"} | {"num_hidden_layers": layers}
-    shutil.rmtree(folder, ignore_errors=True)
+    partial = Path(f"{folder}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     began = time.monotonic()
-    parameters = write_random_checkpoint(Path(folder), settings, num_shards=max(1, layers // 2))
+    parameters = write_random_checkpoint(partial, settings, num_shards=max(1, layers // 2))
     seconds = time.monotonic() - began
-    tokenizer().save_pretrained(folder)
+    tokenizer().save_pretrained(partial)
     words = [f"{a}{b}" for a in ("tor", "lin", "ker", "nel", "grad") for b in ("us", "em", "al", "ing", "ed")]
     source = random.Random(0)
-    with (Path(folder) / "text.jsonl").open("w") as file:
+    with (partial / "text.jsonl").open("w") as file:
         for _ in range(20 if dry else 40):
             text = " ".join(source.choices(words, k=60 if dry else 12_000))
             file.write(json.dumps({"text": text}) + "\n")
+    partial.rename(folder)
     return {"parameters": parameters, "seconds": round(seconds, 1)}
 
 
 def profile(folder: str, length: int, cache: str) -> Figures:
+    """Time a training step alone, then under torch's profiler."""
     sections: dict[str, Any] = {
         "model": {"path": folder},
         "data": {"path": "none", "sequence_length": length},

@@ -132,6 +132,8 @@ def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch)
 def test_copies_of_the_adapters_save_the_casts_of_each_pass(
     triton_device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if triton_device.type == "cuda":
+        pytest.skip("counts launches in Triton's interpreter")
     write_model_folder(tmp_path, "llama", **SIZES)
     sections = SECTIONS | {"adapter": SECTIONS["adapter"] | {"lora_dropout": 0.0}}
     model, _ = load_ours(tmp_path, **sections)

@@ -198,11 +198,12 @@ def _unread(layer: _Layer) -> tuple[str, ...]:
     def only_sums(node: Any) -> bool:
         return node in users and all(user.name() in _SUMS and only_sums(user) for user in users[node])
 
-    def is_unread(path: str, output: Tensor, node: Any) -> bool:
-        # What stands in for the product is no memory that an operation could write to.
-        return output._version == 0 and (path == last or only_sums(node))
-
-    return tuple(path for path, calls in outputs.items() if all(is_unread(path, *call) for call in calls))
+    return tuple(
+        path
+        for path, calls in outputs.items()
+        # No operation can write to what stands in for the product.
+        if all(output._version == 0 and (path == last or only_sums(node)) for output, node in calls)
+    )
 
 
 def _half(found: Architecture, kind: LayerKind, half: int, figures: list[dict[str, list[float]]]) -> HalfMemory | None:

@@ -148,18 +148,14 @@ class FrozenWeights:
         self._check_dense_copies()
 
     def _check_dense_copies(self) -> None:
-        weights = {path: module for path, module in self._model.named_modules() if isinstance(module, FrozenTensor)}
-        copies = {path: (copy, of.stored) for path, of in weights.items() if (copy := of.dense_copy) is not None}
-        if not copies:
-            return
-        differs = torch.stack([(copy != stored.dense(copy.dtype)).any() for copy, stored in copies.values()])
-        odd = self._backend.gather_ranks(differs.int()).nonzero()
-        if len(odd):
-            rank, index = odd[0].tolist()
-            raise DamagedWeightsError(
-                f"the frozen base is damaged: the dense copy of {self._model.hf_name(list(copies)[index])} "
-                f"(quant.dense_layers) in the memory of rank {rank} is not what the weight gives; {_NOT_SAVED}. {_NEXT}"
-            )
+        for path, weight in self._model.named_modules():
+            if isinstance(weight, FrozenTensor) and (copy := weight.dense_copy) is not None:
+                differs = (copy != weight.stored.dense(copy.dtype)).any().int()
+                if len(ranks := self._backend.gather_ranks(differs).nonzero()):
+                    raise DamagedWeightsError(
+                        f"the frozen base is damaged: the copy of {self._model.hf_name(path)} (quant.dense_layers) "
+                        f"in the memory of rank {int(ranks[0])} is not what the weight gives; {_NOT_SAVED}. {_NEXT}"
+                    )
 
     def _end_if_damaged(self, differs: Tensor, consequence: str) -> None:
         """Raise DamagedWeightsError on all ranks if any rank has a difference in `differs` (T, W)."""

@@ -199,14 +199,11 @@ def _stride(matrix: Tensor) -> int:
 
 def _rows_alike(first: Tensor, second: Tensor) -> bool:
     """Return whether the rows of both have the same constant distance over all leading dimensions."""
-
-    def is_matrix(tensor: Tensor) -> bool:
-        steps = [_stride(tensor)]
-        for size in reversed(tensor.shape[1:-1]):
-            steps.insert(0, steps[0] * size)
-        return tensor.stride(-1) == 1 and list(tensor.stride()[:-1]) == steps[-tensor.dim() + 1 :]
-
-    return first.stride() == second.stride() and is_matrix(first) and is_matrix(second)
+    steps = [_stride(first)]
+    for size in reversed(first.shape[1:-1]):
+        steps.insert(0, steps[0] * size)
+    is_matrix = first.stride(-1) == 1 and list(first.stride()[:-1]) == steps[-first.dim() + 1 :]
+    return is_matrix and first.stride() == second.stride()
 
 
 def reference_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

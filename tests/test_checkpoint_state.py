@@ -104,6 +104,9 @@ def test_different_environment_is_reported() -> None:
     assert "ranks 3 (now 2), threads 1 (now 8): the order of the data is the same" in line
     compiled = then | {"compiler": "g++ 13", "train.compile": True}
     assert environment_line(then, then | {"train.compile": False}) is None, "made before there was such a setting"
+    line = environment_line(then, then | {"fused_kernels": "own"})
+    assert line is not None
+    assert "with fused_kernels None (now own):" in line
     line = environment_line(compiled, compiled | {"compiler": "g++ 14", "train.compile": False})
     assert line is not None
     assert "with compiler g++ 13 (now g++ 14), train.compile True (now False):" in line

@@ -180,10 +180,10 @@ def test_unsupported_compilation_is_refused_with_the_reason(monkeypatch: pytest.
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"no C\+\+ compiler .* set train.compile=false"):
-        check_machine(config.cluster, config.parallel, config.optim, config.train)
+        check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UserError, match="is for the CPU, and this node has a GPU"):
-        check_machine(config.cluster, config.parallel, config.optim, config.train)
+        check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
     write_family_folder(tmp_path, "mixtral")
     architecture = architecture_of(read_config(tmp_path), tmp_path)
     with pytest.raises(UserError, match="is not what mixtral computes"):

@@ -151,7 +151,7 @@ MISTYPED = [
     ("lora_target_modules=all-linear", "did you mean 'adapter.target_modules'?"),
     ("report_to=wandb", "did you mean 'tracker'?"),
     ("learning_rat=1e-4", "did you mean 'optim.lr'?"),
-    ("tf32=true", "tf32, which is a key of Axolotl: bf16 matrix products do not use it"),
+    ("tf32=true", "tf32, which is a key of Axolotl: bf16 matrix products do not use TF32"),
     ("train.seed", "setting=value"),
     ("=3", "names no setting"),
     ("data.path=a=b", "must be quoted"),
@@ -172,6 +172,8 @@ MISTYPED = [
     ("train.epochs=two", "write a number, such as 0.1"),
     ("optim.lr=high", "must be of type float; write a number, such as 0.1"),
     ("name=5", "must be of type str; write name='\"5\"'"),
+    ("quant.dense_layers=true", "set it to 0 or more, or to auto"),
+    ("train.liger=true", "write train.fused_kernels=liger for true (the default is own), and none for false"),
     ("train.load_best_at_end=3", "must be of type bool; write true or false"),
     ("data.sources=chats.jsonl", "write data.sources=[{path: chats.jsonl}]"),
 ]

@@ -26,7 +26,7 @@ from distlora.planner.choose import (
     cost_of,
     has_room,
     is_as_good,
-    resolve_quantization,
+    resolve_auto,
 )
 from distlora.planner.machine import machine_of as machine_asked_for
 from distlora.planner.report import needs
@@ -185,7 +185,7 @@ def test_the_choice_is_the_fastest_of_all_that_fit(where: Machine, fixed: set[st
 )
 def test_quant_auto_is_16_bits_where_they_fit(usable: float, sections: dict[str, Any], method: str, why: str) -> None:
     said, model = config_of(1, **{"quant": {"method": "auto"}, **sections}), model_of("8b")
-    found = resolve_quantization(search(said, model, machine("h100", 1, usable=usable)))
+    found = resolve_auto(search(said, model, machine("h100", 1, usable=usable)))
     assert found.config == said.with_settings({"quant.method": method})
     assert [change.typed for change in found.changes] == [f"quant={method}"]
     assert re.search(why, found.changes[0].why)
@@ -196,15 +196,24 @@ def test_quant_auto_is_16_bits_where_they_fit(usable: float, sections: dict[str,
 )
 def test_dense_layers_auto_is_as_many_as_fit(where: Machine) -> None:
     said, model = config_of(where.ranks, quant={"dense_layers": "auto"}), model_of("8b")
-    found = resolve_quantization(search(said, model, where))
+    found = resolve_auto(search(said, model, where))
     count = found.config.quant.dense_layers
     assert isinstance(count, int)
     assert 0 < count < 32
     assert has_room(found.plan, RESERVE)
     assert not has_room(plan_of(said.with_settings({"quant.dense_layers": count + 1}), model, where), RESERVE)
     assert [change.typed for change in found.changes] == [f"quant.dense_layers={count}"]
-    unknown = resolve_quantization(search(said, model, dataclasses.replace(where, usable_bytes=None)))
+    unknown = resolve_auto(search(said, model, dataclasses.replace(where, usable_bytes=None)))
     assert unknown.config.quant.dense_layers == 0
+
+
+def test_dense_layers_auto_says_why_there_are_none() -> None:
+    said, model = config_of(2, quant={"dense_layers": "auto"}), model_of("8b")
+    zero3 = said.with_settings({"parallel.backend": "zero3"})
+    none = "no layer has a dense copy of its weights"
+    for given, usable, why in ((said, 1, none), (zero3, 80, f"{none}, which needs parallel=fsdp2")):
+        (change,) = resolve_auto(search(given, model, machine("h100", 2, usable=usable))).changes
+        assert (change.typed, change.why.partition(", ")[2]) == ("quant.dense_layers=0", why)
 
 
 @pytest.mark.parametrize(
@@ -381,6 +390,11 @@ def test_a_larger_model_is_planned_with_what_is_chosen_for_it() -> None:
     assert found.fits
     assert found.chosen_again
     assert found.total == choose(search(said, larger, choice.plan.machine)).plan.device.total
+    dense = config_of(1, quant={"dense_layers": "auto"})
+    choice = resolve_auto(search(dense, model_of("8b"), machine("h100", 1)))
+    found = larger_runs(choice, ("model=larger", larger))[-1]
+    assert plan_of(choice.config, larger, choice.plan.machine).fits is False
+    assert (found.fits, found.chosen_again) == (True, True)
 
 
 def test_a_cpu_machine_is_too_small_for_what_all_its_processes_take_and_no_sooner() -> None:

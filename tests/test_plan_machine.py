@@ -129,16 +129,16 @@ def test_gpus_are_counted_that_this_process_may_use(tmp_path: Path, monkeypatch:
         assert checks.gpu_count() == count
 
 
-def test_an_old_torch_shards_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_torch_shards_no_4_bit_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(checks.importlib.metadata, "version", lambda _: "2.11.0+cu130")
     base = {"model": {"path": "m"}, "data": {"path": "d"}}
     config = composed("cluster.gpus_per_node=2", **base)
     with pytest.raises(UserError, match=r"torch 2.11.0\+cu130 cannot shard .* parallel.shard_degree=1"):
-        checks.check_machine(config.cluster, config.parallel, config.optim, config.train)
-    for words in ("cluster.gpus_per_node=1", "parallel.shard_degree=1"):
+        checks.check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
+    for words in ("cluster.gpus_per_node=1", "parallel.shard_degree=1", "quant=none"):
         config = composed("cluster.gpus_per_node=2", words, **base)
-        checks.check_machine(config.cluster, config.parallel, config.optim, config.train)
+        checks.check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
 
 
 class Driver:

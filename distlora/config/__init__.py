@@ -124,6 +124,10 @@ class Config:
             "train.compile=true leaves out the gradients of the norms' scales, which adapter=full trains; leave it "
             "out, or set adapter=lora",
         )
+        self._check_length()
+
+    def _check_length(self) -> None:
+        """Refuse lengths of a run, and evaluations, that exclude each other."""
         require(
             not self.data.streaming or self.train.max_steps is not None,
             "data.streaming=true reads as many documents as the steps need, so their number must be known; "

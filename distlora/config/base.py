@@ -328,7 +328,7 @@ class QuantConfig:
     """Number of first decoder layers that keep a copy of their weights in train.dtype beside the quantized ones, for
     the whole run: they are dequantized once, and gathered once if the base is sharded (FSDP2 only). Each takes 2 bytes
     per weight in bf16 on every rank, with its gathered weights. `auto`: as many as fit, by the launcher's calculation.
-    Results do not depend on it; where products of few rows on a GPU decode weights inside, they differ by rounding."""
+    On a CPU results are equal; on a GPU they differ by rounding."""
     cache: bool = True
     """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the
     checkpoint, on any number of ranks and bit for bit the same. A checkpoint that is already quantized is not cached. A

@@ -307,5 +307,5 @@ def check_torch(version: str) -> None:
     if match is None or tuple(map(int, match.groups())) < FIRST_TORCH:
         raise UserError(
             f"torch {version} cannot shard 4-bit weights (its FSDP2 refuses frozen uint8 parameters); "
-            "install torch >= 2.12, or keep it whole on every process with parallel.shard_degree=1"
+            "install torch >= 2.12, or keep the base whole on every process with parallel.shard_degree=1"
         )

@@ -54,8 +54,9 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
         if value is None and type(None) in options:
             return None
         kinds = [option for option in options if option is not type(None)]
-        if isinstance(value, str) and any(typing.get_origin(kind) is Literal for kind in kinds):
-            return value  # A word in a number's place, as above.
+        word = str(value).lower() if isinstance(value, bool) and bool not in kinds else value
+        if isinstance(word, str) and any(typing.get_origin(kind) is Literal for kind in kinds):
+            return word  # In a number's place, as above.
         is_list = isinstance(value, (list, tuple))
         kind = next((k for k in kinds if (typing.get_origin(k) is tuple) == is_list), kinds[0])
         return coerce(kind, value, name)
@@ -90,20 +91,24 @@ def load_config(run_dir: str | Path) -> Config:
     require(isinstance(values, dict), f"{path} is damaged: it holds no settings; {remedy}")
     # What was cut off would silently be the defaults.
     require("run_dir" in values, f"{path} is truncated: its last setting, run_dir, is missing; {remedy}")
-    if "card" in values:  # The name of this section in runs of earlier versions.
-        values = {"gpu": values.pop("card"), **values}
-    train = values.get("train")
-    if isinstance(train, dict):
-        train.pop("keep_dequantized", None)  # It changed no result.
-        if "liger" in train:
-            values["train"] = {"fused_kernels": "own" if train.pop("liger") else "none", **train}
-    tracker = values.get("tracker")
-    if isinstance(tracker, dict) and "name" in tracker:  # It named the only tracker in runs of earlier versions.
-        values["tracker"] = {**tracker, name: True} if (name := tracker.pop("name")) != "none" else {}
+    _rename_old(values)
     try:
         return build(Config, {**values, "run_dir": str(run_dir)})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _rename_old(values: dict[str, Any]) -> None:
+    """Replace settings of earlier versions by those that stand for them now, in place."""
+    if "card" in values:
+        values.setdefault("gpu", values.pop("card"))
+    train, tracker = values.get("train"), values.get("tracker")
+    if isinstance(train, dict):
+        train.pop("keep_dequantized", None)  # It changed no result.
+        if "liger" in train:
+            train.setdefault("fused_kernels", "own" if train.pop("liger") else "none")
+    if isinstance(tracker, dict) and "name" in tracker:  # It named the only tracker.
+        values["tracker"] = {**tracker, name: True} if (name := tracker.pop("name")) != "none" else {}
 
 
 def parse_yaml(content: bytes) -> Any:

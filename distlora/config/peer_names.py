@@ -52,7 +52,6 @@ _SETTINGS = {
     "train.checkpointing": "gradient_checkpointing activation_checkpointing",
     "train.dtype": "bf16 fp16 torch_dtype precision pure_bf16",
     "train.attention": "attn_implementation flash_attention flash_attn xformers_attention sdp_attention",
-    "train.fused_kernels": "liger use_liger_kernel use_liger enable_liger_kernel",
     "train.compile": "torch_compile",
     "tracker": "report_to",
     "tracker.project": "wandb_project",
@@ -86,6 +85,9 @@ _SENTENCES = {
     "push_to_hub hub_model_id": _PUSH,
     "deepspeed fsdp fsdp_config": _SHARDING,
     "keep_dequantized": "; quant.dense_layers keeps dequantized weights, of a number of layers and for the whole run",
+    "liger use_liger_kernel use_liger enable_liger_kernel": (
+        "; write train.fused_kernels=liger for true (the default is own), and none for false"
+    ),
     "trust_remote_code": "; code that comes with a model is never run",
     "tracker.name": "; write tracker=wandb, or several as tracker=[wandb,tensorboard]",
     "do_train do_eval": "; leave it out: `distlora train` trains, and evaluates on data.eval_fraction",

@@ -72,7 +72,8 @@ class _CountedReduceScatter(_Counted):
 
 def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bool, traffic: Traffic) -> None:
     """Shard every parameter of `model` (on meta) except the adapters' over the ranks of a copy, in place."""
-    check_torch(torch.__version__)
+    if any(parameter.dtype == torch.uint8 for parameter in model.parameters()):
+        check_torch(torch.__version__)
     mesh = shards.mesh(device.type)
     ignored = set(adapter_parameters(model).values())
 

@@ -360,16 +360,16 @@ def choose(search: Search) -> Choice:
     return Choice(plan=plan, search=search, only_reason=only_reason, other=plans[1] if len(plans) > 1 else None)
 
 
-def resolve_quantization(search: Search) -> Choice:
+def resolve_auto(search: Search) -> Choice:
     """Choose only what is `auto`: quant.method as `choose` does, and as many of quant.dense_layers as fit."""
     search = dataclasses.replace(search, fixed=frozenset(CHOSEN))
     if search.config.quant.dense_layers != "auto":
         return choose(search) if search.config.quant.method == "auto" else Choice(plan=search.plan(), search=search)
     # Dense layers need quantized weights, and the memory of some is unknown.
-    method = {"quant.method": _quantizations(search)[0][-1], "quant.dense_layers": 0}
-    plan = search.plan(method)
+    methods, only_reason = _quantizations(search)
+    plan = search.plan({"quant.method": methods[-1], "quant.dense_layers": 0})
     most = None if search.machine.usable_bytes is None else search.with_most(plan, "quant.dense_layers")
-    return Choice(plan=most or plan, search=search, only_reason=_quantizations(search)[1])
+    return Choice(plan=most or plan, search=search, only_reason=only_reason)
 
 
 def _quantizations(search: Search) -> tuple[list[str], str | None]:
@@ -396,7 +396,7 @@ def _of_usable(plan: Plan) -> str:
 
 def _difference(before: Plan, after: Plan, reserve: float) -> str:
     """Return the effect of a change alone: the run fits, the time, or the network traffic."""
-    if before.lacks(reserve) is not None:
+    if before.lacks(reserve) is not None and after.lacks(reserve) is None:
         return f": otherwise {size(before.device.total)}{', too close to the limit' if before.lacks() is None else ''}"
     times = before.time, after.time
     if times[0] is not None and times[1] is not None:
@@ -419,7 +419,10 @@ def _meaning(name: str, value: Any, plan: Plan) -> str:
         case "train.accumulate" if value == "block":
             return f"each layer is gathered twice per step, not {2 * passes} times"
         case "quant.dense_layers" if isinstance(value, int):
-            return f"{value} of {blocks} layers have a dense copy of their weights, and dequantize nothing"
+            if value:
+                return f"{value} of {blocks} layers have a dense copy of their weights, and dequantize nothing"
+            shards = plan.config.shard_degree(plan.machine.ranks) > 1 and plan.config.parallel.backend == "zero3"
+            return f"no layer has a dense copy of its weights{', which needs parallel=fsdp2' if shards else ''}"
         case "parallel.offload_base" if value:
             return f"the base is offloaded to host memory ({size(plan.host.machine)} per node in all)"
         case "parallel.shard_degree" if value is None:

@@ -25,6 +25,7 @@ from distlora.planner.choose import (
     cost_of,
     has_room,
     micro_batches,
+    resolve_auto,
     typed,
 )
 from distlora.planner.machine import Machine, machine_of
@@ -292,7 +293,7 @@ class LargerRun:
     """Bytes per rank."""
     fits: bool | None
     chosen_again: bool = False
-    """True if it fits only with the settings that plan=auto would choose for it."""
+    """True if it fits only with the settings that plan=auto or quant.dense_layers=auto would choose for it."""
 
     def __str__(self) -> str:
         verdict = {True: "fits", False: "does not fit", None: "is not checked"}[self.fits]
@@ -322,14 +323,14 @@ def larger_runs(choice: Choice, larger: tuple[str, PlannedModel] | None = None) 
 
 
 def _larger_run(choice: Choice, what: str, plan: Plan, settings: Settings) -> LargerRun:
-    if plan.fits is False and plan.config.plan.mode == "auto":
-        search = dataclasses.replace(
-            choice.search, config=plan.config, model=plan.model, fixed={*choice.search.fixed, *settings}
-        )
-        if not settings:  # For another model quant=auto may become another method.
-            quant = choice.search.config.quant
-            search = search.with_settings({"quant.method": quant.method, "quant.dense_layers": quant.dense_layers})
-        again = choose(search).plan
+    quant, chooses = choice.search.config.quant, plan.config.plan.mode == "auto"
+    if plan.fits is False and (chooses or quant.dense_layers == "auto"):
+        # For another model quant=auto may become another method.
+        method = plan.config.quant.method if settings else quant.method
+        config = plan.config.with_settings({"quant.method": method, "quant.dense_layers": quant.dense_layers})
+        fixed = {*choice.search.fixed, *settings}
+        search = dataclasses.replace(choice.search, config=config, model=plan.model, fixed=fixed)
+        again = (choose if chooses else resolve_auto)(search).plan
         if again.fits:
             return LargerRun(what=what, total=again.device.total, fits=True, chosen_again=True)
     return LargerRun(what=what, total=plan.device.total, fits=plan.fits)

@@ -109,6 +109,8 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
     made_on = environment(ranks.world, ranks.device, compiles=config.train.compile is True)
     for name in ("dtype", "micro_batch", "attention", "compile"):
         made_on[f"train.{name}"] = getattr(config.train, name)
+    if ranks.device.type == "cuda" and config.train.fused_kernels != "none":
+        made_on["fused_kernels"] = config.train.fused_kernels  # A name without a dot, so old checkpoints differ too.
     degree = config.shard_degree(ranks.world)
     if config.adapter.trains_base is not None and degree < ranks.world:
         # Several copies change the order in which sharded gradients are summed, but not that of adapters.

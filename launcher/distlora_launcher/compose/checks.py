@@ -29,6 +29,7 @@ from distlora.config import (
     ModelSpec,
     OptimConfig,
     ParallelConfig,
+    QuantConfig,
     TrainConfig,
     UserError,
     nearest,
@@ -63,7 +64,7 @@ def check(config: Config, *, new_run: bool) -> None:
         if new_run and not config.cluster.on_each_node:
             check_run_dir(Path(config.run_dir))
         if config.cluster.launcher != "slurm":  # The node that submits may differ from those that run.
-            check_machine(config.cluster, config.parallel, config.optim, config.train)
+            check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
             if not new_run and config.train.compile == "auto":
                 check_compiled_before(Path(config.run_dir))
             for name in config.tracker.names:
@@ -131,7 +132,9 @@ def visible_gpus(variable: str) -> list[str]:
     return list(itertools.takewhile(lambda entry: entry not in ("", "-1"), entries))
 
 
-def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: OptimConfig, train: TrainConfig) -> None:
+def check_machine(
+    cluster: ClusterConfig, parallel: ParallelConfig, quant: QuantConfig, optim: OptimConfig, train: TrainConfig
+) -> None:
     """Refuse what this node cannot run: too few GPUs, no DeepSpeed, an unknown endpoint, settings for or without a GPU.
 
     Without any GPU, as many CPU processes run as are set.
@@ -140,7 +143,8 @@ def check_machine(cluster: ClusterConfig, parallel: ParallelConfig, optim: Optim
         resolve_endpoint(cluster.rdzv_endpoint)
     if parallel.backend == "zero3" and cluster.ranks > 1:
         check_deepspeed()
-    if parallel.backend == "fsdp2" and cluster.ranks > 1 and parallel.shard_degree != 1:
+    is_sharded = parallel.backend == "fsdp2" and cluster.ranks > 1 and parallel.shard_degree != 1
+    if is_sharded and quant.method != "none":
         check_torch(importlib.metadata.version("torch"))
     check_gpu_count(cluster)
     if gpu_count() == 0 and optim.name.startswith("paged_"):

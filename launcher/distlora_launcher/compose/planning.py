@@ -16,7 +16,7 @@ from distlora.config import Config, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.plan import GPUS, find_gpu
 from distlora.planner import Plan, plan_of
-from distlora.planner.choose import Choice, Search, choose, resolve_quantization
+from distlora.planner.choose import Choice, Search, choose, resolve_auto
 from distlora.planner.learning_rate import with_learning_rate
 from distlora.planner.machine import LocalHardware, Machine, machine_of, used_device
 from distlora.planner.model import PlannedModel, find_model
@@ -76,7 +76,7 @@ def _choose(config: Config, fixed: Collection[str], model: PlannedModel, machine
             except UserError:
                 unavailable = ("parallel.backend", "parallel.offload_base")
         return choose(dataclasses.replace(search, fixed=frozenset({*fixed, *unavailable})))
-    return resolve_quantization(search)
+    return resolve_auto(search)
 
 
 def check_planned(config: Config, model: PlannedModel) -> None:

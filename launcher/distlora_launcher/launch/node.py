@@ -187,7 +187,7 @@ def run_slurm_node(
     if is_complete(run_dir):
         return DONE
     restore(config.model)
-    check_machine(config.cluster, config.parallel, config.optim, config.train)
+    check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
 
     def lead() -> int:
         if slurm_job is not None:

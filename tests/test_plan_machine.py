@@ -136,7 +136,7 @@ def test_an_old_torch_shards_no_4_bit_weights(monkeypatch: pytest.MonkeyPatch) -
     config = composed("cluster.gpus_per_node=2", **base)
     with pytest.raises(UserError, match=r"torch 2.11.0\+cu130 cannot shard .* parallel.shard_degree=1"):
         checks.check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
-    for words in ("cluster.gpus_per_node=1", "parallel.shard_degree=1", "quant=none"):
+    for words in ("cluster.gpus_per_node=1", "parallel.shard_degree=1", "quant.method=none"):
         config = composed("cluster.gpus_per_node=2", words, **base)
         checks.check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
 

@@ -188,8 +188,8 @@ def test_the_qlora_paper_s_figure_is_its_layout_term_by_term() -> None:
         assert 300 < left < 600, size
         # With double quantization, or with matrices in 16 bits, far more would be left, and not the same.
         assert said - (packed(shapes, bits_of_scales=0.127) + matrices) / MIB > left + 270
-    # Ours is less: scales of 8 bits and matrices of 16, though adapters, of LLaMA's own sizes, are in fp32.
+    # Ours is less: scales of 8 bits and matrices of 16, though adapters, of LLaMA's own sizes, are in fp32 and copied.
     held = planned(LLAMA["65B"], "adapter.r=64", "data.sequence_length=512").device.held
     ours = sum(held[kind] for kind in ("codes", "scales", "embeddings", "norms", "adapters"))
-    assert ours / GB == pytest.approx(37.66, abs=0.01)
+    assert ours / GB == pytest.approx(39.26, abs=0.01)
     assert ours / GB < 41

@@ -12,7 +12,7 @@ KINDS = {
     "norms": "norms and biases",  # With routers and the rotary embedding's frequencies.
     "dense": "dense copies of 4-bit weights",
     "resident": "resident decoder layers",
-    "adapters": "trained parameters, fp32",  # With DoRA's norms of rows, and the start that DPO compares with.
+    "adapters": "trained parameters, fp32",  # With DoRA's norms of rows, DPO's reference, and copies in bf16.
     "gradients": "gradients",
     "optimizer": "optimizer states",
     "scratch": "dequantized weights",

@@ -218,7 +218,7 @@ def test_dense_layers_auto_says_why_there_are_none() -> None:
 
 @pytest.mark.parametrize(
     ("name", "where", "method"),
-    [("70b", machine("h100", 8), "none"), ("70b", machine("l40s", 8, usable=30), "nf4")],
+    [("70b", machine("h100", 8), "none"), ("70b", machine("l40s", 8, usable=31), "nf4")],
     ids=["fast links", "slow links"],
 )
 def test_quant_auto_compares_the_best_of_either_base(name: str, where: Machine, method: str) -> None:

@@ -59,6 +59,8 @@ LONGEST = (
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+LIBRARY = native.library
+"""The function itself: tests replace it."""
 CALLERS_COMPILER, NO_COMPILER = os.environ.get("CXX"), "none-in-tests"
 
 # Caches stay out of the user's home; ranks and commands inherit the variable. All test processes share what is derived,
@@ -103,15 +105,14 @@ def _train_compile_auto_is_off() -> Iterator[None]:
 
 
 @pytest.fixture
-def compiler() -> Iterator[None]:
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let this test compile, with the compiler that the tests were started with."""
-    with pytest.MonkeyPatch.context() as patch:
-        if CALLERS_COMPILER is None:
-            patch.delenv("CXX")
-        else:
-            patch.setenv("CXX", CALLERS_COMPILER)
-        yield
-    native.library.cache_clear()  # Else train.compile=auto would be on in later tests of this process.
+    if CALLERS_COMPILER is None:
+        monkeypatch.delenv("CXX")
+    else:
+        monkeypatch.setenv("CXX", CALLERS_COMPILER)
+    yield
+    LIBRARY.cache_clear()  # Else train.compile=auto would be on in later tests of this process.
 
 
 @pytest.fixture(autouse=True)

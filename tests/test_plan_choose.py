@@ -298,7 +298,8 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
             "70b",
             dataclasses.replace(machine("rtx4090", 2), host_bytes=30 * GB),
             {},
-            r"use 3 of these GPUs with cluster\.gpus_per_node=3 train\.checkpointing=offload \([\d.]+ GB\), or use 2 ",
+            r"use 3 of these GPUs with cluster\.gpus_per_node=3 parallel\.backend=zero3 train\.checkpointing=offload "
+            r"\([\d.]+ GB\), or use 2 ",
         ),
         (
             "70b",
@@ -311,7 +312,8 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
             "405b",
             dataclasses.replace(machine("rtx4090", 2), host_bytes=30 * GB),
             {},
-            r"use 2 x H200 141 GB with gpu=h200 parallel\.backend=zero3 parallel\.prefetch=false \([\d.]+ GB\)$",
+            r"use 2 x H200 NVL 141 GB with gpu=h200_nvl parallel\.backend=zero3 parallel\.prefetch=false "
+            r"\([\d.]+ GB\)$",
         ),
     ],
     ids=[

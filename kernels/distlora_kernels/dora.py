@@ -148,7 +148,7 @@ def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> Factors:
     """Return the factors for wa = W A^T (O, R), with k - 1 in `dtype`."""
     magnitude = adapter.magnitude
     assert magnitude is not None
-    squares, a = magnitude.row_norms_squared, adapter.a.to(dtype)
+    squares, a = magnitude.row_norms_squared, adapter.down(dtype)
     if not isinstance(adapter.scale, RowChoice):
         norms = _zero_for_zero_rows(squares, dora_norms(squares, wa, a, adapter.b, adapter.scale)[None])
         return Factors(norms, _excess(magnitude.masters, norms)[0].to(dtype))

@@ -106,7 +106,7 @@ def _in_rows(x: Tensor) -> Tensor:
 
 def project(x: Tensor, linears: Sequence[Linear]) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Return s x A^T (M, R) of each linear's adapter, for forward and for backward."""
-    downs = [linear.adapter.a.to(x.dtype) for linear in linears if linear.adapter is not None]
+    downs = [linear.adapter.down(x.dtype) for linear in linears if linear.adapter is not None]
     projected = iter((x @ torch.cat(downs).T).split([len(down) for down in downs], dim=1) if downs else ())
     gated = [None if adapter is None else next(projected) * adapter.scale for _, adapter, _ in linears]
     return gated, gated
@@ -150,7 +150,7 @@ def backward(
         assert gated is not None
         assert not isinstance(adapter.scale, RowChoice)
         dxa = (dy @ adapter.b.to(dy.dtype)) * adapter.scale
-        factors.append(_Factor(dxa, _dense(adapter.a.to(dy.dtype))))
+        factors.append(_Factor(dxa, _dense(adapter.down(dy.dtype))))
         if needs.b[index]:
             gradients.b[index] = (dy.T @ gated).to(adapter.b.dtype)
         if needs.a[index]:

@@ -166,7 +166,7 @@ def _with_magnitude(
     x: Tensor, projected: Sequence[_Projected], weight: Tensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, SavedDora]:
     """Return DoRA's y (M, O) and the tensors for backward."""
-    factors = dora.factors(adapter, weight @ adapter.a.to(x.dtype).T, x.dtype)
+    factors = dora.factors(adapter, weight @ adapter.down(x.dtype).T, x.dtype)
     delta = _delta(projected, weight, bias if adapter.dropout is None else None)
     if adapter.dropout is None:
         return dora.scaled(adapter, factors, torch.addmm(delta, x, weight.T, out=delta), bias)

@@ -201,8 +201,8 @@ def _unread(layer: _Layer) -> tuple[str, ...]:
     return tuple(
         path
         for path, calls in outputs.items()
-        # No operation can write to what stands in for the product.
-        if all(output._version == 0 and (path == last or only_sums(node)) for output, node in calls)
+        # A recomputation ends before the last. What stands in for another product cannot be written to.
+        if all(path == last or (output._version == 0 and only_sums(node)) for output, node in calls)
     )
 
 

@@ -38,18 +38,14 @@ def interpreted() -> Iterator[None]:
         _interpreting = False
 
 
-_TRACES_RIGHT = torch.__version__ >= "2.13"
-
-
 def check_compilation() -> None:
-    """Raise RuntimeError while a torch before 2.13 traces an adapted linear, which changes tensors in place.
+    """Raise RuntimeError while torch.compile traces an adapted linear.
 
-    torch 2.11 would return wrong gradients. Without fullgraph=True, torch.compile then runs the linear eagerly.
+    It saves tensors in a node of autograd's graph, which a trace does not have, and changes tensors in place, for which
+    torch 2.11 traced wrong gradients. Without fullgraph=True, torch.compile then runs the linear eagerly.
     """
-    if torch.compiler.is_compiling() and not _TRACES_RIGHT:
-        raise RuntimeError(
-            "torch before 2.13 compiles adapted linears to wrong gradients; upgrade torch, or do not compile them"
-        )
+    if torch.compiler.is_compiling():
+        raise RuntimeError("an adapted linear cannot be compiled; leave out fullgraph=True, and it runs eagerly")
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distlora_kernels.dispatch import check_compilation
+
 
 class _Keep(torch.autograd.Function):
     @staticmethod
@@ -34,6 +36,7 @@ def keep(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
 
     Autograd frees them after that backward. Do not call it where nothing needs a gradient: the result requires one.
     """
+    check_compilation()
     kept: Tensor = _Keep.apply(_trigger(device), tensors)
     return kept
 

@@ -111,7 +111,29 @@ struct Block {
         return left < 0 || key < (int64_t)origin ? 0 : (size_t)key - origin;
     }
     size_t to(size_t r) const { return start + r + 1 - first; }
+    size_t before() const { return (start - first) / VECTOR * VECTOR; }  // Keys before its own, in whole vectors.
 };
+
+// Scores (m, width) = A (m, P) B (P, width), but for vectors of keys behind a query.
+static void product_with_keys(const Block &block, const Pair *A, size_t lda, const uint32_t *B, size_t P, float *C,
+                              size_t ldc) {
+    product(A, lda, B, P * LANES, C, ldc, block.m, block.before(), P);
+    for (size_t k = block.before(); k < block.width; k += VECTOR) {
+        size_t r = block.first + k > block.start ? block.first + k - block.start : 0;
+        const uint32_t *column = B + k / LANES * P * LANES + k % LANES;
+        product_of_rows<1>(A + r * lda, lda, column, C + r * ldc + k, ldc, block.m - r, P, false);
+    }
+}
+
+// C (m, E) = weights (m, width) B (width, E); six rows at a time end at the last key that one of them sees.
+static void product_with_weights(const Block &block, const bf16 *weights, size_t ld, const uint32_t *B, size_t panel,
+                                 float *C, size_t E) {
+    for (size_t r = 0, end; r < block.m; r = end) {
+        end = r + 6 < block.m ? r + 6 : block.m;
+        const Pair *rows = (const Pair *)(weights + r * ld);
+        product(rows, ld / 2, B, panel, C + r * E, E, end - r, E, (block.to(end - 1) + 1) / 2);
+    }
+}
 
 // The next `count` in memory, on a line of the cache of their own.
 template <typename T> static inline T *taken(char *memory, size_t &bytes, size_t count) {
@@ -183,19 +205,22 @@ static void softmax(const Block &block, const float *scores, size_t ld, float sc
         bf16 *out = weights + r * ld;
         size_t start = block.from(r, block.first), end = block.to(r);
         __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-        for (size_t k = start; k < end; k += VECTOR) {
-            __mmask16 seen = lanes_before(end - k);
+        auto each = [&](auto body) __attribute__((always_inline)) {
+            size_t k = start;
+            for (; k + VECTOR <= end; k += VECTOR) body(k, (__mmask16)0xffff);
+            if (k < end) body(k, lanes_before(end - k));
+        };
+        each([&](size_t k, __mmask16 seen) __attribute__((always_inline)) {
             most = _mm512_mask_max_ps(most, seen, _mm512_maskz_loadu_ps(seen, row + k), most);  // A NaN is passed over.
-        }
+        });
         float shift = -_mm512_reduce_max_ps(most) * scale;
         memset(out, 0, start * sizeof(bf16));
-        for (size_t k = start; k < end; k += VECTOR) {
-            __mmask16 seen = lanes_before(end - k);
-            __m512 power = powers_of_2(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(seen, row + k), factor, _mm512_set1_ps(shift)));
-            __m256bh weight = _mm512_cvtneps_pbh(power);
+        each([&](size_t k, __mmask16 seen) __attribute__((always_inline)) {
+            __m512 score = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(seen, row + k), factor, _mm512_set1_ps(shift));
+            __m256bh weight = _mm512_cvtneps_pbh(powers_of_2(score));
             _mm256_mask_storeu_epi16(out + k, seen, (__m256i)weight);
             sum = _mm512_mask_add_ps(sum, seen, sum, _mm512_cvtpbh_ps(weight));
-        }
+        });
         memset(out + end, 0, (block.width - end) * sizeof(bf16));
         sums[r] = _mm512_reduce_add_ps(sum);
         logs[r] = std::log2(sums[r]) - shift;
@@ -213,11 +238,11 @@ static void forward(const Problem &x, Scratch &own, size_t document, size_t h, b
         for (size_t q = 0; q < n; q += ROWS) {
             Block block(q, n, x.left);
             float sums[ROWS];
-            product(queries.pairs(q), queries.stride / 2, own.keys + block.first * E / 2, E / 2 * LANES, own.scores, ld,
-                    block.m, block.width, E / 2);
+            product_with_keys(block, queries.pairs(q), queries.stride / 2, own.keys + block.first * E / 2, E / 2,
+                              own.scores, ld);
             softmax(block, own.scores, ld, x.scale, own.weights, logs + g * T + start + q, sums);
-            product((const Pair *)own.weights, ld / 2, own.rows + block.first / 2 * LANES, pairs * LANES, own.product, E,
-                    block.m, E, block.width / 2);
+            product_with_weights(block, own.weights, ld, own.rows + block.first / 2 * LANES, pairs * LANES,
+                                 own.product, E);
             for (size_t r = 0; r < block.m; r++) {
                 bf16 *row = output + ((start + q + r) * x.H + g) * E;
                 for (size_t e = 0; e < E; e += VECTOR)
@@ -323,7 +348,7 @@ static void write_rows(const float *from, size_t ld, size_t n, size_t E, float f
 static void backward(const Problem &x, Scratch &own, size_t document, size_t h, const bf16 *d_output, const float *logs,
                      bf16 *d_query, bf16 *d_key, bf16 *d_value, size_t T) {
     size_t start = (size_t)x.bounds[document], n = (size_t)x.bounds[document + 1] - start, E = x.E, G = x.H / x.K;
-    size_t ld = row_of(n), pairs = up(n, VECTOR) / 2, panel = E / 2 * LANES, by_query = HEADS * ROWS / 2 * LANES;
+    size_t ld = row_of(n), pairs = up(n, VECTOR) / 2, by_query = HEADS * ROWS / 2 * LANES;
     float plain = x.scale * 0.6931471805599453f;
     pack_columns(x.keys(start, h), n, E, own.keys);
     pack_columns(x.values(start, h), n, E, own.values);
@@ -336,17 +361,17 @@ static void backward(const Problem &x, Scratch &own, size_t document, size_t h, 
         for (size_t g = 0; g < G; g++) {
             size_t head = h * G + g, place = g % HEADS * half;
             Head queries = x.queries(start, head), outputs = {d_output + (start * x.H + head) * E, x.H * E};
-            product(queries.pairs(q), queries.stride / 2, own.keys + block.first * E / 2, panel, own.scores, ld, m,
-                    block.width, E / 2);
-            product(outputs.pairs(q), outputs.stride / 2, own.values + block.first * E / 2, panel, own.gradients, ld, m,
-                    block.width, E / 2);
+            product_with_keys(block, queries.pairs(q), queries.stride / 2, own.keys + block.first * E / 2, E / 2,
+                              own.scores, ld);
+            product_with_keys(block, outputs.pairs(q), outputs.stride / 2, own.values + block.first * E / 2, E / 2,
+                              own.gradients, ld);
             for (size_t r = 0; r < m; r += 2)
                 softmax_backward(block, r, r + 1 < m, own.scores + r * ld, own.gradients + r * ld, ld, x.scale,
                                  logs + head * T + start + q, own.weights + r * ld,
                                  own.by_query + (place + r / 2) * LANES,
                                  own.gradients_by_query + (place + r / 2) * LANES, by_query);
-            product((const Pair *)own.weights, ld / 2, own.rows + block.first / 2 * LANES, pairs * LANES, own.product, E,
-                    m, E, block.width / 2);
+            product_with_weights(block, own.weights, ld, own.rows + block.first / 2 * LANES, pairs * LANES,
+                                 own.product, E);
             for (size_t r = 0; r < m; r++) {
                 bf16 *row = d_query + ((start + q + r) * x.H + head) * E;
                 for (size_t e = 0; e < E; e += VECTOR) write(_mm512_loadu_ps(own.product + r * E + e), plain, row + e);

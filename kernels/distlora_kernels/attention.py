@@ -2,7 +2,7 @@
 
 Backward keeps query, key, value and one fp32 number per query and head; the attention weights are recomputed. Scores
 are fp32; weights and gradients of scores are rounded to bf16 for their products, whose sums are fp32. A value that is
-not finite reaches its whole document, earlier tokens included (as 0 times it), and no other document.
+not finite reaches the later tokens of its document, may reach earlier ones (as 0 times it), and no other document.
 
 Letters: T tokens of all documents, H query heads, K key and value heads, E head size.
 """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -15,6 +17,7 @@ from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.parallel.ranks import Traffic
+from distlora.system import process_memory
 from distlora.training.setup import start_run_model
 
 
@@ -39,6 +42,15 @@ class Counts:
         assert collectives.of("broadcast") == 0, "a step broadcasts nothing"
         gathered, scattered, reduced = (collectives.of(kind) for kind in ("gathered", "scattered", "reduced"))
         return cls(gathered, scattered, reduced, sum(collectives.calls.values()))
+
+
+@contextlib.contextmanager
+def only_collectives(*, here: bool = True) -> Iterator[None]:
+    """Gather frozen units by collectives, as on several nodes. `here`: on this rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        if here:
+            patch.setattr(process_memory, "read", lambda *_: False)
+        yield
 
 
 def measure_ours(config: Config, ranks: Ranks, *, accumulation: int) -> tuple[Counts, Traffic]:

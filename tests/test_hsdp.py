@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from counted_step import our_step
+from counted_step import only_collectives, our_step
 from distlora.bench.collectives import Collectives
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import as_mapping, load_config
@@ -157,7 +157,8 @@ def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tupl
     """
     model, backend, _ = setup.start_run_model(config, ranks)
     backend.reduce_gradients_of(worker.trained_parameters(model).values(), config.parallel.bucket_mb)
-    our_step(model, backend, config, 3)  # Its first forward checks what was gathered, and sums that over all ranks.
+    with only_collectives():
+        our_step(model, backend, config, 3)  # Its first forward checks what was gathered, and sums that over all ranks.
     backend.zero_gradients()
     backend.traffic.take()
     with Collectives() as collectives:

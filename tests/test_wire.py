@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from counted_step import Counts, measure_ours
+from counted_step import Counts, measure_ours, only_collectives
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.config import Config
@@ -78,7 +78,8 @@ def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
 
 
 def our_traffic(ranks: Ranks, *, config: Config, accumulation: int) -> tuple[Counts, Traffic]:
-    return measure_ours(config, ranks, accumulation=accumulation)
+    with only_collectives():
+        return measure_ours(config, ranks, accumulation=accumulation)
 
 
 NONE = {"quant": {"method": "none"}}
@@ -114,6 +115,31 @@ def test_a_step_carries_what_is_calculated_and_the_backend_counts_it(
             assert counts.calls == 3 * (3 + 3 + 3) + 1, "and one all-reduce a bucket of adapter gradients"
     assert step.gathered > 0
     assert (step.scattered == 0) == (config.adapter.method == "lora" and not config.adapter.modules_to_save)
+
+
+def traffic_in_a_node(ranks: Ranks, *, config: Config, cannot: tuple[int, ...]) -> tuple[Counts, Traffic]:
+    """As `our_traffic` for ranks that read each other's memory, but for those that cannot."""
+    with only_collectives(here=ranks.rank in cannot):
+        return measure_ours(config, ranks, accumulation=1)
+
+
+@pytest.mark.parametrize(
+    ("cannot", "adapter"),
+    [((), {}), ((1,), {}), ((), {"modules_to_save": ["lm_head"]})],
+    ids=["all", "one cannot", "a trained head"],
+)
+def test_ranks_of_a_node_read_frozen_units_in_each_others_memory(
+    world: World, folders: Path, cannot: tuple[int, ...], adapter: dict[str, Any]
+) -> None:
+    """If one rank cannot, all gather by collectives; trained units are always gathered so."""
+    config = config_of(folders / "llama", adapter=adapter)
+    results = world.run(2, traffic_in_a_node, config=config, cannot=cannot)
+    shapes = shapes_in(folders / "llama")
+    # In bf16, in forward and backward.
+    trained = 2 * 2 * wire.padded((shapes.vocabulary, shapes.hidden), 2) if adapter else 0
+    for counts, traffic in results:
+        assert counts.gathered == (traffic.gathered_bytes if cannot else trained)
+        assert traffic.gathered_bytes > trained
 
 
 def base_bytes(ranks: Ranks, *, config: Config) -> int:

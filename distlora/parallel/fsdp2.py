@@ -8,7 +8,8 @@ fp32 masters, and its gradients are summed in fp32. This folder's README.md has 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from distlora.config.cluster import RESIDENCY_RESERVE, check_torch
 from distlora.model.adapters import adapter_parameters
@@ -24,11 +26,12 @@ from distlora.model.layer_wrapper import Block
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.shards import Shards
 from distlora.planner.traffic import padded
-from distlora.system import host_memory
+from distlora.system import host_memory, process_memory
 
 # TODO: call dist.all_gather_single and reduce_scatter_single once torch >= 2.13, which gave them these names, is
 # required.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_gather_places = _all_gather
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
@@ -44,14 +47,55 @@ class _Counted:
 
 
 class _CountedAllGather(_Counted):
-    """All-gather that counts the bytes of its result (the protocol of FSDPModule.set_custom_all_gather)."""
+    """All-gather of a unit that counts the bytes of its result (the protocol of FSDPModule.set_custom_all_gather).
+
+    On a CPU the ranks of one node read the rows of a frozen unit in each other's memory from its second gather on: no
+    rank waits for another, and no bytes go through gloo's sockets and threads. Rows must stay where they are.
+    """
+
+    def __init__(
+        self, traffic: Traffic, shards: Shards, frozen: Callable[[], Iterable[nn.Parameter]] | None = None
+    ) -> None:
+        """`frozen`: returns the unit's parameters, in FSDP2's order; None: never read the other ranks' memory."""
+        super().__init__(traffic, shards)
+        self._frozen = frozen
+        """None after the first gather."""
+        self._places: list[tuple[int, list[tuple[int, int]]]] | None = None
+        """(process, [(address, bytes)]) of each rank's rows, if all ranks can read them."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         self.traffic.gathered_bytes += output_tensor.nbytes
         self.traffic.between_copies_bytes += self.crosses(group) * output_tensor.nbytes
-        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        if self._places is not None:
+            for (process, places), rows in zip(self._places, output_tensor.chunk(group.size()), strict=True):
+                if process != os.getpid() and not process_memory.read(process, places, rows.data_ptr()):
+                    raise RuntimeError(f"process {process}, another rank on this node, ended, or freed its shards")
+            return None
+        work = _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        if self._frozen is not None and work is None:
+            self._find_places(output_tensor, group, list(self._frozen()))
+            self._frozen = None
+        return work
+
+    def _find_places(self, gathered: Tensor, group: dist.ProcessGroup, parameters: Sequence[nn.Parameter]) -> None:
+        """Exchange the places of all ranks' rows; keep them if every rank reads there what it has just gathered."""
+        shards = [parameter.data for parameter in parameters if isinstance(parameter.data, DTensor)]
+        storages = [shard.to_local().untyped_storage() for shard in shards]
+        sizes = [storage.nbytes() for storage in storages]  # With the rows that FSDP2 adds.
+        ours = torch.tensor([os.getpid(), *(storage.data_ptr() for storage in storages)])
+        everyone = ours.new_empty(group.size(), len(ours))
+        _gather_places(everyone, ours[None], group=group)
+        found = [(process, list(zip(places, sizes, strict=True))) for process, *places in everyone.tolist()]
+        agree = torch.tensor(process_memory.allow_reads() and gathered.nbytes == group.size() * sum(sizes)).int()
+        dist.barrier(group)  # All allow it.
+        for (process, places), rows in zip(found, gathered.chunk(group.size()), strict=True):
+            if agree and process != os.getpid():
+                read = torch.empty_like(rows)
+                agree &= process_memory.read(process, places, read.data_ptr()) and torch.equal(read, rows)
+        dist.all_reduce(agree, dist.ReduceOp.MIN, group=group)
+        self._places = found if agree else None
 
 
 class _CountedReduceScatter(_Counted):
@@ -105,10 +149,17 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
         traffic.reduced_bytes += reduced.nbytes
         traffic.between_copies_bytes += reduced.nbytes
 
-    gather, scatter = _CountedAllGather(traffic, shards), _CountedReduceScatter(traffic, shards)
+    def parameters(module: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters of a module's unit, in FSDP2's order."""
+        ends = (model.embedding, model.head) if model.tied and module in (model.embedding, model.head) else (module,)
+        return list(dict.fromkeys(model.rest() if module is model else (p for end in ends for p in end.parameters())))
+
+    scatter = _CountedReduceScatter(traffic, shards)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(gather)  # type: ignore[arg-type]
+            trained = any(each.requires_grad for each in parameters(module) if each not in ignored)
+            frozen = functools.partial(parameters, module) if device.type == "cpu" and not trained else None
+            module.set_custom_all_gather(_CountedAllGather(traffic, shards, frozen))  # type: ignore[arg-type]
             module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
             if shards.copies > 1:
                 module.set_all_reduce_hook(count_replicas)

@@ -43,6 +43,7 @@ def read(process: int, places: Sequence[tuple[int, int]], to: int) -> bool:
     function = _read_function()
     if function is None:
         return False
-    remote, total = (_Place * len(places))(*places), sum(nbytes for _, nbytes in places)
+    remote = (_Place * len(places))(*(_Place(*place) for place in places))
+    total = sum(nbytes for _, nbytes in places)
     here = _Place(to, total)
     return function(process, ctypes.byref(here), 1, remote, len(places), 0) == total

@@ -217,7 +217,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / REPORT_NAME).write_text("figures")
-    quantized = MODEL_CONFIG | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    quantized = MODEL_CONFIG | {"quantization_config": {"quant_method": "hqq", "bits": 4}}
     write_model(tmp_path / "gptq")
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(quantized))
     yield tmp_path
@@ -231,7 +231,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (["quantization"], "MODEL"),
         (["quantization", "modle"], "did you mean 'model'?"),
         (["quantization", "text.txt"], "is a file"),
-        (["quantization", "gptq"], "quant_method='gptq'"),
+        (["quantization", "gptq"], "quant_method='hqq'"),
         (["quantization", "model", "--txt", "text.txt"], "did you mean '--text'?"),
         (["quantization", "model", "--text", "texts.txt"], "did you mean 'text.txt'?"),
         (["quantization", "model", "--text", "empty.jsonl"], "holds no document"),

@@ -242,7 +242,10 @@ def test_quant_auto_compares_the_best_of_either_base(name: str, where: Machine, 
 
 def test_quant_auto_keeps_what_is_in_nf4_already_and_asks_for_no_gpu_that_it_does_not_know() -> None:
     said, model = config_of(1, quant={"method": "auto"}), model_of("8b")
-    packed = dataclasses.replace(model, settings={**model.settings, "quantization_config": {"quant_method": "bnb"}})
+    packed = dataclasses.replace(
+        model,
+        settings={**model.settings, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    )
     assert str(choose(search(said, packed, machine("h100", 1), CHOSEN)).changes[0]) == "quant=nf4: 8b is in NF4 already"
     unknown = dataclasses.replace(machine("h100", 1), usable_bytes=None)
     found = choose(search(said, model, unknown))

@@ -287,8 +287,8 @@ def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_l
     folder = tmp_path / "packed"
     folder.mkdir()
     settings = dict(ARCHITECTURES["Qwen/Qwen2.5-7B"])
-    (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(UserError, match="quant_method='gptq' cannot be kept"):
+    (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(UserError, match="quant_method='hqq' is not supported"):
         planning.planned_model(config_of(f"model.path={folder}"))
     nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": nf4}))

@@ -343,7 +343,7 @@ def test_dense_linears_of_the_checkpoint_stay_dense(quantized: Path, dtype: str,
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"quant_method": "gptq"}, r"quant_method='gptq'.*16-bit checkpoint"),
+        ({"quant_method": "hqq"}, r"quant_method='hqq'.*16-bit checkpoint"),
         ({"quant_method": None}, "quant_method=None"),
         ({"load_in_8bit": True}, "load_in_8bit=true"),
         ({"load_in_4bit": False}, "load_in_4bit=False"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.low_bit_headers import with_low_bit
 from distlora.architecture.safetensors_headers import Segment, read_headers
 from distlora.config import UserError, nearest
 
@@ -23,7 +24,7 @@ _SAMPLE_BYTES = 4096
 class CheckpointFiles:
     """Metadata of a checkpoint, without its weights. Make one per start and hand it on.
 
-    Nothing is read before it is needed. `config` raises UserError without a valid config.json, `headers` and
+    Nothing is read before it is needed. `config` raises UserError without a valid config.json, `stored`, `headers` and
     `fingerprint` for missing or damaged safetensors files.
     """
 
@@ -36,9 +37,14 @@ class CheckpointFiles:
         return read_config(self.folder)
 
     @functools.cached_property
-    def headers(self) -> Mapping[str, Segment]:
+    def stored(self) -> Mapping[str, Segment]:
         """Every tensor by its name on disk."""
         return read_headers(self.folder)
+
+    @functools.cached_property
+    def headers(self) -> Mapping[str, Segment]:
+        """Every weight by its name, one in low bits as a `LowBitSegment` that stands for its tensors."""
+        return with_low_bit(self.stored, self.folder, self.config)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -48,7 +54,7 @@ class CheckpointFiles:
         only outside of the sampled bytes have the same fingerprint.
         """
         digest = hashlib.sha256()
-        for name, segment in sorted(self.headers.items()):
+        for name, segment in sorted(self.stored.items()):
             digest.update(f"{name} {segment.dtype} {segment.shape}\n".encode())
             with segment.file.open("rb") as stream:
                 stream.seek(segment.offset + max(segment.num_bytes // 2 - _SAMPLE_BYTES // 2, 0))

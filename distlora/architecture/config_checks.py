@@ -84,12 +84,6 @@ def check_config(
 
     `place` is the config.json for messages, sequence_length the tokens of a row, `full` full fine-tuning.
     """
-    if is_mxfp4(model):
-        raise UserError(
-            f"{place}: quantization_config.quant_method='mxfp4': experts in MXFP4 are neither kept nor read; set "
-            "{model.path} to a copy in bf16 (transformers writes one: from_pretrained(..., "
-            "quantization_config=Mxfp4Config(dequantize=True), dtype='bfloat16'), then save_pretrained)"
-        )
     architecture = architecture_of(model, place)
     settings = architecture.text(model)
     if full and architecture.composite:
@@ -129,12 +123,6 @@ def _check_class(model: Mapping[str, Any], place: Path | str, architecture: Arch
             f"{architecture.model_class} of transformers may compute something else; use a base without auto_map, or "
             "delete the entry if the two are the same"
         )
-
-
-def is_mxfp4(model: Mapping[str, Any]) -> bool:
-    """Return True if a checkpoint has experts in MXFP4, by its config.json."""
-    quantization = model.get("quantization_config")
-    return isinstance(quantization, Mapping) and quantization.get("quant_method") == "mxfp4"
 
 
 def _check_rope(

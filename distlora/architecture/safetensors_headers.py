@@ -18,6 +18,7 @@ from distlora.config.errors import short
 from distlora.config.json_files import check_shape, read_object
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_BYTES |= {"F8_E4M3": 1, "F8_E8M0": 1}
 SOURCE_DTYPES = ("F32", "F16", "BF16")
 """Dtypes in which a weight of the base may be stored."""
 

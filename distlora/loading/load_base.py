@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, check_stored_shape
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
@@ -85,7 +86,7 @@ def load_base(
     adapters = set(adapter_parameters(model))
     token_matrices = {f"decoder.{model.architecture.embedding}.weight": EMBEDDING, "head.weight": HEAD}
     quantized_weights = quantized_bytes = 0
-    shards = open_quantized_cache(None if packed else cache, model, base.headers, sources, backend, boundary)
+    shards = open_quantized_cache(None if packed else cache, model, base.stored, sources, backend, boundary)
     with Reader() as reader, shards:
         for path, module in model.named_modules():
             boundary(None, f"loading {path}", long=True)
@@ -180,6 +181,8 @@ def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Sour
 def _sample(source: Source) -> bytes:
     """Read 64 KiB from the middle of a matrix: matrices that were trained apart differ everywhere."""
     segment = source.segments[len(source.segments) // 2]
+    if isinstance(segment, LowBitSegment):
+        segment = next(iter(segment.tensor.parts.values()))
     with segment.file.open("rb") as stream:
         stream.seek(segment.offset + max(segment.num_bytes // 2 - 2**15, 0))
         return stream.read(min(2**16, segment.num_bytes))
@@ -197,7 +200,7 @@ def segments_of(
         raise UserError(f"the checkpoint has no tensor {name}, which config.json describes; download the folder again")
     check_stored_shape(name, source.shape, shape)
     dtype = source.segments[0].dtype
-    if dtype not in dtypes:
+    if dtype not in dtypes and not (dtypes is SOURCE_DTYPES and isinstance(source.segments[0], LowBitSegment)):
         raise UserError(
             f"{name} is stored as {dtype}; it is read from {', '.join(dtypes)}: set {{model.path}} to such a copy"
         )

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distlora.architecture.low_bit_headers import NF4, quantization_method
 from distlora.config import Config, TrainConfig
 from distlora.config.plan import CHOSEN
 from distlora.planner import Plan, plan_of
@@ -380,7 +381,7 @@ def _quantizations(search: Search) -> tuple[list[str], str | None]:
     if config.adapter.method == "full":
         return ["none"], "adapter=full trains every parameter"
     only_nf4 = {
-        f"{model.name} is in NF4 already": model.settings.get("quantization_config") is not None,
+        f"{model.name} is in NF4 already": quantization_method(model.settings, model.name) == NF4,
         "the adapter starts from the quantization error of NF4": config.adapter.for_nf4,
         f"quant.dense_layers={config.quant.dense_layers} needs quantized weights": config.quant.dense_layers != 0,
         "the GPU's memory is unknown": search.machine.usable_bytes is None,

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.config_checks import check_config, is_mxfp4, read_config
+from distlora.architecture.config_checks import check_config, read_config
+from distlora.architecture.low_bit_headers import NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
 from distlora.architecture.shapes import BF16_COPIES, ModelShapes, architecture_named, nearest_architecture, shapes_of
 from distlora.config import Config, ModelConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.json_files import read_object
-from distlora.weights.prequantized import check_quantization_config, read_prequantized_weights
+from distlora.weights.prequantized import read_prequantized_weights
 
 Source = Literal["folder", "hub cache", "built in"]
 _AGAIN = "download it again"
@@ -61,8 +62,7 @@ def find_model(
     if not is_hub_name(path):
         return model_in(Path(path), name=config.model.name, new_tokens=new, full=full, sequence_length=length)
     snapshot = None if cache is None else cached_snapshot(cache, path, config.model.revision)
-    # One in MXFP4 is planned as its copy whether or not it lies here.
-    if snapshot is not None and not (_copy_of(path) and is_mxfp4(read_config(snapshot))):
+    if snapshot is not None:
         found = model_in(snapshot, name=path, new_tokens=new, full=full, sequence_length=length)
         return dataclasses.replace(found, source="hub cache")
     settings = architecture_named(path)
@@ -132,10 +132,7 @@ def model_in(
     size = weights_size(folder)
     shapes = shapes_of(settings, place)
     plain, left_dense = False, dict[int, frozenset[str]]()
-    quantization = settings.get("quantization_config")
-    if quantization is not None:
-        check_quantization_config(place, quantization)
-    if quantization is not None and size is not None:
+    if quantization_method(settings, place) == NF4 and size is not None:
         plain, left_dense = _packed_already(folder, shapes)
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
     return PlannedModel(

@@ -20,10 +20,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.low_bit_headers import NF4, quantization_method
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.config import ModelSpec, UserError
 from distlora.config.json_files import parse_object
@@ -62,23 +62,24 @@ class PrequantizedWeight:
 def read_prequantized_weights(base: CheckpointFiles) -> dict[str, PrequantizedWeight]:
     """Return the weights that are NF4 on disk, by their names there; empty for a dense checkpoint.
 
-    Reads a few hundred bytes per weight. Raises UserError with the field's name for any other quantization, and for
-    parts that contradict each other.
+    Reads a few hundred bytes per weight. Raises UserError with the field's name for other settings of bitsandbytes, and
+    for parts that contradict each other.
     """
-    folder, headers = base.folder, base.headers
-    config_file, quantization = folder / "config.json", base.config.get("quantization_config")
+    folder, headers = base.folder, base.stored
+    method = quantization_method(base.config, folder / "config.json")
     states = {match[1]: match for match in map(_STATE.fullmatch, headers) if match}
-    if quantization is None:
+    if method is None:
         if states:
             raise UserError(
                 f"{folder}: {min(states)} is quantized by bitsandbytes, but config.json has no quantization_config; "
                 f"the folder is put together from two checkpoints: download it again, or {_INSTEAD}"
             )
         return {}
-    check_quantization_config(config_file, quantization)
+    if method != NF4:
+        return {}
     if not states:
         raise UserError(
-            f"{config_file} has a quantization_config, but no weight in {folder} is quantized; "
+            f"{folder / 'config.json'} has a quantization_config, but no weight in {folder} is quantized; "
             "remove quantization_config from config.json if the weights are dense (quant=nf4 then quantizes them)"
         )
     return {name: _packed_weight(name, match[0], match[2], headers) for name, match in sorted(states.items())}
@@ -128,31 +129,6 @@ def prequantized_parameters(
         if stored:
             by_parameter[parameter] = packed[stored[0]]
     return by_parameter
-
-
-def check_quantization_config(file: Path, quantization: Any) -> None:
-    """Raise UserError with the field's name for anything but 4-bit bitsandbytes.
-
-    Each weight's quant_state has the details.
-    """
-    where = f"{file}: quantization_config"
-    if not isinstance(quantization, dict):
-        raise UserError(f"{where} is not a JSON object; download the file again")
-    four, eight = quantization.get("load_in_4bit"), quantization.get("load_in_8bit")
-    # Early bitsandbytes checkpoints have no quant_method; transformers knows them by these flags.
-    method = quantization.get("quant_method", "bitsandbytes" if four or eight else None)
-    if method != "bitsandbytes":
-        raise UserError(
-            f"{where}.quant_method={method!r} cannot be kept as it is: only bitsandbytes NF4 can; {_INSTEAD}"
-        )
-    kind = quantization.get("bnb_4bit_quant_type", "nf4")
-    for is_wrong, what in (
-        (eight, "load_in_8bit=true: 8-bit weights cannot be kept, only NF4"),
-        (not four, f"load_in_4bit={four!r}: only 4-bit weights can be kept"),
-        (kind != "nf4", f"bnb_4bit_quant_type={kind!r} cannot be kept as it is, only 'nf4'"),
-    ):
-        if is_wrong:
-            raise UserError(f"{where}.{what}; {_INSTEAD}")
 
 
 def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, Segment]) -> PrequantizedWeight:

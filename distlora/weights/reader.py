@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
+from distlora.weights.low_bit.codecs import read_low_bit
 
 TORCH_DTYPES = {
     "F32": torch.float32,
@@ -21,6 +23,10 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "U8": torch.uint8,
     "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -32,6 +38,8 @@ class Reader:
         self._files: dict[Path, int] = {}
         self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self.bytes_read = 0
+        self.last_band: tuple[tuple[LowBitTensor, int, int], Tensor] | None = None
+        """The last decoded band of a weight in low bits: (weight, matrix, first row), values."""
 
     def __enter__(self) -> Reader:
         return self
@@ -57,7 +65,9 @@ class Reader:
             yield first, current.result()
 
     def read(self, segments: Sequence[Segment], start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of the concatenated segments."""
+        """Return elements [start, stop) of the concatenated segments; those of weights in low bits decoded."""
+        if isinstance(segments[0], LowBitSegment):
+            return self._decoded(segments, start, stop)
         element = DTYPE_BYTES[segments[0].dtype]
         buffer = bytearray((stop - start) * element)
         view, done, before = memoryview(buffer), 0, 0
@@ -71,6 +81,16 @@ class Reader:
         assert done == len(buffer), f"elements {start} to {stop} lie beyond the {before} of the parameter"
         self.bytes_read += done
         return torch.frombuffer(buffer, dtype=TORCH_DTYPES[segments[0].dtype])
+
+    def _decoded(self, segments: Sequence[Segment], start: int, stop: int) -> Tensor:
+        pieces, before = [], 0
+        for segment in segments:
+            assert isinstance(segment, LowBitSegment), "conversion.py lets no parameter be of both"
+            low, high = max(start - before, 0), min(stop - before, segment.numel)
+            if low < high:
+                pieces.append(read_low_bit(segment.tensor, self, segment.offset + low, segment.offset + high))
+            before += segment.numel
+        return torch.cat(pieces) if pieces else torch.empty(0)
 
     def _fill(self, view: memoryview, file: Path, offset: int) -> None:
         if file not in self._files:

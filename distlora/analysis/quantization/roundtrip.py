@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES
 from distlora.config import ModelSpec, UserError
 from distlora.loading.load_base import find_base
@@ -253,10 +254,9 @@ def find_weights(spec: ModelSpec) -> tuple[list[Weight], int]:
                 f"the checkpoint has {found} for {name}, which config.json describes as {list(module.shape)}; they "
                 "belong to different models: download the folder again"
             )
-        if source.segments[0].dtype not in SOURCE_DTYPES:
-            raise UserError(
-                f"{name} is stored as {source.segments[0].dtype}, not as {', '.join(SOURCE_DTYPES)}; name such a copy"
-            )
+        stored = source.segments[0]
+        if stored.dtype not in SOURCE_DTYPES and not isinstance(stored, LowBitSegment):
+            raise UserError(f"{name} is stored as {stored.dtype}, not as {', '.join(SOURCE_DTYPES)}; name such a copy")
         weights.append(Weight(name, source))
     tied = {f"{model.architecture.head}.weight"} if model.tied else set()
     total = sum(segment.numel for name, s in sources.items() if name not in tied for segment in s.segments)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.low_bit_headers import NF4, quantization_method
 from distlora.architecture.spec import architecture_of
 from distlora.config import UserError, require
 from distlora.post.merge.request import check_mergeable
@@ -160,7 +161,7 @@ def dtype_of_base(trained: Trained) -> str:
 
 def is_packed(trained: Trained) -> bool:
     """Return True if the base is stored in NF4."""
-    return "quantization_config" in read_config(trained.base)
+    return quantization_method(read_config(trained.base), trained.base) == NF4
 
 
 def refuse(trained: Trained, request: ExportRequest) -> None:

@@ -160,7 +160,7 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
         clock = Clock("merging", sum(segment.num_bytes for segment in plan.places.values()), say)
         sources = [
             (file.name, hashing.submit(clock.digest, file, counted=False))
-            for file in sorted({segment.file for segment in base.files.headers.values()})
+            for file in sorted({segment.file for segment in base.files.stored.values()})
         ]
 
         def fill(parameter: Parameter, files: Files) -> Change | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
@@ -168,7 +169,7 @@ def _tied_head(base: Base) -> list[Parameter]:
 
 
 def _packed_beside(base: Base, found: list[Parameter]) -> list[Parameter]:
-    """Return NF4 weights outside the model, which must become dense as quantization_config is dropped."""
+    """Return quantized weights outside the model, which must become dense as quantization_config is dropped."""
     stored = read_prequantized_weights(base.files)
     taken = {name for parameter in found for name in parameter.outputs}
     beside = []
@@ -177,6 +178,11 @@ def _packed_beside(base: Base, found: list[Parameter]) -> list[Parameter]:
             source = Source((name,), (packed.codes,), packed.shape)
             weight = BaseWeight(name=name, shape=packed.shape, source=source, quantized=False, packed=packed)
             beside.append(Parameter(weight=weight, outputs={name: packed.shape}))
+    for name, segment in base.files.headers.items():
+        if isinstance(segment, LowBitSegment) and name not in taken:
+            source = Source((name,), (segment,), segment.shape)
+            weight = BaseWeight(name=name, shape=segment.shape, source=source, quantized=False)
+            beside.append(Parameter(weight=weight, outputs={name: segment.shape}))
     return beside
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.low_bit_headers import NF4, quantization_method
 from distlora.config import require
 from distlora.config.json_files import check_shape, read_object
 from distlora.output.results import Table
@@ -52,7 +53,7 @@ def check_mergeable(trained: Trained, onto: Onto) -> None:
         "and the base on disk has lost nothing; leave --onto out",
     )
     require(
-        "quantization_config" not in read_config(spec.path),
+        quantization_method(read_config(Path(spec.path)), spec.path) != NF4,
         f"--onto=original: {spec.model.path} is quantized on disk, so there are no 16-bit weights to merge onto; "
         "leave --onto out",
     )

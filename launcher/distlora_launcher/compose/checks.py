@@ -17,6 +17,7 @@ from pathlib import Path
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_train, read_config
+from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
 from distlora.architecture.spec import Architecture, architecture_of
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
@@ -325,7 +326,7 @@ def check_tensors(base: CheckpointFiles, packed: Mapping[str, PrequantizedWeight
             if stored in packed:
                 if not name.startswith(architecture.layer_prefix):
                     raise packed_outside_blocks(name)
-            elif on_disk[stored].dtype not in SOURCE_DTYPES:
+            elif on_disk[stored].dtype not in SOURCE_DTYPES and not isinstance(on_disk[stored], LowBitSegment):
                 raise UserError(
                     f"{on_disk[stored].file}: {stored} is stored as {on_disk[stored].dtype}; a base must be "
                     f"{', '.join(SOURCE_DTYPES)}, so set {{model.path}} to such a checkpoint"

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distlora.architecture.low_bit_headers import NF4, quantization_method
 from distlora.config import Config, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.plan import GPUS, find_gpu
@@ -84,7 +85,7 @@ def check_planned(config: Config, model: PlannedModel) -> None:
     spec = config.spec
     check_model_sizes(config.parallel, config.train, model.shapes.architecture)
     config.quant.check_layers(model.shapes.num_layers)
-    if model.settings.get("quantization_config") is not None:
+    if quantization_method(model.settings, model.name) == NF4:
         refuse_dense_settings(spec)
     if spec.adapter.method == "full":
         return

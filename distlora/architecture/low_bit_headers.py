@@ -235,7 +235,7 @@ def _find_fp8(parts: _Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTens
     for name, codes in parts.ending("", "F8_E4M3"):
         shape = _matrix(name, codes)
         size = settings.get("weight_block_size")
-        block = shape[-2:] if size is None else (size[0], size[1])
+        block = (shape[-2], shape[-1]) if size is None else (size[0], size[1])
         dtypes = (*_FLOATS, "F8_E8M0", "U8")
         scales = parts.take(f"{name}_scale_inv", name, dtypes, _grid(shape, block))
         format, reason = _as_tiles(shape, block)

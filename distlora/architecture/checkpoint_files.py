@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit_headers import with_low_bit
+from distlora.architecture.low_bit_methods import with_low_bit
 from distlora.architecture.safetensors_headers import Segment, read_headers
 from distlora.config import UserError, nearest
 
@@ -67,7 +67,11 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with refused_by_transformers(Path(folder) / "config.json"):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for settings in (config, config.get_text_config()):
+        if hasattr(settings, "quantization_config"):  # What is built and saved is dense.
+            del settings.quantization_config
+    return config
 
 
 def hf_config_of(model: Mapping[str, Any], place: Path | str) -> PretrainedConfig:

@@ -13,9 +13,10 @@ from typing import Any
 
 from distlora.architecture.spec import Architecture, architecture_of
 from distlora.config import TrainConfig, UserError, require
-from distlora.config.json_files import read_object
+from distlora.config.json_files import check_shape, read_object
 
 _AGAIN = "download it again"
+MODELOPT_CONFIG = "hf_quant_config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,13 +69,21 @@ def check_train(train: TrainConfig, architecture: Architecture) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a model's folder. Raises UserError without one, or if it is not a JSON object."""
+    """Return the config.json of a model's folder. Raises UserError without one, or if it is not a JSON object.
+
+    Older ModelOpt checkpoints describe their quantization in a file of its own, which is added.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(
             f"{folder} holds no config.json; point {{model.path}} at a model's folder in Hugging Face format"
         )
-    return read_object(path, _AGAIN)
+    config, beside = read_object(path, _AGAIN), folder / MODELOPT_CONFIG
+    if "quantization_config" not in config and beside.is_file():
+        content = read_object(beside, _AGAIN)
+        check_shape(content, {"quantization": dict, "*": object}, beside, _AGAIN)
+        config["quantization_config"] = {"quant_method": "modelopt", **content["quantization"]}
+    return config
 
 
 def check_config(

@@ -216,17 +216,6 @@ def computed_pairs(length: int, groups: int, window: int | None) -> int:
     return sum((end - start) * (end - key) for start, end, key in tiles(length, tile_length(length, groups), left))
 
 
-BF16_COPIES = {
-    "openai/gpt-oss-20b": "unsloth/gpt-oss-20b-BF16",
-    "openai/gpt-oss-120b": "unsloth/gpt-oss-120b-BF16",
-    "deepseek-ai/DeepSeek-V3": "unsloth/DeepSeek-V3-bf16",
-    "mistralai/Ministral-3-3B-Instruct-2512": "mistralai/Ministral-3-3B-Instruct-2512-BF16",
-    "mistralai/Ministral-3-8B-Instruct-2512": "mistralai/Ministral-3-8B-Instruct-2512-BF16",
-    "mistralai/Ministral-3-14B-Instruct-2512": "mistralai/Ministral-3-14B-Instruct-2512-BF16",
-    "mistralai/Mistral-Small-4-119B-2603": "which transformers writes with FineGrainedFP8Config(dequantize=True)",
-}
-"""Models that the hub has in MXFP4 or FP8, which are not supported, and a bf16 copy of each."""
-
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     name: model["config"]
     for model in json.loads(resources.files("distlora.architecture").joinpath("known_models.json").read_text("utf-8"))

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
-from distlora.architecture.low_bit_headers import NF4, quantization_method
+from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
-from distlora.architecture.shapes import BF16_COPIES, ModelShapes, architecture_named, nearest_architecture, shapes_of
+from distlora.architecture.shapes import ModelShapes, architecture_named, nearest_architecture, shapes_of
 from distlora.config import Config, ModelConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.json_files import read_object
@@ -90,16 +90,13 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
     The number of spare embedding rows is unknown there, so each new token counts as one more row.
     """
     stored = shapes_of(settings, name)
-    copy = _copy_of(name)
     return PlannedModel(
         name=name,
         settings=settings,
         shapes=dataclasses.replace(stored, vocabulary=stored.vocabulary + new_tokens),
         source="built in",
         stored_bytes=2 * stored.numel,
-        note=note_on(stored)
-        if copy is None
-        else f"{name} is stored in MXFP4 or FP8, which is not read: planned as a copy in bf16, {copy}",
+        note=note_on(stored),
     )
 
 
@@ -111,11 +108,6 @@ def note_on(shapes: ModelShapes) -> str | None:
         if any(weight.role == "mixer" for kind in shapes.architecture.kinds for weight in kind.weights):
             notes.append("mixers count as their linears in operations and time")
     return "; ".join(notes) or None
-
-
-def _copy_of(name: str) -> str | None:
-    """Return the name of a bf16 copy of a model that the hub has in MXFP4 or FP8, or None."""
-    return {known.lower(): copy for known, copy in BF16_COPIES.items()}.get(name.lower())
 
 
 def model_in(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distlora.architecture.config_checks import MODELOPT_CONFIG
 from distlora.architecture.safetensors_headers import SINGLE_NAME, SOURCE_DTYPES, Segment, read_header, read_headers
 from distlora.architecture.tokens import tokenizer_files
 from distlora.checkpoint.files import atomic_folder, write_files
@@ -273,4 +274,4 @@ def companions_of(base: Path) -> list[Path]:
     ]
 
 
-_RECORDS = ("merge.json", "combine.json", "export.json")
+_RECORDS = ("merge.json", "combine.json", "export.json", MODELOPT_CONFIG)

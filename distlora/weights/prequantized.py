@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.low_bit_headers import NF4, quantization_method
+from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.config import ModelSpec, UserError
 from distlora.config.json_files import parse_object

@@ -92,6 +92,19 @@ class Reader:
             before += segment.numel
         return torch.cat(pieces) if pieces else torch.empty(0)
 
+    def read_columns(self, segment: Segment, first: int, stop: int) -> Tensor:
+        """Return columns [first, stop) of a stored matrix, (rows, stop - first)."""
+        rows, width = segment.shape
+        size, element = stop - first, DTYPE_BYTES[segment.dtype]
+        buffer = bytearray(rows * size * element)
+        view = memoryview(buffer)
+        step = rows if size == width else 1  # Whole rows lie together.
+        for row in range(0, rows, step):
+            part = view[row * size * element : (row + step) * size * element]
+            self._fill(part, segment.file, segment.offset + (row * width + first) * element)
+        self.bytes_read += len(buffer)
+        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[segment.dtype]).view(rows, size)
+
     def _fill(self, view: memoryview, file: Path, offset: int) -> None:
         if file not in self._files:
             self._files[file] = os.open(file, os.O_RDONLY)

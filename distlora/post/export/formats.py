@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit_headers import NF4, quantization_method
+from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.spec import architecture_of
 from distlora.config import UserError, require
 from distlora.post.merge.request import check_mergeable

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit_headers import NF4, quantization_method
+from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.config import require
 from distlora.config.json_files import check_shape, read_object
 from distlora.output.results import Table

@@ -15,38 +15,55 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.low_bit_headers import LowBitTensor
-from distlora.architecture.safetensors_headers import Segment
+from distlora.config import UserError
 
 if TYPE_CHECKING:
     from distlora.weights.reader import Reader
 
-BAND = 2**20
-"""Weights that are decoded at once, about: 4 MiB in fp32."""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Position in an AWQ word of each of its eight columns."""
+TILE = 128
 
 
 class Codec(ABC):
     """Decodes the weights of one layout. E matrices of (O, I) are stored; a tensor without experts has E = 1."""
 
-    band = BAND
-    """Weights of a band."""
+    band = 2**20
+    """Weights that are decoded at once, about: 4 MiB in fp32."""
 
     @abstractmethod
     def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
         """Return rows [first, stop) of a stored matrix, (stop - first, I) fp32 or bf16."""
 
-    def blocks(self, tensor: LowBitTensor, reader: Reader, first: int, count: int) -> tuple[Tensor, ...]:
-        """Return the parts of `count` blocks of tensor.format from block `first` on, each (count, bytes or values).
-
-        Blocks follow the flat order of `tensor.stored_shape`; FP8 tiles those of the (E * O, I) matrix.
-        """
+    def row_blocks(
+        self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int
+    ) -> tuple[Tensor, ...]:
+        """Return the parts of all blocks of tensor.format in rows [first, stop): each (blocks, values)."""
         raise AssertionError(f"{tensor.name} has no format")
+
+    def blocks(self, tensor: LowBitTensor, reader: Reader, first: int, count: int) -> tuple[Tensor, ...]:
+        """Return the parts of `count` blocks of tensor.format from block `first` on, in order: each (count, values).
+
+        Blocks follow the flat order of `tensor.stored_shape`; FP8 tiles are those of the (E * O, I) matrix.
+        """
+        num_rows, width = tensor.stored_shape[-2:]
+        height, columns = (TILE, TILE) if tensor.format == "fp8_block" else (1, FORMAT_BLOCKS[tensor.format])
+        across, down = -(-width // columns), -(-num_rows // height)
+        row, stop = first // across, -(-(first + count) // across)
+        skipped, pieces = first - row * across, []
+        while row < stop:
+            matrix, start = divmod(row, down)
+            end = min(down, start + stop - row)
+            pieces.append(self.row_blocks(tensor, reader, matrix, start * height, min(end * height, num_rows)))
+            row += end - start
+        return tuple(torch.cat(part)[skipped : skipped + count] for part in zip(*pieces, strict=True))
 
     def bands(self, tensor: LowBitTensor, reader: Reader, start: int, stop: int) -> Iterator[Tensor]:
         """Yield the flat weights [start, stop) of the logical layout in pieces."""
         *_, num_rows, width = tensor.shape
-        step = num_rows  # A transposed matrix is decoded whole.
-        if not tensor.transposed:
-            step = min(max(self.band // width, 1), num_rows)
+        # A transposed matrix is decoded whole.
+        step = num_rows if tensor.transposed else min(max(self.band // width, 1), num_rows)
         while start < stop:
             row, matrix = start // width % num_rows, start // width // num_rows
             first = row // step * step
@@ -57,8 +74,7 @@ class Codec(ABC):
             start = end
 
     def _band(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
-        key = (tensor, matrix, first)
-        kept = reader.last_band
+        key, kept = (tensor, matrix, first), reader.last_band
         if kept is not None and kept[0] == key:
             return kept[1]
         reader.last_band = None  # Two at once would double the memory.
@@ -82,10 +98,23 @@ class Codec(ABC):
         return whole
 
 
-def read_part(reader: Reader, segment: Segment, start: int, stop: int) -> Tensor:
-    """Return elements [start, stop) of a part; exponents (ue8m0, also as uint8) become fp32 powers of two."""
-    values = reader.read([segment], start, stop)
-    return values.float() if segment.dtype == "F8_E8M0" else values
+def read_rows(tensor: LowBitTensor, reader: Reader, part: str, matrix: int, first: int, stop: int) -> Tensor:
+    """Return rows [first, stop) of matrix `matrix` of a part (E, rows, columns), (stop - first, columns)."""
+    segment = tensor.parts[part]
+    matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
+    columns = segment.numel // matrices // _part_rows(tensor, part)
+    start = (matrix * _part_rows(tensor, part) + first) * columns
+    return reader.read([segment], start, start + (stop - first) * columns).view(stop - first, columns)
+
+
+def _part_rows(tensor: LowBitTensor, part: str) -> int:
+    rows = tensor.stored_shape[-2]
+    return -(-rows // tensor.block[0]) if part == "scales" else rows
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """Return 2 ** (e - 127) in fp32 of exponents in uint8 or ue8m0; the largest is infinite."""
+    return torch.ldexp(torch.ones(exponents.shape), exponents.view(torch.uint8).int() - 127)
 
 
 class ScaledCodec(Codec):
@@ -94,37 +123,237 @@ class ScaledCodec(Codec):
     transformers' Fp8Dequantize; compressed-tensors' float-quantized and int-quantized; ModelOpt's FP8.
     """
 
-    def __init__(self, factor: float = 1.0) -> None:
-        self.factor = factor
-        """Multiplies the product, as bitsandbytes divides by 127."""
+    def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
+        """Return rows of a stored matrix."""
+        height, columns = tensor.block
+        low = first // height
+        values = read_rows(tensor, reader, "codes", matrix, first, stop).float()
+        scales = self._scales(tensor, reader, matrix, low, -(-stop // height))
+        scales = scales[torch.arange(first, stop).div(height, rounding_mode="floor") - low]
+        whole = values.shape[1] // columns
+        values[:, : whole * columns].unflatten(1, (whole, columns)).mul_(scales[:, :whole, None])
+        values[:, whole * columns :].mul_(scales[:, whole:])
+        return values
+
+    @staticmethod
+    def _scales(tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
+        scales = read_rows(tensor, reader, "scales", matrix, first, stop)
+        return powers_of_two(scales) if tensor.parts["scales"].dtype in ("U8", "F8_E8M0") else scales.float()
+
+    def row_blocks(
+        self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int
+    ) -> tuple[Tensor, ...]:
+        """Return (codes (n, 16384) uint8, scales (n, 1) fp32) of tiles of 128 x 128, zeros past the edges."""
+        codes = read_rows(tensor, reader, "codes", matrix, first, stop).view(torch.uint8)
+        width, (height, columns) = tensor.stored_shape[-1], tensor.block
+        across, down = -(-width // TILE), -(-(stop - first) // TILE)
+        padded = torch.zeros(down * TILE, across * TILE, dtype=torch.uint8)
+        padded[: stop - first, :width] = codes
+        tiles = padded.view(down, TILE, across, TILE).transpose(1, 2).reshape(-1, TILE * TILE)
+        low = first // height
+        scales = self._scales(tensor, reader, matrix, low, -(-stop // height))
+        rows = torch.arange(first, stop, TILE).div(height, rounding_mode="floor") - low
+        scales = scales[rows][:, torch.arange(0, width, TILE).div(columns, rounding_mode="floor")]
+        return tiles, scales.reshape(-1, 1)
+
+
+class BnbInt8Codec(Codec):
+    """bitsandbytes' 8-bit rows (functional.int8_vectorwise_dequant): code * absmax * (1 / 127) in fp32."""
 
     def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
         """Return rows of a stored matrix."""
-        num_rows, width = tensor.shape[-2:]
-        height, columns = tensor.block
-        start = matrix * num_rows + first
-        codes = reader.read([tensor.parts["codes"]], start * width, (start + stop - first) * width).view(-1, width)
-        across = -(-width // columns)
-        down = -(-num_rows // height)
-        low, high = first // height, -(-stop // height)
-        scales = self.scales(tensor, reader, (matrix * down + low) * across, (matrix * down + high) * across)
-        per_row = torch.arange(first, stop).div(height, rounding_mode="floor") - low
-        values = codes.float()
-        grid = scales.view(-1, across)[per_row]
-        whole = width // columns
-        values[:, : whole * columns].unflatten(1, (whole, columns)).mul_(grid[:, :whole, None])
-        values[:, whole * columns :].mul_(grid[:, whole:])
-        return values if self.factor == 1 else values.mul_(self.factor)
+        layout = tensor.parts.get("layout")
+        if layout is not None and int(reader.read([layout], 0, 1)):
+            raise UserError(
+                f"{layout.file}: {tensor.name} is in a layout for old GPUs (weight_format), not in rows; save it again "
+                "with a current bitsandbytes"
+            )
+        codes = read_rows(tensor, reader, "codes", matrix, first, stop)
+        absmax = reader.read([tensor.parts["scales"]], first, stop)
+        return codes.float().mul_(absmax[:, None]).mul_(7.874015718698502e-3)
+
+
+class Fp4Codec(Codec):
+    """MXFP4 (exponents per 32) or NVFP4 (e4m3 scales per 16, over a global scale): two e2m1 a byte, low nibble first.
+
+    transformers' convert_moe_packed_tensors; compressed-tensors' mxfp4- and nvfp4-pack-quantized, of which ModelOpt has
+    the reciprocal global scale. MXFP4 is exact in bf16; NVFP4 is code * (scale / global scale) in fp32.
+    """
+
+    def __init__(self, *, reciprocal: bool = False) -> None:
+        self.reciprocal = reciprocal
+
+    def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
+        """Return rows of a stored matrix."""
+        codes, scales, *divisor = self._parts(tensor, reader, matrix, first, stop)
+        plain = scales.view(torch.float8_e4m3fn).float() if divisor else powers_of_two(scales).bfloat16()
+        scales = plain / divisor[0] if divisor else plain
+        pairs = torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], dtype=scales.dtype)
+        both = pairs.view(torch.int64 if divisor else torch.int32).flatten()  # One look-up a byte.
+        values = both[codes.flatten().int()].view(scales.dtype).view(*scales.shape, -1)
+        return values.mul_(scales[..., None]).view(stop - first, -1)
+
+    def _parts(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> tuple[Tensor, ...]:
+        codes = read_rows(tensor, reader, "codes", matrix, first, stop)
+        scales = read_rows(tensor, reader, "scales", matrix, first, stop).view(torch.uint8)
+        if "global_scale" not in tensor.parts:
+            return codes, scales
+        divisor = reader.read([tensor.parts["global_scale"]], 0, 1)
+        return codes, scales, 1 / divisor if self.reciprocal else divisor
+
+    def row_blocks(
+        self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int
+    ) -> tuple[Tensor, ...]:
+        """Return (codes (n, 16 or 8) uint8, scales (n, 1) uint8), with NVFP4 the global scale (n, 1) fp32."""
+        codes, scales, *divisor = self._parts(tensor, reader, matrix, first, stop)
+        scales = scales.reshape(-1, 1)
+        return codes.reshape(len(scales), -1), scales, *(each.expand(len(scales), 1) for each in divisor)
+
+
+class IntegerCodec(Codec):
+    """Integers of 4 or 8 bits with a zero point and a scale per group of a row: (code - zero) * scale in fp32."""
+
+    band = 2**21
+
+    @abstractmethod
+    def integers(
+        self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes (n, I) and zeros (n, G), both uint8 as stored, and scales (n, G) of rows [first, stop)."""
+
+    def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
+        """Return rows of a stored matrix."""
+        codes, zeros, scales = self.integers(tensor, reader, first, stop, matrix)
+        groups = self._groups(tensor, reader)
+        return (codes.float() - zeros.float()[:, groups]).mul_(scales.float()[:, groups])
 
     @staticmethod
-    def scales(tensor: LowBitTensor, reader: Reader, start: int, stop: int) -> Tensor:
-        """Return scales [start, stop) in fp32."""
-        segment = tensor.parts["scales"]
-        values = read_part(reader, segment, start, stop)
-        return torch.ldexp(torch.ones(()), values.int() - 127) if segment.dtype == "U8" else values.float()
+    def _groups(tensor: LowBitTensor, reader: Reader) -> Tensor:
+        """Return the group of each column. Raises UserError for an order with groups that do not exist."""
+        width, size = tensor.shape[-1], tensor.block[1]
+        if "order" not in tensor.parts:
+            return torch.arange(width).div(size, rounding_mode="floor")
+        order = tensor.parts["order"]
+        groups = reader.read([order], 0, width).long()
+        if int(groups.min()) < 0 or int(groups.max()) >= -(-width // size):
+            raise UserError(
+                f"{order.file}: the order of the columns of {tensor.name} (g_idx) names groups {int(groups.min())} to "
+                f"{int(groups.max())} of {-(-width // size)}; the checkpoint is damaged, download it again"
+            )
+        return groups
+
+    def row_blocks(
+        self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int
+    ) -> tuple[Tensor, ...]:
+        """Return (codes (n, N / 2) uint8, low nibble first, scales (n, 1) as stored, zeros (n, 1) uint8)."""
+        codes, zeros, scales = self.integers(tensor, reader, first, stop, matrix)
+        size = FORMAT_BLOCKS[tensor.format]
+        groups = self._groups(tensor, reader)
+        if not bool((groups.view(-1, size) == groups[::size, None]).all()):
+            raise UserError(
+                f"{tensor.parts['order'].file}: {tensor.name} has its columns in activation order (g_idx), which "
+                "desc_act=false in config.json denies; set {quant.method}=nf4 to quantize it again"
+            )
+        blocks = codes.view(-1, size)
+        of_block = groups[::size]
+        return (
+            blocks[:, ::2] | blocks[:, 1::2] << 4,
+            scales[:, of_block].reshape(-1, 1),
+            zeros[:, of_block].reshape(-1, 1),
+        )
 
 
-CODECS: dict[str, Codec] = {"scaled": ScaledCodec()}
+def unpacked(words: Tensor, bits: int, order: tuple[int, ...] = ()) -> Tensor:
+    """Return the integers in each int32, lowest bits first: (n, m) -> (n, m * 32 / bits) uint8; `order` picks them."""
+    codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+    return codes.view(len(words), -1, len(order))[:, :, list(order)].flatten(1) if order else codes
+
+
+class PackedCodec(IntegerCodec):
+    """compressed-tensors' pack-quantized: words along the rows; zero points packed along the columns of (O, G)."""
+
+    def integers(
+        self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, zeros and scales of rows [first, stop)."""
+        shape, bits = tensor.parts["shape"], tensor.bits
+        stored = reader.read([shape], 0, shape.numel).tolist()
+        if stored != list(tensor.shape):
+            raise UserError(
+                f"{shape.file}: weight_shape of {tensor.name} is {stored}, and its codes are of {list(tensor.shape)}; "
+                "the checkpoint is damaged, download it again"
+            )
+        codes = unpacked(read_rows(tensor, reader, "codes", matrix, first, stop), bits)[:, : tensor.shape[-1]]
+        scales = read_rows(tensor, reader, "scales", matrix, first, stop)
+        if "zeros" not in tensor.parts:
+            return codes, torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8), scales
+        per_word, num_groups = 32 // bits, scales.shape[1]
+        words = -(-tensor.shape[-2] // per_word)
+        low, high = matrix * words + first // per_word, matrix * words - (-stop // per_word)
+        zeros = reader.read([tensor.parts["zeros"]], low * num_groups, high * num_groups).view(-1, num_groups)
+        zeros = unpacked(zeros.T, bits).T[first % per_word :][: stop - first]
+        return codes, zeros, scales
+
+
+class GptqCodec(IntegerCodec):
+    """GPTQ's columns: words along I in codes (I * bits / 32, O), along O in zeros (G, O * bits / 32).
+
+    The first version of the format stores zero points less 1. There 15 (of 8 bits 255) is 16 in some libraries and 0
+    in others, and is refused.
+    """
+
+    def __init__(self, *, first_version: bool) -> None:
+        self.first_version = first_version
+
+    def integers(
+        self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, zeros and scales of rows [first, stop)."""
+        per_word = 32 // tensor.bits
+        codes = unpacked(reader.read_columns(tensor.parts["codes"], first, stop).T, tensor.bits)
+        words = reader.read_columns(tensor.parts["zeros"], first // per_word, -(-stop // per_word))
+        zeros = unpacked(words, tensor.bits).T[first % per_word :][: stop - first]
+        if self.first_version:
+            if bool((zeros == (1 << tensor.bits) - 1).any()):
+                raise UserError(
+                    f"{tensor.parts['zeros'].file}: {tensor.name} has a zero point stored as {(1 << tensor.bits) - 1}, "
+                    f"which libraries read as {1 << tensor.bits} or 0; quantize the model again in gptq_v2"
+                )
+            zeros = zeros + 1
+        return codes, zeros, reader.read_columns(tensor.parts["scales"], first, stop).T
+
+
+class AwqCodec(IntegerCodec):
+    """AutoAWQ's columns (gemm): words along O in codes (I, O / 8) and zeros (G, O / 8), eight columns interleaved."""
+
+    def integers(
+        self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, zeros and scales of rows [first, stop)."""
+        low, high = first // 8, -(-stop // 8)
+        codes, zeros = (
+            unpacked(reader.read_columns(tensor.parts[part], low, high), 4, AWQ_ORDER).T[first % 8 :][: stop - first]
+            for part in ("codes", "zeros")
+        )
+        return codes.contiguous(), zeros, reader.read_columns(tensor.parts["scales"], first, stop).T
+
+
+CODECS: dict[str, Codec] = {
+    "scaled": ScaledCodec(),
+    "bnb_int8": BnbInt8Codec(),
+    "mxfp4": Fp4Codec(),
+    "nvfp4": Fp4Codec(),
+    "modelopt_nvfp4": Fp4Codec(reciprocal=True),
+    "packed": PackedCodec(),
+    "gptq": GptqCodec(first_version=True),
+    "gptq_v2": GptqCodec(first_version=False),
+    "awq": AwqCodec(),
+}
+"""Decoders by LowBitTensor.codec."""
+FORMAT_BLOCKS = {"mxfp4": 32, "nvfp4": 16, "int4_g32": 32, "int4_g64": 64, "int4_g128": 128}
+"""Weights of a block of each flat format."""
 
 
 def read_low_bit(tensor: LowBitTensor, reader: Reader, start: int, stop: int) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distlora.architecture.low_bit_headers import NF4, quantization_method
+from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.config import Config, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.plan import GPUS, find_gpu

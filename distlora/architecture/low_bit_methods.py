@@ -1,0 +1,434 @@
+"""The rules by which each quant_method of a config.json names, shapes and encodes its weights. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.architecture.low_bit_headers import (
+    ACTIVATIONS,
+    AGAIN,
+    FLOATS,
+    INSTEAD,
+    PARTS,
+    LowBitTensor,
+    Parts,
+    as_tiles,
+    check_fields,
+    check_value,
+    grid_of,
+    is_block,
+    matrix_of,
+    without_ones,
+)
+from distlora.architecture.safetensors_headers import Segment
+from distlora.config import UserError
+from distlora.config.errors import short
+
+NF4 = "nf4"
+"""Method of checkpoints that bitsandbytes quantized to 4 bits (distlora/weights/prequantized.py)."""
+
+
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """Return a config.json's quantization_config, which some composite models have in text_config; or None."""
+    text = config.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, Mapping) else None
+    return config.get("quantization_config", inner)
+
+
+def quantization_method(config: Mapping[str, Any], place: Path | str) -> str | None:
+    """Return how a checkpoint is quantized by its config.json: None, NF4, or a method that is read here.
+
+    Raises UserError with the field's name for an unsupported method, and for unknown settings of one, which may change
+    what the weights mean.
+    """
+    quantization = quantization_of(config)
+    if quantization is None:
+        return None
+    where = f"{place}: quantization_config"
+    if not isinstance(quantization, Mapping):
+        raise UserError(f"{where} is not a JSON object; download the file again")
+    four, eight = quantization.get("load_in_4bit"), quantization.get("load_in_8bit")
+    # Early bitsandbytes checkpoints have no quant_method; transformers knows them by these flags.
+    method = quantization.get("quant_method", "bitsandbytes" if four or eight else None)
+    if method == "bitsandbytes" and not eight:
+        kind = quantization.get("bnb_4bit_quant_type", "nf4")
+        for is_wrong, what in (
+            (not four, f"load_in_4bit={four!r}: only 4-bit and 8-bit weights are supported"),
+            (kind != "nf4", f"bnb_4bit_quant_type={kind!r} is not supported, only 'nf4'"),
+        ):
+            if is_wrong:
+                raise UserError(f"{where}.{what}; {INSTEAD}")
+        return NF4
+    if method not in _METHODS:
+        raise UserError(f"{where}.quant_method={short(method)} is not supported, only {', '.join(_METHODS)}; {INSTEAD}")
+    _METHODS[method].check(quantization, where)
+    return str(method)
+
+
+def with_low_bit(stored: Mapping[str, Segment], folder: Path, config: Mapping[str, Any]) -> Mapping[str, Segment]:
+    """Return a checkpoint's tensors with each quantized weight as one `LowBitSegment` under its ordinary name.
+
+    Dense and NF4 checkpoints are returned as they are. Raises UserError with the tensor's name for parts that are
+    missing, of another dtype or shape than the weight needs, and for parts that belong to no weight.
+    """
+    method = quantization_method(config, folder / "config.json")
+    if method is None or method == NF4:
+        return stored
+    parts = Parts(dict(stored))
+    for tensor in _METHODS[method].find(parts, quantization_of(config)):
+        parts.weights[tensor.name] = tensor.segment
+    if not parts.weights:
+        raise UserError(
+            f"{folder / 'config.json'} has a quantization_config, but no weight in {folder} is quantized; "
+            "remove quantization_config from config.json if the weights are dense (quant=nf4 then quantizes them)"
+        )
+    for name, segment in list(parts.left.items()):
+        if name.endswith(ACTIVATIONS):
+            del parts.left[name]
+        elif name.endswith(PARTS) or name in parts.weights:
+            raise UserError(f"{segment.file}: {name} belongs to no quantized weight; {AGAIN}")
+    return parts.left | parts.weights
+
+
+def _check_fp8(settings: Mapping[str, Any], where: str) -> None:
+    known = "activation_scheme weight_block_size dequantize modules_to_not_convert modules_to_convert fmt scale_fmt"
+    check_fields(settings, where, f"{known} expert_dtype ignored_layers activation_scale_ub")
+    block = settings.get("weight_block_size")
+    if block is not None and not is_block(block):
+        raise UserError(f"{where}.weight_block_size={short(block)} is not a pair of sizes; download the file again")
+    check_value(settings, where, "fmt", "e4m3", None)
+    check_value(settings, where, "expert_dtype", "fp8", None)
+
+
+def _find_fp8(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
+    """Yield weights of transformers' FP8: X, and its scales in X_scale_inv (fbgemm: X_scale), which multiply."""
+    suffix = "_scale" if settings["quant_method"] == "fbgemm_fp8" else "_scale_inv"
+    for name, codes in parts.ending("", "F8_E4M3"):
+        shape = matrix_of(name, codes)
+        size = settings.get("weight_block_size")
+        blocks = [(shape[-2], shape[-1]), (1, shape[-1])] if size is None else [(size[0], size[1])]
+        yield _scaled(parts, name, shape, suffix, blocks)
+
+
+def _scaled(
+    parts: Parts, name: str, shape: tuple[int, ...], suffix: str, blocks: Sequence[tuple[int, int]]
+) -> LowBitTensor:
+    """Take an 8-bit weight whose scales are one per block; `blocks` are the sizes that its settings allow."""
+    scales = parts.left.get(name + suffix)
+    fitting = [b for b in blocks if scales and without_ones(scales.shape) == without_ones(grid_of(shape, b))]
+    block = (fitting or blocks)[0]
+    found = {"codes": parts.left.pop(name)}
+    found["scales"] = parts.take(name + suffix, name, (*FLOATS, "F8_E8M0", "U8"), grid_of(shape, block))
+    format, reason = "", "8-bit integers are not kept"
+    if found["codes"].dtype == "F8_E4M3":
+        format, reason = as_tiles(shape, block)
+    return LowBitTensor(
+        name=name, shape=shape, codec="scaled", parts=found, block=block, bits=8, format=format, reason=reason
+    )
+
+
+def _check_mxfp4(settings: Mapping[str, Any], where: str) -> None:
+    check_fields(settings, where, "modules_to_not_convert dequantize")
+
+
+def _find_mxfp4(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
+    """Yield gpt-oss' experts: X_blocks (E, O, I / 32, 16) and exponents X_scales, which the model has as (E, I, O)."""
+    for name, codes in parts.ending("_blocks"):
+        if len(codes.shape) != 4 or codes.shape[-1] != 16 or not codes.numel:
+            raise UserError(
+                f"{codes.file}: {name}_blocks has shape {short(list(codes.shape))}, not (experts, out, in / 32, 16); "
+                f"{AGAIN}"
+            )
+        experts, rows, across, _ = codes.shape
+        found = {
+            "codes": parts.take(f"{name}_blocks", name, ("U8",)),
+            "scales": parts.take(f"{name}_scales", name, ("U8",), codes.shape[:3]),
+        }
+        shape = (experts, across * 32, rows)
+        yield LowBitTensor(
+            name=name, shape=shape, codec="mxfp4", parts=found, block=(1, 32), bits=4, transposed=True, format="mxfp4"
+        )
+
+
+_ARGUMENTS = (
+    "num_bits type symmetric group_size strategy block_structure dynamic actorder scale_dtype zp_dtype observer "
+    "observer_kwargs"
+)
+_CT_FORMATS = (
+    *("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "float-quantized", "int-quantized"),
+    *("naive-quantized", "mxfp8-quantized", "mixed-precision", "dense", None),
+)
+
+
+def _check_compressed(settings: Mapping[str, Any], where: str) -> None:
+    known = "config_groups format ignore kv_cache_scheme quantization_status global_compression_ratio version"
+    known += " sparsity_config transform_config moe_sparsity_config run_compressed dequantize use_optimized_inference"
+    check_fields(settings, where, known)
+    check_value(settings, where, "format", *_CT_FORMATS)
+    check_value(settings, where, "transform_config", {}, None)  # Rotations, which the layers undo.
+    check_value(settings, where, "sparsity_config", {}, None, {"format": "dense"})
+    _weight_arguments(settings, where)
+
+
+def _weight_arguments(settings: Mapping[str, Any], where: str = "quantization_config") -> list[Mapping[str, Any]]:
+    """Return the settings of the weights of each of compressed-tensors' config_groups, checked."""
+    groups, found = settings.get("config_groups"), list[Mapping[str, Any]]()
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise UserError(f"{where}.config_groups={short(groups)} is not an object of objects; {INSTEAD}")
+    for name, group in groups.items():
+        place = f"{where}.config_groups.{name}"
+        check_fields(group, place, "targets weights input_activations output_activations format")
+        check_value(group, place, "format", *_CT_FORMATS)
+        weights = group.get("weights")
+        if weights is None:
+            continue
+        if not isinstance(weights, Mapping):
+            raise UserError(f"{place}.weights={short(weights)} is not an object; {INSTEAD}")
+        place, weights = f"{place}.weights", {"num_bits": 8, "type": "int", **weights}
+        check_fields(weights, place, _ARGUMENTS)
+        check_value(weights, place, "num_bits", 4, 8)
+        check_value(weights, place, "type", "int", "float")
+        check_value(weights, place, "strategy", "tensor", "channel", "group", "tensor_group", "block", None)
+        size, block = weights.get("group_size"), weights.get("block_structure")
+        if size is not None and not (type(size) is int and (size > 0 or size == -1)):
+            raise UserError(f"{place}.group_size={short(size)} is not a size; {INSTEAD}")
+        if block is not None and not is_block(block):
+            raise UserError(f"{place}.block_structure={short(block)} is not a pair of sizes; {INSTEAD}")
+        found.append(weights)
+    return found
+
+
+def _blocks_of(arguments: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the rows and columns that share a scale by compressed-tensors' settings."""
+    size, block = arguments.get("group_size") or -1, arguments.get("block_structure")
+    strategy = arguments.get("strategy") or ("group" if size > 0 else "channel" if size == -1 else "tensor")
+    if strategy == "block" and block is not None:
+        return block[0], block[1]
+    if strategy == "tensor":
+        return shape[-2], shape[-1]
+    return 1, size if size > 0 and strategy in ("group", "tensor_group") else shape[-1]
+
+
+def _find_compressed(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
+    """Yield the weights of compressed-tensors' formats, told apart by names and dtypes."""
+    arguments = _weight_arguments(settings)
+    for name, codes in parts.ending("_packed", "U8"):
+        yield _fp4(parts, name, matrix_of(name, codes, 2), f"{name}_packed", f"{name}_global_scale")
+    for name, codes in parts.ending("_packed", "I32"):
+        yield _packed_integers(parts, name, codes, [each for each in arguments if each["type"] == "int"])
+    for name, codes in parts.ending("", "F8_E4M3", "I8"):
+        shape, wanted = matrix_of(name, codes), "int" if codes.dtype == "I8" else "float"
+        blocks = [_blocks_of(each, shape) for each in arguments if (each["type"], each["num_bits"]) == (wanted, 8)]
+        if not blocks:
+            raise UserError(f"{codes.file}: {name} is stored as {codes.dtype}, which no config group is; {AGAIN}")
+        yield _scaled(parts, name, shape, "_scale", blocks)
+
+
+def _fp4(parts: Parts, name: str, shape: tuple[int, ...], codes: str, global_scale: str) -> LowBitTensor:
+    """Take an NVFP4 weight, or MXFP4 if no tensor `global_scale` is there."""
+    is_nvfp4 = global_scale in parts.left
+    kind, size = ("nvfp4", 16) if is_nvfp4 else ("mxfp4", 32)
+    found = {"codes": parts.take(codes, name, ("U8",))}
+    if shape[-1] % size:
+        raise UserError(f"{found['codes'].file}: {codes} has rows of {shape[-1]:,}, not of whole blocks; {AGAIN}")
+    dtypes = ("F8_E4M3",) if is_nvfp4 else ("U8", "F8_E8M0")
+    found["scales"] = parts.take(f"{name}_scale", name, dtypes, grid_of(shape, (1, size)))
+    if is_nvfp4:
+        found["global_scale"] = parts.take(global_scale, name, ("F32",), ())
+    codec = "modelopt_nvfp4" if global_scale.endswith("_scale_2") else kind
+    return LowBitTensor(name=name, shape=shape, codec=codec, parts=found, block=(1, size), bits=4, format=kind)
+
+
+def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequence[Mapping[str, Any]]) -> LowBitTensor:
+    """Take a weight of 4- or 8-bit integers in int32 words along its rows; the first fitting group describes it."""
+    packed = matrix_of(f"{name}_packed", codes)
+    scales = parts.left.get(f"{name}_scale")
+    for each in arguments:
+        bits, size = each["num_bits"], each.get("group_size") or -1
+        is_grouped = size > 0 and each.get("strategy") in ("group", None) and scales is not None
+        width = scales.shape[-1] * size if is_grouped and scales and scales.shape else packed[-1] * 32 // bits
+        shape = (*packed[:-1], width)
+        grid = grid_of(shape, _blocks_of(each, shape))
+        if -(-width * bits // 32) == packed[-1] and scales and without_ones(scales.shape) == without_ones(grid):
+            break
+    else:
+        have = "no scales" if scales is None else f"scales of shape {short(list(scales.shape))}"
+        raise UserError(
+            f"{codes.file}: {name}_packed of shape {short(list(packed))} with {have} fits no config group; {AGAIN}"
+        )
+    found = {
+        "codes": parts.take(f"{name}_packed", name, ("I32",)),
+        "scales": parts.take(f"{name}_scale", name, FLOATS),
+    }
+    found["shape"] = parts.take(f"{name}_shape", name, ("I64", "I32"), (len(shape),))
+    if not each.get("symmetric", True):
+        zeros = (*shape[:-2], -(-shape[-2] * bits // 32), grid[-1])
+        found["zeros"] = parts.take(f"{name}_zero_point", name, ("I32",), zeros)
+    if f"{name}_g_idx" in parts.left:
+        found["order"] = parts.take(f"{name}_g_idx", name, ("I32",), (width,))
+    return _integers(name, shape, "packed", found, _blocks_of(each, shape), bits, in_order="order" not in found)
+
+
+def _integers(
+    name: str,
+    shape: tuple[int, ...],
+    codec: str,
+    found: dict[str, Segment],
+    block: tuple[int, int],
+    bits: int,
+    *,
+    in_order: bool,
+) -> LowBitTensor:
+    """Return a weight of integers, and the format that holds it: 4 bits with a scale per 32, 64 or 128 of a row."""
+    size = next((size for size in (128, 64, 32) if block[1] % size == shape[-1] % size == 0), None)
+    reason = ""
+    if bits != 4 or size is None:
+        reason = f"{bits}-bit integers with a scale per {block[1]} of {shape[-1]:,} weights are not kept"
+    elif not in_order and block[1] < shape[-1]:
+        reason = "its columns are in activation order"
+    return LowBitTensor(
+        name=name,
+        shape=shape,
+        codec=codec,
+        parts=found,
+        block=block,
+        bits=bits,
+        format="" if reason else f"int4_g{size}",
+        reason=reason,
+    )
+
+
+def _check_modelopt(settings: Mapping[str, Any], where: str) -> None:
+    known = "quant_algo config_groups ignore producer kv_cache_scheme kv_cache_quant_algo group_size exclude_modules"
+    check_fields(settings, where, f"{known} quantized_layers version")
+    check_value(settings, where, "quant_algo", "FP8", "NVFP4", "MIXED_PRECISION")
+
+
+def _find_modelopt(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
+    """Yield ModelOpt's weights: FP8 with X_scale, NVFP4 in uint8 with X_scale and X_scale_2, which multiply."""
+    for name, codes in parts.ending("", "U8"):
+        if f"{name}_scale_2" in parts.left:
+            yield _fp4(parts, name, matrix_of(name, codes, 2), name, f"{name}_scale_2")
+    for name, codes in parts.ending("", "F8_E4M3"):
+        shape = matrix_of(name, codes)
+        yield _scaled(parts, name, shape, "_scale", [(shape[-2], shape[-1]), (1, shape[-1])])
+
+
+def _check_awq(settings: Mapping[str, Any], where: str) -> None:
+    check_fields(settings, where, "bits group_size zero_point version modules_to_not_convert backend do_fuse format")
+    check_value(settings, where, "bits", 4)
+    check_value(settings, where, "version", "gemm", "GEMM", None)
+    check_value(settings, where, "format", "gemm", None)
+    check_value(settings, where, "zero_point", True)
+
+
+def _find_awq(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
+    """Yield AutoAWQ's weights: X.qweight (I, O / 8), X.qzeros (I / g, O / 8) and X.scales (I / g, O)."""
+    for name, codes in parts.ending(".qweight"):
+        rows, words = matrix_of(f"{name}.qweight", codes)[-2:]
+        yield _columns(parts, name, "awq", (words * 8, rows), 4, settings)
+
+
+def _columns(
+    parts: Parts, name: str, codec: str, shape: tuple[int, int], bits: int, settings: Mapping[str, Any]
+) -> LowBitTensor:
+    """Take a weight of AWQ's or GPTQ's layout, whose parts have a column per row of the weight."""
+    weight, size = f"{name}.weight", settings.get("group_size", 128)
+    scales = parts.left.get(f"{name}.scales")
+    if settings.get("dynamic") and scales is not None and scales.shape and scales.shape[0]:
+        size = -(-shape[1] // scales.shape[0])  # GPTQModel's settings of single modules.
+    if type(size) is not int or (size < 1 and size != -1):
+        raise UserError(f"quantization_config.group_size={short(size)} is not a size; {INSTEAD}")
+    size = shape[1] if size == -1 else size
+    groups = -(-shape[1] // size)
+    found = {
+        "codes": parts.take(f"{name}.qweight", weight, ("I32",)),
+        "scales": parts.take(f"{name}.scales", weight, FLOATS, (groups, shape[0])),
+        "zeros": parts.take(f"{name}.qzeros", weight, ("I32",), (groups, -(-shape[0] * bits // 32))),
+    }
+    if f"{name}.g_idx" in parts.left:
+        found["order"] = parts.take(f"{name}.g_idx", weight, ("I32",), (shape[1],))
+    return _integers(weight, shape, codec, found, (1, size), bits, in_order=not settings.get("desc_act"))
+
+
+_GPTQ_FIELDS = (
+    "bits group_size desc_act sym static_groups damp_percent damp_auto_increment true_sequential lm_head "
+    "checkpoint_format format meta pack_dtype dynamic mse act_group_aware backend tokenizer dataset model_seqlen "
+    "block_name_to_quantize module_name_preceding_first_block batch_size pad_token_id use_exllama exllama_config "
+    "max_input_length cache_block_outputs modules_in_block_to_quantize use_cuda_fp16 disable_exllama "
+    "model_name_or_path model_file_base_name is_marlin_format modules_to_not_convert version quantizer"
+)
+
+
+def _check_gptq(settings: Mapping[str, Any], where: str) -> None:
+    check_fields(settings, where, _GPTQ_FIELDS)
+    check_value(settings, where, "bits", 4, 8)
+    check_value(settings, where, "checkpoint_format", "gptq", "gptq_v2", None)
+    check_value(settings, where, "format", "gptq", "gptq_v2", None)
+    check_value(settings, where, "is_marlin_format", False, None)
+
+
+def _find_gptq(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
+    """Yield GPTQ's weights: X.qweight (I * bits / 32, O), X.qzeros (G, O * bits / 32), X.scales (G, O), X.g_idx (I,).
+
+    In the first version of the format zero points are stored less 1. Bits are those of the settings, or (`dynamic`)
+    those that the length of g_idx tells.
+    """
+    version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    for name, codes in parts.ending(".qweight"):
+        words, rows = matrix_of(f"{name}.qweight", codes)[-2:]
+        order = parts.left.get(f"{name}.g_idx")
+        bits = settings["bits"]
+        if order is not None and order.numel:
+            bits = next((each for each in (4, 8) if words * 32 == order.numel * each), bits)
+        yield _columns(parts, name, version, (rows, words * 32 // bits), bits, settings)
+
+
+def _check_bnb(settings: Mapping[str, Any], where: str) -> None:
+    check_value(settings, where, "load_in_4bit", False, None)
+    check_value(settings, where, "llm_int8_has_fp16_weight", False, None)
+
+
+def _find_bnb(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
+    """Yield bitsandbytes' 8-bit weights: X.weight in int8 and the absmax of its rows in X.SCB."""
+    for name, _ in parts.ending(".SCB"):
+        weight = f"{name}.weight"
+        codes = parts.take(weight, weight, ("I8",))
+        shape = matrix_of(weight, codes)
+        found = {"codes": codes, "scales": parts.take(f"{name}.SCB", weight, ("F32",), shape[:1])}
+        if f"{name}.weight_format" in parts.left:
+            found["layout"] = parts.take(f"{name}.weight_format", weight, ("U8",), ())
+        yield LowBitTensor(
+            name=weight,
+            shape=shape,
+            codec="bnb_int8",
+            parts=found,
+            block=(1, shape[-1]),
+            bits=8,
+            reason="8-bit integers are not kept",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """The rules of one quant_method."""
+
+    check: Callable[[Mapping[str, Any], str], None]
+    """Raises UserError for settings that are not supported; gets them and their place."""
+    find: Callable[[Parts, Mapping[str, Any]], Iterator[LowBitTensor]]
+    """Takes the parts of quantized weights and yields these."""
+
+
+_METHODS = {
+    "bitsandbytes": _Method(_check_bnb, _find_bnb),
+    "fp8": _Method(_check_fp8, _find_fp8),
+    "fbgemm_fp8": _Method(_check_fp8, _find_fp8),
+    "mxfp4": _Method(_check_mxfp4, _find_mxfp4),
+    "compressed-tensors": _Method(_check_compressed, _find_compressed),
+    "modelopt": _Method(_check_modelopt, _find_modelopt),
+    "awq": _Method(_check_awq, _find_awq),
+    "gptq": _Method(_check_gptq, _find_gptq),
+}

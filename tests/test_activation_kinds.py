@@ -23,7 +23,8 @@ from distlora.planner.memory.device import device_bytes
 from distlora.planner.memory.step import blocks_of
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
-from distlora_kernels import dropout, nf4, skinny_launch
+from distlora_kernels import dropout, skinny_launch
+from distlora_kernels.formats import nf4
 from family_models import config_for
 from model_types import config_of
 from plan_inputs import cpu_machine

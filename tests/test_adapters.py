@@ -27,7 +27,7 @@ def filled(linear: FrozenLinear, seed: int) -> FrozenLinear:
 
 def empty(in_features: int, out_features: int, context: BlockContext | None = None) -> AdaptedLinear:
     context = context or BlockContext()
-    return AdaptedLinear(in_features, out_features, bias=False, quantized=False, dtype=torch.float32, context=context)
+    return AdaptedLinear(in_features, out_features, bias=False, format=None, dtype=torch.float32, context=context)
 
 
 def adapted(

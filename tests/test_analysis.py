@@ -36,7 +36,8 @@ from distlora.parallel import Ranks
 from distlora.post.divergence import Readings, compare, evenly
 from distlora.training.setup import start_model
 from distlora.weights.reader import Reader
-from distlora_kernels import nf4, reference
+from distlora_kernels import reference
+from distlora_kernels.formats import nf4
 from distlora_launcher.cli.main import main
 from family_models import write_family_folder
 from launcher_fakes import MODEL_CONFIG, write_model
@@ -101,7 +102,7 @@ def test_bf16_loses_what_rounding_loses_and_nothing_of_bf16_weights() -> None:
 def test_bits_are_counted_bytes_and_both_formats_take_what_a_run_stores(shape: tuple[int, int]) -> None:
     numel = math.prod(shape)
     sums = whole(torch.randn(numel, generator=torch.Generator().manual_seed(0)))
-    stored = FrozenLinear(shape[1], shape[0], bias=False, quantized=True, dtype=torch.bfloat16).packed_bytes
+    stored = FrozenLinear(shape[1], shape[0], bias=False, format="nf4", dtype=torch.bfloat16).packed_bytes
     assert sums.formats["nf4"].num_bytes == sums.formats["int4"].num_bytes == stored
     assert sums.bits("nf4") == sums.bits("int4") == 8 * stored / numel
     assert sums.bits("bf16") == 16

@@ -31,8 +31,9 @@ from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora.training.compile_choice import decide_compile, record
 from distlora_kernels import attention as compiled_attention
-from distlora_kernels import elementwise, lora_native, native, nf4
+from distlora_kernels import elementwise, lora_native, native
 from distlora_kernels.dropout import Dropout
+from distlora_kernels.formats import nf4
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, lora_linears
 from distlora_kernels.operands import Needs, SavedLinear
 from distlora_launcher.compose.checks import check_compiled_before, check_machine, check_model_sizes
@@ -204,8 +205,9 @@ def frozen(kind: str, out: int, features: int) -> FrozenWeight:
     weight = torch.randn(out, features) * 0.02
     if kind == "dense":
         return FrozenWeight((weight.bfloat16(),), (out, features))
-    codes, absmax = nf4.quantize_blocks(weight.flatten())
-    return FrozenWeight((codes, absmax) if kind == "absmax" else tuple(nf4.nf4_quantize(weight)), (out, features))
+    if kind == "absmax":
+        return FrozenWeight(nf4.quantize_blocks(weight.flatten()), (out, features), nf4.NF4_ABSMAX)
+    return FrozenWeight(nf4.nf4_quantize(weight), (out, features), nf4.NF4)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "absmax", "dense"])

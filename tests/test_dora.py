@@ -11,7 +11,7 @@ from torch import Tensor
 
 from closeness import assert_close
 from distlora_kernels.dora import dora_norms, dy_gradients, initial_magnitude, magnitude_gradient, scaled_rows
-from distlora_kernels.nf4 import nf4_quantize, quantize_blocks
+from distlora_kernels.formats.nf4 import NF4, NF4_ABSMAX, nf4_quantize, quantize_blocks
 from distlora_kernels.operands import FrozenWeight
 from distlora_kernels.skinny import skinny_dy
 from tiers import diagonal
@@ -40,8 +40,8 @@ def random(*shape: int, seed: int, device: torch.device, dtype: torch.dtype = to
 def frozen(kind: str, weight: Tensor) -> FrozenWeight:
     shape = (weight.shape[0], weight.shape[1])
     if kind == "nested":
-        return FrozenWeight(nf4_quantize(weight), shape)
-    return FrozenWeight(quantize_blocks(weight.flatten()), shape)
+        return FrozenWeight(nf4_quantize(weight), shape, NF4)
+    return FrozenWeight(quantize_blocks(weight.flatten()), shape, NF4_ABSMAX)
 
 
 def dora_output(x: Tensor, w: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close
-from distlora_kernels import fused, nf4
+from distlora_kernels import fused
 from distlora_kernels.dora import initial_magnitude
 from distlora_kernels.dropout import Dropout, dropped, threshold_of
+from distlora_kernels.formats import nf4
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, Magnitude, RowChoice, lora_linear, lora_linears
 from tiers import ci
 
@@ -41,7 +42,7 @@ def problem(
         weight = (randn(out, FEATURES, seed=1 + index) / FEATURES**0.5).to(dtype)
         weight[list(empty)] = 0
         parts = nf4.nf4_quantize(weight) if packed else (weight,)
-        frozen = FrozenWeight(tuple(part.to(device) for part in parts), (out, FEATURES))
+        frozen = FrozenWeight(tuple(part.to(device) for part in parts), (out, FEATURES), nf4.NF4 if packed else None)
         ranks = (rank, 5) if choice else (rank,)
         scale: float | RowChoice = 1.5
         if choice:
@@ -249,7 +250,9 @@ def test_a_small_change_of_the_magnitudes_is_not_swallowed_on_the_gpus_path(trit
     """A change of 1/1000, below a bf16 ulp, survives when it is folded into the quantized weight."""
     out, features = 256, 512
     frozen = FrozenWeight(
-        tuple(part.to(triton_device) for part in nf4.nf4_quantize(randn(out, features, seed=1))), (out, features)
+        tuple(part.to(triton_device) for part in nf4.nf4_quantize(randn(out, features, seed=1))),
+        (out, features),
+        nf4.NF4,
     )
     squares = row_norms_squared(frozen, torch.bfloat16)
     x = randn(16, features, seed=2).to(triton_device, torch.bfloat16)

@@ -102,7 +102,7 @@ def test_a_fresh_dora_is_the_base_bit_for_bit(folders: Path, quant: str, dtype: 
 
 
 def adapted() -> AdaptedLinear:
-    linear = AdaptedLinear(32, 40, bias=False, quantized=False, dtype=torch.float32, context=BlockContext())
+    linear = AdaptedLinear(32, 40, bias=False, format=None, dtype=torch.float32, context=BlockContext())
     linear.add_adapter("default", AdapterConfig(use_dora=True), path="model.layers.0.q_proj", seed=0)
     return linear
 

@@ -18,8 +18,8 @@ from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import link_shared_inputs
 from distlora.training.open_run import open_data
 from distlora_kernels import dropout as dropout_module
-from distlora_kernels import nf4
 from distlora_kernels.dropout import Dropout, Stream, dropped, philox, threshold_of
+from distlora_kernels.formats import nf4
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, RowChoice, lora_linear
 from family_models import dequantized
 from small_models import make_run
@@ -106,7 +106,9 @@ def test_output_and_gradients_are_those_of_the_formula_with_the_same_mask(
     """Y = x W^T + bias + s (x * kept / (1 - p)) A^T B^T, as torch differentiates it in fp64."""
     shape = (36, 256, 320, 16)
     x, weight, a, b, bias = tensors(shape, dtype)
-    frozen = FrozenWeight(tuple(nf4.nf4_quantize(weight)) if packed else (weight,), (shape[2], shape[1]))
+    frozen = FrozenWeight(
+        tuple(nf4.nf4_quantize(weight)) if packed else (weight,), (shape[2], shape[1]), nf4.NF4 if packed else None
+    )
     dropout = Dropout(KEY, threshold_of(0.25), 3, torch.tensor([8, 2, 5]))
     scale: RowChoice | float = RowChoice(torch.tensor([0, -1, 1]), (2.0, 1.0), (10, 6)) if per_row else 2.0
     gate = scale if isinstance(scale, float) else gate_of(scale, 36)

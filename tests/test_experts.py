@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close
-from distlora_kernels import experts_grouped, experts_torch, nf4, reference
+from distlora_kernels import experts_grouped, experts_torch, reference
 from distlora_kernels.experts import combine, dispatch, expert_linear
+from distlora_kernels.formats import nf4
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertLinear, FrozenWeight, Routing
 
 EXPERTS, CHOICES = 5, 2
@@ -34,7 +35,7 @@ def no_bounds(tokens: int) -> Routing:
 
 
 def packed(weight: Tensor) -> FrozenWeight:
-    return FrozenWeight(nf4.nf4_quantize(weight), tuple(weight.shape))
+    return FrozenWeight(nf4.nf4_quantize(weight), tuple(weight.shape), nf4.NF4)
 
 
 @pytest.mark.parametrize(

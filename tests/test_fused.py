@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close
-from distlora_kernels import dispatch, fused, nf4
+from distlora_kernels import dispatch, fused
+from distlora_kernels.formats import nf4
 from distlora_kernels.operands import FrozenWeight
 from tiers import diagonal
 
@@ -40,7 +41,9 @@ class Operands:
 
         dense = torch.randn(o, i, generator=generator) / i**0.5
         parts = nf4.nf4_quantize(dense) if nested else nf4.quantize_blocks(dense.reshape(-1))
-        self.weight = FrozenWeight(tuple(part.to(device) for part in parts), (o, i))
+        self.weight = FrozenWeight(
+            tuple(part.to(device) for part in parts), (o, i), nf4.NF4 if nested else nf4.NF4_ABSMAX
+        )
         self.x, self.xa, self.b, self.bias, self.addend = (random(*s) for s in ((m, i), (m, r), (o, r), (o,), (m, o)))
         self.dy, self.dxa, self.a = (random(*s) for s in ((m, o), (m, r), (r, i)))
         self.exact = self.weight.dense(dtype).double()

@@ -10,7 +10,7 @@ import torch
 from closeness import assert_losses_close
 from distlora.parallel import Ranks
 from distlora.training import worker
-from distlora_kernels import nf4
+from distlora_kernels.formats import nf4
 from small_models import make_run, read_metrics
 
 pytestmark = [

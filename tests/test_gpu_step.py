@@ -58,9 +58,9 @@ def hold_bytes_as_bf16(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None
             setattr(linear, name, nn.Parameter(packed.data.view(torch.bfloat16), requires_grad=False))
 
     def frozen_weight(self: FrozenLinear) -> FrozenWeight:
-        codes, scales = (self.get_parameter(name).detach().view(torch.uint8) for name in BYTES)
-        assert isinstance(self.offset, Tensor)
-        return FrozenWeight((codes, scales, self.group_scale, self.offset), (self.out_features, self.in_features))
+        stored = self.stored
+        parts = [part.detach().view(torch.uint8) for part in stored.parts[:2]]
+        return stored._replace(parts=(*parts, *stored.parts[2:]))
 
     monkeypatch.setattr(FrozenLinear, "frozen_weight", property(frozen_weight))
 

@@ -17,7 +17,7 @@ from distlora.parallel import Backend, Ranks, fsdp2
 from distlora.parallel.integrity import LINE, DamagedWeightsError, checksums
 from distlora.training import setup, worker
 from distlora.training.open_run import open_data
-from distlora_kernels import nf4
+from distlora_kernels.formats import nf4
 from small_models import make_run, read_metrics
 from worlds import World
 
@@ -173,7 +173,7 @@ def damaged_on_the_way(ranks: Ranks, *, run_dir: Path) -> str:
                 work.wait()
             # Of rank 1, whose bytes are the second half: padding of attention's four groups, then gate_proj's codes.
             whole = output.view(torch.uint8)
-            whole[len(whole) // 2 + 4 * nf4.GROUP_RECORD_BYTES + 100] ^= 32
+            whole[len(whole) // 2 + 4 * nf4.NF4.group_bytes + 100] ^= 32
         return work
 
     fsdp2._all_gather = faulty

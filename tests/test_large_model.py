@@ -80,10 +80,10 @@ def predicted_worker_bytes(shapes: ModelShapes, ranks: int) -> int:
 
     It is the imports, the shard, adapters with gradients and optimizer states, gathered weights, and the largest phase.
     """
-    held = traffic.held_bytes(shapes, ranks, quantized=True, itemsize=2)
+    held = traffic.held_bytes(shapes, ranks, format="nf4", itemsize=2)
     config = AdapterConfig(r=RANK, target_modules="all-linear")
     adapters = sum(each.numel for block in shapes.adapters(config) for each in block)
-    block = traffic.block_bytes(shapes.block, ranks, quantized=True, itemsize=2)
+    block = traffic.block_bytes(shapes.block, ranks, format="nf4", itemsize=2)
     matrix = 2 * shapes.vocabulary * shapes.hidden
     tokens = TOKENS * ROWS // ranks
     # FSDP2 copies out of an all-gather's result. The head and what is gathered ahead of it are there together; then the
@@ -168,7 +168,7 @@ def test_large_model_trains_within_predicted_memory(model: Path, tmp_path: Path)
         assert all(bool(tensor.any()) for tensor in adapter.values()), "an adapter was not trained"
         summary = json.loads((folder / "run" / "summary.json").read_text())
         assert summary["gathered_bytes_per_step"] == 2 * shapes.num_layers * traffic.block_bytes(
-            shapes.block, ranks, quantized=True, itemsize=2
+            shapes.block, ranks, format="nf4", itemsize=2
         ) + 2 * (2 * shapes.vocabulary * shapes.hidden + shapes.hidden)
         assert sampled.peak <= 20e9
         # 13 % under it on 2 ranks and 11 % on 4, a worker 7 and 6 % (docs/benchmarks.md).

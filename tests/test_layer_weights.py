@@ -31,7 +31,7 @@ from distlora.model.experts import ExpertWeight, find_experts, find_routers, rep
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.quantized_parameters import ReadWeight, find_large_parameters, freeze_parameters
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME, read_peft_adapter
-from distlora_kernels import nf4
+from distlora_kernels.formats import nf4
 
 TOKENS = 23
 SIZES: dict[str, Any] = {
@@ -154,7 +154,8 @@ def with_experts(name: str, *, quantized: bool = True) -> tuple[Any, Any, dict[s
     found = {}
     for layer in layers_of(ours):
         prefix, values = path_of(ours, layer), dict(layer.named_parameters())
-        options: dict[str, Any] = {"quantized": quantized, "dtype": torch.float32, "context": BlockContext()}
+        options: dict[str, Any] = {"dtype": torch.float32, "context": BlockContext()}
+        options["formats"] = dict.fromkeys(values, "nf4" if quantized else None)
         for path, weight in replace_experts(layer, **options).items():
             theirs.get_parameter(f"{prefix}.{path}").copy_(fill(weight, values[path]))
             found[f"{prefix}.{path}"] = weight
@@ -249,7 +250,7 @@ def test_the_familys_own_code_reads_quantized_weights(name: str) -> None:
     for layer in layers_of(ours):
         values = dict(layer.named_parameters())
         prefix, paths = path_of(ours, layer), [path for path in READ[name] if path in values]
-        for path, weight in freeze_parameters(layer, paths, quantized=True, dtype=torch.float32).items():
+        for path, weight in freeze_parameters(layer, dict.fromkeys(paths, "nf4"), dtype=torch.float32).items():
             theirs.get_parameter(f"{prefix}.{path}").copy_(fill(weight, values[path]))
             frozen.append(weight)
         assert not paths or set(paths) <= {n for n, m in layer.named_modules() if isinstance(m, ReadWeight)}

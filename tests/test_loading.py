@@ -24,7 +24,7 @@ from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, Ranks
 from distlora.training import worker
 from distlora.weights.reader import all_finite
-from distlora_kernels import nf4
+from distlora_kernels.formats import nf4
 from run_models import build_run_model, parallelize_run
 from small_models import make_run, write_model_folder
 from worlds import World
@@ -191,8 +191,8 @@ def test_model_uses_no_torch_generator(folders: Path, tmp_path: Path) -> None:
 
 
 def test_weight_left_in_16_bits_is_detected(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(*args: Any, quantized: bool, **kwargs: Any) -> FrozenLinear:
-        return FrozenLinear(*args, quantized=False, **kwargs)
+    def forgetful(*args: Any, format: str | None, **kwargs: Any) -> FrozenLinear:
+        return FrozenLinear(*args, format=None, **kwargs)
 
     monkeypatch.setattr(distlora.model.build, "FrozenLinear", forgetful)
     with pytest.raises(AssertionError, match="is not in 4 bits"):

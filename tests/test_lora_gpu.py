@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close, relative_error
-from distlora_kernels import extension, fused, lora_gpu, nf4
+from distlora_kernels import extension, fused, lora_gpu
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, apply_dropout, threshold_of
+from distlora_kernels.formats import nf4
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, RowChoice, lora_linear, lora_linears
 from distlora_kernels.skinny import skinny_up
 from tiers import ci, diagonal
@@ -40,7 +41,7 @@ def problem(
     for index, (out, rank) in enumerate(zip(OUTPUTS, (*ranks, 1), strict=True)):
         weight = (randn(out, FEATURES, seed=1 + index) / FEATURES**0.5).to(dtype)
         parts = nf4.nf4_quantize(weight) if packed else (weight,)
-        frozen = FrozenWeight(tuple(part.to(device) for part in parts), (out, FEATURES))
+        frozen = FrozenWeight(tuple(part.to(device) for part in parts), (out, FEATURES), nf4.NF4 if packed else None)
         columns = (rank, 5) if choice else (rank,)
         scale: float | RowChoice = 1.5
         if choice:
@@ -229,7 +230,7 @@ def test_a_tiny_update_keeps_its_size_in_bf16(triton_device: torch.device, varia
     on_gpu = triton_device.type == "cuda"
     rows, features, out, rank = (4096, 4096, 4096, 16) if on_gpu else (256, 512, 512, 16)
     weight = (randn(out, features, seed=1) / features**0.5).bfloat16()
-    frozen = FrozenWeight(tuple(p.to(triton_device) for p in nf4.nf4_quantize(weight)), (out, features))
+    frozen = FrozenWeight(tuple(p.to(triton_device) for p in nf4.nf4_quantize(weight)), (out, features), nf4.NF4)
     dense = frozen.dense(torch.bfloat16)
     x = randn(rows, features, seed=2).to(triton_device, torch.bfloat16)
     a, b = randn(rank, features, seed=3).to(triton_device), randn(out, rank, seed=4).to(triton_device)

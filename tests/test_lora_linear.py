@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close
-from distlora_kernels import nf4, reference
+from distlora_kernels import reference
+from distlora_kernels.formats import nf4
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, RowChoice, lora_linear, lora_linears
 
 SHAPES = [(1, 64, 48, 4), (37, 100, 66, 3), (130, 256, 320, 16)]
@@ -42,7 +43,9 @@ def test_output_and_gradients_equal_the_reference(
     dtype: torch.dtype, shape: tuple[int, int, int, int], packed: bool
 ) -> None:
     x, weight, a, b, bias = tensors(shape, dtype)
-    frozen = FrozenWeight(tuple(nf4.nf4_quantize(weight)) if packed else (weight,), (shape[2], shape[1]))
+    frozen = FrozenWeight(
+        tuple(nf4.nf4_quantize(weight)) if packed else (weight,), (shape[2], shape[1]), nf4.NF4 if packed else None
+    )
     dy = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(2)).to(dtype)
     results = []
     for use_reference in (True, False):
@@ -80,7 +83,7 @@ def test_linears_of_one_input_together_equal_each_by_itself(dtype: torch.dtype, 
     """Values and the input's gradient are equal bit for bit, but for a joined X A^T."""
     x, weight, a, b, bias = tensors((37, 100, 66, 3), dtype)
     frozen = FrozenWeight((weight,), (66, 100))
-    packed = FrozenWeight(nf4.nf4_quantize(weight[:20]), (20, 100))
+    packed = FrozenWeight(nf4.nf4_quantize(weight[:20]), (20, 100), nf4.NF4)
     results = []
     for together in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x, a, b)]
@@ -121,7 +124,9 @@ def test_only_the_stored_parts_are_saved_for_backward() -> None:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         lora_linear(
-            x.requires_grad_(), FrozenWeight(parts, (256, 128)), Adapter(a.requires_grad_(), b.requires_grad_(), 1.0)
+            x.requires_grad_(),
+            FrozenWeight(parts, (256, 128), nf4.NF4),
+            Adapter(a.requires_grad_(), b.requires_grad_(), 1.0),
         )
     own = [t for t in saved if t.numel() in {p.numel() for p in parts}]
     assert {id(t) for t in own} >= {id(p) for p in parts}

@@ -29,7 +29,7 @@ from distlora.training import worker
 from distlora.training.publish import publish_result
 from distlora.weights.peft_folder import read_peft_adapter
 from distlora.weights.reader import Reader
-from distlora_kernels import nf4
+from distlora_kernels.formats import nf4
 from distlora_launcher.cli.main import main
 from family_models import SINGLE, config_for, hf_model, load_ours, our_logits, tokens, write_family_folder
 from large_models import QWEN25_1_5B, write_large_adapter, write_large_model

@@ -28,7 +28,7 @@ from distlora.model.frozen_linear import FrozenTensor
 from distlora.planner.model import find_model
 from distlora.training.metrics import describe_experts
 from distlora.training.setup import start_run_model
-from distlora_kernels import nf4
+from distlora_kernels.formats import nf4
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.compose.planning import check_planned

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora_kernels import nf4, nf4_cpu, reference
+from distlora_kernels import nf4_cpu, reference
+from distlora_kernels.formats import nf4
 
 SHAPES = [(3, 100), (7, 33), (1, 63), (256, 128), (1002, 96), (129, 640)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora_kernels import nf4, nf4_cpu, nf4_triton, reference
+from distlora_kernels import nf4_cpu, nf4_triton, reference
+from distlora_kernels.formats import nf4
 from test_nf4 import random_weight, with_zero_block
 from tiers import diagonal
 
@@ -62,10 +63,14 @@ def test_a_weight_is_dequantized_beside_columns(
     b = torch.randn(shape[0], ranks, generator=torch.Generator().manual_seed(2)).to(triton_device, torch.bfloat16)
     columns = torch.zeros(shape[0], gap, dtype=torch.bfloat16, device=triton_device)
     columns[:, first_rank : first_rank + ranks] = b
-    for operands, definition in ((parts, reference.nf4_dequantize), ((parts[0], absmax), reference.dequantize_blocks)):
+    plain = (parts[0], absmax)
+    for format, operands, definition in (
+        (nf4.NF4, parts, reference.nf4_dequantize),
+        (nf4.NF4_ABSMAX, plain, reference.dequantize_blocks),
+    ):
         expected = torch.cat((definition(*operands, shape=shape, dtype=torch.bfloat16), columns), dim=1)
         out = poisoned((shape[0], shape[1] + gap), torch.bfloat16, triton_device)
-        nf4.dequantize_beside(operands, shape, b, first_rank=first_rank, out=out)
+        nf4.dequantize_beside(format, operands, shape, b, first_rank=first_rank, out=out)
         assert torch.equal(out, expected)
 
 

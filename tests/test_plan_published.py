@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from distlora.architecture.low_bit import GROUP, LOW_BIT_FORMATS
 from distlora.architecture.shapes import ARCHITECTURES, ModelShapes
 from distlora.planner import Plan, plan_of, traffic
 from distlora.planner.machine import machine_of
@@ -47,7 +48,7 @@ def packed(shapes: ModelShapes, *, bits_of_scales: float) -> float:
 
 
 def bits() -> float:
-    return 8 * traffic.GROUP_BYTES / traffic.GROUP_WEIGHTS
+    return 8 * LOW_BIT_FORMATS["nf4"].group_bytes / GROUP
 
 
 def fp16(size: str) -> float:
@@ -92,9 +93,9 @@ def torchtune_405b(micro_batch: int) -> float:
     words = (f"train.micro_batch={micro_batch}", f"train.global_batch={8 * micro_batch}", "data.sequence_length=2048")
     plan, step = steps(LLAMA3_405B, *words, "adapter.r=16", "cluster.gpus_per_node=8", "train.fused_kernels=none")
     shapes = plan.model.shapes
-    held = traffic.held_bytes(shapes, 8, quantized=True, itemsize=2) + shapes.adapted_numel(plan.config.adapter)
+    held = traffic.held_bytes(shapes, 8, format="nf4", itemsize=2) + shapes.adapted_numel(plan.config.adapter)
     root = 2 * 2 * shapes.vocabulary * shapes.hidden
-    block = traffic.block_bytes(shapes.block, 8, quantized=True, itemsize=2)
+    block = traffic.block_bytes(shapes.block, 8, format="nf4", itemsize=2)
     largest = 2 * max(weight.numel for weight in shapes.block)
     return (held + root + step.kept + 2 * block + step.working + largest) / GIB
 

@@ -36,8 +36,8 @@ def test_two_linears_of_one_input_move_what_their_launches_move(
     is_dora: bool, quantized: bool, few_rows: int, expected: tuple[int, int, int]
 ) -> None:
     """Bytes, operations and launches of Llama 70B's gate and up, rank 16, as kernels/bench once counted them too."""
-    pair = [Linear(28672, 8192, 16, is_dora=is_dora)] * 2
-    how, m = KernelOptions(itemsize=2, quantized=quantized, few_rows=few_rows), few_rows or 8192
+    pair = [Linear(28672, 8192, 16, is_dora=is_dora, format="nf4" if quantized else None)] * 2
+    how, m = KernelOptions(itemsize=2, few_rows=few_rows), few_rows or 8192
     work = [*linears(pair, m, how), *linears(pair, m, how, "backward")]
     found = sum(w.nbytes for w in work), sum(w.flops for w in work), sum(w.launches for w in work)
     assert found == pytest.approx(expected, rel=1e-9)
@@ -45,8 +45,8 @@ def test_two_linears_of_one_input_move_what_their_launches_move(
 
 def test_extended_products_write_no_term_and_read_it_never_again() -> None:
     """Llama 70B's gate and up: x is copied for their outputs; for dX neither gradient, which is larger than x."""
-    pair, m, e = [Linear(28672, 8192, 16)] * 2, 8192, 2
-    plain, extended = (KernelOptions(itemsize=2, quantized=True, extends=extends) for extends in (False, True))
+    pair, m, e = [Linear(28672, 8192, 16, format="nf4")] * 2, 8192, 2
+    plain, extended = (KernelOptions(itemsize=2, extends=extends) for extends in (False, True))
     before, after = ([*linears(pair, m, how)] for how in (plain, extended))
     assert sum(each.flops for each in after) == sum(each.flops for each in before)
     assert sum(each.launches for each in before) - sum(each.launches for each in after) == 2 - 1  # x A^T, copied.
@@ -56,7 +56,7 @@ def test_extended_products_write_no_term_and_read_it_never_again() -> None:
     assert sum(each.rereads for each in after) == 0
     assert sum(each.padding for each in after) == 2 * 2 * m * 28672 * (64 - 16)
     assert [*linears(pair, m, plain, "backward")] == [*linears(pair, m, extended, "backward")]
-    down = [Linear(8192, 28672, 16)]
+    down = [Linear(8192, 28672, 16, format="nf4")]
     before, after = ([*linears(down, m, how, "backward")] for how in (plain, extended))
     saved = sum(each.nbytes for each in before) - sum(each.nbytes for each in after)
     assert saved == pytest.approx(2 * e * m * 28672 - copied, rel=1e-2)
@@ -144,7 +144,7 @@ def test_the_heads_logits_move_the_bytes_that_operations_move(dtype: torch.dtype
     states = torch.randn(1, length, hidden, dtype=dtype, requires_grad=True)
     with Moved() as moved:
         LossHead(weight)(states, torch.randint(0, vocabulary, (1, length))).sum().backward()
-    how, rows = KernelOptions(itemsize=dtype.itemsize, quantized=False), {"trained": trained, "trained_rows": 0}
+    how, rows = KernelOptions(itemsize=dtype.itemsize), {"trained": trained, "trained_rows": 0}
     launches = list(head_work(vocabulary, hidden, how, m=length, form="plain", reference=False, **rows))
     beside = sum(work.nbytes for work in launches if work.kind == "elementwise") + 2 * dtype.itemsize * states.numel()
     counted = sum(work.nbytes for work in launches) - beside  # Without the last norm and the embedding.

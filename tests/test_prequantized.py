@@ -33,7 +33,8 @@ from distlora.planner.machine import machine_of
 from distlora.planner.model import find_model
 from distlora.training import worker
 from distlora.weights.prequantized import read_prequantized_weights
-from distlora_kernels import nf4, nf4_cpu, reference
+from distlora_kernels import nf4_cpu, reference
+from distlora_kernels.formats import nf4
 from distlora_launcher.compose.checks import check_model
 from family_models import our_logits
 from run_models import build_run_model, parallelize_run
@@ -160,10 +161,11 @@ def test_plan_counts_prequantized_bytes(quantized: Path, name: str) -> None:
     kept = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
     kinds = ("codes", "scales", "weights", "embeddings", "norms")
     assert sum(plan.device.held.get(kind, 0) for kind in kinds) == sum(tensor.nbytes for tensor in kept)
-    assert plan.model.plain_absmax == name.endswith("plain")
-    keys = frozenset({"self_attn.k_proj.weight"})
-    dense = {0: keys, 1: keys | {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}, 2: keys}
-    assert plan.model.left_dense == (dense if name == "skipping" else {})
+    keys, mlp = {"self_attn.k_proj.weight"}, {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    dense = [keys, keys | mlp, keys] if name == "skipping" else [set(), set(), set()]
+    for index, formats in plan.model.shapes.formats.items():
+        assert {path for path, format in formats.items() if format is None} == dense[index]
+        assert {*formats.values()} - {None} == {"nf4_absmax" if name.endswith("plain") else "nf4"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -201,7 +203,7 @@ def own_rows(ranks: Ranks, *, folder: Path) -> tuple[dict[str, Tensor], int]:
     for name, linear in frozen_linears(model).items():
         for part, parameter in linear.named_parameters(recurse=False):
             rows[f"{name}.{part}"] = backend.local_rows(parameter)[0].clone()
-        if linear.quantized and not linear.plain_absmax:
+        if linear.nf4:
             rows[f"{name}.offset"] = linear.offset.clone()  # type: ignore[operator]
     return rows, figures.bytes_read
 

@@ -54,7 +54,7 @@ def test_inside_the_block_eight_micro_batches_gather_what_one_does(world: World,
 
 def bytes_of_a_block(config: Config, size: int) -> int:
     shapes = shapes_of(read_config(Path(config.model.path)), "config.json")
-    return traffic.block_bytes(shapes.block, size, quantized=True, itemsize=4)
+    return traffic.block_bytes(shapes.block, size, format="nf4", itemsize=4)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from distlora.config.file import as_mapping, load_config
 from distlora.model.adapters import AdaptedLinear, BlockContext
 from distlora.model.frozen_linear import FrozenLinear, link_shared_inputs
 from distlora.model.layer_wrapper import Block
-from distlora_kernels import nf4, scratch
+from distlora_kernels import scratch
+from distlora_kernels.formats import nf4
 from distlora_kernels.operands import FrozenWeight
 from small_models import make_run
 
@@ -28,7 +29,7 @@ class Layer(nn.Module):
     def __init__(self, context: BlockContext) -> None:
         super().__init__()
         for index, (name, (out, features)) in enumerate(SHAPES.items()):
-            linear = AdaptedLinear(features, out, bias=False, quantized=True, dtype=torch.float32, context=context)
+            linear = AdaptedLinear(features, out, bias=False, format="nf4", dtype=torch.float32, context=context)
             linear.add_adapter("default", AdapterConfig(r=4), path=name, seed=0)
             generator = torch.Generator().manual_seed(index)
             parts = nf4.nf4_quantize(torch.randn(out, features, generator=generator) / 8)

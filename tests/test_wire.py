@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers
 
 from counted_step import Counts, measure_ours, only_collectives
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.config import Config
 from distlora.model.adapters import adapter_parameters
@@ -18,7 +20,7 @@ from distlora.parallel.ranks import Traffic
 from distlora.planner import traffic as wire
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
-from distlora_kernels import nf4
+from distlora_kernels.formats import FORMATS
 from family_models import VARIANTS, config_for, hf_config
 from run_models import build_run_model
 from small_models import config_with
@@ -63,8 +65,13 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(kind: str) -> None:
     assert shapes_of(sparse, "config.json").block == full.block
 
 
-def test_a_group_has_the_bytes_that_the_kernels_store() -> None:
-    assert (wire.GROUP_WEIGHTS, wire.GROUP_BYTES) == (nf4.GROUP, nf4.GROUP_RECORD_BYTES)
+def test_formats_have_the_bytes_that_the_kernels_store() -> None:
+    assert LOW_BIT_FORMATS.keys() == FORMATS.keys()
+    for name, format in FORMATS.items():
+        sizes, shape = LOW_BIT_FORMATS[name], (3, 130, 300)
+        assert list(sizes.parts) == [(math.prod(part.shape), part.dtype.itemsize) for part in format.parts], name
+        found = sizes.num_groups(shape) * sizes.group_bytes + sizes.replicated_bytes
+        assert (found, sizes.tile) == (format.num_bytes(shape), format.tile), name
 
 
 def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -157,10 +164,10 @@ def test_each_ranks_part_of_the_base_falls_as_one_over_the_ranks(world: World, f
     slack = rows + 2 * (2 * shapes.hidden + 1)
     held = {size: world.run(size, base_bytes, config=config) for size in (1, 3)}
     whole = held[1][0]
-    assert whole == wire.held_bytes(shapes, 1, quantized=True, itemsize=2)
+    assert whole == wire.held_bytes(shapes, 1, format="nf4", itemsize=2)
     for size, by_rank in held.items():
         assert sum(by_rank) == whole
-        assert max(by_rank) == by_rank[0] == wire.held_bytes(shapes, size, quantized=True, itemsize=2)
+        assert max(by_rank) == by_rank[0] == wire.held_bytes(shapes, size, format="nf4", itemsize=2)
         assert max(by_rank) - whole / size < slack
 
 

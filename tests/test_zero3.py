@@ -169,7 +169,7 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
     alone: Alone, folders: Path, tmp_path: Path, model: str
 ) -> None:
     shapes = shapes_of(read_config(folders / model), folders / model)
-    block = traffic.block_bytes(shapes.block, 3, quantized=True, itemsize=4)
+    block = traffic.block_bytes(shapes.block, 3, format="nf4", itemsize=4)
     # From the second forward on the last block stays from forward to backward: the head is smaller than a block, so
     # that gathering a block ahead comes upon it while it is there.
     settings = {"micro_batch": 2, "global_batch": 12}

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,10 @@ class Adapter:
         return sum(self.numels)
 
 
+Formats = tuple[str | None, ...]
+"""Formats of the weights of one decoder layer (distlora.architecture.low_bit), None for a dense one."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelShapes:
     """The shapes of a model's weights, with the rows of its new tokens."""
@@ -65,6 +69,26 @@ class ModelShapes:
     architecture: Architecture
     vocabulary: int
     """Rows of the embedding and of the head."""
+    formats: Mapping[int, Mapping[str, str | None]] = field(default_factory=dict)
+    """Formats of weights (None: dense) by path, by number of the layer, where they are not those of all: a checkpoint
+    keeps weights as they are shipped."""
+
+    def layer_formats(self, default: str | None) -> list[tuple[int, Formats]]:
+        """Return each layer's kind and the formats of its weights in the kind's order.
+
+        `default`: format of all other large weights of the layers; None: all weights are dense.
+        """
+        kinds = self.architecture.kinds
+
+        def of(kind: int, exceptions: Mapping[str, str | None]) -> Formats:
+            formats = (exceptions.get(each.path, default) if each.packs else None for each in kinds[kind].weights)
+            return tuple(formats) if default is not None else (None,) * len(kinds[kind].weights)
+
+        plain = [of(kind, {}) for kind in range(len(kinds))]
+        return [
+            (kind, of(kind, self.formats[index]) if index in self.formats else plain[kind])
+            for index, kind in enumerate(self.architecture.kind_of_layer)
+        ]
 
     @property
     def hidden(self) -> int:

@@ -16,7 +16,7 @@ from distlora.loading.quantized_cache import QuantizedCacheSettings, open_quanti
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM
-from distlora.model.frozen_linear import PACKED_PARTS, FrozenLinear, FrozenTensor
+from distlora.model.frozen_linear import FrozenLinear, FrozenTensor
 from distlora.parallel import Backend, watch, whole_shape
 from distlora.weights.conversion import Source, find_sources, names_without_a_place
 from distlora.weights.decompose import LowRankFactors, Residual
@@ -36,7 +36,7 @@ class Loaded:
     seconds: float
     bytes_read: int
     quantized_weights: int
-    """Weights of the whole model that are kept in NF4."""
+    """Weights of the whole model that are kept in low bits."""
     quantized_bytes: int
     """Their bytes over all ranks, without FSDP2's padding."""
     prequantized: bool
@@ -109,7 +109,7 @@ def load_base(
                 quantized_bytes += module.packed_bytes
             for local_name, parameter in module.named_parameters(recurse=False):
                 full = f"{path}.{local_name}" if path else local_name
-                is_packed = isinstance(module, FrozenTensor) and local_name in PACKED_PARTS
+                is_packed = isinstance(module, FrozenTensor) and local_name in module.part_names
                 if is_packed or full in adapters or (full == "head.weight" and model.tied):
                     continue
                 name = model.hf_name(full)

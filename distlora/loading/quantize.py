@@ -26,8 +26,8 @@ from distlora.parallel import Backend, Ranks, whole_shape
 from distlora.weights.decompose import Residual
 from distlora.weights.prequantized import PrequantizedWeight
 from distlora.weights.reader import Reader, all_finite
-from distlora_kernels import nf4, reference
-from distlora_kernels.operands import FrozenWeight
+from distlora_kernels import reference
+from distlora_kernels.formats import nf4
 
 CHUNK_GROUPS = 64
 """Groups quantized at once: a million weights, 4 MiB in fp32, which fits into a core's cache."""
@@ -48,41 +48,52 @@ def quantize_into(
     *,
     residual: Residual | None = None,
 ) -> None:
-    """Fill the rank's rows of codes, scales and group_scale, and the replicated offset, of a quantized weight.
+    """Fill the rank's groups of a weight in a flat format, and its replicated parts.
 
     The result is the slice of the whole tensor's quantization, bit for bit, on any number of ranks. Every rank must
-    call it for every tensor in the same order, because the offset is a mean over all ranks. With `residual`, the weight
-    minus the initial adapter is quantized. Raises UserError for NaN or Inf.
+    call it for every tensor in the same order, because NF4's offset is a mean over all ranks. With `residual`, the
+    weight minus the initial adapter is quantized. Raises UserError for NaN or Inf.
     """
-    numel = weight.numel
-    codes, first_group = backend.local_rows(weight.codes)
-    groups = codes.shape[0]
+    format = weight.format
+    assert format is not None, f"{name} is dense"
+    assert format.tile is None, f"{name}: a group of {format.name} is not a run of weights"
+    parts, first_group = backend.local_groups(weight)
     device = backend.ranks.device  # Where the rows lie, or what they are gathered to from host memory.
-    absmax = torch.zeros(groups, nf4.BLOCKS_PER_GROUP, dtype=torch.float32, device=device)
-    stop = min((first_group + groups) * nf4.GROUP, numel)
+    absmax = torch.zeros(len(parts[0]), nf4.BLOCKS_PER_GROUP, dtype=torch.float32, device=device)
+    quantize, filled = format.quantize, parts
+    if weight.nf4:
+        quantize, filled = nf4.quantize_blocks, [parts[0], absmax]
+    stop = min((first_group + len(parts[0])) * nf4.GROUP, weight.numel)
     for start, chunk in reader.chunks(segments, first_group * nf4.GROUP, stop, CHUNK_ELEMENTS):
         row = start // nf4.GROUP - first_group
         if residual is not None:
             chunk = residual.of(chunk, start)
-        chunk_codes, chunk_absmax = nf4.quantize_blocks(chunk.to(device))
-        codes[row : row + len(chunk_codes)] = chunk_codes
-        absmax[row : row + len(chunk_codes)] = chunk_absmax
+        if not weight.nf4 and not all_finite(chunk):
+            absmax.fill_(torch.inf)
+        for part, values in zip(filled, quantize(chunk.to(device)), strict=True):
+            part[row : row + len(values)] = values
     if not bool(torch.isfinite(absmax).all()):
         raise UserError(
-            f"{name} holds NaN or Inf weights, which NF4 cannot represent; the checkpoint is damaged, download it again"
+            f"{name} holds NaN or Inf weights, which {format.name.upper()} cannot represent; the checkpoint is "
+            "damaged, download it again"
         )
+    if weight.nf4:
+        own_blocks = -(-max(stop - first_group * nf4.GROUP, 0) // nf4.BLOCK)
+        _quantize_absmax(weight, absmax, own_blocks, backend)
 
+
+def _quantize_absmax(weight: FrozenTensor, absmax: Tensor, num_blocks: int, backend: Backend) -> None:
+    """Fill the rank's scales and group_scale, and the offset, from the absmax of its `num_blocks` blocks."""
     # The mean absmax over all ranks from the sums of all groups, which do not depend on the number of ranks.
     sums = nf4.absmax_group_sums(absmax)
     padded = torch.zeros(-(-weight.num_groups // backend.shards.count), dtype=torch.float64, device=sums.device)
     padded[: len(sums)] = sums
-    mean = nf4.absmax_offset(backend.gather_rows(padded), -(-numel // nf4.BLOCK))
-    offset = torch.tensor(mean, dtype=torch.float32, device=device)
-    own_blocks = -(-max(stop - first_group * nf4.GROUP, 0) // nf4.BLOCK)
-    scales, group_scale = nf4.quantize_absmax(absmax, offset, own_blocks)
-    backend.local_rows(weight.scales)[0].copy_(scales)
-    backend.local_rows(weight.group_scale)[0].copy_(group_scale)
-    weight.offset.copy_(offset)  # type: ignore[operator]
+    mean = nf4.absmax_offset(backend.gather_rows(padded), -(-weight.numel // nf4.BLOCK))
+    offset = torch.tensor(mean, dtype=torch.float32, device=absmax.device)
+    (_, *parts), _ = backend.local_groups(weight)
+    for part, values in zip(parts, nf4.quantize_absmax(absmax, offset, num_blocks), strict=True):
+        part.copy_(values)
+    weight.get_buffer("offset").copy_(offset)
 
 
 @torch.no_grad()
@@ -94,16 +105,16 @@ def keep_packed_into(linear: FrozenTensor, packed: PrequantizedWeight, reader: R
     """
     _check_maps(packed, reader)
     zeros = reference.ZERO_CODE * 17  # In both nibbles.
-    copy_into(linear.codes, [packed.codes], reader, backend, packed.name, padding=zeros)
-    absmax_name = f"{packed.name}.absmax"
+    codes, absmax, *group_scale = map(linear.get_parameter, linear.part_names)
+    copy_into(codes, [packed.codes], reader, backend, packed.name, padding=zeros)
+    padding = reference.ZERO_SCALE if packed.nested else 0
+    copy_into(absmax, [packed.absmax], reader, backend, f"{packed.name}.absmax", padding=padding)
     if not packed.nested:
-        copy_into(linear.absmax, [packed.absmax], reader, backend, absmax_name, padding=0)
         return
     assert packed.nested_absmax is not None
     assert packed.offset is not None
-    copy_into(linear.scales, [packed.absmax], reader, backend, absmax_name, padding=reference.ZERO_SCALE)
-    copy_into(linear.group_scale, [packed.nested_absmax], reader, backend, f"{packed.name}.nested_absmax")
-    linear.offset.fill_(packed.offset)  # type: ignore[operator]
+    copy_into(group_scale[0], [packed.nested_absmax], reader, backend, f"{packed.name}.nested_absmax")
+    linear.get_buffer("offset").fill_(packed.offset)
 
 
 def _check_maps(packed: PrequantizedWeight, reader: Reader) -> None:
@@ -283,7 +294,8 @@ def fill_row_norms(linear: AdaptedLinear, backend: Backend) -> None:
     """
     assert linear.row_norms_squared is not None
     rows, columns = linear.out_features, linear.in_features
-    size = math.gcd(columns, nf4.GROUP)
+    format = linear.format
+    size = format.tile[1] if format is not None and format.tile is not None else math.gcd(columns, nf4.GROUP)
     parts = [halved(part.double().square().view(-1, size)) for part in _own_parts(linear, backend)]
     sums = torch.cat([linear.row_norms_squared.new_empty(0, dtype=torch.float64), *parts])  # A rank may own nothing.
     if backend.sharded:
@@ -291,8 +303,12 @@ def fill_row_norms(linear: AdaptedLinear, backend: Backend) -> None:
         units = -(-(linear.num_groups if linear.quantized else rows) // backend.shards.count)
         padded = torch.zeros(units * unit // size, dtype=torch.float64, device=sums.device)
         padded[: len(sums)] = sums
-        sums = backend.gather_rows(padded)[: rows * columns // size]
-    linear.row_norms_squared.copy_(halved(sums.view(rows, -1)))
+        sums = backend.gather_rows(padded)
+    if format is None:
+        sums = sums[: rows * columns // size].view(rows, -1)
+    else:
+        sums = format.in_rows(sums.view(-1, nf4.GROUP // size)[: linear.num_groups], linear.shape)
+    linear.row_norms_squared.copy_(halved(sums))
 
 
 def halved(values: Tensor) -> Tensor:
@@ -308,23 +324,14 @@ def halved(values: Tensor) -> Tensor:
 
 
 def _own_parts(linear: AdaptedLinear, backend: Backend) -> Iterator[Tensor]:
-    """Yield the rank's weights as flat tensors in the dtype of the GEMMs, without the padding of the last group."""
-    chunk, device = NORM_GROUPS * nf4.GROUP, backend.ranks.device  # Rows may lie in host memory.
-    if not linear.quantized:
-        yield from (part.to(device) for part in backend.local_rows(linear.weight)[0].flatten().split(chunk))
+    """Yield the rank's weights as flat tensors in the dtype of the GEMMs: rows, or whole groups."""
+    device, format = backend.ranks.device, linear.format  # Rows may lie in host memory.
+    if format is None:
+        rows = backend.local_rows(linear.weight)[0].flatten()
+        yield from (part.to(device) for part in rows.split(NORM_GROUPS * nf4.GROUP))
         return
-    numel, dtype = linear.in_features * linear.out_features, linear.compute_dtype
-    codes, first = backend.local_rows(linear.codes)
-    parts = [codes]
-    if linear.plain_absmax:
-        parts.append(backend.local_rows(linear.absmax)[0])
-    else:
-        parts += [backend.local_rows(linear.scales)[0], backend.local_rows(linear.group_scale)[0]]
-    for start in range(0, codes.shape[0], NORM_GROUPS):
-        chunk_parts = [part[start : start + NORM_GROUPS].to(device) for part in parts]
-        if not linear.plain_absmax:
-            assert isinstance(linear.offset, Tensor)
-            chunk_parts.append(linear.offset)
-        groups = chunk_parts[0].shape[0]
-        dense = FrozenWeight(tuple(chunk_parts), (groups, nf4.GROUP)).dense(dtype).flatten()
-        yield dense[: numel - (first + start) * nf4.GROUP]
+    parts, _ = backend.local_groups(linear)
+    replicated = [linear.get_buffer(part.name) for part in format.replicated]
+    for start in range(0, len(parts[0]), NORM_GROUPS):
+        chunk = [part[start : start + NORM_GROUPS].to(device) for part in parts]
+        yield format.dequantize_groups((*chunk, *replicated), linear.compute_dtype)

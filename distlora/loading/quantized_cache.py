@@ -47,7 +47,7 @@ from distlora.weights.quantized_cache_folder import (
     holes,
     read_piece,
 )
-from distlora_kernels import nf4
+from distlora_kernels.formats import nf4
 
 QUANTIZATION = {
     "format": FORMAT,
@@ -108,8 +108,8 @@ Plan = Mapping[str, Sequence[Piece]]
 
 def own_groups(weight: Weight, backend: Backend) -> range:
     """Return the groups that this rank owns."""
-    rows, first = backend.local_rows(weight.module.codes)
-    return range(first, max(first, min(first + len(rows), weight.module.num_groups)))
+    (codes, *_), first = backend.local_groups(weight.module)
+    return range(first, max(first, min(first + len(codes), weight.module.num_groups)))
 
 
 def lacking_groups(unit: Unit, plan: Plan, backend: Backend, *, one: bool = True) -> dict[str, list[range]]:
@@ -377,7 +377,7 @@ def _units_of(model: CausalLM) -> list[Unit]:
         frozen = [
             Weight(model.hf_name(f"{paths[module]}.weight"), paths[module], module)
             for module in block.modules()
-            if isinstance(module, FrozenTensor) and module.quantized
+            if isinstance(module, FrozenTensor) and module.nf4
         ]
         if frozen:
             units.append(Unit(number, tuple(frozen)))
@@ -390,10 +390,7 @@ Rows = tuple[Tensor, Tensor, Tensor]
 
 def _rows_of(weight: Weight, backend: Backend, first: int = 0, stop: int | None = None) -> Rows:
     """Return this rank's rows [first, stop) of a weight, or all."""
-    module = weight.module
-    codes, scales, group_scale = (
-        backend.local_rows(part)[0][first:stop] for part in (module.codes, module.scales, module.group_scale)
-    )
+    codes, scales, group_scale = (part[first:stop] for part in backend.local_groups(weight.module)[0])
     return codes, scales, group_scale
 
 
@@ -421,8 +418,7 @@ def fill(unit: Unit, plan: Plan, backend: Backend) -> tuple[dict[Path, OSError |
     with contextlib.ExitStack() as stack:
         ahead = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead"))
         for weight in unit.weights:
-            assert isinstance(weight.module.offset, Tensor)
-            weight.module.offset.fill_(plan[weight.name][-1].extents[weight.name].offset)
+            weight.module.get_buffer("offset").fill_(plan[weight.name][-1].extents[weight.name].offset)
             chunks = list(_chunks(weight, plan[weight.name], backend))
             reads = [ahead.submit(_read, chunk, files, stack) for chunk in chunks]
             for chunk, read in zip(chunks, reads, strict=True):
@@ -545,9 +541,8 @@ class QuantizedCacheWriter:
         weights = {weight.name: weight for weight in unit.weights if weight.name in ranges}
         extents = {}
         for name, groups in ranges.items():
-            offset = weights[name].module.offset
-            assert isinstance(offset, Tensor)
-            extents[name] = Extent(groups.start, groups.stop, float(offset), {})
+            offset = float(weights[name].module.get_buffer("offset"))
+            extents[name] = Extent(groups.start, groups.stop, offset, {})
 
         def write(temporary: Path) -> None:
             with temporary.open("xb") as file:

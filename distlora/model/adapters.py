@@ -202,11 +202,11 @@ class AdaptedLinear(Adapted, FrozenLinear):
         out_features: int,
         *,
         bias: bool,
-        quantized: bool,
+        format: str | None,
         dtype: torch.dtype,
         context: BlockContext,
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias, quantized=quantized, dtype=dtype)
+        super().__init__(in_features, out_features, bias=bias, format=format, dtype=dtype)
         self.adapters = nn.ModuleDict()
         self.register_buffer("row_norms_squared", None)
         self.context = context

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config
 from distlora.architecture.config_checks import check_config, check_train
-from distlora.architecture.spec import Architecture
+from distlora.architecture.spec import Architecture, WeightKind
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 from distlora.config import ModelSpec, QuantConfig, TrainConfig, require
@@ -52,7 +52,6 @@ from distlora.model.lm_head import LossHead
 from distlora.model.quantized_parameters import freeze_parameters
 from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.weights.prequantized import (
-    PrequantizedWeight,
     prequantized_parameters,
     read_prequantized_weights,
     refuse_dense_settings,
@@ -373,9 +372,9 @@ def build_model(
         if isinstance(module, nn.Linear) and name not in linears and name != architecture.head
     )
     contexts = [BlockContext() for _ in layers]
-    packed = _prequantized(spec, base, layout, architecture.layer_prefix)
+    format_of = formats_of(spec, base, layout, architecture.layer_prefix)
     if not full:
-        _replace_weights(layers, contexts, spec, dtype, packed, architecture, for_slots=for_slots)
+        _replace_weights(layers, contexts, spec, dtype, format_of, architecture, for_slots=for_slots)
     blocks = _wrap_layers(layers, contexts, train, spec.quant, dtype, architecture)
     model = CausalLM(
         decoder,
@@ -401,17 +400,28 @@ def build_model(
     return model
 
 
-def _prequantized(
-    spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, inside: str
-) -> Mapping[str, PrequantizedWeight]:
-    """Return the layers' linears that the checkpoint stores in NF4, by Hugging Face name."""
+FormatOf = Callable[[str, WeightKind], str | None]
+"""Returns the format of a weight of the layers, None if it is dense, by its Hugging Face name and kind."""
+
+
+def formats_of(spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, inside: str) -> FormatOf:
+    """Return the choice of formats for a base."""
+    wanted = "nf4" if spec.quant.is_nf4 else None
     if "quantization_config" not in base.config:
-        return {}
+        return lambda name, kind: wanted
     stored = read_prequantized_weights(base)
     if stored:
         refuse_dense_settings(spec)
     weights = {name for name in layout.names if name.startswith(inside) and name.endswith(".weight")}
-    return prequantized_parameters(stored, find_sources(layout, base.headers, weights))
+    packed = prequantized_parameters(stored, find_sources(layout, base.headers, weights))
+
+    def format_of(name: str, kind: WeightKind) -> str | None:
+        if name in packed:
+            return packed[name].format
+        # bitsandbytes leaves fused experts in 16 bits, also in a checkpoint that it has quantized.
+        return None if packed and kind == "linear" else wanted
+
+    return format_of
 
 
 def _wrap_layers(
@@ -446,56 +456,50 @@ def _replace_weights(
     contexts: list[BlockContext],
     spec: ModelSpec,
     dtype: torch.dtype,
-    packed: Mapping[str, PrequantizedWeight],
+    format_of: FormatOf,
     architecture: Architecture,
     *,
     for_slots: bool,
 ) -> None:
     """Replace the linears of the layers, and their experts, by frozen or adapted ones.
 
-    A quantized checkpoint's weights keep their storage. `for_slots`: all linears can have adapters, and none has one
-    yet.
+    `for_slots`: all linears can have adapters, and none has one yet.
     """
     targets: set[str] = set()
     if not for_slots:
         targets = set(select_adapted(spec.adapter, architecture))
         check_patterns(spec.adapter, targets)
     for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
-        kind = architecture.layer(index)
+        kind, prefix = architecture.layer(index), f"{architecture.layer_prefix}{index}."
+        formats = {weight.path: format_of(prefix + weight.path, weight.kind) for weight in kind.weights if weight.packs}
         replaced: dict[str, FrozenLinear] = {}
         for weight in kind.weights:
             if weight.kind != "linear":
                 continue
             path = weight.path.removesuffix(".weight")
             linear: Any = layer.get_submodule(path)
-            name, sizes = f"{architecture.layer_prefix}{index}.{path}", (linear.in_features, linear.out_features)
-            stored = packed.get(f"{name}.weight")
-            bias = linear.bias is not None
-            quantized = spec.quant.is_nf4 and (not packed or stored is not None)
+            name, sizes = f"{prefix}{path}", (linear.in_features, linear.out_features)
+            bias, format = linear.bias is not None, formats[weight.path]
             new: FrozenLinear
             if name in targets or (for_slots and not weight.no_adapter):
-                new = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, context=context)
+                new = AdaptedLinear(*sizes, bias=bias, format=format, dtype=dtype, context=context)
                 if not for_slots:
                     new.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=name, seed=spec.seed)
                 elif spec.adapter.use_dora:
                     new.expect_magnitudes()
             else:
-                new = FrozenLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype)
-            if stored is not None and not stored.nested:
-                new.keep_absmax()
+                new = FrozenLinear(*sizes, bias=bias, format=format, dtype=dtype)
             new.unread = (lambda context=context: context.recomputes) if path in kind.unread else None
             layer.set_submodule(path, new)
             replaced[path] = new
         link_shared_inputs(replaced)
         if kind.experts is not None:
-            # bitsandbytes leaves fused experts in 16 bits, also in a checkpoint that it has quantized.
-            quantized = spec.quant.is_nf4
-            fused = replace_experts(layer, quantized=quantized, dtype=dtype, context=context)
+            fused = replace_experts(layer, formats, dtype=dtype, context=context)
             for path, expert_weight in fused.items():
-                if (path := f"{architecture.layer_prefix}{index}.{path}") in targets:
+                if (path := f"{prefix}{path}") in targets:
                     expert_weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path, seed=spec.seed)
-        large = [weight.path for weight in kind.weights if weight.kind == "fused"]
-        freeze_parameters(layer, large, quantized=spec.quant.is_nf4, dtype=dtype)
+        large = {weight.path: formats[weight.path] for weight in kind.weights if weight.kind == "fused"}
+        freeze_parameters(layer, large, dtype=dtype)
 
 
 def _train_whole(embedding: Any, head: LossHead, names: Collection[str], *, dtype: torch.dtype, training: bool) -> None:

@@ -74,11 +74,11 @@ class ExpertWeight(Adapted, FrozenTensor):
         shape: tuple[int, ...],
         *,
         transposed: bool,
-        quantized: bool,
+        format: str | None,
         dtype: torch.dtype,
         context: BlockContext,
     ) -> None:
-        super().__init__(shape, quantized=quantized, dtype=dtype)
+        super().__init__(shape, format=format, dtype=dtype)
         self.transposed = transposed
         self.num_experts = shape[0]
         self.out_features, self.in_features = reversed(shape[1:]) if transposed else shape[1:]
@@ -208,11 +208,12 @@ def find_experts(layer: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def replace_experts(
-    layer: nn.Module, *, quantized: bool, dtype: torch.dtype, context: BlockContext
+    layer: nn.Module, formats: Mapping[str, str | None], *, dtype: torch.dtype, context: BlockContext
 ) -> dict[str, ExpertWeight]:
     """Replace the experts of a decoder layer by `Experts`, on meta. Return the fused weights by their names in it.
 
-    The activation stays the family's. Shapes, biases and a transposed weight are read from the module.
+    `formats`: the weights' formats by their names in the layer. The activation stays the family's. Shapes, biases and
+    a transposed weight are read from the module.
     """
     replaced: dict[str, ExpertWeight] = {}
     for path, names in find_experts(layer).items():
@@ -220,7 +221,7 @@ def replace_experts(
         shape_of = {name: tuple(module.get_parameter(name).shape) for name in names}
         stored = bool(module.is_transposed)
         weights = {
-            name: ExpertWeight(shape, transposed=stored, quantized=quantized, dtype=dtype, context=context)
+            name: ExpertWeight(shape, transposed=stored, format=formats[f"{path}.{name}"], dtype=dtype, context=context)
             for name, shape in shape_of.items()
         }
         biases = [module.get_parameter(f"{name}_bias") for name in names] if module.has_bias else None

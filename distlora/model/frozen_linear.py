@@ -1,4 +1,4 @@
-"""Frozen weights (NF4 or dense), the linear that holds one, and groups of linears that share an input.
+"""Frozen weights (in a low-bit format or dense), the linear that holds one, and groups of linears that share an input.
 
 Weights are Parameters with requires_grad=False, so FSDP2 and ZeRO-3 shard and gather them like any other, as quantized
 bytes. Everything starts on the meta device and is filled by `distlora.loading`.
@@ -13,11 +13,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from distlora_kernels import nf4
+from distlora_kernels.formats import FORMATS
+from distlora_kernels.formats.nf4 import NF4
 from distlora_kernels.lora_linear import FrozenWeight, Linear, lora_linears
-
-PACKED_PARTS = frozenset({"codes", "scales", "group_scale", "absmax"})
-"""Names of the Parameters of a quantized weight."""
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling linears that a decoder layer calls with the same tensor."""
@@ -28,28 +26,34 @@ def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 
 
 class FrozenTensor(nn.Module):
-    """Frozen weight of any shape.
+    """Frozen weight of any shape: in a format (`distlora_kernels.formats`), or dense.
 
-    quantized: `codes` (G, 8192) u8, `scales` (G, 256) u8, `group_scale` (G,) fp32 over the flattened weight and the
-    replicated buffer `offset` () fp32; after `keep_absmax`, `absmax` (G, 256) fp32 replaces the last three. Otherwise
+    `format` is its name, whose parts become Parameters over G groups, and whose replicated parts buffers. Without one,
     `weight` (shape) in `dtype`.
     """
 
-    def __init__(self, shape: tuple[int, ...], *, quantized: bool, dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], *, format: str | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape, self.quantized = shape, quantized
+        self.shape, self.format = shape, None if format is None else FORMATS[format]
         self.dense_copy: Tensor | None = None
         """The dequantized weight in the run's dtype, for the whole run (quant.dense_layers)."""
-        self.plain_absmax = False
-        """True if absmax is kept in fp32, without double quantization."""
-        if quantized:
-            groups = self.num_groups
-            self.codes = _frozen((groups, nf4.GROUP_BYTES), torch.uint8)
-            self.scales = _frozen((groups, nf4.BLOCKS_PER_GROUP), torch.uint8)
-            self.group_scale = _frozen((groups,), torch.float32)
-            self.register_buffer("offset", torch.empty((), dtype=torch.float32, device="meta"))
-        else:
+        if self.format is None:
             self.weight = _frozen(shape, dtype)
+            return
+        for part in self.format.parts:
+            self.register_parameter(part.name, _frozen((self.num_groups, *part.shape), part.dtype))
+        for part in self.format.replicated:
+            self.register_buffer(part.name, torch.empty(part.shape, dtype=part.dtype, device="meta"))
+
+    @property
+    def quantized(self) -> bool:
+        """True if the weight is in a format."""
+        return self.format is not None
+
+    @property
+    def nf4(self) -> bool:
+        """True if the format is NF4 with double quantization, which quant=nf4 makes."""
+        return self.format is NF4
 
     @property
     def numel(self) -> int:
@@ -57,31 +61,21 @@ class FrozenTensor(nn.Module):
         return math.prod(self.shape)
 
     @property
-    def num_groups(self) -> int:
-        """Number of groups of a quantized weight, over all ranks."""
-        return nf4.num_groups(self.numel)
-
-    def keep_absmax(self) -> None:
-        """Store each block's absmax in fp32, for a checkpoint without double quantization.
-
-        It takes 4.5 bits per weight instead of 4.127. Quantizing those absmax here would change weights by 3e-3 of
-        their size.
-        """
-        assert self.quantized, "a dense weight has no absmax"
-        del self.scales, self.group_scale, self.offset
-        self.absmax = _frozen((self.num_groups, nf4.BLOCKS_PER_GROUP), torch.float32)
-        self.plain_absmax = True
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the Parameters that share the groups; empty for a dense weight."""
+        return () if self.format is None else tuple(part.name for part in self.format.parts)
 
     @property
-    def group_bytes(self) -> int:
-        """Stored bytes per group of a quantized weight, which are also the gathered bytes."""
-        assert self.quantized, "a dense weight has no groups"
-        return nf4.PLAIN_RECORD_BYTES if self.plain_absmax else nf4.GROUP_RECORD_BYTES
+    def num_groups(self) -> int:
+        """Number of groups of a quantized weight, over all ranks."""
+        assert self.format is not None, "a dense weight has no groups"
+        return self.format.num_groups(self.shape)
 
     @property
     def packed_bytes(self) -> int:
-        """Stored bytes of a quantized weight over all ranks, with the offset, without FSDP2's padding."""
-        return self.num_groups * self.group_bytes + (0 if self.plain_absmax else 4)
+        """Stored bytes of a quantized weight over all ranks, with replicated parts, without FSDP2's padding."""
+        assert self.format is not None, "a dense weight has no groups"
+        return self.format.num_bytes(self.shape)
 
     @property
     def frozen_weight(self) -> FrozenWeight:
@@ -91,19 +85,19 @@ class FrozenTensor(nn.Module):
     @property
     def stored(self) -> FrozenWeight:
         """The Parameters themselves with their present storage."""
-        if self.plain_absmax:
-            return FrozenWeight((self.codes, self.absmax), self.shape)
-        if self.quantized:
-            assert isinstance(self.offset, Tensor)
-            return FrozenWeight((self.codes, self.scales, self.group_scale, self.offset), self.shape)
-        return FrozenWeight((self.weight,), self.shape)
+        if self.format is None:
+            return FrozenWeight((self.weight,), self.shape)
+        parts = tuple(getattr(self, part.name) for part in (*self.format.parts, *self.format.replicated))
+        return FrozenWeight(parts, self.shape, self.format)
 
 
 class FrozenLinear(FrozenTensor):
     """y = x W^T + bias with frozen W (out_features, in_features). `bias` (out_features,) in `dtype`, or None."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, quantized: bool, dtype: torch.dtype) -> None:
-        super().__init__((out_features, in_features), quantized=quantized, dtype=dtype)
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, format: str | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__((out_features, in_features), format=format, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
         self.shared_input: SharedInput | None = None
         self.unread: Callable[[], bool] | None = None

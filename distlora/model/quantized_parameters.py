@@ -9,7 +9,7 @@ activation checkpointing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ small differences, and stay dense."""
 class ReadWeight(FrozenTensor):
     """Frozen weight that a module's own code reads, in `dtype`."""
 
-    def __init__(self, shape: tuple[int, ...], *, quantized: bool, dtype: torch.dtype) -> None:
-        super().__init__(shape, quantized=quantized, dtype=dtype)
+    def __init__(self, shape: tuple[int, ...], *, format: str | None, dtype: torch.dtype) -> None:
+        super().__init__(shape, format=format, dtype=dtype)
         self.dtype = dtype
         self.dense: Tensor | None = None
         """The dequantized weight, from its first use in a forward of the layer to the end of it."""
@@ -60,14 +60,17 @@ def find_large_parameters(layer: nn.Module, linears: Collection[str]) -> list[st
 
 
 def freeze_parameters(
-    layer: nn.Module, paths: Collection[str], *, quantized: bool, dtype: torch.dtype
+    layer: nn.Module, formats: Mapping[str, str | None], *, dtype: torch.dtype
 ) -> dict[str, ReadWeight]:
-    """Replace the Parameters at `paths` of a decoder layer by frozen weights, on meta. Return them by path."""
+    """Replace Parameters of a decoder layer by frozen weights, on meta. Return them by path.
+
+    `formats`: the paths in the layer, with the formats of their weights.
+    """
     weights = {}
-    for path in paths:
+    for path, format in formats.items():
         owner, _, name = path.rpartition(".")
         module = layer.get_submodule(owner)
-        weights[path] = ReadWeight(tuple(module.get_parameter(name).shape), quantized=quantized, dtype=dtype)
+        weights[path] = ReadWeight(tuple(module.get_parameter(name).shape), format=format, dtype=dtype)
         del module._parameters[name]
         of: Any = type(module)
         module.__class__ = _reading(of, name)

@@ -60,6 +60,11 @@ class Backend:
         """Return this rank's rows of dim 0, as writable memory, and the index of the first of them."""
         return local_rows(tensor)
 
+    def local_groups(self, weight: FrozenTensor) -> tuple[list[Tensor], int]:
+        """Return this rank's rows of each part of a quantized weight, and the index of the first group."""
+        rows = [self.local_rows(weight.get_parameter(name)) for name in weight.part_names]
+        return [part for part, _ in rows], rows[0][1]
+
     def gather_rows(self, local: Tensor) -> Tensor:
         """Concatenate `local` (same shape on each rank) over the ranks of one copy along dim 0, on the ranks' device.
 
@@ -255,8 +260,9 @@ class Backend:
         moved = model.blocks[self.residency.count if self.residency is not None else 0 :]
         weights = (module for block in moved for module in block.modules() if isinstance(module, FrozenTensor))
         for weight in (weight for weight in weights if weight.quantized):
+            assert weight.format is not None
             groups = count * -(-weight.num_groups // count)
-            extra += 2 * weight.numel - groups * weight.group_bytes
+            extra += 2 * weight.numel - groups * weight.format.group_bytes
         return passes * extra
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:

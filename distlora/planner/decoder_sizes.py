@@ -241,6 +241,16 @@ class AdaptedRanks:
         return sum(self.rank(name) for name in INPUTS[tensor])
 
 
+def formats_by_name(kind: LayerKind, formats: Sequence[str | None]) -> dict[str, str]:
+    """Return the formats of a decoder layer's quantized weights by name and by path in the layer, as AdaptedRanks."""
+    found: dict[str, str] = {}
+    for weight, format in zip(kind.weights, formats, strict=True):
+        if format is not None:
+            path = weight.path.removesuffix(".weight")
+            found |= {path.rpartition(".")[2]: format, path: format}
+    return found
+
+
 AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]
 """`documents`: flash attention over each document's length. `tiles`: products of matrices over each (on a CPU;
 attention.cpp is counted as that). `sdpa`: torch's with a dense mask, all pairs of a row. `eager`: the same, and the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,10 +36,6 @@ class PlannedModel:
     source: Source
     stored_bytes: int | None = None
     """Bytes of its weights on disk, where that is known; of a model that is built in, what they are in 16 bits."""
-    plain_absmax: bool = False
-    """True if its checkpoint is in NF4 without double quantization: 4 bytes of scale per 64 weights stay."""
-    left_dense: Mapping[int, frozenset[str]] = field(default_factory=dict)
-    """Paths in the layer of the weights of an NF4 checkpoint that are not quantized, by the number of the layer."""
     note: str | None = None
     """Assumption of the plan on the model, as a sentence."""
 
@@ -123,9 +119,8 @@ def model_in(
     check_config(settings, place, full=full, sequence_length=sequence_length)
     size = weights_size(folder)
     shapes = shapes_of(settings, place)
-    plain, left_dense = False, dict[int, frozenset[str]]()
     if quantization_method(settings, place) == NF4 and size is not None:
-        plain, left_dense = _packed_already(folder, shapes)
+        shapes = dataclasses.replace(shapes, formats=_stored_formats(folder, shapes))
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
     return PlannedModel(
         name=name or folder.name,
@@ -133,26 +128,22 @@ def model_in(
         shapes=dataclasses.replace(shapes, vocabulary=rows),
         source="folder",
         stored_bytes=size,
-        plain_absmax=plain,
-        left_dense=left_dense,
         note=note_on(shapes),
     )
 
 
-def _packed_already(folder: Path, shapes: ModelShapes) -> tuple[bool, dict[int, frozenset[str]]]:
-    """Return (plain_absmax, left_dense) of a quantized checkpoint. Raises UserError if it cannot be kept quantized."""
+def _stored_formats(folder: Path, shapes: ModelShapes) -> dict[int, dict[str, str | None]]:
+    """Return `ModelShapes.formats` of a quantized checkpoint. Raises UserError if it cannot be kept quantized."""
     base = CheckpointFiles(folder)
-    on_disk, packed = base.headers, read_prequantized_weights(base)
-    architecture = shapes.architecture
-    stored_as = architecture.on_disk(on_disk)
-    found: dict[int, frozenset[str]] = {}
-    for index in range(architecture.num_layers):
-        prefix, weights = f"{architecture.layer_prefix}{index}.", architecture.layer(index).weights
-        paths = [weight.path for weight in weights if weight.packs]
-        dense = frozenset(path for path in paths if not packed.keys() & stored_as.get(prefix + path, ()))
-        if dense:
-            found[index] = dense
-    return any(weight.nested_absmax is None for weight in packed.values()), found
+    packed, stored_as = read_prequantized_weights(base), shapes.architecture.on_disk(base.headers)
+    found: dict[int, dict[str, str | None]] = {}
+    for index in range(shapes.num_layers):
+        prefix = f"{shapes.architecture.layer_prefix}{index}."
+        for weight in shapes.architecture.layer(index).weights:
+            names = packed.keys() & stored_as.get(prefix + weight.path, ())
+            if names or weight.kind == "linear":
+                found.setdefault(index, {})[weight.path] = packed[names.pop()].format if names else None
+    return found
 
 
 def weights_size(folder: Path) -> int | None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, header_bytes, lay_out
 from distlora.architecture.shapes import Asked, ModelShapes
@@ -22,7 +24,7 @@ from distlora.config.base import PLAIN
 from distlora.config.deepspeed_file import offloads_base
 from distlora.planner import traffic
 from distlora.planner.machine import Machine
-from distlora.planner.memory.base import Trained, absmaxes, is_in_8_bits, planned_base
+from distlora.planner.memory.base import Trained, absmaxes, base_of, is_in_8_bits
 from distlora.planner.memory.device import DeviceBytes, decomposition_bytes
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
@@ -204,8 +206,11 @@ def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
         return 0
     shapes = model.shapes
     shards, total = work.shard_degree(machine.ranks), 0
-    for kind, count in shapes.architecture.counted():
-        packs = {weight.path: -(-weight.numel // traffic.GROUP_WEIGHTS) for weight in kind.weights if weight.packs}
+    for (kind, formats), count in Counter(shapes.layer_formats(work.format)).items():
+        weights = zip(shapes.architecture.kinds[kind].weights, formats, strict=True)
+        packs = {
+            each.path: LOW_BIT_FORMATS[format].num_groups(each.shape) for each, format in weights if format == "nf4"
+        }
         headers = sum(_header_bytes(shapes, packs, index, shards) for index in {0, shards - 1}) / len({0, shards - 1})
         pieces = sum(any(cut(groups, index, shards) for groups in packs.values()) for index in range(shards))
         total += count * (GROUP_BYTES * sum(packs.values()) + round(pieces * headers))
@@ -301,7 +306,7 @@ def host_bytes(work: Workload, model: PlannedModel, machine: Machine, device: De
     """Return the host memory of a training run in which a rank takes `device` on its device."""
     shards = work.shard_degree(machine.ranks)
     copies, of_others = _copies(Saved.of(work, model, shards))
-    base, is_gpu, shapes = planned_base(work, model), machine.is_gpu, model.shapes
+    base, is_gpu, shapes = base_of(work, model.shapes), machine.is_gpu, model.shapes
     trained = Trained.of(work, shapes, base, shards)
     # Rows of the base are counted in chunks, as `zero3.host_bytes` counts them.
     offloaded: list[int] = []

@@ -19,16 +19,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.shapes import ModelShapes, Weight
 from distlora.architecture.tokens import trained_indices
 from distlora.planner.workload import Workload
 
-GROUP_WEIGHTS = 16_384
-"""Weights of a group of NF4 with double quantization."""
-GROUP_CODES, GROUP_SCALES = 8192, 256
-"""Stored bytes of a group's codes and of its scales in 8 bits (kernels/README.md)."""
-GROUP_BYTES = GROUP_CODES + GROUP_SCALES + 4
-"""With group_scale in fp32."""
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -90,24 +85,32 @@ def padded(shape: Sequence[int], ranks: int) -> int:
     return ranks * -(-shape[0] // ranks) * math.prod(shape[1:])
 
 
-def packed_bytes(numel: int, ranks: int) -> int:
-    """Bytes of a weight in NF4 as it is gathered: whole groups, a multiple of the ranks of them."""
-    return padded((-(-numel // GROUP_WEIGHTS),), ranks) * GROUP_BYTES
+def weight_bytes(shape: Sequence[int], ranks: int, *, format: str | None, itemsize: int) -> int:
+    """Bytes of a weight as it is gathered: rows or whole groups, a multiple of the ranks of them."""
+    if format is None:
+        return itemsize * padded(shape, ranks)
+    sizes = LOW_BIT_FORMATS[format]
+    return padded((sizes.num_groups(shape),), ranks) * sizes.group_bytes
 
 
-def block_bytes(block: Iterable[Weight], ranks: int, *, quantized: bool, itemsize: int) -> int:
-    """Return the bytes of gathering one decoder layer. `itemsize`: bytes per element that is not quantized."""
+def block_bytes(block: Iterable[Weight], ranks: int, *, format: str | None, itemsize: int) -> int:
+    """Return the bytes of gathering one decoder layer whose large weights are in one format.
+
+    `itemsize`: bytes per element that is not quantized.
+    """
     return sum(
-        packed_bytes(weight.numel, ranks) if quantized and weight.packs else itemsize * padded(weight.shape, ranks)
+        weight_bytes(weight.shape, ranks, format=format if weight.packs else None, itemsize=itemsize)
         for weight in block
     )
 
 
-def layers_bytes(shapes: ModelShapes, ranks: int, *, quantized: bool, itemsize: int, first: int = 0) -> int:
-    """Return the bytes of gathering each decoder layer from the layer `first` on."""
-    kinds, order = shapes.architecture.kinds, shapes.architecture.kind_of_layer[first:]
-    each = [block_bytes(kind.weights, ranks, quantized=quantized, itemsize=itemsize) for kind in kinds]
-    return sum(each[kind] for kind in order)
+def layers_bytes(shapes: ModelShapes, ranks: int, *, format: str | None, itemsize: int, first: int = 0) -> int:
+    """Return the bytes of gathering each decoder layer from the layer `first` on. `format`: Workload.format."""
+    total = 0
+    for (kind, formats), count in Counter(shapes.layer_formats(format)[first:]).items():
+        layer = zip(shapes.architecture.kinds[kind].weights, formats, strict=True)
+        total += count * sum(weight_bytes(each.shape, ranks, format=kept, itemsize=itemsize) for each, kept in layer)
+    return total
 
 
 def outside_numel(shapes: ModelShapes, ranks: int) -> int:
@@ -115,11 +118,11 @@ def outside_numel(shapes: ModelShapes, ranks: int) -> int:
     return sum(padded(weight.shape, ranks) for weight in shapes.architecture.outside)
 
 
-def held_bytes(shapes: ModelShapes, shards: int, *, quantized: bool, itemsize: int) -> int:
-    """Return the most bytes of the frozen base per rank, without offsets of quantized weights (4 bytes each)."""
+def held_bytes(shapes: ModelShapes, shards: int, *, format: str | None, itemsize: int) -> int:
+    """Return the most bytes of the frozen base per rank, without replicated parts of weights (NF4: 4 bytes)."""
     matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), shards)
     rest = itemsize * (matrices + outside_numel(shapes, shards))
-    return (layers_bytes(shapes, shards, quantized=quantized, itemsize=itemsize) + rest) // shards
+    return (layers_bytes(shapes, shards, format=format, itemsize=itemsize) + rest) // shards
 
 
 def passes_of(work: Workload, accumulation: int) -> int:
@@ -135,7 +138,7 @@ def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
 def moved_bytes(work: Workload, shapes: ModelShapes, shards: int) -> int:
     """Return the bytes of the layers that are gathered in each pass."""
     itemsize, first = DTYPE_BYTES[work.train.dtype], shapes.num_layers - moved_blocks(work, shapes)
-    return layers_bytes(shapes, shards, quantized=work.quantized, itemsize=itemsize, first=first)
+    return layers_bytes(shapes, shards, format=work.format, itemsize=itemsize, first=first)
 
 
 def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
@@ -159,7 +162,7 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     gathered = passes_of(work, accumulation) * (2 * moved_bytes(work, shapes, shards) + itemsize * elements)
     scattered = 4 * matrix * len(whole)
     if full:
-        of_blocks = layers_bytes(shapes, shards, quantized=False, itemsize=1)
+        of_blocks = layers_bytes(shapes, shards, format=None, itemsize=1)
         scattered = 4 * (of_blocks + norm + (1 if tied else 2) * matrix)
     reduced = 0 if full else 4 * sum(map(shapes.adapted_numel, work.adapters))
     reduced += 4 * shapes.hidden * token_rows(work, shapes) + (4 if scattered and shards > 1 else 0)

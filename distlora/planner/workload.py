@@ -19,8 +19,8 @@ class Workload:
     """The adapter of each trial; a run alone has one."""
     parallel: ParallelConfig
     gpus_per_node: int
-    quantized: bool
-    """True if the linears of the decoder layers are stored in NF4."""
+    format: str | None
+    """Format of large weights of the decoder layers, unless `ModelShapes.formats` has another; None: all are dense."""
     dense_layers: int
     """Number of first decoder layers with a dense copy of them."""
     keeps_shards: bool
@@ -51,7 +51,7 @@ class Workload:
             adapters=(config.adapter,),
             parallel=config.parallel,
             gpus_per_node=config.cluster.gpus_per_node,
-            quantized=config.quant.is_nf4,
+            format="nf4" if config.quant.is_nf4 else None,
             dense_layers=config.quant.num_dense,
             keeps_shards=config.quant.keeps_shards,
             new_tokens=tuple(config.model.new_tokens),

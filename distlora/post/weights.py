@@ -33,7 +33,8 @@ from distlora.weights.decompose import LowRankFactors, Residual
 from distlora.weights.peft_folder import WEIGHTS_NAME, PeftAdapter
 from distlora.weights.prequantized import PrequantizedWeight, prequantized_parameters, read_prequantized_weights
 from distlora.weights.reader import Reader, all_finite
-from distlora_kernels import nf4, reference
+from distlora_kernels import reference
+from distlora_kernels.formats import Format, nf4
 
 CHUNK = 64 * nf4.GROUP
 """Weights per read: whole groups, 4 MiB in fp32."""
@@ -48,14 +49,19 @@ class BaseWeight:
     shape: tuple[int, ...]
     source: Source
     """The tensors it is made of, in flat order; for a prequantized weight, its codes."""
-    quantized: bool
-    """True if training stores it in NF4."""
+    format: Format | None = None
+    """Format that training stores it in; None: it is dense."""
     packed: PrequantizedWeight | None = None
     """Its parts if the checkpoint stores it in NF4."""
     residual: Residual | None = None
     """The initial adapter that PiSSA subtracted before quantization."""
     held: torch.dtype = torch.float32
     """The dtype that training rounds an unquantized weight to (train.dtype)."""
+
+    @property
+    def quantized(self) -> bool:
+        """True if training stores it in NF4."""
+        return isinstance(self.format, nf4.Nf4)
 
     @property
     def numel(self) -> int:
@@ -74,7 +80,11 @@ class BaseWeight:
                 yield self._finite(chunk.float())
         elif not self.quantized:
             for chunk in self._before_quantization(reader):
-                yield chunk.to(self.held).float()
+                if self.format is None:
+                    yield chunk.to(self.held).float()
+                else:
+                    parts = self.format.quantize(chunk)
+                    yield self.format.dequantize(parts, shape=tuple(chunk.shape), dtype=torch.float32)
         else:
             second, group = self.second_level(reader), 0
             for size, codes in self.codes(reader):
@@ -204,7 +214,7 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
             name=name,
             shape=packed[name].shape if name in packed else source.shape,
             source=source,
-            quantized=module is not None and module.quantized,
+            format=None if module is None else module.format,
             packed=packed.get(name),
             residual=residuals.get(name),
             held=held.get(name, torch.float32),

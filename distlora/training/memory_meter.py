@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from distlora.config.training import Cadence
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
-from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend
 from distlora.parallel.shards import local_rows
 from distlora.planner.memory import KINDS, Kind, measured
@@ -178,8 +178,8 @@ def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
                 kind = "adapters"
             elif module in matrices:
                 kind = "embeddings"
-            elif name in PACKED_PARTS:
-                kind = "codes" if name == "codes" else "scales"
+            elif isinstance(module, FrozenTensor) and name in module.part_names:
+                kind = "codes" if name == module.part_names[0] else "scales"
             elif name == "weight" and isinstance(module, (FrozenTensor, nn.Linear)):
                 kind = "weights"
             rows = local_rows(parameter)[0]
@@ -189,8 +189,10 @@ def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
             filled = getattr(parameter, "ds_tensor", None)
             yield _storage(rows) if filled is None else (filled.data_ptr(), filled.nbytes), kind
         for name, buffer in module.named_buffers(recurse=False):
-            of_buffer: dict[str, Kind] = {"offset": "scales", "row_norms_squared": "adapters"}
-            yield _storage(buffer), of_buffer.get(name, "norms")
+            kind = "adapters" if name == "row_norms_squared" else "norms"
+            if isinstance(module, FrozenTensor) and module.format is not None and kind == "norms":
+                kind = "scales"
+            yield _storage(buffer), kind
     for block in model.blocks:
         for start in block.started.values():
             yield _storage(start), "adapters"

@@ -15,7 +15,7 @@ from distlora.config import AdapterConfig, ClusterConfig, ModelSpec
 from distlora.loading.load_base import Loaded
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
-from distlora.model.frozen_linear import PACKED_PARTS, FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend, whole_shape
 from distlora.training.open_run import OpenRun
 from distlora.training.reporter import Reporter
@@ -25,13 +25,15 @@ from distlora.training.trial import Trial
 def count_parameters(model: CausalLM) -> tuple[int, int]:
     """Return (weights of the model without adapters, trained parameters).
 
-    NF4 weights count as their unquantized number.
+    Weights in low bits count as their unquantized number.
     """
-    adapters = adapter_parameters(model)
-    base = {name: p for name, p in model.named_parameters() if name not in adapters}
-    dense = sum(whole_shape(p).numel() for name, p in base.items() if name.rpartition(".")[2] not in PACKED_PARTS)
-    quantized = sum(m.numel for m in model.modules() if isinstance(m, FrozenTensor) and m.quantized)
-    return dense + quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    quantized = [m for m in model.modules() if isinstance(m, FrozenTensor) and m.quantized]
+    others = set(adapter_parameters(model).values())
+    others |= {module.get_parameter(name) for module in quantized for name in module.part_names}
+    dense = sum(whole_shape(p).numel() for p in model.parameters() if p not in others)
+    return dense + sum(module.numel for module in quantized), sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
 
 
 def describe(
@@ -45,8 +47,10 @@ def describe(
         f"({trainable / total:.2%}), {spec.dtype}"
     )
     if loaded.bits_per_weight is not None:
+        modules = (module for module in model.modules() if isinstance(module, FrozenTensor))
+        formats = ", ".join(sorted({module.format.name.upper() for module in modules if module.format is not None}))
         reporter.event(
-            f"{loaded.quantized_weights:,} parameters in NF4 at {loaded.bits_per_weight:.3f} bits each; "
+            f"{loaded.quantized_weights:,} parameters in {formats} at {loaded.bits_per_weight:.3f} bits each; "
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
             f"{loaded.how} in {loaded.seconds:.1f} s"
         )

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from distlora.system import randomness
-from distlora_kernels import nf4
 from distlora_kernels.dispatch import one_thread
+from distlora_kernels.formats import nf4
 
 BLOCK_ELEMENTS = 2**17
 """Elements of s B A computed at once: always the same whole rows, so that a product does not depend on the shard."""

@@ -58,6 +58,11 @@ class PrequantizedWeight:
         """True if the absmax are quantized too."""
         return self.offset is not None
 
+    @property
+    def format(self) -> str:
+        """Name of the format that keeps its parts."""
+        return "nf4" if self.nested else "nf4_absmax"
+
 
 def read_prequantized_weights(base: CheckpointFiles) -> dict[str, PrequantizedWeight]:
     """Return the weights that are NF4 on disk, by their names there; empty for a dense checkpoint.

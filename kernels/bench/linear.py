@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distlora_kernels import fused
+from distlora_kernels.formats.nf4 import NF4
 from distlora_kernels.lora_linear import lora_linears
 from distlora_kernels.operands import Adapter, FrozenWeight, Linear
 
@@ -160,13 +161,13 @@ class _FourBitBase(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shape: tuple[int, int], *parts: Tensor) -> Tensor:
         ctx.shape = shape
         ctx.save_for_backward(*parts)
-        return torch.nn.functional.linear(x, FrozenWeight(parts, shape).dense(x.dtype))
+        return torch.nn.functional.linear(x, FrozenWeight(parts, shape, NF4).dense(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         parts = ctx.saved_tensors
-        dx = dy @ FrozenWeight(parts, ctx.shape).dense(dy.dtype)
+        dx = dy @ FrozenWeight(parts, ctx.shape, NF4).dense(dy.dtype)
         return (dx, None, *(None for _ in parts))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import reference
-from distlora_kernels.nf4 import bits_per_weight, nf4_quantize
+from distlora_kernels.formats.nf4 import NF4, bits_per_weight, nf4_quantize
 from distlora_kernels.operands import Adapter, FrozenWeight, Linear
 
 SCALE = 2.0
@@ -46,7 +46,7 @@ def make_weights(shapes: Sequence[tuple[int, int]], rank: int, device: torch.dev
         del weight
         a = normal((rank, features), device, generator).mul_(features**-0.5).float().requires_grad_()
         b = normal((out, rank), device, generator).mul_(_UP_DEVIATION).float().requires_grad_()
-        linears.append(Linear(FrozenWeight(parts, (out, features)), Adapter(a, b, SCALE)))
+        linears.append(Linear(FrozenWeight(parts, (out, features), NF4), Adapter(a, b, SCALE)))
         dense.append(reference.nf4_dequantize(*parts, shape=(out, features), dtype=torch.bfloat16))
     return Weights(tuple(linears), tuple(dense))
 

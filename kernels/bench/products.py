@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import reference
-from distlora_kernels.nf4 import dequantize_blocks, nf4_dequantize, nf4_quantize
+from distlora_kernels.formats.nf4 import dequantize_blocks, nf4_dequantize, nf4_quantize
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from distlora_kernels import fused, reference
 from distlora_kernels.dispatch import on_device_of, uses_triton
+from distlora_kernels.formats.nf4 import NF4_ABSMAX
 from distlora_kernels.operands import Adapter, FrozenWeight, Linear, RowChoice, SavedDora
 from distlora_kernels.reference import BLOCK
 
@@ -77,20 +78,22 @@ def dora_norms(row_norms_squared: Tensor, wa: Tensor, a: Tensor, b: Tensor, scal
 
 
 def scaled_rows(weight: FrozenWeight, factor: Tensor) -> FrozenWeight:
-    """Return diag(factor) W for a quantized W, quantized: factor (O,) fp32 is multiplied into the absmax in fp32.
+    """Return diag(factor) W for a W in NF4, in NF4: factor (O,) fp32 is multiplied into the absmax in fp32.
 
     The product is rounded once, when it is dequantized; a factor of 1 changes no bit.
     """
     (rows, columns), parts = weight.shape, list(weight.parts)
-    assert weight.quantized, "a dense weight has no absmax"
+    assert weight.nf4, "no other format has an absmax to scale"
     assert columns % BLOCK == 0, f"rows of {columns} are not whole blocks"
     assert (factor.shape, factor.dtype) == ((rows,), torch.float32), f"{tuple(factor.shape)} {factor.dtype}"
     if not uses_triton(parts[0]):
-        return FrozenWeight((parts[0], reference.scaled_absmax(parts, rows, columns, factor)), weight.shape)
+        scaled = reference.scaled_absmax(parts, rows, columns, factor)
+        return FrozenWeight((parts[0], scaled), weight.shape, NF4_ABSMAX)
     from distlora_kernels import dora_triton
 
     with on_device_of(parts[0]):
-        return FrozenWeight((parts[0], dora_triton.scaled_absmax(parts, rows, columns, factor)), weight.shape)
+        scaled = dora_triton.scaled_absmax(parts, rows, columns, factor)
+    return FrozenWeight((parts[0], scaled), weight.shape, NF4_ABSMAX)
 
 
 @torch.no_grad()
@@ -166,9 +169,9 @@ def _zero_for_zero_rows(row_norms_squared: Tensor, norms: Tensor) -> Tensor:
 
 
 def can_fold(adapter: Adapter, weight: FrozenWeight, dtype: torch.dtype) -> bool:
-    """Return whether k can be folded into the quantized weight."""
+    """Return whether k can be folded into the weight: into NF4's absmax."""
     plain = adapter.dropout is None and not isinstance(adapter.scale, RowChoice)
-    return plain and weight.quantized and fused.supports(weight.shape) and dtype in (torch.bfloat16, torch.float16)
+    return plain and weight.nf4 and fused.supports(weight.shape) and dtype in (torch.bfloat16, torch.float16)
 
 
 def folded(linear: Linear, factor: Tensor) -> Linear:

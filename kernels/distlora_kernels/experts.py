@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from distlora_kernels import experts_grouped, experts_torch
 from distlora_kernels.dispatch import check_compilation
+from distlora_kernels.formats import Format
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertLinear, FrozenWeight, Routing
 
 __all__ = ["ExpertAdapter", "ExpertChoice", "Routing", "combine", "dispatch", "expert_linear", "runs_grouped"]
@@ -86,7 +87,9 @@ def expert_linear(
     """
     a, b, scale = (None, None, None) if adapter is None else adapter
     check_compilation()
-    y: Tensor = _ExpertLinear.apply(x, a, b, bias, _Form(weight.shape, transposed, scale, routing), *weight.parts)
+    y: Tensor = _ExpertLinear.apply(
+        x, a, b, bias, _Form(weight.shape, weight.format, transposed, scale, routing), *weight.parts
+    )
     return y
 
 
@@ -94,6 +97,7 @@ class _Form(NamedTuple):
     """The non-tensor part of an expert linear."""
 
     shape: tuple[int, ...]
+    format: Format | None
     transposed: bool
     scale: float | ExpertChoice | None
     routing: Routing
@@ -104,7 +108,7 @@ class _Form(NamedTuple):
             assert a is not None
             assert b is not None
             adapter = ExpertAdapter(a, b, self.scale)
-        return ExpertLinear(FrozenWeight(tuple(parts), self.shape), self.transposed, adapter, bias)
+        return ExpertLinear(FrozenWeight(tuple(parts), self.shape, self.format), self.transposed, adapter, bias)
 
 
 class _ExpertLinear(torch.autograd.Function):

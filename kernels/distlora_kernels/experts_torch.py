@@ -1,19 +1,17 @@
 """Run expert linears one expert after the other in torch operations: the path of the CPU, and of every dtype.
 
-Of a quantized weight one expert is dequantized at a time if its slice consists of whole blocks of 64 weights (on a GPU:
-whole groups of 16,384); experts without rows are not dequantized. Otherwise the whole fused weight is, once per call.
+Of a quantized weight one expert is dequantized at a time, with the rest of its first and last group; experts without
+rows are not dequantized.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from distlora_kernels import nf4
-from distlora_kernels.operands import ExpertChoice, ExpertGradients, ExpertLinear, FrozenWeight, Routing
+from distlora_kernels.operands import ExpertChoice, ExpertGradients, ExpertLinear, Routing
 
 
 def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, Tensor | None]:
@@ -91,30 +89,15 @@ def backward(
 def dense_experts(linear: ExpertLinear, dtype: torch.dtype) -> Callable[[int], Tensor]:
     """Return a function from an expert to its weight (O, I) in `dtype`."""
     weight, transposed = linear.weight, linear.transposed
-    splits = math.prod(weight.shape[1:]) % (nf4.GROUP if weight.parts[0].is_cuda else nf4.BLOCK) == 0
-    whole = None
-    if not weight.quantized:
-        whole = weight.parts[0]
-    elif not splits:
-        whole = weight.dense(dtype)
 
     def weight_of(expert: int) -> Tensor:
-        dense = whole[expert].to(dtype) if whole is not None else _dequantize(weight, expert, dtype)
+        if weight.format is None:
+            dense = weight.parts[0][expert].to(dtype)
+        else:
+            dense = weight.format.slice(weight.parts, weight.shape, expert, dtype)
         return dense.T if transposed else dense
 
     return weight_of
-
-
-def _dequantize(weight: FrozenWeight, expert: int, dtype: torch.dtype) -> Tensor:
-    """Dequantize one expert's slice; the bits are those of the whole weight."""
-    codes, scales, group_scale, offset = weight.parts
-    shape = weight.shape[1:]
-    numel = math.prod(shape)
-    start = expert * numel
-    if numel % nf4.GROUP == 0:
-        groups = slice(start // nf4.GROUP, (start + numel) // nf4.GROUP)
-        return nf4.nf4_dequantize(codes[groups], scales[groups], group_scale[groups], offset, shape=shape, dtype=dtype)
-    return nf4.dequantize_slice(codes, scales, group_scale, offset, start=start, shape=shape, dtype=dtype)
 
 
 def _in_dtype(linear: ExpertLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from distlora_kernels.dispatch import compute_capability, on_device_of, uses_triton
+from distlora_kernels.formats.nf4 import Nf4
 from distlora_kernels.fused_threshold import max_fused_rows
 from distlora_kernels.operands import FrozenWeight
-from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP_BYTES, num_groups
+from distlora_kernels.reference import BLOCK
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -87,14 +88,12 @@ def fused_linear_dx(dy: Tensor, weight: FrozenWeight, *, dxa: Tensor | None = No
 
 def _check_weight(rows: Tensor, columns: int, weight: FrozenWeight) -> None:
     """Assert that a quantized weight fits the rows: the kernels would read beyond what is smaller."""
-    (o, i), parts = weight.shape, weight.parts
-    groups = num_groups(o * i)
+    (_, i), parts = weight.shape, weight.parts
     assert supports(weight.shape), f"a fused product needs rows of whole blocks of {BLOCK}, got I = {i}"
     assert rows.dtype in _DTYPES, f"a fused product takes {_DTYPES}, not {rows.dtype}"
     assert tuple(rows.shape[1:]) == (columns,), f"{tuple(rows.shape)}, a weight {weight.shape}"
-    shapes = [(groups, GROUP_BYTES), (groups, BLOCKS_PER_GROUP), (groups,), ()]
-    assert len(parts) in (2, 4), f"{len(parts)} parts"
-    assert [tuple(part.shape) for part in parts] == shapes[: len(parts)], [tuple(part.shape) for part in parts]
+    assert isinstance(weight.format, Nf4), f"a fused product takes NF4, not {weight.format}"
+    weight.format.check(parts, weight.shape)
     assert all(part.is_contiguous() and part.device == rows.device for part in parts), f"parts on {rows.device}"
 
 
@@ -123,9 +122,9 @@ def variant_by_rows(capability: tuple[int, int], m: int, o: int, i: int) -> Vari
 def choose_variant(rows: Tensor, weight: FrozenWeight) -> Variant:
     """Return the variant for rows (M, I), or (M, O) of a gradient, on their device.
 
-    Dense weights, fp32 (slow in Triton without TF32) and fp64 (not supported) use the library's GEMM.
+    Weights that are not in NF4, fp32 (slow in Triton without TF32) and fp64 (not supported) use the library's GEMM.
     """
-    if not weight.quantized:
+    if not weight.nf4:
         return "scratch"
     if _forced is not None:
         return _forced

@@ -21,8 +21,8 @@ from torch import Tensor
 from distlora_kernels import dora, scratch
 from distlora_kernels.dropout import ChosenDropout, Dropout, apply_dropout
 from distlora_kernels.extension import carrier, extends, padded
+from distlora_kernels.formats.nf4 import BLOCK
 from distlora_kernels.fused import choose_variant, fused_linear, fused_linear_dx
-from distlora_kernels.nf4 import BLOCK
 from distlora_kernels.operands import (
     Adapter,
     FrozenWeight,
@@ -334,7 +334,7 @@ def _pays(x: Tensor, group: Sequence[Linear], rank: int) -> bool:
         assert adapter is not None
         if adapter.magnitude is not None or not _is_plain(adapter) or choose_variant(x, weight) == "fused":
             return False
-        if not scratch.extends(weight):
+        if not (weight.nf4 and scratch.extends(weight)):
             return False
     (m, features), written = x.shape, sum(linear.weight.shape[0] for linear in group)
     return features % BLOCK == 0 and extends(

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from distlora_kernels import lora_native, lora_torch
 from distlora_kernels.dispatch import check_compilation, uses_triton
 from distlora_kernels.dropout import ChosenDropout, Dropout
+from distlora_kernels.formats import Format
 from distlora_kernels.kept import keep, kept
 from distlora_kernels.operands import (
     Adapter,
@@ -84,6 +85,7 @@ class _Form(NamedTuple):
 
     shape: tuple[int, ...]
     num_parts: int
+    format: Format | None
     scale: float | RowChoice | None
     """None without an adapter."""
     dropout: Dropout | ChosenDropout | None
@@ -92,10 +94,10 @@ class _Form(NamedTuple):
 
     @staticmethod
     def of(linear: Linear) -> _Form:
-        adapter, shape, num_parts = linear.adapter, linear.weight.shape, len(linear.weight.parts)
+        adapter, (parts, shape, format) = linear.adapter, linear.weight
         if adapter is None:
-            return _Form(shape, num_parts, None, None, None)
-        return _Form(shape, num_parts, adapter.scale, adapter.dropout, adapter.copies)
+            return _Form(shape, len(parts), format, None, None, None)
+        return _Form(shape, len(parts), format, adapter.scale, adapter.dropout, adapter.copies)
 
 
 _NUM_TENSORS = 5
@@ -181,5 +183,5 @@ def _joined(forms: Sequence[_Form], tensors: Sequence[Any]) -> tuple[Linear, ...
         a, b, masters, norms, bias, *parts = tensors[start : start + _NUM_TENSORS + form.num_parts]
         magnitude = None if masters is None else Magnitude(masters, norms)
         adapter = None if form.scale is None else Adapter(a, b, form.scale, form.dropout, magnitude, form.copies)
-        linears.append(Linear(FrozenWeight(tuple(parts), form.shape), adapter, bias))
+        linears.append(Linear(FrozenWeight(tuple(parts), form.shape, form.format), adapter, bias))
     return tuple(linears)

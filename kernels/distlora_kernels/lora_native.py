@@ -2,8 +2,8 @@
 
 A linear's base and adapter are terms of one sum, rounded once, and so are the gradients of an input that several
 linears share. A quantized weight is decoded into the product's own operand: no dense copy is made, and each calling
-thread keeps a few megabytes. `lora_torch` runs what is not covered: DoRA, dropout, rows that choose, and sizes that are
-not multiples of 64.
+thread keeps a few megabytes. `lora_torch` runs what is not covered: DoRA, dropout, rows that choose, formats other
+than NF4, and sizes that are not multiples of 64.
 
 Letters: M rows, I in features, O out features, R rank.
 """
@@ -44,7 +44,7 @@ def covers(x: Tensor, linears: Sequence[Linear]) -> bool:
 def _covered(linear: Linear) -> bool:
     adapter, shape = linear.adapter, linear.weight.shape
     parts = linear.weight.parts
-    if len(shape) != 2 or shape[0] % COLUMNS or shape[1] % COLUMNS:
+    if len(shape) != 2 or shape[0] % COLUMNS or shape[1] % COLUMNS or linear.weight.quantized > linear.weight.nf4:
         return False
     if len(parts) == 1 and (parts[0].dtype != torch.bfloat16 or not parts[0].is_contiguous()):
         return False

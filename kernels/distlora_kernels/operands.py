@@ -16,31 +16,36 @@ import torch
 from torch import Tensor
 
 from distlora_kernels.dropout import ChosenDropout, Dropout
-from distlora_kernels.nf4 import dequantize_blocks, nf4_dequantize
+from distlora_kernels.formats import Format
+from distlora_kernels.formats.nf4 import Nf4
 
 
 class FrozenWeight(NamedTuple):
     """A frozen weight (O, I), or the fused weight of all experts (E, O, I).
 
-    `parts` is (weight,), NF4's (codes, scales, group_scale, offset), or (codes, absmax) without double quantization.
+    `parts` is (weight,), or the format's parts and then its replicated ones.
     """
 
     parts: tuple[Tensor, ...]
     shape: tuple[int, ...]
+    format: Format | None = None
+    """None: the weight is dense."""
 
     @property
     def quantized(self) -> bool:
-        """True if the weight has quantized parts."""
-        return len(self.parts) > 1
+        """True if the weight is in a format."""
+        return self.format is not None
+
+    @property
+    def nf4(self) -> bool:
+        """True if the weight is in NF4: some products decode it themselves, all other formats are dequantized first."""
+        return isinstance(self.format, Nf4)
 
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the whole weight in `dtype`; a quantized weight is written to `out` if it is given."""
-        if len(self.parts) == 1:
+        if self.format is None:
             return self.parts[0].to(dtype)
-        if len(self.parts) == 2:
-            return dequantize_blocks(*self.parts, shape=self.shape, dtype=dtype, out=out)
-        codes, scales, group_scale, offset = self.parts
-        return nf4_dequantize(codes, scales, group_scale, offset, shape=self.shape, dtype=dtype, out=out)
+        return self.format.dequantize(self.parts, shape=self.shape, dtype=dtype, out=out)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels.dispatch import uses_triton
-from distlora_kernels.nf4 import dequantize_beside
+from distlora_kernels.formats.nf4 import Nf4, dequantize_beside
 from distlora_kernels.operands import FrozenWeight
 
 _buffers: dict[tuple[torch.device, int], Tensor] = {}
@@ -52,15 +52,16 @@ def take(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
 
 
 def extends(weight: FrozenWeight) -> bool:
-    """Return whether the weight is dequantized into the buffer, which can have room for an adapter."""
+    """Return whether the weight is dequantized into the buffer, which can have room for an adapter below it."""
     return weight.quantized and uses_triton(weight.parts[0])
 
 
 def take_beside(weight: FrozenWeight, b: Tensor, *, first_rank: int, columns: int) -> Tensor:
-    """Return [W | 0 b 0] (O, I + `columns`), b (O, R) from column I + `first_rank` on, valid as `take`'s."""
+    """Return of NF4 [W | 0 b 0] (O, I + `columns`), b (O, R) from column I + `first_rank` on, valid as `take`'s."""
     out, features = weight.shape
     dense = _place((out, features + columns), b.dtype, b.device)
-    dequantize_beside(weight.parts, weight.shape, b, first_rank=first_rank, out=dense)
+    assert isinstance(weight.format, Nf4)
+    dequantize_beside(weight.format, weight.parts, weight.shape, b, first_rank=first_rank, out=dense)
     return dense
 
 

@@ -25,7 +25,8 @@ from distlora.model.build import CausalLM, build_model
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.weights.conversion import Source
 from distlora.weights.reader import Reader
-from distlora_kernels import nf4, reference
+from distlora_kernels import reference
+from distlora_kernels.formats import nf4
 
 CHUNK = 64 * nf4.GROUP
 """Weights at once: 4 MiB in fp32, which stays in a core's cache."""

@@ -34,7 +34,7 @@ from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress
 from distlora.training.setup import start_model
 from distlora.weights.reader import Reader
-from distlora_kernels.nf4 import GROUP
+from distlora_kernels.formats.nf4 import GROUP
 
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report)
 

@@ -107,7 +107,7 @@ class Changes:
             factors = read_factors(self._adapter, self._paths[name], reader, experts=experts)
         others: Iterable[Tensor | None] = itertools.repeat(None)
         if self._adapter is None:
-            saved = BaseWeight(name=name, shape=weight.shape, source=self._saved[name], quantized=False)
+            saved = BaseWeight(name=name, shape=weight.shape, source=self._saved[name])
             others = _matrices(saved, reader)
         both = zip(_matrices(weight, reader), others, strict=False)
         for number, (before, after) in enumerate(both):

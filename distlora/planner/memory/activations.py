@@ -15,7 +15,15 @@ from distlora.architecture.shapes import ADDED_AT_ONCE, logit_bytes, tokens_per_
 from distlora.architecture.spec import Architecture, LayerKind
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
-from distlora.planner.decoder_sizes import INPUTS, AdaptedRanks, Decoder, attention_kind, fuses, ranks_of_blocks
+from distlora.planner.decoder_sizes import (
+    INPUTS,
+    AdaptedRanks,
+    Decoder,
+    attention_kind,
+    formats_by_name,
+    fuses,
+    ranks_of_blocks,
+)
 from distlora.planner.machine import Machine
 from distlora.planner.memory import layer
 from distlora.planner.memory.layer import (
@@ -81,6 +89,7 @@ class Costs(LayerRun):
         """
         shapes, settings, gpu = model.shapes, model.settings, machine.gpu
         adapter, architecture = work.adapter, shapes.architecture
+        kind = kind or architecture.largest
         decoder = Decoder.of(architecture, kind)
         sixteen_bits = work.train.dtype == "bf16"
         full, rows = adapter.method == "full", traffic.trained_rows(work, shapes)
@@ -110,7 +119,7 @@ class Costs(LayerRun):
             attention=attention,
             dora=adapter.use_dora,
             dropout=adapter.lora_dropout > 0,
-            quantized=work.quantized,
+            formats=formats_by_name(kind, [work.format if weight.packs else None for weight in kind.weights]),
             groups_experts=machine.is_gpu and sixteen_bits and (gpu is None or gpu.capability[0] in (9, 10)),
             balances=decoder.experts is not None and work.train.objective == "sft" and bool(balanced),
             trains_base=full,

@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.shapes import ModelShapes, Weight
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
 from distlora.planner.memory import Kind
-from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
 
 
@@ -65,8 +65,8 @@ class Base:
     """Empty where it is the embedding's."""
     rest: tuple[BaseTensor, ...]
     """The decoder's tensors outside of its layers: the last norm."""
-    offsets: int
-    """Packed weights with an offset, a replicated number in fp32."""
+    replicated: int
+    """Bytes of the replicated parts of quantized weights."""
 
     @property
     def layers(self) -> int:
@@ -96,11 +96,11 @@ class Base:
                 yield tensor, count
 
     def kept(self, shards: int) -> Counter[Kind]:
-        """Bytes of a rank by kind, offsets among the scales."""
+        """Bytes of a rank by kind, replicated parts among the scales."""
         found: Counter[Kind] = Counter()
         for tensor, count in self.counted():
             found[tensor.kind] += tensor.kept(shards) * count
-        found["scales"] += 4 * self.offsets
+        found["scales"] += self.replicated
         return found
 
 
@@ -128,26 +128,10 @@ def unit_bytes(unit: Iterable[BaseTensor], shards: int) -> int:
     return sum(tensor.whole(shards) for tensor in unit)
 
 
-def planned_base(work: Workload, model: PlannedModel) -> Base:
-    """Return the base as this run keeps it."""
-    return base_of(work, model.shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
-
-
-def base_of(
-    work: Workload,
-    shapes: ModelShapes,
-    *,
-    plain_absmax: bool = False,
-    left_dense: Mapping[int, frozenset[str]] | None = None,
-) -> Base:
-    """Return the base as a run keeps it.
-
-    For a checkpoint quantized before: `plain_absmax` if it has no double quantization; `left_dense` the weights of
-    each layer that are not quantized.
-    """
+def base_of(work: Workload, shapes: ModelShapes) -> Base:
+    """Return the base as a run keeps it."""
     itemsize = traffic.DTYPE_BYTES[work.train.dtype]
     adapter, full = work.adapter, work.adapter.method == "full"
-    packs = work.quantized
     tied = shapes.ties(adapter)
 
     def dense(kind: Kind, shape: Sequence[int], *, trained: bool) -> BaseTensor:
@@ -157,41 +141,36 @@ def base_of(
         shape = (shapes.vocabulary, shapes.hidden)
         return dense("embeddings", shape, trained=full or name in adapter.modules_to_save)
 
-    def of_block(weight: Weight, unpacked: frozenset[str]) -> list[BaseTensor]:
-        if not weight.packs:
-            return [dense("norms", weight.shape, trained=full)]
-        if not packs or weight.path in unpacked:
-            return [dense("weights", weight.shape, trained=full)]
-        groups = -(-weight.numel // traffic.GROUP_WEIGHTS)
-        codes = BaseTensor("codes", (groups, traffic.GROUP_CODES), 1, 1)
-        if plain_absmax:
-            return [codes, BaseTensor("scales", (groups, traffic.GROUP_SCALES), 4, 4)]
+    def of_block(weight: Weight, format: str | None) -> list[BaseTensor]:
+        if format is None:
+            return [dense("weights" if weight.packs else "norms", weight.shape, trained=full)]
+        sizes = LOW_BIT_FORMATS[format]
+        groups = sizes.num_groups(weight.shape)
         return [
-            codes,
-            BaseTensor("scales", (groups, traffic.GROUP_SCALES), 1, 1),
-            BaseTensor("scales", (groups,), 4, 4),
+            BaseTensor("scales" if index else "codes", (groups, part.elements), part.itemsize, part.itemsize)
+            for index, part in enumerate(sizes.parts)
         ]
 
-    architecture = shapes.architecture
-    layers = [
-        (kind, (left_dense or {}).get(index, frozenset())) for index, kind in enumerate(architecture.kind_of_layer)
-    ]
+    architecture, layers = shapes.architecture, shapes.layer_formats(work.format)
     kinds = list(dict.fromkeys(layers))
     tensors = tuple(
-        tuple(tensor for weight in architecture.kinds[kind].weights for tensor in of_block(weight, unpacked))
-        for kind, unpacked in kinds
+        tuple(
+            tensor
+            for weight, format in zip(architecture.kinds[kind].weights, formats, strict=True)
+            for tensor in of_block(weight, format)
+        )
+        for kind, formats in kinds
     )
-    numbers = tuple(map(kinds.index, layers))
     outside = (
         dense("embeddings" if len(w.shape) > 1 else "norms", w.shape, trained=full) for w in architecture.outside
     )
     return Base(
         embedding=(matrix(EMBEDDING),),
         kinds=tensors,
-        kind_of_layer=numbers,
+        kind_of_layer=tuple(map(kinds.index, layers)),
         head=() if tied else (matrix(HEAD),),
         rest=tuple(outside),
-        offsets=0 if plain_absmax else sum(tensor.kind == "codes" for number in numbers for tensor in tensors[number]),
+        replicated=sum(LOW_BIT_FORMATS[kept].replicated_bytes for _, formats in layers for kept in formats if kept),
     )
 
 

@@ -19,7 +19,7 @@ from distlora.config.deepspeed_file import offloads_base, read_gathering
 from distlora.planner import traffic
 from distlora.planner.machine import Machine
 from distlora.planner.memory import KINDS, Kind, Phase
-from distlora.planner.memory.base import Base, Trained, planned_base, unit_bytes
+from distlora.planner.memory.base import Base, Trained, base_of, unit_bytes
 from distlora.planner.memory.gathered import staying_bytes
 from distlora.planner.memory.step import Step
 from distlora.planner.model import PlannedModel
@@ -91,14 +91,14 @@ def device_bytes(work: Workload, model: PlannedModel, machine: Machine) -> Devic
         return found
     free = usable - found.total
     reserve = RESIDENCY_RESERVE["cuda"] * usable if machine.is_gpu else RESIDENCY_RESERVE["cpu"] * free
-    block = unit_bytes(planned_base(work, model).block, shards)
+    block = unit_bytes(base_of(work, model.shapes).block, shards)
     count = min(least + max(int((free - reserve) // block), 0), model.shapes.num_layers)
     return _with_resident(work, model, machine, count) if count > least else found
 
 
 def _with_resident(work: Workload, model: PlannedModel, machine: Machine, resident: int) -> DeviceBytes:
     shapes, shards = model.shapes, work.shard_degree(machine.ranks)
-    base = planned_base(work, model)
+    base = base_of(work, model.shapes)
     trained = Trained.of(work, shapes, base, shards)
     held: Counter[Kind] = Counter()
     if not (machine.is_gpu and offloads_base(work.parallel, shards)):
@@ -168,14 +168,10 @@ def buffer_bytes(model: PlannedModel, work: Workload) -> int:
 
 def _packed_shapes(work: Workload, model: PlannedModel) -> list[tuple[tuple[int, ...], ...]]:
     """Return the shapes of each decoder layer's quantized weights."""
-    architecture = model.shapes.architecture
+    kinds = model.shapes.architecture.kinds
     return [
-        tuple(
-            weight.shape
-            for weight in architecture.kinds[kind].weights
-            if work.quantized and weight.packs and weight.path not in model.left_dense.get(index, ())
-        )
-        for index, kind in enumerate(architecture.kind_of_layer)
+        tuple(weight.shape for weight, format in zip(kinds[kind].weights, formats, strict=True) if format is not None)
+        for kind, formats in model.shapes.layer_formats(work.format)
     ]
 
 

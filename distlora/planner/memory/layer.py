@@ -16,13 +16,13 @@ expert that it chooses, so nothing depends on balanced routing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from distlora.architecture.low_bit import GROUP, is_nf4
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length
 from distlora.planner.decoder_sizes import AdaptedRanks, AttentionKind, Decoder, ExpertSizes, ScaledHalf
-from distlora.planner.traffic import GROUP_WEIGHTS
 from distlora_kernels import extension
 
 _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
@@ -207,8 +207,9 @@ class LayerRun:
     dora: bool = False
     dropout: bool = False
     """True if adapters have dropout. Masks are not kept; on the CPU, and with DoRA, they are tensors."""
-    quantized: bool = False
-    """True if linears are in NF4: dense weights are in scratch memory on a GPU, and tensors like others on the CPU."""
+    formats: Mapping[str, str] = field(default_factory=dict)
+    """Formats of quantized weights (`formats_by_name`): their dense weights are in scratch memory on a GPU, and tensors
+    like others on the CPU."""
     groups_experts: bool = False
     """True if experts are one grouped product (distlora_kernels.experts.runs_grouped)."""
     balances: bool = False
@@ -298,7 +299,7 @@ class LayerRun:
         """
         b, moments, before = self.itemsize, [], 0.0
         for index, linear in enumerate(reversed(outputs)):
-            weight = b * inputs * linear.columns if self.quantized else 0
+            weight = b * inputs * linear.columns if linear.name in self.formats else 0
             total, own = (b * inputs if index else 0), 0.0
             if ranks[linear.name]:
                 if self.dora:  # k dY, and with dropout (k - 1) dY.
@@ -324,11 +325,12 @@ class LayerRun:
     def _on_gpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[TransientMemory]:
         """Return the backward on a GPU: adapter gradients linear by linear, then one dX for all."""
         b, adapted = self.itemsize, [linear for linear in outputs if ranks[linear.name]]
-        folds = self.quantized and not self.dropout and b == 2
-        scaled = self._copied(inputs, [linear.columns for linear in adapted], sum(ranks.values()))
+        quantized = [linear.columns for linear in adapted if linear.name in self.formats]
+        scaled = self._copied(inputs, quantized, sum(ranks.values()))
         moments = []
         for linear in adapted:
             rank = ranks[linear.name]
+            folds = is_nf4(self.formats.get(linear.name)) and not self.dropout and b == 2
             if self.dora and not folds:
                 # k dY: of all linears in the place of dY without dropout; with it, (k - 1) dY of all of them.
                 scaled += b * linear.columns
@@ -350,7 +352,7 @@ class LayerRun:
 
     def _copied(self, inputs: int, outs: Sequence[int], rank: int) -> float:
         """Return the bytes per token of a dY that is copied for dX (distlora_kernels.extension)."""
-        if self.dora or self.dropout or self.trials > 1 or not self.quantized:
+        if self.dora or self.dropout or self.trials > 1:
             return 0.0
         carrier = extension.carrier(self.tokens, inputs, dict(enumerate(outs)), rank, self.itemsize)
         return 0.0 if carrier is None else self.itemsize * (outs[carrier] + extension.padded(rank))
@@ -479,8 +481,6 @@ def scaled_half(run: LayerRun, half: ScaledHalf) -> list[Operation]:
     return [Operation(keeps, backward, boundary, nbytes(half.forward), dense, gradients, stacks, joins)]
 
 
-_BLOCK = 64
-"""Weights of an NF4 block (kernels/distlora_kernels/reference.py)."""
 _RANK_MULTIPLE = 8
 """What grouped products round ranks up to."""
 INDEX_BYTES = 4 * 8
@@ -533,10 +533,9 @@ def _linear(run: LayerRun, experts: ExpertSizes, name: str, inputs: int, outputs
     b, rank = run.itemsize, run.ranks.rank(name)
     rows, weight = experts.chosen, inputs * outputs
     dense = 0
-    if run.quantized and not run.groups_experts:
-        # The weight of all experts where an expert's begins within a group, on the CPU within a block.
-        is_cut = weight % (GROUP_WEIGHTS if run.is_gpu else _BLOCK) == 0
-        dense = b * weight * (1 if is_cut else experts.count)
+    if name in run.formats and not run.groups_experts:
+        # Of an expert that begins within a group, the rest of its first and last group too (formats/base.py).
+        dense = b * (weight if weight % GROUP == 0 else min(weight + 2 * GROUP, weight * experts.count))
     if rank == 0:
         return Operation(0, (TransientMemory(b * rows * inputs, dense=dense),), b * rows * inputs, dense=dense)
     fixed = experts.count * rank * (inputs + outputs) * (4 + b)

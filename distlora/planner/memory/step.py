@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distlora.planner import traffic
-from distlora.planner.decoder_sizes import ranks_of_blocks
+from distlora.planner.decoder_sizes import formats_by_name, ranks_of_blocks
 from distlora.planner.machine import Machine
 from distlora.planner.memory import Kind, Phase
 from distlora.planner.memory.activations import Activations, Costs
@@ -304,16 +304,18 @@ def _sent(unit: tuple[BaseTensor, ...], shards: int) -> int:
 def blocks_of(work: Workload, model: PlannedModel, machine: Machine, *, at_once: int, tokens: int) -> list[Blocks]:
     """Return the decoder layers of a run that keeps `tokens` tokens and runs `at_once` of them together."""
     row, mode, architecture = work.sequence_length, work.train.checkpointing, model.shapes.architecture
-    costs_of = [Costs.of(work, model, machine, kind) for kind in architecture.kinds]
+    costs_of = [replace(Costs.of(work, model, machine, kind), formats={}) for kind in architecture.kinds]
     kinds = [costs_of.index(costs_of[kind]) for kind in architecture.kind_of_layer]
-    known: dict[tuple[int, int, bool], Blocks] = {}
+    known: dict[tuple[int, int, object], Blocks] = {}
     found = []
-    packed = [work.quantized and index >= work.dense_layers for index in range(len(kinds))]
+    by_layer = model.shapes.layer_formats(work.format)
+    named = {(kind, formats): formats_by_name(architecture.kinds[kind], formats) for kind, formats in set(by_layer)}
+    packed = [None if index < work.dense_layers else by_layer[index] for index in range(len(kinds))]
     layers = zip(kinds, ranks_of_blocks(work, model.shapes), packed, strict=True)
     for same, alike in itertools.groupby(layers, key=lambda layer: (layer[0], id(layer[1]), layer[2])):
         ranks = [each for _, each, _ in alike]
         if same not in known:
-            costs = replace(costs_of[same[0]], ranks=ranks[0], quantized=same[2])
+            costs = replace(costs_of[same[0]], ranks=ranks[0], formats={} if same[2] is None else named[same[2]])
             activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=work.train.mlp_tile, row=row)
             stacked = tokens // at_once * costs.stacked(mode)
             kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row) + stacked)

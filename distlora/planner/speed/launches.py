@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from distlora.architecture.low_bit import is_nf4
 from distlora.architecture.shapes import GRADIENT_PARTS, logit_bytes, tokens_per_chunk
 from distlora.planner.decoder_sizes import AttentionKind, Decoder, ScaledHalf
 from distlora.planner.flops import PAIR_BACKWARD, PAIR_FORWARD, SCORES_AGAIN
 from distlora.planner.memory.base import UPDATE_BYTES
-from distlora.planner.traffic import packed_bytes
+from distlora.planner.traffic import weight_bytes
 from distlora_kernels import extension
 
 MovedKind = str
@@ -54,9 +55,8 @@ class KernelOptions:
 
     itemsize: int
     """E, of train.dtype."""
-    quantized: bool
     few_rows: int = 0
-    """Up to so many rows a packed weight is decoded inside its product; 0: never."""
+    """Up to so many rows a weight in NF4 is decoded inside its product; 0: never."""
     extends: bool = False
     """True if base products may take the adapter's term as further columns (distlora_kernels.extension)."""
     copies: bool = False
@@ -90,6 +90,8 @@ class Linear:
     """Trials trained together; each row uses the adapter of its own trial, of rank `rank`."""
     stacked: int = 0
     """Sum of the ranks of all trials."""
+    format: str | None = None
+    """Format of the weight; None: it is dense."""
     skips: bool = False
     """True if recomputation leaves out its product, whose output nothing reads."""
 
@@ -105,8 +107,8 @@ class Linear:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the weight in NF4."""
-        return packed_bytes(self.numel, 1)
+        """Bytes of the weight in its format."""
+        return weight_bytes((self.experts * self.out, self.features), 1, format=self.format, itemsize=0)
 
     @property
     def adapter_numel(self) -> int:
@@ -146,7 +148,8 @@ def _forward(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass) -
     yield from _other_trials(with_adapter, 1, how)
     ranks, features = sum(linear.rank for linear in with_adapter), group[0].features
     extends = (
-        _extends(how, m)
+        how.extends
+        and all(is_nf4(linear.format) and not _decodes(linear, m, how) for linear in with_adapter)
         and features % 64 == 0
         and extension.extends(
             m,
@@ -166,10 +169,10 @@ def _forward(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass) -
         has_adapter = linear in with_adapter
         if linear in skipped:
             continue
-        if how.quantized and m <= how.few_rows:
+        if _decodes(linear, m, how):
             yield _decoded(linear, m, linear.rank * linear.out if has_adapter else 0, how)
             continue
-        if how.quantized:
+        if linear.format is not None:
             yield _dequantize(linear, how)
         if has_adapter:
             yield (
@@ -188,8 +191,12 @@ def _backward(group: Sequence[Linear], m: int, how: KernelOptions) -> Iterator[K
         yield from _experts_backward(group[0], m, how)
         return
     features, ranks = group[0].features, sum(linear.rank for linear in group)
-    decodes = how.quantized and m <= how.few_rows
-    outs = {index: linear.out for index, linear in enumerate(group) if linear.rank and _extends(how, m)}
+    separate = [linear.rank for linear in group if linear.rank and not _decodes(linear, m, how)]
+    outs = {
+        index: linear.out
+        for index, linear in enumerate(group)
+        if how.extends and linear.rank and linear.format is not None and not _decodes(linear, m, how)
+    }
     carrier = extension.carrier(m, features, outs, ranks, how.itemsize)
     yield from _casts([linear for linear in group if linear.rank], how)
     yield from _other_trials([linear for linear in group if linear.rank], 2, how)
@@ -199,12 +206,12 @@ def _backward(group: Sequence[Linear], m: int, how: KernelOptions) -> Iterator[K
             yield _parts(linear, m)
         if index == carrier:  # The copy of dY.
             yield KernelLaunch("adapters", how.itemsize * m * linear.out, launches=0)
-        if decodes:
+        if _decodes(linear, m, how):
             yield _decoded(linear, m, linear.rank * features, how)
             if index > 0:
                 yield KernelLaunch("products", 3 * how.itemsize * m * features)
         else:
-            if how.quantized:
+            if linear.format is not None:
                 yield _dequantize(linear, how)
             first = index == 0 if carrier is None else index == carrier
             accumulates = not first or (ranks > 0 and carrier is None)
@@ -218,14 +225,15 @@ def _backward(group: Sequence[Linear], m: int, how: KernelOptions) -> Iterator[K
     if ranks:
         if carrier is not None:
             yield _term(m, features, ranks, ranks, how)
-        elif not decodes:
-            yield gemm("adapters", m, features, ranks, how)
+        elif separate:
+            yield gemm("adapters", m, features, sum(separate), how)
         yield gemm("adapters", ranks, features, m, how)
         yield KernelLaunch("adapters", 0.0)  # The second launch of a sum that is split.
 
 
-def _extends(how: KernelOptions, m: int) -> bool:
-    return how.extends and how.quantized and m > how.few_rows
+def _decodes(linear: Linear, m: int, how: KernelOptions) -> bool:
+    """Return whether the product of M rows decodes the weight itself."""
+    return is_nf4(linear.format) and m <= how.few_rows
 
 
 def _term(m: int, n: int, rank: int, side_by_side: int, how: KernelOptions) -> KernelLaunch:
@@ -274,16 +282,16 @@ def _parts(linear: Linear, m: int) -> KernelLaunch:
 
 
 def _dora(linear: Linear, m: int, how: KernelOptions, *, backward: bool) -> Iterator[KernelLaunch]:
-    """Norms, and magnitudes: folded into a packed weight, passes over y and dY for a dense one (kernels/README.md)."""
+    """Norms, and magnitudes: folded into a weight in NF4, passes over y and dY for any other (kernels/README.md)."""
     out, features, rank = linear.out, linear.features, linear.rank
     if not backward:
-        if how.quantized:
+        if is_nf4(linear.format):
             nbytes = linear.packed_bytes + how.itemsize * rank * (out + features)
             yield KernelLaunch("adapters", nbytes, 2.0 * rank * out * features, "decoding")
         else:
             yield gemm("adapters", out, rank, features, how)
         yield KernelLaunch("adapters", FP32 * rank * (features + out) + 2 * FP32 * out)
-    if not how.quantized:
+    if not is_nf4(linear.format):
         yield from [KernelLaunch("adapters", 2 * how.itemsize * m * out)] * (2 if backward else 1)
         return
     blocks = out * features / 64
@@ -298,7 +306,7 @@ def _dora(linear: Linear, m: int, how: KernelOptions, *, backward: bool) -> Iter
 def _experts_forward(linear: Linear, m: int, how: KernelOptions, *, adapted: bool) -> Iterator[KernelLaunch]:
     """Yield the forward of a fused weight whose experts are one grouped product (experts_grouped.py)."""
     rows, e = linear.chosen * m, how.itemsize
-    if how.quantized:
+    if linear.format is not None:
         yield _dequantize(linear, how)
     yield _grouped("products", linear, rows, linear.out, linear.features, how)
     if linear.rank and adapted:
@@ -310,7 +318,7 @@ def _experts_forward(linear: Linear, m: int, how: KernelOptions, *, adapted: boo
 
 def _experts_backward(linear: Linear, m: int, how: KernelOptions) -> Iterator[KernelLaunch]:
     rows, e = linear.chosen * m, how.itemsize
-    if how.quantized:
+    if linear.format is not None:
         yield _dequantize(linear, how)
     yield _grouped("products", linear, rows, linear.features, linear.out, how)
     if linear.rank:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from distlora.architecture.spec import LayerKind, Weight
@@ -22,6 +22,7 @@ from distlora.planner.decoder_sizes import (
     AdaptedRanks,
     Decoder,
     attention_kind,
+    formats_by_name,
     fuses,
     pairs_computed,
     ranks_of_blocks,
@@ -169,7 +170,6 @@ def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> Ker
     decodes = machine.is_gpu and work.train.dtype == "bf16"
     return KernelOptions(
         itemsize=traffic.DTYPE_BYTES[work.train.dtype],
-        quantized=work.quantized,
         few_rows=max_fused_rows(machine.capability) if decodes else 0,
         extends=decodes and len(work.adapters) == 1 and not (work.adapter.use_dora or work.adapter.lora_dropout),
         copies=copied_adapters(work, model, machine)[0] > 0,
@@ -186,19 +186,20 @@ def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: i
     length, architecture = work.sequence_length, model.shapes.architecture
     rows, tile = work.train.micro_batch, work.train.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
-    found: dict[tuple[int, int, bool], BlockWork] = {}
+    found: dict[object, BlockWork] = {}
     blocks = []
-    layers = zip(architecture.kind_of_layer, ranks_of_blocks(work, model.shapes), strict=True)
-    for index, (number, ranks) in enumerate(layers):
-        key = (id(ranks), number, how.quantized and index >= work.dense_layers)
+    layers = zip(model.shapes.layer_formats(work.format), ranks_of_blocks(work, model.shapes), strict=True)
+    for index, ((number, formats), ranks) in enumerate(layers):
+        key = (id(ranks), number, None if index < work.dense_layers else formats)
         if key not in found:
             kind = architecture.kinds[number]
+            named = {} if index < work.dense_layers else formats_by_name(kind, formats)
             decoder, documents = Decoder.of(architecture, kind), cut(length, document)
             seen = pairs_computed(how.attention, documents, kind.window, decoder.heads // decoder.key_heads)
             found[key] = block_work(
                 decoder,
-                _groups(work, decoder, kind, ranks),
-                replace(how, quantized=key[2]),
+                _groups(work, decoder, kind, ranks, named),
+                how,
                 m=rows * length,
                 pairs=rows * seen,
                 checkpointing=work.train.checkpointing,
@@ -209,14 +210,16 @@ def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: i
     return tuple(blocks)
 
 
-def _groups(work: Workload, decoder: Decoder, kind: LayerKind, ranks: AdaptedRanks) -> Groups:
-    """Return the linears of a decoder layer with these adapter ranks."""
+def _groups(
+    work: Workload, decoder: Decoder, kind: LayerKind, ranks: AdaptedRanks, formats: Mapping[str, str]
+) -> Groups:
+    """Return the linears of a decoder layer with these adapter ranks and formats."""
     experts = decoder.experts
 
     def linear(name: str, weight: Weight) -> Linear:
         *count, out, features = weight.shape
         if weight.kind == "experts" and experts is not None:
-            return Linear(out, features, ranks.rank(name), experts.count, experts.chosen)
+            return Linear(out, features, ranks.rank(name), experts.count, experts.chosen, format=formats.get(name))
         return Linear(
             out * math.prod(count),
             features,
@@ -224,6 +227,7 @@ def _groups(work: Workload, decoder: Decoder, kind: LayerKind, ranks: AdaptedRan
             is_dora=work.adapter.use_dora,
             trials=len(work.adapters),
             stacked=ranks.rank(name),
+            format=formats.get(name),
             skips=name in kind.unread and skips(work, adapted=ranks.rank(name) > 0),
         )
 

@@ -43,7 +43,8 @@ from distlora.system import atomic_io
 from distlora.training.publish import header_marks
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader
-from distlora_kernels import nf4, reference
+from distlora_kernels import reference
+from distlora_kernels.formats import nf4
 
 ADAPTER = "adapter"
 """Folder of the adapter inside the export."""

@@ -43,7 +43,8 @@ from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
-from distlora_kernels import nf4, reference
+from distlora_kernels import reference
+from distlora_kernels.formats import nf4
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Storage dtypes of a merged model."""

@@ -176,7 +176,7 @@ def _packed_beside(base: Base, found: list[Parameter]) -> list[Parameter]:
     for name, packed in stored.items():
         if name not in taken:
             source = Source((name,), (packed.codes,), packed.shape)
-            weight = BaseWeight(name=name, shape=packed.shape, source=source, quantized=False, packed=packed)
+            weight = BaseWeight(name=name, shape=packed.shape, source=source, packed=packed)
             beside.append(Parameter(weight=weight, outputs={name: packed.shape}))
     for name, segment in base.files.headers.items():
         if isinstance(segment, LowBitSegment) and name not in taken:

@@ -19,17 +19,13 @@ from torch import Tensor
 
 from distlora_kernels import nf4_cpu, reference
 from distlora_kernels.dispatch import on_device_of, uses_triton
+from distlora_kernels.formats.base import Format, Part, place
 from distlora_kernels.reference import BLOCK as BLOCK
 from distlora_kernels.reference import BLOCKS_PER_GROUP as BLOCKS_PER_GROUP
 from distlora_kernels.reference import GROUP as GROUP
 from distlora_kernels.reference import GROUP_BYTES as GROUP_BYTES
 from distlora_kernels.reference import absmax_group_sums as absmax_group_sums
 from distlora_kernels.reference import num_groups as num_groups
-
-GROUP_RECORD_BYTES = GROUP_BYTES + BLOCKS_PER_GROUP + 4
-"""Stored bytes per group: codes, scales and group_scale."""
-PLAIN_RECORD_BYTES = GROUP_BYTES + 4 * BLOCKS_PER_GROUP
-"""Stored bytes per group without double quantization: codes and absmax."""
 
 _SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -87,73 +83,68 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return codes, scales, group_scale, offset
 
 
-def nf4_dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    group_scale: Tensor,
-    offset: Tensor,
-    *,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Return the weight in `dtype` (fp32, bf16, fp16): fl(level * absmax) in fp32, rounded to nearest even once.
+class Nf4(Format):
+    """NF4 with double quantization, or with the fp32 absmax of each block."""
 
-    The result equals bitsandbytes' bit for bit from the same stored bytes.
+    block = BLOCK
 
-    Args:
-        codes: (G, 8192) uint8.
-        scales: (G, 256) uint8.
-        group_scale: (G,) fp32.
-        offset: () fp32.
-        shape: Shape of the weight.
-        dtype: Dtype of the result.
-        out: Contiguous memory of that dtype and number of elements; the result is then a view of it.
-    """
-    _check_parts((codes, scales, group_scale), shape)
-    if not uses_triton(codes):
-        weight = nf4_cpu.dequantize(codes, scales, group_scale, offset, shape=shape, dtype=dtype)
-        return weight if out is None else _place(out, shape, dtype, codes.device).copy_(weight)
-    from distlora_kernels import nf4_triton
+    def __init__(self, *, double: bool) -> None:
+        codes = Part("codes", (GROUP_BYTES,), torch.uint8)
+        if double:
+            self.name, self.replicated = "nf4", (Part("offset", (), torch.float32),)
+            scales = Part("scales", (BLOCKS_PER_GROUP,), torch.uint8)
+            self.parts = (codes, scales, Part("group_scale", (), torch.float32))
+        else:
+            self.name = "nf4_absmax"
+            self.parts = (codes, Part("absmax", (BLOCKS_PER_GROUP,), torch.float32))
 
-    weight = _place(out, shape, dtype, codes.device)
-    with on_device_of(codes):
-        nf4_triton.dequantize(codes, scales, group_scale, offset, weight)
-    return weight
+    def dequantize(
+        self, parts: Sequence[Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the weight in `dtype` (fp32, bf16, fp16): fl(level * absmax) in fp32, rounded to nearest even once.
+
+        The result equals bitsandbytes' bit for bit from the same stored bytes.
+        """
+        self.check(parts, shape)
+        if not uses_triton(parts[0]):
+            decode = nf4_cpu.dequantize if self.replicated else nf4_cpu.dequantize_blocks
+            weight = decode(*parts, shape=shape, dtype=dtype)
+            return weight if out is None else place(out, shape, dtype, weight.device).copy_(weight)
+        from distlora_kernels import nf4_triton
+
+        weight = place(out, shape, dtype, parts[0].device)
+        codes, scales, *rest = parts
+        group_scale, offset = rest or (None, None)
+        with on_device_of(codes):
+            nf4_triton.dequantize(codes, scales, group_scale, offset, weight)
+        return weight
 
 
-def dequantize_blocks(
-    codes: Tensor, absmax: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """Return nf4_dequantize of a weight without double quantization, whose absmax (G, 256) fp32 is stored.
+NF4, NF4_ABSMAX = Nf4(double=True), Nf4(double=False)
 
-    The result equals bitsandbytes' bit for bit from the same stored bytes.
-    """
-    _check_parts((codes, absmax), shape)
-    if not uses_triton(codes):
-        weight = nf4_cpu.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype)
-        return weight if out is None else _place(out, shape, dtype, codes.device).copy_(weight)
-    from distlora_kernels import nf4_triton
 
-    weight = _place(out, shape, dtype, codes.device)
-    with on_device_of(codes):
-        nf4_triton.dequantize(codes, absmax, None, None, weight)
-    return weight
+def nf4_dequantize(*parts: Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return the weight of codes, scales, group_scale and offset (`Nf4.dequantize`)."""
+    return NF4.dequantize(parts, shape=shape, dtype=dtype, out=out)
+
+
+def dequantize_blocks(*parts: Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return the weight of codes and absmax, without double quantization (`Nf4.dequantize`)."""
+    return NF4_ABSMAX.dequantize(parts, shape=shape, dtype=dtype, out=out)
 
 
 def dequantize_beside(
-    parts: Sequence[Tensor], shape: tuple[int, ...], b: Tensor, *, first_rank: int, out: Tensor
+    format: Nf4, parts: Sequence[Tensor], shape: tuple[int, ...], b: Tensor, *, first_rank: int, out: Tensor
 ) -> None:
     """Dequantize a weight of `shape` (O, I) beside b (O, R) into `out` (O, I + 64 n), on a GPU.
 
-    The columns behind the weight are zeros, and b from column I + `first_rank` on. I is a multiple of 64; `parts` are a
-    FrozenWeight's.
+    The columns behind the weight are zeros, and b from column I + `first_rank` on. I is a multiple of 64.
     """
     from distlora_kernels import nf4_triton
 
+    format.check(parts, shape)
     codes, scales, *rest = parts
     group_scale, offset = rest or (None, None)
-    _check_parts(tuple(parts[:3]), shape)
     assert (out.shape[0], out.dtype, out.is_contiguous()) == (shape[0], b.dtype, True), (
         f"{tuple(out.shape)} {out.dtype}"
     )
@@ -161,47 +152,6 @@ def dequantize_beside(
         nf4_triton.dequantize(codes, scales, group_scale, offset, out[:, : shape[1]], b=b, first_rank=first_rank)
 
 
-def dequantize_slice(
-    codes: Tensor,
-    scales: Tensor,
-    group_scale: Tensor,
-    offset: Tensor,
-    *,
-    start: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return the weights from index `start` on that fill `shape`, bit for bit those of the whole; on the CPU.
-
-    Both ends must be block boundaries: an expert's slice of a fused weight.
-    """
-    first, blocks = start // BLOCK, math.prod(shape) // BLOCK
-    assert start % BLOCK == math.prod(shape) % BLOCK == 0, f"{shape} from {start} on is not of whole blocks"
-    assert first + blocks <= scales.numel(), f"{shape} from {start} on is beyond {scales.numel()} blocks"
-    block_scale = group_scale[torch.arange(first, first + blocks) // BLOCKS_PER_GROUP]
-    absmax = nf4_cpu.dynamic_map()[scales.view(-1)[first : first + blocks].int()].mul_(block_scale).add_(offset)
-    half = BLOCK // 2
-    slice_codes = codes.view(-1)[first * half : (first + blocks) * half]
-    return nf4_cpu.dequantize_blocks(slice_codes, absmax, shape=shape, dtype=dtype)
-
-
-def _check_parts(parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> None:
-    groups = num_groups(math.prod(shape))
-    shapes = [(groups, GROUP_BYTES), (groups, BLOCKS_PER_GROUP), (groups,)]
-    found = [tuple(part.shape) for part in parts]
-    assert found == shapes[: len(parts)], f"a weight {shape} has {groups} groups; the parts are {found}"
-
-
-def _place(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the tensor to write a weight to: a new one, or `out`, checked, in the weight's shape."""
-    if out is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    assert (out.numel(), out.dtype, out.device) == (math.prod(shape), dtype, device), f"{shape} {dtype} on {device}"
-    assert out.is_contiguous(), out.stride()
-    return out.view(shape)
-
-
 def bits_per_weight(numel: int) -> float:
     """Return the stored bits per weight, with padding and offset: 4.127 for a large one (4 + 8/64 + 32/16384)."""
-    groups = num_groups(numel)
-    return 8 * (groups * GROUP_RECORD_BYTES + 4) / numel
+    return 8 * NF4.num_bytes((numel,)) / numel

@@ -1,0 +1,158 @@
+"""Define what a format of frozen weights is: how a weight lies in memory, on disk and on the network.
+
+A weight in a format is some Parameters that share dim 0, the groups of 16,384 weights, so that a shard of any world
+size begins and ends with a group. A flat format holds weight w, in row-major order, in group w // 16,384. A tiled one
+holds the 128 x 128 tiles of the matrix (E O, I), row by row of tiles. Zeros fill the last group, or ragged tiles.
+
+Letters: G groups, O out features, I in features, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distlora_kernels.reference import GROUP
+
+
+class Part(NamedTuple):
+    """A tensor of a format: (G, *shape), or `shape` if it is replicated."""
+
+    name: str
+    """Name of the Parameter or buffer in a module."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `shape`."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Format(ABC):
+    """A format. `parts` of a method are a weight's tensors in the order of `parts` and `replicated`."""
+
+    name: str
+    parts: tuple[Part, ...]
+    """Parts that share dim 0."""
+    replicated: tuple[Part, ...] = ()
+    """Parts that every rank has whole."""
+    block: int
+    """Number of neighbouring weights that are decoded together."""
+    tile: tuple[int, int] | None = None
+    """Rows and columns of the tile that a group holds; None if the format is flat."""
+
+    @abstractmethod
+    def dequantize(
+        self, parts: Sequence[Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the weight in `dtype`: the reference library's value, rounded once. The device is that of the parts.
+
+        `out`: contiguous memory of that dtype and number of elements; the result is then a view of it.
+        """
+
+    def quantize(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Return the parts of flat weights (n,), each group by itself; zeros fill the last group.
+
+        Only formats that the user can choose have it.
+        """
+        raise NotImplementedError(f"{self.name} is read from checkpoints, nothing is quantized to it")
+
+    @property
+    def group_bytes(self) -> int:
+        """Stored bytes per group, which are also the gathered bytes."""
+        return sum(part.nbytes for part in self.parts)
+
+    def num_groups(self, shape: tuple[int, ...]) -> int:
+        """Return the number of groups of a weight of this shape."""
+        if self.tile is None:
+            return -(-math.prod(shape) // GROUP)
+        return math.prod(self._tiles(shape))
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the stored bytes of a weight of this shape, with the replicated parts."""
+        return self.num_groups(shape) * self.group_bytes + sum(part.nbytes for part in self.replicated)
+
+    def check(self, parts: Sequence[Tensor], shape: tuple[int, ...]) -> None:
+        """Assert that the parts have the shapes and dtypes of a weight of this shape."""
+        groups = self.num_groups(shape)
+        expected = [((groups, *part.shape), part.dtype) for part in self.parts]
+        expected += [(part.shape, part.dtype) for part in self.replicated]
+        found = [(tuple(part.shape), part.dtype) for part in parts]
+        assert found == expected, f"a weight {shape} in {self.name} has {groups} groups; the parts are {found}"
+
+    def groups_of(self, parts: Sequence[Tensor], first: int, stop: int) -> tuple[Tensor, ...]:
+        """Return the parts of the groups from `first` to before `stop`."""
+        shared = len(self.parts)
+        return (*(part[first:stop] for part in parts[:shared]), *parts[shared:])
+
+    def dequantize_groups(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return whole groups, (G, 16,384), with what fills the last one; a tile's weights row by row."""
+        groups, (rows, columns) = parts[0].shape[0], self.tile or (1, GROUP)
+        return self.dequantize(parts, shape=(groups * rows, columns), dtype=dtype).view(groups, GROUP)
+
+    def in_rows(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return values of the groups' weights, or of runs of n neighbours, by row: (G, 16,384 / n) -> (O, I / n).
+
+        n divides I, and 16,384 or the columns of a tile. Of a ragged tile the columns beyond I stay.
+        """
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        if self.tile is None:
+            return values.flatten()[: values.shape[1] * rows * columns // GROUP].view(rows, -1)
+        tiles = self._tiles(shape)
+        return values.view(*tiles, self.tile[0], -1).transpose(1, 2).reshape(tiles[0] * self.tile[0], -1)[:rows]
+
+    def slice(self, parts: Sequence[Tensor], shape: tuple[int, ...], index: int, dtype: torch.dtype) -> Tensor:
+        """Return one expert of a weight (E, O, I) in `dtype`, (O, I); it may be a view of some weights more."""
+        one, rows = shape[1:], shape[1]
+        if self.tile is None:
+            start, size = index * math.prod(one), math.prod(one)
+            first = start // GROUP
+            groups = self.groups_of(parts, first, -(-(start + size) // GROUP))
+            flat = self.dequantize_groups(groups, dtype).view(-1)
+            return flat[start - first * GROUP :][:size].view(one)
+        (height, _), (_, wide) = self.tile, self._tiles(shape)
+        first, stop = index * rows // height, -(-(index + 1) * rows // height)
+        groups = self.groups_of(parts, first * wide, stop * wide)
+        whole = self.dequantize(groups, shape=((stop - first) * height, shape[2]), dtype=dtype)
+        return whole[index * rows - first * height :][:rows]
+
+    def _tiles(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return the rows and columns of tiles of the matrix (E x O, I)."""
+        assert self.tile is not None
+        return -(-math.prod(shape[:-1]) // self.tile[0]), -(-shape[-1] // self.tile[1])
+
+    def dequantize_rows(
+        self, parts: Sequence[Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Return some rows of a weight (O, I) in `dtype`: rows (n,) int64 -> (n, I).
+
+        Rows are whole blocks here, and no part has fewer numbers than blocks; other formats have their own.
+        """
+        columns, per_group, count = shape[1], GROUP // self.block, len(rows)
+        assert columns % self.block == 0, f"rows of {columns} weights are not whole blocks of {self.block}"
+        assert not self.replicated, f"{self.name} has numbers for more than a block"
+        blocks = (
+            rows[:, None] * (columns // self.block) + torch.arange(columns // self.block, device=rows.device)
+        ).view(-1)
+        groups = -(-len(blocks) // per_group)
+        chosen = []
+        for part, (_, part_shape, _) in zip(parts, self.parts, strict=True):
+            filled = part.new_zeros(groups, *part_shape)
+            filled.view(groups * per_group, -1)[: len(blocks)] = part.reshape(part.shape[0] * per_group, -1)[blocks]
+            chosen.append(filled)
+        return self.dequantize(chosen, shape=(count, columns), dtype=dtype)
+
+
+def place(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the tensor to write a weight to: a new one, or `out`, checked, in the weight's shape."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    assert (out.numel(), out.dtype, out.device) == (math.prod(shape), dtype, device), f"{shape} {dtype} on {device}"
+    assert out.is_contiguous(), out.stride()
+    return out.view(shape)

@@ -178,7 +178,7 @@ def test_non_finite_weights_are_refused(value: float) -> None:
 
 def test_misfitting_parts_are_refused() -> None:
     packed = nf4.nf4_quantize(random_weight((256, 128), torch.float32))
-    with pytest.raises(AssertionError, match="a weight \\(256, 512\\) has 8 groups"):
+    with pytest.raises(AssertionError, match="a weight \\(256, 512\\) in nf4 has 8 groups"):
         nf4.nf4_dequantize(*packed, shape=(256, 512), dtype=torch.float32)
     with pytest.raises(AssertionError, match="int8"):
         nf4.quantize_blocks(torch.zeros(64, dtype=torch.int8))

@@ -160,7 +160,9 @@ def test_each_ranks_part_of_the_base_falls_as_one_over_the_ranks(world: World, f
     """To within one row, or group, of each tensor."""
     config, shapes = config_of(folders / model), shapes_in(folders / model)
     packed = sum(weight.packs for weight in shapes.block)
-    rows = shapes.num_layers * (packed * wire.GROUP_BYTES + 2 * (len(shapes.block) - packed) * shapes.hidden)
+    rows = shapes.num_layers * (
+        packed * LOW_BIT_FORMATS["nf4"].group_bytes + 2 * (len(shapes.block) - packed) * shapes.hidden
+    )
     slack = rows + 2 * (2 * shapes.hidden + 1)
     held = {size: world.run(size, base_bytes, config=config) for size in (1, 3)}
     whole = held[1][0]

@@ -155,8 +155,9 @@ def all_cases() -> list[Case]:
     AttributeError for a module without OFFLINE; ValueError for two cases with one name.
     """
     package = importlib.import_module("distlora_kernels")
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name.endswith("_triton"))
-    cases = [case for name in names for case in importlib.import_module(f"distlora_kernels.{name}").OFFLINE]
+    modules = pkgutil.walk_packages(package.__path__, "distlora_kernels.")
+    names = sorted(module.name for module in modules if module.name.endswith("_triton"))
+    cases = [case for name in names for case in importlib.import_module(name).OFFLINE]
     twice = sorted({case.name for case in cases if sum(other.name == case.name for other in cases) > 1})
     if twice:
         raise ValueError(f"several cases are named {twice}; give each its own name")

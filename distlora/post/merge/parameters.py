@@ -181,7 +181,7 @@ def _packed_beside(base: Base, found: list[Parameter]) -> list[Parameter]:
     for name, segment in base.files.headers.items():
         if isinstance(segment, LowBitSegment) and name not in taken:
             source = Source((name,), (segment,), segment.shape)
-            weight = BaseWeight(name=name, shape=segment.shape, source=source, quantized=False)
+            weight = BaseWeight(name=name, shape=segment.shape, source=source)
             beside.append(Parameter(weight=weight, outputs={name: segment.shape}))
     return beside
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert import AutoAWQConverter, ModelOptNvfp4Converter
@@ -17,6 +21,7 @@ Tensors = dict[str, Tensor]
 Checkpoint = tuple[Tensors, dict[str, Any], Tensors]
 """(Tensors on disk, quantization_config, values of the weights by the reference library)."""
 NAME = "model.layers.0.mlp.down_proj"
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 def block_fp8(dense: Tensor, scale_dtype: torch.dtype = torch.float32, name: str = f"{NAME}.weight") -> Checkpoint:
@@ -56,7 +61,7 @@ def mxfp4_of(dense: Tensor) -> tuple[Tensor, Tensor]:
     return codes[..., ::2] | codes[..., 1::2] << 4, (exponents + 127).to(torch.uint8)
 
 
-def gpt_oss(dense: Tensor, name: str = "model.layers.0.mlp.experts.gate_up_proj") -> Checkpoint:
+def gpt_oss(dense: Tensor, name: str = EXPERTS) -> Checkpoint:
     """gpt-oss' experts, (E, O, I) on disk and (E, I, O) in the model."""
     blocks, scales = mxfp4_of(dense)
     tensors = {f"{name}_blocks": blocks, f"{name}_scales": scales}
@@ -274,3 +279,27 @@ def checkpoint(name: str, seed: int = 0) -> Checkpoint:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return write(torch.randn(shape) / 8)
+
+
+def convert_folder(
+    source: Path, target: Path, write: Callable[[Tensor], Checkpoint], *, only: tuple[str, ...] = ("_proj",)
+) -> None:
+    """Write a model's folder with the weights of its layers in low bits, and its other tensors as they are.
+
+    Experts (E, I, O) of gpt-oss are given to `write` as (E, O, I).
+    """
+    shutil.copytree(source, target)
+    tensors: Tensors = {}
+    for name, dense in safetensors.torch.load_file(source / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if not module.endswith(only) or dense.dim() < 2:
+            tensors[name] = dense
+            continue
+        with torch.random.fork_rng():
+            torch.manual_seed(len(tensors))
+            made, config, _ = write(dense if name != module else dense.mT.contiguous())
+        for part, tensor in made.items():
+            tensors[module + part.removeprefix(EXPERTS if name == module else NAME)] = tensor
+    safetensors.torch.save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from distlora.weights.reader import Reader
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Position in an AWQ word of each of its eight columns."""
 TILE = 128
 
 
@@ -213,8 +211,6 @@ class Fp4Codec(Codec):
 class IntegerCodec(Codec):
     """Integers of 4 or 8 bits with a zero point and a scale per group of a row: (code - zero) * scale in fp32."""
 
-    band = 2**21
-
     @abstractmethod
     def integers(
         self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
@@ -263,12 +259,17 @@ class IntegerCodec(Codec):
         )
 
 
-def unpacked(words: Tensor, bits: int, order: tuple[int, ...] = ()) -> Tensor:
-    """Return the integers in each int32, lowest bits first: (n, m) -> (n, m * 32 / bits) uint8; `order` picks them."""
+def unpacked(words: Tensor, bits: int, *, interleaved: bool = False) -> Tensor:
+    """Return the integers in each int32, lowest bits first: (n, m) -> (n, m * 32 / bits) uint8.
+
+    `interleaved`: AWQ's order, in which the eight 4-bit integers of a word lie at 0, 4, 1, 5, 2, 6, 3, 7.
+    """
     codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
-    return codes.view(len(words), -1, len(order))[:, :, list(order)].flatten(1) if order else codes
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1)
+    if interleaved:
+        codes = codes.view(len(words), -1, 2, 2, 2).permute(0, 1, 3, 4, 2)
+    return codes.reshape(len(words), -1)
 
 
 class PackedCodec(IntegerCodec):
@@ -304,6 +305,8 @@ class GptqCodec(IntegerCodec):
     in others, and is refused.
     """
 
+    band = 2**21  # Longer pieces of each stored row.
+
     def __init__(self, *, first_version: bool) -> None:
         self.first_version = first_version
 
@@ -328,13 +331,17 @@ class GptqCodec(IntegerCodec):
 class AwqCodec(IntegerCodec):
     """AutoAWQ's columns (gemm): words along O in codes (I, O / 8) and zeros (G, O / 8), eight columns interleaved."""
 
+    band = 2**21
+
     def integers(
         self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes, zeros and scales of rows [first, stop)."""
         low, high = first // 8, -(-stop // 8)
         codes, zeros = (
-            unpacked(reader.read_columns(tensor.parts[part], low, high), 4, AWQ_ORDER).T[first % 8 :][: stop - first]
+            unpacked(reader.read_columns(tensor.parts[part], low, high), 4, interleaved=True).T[first % 8 :][
+                : stop - first
+            ]
             for part in ("codes", "zeros")
         )
         return codes.contiguous(), zeros, reader.read_columns(tensor.parts["scales"], first, stop).T

@@ -28,6 +28,8 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+COLUMNS_BYTES = 2**23
+"""Bytes of a matrix that are read for a few of its columns."""
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -40,6 +42,8 @@ class Reader:
         self.bytes_read = 0
         self.last_band: tuple[tuple[LowBitTensor, int, int], Tensor] | None = None
         """The last decoded band of a weight in low bits: (weight, matrix, first row), values."""
+        self._columns: dict[tuple[Path, int], tuple[int, Tensor]] = {}
+        """Kept columns of matrices by their place: (first column, columns)."""
 
     def __enter__(self) -> Reader:
         return self
@@ -93,17 +97,27 @@ class Reader:
         return torch.cat(pieces) if pieces else torch.empty(0)
 
     def read_columns(self, segment: Segment, first: int, stop: int) -> Tensor:
-        """Return columns [first, stop) of a stored matrix, (rows, stop - first)."""
+        """Return columns [first, stop) of a stored matrix, (rows, stop - first).
+
+        A row's columns are few bytes, so up to COLUMNS_BYTES are read ahead and kept, of three matrices at a time.
+        """
         rows, width = segment.shape
-        size, element = stop - first, DTYPE_BYTES[segment.dtype]
-        buffer = bytearray(rows * size * element)
-        view = memoryview(buffer)
-        step = rows if size == width else 1  # Whole rows lie together.
-        for row in range(0, rows, step):
-            part = view[row * size * element : (row + step) * size * element]
-            self._fill(part, segment.file, segment.offset + (row * width + first) * element)
-        self.bytes_read += len(buffer)
-        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[segment.dtype]).view(rows, size)
+        key, element = (segment.file, segment.offset), DTYPE_BYTES[segment.dtype]
+        low, kept = self._columns.get(key, (0, torch.empty(rows, 0)))
+        if not low <= first <= stop <= low + kept.shape[1]:
+            low = first
+            size = min(max(COLUMNS_BYTES // (rows * element), stop - first), width - first)
+            if key not in self._columns and len(self._columns) == 3:
+                self._columns.clear()
+            buffer = bytearray(rows * size * element)
+            view, step = memoryview(buffer), rows if size == width else 1  # Whole rows lie together.
+            for row in range(0, rows, step):
+                part = view[row * size * element : (row + step) * size * element]
+                self._fill(part, segment.file, segment.offset + (row * width + low) * element)
+            self.bytes_read += len(buffer)
+            kept = torch.frombuffer(buffer, dtype=TORCH_DTYPES[segment.dtype]).view(rows, size)
+            self._columns[key] = low, kept
+        return kept[:, first - low : stop - low]
 
     def _fill(self, view: memoryview, file: Path, offset: int) -> None:
         if file not in self._files:

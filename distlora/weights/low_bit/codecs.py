@@ -305,8 +305,6 @@ class GptqCodec(IntegerCodec):
     in others, and is refused.
     """
 
-    band = 2**21  # Longer pieces of each stored row.
-
     def __init__(self, *, first_version: bool) -> None:
         self.first_version = first_version
 
@@ -330,8 +328,6 @@ class GptqCodec(IntegerCodec):
 
 class AwqCodec(IntegerCodec):
     """AutoAWQ's columns (gemm): words along O in codes (I, O / 8) and zeros (G, O / 8), eight columns interleaved."""
-
-    band = 2**21
 
     def integers(
         self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
